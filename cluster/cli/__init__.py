@@ -1,0 +1,1 @@
+"""The expertmesh command line, one module per command group. Imports everything."""

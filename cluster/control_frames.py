@@ -1,0 +1,235 @@
+"""Messages on the control sockets between the controller and every worker.
+
+Frame: 4 bytes big-endian length, then that many bytes of JSON ``{"kind": ..., ...}``. Nothing is
+unpickled. The first exchange is a mutual proof of the cluster token (``hmac`` over both nonces).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import hmac
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.errors import ProtocolError
+
+MAX_FRAME_BYTES = 32 * 1024 * 1024
+"""Largest control frame: a placement of 62 layers x 128 experts x 64 devices takes 3 MB."""
+MAX_HELLO_BYTES = 4096
+"""Largest frame before the peer has proved that it knows the token."""
+_LENGTH = struct.Struct(">I")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControlFrame:
+    """Base of all control messages."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControlHello(ControlFrame):
+    """Worker -> controller, first frame: who is calling."""
+
+    worker: str
+    nonce: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControlChallenge(ControlFrame):
+    """Controller -> worker: its nonce, and its proof over both."""
+
+    nonce: str
+    proof: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControlProof(ControlFrame):
+    """Worker -> controller: the worker's proof over both nonces."""
+
+    proof: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Register(ControlFrame):
+    """Worker -> controller: it listens, and has begun to load."""
+
+    member: dict[str, Any]
+    """``cluster.topology.Member`` as a dict."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """Facts for people: threads, device, host."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadProgress(ControlFrame):
+    """Worker -> controller: weights read so far."""
+
+    loaded_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerReady(ControlFrame):
+    """Worker -> controller: weights are in memory, it can join a generation."""
+
+    info: dict[str, Any] = field(default_factory=dict)
+    """Attention: max_model_len, vocab_size, num_kv_blocks, model_type, dtype. Expert: bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerFailed(ControlFrame):
+    """Worker -> controller: it cannot go on, in its own words."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heartbeat(ControlFrame):
+    """Worker -> controller, every ``heartbeat_s``."""
+
+    progress: int
+    """Grows whenever the worker's loop turns; standing still with work in hand is a stuck loop."""
+    idle: bool
+    """The loop waits for work, so that a standing ``progress`` is no failure."""
+    generation: int
+    """Newest generation it follows."""
+    stats: dict[str, float] = field(default_factory=dict)
+    """Gauges and counters by metric name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatusRequest(ControlFrame):
+    """Controller -> worker: answer with a heartbeat now (``token`` comes back in StatusReply)."""
+
+    token: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatusReply(ControlFrame):
+    """Worker -> controller: its numbers at this moment."""
+
+    token: int
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeerLost(ControlFrame):
+    """Worker -> controller: an edge was reset or closed, or a wait on it timed out."""
+
+    worker: str
+    """The lost peer's name."""
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewGeneration(ControlFrame):
+    """Controller -> worker: stop the current step, take this membership and these maps."""
+
+    term: int
+    """Term of the controller; a lower one than seen before is not followed."""
+    generation: dict[str, Any]
+    """``cluster.topology.Generation`` as a dict."""
+    placement: dict[str, Any]
+    """``cluster.placement.ExpertPlacement`` as a dict: the authoritative epoch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationReady(ControlFrame):
+    """Worker -> controller: edges of this generation are open, the old step is abandoned."""
+
+    generation: int
+    highest_step: int
+    """Highest step number it has seen."""
+    highest_epoch: int
+    """Highest placement epoch it has run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunGeneration(ControlFrame):
+    """Controller -> worker: all members are ready; steps are numbered from ``first_step``."""
+
+    generation: int
+    first_step: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shutdown(ControlFrame):
+    """Controller -> worker: end yourself."""
+
+    reason: str = ""
+
+
+FRAMES: dict[str, type[ControlFrame]] = {
+    kind.__name__: kind
+    for kind in (
+        ControlHello,
+        ControlChallenge,
+        ControlProof,
+        Register,
+        LoadProgress,
+        WorkerReady,
+        WorkerFailed,
+        Heartbeat,
+        StatusRequest,
+        StatusReply,
+        PeerLost,
+        NewGeneration,
+        GenerationReady,
+        RunGeneration,
+        Shutdown,
+    )
+}
+"""Every message by the name it has on the wire."""
+
+
+def encode(frame: ControlFrame) -> bytes:
+    """One frame, ready to be sent."""
+    body: dict[str, Any] = {"kind": type(frame).__name__}
+    for entry in dataclasses.fields(frame):
+        body[entry.name] = getattr(frame, entry.name)
+    data = json.dumps(body, separators=(",", ":")).encode()
+    return _LENGTH.pack(len(data)) + data
+
+
+def frame_length(prefix: bytes, limit: int = MAX_FRAME_BYTES) -> int:
+    """Length of the frame that ``prefix`` (4 bytes) announces. Raises ``ProtocolError``."""
+    length: int = _LENGTH.unpack(prefix)[0]
+    if not 0 < length <= limit:
+        raise ProtocolError(f"control frame of {length} bytes: must be 1 to {limit}")
+    return length
+
+
+def decode(data: bytes) -> ControlFrame:
+    """Read one frame's JSON. Raises ``ProtocolError`` on anything that is not one of ours."""
+    try:
+        body: Mapping[str, Any] = json.loads(data)
+        values = dict(body)
+        kind = FRAMES[values.pop("kind")]
+        names = {f.name: f for f in dataclasses.fields(kind)}
+        if not set(values) <= set(names):
+            raise ValueError(f"unknown fields {sorted(set(values) - set(names))}")
+        for name, value in values.items():
+            if not _fits(names[name].type, value):
+                raise ValueError(f"{name} must be {names[name].type}")
+        return kind(**values)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise ProtocolError(f"not a control frame: {err}") from err
+
+
+def proof(token: str, side: str, worker_nonce: str, controller_nonce: str) -> str:
+    """What a side (``worker`` or ``controller``) sends to show that it knows the token."""
+    text = f"expertmesh-control|{side}|{worker_nonce}|{controller_nonce}"
+    return hmac.new(token.encode(), text.encode(), hashlib.sha256).hexdigest()
+
+
+def _fits(annotation: object, value: object) -> bool:
+    kinds: dict[str, type | tuple[type, ...]] = {"int": int, "str": str, "bool": bool}
+    text = str(annotation)
+    if text.startswith("dict"):
+        return isinstance(value, dict)
+    if text == "int" and isinstance(value, bool):
+        return False
+    return isinstance(value, kinds.get(text, object))

@@ -1,0 +1,1 @@
+"""The bundled demo checkpoint and the script that trained it."""

@@ -1,0 +1,1 @@
+"""Physical experts and their kernels. Imports the cluster leaves and torch."""

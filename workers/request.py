@@ -1,0 +1,143 @@
+"""A request as the engine knows it, and what comes back for it.
+
+These are the core types behind both codecs (HTTP and gRPC): validation and defaults live in the
+gateway, everything from there on speaks of ``Request``, ``TokenOutput`` and ``StepOutput``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class FinishReason(Enum):
+    """Why a choice ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. Values are already validated; see docs for the order of operations."""
+
+    max_tokens: int = 16
+    """New tokens at most; 0 scores the prompt only."""
+    min_tokens: int = 0
+    """New tokens before eos or a stop token id may be drawn."""
+    temperature: float = 1.0
+    """0 is argmax, ties to the lowest id."""
+    top_p: float = 1.0
+    """Smallest set of tokens with this probability mass, (0, 1]."""
+    top_k: int = 0
+    """Most probable tokens kept; 0 is off."""
+    min_p: float = 0.0
+    """Tokens below this share of the best token's probability are dropped, [0, 1]."""
+    repetition_penalty: float = 1.0
+    """Over prompt and output tokens, (0, 2]."""
+    frequency_penalty: float = 0.0
+    """Times the token's count in the output, [-2, 2]."""
+    presence_penalty: float = 0.0
+    """Once for a token that is in the output, [-2, 2]."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, bias) pairs added to the logits."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the choice, beside the model's eos."""
+    ignore_eos: bool = False
+    """Do not end at the model's eos."""
+    seed: int = 0
+    """Always set by the time a request reaches the engine: drawn at admission if need be."""
+    logprobs: int | None = None
+    """Alternatives to report per new token; None reports nothing, 0 the drawn token only."""
+    prompt_logprobs: int | None = None
+    """The same for prompt tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One prompt with ``n`` choices on its way to an engine."""
+
+    request_id: str
+    """Unique in the cluster."""
+    prompt: tuple[int, ...]
+    """Token ids, never empty."""
+    params: SamplingParams
+    """The same for all choices; choice j draws with (seed, j, position)."""
+    n: int = 1
+    """Choices."""
+    attempt: int = 0
+    """Grows with each resubmission; tokens of an older attempt are dropped by the gateway."""
+    output_so_far: tuple[tuple[int, ...], ...] = ()
+    """By choice, tokens that an earlier attempt already delivered."""
+    deadline_ms: int = 0
+    """Milliseconds left to live when it was sent; 0 is no limit."""
+    priority: int = 0
+    """Lower runs first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogprob:
+    """Log-probabilities at one position, of the model's distribution before any processing."""
+
+    token_id: int
+    """The token that stands at the position."""
+    logprob: float
+    """Its natural log-probability."""
+    rank: int = 0
+    """1 for the most probable token."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, logprob) of the most probable tokens, best first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timings:
+    """Seconds on the worker's monotonic clock, relative to ``received`` (0.0)."""
+
+    first_dispatch_s: float = 0.0
+    """From receipt to the first dispatch of rows to the experts."""
+    first_token_s: float = 0.0
+    """From receipt to the commit of the first token."""
+    finished_s: float = 0.0
+    """From receipt to the end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenOutput:
+    """News of one choice after one step."""
+
+    request_id: str
+    """Which request."""
+    attempt: int
+    """Which attempt at it."""
+    choice: int
+    """Which choice."""
+    index: int
+    """Position of ``token_ids[0]`` in the choice's output, from 0."""
+    token_ids: tuple[int, ...] = ()
+    """New tokens (usually one)."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One entry per new token where asked for."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """Once, on the first output of choice 0: one per prompt token, the first is None."""
+    finish_reason: FinishReason | None = None
+    """Set on the last output of the choice."""
+    stop_token_id: int | None = None
+    """The stop token id that ended it; None for eos or other reasons."""
+    error: str | None = None
+    """What went wrong, with finish_reason ERROR."""
+    error_code: str = ""
+    """Machine-readable reason, with finish_reason ERROR."""
+    timings: Timings | None = None
+    """On the last output."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutput:
+    """Everything one gateway is told after one step."""
+
+    outputs: tuple[TokenOutput, ...]
+    """News by choice."""
+    stats: dict[str, float] = field(default_factory=dict)
+    """The engine's gauges and counters, by metric name without prefix."""

@@ -1,0 +1,160 @@
+"""``Request`` and ``StepOutput`` to and from their messages in ``protos/engine.proto``."""
+
+from __future__ import annotations
+
+from protos import engine_pb2 as pb
+from workers.request import (
+    FinishReason,
+    Request,
+    SamplingParams,
+    StepOutput,
+    Timings,
+    TokenLogprob,
+    TokenOutput,
+)
+
+
+def request_to_wire(request: Request) -> pb.EngineRequest:
+    """Encode a request."""
+    params = request.params
+    return pb.EngineRequest(
+        request_id=request.request_id,
+        prompt=request.prompt,
+        sampling=pb.EngineSampling(
+            max_tokens=params.max_tokens,
+            min_tokens=params.min_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            min_p=params.min_p,
+            repetition_penalty=params.repetition_penalty,
+            frequency_penalty=params.frequency_penalty,
+            presence_penalty=params.presence_penalty,
+            logit_bias=[pb.EngineBias(token_id=t, bias=b) for t, b in params.logit_bias],
+            stop_token_ids=params.stop_token_ids,
+            ignore_eos=params.ignore_eos,
+            seed=params.seed,
+            logprobs=params.logprobs,
+            prompt_logprobs=params.prompt_logprobs,
+        ),
+        n=request.n,
+        attempt=request.attempt,
+        output_so_far=[pb.EngineTokens(ids=ids) for ids in request.output_so_far],
+        deadline_ms=request.deadline_ms,
+        priority=request.priority,
+    )
+
+
+def request_from_wire(message: pb.EngineRequest) -> Request:
+    """Decode a request."""
+    sampling = message.sampling
+    params = SamplingParams(
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        logit_bias=tuple((b.token_id, b.bias) for b in sampling.logit_bias),
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        seed=sampling.seed,
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        prompt_logprobs=(
+            sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None
+        ),
+    )
+    return Request(
+        request_id=message.request_id,
+        prompt=tuple(message.prompt),
+        params=params,
+        n=message.n,
+        attempt=message.attempt,
+        output_so_far=tuple(tuple(t.ids) for t in message.output_so_far),
+        deadline_ms=message.deadline_ms,
+        priority=message.priority,
+    )
+
+
+def step_to_wire(step: StepOutput) -> pb.EngineStep:
+    """Encode the news of one step."""
+    return pb.EngineStep(outputs=[_output_to_wire(o) for o in step.outputs], stats=step.stats)
+
+
+def step_from_wire(message: pb.EngineStep) -> StepOutput:
+    """Decode the news of one step."""
+    return StepOutput(
+        outputs=tuple(_output_from_wire(o) for o in message.outputs), stats=dict(message.stats)
+    )
+
+
+def _output_to_wire(output: TokenOutput) -> pb.EngineOutput:
+    message = pb.EngineOutput(
+        request_id=output.request_id,
+        attempt=output.attempt,
+        choice=output.choice,
+        index=output.index,
+        token_ids=output.token_ids,
+        logprobs=[_logprob_to_wire(p) for p in output.logprobs],
+        finish_reason=output.finish_reason.value if output.finish_reason else "",
+        stop_token_id=output.stop_token_id,
+        error=output.error or "",
+        error_code=output.error_code,
+    )
+    if output.prompt_logprobs is not None:
+        message.has_prompt_logprobs = True
+        message.prompt_logprobs.extend(_logprob_to_wire(p) for p in output.prompt_logprobs)
+    if output.timings is not None:
+        message.timings.first_dispatch_s = output.timings.first_dispatch_s
+        message.timings.first_token_s = output.timings.first_token_s
+        message.timings.finished_s = output.timings.finished_s
+    return message
+
+
+def _output_from_wire(message: pb.EngineOutput) -> TokenOutput:
+    prompt_logprobs = tuple(_logprob_from_wire(p) for p in message.prompt_logprobs)
+    timings = None
+    if message.HasField("timings"):
+        timings = Timings(
+            first_dispatch_s=message.timings.first_dispatch_s,
+            first_token_s=message.timings.first_token_s,
+            finished_s=message.timings.finished_s,
+        )
+    return TokenOutput(
+        request_id=message.request_id,
+        attempt=message.attempt,
+        choice=message.choice,
+        index=message.index,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(p for p in map(_logprob_from_wire, message.logprobs) if p is not None),
+        prompt_logprobs=prompt_logprobs if message.has_prompt_logprobs else None,
+        finish_reason=FinishReason(message.finish_reason) if message.finish_reason else None,
+        stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
+        error=message.error or None,
+        error_code=message.error_code,
+        timings=timings,
+    )
+
+
+def _logprob_to_wire(entry: TokenLogprob | None) -> pb.EngineLogprob:
+    if entry is None:
+        return pb.EngineLogprob(absent=True)
+    return pb.EngineLogprob(
+        token_id=entry.token_id,
+        logprob=entry.logprob,
+        rank=entry.rank,
+        top_ids=[token for token, _ in entry.top],
+        top_logprobs=[logprob for _, logprob in entry.top],
+    )
+
+
+def _logprob_from_wire(message: pb.EngineLogprob) -> TokenLogprob | None:
+    if message.absent:
+        return None
+    top = tuple(zip(message.top_ids, message.top_logprobs, strict=True))
+    return TokenLogprob(
+        token_id=message.token_id, logprob=message.logprob, rank=message.rank, top=top
+    )
