@@ -52,7 +52,9 @@ class ModelSection:
         _check_choice("dtype", self.dtype, DType)
         check(bool(self.served_model_name), "served_model_name", "", "must not be empty")
         if self.max_model_len is not None:
-            check(self.max_model_len >= 1, "max_model_len", self.max_model_len, "must be at least 1")
+            check(
+                self.max_model_len >= 1, "max_model_len", self.max_model_len, "must be at least 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,9 +102,12 @@ class WorkersSection:
                 "must be 1 in local mode",
             )
         if self.cpus_per_worker is not None:
-            check(self.cpus_per_worker > 0, "cpus_per_worker", self.cpus_per_worker, "must be > 0")
+            cpus = self.cpus_per_worker
+            check(cpus > 0, "cpus_per_worker", cpus, "must be > 0")
         if self.gpus_per_worker is not None:
-            check(self.gpus_per_worker >= 0, "gpus_per_worker", self.gpus_per_worker, "must be >= 0")
+            check(
+                self.gpus_per_worker >= 0, "gpus_per_worker", self.gpus_per_worker, "must be >= 0"
+            )
 
     @property
     def num_expert_ranks(self) -> int:
@@ -146,7 +151,9 @@ class EngineSection:
             f"must be at least max_num_seqs ({self.max_num_seqs})",
         )
         if self.kv_cache_bytes is not None:
-            check(self.kv_cache_bytes > 0, "kv_cache_bytes", self.kv_cache_bytes, "must be positive")
+            check(
+                self.kv_cache_bytes > 0, "kv_cache_bytes", self.kv_cache_bytes, "must be positive"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,1 @@
+"""What ``RESULTS.md`` is made with. May import every package and, for its base line, transformers."""

@@ -1,0 +1,245 @@
+"""The engine stream: one bidirectional gRPC stream for each gateway replica.
+
+The server runs an asyncio loop in a thread of its own; the engine loop runs in another. They meet
+in two places only: ``Inbox`` (requests and aborts on their way in) and ``EngineServer.publish``
+(one message per step and gateway on its way out).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import grpc
+
+from protos import engine_pb2 as pb
+from protos import engine_pb2_grpc
+from workers.request import Request, StepOutput
+from workers.wire import request_from_wire, step_to_wire
+
+logger = logging.getLogger(__name__)
+
+MAX_STEPS_BEHIND = 4096
+"""Step messages that may wait for one gateway; a gateway further behind loses its stream."""
+HELLO_TIMEOUT_S = 5.0
+"""Time that a new stream has to say who it is."""
+START_TIMEOUT_S = 10.0
+"""Time that the server thread has to come up or to end."""
+_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class AddRequest:
+    """A gateway hands a request over."""
+
+    gateway: str
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequest:
+    """A gateway no longer wants a request, or some of its choices (none named: all)."""
+
+    gateway: str
+    request_id: str
+    choices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayGone:
+    """A gateway's stream ended: nobody waits for its requests any more."""
+
+    gateway: str
+
+
+Command = AddRequest | AbortRequest | GatewayGone
+
+
+class Inbox:
+    """Commands from the streams to the engine loop; ``wake`` is called after each."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._commands: deque[Command] = deque()
+        self._wake = wake
+
+    def put(self, command: Command) -> None:
+        """Add a command (any thread)."""
+        self._commands.append(command)
+        self._wake()
+
+    def take(self) -> list[Command]:
+        """All commands that wait now (engine loop only)."""
+        taken = []
+        with contextlib.suppress(IndexError):
+            while True:
+                taken.append(self._commands.popleft())
+        return taken
+
+
+class _GatewayStream:
+    """What is on its way to one gateway."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.queue: asyncio.Queue[pb.FromEngine | None] = asyncio.Queue(MAX_STEPS_BEHIND)
+
+    def put(self, message: pb.FromEngine) -> bool:
+        """Queue a message; False when the gateway is too far behind."""
+        try:
+            self.queue.put_nowait(message)
+        except asyncio.QueueFull:
+            return False
+        return True
+
+    def close(self) -> None:
+        """End the stream after what is queued; what does not fit any more is dropped with it."""
+        while True:
+            try:
+                self.queue.put_nowait(None)
+                return
+            except asyncio.QueueFull:
+                self.queue.get_nowait()
+
+
+class EngineServer(engine_pb2_grpc.EngineServicer):
+    """Serves ``expertmesh.v1.Engine`` on a free port of ``host``.
+
+    Args:
+        host: interface to bind to.
+        token: cluster token that every stream must open with.
+        inbox: where requests and aborts go.
+        hello: builds the answer to a gateway's hello, with the model's limits.
+    """
+
+    def __init__(
+        self, host: str, token: str, inbox: Inbox, hello: Callable[[], pb.EngineHello]
+    ) -> None:
+        self._host = host
+        self._token = token
+        self._inbox = inbox
+        self._hello = hello
+        self._streams: dict[str, _GatewayStream] = {}
+        self._numbers = itertools.count()
+        self._loop = asyncio.new_event_loop()
+        self._started = threading.Event()
+        self._port = 0
+        self._thread = threading.Thread(target=self._run, name="engine-server", daemon=True)
+        self._stopping = asyncio.Event()
+
+    def start(self) -> str:
+        """Bind and serve; returns ``host:port``. Raises ``OSError`` when that fails."""
+        self._thread.start()
+        if not self._started.wait(START_TIMEOUT_S) or not self._port:
+            raise OSError(f"the engine stream could not be served on {self._host}")
+        return f"{self._host}:{self._port}"
+
+    def publish(self, gateway: str, step: StepOutput) -> None:
+        """Send a step's news to one gateway (any thread). A gateway that is gone is ignored."""
+        message = pb.FromEngine(step=step_to_wire(step))
+        self._call_soon(self._put, gateway, message)
+
+    def close_streams(self) -> None:
+        """End every gateway's stream (any thread): this worker may no longer serve."""
+        self._call_soon(self._close_all)
+
+    def stop(self) -> None:
+        """End the server and its thread."""
+        self._call_soon(self._stopping.set)
+        self._thread.join(START_TIMEOUT_S)
+
+    async def Stream(
+        self,
+        request_iterator: AsyncIterator[pb.ToEngine],
+        context: grpc.aio.ServicerContext[pb.ToEngine, pb.FromEngine],
+    ) -> AsyncIterator[pb.FromEngine]:
+        """One gateway's stream, from its hello to its end."""
+        hello = await self._authenticate(request_iterator, context)
+        name = f"{hello.gateway}#{next(self._numbers)}"
+        stream = _GatewayStream(name)
+        self._streams[name] = stream
+        reader = asyncio.create_task(self._read(request_iterator, stream))
+        try:
+            yield pb.FromEngine(hello=self._hello())
+            while (message := await stream.queue.get()) is not None:
+                yield message
+        finally:
+            reader.cancel()
+            self._streams.pop(name, None)
+            self._inbox.put(GatewayGone(name))
+
+    async def _authenticate(
+        self,
+        messages: AsyncIterator[pb.ToEngine],
+        context: grpc.aio.ServicerContext[pb.ToEngine, pb.FromEngine],
+    ) -> pb.Hello:
+        try:
+            first = await asyncio.wait_for(anext(messages), HELLO_TIMEOUT_S)
+        except (TimeoutError, StopAsyncIteration):
+            first = pb.ToEngine()
+        if not hmac.compare_digest(first.hello.token.encode(), self._token.encode()):
+            logger.warning("engine stream from %s refused: no valid hello", context.peer())
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a hello must come first")
+        return first.hello
+
+    async def _read(self, messages: AsyncIterator[pb.ToEngine], stream: _GatewayStream) -> None:
+        try:
+            async for message in messages:
+                self._take(message, stream)
+        finally:
+            stream.close()
+
+    def _take(self, message: pb.ToEngine, stream: _GatewayStream) -> None:
+        kind = message.WhichOneof("message")
+        if kind == "request":
+            request = request_from_wire(message.request)
+            self._inbox.put(AddRequest(stream.name, request))
+        elif kind == "abort":
+            abort = message.abort
+            self._inbox.put(AbortRequest(stream.name, abort.request_id, tuple(abort.choices)))
+        elif kind == "ping":
+            stream.put(pb.FromEngine(pong=message.ping))
+
+    def _put(self, gateway: str, message: pb.FromEngine) -> None:
+        stream = self._streams.get(gateway)
+        if stream is not None and not stream.put(message):
+            logger.warning("%s is %d steps behind: stream closed", gateway, MAX_STEPS_BEHIND)
+            stream.close()
+
+    def _close_all(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+
+    def _call_soon(self, function: Callable[..., object], *arguments: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._serve())
+        finally:
+            self._started.set()
+            self._loop.close()
+
+    async def _serve(self) -> None:
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        engine_pb2_grpc.add_EngineServicer_to_server(self, server)
+        self._port = server.add_insecure_port(f"{self._host}:0")
+        await server.start()
+        self._started.set()
+        await self._stopping.wait()
+        self._close_all()
+        await server.stop(grace=0.5)
