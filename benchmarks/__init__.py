@@ -1,1 +1,1 @@
-"""What ``RESULTS.md`` is made with. May import every package and, for its base line, transformers."""
+"""What ``RESULTS.md`` is made with. May import every package, and transformers as a base line."""

@@ -1,1 +1,4 @@
-"""The .proto contracts of package expertmesh.v1 and their generated stubs. Imports nothing of ours."""
+"""The .proto contracts of package expertmesh.v1 and their generated stubs.
+
+Imports nothing of ours.
+"""

@@ -1,1 +1,5 @@
-"""The engine and the Ray actors around it. Only attention_worker, expert_worker and engine_server import Ray."""
+"""The engine, and the Ray actors around it.
+
+Only ``attention_worker`` and ``expert_worker`` import Ray; the rest is torch over the leaves of
+``cluster``.
+"""

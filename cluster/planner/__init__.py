@@ -1,1 +1,4 @@
-"""Pure placement planners: expert load in, placement out. Imports the cluster leaves and numpy only."""
+"""Pure placement planners: expert load in, placement out.
+
+Imports the cluster leaves and numpy only.
+"""

@@ -1,1 +1,4 @@
-"""One module per model family: config, tensors, attention, router, expert banks. Imports torch and the engine's building blocks."""
+"""One module per model family: config, tensors, attention, router, expert banks.
+
+Imports torch and the engine's building blocks.
+"""
