@@ -1,0 +1,134 @@
+"""Which copy of an expert serves a row: the placement's maps as lookup tables.
+
+Decode rows take the one copy that the epoch's decode table names. Prefill rows are spread over the
+copies by the plan's split weights: a fixed integer hash of (row, expert) picks one, so the same
+row picks the same copy again after a retry, on every platform.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cluster.errors import ProtocolError
+from cluster.placement import FREE_SLOT, BankPlacement
+
+_SCALE = 1 << 32
+"""Split weights are compared with 32 bits of the hash."""
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same bits."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+_MUL_1 = _signed(0xBF58476D1CE4E5B9)
+_MUL_2 = _signed(0x94D049BB133111EB)
+_STEP = _signed(0x9E3779B97F4A7C15)
+
+
+def mix64(values: Tensor) -> Tensor:
+    """A bijective hash of int64 values (wrapping arithmetic, the same on every device).
+
+    Source: the finaliser of splitmix64 (Steele, Lea, Flood 2014).
+    """
+    mixed = values + _STEP
+    mixed = (mixed ^ _shift_right(mixed, 30)) * _MUL_1
+    mixed = (mixed ^ _shift_right(mixed, 27)) * _MUL_2
+    return mixed ^ _shift_right(mixed, 31)
+
+
+def _shift_right(values: Tensor, bits: int) -> Tensor:
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def sequence_key(request_id: str, choice: int) -> int:
+    """An int64 that stands for one choice of one request, the same in every process."""
+    digest = hashlib.blake2b(f"{request_id}|{choice}".encode(), digest_size=8).digest()
+    return _signed(int.from_bytes(digest, "big"))
+
+
+def row_keys(sequence_keys: Tensor, positions: Tensor) -> Tensor:
+    """``BatchRows.row_key`` of rows: both [T] int64 -> [T] int64."""
+    return mix64(sequence_keys ^ (positions * _STEP))
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTables:
+    """The copies of one bank's experts. Row ``num_experts`` (= index -1) stands for "no expert"."""
+
+    decode_slots: Tensor
+    """[ranks, experts + 1] int32: slot that serves decode rows on a rank, -1 for none there."""
+    copy_rank: Tensor
+    """[experts + 1, copies] int32: place of the copy's rank in the list of ranks, -1 for none."""
+    copy_slot: Tensor
+    """[experts + 1, copies] int32: expert slot of the copy."""
+    thresholds: Tensor
+    """[experts + 1, copies] int64: upper ends of the copies' shares of the 32-bit hash."""
+    has_choice: bool
+    """False: every row of an expert goes to the same copy, prefill or decode."""
+
+    @classmethod
+    def build(
+        cls, bank: BankPlacement, device_index: Mapping[int, int], device: torch.device
+    ) -> CopyTables:
+        """Tables of ``bank``; ``device_index`` is placement device -> place in the list of ranks.
+
+        Raises ``ProtocolError`` when a device that holds a copy is not among the ranks.
+        """
+        copies = [bank.logical_to_physical(e) for e in range(bank.num_experts)]
+        missing = {d for c in copies for d, _ in c} - set(device_index)
+        if missing:
+            raise ProtocolError(
+                f"placement of bank {bank.bank} layer {bank.layer} uses device {min(missing)}, "
+                "which no member of the generation has"
+            )
+        width = max(len(c) for c in copies)
+        decode = torch.full((len(device_index), bank.num_experts + 1), -1, dtype=torch.int32)
+        rank = torch.full((bank.num_experts + 1, width), -1, dtype=torch.int32)
+        slot = torch.full((bank.num_experts + 1, width), -1, dtype=torch.int32)
+        ends = torch.full((bank.num_experts + 1, width), _SCALE, dtype=torch.int64)
+        has_choice = False
+        for expert, places in enumerate(copies):
+            total = 0.0
+            for i, (at, s) in enumerate(places):
+                total += bank.split[at][s]
+                rank[expert, i] = device_index[at]
+                slot[expert, i] = s
+                ends[expert, i] = _SCALE if i + 1 == len(places) else round(total * _SCALE)
+                if at == bank.decode_device[expert]:
+                    decode[device_index[at], expert] = s
+            has_choice |= len(places) > 1
+        return cls(
+            decode_slots=decode.to(device),
+            copy_rank=rank.to(device),
+            copy_slot=slot.to(device),
+            thresholds=ends.to(device),
+            has_choice=has_choice,
+        )
+
+    def slots(self, topk_ids: Tensor, is_prefill: Tensor, row_key: Tensor, spread: bool) -> Tensor:
+        """Expert slot of every (rank, row, top-k slot), -1 where the pair is not for that rank.
+
+        topk_ids [T, k] int64 (-1 for none), is_prefill [T] bool, row_key [T] int64
+        -> [ranks, T, k] int32. ``spread`` False says that no row is a prefill row.
+        """
+        fixed = self.decode_slots[:, topk_ids]
+        if not (spread and self.has_choice):
+            return fixed
+        share = mix64(row_key.unsqueeze(1) + topk_ids * _STEP) & (_SCALE - 1)
+        copy = (share.unsqueeze(2) >= self.thresholds[topk_ids]).sum(2)
+        rank = self.copy_rank[topk_ids, copy]
+        slot = self.copy_slot[topk_ids, copy]
+        ranks = torch.arange(len(fixed), dtype=torch.int32, device=fixed.device)
+        chosen = torch.where(rank == ranks.view(-1, 1, 1), slot, -1)
+        return torch.where(is_prefill.view(1, -1, 1), chosen, fixed)
+
+
+def filled_slots(bank: BankPlacement, device: int) -> tuple[bool, ...]:
+    """``[expert slot]`` -> whether the slot of that placement device holds an expert."""
+    return tuple(expert != FREE_SLOT for expert in bank.physical_to_logical[device])

@@ -1,0 +1,233 @@
+"""The step header and the leader's policy: who may run how many rows in which step.
+
+After each step every attention rank proposes what it wants for the next one; the leader (the
+lowest attention rank) decides alone and publishes one header to all ranks. This module is pure:
+values in, values out, and a fixed binary form (big-endian) for the wire.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from cluster.errors import ProtocolError
+
+_PROPOSAL: Final = struct.Struct("!IQHII")
+_HEADER: Final = struct.Struct("!IQIIBBHIH")
+_GRANT: Final = struct.Struct("!HII")
+MAX_ROWS: Final = 1 << 24
+"""Rows that one rank can name in a proposal or be granted; more is not one of ours."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepProposal:
+    """What one attention rank wants to run in one step."""
+
+    generation: int
+    """Generation it speaks of."""
+    step: int
+    """Step it is for; a later proposal for the same step replaces this one."""
+    rank: int
+    """Attention rank."""
+    decode_rows: int
+    """Rows of running sequences, one token each."""
+    prefill_rows: int
+    """Prompt rows it could run."""
+
+    def encode(self) -> bytes:
+        """Fixed binary form."""
+        return _PROPOSAL.pack(
+            self.generation, self.step, self.rank, self.decode_rows, self.prefill_rows
+        )
+
+    @classmethod
+    def decode(cls, data: bytes | bytearray | memoryview) -> StepProposal:
+        """Inverse of ``encode``. Raises ``ProtocolError`` on a wrong length or value."""
+        _check_length("step proposal", data, _PROPOSAL.size)
+        generation, step, rank, decode_rows, prefill_rows = _PROPOSAL.unpack(data)
+        _check_rows("step proposal", decode_rows, prefill_rows)
+        return cls(
+            generation=generation,
+            step=step,
+            rank=rank,
+            decode_rows=decode_rows,
+            prefill_rows=prefill_rows,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grant:
+    """Rows that one attention rank runs in a step."""
+
+    decode_rows: int = 0
+    """Rows of running sequences."""
+    prefill_rows: int = 0
+    """Prompt rows."""
+
+    @property
+    def num_rows(self) -> int:
+        """All rows."""
+        return self.decode_rows + self.prefill_rows
+
+
+_NO_GRANT = Grant()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepHeader:
+    """The leader's decision on one step: the same on every rank."""
+
+    generation: int
+    """Generation of the step."""
+    step: int
+    """Global step number: tags messages, grows over generations."""
+    epoch: int
+    """Placement epoch that the step runs in."""
+    oldest_epoch: int
+    """Oldest placement epoch that may still run; older weights may be overwritten."""
+    grants: tuple[tuple[int, Grant], ...]
+    """(attention rank, rows) of all attention ranks, by rank."""
+    num_micro_batches: int = 1
+    """1 or 2; micro-batch 0 takes the first ceil(n/2) rows of each rank."""
+    exact: bool = False
+    """True: edges carry only the rows that are needed; False: every edge carries all rows."""
+    bucket: int = 1
+    """Next power of two of the most rows of any rank: the shape of a captured graph."""
+    flags: int = 0
+    """Reserved, 0."""
+
+    def grant(self, rank: int) -> Grant:
+        """Rows of one attention rank; none for a rank that the header does not name."""
+        return next((g for r, g in self.grants if r == rank), _NO_GRANT)
+
+    def rows(self, rank: int, micro_batch: int) -> int:
+        """Rows of one attention rank in one micro-batch."""
+        total = self.grant(rank).num_rows
+        first = total if self.num_micro_batches == 1 else -(-total // 2)
+        return first if micro_batch == 0 else total - first
+
+    def encode(self) -> bytes:
+        """Fixed binary form."""
+        head = _HEADER.pack(
+            self.generation,
+            self.step,
+            self.epoch,
+            self.oldest_epoch,
+            self.num_micro_batches,
+            self.exact,
+            self.flags,
+            self.bucket,
+            len(self.grants),
+        )
+        grants = (_GRANT.pack(r, g.decode_rows, g.prefill_rows) for r, g in self.grants)
+        return head + b"".join(grants)
+
+    @classmethod
+    def decode(cls, data: bytes | bytearray | memoryview) -> StepHeader:
+        """Inverse of ``encode``. Raises ``ProtocolError`` on a wrong length or value."""
+        if len(data) < _HEADER.size:
+            raise ProtocolError(f"step header of {len(data)} bytes: at least {_HEADER.size}")
+        fields = _HEADER.unpack(data[: _HEADER.size])
+        generation, step, epoch, oldest, num_micro_batches, exact, flags, bucket, count = fields
+        _check_length("step header", data, _HEADER.size + count * _GRANT.size)
+        grants = tuple(
+            (rank, Grant(decode_rows=d, prefill_rows=p))
+            for rank, d, p in _GRANT.iter_unpack(data[_HEADER.size :])
+        )
+        header = cls(
+            generation=generation,
+            step=step,
+            epoch=epoch,
+            oldest_epoch=oldest,
+            grants=grants,
+            num_micro_batches=num_micro_batches,
+            exact=bool(exact),
+            bucket=bucket,
+            flags=flags,
+        )
+        _check_header(header, exact)
+        return header
+
+
+def decide_header(
+    proposals: Mapping[int, StepProposal],
+    *,
+    ranks: Iterable[int],
+    generation: int,
+    step: int,
+    epoch: int,
+    oldest_epoch: int,
+    max_prefill_rows: int,
+    num_micro_batches: int = 1,
+) -> StepHeader | None:
+    """The leader's policy: the header of ``step``, or None as long as there is nothing to run.
+
+    ``proposals`` by attention rank, ``ranks`` are all attention ranks of the generation. Decode
+    rows are always granted. Prefill rows are capped at ``max_prefill_rows`` over all ranks; the
+    rank that is served first moves on with the step number, so that none starves.
+
+        4 ranks want 300 prefill rows each, cap 512, step 6: rank 2 gets 300, rank 3 gets 212
+    """
+    order = sorted(ranks)
+    if any(rank not in proposals for rank in order):
+        return None
+    if not any(proposals[r].decode_rows or proposals[r].prefill_rows for r in order):
+        return None
+    left = max_prefill_rows
+    prefill: dict[int, int] = {}
+    for i in range(len(order)):
+        rank = order[(step + i) % len(order)]
+        prefill[rank] = min(proposals[rank].prefill_rows, left)
+        left -= prefill[rank]
+    grants = tuple(
+        (r, Grant(decode_rows=proposals[r].decode_rows, prefill_rows=prefill[r])) for r in order
+    )
+    most = max(g.num_rows for _, g in grants)
+    return StepHeader(
+        generation=generation,
+        step=step,
+        epoch=epoch,
+        oldest_epoch=oldest_epoch,
+        grants=grants,
+        num_micro_batches=num_micro_batches if most > 1 else 1,
+        exact=any(g.prefill_rows for _, g in grants),
+        bucket=bucket_of(most),
+    )
+
+
+def bucket_of(num_rows: int) -> int:
+    """Next power of two, 1 for no rows."""
+    return 1 << max(num_rows - 1, 0).bit_length()
+
+
+def _check_length(what: str, data: bytes | bytearray | memoryview, length: int) -> None:
+    if len(data) != length:
+        raise ProtocolError(f"{what} of {len(data)} bytes: must be {length}")
+
+
+def _check_rows(what: str, *counts: int) -> None:
+    for rows in counts:
+        if rows > MAX_ROWS:
+            raise ProtocolError(f"{what} names {rows} rows: at most {MAX_ROWS}")
+
+
+def _check_header(header: StepHeader, exact: int) -> None:
+    ranks = [rank for rank, _ in header.grants]
+    most = 0
+    for _, grant in header.grants:
+        _check_rows("step header", grant.decode_rows, grant.prefill_rows)
+        most = max(most, grant.num_rows)
+    rules = (
+        (bool(ranks), "grants must name a rank"),
+        (ranks == sorted(set(ranks)), "grants must be sorted by rank"),
+        (header.num_micro_batches in (1, 2), "num_micro_batches must be 1 or 2"),
+        (exact in (0, 1), "exact must be 0 or 1"),
+        (header.flags == 0, "flags must be 0"),
+        (header.oldest_epoch <= header.epoch, "oldest_epoch must not exceed epoch"),
+        (header.bucket == bucket_of(most), f"bucket must be {bucket_of(most)}"),
+    )
+    for ok, rule in rules:
+        if not ok:
+            raise ProtocolError(f"step header {header.step}: {rule}")

@@ -1,0 +1,42 @@
+"""The weighted sum over a token's experts: one function for local, home and expert side.
+
+The order of additions is part of the result, so it is fixed: in float32, pair after pair in the
+order given (for us always row-major, slot order within a row), starting from zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def weighted_sum(
+    outputs: Tensor,
+    weights: Tensor,
+    pair_row: Tensor,
+    num_rows: int,
+    float32_weights: bool,
+) -> Tensor:
+    """Sum of weight x output over the pairs of each row.
+
+    outputs [P, D] model dtype, weights [P] float32, pair_row [P] int64 and not decreasing
+    -> [num_rows, D] float32, zeros for a row without pairs. The product is made in the promoted
+    dtype: weights are cast to the model dtype first unless ``float32_weights``.
+    """
+    factors = weights if float32_weights else weights.to(outputs.dtype)
+    products = (outputs * factors.unsqueeze(1)).float()
+    if products.device.type == "cpu":
+        total = torch.zeros(num_rows, outputs.shape[1])
+        return total.index_add_(0, pair_row, products)
+    return _sum_by_position(products, pair_row, num_rows)
+
+
+def _sum_by_position(products: Tensor, pair_row: Tensor, num_rows: int) -> Tensor:
+    """The same order of additions on a device whose ``index_add_`` adds in any order."""
+    total = torch.zeros(num_rows, products.shape[1], device=products.device)
+    counts = torch.bincount(pair_row, minlength=num_rows)
+    starts = counts.cumsum(0) - counts
+    for position in range(int(counts.max()) if num_rows else 0):  # device-to-host sync
+        rows = (counts > position).nonzero().squeeze(1)
+        total[rows] += products[starts[rows] + position]
+    return total
