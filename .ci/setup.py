@@ -1,0 +1,221 @@
+"""Make the virtual environment: ``make setup`` and ``make test`` run this with a system Python.
+
+Standard library only. Installs the pinned packages of constraints.txt with pip, the CPU build of
+torch where there is no NVIDIA GPU, and expertmesh itself in editable form. A stamp file is written
+last, so that a failed or interrupted run is simply begun again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+INDEX_TIMEOUT_S = 3.0
+PROGRESS_INTERVAL_S = 5.0
+# Megabytes of the pinned wheels for Linux on x86-64, without torch.
+PACKAGES_MB = {"run": 160, "test": 210}
+TORCH_CPU_MB = 190
+TORCH_CUDA_MB = 2900
+LOG_LINES_ON_FAILURE = 15
+
+
+class SetupError(Exception):
+    """The environment cannot be made; the text is all that the user is told."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TorchSource:
+    """Where torch comes from."""
+
+    megabytes: int
+    """Approximate download, 0 for a wheel on this machine."""
+    words: str
+    """The build, for people."""
+    pip_args: tuple[str, ...] | None
+    """Arguments of a pip call of its own; None leaves torch to the call for all packages."""
+
+
+def say(text: str) -> None:
+    """One line to the user; stdout stays free for the ready line of ``make serve``."""
+    sys.stderr.write(f"expertmesh setup: {text}\n")
+    sys.stderr.flush()
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the driver shows a device."""
+    return shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
+
+
+def index_answers(url: str, timeout_s: float) -> bool:
+    """Whether the index lists torch within ``timeout_s``, name resolution included."""
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(f"{url.rstrip('/')}/torch/", timeout=timeout_s) as reply:
+                answers.append(b".whl" in reply.read(65536))
+        except (OSError, ValueError, urllib.error.URLError):
+            answers.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return answers == [True]
+
+
+def find_torch(pip: Sequence[str], index: str, requirement: str) -> TorchSource:
+    """Decide between PyTorch's CPU index and what pip resolves."""
+    if has_nvidia_gpu():
+        return TorchSource(megabytes=TORCH_CUDA_MB, words="CUDA build", pip_args=None)
+    if sys.platform == "linux" and index_answers(index, INDEX_TIMEOUT_S):
+        args = ("--no-deps", "--index-url", index, requirement)
+        return TorchSource(megabytes=TORCH_CPU_MB, words="CPU build", pip_args=args)
+    url = _resolved_url(pip, requirement)
+    if url.startswith("file:"):
+        return TorchSource(megabytes=0, words="wheel on this machine", pip_args=None)
+    if sys.platform == "linux" and "cpu" not in url:
+        words = "default build: PyTorch's CPU index does not answer"
+        return TorchSource(megabytes=TORCH_CUDA_MB, words=words, pip_args=None)
+    return TorchSource(megabytes=TORCH_CPU_MB, words="CPU build", pip_args=None)
+
+
+def _resolved_url(pip: Sequence[str], requirement: str) -> str:
+    command = [*pip, "install", "--quiet", "--dry-run", "--no-deps", "--report", "-", requirement]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return str(json.loads(done.stdout)["install"][0]["download_info"]["url"])
+    except (subprocess.SubprocessError, ValueError, LookupError):
+        return ""
+
+
+def run_pip(pip: Sequence[str], args: Sequence[str], venv: Path) -> None:
+    """Install, with pip's own bars on a terminal, else with a line every few seconds.
+
+    Raises ``SetupError`` with the last lines of the log.
+    """
+    on_terminal = sys.stderr.isatty()
+    log = venv / "setup.log"
+    command = [*pip, "install", *args]
+    with log.open("ab") as sink:
+        output = sys.stderr.fileno() if on_terminal else sink.fileno()
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        try:
+            status = child.wait() if on_terminal else _wait_with_lines(child, log)
+        except BaseException:
+            child.terminate()
+            raise
+    if status != 0:
+        lines = [] if on_terminal else log.read_text(errors="replace").splitlines()
+        raise SetupError("\n".join([*lines[-LOG_LINES_ON_FAILURE:], "pip failed, see above"]))
+
+
+def _wait_with_lines(child: subprocess.Popen[bytes], log: Path) -> int:
+    started = time.monotonic()
+    while True:
+        try:
+            return child.wait(timeout=PROGRESS_INTERVAL_S)
+        except subprocess.TimeoutExpired:
+            say(f"installing, {time.monotonic() - started:.0f} s{_last_download(log)}")
+
+
+def _last_download(log: Path) -> str:
+    found = re.findall(
+        r"^\s*(?:Downloading|Using cached) (\S+)", log.read_text(errors="replace"), re.M
+    )
+    if not found:
+        return ""
+    name = str(found[-1]).rsplit("/", 1)[-1].split("-")[0]
+    return f", {len(found)} packages fetched, last {name}"
+
+
+def make_venv(venv: Path) -> Path:
+    """Create the environment unless a working one is there; its Python."""
+    python = venv / "bin" / "python"
+    probe = [str(python), "-c", "import pip, sys; sys.exit(sys.version_info < (3, 11))"]
+    if not python.exists() or subprocess.run(probe, capture_output=True).returncode != 0:
+        say(f"making {venv.name} with Python {sys.version.split()[0]}")
+        command = [sys.executable, "-m", "venv", "--clear", str(venv)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SetupError(f"{' '.join(command)} failed: {done.stdout}{done.stderr}".strip())
+    return python
+
+
+def digest(extra: str) -> str:
+    """What the stamp of a finished installation holds."""
+    content = hashlib.sha256(f"{extra} {ROOT}".encode())
+    for name in ("pyproject.toml", "constraints.txt"):
+        content.update((ROOT / name).read_bytes())
+    return content.hexdigest()
+
+
+def install(extra: str, venv: Path, index: str) -> None:
+    """Bring ``venv`` up to date for ``extra`` (``run``, or ``test`` for everything)."""
+    pip = [str(make_venv(venv)), "-m", "pip", "--disable-pip-version-check"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    pinned = (ROOT / "constraints.txt").read_text().split()
+    torch = next(line for line in pinned if line.startswith("torch=="))
+    wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    if extra == "test":
+        wanted += project["project"]["optional-dependencies"]["test"]
+    source = find_torch(pip, index, torch)
+    total = PACKAGES_MB[extra] + source.megabytes
+    say(f"downloading about {total} MB, of that torch {source.megabytes} MB ({source.words})")
+    if source.pip_args is not None:
+        run_pip(pip, source.pip_args, venv)
+    run_pip(pip, ["--constraint", str(ROOT / "constraints.txt"), *wanted], venv)
+    run_pip(pip, ["--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)], venv)
+
+
+def main() -> int:
+    """Entry point; the exit status."""
+    parser = argparse.ArgumentParser(description="Make the virtual environment.")
+    parser.add_argument("extra", choices=("run", "test"))
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
+    parser.add_argument("--torch-cpu-index", required=True)
+    args = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    venv = args.venv.absolute()
+    with Path(__file__).open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two makes at once: the second finds the work done
+        try:
+            _install_once(args.extra, venv, args.torch_cpu_index)
+        except SetupError as err:
+            say(str(err))
+            return 1
+        except KeyboardInterrupt:
+            say("interrupted; the next run begins again")
+            return 130
+    return 0
+
+
+def _install_once(extra: str, venv: Path, index: str) -> None:
+    stamp = venv / f".stamp-{extra}"
+    if not stamp.exists() or stamp.read_text() != digest(extra):
+        stamp.unlink(missing_ok=True)
+        started = time.monotonic()
+        install(extra, venv, index)
+        say(f"ready after {time.monotonic() - started:.0f} s")
+    for name in ("run", "test") if extra == "test" else ("run",):
+        (venv / f".stamp-{name}").write_text(digest(name))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
