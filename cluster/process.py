@@ -1,0 +1,53 @@
+"""Processes by id, safe against ids that were given out again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+
+import psutil
+
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessIdentity:
+    """One process on one host."""
+
+    pid: int
+    """Process id."""
+    started_at: float
+    """Its start, in seconds since 1970 as the kernel gives it."""
+
+
+def describe_self(_owner: object = None) -> ProcessIdentity:
+    """The calling process. The argument lets Ray call it on an actor."""
+    return ProcessIdentity(pid=os.getpid(), started_at=psutil.Process().create_time())
+
+
+def is_running(process: ProcessIdentity) -> bool:
+    """Whether the very process still runs (a zombie does not)."""
+    try:
+        found = psutil.Process(process.pid)
+        same = abs(found.create_time() - process.started_at) < 1.0
+        return same and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill_process(process: ProcessIdentity) -> None:
+    """SIGKILL, also to a stopped process; nothing when it is gone already."""
+    if is_running(process):
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def wait_gone(process: ProcessIdentity, limit_s: float) -> bool:
+    """Wait until the process has ended; False when it has not within ``limit_s``."""
+    deadline = time.monotonic() + limit_s
+    while is_running(process):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True

@@ -1,0 +1,86 @@
+"""States of the cluster and of one worker, and which may follow which.
+
+    STARTING ──▶ SERVING ◀──▶ RECOVERING ◀──▶ DEGRADED
+        └──────────┴── any ──────┴───────────────┘
+                     ▼
+                 DRAINING ──▶ STOPPED
+
+A start is all or nothing: STARTING goes to SERVING or, through DRAINING, to STOPPED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+
+
+class ClusterState(Enum):
+    """What the whole cluster is doing."""
+
+    STARTING = "STARTING"
+    """Workers are placed and load; nothing is served yet."""
+    SERVING = "SERVING"
+    """A generation of all desired workers runs."""
+    DEGRADED = "DEGRADED"
+    """Less than desired: fewer workers, or (``experts_complete`` false) experts without a copy."""
+    RECOVERING = "RECOVERING"
+    """The survivors form a new generation; requests wait."""
+    DRAINING = "DRAINING"
+    """Workers are being ended."""
+    STOPPED = "STOPPED"
+    """No worker is left."""
+
+
+class WorkerState(Enum):
+    """What one worker is doing."""
+
+    STARTING = "STARTING"
+    """Its process was asked for; it has not called yet."""
+    LOADING = "LOADING"
+    """It is registered and reads weights."""
+    READY = "READY"
+    """Weights are in memory; it is in no running generation."""
+    SERVING = "SERVING"
+    """It takes part in the running generation."""
+    LOST = "LOST"
+    """It is gone, or declared so; it never comes back under this name."""
+
+
+_CLUSTER_NEXT: Mapping[ClusterState, frozenset[ClusterState]] = {
+    ClusterState.STARTING: frozenset({ClusterState.SERVING, ClusterState.DRAINING}),
+    ClusterState.SERVING: frozenset(
+        {ClusterState.RECOVERING, ClusterState.DEGRADED, ClusterState.DRAINING}
+    ),
+    ClusterState.DEGRADED: frozenset({ClusterState.RECOVERING, ClusterState.DRAINING}),
+    ClusterState.RECOVERING: frozenset(
+        {ClusterState.SERVING, ClusterState.DEGRADED, ClusterState.DRAINING}
+    ),
+    ClusterState.DRAINING: frozenset({ClusterState.STOPPED}),
+    ClusterState.STOPPED: frozenset(),
+}
+
+_WORKER_NEXT: Mapping[WorkerState, frozenset[WorkerState]] = {
+    WorkerState.STARTING: frozenset({WorkerState.LOADING, WorkerState.LOST}),
+    WorkerState.LOADING: frozenset({WorkerState.READY, WorkerState.LOST}),
+    WorkerState.READY: frozenset({WorkerState.SERVING, WorkerState.LOST}),
+    WorkerState.SERVING: frozenset({WorkerState.READY, WorkerState.LOST}),
+    WorkerState.LOST: frozenset(),
+}
+
+
+class IllegalTransitionError(AssertionError):
+    """A state was to follow one that it cannot follow: a mistake in our own code."""
+
+
+def next_cluster_state(old: ClusterState, new: ClusterState) -> ClusterState:
+    """``new``, when it may follow ``old``. Raises ``IllegalTransitionError``."""
+    if new not in _CLUSTER_NEXT[old]:
+        raise IllegalTransitionError(f"cluster: {old.value} -> {new.value}")
+    return new
+
+
+def next_worker_state(old: WorkerState, new: WorkerState) -> WorkerState:
+    """``new``, when it may follow ``old``. Raises ``IllegalTransitionError``."""
+    if new not in _WORKER_NEXT[old]:
+        raise IllegalTransitionError(f"worker: {old.value} -> {new.value}")
+    return new

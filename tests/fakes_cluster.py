@@ -1,0 +1,160 @@
+"""A controller with workers that exist only as records: what is sent to them is kept."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TypeVar
+
+from cluster.control_frames import (
+    ControlFrame,
+    GenerationReady,
+    Heartbeat,
+    NewGeneration,
+    Register,
+    RunGeneration,
+    WorkerReady,
+)
+from cluster.controller import Controller, ControllerSettings
+from cluster.placement import BankShape, ExpertPlacement, contiguous
+from cluster.topology import Generation, Member
+
+FrameT = TypeVar("FrameT", bound=ControlFrame)
+
+BANKS = (
+    BankShape(bank="mlp", layer=0, num_experts=8),
+    BankShape(bank="mlp", layer=1, num_experts=8),
+)
+
+
+def make_members(num_attention: int, num_experts: int) -> tuple[Member, ...]:
+    """Members as the worker group ranks them, before they have called."""
+    attention = [
+        Member(name=f"attention-{i}", role="attention", rank=i) for i in range(num_attention)
+    ]
+    experts = [
+        Member(name=f"expert-{i}", role="expert", rank=i, device=i) for i in range(num_experts)
+    ]
+    return (*attention, *experts)
+
+
+class FakeWorkerGroup:
+    """A ``WorkerLink`` that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.sent: defaultdict[str, list[ControlFrame]] = defaultdict(list)
+        self.ended: list[str] = []
+        self.all_ended_asked = 0
+
+    def send(self, worker: str, frame: ControlFrame) -> None:
+        self.sent[worker].append(frame)
+
+    def end_workers(self, workers: Sequence[str]) -> None:
+        self.ended.extend(workers)
+
+    def end_all(self) -> None:
+        self.all_ended_asked += 1
+
+    def last(self, worker: str, kind: type[FrameT]) -> FrameT | None:
+        """The newest frame of a kind that was sent to a worker."""
+        found = [f for f in self.sent[worker] if isinstance(f, kind)]
+        return found[-1] if found else None
+
+
+class FakeCluster:
+    """A controller, its fake workers and a clock that is moved by hand."""
+
+    def __init__(
+        self,
+        num_attention: int = 1,
+        num_experts: int = 2,
+        *,
+        num_redundant: int = 0,
+        settings: ControllerSettings | None = None,
+    ) -> None:
+        self.now = 100.0
+        self.link = FakeWorkerGroup()
+        self.members = make_members(num_attention, num_experts)
+        self.placement: ExpertPlacement = contiguous(BANKS, num_experts, num_redundant)
+        self.controller = Controller(
+            settings or ControllerSettings(),
+            members=self.members,
+            placement=self.placement,
+            model={"name": "demo", "path": "somewhere"},
+            link=self.link,
+            now=self.now,
+            wall_time_offset_s=1_000_000.0,
+        )
+
+    @property
+    def state(self) -> str:
+        """The cluster's state."""
+        return self.controller.state.value
+
+    def send(self, worker: str, frame: ControlFrame) -> None:
+        """A worker sends a frame."""
+        self.controller.frame(worker, frame, self.now)
+
+    def register(self, worker: str, pid: int = 1) -> None:
+        """A worker calls for the first time."""
+        member = {"name": worker, "pid": pid, "data_address": f"10.0.0.1:{pid}"}
+        self.send(worker, Register(member=member))
+
+    def load_all(self) -> None:
+        """All workers register and have their weights."""
+        for i, member in enumerate(self.members):
+            self.register(member.name, pid=1000 + i)
+        for member in self.members:
+            info = {"max_model_len": 128, "vocab_size": 50} if member.role == "attention" else {}
+            self.send(member.name, WorkerReady(info=info))
+
+    def join(self, worker: str, highest_step: int = 0, highest_epoch: int = 1) -> None:
+        """A worker takes part in the newest generation it was told of."""
+        order = self.link.last(worker, NewGeneration)
+        assert order is not None
+        number = Generation.from_dict(order.generation).number
+        self.send(
+            worker,
+            GenerationReady(
+                generation=number, highest_step=highest_step, highest_epoch=highest_epoch
+            ),
+        )
+
+    def join_all(self, highest_step: int = 0) -> None:
+        """All members of the newest generation take part in it."""
+        for member in self.controller.generation.members:
+            self.join(member.name, highest_step)
+
+    def serve(self) -> None:
+        """The whole start."""
+        self.load_all()
+        self.join_all()
+        assert self.state == "SERVING"
+
+    def beat(
+        self, worker: str, progress: int = 0, idle: bool = True, waiting: bool = False
+    ) -> None:
+        """A worker's heartbeat."""
+        number = self.controller.generation.number
+        self.send(
+            worker,
+            Heartbeat(progress=progress, idle=idle, waiting=waiting, generation=number),
+        )
+
+    def beat_all(self, *but: str) -> None:
+        """Heartbeats of all workers that live, but some."""
+        for record in list(self.controller.workers.values()):
+            if not record.is_lost and record.name not in but:
+                self.beat(record.name)
+
+    def tick(self, seconds: float) -> None:
+        """Time passes, in the controller's small steps."""
+        end = self.now + seconds
+        while self.now < end - 1e-9:
+            self.now += min(0.1, end - self.now)
+            self.controller.tick(self.now)
+
+    def running(self) -> dict[str, RunGeneration]:
+        """The newest run order of each worker that has one."""
+        found = {m.name: self.link.last(m.name, RunGeneration) for m in self.members}
+        return {name: order for name, order in found.items() if order is not None}
