@@ -95,8 +95,20 @@ class Heartbeat(ControlFrame):
     """The loop waits for work, so that a standing ``progress`` is no failure."""
     generation: int
     """Newest generation it follows."""
+    waiting: bool = False
+    """The loop waits for a peer within a step: a standing ``progress`` is the peer's doing."""
     stats: dict[str, float] = field(default_factory=dict)
-    """Gauges and counters by metric name."""
+    """Gauges and counters by metric name; attention workers: kv_blocks_free, kv_blocks_total."""
+    expert_load: dict[str, list[int]] = field(default_factory=dict)
+    """Attention workers: ``"bank:layer"`` -> tokens per logical expert since its start."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeartbeatAck(ControlFrame):
+    """Controller -> worker, answers each heartbeat: it is alive, the lease goes on."""
+
+    term: int
+    """Term of the controller."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +124,8 @@ class StatusReply(ControlFrame):
 
     token: int
     stats: dict[str, float] = field(default_factory=dict)
+    expert_load: dict[str, list[int]] = field(default_factory=dict)
+    """As in ``Heartbeat``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,6 +187,7 @@ FRAMES: dict[str, type[ControlFrame]] = {
         WorkerReady,
         WorkerFailed,
         Heartbeat,
+        HeartbeatAck,
         StatusRequest,
         StatusReply,
         PeerLost,

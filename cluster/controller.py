@@ -1,0 +1,432 @@
+"""The controller's state machine: events in, frames and orders out. No Ray, no sockets, no clock.
+
+The life of a generation:
+
+    all workers ready, or some lost ─▶ NewGeneration to every member ─▶ GenerationReady from all
+        ─▶ RunGeneration(first step above the highest any member saw) ─▶ SERVING or DEGRADED
+
+A further loss on the way starts the next generation. Every method is called from one thread;
+``now`` is in monotonic seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from cluster.control_frames import (
+    ControlFrame,
+    GenerationReady,
+    Heartbeat,
+    HeartbeatAck,
+    LoadProgress,
+    NewGeneration,
+    PeerLost,
+    Register,
+    RunGeneration,
+    Shutdown,
+    StatusReply,
+    StatusRequest,
+    WorkerFailed,
+    WorkerReady,
+)
+from cluster.errors import ProtocolError
+from cluster.failure import (
+    FailureDecision,
+    Outcome,
+    PeerReport,
+    decide,
+    describe_members,
+    find_silent,
+)
+from cluster.generation_round import GenerationRound
+from cluster.history import History
+from cluster.placement import ExpertPlacement
+from cluster.states import ClusterState, WorkerState, next_cluster_state
+from cluster.topology import Generation, Member
+from cluster.worker_record import WorkerRecord
+
+logger = logging.getLogger(__name__)
+
+_MODEL_FACTS = ("model_type", "dtype", "max_model_len", "vocab_size")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControllerSettings:
+    """Limits of the controller."""
+
+    detection_limit_s: float = 2.0
+    """Silence or standstill after which a worker is lost."""
+    confirm_s: float = 0.2
+    """Time in which a worker that a peer has lost may show another cause, before it is lost."""
+    start_limit_s: float = 600.0
+    """Limit for the whole start."""
+    start_silence_s: float = 30.0
+    """As ``detection_limit_s``, while workers start: importing and loading starve other threads."""
+    generation_limit_s: float = 15.0
+    """Limit for a member to take part in a new generation."""
+
+
+class WorkerLink(Protocol):
+    """What the controller acts through."""
+
+    def send(self, worker: str, frame: ControlFrame) -> None:
+        """Send to one worker; nothing happens when it is not connected."""
+
+    def end_workers(self, workers: Sequence[str]) -> None:
+        """End these workers' processes, in the background."""
+
+    def end_all(self) -> None:
+        """End every worker in the background, then call ``Controller.all_ended``."""
+
+
+class Controller:
+    """One cluster's membership, states and recovery."""
+
+    def __init__(
+        self,
+        settings: ControllerSettings,
+        *,
+        members: Sequence[Member],
+        placement: ExpertPlacement,
+        model: Mapping[str, Any],
+        link: WorkerLink,
+        now: float,
+        num_slots: int = 0,
+        term: int = 1,
+        wall_time_offset_s: float = 0.0,
+    ) -> None:
+        """``model`` holds name and path; the workers add the rest.
+
+        ``wall_time_offset_s`` added to ``now`` is the time of day.
+        """
+        self.state = ClusterState.STARTING
+        self.error: str | None = None
+        self.placement = placement
+        self.version = 1
+        self.workers = {
+            m.name: WorkerRecord(member=m, heard_at=now, progress_at=now, num_slots=num_slots)
+            for m in members
+        }
+        self._settings = settings
+        self._link = link
+        self._term = term
+        self._model: dict[str, Any] = {**dict.fromkeys(_MODEL_FACTS), **model}
+        self._history = History(wall_time_offset_s)
+        self._round = GenerationRound(Generation(number=0, members=()), now)
+        self._experts_complete = False
+        self._gone_devices: frozenset[int] = frozenset()  # lost, but still named by the maps
+        self._last_tick = now
+        self._status_token = 0
+        self._status_pending: set[str] = set()
+
+    # ---- events ---------------------------------------------------------------------------
+
+    def frame(self, name: str, frame: ControlFrame, now: float) -> None:
+        """A worker sent a frame. Raises ``ProtocolError`` when it has no place here."""
+        record = self.workers.get(name)
+        if record is None:
+            raise ProtocolError(f"{name} is no worker of this cluster")
+        if record.is_lost or self.state in (ClusterState.DRAINING, ClusterState.STOPPED):
+            self._link.send(name, Shutdown(reason=record.reason or "the cluster is ending"))
+            return
+        record.heard_at = now
+        match frame:
+            case Heartbeat():
+                record.beat(frame, now)
+                self._link.send(name, HeartbeatAck(term=self._term))
+            case StatusReply():
+                record.take_numbers(frame)
+                if frame.token == self._status_token:
+                    self._status_pending.discard(name)
+            case Register():
+                record.register(frame)
+                self._touch()
+            case LoadProgress():
+                record.load(frame)
+                self._touch()
+            case WorkerReady():
+                record.ready(frame)
+                self._worker_ready(record, now)
+            case WorkerFailed():
+                self.lost({name: frame.reason}, now)
+            case PeerLost():
+                self._peer_lost(name, frame, now)
+            case GenerationReady():
+                self._generation_ready(name, frame, now)
+            case _:
+                raise ProtocolError(f"{name} sent {type(frame).__name__}")
+
+    def disconnected(self, name: str, reason: str, now: float) -> None:
+        """The control connection of a worker closed: its process is gone, or as good as gone."""
+        if name in self.workers:
+            self.lost({name: f"its control connection closed ({reason})"}, now)
+
+    def lost(self, reasons: Mapping[str, str], now: float) -> None:
+        """Workers (name -> reason) are gone, or are declared so."""
+        fresh = {n: r for n, r in reasons.items() if not self.workers[n].is_lost}
+        if not fresh:
+            return
+        for name, reason in fresh.items():
+            logger.warning("lost %s: %s", name, reason)
+            self.workers[name].enter(WorkerState.LOST, reason)
+            self._status_pending.discard(name)
+            self._round.drop_reports(name)
+        self._touch()
+        if self.state is ClusterState.STARTING:
+            self._fail_start("; ".join(f"{n}: {r}" for n, r in fresh.items()), now)
+        elif self.state not in (ClusterState.DRAINING, ClusterState.STOPPED):
+            self._recover(fresh, now)
+
+    def tick(self, now: float) -> None:
+        """Time has passed: look for limits that are exceeded. Called several times a second."""
+        self._credit_own_pause(now)
+        if self.state in (ClusterState.DRAINING, ClusterState.STOPPED):
+            return
+        self._check_start(now)
+        self._check_silence(now)
+        self._check_answers(now)
+        self._check_reports(now)
+
+    def stop(self, now: float, reason: str = "stopped") -> None:
+        """End every worker. The state is STOPPED once they are gone."""
+        if self.state in (ClusterState.DRAINING, ClusterState.STOPPED):
+            return
+        self._enter(ClusterState.DRAINING)
+        self._history.add(self._round.number, now, reason, "end all workers")
+        for record in self._alive():
+            self._link.send(record.name, Shutdown(reason=reason))
+        self._link.end_all()
+
+    def all_ended(self, now: float) -> None:
+        """Every worker process is gone."""
+        for record in self._alive():
+            record.enter(WorkerState.LOST, "ended")
+        if self.state is ClusterState.DRAINING:
+            self._enter(ClusterState.STOPPED)
+
+    # ---- questions ------------------------------------------------------------------------
+
+    def request_status(self) -> None:
+        """Ask every worker for its numbers of this moment; ``status_complete`` tells when."""
+        self._status_token += 1
+        asked = [r for r in self._alive() if r.state is not WorkerState.STARTING]
+        if self.state is ClusterState.DRAINING:
+            asked = []
+        self._status_pending = {r.name for r in asked}
+        for record in asked:
+            self._link.send(record.name, StatusRequest(token=self._status_token))
+
+    @property
+    def status_complete(self) -> bool:
+        """All workers that were asked have answered, or are lost."""
+        return not self._status_pending
+
+    @property
+    def generation(self) -> Generation:
+        """The newest generation; number 0 before the first."""
+        return self._round.generation
+
+    def expert_load(self) -> dict[str, list[int]]:
+        """``"bank:layer"`` -> tokens per logical expert, summed over attention workers."""
+        total: dict[str, list[int]] = {}
+        for record in self.workers.values():
+            for key, counts in record.expert_load.items():
+                old = total.get(key, [0] * len(counts))
+                total[key] = [a + b for a, b in zip(old, counts, strict=False)]
+        return total
+
+    def snapshot(self) -> dict[str, Any]:
+        """The cluster's state, fit for JSON (``status --json``)."""
+        return {
+            "version": self.version,
+            "schema": 1,
+            "state": self.state.value,
+            "error": self.error,
+            "generation": self._round.number,
+            "placement_epoch": self.placement.epoch,
+            "experts_complete": self._experts_complete,
+            "model": dict(self._model),
+            "workers": [r.to_dict() for r in self.workers.values()],
+            "gateway": [],
+            "history": self._history.to_list(),
+        }
+
+    # ---- start ----------------------------------------------------------------------------
+
+    def _worker_ready(self, record: WorkerRecord, now: float) -> None:
+        self._touch()
+        if record.member.role == "attention":
+            self._model.update({k: record.info[k] for k in _MODEL_FACTS if k in record.info})
+        if all(r.state is WorkerState.READY for r in self.workers.values()):
+            members = tuple(r.member for r in self.workers.values())
+            self._history.add(1, now, "start", f"serve with {describe_members(members)}")
+            self._begin_generation(members, self.placement, now)
+
+    def _fail_start(self, error: str, now: float) -> None:
+        self.error = error
+        self.stop(now, f"the start failed: {error}")
+
+    def _check_start(self, now: float) -> None:
+        limit = self._settings.start_limit_s
+        if self.state is not ClusterState.STARTING or self._round.number > 0:
+            return
+        if now - self._round.began_at > limit:
+            late = [r for r in self._alive() if r.state is not WorkerState.READY]
+            self.lost({r.name: _late_text(r, limit) for r in late}, now)
+
+    # ---- generations ----------------------------------------------------------------------
+
+    def _begin_generation(
+        self, members: Sequence[Member], placement: ExpertPlacement, now: float
+    ) -> None:
+        """Announce the next generation to all its members."""
+        fresh = tuple(self.workers[m.name].member for m in members)
+        generation = Generation(number=self._round.number + 1, members=fresh)
+        self._round = GenerationRound(generation, now)
+        self.placement = placement
+        self._touch()
+        for member in fresh:
+            record = self.workers[member.name]
+            if record.state is WorkerState.SERVING:
+                record.enter(WorkerState.READY)
+        order = NewGeneration(
+            term=self._term,
+            generation=generation.to_dict(),
+            placement=placement.to_dict(),
+        )
+        for member in fresh:
+            self._link.send(member.name, order)
+
+    def _generation_ready(self, name: str, frame: GenerationReady, now: float) -> None:
+        if frame.generation != self._round.number or not self._is_forming:
+            return  # an answer to an older generation, overtaken by a newer one
+        self._round.answer(name, frame)
+        if not self._round.is_complete:
+            return
+        highest = self._round.highest_epoch
+        if highest > self.placement.epoch:
+            # A survivor ran a later epoch than we knew of: ours must not be below it.
+            newer = replace(self.placement, epoch=highest + 1)
+            self._begin_generation(self._round.members, newer, now)
+            return
+        self._run_generation(now)
+
+    def _run_generation(self, now: float) -> None:
+        first_step = self._round.first_step
+        order = RunGeneration(generation=self._round.number, first_step=first_step)
+        is_full = len(self._round.members) == len(self.workers)
+        self._experts_complete = True
+        self._enter(ClusterState.SERVING if is_full else ClusterState.DEGRADED)
+        took = f"runs from step {first_step} after {now - self._round.began_at:.3f} s"
+        self._history.extend_last(self._round.number, took)
+        for member in self._round.members:
+            record = self.workers[member.name]
+            record.progress_at = now
+            record.enter(WorkerState.SERVING)
+            self._link.send(member.name, order)
+
+    @property
+    def _is_forming(self) -> bool:
+        """A generation is announced and does not run yet."""
+        starts = self.state is ClusterState.STARTING and self._round.number > 0
+        return starts or self.state is ClusterState.RECOVERING
+
+    # ---- losses ---------------------------------------------------------------------------
+
+    def _recover(self, fresh: Mapping[str, str], now: float) -> None:
+        """Carry out what the failure policy decides about the lost workers."""
+        decision = decide(
+            self._round.generation,
+            self.placement,
+            fresh,
+            highest_epoch=self._round.highest_epoch,
+            gone_devices=self._gone_devices,
+        )
+        self._experts_complete = decision.experts_complete
+        self._gone_devices = decision.gone_devices
+        for name, reason in fresh.items():
+            self._link.send(name, Shutdown(reason=f"declared lost: {reason}"))
+        if decision.outcome is Outcome.CONTINUE:
+            if self.state is not ClusterState.RECOVERING:
+                self._enter(ClusterState.RECOVERING)
+            self._begin_generation(decision.members, decision.placement, now)
+            self._history.add(self._round.number, now, decision.cause, decision.effect)
+        else:
+            self._give_up(decision, now)
+        self._link.end_workers(list(fresh))
+
+    def _give_up(self, decision: FailureDecision, now: float) -> None:
+        """No generation can run: say so, and keep the survivors for a later recovery."""
+        survivors = Generation(number=self._round.number, members=decision.members)
+        self._round = GenerationRound(survivors, now)
+        self._history.add(self._round.number, now, decision.cause, decision.effect)
+        for member in decision.members:
+            record = self.workers[member.name]
+            if record.state is WorkerState.SERVING:
+                record.enter(WorkerState.READY)
+        if self.state is not ClusterState.DEGRADED:
+            self._enter(ClusterState.DEGRADED)
+
+    def _peer_lost(self, name: str, frame: PeerLost, now: float) -> None:
+        suspect = self.workers.get(frame.worker)
+        if suspect is None:
+            raise ProtocolError(f"{name} has lost {frame.worker!r}, which is no worker")
+        runs = self._is_forming or self.workers[name].state is WorkerState.SERVING
+        if suspect.is_lost or frame.generation != self._round.number or not runs:
+            return
+        logger.warning("%s has lost %s: %s", name, frame.worker, frame.reason)
+        self._round.report(
+            PeerReport(reporter=name, suspect=frame.worker, reason=frame.reason, at=now)
+        )
+
+    def _check_reports(self, now: float) -> None:
+        roles = {r.name: r.member.role for r in self._alive()}
+        found = self._round.suspect(now, roles, self._settings.confirm_s)
+        if found is not None:
+            self.lost({found.suspect: f"{found.reporter} reports: {found.reason}"}, now)
+
+    def _check_silence(self, now: float) -> None:
+        pulses = [r.pulse() for r in self._alive() if r.state is not WorkerState.STARTING]
+        limit = self._settings.detection_limit_s
+        if self.state is ClusterState.STARTING:
+            limit = max(limit, self._settings.start_silence_s)
+        self.lost(find_silent(now, pulses, limit), now)
+
+    def _check_answers(self, now: float) -> None:
+        limit = self._settings.generation_limit_s
+        if not self._is_forming or now - self._round.began_at <= limit:
+            return
+        reason = f"did not join generation {self._round.number} within {limit:g} s"
+        self.lost(dict.fromkeys(self._round.late(), reason), now)
+
+    def _credit_own_pause(self, now: float) -> None:
+        """A controller that was itself paused must not blame the workers for the silence."""
+        paused = now - self._last_tick
+        if paused > self._settings.detection_limit_s / 2:
+            logger.warning("the controller did not run for %.1f s", paused)
+            for record in self._alive():
+                record.credit(paused, now)
+        self._last_tick = now
+
+    # ---- small things ---------------------------------------------------------------------
+
+    def _alive(self) -> Iterable[WorkerRecord]:
+        return [r for r in self.workers.values() if not r.is_lost]
+
+    def _enter(self, state: ClusterState) -> None:
+        logger.info("%s -> %s", self.state.value, state.value)
+        self.state = next_cluster_state(self.state, state)
+        self._touch()
+
+    def _touch(self) -> None:
+        self.version += 1
+
+
+def _late_text(record: WorkerRecord, limit_s: float) -> str:
+    return (
+        f"not ready within {limit_s:g} s ({record.state.value}, "
+        f"{record.loaded_bytes} of {record.total_bytes} bytes)"
+    )

@@ -1,0 +1,69 @@
+"""One generation being formed and run: who takes part, who has answered, who is suspected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cluster.control_frames import GenerationReady
+from cluster.failure import PeerReport, confirm_suspect
+from cluster.topology import Generation, Member
+
+
+class GenerationRound:
+    """The newest generation. Owned by the controller; number 0, without members, before the first.
+
+    Forming until every member has answered ``GenerationReady``, then running; stalled for good
+    when no generation can run.
+    """
+
+    def __init__(self, generation: Generation, began_at: float) -> None:
+        """``began_at`` is the monotonic time of its announcement."""
+        self.generation = generation
+        self.began_at = began_at
+        self._answers: dict[str, GenerationReady] = {}
+        self._reports: list[PeerReport] = []
+
+    @property
+    def number(self) -> int:
+        """The generation's number."""
+        return self.generation.number
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """All workers that take part."""
+        return self.generation.members
+
+    def answer(self, name: str, frame: GenerationReady) -> None:
+        """A member has opened its edges."""
+        self._answers[name] = frame
+
+    @property
+    def is_complete(self) -> bool:
+        """Every member has answered."""
+        return all(m.name in self._answers for m in self.members)
+
+    def late(self) -> list[str]:
+        """Members that have not answered."""
+        return [m.name for m in self.members if m.name not in self._answers]
+
+    @property
+    def first_step(self) -> int:
+        """First step number above all that any member has seen."""
+        return max((a.highest_step for a in self._answers.values()), default=0) + 1
+
+    @property
+    def highest_epoch(self) -> int:
+        """Highest placement epoch that any member has run, as far as they have answered."""
+        return max((a.highest_epoch for a in self._answers.values()), default=0)
+
+    def report(self, report: PeerReport) -> None:
+        """One member says that it has lost another."""
+        self._reports.append(report)
+
+    def drop_reports(self, name: str) -> None:
+        """Forget what was said by and about a worker that is lost."""
+        self._reports = [r for r in self._reports if name not in (r.reporter, r.suspect)]
+
+    def suspect(self, now: float, roles: Mapping[str, str], confirm_s: float) -> PeerReport | None:
+        """The report whose suspect is to be declared lost now, if any."""
+        return confirm_suspect(now, self._reports, roles, confirm_s)

@@ -1,0 +1,48 @@
+"""What happened to the cluster, newest last: generation, time of day, cause and effect."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+_KEPT = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HistoryEntry:
+    """One change of the cluster."""
+
+    generation: int
+    """Generation it led to."""
+    time: float
+    """Time of day, seconds since 1970."""
+    cause: str
+    """What happened."""
+    effect: str
+    """What followed."""
+
+
+class History:
+    """The last changes, bounded."""
+
+    def __init__(self, wall_time_offset_s: float) -> None:
+        """``wall_time_offset_s`` added to a monotonic time is the time of day."""
+        self._offset_s = wall_time_offset_s
+        self._entries: deque[HistoryEntry] = deque(maxlen=_KEPT)
+
+    def add(self, generation: int, now: float, cause: str, effect: str) -> None:
+        """Note a change."""
+        time = round(now + self._offset_s, 3)
+        self._entries.append(
+            HistoryEntry(generation=generation, time=time, cause=cause, effect=effect)
+        )
+
+    def extend_last(self, generation: int, text: str) -> None:
+        """Say how the newest change ended; ``generation`` is the one that runs now."""
+        last = self._entries.pop()
+        self._entries.append(replace(last, generation=generation, effect=f"{last.effect}; {text}"))
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """All kept entries, oldest first, fit for JSON."""
+        return [asdict(e) for e in self._entries]

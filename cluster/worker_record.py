@@ -1,0 +1,154 @@
+"""What the controller knows of one worker: membership, state, load progress, last numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cluster.control_frames import Heartbeat, LoadProgress, Register, StatusReply, WorkerReady
+from cluster.errors import ProtocolError
+from cluster.failure import Pulse
+from cluster.states import WorkerState, next_worker_state
+from cluster.topology import Member
+
+_ADDRESS_FIELDS = ("data_address", "engine_address", "store_address")
+
+
+@dataclass(kw_only=True, slots=True)
+class WorkerRecord:
+    """One worker as the controller sees it. Owned and changed by the controller only."""
+
+    member: Member
+    """Name, role, rank and device are the controller's; process and addresses the worker's own."""
+    heard_at: float
+    """Monotonic time of the last frame."""
+    progress_at: float
+    """Monotonic time at which its loop was last seen to turn, or to be idle."""
+    num_slots: int = 0
+    """Expert slots per bank (expert workers)."""
+    state: WorkerState = WorkerState.STARTING
+    """Where it is in its life."""
+    reason: str = ""
+    """Why it was lost."""
+    loaded_bytes: int = 0
+    """Weights read so far."""
+    total_bytes: int = 0
+    """Weights it is to read; 0 while unknown."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """Facts from ``Register`` and ``WorkerReady``."""
+    stats: dict[str, float] = field(default_factory=dict)
+    """Numbers of its last heartbeat or status reply."""
+    expert_load: dict[str, list[int]] = field(default_factory=dict)
+    """``"bank:layer"`` -> tokens per logical expert since its start (attention workers)."""
+    _progress: int = -1
+    _waiting: bool = False
+
+    @property
+    def name(self) -> str:
+        """The worker's name."""
+        return self.member.name
+
+    @property
+    def is_lost(self) -> bool:
+        """It is gone, or declared so."""
+        return self.state is WorkerState.LOST
+
+    def enter(self, state: WorkerState, reason: str = "") -> None:
+        """Change the state. Raises ``IllegalTransitionError``."""
+        self.state = next_worker_state(self.state, state)
+        self.reason = reason or self.reason
+
+    def register(self, frame: Register) -> None:
+        """The worker called for the first time, with its process id and addresses.
+
+        Raises ``ProtocolError`` when it is another worker, or has called before.
+        """
+        claimed = frame.member
+        if claimed.get("name") != self.name:
+            raise ProtocolError(f"{self.name} registers as {claimed.get('name')!r}")
+        if self.state is not WorkerState.STARTING:
+            raise ProtocolError(f"{self.name} registers again ({self.state.value})")
+        own: dict[str, Any] = {key: str(claimed.get(key, "")) for key in _ADDRESS_FIELDS}
+        pid = claimed.get("pid", 0)
+        self.member = replace(
+            self.member,
+            node=self.member.node or str(claimed.get("node", "")),
+            pid=pid if isinstance(pid, int) else 0,
+            **own,
+        )
+        self.info.update(frame.info)
+        self.enter(WorkerState.LOADING)
+
+    def load(self, frame: LoadProgress) -> None:
+        """It has read some more weights."""
+        self.loaded_bytes = frame.loaded_bytes
+        self.total_bytes = frame.total_bytes
+
+    def ready(self, frame: WorkerReady) -> None:
+        """Its weights are in memory. Raises ``ProtocolError`` when it was not loading."""
+        if self.state is not WorkerState.LOADING:
+            raise ProtocolError(f"{self.name} is ready while {self.state.value}")
+        self.info.update(frame.info)
+        self.loaded_bytes = max(self.loaded_bytes, self.total_bytes)
+        self.enter(WorkerState.READY)
+
+    def beat(self, frame: Heartbeat, now: float) -> None:
+        """A heartbeat came."""
+        if frame.idle or frame.progress != self._progress:
+            self.progress_at = now
+        self._progress = frame.progress
+        self._waiting = frame.waiting
+        self.take_numbers(frame)
+
+    def take_numbers(self, frame: Heartbeat | StatusReply) -> None:
+        """Keep the numbers of a heartbeat or a status reply that are finite."""
+        self.stats = {
+            name: value
+            for name, value in frame.stats.items()
+            if isinstance(value, (int, float)) and math.isfinite(value)
+        }
+        if frame.expert_load:
+            self.expert_load = frame.expert_load
+
+    def credit(self, seconds: float, now: float) -> None:
+        """Move its clocks on: the controller itself was not running for so long."""
+        self.heard_at = min(now, self.heard_at + seconds)
+        self.progress_at = min(now, self.progress_at + seconds)
+
+    def pulse(self) -> Pulse:
+        """What the failure policy needs to know."""
+        return Pulse(
+            name=self.name,
+            heard_at=self.heard_at,
+            progress_at=self.progress_at,
+            waiting=self._waiting,
+            running=self.state is WorkerState.SERVING,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its entry in a snapshot."""
+        free = _whole(self.stats, "kv_blocks_free")
+        total = _whole(self.stats, "kv_blocks_total")
+        return {
+            "name": self.name,
+            "role": self.member.role,
+            "rank": self.member.rank,
+            "node": self.member.node,
+            "pid": self.member.pid,
+            "state": self.state.value,
+            "reason": self.reason,
+            "engine_address": self.member.engine_address,
+            "loaded_bytes": self.loaded_bytes,
+            "total_bytes": self.total_bytes,
+            "kv_blocks_free": free,
+            "kv_blocks_total": total,
+            "kv_usage": (1.0 - free / total) if free is not None and total else None,
+            "slots": self.num_slots if self.member.role == "expert" else None,
+            "stats": dict(self.stats),
+        }
+
+
+def _whole(stats: Mapping[str, float], name: str) -> int | None:
+    return int(stats[name]) if name in stats else None

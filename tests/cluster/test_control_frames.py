@@ -1,0 +1,123 @@
+"""Control messages on the wire."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+
+import pytest
+
+from cluster.control_frames import (
+    FRAMES,
+    ControlChallenge,
+    ControlFrame,
+    ControlHello,
+    ControlProof,
+    GenerationReady,
+    Heartbeat,
+    HeartbeatAck,
+    LoadProgress,
+    NewGeneration,
+    PeerLost,
+    Register,
+    RunGeneration,
+    Shutdown,
+    StatusReply,
+    StatusRequest,
+    WorkerFailed,
+    WorkerReady,
+    decode,
+    encode,
+    frame_length,
+    proof,
+)
+from cluster.errors import ProtocolError
+
+SAMPLES: tuple[ControlFrame, ...] = (
+    ControlHello(worker="expert-0", nonce="ab"),
+    ControlChallenge(nonce="cd", proof="ef"),
+    ControlProof(proof="01"),
+    Register(member={"name": "expert-0"}, info={"threads": 2}),
+    LoadProgress(loaded_bytes=3, total_bytes=10),
+    WorkerReady(info={"vocab_size": 50}),
+    WorkerFailed(reason="tensor x: shapes differ, \u00e4"),
+    Heartbeat(
+        progress=7,
+        idle=False,
+        waiting=True,
+        generation=2,
+        stats={"kv_blocks_free": 3.0},
+        expert_load={"mlp:0": [1, 2]},
+    ),
+    HeartbeatAck(term=1),
+    StatusRequest(token=5),
+    StatusReply(token=5, stats={"x": 0.5}, expert_load={"mlp:0": [3]}),
+    PeerLost(worker="expert-1", generation=2, reason="reset"),
+    NewGeneration(term=1, generation={"number": 2, "members": []}, placement={"epoch": 3}),
+    GenerationReady(generation=2, highest_step=9, highest_epoch=3),
+    RunGeneration(generation=2, first_step=10),
+    Shutdown(reason="stopped"),
+)
+
+
+def test_there_is_a_sample_of_every_frame() -> None:
+    assert {type(s) for s in SAMPLES} == set(FRAMES.values())
+
+
+@pytest.mark.parametrize("frame", SAMPLES, ids=lambda f: type(f).__name__)
+def test_a_frame_survives_the_wire(frame: ControlFrame) -> None:
+    data = encode(frame)
+    assert frame_length(data[:4]) == len(data) - 4
+    assert decode(data[4:]) == frame
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[]",
+        b"7",
+        b"null",
+        b'"Heartbeat"',
+        b"{}",
+        b'{"kind":"Nothing"}',
+        b'{"kind":["Heartbeat"]}',
+        b'{"kind":"StatusRequest"}',
+        b'{"kind":"StatusRequest","token":"5"}',
+        b'{"kind":"StatusRequest","token":true}',
+        b'{"kind":"StatusRequest","token":1.5}',
+        b'{"kind":"StatusRequest","token":5,"more":1}',
+        b'{"kind":"Register","member":[]}',
+        b"[" * 100_000,
+    ],
+)
+def test_rubbish_is_a_protocol_error(body: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode(body)
+
+
+def test_random_bytes_never_raise_anything_else() -> None:
+    draw = random.Random(1)
+    good = json.dumps({"kind": "Heartbeat", "progress": 1, "idle": True, "generation": 1}).encode()
+    for _ in range(500):
+        data = bytearray(good)
+        for _ in range(draw.randint(1, 8)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        try:
+            decode(bytes(data))
+        except ProtocolError:
+            continue
+
+
+@pytest.mark.parametrize("length", [0, 1025, 2**32 - 1])
+def test_a_length_out_of_bounds_is_a_protocol_error(length: int) -> None:
+    with pytest.raises(ProtocolError, match="must be 1 to 1024"):
+        frame_length(struct.pack(">I", length), 1024)
+
+
+def test_the_two_sides_prove_different_things() -> None:
+    assert proof("t", "worker", "a", "b") != proof("t", "controller", "a", "b")
+    assert proof("t", "worker", "a", "b") != proof("u", "worker", "a", "b")
+    assert proof("t", "worker", "a", "b") != proof("t", "worker", "b", "a")

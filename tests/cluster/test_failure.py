@@ -1,0 +1,153 @@
+"""The failure policy: who is lost, and what the survivors do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cluster.failure import Outcome, PeerReport, Pulse, confirm_suspect, decide, find_silent
+from cluster.placement import contiguous
+from cluster.topology import Generation
+from tests.fakes_cluster import BANKS, make_members
+
+ROLES = {"attention-0": "attention", "expert-0": "expert", "expert-1": "expert"}
+
+
+def _generation(num_attention: int = 1, num_experts: int = 3) -> Generation:
+    return Generation(number=4, members=make_members(num_attention, num_experts))
+
+
+def test_experts_with_copies_elsewhere_go_on_in_a_new_epoch() -> None:
+    placement = contiguous(BANKS, 3, num_redundant=3, epoch=7)
+    decision = decide(_generation(), placement, {"expert-1": "closed"}, highest_epoch=7)
+    assert decision.outcome is Outcome.CONTINUE
+    assert [m.name for m in decision.members] == ["attention-0", "expert-0", "expert-2"]
+    assert decision.placement.epoch == 8
+    assert decision.placement.banks[0].physical_to_logical[1] == (-1,) * 6
+    assert decision.cause == "lost expert-1: closed"
+    assert decision.effect == "go on with 1 attention and 2 expert workers, placement epoch 8"
+
+
+def test_the_epoch_is_above_all_that_any_survivor_ran() -> None:
+    placement = contiguous(BANKS, 3, num_redundant=3, epoch=7)
+    decision = decide(_generation(), placement, {"expert-1": "closed"}, highest_epoch=11)
+    assert decision.placement.epoch == 12
+
+
+def test_an_expert_without_copy_is_named() -> None:
+    placement = contiguous(BANKS, 3)
+    decision = decide(_generation(), placement, {"expert-0": "closed"}, highest_epoch=1)
+    assert decision.outcome is Outcome.INCOMPLETE
+    assert not decision.experts_complete
+    assert decision.placement == placement
+    assert decision.gone_devices == frozenset({0})
+    assert decision.effect == (
+        "6 experts have no copy left, the first is expert 0 of bank mlp layer 0"
+    )
+
+
+def test_devices_lost_earlier_still_count() -> None:
+    placement = contiguous(BANKS, 4, num_redundant=2)
+    generation = replace(_generation(1, 4), members=make_members(1, 4)[:1] + make_members(1, 4)[3:])
+    decision = decide(
+        generation,
+        placement,
+        {"expert-2": "closed"},
+        highest_epoch=1,
+        gone_devices=frozenset({0, 1}),
+    )
+    assert decision.outcome is Outcome.INCOMPLETE
+    assert decision.gone_devices == frozenset({0, 1, 2})
+
+
+def test_a_lost_attention_worker_leaves_the_maps_alone() -> None:
+    placement = contiguous(BANKS, 3)
+    decision = decide(_generation(2), placement, {"attention-0": "closed"}, highest_epoch=1)
+    assert decision.outcome is Outcome.CONTINUE
+    assert decision.placement == placement
+    assert decision.members[0].name == "attention-1"
+
+
+def test_without_attention_worker_nothing_runs() -> None:
+    placement = contiguous(BANKS, 3)
+    decision = decide(_generation(), placement, {"attention-0": "closed"}, highest_epoch=1)
+    assert decision.outcome is Outcome.INCOMPLETE
+    assert decision.experts_complete
+    assert decision.effect == "no attention worker is left"
+
+
+def test_two_workers_lost_at_once_are_both_in_the_cause() -> None:
+    placement = contiguous(BANKS, 3, num_redundant=5)
+    lost = {"expert-2": "closed", "expert-0": "no heartbeat"}
+    decision = decide(_generation(), placement, lost, highest_epoch=1)
+    assert decision.cause == "lost expert-0: no heartbeat; lost expert-2: closed"
+    assert decision.effect == "go on with 1 attention and 1 expert worker, placement epoch 2"
+
+
+def _pulse(
+    name: str,
+    heard_at: float,
+    progress_at: float,
+    *,
+    waiting: bool = False,
+    running: bool = True,
+) -> Pulse:
+    return Pulse(
+        name=name, heard_at=heard_at, progress_at=progress_at, waiting=waiting, running=running
+    )
+
+
+def test_silence_beyond_the_limit_is_a_loss() -> None:
+    pulses = [_pulse("a", 10.0, 10.0), _pulse("b", 7.5, 7.5)]
+    assert find_silent(10.0, pulses, 2.0) == {"b": "no heartbeat for 2.5 s (limit 2 s)"}
+
+
+def test_a_standing_loop_under_a_live_heartbeat_is_a_loss() -> None:
+    pulses = [_pulse("a", 10.0, 9.9), _pulse("b", 10.0, 7.0)]
+    assert find_silent(10.0, pulses, 2.0) == {
+        "b": "its loop stands still for 3.0 s (limit 2 s)",
+    }
+
+
+def test_a_loop_that_is_in_no_running_generation_may_stand() -> None:
+    assert find_silent(10.0, [_pulse("a", 10.0, 1.0, running=False)], 2.0) == {}
+
+
+def test_who_waits_for_a_silent_peer_is_not_blamed() -> None:
+    pulses = [_pulse("waits", 10.0, 6.0, waiting=True), _pulse("frozen", 7.0, 6.0)]
+    assert set(find_silent(10.0, pulses, 2.0)) == {"frozen"}
+    pulses = [_pulse("waits", 10.0, 6.0, waiting=True), _pulse("stuck", 10.0, 6.0)]
+    assert set(find_silent(10.0, pulses, 2.0)) == {"stuck"}
+
+
+def _report(reporter: str, suspect: str, at: float) -> PeerReport:
+    return PeerReport(reporter=reporter, suspect=suspect, reason="reset", at=at)
+
+
+def test_a_report_waits_for_its_confirmation() -> None:
+    reports = [_report("attention-0", "expert-1", 10.0)]
+    assert confirm_suspect(10.1, reports, ROLES, 0.2) is None
+    found = confirm_suspect(10.25, reports, ROLES, 0.2)
+    assert found is not None
+    assert found.suspect == "expert-1"
+
+
+def test_of_two_that_name_each_other_the_expert_worker_is_lost() -> None:
+    reports = [
+        _report("expert-1", "attention-0", 10.0),
+        _report("attention-0", "expert-1", 10.0),
+    ]
+    found = confirm_suspect(10.3, reports, ROLES, 0.2)
+    assert found is not None
+    assert found.suspect == "expert-1"
+
+
+def test_the_one_that_most_name_is_lost() -> None:
+    reports = [
+        _report("attention-0", "expert-0", 10.0),
+        _report("attention-0", "expert-1", 10.0),
+        _report("expert-0", "attention-0", 10.0),
+        _report("expert-1", "attention-0", 10.0),
+    ]
+    found = confirm_suspect(10.3, reports, ROLES, 0.2)
+    assert found is not None
+    assert found.suspect == "attention-0"
