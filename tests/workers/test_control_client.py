@@ -1,0 +1,272 @@
+"""The worker's end of the control socket, against the real control server on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from cluster.control_frames import (
+    ControlFrame,
+    Heartbeat,
+    HeartbeatAck,
+    NewGeneration,
+    Register,
+    RunGeneration,
+    Shutdown,
+    StatusReply,
+    StatusRequest,
+    WorkerFailed,
+    WorkerReady,
+)
+from cluster.control_server import ControlServer
+from cluster.errors import HandshakeError, PeerLostError
+from workers.control_client import ControlClient, Lease
+
+TOKEN = "a token"
+LIMIT_S = 5.0
+
+
+class ServerThread:
+    """A control server with an event loop of its own; what happens is queued."""
+
+    def __init__(self) -> None:
+        self.frames: queue.Queue[tuple[str, ControlFrame]] = queue.Queue()
+        self.closed: queue.Queue[tuple[str, str]] = queue.Queue()
+        self.acknowledges = True
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        self.server = ControlServer(TOKEN, self)
+        self.address = self.run(self.server.start("127.0.0.1"))
+
+    def run(self, work: Any) -> Any:
+        """Run a coroutine on the server's loop."""
+        future: Future[Any] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return future.result(LIMIT_S)
+
+    def send(self, worker: str, frame: ControlFrame) -> None:
+        """Send to one worker."""
+        self._loop.call_soon_threadsafe(self.server.send, worker, frame)
+
+    def on_frame(self, worker: str, frame: ControlFrame) -> None:
+        self.frames.put((worker, frame))
+        if isinstance(frame, Heartbeat) and self.acknowledges:
+            self.server.send(worker, HeartbeatAck(term=1))
+
+    def on_closed(self, worker: str, reason: str) -> None:
+        self.closed.put((worker, reason))
+
+    def next(self, kind: type[ControlFrame]) -> ControlFrame:
+        """The next frame of a kind."""
+        deadline = time.monotonic() + LIMIT_S
+        while True:
+            _, frame = self.frames.get(timeout=max(0.01, deadline - time.monotonic()))
+            if isinstance(frame, kind):
+                return frame
+
+    def close(self) -> None:
+        """End server, loop and thread."""
+        self.run(self.server.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(LIMIT_S)
+        self._loop.close()
+
+
+@pytest.fixture
+def server() -> Iterator[ServerThread]:
+    thread = ServerThread()
+    yield thread
+    thread.close()
+
+
+def _heartbeat() -> Heartbeat:
+    return Heartbeat(progress=1, idle=True, generation=0)
+
+
+def _status() -> StatusReply:
+    return StatusReply(token=0, stats={"kv_blocks_free": 9.0}, expert_load={"mlp:0": [4]})
+
+
+def _client(
+    address: str,
+    on_frame: Callable[[ControlFrame], None] = lambda frame: None,
+    *,
+    token: str = TOKEN,
+    heartbeat: Callable[[], Heartbeat] = _heartbeat,
+    **more: Any,
+) -> ControlClient:
+    return ControlClient(
+        address,
+        token,
+        "expert-0",
+        on_frame,
+        heartbeat=heartbeat,
+        status=_status,
+        heartbeat_s=more.pop("heartbeat_s", 0.05),
+        connect_timeout_s=more.pop("connect_timeout_s", 2.0),
+        **more,
+    )
+
+
+def test_frames_go_both_ways(server: ServerThread) -> None:
+    got: queue.Queue[ControlFrame] = queue.Queue()
+    client = _client(server.address, got.put)
+    client.start()
+    client.send(Register(member={"name": "expert-0"}))
+    assert server.next(Register) == Register(member={"name": "expert-0"})
+    orders: list[ControlFrame] = [
+        NewGeneration(term=1, generation={"n": "x" * 300_000}, placement={}),
+        RunGeneration(generation=1, first_step=1),
+        Shutdown(reason="enough"),
+    ]
+    for order in orders:
+        server.send("expert-0", order)
+    assert [got.get(timeout=LIMIT_S) for _ in orders] == orders
+    client.close()
+    assert server.closed.get(timeout=LIMIT_S) == ("expert-0", "closed by the peer")
+
+
+def test_heartbeats_come_at_their_interval(server: ServerThread) -> None:
+    client = _client(server.address, heartbeat_s=0.05)
+    client.start()
+    began = time.monotonic()
+    for _ in range(5):
+        server.next(Heartbeat)
+    took = time.monotonic() - began
+    client.close()
+    assert 0.15 < took < 2.0
+
+
+def test_a_status_request_is_answered_at_once(server: ServerThread) -> None:
+    client = _client(server.address, heartbeat_s=60.0)
+    client.start()
+    server.next(Heartbeat)
+    server.send("expert-0", StatusRequest(token=77))
+    assert server.next(StatusReply) == StatusReply(
+        token=77, stats={"kv_blocks_free": 9.0}, expert_load={"mlp:0": [4]}
+    )
+    client.close()
+
+
+def test_what_is_queued_at_close_still_arrives(server: ServerThread) -> None:
+    client = _client(server.address)
+    client.start()
+    client.send(WorkerFailed(reason="out of memory"))
+    client.close()
+    assert server.next(WorkerFailed) == WorkerFailed(reason="out of memory")
+
+
+def test_a_wrong_token_is_refused(server: ServerThread) -> None:
+    client = _client(server.address, token="another")
+    with pytest.raises(HandshakeError, match="does not know the cluster token"):
+        client.start()
+    client.close()
+
+
+def test_no_controller_is_an_error_in_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        client = _client(address, connect_timeout_s=0.2)
+        with pytest.raises(PeerLostError, match="handshake with"):
+            client.start()
+    client = _client(address, connect_timeout_s=0.2)
+    with pytest.raises(PeerLostError, match="cannot connect to"):
+        client.start()
+
+
+def test_a_broken_callback_is_told_to_the_controller(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crashed = threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda args: crashed.set())
+
+    def fail() -> Heartbeat:
+        raise ValueError("no engine")
+
+    client = _client(server.address, heartbeat=fail)
+    client.start()
+    assert server.next(WorkerFailed) == WorkerFailed(reason="ValueError: no engine")
+    assert crashed.wait(LIMIT_S)
+    client.close()
+
+
+def test_a_new_controller_is_found_and_told_everything() -> None:
+    first, second = ServerThread(), ServerThread()
+    lost: queue.Queue[str] = queue.Queue()
+    client = _client(
+        first.address, on_connection_lost=lost.put, resolve_address=lambda: second.address
+    )
+    client.start()
+    client.send(Register(member={"name": "expert-0"}))
+    client.send(WorkerReady(info={"bytes": 5}))
+    first.next(WorkerReady)
+    first.close()
+    assert lost.get(timeout=LIMIT_S)
+    assert second.next(Register) == Register(member={"name": "expert-0"})
+    assert second.next(WorkerReady) == WorkerReady(info={"bytes": 5})
+    client.close()
+    second.close()
+
+
+def test_close_ends_the_search_for_a_controller() -> None:
+    server = ServerThread()
+    lost = threading.Event()
+    client = _client(server.address, on_connection_lost=lambda reason: lost.set())
+    client.start()
+    server.close()
+    assert lost.wait(LIMIT_S)
+    began = time.monotonic()
+    client.close()
+    assert time.monotonic() - began < 1.0
+
+
+def test_an_older_term_is_not_followed(server: ServerThread) -> None:
+    got: queue.Queue[ControlFrame] = queue.Queue()
+    client = _client(server.address, got.put, heartbeat_s=60.0)
+    server.acknowledges = False
+    client.start()
+    server.next(Heartbeat)
+    server.send("expert-0", NewGeneration(term=3, generation={}, placement={}))
+    assert isinstance(got.get(timeout=LIMIT_S), NewGeneration)
+    server.send("expert-0", NewGeneration(term=2, generation={}, placement={}))
+    assert server.closed.get(timeout=LIMIT_S)[0] == "expert-0"
+    assert got.empty()
+    client.close()
+
+
+def test_the_lease_runs_out_without_contact_and_without_steps(server: ServerThread) -> None:
+    committed = [time.monotonic()]
+    fenced: queue.Queue[str] = queue.Queue()
+    lease = Lease(limit_s=0.3, last_commit=lambda: committed[0], on_expired=fenced.put)
+    client = _client(server.address, lease=lease)
+    client.start()
+    time.sleep(0.6)
+    assert fenced.empty()  # acknowledged heartbeats renew it
+    server.acknowledges = False
+    for _ in range(6):
+        committed[0] = time.monotonic()  # and so do steps
+        time.sleep(0.1)
+    assert fenced.empty()
+    assert "no contact with the controller" in fenced.get(timeout=LIMIT_S)
+    time.sleep(0.3)
+    assert fenced.empty()  # told once
+    client.close()
+
+
+def test_an_idle_client_costs_next_to_nothing(server: ServerThread) -> None:
+    client = _client(server.address, heartbeat_s=0.5)
+    client.start()
+    server.next(Heartbeat)
+    began = time.process_time()
+    time.sleep(2.0)
+    used = (time.process_time() - began) / 2.0  # client and server together
+    client.close()
+    assert used < 0.005

@@ -1,0 +1,350 @@
+"""A worker's end of the control socket: one thread that talks to the controller.
+
+The thread sends queued frames and heartbeats, answers status requests, and hands everything else
+to ``on_frame``. When the connection breaks it says so once and tries again, with what the
+controller must know about this worker (registration, readiness) sent first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.control_frames import (
+    MAX_HELLO_BYTES,
+    ControlChallenge,
+    ControlFrame,
+    ControlHello,
+    ControlProof,
+    Heartbeat,
+    HeartbeatAck,
+    NewGeneration,
+    Register,
+    StatusReply,
+    StatusRequest,
+    WorkerFailed,
+    WorkerReady,
+    decode,
+    encode,
+    frame_length,
+    proof,
+)
+from cluster.errors import HandshakeError, PeerLostError, ProtocolError
+
+logger = logging.getLogger(__name__)
+
+CONTROLLER = "controller"
+"""Name of the peer in errors."""
+_PREFIX_BYTES = 4
+_CHUNK_BYTES = 1 << 16
+_RETRY_S = 0.5
+_RETRY_LIMIT_S = 1.0  # short, so that the lease is looked at in between
+_FLUSH_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lease:
+    """A worker that can neither reach the controller nor commit a step must stop by itself."""
+
+    limit_s: float
+    """Longest time without both; below twice the detection limit."""
+    last_commit: Callable[[], float]
+    """Monotonic time of the last committed step."""
+    on_expired: Callable[[str], None]
+    """Called once when the lease has run out, on the client's thread."""
+
+
+class ControlClient:
+    """Connection of one worker to the controller. ``send`` may be called from any thread.
+
+    ``on_frame`` gets every frame but acknowledgements and status requests, on the client's thread:
+    it hands over and returns. ``heartbeat`` and ``status`` are called there too, and are cheap.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        token: str,
+        worker_name: str,
+        on_frame: Callable[[ControlFrame], None],
+        *,
+        heartbeat: Callable[[], Heartbeat],
+        status: Callable[[], StatusReply],
+        on_connection_lost: Callable[[str], None] | None = None,
+        heartbeat_s: float = 0.5,
+        connect_timeout_s: float = 10.0,
+        lease: Lease | None = None,
+        resolve_address: Callable[[], str] | None = None,
+    ) -> None:
+        """``address`` is ``host:port``; ``resolve_address`` finds a restarted controller's.
+
+        The ``token`` of the reply that ``status`` returns is filled in here.
+        """
+        self._address = address
+        self._token = token
+        self._name = worker_name
+        self._on_frame = on_frame
+        self._heartbeat = heartbeat
+        self._status = status
+        self._on_connection_lost = on_connection_lost
+        self._heartbeat_s = heartbeat_s
+        self._connect_timeout_s = connect_timeout_s
+        self._lease = lease
+        self._resolve_address = resolve_address
+        self._lock = threading.Lock()
+        self._queue: deque[bytes] = deque()
+        self._greeting: dict[type[ControlFrame], ControlFrame] = {}
+        self._closing = False
+        self._term = 0
+        self._contact_at = 0.0
+        self._is_fenced = False
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="control-client", daemon=True)
+        self._first: socket.socket | None = None
+
+    def start(self) -> None:
+        """Connect, prove the token, start the thread.
+
+        Raises ``PeerLostError`` when the controller cannot be reached in time, ``HandshakeError``
+        when it does not know the token.
+        """
+        try:
+            self._first = self._connect(self._connect_timeout_s)
+        except (PeerLostError, ProtocolError):
+            self._close_wake()
+            raise
+        self._contact_at = time.monotonic()
+        self._thread.start()
+
+    def send(self, frame: ControlFrame) -> None:
+        """Queue a frame. Registration and readiness are sent again after a reconnect."""
+        with self._lock:
+            if isinstance(frame, (Register, WorkerReady, WorkerFailed)):
+                self._greeting[type(frame)] = frame
+            self._queue.append(encode(frame))
+        self._wake()
+
+    def close(self) -> None:
+        """Send what is queued, close the connection, end the thread."""
+        self._closing = True
+        self._wake()
+        if self._first is None:
+            self._close_wake()
+        elif self._thread is not threading.current_thread():
+            self._thread.join(timeout=_FLUSH_S + self._heartbeat_s + 1.0)
+
+    # ---- the thread -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Talk until closed; connect again whenever the connection breaks."""
+        connected = self._first
+        try:
+            while connected is not None:
+                with connected:
+                    reason = self._talk_or_fail(connected)
+                if self._closing:
+                    return
+                logger.warning("lost the controller: %s", reason)
+                if self._on_connection_lost is not None:
+                    self._on_connection_lost(reason)
+                connected = self._connect_again()
+        finally:
+            self._close_wake()
+
+    def _talk_or_fail(self, sock: socket.socket) -> str:
+        """``_talk``; a callback's unexpected error is the worker's failure, told to all."""
+        try:
+            return self._talk(sock)
+        except Exception as err:
+            self._closing = True
+            sock.settimeout(_FLUSH_S)
+            with contextlib.suppress(OSError):
+                sock.sendall(encode(WorkerFailed(reason=f"{type(err).__name__}: {err}")))
+            raise
+
+    def _talk(self, sock: socket.socket) -> str:
+        """Exchange frames over one connection; returns why it ended."""
+        sock.setblocking(False)
+        incoming, outgoing = bytearray(), bytearray()
+        next_beat = time.monotonic()
+        flush_until = float("inf")
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake_in, selectors.EVENT_READ)
+            selector.register(sock, selectors.EVENT_READ)
+            try:
+                while True:
+                    now = time.monotonic()
+                    self._check_lease(now)
+                    if now >= next_beat:
+                        outgoing += encode(self._heartbeat())
+                        next_beat = now + self._heartbeat_s
+                    self._take_queue(outgoing)
+                    if outgoing:
+                        _send_some(sock, outgoing)
+                    if self._closing:
+                        flush_until = min(flush_until, now + _FLUSH_S)
+                        if not outgoing or now >= flush_until:
+                            return "closed"
+                    writes = selectors.EVENT_WRITE if outgoing else 0
+                    selector.modify(sock, selectors.EVENT_READ | writes)
+                    for key, events in selector.select(max(0.0, next_beat - now)):
+                        if key.fileobj is self._wake_in:
+                            _drain(self._wake_in)
+                        elif events & selectors.EVENT_READ:
+                            self._receive(sock, incoming)
+            except (OSError, ProtocolError) as err:
+                return str(err) or type(err).__name__
+
+    def _receive(self, sock: socket.socket, incoming: bytearray) -> None:
+        """Read what there is, handle every whole frame. Raises ``ConnectionError`` at the end."""
+        with contextlib.suppress(BlockingIOError):
+            data = sock.recv(_CHUNK_BYTES)
+            if not data:
+                raise ConnectionError("closed by the controller")
+            incoming += data
+        while len(incoming) >= _PREFIX_BYTES:
+            end = _PREFIX_BYTES + frame_length(bytes(incoming[:_PREFIX_BYTES]))
+            if len(incoming) < end:
+                return
+            frame = decode(bytes(incoming[_PREFIX_BYTES:end]))
+            del incoming[:end]
+            self._handle(frame)
+
+    def _handle(self, frame: ControlFrame) -> None:
+        self._contact_at = time.monotonic()
+        self._is_fenced = False
+        if isinstance(frame, (HeartbeatAck, NewGeneration)):
+            if frame.term < self._term:
+                raise ProtocolError(f"a controller of the older term {frame.term}")
+            self._term = frame.term
+        if isinstance(frame, StatusRequest):
+            reply = self._status()
+            self.send(
+                StatusReply(token=frame.token, stats=reply.stats, expert_load=reply.expert_load)
+            )
+        elif not isinstance(frame, HeartbeatAck):
+            self._on_frame(frame)
+
+    def _check_lease(self, now: float) -> None:
+        """Fence this worker when it is cut off and idle or stuck for longer than its lease."""
+        lease = self._lease
+        if lease is None or self._is_fenced:
+            return
+        silence = now - max(self._contact_at, lease.last_commit())
+        if silence > lease.limit_s:
+            self._is_fenced = True
+            lease.on_expired(f"no contact with the controller and no step for {silence:.1f} s")
+
+    def _take_queue(self, outgoing: bytearray) -> None:
+        with self._lock:
+            while self._queue:
+                outgoing += self._queue.popleft()
+
+    def _close_wake(self) -> None:
+        self._wake_in.close()
+        self._wake_out.close()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # full: it wakes anyway; closed: nobody is there
+            self._wake_out.send(b"\0")
+
+    # ---- connecting -----------------------------------------------------------------------
+
+    def _connect_again(self) -> socket.socket | None:
+        """A new connection, whenever there is a controller again; None when closed meanwhile."""
+        while not self._closing:
+            self._check_lease(time.monotonic())
+            try:
+                if self._resolve_address is not None:
+                    self._address = self._resolve_address()
+                sock = self._connect(min(self._connect_timeout_s, _RETRY_LIMIT_S))
+            except PeerLostError as err:
+                logger.debug("no controller yet: %s", err)
+            except HandshakeError as err:
+                logger.warning("the controller's handshake failed: %s", err)
+            else:
+                with self._lock:  # what was queued for the old connection has lost its meaning
+                    self._queue.clear()
+                    self._queue.extend(encode(f) for f in self._greeting.values())
+                return sock
+            self._pause(_RETRY_S)
+        return None
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, but not beyond ``close``."""
+        self._wake_in.setblocking(True)
+        self._wake_in.settimeout(seconds)
+        with contextlib.suppress(TimeoutError):
+            self._wake_in.recv(_CHUNK_BYTES)
+        self._wake_in.setblocking(False)
+
+    def _connect(self, timeout_s: float) -> socket.socket:
+        """Connect and prove the token. Raises ``PeerLostError`` and ``HandshakeError``."""
+        host, _, port = self._address.rpartition(":")
+        deadline = time.monotonic() + timeout_s
+        try:
+            sock = socket.create_connection((host, int(port)), timeout=timeout_s)
+        except OSError as err:
+            raise PeerLostError(CONTROLLER, f"cannot connect to {self._address}: {err}") from err
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._handshake(sock, deadline)
+        except OSError as err:
+            sock.close()
+            raise PeerLostError(CONTROLLER, f"handshake with {self._address}: {err}") from err
+        except ProtocolError:
+            sock.close()
+            raise
+        return sock
+
+    def _handshake(self, sock: socket.socket, deadline: float) -> None:
+        """The worker's side of the mutual proof."""
+        nonce = secrets.token_hex(16)
+        sock.sendall(encode(ControlHello(worker=self._name, nonce=nonce)))
+        length = frame_length(_read_exactly(sock, _PREFIX_BYTES, deadline), MAX_HELLO_BYTES)
+        challenge = decode(_read_exactly(sock, length, deadline))
+        if not isinstance(challenge, ControlChallenge):
+            raise HandshakeError(f"{self._address} is no controller")
+        expected = proof(self._token, CONTROLLER, nonce, challenge.nonce)
+        if not hmac.compare_digest(challenge.proof.encode(), expected.encode()):
+            raise HandshakeError(f"{self._address} does not know the cluster token")
+        ours = proof(self._token, "worker", nonce, challenge.nonce)
+        sock.sendall(encode(ControlProof(proof=ours)))
+
+
+def _read_exactly(sock: socket.socket, size: int, deadline: float) -> bytes:
+    """``size`` bytes. Raises ``TimeoutError`` and ``ConnectionError``, both ``OSError``."""
+    data = bytearray()
+    while len(data) < size:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        sock.settimeout(left)
+        chunk = sock.recv(size - len(data))
+        if not chunk:
+            raise ConnectionError("closed by the controller")
+        data += chunk
+    return bytes(data)
+
+
+def _send_some(sock: socket.socket, outgoing: bytearray) -> None:
+    with contextlib.suppress(BlockingIOError):
+        del outgoing[: sock.send(outgoing)]
+
+
+def _drain(sock: socket.socket) -> None:
+    with contextlib.suppress(BlockingIOError):
+        while sock.recv(_CHUNK_BYTES):
+            pass
