@@ -1,0 +1,208 @@
+"""The expert side of a step: rows in, one compute over all attention ranks, outputs home."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cluster.config import CombineMode
+from cluster.placement import ExpertPlacement
+from cluster.topology import Generation
+from workers.dist.copies import filled_slots
+from workers.dist.dispatcher import SlotBanks
+from workers.dist.header import StepHeader
+from workers.dist.transport import DataTransport, Expected, Message, Part, Tag
+from workers.dist.weighting import weighted_sum
+from workers.families.base import BankSpec, ExchangeSpec
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The rows of all attention ranks in one exchange, end to end."""
+
+    ranks: tuple[int, ...]
+    """Attention ranks."""
+    counts: tuple[int, ...]
+    """Rows of each rank."""
+    inputs: Tensor
+    """[inputs, in_width] model dtype."""
+    slots: Tensor
+    """[rows, k] int64, -1: not here."""
+    weights: Tensor | None
+    """[rows, k] float32 where this side sums."""
+    pairs: Tensor
+    """[P] int64: places in the flattened ``slots`` that are here, ascending."""
+
+
+class ExpertServer:
+    """Serves the steps of one expert rank. Data thread only."""
+
+    def __init__(
+        self,
+        transport: DataTransport,
+        slots: SlotBanks,
+        banks: Sequence[BankSpec],
+        *,
+        device_index: int,
+        combine_mode: CombineMode,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """``device_index`` is this worker's ``Member.device`` in the placement."""
+        self._transport = transport
+        self._slots = slots
+        self._banks = tuple(banks)
+        self._device_index = device_index
+        self._combine_mode = combine_mode
+        self._dtype = dtype
+        self._device = device
+        self._filled: list[Tensor] = []
+        self.token_counts: list[Tensor] = []
+        """By bank, [slots] int64 on the CPU: pairs computed by each expert slot so far."""
+
+    def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
+        """Learn which slots are filled. Counters go on for slots that stay."""
+        self._filled = []
+        counts = self.token_counts
+        self.token_counts = []
+        for i, bank in enumerate(placement.banks):
+            filled = filled_slots(bank, self._device_index)
+            # The last entry answers for slot -1: a pair that is not here is no error.
+            self._filled.append(torch.tensor([*filled, True], device=self._device))
+            kept = torch.zeros(len(filled), dtype=torch.int64)
+            if i < len(counts):
+                size = min(len(filled), len(counts[i]))
+                kept[:size] = counts[i][:size]
+            self.token_counts.append(kept)
+
+    def run_step(self, header: StepHeader) -> None:
+        """Serve all banks and exchanges of a step, in the global order.
+
+        Raises ``PeerLostError`` and ``GenerationChangedError``.
+        """
+        self._transport.begin_step(header)
+        num_rows = [
+            {rank: n for rank, _ in header.grants if (n := header.rows(rank, micro_batch))}
+            for micro_batch in range(header.num_micro_batches)
+        ]
+        for bank in self._banks:
+            for exchange in bank.exchanges:
+                for micro_batch, granted in enumerate(num_rows):
+                    if granted:
+                        self._serve(bank, exchange, micro_batch, granted, header.exact)
+
+    def _serve(
+        self,
+        bank: BankSpec,
+        exchange: ExchangeSpec,
+        micro_batch: int,
+        granted: dict[int, int],
+        exact: bool,
+    ) -> None:
+        by_pair = self._combine_mode == "per_slot" or not exchange.weighted
+        meta = Part(bank.top_k if by_pair else 2 * bank.top_k, torch.int32)
+        parts = (meta, Part(exchange.in_width, self._dtype))
+        inputs = bank.top_k if exchange.per_slot_input else 1
+        expected = [Expected(r, parts, (n, n * inputs)) for r, n in granted.items()]
+        tag = Tag(bank.index, exchange.index, micro_batch, "rows")
+        received = self._transport.receive(tag, expected, sized=exact)
+        batch = self._join(bank, exchange, tuple(granted), received, exact)
+        outputs = self._compute(bank, exchange, batch, exact)
+        if by_pair:
+            sizes = self._pairs_by_rank(batch)
+        else:
+            outputs, sizes = self._sum(bank, batch, outputs), batch.counts
+        chunks = torch.split_with_sizes(outputs, list(sizes))
+        replies = [
+            Message(rank, (chunk,))
+            for rank, chunk in zip(batch.ranks, chunks, strict=True)
+            if len(chunk)
+        ]
+        tag = Tag(bank.index, exchange.index, micro_batch, "outputs")
+        self._transport.post(tag, replies, sized=False)
+
+    def _join(
+        self,
+        bank: BankSpec,
+        exchange: ExchangeSpec,
+        ranks: tuple[int, ...],
+        received: Sequence[tuple[Tensor, ...]],
+        exact: bool,
+    ) -> _Batch:
+        """Check what came in and put it end to end."""
+        for rank, (meta, inputs) in zip(ranks, received, strict=True):
+            self._check(bank, exchange, rank, meta[:, : bank.top_k], len(inputs), exact)
+        metas = [meta for meta, _ in received]
+        meta = metas[0] if len(metas) == 1 else torch.cat(metas)
+        rows = [inputs for _, inputs in received]
+        slots = meta[:, : bank.top_k].long()
+        return _Batch(
+            ranks=ranks,
+            counts=tuple(len(m) for m in metas),
+            inputs=rows[0] if len(rows) == 1 else torch.cat(rows),
+            slots=slots,
+            weights=meta[:, bank.top_k :].view(torch.float32)
+            if meta.shape[1] > bank.top_k
+            else None,
+            pairs=(slots.flatten() >= 0).nonzero().squeeze(1),  # device-to-host sync
+        )
+
+    def _check(
+        self,
+        bank: BankSpec,
+        exchange: ExchangeSpec,
+        rank: int,
+        slots: Tensor,
+        num_inputs: int,
+        exact: bool,
+    ) -> None:
+        """A slot that is not there or empty, or a wrong number of inputs, closes the edge."""
+        filled = self._filled[bank.index]
+        if slots.numel():
+            low, high = (int(x) for x in slots.aminmax())  # device-to-host sync
+            if low < -1 or high >= len(filled) - 1:
+                self._transport.reject(
+                    rank, f"expert slot {low if low < -1 else high} of bank {bank.index}"
+                )
+            if not bool(filled[slots].all()):
+                self._transport.reject(rank, f"empty expert slot of bank {bank.index}")
+        if not exact:
+            return  # the transport has checked the counts
+        wanted = len(slots)
+        if exchange.per_slot_input:
+            wanted = int((slots >= 0).sum())
+        if num_inputs != wanted:
+            self._transport.reject(rank, f"{num_inputs} input rows: must be {wanted}")
+
+    def _compute(
+        self, bank: BankSpec, exchange: ExchangeSpec, batch: _Batch, exact: bool
+    ) -> Tensor:
+        """[P, out_width] outputs of all pairs that are here."""
+        if not len(batch.pairs):
+            return torch.empty(0, exchange.out_width, dtype=self._dtype, device=self._device)
+        if not exchange.per_slot_input:
+            pair_input = batch.pairs // bank.top_k
+        elif exact:
+            pair_input = torch.arange(len(batch.pairs), device=self._device)
+        else:
+            pair_input = batch.pairs
+        pair_slot = batch.slots.flatten()[batch.pairs]
+        counts = self.token_counts[bank.index]
+        counts += torch.bincount(pair_slot, minlength=len(counts)).to(counts.device)
+        return self._slots.banks[bank.index].compute(
+            exchange.index, batch.inputs, pair_input, pair_slot
+        )
+
+    def _sum(self, bank: BankSpec, batch: _Batch, outputs: Tensor) -> Tensor:
+        """[rows, out_width] float32 weighted partial sums."""
+        assert batch.weights is not None
+        weights = batch.weights.flatten()[batch.pairs]
+        rows = batch.pairs // bank.top_k
+        return weighted_sum(outputs, weights, rows, len(batch.slots), bank.float32_weights)
+
+    def _pairs_by_rank(self, batch: _Batch) -> tuple[int, ...]:
+        here = batch.slots >= 0
+        return tuple(int(part.sum()) for part in torch.split_with_sizes(here, list(batch.counts)))
