@@ -38,7 +38,7 @@ setup: $(VENV)/.stamp-run
 setup-test: $(VENV)/.stamp-test
 
 serve: $(VENV)/.stamp-run
-	@exec $(BIN)/expertmesh serve $(ARGS)
+	@EXPERTMESH_PARENT=$$PPID exec $(BIN)/expertmesh serve $(ARGS)
 
 lint: $(VENV)/.stamp-test
 	$(BIN)/ruff check .

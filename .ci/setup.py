@@ -31,7 +31,7 @@ PROGRESS_INTERVAL_S = 5.0
 # Megabytes of the pinned wheels for Linux on x86-64, without torch.
 PACKAGES_MB = {"run": 160, "test": 210}
 TORCH_CPU_MB = 190
-TORCH_CUDA_MB = 2900
+TORCH_CUDA_MB = 2720
 LOG_LINES_ON_FAILURE = 15
 
 

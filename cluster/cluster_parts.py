@@ -1,0 +1,251 @@
+"""The parts of one cluster: Ray, controller with workers, gateway. Their start, and their end.
+
+Composition root: the only place that knows the classes of workers, controller and gateway at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ConfigError, StartError
+from cluster.launch_plan import LaunchPlan
+from cluster.local_ray import PrivateRay, join
+from cluster.process import ProcessIdentity
+from cluster.worker_entries import AttentionWorkerEntry, ExpertWorkerEntry
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "expertmesh"
+"""Name of the Serve application."""
+START_LIMIT_S = 1800.0
+"""Longest start; large checkpoints on slow disks take minutes."""
+_POLL_S = 0.1
+_SNAPSHOT_WAIT_S = 1.0
+_CALL_LIMIT_S = 5.0
+_LOSS_LIMIT = 5
+
+ProgressFn = Callable[[str, int, int], None]
+"""Called with stage, done, total (0 when unknown)."""
+
+
+class ClusterParts:
+    """Handles to everything that one launcher started."""
+
+    def __init__(self, plan: LaunchPlan, progress: ProgressFn) -> None:
+        self._plan = plan
+        self._progress = progress
+        self._ray = PrivateRay(folder=Path(plan.temp_dir)) if plan.temp_dir else None
+        self._controller: Any = None
+        self._is_connected = False
+        self._has_app = False
+        self._misses = 0
+
+    @staticmethod
+    def warm_up() -> None:
+        """Import what every start needs, while the front process still checks the request."""
+        import ray  # noqa: F401
+
+    def start_ray(self) -> str:
+        """Start the private Ray or join the given one; its address. Main thread only.
+
+        Raises ``ConfigError`` when the joined one cannot serve us, ``StartError`` when there is
+        none.
+        """
+        self._progress("ray", 0, 0)
+        loader = threading.Thread(target=_import_services, daemon=True)
+        loader.start()
+        if self._ray is not None:
+            address = self._ray.start(self._plan.num_cpus, self._plan.num_gpus)
+        else:
+            address = self._join()
+        self._is_connected = True
+        loader.join()
+        if self._ray is None:
+            _check_joined(self._plan)
+        return address
+
+    def start_services(self) -> None:
+        """Controller with workers, and the gateway beside them; returns when clients can call.
+
+        Raises ``StartError`` with the failing part's own words.
+        """
+        self._progress("workers", 0, 0)
+        with ThreadPoolExecutor(2) as pool:
+            futures = [pool.submit(self._start_workers), pool.submit(self._start_gateway)]
+            _wait_all(futures)
+        self._progress("gateway", 0, 0)
+        self._wait_ready()
+
+    def find_loss(self) -> str | None:
+        """Why the cluster cannot go on; None while it can."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayError
+
+        try:
+            ray.get(self._controller.snapshot.remote(), timeout=_CALL_LIMIT_S)
+            self._misses = 0
+        except (RayError, GetTimeoutError) as err:
+            self._misses += 1
+            logger.warning("the controller does not answer: %s", err)
+        lost = self._misses >= _LOSS_LIMIT
+        return "the controller is lost, see the log" if lost else None
+
+    def processes(self) -> list[ProcessIdentity]:
+        """What runs of the private Ray on this host."""
+        return self._ray.processes() if self._ray is not None and self._is_connected else []
+
+    def stop_services(self) -> None:
+        """End the Serve app, the workers and the controller, in this order."""
+        if not self._is_connected:
+            return
+        from cluster.ray_tools import end_leftovers
+
+        if self._has_app:
+            _attempt("ending the gateway", self._stop_gateway)
+        if self._controller is not None:
+            _attempt("ending the workers", self._stop_workers)
+            _attempt("ending the controller", end_leftovers)
+
+    def stop_ray(self) -> None:
+        """End the private Ray, or leave the joined one."""
+        if self._ray is not None:
+            _attempt("ending Ray", self._ray.stop)
+        elif self._is_connected:
+            import ray
+
+            _attempt("leaving Ray", ray.shutdown)
+
+    # ---- parts ----------------------------------------------------------------------------
+
+    def _join(self) -> str:
+        try:
+            return join(self._plan.address)
+        except (ConnectionError, RuntimeError, ValueError) as err:
+            words = str(err).strip().splitlines() or [type(err).__name__]
+            raise StartError("ray", f"cannot join {self._plan.address}: {words[0]}") from err
+
+    def _start_workers(self) -> None:
+        import ray
+
+        from cluster.controller_actor import create_controller
+        from cluster.worker_group import WorkerGroup
+
+        group = WorkerGroup(attention_class=AttentionWorkerEntry, expert_class=ExpertWorkerEntry)
+        self._controller = create_controller(group)
+        config = self._plan.config.to_dict()
+        ray.get(self._controller.start.remote(config, list(self._plan.banks), self._plan.profile))
+        self._wait_serving()
+
+    def _wait_serving(self) -> None:
+        import ray
+
+        version = -1
+        deadline = time.monotonic() + START_LIMIT_S
+        while time.monotonic() < deadline:
+            call = self._controller.wait_snapshot.remote(version, _SNAPSHOT_WAIT_S)
+            snapshot = ray.get(call, timeout=_SNAPSHOT_WAIT_S + _CALL_LIMIT_S)
+            version = int(snapshot["version"])
+            if snapshot["state"] == "STOPPED":
+                raise StartError("cluster", str(snapshot["error"] or "stopped while starting"))
+            if snapshot["state"] == "SERVING":
+                return
+            workers = snapshot["workers"]
+            done = sum(int(w.get("loaded_bytes") or 0) for w in workers)
+            total = sum(int(w.get("total_bytes") or 0) for w in workers)
+            self._progress("weights" if total else "workers", done, total)
+        raise StartError("cluster", f"not serving after {START_LIMIT_S:g} s")
+
+    def _start_gateway(self) -> None:
+        from gateway.app import build_app
+        from ray import serve
+
+        section = self._plan.config.gateway
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": section.host, "port": section.port},
+        )
+        self._has_app = True
+        serve.run(build_app(self._plan.config.to_dict()), name=APP_NAME, route_prefix="/")
+
+    def _wait_ready(self) -> None:
+        """Ask ``/ready`` until it says yes."""
+        deadline = time.monotonic() + 60.0
+        reasons = "no answer"
+        while time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"{self._plan.http_url}/ready", timeout=5.0):
+                    return
+            except urllib.error.HTTPError as err:
+                reasons = err.read().decode(errors="replace")
+            except OSError as err:
+                reasons = str(err)
+            time.sleep(_POLL_S)
+        raise StartError("gateway", f"not ready: {reasons}")
+
+    def _stop_gateway(self) -> None:
+        from ray import serve
+
+        serve.delete(APP_NAME, _blocking=self._ray is None)
+
+    def _stop_workers(self) -> None:
+        import ray
+
+        ray.get(self._controller.stop.remote(), timeout=_CALL_LIMIT_S)
+
+
+def _import_services() -> None:
+    """Import the rest while Ray's processes come up; errors show again where it is used."""
+    with contextlib.suppress(ImportError):
+        import gateway.app  # noqa: F401
+
+
+def _wait_all(futures: Iterable[Future[None]]) -> None:
+    """Wait for all; the first error is raised at once. Short waits let signals through."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+
+
+def _check_joined(plan: LaunchPlan) -> None:
+    """Refuse what a joined Ray cluster makes impossible, before anything is created.
+
+    Raises ``ConfigError``.
+    """
+    import ray
+    from ray import serve
+
+    from cluster.ray_tools import cluster_nodes, free_resources, our_actors
+    from cluster.start_plan import plan_start
+
+    if our_actors():
+        raise ConfigError("address", plan.address, "already runs an expertmesh cluster")
+    with contextlib.suppress(ValueError):
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        client: Any = serve.context._get_global_client()
+        port = client.get_serve_details()["http_options"]["port"]
+        if port != plan.config.gateway.port:
+            raise ConfigError(
+                "port",
+                plan.config.gateway.port,
+                f"differs from {port}, the one HTTP port of Serve on the joined Ray cluster",
+            )
+    plan_start(plan.config, list(plan.banks), cluster_nodes(), free_resources().get("CPU", 0.0))
+
+
+def _attempt(what: str, action: Callable[[], Any]) -> None:
+    """One step of the end; its failure is logged, and the next step still happens."""
+    try:
+        action()
+    except Exception:
+        logger.exception("%s failed", what)

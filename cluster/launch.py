@@ -1,0 +1,187 @@
+"""The launcher: the process that owns a cluster. It starts the parts, watches them, ends them.
+
+``expertmesh serve`` and ``up`` run it as ``python -m cluster.launch`` in a session of its own. It
+reads one ``LaunchPlan`` from stdin and writes one JSON event a line to stdout: ``progress``,
+``ready``, ``failed``, ``stopped``. It ends with SIGTERM, or when stdin is closed without the word
+``detach`` before: so a killed front process takes its cluster along. Everything it starts is below
+it or in its private Ray; what it joins stays.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any, NoReturn, TextIO
+
+from cluster.cluster_parts import ClusterParts
+from cluster.errors import ConfigError, ExpertMeshError
+from cluster.launch_plan import LaunchPlan
+from cluster.orphans import host_id, identify
+from cluster.state_file import ClusterRecord, RecordState, remove_record, write_record
+
+logger = logging.getLogger(__name__)
+
+DETACH = "detach"
+"""Word on stdin after which the launcher lives on without its front process."""
+_WATCH_S = 1.0
+_STOP_LIMIT_S = 8.0
+
+
+class _StopRequested(BaseException):
+    """Raised on the main thread while starting; no ``except Exception`` may swallow it."""
+
+
+class EventSink:
+    """Events for the front process, which may be gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+
+    def send(self, event: str, **fields: Any) -> None:
+        """Write one event."""
+        with self._lock:
+            try:
+                self._stream.write(json.dumps({"event": event, **fields}) + "\n")
+                self._stream.flush()
+            except (OSError, ValueError):
+                logger.info("nobody listens to event %s", event)
+
+
+class Launcher:
+    """One start, from plan to end."""
+
+    def __init__(self, plan: LaunchPlan, events: EventSink) -> None:
+        self._plan = plan
+        self._events = events
+        self._parts = ClusterParts(plan, self._progress)
+        self._stop = threading.Event()
+        self._is_starting = True
+
+    def run(self) -> int:
+        """Start, wait for the end, stop; the exit status."""
+        self._install_handlers()
+        status = 1
+        try:
+            self._start()
+            status = self._watch()
+        except _StopRequested:
+            logger.info("asked to stop while starting")
+            status = 0
+        except ExpertMeshError as err:
+            refused = isinstance(err, ConfigError)
+            self._events.send("failed", message=str(err), refused=refused)
+        except Exception as err:
+            logger.exception("start failed")
+            self._events.send("failed", message=f"{type(err).__name__}: {err}", refused=False)
+        finally:
+            self._is_starting = False
+            self._end()
+        return status
+
+    def request_stop(self) -> None:
+        """Stop soon; called from any thread."""
+        os.kill(os.getpid(), signal.SIGTERM)  # the handler runs on the main thread
+
+    def _start(self) -> None:
+        self._record("starting", address="")
+        address = self._parts.start_ray()
+        self._install_handlers()  # Ray installs its own
+        self._record("starting", address)
+        self._parts.start_services()
+        self._record("ready", address)
+        self._is_starting = False
+        self._events.send("ready", http=self._plan.http_url, grpc=self._plan.grpc_target)
+
+    def _watch(self) -> int:
+        """Until somebody wants the end, or the cluster is lost; the exit status."""
+        while not self._stop.wait(_WATCH_S):
+            lost = self._parts.find_loss()
+            if lost is not None:
+                self._events.send("failed", message=lost, refused=False)
+                return 1
+        return 0
+
+    def _end(self) -> None:
+        """Everything in order, within a limit; what is left after it is killed."""
+        helper = threading.Thread(target=self._parts.stop_services, daemon=True)
+        helper.start()
+        helper.join(_STOP_LIMIT_S - 3.0)
+        self._parts.stop_ray()
+        remove_record(self._plan.name)
+        self._events.send("stopped")
+
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        self._events.send("progress", stage=stage, done=done, total=total)
+
+    def _record(self, state: RecordState, address: str) -> None:
+        plan = self._plan
+        me = identify(os.getpid())
+        assert me is not None
+        write_record(
+            ClusterRecord(
+                name=plan.name,
+                command=plan.command,
+                state=state,
+                launcher=me,
+                host=host_id(),
+                settings=plan.settings,
+                http=plan.http_url,
+                grpc=plan.grpc_target,
+                address=address,
+                joined=bool(plan.address),
+                temp_dir=plan.temp_dir,
+                processes=tuple(self._parts.processes()),
+            )
+        )
+
+    def _install_handlers(self) -> None:
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front process forwards it as SIGTERM
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop.set()
+        if self._is_starting:
+            self._is_starting = False
+            raise _StopRequested
+
+
+def _follow_front(stream: TextIO, launcher: Launcher) -> None:
+    """Stop when the front process is gone, unless it said that it would go."""
+    for line in stream:
+        if line.strip() == DETACH:
+            return
+    logger.info("the front process is gone")
+    launcher.request_stop()
+
+
+def _take_stdout() -> TextIO:
+    """Our events keep the real stdout; what anybody else prints goes to the log."""
+    events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return events
+
+
+def main() -> NoReturn:
+    """Entry point of the launcher process."""
+    events = EventSink(_take_stdout())
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    ClusterParts.warm_up()
+    line = sys.stdin.readline()
+    if not line:
+        sys.exit(0)  # refused, or killed, before there was anything to start
+    launcher = Launcher(LaunchPlan.from_dict(json.loads(line)), events)
+    threading.Thread(target=_follow_front, args=(sys.stdin, launcher), daemon=True).start()
+    status = launcher.run()
+    logging.shutdown()
+    os._exit(status)  # daemon threads of a start that was given up must not hold up the end
+
+
+if __name__ == "__main__":
+    main()

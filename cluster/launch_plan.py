@@ -1,0 +1,143 @@
+"""What one start needs to know, and all that can be refused before anything is started.
+
+Nothing here imports Ray or torch, allocates, or starts a process: a request that cannot be met
+costs the user well under a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config import ClusterConfig, check
+from cluster.resources import NodeResources
+from cluster.start_plan import plan_start
+from cluster.state_file import Command
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchPlan:
+    """Everything a launcher is told."""
+
+    command: Command
+    """``serve`` or ``up``."""
+    name: str
+    """Name of the state file."""
+    settings: str
+    """Hash of what the user asked for, so that a second ``up`` can tell."""
+    config: ClusterConfig
+    """The cluster."""
+    banks: tuple[dict[str, Any], ...]
+    """Expert banks in the order of their use: ``bank``, ``layer``, ``num_experts``."""
+    profile: dict[str, Any] | None
+    """Expert load that the checkpoint brings along, if any."""
+    address: str
+    """Ray cluster to join; empty for a private one."""
+    temp_dir: str
+    """Folder of the private Ray; empty when joining."""
+    num_cpus: int
+    """CPUs of the private Ray."""
+    num_gpus: int
+    """GPUs of the private Ray."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the launcher's stdin."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**data, "config": self.config.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LaunchPlan:
+        """Inverse of ``to_dict``."""
+        values = dict(data)
+        values["config"] = ClusterConfig.from_dict(values["config"])
+        values["banks"] = tuple(values["banks"])
+        return cls(**values)
+
+    @property
+    def http_url(self) -> str:
+        """Where HTTP clients on this host connect."""
+        return f"http://{_reachable(self.config.gateway.host)}:{self.config.gateway.port}"
+
+    @property
+    def grpc_target(self) -> str:
+        """Where gRPC clients on this host connect."""
+        return f"{_reachable(self.config.gateway.host)}:{self.config.gateway.grpc_port}"
+
+
+def _reachable(host: str) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def check_start(
+    config: ClusterConfig, banks: Sequence[Mapping[str, Any]], num_cpus: int, num_gpus: int
+) -> None:
+    """Raise ``ConfigError`` for what this model on this host cannot do: see ``plan_start``."""
+    here = NodeResources(node_id="", address="here", cpus=float(num_cpus), gpus=float(num_gpus))
+    plan_start(config, banks, [here])
+
+
+def check_ports(host: str, ports: Mapping[str, int]) -> None:
+    """Raise ``ConfigError`` when a port cannot be bound. ``ports``: setting -> number."""
+    for name, port in ports.items():
+        try:
+            with contextlib.closing(_bind(host, port)):
+                pass
+        except socket.gaierror as err:
+            check(False, "host", host, f"cannot be resolved: {err.strerror}")
+        except OSError as err:
+            in_use = err.errno == errno.EADDRINUSE
+            rule = (
+                f"is in use on {host}" if in_use else f"cannot be opened on {host}: {err.strerror}"
+            )
+            check(False, name, port, rule)
+
+
+def free_port(host: str) -> int:
+    """A port that is free now."""
+    with contextlib.closing(_bind(host, 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A plain bind, without SO_REUSEPORT: any listener of anybody makes it fail."""
+    family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    probe = socket.socket(family, kind, number)
+    try:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # no wait for old connections
+        probe.bind(address)
+        probe.listen(1)  # with SO_REUSEADDR a bind alone succeeds beside a socket that listens
+    except OSError:
+        probe.close()
+        raise
+    return probe
+
+
+def count_cpus() -> int:
+    """Cores that this process may use: affinity and container limit, at least 1."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        cores = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # no such limit here
+    return max(1, cores)
+
+
+def count_gpus() -> int:
+    """NVIDIA devices that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))

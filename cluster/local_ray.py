@@ -1,0 +1,130 @@
+"""A private Ray: its environment, folder, start and end. Nothing here touches another Ray.
+
+``ray.init(address="local")`` in the launcher: the kernel ends gcs, raylet and monitor with the
+launcher, the raylet's workers follow; what outlives them (two agents) is found by its files.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import StartError
+from cluster.orphans import find_by_files, sweep
+from cluster.process import ProcessIdentity
+
+OBJECT_STORE_BYTES = 128 * 1024 * 1024
+"""No tensor goes through Ray; its smallest object store would be 75 MiB."""
+_SOCKET_PATH_LIMIT = 107
+_RAY_PATH_CHARS = 75
+"""What Ray adds to its folder for its longest socket path."""
+
+
+def make_temp_dir() -> Path:
+    """A new folder for one private Ray, only for this user. Socket paths below it must be short.
+
+    Ray opens its own folder to everybody, therefore it gets ``ray`` inside of this one.
+    """
+    for base in ("/tmp", tempfile.gettempdir()):
+        if os.access(base, os.W_OK) and len(base) + _RAY_PATH_CHARS < _SOCKET_PATH_LIMIT:
+            return Path(tempfile.mkdtemp(prefix="em-", dir=base))
+    raise StartError("ray", f"no writable folder with a short path (tried {base})")
+
+
+def private_environment(folder: Path) -> dict[str, str]:
+    """Environment of a launcher with a private Ray; writes the token that its Ray asks for.
+
+    Ray reads these when it is imported, so they are set before the process begins.
+    """
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    inherited = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_NAMESPACE", "RAY_TMPDIR")
+    }
+    return {
+        **inherited,
+        **common_environment(),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+    }
+
+
+def common_environment() -> dict[str, str]:
+    """What every launcher is started with, private Ray or not."""
+    source = str(Path(__file__).resolve().parent.parent)
+    path = os.environ.get("PYTHONPATH")
+    return {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{source}{os.pathsep}{path}" if path else source,
+        "PYTHONUNBUFFERED": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrivateRay:
+    """The Ray of one cluster, running in and below this process."""
+
+    folder: Path
+    """From ``make_temp_dir``; removed by ``stop``."""
+
+    def start(self, num_cpus: int, num_gpus: int | None) -> str:
+        """Start it and connect; Ray's address. Call on the main thread, which must live on:
+        the kernel ends Ray's processes with the thread that started them.
+        """
+        import ray
+
+        from cluster.ray_tools import NAMESPACE
+
+        context: Any = ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _temp_dir=str(self.folder / "ray"),
+            _node_ip_address="127.0.0.1",
+        )
+        return str(context.address_info["gcs_address"])
+
+    def processes(self) -> list[ProcessIdentity]:
+        """Everything of it that runs now."""
+        return find_by_files(self.folder)
+
+    def stop(self) -> None:
+        """End it, with all actors, and remove its folder."""
+        import ray
+
+        ray.shutdown()
+        sweep(self.folder, ())
+
+
+def join(address: str) -> str:
+    """Connect to a Ray that was there before; its address."""
+    import ray
+
+    from cluster.ray_tools import NAMESPACE
+
+    context: Any = ray.init(
+        address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
+    )
+    return str(context.address_info["gcs_address"])
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder from ``make_temp_dir`` that was not used."""
+    shutil.rmtree(folder, ignore_errors=True)
