@@ -1,0 +1,113 @@
+"""HTTP towards a running cluster, with the standard library only: commands must start quickly."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+from cluster import state_file
+from cluster.cli.exit_codes import CommandError, ExitCode
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_TIMEOUT_S = 10.0
+
+
+def find_url(args: argparse.Namespace) -> str:
+    """``--url``, ``EXPERTMESH_URL``, the named or only cluster of this host, or the default."""
+    given = args.url or os.environ.get("EXPERTMESH_URL")
+    if given:
+        return str(given).rstrip("/")
+    alive = {r.name: r for r in state_file.all_records() if r.is_alive}
+    name = args.name or os.environ.get("EXPERTMESH_NAME")
+    if name and name not in alive:
+        raise CommandError(ExitCode.UNREACHABLE, f"no cluster called {name} runs on this host")
+    if name or state_file.DEFAULT_NAME in alive:
+        return alive[name or state_file.DEFAULT_NAME].http
+    return next(iter(alive.values())).http if len(alive) == 1 else DEFAULT_URL
+
+
+class Client:
+    """Requests to one URL. Errors become ``CommandError`` with the fitting exit code."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.url = find_url(args)
+        self._timeout_s = args.timeout or DEFAULT_TIMEOUT_S
+        self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
+
+    def get(self, path: str, any_status: bool = False) -> Any:
+        """The JSON document at ``path``. ``any_status`` takes the body of an error answer too."""
+        request = self._request(path)
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout_s) as reply:
+                return self._parse(reply.read())
+        except urllib.error.HTTPError as err:
+            body = err.read()
+            if any_status and err.code not in (401, 403):
+                return self._parse(body)
+            raise _refusal(err.code, body) from err
+        except (OSError, ValueError) as err:
+            raise self._unreachable(err) from err
+
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """POST, then the ``data:`` events of the answer up to ``[DONE]``."""
+        request = self._request(path, json.dumps(body).encode())
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout_s) as reply:
+                for line in reply:
+                    if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
+                        yield self._parse(line[len(b"data: ") :])
+        except urllib.error.HTTPError as err:
+            raise _refusal(err.code, err.read()) from err
+        except TimeoutError as err:
+            message = f"no answer within {self._timeout_s:g} s"
+            raise CommandError(ExitCode.NOT_READY, message) from err
+        except OSError as err:
+            raise self._unreachable(err) from err
+
+    def _request(self, path: str, data: bytes | None = None) -> urllib.request.Request:
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        try:
+            return urllib.request.Request(f"{self.url}{path}", data=data, headers=headers)
+        except ValueError as err:
+            raise CommandError(ExitCode.USAGE, f"--url ({self.url}) is not a URL") from err
+
+    def _parse(self, body: bytes) -> Any:
+        try:
+            return json.loads(body)
+        except ValueError as err:
+            message = f"{self.url} does not answer like an expertmesh gateway"
+            raise CommandError(ExitCode.UNREACHABLE, message) from err
+
+    def _unreachable(self, err: Exception) -> CommandError:
+        reason = getattr(err, "reason", err)
+        if isinstance(err, TimeoutError) or isinstance(reason, TimeoutError):
+            message = f"{self.url} did not answer within {self._timeout_s:g} s"
+            return CommandError(ExitCode.NOT_READY, message)
+        return CommandError(ExitCode.UNREACHABLE, f"cannot reach {self.url}: {reason}")
+
+
+def _refusal(status: int, body: bytes) -> CommandError:
+    """The error object of an answer as a command's end."""
+    try:
+        message = str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        message = body[:200].decode(errors="replace").strip() or f"HTTP status {status}"
+    codes = {
+        400: ExitCode.REFUSED,
+        401: ExitCode.UNAUTHORISED,
+        403: ExitCode.UNAUTHORISED,
+        408: ExitCode.NOT_READY,
+        409: ExitCode.REFUSED,
+        413: ExitCode.REFUSED,
+        429: ExitCode.NOT_READY,
+        503: ExitCode.NOT_READY,
+        504: ExitCode.NOT_READY,
+    }
+    return CommandError(codes.get(status, ExitCode.FAILED), message)

@@ -1,0 +1,112 @@
+"""``status``, ``workers``, ``placement``: what a running cluster says about itself."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.cli.client import Client
+from cluster.cli.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal import colour, note, out, out_json, out_line, table
+
+READY_STATES = ("SERVING", "DEGRADED")
+WATCH_INTERVAL_S = 1.0
+_COLOURS = {"SERVING": "green", "DEGRADED": "yellow", "RECOVERING": "yellow", "STOPPED": "red"}
+
+
+def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Register the three commands."""
+    status = commands.add_parser("status", parents=[common], help="state; exits 0 only when ready")
+    status.add_argument("--watch", action="store_true", help="again and again until interrupted")
+    status.set_defaults(run=run_status)
+    workers = commands.add_parser("workers", parents=[common], help="one line for each worker")
+    workers.set_defaults(run=run_workers)
+    placement = commands.add_parser("placement", parents=[common], help="which expert is where")
+    placement.add_argument("--layer", type=int, metavar="N", help="one layer only")
+    placement.set_defaults(run=run_placement)
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Print the state; ``NOT_READY`` unless clients are served now."""
+    while True:
+        status, is_ready = _fetch_status(Client(args))
+        if args.json:
+            out_json(status)
+        else:
+            out(_status_text(status, colours=not args.no_color))
+        if not args.watch:
+            return ExitCode.OK if is_ready else ExitCode.NOT_READY
+        time.sleep(WATCH_INTERVAL_S)
+
+
+def _fetch_status(client: Client) -> tuple[dict[str, Any], bool]:
+    """The status document, and whether the gateway answers ``/ready`` with yes."""
+    status: dict[str, Any] = client.get("/cluster/v1/status")
+    ready = client.get("/ready", any_status=True)
+    return status, bool(ready.get("ready")) and not ready.get("error")
+
+
+def _status_text(status: Mapping[str, Any], colours: bool) -> str:
+    state = str(status.get("state"))
+    model = status.get("model") or {}
+    lines = [
+        f"state       {colour(state, _COLOURS.get(state, 'dim'), colours)}",
+        f"model       {model.get('name')} ({model.get('model_type')}, {model.get('dtype')}, "
+        f"{model.get('max_model_len')} tokens)",
+        f"generation  {status.get('generation')}, placement epoch {status.get('placement_epoch')}",
+    ]
+    if status.get("error"):
+        lines.append(f"error       {status['error']}")
+    return "\n".join([*lines, "", _workers_text(status), ""])
+
+
+def run_workers(args: argparse.Namespace) -> int:
+    """Print the workers."""
+    status = Client(args).get("/cluster/v1/status")
+    if args.json:
+        out_json({"schema": 1, "workers": status["workers"]})
+    else:
+        out_line(_workers_text(status))
+    return ExitCode.OK
+
+
+def _workers_text(status: Mapping[str, Any]) -> str:
+    header = ("NAME", "ROLE", "RANK", "STATE", "NODE", "PID", "HOLDS")
+    rows = [
+        (w["name"], w["role"], w["rank"], w["state"], w["node"], w["pid"], _holds(w))
+        for w in status.get("workers", ())
+    ]
+    return table(header, rows)
+
+
+def _holds(worker: Mapping[str, Any]) -> str:
+    if worker["role"] == "expert":
+        return f"{worker.get('slots')} expert slots"
+    free, total = worker.get("kv_blocks_free"), worker.get("kv_blocks_total")
+    return f"{free} of {total} KV blocks free" if total else ""
+
+
+def run_placement(args: argparse.Namespace) -> int:
+    """Print the expert maps."""
+    document = Client(args).get("/cluster/v1/placement")
+    if args.layer is not None:
+        document["banks"] = [b for b in document["banks"] if b["layer"] == args.layer]
+        if not document["banks"]:
+            raise CommandError(ExitCode.REFUSED, f"layer {args.layer} has no expert bank")
+    if args.json:
+        out_json(document)
+        return ExitCode.OK
+    note(f"placement epoch {document['epoch']}")
+    rows = [
+        (bank["layer"], bank["bank"], f"expert-{device}", " ".join(map(_slot, slots)))
+        for bank in document["banks"]
+        for device, slots in enumerate(bank["physical_to_logical"])
+    ]
+    out_line(table(("LAYER", "BANK", "WORKER", "EXPERTS BY SLOT"), rows))
+    return ExitCode.OK
+
+
+def _slot(expert: int) -> str:
+    return "-" if expert < 0 else str(expert)

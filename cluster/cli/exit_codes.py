@@ -1,0 +1,32 @@
+"""Exit codes of every command, and the errors that end a command with one of them."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a script learns from a command's end."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    UNREACHABLE = 3
+    NOT_READY = 4
+    """Not ready, or timed out."""
+    REFUSED = 5
+    """A precondition does not hold; nothing was changed."""
+    UNAUTHORISED = 6
+    INTERRUPTED = 130
+
+
+class CommandError(Exception):
+    """Ends the command: one line on stderr, and this exit code."""
+
+    def __init__(self, code: ExitCode, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

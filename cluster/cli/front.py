@@ -1,0 +1,233 @@
+"""The front process of ``serve`` and ``up``: spawns the launcher, shows what it says, ends it.
+
+The launcher owns the cluster. Between the two there is a pipe each way: if this process dies, the
+launcher sees it and stops; if the launcher dies, this process ends what was left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from cluster import state_file
+from cluster.cli.exit_codes import ExitCode
+from cluster.cli.progress import Progress
+from cluster.cli.terminal import note
+from cluster.launch import DETACH
+from cluster.launch_plan import LaunchPlan
+from cluster.orphans import sweep
+
+STOP_LIMIT_S = 9.0
+"""From the first signal to force."""
+PARENT_VARIABLE = "EXPERTMESH_PARENT"
+"""Process id that ``make serve`` passes down: a killed make must not leave a server behind."""
+_TICK_S = 0.25
+_QUIET_TICK_S = 1.0
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM before there is a launcher to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def raise_on_signals() -> None:
+    """Until a launcher runs, a signal ends the command by ``Interrupted``.
+
+    Also where the shell started us with SIGINT ignored, as it does for ``command &``.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> NoReturn:
+        raise Interrupted(number)
+
+    for number in _signals():
+        signal.signal(number, handle)
+
+
+def _signals() -> list[signal.Signals]:
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup it stays ignored
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How the launcher's part ended."""
+
+    code: ExitCode
+    """Exit code of the command."""
+    message: str = ""
+    """For the user; empty when all is well."""
+    is_ready: bool = False
+    """The cluster runs, and the launcher was left alone with it."""
+
+
+class Front:
+    """One launcher, from spawn to end."""
+
+    def __init__(
+        self, log: Path, environment: Mapping[str, str], on_ready: Callable[[], None]
+    ) -> None:
+        """Spawn it; it imports what it needs and waits for ``begin``."""
+        self._on_ready = on_ready
+        self._log = log
+        with log.open("wb") as errors:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "cluster.launch"],
+                env=dict(environment),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+            )
+        self._plan: LaunchPlan | None = None
+        self._signal_count = 0
+        self._first_signal = 0
+        self._deadline: float | None = None
+        self._stopped = False
+        self._buffer = b""
+        self._failure: Outcome | None = None
+        self._was_ready = False
+
+    def begin(self, plan: LaunchPlan) -> None:
+        """Send the plan: from now on there is something to end."""
+        self._plan = plan
+        for number in _signals():
+            signal.signal(number, self._on_signal)
+        self._tell(json.dumps(plan.to_dict()))
+
+    def cancel(self) -> None:
+        """Nothing was begun: end the launcher."""
+        self._child.kill()
+        self._child.wait()
+
+    def run(self, progress: Progress, detach: bool) -> Outcome:
+        """Show progress until ready; then follow the cluster to its end, or ``detach`` from it."""
+        assert self._child.stdout is not None
+        wake_in, wake_out = os.pipe()
+        os.set_blocking(wake_out, False)
+        signal.set_wakeup_fd(wake_out, warn_on_full_buffer=False)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._child.stdout, selectors.EVENT_READ)
+            selector.register(wake_in, selectors.EVENT_READ)
+            try:
+                return self._pump(selector, progress, detach, wake_in)
+            finally:
+                signal.set_wakeup_fd(-1)
+                os.close(wake_in)
+                os.close(wake_out)
+
+    def _pump(
+        self, selector: selectors.BaseSelector, progress: Progress, detach: bool, wake: int
+    ) -> Outcome:
+        assert self._child.stdout is not None
+        while True:
+            is_quiet = self._was_ready and self._deadline is None
+            for key, _ in selector.select(_QUIET_TICK_S if is_quiet else _TICK_S):
+                if key.fd == wake:
+                    os.read(wake, 64)
+                    continue
+                data = os.read(key.fd, 65536)
+                if not data:
+                    progress.clear()
+                    return self._ended()
+                self._take(data, progress)
+            if self._was_ready and detach and self._signal_count == 0:
+                self._leave()
+                return Outcome(code=ExitCode.OK, is_ready=True)
+            if not self._was_ready and self._signal_count == 0:
+                progress.tick()
+            self._enforce_deadline()
+            self._follow_parent()
+
+    def _take(self, data: bytes, progress: Progress) -> None:
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        for line in lines:
+            event: dict[str, Any] = json.loads(line)
+            kind = event["event"]
+            if kind == "progress":
+                progress.update(event["stage"], event["done"], event["total"])
+            elif kind == "ready":
+                progress.clear()
+                self._was_ready = True
+                self._on_ready()
+            elif kind == "failed":
+                code = ExitCode.REFUSED if event["refused"] else ExitCode.FAILED
+                self._failure = Outcome(code=code, message=event["message"])
+            elif kind == "stopped":
+                self._stopped = True
+
+    def _ended(self) -> Outcome:
+        """The launcher is gone; what it could not end itself is ended here."""
+        assert self._plan is not None
+        self._child.wait()
+        if not self._stopped:
+            self._clean_up()
+        if self._signal_count:
+            self._log.unlink(missing_ok=True)
+            return self._interrupted()
+        if self._failure is not None:
+            return self._failure
+        message = f"the launcher ended unexpectedly, see {self._log}"
+        return Outcome(code=ExitCode.FAILED, message=message)
+
+    def _interrupted(self) -> Outcome:
+        is_clean_end = self._first_signal != signal.SIGINT and self._was_ready
+        return Outcome(code=ExitCode.OK if is_clean_end else ExitCode.INTERRUPTED)
+
+    def _clean_up(self) -> None:
+        assert self._plan is not None
+        record = state_file.read_record(self._plan.name)
+        if self._plan.temp_dir:
+            sweep(Path(self._plan.temp_dir), record.processes if record else ())
+        state_file.remove_record(self._plan.name)
+
+    def _leave(self) -> None:
+        self._tell(DETACH)
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._child.stdin.close()
+        self._child.stdout.close()
+        self._child.returncode = 0  # no warning about a child that is meant to stay
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signal_count += 1
+        self._first_signal = self._first_signal or number
+        if self._signal_count == 1:
+            self._deadline = time.monotonic() + STOP_LIMIT_S
+            note("stopping")
+            with contextlib.suppress(ProcessLookupError):
+                self._child.send_signal(signal.SIGTERM)
+        else:
+            self._deadline = time.monotonic()
+
+    def _enforce_deadline(self) -> None:
+        """Second signal, or an end that takes too long: the pipe's end follows at once."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self._child.kill()
+
+    def _follow_parent(self) -> None:
+        """End with the process that says it is our parent (make); nobody else's end matters."""
+        parent = os.environ.get(PARENT_VARIABLE)
+        if parent and parent != str(os.getppid()) and self._signal_count == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _tell(self, line: str) -> None:
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.write(f"{line}\n".encode())
+            self._child.stdin.flush()

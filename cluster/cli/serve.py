@@ -1,0 +1,304 @@
+"""``serve`` and ``up``: check the request, start the launcher, say when clients can call."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import local_ray, state_file
+from cluster.checkpoint_check import CheckpointCheck, CheckpointFacts
+from cluster.cli.exit_codes import CommandError, ExitCode
+from cluster.cli.front import Front, Outcome, raise_on_signals
+from cluster.cli.progress import Progress
+from cluster.cli.serve_options import add_serve_options, collect, read_keys, read_template
+from cluster.cli.terminal import note, out_json, out_line
+from cluster.config import ClusterConfig, check
+from cluster.errors import CheckpointError, ConfigError, StartError
+from cluster.hub import ModelSource, find_model
+from cluster.launch_plan import (
+    LaunchPlan,
+    check_ports,
+    check_start,
+    count_cpus,
+    count_gpus,
+    free_port,
+)
+
+REFUSED_FIELDS = ("host",)
+"""Settings whose rules are about this host or its safety, not about how a flag is written."""
+_HEARTBEATS_PER_LIMIT = 4
+
+
+def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Register ``serve`` and ``up``."""
+    serve = commands.add_parser(
+        "serve", parents=[common], help="start a cluster and stay in the foreground"
+    )
+    add_serve_options(serve)
+    serve.set_defaults(run=run_serve)
+    up = commands.add_parser(
+        "up", parents=[common], help="start a cluster in the background, return when it is ready"
+    )
+    add_serve_options(up)
+    up.set_defaults(run=run_up)
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Serve until a signal."""
+    name = args.name or os.environ.get("EXPERTMESH_NAME") or f"serve-{os.getpid()}"
+    record = state_file.read_record(name)
+    if record is not None and record.is_alive:
+        raise CommandError(ExitCode.REFUSED, f"a cluster called {name} runs already")
+    return _start(args, "serve", name)
+
+
+def run_up(args: argparse.Namespace) -> int:
+    """Start in the background; a cluster of that name and settings that runs is good enough."""
+    name = args.name or os.environ.get("EXPERTMESH_NAME") or state_file.DEFAULT_NAME
+    raise_on_signals()
+    with _one_at_a_time(name):
+        record = state_file.read_record(name)
+        if record is None or not record.is_alive:
+            return _start(args, "up", name)
+        if record.settings != _settings_hash(args):
+            message = f"{name} is up with other settings: expertmesh down --name {name} first"
+            raise CommandError(ExitCode.REFUSED, message)
+        note(f"{name} is up already")
+        _print_ready(args, record.name, record.http, record.grpc)
+        return ExitCode.OK
+
+
+@contextlib.contextmanager
+def _one_at_a_time(name: str) -> Iterator[None]:
+    """Two ``up`` of one name: the second waits, and finds the cluster of the first."""
+    with state_file.record_path(name).with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _start(args: argparse.Namespace, command: state_file.Command, name: str) -> int:
+    raise_on_signals()
+    try:
+        for line in state_file.clean_up_dead():
+            note(line)
+        outcome = _launch(args, command, name)
+    except (CheckpointError, StartError) as err:
+        raise CommandError(ExitCode.REFUSED, str(err)) from err
+    if outcome.message:
+        raise CommandError(outcome.code, outcome.message)
+    return outcome.code
+
+
+def _launch(args: argparse.Namespace, command: state_file.Command, name: str) -> Outcome:
+    values = collect(args, os.environ)
+    address = _ray_address(values)
+    _refuse_unbuilt(values)
+    _check_early(values)
+    progress = Progress()
+    model = find_model(args.model or os.environ.get("EXPERTMESH_MODEL"), note)
+    config = build_config(values, model)
+    with _Preparation(address, name) as preparation:
+        plan_values = {"command": command, "name": name, "address": address}
+        begun = preparation.begin(model.folder, lambda: _ready(args, plan))
+        progress.update("check")
+        facts = begun.check.result()
+        plan = _make_plan(config, facts, preparation.temp_dir, _settings_hash(args), plan_values)
+        preparation.keep()
+        begun.front.begin(plan)
+    return begun.front.run(progress, detach=command == "up")
+
+
+def _ray_address(values: dict[str, Any]) -> str:
+    return str(values.pop("address", None) or os.environ.get("RAY_ADDRESS") or "")
+
+
+def _refuse_unbuilt(values: dict[str, Any]) -> None:
+    mode = values.get("workers.mode")
+    if mode in ("auto", "colocated"):
+        message = f"--mode {mode} is not available yet: use disaggregated or local"
+        raise CommandError(ExitCode.USAGE, message)
+
+
+def _check_early(values: dict[str, Any]) -> None:
+    """Ports and the shape of every setting, before a model is looked for or fetched."""
+    config = build_config(dict(values), ModelSource(folder=Path(), name="model"))
+    section = config.gateway
+    try:
+        check_ports(section.host, {"port": section.port, "grpc_port": section.grpc_port})
+    except ConfigError as err:
+        raise CommandError(ExitCode.REFUSED, str(err)) from err
+
+
+def build_config(values: dict[str, Any], model: ModelSource) -> ClusterConfig:
+    """The configuration of option values by target.
+
+    Raises ``CommandError``: usage for a value that no start could take, refused for an unsafe one.
+    """
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"path": str(model.folder), "served_model_name": model.name},
+        "workers": {},
+        "engine": {},
+        "transport": {},
+        "gateway": {},
+    }
+    keys = read_keys(values["api_key_file"]) if "api_key_file" in values else ()
+    for target, value in values.items():
+        section, _, field = target.partition(".")
+        if field:
+            sections[section][field] = value
+    if "api_keys" in sections["gateway"]:
+        keys = (sections["gateway"]["api_keys"], *keys)
+    sections["gateway"]["api_keys"] = keys
+    if "chat_template" in sections["model"]:
+        sections["model"]["chat_template"] = read_template(sections["model"]["chat_template"])
+    limit = sections["transport"].get("detection_limit_s")
+    if limit is not None and limit > 0:
+        sections["transport"]["heartbeat_s"] = min(0.5, limit / _HEARTBEATS_PER_LIMIT)
+    try:
+        return ClusterConfig.from_dict({**sections, "cluster_token": secrets.token_hex(32)})
+    except ConfigError as err:
+        code = ExitCode.REFUSED if err.field in REFUSED_FIELDS else ExitCode.USAGE
+        raise CommandError(code, str(err)) from err
+
+
+def _settings_hash(args: argparse.Namespace) -> str:
+    """Hash of the options as given: the same command line means the same cluster."""
+    values = {k: str(v) for k, v in collect(args, os.environ).items()}
+    model = args.model or os.environ.get("EXPERTMESH_MODEL") or ""
+    text = json.dumps([model, values, os.environ.get("RAY_ADDRESS", "")], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Begun:
+    front: Front
+    check: CheckpointCheck
+
+
+class _Preparation:
+    """What exists before the plan is sent; taken back unless ``keep`` was called."""
+
+    def __init__(self, address: str, name: str) -> None:
+        self._log = state_file.log_path(name)
+        self._folder = None if address else local_ray.make_temp_dir()
+        self._begun: _Begun | None = None
+        self._kept = False
+
+    @property
+    def temp_dir(self) -> str:
+        """Folder of the private Ray; empty when one is joined."""
+        return str(self._folder or "")
+
+    def begin(self, model: Path, on_ready: Callable[[], None]) -> _Begun:
+        """Let the launcher import while the checkpoint is looked at."""
+        if self._folder is not None:
+            environment = local_ray.private_environment(self._folder)
+        else:
+            environment = {**os.environ, **local_ray.common_environment()}
+        self._begun = _Begun(
+            front=Front(self._log, environment, on_ready),
+            check=CheckpointCheck(model, environment),
+        )
+        return self._begun
+
+    def keep(self) -> None:
+        """The launcher takes over."""
+        self._kept = True
+
+    def __enter__(self) -> _Preparation:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._kept:
+            return
+        if self._begun is not None:
+            self._begun.check.cancel()
+            self._begun.front.cancel()
+        if self._folder is not None:
+            local_ray.remove(self._folder)
+        self._log.unlink(missing_ok=True)
+
+
+def _make_plan(
+    config: ClusterConfig,
+    facts: CheckpointFacts,
+    temp_dir: str,
+    settings: str,
+    values: dict[str, Any],
+) -> LaunchPlan:
+    """The last checks, now that the model is known. Raises ``CommandError`` (refused)."""
+    num_cpus = count_cpus()
+    num_gpus = count_gpus() if facts.torch_has_cuda else 0
+    try:
+        limit = config.model.max_model_len
+        check(
+            limit is None or limit <= facts.max_position_embeddings,
+            "max_model_len",
+            limit,
+            f"must not exceed the model's context of {facts.max_position_embeddings} tokens",
+        )
+        if temp_dir:  # a joined cluster's resources are known only once it is joined
+            check_start(config, facts.banks, num_cpus, num_gpus)
+    except ConfigError as err:
+        raise CommandError(ExitCode.REFUSED, str(err)) from err
+    return LaunchPlan(
+        config=_with_ports(config),
+        banks=facts.banks,
+        profile=_read_profile(Path(config.model.path)),
+        settings=settings,
+        temp_dir=temp_dir,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        **values,
+    )
+
+
+def _with_ports(config: ClusterConfig) -> ClusterConfig:
+    """Port 0 becomes a free one."""
+    data = config.to_dict()
+    section = data["gateway"]
+    for name in ("port", "grpc_port"):
+        section[name] = section[name] or free_port(section["host"])
+    return ClusterConfig.from_dict(data)
+
+
+def _read_profile(folder: Path) -> dict[str, Any] | None:
+    """The expert load that a checkpoint brings along, if it does."""
+    try:
+        profile = json.loads((folder / "load_profile.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return profile if isinstance(profile, dict) else None
+
+
+def _ready(args: argparse.Namespace, plan: LaunchPlan) -> None:
+    _print_ready(args, plan.name, plan.http_url, plan.grpc_target)
+    key = " -H 'Authorization: Bearer KEY'" if plan.config.gateway.api_keys else ""
+    model = plan.config.model.served_model_name
+    body = json.dumps({"model": model, "prompt": "ROMEO:", "max_tokens": 40, "stream": True})
+    call = json.dumps({"text": "ROMEO:", "sampling_params": {"max_tokens": 40}})
+    url = plan.http_url
+    note(f"  curl -N {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'")
+    note(
+        f"  grpcurl -plaintext{key} -d '{call}' {plan.grpc_target} "
+        "expertmesh.v1.Inference/GenerateStream"
+    )
+    note(f"  openai.OpenAI(base_url='{url}/v1', api_key='{'KEY' if key else 'none'}')")
+    if plan.command == "serve":
+        note("  stop with Ctrl-C")
+
+
+def _print_ready(args: argparse.Namespace, name: str, http: str, grpc: str) -> None:
+    if args.json:
+        out_json({"schema": 1, "name": name, "http": http, "grpc": grpc})
+    else:
+        out_line(f"expertmesh ready http={http} grpc={grpc}")
