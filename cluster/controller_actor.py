@@ -1,0 +1,300 @@
+"""The controller as a Ray actor: wires the state machine to its sockets and to the worker actors.
+
+``Controller`` decides, ``ControlServer`` carries frames, ``WorkerGroup`` starts and ends processes.
+All three are used from the actor's event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import ray
+
+from cluster.config import ClusterConfig
+from cluster.control_frames import ControlFrame
+from cluster.control_server import ControlServer
+from cluster.controller import Controller, ControllerSettings
+from cluster.errors import ExpertMeshError, StartError
+from cluster.load_profile import LoadProfile
+from cluster.ray_tools import NAMESPACE
+from cluster.reports import placement_report, snapshot_before_start
+from cluster.resources import NodeResources, WorkerShare
+from cluster.start_plan import StartPlan, plan_start
+from cluster.states import ClusterState
+from cluster.topology import Member
+
+logger = logging.getLogger(__name__)
+
+CONTROLLER_NAME = "expertmesh-controller"
+"""Name of the actor in our namespace."""
+_TICK_S = 0.1
+_RESERVE_LIMIT_S = 30.0
+_STATUS_LIMIT_S = 1.0
+_STOP_LIMIT_S = 20.0
+
+
+class WorkerGroupLike(Protocol):
+    """What the controller needs of ``cluster.worker_group.WorkerGroup``."""
+
+    def resources(self) -> tuple[NodeResources, ...]:
+        """Live nodes."""
+
+    def free_cpus(self) -> float:
+        """CPUs that nobody holds."""
+
+    def address(self) -> str:
+        """Interface that the control server binds to."""
+
+    async def reserve(
+        self, num_attention: int, num_experts: int, share: WorkerShare, limit_s: float
+    ) -> tuple[Member, ...]:
+        """Find room, rank the workers."""
+
+    async def start(
+        self,
+        members: Sequence[Member],
+        config: Mapping[str, Any],
+        control_address: str,
+        extras: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Create all workers."""
+
+    async def watch(
+        self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
+    ) -> None:
+        """Tell of workers that die before they call."""
+
+    async def end(self, names: Sequence[str]) -> None:
+        """End these workers."""
+
+    async def end_all(self) -> None:
+        """End all workers and free their room."""
+
+
+class ControllerActor:
+    """Async actor; see ``create_controller``. One start a life."""
+
+    def __init__(self, group: WorkerGroupLike, settings: ControllerSettings | None = None) -> None:
+        """``settings`` replaces the limits that follow from the configuration (in tests)."""
+        self._group = group
+        self._settings = settings
+        self._controller: Controller | None = None
+        self._server: ControlServer | None = None
+        self._address = ""
+        self._profile: LoadProfile | None = None
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # ---- methods of the actor -------------------------------------------------------------
+
+    async def start(
+        self,
+        config: dict[str, Any],
+        banks: list[dict[str, Any]],
+        profile: dict[str, Any] | None = None,
+    ) -> None:
+        """Begin to start all workers; all or nothing. Follow it with ``wait_snapshot``.
+
+        ``banks`` are dicts with ``bank``, ``layer`` and ``num_experts``; ``profile`` is the load
+        profile that balancedness is predicted from. A second call does nothing. Raises
+        ``ConfigError`` or ``StartError``, with nothing left behind, when it cannot even begin.
+        """
+        if self._controller is not None:
+            return
+        self._profile = LoadProfile.from_dict(profile) if profile else None
+        plan = plan_start(
+            ClusterConfig.from_dict(config),
+            banks,
+            self._group.resources(),
+            self._group.free_cpus(),
+        )
+        members = await self._reserve(plan)
+        self._controller = self._make_controller(plan, members)
+        self._spawn(self._bring_up(plan, members))
+        self._spawn(self._tick_forever())
+
+    async def snapshot(self, fresh: bool = False) -> dict[str, Any]:
+        """The cluster's state; ``fresh`` asks every worker for its numbers of this moment first."""
+        if fresh and self._controller is not None:
+            await self._ask_workers(self._controller)
+        return self._snapshot()
+
+    async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
+        """The state as soon as it is not ``known_version`` any more, at the latest in time."""
+        await self._wait(lambda: self._version() != known_version, timeout_s)
+        return self._snapshot()
+
+    async def placement(self) -> dict[str, Any]:
+        """Maps, load and balancedness of all banks (``placement --json``)."""
+        if self._controller is None:
+            return {"schema": 1, "epoch": 0, "banks": []}
+        load = self._controller.expert_load()
+        return placement_report(self._controller.placement, load, self._profile)
+
+    async def control_address(self) -> str:
+        """``host:port`` of the control server; empty before the start."""
+        return self._address
+
+    async def stop(self) -> None:
+        """End all workers and return when they are gone. The caller ends this actor."""
+        if self._controller is not None and self._server is not None:
+            controller = self._controller
+            controller.stop(time.monotonic())
+            self._notify()
+            await self._wait(lambda: controller.state is ClusterState.STOPPED, _STOP_LIMIT_S)
+            await self._server.close()
+        for task in self._tasks:
+            task.cancel()
+
+    # ---- what the controller acts through -------------------------------------------------
+
+    def send(self, worker: str, frame: ControlFrame) -> None:
+        """Send to one worker."""
+        if self._server is not None:
+            self._server.send(worker, frame)
+
+    def end_workers(self, workers: Sequence[str]) -> None:
+        """End workers in the background."""
+        if self._server is not None:
+            for worker in workers:
+                self._server.drop(worker)
+        self._spawn(self._group.end(list(workers)))
+
+    def end_all(self) -> None:
+        """End all workers in the background and say when they are gone."""
+        self._spawn(self._end_all())
+
+    # ---- what happens on the sockets ------------------------------------------------------
+
+    def on_frame(self, worker: str, frame: ControlFrame) -> None:
+        """A worker sent a frame."""
+        if self._controller is not None:
+            self._controller.frame(worker, frame, time.monotonic())
+            self._notify()
+
+    def on_closed(self, worker: str, reason: str) -> None:
+        """A worker's connection closed."""
+        if self._controller is not None:
+            self._controller.disconnected(worker, reason, time.monotonic())
+            self._notify()
+
+    # ---- tasks ----------------------------------------------------------------------------
+
+    async def _reserve(self, plan: StartPlan) -> tuple[Member, ...]:
+        """Open the control server and reserve room; on an error nothing is left behind."""
+        self._server = ControlServer(plan.config.cluster_token, self)
+        workers = plan.config.workers
+        try:
+            self._address = await self._server.start(self._group.address())
+            return await self._group.reserve(
+                workers.num_attention_workers,
+                workers.num_expert_ranks,
+                plan.share,
+                _RESERVE_LIMIT_S,
+            )
+        except (ExpertMeshError, OSError):
+            await self._server.close()
+            await self._group.end_all()
+            raise
+
+    async def _bring_up(self, plan: StartPlan, members: Sequence[Member]) -> None:
+        """Create the actors, and watch them until they have called."""
+        assert self._server is not None
+        extras = {m.name: plan.extra(m) for m in members}
+        try:
+            await self._group.start(members, plan.config.to_dict(), self._address, extras)
+            await self._group.watch(self._server.is_connected, self._died)
+        except StartError as err:
+            self._died(err.part, err.reason)
+
+    async def _end_all(self) -> None:
+        assert self._controller is not None
+        try:
+            await self._group.end_all()
+        finally:
+            self._controller.all_ended(time.monotonic())
+            self._notify()
+
+    async def _tick_forever(self) -> None:
+        assert self._controller is not None
+        while self._controller.state is not ClusterState.STOPPED:
+            await asyncio.sleep(_TICK_S)
+            version = self._controller.version
+            self._controller.tick(time.monotonic())
+            if self._controller.version != version:
+                self._notify()
+
+    def _died(self, name: str, reason: str) -> None:
+        if self._controller is not None:
+            self._controller.lost({name: reason}, time.monotonic())
+            self._notify()
+
+    async def _ask_workers(self, controller: Controller) -> None:
+        controller.request_status()
+        await self._wait(lambda: controller.status_complete, _STATUS_LIMIT_S)
+
+    # ---- small things ---------------------------------------------------------------------
+
+    def _make_controller(self, plan: StartPlan, members: Sequence[Member]) -> Controller:
+        config = plan.config
+        now = time.monotonic()
+        limits = self._settings or ControllerSettings(
+            detection_limit_s=config.transport.detection_limit_s,
+            generation_limit_s=config.transport.connect_timeout_s + 5.0,
+        )
+        return Controller(
+            limits,
+            members=members,
+            placement=plan.placement,
+            model={"name": config.model.served_model_name, "path": config.model.path},
+            link=self,
+            now=now,
+            num_slots=plan.num_slots,
+            wall_time_offset_s=time.time() - now,
+        )
+
+    def _snapshot(self) -> dict[str, Any]:
+        return self._controller.snapshot() if self._controller else snapshot_before_start()
+
+    def _version(self) -> int:
+        return self._controller.version if self._controller else 0
+
+    def _notify(self) -> None:
+        """Wake everyone who waits for a change."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _wait(self, is_true: Callable[[], bool], timeout_s: float) -> None:
+        """Return once ``is_true``, or after ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        while not is_true() and (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (err := task.exception()) is not None:
+            logger.error("a task of the controller failed", exc_info=err)
+
+
+def create_controller(group: WorkerGroupLike, settings: ControllerSettings | None = None) -> Any:
+    """Create the detached controller actor, or find the one there is; returns its handle."""
+    actor: Any = ray.remote(ControllerActor)
+    return actor.options(
+        name=CONTROLLER_NAME,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=0,
+    ).remote(group, settings)

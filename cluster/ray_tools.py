@@ -1,0 +1,90 @@
+"""Small questions to Ray: nodes, free resources, our named actors, the cause of an error."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, cast
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+from cluster.resources import NodeResources
+
+NAMESPACE = "expertmesh"
+"""Ray namespace of all our actors."""
+WORKERS_GROUP = "expertmesh-workers"
+"""Name of the placement group that reserves room for the workers."""
+
+
+def cluster_nodes() -> tuple[NodeResources, ...]:
+    """Live nodes of the connected Ray cluster, by address."""
+    found = cast("list[dict[str, Any]]", ray.nodes())  # type: ignore[no-untyped-call]
+    nodes = [
+        NodeResources(
+            node_id=str(n["NodeID"]),
+            address=str(n["NodeManagerAddress"]),
+            cpus=float(n["Resources"].get("CPU", 0.0)),
+            gpus=float(n["Resources"].get("GPU", 0.0)),
+        )
+        for n in found
+        if n["Alive"]
+    ]
+    return tuple(sorted(nodes, key=lambda n: (n.address, n.node_id)))
+
+
+def free_resources() -> dict[str, float]:
+    """Resources by name that nobody holds now."""
+    return dict(ray.available_resources())  # type: ignore[no-untyped-call]
+
+
+def node_address() -> str:
+    """Cluster IP address of this process's node."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def is_this_node(node_id: str) -> bool:
+    """Whether the calling process runs on that node."""
+    return bool(ray.get_runtime_context().get_node_id() == node_id)
+
+
+def our_actors() -> list[str]:
+    """Names of the live actors in our namespace."""
+    entries = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(str(e["name"]) for e in entries if e["namespace"] == NAMESPACE)
+
+
+def kill_actors(names: Sequence[str]) -> None:
+    """Kill these actors of our namespace; nothing happens for one that does not exist."""
+    for name in names:
+        with contextlib.suppress(ValueError, RayError):
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+
+
+def free_reserved_room() -> None:
+    """Remove our placement groups, also what an earlier run left; their actors end with them."""
+    for group_id, entry in placement_group_table().items():
+        if entry["name"] == WORKERS_GROUP and entry["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
+
+
+def end_leftovers() -> list[str]:
+    """End all actors of our namespace and free their room; returns their names.
+
+    For ``down`` without a controller, and for what an earlier run left behind.
+    """
+    names = our_actors()
+    kill_actors(names)
+    free_reserved_room()
+    return names
+
+
+def words_of(error: BaseException) -> str:
+    """The cause of a Ray error in one line; the worker's own words if there are any."""
+    cause = error.cause if isinstance(error, RayTaskError) else None
+    if cause is not None and not isinstance(cause, RayError):
+        return f"{type(cause).__name__}: {cause}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    details = [line for line in lines if line.startswith("The actor is dead because")]
+    return (details or lines or [type(error).__name__])[-1]

@@ -1,0 +1,291 @@
+"""Places, starts, watches and ends the worker actors.
+
+The actor classes come as arguments; this package never imports the engine. A worker actor is built
+as ``Cls(config: dict, member: dict, control_address: str, extra: dict)`` and has ``start()``,
+``ping()`` and ``stop()``; all else goes over the control socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
+
+from cluster.errors import StartError
+from cluster.process import ProcessIdentity, describe_self, kill_process, wait_gone
+from cluster.ray_tools import (
+    NAMESPACE,
+    WORKERS_GROUP,
+    cluster_nodes,
+    free_reserved_room,
+    free_resources,
+    is_this_node,
+    kill_actors,
+    node_address,
+    words_of,
+)
+from cluster.resources import NodeResources, WorkerShare
+from cluster.topology import Member, Role
+
+logger = logging.getLogger(__name__)
+
+_PING_S = 0.5
+_CALL_LIMIT_S = 5.0
+
+
+@dataclass(slots=True)
+class _Actor:
+    """One worker actor that exists."""
+
+    member: Member
+    handle: Any
+    node_id: str
+    process: ProcessIdentity | None = None
+
+
+@dataclass(slots=True)
+class WorkerGroup:
+    """All worker actors of one cluster. Made by the launcher, owned by the controller actor."""
+
+    attention_class: Any
+    """Class of attention workers, plain or made with ``ray.remote``."""
+    expert_class: Any
+    """Class of expert workers."""
+    stop_limit_s: float = 2.0
+    """Time that a worker's own ``stop`` may take."""
+    _actors: dict[str, _Actor] = field(default_factory=dict)
+    _ending: set[asyncio.Future[None]] = field(default_factory=set)
+    _group: PlacementGroup | None = None
+    _nodes: dict[str, str] = field(default_factory=dict)
+    _share: WorkerShare | None = None
+
+    def resources(self) -> tuple[NodeResources, ...]:
+        """Live nodes of the Ray cluster, by address."""
+        return cluster_nodes()
+
+    def free_cpus(self) -> float:
+        """CPUs that nobody holds now."""
+        return free_resources().get("CPU", 0.0)
+
+    def address(self) -> str:
+        """Cluster IP address of this process's node."""
+        return node_address()
+
+    async def reserve(
+        self, num_attention: int, num_experts: int, share: WorkerShare, limit_s: float
+    ) -> tuple[Member, ...]:
+        """Reserve room for all workers, spread over the nodes; ranks go by node, then index.
+
+        Raises ``StartError`` when the room is not there within ``limit_s``.
+        """
+        free_reserved_room()
+        wanted = {"CPU": share.cpus, "GPU": share.gpus}
+        bundle = {k: v for k, v in wanted.items() if v > 0} or {"memory": 1.0}
+        count = num_attention + num_experts
+        self._share = share
+        self._group = placement_group(
+            [bundle] * count, strategy="SPREAD", name=WORKERS_GROUP, lifetime="detached"
+        )
+        if not await asyncio.to_thread(self._group.wait, limit_s):
+            free_reserved_room()
+            raise StartError("worker group", _no_room_text(count, share, limit_s))
+        nodes = self._bundle_nodes()
+        members = [
+            *_rank("attention", nodes[:num_attention]),
+            *_rank("expert", nodes[num_attention:]),
+        ]
+        self._nodes = {m.name: node for m, node in members}
+        return tuple(m for m, _ in members)
+
+    async def start(
+        self,
+        members: Sequence[Member],
+        config: Mapping[str, Any],
+        control_address: str,
+        extras: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Create all actors and call their ``start``. All or nothing is the caller's ``end_all``.
+
+        Raises ``StartError`` with the first failing worker's own words.
+        """
+        kill_actors([m.name for m in members])
+        bundles = self._bundles_by_node()
+        for member in members:
+            node_id = self._nodes[member.name]
+            options = self._options(member, bundles[node_id].pop(0))
+            kind = self.attention_class if member.role == "attention" else self.expert_class
+            remote = kind if hasattr(kind, "remote") else ray.remote(kind)
+            handle = remote.options(**options).remote(
+                dict(config), asdict(member), control_address, dict(extras[member.name])
+            )
+            self._actors[member.name] = _Actor(member, handle, node_id)
+        await _all_or_first_error([self._bring_up(a) for a in self._actors.values()])
+
+    async def watch(
+        self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
+    ) -> None:
+        """Tell of workers that die before their control connection exists, until all have one."""
+        waiting = list(self._actors.values())
+        while waiting:
+            await asyncio.sleep(_PING_S)
+            waiting = [a for a in waiting if not is_connected(a.member.name)]
+            for actor in list(waiting):
+                words = await _death_of(actor)
+                if words is not None:
+                    waiting.remove(actor)
+                    on_died(actor.member.name, words)
+
+    async def end(self, names: Sequence[str]) -> None:
+        """End these workers: by their own ``stop``, then by process id, then by Ray."""
+        actors = [self._actors.pop(n) for n in names if n in self._actors]
+        tasks = {asyncio.ensure_future(self._end_one(a)) for a in actors}
+        self._ending |= tasks
+        await asyncio.gather(*tasks)
+        self._ending -= tasks
+
+    async def end_all(self) -> None:
+        """End every worker and give the reserved room back."""
+        await self.end(list(self._actors))
+        await asyncio.gather(*self._ending)
+        free_reserved_room()
+
+    # ---- placing --------------------------------------------------------------------------
+
+    def _options(self, member: Member, bundle: int) -> dict[str, Any]:
+        assert self._share is not None
+        assert self._group is not None
+        return {
+            "name": member.name,
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "num_cpus": self._share.cpus,
+            "num_gpus": self._share.gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "max_concurrency": 4,  # ping and stop get through while another call is in progress
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=self._group,
+                placement_group_bundle_index=bundle,
+                placement_group_capture_child_tasks=False,
+            ),
+        }
+
+    def _bundle_nodes(self) -> list[str]:
+        """``[bundle]`` -> node id."""
+        assert self._group is not None
+        table = placement_group_table(self._group)["bundles_to_node_id"]
+        return [str(table[i]) for i in range(len(table))]
+
+    def _bundles_by_node(self) -> dict[str, list[int]]:
+        by_node: dict[str, list[int]] = {}
+        for bundle, node in enumerate(self._bundle_nodes()):
+            by_node.setdefault(node, []).append(bundle)
+        return by_node
+
+    # ---- starting -------------------------------------------------------------------------
+
+    async def _bring_up(self, actor: _Actor) -> None:
+        name = actor.member.name
+        try:
+            actor.process = await actor.handle.__ray_call__.remote(describe_self)
+            await actor.handle.start.remote()
+        except RayError as err:
+            raise StartError(name, words_of(err)) from err
+
+    # ---- ending ---------------------------------------------------------------------------
+
+    async def _end_one(self, actor: _Actor) -> None:
+        name = actor.member.name
+        stopped = False
+        try:
+            await asyncio.wait_for(actor.handle.stop.remote(), self.stop_limit_s)
+            stopped = True
+        except (RayError, TimeoutError) as err:
+            logger.info("%s did not stop by itself: %s", name, type(err).__name__)
+        if not stopped:
+            await self._kill_by_pid(actor)
+        with contextlib.suppress(RayError, ValueError):
+            ray.kill(actor.handle, no_restart=True)
+        if stopped and not await self._is_gone(actor):
+            await self._kill_by_pid(actor)
+
+    async def _is_gone(self, actor: _Actor) -> bool:
+        """Whether the process ended; a remote one is trusted to, after its own ``stop``."""
+        if actor.process is None or not is_this_node(actor.node_id):
+            return True
+        return await asyncio.to_thread(wait_gone, actor.process, 1.0)
+
+    async def _kill_by_pid(self, actor: _Actor) -> None:
+        """SIGKILL on its node: Ray lets a stopped process live for seconds."""
+        if actor.process is None:
+            return
+        if is_this_node(actor.node_id):
+            kill_process(actor.process)
+            await asyncio.to_thread(wait_gone, actor.process, 1.0)
+            return
+        where = NodeAffinitySchedulingStrategy(actor.node_id, soft=False)
+        task = ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=where)
+        with contextlib.suppress(RayError, TimeoutError):
+            await asyncio.wait_for(task.remote(actor.process), _CALL_LIMIT_S)
+
+
+async def _death_of(actor: _Actor) -> str | None:
+    """Ray's reason when the actor is dead; None while it lives, or may live."""
+    try:
+        await asyncio.wait_for(actor.handle.ping.remote(), _CALL_LIMIT_S)
+    except ActorUnavailableError:
+        return None  # the network to it may come back; its death would be ActorDiedError
+    except RayActorError as err:
+        return words_of(err)
+    except (TimeoutError, RayError):
+        return None  # busy, or its ping fails: the start limit is there for that
+    return None
+
+
+async def _all_or_first_error(calls: Sequence[Awaitable[None]]) -> None:
+    """Wait for all; the first error ends the waiting and is raised."""
+    tasks = [asyncio.ensure_future(c) for c in calls]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _rank(role: Role, nodes: Sequence[str]) -> list[tuple[Member, str]]:
+    """Members of one pool with their node ids, ranked by the nodes' order."""
+    order = {n.node_id: (i, n.address) for i, n in enumerate(cluster_nodes())}
+    placed = sorted(nodes, key=lambda node: order[node])
+    return [
+        (
+            Member(
+                name=f"{role}-{rank}",
+                role=role,
+                rank=rank,
+                device=rank if role == "expert" else -1,
+                node=order[node][1],
+            ),
+            node,
+        )
+        for rank, node in enumerate(placed)
+    ]
+
+
+def _no_room_text(count: int, share: WorkerShare, limit_s: float) -> str:
+    free = free_resources()
+    return (
+        f"no room for {count} workers of {share.cpus:g} CPUs and {share.gpus:g} GPUs each within "
+        f"{limit_s:g} s: free are {free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs"
+    )

@@ -1,0 +1,248 @@
+"""The controller actor's whole path without Ray: real sockets, workers as threads."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from cluster.config import ClusterConfig, ModelSection, TransportSection, WorkersSection
+from cluster.control_frames import (
+    ControlFrame,
+    GenerationReady,
+    Heartbeat,
+    NewGeneration,
+    Register,
+    RunGeneration,
+    StatusReply,
+    WorkerReady,
+)
+from cluster.controller_actor import ControllerActor
+from cluster.errors import ConfigError, StartError
+from cluster.load_profile import BankLoad, LoadProfile
+from cluster.resources import NodeResources, WorkerShare
+from cluster.topology import Member
+from tests.fakes_cluster import make_members
+from workers.control_client import ControlClient
+
+BANKS = [{"bank": "mlp", "layer": 0, "num_experts": 8}]
+LIMIT_S = 10.0
+
+
+class ThreadWorker:
+    """A worker as far as the controller can see: its control client and prompt answers."""
+
+    def __init__(self, member: Mapping[str, Any], address: str, token: str) -> None:
+        self.name = str(member["name"])
+        self.run_at = 0.0
+        self.first_step = 0
+        self._generation = 0
+        self.client = ControlClient(
+            address,
+            token,
+            self.name,
+            self._on_frame,
+            heartbeat=lambda: Heartbeat(progress=0, idle=True, generation=self._generation),
+            status=self._status,
+            heartbeat_s=0.1,
+        )
+
+    def start(self) -> None:
+        """Call the controller, load at once."""
+        self.client.start()
+        self.client.send(Register(member={"name": self.name, "pid": 1}))
+        self.client.send(WorkerReady())
+
+    def _status(self) -> StatusReply:
+        stats = {"kv_blocks_free": 7.0, "kv_blocks_total": 8.0}
+        return StatusReply(token=0, stats=stats, expert_load={"mlp:0": [1] * 8})
+
+    def _on_frame(self, frame: ControlFrame) -> None:
+        if isinstance(frame, NewGeneration):
+            self._generation = int(frame.generation["number"])
+            self.client.send(
+                GenerationReady(generation=self._generation, highest_step=10, highest_epoch=1)
+            )
+        elif isinstance(frame, RunGeneration):
+            self.first_step = frame.first_step
+            self.run_at = time.monotonic()
+
+
+class ThreadWorkerGroup:
+    """A worker group whose workers are threads of this process."""
+
+    def __init__(self, fails: str = "", dies: str = "", room: bool = True) -> None:
+        self.workers: dict[str, ThreadWorker] = {}
+        self.ended: list[str] = []
+        self.config: Mapping[str, Any] = {}
+        self.extras: Mapping[str, Mapping[str, Any]] = {}
+        self.all_ended = 0
+        self._fails, self._dies, self._room = fails, dies, room
+
+    def resources(self) -> tuple[NodeResources, ...]:
+        return (NodeResources(node_id="a", address="127.0.0.1", cpus=2.0),)
+
+    def free_cpus(self) -> float:
+        return 2.0
+
+    def address(self) -> str:
+        return "127.0.0.1"
+
+    async def reserve(
+        self, num_attention: int, num_experts: int, share: WorkerShare, limit_s: float
+    ) -> tuple[Member, ...]:
+        if not self._room:
+            raise StartError("worker group", "no room")
+        return make_members(num_attention, num_experts)
+
+    async def start(
+        self,
+        members: Sequence[Member],
+        config: Mapping[str, Any],
+        control_address: str,
+        extras: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self.config, self.extras = config, extras
+        for member in members:
+            worker = ThreadWorker(
+                {"name": member.name}, control_address, str(config["cluster_token"])
+            )
+            self.workers[member.name] = worker
+            if member.name == self._fails:
+                raise StartError(member.name, "ValueError: no such tensor")
+            if member.name != self._dies:
+                await asyncio.to_thread(worker.start)
+
+    async def watch(
+        self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
+    ) -> None:
+        if self._dies:
+            assert not is_connected(self._dies)
+            on_died(self._dies, "its process died")
+
+    async def end(self, names: Sequence[str]) -> None:
+        self.ended.extend(names)
+        for name in names:
+            await asyncio.to_thread(self.workers[name].client.close)
+
+    async def end_all(self) -> None:
+        self.all_ended += 1
+        await self.end([n for n in self.workers if n not in self.ended])
+
+
+def _config(num_experts: int = 2, num_redundant: int = 0) -> dict[str, Any]:
+    return ClusterConfig(
+        model=ModelSection(path="somewhere", served_model_name="demo"),
+        workers=WorkersSection(num_expert_workers=num_experts, num_redundant_experts=num_redundant),
+        transport=TransportSection(detection_limit_s=1.0, heartbeat_s=0.1),
+        cluster_token="secret",
+    ).to_dict()
+
+
+async def _until(actor: ControllerActor, *states: str) -> dict[str, Any]:
+    """Follow the snapshots until one of these states."""
+    async with asyncio.timeout(LIMIT_S):
+        snapshot = await actor.snapshot()
+        while snapshot["state"] not in states:
+            snapshot = await actor.wait_snapshot(snapshot["version"], LIMIT_S)
+        return snapshot
+
+
+def test_a_cluster_starts_answers_and_stops() -> None:
+    async def body() -> None:
+        group = ThreadWorkerGroup()
+        actor = ControllerActor(group)
+        assert (await actor.snapshot())["version"] == 0
+        assert (await actor.placement())["banks"] == []
+        bank = BankLoad(bank="mlp", layer=0, counts=(2, 2, 2, 2, 1, 1, 1, 1))
+        profile = LoadProfile(model="demo", top_k=2, tokens=6, banks=(bank,))
+        await actor.start(_config(), BANKS, profile.to_dict())
+        snapshot = await _until(actor, "SERVING")
+        assert (await actor.control_address()).startswith("127.0.0.1:")
+        assert snapshot["generation"] == 1
+        assert group.config["workers"]["cpus_per_worker"] == 0.6666
+        assert group.config["workers"]["device"] == "cpu"
+        assert set(group.extras["expert-1"]) == {"placement", "num_slots", "threads"}
+        fresh = await actor.snapshot(fresh=True)
+        assert fresh["workers"][0]["kv_blocks_free"] == 7
+        report = await actor.placement()
+        assert report["banks"][0]["load"] == [3] * 8
+        assert report["banks"][0]["balancedness"] == {"predicted": 0.75, "achieved": 1.0}
+        await actor.start(_config(), BANKS)  # a second start does nothing
+        await actor.stop()
+        assert (await actor.snapshot())["state"] == "STOPPED"
+        assert sorted(group.ended) == ["attention-0", "expert-0", "expert-1"]
+
+    asyncio.run(body())
+
+
+def test_a_dead_worker_stalls_the_others_for_less_than_a_tenth_of_a_second() -> None:
+    async def body() -> None:
+        group = ThreadWorkerGroup()
+        actor = ControllerActor(group)
+        await actor.start(_config(3, 5), BANKS)
+        await _until(actor, "SERVING")
+        began = time.monotonic()
+        await asyncio.to_thread(group.workers["expert-1"].client.close)
+        snapshot = await _until(actor, "DEGRADED")
+        assert snapshot["experts_complete"]
+        assert snapshot["generation"] == 2
+        survivors = [group.workers[n] for n in ("attention-0", "expert-0", "expert-2")]
+        while any(w.run_at < began for w in survivors):
+            await asyncio.sleep(0.005)
+        assert max(w.run_at for w in survivors) - began < 0.1
+        assert {w.first_step for w in survivors} == {11}
+        await actor.stop()
+        assert group.ended[0] == "expert-1"
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("group", "error"),
+    [
+        (ThreadWorkerGroup(fails="expert-1"), "expert-1: ValueError: no such tensor"),
+        (ThreadWorkerGroup(dies="expert-0"), "expert-0: its process died"),
+    ],
+    ids=["fails", "dies"],
+)
+def test_a_failing_worker_ends_the_start(group: ThreadWorkerGroup, error: str) -> None:
+    async def body() -> None:
+        actor = ControllerActor(group)
+        await actor.start(_config(), BANKS)
+        snapshot = await _until(actor, "STOPPED")
+        assert snapshot["error"] == error
+        assert {w["state"] for w in snapshot["workers"]} == {"LOST"}
+        assert sorted(group.ended) == ["attention-0", "expert-0", "expert-1"]
+        await actor.stop()
+
+    asyncio.run(body())
+
+
+def test_what_cannot_begin_is_refused_and_can_be_tried_again() -> None:
+    async def body() -> None:
+        group = ThreadWorkerGroup(room=False)
+        actor = ControllerActor(group)
+        with pytest.raises(ConfigError, match="num_expert_workers"):
+            await actor.start(_config(9), BANKS)
+        with pytest.raises(StartError, match="no room"):
+            await actor.start(_config(), BANKS)
+        assert group.all_ended == 1
+        assert (await actor.snapshot())["state"] == "STARTING"
+        await actor.stop()
+
+    asyncio.run(body())
+
+
+def test_waiting_for_a_change_ends_in_time() -> None:
+    async def body() -> None:
+        actor = ControllerActor(ThreadWorkerGroup())
+        began = time.monotonic()
+        assert (await actor.wait_snapshot(0, 0.1))["version"] == 0
+        assert 0.05 < time.monotonic() - began < 1.0
+        assert (await actor.wait_snapshot(5, LIMIT_S))["version"] == 0
+
+    asyncio.run(body())

@@ -1,0 +1,201 @@
+"""Real worker actors in one local Ray cluster: start, failures of a start, kill -9, stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.util.placement_group import placement_group_table
+
+from cluster.config import ClusterConfig, ModelSection, TransportSection, WorkersSection
+from cluster.controller_actor import create_controller
+from cluster.errors import ConfigError
+from cluster.ray_tools import NAMESPACE, cluster_nodes, end_leftovers, free_resources, our_actors
+from cluster.worker_group import WorkerGroup
+from tests.cluster import ray_workers
+
+pytestmark = pytest.mark.ray
+
+BANKS = [{"bank": "mlp", "layer": 0, "num_experts": 8}]
+LIMIT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            log_to_driver=False,
+            include_dashboard=False,
+            _temp_dir=folder,
+        )
+        yield
+        ray.shutdown()
+
+
+def _config(
+    num_experts: int = 2, num_redundant: int = 0, cpus: float | None = None
+) -> dict[str, Any]:
+    return ClusterConfig(
+        model=ModelSection(path="somewhere", served_model_name="demo"),
+        workers=WorkersSection(
+            num_expert_workers=num_experts,
+            num_redundant_experts=num_redundant,
+            cpus_per_worker=cpus,
+        ),
+        transport=TransportSection(detection_limit_s=5.0),
+        cluster_token="secret",
+    ).to_dict()
+
+
+@contextmanager
+def _controller(
+    expert_class: type = ray_workers.TrivialWorker,
+    attention_class: type = ray_workers.TrivialWorker,
+) -> Iterator[Any]:
+    """A controller actor that is ended with everything it started."""
+    controller = create_controller(WorkerGroup(attention_class, expert_class))
+    try:
+        yield controller
+    finally:
+        ray.get(controller.stop.remote(), timeout=LIMIT_S)
+        ray.kill(controller)
+        deadline = time.monotonic() + LIMIT_S
+        while our_actors() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def _until(controller: Any, *states: str) -> dict[str, Any]:
+    deadline = time.monotonic() + LIMIT_S
+    snapshot: dict[str, Any] = ray.get(controller.snapshot.remote(), timeout=LIMIT_S)
+    while snapshot["state"] not in states:
+        assert time.monotonic() < deadline, snapshot
+        wait = controller.wait_snapshot.remote(snapshot["version"], 5.0)
+        snapshot = ray.get(wait, timeout=LIMIT_S)
+    return snapshot
+
+
+def _pids(snapshot: dict[str, Any]) -> dict[str, int]:
+    return {w["name"]: w["pid"] for w in snapshot["workers"]}
+
+
+def _is_gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def _nothing_is_left() -> bool:
+    groups = placement_group_table().values()
+    return not our_actors() and all(g["state"] == "REMOVED" for g in groups)
+
+
+class Bystander:
+    """Somebody else's actor."""
+
+    def ping(self) -> str:
+        return "here"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_workers_start_lose_one_and_stop_without_touching_others() -> None:
+    kind: Any = ray.remote(Bystander)
+    bystander = kind.options(name="expert-1", namespace="others", num_cpus=0).remote()
+    assert ray.get(bystander.ping.remote(), timeout=LIMIT_S) == "here"
+    with _controller() as controller:
+        ray.get(controller.start.remote(_config(3, 5), BANKS), timeout=LIMIT_S)
+        snapshot = _until(controller, "SERVING", "STOPPED")
+        assert snapshot["state"] == "SERVING", snapshot["error"]
+        pids = _pids(snapshot)
+        assert sorted(pids) == ["attention-0", "expert-0", "expert-1", "expert-2"]
+        assert {w["node"] for w in snapshot["workers"]} == {cluster_nodes()[0].address}
+        fresh = ray.get(controller.snapshot.remote(True), timeout=LIMIT_S)
+        assert {w["stats"]["threads"] for w in fresh["workers"]} == {1.0}
+        assert free_resources().get("CPU", 0.0) == pytest.approx(0.0, abs=0.001)  # 4 x 0.5
+        assert create_controller(WorkerGroup(None, None))._actor_id == controller._actor_id
+
+        began = time.monotonic()
+        os.kill(pids["expert-1"], signal.SIGKILL)
+        snapshot = _until(controller, "DEGRADED")
+        assert time.monotonic() - began < 1.0
+        assert snapshot["experts_complete"]
+        assert snapshot["generation"] == 2
+        states = {w["name"]: w["state"] for w in snapshot["workers"]}
+        assert states.pop("expert-1") == "LOST"
+        assert set(states.values()) == {"SERVING"}
+
+        began = time.monotonic()
+        ray.get(controller.stop.remote(), timeout=LIMIT_S)
+        assert time.monotonic() - began < 8.0
+        assert all(_is_gone(pid) for pid in pids.values())
+        assert _until(controller, "STOPPED")["error"] is None
+    assert ray.get(bystander.ping.remote(), timeout=LIMIT_S) == "here"
+    assert _nothing_is_left()
+    ray.kill(bystander)
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        (ray_workers.BrokenWorker, "ValueError: the shape of lm_head is wrong"),
+        (ray_workers.BrokenStartWorker, "OSError: no free port"),
+        (ray_workers.FailingWorker, "layer 3 is missing"),
+        (ray_workers.DyingWorker, "The actor is dead because its worker process has died"),
+    ],
+)
+def test_one_failing_worker_ends_the_whole_start_in_its_own_words(kind: type, error: str) -> None:
+    with _controller(attention_class=kind) as controller:
+        ray.get(controller.start.remote(_config(1), BANKS), timeout=LIMIT_S)
+        began = time.monotonic()
+        snapshot = _until(controller, "STOPPED")
+        assert snapshot["error"].startswith(f"attention-0: {error}")
+        assert time.monotonic() - began < 20.0
+        assert our_actors() == ["expertmesh-controller"]
+        assert all(_is_gone(pid) for pid in _pids(snapshot).values() if pid)
+    assert _nothing_is_left()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_stopped_and_stubborn_workers_are_ended_by_pid() -> None:
+    with _controller(expert_class=ray_workers.StubbornWorker) as controller:
+        ray.get(controller.start.remote(_config(1), BANKS), timeout=LIMIT_S)
+        pids = _pids(_until(controller, "SERVING"))
+        os.kill(pids["attention-0"], signal.SIGSTOP)
+        began = time.monotonic()
+        ray.get(controller.stop.remote(), timeout=LIMIT_S)
+        assert time.monotonic() - began < 5.0
+        assert all(_is_gone(pid) for pid in pids.values())
+    assert _nothing_is_left()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_is_not_there_is_refused_before_anything_is_created() -> None:
+    with _controller() as controller:
+        with pytest.raises(ConfigError, match="cpus_per_worker") as caught:
+            ray.get(controller.start.remote(_config(cpus=1.0), BANKS), timeout=LIMIT_S)
+        assert isinstance(caught.value.cause, ConfigError)  # type: ignore[attr-defined]
+        assert our_actors() == ["expertmesh-controller"]
+    assert _nothing_is_left()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_leftovers_are_found_by_name() -> None:
+    worker: Any = ray.remote(ray_workers.TrivialWorker)
+    options = {"name": "expert-7", "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0}
+    kept = worker.options(**options).remote(
+        {"cluster_token": ""}, {"name": "expert-7"}, "127.0.0.1:1", {"threads": 1}
+    )
+    assert ray.get(kept.ping.remote(), timeout=LIMIT_S) == "expert-7"
+    assert end_leftovers() == ["expert-7"]
+    deadline = time.monotonic() + LIMIT_S
+    while our_actors() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert _nothing_is_left()

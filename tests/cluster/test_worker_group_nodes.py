@@ -1,0 +1,89 @@
+"""Workers on several Ray nodes (processes of this host): spreading, ranks, ending elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from cluster.config import WorkersSection
+from cluster.errors import StartError
+from cluster.ray_tools import cluster_nodes, our_actors
+from cluster.resources import plan_shares
+from cluster.worker_group import WorkerGroup
+from tests.cluster.ray_workers import StubbornWorker, TrivialWorker
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+LIMIT_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def three_nodes() -> Iterator[None]:
+    with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
+        context: Any = ray.init(
+            address="local",
+            num_cpus=1,
+            log_to_driver=False,
+            include_dashboard=False,
+            _temp_dir=folder,
+        )
+        address = context.address_info["gcs_address"]
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1"]
+        others = []
+        for count in (2, 3):  # one after the other: two at once take each other's ports
+            others.append(
+                subprocess.Popen(
+                    [*command, f"--address={address}"],
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env=os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},
+                )
+            )
+            deadline = time.monotonic() + LIMIT_S
+            while len(cluster_nodes()) < count and time.monotonic() < deadline:
+                time.sleep(0.1)
+        yield
+        for other in others:
+            other.terminate()
+        for other in others:
+            other.wait(LIMIT_S)
+        ray.shutdown()
+
+
+@pytest.mark.usefixtures("three_nodes")
+def test_workers_are_spread_ranked_by_node_and_ended_on_theirs() -> None:
+    async def body() -> None:
+        group = WorkerGroup(TrivialWorker, StubbornWorker)
+        share = plan_shares(WorkersSection(num_expert_workers=3), cluster_nodes())
+        assert share.cpus == 0.5  # 0.75 would leave the fourth worker without a node
+        members = await group.reserve(1, 3, share, 30.0)
+        assert [m.name for m in members] == ["attention-0", "expert-0", "expert-1", "expert-2"]
+        order = [n.node_id for n in cluster_nodes()]
+        nodes = [group._nodes[f"expert-{i}"] for i in range(3)]
+        assert len(set(group._nodes.values())) == 3
+        assert [order.index(n) for n in nodes] == sorted(order.index(n) for n in nodes)
+
+        extras = {m.name: {"threads": 1} for m in members}
+        with pytest.raises(StartError, match="cannot connect to"):
+            await group.start(members, {"cluster_token": ""}, "127.0.0.1:1", extras)
+        processes = [a.process for a in group._actors.values()]
+        pids = [p.pid for p in processes if p is not None]
+        os.kill(pids[-1], signal.SIGSTOP)
+        await group.end_all()
+        assert our_actors() == []
+        gone = psutil.wait_procs([psutil.Process(p) for p in pids if psutil.pid_exists(p)], 3.0)
+        assert not gone[1]
+
+    asyncio.run(body())
