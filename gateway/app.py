@@ -1,0 +1,91 @@
+"""The gateway as a Ray Serve deployment: HTTP through Serve, gRPC by a server of our own.
+
+Both live in the replica's process and share one ``Gateway``. The gRPC port is bound at once;
+readiness follows the cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+
+from cluster.config import ClusterConfig
+from gateway.cluster_client import find_controller
+from gateway.cluster_view import ClusterView
+from gateway.core import Gateway
+from gateway.engine_pool import EnginePool
+from gateway.grpc_server import GrpcServer
+from gateway.http_api import build_http_app
+from gateway.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "expertmesh"
+"""Name of the Serve application."""
+_SPARE_REQUESTS = 1024
+"""Room in Serve beyond our own queue, for probes, scrapes and those that we refuse."""
+
+
+@serve.deployment(
+    name="gateway",
+    ray_actor_options={"num_cpus": 0},
+    max_constructor_retry_count=2,
+    graceful_shutdown_wait_loop_s=0.1,
+    graceful_shutdown_timeout_s=2.0,
+)
+@serve.ingress()
+class GatewayReplica:
+    """One replica; Serve builds it from the configuration alone."""
+
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        settings = ClusterConfig.from_dict(config)
+        name = f"gateway-{os.getpid()}"
+        tokenizer = await asyncio.to_thread(
+            load_tokenizer, settings.model.path, settings.model.chat_template
+        )
+        self._cluster = ClusterView(find_controller)
+        self._engines = EnginePool(settings.cluster_token, name)
+        self._gateway = Gateway(settings, tokenizer, self._cluster, self._engines, name)
+        section = settings.gateway
+        self._grpc = GrpcServer(self._gateway, section.host, section.grpc_port)
+        grpc_port = await self._grpc.start()
+        self._gateway.addresses = {
+            "pid": os.getpid(),
+            "http": f"{section.host}:{section.port}",
+            "grpc": f"{section.host}:{grpc_port}",
+            "admin_http": None,
+            "admin_grpc": None,
+        }
+        self._cluster.start()
+        logger.info("%s serves gRPC on port %d", name, grpc_port)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve after the constructor."""
+        return build_http_app(self._gateway)
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica ends."""
+        if not hasattr(self, "_grpc"):
+            return  # the constructor failed
+        self._cluster.stop()
+        await self._grpc.stop()
+        await self._engines.stop()
+
+
+def build_app(config: dict[str, Any]) -> serve.Application:
+    """The Serve application of a configuration (``ClusterConfig.to_dict``).
+
+    Run it with ``serve.run(build_app(config), name=APP_NAME, route_prefix="/")``.
+    """
+    section = ClusterConfig.from_dict(config).gateway
+    deployment: Any = GatewayReplica  # the decorators make it a serve.Deployment
+    application: serve.Application = deployment.options(
+        num_replicas=section.num_gateway_replicas,
+        max_ongoing_requests=section.max_queue + _SPARE_REQUESTS,
+    ).bind(config)
+    return application

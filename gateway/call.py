@@ -1,0 +1,167 @@
+"""A generate call between the codecs and the engine.
+
+``GenerateFields`` is what a client asked for, by either codec, unset fields None;
+``GenerateCall`` is the same after validation, with defaults, tokens and seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from workers.request import Request, SamplingParams
+
+
+class CallKind(Enum):
+    """What the prompt is."""
+
+    COMPLETION = "completion"
+    CHAT = "chat"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatInput:
+    """A conversation and how to render it."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    """Messages as the chat template sees them; content is a string."""
+    add_generation_prompt: bool | None = None
+    """Open the assistant's turn (default True)."""
+    continue_final_message: bool | None = None
+    """Leave the last message open instead."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables for the template."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateFields:
+    """What a client asked for. Names are those of the interface; None is unset."""
+
+    kind: CallKind
+    """Completion or chat."""
+    model: str | None = None
+    """Model by name; None is the served one."""
+    prompts: tuple[str | tuple[int, ...], ...] = ()
+    """Texts or token ids (completion)."""
+    chat: ChatInput | None = None
+    """The conversation (chat)."""
+    add_special_tokens: bool | None = None
+    """Let the tokenizer add its own tokens (bos)."""
+    max_tokens: int | None = None
+    """New tokens at most."""
+    max_tokens_name: str = "max_tokens"
+    """The field that ``max_tokens`` came from, for messages."""
+    min_tokens: int | None = None
+    """New tokens before anything but max_tokens may end the choice."""
+    temperature: float | None = None
+    """0 is argmax."""
+    top_p: float | None = None
+    """Probability mass that is kept."""
+    top_k: int | None = None
+    """Tokens that are kept."""
+    min_p: float | None = None
+    """Least share of the best token's probability."""
+    frequency_penalty: float | None = None
+    """By count in the output."""
+    presence_penalty: float | None = None
+    """By presence in the output."""
+    repetition_penalty: float | None = None
+    """By presence in prompt and output."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, bias) pairs."""
+    seed: int | None = None
+    """None: one is drawn."""
+    n: int | None = None
+    """Choices a prompt."""
+    stop: tuple[str, ...] = ()
+    """Stop strings."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Stop tokens."""
+    ignore_eos: bool | None = None
+    """Do not end at eos."""
+    skip_special_tokens: bool | None = None
+    """Leave special tokens out of the text (default True)."""
+    include_stop_str_in_output: bool | None = None
+    """Keep what ended the text."""
+    logprobs: int | None = None
+    """Alternatives a token; None reports none."""
+    logprobs_name: str = "logprobs"
+    """The field that ``logprobs`` came from."""
+    echo: bool = False
+    """The prompt comes first."""
+    token_ids_only: bool = False
+    """No text is made."""
+    return_token_ids: bool = False
+    """Token ids beside the text."""
+    priority: int = 0
+    """Not built: refused unless 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallPrompt:
+    """One prompt of a call, ready for the engine."""
+
+    ids: tuple[int, ...]
+    """Token ids, never empty."""
+    text: str | None
+    """As the client gave it; None for token ids."""
+    params: SamplingParams
+    """With this prompt's seed and token limit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateCall:
+    """A validated call: everything is set and within its limits."""
+
+    kind: CallKind
+    """Completion or chat."""
+    model: str
+    """The model's name as the client knows it."""
+    prompts: tuple[CallPrompt, ...]
+    """At least one."""
+    n: int
+    """Choices a prompt; choice j of prompt i has index i * n + j."""
+    stop: tuple[str, ...]
+    """Stop strings."""
+    include_stop_str_in_output: bool
+    """Keep what ended the text."""
+    skip_special_tokens: bool
+    """Leave special tokens out of the text."""
+    logprobs: int | None
+    """Alternatives a token; None reports none."""
+    echo: bool
+    """The prompt comes first."""
+    token_ids_only: bool
+    """No text is made."""
+    return_token_ids: bool
+    """Token ids beside the text."""
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of all prompts."""
+        return len(self.prompts) * self.n
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts, each counted once."""
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Tokens that the call may need in the engines."""
+        return sum(len(p.ids) + self.n * p.params.max_tokens for p in self.prompts)
+
+    def requests(self, call_id: str, deadline_ms: int) -> tuple[Request, ...]:
+        """The engine requests, one a prompt, named ``call_id``-i."""
+        return tuple(
+            Request(
+                request_id=f"{call_id}-{place}",
+                prompt=prompt.ids,
+                params=prompt.params,
+                n=self.n,
+                deadline_ms=deadline_ms,
+            )
+            for place, prompt in enumerate(self.prompts)
+        )

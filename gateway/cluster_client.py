@@ -1,0 +1,39 @@
+"""The controller's actor as a ``cluster_view.Controller``: the gateway's only calls to Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import ray
+
+CONTROLLER_NAME = "expertmesh-controller"
+"""Name of the controller's actor."""
+RAY_NAMESPACE = "expertmesh"
+"""Ray namespace of all our actors."""
+
+
+class RayController:
+    """Calls to the controller's actor."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def snapshot(self) -> dict[str, Any]:
+        """See ``Controller``."""
+        return cast(dict[str, Any], await self._handle.snapshot.remote())
+
+    async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
+        """See ``Controller``."""
+        answer = await self._handle.wait_snapshot.remote(known_version, timeout_s)
+        return cast(dict[str, Any], answer)
+
+    async def placement(self) -> dict[str, Any]:
+        """See ``Controller``."""
+        return cast(dict[str, Any], await self._handle.placement.remote())
+
+
+async def find_controller() -> RayController:
+    """The controller's actor. Raises ``ValueError`` while there is none."""
+    handle = await asyncio.to_thread(ray.get_actor, CONTROLLER_NAME, namespace=RAY_NAMESPACE)
+    return RayController(handle)

@@ -1,0 +1,139 @@
+"""The cluster as the gateway sees it: the controller's latest snapshot, followed by long-polling.
+
+Free of Ray: the controller is anything with the methods of ``Controller``. The Ray actor behind it
+is found in ``gateway/cluster_client.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
+
+POLL_TIMEOUT_S = 10.0
+"""How long the controller may hold one long-poll."""
+CALL_TIMEOUT_S = 2.0
+"""Limit for a fresh answer; after that the last known one has to do."""
+_RETRY_S = 0.2
+
+Snapshot = Mapping[str, Any]
+"""What ``Controller.snapshot`` returns."""
+
+
+class Controller(Protocol):
+    """The controller's calls that a gateway needs."""
+
+    async def snapshot(self) -> dict[str, Any]:
+        """The state now."""
+
+    async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
+        """The state once its version differs from ``known_version``, or after ``timeout_s``."""
+
+    async def placement(self) -> dict[str, Any]:
+        """The placement, as ``placement --json`` prints it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionEndpoint:
+    """Where one attention worker can be reached."""
+
+    name: str
+    """The worker."""
+    address: str
+    """``host:port`` of its engine stream."""
+    pid: int
+    """Its process: another pid is another worker."""
+
+
+@dataclass(slots=True)
+class ClusterView:
+    """Follows the controller; every consumer reads ``snapshot``.
+
+    Args:
+        find: finds the controller; called again whenever it was lost. Raises while there is none.
+    """
+
+    find: Callable[[], Awaitable[Controller]]
+    snapshot: Snapshot | None = None
+    """The latest known state; None before the first."""
+    _controller: Controller | None = None
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _task: asyncio.Task[None] | None = None
+    _listeners: list[Callable[[Snapshot], None]] = field(default_factory=list)
+
+    def listen(self, listener: Callable[[Snapshot], None]) -> None:
+        """Call ``listener`` with every new snapshot, on the event loop."""
+        self._listeners.append(listener)
+
+    def start(self) -> None:
+        """Begin to follow the controller."""
+        self._task = asyncio.create_task(self._follow())
+
+    def stop(self) -> None:
+        """Stop following."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def wait_change(self, timeout_s: float) -> None:
+        """Return at the next new snapshot, or after ``timeout_s``."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+
+    async def fresh(self) -> Snapshot | None:
+        """The state now, or the last known one if the controller does not answer."""
+        if self._controller is not None:
+            try:
+                snapshot = await asyncio.wait_for(self._controller.snapshot(), CALL_TIMEOUT_S)
+            except Exception as err:  # any failure of the actor or of Ray
+                logger.warning("no fresh snapshot: %s", err)
+            else:
+                self._accept(snapshot)
+        return self.snapshot
+
+    async def placement(self) -> dict[str, Any] | None:
+        """The placement; None while the controller does not answer."""
+        if self._controller is None:
+            return None
+        try:
+            return await asyncio.wait_for(self._controller.placement(), CALL_TIMEOUT_S)
+        except Exception as err:  # any failure of the actor or of Ray
+            logger.warning("no placement: %s", err)
+            return None
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                self._controller = self._controller or await self.find()
+                version = -1 if self.snapshot is None else int(self.snapshot["version"])
+                snapshot = await asyncio.wait_for(
+                    self._controller.wait_snapshot(version, POLL_TIMEOUT_S),
+                    POLL_TIMEOUT_S + CALL_TIMEOUT_S,
+                )
+                self._accept(snapshot)
+            except Exception as err:  # the controller may restart: workers go on, so do we
+                logger.debug("the controller does not answer: %s", err)
+                self._controller = None
+                await asyncio.sleep(_RETRY_S)
+
+    def _accept(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self._changed.set()
+        self._changed = asyncio.Event()
+        for listener in self._listeners:
+            listener(snapshot)
+
+
+def attention_endpoints(snapshot: Snapshot) -> list[AttentionEndpoint]:
+    """The attention workers of the current generation that take streams."""
+    return [
+        AttentionEndpoint(worker["name"], worker["engine_address"], int(worker.get("pid") or 0))
+        for worker in snapshot.get("workers", ())
+        if worker["role"] == "attention"
+        and worker.get("engine_address")
+        and worker["state"] in ("READY", "SERVING")
+    ]

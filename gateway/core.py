@@ -1,0 +1,290 @@
+"""The gateway behind both codecs: validated calls in, running generations out.
+
+``Gateway.start`` is the life of a request up to the engine: validate, tokenize, admit, pick a
+worker, hand over. HTTP and gRPC are two thin codecs over it.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from cluster.config import ClusterConfig
+from cluster.errors import (
+    DeadlineExceededError,
+    ModelNotFoundError,
+    NotReadyError,
+    QueueFullError,
+)
+from gateway.admission import Admission
+from gateway.auth import KeyRing
+from gateway.call import CallKind, GenerateCall, GenerateFields
+from gateway.cluster_view import ClusterView, attention_endpoints
+from gateway.engine_pool import EnginePool
+from gateway.generation import Generation
+from gateway.metrics import GatewayMetrics
+from gateway.model import ModelFacts
+from gateway.output_queue import OutputQueue
+from gateway.prompts import PromptMaker
+from gateway.tokenizer import Tokenizer
+from gateway.validate import check_fields, finish_call
+from workers.request import Request
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_STREAM_WAIT_S = 5.0
+"""Time that a serving cluster without an open stream is given to open one."""
+
+
+class Gateway:
+    """One replica.
+
+    Args:
+        config: the cluster's configuration.
+        tokenizer: None where the checkpoint has none: prompts must be token ids then.
+        cluster: follows the controller.
+        engines: streams to the attention workers; fed from ``cluster`` here.
+        name: of this replica.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        tokenizer: Tokenizer | None,
+        cluster: ClusterView,
+        engines: EnginePool,
+        name: str = "gateway",
+    ) -> None:
+        self.config = config
+        self.limits = config.gateway
+        self.tokenizer = tokenizer
+        self.prompts = PromptMaker(tokenizer)
+        self.cluster = cluster
+        self.engines = engines
+        self.name = name
+        self.keys = KeyRing(config.gateway.api_keys)
+        self.model_name = config.model.served_model_name
+        self.created = int(time.time())
+        self.addresses: dict[str, Any] = {}
+        self.metrics = GatewayMetrics(
+            self.model_name,
+            lambda: self.cluster.snapshot,
+            {"block_size": str(config.engine.block_size_tokens)},
+        )
+        self._admission: Admission | None = None
+        self._facts: ModelFacts | None = None
+        self._draw_seed = _seed_source(config.engine.seed, name)
+        cluster.listen(lambda snapshot: engines.update(attention_endpoints(snapshot)))
+
+    @property
+    def facts(self) -> ModelFacts | None:
+        """The served model's limits; None until a worker or the controller has told them."""
+        for client in self.engines.clients:
+            if hello := client.hello:
+                self._facts = ModelFacts(
+                    name=self.model_name,
+                    max_model_len=hello.max_model_len,
+                    vocab_size=hello.vocab_size,
+                    max_kv_tokens=hello.max_kv_tokens,
+                    eos_token_ids=tuple(hello.eos_token_ids),
+                    dtype=hello.dtype,
+                    model_type=hello.model_type,
+                )
+                break
+        return self._facts
+
+    @property
+    def placement_epoch(self) -> int:
+        """The placement in force, as far as known here."""
+        return int((self.cluster.snapshot or {}).get("placement_epoch") or 0)
+
+    def not_ready_reasons(self) -> list[str]:
+        """Why new requests cannot be served now; empty when they can."""
+        snapshot = self.cluster.snapshot
+        if snapshot is None:
+            return ["the controller has not answered yet"]
+        state = snapshot["state"]
+        reasons = []
+        if state not in ("SERVING", "DEGRADED"):
+            reasons.append(f"the cluster is {state}" + _because(snapshot.get("error")))
+        if not snapshot.get("experts_complete", True):
+            reasons.append("some experts are on no worker")
+        if not self.engines.clients:
+            reasons.append("no attention worker has an open stream")
+        return reasons
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ``ModelNotFoundError`` unless the name (None: any) is the served model's."""
+        if name is not None and name != self.model_name:
+            raise ModelNotFoundError(f"the model {name[:128]!r} does not exist")
+
+    def timeout_s(self, wanted_s: float | None) -> float:
+        """The client's time limit within the server's."""
+        most = self.limits.request_timeout_s
+        return most if wanted_s is None else min(wanted_s, most)
+
+    async def start(
+        self, fields: GenerateFields, call_id: str, wanted_timeout_s: float | None = None
+    ) -> Generation:
+        """Validate a call and hand it to the engines.
+
+        Raises:
+            RequestError: it is wrong (and its subclasses).
+            QueueFullError: too much is going on.
+            NotReadyError: the cluster cannot serve it.
+            DeadlineExceededError: its time was over before an engine had it.
+        """
+        started_s = time.monotonic()
+        deadline_s = started_s + self.timeout_s(wanted_timeout_s)
+        self.check_model(fields.model)
+        check_fields(fields, self.limits)
+        facts = self.require_facts()
+        prompts = await self.prompts.make(fields, facts)
+        call = finish_call(fields, prompts, facts, self._draw_seed)
+        if call.stop:
+            self.prompts.require_tokenizer("stop")
+        generation = self._admit(call, call_id, facts, started_s, deadline_s)
+        try:
+            await self._hand_over(generation, deadline_s)
+        except BaseException:
+            generation.close()
+            raise
+        return generation
+
+    async def status(self) -> dict[str, Any]:
+        """The cluster's state with this replica in it, as ``status --json`` prints it."""
+        snapshot = dict(await self.cluster.fresh() or {"state": "STARTING"})
+        snapshot["schema"] = 1
+        snapshot["gateway"] = [*snapshot.get("gateway", ()), self.describe()]
+        return snapshot
+
+    def describe(self) -> dict[str, Any]:
+        """This replica's entry in the status; ``app`` fills in process id and addresses."""
+        return {"name": self.name, **self.addresses}
+
+    def require_facts(self) -> ModelFacts:
+        """The served model's limits. Raises ``NotReadyError`` where nothing can be served."""
+        self._check_state()
+        facts = self.facts
+        if facts is None:
+            raise NotReadyError("no attention worker is ready", "not_ready", 2.0)
+        return facts
+
+    def _check_state(self) -> bool:
+        """Whether requests can be handed over now; False while they should wait.
+
+        Raises:
+            NotReadyError: waiting would not help.
+        """
+        snapshot = self.cluster.snapshot
+        if snapshot is None:
+            raise NotReadyError("the cluster is starting", "not_ready", 2.0)
+        state = snapshot["state"]
+        if state == "RECOVERING":
+            return False
+        if state == "DRAINING":
+            raise NotReadyError("the cluster is draining", "draining", 10.0)
+        if state not in ("SERVING", "DEGRADED"):
+            reason = f"the cluster is {state}{_because(snapshot.get('error'))}"
+            raise NotReadyError(reason, "not_ready", 2.0)
+        if not snapshot.get("experts_complete", True):
+            raise NotReadyError("some experts are on no worker", "experts_unavailable", 5.0)
+        return True
+
+    def _admit(
+        self,
+        call: GenerateCall,
+        call_id: str,
+        facts: ModelFacts,
+        started_s: float,
+        deadline_s: float,
+    ) -> Generation:
+        if self._admission is None:
+            most = self.limits.max_queue
+            self._admission = Admission(most, most * facts.max_model_len)
+        now_s = time.monotonic()
+        if self._admission.queue_time_s(self._num_waiting(), now_s) > deadline_s - now_s:
+            self.metrics.admission_rejections.add("deadline")
+            raise DeadlineExceededError("the queue is longer than the request's time", False)
+        try:
+            ticket = self._admission.admit(len(call.prompts), call.max_total_tokens, now_s)
+        except QueueFullError:
+            self.metrics.admission_rejections.add("queue_full")
+            raise
+        self._observe_admitted(call)
+        return Generation(
+            call,
+            call_id,
+            created=int(time.time()),
+            queue=OutputQueue(),
+            ticket=ticket,
+            deadline_s=deadline_s,
+            tokenizer=self.tokenizer,
+            eos_token_ids=facts.eos_token_ids,
+            metrics=self.metrics,
+            started_s=started_s,
+        )
+
+    def _num_waiting(self) -> int:
+        """Requests that wait in the engine with the fewest, as of its last message."""
+        waiting = (c.stats.get("num_requests_waiting", 0) for c in self.engines.clients)
+        return int(min(waiting, default=0))
+
+    async def _hand_over(self, generation: Generation, deadline_s: float) -> None:
+        budget_ms = max(1, int((deadline_s - time.monotonic()) * 1000))
+        for request in generation.call.requests(generation.call_id, budget_ms):
+            await self._assign(request, generation, deadline_s)
+
+    async def _assign(self, request: Request, generation: Generation, deadline_s: float) -> None:
+        no_stream_s: float | None = None
+        while True:
+            now_s = time.monotonic()
+            can_go = self._check_state()
+            if can_go and (to := self.engines.assign(request, generation.queue)) is not None:
+                generation.assigned(request.request_id, to)
+                return
+            if now_s >= deadline_s:
+                if can_go:
+                    raise DeadlineExceededError("the request's time is over", False)
+                raise NotReadyError("the cluster is recovering", "not_ready", 2.0)
+            if not can_go:
+                await self.cluster.wait_change(deadline_s - now_s)
+                continue
+            no_stream_s = no_stream_s or now_s
+            if now_s - no_stream_s > _STREAM_WAIT_S:
+                raise NotReadyError("no attention worker is ready", "not_ready", 2.0)
+            await self.engines.wait_change(min(0.5, deadline_s - now_s))
+
+    def _observe_admitted(self, call: GenerateCall) -> None:
+        metrics = self.metrics
+        metrics.prompt_tokens.add(amount=call.num_prompt_tokens)
+        metrics.request_params_n.observe(call.n)
+        for prompt in call.prompts:
+            metrics.request_prompt_tokens.observe(len(prompt.ids))
+            metrics.request_params_max_tokens.observe(prompt.params.max_tokens)
+
+
+def choose_request_id(wanted: str | None) -> str:
+    """The client's own id where it is fit, else a new one."""
+    if wanted and _REQUEST_ID.fullmatch(wanted):
+        return wanted
+    return uuid.uuid4().hex
+
+
+def new_call_id(kind: CallKind) -> str:
+    """Name of a call: ``cmpl-`` or ``chatcmpl-`` and 32 hex digits."""
+    prefix = "chatcmpl" if kind is CallKind.CHAT else "cmpl"
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def _seed_source(base: int, name: str) -> Callable[[], int]:
+    """Draws seeds; from a base other than 0 the same ones in every run of a replica."""
+    source = random.Random(f"{base}/{name}") if base else random.SystemRandom()
+    return lambda: source.getrandbits(63)
+
+
+def _because(reason: object) -> str:
+    return f": {reason}" if reason else ""

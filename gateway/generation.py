@@ -1,0 +1,335 @@
+"""A running call: engine outputs in, pieces of text for the client out.
+
+A ``Generation`` must be closed, best with ``with``: closing it is immediate, ends whatever still
+runs in the engines and gives its place in the queue back, whether the client got everything, left,
+or was too late.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from types import TracebackType
+
+from cluster.errors import (
+    DeadlineExceededError,
+    NotReadyError,
+)
+from gateway.admission import Ticket
+from gateway.call import CallPrompt, GenerateCall
+from gateway.delta import ChoiceDelta, Finish, Usage
+from gateway.engine_pool import Assignment
+from gateway.errors import error_from_engine
+from gateway.metrics import GatewayMetrics
+from gateway.output_queue import OutputQueue
+from gateway.text import (
+    ChoiceText,
+    Detokenizer,
+    StopStrings,
+    TokenText,
+    make_detokenizer,
+    place_tokens,
+)
+from gateway.tokenizer import Tokenizer
+from workers.request import FinishReason, Timings, TokenLogprob, TokenOutput
+
+
+class _Choice:
+    """One choice on its way."""
+
+    def __init__(self, prompt: _Prompt, number: int, text: ChoiceText) -> None:
+        self.prompt = prompt
+        self.number = number
+        self.text = text
+        self.finish: Finish | None = None
+        self.is_first = True
+        self.is_told = False
+        self.last_token_s: float | None = None
+        self.first_token_s: float | None = None
+
+
+class _Prompt:
+    """One prompt on its way, with its engine request."""
+
+    def __init__(self, index: int, prompt: CallPrompt, waits_for_logprobs: bool) -> None:
+        self.index = index
+        self.prompt = prompt
+        self.assignment: Assignment | None = None
+        self.choices: list[_Choice] = []
+        self.logprobs: tuple[TokenLogprob | None, ...] | None = None
+        self.waits_for_logprobs = waits_for_logprobs
+        self.echo: tuple[str, tuple[TokenText, ...]] | None = None
+
+
+class Generation:
+    """See the module. Made by ``Gateway.start``.
+
+    Args:
+        call: what is generated.
+        call_id: its name, which its requests' names begin with.
+        created: Unix time, seconds.
+        queue: where the engines' outputs arrive.
+        ticket: the place in the queue.
+        deadline_s: ``time.monotonic`` after which it fails.
+        tokenizer: None makes no text.
+        eos_token_ids: the model's own ends.
+        metrics: where it is counted.
+        started_s: ``time.monotonic`` of the call.
+    """
+
+    def __init__(
+        self,
+        call: GenerateCall,
+        call_id: str,
+        *,
+        created: int,
+        queue: OutputQueue,
+        ticket: Ticket,
+        deadline_s: float,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: Iterable[int],
+        metrics: GatewayMetrics,
+        started_s: float,
+    ) -> None:
+        self.call = call
+        self.call_id = call_id
+        self.created = created
+        self.queue = queue
+        self._ticket = ticket
+        self._deadline_s = deadline_s
+        self._tokenizer = None if call.token_ids_only else tokenizer
+        self._ends = frozenset(eos_token_ids)
+        self._metrics = metrics
+        self._started_s = started_s
+        self._is_closed = False
+        self._has_token = False
+        self._changed: dict[_Choice, None] = {}
+        self._prompts = {
+            f"{call_id}-{place}": self._make_prompt(place, prompt)
+            for place, prompt in enumerate(call.prompts)
+        }
+        self._num_running = self._num_untold = call.num_choices
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def is_finished(self) -> bool:
+        """Every choice has ended, and its end was told."""
+        return self._num_untold == 0
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        completion = sum(choice.text.num_tokens for choice in self._all_choices())
+        return Usage(prompt_tokens=self.call.num_prompt_tokens, completion_tokens=completion)
+
+    def assigned(self, request_id: str, assignment: Assignment) -> None:
+        """Note who works on a request."""
+        self._prompts[request_id].assignment = assignment
+
+    async def next(self, timeout_s: float | None = None) -> list[ChoiceDelta]:
+        """The news that are there, after waiting for some; empty after ``timeout_s``.
+
+        Raises:
+            DeadlineExceededError: the call's time is over.
+            ExpertMeshError: an engine could not finish it.
+        """
+        give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self.is_finished:
+            now_s = time.monotonic()
+            if now_s >= self._deadline_s:
+                raise DeadlineExceededError("the request's time is over", self._has_token)
+            if give_up_s is not None and now_s >= give_up_s:
+                break
+            wake_s = self._deadline_s if give_up_s is None else min(give_up_s, self._deadline_s)
+            outputs = await self.queue.take(wake_s - now_s)
+            for output in outputs:
+                self._take(output)
+            deltas = self._deltas()
+            if deltas:
+                return deltas
+        return []
+
+    def sent(self) -> None:
+        """The news of the last ``next`` are on their way to the client."""
+        self._metrics.stream_lag.observe(time.monotonic() - self.queue.oldest_s)
+
+    def close(self) -> None:
+        """End it now; never waits, and does no harm when repeated."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for prompt in self._prompts.values():
+            if prompt.assignment is not None:
+                prompt.assignment.abort()
+        self._ticket.release(time.monotonic())
+
+    def _make_prompt(self, place: int, prompt: CallPrompt) -> _Prompt:
+        waits = prompt.params.prompt_logprobs is not None
+        entry = _Prompt(place, prompt, waits)
+        entry.choices = [
+            _Choice(entry, number, self._make_text(prompt)) for number in range(self.call.n)
+        ]
+        return entry
+
+    def _make_text(self, prompt: CallPrompt) -> ChoiceText:
+        call = self.call
+        stop = StopStrings(call.stop, call.include_stop_str_in_output)
+        return ChoiceText(self._detokenizer(prompt.ids), stop, prompt.params.min_tokens)
+
+    def _detokenizer(self, before: tuple[int, ...] = ()) -> Detokenizer | None:
+        if self._tokenizer is None:
+            return None
+        return make_detokenizer(self._tokenizer, self.call.skip_special_tokens, before)
+
+    def _all_choices(self) -> Iterable[_Choice]:
+        return (choice for prompt in self._prompts.values() for choice in prompt.choices)
+
+    def _take(self, output: TokenOutput) -> None:
+        prompt = self._prompts[output.request_id]
+        if output.prompt_logprobs is not None and prompt.logprobs is None:
+            prompt.logprobs = output.prompt_logprobs
+            self._changed.update(dict.fromkeys(prompt.choices))
+        choice = prompt.choices[output.choice]
+        if choice.finish is not None:
+            return  # overshoot after a stop string
+        if output.finish_reason is FinishReason.ERROR:
+            message = output.error or "the engine could not finish the request"
+            raise error_from_engine(message, output.error_code, self._has_token)
+        if output.finish_reason is FinishReason.ABORT:
+            raise NotReadyError("the worker gave the request up", "not_ready")
+        self._changed[choice] = None
+        self._observe_tokens(choice, len(output.token_ids))
+        stopped = self._feed(choice, output)
+        if stopped is not None:
+            self._finish(choice, FinishReason.STOP, stopped, None)
+            if prompt.assignment is not None:
+                prompt.assignment.abort((choice.number,))
+        elif output.finish_reason is not None:
+            choice.text.finish()
+            self._finish(choice, output.finish_reason, output.stop_token_id, output.timings)
+
+    def _feed(self, choice: _Choice, output: TokenOutput) -> str | None:
+        last = len(output.token_ids) - 1
+        ends = output.finish_reason is FinishReason.STOP
+        for place, token_id in enumerate(output.token_ids):
+            logprob = output.logprobs[place] if output.logprobs else None
+            is_end = ends and place == last and self._is_end(token_id, output)
+            hidden = is_end and not self.call.include_stop_str_in_output
+            stopped = choice.text.feed(token_id, logprob, hidden)
+            if stopped is not None:
+                return stopped
+        return None
+
+    def _is_end(self, token_id: int, output: TokenOutput) -> bool:
+        return token_id == output.stop_token_id or token_id in self._ends
+
+    def _finish(
+        self,
+        choice: _Choice,
+        reason: FinishReason,
+        stop_reason: str | int | None,
+        timings: Timings | None,
+    ) -> None:
+        tokens = choice.text.num_tokens
+        usage = Usage(prompt_tokens=len(choice.prompt.prompt.ids), completion_tokens=tokens)
+        choice.finish = Finish(reason=reason, stop_reason=stop_reason, usage=usage, timings=timings)
+        self._observe_choice(choice, choice.finish)
+        self._num_running -= 1
+        if not self._num_running:
+            self._observe_call()
+
+    def _deltas(self) -> list[ChoiceDelta]:
+        deltas = []
+        for choice in list(self._changed):
+            if choice.prompt.waits_for_logprobs and choice.prompt.logprobs is None:
+                continue
+            del self._changed[choice]
+            delta = self._delta(choice)
+            if delta is not None:
+                deltas.append(delta)
+        return deltas
+
+    def _delta(self, choice: _Choice) -> ChoiceDelta | None:
+        if choice.is_told:
+            return None
+        text, tokens = choice.text.take(always=choice.finish is not None)
+        echo_text, echo_tokens = self._echo(choice.prompt)
+        if choice.is_first:
+            text = echo_text + text
+        if not (text or tokens or choice.finish):
+            return None
+        delta = ChoiceDelta(
+            index=choice.prompt.index * self.call.n + choice.number,
+            prompt_index=choice.prompt.index,
+            is_first=choice.is_first,
+            text=text,
+            tokens=tuple(
+                TokenText(token.token_id, token.text_offset + len(echo_text), token.logprob)
+                for token in tokens
+            )
+            if echo_text
+            else tokens,
+            echo_tokens=echo_tokens if choice.is_first else (),
+            finish=choice.finish,
+        )
+        choice.is_first = False
+        if choice.finish is not None:
+            choice.is_told = True
+            self._num_untold -= 1
+        return delta
+
+    def _echo(self, prompt: _Prompt) -> tuple[str, tuple[TokenText, ...]]:
+        if not self.call.echo:
+            return "", ()
+        if prompt.echo is None:
+            prompt.echo = self._make_echo(prompt)
+        return prompt.echo
+
+    def _make_echo(self, prompt: _Prompt) -> tuple[str, tuple[TokenText, ...]]:
+        ids, given = prompt.prompt.ids, prompt.prompt.text
+        detokenizer = self._detokenizer()
+        logprobs = prompt.logprobs or ()
+        if detokenizer is None:
+            places = enumerate(ids)
+            return "", tuple(TokenText(i, 0, logprobs[p] if logprobs else None) for p, i in places)
+        text, tokens = place_tokens(detokenizer, ids, logprobs)
+        return (text if given is None else given), tokens
+
+    def _observe_tokens(self, choice: _Choice, count: int) -> None:
+        if not count:
+            return
+        now_s = time.monotonic()
+        if not self._has_token:
+            self._metrics.time_to_first_token.observe(now_s - self._started_s)
+            self._has_token = True
+        if choice.last_token_s is None:
+            choice.first_token_s = now_s
+        else:
+            self._metrics.inter_token_latency.observe((now_s - choice.last_token_s) / count)
+        choice.last_token_s = now_s
+
+    def _observe_choice(self, choice: _Choice, finish: Finish) -> None:
+        metrics, tokens = self._metrics, choice.text.num_tokens
+        metrics.request_success.add(finish.reason.value)
+        metrics.generation_tokens.add(amount=tokens)
+        metrics.request_generation_tokens.observe(tokens)
+        if finish.timings is not None:
+            metrics.observe_timings(finish.timings)
+        if tokens > 1 and choice.first_token_s is not None and choice.last_token_s is not None:
+            mean_s = (choice.last_token_s - choice.first_token_s) / (tokens - 1)
+            metrics.time_per_output_token.observe(mean_s)
+
+    def _observe_call(self) -> None:
+        self._metrics.e2e_latency.observe(time.monotonic() - self._started_s)
+        longest = max(choice.text.num_tokens for choice in self._all_choices())
+        self._metrics.request_max_num_generation_tokens.observe(longest)

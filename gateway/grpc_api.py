@@ -1,0 +1,241 @@
+"""The gRPC service ``expertmesh.v1.Inference``: messages in, the same calls to ``Gateway``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+
+from cluster.errors import ExpertMeshError, RequestError
+from gateway.convert import grpc_chat_input, grpc_fields
+from gateway.core import Gateway, choose_request_id, new_call_id
+from gateway.errors import UnimplementedError, report_error
+from gateway.generation import Generation
+from gateway.grpc_format import GrpcFormat
+from gateway.openai_format import collect
+from protos import inference_pb2 as pb
+from protos import types_pb2
+from protos.inference_pb2_grpc import InferenceServicer
+
+logger = logging.getLogger(__name__)
+
+SERVICE = "expertmesh.v1.Inference"
+"""Full name of the service."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Answer = TypeVar("Answer")
+
+
+class InferenceService(InferenceServicer):
+    """Handlers of all procedures."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        """The whole answer at once."""
+
+        async def work(request_id: str) -> pb.GenerateResponse:
+            with await self._start(request, context) as generation:
+                choices = await collect(generation)
+                _tell_usage(context, generation)
+                formatter = GrpcFormat(generation, self._gateway.tokenizer, request_id)
+                return formatter.whole(choices, generation.usage)
+
+        return await self._answer("Generate", context, work, request.request_id)
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateChunk]:
+        """Tokens as they come."""
+        with _Edge(self._gateway, "GenerateStream", context, request.request_id) as edge:
+            try:
+                await edge.send_initial_metadata()
+                with await self._start(request, context) as generation:
+                    formatter = GrpcFormat(generation, self._gateway.tokenizer, edge.request_id)
+                    while deltas := await generation.next():
+                        for delta in deltas:
+                            yield formatter.chunk(delta)
+                        generation.sent()
+                    _tell_usage(context, generation)
+            except Exception as err:
+                await edge.abort(err)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        """Text or a conversation to token ids."""
+
+        async def work(request_id: str) -> pb.TokenizeResponse:
+            gateway = self._gateway
+            gateway.check_model(request.model or None)
+            wanted = request.add_special_tokens if request.HasField("add_special_tokens") else None
+            source = request.WhichOneof("input")
+            if source is None:
+                message = "one of prompt and messages is required"
+                raise RequestError(message, "prompt", "missing_required_parameter")
+            if source == "messages":
+                text = await gateway.prompts.render(grpc_chat_input(request.messages))
+                ids = await gateway.prompts.encode(text, bool(wanted))
+            else:
+                ids = await gateway.prompts.encode(request.prompt, wanted is not False)
+            tokenizer = gateway.prompts.require_tokenizer("prompt")
+            names = [tokenizer.token_text(i) for i in ids] if request.return_token_strs else []
+            facts = gateway.facts
+            return pb.TokenizeResponse(
+                count=len(ids),
+                max_model_len=facts.max_model_len if facts else 0,
+                tokens=ids,
+                token_strs=names,
+            )
+
+        return await self._answer("Tokenize", context, work)
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: Context
+    ) -> pb.DetokenizeResponse:
+        """Token ids to text."""
+
+        async def work(request_id: str) -> pb.DetokenizeResponse:
+            self._gateway.check_model(request.model or None)
+            facts = self._gateway.require_facts()
+            text = await self._gateway.prompts.decode(tuple(request.tokens), facts)
+            return pb.DetokenizeResponse(prompt=text)
+
+        return await self._answer("Detokenize", context, work)
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: Context
+    ) -> types_pb2.ModelInfo:
+        """The served model."""
+
+        async def work(request_id: str) -> types_pb2.ModelInfo:
+            self._gateway.check_model(request.model or None)
+            return self._model()
+
+        return await self._answer("GetModelInfo", context, work)
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: Context
+    ) -> pb.ListModelsResponse:
+        """All models: the one that is served."""
+
+        async def work(request_id: str) -> pb.ListModelsResponse:
+            return pb.ListModelsResponse(models=[self._model()])
+
+        return await self._answer("ListModels", context, work)
+
+    async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
+        """Not built yet."""
+        return await self._answer("Classify", context, _unimplemented("Classify"))
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        """Not built yet."""
+        return await self._answer("Score", context, _unimplemented("Score"))
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        """Not built yet."""
+        return await self._answer("Embed", context, _unimplemented("Embed"))
+
+    async def Inspect(
+        self, request: pb.InspectRequest, context: Context
+    ) -> AsyncIterator[pb.InspectChunk]:
+        """Not built yet."""
+        yield await self._answer("Inspect", context, _unimplemented("Inspect"))
+
+    async def _start(self, request: pb.GenerateRequest, context: Context) -> Generation:
+        fields = grpc_fields(request)
+        return await self._gateway.start(fields, new_call_id(fields.kind), context.time_remaining())
+
+    async def _answer(
+        self,
+        method: str,
+        context: Context,
+        work: Callable[[str], Awaitable[Answer]],
+        wanted_id: str = "",
+    ) -> Answer:
+        with _Edge(self._gateway, method, context, wanted_id) as edge:
+            try:
+                await edge.send_initial_metadata()
+                return await work(edge.request_id)
+            except Exception as err:
+                await edge.abort(err)
+
+    def _model(self) -> types_pb2.ModelInfo:
+        gateway = self._gateway
+        facts, tokenizer = gateway.facts, gateway.tokenizer
+        info = types_pb2.ModelInfo(
+            id=gateway.model_name,
+            owned_by="expertmesh",
+            created=gateway.created,
+            root=gateway.model_name,
+            has_tokenizer=tokenizer is not None,
+            has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
+        )
+        if facts is not None:
+            info.max_model_len = facts.max_model_len
+            info.model_type = facts.model_type
+            info.dtype = facts.dtype
+            info.vocab_size = facts.vocab_size
+            info.eos_token_ids.extend(facts.eos_token_ids)
+        return info
+
+
+class _Edge(AbstractContextManager["_Edge"]):
+    """One gRPC request from its metadata to its status: names it, counts it, maps errors."""
+
+    def __init__(self, gateway: Gateway, method: str, context: Context, wanted_id: str) -> None:
+        given = dict(context.invocation_metadata() or ())
+        self.request_id = choose_request_id(wanted_id or str(given.get("x-request-id", "")))
+        self._gateway = gateway
+        self._method = method
+        self._context = context
+        self._code = grpc.StatusCode.OK
+
+    async def send_initial_metadata(self) -> None:
+        """Tell the client its request id, before any token."""
+        epoch = str(self._gateway.placement_epoch)
+        metadata = (("x-request-id", self.request_id), ("x-placement-epoch", epoch))
+        await self._context.send_initial_metadata(metadata)
+
+    async def abort(self, error: Exception) -> NoReturn:
+        """End the request with the status that belongs to ``error``."""
+        report = report_error(error, self.request_id)
+        self._code = report.grpc_code
+        if not isinstance(error, ExpertMeshError):
+            logger.error("request %s failed", self.request_id, exc_info=error)
+        details = report.status_details(self.request_id)
+        trailers = (("grpc-status-details-bin", details),)
+        await self._context.abort(report.grpc_code, report.message, trailers)
+        raise AssertionError("abort always raises")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+            self._code = grpc.StatusCode.CANCELLED
+            self._gateway.metrics.client_disconnects.add()
+        self._gateway.metrics.grpc_requests.add(SERVICE, self._method, self._code.name)
+
+
+def _unimplemented(method: str) -> Callable[[str], Awaitable[Any]]:
+    async def work(request_id: str) -> Any:
+        raise UnimplementedError(f"{method} is not built yet")
+
+    return work
+
+
+def _tell_usage(context: Context, generation: Generation) -> None:
+    usage = generation.usage
+    context.set_trailing_metadata(
+        (
+            ("x-prompt-tokens", str(usage.prompt_tokens)),
+            ("x-completion-tokens", str(usage.completion_tokens)),
+        )
+    )

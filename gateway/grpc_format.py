@@ -1,0 +1,133 @@
+"""Generations as the messages of ``expertmesh.v1``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from gateway.delta import ChoiceDelta, Finish, Usage
+from gateway.generation import Generation
+from gateway.openai_format import (
+    CollectedChoice,
+    alternatives,
+    clamp_logprob,
+    token_bytes,
+    token_name,
+)
+from gateway.text import TokenText
+from gateway.tokenizer import Tokenizer
+from protos import inference_pb2 as pb
+from protos import types_pb2
+from workers.request import FinishReason, TokenLogprob
+
+_REASONS = {
+    FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class GrpcFormat:
+    """Messages of one generation.
+
+    Args:
+        generation: what is told.
+        tokenizer: names tokens; None names them by number.
+        request_id: the client's name for it.
+    """
+
+    def __init__(
+        self, generation: Generation, tokenizer: Tokenizer | None, request_id: str
+    ) -> None:
+        self._call = generation.call
+        self._tokenizer = tokenizer
+        self._request_id = request_id
+
+    def whole(self, choices: Sequence[CollectedChoice], usage: Usage) -> pb.GenerateResponse:
+        """The answer of ``Generate``."""
+        return pb.GenerateResponse(
+            request_id=self._request_id,
+            model=self._call.model,
+            choices=[
+                pb.GenerateChoice(
+                    index=choice.index,
+                    text=choice.text,
+                    token_ids=[token.token_id for token in choice.tokens],
+                    logprobs=self._logprobs((*choice.echo_tokens, *choice.tokens)),
+                    finish_info=finish_message(choice.finish),
+                )
+                for choice in choices
+            ],
+            usage=usage_message(usage),
+            prompt_token_ids=self._prompt_ids(),
+        )
+
+    def chunk(self, delta: ChoiceDelta) -> pb.GenerateChunk:
+        """One message of ``GenerateStream``."""
+        return pb.GenerateChunk(
+            request_id=self._request_id,
+            choice_index=delta.index,
+            token_ids=[token.token_id for token in delta.tokens],
+            text=delta.text,
+            logprobs=self._logprobs((*delta.echo_tokens, *delta.tokens)),
+            finish_info=finish_message(delta.finish),
+            prompt_token_ids=self._prompt_ids() if delta.is_first else (),
+            cached_tokens=0 if delta.is_first else None,
+        )
+
+    def _prompt_ids(self) -> tuple[int, ...]:
+        return self._call.prompts[0].ids if self._call.return_token_ids else ()
+
+    def _logprobs(self, tokens: Iterable[TokenText]) -> list[types_pb2.TokenLogprob]:
+        wanted = self._call.logprobs
+        if wanted is None:
+            return []
+        return [self._entry(token, wanted) for token in tokens]
+
+    def _entry(self, token: TokenText, wanted: int) -> types_pb2.TokenLogprob:
+        entry = token.logprob
+        return types_pb2.TokenLogprob(
+            token_id=token.token_id,
+            token=token_name(self._tokenizer, token.token_id),
+            logprob=None if entry is None else clamp_logprob(entry.logprob),
+            bytes=token_bytes(self._tokenizer, token.token_id),
+            top_logprobs=() if entry is None else self._top(entry, wanted),
+            text_offset=token.text_offset,
+        )
+
+    def _top(self, entry: TokenLogprob, wanted: int) -> list[types_pb2.TopLogprob]:
+        return [
+            types_pb2.TopLogprob(
+                token_id=token_id,
+                token=token_name(self._tokenizer, token_id),
+                logprob=clamp_logprob(logprob),
+                bytes=token_bytes(self._tokenizer, token_id),
+            )
+            for token_id, logprob in alternatives(entry, wanted)
+        ]
+
+
+def usage_message(usage: Usage) -> types_pb2.Usage:
+    """Tokens of a call or of one choice."""
+    return types_pb2.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
+    )
+
+
+def finish_message(finish: Finish | None) -> types_pb2.FinishInfo | None:
+    """How a choice ended; None while it runs."""
+    if finish is None:
+        return None
+    message = types_pb2.FinishInfo(
+        reason=_REASONS[finish.reason], usage=usage_message(finish.usage)
+    )
+    if isinstance(finish.stop_reason, str):
+        message.stop = finish.stop_reason
+    elif finish.stop_reason is not None:
+        message.stop_token_id = finish.stop_reason
+    if finish.timings is not None:
+        message.timings.first_dispatch_s = finish.timings.first_dispatch_s
+        message.timings.first_token_s = finish.timings.first_token_s
+        message.timings.finished_s = finish.timings.finished_s
+    return message

@@ -1,0 +1,159 @@
+"""The gRPC server of a replica: limits, keys, health and reflection around the service."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.errors import AuthenticationError, StartError
+from gateway.auth import KeyRing
+from gateway.core import Gateway
+from gateway.errors import report_error
+from gateway.grpc_api import SERVICE, InferenceService
+from protos.inference_pb2_grpc import add_InferenceServicer_to_server
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
+else:  # generic in the stubs only
+    _Interceptor = grpc.aio.ServerInterceptor
+
+_HEALTH_SERVICE = "grpc.health.v1.Health"
+_READY_POLL_S = 0.1
+_SPARE_CALLS = 64
+"""Calls beyond the queue's limit that still get through, so that probes do and so that it is us who
+refuse, with a retry time."""
+
+
+def server_options(so_reuseport: bool = True) -> list[tuple[str, int]]:
+    """Limits and keepalive of the server (see the interface's server options)."""
+    return [
+        ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+        ("grpc.max_send_message_length", 64 * 1024 * 1024),
+        ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.max_concurrent_streams", 1024),
+        ("grpc.so_reuseport", int(so_reuseport)),
+    ]
+
+
+class GrpcServer:
+    """Serves ``Inference``, health and reflection.
+
+    Args:
+        gateway: what is behind it.
+        host: interface.
+        port: 0 takes a free one.
+    """
+
+    def __init__(self, gateway: Gateway, host: str, port: int) -> None:
+        self._gateway = gateway
+        self._host = f"[{host}]" if ":" in host else host
+        self._wanted_port = port
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._server = grpc.aio.server(
+            interceptors=[KeyInterceptor(gateway.keys)],
+            options=server_options(),
+            maximum_concurrent_rpcs=gateway.limits.max_queue + _SPARE_CALLS,
+        )
+        self._watcher: asyncio.Task[None] | None = None
+        self.port = 0
+        """The port that is bound."""
+
+    async def start(self) -> int:
+        """Bind and serve, as not ready; returns the port. Raises ``StartError``."""
+        add_InferenceServicer_to_server(InferenceService(self._gateway), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        address = f"{self._host}:{self._wanted_port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError as err:
+            raise StartError("gRPC", f"cannot bind {address}: {err}") from err
+        await self._set_health(False)
+        await self._server.start()
+        self._watcher = asyncio.create_task(self._watch_readiness())
+        return self.port
+
+    async def stop(self, grace_s: float = 0.5) -> None:
+        """Refuse new calls, end the others after ``grace_s``."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    async def _watch_readiness(self) -> None:
+        was_ready = False
+        while True:
+            is_ready = not self._gateway.not_ready_reasons()
+            if is_ready is not was_ready:
+                await self._set_health(is_ready)
+                was_ready = is_ready
+            await asyncio.sleep(_READY_POLL_S)
+
+    async def _set_health(self, is_ready: bool) -> None:
+        statuses = health_pb2.HealthCheckResponse
+        status = statuses.SERVING if is_ready else statuses.NOT_SERVING
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+
+class KeyInterceptor(_Interceptor):
+    """Asks for a key, except for health checks."""
+
+    def __init__(self, keys: KeyRing) -> None:
+        self._keys = keys
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Let a call through, or have it answered with UNAUTHENTICATED."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith(f"/{_HEALTH_SERVICE}/"):
+            return handler
+        metadata = handler_call_details.invocation_metadata or ()
+        given = {name: value for name, value in metadata if isinstance(value, str)}
+        try:
+            self._keys.check(given.get("authorization"), given.get("api-key"))
+        except AuthenticationError as err:
+            return _refusal(handler, err)
+        return handler
+
+
+def _refusal(handler: Any, error: AuthenticationError) -> Any:
+    """A handler of the same kind that refuses."""
+    report = report_error(error)
+
+    async def refuse(request: Any, context: Any) -> None:
+        trailers = (("grpc-status-details-bin", report.status_details("")),)
+        await context.abort(report.grpc_code, report.message, trailers)
+
+    async def refuse_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        await refuse(request, context)
+        yield
+
+    make = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[handler.request_streaming, handler.response_streaming]
+    return make(
+        refuse_stream if handler.response_streaming else refuse,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )

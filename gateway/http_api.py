@@ -1,0 +1,287 @@
+"""The HTTP routes. Requests come in as OpenAI's bodies and leave as calls to ``Gateway``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
+
+from cluster.errors import NotReadyError, RequestError
+from gateway import versions
+from gateway.call import CallKind, GenerateFields
+from gateway.convert import chat_fields, chat_input, completion_fields
+from gateway.core import Gateway, new_call_id
+from gateway.errors import RouteError, report_error
+from gateway.generation import Generation
+from gateway.http_edge import (
+    HttpEdge,
+    Responder,
+    dump_json,
+    read_json,
+    run_until_gone,
+    timeout_header_s,
+)
+from gateway.metrics import CONTENT_TYPE
+from gateway.openai_format import ChatFormat, CompletionFormat, ResponseFormat, collect
+from gateway.schema import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerateBody,
+    TokenizeBody,
+    check_unbuilt,
+    parse_body,
+)
+from gateway.sse import SseStream, stream_generation
+
+logger = logging.getLogger(__name__)
+
+
+def build_http_app(gateway: Gateway) -> FastAPI:
+    """The ASGI application; works under ``/`` and under any prefix (``root_path``)."""
+    api = HttpApi(gateway)
+    app = FastAPI(
+        title="expertmesh",
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers={HTTPException: _route_error},
+    )
+    routes = api.routes()
+    app.router.routes.extend(routes)
+    paths = frozenset(route.path for route in routes if isinstance(route, Route))
+    app.add_middleware(HttpEdge, gateway=gateway, routes=paths)
+    return app
+
+
+class HttpApi:
+    """Handlers of all routes."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    def routes(self) -> list[BaseRoute]:
+        """Every route of the application."""
+        completions = GenerateEndpoint(self._gateway, "completion")
+        chat = GenerateEndpoint(self._gateway, "chat")
+        return [
+            Route("/v1/models", self.list_models, methods=["GET"]),
+            Route("/v1/models/{model:path}", self.get_model, methods=["GET"]),
+            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/health", self.health, methods=["GET"]),
+            Route("/ready", self.ready, methods=["GET"]),
+            Route("/version", self.version, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
+            Route("/cluster/v1/status", self.status, methods=["GET"]),
+            Route("/cluster/v1/placement", self.placement, methods=["GET"]),
+            Route("/cluster/v1/load", self.load, methods=["GET"]),
+            Route("/cluster/v1/events", self.events, methods=["GET"]),
+        ]
+
+    async def list_models(self, request: Request) -> Response:
+        """The served model."""
+        return _json({"object": "list", "data": [self._model()]})
+
+    async def get_model(self, request: Request) -> Response:
+        """One model by name."""
+        self._gateway.check_model(request.path_params["model"])
+        return _json(self._model())
+
+    async def tokenize(self, request: Request) -> Response:
+        """Text or a conversation to token ids."""
+        data = await self._read(request)
+        check_unbuilt(data, "tokenize")
+        body = parse_body(TokenizeBody, data)
+        gateway = self._gateway
+        gateway.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            message = "one of prompt and messages is required"
+            raise RequestError(message, "prompt", "missing_required_parameter")
+        if body.prompt is None:
+            text = await gateway.prompts.render(chat_input(body))
+            ids = await gateway.prompts.encode(text, bool(body.add_special_tokens))
+        else:
+            ids = await gateway.prompts.encode(body.prompt, body.add_special_tokens is not False)
+        tokenizer = gateway.prompts.require_tokenizer("prompt")
+        facts = gateway.facts
+        return _json(
+            {
+                "count": len(ids),
+                "max_model_len": facts.max_model_len if facts else None,
+                "tokens": ids,
+                "token_strs": [tokenizer.token_text(i) for i in ids]
+                if body.return_token_strs
+                else None,
+            }
+        )
+
+    async def detokenize(self, request: Request) -> Response:
+        """Token ids to text."""
+        body = parse_body(DetokenizeBody, await self._read(request))
+        self._gateway.check_model(body.model)
+        facts = self._gateway.require_facts()
+        return _json({"prompt": await self._gateway.prompts.decode(body.tokens, facts)})
+
+    async def health(self, request: Request) -> Response:
+        """The process is alive."""
+        return Response(status_code=200)
+
+    async def ready(self, request: Request) -> Response:
+        """Whether new requests can be served."""
+        reasons = self._gateway.not_ready_reasons()
+        status = 503 if reasons else 200
+        return _json({"ready": not reasons, "reasons": reasons}, status)
+
+    async def version(self, request: Request) -> Response:
+        """Versions of what runs here."""
+        gateway = self._gateway
+        return _json(
+            {
+                "version": versions.own_version(),
+                "ray": versions.installed_version("ray"),
+                "torch": versions.installed_version("torch"),
+                "model": gateway.model_name,
+                "placement_epoch": gateway.placement_epoch,
+            }
+        )
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus metrics of this replica and of all workers."""
+        await self._gateway.cluster.fresh()
+        return Response(self._gateway.metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+    async def status(self, request: Request) -> Response:
+        """The cluster's state."""
+        return _json(await self._gateway.status())
+
+    async def placement(self, request: Request) -> Response:
+        """Which device holds which copy of which expert."""
+        return _json(await self._placement())
+
+    async def load(self, request: Request) -> Response:
+        """Tokens by expert, as far as the controller knows."""
+        placement = await self._placement()
+        keys = ("bank", "layer", "load", "balancedness")
+        banks = [{key: bank.get(key) for key in keys} for bank in placement.get("banks", ())]
+        return _json({"schema": 1, "epoch": placement.get("epoch"), "banks": banks})
+
+    async def events(self, request: Request) -> Response:
+        """What happened to the cluster."""
+        snapshot = await self._gateway.cluster.fresh() or {}
+        return _json({"schema": 1, "events": snapshot.get("history", [])})
+
+    async def _placement(self) -> dict[str, Any]:
+        placement = await self._gateway.cluster.placement()
+        if placement is None:
+            raise NotReadyError("the controller does not answer", "not_ready", 2.0)
+        return placement
+
+    async def _read(self, request: Request) -> dict[str, Any]:
+        limits = self._gateway.limits
+        return await read_json(request, limits.max_body_bytes, limits.max_json_depth)
+
+    def _model(self) -> dict[str, Any]:
+        gateway = self._gateway
+        facts = gateway.facts
+        known = (gateway.cluster.snapshot or {}).get("model") or {}
+        return {
+            "id": gateway.model_name,
+            "object": "model",
+            "created": gateway.created,
+            "owned_by": "expertmesh",
+            "root": gateway.model_name,
+            "parent": None,
+            "max_model_len": facts.max_model_len if facts else known.get("max_model_len"),
+        }
+
+
+class GenerateEndpoint:
+    """Completions or chat, as an ASGI application: it must see the client leave."""
+
+    def __init__(self, gateway: Gateway, kind: Literal["completion", "chat"]) -> None:
+        self._gateway = gateway
+        self._kind = kind
+        self._format = ChatFormat if kind == "chat" else CompletionFormat
+        self._call_kind = CallKind.CHAT if kind == "chat" else CallKind.COMPLETION
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        request = Request(scope, receive)
+        limits = self._gateway.limits
+        data = await read_json(request, limits.max_body_bytes, limits.max_json_depth)
+        body, fields = self._parse(data)
+        timeout_s = timeout_header_s(request)
+        responder = send if isinstance(send, Responder) else Responder(send)
+        work = self._answer(body, fields, timeout_s, request.state.request_id, responder)
+        await run_until_gone(receive, responder, work)
+
+    def _parse(self, data: dict[str, Any]) -> tuple[GenerateBody, GenerateFields]:
+        check_unbuilt(data, self._kind)
+        body: GenerateBody
+        if self._kind == "chat":
+            body = parse_body(ChatBody, data)
+            fields = chat_fields(body)
+        else:
+            body = parse_body(CompletionBody, data)
+            fields = completion_fields(body)
+        if body.stream_options is not None and not body.stream:
+            raise RequestError("stream_options needs stream to be true", "stream_options")
+        return body, fields
+
+    async def _answer(
+        self,
+        body: GenerateBody,
+        fields: GenerateFields,
+        timeout_s: float | None,
+        request_id: str,
+        responder: Responder,
+    ) -> None:
+        call_id = new_call_id(self._call_kind)
+        with await self._gateway.start(fields, call_id, timeout_s) as generation:
+            formatter = self._make_format(generation)
+            if not body.stream:
+                choices = await collect(generation)
+                await responder.json(formatter.whole(choices, generation.usage))
+                return
+            options = body.stream_options
+            stream = SseStream(
+                responder=responder,
+                formatter=formatter,
+                metrics=self._gateway.metrics,
+                request_id=request_id,
+                include_usage=bool(options and options.include_usage),
+                continuous_usage=bool(options and options.continuous_usage_stats),
+            )
+            await stream_generation(generation, stream)
+
+    def _make_format(self, generation: Generation) -> ResponseFormat:
+        fingerprint = versions.system_fingerprint(self._gateway.config)
+        return self._format(generation, self._gateway.tokenizer, fingerprint)
+
+
+def _json(content: object, status: int = 200) -> Response:
+    return Response(dump_json(content), status, headers={"content-type": "application/json"})
+
+
+async def _route_error(request: Request, error: HTTPException) -> Response:
+    """Unknown paths and methods get the error object too."""
+    path = request.url.path[:256]
+    if error.status_code == 405:
+        message = f"{request.method} is not allowed for {path}"
+    else:
+        message = f"{request.method} {path} does not exist"
+    report = report_error(RouteError(message, error.status_code))
+    headers = {**report.headers(), **(error.headers or {})}
+    content = dump_json(report.body())
+    headers["content-type"] = "application/json"
+    return Response(content, report.http_status, headers=headers)

@@ -1,0 +1,236 @@
+"""The HTTP edge: what every request passes, whatever its route.
+
+``HttpEdge`` gives each request an id, checks its key, counts it, and turns every exception into the
+error object. ``read_json`` reads bodies within their limits; ``run_until_gone`` ends work whose
+client has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Coroutine, Mapping
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import (
+    DeadlineExceededError,
+    ExpertMeshError,
+    RequestError,
+    RequestTooLargeError,
+)
+from gateway.core import Gateway, choose_request_id
+from gateway.errors import ClientGoneError, report_error
+from gateway.schema import parse_json
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/ready"})
+"""Served without a key."""
+BODY_TIMEOUT_S = 60.0
+"""Time a client has to send its body."""
+_DRAIN_FACTOR = 8
+"""A body above the limit is read up to this many times the limit, so that its sender can see the
+answer, and is cut off beyond."""
+_THREAD_BYTES = 65_536
+"""Larger bodies are parsed in a thread."""
+
+
+class Responder:
+    """Sends one response, and knows how far it has got."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.is_started = False
+        """The status was sent."""
+        self.is_complete = False
+        """The last byte was sent."""
+        self.status = 0
+        """HTTP status; 0 before the start."""
+
+    async def __call__(self, message: Message) -> None:
+        """Send an ASGI message."""
+        if message["type"] == "http.response.start":
+            self.is_started = True
+            self.status = message["status"]
+        elif message["type"] == "http.response.body":
+            self.is_complete = not message.get("more_body", False)
+        await self._send(message)
+
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        """Send status and headers."""
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await self({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def body(self, content: bytes, more: bool = False) -> None:
+        """Send a piece of the body."""
+        await self({"type": "http.response.body", "body": content, "more_body": more})
+
+    async def json(
+        self, content: object, status: int = 200, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Send a whole JSON response."""
+        raw = dump_json(content)
+        fixed = {"content-type": "application/json", "content-length": str(len(raw))}
+        await self.start(status, {**fixed, **(headers or {})})
+        await self.body(raw)
+
+
+class HttpEdge:
+    """ASGI middleware around the whole application.
+
+    Args:
+        app: the application.
+        gateway: gives keys, metrics and the placement epoch.
+        routes: paths that are counted by name; all others count as ``other``.
+    """
+
+    def __init__(self, app: ASGIApp, gateway: Gateway, routes: frozenset[str]) -> None:
+        self._app = app
+        self._gateway = gateway
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection event."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = choose_request_id(headers.get("x-request-id"))
+        scope.setdefault("state", {})["request_id"] = request_id
+        responder = Responder(self._with_headers(send, request_id))
+        path = _path(scope)
+        status = 0
+        try:
+            if path not in OPEN_PATHS:
+                self._gateway.keys.check(headers.get("authorization"), headers.get("api-key"))
+            await self._app(scope, receive, responder)
+        except (ClientGoneError, ClientDisconnect):
+            status = 499
+        except asyncio.CancelledError:
+            status = 499
+            raise
+        except Exception as err:
+            await self._answer_error(err, request_id, responder)
+        finally:
+            status = status or responder.status or 500
+            if status == 499:
+                self._gateway.metrics.client_disconnects.add()
+            route = path if path in self._routes else "other"
+            self._gateway.metrics.http_requests.add(route, scope["method"], str(status))
+
+    async def _answer_error(self, error: Exception, request_id: str, responder: Responder) -> None:
+        report = report_error(error, request_id)
+        if not isinstance(error, ExpertMeshError):
+            logger.error("request %s failed", request_id, exc_info=error)
+        if responder.is_started:
+            return  # too late for a status; streams tell their errors themselves
+        await responder.json(report.body(), report.http_status, report.headers())
+
+    def _with_headers(self, send: Send, request_id: str) -> Send:
+        started_s = time.monotonic()
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["openai-processing-ms"] = str(int((time.monotonic() - started_s) * 1000))
+                headers["openai-version"] = "2020-10-01"
+                headers["x-expertmesh-placement-epoch"] = str(self._gateway.placement_epoch)
+            await send(message)
+
+        return send_with_headers
+
+
+async def read_json(request: Request, max_bytes: int, max_depth: int) -> dict[str, Any]:
+    """The object in a request's body.
+
+    Raises:
+        RequestError: not JSON, not declared as JSON, or nested too deeply.
+        RequestTooLargeError: above the limit.
+        DeadlineExceededError: the client sends too slowly.
+    """
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
+    if not (kind == "application/json" or kind.endswith("+json")):
+        raise RequestError(f"content-type {kind[:64]!r} must be application/json", "content-type")
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            raw = await _read_body(request, max_bytes)
+    except TimeoutError as err:
+        raise DeadlineExceededError("the body did not come in time") from err
+    if len(raw) <= _THREAD_BYTES:
+        return parse_json(raw, max_depth)
+    return await asyncio.to_thread(parse_json, raw, max_depth)
+
+
+def timeout_header_s(request: Request) -> float | None:
+    """The client's own time limit. Raises ``RequestError`` if it is not a number."""
+    name = "x-request-timeout-ms"
+    value = request.headers.get(name)
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdecimal() and 0 < len(value) < 12 and int(value) > 0):
+        raise RequestError(f"{name} ({value[:32]!r}) must be a whole number above 0", name)
+    return int(value) / 1000
+
+
+async def run_until_gone(
+    receive: Receive, responder: Responder, work: Coroutine[Any, Any, None]
+) -> None:
+    """Run ``work`` while the client is there.
+
+    Raises:
+        ClientGoneError: the client left; ``work`` was cancelled.
+    """
+    task = asyncio.create_task(work)
+    watch = asyncio.create_task(_wait_gone(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done() and not responder.is_complete:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            raise ClientGoneError("the client closed the connection")
+        await task
+    finally:  # after a cancel nothing may be awaited here: both end by themselves
+        watch.cancel()
+        task.cancel()
+
+
+def dump_json(content: object) -> bytes:
+    """Compact UTF-8 JSON; NaN and infinity are a mistake of ours."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode()
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    length = request.headers.get("content-length", "")
+    is_too_large = length.isdecimal() and int(length) > max_bytes
+    chunks: list[bytes] = []
+    total = 0
+    async for chunk in request.stream():
+        total += len(chunk)
+        is_too_large = is_too_large or total > max_bytes
+        if not is_too_large:
+            chunks.append(chunk)
+        elif total > max_bytes * _DRAIN_FACTOR:
+            break
+    if is_too_large:
+        raise RequestTooLargeError(f"the body is above the limit of {max_bytes} bytes")
+    return b"".join(chunks)
+
+
+async def _wait_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _path(scope: Scope) -> str:
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(root) or "/"

@@ -1,0 +1,214 @@
+"""Prometheus metrics in a registry of our own: this replica's counts and the workers' numbers.
+
+Names and meanings follow vLLM where it has them, with the prefix ``expertmesh:``. Labels never hold
+a request id, a key or a user.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from gateway.cluster_view import Snapshot
+from workers.request import Timings
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""Of the exposition."""
+PREFIX = "expertmesh:"
+"""In front of every name."""
+
+_TOKEN_BUCKETS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
+_TTFT_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0),
+)
+_ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0)
+_TIME_BUCKETS = (0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_COUNT_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+_LEGAL_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+_WORKER_LABELS = ("model_name", "engine", "worker", "node")
+
+
+class GatewayMetrics:
+    """All metrics of one replica.
+
+    Args:
+        model_name: label of every series.
+        snapshot: gives the cluster's state, with the workers' numbers, when a scrape comes.
+        cache_config: labels of ``cache_config_info``.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        snapshot: Callable[[], Snapshot | None],
+        cache_config: Mapping[str, str] | None = None,
+    ) -> None:
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._model_name = model_name
+        self._registry = CollectorRegistry()
+        self._own: set[str] = set()
+        count, time = self._counter, self._histogram
+        self.http_requests = count("http_requests", "HTTP requests", "route", "method", "status")
+        self.grpc_requests = count("grpc_requests", "gRPC requests", "service", "method", "code")
+        self.client_disconnects = count("client_disconnects", "Clients that left before the end")
+        self.sse_events = count("sse_events", "Events sent on streams")
+        self.admission_rejections = count("admission_rejections", "Calls turned away", "reason")
+        self.prompt_tokens = count("prompt_tokens", "Prompt tokens of accepted calls")
+        self.generation_tokens = count("generation_tokens", "Tokens delivered")
+        self.request_success = count("request_success", "Choices that ended", "finished_reason")
+        self.request_prompt_tokens = time(
+            "request_prompt_tokens", "Prompt tokens a prompt", _TOKEN_BUCKETS
+        )
+        self.request_generation_tokens = time(
+            "request_generation_tokens", "Tokens a choice", _TOKEN_BUCKETS
+        )
+        self.request_max_num_generation_tokens = time(
+            "request_max_num_generation_tokens", "Tokens of the longest choice", _TOKEN_BUCKETS
+        )
+        self.request_params_n = time("request_params_n", "n of a call", _COUNT_BUCKETS)
+        self.request_params_max_tokens = time(
+            "request_params_max_tokens", "max_tokens of a prompt", _TOKEN_BUCKETS
+        )
+        self.time_to_first_token = time(
+            "time_to_first_token_seconds", "From the call to its first token", _TTFT_BUCKETS
+        )
+        self.inter_token_latency = time(
+            "inter_token_latency_seconds", "Between two tokens of a choice", _ITL_BUCKETS
+        )
+        self.time_per_output_token = time(
+            "request_time_per_output_token_seconds", "Mean over a choice", _ITL_BUCKETS
+        )
+        self.e2e_latency = time(
+            "e2e_request_latency_seconds", "From the call to its end", _TIME_BUCKETS
+        )
+        self.queue_time = time("request_queue_time_seconds", "Waiting in an engine", _TIME_BUCKETS)
+        self.inference_time = time(
+            "request_inference_time_seconds", "From first work to the end", _TIME_BUCKETS
+        )
+        self.prefill_time = time(
+            "request_prefill_time_seconds", "From first work to the first token", _TIME_BUCKETS
+        )
+        self.decode_time = time(
+            "request_decode_time_seconds", "From the first token to the end", _TIME_BUCKETS
+        )
+        self.stream_lag = time(
+            "gateway_stream_lag_seconds", "From a token's arrival here to its sending", _ITL_BUCKETS
+        )
+        collector = _ClusterCollector(model_name, snapshot, frozenset(self._own), cache_config)
+        self._registry.register(collector)
+
+    def observe_timings(self, timings: Timings) -> None:
+        """Count a choice's times in its engine."""
+        self.queue_time.observe(max(0.0, timings.first_dispatch_s))
+        self.prefill_time.observe(max(0.0, timings.first_token_s - timings.first_dispatch_s))
+        self.decode_time.observe(max(0.0, timings.finished_s - timings.first_token_s))
+        self.inference_time.observe(max(0.0, timings.finished_s - timings.first_dispatch_s))
+
+    def render(self) -> bytes:
+        """The exposition, in Prometheus text format."""
+        return prometheus_client.generate_latest(self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> _Labelled:
+        self._own.add(f"{name}_total")
+        metric = Counter(PREFIX + name, text, ("model_name", *labels), registry=self._registry)
+        return _Labelled(metric, self._model_name, has_labels=bool(labels))
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        self._own.add(name)
+        metric = Histogram(
+            PREFIX + name, text, ("model_name",), registry=self._registry, buckets=buckets
+        )
+        return metric.labels(self._model_name)
+
+
+class _Labelled:
+    """A counter with the model's name filled in."""
+
+    def __init__(self, counter: Counter, model_name: str, has_labels: bool) -> None:
+        self._counter = counter
+        self._model_name = model_name
+        if not has_labels:
+            counter.labels(model_name)  # shows as 0 from the start
+
+    def add(self, *labels: str, amount: float = 1) -> None:
+        """Count ``amount`` more for these label values."""
+        self._counter.labels(self._model_name, *labels).inc(amount)
+
+
+class _ClusterCollector(Collector):
+    """The workers' numbers, read from the snapshot at each scrape."""
+
+    def __init__(
+        self,
+        model_name: str,
+        snapshot: Callable[[], Snapshot | None],
+        taken: frozenset[str],
+        cache_config: Mapping[str, str] | None,
+    ) -> None:
+        self._model_name = model_name
+        self._snapshot = snapshot
+        self._taken = taken
+        self._cache_config = dict(cache_config or {})
+
+    def describe(self) -> list[Metric]:
+        """Nothing is fixed beforehand: names come from the workers."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """One family for each number that any worker reports."""
+        snapshot = self._snapshot() or {}
+        families: dict[str, Metric] = {}
+        for worker in snapshot.get("workers", ()):
+            numbers = self._numbers(worker, int(snapshot.get("placement_epoch") or 0))
+            for name, value in numbers.items():
+                if name in self._taken or not _LEGAL_NAME.fullmatch(name):
+                    continue
+                family = families.get(name) or families.setdefault(name, _family(name))
+                family.add_sample(_sample_name(name), self._labels(worker), value)
+            if worker["role"] == "attention" and self._cache_config:
+                self._add_cache_config(families, worker)
+        yield from families.values()
+
+    def _numbers(self, worker: Mapping[str, Any], epoch: int) -> dict[str, float]:
+        numbers = {name: float(value) for name, value in (worker.get("stats") or {}).items()}
+        numbers.setdefault("placement_epoch", epoch)
+        if worker["role"] == "expert":
+            is_up = worker["state"] in ("READY", "SERVING")
+            numbers["expert_worker_up"] = float(is_up)
+            numbers["expert_worker_slots"] = float(worker.get("slots") or 0)
+        elif worker.get("kv_usage") is not None:
+            numbers.setdefault("kv_cache_usage_perc", float(worker["kv_usage"]))
+        return numbers
+
+    def _labels(self, worker: Mapping[str, Any]) -> dict[str, str]:
+        engine = str(worker["rank"]) if worker["role"] == "attention" else ""
+        values = (self._model_name, engine, str(worker["name"]), str(worker.get("node") or ""))
+        return dict(zip(_WORKER_LABELS, values, strict=True))
+
+    def _add_cache_config(self, families: dict[str, Metric], worker: Mapping[str, Any]) -> None:
+        name = "cache_config_info"
+        family = families.get(name) or families.setdefault(name, _family(name))
+        labels = {
+            **self._labels(worker),
+            **self._cache_config,
+            "num_blocks": str(worker.get("kv_blocks_total") or 0),
+        }
+        family.add_sample(_sample_name(name), labels, 1.0)
+
+
+def _family(name: str) -> Metric:
+    if name.endswith("_total"):
+        return CounterMetricFamily(PREFIX + name.removesuffix("_total"), name, labels=())
+    return GaugeMetricFamily(PREFIX + name, name, labels=())
+
+
+def _sample_name(name: str) -> str:
+    return PREFIX + name

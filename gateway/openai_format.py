@@ -1,0 +1,260 @@
+"""Generations as OpenAI's bodies: completions and chat, whole and in chunks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from gateway.call import GenerateCall
+from gateway.delta import ChoiceDelta, Finish, Usage
+from gateway.generation import Generation
+from gateway.text import TokenText
+from gateway.tokenizer import Tokenizer
+from workers.request import TokenLogprob
+
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot say."""
+
+
+@dataclass(slots=True)
+class CollectedChoice:
+    """All news of one choice, put together."""
+
+    index: int
+    prompt_index: int
+    text: str = ""
+    tokens: list[TokenText] = field(default_factory=list)
+    echo_tokens: tuple[TokenText, ...] = ()
+    finish: Finish | None = None
+
+
+async def collect(generation: Generation) -> list[CollectedChoice]:
+    """Run a generation to its end; its choices by index. Raises what ``next`` raises."""
+    choices: dict[int, CollectedChoice] = {}
+    while deltas := await generation.next():
+        for delta in deltas:
+            choice = choices.get(delta.index)
+            if choice is None:
+                choice = CollectedChoice(delta.index, delta.prompt_index)
+                choices[delta.index] = choice
+            choice.text += delta.text
+            choice.tokens.extend(delta.tokens)
+            choice.echo_tokens = choice.echo_tokens or delta.echo_tokens
+            choice.finish = delta.finish
+    return [choices[index] for index in sorted(choices)]
+
+
+class ResponseFormat(Protocol):
+    """One endpoint's bodies."""
+
+    def whole(self, choices: Sequence[CollectedChoice], usage: Usage) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+
+    def chunks(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        """The chunks that tell a choice's news."""
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        """The chunk with the usage alone."""
+
+
+class _Format:
+    """What both endpoints share.
+
+    Args:
+        generation: what is told.
+        tokenizer: names tokens; None names them by number.
+        fingerprint: ``system_fingerprint``.
+    """
+
+    object = ""
+    chunk_object = ""
+
+    def __init__(
+        self, generation: Generation, tokenizer: Tokenizer | None, fingerprint: str
+    ) -> None:
+        self.call: GenerateCall = generation.call
+        self._tokenizer = tokenizer
+        self._head = {
+            "id": generation.call_id,
+            "created": generation.created,
+            "model": generation.call.model,
+            "system_fingerprint": fingerprint,
+        }
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        """See ``ResponseFormat``."""
+        return {**self._chunk([]), "usage": usage_body(usage)}
+
+    def _whole(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
+        body = {**self._head, "object": self.object, "choices": choices}
+        return {**body, "usage": usage_body(usage)}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": self.chunk_object, "choices": choices}
+
+    def _prompt_ids(self, prompt_index: int) -> list[int]:
+        return list(self.call.prompts[prompt_index].ids)
+
+
+class CompletionFormat(_Format):
+    """``/v1/completions``."""
+
+    object = "text_completion"
+    chunk_object = "text_completion"
+
+    def whole(self, choices: Sequence[CollectedChoice], usage: Usage) -> dict[str, Any]:
+        """See ``ResponseFormat``."""
+        return self._whole([self._choice(choice, is_first=True) for choice in choices], usage)
+
+    def chunks(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        """See ``ResponseFormat``."""
+        return [self._chunk([self._choice(delta, is_first=delta.is_first)])]
+
+    def _choice(self, news: CollectedChoice | ChoiceDelta, is_first: bool) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "index": news.index,
+            "text": news.text,
+            "logprobs": self._logprobs((*news.echo_tokens, *news.tokens)),
+            **_finish_fields(news.finish),
+        }
+        if self.call.return_token_ids:
+            body["token_ids"] = [token.token_id for token in news.tokens]
+            body["prompt_token_ids"] = self._prompt_ids(news.prompt_index) if is_first else None
+        return body
+
+    def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any] | None:
+        wanted = self.call.logprobs
+        if wanted is None:
+            return None
+        return {
+            "text_offset": [token.text_offset for token in tokens],
+            "token_logprobs": [
+                None if token.logprob is None else clamp_logprob(token.logprob.logprob)
+                for token in tokens
+            ],
+            "tokens": [token_name(self._tokenizer, token.token_id) for token in tokens],
+            "top_logprobs": [
+                None if token.logprob is None else self._top(token.logprob, wanted)
+                for token in tokens
+            ],
+        }
+
+    def _top(self, entry: TokenLogprob, wanted: int) -> dict[str, float]:
+        top: dict[str, float] = {}
+        for token_id, logprob in alternatives(entry, wanted):
+            top.setdefault(token_name(self._tokenizer, token_id), clamp_logprob(logprob))
+        return top
+
+
+class ChatFormat(_Format):
+    """``/v1/chat/completions``."""
+
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def whole(self, choices: Sequence[CollectedChoice], usage: Usage) -> dict[str, Any]:
+        """See ``ResponseFormat``."""
+        body = self._whole([self._choice(choice) for choice in choices], usage)
+        if self.call.return_token_ids:
+            body["prompt_token_ids"] = self._prompt_ids(0)
+        return body
+
+    def chunks(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        """See ``ResponseFormat``."""
+        chunks = []
+        if delta.is_first:
+            opening = {
+                "index": delta.index,
+                "delta": {"role": "assistant", "content": ""},
+                "logprobs": None,
+                **_finish_fields(None),
+            }
+            chunks.append(self._chunk([opening]))
+            if self.call.return_token_ids:
+                chunks[0]["prompt_token_ids"] = self._prompt_ids(0)
+        if delta.text or delta.tokens or delta.finish:
+            choice: dict[str, Any] = {
+                "index": delta.index,
+                "delta": {"content": delta.text} if delta.text else {},
+                "logprobs": self._logprobs(delta.tokens),
+                **_finish_fields(delta.finish),
+            }
+            if self.call.return_token_ids:
+                choice["token_ids"] = [token.token_id for token in delta.tokens]
+            chunks.append(self._chunk([choice]))
+        return chunks
+
+    def _choice(self, choice: CollectedChoice) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": self._logprobs(choice.tokens),
+            **_finish_fields(choice.finish),
+        }
+        if self.call.return_token_ids:
+            body["token_ids"] = [token.token_id for token in choice.tokens]
+            body["prompt_token_ids"] = self._prompt_ids(choice.prompt_index)
+        return body
+
+    def _logprobs(self, tokens: Iterable[TokenText]) -> dict[str, Any] | None:
+        wanted = self.call.logprobs
+        if wanted is None:
+            return None
+        return {
+            "content": [self._entry(token.logprob, wanted) for token in tokens if token.logprob]
+        }
+
+    def _entry(self, entry: TokenLogprob, wanted: int) -> dict[str, Any]:
+        top = alternatives(entry, wanted) if wanted else []
+        return {
+            **self._named(entry.token_id, entry.logprob),
+            "top_logprobs": [self._named(*pair) for pair in top[:wanted]],
+        }
+
+    def _named(self, token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": token_name(self._tokenizer, token_id),
+            "logprob": clamp_logprob(logprob),
+            "bytes": list(token_bytes(self._tokenizer, token_id)),
+        }
+
+
+def alternatives(entry: TokenLogprob, wanted: int) -> list[tuple[int, float]]:
+    """The ``wanted`` most probable tokens, best first, then the token itself if not among them."""
+    top = list(entry.top[:wanted])
+    if all(token_id != entry.token_id for token_id, _ in top):
+        top.append((entry.token_id, entry.logprob))
+    return top
+
+
+def clamp_logprob(value: float) -> float:
+    """A log-probability that JSON can carry."""
+    return LOWEST_LOGPROB if math.isnan(value) else min(max(value, LOWEST_LOGPROB), 0.0)
+
+
+def token_name(tokenizer: Tokenizer | None, token_id: int) -> str:
+    """A token for people to read."""
+    return f"token_id:{token_id}" if tokenizer is None else tokenizer.token_text(token_id)
+
+
+def token_bytes(tokenizer: Tokenizer | None, token_id: int) -> bytes:
+    """What a token stands for, exactly; empty without a tokenizer."""
+    return b"" if tokenizer is None else tokenizer.token_bytes(token_id)
+
+
+def usage_body(usage: Usage) -> dict[str, int]:
+    """The ``usage`` object."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
+def _finish_fields(finish: Finish | None) -> dict[str, Any]:
+    return {
+        "finish_reason": None if finish is None else finish.reason.value,
+        "stop_reason": None if finish is None else finish.stop_reason,
+    }

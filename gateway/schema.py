@@ -1,0 +1,276 @@
+"""HTTP bodies: JSON to typed fields.
+
+Types are strict (``"5"`` is not a number) and unknown fields are ignored; what the values may be is
+checked later, once for both codecs, in ``gateway/validate.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cluster.errors import RequestError, UnsupportedParameterError
+
+_STRICT = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+_MESSAGE = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class Part(BaseModel):
+    """One part of a message's content."""
+
+    model_config = _STRICT
+    type: str
+    text: str | None = None
+
+
+class Message(BaseModel):
+    """One message; fields that are not named here go to the chat template as they are."""
+
+    model_config = _MESSAGE
+    role: str
+    content: str | list[Part] | None = None
+    name: str | None = None
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries beside the text."""
+
+    model_config = _STRICT
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerateBody(BaseModel):
+    """Fields that completions and chat share."""
+
+    model_config = _STRICT
+    model: str | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+
+
+class CompletionBody(GenerateBody):
+    """``POST /v1/completions``."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: int | None = None
+    echo: bool | None = None
+
+
+class ChatBody(GenerateBody):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[Message]
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeBody(BaseModel):
+    """``POST /tokenize``."""
+
+    model_config = _STRICT
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(BaseModel):
+    """``POST /detokenize``."""
+
+    model_config = _STRICT
+    model: str | None = None
+    tokens: Annotated[list[int], Field()]
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+_SHAPES = {
+    "prompt": "must be a string, a list of strings, a list of token ids or a list of such lists",
+    "stop": "must be a string or a list of strings",
+    "content": "must be a string or a list of text parts",
+}
+"""What a field with several types may be."""
+
+
+def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
+    """The object in a body.
+
+    Raises:
+        RequestError: not JSON, not an object, or nested too deeply.
+    """
+    try:
+        data = json.loads(raw)
+        if _SURROGATE_ESCAPE.search(raw):
+            json.dumps(data, ensure_ascii=False).encode()  # half a pair is not text
+    except RecursionError as err:
+        raise _too_deep(max_depth) from err
+    except ValueError as err:  # also undecodable bytes, lone surrogates, integers without end
+        reason = getattr(err, "msg", "not readable")
+        raise RequestError(f"the body is not valid JSON: {reason}", code="json_invalid") from err
+    if not isinstance(data, dict):
+        raise RequestError("the body must be a JSON object", code="json_invalid")
+    _check_depth(data, max_depth)
+    return data
+
+
+def parse_body(kind: type[Body], data: Mapping[str, Any]) -> Body:
+    """The typed fields of a body. Raises ``RequestError`` for the first that is wrong."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as err:
+        raise _describe(err) from err
+
+
+def check_unbuilt(data: Mapping[str, Any], kind: Literal["completion", "chat", "tokenize"]) -> None:
+    """Refuse known fields that are not built, unless their value changes nothing.
+
+    Raises:
+        UnsupportedParameterError: with the field's name.
+    """
+    for name, is_neutral in _UNBUILT.items():
+        if data.get(name) is not None and not is_neutral(data[name], data):
+            raise UnsupportedParameterError(f"{name} is not supported", name)
+    if kind == "chat" and data.get("echo"):
+        raise UnsupportedParameterError("echo is not supported for chat", "echo")
+
+
+def _never(value: Any, data: Mapping[str, Any]) -> bool:
+    return False
+
+
+def _only(*neutral: Any) -> Callable[[Any, Mapping[str, Any]], bool]:
+    def is_neutral(value: Any, data: Mapping[str, Any]) -> bool:
+        return any(type(value) is type(one) and value == one for one in neutral)
+
+    return is_neutral
+
+
+def _best_of(value: Any, data: Mapping[str, Any]) -> bool:
+    return bool(value == (data.get("n") or 1)) and not isinstance(value, bool)
+
+
+def _text_format(value: Any, data: Mapping[str, Any]) -> bool:
+    return isinstance(value, dict) and value.get("type") == "text"
+
+
+def _tools(value: Any, data: Mapping[str, Any]) -> bool:
+    return value == [] or data.get("tool_choice") == "none"
+
+
+_UNBUILT: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
+    "best_of": _best_of,
+    "prompt_logprobs": _never,
+    "return_tokens_as_token_ids": _only(False),
+    "truncate_prompt_tokens": _never,
+    "truncation_side": _never,
+    "allowed_token_ids": _never,
+    "bad_words": _only([]),
+    "logprob_token_ids": _only([]),
+    "response_format": _text_format,
+    "structured_outputs": _only({}),
+    "guided_json": _never,
+    "guided_regex": _never,
+    "guided_choice": _never,
+    "guided_grammar": _never,
+    "tools": _tools,
+    "tool_choice": _only("none"),
+    "functions": _only([]),
+    "function_call": _only("none"),
+    "priority": _only(0),
+    "cache_salt": _never,
+    "request_id": _never,
+    "use_beam_search": _only(False),
+    "length_penalty": _only(1, 1.0),
+    "early_stopping": _only(False),
+    "spaces_between_special_tokens": _only(True),
+    "logits_processors": _only([]),
+    "suffix": _only(""),
+    "prompt_embeds": _never,
+    "audio": _never,
+    "modalities": _only(["text"]),
+    "prediction": _never,
+    "web_search_options": _never,
+    "chat_template": _never,
+    "documents": _only([]),
+    "mm_processor_kwargs": _only({}),
+    "kv_transfer_params": _only({}),
+}
+"""Known fields that are not built, each with the test for a value that changes nothing."""
+
+
+def _check_depth(data: object, max_depth: int) -> None:
+    level: list[Any] = [data]
+    for _ in range(max_depth + 1):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise _too_deep(max_depth)
+
+
+def _too_deep(max_depth: int) -> RequestError:
+    return RequestError(
+        f"the body is nested too deeply: at most {max_depth} levels", code="json_invalid"
+    )
+
+
+def _describe(error: ValidationError) -> RequestError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    path = _field_path(first["loc"])
+    name = path.rpartition(".")[2].partition("[")[0]
+    if first["type"] == "missing":
+        return RequestError(f"{path} is required", path, "missing_required_parameter")
+    if name in _SHAPES:
+        return RequestError(f"{path} {_SHAPES[name]}", path)
+    rule = first["msg"].removeprefix("Input ").removeprefix("should ")
+    return RequestError(f"{path} must {rule}" if rule != first["msg"] else f"{path}: {rule}", path)
+
+
+def _field_path(location: Sequence[str | int]) -> str:
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part.isidentifier() and part not in ("str", "int"):
+            path += f".{part}" if path else part
+        else:
+            break  # the name of one type of several
+    return path
