@@ -38,9 +38,10 @@ class CollectiveTransport:
         backend: Backend,
         device: torch.device,
         host: str = "127.0.0.1",
+        store_port: int = 0,
         connect_timeout_s: float = 10.0,
     ) -> None:
-        """Attention workers open a rendezvous store on ``host``; see ``store_address``."""
+        """Attention workers open a rendezvous store on ``host``, by default on a free port."""
         self._hub = hub
         self._backend: Backend = backend
         self._device = device
@@ -50,7 +51,11 @@ class CollectiveTransport:
         self._peers: dict[int, int] = {}
         self._names: dict[int, str] = {}
         self._sends: list[Transfer] = []
-        self._store = listen_store(host, connect_timeout_s) if hub.me.role == "attention" else None
+        self._store = (
+            listen_store(host, store_port, connect_timeout_s)
+            if hub.me.role == "attention"
+            else None
+        )
 
     @property
     def store_address(self) -> str:

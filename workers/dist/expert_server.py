@@ -35,6 +35,15 @@ class _Batch:
     """[rows, k] float32 where this side sums."""
     pairs: Tensor
     """[P] int64: places in the flattened ``slots`` that are here, ascending."""
+    pair_row: Tensor
+    """[P] int64: row of each pair."""
+    all_here: bool
+    """Every place of ``slots`` is a pair."""
+
+    def of_pairs(self, values: Tensor) -> Tensor:
+        """[rows, k] -> [P], the values of the pairs that are here."""
+        flat = values.flatten()
+        return flat if self.all_here else flat[self.pairs]
 
 
 class ExpertServer:
@@ -60,6 +69,7 @@ class ExpertServer:
         self._dtype = dtype
         self._device = device
         self._filled: list[Tensor] = []
+        self._all_pairs: dict[int, tuple[Tensor, Tensor]] = {}
         self.token_counts: list[Tensor] = []
         """By bank, [slots] int64 on the CPU: pairs computed by each expert slot so far."""
 
@@ -132,50 +142,56 @@ class ExpertServer:
         received: Sequence[tuple[Tensor, ...]],
         exact: bool,
     ) -> _Batch:
-        """Check what came in and put it end to end."""
-        for rank, (meta, inputs) in zip(ranks, received, strict=True):
-            self._check(bank, exchange, rank, meta[:, : bank.top_k], len(inputs), exact)
+        """Put what came in end to end, and check it."""
         metas = [meta for meta, _ in received]
         meta = metas[0] if len(metas) == 1 else torch.cat(metas)
         rows = [inputs for _, inputs in received]
         slots = meta[:, : bank.top_k].long()
-        return _Batch(
+        counts = tuple(len(m) for m in metas)
+        filled = self._filled[bank.index]
+        low, high = (int(x) for x in slots.aminmax()) if slots.numel() else (0, -1)
+        # device-to-host sync
+        if low < -1 or high >= len(filled) - 1 or not bool(filled[slots].all()):
+            self._blame(bank, ranks, torch.split_with_sizes(slots, list(counts)))
+        pairs, pair_row = self._pairs(slots, low >= 0)
+        batch = _Batch(
             ranks=ranks,
-            counts=tuple(len(m) for m in metas),
+            counts=counts,
             inputs=rows[0] if len(rows) == 1 else torch.cat(rows),
             slots=slots,
             weights=meta[:, bank.top_k :].view(torch.float32)
             if meta.shape[1] > bank.top_k
             else None,
-            pairs=(slots.flatten() >= 0).nonzero().squeeze(1),  # device-to-host sync
+            pairs=pairs,
+            pair_row=pair_row,
+            all_here=low >= 0,
         )
+        if exact:
+            wanted = self._pairs_by_rank(batch) if exchange.per_slot_input else counts
+            for rank, inputs, number in zip(ranks, rows, wanted, strict=True):
+                if len(inputs) != number:
+                    self._transport.reject(rank, f"{len(inputs)} input rows: must be {number}")
+        return batch
 
-    def _check(
-        self,
-        bank: BankSpec,
-        exchange: ExchangeSpec,
-        rank: int,
-        slots: Tensor,
-        num_inputs: int,
-        exact: bool,
-    ) -> None:
-        """A slot that is not there or empty, or a wrong number of inputs, closes the edge."""
-        filled = self._filled[bank.index]
-        if slots.numel():
-            low, high = (int(x) for x in slots.aminmax())  # device-to-host sync
-            if low < -1 or high >= len(filled) - 1:
-                self._transport.reject(
-                    rank, f"expert slot {low if low < -1 else high} of bank {bank.index}"
-                )
-            if not bool(filled[slots].all()):
-                self._transport.reject(rank, f"empty expert slot of bank {bank.index}")
-        if not exact:
-            return  # the transport has checked the counts
-        wanted = len(slots)
-        if exchange.per_slot_input:
-            wanted = int((slots >= 0).sum())
-        if num_inputs != wanted:
-            self._transport.reject(rank, f"{num_inputs} input rows: must be {wanted}")
+    def _pairs(self, slots: Tensor, all_here: bool) -> tuple[Tensor, Tensor]:
+        """Places and rows of the pairs that are here; those of whole batches are kept."""
+        top_k = slots.shape[1]
+        if not all_here:
+            pairs = (slots.flatten() >= 0).nonzero().squeeze(1)  # device-to-host sync
+            return pairs, pairs // top_k
+        known = self._all_pairs.get(top_k)
+        if known is None or len(known[0]) < slots.numel():
+            pairs = torch.arange(slots.numel(), device=self._device)
+            known = self._all_pairs[top_k] = (pairs, pairs // top_k)
+        return known[0][: slots.numel()], known[1][: slots.numel()]
+
+    def _blame(self, bank: BankSpec, ranks: tuple[int, ...], slots: Sequence[Tensor]) -> None:
+        """A slot that is not there, or empty, closes the edge that it came from."""
+        filled = self._filled[bank.index].tolist()[:-1]
+        for rank, mine in zip(ranks, slots, strict=True):
+            for slot in mine.flatten().tolist():
+                if slot != -1 and not (0 <= slot < len(filled) and filled[slot]):
+                    self._transport.reject(rank, f"no expert in slot {slot} of bank {bank.index}")
 
     def _compute(
         self, bank: BankSpec, exchange: ExchangeSpec, batch: _Batch, exact: bool
@@ -184,12 +200,12 @@ class ExpertServer:
         if not len(batch.pairs):
             return torch.empty(0, exchange.out_width, dtype=self._dtype, device=self._device)
         if not exchange.per_slot_input:
-            pair_input = batch.pairs // bank.top_k
+            pair_input = batch.pair_row
         elif exact:
             pair_input = torch.arange(len(batch.pairs), device=self._device)
         else:
             pair_input = batch.pairs
-        pair_slot = batch.slots.flatten()[batch.pairs]
+        pair_slot = batch.of_pairs(batch.slots)
         counts = self.token_counts[bank.index]
         counts += torch.bincount(pair_slot, minlength=len(counts)).to(counts.device)
         return self._slots.banks[bank.index].compute(
@@ -199,10 +215,12 @@ class ExpertServer:
     def _sum(self, bank: BankSpec, batch: _Batch, outputs: Tensor) -> Tensor:
         """[rows, out_width] float32 weighted partial sums."""
         assert batch.weights is not None
-        weights = batch.weights.flatten()[batch.pairs]
-        rows = batch.pairs // bank.top_k
-        return weighted_sum(outputs, weights, rows, len(batch.slots), bank.float32_weights)
+        weights = batch.of_pairs(batch.weights)
+        num_rows = len(batch.slots)
+        return weighted_sum(outputs, weights, batch.pair_row, num_rows, bank.float32_weights)
 
     def _pairs_by_rank(self, batch: _Batch) -> tuple[int, ...]:
+        if batch.all_here:
+            return tuple(n * batch.slots.shape[1] for n in batch.counts)
         here = batch.slots >= 0
         return tuple(int(part.sum()) for part in torch.split_with_sizes(here, list(batch.counts)))

@@ -69,9 +69,11 @@ class LocalDispatcher:
         experts = flat[pairs]
         slot_of = self._slot_of[bank]
         slots = experts if slot_of is None else slot_of.to(experts.device)[experts]
-        outputs = self._slots.banks[bank].compute(
-            exchange, inputs, pairs if per_slot else pair_row, slots
-        )
+        outputs = rows.new_empty(0, spec.exchanges[exchange].out_width)
+        if len(pairs):
+            outputs = self._slots.banks[bank].compute(
+                exchange, inputs, pairs if per_slot else pair_row, slots
+            )
         if spec.exchanges[exchange].weighted:
             weights = topk_weights.float().flatten()[pairs]
             total = weighted_sum(outputs, weights, pair_row, num_rows, spec.float32_weights)

@@ -130,13 +130,12 @@ class World:
             ticket.finished.set()
 
 
-def listen_store(host: str, timeout_s: float) -> TCPStore:
-    """The rendezvous store of an attention worker, on the cluster interface and a free port."""
-    listener = socket.create_server((host, 0))
-    port = listener.getsockname()[1]
+def listen_store(host: str, port: int, timeout_s: float) -> TCPStore:
+    """The rendezvous store of an attention worker, on one interface; port 0 is a free one."""
+    listener = socket.create_server((host, port))
     return TCPStore(
         host,
-        port,
+        listener.getsockname()[1],
         is_master=True,
         timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,

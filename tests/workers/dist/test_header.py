@@ -1,0 +1,183 @@
+"""Step header: binary form and the leader's policy."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from cluster.errors import ProtocolError
+from workers.dist.header import (
+    MAX_ROWS,
+    Grant,
+    StepHeader,
+    StepProposal,
+    bucket_of,
+    decide_header,
+)
+
+
+def proposals(*wanted: tuple[int, int], step: int = 5) -> dict[int, StepProposal]:
+    """(decode, prefill) by rank."""
+    return {
+        rank: StepProposal(
+            generation=2, step=step, rank=rank, decode_rows=decode, prefill_rows=prefill
+        )
+        for rank, (decode, prefill) in enumerate(wanted)
+    }
+
+
+def decide(
+    known: dict[int, StepProposal], *, num_ranks: int, step: int = 5, cap: int = 512, mb: int = 1
+) -> StepHeader | None:
+    """The policy with usual values."""
+    return decide_header(
+        known,
+        ranks=range(num_ranks),
+        generation=2,
+        step=step,
+        epoch=7,
+        oldest_epoch=6,
+        max_prefill_rows=cap,
+        num_micro_batches=mb,
+    )
+
+
+def make_header(**changes: object) -> StepHeader:
+    values: dict[str, object] = {
+        "generation": 2,
+        "step": 1 << 40,
+        "epoch": 7,
+        "oldest_epoch": 6,
+        "grants": (
+            (0, Grant(decode_rows=3)),
+            (2, Grant(decode_rows=1, prefill_rows=6)),
+        ),
+        "num_micro_batches": 2,
+        "exact": True,
+        "bucket": 8,
+    }
+    return StepHeader(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_proposal_survives_the_wire() -> None:
+    proposal = StepProposal(generation=1, step=1 << 50, rank=3, decode_rows=0, prefill_rows=9)
+    assert StepProposal.decode(proposal.encode()) == proposal
+
+
+def test_header_survives_the_wire() -> None:
+    header = make_header()
+    assert StepHeader.decode(header.encode()) == header
+
+
+def test_grant_of_an_unknown_rank_is_empty() -> None:
+    assert make_header().grant(1) == Grant()
+
+
+@pytest.mark.parametrize(("total", "first", "second"), [(0, 0, 0), (1, 1, 0), (7, 4, 3), (8, 4, 4)])
+def test_micro_batch_0_takes_the_larger_half(total: int, first: int, second: int) -> None:
+    header = make_header(grants=((0, Grant(decode_rows=total)),))
+    assert [header.rows(0, mb) for mb in (0, 1)] == [first, second]
+    whole = make_header(grants=((0, Grant(decode_rows=total)),), num_micro_batches=1)
+    assert whole.rows(0, 0) == total
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"num_micro_batches": 0}, "num_micro_batches"),
+        ({"num_micro_batches": 3}, "num_micro_batches"),
+        ({"flags": 1}, "flags"),
+        ({"bucket": 4}, "bucket must be 8"),
+        ({"oldest_epoch": 8}, "oldest_epoch"),
+        ({"grants": ()}, "must name a rank"),
+        ({"grants": ((1, Grant()), (0, Grant())), "bucket": 1}, "sorted"),
+        ({"grants": ((0, Grant()), (0, Grant())), "bucket": 1}, "sorted"),
+        ({"grants": ((0, Grant(decode_rows=MAX_ROWS + 1)),)}, "rows: at most"),
+    ],
+)
+def test_header_with_a_wrong_value_is_refused(changes: dict[str, object], rule: str) -> None:
+    with pytest.raises(ProtocolError, match=rule):
+        StepHeader.decode(make_header(**changes).encode())
+
+
+def test_wrong_lengths_are_refused() -> None:
+    header, proposal = make_header().encode(), proposals((1, 1))[0].encode()
+    for data in (header[:-1], header + b"x", header[:5], b""):
+        with pytest.raises(ProtocolError, match="bytes"):
+            StepHeader.decode(data)
+    for data in (proposal[:-1], proposal + b"x", b""):
+        with pytest.raises(ProtocolError, match="bytes"):
+            StepProposal.decode(data)
+
+
+def test_random_bytes_are_refused_or_valid_but_never_crash() -> None:
+    rng = random.Random(0)
+    good = make_header().encode()
+    for _ in range(2000):
+        data = bytearray(good)
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        try:
+            header = StepHeader.decode(
+                bytes(data[: rng.randint(0, len(data))] if rng.random() < 0.3 else data)
+            )
+        except ProtocolError:
+            continue
+        assert header.encode() == bytes(data)
+
+
+def test_no_header_before_all_ranks_have_reported() -> None:
+    known = proposals((4, 0), (0, 0), (0, 0))
+    del known[1]
+    assert decide(known, num_ranks=3) is None
+
+
+def test_no_header_when_nobody_has_work() -> None:
+    assert decide(proposals((0, 0), (0, 0)), num_ranks=2) is None
+
+
+def test_decodes_are_granted_and_split_is_static_without_prefill() -> None:
+    header = decide(proposals((5, 0), (0, 0)), num_ranks=2)
+    assert header is not None
+    assert header.grants == ((0, Grant(decode_rows=5)), (1, Grant()))
+    assert (header.exact, header.bucket, header.step) == (False, 8, 5)
+    assert (header.epoch, header.oldest_epoch, header.generation) == (7, 6, 2)
+
+
+def test_prefill_is_capped_over_all_ranks_and_the_grant_rotates() -> None:
+    wanted = proposals((1, 300), (2, 300), (0, 300), (0, 300))
+    for step in (5, 6, 7, 8):
+        header = decide(wanted, num_ranks=4, step=step)
+        assert header is not None
+        grants = [g.prefill_rows for _, g in header.grants]
+        first = step % 4
+        assert grants[first] == 300
+        assert grants[(first + 1) % 4] == 212
+        assert sum(grants) == 512
+        assert header.exact
+        assert [g.decode_rows for _, g in header.grants] == [1, 2, 0, 0]
+
+
+def test_one_row_is_never_split() -> None:
+    header = decide(proposals((1, 0)), num_ranks=1, mb=2)
+    assert header is not None
+    assert header.num_micro_batches == 1
+    header = decide(proposals((2, 0)), num_ranks=1, mb=2)
+    assert header is not None
+    assert header.num_micro_batches == 2
+
+
+def test_buckets_are_powers_of_two() -> None:
+    assert [bucket_of(n) for n in (0, 1, 2, 3, 32, 33)] == [1, 1, 2, 4, 32, 64]
+
+
+def test_every_decided_header_survives_the_wire() -> None:
+    rng = random.Random(1)
+    for step in range(200):
+        wanted = [(rng.randint(0, 40), rng.choice((0, 0, 300))) for _ in range(rng.randint(1, 5))]
+        header = decide(
+            proposals(*wanted, step=step), num_ranks=len(wanted), step=step, mb=rng.randint(1, 2)
+        )
+        if header is not None:
+            assert StepHeader.decode(header.encode()) == header
