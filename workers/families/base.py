@@ -101,7 +101,7 @@ class ExpertMatrix:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The numbers of ``config.json`` that all families share. Families add theirs by inheritance."""
+    """The numbers of ``config.json`` that all families share; each keeps its own beside them."""
 
     model_type: str
     """Family name."""
@@ -151,9 +151,13 @@ class Family(Protocol):
         """Where one expert's matrices are. ``names`` (all tensor names) decides the layout."""
 
     def attention_model(
-        self, weights: WeightSource, dtype: torch.dtype, device: torch.device
+        self,
+        weights: WeightSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_positions: int | None = None,
     ) -> AttentionModel:
-        """Load everything but the routed experts."""
+        """Load everything but the routed experts. None: ``max_position_embeddings`` positions."""
 
 
 def load_family(config: Mapping[str, Any]) -> Family:

@@ -1,0 +1,351 @@
+"""Tensors of a Hugging Face folder by name and slice, each read straight into its own memory.
+
+A safetensors file is 8 bytes header length (little-endian), a JSON header with dtype, shape and
+byte range of each tensor, and the data. We read the ranges that are needed with plain file reads:
+nothing is mapped, so no page of the file is held after loading, and peak memory is what was
+loaded plus one tensor.
+Source: format description in the README of huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from io import RawIOBase
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cluster.errors import CheckpointError, ConfigError
+from workers.families.base import (
+    BankSpec,
+    ExpertMatrix,
+    Family,
+    ModelConfig,
+    TensorPart,
+    load_family,
+)
+from workers.layers import AttentionModel
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes loaded, bytes in total) after each tensor."""
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_MAX_HEADER_BYTES = 100 * 1024 * 1024
+_STAGING_BYTES = 8 * 1024 * 1024
+"""Size of the pieces in which another dtype is converted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorEntry:
+    """One tensor of a header."""
+
+    file: Path
+    """File that holds it."""
+    dtype: str
+    """Dtype in safetensors spelling, ``BF16`` for example."""
+    shape: tuple[int, ...]
+    """Shape on disk."""
+    offset: int
+    """First byte in the file."""
+    num_bytes: int
+    """Length of its data."""
+
+
+class WeightSource(Protocol):
+    """What a family needs of a checkpoint to build a model."""
+
+    def read(self, part: TensorPart, dtype: torch.dtype) -> Tensor:
+        """A part of a tensor on the CPU."""
+
+    def read_stacked(self, parts: Sequence[TensorPart], dtype: torch.dtype) -> Tensor:
+        """Parts one under the other in one tensor on the CPU."""
+
+
+class Checkpoint:
+    """An opened checkpoint: the parsed config and the header of each file, no tensor data."""
+
+    def __init__(self, path: Path | str, progress: Progress | None = None) -> None:
+        """Read config and headers. Raises ``CheckpointError`` naming what is wrong."""
+        self.path = Path(path)
+        self.family: Family = load_family(read_config(self.path))
+        self._tensors, self._id = _read_headers(self.path)
+        self._progress = progress
+        self._loaded = 0
+        self._total = 0
+
+    @property
+    def config(self) -> ModelConfig:
+        """Numbers of the model."""
+        return self.family.config
+
+    @property
+    def checkpoint_id(self) -> str:
+        """Hash of config.json and of all headers (16 hex digits); contents are not read."""
+        return self._id
+
+    @property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """All tensors by name."""
+        return self._tensors
+
+    def expect(self, num_bytes: int) -> None:
+        """Announce bytes that will be read, for the progress callback."""
+        self._total += num_bytes
+
+    def num_bytes(self, part: TensorPart) -> int:
+        """Bytes on disk of a part."""
+        total = self._entry(part).num_bytes
+        return total if part.index is None else total // max(part.shape[0], 1)
+
+    def expert_bytes(self, bank: BankSpec, expert: int) -> int:
+        """Bytes on disk of one expert in all exchanges of its bank."""
+        return sum(self.num_bytes(p) for m in self.expert_matrices(bank, expert) for p in m.parts)
+
+    def expert_matrices(self, bank: BankSpec, expert: int) -> Iterator[ExpertMatrix]:
+        """Where all matrices of one expert are."""
+        for exchange in bank.exchanges:
+            yield from self.family.expert_matrices(bank, exchange.index, expert, self._tensors)
+
+    def read(self, part: TensorPart, dtype: torch.dtype) -> Tensor:
+        """A part of a tensor, converted, in memory of its own on the CPU."""
+        return self.read_stacked((part,), dtype).view(part.part_shape)
+
+    def read_stacked(self, parts: Sequence[TensorPart], dtype: torch.dtype) -> Tensor:
+        """Parts [rows_i, ..] one under the other: [sum of rows_i, ..]."""
+        rows = sum(p.part_shape[0] for p in parts)
+        out = torch.empty((rows, *parts[0].part_shape[1:]), dtype=dtype)
+        first = 0
+        for part in parts:
+            last = first + part.part_shape[0]
+            self._read_into(part, out[first:last])
+            first = last
+        return out
+
+    def check(self) -> None:
+        """Find every tensor of the model in the headers, with its shape and a float dtype."""
+        for part in self.family.attention_tensors():
+            self._entry(part)
+        for bank in self.family.banks:
+            for expert in range(bank.num_experts):
+                for matrix in self.expert_matrices(bank, expert):
+                    for part in matrix.parts:
+                        self._entry(part)
+
+    def _entry(self, part: TensorPart) -> TensorEntry:
+        entry = self._tensors.get(part.name)
+        if entry is None:
+            raise CheckpointError(
+                f"tensor {part.name} {list(part.shape)} is missing in {self.path.name}"
+            )
+        if entry.shape != part.shape:
+            raise CheckpointError(
+                f"tensor {part.name} has shape {list(entry.shape)} on disk, "
+                f"the config asks for {list(part.shape)}"
+            )
+        if entry.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"tensor {part.name} has dtype {entry.dtype}, supported are {', '.join(_DTYPES)}"
+            )
+        return entry
+
+    def _read_into(self, part: TensorPart, out: Tensor) -> None:
+        entry = self._entry(part)
+        num_bytes = self.num_bytes(part)
+        offset = entry.offset + (part.index or 0) * num_bytes
+        try:
+            with entry.file.open("rb", buffering=0) as file:
+                file.seek(offset)
+                _fill(file, _DTYPES[entry.dtype], out)
+        except OSError as err:
+            raise CheckpointError(f"{entry.file.name}: tensor {part.name}: {err}") from err
+        self._loaded += num_bytes
+        if self._progress is not None:
+            self._progress(self._loaded, max(self._total, self._loaded))
+
+
+def load_attention_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_positions: int | None = None,
+) -> AttentionModel:
+    """Everything but the routed experts. ``max_positions`` bounds the table of rotations.
+
+    Raises ``CheckpointError``.
+    """
+    family = checkpoint.family
+    checkpoint.expect(sum(checkpoint.num_bytes(p) for p in family.attention_tensors()))
+    return family.attention_model(checkpoint, dtype, device, max_positions)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSummary:
+    """What ``check_checkpoint`` found."""
+
+    family: Family
+    """The model, described."""
+    checkpoint_id: str
+    """Hash of config and headers."""
+    attention_bytes: int
+    """Bytes on disk of what each attention worker loads."""
+    expert_bytes: int
+    """Bytes on disk of all experts of all banks together."""
+
+
+def check_checkpoint(path: Path | str) -> CheckpointSummary:
+    """Read config and headers only, and check every tensor's presence, shape and dtype.
+
+    Raises ``CheckpointError`` naming the first thing that is wrong.
+    """
+    checkpoint = Checkpoint(path)
+    checkpoint.check()
+    family = checkpoint.family
+    return CheckpointSummary(
+        family=family,
+        checkpoint_id=checkpoint.checkpoint_id,
+        attention_bytes=sum(checkpoint.num_bytes(p) for p in family.attention_tensors()),
+        expert_bytes=sum(
+            checkpoint.expert_bytes(bank, e)
+            for bank in family.banks
+            for e in range(bank.num_experts)
+        ),
+    )
+
+
+def resolve_dtype(setting: str, config: ModelConfig) -> torch.dtype:
+    """Compute dtype for ``--dtype``; ``auto`` takes the checkpoint's own."""
+    name = config.dtype if setting == "auto" else setting
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in known:
+        raise ConfigError(
+            "dtype", name, f"must be one of {', '.join(known)}: choose one explicitly"
+        )
+    return known[name]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json`` of a folder, with the eos ids of ``generation_config.json`` added."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path.name}: no such folder")
+    config = _read_json(path / "config.json")
+    if (path / "generation_config.json").is_file():
+        extra = _id_list(_read_json(path / "generation_config.json").get("eos_token_id"))
+        own = _id_list(config.get("eos_token_id"))
+        config["eos_token_id"] = own + [token for token in extra if token not in own]
+    return config
+
+
+def _id_list(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return [int(v) for v in value] if isinstance(value, list) else [int(value)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError as err:
+        raise CheckpointError(f"{path.parent.name}: there is no {path.name} in the folder") from err
+    except (OSError, ValueError) as err:
+        raise CheckpointError(f"{path.name} cannot be read: {err}") from err
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path.name} must hold a JSON object")
+    return data
+
+
+def _read_headers(path: Path) -> tuple[dict[str, TensorEntry], str]:
+    """All tensors of all files, and the checkpoint id."""
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    tensors: dict[str, TensorEntry] = {}
+    for file in _weight_files(path):
+        header, data_start = _read_header(file)
+        digest.update(file.name.encode() + b"\0" + header)
+        tensors.update(_parse_header(file, header, data_start))
+    return tensors, digest.hexdigest()[:16]
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    single = path / "model.safetensors"
+    if not index.is_file():
+        if not single.is_file():
+            raise CheckpointError(f"{path.name}: there is no model.safetensors in the folder")
+        return [single]
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index.name} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or not (path / name).is_file():
+            raise CheckpointError(f"{index.name} names {name}, which is not in the folder")
+    return [path / name for name in names]
+
+
+def _read_header(file: Path) -> tuple[bytes, int]:
+    """The header's bytes, and where the data begins."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(f"{file.name} is truncated, or not a safetensors file")
+        return stream.read(length), 8 + length
+
+
+def _parse_header(file: Path, header: bytes, data_start: int) -> dict[str, TensorEntry]:
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        found = {name: _parse_entry(file, entry, data_start) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise CheckpointError(f"{file.name} has a damaged header: {err!r}") from err
+    expected = max((e.offset + e.num_bytes for e in found.values()), default=data_start)
+    size = file.stat().st_size
+    if size < expected:
+        raise CheckpointError(
+            f"{file.name} is truncated: {size} bytes, its header needs {expected}"
+        )
+    return found
+
+
+def _parse_entry(file: Path, entry: dict[str, Any], data_start: int) -> TensorEntry:
+    first, last = (int(v) for v in entry["data_offsets"])
+    shape = tuple(int(n) for n in entry["shape"])
+    dtype = str(entry["dtype"])
+    known = _DTYPES.get(dtype)
+    if first < 0 or last < first or min(shape, default=0) < 0:
+        raise ValueError("negative sizes")
+    if known is not None and last - first != math.prod(shape) * known.itemsize:
+        raise ValueError(f"{last - first} bytes do not hold {dtype} {list(shape)}")
+    return TensorEntry(
+        file=file, dtype=dtype, shape=shape, offset=data_start + first, num_bytes=last - first
+    )
+
+
+def _fill(file: RawIOBase, dtype: torch.dtype, out: Tensor) -> None:
+    """Read the tensor at the file's position into ``out`` (contiguous), converting the dtype."""
+    flat = out.view(-1)
+    if dtype == out.dtype:
+        _read_exactly(file, flat)
+        return
+    step = _STAGING_BYTES // dtype.itemsize
+    staging = torch.empty(min(step, flat.numel()), dtype=dtype)
+    for first in range(0, flat.numel(), step):
+        piece = staging[: min(step, flat.numel() - first)]
+        _read_exactly(file, piece)
+        flat[first : first + piece.numel()].copy_(piece)
+
+
+def _read_exactly(file: RawIOBase, flat: Tensor) -> None:
+    buffer = memoryview(flat.view(torch.uint8).numpy().data)
+    done = 0
+    while done < len(buffer):
+        count = file.readinto(buffer[done:])
+        if not count:
+            raise OSError("the file ended early")
+        done += count

@@ -1,0 +1,94 @@
+"""All expert slots of one bank on one device, and the choice of their kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from workers.experts.kernels_cpu import PACKED_MIN_ELEMENTS, PackedExperts, PaddedExperts
+from workers.experts.kernels_cuda import GroupedExperts
+from workers.families.base import BankSpec, ExchangeSpec
+
+
+class ExpertKernel(Protocol):
+    """Weights of all slots for one exchange, and their product with rows."""
+
+    def resize(self, num_slots: int) -> None:
+        """Grow to so many slots."""
+
+    def store(self, slot: int, matrix: int, weight: Tensor) -> None:
+        """Take one matrix [out, in] of one expert, from the CPU."""
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+
+    def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
+        """See ``ExpertBank.compute``; at least one pair."""
+
+
+class ExpertBank:
+    """Expert slots of one bank. A slot holds all matrices of one physical expert, or nothing."""
+
+    def __init__(
+        self, spec: BankSpec, num_slots: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Empty slots; on CPUs they take no memory until they are filled."""
+        self.spec = spec
+        self.dtype = dtype
+        self.device = device
+        self._num_slots = 0
+        self._kernels = [_make_kernel(e, dtype, device) for e in spec.exchanges]
+        self.resize(num_slots)
+
+    @property
+    def num_slots(self) -> int:
+        """Capacity."""
+        return self._num_slots
+
+    def resize(self, num_slots: int) -> None:
+        """Grow the capacity; contents stay."""
+        assert num_slots >= self._num_slots, "a bank never shrinks"
+        for kernel in self._kernels:
+            kernel.resize(num_slots)
+        self._num_slots = num_slots
+
+    def store(self, slot: int, exchange: int, matrix: int, weight: Tensor) -> None:
+        """Take one matrix [out, in] of the expert in ``slot``."""
+        assert 0 <= slot < self._num_slots, f"slot {slot} of {self._num_slots}"
+        self._kernels[exchange].store(slot, matrix, weight)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        for kernel in self._kernels:
+            kernel.clear(slot)
+
+    def compute(
+        self, exchange: int, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
+    ) -> Tensor:
+        """Run (input row, expert slot) pairs; slots without pairs are not touched.
+
+        inputs [N, in_width] model dtype; pair_input [P] int64 row of inputs of each pair;
+        pair_slot [P] int64 expert slot -> [P, out_width] model dtype, not weighted.
+        """
+        if not len(pair_slot):
+            return inputs.new_empty(0, self.spec.exchanges[exchange].out_width)
+        return self._kernels[exchange].compute(inputs, pair_input, pair_slot)
+
+
+def _make_kernel(exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device) -> ExpertKernel:
+    shapes = matrix_shapes(exchange)
+    if device.type == "cuda":
+        return GroupedExperts(shapes, dtype, device)
+    out, width = shapes[0]
+    return (PackedExperts if out * width >= PACKED_MIN_ELEMENTS else PaddedExperts)(shapes, dtype)
+
+
+def matrix_shapes(exchange: ExchangeSpec) -> Sequence[tuple[int, int]]:
+    """[out, in] of an expert's matrices in the order of ``Family.expert_matrices``."""
+    if exchange.expert_kind == "linear":
+        return [(exchange.out_width, exchange.in_width)]
+    inner = exchange.expert_width
+    return [(2 * inner, exchange.in_width), (exchange.out_width, inner)]

@@ -1,0 +1,141 @@
+"""Expert kernels on the CPU: one is chosen per bank by the size of its experts.
+
+Milliseconds for one layer of 64 experts, top-8, one thread of an AMD EPYC (avx512_bf16), torch
+2.13, bfloat16, at 1 / 8 / 32 rows (pairs are rows * 8):
+
+    hidden x inner    loop plain         loop packed        padded bmm, all    bmm, gathered
+    512 x 256         1.1 / 5.8 / 9.7    0.7 / 3.9 / 5.6    5.8 / 6.4 / 7.7    1.5 / 9.4 / 23.0
+    256 x 128         0.5 / 2.9 / 4.6    0.4 / 2.1 / 3.2    1.7 / 1.9 / 2.4    0.5 / 2.2 / 3.6
+    256 x 64          0.4 / 3.2 / 3.5    0.4 / 2.5 / 2.8    0.8 / 1.2 / 1.2    0.3 / 1.6 / 1.9
+    128 x 32          0.3 / 1.5 / 2.8    0.3 / 1.5 / 2.4    0.2 / 0.3 / 0.4    0.2 / 0.5 / 0.7
+
+and in float32: 512 x 256 packed 1.2 / 6.4 / 8.7, bmm 9.8 / 15.2 / 17.0; 128 x 32 packed 0.3 / 1.6 /
+2.4, bmm 0.2 / 0.4 / 0.6. So: packed from 64 Ki elements of a gate-and-up matrix on, else bmm, and
+there gathered while at most a quarter of the slots has work, and a loop where padding would cost
+more than it saves. ``torch._grouped_mm`` was never best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from workers.layers import can_pack, pack, packed_linear, swiglu
+
+PACKED_MIN_ELEMENTS = 64 * 1024
+"""Elements of an exchange's first matrix from which on a call per expert pays."""
+_MAX_PADDING = 4
+"""Padded rows per pair above which the padded product gives way to a loop."""
+
+
+class PackedExperts:
+    """One call per expert that has rows, weights in oneDNN's layout (plain where it has none)."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> None:
+        """shapes: [out, in] of each matrix of an expert: one, or gate-over-up and down."""
+        self._shapes = tuple(shapes)
+        self._dtype = dtype
+        self._weights: list[list[Tensor]] = [[] for _ in shapes]
+        self._is_packed = can_pack(torch.empty(shapes[0], dtype=dtype, device="cpu"))
+
+    def resize(self, num_slots: int) -> None:
+        """Make room; new slots are empty and take no memory."""
+        for weights in self._weights:
+            weights += [torch.empty(0, dtype=self._dtype)] * (num_slots - len(weights))
+
+    def store(self, slot: int, matrix: int, weight: Tensor) -> None:
+        """Take over one matrix of one expert."""
+        self._weights[matrix][slot] = pack(weight) if self._is_packed else weight
+
+    def clear(self, slot: int) -> None:
+        """Free a slot's memory."""
+        for weights in self._weights:
+            weights[slot] = torch.empty(0, dtype=self._dtype)
+
+    def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
+        """Outputs [P, out] of pairs; see ``ExpertBank.compute``."""
+        order = pair_slot.argsort(stable=True)
+        linear = packed_linear if self._is_packed else functional.linear
+        rows = _loop(inputs[pair_input[order]], torch.bincount(pair_slot), self._weights, linear)
+        output = torch.empty_like(rows)
+        output[order] = rows
+        return output
+
+
+class PaddedExperts:
+    """One batched product over all experts, rows padded to the busiest one's."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> None:
+        """shapes: [out, in] of each matrix of an expert: one, or gate-over-up and down."""
+        self._weights = [torch.zeros((0, *shape), dtype=dtype) for shape in shapes]
+
+    def resize(self, num_slots: int) -> None:
+        """Make room; new slots hold zeros, whose pages the system only gives out when written."""
+        for matrix, old in enumerate(self._weights):
+            new = torch.zeros((num_slots, *old.shape[1:]), dtype=old.dtype)
+            new[: len(old)] = old
+            self._weights[matrix] = new
+
+    def store(self, slot: int, matrix: int, weight: Tensor) -> None:
+        """Copy one matrix of one expert."""
+        self._weights[matrix][slot] = weight
+
+    def clear(self, slot: int) -> None:
+        """Zero a slot."""
+        for weights in self._weights:
+            weights[slot] = 0
+
+    def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
+        """Outputs [P, out] of pairs; see ``ExpertBank.compute``."""
+        order = pair_slot.argsort(stable=True)
+        counts = torch.bincount(pair_slot, minlength=len(self._weights[0]))
+        used = counts.nonzero().squeeze(1)
+        height = int(counts.max())
+        rows = inputs[pair_input[order]]
+        if len(used) * height > _MAX_PADDING * max(len(order), len(counts)):
+            rows = _loop(rows, counts, self._weights, functional.linear)
+        else:
+            rows = self._padded(rows, pair_slot[order], counts, used, height)
+        output = torch.empty_like(rows)
+        output[order] = rows
+        return output
+
+    def _padded(
+        self, rows: Tensor, slots: Tensor, counts: Tensor, used: Tensor, height: int
+    ) -> Tensor:
+        """rows [P, in] sorted by their slots -> [P, out]."""
+        starts = counts.cumsum(0) - counts
+        place = torch.arange(len(rows)) - starts[slots]
+        weights = self._weights
+        if len(used) * 4 <= len(counts):
+            slots = torch.searchsorted(used, slots)
+            weights = [w[used] for w in weights]
+        place += slots * height
+        padded = rows.new_zeros(len(weights[0]) * height, rows.shape[1])
+        padded[place] = rows
+        padded = padded.view(len(weights[0]), height, -1)
+        for matrix, weight in enumerate(weights):
+            if matrix == 1:
+                padded = swiglu(padded)
+            padded = torch.bmm(padded, weight.transpose(1, 2))
+        return padded.view(-1, padded.shape[2])[place]
+
+
+def _loop(
+    rows: Tensor,
+    counts: Tensor,
+    matrices: Sequence[Sequence[Tensor] | Tensor],
+    linear: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """rows [P, in] sorted by slot, counts [slots] -> [P, out], a call per used slot and matrix."""
+    work = [(slot, count) for slot, count in enumerate(counts.tolist()) if count]
+    sizes = [count for _, count in work]
+    for matrix, weights in enumerate(matrices):
+        if matrix == 1:
+            rows = swiglu(rows)
+        pieces = torch.split(rows, sizes)
+        rows = torch.cat([linear(x, weights[s]) for x, (s, _) in zip(pieces, work, strict=True)])
+    return rows

@@ -1,0 +1,73 @@
+"""The paged KV cache: the tensors of all layers, and how many blocks the memory holds.
+
+``kv_blocks`` accounts for the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cluster.config import EngineSection
+from cluster.errors import ConfigError
+from workers.families.base import ModelConfig
+
+_DEFAULT_CONTEXTS = 16
+_MIN_DEFAULT_BYTES = 64 * 1024**2
+_MAX_DEFAULT_BYTES = 1024**3
+
+
+class KVCache:
+    """Keys and values of all layers. One block more than the pool knows, always zero: null."""
+
+    def __init__(
+        self,
+        *,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        self.null_block = num_blocks
+        """Pads block tables; never written."""
+        self.layers: tuple[Tensor, ...] = tuple(
+            torch.zeros(
+                (2 * config.num_kv_heads, num_blocks + 1, block_size, config.head_dim),
+                dtype=dtype,
+                device=device,
+            )
+            for _ in range(config.num_layers)
+        )
+        """By layer: [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before values."""
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zero blocks that may hold NaN or infinity: a masked value still meets 0 * NaN."""
+        for layer in self.layers:
+            layer[:, list(blocks)] = 0
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers."""
+    width = config.num_kv_heads * config.head_dim
+    return 2 * config.num_layers * width * block_size * dtype.itemsize
+
+
+def num_kv_blocks(
+    config: ModelConfig, section: EngineSection, max_model_len: int, dtype: torch.dtype
+) -> int:
+    """Blocks that the configured KV memory holds.
+
+    Raises ``ConfigError`` if that is not even one block.
+    """
+    each = block_bytes(config, section.block_size_tokens, dtype)
+    budget = section.kv_cache_bytes
+    if budget is None:
+        contexts = _DEFAULT_CONTEXTS * -(-max_model_len // section.block_size_tokens) * each
+        budget = min(max(contexts, _MIN_DEFAULT_BYTES), _MAX_DEFAULT_BYTES)
+    if budget < each:
+        raise ConfigError("kv_cache_bytes", budget, f"must hold at least one block of {each} bytes")
+    return budget // each

@@ -1,0 +1,257 @@
+"""From logits to tokens. Pure: what is drawn depends on a row's logits, parameters and history.
+
+Order of operations on float32 logits: repetition, frequency and presence penalty, logit bias, the
+mask of ending tokens below ``min_tokens``; then temperature, top_k, top_p, min_p. At temperature 0
+the best token is taken, ties to the lowest id. Randomness is one uniform number that is a function
+of (seed, choice, index of the token) alone, mapped through the cumulative distribution in order of
+token id: batch mates, restarts and other machines do not change it. All limits keep tokens that
+tie with the last one kept, so that no sorting order matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.request import SamplingParams, TokenLogprob
+
+_MASK64 = (1 << 64) - 1
+_GREEDY_BELOW = 1e-5
+"""Temperatures that float32 cannot tell from 0."""
+_FIRST_CANDIDATES = 256
+"""Best tokens looked at for top_p before all are sorted."""
+
+
+class TokenCounts:
+    """How often a sequence has each token: what penalties need. Kept only where they are used."""
+
+    def __init__(
+        self, params: SamplingParams, prompt: Iterable[int], output: Iterable[int]
+    ) -> None:
+        self._place: dict[int, int] = {}
+        self._tokens: list[int] = []
+        self._in_output: list[int] = []
+        if params.repetition_penalty != 1.0:
+            for token in prompt:
+                self._add(token, 0)
+        for token in output:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """Count an output token; called at commit only."""
+        self._add(token, 1)
+
+    def _add(self, token: int, count: int) -> None:
+        place = self._place.setdefault(token, len(self._tokens))
+        if place == len(self._tokens):
+            self._tokens.append(token)
+            self._in_output.append(0)
+        self._in_output[place] += count
+
+    def penalize(self, logits: Tensor, params: SamplingParams) -> None:
+        """Change one row of float32 logits [V] in place."""
+        if not self._tokens:
+            return
+        tokens = torch.tensor(self._tokens, device=logits.device)
+        counts = torch.tensor(self._in_output, dtype=torch.float32, device=logits.device)
+        values = logits[tokens]
+        if params.repetition_penalty != 1.0:
+            penalty = params.repetition_penalty
+            values = torch.where(values > 0, values / penalty, values * penalty)
+        values = values - params.frequency_penalty * counts
+        values = values - params.presence_penalty * (counts > 0)
+        logits[tokens] = values
+
+
+def needs_counts(params: SamplingParams) -> bool:
+    """Whether a request uses a penalty."""
+    return (
+        params.repetition_penalty != 1.0
+        or params.frequency_penalty != 0.0
+        or params.presence_penalty != 0.0
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """One row of logits that a token is drawn from."""
+
+    params: SamplingParams
+    """Of its request."""
+    choice: int
+    """Which choice of it."""
+    index: int
+    """Place of the new token in the choice's output."""
+    counts: TokenCounts | None = None
+    """Set where penalties are used."""
+    ending_tokens: tuple[int, ...] = ()
+    """Tokens that must not be drawn yet (``min_tokens``)."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Logits are used as they are."""
+        return self.counts is None and not self.params.logit_bias and not self.ending_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What came of one row."""
+
+    token: int
+    """The token; -1 where the logits were not finite."""
+    logprob: TokenLogprob | None = None
+    """Where asked for."""
+
+    @property
+    def is_finite(self) -> bool:
+        """The row could be used."""
+        return self.token >= 0
+
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:
+    """Draw one token per row of logits [rows, V] (model dtype)."""
+    # A sum is finite only if all its terms are; the other way round float32 has room to spare.
+    finite = torch.isfinite(logits.sum(-1, dtype=torch.float32))
+    processed = _process(logits, rows)
+    tokens = processed.argmax(-1)
+    random = [i for i, row in enumerate(rows) if row.params.temperature >= _GREEDY_BELOW]
+    if random:
+        picked = processed if len(random) == len(rows) else processed[random]
+        drawn = draw(picked.float(), [rows[i] for i in random])
+        tokens[torch.tensor(random, device=tokens.device)] = drawn
+    tokens = torch.where(finite, tokens, -1)
+    ids: list[int] = tokens.tolist()  # device-to-host sync
+    asked = [i for i, r in enumerate(rows) if r.params.logprobs is not None and ids[i] >= 0]
+    if not asked:
+        return [Drawn(token) for token in ids]
+    entries = logprob_entries(
+        logits[asked], [ids[i] for i in asked], [rows[i].params.logprobs or 0 for i in asked]
+    )
+    found = dict(zip(asked, entries, strict=True))
+    return [Drawn(token, found.get(i)) for i, token in enumerate(ids)]
+
+
+def _process(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Penalties, bias and the mask of ending tokens. The given logits stay as they are."""
+    if all(row.is_plain for row in rows):
+        return logits
+    logits = logits.to(torch.float32, copy=True)
+    for row, values in zip(rows, logits, strict=True):
+        if row.counts is not None:
+            row.counts.penalize(values, row.params)
+        if row.params.logit_bias:
+            ids, bias = zip(*row.params.logit_bias, strict=True)
+            places = torch.tensor(ids, device=logits.device)
+            values.index_add_(0, places, torch.tensor(bias, device=logits.device))
+        if row.ending_tokens:
+            values[list(row.ending_tokens)] = float("-inf")
+    return logits
+
+
+def draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Tokens [rows] int64 drawn from float32 logits [rows, V] at temperatures above 0."""
+    device = logits.device
+
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), device=device).unsqueeze(1)
+
+    scaled = logits / column(row.params.temperature for row in rows)
+    scaled = scaled - scaled.amax(-1, keepdim=True)
+    floor = _floors(scaled, rows, column)
+    weights = scaled.exp()
+    if floor is not None:
+        weights = weights.masked_fill_(scaled < floor, 0.0)
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    uniforms = [uniform(row.params.seed, row.choice, row.index) for row in rows]
+    target = torch.tensor(uniforms, dtype=torch.float64, device=device).unsqueeze(1) * total
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+
+
+def _floors(
+    scaled: Tensor, rows: Sequence[SamplingRow], column: Callable[[Iterable[float]], Tensor]
+) -> Tensor | None:
+    """[rows, 1]: tokens below this scaled logit (best is 0) are dropped; None: nobody drops any."""
+    params = [row.params for row in rows]
+    floor: Tensor | None = None
+    if any(p.min_p > 0 for p in params):
+        floor = column(p.min_p for p in params).log()
+    limited = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
+    if limited:
+        if floor is None:
+            floor = scaled.new_full((len(rows), 1), float("-inf"))
+        part = scaled if len(limited) == len(rows) else scaled[limited]
+        cut = _truncations(part, [params[i] for i in limited])
+        floor[limited] = torch.maximum(floor[limited], cut)
+    return floor
+
+
+def _truncations(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """[rows, 1]: the lowest scaled logit that top_k, then top_p keep."""
+    vocab_size = scaled.shape[1]
+    top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
+    limits = [k for k in top_k if k < vocab_size]
+    width = min(vocab_size, max([_FIRST_CANDIDATES, *limits]))
+    ks = torch.tensor(top_k, device=scaled.device).unsqueeze(1)
+    while True:
+        best = scaled.topk(width, -1).values
+        kth = best.gather(1, ks.clamp(max=width) - 1)
+        by_k = torch.where(ks < vocab_size, kth, float("-inf"))
+        mass = scaled.exp().masked_fill_(scaled < by_k, 0.0).sum(-1, True, dtype=torch.float64)
+        share = best.exp().masked_fill_(best < by_k, 0.0).cumsum(-1, dtype=torch.float64) / mass
+        top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=scaled.device)
+        enough = share >= top_p.unsqueeze(1)
+        reached = enough.any(-1) | (ks.squeeze(1) <= width) | (top_p >= 1)
+        if width == vocab_size or bool(reached.all()):  # device-to-host sync
+            break
+        width = min(vocab_size, width * 16)
+    last = enough.long().argmax(-1, keepdim=True)
+    by_p = torch.where(enough.any(-1, True), best.gather(1, last), float("-inf"))
+    is_off = (top_p >= 1).unsqueeze(1)
+    return torch.maximum(by_k, by_p.masked_fill(is_off, float("-inf")))
+
+
+def uniform(seed: int, choice: int, index: int) -> float:
+    """A number in [0, 1), the same wherever and whenever it is asked for.
+
+    Source: splitmix64 (Steele, Lea and Flood 2014), chained over the three values.
+    """
+    state = _splitmix64(seed & _MASK64)
+    state = _splitmix64(state ^ (choice & _MASK64))
+    state = _splitmix64(state ^ (index & _MASK64))
+    return (state >> 11) * 2.0**-53
+
+
+def _splitmix64(state: int) -> int:
+    z = (state + 0x9E3779B97F4A7C15) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)
+
+
+def logprob_entries(
+    logits: Tensor, tokens: Sequence[int], num_top: Sequence[int]
+) -> list[TokenLogprob]:
+    """Logprobs of given tokens [rows] under raw logits [rows, V], with rank and the best few."""
+    logits = logits.float()
+    normalizer = logits.logsumexp(-1, keepdim=True)
+    places = torch.tensor(list(tokens), device=logits.device).unsqueeze(1)
+    chosen = logits.gather(1, places)
+    ranks = (logits > chosen).sum(-1) + 1
+    best = logits.topk(min(max(num_top), logits.shape[1]), -1)
+    own = (chosen - normalizer).squeeze(1).tolist()  # device-to-host sync
+    top_logprobs = (best.values - normalizer).tolist()
+    top_ids, rank_list = best.indices.tolist(), ranks.tolist()
+    return [
+        TokenLogprob(
+            token_id=token,
+            logprob=own[i],
+            rank=rank_list[i],
+            top=tuple(zip(top_ids[i], top_logprobs[i], strict=True))[:count],
+        )
+        for i, (token, count) in enumerate(zip(tokens, num_top, strict=True))
+    ]
