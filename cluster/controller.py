@@ -12,7 +12,7 @@ A further loss on the way starts the next generation. Every method is called fro
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -28,7 +28,6 @@ from cluster.control_frames import (
     RunGeneration,
     Shutdown,
     StatusReply,
-    StatusRequest,
     WorkerFailed,
     WorkerReady,
 )
@@ -47,10 +46,9 @@ from cluster.placement import ExpertPlacement
 from cluster.states import ClusterState, WorkerState, next_cluster_state
 from cluster.topology import Generation, Member
 from cluster.worker_record import WorkerRecord
+from cluster.worker_table import WorkerTable
 
 logger = logging.getLogger(__name__)
-
-_MODEL_FACTS = ("model_type", "dtype", "max_model_len", "vocab_size")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,29 +104,21 @@ class Controller:
         self.error: str | None = None
         self.placement = placement
         self.version = 1
-        self.workers = {
-            m.name: WorkerRecord(member=m, heard_at=now, progress_at=now, num_slots=num_slots)
-            for m in members
-        }
+        self.workers = WorkerTable(members, num_slots=num_slots, model=model, now=now)
         self._settings = settings
         self._link = link
         self._term = term
-        self._model: dict[str, Any] = {**dict.fromkeys(_MODEL_FACTS), **model}
         self._history = History(wall_time_offset_s)
         self._round = GenerationRound(Generation(number=0, members=()), now)
         self._experts_complete = False
         self._gone_devices: frozenset[int] = frozenset()  # lost, but still named by the maps
         self._last_tick = now
-        self._status_token = 0
-        self._status_pending: set[str] = set()
 
     # ---- events ---------------------------------------------------------------------------
 
     def frame(self, name: str, frame: ControlFrame, now: float) -> None:
         """A worker sent a frame. Raises ``ProtocolError`` when it has no place here."""
-        record = self.workers.get(name)
-        if record is None:
-            raise ProtocolError(f"{name} is no worker of this cluster")
+        record = self.workers.find(name)
         if record.is_lost or self.state in (ClusterState.DRAINING, ClusterState.STOPPED):
             self._link.send(name, Shutdown(reason=record.reason or "the cluster is ending"))
             return
@@ -138,9 +128,7 @@ class Controller:
                 record.beat(frame, now)
                 self._link.send(name, HeartbeatAck(term=self._term))
             case StatusReply():
-                record.take_numbers(frame)
-                if frame.token == self._status_token:
-                    self._status_pending.discard(name)
+                self.workers.take_status(name, frame)
             case Register():
                 record.register(frame)
                 self._touch()
@@ -171,14 +159,19 @@ class Controller:
             return
         for name, reason in fresh.items():
             logger.warning("lost %s: %s", name, reason)
-            self.workers[name].enter(WorkerState.LOST, reason)
-            self._status_pending.discard(name)
+            self.workers.lose(name, reason)
             self._round.drop_reports(name)
         self._touch()
         if self.state is ClusterState.STARTING:
-            self._fail_start("; ".join(f"{n}: {r}" for n, r in fresh.items()), now)
+            self.fail_start("; ".join(f"{n}: {r}" for n, r in fresh.items()), now)
         elif self.state not in (ClusterState.DRAINING, ClusterState.STOPPED):
             self._recover(fresh, now)
+
+    def fail_start(self, error: str, now: float) -> None:
+        """The start cannot succeed: end what exists, keep the reason. Nothing after the start."""
+        if self.state is ClusterState.STARTING:
+            self.error = error
+            self.stop(now, f"the start failed: {error}")
 
     def tick(self, now: float) -> None:
         """Time has passed: look for limits that are exceeded. Called several times a second."""
@@ -196,13 +189,13 @@ class Controller:
             return
         self._enter(ClusterState.DRAINING)
         self._history.add(self._round.number, now, reason, "end all workers")
-        for record in self._alive():
+        for record in self.workers.alive():
             self._link.send(record.name, Shutdown(reason=reason))
         self._link.end_all()
 
     def all_ended(self, now: float) -> None:
         """Every worker process is gone."""
-        for record in self._alive():
+        for record in self.workers.alive():
             record.enter(WorkerState.LOST, "ended")
         if self.state is ClusterState.DRAINING:
             self._enter(ClusterState.STOPPED)
@@ -210,33 +203,17 @@ class Controller:
     # ---- questions ------------------------------------------------------------------------
 
     def request_status(self) -> None:
-        """Ask every worker for its numbers of this moment; ``status_complete`` tells when."""
-        self._status_token += 1
-        asked = [r for r in self._alive() if r.state is not WorkerState.STARTING]
-        if self.state is ClusterState.DRAINING:
-            asked = []
-        self._status_pending = {r.name for r in asked}
-        for record in asked:
-            self._link.send(record.name, StatusRequest(token=self._status_token))
-
-    @property
-    def status_complete(self) -> bool:
-        """All workers that were asked have answered, or are lost."""
-        return not self._status_pending
+        """Ask every worker for its numbers; ``workers.status_complete`` tells when they came."""
+        if self.state in (ClusterState.DRAINING, ClusterState.STOPPED):
+            return
+        request, asked = self.workers.ask_status()
+        for name in asked:
+            self._link.send(name, request)
 
     @property
     def generation(self) -> Generation:
         """The newest generation; number 0 before the first."""
         return self._round.generation
-
-    def expert_load(self) -> dict[str, list[int]]:
-        """``"bank:layer"`` -> tokens per logical expert, summed over attention workers."""
-        total: dict[str, list[int]] = {}
-        for record in self.workers.values():
-            for key, counts in record.expert_load.items():
-                old = total.get(key, [0] * len(counts))
-                total[key] = [a + b for a, b in zip(old, counts, strict=False)]
-        return total
 
     def snapshot(self) -> dict[str, Any]:
         """The cluster's state, fit for JSON (``status --json``)."""
@@ -248,8 +225,8 @@ class Controller:
             "generation": self._round.number,
             "placement_epoch": self.placement.epoch,
             "experts_complete": self._experts_complete,
-            "model": dict(self._model),
-            "workers": [r.to_dict() for r in self.workers.values()],
+            "model": self.workers.model,
+            "workers": [r.to_dict() for r in self.workers],
             "gateway": [],
             "history": self._history.to_list(),
         }
@@ -258,23 +235,18 @@ class Controller:
 
     def _worker_ready(self, record: WorkerRecord, now: float) -> None:
         self._touch()
-        if record.member.role == "attention":
-            self._model.update({k: record.info[k] for k in _MODEL_FACTS if k in record.info})
-        if all(r.state is WorkerState.READY for r in self.workers.values()):
-            members = tuple(r.member for r in self.workers.values())
+        self.workers.learn_model(record)
+        if all(r.state is WorkerState.READY for r in self.workers):
+            members = tuple(r.member for r in self.workers)
             self._history.add(1, now, "start", f"serve with {describe_members(members)}")
             self._begin_generation(members, self.placement, now)
-
-    def _fail_start(self, error: str, now: float) -> None:
-        self.error = error
-        self.stop(now, f"the start failed: {error}")
 
     def _check_start(self, now: float) -> None:
         limit = self._settings.start_limit_s
         if self.state is not ClusterState.STARTING or self._round.number > 0:
             return
         if now - self._round.began_at > limit:
-            late = [r for r in self._alive() if r.state is not WorkerState.READY]
+            late = [r for r in self.workers.alive() if r.state is not WorkerState.READY]
             self.lost({r.name: _late_text(r, limit) for r in late}, now)
 
     # ---- generations ----------------------------------------------------------------------
@@ -371,9 +343,7 @@ class Controller:
             self._enter(ClusterState.DEGRADED)
 
     def _peer_lost(self, name: str, frame: PeerLost, now: float) -> None:
-        suspect = self.workers.get(frame.worker)
-        if suspect is None:
-            raise ProtocolError(f"{name} has lost {frame.worker!r}, which is no worker")
+        suspect = self.workers.find(frame.worker)
         runs = self._is_forming or self.workers[name].state is WorkerState.SERVING
         if suspect.is_lost or frame.generation != self._round.number or not runs:
             return
@@ -383,17 +353,16 @@ class Controller:
         )
 
     def _check_reports(self, now: float) -> None:
-        roles = {r.name: r.member.role for r in self._alive()}
+        roles = {r.name: r.member.role for r in self.workers.alive()}
         found = self._round.suspect(now, roles, self._settings.confirm_s)
         if found is not None:
             self.lost({found.suspect: f"{found.reporter} reports: {found.reason}"}, now)
 
     def _check_silence(self, now: float) -> None:
-        pulses = [r.pulse() for r in self._alive() if r.state is not WorkerState.STARTING]
         limit = self._settings.detection_limit_s
         if self.state is ClusterState.STARTING:
             limit = max(limit, self._settings.start_silence_s)
-        self.lost(find_silent(now, pulses, limit), now)
+        self.lost(find_silent(now, self.workers.pulses(), limit), now)
 
     def _check_answers(self, now: float) -> None:
         limit = self._settings.generation_limit_s
@@ -407,14 +376,11 @@ class Controller:
         paused = now - self._last_tick
         if paused > self._settings.detection_limit_s / 2:
             logger.warning("the controller did not run for %.1f s", paused)
-            for record in self._alive():
+            for record in self.workers.alive():
                 record.credit(paused, now)
         self._last_tick = now
 
     # ---- small things ---------------------------------------------------------------------
-
-    def _alive(self) -> Iterable[WorkerRecord]:
-        return [r for r in self.workers.values() if not r.is_lost]
 
     def _enter(self, state: ClusterState) -> None:
         logger.info("%s -> %s", self.state.value, state.value)

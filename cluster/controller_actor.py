@@ -133,7 +133,7 @@ class ControllerActor:
         """Maps, load and balancedness of all banks (``placement --json``)."""
         if self._controller is None:
             return {"schema": 1, "epoch": 0, "banks": []}
-        load = self._controller.expert_load()
+        load = self._controller.workers.expert_load()
         return placement_report(self._controller.placement, load, self._profile)
 
     async def control_address(self) -> str:
@@ -205,12 +205,17 @@ class ControllerActor:
     async def _bring_up(self, plan: StartPlan, members: Sequence[Member]) -> None:
         """Create the actors, and watch them until they have called."""
         assert self._server is not None
+        assert self._controller is not None
         extras = {m.name: plan.extra(m) for m in members}
         try:
             await self._group.start(members, plan.config.to_dict(), self._address, extras)
             await self._group.watch(self._server.is_connected, self._died)
         except StartError as err:
             self._died(err.part, err.reason)
+        except Exception as err:  # whatever Ray raises: the start must not hang
+            logger.exception("the workers could not be created")
+            self._controller.fail_start(f"{type(err).__name__}: {err}", time.monotonic())
+            self._notify()
 
     async def _end_all(self) -> None:
         assert self._controller is not None
@@ -225,7 +230,10 @@ class ControllerActor:
         while self._controller.state is not ClusterState.STOPPED:
             await asyncio.sleep(_TICK_S)
             version = self._controller.version
-            self._controller.tick(time.monotonic())
+            try:
+                self._controller.tick(time.monotonic())
+            except Exception:  # detection must go on
+                logger.exception("a tick of the controller failed")
             if self._controller.version != version:
                 self._notify()
 
@@ -236,7 +244,7 @@ class ControllerActor:
 
     async def _ask_workers(self, controller: Controller) -> None:
         controller.request_status()
-        await self._wait(lambda: controller.status_complete, _STATUS_LIMIT_S)
+        await self._wait(lambda: controller.workers.status_complete, _STATUS_LIMIT_S)
 
     # ---- small things ---------------------------------------------------------------------
 

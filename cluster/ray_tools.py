@@ -87,4 +87,5 @@ def words_of(error: BaseException) -> str:
         return f"{type(cause).__name__}: {cause}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     details = [line for line in lines if line.startswith("The actor is dead because")]
-    return (details or lines or [type(error).__name__])[-1]
+    words = (details or lines or [type(error).__name__])[-1]
+    return words.partition(" Some common causes include")[0]

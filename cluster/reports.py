@@ -9,6 +9,9 @@ from cluster.load_profile import LoadProfile, balancedness
 from cluster.placement import ExpertPlacement
 from cluster.states import ClusterState
 
+MODEL_KEYS = ("name", "path", "model_type", "dtype", "max_model_len", "vocab_size")
+"""Keys of a snapshot's ``model``."""
+
 
 def snapshot_before_start() -> dict[str, Any]:
     """``Controller.snapshot`` of a cluster that has no workers yet."""
@@ -20,7 +23,7 @@ def snapshot_before_start() -> dict[str, Any]:
         "generation": 0,
         "placement_epoch": 0,
         "experts_complete": False,
-        "model": {},
+        "model": dict.fromkeys(MODEL_KEYS),
         "workers": [],
         "gateway": [],
         "history": [],

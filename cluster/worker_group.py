@@ -33,6 +33,7 @@ from cluster.ray_tools import (
     is_this_node,
     kill_actors,
     node_address,
+    our_actors,
     words_of,
 )
 from cluster.resources import NodeResources, WorkerShare
@@ -41,6 +42,7 @@ from cluster.topology import Member, Role
 logger = logging.getLogger(__name__)
 
 _PING_S = 0.5
+_POLL_S = 0.05
 _CALL_LIMIT_S = 5.0
 
 
@@ -119,7 +121,7 @@ class WorkerGroup:
 
         Raises ``StartError`` with the first failing worker's own words.
         """
-        kill_actors([m.name for m in members])
+        await _free_names([m.name for m in members])
         bundles = self._bundles_by_node()
         for member in members:
             node_id = self._nodes[member.name]
@@ -238,6 +240,16 @@ class WorkerGroup:
         task = ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=where)
         with contextlib.suppress(RayError, TimeoutError):
             await asyncio.wait_for(task.remote(actor.process), _CALL_LIMIT_S)
+
+
+async def _free_names(names: Sequence[str]) -> None:
+    """Kill what an earlier run left under these names. Raises ``StartError`` if one stays."""
+    deadline = asyncio.get_running_loop().time() + _CALL_LIMIT_S
+    while taken := sorted(set(names) & set(our_actors())):
+        if asyncio.get_running_loop().time() > deadline:
+            raise StartError(taken[0], "an actor of that name lives and does not end")
+        kill_actors(taken)
+        await asyncio.sleep(_POLL_S)
 
 
 async def _death_of(actor: _Actor) -> str | None:

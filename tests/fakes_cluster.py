@@ -143,7 +143,7 @@ class FakeCluster:
 
     def beat_all(self, *but: str) -> None:
         """Heartbeats of all workers that live, but some."""
-        for record in list(self.controller.workers.values()):
+        for record in self.controller.workers:
             if not record.is_lost and record.name not in but:
                 self.beat(record.name)
 

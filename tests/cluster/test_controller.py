@@ -434,15 +434,15 @@ def test_a_fresh_status_asks_every_worker() -> None:
     stats = {"kv_blocks_free": 30.0, "kv_blocks_total": 40.0, "odd": math.nan}
     reply = StatusReply(token=request.token, stats=stats, expert_load={"mlp:0": [1, 2]})
     cluster.send("attention-0", reply)
-    assert not cluster.controller.status_complete
+    assert not cluster.controller.workers.status_complete
     cluster.send("attention-1", StatusReply(token=request.token, expert_load={"mlp:0": [5, 5]}))
     cluster.send("expert-0", StatusReply(token=request.token))
-    assert cluster.controller.status_complete
+    assert cluster.controller.workers.status_complete
     worker = cluster.controller.snapshot()["workers"][0]
     assert (worker["kv_blocks_free"], worker["kv_blocks_total"]) == (30, 40)
     assert worker["kv_usage"] == 0.25
     assert worker["stats"] == {"kv_blocks_free": 30.0, "kv_blocks_total": 40.0}
-    assert cluster.controller.expert_load() == {"mlp:0": [6, 7]}
+    assert cluster.controller.workers.expert_load() == {"mlp:0": [6, 7]}
 
 
 def test_a_lost_worker_is_not_waited_for() -> None:
@@ -451,7 +451,7 @@ def test_a_lost_worker_is_not_waited_for() -> None:
     cluster.controller.request_status()
     cluster.send("attention-0", StatusReply(token=1))
     cluster.controller.disconnected("expert-0", "reset", cluster.now)
-    assert cluster.controller.status_complete
+    assert cluster.controller.workers.status_complete
 
 
 def test_stop_ends_everything_once() -> None:

@@ -1,0 +1,103 @@
+"""All workers of one cluster as the controller sees them, and what they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from cluster.control_frames import StatusReply, StatusRequest
+from cluster.errors import ProtocolError
+from cluster.failure import Pulse
+from cluster.states import WorkerState
+from cluster.topology import Member
+from cluster.worker_record import WorkerRecord
+
+_MODEL_FACTS = ("model_type", "dtype", "max_model_len", "vocab_size")
+
+
+class WorkerTable:
+    """Records by name, in rank order, lost ones included. Owned by the controller."""
+
+    def __init__(
+        self, members: Sequence[Member], *, num_slots: int, model: Mapping[str, Any], now: float
+    ) -> None:
+        """``model`` holds name and path; attention workers add the rest when they are ready."""
+        self._records = {
+            m.name: WorkerRecord(member=m, heard_at=now, progress_at=now, num_slots=num_slots)
+            for m in members
+        }
+        self._model: dict[str, Any] = {**dict.fromkeys(_MODEL_FACTS), **model}
+        self._status_token = 0
+        self._status_pending: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[WorkerRecord]:
+        return iter(self._records.values())
+
+    def __getitem__(self, name: str) -> WorkerRecord:
+        return self._records[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._records
+
+    def find(self, name: str) -> WorkerRecord:
+        """The record of ``name``. Raises ``ProtocolError`` when there is no such worker."""
+        if name not in self._records:
+            raise ProtocolError(f"{name} is no worker of this cluster")
+        return self._records[name]
+
+    def alive(self) -> list[WorkerRecord]:
+        """Workers that are not lost."""
+        return [r for r in self if not r.is_lost]
+
+    def pulses(self) -> list[Pulse]:
+        """What was last heard of the workers that have called and are not lost."""
+        return [r.pulse() for r in self.alive() if r.state is not WorkerState.STARTING]
+
+    def lose(self, name: str, reason: str) -> None:
+        """A worker is gone; nothing more is expected of it."""
+        self._records[name].enter(WorkerState.LOST, reason)
+        self._status_pending.discard(name)
+
+    # ---- numbers of this moment -----------------------------------------------------------
+
+    def ask_status(self) -> tuple[StatusRequest, list[str]]:
+        """A new request, and the workers that must answer it."""
+        self._status_token += 1
+        asked = [r.name for r in self.alive() if r.state is not WorkerState.STARTING]
+        self._status_pending = set(asked)
+        return StatusRequest(token=self._status_token), asked
+
+    def take_status(self, name: str, reply: StatusReply) -> None:
+        """A worker's answer; an old one still brings numbers."""
+        self._records[name].take_numbers(reply)
+        if reply.token == self._status_token:
+            self._status_pending.discard(name)
+
+    @property
+    def status_complete(self) -> bool:
+        """All workers that were asked have answered, or are lost."""
+        return not self._status_pending
+
+    # ---- what they have in common ---------------------------------------------------------
+
+    def learn_model(self, record: WorkerRecord) -> None:
+        """Take the model's facts from an attention worker that is ready."""
+        if record.member.role == "attention":
+            self._model.update({k: record.info[k] for k in _MODEL_FACTS if k in record.info})
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Name, path, and the facts; None for what is not known yet."""
+        return dict(self._model)
+
+    def expert_load(self) -> dict[str, list[int]]:
+        """``"bank:layer"`` -> tokens per logical expert, summed over attention workers."""
+        total: dict[str, list[int]] = {}
+        for record in self:
+            for key, counts in record.expert_load.items():
+                old = total.get(key, [0] * len(counts))
+                total[key] = [a + b for a, b in zip(old, counts, strict=False)]
+        return total
