@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ConfigError, StartError
+from cluster.errors import ConfigError, ExpertMeshError, StartError
 from cluster.launch_plan import LaunchPlan
 from cluster.local_ray import PrivateRay, join
 from cluster.process import ProcessIdentity
@@ -24,8 +24,6 @@ from cluster.worker_entries import AttentionWorkerEntry, ExpertWorkerEntry
 
 logger = logging.getLogger(__name__)
 
-APP_NAME = "expertmesh"
-"""Name of the Serve application."""
 START_LIMIT_S = 1800.0
 """Longest start; large checkpoints on slow disks take minutes."""
 _POLL_S = 0.1
@@ -48,11 +46,6 @@ class ClusterParts:
         self._is_connected = False
         self._has_app = False
         self._misses = 0
-
-    @staticmethod
-    def warm_up() -> None:
-        """Import what every start needs, while the front process still checks the request."""
-        import ray  # noqa: F401
 
     def start_ray(self) -> str:
         """Start the private Ray or join the given one; its address. Main thread only.
@@ -79,9 +72,11 @@ class ClusterParts:
         Raises ``StartError`` with the failing part's own words.
         """
         self._progress("workers", 0, 0)
-        with ThreadPoolExecutor(2) as pool:
-            futures = [pool.submit(self._start_workers), pool.submit(self._start_gateway)]
-            _wait_all(futures)
+        pool = ThreadPoolExecutor(2)
+        try:
+            _wait_all([pool.submit(self._start_workers), pool.submit(self._start_gateway)])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # the end must not wait for a start
         self._progress("gateway", 0, 0)
         self._wait_ready()
 
@@ -135,15 +130,24 @@ class ClusterParts:
 
     def _start_workers(self) -> None:
         import ray
+        from ray.exceptions import RayError, RayTaskError
 
         from cluster.controller_actor import create_controller
+        from cluster.ray_tools import words_of
         from cluster.worker_group import WorkerGroup
 
         group = WorkerGroup(attention_class=AttentionWorkerEntry, expert_class=ExpertWorkerEntry)
         self._controller = create_controller(group)
         config = self._plan.config.to_dict()
-        ray.get(self._controller.start.remote(config, list(self._plan.banks), self._plan.profile))
-        self._wait_serving()
+        call = self._controller.start.remote(config, list(self._plan.banks), self._plan.profile)
+        try:
+            ray.get(call, timeout=START_LIMIT_S)
+            self._wait_serving()
+        except RayError as err:
+            cause = err.cause if isinstance(err, RayTaskError) else None
+            if isinstance(cause, ExpertMeshError):
+                raise cause from None
+            raise StartError("controller", words_of(err)) from err
 
     def _wait_serving(self) -> None:
         import ray
@@ -165,8 +169,9 @@ class ClusterParts:
         raise StartError("cluster", f"not serving after {START_LIMIT_S:g} s")
 
     def _start_gateway(self) -> None:
-        from gateway.app import build_app
         from ray import serve
+
+        from gateway.app import APP_NAME, build_app
 
         section = self._plan.config.gateway
         serve.start(
@@ -194,12 +199,19 @@ class ClusterParts:
     def _stop_gateway(self) -> None:
         from ray import serve
 
+        from gateway.app import APP_NAME
+
         serve.delete(APP_NAME, _blocking=self._ray is None)
 
     def _stop_workers(self) -> None:
         import ray
 
         ray.get(self._controller.stop.remote(), timeout=_CALL_LIMIT_S)
+
+
+def warm_up() -> None:
+    """Import what every start needs, while the front process still checks the request."""
+    import ray  # noqa: F401
 
 
 def _import_services() -> None:

@@ -16,8 +16,8 @@ def end_joined(address: str) -> list[str]:
     import ray
     from ray import serve
 
-    from cluster.cluster_parts import APP_NAME
     from cluster.ray_tools import end_leftovers
+    from gateway.app import APP_NAME
 
     join(address)
     try:

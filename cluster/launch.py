@@ -15,14 +15,22 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, Protocol, TextIO
 
-from cluster.cluster_parts import ClusterParts
+from cluster.cluster_parts import ClusterParts, ProgressFn, warm_up
 from cluster.errors import ConfigError, ExpertMeshError
 from cluster.launch_plan import LaunchPlan
 from cluster.orphans import host_id, identify
-from cluster.state_file import ClusterRecord, RecordState, remove_record, write_record
+from cluster.process import ProcessIdentity
+from cluster.state_file import (
+    ClusterRecord,
+    RecordState,
+    log_path,
+    remove_record,
+    write_record,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +38,32 @@ DETACH = "detach"
 """Word on stdin after which the launcher lives on without its front process."""
 _WATCH_S = 1.0
 _STOP_LIMIT_S = 8.0
+
+
+class Parts(Protocol):
+    """What a launcher needs of ``cluster.cluster_parts.ClusterParts``."""
+
+    def start_ray(self) -> str:
+        """Ray's address."""
+
+    def start_services(self) -> None:
+        """Controller, workers, gateway; returns when clients can call."""
+
+    def find_loss(self) -> str | None:
+        """Why it cannot go on."""
+
+    def processes(self) -> list[ProcessIdentity]:
+        """What runs of it on this host."""
+
+    def stop_services(self) -> None:
+        """Gateway, workers, controller."""
+
+    def stop_ray(self) -> None:
+        """The private Ray, or leave the joined one."""
+
+
+PartsFactory = Callable[[LaunchPlan, ProgressFn], Parts]
+"""Makes the parts of a plan; starts nothing."""
 
 
 class _StopRequested(BaseException):
@@ -56,10 +90,12 @@ class EventSink:
 class Launcher:
     """One start, from plan to end."""
 
-    def __init__(self, plan: LaunchPlan, events: EventSink) -> None:
+    def __init__(
+        self, plan: LaunchPlan, events: EventSink, make_parts: PartsFactory = ClusterParts
+    ) -> None:
         self._plan = plan
         self._events = events
-        self._parts = ClusterParts(plan, self._progress)
+        self._parts = make_parts(plan, self._progress)
         self._stop = threading.Event()
         self._is_starting = True
 
@@ -81,7 +117,7 @@ class Launcher:
             self._events.send("failed", message=f"{type(err).__name__}: {err}", refused=False)
         finally:
             self._is_starting = False
-            self._end()
+            self._end(status)
         return status
 
     def request_stop(self) -> None:
@@ -107,13 +143,15 @@ class Launcher:
                 return 1
         return 0
 
-    def _end(self) -> None:
+    def _end(self, status: int) -> None:
         """Everything in order, within a limit; what is left after it is killed."""
         helper = threading.Thread(target=self._parts.stop_services, daemon=True)
         helper.start()
         helper.join(_STOP_LIMIT_S - 3.0)
         self._parts.stop_ray()
         remove_record(self._plan.name)
+        if status == 0:
+            log_path(self._plan.name).unlink(missing_ok=True)
         self._events.send("stopped")
 
     def _progress(self, stage: str, done: int, total: int) -> None:
@@ -168,15 +206,17 @@ def _take_stdout() -> TextIO:
     return events
 
 
-def main() -> NoReturn:
+def main(
+    make_parts: PartsFactory = ClusterParts, warm_up: Callable[[], None] = warm_up
+) -> NoReturn:
     """Entry point of the launcher process."""
     events = EventSink(_take_stdout())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    ClusterParts.warm_up()
+    warm_up()
     line = sys.stdin.readline()
     if not line:
         sys.exit(0)  # refused, or killed, before there was anything to start
-    launcher = Launcher(LaunchPlan.from_dict(json.loads(line)), events)
+    launcher = Launcher(LaunchPlan.from_dict(json.loads(line)), events, make_parts)
     threading.Thread(target=_follow_front, args=(sys.stdin, launcher), daemon=True).start()
     status = launcher.run()
     logging.shutdown()

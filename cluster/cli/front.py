@@ -80,14 +80,18 @@ class Front:
     """One launcher, from spawn to end."""
 
     def __init__(
-        self, log: Path, environment: Mapping[str, str], on_ready: Callable[[], None]
+        self,
+        log: Path,
+        environment: Mapping[str, str],
+        on_ready: Callable[[], None],
+        module: str = "cluster.launch",
     ) -> None:
         """Spawn it; it imports what it needs and waits for ``begin``."""
         self._on_ready = on_ready
         self._log = log
         with log.open("wb") as errors:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "cluster.launch"],
+                [sys.executable, "-m", module],
                 env=dict(environment),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
