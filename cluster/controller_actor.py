@@ -130,9 +130,10 @@ class ControllerActor:
         return self._snapshot()
 
     async def placement(self) -> dict[str, Any]:
-        """Maps, load and balancedness of all banks (``placement --json``)."""
+        """Maps, load of this moment and balancedness of all banks (``placement --json``)."""
         if self._controller is None:
             return {"schema": 1, "epoch": 0, "banks": []}
+        await self._ask_workers(self._controller)
         load = self._controller.workers.expert_load()
         return placement_report(self._controller.placement, load, self._profile)
 

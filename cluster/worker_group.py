@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
@@ -258,10 +258,10 @@ async def _death_of(actor: _Actor) -> str | None:
         await asyncio.wait_for(actor.handle.ping.remote(), _CALL_LIMIT_S)
     except ActorUnavailableError:
         return None  # the network to it may come back; its death would be ActorDiedError
-    except RayActorError as err:
-        return words_of(err)
+    except (RayActorError, RayTaskError) as err:
+        return words_of(err)  # dead, or its ping says in its own words why it cannot go on
     except (TimeoutError, RayError):
-        return None  # busy, or its ping fails: the start limit is there for that
+        return None  # busy: the start limit is there for that
     return None
 
 

@@ -95,6 +95,16 @@ class DyingWorker(TrivialWorker):
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
+class SilentWorker(TrivialWorker):
+    """Cannot call the controller, and says why when it is asked."""
+
+    def start(self) -> None:
+        pass
+
+    def ping(self) -> str:
+        raise RuntimeError("the checkpoint has no config.json")
+
+
 class StubbornWorker(TrivialWorker):
     """Does not stop when told to."""
 

@@ -175,11 +175,11 @@ def test_a_cluster_starts_answers_and_stops() -> None:
         assert group.config["workers"]["cpus_per_worker"] == 0.6666
         assert group.config["workers"]["device"] == "cpu"
         assert set(group.extras["expert-1"]) == {"placement", "num_slots", "threads"}
-        fresh = await actor.snapshot(fresh=True)
-        assert fresh["workers"][0]["kv_blocks_free"] == 7
         report = await actor.placement()
         assert report["banks"][0]["load"] == [3] * 8
         assert report["banks"][0]["balancedness"] == {"predicted": 0.75, "achieved": 1.0}
+        fresh = await actor.snapshot(fresh=True)
+        assert fresh["workers"][0]["kv_blocks_free"] == 7
         await actor.start(_config(), BANKS)  # a second start does nothing
         await actor.stop()
         assert (await actor.snapshot())["state"] == "STOPPED"

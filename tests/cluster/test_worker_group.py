@@ -148,6 +148,7 @@ def test_workers_start_lose_one_and_stop_without_touching_others() -> None:
         (ray_workers.BrokenWorker, "ValueError: the shape of lm_head is wrong"),
         (ray_workers.BrokenStartWorker, "OSError: no free port"),
         (ray_workers.FailingWorker, "layer 3 is missing"),
+        (ray_workers.SilentWorker, "RuntimeError: the checkpoint has no config.json"),
         (ray_workers.DyingWorker, "The actor is dead because its worker process has died"),
     ],
 )
