@@ -234,7 +234,7 @@ _UNBUILT: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
 
 def _check_depth(data: object, max_depth: int) -> None:
     level: list[Any] = [data]
-    for _ in range(max_depth + 1):
+    for _ in range(max_depth):
         level = [
             inner
             for outer in level

@@ -1,0 +1,331 @@
+"""Stand-ins for what is behind the gateway: an engine with a script, a controller, a tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
+
+from gateway.chat_template import ChatTemplate
+from gateway.tokenizer import Tokenizer
+from protos import engine_pb2 as pb
+from protos import engine_pb2_grpc
+from workers.request import (
+    FinishReason,
+    Request,
+    StepOutput,
+    Timings,
+    TokenLogprob,
+    TokenOutput,
+)
+from workers.wire import request_from_wire, step_to_wire
+
+CLUSTER_TOKEN = "token of the test cluster"
+MAX_MODEL_LEN = 512
+EOS = "<|endoftext|>"
+MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("o", "r"), ("t", "h")]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role not in ('system', 'user', 'assistant') %}"
+    "{{ raise_exception('unknown role ' + message.role) }}{% endif %}"
+    "<|{{ message.role }}|>{{ message.content }}{{ eos_token }}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tiny_backend() -> tokenizers.Tokenizer:
+    """A byte-level BPE: 256 bytes, a few merges, and special tokens."""
+    symbols = [*sorted(ByteLevel.alphabet()), *("".join(pair) for pair in MERGES)]
+    vocab = {symbol: number for number, symbol in enumerate(symbols)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOS, "<|user|>", "<|assistant|>", "<|system|>"])
+    return tokenizer
+
+
+def tiny_tokenizer(template: str | None = CHAT_TEMPLATE) -> Tokenizer:
+    """The tokenizer of the tests."""
+    chat = None if template is None else ChatTemplate(template, {"eos_token": EOS})
+    return Tokenizer(tiny_backend(), chat)
+
+
+BACKEND = tiny_backend()
+VOCAB_SIZE = BACKEND.get_vocab_size() + 3
+"""A few more than the tokenizer has, as checkpoints have."""
+EOS_ID = BACKEND.get_vocab()[EOS]
+
+Script = Callable[[Request, int], list[int]]
+
+
+def counting_script(request: Request, choice: int) -> list[int]:
+    """Tokens that depend on prompt, seed and choice: printable text without end."""
+    letters = BACKEND.encode(" the world is a hello; other words follow, and more").ids
+    start = sum(request.prompt) + request.params.seed + choice
+    return [letters[(start + place) % len(letters)] for place in range(request.params.max_tokens)]
+
+
+def saying(text: str | bytes, end: bool = True) -> Script:
+    """A script that says ``text``, then eos (unless ``end`` is False)."""
+    if isinstance(text, bytes):
+        known = tiny_tokenizer()
+        by_byte = {known.token_bytes(token): token for token in range(256)}
+        ids = [by_byte[bytes([byte])] for byte in text]
+    else:
+        ids = list(BACKEND.encode(text).ids)
+    return lambda request, choice: [*ids, EOS_ID] if end else ids
+
+
+@dataclass
+class ScriptedEngine(engine_pb2_grpc.EngineServicer):
+    """An engine whose tokens come from a script, one step of all running choices at a time."""
+
+    name: str = "attention-0"
+    script: Script = counting_script
+    step_s: float = 0.0
+    tokens_per_output: int = 1
+    is_paused: bool = False
+    error: tuple[str, str] | None = None
+    requests: list[Request] = field(default_factory=list)
+    aborts: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    running: dict[str, set[int]] = field(default_factory=dict)
+    repeat_outputs: bool = False
+    answers_pings: bool = True
+    address: str = ""
+    _server: Any = None
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def start(self) -> None:
+        """Serve on a free loopback port."""
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        engine_pb2_grpc.add_EngineServicer_to_server(self, self._server)
+        port = self._server.add_insecure_port("127.0.0.1:0")
+        self.address = f"127.0.0.1:{port}"
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """End the server and every stream at once."""
+        for task in self._tasks:
+            task.cancel()
+        if self._server is not None:
+            await self._server.stop(0)
+
+    async def Stream(
+        self, request_iterator: AsyncIterator[pb.ToEngine], context: Any
+    ) -> AsyncIterator[pb.FromEngine]:
+        """See ``Engine.Stream``."""
+        hello = await anext(request_iterator)
+        if hello.hello.token != CLUSTER_TOKEN:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong token")
+        queue: asyncio.Queue[pb.FromEngine] = asyncio.Queue()
+        reader = asyncio.create_task(self._read(request_iterator, queue))
+        try:
+            yield pb.FromEngine(hello=self._hello())
+            while True:
+                yield await queue.get()
+        finally:
+            reader.cancel()
+
+    def _hello(self) -> pb.EngineHello:
+        return pb.EngineHello(
+            worker=self.name,
+            generation=1,
+            max_model_len=MAX_MODEL_LEN,
+            vocab_size=VOCAB_SIZE,
+            eos_token_ids=[EOS_ID],
+            max_kv_tokens=4 * MAX_MODEL_LEN,
+            dtype="float32",
+            model_type="olmoe",
+        )
+
+    async def _read(
+        self, messages: AsyncIterator[pb.ToEngine], queue: asyncio.Queue[pb.FromEngine]
+    ) -> None:
+        async for message in messages:
+            kind = message.WhichOneof("message")
+            if kind == "ping" and self.answers_pings:
+                queue.put_nowait(pb.FromEngine(pong=message.ping))
+            elif kind == "abort":
+                self._abort(message.abort)
+            elif kind == "request":
+                request = request_from_wire(message.request)
+                self.requests.append(request)
+                self.running[request.request_id] = set(range(request.n))
+                task = asyncio.create_task(self._run(request, queue))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    def _abort(self, abort: pb.Abort) -> None:
+        self.aborts.append((abort.request_id, tuple(abort.choices)))
+        open_choices = self.running.get(abort.request_id, set())
+        open_choices.difference_update(tuple(abort.choices) or tuple(open_choices))
+        if not open_choices:
+            self.running.pop(abort.request_id, None)
+
+    async def _run(self, request: Request, queue: asyncio.Queue[pb.FromEngine]) -> None:
+        scripts = {choice: self.script(request, choice) for choice in range(request.n)}
+        index, width = 0, self.tokens_per_output
+        while open_choices := self.running.get(request.request_id):
+            await asyncio.sleep(self.step_s)
+            if self.is_paused:
+                await asyncio.sleep(0.01)
+                continue
+            outputs = []
+            for choice in sorted(open_choices):
+                output = self._output(request, choice, scripts[choice], index, width)
+                outputs.append(output)
+                if output.finish_reason is not None:
+                    open_choices.discard(choice)
+            step = StepOutput(outputs=tuple(outputs), stats={"num_requests_running": 1.0})
+            for _ in range(2 if self.repeat_outputs else 1):
+                queue.put_nowait(pb.FromEngine(step=step_to_wire(step)))
+            index += width
+        self.running.pop(request.request_id, None)
+
+    def _output(
+        self, request: Request, choice: int, script: list[int], index: int, width: int
+    ) -> TokenOutput:
+        params = request.params
+        prompt_logprobs = None
+        if index == 0 and choice == 0 and params.prompt_logprobs is not None:
+            prompt_logprobs = (
+                None,
+                *(fake_logprob(token, params.prompt_logprobs) for token in request.prompt[1:]),
+            )
+        if self.error is not None:
+            return TokenOutput(
+                request_id=request.request_id,
+                attempt=request.attempt,
+                choice=choice,
+                index=index,
+                finish_reason=FinishReason.ERROR,
+                error=self.error[0],
+                error_code=self.error[1],
+            )
+        last = min(len(script), params.max_tokens)
+        tokens: list[int] = []
+        reason, stop = None, None
+        for place in range(index, min(index + width, last)):
+            tokens.append(script[place])
+            is_end = script[place] == EOS_ID and not params.ignore_eos
+            if place >= params.min_tokens and (is_end or script[place] in params.stop_token_ids):
+                reason = FinishReason.STOP
+                stop = None if is_end else script[place]
+                break
+        if reason is None and index + width >= last:
+            reason = FinishReason.LENGTH
+        logprobs = params.logprobs
+        return TokenOutput(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            choice=choice,
+            index=index,
+            token_ids=tuple(tokens),
+            logprobs=()
+            if logprobs is None
+            else tuple(fake_logprob(token, logprobs) for token in tokens),
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            stop_token_id=stop,
+            timings=Timings(first_dispatch_s=0.001, first_token_s=0.002, finished_s=0.003)
+            if reason
+            else None,
+        )
+
+
+def fake_logprob(token_id: int, wanted: int) -> TokenLogprob:
+    """A log-probability that depends on the token; alternatives beside it; one of -inf."""
+    others = tuple(((token_id + k) % VOCAB_SIZE, -0.5 - k) for k in range(wanted))
+    if wanted > 2:
+        others = (*others[:-1], (others[-1][0], -math.inf))
+    return TokenLogprob(token_id=token_id, logprob=-(token_id % 7) / 4, rank=1, top=others)
+
+
+class FakeController:
+    """Answers as the controller does; ``change`` publishes a new snapshot."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {
+            "version": 1,
+            "schema": 1,
+            "state": "STARTING",
+            "error": None,
+            "generation": 1,
+            "placement_epoch": 3,
+            "experts_complete": True,
+            "model": {"name": "tiny", "max_model_len": MAX_MODEL_LEN, "vocab_size": VOCAB_SIZE},
+            "workers": [],
+            "gateway": [],
+            "history": [{"generation": 1, "time": 0.0, "cause": "start", "effect": "SERVING"}],
+        }
+        self._changed = asyncio.Event()
+
+    def change(self, **values: Any) -> None:
+        """Publish a new snapshot."""
+        self.state = {**self.state, **values, "version": self.state["version"] + 1}
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def snapshot(self) -> dict[str, Any]:
+        """See ``Controller``."""
+        return copy.deepcopy(self.state)
+
+    async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
+        """See ``Controller``."""
+        if known_version == self.state["version"]:
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        return copy.deepcopy(self.state)
+
+    async def placement(self) -> dict[str, Any]:
+        """See ``Controller``."""
+        bank = {
+            "bank": "mlp",
+            "layer": 0,
+            "physical_to_logical": [[0, 1], [2, 3]],
+            "load": [1, 2, 3, 4],
+            "balancedness": {"predicted": 1.0, "achieved": None},
+        }
+        return {"schema": 1, "epoch": 3, "banks": [bank]}
+
+
+def attention_entry(
+    engine: ScriptedEngine, rank: int = 0, state: str = "SERVING"
+) -> dict[str, Any]:
+    """A snapshot's entry of an attention worker."""
+    return {
+        "name": engine.name,
+        "role": "attention",
+        "rank": rank,
+        "node": "host-a",
+        "pid": 100 + rank,
+        "state": "SERVING",
+        "engine_address": engine.address,
+        "kv_blocks_free": 10,
+        "kv_blocks_total": 10,
+        "kv_usage": 0.0,
+        "stats": {"num_requests_running": 1.0, "num_preemptions_total": 2.0, "bad name": 1.0},
+    }
+
+
+def expert_entry(rank: int) -> dict[str, Any]:
+    """A snapshot's entry of an expert worker."""
+    return {
+        "name": f"expert-{rank}",
+        "role": "expert",
+        "rank": rank,
+        "node": "host-b",
+        "pid": 200 + rank,
+        "state": "SERVING",
+        "engine_address": "",
+        "slots": 32,
+        "stats": {"expert_worker_tokens_total": 7.0},
+    }

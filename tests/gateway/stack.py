@@ -1,0 +1,180 @@
+"""A whole gateway on loopback, in a thread of its own: HTTP, gRPC, a scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import httpx
+import uvicorn
+
+from cluster.config import ClusterConfig, GatewaySection, ModelSection
+from gateway.cluster_view import ClusterView, Controller
+from gateway.core import Gateway
+from gateway.engine_pool import EnginePool
+from gateway.grpc_server import GrpcServer
+from gateway.http_api import build_http_app
+from gateway.tokenizer import Tokenizer
+from tests.gateway.fakes import (
+    CLUSTER_TOKEN,
+    FakeController,
+    ScriptedEngine,
+    attention_entry,
+    expert_entry,
+    tiny_tokenizer,
+)
+
+MODEL = "tiny"
+WAIT_S = 10.0
+
+Result = TypeVar("Result")
+
+
+class Stack:
+    """Everything of one gateway; its coroutines run in ``loop``'s thread."""
+
+    def __init__(self, gateway_section: GatewaySection, tokenizer: Tokenizer | None) -> None:
+        self.config = ClusterConfig(
+            model=ModelSection(path="/nowhere", served_model_name=MODEL),
+            gateway=gateway_section,
+            cluster_token=CLUSTER_TOKEN,
+        )
+        self._tokenizer = tokenizer
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.engine = ScriptedEngine()
+        self.controller: FakeController
+        self.gateway: Gateway
+        self.engines: EnginePool
+        self.url = ""
+        self.grpc_target = ""
+        self._closers: list[Callable[[], Coroutine[Any, Any, None]]] = []
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run a coroutine on the loop, from another thread."""
+        future: Future[Result] = asyncio.run_coroutine_threadsafe(work, self.loop)
+        return future.result(WAIT_S)
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Run a function on the loop, from another thread."""
+
+        async def work() -> None:
+            function()
+
+        self.run(work())
+
+    def wait_for(self, condition: Callable[[], bool], what: str = "a condition") -> float:
+        """Wait until it holds; returns the seconds that took."""
+        started_s = time.monotonic()
+        while not condition():
+            assert time.monotonic() - started_s < WAIT_S, f"gave up waiting for {what}"
+            time.sleep(0.002)
+        return time.monotonic() - started_s
+
+    def start(self, serving: bool = True) -> None:
+        """Start it all; with ``serving`` wait until it is ready."""
+        self._thread.start()
+        self.run(self._start())
+        if serving:
+            self.serve()
+
+    def serve(self) -> None:
+        """Let the cluster be ready."""
+        workers = [attention_entry(self.engine), expert_entry(0), expert_entry(1)]
+        self.call(lambda: self.controller.change(state="SERVING", workers=workers))
+        self.wait_for(lambda: not self.gateway.not_ready_reasons(), "readiness")
+
+    def stop(self) -> None:
+        """End it all."""
+        for closer in reversed(self._closers):
+            self.run(closer())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(WAIT_S)
+        self.loop.close()
+
+    async def _start(self) -> None:
+        await self.engine.start()
+        self._closers.append(self.engine.stop)
+        self.controller = FakeController()
+
+        async def find() -> Controller:
+            return self.controller
+
+        cluster = ClusterView(find)
+        self.engines = EnginePool(CLUSTER_TOKEN, "gateway-test", silence_limit_s=1.0, ping_s=0.1)
+        self.gateway = Gateway(self.config, self._tokenizer, cluster, self.engines, "gateway-test")
+        self._closers.append(self.engines.stop)
+        await self._start_grpc()
+        cluster.start()
+
+        async def stop_cluster() -> None:
+            cluster.stop()
+
+        self._closers.append(stop_cluster)
+        await self._start_http()
+
+    async def _start_grpc(self) -> None:
+        server = GrpcServer(self.gateway, "127.0.0.1", 0)
+        port = await server.start()
+        self.grpc_target = f"127.0.0.1:{port}"
+        self._closers.append(lambda: server.stop(0))
+
+    async def _start_http(self) -> None:
+        config = uvicorn.Config(
+            build_http_app(self.gateway),
+            host="127.0.0.1",
+            port=0,
+            log_config=None,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=1,
+        )
+        server = uvicorn.Server(config)
+        task = asyncio.create_task(server._serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+
+        async def stop_http() -> None:
+            server.should_exit = True
+            await asyncio.wait_for(task, WAIT_S)
+
+        self._closers.append(stop_http)
+
+
+@contextlib.contextmanager
+def running_stack(
+    section: GatewaySection | None = None,
+    tokenizer: Tokenizer | None = None,
+    *,
+    has_tokenizer: bool = True,
+    serving: bool = True,
+) -> Iterator[Stack]:
+    """A gateway that runs for the length of a ``with`` block."""
+    if tokenizer is None and has_tokenizer:
+        tokenizer = tiny_tokenizer()
+    stack = Stack(section or GatewaySection(request_timeout_s=20.0), tokenizer)
+    stack.start(serving)
+    try:
+        yield stack
+    finally:
+        stack.stop()
+
+
+def post(stack: Stack, path: str, **fields: Any) -> httpx.Response:
+    """Send a JSON body."""
+    return httpx.post(stack.url + path, json=fields, timeout=WAIT_S)
+
+
+def complete(stack: Stack, **fields: Any) -> dict[str, Any]:
+    """The answer of a completion that must succeed."""
+    response = post(stack, "/v1/completions", **fields)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer

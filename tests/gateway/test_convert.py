@@ -1,0 +1,257 @@
+"""Bodies and messages become the same call; neutral values and unbuilt fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from google.protobuf import json_format
+
+from cluster.config import GatewaySection
+from cluster.errors import RequestError, UnsupportedParameterError
+from gateway.call import CallKind, GenerateFields
+from gateway.convert import chat_fields, completion_fields, grpc_fields
+from gateway.schema import ChatBody, CompletionBody, check_unbuilt, parse_body, parse_json
+from gateway.validate import check_fields
+from protos import inference_pb2 as pb
+
+SAMPLING: dict[str, Any] = {
+    "max_tokens": 7,
+    "min_tokens": 2,
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 4,
+    "min_p": 0.1,
+    "frequency_penalty": -0.5,
+    "presence_penalty": 0.25,
+    "repetition_penalty": 1.5,
+    "logit_bias": {"3": -1.0, "1": 2.0},
+    "seed": -5,
+    "n": 3,
+    "stop": ["a", "bc"],
+    "stop_token_ids": [5, 6],
+    "ignore_eos": True,
+    "skip_special_tokens": False,
+    "include_stop_str_in_output": True,
+}
+UNBUILT: dict[str, Any] = {
+    "best_of": 4,
+    "prompt_logprobs": 0,
+    "return_tokens_as_token_ids": True,
+    "truncate_prompt_tokens": -1,
+    "truncation_side": "left",
+    "allowed_token_ids": [1],
+    "bad_words": ["x"],
+    "logprob_token_ids": [1],
+    "response_format": {"type": "json_object"},
+    "structured_outputs": {"regex": "a"},
+    "guided_json": {},
+    "guided_regex": "a",
+    "guided_choice": ["a"],
+    "guided_grammar": "a",
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_choice": "required",
+    "functions": [{"name": "f"}],
+    "function_call": "auto",
+    "priority": 1,
+    "cache_salt": "s",
+    "request_id": "mine",
+    "use_beam_search": True,
+    "length_penalty": 0.5,
+    "early_stopping": True,
+    "spaces_between_special_tokens": False,
+    "logits_processors": ["x"],
+    "suffix": "end",
+    "prompt_embeds": "AA==",
+    "audio": {"voice": "x"},
+    "modalities": ["text", "audio"],
+    "prediction": {"type": "content"},
+    "web_search_options": {},
+    "chat_template": "{{ x }}",
+    "documents": [{"text": "x"}],
+    "mm_processor_kwargs": {"a": 1},
+    "kv_transfer_params": {"a": 1},
+}
+NEUTRAL: dict[str, Any] = {
+    "best_of": 1,
+    "return_tokens_as_token_ids": False,
+    "bad_words": [],
+    "logprob_token_ids": [],
+    "response_format": {"type": "text"},
+    "structured_outputs": {},
+    "tools": [],
+    "tool_choice": "none",
+    "parallel_tool_calls": True,
+    "functions": [],
+    "function_call": "none",
+    "priority": 0,
+    "use_beam_search": False,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "spaces_between_special_tokens": True,
+    "suffix": "",
+    "modalities": ["text"],
+    "echo": False,
+    "user": "somebody",
+    "metadata": {"a": "b"},
+    "store": True,
+    "service_tier": "auto",
+    "reasoning_effort": "low",
+    "a field that nobody knows": [1],
+}
+
+
+def test_a_body_and_a_message_give_the_same_call() -> None:
+    body = parse_body(CompletionBody, {**SAMPLING, "prompt": [1, 2], "logprobs": 2, "echo": True})
+    message = pb.GenerateRequest()
+    json_format.ParseDict(
+        {
+            "token_ids": {"ids": [1, 2]},
+            "sampling_params": SAMPLING,
+            "output_options": {"logprobs": 2, "echo": True},
+        },
+        message,
+    )
+    assert grpc_fields(message) == completion_fields(body)
+
+
+def test_a_chat_body_and_a_message_give_the_same_call() -> None:
+    messages = [{"role": "user", "content": "hi", "name": "bob"}]
+    options = {"add_generation_prompt": False, "chat_template_kwargs": {"a": "b"}}
+    body = parse_body(ChatBody, {**SAMPLING, "messages": messages, **options})
+    message = pb.GenerateRequest()
+    chat = {"messages": messages, **options}
+    json_format.ParseDict({"messages": chat, "sampling_params": SAMPLING}, message)
+    expected = dataclasses.replace(chat_fields(body), logprobs_name="logprobs")
+    assert grpc_fields(message) == expected
+
+
+def test_unset_is_none_in_both_codecs() -> None:
+    http = completion_fields(parse_body(CompletionBody, {"prompt": "a"}))
+    grpc = grpc_fields(pb.GenerateRequest(text="a"))
+    assert http == grpc == GenerateFields(kind=CallKind.COMPLETION, prompts=("a",))
+
+
+def test_null_is_unset() -> None:
+    names = [*CompletionBody.model_fields, *UNBUILT]
+    data = {**dict.fromkeys(names), "prompt": "a"}
+    check_unbuilt(data, "completion")
+    assert completion_fields(parse_body(CompletionBody, data)).prompts == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ("a",)),
+        (["a", "b"], ("a", "b")),
+        ([1, 2], ((1, 2),)),
+        ([[1, 2], [3]], ((1, 2), (3,))),
+        ([], ()),
+        ([[]], ((),)),
+    ],
+)
+def test_prompts_of_all_forms(prompt: Any, prompts: Any) -> None:
+    assert completion_fields(parse_body(CompletionBody, {"prompt": prompt})).prompts == prompts
+
+
+def test_max_completion_tokens_wins() -> None:
+    data = {"messages": [], "max_tokens": 1, "max_completion_tokens": 2}
+    fields = chat_fields(parse_body(ChatBody, data))
+    assert (fields.max_tokens, fields.max_tokens_name) == (2, "max_completion_tokens")
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    data = {"messages": [{"role": "user", "content": parts}]}
+    chat = chat_fields(parse_body(ChatBody, data)).chat
+    assert chat is not None
+    assert chat.messages[0]["content"] == "a\nb"
+
+
+def test_an_assistant_may_have_no_content() -> None:
+    data = {"messages": [{"role": "assistant", "content": None, "tool_calls": None, "x": 1}]}
+    chat = chat_fields(parse_body(ChatBody, data)).chat
+    assert chat is not None
+    assert chat.messages == ({"role": "assistant", "content": "", "x": 1},)
+
+
+@pytest.mark.parametrize("name", UNBUILT)
+def test_fields_that_are_not_built_are_refused_by_name(name: str) -> None:
+    with pytest.raises(UnsupportedParameterError) as caught:
+        check_unbuilt({name: UNBUILT[name]}, "completion")
+    assert caught.value.param == name
+    assert name in caught.value.message
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_neutral_values_are_never_an_error(name: str) -> None:
+    check_unbuilt({name: NEUTRAL[name]}, "chat")
+
+
+def test_tools_that_may_not_be_called_are_neutral() -> None:
+    check_unbuilt({"tools": UNBUILT["tools"], "tool_choice": "none"}, "chat")
+
+
+def test_best_of_n_is_neutral() -> None:
+    check_unbuilt({"best_of": 3, "n": 3}, "completion")
+
+
+def test_echo_is_refused_for_chat_only() -> None:
+    check_unbuilt({"echo": True}, "completion")
+    with pytest.raises(UnsupportedParameterError, match="echo"):
+        check_unbuilt({"echo": True}, "chat")
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "user", "content": [{"type": "image_url"}]}, "messages[0].content"),
+        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
+    ],
+)
+def test_messages_that_are_not_built_are_refused(message: dict[str, Any], param: str) -> None:
+    with pytest.raises(UnsupportedParameterError) as caught:
+        chat_fields(parse_body(ChatBody, {"messages": [message]}))
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"text": "a", "priority": 1}, "priority"),
+        ({"embeddings": {"width": 1}}, "embeddings"),
+        ({"text": "a", "output_options": {"prompt_logprobs": 0}}, "prompt_logprobs"),
+        ({"messages": {}, "output_options": {"echo": True}}, "echo"),
+    ],
+)
+def test_message_fields_that_are_not_built(data: dict[str, Any], name: str) -> None:
+    message = json_format.ParseDict(data, pb.GenerateRequest())
+    with pytest.raises(UnsupportedParameterError) as caught:
+        check_fields(grpc_fields(message), GatewaySection())
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"", "JSON"),
+        (b"{", "JSON"),
+        (b"\xff\xfe", "JSON"),
+        (b'{"a": "\\ud800"}', "JSON"),
+        (b"1" * 5000, "JSON"),
+        (b"[1]", "object"),
+        (b'{"a": ' + b"[" * 64 + b"]" * 64 + b"}", "deep"),
+        (b"[" * 100_000, "deep"),
+    ],
+)
+def test_what_is_no_json_object(raw: bytes, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason) as caught:
+        parse_json(raw, 64)
+    assert caught.value.code == "json_invalid"
+
+
+def test_depth_within_the_limit_is_fine() -> None:
+    data = parse_json(b'{"a": ' + b"[" * 63 + b"]" * 63 + b"}", 64)
+    assert list(data) == ["a"]
+    assert parse_json(b'{"a": "\\ud83d\\ude00"}', 1) == {"a": "\U0001f600"}
