@@ -68,7 +68,7 @@ class CheckpointCheck:
     def cancel(self) -> None:
         """End it."""
         self._child.kill()
-        self._child.wait()
+        self._child.communicate()
 
 
 def check(folder: Path) -> CheckpointFacts:

@@ -117,6 +117,7 @@ class Front:
     def cancel(self) -> None:
         """Nothing was begun: end the launcher."""
         self._child.kill()
+        self._close_pipes()
         self._child.wait()
 
     def run(self, progress: Progress, detach: bool) -> Outcome:
@@ -179,6 +180,7 @@ class Front:
         """The launcher is gone; what it could not end itself is ended here."""
         assert self._plan is not None
         self._child.wait()
+        self._close_pipes()
         if not self._stopped:
             self._clean_up()
         if self._signal_count:
@@ -202,11 +204,14 @@ class Front:
 
     def _leave(self) -> None:
         self._tell(DETACH)
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
-        self._child.stdin.close()
-        self._child.stdout.close()
+        self._close_pipes()
         self._child.returncode = 0  # no warning about a child that is meant to stay
+
+    def _close_pipes(self) -> None:
+        for pipe in (self._child.stdin, self._child.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal_count += 1

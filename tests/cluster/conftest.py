@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """State files of this test alone; signal handlers that a command installs are taken back."""
+    home = tmp_path / "state"
+    monkeypatch.setenv("XDG_STATE_HOME", str(home))
+    for name in ("EXPERTMESH_URL", "EXPERTMESH_NAME", "EXPERTMESH_API_KEY", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield home
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def busy_port() -> Iterator[int]:
+    """A port of the loopback interface that somebody listens on."""
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        yield int(server.getsockname()[1])

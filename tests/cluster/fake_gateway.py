@@ -1,0 +1,119 @@
+"""An HTTP server that answers like a gateway, as far as the command line asks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+STATUS: dict[str, Any] = {
+    "schema": 1,
+    "state": "SERVING",
+    "generation": 1,
+    "placement_epoch": 1,
+    "error": None,
+    "model": {"name": "demo", "model_type": "olmoe", "dtype": "bfloat16", "max_model_len": 4096},
+    "workers": [
+        {
+            "name": "attention-0",
+            "role": "attention",
+            "rank": 0,
+            "node": "here",
+            "pid": 11,
+            "state": "SERVING",
+            "kv_blocks_free": 10,
+            "kv_blocks_total": 12,
+        },
+        {
+            "name": "expert-0",
+            "role": "expert",
+            "rank": 0,
+            "node": "here",
+            "pid": 12,
+            "state": "SERVING",
+            "slots": 32,
+        },
+    ],
+    "gateway": [],
+    "history": [],
+}
+PLACEMENT: dict[str, Any] = {
+    "schema": 1,
+    "epoch": 1,
+    "banks": [
+        {"bank": "mlp", "layer": layer, "physical_to_logical": [[0, 1, -1], [2, 3, 0]]}
+        for layer in (0, 1)
+    ],
+}
+
+
+@dataclass(slots=True)
+class FakeGateway:
+    """What to answer; tests change it while the server runs."""
+
+    url: str = ""
+    ready: tuple[int, Any] = (200, {"ready": True})
+    status: tuple[int, Any] = (200, STATUS)
+    events: list[Any] = field(default_factory=list)
+    delay_s: float = 0.0
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+
+    def answer(self, path: str) -> tuple[int, Any]:
+        """Status and document of a path."""
+        error = {
+            "error": {"message": f"no {path}", "type": "x", "param": None, "code": "not_found"}
+        }
+        routes = {
+            "/ready": self.ready,
+            "/cluster/v1/status": self.status,
+            "/cluster/v1/placement": (200, PLACEMENT),
+        }
+        return routes.get(path, (404, error))
+
+
+@contextlib.contextmanager
+def fake_gateway() -> Iterator[FakeGateway]:
+    """A running one on a free port."""
+    gateway = FakeGateway()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep(gateway.delay_s)
+            gateway.keys.append(self.headers.get("Authorization"))
+            status, document = gateway.answer(self.path)
+            self._send(status, "application/json", json.dumps(document).encode())
+
+        def do_POST(self) -> None:
+            length = int(self.headers["Content-Length"])
+            gateway.bodies.append(json.loads(self.rfile.read(length)))
+            events = [f"data: {json.dumps(e)}\n\n" for e in gateway.events]
+            body = "".join([": ping\n\n", *events, "data: [DONE]\n\n"]).encode()
+            self._send(200, "text/event-stream", body)
+
+        def _send(self, status: int, kind: str, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Keep the tests' output clean."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    gateway.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield gateway
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

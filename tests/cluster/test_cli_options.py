@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.cli.exit_codes import CommandError, ExitCode
+from cluster.cli.main import main, make_parser
+from cluster.cli.serve import build_config
+from cluster.cli.serve_options import OPTIONS, collect, parse_bytes, read_keys, read_template
+from cluster.config import ClusterConfig
+from cluster.hub import ModelSource
+
+MODEL = ModelSource(folder=Path("/models/m"), name="m")
+
+
+def parse(*words: str) -> argparse.Namespace:
+    return make_parser().parse_args(["serve", *words])
+
+
+def config_of(*words: str, environment: dict[str, str] | None = None) -> ClusterConfig:
+    return build_config(collect(parse(*words), environment or {}), MODEL)
+
+
+def test_without_options_the_defaults_of_the_configuration_hold() -> None:
+    config = config_of()
+    assert config.gateway.port == 8000
+    assert config.gateway.grpc_port == 50051
+    assert config.workers.num_expert_workers == 2
+    assert config.model.served_model_name == "m"
+    assert len(config.cluster_token) == 64
+
+
+def test_every_start_draws_its_own_token() -> None:
+    assert config_of().cluster_token != config_of().cluster_token
+
+
+def test_flags_reach_their_section() -> None:
+    config = config_of(
+        *("--port", "1", "--grpc-port", "2", "--dtype", "float32", "--max-model-len", "99"),
+        *("--num-expert-workers", "3", "--num-redundant-experts", "4", "--recovery-slots", "5"),
+        *("--cpus-per-worker", "0.5", "--kv-cache-bytes", "2M", "--transport", "collective"),
+        *("--served-model-name", "x", "--seed", "7", "--max-num-seqs", "8"),
+    )
+    assert (config.gateway.port, config.gateway.grpc_port) == (1, 2)
+    assert (config.model.dtype, config.model.max_model_len) == ("float32", 99)
+    assert config.workers.num_expert_workers == 3
+    assert (config.workers.num_redundant_experts, config.workers.recovery_slots) == (4, 5)
+    assert config.workers.cpus_per_worker == 0.5
+    assert config.engine.kv_cache_bytes == 2 * 1024 * 1024
+    assert config.transport.transport == "collective"
+    assert config.model.served_model_name == "x"
+    assert (config.engine.seed, config.engine.max_num_seqs) == (7, 8)
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
+    environment = {"EXPERTMESH_PORT": "1234", "EXPERTMESH_NUM_EXPERT_WORKERS": "5"}
+    config = config_of("--port", "4321", environment=environment)
+    assert config.gateway.port == 4321
+    assert config.workers.num_expert_workers == 5
+    assert config.gateway.grpc_port == 50051
+
+
+def test_an_empty_variable_counts_as_absent() -> None:
+    assert config_of(environment={"EXPERTMESH_PORT": ""}).gateway.port == 8000
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("EXPERTMESH_PORT", "many"),
+        ("EXPERTMESH_DTYPE", "int3"),
+        ("EXPERTMESH_ALLOW_UNAUTHENTICATED", "perhaps"),
+    ],
+)
+def test_a_bad_variable_is_named(variable: str, value: str) -> None:
+    with pytest.raises(CommandError) as caught:
+        config_of(environment={variable: value})
+    assert caught.value.code == ExitCode.USAGE
+    assert variable in str(caught.value)
+    assert value in str(caught.value)
+
+
+def test_every_target_is_a_setting_of_the_configuration() -> None:
+    data = ClusterConfig.from_dict(config_of().to_dict()).to_dict()
+    for option in OPTIONS:
+        section, _, field = option.target.partition(".")
+        assert not field or field in data[section], option.flag
+
+
+def test_a_short_detection_limit_brings_faster_heartbeats() -> None:
+    assert config_of("--detection-limit-s", "0.4").transport.heartbeat_s == pytest.approx(0.1)
+    assert config_of("--detection-limit-s", "30").transport.heartbeat_s == 0.5
+
+
+def test_keys_of_flag_and_file_add_up(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# people\none\n\n  two  \n")
+    config = config_of("--api-key", "zero", "--api-key-file", str(file))
+    assert config.gateway.api_keys == ("zero", "one", "two")
+
+
+def test_a_key_file_without_keys_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# nobody\n")
+    with pytest.raises(CommandError, match="holds no key"):
+        read_keys(str(file))
+    with pytest.raises(CommandError, match="cannot be read"):
+        read_keys(str(tmp_path / "missing"))
+
+
+def test_a_public_host_needs_keys_or_a_word() -> None:
+    with pytest.raises(CommandError) as caught:
+        config_of("--host", "0.0.0.0")
+    assert caught.value.code == ExitCode.REFUSED
+    assert "--allow-unauthenticated" in str(caught.value)
+    assert config_of("--host", "0.0.0.0", "--allow-unauthenticated").gateway.host == "0.0.0.0"
+    assert config_of("--host", "0.0.0.0", "--api-key", "k").gateway.api_keys == ("k",)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("4096", 4096), ("64M", 64 << 20), ("2GiB", 2 << 30), ("1.5K", 1536), ("3MB", 3 << 20)],
+)
+def test_bytes_are_read_with_units(text: str, number: int) -> None:
+    assert parse_bytes(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "M", "12Q", "-", "one"])
+def test_bad_bytes_are_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_bytes(text)
+
+
+def test_a_chat_template_is_a_file_or_the_text_itself(tmp_path: Path) -> None:
+    file = tmp_path / "t.jinja"
+    file.write_text("{{ messages }}")
+    assert read_template(str(file)) == "{{ messages }}"
+    assert read_template("{% for m in messages %}") == "{% for m in messages %}"
+    with pytest.raises(CommandError, match="cannot be read"):
+        read_template(str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("words", [["--json", "status"], ["status", "--json"]])
+def test_global_options_stand_before_or_after_the_command(words: list[str]) -> None:
+    assert make_parser().parse_args(words).json is True
+
+
+def test_global_options_default_to_off() -> None:
+    args = make_parser().parse_args(["status"])
+    assert (args.json, args.url, args.name, args.timeout, args.verbose) == (
+        False,
+        None,
+        None,
+        None,
+        False,
+    )
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("expertmesh: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.usefixtures("state_home")
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["--mode", "colocated"], 2, "colocated is not available yet"),
+        (["--mode", "auto"], 2, "auto is not available yet"),
+        (["--num-expert-workers", "0"], 2, "num_expert_workers (0) must be at least 1"),
+        (["--port", "99999"], 2, "port (99999)"),
+        (["--host", "0.0.0.0"], 5, "host (0.0.0.0) is public"),
+        (["--host", "no.such.host.invalid"], 5, "no.such.host.invalid"),
+        (["/no/such/folder"], 5, "/no/such/folder is neither a folder nor a hub id"),
+        (["--placement-file", "/no/such/file"], 5, "placement_file (file) cannot be read"),
+        (["--num-expert-workers", "65"], 5, "more workers than can ever have work"),
+        (["--cpus-per-worker", "1000"], 5, "cpus_per_worker (1000) does not fit"),
+        (["--gpus-per-worker", "64"], 5, "gpus_per_worker (64) does not fit"),
+        (["--max-model-len", "10000000"], 5, "max_model_len (10000000) must not exceed"),
+        (["--name", "../x"], 2, "name (../x)"),
+    ],
+)
+def test_impossible_requests_get_one_line(
+    words: list[str], code: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ports = ["--port", "0", "--grpc-port", "0"] if "--port" not in words else []
+    public = words[:1] == ["--host"] and "invalid" in words[1]
+    extra = ["--allow-unauthenticated"] if public else []
+    assert main(["serve", *ports, *extra, *words]) == code
+    assert text in one_line(capsys)
+
+
+@pytest.mark.usefixtures("state_home")
+def test_a_port_in_use_is_refused(
+    busy_port: int, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["serve", "--port", str(busy_port)]) == ExitCode.REFUSED
+    assert f"port ({busy_port}) is in use on 127.0.0.1" in one_line(capsys)
+
+
+@pytest.mark.usefixtures("state_home")
+def test_a_refused_start_leaves_nothing(
+    state_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(Path("/tmp").glob("em-*"))
+    main(["serve", "--port", "0", "--grpc-port", "0", "--num-expert-workers", "65"])
+    capsys.readouterr()
+    assert sorted(Path("/tmp").glob("em-*")) == before
+    assert list((state_home / "expertmesh").iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [[], ["nonsense"], ["serve", "--port", "x"], ["generate"]])
+def test_a_wrong_command_line_is_a_usage_error(words: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == ExitCode.USAGE
+    assert "usage:" in capsys.readouterr().err
