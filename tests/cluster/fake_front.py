@@ -1,0 +1,49 @@
+"""A front process with a fake launcher: ``python -m tests.cluster.fake_front NAME DETACH``.
+
+Prints ``ready`` on stdout, as ``serve`` does, and ends with the outcome's exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from cluster import local_ray, state_file
+from cluster.cli.front import Front, raise_on_signals
+from cluster.cli.progress import Progress
+from cluster.cli.terminal import note, out_line
+from cluster.config import ClusterConfig, ModelSection
+from cluster.launch_plan import LaunchPlan
+
+
+def main() -> int:
+    """Run it."""
+    name, detach = sys.argv[1], sys.argv[2] == "detach"
+    raise_on_signals()
+    state_file.clean_up_dead()
+    folder = local_ray.make_temp_dir()
+    plan = LaunchPlan(
+        command="up" if detach else "serve",
+        name=name,
+        settings="s",
+        config=ClusterConfig(model=ModelSection(path="/m", served_model_name="m")),
+        banks=({"bank": "mlp", "layer": 0, "num_experts": 4},),
+        profile=None,
+        address="",
+        temp_dir=str(folder),
+        num_cpus=2,
+        num_gpus=0,
+    )
+    log = state_file.log_path(name)
+    environment = {**os.environ, **local_ray.common_environment()}
+    module = "tests.cluster.fake_launcher"
+    front = Front(log, environment, lambda: out_line(f"ready {folder}"), module)
+    front.begin(plan)
+    outcome = front.run(Progress(), detach)
+    if outcome.message:
+        note(outcome.message)
+    return outcome.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

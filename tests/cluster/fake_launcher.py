@@ -1,0 +1,66 @@
+"""A launcher whose parts are a sleeping child: ``python -m tests.cluster.fake_launcher``.
+
+``FAKE_PARTS`` in the environment makes it misbehave: ``fail``, ``refuse``, ``crash``, ``slow``
+(a long start), ``stuck`` (an end that never comes), ``lost`` (ready, then lost).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cluster.cluster_parts import ProgressFn
+from cluster.errors import ConfigError, StartError
+from cluster.launch import main
+from cluster.launch_plan import LaunchPlan
+from cluster.orphans import find_by_files, sweep
+from cluster.process import ProcessIdentity
+
+
+class FakeParts:
+    """Stands for Ray by a child with a log in the folder, as Ray's own processes have."""
+
+    def __init__(self, plan: LaunchPlan, progress: ProgressFn) -> None:
+        self._folder = Path(plan.temp_dir)
+        self._progress = progress
+        self._how = os.environ.get("FAKE_PARTS", "")
+
+    def start_ray(self) -> str:
+        self._progress("ray", 0, 0)
+        with (self._folder / "child.log").open("w") as log:
+            command = [sys.executable, "-c", "import time; time.sleep(120)"]
+            subprocess.Popen(command, stdout=log, start_new_session=True)
+        return "127.0.0.1:1"
+
+    def start_services(self) -> None:
+        if self._how == "fail":
+            raise StartError("expert-1", "its disk is on fire")
+        if self._how == "refuse":
+            raise ConfigError("port", 1, "differs")
+        if self._how == "crash":
+            os._exit(9)
+        if self._how == "slow":
+            time.sleep(60)
+        self._progress("weights", 1_000_000, 2_000_000)
+
+    def find_loss(self) -> str | None:
+        return "the controller is lost" if self._how == "lost" else None
+
+    def processes(self) -> list[ProcessIdentity]:
+        return find_by_files(self._folder)
+
+    def stop_services(self) -> None:
+        if self._how == "stuck":
+            time.sleep(60)
+
+    def stop_ray(self) -> None:
+        if self._how == "stuck":
+            time.sleep(60)
+        sweep(self._folder, ())
+
+
+if __name__ == "__main__":
+    main(FakeParts, lambda: None)

@@ -1,0 +1,233 @@
+"""Front process and launcher as real processes; only Ray is replaced by a sleeping child."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster import state_file
+from cluster.cli.down import end_cluster
+from cluster.orphans import find_by_files
+from cluster.process import is_running
+
+pytestmark = pytest.mark.distributed
+
+LIMIT_S = 10.0
+
+
+@dataclass(slots=True)
+class FrontProcess:
+    """One fake front process of a test."""
+
+    child: subprocess.Popen[str]
+    folder: Path = Path()
+
+    def wait_ready(self) -> None:
+        assert self.child.stdout is not None
+        line = self.child.stdout.readline()
+        assert line.startswith("ready "), line
+        self.folder = Path(line.split()[1])
+
+    def end(self, limit_s: float = LIMIT_S) -> tuple[int, str]:
+        """Exit code and stderr."""
+        _, errors = self.child.communicate(timeout=limit_s)
+        return self.child.returncode, errors
+
+
+StartFront = Callable[..., FrontProcess]
+
+
+@pytest.fixture
+def start_front(state_home: Path) -> Iterator[StartFront]:
+    started: list[FrontProcess] = []
+
+    def start(name: str = "one", detach: bool = False, how: str = "") -> FrontProcess:
+        words = [name, "detach" if detach else "stay"]
+        child = subprocess.Popen(
+            [sys.executable, "-m", "tests.cluster.fake_front", *words],
+            env={**os.environ, "FAKE_PARTS": how},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(FrontProcess(child))
+        return started[-1]
+
+    yield start
+    for front in started:
+        front.child.kill()
+        front.child.communicate()
+    for record in state_file.all_records():
+        end_cluster(record, 5.0)
+
+
+def wait_until(is_true: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
+    deadline = time.monotonic() + limit_s
+    while not is_true():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.05)
+
+
+def is_clean(folder: Path) -> bool:
+    return not folder.exists() and find_by_files(folder) == []
+
+
+def launcher_of(name: str) -> psutil.Process:
+    record = state_file.read_record(name)
+    assert record is not None
+    return psutil.Process(record.launcher.pid)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_everything(start_front: StartFront, number: int, code: int) -> None:
+    front = start_front()
+    front.wait_ready()
+    assert find_by_files(front.folder)
+    front.child.send_signal(number)
+    assert front.end()[0] == code
+    assert is_clean(front.folder)
+    assert state_file.read_record("one") is None
+    assert not state_file.log_path("one").exists()
+
+
+def test_sigint_ends_it_also_when_started_with_sigint_ignored(start_front: StartFront) -> None:
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what a shell does for `command &`
+    try:
+        front = start_front()
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    front.wait_ready()
+    front.child.send_signal(signal.SIGINT)
+    assert front.end()[0] == 130
+    assert is_clean(front.folder)
+
+
+def test_a_signal_during_the_start_ends_it(start_front: StartFront) -> None:
+    front = start_front(how="slow")
+    wait_until(lambda: state_file.read_record("one") is not None)
+    record = state_file.read_record("one")
+    assert record is not None
+    folder = Path(record.temp_dir)
+    wait_until(lambda: (folder / "child.log").exists())
+    front.child.send_signal(signal.SIGTERM)
+    assert front.end()[0] == 130
+    assert is_clean(folder)
+
+
+def test_a_second_signal_forces_the_end(start_front: StartFront) -> None:
+    front = start_front(how="stuck")
+    front.wait_ready()
+    began = time.monotonic()
+    front.child.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    front.child.send_signal(signal.SIGTERM)
+    assert front.end()[0] == 0
+    assert time.monotonic() - began < 5.0
+    assert is_clean(front.folder)
+
+
+def test_a_killed_front_process_takes_the_cluster_along(start_front: StartFront) -> None:
+    front = start_front()
+    front.wait_ready()
+    front.child.kill()
+    wait_until(lambda: is_clean(front.folder))
+    wait_until(lambda: state_file.read_record("one") is None)
+
+
+def test_a_killed_launcher_is_cleaned_up_by_the_front_process(start_front: StartFront) -> None:
+    front = start_front()
+    front.wait_ready()
+    launcher_of("one").kill()
+    code, errors = front.end()
+    assert code == 1
+    assert "the launcher ended unexpectedly" in errors
+    assert is_clean(front.folder)
+
+
+def test_a_later_start_cleans_up_when_both_were_killed(start_front: StartFront) -> None:
+    front = start_front()
+    front.wait_ready()
+    launcher = launcher_of("one")
+    os.kill(front.child.pid, signal.SIGSTOP)  # so that neither sees the other die
+    launcher.kill()
+    front.child.kill()
+    front.child.wait()
+    assert find_by_files(front.folder)
+    other = start_front("two")
+    other.wait_ready()
+    assert is_clean(front.folder)
+    assert find_by_files(other.folder)
+
+
+def test_a_failed_start_says_why(start_front: StartFront) -> None:
+    code, errors = start_front(how="fail").end()
+    assert code == 1
+    assert errors == "expert-1 did not start: its disk is on fire\n"
+    assert state_file.read_record("one") is None
+
+
+def test_a_refusal_of_the_launcher_keeps_its_exit_code(start_front: StartFront) -> None:
+    assert start_front(how="refuse").end() == (5, "port (1) differs\n")
+
+
+def test_a_crash_during_the_start_is_cleaned_up(start_front: StartFront) -> None:
+    front = start_front(how="crash")
+    code, errors = front.end()
+    assert code == 1
+    assert str(state_file.log_path("one")) in errors
+    assert state_file.read_record("one") is None
+
+
+def test_a_lost_cluster_ends_the_front_process(start_front: StartFront) -> None:
+    front = start_front(how="lost")
+    front.wait_ready()
+    assert front.end() == (1, "the controller is lost\n")
+    assert is_clean(front.folder)
+
+
+def test_detached_the_cluster_stays_until_down(start_front: StartFront) -> None:
+    front = start_front(detach=True)
+    front.wait_ready()
+    assert front.end()[0] == 0
+    time.sleep(1.0)
+    record = state_file.read_record("one")
+    assert record is not None
+    assert record.is_alive
+    assert record.state == "ready"
+    end_cluster(record, 5.0)
+    assert is_clean(front.folder)
+    assert not is_running(record.launcher)
+    assert state_file.read_record("one") is None
+
+
+def test_down_ends_what_a_killed_launcher_left(start_front: StartFront) -> None:
+    front = start_front(detach=True)
+    front.wait_ready()
+    front.end()
+    record = state_file.read_record("one")
+    assert record is not None
+    os.kill(record.launcher.pid, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(record.launcher.pid, 0)
+    end_cluster(record, 5.0)
+    assert is_clean(front.folder)
+
+
+def test_two_side_by_side(start_front: StartFront) -> None:
+    one, two = start_front("one"), start_front("two")
+    one.wait_ready()
+    two.wait_ready()
+    one.child.send_signal(signal.SIGTERM)
+    assert one.end()[0] == 0
+    assert is_clean(one.folder)
+    assert find_by_files(two.folder)
