@@ -132,15 +132,15 @@ class Engine:
 
     # Requests
 
-    def add_request(self, request: Request) -> None:
-        """Queue a request.
+    def add_request(self, request: Request, received: float | None = None) -> None:
+        """Queue a request that came in at ``received`` (this engine's clock; None is now).
 
         Raises ``RequestError`` for what can never run and ``QueueFullError`` for too much at once;
         then nothing was changed. A newer attempt at a known request replaces the older one.
         """
         self._check(request)
         self.abort(request.request_id)
-        now = self._clock()
+        now = self._clock() if received is None else received
         deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf
         tracks: list[_Track] = []
         for index in range(request.n):
@@ -168,6 +168,10 @@ class Engine:
             if not choices or track.choice.choice in choices:
                 self._scheduler.remove(track.choice)
                 self._forget(track, FinishReason.ABORT)
+
+    def has_request(self, request_id: str) -> bool:
+        """Whether a choice of it waits or runs."""
+        return request_id in self._tracks
 
     @property
     def has_work(self) -> bool:

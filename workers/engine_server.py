@@ -13,6 +13,7 @@ import hmac
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class AddRequest:
 
     gateway: str
     request: Request
+    received: float
+    """Monotonic seconds at which the stream delivered it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +202,7 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         kind = message.WhichOneof("message")
         if kind == "request":
             request = request_from_wire(message.request)
-            self._inbox.put(AddRequest(stream.name, request))
+            self._inbox.put(AddRequest(stream.name, request, time.monotonic()))
         elif kind == "abort":
             abort = message.abort
             self._inbox.put(AbortRequest(stream.name, abort.request_id, tuple(abort.choices)))

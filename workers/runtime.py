@@ -1,0 +1,397 @@
+"""What both kinds of worker have in common: life, control socket, generations, the data thread.
+
+One data thread does all the work: it loads the weights, then turns a loop. Each turn handles what
+the controller sent and, while a generation runs, one step. The control client's thread only hands
+frames over and reads counters.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.config import ClusterConfig
+from cluster.control_frames import (
+    ControlFrame,
+    GenerationReady,
+    Heartbeat,
+    LoadProgress,
+    NewGeneration,
+    PeerLost,
+    Register,
+    RunGeneration,
+    Shutdown,
+    StatusReply,
+    WorkerFailed,
+    WorkerReady,
+)
+from cluster.errors import GenerationChangedError, PeerLostError
+from cluster.placement import ExpertPlacement
+from cluster.topology import Generation, Member
+from workers.checkpoint import Checkpoint, resolve_dtype
+from workers.control_client import ControlClient, Lease
+from workers.dist.collective import CollectiveTransport
+from workers.dist.frames import max_data_bytes
+from workers.dist.handshake import PeerIdentity
+from workers.dist.hub import PeerHub
+from workers.dist.sockets import SocketTransport
+from workers.dist.step_channel import StepChannel
+from workers.dist.transport import DataTransport
+
+logger = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 1.0
+"""Longest time that the loop sleeps without turning."""
+PROGRESS_EVERY_S = 0.2
+"""Shortest time between two reports of loading progress."""
+LEASE_LIMITS = 1.8
+"""Lease in detection limits: below two, so that a silent worker stops before it is forgotten."""
+STOP_TIMEOUT_S = 5.0
+"""Time that the data thread has to end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerArgs:
+    """What a worker is started with; plain data from ``cluster.worker_group``."""
+
+    config: ClusterConfig
+    """The cluster's configuration, with device and shares resolved."""
+    member: Member
+    """Who this worker is."""
+    control_address: str
+    """``host:port`` of the controller's control server."""
+    host: str
+    """Interface that this worker's sockets bind to."""
+    threads: int = 1
+    """Compute threads."""
+    placement: ExpertPlacement | None = None
+    """First placement, where this worker holds experts."""
+    num_slots: int = 0
+    """Expert slots per bank, where this worker holds experts."""
+
+    @classmethod
+    def from_plain(
+        cls,
+        config: Mapping[str, Any],
+        member: Mapping[str, Any],
+        control_address: str,
+        extra: Mapping[str, Any],
+        host: str,
+    ) -> WorkerArgs:
+        """Build from the actor's constructor arguments. Raises ``ConfigError``."""
+        placement = extra.get("placement")
+        return cls(
+            config=ClusterConfig.from_dict(config),
+            member=Member(**member),
+            control_address=control_address,
+            host=host,
+            threads=int(extra.get("threads", 1)),
+            placement=None if placement is None else ExpertPlacement.from_dict(placement),
+            num_slots=int(extra.get("num_slots", 0)),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """What this worker computes on. Ray shows a worker only its own GPU, so it is the first."""
+        return torch.device("cuda:0" if self.config.workers.device == "cuda" else "cpu")
+
+
+class WorkerRuntime(ABC):
+    """One worker without Ray around it. Subclasses add what they load and what a step is."""
+
+    def __init__(self, args: WorkerArgs, on_death: Callable[[str], None]) -> None:
+        """``on_death`` is called on the data thread when the worker cannot go on."""
+        self.args = args
+        self.config = args.config
+        self.member = replace(args.member, pid=os.getpid())
+        self.generation = Generation(number=0, members=())
+        self._on_death = on_death
+        self._hub: PeerHub | None = None
+        self._cleanup = ExitStack()
+        self._frames: deque[ControlFrame] = deque()
+        self._progress = 0
+        self._idle = True
+        self._running = False
+        self._stopping = False
+        self._is_connected = False
+        self._last_commit = time.monotonic()
+        self._reported_at = 0.0
+        self._epoch = 0
+        self._thread = threading.Thread(target=self._main, name=self.member.name, daemon=True)
+
+    # ---- what a kind of worker adds ---------------------------------------------------------
+
+    @abstractmethod
+    def _load(self) -> dict[str, Any]:
+        """Read the weights; returns the facts for ``WorkerReady``."""
+
+    @abstractmethod
+    def _enter(self, generation: Generation, placement: ExpertPlacement) -> None:
+        """Take a generation whose edges are open, and its maps."""
+
+    @abstractmethod
+    def _turn(self) -> None:
+        """Wait for the next step and run it, or return after a wake-up."""
+
+    @abstractmethod
+    def _between_steps(self) -> None:
+        """Work that every turn does first, running or not."""
+
+    def _stats(self) -> dict[str, float]:
+        """Gauges and counters for heartbeats; called on the control thread."""
+        return {}
+
+    def _expert_load(self) -> dict[str, list[int]]:
+        """Tokens per logical expert for status replies; called on the control thread."""
+        return {}
+
+    def _announce(self) -> Member:
+        """Open further listeners before registration; returns the member with its addresses."""
+        return self.member
+
+    @abstractmethod
+    def _fence(self, reason: str) -> None:
+        """The lease ran out: stop serving (control thread)."""
+
+    # ---- life -------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the data thread; returns at once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the loop and wait for it."""
+        self._stopping = True
+        self._interrupt(self.generation.number + 1)
+        self._thread.join(STOP_TIMEOUT_S)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the data thread runs."""
+        return self._thread.is_alive()
+
+    def _main(self) -> None:
+        try:
+            torch.set_num_threads(self.args.threads)
+            self._open()
+            info = self._load()
+            self.control.send(WorkerReady(info=info))
+            while not self._stopping:
+                self._handle_frames()
+                self._between_steps()
+                self._guarded_turn()
+        except Exception as err:
+            logger.exception("%s cannot go on", self.member.name)
+            self._die(f"{type(err).__name__}: {err}")
+        finally:
+            self._cleanup.close()
+
+    def _open(self) -> None:
+        """Reach the controller, read the checkpoint's headers, open the listeners, register."""
+        transport = self.config.transport
+        self.control = self._open_control()
+        self._cleanup.callback(self.control.close)
+        self.checkpoint = Checkpoint(Path(self.config.model.path), self._report_loading)
+        self.family = self.checkpoint.family
+        self.dtype = resolve_dtype(self.config.model.dtype, self.family.config)
+        engine = self.config.engine
+        me = PeerIdentity(
+            name=self.member.name,
+            role=self.member.role,
+            rank=self.member.rank,
+            checkpoint_id=self.checkpoint.checkpoint_id,
+            config_hash=self.config.fingerprint(),
+        )
+        hub = PeerHub(
+            me,
+            self.config.cluster_token,
+            max_data_bytes=max_data_bytes(
+                self.family.banks,
+                engine.max_num_batched_tokens,
+                self.dtype.itemsize,
+                engine.combine_mode,
+            ),
+            host=self.args.host,
+            connect_timeout_s=transport.connect_timeout_s,
+            step_timeout_s=transport.step_timeout_s,
+        )
+        self._hub = hub
+        self._cleanup.callback(hub.close)
+        self.channel = StepChannel(hub, max_prefill_rows=engine.max_num_batched_tokens)
+        self.transport = self._open_transport()
+        self._cleanup.callback(self.transport.close)
+        self.member = replace(self.member, data_address=hub.address)
+        self.member = self._announce()
+        info = {"threads": self.args.threads, "device": str(self.args.device)}
+        info["host"] = socket.gethostname()
+        self.control.send(Register(member=asdict(self.member), info=info))
+
+    def _open_control(self) -> ControlClient:
+        transport = self.config.transport
+        control = ControlClient(
+            self.args.control_address,
+            self.config.cluster_token,
+            self.member.name,
+            self._on_frame,
+            heartbeat=self._heartbeat,
+            status=self._status,
+            heartbeat_s=transport.heartbeat_s,
+            connect_timeout_s=transport.connect_timeout_s,
+            lease=Lease(
+                limit_s=LEASE_LIMITS * transport.detection_limit_s,
+                last_commit=lambda: self._last_commit,
+                on_expired=self._fence,
+            ),
+        )
+        control.start()
+        self._is_connected = True
+        return control
+
+    @property
+    def hub(self) -> PeerHub:
+        """The data-plane sockets. Data thread only, but for ``wake`` and ``interrupt``."""
+        assert self._hub is not None, "the hub is opened before anything uses it"
+        return self._hub
+
+    def _open_transport(self) -> DataTransport:
+        """The transport that the configuration names; ``auto`` is collective on CUDA."""
+        device = self.args.device
+        kind = self.config.transport.transport
+        if kind == "sockets" or (kind == "auto" and device.type == "cpu"):
+            return SocketTransport(
+                self.hub, combine_mode=self.config.engine.combine_mode, device=device
+            )
+        collective = CollectiveTransport(
+            self.hub,
+            backend="nccl" if device.type == "cuda" else "gloo",
+            device=device,
+            host=self.args.host,
+            connect_timeout_s=self.config.transport.connect_timeout_s,
+        )
+        self.member = replace(self.member, store_address=collective.store_address)
+        return collective
+
+    def _die(self, reason: str) -> None:
+        if self._stopping:
+            return
+        if self._is_connected:
+            self.control.send(WorkerFailed(reason=reason))
+            self.control.close()
+        self._on_death(reason)
+
+    # ---- the control thread -----------------------------------------------------------------
+
+    def _on_frame(self, frame: ControlFrame) -> None:
+        """Hand a frame to the data thread, and interrupt its wait where the frame demands it."""
+        self._frames.append(frame)
+        if isinstance(frame, NewGeneration):
+            self._interrupt(int(frame.generation["number"]))
+        elif isinstance(frame, Shutdown):
+            self._interrupt(self.generation.number + 1)
+        elif self._hub is not None:
+            self._hub.wake()
+
+    def _interrupt(self, generation: int) -> None:
+        if self._hub is not None:
+            self._hub.interrupt(generation)
+
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(
+            progress=self._progress,
+            idle=self._idle,
+            generation=self.generation.number,
+            stats=self._stats(),
+        )
+
+    def _status(self) -> StatusReply:
+        return StatusReply(token=0, stats=self._stats(), expert_load=self._expert_load())
+
+    # ---- the data thread --------------------------------------------------------------------
+
+    def _guarded_turn(self) -> None:
+        """One turn; a lost peer or a new generation ends the running of this one."""
+        self._progress += 1
+        try:
+            if self._running:
+                self._turn()
+            else:
+                self._idle = True
+                self.hub.poll(IDLE_WAIT_S)
+        except GenerationChangedError:
+            self._running = False
+        except PeerLostError as err:
+            self._lose(err)
+
+    def _lose(self, err: PeerLostError) -> None:
+        """Tell the controller once; it decides what comes next."""
+        if self._running:
+            logger.warning("%s: step abandoned: %s", self.member.name, err)
+            self.control.send(
+                PeerLost(worker=err.peer, generation=self.generation.number, reason=err.reason)
+            )
+        else:
+            time.sleep(0.001)  # the hub keeps saying so until the next generation
+        self._running = False
+
+    def _handle_frames(self) -> None:
+        while self._frames:
+            frame = self._frames.popleft()
+            if isinstance(frame, NewGeneration):
+                self._take_generation(frame)
+            elif isinstance(frame, RunGeneration):
+                self._run_generation(frame)
+            elif isinstance(frame, Shutdown):
+                self._stopping = True
+
+    def _take_generation(self, frame: NewGeneration) -> None:
+        """Abandon the old generation's step, open the new one's edges, say that we are ready."""
+        generation = Generation.from_dict(frame.generation)
+        if generation.number <= self.generation.number:
+            return
+        self._running = False
+        placement = ExpertPlacement.from_dict(frame.placement)
+        self.generation = generation
+        try:
+            self.hub.apply_generation(generation)
+            self.transport.apply_generation(generation)
+            self._enter(generation, placement)
+        except GenerationChangedError:
+            return
+        except PeerLostError as err:
+            self.control.send(
+                PeerLost(worker=err.peer, generation=generation.number, reason=err.reason)
+            )
+            return
+        self._epoch = placement.epoch
+        self.control.send(
+            GenerationReady(
+                generation=generation.number,
+                highest_step=self.channel.highest_step,
+                highest_epoch=max(self.channel.highest_epoch, placement.epoch),
+            )
+        )
+
+    def _run_generation(self, frame: RunGeneration) -> None:
+        if frame.generation == self.generation.number:
+            self.channel.start_generation(frame.first_step, self._epoch)
+            self._running = True
+
+    def _report_loading(self, loaded_bytes: int, total_bytes: int) -> None:
+        """Progress callback of the loaders."""
+        self._progress += 1
+        now = time.monotonic()
+        if loaded_bytes >= total_bytes or now - self._reported_at >= PROGRESS_EVERY_S:
+            self._reported_at = now
+            self.control.send(LoadProgress(loaded_bytes=loaded_bytes, total_bytes=total_bytes))
