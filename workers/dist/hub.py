@@ -82,6 +82,7 @@ class PeerHub:
         self._lost: dict[str, str] = {}
         self._early: dict[str, Edge] = {}
         self._opening = False
+        self._closed = False
         self._announced = 0
         self._woken = False
         self._selector = selectors.DefaultSelector()
@@ -212,6 +213,7 @@ class PeerHub:
         frame = self._take(edge, want)
         if frame is None:
             self._read(edge)
+            self.check()
             frame = self._take(edge, want)
         while frame is None:
             left = deadline - time.monotonic()
@@ -261,7 +263,10 @@ class PeerHub:
         raise PeerLostError(name, f"protocol error: {reason}")
 
     def close(self) -> None:
-        """Close everything; the hub is not used again."""
+        """Close everything; the hub is not used again. Closing twice does no harm."""
+        if self._closed:
+            return
+        self._closed = True
         self._doorman.close()
         for edge in (*self.edges.values(), *self._early.values()):
             edge.close()

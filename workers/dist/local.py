@@ -81,7 +81,7 @@ class LocalDispatcher:
         else:
             result = outputs.new_zeros(num_rows * top_k, outputs.shape[1])
             result[pairs] = outputs
-            result = result.view(num_rows, top_k, -1)
+            result = result.view(num_rows, top_k, outputs.shape[1])
         return LocalHandle(
             bank=spec, exchange=exchange, micro_batch=micro_batch, num_rows=num_rows, result=result
         )

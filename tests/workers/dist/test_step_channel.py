@@ -1,0 +1,225 @@
+"""The step protocol between real hubs: headers, the doorbell, idling, nonsense."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cluster.errors import GenerationChangedError, PeerLostError
+from cluster.topology import Generation, Member
+from tests.workers.dist.mesh import make_hub
+from workers.dist.frames import FrameHeader, FrameKind
+from workers.dist.header import Grant, StepHeader, StepProposal
+from workers.dist.hub import PeerHub
+from workers.dist.step_channel import StepChannel
+
+
+class Cluster:
+    """A attention and E expert channels of one generation."""
+
+    def __init__(self, num_attention: int, num_experts: int) -> None:
+        self.hubs = [make_hub("attention", r) for r in range(num_attention)]
+        self.hubs += [make_hub("expert", r) for r in range(num_experts)]
+        self.channels = [StepChannel(h, max_prefill_rows=64) for h in self.hubs]
+        self.pool = ThreadPoolExecutor(len(self.hubs))
+        self.start(1, self.hubs, first_step=1)
+
+    def start(self, number: int, hubs: list[PeerHub], first_step: int) -> None:
+        """What NewGeneration and RunGeneration do."""
+        members = tuple(
+            Member(name=h.me.name, role=h.me.role, rank=h.me.rank, data_address=h.address)
+            for h in hubs
+        )
+        generation = Generation(number=number, members=members)
+        for future in [self.pool.submit(h.apply_generation, generation) for h in hubs]:
+            future.result(10)
+        for hub, channel in zip(self.hubs, self.channels, strict=True):
+            if hub in hubs:
+                channel.start_generation(first_step, epoch=number)
+
+    def wait_all(self, timeout_s: float = 5.0) -> list[StepHeader | None]:
+        futures = [self.pool.submit(c.wait, timeout_s) for c in self.channels]
+        return [f.result(10) for f in futures]
+
+    def close(self) -> None:
+        for hub in self.hubs:
+            hub.close()
+        self.pool.shutdown()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    made = Cluster(2, 2)
+    yield made
+    made.close()
+
+
+def test_everyone_gets_the_same_header_once_all_have_reported(cluster: Cluster) -> None:
+    leader, other = cluster.channels[:2]
+    assert leader.is_leader
+    assert not other.is_leader
+    leader.propose(3, 0)
+    assert leader.wait(0.05) is None
+    other.propose(1, 5)
+    headers = cluster.wait_all()
+    assert headers[0] is not None
+    assert headers.count(headers[0]) == 4
+    assert headers[0].grants == (
+        (0, Grant(decode_rows=3)),
+        (1, Grant(decode_rows=1, prefill_rows=5)),
+    )
+    assert (headers[0].step, headers[0].epoch, headers[0].exact) == (1, 1, True)
+    assert [c.next_step for c in cluster.channels] == [2, 2, 2, 2]
+
+
+def test_steps_are_numbered_on_and_on(cluster: Cluster) -> None:
+    for step in range(1, 30):
+        cluster.channels[0].propose(step % 3, 0)
+        cluster.channels[1].propose(1, 0)
+        headers = cluster.wait_all()
+        assert [h.step for h in headers if h] == [step] * 4
+    assert cluster.channels[3].highest_step == 29
+    assert cluster.channels[3].highest_epoch == 1
+
+
+def test_nobody_steps_while_nobody_has_work(cluster: Cluster) -> None:
+    cluster.channels[0].propose(0, 0)
+    cluster.channels[1].propose(0, 0)
+    before = [h.num_wakeups for h in cluster.hubs]
+    assert cluster.wait_all(0.3) == [None] * 4
+    woken = [h.num_wakeups - b for h, b in zip(cluster.hubs, before, strict=True)]
+    assert max(woken) <= 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_doorbell_starts_a_step_at_once(cluster: Cluster, rank: int) -> None:
+    for channel in cluster.channels[:2]:
+        channel.propose(0, 0)
+    rung: list[float] = []
+
+    def ring() -> None:
+        rung.append(time.monotonic())
+        cluster.hubs[rank].wake()
+
+    def attention(index: int) -> StepHeader | None:
+        channel = cluster.channels[index]
+        header = channel.wait(5.0)
+        if header is None and index == rank:
+            channel.propose(0, 7)
+            header = channel.wait(5.0)
+        return header
+
+    futures = [cluster.pool.submit(attention, i) for i in (0, 1)]
+    futures += [cluster.pool.submit(c.wait, 5.0) for c in cluster.channels[2:]]
+    threading.Timer(0.2, ring).start()
+    headers = [f.result(10) for f in futures]
+    assert all(h is not None and h.grant(rank) == Grant(prefill_rows=7) for h in headers)
+    assert time.monotonic() - rung[0] < 0.5
+
+
+def test_a_proposal_that_crosses_the_header_waits_for_the_next_step(cluster: Cluster) -> None:
+    leader, other = cluster.channels[:2]
+    other.propose(0, 0)
+    leader.propose(2, 0)
+    assert leader.wait(5.0) is not None  # published with other's zero rows
+    other.propose(0, 9)  # too late for step 1
+    header = other.wait(5.0)
+    assert header is not None
+    assert header.grant(1) == Grant()
+    leader.propose(0, 0)
+    other.propose(0, 9)
+    headers = [leader.wait(5.0), other.wait(5.0)]
+    assert all(h is not None and h.grant(1) == Grant(prefill_rows=9) for h in headers)
+
+
+def test_wake_ends_a_wait_without_a_header(cluster: Cluster) -> None:
+    channel = cluster.channels[2]
+    start = time.monotonic()
+    threading.Timer(0.1, cluster.hubs[2].wake).start()
+    assert channel.wait(5.0) is None
+    assert time.monotonic() - start < 1.0
+
+
+def test_a_wake_before_the_wait_is_not_lost(cluster: Cluster) -> None:
+    cluster.hubs[0].wake()
+    start = time.monotonic()
+    assert cluster.channels[0].wait(5.0) is None
+    assert time.monotonic() - start < 1.0
+
+
+def test_interrupt_and_loss_end_a_wait(cluster: Cluster) -> None:
+    threading.Timer(0.1, cluster.hubs[2].interrupt).start()
+    with pytest.raises(GenerationChangedError):
+        cluster.channels[2].wait(5.0)
+    cluster.hubs[3].close()
+    with pytest.raises(PeerLostError, match="expert-1"):
+        cluster.channels[0].wait(5.0)
+
+
+def test_a_new_generation_has_a_new_leader_and_goes_on_above(cluster: Cluster) -> None:
+    for channel in cluster.channels[:2]:
+        channel.propose(1, 0)
+    assert None not in cluster.wait_all()
+    cluster.channels[1].propose(4, 0)  # of the old generation: forgotten
+    cluster.start(2, cluster.hubs[1:], first_step=8)
+    leader = cluster.channels[1]
+    assert leader.is_leader
+    assert leader.wait(0.05) is None
+    leader.propose(2, 0)
+    headers = [c.wait(5.0) for c in cluster.channels[1:]]
+    assert all(h is not None and (h.generation, h.step, h.epoch) == (2, 8, 2) for h in headers)
+    assert headers[0] is not None
+    assert headers[0].grants == ((1, Grant(decode_rows=2)),)
+
+
+def send(hub: PeerHub, name: str, kind: FrameKind, data: bytes, step: int = 1) -> None:
+    hub.send(name, FrameHeader(kind, 1, step, length=len(data)), [data])
+
+
+def make_proposal(**changes: int) -> StepProposal:
+    values = {"generation": 1, "step": 1, "rank": 1, "decode_rows": 1, "prefill_rows": 0}
+    return StepProposal(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("data", "step", "reason"),
+    [
+        (b"short", 1, "step proposal of 5 bytes"),
+        (make_proposal(rank=0).encode(), 1, "rank 0 from attention-1"),
+        (make_proposal(step=9).encode(), 9, "step 9: must be 1"),
+        (make_proposal(step=2).encode(), 1, "different steps"),
+    ],
+)
+def test_a_wrong_proposal_closes_the_edge(
+    cluster: Cluster, data: bytes, step: int, reason: str
+) -> None:
+    send(cluster.hubs[1], "attention-0", FrameKind.PROPOSAL, data, step)
+    with pytest.raises(PeerLostError, match=reason):
+        cluster.channels[0].wait(5.0)
+
+
+@pytest.mark.parametrize(
+    ("sender", "ranks", "step", "reason"),
+    [
+        (1, (0, 1), 1, "from attention-1, which does not lead"),
+        (0, (0, 1), 3, "step header 3: must be 1"),
+        (0, (0, 1, 2), 1, "grants ranks"),
+    ],
+)
+def test_a_wrong_header_closes_the_edge(
+    cluster: Cluster, sender: int, ranks: tuple[int, ...], step: int, reason: str
+) -> None:
+    header = StepHeader(
+        generation=1,
+        step=step,
+        epoch=1,
+        oldest_epoch=1,
+        grants=tuple((r, Grant(decode_rows=1)) for r in ranks),
+    )
+    send(cluster.hubs[sender], "expert-0", FrameKind.HEADER, header.encode(), step)
+    with pytest.raises(PeerLostError, match=reason):
+        cluster.channels[2].wait(5.0)
