@@ -20,7 +20,8 @@ from cluster.errors import ConfigError, ExpertMeshError, StartError
 from cluster.launch_plan import LaunchPlan
 from cluster.local_ray import PrivateRay, join
 from cluster.process import ProcessIdentity
-from cluster.worker_entries import AttentionWorkerEntry, ExpertWorkerEntry
+from workers.attention_worker import AttentionWorker
+from workers.expert_worker import ExpertWorker
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ class ClusterParts:
         from cluster.ray_tools import words_of
         from cluster.worker_group import WorkerGroup
 
-        group = WorkerGroup(attention_class=AttentionWorkerEntry, expert_class=ExpertWorkerEntry)
+        group = WorkerGroup(attention_class=AttentionWorker, expert_class=ExpertWorker)
         self._controller = create_controller(group)
         config = self._plan.config.to_dict()
         call = self._controller.start.remote(config, list(self._plan.banks), self._plan.profile)

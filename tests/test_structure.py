@@ -40,7 +40,6 @@ ROOTS = frozenset(
         "hub",
         "checkpoint_check",
         "end_joined",
-        "worker_entries",
     )
 )
 """The composition root, with ``cluster.cli``: may import everything."""

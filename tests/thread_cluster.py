@@ -30,9 +30,9 @@ from cluster.resources import NodeResources, WorkerShare
 from cluster.topology import Member, Role
 from protos import engine_pb2 as pb
 from protos import engine_pb2_grpc
-from workers.attention_worker import AttentionRuntime
+from workers.attention_runtime import AttentionRuntime
 from workers.checkpoint import Checkpoint
-from workers.expert_worker import ExpertRuntime
+from workers.expert_runtime import ExpertRuntime
 from workers.request import FinishReason, Request, TokenOutput
 from workers.runtime import WorkerArgs, WorkerRuntime
 from workers.wire import request_to_wire, step_from_wire

@@ -1,15 +1,21 @@
-"""What both kinds of worker actor share: a runtime, and an end that nobody can miss."""
+"""What both kinds of worker actor share: a runtime, and an end that nobody can miss.
+
+The runtime is imported in the worker's own process: an actor class travels as a reference to its
+module, and the launcher and the controller that touch it shall not have to import torch.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from workers.runtime import WorkerArgs, WorkerRuntime
+if TYPE_CHECKING:
+    from workers.runtime import OnDeath, WorkerArgs, WorkerRuntime
 
 logger = logging.getLogger(__name__)
 
@@ -17,10 +23,8 @@ EXIT_CODE = 1
 """Exit code of a worker that could not go on."""
 
 
-class WorkerActor:
+class WorkerActor(ABC):
     """Thin Ray shell around a runtime. Everything but start and stop goes over sockets."""
-
-    runtime_class: ClassVar[type[WorkerRuntime]]
 
     def __init__(
         self,
@@ -29,9 +33,15 @@ class WorkerActor:
         control_address: str,
         extra: Mapping[str, Any],
     ) -> None:
+        from workers.runtime import WorkerArgs
+
         host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         args = WorkerArgs.from_plain(config, member, control_address, extra, host)
-        self._runtime = self.runtime_class(args, _die)
+        self._runtime = self._make_runtime(args, _die)
+
+    @abstractmethod
+    def _make_runtime(self, args: WorkerArgs, on_death: OnDeath) -> WorkerRuntime:
+        """Import and build what runs here."""
 
     def start(self) -> None:
         """Begin to load and to serve; returns at once."""

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import grpc
 
@@ -60,6 +60,28 @@ class GatewayGone:
     """A gateway's stream ended: nobody waits for its requests any more."""
 
     gateway: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineFacts:
+    """What a gateway must know of the engine before it can validate a request."""
+
+    worker: str
+    """Name of the attention worker."""
+    generation: int
+    """Generation it follows."""
+    max_model_len: int
+    """Context limit in tokens; 0 while the weights load."""
+    vocab_size: int
+    """Token ids are below it."""
+    eos_token_ids: tuple[int, ...]
+    """Tokens that end an output."""
+    max_kv_tokens: int
+    """Tokens that the whole KV pool holds; 0 while the weights load."""
+    dtype: str
+    """Compute type."""
+    model_type: str
+    """Family."""
 
 
 Command = AddRequest | AbortRequest | GatewayGone
@@ -118,16 +140,16 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         host: interface to bind to.
         token: cluster token that every stream must open with.
         inbox: where requests and aborts go.
-        hello: builds the answer to a gateway's hello, with the model's limits.
+        facts: tells the model's limits, for the answer to a gateway's hello.
     """
 
     def __init__(
-        self, host: str, token: str, inbox: Inbox, hello: Callable[[], pb.EngineHello]
+        self, host: str, token: str, inbox: Inbox, facts: Callable[[], EngineFacts]
     ) -> None:
         self._host = host
         self._token = token
         self._inbox = inbox
-        self._hello = hello
+        self._facts = facts
         self._streams: dict[str, _GatewayStream] = {}
         self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
@@ -169,7 +191,7 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         self._streams[name] = stream
         reader = asyncio.create_task(self._read(request_iterator, stream))
         try:
-            yield pb.FromEngine(hello=self._hello())
+            yield pb.FromEngine(hello=pb.EngineHello(**asdict(self._facts())))
             while (message := await stream.queue.get()) is not None:
                 yield message
         finally:

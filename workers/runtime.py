@@ -52,6 +52,8 @@ from workers.dist.transport import DataTransport
 
 logger = logging.getLogger(__name__)
 
+OnDeath = Callable[[str], None]
+"""Called with the reason, on the data thread, when a worker cannot go on."""
 IDLE_WAIT_S = 1.0
 """Longest time that the loop sleeps without turning."""
 PROGRESS_EVERY_S = 0.2
@@ -111,8 +113,7 @@ class WorkerArgs:
 class WorkerRuntime(ABC):
     """One worker without Ray around it. Subclasses add what they load and what a step is."""
 
-    def __init__(self, args: WorkerArgs, on_death: Callable[[str], None]) -> None:
-        """``on_death`` is called on the data thread when the worker cannot go on."""
+    def __init__(self, args: WorkerArgs, on_death: OnDeath) -> None:
         self.args = args
         self.config = args.config
         self.member = replace(args.member, pid=os.getpid())

@@ -1,0 +1,70 @@
+"""The expert worker: expert slots and nothing else. No request has any state here."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from cluster.placement import ExpertPlacement
+from cluster.topology import Generation
+from workers.dist.expert_server import ExpertServer
+from workers.experts.slots import ExpertSlots
+from workers.runtime import IDLE_WAIT_S, WorkerRuntime
+
+
+class ExpertRuntime(WorkerRuntime):
+    """Loads the experts that the placement gives its device, and serves steps with them."""
+
+    _busy_s = 0.0
+    _num_steps = 0
+    _server: ExpertServer | None = None
+
+    def _load(self) -> dict[str, Any]:
+        placement = self.args.placement
+        assert placement is not None, "an expert worker is started with a placement"
+        device = self.args.device
+        slots = ExpertSlots(self.family.banks, self.args.num_slots, self.dtype, device)
+        slots.load_placement(placement, self.member.device, self.checkpoint)
+        self._server = ExpertServer(
+            self.transport,
+            slots,
+            self.family.banks,
+            device_index=self.member.device,
+            combine_mode=self.config.engine.combine_mode,
+            dtype=self.dtype,
+            device=device,
+        )
+        return {"dtype": str(self.dtype).removeprefix("torch."), "num_slots": self.args.num_slots}
+
+    def _fence(self, reason: str) -> None:
+        """Nothing: it serves only steps of a leader, and that one has a lease of its own."""
+
+    def _between_steps(self) -> None:
+        """Nothing: no request has any state here."""
+
+    def _enter(self, generation: Generation, placement: ExpertPlacement) -> None:
+        assert self._server is not None
+        self._server.set_placement(placement, generation)
+
+    def _turn(self) -> None:
+        assert self._server is not None
+        self._idle = True
+        header = self.channel.wait(IDLE_WAIT_S)
+        self._idle = False
+        if header is None:
+            return
+        started = time.monotonic()
+        self._server.run_step(header)
+        self._last_commit = time.monotonic()
+        self._busy_s += self._last_commit - started
+        self._num_steps += 1
+
+    def _stats(self) -> dict[str, float]:
+        server = self._server
+        tokens = sum(int(c.sum()) for c in server.token_counts) if server is not None else 0
+        return {
+            "expert_worker_tokens_total": float(tokens),
+            "expert_worker_busy_seconds_total": self._busy_s,
+            "expert_worker_slots": float(self.args.num_slots),
+            "steps_total": float(self._num_steps),
+        }
