@@ -1,0 +1,229 @@
+"""Whole clusters for tests: in one process (threads for actors), or on a running Ray.
+
+Both use the real controller, control sockets, handshakes, edges, step headers and engine stream.
+The threads make layout matrices run in seconds; Ray adds real processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster.config import (
+    ClusterConfig,
+    EngineSection,
+    ModelSection,
+    TransportSection,
+    WorkersSection,
+)
+from cluster.controller_actor import ControllerActor, create_controller
+from cluster.ray_tools import end_leftovers
+from cluster.resources import NodeResources, WorkerShare
+from cluster.topology import Member, Role
+from cluster.worker_group import WorkerGroup
+from tests.engine_stream import TIMEOUT_S, TOKEN, EngineStream
+from workers.attention_runtime import AttentionRuntime
+from workers.attention_worker import AttentionWorker
+from workers.checkpoint import Checkpoint
+from workers.expert_runtime import ExpertRuntime
+from workers.expert_worker import ExpertWorker
+from workers.runtime import WorkerArgs, WorkerRuntime
+
+
+def make_config(
+    checkpoint: Path,
+    num_attention: int = 1,
+    num_experts: int = 2,
+    *,
+    workers: Mapping[str, Any] | None = None,
+    engine: Mapping[str, Any] | None = None,
+    transport: Mapping[str, Any] | None = None,
+    **model: Any,
+) -> ClusterConfig:
+    """A configuration with sections overridden by name."""
+    pools = {"num_attention_workers": num_attention, "num_expert_workers": num_experts}
+    return ClusterConfig(
+        model=ModelSection(path=str(checkpoint), served_model_name="model", **model),
+        workers=WorkersSection(**(pools | dict(workers or {}))),
+        engine=EngineSection(**({"kv_cache_bytes": 16 << 20} | dict(engine or {}))),
+        transport=TransportSection(**({"detection_limit_s": 20.0} | dict(transport or {}))),
+        cluster_token=TOKEN,
+    )
+
+
+class ServingCluster(ABC):
+    """One cluster, seen through its controller."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the controller actor and wait for its result."""
+
+    def start(self) -> None:
+        """Start all workers and wait until they serve. Raises ``RuntimeError`` with the error."""
+        banks = [
+            {"bank": b.bank, "layer": b.layer, "num_experts": b.num_experts}
+            for b in Checkpoint(Path(self.config.model.path)).family.banks
+        ]
+        self._call("start", self.config.to_dict(), banks)
+        self.wait(lambda s: s["state"] in ("SERVING", "STOPPED"))
+        if self.snapshot()["state"] == "STOPPED":
+            raise RuntimeError(self.snapshot()["error"])
+
+    def snapshot(self, fresh: bool = False) -> dict[str, Any]:
+        """The controller's snapshot."""
+        snapshot: dict[str, Any] = self._call("snapshot", fresh)
+        return snapshot
+
+    def wait(self, is_so: Callable[[dict[str, Any]], bool], fresh: bool = False) -> dict[str, Any]:
+        """Wait until a snapshot is as asked for."""
+        deadline = time.monotonic() + TIMEOUT_S
+        snapshot = self.snapshot(fresh)
+        while not is_so(snapshot):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"never so: {snapshot}")
+            known = snapshot["version"]
+            snapshot = self.snapshot(True) if fresh else self._call("wait_snapshot", known, 1.0)
+        return snapshot
+
+    def worker(self, name: str) -> dict[str, Any]:
+        """One worker's entry in the snapshot."""
+        (entry,) = [w for w in self.snapshot()["workers"] if w["name"] == name]
+        found: dict[str, Any] = entry
+        return found
+
+    def stream(self, rank: int = 0) -> EngineStream:
+        """A new engine stream to one attention worker."""
+        return EngineStream(self.worker(f"attention-{rank}")["engine_address"])
+
+    def blocks_in_use(self) -> int:
+        """KV blocks of all attention workers that somebody holds now."""
+        workers = [w for w in self.snapshot(fresh=True)["workers"] if w["role"] == "attention"]
+        return sum(w["kv_blocks_total"] - w["kv_blocks_free"] for w in workers)
+
+    def stop(self) -> None:
+        """End everything."""
+        self._call("stop")
+
+
+class ThreadCluster(ServingCluster):
+    """The controller in an event loop of its own, workers as threads."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        super().__init__(config)
+        self.group = ThreadWorkerGroup()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._actor: ControllerActor = self._wait_for(self._make_actor())
+
+    def stop(self) -> None:
+        super().stop()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(TIMEOUT_S)
+        self._loop.close()
+
+    async def _make_actor(self) -> ControllerActor:
+        return ControllerActor(self.group)
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return self._wait_for(getattr(self._actor, method)(*arguments))
+
+    def _wait_for(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(TIMEOUT_S)
+
+
+class ThreadWorkerGroup:
+    """``WorkerGroupLike`` whose workers are threads of this process."""
+
+    def __init__(self) -> None:
+        self.runtimes: dict[str, WorkerRuntime] = {}
+        self.deaths: list[str] = []
+
+    def resources(self) -> tuple[NodeResources, ...]:
+        return (NodeResources(node_id="here", address="127.0.0.1", cpus=2.0),)
+
+    def free_cpus(self) -> float:
+        return 2.0
+
+    def address(self) -> str:
+        return "127.0.0.1"
+
+    async def reserve(
+        self, num_attention: int, num_experts: int, share: WorkerShare, limit_s: float
+    ) -> tuple[Member, ...]:
+        roles: list[tuple[Role, int]] = [
+            *(("attention", i) for i in range(num_attention)),
+            *(("expert", i) for i in range(num_experts)),
+        ]
+        return tuple(
+            Member(name=f"{role}-{i}", role=role, rank=i, device=i if role == "expert" else -1)
+            for role, i in roles
+        )
+
+    async def start(
+        self,
+        members: Sequence[Member],
+        config: Mapping[str, Any],
+        control_address: str,
+        extras: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        for member in members:
+            kind = AttentionRuntime if member.role == "attention" else ExpertRuntime
+            args = WorkerArgs.from_plain(
+                config, asdict(member), control_address, extras[member.name], "127.0.0.1"
+            )
+            runtime = kind(args, self.deaths.append)
+            self.runtimes[member.name] = runtime
+            runtime.start()
+
+    async def watch(
+        self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
+    ) -> None:
+        return None
+
+    async def end(self, names: Sequence[str]) -> None:
+        for name in names:
+            runtime = self.runtimes.pop(name, None)
+            if runtime is not None:
+                await asyncio.to_thread(runtime.stop)
+
+    async def end_all(self) -> None:
+        await self.end(list(self.runtimes))
+
+
+class RayCluster(ServingCluster):
+    """Real actors on the Ray that this process is connected to."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        super().__init__(config)
+        group = WorkerGroup(attention_class=AttentionWorker, expert_class=ExpertWorker)
+        self._actor = create_controller(group)
+
+    def stop(self) -> None:
+        super().stop()
+        end_leftovers()
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return ray.get(getattr(self._actor, method).remote(*arguments), timeout=TIMEOUT_S)
+
+
+@contextmanager
+def serving(cluster: ServingCluster) -> Iterator[ServingCluster]:
+    """Start a cluster, end it afterwards."""
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
