@@ -42,6 +42,7 @@ class CheckpointCheck:
         self._child = subprocess.Popen(
             [sys.executable, "-m", "cluster.checkpoint_check", str(folder)],
             env=dict(environment),
+            cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ConfigError, ExpertMeshError, StartError
-from cluster.launch_plan import LaunchPlan
+from cluster.launch_plan import LaunchPlan, check_ports
 from cluster.local_ray import PrivateRay, join
 from cluster.process import ProcessIdentity
 from workers.attention_worker import AttentionWorker
@@ -235,25 +235,32 @@ def _check_joined(plan: LaunchPlan) -> None:
 
     Raises ``ConfigError``.
     """
-    import ray
-    from ray import serve
-
     from cluster.ray_tools import cluster_nodes, free_resources, our_actors
     from cluster.start_plan import plan_start
 
     if our_actors():
         raise ConfigError("address", plan.address, "already runs an expertmesh cluster")
-    with contextlib.suppress(ValueError):
-        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-        client: Any = serve.context._get_global_client()
-        port = client.get_serve_details()["http_options"]["port"]
-        if port != plan.config.gateway.port:
-            raise ConfigError(
-                "port",
-                plan.config.gateway.port,
-                f"differs from {port}, the one HTTP port of Serve on the joined Ray cluster",
-            )
+    section = plan.config.gateway
+    port = _serve_port()
+    if port is None:
+        check_ports(section.host, {"port": section.port})
+    elif port != section.port:
+        rule = f"differs from {port}, the one HTTP port of Serve on the joined Ray cluster"
+        raise ConfigError("port", section.port, rule)
     plan_start(plan.config, list(plan.banks), cluster_nodes(), free_resources().get("CPU", 0.0))
+
+
+def _serve_port() -> int | None:
+    """HTTP port of the Serve that runs on the connected Ray cluster; None without Serve."""
+    import ray
+    from ray import serve
+
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return None
+    client: Any = serve.context._get_global_client()
+    return int(client.get_serve_details()["http_options"]["port"])
 
 
 def _attempt(what: str, action: Callable[[], Any]) -> None:

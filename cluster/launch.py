@@ -98,6 +98,7 @@ class Launcher:
         self._parts = make_parts(plan, self._progress)
         self._stop = threading.Event()
         self._is_starting = True
+        self._stage = ""
 
     def run(self) -> int:
         """Start, wait for the end, stop; the exit status."""
@@ -132,6 +133,7 @@ class Launcher:
         self._parts.start_services()
         self._record("ready", address)
         self._is_starting = False
+        logger.info("ready")
         self._events.send("ready", http=self._plan.http_url, grpc=self._plan.grpc_target)
 
     def _watch(self) -> int:
@@ -155,6 +157,9 @@ class Launcher:
         self._events.send("stopped")
 
     def _progress(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            logger.info("stage %s", stage)
         self._events.send("progress", stage=stage, done=done, total=total)
 
     def _record(self, state: RecordState, address: str) -> None:

@@ -55,6 +55,9 @@ def private_environment(folder: Path) -> dict[str, str]:
         **common_environment(),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        # Ray replaces a loopback address by the host's own, unless clusters are switched off by
+        # this (named after where that is the default): then node and workers are on 127.0.0.1.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
 
 
@@ -74,7 +77,7 @@ def common_environment() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrivateRay:
-    """The Ray of one cluster, running in and below this process."""
+    """The Ray of one cluster, running in and below this process, on the loopback interface."""
 
     folder: Path
     """From ``make_temp_dir``; removed by ``stop``."""

@@ -93,6 +93,7 @@ class Front:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", module],
                 env=dict(environment),
+                cwd="/",  # Ray puts it on the workers' import path: no folder of the user's there
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

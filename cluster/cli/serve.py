@@ -102,7 +102,7 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
     values = collect(args, os.environ)
     address = _ray_address(values)
     _refuse_unbuilt(values)
-    _check_early(values)
+    _check_early(values, is_private=not address)
     progress = Progress()
     model = find_model(args.model or os.environ.get("EXPERTMESH_MODEL"), note)
     config = build_config(values, model)
@@ -128,12 +128,15 @@ def _refuse_unbuilt(values: dict[str, Any]) -> None:
         raise CommandError(ExitCode.USAGE, message)
 
 
-def _check_early(values: dict[str, Any]) -> None:
-    """Ports and the shape of every setting, before a model is looked for or fetched."""
-    config = build_config(dict(values), ModelSource(folder=Path(), name="model"))
-    section = config.gateway
+def _check_early(values: dict[str, Any], is_private: bool) -> None:
+    """Ports and the shape of every setting, before a model is looked for or fetched.
+
+    On a joined Ray cluster the HTTP port may be its own Serve's: the launcher looks at that.
+    """
+    section = build_config(dict(values), ModelSource(folder=Path(), name="model")).gateway
+    ports = {"port": section.port} if is_private else {}
     try:
-        check_ports(section.host, {"port": section.port, "grpc_port": section.grpc_port})
+        check_ports(section.host, {**ports, "grpc_port": section.grpc_port})
     except ConfigError as err:
         raise CommandError(ExitCode.REFUSED, str(err)) from err
 
@@ -160,6 +163,9 @@ def build_config(values: dict[str, Any], model: ModelSource) -> ClusterConfig:
     sections["gateway"]["api_keys"] = keys
     if "chat_template" in sections["model"]:
         sections["model"]["chat_template"] = read_template(sections["model"]["chat_template"])
+    if "placement_file" in sections["workers"]:
+        path = Path(sections["workers"]["placement_file"])
+        sections["workers"]["placement_file"] = str(path.absolute())
     limit = sections["transport"].get("detection_limit_s")
     if limit is not None and limit > 0:
         sections["transport"]["heartbeat_s"] = min(0.5, limit / _HEARTBEATS_PER_LIMIT)
