@@ -52,6 +52,7 @@ class Stack:
         self.gateway: Gateway
         self.engines: EnginePool
         self.url = ""
+        self.http: httpx.Client
         self.grpc_target = ""
         self._closers: list[Callable[[], Coroutine[Any, Any, None]]] = []
 
@@ -80,6 +81,7 @@ class Stack:
         """Start it all; with ``serving`` wait until it is ready."""
         self._thread.start()
         self.run(self._start())
+        self.http = httpx.Client(base_url=self.url, timeout=WAIT_S, verify=False)
         if serving:
             self.serve()
 
@@ -91,6 +93,7 @@ class Stack:
 
     def stop(self) -> None:
         """End it all."""
+        self.http.close()
         for closer in reversed(self._closers):
             self.run(closer())
         self.loop.call_soon_threadsafe(self.loop.stop)
@@ -169,7 +172,7 @@ def running_stack(
 
 def post(stack: Stack, path: str, **fields: Any) -> httpx.Response:
     """Send a JSON body."""
-    return httpx.post(stack.url + path, json=fields, timeout=WAIT_S)
+    return stack.http.post(path, json=fields)
 
 
 def complete(stack: Stack, **fields: Any) -> dict[str, Any]:

@@ -1,0 +1,337 @@
+"""The gRPC service: the same requests, the same answers, rich errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import json_format
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from cluster.config import GatewaySection
+from protos import inference_pb2 as pb
+from protos import types_pb2
+from protos.inference_pb2_grpc import InferenceStub
+from tests.gateway.fakes import BACKEND, EOS, EOS_ID, MAX_MODEL_LEN, VOCAB_SIZE, saying
+from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, post, running_stack
+
+HELLO = BACKEND.encode("hello world").ids
+
+
+@pytest.fixture
+def stub(stack: Stack) -> Iterator[InferenceStub]:
+    """A client of the shared gateway."""
+    with grpc.insecure_channel(stack.grpc_target) as channel:
+        yield InferenceStub(channel)
+
+
+def request_of(**fields: Any) -> pb.GenerateRequest:
+    """A message from plain data."""
+    return json_format.ParseDict(fields, pb.GenerateRequest())
+
+
+def failure(call: Any) -> tuple[grpc.StatusCode, str, dict[str, Any]]:
+    """Code, message and details of a call that must fail."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    error: Any = caught.value
+    raw = dict(error.trailing_metadata())["grpc-status-details-bin"]
+    status = status_pb2.Status.FromString(raw)
+    assert status.code == error.code().value[0]
+    details: dict[str, Any] = {}
+    for packed in status.details:
+        for kind in (
+            error_details_pb2.ErrorInfo,
+            error_details_pb2.BadRequest,
+            error_details_pb2.RetryInfo,
+            error_details_pb2.RequestInfo,
+        ):
+            detail: Any = kind()
+            if packed.Unpack(detail):
+                details[kind.DESCRIPTOR.name] = detail
+    return error.code(), error.details(), details
+
+
+SAMPLING = {"max_tokens": 6, "seed": "3"}
+
+
+@pytest.mark.parametrize(
+    ("message", "http"),
+    [
+        ({"text": "hello", "sampling_params": SAMPLING}, {"prompt": "hello"}),
+        ({"token_ids": {"ids": HELLO}, "sampling_params": SAMPLING}, {"prompt": HELLO}),
+        (
+            {
+                "text": "hello",
+                "sampling_params": {**SAMPLING, "n": 2},
+                "output_options": {"logprobs": 2, "echo": True},
+            },
+            {"prompt": "hello", "n": 2, "logprobs": 2, "echo": True},
+        ),
+        (
+            {"text": "hello", "sampling_params": {**SAMPLING, "stop": ["o "]}},
+            {"prompt": "hello", "stop": "o "},
+        ),
+    ],
+)
+def test_both_codecs_and_streams_give_the_same(
+    stack: Stack, stub: InferenceStub, message: dict[str, Any], http: dict[str, Any]
+) -> None:
+    over_http = complete(stack, **http, max_tokens=6, seed=3, return_token_ids=True)
+    answer = stub.Generate(request_of(**message))
+    chunks = list(stub.GenerateStream(request_of(**message)))
+    assert answer.usage.total_tokens == over_http["usage"]["total_tokens"]
+    for expected in over_http["choices"]:
+        index = expected["index"]
+        choice = answer.choices[index]
+        parts = [chunk for chunk in chunks if chunk.choice_index == index]
+        assert choice.text == expected["text"] == "".join(part.text for part in parts)
+        assert list(choice.token_ids) == expected["token_ids"]
+        assert [i for part in parts for i in part.token_ids] == expected["token_ids"]
+        reason = types_pb2.FinishReason.Name(choice.finish_info.reason)
+        assert reason == f"FINISH_REASON_{expected['finish_reason'].upper()}"
+        assert choice.finish_info.stop == (expected["stop_reason"] or "")
+        assert parts[-1].finish_info == choice.finish_info
+        assert not any(part.HasField("finish_info") for part in parts[:-1])
+        assert [e for part in parts for e in part.logprobs] == list(choice.logprobs)
+        if expected["logprobs"]:
+            values = [e.logprob if e.HasField("logprob") else None for e in choice.logprobs]
+            assert values == expected["logprobs"]["token_logprobs"]
+            offsets = [entry.text_offset for entry in choice.logprobs]
+            assert offsets == expected["logprobs"]["text_offset"]
+            tops = [{t.token: t.logprob for t in e.top_logprobs} or None for e in choice.logprobs]
+            assert tops == expected["logprobs"]["top_logprobs"]
+
+
+def test_a_conversation(stack: Stack, stub: InferenceStub) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    over_http = post(stack, "/v1/chat/completions", messages=messages, seed=3, max_tokens=5).json()
+    chat = {"messages": messages}
+    answer = stub.Generate(
+        request_of(messages=chat, sampling_params={"seed": "3", "max_tokens": 5})
+    )
+    assert answer.choices[0].text == over_http["choices"][0]["message"]["content"]
+    assert stack.engine.requests[0].prompt == stack.engine.requests[1].prompt
+
+
+def test_metadata_ids_and_usage(stack: Stack, stub: InferenceStub) -> None:
+    call = stub.GenerateStream(
+        request_of(
+            text="hello", sampling_params=SAMPLING, output_options={"return_token_ids": True}
+        ),
+        metadata=(("x-request-id", "mine"),),
+    )
+    initial = dict(call.initial_metadata())
+    assert initial["x-request-id"] == "mine"
+    assert initial["x-placement-epoch"] == "3"
+    chunks = list(call)
+    assert {chunk.request_id for chunk in chunks} == {"mine"}
+    assert list(chunks[0].prompt_token_ids) == BACKEND.encode("hello").ids
+    assert chunks[0].HasField("cached_tokens")
+    assert not any(chunk.prompt_token_ids for chunk in chunks[1:])
+    trailing = dict(call.trailing_metadata())
+    assert (trailing["x-prompt-tokens"], trailing["x-completion-tokens"]) == ("1", "6")
+    assert chunks[-1].finish_info.timings.finished_s > 0
+    named = stub.Generate(request_of(text="a", request_id="also-mine", sampling_params=SAMPLING))
+    assert named.request_id == "also-mine"
+
+
+def test_token_ids_only(stack: Stack, stub: InferenceStub) -> None:
+    stack.engine.script = saying("hello world")
+    answer = stub.Generate(
+        request_of(
+            text="x",
+            sampling_params={"max_tokens": 50},
+            output_options={"token_ids_only": True},
+        )
+    )
+    assert answer.choices[0].text == ""
+    assert list(answer.choices[0].token_ids) == [*HELLO, EOS_ID]
+
+
+def test_tokenize_and_back(stack: Stack, stub: InferenceStub) -> None:
+    answer = stub.Tokenize(pb.TokenizeRequest(prompt="hello", return_token_strs=True))
+    assert list(answer.tokens) == BACKEND.encode("hello").ids
+    assert list(answer.token_strs) == ["hello"]
+    assert (answer.count, answer.max_model_len) == (1, MAX_MODEL_LEN)
+    chat = types_pb2.ChatMessages(messages=[types_pb2.ChatMessage(role="user", content="hi")])
+    rendered = stub.Tokenize(pb.TokenizeRequest(messages=chat))
+    assert list(rendered.tokens) == BACKEND.encode(f"<|user|>hi{EOS}\n<|assistant|>").ids
+    assert stub.Detokenize(pb.DetokenizeRequest(tokens=HELLO)).prompt == "hello world"
+
+
+def test_models(stack: Stack, stub: InferenceStub) -> None:
+    info = stub.GetModelInfo(pb.GetModelInfoRequest())
+    assert (info.id, info.max_model_len, info.vocab_size) == (MODEL, MAX_MODEL_LEN, VOCAB_SIZE)
+    assert list(info.eos_token_ids) == [EOS_ID]
+    assert info.has_tokenizer
+    assert info.has_chat_template
+    assert list(stub.ListModels(pb.ListModelsRequest()).models) == [info]
+    unknown = pb.GetModelInfoRequest(model="other")
+    assert failure(lambda: stub.GetModelInfo(unknown))[0] is grpc.StatusCode.NOT_FOUND
+
+
+CODES = grpc.StatusCode
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "reason", "field"),
+    [
+        ({}, CODES.INVALID_ARGUMENT, "missing_required_parameter", "input"),
+        ({"text": ""}, CODES.INVALID_ARGUMENT, "invalid_value", "prompt"),
+        ({"token_ids": {}}, CODES.INVALID_ARGUMENT, "invalid_value", "prompt"),
+        ({"token_ids": {"ids": [9999]}}, CODES.INVALID_ARGUMENT, "invalid_value", "prompt"),
+        ({"text": "x" * 9999}, CODES.INVALID_ARGUMENT, "context_length_exceeded", "prompt"),
+        ({"text": "x", "model": "other"}, CODES.NOT_FOUND, "model_not_found", "model"),
+        ({"text": "x", "priority": 3}, CODES.UNIMPLEMENTED, "unsupported_parameter", "priority"),
+        ({"embeddings": {}}, CODES.UNIMPLEMENTED, "unsupported_parameter", "embeddings"),
+        ({"messages": {}}, CODES.INVALID_ARGUMENT, "invalid_value", "messages"),
+    ],
+)
+def test_bad_requests(
+    stack: Stack,
+    stub: InferenceStub,
+    fields: dict[str, Any],
+    code: grpc.StatusCode,
+    reason: str,
+    field: str,
+) -> None:
+    for call in (stub.Generate, lambda message: list(stub.GenerateStream(message))):
+        got, message, details = failure(lambda call=call: call(request_of(**fields)))
+        assert got is code
+        assert message
+        assert details["ErrorInfo"].reason == reason
+        assert details["ErrorInfo"].domain == "expertmesh"
+        assert details["BadRequest"].field_violations[0].field == field
+        assert details["RequestInfo"].request_id
+    assert not stack.engine.requests
+
+
+@pytest.mark.parametrize(
+    ("sampling", "field"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": MAX_MODEL_LEN}, "max_tokens"),
+        ({"n": 1_000_000}, "n"),
+        ({"temperature": "NaN"}, "temperature"),
+        ({"temperature": "Infinity"}, "temperature"),
+        ({"stop": ["x"] * 1000}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"logit_bias": {"-1": 1.0}}, "logit_bias"),
+        ({"logit_bias": {"1": "NaN"}}, "logit_bias"),
+    ],
+)
+def test_bad_sampling(stub: InferenceStub, sampling: dict[str, Any], field: str) -> None:
+    message = request_of(text="x", sampling_params=sampling)
+    code, _, details = failure(lambda: stub.Generate(message))
+    assert code is CODES.INVALID_ARGUMENT
+    assert details["BadRequest"].field_violations[0].field == field
+
+
+def test_large_messages(stub: InferenceStub) -> None:
+    code, _, details = failure(lambda: stub.Generate(pb.GenerateRequest(text="x" * 10_000_000)))
+    assert (code, details["ErrorInfo"].reason) == (
+        CODES.INVALID_ARGUMENT,
+        "context_length_exceeded",
+    )
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Generate(pb.GenerateRequest(text="x" * 17_000_000))
+    too_large: Any = caught.value
+    assert too_large.code() is CODES.RESOURCE_EXHAUSTED
+
+
+def test_procedures_that_are_not_built(stub: InferenceStub) -> None:
+    calls: list[Any] = [
+        lambda: stub.Classify(pb.ClassifyRequest()),
+        lambda: stub.Score(pb.ScoreRequest()),
+        lambda: stub.Embed(pb.EmbedRequest()),
+        lambda: list(stub.Inspect(pb.InspectRequest())),
+    ]
+    for call in calls:
+        assert failure(call)[0] is CODES.UNIMPLEMENTED
+
+
+def test_errors_of_engines(stack: Stack, stub: InferenceStub) -> None:
+    stack.engine.error = ("no room", "queue_full")
+    code, _, details = failure(lambda: stub.Generate(request_of(text="x")))
+    assert code is CODES.RESOURCE_EXHAUSTED
+    assert details["RetryInfo"].retry_delay.seconds == 1
+
+
+def test_a_deadline_ends_the_work(stack: Stack, stub: InferenceStub) -> None:
+    stack.engine.is_paused = True
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Generate(request_of(text="x"), timeout=0.2)
+    late: Any = caught.value
+    assert late.code() is CODES.DEADLINE_EXCEEDED
+    stack.wait_for(lambda: bool(stack.engine.aborts), "the abort")
+    assert stack.engine.requests[0].deadline_ms <= 200
+
+
+@pytest.mark.parametrize("unary", [True, False])
+def test_a_cancel_aborts_at_once(stack: Stack, stub: InferenceStub, unary: bool) -> None:
+    stack.engine.step_s = 0.02
+    message = request_of(text="x", sampling_params={"max_tokens": 400})
+    if unary:
+        call: Any = stub.Generate.future(message)
+        stack.wait_for(lambda: bool(stack.engine.running), "the request")
+    else:
+        call = stub.GenerateStream(message)
+        next(call)
+    call.cancel()
+    assert stack.wait_for(lambda: not stack.engine.running, "the abort") < 0.5
+    assert stack.engine.aborts == [(stack.engine.requests[0].request_id, ())]
+
+
+def test_health_and_reflection(stack: Stack) -> None:
+    with grpc.insecure_channel(stack.grpc_target) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "expertmesh.v1.Inference"):
+            request = health_pb2.HealthCheckRequest(service=name)
+            serving = health_pb2.HealthCheckResponse.SERVING
+            assert health.Check(request, timeout=WAIT_S).status == serving
+            assert next(iter(health.Watch(request, timeout=WAIT_S))).status == serving
+        reflected = reflection_pb2_grpc.ServerReflectionStub(channel)
+        ask = reflection_pb2.ServerReflectionRequest(list_services="")
+        answer = next(iter(reflected.ServerReflectionInfo(iter([ask]), timeout=WAIT_S)))
+        names = {service.name for service in answer.list_services_response.service}
+    assert {"expertmesh.v1.Inference", "grpc.health.v1.Health"} <= names
+    assert "expertmesh.v1.Engine" not in names
+
+
+def test_health_follows_readiness() -> None:
+    with running_stack(serving=False) as stack, grpc.insecure_channel(stack.grpc_target) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        code, _, details = failure(lambda: InferenceStub(channel).Generate(request_of(text="x")))
+        assert code is CODES.UNAVAILABLE
+        assert details["RetryInfo"].retry_delay.seconds >= 1
+        stack.serve()
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        watch.cancel()
+
+
+def test_keys_guard_all_but_health() -> None:
+    with (
+        running_stack(GatewaySection(api_keys=("secret",))) as stack,
+        grpc.insecure_channel(stack.grpc_target) as channel,
+    ):
+        stub = InferenceStub(channel)
+        code, _, details = failure(lambda: stub.Generate(request_of(text="x")))
+        assert code is CODES.UNAUTHENTICATED
+        assert details["ErrorInfo"].reason == "invalid_api_key"
+        stream = failure(lambda: list(stub.GenerateStream(request_of(text="x"))))
+        assert stream[0] is CODES.UNAUTHENTICATED
+        key = (("authorization", "Bearer secret"),)
+        assert stub.Generate(request_of(text="x"), metadata=key).choices
+        health = health_pb2_grpc.HealthStub(channel)
+        assert health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S).status
+        reflected = reflection_pb2_grpc.ServerReflectionStub(channel)
+        asks = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        refused = failure(lambda: list(reflected.ServerReflectionInfo(asks, timeout=WAIT_S)))
+        assert refused[0] is CODES.UNAUTHENTICATED

@@ -1,0 +1,117 @@
+"""``/metrics``: names, labels, and what it counts."""
+
+from __future__ import annotations
+
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.gateway.sse_client import read_events
+from tests.gateway.stack import Stack, complete, post
+
+MOST_SERIES = 1500
+COUNTERS = [
+    "prompt_tokens",
+    "generation_tokens",
+    "request_success",
+    "admission_rejections",
+    "http_requests",
+    "grpc_requests",
+    "client_disconnects",
+    "sse_events",
+    "num_preemptions",
+    "expert_worker_tokens",
+]
+GAUGES = [
+    "num_requests_running",
+    "kv_cache_usage_perc",
+    "cache_config_info",
+    "placement_epoch",
+    "expert_worker_up",
+    "expert_worker_slots",
+]
+HISTOGRAMS = [
+    "request_prompt_tokens",
+    "request_generation_tokens",
+    "request_max_num_generation_tokens",
+    "request_params_n",
+    "request_params_max_tokens",
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "request_time_per_output_token_seconds",
+    "e2e_request_latency_seconds",
+    "request_queue_time_seconds",
+    "request_inference_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+    "gateway_stream_lag_seconds",
+]
+
+
+def _scrape(stack: Stack) -> dict[str, Metric]:
+    response = stack.http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    families = list(text_string_to_metric_families(response.text))
+    names = [family.name for family in families]
+    assert len(names) == len(set(names))
+    assert all(name.startswith("expertmesh:") for name in names)
+    return {family.name.removeprefix("expertmesh:"): family for family in families}
+
+
+def _value(families: dict[str, Metric], name: str, suffix: str = "", **labels: str) -> float:
+    return sum(
+        sample.value
+        for sample in families[name].samples
+        if sample.name == f"expertmesh:{name}{suffix}"
+        and all(sample.labels[key] == value for key, value in labels.items())
+    )
+
+
+def test_names_types_and_labels(stack: Stack) -> None:
+    complete(stack, prompt="x", max_tokens=2)
+    families = _scrape(stack)
+    for names, kind in ((COUNTERS, "counter"), (GAUGES, "gauge"), (HISTOGRAMS, "histogram")):
+        for name in names:
+            assert families[name].type == kind, name
+    samples = [sample for family in families.values() for sample in family.samples]
+    assert len(samples) < MOST_SERIES
+    assert all(sample.labels["model_name"] == "tiny" for sample in samples)
+    assert not any(sample.name.endswith("_created") for sample in samples)
+    assert "bad name" not in families
+
+
+def test_workers_have_their_labels(stack: Stack) -> None:
+    families = _scrape(stack)
+    up = {s.labels["worker"]: s.value for s in families["expert_worker_up"].samples}
+    assert up == {"expert-0": 1.0, "expert-1": 1.0}
+    (running,) = families["num_requests_running"].samples
+    assert (running.labels["engine"], running.labels["worker"]) == ("0", "attention-0")
+    assert _value(families, "placement_epoch", worker="expert-0") == 3
+
+
+def test_requests_are_counted(stack: Stack) -> None:
+    before = _scrape(stack)
+    complete(stack, prompt="hello", max_tokens=5, n=2)
+    events = read_events(stack, "/v1/completions", prompt="hello", max_tokens=3)
+    post(stack, "/v1/completions", prompt="")
+    after = _scrape(stack)
+
+    def grown(name: str, suffix: str, **labels: str) -> float:
+        return _value(after, name, suffix, **labels) - _value(before, name, suffix, **labels)
+
+    assert grown("prompt_tokens", "_total") == 2
+    assert grown("generation_tokens", "_total") == 13
+    assert grown("request_success", "_total", finished_reason="length") == 3
+    assert grown("http_requests", "_total", route="/v1/completions", status="200") == 2
+    assert grown("http_requests", "_total", route="/v1/completions", status="400") == 1
+    assert grown("sse_events", "_total") == len(events)
+    assert grown("time_to_first_token_seconds", "_count") == 2
+    assert grown("inter_token_latency_seconds", "_count") == 10
+    assert grown("request_queue_time_seconds", "_count") == 3
+
+
+def test_paths_of_clients_make_no_series(stack: Stack) -> None:
+    for number in range(5):
+        stack.http.get(f"/unknown/{number}")
+    routes = {s.labels["route"] for s in _scrape(stack)["http_requests"].samples}
+    assert "other" in routes
+    assert not any("unknown" in route for route in routes)

@@ -1,0 +1,213 @@
+"""What a gateway answers while the cluster starts, recovers, lacks experts or workers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.config import GatewaySection
+from tests.gateway.fakes import ScriptedEngine, attention_entry
+from tests.gateway.stack import Stack, complete, post, running_stack
+
+
+@pytest.fixture(scope="module")
+def module_stack() -> Iterator[Stack]:
+    """A gateway whose cluster these tests may change."""
+    with running_stack(GatewaySection(request_timeout_s=5.0)) as stack:
+        yield stack
+
+
+@pytest.fixture
+def moody(module_stack: Stack) -> Iterator[Stack]:
+    """The same, serving before and after each test."""
+    module_stack.engine.requests.clear()
+    module_stack.engine.aborts.clear()
+    yield module_stack
+    module_stack.call(lambda: module_stack.controller.change(experts_complete=True))
+    module_stack.serve()
+
+
+def _change(stack: Stack, **values: Any) -> None:
+    """Publish a state and wait until the gateway has it."""
+    stack.call(lambda: stack.controller.change(**values))
+    wanted = stack.controller.state["version"]
+    snapshot = stack.gateway.cluster
+    stack.wait_for(lambda: (snapshot.snapshot or {}).get("version") == wanted, "the snapshot")
+
+
+def _refused(stack: Stack, code: str) -> None:
+    ready = stack.http.get("/ready")
+    assert ready.status_code == 503
+    assert ready.json()["ready"] is False
+    assert ready.json()["reasons"]
+    response = post(stack, "/v1/completions", prompt="x")
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) >= 1
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("service_unavailable", code)
+    assert stack.http.get("/health").status_code == 200
+
+
+def test_nothing_is_served_before_the_cluster_is_there() -> None:
+    with running_stack(serving=False) as stack:
+        stack.wait_for(lambda: stack.gateway.cluster.snapshot is not None, "the snapshot")
+        _refused(stack, "not_ready")
+        (model,) = stack.http.get("/v1/models").json()["data"]
+        assert model["id"] == "tiny"
+        assert stack.http.get("/cluster/v1/status").json()["state"] == "STARTING"
+        assert post(stack, "/tokenize", prompt="hello").json()["count"] == 1
+        stack.serve()
+        assert stack.http.get("/ready").json() == {"ready": True, "reasons": []}
+        complete(stack, prompt="x", max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "code"),
+    [
+        ({"state": "DEGRADED", "experts_complete": False}, "experts_unavailable"),
+        ({"state": "DRAINING"}, "draining"),
+        ({"state": "STOPPED"}, "not_ready"),
+        ({"state": "STARTING", "error": "expert-1 did not start"}, "not_ready"),
+        ({"workers": []}, "not_ready"),
+    ],
+)
+def test_states_that_serve_nothing(
+    moody: Stack, values: dict[str, Any], code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.core._STREAM_WAIT_S", 0.1)
+    _change(moody, **values)
+    if values.get("workers") == []:
+        moody.wait_for(lambda: not moody.engines.clients, "the streams to end")
+    _refused(moody, code)
+
+
+def test_a_degraded_cluster_with_all_experts_serves(moody: Stack) -> None:
+    _change(moody, state="DEGRADED")
+    assert moody.http.get("/ready").status_code == 200
+    complete(moody, prompt="x", max_tokens=1)
+
+
+def test_requests_wait_for_a_recovery(moody: Stack) -> None:
+    _change(moody, state="RECOVERING")
+    assert moody.http.get("/ready").status_code == 503
+    answers: list[dict[str, Any]] = []
+    client = threading.Thread(
+        target=lambda: answers.append(complete(moody, prompt="x", max_tokens=2))
+    )
+    client.start()
+    time.sleep(0.2)
+    assert not moody.engine.requests
+    _change(moody, state="SERVING")
+    client.join(5.0)
+    assert answers[0]["usage"]["completion_tokens"] == 2
+
+
+def test_requests_wait_no_longer_than_their_time(moody: Stack) -> None:
+    _change(moody, state="RECOVERING")
+    headers = {"x-request-timeout-ms": "200"}
+    started_s = time.monotonic()
+    response = moody.http.post("/v1/completions", json={"prompt": "x"}, headers=headers)
+    assert time.monotonic() - started_s < 2.0
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "not_ready"
+
+
+def test_running_requests_go_on_through_a_recovery(moody: Stack) -> None:
+    moody.engine.step_s = 0.02
+    answers: list[dict[str, Any]] = []
+    client = threading.Thread(
+        target=lambda: answers.append(complete(moody, prompt="x", max_tokens=30))
+    )
+    client.start()
+    moody.wait_for(lambda: bool(moody.engine.running), "the request")
+    _change(moody, state="RECOVERING", generation=2)
+    _change(moody, state="SERVING")
+    client.join(5.0)
+    moody.engine.step_s = 0.0
+    assert answers[0]["usage"]["completion_tokens"] == 30
+
+
+@pytest.mark.parametrize(("is_started", "status"), [(False, 408), (True, 504)])
+def test_time_limits(moody: Stack, is_started: bool, status: int) -> None:
+    moody.engine.step_s, moody.engine.is_paused = 0.02, not is_started
+    headers = {"x-request-timeout-ms": "250"}
+    body = {"prompt": "x", "max_tokens": 400}
+    response = moody.http.post("/v1/completions", json=body, headers=headers)
+    moody.engine.step_s, moody.engine.is_paused = 0.0, False
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("timeout_error", "deadline_exceeded")
+    assert response.headers.get("x-should-retry") == ("false" if is_started else None)
+    moody.wait_for(lambda: not moody.engine.running, "the abort")
+
+
+def test_a_full_queue_is_429() -> None:
+    section = GatewaySection(max_queue=2, request_timeout_s=10.0)
+    with running_stack(section) as stack:
+        stack.engine.is_paused = True
+        clients = [
+            threading.Thread(target=lambda: complete(stack, prompt="x", max_tokens=1))
+            for _ in range(2)
+        ]
+        for client in clients:
+            client.start()
+        stack.wait_for(lambda: len(stack.engine.running) == 2, "both requests")
+        response = post(stack, "/v1/completions", prompt="x")
+        assert response.status_code == 429
+        assert 1 <= int(response.headers["retry-after"]) <= 60
+        error = response.json()["error"]
+        assert (error["type"], error["code"]) == ("overloaded_error", "queue_full")
+        too_many = post(stack, "/v1/completions", prompt=["x"] * 3)
+        assert too_many.status_code == 400
+        stack.engine.is_paused = False
+        for client in clients:
+            client.join(5.0)
+        complete(stack, prompt="x", max_tokens=1)
+        assert 'admission_rejections_total{model_name="tiny",reason="queue_full"} 1.0' in (
+            stack.gateway.metrics.render().decode()
+        )
+
+
+def test_work_is_shared_between_workers(moody: Stack) -> None:
+    second = ScriptedEngine(name="attention-1")
+    moody.run(second.start())
+    entries = [attention_entry(moody.engine, 0), attention_entry(second, 1)]
+    _change(moody, workers=entries)
+    moody.wait_for(lambda: len(moody.engines.clients) == 2, "both streams")
+    complete(moody, prompt=["a", "b", "c", "d"], max_tokens=2)
+    assert len(moody.engine.requests) == len(second.requests) == 2
+    _change(moody, workers=entries[:1])
+    moody.wait_for(lambda: len(moody.engines.clients) == 1, "one stream")
+    moody.run(second.stop())
+
+
+def test_requests_of_a_lost_worker_fail_as_unavailable(moody: Stack) -> None:
+    second = ScriptedEngine(name="attention-1", is_paused=True)
+    moody.run(second.start())
+    _change(moody, workers=[attention_entry(second, 1)])
+    moody.wait_for(lambda: [c.worker for c in moody.engines.clients] == ["attention-1"], "it")
+    answers: list[httpx.Response] = []
+    client = threading.Thread(
+        target=lambda: answers.append(post(moody, "/v1/completions", prompt="x"))
+    )
+    client.start()
+    moody.wait_for(lambda: bool(second.running), "the request")
+    moody.run(second.stop())
+    client.join(5.0)
+    assert answers[0].status_code == 503
+    assert answers[0].json()["error"]["code"] == "not_ready"
+
+
+def test_a_silent_worker_is_dropped(moody: Stack) -> None:
+    second = ScriptedEngine(name="attention-1", answers_pings=False)
+    moody.run(second.start())
+    _change(moody, workers=[attention_entry(moody.engine, 0), attention_entry(second, 1)])
+    moody.wait_for(lambda: len(moody.engines.clients) == 2, "both streams")
+    moody.wait_for(lambda: [c.worker for c in moody.engines.clients] == ["attention-0"], "silence")
+    _change(moody, workers=[attention_entry(moody.engine, 0)])
+    moody.run(second.stop())
