@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,3 +29,10 @@ def busy_port() -> Iterator[int]:
     """A port of the loopback interface that somebody listens on."""
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         yield int(server.getsockname()[1])
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder with a path that is short enough for Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as name:
+        yield Path(name)
