@@ -115,7 +115,7 @@ def _rank(rank: int, size: int, ports: list[int], case: Case) -> tuple[float, fl
     if case.transport == "sockets":
         transport = SocketTransport(hub, combine_mode="sum", device=CPU)
     else:
-        store_port = ports[-1] + 1
+        store_port = ports[-1]
         transport = CollectiveTransport(hub, backend="gloo", device=CPU, store_port=store_port)
     generation = Generation(number=1, members=tuple(members))
     _join(hub, generation)
@@ -134,7 +134,7 @@ def _member(rank: int, ports: list[int]) -> Member:
         rank=max(rank - 1, 0),
         device=rank - 1,
         data_address=f"127.0.0.1:{ports[rank]}",
-        store_address=f"127.0.0.1:{ports[-1] + 1}" if rank == 0 else "",
+        store_address=f"127.0.0.1:{ports[-1]}" if rank == 0 else "",
     )
 
 

@@ -40,12 +40,12 @@ def run_ranks(
 ) -> list[Any]:
     """Run ``worker(rank, size, ports, *args)`` in ``size`` processes of one thread each.
 
-    ``ports`` are ``size`` free ports, the same list in all ranks. Returns the results by rank,
+    ``ports`` are ``2 * size`` free ports, the same list in all ranks. Returns the results by rank,
     None for a rank of ``may_die`` that died. Raises ``RankError`` naming the first rank that
     failed, died or did not finish in time; all processes are ended then.
     """
     context = multiprocessing.get_context("spawn")
-    ports = free_ports(size)
+    ports = free_ports(2 * size)
     pipes: list[Connection] = []
     processes: list[BaseProcess] = []
     for rank in range(size):

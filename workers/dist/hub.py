@@ -9,37 +9,26 @@ carries step frames and data frames.
 from __future__ import annotations
 
 import contextlib
-import logging
 import selectors
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from cluster.errors import GenerationChangedError, PeerLostError, ProtocolError
 from cluster.topology import Generation, Member, Role
 from workers.dist.doorman import Doorman
 from workers.dist.edge import Edge
-from workers.dist.frames import DATA_KINDS, Frame, FrameHeader, FrameKind
+from workers.dist.edge_table import EdgeTable, StepFrame
+from workers.dist.frames import Frame, FrameHeader, FrameKind
 from workers.dist.handshake import PeerIdentity
 from workers.dist.pending import Pending
 
-logger = logging.getLogger(__name__)
-
-_MAX_STEP_FRAMES = 4096
 _OPEN_SLICE_S = 0.1
-_READ = selectors.EVENT_READ
-_WRITE = selectors.EVENT_WRITE
-
-
-class StepFrame(NamedTuple):
-    """A proposal or a header as it came in."""
-
-    sender: PeerIdentity
-    """Who sent it."""
-    frame: Frame
-    """The frame."""
+_DRAIN_ROUNDS = 100
+_INBOX_FRAMES = 4
+"""Largest data frames that may wait in an inbox, or to be sent, before the peer is held back."""
 
 
 class PeerHub:
@@ -65,27 +54,18 @@ class PeerHub:
         self.me = me
         self.step_timeout_s = step_timeout_s
         self.generation = Generation(number=0, members=())
-        self.current_step = 0
-        """Data frames of an earlier step are dropped."""
-        self.edges: dict[str, Edge] = {}
-        """Open edges by the peer's worker name."""
-        self.step_frames: deque[StepFrame] = deque()
-        """Proposals and headers of the current generation, for the step channel."""
         self.num_wakeups = 0
         """Times that the select loop woke up."""
-        self.num_stale_frames = 0
-        """Frames of an older generation or step that were dropped."""
         self._max_data_bytes = max_data_bytes
-        self._max_inbox_bytes = 4 * max_data_bytes
         self._connect_timeout_s = connect_timeout_s
         self._members: dict[str, Member] = {}
-        self._lost: dict[str, str] = {}
         self._early: dict[str, Edge] = {}
         self._opening = False
         self._closed = False
         self._announced = 0
         self._woken = False
         self._selector = selectors.DefaultSelector()
+        self._table = EdgeTable(self._selector, me.name, _INBOX_FRAMES * max_data_bytes)
         self._doorman = Doorman(
             self._selector,
             me,
@@ -100,7 +80,7 @@ class PeerHub:
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
-        self._selector.register(self._wake_in, _READ, self._drain_wake)
+        self._selector.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
 
     @property
     def address(self) -> str:
@@ -111,6 +91,21 @@ class PeerHub:
     def num_refused(self) -> int:
         """Connections that did not become an edge."""
         return self._doorman.num_refused
+
+    @property
+    def num_stale_frames(self) -> int:
+        """Frames of an older generation or step that were dropped."""
+        return self._table.num_stale_frames
+
+    @property
+    def edges(self) -> dict[str, Edge]:
+        """Open edges by the peer's worker name."""
+        return self._table.edges
+
+    @property
+    def step_frames(self) -> deque[StepFrame]:
+        """Proposals and headers of the current generation, for the step channel."""
+        return self._table.step_frames
 
     # Thread-safe calls.
 
@@ -147,8 +142,9 @@ class PeerHub:
         """Raise ``GenerationChangedError`` or ``PeerLostError`` if there is a reason to."""
         if self._announced > self.generation.number:
             raise GenerationChangedError(f"generation {self._announced} was announced")
-        for name, reason in self._lost.items():
-            raise PeerLostError(name, reason)
+        for name, reason in self._table.lost.items():
+            if not self._opening:
+                raise PeerLostError(name, reason)
 
     def apply_generation(self, generation: Generation) -> None:
         """Take a membership: close edges to those that left, keep the others, open what lacks.
@@ -159,20 +155,15 @@ class PeerHub:
         """
         self.generation = generation
         self._members = {m.name: m for m in generation.members if self._shares_edge(m)}
-        self._lost.clear()
-        self.step_frames.clear()
         self._doorman.begin_generation(generation.number)
-        for name, edge in list(self.edges.items()):
-            if name in self._members:
-                self._clear_inbox(edge)
-            else:
-                self._forget(edge)
+        self._table.begin_generation(generation.number, frozenset(self._members))
         for name, edge in list(self._early.items()):
             if edge.generation <= generation.number:
                 del self._early[name]
                 self._adopt(edge)
-        self._opening = True  # an edge that breaks now is opened again
+        self._opening = True  # a kept edge that breaks now is opened again
         try:
+            self._drain()
             self.wait(
                 self._open_missing,
                 lambda: [n for n in self._members if n not in self.edges],
@@ -193,12 +184,13 @@ class PeerHub:
         try:
             edge.send([header.encode(), *parts])
         except OSError as err:
-            self._lose(edge, f"cannot send: {err.strerror or err}")
+            self._table.lose(edge, f"cannot send: {err.strerror or err}")
             self.check()
-        self._watch(edge)
-        if edge.out_bytes > self._max_inbox_bytes:
+        self._table.watch(edge)
+        limit = self._table.max_inbox_bytes
+        if edge.out_bytes > limit:
             self.wait(
-                lambda: edge.out_bytes <= self._max_inbox_bytes,
+                lambda: edge.out_bytes <= limit,
                 lambda: [name],
                 what="it takes no data",
             )
@@ -210,19 +202,18 @@ class PeerHub:
         ``PeerLostError`` when the edge breaks, carries something else, or ``deadline`` passes.
         """
         edge = self._edge(name)
-        frame = self._take(edge, want)
+        frame = self._table.take(edge, want)
         if frame is None:
-            self._read(edge)
             self.check()
-            frame = self._take(edge, want)
+            self._table.read(edge)
+            frame = self._table.take(edge, want)
         while frame is None:
+            self.check()
             left = deadline - time.monotonic()
             if left <= 0:
-                self.check()
                 raise PeerLostError(name, f"no {want.kind.name} frame for step {want.step} in time")
             self._pump(left)
-            self.check()
-            frame = self._take(edge, want)
+            frame = self._table.take(edge, want)
         return frame
 
     def wait(
@@ -255,11 +246,24 @@ class PeerHub:
         self._pump(timeout_s)
         self.check()
 
+    def begin_step(self, step: int) -> None:
+        """Data frames of earlier steps are dropped from now on."""
+        self._table.current_step = step
+
+    def rest(self, timeout_s: float) -> None:
+        """Run the loop once although a peer is lost: for the time until the next generation.
+
+        Raises ``GenerationChangedError`` when that has been announced.
+        """
+        if self._announced > self.generation.number:
+            self.check()
+        self._pump(timeout_s)
+
     def reject(self, name: str, reason: str) -> NoReturn:
         """Close an edge whose peer sent nonsense. Raises ``PeerLostError``."""
         edge = self.edges.get(name)
         if edge is not None:
-            self._lose(edge, f"protocol error: {reason}")
+            self._table.lose(edge, f"protocol error: {reason}")
         raise PeerLostError(name, f"protocol error: {reason}")
 
     def close(self) -> None:
@@ -299,101 +303,18 @@ class PeerHub:
             self._doorman.refuse(edge.name, f"not a member of generation {self.generation.number}")
             edge.close()
             return
-        old = self.edges.get(edge.name)
-        if old is not None:
-            self._forget(old)
-        self._lost.pop(edge.name, None)
-        self.edges[edge.name] = edge
-        self._watch(edge)
-
-    def _watch(self, edge: Edge) -> None:
-        wanted = _READ if edge.inbox_bytes <= self._max_inbox_bytes else 0
-        if edge.out_bytes:
-            wanted |= _WRITE
-        if wanted == edge.interest:
-            return
-        if not edge.interest:
-            self._selector.register(edge.sock, wanted, edge)
-        elif not wanted:
-            self._selector.unregister(edge.sock)
-        else:
-            self._selector.modify(edge.sock, wanted, edge)
-        edge.interest = wanted
-
-    def _forget(self, edge: Edge) -> None:
-        if edge.interest:
-            self._selector.unregister(edge.sock)
-            edge.interest = 0
-        self._clear_inbox(edge)
-        edge.close()
-        if self.edges.get(edge.name) is edge:
-            del self.edges[edge.name]
-
-    def _lose(self, edge: Edge, reason: str) -> None:
-        logger.warning("%s: edge to %s closed: %s", self.me.name, edge.name, reason)
-        self._forget(edge)
-        if not self._opening:
-            self._lost.setdefault(edge.name, reason)
-
-    def _clear_inbox(self, edge: Edge) -> None:
-        self.num_stale_frames += len(edge.inbox)
-        edge.inbox.clear()
-        edge.inbox_bytes = 0
-        if edge.interest:
-            self._watch(edge)
-
-    def _read(self, edge: Edge) -> None:
-        """Take in one frame if it is there."""
-        try:
-            frame = edge.read()
-            if frame is not None:
-                self._file(edge, frame)
-        except ProtocolError as err:
-            self._lose(edge, f"protocol error: {err}")
-        except OSError as err:
-            self._lose(edge, str(err.strerror or err))
-        if edge.interest:
-            self._watch(edge)
-
-    def _file(self, edge: Edge, frame: Frame) -> None:
-        header = frame.header
-        if header.generation > self.generation.number:
-            raise ProtocolError(
-                f"frame of generation {header.generation}, this is {self.generation.number}"
-            )
-        if header.generation < edge.generation:
-            raise ProtocolError(
-                f"frame of generation {header.generation} on an edge of {edge.generation}"
-            )
-        is_data = header.kind in DATA_KINDS
-        if header.generation < self.generation.number or (
-            is_data and header.step < self.current_step
-        ):
-            self.num_stale_frames += 1
-        elif is_data:
-            edge.put(frame)
-        elif len(self.step_frames) >= _MAX_STEP_FRAMES:
-            raise ProtocolError(f"more than {_MAX_STEP_FRAMES} step frames wait")
-        else:
-            self.step_frames.append(StepFrame(edge.peer, frame))
-
-    def _take(self, edge: Edge, want: FrameHeader) -> Frame | None:
-        while edge.inbox:
-            frame = edge.pop()
-            self._watch(edge)
-            got = frame.header
-            if got.step < want.step:
-                self.num_stale_frames += 1
-                continue
-            if got[3:7] == want[3:7] and got.kind == want.kind and got.step == want.step:
-                return frame
-            self._lose(edge, f"protocol error: {_place(got)} came instead of {_place(want)}")
-            self.check()
-        return None
+        self._table.add(edge)
 
     # The loop.
 
-    def _pump(self, timeout_s: float) -> None:
+    def _drain(self) -> None:
+        """Take in what has arrived, so that kept edges that broke by now are known."""
+        for _ in range(_DRAIN_ROUNDS):
+            if not self._pump(0.0):
+                return
+
+    def _pump(self, timeout_s: float) -> int:
+        """Wait once; returns the number of sockets that were ready."""
         deadline = self._doorman.next_deadline
         if deadline is not None:
             timeout_s = min(timeout_s, max(deadline - time.monotonic(), 0.0))
@@ -401,24 +322,14 @@ class PeerHub:
         self.num_wakeups += 1
         for key, mask in events:
             if isinstance(key.data, Edge):
-                self._serve(key.data, mask)
+                self._table.serve(key.data, mask)
             elif isinstance(key.data, Pending):
                 self._doorman.advance(key.data)
             else:
                 key.data()
         if deadline is not None:
             self._doorman.expire()
-
-    def _serve(self, edge: Edge, mask: int) -> None:
-        if mask & _WRITE and edge.interest:
-            try:
-                edge.flush()
-            except OSError as err:
-                self._lose(edge, f"cannot send: {err.strerror or err}")
-                return
-            self._watch(edge)
-        if mask & _READ and edge.interest:
-            self._read(edge)
+        return len(events)
 
     def _drain_wake(self) -> None:
         self._wake_in.recv(4096)
@@ -466,10 +377,3 @@ class PeerHub:
             self._early[peer.name] = edge  # adopted by apply_generation
         else:
             self._adopt(edge)
-
-
-def _place(header: FrameHeader) -> str:
-    return (
-        f"{header.kind.name} of step {header.step} bank {header.bank} exchange {header.exchange} "
-        f"micro-batch {header.micro_batch} flags {header.flags}"
-    )

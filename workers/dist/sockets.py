@@ -44,7 +44,7 @@ class SocketTransport:
     def begin_step(self, header: StepHeader) -> None:
         """See ``DataTransport``; frames of earlier steps are dropped from now on."""
         self._step = header.step
-        self._hub.current_step = header.step
+        self._hub.begin_step(header.step)
         self._flags = self._mode_flag | (EXACT if header.exact else 0)
 
     def post(self, tag: Tag, messages: Sequence[Message], *, sized: bool) -> None:

@@ -18,9 +18,10 @@ from collections import deque
 
 from cluster.errors import ProtocolError
 from cluster.topology import Generation
+from workers.dist.edge_table import StepFrame
 from workers.dist.frames import FrameHeader, FrameKind
 from workers.dist.header import StepHeader, StepProposal, decide_header
-from workers.dist.hub import PeerHub, StepFrame
+from workers.dist.hub import PeerHub
 
 
 class StepChannel:

@@ -106,6 +106,53 @@ def test_survivors_keep_their_edge_and_stale_frames_are_dropped(
     assert expert.num_stale_frames == 2
 
 
+def test_an_edge_that_breaks_between_two_generations_is_opened_again(
+    hubs: Hubs, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = hubs("attention", 0), hubs("expert", 0)
+    form(pool, 1, home, expert)
+    old = home.edges["expert-0"].sock
+    old.shutdown(socket.SHUT_RDWR)
+    time.sleep(0.05)
+    form(pool, 2, home, expert)
+    assert home.edges["expert-0"].sock is not old
+    exchange(home, expert, 1, 2)
+    home.check()
+
+
+def test_a_peer_that_was_held_back_is_read_again_in_a_new_generation(
+    hubs: Hubs, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = hubs("attention", 0), hubs("expert", 0)
+    form(pool, 1, home, expert)
+    size = expert._max_data_bytes
+    for step in range(1, 12):
+        home.send("expert-0", rows_frame(1, step, size), [bytes(size)])
+        home.poll()
+        expert.poll()
+    while expert.edges["attention-0"].interest:
+        home.poll(0.01)
+        expert.poll(0.01)
+    form(pool, 2, home, expert)
+    exchange(home, expert, 20, 2)
+    assert expert.num_stale_frames == 11
+
+
+def test_rest_ignores_a_lost_peer_but_not_a_new_generation(
+    hubs: Hubs, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = hubs("attention", 0), hubs("expert", 0)
+    form(pool, 1, home, expert)
+    expert.close()
+    home.rest(0.1)
+    home.rest(0.1)
+    with pytest.raises(PeerLostError):
+        home.check()
+    home.interrupt(2)
+    with pytest.raises(GenerationChangedError):
+        home.rest(0.1)
+
+
 def test_a_joining_worker_gets_its_edges(hubs: Hubs, pool: ThreadPoolExecutor) -> None:
     home, expert = hubs("attention", 0), hubs("expert", 0)
     form(pool, 1, home, expert)
@@ -135,7 +182,7 @@ def test_an_early_connection_waits_until_the_listener_follows(
 def test_frames_of_an_older_step_are_dropped(hubs: Hubs, pool: ThreadPoolExecutor) -> None:
     home, expert = hubs("attention", 0), hubs("expert", 0)
     form(pool, 1, home, expert)
-    expert.current_step = 4
+    expert.begin_step(4)
     home.send("expert-0", rows_frame(1, 3), [])
     exchange(home, expert, 4, 1)
     assert expert.num_stale_frames == 1
@@ -232,9 +279,9 @@ def test_a_stranger_is_refused_and_the_listener_still_serves(
     serving = pool.submit(expert.apply_generation, generation)
     with pytest.raises(HandshakeError, match=reason):
         stranger.apply_generation(generation)
-    assert expert.num_refused >= 1
     home.apply_generation(generation)
     serving.result(5)
+    assert expert.num_refused >= 1
     exchange(home, expert, 1, 1)
 
 

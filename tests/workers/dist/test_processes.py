@@ -1,0 +1,188 @@
+"""The data plane between real processes, one of which is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from cluster.errors import PeerLostError
+from cluster.topology import Generation, Member
+from tests.distributed import RankError, run_ranks
+from tests.workers.dist.mesh import (
+    CPU,
+    FakeBank,
+    FakeSlots,
+    local_dispatcher,
+    make_bank,
+    make_placement,
+    make_rows,
+)
+from workers.dist.collective import CollectiveTransport
+from workers.dist.dispatcher import BatchRows
+from workers.dist.expert_server import ExpertServer
+from workers.dist.frames import max_data_bytes
+from workers.dist.handshake import PeerIdentity
+from workers.dist.hub import PeerHub
+from workers.dist.remote import RemoteDispatcher
+from workers.dist.sockets import SocketTransport
+from workers.dist.step_channel import StepChannel
+
+pytestmark = pytest.mark.distributed
+
+BANKS = (make_bank(0), make_bank(1))
+NUM_ROWS = 6
+NUM_STEPS = 5
+
+
+def make_member(index: int, ports: list[int]) -> Member:
+    """Rank 0 is the attention worker, the others are expert workers."""
+    is_home = index == 0
+    return Member(
+        name="attention-0" if is_home else f"expert-{index - 1}",
+        role="attention" if is_home else "expert",
+        rank=0 if is_home else index - 1,
+        device=index - 1,
+        data_address=f"127.0.0.1:{ports[index]}",
+        store_address=f"127.0.0.1:{ports[-1]}" if is_home else "",
+    )
+
+
+def join(hub: PeerHub, generation: Generation) -> None:
+    """Processes start at different times."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            hub.apply_generation(generation)
+        except PeerLostError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+
+
+def work(rank: int, size: int, ports: list[int], transport_name: str, dies: bool) -> float:
+    """One rank; returns the seconds from a peer's death to its notice (home rank)."""
+    members = tuple(make_member(i, ports) for i in range(size))
+    me = members[rank]
+    identity = PeerIdentity(
+        name=me.name, role=me.role, rank=me.rank, checkpoint_id="c", config_hash="c"
+    )
+    limit = max_data_bytes(BANKS, NUM_ROWS, 4, "sum")
+    hub = PeerHub(identity, "token", max_data_bytes=limit, port=ports[rank], step_timeout_s=20)
+    transport: SocketTransport | CollectiveTransport
+    if transport_name == "sockets":
+        transport = SocketTransport(hub, combine_mode="sum", device=CPU)
+    else:
+        transport = CollectiveTransport(hub, backend="gloo", device=CPU, store_port=ports[-1])
+    generation = Generation(number=1, members=members)
+    join(hub, generation)
+    transport.apply_generation(generation)
+    channel = StepChannel(hub, max_prefill_rows=64)
+    channel.start_generation(1, epoch=1)
+    run = run_home if me.role == "attention" else run_expert
+    return run(hub, transport, channel, generation, me, dies)
+
+
+def run_home(
+    hub: PeerHub,
+    transport: SocketTransport | CollectiveTransport,
+    channel: StepChannel,
+    generation: Generation,
+    me: Member,
+    dies: bool,
+) -> float:
+    dispatcher = RemoteDispatcher(
+        transport, BANKS, rank=0, combine_mode="sum", dtype=torch.float32, device=CPU
+    )
+    dispatcher.set_placement(make_placement(BANKS, len(generation.experts)), generation)
+    reference = local_dispatcher(BANKS)
+    start = 0.0
+    try:
+        while channel.highest_step < NUM_STEPS:
+            start = time.monotonic()
+            channel.propose(NUM_ROWS, 0)
+            header = channel.wait(20)
+            assert header is not None
+            dispatcher.begin_step(header, [BatchRows.decode(NUM_ROWS)])
+            for bank in BANKS:
+                rows, ids, weights = make_rows(bank, NUM_ROWS, header.step)
+                got = dispatcher.combine(dispatcher.dispatch(rows, ids, weights, bank.index))
+                expected = reference.combine(reference.dispatch(rows, ids, weights, bank.index))
+                torch.testing.assert_close(got, expected)
+    except PeerLostError as err:
+        if not dies or err.peer != "expert-1":
+            raise
+        return time.monotonic() - start
+    assert not dies
+    return 0.0
+
+
+def run_expert(
+    hub: PeerHub,
+    transport: SocketTransport | CollectiveTransport,
+    channel: StepChannel,
+    generation: Generation,
+    me: Member,
+    dies: bool,
+) -> float:
+    placement = make_placement(BANKS, len(generation.experts))
+    slots = [p.physical_to_logical[me.device] for p in placement.banks]
+    server = ExpertServer(
+        transport,
+        FakeSlots([FakeBank(b, s) for b, s in zip(BANKS, slots, strict=True)]),
+        BANKS,
+        device_index=me.device,
+        combine_mode="sum",
+        dtype=torch.float32,
+        device=CPU,
+    )
+    server.set_placement(placement, generation)
+    try:
+        while (header := channel.wait(20)) is not None:
+            if dies and me.rank == 1 and header.step == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            server.run_step(header)
+    except PeerLostError:
+        return 0.0  # the home rank has finished, or the step died with expert-1
+    raise AssertionError("no header")
+
+
+@pytest.mark.parametrize("transport", ["sockets", "collective"])
+def test_steps_between_processes(transport: str) -> None:
+    run_ranks(3, work, transport, False)
+
+
+@pytest.mark.parametrize("transport", ["sockets", "collective"])
+def test_a_killed_expert_is_noticed_at_once(transport: str) -> None:
+    seconds = run_ranks(3, work, transport, True, may_die=frozenset({2}))
+    assert seconds[2] is None
+    assert seconds[0] < 5.0  # the time limit of a wait is 20 s
+
+
+def fail(rank: int, size: int, ports: list[int]) -> None:
+    if rank == 1:
+        raise ValueError("on purpose")
+    time.sleep(20)
+
+
+def kill_self(rank: int, size: int, ports: list[int]) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleep(rank: int, size: int, ports: list[int]) -> None:
+    time.sleep(20 * rank)
+
+
+def test_the_harness_names_the_rank_that_failed() -> None:
+    with pytest.raises(RankError, match=r"(?s)rank 1 failed.*on purpose"):
+        run_ranks(2, fail)
+    with pytest.raises(RankError, match="rank 1 died"):
+        run_ranks(2, kill_self)
+    with pytest.raises(RankError, match=r"rank \d did not finish in 3 s"):
+        run_ranks(2, sleep, timeout_s=3)
