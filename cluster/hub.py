@@ -38,13 +38,13 @@ def find_model(text: str | None, say: Callable[[str], None]) -> ModelSource:
     if text is None:
         return ModelSource(folder=bundled_checkpoint(), name=BUNDLED_NAME)
     folder = Path(text).expanduser()
-    if folder.is_dir():
+    if text and folder.is_dir():
         resolved = folder.resolve()
         return ModelSource(folder=resolved, name=resolved.name)
-    if folder.exists():
+    if text and folder.exists():
         raise CheckpointError(f"{text} is a file: a checkpoint is a folder")
     if not _HUB_ID.fullmatch(text):
-        raise CheckpointError(f"{text} is neither a folder nor a hub id")
+        raise CheckpointError(f"{text or 'an empty MODEL'} is neither a folder nor a hub id")
     return ModelSource(folder=download(text, say), name=text)
 
 

@@ -1,4 +1,4 @@
-"""The real thing: ``expertmesh`` commands as processes, with Ray, workers and gateway below them."""
+"""The real thing: ``expertmesh`` commands as processes, with Ray, workers and gateway."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ def servers(state_home: Path) -> Iterator[list[Server]]:
 
 
 def is_free(url: str) -> bool:
-    port = int(url.rsplit(":", 1)[1])
-    return all(c.laddr.port != port for c in psutil.net_connections("tcp") if c.status == "LISTEN")
+    listeners = [c.laddr for c in psutil.net_connections("tcp") if c.status == "LISTEN"]
+    return int(url.rsplit(":", 1)[1]) not in [address[1] for address in listeners]
 
 
 def assert_nothing_left(server: Server, memory_before: set[str]) -> None:
