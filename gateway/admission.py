@@ -12,6 +12,8 @@ from gateway.errors import clamp_retry_s
 
 _RATE_WINDOW = 64
 """Finished requests over which the drain rate is measured."""
+_LEAST_FINISHED = 8
+"""Fewer finished requests tell nothing about the rate."""
 _UNKNOWN_RATE_RETRY_S = 5.0
 
 
@@ -37,16 +39,26 @@ class Admission:
     Args:
         max_requests: engine requests (one per prompt) held at once.
         max_tokens: prompt and output tokens that they may need together.
+        capacity: requests that the engines run at once; more of them wait. The drain rate is
+            measured only while some wait: at other times requests leave as fast as they come.
     """
 
-    def __init__(self, max_requests: int, max_tokens: int) -> None:
+    def __init__(self, max_requests: int, max_tokens: int, capacity: int) -> None:
         self._max_requests = max_requests
         self._max_tokens = max_tokens
-        self._finished_s: deque[float] = deque(maxlen=_RATE_WINDOW)
+        self._capacity = capacity
+        self._saturated_s = 0.0  # time with requests waiting, in all
+        self._since_s: float | None = None  # start of the present such time
+        self._finished_s: deque[float] = deque(maxlen=_RATE_WINDOW)  # on the saturated clock
         self.num_requests = 0
         """Requests held now."""
         self.num_tokens = 0
         """Tokens that they may need."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests beyond what the engines run at once."""
+        return max(0, self.num_requests - self._capacity)
 
     def admit(self, num_requests: int, num_tokens: int, now_s: float) -> Ticket:
         """Take a place for one call. Raises ``QueueFullError`` with a retry time."""
@@ -54,34 +66,42 @@ class Admission:
         if over > 0:
             raise QueueFullError(
                 f"the queue is full: {self.num_requests} requests, at most {self._max_requests}",
-                self.retry_after_s(over, now_s),
+                self.retry_after_s(over),
             )
         if self.num_requests and self.num_tokens + num_tokens > self._max_tokens:
             raise QueueFullError(
                 f"the queue is full: {self.num_tokens} tokens wanted, at most {self._max_tokens}",
-                self.retry_after_s(1, now_s),
+                self.retry_after_s(1),
             )
-        self.num_requests += num_requests
-        self.num_tokens += num_tokens
+        self._add(num_requests, num_tokens, now_s)
         return Ticket(self, num_requests, num_tokens)
 
-    def drain_rate(self, now_s: float) -> float | None:
-        """Requests finished per second of late; None while that is not known."""
-        if len(self._finished_s) < 2 or now_s <= self._finished_s[0]:
-            return None
-        return len(self._finished_s) / (now_s - self._finished_s[0])
-
-    def retry_after_s(self, num_requests: int, now_s: float) -> float:
+    def retry_after_s(self, num_requests: int) -> float:
         """Time until ``num_requests`` will have left, as far as the past tells."""
-        rate = self.drain_rate(now_s)
+        rate = self._drain_rate()
         return clamp_retry_s(num_requests / rate if rate else _UNKNOWN_RATE_RETRY_S)
 
-    def queue_time_s(self, num_waiting: int, now_s: float) -> float:
-        """Time until ``num_waiting`` requests have left; 0 while the rate is not known."""
-        rate = self.drain_rate(now_s)
-        return num_waiting / rate if rate else 0.0
+    def queue_time_s(self) -> float:
+        """Time until a new request would run; 0 while nothing is known of it."""
+        rate = self._drain_rate()
+        return self.num_waiting / rate if rate else 0.0
+
+    def _drain_rate(self) -> float | None:
+        """Requests finished per second while others waited; None while that is not known."""
+        if len(self._finished_s) < _LEAST_FINISHED:
+            return None
+        span_s = self._finished_s[-1] - self._finished_s[0]
+        return (len(self._finished_s) - 1) / span_s if span_s > 0 else None
 
     def _release(self, num_requests: int, num_tokens: int, now_s: float) -> None:
-        self.num_requests -= num_requests
-        self.num_tokens -= num_tokens
-        self._finished_s.extend([now_s] * num_requests)
+        was_saturated = self._since_s is not None
+        self._add(-num_requests, -num_tokens, now_s)
+        if was_saturated:
+            self._finished_s.extend([self._saturated_s] * num_requests)
+
+    def _add(self, num_requests: int, num_tokens: int, now_s: float) -> None:
+        if self._since_s is not None:
+            self._saturated_s += now_s - self._since_s
+        self.num_requests += num_requests
+        self.num_tokens += num_tokens
+        self._since_s = now_s if self.num_waiting else None

@@ -203,10 +203,14 @@ class Gateway:
         deadline_s: float,
     ) -> Generation:
         if self._admission is None:
-            most = self.limits.max_queue
-            self._admission = Admission(most, most * facts.max_model_len)
+            most, workers = self.limits.max_queue, self.config.workers.num_attention_workers
+            self._admission = Admission(
+                max_requests=most,
+                max_tokens=most * facts.max_model_len,
+                capacity=workers * self.config.engine.max_num_seqs,
+            )
         now_s = time.monotonic()
-        if self._admission.queue_time_s(self._num_waiting(), now_s) > deadline_s - now_s:
+        if self._admission.queue_time_s() > deadline_s - now_s:
             self.metrics.admission_rejections.add("deadline")
             raise DeadlineExceededError("the queue is longer than the request's time", False)
         try:
@@ -227,11 +231,6 @@ class Gateway:
             metrics=self.metrics,
             started_s=started_s,
         )
-
-    def _num_waiting(self) -> int:
-        """Requests that wait in the engine with the fewest, as of its last message."""
-        waiting = (c.stats.get("num_requests_waiting", 0) for c in self.engines.clients)
-        return int(min(waiting, default=0))
 
     async def _hand_over(self, generation: Generation, deadline_s: float) -> None:
         budget_ms = max(1, int((deadline_s - time.monotonic()) * 1000))

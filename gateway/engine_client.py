@@ -93,8 +93,6 @@ class EngineClient:
         self.worker = worker
         self.hello: pb.EngineHello | None = None
         """What the worker said of itself; None until it has, and after the end."""
-        self.stats: dict[str, float] = {}
-        """The engine's numbers as of its last message with outputs."""
         self.connected = asyncio.Event()
         """Set when the hello came."""
         self._address = address
@@ -190,8 +188,6 @@ class EngineClient:
             self._outgoing.put_nowait(pb.ToEngine(ping=pb.Ping(number=number)))
 
     def _take_step(self, step: StepOutput) -> None:
-        if step.stats:
-            self.stats = step.stats
         for output in step.outputs:
             entry = self._submissions.get(output.request_id)
             if entry is not None:

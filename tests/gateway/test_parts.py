@@ -45,7 +45,7 @@ def test_nobody_is_picked_from_nobody() -> None:
 
 
 def test_admission_bounds_requests_and_gives_places_back_once() -> None:
-    admission = Admission(max_requests=2, max_tokens=100)
+    admission = Admission(max_requests=2, max_tokens=100, capacity=8)
     first = admission.admit(1, 10, 0.0)
     second = admission.admit(1, 10, 0.0)
     with pytest.raises(errors.QueueFullError, match="at most 2") as caught:
@@ -59,21 +59,30 @@ def test_admission_bounds_requests_and_gives_places_back_once() -> None:
 
 
 def test_admission_bounds_tokens_but_never_a_lone_call() -> None:
-    admission = Admission(max_requests=8, max_tokens=100)
+    admission = Admission(max_requests=8, max_tokens=100, capacity=8)
     admission.admit(1, 1000, 0.0)
     with pytest.raises(errors.QueueFullError, match="tokens"):
         admission.admit(1, 1, 0.0)
 
 
 def test_the_retry_time_follows_the_drain() -> None:
-    admission = Admission(max_requests=100, max_tokens=10**6)
+    admission = Admission(max_requests=100, max_tokens=10**6, capacity=10)
     tickets = [admission.admit(1, 1, 0.0) for _ in range(100)]
-    for place, ticket in enumerate(tickets[:40]):
-        ticket.release(float(place) / 2)  # two a second
-    assert admission.drain_rate(20.0) == pytest.approx(2.0)
-    assert admission.retry_after_s(20, 20.0) == pytest.approx(10.0)
-    assert admission.queue_time_s(30, 20.0) == pytest.approx(15.0)
-    assert Admission(1, 1).queue_time_s(30, 0.0) == 0.0
+    assert admission.queue_time_s() == 0.0
+    for place, ticket in enumerate(tickets[:40], start=1):
+        ticket.release(place / 2)  # two a second
+    assert admission.num_waiting == 50
+    assert admission.retry_after_s(20) == pytest.approx(10.0)
+    assert admission.queue_time_s() == pytest.approx(25.0)
+
+
+def test_quiet_times_tell_nothing_about_the_drain() -> None:
+    admission = Admission(max_requests=100, max_tokens=10**6, capacity=10)
+    for hour in range(20):
+        admission.admit(1, 1, hour * 3600.0).release(hour * 3600.0 + 1)
+    for _ in range(50):
+        admission.admit(1, 1, 100_000.0)
+    assert admission.queue_time_s() == 0.0
 
 
 @pytest.mark.parametrize(

@@ -211,3 +211,15 @@ def test_a_silent_worker_is_dropped(moody: Stack) -> None:
     moody.wait_for(lambda: [c.worker for c in moody.engines.clients] == ["attention-0"], "silence")
     _change(moody, workers=[attention_entry(moody.engine, 0)])
     moody.run(second.stop())
+
+
+def test_a_queue_that_is_longer_than_the_time_refuses_at_once(
+    moody: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete(moody, prompt="x", max_tokens=1)
+    monkeypatch.setattr("gateway.admission.Admission.queue_time_s", lambda self: 3.0)
+    headers = {"x-request-timeout-ms": "2000"}
+    response = moody.http.post("/v1/completions", json={"prompt": "x"}, headers=headers)
+    assert response.status_code == 408
+    assert "queue" in response.json()["error"]["message"]
+    complete(moody, prompt="x", max_tokens=1)
