@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -128,8 +129,8 @@ def servers(state_home: Path) -> Iterator[list[Server]]:
 
 
 def is_free(url: str) -> bool:
-    listeners = [c.laddr for c in psutil.net_connections("tcp") if c.status == "LISTEN"]
-    return int(url.rsplit(":", 1)[1]) not in [address[1] for address in listeners]
+    found: list[Any] = [c.laddr for c in psutil.net_connections("tcp") if c.status == "LISTEN"]
+    return int(url.rsplit(":", 1)[1]) not in [address.port for address in found]
 
 
 def assert_nothing_left(server: Server, memory_before: set[str]) -> None:
