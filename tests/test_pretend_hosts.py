@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -71,7 +72,7 @@ class Hosts:
         return done.stdout
 
     def start(self, host: str, *words: str, log: Path) -> subprocess.Popen[str]:
-        """Start a program on a host."""
+        """Start a program on a host, in a process group of its own."""
         with log.open("w") as errors:
             return subprocess.Popen(
                 ["bash", str(SCRIPT), "exec", host, *words],
@@ -80,6 +81,7 @@ class Hosts:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                start_new_session=True,
             )
 
     def fetch(self, host: str, url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -124,5 +126,5 @@ def test_three_hosts_answer_with_the_local_engines_tokens(hosts: Hosts, tmp_path
         (expected,) = local.generate([choice["prompt_token_ids"]], params)
         assert tuple(choice["token_ids"]) == expected.token_ids
     finally:
-        server.terminate()
+        os.killpg(server.pid, signal.SIGTERM)
         server.communicate(timeout=TIMEOUT_S)
