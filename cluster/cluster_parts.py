@@ -20,8 +20,6 @@ from cluster.errors import ConfigError, ExpertMeshError, StartError
 from cluster.launch_plan import LaunchPlan, check_ports
 from cluster.local_ray import PrivateRay, join
 from cluster.process import ProcessIdentity
-from workers.attention_worker import AttentionWorker
-from workers.expert_worker import ExpertWorker
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +134,8 @@ class ClusterParts:
         from cluster.controller_actor import create_controller
         from cluster.ray_tools import words_of
         from cluster.worker_group import WorkerGroup
+        from workers.attention_worker import AttentionWorker
+        from workers.expert_worker import ExpertWorker
 
         group = WorkerGroup(attention_class=AttentionWorker, expert_class=ExpertWorker)
         self._controller = create_controller(group)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -196,3 +198,12 @@ def test_doctor_looks_at_everything(state_home: Path, capsys: pytest.CaptureFixt
     assert set(findings) >= {"python", "packages", "model", "cpu", "memory", "shm", "ports", "gpu"}
     assert findings["python"]["verdict"] == "ok"
     assert str(state_home) in findings["permissions"]["text"]
+
+
+def test_reading_commands_import_neither_ray_nor_torch() -> None:
+    code = (
+        "import sys, cluster.cli.main; "
+        "print([m for m in ('ray', 'torch', 'fastapi', 'huggingface_hub') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
