@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cluster.config import EngineSection
 from cluster.errors import RequestFailedError
@@ -55,6 +56,9 @@ class LocalEngine:
         kind = resolve_dtype(dtype, checkpoint.config)
         banks = checkpoint.family.banks
         model = load_attention_model(checkpoint, kind, place, max_model_len)
+        self._model = model
+        self.config = checkpoint.config
+        """Numbers of the model."""
         self.slots = ExpertSlots(banks, max(b.num_experts for b in banks), kind, place)
         """All experts."""
         self.slots.load_all(checkpoint)
@@ -72,6 +76,11 @@ class LocalEngine:
             max_model_len=max_model_len,
         )
         """The engine itself."""
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, V] of final hidden states [rows, H], as a recorder saw them."""
+        return self._model.logits(hidden.to(self._model.dtype))
 
     def step(self) -> list[TokenOutput]:
         """Grant everything that is wanted, and run it."""

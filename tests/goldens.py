@@ -1,0 +1,133 @@
+"""Golden checkpoints for tests: made once a machine by ``make_goldens.py``, then cached.
+
+A golden is a folder with a tiny random checkpoint and, in ``golden.safetensors``, what transformers
+computes on it in float32 for 8 prompts p0 .. p7 (1 to 100 tokens), each alone:
+
+    p0.prompt_ids [n], p0.logits [n, V], p0.hidden_states [L + 1, n, H], p0.greedy_ids [32]
+    p0.router_ids, p0.router_weights [layers, n + 31, k] (ids ascending), p0.router_logits [.., E]
+
+Variants with a bfloat16 run add p0.logits_bf16 and others. transformers is needed for making them
+only; without it the tests that ask for a golden are skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+OLMOE_VARIANTS = (
+    "olmoe-base",
+    "olmoe-norm-gqa-clip",
+    "olmoe-bias-tied-mqa",
+    "olmoe-legacy-config",
+    "olmoe-bf16",
+    "olmoe-fused",
+    "olmoe-rope-linear",
+    "olmoe-rope-dynamic",
+    "olmoe-rope-yarn",
+    "olmoe-rope-llama3",
+)
+BF16_VARIANTS = ("olmoe-base", "olmoe-bf16")
+"""Variants with a bfloat16 run of transformers."""
+NUM_PROMPTS = 8
+NUM_NEW_TOKENS = 32
+MAX_MODEL_LEN = 192
+"""Holds the longest prompt and its output; one variant's own context (48) does not."""
+
+_MAKER = Path(__file__).with_name("make_goldens.py")
+_LIMIT_S = 280.0
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """One variant."""
+
+    name: str
+    """Variant."""
+    path: Path
+    """Checkpoint folder."""
+    tensors: dict[str, Tensor]
+    """What transformers computed."""
+
+    def prompt(self, i: int) -> tuple[int, ...]:
+        """Token ids of prompt i."""
+        return tuple(self.tensors[f"p{i}.prompt_ids"].tolist())
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """All prompts."""
+        return [self.prompt(i) for i in range(NUM_PROMPTS)]
+
+    def greedy(self, i: int) -> tuple[int, ...]:
+        """The 32 greedy tokens after prompt i in float32."""
+        return tuple(self.tensors[f"p{i}.greedy_ids"].tolist())
+
+
+def golden_path(variant: str, family: str = "olmoe") -> Path:
+    """Folder of a variant; makes the family's goldens first if they are not there.
+
+    Skips the calling test when transformers is missing.
+    """
+    folder = _cache_folder() / family
+    if not (folder / "complete").is_file():
+        if importlib.util.find_spec("transformers") is None:
+            pytest.skip("transformers is not installed: goldens cannot be made")
+        _make(folder, family)
+    return folder / variant
+
+
+def load_golden(variant: str) -> Golden:
+    """Read a variant; see ``golden_path``."""
+    path = golden_path(variant, variant.split("-")[0])
+    return Golden(variant, path, load_file(path / "golden.safetensors"))
+
+
+def _cache_folder() -> Path:
+    """One folder for each state of the maker, its libraries and the kind of processor."""
+    digest = hashlib.sha256(_MAKER.read_bytes())
+    for package in ("torch", "transformers", "safetensors", "numpy"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "none"
+        digest.update(f"{package} {version}\n".encode())
+    digest.update(platform.machine().encode())
+    name = f"expertmesh-goldens-{os.getuid()}-{digest.hexdigest()[:16]}"
+    return Path(tempfile.gettempdir()) / name
+
+
+def _make(folder: Path, family: str) -> None:
+    """Write into a folder of our own, then move it into place: tests may run side by side."""
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    try:
+        subprocess.run(
+            [sys.executable, str(_MAKER), str(scratch), "--only", family],
+            check=True,
+            capture_output=True,
+            env=environment,
+            timeout=_LIMIT_S,
+        )
+        (scratch / "complete").touch()
+        if not (folder / "complete").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            scratch.replace(folder)
+    except OSError:
+        if not (folder / "complete").is_file():
+            raise  # else another process was faster
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
