@@ -71,6 +71,8 @@ def common_environment() -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        # see gateway.request_id.PROXY_CALLBACK
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "gateway.request_id.proxy_middlewares",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
 

@@ -66,7 +66,7 @@ class GatewayReplica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
-        return build_http_app(self._gateway)
+        return build_http_app(self._gateway, adds_request_id=False)
 
     async def __del__(self) -> None:
         """Called by Serve when the replica ends."""
@@ -80,7 +80,8 @@ class GatewayReplica:
 def build_app(config: dict[str, Any]) -> serve.Application:
     """The Serve application of a configuration (``ClusterConfig.to_dict``).
 
-    Run it with ``serve.run(build_app(config), name=APP_NAME, route_prefix="/")``.
+    Run it with ``serve.run(build_app(config), name=APP_NAME, route_prefix="/")``; see also
+    ``gateway.request_id.PROXY_CALLBACK``.
     """
     section = ClusterConfig.from_dict(config).gateway
     deployment: Any = GatewayReplica  # the decorators make it a serve.Deployment

@@ -7,7 +7,6 @@ worker, hand over. HTTP and gRPC are two thin codecs over it.
 from __future__ import annotations
 
 import random
-import re
 import time
 import uuid
 from collections.abc import Callable
@@ -34,7 +33,6 @@ from gateway.tokenizer import Tokenizer
 from gateway.validate import check_fields, finish_call
 from workers.request import Request
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _STREAM_WAIT_S = 5.0
 """Time that a serving cluster without an open stream is given to open one."""
 
@@ -264,13 +262,6 @@ class Gateway:
         for prompt in call.prompts:
             metrics.request_prompt_tokens.observe(len(prompt.ids))
             metrics.request_params_max_tokens.observe(prompt.params.max_tokens)
-
-
-def choose_request_id(wanted: str | None) -> str:
-    """The client's own id where it is fit, else a new one."""
-    if wanted and _REQUEST_ID.fullmatch(wanted):
-        return wanted
-    return uuid.uuid4().hex
 
 
 def new_call_id(kind: CallKind) -> str:

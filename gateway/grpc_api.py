@@ -13,11 +13,12 @@ import grpc
 
 from cluster.errors import ExpertMeshError, RequestError
 from gateway.convert import grpc_chat_input, grpc_fields
-from gateway.core import Gateway, choose_request_id, new_call_id
+from gateway.core import Gateway, new_call_id
 from gateway.errors import UnimplementedError, report_error
 from gateway.generation import Generation
 from gateway.grpc_format import GrpcFormat
 from gateway.openai_format import collect
+from gateway.request_id import HEADER, choose_request_id
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceServicer
@@ -189,7 +190,7 @@ class _Edge(AbstractContextManager["_Edge"]):
 
     def __init__(self, gateway: Gateway, method: str, context: Context, wanted_id: str) -> None:
         given = dict(context.invocation_metadata() or ())
-        self.request_id = choose_request_id(wanted_id or str(given.get("x-request-id", "")))
+        self.request_id = choose_request_id(wanted_id or str(given.get(HEADER, "")))
         self._gateway = gateway
         self._method = method
         self._context = context
@@ -198,7 +199,7 @@ class _Edge(AbstractContextManager["_Edge"]):
     async def send_initial_metadata(self) -> None:
         """Tell the client its request id, before any token."""
         epoch = str(self._gateway.placement_epoch)
-        metadata = (("x-request-id", self.request_id), ("x-placement-epoch", epoch))
+        metadata = ((HEADER, self.request_id), ("x-placement-epoch", epoch))
         await self._context.send_initial_metadata(metadata)
 
     async def abort(self, error: Exception) -> NoReturn:

@@ -43,8 +43,13 @@ from gateway.sse import SseStream, stream_generation
 logger = logging.getLogger(__name__)
 
 
-def build_http_app(gateway: Gateway) -> FastAPI:
-    """The ASGI application; works under ``/`` and under any prefix (``root_path``)."""
+def build_http_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:
+    """The ASGI application; works under ``/`` and under any prefix (``root_path``).
+
+    Args:
+        gateway: what is behind it.
+        adds_request_id: see ``HttpEdge``.
+    """
     api = HttpApi(gateway)
     app = FastAPI(
         title="expertmesh",
@@ -57,7 +62,7 @@ def build_http_app(gateway: Gateway) -> FastAPI:
     routes = api.routes()
     app.router.routes.extend(routes)
     paths = frozenset(route.path for route in routes if isinstance(route, Route))
-    app.add_middleware(HttpEdge, gateway=gateway, routes=paths)
+    app.add_middleware(HttpEdge, gateway=gateway, routes=paths, adds_request_id=adds_request_id)
     return app
 
 

@@ -25,8 +25,9 @@ from cluster.errors import (
     RequestError,
     RequestTooLargeError,
 )
-from gateway.core import Gateway, choose_request_id
+from gateway.core import Gateway
 from gateway.errors import ClientGoneError, report_error
+from gateway.request_id import HEADER, choose_request_id
 from gateway.schema import parse_json
 
 logger = logging.getLogger(__name__)
@@ -89,12 +90,20 @@ class HttpEdge:
         app: the application.
         gateway: gives keys, metrics and the placement epoch.
         routes: paths that are counted by name; all others count as ``other``.
+        adds_request_id: False behind Serve, which adds the header to every answer itself.
     """
 
-    def __init__(self, app: ASGIApp, gateway: Gateway, routes: frozenset[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        gateway: Gateway,
+        routes: frozenset[str],
+        adds_request_id: bool = True,
+    ) -> None:
         self._app = app
         self._gateway = gateway
         self._routes = routes
+        self._adds_request_id = adds_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection event."""
@@ -102,7 +111,7 @@ class HttpEdge:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = choose_request_id(headers.get("x-request-id"))
+        request_id = choose_request_id(headers.get(HEADER))
         scope.setdefault("state", {})["request_id"] = request_id
         responder = Responder(self._with_headers(send, request_id))
         path = _path(scope)
@@ -139,7 +148,8 @@ class HttpEdge:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
+                if self._adds_request_id:
+                    headers[HEADER] = request_id
                 headers["openai-processing-ms"] = str(int((time.monotonic() - started_s) * 1000))
                 headers["openai-version"] = "2020-10-01"
                 headers["x-expertmesh-placement-epoch"] = str(self._gateway.placement_epoch)

@@ -1,0 +1,43 @@
+"""Names of requests: the client's own where it is fit. Also used inside Serve's proxy."""
+
+from __future__ import annotations
+
+import re
+import uuid
+
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+HEADER = "x-request-id"
+"""Where a request's name travels, both ways."""
+PROXY_CALLBACK = "gateway.request_id.proxy_middlewares"
+"""For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, set before Ray is started: Serve's proxy then
+takes the guard below in."""
+_FIT = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def choose_request_id(wanted: str | None) -> str:
+    """The client's own id where it is fit, else a new one."""
+    if wanted and _FIT.fullmatch(wanted):
+        return wanted
+    return uuid.uuid4().hex
+
+
+class RequestIdGuard:
+    """ASGI middleware for Serve's proxy, which answers with whatever id comes in: make it fit."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection event."""
+        if scope["type"] == "http":
+            headers = MutableHeaders(scope=scope)
+            headers[HEADER] = choose_request_id(headers.get(HEADER))
+        await self._app(scope, receive, send)
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """What ``PROXY_CALLBACK`` names."""
+    return [Middleware(RequestIdGuard)]
