@@ -24,6 +24,7 @@ from workers.dist.hub import PeerHub
 from workers.dist.transport import Expected, Message, Tag
 from workers.dist.world import Backend, Ticket, Transfer, World, build_world, listen_store
 
+_JOIN_S = 1.0
 _COUNTS = 2
 """Number of the message that carries the counts, after those of the two parts."""
 
@@ -64,7 +65,7 @@ class CollectiveTransport:
 
     def apply_generation(self, generation: Generation) -> None:
         """See ``DataTransport``. Collective: all members must call it."""
-        self.close()
+        self._abandon()
         members = (*generation.attention, *generation.experts)
         other: Role = "attention" if self._hub.me.role == "expert" else "expert"
         self._names = {m.rank: m.name for m in members if m.role == other}
@@ -172,7 +173,13 @@ class CollectiveTransport:
         self._hub.reject(self._names[rank], reason)
 
     def close(self) -> None:
-        """Abandon the world; its waiter thread ends it."""
+        """Abandon the world and give its waiter thread a moment to end it."""
+        world = self._world
+        self._abandon()
+        if world is not None:
+            world.join(_JOIN_S)
+
+    def _abandon(self) -> None:
         self._sends.clear()
         if self._world is not None:
             self._world.abandon()
@@ -223,13 +230,13 @@ class CollectiveTransport:
         try:
             self._world.wait(ticket, watch)
         except BaseException:
-            self.close()
+            self._abandon()
             raise
         if ticket.error:
             self._fail(transfers[ticket.num_done].rank, ticket.error)
 
     def _fail(self, rank: int, reason: str) -> NoReturn:
         """A transfer failed: the hub may know better why."""
-        self.close()
+        self._abandon()
         self._hub.poll(0.05)
         raise PeerLostError(self._names[rank], reason)

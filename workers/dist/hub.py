@@ -195,11 +195,14 @@ class PeerHub:
                 what="it takes no data",
             )
 
-    def receive(self, name: str, want: FrameHeader, deadline: float) -> Frame:
+    def receive(
+        self, name: str, want: FrameHeader, deadline: float, others: Sequence[str] = ()
+    ) -> Frame:
         """The next data frame from a peer, which must be the one that ``want`` describes.
 
         Only kind, step, bank, exchange, micro-batch and flags are compared. Raises
-        ``PeerLostError`` when the edge breaks, carries something else, or ``deadline`` passes.
+        ``PeerLostError`` when the edge breaks, carries something else, or ``deadline`` passes;
+        the reason then tells which of ``others`` are missing too.
         """
         edge = self._edge(name)
         frame = self._table.take(edge, want)
@@ -211,7 +214,8 @@ class PeerHub:
             self.check()
             left = deadline - time.monotonic()
             if left <= 0:
-                raise PeerLostError(name, f"no {want.kind.name} frame for step {want.step} in time")
+                missing = [name, *(n for n in others if not self._edge(n).inbox)]
+                raise _timed_out(missing, f"no {want.kind.name} of step {want.step} in time")
             self._pump(left)
             frame = self._table.take(edge, want)
         return frame
@@ -234,10 +238,7 @@ class PeerHub:
                 return
             left = deadline - time.monotonic()
             if left <= 0:
-                names = missing()
-                reason = f"{what} within {limit:g} s"
-                others = f" (nor from {', '.join(names[1:])})" if len(names) > 1 else ""
-                raise PeerLostError(names[0] if names else "a peer", reason + others)
+                raise _timed_out(missing(), f"{what} within {limit:g} s")
             self._pump(min(left, slice_s))
 
     def poll(self, timeout_s: float = 0.0) -> None:
@@ -377,3 +378,9 @@ class PeerHub:
             self._early[peer.name] = edge  # adopted by apply_generation
         else:
             self._adopt(edge)
+
+
+def _timed_out(missing: Sequence[str], reason: str) -> PeerLostError:
+    """The first of the missing peers is the lost one, the reason tells the others."""
+    others = f" (nor from {', '.join(missing[1:])})" if len(missing) > 1 else ""
+    return PeerLostError(missing[0] if missing else "a peer", reason + others)

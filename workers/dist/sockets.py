@@ -62,8 +62,9 @@ class SocketTransport:
         deadline = time.monotonic() + self._hub.step_timeout_s
         want = self._header(tag, (), 0)
         received = []
-        for item in expected:
-            frame = self._hub.receive(self._names[item.rank], want, deadline)
+        names = [self._names[item.rank] for item in expected]
+        for i, item in enumerate(expected):
+            frame = self._hub.receive(names[i], want, deadline, names[i + 1 :])
             self._check(item, frame.header, sized)
             received.append(self._tensors(item, frame))
         return received

@@ -72,6 +72,7 @@ class World:
         self._device = device
         self._timeout = timedelta(seconds=timeout_s)
         self._queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
         if backend == "gloo":
             self._thread = threading.Thread(target=self._wait_all, daemon=True, name="gloo-wait")
             self._thread.start()
@@ -118,6 +119,11 @@ class World:
             for group in groups.values():
                 group.abort()
         self._queue.put(None)  # the waiter drops the last references when it comes free
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for an abandoned world's thread: a process must not end while gloo is torn down."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
 
     def _wait_all(self) -> None:
         while (ticket := self._queue.get()) is not None:

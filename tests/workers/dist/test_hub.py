@@ -244,7 +244,7 @@ def test_a_wait_ends_by_its_time_limit_and_names_the_peer(
 ) -> None:
     home, expert = hubs("attention", 0), hubs("expert", 0)
     form(pool, 1, home, expert)
-    with pytest.raises(PeerLostError, match="attention-0: no ROWS frame for step 1"):
+    with pytest.raises(PeerLostError, match="attention-0: no ROWS of step 1 in time"):
         expert.receive("attention-0", rows_frame(), time.monotonic() + 0.1)
 
 
