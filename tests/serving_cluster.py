@@ -7,6 +7,7 @@ The threads make layout matrices run in seconds; Ray adds real processes.
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -217,6 +218,21 @@ class RayCluster(ServingCluster):
 
     def _call(self, method: str, *arguments: Any) -> Any:
         return ray.get(getattr(self._actor, method).remote(*arguments), timeout=TIMEOUT_S)
+
+
+@contextmanager
+def connected_ray() -> Iterator[None]:
+    """A private Ray of two CPUs for this process."""
+    with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            log_to_driver=False,
+            include_dashboard=False,
+            _temp_dir=folder,
+        )
+        yield
+        ray.shutdown()
 
 
 @contextmanager

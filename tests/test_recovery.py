@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import ray
 
 from cluster.config import ClusterConfig
 from cluster.hub import bundled_checkpoint
 from tests.engine_stream import EngineStream
-from tests.serving_cluster import RayCluster, make_config, serving
+from tests.serving_cluster import RayCluster, connected_ray, make_config, serving
 from workers.request import FinishReason, Request, SamplingParams
 
 pytestmark = pytest.mark.ray
@@ -24,16 +22,8 @@ NUM_STREAMS = 8
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            log_to_driver=False,
-            include_dashboard=False,
-            _temp_dir=folder,
-        )
+    with connected_ray():
         yield
-        ray.shutdown()
 
 
 def three_expert_workers() -> ClusterConfig:

@@ -1,0 +1,188 @@
+"""Every golden through attention and expert workers: all layouts, both transports, both modes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from cluster.config import ClusterConfig
+from tests.engine_stream import Result
+from tests.goldens import (
+    BF16_VARIANTS,
+    MAX_MODEL_LEN,
+    NUM_NEW_TOKENS,
+    NUM_PROMPTS,
+    OLMOE_VARIANTS,
+    Golden,
+)
+from tests.serving_cluster import (
+    RayCluster,
+    ServingCluster,
+    ThreadCluster,
+    connected_ray,
+    make_config,
+    serving,
+)
+from workers.local_engine import LocalEngine
+from workers.request import Request, SamplingParams
+
+LAYOUTS = [(attention, experts) for attention in (1, 2, 3) for experts in (1, 2, 3, 4)]
+DEFAULT_VARIANTS = ("olmoe-base", "olmoe-norm-gqa-clip", "olmoe-bias-tied-mqa")
+"""Run in all layouts by default: many experts, few of them, one kv head."""
+GREEDY = SamplingParams(max_tokens=NUM_NEW_TOKENS, temperature=0.0, ignore_eos=True)
+
+AnyGolden = Callable[[str], Golden]
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    with connected_ray():
+        yield
+
+
+def requests(golden: Golden, params: SamplingParams = GREEDY) -> list[Request]:
+    """All prompts of a golden."""
+    return [
+        Request(request_id=f"p{i}", prompt=prompt, params=params)
+        for i, prompt in enumerate(golden.prompts)
+    ]
+
+
+def answers(cluster: ServingCluster, asked: list[Request]) -> dict[str, Result]:
+    """Serve requests together, spread over the attention workers."""
+    num_streams = cluster.config.workers.num_attention_workers
+    streams = [cluster.stream(rank) for rank in range(num_streams)]
+    shares = [asked[rank::num_streams] for rank in range(num_streams)]
+    for stream, share in zip(streams, shares, strict=True):
+        for request in share:
+            stream.send(request)
+    results: dict[str, Result] = {}
+    for stream, share in zip(streams, shares, strict=True):
+        results |= stream.collect(share)
+        stream.close()
+    return results
+
+
+def float32_config(
+    golden: Golden, attention: int, experts: int, **sections: dict[str, object]
+) -> ClusterConfig:
+    return make_config(
+        golden.path, attention, experts, dtype="float32", max_model_len=MAX_MODEL_LEN, **sections
+    )
+
+
+def check_greedy(cluster: ServingCluster, golden: Golden) -> None:
+    """All tokens are transformers' own, and nothing is left behind."""
+    results = answers(cluster, requests(golden))
+    for i in range(NUM_PROMPTS):
+        assert tuple(results[f"p{i}"].tokens[0]) == golden.greedy(i), f"prompt {i}"
+    assert cluster.blocks_in_use() == 0
+
+
+@pytest.mark.parametrize(("attention", "experts"), LAYOUTS, ids=[f"{a}x{e}" for a, e in LAYOUTS])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(v, marks=() if v in DEFAULT_VARIANTS else pytest.mark.slow)
+        for v in OLMOE_VARIANTS
+    ],
+)
+def test_float32_tokens_in_every_layout(
+    golden: AnyGolden, variant: str, attention: int, experts: int
+) -> None:
+    config = float32_config(golden(variant), attention, experts)
+    with serving(ThreadCluster(config)) as cluster:
+        check_greedy(cluster, golden(variant))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("variant", OLMOE_VARIANTS)
+def test_float32_tokens_of_real_workers(local_ray: None, golden: AnyGolden, variant: str) -> None:
+    with serving(RayCluster(float32_config(golden(variant), 1, 2))) as cluster:
+        check_greedy(cluster, golden(variant))
+
+
+@pytest.mark.parametrize("combine_mode", ["sum", "per_slot"])
+@pytest.mark.parametrize("transport", ["sockets", "collective"])
+def test_transports_and_combine_modes_give_the_same_tokens(
+    golden: AnyGolden, transport: str, combine_mode: str
+) -> None:
+    config = float32_config(
+        golden("olmoe-base"),
+        2,
+        2,
+        engine={"combine_mode": combine_mode},
+        transport={"transport": transport},
+        workers={"num_redundant_experts": 8},
+    )
+    with serving(ThreadCluster(config)) as cluster:
+        check_greedy(cluster, golden("olmoe-base"))
+
+
+def test_local_mode_is_served_by_one_worker(golden: AnyGolden) -> None:
+    config = float32_config(golden("olmoe-base"), 1, 0, workers={"mode": "local"})
+    with serving(ThreadCluster(config)) as cluster:
+        check_greedy(cluster, golden("olmoe-base"))
+
+
+def logits_of_prompt(cluster: ServingCluster, golden: Golden) -> list[list[float]]:
+    """Log-probabilities of all prompt tokens, by prompt."""
+    params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0)
+    results = answers(cluster, requests(golden, params))
+    scores = []
+    for i in range(NUM_PROMPTS):
+        entries = results[f"p{i}"].outputs[0].prompt_logprobs
+        assert entries is not None
+        scores.append([e.logprob for e in entries if e is not None])
+    return scores
+
+
+@pytest.mark.parametrize("variant", BF16_VARIANTS)
+@pytest.mark.parametrize(("attention", "experts"), [(1, 2), (2, 3)], ids=["1x2", "2x3"])
+def test_bfloat16_prompts_score_as_in_transformers(
+    golden: AnyGolden, variant: str, attention: int, experts: int
+) -> None:
+    """Against the bfloat16 golden: median difference of the prompt tokens' logprobs below 0.3."""
+    expected = golden(variant)
+    config = make_config(expected.path, attention, experts, dtype="bfloat16")
+    with serving(ThreadCluster(config)) as cluster:
+        scores = logits_of_prompt(cluster, expected)
+    differences = []
+    for i, prompt in enumerate(expected.prompts):
+        logprobs = torch.log_softmax(expected.tensors[f"p{i}.logits_bf16"], -1)
+        for position, score in enumerate(scores[i]):
+            token = prompt[position + 1]
+            differences.append(abs(score - float(logprobs[position, token])))
+    assert statistics.median(differences) < 0.3
+
+
+@pytest.mark.parametrize("variant", BF16_VARIANTS)
+def test_bfloat16_in_many_workers_is_the_local_engine_up_to_rounding(
+    golden: AnyGolden, variant: str
+) -> None:
+    """One process against 1 + 3 workers, one request at a time: 2 units in the last bit of 8.0."""
+    expected = golden(variant)
+    config = make_config(expected.path, 1, 3, dtype="bfloat16", engine={"combine_mode": "per_slot"})
+    asked = requests(expected, SamplingParams(max_tokens=8, temperature=0.0, logprobs=0))
+    local = LocalEngine(expected.path, dtype="bfloat16")
+    with serving(ThreadCluster(config)) as cluster:
+        for request in asked:
+            (alone,) = local.generate([request.prompt], request.params)
+            got = answers(cluster, [request])[request.request_id]
+            logprobs = [entry.logprob for output in got.outputs for entry in output.logprobs]
+            for ours, theirs in zip(logprobs, alone.logprobs, strict=True):
+                assert ours == pytest.approx(theirs.logprob, abs=0.0625)
+
+
+def test_requests_together_equal_requests_alone(golden: AnyGolden) -> None:
+    expected = golden("olmoe-base")
+    params = SamplingParams(max_tokens=16, temperature=1.0, top_p=0.95, seed=7, ignore_eos=True)
+    asked = requests(expected, params)
+    with serving(ThreadCluster(float32_config(expected, 2, 2))) as cluster:
+        together = answers(cluster, asked)
+        for request in asked:
+            alone = answers(cluster, [request])[request.request_id]
+            assert alone.tokens == together[request.request_id].tokens
