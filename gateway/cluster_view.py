@@ -116,7 +116,8 @@ class ClusterView:
                 )
                 self._accept(snapshot)
             except Exception as err:  # the controller may restart: workers go on, so do we
-                logger.debug("the controller does not answer: %s", err)
+                level = logging.DEBUG if self._controller is None else logging.WARNING
+                logger.log(level, "the controller does not answer: %r", err)
                 self._controller = None
                 await asyncio.sleep(_RETRY_S)
 

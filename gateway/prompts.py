@@ -35,10 +35,7 @@ class PromptMaker:
 
     async def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         """Token ids of a text."""
-        tokenizer = self.require_tokenizer("prompt")
-        if len(text) <= _INLINE_CHARS:
-            return tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+        return (await self._encode_all([text], add_special_tokens))[0]
 
     async def render(self, chat: ChatInput) -> str:
         """The prompt of a conversation. Raises ``RequestError`` without a chat template."""
@@ -71,15 +68,24 @@ class PromptMaker:
             text = await self.render(fields.chat)
             self._check_length(text, facts, "messages")
             return [(None, await self.encode(text, bool(fields.add_special_tokens)))]
-        prompts: list[tuple[str | None, tuple[int, ...]]] = []
-        for prompt in fields.prompts:
-            if isinstance(prompt, str):
-                self._check_length(prompt, facts, "prompt")
-                ids = await self.encode(prompt, fields.add_special_tokens is not False)
-                prompts.append((prompt, ids))
-            else:
-                prompts.append((None, prompt))
-        return prompts
+        texts = [prompt for prompt in fields.prompts if isinstance(prompt, str)]
+        for text in texts:
+            self._check_length(text, facts, "prompt")
+        encoded = iter(await self._encode_all(texts, fields.add_special_tokens is not False))
+        return [
+            (prompt, next(encoded)) if isinstance(prompt, str) else (None, prompt)
+            for prompt in fields.prompts
+        ]
+
+    async def _encode_all(
+        self, texts: Sequence[str], add_special_tokens: bool
+    ) -> list[tuple[int, ...]]:
+        if not texts:
+            return []
+        encode = self.require_tokenizer("prompt").encode
+        if sum(map(len, texts)) <= _INLINE_CHARS:
+            return [encode(text, add_special_tokens) for text in texts]
+        return await asyncio.to_thread(lambda: [encode(text, add_special_tokens) for text in texts])
 
     def _check_length(self, text: str, facts: ModelFacts, param: str) -> None:
         """Refuse a text that cannot fit before time is spent on it."""
