@@ -209,14 +209,14 @@ class CollectiveTransport:
         self, tag: Tag, is_send: bool, items: Sequence[tuple[int, int, int, Tensor]]
     ) -> list[Transfer]:
         self._hub.check()
-        assert self._world is not None, "apply_generation comes first"
+        world = self._live_world()
         try:
-            return self._world.transfer(tag.direction, is_send, items)
+            return world.transfer(tag.direction, is_send, items)
         except RuntimeError as err:
             self._fail(items[0][0], str(err).splitlines()[0])
 
     def _wait(self, transfers: Sequence[Transfer]) -> None:
-        assert self._world is not None, "apply_generation comes first"
+        world = self._live_world()
         ticket = Ticket(transfers)
         limit = self._hub.step_timeout_s
         deadline = time.monotonic() + limit
@@ -228,12 +228,17 @@ class CollectiveTransport:
                 raise PeerLostError(self._names[rank], f"no data within {limit:g} s")
 
         try:
-            self._world.wait(ticket, watch)
+            world.wait(ticket, watch)
         except BaseException:
             self._abandon()
             raise
         if ticket.error:
             self._fail(transfers[ticket.num_done].rank, ticket.error)
+
+    def _live_world(self) -> World:
+        if self._world is None:
+            raise TransportError("the process group was given up: a new generation makes another")
+        return self._world
 
     def _fail(self, rank: int, reason: str) -> NoReturn:
         """A transfer failed: the hub may know better why."""
