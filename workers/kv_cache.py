@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from cluster.config import EngineSection
 from cluster.errors import ConfigError
+from workers.attention import PIECE_BYTES, Workspace
 from workers.families.base import ModelConfig
 
 _DEFAULT_CONTEXTS = 16
@@ -43,6 +45,16 @@ class KVCache:
             for _ in range(config.num_layers)
         )
         """By layer: [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before values."""
+        self.workspace = Workspace(dtype, device)
+        """Scratch memory for what steps gather."""
+
+    @property
+    def blocks_per_piece(self) -> int:
+        """Blocks of decode rows to gather at a time: on GPUs all of them."""
+        layer = self.layers[0]
+        if layer.device.type != "cpu":
+            return sys.maxsize
+        return PIECE_BYTES // (layer[:, 0].numel() * layer.element_size())
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero blocks that may hold NaN or infinity: a masked value still meets 0 * NaN."""

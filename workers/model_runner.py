@@ -236,7 +236,7 @@ class _Batch:
         if num_rows:
             decodes = tuple(self._decode_group(g, tensors, cache.block_size) for g in groups)
             prefills = tuple(self._chunks(chunks, num_decodes, tensors))
-            attention = AttentionBatch(slots, decodes, prefills)
+            attention = AttentionBatch(slots, decodes, prefills, cache.workspace)
             self.inputs = ModelInputs(tokens, positions, prompt_lengths, attention)
 
     def _stage_decodes(
@@ -244,7 +244,7 @@ class _Batch:
     ) -> list[tuple[int, int]]:
         """Add each group's padded block tables and lengths; returns the groups' row ranges."""
         tables = [span.planned.sequence.blocks for span in spans]
-        groups = runs([group_size(len(table)) for table in tables])
+        groups = runs([group_size(len(table)) for table in tables], cache.blocks_per_piece)
         for first, last in groups:
             width = group_size(len(tables[first]))
             padded = np.full((last - first, width), cache.null_block, dtype=np.int64)

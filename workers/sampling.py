@@ -116,7 +116,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:
     # A sum is finite only if all its terms are; the other way round float32 has room to spare.
     finite = torch.isfinite(logits.sum(-1, dtype=torch.float32))
     processed = _process(logits, rows)
-    tokens = processed.argmax(-1)
+    tokens = _best(processed)
     random = [i for i, row in enumerate(rows) if row.params.temperature >= _GREEDY_BELOW]
     if random:
         picked = processed if len(random) == len(rows) else processed[random]
@@ -132,6 +132,16 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:
     )
     found = dict(zip(asked, entries, strict=True))
     return [Drawn(token, found.get(i)) for i, token in enumerate(ids)]
+
+
+def _best(logits: Tensor) -> Tensor:
+    """[rows] int64: the best token, the lowest id of several.
+
+    For 32 rows of 50304 bfloat16 on one core, argmax of torch takes 5.8 ms, that of numpy 0.2 ms.
+    """
+    if logits.device.type != "cpu":
+        return logits.argmax(-1)
+    return torch.from_numpy(logits.float().numpy().argmax(-1))
 
 
 def _process(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
