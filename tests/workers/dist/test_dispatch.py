@@ -24,7 +24,7 @@ from tests.workers.dist.mesh import (
     make_rows,
     prefill,
 )
-from workers.dist.dispatcher import BatchRows, TokenDispatcher
+from workers.dist.dispatcher import BatchRows, DispatchHandle, TokenDispatcher
 from workers.dist.header import StepHeader
 from workers.families.base import BankSpec
 
@@ -308,3 +308,33 @@ def test_a_new_epoch_takes_over_at_its_step() -> None:
 def test_placements_of_all_banks_are_used() -> None:
     placement = make_placement(BANKS, 2)
     assert [b.num_experts for b in placement.banks] == [8, 8, 6]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_micro_batches_overlap_across_layers(transport: TransportName) -> None:
+    """The engine's order: the next layer of one goes out before the other has come home."""
+    banks = tuple(make_bank(i) for i in range(4))
+    header = make_header((7,), num_micro_batches=2)
+    parts = (slice(0, 4), slice(4, 7))
+
+    def home(rank: int, dispatcher: TokenDispatcher) -> list[Tensor]:
+        dispatcher.begin_step(header, [BatchRows.decode(4), BatchRows.decode(3)])
+        inputs = [make_rows(bank, 7, bank.index) for bank in banks]
+        results: list[list[Tensor]] = [[], []]
+
+        def dispatch(bank: int, micro_batch: int) -> DispatchHandle:
+            rows, ids, weights = (x[parts[micro_batch]] for x in inputs[bank])
+            return dispatcher.dispatch(rows, ids, weights, bank, 0, micro_batch)
+
+        handles = [dispatch(0, micro_batch) for micro_batch in (0, 1)]
+        for bank in range(1, 5):
+            for micro_batch in (0, 1):
+                results[micro_batch].append(dispatcher.combine(handles[micro_batch]))
+                if bank < 4:
+                    handles[micro_batch] = dispatch(bank, micro_batch)
+        return [torch.cat(both) for both in zip(*results, strict=True)]
+
+    with Mesh(1, 2, banks, "per_slot", transport) as mesh:
+        got = mesh.step(header, home)[0]
+    for mine, expected in zip(got, home(0, local_dispatcher(banks)), strict=True):
+        assert torch.equal(mine, expected)
