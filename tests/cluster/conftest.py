@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.local_ray import make_temp_dir
+
 
 @pytest.fixture
 def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -22,6 +24,19 @@ def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     yield home
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def temp_dirs(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every folder for a private Ray that is made in this test."""
+    made: list[Path] = []
+
+    def make() -> Path:
+        made.append(make_temp_dir())
+        return made[-1]
+
+    monkeypatch.setattr("cluster.local_ray.make_temp_dir", make)
+    return made
 
 
 @pytest.fixture
