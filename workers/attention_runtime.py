@@ -73,7 +73,7 @@ class AttentionRuntime(WorkerRuntime):
         if self.config.workers.mode == "local":
             slots = ExpertSlots(banks, self.args.num_slots, self.dtype, device)
             slots.load_all(self.checkpoint)
-            return LocalDispatcher(slots, banks)
+            return LocalDispatcher(slots, banks, self.activity)
         return RemoteDispatcher(
             self.transport,
             banks,
@@ -81,6 +81,7 @@ class AttentionRuntime(WorkerRuntime):
             combine_mode=self.config.engine.combine_mode,
             dtype=self.dtype,
             device=device,
+            activity=self.activity,
         )
 
     def _fence(self, reason: str) -> None:

@@ -33,6 +33,7 @@ class ExpertRuntime(WorkerRuntime):
             combine_mode=self.config.engine.combine_mode,
             dtype=self.dtype,
             device=device,
+            activity=self.activity,
         )
         return {"dtype": str(self.dtype).removeprefix("torch."), "num_slots": self.args.num_slots}
 

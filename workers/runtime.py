@@ -42,6 +42,7 @@ from cluster.placement import ExpertPlacement
 from cluster.topology import Generation, Member
 from workers.checkpoint import Checkpoint, resolve_dtype
 from workers.control_client import ControlClient, Lease
+from workers.dist.activity import Activity
 from workers.dist.collective import CollectiveTransport
 from workers.dist.frames import max_data_bytes
 from workers.dist.handshake import PeerIdentity
@@ -122,7 +123,7 @@ class WorkerRuntime(ABC):
         self._hub: PeerHub | None = None
         self._cleanup = ExitStack()
         self._frames: deque[ControlFrame] = deque()
-        self._progress = 0
+        self.activity = Activity()
         self._idle = True
         self._running = False
         self._stopping = False
@@ -310,9 +311,10 @@ class WorkerRuntime(ABC):
 
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(
-            progress=self._progress,
+            progress=self.activity.progress,
             idle=self._idle,
             generation=self.generation.number,
+            waiting=self.activity.is_waiting,
             stats=self._stats(),
         )
 
@@ -323,28 +325,24 @@ class WorkerRuntime(ABC):
 
     def _guarded_turn(self) -> None:
         """One turn; a lost peer or a new generation ends the running of this one."""
-        self._progress += 1
+        self.activity.advance()
         try:
             if self._running:
                 self._turn()
             else:
                 self._idle = True
-                self.hub.poll(IDLE_WAIT_S)
+                self.hub.rest(IDLE_WAIT_S)
         except GenerationChangedError:
             self._running = False
         except PeerLostError as err:
             self._lose(err)
 
     def _lose(self, err: PeerLostError) -> None:
-        """Tell the controller once; it decides what comes next."""
-        if self._running:
-            logger.warning("%s: step abandoned: %s", self.member.name, err)
-            self.control.send(
-                PeerLost(worker=err.peer, generation=self.generation.number, reason=err.reason)
-            )
-        else:
-            time.sleep(0.001)  # the hub keeps saying so until the next generation
+        """Tell the controller; it decides what comes next."""
         self._running = False
+        number = self.generation.number
+        logger.warning("%s: generation %d stops: %s", self.member.name, number, err)
+        self.control.send(PeerLost(worker=err.peer, generation=number, reason=err.reason))
 
     def _handle_frames(self) -> None:
         while self._frames:
@@ -371,9 +369,7 @@ class WorkerRuntime(ABC):
         except GenerationChangedError:
             return
         except PeerLostError as err:
-            self.control.send(
-                PeerLost(worker=err.peer, generation=generation.number, reason=err.reason)
-            )
+            self._lose(err)
             return
         self._epoch = placement.epoch
         self.control.send(
@@ -391,7 +387,7 @@ class WorkerRuntime(ABC):
 
     def _report_loading(self, loaded_bytes: int, total_bytes: int) -> None:
         """Progress callback of the loaders."""
-        self._progress += 1
+        self.activity.advance()
         now = time.monotonic()
         if loaded_bytes >= total_bytes or now - self._reported_at >= PROGRESS_EVERY_S:
             self._reported_at = now

@@ -11,6 +11,7 @@ from torch import Tensor
 from cluster.config import CombineMode
 from cluster.placement import ExpertPlacement
 from cluster.topology import Generation
+from workers.dist.activity import Activity
 from workers.dist.copies import filled_slots
 from workers.dist.dispatcher import SlotBanks
 from workers.dist.header import StepHeader
@@ -59,9 +60,11 @@ class ExpertServer:
         combine_mode: CombineMode,
         dtype: torch.dtype,
         device: torch.device,
+        activity: Activity | None = None,
     ) -> None:
         """``device_index`` is this worker's ``Member.device`` in the placement."""
         self._transport = transport
+        self._activity = activity or Activity()
         self._slots = slots
         self._banks = tuple(banks)
         self._device_index = device_index
@@ -118,7 +121,8 @@ class ExpertServer:
         inputs = bank.top_k if exchange.per_slot_input else 1
         expected = [Expected(r, parts, (n, n * inputs)) for r, n in granted.items()]
         tag = Tag(bank.index, exchange.index, micro_batch, "rows")
-        received = self._transport.receive(tag, expected, sized=exact)
+        with self._activity:
+            received = self._transport.receive(tag, expected, sized=exact)
         batch = self._join(bank, exchange, tuple(granted), received, exact)
         outputs = self._compute(bank, exchange, batch, exact)
         if by_pair:

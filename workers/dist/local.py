@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cluster.placement import ExpertPlacement
 from cluster.topology import Generation
+from workers.dist.activity import Activity
 from workers.dist.copies import CopyTables
 from workers.dist.dispatcher import BatchRows, DispatchHandle, SlotBanks
 from workers.dist.header import StepHeader
@@ -32,9 +33,12 @@ class LocalDispatcher:
     dispatcher does in ``per_slot`` mode bit for bit, and in ``sum`` mode with one expert rank.
     """
 
-    def __init__(self, slots: SlotBanks, banks: Sequence[BankSpec]) -> None:
+    def __init__(
+        self, slots: SlotBanks, banks: Sequence[BankSpec], activity: Activity | None = None
+    ) -> None:
         """Expert e is taken to be in slot e until ``set_placement`` says otherwise."""
         self._slots = slots
+        self._activity = activity or Activity()
         self._banks = tuple(banks)
         self._slot_of: list[Tensor | None] = [None] * len(self._banks)
 
@@ -59,6 +63,7 @@ class LocalDispatcher:
         micro_batch: int = 0,
     ) -> LocalHandle:
         """Compute at once; see ``TokenDispatcher.dispatch`` for the shapes."""
+        self._activity.advance()
         spec = self._banks[bank]
         num_rows, top_k = topk_ids.shape
         flat = topk_ids.flatten()

@@ -23,6 +23,7 @@ from cluster.config import CombineMode
 from cluster.errors import ProtocolError
 from cluster.placement import ExpertPlacement
 from cluster.topology import Generation
+from workers.dist.activity import Activity
 from workers.dist.copies import CopyTables
 from workers.dist.dispatcher import BatchRows, DispatchHandle
 from workers.dist.header import StepHeader
@@ -68,8 +69,10 @@ class RemoteDispatcher:
         combine_mode: CombineMode,
         dtype: torch.dtype,
         device: torch.device,
+        activity: Activity | None = None,
     ) -> None:
         self._transport = transport
+        self._activity = activity or Activity()
         self._banks = tuple(banks)
         self._rank = rank
         self._combine_mode = combine_mode
@@ -155,7 +158,8 @@ class RemoteDispatcher:
         part = Part(exchange.out_width, self._dtype if by_pair else torch.float32)
         tag = Tag(handle.bank.index, handle.exchange, handle.micro_batch, "outputs")
         expected = [Expected(s.rank, (part,), (s.count,)) for s in handle.sent]
-        received = [parts[0] for parts in self._transport.receive(tag, expected, sized=False)]
+        with self._activity:
+            received = [parts[0] for parts in self._transport.receive(tag, expected, sized=False)]
         if not by_pair:
             return self._add_partial_sums(handle, received, exchange.out_width)
         pairs = self._gather_pairs(handle, received, exchange.out_width)
