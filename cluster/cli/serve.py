@@ -112,8 +112,8 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
         progress.update("check")
         facts = begun.check.result()
         plan = _make_plan(config, facts, preparation.temp_dir, _settings_hash(args), plan_values)
-        preparation.keep()
         begun.front.begin(plan)
+        preparation.keep()
     return begun.front.run(progress, detach=command == "up")
 
 
