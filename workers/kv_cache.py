@@ -58,7 +58,7 @@ class KVCache:
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero blocks that may hold NaN or infinity: a masked value still meets 0 * NaN."""
-        for layer in self.layers:
+        for layer in self.layers if blocks else ():
             layer[:, list(blocks)] = 0
 
 

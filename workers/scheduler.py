@@ -200,10 +200,6 @@ class Scheduler:
         """Number of running sequences."""
         return len(self._running)
 
-    def fits(self, num_tokens: int) -> bool:
-        """Whether a sequence that grows to ``num_tokens`` in the cache could ever run."""
-        return self._blocks(num_tokens) <= self._pool.num_blocks
-
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind those of its priority."""
         self._enter(self._waiting, sequence, SequenceState.WAITING)

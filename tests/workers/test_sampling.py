@@ -1,0 +1,182 @@
+"""Sampling against plain references: distributions by chi-square, order of operations by hand."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from workers.request import SamplingParams
+from workers.sampling import (
+    SamplingRow,
+    TokenCounts,
+    draw,
+    logprob_entries,
+    sample,
+    uniform,
+)
+
+NUM_DRAWS = 4000
+VOCAB = 12
+
+
+def reference(logits: Tensor, params: SamplingParams) -> list[float]:
+    """Probabilities after temperature, top_k, top_p and min_p, the slow and plain way."""
+    values = [x / params.temperature for x in logits.double().tolist()]
+    kept = sorted(range(len(values)), key=lambda t: -values[t])
+    if params.top_k:
+        kept = kept[: params.top_k]
+    total = sum(math.exp(values[t]) for t in kept)
+    probs = {t: math.exp(values[t]) / total for t in kept}
+    mass, nucleus = 0.0, []
+    for token in kept:
+        nucleus.append(token)
+        mass += probs[token]
+        if mass >= params.top_p:
+            break
+    best = probs[kept[0]]
+    nucleus = [t for t in nucleus if probs[t] >= params.min_p * best]
+    mass = sum(probs[t] for t in nucleus)
+    return [probs[t] / mass if t in nucleus else 0.0 for t in range(len(values))]
+
+
+def rows_of(params: SamplingParams, count: int) -> list[SamplingRow]:
+    return [SamplingRow(params, choice=0, index=i) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(seed=11),
+        SamplingParams(seed=12, temperature=0.5),
+        SamplingParams(seed=13, temperature=2.5),
+        SamplingParams(seed=14, top_k=3),
+        SamplingParams(seed=15, top_p=0.7),
+        SamplingParams(seed=16, min_p=0.15),
+        SamplingParams(seed=17, temperature=1.5, top_k=6, top_p=0.8, min_p=0.1),
+        SamplingParams(seed=18, top_k=100),
+    ],
+)
+def test_draws_follow_the_distribution(params: SamplingParams) -> None:
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(params.seed)) * 1.5
+    probs = reference(logits, params)
+    tokens = draw(logits.expand(NUM_DRAWS, VOCAB), rows_of(params, NUM_DRAWS))
+    counts = Counter(tokens.tolist())
+    assert all(probs[token] > 0 for token in counts)
+    expected = [p * NUM_DRAWS for p in probs]
+    large = [t for t in range(VOCAB) if expected[t] >= 5]
+    chi_square = sum((counts[t] - expected[t]) ** 2 / expected[t] for t in large)
+    freedom = max(len(large) - 1, 1)
+    assert chi_square < freedom + 5 * math.sqrt(2 * freedom) + 3
+
+
+def test_top_p_beyond_the_first_candidates() -> None:
+    size = 5000
+    logits = torch.zeros(1, size)
+    logits[0, 17] = 1e-3  # nearly flat: 90% of the mass needs thousands of tokens
+    params = SamplingParams(seed=3, top_p=0.9)
+    tokens = draw(logits.expand(200, size), rows_of(params, 200))
+    assert len(set(tokens.tolist())) > 150
+
+
+def test_limits_keep_ties() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]])
+    params = SamplingParams(seed=5, top_k=2)
+    tokens = draw(logits.expand(300, 5), rows_of(params, 300))
+    assert set(tokens.tolist()) == {1, 2, 3}
+
+
+def test_rows_do_not_depend_on_batch_mates() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(5, 700, generator=generator)
+    each = [
+        SamplingParams(seed=1, temperature=0.0),
+        SamplingParams(seed=2, temperature=0.7),
+        SamplingParams(seed=3, top_k=5),
+        SamplingParams(seed=4, top_p=0.97),
+        SamplingParams(seed=5, min_p=0.01, logit_bias=((3, 4.0),)),
+    ]
+    rows = [SamplingRow(p, choice=i, index=7 * i) for i, p in enumerate(each)]
+    together = [d.token for d in sample(logits, rows)]
+    alone = [sample(logits[i : i + 1], [row])[0].token for i, row in enumerate(rows)]
+    assert together == alone
+
+
+def test_same_seed_same_token_and_choices_differ() -> None:
+    logits = torch.zeros(1, 1000)
+    params = SamplingParams(seed=9)
+    first = [draw(logits, [SamplingRow(params, 0, i)]).item() for i in range(20)]
+    again = [draw(logits, [SamplingRow(params, 0, i)]).item() for i in range(20)]
+    other = [draw(logits, [SamplingRow(params, 1, i)]).item() for i in range(20)]
+    assert first == again
+    assert len(set(first)) > 10
+    assert first != other
+
+
+def test_uniform_is_uniform() -> None:
+    values = [uniform(seed, choice, i) for seed in range(8) for choice in (0, 1) for i in range(64)]
+    assert all(0 <= u < 1 for u in values)
+    assert abs(sum(values) / len(values) - 0.5) < 0.03
+    bins = Counter(int(u * 8) for u in values)
+    assert min(bins.values()) > 90
+    assert uniform(-5, 0, 0) == uniform(-5, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_takes_the_lowest_id_of_a_tie(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[0.0, 2.0, 5.0, 5.0], [7.0, 7.0, 7.0, 7.0]], dtype=dtype)
+    rows = rows_of(SamplingParams(temperature=0.0), 2)
+    assert [d.token for d in sample(logits, rows)] == [2, 0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_only_the_row_with_bad_logits_fails(bad: float) -> None:
+    logits = torch.zeros(3, 8)
+    logits[1, 4] = bad
+    logits[2, 5] = 1.0
+    drawn = sample(logits, rows_of(SamplingParams(temperature=0.0), 3))
+    assert [d.is_finite for d in drawn] == [True, False, True]
+    assert drawn[2].token == 5
+
+
+def test_penalties_in_order() -> None:
+    params = SamplingParams(
+        repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((4, 1.0),)
+    )
+    counts = TokenCounts(params, prompt=[0, 1], output=[1, 2, 2])
+    logits = torch.tensor([4.0, 4.0, -4.0, 4.0, 4.0])
+    counts.penalize(logits, params)
+    # 0: prompt only. 1: prompt, once in the output. 2: twice in the output. 3 and 4: neither.
+    assert logits.tolist() == [2.0, 2.0 - 0.5 - 0.25, -8.0 - 1.0 - 0.25, 4.0, 4.0]
+
+
+def test_bias_and_ending_mask_steer_greedy_but_not_logprobs() -> None:
+    logits = torch.tensor([[5.0, 4.0, 3.0, 0.0]])
+    params = SamplingParams(temperature=0.0, logit_bias=((3, 4.5),), logprobs=2)
+    row = SamplingRow(params, 0, 0, ending_tokens=(0,))
+    (drawn,) = sample(logits, [row])
+    assert drawn.token == 3
+    assert drawn.logprob is not None
+    raw = torch.log_softmax(logits[0], -1)
+    assert drawn.logprob.logprob == pytest.approx(raw[3].item(), abs=1e-6)
+    assert drawn.logprob.rank == 4
+    assert [t for t, _ in drawn.logprob.top] == [0, 1]
+    assert torch.equal(logits, torch.tensor([[5.0, 4.0, 3.0, 0.0]]))
+
+
+def test_min_p_one_and_tiny_temperature_are_greedy() -> None:
+    logits = torch.tensor([[1.0, 2.0, 1.5]]).expand(50, 3)
+    for params in (SamplingParams(min_p=1.0), SamplingParams(temperature=1e-30)):
+        assert {d.token for d in sample(logits, rows_of(params, 50))} == {1}
+
+
+def test_logprob_entries_rank_and_order() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 3.0, 0.0, 0.0]])
+    first, second = logprob_entries(logits, [1, 1], [3, 0])
+    assert (first.token_id, first.rank) == (1, 3)
+    assert [t for t, _ in first.top] == [3, 2, 1]
+    assert first.top[2][1] == pytest.approx(first.logprob)
+    assert (second.rank, second.top) == (1, ())
