@@ -119,8 +119,8 @@ class Engine:
 
     # Requests
 
-    def add_request(self, request: Request) -> None:
-        """Queue a request.
+    def add_request(self, request: Request, received: float | None = None) -> None:
+        """Queue a request that came in at ``received`` (on this engine's clock; None: now).
 
         Raises ``RequestError`` for what can never run and ``QueueFullError`` for too much at once;
         then nothing was changed. A newer attempt at a known request replaces the older one.
@@ -128,7 +128,7 @@ class Engine:
         check_request(request, self._limits)
         self._check_room(request)
         self.abort(request.request_id)
-        now = self._clock()
+        now = self._clock() if received is None else received
         tracks = [Track.start(s, now) for s in self._sequences(request, now)]
         self._requests[request.request_id] = tracks
         self._num_received += 1
@@ -148,6 +148,10 @@ class Engine:
             if not choices or track.sequence.choice in choices:
                 self._scheduler.remove(track.sequence)
                 self._forget(track, FinishReason.ABORT)
+
+    def has_request(self, request_id: str) -> bool:
+        """Whether a choice of it waits or runs."""
+        return request_id in self._requests
 
     @property
     def has_work(self) -> bool:
