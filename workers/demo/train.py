@@ -78,7 +78,7 @@ class TrainConfig:
 def sorted_experts(
     experts: nn.Module, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
 ) -> Tensor:
-    """Experts on tokens sorted by expert: half the time of the library's loop when training.
+    """Experts on tokens sorted by expert; less memory traffic than the library's loop in training.
 
     hidden: [num_tokens, hidden_size]; topk_ids, topk_weights: [num_tokens, top_k].
     """
