@@ -27,6 +27,8 @@ from workers.layers import can_pack, pack, packed_linear, swiglu
 
 PACKED_MIN_ELEMENTS = 64 * 1024
 """Elements of an exchange's first matrix from which on a call per expert pays."""
+_WIDE_ROWS = 16
+"""Rows per used expert from which on the loop takes all matrices of an expert in turn."""
 _MAX_PADDING = 4
 """Padded rows per pair above which the padded product gives way to a loop."""
 
@@ -57,12 +59,10 @@ class PackedExperts:
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
         """Outputs [P, out] of pairs; see ``ExpertBank.compute``."""
-        order = pair_slot.argsort(stable=True)
         linear = packed_linear if self._is_packed else functional.linear
-        rows = _loop(inputs[pair_input[order]], torch.bincount(pair_slot), self._weights, linear)
-        output = torch.empty_like(rows)
-        output[order] = rows
-        return output
+        order = pair_slot.argsort(stable=True)
+        counts = torch.bincount(pair_slot)
+        return _loop(inputs, pair_input, order, counts, self._weights, linear)
 
 
 class PaddedExperts:
@@ -94,14 +94,11 @@ class PaddedExperts:
         counts = torch.bincount(pair_slot, minlength=len(self._weights[0]))
         used = counts.nonzero().squeeze(1)
         height = int(counts.max())
-        rows = inputs[pair_input[order]]
         if len(used) * height > _MAX_PADDING * max(len(order), len(counts)):
-            rows = _loop(rows, counts, self._weights, functional.linear)
-        else:
-            rows = self._padded(rows, pair_slot[order], counts, used, height)
-        output = torch.empty_like(rows)
-        output[order] = rows
-        return output
+            return _loop(inputs, pair_input, order, counts, self._weights, functional.linear)
+        rows = inputs.index_select(0, pair_input[order])
+        rows = self._padded(rows, pair_slot[order], counts, used, height)
+        return torch.empty_like(rows).index_copy_(0, order, rows)
 
     def _padded(
         self, rows: Tensor, slots: Tensor, counts: Tensor, used: Tensor, height: int
@@ -125,17 +122,46 @@ class PaddedExperts:
 
 
 def _loop(
-    rows: Tensor,
+    inputs: Tensor,
+    pair_input: Tensor,
+    order: Tensor,
     counts: Tensor,
     matrices: Sequence[Sequence[Tensor] | Tensor],
     linear: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """rows [P, in] sorted by slot, counts [slots] -> [P, out], a call per used slot and matrix."""
+    """Outputs [P, out] of pairs with a call per used slot and matrix.
+
+    ``order`` [P] sorts the pairs by slot, ``counts`` [slots] are the pairs of each.
+    """
     work = [(slot, count) for slot, count in enumerate(counts.tolist()) if count]
+    places = torch.split(order, [count for _, count in work])
+    sources = pair_input[order]
+    if len(order) < _WIDE_ROWS * len(work):
+        rows = _by_matrix(inputs.index_select(0, sources), work, matrices, linear)
+        return torch.empty_like(rows).index_copy_(0, order, rows)
+    output: Tensor | None = None
+    first = 0
+    for (slot, count), place in zip(work, places, strict=True):  # stays in the core's own cache
+        rows = inputs.index_select(0, sources[first : first + count])
+        first += count
+        for matrix, weights in enumerate(matrices):
+            rows = linear(swiglu(rows) if matrix else rows, weights[slot])
+        if output is None:
+            output = inputs.new_empty(len(order), rows.shape[1])
+        output.index_copy_(0, place, rows)
+    assert output is not None, "there is at least one pair"
+    return output
+
+
+def _by_matrix(
+    rows: Tensor,
+    work: Sequence[tuple[int, int]],
+    matrices: Sequence[Sequence[Tensor] | Tensor],
+    linear: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Sorted rows [P, in] -> [P, out], matrix after matrix: fewest calls for few rows each."""
     sizes = [count for _, count in work]
     for matrix, weights in enumerate(matrices):
-        if matrix == 1:
-            rows = swiglu(rows)
-        pieces = torch.split(rows, sizes)
+        pieces = torch.split(swiglu(rows) if matrix else rows, sizes)
         rows = torch.cat([linear(x, weights[s]) for x, (s, _) in zip(pieces, work, strict=True)])
     return rows

@@ -65,5 +65,8 @@ class ExpertSlots:
         for bank, slots in enumerate(by_bank):
             if len(slots) > self._banks[bank].num_slots:
                 self._banks[bank].resize(len(slots))
-        for bank, slot, expert in work:
-            self.load_expert(bank, slot, expert, checkpoint)
+        try:
+            for bank, slot, expert in work:
+                self.load_expert(bank, slot, expert, checkpoint)
+        finally:
+            checkpoint.close()
