@@ -1,10 +1,7 @@
-"""Tensors of a Hugging Face folder by name and slice, each read straight into its own memory.
+"""Tensors of a Hugging Face folder by name and slice, each copied into memory of its own.
 
-A safetensors file is 8 bytes header length (little-endian), a JSON header with dtype, shape and
-byte range of each tensor, and the data. We read the ranges that are needed with plain file reads:
-nothing is mapped, so no page of the file is held after loading, and peak memory is what was
-loaded plus one tensor.
-Source: format description in the README of huggingface/safetensors.
+Files are mapped while weights are read and closed afterwards (``Checkpoint.close``), so that peak
+memory of our own is what was loaded plus one tensor.
 """
 
 from __future__ import annotations
@@ -14,11 +11,11 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from io import RawIOBase
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cluster.errors import CheckpointError, ConfigError
@@ -36,9 +33,6 @@ Progress = Callable[[int, int], None]
 """Called with (bytes loaded, bytes in total) after each tensor."""
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_MAX_HEADER_BYTES = 100 * 1024 * 1024
-_STAGING_BYTES = 8 * 1024 * 1024
-"""Size of the pieces in which another dtype is converted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,10 +45,12 @@ class TensorEntry:
     """Dtype in safetensors spelling, ``BF16`` for example."""
     shape: tuple[int, ...]
     """Shape on disk."""
-    offset: int
-    """First byte in the file."""
-    num_bytes: int
-    """Length of its data."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its data; 0 for a dtype that we do not read."""
+        known = _DTYPES.get(self.dtype)
+        return math.prod(self.shape) * known.itemsize if known is not None else 0
 
 
 class WeightSource(Protocol):
@@ -75,6 +71,7 @@ class Checkpoint:
         self.path = Path(path)
         self.family: Family = load_family(read_config(self.path))
         self._tensors, self._id = _read_headers(self.path)
+        self._readers: dict[Path, Any] = {}
         self._progress = progress
         self._loaded = 0
         self._total = 0
@@ -127,6 +124,10 @@ class Checkpoint:
             first = last
         return out
 
+    def close(self) -> None:
+        """Unmap all files; a later read opens them again."""
+        self._readers.clear()
+
     def check(self) -> None:
         """Find every tensor of the model in the headers, with its shape and a float dtype."""
         for part in self.family.attention_tensors():
@@ -156,17 +157,22 @@ class Checkpoint:
 
     def _read_into(self, part: TensorPart, out: Tensor) -> None:
         entry = self._entry(part)
-        num_bytes = self.num_bytes(part)
-        offset = entry.offset + (part.index or 0) * num_bytes
         try:
-            with entry.file.open("rb", buffering=0) as file:
-                file.seek(offset)
-                _fill(file, _DTYPES[entry.dtype], out)
-        except OSError as err:
+            reader = self._reader(entry.file)
+            if part.index is None:
+                out.copy_(reader.get_tensor(part.name))
+            else:
+                out.copy_(reader.get_slice(part.name)[part.index])
+        except (OSError, SafetensorError) as err:
             raise CheckpointError(f"{entry.file.name}: tensor {part.name}: {err}") from err
-        self._loaded += num_bytes
+        self._loaded += self.num_bytes(part)
         if self._progress is not None:
             self._progress(self._loaded, max(self._total, self._loaded))
+
+    def _reader(self, file: Path) -> Any:
+        if file not in self._readers:
+            self._readers[file] = safe_open(file, framework="pt")
+        return self._readers[file]
 
 
 def load_attention_model(
@@ -181,7 +187,10 @@ def load_attention_model(
     """
     family = checkpoint.family
     checkpoint.expect(sum(checkpoint.num_bytes(p) for p in family.attention_tensors()))
-    return family.attention_model(checkpoint, dtype, device, max_positions)
+    try:
+        return family.attention_model(checkpoint, dtype, device, max_positions)
+    finally:
+        checkpoint.close()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,9 +273,10 @@ def _read_headers(path: Path) -> tuple[dict[str, TensorEntry], str]:
     digest = hashlib.sha256((path / "config.json").read_bytes())
     tensors: dict[str, TensorEntry] = {}
     for file in _weight_files(path):
-        header, data_start = _read_header(file)
-        digest.update(file.name.encode() + b"\0" + header)
-        tensors.update(_parse_header(file, header, data_start))
+        found = _read_header(file)
+        for name, entry in sorted(found.items()):
+            digest.update(f"{file.name} {name} {entry.dtype} {entry.shape}\n".encode())
+        tensors |= found
     return tensors, digest.hexdigest()[:16]
 
 
@@ -287,65 +297,16 @@ def _weight_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def _read_header(file: Path) -> tuple[bytes, int]:
-    """The header's bytes, and where the data begins."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(f"{file.name} is truncated, or not a safetensors file")
-        return stream.read(length), 8 + length
-
-
-def _parse_header(file: Path, header: bytes, data_start: int) -> dict[str, TensorEntry]:
+def _read_header(file: Path) -> dict[str, TensorEntry]:
+    """All tensors of one file; the library checks that the file holds what its header says."""
     try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        found = {name: _parse_entry(file, entry, data_start) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise CheckpointError(f"{file.name} has a damaged header: {err!r}") from err
-    expected = max((e.offset + e.num_bytes for e in found.values()), default=data_start)
-    size = file.stat().st_size
-    if size < expected:
+        with safe_open(file, framework="pt") as reader:
+            slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
+            return {
+                name: TensorEntry(file=file, dtype=part.get_dtype(), shape=tuple(part.get_shape()))
+                for name, part in slices.items()
+            }
+    except (OSError, SafetensorError) as err:
         raise CheckpointError(
-            f"{file.name} is truncated: {size} bytes, its header needs {expected}"
-        )
-    return found
-
-
-def _parse_entry(file: Path, entry: dict[str, Any], data_start: int) -> TensorEntry:
-    first, last = (int(v) for v in entry["data_offsets"])
-    shape = tuple(int(n) for n in entry["shape"])
-    dtype = str(entry["dtype"])
-    known = _DTYPES.get(dtype)
-    if first < 0 or last < first or min(shape, default=0) < 0:
-        raise ValueError("negative sizes")
-    if known is not None and last - first != math.prod(shape) * known.itemsize:
-        raise ValueError(f"{last - first} bytes do not hold {dtype} {list(shape)}")
-    return TensorEntry(
-        file=file, dtype=dtype, shape=shape, offset=data_start + first, num_bytes=last - first
-    )
-
-
-def _fill(file: RawIOBase, dtype: torch.dtype, out: Tensor) -> None:
-    """Read the tensor at the file's position into ``out`` (contiguous), converting the dtype."""
-    flat = out.view(-1)
-    if dtype == out.dtype:
-        _read_exactly(file, flat)
-        return
-    step = _STAGING_BYTES // dtype.itemsize
-    staging = torch.empty(min(step, flat.numel()), dtype=dtype)
-    for first in range(0, flat.numel(), step):
-        piece = staging[: min(step, flat.numel() - first)]
-        _read_exactly(file, piece)
-        flat[first : first + piece.numel()].copy_(piece)
-
-
-def _read_exactly(file: RawIOBase, flat: Tensor) -> None:
-    buffer = memoryview(flat.view(torch.uint8).numpy().data)
-    done = 0
-    while done < len(buffer):
-        count = file.readinto(buffer[done:])
-        if not count:
-            raise OSError("the file ended early")
-        done += count
+            f"{file.name} is truncated, damaged, or not a safetensors file: {err}"
+        ) from err
