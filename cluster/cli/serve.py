@@ -8,34 +8,22 @@ import fcntl
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster import local_ray, state_file
-from cluster.checkpoint_check import CheckpointCheck, CheckpointFacts
+from cluster.checkpoint_check import CheckpointCheck
 from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.front import Front, Outcome, raise_on_signals
 from cluster.cli.progress import Progress
-from cluster.cli.serve_options import add_serve_options, collect, read_keys, read_template
+from cluster.cli.serve_config import build_config, make_plan
+from cluster.cli.serve_options import add_serve_options, collect
 from cluster.cli.terminal import note, out_json, out_line
-from cluster.config import ClusterConfig, check
 from cluster.errors import CheckpointError, ConfigError, StartError
 from cluster.hub import ModelSource, find_model
-from cluster.launch_plan import (
-    LaunchPlan,
-    check_ports,
-    check_start,
-    count_cpus,
-    count_gpus,
-    free_port,
-)
-
-REFUSED_FIELDS = ("host",)
-"""Settings whose rules are about this host or its safety, not about how a flag is written."""
-_HEARTBEATS_PER_LIMIT = 4
+from cluster.launch_plan import LaunchPlan, check_ports
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -111,7 +99,7 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
         begun = preparation.begin(model.folder, lambda: _ready(args, plan))
         progress.update("check")
         facts = begun.check.result()
-        plan = _make_plan(config, facts, preparation.temp_dir, _settings_hash(args), plan_values)
+        plan = make_plan(config, facts, preparation.temp_dir, _settings_hash(args), plan_values)
         begun.front.begin(plan)
         preparation.keep()
     return begun.front.run(progress, detach=command == "up")
@@ -139,41 +127,6 @@ def _check_early(values: dict[str, Any], is_private: bool) -> None:
         check_ports(section.host, {**ports, "grpc_port": section.grpc_port})
     except ConfigError as err:
         raise CommandError(ExitCode.REFUSED, str(err)) from err
-
-
-def build_config(values: dict[str, Any], model: ModelSource) -> ClusterConfig:
-    """The configuration of option values by target.
-
-    Raises ``CommandError``: usage for a value that no start could take, refused for an unsafe one.
-    """
-    sections: dict[str, dict[str, Any]] = {
-        "model": {"path": str(model.folder), "served_model_name": model.name},
-        "workers": {},
-        "engine": {},
-        "transport": {},
-        "gateway": {},
-    }
-    keys = read_keys(values["api_key_file"]) if "api_key_file" in values else ()
-    for target, value in values.items():
-        section, _, field = target.partition(".")
-        if field:
-            sections[section][field] = value
-    if "api_keys" in sections["gateway"]:
-        keys = (sections["gateway"]["api_keys"], *keys)
-    sections["gateway"]["api_keys"] = keys
-    if "chat_template" in sections["model"]:
-        sections["model"]["chat_template"] = read_template(sections["model"]["chat_template"])
-    if "placement_file" in sections["workers"]:
-        path = Path(sections["workers"]["placement_file"])
-        sections["workers"]["placement_file"] = str(path.absolute())
-    limit = sections["transport"].get("detection_limit_s")
-    if limit is not None and limit > 0:
-        sections["transport"]["heartbeat_s"] = min(0.5, limit / _HEARTBEATS_PER_LIMIT)
-    try:
-        return ClusterConfig.from_dict({**sections, "cluster_token": secrets.token_hex(32)})
-    except ConfigError as err:
-        code = ExitCode.REFUSED if err.field in REFUSED_FIELDS else ExitCode.USAGE
-        raise CommandError(code, str(err)) from err
 
 
 def _settings_hash(args: argparse.Namespace) -> str:
@@ -232,58 +185,6 @@ class _Preparation:
         if self._folder is not None:
             local_ray.remove(self._folder)
         self._log.unlink(missing_ok=True)
-
-
-def _make_plan(
-    config: ClusterConfig,
-    facts: CheckpointFacts,
-    temp_dir: str,
-    settings: str,
-    values: dict[str, Any],
-) -> LaunchPlan:
-    """The last checks, now that the model is known. Raises ``CommandError`` (refused)."""
-    num_cpus = count_cpus()
-    num_gpus = count_gpus() if facts.torch_has_cuda else 0
-    try:
-        limit = config.model.max_model_len
-        check(
-            limit is None or limit <= facts.max_position_embeddings,
-            "max_model_len",
-            limit,
-            f"must not exceed the model's context of {facts.max_position_embeddings} tokens",
-        )
-        if temp_dir:  # a joined cluster's resources are known only once it is joined
-            check_start(config, facts.banks, num_cpus, num_gpus)
-    except ConfigError as err:
-        raise CommandError(ExitCode.REFUSED, str(err)) from err
-    return LaunchPlan(
-        config=_with_ports(config),
-        banks=facts.banks,
-        profile=_read_profile(Path(config.model.path)),
-        settings=settings,
-        temp_dir=temp_dir,
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        **values,
-    )
-
-
-def _with_ports(config: ClusterConfig) -> ClusterConfig:
-    """Port 0 becomes a free one."""
-    data = config.to_dict()
-    section = data["gateway"]
-    for name in ("port", "grpc_port"):
-        section[name] = section[name] or free_port(section["host"])
-    return ClusterConfig.from_dict(data)
-
-
-def _read_profile(folder: Path) -> dict[str, Any] | None:
-    """The expert load that a checkpoint brings along, if it does."""
-    try:
-        profile = json.loads((folder / "load_profile.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return profile if isinstance(profile, dict) else None
 
 
 def _ready(args: argparse.Namespace, plan: LaunchPlan) -> None:

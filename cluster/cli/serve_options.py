@@ -6,7 +6,6 @@ Precedence: flag, then ``EXPERTMESH_<FLAG>``, then the default of the configurat
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,8 +224,3 @@ def read_template(text: str) -> str:
     except (OSError, UnicodeDecodeError) as err:
         message = f"--chat-template ({text}) cannot be read: {err}"
         raise CommandError(ExitCode.USAGE, message) from err
-
-
-def environment_model() -> str | None:
-    """MODEL from the environment."""
-    return os.environ.get("EXPERTMESH_MODEL") or None

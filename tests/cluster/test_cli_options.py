@@ -8,7 +8,7 @@ import pytest
 
 from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.main import main, make_parser
-from cluster.cli.serve import build_config
+from cluster.cli.serve_config import build_config
 from cluster.cli.serve_options import OPTIONS, collect, parse_bytes, read_keys, read_template
 from cluster.config import ClusterConfig
 from cluster.hub import ModelSource

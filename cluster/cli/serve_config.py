@@ -1,0 +1,130 @@
+"""From option values to the configuration and the plan of a start."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.checkpoint_check import CheckpointFacts
+from cluster.cli.exit_codes import CommandError, ExitCode
+from cluster.cli.serve_options import read_keys, read_template
+from cluster.config import ClusterConfig, check
+from cluster.errors import ConfigError
+from cluster.hub import ModelSource
+from cluster.launch_plan import LaunchPlan, check_start, count_cpus, count_gpus, free_port
+
+REFUSED_FIELDS = ("host",)
+"""Settings whose rules are about this host or its safety, not about how a flag is written."""
+_HEARTBEATS_PER_LIMIT = 4
+_MAX_HEARTBEAT_S = 0.5
+
+
+def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig:
+    """The configuration of option values by target.
+
+    Raises ``CommandError``: usage for a value that no start could take, refused for an unsafe one.
+    """
+    sections = _sections(values)
+    sections["model"] = {
+        "path": str(model.folder),
+        "served_model_name": model.name,
+        **sections["model"],
+    }
+    _add_keys(sections["gateway"], values.get("api_key_file"))
+    _add_files(sections)
+    _add_heartbeat(sections["transport"])
+    try:
+        return ClusterConfig.from_dict({**sections, "cluster_token": secrets.token_hex(32)})
+    except ConfigError as err:
+        code = ExitCode.REFUSED if err.field in REFUSED_FIELDS else ExitCode.USAGE
+        raise CommandError(code, str(err)) from err
+
+
+def _sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Values by section and field; bare names are not the configuration's."""
+    names = ("model", "workers", "engine", "transport", "gateway")
+    sections: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for target, value in values.items():
+        section, _, field = target.partition(".")
+        if field:
+            sections[section][field] = value
+    return sections
+
+
+def _add_keys(gateway: dict[str, Any], file: str | None) -> None:
+    """Keys of ``--api-key`` and of the key file add up."""
+    single = (gateway["api_keys"],) if "api_keys" in gateway else ()
+    gateway["api_keys"] = (*single, *(read_keys(file) if file else ()))
+
+
+def _add_files(sections: dict[str, dict[str, Any]]) -> None:
+    """Read the chat template; make the placement's path good for other working directories."""
+    model, workers = sections["model"], sections["workers"]
+    if "chat_template" in model:
+        model["chat_template"] = read_template(model["chat_template"])
+    if "placement_file" in workers:
+        workers["placement_file"] = str(Path(workers["placement_file"]).absolute())
+
+
+def _add_heartbeat(transport: dict[str, Any]) -> None:
+    """Several heartbeats fit into the detection limit."""
+    limit = transport.get("detection_limit_s", 0.0)
+    if limit > 0:
+        transport["heartbeat_s"] = min(_MAX_HEARTBEAT_S, limit / _HEARTBEATS_PER_LIMIT)
+
+
+def make_plan(
+    config: ClusterConfig,
+    facts: CheckpointFacts,
+    temp_dir: str,
+    settings: str,
+    values: dict[str, Any],
+) -> LaunchPlan:
+    """The last checks, now that the model is known. Raises ``CommandError`` (refused)."""
+    num_cpus = count_cpus()
+    num_gpus = count_gpus() if facts.torch_has_cuda else 0
+    try:
+        limit = config.model.max_model_len
+        check(
+            limit is None or limit <= facts.max_position_embeddings,
+            "max_model_len",
+            limit,
+            f"must not exceed the model's context of {facts.max_position_embeddings} tokens",
+        )
+        if temp_dir:  # a joined cluster's resources are known only once it is joined
+            check_start(config, facts.banks, num_cpus, num_gpus)
+    except ConfigError as err:
+        raise CommandError(ExitCode.REFUSED, str(err)) from err
+    return LaunchPlan(
+        config=_with_ports(config),
+        banks=facts.banks,
+        profile=_read_profile(Path(config.model.path)),
+        settings=settings,
+        temp_dir=temp_dir,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        **values,
+    )
+
+
+def _with_ports(config: ClusterConfig) -> ClusterConfig:
+    """Port 0 becomes a free one, another for each."""
+    data = config.to_dict()
+    section = data["gateway"]
+    for name in ("port", "grpc_port"):
+        while not section[name]:
+            port = free_port(section["host"])
+            section[name] = port if port not in (section["port"], section["grpc_port"]) else 0
+    return ClusterConfig.from_dict(data)
+
+
+def _read_profile(folder: Path) -> dict[str, Any] | None:
+    """The expert load that a checkpoint brings along, if it does."""
+    try:
+        profile = json.loads((folder / "load_profile.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return profile if isinstance(profile, dict) else None

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import contextlib
+import socket
+
+import pytest
+
+from cluster.config import ClusterConfig, GatewaySection, ModelSection
+from cluster.errors import ConfigError
+from cluster.launch_plan import (
+    LaunchPlan,
+    check_ports,
+    check_start,
+    count_cpus,
+    count_gpus,
+    free_port,
+)
+
+BANKS = ({"bank": "mlp", "layer": 0, "num_experts": 4},)
+
+
+def plan(host: str = "127.0.0.1") -> LaunchPlan:
+    gateway = GatewaySection(host=host, api_keys=("k",))
+    model = ModelSection(path="/m", served_model_name="m")
+    return LaunchPlan(
+        command="serve",
+        name="x",
+        settings="s",
+        config=ClusterConfig(model=model, gateway=gateway, cluster_token="t"),
+        banks=BANKS,
+        profile=None,
+        address="",
+        temp_dir="/tmp/em-x",
+        num_cpus=2,
+        num_gpus=0,
+    )
+
+
+def test_a_plan_survives_the_pipe_to_the_launcher() -> None:
+    assert LaunchPlan.from_dict(plan().to_dict()) == plan()
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("::", "[::1]"),
+        ("box.example", "box.example"),
+    ],
+)
+def test_the_ready_line_names_an_address_that_can_be_reached(host: str, shown: str) -> None:
+    assert plan(host).http_url == f"http://{shown}:8000"
+    assert plan(host).grpc_target == f"{shown}:50051"
+
+
+def test_a_free_port_passes_and_a_busy_one_is_named(busy_port: int) -> None:
+    check_ports("127.0.0.1", {"port": free_port("127.0.0.1"), "grpc_port": 0})
+    with pytest.raises(ConfigError, match="is in use on 127") as caught:
+        check_ports("127.0.0.1", {"grpc_port": busy_port})
+    assert (caught.value.field, caught.value.value) == ("grpc_port", busy_port)
+
+
+def test_a_port_that_is_shared_by_others_counts_as_busy() -> None:
+    with contextlib.closing(socket.socket()) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        with pytest.raises(ConfigError, match="is in use"):
+            check_ports("127.0.0.1", {"port": server.getsockname()[1]})
+
+
+def test_a_port_with_old_connections_is_free() -> None:
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
+        client = socket.create_connection(("127.0.0.1", port))
+        server.accept()[0].close()  # we close first: this side waits in TIME_WAIT
+        client.close()
+    check_ports("127.0.0.1", {"port": port})
+
+
+def test_an_address_of_another_host_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot be opened on 203"):
+        check_ports("203.0.113.1", {"port": 8000})
+
+
+def test_what_does_not_fit_on_this_host_is_refused() -> None:
+    config = plan().config
+    check_start(config, BANKS, num_cpus=1, num_gpus=0)
+    with pytest.raises(ConfigError, match="num_expert_workers"):
+        check_start(config, ({**BANKS[0], "num_experts": 1},), num_cpus=2, num_gpus=0)
+
+
+def test_there_is_a_cpu() -> None:
+    assert count_cpus() >= 1
+
+
+@pytest.mark.parametrize(("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,3", 2)])
+def test_visible_devices_limit_the_gpus(
+    visible: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert count_gpus() == count
