@@ -98,6 +98,8 @@ class FailingDispatcher:
         """Calls (dispatch and combine) of a step before the peer is lost; None: never."""
         self.num_failures = 0
         """Peers lost so far."""
+        self.num_calls = 0
+        """Calls of dispatch and combine so far."""
         self._calls = 0
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
@@ -129,3 +131,4 @@ class FailingDispatcher:
             self.num_failures += 1
             raise PeerLostError("expert-0", "reset in a test")
         self._calls += 1
+        self.num_calls += 1

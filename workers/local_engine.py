@@ -5,7 +5,8 @@ The reference that everything distributed is tested against, and the base line o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,8 +50,13 @@ class LocalEngine:
         section: EngineSection | None = None,
         max_model_len: int | None = None,
         num_micro_batches: int = 1,
+        wrap: Callable[[TokenDispatcher], TokenDispatcher] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Load a checkpoint. Raises ``CheckpointError`` and ``ConfigError``."""
+        """Load a checkpoint. Raises ``CheckpointError`` and ``ConfigError``.
+
+        ``wrap`` puts something between engine and dispatcher.
+        """
         checkpoint = Checkpoint(path)
         place = torch.device(device)
         kind = resolve_dtype(dtype, checkpoint.config)
@@ -62,7 +68,8 @@ class LocalEngine:
         self.slots = ExpertSlots(banks, max(b.num_experts for b in banks), kind, place)
         """All experts."""
         self.slots.load_all(checkpoint)
-        self.dispatcher: TokenDispatcher = LocalDispatcher(self.slots, banks)
+        local = LocalDispatcher(self.slots, banks)
+        self.dispatcher: TokenDispatcher = local if wrap is None else wrap(local)
         """Leads to them."""
         self._num_micro_batches = num_micro_batches
         self._next_step = 1
@@ -74,6 +81,7 @@ class LocalEngine:
             dispatcher=self.dispatcher,
             section=section or EngineSection(),
             max_model_len=max_model_len,
+            clock=clock,
         )
         """The engine itself."""
 

@@ -1,0 +1,139 @@
+"""Expert kernels against plain products: every kernel, load and count of rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cluster.placement import BankShape, contiguous
+from workers.checkpoint import Checkpoint
+from workers.experts.bank import ExpertBank, ExpertKernel, matrix_shapes
+from workers.experts.kernels_cpu import PackedExperts, PaddedExperts
+from workers.experts.slots import ExpertSlots
+from workers.families.base import BankSpec, ExchangeSpec
+
+CPU = torch.device("cpu")
+SWIGLU = ExchangeSpec(index=0, name="mlp", in_width=24, out_width=24, expert_width=16)
+LINEAR = ExchangeSpec(index=0, name="q", in_width=24, out_width=40, expert_kind="linear")
+
+
+def weights(exchange: ExchangeSpec, num_slots: int, dtype: torch.dtype) -> list[list[Tensor]]:
+    """[slot][matrix]."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        [
+            (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(dtype)
+            for shape in matrix_shapes(exchange)
+        ]
+        for _ in range(num_slots)
+    ]
+
+
+def reference(
+    inputs: Tensor, pair_input: Tensor, pair_slot: Tensor, matrices: list[list[Tensor]]
+) -> Tensor:
+    """One pair at a time in double precision."""
+    outputs = []
+    for source, slot in zip(pair_input.tolist(), pair_slot.tolist(), strict=True):
+        row = inputs[source].double()
+        first, *rest = (m.double() for m in matrices[slot])
+        row = first @ row
+        for matrix in rest:
+            gate, up = row.chunk(2)
+            row = matrix @ (functional.silu(gate) * up)
+        outputs.append(row)
+    return torch.stack(outputs)
+
+
+def make(kind: str, exchange: ExchangeSpec, dtype: torch.dtype) -> ExpertKernel:
+    kernel = PackedExperts if kind == "packed" else PaddedExperts
+    return kernel(matrix_shapes(exchange), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exchange", [SWIGLU, LINEAR], ids=["swiglu", "linear"])
+@pytest.mark.parametrize("kind", ["packed", "padded"])
+@pytest.mark.parametrize("load", ["one row", "spread", "one expert", "skewed", "wide"])
+def test_kernel_equals_plain_products(
+    kind: str, exchange: ExchangeSpec, dtype: torch.dtype, load: str
+) -> None:
+    num_slots = 8
+    matrices = weights(exchange, num_slots, dtype)
+    kernel = make(kind, exchange, dtype)
+    kernel.resize(num_slots)
+    for slot, own in enumerate(matrices):
+        for i, matrix in enumerate(own):
+            kernel.store(slot, i, matrix.clone())
+    generator = torch.Generator().manual_seed(2)
+    num_rows, pair_slot = {
+        "one row": (1, torch.tensor([6, 1])),
+        "spread": (9, torch.randint(0, num_slots, (27,), generator=generator)),
+        "one expert": (7, torch.full((7,), 3)),
+        "skewed": (60, torch.cat((torch.full((60,), 5), torch.tensor([0, 1, 2, 3, 4, 6, 7])))),
+        "wide": (200, torch.randint(0, 2, (200,), generator=generator)),
+    }[load]
+    inputs = torch.randn(num_rows, exchange.in_width, generator=generator).to(dtype)
+    pair_input = torch.randint(0, num_rows, pair_slot.shape, generator=generator)
+    found = kernel.compute(inputs, pair_input, pair_slot)
+    expected = reference(inputs, pair_input, pair_slot, matrices)
+    assert found.dtype == dtype
+    assert found.shape == (len(pair_slot), exchange.out_width)
+    limit = 1e-5 if dtype == torch.float32 else 0.05
+    assert (found.double() - expected).abs().max() < limit
+
+
+@pytest.mark.parametrize("inner", [16, 1400], ids=["padded", "packed"])
+def test_bank_grows_and_empties(inner: int) -> None:
+    exchange = ExchangeSpec(index=0, name="mlp", in_width=24, out_width=24, expert_width=inner)
+    spec = BankSpec(index=0, bank="mlp", layer=0, num_experts=4, top_k=2, exchanges=(exchange,))
+    bank = ExpertBank(spec, 2, torch.float32, CPU)
+    matrices = weights(exchange, 4, torch.float32)
+    for i, matrix in enumerate(matrices[0]):
+        bank.store(1, 0, i, matrix.clone())
+    inputs = torch.randn(3, 24)
+    rows = torch.arange(3)
+    before = bank.compute(0, inputs, rows, torch.ones(3, dtype=torch.int64))
+    bank.resize(5)
+    for i, matrix in enumerate(matrices[3]):
+        bank.store(4, 0, i, matrix.clone())
+    assert torch.equal(bank.compute(0, inputs, rows, torch.ones(3, dtype=torch.int64)), before)
+    found = bank.compute(0, inputs, rows, torch.tensor([1, 4, 4]))
+    own = [matrices[0]] * 4 + [matrices[3]]
+    expected = reference(inputs, rows, torch.tensor([1, 4, 4]), own)
+    assert (found.double() - expected).abs().max() < 1e-5
+    bank.clear(4)
+    assert bank.num_slots == 5
+
+
+def test_no_pairs_no_rows() -> None:
+    spec = BankSpec(index=0, bank="mlp", layer=0, num_experts=2, top_k=1, exchanges=(LINEAR,))
+    bank = ExpertBank(spec, 2, torch.float32, CPU)
+    none = torch.empty(0, dtype=torch.int64)
+    assert bank.compute(0, torch.zeros(3, 24), none, none).shape == (0, 40)
+
+
+def test_placement_fills_its_slots_only(tiny_checkpoint: Path) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint)
+    banks = checkpoint.family.banks
+    shapes = [BankShape(bank=b.bank, layer=b.layer, num_experts=b.num_experts) for b in banks]
+    placement = contiguous(shapes, num_devices=3, num_redundant=1)
+    whole = ExpertSlots(banks, 8, torch.float32, CPU)
+    whole.load_all(checkpoint)
+    inputs = torch.randn(1, 32)
+    zero = torch.zeros(1, dtype=torch.int64)
+    for device in range(3):
+        slots = ExpertSlots(banks, 2, torch.float32, CPU)  # grows to what is placed
+        slots.load_placement(placement, device, checkpoint)
+        for bank, maps in enumerate(placement.banks):
+            held = maps.physical_to_logical[device]
+            assert slots.banks[bank].num_slots == len(held)
+            for slot, expert in enumerate(held):
+                if expert < 0:
+                    continue
+                got = slots.banks[bank].compute(0, inputs, zero, zero + slot)
+                want = whole.banks[bank].compute(0, inputs, zero, zero + expert)
+                assert torch.allclose(got, want, atol=1e-6)
