@@ -21,7 +21,7 @@ class RayController:
 
     async def snapshot(self) -> dict[str, Any]:
         """See ``Controller``."""
-        return cast(dict[str, Any], await self._handle.snapshot.remote())
+        return cast(dict[str, Any], await self._handle.snapshot.remote(True))
 
     async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
         """See ``Controller``."""

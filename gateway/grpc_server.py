@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.errors import AuthenticationError, StartError
+from cluster.errors import AuthenticationError, RequestError, StartError
 from gateway.auth import KeyRing
 from gateway.core import Gateway
 from gateway.errors import report_error
@@ -63,7 +64,7 @@ class GrpcServer:
         self._wanted_port = port
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server = grpc.aio.server(
-            interceptors=[KeyInterceptor(gateway.keys)],
+            interceptors=[KeyInterceptor(gateway.keys), MessageInterceptor()],
             options=server_options(),
             maximum_concurrent_rpcs=gateway.limits.max_queue + _SPARE_CALLS,
         )
@@ -132,6 +133,38 @@ class KeyInterceptor(_Interceptor):
         except AuthenticationError as err:
             return _refusal(handler, err)
         return handler
+
+
+class MessageInterceptor(_Interceptor):
+    """Lets our own service refuse messages that cannot be decoded; gRPC would say UNKNOWN."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Replace the handler's decoder."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(f"/{SERVICE}/"):
+            return handler
+        decode = handler.request_deserializer
+
+        def decode_or_stand_in(data: bytes) -> object:
+            try:
+                return decode(data)
+            except DecodeError:
+                return UndecodableMessage()
+
+        return handler._replace(request_deserializer=decode_or_stand_in)
+
+
+class UndecodableMessage:
+    """Stands in for a message that cannot be decoded: reading any field of it is a bad request."""
+
+    request_id = ""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise RequestError("the message cannot be decoded as the procedure's request")
 
 
 def _refusal(handler: Any, error: AuthenticationError) -> Any:

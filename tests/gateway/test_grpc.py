@@ -233,6 +233,20 @@ def test_bad_sampling(stub: InferenceStub, sampling: dict[str, Any], field: str)
     assert details["BadRequest"].field_violations[0].field == field
 
 
+@pytest.mark.parametrize(
+    "method", ["Generate", "GenerateStream", "Tokenize", "Detokenize", "GetModelInfo", "Score"]
+)
+def test_messages_that_cannot_be_decoded(stack: Stack, method: str) -> None:
+    code = CODES.UNIMPLEMENTED if method == "Score" else CODES.INVALID_ARGUMENT
+    with grpc.insecure_channel(stack.grpc_target) as channel:
+        call: Any = channel.unary_stream(f"/expertmesh.v1.Inference/{method}", bytes, bytes)
+        got, message, details = failure(lambda: list(call(b"\xff" * 99)))
+    assert got is code
+    assert details["ErrorInfo"].reason
+    assert "decoded" in message or method == "Score"
+    assert not stack.engine.requests
+
+
 def test_large_messages(stub: InferenceStub) -> None:
     code, _, details = failure(lambda: stub.Generate(pb.GenerateRequest(text="x" * 10_000_000)))
     assert (code, details["ErrorInfo"].reason) == (
