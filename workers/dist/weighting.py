@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_PIECE_PAIRS = 512
+"""Pairs of which the products are in memory at a time: large fresh tensors cost page faults. For
+1024 rows of 512 bfloat16, top-8, one core of an AMD EPYC: 9 ms at once, 3 ms in pieces."""
+
 
 def weighted_sum(
     outputs: Tensor,
@@ -23,11 +27,14 @@ def weighted_sum(
     -> [num_rows, D] float32, zeros for a row without pairs. The product is made in the promoted
     dtype: weights are cast to the model dtype first unless ``float32_weights``.
     """
-    factors = weights if float32_weights else weights.to(outputs.dtype)
-    products = (outputs * factors.unsqueeze(1)).float()
-    if products.device.type == "cpu":
+    factors = (weights if float32_weights else weights.to(outputs.dtype)).unsqueeze(1)
+    if outputs.device.type == "cpu":
         total = torch.zeros(num_rows, outputs.shape[1])
-        return total.index_add_(0, pair_row, products)
+        for first in range(0, len(outputs), _PIECE_PAIRS):
+            piece = slice(first, first + _PIECE_PAIRS)
+            total.index_add_(0, pair_row[piece], (outputs[piece] * factors[piece]).float())
+        return total
+    products = (outputs * factors).float()
     return _sum_by_position(products, pair_row, num_rows)
 
 
