@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cluster.hub import bundled_checkpoint
+from cluster.model_source import bundled_checkpoint
 from workers.local_engine import LocalEngine
 from workers.request import SamplingParams
 

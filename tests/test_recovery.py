@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.config import ClusterConfig
-from cluster.hub import bundled_checkpoint
+from cluster.model_source import bundled_checkpoint
 from tests.engine_stream import EngineStream
 from tests.serving_cluster import RayCluster, connected_ray, make_config, serving
 from workers.request import FinishReason, Request, SamplingParams

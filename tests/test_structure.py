@@ -37,7 +37,7 @@ ROOTS = frozenset(
         "local_ray",
         "state_file",
         "orphans",
-        "hub",
+        "model_source",
         "checkpoint_check",
         "end_joined",
     )

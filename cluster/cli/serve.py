@@ -22,7 +22,7 @@ from cluster.cli.serve_config import build_config, make_plan
 from cluster.cli.serve_options import add_serve_options, collect
 from cluster.cli.terminal import note, out_json, out_line
 from cluster.errors import CheckpointError, ConfigError, StartError
-from cluster.hub import ModelSource, find_model
+from cluster.model_source import ModelSource, find_model
 from cluster.launch_plan import LaunchPlan, check_ports
 
 

@@ -13,7 +13,7 @@ from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.serve_options import read_keys, read_template
 from cluster.config import ClusterConfig, check
 from cluster.errors import ConfigError
-from cluster.hub import ModelSource
+from cluster.model_source import ModelSource
 from cluster.launch_plan import LaunchPlan, check_start, count_cpus, count_gpus, free_port
 
 REFUSED_FIELDS = ("host",)

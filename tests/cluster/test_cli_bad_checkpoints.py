@@ -13,7 +13,7 @@ import pytest
 
 from cluster.cli.exit_codes import ExitCode
 from cluster.cli.main import main
-from cluster.hub import bundled_checkpoint
+from cluster.model_source import bundled_checkpoint
 
 Damage = Callable[[Path], None]
 TENSOR = "model.layers.1.self_attn.q_proj.weight"

@@ -11,7 +11,7 @@ from cluster.cli.main import main, make_parser
 from cluster.cli.serve_config import build_config
 from cluster.cli.serve_options import OPTIONS, collect, parse_bytes, read_keys, read_template
 from cluster.config import ClusterConfig
-from cluster.hub import ModelSource
+from cluster.model_source import ModelSource
 
 MODEL = ModelSource(folder=Path("/models/m"), name="m")
 

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from cluster.errors import CheckpointError
-from cluster.hub import BUNDLED_NAME, bundled_checkpoint, find_model
+from cluster.model_source import BUNDLED_NAME, bundled_checkpoint, find_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FETCH = """
 import sys
-from cluster.hub import find_model
+from cluster.model_source import find_model
 print(find_model(sys.argv[1], lambda line: None).folder)
 """
 
