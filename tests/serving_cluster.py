@@ -37,7 +37,8 @@ from workers.attention_worker import AttentionWorker
 from workers.checkpoint import Checkpoint
 from workers.expert_runtime import ExpertRuntime
 from workers.expert_worker import ExpertWorker
-from workers.runtime import WorkerArgs, WorkerRuntime
+from workers.runtime import WorkerRuntime
+from workers.worker_args import WorkerArgs
 
 
 def make_config(

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 if TYPE_CHECKING:
-    from workers.runtime import OnDeath, WorkerArgs, WorkerRuntime
+    from workers.runtime import OnDeath, WorkerRuntime
+    from workers.worker_args import WorkerArgs
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class WorkerActor(ABC):
         control_address: str,
         extra: Mapping[str, Any],
     ) -> None:
-        from workers.runtime import WorkerArgs
+        from workers.worker_args import WorkerArgs
 
         host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         args = WorkerArgs.from_plain(config, member, control_address, extra, host)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from workers.actor import WorkerActor
 
 if TYPE_CHECKING:
-    from workers.runtime import OnDeath, WorkerArgs, WorkerRuntime
+    from workers.runtime import OnDeath, WorkerRuntime
+    from workers.worker_args import WorkerArgs
 
 
 class AttentionWorker(WorkerActor):

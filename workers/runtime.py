@@ -14,15 +14,14 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cluster.config import ClusterConfig
 from cluster.control_frames import (
     ControlFrame,
     GenerationReady,
@@ -50,6 +49,7 @@ from workers.dist.hub import PeerHub
 from workers.dist.sockets import SocketTransport
 from workers.dist.step_channel import StepChannel
 from workers.dist.transport import DataTransport
+from workers.worker_args import WorkerArgs
 
 logger = logging.getLogger(__name__)
 
@@ -63,52 +63,6 @@ LEASE_LIMITS = 1.8
 """Lease in detection limits: below two, so that a silent worker stops before it is forgotten."""
 STOP_TIMEOUT_S = 5.0
 """Time that the data thread has to end."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerArgs:
-    """What a worker is started with; plain data from ``cluster.worker_group``."""
-
-    config: ClusterConfig
-    """The cluster's configuration, with device and shares resolved."""
-    member: Member
-    """Who this worker is."""
-    control_address: str
-    """``host:port`` of the controller's control server."""
-    host: str
-    """Interface that this worker's sockets bind to."""
-    threads: int = 1
-    """Compute threads."""
-    placement: ExpertPlacement | None = None
-    """First placement, where this worker holds experts."""
-    num_slots: int = 0
-    """Expert slots per bank, where this worker holds experts."""
-
-    @classmethod
-    def from_plain(
-        cls,
-        config: Mapping[str, Any],
-        member: Mapping[str, Any],
-        control_address: str,
-        extra: Mapping[str, Any],
-        host: str,
-    ) -> WorkerArgs:
-        """Build from the actor's constructor arguments. Raises ``ConfigError``."""
-        placement = extra.get("placement")
-        return cls(
-            config=ClusterConfig.from_dict(config),
-            member=Member(**member),
-            control_address=control_address,
-            host=host,
-            threads=int(extra.get("threads", 1)),
-            placement=None if placement is None else ExpertPlacement.from_dict(placement),
-            num_slots=int(extra.get("num_slots", 0)),
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """What this worker computes on. Ray shows a worker only its own GPU, so it is the first."""
-        return torch.device("cuda:0" if self.config.workers.device == "cuda" else "cpu")
 
 
 class WorkerRuntime(ABC):

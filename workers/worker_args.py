@@ -1,0 +1,59 @@
+"""What a worker is started with: plain data from ``cluster.worker_group``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cluster.config import ClusterConfig
+from cluster.placement import ExpertPlacement
+from cluster.topology import Member
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerArgs:
+    """Configuration, identity, addresses and shares of one worker."""
+
+    config: ClusterConfig
+    """The cluster's configuration, with device and shares resolved."""
+    member: Member
+    """Who this worker is."""
+    control_address: str
+    """``host:port`` of the controller's control server."""
+    host: str
+    """Interface that this worker's sockets bind to."""
+    threads: int = 1
+    """Compute threads."""
+    placement: ExpertPlacement | None = None
+    """First placement, where this worker holds experts."""
+    num_slots: int = 0
+    """Expert slots per bank, where this worker holds experts."""
+
+    @classmethod
+    def from_plain(
+        cls,
+        config: Mapping[str, Any],
+        member: Mapping[str, Any],
+        control_address: str,
+        extra: Mapping[str, Any],
+        host: str,
+    ) -> WorkerArgs:
+        """Build from the actor's constructor arguments. Raises ``ConfigError``."""
+        placement = extra.get("placement")
+        return cls(
+            config=ClusterConfig.from_dict(config),
+            member=Member(**member),
+            control_address=control_address,
+            host=host,
+            threads=int(extra.get("threads", 1)),
+            placement=None if placement is None else ExpertPlacement.from_dict(placement),
+            num_slots=int(extra.get("num_slots", 0)),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """What this worker computes on. Ray shows a worker only its own GPU, so it is the first."""
+        return torch.device("cuda:0" if self.config.workers.device == "cuda" else "cpu")
