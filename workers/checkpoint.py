@@ -113,10 +113,13 @@ class Checkpoint:
         """A part of a tensor, converted, in memory of its own on the CPU."""
         return self.read_stacked((part,), dtype).view(part.part_shape)
 
-    def read_stacked(self, parts: Sequence[TensorPart], dtype: torch.dtype) -> Tensor:
-        """Parts [rows_i, ..] one under the other: [sum of rows_i, ..]."""
-        rows = sum(p.part_shape[0] for p in parts)
-        out = torch.empty((rows, *parts[0].part_shape[1:]), dtype=dtype)
+    def read_stacked(
+        self, parts: Sequence[TensorPart], dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """Parts [rows_i, ..] one under the other: [sum of rows_i, ..], in ``out`` if given."""
+        if out is None:
+            rows = sum(p.part_shape[0] for p in parts)
+            out = torch.empty((rows, *parts[0].part_shape[1:]), dtype=dtype)
         first = 0
         for part in parts:
             last = first + part.part_shape[0]

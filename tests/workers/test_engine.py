@@ -169,6 +169,28 @@ def test_granted_rows_that_are_gone_still_take_part(tiny_checkpoint: Path) -> No
     assert counting.num_calls == 4
 
 
+def test_micro_batch_without_rows_takes_part(tiny_checkpoint: Path) -> None:
+    """Five rows granted, two there: both are in the first micro-batch."""
+    engine = LocalEngine(tiny_checkpoint, wrap=FailingDispatcher)
+    counting = engine.dispatcher
+    assert isinstance(counting, FailingDispatcher)
+    alone = LocalEngine(tiny_checkpoint).generate([(5, 6)], GREEDY)[0].token_ids
+    engine.engine.add_request(Request(request_id="a", prompt=(5, 6), params=GREEDY))
+    header = StepHeader(
+        generation=1,
+        step=1,
+        epoch=1,
+        oldest_epoch=1,
+        grants=((0, Grant(decode_rows=0, prefill_rows=5)),),
+        num_micro_batches=2,
+        exact=True,
+        bucket=8,
+    )
+    (output,) = engine.engine.step(header)
+    assert output.token_ids == alone[:1]
+    assert counting.num_calls == 2 * 2 * 2
+
+
 def test_choices_differ_only_by_their_randomness(tiny_checkpoint: Path) -> None:
     engine = LocalEngine(tiny_checkpoint, section=EngineSection(block_size_tokens=4))
     params = SamplingParams(max_tokens=10, temperature=4.0, seed=4, ignore_eos=True)

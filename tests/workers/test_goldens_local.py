@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.config import EngineSection
 from tests.goldens import (
     BF16_VARIANTS,
     MAX_MODEL_LEN,
@@ -17,6 +18,7 @@ from tests.goldens import (
     OLMOE_VARIANTS,
     Golden,
 )
+from workers.kv_cache import block_bytes
 from workers.local_engine import LocalEngine
 from workers.request import SamplingParams
 
@@ -87,6 +89,39 @@ def test_float32_equals_golden(golden: Callable[[str], Golden], variant: str) ->
     for i, result in enumerate(together):
         assert result.token_ids == expected.greedy(i), f"greedy tokens of p{i} in a batch"
     assert engine.engine.num_free_blocks == engine.engine.num_blocks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+@pytest.mark.parametrize("num_rows", [7, 33])
+@pytest.mark.parametrize("block_size", [1, 5])
+@pytest.mark.parametrize("variant", OLMOE_VARIANTS)
+def test_float32_tokens_survive_small_steps_and_few_blocks(
+    golden: Callable[[str], Golden],
+    variant: str,
+    block_size: int,
+    num_rows: int,
+    num_micro_batches: int,
+) -> None:
+    expected = golden(variant)
+    config = LocalEngine(expected.path, dtype="float32").config
+    section = EngineSection(
+        block_size_tokens=block_size,
+        max_num_seqs=6,
+        max_num_batched_tokens=num_rows,
+        kv_cache_bytes=170 * block_bytes(config, 1, torch.float32),
+    )
+    engine = LocalEngine(
+        expected.path,
+        dtype="float32",
+        section=section,
+        max_model_len=MAX_MODEL_LEN,
+        num_micro_batches=num_micro_batches,
+    )
+    results = engine.generate(expected.prompts, GREEDY)
+    assert [r.token_ids for r in results] == [expected.greedy(i) for i in range(NUM_PROMPTS)]
+    assert engine.engine.stats()["num_preemptions_total"] > 0
+    engine.engine.check_integrity()
 
 
 @pytest.mark.parametrize("variant", BF16_VARIANTS)

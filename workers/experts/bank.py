@@ -20,7 +20,7 @@ class ExpertKernel(Protocol):
         """Grow to so many slots."""
 
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
-        """Take one matrix [out, in] of one expert, from the CPU."""
+        """Copy one matrix [out, in] of one expert from the CPU."""
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -56,7 +56,7 @@ class ExpertBank:
         self._num_slots = num_slots
 
     def store(self, slot: int, exchange: int, matrix: int, weight: Tensor) -> None:
-        """Take one matrix [out, in] of the expert in ``slot``."""
+        """Copy one matrix [out, in] of the expert in ``slot``."""
         assert 0 <= slot < self._num_slots, f"slot {slot} of {self._num_slots}"
         self._kernels[exchange].store(slot, matrix, weight)
 

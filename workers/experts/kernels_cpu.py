@@ -49,8 +49,8 @@ class PackedExperts:
             weights += [torch.empty(0, dtype=self._dtype)] * (num_slots - len(weights))
 
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
-        """Take over one matrix of one expert."""
-        self._weights[matrix][slot] = pack(weight) if self._is_packed else weight
+        """Copy one matrix of one expert."""
+        self._weights[matrix][slot] = pack(weight) if self._is_packed else weight.clone()
 
     def clear(self, slot: int) -> None:
         """Free a slot's memory."""

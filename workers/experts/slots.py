@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from cluster.placement import FREE_SLOT, ExpertPlacement
 from workers.checkpoint import Checkpoint
@@ -24,6 +25,7 @@ class ExpertSlots:
     ) -> None:
         """``num_slots`` empty expert slots in every bank."""
         self._banks = tuple(ExpertBank(spec, num_slots, dtype, device) for spec in banks)
+        self._buffers: dict[tuple[int, int], Tensor] = {}
 
     @property
     def banks(self) -> tuple[ExpertBank, ...]:
@@ -38,8 +40,20 @@ class ExpertSlots:
                 target.spec, exchange.index, expert, checkpoint.tensors
             )
             for i, matrix in enumerate(matrices):
-                weight = checkpoint.read_stacked(matrix.parts, target.dtype)
+                weight = checkpoint.read_stacked(
+                    matrix.parts, target.dtype, self._buffer(matrix.shape, target.dtype)
+                )
                 target.store(slot, exchange.index, i, weight)
+
+    def _buffer(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Where matrices of a shape are read to, one after the other.
+
+        Fresh memory for each would leave holes between the packed weights that stay, a third of
+        their size in a bank of 512 x 256 experts.
+        """
+        if shape not in self._buffers:
+            self._buffers[shape] = torch.empty(shape, dtype=dtype)
+        return self._buffers[shape]
 
     def load_all(self, checkpoint: Checkpoint) -> None:
         """Expert e of every bank into slot e (a single process)."""
@@ -69,4 +83,5 @@ class ExpertSlots:
             for bank, slot, expert in work:
                 self.load_expert(bank, slot, expert, checkpoint)
         finally:
+            self._buffers.clear()
             checkpoint.close()
