@@ -138,6 +138,8 @@ class WorkerRecord:
             "node": self.member.node,
             "pid": self.member.pid,
             "state": self.state.value,
+            "device": self.info.get("device"),
+            "threads": self.info.get("threads"),
             "reason": self.reason,
             "engine_address": self.member.engine_address,
             "loaded_bytes": self.loaded_bytes,

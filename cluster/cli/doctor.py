@@ -17,9 +17,9 @@ from cluster.cli.exit_codes import ExitCode
 from cluster.cli.terminal import colour, out_json, out_line
 from cluster.cli.version import versions
 from cluster.errors import CheckpointError, ConfigError, StartError
-from cluster.model_source import bundled_checkpoint
 from cluster.launch_plan import check_ports, count_cpus, count_gpus
 from cluster.local_ray import OBJECT_STORE_BYTES, make_temp_dir, remove
+from cluster.model_source import bundled_checkpoint
 
 Verdict = Literal["ok", "warn", "bad"]
 MIN_MEMORY_BYTES = 3 << 30

@@ -22,8 +22,8 @@ from cluster.cli.serve_config import build_config, make_plan
 from cluster.cli.serve_options import add_serve_options, collect
 from cluster.cli.terminal import note, out_json, out_line
 from cluster.errors import CheckpointError, ConfigError, StartError
-from cluster.model_source import ModelSource, find_model
 from cluster.launch_plan import LaunchPlan, check_ports
+from cluster.model_source import ModelSource, find_model
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:

@@ -13,8 +13,8 @@ from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.serve_options import read_keys, read_template
 from cluster.config import ClusterConfig, check
 from cluster.errors import ConfigError
-from cluster.model_source import ModelSource
 from cluster.launch_plan import LaunchPlan, check_start, count_cpus, count_gpus, free_port
+from cluster.model_source import ModelSource
 
 REFUSED_FIELDS = ("host",)
 """Settings whose rules are about this host or its safety, not about how a flag is written."""
