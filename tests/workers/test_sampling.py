@@ -105,6 +105,27 @@ def test_rows_do_not_depend_on_batch_mates() -> None:
     assert together == alone
 
 
+@pytest.mark.parametrize("vocab_size", [1, 2, 15, 16, 17, 255, 256, 257, 1024, 5000])
+def test_every_token_of_any_vocabulary_can_be_drawn(vocab_size: int) -> None:
+    for token in {0, vocab_size // 2, vocab_size - 1}:
+        logits = torch.full((1, vocab_size), -1e9)
+        logits[0, token] = 3.0
+        rows = rows_of(SamplingParams(seed=token), 20)
+        assert set(draw(logits.expand(20, -1), rows).tolist()) == {token}
+
+
+def test_rounding_hardly_changes_a_draw() -> None:
+    """Rows that are served alone and in a batch differ by some 1e-6: see the module."""
+    generator = torch.Generator().manual_seed(4)
+    num_changed = 0
+    for seed in range(10):
+        logits = torch.randn(2000, 1024, generator=generator) * 3
+        noise = torch.randn(2000, 1024, generator=generator) * 2e-6
+        rows = rows_of(SamplingParams(seed=seed), 2000)
+        num_changed += int((draw(logits, rows) != draw(logits + noise, rows)).sum())
+    assert num_changed == 0  # one number for the whole distribution: 2 or 3
+
+
 def test_same_seed_same_token_and_choices_differ() -> None:
     logits = torch.zeros(1, 1000)
     params = SamplingParams(seed=9)
