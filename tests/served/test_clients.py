@@ -13,13 +13,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cluster.hub import bundled_checkpoint
+from cluster.model_source import bundled_checkpoint
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.sse_client import by_choice, parse_events
 from tests.gateway.test_grpc import failure, request_of
-from tests.served import WAIT_S, Served, running_server
+from tests.served.server import WAIT_S, Served
 from workers.local_engine import LocalEngine
 from workers.request import SamplingParams
 
@@ -42,29 +42,11 @@ SETTINGS = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with running_server(tmp_path_factory.mktemp("state")) as server:
-        yield server
-        server.wait_idle()
-
-
-@pytest.fixture(scope="module")
 def client(server: Served) -> Iterator[openai.OpenAI]:
     """As a user makes it, but without retries, so that errors show."""
     url = f"{server.http}/v1"
     with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=WAIT_S) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def channel(server: Served) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(server.grpc) as channel:
-        yield channel
-
-
-@pytest.fixture(scope="module")
-def stub(channel: grpc.Channel) -> InferenceStub:
-    return InferenceStub(channel)
 
 
 @pytest.fixture(scope="module")

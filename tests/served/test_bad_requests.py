@@ -6,12 +6,7 @@ processes that users run, and each test ends with the same question and the same
 
 from __future__ import annotations
 
-import contextlib
 import json
-import random
-import socket
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -21,65 +16,17 @@ import pytest
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.test_grpc import failure, request_of
-from tests.served import WAIT_S, Address, Served, running_server
+from tests.served.server import GOOD, WAIT_S, Served
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("unharmed")]
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
-GOOD: dict[str, Any] = {
-    "prompt": "ROMEO:",
-    "max_tokens": 12,
-    "temperature": 0,
-    "return_token_ids": True,
-}
 INVALID = "invalid_request_error"
 CODES = grpc.StatusCode
 CONTEXT = 4096
 VOCAB_SIZE = 1024
 MANY_STOPS = [f"stop {i}" for i in range(1000)]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with running_server(tmp_path_factory.mktemp("state")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def stub(server: Served) -> Iterator[InferenceStub]:
-    with grpc.insecure_channel(server.grpc) as channel:
-        yield InferenceStub(channel)
-
-
-@pytest.fixture(scope="module")
-def calm(server: Served) -> dict[str, Any]:
-    """What the server was and said before any of it."""
-    return {"answer": answer_of(server), "workers": workers_of(server)}
-
-
-@pytest.fixture(autouse=True)
-def _goes_on_serving(server: Served, calm: dict[str, Any]) -> Iterator[None]:
-    """After each test: no block is held, no worker was lost, and the answer is the same."""
-    yield
-    server.wait_idle()
-    assert answer_of(server) == calm["answer"]
-    assert workers_of(server) == calm["workers"]
-
-
-def answer_of(server: Served) -> Any:
-    """The text and tokens of one good request."""
-    return server.complete(**GOOD)["choices"]
-
-
-def workers_of(server: Served) -> Any:
-    """Generation, and who serves in it."""
-    status = server.status()
-    serving = [(w["name"], w["pid"], w["state"]) for w in status["workers"]]
-    return status["state"], status["generation"], len(status["history"]), serving
-
-
-# ---- requests that cannot be served ---------------------------------------------------------
 
 
 def check_error(
@@ -236,80 +183,3 @@ def test_grpc_calls_that_are_none(server: Served, stub: InferenceStub) -> None:
         stub.Generate(pb.GenerateRequest(text="x" * 17_000_000), timeout=WAIT_S)
     refused: Any = too_large.value
     assert refused.code() is CODES.RESOURCE_EXHAUSTED
-
-
-# ---- rubbish on every port ------------------------------------------------------------------
-
-_NOISE = random.Random(20).randbytes(65_536)
-RUBBISH = {
-    "noise": _NOISE,
-    "zeros": bytes(5_000),
-    "longest lengths": b"\xff" * 5_000,
-    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + _NOISE[:500],
-    "an HTTP of no version": b"GET / HTTP/9.9\r\nhost: x\r\n\r\n",
-    "HTTP/2 and noise": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _NOISE[:3_000],
-    "half a line": b"POST /v1/compl",
-    "nothing": b"",
-}
-
-
-def send_rubbish(address: Address, data: bytes, says_goodbye: bool) -> None:
-    """One connection, until the server ends it. Raises ``TimeoutError`` if it does not."""
-    with socket.create_connection(address, timeout=WAIT_S) as connection:
-        try:
-            connection.sendall(data)
-            if says_goodbye:
-                connection.shutdown(socket.SHUT_WR)
-            while connection.recv(65_536):
-                pass
-        except TimeoutError:
-            raise
-        except OSError:
-            return  # closed before it had read everything
-
-
-def test_rubbish_on_every_port(server: Served) -> None:
-    listeners = server.listeners()
-    assert len(listeners) >= 7  # HTTP, gRPC, control server, engine stream, three data planes
-    for what, address in listeners.items():
-        for kind, data in RUBBISH.items():
-            try:
-                send_rubbish(address, data, says_goodbye=kind != "noise")
-            except TimeoutError:
-                pytest.fail(f"{kind} on {what}: the connection stays open")
-
-
-def test_a_stream_under_rubbish_and_silence_is_the_same(
-    server: Served, stub: InferenceStub
-) -> None:
-    message = request_of(
-        text="ROMEO:", sampling_params={"max_tokens": 200, "temperature": 0.0, "ignore_eos": True}
-    )
-    undisturbed = list(stub.Generate(message).choices[0].token_ids)
-    stop = threading.Event()
-    addresses = list(server.listeners().values())
-    storm = threading.Thread(target=_storm, args=(addresses, stop))
-    silent = [socket.create_connection(a, timeout=WAIT_S) for a in addresses for _ in range(40)]
-    storm.start()
-    try:
-        chunks = list(stub.GenerateStream(message))
-    finally:
-        stop.set()
-        storm.join(WAIT_S)
-        for connection in silent:
-            connection.close()
-    assert not storm.is_alive()
-    assert [t for chunk in chunks for t in chunk.token_ids] == undisturbed
-
-
-def _storm(addresses: list[Address], stop: threading.Event) -> None:
-    """Rubbish on all ports in turn until told to stop."""
-    noise = random.Random(21)
-    while not stop.is_set():
-        for address in addresses:
-            data = noise.randbytes(noise.randrange(1, 20_000))
-            with (
-                contextlib.suppress(ConnectionError),
-                socket.create_connection(address, timeout=WAIT_S) as connection,
-            ):
-                connection.sendall(data)

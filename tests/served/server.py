@@ -1,9 +1,4 @@
-"""One real server for tests: ``expertmesh serve`` as a process of its own, on free ports.
-
-    @pytest.fixture(scope="module")
-    def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-        with running_server(tmp_path_factory.mktemp("state")) as server:
-            yield server
+"""A real server for tests: ``expertmesh serve`` as a process of its own, on free ports.
 
 It serves the bundled checkpoint in float32 with 1 attention and 2 expert workers. When pytest dies,
 the server sees it and ends too.
@@ -20,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -38,6 +33,14 @@ STOP_LIMIT_S = 10.0
 WAIT_S = 60.0
 """Longest wait for an answer, or for a state."""
 _POLL_S = 0.02
+
+GOOD: Mapping[str, Any] = {
+    "prompt": "ROMEO:",
+    "max_tokens": 12,
+    "temperature": 0,
+    "return_token_ids": True,
+}
+"""A completion that always has the same answer."""
 
 Address = tuple[str, int]
 

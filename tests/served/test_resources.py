@@ -1,0 +1,53 @@
+"""What a server takes of its host: CPU shares in Ray's books, and threads."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from cluster.launch_plan import count_cpus
+from tests.served.server import WAIT_S, Served
+
+pytestmark = pytest.mark.ray
+
+READ_RESOURCES = """
+import json, sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+print(json.dumps([ray.cluster_resources(), ray.available_resources()]))
+"""
+
+
+def resources(server: Served) -> tuple[dict[str, float], dict[str, float]]:
+    """What the server's Ray has in total, and what nobody holds."""
+    settings = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(server.folder / "token"),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # stay on the loopback interface
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", READ_RESOURCES, server.record.address],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    answer: Any = json.loads(done.stdout)
+    return answer[0], answer[1]
+
+
+def test_workers_share_the_cpus_and_nobody_else_takes_any(server: Served) -> None:
+    total, free = resources(server)
+    cpus = count_cpus()
+    share = math.floor(cpus / 3 * 10_000) / 10_000
+    assert total["CPU"] == cpus
+    assert total["CPU"] - free.get("CPU", 0.0) == pytest.approx(3 * share, abs=1e-6)
+    workers = server.status()["workers"]
+    assert [w["threads"] for w in workers] == [max(1, math.floor(share))] * 3
+    assert [w["device"] for w in workers] == ["cpu"] * 3
