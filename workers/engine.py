@@ -20,7 +20,6 @@ from torch import Tensor
 
 from cluster.config import EngineSection
 from cluster.errors import QueueFullError, RequestError
-from workers import scheduler
 from workers.dist.dispatcher import TokenDispatcher
 from workers.dist.header import StepHeader
 from workers.families.base import BankSpec, ModelConfig
@@ -31,7 +30,9 @@ from workers.model_runner import ModelRunner, StepResult
 from workers.request import FinishReason, Request, TokenLogprob, TokenOutput
 from workers.request_checks import RequestLimits, check_request
 from workers.sampling import Drawn, logprob_entries, sample
-from workers.scheduler import Ending, Plan, PlannedRows, RowsWanted, Scheduler
+from workers.scheduler import Plan, PlannedRows, RowsWanted, Scheduler
+from workers.sequence import Ending
+from workers.sequence import Sequence as RequestSequence
 from workers.tracks import Track
 
 _SCORED_ROWS = 64
@@ -107,7 +108,7 @@ class Engine:
         )
         self._banks = tuple(banks)
         self._requests: dict[str, list[Track]] = {}
-        self._tracks: dict[scheduler.Sequence, Track] = {}
+        self._tracks: dict[RequestSequence, Track] = {}
         self._pending: list[TokenOutput] = []
         self._num_received = 0
         names = ("steps_total", "prompt_tokens_total", "generation_tokens_total")
@@ -166,13 +167,13 @@ class Engine:
         if waiting and waiting + request.n > limit:
             raise QueueFullError(f"{waiting} sequences are waiting, at most {limit} may")
 
-    def _sequences(self, request: Request, now: float) -> list[scheduler.Sequence]:
+    def _sequences(self, request: Request, now: float) -> list[RequestSequence]:
         """One sequence per choice; the first one leads the others."""
         deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf
-        found: list[scheduler.Sequence] = []
+        found: list[RequestSequence] = []
         for choice in range(request.n):
             has_output = choice < len(request.output_so_far)
-            sequence = scheduler.Sequence(
+            sequence = RequestSequence(
                 request=request,
                 choice=choice,
                 arrival=self._num_received,

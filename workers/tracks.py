@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from workers.request import FinishReason, Timings, TokenLogprob, TokenOutput
 from workers.sampling import Drawn, SamplingRow, TokenCounts, needs_counts
-from workers.scheduler import Ending, Sequence
+from workers.sequence import Ending, Sequence
 
 
 @dataclass(slots=True, eq=False)

@@ -13,6 +13,7 @@ from cluster.placement import BankShape, contiguous
 from workers.checkpoint import Checkpoint
 from workers.experts.bank import ExpertBank, ExpertKernel, matrix_shapes
 from workers.experts.kernels_cpu import PackedExperts, PaddedExperts
+from workers.experts.kernels_cuda import GroupedExperts
 from workers.experts.slots import ExpertSlots
 from workers.families.base import BankSpec, ExchangeSpec
 
@@ -50,13 +51,15 @@ def reference(
 
 
 def make(kind: str, exchange: ExchangeSpec, dtype: torch.dtype) -> ExpertKernel:
+    if kind == "grouped":
+        return GroupedExperts(matrix_shapes(exchange), dtype, CPU)
     kernel = PackedExperts if kind == "packed" else PaddedExperts
     return kernel(matrix_shapes(exchange), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("exchange", [SWIGLU, LINEAR], ids=["swiglu", "linear"])
-@pytest.mark.parametrize("kind", ["packed", "padded"])
+@pytest.mark.parametrize("kind", ["packed", "padded", "grouped"])
 @pytest.mark.parametrize("load", ["one row", "spread", "one expert", "skewed", "wide"])
 def test_kernel_equals_plain_products(
     kind: str, exchange: ExchangeSpec, dtype: torch.dtype, load: str
@@ -107,6 +110,22 @@ def test_bank_grows_and_empties(inner: int) -> None:
     assert (found.double() - expected).abs().max() < 1e-5
     bank.clear(4)
     assert bank.num_slots == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bank_on_a_gpu_equals_the_cpu(dtype: torch.dtype) -> None:
+    spec = BankSpec(index=0, bank="mlp", layer=0, num_experts=8, top_k=2, exchanges=(SWIGLU,))
+    banks = [ExpertBank(spec, 8, dtype, torch.device(d)) for d in ("cpu", "cuda")]
+    for slot, own in enumerate(weights(SWIGLU, 8, dtype)):
+        for i, matrix in enumerate(own):
+            for bank in banks:
+                bank.store(slot, 0, i, matrix)
+    inputs = torch.randn(9, 24).to(dtype)
+    pairs = torch.randint(0, 9, (27,)), torch.randint(0, 8, (27,))
+    on_cpu = banks[0].compute(0, inputs, *pairs)
+    on_gpu = banks[1].compute(0, inputs.cuda(), *(p.cuda() for p in pairs))
+    assert (on_gpu.cpu() - on_cpu).abs().max() < (1e-3 if dtype == torch.float32 else 0.05)
 
 
 def test_no_pairs_no_rows() -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from workers.kv_blocks import BlockPool
 from workers.request import FinishReason, Request, SamplingParams
-from workers.scheduler import Plan, Scheduler, Sequence, SequenceState
+from workers.scheduler import Plan, Scheduler
+from workers.sequence import Sequence, SequenceState
 
 EOS = 2
 
