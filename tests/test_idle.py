@@ -1,0 +1,47 @@
+"""An idle cluster does next to nothing: counted in wake-ups and steps, not in seconds.
+
+What it costs in seconds is measured by ``benchmarks.idle``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+from tests.serving_cluster import ThreadCluster, make_config, serving
+from workers.request import Request, SamplingParams
+from workers.runtime import IDLE_WAIT_S, WorkerRuntime
+
+WATCHED_S = 2.5
+NUM_REQUESTS = 3
+
+
+def wakeups(runtimes: dict[str, WorkerRuntime]) -> dict[str, int]:
+    """Times that each worker's select loop has returned."""
+    return {name: runtime.hub.num_wakeups for name, runtime in runtimes.items()}
+
+
+def expert_steps(cluster: ThreadCluster) -> list[float]:
+    """Steps that the expert workers have served, for whomever."""
+    workers = cluster.snapshot(fresh=True)["workers"]
+    return [w["stats"]["steps_total"] for w in workers if w["role"] == "expert"]
+
+
+def test_an_idle_cluster_sleeps(tiny_checkpoint: Path) -> None:
+    cluster = ThreadCluster(make_config(tiny_checkpoint, 2, 2))
+    with serving(cluster):
+        stream = cluster.stream()
+        params = SamplingParams(max_tokens=2, ignore_eos=True)
+        for i in range(NUM_REQUESTS):
+            stream.finish([Request(request_id=f"r{i}", prompt=(5, 6, 7), params=params)])
+        ran = [2 * NUM_REQUESTS] * 2
+        cluster.wait(lambda _: expert_steps(cluster) == ran)
+        before, started = wakeups(cluster.group.runtimes), time.monotonic()
+        threading.Event().wait(WATCHED_S)
+        after, watched_s = wakeups(cluster.group.runtimes), time.monotonic() - started
+        limit = watched_s / IDLE_WAIT_S + 4  # once a turn; the last steps' frames, and the ends
+        woken = {name: after[name] - before[name] for name in after}
+        assert all(count <= limit for count in woken.values()), woken
+        assert expert_steps(cluster) == ran
+        stream.close()
