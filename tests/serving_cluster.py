@@ -120,11 +120,11 @@ class ServingCluster(ABC):
 
 
 class ThreadCluster(ServingCluster):
-    """The controller in an event loop of its own, workers as threads."""
+    """The controller in an event loop of its own, workers as threads unless ``group`` differs."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, group: ThreadWorkerGroup | None = None) -> None:
         super().__init__(config)
-        self.group = ThreadWorkerGroup()
+        self.group = group or ThreadWorkerGroup()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
