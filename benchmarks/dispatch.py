@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.results import table
 from cluster.errors import PeerLostError
 from cluster.placement import BankShape, ExpertPlacement, contiguous
 from cluster.topology import Generation, Member
@@ -248,26 +249,31 @@ def _placement(case: Case) -> ExpertPlacement:
     return contiguous([shape], case.expert_ranks)
 
 
-def main() -> None:
-    """Print a table."""
-    lines = ["transport    rows  width  expert ranks          wire ms   dispatch+combine ms"]
-    for rows, width, expert_ranks in ((64, 2048, 2), (32, 512, 1)):
+def section(quick: bool) -> str:
+    """The section of ``RESULTS.md``."""
+    repeats = 20 if quick else 300
+    rows = []
+    for num_rows, width, expert_ranks in ((64, 2048, 2), (32, 512, 1)):
         for transport in ("sockets", "collective"):
             case = Case(
                 transport=transport,
-                rows=rows,
+                rows=num_rows,
                 width=width,
                 num_experts=64,
                 top_k=8,
                 expert_ranks=expert_ranks,
-                repeats=300,
+                repeats=repeats,
             )
             times = measure(case)
-            shape = f"{transport:<12}{rows:>5}{width:>7}{expert_ranks:>14}"
-            lines.append(f"{shape}{times.wire!s:>17}{times.sum!s:>22}")
-    lines.append("median of 240 repeats (the fastest tenth took at most)")
-    sys.stdout.write("\n".join(lines) + "\n")
+            name = f"{transport}, 1 + {expert_ranks} ranks, {num_rows} x {width}"
+            rows.append([name, str(times.wire), str(times.sum)])
+    head = ["transport, ranks, rows", "wire ms", "dispatch + combine ms"]
+    return (
+        "## Dispatch and combine\n\nOne exchange of bfloat16 rows, top-8 of 64 experts that "
+        "compute nothing, one thread a rank. `wire` is the transport alone. Median of "
+        f"{repeats * 4 // 5} repeats (the fastest tenth took at most).\n\n{table(head, rows)}"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.write(section(quick=False) + "\n")

@@ -1,0 +1,123 @@
+"""The process that one of the compared systems runs in; started by ``systems.py``.
+
+python -m benchmarks.child transformers|local|ray CHECKPOINT
+
+Each line on stdin is a batch, ``{"prompts": [[ids]], "new_tokens": N}``; each line on stdout is its
+answer, by sequence the seconds from the start to each token. The first answer, ``null``, says that
+the model is loaded. The number of threads comes from ``OMP_NUM_THREADS``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+Prompts = list[list[int]]
+Generate = Callable[[Prompts, int], list[list[float]]]
+"""Prompts and number of new tokens -> seconds to each token, by sequence."""
+
+
+@contextmanager
+def _transformers(checkpoint: Path) -> Iterator[Generate]:
+    """``generate`` of transformers as it is by default, greedy, in bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    model.generation_config.eos_token_id = None
+
+    def generate(prompts: Prompts, new_tokens: int) -> list[list[float]]:
+        clock = _Clock()
+        ids = torch.tensor(prompts)
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            streamer=clock,
+        )
+        return [clock.times[1:]] * len(prompts)  # the prompt comes first
+
+    yield generate
+
+
+class _Clock:
+    """A streamer that keeps nothing but the time."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._start = perf_counter()
+
+    def put(self, value: object) -> None:
+        """Called with the prompts, then with each step's tokens."""
+        self.times.append(perf_counter() - self._start)
+
+    def end(self) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def _local(checkpoint: Path) -> Iterator[Generate]:
+    """Our engine and all experts in this process."""
+    from workers.local_engine import LocalEngine
+    from workers.request import Request, SamplingParams
+
+    local_engine = LocalEngine(checkpoint, dtype="bfloat16")
+
+    def generate(prompts: Prompts, new_tokens: int) -> list[list[float]]:
+        times: list[list[float]] = [[] for _ in prompts]
+        start = perf_counter()
+        params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        for i, prompt in enumerate(prompts):
+            request = Request(request_id=str(i), prompt=tuple(prompt), params=params)
+            local_engine.engine.add_request(request)
+        while local_engine.engine.has_work:
+            outputs = local_engine.step()
+            now = perf_counter() - start
+            for output in outputs:
+                times[int(output.request_id)].append(now)
+        return times
+
+    yield generate
+
+
+@contextmanager
+def _ray(checkpoint: Path) -> Iterator[Generate]:
+    """One attention and one expert worker as Ray actors, seen from the engine stream."""
+    from benchmarks.ray_serving import EngineClient, serving
+
+    with serving(checkpoint) as address, EngineClient(address) as client:
+        yield client.generate
+
+
+SYSTEMS: dict[str, Callable[[Path], AbstractContextManager[Generate]]] = {
+    "transformers": _transformers,
+    "local": _local,
+    "ray": _ray,
+}
+"""By name."""
+
+
+def main(name: str, checkpoint: str) -> None:
+    """Serve stdin until it ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries write to stdout must not end up among the answers
+    with SYSTEMS[name](Path(checkpoint)) as generate:
+        answers.write("null\n")
+        answers.flush()
+        for line in sys.stdin:
+            batch = json.loads(line)
+            answers.write(json.dumps(generate(batch["prompts"], batch["new_tokens"])) + "\n")
+            answers.flush()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,77 @@
+"""From the times at which tokens came to the numbers of the tables. Pure: no clock, no torch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+Times = Sequence[Sequence[float]]
+"""By sequence, seconds from the start of a batch to each of its tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """What one batch took, or the medians of several."""
+
+    tokens_per_s: float
+    """All new tokens by the time from the start to the last one, prefill included."""
+    prefill_s: float
+    """From the start until every sequence has its first token."""
+    decode_tokens_per_s: float
+    """Rate while all sequences decode: from then until the first one has all its tokens."""
+    itl_ms: float
+    """Median time between two tokens of a sequence in that span (inter-token latency)."""
+
+
+def sample_of(times: Times) -> Sample:
+    """Numbers of one batch; at least two tokens each.
+
+    A sequence that got its first token early has already decoded by the end of the prefill; these
+    tokens count for ``tokens_per_s`` only. Where nothing is left of the span in which all decode
+    (few tokens, long prefill), it is everything after the prefill.
+    """
+    last = max(t[-1] for t in times)
+    begin = max(t[0] for t in times)
+    end = min(t[-1] for t in times)
+    if end <= begin:
+        end = last
+    inside = [[t for t in mine if begin <= t <= end] for mine in times]
+    gaps = [b - a for mine in inside for a, b in pairwise(mine)]
+    new = sum(sum(t > begin for t in mine) for mine in inside)
+    return Sample(
+        tokens_per_s=sum(map(len, times)) / last,
+        prefill_s=begin,
+        decode_tokens_per_s=new / (end - begin),
+        itl_ms=statistics.median(gaps) * 1e3,
+    )
+
+
+def median_of(samples: Sequence[Sample]) -> Sample:
+    """Each number's own median."""
+    return Sample(
+        tokens_per_s=statistics.median(s.tokens_per_s for s in samples),
+        prefill_s=statistics.median(s.prefill_s for s in samples),
+        decode_tokens_per_s=statistics.median(s.decode_tokens_per_s for s in samples),
+        itl_ms=statistics.median(s.itl_ms for s in samples),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ratio:
+    """How many times as fast one system is as another."""
+
+    total: float
+    """By ``tokens_per_s``."""
+    decode: float
+    """By ``decode_tokens_per_s``."""
+
+
+def ratio_of(samples: Sequence[Sample], base: Sequence[Sample]) -> Ratio:
+    """Median over repeats of the ratio within a repeat: load that comes and goes hits both."""
+    pairs = list(zip(samples, base, strict=True))
+    return Ratio(
+        total=statistics.median(s.tokens_per_s / b.tokens_per_s for s, b in pairs),
+        decode=statistics.median(s.decode_tokens_per_s / b.decode_tokens_per_s for s, b in pairs),
+    )
