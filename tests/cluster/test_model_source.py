@@ -145,7 +145,11 @@ def test_a_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("text", ["/no/such", "a/b/c", "../x", "~/nothing", "a b", ""])
-def test_what_is_neither_folder_nor_hub_id_is_refused(text: str, tmp_path: Path) -> None:
+def test_what_is_neither_folder_nor_hub_id_is_refused(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
         find_model(text, silent)
 
