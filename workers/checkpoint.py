@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,16 +51,6 @@ class TensorEntry:
         """Size of its data; 0 for a dtype that we do not read."""
         known = _DTYPES.get(self.dtype)
         return math.prod(self.shape) * known.itemsize if known is not None else 0
-
-
-class WeightSource(Protocol):
-    """What a family needs of a checkpoint to build a model."""
-
-    def read(self, part: TensorPart, dtype: torch.dtype) -> Tensor:
-        """A part of a tensor on the CPU."""
-
-    def read_stacked(self, parts: Sequence[TensorPart], dtype: torch.dtype) -> Tensor:
-        """Parts one under the other in one tensor on the CPU."""
 
 
 class Checkpoint:

@@ -10,7 +10,7 @@ micro-batch. ``Family.banks`` is in that order.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -19,7 +19,6 @@ from cluster.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-    from workers.checkpoint import WeightSource
     from workers.layers import AttentionModel
     from workers.rope import RopeConfig
 
@@ -129,6 +128,16 @@ class ModelConfig:
     """The checkpoint's own dtype: float32 or bfloat16."""
     rope: RopeConfig
     """Rotary embedding."""
+
+
+class WeightSource(Protocol):
+    """What a family needs of a checkpoint to build a model."""
+
+    def read(self, part: TensorPart, dtype: torch.dtype) -> torch.Tensor:
+        """A part of a tensor on the CPU."""
+
+    def read_stacked(self, parts: Sequence[TensorPart], dtype: torch.dtype) -> torch.Tensor:
+        """Parts one under the other in one tensor on the CPU."""
 
 
 class Family(Protocol):

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from cluster.errors import CheckpointError
 from workers.attention import attend
-from workers.checkpoint import WeightSource
 from workers.families.base import (
     BankSpec,
     ExchangeSpec,
     ExpertMatrix,
     ModelConfig,
     TensorPart,
+    WeightSource,
 )
 from workers.layers import AttentionModel, Exchange, LayerContext, LayerSteps, Linear, rms_norm
 from workers.rope import Rope, parse_rope, rotate
