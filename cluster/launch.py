@@ -115,7 +115,9 @@ class Launcher:
             self._events.send("failed", message=str(err), refused=refused)
         except Exception as err:
             logger.exception("start failed")
-            self._events.send("failed", message=f"{type(err).__name__}: {err}", refused=False)
+            words = str(err).strip().splitlines() or ["no reason given"]  # Ray's errors are pages
+            message = f"{type(err).__name__}: {words[0]}, see {log_path(self._plan.name)}"
+            self._events.send("failed", message=message, refused=False)
         finally:
             self._is_starting = False
             self._end(status)

@@ -1,7 +1,8 @@
 """A launcher whose parts are a sleeping child: ``python -m tests.cluster.fake_launcher``.
 
-``FAKE_PARTS`` in the environment makes it misbehave: ``fail``, ``refuse``, ``crash``, ``slow``
-(a long start), ``stuck`` (an end that never comes), ``lost`` (ready, then lost).
+``FAKE_PARTS`` in the environment makes it misbehave: ``fail``, ``refuse``, ``bug`` (an error that
+nobody foresaw), ``crash``, ``slow`` (a long start), ``stuck`` (an end that never comes), ``lost``
+(ready, then lost).
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class FakeParts:
             raise StartError("expert-1", "its disk is on fire")
         if self._how == "refuse":
             raise ConfigError("port", 1, "differs")
+        if self._how == "bug":
+            raise RuntimeError("the actor died\n  name: nobody\n  and a page more")
         if self._how == "crash":
             os._exit(9)
         if self._how == "slow":

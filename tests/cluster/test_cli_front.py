@@ -180,6 +180,12 @@ def test_a_refusal_of_the_launcher_keeps_its_exit_code(start_front: StartFront) 
     assert start_front(how="refuse").end() == (5, "port (1) differs\n")
 
 
+def test_an_error_that_nobody_foresaw_takes_one_line(start_front: StartFront) -> None:
+    log = state_file.log_path("one")
+    assert start_front(how="bug").end() == (1, f"RuntimeError: the actor died, see {log}\n")
+    assert "and a page more" in log.read_text()
+
+
 def test_a_crash_during_the_start_is_cleaned_up(start_front: StartFront) -> None:
     front = start_front(how="crash")
     code, errors = front.end()
