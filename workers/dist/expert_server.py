@@ -38,6 +38,8 @@ class _Batch:
     """[P] int64: places in the flattened ``slots`` that are here, ascending."""
     pair_row: Tensor
     """[P] int64: row of each pair."""
+    pair_slot: Tensor
+    """[P] int64: expert slot of each pair."""
     all_here: bool
     """Every place of ``slots`` is a pair."""
 
@@ -72,6 +74,7 @@ class ExpertServer:
         self._dtype = dtype
         self._device = device
         self._filled: list[Tensor] = []
+        self._has_free: list[bool] = []
         self._all_pairs: dict[int, tuple[Tensor, Tensor]] = {}
         self.token_counts: list[Tensor] = []
         """By bank, [slots] int64 on the CPU: pairs computed by each expert slot so far."""
@@ -79,18 +82,21 @@ class ExpertServer:
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Learn which slots are filled. Counters go on for slots that stay."""
         self._filled = []
+        self._has_free = []
         counts = self.token_counts
         self.token_counts = []
         for i, bank in enumerate(placement.banks):
             filled = filled_slots(bank, self._device_index)
             # The last entry answers for slot -1: a pair that is not here is no error.
             self._filled.append(torch.tensor([*filled, True], device=self._device))
+            self._has_free.append(not all(filled))
             kept = torch.zeros(len(filled), dtype=torch.int64)
             if i < len(counts):
                 size = min(len(filled), len(counts[i]))
                 kept[:size] = counts[i][:size]
             self.token_counts.append(kept)
 
+    @torch.inference_mode()
     def run_step(self, header: StepHeader) -> None:
         """Serve all banks and exchanges of a step, in the global order.
 
@@ -129,14 +135,15 @@ class ExpertServer:
             sizes = self._pairs_by_rank(batch)
         else:
             outputs, sizes = self._sum(bank, batch, outputs), batch.counts
-        chunks = torch.split_with_sizes(outputs, list(sizes))
+        chunks = torch.split_with_sizes(outputs, list(sizes)) if len(sizes) > 1 else (outputs,)
         replies = [
             Message(rank, (chunk,))
-            for rank, chunk in zip(batch.ranks, chunks, strict=True)
-            if len(chunk)
+            for rank, chunk, size in zip(batch.ranks, chunks, sizes, strict=True)
+            if size
         ]
         tag = Tag(bank.index, exchange.index, micro_batch, "outputs")
         self._transport.post(tag, replies, sized=False)
+        self._count(bank, batch)  # now that nobody waits for it
 
     def _join(
         self,
@@ -151,13 +158,13 @@ class ExpertServer:
         meta = metas[0] if len(metas) == 1 else torch.cat(metas)
         rows = [inputs for _, inputs in received]
         slots = meta[:, : bank.top_k].long()
-        counts = tuple(len(m) for m in metas)
-        filled = self._filled[bank.index]
+        counts = tuple(m.shape[0] for m in metas)
         low, high = (int(x) for x in slots.aminmax()) if slots.numel() else (0, -1)
         # device-to-host sync
-        if low < -1 or high >= len(filled) - 1 or not bool(filled[slots].all()):
+        if not self._are_filled(bank, slots, low, high):
             self._blame(bank, ranks, torch.split_with_sizes(slots, list(counts)))
         pairs, pair_row = self._pairs(slots, low >= 0)
+        flat = slots.flatten()
         batch = _Batch(
             ranks=ranks,
             counts=counts,
@@ -168,13 +175,14 @@ class ExpertServer:
             else None,
             pairs=pairs,
             pair_row=pair_row,
+            pair_slot=flat if low >= 0 else flat[pairs],
             all_here=low >= 0,
         )
         if exact:
             wanted = self._pairs_by_rank(batch) if exchange.per_slot_input else counts
             for rank, inputs, number in zip(ranks, rows, wanted, strict=True):
-                if len(inputs) != number:
-                    self._transport.reject(rank, f"{len(inputs)} input rows: must be {number}")
+                if inputs.shape[0] != number:
+                    self._transport.reject(rank, f"{inputs.shape[0]} input rows: must be {number}")
         return batch
 
     def _pairs(self, slots: Tensor, all_here: bool) -> tuple[Tensor, Tensor]:
@@ -184,10 +192,18 @@ class ExpertServer:
             pairs = (slots.flatten() >= 0).nonzero().squeeze(1)  # device-to-host sync
             return pairs, pairs // top_k
         known = self._all_pairs.get(top_k)
-        if known is None or len(known[0]) < slots.numel():
-            pairs = torch.arange(slots.numel(), device=self._device)
+        num_pairs = slots.numel()
+        if known is None or known[0].shape[0] < num_pairs:
+            pairs = torch.arange(num_pairs, device=self._device)
             known = self._all_pairs[top_k] = (pairs, pairs // top_k)
-        return known[0][: slots.numel()], known[1][: slots.numel()]
+        return known[0][:num_pairs], known[1][:num_pairs]
+
+    def _are_filled(self, bank: BankSpec, slots: Tensor, low: int, high: int) -> bool:
+        """Whether all slots, which are from ``low`` to ``high``, hold an expert or are -1."""
+        filled = self._filled[bank.index]
+        if low < -1 or high >= filled.shape[0] - 1:
+            return False
+        return not self._has_free[bank.index] or bool(filled[slots].all())  # device-to-host sync
 
     def _blame(self, bank: BankSpec, ranks: tuple[int, ...], slots: Sequence[Tensor]) -> None:
         """A slot that is not there, or empty, closes the edge that it came from."""
@@ -201,27 +217,28 @@ class ExpertServer:
         self, bank: BankSpec, exchange: ExchangeSpec, batch: _Batch, exact: bool
     ) -> Tensor:
         """[P, out_width] outputs of all pairs that are here."""
-        if not len(batch.pairs):
+        if not batch.pairs.shape[0]:
             return torch.empty(0, exchange.out_width, dtype=self._dtype, device=self._device)
         if not exchange.per_slot_input:
             pair_input = batch.pair_row
         elif exact:
-            pair_input = torch.arange(len(batch.pairs), device=self._device)
+            pair_input = torch.arange(batch.pairs.shape[0], device=self._device)
         else:
             pair_input = batch.pairs
-        pair_slot = batch.of_pairs(batch.slots)
-        counts = self.token_counts[bank.index]
-        counts += torch.bincount(pair_slot, minlength=len(counts)).to(counts.device)
         return self._slots.banks[bank.index].compute(
-            exchange.index, batch.inputs, pair_input, pair_slot
+            exchange.index, batch.inputs, pair_input, batch.pair_slot
         )
 
     def _sum(self, bank: BankSpec, batch: _Batch, outputs: Tensor) -> Tensor:
         """[rows, out_width] float32 weighted partial sums."""
         assert batch.weights is not None
         weights = batch.of_pairs(batch.weights)
-        num_rows = len(batch.slots)
+        num_rows = batch.slots.shape[0]
         return weighted_sum(outputs, weights, batch.pair_row, num_rows, bank.float32_weights)
+
+    def _count(self, bank: BankSpec, batch: _Batch) -> None:
+        counts = self.token_counts[bank.index]
+        counts += torch.bincount(batch.pair_slot, minlength=counts.shape[0]).to(counts.device)
 
     def _pairs_by_rank(self, batch: _Batch) -> tuple[int, ...]:
         if batch.all_here:

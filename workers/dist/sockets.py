@@ -5,7 +5,6 @@ Closing is aborting, a reset is detection, and the edges of survivors outlive a 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from typing import NoReturn
@@ -51,7 +50,7 @@ class SocketTransport:
         """See ``DataTransport``. A frame always carries its counts."""
         for message in messages:
             buffers = [_bytes_of(part) for part in message.parts]
-            counts = [len(part) for part in message.parts]
+            counts = [part.shape[0] for part in message.parts]
             header = self._header(tag, counts, sum(map(len, buffers)))
             self._hub.send(self._names[message.rank], header, buffers)
 
@@ -120,8 +119,8 @@ class SocketTransport:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, without a copy if it is contiguous and on the CPU."""
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         tensor = tensor.cpu()  # device-to-host sync
-    if not math.prod(tensor.shape):
+    if not tensor.numel():
         return memoryview(b"")
     return tensor.detach().contiguous().view(torch.uint8).numpy().data.cast("B")

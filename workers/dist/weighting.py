@@ -27,10 +27,13 @@ def weighted_sum(
     -> [num_rows, D] float32, zeros for a row without pairs. The product is made in the promoted
     dtype: weights are cast to the model dtype first unless ``float32_weights``.
     """
+    num_pairs, width = outputs.shape
     factors = (weights if float32_weights else weights.to(outputs.dtype)).unsqueeze(1)
-    if outputs.device.type == "cpu":
-        total = torch.zeros(num_rows, outputs.shape[1])
-        for first in range(0, len(outputs), _PIECE_PAIRS):
+    if outputs.is_cpu:
+        total = torch.zeros(num_rows, width)
+        if num_pairs <= _PIECE_PAIRS:
+            return total.index_add_(0, pair_row, (outputs * factors).float())
+        for first in range(0, num_pairs, _PIECE_PAIRS):
             piece = slice(first, first + _PIECE_PAIRS)
             total.index_add_(0, pair_row[piece], (outputs[piece] * factors[piece]).float())
         return total
