@@ -63,6 +63,7 @@ def finish_call(
     """
     check_token_ids("stop_token_ids", fields.stop_token_ids, model.vocab_size)
     check_token_ids("logit_bias", [token for token, _ in fields.logit_bias], model.vocab_size)
+    _check_leaves_tokens(fields, model)
     field = "messages" if fields.kind is CallKind.CHAT else "prompt"
     for _, ids in prompts:
         _require(len(ids) > 0, field, f"{field} must not be empty")
@@ -102,6 +103,18 @@ def check_token_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
         wrong = next(i for i in ids if not 0 <= i < vocab_size)
         message = f"{name}: token id {wrong} is not in the vocabulary (0 to {vocab_size - 1})"
         raise RequestError(message, name)
+
+
+def _check_leaves_tokens(fields: GenerateFields, model: ModelFacts) -> None:
+    """``min_tokens`` masks what would end the text: some other token must be there."""
+    ending = set(fields.stop_token_ids)
+    if not fields.ignore_eos:
+        ending.update(model.eos_token_ids)
+    _require(
+        not fields.min_tokens or len(ending) < model.vocab_size,
+        "stop_token_ids",
+        f"stop_token_ids leave no token of the vocabulary ({model.vocab_size}) for min_tokens",
+    )
 
 
 def check_context(num_tokens: int, max_tokens: int, model: ModelFacts, name: str) -> None:

@@ -27,6 +27,8 @@ from workers.request import SamplingParams, TokenLogprob
 _MASK64 = (1 << 64) - 1
 _GREEDY_BELOW = 1e-5
 """Temperatures that float32 cannot tell from 0."""
+_LARGEST_LOGIT = 1e30
+"""Logits that penalties make are kept below; divided by any temperature it is still finite."""
 _BRANCHES = 16
 """Branches of a node in the walk that draws a token."""
 _FIRST_CANDIDATES = 256
@@ -71,7 +73,7 @@ class TokenCounts:
             values = torch.where(values > 0, values / penalty, values * penalty)
         values = values - params.frequency_penalty * counts
         values = values - params.presence_penalty * (counts > 0)
-        logits[tokens] = values
+        logits[tokens] = values.clamp_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
 
 
 def needs_counts(params: SamplingParams) -> bool:
@@ -109,7 +111,7 @@ class Drawn:
     """What came of one row."""
 
     token: int
-    """The token; -1 where the logits were not finite."""
+    """The token; -1 where the logits were not finite, or no token is allowed."""
     logprob: TokenLogprob | None = None
     """Where asked for."""
 
@@ -124,6 +126,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:
     # A sum is finite only if all its terms are; the other way round float32 has room to spare.
     finite = torch.isfinite(logits.sum(-1, dtype=torch.float32))
     processed = _process(logits, rows)
+    if processed is not logits:
+        finite &= torch.isfinite(processed.amax(-1))  # else every token is masked
     tokens = _best(processed)
     random = [i for i, row in enumerate(rows) if row.params.temperature >= _GREEDY_BELOW]
     if random:
@@ -170,7 +174,10 @@ def _process(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Tokens [rows] int64 drawn from float32 logits [rows, V] at temperatures above 0."""
+    """Tokens [rows] int64 drawn from float32 logits [rows, V] at temperatures above 0.
+
+    -1 where the weights of the tokens have no finite sum.
+    """
     device = logits.device
 
     def column(values: Iterable[float]) -> Tensor:
@@ -183,7 +190,7 @@ def draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     if floor is not None:
         weights = weights.masked_fill_(scaled < floor, 0.0)
     cumulative = weights.cumsum(-1, dtype=torch.float64)
-    return _descend(cumulative, rows)
+    return torch.where(torch.isfinite(cumulative[:, -1]), _descend(cumulative, rows), -1)
 
 
 def _descend(cumulative: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

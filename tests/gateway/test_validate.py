@@ -127,6 +127,16 @@ def test_min_tokens_must_not_exceed_max_tokens() -> None:
         _check(min_tokens=5, max_tokens=4)
 
 
+def test_min_tokens_needs_a_token_that_does_not_end_the_text() -> None:
+    model = dataclasses.replace(MODEL, vocab_size=8, eos_token_ids=(7,))
+    fields = dataclasses.replace(PLAIN, stop_token_ids=tuple(range(7)))
+    _finish(fields, (1,), model=model)
+    _finish(dataclasses.replace(fields, min_tokens=1, ignore_eos=True), (1,), model=model)
+    with pytest.raises(RequestError, match="leave no token") as caught:
+        _finish(dataclasses.replace(fields, min_tokens=1), (1,), model=model)
+    assert caught.value.param == "stop_token_ids"
+
+
 @pytest.mark.parametrize(
     ("chat", "param"),
     [

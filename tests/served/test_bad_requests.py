@@ -26,6 +26,7 @@ INVALID = "invalid_request_error"
 CODES = grpc.StatusCode
 CONTEXT = 4096
 VOCAB_SIZE = 1024
+ALL_TOKENS = list(range(VOCAB_SIZE))
 MANY_STOPS = [f"stop {i}" for i in range(1000)]
 
 
@@ -65,6 +66,7 @@ def check_error(
         ({"temperature": float("nan")}, 400, "invalid_value", "temperature"),
         ({"stop": MANY_STOPS}, 400, "invalid_value", "stop"),
         ({"prompt": "x" * 10_000_000}, 413, "request_too_large", None),
+        ({"min_tokens": 1, "stop_token_ids": ALL_TOKENS}, 400, "invalid_value", "stop_token_ids"),
         ({"best_of": 4}, 400, "unsupported_parameter", "best_of"),
     ],
 )
@@ -75,6 +77,25 @@ def test_requests_over_http(
     headers = {"content-type": "application/json"}
     response = server.client.post(COMPLETIONS, content=raw, headers=headers)
     check_error(response, status, code, param)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"repetition_penalty": 1e-300, "max_tokens": 30},
+        {"temperature": 1e-30},
+        {"temperature": 100, "top_p": 1e-300},
+        {"top_k": 2**60, "min_p": 1.0},
+        {"logit_bias": {str(i): -100 for i in range(VOCAB_SIZE)}},
+        {"stop_token_ids": ALL_TOKENS},
+        {"seed": -(2**63), "frequency_penalty": -2, "presence_penalty": -2},
+        {"prompt": ["a"] * 256, "n": 2, "max_tokens": 1},
+        {"prompt": "\x00\ufffd☃", "stop": ["\x00", "x" * 256]},
+    ],
+)
+def test_values_at_their_limits_are_served(server: Served, fields: dict[str, Any]) -> None:
+    answer = server.complete(**{**GOOD, "temperature": 1, **fields})
+    assert all(choice["finish_reason"] for choice in answer["choices"])
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,35 @@ def test_only_the_row_with_bad_logits_fails(bad: float) -> None:
     assert drawn[2].token == 5
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_without_an_allowed_token_fails_alone(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, seed=1)
+    rows = [
+        SamplingRow(params, 0, 0, ending_tokens=tuple(range(8))),
+        SamplingRow(params, 0, 0, ending_tokens=tuple(range(7))),
+    ]
+    drawn = sample(torch.randn(2, 8), rows)
+    assert [d.is_finite for d in drawn] == [False, True]
+    assert drawn[1].token == 7
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-5, 1.0, 100.0])
+@pytest.mark.parametrize("penalty", [1e-300, 1e-30, 2.0])
+def test_extreme_penalties_and_temperatures_draw_a_token(
+    temperature: float, penalty: float
+) -> None:
+    params = SamplingParams(temperature=temperature, repetition_penalty=penalty, seed=1)
+    counts = TokenCounts(params, prompt=[1, 2, 3], output=[3, 4])
+    (drawn,) = sample(torch.randn(1, 8) + 1, [SamplingRow(params, 0, 0, counts)])
+    assert 0 <= drawn.token < 8
+
+
+def test_weights_without_a_finite_sum_draw_nothing() -> None:
+    logits = torch.tensor([[1e38, -1e38, 0.0], [0.0, 1.0, 2.0], [float("nan"), 0.0, 0.0]])
+    rows = rows_of(SamplingParams(temperature=1e-4, seed=1), 3)
+    assert [int(token) >= 0 for token in draw(logits, rows)] == [False, True, False]
+
+
 def test_penalties_in_order() -> None:
     params = SamplingParams(
         repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((4, 1.0),)
