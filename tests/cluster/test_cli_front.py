@@ -144,6 +144,19 @@ def test_a_killed_front_process_takes_the_cluster_along(start_front: StartFront)
     wait_until(lambda: state_file.read_record("one") is None)
 
 
+@pytest.mark.usefixtures("start_front")
+def test_a_killed_make_takes_the_cluster_along() -> None:
+    """``make serve`` passes its process id down; nobody tells the front process of a SIGKILL."""
+    front = f"EXPERTMESH_PARENT=$$ {sys.executable} -m tests.cluster.fake_front one stay"
+    make = subprocess.Popen(["sh", "-c", f"{front} & wait"], stdout=subprocess.PIPE, text=True)
+    assert make.stdout is not None
+    folder = Path(make.stdout.readline().split()[1])
+    make.kill()
+    make.communicate(timeout=LIMIT_S)  # until the front process has closed it too
+    wait_until(lambda: is_clean(folder))
+    assert state_file.read_record("one") is None
+
+
 def test_a_killed_launcher_is_cleaned_up_by_the_front_process(start_front: StartFront) -> None:
     front = start_front()
     front.wait_ready()
