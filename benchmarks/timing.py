@@ -23,9 +23,11 @@ class Sample:
     """Rate while all sequences decode: from then until the first one has all its tokens."""
     itl_ms: float
     """Median time between two tokens of a sequence in that span (inter-token latency)."""
+    others_cores: float
+    """CPU cores that other processes used meanwhile."""
 
 
-def sample_of(times: Times) -> Sample:
+def sample_of(times: Times, others_cores: float = 0.0) -> Sample:
     """Numbers of one batch; at least two tokens each.
 
     A sequence that got its first token early has already decoded by the end of the prefill; these
@@ -45,6 +47,7 @@ def sample_of(times: Times) -> Sample:
         prefill_s=begin,
         decode_tokens_per_s=new / (end - begin),
         itl_ms=statistics.median(gaps) * 1e3,
+        others_cores=others_cores,
     )
 
 
@@ -55,6 +58,7 @@ def median_of(samples: Sequence[Sample]) -> Sample:
         prefill_s=statistics.median(s.prefill_s for s in samples),
         decode_tokens_per_s=statistics.median(s.decode_tokens_per_s for s in samples),
         itl_ms=statistics.median(s.itl_ms for s in samples),
+        others_cores=statistics.median(s.others_cores for s in samples),
     )
 
 
