@@ -29,6 +29,8 @@ class CheckpointFacts:
     """The checkpoint's own dtype."""
     max_position_embeddings: int
     """Context in tokens."""
+    kv_values_per_token: int
+    """Numbers that the KV cache keeps of one token, over all layers."""
     banks: tuple[dict[str, Any], ...]
     """Expert banks in the order of their use: ``bank``, ``layer``, ``num_experts``."""
     torch_has_cuda: bool
@@ -80,12 +82,14 @@ def check(folder: Path) -> CheckpointFacts:
     import torch
 
     from workers.checkpoint import check_checkpoint
+    from workers.kv_cache import kv_values_per_token
 
     family = check_checkpoint(folder).family
     return CheckpointFacts(
         model_type=family.config.model_type,
         dtype=family.config.dtype,
         max_position_embeddings=family.config.max_position_embeddings,
+        kv_values_per_token=kv_values_per_token(family.config),
         banks=tuple(
             {"bank": b.bank, "layer": b.layer, "num_experts": b.num_experts} for b in family.banks
         ),

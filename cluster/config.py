@@ -264,6 +264,16 @@ class ClusterConfig:
     cluster_token: str = field(default="", repr=False)
     """Shared secret of the workers' sockets, drawn at start."""
 
+    def __post_init__(self) -> None:
+        requests = self.gateway.max_queue * self.gateway.num_gateway_replicas
+        check(
+            self.workers.num_attention_workers <= requests,
+            "num_attention_workers",
+            self.workers.num_attention_workers,
+            f"must not exceed the {requests} requests that are let in at once: "
+            "more workers than can ever have work",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
         return dataclasses.asdict(self)

@@ -57,6 +57,10 @@ class BankPlacement:
             for expert, share in zip(slots, self.split[device], strict=True):
                 if expert != FREE_SLOT:
                     shares[expert] += share
+        num_slots = sum(len(slots) for slots in self.physical_to_logical)
+        if num_slots < self.num_experts:
+            rule = f"must be at least num_experts ({self.num_experts}) in total: {where}"
+            raise ConfigError("num_expert_slots", num_slots, rule)
         for expert, total in enumerate(shares):
             copies = self.logical_to_physical(expert)
             if not copies:
@@ -282,6 +286,8 @@ def load_placement(path: Path, banks: Sequence[BankShape], num_devices: int) -> 
     by_key = {(b.bank, b.layer): b.num_experts for b in banks}
     try:
         found = ExpertPlacement.from_dict(data, by_key)
+    except ConfigError as err:
+        raise ConfigError("placement_file", path.name, f"breaks a rule: {err}") from err
     except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise ConfigError("placement_file", path.name, f"is not a placement: {err!r}") from err
     order = {(b.bank, b.layer): b for b in found.banks}

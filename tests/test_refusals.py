@@ -117,7 +117,13 @@ CASES: dict[str, tuple[Words, int, str]] = {
     "a missing shard": (_missing_shard, 5, "names model-00002-of-00002.safetensors, which is not"),
     "a wrong shape": (_wrong_shape, 5, "tensor model.embed_tokens.weight has shape [1024, 128]"),
     "another architecture": (_other_architecture, 5, "model_type 'mixtral' is not supported"),
-    "too few slots": (_few_slots, 5, "placement of bank mlp layer 0 (5) expert has no copy"),
+    "too few slots": (_few_slots, 5, "num_expert_slots (5) must be at least num_experts (64)"),
+    "too little KV memory": (lambda _: ["--kv-cache-bytes", "10"], 5, "kv_cache_bytes (10) must"),
+    "too many attention workers": (
+        lambda _: ["--num-attention-workers", "5000"],
+        2,
+        "num_attention_workers (5000) must not exceed the 1024 requests",
+    ),
     "too many expert workers": (
         lambda _: ["--num-expert-workers", "65"],
         5,

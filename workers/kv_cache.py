@@ -64,8 +64,12 @@ class KVCache:
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers."""
-    width = config.num_kv_heads * config.head_dim
-    return 2 * config.num_layers * width * block_size * dtype.itemsize
+    return kv_values_per_token(config) * block_size * dtype.itemsize
+
+
+def kv_values_per_token(config: ModelConfig) -> int:
+    """Elements of one token's keys and values over all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim
 
 
 def num_kv_blocks(

@@ -94,6 +94,7 @@ def make_plan(
             limit,
             f"must not exceed the model's context of {facts.max_position_embeddings} tokens",
         )
+        _check_kv_cache(config, facts)
         if temp_dir:  # a joined cluster's resources are known only once it is joined
             check_start(config, facts.banks, num_cpus, num_gpus)
     except ConfigError as err:
@@ -108,6 +109,16 @@ def make_plan(
         num_gpus=num_gpus,
         **values,
     )
+
+
+def _check_kv_cache(config: ClusterConfig, facts: CheckpointFacts) -> None:
+    """Raise ``ConfigError`` when an explicit KV memory holds not even one block."""
+    size = config.engine.kv_cache_bytes
+    dtype = facts.dtype if config.model.dtype == "auto" else config.model.dtype
+    itemsize = 4 if dtype == "float32" else 2
+    block = facts.kv_values_per_token * config.engine.block_size_tokens * itemsize
+    rule = f"must hold at least one block of {block} bytes"
+    check(size is None or size >= block, "kv_cache_bytes", size, rule)
 
 
 def _with_ports(config: ClusterConfig) -> ClusterConfig:

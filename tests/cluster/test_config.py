@@ -53,6 +53,11 @@ def test_broken_rules_name_the_field(field: str, build: Callable[[], object]) ->
     assert caught.value.field == field
 
 
+def test_more_attention_workers_than_requests_are_refused() -> None:
+    with pytest.raises(ConfigError, match="more workers than can ever have work"):
+        make_config(workers={"num_attention_workers": 5000})
+
+
 def test_config_survives_json() -> None:
     gateway = GatewaySection(api_keys=("a", "b"))
     config = ClusterConfig(

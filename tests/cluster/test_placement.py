@@ -106,7 +106,12 @@ def test_placement_survives_json() -> None:
     [
         (BANKS, 3, {}, "2 devices, the cluster has 3"),
         (BANKS[:1], 2, {}, "not a bank of this model"),
-        ([BankShape(bank="mlp", layer=i, num_experts=9) for i in range(2)], 2, {}, "no copy"),
+        (
+            [BankShape(bank="mlp", layer=i, num_experts=9) for i in range(2)],
+            2,
+            {},
+            "num_expert_slots",
+        ),
         (BANKS, 2, {"banks": []}, "exactly the model's banks"),
         (BANKS, 2, {"schema": 9}, "must be 1"),
         (BANKS, 2, {"banks": [{"bank": "mlp"}]}, "not a placement"),
@@ -133,7 +138,8 @@ def test_rubbish_is_not_a_placement(tmp_path: Path, content: str) -> None:
     [
         ([[0, 0, 1]], {}, "twice"),
         ([[0, 5]], {}, "must be below"),
-        ([[0]], {}, "no copy"),
+        ([[0]], {}, r"num_expert_slots \(1\) must be at least num_experts \(2\) in total"),
+        ([[0, -1]], {}, "no copy"),
         ([[0, 1]], {"split": [[1.0]]}, "split must match"),
         ([[0, 1], [0, -1]], {"split": [[0.2, 1.0], [0.2, 0.0]]}, "must sum to 1"),
         ([[0, 1], [0, -1]], {"decode_device": [0, 1]}, "decode_device holds no expert 1"),
