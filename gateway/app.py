@@ -27,13 +27,16 @@ logger = logging.getLogger(__name__)
 
 APP_NAME = "expertmesh"
 """Name of the Serve application."""
+_HEAD_NODE = "node:__internal_head__"
+"""Ray's own resource of the head node. Serve's HTTP proxy listens there, and so must our gRPC
+server: ``host`` is an address of that node."""
 _SPARE_REQUESTS = 1024
 """Room in Serve beyond our own queue, for probes, scrapes and those that we refuse."""
 
 
 @serve.deployment(
     name="gateway",
-    ray_actor_options={"num_cpus": 0},
+    ray_actor_options={"num_cpus": 0, "resources": {_HEAD_NODE: 0.001}},
     max_constructor_retry_count=2,
     graceful_shutdown_wait_loop_s=0.1,
     graceful_shutdown_timeout_s=2.0,
