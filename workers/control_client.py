@@ -189,12 +189,14 @@ class ControlClient:
                     if now >= next_beat:
                         outgoing += encode(self._heartbeat())
                         next_beat = now + self._heartbeat_s
+                    is_closing = self._closing  # read first: all of the queue was sent before it
                     self._take_queue(outgoing)
                     if outgoing:
                         _send_some(sock, outgoing)
-                    if self._closing:
+                    if is_closing:
                         flush_until = min(flush_until, now + _FLUSH_S)
                         if not outgoing or now >= flush_until:
+                            _finish(sock)
                             return "closed"
                     writes = selectors.EVENT_WRITE if outgoing else 0
                     selector.modify(sock, selectors.EVENT_READ | writes)
@@ -342,6 +344,15 @@ def _read_exactly(sock: socket.socket, size: int, deadline: float) -> bytes:
 def _send_some(sock: socket.socket, outgoing: bytearray) -> None:
     with contextlib.suppress(BlockingIOError):
         del outgoing[: sock.send(outgoing)]
+
+
+def _finish(sock: socket.socket) -> None:
+    """Let the peer take what was sent: a close with unread input would reset the connection."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
+        sock.settimeout(_FLUSH_S)
+        while sock.recv(_CHUNK_BYTES):
+            pass
 
 
 def _drain(sock: socket.socket) -> None:
