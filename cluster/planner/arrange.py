@@ -1,0 +1,182 @@
+"""Which experts share a device: exchange homes of experts that have no second copy.
+
+Where spare copies exist, split weights even out the load that a device gets, so homes are free to
+serve other ends within limits: decode steps whose worst device activates few slots, and experts
+that fire together on one device, so that a token goes to fewer devices.
+
+Every round takes one device of each bank and makes its best exchange with any other device.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cluster.placement import FREE_SLOT
+from cluster.planner.base import Bools, Floats, Ints
+
+LOAD_PRICE = 20.0
+"""Price of a squared relative deviation of a device's load, against the decode cost."""
+LOAD_PRICE_WITHOUT_SPARES = 2000.0
+"""The same where no split weights can make up for it."""
+AFFINITY_PRICE = 60.0
+"""Price of the share of top-k pairs that are on one device."""
+
+
+class Arrangement:
+    """Homes of all banks, and what they cost."""
+
+    def __init__(
+        self,
+        slots: Ints,
+        home: Ints,
+        loads: Floats,
+        weight: Floats,
+        speeds: Floats,
+        affinity: Floats | None,
+    ) -> None:
+        """``weight``: decode weights; ``affinity`` [banks, experts, experts]: how often two
+        experts are chosen together, symmetric, summing to 1."""
+        banks, devices, _ = slots.shape
+        experts = loads.shape[1]
+        bank, device, slot = np.nonzero(slots != FREE_SLOT)
+        expert = slots[bank, device, slot]
+        count = np.zeros((banks, experts))
+        np.add.at(count, (bank, expert), 1.0)
+        self.home = home.copy()
+        self.is_single: Bools = count == 1
+        self._rows = np.arange(banks)
+        self._relative = np.where(speeds > 0, speeds * (speeds > 0).sum(), 1.0)
+        self._load = loads * (speeds > 0).sum()
+        self._weight = weight
+        self._affinity = affinity
+        self._level = np.zeros((banks, devices))
+        np.add.at(self._level, (bank, device), (self._load / count)[bank, expert])
+        self._decode = np.zeros((banks, devices))
+        np.add.at(self._decode, (self._rows[:, None], home), weight)
+        self._top = self._decode.mean(1, keepdims=True)
+        has_spares = bool((count > 1).any())
+        self._load_price = LOAD_PRICE if has_spares else LOAD_PRICE_WITHOUT_SPARES
+        self._near = np.zeros((banks, experts, devices))
+        if affinity is not None:
+            for b in range(banks):
+                here = np.zeros((experts, devices))
+                here[expert[bank == b], device[bank == b]] = 1.0
+                self._near[b] = affinity[b] @ here
+
+    def _cost(self, level: Floats, decode: Floats, relative: Floats) -> Floats:
+        spread = decode / relative - self._top[:, :, None]
+        return np.asarray(np.exp(spread) + self._load_price * (level / relative - 1.0) ** 2)
+
+    def improve(self, device: Ints) -> Bools:
+        """The best exchange of each bank's ``device``; whether there was one that helps."""
+        rows = self._rows
+        mine = (self.home == device[:, None]) & self.is_single
+        width = max(int(mine.sum(1).max()), 1)
+        own = np.argsort(~mine, axis=1, kind="stable")[:, :width]
+        is_own = mine[rows[:, None], own]
+        other = self.home
+        gain = self._gain(device, own, other)
+        allowed = is_own[:, :, None] & (self.is_single & (other != device[:, None]))[:, None, :]
+        gain = np.where(allowed, gain, -np.inf).reshape(len(rows), -1)
+        best = gain.argmax(1)
+        helps = gain[rows, best] > 1e-6
+        first = own[rows, best // other.shape[1]]
+        second = best % other.shape[1]
+        self._swap(rows[helps], first[helps], second[helps])
+        return np.asarray(helps)
+
+    def _gain(self, device: Ints, own: Ints, other: Ints) -> Floats:
+        """[banks, own, experts] how much exchanging the homes of two experts helps."""
+        rows = self._rows[:, None]
+        here_level = self._level[rows, device[:, None]][:, :, None]
+        here_decode = self._decode[rows, device[:, None]][:, :, None]
+        there_level = self._level[rows, other][:, None, :]
+        there_decode = self._decode[rows, other][:, None, :]
+        moved = self._load[rows, own][:, :, None] - self._load[:, None, :]
+        weight = self._weight[rows, own][:, :, None] - self._weight[:, None, :]
+        here = self._relative[device][:, None, None]
+        there = self._relative[other][:, None, :]
+        gain = self._cost(here_level, here_decode, here)
+        gain = gain + self._cost(there_level, there_decode, there)
+        gain = gain - self._cost(here_level - moved, here_decode - weight, here)
+        gain = gain - self._cost(there_level + moved, there_decode + weight, there)
+        if self._affinity is not None:
+            gain = gain + AFFINITY_PRICE * self._joined(device, own, other)
+        return np.asarray(gain)
+
+    def _joined(self, device: Ints, own: Ints, other: Ints) -> Floats:
+        """[banks, own, experts] how much more two exchanged experts have in common with theirs."""
+        assert self._affinity is not None
+        rows = self._rows
+        experts = np.arange(other.shape[1])
+        stay = self._near[rows[:, None], own, device[:, None]][:, :, None]
+        stay = stay + self._near[rows[:, None], experts[None], other][:, None, :]
+        arrive = self._near[rows[:, None, None], own[:, :, None], other[:, None, :]]
+        arrive = arrive + self._near[rows[:, None], experts[None], device[:, None]][:, None, :]
+        pair = self._affinity[rows[:, None], own]
+        return np.asarray(arrive - stay - 2.0 * pair)
+
+    def _swap(self, rows: Ints, first: Ints, second: Ints) -> None:
+        here, there = self.home[rows, first], self.home[rows, second]
+        self.home[rows, first], self.home[rows, second] = there, here
+        for values, sums in ((self._load, self._level), (self._weight, self._decode)):
+            difference = values[rows, first] - values[rows, second]
+            sums[rows, here] -= difference
+            sums[rows, there] += difference
+        if self._affinity is not None:
+            change = self._affinity[rows, :, second] - self._affinity[rows, :, first]
+            self._near[rows, :, here] += change
+            self._near[rows, :, there] -= change
+
+    def heaviest(self, skipped: Bools) -> Ints:
+        """The device of each bank that costs decode steps most, but for ``skipped``."""
+        level = np.where(skipped, -np.inf, self._decode / self._relative)
+        return np.asarray(level.argmax(1))
+
+    def dearest(self, skipped: Bools) -> Ints:
+        """The device of each bank with the largest cost, but for ``skipped``."""
+        cost = self._cost(
+            self._level[:, :, None], self._decode[:, :, None], self._relative[None, :, None]
+        )
+        return np.asarray(np.where(skipped, -np.inf, cost[:, :, 0]).argmax(1))
+
+
+def arrange(
+    slots: Ints,
+    home: Ints,
+    loads: Floats,
+    weight: Floats,
+    speeds: Floats,
+    affinity: Floats | None = None,
+    rounds: int = 40,
+) -> tuple[Ints, Ints]:
+    """Slots and home after exchanges; every device keeps its number of slots and of homes."""
+    state = Arrangement(slots, home, loads, weight, speeds, affinity)
+    tried = np.zeros(slots.shape[:2], dtype=bool)
+    tried[:, speeds == 0] = True
+    idle = tried.copy()
+    sweeps = 0 if affinity is None else 4 * slots.shape[1]
+    for step in range(rounds + sweeps):
+        if step < sweeps:
+            state.improve(np.full(len(slots), step % slots.shape[1]))
+            continue
+        device = state.dearest(tried)
+        helped = state.improve(device)
+        tried[~helped, device[~helped]] = True
+        tried[helped] = idle[helped]
+        if tried.all():
+            break
+    return _moved(slots, home, state.home, state.is_single), state.home
+
+
+def _moved(slots: Ints, before: Ints, after: Ints, is_single: Bools) -> Ints:
+    """The slots with the single copies where their new homes are."""
+    slots = slots.copy()
+    for b in np.nonzero((before != after).any(1))[0]:
+        gone = is_single[b] & (before[b] != after[b])
+        for device in np.unique(before[b][gone]):
+            left = np.nonzero(gone & (before[b] == device))[0]
+            came = np.nonzero(gone & (after[b] == device))[0]
+            row = slots[b, device]
+            row[np.isin(row, left)] = came
+    return slots

@@ -1,0 +1,228 @@
+"""What planners speak of: devices, limits, and the plan that comes out.
+
+The algorithms work on all banks with equally many experts at once, as arrays:
+
+    slots  [num_banks, num_devices, num_slots] int64, expert in each slot, ``FREE_SLOT`` for none
+    loads  [num_banks, num_experts] float64, each bank's loads divided by their sum
+    masses [num_banks, num_devices, num_slots] float64, the share of the bank's load a slot takes
+    home   [num_banks, num_experts] int64, the device that serves the expert in decode steps
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.config import check
+from cluster.errors import ConfigError
+from cluster.load_profile import BankLoad
+from cluster.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedDevice:
+    """A device that may hold experts."""
+
+    num_expert_slots: int | None = None
+    """Copies it can hold of each bank; None: an equal share plus the topology's spare slots."""
+    speed: float = 1.0
+    """Relative speed: its load should be in proportion."""
+    node: str = ""
+    """Failure domain, and where links are fast."""
+
+    def __post_init__(self) -> None:
+        count = self.num_expert_slots
+        check(count is None or count >= 0, "num_expert_slots", count, "must not be negative")
+        check(0 < self.speed < float("inf"), "speed", self.speed, "must be positive and finite")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedTopology:
+    """All devices, by their index in the placement."""
+
+    devices: tuple[PlannedDevice, ...]
+    """Device ``d`` of the placement."""
+    num_redundant: int = 0
+    """Spare slots per bank of every device that does not say its number of slots."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.devices), "num_devices", 0, "must be at least 1")
+        check(self.num_redundant >= 0, "num_redundant", self.num_redundant, "must not be negative")
+
+    @classmethod
+    def uniform(
+        cls,
+        num_devices: int,
+        num_redundant: int = 0,
+        num_nodes: int = 1,
+        speeds: Sequence[float] | None = None,
+    ) -> PlannedTopology:
+        """Devices with equal slots, in equal blocks on ``num_nodes`` nodes."""
+        check(num_devices >= 1, "num_devices", num_devices, "must be at least 1")
+        rule = f"must be from 1 to the number of devices ({num_devices})"
+        check(1 <= num_nodes <= num_devices, "num_nodes", num_nodes, rule)
+        speeds = [1.0] * num_devices if speeds is None else speeds
+        rule = f"must be one for each of the {num_devices} devices"
+        check(len(speeds) == num_devices, "speeds", len(speeds), rule)
+        nodes = [f"node-{d * num_nodes // num_devices}" for d in range(num_devices)]
+        devices = tuple(
+            PlannedDevice(node=node, speed=speed) for node, speed in zip(nodes, speeds, strict=True)
+        )
+        return cls(devices=devices, num_redundant=num_redundant)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices, those without slots included."""
+        return len(self.devices)
+
+    @property
+    def nodes(self) -> Ints:
+        """[num_devices] index of each device's node."""
+        names = sorted({d.node for d in self.devices})
+        return np.array([names.index(d.node) for d in self.devices])
+
+    def capacities(self, num_experts: int) -> Ints:
+        """[num_devices] slots for a bank of ``num_experts``. Raises ``ConfigError`` if too few."""
+        share = -(-num_experts // self.num_devices) + self.num_redundant
+        own = [share if d.num_expert_slots is None else d.num_expert_slots for d in self.devices]
+        total = sum(min(slots, num_experts) for slots in own)
+        rule = f"must be at least num_experts ({num_experts}) in total"
+        check(total >= num_experts, "num_expert_slots", total, rule)
+        return np.array(own)
+
+    def speeds(self, num_experts: int) -> Floats:
+        """[num_devices] relative speeds, 0 for devices without slots; they sum to 1."""
+        speed = np.array([d.speed for d in self.devices])
+        speed = np.where(self.capacities(num_experts) > 0, speed, 0.0)
+        return np.asarray(speed / speed.sum())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOptions:
+    """What a plan may cost, and what it is for."""
+
+    max_move_fraction: float | None = None
+    """Share of all slots that may change; None is no limit."""
+    target_balancedness: float = 0.99
+    """A bank that is balanced as well as this is left alone when there is a current placement."""
+    decode_tokens: int = 16
+    """Rows of a decode step that the decode table is made for."""
+
+    def __post_init__(self) -> None:
+        share = self.max_move_fraction
+        check(share is None or 0 <= share <= 1, "max_move_fraction", share, "must be from 0 to 1")
+        target = self.target_balancedness
+        check(0 < target <= 1, "target_balancedness", target, "must be above 0, up to 1")
+        check(self.decode_tokens >= 1, "decode_tokens", self.decode_tokens, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Move:
+    """One slot that gets another expert."""
+
+    bank: str
+    """Kind of bank."""
+    layer: int
+    """Layer of the model."""
+    device: int
+    """Device that gets the expert."""
+    slot: int
+    """Expert slot on that device."""
+    expert: int
+    """Expert that it gets."""
+    source: int
+    """Device that holds the expert now, on the same node where there is one; -1 for none."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data in the placement file's format."""
+        return {
+            "bank": self.bank,
+            "layer": self.layer,
+            "device": self.device,
+            "slot": self.slot,
+            "expert": self.expert,
+            "from": self.source,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a planner returns."""
+
+    placement: ExpertPlacement
+    """Maps, split weights and decode table."""
+    moves: tuple[Move, ...]
+    """Slots that differ from the current placement; empty when there is none."""
+    balancedness: tuple[float, ...]
+    """``[bank]`` -> predicted mean over maximum of load over speed."""
+    decode_slots_over_floor: Mapping[int, float]
+    """Rows of a decode step -> expected activated slots of the worst device over the least."""
+
+    @property
+    def move_fraction(self) -> float:
+        """Moves over all slots."""
+        slots = (len(s) for b in self.placement.banks for s in b.physical_to_logical)
+        return len(self.moves) / max(sum(slots), 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: a placement file with ``predicted`` and ``moves``."""
+        mean = sum(self.balancedness) / len(self.balancedness)
+        predicted = {
+            "balancedness": {"mean": mean, "min": min(self.balancedness)},
+            "decode_slots_over_floor": {str(b): v for b, v in self.decode_slots_over_floor.items()},
+        }
+        moves = [m.to_dict() for m in self.moves]
+        return {**self.placement.to_dict(), "predicted": predicted, "moves": moves}
+
+
+def normalised(counts: Sequence[Sequence[float]]) -> Floats:
+    """Loads of banks with equally many experts; a bank without load counts as even."""
+    loads = np.array(counts, dtype=np.float64)
+    total = loads.sum(1, keepdims=True)
+    even = np.full_like(loads, 1.0 / loads.shape[1])
+    return np.where(total > 0, loads / np.where(total > 0, total, 1.0), even)
+
+
+def slot_arrays(banks: Sequence[BankPlacement], capacities: Ints) -> tuple[Ints, Ints]:
+    """Slots and home of placed banks. Raises ``ConfigError`` where a device has too few slots."""
+    width = int(capacities.max())
+    slots = np.full((len(banks), len(capacities), width), FREE_SLOT)
+    for b, bank in enumerate(banks):
+        where = f"current placement of bank {bank.bank} layer {bank.layer}"
+        rule = f"must have the {len(capacities)} devices of the topology"
+        check(bank.num_devices == len(capacities), where, bank.num_devices, rule)
+        for d, held in enumerate(bank.physical_to_logical):
+            if len(held) > capacities[d] and any(e != FREE_SLOT for e in held[capacities[d] :]):
+                raise ConfigError(where, len(held), f"device {d} has {capacities[d]} slots")
+            slots[b, d, : min(len(held), width)] = held[:width]
+    return slots, np.array([bank.decode_device for bank in banks])
+
+
+def placed(
+    loads: Sequence[BankLoad], slots: Ints, shares: Floats, home: Ints, capacities: Ints
+) -> list[BankPlacement]:
+    """Arrays as maps, every device with its own number of slots."""
+    banks = []
+    for b, load in enumerate(loads):
+        maps, split = slots[b].tolist(), shares[b].tolist()
+        banks.append(
+            BankPlacement(
+                bank=load.bank,
+                layer=load.layer,
+                num_experts=len(load.counts),
+                physical_to_logical=tuple(
+                    tuple(s[:n]) for s, n in zip(maps, capacities, strict=True)
+                ),
+                split=tuple(tuple(s[:n]) for s, n in zip(split, capacities, strict=True)),
+                decode_device=tuple(home[b].tolist()),
+            )
+        )
+    return banks

@@ -1,0 +1,83 @@
+"""What a placement costs: the levels of its devices in prefill, activated slots in decode.
+
+Layers run in lockstep, so the cost of a placement is the sum over banks of the busiest device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+
+from cluster.planner.base import Floats, Ints
+
+
+def levels(masses: Floats, speeds: Floats) -> Floats:
+    """[num_banks, num_devices] load over speed; 1 everywhere is perfect balance."""
+    return np.asarray(masses.sum(-1) / np.maximum(speeds, 1e-9))
+
+
+def balancedness(masses: Floats, speeds: Floats) -> Floats:
+    """[num_banks] mean over maximum of load over speed, the mean weighted by speed."""
+    return np.asarray(1.0 / levels(masses, speeds).max(1))
+
+
+def activation(loads: Floats, top_k: int, rows: int) -> Floats:
+    """Probability that a batch of ``rows`` activates an expert, ``1 - (1 - p)^rows``."""
+    return np.asarray(1.0 - (1.0 - np.minimum(loads * top_k, 1.0)) ** rows)
+
+
+def expected_peak(active: Floats, home: Ints, speeds: Floats) -> Floats:
+    """[num_banks] expected activated slots of the worst device, in slots of a device of mean speed.
+
+    active [num_banks, num_experts]: independent probabilities; the distribution of each device's
+    sum is exact, devices count as independent.
+    """
+    chance = _by_device(active, home, len(speeds))
+    below = np.minimum(_sum_distribution(chance).cumsum(2), 1.0)
+    relative = np.where(speeds > 0, speeds * (speeds > 0).sum(), 1.0)
+    if np.allclose(relative, 1.0):
+        return np.asarray((1.0 - below[:, :, :-1].prod(1)).sum(1))
+    return _weighted_peak(below, relative)
+
+
+def _by_device(active: Floats, home: Ints, devices: int) -> Floats:
+    """[num_banks, num_devices, most homes on one] probabilities, 0 where a device has fewer."""
+    banks = len(active)
+    row = (home + devices * np.arange(banks)[:, None]).ravel()
+    order = np.argsort(row, kind="stable")
+    row = row[order]
+    place = np.arange(len(row)) - np.searchsorted(row, row)
+    chance = np.zeros((banks * devices, int(place.max()) + 1))
+    chance[row, place] = active.ravel()[order]
+    return chance.reshape(banks, devices, -1)
+
+
+def _sum_distribution(chance: Floats) -> Floats:
+    """[..., n] -> [..., n + 1]: distribution of the number of successes."""
+    found = np.zeros((*chance.shape[:-1], chance.shape[-1] + 1))
+    found[..., 0] = 1.0
+    for i in range(chance.shape[-1]):
+        p = chance[..., i, None]
+        found[..., 1:] = found[..., 1:] * (1.0 - p) + found[..., :-1] * p
+        found[..., 0] *= 1.0 - p[..., 0]
+    return found
+
+
+def _weighted_peak(below: Floats, relative: Floats) -> Floats:
+    """Expected maximum of slots over relative speed: the integral of 1 - P(all are below)."""
+    steps = np.unique((np.arange(below.shape[2])[:, None] / relative).ravel())
+    total = np.zeros(len(below))
+    for low, high in itertools.pairwise(steps.tolist()):
+        count = np.minimum(np.floor(low * relative + 1e-9).astype(np.int64), below.shape[2] - 1)
+        total += (1.0 - below[:, np.arange(len(relative)), count].prod(1)) * (high - low)
+    return total
+
+
+def slots_over_floor(loads: Floats, home: Ints, speeds: Floats, top_k: int, rows: int) -> float:
+    """Mean over banks of the expected peak over the least, ``ceil(distinct experts / devices)``."""
+    active = activation(loads, top_k, rows)
+    devices = int((speeds > 0).sum())
+    floor = [math.ceil(round(float(u) / devices, 9)) for u in active.sum(1)]
+    return float((expected_peak(active, home, speeds) / floor).mean())

@@ -1,0 +1,159 @@
+"""The decode table: which one copy of each expert serves decode steps.
+
+A decode step costs the activated slots of the worst device, so the table should make the expected
+maximum of a sum of coin tosses small. That expectation is at most ``log(sum_d M_d) / s`` with M_d
+the moment generating function of device d's sum, which is a product over its experts:
+
+    log M_d(s) = sum_e log(1 + q_e (e^s - 1)),    q_e = 1 - (1 - p_e)^rows
+
+So every expert has a weight, the one in the sum, and what is left is to balance weights: a rarely
+used expert counts for more than its mean because it varies more.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from cluster.placement import FREE_SLOT
+from cluster.planner.base import Floats, Ints
+from cluster.planner.cost import activation, expected_peak
+
+_S = 3.0
+"""Where the generating function is taken: near its best for 4-64 devices."""
+_SWEEPS = 3
+_PATHS = 12
+"""Paths that are tried in each bank."""
+
+
+def weights(loads: Floats, top_k: int, rows: int) -> Floats:
+    """[num_banks, num_experts] weight of an expert that is served on a device."""
+    return np.asarray(np.log1p(activation(loads, top_k, rows) * (math.exp(_S) - 1.0)))
+
+
+def assign(slots: Ints, loads: Floats, speeds: Floats, home: Ints, top_k: int, rows: int) -> Ints:
+    """A table for batches of ``rows``, by the expected peak no worse than ``home`` for any more."""
+    weight = weights(loads, top_k, rows)
+    relative = np.where(speeds > 0, speeds * (speeds > 0).sum(), 1.0)
+    copies = _copy_table(slots, loads.shape[1])
+    table = _swept(copies, weight, relative, home)
+    for b in range(len(table)):
+        _exchange_along_paths(copies[b], weight[b], relative, table[b])
+    is_better = np.ones(len(table), dtype=bool)
+    for batch in (rows, 4 * rows, 16 * rows):
+        active = activation(loads, top_k, batch)
+        before = expected_peak(active, home, speeds)
+        is_better &= expected_peak(active, table, speeds) <= before + 1e-9
+    return np.where(is_better[:, None], table, home)
+
+
+def any_home(slots: Ints, num_experts: int) -> Ints:
+    """The lowest device of every expert."""
+    return np.asarray(_copy_table(slots, num_experts)[:, :, 0])
+
+
+def _copy_table(slots: Ints, num_experts: int) -> Ints:
+    """[num_banks, num_experts, most copies] devices of an expert, rising, -1 for none."""
+    banks = len(slots)
+    bank, device, slot = np.nonzero(slots != FREE_SLOT)
+    expert = bank * num_experts + slots[bank, device, slot]
+    order = np.argsort(expert, kind="stable")
+    expert, device = expert[order], device[order]
+    place = np.arange(len(expert)) - np.searchsorted(expert, expert)
+    table = np.full((banks * num_experts, int(place.max()) + 1), -1)
+    table[expert, place] = device
+    return table.reshape(banks, num_experts, -1)
+
+
+def _swept(copies: Ints, weight: Floats, relative: Floats, home: Ints) -> Ints:
+    """Give each expert with several copies, busiest first, to its lightest device; some sweeps."""
+    banks = len(copies)
+    rows = np.arange(banks)
+    table = home.copy()
+    load = np.zeros((banks, len(relative)))
+    np.add.at(load, (rows[:, None], table), weight)
+    several = (copies >= 0).sum(2) > 1
+    order = np.lexsort((-weight, ~several), axis=1)
+    for _ in range(_SWEEPS):
+        before = table.copy()
+        for step in range(int(several.sum(1).max())):
+            expert = order[:, step]
+            w = weight[rows, expert]
+            now = table[rows, expert]
+            load[rows, now] -= w
+            places = copies[rows, expert]
+            after = (load[rows[:, None], places] + w[:, None]) / relative[places]
+            best = places[rows, np.where(places >= 0, after, np.inf).argmin(1)]
+            stays = (load[rows, now] + w) / relative[now] <= after.min(1) + 1e-12
+            best = np.where(stays, now, best)
+            table[rows, expert] = best
+            load[rows, best] += w
+        if (table == before).all():
+            break
+    return table
+
+
+def _exchange_along_paths(copies: Ints, weight: Floats, relative: Floats, table: Ints) -> None:
+    """Shift experts along a path of devices, from a heavy one to a light one; changes ``table``.
+
+    An expert that cannot leave its device for the lightest one may push another on from there.
+    """
+    several = np.nonzero(copies[:, 1] >= 0)[0].tolist() if copies.shape[1] > 1 else []
+    devices = len(relative)
+    load = np.bincount(table, weight, devices).astype(np.float64)
+    for _ in range(_PATHS):
+        found = _better_path(several, copies, weight, relative, table, load)
+        if found is None:
+            return
+        for expert, device in found:
+            load[table[expert]] -= weight[expert]
+            load[device] += weight[expert]
+            table[expert] = device
+
+
+def _better_path(
+    several: list[int],
+    copies: Ints,
+    weight: Floats,
+    relative: Floats,
+    table: Ints,
+    load: Floats,
+) -> list[tuple[int, int]] | None:
+    """Breadth-first from the heaviest device; the shortest path that lowers the sum of peaks."""
+    level = load / relative
+    start = int(level.argmax())
+    leaving: dict[int, list[int]] = {}
+    for e in several:
+        leaving.setdefault(int(table[e]), []).append(e)
+    path: dict[int, list[tuple[int, int]]] = {start: []}
+    queue = [start]
+    while queue:
+        at = queue.pop(0)
+        for e in leaving.get(at, ()):
+            for device in copies[e].tolist():
+                if device < 0 or device in path:
+                    continue
+                path[device] = [*path[at], (e, device)]
+                fits = (load[device] + weight[e]) / relative[device] < level[start]
+                if fits and _gain(path[device], start, weight, relative, load) > 1e-9:
+                    return path[device]
+                queue.append(device)
+    return None
+
+
+def _gain(
+    path: list[tuple[int, int]], start: int, weight: Floats, relative: Floats, load: Floats
+) -> float:
+    """How much a path lowers the sum of the generating functions, relative to its start."""
+    after = {start: float(load[start])}
+    at = start
+    for expert, device in path:
+        after[at] = after.get(at, float(load[at])) - float(weight[expert])
+        after[device] = after.get(device, float(load[device])) + float(weight[expert])
+        at = device
+    top = float(load[start] / relative[start])
+    return sum(
+        math.exp(load[d] / relative[d] - top) - math.exp(new / relative[d] - top)
+        for d, new in after.items()
+    )

@@ -1,0 +1,133 @@
+"""EPLB, the public expert-parallel load balancer, as the baseline that ours is compared with.
+
+Source: github.com/deepseek-ai/EPLB, ``rebalance_experts`` and its published example; written anew.
+Two policies: *hierarchical* packs groups of experts onto nodes and balances within each node,
+*global* treats everything as one node. Both give each spare slot to the expert with the largest
+load per copy, then pack the copies by falling load onto the lightest device that has room. Copies
+take equal shares.
+
+Where a plan differs: our maps hold no expert twice on a device, so where EPLB puts two copies of
+one expert on a device, one slot stays free and the other takes both shares. The loads are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cluster.config import check
+from cluster.load_profile import LoadProfile
+from cluster.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+from cluster.planner.assess import assess
+from cluster.planner.base import Floats, Ints, Plan, PlannedTopology
+
+
+def rebalance(
+    loads: Floats, *, num_slots: int, num_devices: int, num_groups: int = 1, num_nodes: int = 1
+) -> Ints:
+    """[num_banks, num_slots] expert of each slot; device d has the d-th block of equal size.
+
+    loads [num_banks, num_experts]. Hierarchical when nodes divide the groups, else global. Raises
+    ``ConfigError`` where counts do not divide as they must.
+    """
+    if num_groups % num_nodes:
+        num_groups, num_nodes = 1, 1
+    experts = loads.shape[1]
+    check(experts % num_groups == 0, "num_groups", num_groups, f"must divide {experts} experts")
+    check(num_devices % num_nodes == 0, "num_nodes", num_nodes, "must divide the devices")
+    check(num_slots % num_devices == 0, "num_slots", num_slots, "must be a multiple of devices")
+    check(num_slots >= experts, "num_slots", num_slots, f"must be at least {experts}")
+    return np.array(
+        [_one_bank(load, num_slots, num_devices, num_groups, num_nodes) for load in loads]
+    )
+
+
+def _one_bank(
+    load: Floats, num_slots: int, num_devices: int, num_groups: int, num_nodes: int
+) -> Ints:
+    groups = np.arange(len(load)).reshape(num_groups, -1)
+    result = []
+    for node in _packed(load[groups].sum(1), num_nodes):
+        members = groups[node].ravel()
+        copies, count = _replicated(load[members], num_slots // num_nodes)
+        share = (load[members] / count)[copies]
+        for device in _packed(share, num_devices // num_nodes):
+            result.append(members[copies[device]])
+    return np.concatenate(result)
+
+
+def _packed(weights: Floats, num_packs: int) -> list[list[int]]:
+    """Items in equally large packs: the heaviest first, onto the lightest pack that has room."""
+    size = len(weights) // num_packs
+    if size == 1:
+        return [[i] for i in range(num_packs)]
+    packs: list[list[int]] = [[] for _ in range(num_packs)]
+    total = [0.0] * num_packs
+    for item in np.argsort(-weights, kind="stable").tolist():
+        pack = min((p for p in range(num_packs) if len(packs[p]) < size), key=total.__getitem__)
+        packs[pack].append(item)
+        total[pack] += float(weights[item])
+    return packs
+
+
+def _replicated(load: Floats, num_copies: int) -> tuple[Ints, Ints]:
+    """Expert of each copy, and copies of each expert: the next one to the largest load a copy."""
+    count = np.ones(len(load), dtype=np.int64)
+    copies = list(range(len(load)))
+    while len(copies) < num_copies:
+        busiest = int((load / count).argmax())
+        copies.append(busiest)
+        count[busiest] += 1
+    return np.array(copies), count
+
+
+def plan(
+    profile: LoadProfile,
+    topology: PlannedTopology,
+    current: ExpertPlacement | None = None,
+    num_groups: int = 1,
+) -> Plan:
+    """The placement of EPLB; re-planned from scratch whatever is placed now.
+
+    Raises ``ConfigError`` for devices that differ in slots, which EPLB does not know.
+    """
+    banks = []
+    nodes = int(topology.nodes.max()) + 1
+    for load in profile.banks:
+        capacities = topology.capacities(len(load.counts))
+        equal = bool((capacities == capacities[0]).all())
+        check(equal, "num_expert_slots", capacities.tolist(), "must be equal for eplb")
+        found = rebalance(
+            np.array([load.counts], dtype=np.float64),
+            num_slots=int(capacities.sum()),
+            num_devices=len(capacities),
+            num_groups=num_groups,
+            num_nodes=nodes,
+        )
+        maps = found[0].reshape(len(capacities), -1).tolist()
+        banks.append(equally_shared(load.bank, load.layer, len(load.counts), maps))
+    epoch = 1 if current is None else current.epoch + 1
+    placement = ExpertPlacement(epoch=epoch, banks=tuple(banks))
+    return assess(profile, topology, placement, current)
+
+
+def siblings(bank_slots: Sequence[Sequence[int]]) -> int:
+    """Copies that stand beside another copy of the same expert."""
+    held = [[e for e in slots if e != FREE_SLOT] for slots in bank_slots]
+    return sum(len(slots) - len(set(slots)) for slots in held)
+
+
+def equally_shared(
+    bank: str, layer: int, num_experts: int, maps: Sequence[Sequence[int]]
+) -> BankPlacement:
+    """Maps in which copies take equal shares; a second copy on a device joins the first."""
+    copies = [sum(slots.count(e) for slots in map(list, maps)) for e in range(num_experts)]
+    slots_out, split = [], []
+    for slots in map(list, maps):
+        kept = [e if e not in slots[:i] else FREE_SLOT for i, e in enumerate(slots)]
+        split.append([slots.count(e) / copies[e] if e != FREE_SLOT else 0.0 for e in kept])
+        slots_out.append(kept)
+    return BankPlacement.from_maps(
+        bank=bank, layer=layer, num_experts=num_experts, physical_to_logical=slots_out, split=split
+    )

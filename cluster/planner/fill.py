@@ -1,0 +1,183 @@
+"""A placement from scratch: how many copies each expert has, and where.
+
+Every device first gets its part of the experts (their homes, which serve decode steps), then its
+spare slots get second copies. What makes a placement good is not only that the loads balance now:
+the copies should join all devices into one connected whole, so that shares alone can carry load
+from any device to any other later. So a spare copy goes to a device that is not yet connected with
+the expert's home; the busiest experts, which carry most, are the ones that are copied.
+
+All banks are filled at once, one copy of each bank per round.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cluster.placement import FREE_SLOT
+from cluster.planner.base import Bools, Floats, Ints
+
+
+def fill(
+    loads: Floats, capacities: Ints, speeds: Floats, nodes: Ints, two_nodes: bool
+) -> tuple[Ints, Ints]:
+    """Slots and home for all banks. ``two_nodes``: every expert gets copies on two nodes."""
+    width = int(capacities.max())
+    quota = home_quota(capacities, speeds, loads.shape[1])
+    capacities = np.minimum(capacities, loads.shape[1])
+    replicas = _replicas(loads, int(capacities.sum()), capacities, two_nodes)
+    board = _Board(loads, quota, capacities, speeds, nodes)
+    expert, is_home = _copies(loads, replicas)
+    for step in range(expert.shape[1]):
+        board.put(expert[:, step], is_home[:, step], loads, replicas)
+    if two_nodes:
+        for b in np.nonzero((board.num_nodes() < 2).any(1))[0]:
+            board.held[b], board.home[b] = _wrapped(loads[b], capacities, nodes)
+    board.use_leftovers(loads)
+    return board.slots(width), board.home
+
+
+def home_quota(capacities: Ints, speeds: Floats, num_experts: int) -> Ints:
+    """[num_devices] experts that have their home on a device: by speed, within the slots."""
+    capacities = np.minimum(capacities, num_experts)
+    quota = np.zeros(len(capacities), dtype=np.int64)
+    for _ in range(num_experts):
+        ahead = np.where(quota < capacities, (quota + 1) / np.maximum(speeds, 1e-12), np.inf)
+        quota[int(ahead.argmin())] += 1
+    return quota
+
+
+def can_use_two_nodes(capacities: Ints, nodes: Ints, num_experts: int) -> bool:
+    """Whether slots suffice for copies of every expert on two nodes."""
+    room = np.minimum(np.bincount(nodes, capacities), num_experts)
+    return bool(room.sum() >= 2 * num_experts)
+
+
+def _replicas(loads: Floats, total: int, capacities: Ints, two_nodes: bool) -> Ints:
+    """[num_banks, num_experts] copies: each next one to the largest load a copy."""
+    banks, experts = loads.shape
+    count = np.full(loads.shape, 2 if two_nodes else 1)
+    limit = int((capacities > 0).sum())
+    rows = np.arange(banks)
+    for _ in range(min(total, experts * limit) - int(count[0].sum())):
+        busiest = np.where(count < limit, loads / count, -1.0).argmax(1)
+        count[rows, busiest] += 1
+    return count
+
+
+def _copies(loads: Floats, replicas: Ints) -> tuple[Ints, Bools]:
+    """[num_banks, num_copies] experts in the order they are placed, and whether it is the home.
+
+    Experts with several copies come first, then by falling load.
+    """
+    order = np.lexsort((-loads, replicas == 1), axis=1)
+    rows = [np.repeat(o, r[o]) for o, r in zip(order, replicas, strict=True)]
+    expert = np.array(rows)
+    is_home = np.ones(expert.shape, dtype=bool)
+    is_home[:, 1:] = expert[:, 1:] != expert[:, :-1]
+    return expert, is_home
+
+
+class _Board:
+    """The placement while it is filled."""
+
+    def __init__(
+        self, loads: Floats, quota: Ints, capacities: Ints, speeds: Floats, nodes: Ints
+    ) -> None:
+        banks, experts = loads.shape
+        devices = len(quota)
+        self.held = np.zeros((banks, experts, devices), dtype=bool)
+        self.home = np.full((banks, experts), -1)
+        self._homes_left = np.tile(quota, (banks, 1))
+        self._spares_left = np.tile(capacities - quota, (banks, 1))
+        self._capacities = capacities
+        self._spares = np.maximum(capacities - quota, 1)
+        self._quota = np.maximum(quota, 1)
+        self._shared_homes = np.zeros((banks, devices))
+        self._level = np.zeros((banks, devices))
+        self._speeds = np.maximum(speeds, 1e-12)
+        self._nodes = nodes
+        self._part = np.tile(np.arange(devices), (banks, 1))
+        self._rows = np.arange(banks)
+
+    def put(self, expert: Ints, is_home: Bools, loads: Floats, replicas: Ints) -> None:
+        """Place one copy in each bank, where there is a device for it."""
+        rows = self._rows
+        home = self.home[rows, expert]
+        held = self.held[rows, expert]
+        room = np.where(is_home[:, None], self._homes_left, self._spares_left) > 0
+        several = replicas[rows, expert] > 1
+        as_home = 10.0 * several[:, None] * self._shared_homes / self._quota
+        part = self._part[rows, home][:, None]
+        same_node = self._nodes[None, :] == self._nodes[home][:, None]
+        used = 1.0 - self._spares_left / self._spares
+        as_spare = 100.0 * (self._part == part) + 20.0 * same_node + 10.0 * used
+        cost = np.where(is_home[:, None], as_home, as_spare) + self._level
+        cost = np.where(room & ~held, cost, np.inf)
+        device = cost.argmin(1)
+        fits = np.isfinite(cost[rows, device])
+        row, device, expert = rows[fits], device[fits], expert[fits]
+        is_home, several = is_home[fits], several[fits]
+        self.held[row, expert, device] = True
+        self._level[row, device] += (
+            loads[row, expert] / replicas[row, expert] / self._speeds[device]
+        )
+        first, second = row[is_home], row[~is_home]
+        self.home[first, expert[is_home]] = device[is_home]
+        self._homes_left[first, device[is_home]] -= 1
+        self._shared_homes[first, device[is_home]] += several[is_home]
+        self._spares_left[second, device[~is_home]] -= 1
+        joined = self._part[second] == self._part[second, device[~is_home]][:, None]
+        self._part[second] = np.where(joined, part[fits][~is_home], self._part[second])
+
+    def num_nodes(self) -> Ints:
+        """[num_banks, num_experts] nodes that hold a copy."""
+        count = np.zeros(self.home.shape, dtype=np.int64)
+        for node in range(int(self._nodes.max()) + 1):
+            count += self.held[:, :, self._nodes == node].any(2)
+        return count
+
+    def use_leftovers(self, loads: Floats) -> None:
+        """Fill what stayed free with the busiest experts that a device does not hold."""
+        left = self._capacities - self.held.sum(1)
+        for b, d in np.argwhere(left > 0):
+            missing = np.nonzero(~self.held[b, :, d])[0]
+            chosen = missing[np.argsort(-loads[b, missing], kind="stable")][: left[b, d]]
+            self.held[b, chosen, d] = True
+
+    def slots(self, width: int) -> Ints:
+        """[num_banks, num_devices, width] experts in rising order, free slots last."""
+        banks, _, devices = self.held.shape
+        slots = np.full((banks, devices, width), FREE_SLOT)
+        bank, device, expert = np.nonzero(self.held.transpose(0, 2, 1))
+        row = bank * devices + device
+        start = np.searchsorted(row, np.arange(banks * devices))
+        slots[bank, device, np.arange(len(row)) - start[row]] = expert
+        return slots
+
+
+def _wrapped(loads: Floats, capacities: Ints, nodes: Ints) -> tuple[Bools, Ints]:
+    """Copies of every expert on two nodes, for sure, where slots are scarce; one bank.
+
+    Nodes take turns in one endless list of the experts: as none takes more than all of them, none
+    takes one twice, and after two rounds each expert is on two nodes.
+    Source: the wrap-around rule of McNaughton (1959).
+    """
+    experts = len(loads)
+    room = np.minimum(np.bincount(nodes, capacities), experts).astype(np.int64)
+    order = np.argsort(-loads, kind="stable")
+    order = np.concatenate([order[::2], order[1::2][::-1]])
+    held = np.zeros((experts, len(nodes)), dtype=bool)
+    home = np.full(experts, -1)
+    at = 0
+    for node in np.argsort(-room, kind="stable"):
+        chosen = order[np.arange(at, at + room[node]) % experts]
+        at += int(room[node])
+        left = np.where(nodes == node, capacities, 0)
+        level = np.zeros(len(nodes))
+        for e in chosen[np.argsort(-loads[chosen], kind="stable")]:
+            device = int(np.where(left > 0, level, np.inf).argmin())
+            held[e, device] = True
+            left[device] -= 1
+            level[device] += loads[e]
+            home[e] = device if home[e] < 0 else home[e]
+    return held, home

@@ -1,0 +1,227 @@
+"""Which few slots of one bank to change next: candidates for the local search.
+
+Two kinds. A *copy*: a busy expert gets one more copy on a light device, in a free slot or in place
+of a copy that its expert can spare. An *exchange*: two devices swap experts, two moves. Copies are
+proposed as one list in the order of the light devices, each entry reckoning with those before it,
+so that its beginnings of any length are sensible sets of changes too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.placement import FREE_SLOT
+from cluster.planner.base import Bools, Floats, Ints
+
+Edit = tuple[int, int, int]
+"""(device, slot, expert): the slot gets the expert."""
+
+_MAX_COPIES = 16
+_BEGINNINGS = (1, 2, 3, 4, 6, 8, 16)
+_NUM_SINGLES = 4
+_NUM_EXCHANGES = 4
+_NUM_INSTEAD = 2
+_EXCHANGE_FROM, _EXCHANGE_TO = 4, 6
+"""Heavy and light devices that are looked at for exchanges."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Rules that every placement of the search keeps."""
+
+    usable: Bools
+    """[num_devices, num_slots] slots that exist."""
+    speeds: Floats
+    """[num_devices] speed, summing to 1."""
+    nodes: Ints
+    """[num_devices] node."""
+    two_nodes: bool
+    """No expert may lose its second node."""
+
+
+class BankView:
+    """One bank as the proposals need it."""
+
+    def __init__(self, slots: Ints, home: Ints, masses: Floats, limits: Limits) -> None:
+        num_experts = len(home)
+        self.slots = slots
+        self.home = home
+        self.masses = masses
+        self.limits = limits
+        self.load = masses.sum(1)
+        self.is_there = limits.speeds > 0
+        self.level = np.where(self.is_there, self.load / np.maximum(limits.speeds, 1e-9), 1.0)
+        devices = np.arange(len(slots))[:, None]
+        held = np.zeros((num_experts + 1, len(slots)), dtype=bool)
+        held[slots, devices] = True
+        mass = np.zeros((num_experts + 1, len(slots)))
+        mass[slots, devices] = masses
+        self.held: Bools = held[:num_experts]
+        self.mass: Floats = mass[:num_experts]
+        self.count = self.held.sum(1)
+        self.expert_level = np.where(self.held, self.level[None], np.inf).min(1)
+
+    @property
+    def peak(self) -> float:
+        """The highest level."""
+        return float(self.level[self.is_there].max())
+
+    def peaks(self) -> Bools:
+        """[num_devices] whether a device has the highest level."""
+        return np.asarray(self.is_there & (self.level >= self.peak - 1e-3))
+
+    def spare(self, device: int, slot: int) -> bool:
+        """Whether the copy in a slot may go: not the one for decode steps."""
+        expert = int(self.slots[device, slot])
+        if expert == FREE_SLOT:
+            return bool(self.limits.usable[device, slot])
+        return int(self.home[expert]) != device and self.keeps_nodes(expert, device)
+
+    def keeps_nodes(self, expert: int, gone: int) -> bool:
+        """Whether the expert stays on as many nodes as it must without its copy on ``gone``."""
+        if not self.limits.two_nodes:
+            return True
+        here = self.held[expert].copy()
+        before = len(set(self.limits.nodes[here].tolist()))
+        here[gone] = False
+        return before < 2 or len(set(self.limits.nodes[here].tolist())) >= 2
+
+
+def proposals(view: BankView, tolerance: float, is_brief: bool) -> list[list[Edit]]:
+    """Sets of edits worth a try; a device counts as light below ``1 - tolerance``.
+
+    ``is_brief``: only the few that are best most often.
+    """
+    copies = _copies(view, tolerance)
+    if is_brief:
+        found = [copies[:n] for n in (1, 2) if n <= len(copies)]
+        return found + _exchanges(view)[:1]
+    found = [copies[:n] for n in _BEGINNINGS if n <= len(copies)]
+    found += [[edit] for edit in copies[1:_NUM_SINGLES]]
+    if len(copies) > 2:
+        found.append(copies[1:3])
+    return found + _exchanges(view)
+
+
+def returns(view: BankView, start: Ints, tolerance: float) -> list[list[Edit]]:
+    """Give a changed slot its first expert back, alone or for a copy elsewhere: no more moves."""
+    back = []
+    for device, slot in np.argwhere(view.slots != start).tolist():
+        old = int(start[device, slot])
+        if old != FREE_SLOT and not view.held[old, device] and view.spare(device, slot):
+            back.append((device, slot, old))
+    other = _copies(view, tolerance)[:_NUM_INSTEAD]
+    pairs = [[one, new] for one in back for new in other if _are_apart(view, one, new)]
+    return [[one] for one in back] + pairs
+
+
+def _are_apart(view: BankView, one: Edit, other: Edit) -> bool:
+    """Two edits on different devices that take copies of different experts."""
+    gone = [int(view.slots[d, s]) for d, s, _ in (one, other)]
+    return one[0] != other[0] and (gone[0] != gone[1] or gone[0] == FREE_SLOT)
+
+
+def _copies(view: BankView, tolerance: float) -> list[Edit]:
+    """New copies of experts of heavy devices on light ones, lightest first."""
+    speeds, peaks = view.limits.speeds, view.peaks()
+    heavy = view.level > 1 + tolerance
+    left = view.mass[:, heavy].sum(1)
+    at_peak = view.mass[:, peaks].sum(1)
+    excess = float(((view.level - 1) * speeds)[heavy].sum())
+    found: list[Edit] = []
+    taken: set[int] = set()
+    for device in np.argsort(view.level, kind="stable").tolist():
+        is_light = view.level[device] < 1 - tolerance or len(found) < 2
+        if view.level[device] >= 1 + tolerance or not is_light or excess <= 0:
+            break
+        slot = _least_slot(view, device, taken)
+        if slot is None:
+            continue
+        old = int(view.slots[device, slot])
+        lack = max((1 - view.level[device]) * speeds[device], 0.0)
+        lack += 0.7 * float(view.masses[device, slot])
+        gap = np.maximum(view.expert_level - view.level[device], 0.0)
+        score = np.minimum(left + 0.1 * at_peak, 1.3 * lack) * gap * ~view.held[:, device]
+        if not found:
+            score = score * (at_peak > 0)
+        if old != FREE_SLOT:
+            score[old] = 0.0
+        expert = int(score.argmax())
+        if score[expert] <= 0:
+            continue
+        found.append((device, slot, expert))
+        taken.add(old)
+        used = min(float(left[expert]), lack)
+        left[expert] -= used
+        excess -= used
+        if len(found) == _MAX_COPIES:
+            break
+    return found
+
+
+def _least_slot(view: BankView, device: int, taken: set[int]) -> int | None:
+    """The slot whose copy is missed least: free, or with the least mass among the spare ones.
+
+    An expert loses one copy in a set of edits at most.
+    """
+    slots = [
+        s
+        for s in range(view.slots.shape[1])
+        if (int(view.slots[device, s]) == FREE_SLOT or int(view.slots[device, s]) not in taken)
+        and view.spare(device, s)
+    ]
+    return min(slots, key=lambda s: float(view.masses[device, s]), default=None)
+
+
+def _exchanges(view: BankView) -> list[list[Edit]]:
+    """Swaps of an expert of a heavy device against a smaller one of a light device.
+
+    Those come first that can move what both devices are off by: at the least what the heavy
+    device's own copy takes, at most all that heavy devices take of the expert. Homes are swapped
+    against homes, so that every device keeps its number of them.
+    """
+    speeds, level = view.limits.speeds, view.level
+    here = np.nonzero(view.peaks())[0][:_EXCHANGE_FROM]
+    there = np.argsort(level, kind="stable")[:_EXCHANGE_TO]
+    excess = ((level[here] - 1) * speeds[here])[:, None]
+    lack = np.maximum((1 - level[there]) * speeds[there], 1e-3 * speeds[there])
+    wanted = np.minimum(excess, lack)
+    own, other = view.slots[here], view.slots[there]
+    known_own, known_other = np.maximum(own, 0), np.maximum(other, 0)
+    fits_there = (own != FREE_SLOT)[:, :, None] & ~view.held[known_own][:, :, there]
+    fits_here = (other != FREE_SLOT)[:, :, None] & ~view.held[known_other][:, :, here]
+    allowed = fits_there[:, :, :, None] & fits_here.transpose(2, 0, 1)[:, None]
+    is_home = view.home[known_own] == here[:, None]
+    allowed &= is_home[:, :, None, None] == (view.home[known_other] == there[:, None])[None, None]
+    allowed &= (level[here][:, None] > level[there])[:, None, :, None]
+    back = view.masses[there][None, None]
+    most = (view.mass[:, view.level > 1].sum(1)[known_own])[:, :, None, None] - back
+    least = np.minimum(view.masses[here][:, :, None, None] - back, most)
+    wanted = wanted[:, None, :, None]
+    misfit = np.maximum(np.maximum(least - wanted, wanted - most), 0.0) - 0.01 * (most - least)
+    misfit = np.where(allowed & (most > 0), misfit, np.inf)
+    return _best_exchanges(view, here, there, misfit)
+
+
+def _best_exchanges(view: BankView, here: Ints, there: Ints, misfit: Floats) -> list[list[Edit]]:
+    """The swaps of least misfit [heavy, slots, light, slots], at most one for each own copy."""
+    devices, width = misfit.shape[0], misfit.shape[1]
+    flat = misfit.reshape(devices * width, -1)
+    best = flat.argmin(1)
+    found: list[list[Edit]] = []
+    for row in np.argsort(flat.min(1), kind="stable").tolist():
+        if len(found) == _NUM_EXCHANGES or not np.isfinite(flat[row, best[row]]):
+            break
+        one, slot = int(here[row // width]), row % width
+        two, place = int(there[best[row] // width]), int(best[row] % width)
+        expert, back = int(view.slots[one, slot]), int(view.slots[two, place])
+        if _swap_keeps_nodes(view, expert, one, two) and _swap_keeps_nodes(view, back, two, one):
+            found.append([(one, slot, back), (two, place, expert)])
+    return found
+
+
+def _swap_keeps_nodes(view: BankView, expert: int, here: int, there: int) -> bool:
+    nodes = view.limits.nodes
+    return bool(nodes[here] == nodes[there]) or view.keeps_nodes(expert, here)

@@ -1,0 +1,233 @@
+"""Local search from a placement: few moves, each worth it.
+
+Every round proposes some sets of edits for each bank that is not balanced well enough, solves the
+split weights of all of them at once, and takes for each bank the set that gains most per move. The
+banks share one move budget, spent where it gains most.
+
+A single hot expert hides what other moves gain in the maximum, so half of the measure is a power
+mean of the device levels, which sees all heavy devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.placement import FREE_SLOT
+from cluster.planner import split
+from cluster.planner.base import Bools, Floats, Ints
+from cluster.planner.cost import balancedness, levels
+from cluster.planner.proposals import BankView, Edit, Limits, proposals, returns
+
+_POWER = 8
+_MAX_ROUNDS = 60
+_SCARCE = 1.0
+"""Moves left per active bank below which made moves are looked at again."""
+_BRIEF, _FULL, _STUCK = 0, 1, 2
+"""What is tried for a bank: a few proposals first, all of them when none of those helped."""
+_FAR_OFF = 0.95
+"""Balancedness below which all proposals are tried at once."""
+_MAX_BATCH = 1 << 22
+"""Numbers in the linear systems that are solved at once."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Placed:
+    """Banks with their split and decode homes."""
+
+    slots: Ints
+    """[num_banks, num_devices, num_slots] experts."""
+    home: Ints
+    """[num_banks, num_experts] device for decode steps."""
+    masses: Floats
+    """[num_banks, num_devices, num_slots] load that each slot takes."""
+
+    def copy(self) -> Placed:
+        """Independent arrays."""
+        return Placed(slots=self.slots.copy(), home=self.home.copy(), masses=self.masses.copy())
+
+    def where(self, chosen: Bools, other: Placed) -> Placed:
+        """The banks that are ``chosen`` [num_banks] from here, the rest from ``other``."""
+        return Placed(
+            slots=np.where(chosen[:, None, None], self.slots, other.slots),
+            home=np.where(chosen[:, None], self.home, other.home),
+            masses=np.where(chosen[:, None, None], self.masses, other.masses),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchGoal:
+    """When the search stops."""
+
+    target: float
+    """Banks at this balancedness are left alone."""
+    least_gain: float
+    """What a move must gain, in the measure."""
+    budget: int
+    """Moves in all banks together."""
+    per_move: bool
+    """Take the best gain per move; False: the best gain."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Candidate:
+    bank: int
+    slots: Ints
+    home: Ints
+    moves: int
+    """Moves that it adds to those made so far; below 0 where slots get their old expert back."""
+
+
+def solve(slots: Ints, loads: Floats, speeds: Floats, tolerance: float = 1e-4) -> Floats:
+    """``split.solve`` in pieces of bounded memory."""
+    step = max(1, _MAX_BATCH // slots.shape[1] ** 2)
+    pieces = [
+        split.solve(slots[i : i + step], loads[i : i + step], speeds, tolerance)
+        for i in range(0, len(slots), step)
+    ]
+    return np.concatenate(pieces)
+
+
+def search(placed: Placed, loads: Floats, limits: Limits, goal: SearchGoal) -> Placed:
+    """A placement at most ``budget`` moves away, no worse in balancedness in any bank."""
+    now = placed.copy()
+    balance = balancedness(now.masses, limits.speeds)
+    measure = _measure(now.masses, limits.speeds)
+    effort = np.where(balance < _FAR_OFF, _FULL, _BRIEF)
+    for _ in range(_MAX_ROUNDS):
+        left = goal.budget - _num_moves(placed.slots, now.slots)
+        active = np.nonzero((balance < goal.target) & (effort < _STUCK))[0]
+        if not len(active):
+            break
+        found = _candidates(placed.slots, now, active, effort, limits, goal, left)
+        effort[active] += 1
+        if not found:
+            continue
+        owner = np.array([c.bank for c in found])
+        masses = solve(np.array([c.slots for c in found]), loads[owner], limits.speeds)
+        after = np.minimum(balancedness(masses, limits.speeds), goal.target + 0.002)
+        gains = 0.5 * (after - balance[owner])
+        gains += 0.5 * (_measure(masses, limits.speeds) - measure[owner])
+        for i in _chosen(found, gains, goal):
+            candidate = found[i]
+            if candidate.moves > left:
+                continue
+            b = candidate.bank
+            left -= candidate.moves
+            now.slots[b], now.home[b], now.masses[b] = candidate.slots, candidate.home, masses[i]
+            effort[b] = _BRIEF if balance[b] > _FAR_OFF else _FULL
+        balance = balancedness(now.masses, limits.speeds)
+        measure = _measure(now.masses, limits.speeds)
+    return now.where(balance >= balancedness(placed.masses, limits.speeds), placed)
+
+
+def _num_moves(before: Ints, after: Ints) -> int:
+    return int((before != after).sum())
+
+
+def _measure(masses: Floats, speeds: Floats) -> Floats:
+    """[num_banks] reciprocal of the power mean of the levels, weighted by speed."""
+    mean = (speeds * levels(masses, speeds) ** _POWER).sum(1)
+    return np.asarray(mean ** (-1.0 / _POWER))
+
+
+def _candidates(
+    start: Ints,
+    now: Placed,
+    active: Ints,
+    effort: Ints,
+    limits: Limits,
+    goal: SearchGoal,
+    left: int,
+) -> list[_Candidate]:
+    """Sets of edits within what is left of the budget; when that is little also returns."""
+    found = []
+    for b in active.tolist():
+        view = BankView(now.slots[b], now.home[b], now.masses[b], limits)
+        tolerance = 0.125 * max(1 - goal.target, 1 - 1 / float(view.peak))
+        made = _num_moves(start[b], now.slots[b])
+        proposed = proposals(view, tolerance, is_brief=effort[b] == _BRIEF)
+        if effort[b] == _FULL and left < _SCARCE * len(active):
+            proposed += returns(view, start[b], tolerance)
+        for edits in proposed:
+            slots, home = edited(now.slots[b], now.home[b], edits)
+            moves = _num_moves(start[b], slots) - made
+            if moves <= left:
+                found.append(_Candidate(bank=b, slots=slots, home=home, moves=moves))
+    return found
+
+
+def _chosen(found: list[_Candidate], gains: Floats, goal: SearchGoal) -> list[int]:
+    """The best candidate of each bank, most valuable first."""
+    best: dict[int, tuple[float, int]] = {}
+    for i, candidate in enumerate(found):
+        moves = candidate.moves
+        if gains[i] < max(goal.least_gain * moves, -goal.least_gain) + 1e-9:
+            continue
+        value = float(gains[i]) / (max(moves, 1) if goal.per_move else 1)
+        if candidate.bank not in best or value > best[candidate.bank][0]:
+            best[candidate.bank] = (value, i)
+    return [i for _, i in sorted(best.values(), key=lambda pair: (-pair[0], pair[1]))]
+
+
+def edited(slots: Ints, home: Ints, edits: list[Edit]) -> tuple[Ints, Ints]:
+    """One bank's slots and homes after edits; a home goes with its copy."""
+    slots, home = slots.copy(), home.copy()
+    gone = [(device, int(slots[device, slot])) for device, slot, _ in edits]
+    for device, slot, expert in edits:
+        slots[device, slot] = expert
+    came = {expert: device for device, _, expert in edits}
+    for device, expert in gone:
+        if expert != FREE_SLOT and home[expert] == device:
+            home[expert] = came[expert]
+    return slots, home
+
+
+def spread_over_nodes(
+    placed: Placed, loads: Floats, limits: Limits, budget: int
+) -> tuple[Placed, int]:
+    """Second copies on other nodes for experts that lack them; the result and its moves."""
+    now = placed.copy()
+    used = 0
+    for b in range(len(loads) if limits.two_nodes else 0):
+        missing = _on_one_node(now.slots[b], limits, loads.shape[1])
+        for expert in sorted(missing, key=lambda e: (-loads[b, e], e)):
+            edit = _second_copy(now, b, expert, limits) if used < budget else None
+            if edit is not None:
+                now.slots[b], now.home[b] = edited(now.slots[b], now.home[b], [edit])
+                now.masses[b] = solve(now.slots[b : b + 1], loads[b : b + 1], limits.speeds)[0]
+                used += 1
+    return now, used
+
+
+def lacks_nodes(slots: Ints, limits: Limits, num_experts: int) -> Bools:
+    """[num_banks] whether an expert is on fewer nodes than it must be."""
+    return np.array(
+        [limits.two_nodes and bool(_on_one_node(bank, limits, num_experts)) for bank in slots]
+    )
+
+
+def _on_one_node(slots: Ints, limits: Limits, num_experts: int) -> list[int]:
+    seen: list[set[int]] = [set() for _ in range(num_experts)]
+    for device, held in enumerate(slots.tolist()):
+        for expert in held:
+            if expert != FREE_SLOT:
+                seen[expert].add(int(limits.nodes[device]))
+    return [e for e, nodes in enumerate(seen) if len(nodes) < 2]
+
+
+def _second_copy(now: Placed, bank: int, expert: int, limits: Limits) -> Edit | None:
+    view = BankView(now.slots[bank], now.home[bank], now.masses[bank], limits)
+    taken = set(limits.nodes[view.held[expert]].tolist())
+    places = [
+        (float(view.masses[d, s]), d, s)
+        for d in range(len(view.slots))
+        if int(limits.nodes[d]) not in taken
+        for s in range(view.slots.shape[1])
+        if view.spare(d, s)
+    ]
+    if not places:
+        return None
+    _, device, slot = min(places)
+    return device, slot, expert
