@@ -39,13 +39,48 @@ OLMOE_VARIANTS = (
     "olmoe-rope-dynamic",
     "olmoe-rope-yarn",
     "olmoe-rope-llama3",
+    "olmoe-gelu-fp16",
 )
-BF16_VARIANTS = ("olmoe-base", "olmoe-bf16")
+DOTS1_VARIANTS = (
+    "dots1-groups",
+    "dots1-official-like",
+    "dots1-swa",
+    "dots1-negative-bias",
+    "dots1-dense0-headdim",
+    "dots1-dense2-yarn",
+    "dots1-layer-types",
+    "dots1-fused-bf16",
+    "dots1-gelu-tanh-llama3",
+    "dots1-relu-dynamic-fp16",
+)
+JETMOE_VARIANTS = (
+    "jetmoe-tied",
+    "jetmoe-untied-top3-eps",
+    "jetmoe-legacy-config",
+    "jetmoe-top1-linear",
+    "jetmoe-bf16",
+    "jetmoe-gelu-yarn-fp16",
+    "jetmoe-relu-dynamic",
+)
+OTHER_VARIANTS = DOTS1_VARIANTS + JETMOE_VARIANTS
+"""Of all families but the first."""
+ALL_VARIANTS = OLMOE_VARIANTS + OTHER_VARIANTS
+"""All language models."""
+CLASSIFIERS = ("jetmoe-seqcls", "jetmoe-seqcls-nopad")
+"""Sequence classifiers; their tensors are another kind."""
+BF16_VARIANTS = (
+    "olmoe-base",
+    "olmoe-bf16",
+    "dots1-groups",
+    "dots1-fused-bf16",
+    "jetmoe-tied",
+    "jetmoe-bf16",
+)
 """Variants with a bfloat16 run of transformers."""
 NUM_PROMPTS = 8
 NUM_NEW_TOKENS = 32
 MAX_MODEL_LEN = 192
-"""Holds the longest prompt and its output; one variant's own context (48) does not."""
+"""Holds the longest prompt and its output; also the stretched context of dynamic rope, 4 x 48."""
 
 _MAKER = Path(__file__).with_name("make_goldens.py")
 _LIMIT_S = 280.0

@@ -270,6 +270,13 @@ VARIANTS: dict[str, dict] = {
             }
         },
     },
+    # float16 on disk, another activation
+    "olmoe-gelu-fp16": {
+        "seed": 31,
+        "store": "float16",
+        "legacy_config": True,
+        "config": _OLMOE | _SMALL | {"hidden_act": "gelu", "torch_dtype": "float16"},
+    },
     # group-limited routing with a selection bias
     "dots1-groups": {
         "seed": 211,
@@ -397,6 +404,44 @@ VARIANTS: dict[str, dict] = {
         | _SMALL_DOTS
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}, "dtype": "bfloat16"},
     },
+    # the activations and rope types that the variants above leave out, in either layout
+    "dots1-gelu-tanh-llama3": {
+        "seed": 119,
+        "shards": 3,
+        "legacy_config": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": {k: v for k, v in _DOTS.items() if k not in ("rope_theta", "rope_scaling")}
+        | _SMALL_DOTS
+        | {
+            "hidden_act": "gelu_pytorch_tanh",
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    },
+    "dots1-relu-dynamic-fp16": {
+        "seed": 120,
+        "alone": True,
+        "store": "float16",
+        "legacy_config": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": _DOTS
+        | _SMALL_DOTS
+        | {
+            "hidden_act": "relu",
+            "sliding_window": 32,
+            "max_window_layers": 1,
+            "max_position_embeddings": 48,
+            "rope_theta": 10000.0,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+            "torch_dtype": "float16",
+        },
+    },
     # tied embeddings, 2 kv heads x top-2 = 4 query heads
     "jetmoe-tied": {"seed": 21, "config": _JET, "bf16": True},
     # untied, top-3 of 6, kv_channels * num_key_value_heads != hidden_size, and a final-norm
@@ -454,6 +499,34 @@ VARIANTS: dict[str, dict] = {
             "torch_dtype": "bfloat16",
             "transformers_version": "4.39.3",
             "output_router_logits": True,
+        },
+    },
+    "jetmoe-gelu-yarn-fp16": {
+        "seed": 28,
+        "shards": 2,
+        "store": "float16",
+        "legacy_config": True,
+        "config": _JET
+        | {
+            "num_hidden_layers": 2,
+            "activation_function": "gelu",
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+            "torch_dtype": "float16",
+        },
+    },
+    "jetmoe-relu-dynamic": {
+        "seed": 29,
+        "alone": True,
+        "config": _JET
+        | {
+            "num_hidden_layers": 2,
+            "activation_function": "relu",
+            "max_position_embeddings": 48,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
         },
     },
     # no pad token: the classification head reads the last position, batches are refused

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from workers.families.base import (
     TensorPart,
     load_family,
 )
-from workers.layers import AttentionModel
+from workers.invariant import RowInvariantBlocks
+from workers.lanes import Lanes
+from workers.layers import AttentionModel, BuildingBlocks
 
 Progress = Callable[[int, int], None]
 """Called with (bytes loaded, bytes in total) after each tensor."""
@@ -75,6 +77,11 @@ class Checkpoint:
     def checkpoint_id(self) -> str:
         """Hash of config.json and of all headers (16 hex digits); contents are not read."""
         return self._id
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes on disk of what was read so far."""
+        return self._loaded
 
     @property
     def tensors(self) -> dict[str, TensorEntry]:
@@ -173,15 +180,21 @@ def load_attention_model(
     dtype: torch.dtype,
     device: torch.device,
     max_positions: int | None = None,
+    lanes: Lanes | None = None,
+    deterministic: bool = False,
 ) -> AttentionModel:
     """Everything but the routed experts. ``max_positions`` bounds the table of rotations.
 
-    Raises ``CheckpointError``.
+    ``lanes`` share its large products; None: the calling thread does them alone, as always where
+    it is ``deterministic``.
+
+    Raises ``CheckpointError``, and ``ConfigError`` where this machine cannot be deterministic.
     """
     family = checkpoint.family
     checkpoint.expect(sum(checkpoint.num_bytes(p) for p in family.attention_tensors()))
     try:
-        return family.attention_model(checkpoint, dtype, device, max_positions)
+        blocks = RowInvariantBlocks(device) if deterministic else BuildingBlocks(lanes)
+        return family.attention_model(checkpoint, dtype, device, max_positions, blocks)
     finally:
         checkpoint.close()
 
@@ -195,9 +208,15 @@ class CheckpointSummary:
     checkpoint_id: str
     """Hash of config and headers."""
     attention_bytes: int
-    """Bytes on disk of what each attention worker loads."""
+    """Bytes on disk of what each attention worker loads; 0 where nothing is on disk."""
     expert_bytes: int
     """Bytes on disk of all experts of all banks together."""
+    attention_weights: int
+    """Weights that an attention rank holds."""
+    attention_values: int
+    """Weights that an attention rank reads in each step: an embedding of its own is looked up."""
+    expert_values: tuple[int, ...]
+    """By bank, weights of one expert."""
 
 
 def check_checkpoint(path: Path | str) -> CheckpointSummary:
@@ -208,8 +227,8 @@ def check_checkpoint(path: Path | str) -> CheckpointSummary:
     checkpoint = Checkpoint(path)
     checkpoint.check()
     family = checkpoint.family
-    return CheckpointSummary(
-        family=family,
+    return replace(
+        _summary_of(family),
         checkpoint_id=checkpoint.checkpoint_id,
         attention_bytes=sum(checkpoint.num_bytes(p) for p in family.attention_tensors()),
         expert_bytes=sum(
@@ -220,9 +239,49 @@ def check_checkpoint(path: Path | str) -> CheckpointSummary:
     )
 
 
+def plan_checkpoint(path: Path | str) -> CheckpointSummary:
+    """The same numbers from ``config.json`` alone: nothing is on disk. Raises ``CheckpointError``.
+
+    For plans of models whose weights are elsewhere.
+    """
+    return _summary_of(load_family(read_config(Path(path))))
+
+
+def _summary_of(family: Family) -> CheckpointSummary:
+    config = family.config
+    weights = sum(math.prod(part.part_shape) for part in family.attention_tensors())
+    is_looked_up = bool(config.labels) or not config.tie_word_embeddings
+    return CheckpointSummary(
+        family=family,
+        checkpoint_id="",
+        attention_bytes=0,
+        expert_bytes=0,
+        attention_weights=weights,
+        attention_values=weights - is_looked_up * config.vocab_size * config.hidden_size,
+        expert_values=tuple(_expert_values(family, bank) for bank in family.banks),
+    )
+
+
+def _expert_values(family: Family, bank: BankSpec) -> int:
+    """Weights of one expert, which are the same in all layouts on disk."""
+    return sum(
+        math.prod(matrix.shape)
+        for exchange in bank.exchanges
+        for matrix in family.expert_matrices(bank, exchange.index, 0, ())
+    )
+
+
+def auto_dtype(config: ModelConfig) -> str:
+    """What ``--dtype auto`` computes in: the checkpoint's own dtype.
+
+    Nothing is computed in float16; float32 holds the same numbers.
+    """
+    return "float32" if config.dtype == "float16" else config.dtype
+
+
 def resolve_dtype(setting: str, config: ModelConfig) -> torch.dtype:
-    """Compute dtype for ``--dtype``; ``auto`` takes the checkpoint's own."""
-    name = config.dtype if setting == "auto" else setting
+    """Compute dtype for ``--dtype``. Raises ``ConfigError`` for one that we do not compute in."""
+    name = auto_dtype(config) if setting == "auto" else setting
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if name not in known:
         raise ConfigError(

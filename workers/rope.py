@@ -58,6 +58,13 @@ def parse_rope(config: Mapping[str, Any], head_dim: int, max_positions: int) -> 
     params: Mapping[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(params, Mapping):
         raise CheckpointError(f"config.json: rope_scaling {params!r} must be an object")
+    for key, value in params.items():
+        if isinstance(value, Mapping) or (
+            key == "partial_rotary_factor" and value not in (None, 1)
+        ):
+            raise CheckpointError(
+                f"config.json: {key} {value!r} of rope_parameters is not supported"
+            )
     theta = params.get("rope_theta") or config.get("rope_theta") or 10000.0
     name = params.get("rope_type") or params.get("type") or "default"
     if name not in get_args(RopeType):
@@ -156,10 +163,17 @@ class Rope:
     """
 
     def __init__(
-        self, config: RopeConfig, max_positions: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: RopeConfig,
+        max_positions: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        row_by_row: bool = False,
     ) -> None:
+        """``row_by_row``: powers and waves of a row have the same bits whatever rows come along."""
         self._config = config
         self._dtype = dtype
+        self._row_by_row = row_by_row
         self._plain = inverse_frequencies(config).to(device)
         self._table: Tensor | None = None
         if config.rope_type != "dynamic":
@@ -176,7 +190,9 @@ class Rope:
             waves = self._table.index_select(0, positions)
         else:
             lengths = torch.maximum(prompt_lengths, positions + 1)
-            waves = self._waves(positions, self._dynamic(lengths))
+            size = 1 if self._row_by_row else max(len(positions), 1)
+            rows = zip(torch.split(positions, size), torch.split(lengths, size), strict=True)
+            waves = torch.cat([self._waves(p, self._dynamic(n)) for p, n in rows])
         return waves[:, 0].unsqueeze(1), waves[:, 1].unsqueeze(1)
 
     def _dynamic(self, lengths: Tensor) -> Tensor:

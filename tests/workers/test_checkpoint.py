@@ -111,9 +111,11 @@ def test_dtype_setting(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = Checkpoint(tiny_checkpoint).config
     assert resolve_dtype("auto", config) is torch.float32
     assert resolve_dtype("bfloat16", config) is torch.bfloat16
-    half = Checkpoint(write(tmp_path, {"torch_dtype": "float16"})).config
-    with pytest.raises(ConfigError, match=r"dtype \(float16\) must be one of"):
-        resolve_dtype("auto", half)
+    half = Checkpoint(write(tmp_path / "half", {"torch_dtype": "float16"})).config
+    assert resolve_dtype("auto", half) is torch.float32
+    odd = Checkpoint(write(tmp_path / "odd", {"torch_dtype": "float64"})).config
+    with pytest.raises(ConfigError, match=r"dtype \(float64\) must be one of"):
+        resolve_dtype("auto", odd)
 
 
 def test_missing_folder_and_files(tmp_path: Path) -> None:
@@ -200,9 +202,12 @@ def test_tensor_that_is_not_floating(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is not supported: it is not olmoe"),
+        (
+            {"model_type": "llama"},
+            "model_type 'llama' is not supported: it is not dots1, jetmoe, olmoe",
+        ),
         ({"model_type": None}, "model_type None is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"hidden_act": "swish"}, "hidden_act 'swish' is not supported: it is not silu, gelu"),
         ({"rope_scaling": {"type": "longrope", "factor": 2}}, "rope type 'longrope'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"sliding_window": 64}, "sliding_window 64 is not supported"),

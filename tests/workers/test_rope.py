@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.errors import CheckpointError
 from workers.rope import Rope, inverse_frequencies, parse_rope, rotate
@@ -144,3 +146,66 @@ def test_rotation_turns_pairs_and_keeps_lengths() -> None:
     expected = torch.view_as_real(as_complex * phase)
     assert torch.allclose(turned[..., : D // 2], expected[..., 0], atol=1e-5)
     assert torch.allclose(turned[..., D // 2 :], expected[..., 1], atol=1e-5)
+
+
+def inverse_of(config: dict[str, Any], context: int, length: int) -> list[float]:
+    """Plain frequencies of every type for a request of ``length`` tokens."""
+    scaling = config.get("rope_scaling") or {}
+    name, factor = scaling.get("rope_type", "default"), scaling.get("factor", 1.0)
+    base = plain(config["rope_theta"])
+    if name == "linear":
+        return [f / factor for f in base]
+    if name == "dynamic" and length > context:
+        stretch = (factor * length / context) - (factor - 1)
+        return plain(config["rope_theta"] * stretch ** (D / (D - 2)))
+    if name == "llama3":
+        return [between(f, scaling) for f in base]
+    return base
+
+
+def between(frequency: float, scaling: dict[str, float]) -> float:
+    """llama3's frequency."""
+    original, wavelength = scaling["original_max_position_embeddings"], 2 * math.pi / frequency
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    if wavelength > original / low:
+        return frequency / scaling["factor"]
+    if wavelength < original / high:
+        return frequency
+    share = (original / wavelength - low) / (high - low)
+    return (1 - share) * frequency / scaling["factor"] + share * frequency
+
+
+SCALINGS = st.one_of(
+    st.none(),
+    st.fixed_dictionaries(
+        {"rope_type": st.sampled_from(["linear", "dynamic"]), "factor": st.floats(1.5, 8.0)}
+    ),
+    st.fixed_dictionaries(
+        {
+            "rope_type": st.just("llama3"),
+            "factor": st.floats(1.5, 8.0),
+            "low_freq_factor": st.floats(0.5, 2.0),
+            "high_freq_factor": st.floats(2.5, 8.0),
+            "original_max_position_embeddings": st.integers(16, 128),
+        }
+    ),
+)
+
+
+@given(
+    scaling=SCALINGS,
+    theta=st.floats(500.0, 1e6),
+    context=st.integers(16, 128),
+    rows=st.lists(st.tuples(st.integers(0, 255), st.integers(1, 256)), min_size=1, max_size=6),
+)
+def test_every_row_has_the_angles_of_its_own_position_and_length(
+    scaling: dict[str, Any] | None, theta: float, context: int, rows: list[tuple[int, int]]
+) -> None:
+    """Rows are (position, prompt length) of different requests in one step."""
+    config = {"rope_theta": theta, "rope_scaling": scaling}
+    positions, prompts = (torch.tensor(column) for column in zip(*rows, strict=True))
+    cos, sin = rope(config, context).rows(positions, prompts)
+    found = torch.atan2(sin[:, 0, D // 2 :], cos[:, 0, D // 2 :])
+    for row, (position, prompt) in zip(found, rows, strict=True):
+        expected = inverse_of(config, context, max(prompt, position + 1))
+        assert_angles(row.unsqueeze(0), [position], expected)

@@ -19,14 +19,20 @@ from cluster.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-    from workers.layers import AttentionModel
+    from workers.layers import AttentionModel, BuildingBlocks
     from workers.rope import RopeConfig
 
-FAMILIES = {"olmoe": "workers.families.olmoe"}
+FAMILIES = {
+    "olmoe": "workers.families.olmoe",
+    "dots1": "workers.families.dots1",
+    "jetmoe": "workers.families.jetmoe",
+}
 """``model_type`` of the config -> module with a ``family(config) -> Family`` function."""
 
-ExpertKind = Literal["swiglu", "linear"]
-"""``swiglu``: down(silu(gate x) * up x), matrices (gate over up, down); ``linear``: one matrix."""
+ExpertKind = Literal["gated", "linear"]
+"""``gated``: down(activation(gate x) * up x), matrices (gate over up, down); ``linear``: one."""
+Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
+"""What a gated expert or MLP does to its gate, in the words of ``hidden_act``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,10 +51,20 @@ class ExchangeSpec:
     """True: every top-k slot has an input of its own, [T, k, in_width]."""
     weighted: bool = True
     """False: outputs come home per slot, [T, k, out_width], and are not summed."""
-    expert_kind: ExpertKind = "swiglu"
+    expert_kind: ExpertKind = "gated"
     """What an expert computes in this exchange."""
     expert_width: int = 0
-    """Inner width of a swiglu expert; 0 for a linear one."""
+    """Inner width of a gated expert; 0 for a linear one."""
+    activation: Activation = "silu"
+    """Of a gated expert."""
+
+    @property
+    def matrix_shapes(self) -> tuple[tuple[int, int], ...]:
+        """[out, in] of an expert's matrices in the order of ``Family.expert_matrices``."""
+        if self.expert_kind == "linear":
+            return ((self.out_width, self.in_width),)
+        inner = self.expert_width
+        return ((2 * inner, self.in_width), (self.out_width, inner))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +85,11 @@ class BankSpec:
     """Round trips in order."""
     float32_weights: bool = False
     """True: weights stay float32 in the product; False: they are cast to the model dtype first."""
+    aux_copies: int = 0
+    """Times that transformers 5 counts this router in the auxiliary loss (version 4: once);
+    0: the family has no such loss."""
+    aux_dtype: Literal["model", "float32"] = "model"
+    """Type of the router's softmax in the auxiliary loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,9 +146,32 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     """Tokens that end an output."""
     dtype: str
-    """The checkpoint's own dtype: float32 or bfloat16."""
+    """The checkpoint's own dtype: float32, bfloat16 or float16."""
     rope: RopeConfig
     """Rotary embedding."""
+    activation: Activation = "silu"
+    """Of the experts and dense MLPs."""
+    pad_token_id: int | None = None
+    """Token that a classifier does not take for the last one."""
+    labels: tuple[str, ...] = ()
+    """Classes of a sequence classifier, which has no lm_head; empty for a language model."""
+    problem_type: str | None = None
+    """What kind of classifier it is, as far as the checkpoint says."""
+    has_tiled_heads: bool = False
+    """Query head h uses key head h mod ``num_kv_heads``; else neighbours share one."""
+    ignored_keys: tuple[str, ...] = ()
+    """Keys of ``config.json`` that mean nothing to us."""
+
+    @property
+    def length_matters_above(self) -> int | None:
+        """Longer prompts than this have keys that depend on their length (dynamic RoPE)."""
+        return self.max_position_embeddings if self.rope.rope_type == "dynamic" else None
+
+    @property
+    def context_tokens(self) -> int:
+        """Positions that the model can tell apart: dynamic RoPE stretches them by its factor."""
+        stretch = self.rope.factor if self.rope.rope_type == "dynamic" else 1.0
+        return int(self.max_position_embeddings * stretch)
 
 
 class WeightSource(Protocol):
@@ -165,8 +209,12 @@ class Family(Protocol):
         dtype: torch.dtype,
         device: torch.device,
         max_positions: int | None = None,
+        blocks: BuildingBlocks | None = None,
     ) -> AttentionModel:
-        """Load everything but the routed experts. None: ``max_position_embeddings`` positions."""
+        """Load everything but the routed experts.
+
+        None: ``max_position_embeddings`` positions, and the fast building blocks.
+        """
 
 
 def load_family(config: Mapping[str, Any]) -> Family:

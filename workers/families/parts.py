@@ -1,0 +1,73 @@
+"""What families have in common: names and shapes of tensors, and the exchange of an MLP bank."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from workers.families.base import ExchangeSpec, ExpertMatrix, ModelConfig, TensorPart
+
+
+def part(name: str, *shape: int, index: int | None = None) -> TensorPart:
+    """A tensor, or entry ``index`` of its first dimension."""
+    return TensorPart(name=name, shape=shape, index=index)
+
+
+def mlp_exchange(config: ModelConfig, expert_width: int) -> ExchangeSpec:
+    """The one round trip of a bank of gated MLPs: hidden states out, hidden states home."""
+    return ExchangeSpec(
+        index=0,
+        name="mlp",
+        in_width=config.hidden_size,
+        out_width=config.hidden_size,
+        expert_width=expert_width,
+        activation=config.activation,
+    )
+
+
+def projection_parts(prefix: str, config: ModelConfig, has_bias: bool) -> dict[str, TensorPart]:
+    """``q``, ``k``, ``v`` and ``o`` of a layer, and ``q_bias`` and so on where there are any."""
+    width = config.hidden_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    parts = {}
+    for name, rows, columns in (
+        ("q", q, width),
+        ("k", kv, width),
+        ("v", kv, width),
+        ("o", width, q),
+    ):
+        parts[name] = part(f"{prefix}.{name}_proj.weight", rows, columns)
+        if has_bias:
+            parts[f"{name}_bias"] = part(f"{prefix}.{name}_proj.bias", rows)
+    return parts
+
+
+def mlp_parts(prefix: str, width: int, inner: int) -> dict[str, TensorPart]:
+    """``gate``, ``up`` [inner, width] and ``down`` [width, inner] of a gated MLP."""
+    return {
+        "gate": part(f"{prefix}.gate_proj.weight", inner, width),
+        "up": part(f"{prefix}.up_proj.weight", inner, width),
+        "down": part(f"{prefix}.down_proj.weight", width, inner),
+    }
+
+
+def gated_expert(
+    prefix: str,
+    expert: int,
+    names: Container[str],
+    *,
+    num_experts: int,
+    width: int,
+    inner: int,
+) -> tuple[ExpertMatrix, ...]:
+    """gate over up [2 * inner, width], then down [width, inner]; per expert on disk, or fused."""
+    if f"{prefix}.gate_up_proj" in names:
+        shape = (num_experts, 2 * inner, width)
+        up: tuple[TensorPart, ...] = (part(f"{prefix}.gate_up_proj", *shape, index=expert),)
+        down = part(f"{prefix}.down_proj", num_experts, width, inner, index=expert)
+    else:
+        own = mlp_parts(f"{prefix}.{expert}", width, inner)
+        up, down = (own["gate"], own["up"]), own["down"]
+    return (
+        ExpertMatrix(shape=(2 * inner, width), parts=up),
+        ExpertMatrix(shape=(width, inner), parts=(down,)),
+    )
