@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from workers.inspection import Inspection, NamedArray
+from workers.prompt_embeds import PromptEmbeds
+
 
 class FinishReason(Enum):
     """Why a choice ended."""
@@ -19,9 +22,30 @@ class FinishReason(Enum):
     ERROR = "error"
 
 
+class GrammarKind(Enum):
+    """Language that a grammar is written in."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    LARK = "lark"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grammar:
+    """What the output must follow. Hashable: equal ones are compiled once."""
+
+    kind: GrammarKind
+    """How ``text`` is read."""
+    text: str
+    """A JSON schema, a regular expression, a JSON list of strings, or a Lark grammar."""
+    field: str = "structured_outputs"
+    """The client's field that it came from, for messages."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn. Values are already validated; see docs for the order of operations."""
+    """How tokens are drawn. Values are already validated; docs/sampling.md has the order."""
 
     max_tokens: int = 16
     """New tokens at most; 0 scores the prompt only."""
@@ -53,6 +77,14 @@ class SamplingParams:
     """Alternatives to report per new token; None reports nothing, 0 the drawn token only."""
     prompt_logprobs: int | None = None
     """The same for prompt tokens."""
+    logprob_token_ids: tuple[int, ...] = ()
+    """Tokens to report per new token in place of the most probable ones; needs ``logprobs``."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """Tokens that may be drawn; empty allows all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that must not be in the output; none is empty."""
+    grammar: Grammar | None = None
+    """What the output must follow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +107,12 @@ class Request:
     """Milliseconds left to live when it was sent; 0 is no limit."""
     priority: int = 0
     """Lower runs first."""
+    cache_salt: str = ""
+    """Requests share cached prefixes with those of the same salt only."""
+    inspection: Inspection | None = None
+    """What to bring home beside tokens; only with ``n`` 1 and ``max_tokens`` 0."""
+    prompt_embeds: PromptEmbeds | None = None
+    """What the model reads in place of the prompt's tokens, which are zeros then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +126,7 @@ class TokenLogprob:
     rank: int = 0
     """1 for the most probable token."""
     top: tuple[tuple[int, float], ...] = ()
-    """(token id, logprob) of the most probable tokens, best first."""
+    """(token id, logprob) of the most probable tokens, best first, or of ``logprob_token_ids``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +159,10 @@ class TokenOutput:
     """One entry per new token where asked for."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     """Once, on the first output of choice 0: one per prompt token, the first is None."""
+    num_cached_tokens: int | None = None
+    """On the choice's first output: prompt tokens that were found in the prefix cache."""
+    class_logits: tuple[float, ...] = ()
+    """By class, from a sequence classifier; on the last output."""
     finish_reason: FinishReason | None = None
     """Set on the last output of the choice."""
     stop_token_id: int | None = None
@@ -129,8 +171,12 @@ class TokenOutput:
     """What went wrong, with finish_reason ERROR."""
     error_code: str = ""
     """Machine-readable reason, with finish_reason ERROR."""
+    error_param: str | None = None
+    """The request's field at fault, if one is."""
     timings: Timings | None = None
     """On the last output."""
+    arrays: tuple[NamedArray, ...] = ()
+    """On the last output: what the request's inspection found."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

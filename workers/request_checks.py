@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.errors import ContextLengthError, RequestError
+from workers.prompt_embeds import PromptEmbeds
 from workers.request import Request
 
 
@@ -20,12 +21,18 @@ class RequestLimits:
     """Tokens of a KV block."""
     num_blocks: int
     """KV blocks of the worker."""
+    hidden_size: int = 0
+    """Numbers of an embedding; 0 is not known."""
+    is_classifier: bool = False
+    """The model has no lm_head: nothing can be drawn or scored."""
 
 
 def check_request(request: Request, limits: RequestLimits) -> None:
     """Raise ``RequestError`` naming field, value and rule for what can never run."""
     params, length = request.params, len(request.prompt)
     _require(length > 0, "prompt must not be empty", "prompt")
+    if request.prompt_embeds is not None:
+        _check_embeds(request, request.prompt_embeds, limits)
     _require(request.n >= 1, f"n ({request.n}) must be at least 1", "n")
     _require(
         len(request.output_so_far) <= request.n,
@@ -37,11 +44,16 @@ def check_request(request: Request, limits: RequestLimits) -> None:
         f"max_tokens ({params.max_tokens}) must not be negative",
         "max_tokens",
     )
+    if limits.is_classifier:
+        _check_classification(request)
     given = {
         "prompt": request.prompt,
         "output_so_far": [t for tokens in request.output_so_far for t in tokens],
         "logit_bias": [t for t, _ in params.logit_bias],
         "stop_token_ids": params.stop_token_ids,
+        "allowed_token_ids": params.allowed_token_ids,
+        "logprob_token_ids": params.logprob_token_ids,
+        "bad_words": [t for word in params.bad_words for t in word],
     }
     for name, tokens in given.items():
         bad = next((t for t in tokens if not 0 <= t < limits.vocab_size), None)
@@ -51,6 +63,24 @@ def check_request(request: Request, limits: RequestLimits) -> None:
             name,
         )
     _check_length(length, params.max_tokens, limits)
+
+
+def _check_embeds(request: Request, embeds: PromptEmbeds, limits: RequestLimits) -> None:
+    name, params = "embeddings", request.params
+    width = limits.hidden_size
+    _require(embeds.width == width, f"{name} are {embeds.width} wide, the model's {width}", name)
+    is_whole = len(embeds.data) == 4 * width * len(request.prompt)
+    _require(is_whole, f"{name} must have one row for each token of the prompt", name)
+    is_plain = params.prompt_logprobs is None and params.repetition_penalty == 1.0
+    _require(is_plain, f"{name} cannot go with prompt_logprobs or repetition_penalty", name)
+
+
+def _check_classification(request: Request) -> None:
+    params, rule = request.params, "the model is a sequence classifier and has no lm_head"
+    _require(
+        params.max_tokens == 0, f"max_tokens ({params.max_tokens}) must be 0: {rule}", "max_tokens"
+    )
+    _require(params.prompt_logprobs is None, f"prompt_logprobs must not be set: {rule}", "logprobs")
 
 
 def _check_length(length: int, max_tokens: int, limits: RequestLimits) -> None:

@@ -1,11 +1,10 @@
 """From logits to tokens. Pure: what is drawn depends on a row's logits, parameters and history.
 
-Order of operations on float32 logits: repetition, frequency and presence penalty, logit bias, the
-mask of ending tokens below ``min_tokens``; then temperature, top_k, top_p, min_p. At temperature 0
-the best token is taken, ties to the lowest id. Randomness is a few uniform numbers that are a
-function of (seed, choice, index of the token) alone: batch mates, restarts and other machines do
-not change it. All limits keep tokens that tie with the last one kept, so that no sorting order
-matters.
+Penalties, bias and masks come first (``workers/logit_rules.py``); then temperature, top_k, top_p,
+min_p. At temperature 0 the best token is taken, ties to the lowest id. Randomness is a few uniform
+numbers that are a function of (seed, choice, index of the token) alone: batch mates, restarts and
+other machines do not change it. All limits keep tokens that tie with the last one kept, so that no
+sorting order matters.
 
 Logits of a row that is served alone and in a batch differ by rounding, and a token is drawn at the
 edge of its interval now and then. One number for the whole cumulative distribution meets an edge of
@@ -17,93 +16,29 @@ a level: 1 of 400000.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 
 import torch
 from torch import Tensor
 
+from workers.logit_rules import SamplingRow, apply_rules
 from workers.request import SamplingParams, TokenLogprob
 
 _MASK64 = (1 << 64) - 1
 _GREEDY_BELOW = 1e-5
 """Temperatures that float32 cannot tell from 0."""
-_LARGEST_LOGIT = 1e30
-"""Logits that penalties make are kept below; divided by any temperature it is still finite."""
 _BRANCHES = 16
 """Branches of a node in the walk that draws a token."""
 _FIRST_CANDIDATES = 256
 """Best tokens looked at for top_p before all are sorted."""
 
 
-class TokenCounts:
-    """How often a sequence has each token: what penalties need. Kept only where they are used."""
+class DrawFailure(Enum):
+    """Why no token could be drawn."""
 
-    def __init__(
-        self, params: SamplingParams, prompt: Iterable[int], output: Iterable[int]
-    ) -> None:
-        self._place: dict[int, int] = {}
-        self._tokens: list[int] = []
-        self._in_output: list[int] = []
-        if params.repetition_penalty != 1.0:
-            for token in prompt:
-                self._add(token, 0)
-        for token in output:
-            self.add(token)
-
-    def add(self, token: int) -> None:
-        """Count an output token; called at commit only."""
-        self._add(token, 1)
-
-    def _add(self, token: int, count: int) -> None:
-        place = self._place.setdefault(token, len(self._tokens))
-        if place == len(self._tokens):
-            self._tokens.append(token)
-            self._in_output.append(0)
-        self._in_output[place] += count
-
-    def penalize(self, logits: Tensor, params: SamplingParams) -> None:
-        """Change one row of float32 logits [V] in place."""
-        if not self._tokens:
-            return
-        tokens = torch.tensor(self._tokens, device=logits.device)
-        counts = torch.tensor(self._in_output, dtype=torch.float32, device=logits.device)
-        values = logits[tokens]
-        if params.repetition_penalty != 1.0:
-            penalty = params.repetition_penalty
-            values = torch.where(values > 0, values / penalty, values * penalty)
-        values = values - params.frequency_penalty * counts
-        values = values - params.presence_penalty * (counts > 0)
-        logits[tokens] = values.clamp_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
-
-
-def needs_counts(params: SamplingParams) -> bool:
-    """Whether a request uses a penalty."""
-    return (
-        params.repetition_penalty != 1.0
-        or params.frequency_penalty != 0.0
-        or params.presence_penalty != 0.0
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingRow:
-    """One row of logits that a token is drawn from."""
-
-    params: SamplingParams
-    """Of its request."""
-    choice: int
-    """Which choice of it."""
-    index: int
-    """Place of the new token in the choice's output."""
-    counts: TokenCounts | None = None
-    """Set where penalties are used."""
-    ending_tokens: tuple[int, ...] = ()
-    """Tokens that must not be drawn yet (``min_tokens``)."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Logits are used as they are."""
-        return self.counts is None and not self.params.logit_bias and not self.ending_tokens
+    NOT_FINITE = "not_finite"
+    NONE_ALLOWED = "none_allowed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,39 +46,68 @@ class Drawn:
     """What came of one row."""
 
     token: int
-    """The token; -1 where the logits were not finite, or no token is allowed."""
+    """The token; -1 after a failure."""
     logprob: TokenLogprob | None = None
     """Where asked for."""
-
-    @property
-    def is_finite(self) -> bool:
-        """The row could be used."""
-        return self.token >= 0
+    failure: DrawFailure | None = None
+    """NaN or infinity in the logits, or every token is masked; None for a token."""
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:
     """Draw one token per row of logits [rows, V] (model dtype)."""
-    # A sum is finite only if all its terms are; the other way round float32 has room to spare.
-    finite = torch.isfinite(logits.sum(-1, dtype=torch.float32))
-    processed = _process(logits, rows)
+    finite = _finite(logits)
+    processed = apply_rules(logits, rows)
+    usable = finite
     if processed is not logits:
-        finite &= torch.isfinite(processed.amax(-1))  # else every token is masked
+        usable = finite & torch.isfinite(processed.amax(-1))  # else every token is masked
     tokens = _best(processed)
     random = [i for i, row in enumerate(rows) if row.params.temperature >= _GREEDY_BELOW]
     if random:
         picked = processed if len(random) == len(rows) else processed[random]
         drawn = draw(picked.float(), [rows[i] for i in random])
         tokens[torch.tensor(random, device=tokens.device)] = drawn
-    tokens = torch.where(finite, tokens, -1)
+    tokens = torch.where(usable, tokens, -1)
     ids: list[int] = tokens.tolist()  # device-to-host sync
-    asked = [i for i, r in enumerate(rows) if r.params.logprobs is not None and ids[i] >= 0]
+    entries = _entries(logits, rows, ids)
+    if all(token >= 0 for token in ids):
+        return [Drawn(token, entries.get(i)) for i, token in enumerate(ids)]
+    is_masked = (finite & ~usable).tolist()
+    return [
+        Drawn(token, entries.get(i), _failure(token, is_masked[i])) for i, token in enumerate(ids)
+    ]
+
+
+def all_finite(logits: Tensor) -> bool:
+    """Whether there is no NaN or infinity in logits [rows, V]."""
+    return bool(_finite(logits).all())  # device-to-host sync
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """[rows] bool. A sum is finite only if all its terms are; float32 has room for large sums."""
+    return torch.isfinite(logits.sum(-1, dtype=torch.float32))
+
+
+def _failure(token: int, is_masked: bool) -> DrawFailure | None:
+    if token >= 0:
+        return None
+    return DrawFailure.NONE_ALLOWED if is_masked else DrawFailure.NOT_FINITE
+
+
+def _entries(
+    logits: Tensor, rows: Sequence[SamplingRow], tokens: Sequence[int]
+) -> dict[int, TokenLogprob]:
+    """Logprobs of the drawn tokens by row, where asked for."""
+    asked = [i for i, r in enumerate(rows) if r.params.logprobs is not None and tokens[i] >= 0]
     if not asked:
-        return [Drawn(token) for token in ids]
+        return {}
+    params = [rows[i].params for i in asked]
     entries = logprob_entries(
-        logits[asked], [ids[i] for i in asked], [rows[i].params.logprobs or 0 for i in asked]
+        logits[asked],
+        [tokens[i] for i in asked],
+        [p.logprobs or 0 for p in params],
+        [p.logprob_token_ids for p in params],
     )
-    found = dict(zip(asked, entries, strict=True))
-    return [Drawn(token, found.get(i)) for i, token in enumerate(ids)]
+    return dict(zip(asked, entries, strict=True))
 
 
 def _best(logits: Tensor) -> Tensor:
@@ -154,23 +118,6 @@ def _best(logits: Tensor) -> Tensor:
     if logits.device.type != "cpu":
         return logits.argmax(-1)
     return torch.from_numpy(logits.float().numpy().argmax(-1))
-
-
-def _process(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Penalties, bias and the mask of ending tokens. The given logits stay as they are."""
-    if all(row.is_plain for row in rows):
-        return logits
-    logits = logits.to(torch.float32, copy=True)
-    for row, values in zip(rows, logits, strict=True):
-        if row.counts is not None:
-            row.counts.penalize(values, row.params)
-        if row.params.logit_bias:
-            ids, bias = zip(*row.params.logit_bias, strict=True)
-            places = torch.tensor(ids, device=logits.device)
-            values.index_add_(0, places, torch.tensor(bias, device=logits.device))
-        if row.ending_tokens:
-            values[list(row.ending_tokens)] = float("-inf")
-    return logits
 
 
 def draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -283,9 +230,15 @@ def _splitmix64(state: int) -> int:
 
 
 def logprob_entries(
-    logits: Tensor, tokens: Sequence[int], num_top: Sequence[int]
+    logits: Tensor,
+    tokens: Sequence[int],
+    num_top: Sequence[int],
+    named: Sequence[Sequence[int]] | None = None,
 ) -> list[TokenLogprob]:
-    """Logprobs of given tokens [rows] under raw logits [rows, V], with rank and the best few."""
+    """Logprobs of given tokens [rows] under raw logits [rows, V], with rank and the best few.
+
+    A row that has ``named`` tokens reports those, in their order, in place of the best.
+    """
     logits = logits.float()
     normalizer = logits.logsumexp(-1, keepdim=True)
     places = torch.tensor(list(tokens), device=logits.device).unsqueeze(1)
@@ -295,7 +248,7 @@ def logprob_entries(
     own = (chosen - normalizer).squeeze(1).tolist()  # device-to-host sync
     top_logprobs = (best.values - normalizer).tolist()
     top_ids, rank_list = best.indices.tolist(), ranks.tolist()
-    return [
+    entries = [
         TokenLogprob(
             token_id=token,
             logprob=own[i],
@@ -304,3 +257,8 @@ def logprob_entries(
         )
         for i, (token, count) in enumerate(zip(tokens, num_top, strict=True))
     ]
+    for i, ids in enumerate(named or ()):
+        if ids:
+            values = logits[i, torch.tensor(ids, device=logits.device)] - normalizer[i]
+            entries[i] = replace(entries[i], top=tuple(zip(ids, values.tolist(), strict=True)))
+    return entries

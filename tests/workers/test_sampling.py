@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.workers.sampling_reference import assert_drawn_from, distribution
+from workers.logit_rules import SamplingRow, TokenCounts
 from workers.request import SamplingParams
 from workers.sampling import (
-    SamplingRow,
-    TokenCounts,
+    DrawFailure,
     draw,
     logprob_entries,
     sample,
@@ -21,26 +20,6 @@ from workers.sampling import (
 
 NUM_DRAWS = 4000
 VOCAB = 12
-
-
-def reference(logits: Tensor, params: SamplingParams) -> list[float]:
-    """Probabilities after temperature, top_k, top_p and min_p, the slow and plain way."""
-    values = [x / params.temperature for x in logits.double().tolist()]
-    kept = sorted(range(len(values)), key=lambda t: -values[t])
-    if params.top_k:
-        kept = kept[: params.top_k]
-    total = sum(math.exp(values[t]) for t in kept)
-    probs = {t: math.exp(values[t]) / total for t in kept}
-    mass, nucleus = 0.0, []
-    for token in kept:
-        nucleus.append(token)
-        mass += probs[token]
-        if mass >= params.top_p:
-            break
-    best = probs[kept[0]]
-    nucleus = [t for t in nucleus if probs[t] >= params.min_p * best]
-    mass = sum(probs[t] for t in nucleus)
-    return [probs[t] / mass if t in nucleus else 0.0 for t in range(len(values))]
 
 
 def rows_of(params: SamplingParams, count: int) -> list[SamplingRow]:
@@ -62,15 +41,8 @@ def rows_of(params: SamplingParams, count: int) -> list[SamplingRow]:
 )
 def test_draws_follow_the_distribution(params: SamplingParams) -> None:
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(params.seed)) * 1.5
-    probs = reference(logits, params)
     tokens = draw(logits.expand(NUM_DRAWS, VOCAB), rows_of(params, NUM_DRAWS))
-    counts = Counter(tokens.tolist())
-    assert all(probs[token] > 0 for token in counts)
-    expected = [p * NUM_DRAWS for p in probs]
-    large = [t for t in range(VOCAB) if expected[t] >= 5]
-    chi_square = sum((counts[t] - expected[t]) ** 2 / expected[t] for t in large)
-    freedom = max(len(large) - 1, 1)
-    assert chi_square < freedom + 5 * math.sqrt(2 * freedom) + 3
+    assert_drawn_from(tokens.tolist(), distribution(logits.tolist(), params))
 
 
 def test_top_p_beyond_the_first_candidates() -> None:
@@ -159,7 +131,7 @@ def test_only_the_row_with_bad_logits_fails(bad: float) -> None:
     logits[1, 4] = bad
     logits[2, 5] = 1.0
     drawn = sample(logits, rows_of(SamplingParams(temperature=0.0), 3))
-    assert [d.is_finite for d in drawn] == [True, False, True]
+    assert [d.failure for d in drawn] == [None, DrawFailure.NOT_FINITE, None]
     assert drawn[2].token == 5
 
 
@@ -167,11 +139,11 @@ def test_only_the_row_with_bad_logits_fails(bad: float) -> None:
 def test_a_row_without_an_allowed_token_fails_alone(temperature: float) -> None:
     params = SamplingParams(temperature=temperature, seed=1)
     rows = [
-        SamplingRow(params, 0, 0, ending_tokens=tuple(range(8))),
-        SamplingRow(params, 0, 0, ending_tokens=tuple(range(7))),
+        SamplingRow(params, 0, 0, banned_tokens=tuple(range(8))),
+        SamplingRow(params, 0, 0, banned_tokens=tuple(range(7))),
     ]
     drawn = sample(torch.randn(2, 8), rows)
-    assert [d.is_finite for d in drawn] == [False, True]
+    assert [d.failure for d in drawn] == [DrawFailure.NONE_ALLOWED, None]
     assert drawn[1].token == 7
 
 
@@ -206,7 +178,7 @@ def test_penalties_in_order() -> None:
 def test_bias_and_ending_mask_steer_greedy_but_not_logprobs() -> None:
     logits = torch.tensor([[5.0, 4.0, 3.0, 0.0]])
     params = SamplingParams(temperature=0.0, logit_bias=((3, 4.5),), logprobs=2)
-    row = SamplingRow(params, 0, 0, ending_tokens=(0,))
+    row = SamplingRow(params, 0, 0, banned_tokens=(0,))
     (drawn,) = sample(logits, [row])
     assert drawn.token == 3
     assert drawn.logprob is not None

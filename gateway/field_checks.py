@@ -1,0 +1,202 @@
+"""What the fields of a call may be, each by itself and together: all that needs no model."""
+
+from __future__ import annotations
+
+from cluster.config import GatewaySection
+from cluster.errors import RequestError
+from gateway.call import CallKind, ChatInput, GenerateFields
+from gateway.chat_template import RESERVED_VARIABLES
+
+MAX_LOGIT_BIAS_ENTRIES = 1024
+"""Entries of ``logit_bias``."""
+MAX_STOP_TOKEN_IDS = 1024
+"""Entries of ``stop_token_ids``."""
+MAX_CACHE_SALT_CHARS = 256
+"""Length of ``cache_salt``."""
+MAX_BAD_WORDS = 1024
+"""Entries of ``bad_words``."""
+MAX_LOGPROB_TOKEN_IDS = 128
+"""Entries of ``logprob_token_ids``."""
+_INT32 = 2**31
+_INT64 = 2**63
+
+
+def check_fields(fields: GenerateFields, limits: GatewaySection) -> None:
+    """Check all that does not depend on the model.
+
+    Raises:
+        RequestError: names the field, its value and the limit.
+    """
+    _check_counts(fields, limits)
+    _check_sampling(fields)
+    _check_stops(fields, limits)
+    check_range("priority", fields.priority, -_INT32, _INT32 - 1)
+    _check_cache_salt(fields.cache_salt)
+    _check_logprobs(fields, limits)
+    _check_masks(fields, limits)
+    if fields.chat is not None:
+        check_chat(fields.chat)
+
+
+def require(ok: bool, name: str, message: str) -> None:
+    """Raise ``RequestError`` about the field ``name`` unless ``ok``."""
+    if not ok:
+        raise RequestError(message, name)
+
+
+def _check_counts(fields: GenerateFields, limits: GatewaySection) -> None:
+    check_range("n", fields.n, 1, limits.max_n)
+    name, wanted = fields.max_tokens_name, fields.max_tokens
+    if wanted is not None:
+        least = 0 if fields.echo else 1
+        note = "" if fields.echo or wanted else " (0 needs echo)"
+        require(wanted >= least, name, f"{name} ({wanted}) must be at least {least}{note}")
+    if fields.min_tokens is not None:
+        least_new = fields.min_tokens
+        require(least_new >= 0, "min_tokens", f"min_tokens ({least_new}) must not be negative")
+        if wanted is not None:
+            require(
+                least_new <= wanted,
+                "min_tokens",
+                f"min_tokens ({least_new}) must not exceed {name} ({wanted})",
+            )
+    if fields.kind is CallKind.COMPLETION:
+        _check_prompts(fields, limits)
+
+
+def _check_prompts(fields: GenerateFields, limits: GatewaySection) -> None:
+    count, most = len(fields.prompts), min(limits.max_batch_prompts, limits.max_queue)
+    require(count > 0, "prompt", "prompt must not be empty")
+    require(count <= most, "prompt", f"prompt has {count} entries, at most {most} are allowed")
+    choices = count * (fields.n or 1)
+    require(
+        choices <= limits.max_choices,
+        "n",
+        f"prompts times n ({choices}) must be at most {limits.max_choices}",
+    )
+    for prompt in fields.prompts:
+        require(len(prompt) > 0, "prompt", "prompt must not be empty")
+
+
+def _check_sampling(fields: GenerateFields) -> None:
+    check_range("temperature", fields.temperature, 0, 100)
+    check_range("top_p", fields.top_p, 0, 1, above=True)
+    check_range("min_p", fields.min_p, 0, 1)
+    check_range("top_k", fields.top_k, -1, _INT64 - 1)
+    check_range("frequency_penalty", fields.frequency_penalty, -2, 2)
+    check_range("presence_penalty", fields.presence_penalty, -2, 2)
+    check_range("repetition_penalty", fields.repetition_penalty, 0, 2, above=True)
+    check_range("seed", fields.seed, -_INT64, _INT64 - 1)
+    count = len(fields.logit_bias)
+    require(
+        count <= MAX_LOGIT_BIAS_ENTRIES,
+        "logit_bias",
+        f"logit_bias has {count} entries, at most {MAX_LOGIT_BIAS_ENTRIES} are allowed",
+    )
+    for _, bias in fields.logit_bias:
+        check_range("logit_bias", bias, -100, 100)
+
+
+def _check_stops(fields: GenerateFields, limits: GatewaySection) -> None:
+    count, most = len(fields.stop), limits.max_stop_strings
+    require(count <= most, "stop", f"stop has {count} strings, at most {most} are allowed")
+    for stop in fields.stop:
+        require(len(stop) > 0, "stop", "stop must not contain an empty string")
+        require(
+            len(stop) <= limits.max_stop_chars,
+            "stop",
+            f"stop has a string of {len(stop)} characters, at most {limits.max_stop_chars} "
+            "are allowed",
+        )
+    require(
+        not (fields.stop and fields.token_ids_only), "stop", "stop cannot go with token_ids_only"
+    )
+    count = len(fields.stop_token_ids)
+    require(
+        count <= MAX_STOP_TOKEN_IDS,
+        "stop_token_ids",
+        f"stop_token_ids has {count} entries, at most {MAX_STOP_TOKEN_IDS} are allowed",
+    )
+
+
+def _check_cache_salt(salt: str | None) -> None:
+    if salt is None:
+        return
+    require(len(salt) > 0, "cache_salt", "cache_salt must not be empty")
+    require(
+        len(salt) <= MAX_CACHE_SALT_CHARS,
+        "cache_salt",
+        f"cache_salt has {len(salt)} characters, at most {MAX_CACHE_SALT_CHARS} are allowed",
+    )
+
+
+def _check_logprobs(fields: GenerateFields, limits: GatewaySection) -> None:
+    name, wanted = fields.logprobs_name, fields.logprobs
+    check_range("prompt_logprobs", fields.prompt_logprobs, 0, limits.max_logprobs)
+    count, most = len(fields.logprob_token_ids), MAX_LOGPROB_TOKEN_IDS
+    if not count:
+        check_range(name, wanted, 0, limits.max_logprobs)
+        return
+    field = "logprob_token_ids"
+    require(count <= most, field, f"{field} has {count} entries, at most {most} are allowed")
+    require(
+        len(set(fields.logprob_token_ids)) == count, field, f"{field} must not name a token twice"
+    )
+    require(
+        wanted in (None, count),
+        field,
+        f"{field} has {count} entries: {name} ({wanted}) must be the same or unset",
+    )
+    require(not fields.echo, field, f"{field} cannot go with echo")
+
+
+def _check_masks(fields: GenerateFields, limits: GatewaySection) -> None:
+    require(
+        fields.allowed_token_ids is None or len(fields.allowed_token_ids) > 0,
+        "allowed_token_ids",
+        "allowed_token_ids must not be empty",
+    )
+    count, longest = len(fields.bad_words), limits.max_stop_chars
+    require(
+        count <= MAX_BAD_WORDS,
+        "bad_words",
+        f"bad_words has {count} entries, at most {MAX_BAD_WORDS} are allowed",
+    )
+    for word in fields.bad_words:
+        require(len(word) > 0, "bad_words", "bad_words must not contain an empty word")
+        require(
+            len(word) <= longest,
+            "bad_words",
+            f"bad_words has a word of {len(word)} characters, at most {longest} are allowed",
+        )
+
+
+def check_chat(chat: ChatInput) -> None:
+    """Raise ``RequestError`` for a conversation that cannot be rendered."""
+    require(len(chat.messages) > 0, "messages", "messages must not be empty")
+    require(
+        not (chat.continue_final_message and chat.add_generation_prompt),
+        "continue_final_message",
+        "continue_final_message and add_generation_prompt cannot both be true",
+    )
+    reserved = sorted(RESERVED_VARIABLES.intersection(chat.template_kwargs))
+    require(
+        not reserved,
+        "chat_template_kwargs",
+        f"chat_template_kwargs must not set {', '.join(reserved)}",
+    )
+
+
+def check_range(
+    name: str, value: float | None, low: float, high: float, above: bool = False
+) -> None:
+    """Raise ``RequestError`` unless ``low <= value <= high``, or ``low < value`` with ``above``.
+
+    None always fits, NaN never.
+    """
+    if value is None:
+        return
+    is_inside = (value > low if above else value >= low) and value <= high
+    bounds = f"{'above' if above else 'at least'} {low} and at most {high}"
+    shown = str(value) if len(str(value)) <= 32 else f"{str(value)[:32]}..."
+    require(is_inside, name, f"{name} ({shown}) must be {bounds}")
