@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from workers.lanes import Lanes
 
 PIECE_BYTES = 3 * 1024 * 1024
 """Keys and values that decode rows on a CPU gather at a time."""
@@ -58,6 +62,28 @@ class DecodeGroup:
     """[rows * blocks_per_row] int64: block tables, padded with the null block."""
     unseen: Tensor
     """[rows, blocks_per_row * block_size] bool: True where a row must not look."""
+    window: int | None = None
+    """Positions that a row looks at, its own and those before it; None: all."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """[rows] int64: keys up to each row's own."""
+        width = self.unseen.shape[1]
+        if self.window is None:
+            return width - self.unseen.sum(1)
+        ends = torch.arange(1, width + 1, device=self.unseen.device)
+        return (~self.unseen * ends).amax(1)
+
+    def within(self, window: int) -> DecodeGroup:
+        """The same rows in a layer with a sliding window."""
+        positions = torch.arange(self.unseen.shape[1], device=self.unseen.device)
+        is_left = positions < self.lengths.unsqueeze(1) - window
+        return replace(self, unseen=self.unseen | is_left, window=window)
+
+    @property
+    def cost(self) -> int:
+        """Pairs of rows and keys."""
+        return self.unseen.numel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +100,30 @@ class PrefillChunk:
     """[num_blocks] int64 that hold them."""
     seen: Tensor | None
     """[rows, length] bool; None: the chunk begins its sequence, plain causal."""
+    window: int | None = None
+    """Positions that a row looks at, its own and those before it; None: all."""
+
+    def within(self, window: int) -> PrefillChunk:
+        """The same rows in a layer with a sliding window."""
+        if self.length <= window:
+            return replace(self, window=window)
+        start, device = self.length - (self.last - self.first), self.blocks.device
+        own = torch.arange(start, self.length, device=device).unsqueeze(1)
+        positions = torch.arange(self.length, device=device)
+        seen = (positions <= own) & (positions > own - window)
+        return replace(self, seen=seen, window=window)
+
+    @property
+    def cost(self) -> int:
+        """Pairs of rows and keys."""
+        return (self.last - self.first) * self.length
+
+
+class AttentionWatcher(Protocol):
+    """Sees what attention is about to compute, once a layer; None in serving."""
+
+    def attending(self, queries: Tensor, cache: Tensor, batch: AttentionBatch) -> None:
+        """The rows' queries [T, A, D]; their keys and values are in the layer's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +136,20 @@ class AttentionBatch:
     """Rows [0, d) of the batch."""
     prefills: tuple[PrefillChunk, ...]
     """Rows [d, T)."""
-    workspace: Workspace
-    """Scratch memory."""
+    workspaces: tuple[Workspace, ...]
+    """Scratch memory of each lane."""
+    lanes: Lanes
+    """Threads that share the work."""
+    watcher: AttentionWatcher | None = None
+    """Where to report."""
+
+    def within(self, window: int) -> AttentionBatch:
+        """The same rows in a layer where each looks at ``window`` positions, its own included."""
+        return replace(
+            self,
+            decodes=tuple(group.within(window) for group in self.decodes),
+            prefills=tuple(chunk.within(window) for chunk in self.prefills),
+        )
 
 
 def chunk_mask(start: int, num_rows: int, device: torch.device) -> Tensor | None:
@@ -106,14 +168,36 @@ def attend(
     keys and values [T, K, D]; A is a multiple of K, key head j serves query heads
     j * (A / K) .. (j + 1) * (A / K) - 1. The scale is D ** -0.5.
     """
+    write_rows(keys, values, cache, batch.slot_mapping)
+    if batch.watcher is not None:
+        batch.watcher.attending(queries, cache, batch)
+    pieces: tuple[DecodeGroup | PrefillChunk, ...] = (*batch.decodes, *batch.prefills)
+    if len(pieces) == 1:
+        return _attend_piece(queries, cache, pieces[0], batch.workspaces[0])
+
+    def attend_to(first: int, last: int, space: Workspace) -> list[Tensor]:
+        return [_attend_piece(queries, cache, piece, space) for piece in pieces[first:last]]
+
+    shares = batch.lanes.split([float(piece.cost) for piece in pieces])
+    tasks = [partial(attend_to, *share, batch.workspaces[i]) for i, share in enumerate(shares)]
+    parts = [part for share in batch.lanes.run(tasks) for part in share]
+    return torch.cat(parts)
+
+
+def _attend_piece(
+    queries: Tensor, cache: Tensor, piece: DecodeGroup | PrefillChunk, space: Workspace
+) -> Tensor:
+    if isinstance(piece, DecodeGroup):
+        return _decode(queries, cache, piece, space)
+    return _prefill(queries, cache, piece, space)
+
+
+def write_rows(keys: Tensor, values: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    """Put keys and values [T, K, D] into their cache slots [T]."""
     num_kv_heads, head_dim = keys.shape[1:]
     slots = cache.view(2 * num_kv_heads, -1, head_dim)
-    slots[:num_kv_heads].index_copy_(1, batch.slot_mapping, keys.transpose(0, 1))
-    slots[num_kv_heads:].index_copy_(1, batch.slot_mapping, values.transpose(0, 1))
-    space = batch.workspace
-    parts: list[Tensor] = [_decode(queries, cache, group, space) for group in batch.decodes]
-    parts += [_prefill(queries, cache, chunk, space) for chunk in batch.prefills]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    slots[:num_kv_heads].index_copy_(1, slot_mapping, keys.transpose(0, 1))
+    slots[num_kv_heads:].index_copy_(1, slot_mapping, values.transpose(0, 1))
 
 
 def _decode(queries: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace) -> Tensor:
@@ -146,6 +230,24 @@ def _prefill(queries: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspa
         enable_gqa=queries.shape[1] != two_kv_heads // 2,
     )
     return output.squeeze(0).transpose(0, 1).reshape(rows, -1)
+
+
+def attention_map(queries: Tensor, cache: Tensor, chunk: PrefillChunk) -> Tensor:
+    """Softmax of a chunk's scores: [K, A / K, rows, length] float32, 0 where a row must not look.
+
+    queries [T, A, D]; the keys are in the cache.
+    """
+    num_kv_heads, head_dim = cache.shape[0] // 2, cache.shape[-1]
+    found = cache[:num_kv_heads].index_select(1, chunk.blocks)
+    keys = found.view(num_kv_heads, 1, -1, head_dim)[:, :, : chunk.length].float()
+    rows = queries[chunk.first : chunk.last].view(
+        chunk.last - chunk.first, num_kv_heads, -1, head_dim
+    )
+    scores = rows.permute(1, 2, 0, 3).float() @ keys.transpose(2, 3) * head_dim**-0.5
+    seen = chunk.seen
+    if seen is None:
+        seen = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    return torch.softmax(scores.masked_fill(~seen, float("-inf")), -1)
 
 
 def group_size(num_blocks: int) -> int:

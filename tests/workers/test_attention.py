@@ -18,29 +18,35 @@ from workers.attention import (
     group_size,
     runs,
 )
+from workers.attention_tiles import attend_tiles
+from workers.lanes import Lanes
+from workers.layers import Attend
 
 CPU = torch.device("cpu")
 BLOCK, DIM = 4, 8
 
 
-def plain(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def plain(queries: Tensor, keys: Tensor, values: Tensor, window: int | None = None) -> Tensor:
     """Queries [n, A, D] at the last n positions of keys and values [m, K, D], in double."""
     n, num_heads, dim = queries.shape
     m, num_kv_heads = keys.shape[:2]
     outputs = torch.zeros(n, num_heads, dim, dtype=torch.float64)
     for row in range(n):
-        seen = m - n + row + 1
+        end = m - n + row + 1
+        seen = slice(0 if window is None else max(end - window, 0), end)
         for head in range(num_heads):
             kv_head = head // (num_heads // num_kv_heads)
-            scores = keys[:seen, kv_head].double() @ queries[row, head].double() / math.sqrt(dim)
-            outputs[row, head] = torch.softmax(scores, 0) @ values[:seen, kv_head].double()
+            scores = keys[seen, kv_head].double() @ queries[row, head].double() / math.sqrt(dim)
+            outputs[row, head] = torch.softmax(scores, 0) @ values[seen, kv_head].double()
     return outputs.view(n, -1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("window", [None, 1, 3, 6, 10, 100])
+@pytest.mark.parametrize("function", [attend, attend_tiles], ids=["fast", "tiles"])
 def test_mixed_batch_equals_plain_attention(
-    dtype: torch.dtype, num_heads: int, num_kv_heads: int
+    dtype: torch.dtype, num_heads: int, num_kv_heads: int, window: int | None, function: Attend
 ) -> None:
     """Two decodes (13 and 9 tokens), a chunk in the middle of a prompt, and a whole prompt."""
     generator = torch.Generator().manual_seed(0)
@@ -71,12 +77,17 @@ def test_mixed_batch_equals_plain_attention(
             PrefillChunk(2, 7, 11, torch.tensor(tables[2]), chunk_mask(6, 5, CPU)),
             PrefillChunk(7, 13, 6, torch.tensor(tables[3]), chunk_mask(0, 6, CPU)),
         ),
-        workspace=Workspace(dtype, CPU),
+        workspaces=(Workspace(dtype, CPU), Workspace(dtype, CPU)),
+        lanes=Lanes(2),
     )
     new_keys = torch.cat([k[-n:] for k, n in zip(keys, counts, strict=True)])
     new_values = torch.cat([v[-n:] for v, n in zip(values, counts, strict=True)])
-    found = attend(torch.cat(queries), new_keys, new_values, cache, batch)
-    expected = torch.cat([plain(q, k, v) for q, k, v in zip(queries, keys, values, strict=True)])
+    if window is not None:
+        batch = batch.within(window)
+    found = function(torch.cat(queries), new_keys, new_values, cache, batch)
+    expected = torch.cat(
+        [plain(q, k, v, window) for q, k, v in zip(queries, keys, values, strict=True)]
+    )
     limit = 1e-5 if dtype == torch.float32 else 0.03
     assert found.dtype == dtype
     assert (found.double() - expected).abs().max() < limit

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cluster.placement import BankShape, contiguous
 from workers.checkpoint import Checkpoint
-from workers.experts.bank import ExpertBank, ExpertKernel, matrix_shapes
+from workers.experts.bank import ExpertBank, ExpertKernel
 from workers.experts.kernels_cpu import PackedExperts, PaddedExperts
 from workers.experts.kernels_cuda import GroupedExperts
+from workers.experts.kernels_invariant import BlockExperts, LoopExperts
 from workers.experts.slots import ExpertSlots
-from workers.families.base import BankSpec, ExchangeSpec
+from workers.families.base import Activation, BankSpec, ExchangeSpec
+from workers.invariant import LINEAR_FORMS
+from workers.lanes import Lanes
+from workers.layers import gate_of
 
 CPU = torch.device("cpu")
 SWIGLU = ExchangeSpec(index=0, name="mlp", in_width=24, out_width=24, expert_width=16)
+GELU, TANH, RELU = (
+    replace(SWIGLU, activation=name) for name in ("gelu", "gelu_pytorch_tanh", "relu")
+)
 LINEAR = ExchangeSpec(index=0, name="q", in_width=24, out_width=40, expert_kind="linear")
 
 
@@ -28,16 +37,31 @@ def weights(exchange: ExchangeSpec, num_slots: int, dtype: torch.dtype) -> list[
     return [
         [
             (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(dtype)
-            for shape in matrix_shapes(exchange)
+            for shape in exchange.matrix_shapes
         ]
         for _ in range(num_slots)
     ]
 
 
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
+    "gelu_pytorch_tanh": (
+        lambda x: x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
+    ),
+    "relu": lambda x: x.clamp(min=0),
+}
+
+
 def reference(
-    inputs: Tensor, pair_input: Tensor, pair_slot: Tensor, matrices: list[list[Tensor]]
+    inputs: Tensor,
+    pair_input: Tensor,
+    pair_slot: Tensor,
+    matrices: list[list[Tensor]],
+    activation: Activation = "silu",
 ) -> Tensor:
     """One pair at a time in double precision."""
+    activate = ACTIVATIONS[activation]
     outputs = []
     for source, slot in zip(pair_input.tolist(), pair_slot.tolist(), strict=True):
         row = inputs[source].double()
@@ -45,21 +69,32 @@ def reference(
         row = first @ row
         for matrix in rest:
             gate, up = row.chunk(2)
-            row = matrix @ (functional.silu(gate) * up)
+            row = matrix @ (activate(gate) * up)
         outputs.append(row)
     return torch.stack(outputs)
 
 
 def make(kind: str, exchange: ExchangeSpec, dtype: torch.dtype) -> ExpertKernel:
+    shapes, gate = exchange.matrix_shapes, gate_of(exchange.activation)
     if kind == "grouped":
-        return GroupedExperts(matrix_shapes(exchange), dtype, CPU)
+        return GroupedExperts(shapes, dtype, CPU, gate)
+    if kind == "blocks":
+        return BlockExperts(exchange, dtype)
+    if kind.startswith("loop"):
+        return LoopExperts(exchange, LINEAR_FORMS[int(kind[-1])])
     kernel = PackedExperts if kind == "packed" else PaddedExperts
-    return kernel(matrix_shapes(exchange), dtype)
+    return kernel(shapes, dtype, Lanes(2), gate)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("exchange", [SWIGLU, LINEAR], ids=["swiglu", "linear"])
-@pytest.mark.parametrize("kind", ["packed", "padded", "grouped"])
+@pytest.mark.parametrize(
+    "exchange",
+    [SWIGLU, GELU, TANH, RELU, LINEAR],
+    ids=["silu", "gelu", "gelu_pytorch_tanh", "relu", "linear"],
+)
+@pytest.mark.parametrize(
+    "kind", ["packed", "padded", "grouped", "blocks", "loop 0", "loop 1", "loop 2"]
+)
 @pytest.mark.parametrize("load", ["one row", "spread", "one expert", "skewed", "wide"])
 def test_kernel_equals_plain_products(
     kind: str, exchange: ExchangeSpec, dtype: torch.dtype, load: str
@@ -82,7 +117,7 @@ def test_kernel_equals_plain_products(
     inputs = torch.randn(num_rows, exchange.in_width, generator=generator).to(dtype)
     pair_input = torch.randint(0, num_rows, pair_slot.shape, generator=generator)
     found = kernel.compute(inputs, pair_input, pair_slot)
-    expected = reference(inputs, pair_input, pair_slot, matrices)
+    expected = reference(inputs, pair_input, pair_slot, matrices, exchange.activation)
     assert found.dtype == dtype
     assert found.shape == (len(pair_slot), exchange.out_width)
     limit = 1e-5 if dtype == torch.float32 else 0.05

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from workers.experts.kernels_cpu import PACKED_MIN_ELEMENTS, PackedExperts, PaddedExperts
 from workers.experts.kernels_cuda import GroupedExperts
 from workers.families.base import BankSpec, ExchangeSpec
+from workers.lanes import Lanes
+from workers.layers import gate_of
 
 
 class ExpertKernel(Protocol):
@@ -29,18 +31,42 @@ class ExpertKernel(Protocol):
         """See ``ExpertBank.compute``; at least one pair."""
 
 
+MakeKernel = Callable[[ExchangeSpec, torch.dtype, torch.device], ExpertKernel]
+"""An empty kernel for one exchange."""
+
+
+def make_kernel(
+    exchange: ExchangeSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    lanes: Lanes | None = None,
+) -> ExpertKernel:
+    """The fastest kernel for the size of the experts."""
+    shapes, gate = exchange.matrix_shapes, gate_of(exchange.activation)
+    if device.type == "cuda":
+        return GroupedExperts(shapes, dtype, device, gate)
+    out, width = shapes[0]
+    kernel = PackedExperts if out * width >= PACKED_MIN_ELEMENTS else PaddedExperts
+    return kernel(shapes, dtype, lanes or Lanes(), gate)
+
+
 class ExpertBank:
     """Expert slots of one bank. A slot holds all matrices of one physical expert, or nothing."""
 
     def __init__(
-        self, spec: BankSpec, num_slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        spec: BankSpec,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        make: MakeKernel = make_kernel,
     ) -> None:
         """Empty slots; on CPUs they take no memory until they are filled."""
         self.spec = spec
         self.dtype = dtype
         self.device = device
         self._num_slots = 0
-        self._kernels = [_make_kernel(e, dtype, device) for e in spec.exchanges]
+        self._kernels = [make(e, dtype, device) for e in spec.exchanges]
         self.resize(num_slots)
 
     @property
@@ -76,19 +102,3 @@ class ExpertBank:
         if not len(pair_slot):
             return inputs.new_empty(0, self.spec.exchanges[exchange].out_width)
         return self._kernels[exchange].compute(inputs, pair_input, pair_slot)
-
-
-def _make_kernel(exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device) -> ExpertKernel:
-    shapes = matrix_shapes(exchange)
-    if device.type == "cuda":
-        return GroupedExperts(shapes, dtype, device)
-    out, width = shapes[0]
-    return (PackedExperts if out * width >= PACKED_MIN_ELEMENTS else PaddedExperts)(shapes, dtype)
-
-
-def matrix_shapes(exchange: ExchangeSpec) -> Sequence[tuple[int, int]]:
-    """[out, in] of an expert's matrices in the order of ``Family.expert_matrices``."""
-    if exchange.expert_kind == "linear":
-        return [(exchange.out_width, exchange.in_width)]
-    inner = exchange.expert_width
-    return [(2 * inner, exchange.in_width), (exchange.out_width, inner)]

@@ -18,17 +18,26 @@ more than it saves. ``torch._grouped_mm`` was never best.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.layers import can_pack, pack, packed_linear, swiglu
+from workers.lanes import Lanes
+from workers.layers import Gate, can_pack, pack, packed_linear, swiglu
 
 PACKED_MIN_ELEMENTS = 64 * 1024
 """Elements of an exchange's first matrix from which on a call per expert pays."""
 _WIDE_ROWS = 16
 """Rows per used expert from which on the loop takes all matrices of an expert in turn."""
+_CALL_ROWS = 16
+"""Rows whose products take as long as a call and the reading of an expert's weights."""
+_FEW_PAIRS = 16
+"""Pairs up to which it is worth a look whether each has a slot of its own: nothing to sort then."""
+_FEW_SLOTS = 4
+"""Slots per used one, or per pair, from which on the weights in use are gathered."""
 _MAX_PADDING = 4
 """Padded rows per pair above which the padded product gives way to a loop."""
 
@@ -36,8 +45,16 @@ _MAX_PADDING = 4
 class PackedExperts:
     """One call per expert that has rows, weights in oneDNN's layout (plain where it has none)."""
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        lanes: Lanes,
+        gate: Gate = swiglu,
+    ) -> None:
         """shapes: [out, in] of each matrix of an expert: one, or gate-over-up and down."""
+        self._lanes = lanes
+        self._gate = gate
         self._shapes = tuple(shapes)
         self._dtype = dtype
         self._weights: list[list[Tensor]] = [[] for _ in shapes]
@@ -60,16 +77,28 @@ class PackedExperts:
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
         """Outputs [P, out] of pairs; see ``ExpertBank.compute``."""
         linear = packed_linear if self._is_packed else functional.linear
+        product = _Product(self._weights, linear, self._gate)
+        if len(pair_slot) <= _FEW_PAIRS and len(set(slots := pair_slot.tolist())) == len(slots):
+            rows = inputs.index_select(0, pair_input)
+            return _pair_by_pair(rows, slots, product, self._lanes)
         order = pair_slot.argsort(stable=True)
         counts = torch.bincount(pair_slot)
-        return _loop(inputs, pair_input, order, counts, self._weights, linear)
+        return _loop(inputs, pair_input, order, counts, product, self._lanes)
 
 
 class PaddedExperts:
     """One batched product over all experts, rows padded to the busiest one's."""
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        lanes: Lanes,
+        gate: Gate = swiglu,
+    ) -> None:
         """shapes: [out, in] of each matrix of an expert: one, or gate-over-up and down."""
+        self._lanes = lanes
+        self._gate = gate
         self._weights = [torch.zeros((0, *shape), dtype=dtype) for shape in shapes]
 
     def resize(self, num_slots: int) -> None:
@@ -90,15 +119,27 @@ class PaddedExperts:
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
         """Outputs [P, out] of pairs; see ``ExpertBank.compute``."""
+        if len(pair_slot) * _FEW_SLOTS <= len(self._weights[0]):
+            return self._gathered(inputs.index_select(0, pair_input), pair_slot)
         order = pair_slot.argsort(stable=True)
         counts = torch.bincount(pair_slot, minlength=len(self._weights[0]))
         used = counts.nonzero().squeeze(1)
         height = int(counts.max())
         if len(used) * height > _MAX_PADDING * max(len(order), len(counts)):
-            return _loop(inputs, pair_input, order, counts, self._weights, functional.linear)
+            product = _Product(self._weights, functional.linear, self._gate)
+            return _loop(inputs, pair_input, order, counts, product, self._lanes)
         rows = inputs.index_select(0, pair_input[order])
         rows = self._padded(rows, pair_slot[order], counts, used, height)
         return torch.empty_like(rows).index_copy_(0, order, rows)
+
+    def _gathered(self, rows: Tensor, slots: Tensor) -> Tensor:
+        """rows [P, in] -> [P, out]: weights are gathered for each pair, nothing is sorted."""
+        padded = rows.unsqueeze(1)
+        for matrix, weight in enumerate(self._weights):
+            if matrix == 1:
+                padded = self._gate(padded)
+            padded = torch.bmm(padded, weight.index_select(0, slots).transpose(1, 2))
+        return padded.squeeze(1)
 
     def _padded(
         self, rows: Tensor, slots: Tensor, counts: Tensor, used: Tensor, height: int
@@ -107,7 +148,7 @@ class PaddedExperts:
         starts = counts.cumsum(0) - counts
         place = torch.arange(len(rows)) - starts[slots]
         weights = self._weights
-        if len(used) * 4 <= len(counts):
+        if len(used) * _FEW_SLOTS <= len(counts):
             slots = torch.searchsorted(used, slots)
             weights = [w[used] for w in weights]
         place += slots * height
@@ -116,9 +157,37 @@ class PaddedExperts:
         padded = padded.view(len(weights[0]), height, -1)
         for matrix, weight in enumerate(weights):
             if matrix == 1:
-                padded = swiglu(padded)
+                padded = self._gate(padded)
             padded = torch.bmm(padded, weight.transpose(1, 2))
         return padded.view(-1, padded.shape[2])[place]
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """How one expert's rows are computed."""
+
+    matrices: Sequence[Sequence[Tensor] | Tensor]
+    """[matrix][slot]."""
+    linear: Callable[[Tensor, Tensor], Tensor]
+    """Rows times a matrix."""
+    gate: Gate
+    """Between the first matrix and the second."""
+
+
+def _pair_by_pair(rows: Tensor, slots: Sequence[int], product: _Product, lanes: Lanes) -> Tensor:
+    """rows [P, in], each for another slot -> [P, out]: a call per pair and matrix, unsorted."""
+
+    def share(first: int, last: int) -> Tensor:
+        part, own = rows[first:last], slots[first:last]
+        for matrix, weights in enumerate(product.matrices):
+            pieces = torch.split(product.gate(part) if matrix else part, 1)
+            outputs = (product.linear(x, weights[s]) for x, s in zip(pieces, own, strict=True))
+            part = torch.cat(list(outputs))
+        return part
+
+    shares = lanes.split([1.0] * len(slots))
+    parts = lanes.run([partial(share, first, last) for first, last in shares])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _loop(
@@ -126,42 +195,64 @@ def _loop(
     pair_input: Tensor,
     order: Tensor,
     counts: Tensor,
-    matrices: Sequence[Sequence[Tensor] | Tensor],
-    linear: Callable[[Tensor, Tensor], Tensor],
+    product: _Product,
+    lanes: Lanes,
 ) -> Tensor:
     """Outputs [P, out] of pairs with a call per used slot and matrix.
 
     ``order`` [P] sorts the pairs by slot, ``counts`` [slots] are the pairs of each.
     """
     work = [(slot, count) for slot, count in enumerate(counts.tolist()) if count]
-    places = torch.split(order, [count for _, count in work])
+    output = inputs.new_empty(len(order), product.matrices[-1][work[0][0]].shape[0])
     sources = pair_input[order]
-    if len(order) < _WIDE_ROWS * len(work):
-        rows = _by_matrix(inputs.index_select(0, sources), work, matrices, linear)
-        return torch.empty_like(rows).index_copy_(0, order, rows)
-    output: Tensor | None = None
-    first = 0
-    for (slot, count), place in zip(work, places, strict=True):  # stays in the core's own cache
-        rows = inputs.index_select(0, sources[first : first + count])
-        first += count
-        for matrix, weights in enumerate(matrices):
-            rows = linear(swiglu(rows) if matrix else rows, weights[slot])
-        if output is None:
-            output = inputs.new_empty(len(order), rows.shape[1])
-        output.index_copy_(0, place, rows)
-    assert output is not None, "there is at least one pair"
+    compute = _by_matrix if len(order) < _WIDE_ROWS * len(work) else _by_slot
+
+    def share(first: int, last: int, first_row: int, last_row: int) -> None:
+        places, rows = order[first_row:last_row], sources[first_row:last_row]
+        compute(inputs, rows, places, work[first:last], product, output)
+
+    tasks = []
+    row = 0
+    for first, last in lanes.split([_CALL_ROWS + count for _, count in work]):
+        end = row + sum(count for _, count in work[first:last])
+        tasks.append(partial(share, first, last, row, end))
+        row = end
+    lanes.run(tasks)
     return output
 
 
-def _by_matrix(
-    rows: Tensor,
+def _by_slot(
+    inputs: Tensor,
+    sources: Tensor,
+    places: Tensor,
     work: Sequence[tuple[int, int]],
-    matrices: Sequence[Sequence[Tensor] | Tensor],
-    linear: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Sorted rows [P, in] -> [P, out], matrix after matrix: fewest calls for few rows each."""
+    product: _Product,
+    output: Tensor,
+) -> None:
+    """Slot after slot: what an expert makes of its rows stays in the core's own cache."""
     sizes = [count for _, count in work]
-    for matrix, weights in enumerate(matrices):
-        pieces = torch.split(swiglu(rows) if matrix else rows, sizes)
+    for (slot, _), source, place in zip(
+        work, torch.split(sources, sizes), torch.split(places, sizes), strict=True
+    ):
+        rows = inputs.index_select(0, source)
+        for matrix, weights in enumerate(product.matrices):
+            rows = product.linear(product.gate(rows) if matrix else rows, weights[slot])
+        output.index_copy_(0, place, rows)
+
+
+def _by_matrix(
+    inputs: Tensor,
+    sources: Tensor,
+    places: Tensor,
+    work: Sequence[tuple[int, int]],
+    product: _Product,
+    output: Tensor,
+) -> None:
+    """Matrix after matrix: fewest calls for few rows each."""
+    sizes = [count for _, count in work]
+    rows = inputs.index_select(0, sources)
+    linear = product.linear
+    for matrix, weights in enumerate(product.matrices):
+        pieces = torch.split(product.gate(rows) if matrix else rows, sizes)
         rows = torch.cat([linear(x, weights[s]) for x, (s, _) in zip(pieces, work, strict=True)])
-    return rows
+    output.index_copy_(0, places, rows)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.layers import swiglu
+from workers.layers import Gate, swiglu
 
 _ALIGNMENT_BYTES = 16
 """``torch._grouped_mm`` wants rows of operands to start at multiples of this."""
@@ -18,9 +18,14 @@ class GroupedExperts:
     """``torch._grouped_mm`` over all slots in bfloat16, else one product per used slot."""
 
     def __init__(
-        self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device
+        self,
+        shapes: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        device: torch.device,
+        gate: Gate = swiglu,
     ) -> None:
         """shapes: [out, in] of each matrix of an expert: one, or gate-over-up and down."""
+        self._gate = gate
         self._weights = [torch.zeros((0, *s), dtype=dtype, device=device) for s in shapes]
         widths = {n for shape in shapes for n in shape}
         self._has_grouped = (
@@ -55,7 +60,7 @@ class GroupedExperts:
         multiply = self._grouped if self._has_grouped else self._loop
         for matrix, weight in enumerate(self._weights):
             if matrix == 1:
-                rows = swiglu(rows)
+                rows = self._gate(rows)
             rows = multiply(rows, weight, counts)
         output = torch.empty_like(rows)
         output[order] = rows

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cluster.placement import FREE_SLOT, ExpertPlacement
 from workers.checkpoint import Checkpoint
-from workers.experts.bank import ExpertBank
+from workers.experts.bank import ExpertBank, make_kernel
+from workers.experts.kernels_invariant import InvariantKernels
 from workers.families.base import BankSpec
+from workers.lanes import Lanes
 
 
 class ExpertSlots:
@@ -22,9 +25,16 @@ class ExpertSlots:
         num_slots: int,
         dtype: torch.dtype,
         device: torch.device,
+        lanes: Lanes | None = None,
+        deterministic: bool = False,
     ) -> None:
-        """``num_slots`` empty expert slots in every bank."""
-        self._banks = tuple(ExpertBank(spec, num_slots, dtype, device) for spec in banks)
+        """``num_slots`` empty expert slots in every bank.
+
+        Raises ``ConfigError`` where this machine cannot be deterministic.
+        """
+        fast = partial(make_kernel, lanes=lanes or Lanes())
+        make = InvariantKernels().make if deterministic else fast
+        self._banks = tuple(ExpertBank(spec, num_slots, dtype, device, make) for spec in banks)
         self._buffers: dict[tuple[int, int], Tensor] = {}
 
     @property

@@ -1,0 +1,217 @@
+"""Expert kernels whose rows do not depend on each other, for ``--deterministic``.
+
+One kernel for each size of experts: nothing is chosen by the load of a step. Its rows are tried
+when it is made (``row_invariance``), and where they depend on each other the next one is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from workers.experts.bank import ExpertKernel, MakeKernel
+from workers.experts.kernels_cpu import PACKED_MIN_ELEMENTS
+from workers.families.base import ExchangeSpec
+from workers.invariant import LINEAR_FORMS, MIN_ROWS, Form, RowInvariantLinear, check_device
+from workers.lanes import Lanes
+from workers.layers import gate_of
+from workers.row_invariance import NUM_TRIED_ROWS, random_rows, refusal
+
+Agree = Callable[[MakeKernel, ExchangeSpec, torch.dtype, torch.device], bool]
+"""Tries a kernel; see ``pairs_agree``."""
+_GROUPS = ((0, 1), (5, 6), (0, 2), (7, 10), (1, 8), (3, 12), (11, 41), (0, NUM_TRIED_ROWS))
+"""Neighbouring inputs of a trial."""
+_MAX_HEIGHT = 64
+"""Rows of a block: of a slot that has more, some blocks."""
+_TRIED_SLOTS = 6
+"""Slots of a trial."""
+
+
+class BlockExperts:
+    """One batched product over blocks of rows; every block belongs to one slot.
+
+    The blocks of a call are as high as its busiest slot has rows, within limits.
+    """
+
+    def __init__(self, exchange: ExchangeSpec, dtype: torch.dtype) -> None:
+        shapes = exchange.matrix_shapes
+        self._gate = gate_of(exchange.activation)
+        self._weights = [torch.zeros((0, *shape), dtype=dtype) for shape in shapes]
+
+    def resize(self, num_slots: int) -> None:
+        """See ``ExpertKernel``; new slots hold zeros."""
+        for matrix, old in enumerate(self._weights):
+            new = torch.zeros((num_slots, *old.shape[1:]), dtype=old.dtype)
+            new[: len(old)] = old
+            self._weights[matrix] = new
+
+    def store(self, slot: int, matrix: int, weight: Tensor) -> None:
+        """See ``ExpertKernel``."""
+        self._weights[matrix][slot] = weight
+
+    def clear(self, slot: int) -> None:
+        """See ``ExpertKernel``."""
+        for weights in self._weights:
+            weights[slot] = 0
+
+    def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
+        """See ``ExpertBank.compute``."""
+        order = pair_slot.argsort(stable=True)
+        slots = pair_slot[order]
+        counts = torch.bincount(slots)
+        height = min(max(int(counts.max()), MIN_ROWS), _MAX_HEIGHT)
+        num_blocks = (counts + (height - 1)) // height
+        owners = torch.repeat_interleave(num_blocks)
+        # A row's place: its slot's first block, then its place among the slot's rows.
+        begins = (num_blocks.cumsum(0) - num_blocks) * height - (counts.cumsum(0) - counts)
+        places = begins[slots] + torch.arange(len(slots))
+        blocks = inputs.new_zeros(len(owners) * height, inputs.shape[1])
+        blocks[places] = inputs[pair_input[order]]
+        blocks = blocks.view(len(owners), height, -1)
+        for matrix, weights in enumerate(self._weights):
+            if matrix == 1:
+                blocks = self._gate(blocks)
+            blocks = torch.bmm(blocks, weights.index_select(0, owners).transpose(1, 2))
+        rows = blocks.view(-1, blocks.shape[2])[places]
+        return torch.empty_like(rows).index_copy_(0, order, rows)
+
+
+class LoopExperts:
+    """A product for every slot that has rows."""
+
+    def __init__(self, exchange: ExchangeSpec, form: Form) -> None:
+        shapes = exchange.matrix_shapes
+        self._gate = gate_of(exchange.activation)
+        self._form = form
+        self._lanes = Lanes()
+        self._width = shapes[-1][0]
+        self._products: list[list[RowInvariantLinear | None]] = [[] for _ in shapes]
+
+    def resize(self, num_slots: int) -> None:
+        """See ``ExpertKernel``; empty slots take no memory."""
+        for products in self._products:
+            products += [None] * (num_slots - len(products))
+
+    def store(self, slot: int, matrix: int, weight: Tensor) -> None:
+        """See ``ExpertKernel``."""
+        product = RowInvariantLinear(weight.clone(), None, self._form, self._lanes)
+        self._products[matrix][slot] = product
+
+    def clear(self, slot: int) -> None:
+        """See ``ExpertKernel``."""
+        for products in self._products:
+            products[slot] = None
+
+    def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
+        """See ``ExpertBank.compute``."""
+        outputs = inputs.new_empty(len(pair_slot), self._width)
+        order = pair_slot.argsort(stable=True)
+        counts = torch.bincount(pair_slot).tolist()
+        for slot, places in enumerate(torch.split(order, counts)):
+            if len(places):
+                rows = inputs[pair_input[places]]
+                for matrix, products in enumerate(self._products):
+                    product = products[slot]
+                    assert product is not None, f"slot {slot} is empty"
+                    rows = product(self._gate(rows) if matrix else rows)
+                outputs[places] = rows
+        return outputs
+
+
+class InvariantKernels:
+    """Makes kernels; what a trial found is remembered by shape."""
+
+    def __init__(self, agree: Agree | None = None) -> None:
+        """``agree`` tries a form; ``pairs_agree`` unless it is given."""
+        self._agree = agree or pairs_agree
+        self._chosen: dict[tuple[object, ...], MakeKernel] = {}
+
+    def make(
+        self, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device
+    ) -> ExpertKernel:
+        """An empty kernel in the first form that is row-invariant. Raises ``ConfigError``."""
+        check_device(device)
+        width = exchange.expert_width
+        kind = (exchange.expert_kind, exchange.activation)
+        key = (kind, exchange.in_width, exchange.out_width, width, dtype)
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(exchange, dtype, device)
+        return self._chosen[key](exchange, dtype, device)
+
+    def _choose(
+        self, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device
+    ) -> MakeKernel:
+        for make in forms(exchange):
+            if self._agree(make, exchange, dtype, device):
+                return make
+        raise refusal(f"the {dtype} experts' output")
+
+
+def forms(exchange: ExchangeSpec) -> tuple[MakeKernel, ...]:
+    """Kernels for experts of this size, fastest first."""
+    loops = tuple(partial(_make_loop, form) for form in LINEAR_FORMS)
+    out, width = exchange.matrix_shapes[0]
+    return loops if out * width >= PACKED_MIN_ELEMENTS else (_make_blocks, *loops)
+
+
+def _make_blocks(exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device) -> ExpertKernel:
+    return BlockExperts(exchange, dtype)
+
+
+def _make_loop(
+    form: Form, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device
+) -> ExpertKernel:
+    return LoopExperts(exchange, form)
+
+
+def pairs_agree(
+    make: MakeKernel, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether a pair's output has the same bits in all batches and places of its expert."""
+    inputs = random_rows(NUM_TRIED_ROWS, exchange.in_width, dtype=dtype)
+    found = []
+    for num_slots, first in ((_TRIED_SLOTS, _TRIED_SLOTS - 2), (2, 0)):
+        kernel = make(exchange, dtype, device)
+        kernel.resize(num_slots)
+        for matrix, shape in enumerate(exchange.matrix_shapes):
+            weights = random_rows(2, *shape, dtype=dtype)
+            for slot in range(num_slots):
+                kernel.store(slot, matrix, weights[(slot - first) % 2])
+        found.append(_Trial(kernel, inputs, num_slots, first))
+    expected = found[0].together()
+    return torch.equal(found[1].together(), expected) and all(
+        torch.equal(trial.group(expert, *rows, num_mates), expected[expert, slice(*rows)])
+        for trial in found
+        for expert in (0, 1)
+        for rows in _GROUPS
+        for num_mates in (0, 2, trial.num_slots)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """Two experts, in slots ``first`` and ``first + 1`` of a kernel."""
+
+    kernel: ExpertKernel
+    inputs: Tensor
+    num_slots: int
+    first: int
+
+    def together(self) -> Tensor:
+        """[2, inputs, out]: all outputs of both experts, computed at once."""
+        count = len(self.inputs)
+        sources = torch.arange(count).repeat(2)
+        slots = self.first + torch.arange(2).repeat_interleave(count)
+        return self.kernel.compute(self.inputs, sources, slots).view(2, count, -1)
+
+    def group(self, expert: int, first: int, last: int, num_mates: int) -> Tensor:
+        """Some inputs through one expert, behind a pair for each of the first slots."""
+        mates = torch.arange(num_mates)
+        rows = torch.arange(first, last)
+        slots = torch.full_like(rows, self.first + expert)
+        sources, slots = torch.cat((mates, rows)), torch.cat((mates, slots))
+        return self.kernel.compute(self.inputs, sources, slots)[num_mates:]
