@@ -1,9 +1,48 @@
-"""Accounting of KV blocks. Pure; the tensors are in ``kv_cache``."""
+"""Accounting of KV blocks and of what they hold. Pure; the tensors are in ``kv_cache``.
+
+A block whose contents are known can be found again by its hash, which covers its tokens and all
+that stand before them. It keeps its hash when nobody holds it any more, until it is taken for
+something else: blocks without a hash go first, then those that were held longest ago.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+import struct
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+BlockHash = bytes
+"""32 bytes, blake2b: requests of one salt trust it not to collide."""
+_HASH_BYTES = 32
+
+
+def root_hash(salt: str, owner: str = "", length: int = 0) -> BlockHash:
+    """What the first block of a sequence is chained to: its tenant, or one request (``owner``).
+
+    ``length`` is that of the prompt where keys depend on it, else 0.
+    """
+    person = b"kv owner" if owner else b"kv salt"
+    own = length.to_bytes(8, "little") if length else b""
+    name = (owner or salt).encode()
+    return blake2b(name, digest_size=_HASH_BYTES, person=person, salt=own).digest()
+
+
+def chain_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
+    """Hash of a full block behind ``parent``: the root, or the block before it."""
+    data = parent + struct.pack(f"<{len(token_ids)}I", *token_ids)
+    return blake2b(data, digest_size=_HASH_BYTES, person=b"kv block").digest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HashChanges:
+    """How the set of hashes that can be found differs from the last time it was asked for."""
+
+    stored: tuple[BlockHash, ...]
+    """New ones, oldest first."""
+    removed: tuple[BlockHash, ...]
+    """Gone ones, oldest first."""
 
 
 class BlockPool:
@@ -11,8 +50,13 @@ class BlockPool:
 
     def __init__(self, num_blocks: int) -> None:
         self._num_blocks = num_blocks
-        self._free: deque[int] = deque(range(num_blocks))
         self._holders = [0] * num_blocks
+        self._hashes: list[BlockHash | None] = [None] * num_blocks
+        self._by_hash: dict[BlockHash, int] = {}
+        self._blank: deque[int] = deque(range(num_blocks))  # free, without a hash
+        self._kept: OrderedDict[int, None] = OrderedDict()  # free, with a hash, oldest first
+        self._stored: dict[BlockHash, None] = {}
+        self._removed: dict[BlockHash, None] = {}
 
     @property
     def num_blocks(self) -> int:
@@ -21,46 +65,136 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
-        return len(self._free)
+        """Blocks that nobody holds, whether they can be found by a hash or not."""
+        return len(self._blank) + len(self._kept)
+
+    @property
+    def num_hashes(self) -> int:
+        """Blocks that can be found, held or free."""
+        return len(self._by_hash)
 
     def can_allocate(self, count: int) -> bool:
         """Whether ``allocate(count)`` would succeed."""
-        return count <= len(self._free)
+        return count <= self.num_free
 
     def is_free(self, block: int) -> bool:
         """Whether nobody holds a block."""
         return self._holders[block] == 0
 
     def allocate(self, count: int) -> list[int]:
-        """Take free blocks for one holder."""
-        assert self.can_allocate(count), f"{count} blocks of {len(self._free)} free ones"
-        blocks = [self._free.popleft() for _ in range(count)]
+        """Take free blocks for one holder; hashes of those that had one are forgotten."""
+        assert self.can_allocate(count), f"{count} blocks of {self.num_free} free ones"
+        blocks = [self._take_free() for _ in range(count)]
         for block in blocks:
             self._holders[block] = 1
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Add a holder to blocks that somebody holds."""
+        """Add a holder to blocks that somebody holds, or that were just found."""
         for block in blocks:
-            assert self._holders[block] > 0, f"block {block} is free"
+            if not self._holders[block]:
+                assert block in self._kept, f"block {block} is free"
+                del self._kept[block]
             self._holders[block] += 1
 
-    def release(self, blocks: Iterable[int]) -> None:
-        """Drop one holder of each block; blocks without holders become free."""
-        for block in blocks:
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop one holder of each block of a table; blocks without holders become free.
+
+        The table's end becomes free first: a block cannot be found without those before it.
+        """
+        for block in reversed(blocks):
             assert self._holders[block] > 0, f"block {block} is free already"
             self._holders[block] -= 1
-            if self._holders[block] == 0:
-                self._free.append(block)
+            if self._holders[block]:
+                continue
+            if self._hashes[block] is None:
+                self._blank.append(block)
+            else:
+                self._kept[block] = None
+
+    # What blocks hold
+
+    def find(self, hashes: Iterable[BlockHash]) -> list[int]:
+        """Blocks of the longest run of known hashes from the first on. Changes nothing."""
+        found: list[int] = []
+        for block_hash in hashes:
+            block = self._by_hash.get(block_hash)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def hash_of(self, block: int) -> BlockHash | None:
+        """The hash by which a block can be found."""
+        return self._hashes[block]
+
+    def store(self, block: int, block_hash: BlockHash) -> None:
+        """A held block's contents are final: it can be found from now on.
+
+        If another block has the same contents, that one stays the one to find.
+        """
+        assert self._holders[block], f"block {block} is free"
+        assert self._hashes[block] in (None, block_hash), f"block {block} changed its contents"
+        if block_hash in self._by_hash:
+            return
+        self._by_hash[block_hash] = block
+        self._hashes[block] = block_hash
+        if block_hash in self._removed:
+            del self._removed[block_hash]
+        else:
+            self._stored[block_hash] = None
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """What these blocks hold is not fit to be found."""
+        for block in blocks:
+            if self._hashes[block] is None:
+                continue
+            self._drop_hash(block)
+            if not self._holders[block]:
+                del self._kept[block]
+                self._blank.append(block)
+
+    def take_changes(self) -> HashChanges:
+        """Hashes that came and went since the last call; what did both is left out.
+
+        Feeds an index of who holds which prefix. Without a reader it stays within the pool's size.
+        """
+        changes = HashChanges(stored=tuple(self._stored), removed=tuple(self._removed))
+        self._stored.clear()
+        self._removed.clear()
+        return changes
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
-        """Assert that the holders are exactly the given block tables, and the rest is free."""
+        """Assert that holders are exactly the given block tables, the rest is free, and every
+        hash leads to the one block that has it."""
         found = [0] * self._num_blocks
         for table in tables:
             assert len(set(table)) == len(table), "a block table names a block twice"
             for block in table:
                 found[block] += 1
         assert found == self._holders, "the holders differ from the block tables"
-        free = sorted(self._free)
+        free = sorted((*self._blank, *self._kept))
         assert free == [b for b in range(self._num_blocks) if not found[b]], "free list is wrong"
+        by_hash = {h: block for block, h in enumerate(self._hashes) if h is not None}
+        assert by_hash == self._by_hash, "hashes and blocks differ"
+        assert all(self._hashes[b] is None for b in self._blank), "a blank block has a hash"
+        assert all(self._hashes[b] is not None for b in self._kept), "a kept block has no hash"
+        assert self._stored.keys() <= by_hash.keys(), "a stored hash is gone"
+        assert self._removed.keys().isdisjoint(by_hash), "a removed hash is there"
+
+    def _take_free(self) -> int:
+        if self._blank:
+            return self._blank.popleft()
+        block, _ = self._kept.popitem(last=False)
+        self._drop_hash(block)
+        return block
+
+    def _drop_hash(self, block: int) -> None:
+        block_hash = self._hashes[block]
+        assert block_hash is not None, f"block {block} has no hash"
+        self._hashes[block] = None
+        del self._by_hash[block_hash]
+        if block_hash in self._stored:
+            del self._stored[block_hash]
+        else:
+            self._removed[block_hash] = None

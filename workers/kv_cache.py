@@ -12,13 +12,9 @@ import torch
 from torch import Tensor
 
 from cluster.config import EngineSection
-from cluster.errors import ConfigError
 from workers.attention import PIECE_BYTES, Workspace
 from workers.families.base import ModelConfig
-
-_DEFAULT_CONTEXTS = 16
-_MIN_DEFAULT_BYTES = 64 * 1024**2
-_MAX_DEFAULT_BYTES = 1024**3
+from workers.lanes import Lanes
 
 
 class KVCache:
@@ -32,6 +28,7 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        lanes: Lanes,
     ) -> None:
         self.block_size = block_size
         self.null_block = num_blocks
@@ -45,8 +42,10 @@ class KVCache:
             for _ in range(config.num_layers)
         )
         """By layer: [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before values."""
-        self.workspace = Workspace(dtype, device)
-        """Scratch memory for what steps gather."""
+        self.lanes = lanes
+        """Threads that attend."""
+        self.workspaces = tuple(Workspace(dtype, device) for _ in range(lanes.count))
+        """Scratch memory of each lane, for what steps gather."""
 
     @property
     def blocks_per_piece(self) -> int:
@@ -55,6 +54,11 @@ class KVCache:
         if layer.device.type != "cpu":
             return sys.maxsize
         return PIECE_BYTES // (layer[:, 0].numel() * layer.element_size())
+
+    def clear_slots(self, slots: Sequence[int]) -> None:
+        """Zero single slots (block * block_size + offset), as ``clear`` does whole blocks."""
+        for layer in self.layers if slots else ():
+            layer.view(layer.shape[0], -1, layer.shape[3])[:, list(slots)] = 0
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero blocks that may hold NaN or infinity: a masked value still meets 0 * NaN."""
@@ -79,11 +83,4 @@ def num_kv_blocks(
 
     Raises ``ConfigError`` if that is not even one block.
     """
-    each = block_bytes(config, section.block_size_tokens, dtype)
-    budget = section.kv_cache_bytes
-    if budget is None:
-        contexts = _DEFAULT_CONTEXTS * -(-max_model_len // section.block_size_tokens) * each
-        budget = min(max(contexts, _MIN_DEFAULT_BYTES), _MAX_DEFAULT_BYTES)
-    if budget < each:
-        raise ConfigError("kv_cache_bytes", budget, f"must hold at least one block of {each} bytes")
-    return budget // each
+    return section.num_kv_blocks(block_bytes(config, 1, dtype), max_model_len)

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from workers.kv_blocks import BlockPool
+from workers.prefix_cache import PrefixCache
 from workers.request import FinishReason
 from workers.sequence import Ending, Sequence, SequenceState
 
@@ -66,9 +67,15 @@ class RowsWanted:
 class Scheduler:
     """Sequences, their blocks, and the plan of a step.
 
-    At admission a sequence gets the blocks of all tokens it has, so that only decodes can run short
-    of blocks later. Then the newest sequence gives way: it waits again and is recomputed from
-    prompt and output.
+    Lower priority values go first, then earlier arrivals. At admission a sequence gets the blocks
+    of all tokens it has, so that only decodes can run short of blocks later; those that the prefix
+    cache knows are computed already. When blocks run short the last of the order gives way: it
+    waits again, without blocks, and what the cache has lost by then is recomputed from prompt and
+    output. So the first of the order always goes on, and everyone ends.
+
+    Admission leaves a free block for each running sequence that may still grow, so that who comes
+    in is not sent away in the next step. A waiting sequence that does not fit takes the place of
+    running ones only where their priority is lower.
     """
 
     def __init__(
@@ -80,13 +87,23 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         eos_token_ids: Iterable[int],
+        enable_prefix_caching: bool = True,
+        length_matters_above: int | None = None,
     ) -> None:
+        """``length_matters_above``: see ``ModelConfig.length_matters_above``."""
         self._pool = pool
         self._block_size = block_size
         self._max_num_seqs = max_num_seqs
         self._max_rows = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
+        self.prefixes = PrefixCache(
+            pool,
+            block_size=block_size,
+            is_enabled=enable_prefix_caching,
+            length_matters_above=length_matters_above,
+        )
+        """Finds what was computed before; its counters are for reading."""
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self.num_preemptions = 0
@@ -112,21 +129,26 @@ class Scheduler:
         """Number of running sequences."""
         return len(self._running)
 
+    @property
+    def num_deferred(self) -> int:
+        """Waiting sequences that could not use a free place: their prompt is being computed."""
+        return sum(map(self._waits_for_leader, self._waiting))
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens of waiting sequences, counted once for all choices of a request."""
+        return sum(s.prompt_length for s in self._waiting if s.leader is None)
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind those of its priority."""
         self._enter(self._waiting, sequence, SequenceState.WAITING)
 
-    def remove(self, sequence: Sequence, may_share: bool = True) -> None:
-        """End a sequence between steps; its blocks are free at once.
-
-        ``may_share`` False: what its blocks hold is not fit for other choices of the request.
-        """
+    def remove(self, sequence: Sequence) -> None:
+        """End a sequence between steps; its blocks are free at once."""
         if sequence.state is SequenceState.FINISHED:
             return
         here = self._running if sequence.state is SequenceState.RUNNING else self._waiting
         here.remove(sequence)
-        if may_share:
-            self._share_with_siblings(sequence)
         self._release(sequence)
         sequence.state = SequenceState.FINISHED
 
@@ -138,6 +160,8 @@ class Scheduler:
                 return Ending(reason=FinishReason.STOP)
             if output[-1] in params.stop_token_ids:
                 return Ending(reason=FinishReason.STOP, stop_token_id=output[-1])
+        if sequence.grammar is not None and sequence.grammar.is_complete:
+            return Ending(reason=FinishReason.STOP)
         if len(output) >= params.max_tokens or sequence.num_tokens >= self._max_model_len:
             return Ending(reason=FinishReason.LENGTH)
         return None
@@ -146,28 +170,28 @@ class Scheduler:
         """Rows that the next step would run if all were granted."""
         decodes = sum(s.is_decoding for s in self._running)
         missing = sum(s.num_missing for s in self._running if not s.is_decoding)
-        missing += sum(s.num_missing for s in self._admissible())
-        if not self._running and not missing and self._waiting:
-            missing = self._waiting[0].num_missing  # the others give way while planning
-        prefill = min(missing, self._max_rows - decodes)
-        return RowsWanted(decode_rows=decodes, prefill_rows=prefill)
+        limit = self._max_rows - decodes
+        missing += sum(map(self._num_to_compute, self._admissible(limit - missing)))
+        first = self._first_in_need()
+        if first is not None:
+            missing += self._num_to_compute(first)
+        return RowsWanted(decode_rows=decodes, prefill_rows=min(missing, limit))
 
     def schedule(self, decode_rows: int, prefill_rows: int) -> Plan:
         """Choose rows within what was granted, and allocate their blocks."""
         rows: list[PlannedRows] = []
+        admissible: list[Sequence] = []
+        if prefill_rows > 0:
+            self._make_room_for_first()
+            admissible += self._admissible(prefill_rows)  # decodes leave them blocks: see _reserve
         for sequence in self.running:
             if sequence.is_decoding and len(rows) < decode_rows:
                 self._plan_decode(sequence, rows)
         left = min(prefill_rows, self._max_rows - len(rows))
-        for sequence in self.running:
-            if left > 0 and not sequence.is_decoding:
-                left -= self._plan_chunk(sequence, left, rows)
-        if left > 0 and not self._running:
-            self._make_room_for_first()
-        for sequence in list(self._admissible()) if left > 0 else ():
+        prefilling = (s for s in self._running if not s.is_decoding)
+        for sequence in sorted((*prefilling, *admissible), key=_order):
             if left > 0:
-                new_blocks = self._admit(sequence)
-                left -= self._plan_chunk(sequence, left, rows, new_blocks, is_admitted=True)
+                left -= self._plan_chunk(sequence, left, rows)
         return Plan(rows=tuple(rows))
 
     def commit(
@@ -176,40 +200,56 @@ class Scheduler:
         """The plan ran. ``drawn`` has the token of each sequence that drew one.
 
         Returns the sequences that ended, with the reason; their blocks are free. ``failed`` ones
-        end without a token.
+        end without a token, and nobody finds what they computed in this plan.
         """
         endings: dict[Sequence, Ending] = {}
         for planned in plan.rows:
             sequence = planned.sequence
-            sequence.num_computed += planned.count
-            ending: Ending | None = None
-            if sequence in failed:
-                ending = Ending(reason=FinishReason.ERROR)
-            elif planned.draws_token:
-                if sequence in drawn:
-                    sequence.output.append(drawn[sequence])
-                ending = self.ending(sequence)
+            ending = self._commit_rows(planned, drawn.get(sequence), sequence in failed)
             if ending is not None:
                 endings[sequence] = ending
-                self.remove(sequence, may_share=sequence not in failed)
+                self.remove(sequence)
         return endings
 
     def abandon(self, plan: Plan) -> None:
         """The plan did not run: give back its blocks, and return who was admitted for it."""
         for planned in plan.rows:
             sequence = planned.sequence
-            if planned.num_new_blocks:
-                self._pool.release(sequence.blocks[-planned.num_new_blocks :])
-                del sequence.blocks[-planned.num_new_blocks :]
             if planned.is_admitted:
                 self._running.remove(sequence)
+                self._release(sequence)
                 self._enter(self._waiting, sequence, SequenceState.WAITING)
+            elif planned.num_new_blocks:
+                self._pool.release(sequence.blocks[-planned.num_new_blocks :])
+                del sequence.blocks[-planned.num_new_blocks :]
 
     def check_integrity(self) -> None:
-        """Assert that the pool's holders are exactly the block tables of all sequences."""
-        self._pool.check_integrity([s.blocks for s in (*self._running, *self._waiting)])
+        """Assert that the pool's holders are exactly the block tables of all running sequences,
+        and that the prefix cache says of their blocks what they hold."""
+        self._pool.check_integrity([s.blocks for s in self._running])
         for sequence in self._running:
             assert sequence.num_computed <= len(sequence.blocks) * self._block_size
+            self.prefixes.check_integrity(sequence)
+        for sequence in self._waiting:
+            assert not sequence.blocks
+            assert not sequence.num_computed
+
+    def _commit_rows(
+        self, planned: PlannedRows, token: int | None, has_failed: bool
+    ) -> Ending | None:
+        """Returns how the sequence ended, if it did."""
+        sequence = planned.sequence
+        if planned.is_admitted:
+            self.prefixes.count(sequence, planned.first)
+        sequence.num_computed += planned.count
+        if has_failed:
+            return Ending(reason=FinishReason.ERROR)
+        self.prefixes.store(sequence, planned.first)
+        if not planned.draws_token:
+            return None
+        if token is not None:
+            sequence.append(token)
+        return self.ending(sequence)
 
     # Planning
 
@@ -223,37 +263,43 @@ class Scheduler:
         sequence.blocks += self._pool.allocate(missing)
         rows.append(PlannedRows(sequence, sequence.num_computed, 1, True, missing, False))
 
-    def _plan_chunk(
-        self,
-        sequence: Sequence,
-        limit: int,
-        rows: list[PlannedRows],
-        new_blocks: int = 0,
-        is_admitted: bool = False,
-    ) -> int:
+    def _plan_chunk(self, sequence: Sequence, limit: int, rows: list[PlannedRows]) -> int:
         """Plan up to ``limit`` rows of a prompt (or of a recomputation); returns how many."""
+        is_admitted = sequence.state is SequenceState.WAITING
+        new_blocks = self._admit(sequence) if is_admitted else 0
         count = min(limit, sequence.num_missing)
         first = sequence.num_computed
         rows.append(PlannedRows(sequence, first, count, False, new_blocks, is_admitted))
         return count
 
-    def _admissible(self) -> Iterator[Sequence]:
-        """Waiting sequences in order, as far as seats and free blocks go."""
-        free, seats = self._pool.num_free, self._max_num_seqs - len(self._running)
+    def _admissible(self, max_rows: int) -> Iterator[Sequence]:
+        """Waiting sequences in order, as far as seats, free blocks and rows go.
+
+        Known blocks that nobody holds are taken from the free ones, by each that would use them.
+        """
+        left = max_rows
+        free = self._pool.num_free - self._reserve(self._running)
+        seats = self._max_num_seqs - len(self._running)
         for sequence in self._waiting:
-            if self._waits_for_leader(sequence):
-                continue
-            free -= self._blocks_to_admit(sequence)
-            if free < 0 or seats <= 0:
+            if seats <= 0 or left <= 0:
                 return
+            found = self.prefixes.find(sequence)
+            if self._waits_for_leader(sequence) and len(found) < self._num_shared(sequence):
+                continue
+            free -= self._blocks(sequence.num_tokens)
+            free += sum(not self._pool.is_free(block) for block in found)
+            if free < 0:
+                return
+            free -= self._reserve((sequence,))
             seats -= 1
+            left -= sequence.num_tokens - len(found) * self._block_size
             yield sequence
 
     def _admit(self, sequence: Sequence) -> int:
         """Move to running with blocks for all its tokens; returns how many were allocated."""
-        leader = sequence.leader
-        if leader is not None and leader.state is SequenceState.RUNNING:
-            self._share(leader, sequence)
+        sequence.blocks += self.prefixes.find(sequence)
+        self._pool.share(sequence.blocks)
+        sequence.num_computed = len(sequence.blocks) * self._block_size
         missing = self._blocks(sequence.num_tokens) - len(sequence.blocks)
         sequence.blocks += self._pool.allocate(missing)
         self._waiting.remove(sequence)
@@ -265,69 +311,73 @@ class Scheduler:
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    def _blocks_to_admit(self, sequence: Sequence) -> int:
-        leader = sequence.leader
-        shared = len(sequence.blocks)
-        if not shared and leader is not None and leader.state is SequenceState.RUNNING:
-            shared = self._shareable(sequence)
-        return self._blocks(sequence.num_tokens) - shared
+    def _num_to_compute(self, waiting: Sequence) -> int:
+        """Rows that it would run if it were admitted now."""
+        return waiting.num_tokens - len(self.prefixes.find(waiting)) * self._block_size
+
+    def _reserve(self, sequences: Iterable[Sequence]) -> int:
+        """Blocks to leave free at an admission: one for each sequence that may need another."""
+        return sum(map(self._may_grow, sequences))
+
+    def _may_grow(self, sequence: Sequence) -> bool:
+        is_running = sequence.state is SequenceState.RUNNING
+        held = len(sequence.blocks) if is_running else self._blocks(sequence.num_tokens)
+        read = sequence.prompt_length + sequence.params.max_tokens - 1  # not the last one drawn
+        return self._blocks(min(read, self._max_model_len)) > held
 
     def _give_way(self, sequence: Sequence) -> bool:
-        """Free blocks for a decode: the newest holder gives up its own.
+        """Free blocks for a decode: the last of the order gives up its own.
 
         Returns False when that is the sequence itself.
         """
-        holders = [s for s in self._waiting if s.blocks]
-        if holders:
-            self._release(holders[-1])
-            return True
-        victim = self._running[-1]
-        self._running.remove(victim)
+        self._preempt_last()
+        return sequence.state is SequenceState.RUNNING
+
+    def _preempt_last(self) -> None:
+        victim = self._running.pop()
         self._release(victim)
         self._enter(self._waiting, victim, SequenceState.WAITING)
         self.num_preemptions += 1
-        return victim is not sequence
+
+    def _first_in_need(self) -> Sequence | None:
+        """The first waiting sequence, if it can run when others of lower priority give way."""
+        first = next((s for s in self._waiting if not self._waits_for_leader(s)), None)
+        if first is None:
+            return None
+        stay = [s for s in self._running if s.request.priority <= first.request.priority]
+        if len(stay) == len(self._running) or first in self._admissible(self._max_rows):
+            return None
+        held = {block for s in stay for block in s.blocks}
+        missing = self._blocks(first.num_tokens) - len(held.intersection(self.prefixes.find(first)))
+        free = self._pool.num_blocks - len(held) - self._reserve(stay)
+        return first if missing <= free else None
 
     def _make_room_for_first(self) -> None:
-        """Nobody runs: blocks that later waiting sequences hold go to the first one."""
-        first = next((s for s in self._waiting if not self._waits_for_leader(s)), None)
-        for holder in reversed(self._waiting):
-            if first is None or self._pool.can_allocate(self._blocks_to_admit(first)):
-                return
-            if holder is not first:
-                self._release(holder)
+        """Let others give way until the first waiting sequence fits, if that is possible."""
+        while self._first_in_need() is not None:
+            self._preempt_last()
 
     def _release(self, sequence: Sequence) -> None:
         self._pool.release(sequence.blocks)
         sequence.blocks.clear()
         sequence.num_computed = 0
 
-    # Choices of one request share the full blocks of its prompt
-
-    def _shareable(self, sequence: Sequence) -> int:
-        """Full prompt blocks, leaving at least one prompt token to compute."""
+    def _num_shared(self, sequence: Sequence) -> int:
+        """Full prompt blocks, at least one prompt token left to compute: what choices share."""
         return (sequence.prompt_length - 1) // self._block_size
 
     def _waits_for_leader(self, sequence: Sequence) -> bool:
+        """Choice 0 is going to compute the prompt's full blocks."""
         leader = sequence.leader
-        if leader is None or sequence.blocks or leader.state is SequenceState.FINISHED:
+        if leader is None or leader.state is SequenceState.FINISHED:
             return False
-        return leader.num_computed < self._shareable(sequence) * self._block_size
-
-    def _share(self, leader: Sequence, sequence: Sequence) -> None:
-        count = self._shareable(sequence)
-        if sequence.blocks or not count or leader.num_computed < count * self._block_size:
-            return
-        sequence.blocks += leader.blocks[:count]
-        self._pool.share(sequence.blocks)
-        sequence.num_computed = count * self._block_size
-
-    def _share_with_siblings(self, leader: Sequence) -> None:
-        for sequence in self._waiting:
-            if sequence.leader is leader:
-                self._share(leader, sequence)
+        return leader.num_computed < self._num_shared(sequence) * self._block_size
 
     @staticmethod
     def _enter(queue: list[Sequence], sequence: Sequence, state: SequenceState) -> None:
         sequence.state = state
-        insort(queue, sequence, key=lambda s: s.order)
+        insort(queue, sequence, key=_order)
+
+
+def _order(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.order

@@ -5,8 +5,20 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 from workers.request import FinishReason, Request, SamplingParams
+
+
+class OutputGrammar(Protocol):
+    """What the output must follow, as far as it has got."""
+
+    def advance(self, token: int) -> None:
+        """Add an output token; called at commit only."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing can be added to the output any more."""
 
 
 class SequenceState(Enum):
@@ -41,6 +53,8 @@ class Sequence:
     """Monotonic seconds; infinity for none."""
     output: list[int] = field(default_factory=list)
     """Tokens produced so far, those of earlier attempts included."""
+    grammar: OutputGrammar | None = None
+    """State after ``output``; None where it is free."""
     num_computed: int = 0
     """Positions from 0 on whose keys and values are in the cache."""
     blocks: list[int] = field(default_factory=list)
@@ -49,6 +63,10 @@ class Sequence:
     """Place in the scheduler."""
     leader: Sequence | None = None
     """Choice 0 of the same request, whose full prompt blocks are shared; None for itself."""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chained hashes of its first full blocks, as far as they were needed."""
+    num_cached_tokens: int | None = None
+    """Prompt tokens that its first admission found in the prefix cache; None before."""
     key: int = 0
     """63-bit hash of (request, choice); with a position it names a row."""
 
@@ -85,6 +103,29 @@ class Sequence:
     def is_decoding(self) -> bool:
         """Only its newest output token is missing from the cache."""
         return bool(self.output) and self.num_missing == 1
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Every prompt token is computed, for its log-probability."""
+        return self.params.prompt_logprobs is not None and not self.choice and not self.output
+
+    @property
+    def num_reusable(self) -> int:
+        """Tokens from the first on that need not be computed if a cache knows them.
+
+        The newest one always is: the next token is drawn from its logits.
+        """
+        if self.scores_prompt:
+            return 0
+        if self.request.inspection is not None:
+            return self.request.inspection.first_position(self.prompt_length)
+        return self.num_tokens - 1
+
+    def append(self, token: int) -> None:
+        """Add a token to the output; called at commit only."""
+        self.output.append(token)
+        if self.grammar is not None:
+            self.grammar.advance(token)
 
     def tokens(self, first: int, last: int) -> tuple[int, ...] | list[int]:
         """Token ids at positions first .. last - 1."""

@@ -19,7 +19,13 @@ class Desk:
     """A scheduler with 4-token blocks, and the bookkeeping that an engine does around it."""
 
     def __init__(
-        self, num_blocks: int = 64, max_num_seqs: int = 8, max_rows: int = 32, max_len: int = 100
+        self,
+        num_blocks: int = 64,
+        max_num_seqs: int = 8,
+        max_rows: int = 32,
+        max_len: int = 100,
+        enable_prefix_caching: bool = True,
+        length_matters_above: int | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks)
         self.scheduler = Scheduler(
@@ -29,6 +35,8 @@ class Desk:
             max_num_batched_tokens=max_rows,
             max_model_len=max_len,
             eos_token_ids=(EOS,),
+            enable_prefix_caching=enable_prefix_caching,
+            length_matters_above=length_matters_above,
         )
         self._arrivals = 0
 
@@ -40,13 +48,18 @@ class Desk:
         priority: int = 0,
         n: int = 1,
         output: tuple[int, ...] = (),
+        first_token: int | None = None,
+        cache_salt: str = "",
     ) -> list[Sequence]:
+        """A request with a prompt of its own, or one that counts up from ``first_token``."""
+        first = 10 + 1000 * self._arrivals if first_token is None else first_token
         request = Request(
             request_id=f"r{self._arrivals}",
-            prompt=tuple(range(10, 10 + prompt_length)),
+            prompt=tuple(range(first, first + prompt_length)),
             params=params or SamplingParams(max_tokens=8),
             n=n,
             priority=priority,
+            cache_salt=cache_salt,
         )
         found: list[Sequence] = []
         for choice in range(n):
@@ -145,23 +158,99 @@ def test_seats_are_limited() -> None:
 
 
 def test_newest_gives_way_when_blocks_run_out() -> None:
-    desk = Desk(num_blocks=4)
-    desk.add(8, SamplingParams(max_tokens=8))
+    desk = Desk(num_blocks=5)
+    (oldest,) = desk.add(8, SamplingParams(max_tokens=8))
     (newest,) = desk.add(7, SamplingParams(max_tokens=8))
     desk.step()
+    assert desk.pool.num_free == 1  # admission left it for r0
+    while oldest.num_tokens < 13:
+        desk.commit(desk.scheduler.schedule(1, 0))
     assert desk.pool.num_free == 0
-    plan = desk.plan()  # r0 needs a third block
-    assert rows(plan) == [("r0", 8, 1, True)]
+    plan = desk.plan()  # r0 needs a fourth block
+    assert rows(plan) == [("r0", 12, 1, True)]
     assert newest.state is SequenceState.WAITING
     assert newest.num_computed == 0
     assert newest.output == [50]
     assert desk.scheduler.num_preemptions == 1
     desk.commit(plan)
-    for _ in range(6):
+    while oldest.state is not SequenceState.FINISHED:
         desk.step()
-    plan = desk.plan()  # r0 is done: r1 is recomputed from prompt and output
-    assert rows(plan) == [("r1", 0, 8, False)]
+    plan = desk.plan()  # r0 is done and had one of its blocks: r1 is recomputed from there
+    assert rows(plan) == [("r1", 4, 4, False)]
     assert plan.rows[0].draws_token
+
+
+def test_lower_priority_gives_way_before_the_newer() -> None:
+    desk = Desk(num_blocks=8)
+    (low,) = desk.add(8, SamplingParams(max_tokens=12), priority=1)
+    (old,) = desk.add(8, SamplingParams(max_tokens=12))
+    (new,) = desk.add(8, SamplingParams(max_tokens=12))
+    while not desk.scheduler.num_preemptions:
+        desk.step()
+    assert low.state is SequenceState.WAITING
+    assert desk.scheduler.running == [old, new]
+
+
+def test_urgent_request_takes_the_seat_of_the_last_with_lower_priority() -> None:
+    desk = Desk(max_num_seqs=2)
+    (first,), (last,) = desk.add(4, priority=1), desk.add(4, priority=1)
+    desk.step()
+    desk.add(4, priority=1)  # not more urgent: it waits
+    assert desk.scheduler.wanted().prefill_rows == 0
+    (urgent,) = desk.add(6)
+    assert desk.scheduler.wanted().prefill_rows == 6
+    plan = desk.plan()
+    assert rows(plan) == [("r0", 4, 1, True), ("r3", 0, 6, False)]
+    assert last.state is SequenceState.WAITING
+    assert desk.scheduler.running == [urgent, first]
+    assert desk.scheduler.num_preemptions == 1
+
+
+def test_urgent_request_takes_blocks_only_if_that_is_enough_for_it() -> None:
+    desk = Desk(num_blocks=8)
+    (equal,) = desk.add(12, SamplingParams(max_tokens=9))
+    (low,) = desk.add(8, SamplingParams(max_tokens=9), priority=2)
+    desk.step()
+    (too_large,) = desk.add(20, SamplingParams(max_tokens=1), priority=1)
+    assert [p.sequence for p in desk.plan().rows] == [equal, low]
+    desk.scheduler.remove(too_large)
+    (fitting,) = desk.add(12, SamplingParams(max_tokens=1), priority=1)
+    assert [p.sequence for p in desk.plan().rows] == [equal, fitting]
+    assert low.state is SequenceState.WAITING
+
+
+def test_urgent_prompt_goes_before_the_rest_of_a_long_one() -> None:
+    desk = Desk(max_rows=8)
+    desk.add(20)
+    desk.step()
+    desk.add(3, priority=-1)
+    assert rows(desk.plan()) == [("r1", 0, 3, False), ("r0", 8, 5, False)]
+
+
+def test_admission_leaves_blocks_for_those_that_grow() -> None:
+    desk = Desk(num_blocks=6)
+    desk.add(8, SamplingParams(max_tokens=5))  # 12 tokens in the cache: a third block
+    desk.add(8, SamplingParams(max_tokens=1))
+    desk.add(8, SamplingParams(max_tokens=1))
+    plan = desk.plan()
+    assert [r[0] for r in rows(plan)] == ["r0", "r1"]  # r2 would take r0's third block
+    desk.commit(plan)
+    assert rows(desk.plan()) == [("r0", 8, 1, True), ("r2", 0, 8, False)]
+    assert desk.scheduler.num_preemptions == 0
+
+
+def test_the_first_is_never_sent_away_and_everyone_ends() -> None:
+    """More sequences than fit, all growing: rows computed twice stay few."""
+    desk = Desk(num_blocks=24, max_rows=64)
+    everyone = [desk.add(6, SamplingParams(max_tokens=26))[0] for _ in range(30)]
+    computed = 0
+    while unfinished := [s for s in everyone if s.state is not SequenceState.FINISHED]:
+        plan = desk.plan()
+        assert plan.rows[0].sequence is unfinished[0]
+        computed += plan.num_rows
+        desk.commit(plan)
+    assert desk.scheduler.num_preemptions > 10
+    assert computed < 1.5 * sum(s.num_tokens - 1 for s in everyone)
 
 
 def test_abandoned_plan_leaves_everything_as_it_was() -> None:
@@ -220,8 +309,9 @@ def test_context_limit_ends_a_sequence() -> None:
     assert desk.step() == {sequence: FinishReason.LENGTH}
 
 
-def test_choices_share_the_full_blocks_of_their_prompt() -> None:
-    desk = Desk()
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_choices_share_the_full_blocks_of_their_prompt(enable_prefix_caching: bool) -> None:
+    desk = Desk(enable_prefix_caching=enable_prefix_caching)
     choices = desk.add(10, n=3)
     first = desk.plan()
     assert len(first.rows) == 1  # the others wait for choice 0
@@ -235,20 +325,12 @@ def test_choices_share_the_full_blocks_of_their_prompt() -> None:
     assert desk.pool.num_blocks - desk.pool.num_free == 5
 
 
-def test_choices_inherit_the_prompt_of_one_that_ends_at_once() -> None:
-    desk = Desk(max_num_seqs=1)
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_choices_inherit_the_prompt_of_one_that_ends_at_once(enable_prefix_caching: bool) -> None:
+    desk = Desk(max_num_seqs=1, enable_prefix_caching=enable_prefix_caching)
     choices = desk.add(9, SamplingParams(max_tokens=1), n=2)
     assert desk.step() == {choices[0]: FinishReason.LENGTH}
     assert rows(desk.plan()) == [("r0", 8, 1, False)]
-
-
-def test_waiting_holders_give_way_to_the_first() -> None:
-    desk = Desk(num_blocks=4, max_num_seqs=1)
-    desk.add(9, SamplingParams(max_tokens=1), n=2)
-    desk.step()  # choice 1 holds two shared blocks and waits
-    (urgent,) = desk.add(16, SamplingParams(max_tokens=1), priority=-1)
-    assert desk.step() == {urgent: FinishReason.LENGTH}
-    assert rows(desk.plan()) == [("r0", 0, 9, False)]
 
 
 def test_resubmitted_output_is_prefilled_with_the_prompt() -> None:

@@ -1,0 +1,80 @@
+"""A chat service's block ids, replayed through the pool alone: as good as an ideal LRU."""
+
+from __future__ import annotations
+
+import gzip
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from workers.kv_blocks import BlockPool
+
+TRACE = Path(__file__).parents[1] / "data" / "mooncake_conversation_blocks.txt.gz"
+MAX_DIFFERENCE = 0.005
+"""Of the hit rates: half a point."""
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[list[int]]:
+    """Block ids of each request."""
+    return [
+        [i for run in line.split() for i in _run(run)]
+        for line in gzip.decompress(TRACE.read_bytes()).decode().splitlines()
+    ]
+
+
+def _run(text: str) -> range:
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def pool_hits(requests: Sequence[Sequence[int]], num_blocks: int) -> int:
+    """Blocks that requests find, served one after the other."""
+    pool, hits = BlockPool(num_blocks), 0
+    for ids in requests:
+        hashes = [i.to_bytes(32, "big") for i in ids]
+        table = pool.find(hashes)
+        hits += len(table)
+        pool.share(table)
+        table += pool.allocate(len(ids) - len(table))
+        for block, block_hash in zip(table, hashes, strict=True):
+            pool.store(block, block_hash)
+        pool.release(table)
+    pool.check_integrity([])
+    assert pool.num_hashes == min(num_blocks, len({i for ids in requests for i in ids}))
+    return hits
+
+
+def ideal_hits(requests: Sequence[Sequence[int]], num_blocks: int) -> int:
+    """The same of a plain LRU over single block ids."""
+    cache: OrderedDict[int, None] = OrderedDict()
+    hits = 0
+    for i in (i for ids in requests for i in ids):
+        if i in cache:
+            hits += 1
+            cache.move_to_end(i)
+            continue
+        cache[i] = None
+        if len(cache) > num_blocks:
+            cache.popitem(last=False)
+    return hits
+
+
+def test_the_trace_is_whole(requests: list[list[int]]) -> None:
+    assert (len(requests), sum(map(len, requests))) == (12_031, 288_500)
+    assert requests[5][:3] == [0, 59, 60]
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "hit_rate"),
+    [(500, 0.042), (2500, 0.059), (10_000, 0.212), (30_000, 0.326), (100_000, 0.364)],
+)
+def test_requests_find_what_an_ideal_lru_of_the_same_size_holds(
+    requests: list[list[int]], num_blocks: int, hit_rate: float
+) -> None:
+    total = sum(map(len, requests))
+    found, ideal = pool_hits(requests, num_blocks) / total, ideal_hits(requests, num_blocks) / total
+    assert abs(found - ideal) < MAX_DIFFERENCE
+    assert found == pytest.approx(hit_rate, abs=0.001)
