@@ -18,11 +18,21 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
 from cluster.errors import PeerLostError, ProtocolError, TransportError
-from cluster.topology import Generation, Role
+from cluster.topology import Generation, runs_attention
 from workers.dist.header import StepHeader
 from workers.dist.hub import PeerHub
 from workers.dist.transport import Expected, Message, Tag
-from workers.dist.world import Backend, Ticket, Transfer, World, build_world, listen_store
+from workers.dist.world import (
+    BOTH_WAYS,
+    ONE_WAY,
+    Backend,
+    Lane,
+    Ticket,
+    Transfer,
+    World,
+    build_world,
+    listen_store,
+)
 
 _JOIN_S = 1.0
 _COUNTS = 2
@@ -54,7 +64,7 @@ class CollectiveTransport:
         self._sends: list[Transfer] = []
         self._store = (
             listen_store(host, store_port, connect_timeout_s)
-            if hub.me.role == "attention"
+            if runs_attention(hub.me.role)
             else None
         )
 
@@ -66,17 +76,19 @@ class CollectiveTransport:
     def apply_generation(self, generation: Generation) -> None:
         """See ``DataTransport``. Collective: all members must call it."""
         self._abandon()
-        members = (*generation.attention, *generation.experts)
-        other: Role = "attention" if self._hub.me.role == "expert" else "expert"
-        self._names = {m.rank: m.name for m in members if m.role == other}
-        self._peers = {m.rank: i for i, m in enumerate(members) if m.role == other}
-        me = next(i for i, m in enumerate(members) if m.name == self._hub.me.name)
+        names = [m.name for m in generation.attention]
+        names += [m.name for m in generation.experts if m.name not in names]
+        facing = generation.facing(self._hub.me.role)
+        self._names = {m.rank: m.name for m in facing}
+        self._peers = {m.rank: names.index(m.name) for m in facing}
+        me = names.index(self._hub.me.name)
+        lanes = BOTH_WAYS if self._hub.me.role == "colocated" else ONE_WAY
         address = generation.leader.store_address
         if not address:
             raise ProtocolError(f"{generation.leader.name} announces no rendezvous store")
-        self._world = self._build(address, f"generation-{generation.number}", me, len(members))
+        self._world = self._build(address, f"generation-{generation.number}", me, len(names), lanes)
 
-    def _build(self, address: str, prefix: str, rank: int, size: int) -> World:
+    def _build(self, address: str, prefix: str, rank: int, size: int, lanes: Sequence[Lane]) -> World:
         """Build the world on another thread, so that an interrupt ends the wait for it."""
         built: list[World] = []
         failures: list[str] = []
@@ -90,6 +102,7 @@ class CollectiveTransport:
                     prefix=prefix,
                     rank=rank,
                     size=size,
+                    lanes=lanes,
                     backend=self._backend,
                     device=self._device,
                     host=self._host,

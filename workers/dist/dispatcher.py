@@ -73,6 +73,12 @@ class TokenDispatcher(Protocol):
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
         """Start a step with the rows that this rank runs of its grant."""
 
+    def sit_out(self, header: StepHeader) -> None:
+        """A step in which this rank was granted no row: do what the others need of it.
+
+        Called instead of everything else. Raises as the waits do.
+        """
+
     def dispatch(
         self,
         rows: Tensor,

@@ -60,6 +60,7 @@ class Edge:
     def send(self, buffers: Sequence[memoryview | bytes]) -> None:
         """Send what the kernel takes now, keep a copy of the rest. Raises ``OSError``."""
         sent = 0
+        self.flush()  # the kernel may have room by now for what waits
         if not self._out:
             try:
                 sent = self.sock.sendmsg(buffers)
@@ -113,7 +114,7 @@ class Edge:
 
     def _begin_payload(self, header: FrameHeader) -> None:
         if header.kind not in self._kinds:
-            raise ProtocolError(f"{header.kind.name} frame from an {self.peer.role} worker")
+            raise ProtocolError(f"{header.kind.name} frame from a worker of role {self.peer.role}")
         self._header = header
         self._payload = np.empty(header.length, dtype=np.uint8)
         self._view, self._have = self._payload.data, 0

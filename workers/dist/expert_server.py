@@ -73,6 +73,8 @@ class ExpertServer:
         self._combine_mode = combine_mode
         self._dtype = dtype
         self._device = device
+        self._granted: list[dict[int, int]] = []
+        self._exact = False
         self._filled: list[Tensor] = []
         self._has_free: list[bool] = []
         self._all_pairs: dict[int, tuple[Tensor, Tensor]] = {}
@@ -96,22 +98,37 @@ class ExpertServer:
                 kept[:size] = counts[i][:size]
             self.token_counts.append(kept)
 
+    @property
+    def num_tokens(self) -> int:
+        """Pairs of a row and an expert that were computed so far."""
+        return sum(int(counts.sum()) for counts in self.token_counts)
+
     @torch.inference_mode()
     def run_step(self, header: StepHeader) -> None:
         """Serve all banks and exchanges of a step, in the global order.
 
         Raises ``PeerLostError`` and ``GenerationChangedError``.
         """
+        self.begin_step(header)
+        for bank in self._banks:
+            for exchange in bank.exchanges:
+                self.serve(bank.index, exchange.index)
+
+    def begin_step(self, header: StepHeader) -> None:
+        """Start a step whose exchanges are served one by one."""
         self._transport.begin_step(header)
-        num_rows = [
+        self._exact = header.exact
+        self._granted = [
             {rank: n for rank, _ in header.grants if (n := header.rows(rank, micro_batch))}
             for micro_batch in range(header.num_micro_batches)
         ]
-        for bank in self._banks:
-            for exchange in bank.exchanges:
-                for micro_batch, granted in enumerate(num_rows):
-                    if granted:
-                        self._serve(bank, exchange, micro_batch, granted, header.exact)
+
+    def serve(self, bank: int, exchange: int) -> None:
+        """Serve the micro-batches of one exchange; raises as ``run_step``."""
+        spec = self._banks[bank]
+        for micro_batch, granted in enumerate(self._granted):
+            if granted:
+                self._serve(spec, spec.exchanges[exchange], micro_batch, granted, self._exact)
 
     def _serve(
         self,

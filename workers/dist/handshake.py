@@ -22,7 +22,7 @@ import secrets
 import struct
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from cluster.errors import HandshakeError
 from cluster.topology import Role
@@ -48,6 +48,8 @@ class PeerIdentity:
     """Identity of the checkpoint it serves."""
     config_hash: str
     """``ClusterConfig.fingerprint``."""
+    numerics: str = ""
+    """Of a deterministic cluster: hash of how it computes."""
     generation: int = 0
     """Generation that it is in, or that it connects for."""
     version: int = PROTOCOL_VERSION
@@ -183,6 +185,7 @@ def differences(mine: PeerIdentity, theirs: PeerIdentity) -> str | None:
         ("protocol version", mine.version, theirs.version),
         ("checkpoint", mine.checkpoint_id, theirs.checkpoint_id),
         ("configuration", mine.config_hash, theirs.config_hash),
+        ("arithmetic", mine.numerics, theirs.numerics),
     )
     for item, here, there in items:
         if here != there:
@@ -223,7 +226,7 @@ def _identity(words: str) -> PeerIdentity:
     kinds = {f.name: int if f.name in ("rank", "generation", "version") else str for f in _FIELDS}
     if set(values) != set(kinds) or any(type(values[n]) is not k for n, k in kinds.items()):
         raise HandshakeError("handshake identity has wrong fields")
-    if values["role"] not in ("attention", "expert"):
+    if values["role"] not in get_args(Role):
         raise HandshakeError(f"handshake role {values['role']!r} is not known")
     return PeerIdentity(**values)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cluster.errors import ProtocolError
+from workers.dist.micro_batches import MicroBatchRule
 
 _PROPOSAL: Final = struct.Struct("!IQHII")
 _HEADER: Final = struct.Struct("!IQIIBBHIH")
@@ -73,6 +74,7 @@ class Grant:
 
 
 _NO_GRANT = Grant()
+_ONE_MICRO_BATCH = MicroBatchRule()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +103,16 @@ class StepHeader:
     def grant(self, rank: int) -> Grant:
         """Rows of one attention rank; none for a rank that the header does not name."""
         return next((g for r, g in self.grants if r == rank), _NO_GRANT)
+
+    @property
+    def decode_rows(self) -> int:
+        """Decode rows of all ranks."""
+        return sum(g.decode_rows for _, g in self.grants)
+
+    @property
+    def prefill_rows(self) -> int:
+        """Prompt rows of all ranks."""
+        return sum(g.prefill_rows for _, g in self.grants)
 
     def rows(self, rank: int, micro_batch: int) -> int:
         """Rows of one attention rank in one micro-batch."""
@@ -160,13 +172,14 @@ def decide_header(
     epoch: int,
     oldest_epoch: int,
     max_prefill_rows: int,
-    num_micro_batches: int = 1,
+    micro_batches: MicroBatchRule = _ONE_MICRO_BATCH,
 ) -> StepHeader | None:
     """The leader's policy: the header of ``step``, or None as long as there is nothing to run.
 
     ``proposals`` by attention rank, ``ranks`` are all attention ranks of the generation. Decode
-    rows are always granted. Prefill rows are capped at ``max_prefill_rows`` over all ranks; the
-    rank that is served first moves on with the step number, so that none starves.
+    rows are always granted. Prefill rows are capped at ``max_prefill_rows`` over all ranks; among
+    those that want some, the first to be served moves on with the step number, so that none
+    starves. The rule ``micro_batches`` sees what was granted.
 
         4 ranks want 300 prefill rows each, cap 512, step 6: rank 2 gets 300, rank 3 gets 212
     """
@@ -176,24 +189,26 @@ def decide_header(
     if not any(proposals[r].decode_rows or proposals[r].prefill_rows for r in order):
         return None
     left = max_prefill_rows
-    prefill: dict[int, int] = {}
-    for i in range(len(order)):
-        rank = order[(step + i) % len(order)]
+    prefill = dict.fromkeys(order, 0)
+    wanting = [rank for rank in order if proposals[rank].prefill_rows]
+    for i in range(len(wanting)):
+        rank = wanting[(step + i) % len(wanting)]
         prefill[rank] = min(proposals[rank].prefill_rows, left)
         left -= prefill[rank]
     grants = tuple(
         (r, Grant(decode_rows=proposals[r].decode_rows, prefill_rows=prefill[r])) for r in order
     )
-    most = max(g.num_rows for _, g in grants)
+    rows = [g.num_rows for _, g in grants]
+    has_prefill = any(g.prefill_rows for _, g in grants)
     return StepHeader(
         generation=generation,
         step=step,
         epoch=epoch,
         oldest_epoch=oldest_epoch,
         grants=grants,
-        num_micro_batches=num_micro_batches if most > 1 else 1,
-        exact=any(g.prefill_rows for _, g in grants),
-        bucket=bucket_of(most),
+        num_micro_batches=micro_batches.choose(rows, has_prefill),
+        exact=has_prefill,
+        bucket=bucket_of(max(rows)),
     )
 
 

@@ -2,8 +2,8 @@
 
 There is no I/O thread. The data thread runs the loop whenever it waits for something, and it is
 the only one that may call anything here but ``wake`` and ``interrupt``. An attention rank i opens
-the connections to every expert rank and to the attention ranks below i; one TCP connection a pair
-carries step frames and data frames.
+the connections to every expert worker and to the attention ranks below i (colocated workers are
+attention ranks); one TCP connection a pair carries step frames and data frames, both ways.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from cluster.errors import GenerationChangedError, PeerLostError, ProtocolError
-from cluster.topology import Generation, Member, Role
+from cluster.topology import Generation, Member, Role, holds_experts, runs_attention
 from workers.dist.doorman import Doorman
 from workers.dist.edge import Edge
 from workers.dist.edge_table import EdgeTable, StepFrame
@@ -284,11 +284,12 @@ class PeerHub:
     # Edges.
 
     def _shares_edge(self, member: Member) -> bool:
-        return member.name != self.me.name and "attention" in (member.role, self.me.role)
+        has_attention = member.runs_attention or runs_attention(self.me.role)
+        return member.name != self.me.name and has_attention
 
     def _connects_to(self, member: Member) -> bool:
-        return self.me.role == "attention" and (
-            member.role == "expert" or member.rank < self.me.rank
+        return runs_attention(self.me.role) and (
+            not member.runs_attention or member.rank < self.me.rank
         )
 
     def _edge(self, name: str) -> Edge:
@@ -340,7 +341,7 @@ class PeerHub:
         number = self.generation.number
         if peer.generation < number:
             return f"generation of {peer.name} is {peer.generation}, {self.me.name} is in {number}"
-        if peer.role != "attention" or peer.name == self.me.name:
+        if not runs_attention(peer.role) or peer.name == self.me.name:
             return f"{peer.name} must not connect to {self.me.name}"
         if peer.generation == number and not self._is_member(peer):
             return f"{peer.name} rank {peer.rank} is not a member of generation {number}"
@@ -360,16 +361,11 @@ class PeerHub:
 
     def _opened(self, sock: socket.socket, peer: PeerIdentity, generation: int) -> None:
         """The doorman has a new edge for us, maybe for a generation that we do not know yet."""
-        kinds = {FrameKind.PROPOSAL, FrameKind.HEADER}
-        if self.me.role == "expert":
-            kinds = {FrameKind.ROWS, FrameKind.HEADER}
-        elif peer.role == "expert":
-            kinds = {FrameKind.OUTPUTS}
         edge = Edge(
             sock,
             peer,
             generation=generation,
-            kinds=frozenset(kinds),
+            kinds=_kinds_between(peer.role, self.me.role),
             max_data_bytes=self._max_data_bytes,
         )
         if generation > self.generation.number:
@@ -378,6 +374,20 @@ class PeerHub:
             self._early[peer.name] = edge  # adopted by apply_generation
         else:
             self._adopt(edge)
+
+
+def _kinds_between(sender: Role, receiver: Role) -> frozenset[FrameKind]:
+    """What a worker of one role may send to a worker of another."""
+    kinds: set[FrameKind] = set()
+    if runs_attention(sender):
+        kinds.add(FrameKind.HEADER)
+        if runs_attention(receiver):
+            kinds.add(FrameKind.PROPOSAL)
+        if holds_experts(receiver):
+            kinds.add(FrameKind.ROWS)
+    if holds_experts(sender) and runs_attention(receiver):
+        kinds.add(FrameKind.OUTPUTS)
+    return frozenset(kinds)
 
 
 def _timed_out(missing: Sequence[str], reason: str) -> PeerLostError:

@@ -53,6 +53,9 @@ class LocalDispatcher:
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
         """Nothing to prepare."""
 
+    def sit_out(self, header: StepHeader) -> None:
+        """Nothing: there are no others."""
+
     def dispatch(
         self,
         rows: Tensor,
@@ -66,12 +69,15 @@ class LocalDispatcher:
         self._activity.advance()
         spec = self._banks[bank]
         num_rows, top_k = topk_ids.shape
-        flat = topk_ids.flatten()
-        pairs = (flat >= 0).nonzero().squeeze(1)  # device-to-host sync
+        experts = topk_ids.flatten()
+        weights = topk_weights.float().flatten()
+        pairs = torch.arange(len(experts), device=experts.device)
+        if experts.numel() and int(experts.min()) < 0:  # device-to-host sync
+            pairs = (experts >= 0).nonzero().squeeze(1)
+            experts, weights = experts[pairs], weights[pairs]
         pair_row = pairs // top_k
         per_slot = spec.exchanges[exchange].per_slot_input
         inputs = rows.flatten(0, 1) if per_slot else rows
-        experts = flat[pairs]
         slot_of = self._slot_of[bank]
         slots = experts if slot_of is None else slot_of.to(experts.device)[experts]
         outputs = rows.new_empty(0, spec.exchanges[exchange].out_width)
@@ -80,7 +86,6 @@ class LocalDispatcher:
                 exchange, inputs, pairs if per_slot else pair_row, slots
             )
         if spec.exchanges[exchange].weighted:
-            weights = topk_weights.float().flatten()[pairs]
             total = weighted_sum(outputs, weights, pair_row, num_rows, spec.float32_weights)
             result = total.to(outputs.dtype)
         else:

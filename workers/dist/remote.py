@@ -113,6 +113,9 @@ class RemoteDispatcher:
         self._micro_batches = micro_batches
         self._transport.begin_step(header)
 
+    def sit_out(self, header: StepHeader) -> None:
+        """Nothing: an attention rank without rows has no part in the exchanges."""
+
     def dispatch(
         self,
         rows: Tensor,

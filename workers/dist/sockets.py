@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cluster.config import CombineMode
-from cluster.topology import Generation, Role
+from cluster.topology import Generation
 from workers.dist.frames import EXACT, PER_SLOT, Frame, FrameHeader, FrameKind
 from workers.dist.header import StepHeader
 from workers.dist.hub import PeerHub
@@ -36,8 +36,7 @@ class SocketTransport:
 
     def apply_generation(self, generation: Generation) -> None:
         """Learn the names of the other pool; the hub has opened the edges."""
-        other: Role = "attention" if self._hub.me.role == "expert" else "expert"
-        self._names = {m.rank: m.name for m in generation.members if m.role == other}
+        self._names = {m.rank: m.name for m in generation.facing(self._hub.me.role)}
         self._generation = generation.number
 
     def begin_step(self, header: StepHeader) -> None:

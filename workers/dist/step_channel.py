@@ -22,16 +22,28 @@ from workers.dist.edge_table import StepFrame
 from workers.dist.frames import FrameHeader, FrameKind
 from workers.dist.header import StepHeader, StepProposal, decide_header
 from workers.dist.hub import PeerHub
+from workers.dist.micro_batches import MicroBatchRule
+from workers.dist.prefill_cap import PrefillCap
+
+_ONE_MICRO_BATCH = MicroBatchRule()
 
 
 class StepChannel:
     """One worker's end of the step protocol. Data thread only (as the hub)."""
 
-    def __init__(self, hub: PeerHub, *, max_prefill_rows: int, num_micro_batches: int = 1) -> None:
-        """``max_prefill_rows`` caps the prefill rows of one step over all ranks (leader only)."""
+    def __init__(
+        self,
+        hub: PeerHub,
+        *,
+        prefill_cap: PrefillCap,
+        micro_batches: MicroBatchRule = _ONE_MICRO_BATCH,
+    ) -> None:
+        """``prefill_cap`` limits the prefill rows of one step over all ranks, ``micro_batches``
+        decides on the split of a step; both are the leader's.
+        """
         self._hub = hub
-        self._max_prefill_rows = max_prefill_rows
-        self._num_micro_batches = num_micro_batches
+        self._prefill_cap = prefill_cap
+        self._micro_batches = micro_batches
         self.highest_step = 0
         """Highest step that a header was seen for, in any generation."""
         self.highest_epoch = 0
@@ -41,6 +53,7 @@ class StepChannel:
         self._oldest_epoch = 0
         self._proposals: dict[int, StepProposal] = {}
         self._headers: deque[StepHeader] = deque()
+        self._timed: tuple[StepHeader, float] | None = None  # the step under way, and its start
 
     @property
     def is_leader(self) -> bool:
@@ -63,6 +76,7 @@ class StepChannel:
         self._next_step = first_step
         self._proposals.clear()
         self._headers.clear()
+        self._timed = None
         self.set_epoch(epoch, epoch if oldest_epoch is None else oldest_epoch)
 
     def set_epoch(self, epoch: int, oldest_epoch: int) -> None:
@@ -162,15 +176,20 @@ class StepChannel:
     def _decide(self) -> None:
         """Leader: publish the header of the next step if there is one."""
         generation = self._hub.generation
+        ranks = [m.rank for m in generation.attention]
+        if any(rank not in self._proposals for rank in ranks):
+            return
+        self._observe_step()
+        decode_rows = sum(self._proposals[rank].decode_rows for rank in ranks)
         header = decide_header(
             self._proposals,
-            ranks=[m.rank for m in generation.attention],
+            ranks=ranks,
             generation=generation.number,
             step=self._next_step,
             epoch=self._epoch,
             oldest_epoch=self._oldest_epoch,
-            max_prefill_rows=self._max_prefill_rows,
-            num_micro_batches=self._num_micro_batches,
+            max_prefill_rows=self._prefill_cap.rows(decode_rows, len(ranks)),
+            micro_batches=self._micro_batches,
         )
         if header is None:
             return
@@ -179,6 +198,15 @@ class StepChannel:
             if member.name != self._hub.me.name:
                 self._send(member.name, FrameKind.HEADER, header)
         self._headers.append(header)
+        self._timed = (header, time.monotonic())
+
+    def _observe_step(self) -> None:
+        """Leader: all ranks have proposed again, so the step before is over everywhere."""
+        if self._timed is None:
+            return
+        (header, start), self._timed = self._timed, None
+        seconds = time.monotonic() - start
+        self._prefill_cap.observe(header.decode_rows, header.prefill_rows, seconds)
 
     def _send(self, name: str, kind: FrameKind, message: StepProposal | StepHeader) -> None:
         data = message.encode()

@@ -25,6 +25,12 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore, Work
 from workers.dist.transport import Direction
 
 Backend = Literal["gloo", "nccl"]
+Lane = tuple[Direction, bool]
+"""What moves, and whether from a lower rank of the world to a higher one."""
+ONE_WAY: tuple[Lane, ...] = (("rows", True), ("outputs", False))
+"""Lanes of two pools: attention ranks come first in the world."""
+BOTH_WAYS: tuple[Lane, ...] = (*ONE_WAY, ("rows", False), ("outputs", True))
+"""Lanes of colocated workers."""
 
 _POLL_S = 50e-6
 
@@ -56,18 +62,21 @@ class Ticket:
 
 
 class World:
-    """The process groups of one generation: one for each direction, so that neither can wait for
-    the other crosswise on one CUDA stream.
+    """The process groups of one generation: one for each lane, so that none can wait for another
+    crosswise on one CUDA stream. Within a lane the highest rank only sends or only receives, so it
+    never waits for the others there, nor then does the next one.
     """
 
     def __init__(
         self,
-        groups: dict[Direction, Any],
+        groups: dict[Lane, Any],
+        rank: int,
         backend: Backend,
         device: torch.device,
         timeout_s: float,
     ) -> None:
         self._groups = groups
+        self._rank = rank
         self._backend = backend
         self._device = device
         self._timeout = timedelta(seconds=timeout_s)
@@ -81,7 +90,17 @@ class World:
         self, direction: Direction, is_send: bool, items: Sequence[tuple[int, int, int, Tensor]]
     ) -> list[Transfer]:
         """Start sends or receives: (rank in the other pool, peer in the world, tag, tensor)."""
-        group = self._groups[direction]
+        started: list[Transfer] = []
+        for is_up in (True, False):
+            part = [item for item in items if ((item[1] > self._rank) == is_send) == is_up]
+            if part:
+                started += self._transfer(self._groups[direction, is_up], is_send, part)
+        return started
+
+    def _transfer(
+        self, group: Any, is_send: bool, items: Sequence[tuple[int, int, int, Tensor]]
+    ) -> list[Transfer]:
+        """Start what goes through one group."""
         call = group.send if is_send else group.recv
         if self._backend == "gloo":
             return [
@@ -155,6 +174,7 @@ def build_world(
     prefix: str,
     rank: int,
     size: int,
+    lanes: Sequence[Lane],
     backend: Backend,
     device: torch.device,
     host: str,
@@ -165,22 +185,23 @@ def build_world(
 
     Collective: all members of the generation must call it.
     """
-    groups: dict[Direction, Any] = {}
+    groups: dict[Lane, Any] = {}
     if backend == "gloo":
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=host)]
         options._timeout = timedelta(seconds=connect_timeout_s)
         group = gloo(PrefixStore(prefix, store), rank, size, options)
-        groups = {"rows": group, "outputs": group}
+        groups = dict.fromkeys(lanes, group)
     else:
         nccl: Any = dist.ProcessGroupNCCL
-        for direction in ("rows", "outputs"):
+        for direction, is_up in lanes:
             options = nccl.Options()
             options._timeout = timedelta(seconds=step_timeout_s)
-            group = nccl(PrefixStore(f"{prefix}/{direction}", store), rank, size, options)
+            name = f"{prefix}/{direction}-{'up' if is_up else 'down'}"
+            group = nccl(PrefixStore(name, store), rank, size, options)
             # Connect now, with everyone: the first transfer may be between two ranks only.
             group.allreduce([torch.zeros(1, device=device)]).wait()
             torch.cuda.synchronize(device)
-            groups["rows" if direction == "rows" else "outputs"] = group
-    return World(groups, backend, device, step_timeout_s)
+            groups[direction, is_up] = group
+    return World(groups, rank, backend, device, step_timeout_s)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from cluster.config import CombineMode
 from cluster.placement import FREE_SLOT, BankShape, ExpertPlacement, contiguous
-from cluster.topology import Generation, Member, Role
+from cluster.topology import Generation, Member, Role, holds_experts
+from workers.dist.colocated import ColocatedDispatcher, LoopbackTransport
 from workers.dist.collective import CollectiveTransport
 from workers.dist.dispatcher import BatchRows, TokenDispatcher
 from workers.dist.expert_server import ExpertServer
@@ -24,6 +25,7 @@ from workers.dist.hub import PeerHub
 from workers.dist.local import LocalDispatcher
 from workers.dist.remote import RemoteDispatcher
 from workers.dist.sockets import SocketTransport
+from workers.dist.transport import DataTransport
 from workers.families.base import BankSpec, ExchangeSpec
 
 TransportName = Literal["sockets", "collective"]
@@ -131,13 +133,13 @@ class Worker:
 
     hub: PeerHub
     transport: SocketTransport | CollectiveTransport
-    dispatcher: RemoteDispatcher | None = None
+    dispatcher: RemoteDispatcher | ColocatedDispatcher | None = None
     server: ExpertServer | None = None
 
 
 @dataclass
 class Mesh:
-    """A + E workers of one generation. Use as a context manager."""
+    """A + E workers of one generation, or E colocated ones. Use as a context manager."""
 
     num_attention: int
     num_experts: int
@@ -148,14 +150,17 @@ class Mesh:
     placement: ExpertPlacement | None = None
     spare: int = 0
     step_timeout_s: float = 10.0
+    colocated: bool = False
     workers: dict[str, Worker] = field(default_factory=dict)
     generation: Generation = field(default_factory=lambda: Generation(number=0, members=()))
 
     def __enter__(self) -> Mesh:
         if self.placement is None:
             self.placement = make_placement(self.banks, self.num_experts, self.spare)
-        members = [self._start("attention", rank) for rank in range(self.num_attention)]
-        members += [self._start("expert", rank) for rank in range(self.num_experts)]
+        pools: dict[Role, int] = {"attention": self.num_attention, "expert": self.num_experts}
+        if self.colocated:
+            pools = {"colocated": self.num_experts}
+        members = [self._start(r, rank) for r, number in pools.items() for rank in range(number)]
         self._pool = ThreadPoolExecutor(len(members))
         self.apply(Generation(number=1, members=tuple(members)))
         return self
@@ -193,17 +198,21 @@ class Mesh:
     def step(self, header: StepHeader, home: Callable[[int, TokenDispatcher], T]) -> list[T]:
         """Experts serve a step while ``home(rank, dispatcher)`` runs; results by attention rank."""
 
-        def attention(rank: int) -> T:
-            dispatcher = self.workers[f"attention-{rank}"].dispatcher
+        def attention(member: Member) -> T:
+            dispatcher = self.workers[member.name].dispatcher
             assert dispatcher is not None
-            return home(rank, dispatcher)
+            return home(member.rank, dispatcher)
 
         def expert(worker: Worker) -> None:
             assert worker.server is not None
             worker.server.run_step(header)
 
-        served = [self._pool.submit(expert, self.workers[m.name]) for m in self.generation.experts]
-        homes = [self._pool.submit(attention, m.rank) for m in self.generation.attention]
+        served = [
+            self._pool.submit(expert, self.workers[m.name])
+            for m in self.generation.experts
+            if not m.runs_attention
+        ]
+        homes = [self._pool.submit(attention, m) for m in self.generation.attention]
         results = [future.result(TIMEOUT_S) for future in homes]
         for future in served:
             future.result(TIMEOUT_S)
@@ -217,38 +226,46 @@ class Mesh:
             transport = SocketTransport(hub, combine_mode=self.combine_mode, device=CPU)
         else:
             transport = CollectiveTransport(hub, backend="gloo", device=CPU)
-        worker = Worker(hub, transport)
+        worker = self.workers[name] = Worker(hub, transport)
         if role == "attention":
-            worker.dispatcher = RemoteDispatcher(
-                transport,
-                self.banks,
-                rank=rank,
-                combine_mode=self.combine_mode,
-                dtype=self.dtype,
-                device=CPU,
-            )
+            worker.dispatcher = self._home_side(transport, rank)
+        elif role == "expert":
+            worker.server = self._expert_side(transport, rank)
         else:
-            assert self.placement is not None
-            worker.server = ExpertServer(
-                transport,
-                self._slots(rank),
-                self.banks,
-                device_index=rank,
-                combine_mode=self.combine_mode,
-                dtype=self.dtype,
-                device=CPU,
-            )
-        self.workers[name] = worker
+            both = LoopbackTransport(transport, rank)
+            server = self._expert_side(both, rank)
+            worker.dispatcher = ColocatedDispatcher(self._home_side(both, rank), server)
         member = Member(
             name=name,
             role=role,
             rank=rank,
-            device=rank if role == "expert" else -1,
+            device=rank if holds_experts(role) else -1,
             data_address=hub.address,
         )
         if isinstance(transport, CollectiveTransport):
             member = replace(member, store_address=transport.store_address)
         return member
+
+    def _home_side(self, transport: DataTransport, rank: int) -> RemoteDispatcher:
+        return RemoteDispatcher(
+            transport,
+            self.banks,
+            rank=rank,
+            combine_mode=self.combine_mode,
+            dtype=self.dtype,
+            device=CPU,
+        )
+
+    def _expert_side(self, transport: DataTransport, rank: int) -> ExpertServer:
+        return ExpertServer(
+            transport,
+            self._slots(rank),
+            self.banks,
+            device_index=rank,
+            combine_mode=self.combine_mode,
+            dtype=self.dtype,
+            device=CPU,
+        )
 
     def _slots(self, device: int) -> FakeSlots:
         assert self.placement is not None

@@ -84,6 +84,7 @@ def test_a_proof_cannot_be_reflected() -> None:
     [
         (replace(HOME, checkpoint_id="other"), "checkpoint of attention-0 is other"),
         (replace(HOME, config_hash="other"), "configuration of attention-0 is other"),
+        (replace(HOME, numerics="other"), "arithmetic of attention-0 is other"),
         (replace(HOME, version=2), "protocol version of attention-0 is 2"),
     ],
 )

@@ -15,6 +15,7 @@ from workers.dist.header import (
     bucket_of,
     decide_header,
 )
+from workers.dist.micro_batches import MicroBatchRule
 
 
 def proposals(*wanted: tuple[int, int], step: int = 5) -> dict[int, StepProposal]:
@@ -28,7 +29,7 @@ def proposals(*wanted: tuple[int, int], step: int = 5) -> dict[int, StepProposal
 
 
 def decide(
-    known: dict[int, StepProposal], *, num_ranks: int, step: int = 5, cap: int = 512, mb: int = 1
+    known: dict[int, StepProposal], *, num_ranks: int, step: int = 5, cap: int = 512
 ) -> StepHeader | None:
     """The policy with usual values."""
     return decide_header(
@@ -39,7 +40,7 @@ def decide(
         epoch=7,
         oldest_epoch=6,
         max_prefill_rows=cap,
-        num_micro_batches=mb,
+        micro_batches=MicroBatchRule(setting="auto", decode_threshold=4, prefill_threshold=8),
     )
 
 
@@ -159,13 +160,32 @@ def test_prefill_is_capped_over_all_ranks_and_the_grant_rotates() -> None:
         assert [g.decode_rows for _, g in header.grants] == [1, 2, 0, 0]
 
 
-def test_one_row_is_never_split() -> None:
-    header = decide(proposals((1, 0)), num_ranks=1, mb=2)
+@pytest.mark.parametrize(
+    ("wanted", "cap", "expected"),
+    [
+        (((3, 0), (3, 0)), 512, 1),
+        (((4, 0), (0, 0)), 512, 2),
+        (((4, 0), (0, 1)), 512, 1),
+        (((4, 4), (0, 0)), 512, 2),
+        (((4, 100), (0, 0)), 3, 1),
+    ],
+    ids=["few decodes", "decodes", "any prefill", "decodes and prefill", "little granted"],
+)
+def test_the_leader_splits_by_what_it_grants_the_busiest_rank(
+    wanted: tuple[tuple[int, int], ...], cap: int, expected: int
+) -> None:
+    header = decide(proposals(*wanted), num_ranks=len(wanted), cap=cap)
     assert header is not None
-    assert header.num_micro_batches == 1
-    header = decide(proposals((2, 0)), num_ranks=1, mb=2)
-    assert header is not None
-    assert header.num_micro_batches == 2
+    assert header.num_micro_batches == expected
+
+
+def test_ranks_that_want_nothing_do_not_disturb_the_rotation() -> None:
+    wanted = proposals((1, 300), (2, 0), (0, 300))
+    for step in (5, 6, 7, 8):
+        header = decide(wanted, num_ranks=3, step=step, cap=300)
+        assert header is not None
+        assert [g.prefill_rows for _, g in header.grants] == [[300, 0, 0], [0, 0, 300]][step % 2]
+        assert (header.decode_rows, header.prefill_rows) == (3, 300)
 
 
 def test_buckets_are_powers_of_two() -> None:
@@ -176,8 +196,6 @@ def test_every_decided_header_survives_the_wire() -> None:
     rng = random.Random(1)
     for step in range(200):
         wanted = [(rng.randint(0, 40), rng.choice((0, 0, 300))) for _ in range(rng.randint(1, 5))]
-        header = decide(
-            proposals(*wanted, step=step), num_ranks=len(wanted), step=step, mb=rng.randint(1, 2)
-        )
+        header = decide(proposals(*wanted, step=step), num_ranks=len(wanted), step=step)
         if header is not None:
             assert StepHeader.decode(header.encode()) == header

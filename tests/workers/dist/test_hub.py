@@ -194,7 +194,7 @@ def test_frames_of_an_older_step_are_dropped(hubs: Hubs, pool: ThreadPoolExecuto
         (rows_frame(generation=9), "generation 9, this is 2"),
         (rows_frame(generation=1), "generation 1 on an edge of 2"),
         (rows_frame(2, length=1 << 31), "at most"),
-        (FrameHeader(FrameKind.OUTPUTS, 2, 1), "OUTPUTS frame from an attention worker"),
+        (FrameHeader(FrameKind.OUTPUTS, 2, 1), "OUTPUTS frame from a worker of role attention"),
         (rows_frame(2, 1, bank=7), "bank 7 .* instead of"),
     ],
 )

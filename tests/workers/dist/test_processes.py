@@ -29,6 +29,7 @@ from workers.dist.handshake import PeerIdentity
 from workers.dist.hub import PeerHub
 from workers.dist.remote import RemoteDispatcher
 from workers.dist.sockets import SocketTransport
+from workers.dist.prefill_cap import PrefillCap
 from workers.dist.step_channel import StepChannel
 
 pytestmark = pytest.mark.distributed
@@ -82,7 +83,7 @@ def work(rank: int, size: int, ports: list[int], transport_name: str, dies: bool
     generation = Generation(number=1, members=members)
     join(hub, generation)
     transport.apply_generation(generation)
-    channel = StepChannel(hub, max_prefill_rows=64)
+    channel = StepChannel(hub, prefill_cap=PrefillCap(max_rows=64))
     channel.start_generation(1, epoch=1)
     run = run_home if me.role == "attention" else run_expert
     return run(hub, transport, channel, generation, me, dies)

@@ -15,6 +15,7 @@ from tests.workers.dist.mesh import make_hub
 from workers.dist.frames import FrameHeader, FrameKind
 from workers.dist.header import Grant, StepHeader, StepProposal
 from workers.dist.hub import PeerHub
+from workers.dist.prefill_cap import PrefillCap
 from workers.dist.step_channel import StepChannel
 
 
@@ -24,9 +25,16 @@ class Cluster:
     def __init__(self, num_attention: int, num_experts: int) -> None:
         self.hubs = [make_hub("attention", r) for r in range(num_attention)]
         self.hubs += [make_hub("expert", r) for r in range(num_experts)]
-        self.channels = [StepChannel(h, max_prefill_rows=64) for h in self.hubs]
         self.pool = ThreadPoolExecutor(len(self.hubs))
+        self.open_channels(PrefillCap(max_rows=64))
         self.start(1, self.hubs, first_step=1)
+
+    def open_channels(self, leaders_cap: PrefillCap) -> None:
+        """New channels on the same hubs; only the first one leads."""
+        caps = [leaders_cap, *(PrefillCap(max_rows=1) for _ in self.hubs[1:])]
+        self.channels = [
+            StepChannel(h, prefill_cap=c) for h, c in zip(self.hubs, caps, strict=True)
+        ]
 
     def start(self, number: int, hubs: list[PeerHub], first_step: int) -> None:
         """What NewGeneration and RunGeneration do."""
@@ -84,6 +92,32 @@ def test_steps_are_numbered_on_and_on(cluster: Cluster) -> None:
         assert [h.step for h in headers if h] == [step] * 4
     assert cluster.channels[3].highest_step == 29
     assert cluster.channels[3].highest_epoch == 1
+
+
+def test_prompts_share_one_cap_while_any_rank_decodes(cluster: Cluster) -> None:
+    granted = []
+    for decodes in (0, 1):
+        cluster.channels[0].propose(decodes, 64)
+        cluster.channels[1].propose(0, 64)
+        (header,) = set(cluster.wait_all())
+        assert header is not None
+        granted.append(header.prefill_rows)
+    assert granted == [128, 64]
+
+
+def test_the_leader_learns_from_its_steps(cluster: Cluster) -> None:
+    """Decodes take longer than the target, so that prompts get the least from the next step on."""
+    cluster.open_channels(PrefillCap(max_rows=64, min_rows=4, target_s=1e-9))
+    for channel in cluster.channels:
+        channel.start_generation(first_step=1, epoch=1)
+    granted = []
+    for _ in range(3):
+        cluster.channels[0].propose(1, 64)
+        cluster.channels[1].propose(1, 64)
+        (header,) = set(cluster.wait_all())
+        assert header is not None
+        granted.append(header.prefill_rows)
+    assert granted == [8, 4, 4]
 
 
 def test_nobody_steps_while_nobody_has_work(cluster: Cluster) -> None:

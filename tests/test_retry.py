@@ -1,0 +1,171 @@
+"""A step that fails anywhere runs again, and nobody can tell: not by a token, not by a bit."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from cluster.config import ClusterConfig
+from cluster.model_source import bundled_checkpoint
+from gateway.call import CallKind, GenerateFields
+from tests.cluster_gateway import Answer, gateway_of
+from tests.failing_steps import FailingWorkerGroup, Faults, renew_on_fault
+from tests.serving_cluster import ThreadCluster, make_config, serving
+from tests.workers.dist.mesh import make_header
+from workers.checkpoint import Checkpoint
+from workers.request import FinishReason, Grammar, GrammarKind
+
+WORDS = Grammar(kind=GrammarKind.REGEX, text=r"([A-Z][a-z]{1,9}( [a-z]{1,9}){2,5}[.,] ){99}")
+NUMBERS = Grammar(
+    kind=GrammarKind.JSON_SCHEMA,
+    text=json.dumps(
+        {
+            "type": "array",
+            "items": {"type": "integer"},
+            "minItems": 99,
+            "x-guidance": {"whitespace_flexible": False},
+        }
+    ),
+)
+
+
+def make_calls(num_calls: int, num_tokens: int) -> list[GenerateFields]:
+    """Sampling in all its forms; each answer has at least ``num_tokens`` tokens."""
+    rng = random.Random(1)
+    plain = GenerateFields(
+        kind=CallKind.COMPLETION,
+        min_tokens=num_tokens,
+        max_tokens=num_tokens + 40,
+        temperature=1.0,
+        logprobs=2,
+        ignore_eos=True,
+        return_token_ids=True,
+    )
+    kinds: tuple[GenerateFields, ...] = (
+        plain,
+        replace(plain, temperature=0.0),
+        replace(plain, frequency_penalty=0.6, presence_penalty=0.3, top_p=0.95),
+        replace(plain, repetition_penalty=1.2, top_k=50, stop=("\n", ". ")),
+        replace(plain, temperature=0.8, min_p=0.02, stop=("the", "ing", "q")),
+        replace(plain, logit_bias=((10, 3.0), (11, -4.0)), stop=(" a", "e "), top_p=0.8),
+        replace(plain, grammar=WORDS, frequency_penalty=0.2, stop=("er ", "st ")),
+        replace(plain, grammar=NUMBERS, repetition_penalty=1.05),
+    )
+    return [
+        replace(
+            kinds[i % len(kinds)],
+            seed=100 + i,
+            prompts=(tuple(rng.randrange(4, 1000) for _ in range(rng.randint(3, 90))),),
+        )
+        for i in range(num_calls)
+    ]
+
+
+def make_config_of(
+    mode: str = "disaggregated",
+    transport: str = "sockets",
+    dtype: str = "float32",
+    **engine: object,
+) -> ClusterConfig:
+    """2 x 2 workers; copies of experts, so that prompt rows have a choice."""
+    return make_config(
+        bundled_checkpoint(),
+        2,
+        2,
+        dtype=dtype,
+        workers={"num_redundant_experts": 8, "mode": mode},
+        engine={
+            "deterministic": True,
+            "kv_cache_bytes": 64 << 20,
+            "max_num_batched_tokens": 64,
+            **engine,
+        },
+        transport={"transport": transport},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What came of all calls."""
+
+    answers: list[Answer]
+    num_preemptions: float
+
+
+def serve(config: ClusterConfig, asked: Sequence[GenerateFields], faults: Faults) -> Run:
+    """Serve all calls; from the moment that every one is handed over steps fail."""
+    cluster = ThreadCluster(config, FailingWorkerGroup(faults))
+
+    def begun() -> None:
+        faults.is_armed = True
+
+    with serving(cluster):
+        renew_on_fault(cluster, faults)
+        with gateway_of(cluster) as gateway:
+            answers = gateway.answer(asked, begun)
+        faults.is_armed = False
+        assert cluster.blocks_in_use() == 0
+        assert cluster.group.deaths == []
+        stats = [runtime._stats() for runtime in cluster.group.runtimes.values()]
+    return Run(answers, sum(s.get("num_preemptions_total", 0.0) for s in stats))
+
+
+def make_faults(rate: float) -> Faults:
+    return Faults(Checkpoint(bundled_checkpoint()).family.banks, rate, seed=3)
+
+
+def check_retries(config: ClusterConfig, asked: Sequence[GenerateFields], num_steps: int) -> Run:
+    """With at least ``num_steps`` failed steps every answer is the undisturbed one."""
+    expected = serve(config, asked, make_faults(0.0))
+    failing = make_faults(0.25)
+    found = serve(config, asked, failing)
+    assert len(failing.steps) >= num_steps
+    for i, (mine, other) in enumerate(zip(found.answers, expected.answers, strict=True)):
+        assert mine == other, f"call {i}"
+        assert mine.num_tokens >= (asked[i].min_tokens or 0)
+        assert all(token.logprob is not None for token in mine.tokens)
+    assert {a.reason for a in found.answers} == {FinishReason.STOP, FinishReason.LENGTH}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("num_calls", "num_tokens", "num_steps"),
+    [(8, 50, 12), pytest.param(24, 200, 50, marks=pytest.mark.slow)],
+    ids=["short", "long"],
+)
+def test_failed_steps_leave_no_trace(num_calls: int, num_tokens: int, num_steps: int) -> None:
+    asked = make_calls(num_calls, num_tokens)
+    check_retries(make_config_of(num_micro_batches=2), asked, num_steps)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "one micro-batch": {"num_micro_batches": 1, "dtype": "bfloat16"},
+    "collective": {"transport": "collective"},
+    "colocated": {"mode": "colocated", "num_micro_batches": 2},
+    "no prefix cache": {"enable_prefix_caching": False},
+    "preemption": {"kv_cache_bytes": 2_000_000},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_failed_steps_leave_no_trace_in_other_clusters(name: str) -> None:
+    found = check_retries(make_config_of(**VARIANTS[name]), make_calls(8, 100), 20)
+    assert (found.num_preemptions > 0) is (name == "preemption")
+
+
+def test_faults_are_everywhere() -> None:
+    """The plan of faults reaches every worker, bank, micro-batch and side of a call."""
+    faults = make_faults(1.0)
+    faults.is_armed = True
+    workers = ("attention-0", "expert-0")
+    header = make_header((8, 8), num_micro_batches=2)
+    found = {faults.of(replace(header, step=step), workers) for step in range(4000)}
+    assert len(found) == 2 * len(Checkpoint(bundled_checkpoint()).family.banks) * 2 * 2 * 2
+    faults.is_armed = False
+    assert faults.of(header, workers) is None
