@@ -12,8 +12,11 @@ from cluster.placement import ExpertPlacement
 from cluster.topology import Generation, Member
 from workers.checkpoint import load_attention_model
 from workers.dist.dispatcher import TokenDispatcher
+from workers.dist.header import StepHeader
 from workers.dist.local import LocalDispatcher
 from workers.dist.remote import RemoteDispatcher
+from workers.dist.traced import TracedDispatcher
+from workers.dist.transport import DataTransport
 from workers.engine import Engine
 from workers.engine_server import (
     AbortRequest,
@@ -23,7 +26,10 @@ from workers.engine_server import (
     GatewayGone,
     Inbox,
 )
-from workers.experts.slots import ExpertSlots
+from workers.findings import shape_of
+from workers.grammar import CompiledGrammar
+from workers.grammar_compiler import GrammarCompiler
+from workers.grammar_gate import GrammarGate
 from workers.request import FinishReason, Request, StepOutput, TokenOutput
 from workers.runtime import IDLE_WAIT_S, WorkerRuntime
 
@@ -48,8 +54,24 @@ class AttentionRuntime(WorkerRuntime):
 
     def _load(self) -> dict[str, Any]:
         model_len = self.config.model.max_model_len
-        model = load_attention_model(self.checkpoint, self.dtype, self.args.device, model_len)
+        model = load_attention_model(
+            self.checkpoint,
+            self.dtype,
+            self.args.device,
+            model_len,
+            self.lanes,
+            self.config.engine.deterministic,
+        )
         self._dispatcher = self._open_dispatcher()
+        if self.trace is not None:
+            traced = TracedDispatcher(self._dispatcher, self.trace, self.family.banks)
+            self._dispatcher = self._traced = traced
+        config = self.family.config
+        self._grammars = GrammarCompiler(
+            self.checkpoint.path, config.vocab_size, config.eos_token_ids
+        )
+        self._grammars.prepare()
+        self._gate = GrammarGate(self._grammars.compile, self.hub.wake)
         self._engine = Engine(
             model=model,
             config=self.family.config,
@@ -58,6 +80,7 @@ class AttentionRuntime(WorkerRuntime):
             section=self.config.engine,
             max_model_len=model_len,
             rank=self.member.rank,
+            lanes=self.lanes,
         )
         return {
             "max_model_len": self._engine.max_model_len,
@@ -69,18 +92,20 @@ class AttentionRuntime(WorkerRuntime):
 
     def _open_dispatcher(self) -> TokenDispatcher:
         """To the expert workers, or in local mode to all experts in this process."""
-        banks, device = self.family.banks, self.args.device
         if self.config.workers.mode == "local":
-            slots = ExpertSlots(banks, self.args.num_slots, self.dtype, device)
+            slots = self._expert_slots()
             slots.load_all(self.checkpoint)
-            return LocalDispatcher(slots, banks, self.activity)
+            return LocalDispatcher(slots, self.family.banks, self.activity)
+        return self._remote_dispatcher(self.transport)
+
+    def _remote_dispatcher(self, transport: DataTransport) -> RemoteDispatcher:
         return RemoteDispatcher(
-            self.transport,
-            banks,
+            transport,
+            self.family.banks,
             rank=self.member.rank,
             combine_mode=self.config.engine.combine_mode,
             dtype=self.dtype,
-            device=device,
+            device=self.args.device,
             activity=self.activity,
         )
 
@@ -101,6 +126,13 @@ class AttentionRuntime(WorkerRuntime):
             ),
             dtype=str(self.dtype).removeprefix("torch."),
             model_type=config.model_type,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            labels=config.labels,
+            pad_token_id=config.pad_token_id,
+            problem_type=config.problem_type or "",
+            banks=shape_of(config, self.family.banks).banks,
         )
 
     # ---- the loop ---------------------------------------------------------------------------
@@ -114,13 +146,20 @@ class AttentionRuntime(WorkerRuntime):
         assert engine is not None, "the weights are loaded before the first turn"
         for command in self._inbox.take():
             if isinstance(command, AddRequest):
-                self._add(engine, command)
+                self._receive(engine, command)
             elif isinstance(command, AbortRequest):
+                if not command.choices and self._gate.owner(command.request_id) == command.gateway:
+                    self._gate.drop(command.request_id)
                 if self._owners.get(command.request_id) == command.gateway:
                     engine.abort(command.request_id, command.choices)
                     self._forget_ended(engine, command.request_id)
             elif isinstance(command, GatewayGone):
                 self._drop_gateway(engine, command.gateway)
+        for gated in self._gate.take():
+            if gated.error is None:
+                self._add(engine, gated.command, gated.compiled)
+            else:
+                self._refuse(gated.command.gateway, gated.command.request, gated.error)
         self._emit(engine.poll())
 
     def _turn(self) -> None:
@@ -129,18 +168,34 @@ class AttentionRuntime(WorkerRuntime):
         wanted = engine.wanted()
         self._idle = not engine.has_work
         self.channel.propose(wanted.decode_rows, wanted.prefill_rows)
-        header = self.channel.wait(IDLE_WAIT_S)
+        header = self.channel.wait(self._gate.wait_s(IDLE_WAIT_S))
         if header is None:
             return
         self._idle = False
-        outputs = engine.step(header)
+        outputs = self._step(engine, header)
         self._last_commit = time.monotonic()
         self._emit(outputs)
 
-    def _add(self, engine: Engine, command: AddRequest) -> None:
+    def _step(self, engine: Engine, header: StepHeader) -> list[TokenOutput]:
+        outputs = engine.step(header)
+        if self._traced is not None:
+            self._traced.end_step()
+        return outputs
+
+    def _receive(self, engine: Engine, command: AddRequest) -> None:
+        """Hand a request to the engine, or let it wait for its grammar."""
+        self._gate.drop(command.request.request_id)
+        grammar = command.request.params.grammar
+        compiled = None if grammar is None else self._grammars.cached(grammar)
+        if grammar is None or compiled is not None:
+            self._add(engine, command, compiled)
+        else:
+            self._gate.put(command)
+
+    def _add(self, engine: Engine, command: AddRequest, grammar: CompiledGrammar | None) -> None:
         request = command.request
         try:
-            engine.add_request(request, received=command.received)
+            engine.add_request(request, received=command.received, grammar=grammar)
         except (RequestError, QueueFullError, NotReadyError) as err:
             self._refuse(command.gateway, request, err)
             return
@@ -158,6 +213,7 @@ class AttentionRuntime(WorkerRuntime):
                 finish_reason=FinishReason.ERROR,
                 error=str(err),
                 error_code=code,
+                error_param=getattr(err, "param", None),
             )
             for choice in range(max(request.n, 1))
         )
@@ -165,6 +221,7 @@ class AttentionRuntime(WorkerRuntime):
         self._stream.publish(gateway, StepOutput(outputs=outputs))
 
     def _drop_gateway(self, engine: Engine, gateway: str) -> None:
+        self._gate.drop_gateway(gateway)
         for request_id in [r for r, owner in self._owners.items() if owner == gateway]:
             engine.abort(request_id)
             del self._owners[request_id]
@@ -181,7 +238,10 @@ class AttentionRuntime(WorkerRuntime):
         assert self._stream is not None
         assert self._engine is not None
         for gateway, news in by_gateway.items():
-            self._stream.publish(gateway, StepOutput(outputs=tuple(news)))
+            large = [output for output in news if output.arrays]
+            small = tuple(output for output in news if not output.arrays)
+            for outputs_of_message in ([small] if small else []) + [(one,) for one in large]:
+                self._stream.publish(gateway, StepOutput(outputs=outputs_of_message))
         for output in outputs:
             if output.finish_reason is not None:
                 self._forget_ended(self._engine, output.request_id)
@@ -194,7 +254,12 @@ class AttentionRuntime(WorkerRuntime):
     # ---- numbers ----------------------------------------------------------------------------
 
     def _stats(self) -> dict[str, float]:
-        return self._engine.stats() if self._engine is not None else {}
+        if self._engine is None:
+            return {}
+        stats, compiling = self._engine.stats(), float(self._gate.num_waiting)
+        stats["num_requests_waiting"] += compiling
+        stats['num_requests_waiting_by_reason{reason="grammar"}'] = compiling
+        return stats
 
     def _expert_load(self) -> dict[str, list[int]]:
         if self._engine is None:

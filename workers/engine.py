@@ -20,20 +20,27 @@ from torch import Tensor
 
 from cluster.config import EngineSection
 from cluster.errors import QueueFullError, RequestError
+from workers.classifier import pooled
 from workers.dist.dispatcher import TokenDispatcher
 from workers.dist.header import StepHeader
 from workers.families.base import BankSpec, ModelConfig
+from workers.findings import Piece
+from workers.grammar import CompiledGrammar
+from workers.histogram import TOKEN_BUCKETS, Histogram
+from workers.inspector import Inspector
 from workers.kv_blocks import BlockPool
 from workers.kv_cache import KVCache, num_kv_blocks
+from workers.lanes import Lanes
 from workers.layers import AttentionModel, Recorder
 from workers.model_runner import ModelRunner, StepResult
 from workers.request import FinishReason, Request, TokenLogprob, TokenOutput
 from workers.request_checks import RequestLimits, check_request
-from workers.sampling import Drawn, logprob_entries, sample
+from workers.sampling import Drawn, all_finite, logprob_entries, sample
+from workers.sampling_alone import logprob_entries_alone, sample_alone
 from workers.scheduler import Plan, PlannedRows, RowsWanted, Scheduler
 from workers.sequence import Ending
 from workers.sequence import Sequence as RequestSequence
-from workers.tracks import Track
+from workers.tracks import NOT_FINITE, Failure, Track
 
 _SCORED_ROWS = 64
 """Prompt rows whose logits are made at a time: 64 x 50304 float32 are 13 MB."""
@@ -49,8 +56,12 @@ class _StepTokens:
     """By choice that drew a token."""
     scored: dict[Track, list[TokenLogprob]]
     """New prompt logprobs."""
-    failed: tuple[Track, ...]
-    """Choices with NaN or infinity; in none of the others."""
+    failed: dict[Track, Failure]
+    """Choices that cannot go on; in none of the others."""
+    classes: dict[Track, tuple[float, ...]]
+    """Logits by class, of prompts whose last row was in the step of a classifier."""
+    pieces: dict[Track, Piece]
+    """What was found for inspections."""
 
 
 class Engine:
@@ -66,6 +77,7 @@ class Engine:
         section: EngineSection,
         max_model_len: int | None = None,
         rank: int = 0,
+        lanes: Lanes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Allocates the KV cache on the model's device. Raises ``ConfigError``.
@@ -75,9 +87,10 @@ class Engine:
         """
         self._section = section
         self._eos = config.eos_token_ids
+        self._pad = config.pad_token_id
         self._rank = rank
         self._clock = clock
-        self.max_model_len = max_model_len or config.max_position_embeddings
+        self.max_model_len = max_model_len or config.context_tokens
         """Context limit in tokens."""
         block_size = section.block_size_tokens
         num_blocks = num_kv_blocks(config, section, self.max_model_len, model.dtype)
@@ -86,6 +99,8 @@ class Engine:
             max_model_len=self.max_model_len,
             block_size=block_size,
             num_blocks=num_blocks,
+            hidden_size=config.hidden_size,
+            is_classifier=bool(config.labels),
         )
         self._cache = KVCache(
             config=config,
@@ -93,6 +108,7 @@ class Engine:
             block_size=block_size,
             dtype=model.dtype,
             device=model.device,
+            lanes=lanes or Lanes(),
         )
         self._pool = BlockPool(num_blocks)
         self._scheduler = Scheduler(
@@ -102,17 +118,23 @@ class Engine:
             max_num_batched_tokens=section.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             eos_token_ids=config.eos_token_ids,
+            enable_prefix_caching=section.enable_prefix_caching,
+            length_matters_above=config.length_matters_above,
         )
         self._runner = ModelRunner(
             model=model, cache=self._cache, banks=banks, dispatcher=dispatcher, rank=rank
         )
+        self._sample = sample_alone if section.deterministic else sample
+        self._entries = logprob_entries_alone if section.deterministic else logprob_entries
         self._banks = tuple(banks)
+        self._inspector = Inspector(config, banks, self._runner.logits, self._entries)
         self._requests: dict[str, list[Track]] = {}
         self._tracks: dict[RequestSequence, Track] = {}
         self._pending: list[TokenOutput] = []
         self._num_received = 0
         names = ("steps_total", "prompt_tokens_total", "generation_tokens_total")
         self._counters = dict.fromkeys(names, 0)
+        self._iteration_tokens = Histogram(TOKEN_BUCKETS)
         self._ended = dict.fromkeys(FinishReason, 0)
         self._load = [
             torch.zeros(b.num_experts, dtype=torch.int64, device=model.device) for b in banks
@@ -120,17 +142,26 @@ class Engine:
 
     # Requests
 
-    def add_request(self, request: Request, received: float | None = None) -> None:
+    def add_request(
+        self,
+        request: Request,
+        received: float | None = None,
+        grammar: CompiledGrammar | None = None,
+    ) -> None:
         """Queue a request that came in at ``received`` (on this engine's clock; None: now).
 
-        Raises ``RequestError`` for what can never run and ``QueueFullError`` for too much at once;
-        then nothing was changed. A newer attempt at a known request replaces the older one.
+        ``grammar`` is the request's own, compiled. A newer attempt at a known request replaces the
+        older one. Raises ``RequestError`` for what can never run and ``QueueFullError`` for too
+        much at once; then nothing was changed.
         """
         check_request(request, self._limits)
+        if self._limits.is_classifier and request.inspection is None:
+            request = pooled(request, self._pad)
+        self._inspector.check(request)
         self._check_room(request)
-        self.abort(request.request_id)
         now = self._clock() if received is None else received
-        tracks = [Track.start(s, now) for s in self._sequences(request, now)]
+        tracks = self._start(request, grammar, now)
+        self.abort(request.request_id)
         self._requests[request.request_id] = tracks
         self._num_received += 1
         self._counters["prompt_tokens_total"] += len(request.prompt)
@@ -165,23 +196,35 @@ class Engine:
             raise RequestError(f"request {request.request_id} is already here", "request_id")
         waiting, limit = self._scheduler.num_waiting, self._section.max_waiting
         if waiting and waiting + request.n > limit:
-            raise QueueFullError(f"{waiting} sequences are waiting, at most {limit} may")
+            raise QueueFullError(
+                f"{waiting} sequences are waiting, at most {limit} (max_waiting) may"
+            )
+        tokens, most = self._scheduler.num_waiting_tokens, self._section.max_waiting_tokens
+        if most is not None and tokens and tokens + len(request.prompt) > most:
+            raise QueueFullError(
+                f"{tokens} prompt tokens are waiting, at most {most} (max_waiting_tokens) may"
+            )
 
-    def _sequences(self, request: Request, now: float) -> list[RequestSequence]:
-        """One sequence per choice; the first one leads the others."""
+    def _start(self, request: Request, grammar: CompiledGrammar | None, now: float) -> list[Track]:
+        """One track per choice; the first one's sequence leads the others."""
+        assert (grammar is None) is (request.params.grammar is None), "compiled before it is added"
         deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf
-        found: list[RequestSequence] = []
+        found: list[Track] = []
         for choice in range(request.n):
             has_output = choice < len(request.output_so_far)
+            output = list(request.output_so_far[choice]) if has_output else []
+            state = None if grammar is None else grammar.start(output)
             sequence = RequestSequence(
                 request=request,
                 choice=choice,
                 arrival=self._num_received,
                 deadline=deadline,
-                output=list(request.output_so_far[choice]) if has_output else [],
-                leader=found[0] if found else None,
+                output=output,
+                grammar=state,
+                leader=found[0].sequence if found else None,
             )
-            found.append(sequence)
+            found.append(Track.start(sequence, now, state))
+        found[0].findings = self._inspector.start(request)
         return found
 
     # Steps
@@ -196,7 +239,7 @@ class Engine:
         for track in [t for s, t in self._tracks.items() if now >= s.deadline]:
             self._scheduler.remove(track.sequence)
             limit = track.sequence.request.deadline_ms
-            self._fail(track, f"not done within {limit} ms", "deadline_exceeded", now)
+            self._fail(track, Failure(f"not done within {limit} ms", "deadline_exceeded"), now)
         outputs, self._pending = self._pending, []
         return outputs
 
@@ -213,6 +256,8 @@ class Engine:
             result = self._runner.run(header, plan)
             tokens = None if result is None else self._draw(plan, result)
         except BaseException:
+            # What a broken step wrote may be NaN, and must not meet the blocks' next holder.
+            self._cache.clear_slots(self._slots(plan))
             self._scheduler.abandon(plan)
             raise
         finally:
@@ -226,33 +271,67 @@ class Engine:
         drawing: list[Track] = []
         sampled: list[Track] = []
         rows: list[int] = []
+        ends: list[int] = []
         scored: dict[Track, list[TokenLogprob]] = {}
-        failed: list[Track] = []
+        failed: dict[Track, Failure] = {}
+        pieces: dict[Track, Piece] = {}
         for i, planned in enumerate(plan.rows):
             track, first_row = self._tracks[planned.sequence], result.first_row[i]
             if not result.finite[i]:
-                failed.append(track)
+                failed[track] = NOT_FINITE
                 continue
             if track.wants_prompt_logprobs:
-                scored[track] = self._score(track, planned, result.hidden, first_row)
+                entries = self._score(track, planned, result.hidden, first_row)
+                if entries is None:
+                    failed[track] = NOT_FINITE
+                    continue
+                scored[track] = entries
+            if track.findings is not None:
+                piece = self._inspect(planned, result, first_row)
+                if piece is None:
+                    failed[track] = NOT_FINITE
+                    continue
+                pieces[track] = piece
             if planned.draws_token:
                 drawing.append(track)
+                ends.append(first_row + planned.count - 1)
                 if planned.sequence.params.max_tokens:
                     sampled.append(track)
                     rows.append(first_row + planned.count - 1)
         drawn: dict[Track, Drawn] = {}
         if rows:
             logits = self._runner.logits(result.hidden[rows])
-            found = sample(logits, [t.sampling_row(self._eos) for t in sampled])
-            drawn = {t: d for t, d in zip(sampled, found, strict=True) if d.is_finite}
-            failed += [t for t in sampled if t not in drawn]
+            found = self._sample(logits, [t.sampling_row(self._eos) for t in sampled])
+            for track, one in zip(sampled, found, strict=True):
+                if one.failure is None:
+                    drawn[track] = one
+                else:
+                    failed[track] = track.draw_failure(one)
             drawing = [t for t in drawing if t not in failed]
-        return _StepTokens(tuple(drawing), drawn, scored, tuple(failed))
+        classes: dict[Track, tuple[float, ...]] = {}
+        if self._limits.is_classifier and ends:
+            rows_of_logits = self._runner.logits(result.hidden[ends]).float().tolist()
+            for track, row in zip(tuple(drawing), rows_of_logits, strict=True):
+                if not all(map(math.isfinite, row)):
+                    failed[track] = NOT_FINITE
+                    drawing.remove(track)
+                elif track.findings is None:  # else all its tokens ran, not those up to a pad
+                    classes[track] = tuple(row)
+        return _StepTokens(tuple(drawing), drawn, scored, failed, classes, pieces)
+
+    def _inspect(self, planned: PlannedRows, result: StepResult, first_row: int) -> Piece | None:
+        """What the step found for an inspection; None when a logit is NaN or infinity."""
+        hidden = result.hidden[first_row : first_row + planned.count]
+        captures = result.captures.get(planned.sequence, ())
+        return self._inspector.read(planned.sequence.request, planned.first, hidden, captures)
 
     def _score(
         self, track: Track, planned: PlannedRows, hidden: Tensor, first_row: int
-    ) -> list[TokenLogprob]:
-        """Logprobs of the prompt tokens behind these rows that have none yet."""
+    ) -> list[TokenLogprob] | None:
+        """Logprobs of the prompt tokens behind these rows that have none yet.
+
+        None when a logit is NaN or infinity.
+        """
         prompt = planned.sequence.request.prompt
         first = max(planned.first, len(track.prompt_logprobs) - 1)
         last = min(planned.first + planned.count, len(prompt) - 1)
@@ -261,31 +340,48 @@ class Engine:
         for start in range(first, last, _SCORED_ROWS):
             stop = min(start + _SCORED_ROWS, last)
             logits = self._runner.logits(hidden[start + offset : stop + offset])
+            if not all_finite(logits):
+                return None
             tokens = prompt[start + 1 : stop + 1]
             num_top = [planned.sequence.params.prompt_logprobs or 0] * len(tokens)
-            entries += logprob_entries(logits, tokens, num_top)
+            entries += self._entries(logits, tokens, num_top)
         return entries
+
+    def _slots(self, plan: Plan) -> list[int]:
+        """Cache slots of all rows of a plan."""
+        size = self._section.block_size_tokens
+        return [
+            planned.sequence.blocks[position // size] * size + position % size
+            for planned in plan.rows
+            for position in range(planned.first, planned.first + planned.count)
+        ]
 
     def _commit(self, plan: Plan, result: StepResult, tokens: _StepTokens) -> None:
         """Make the step count, and queue its outputs."""
         now = self._clock()
-        dirty = {block for track in tokens.failed for block in track.sequence.blocks}
+        broken = [t for t, failure in tokens.failed.items() if failure is NOT_FINITE]
+        dirty = {block for track in broken for block in track.sequence.blocks}
+        self._pool.forget(dirty)
         new = {t.sequence: d.token for t, d in tokens.drawn.items()}
-        endings = self._scheduler.commit(plan, new, [t.sequence for t in tokens.failed])
+        endings = self._scheduler.commit(plan, new, {t.sequence for t in tokens.failed})
         # Blocks that may hold NaN must not meet their next holder as they are.
         self._cache.clear([block for block in dirty if self._pool.is_free(block)])
         for load, topk_ids in zip(self._load, result.topk_ids, strict=True):
             for ids in topk_ids:
                 load += torch.bincount(ids.flatten(), minlength=len(load))
         self._counters["steps_total"] += 1
+        self._iteration_tokens.observe(plan.num_rows)
         self._counters["generation_tokens_total"] += len(new)
         for track, entries in tokens.scored.items():
             track.prompt_logprobs += entries
+        for track, piece in tokens.pieces.items():
+            if track.findings is not None:
+                track.findings.add(piece)
         for track in tokens.drawing:
-            self._emit(track, tokens.drawn.get(track), endings.get(track.sequence), now)
-        for track in tokens.failed:
-            message = "the model's output was not finite (NaN or infinity)"
-            self._fail(track, message, "internal_error", now)
+            drawn, ending = tokens.drawn.get(track), endings.get(track.sequence)
+            self._emit(track, drawn, ending, now, tokens.classes.get(track, ()))
+        for track, failure in tokens.failed.items():
+            self._fail(track, failure, now)
 
     def _note_first_dispatch(self, plan: Plan) -> None:
         when = self._runner.first_dispatch
@@ -296,17 +392,26 @@ class Engine:
 
     # Outputs
 
-    def _emit(self, track: Track, drawn: Drawn | None, ending: Ending | None, now: float) -> None:
-        self._pending.append(track.output(drawn, ending, now))
+    def _emit(
+        self,
+        track: Track,
+        drawn: Drawn | None,
+        ending: Ending | None,
+        now: float,
+        classes: tuple[float, ...] = (),
+    ) -> None:
+        self._pending.append(track.output(drawn, ending, now, classes))
         if ending is not None:
             self._forget(track, ending.reason)
 
-    def _fail(self, track: Track, message: str, code: str, now: float) -> None:
-        self._pending.append(track.error(message, code, now))
+    def _fail(self, track: Track, failure: Failure, now: float) -> None:
+        self._pending.append(track.error(failure, now))
         self._forget(track, FinishReason.ERROR)
 
     def _forget(self, track: Track, reason: FinishReason) -> None:
         self._ended[reason] += 1
+        if track.findings is not None:
+            self._inspector.end(track.sequence.request)
         del self._tracks[track.sequence]
         request_id = track.sequence.request.request_id
         left = self._requests[request_id]
@@ -323,7 +428,7 @@ class Engine:
 
     @property
     def num_free_blocks(self) -> int:
-        """KV blocks that nobody holds."""
+        """KV blocks that nobody holds, those that the prefix cache knows included."""
         return self._pool.num_free
 
     @property
@@ -345,13 +450,21 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """Gauges and counters by metric name without prefix. Any thread may call it."""
         free, total = self._pool.num_free, self._pool.num_blocks
+        prefixes = self._scheduler.prefixes
+        waiting, deferred = self._scheduler.num_waiting, self._scheduler.num_deferred
         return {
             "num_requests_running": float(self._scheduler.num_running),
-            "num_requests_waiting": float(self._scheduler.num_waiting),
+            "num_requests_waiting": float(waiting),
+            'num_requests_waiting_by_reason{reason="capacity"}': float(max(waiting - deferred, 0)),
+            'num_requests_waiting_by_reason{reason="deferred"}': float(deferred),
+            **self._iteration_tokens.stats("iteration_tokens_total"),
             "kv_cache_usage_perc": 1 - free / total,
             "kv_blocks_free": float(free),
             "kv_blocks_total": float(total),
             "num_preemptions_total": float(self._scheduler.num_preemptions),
+            "prefix_cache_queries_total": float(prefixes.num_queried_tokens),
+            "prefix_cache_hits_total": float(prefixes.num_hit_tokens),
+            "prompt_tokens_cached_total": float(prefixes.num_cached_prompt_tokens),
             **{name: float(count) for name, count in self._counters.items()},
             **{f"choices_{r.value}_total": float(n) for r, n in self._ended.items()},
         }

@@ -22,6 +22,7 @@ import grpc
 
 from protos import engine_pb2 as pb
 from protos import engine_pb2_grpc
+from workers.inspection import BankShape
 from workers.request import Request, StepOutput
 from workers.wire import request_from_wire, step_to_wire
 
@@ -82,6 +83,20 @@ class EngineFacts:
     """Compute type."""
     model_type: str
     """Family."""
+    hidden_size: int
+    """Width of the residual stream."""
+    num_layers: int
+    """Layers."""
+    num_heads: int
+    """Query heads."""
+    labels: tuple[str, ...]
+    """Classes of a sequence classifier."""
+    pad_token_id: int | None
+    """Token that a classifier does not take for the last one."""
+    problem_type: str
+    """Of a classifier; empty where the checkpoint says nothing."""
+    banks: tuple[BankShape, ...]
+    """Routers."""
 
 
 Command = AddRequest | AbortRequest | GatewayGone

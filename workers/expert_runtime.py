@@ -8,7 +8,6 @@ from typing import Any
 from cluster.placement import ExpertPlacement
 from cluster.topology import Generation
 from workers.dist.expert_server import ExpertServer
-from workers.experts.slots import ExpertSlots
 from workers.runtime import IDLE_WAIT_S, WorkerRuntime
 
 
@@ -20,21 +19,7 @@ class ExpertRuntime(WorkerRuntime):
     _server: ExpertServer | None = None
 
     def _load(self) -> dict[str, Any]:
-        placement = self.args.placement
-        assert placement is not None, "an expert worker is started with a placement"
-        device = self.args.device
-        slots = ExpertSlots(self.family.banks, self.args.num_slots, self.dtype, device)
-        slots.load_placement(placement, self.member.device, self.checkpoint)
-        self._server = ExpertServer(
-            self.transport,
-            slots,
-            self.family.banks,
-            device_index=self.member.device,
-            combine_mode=self.config.engine.combine_mode,
-            dtype=self.dtype,
-            device=device,
-            activity=self.activity,
-        )
+        self._server = self._load_experts(self.transport)
         return {"dtype": str(self.dtype).removeprefix("torch."), "num_slots": self.args.num_slots}
 
     def _fence(self, reason: str) -> None:
@@ -56,15 +41,16 @@ class ExpertRuntime(WorkerRuntime):
             return
         started = time.monotonic()
         self._server.run_step(header)
+        if self._traced is not None:
+            self._traced.end_step()
         self._last_commit = time.monotonic()
         self._busy_s += self._last_commit - started
         self._num_steps += 1
 
     def _stats(self) -> dict[str, float]:
         server = self._server
-        tokens = sum(int(c.sum()) for c in server.token_counts) if server is not None else 0
         return {
-            "expert_worker_tokens_total": float(tokens),
+            "expert_worker_tokens_total": float(server.num_tokens if server is not None else 0),
             "expert_worker_busy_seconds_total": self._busy_s,
             "expert_worker_slots": float(self.args.num_slots),
             "steps_total": float(self._num_steps),

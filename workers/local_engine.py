@@ -5,6 +5,7 @@ The reference that everything distributed is tested against, and the base line o
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +20,16 @@ from workers.checkpoint import Checkpoint, load_attention_model, resolve_dtype
 from workers.dist.dispatcher import TokenDispatcher
 from workers.dist.header import Grant, StepHeader, bucket_of
 from workers.dist.local import LocalDispatcher
+from workers.dist.prefill_cap import PrefillCap
 from workers.engine import Engine
 from workers.experts.slots import ExpertSlots
+from workers.grammar_compiler import GrammarCompiler
+from workers.huge_pages import collapse_weights
+from workers.inspection import Inspection, NamedArray
+from workers.lanes import Lanes
 from workers.request import FinishReason, Request, SamplingParams, TokenLogprob, TokenOutput
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +42,8 @@ class Generated:
     """One per token where asked for."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None
     """Where asked for."""
+    class_logits: tuple[float, ...]
+    """From a sequence classifier."""
     finish_reason: FinishReason
     """Why it ended."""
 
@@ -50,28 +60,51 @@ class LocalEngine:
         section: EngineSection | None = None,
         max_model_len: int | None = None,
         num_micro_batches: int = 1,
+        num_threads: int | None = None,
         wrap: Callable[[TokenDispatcher], TokenDispatcher] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Load a checkpoint. Raises ``CheckpointError`` and ``ConfigError``.
 
-        ``wrap`` puts something between engine and dispatcher.
+        ``num_threads`` sets the threads of torch in this process and shares them out over lanes;
+        None leaves them as they are; a deterministic engine always sets one. ``wrap`` puts
+        something between engine and dispatcher.
         """
+        section = section or EngineSection()
+        num_threads = 1 if section.deterministic else num_threads
+        lanes = Lanes() if num_threads is None else Lanes.for_threads(num_threads)
         checkpoint = Checkpoint(path)
         place = torch.device(device)
         kind = resolve_dtype(dtype, checkpoint.config)
         banks = checkpoint.family.banks
-        model = load_attention_model(checkpoint, kind, place, max_model_len)
+        if checkpoint.config.ignored_keys:
+            logger.warning(
+                "config.json: ignored, not known: %s", ", ".join(checkpoint.config.ignored_keys)
+            )
+        model = load_attention_model(
+            checkpoint, kind, place, max_model_len, lanes, section.deterministic
+        )
         self._model = model
         self.config = checkpoint.config
         """Numbers of the model."""
-        self.slots = ExpertSlots(banks, max(b.num_experts for b in banks), kind, place)
+        self.banks = banks
+        """Its expert banks."""
+        num_slots = max(b.num_experts for b in banks)
+        self.slots = ExpertSlots(banks, num_slots, kind, place, lanes, section.deterministic)
         """All experts."""
         self.slots.load_all(checkpoint)
+        collapse_weights(place.type, checkpoint.loaded_bytes)
         local = LocalDispatcher(self.slots, banks)
         self.dispatcher: TokenDispatcher = local if wrap is None else wrap(local)
         """Leads to them."""
+        self.grammars = GrammarCompiler(
+            checkpoint.path, checkpoint.config.vocab_size, checkpoint.config.eos_token_ids
+        )
+        """Compiles what requests bring."""
         self._num_micro_batches = num_micro_batches
+        self.prefill_cap = PrefillCap.of(section)
+        """The policy for prompt rows beside decodes; another one may take its place."""
+        self._clock = clock
         self._next_step = 1
         self._next_request = 0
         self.engine = Engine(
@@ -79,8 +112,9 @@ class LocalEngine:
             config=checkpoint.config,
             banks=banks,
             dispatcher=self.dispatcher,
-            section=section or EngineSection(),
+            section=section,
             max_model_len=max_model_len,
+            lanes=lanes,
             clock=clock,
         )
         """The engine itself."""
@@ -90,10 +124,45 @@ class LocalEngine:
         """Logits [rows, V] of final hidden states [rows, H], as a recorder saw them."""
         return self._model.logits(hidden.to(self._model.dtype))
 
+    def add_request(self, request: Request) -> None:
+        """Queue a request; compiles its grammar first. Raises what ``Engine.add_request`` does."""
+        grammar = request.params.grammar
+        compiled = None if grammar is None else self.grammars.compile(grammar)
+        self.engine.add_request(request, grammar=compiled)
+
+    def classify(self, prompts: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """Logits by class of a sequence classifier, for prompts served together.
+
+        Raises ``RequestError`` and ``RequestFailedError``.
+        """
+        results = self.generate(prompts, SamplingParams(max_tokens=0))
+        return [result.class_logits for result in results]
+
+    def inspect(
+        self, prompts: Sequence[Sequence[int]], wanted: Inspection | Sequence[Inspection]
+    ) -> list[dict[str, Tensor]]:
+        """Look at prompts together; for each, arrays by name (see ``workers.inspection``).
+
+        Raises ``RequestError``, ``QueueFullError`` and ``RequestFailedError``.
+        """
+        each = [wanted] * len(prompts) if isinstance(wanted, Inspection) else wanted
+        requests = [
+            replace(self._request(prompt, SamplingParams(max_tokens=0)), inspection=one)
+            for prompt, one in zip(prompts, each, strict=True)
+        ]
+        outputs = self.run(requests)
+        found = []
+        for request in requests:
+            own = outputs[request.request_id, 0]
+            _generated(own)
+            found.append({array.name: _tensor(array) for o in own for array in o.arrays})
+        return found
+
     def step(self) -> list[TokenOutput]:
-        """Grant everything that is wanted, and run it."""
+        """Grant what is wanted, prompt rows as a leader would, and run it."""
         wanted = self.engine.wanted()
-        grant = Grant(decode_rows=wanted.decode_rows, prefill_rows=wanted.prefill_rows)
+        cap = self.prefill_cap.rows(wanted.decode_rows, num_ranks=1)
+        grant = Grant(decode_rows=wanted.decode_rows, prefill_rows=min(wanted.prefill_rows, cap))
         header = StepHeader(
             generation=1,
             step=self._next_step,
@@ -105,12 +174,15 @@ class LocalEngine:
             bucket=bucket_of(grant.num_rows),
         )
         self._next_step += 1
-        return self.engine.step(header)
+        start = self._clock()
+        outputs = self.engine.step(header)
+        self.prefill_cap.observe(grant.decode_rows, grant.prefill_rows, self._clock() - start)
+        return outputs
 
     def run(self, requests: Sequence[Request]) -> dict[tuple[str, int], list[TokenOutput]]:
         """Serve requests together to their ends; outputs by (request id, choice)."""
         for request in requests:
-            self.engine.add_request(request)
+            self.add_request(request)
         outputs: dict[tuple[str, int], list[TokenOutput]] = {
             (r.request_id, choice): [] for r in requests for choice in range(r.n)
         }
@@ -124,13 +196,20 @@ class LocalEngine:
     ) -> list[Generated]:
         """Serve prompts together; one result per prompt. Raises ``RequestFailedError``."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        requests = []
-        for prompt, own in zip(prompts, each, strict=True):
-            self._next_request += 1
-            name = f"local-{self._next_request}"
-            requests.append(Request(request_id=name, prompt=tuple(prompt), params=replace(own)))
+        requests = [self._request(p, own) for p, own in zip(prompts, each, strict=True)]
         outputs = self.run(requests)
         return [_generated(outputs[r.request_id, 0]) for r in requests]
+
+    def _request(self, prompt: Sequence[int], params: SamplingParams) -> Request:
+        """A request with a name of its own."""
+        self._next_request += 1
+        name = f"local-{self._next_request}"
+        return Request(request_id=name, prompt=tuple(prompt), params=params)
+
+
+def _tensor(array: NamedArray) -> Tensor:
+    kind = torch.int32 if array.dtype == "int32" else torch.float32
+    return torch.frombuffer(bytearray(array.data), dtype=kind).view(array.shape)
 
 
 def _generated(outputs: Sequence[TokenOutput]) -> Generated:
@@ -142,5 +221,6 @@ def _generated(outputs: Sequence[TokenOutput]) -> Generated:
         token_ids=tuple(t for o in outputs for t in o.token_ids),
         logprobs=tuple(p for o in outputs for p in o.logprobs),
         prompt_logprobs=outputs[0].prompt_logprobs,
+        class_logits=last.class_logits,
         finish_reason=last.finish_reason,
     )

@@ -8,7 +8,7 @@ the KV of the rows it runs, which nobody reads before the step is committed.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,12 +24,14 @@ from workers.attention import (
     group_size,
     runs,
 )
+from workers.capture import BatchRecorder, Capture
 from workers.dist.dispatcher import BatchRows, DispatchHandle, TokenDispatcher
 from workers.dist.header import StepHeader
 from workers.families.base import BankSpec
 from workers.kv_cache import KVCache
 from workers.layers import AttentionModel, Exchange, LayerSteps, ModelInputs, Recorder
 from workers.scheduler import Plan, PlannedRows
+from workers.sequence import Sequence as RequestSequence
 
 _KEY_STEP = 0x9E3779B97F4A7C15
 _KEY_MASK = (1 << 63) - 1
@@ -61,6 +63,8 @@ class StepResult:
     """[bank][micro-batch]: [rows, top_k] int64, the experts that were chosen."""
     first_dispatch: float | None
     """Monotonic seconds of the step's first dispatch; None when there was none."""
+    captures: Mapping[RequestSequence, Sequence[Capture]]
+    """What was recorded for sequences whose requests look inside the model."""
 
 
 class ModelRunner:
@@ -98,6 +102,7 @@ class ModelRunner:
         self._first_dispatch = None
         if not header.grant(self._rank).num_rows:
             assert not plan.rows, "rows without a grant"
+            self._dispatcher.sit_out(header)
             return None
         order = sorted(range(len(plan.rows)), key=lambda i: self._place(plan.rows[i]))
         spans = [Span(p, p.first, p.count) for p in (plan.rows[i] for i in order)]
@@ -109,7 +114,11 @@ class ModelRunner:
         if not plan.rows:
             return None
         joined = hidden[0] if len(hidden) == 1 else torch.cat([h for h in hidden if len(h)])
-        return self._result(joined, plan, order, topk_ids)
+        captures: dict[RequestSequence, list[Capture]] = {}
+        for batch in batches:
+            for sequence, capture in batch.captures:
+                captures.setdefault(sequence, []).append(capture)
+        return self._result(joined, plan, order, topk_ids, captures)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden_size] -> [rows, vocab_size], model dtype."""
@@ -124,7 +133,8 @@ class ModelRunner:
     def _flow(self, batch: _Batch) -> LayerSteps:
         if batch.inputs is None:
             return _idle(self._banks, self._model)
-        return self._model.forward(batch.inputs, self._cache.layers, self.recorder)
+        recorder = batch.recorder or self.recorder
+        return self._model.forward(batch.inputs, self._cache.layers, recorder)
 
     def _drive(self, flows: Sequence[LayerSteps], topk_ids: list[list[Tensor]]) -> list[Tensor]:
         """Resume the micro-batches in turn until all have ended; returns their hidden states.
@@ -153,7 +163,7 @@ class ModelRunner:
     def _dispatch(self, exchange: Exchange, micro_batch: int) -> DispatchHandle:
         if self._first_dispatch is None:
             self._first_dispatch = time.monotonic()
-        return self._dispatcher.dispatch(
+        handle = self._dispatcher.dispatch(
             exchange.rows,
             exchange.topk_ids,
             exchange.topk_weights,
@@ -161,9 +171,17 @@ class ModelRunner:
             exchange.exchange,
             micro_batch,
         )
+        if exchange.aside is not None:
+            exchange.aside.result()
+        return handle
 
     def _result(
-        self, hidden: Tensor, plan: Plan, order: Sequence[int], topk_ids: list[list[Tensor]]
+        self,
+        hidden: Tensor,
+        plan: Plan,
+        order: Sequence[int],
+        topk_ids: list[list[Tensor]],
+        captures: Mapping[RequestSequence, Sequence[Capture]],
     ) -> StepResult:
         bad_rows = (~torch.isfinite(hidden.sum(-1, dtype=torch.float32))).nonzero()
         bad = set(bad_rows.flatten().tolist())  # device-to-host sync
@@ -182,6 +200,7 @@ class ModelRunner:
             finite=finite,
             topk_ids=tuple(map(tuple, topk_ids)),
             first_dispatch=self._first_dispatch,
+            captures=captures,
         )
 
 
@@ -233,11 +252,17 @@ class _Batch:
             is_prefill=torch.arange(num_rows, device=device) >= num_decodes, row_key=keys
         )
         self.inputs: ModelInputs | None = None
+        self.captures = _captures(spans)
+        self.recorder = BatchRecorder([c for _, c in self.captures]) if self.captures else None
         if num_rows:
             decodes = tuple(self._decode_group(g, tensors, cache.block_size) for g in groups)
             prefills = tuple(self._chunks(chunks, num_decodes, tensors))
-            attention = AttentionBatch(slots, decodes, prefills, cache.workspace)
-            self.inputs = ModelInputs(tokens, positions, prompt_lengths, attention)
+            watcher = self.recorder if self.recorder and self.recorder.wants_maps else None
+            attention = AttentionBatch(
+                slots, decodes, prefills, cache.workspaces, cache.lanes, watcher
+            )
+            given = tuple(_given_rows(spans, device))
+            self.inputs = ModelInputs(tokens, positions, prompt_lengths, attention, given)
 
     def _stage_decodes(
         self, spans: Sequence[Span], cache: KVCache, staging: _Staging
@@ -271,6 +296,32 @@ class _Batch:
             mask = chunk_mask(span.first, span.count, self._device)
             yield PrefillChunk(first_row, last_row, span.first + span.count, next(tensors), mask)
             first_row = last_row
+
+
+def _given_rows(
+    spans: Sequence[Span], device: torch.device
+) -> Generator[tuple[int, Tensor], None, None]:
+    """See ``ModelInputs.given``."""
+    row = 0
+    for span in spans:
+        embeds = span.planned.sequence.request.prompt_embeds
+        last = min(span.first + span.count, span.planned.sequence.prompt_length)
+        if embeds is not None and span.first < last:
+            yield row, torch.tensor(embeds.rows(span.first, last), device=device)
+        row += span.count
+
+
+def _captures(spans: Sequence[Span]) -> list[tuple[RequestSequence, Capture]]:
+    """One for each span whose request looks inside the model."""
+    found: list[tuple[RequestSequence, Capture]] = []
+    row = 0
+    for span in spans:
+        inspection = span.planned.sequence.request.inspection
+        if inspection is not None and inspection.reads_inside:
+            capture = Capture(inspection, span.first, row, span.count)
+            found.append((span.planned.sequence, capture))
+        row += span.count
+    return found
 
 
 class _Staging:

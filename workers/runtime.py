@@ -1,4 +1,4 @@
-"""What both kinds of worker have in common: life, control socket, generations, the data thread.
+"""What all kinds of worker have in common: life, control socket, generations, the data thread.
 
 One data thread does all the work: it loads the weights, then turns a loop. Each turn handles what
 the controller sent and, while a generation runs, one step. The control client's thread only hands
@@ -19,8 +19,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from cluster.control_frames import (
     ControlFrame,
@@ -43,12 +41,21 @@ from workers.checkpoint import Checkpoint, resolve_dtype
 from workers.control_client import ControlClient, Lease
 from workers.dist.activity import Activity
 from workers.dist.collective import CollectiveTransport
+from workers.dist.expert_server import ExpertServer
 from workers.dist.frames import max_data_bytes
 from workers.dist.handshake import PeerIdentity
 from workers.dist.hub import PeerHub
+from workers.dist.micro_batches import MicroBatchRule
+from workers.dist.prefill_cap import PrefillCap
 from workers.dist.sockets import SocketTransport
 from workers.dist.step_channel import StepChannel
+from workers.dist.traced import Traced, TracedTransport
 from workers.dist.transport import DataTransport
+from workers.experts.slots import ExpertSlots
+from workers.huge_pages import collapse_weights
+from workers.lanes import Lanes
+from workers.numerics import numerics_digest
+from workers.step_trace import StepTrace
 from workers.worker_args import WorkerArgs
 
 logger = logging.getLogger(__name__)
@@ -67,6 +74,9 @@ STOP_TIMEOUT_S = 5.0
 
 class WorkerRuntime(ABC):
     """One worker without Ray around it. Subclasses add what they load and what a step is."""
+
+    _traced: Traced | None = None
+    """What writes the timeline of a step, where one is asked for."""
 
     def __init__(self, args: WorkerArgs, on_death: OnDeath) -> None:
         self.args = args
@@ -140,9 +150,12 @@ class WorkerRuntime(ABC):
 
     def _main(self) -> None:
         try:
-            torch.set_num_threads(self.args.threads)
+            self.lanes = Lanes.for_threads(self.args.threads)
             self._open()
             info = self._load()
+            collapse_weights(
+                self.args.device.type, self.checkpoint.loaded_bytes, self.activity.advance
+            )
             self.control.send(WorkerReady(info=info))
             while not self._stopping:
                 self._handle_frames()
@@ -169,6 +182,7 @@ class WorkerRuntime(ABC):
             rank=self.member.rank,
             checkpoint_id=self.checkpoint.checkpoint_id,
             config_hash=self.config.fingerprint(),
+            numerics=numerics_digest() if engine.deterministic else "",
         )
         hub = PeerHub(
             me,
@@ -185,9 +199,14 @@ class WorkerRuntime(ABC):
         )
         self._hub = hub
         self._cleanup.callback(hub.close)
-        self.channel = StepChannel(hub, max_prefill_rows=engine.max_num_batched_tokens)
+        self.channel = StepChannel(
+            hub,
+            prefill_cap=PrefillCap.of(engine),
+            micro_batches=MicroBatchRule.of(engine, self.config.workers),
+        )
         self.transport = self._open_transport()
         self._cleanup.callback(self.transport.close)
+        self.trace = self._open_trace()
         self.member = replace(self.member, data_address=hub.address)
         self.member = self._announce()
         info = {"threads": self.args.threads, "device": str(self.args.device)}
@@ -238,6 +257,44 @@ class WorkerRuntime(ABC):
         )
         self.member = replace(self.member, store_address=collective.store_address)
         return collective
+
+    def _load_experts(self, transport: DataTransport) -> ExpertServer:
+        """Load the experts that the placement gives this worker's device."""
+        placement = self.args.placement
+        assert placement is not None, "a worker with experts is started with a placement"
+        slots = self._expert_slots()
+        slots.load_placement(placement, self.member.device, self.checkpoint)
+        if self.trace is not None:
+            transport = self._traced = TracedTransport(transport, self.trace, self.family.banks)
+        return ExpertServer(
+            transport,
+            slots,
+            self.family.banks,
+            device_index=self.member.device,
+            combine_mode=self.config.engine.combine_mode,
+            dtype=self.dtype,
+            device=self.args.device,
+            activity=self.activity,
+        )
+
+    def _open_trace(self) -> StepTrace | None:
+        section = self.config.observability
+        if section.trace_dir is None:
+            return None
+        trace = StepTrace(Path(section.trace_dir), self.member.name, section.trace_max_bytes)
+        self._cleanup.callback(trace.close)
+        return trace
+
+    def _expert_slots(self) -> ExpertSlots:
+        """Empty slots for this worker's experts."""
+        return ExpertSlots(
+            self.family.banks,
+            self.args.num_slots,
+            self.dtype,
+            self.args.device,
+            self.lanes,
+            self.config.engine.deterministic,
+        )
 
     def _die(self, reason: str) -> None:
         if self._stopping:

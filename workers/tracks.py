@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from workers.findings import Findings
+from workers.grammar import GrammarState
+from workers.logit_rules import BadWords, SamplingRow, TokenCounts, needs_counts
 from workers.request import FinishReason, Timings, TokenLogprob, TokenOutput
-from workers.sampling import Drawn, SamplingRow, TokenCounts, needs_counts
+from workers.sampling import DrawFailure, Drawn
 from workers.sequence import Ending, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a choice cannot go on."""
+
+    message: str
+    """For the client."""
+    code: str
+    """Machine-readable."""
+    param: str | None = None
+    """The request's field at fault, if one is."""
+
+
+NOT_FINITE = Failure("the model's output was not finite (NaN or infinity)", "internal_error")
+"""The model's fault."""
 
 
 @dataclass(slots=True, eq=False)
@@ -23,30 +42,59 @@ class Track:
     """Monotonic seconds of the commit of its first new token."""
     counts: TokenCounts | None = None
     """Kept where penalties are used."""
+    bad_words: BadWords | None = None
+    """Kept where there are some."""
+    grammar: GrammarState | None = None
+    """What the output must follow; the sequence's own."""
     wants_prompt_logprobs: bool = False
     """Choice 0 of a request that asks for them and has none delivered."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     """Entries so far, the first prompt token's is None."""
+    findings: Findings | None = None
+    """What the request's inspection has found so far."""
 
     @classmethod
-    def start(cls, sequence: Sequence, now: float) -> Track:
+    def start(cls, sequence: Sequence, now: float, grammar: GrammarState | None = None) -> Track:
         """Begin to track a choice that was received ``now``."""
         params, output = sequence.params, sequence.output
         counts = None
         if needs_counts(params):
             counts = TokenCounts(params, sequence.request.prompt, output)
-        wants_scores = params.prompt_logprobs is not None and not sequence.choice and not output
-        return cls(sequence, now, counts=counts, wants_prompt_logprobs=wants_scores)
+        bad_words = BadWords(params.bad_words) if params.bad_words else None
+        return cls(
+            sequence,
+            now,
+            counts=counts,
+            bad_words=bad_words,
+            grammar=grammar,
+            wants_prompt_logprobs=sequence.scores_prompt,
+        )
 
     def sampling_row(self, eos_token_ids: tuple[int, ...]) -> SamplingRow:
         """How its next token is drawn."""
-        params, index = self.sequence.params, len(self.sequence.output)
-        ending: tuple[int, ...] = ()
-        if index < params.min_tokens:
-            ending = (() if params.ignore_eos else eos_token_ids) + params.stop_token_ids
-        return SamplingRow(params, self.sequence.choice, index, self.counts, ending)
+        sequence, params = self.sequence, self.sequence.params
+        index = len(sequence.output)
+        banned = self._banned(index, eos_token_ids)
+        return SamplingRow(params, sequence.choice, index, self.counts, banned, self.grammar)
 
-    def output(self, drawn: Drawn | None, ending: Ending | None, now: float) -> TokenOutput:
+    def _banned(self, index: int, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        sequence, params = self.sequence, self.sequence.params
+        banned: tuple[int, ...] = ()
+        if index < params.min_tokens:
+            banned = (() if params.ignore_eos else eos_token_ids) + params.stop_token_ids
+        if params.ignore_eos and self.grammar is not None:
+            banned += eos_token_ids  # only a grammar that is complete may end it
+        if self.bad_words is not None:
+            banned += self.bad_words.banned(sequence.output)
+        return banned
+
+    def output(
+        self,
+        drawn: Drawn | None,
+        ending: Ending | None,
+        now: float,
+        class_logits: tuple[float, ...] = (),
+    ) -> TokenOutput:
         """The news after a commit: the drawn token, if any, is in the sequence's output already."""
         request = self.sequence.request
         is_first = self.first_token is None
@@ -63,12 +111,28 @@ class Track:
             token_ids=() if drawn is None else (drawn.token,),
             logprobs=() if drawn is None or drawn.logprob is None else (drawn.logprob,),
             prompt_logprobs=tuple(self.prompt_logprobs) if has_scores else None,
+            num_cached_tokens=self.sequence.num_cached_tokens if is_first else None,
+            class_logits=class_logits,
             finish_reason=ending.reason if ending else None,
             stop_token_id=ending.stop_token_id if ending else None,
             timings=self._timings(now) if ending else None,
+            arrays=self.findings.arrays() if ending and self.findings else (),
         )
 
-    def error(self, message: str, code: str, now: float) -> TokenOutput:
+    def draw_failure(self, drawn: Drawn) -> Failure:
+        """What to tell of a draw that gave no token."""
+        if drawn.failure is not DrawFailure.NONE_ALLOWED:
+            return NOT_FINITE
+        where = f"position {len(self.sequence.output)} of the output"
+        params, error = self.sequence.params, None if self.grammar is None else self.grammar.error
+        if error is not None and params.grammar is not None:
+            field = params.grammar.field
+            return Failure(
+                f"{field} cannot be followed at {where}: {error}", "invalid_value", field
+            )
+        return Failure(f"no token is allowed at {where}", "invalid_value")
+
+    def error(self, failure: Failure, now: float) -> TokenOutput:
         """The last output of a choice that failed."""
         request = self.sequence.request
         return TokenOutput(
@@ -77,8 +141,9 @@ class Track:
             choice=self.sequence.choice,
             index=len(self.sequence.output),
             finish_reason=FinishReason.ERROR,
-            error=message,
-            error_code=code,
+            error=failure.message,
+            error_code=failure.code,
+            error_param=failure.param,
             timings=self._timings(now),
         )
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from protos import engine_pb2 as pb
+from workers.inspection import Inspection, NamedArray, Pooling
+from workers.prompt_embeds import PromptEmbeds
 from workers.request import (
     FinishReason,
+    Grammar,
+    GrammarKind,
     Request,
     SamplingParams,
     StepOutput,
@@ -12,6 +16,9 @@ from workers.request import (
     TokenLogprob,
     TokenOutput,
 )
+
+_INSIDES = ("hidden_states", "router_logits", "routes", "attentions", "aux")
+"""Fields of an inspection that are yes or no."""
 
 
 def request_to_wire(request: Request) -> pb.EngineRequest:
@@ -36,12 +43,20 @@ def request_to_wire(request: Request) -> pb.EngineRequest:
             seed=params.seed,
             logprobs=params.logprobs,
             prompt_logprobs=params.prompt_logprobs,
+            logprob_token_ids=params.logprob_token_ids,
+            allowed_token_ids=params.allowed_token_ids,
+            bad_words=[pb.EngineTokens(ids=ids) for ids in params.bad_words],
+            grammar=_grammar_to_wire(params.grammar),
         ),
         n=request.n,
         attempt=request.attempt,
         output_so_far=[pb.EngineTokens(ids=ids) for ids in request.output_so_far],
         deadline_ms=request.deadline_ms,
         priority=request.priority,
+        cache_salt=request.cache_salt,
+        inspection=_inspection_to_wire(request.inspection),
+        prompt_embeds=request.prompt_embeds.data if request.prompt_embeds else b"",
+        prompt_embeds_width=request.prompt_embeds.width if request.prompt_embeds else 0,
     )
 
 
@@ -66,6 +81,10 @@ def request_from_wire(message: pb.EngineRequest) -> Request:
         prompt_logprobs=(
             sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None
         ),
+        logprob_token_ids=tuple(sampling.logprob_token_ids),
+        allowed_token_ids=tuple(sampling.allowed_token_ids),
+        bad_words=tuple(tuple(t.ids) for t in sampling.bad_words),
+        grammar=_grammar_from_wire(sampling),
     )
     return Request(
         request_id=message.request_id,
@@ -76,6 +95,9 @@ def request_from_wire(message: pb.EngineRequest) -> Request:
         output_so_far=tuple(tuple(t.ids) for t in message.output_so_far),
         deadline_ms=message.deadline_ms,
         priority=message.priority,
+        cache_salt=message.cache_salt,
+        inspection=_inspection_from_wire(message),
+        prompt_embeds=_embeds_from_wire(message),
     )
 
 
@@ -91,6 +113,48 @@ def step_from_wire(message: pb.EngineStep) -> StepOutput:
     )
 
 
+def _embeds_from_wire(message: pb.EngineRequest) -> PromptEmbeds | None:
+    width = message.prompt_embeds_width
+    return PromptEmbeds(width, message.prompt_embeds) if width else None
+
+
+def _inspection_to_wire(inspection: Inspection | None) -> pb.EngineInspection | None:
+    if inspection is None:
+        return None
+    pooling = inspection.embedding
+    return pb.EngineInspection(
+        logits=inspection.logits,
+        labels=inspection.labels,
+        embedding=pooling.value if pooling else "",
+        **{name: getattr(inspection, name) for name in _INSIDES},
+    )
+
+
+def _inspection_from_wire(request: pb.EngineRequest) -> Inspection | None:
+    if not request.HasField("inspection"):
+        return None
+    message = request.inspection
+    return Inspection(
+        logits=tuple(message.logits),
+        labels=tuple(message.labels),
+        embedding=Pooling(message.embedding) if message.embedding else None,
+        **{name: getattr(message, name) for name in _INSIDES},
+    )
+
+
+def _grammar_to_wire(grammar: Grammar | None) -> pb.EngineGrammar | None:
+    if grammar is None:
+        return None
+    return pb.EngineGrammar(kind=grammar.kind.value, text=grammar.text, field=grammar.field)
+
+
+def _grammar_from_wire(sampling: pb.EngineSampling) -> Grammar | None:
+    if not sampling.HasField("grammar"):
+        return None
+    message = sampling.grammar
+    return Grammar(kind=GrammarKind(message.kind), text=message.text, field=message.field)
+
+
 def _output_to_wire(output: TokenOutput) -> pb.EngineOutput:
     message = pb.EngineOutput(
         request_id=output.request_id,
@@ -103,6 +167,13 @@ def _output_to_wire(output: TokenOutput) -> pb.EngineOutput:
         stop_token_id=output.stop_token_id,
         error=output.error or "",
         error_code=output.error_code,
+        num_cached_tokens=output.num_cached_tokens,
+        error_param=output.error_param or "",
+        class_logits=output.class_logits,
+        arrays=[
+            pb.EngineArray(name=a.name, dtype=a.dtype, shape=a.shape, data=a.data)
+            for a in output.arrays
+        ],
     )
     if output.prompt_logprobs is not None:
         message.has_prompt_logprobs = True
@@ -123,6 +194,7 @@ def _output_from_wire(message: pb.EngineOutput) -> TokenOutput:
             first_token_s=message.timings.first_token_s,
             finished_s=message.timings.finished_s,
         )
+    num_cached = message.num_cached_tokens if message.HasField("num_cached_tokens") else None
     return TokenOutput(
         request_id=message.request_id,
         attempt=message.attempt,
@@ -131,10 +203,17 @@ def _output_from_wire(message: pb.EngineOutput) -> TokenOutput:
         token_ids=tuple(message.token_ids),
         logprobs=tuple(p for p in map(_logprob_from_wire, message.logprobs) if p is not None),
         prompt_logprobs=prompt_logprobs if message.has_prompt_logprobs else None,
+        num_cached_tokens=num_cached,
         finish_reason=FinishReason(message.finish_reason) if message.finish_reason else None,
         stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         error=message.error or None,
         error_code=message.error_code,
+        error_param=message.error_param or None,
+        class_logits=tuple(message.class_logits),
+        arrays=tuple(
+            NamedArray(name=a.name, dtype=a.dtype, shape=tuple(a.shape), data=a.data)
+            for a in message.arrays
+        ),
         timings=timings,
     )
 

@@ -43,12 +43,15 @@ class WorkerArgs:
     ) -> WorkerArgs:
         """Build from the actor's constructor arguments. Raises ``ConfigError``."""
         placement = extra.get("placement")
+        parsed = ClusterConfig.from_dict(config)
+        # Sums are split by the number of threads, so deterministic workers all have one.
+        threads = 1 if parsed.engine.deterministic else int(extra.get("threads", 1))
         return cls(
-            config=ClusterConfig.from_dict(config),
+            config=parsed,
             member=Member(**member),
             control_address=control_address,
             host=host,
-            threads=int(extra.get("threads", 1)),
+            threads=threads,
             placement=None if placement is None else ExpertPlacement.from_dict(placement),
             num_slots=int(extra.get("num_slots", 0)),
         )

@@ -255,29 +255,6 @@ def test_newer_attempt_replaces_the_older(tiny_checkpoint: Path) -> None:
     assert len(tokens(outputs["a", 0])) == 12
 
 
-def test_prompt_logprobs_come_once_and_do_not_depend_on_chunks(tiny_checkpoint: Path) -> None:
-    params = SamplingParams(max_tokens=2, temperature=0.0, prompt_logprobs=2, ignore_eos=True)
-    prompt = prompts(1, seed=2)[0] + tuple(range(10, 60))
-    whole = LocalEngine(tiny_checkpoint).generate([prompt], params)[0].prompt_logprobs
-    section = EngineSection(max_num_batched_tokens=7, max_num_seqs=7)
-    engine = LocalEngine(tiny_checkpoint, section=section)
-    (found,) = engine.run([Request(request_id="a", prompt=prompt, params=params)]).values()
-    assert found[0].prompt_logprobs is not None
-    assert whole is not None
-    assert all(o.prompt_logprobs is None for o in found[1:])
-    assert len(whole) == len(prompt)
-    assert whole[0] is None
-    for entry, other, token in zip(
-        whole[1:], found[0].prompt_logprobs[1:], prompt[1:], strict=True
-    ):
-        assert entry is not None
-        assert other is not None
-        assert entry.token_id == other.token_id == token
-        assert entry.rank == other.rank
-        assert entry.logprob == pytest.approx(other.logprob, abs=1e-4)
-        assert len(entry.top) == 2
-
-
 def test_scoring_only_ends_without_a_token(tiny_checkpoint: Path) -> None:
     engine = LocalEngine(tiny_checkpoint)
     params = SamplingParams(max_tokens=0, prompt_logprobs=0)
@@ -405,8 +382,22 @@ def test_full_queue_refuses_more(tiny_checkpoint: Path) -> None:
     engine = LocalEngine(tiny_checkpoint, section=EngineSection(max_waiting=2))
     for i in range(2):
         engine.engine.add_request(Request(request_id=str(i), prompt=(5,), params=GREEDY))
-    with pytest.raises(QueueFullError, match="2 sequences are waiting, at most 2 may"):
+    with pytest.raises(
+        QueueFullError, match=r"2 sequences are waiting, at most 2 \(max_waiting\) may"
+    ):
         engine.engine.add_request(Request(request_id="2", prompt=(5,), params=GREEDY))
+
+
+def test_prompt_tokens_that_wait_are_limited(tiny_checkpoint: Path) -> None:
+    engine = LocalEngine(tiny_checkpoint, section=EngineSection(max_waiting_tokens=10)).engine
+    engine.add_request(Request(request_id="a", prompt=(5,) * 12, params=GREEDY, n=4))
+    with pytest.raises(QueueFullError, match=r"12 prompt tokens are waiting, at most 10 \(max_w"):
+        engine.add_request(Request(request_id="b", prompt=(5,), params=GREEDY))
+    engine.abort("a")
+    for name in "cd":
+        engine.add_request(Request(request_id=name, prompt=(5,) * 5, params=GREEDY))
+    with pytest.raises(QueueFullError):
+        engine.add_request(Request(request_id="e", prompt=(5,), params=GREEDY))
 
 
 def test_kv_memory_below_one_block_is_refused(tiny_checkpoint: Path) -> None:
@@ -426,11 +417,25 @@ def test_numbers_and_timings(tiny_checkpoint: Path) -> None:
     assert stats["generation_tokens_total"] == 12
     assert stats["steps_total"] == 12
     assert stats["choices_length_total"] == 1
+    assert stats['iteration_tokens_total_bucket{le="1"}'] == 11
+    assert stats['iteration_tokens_total_bucket{le="8"}'] == stats["iteration_tokens_total_count"]
+    assert stats["iteration_tokens_total_sum"] == 3 + 11
     assert stats["kv_cache_usage_perc"] == 0
     assert stats["kv_blocks_free"] == stats["kv_blocks_total"] == engine.engine.num_blocks
     load = engine.engine.expert_load()
     assert set(load) == {("mlp", 0), ("mlp", 1)}
     assert all(counts.sum() == (3 + 11) * 2 for counts in load.values())
+
+
+def test_who_waits_for_room_and_who_for_its_prompt(tiny_checkpoint: Path) -> None:
+    section = EngineSection(block_size_tokens=4, max_num_seqs=1)
+    engine = LocalEngine(tiny_checkpoint, section=section).engine
+    engine.add_request(Request(request_id="a", prompt=(5,) * 9, params=GREEDY))
+    engine.add_request(Request(request_id="b", prompt=(6,) * 9, params=GREEDY, n=3))
+    stats = engine.stats()
+    assert stats["num_requests_waiting"] == 4
+    assert stats['num_requests_waiting_by_reason{reason="capacity"}'] == 2
+    assert stats['num_requests_waiting_by_reason{reason="deferred"}'] == 2
 
 
 def test_priority_goes_first(tiny_checkpoint: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from protos import engine_pb2 as pb
+from workers.inspection import Inspection, NamedArray, Pooling
+from workers.prompt_embeds import PromptEmbeds
 from workers.request import (
     FinishReason,
     Request,
@@ -41,6 +43,18 @@ def test_request_with_everything_set_survives_the_wire() -> None:
         output_so_far=((4, 5), ()),
         deadline_ms=1234,
         priority=-3,
+        cache_salt="tenant é",
+        inspection=Inspection(
+            logits=(0, 2),
+            labels=(-100, 2, 3),
+            embedding=Pooling.MEAN,
+            hidden_states=True,
+            router_logits=True,
+            routes=True,
+            attentions=True,
+            aux=True,
+        ),
+        prompt_embeds=PromptEmbeds(2, b"x" * 24),
     )
     message = pb.EngineRequest.FromString(request_to_wire(request).SerializeToString())
     assert request_from_wire(message) == request
@@ -56,6 +70,14 @@ def test_step_output_survives_the_wire() -> None:
     step = StepOutput(
         outputs=(
             TokenOutput(request_id="a", attempt=0, choice=0, index=3, token_ids=(5,)),
+            TokenOutput(request_id="a", attempt=0, choice=1, index=0, num_cached_tokens=0),
+            TokenOutput(
+                request_id="i",
+                attempt=0,
+                choice=0,
+                index=0,
+                arrays=(NamedArray(name="x", dtype="int32", shape=(2, 1), data=b"12345678"),),
+            ),
             TokenOutput(
                 request_id="b",
                 attempt=2,
@@ -67,6 +89,14 @@ def test_step_output_survives_the_wire() -> None:
                 finish_reason=FinishReason.STOP,
                 stop_token_id=0,
                 timings=Timings(first_dispatch_s=0.1, first_token_s=0.2, finished_s=0.3),
+            ),
+            TokenOutput(
+                request_id="b",
+                attempt=0,
+                choice=0,
+                index=0,
+                class_logits=(0.5, -1.25, 3.0),
+                finish_reason=FinishReason.LENGTH,
             ),
             TokenOutput(
                 request_id="c",

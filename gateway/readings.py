@@ -1,0 +1,333 @@
+"""Calls that read prompts and draw nothing: embeddings, classification, scores.
+
+They are ordinary calls for admission, deadlines and the engines; see ``Gateway.start_reading``. A
+score is a sum or a mean of natural log-probabilities of tokens, given all tokens before them.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.errors import RequestError
+from gateway.call import CallKind, CallPrompt, GenerateCall
+from gateway.core import Gateway
+from gateway.delta import Usage
+from gateway.field_checks import check_range, require
+from gateway.generation import Found
+from gateway.model import ModelFacts
+from gateway.validate import check_context, check_token_ids
+from workers.classifier import pooled_position
+from workers.inspection import IGNORED_LABEL, Inspection, NamedArray, Pooling
+from workers.request import SamplingParams
+
+Prompt = str | tuple[int, ...]
+"""A text or token ids."""
+Mask = tuple[int, ...]
+"""One number a token: 0 leaves the token out, 1 keeps it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadingOptions:
+    """What all these calls have in common; None is unset."""
+
+    model: str | None = None
+    """Model by name; None is the served one."""
+    add_special_tokens: bool | None = None
+    """Let the tokenizer add its own tokens (bos); default True."""
+    priority: int | None = None
+    """Lower runs first."""
+    timeout_s: float | None = None
+    """The client's time limit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """One prompt, and what to bring home of it."""
+
+    ids: tuple[int, ...]
+    """Token ids."""
+    inspection: Inspection | None = None
+    """None: a classifier's logits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Embedded:
+    """Vectors of prompts."""
+
+    vectors: tuple[NDArray[np.float32], ...]
+    """[hidden_size] each, in the order of the prompts; not normalised."""
+    usage: Usage
+    """Tokens read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassRow:
+    """What a prompt was found to be."""
+
+    label: str
+    """The most probable class; the first of equals."""
+    probs: tuple[float, ...]
+    """Softmax of the logits; sigmoids where the classes do not exclude each other."""
+    logits: tuple[float, ...]
+    """By class; of a language model the log-probability of each label behind the prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Classified:
+    """Classes of prompts."""
+
+    rows: tuple[ClassRow, ...]
+    """In the order of the prompts."""
+    usage: Usage
+    """Tokens read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """Scores of documents."""
+
+    scores: tuple[float, ...]
+    """Mean log-probability of each document's tokens behind its query."""
+    usage: Usage
+    """Tokens read."""
+
+
+class Reader:
+    """Serves these calls through a gateway."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    @property
+    def model_name(self) -> str:
+        """The served model."""
+        return self._gateway.model_name
+
+    async def embed(
+        self, prompts: Sequence[Prompt], pooling: str | None, options: ReadingOptions
+    ) -> Embedded:
+        """Vectors of prompts. Raises what ``Gateway.start`` raises."""
+        kinds = {kind.value: kind for kind in Pooling}
+        wanted = pooling or Pooling.LAST.value
+        require(wanted in kinds, "pooling", f"pooling ({wanted[:32]!r}) must be last or mean")
+        inspection = Inspection(embedding=kinds[wanted])
+
+        async def make(facts: ModelFacts) -> list[Reading]:
+            ids = await self._ids(prompts, facts, options, "input")
+            return [Reading(ids=one, inspection=inspection) for one in ids]
+
+        found, usage = await self.read(make, "embd", "input", options)
+        return Embedded(vectors=tuple(floats(one.arrays[0]) for one in found), usage=usage)
+
+    async def classify(
+        self,
+        prompts: Sequence[Prompt],
+        labels: Sequence[str],
+        masks: Sequence[Mask],
+        options: ReadingOptions,
+    ) -> Classified:
+        """Classes of prompts. Raises what ``Gateway.start`` raises."""
+        names: tuple[str, ...] = ()
+        is_multi = False
+
+        async def make(facts: ModelFacts) -> list[Reading]:
+            nonlocal names, is_multi
+            ids = await self._ids(prompts, facts, options, "input")
+            ids = keep_unmasked(ids, masks, facts)
+            names = facts.labels or tuple(labels)
+            is_multi = facts.problem_type == "multi_label_classification"
+            if facts.labels:
+                require(not labels, "labels", "labels must not be set: the model has its own")
+                check_classifier_batch(len(ids), facts)
+                return [Reading(ids=one) for one in ids]
+            return await self._label_readings(ids, labels, facts)
+
+        found, usage = await self.read(make, "cls", "input", options)
+        if labels:  # a language model: one reading for each prompt and label
+            sums = [float(np.nansum(floats(one.arrays[0]), dtype=np.float64)) for one in found]
+            logits = [tuple(sums[i : i + len(names)]) for i in range(0, len(sums), len(names))]
+        else:
+            logits = [one.class_logits for one in found]
+        return Classified(
+            rows=tuple(_class_row(names, one, is_multi) for one in logits), usage=usage
+        )
+
+    async def score(
+        self, queries: Sequence[Prompt], documents: Sequence[Prompt], options: ReadingOptions
+    ) -> Scored:
+        """Scores of documents behind queries. Raises what ``Gateway.start`` raises."""
+        require(
+            len(queries) in (1, len(documents)),
+            "queries",
+            f"{len(queries)} queries do not go with {len(documents)} documents: "
+            "there must be one, or as many",
+        )
+
+        async def make(facts: ModelFacts) -> list[Reading]:
+            before = await self._ids(queries, facts, options, "queries")
+            behind = await self._ids(documents, facts, options, "documents", special=False)
+            if len(before) == 1:
+                before *= len(behind)
+            return [scored_reading(*pair, "queries") for pair in zip(before, behind, strict=True)]
+
+        found, usage = await self.read(make, "score", "documents", options)
+        rows = [floats(one.arrays[0]) for one in found]
+        return Scored(
+            scores=tuple(float(np.nanmean(row, dtype=np.float64)) for row in rows), usage=usage
+        )
+
+    async def _label_readings(
+        self, ids: Sequence[tuple[int, ...]], labels: Sequence[str], facts: ModelFacts
+    ) -> list[Reading]:
+        require(len(labels) > 0, "labels", "labels is required: the model has no classes")
+        limits = self._gateway.limits
+        most = limits.max_choices
+        require(
+            len(ids) * len(labels) <= most,
+            "labels",
+            f"prompts times labels ({len(ids) * len(labels)}) must be at most {most}",
+        )
+        tokens = await self._gateway.prompts.make_ids(labels, facts, False, "labels")
+        require(all(tokens), "labels", "labels must not contain an empty text")
+        return [scored_reading(one, label, "input") for one in ids for label in tokens]
+
+    async def _ids(
+        self,
+        prompts: Sequence[Prompt],
+        facts: ModelFacts,
+        options: ReadingOptions,
+        field: str,
+        special: bool = True,
+    ) -> list[tuple[int, ...]]:
+        """Token ids of each prompt, none of them empty."""
+        most = self._gateway.limits.max_batch_prompts
+        require(len(prompts) > 0, field, f"{field} must not be empty")
+        message = f"{field} has {len(prompts)} entries, at most {most} are allowed"
+        require(len(prompts) <= most, field, message)
+        special = special and options.add_special_tokens is not False
+        ids = await self._gateway.prompts.make_ids(prompts, facts, special, field)
+        for one in ids:
+            require(len(one) > 0, field, f"{field} must not be empty")
+            check_token_ids(field, one, facts.vocab_size)
+        return ids
+
+    async def read(
+        self,
+        make: Callable[[ModelFacts], Awaitable[list[Reading]]],
+        prefix: str,
+        field: str,
+        options: ReadingOptions,
+    ) -> tuple[list[Found], Usage]:
+        """Run what ``make`` validates to its end. Raises what ``Gateway.start`` raises."""
+        check_range("priority", options.priority, -(2**31), 2**31 - 1)
+
+        async def make_call(facts: ModelFacts) -> GenerateCall:
+            readings = await make(facts)
+            most = self._gateway.limits.max_queue
+            message = f"the call needs {len(readings)} places in the queue, there are {most}"
+            require(len(readings) <= most, field, message)
+            for reading in readings:
+                check_context(len(reading.ids), 0, facts, field)
+            return reading_call(readings, options, facts)
+
+        call_id = f"{prefix}-{uuid.uuid4().hex}"
+        generation = await self._gateway.start_reading(
+            make_call, call_id, options.model, options.timeout_s
+        )
+        with generation:
+            found = await generation.read()
+            return found, generation.usage
+
+
+def reading_call(
+    readings: Sequence[Reading], options: ReadingOptions, facts: ModelFacts
+) -> GenerateCall:
+    """The call of some readings."""
+    params = SamplingParams(max_tokens=0)
+    return GenerateCall(
+        kind=CallKind.COMPLETION,
+        model=options.model or facts.name,
+        prompts=tuple(
+            CallPrompt(ids=one.ids, text=None, params=params, inspection=one.inspection)
+            for one in readings
+        ),
+        n=1,
+        stop=(),
+        include_stop_str_in_output=False,
+        skip_special_tokens=True,
+        logprobs=None,
+        prompt_logprobs=None,
+        echo=False,
+        token_ids_only=True,
+        return_token_ids=False,
+        priority=options.priority or 0,
+        cache_salt="",
+        return_tokens_as_token_ids=False,
+    )
+
+
+def scored_reading(before: tuple[int, ...], behind: tuple[int, ...], field: str) -> Reading:
+    """Log-probabilities of some tokens behind others. Raises ``RequestError`` without those."""
+    if not before:
+        raise RequestError(f"{field} must not be empty", field)
+    labels = (IGNORED_LABEL,) * len(before) + behind
+    return Reading(ids=before + behind, inspection=Inspection(labels=labels))
+
+
+def keep_unmasked(
+    ids: Sequence[tuple[int, ...]], masks: Sequence[Mask], facts: ModelFacts
+) -> list[tuple[int, ...]]:
+    """Each prompt without the tokens that its mask leaves out.
+
+    A classifier looks at the last token that is not the pad token, whatever the mask says: it
+    must not be left out. Raises ``RequestError``.
+    """
+    if not masks:
+        return list(ids)
+    field = "attention_mask"
+    message = f"{field} has {len(masks)} entries for {len(ids)} prompts"
+    require(len(masks) == len(ids), field, message)
+    return [_kept(one, mask, facts) for one, mask in zip(ids, masks, strict=True)]
+
+
+def _kept(ids: tuple[int, ...], mask: Mask, facts: ModelFacts) -> tuple[int, ...]:
+    field = "attention_mask"
+    require(len(mask) == len(ids), field, f"{field} has {len(mask)} numbers for {len(ids)} tokens")
+    require(set(mask) <= {0, 1}, field, f"{field} must be made of 0 and 1")
+    require(any(mask), field, f"{field} must not leave out all tokens")
+    if facts.labels:
+        place = pooled_position(ids, facts.pad_token_id)
+        note = f"token {place}, which the classifier looks at"
+        require(bool(mask[place]), field, f"{field} must not leave out {note}")
+        ids, mask = ids[: place + 1], mask[: place + 1]
+    return tuple(token for token, keep in zip(ids, mask, strict=True) if keep)
+
+
+def check_classifier_batch(num_prompts: int, facts: ModelFacts) -> None:
+    """Raise ``RequestError`` for several prompts of a classifier without a pad token."""
+    require(
+        num_prompts == 1 or facts.pad_token_id is not None,
+        "input",
+        f"input has {num_prompts} prompts, there must be one: the model has no pad token",
+    )
+
+
+def floats(array: NamedArray) -> NDArray[np.float32]:
+    """An array of float32 as numpy's."""
+    return np.frombuffer(array.data, dtype="<f4").reshape(array.shape)
+
+
+def _class_row(names: Sequence[str], logits: tuple[float, ...], is_multi: bool) -> ClassRow:
+    if is_multi:
+        probs = [1 / (1 + math.exp(-max(value, -700.0))) for value in logits]
+    else:
+        weights = [math.exp(value - max(logits)) for value in logits]
+        probs = [weight / sum(weights) for weight in weights]
+    best = max(range(len(logits)), key=lambda i: logits[i])
+    return ClassRow(label=names[best], probs=tuple(probs), logits=logits)

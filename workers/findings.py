@@ -1,0 +1,167 @@
+"""What an inspection has found so far: bounded buffers that are filled position by position.
+
+Rows that come again, because their sequence was preempted and is computed anew, are passed over, so
+nothing counts twice. Only committed steps are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from workers.capture import Capture
+from workers.families.base import BankSpec, ModelConfig
+from workers.inspection import BankShape, Inspection, ModelShape, NamedArray, Pooling
+
+Floats = NDArray[np.float32]
+
+
+def shape_of(config: ModelConfig, banks: Sequence[BankSpec]) -> ModelShape:
+    """What sizes depend on."""
+    return ModelShape(
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        vocab_size=config.vocab_size,
+        num_labels=len(config.labels),
+        banks=tuple(
+            BankShape(
+                name=f"{bank.bank}:{bank.layer}",
+                num_experts=bank.num_experts,
+                top_k=bank.top_k,
+                aux_copies=bank.aux_copies,
+            )
+            for bank in banks
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """What one step found of one sequence."""
+
+    first: int
+    """Position of its first row."""
+    count: int
+    """Rows."""
+    hidden: Tensor
+    """[count, H] after the final norm."""
+    logits: Mapping[int, Tensor]
+    """[V] float32 by position, where asked for."""
+    logprobs: Mapping[int, float]
+    """By position of the label."""
+    captures: Sequence[Capture]
+    """Inside of the model, in the order of positions."""
+
+
+class Findings:
+    """Buffers of one request's inspection."""
+
+    def __init__(
+        self, inspection: Inspection, length: int, config: ModelConfig, banks: Sequence[BankSpec]
+    ) -> None:
+        self._inspection = inspection
+        self._length = length
+        self._config = config
+        self._banks = tuple(banks)
+        self._next = 0
+        self._logits: dict[int, Tensor] = {}
+        self._logprobs = np.full(length if inspection.labels else 0, np.nan, dtype=np.float32)
+        self._sum = torch.zeros(config.hidden_size, dtype=torch.float64)
+        self._arrays: dict[str, NDArray[np.float32] | NDArray[np.int32]] = {}
+
+    def add(self, piece: Piece) -> None:
+        """Take what a committed step found."""
+        self._logits.update(piece.logits)
+        for position, value in piece.logprobs.items():
+            self._logprobs[position] = value
+        for capture in piece.captures:
+            self._add_capture(capture, max(self._next, capture.first))
+        self._pool(piece, max(self._next - piece.first, 0))
+        self._next = max(self._next, piece.first + piece.count)
+
+    def arrays(self) -> tuple[NamedArray, ...]:
+        """All of it, once the last row is in."""
+        return tuple(self._named())
+
+    def _named(self) -> Iterator[NamedArray]:
+        if self._logits:
+            places = sorted(self._logits)
+            yield _named("logits", torch.stack([self._logits[i] for i in places]).numpy())
+        if self._inspection.labels:
+            yield _named("logprobs", self._logprobs)
+        if self._inspection.embedding is not None:
+            mean = self._inspection.embedding is Pooling.MEAN
+            pooled = self._sum / self._length if mean else self._sum
+            yield _named("embedding", pooled.float().numpy())
+        for name, array in self._arrays.items():
+            yield _named(name, array)
+
+    def _pool(self, piece: Piece, skip: int) -> None:
+        kind = self._inspection.embedding
+        if kind is Pooling.MEAN:
+            for row in piece.hidden[skip:].double().cpu():  # one by one: the same in any chunks
+                self._sum += row
+        elif kind is Pooling.LAST and piece.first + piece.count == self._length:
+            self._sum = piece.hidden[-1].double().cpu()
+
+    def _add_capture(self, capture: Capture, begin: int) -> None:
+        """Rows from position ``begin`` on."""
+        skip, end = begin - capture.first, capture.first + capture.count
+        if skip >= capture.count:
+            return
+        own = slice(begin, end)
+        config, length = self._config, self._length
+        if capture.hidden:
+            states = torch.stack(capture.hidden)[:, skip:].numpy()
+            wide = (config.num_layers + 1, length, config.hidden_size)
+            self._floats("hidden_states", wide)[:, own] = states
+        if capture.maps:
+            maps = torch.stack([self._by_head(m) for m in capture.maps])[:, :, skip:].numpy()
+            shape = (config.num_layers, config.num_heads, length, length)
+            self._floats("attentions", shape)[:, :, own, :end] = maps[..., :end]
+        for index, rows in capture.routers.items():
+            self._add_router(self._banks[index], rows.logits, rows.ids, rows.weights, skip, own)
+
+    def _by_head(self, found: Tensor) -> Tensor:
+        """[K, A / K, n, keys] to [A, n, keys] in the model's own order of heads."""
+        return (found.transpose(0, 1) if self._config.has_tiled_heads else found).flatten(0, 1)
+
+    def _add_router(
+        self, bank: BankSpec, logits: Tensor, ids: Tensor, weights: Tensor, skip: int, own: slice
+    ) -> None:
+        name, wanted = f"{bank.bank}:{bank.layer}", self._inspection
+        if wanted.router_logits:
+            rows = self._floats(f"router_logits:{name}", (self._length, bank.num_experts))
+            rows[own] = logits[skip:].float().numpy()
+        if wanted.routes:
+            shape = (self._length, bank.top_k)
+            self._array(f"topk_ids:{name}", shape, np.int32)[own] = ids[skip:].numpy()
+            self._floats(f"topk_weights:{name}", shape)[own] = weights[skip:].numpy()
+        if wanted.aux:
+            gates = logits[skip:].float() if bank.aux_dtype == "float32" else logits[skip:]
+            sums = self._floats(f"aux:{name}", (2, bank.num_experts))
+            chosen = ids[skip:].flatten().long()
+            sums[0] += torch.bincount(chosen, minlength=bank.num_experts).float().numpy()
+            sums[1] += gates.softmax(-1).float().sum(0).numpy()
+
+    def _floats(self, name: str, shape: tuple[int, ...]) -> Floats:
+        array: Floats = self._array(name, shape, np.float32)
+        return array
+
+    def _array(self, name: str, shape: tuple[int, ...], dtype: type) -> NDArray[np.float32]:
+        """The buffer of that name; zeros at first."""
+        if name not in self._arrays:
+            self._arrays[name] = np.zeros(shape, dtype=dtype)
+        return self._arrays[name]  # type: ignore[return-value]
+
+
+def _named(name: str, array: NDArray[np.float32] | NDArray[np.int32]) -> NamedArray:
+    kind = "int32" if array.dtype == np.int32 else "float32"
+    data = array.astype("<i4" if kind == "int32" else "<f4", copy=False).tobytes()
+    return NamedArray(name=name, dtype=kind, shape=array.shape, data=data)
