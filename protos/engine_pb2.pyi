@@ -122,6 +122,13 @@ class EngineHello(_message.Message):
     MAX_KV_TOKENS_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     MODEL_TYPE_FIELD_NUMBER: _builtins.int
+    HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
+    NUM_HEADS_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    PAD_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    PROBLEM_TYPE_FIELD_NUMBER: _builtins.int
+    BANKS_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     generation: _builtins.int
     max_model_len: _builtins.int
@@ -130,8 +137,20 @@ class EngineHello(_message.Message):
     """tokens that fit the whole KV pool: a larger request never fits"""
     dtype: _builtins.str
     model_type: _builtins.str
+    hidden_size: _builtins.int
+    num_layers: _builtins.int
+    num_heads: _builtins.int
+    pad_token_id: _builtins.int
+    problem_type: _builtins.str
+    """of a classifier; empty where the checkpoint says nothing"""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """classes of a sequence classifier"""
+
+    @_builtins.property
+    def banks(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineBank]: ...
     def __init__(
         self,
         *,
@@ -143,14 +162,52 @@ class EngineHello(_message.Message):
         max_kv_tokens: _builtins.int = ...,
         dtype: _builtins.str = ...,
         model_type: _builtins.str = ...,
+        hidden_size: _builtins.int = ...,
+        num_layers: _builtins.int = ...,
+        num_heads: _builtins.int = ...,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
+        pad_token_id: _builtins.int | None = ...,
+        problem_type: _builtins.str = ...,
+        banks: _abc.Iterable[Global___EngineBank] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pad_token_id", b"_pad_token_id", "pad_token_id", b"pad_token_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pad_token_id", b"_pad_token_id", "banks", b"banks", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "generation", b"generation", "hidden_size", b"hidden_size", "labels", b"labels", "max_kv_tokens", b"max_kv_tokens", "max_model_len", b"max_model_len", "model_type", b"model_type", "num_heads", b"num_heads", "num_layers", b"num_layers", "pad_token_id", b"pad_token_id", "problem_type", b"problem_type", "vocab_size", b"vocab_size", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__pad_token_id: _TypeAlias = _typing.Literal["pad_token_id"]  # noqa: Y015
+    _WhichOneofArgType__pad_token_id: _TypeAlias = _typing.Literal["_pad_token_id", b"_pad_token_id"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pad_token_id) -> _WhichOneofReturnType__pad_token_id | None: ...
+
+Global___EngineHello: _TypeAlias = EngineHello  # noqa: Y015
+
+@_typing.final
+class EngineBank(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NUM_EXPERTS_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    AUX_COPIES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """<bank>:<layer>"""
+    num_experts: _builtins.int
+    top_k: _builtins.int
+    aux_copies: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        num_experts: _builtins.int = ...,
+        top_k: _builtins.int = ...,
+        aux_copies: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "generation", b"generation", "max_kv_tokens", b"max_kv_tokens", "max_model_len", b"max_model_len", "model_type", b"model_type", "vocab_size", b"vocab_size", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aux_copies", b"aux_copies", "name", b"name", "num_experts", b"num_experts", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___EngineHello: _TypeAlias = EngineHello  # noqa: Y015
+Global___EngineBank: _TypeAlias = EngineBank  # noqa: Y015
 
 @_typing.final
 class Ping(_message.Message):
@@ -208,17 +265,28 @@ class EngineRequest(_message.Message):
     OUTPUT_SO_FAR_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    INSPECTION_FIELD_NUMBER: _builtins.int
+    PROMPT_EMBEDS_FIELD_NUMBER: _builtins.int
+    PROMPT_EMBEDS_WIDTH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     n: _builtins.int
     attempt: _builtins.int
     deadline_ms: _builtins.int
     priority: _builtins.int
+    cache_salt: _builtins.str
+    prompt_embeds: _builtins.bytes
+    """[prompt, width] float32 in place of the prompt's tokens"""
+    prompt_embeds_width: _builtins.int
+    """0: the tokens count"""
     @_builtins.property
     def prompt(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def sampling(self) -> Global___EngineSampling: ...
     @_builtins.property
     def output_so_far(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineTokens]: ...
+    @_builtins.property
+    def inspection(self) -> Global___EngineInspection: ...
     def __init__(
         self,
         *,
@@ -230,14 +298,95 @@ class EngineRequest(_message.Message):
         output_so_far: _abc.Iterable[Global___EngineTokens] | None = ...,
         deadline_ms: _builtins.int = ...,
         priority: _builtins.int = ...,
+        cache_salt: _builtins.str = ...,
+        inspection: Global___EngineInspection | None = ...,
+        prompt_embeds: _builtins.bytes = ...,
+        prompt_embeds_width: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inspection", b"inspection", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline_ms", b"deadline_ms", "n", b"n", "output_so_far", b"output_so_far", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "inspection", b"inspection", "n", b"n", "output_so_far", b"output_so_far", "priority", b"priority", "prompt", b"prompt", "prompt_embeds", b"prompt_embeds", "prompt_embeds_width", b"prompt_embeds_width", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EngineRequest: _TypeAlias = EngineRequest  # noqa: Y015
+
+@_typing.final
+class EngineInspection(_message.Message):
+    """What to bring home of the inside of the model, in EngineOutput.arrays."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOGITS_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    EMBEDDING_FIELD_NUMBER: _builtins.int
+    HIDDEN_STATES_FIELD_NUMBER: _builtins.int
+    ROUTER_LOGITS_FIELD_NUMBER: _builtins.int
+    ROUTES_FIELD_NUMBER: _builtins.int
+    ATTENTIONS_FIELD_NUMBER: _builtins.int
+    AUX_FIELD_NUMBER: _builtins.int
+    embedding: _builtins.str
+    """empty, last or mean"""
+    hidden_states: _builtins.bool
+    router_logits: _builtins.bool
+    routes: _builtins.bool
+    attentions: _builtins.bool
+    aux: _builtins.bool
+    @_builtins.property
+    def logits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """positions"""
+
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        logits: _abc.Iterable[_builtins.int] | None = ...,
+        labels: _abc.Iterable[_builtins.int] | None = ...,
+        embedding: _builtins.str = ...,
+        hidden_states: _builtins.bool = ...,
+        router_logits: _builtins.bool = ...,
+        routes: _builtins.bool = ...,
+        attentions: _builtins.bool = ...,
+        aux: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attentions", b"attentions", "aux", b"aux", "embedding", b"embedding", "hidden_states", b"hidden_states", "labels", b"labels", "logits", b"logits", "router_logits", b"router_logits", "routes", b"routes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineInspection: _TypeAlias = EngineInspection  # noqa: Y015
+
+@_typing.final
+class EngineArray(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    dtype: _builtins.str
+    """float32 or int32, little-endian"""
+    data: _builtins.bytes
+    @_builtins.property
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        dtype: _builtins.str = ...,
+        shape: _abc.Iterable[_builtins.int] | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "dtype", b"dtype", "name", b"name", "shape", b"shape"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineArray: _TypeAlias = EngineArray  # noqa: Y015
 
 @_typing.final
 class EngineTokens(_message.Message):
@@ -278,6 +427,10 @@ class EngineSampling(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    BAD_WORDS_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     min_tokens: _builtins.int
     temperature: _builtins.float
@@ -295,6 +448,14 @@ class EngineSampling(_message.Message):
     def logit_bias(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineBias]: ...
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def logprob_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def bad_words(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineTokens]: ...
+    @_builtins.property
+    def grammar(self) -> Global___EngineGrammar: ...
     def __init__(
         self,
         *,
@@ -313,10 +474,14 @@ class EngineSampling(_message.Message):
         seed: _builtins.int = ...,
         logprobs: _builtins.int | None = ...,
         prompt_logprobs: _builtins.int | None = ...,
+        logprob_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        allowed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        bad_words: _abc.Iterable[Global___EngineTokens] | None = ...,
+        grammar: Global___EngineGrammar | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "grammar", b"grammar", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -328,6 +493,35 @@ class EngineSampling(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
 
 Global___EngineSampling: _TypeAlias = EngineSampling  # noqa: Y015
+
+@_typing.final
+class EngineGrammar(_message.Message):
+    """What the output must follow."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """json_schema, regex, choice (a JSON list of strings) or lark"""
+    text: _builtins.str
+    field: _builtins.str
+    """the client's field that it came from"""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        text: _builtins.str = ...,
+        field: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "kind", b"kind", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineGrammar: _TypeAlias = EngineGrammar  # noqa: Y015
 
 @_typing.final
 class EngineBias(_message.Message):
@@ -414,6 +608,10 @@ class EngineOutput(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     ERROR_CODE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    ERROR_PARAM_FIELD_NUMBER: _builtins.int
+    CLASS_LOGITS_FIELD_NUMBER: _builtins.int
+    ARRAYS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     choice: _builtins.int
@@ -424,6 +622,9 @@ class EngineOutput(_message.Message):
     stop_token_id: _builtins.int
     error: _builtins.str
     error_code: _builtins.str
+    num_cached_tokens: _builtins.int
+    """on the choice's first output"""
+    error_param: _builtins.str
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -434,6 +635,14 @@ class EngineOutput(_message.Message):
 
     @_builtins.property
     def timings(self) -> Global___EngineTimings: ...
+    @_builtins.property
+    def class_logits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """of a sequence classifier, on the last output"""
+
+    @_builtins.property
+    def arrays(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineArray]:
+        """of an inspection, on the last output"""
+
     def __init__(
         self,
         *,
@@ -450,13 +659,22 @@ class EngineOutput(_message.Message):
         error: _builtins.str = ...,
         error_code: _builtins.str = ...,
         timings: Global___EngineTimings | None = ...,
+        num_cached_tokens: _builtins.int | None = ...,
+        error_param: _builtins.str = ...,
+        class_logits: _abc.Iterable[_builtins.float] | None = ...,
+        arrays: _abc.Iterable[Global___EngineArray] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "stop_token_id", b"stop_token_id", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens", "_stop_token_id", b"_stop_token_id", "num_cached_tokens", b"num_cached_tokens", "stop_token_id", b"stop_token_id", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "attempt", b"attempt", "choice", b"choice", "error", b"error", "error_code", b"error_code", "finish_reason", b"finish_reason", "has_prompt_logprobs", b"has_prompt_logprobs", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "stop_token_id", b"stop_token_id", "timings", b"timings", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens", "_stop_token_id", b"_stop_token_id", "arrays", b"arrays", "attempt", b"attempt", "choice", b"choice", "class_logits", b"class_logits", "error", b"error", "error_code", b"error_code", "error_param", b"error_param", "finish_reason", b"finish_reason", "has_prompt_logprobs", b"has_prompt_logprobs", "index", b"index", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "stop_token_id", b"stop_token_id", "timings", b"timings", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__num_cached_tokens: _TypeAlias = _typing.Literal["num_cached_tokens"]  # noqa: Y015
+    _WhichOneofArgType__num_cached_tokens: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens"]  # noqa: Y015
     _WhichOneofReturnType__stop_token_id: _TypeAlias = _typing.Literal["stop_token_id"]  # noqa: Y015
     _WhichOneofArgType__stop_token_id: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_cached_tokens) -> _WhichOneofReturnType__num_cached_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__stop_token_id) -> _WhichOneofReturnType__stop_token_id | None: ...
 
 Global___EngineOutput: _TypeAlias = EngineOutput  # noqa: Y015

@@ -37,17 +37,17 @@ class InferenceStub:
     GenerateStream: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateChunk]
     """Tokens as they come."""
     Classify: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ClassifyRequest, _inference_pb2.ClassifyResponse]
-    """Not built yet: UNIMPLEMENTED."""
+    """Classes of a sequence classifier, or the most probable of given labels."""
     Score: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ScoreRequest, _inference_pb2.ScoreResponse]
-    """Not built yet: UNIMPLEMENTED."""
+    """How probable documents are behind queries."""
     Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
-    """Not built yet: UNIMPLEMENTED."""
+    """Vectors of prompts."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelInfoRequest, _types_pb2.ModelInfo]
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     Inspect: _grpc.UnaryStreamMultiCallable[_inference_pb2.InspectRequest, _inference_pb2.InspectChunk]
-    """Not built yet: UNIMPLEMENTED."""
+    """What goes on inside the model, in chunks."""
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
@@ -57,17 +57,17 @@ class InferenceAsyncStub(InferenceStub):
     GenerateStream: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateChunk]  # type: ignore[assignment]
     """Tokens as they come."""
     Classify: _aio.UnaryUnaryMultiCallable[_inference_pb2.ClassifyRequest, _inference_pb2.ClassifyResponse]  # type: ignore[assignment]
-    """Not built yet: UNIMPLEMENTED."""
+    """Classes of a sequence classifier, or the most probable of given labels."""
     Score: _aio.UnaryUnaryMultiCallable[_inference_pb2.ScoreRequest, _inference_pb2.ScoreResponse]  # type: ignore[assignment]
-    """Not built yet: UNIMPLEMENTED."""
+    """How probable documents are behind queries."""
     Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
-    """Not built yet: UNIMPLEMENTED."""
+    """Vectors of prompts."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelInfoRequest, _types_pb2.ModelInfo]  # type: ignore[assignment]
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     Inspect: _aio.UnaryStreamMultiCallable[_inference_pb2.InspectRequest, _inference_pb2.InspectChunk]  # type: ignore[assignment]
-    """Not built yet: UNIMPLEMENTED."""
+    """What goes on inside the model, in chunks."""
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -92,7 +92,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ClassifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ClassifyResponse, _abc.Awaitable[_inference_pb2.ClassifyResponse]]:
-        """Not built yet: UNIMPLEMENTED."""
+        """Classes of a sequence classifier, or the most probable of given labels."""
 
     @_abc_1.abstractmethod
     def Score(
@@ -100,7 +100,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ScoreRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ScoreResponse, _abc.Awaitable[_inference_pb2.ScoreResponse]]:
-        """Not built yet: UNIMPLEMENTED."""
+        """How probable documents are behind queries."""
 
     @_abc_1.abstractmethod
     def Embed(
@@ -108,7 +108,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.EmbedRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
-        """Not built yet: UNIMPLEMENTED."""
+        """Vectors of prompts."""
 
     @_abc_1.abstractmethod
     def Tokenize(
@@ -144,6 +144,6 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.InspectRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.InspectChunk], _abc.AsyncIterator[_inference_pb2.InspectChunk]]:
-        """Not built yet: UNIMPLEMENTED."""
+        """What goes on inside the model, in chunks."""
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
