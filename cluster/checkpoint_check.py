@@ -17,6 +17,7 @@ from typing import Any
 from cluster.errors import CheckpointError
 
 CHECK_LIMIT_S = 120.0
+_ALLOW_BARE = "--allow-bare"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,23 +27,34 @@ class CheckpointFacts:
     model_type: str
     """Family."""
     dtype: str
-    """The checkpoint's own dtype."""
-    max_position_embeddings: int
+    """What ``--dtype auto`` computes in."""
+    context_tokens: int
     """Context in tokens."""
     kv_values_per_token: int
     """Numbers that the KV cache keeps of one token, over all layers."""
+    attention_values: int
+    """Weights that an attention rank reads in each step."""
+    attention_weights: int
+    """Weights that an attention rank holds."""
     banks: tuple[dict[str, Any], ...]
-    """Expert banks in the order of their use: ``bank``, ``layer``, ``num_experts``."""
+    """Expert banks in the order of their use: ``bank``, ``layer`` and the numbers of a
+    ``cluster.sizing.BankSize``."""
     torch_has_cuda: bool
     """Whether the installed torch can use a GPU at all."""
+    ignored_keys: tuple[str, ...] = ()
+    """Keys of ``config.json`` that mean nothing to us."""
 
 
 class CheckpointCheck:
     """A running check; begun early so that it overlaps with other work."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, environment: Mapping[str, str], allow_bare: bool = False
+    ) -> None:
+        """``allow_bare``: a folder without weights will do, for a plan."""
+        words = [str(folder), *([_ALLOW_BARE] if allow_bare else [])]
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "cluster.checkpoint_check", str(folder)],
+            [sys.executable, "-m", "cluster.checkpoint_check", *words],
             env=dict(environment),
             cwd="/",
             stdin=subprocess.DEVNULL,
@@ -65,7 +77,7 @@ class CheckpointCheck:
             raise CheckpointError(f"the check itself failed: {words[-1]}") from err
         if "error" in answer:
             raise CheckpointError(answer["error"])
-        answer["banks"] = tuple(answer["banks"])
+        answer |= {name: tuple(answer[name]) for name in ("banks", "ignored_keys")}
         return CheckpointFacts(**answer)
 
     def cancel(self) -> None:
@@ -74,33 +86,53 @@ class CheckpointCheck:
         self._child.communicate()
 
 
-def check(folder: Path) -> CheckpointFacts:
+def check(folder: Path, allow_bare: bool = False) -> CheckpointFacts:
     """Read config and headers, and compare every tensor with the model.
 
-    Raises ``CheckpointError``.
+    ``allow_bare``: where there are no weights at all, the config will do. Raises
+    ``CheckpointError``.
     """
     import torch
 
-    from workers.checkpoint import check_checkpoint
+    from workers.checkpoint import auto_dtype, check_checkpoint, plan_checkpoint
     from workers.kv_cache import kv_values_per_token
 
-    family = check_checkpoint(folder).family
+    is_bare = allow_bare and not any(folder.glob("*.safetensors*"))
+    summary = plan_checkpoint(folder) if is_bare else check_checkpoint(folder)
+    family = summary.family
     return CheckpointFacts(
         model_type=family.config.model_type,
-        dtype=family.config.dtype,
-        max_position_embeddings=family.config.max_position_embeddings,
+        dtype=auto_dtype(family.config),
+        context_tokens=family.config.context_tokens,
         kv_values_per_token=kv_values_per_token(family.config),
+        attention_values=summary.attention_values,
+        attention_weights=summary.attention_weights,
         banks=tuple(
-            {"bank": b.bank, "layer": b.layer, "num_experts": b.num_experts} for b in family.banks
+            {
+                "bank": bank.bank,
+                "layer": bank.layer,
+                "num_experts": bank.num_experts,
+                "top_k": bank.top_k,
+                "expert_values": values,
+                "num_exchanges": len(bank.exchanges),
+                "in_values": sum(
+                    e.in_width * (bank.top_k if e.per_slot_input else 1) for e in bank.exchanges
+                ),
+                "out_values": sum(
+                    e.out_width * (1 if e.weighted else bank.top_k) for e in bank.exchanges
+                ),
+            }
+            for bank, values in zip(family.banks, summary.expert_values, strict=True)
         ),
         torch_has_cuda=torch.version.cuda is not None,
+        ignored_keys=family.config.ignored_keys,
     )
 
 
 def main() -> None:
     """Entry point of the check's process."""
     try:
-        answer = asdict(check(Path(sys.argv[1])))
+        answer = asdict(check(Path(sys.argv[1]), allow_bare=_ALLOW_BARE in sys.argv))
     except CheckpointError as err:
         answer = {"error": str(err)}
     sys.stdout.write(json.dumps(answer) + "\n")

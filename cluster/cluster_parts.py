@@ -62,7 +62,7 @@ class ClusterParts:
         self._is_connected = True
         loader.join()
         if self._ray is None:
-            _check_joined(self._plan)
+            self._plan = _check_joined(self._plan)
         return address
 
     def start_services(self) -> None:
@@ -134,10 +134,9 @@ class ClusterParts:
         from cluster.controller_actor import create_controller
         from cluster.ray_tools import words_of
         from cluster.worker_group import WorkerGroup
-        from workers.attention_worker import AttentionWorker
-        from workers.expert_worker import ExpertWorker
+        from workers.actor_classes import ACTOR_CLASSES
 
-        group = WorkerGroup(attention_class=AttentionWorker, expert_class=ExpertWorker)
+        group = WorkerGroup(ACTOR_CLASSES)
         self._controller = create_controller(group)
         config = self._plan.config.to_dict()
         call = self._controller.start.remote(config, list(self._plan.banks), self._plan.profile)
@@ -230,10 +229,10 @@ def _wait_all(futures: Iterable[Future[None]]) -> None:
             future.result()
 
 
-def _check_joined(plan: LaunchPlan) -> None:
+def _check_joined(plan: LaunchPlan) -> LaunchPlan:
     """Refuse what a joined Ray cluster makes impossible, before anything is created.
 
-    Raises ``ConfigError``.
+    Returns the plan with ``--mode auto`` decided. Raises ``ConfigError``.
     """
     from cluster.ray_tools import cluster_nodes, free_resources, our_actors
     from cluster.start_plan import plan_start
@@ -247,7 +246,13 @@ def _check_joined(plan: LaunchPlan) -> None:
     elif port != section.port:
         rule = f"differs from {port}, the one HTTP port of Serve on the joined Ray cluster"
         raise ConfigError("port", section.port, rule)
-    plan_start(plan.config, list(plan.banks), cluster_nodes(), free_resources().get("CPU", 0.0))
+    nodes, free_cpus = cluster_nodes(), free_resources().get("CPU", 0.0)
+    plan = plan.resolved(nodes, free_cpus)
+    workers = plan.config.workers
+    if workers.mode_reason:
+        logger.info("mode %s: %s", workers.mode, workers.mode_reason)
+    plan_start(plan.config, list(plan.banks), nodes, free_cpus)
+    return plan
 
 
 def _serve_port() -> int | None:

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from cluster.errors import ConfigError
+from cluster.topology import Role
 
-Mode = Literal["disaggregated", "local"]
+Mode = Literal["disaggregated", "colocated", "local", "auto"]
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16"]
 Transport = Literal["auto", "sockets", "collective"]
 CombineMode = Literal["sum", "per_slot"]
+NumMicroBatches = Literal["auto", 1, 2]
 
 
 def check(ok: bool, name: str, value: object, rule: str) -> None:
@@ -28,9 +30,9 @@ def check(ok: bool, name: str, value: object, rule: str) -> None:
         raise ConfigError(name, value, rule)
 
 
-def _check_choice(name: str, value: str, kind: Any) -> None:
+def _check_choice(name: str, value: str | int, kind: Any) -> None:
     choices = get_args(kind)
-    check(value in choices, name, value, f"must be one of {', '.join(choices)}")
+    check(value in choices, name, value, f"must be one of {', '.join(map(str, choices))}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +46,7 @@ class ModelSection:
     dtype: DType = "auto"
     """Compute type; ``auto`` takes the checkpoint's own."""
     max_model_len: int | None = None
-    """Context limit in tokens; None takes the checkpoint's ``max_position_embeddings``."""
+    """Context limit in tokens; None takes the checkpoint's own."""
     chat_template: str | None = None
     """Jinja text that replaces the checkpoint's chat template."""
 
@@ -62,11 +64,14 @@ class WorkersSection:
     """How many workers there are, and what each of them may use."""
 
     mode: Mode = "disaggregated"
-    """``local`` is one attention worker that holds the experts too."""
-    num_attention_workers: int = 1
-    """Attention ranks."""
+    """``colocated``: every worker runs attention and holds experts; ``local``: one holds all;
+    ``auto``: one of the first two, chosen before anything is started."""
+    mode_reason: str = ""
+    """Why ``auto`` chose this mode; empty where it was asked for."""
+    num_attention_workers: int | None = None
+    """Attention ranks; None is 1, in colocated mode ``num_expert_workers``."""
     num_expert_workers: int = 2
-    """Expert ranks; 0 in local mode."""
+    """Expert ranks, in colocated mode all workers; does not count in local mode."""
     num_redundant_experts: int = 0
     """Spare expert slots per expert worker and bank."""
     recovery_slots: int = 0
@@ -84,7 +89,7 @@ class WorkersSection:
         _check_choice("mode", self.mode, Mode)
         _check_choice("device", self.device, Device)
         at_least_one = (
-            ("num_attention_workers", self.num_attention_workers),
+            ("num_attention_workers", self.num_attention_ranks),
             ("num_expert_workers", 1 if self.mode == "local" else self.num_expert_workers),
         )
         for name, value in at_least_one:
@@ -94,13 +99,12 @@ class WorkersSection:
             ("recovery_slots", self.recovery_slots),
         ):
             check(value >= 0, name, value, "must not be negative")
+        attention, experts = self.num_attention_ranks, self.num_expert_workers
         if self.mode == "local":
-            check(
-                self.num_attention_workers == 1,
-                "num_attention_workers",
-                self.num_attention_workers,
-                "must be 1 in local mode",
-            )
+            check(attention == 1, "num_attention_workers", attention, "must be 1 in local mode")
+        elif self.mode == "colocated":
+            rule = f"must be left out or equal num_expert_workers ({experts}) in colocated mode"
+            check(attention == experts, "num_attention_workers", attention, rule)
         if self.cpus_per_worker is not None:
             cpus = self.cpus_per_worker
             check(cpus > 0, "cpus_per_worker", cpus, "must be > 0")
@@ -110,14 +114,32 @@ class WorkersSection:
             )
 
     @property
-    def num_expert_ranks(self) -> int:
-        """Expert ranks that are really started."""
-        return 0 if self.mode == "local" else self.num_expert_workers
+    def num_attention_ranks(self) -> int:
+        """Workers that hold requests."""
+        if self.num_attention_workers is not None:
+            return self.num_attention_workers
+        return self.num_expert_workers if self.mode == "colocated" else 1
+
+    @property
+    def pools(self) -> dict[Role, int]:
+        """Workers of each role that are started."""
+        match self.mode:
+            case "colocated":
+                return {"colocated": self.num_expert_workers}
+            case "local":
+                return {"attention": 1}
+            case _:
+                return {"attention": self.num_attention_ranks, "expert": self.num_expert_workers}
 
     @property
     def num_workers(self) -> int:
-        """All workers of both pools."""
-        return self.num_attention_workers + self.num_expert_ranks
+        """All workers."""
+        return sum(self.pools.values())
+
+
+_DEFAULT_KV_CONTEXTS = 16
+_MIN_DEFAULT_KV_BYTES = 64 * 1024**2
+_MAX_DEFAULT_KV_BYTES = 1024**3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,15 +154,37 @@ class EngineSection:
     """Sequences in one step of one attention worker."""
     max_num_batched_tokens: int = 512
     """Rows (tokens) in one step of one attention worker."""
+    itl_target_ms: float | None = None
+    """Longest step while anyone decodes: prompts are cut so that no step takes longer. None cuts
+    them by ``max_num_batched_tokens`` alone."""
     max_waiting: int = 1024
-    """Requests of one attention worker that may wait."""
+    """Sequences (choices of requests) of one attention worker that may wait."""
+    max_waiting_tokens: int | None = None
+    """Prompt tokens of one attention worker that may wait; None leaves it to ``max_waiting``."""
+    enable_prefix_caching: bool = True
+    """Keep the KV of past requests for others that begin with the same tokens."""
     combine_mode: CombineMode = "sum"
     """``per_slot`` makes results independent of the placement, at the price of more traffic."""
+    deterministic: bool = False
+    """A request's tokens and logprobs are the same bits in any company, layout and history, at the
+    price of speed. Implies ``per_slot``, CPUs and one compute thread a worker."""
+    num_micro_batches: NumMicroBatches = "auto"
+    """Parts of a step that are in flight at once; ``auto`` lets the leader choose for each step."""
+    micro_batch_decode_threshold: int = 128
+    """Rows of the busiest attention rank from which ``auto`` splits a step of decodes only."""
+    micro_batch_prefill_threshold: int = 256
+    """The same for a step that has prompt rows."""
     seed: int = 0
     """Base of the seeds drawn for requests that bring none."""
 
     def __post_init__(self) -> None:
         _check_choice("combine_mode", self.combine_mode, CombineMode)
+        _check_choice("num_micro_batches", self.num_micro_batches, NumMicroBatches)
+        for name in ("micro_batch_decode_threshold", "micro_batch_prefill_threshold"):
+            value = getattr(self, name)
+            check(value >= 2, name, value, "must be at least 2: one row cannot be split")
+        if self.deterministic:
+            object.__setattr__(self, "combine_mode", "per_slot")
         for name in ("block_size_tokens", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
             value = getattr(self, name)
             check(value >= 1, name, value, "must be at least 1")
@@ -150,10 +194,27 @@ class EngineSection:
             self.max_num_batched_tokens,
             f"must be at least max_num_seqs ({self.max_num_seqs})",
         )
+        for name in ("itl_target_ms", "max_waiting_tokens"):
+            value = getattr(self, name)
+            check(value is None or value > 0, name, value, "must be positive")
         if self.kv_cache_bytes is not None:
             check(
                 self.kv_cache_bytes > 0, "kv_cache_bytes", self.kv_cache_bytes, "must be positive"
             )
+
+    def num_kv_blocks(self, bytes_per_token: int, max_model_len: int) -> int:
+        """KV blocks of one attention worker.
+
+        Raises ``ConfigError`` if its memory does not hold even one.
+        """
+        each = bytes_per_token * self.block_size_tokens
+        budget = self.kv_cache_bytes
+        if budget is None:
+            contexts = _DEFAULT_KV_CONTEXTS * -(-max_model_len // self.block_size_tokens) * each
+            budget = min(max(contexts, _MIN_DEFAULT_KV_BYTES), _MAX_DEFAULT_KV_BYTES)
+        rule = f"must hold at least one block of {each} bytes"
+        check(budget >= each, "kv_cache_bytes", budget, rule)
+        return budget // each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,6 +246,22 @@ class TransportSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ObservabilitySection:
+    """What the workers write down of themselves."""
+
+    trace_dir: str | None = None
+    """Folder, on each worker's own host, for a timeline of its steps; None writes none."""
+    trace_max_bytes: int = 64 * 1024 * 1024
+    """Size at which a worker begins a new file; it keeps the one before."""
+
+    def __post_init__(self) -> None:
+        check(self.trace_dir != "", "trace_dir", "", "must not be empty")
+        check(
+            self.trace_max_bytes >= 1024, "trace_max_bytes", self.trace_max_bytes, "must be >= 1024"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GatewaySection:
     """The front door."""
 
@@ -200,6 +277,8 @@ class GatewaySection:
     """Keys that clients must present; empty means that none is asked for."""
     allow_unauthenticated: bool = False
     """Allow a public host without keys."""
+    trust_request_chat_template: bool = False
+    """Render the chat templates that clients send; a template can keep a core busy for ever."""
     max_body_bytes: int = 8 * 1024 * 1024
     """Largest HTTP body."""
     max_json_depth: int = 64
@@ -217,7 +296,9 @@ class GatewaySection:
     max_logprobs: int = 20
     """Alternatives reported for a token."""
     max_queue: int = 1024
-    """Requests that a replica holds at once."""
+    """Requests that a replica holds at once, running or waiting."""
+    max_queue_tokens: int | None = None
+    """Prompt and output tokens that they may need together; None is ``max_queue`` contexts."""
     request_timeout_s: float = 600.0
     """Longest life of a request."""
 
@@ -232,6 +313,9 @@ class GatewaySection:
             f"must differ from port ({self.port})",
         )
         check(1 <= self.max_n <= 128, "max_n", self.max_n, "must be 1 to 128")
+        for name in ("max_queue", "max_queue_tokens"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, value, "must be at least 1")
         check(
             self.num_gateway_replicas >= 1,
             "num_gateway_replicas",
@@ -259,17 +343,24 @@ class ClusterConfig:
     """Engine of each attention worker."""
     transport: TransportSection = field(default_factory=TransportSection)
     """Data plane and failure detection."""
+    observability: ObservabilitySection = field(default_factory=ObservabilitySection)
+    """Traces."""
     gateway: GatewaySection = field(default_factory=GatewaySection)
     """HTTP and gRPC."""
     cluster_token: str = field(default="", repr=False)
     """Shared secret of the workers' sockets, drawn at start."""
 
     def __post_init__(self) -> None:
+        if self.engine.deterministic:
+            device = self.workers.device
+            check(device != "cuda", "device", device, "must be cpu with deterministic")
+            workers = dataclasses.replace(self.workers, device="cpu")
+            object.__setattr__(self, "workers", workers)
         requests = self.gateway.max_queue * self.gateway.num_gateway_replicas
         check(
-            self.workers.num_attention_workers <= requests,
+            self.workers.num_attention_ranks <= requests,
             "num_attention_workers",
-            self.workers.num_attention_workers,
+            self.workers.num_attention_ranks,
             f"must not exceed the {requests} requests that are let in at once: "
             "more workers than can ever have work",
         )
@@ -286,6 +377,7 @@ class ClusterConfig:
             "workers": WorkersSection,
             "engine": EngineSection,
             "transport": TransportSection,
+            "observability": ObservabilitySection,
             "gateway": GatewaySection,
         }
         values: dict[str, Any] = {}

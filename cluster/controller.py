@@ -93,10 +93,13 @@ class Controller:
         link: WorkerLink,
         now: float,
         num_slots: int = 0,
+        mode: str = "disaggregated",
+        mode_reason: str = "",
         term: int = 1,
         wall_time_offset_s: float = 0.0,
     ) -> None:
-        """``model`` holds name and path; the workers add the rest.
+        """``model`` holds name and path; the workers add the rest. ``mode`` and why it was
+        chosen (if nobody asked for it) are told in snapshots.
 
         ``wall_time_offset_s`` added to ``now`` is the time of day.
         """
@@ -105,6 +108,8 @@ class Controller:
         self.placement = placement
         self.version = 1
         self.workers = WorkerTable(members, num_slots=num_slots, model=model, now=now)
+        self._mode = mode
+        self._mode_reason = mode_reason
         self._settings = settings
         self._link = link
         self._term = term
@@ -222,6 +227,8 @@ class Controller:
             "schema": 1,
             "state": self.state.value,
             "error": self.error,
+            "mode": self._mode,
+            "mode_reason": self._mode_reason,
             "generation": self._round.number,
             "placement_epoch": self.placement.epoch,
             "experts_complete": self._experts_complete,

@@ -26,7 +26,7 @@ from cluster.reports import placement_report, snapshot_before_start
 from cluster.resources import NodeResources, WorkerShare
 from cluster.start_plan import StartPlan, plan_start
 from cluster.states import ClusterState
-from cluster.topology import Member
+from cluster.topology import Member, Role
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class WorkerGroupLike(Protocol):
         """Interface that the control server binds to."""
 
     async def reserve(
-        self, num_attention: int, num_experts: int, share: WorkerShare, limit_s: float
+        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
     ) -> tuple[Member, ...]:
         """Find room, rank the workers."""
 
@@ -189,14 +189,10 @@ class ControllerActor:
     async def _reserve(self, plan: StartPlan) -> tuple[Member, ...]:
         """Open the control server and reserve room; on an error nothing is left behind."""
         self._server = ControlServer(plan.config.cluster_token, self)
-        workers = plan.config.workers
         try:
             self._address = await self._server.start(self._group.address())
             return await self._group.reserve(
-                workers.num_attention_workers,
-                workers.num_expert_ranks,
-                plan.share,
-                _RESERVE_LIMIT_S,
+                plan.config.workers.pools, plan.share, _RESERVE_LIMIT_S
             )
         except (ExpertMeshError, OSError):
             await self._server.close()
@@ -264,6 +260,8 @@ class ControllerActor:
             link=self,
             now=now,
             num_slots=plan.num_slots,
+            mode=config.workers.mode,
+            mode_reason=config.workers.mode_reason,
             wall_time_offset_s=time.time() - now,
         )
 

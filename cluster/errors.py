@@ -106,12 +106,17 @@ class RequestTooLargeError(ExpertMeshError):
 
 
 class QueueFullError(ExpertMeshError):
-    """The queue is full; ``retry_after_s`` estimates when it will have drained."""
+    """The queue is full; ``retry_after_s`` estimates when it will have drained.
 
-    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
-        super().__init__(message, retry_after_s)
+    ``limit`` says which limit it was, for counting: queue_full (requests) or queue_tokens at a
+    gateway, worker_queue_full at an attention worker.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0, limit: str = "queue_full") -> None:
+        super().__init__(message, retry_after_s, limit)
         self.message = message
         self.retry_after_s = retry_after_s
+        self.limit = limit
 
     def __str__(self) -> str:
         return self.message

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -89,7 +89,7 @@ def decide(
     cause = "; ".join(f"lost {name}: {reason}" for name, reason in sorted(lost.items()))
     epoch = max(highest_epoch, placement.epoch)
     kept = placement.without_devices(devices, epoch + 1 if devices else epoch)
-    has_attention = any(m.role == "attention" for m in survivors)
+    has_attention = any(m.runs_attention for m in survivors)
     can_run = kept is not None and has_attention
     if not has_attention:
         effect = "no attention worker is left"
@@ -109,10 +109,14 @@ def decide(
 
 
 def describe_members(members: Sequence[Member]) -> str:
-    """``1 attention and 2 expert workers``."""
-    attention = sum(m.role == "attention" for m in members)
-    experts = len(members) - attention
-    return f"{attention} attention and {experts} expert worker{'' if experts == 1 else 's'}"
+    """``1 attention and 2 expert workers``, ``2 colocated workers``."""
+    found = Counter(m.role for m in members)
+    if found["colocated"]:
+        return f"{found['colocated']} colocated worker{'' if found['colocated'] == 1 else 's'}"
+    experts = found["expert"]
+    return (
+        f"{found['attention']} attention and {experts} expert worker{'' if experts == 1 else 's'}"
+    )
 
 
 def find_silent(now: float, pulses: Sequence[Pulse], limit_s: float) -> dict[str, str]:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ClusterConfig, check
+from cluster.load_profile import LoadProfile
+from cluster.mode_choice import bank_sizes, resolve_mode
 from cluster.resources import NodeResources
-from cluster.start_plan import plan_start
+from cluster.sizing import ModelSize
 from cluster.state_file import Command
 
 
@@ -35,7 +37,11 @@ class LaunchPlan:
     config: ClusterConfig
     """The cluster."""
     banks: tuple[dict[str, Any], ...]
-    """Expert banks in the order of their use: ``bank``, ``layer``, ``num_experts``."""
+    """Expert banks in the order of their use: ``bank``, ``layer`` and the numbers of a
+    ``cluster.sizing.BankSize``."""
+    numbers: dict[str, int]
+    """Of the model beside its banks: the fields of a ``cluster.sizing.ModelSize``, and its
+    ``max_model_len``."""
     profile: dict[str, Any] | None
     """Expert load that the checkpoint brings along, if any."""
     address: str
@@ -61,6 +67,25 @@ class LaunchPlan:
         return cls(**values)
 
     @property
+    def private_nodes(self) -> tuple[NodeResources, ...]:
+        """What a private Ray has to give: this host."""
+        cpus, gpus = float(self.num_cpus), float(self.num_gpus)
+        return (NodeResources(node_id="", address="here", cpus=cpus, gpus=gpus),)
+
+    def resolved(
+        self, nodes: Sequence[NodeResources], free_cpus: float | None = None
+    ) -> LaunchPlan:
+        """The plan with ``--mode auto`` decided for these nodes. Raises ``ConfigError``."""
+        if self.config.workers.mode != "auto":
+            return self
+        numbers = dict(self.numbers)
+        max_model_len = numbers.pop("max_model_len")
+        profile = LoadProfile.from_dict(self.profile) if self.profile else None
+        size = ModelSize(banks=bank_sizes(self.banks, profile), **numbers)
+        config = resolve_mode(self.config, size, max_model_len, nodes, free_cpus)
+        return dataclasses.replace(self, config=config)
+
+    @property
     def http_url(self) -> str:
         """Where HTTP clients on this host connect."""
         return f"http://{_reachable(self.config.gateway.host)}:{self.config.gateway.port}"
@@ -74,14 +99,6 @@ class LaunchPlan:
 def _reachable(host: str) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
-
-
-def check_start(
-    config: ClusterConfig, banks: Sequence[Mapping[str, Any]], num_cpus: int, num_gpus: int
-) -> None:
-    """Raise ``ConfigError`` for what this model on this host cannot do: see ``plan_start``."""
-    here = NodeResources(node_id="", address="here", cpus=float(num_cpus), gpus=float(num_gpus))
-    plan_start(config, banks, [here])
 
 
 def check_ports(host: str, ports: Mapping[str, int]) -> None:

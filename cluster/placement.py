@@ -45,6 +45,7 @@ class BankPlacement:
     def __post_init__(self) -> None:
         where = f"placement of bank {self.bank} layer {self.layer}"
         shares = [0.0] * self.num_experts
+        holders: list[list[int]] = [[] for _ in range(self.num_experts)]
         for device, slots in enumerate(self.physical_to_logical):
             held = [e for e in slots if e != FREE_SLOT]
             bad = [e for e in held if not 0 <= e < self.num_experts]
@@ -57,17 +58,17 @@ class BankPlacement:
             for expert, share in zip(slots, self.split[device], strict=True):
                 if expert != FREE_SLOT:
                     shares[expert] += share
+                    holders[expert].append(device)
         num_slots = sum(len(slots) for slots in self.physical_to_logical)
         if num_slots < self.num_experts:
             rule = f"must be at least num_experts ({self.num_experts}) in total: {where}"
             raise ConfigError("num_expert_slots", num_slots, rule)
         for expert, total in enumerate(shares):
-            copies = self.logical_to_physical(expert)
-            if not copies:
+            if not holders[expert]:
                 raise ConfigError(where, expert, "expert has no copy")
             if abs(total - 1.0) > 1e-6:
                 raise ConfigError(where, total, f"shares of expert {expert} must sum to 1")
-            if self.decode_device[expert] not in {d for d, _ in copies}:
+            if self.decode_device[expert] not in holders[expert]:
                 raise ConfigError(
                     where, self.decode_device[expert], f"decode_device holds no expert {expert}"
                 )

@@ -20,6 +20,8 @@ def snapshot_before_start() -> dict[str, Any]:
         "schema": 1,
         "state": ClusterState.STARTING.value,
         "error": None,
+        "mode": None,
+        "mode_reason": "",
         "generation": 0,
         "placement_epoch": 0,
         "experts_complete": False,

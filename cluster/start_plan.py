@@ -29,7 +29,7 @@ class StartPlan:
     def extra(self, member: Member) -> dict[str, Any]:
         """What a worker is told besides the configuration."""
         extra: dict[str, Any] = {"threads": self.share.threads}
-        if member.role == "expert" or self.config.workers.mode == "local":
+        if member.holds_experts or self.config.workers.mode == "local":
             extra |= {"placement": self.placement.to_dict(), "num_slots": self.num_slots}
         return extra
 
@@ -44,6 +44,7 @@ def plan_start(
 
     Raises ``ConfigError`` for what the model or the nodes cannot do. Nothing is created.
     """
+    assert config.workers.mode != "auto", "the mode is decided before the start"
     shapes = [
         BankShape(bank=str(b["bank"]), layer=int(b["layer"]), num_experts=int(b["num_experts"]))
         for b in banks

@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Role = Literal["attention", "expert"]
+Role = Literal["attention", "expert", "colocated"]
+"""What a worker does; a ``colocated`` one does both, with one rank in both pools."""
+
+
+def runs_attention(role: Role) -> bool:
+    """Whether a worker of that role holds requests."""
+    return role != "expert"
+
+
+def holds_experts(role: Role) -> bool:
+    """Whether a worker of that role holds experts."""
+    return role != "attention"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,11 +27,11 @@ class Member:
     name: str
     """Unique for ever: a replacement gets a new name (``expert-1``, later ``expert-1.2``)."""
     role: Role
-    """Pool."""
+    """Pool; ``colocated`` is in both."""
     rank: int
-    """Place in its pool for as long as it lives; a rank is not reused within a generation."""
+    """Place in its pool (or both) for as long as it lives; not reused within a generation."""
     device: int = -1
-    """Expert workers: the device index in the placement; -1 for attention workers."""
+    """Where it holds experts: the device index in the placement; else -1."""
     node: str = ""
     """Host name or Ray node id, for people."""
     pid: int = 0
@@ -28,9 +39,19 @@ class Member:
     data_address: str = ""
     """``host:port`` of the worker's data-plane listener (edges and step channel)."""
     engine_address: str = ""
-    """``host:port`` of an attention worker's engine stream; empty for expert workers."""
+    """``host:port`` of the engine stream, where it runs attention; else empty."""
     store_address: str = ""
-    """``host:port`` of an attention worker's rendezvous store (collective transport only)."""
+    """``host:port`` of the rendezvous store, where it runs attention (collective transport)."""
+
+    @property
+    def runs_attention(self) -> bool:
+        """It holds requests: an attention rank."""
+        return runs_attention(self.role)
+
+    @property
+    def holds_experts(self) -> bool:
+        """It holds experts: an expert rank."""
+        return holds_experts(self.role)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,13 +65,17 @@ class Generation:
 
     @property
     def attention(self) -> tuple[Member, ...]:
-        """Attention workers by rank."""
-        return tuple(sorted((m for m in self.members if m.role == "attention"), key=_rank))
+        """Attention ranks, colocated workers among them."""
+        return tuple(sorted((m for m in self.members if m.runs_attention), key=_rank))
 
     @property
     def experts(self) -> tuple[Member, ...]:
-        """Expert workers by rank."""
-        return tuple(sorted((m for m in self.members if m.role == "expert"), key=_rank))
+        """Expert ranks, colocated workers among them."""
+        return tuple(sorted((m for m in self.members if m.holds_experts), key=_rank))
+
+    def facing(self, role: Role) -> tuple[Member, ...]:
+        """Whom a worker of that role exchanges rows with, by rank: the other pool, or all."""
+        return self.experts if runs_attention(role) else self.attention
 
     @property
     def leader(self) -> Member:

@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import ray
@@ -37,7 +38,7 @@ from cluster.ray_tools import (
     words_of,
 )
 from cluster.resources import NodeResources, WorkerShare
-from cluster.topology import Member, Role
+from cluster.topology import Member, Role, holds_experts
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +61,8 @@ class _Actor:
 class WorkerGroup:
     """All worker actors of one cluster. Made by the launcher, owned by the controller actor."""
 
-    attention_class: Any
-    """Class of attention workers, plain or made with ``ray.remote``."""
-    expert_class: Any
-    """Class of expert workers."""
+    classes: Mapping[Role, Any]
+    """Actor classes of the roles, plain or made with ``ray.remote``."""
     stop_limit_s: float = 2.0
     """Time that a worker's own ``stop`` may take."""
     _actors: dict[str, _Actor] = field(default_factory=dict)
@@ -85,16 +84,18 @@ class WorkerGroup:
         return node_address()
 
     async def reserve(
-        self, num_attention: int, num_experts: int, share: WorkerShare, limit_s: float
+        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
     ) -> tuple[Member, ...]:
-        """Reserve room for all workers, spread over the nodes; ranks go by node, then index.
+        """Reserve room for all workers (role -> number), spread over the nodes.
+
+        Ranks go by node, then index.
 
         Raises ``StartError`` when the room is not there within ``limit_s``.
         """
         free_reserved_room()
         wanted = {"CPU": share.cpus, "GPU": share.gpus}
         bundle = {k: v for k, v in wanted.items() if v > 0} or {"memory": 1.0}
-        count = num_attention + num_experts
+        count = sum(pools.values())
         self._share = share
         self._group = placement_group(
             [bundle] * count, strategy="SPREAD", name=WORKERS_GROUP, lifetime="detached"
@@ -102,10 +103,11 @@ class WorkerGroup:
         if not await asyncio.to_thread(self._group.wait, limit_s):
             free_reserved_room()
             raise StartError("worker group", _no_room_text(count, share, limit_s))
-        nodes = self._bundle_nodes()
+        nodes = iter(self._bundle_nodes())
         members = [
-            *_rank("attention", nodes[:num_attention]),
-            *_rank("expert", nodes[num_attention:]),
+            ranked
+            for role, number in pools.items()
+            for ranked in _rank(role, list(islice(nodes, number)))
         ]
         self._nodes = {m.name: node for m, node in members}
         return tuple(m for m, _ in members)
@@ -126,7 +128,7 @@ class WorkerGroup:
         for member in members:
             node_id = self._nodes[member.name]
             options = self._options(member, bundles[node_id].pop(0))
-            kind = self.attention_class if member.role == "attention" else self.expert_class
+            kind = self.classes[member.role]
             remote = kind if hasattr(kind, "remote") else ray.remote(kind)
             handle = remote.options(**options).remote(
                 dict(config), asdict(member), control_address, dict(extras[member.name])
@@ -286,7 +288,7 @@ def _rank(role: Role, nodes: Sequence[str]) -> list[tuple[Member, str]]:
                 name=f"{role}-{rank}",
                 role=role,
                 rank=rank,
-                device=rank if role == "expert" else -1,
+                device=rank if holds_experts(role) else -1,
                 node=order[node][1],
             ),
             node,

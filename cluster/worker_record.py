@@ -27,7 +27,7 @@ class WorkerRecord:
     progress_at: float
     """Monotonic time at which its loop was last seen to turn, or to be idle."""
     num_slots: int = 0
-    """Expert slots per bank (expert workers)."""
+    """Expert slots per bank, where it holds experts."""
     state: WorkerState = WorkerState.STARTING
     """Where it is in its life."""
     reason: str = ""
@@ -147,7 +147,7 @@ class WorkerRecord:
             "kv_blocks_free": free,
             "kv_blocks_total": total,
             "kv_usage": (1.0 - free / total) if free is not None and total else None,
-            "slots": self.num_slots if self.member.role == "expert" else None,
+            "slots": self.num_slots if self.member.holds_experts else None,
             "stats": dict(self.stats),
         }
 

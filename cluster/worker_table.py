@@ -85,7 +85,7 @@ class WorkerTable:
 
     def learn_model(self, record: WorkerRecord) -> None:
         """Take the model's facts from an attention worker that is ready."""
-        if record.member.role == "attention":
+        if record.member.runs_attention:
             self._model.update({k: record.info[k] for k in _MODEL_FACTS if k in record.info})
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from cluster.control_frames import (
@@ -17,7 +17,7 @@ from cluster.control_frames import (
 )
 from cluster.controller import Controller, ControllerSettings
 from cluster.placement import BankShape, ExpertPlacement, contiguous
-from cluster.topology import Generation, Member
+from cluster.topology import Generation, Member, Role, holds_experts
 
 FrameT = TypeVar("FrameT", bound=ControlFrame)
 
@@ -28,14 +28,17 @@ BANKS = (
 
 
 def make_members(num_attention: int, num_experts: int) -> tuple[Member, ...]:
+    """The members of two pools."""
+    return members_of({"attention": num_attention, "expert": num_experts})
+
+
+def members_of(pools: Mapping[Role, int]) -> tuple[Member, ...]:
     """Members as the worker group ranks them, before they have called."""
-    attention = [
-        Member(name=f"attention-{i}", role="attention", rank=i) for i in range(num_attention)
-    ]
-    experts = [
-        Member(name=f"expert-{i}", role="expert", rank=i, device=i) for i in range(num_experts)
-    ]
-    return (*attention, *experts)
+    return tuple(
+        Member(name=f"{role}-{i}", role=role, rank=i, device=i if holds_experts(role) else -1)
+        for role, number in pools.items()
+        for i in range(number)
+    )
 
 
 class FakeWorkerGroup:

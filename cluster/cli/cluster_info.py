@@ -57,6 +57,9 @@ def _status_text(status: Mapping[str, Any], colours: bool) -> str:
         f"{model.get('max_model_len')} tokens)",
         f"generation  {status.get('generation')}, placement epoch {status.get('placement_epoch')}",
     ]
+    if status.get("mode"):
+        reason = status.get("mode_reason")
+        lines.append(f"mode        {status['mode']}{f': {reason}' if reason else ''}")
     if status.get("error"):
         lines.append(f"error       {status['error']}")
     return "\n".join([*lines, "", _workers_text(status), ""])
@@ -82,15 +85,16 @@ def _workers_text(status: Mapping[str, Any]) -> str:
 
 
 def _holds(worker: Mapping[str, Any]) -> str:
-    if worker["role"] == "expert":
-        return f"{worker.get('slots')} expert slots"
-    free, total = worker.get("kv_blocks_free"), worker.get("kv_blocks_total")
-    return f"{free} of {total} KV blocks free" if total else ""
+    free, total, slots = (worker.get(k) for k in ("kv_blocks_free", "kv_blocks_total", "slots"))
+    held = [f"{slots} expert slots"] if slots is not None else []
+    held += [f"{free} of {total} KV blocks free"] if total else []
+    return ", ".join(held)
 
 
 def run_placement(args: argparse.Namespace) -> int:
     """Print the expert maps."""
-    document = Client(args).get("/cluster/v1/placement")
+    client = Client(args)
+    document = client.get("/cluster/v1/placement")
     if args.layer is not None:
         document["banks"] = [b for b in document["banks"] if b["layer"] == args.layer]
         if not document["banks"]:
@@ -99,8 +103,10 @@ def run_placement(args: argparse.Namespace) -> int:
         out_json(document)
         return ExitCode.OK
     note(f"placement epoch {document['epoch']}")
+    workers = client.get("/cluster/v1/status")["workers"]
+    holders = {w["rank"]: w["name"] for w in workers if w.get("slots") is not None}
     rows = [
-        (bank["layer"], bank["bank"], f"expert-{device}", " ".join(map(_slot, slots)))
+        (bank["layer"], bank["bank"], holders.get(device, "-"), " ".join(map(_slot, slots)))
         for bank in document["banks"]
         for device, slots in enumerate(bank["physical_to_logical"])
     ]

@@ -9,12 +9,12 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster import local_ray, state_file
 from cluster.checkpoint_check import CheckpointCheck
+from cluster.cli.dry_run import show
 from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.front import Front, Outcome, raise_on_signals
 from cluster.cli.progress import Progress
@@ -44,7 +44,7 @@ def run_serve(args: argparse.Namespace) -> int:
     """Serve until a signal."""
     name = args.name or os.environ.get("EXPERTMESH_NAME") or f"serve-{os.getpid()}"
     record = state_file.read_record(name)
-    if record is not None and record.is_alive:
+    if record is not None and record.is_alive and not args.dry_run:
         raise CommandError(ExitCode.REFUSED, f"a cluster called {name} runs already")
     return _start(args, "serve", name)
 
@@ -55,7 +55,7 @@ def run_up(args: argparse.Namespace) -> int:
     raise_on_signals()
     with _one_at_a_time(name):
         record = state_file.read_record(name)
-        if record is None or not record.is_alive:
+        if record is None or not record.is_alive or args.dry_run:
             return _start(args, "up", name)
         if record.settings != _settings_hash(args):
             message = f"{name} is up with other settings: expertmesh down --name {name} first"
@@ -89,31 +89,38 @@ def _start(args: argparse.Namespace, command: state_file.Command, name: str) -> 
 def _launch(args: argparse.Namespace, command: state_file.Command, name: str) -> Outcome:
     values = collect(args, os.environ)
     address = _ray_address(values)
-    _refuse_unbuilt(values)
     _check_early(values, is_private=not address)
     progress = Progress()
     model = find_model(args.model or os.environ.get("EXPERTMESH_MODEL"), note)
     config = build_config(values, model)
     with _Preparation(address, name) as preparation:
         plan_values = {"command": command, "name": name, "address": address}
-        begun = preparation.begin(model.folder, lambda: _ready(args, plan))
+        front = None if args.dry_run else preparation.spawn(lambda: _ready(args, plan))
+        check = preparation.examine(model.folder, allow_bare=args.dry_run)
         progress.update("check")
-        facts = begun.check.result()
+        facts = check.result()
+        if facts.ignored_keys:
+            note(f"config.json: ignored, not known: {', '.join(facts.ignored_keys)}")
         plan = make_plan(config, facts, preparation.temp_dir, _settings_hash(args), plan_values)
-        begun.front.begin(plan)
+        if front is None:
+            progress.clear()
+            show(plan, facts, args.json)
+            return Outcome(code=ExitCode.OK)
+        _tell_mode(plan)
+        front.begin(plan)
         preparation.keep()
-    return begun.front.run(progress, detach=command == "up")
+    return front.run(progress, detach=command == "up")
+
+
+def _tell_mode(plan: LaunchPlan) -> None:
+    """What ``--mode auto`` came to; where a Ray is joined, the launcher's log has it."""
+    workers = plan.config.workers
+    if workers.mode_reason:
+        note(f"mode {workers.mode}: {workers.mode_reason}")
 
 
 def _ray_address(values: dict[str, Any]) -> str:
     return str(values.pop("address", None) or os.environ.get("RAY_ADDRESS") or "")
-
-
-def _refuse_unbuilt(values: dict[str, Any]) -> None:
-    mode = values.get("workers.mode")
-    if mode in ("auto", "colocated"):
-        message = f"--mode {mode} is not available yet: use disaggregated or local"
-        raise CommandError(ExitCode.USAGE, message)
 
 
 def _check_early(values: dict[str, Any], is_private: bool) -> None:
@@ -137,19 +144,18 @@ def _settings_hash(args: argparse.Namespace) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Begun:
-    front: Front
-    check: CheckpointCheck
-
-
 class _Preparation:
     """What exists before the plan is sent; taken back unless ``keep`` was called."""
 
     def __init__(self, address: str, name: str) -> None:
         self._log = state_file.log_path(name)
         self._folder = None if address else local_ray.make_temp_dir()
-        self._begun: _Begun | None = None
+        if self._folder is not None:
+            self._environment = local_ray.private_environment(self._folder)
+        else:
+            self._environment = {**os.environ, **local_ray.common_environment()}
+        self._front: Front | None = None
+        self._check: CheckpointCheck | None = None
         self._kept = False
 
     @property
@@ -157,17 +163,15 @@ class _Preparation:
         """Folder of the private Ray; empty when one is joined."""
         return str(self._folder or "")
 
-    def begin(self, model: Path, on_ready: Callable[[], None]) -> _Begun:
+    def spawn(self, on_ready: Callable[[], None]) -> Front:
         """Let the launcher import while the checkpoint is looked at."""
-        if self._folder is not None:
-            environment = local_ray.private_environment(self._folder)
-        else:
-            environment = {**os.environ, **local_ray.common_environment()}
-        self._begun = _Begun(
-            front=Front(self._log, environment, on_ready),
-            check=CheckpointCheck(model, environment),
-        )
-        return self._begun
+        self._front = Front(self._log, self._environment, on_ready)
+        return self._front
+
+    def examine(self, model: Path, allow_bare: bool) -> CheckpointCheck:
+        """Begin to look at the checkpoint."""
+        self._check = CheckpointCheck(model, self._environment, allow_bare)
+        return self._check
 
     def keep(self) -> None:
         """The launcher takes over."""
@@ -179,9 +183,10 @@ class _Preparation:
     def __exit__(self, *exception: object) -> None:
         if self._kept:
             return
-        if self._begun is not None:
-            self._begun.check.cancel()
-            self._begun.front.cancel()
+        if self._check is not None:
+            self._check.cancel()
+        if self._front is not None:
+            self._front.cancel()
         if self._folder is not None:
             local_ray.remove(self._folder)
         self._log.unlink(missing_ok=True)

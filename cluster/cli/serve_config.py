@@ -13,8 +13,9 @@ from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.serve_options import read_keys, read_template
 from cluster.config import ClusterConfig, check
 from cluster.errors import ConfigError
-from cluster.launch_plan import LaunchPlan, check_start, count_cpus, count_gpus, free_port
+from cluster.launch_plan import LaunchPlan, count_cpus, count_gpus, free_port
 from cluster.model_source import ModelSource
+from cluster.start_plan import plan_start
 
 REFUSED_FIELDS = ("host",)
 """Settings whose rules are about this host or its safety, not about how a flag is written."""
@@ -45,7 +46,7 @@ def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig
 
 def _sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Values by section and field; bare names are not the configuration's."""
-    names = ("model", "workers", "engine", "transport", "gateway")
+    names = ("model", "workers", "engine", "transport", "observability", "gateway")
     sections: dict[str, dict[str, Any]] = {name: {} for name in names}
     for target, value in values.items():
         section, _, field = target.partition(".")
@@ -61,12 +62,15 @@ def _add_keys(gateway: dict[str, Any], file: str | None) -> None:
 
 
 def _add_files(sections: dict[str, dict[str, Any]]) -> None:
-    """Read the chat template; make the placement's path good for other working directories."""
+    """Read the chat template; make other paths good for other working directories."""
     model, workers = sections["model"], sections["workers"]
+    observability = sections["observability"]
     if "chat_template" in model:
         model["chat_template"] = read_template(model["chat_template"])
     if "placement_file" in workers:
         workers["placement_file"] = str(Path(workers["placement_file"]).absolute())
+    if observability.get("trace_dir"):
+        observability["trace_dir"] = str(Path(observability["trace_dir"]).absolute())
 
 
 def _add_heartbeat(transport: dict[str, Any]) -> None:
@@ -89,36 +93,51 @@ def make_plan(
     try:
         limit = config.model.max_model_len
         check(
-            limit is None or limit <= facts.max_position_embeddings,
+            limit is None or limit <= facts.context_tokens,
             "max_model_len",
             limit,
-            f"must not exceed the model's context of {facts.max_position_embeddings} tokens",
+            f"must not exceed the model's context of {facts.context_tokens} tokens",
         )
-        _check_kv_cache(config, facts)
+        num_kv_blocks(config, facts)
+        plan = LaunchPlan(
+            config=_with_ports(config),
+            banks=facts.banks,
+            numbers=_numbers(config, facts),
+            profile=_read_profile(Path(config.model.path)),
+            settings=settings,
+            temp_dir=temp_dir,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            **values,
+        )
         if temp_dir:  # a joined cluster's resources are known only once it is joined
-            check_start(config, facts.banks, num_cpus, num_gpus)
+            plan = plan.resolved(plan.private_nodes)
+            plan_start(plan.config, plan.banks, plan.private_nodes)
     except ConfigError as err:
         raise CommandError(ExitCode.REFUSED, str(err)) from err
-    return LaunchPlan(
-        config=_with_ports(config),
-        banks=facts.banks,
-        profile=_read_profile(Path(config.model.path)),
-        settings=settings,
-        temp_dir=temp_dir,
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        **values,
-    )
+    return plan
 
 
-def _check_kv_cache(config: ClusterConfig, facts: CheckpointFacts) -> None:
-    """Raise ``ConfigError`` when an explicit KV memory holds not even one block."""
-    size = config.engine.kv_cache_bytes
+def _numbers(config: ClusterConfig, facts: CheckpointFacts) -> dict[str, int]:
+    return {
+        "attention_values": facts.attention_values,
+        "kv_values_per_token": facts.kv_values_per_token,
+        "itemsize": itemsize(config, facts),
+        "max_model_len": facts.context_tokens,
+    }
+
+
+def itemsize(config: ClusterConfig, facts: CheckpointFacts) -> int:
+    """Bytes of a number in the compute dtype."""
     dtype = facts.dtype if config.model.dtype == "auto" else config.model.dtype
-    itemsize = 4 if dtype == "float32" else 2
-    block = facts.kv_values_per_token * config.engine.block_size_tokens * itemsize
-    rule = f"must hold at least one block of {block} bytes"
-    check(size is None or size >= block, "kv_cache_bytes", size, rule)
+    return 4 if dtype == "float32" else 2
+
+
+def num_kv_blocks(config: ClusterConfig, facts: CheckpointFacts) -> int:
+    """KV blocks of each attention worker. Raises ``ConfigError`` if not even one fits."""
+    bytes_per_token = facts.kv_values_per_token * itemsize(config, facts)
+    length = config.model.max_model_len or facts.context_tokens
+    return config.engine.num_kv_blocks(bytes_per_token, length)
 
 
 def _with_ports(config: ClusterConfig) -> ClusterConfig:

@@ -34,6 +34,11 @@ def parse_switch(text: str) -> bool:
     return words[text.lower()]
 
 
+def parse_micro_batches(text: str) -> str | int:
+    """``auto``, or a number of micro-batches. Raises ``ValueError``."""
+    return text if text == "auto" else int(text)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeOption:
     """One flag of ``serve``."""
@@ -50,6 +55,8 @@ class ServeOption:
     """Allowed words."""
     is_switch: bool = False
     """A flag without value."""
+    has_negation: bool = False
+    """A flag without value that has a ``--no-`` form too."""
 
     @property
     def dest(self) -> str:
@@ -87,17 +94,74 @@ OPTIONS = (
         kind=int,
     ),
     _option(
+        "--itl-target-ms",
+        "engine.itl_target_ms",
+        "cut prompts so that no step takes longer while anyone decodes (off)",
+        kind=float,
+    ),
+    _option(
+        "--max-queue", "gateway.max_queue", "requests that a gateway holds at once (1024)", kind=int
+    ),
+    _option(
+        "--max-queue-tokens",
+        "gateway.max_queue_tokens",
+        "prompt and output tokens that these may need (max-queue times the context)",
+        kind=int,
+    ),
+    _option(
+        "--max-waiting",
+        "engine.max_waiting",
+        "sequences that may wait at one attention worker (1024)",
+        kind=int,
+    ),
+    _option(
+        "--max-waiting-tokens",
+        "engine.max_waiting_tokens",
+        "prompt tokens that may wait at one attention worker (no limit)",
+        kind=int,
+    ),
+    _option(
+        "--num-micro-batches",
+        "engine.num_micro_batches",
+        "parts of a step in flight at once: auto, 1 or 2 (auto: 2 where a step is large enough)",
+        kind=parse_micro_batches,
+    ),
+    _option(
+        "--micro-batch-decode-threshold",
+        "engine.micro_batch_decode_threshold",
+        "auto splits steps of so many decode rows on one attention rank, or more (128)",
+        kind=int,
+    ),
+    _option(
+        "--micro-batch-prefill-threshold",
+        "engine.micro_batch_prefill_threshold",
+        "the same for steps with prompt rows (256)",
+        kind=int,
+    ),
+    _option(
         "--kv-cache-bytes",
         "engine.kv_cache_bytes",
         "KV memory of each attention worker, for example 512M",
         kind=parse_bytes,
+    ),
+    _option(
+        "--enable-prefix-caching",
+        "engine.enable_prefix_caching",
+        "keep the KV of past requests for others that begin with the same tokens (on)",
+        kind=parse_switch,
+        has_negation=True,
     ),
     _option("--api-key", "gateway.api_keys", "key that clients must present"),
     _option("--api-key-file", "api_key_file", "file with one key a line"),
     _option(
         "--num-attention-workers", "workers.num_attention_workers", "attention ranks (1)", kind=int
     ),
-    _option("--num-expert-workers", "workers.num_expert_workers", "expert ranks (2)", kind=int),
+    _option(
+        "--num-expert-workers",
+        "workers.num_expert_workers",
+        "expert ranks, in colocated mode all workers (2)",
+        kind=int,
+    ),
     _option(
         "--num-redundant-experts",
         "workers.num_redundant_experts",
@@ -113,8 +177,8 @@ OPTIONS = (
     _option(
         "--mode",
         "workers.mode",
-        "disaggregated or local (disaggregated)",
-        choices=("disaggregated", "local", "auto", "colocated"),
+        "two pools, workers that are both, or one process (disaggregated)",
+        choices=("disaggregated", "colocated", "local", "auto"),
     ),
     _option(
         "--transport",
@@ -146,6 +210,13 @@ OPTIONS = (
     _option(
         "--placement-file", "workers.placement_file", "placement instead of the contiguous one"
     ),
+    _option(
+        "--deterministic",
+        "engine.deterministic",
+        "same tokens and logprobs to the last bit in any batch and layout (slower, CPU only)",
+        kind=parse_switch,
+        is_switch=True,
+    ),
     _option("--seed", "engine.seed", "base of the seeds of requests without one (0)", kind=int),
     _option("--chat-template", "model.chat_template", "Jinja file instead of the model's template"),
     _option(
@@ -154,6 +225,24 @@ OPTIONS = (
         "allow a public --host without keys",
         kind=parse_switch,
         is_switch=True,
+    ),
+    _option(
+        "--trust-request-chat-template",
+        "gateway.trust_request_chat_template",
+        "render the chat templates that clients send, which can keep a core busy for ever",
+        kind=parse_switch,
+        is_switch=True,
+    ),
+    _option(
+        "--trace-dir",
+        "observability.trace_dir",
+        "folder for a timeline of every worker's steps, for Perfetto (none)",
+    ),
+    _option(
+        "--trace-max-bytes",
+        "observability.trace_max_bytes",
+        "size of a worker's timeline, of which it keeps the last two (64M)",
+        kind=parse_bytes,
     ),
     _option("--address", "address", "join this Ray cluster instead of a private one"),
 )
@@ -164,8 +253,14 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="folder or hub id (the bundled checkpoint)"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, show the plan, start nothing"
+    )
     for option in OPTIONS:
-        if option.is_switch:
+        if option.has_negation:
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(option.flag, action=action, default=None, help=option.help)
+        elif option.is_switch:
             parser.add_argument(option.flag, action="store_const", const=True, help=option.help)
         elif option.flag != "--api-key":  # every command has that one
             parser.add_argument(

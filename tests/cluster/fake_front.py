@@ -27,6 +27,7 @@ def main() -> int:
         name=name,
         settings="s",
         config=ClusterConfig(model=ModelSection(path="/m", served_model_name="m")),
+        numbers={},
         banks=({"bank": "mlp", "layer": 0, "num_experts": 4},),
         profile=None,
         address="",

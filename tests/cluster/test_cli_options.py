@@ -55,12 +55,46 @@ def test_flags_reach_their_section() -> None:
     assert (config.engine.seed, config.engine.max_num_seqs) == (7, 8)
 
 
+def test_limits_and_the_latency_target_reach_their_section() -> None:
+    config = config_of(
+        *("--itl-target-ms", "37.5", "--max-waiting", "4", "--max-waiting-tokens", "500"),
+        *("--max-queue", "6", "--max-queue-tokens", "7000"),
+    )
+    engine, gateway = config.engine, config.gateway
+    assert (engine.itl_target_ms, engine.max_waiting, engine.max_waiting_tokens) == (37.5, 4, 500)
+    assert (gateway.max_queue, gateway.max_queue_tokens) == (6, 7000)
+    with pytest.raises(CommandError, match=r"itl_target_ms \(-1.0\) must be positive") as caught:
+        config_of("--itl-target-ms", "-1")
+    assert caught.value.code == ExitCode.USAGE
+
+
 def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
     environment = {"EXPERTMESH_PORT": "1234", "EXPERTMESH_NUM_EXPERT_WORKERS": "5"}
     config = config_of("--port", "4321", environment=environment)
     assert config.gateway.port == 4321
     assert config.workers.num_expert_workers == 5
     assert config.gateway.grpc_port == 50051
+
+
+def test_prefix_caching_is_on_unless_it_is_switched_off() -> None:
+    off = {"EXPERTMESH_ENABLE_PREFIX_CACHING": "0"}
+    assert config_of().engine.enable_prefix_caching
+    assert not config_of("--no-enable-prefix-caching").engine.enable_prefix_caching
+    assert not config_of(environment=off).engine.enable_prefix_caching
+    assert config_of("--enable-prefix-caching", environment=off).engine.enable_prefix_caching
+
+
+def test_deterministic_is_a_switch_that_goes_with_cpus() -> None:
+    assert not config_of().engine.deterministic
+    for config in (
+        config_of("--deterministic"),
+        config_of(environment={"EXPERTMESH_DETERMINISTIC": "yes"}),
+    ):
+        assert config.engine.deterministic
+        assert (config.engine.combine_mode, config.workers.device) == ("per_slot", "cpu")
+    with pytest.raises(CommandError, match=r"device \(cuda\) must be cpu with deterministic") as no:
+        config_of("--deterministic", "--device", "cuda")
+    assert no.value.code == ExitCode.USAGE
 
 
 def test_an_empty_variable_counts_as_absent() -> None:
@@ -128,6 +162,21 @@ def test_bytes_are_read_with_units(text: str, number: int) -> None:
     assert parse_bytes(text) == number
 
 
+def test_a_trace_goes_where_the_command_was_given() -> None:
+    """Workers have other working directories."""
+    section = config_of("--trace-dir", "traces", "--trace-max-bytes", "2M").observability
+    assert section.trace_dir == str(Path("traces").absolute())
+    assert section.trace_max_bytes == 2 << 20
+    assert config_of().observability.trace_dir is None
+
+
+def test_the_number_of_micro_batches_is_a_word_or_a_number() -> None:
+    assert config_of().engine.num_micro_batches == "auto"
+    assert config_of("--num-micro-batches", "2").engine.num_micro_batches == 2
+    with pytest.raises(CommandError, match=r"num_micro_batches \(3\) must be one of auto, 1, 2"):
+        config_of("--num-micro-batches", "3")
+
+
 @pytest.mark.parametrize("text", ["", "M", "12Q", "-", "one"])
 def test_bad_bytes_are_refused(text: str) -> None:
     with pytest.raises(ValueError):
@@ -171,8 +220,11 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (["--mode", "colocated"], 2, "colocated is not available yet"),
-        (["--mode", "auto"], 2, "auto is not available yet"),
+        (
+            ["--mode", "colocated", "--num-attention-workers", "1"],
+            2,
+            "num_attention_workers (1) must be left out or equal num_expert_workers (2) in coloc",
+        ),
         (["--num-expert-workers", "0"], 2, "num_expert_workers (0) must be at least 1"),
         (["--port", "99999"], 2, "port (99999)"),
         (["--host", "0.0.0.0"], 5, "host (0.0.0.0) is public"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -29,6 +30,7 @@ BROKEN: list[tuple[str, Callable[[], object]]] = [
     ("max_model_len", lambda: ModelSection(path="p", served_model_name="m", max_model_len=0)),
     ("num_attention_workers", lambda: WorkersSection(num_attention_workers=0)),
     ("num_attention_workers", lambda: WorkersSection(mode="local", num_attention_workers=2)),
+    ("num_attention_workers", lambda: WorkersSection(mode="colocated", num_attention_workers=1)),
     ("num_expert_workers", lambda: WorkersSection(num_expert_workers=-1)),
     ("num_redundant_experts", lambda: WorkersSection(num_redundant_experts=-1)),
     ("cpus_per_worker", lambda: WorkersSection(cpus_per_worker=0)),
@@ -36,6 +38,12 @@ BROKEN: list[tuple[str, Callable[[], object]]] = [
     ("max_num_seqs", lambda: EngineSection(max_num_seqs=0)),
     ("max_num_batched_tokens", lambda: EngineSection(max_num_seqs=9, max_num_batched_tokens=8)),
     ("kv_cache_bytes", lambda: EngineSection(kv_cache_bytes=0)),
+    ("itl_target_ms", lambda: EngineSection(itl_target_ms=0)),
+    ("itl_target_ms", lambda: EngineSection(itl_target_ms=float("nan"))),
+    ("max_waiting_tokens", lambda: EngineSection(max_waiting_tokens=0)),
+    ("num_micro_batches", lambda: EngineSection(num_micro_batches=3)),  # type: ignore[arg-type]
+    ("micro_batch_decode_threshold", lambda: EngineSection(micro_batch_decode_threshold=1)),
+    ("micro_batch_prefill_threshold", lambda: EngineSection(micro_batch_prefill_threshold=0)),
     ("detection_limit_s", lambda: TransportSection(detection_limit_s=0)),
     ("heartbeat_s", lambda: TransportSection(heartbeat_s=3)),
     ("port", lambda: GatewaySection(port=70000)),
@@ -86,8 +94,27 @@ def test_fingerprint_changes_with_what_workers_must_share() -> None:
     base = make_config()
     assert base.fingerprint() == make_config(gateway={"port": 9999}).fingerprint()
     assert base.fingerprint() != make_config(engine={"combine_mode": "per_slot"}).fingerprint()
+    off = make_config(engine={"enable_prefix_caching": False})
+    assert base.fingerprint() != off.fingerprint()
+
+
+def test_deterministic_implies_what_it_needs() -> None:
+    config = make_config(engine={"deterministic": True})
+    assert config.engine.combine_mode == "per_slot"
+    assert config.workers.device == "cpu", "auto never takes a GPU then"
+    assert config.fingerprint() != make_config(engine={"combine_mode": "per_slot"}).fingerprint()
+    assert ClusterConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match=r"device \(cuda\) must be cpu with deterministic"):
+        make_config(engine={"deterministic": True}, workers={"device": "cuda"})
 
 
 def test_local_mode_has_no_expert_ranks() -> None:
     section = WorkersSection(mode="local")
-    assert (section.num_expert_ranks, section.num_workers) == (0, 1)
+    assert (section.pools, section.num_workers) == ({"attention": 1}, 1)
+
+
+def test_colocated_workers_are_both() -> None:
+    section = WorkersSection(mode="colocated", num_expert_workers=3)
+    assert (section.pools, section.num_workers) == ({"colocated": 3}, 3)
+    assert section.num_attention_ranks == 3
+    assert replace(section, num_attention_workers=3).num_attention_ranks == 3

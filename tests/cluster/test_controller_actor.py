@@ -24,8 +24,8 @@ from cluster.controller_actor import ControllerActor
 from cluster.errors import ConfigError, StartError
 from cluster.load_profile import BankLoad, LoadProfile
 from cluster.resources import NodeResources, WorkerShare
-from cluster.topology import Member
-from tests.fakes_cluster import make_members
+from cluster.topology import Member, Role
+from tests.fakes_cluster import members_of
 from workers.control_client import ControlClient
 
 BANKS = [{"bank": "mlp", "layer": 0, "num_experts": 8}]
@@ -95,11 +95,11 @@ class ThreadWorkerGroup:
         return "127.0.0.1"
 
     async def reserve(
-        self, num_attention: int, num_experts: int, share: WorkerShare, limit_s: float
+        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
     ) -> tuple[Member, ...]:
         if not self._room:
             raise StartError("worker group", "no room")
-        return make_members(num_attention, num_experts)
+        return members_of(pools)
 
     async def start(
         self,
@@ -207,6 +207,28 @@ def test_a_dead_worker_stalls_the_others_briefly() -> None:
         assert {w.first_step for w in survivors} == {11}
         await actor.stop()
         assert group.ended[0] == "expert-1"
+
+    asyncio.run(body())
+
+
+def test_colocated_workers_share_cpus_and_experts_and_the_mode_is_told() -> None:
+    async def body() -> None:
+        group = ThreadWorkerGroup()
+        actor = ControllerActor(group)
+        config = _config(2, 1, "colocated")
+        config["workers"]["mode_reason"] = "it is faster"
+        await actor.start(config, BANKS)
+        snapshot = await _until(actor, "SERVING")
+        assert (snapshot["mode"], snapshot["mode_reason"]) == ("colocated", "it is faster")
+        workers = snapshot["workers"]
+        assert [(w["name"], w["role"]) for w in workers] == [
+            ("colocated-0", "colocated"),
+            ("colocated-1", "colocated"),
+        ]
+        assert group.config["workers"]["cpus_per_worker"] == 1.0
+        slots = [group.extras[w["name"]]["num_slots"] for w in workers]
+        assert slots == [w["slots"] for w in workers] == [5, 5]
+        await actor.stop()
 
     asyncio.run(body())
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from cluster.failure import Outcome, PeerReport, Pulse, confirm_suspect, decide, find_silent
 from cluster.placement import contiguous
 from cluster.topology import Generation
-from tests.fakes_cluster import BANKS, make_members
+from tests.fakes_cluster import BANKS, make_members, members_of
 
 ROLES = {"attention-0": "attention", "expert-0": "expert", "expert-1": "expert"}
 
@@ -25,6 +25,27 @@ def test_experts_with_copies_elsewhere_go_on_in_a_new_epoch() -> None:
     assert decision.placement.banks[0].physical_to_logical[1] == (-1,) * 6
     assert decision.cause == "lost expert-1: closed"
     assert decision.effect == "go on with 1 attention and 2 expert workers, placement epoch 8"
+
+
+def test_a_colocated_worker_takes_its_experts_and_its_rank_along() -> None:
+    generation = Generation(number=1, members=members_of({"colocated": 3}))
+    placement = contiguous(BANKS, 3, num_redundant=3)
+    decision = decide(generation, placement, {"colocated-0": "closed"}, highest_epoch=1)
+    assert decision.outcome is Outcome.CONTINUE
+    left = replace(generation, members=decision.members)
+    assert [m.rank for m in left.attention] == [m.rank for m in left.experts] == [1, 2]
+    assert left.leader.name == "colocated-1"
+    assert decision.placement.banks[0].physical_to_logical[0] == (-1,) * 6
+    assert decision.effect == "go on with 2 colocated workers, placement epoch 2"
+
+
+def test_the_last_colocated_worker_with_all_experts_goes_on_alone() -> None:
+    generation = Generation(number=1, members=members_of({"colocated": 2}))
+    placement = contiguous(BANKS, 2, num_redundant=4)
+    decision = decide(generation, placement, {"colocated-0": "closed"}, highest_epoch=1)
+    assert decision.effect == "go on with 1 colocated worker, placement epoch 2"
+    lost = decide(generation, contiguous(BANKS, 2), {"colocated-0": "closed"}, highest_epoch=1)
+    assert lost.outcome is Outcome.INCOMPLETE
 
 
 def test_the_epoch_is_above_all_that_any_survivor_ran() -> None:

@@ -263,9 +263,14 @@ def test_a_joined_ray_keeps_all_that_is_its_own(
         assert refused.returncode == 5
         assert "cpus_per_worker (2) does not fit" in refused.stderr
 
-        servers.append(Server.start("--address", address, "--port", str(port), "--grpc-port", "0"))
+        joined = ["--address", address, "--port", str(port), "--grpc-port", "0"]
+        auto = ["--mode", "auto", "--cpus-per-worker", "0.5", "--num-expert-workers", "1"]
+        servers.append(Server.start(*joined, *auto))
         servers[0].wait_ready()
         assert generate(url)
+        status = json.loads(fetch(f"{url}/cluster/v1/status"))
+        assert (status["mode"], len(status["workers"])) == ("colocated", 2)
+        assert "1 attention + 1 expert worker" in status["mode_reason"]
         assert serve_apps(url) == ["expertmesh", "other"]
         assert servers[0].stop(signal.SIGTERM) == (0, "")
         assert serve_apps(url) == ["other"]

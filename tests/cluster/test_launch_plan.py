@@ -2,21 +2,33 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from dataclasses import replace
 
 import pytest
 
-from cluster.config import ClusterConfig, GatewaySection, ModelSection
+from cluster.config import ClusterConfig, GatewaySection, ModelSection, WorkersSection
 from cluster.errors import ConfigError
 from cluster.launch_plan import (
     LaunchPlan,
     check_ports,
-    check_start,
     count_cpus,
     count_gpus,
     free_port,
 )
+from cluster.start_plan import plan_start
 
-BANKS = ({"bank": "mlp", "layer": 0, "num_experts": 4},)
+BANKS = (
+    {
+        "bank": "mlp",
+        "layer": 0,
+        "num_experts": 4,
+        "top_k": 2,
+        "expert_values": 1000,
+        "num_exchanges": 1,
+        "in_values": 16,
+        "out_values": 16,
+    },
+)
 
 
 def plan(host: str = "127.0.0.1") -> LaunchPlan:
@@ -28,6 +40,12 @@ def plan(host: str = "127.0.0.1") -> LaunchPlan:
         settings="s",
         config=ClusterConfig(model=model, gateway=gateway, cluster_token="t"),
         banks=BANKS,
+        numbers={
+            "attention_values": 5000,
+            "kv_values_per_token": 64,
+            "itemsize": 2,
+            "max_model_len": 100,
+        },
         profile=None,
         address="",
         temp_dir="/tmp/em-x",
@@ -85,10 +103,18 @@ def test_an_address_of_another_host_is_refused() -> None:
 
 
 def test_what_does_not_fit_on_this_host_is_refused() -> None:
-    config = plan().config
-    check_start(config, BANKS, num_cpus=1, num_gpus=0)
+    config, nodes = plan().config, plan().private_nodes
+    plan_start(config, BANKS, nodes)
     with pytest.raises(ConfigError, match="num_expert_workers"):
-        check_start(config, ({**BANKS[0], "num_experts": 1},), num_cpus=2, num_gpus=0)
+        plan_start(config, ({**BANKS[0], "num_experts": 1},), nodes)
+
+
+def test_auto_is_decided_once_and_says_why() -> None:
+    asked = replace(plan(), config=replace(plan().config, workers=WorkersSection(mode="auto")))
+    workers = asked.resolved(asked.private_nodes).config.workers
+    assert workers.mode in ("colocated", "disaggregated")
+    assert "a decode step of 64 rows with 50 tokens of context" in workers.mode_reason
+    assert plan().resolved(asked.private_nodes) == plan()
 
 
 def test_there_is_a_cpu() -> None:

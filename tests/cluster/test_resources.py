@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,15 @@ def test_default_shares_fit_on_the_nodes(
     assert share.cpus == pytest.approx(expected)
     assert sum(int(c / share.cpus + 1e-9) for c in cpus) >= workers
     assert share.cpus <= sum(cpus) / workers
+
+
+def test_colocated_workers_count_once() -> None:
+    pair = WorkersSection(mode="colocated", num_expert_workers=2)
+    assert plan_shares(pair, _nodes(2)).cpus == 1.0
+    half = replace(pair, gpus_per_worker=0.5)
+    assert plan_shares(half, _nodes(2, gpus=1)).gpus == 0.5
+    with pytest.raises(ConfigError, match=r"3 workers ask for 1\.5 GPUs"):
+        plan_shares(replace(half, num_expert_workers=3), _nodes(2, gpus=1))
 
 
 def test_a_busy_cluster_makes_default_shares_smaller() -> None:

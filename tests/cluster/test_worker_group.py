@@ -63,7 +63,9 @@ def _controller(
     attention_class: type = ray_workers.TrivialWorker,
 ) -> Iterator[Any]:
     """A controller actor that is ended with everything it started."""
-    controller = create_controller(WorkerGroup(attention_class, expert_class))
+    controller = create_controller(
+        WorkerGroup({"attention": attention_class, "expert": expert_class})
+    )
     try:
         yield controller
     finally:
@@ -119,7 +121,7 @@ def test_workers_start_lose_one_and_stop_without_touching_others() -> None:
         fresh = ray.get(controller.snapshot.remote(True), timeout=LIMIT_S)
         assert {w["stats"]["threads"] for w in fresh["workers"]} == {1.0}
         assert free_resources().get("CPU", 0.0) == pytest.approx(0.0, abs=0.001)  # 4 x 0.5
-        assert create_controller(WorkerGroup(None, None))._actor_id == controller._actor_id
+        assert create_controller(WorkerGroup({}))._actor_id == controller._actor_id
 
         began = time.monotonic()
         os.kill(pids["expert-1"], signal.SIGKILL)

@@ -65,10 +65,10 @@ def three_nodes() -> Iterator[None]:
 @pytest.mark.usefixtures("three_nodes")
 def test_workers_are_spread_ranked_by_node_and_ended_on_theirs() -> None:
     async def body() -> None:
-        group = WorkerGroup(TrivialWorker, StubbornWorker)
+        group = WorkerGroup({"attention": TrivialWorker, "expert": StubbornWorker})
         share = plan_shares(WorkersSection(num_expert_workers=3), cluster_nodes())
         assert share.cpus == 0.5  # 0.75 would leave the fourth worker without a node
-        members = await group.reserve(1, 3, share, 30.0)
+        members = await group.reserve({"attention": 1, "expert": 3}, share, 30.0)
         assert [m.name for m in members] == ["attention-0", "expert-0", "expert-1", "expert-2"]
         order = [n.node_id for n in cluster_nodes()]
         nodes = [group._nodes[f"expert-{i}"] for i in range(3)]
