@@ -10,6 +10,8 @@ from collections import deque
 from cluster.errors import QueueFullError
 from gateway.errors import clamp_retry_s
 
+MAX_PROMPT_BYTES = 256 * 1024 * 1024
+"""Bytes of prompts that are embeddings, held at once."""
 _RATE_WINDOW = 64
 """Finished requests over which the drain rate is measured."""
 _LEAST_FINISHED = 8
@@ -20,16 +22,24 @@ _UNKNOWN_RATE_RETRY_S = 5.0
 class Ticket:
     """A place in the queue; give it back with ``release``, more than once does no harm."""
 
-    def __init__(self, admission: Admission, num_requests: int, num_tokens: int) -> None:
+    def __init__(
+        self, admission: Admission, num_requests: int, num_tokens: int, num_bytes: int = 0
+    ) -> None:
         self._admission = admission
+        self._num_bytes = num_bytes
         self._num_requests = num_requests
         self._num_tokens = num_tokens
         self._is_held = True
+
+    def retry_after_s(self) -> float:
+        """Time after which others like this one may come, as far as the past tells."""
+        return self._admission.retry_after_s(self._num_requests)
 
     def release(self, now_s: float) -> None:
         """Give the place back."""
         if self._is_held:
             self._is_held = False
+            self._admission.num_bytes -= self._num_bytes
             self._admission._release(self._num_requests, self._num_tokens, now_s)
 
 
@@ -54,27 +64,39 @@ class Admission:
         """Requests held now."""
         self.num_tokens = 0
         """Tokens that they may need."""
+        self.num_bytes = 0
+        """Bytes of their prompts that are embeddings."""
 
     @property
     def num_waiting(self) -> int:
         """Requests beyond what the engines run at once."""
         return max(0, self.num_requests - self._capacity)
 
-    def admit(self, num_requests: int, num_tokens: int, now_s: float) -> Ticket:
+    def admit(self, num_requests: int, num_tokens: int, now_s: float, num_bytes: int = 0) -> Ticket:
         """Take a place for one call. Raises ``QueueFullError`` with a retry time."""
         over = self.num_requests + num_requests - self._max_requests
         if over > 0:
             raise QueueFullError(
-                f"the queue is full: {self.num_requests} requests, at most {self._max_requests}",
+                f"the queue is full: {self.num_requests} requests, at most {self._max_requests} "
+                "(max_queue)",
                 self.retry_after_s(over),
             )
         if self.num_requests and self.num_tokens + num_tokens > self._max_tokens:
             raise QueueFullError(
-                f"the queue is full: {self.num_tokens} tokens wanted, at most {self._max_tokens}",
+                f"the queue is full: {self.num_tokens} tokens, and this request needs {num_tokens} "
+                f"more, at most {self._max_tokens} (max_queue_tokens)",
+                self.retry_after_s(1),
+                "queue_tokens",
+            )
+        if self.num_bytes and self.num_bytes + num_bytes > MAX_PROMPT_BYTES and num_bytes:
+            raise QueueFullError(
+                f"the queue is full: {self.num_bytes} bytes of embeddings, and this request needs "
+                f"{num_bytes} more, at most {MAX_PROMPT_BYTES}",
                 self.retry_after_s(1),
             )
         self._add(num_requests, num_tokens, now_s)
-        return Ticket(self, num_requests, num_tokens)
+        self.num_bytes += num_bytes
+        return Ticket(self, num_requests, num_tokens, num_bytes)
 
     def retry_after_s(self, num_requests: int) -> float:
         """Time until ``num_requests`` will have left, as far as the past tells."""

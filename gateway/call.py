@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from workers.request import Request, SamplingParams
+from workers.inspection import Inspection
+from workers.prompt_embeds import PromptEmbeds
+from workers.request import Grammar, Request, SamplingParams
 
 
 class CallKind(Enum):
@@ -31,6 +33,8 @@ class ChatInput:
     """Open the assistant's turn (default True)."""
     continue_final_message: bool | None = None
     """Leave the last message open instead."""
+    template: str | None = None
+    """Jinja text in place of the model's template; None is the model's."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Variables for the template."""
 
@@ -47,6 +51,8 @@ class GenerateFields:
     """Texts or token ids (completion)."""
     chat: ChatInput | None = None
     """The conversation (chat)."""
+    embeds: PromptEmbeds | None = None
+    """Read in place of the one prompt, whose token ids are zeros."""
     add_special_tokens: bool | None = None
     """Let the tokenizer add its own tokens (bos)."""
     max_tokens: int | None = None
@@ -89,14 +95,28 @@ class GenerateFields:
     """Alternatives a token; None reports none."""
     logprobs_name: str = "logprobs"
     """The field that ``logprobs`` came from."""
+    prompt_logprobs: int | None = None
+    """Alternatives a prompt token; None reports none."""
+    logprob_token_ids: tuple[int, ...] = ()
+    """Tokens to report in place of the most probable ones."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """Tokens that may be drawn; None allows all."""
+    bad_words: tuple[str, ...] = ()
+    """Words that must not be in the output."""
+    grammar: Grammar | None = None
+    """What the output must follow; checked already."""
     echo: bool = False
     """The prompt comes first."""
     token_ids_only: bool = False
     """No text is made."""
     return_token_ids: bool = False
     """Token ids beside the text."""
-    priority: int = 0
-    """Not built: refused unless 0."""
+    priority: int | None = None
+    """Lower runs first."""
+    cache_salt: str | None = None
+    """Prefixes are shared with calls of the same salt only; None is a salt of its own."""
+    return_tokens_as_token_ids: bool = False
+    """Log-probabilities name tokens by number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +129,10 @@ class CallPrompt:
     """As the client gave it; None for token ids."""
     params: SamplingParams
     """With this prompt's seed and token limit."""
+    inspection: Inspection | None = None
+    """What to bring home of the model's inside."""
+    embeds: PromptEmbeds | None = None
+    """What the model reads in place of ``ids``, which are zeros then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,12 +155,20 @@ class GenerateCall:
     """Leave special tokens out of the text."""
     logprobs: int | None
     """Alternatives a token; None reports none."""
+    prompt_logprobs: int | None
+    """Alternatives a prompt token; None reports none."""
     echo: bool
     """The prompt comes first."""
     token_ids_only: bool
     """No text is made."""
     return_token_ids: bool
     """Token ids beside the text."""
+    priority: int
+    """Lower runs first."""
+    cache_salt: str
+    """Prefixes are shared with calls of the same salt only."""
+    return_tokens_as_token_ids: bool
+    """Log-probabilities name tokens by number."""
 
     @property
     def num_choices(self) -> int:
@@ -147,6 +179,11 @@ class GenerateCall:
     def num_prompt_tokens(self) -> int:
         """Tokens of all prompts, each counted once."""
         return sum(len(prompt.ids) for prompt in self.prompts)
+
+    @property
+    def num_prompt_bytes(self) -> int:
+        """Bytes of prompts that are embeddings."""
+        return sum(len(p.embeds.data) for p in self.prompts if p.embeds is not None)
 
     @property
     def max_total_tokens(self) -> int:
@@ -162,6 +199,10 @@ class GenerateCall:
                 params=prompt.params,
                 n=self.n,
                 deadline_ms=deadline_ms,
+                priority=self.priority,
+                cache_salt=self.cache_salt,
+                inspection=prompt.inspection,
+                prompt_embeds=prompt.embeds,
             )
             for place, prompt in enumerate(self.prompts)
         )

@@ -59,6 +59,10 @@ class ChatTemplate:
             raise CheckpointError(f"the chat template is not valid: {err}") from err
         self._variables = dict(variables or {})
 
+    def replaced_by(self, source: str) -> ChatTemplate:
+        """Another template with the same special tokens. Raises ``CheckpointError``."""
+        return ChatTemplate(source, self._variables)
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -81,7 +85,14 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as err:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            RecursionError,
+        ) as err:
             raise RequestError(
                 f"messages do not fit the model's chat template: {err}", "messages"
             ) from err

@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from cluster.topology import runs_attention
+
 logger = logging.getLogger(__name__)
 
 POLL_TIMEOUT_S = 10.0
@@ -130,11 +132,11 @@ class ClusterView:
 
 
 def attention_endpoints(snapshot: Snapshot) -> list[AttentionEndpoint]:
-    """The attention workers of the current generation that take streams."""
+    """The workers of the current generation that run attention and take streams."""
     return [
         AttentionEndpoint(worker["name"], worker["engine_address"], int(worker.get("pid") or 0))
         for worker in snapshot.get("workers", ())
-        if worker["role"] == "attention"
+        if runs_attention(worker["role"])
         and worker.get("engine_address")
         and worker["state"] in ("READY", "SERVING")
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -10,9 +12,14 @@ from google.protobuf.json_format import MessageToDict
 from cluster.errors import RequestError, UnsupportedParameterError
 from gateway.call import CallKind, ChatInput, GenerateFields
 from gateway.schema import ChatBody, CompletionBody, GenerateBody, Message, TokenizeBody
+from gateway.structured import ResponseFormat, StructuredOutputs, make_grammar
 from protos import inference_pb2 as pb
 from protos import types_pb2
+from workers.prompt_embeds import PromptEmbeds, read_embeds
+from workers.request import Grammar
 
+PRIORITY_HEADER = "x-priority"
+"""HTTP header and gRPC metadata for clients that cannot send the field."""
 _COMMON = (
     "model",
     "add_special_tokens",
@@ -29,16 +36,19 @@ _COMMON = (
     "ignore_eos",
     "skip_special_tokens",
     "include_stop_str_in_output",
+    "prompt_logprobs",
 )
 """Fields of a body that keep name and type."""
-_SAMPLING = tuple(name for name in _COMMON if name not in ("model", "add_special_tokens"))
+_SAMPLING = tuple(
+    name for name in _COMMON if name not in ("model", "add_special_tokens", "prompt_logprobs")
+)
 
 
 def completion_fields(body: CompletionBody) -> GenerateFields:
     """Fields of ``POST /v1/completions``."""
     return GenerateFields(
         kind=CallKind.COMPLETION,
-        prompts=_prompts(body.prompt),
+        prompts=prompt_list(body.prompt),
         logprobs=body.logprobs,
         echo=bool(body.echo),
         **_common_fields(body),
@@ -52,10 +62,16 @@ def chat_fields(body: ChatBody) -> GenerateFields:
     return GenerateFields(
         kind=CallKind.CHAT,
         chat=chat_input(body),
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        logprobs=_chat_logprobs(body),
         logprobs_name="top_logprobs",
         **_common_fields(body),
     )
+
+
+def _chat_logprobs(body: ChatBody) -> int | None:
+    if not body.logprobs or (body.top_logprobs is None and body.logprob_token_ids):
+        return None  # logprob_token_ids alone say what is reported
+    return body.top_logprobs or 0
 
 
 def chat_input(body: ChatBody | TokenizeBody) -> ChatInput:
@@ -66,6 +82,7 @@ def chat_input(body: ChatBody | TokenizeBody) -> ChatInput:
         ),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
+        template=body.chat_template,
         template_kwargs=body.chat_template_kwargs or {},
     )
 
@@ -74,19 +91,17 @@ def grpc_fields(request: pb.GenerateRequest) -> GenerateFields:
     """Fields of ``Generate`` and ``GenerateStream``."""
     source = request.WhichOneof("input")
     if source is None:
-        message = "one of text, token_ids and messages is required"
+        message = "one of text, token_ids, messages and embeddings is required"
         raise RequestError(message, "input", "missing_required_parameter")
-    if source == "embeddings":
-        raise UnsupportedParameterError("embeddings is not supported", "embeddings")
+    embeds = _grpc_embeds(request) if source == "embeddings" else None
     sampling, options = request.sampling_params, request.output_options
-    if options.HasField("prompt_logprobs"):
-        raise UnsupportedParameterError("prompt_logprobs is not supported", "prompt_logprobs")
     if source == "messages" and options.echo:
         raise UnsupportedParameterError("echo is not supported for chat", "echo")
     return GenerateFields(
         kind=CallKind.CHAT if source == "messages" else CallKind.COMPLETION,
         model=request.model or None,
-        prompts=_grpc_prompts(request, source),
+        prompts=_grpc_prompts(request, source) if embeds is None else ((0,) * embeds.num_tokens,),
+        embeds=embeds,
         chat=grpc_chat_input(request.messages) if source == "messages" else None,
         add_special_tokens=_optional(request, "add_special_tokens"),
         max_tokens=_optional(sampling, "max_tokens"),
@@ -94,10 +109,21 @@ def grpc_fields(request: pb.GenerateRequest) -> GenerateFields:
         stop=tuple(sampling.stop),
         stop_token_ids=tuple(sampling.stop_token_ids),
         logprobs=_optional(options, "logprobs"),
+        prompt_logprobs=_optional(options, "prompt_logprobs"),
+        logprob_token_ids=tuple(options.logprob_token_ids),
+        allowed_token_ids=(
+            tuple(sampling.allowed_token_ids.ids)
+            if sampling.HasField("allowed_token_ids")
+            else None
+        ),
+        bad_words=tuple(sampling.bad_words),
+        grammar=_grpc_grammar(sampling),
         echo=options.echo,
         token_ids_only=options.token_ids_only,
         return_token_ids=options.return_token_ids,
-        priority=request.priority,
+        priority=_optional(request, "priority"),
+        cache_salt=_optional(request, "cache_salt"),
+        return_tokens_as_token_ids=options.return_tokens_as_token_ids,
         **{name: _optional(sampling, name) for name in _SAMPLING},
     )
 
@@ -108,8 +134,30 @@ def grpc_chat_input(chat: types_pb2.ChatMessages) -> ChatInput:
         messages=tuple(_grpc_message(message) for message in chat.messages),
         add_generation_prompt=_optional(chat, "add_generation_prompt"),
         continue_final_message=_optional(chat, "continue_final_message"),
+        template=_optional(chat, "chat_template"),
         template_kwargs=MessageToDict(chat.chat_template_kwargs),
     )
+
+
+def with_header_priority(fields: GenerateFields, header: str | None) -> GenerateFields:
+    """The same fields, with the priority of ``PRIORITY_HEADER`` where they have none.
+
+    Raises ``RequestError`` if it is not a whole number.
+    """
+    given = header_priority(header)
+    return (
+        fields if given is None or fields.priority is not None else replace(fields, priority=given)
+    )
+
+
+def header_priority(header: str | None) -> int | None:
+    """The number in ``PRIORITY_HEADER``. Raises ``RequestError`` if it is not a whole number."""
+    if header is None:
+        return None
+    if not re.fullmatch(r"[+-]?[0-9]{1,10}", header.strip()):
+        message = f"{PRIORITY_HEADER} ({header[:32]!r}) must be a whole number"
+        raise RequestError(message, PRIORITY_HEADER)
+    return int(header)
 
 
 def _common_fields(body: GenerateBody) -> dict[str, Any]:
@@ -121,12 +169,57 @@ def _common_fields(body: GenerateBody) -> dict[str, Any]:
     fields["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     fields["stop_token_ids"] = tuple(body.stop_token_ids or ())
     fields["return_token_ids"] = bool(body.return_token_ids)
+    fields["priority"] = body.priority
+    fields["cache_salt"] = body.cache_salt
+    fields["return_tokens_as_token_ids"] = bool(body.return_tokens_as_token_ids)
+    fields["logprob_token_ids"] = tuple(body.logprob_token_ids or ())
+    allowed = body.allowed_token_ids
+    fields["allowed_token_ids"] = None if allowed is None else tuple(allowed)
+    fields["bad_words"] = tuple(body.bad_words or ())
+    fields["grammar"] = _body_grammar(body)
     return fields
 
 
-def _prompts(
+def _body_grammar(body: GenerateBody) -> Grammar | None:
+    wanted, structured = body.response_format, body.structured_outputs
+    schema = wanted.json_schema.schema_ if wanted and wanted.json_schema else None
+    return make_grammar(
+        None if wanted is None else ResponseFormat(type=wanted.type, schema=schema),
+        None
+        if structured is None
+        else StructuredOutputs(
+            json=structured.json_,
+            regex=structured.regex,
+            choice=structured.choice,
+            grammar=structured.grammar,
+            json_object=structured.json_object,
+        ),
+    )
+
+
+def _grpc_allowed(sampling: types_pb2.SamplingParams) -> tuple[int, ...] | None:
+    if not sampling.HasField("allowed_token_ids"):
+        return None
+    return tuple(sampling.allowed_token_ids.ids)
+
+
+def _grpc_grammar(sampling: types_pb2.SamplingParams) -> Grammar | None:
+    wanted, structured = sampling.response_format, sampling.structured_outputs
+    response_format = None
+    if sampling.HasField("response_format"):
+        schema = _optional(wanted.json_schema, "schema")
+        response_format = ResponseFormat(type=wanted.type, schema=schema)
+    kind = structured.WhichOneof("constraint")
+    given: dict[str, Any] = {}
+    if kind is not None:
+        given[kind] = structured.choice.texts if kind == "choice" else getattr(structured, kind)
+    return make_grammar(response_format, StructuredOutputs(**given))
+
+
+def prompt_list(
     prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
 ) -> tuple[str | tuple[int, ...], ...]:
+    """One prompt or several as a tuple."""
     if isinstance(prompt, str):
         return (prompt,)
     if prompt and isinstance(prompt[0], int):
@@ -178,6 +271,21 @@ def _grpc_prompts(request: pb.GenerateRequest, source: str) -> tuple[str | tuple
     if source == "text":
         return (request.text,)
     return (tuple(request.token_ids.ids),) if source == "token_ids" else ()
+
+
+def _grpc_embeds(request: pb.GenerateRequest) -> PromptEmbeds:
+    """A prompt of embeddings, which goes without what needs its tokens."""
+    options, sampling = request.output_options, request.sampling_params
+    wanted = {
+        "echo": options.echo,
+        "prompt_logprobs": options.HasField("prompt_logprobs"),
+        "return_token_ids": options.return_token_ids,
+        "repetition_penalty": _optional(sampling, "repetition_penalty") not in (None, 1.0),
+    }
+    for name, is_wanted in wanted.items():
+        if is_wanted:
+            raise UnsupportedParameterError(f"{name} is not supported for embeddings", name)
+    return read_embeds(request.embeddings.shape, request.embeddings.data)
 
 
 def _grpc_message(message: types_pb2.ChatMessage) -> dict[str, Any]:

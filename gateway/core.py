@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from cluster.config import ClusterConfig
@@ -24,13 +24,16 @@ from gateway.auth import KeyRing
 from gateway.call import CallKind, GenerateCall, GenerateFields
 from gateway.cluster_view import ClusterView, attention_endpoints
 from gateway.engine_pool import EnginePool
+from gateway.field_checks import check_fields
 from gateway.generation import Generation
 from gateway.metrics import GatewayMetrics
 from gateway.model import ModelFacts
 from gateway.output_queue import OutputQueue
 from gateway.prompts import PromptMaker
 from gateway.tokenizer import Tokenizer
-from gateway.validate import check_fields, finish_call
+from gateway.validate import finish_call
+from protos.engine_pb2 import EngineHello
+from workers.inspection import BankShape, ModelShape
 from workers.request import Request
 
 _STREAM_WAIT_S = 5.0
@@ -59,7 +62,7 @@ class Gateway:
         self.config = config
         self.limits = config.gateway
         self.tokenizer = tokenizer
-        self.prompts = PromptMaker(tokenizer)
+        self.prompts = PromptMaker(tokenizer, config.gateway.trust_request_chat_template)
         self.cluster = cluster
         self.engines = engines
         self.name = name
@@ -70,7 +73,10 @@ class Gateway:
         self.metrics = GatewayMetrics(
             self.model_name,
             lambda: self.cluster.snapshot,
-            {"block_size": str(config.engine.block_size_tokens)},
+            {
+                "block_size": str(config.engine.block_size_tokens),
+                "enable_prefix_caching": str(config.engine.enable_prefix_caching),
+            },
         )
         self._admission: Admission | None = None
         self._facts: ModelFacts | None = None
@@ -90,6 +96,10 @@ class Gateway:
                     eos_token_ids=tuple(hello.eos_token_ids),
                     dtype=hello.dtype,
                     model_type=hello.model_type,
+                    shape=_shape(hello),
+                    labels=tuple(hello.labels),
+                    pad_token_id=hello.pad_token_id if hello.HasField("pad_token_id") else None,
+                    problem_type=hello.problem_type,
                 )
                 break
         return self._facts
@@ -141,9 +151,39 @@ class Gateway:
         check_fields(fields, self.limits)
         facts = self.require_facts()
         prompts = await self.prompts.make(fields, facts)
-        call = finish_call(fields, prompts, facts, self._draw_seed)
+        bad_words = await self.prompts.bad_words(fields)
+        call = finish_call(fields, prompts, facts, self._draw_seed, bad_words)
         if call.stop:
             self.prompts.require_tokenizer("stop")
+        if fields.grammar is not None:
+            self.prompts.require_tokenizer(fields.grammar.field)
+        return await self._begin(call, call_id, facts, started_s, deadline_s)
+
+    async def start_reading(
+        self,
+        make: Callable[[ModelFacts], Awaitable[GenerateCall]],
+        call_id: str,
+        model: str | None,
+        wanted_timeout_s: float | None = None,
+    ) -> Generation:
+        """Hand a call over that reads prompts and draws nothing; ``make`` validates it.
+
+        Raises what ``start`` raises.
+        """
+        started_s = time.monotonic()
+        deadline_s = started_s + self.timeout_s(wanted_timeout_s)
+        self.check_model(model)
+        facts = self.require_facts()
+        return await self._begin(await make(facts), call_id, facts, started_s, deadline_s)
+
+    async def _begin(
+        self,
+        call: GenerateCall,
+        call_id: str,
+        facts: ModelFacts,
+        started_s: float,
+        deadline_s: float,
+    ) -> Generation:
         generation = self._admit(call, call_id, facts, started_s, deadline_s)
         try:
             await self._hand_over(generation, deadline_s)
@@ -201,10 +241,10 @@ class Gateway:
         deadline_s: float,
     ) -> Generation:
         if self._admission is None:
-            most, workers = self.limits.max_queue, self.config.workers.num_attention_workers
+            most, workers = self.limits.max_queue, self.config.workers.num_attention_ranks
             self._admission = Admission(
                 max_requests=most,
-                max_tokens=most * facts.max_model_len,
+                max_tokens=self.limits.max_queue_tokens or most * facts.max_model_len,
                 capacity=workers * self.config.engine.max_num_seqs,
             )
         now_s = time.monotonic()
@@ -212,9 +252,11 @@ class Gateway:
             self.metrics.admission_rejections.add("deadline")
             raise DeadlineExceededError("the queue is longer than the request's time", False)
         try:
-            ticket = self._admission.admit(len(call.prompts), call.max_total_tokens, now_s)
-        except QueueFullError:
-            self.metrics.admission_rejections.add("queue_full")
+            ticket = self._admission.admit(
+                len(call.prompts), call.max_total_tokens, now_s, call.num_prompt_bytes
+            )
+        except QueueFullError as err:
+            self.metrics.admission_rejections.add(err.limit)
             raise
         self._observe_admitted(call)
         return Generation(
@@ -228,6 +270,7 @@ class Gateway:
             eos_token_ids=facts.eos_token_ids,
             metrics=self.metrics,
             started_s=started_s,
+            caches_prefixes=self.config.engine.enable_prefix_caching,
         )
 
     async def _hand_over(self, generation: Generation, deadline_s: float) -> None:
@@ -268,6 +311,25 @@ def new_call_id(kind: CallKind) -> str:
     """Name of a call: ``cmpl-`` or ``chatcmpl-`` and 32 hex digits."""
     prefix = "chatcmpl" if kind is CallKind.CHAT else "cmpl"
     return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def _shape(hello: EngineHello) -> ModelShape:
+    return ModelShape(
+        hidden_size=hello.hidden_size,
+        num_layers=hello.num_layers,
+        num_heads=hello.num_heads,
+        vocab_size=hello.vocab_size,
+        num_labels=len(hello.labels),
+        banks=tuple(
+            BankShape(
+                name=bank.name,
+                num_experts=bank.num_experts,
+                top_k=bank.top_k,
+                aux_copies=bank.aux_copies,
+            )
+            for bank in hello.banks
+        ),
+    )
 
 
 def _seed_source(base: int, name: str) -> Callable[[], int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gateway.text import TokenText
-from workers.request import FinishReason, Timings
+from workers.request import FinishReason, Timings, TokenLogprob
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,8 +16,8 @@ class Usage:
     """Each prompt once."""
     completion_tokens: int
     """Those that count: up to the end of a stop string, not beyond."""
-    cached_tokens: int = 0
-    """Prompt tokens found in a prefix cache."""
+    cached_tokens: int | None = None
+    """Prompt tokens found in a prefix cache; None where prefixes are not cached."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,11 @@ class ChoiceDelta:
     """New text; with ``echo`` the first begins with the prompt."""
     tokens: tuple[TokenText, ...]
     """New tokens."""
+    cached_tokens: int | None = None
+    """Prompt tokens found in a prefix cache; None where prefixes are not cached."""
     echo_tokens: tuple[TokenText, ...] = ()
     """The prompt's tokens, in the first news with ``echo``."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """One a prompt token, in the first news where asked for (not only for ``echo``)."""
     finish: Finish | None = None
     """In the last news."""

@@ -51,10 +51,6 @@ class RouteError(ExpertMeshError):
         return self.message
 
 
-class UnimplementedError(ExpertMeshError):
-    """A procedure of the contract that is not built yet."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ErrorReport:
     """What a client is told."""
@@ -135,7 +131,6 @@ _TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode], ...]
     (NotReadyError, 503, "service_unavailable", "", _CODES.UNAVAILABLE),
     (RequestFailedError, 500, "server_error", "internal_error", _CODES.INTERNAL),
     (ClientGoneError, 499, _INVALID, "client_closed_request", _CODES.CANCELLED),
-    (UnimplementedError, 501, _INVALID, "unsupported_operation", _CODES.UNIMPLEMENTED),
 )
 
 
@@ -178,14 +173,16 @@ def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
     )
 
 
-def error_from_engine(message: str, code: str, started: bool) -> ExpertMeshError:
+def error_from_engine(
+    message: str, code: str, started: bool, param: str | None = None
+) -> ExpertMeshError:
     """The exception for a request that its engine ended with an error."""
     if code == "context_length_exceeded":
-        return ContextLengthError(message)
+        return ContextLengthError(message, param)
     if code in ("invalid_value", "missing_required_parameter"):
-        return RequestError(message, code=code)
+        return RequestError(message, param, code)
     if code == "unsupported_parameter":
-        return UnsupportedParameterError(message)
+        return UnsupportedParameterError(message, param)
     if code == "queue_full":
         return QueueFullError(message)
     if code in ("not_ready", "draining", "experts_unavailable"):

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from types import TracebackType
 
 from cluster.errors import (
     DeadlineExceededError,
+    ExpertMeshError,
     NotReadyError,
+    QueueFullError,
 )
 from gateway.admission import Ticket
 from gateway.call import CallPrompt, GenerateCall
@@ -31,7 +34,18 @@ from gateway.text import (
     place_tokens,
 )
 from gateway.tokenizer import Tokenizer
+from workers.inspection import NamedArray
 from workers.request import FinishReason, Timings, TokenLogprob, TokenOutput
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was read of one prompt, beside tokens."""
+
+    arrays: tuple[NamedArray, ...] = ()
+    """Of its inspection."""
+    class_logits: tuple[float, ...] = ()
+    """Of a sequence classifier, without an inspection."""
 
 
 class _Choice:
@@ -51,14 +65,18 @@ class _Choice:
 class _Prompt:
     """One prompt on its way, with its engine request."""
 
-    def __init__(self, index: int, prompt: CallPrompt, waits_for_logprobs: bool) -> None:
+    def __init__(
+        self, index: int, prompt: CallPrompt, waits_for_logprobs: bool, caches_prefixes: bool
+    ) -> None:
         self.index = index
         self.prompt = prompt
         self.assignment: Assignment | None = None
         self.choices: list[_Choice] = []
         self.logprobs: tuple[TokenLogprob | None, ...] | None = None
         self.waits_for_logprobs = waits_for_logprobs
+        self.cached_tokens = 0 if caches_prefixes else None
         self.echo: tuple[str, tuple[TokenText, ...]] | None = None
+        self.found = Found()
 
 
 class Generation:
@@ -75,6 +93,7 @@ class Generation:
         eos_token_ids: the model's own ends.
         metrics: where it is counted.
         started_s: ``time.monotonic`` of the call.
+        caches_prefixes: the engines tell how much of a prompt was cached.
     """
 
     def __init__(
@@ -90,6 +109,7 @@ class Generation:
         eos_token_ids: Iterable[int],
         metrics: GatewayMetrics,
         started_s: float,
+        caches_prefixes: bool = False,
     ) -> None:
         self.call = call
         self.call_id = call_id
@@ -101,6 +121,7 @@ class Generation:
         self._ends = frozenset(eos_token_ids)
         self._metrics = metrics
         self._started_s = started_s
+        self._caches_prefixes = caches_prefixes
         self._is_closed = False
         self._has_token = False
         self._changed: dict[_Choice, None] = {}
@@ -130,7 +151,18 @@ class Generation:
     def usage(self) -> Usage:
         """Tokens so far."""
         completion = sum(choice.text.num_tokens for choice in self._all_choices())
-        return Usage(prompt_tokens=self.call.num_prompt_tokens, completion_tokens=completion)
+        cached = sum(prompt.cached_tokens or 0 for prompt in self._prompts.values())
+        return Usage(
+            prompt_tokens=self.call.num_prompt_tokens,
+            completion_tokens=completion,
+            cached_tokens=cached if self._caches_prefixes else None,
+        )
+
+    async def read(self) -> list[Found]:
+        """Run to the end; what was read of each prompt. Raises what ``next`` raises."""
+        while await self.next():
+            pass
+        return [prompt.found for prompt in self._prompts.values()]
 
     def assigned(self, request_id: str, assignment: Assignment) -> None:
         """Note who works on a request."""
@@ -175,7 +207,7 @@ class Generation:
 
     def _make_prompt(self, place: int, prompt: CallPrompt) -> _Prompt:
         waits = prompt.params.prompt_logprobs is not None
-        entry = _Prompt(place, prompt, waits)
+        entry = _Prompt(place, prompt, waits, self._caches_prefixes)
         entry.choices = [
             _Choice(entry, number, self._make_text(prompt)) for number in range(self.call.n)
         ]
@@ -184,7 +216,8 @@ class Generation:
     def _make_text(self, prompt: CallPrompt) -> ChoiceText:
         call = self.call
         stop = StopStrings(call.stop, call.include_stop_str_in_output)
-        return ChoiceText(self._detokenizer(prompt.ids), stop, prompt.params.min_tokens)
+        before = () if prompt.embeds is not None else prompt.ids
+        return ChoiceText(self._detokenizer(before), stop, prompt.params.min_tokens)
 
     def _detokenizer(self, before: tuple[int, ...] = ()) -> Detokenizer | None:
         if self._tokenizer is None:
@@ -200,13 +233,17 @@ class Generation:
             prompt.logprobs = output.prompt_logprobs
             self._changed.update(dict.fromkeys(prompt.choices))
         choice = prompt.choices[output.choice]
+        if self._caches_prefixes and output.num_cached_tokens and not choice.number:
+            prompt.cached_tokens = output.num_cached_tokens
         if choice.finish is not None:
             return  # overshoot after a stop string
         if output.finish_reason is FinishReason.ERROR:
             message = output.error or "the engine could not finish the request"
-            raise error_from_engine(message, output.error_code, self._has_token)
+            raise self._engine_error(message, output)
         if output.finish_reason is FinishReason.ABORT:
             raise NotReadyError("the worker gave the request up", "not_ready")
+        if output.arrays or output.class_logits:
+            prompt.found = Found(output.arrays, output.class_logits)
         self._changed[choice] = None
         self._observe_tokens(choice, len(output.token_ids))
         stopped = self._feed(choice, output)
@@ -217,6 +254,15 @@ class Generation:
         elif output.finish_reason is not None:
             choice.text.finish()
             self._finish(choice, output.finish_reason, output.stop_token_id, output.timings)
+
+    def _engine_error(self, message: str, output: TokenOutput) -> ExpertMeshError:
+        code, param = output.error_code, output.error_param
+        error = error_from_engine(message, code, self._has_token, param)
+        if not isinstance(error, QueueFullError):
+            return error
+        limit = "worker_queue_full"
+        self._metrics.admission_rejections.add(limit)
+        return QueueFullError(message, self._ticket.retry_after_s(), limit)
 
     def _feed(self, choice: _Choice, output: TokenOutput) -> str | None:
         last = len(output.token_ids) - 1
@@ -241,7 +287,11 @@ class Generation:
         timings: Timings | None,
     ) -> None:
         tokens = choice.text.num_tokens
-        usage = Usage(prompt_tokens=len(choice.prompt.prompt.ids), completion_tokens=tokens)
+        usage = Usage(
+            prompt_tokens=len(choice.prompt.prompt.ids),
+            completion_tokens=tokens,
+            cached_tokens=choice.prompt.cached_tokens,
+        )
         choice.finish = Finish(reason=reason, stop_reason=stop_reason, usage=usage, timings=timings)
         self._observe_choice(choice, choice.finish)
         self._num_running -= 1
@@ -272,6 +322,7 @@ class Generation:
             index=choice.prompt.index * self.call.n + choice.number,
             prompt_index=choice.prompt.index,
             is_first=choice.is_first,
+            cached_tokens=choice.prompt.cached_tokens,
             text=text,
             tokens=tuple(
                 TokenText(token.token_id, token.text_offset + len(echo_text), token.logprob)
@@ -280,6 +331,7 @@ class Generation:
             if echo_text
             else tokens,
             echo_tokens=echo_tokens if choice.is_first else (),
+            prompt_logprobs=self._prompt_logprobs(choice),
             finish=choice.finish,
         )
         choice.is_first = False
@@ -287,6 +339,10 @@ class Generation:
             choice.is_told = True
             self._num_untold -= 1
         return delta
+
+    def _prompt_logprobs(self, choice: _Choice) -> tuple[TokenLogprob | None, ...] | None:
+        wants = choice.is_first and self.call.prompt_logprobs is not None
+        return choice.prompt.logprobs if wants else None
 
     def _echo(self, prompt: _Prompt) -> tuple[str, tuple[TokenText, ...]]:
         if not self.call.echo:

@@ -5,19 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, aclosing
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import grpc
 
 from cluster.errors import ExpertMeshError, RequestError
-from gateway.convert import grpc_chat_input, grpc_fields
+from gateway.convert import (
+    PRIORITY_HEADER,
+    grpc_chat_input,
+    grpc_fields,
+    with_header_priority,
+)
 from gateway.core import Gateway, new_call_id
-from gateway.errors import UnimplementedError, report_error
+from gateway.errors import report_error
 from gateway.generation import Generation
 from gateway.grpc_format import GrpcFormat
 from gateway.openai_format import collect
+from gateway.readings import ReadingOptions
+from gateway.readings_grpc import GrpcReadings, ReadingRequest, grpc_options
 from gateway.request_id import HEADER, choose_request_id
 from protos import inference_pb2 as pb
 from protos import types_pb2
@@ -37,6 +44,7 @@ class InferenceService(InferenceServicer):
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._readings = GrpcReadings(gateway)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         """The whole answer at once."""
@@ -130,25 +138,48 @@ class InferenceService(InferenceServicer):
         return await self._answer("ListModels", context, work)
 
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
-        """Not built yet."""
-        return await self._answer("Classify", context, _unimplemented("Classify"))
+        """Classes of prompts."""
+
+        async def work(request_id: str) -> pb.ClassifyResponse:
+            return await self._readings.classify(request, _reading_options(request, context))
+
+        return await self._answer("Classify", context, work, request.request_id)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
-        """Not built yet."""
-        return await self._answer("Score", context, _unimplemented("Score"))
+        """Scores of documents."""
+
+        async def work(request_id: str) -> pb.ScoreResponse:
+            return await self._readings.score(request, _reading_options(request, context))
+
+        return await self._answer("Score", context, work, request.request_id)
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
-        """Not built yet."""
-        return await self._answer("Embed", context, _unimplemented("Embed"))
+        """Vectors of prompts."""
+
+        async def work(request_id: str) -> pb.EmbedResponse:
+            return await self._readings.embed(request, _reading_options(request, context))
+
+        return await self._answer("Embed", context, work, request.request_id)
 
     async def Inspect(
         self, request: pb.InspectRequest, context: Context
     ) -> AsyncIterator[pb.InspectChunk]:
-        """Not built yet."""
-        yield await self._answer("Inspect", context, _unimplemented("Inspect"))
+        """What goes on inside the model, in chunks."""
+        with _Edge(self._gateway, "Inspect", context, request.request_id) as edge:
+            try:
+                await edge.send_initial_metadata()
+                options = _reading_options(request, context)
+                async with aclosing(self._readings.inspect(request, options)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+            except Exception as err:
+                await edge.abort(err)
 
     async def _start(self, request: pb.GenerateRequest, context: Context) -> Generation:
-        fields = grpc_fields(request)
+        priority = dict(context.invocation_metadata() or ()).get(PRIORITY_HEADER)
+        fields = with_header_priority(
+            grpc_fields(request), None if priority is None else str(priority)
+        )
         return await self._gateway.start(fields, new_call_id(fields.kind), context.time_remaining())
 
     async def _answer(
@@ -225,18 +256,16 @@ class _Edge(AbstractContextManager["_Edge"]):
         self._gateway.metrics.grpc_requests.add(SERVICE, self._method, self._code.name)
 
 
-def _unimplemented(method: str) -> Callable[[str], Awaitable[Any]]:
-    async def work(request_id: str) -> Any:
-        raise UnimplementedError(f"{method} is not built yet")
-
-    return work
+def _reading_options(request: ReadingRequest, context: Context) -> ReadingOptions:
+    metadata = dict(context.invocation_metadata() or ())
+    return grpc_options(request, metadata, context.time_remaining())
 
 
 def _tell_usage(context: Context, generation: Generation) -> None:
     usage = generation.usage
+    counts = {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens}
+    if usage.cached_tokens is not None:
+        counts["cached"] = usage.cached_tokens
     context.set_trailing_metadata(
-        (
-            ("x-prompt-tokens", str(usage.prompt_tokens)),
-            ("x-completion-tokens", str(usage.completion_tokens)),
-        )
+        tuple((f"x-{name}-tokens", str(count)) for name, count in counts.items())
     )

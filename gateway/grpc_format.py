@@ -58,6 +58,7 @@ class GrpcFormat:
             ],
             usage=usage_message(usage),
             prompt_token_ids=self._prompt_ids(),
+            prompt_logprobs=self._prompt_logprobs(choices[0].prompt_logprobs),
         )
 
     def chunk(self, delta: ChoiceDelta) -> pb.GenerateChunk:
@@ -70,11 +71,24 @@ class GrpcFormat:
             logprobs=self._logprobs((*delta.echo_tokens, *delta.tokens)),
             finish_info=finish_message(delta.finish),
             prompt_token_ids=self._prompt_ids() if delta.is_first else (),
-            cached_tokens=0 if delta.is_first else None,
+            cached_tokens=delta.cached_tokens if delta.is_first else None,
+            prompt_logprobs=self._prompt_logprobs(
+                delta.prompt_logprobs if not delta.index else None
+            ),
         )
 
     def _prompt_ids(self) -> tuple[int, ...]:
         return self._call.prompts[0].ids if self._call.return_token_ids else ()
+
+    def _prompt_logprobs(
+        self, entries: Sequence[TokenLogprob | None] | None
+    ) -> list[types_pb2.TokenLogprob]:
+        wanted = self._call.prompt_logprobs
+        if wanted is None or entries is None:
+            return []
+        ids = self._call.prompts[0].ids
+        pairs = zip(ids, entries, strict=True)
+        return [self._entry(TokenText(token, 0, entry), wanted) for token, entry in pairs]
 
     def _logprobs(self, tokens: Iterable[TokenText]) -> list[types_pb2.TokenLogprob]:
         wanted = self._call.logprobs
@@ -86,18 +100,23 @@ class GrpcFormat:
         entry = token.logprob
         return types_pb2.TokenLogprob(
             token_id=token.token_id,
-            token=token_name(self._tokenizer, token.token_id),
+            token=self._name(token.token_id),
             logprob=None if entry is None else clamp_logprob(entry.logprob),
             bytes=token_bytes(self._tokenizer, token.token_id),
             top_logprobs=() if entry is None else self._top(entry, wanted),
             text_offset=token.text_offset,
+            rank=0 if entry is None else entry.rank,
         )
+
+    def _name(self, token_id: int) -> str:
+        shown = None if self._call.return_tokens_as_token_ids else self._tokenizer
+        return token_name(shown, token_id)
 
     def _top(self, entry: TokenLogprob, wanted: int) -> list[types_pb2.TopLogprob]:
         return [
             types_pb2.TopLogprob(
                 token_id=token_id,
-                token=token_name(self._tokenizer, token_id),
+                token=self._name(token_id),
                 logprob=clamp_logprob(logprob),
                 bytes=token_bytes(self._tokenizer, token_id),
             )
@@ -111,7 +130,7 @@ def usage_message(usage: Usage) -> types_pb2.Usage:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
-        cached_tokens=usage.cached_tokens,
+        cached_tokens=usage.cached_tokens or 0,
     )
 
 

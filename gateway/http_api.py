@@ -15,7 +15,13 @@ from starlette.types import Receive, Scope, Send
 from cluster.errors import NotReadyError, RequestError
 from gateway import versions
 from gateway.call import CallKind, GenerateFields
-from gateway.convert import chat_fields, chat_input, completion_fields
+from gateway.convert import (
+    PRIORITY_HEADER,
+    chat_fields,
+    chat_input,
+    completion_fields,
+    with_header_priority,
+)
 from gateway.core import Gateway, new_call_id
 from gateway.errors import RouteError, report_error
 from gateway.generation import Generation
@@ -29,6 +35,7 @@ from gateway.http_edge import (
 )
 from gateway.metrics import CONTENT_TYPE
 from gateway.openai_format import ChatFormat, CompletionFormat, ResponseFormat, collect
+from gateway.readings_http import ReadingEndpoint
 from gateway.schema import (
     ChatBody,
     CompletionBody,
@@ -39,6 +46,7 @@ from gateway.schema import (
     parse_body,
 )
 from gateway.sse import SseStream, stream_generation
+from workers.inspection import Pooling
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +89,10 @@ class HttpApi:
             Route("/v1/models/{model:path}", self.get_model, methods=["GET"]),
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chat, methods=["POST"]),
+            *(
+                Route(path, endpoint, methods=["POST"])
+                for path, endpoint in ReadingEndpoint.all(self._gateway).items()
+            ),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/health", self.health, methods=["GET"]),
@@ -207,6 +219,7 @@ class HttpApi:
             "root": gateway.model_name,
             "parent": None,
             "max_model_len": facts.max_model_len if facts else known.get("max_model_len"),
+            "embedding_pooling": [kind.value for kind in Pooling],
         }
 
 
@@ -225,6 +238,7 @@ class GenerateEndpoint:
         limits = self._gateway.limits
         data = await read_json(request, limits.max_body_bytes, limits.max_json_depth)
         body, fields = self._parse(data)
+        fields = with_header_priority(fields, request.headers.get(PRIORITY_HEADER))
         timeout_s = timeout_header_s(request)
         responder = send if isinstance(send, Responder) else Responder(send)
         work = self._answer(body, fields, timeout_s, request.state.request_id, responder)

@@ -76,8 +76,8 @@ class Responder:
     async def json(
         self, content: object, status: int = 200, headers: Mapping[str, str] | None = None
     ) -> None:
-        """Send a whole JSON response."""
-        raw = dump_json(content)
+        """Send a whole JSON response; ``content`` may be bytes that are JSON already."""
+        raw = content if isinstance(content, bytes) else dump_json(content)
         fixed = {"content-type": "application/json", "content-length": str(len(raw))}
         await self.start(status, {**fixed, **(headers or {})})
         await self.body(raw)

@@ -12,10 +12,15 @@ from typing import Any
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from cluster.topology import holds_experts, runs_attention
 from gateway.cluster_view import Snapshot
 from workers.request import Timings
 
@@ -32,7 +37,10 @@ _TTFT_BUCKETS = (
 _ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0)
 _TIME_BUCKETS = (0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _COUNT_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
-_LEGAL_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+_LEGAL_NAME = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)(?:\{([a-z]+)="([^"\\\n]*)"\})?')
+"""Of a worker's number: a name, perhaps with one label."""
+_WORKER_HISTOGRAMS = ("iteration_tokens_total",)
+"""Numbers of workers that are buckets, count and sum of a histogram."""
 _WORKER_LABELS = ("model_name", "engine", "worker", "node")
 
 
@@ -168,28 +176,30 @@ class _ClusterCollector(Collector):
         families: dict[str, Metric] = {}
         for worker in snapshot.get("workers", ()):
             numbers = self._numbers(worker, int(snapshot.get("placement_epoch") or 0))
-            for name, value in numbers.items():
-                if name in self._taken or not _LEGAL_NAME.fullmatch(name):
+            for key, value in numbers.items():
+                match = _LEGAL_NAME.fullmatch(key)
+                if match is None or match[1] in self._taken:
                     continue
-                family = families.get(name) or families.setdefault(name, _family(name))
-                family.add_sample(_sample_name(name), self._labels(worker), value)
-            if worker["role"] == "attention" and self._cache_config:
+                labels = self._labels(worker) | ({match[2]: match[3]} if match[2] else {})
+                family = families.setdefault(_family_name(match[1]), _family(match[1]))
+                family.add_sample(_sample_name(match[1]), labels, value)
+            if runs_attention(worker["role"]) and self._cache_config:
                 self._add_cache_config(families, worker)
         yield from families.values()
 
     def _numbers(self, worker: Mapping[str, Any], epoch: int) -> dict[str, float]:
         numbers = {name: float(value) for name, value in (worker.get("stats") or {}).items()}
         numbers.setdefault("placement_epoch", epoch)
-        if worker["role"] == "expert":
+        if holds_experts(worker["role"]):
             is_up = worker["state"] in ("READY", "SERVING")
             numbers["expert_worker_up"] = float(is_up)
             numbers["expert_worker_slots"] = float(worker.get("slots") or 0)
-        elif worker.get("kv_usage") is not None:
+        if worker.get("kv_usage") is not None:
             numbers.setdefault("kv_cache_usage_perc", float(worker["kv_usage"]))
         return numbers
 
     def _labels(self, worker: Mapping[str, Any]) -> dict[str, str]:
-        engine = str(worker["rank"]) if worker["role"] == "attention" else ""
+        engine = str(worker["rank"]) if runs_attention(worker["role"]) else ""
         values = (self._model_name, engine, str(worker["name"]), str(worker.get("node") or ""))
         return dict(zip(_WORKER_LABELS, values, strict=True))
 
@@ -204,7 +214,14 @@ class _ClusterCollector(Collector):
         family.add_sample(_sample_name(name), labels, 1.0)
 
 
+def _family_name(name: str) -> str:
+    """Samples of a histogram have its name and an ending."""
+    return next((h for h in _WORKER_HISTOGRAMS if name.startswith(f"{h}_")), name)
+
+
 def _family(name: str) -> Metric:
+    if _family_name(name) in _WORKER_HISTOGRAMS:
+        return HistogramMetricFamily(PREFIX + _family_name(name), name, labels=())
     if name.endswith("_total"):
         return CounterMetricFamily(PREFIX + name.removesuffix("_total"), name, labels=())
     return GaugeMetricFamily(PREFIX + name, name, labels=())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from workers.inspection import ModelShape
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
@@ -23,6 +25,14 @@ class ModelFacts:
     """Compute type."""
     model_type: str = ""
     """Model family."""
+    shape: ModelShape | None = None
+    """What the sizes of inspections depend on."""
+    labels: tuple[str, ...] = ()
+    """Classes of a sequence classifier."""
+    pad_token_id: int | None = None
+    """Token that a classifier does not take for the last one."""
+    problem_type: str = ""
+    """Of a classifier; empty where the checkpoint says nothing."""
 
     @property
     def context_tokens(self) -> int:

@@ -27,6 +27,7 @@ class CollectedChoice:
     text: str = ""
     tokens: list[TokenText] = field(default_factory=list)
     echo_tokens: tuple[TokenText, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish: Finish | None = None
 
 
@@ -42,6 +43,7 @@ async def collect(generation: Generation) -> list[CollectedChoice]:
             choice.text += delta.text
             choice.tokens.extend(delta.tokens)
             choice.echo_tokens = choice.echo_tokens or delta.echo_tokens
+            choice.prompt_logprobs = choice.prompt_logprobs or delta.prompt_logprobs
             choice.finish = delta.finish
     return [choices[index] for index in sorted(choices)]
 
@@ -97,6 +99,33 @@ class _Format:
     def _prompt_ids(self, prompt_index: int) -> list[int]:
         return list(self.call.prompts[prompt_index].ids)
 
+    def _name(self, token_id: int) -> str:
+        """A token as log-probabilities name it."""
+        shown = None if self.call.return_tokens_as_token_ids else self._tokenizer
+        return token_name(shown, token_id)
+
+    def _prompt_logprobs(
+        self, entries: Sequence[TokenLogprob | None] | None
+    ) -> list[dict[str, Any] | None] | None:
+        """One object a prompt token, by token id; None for the first one."""
+        wanted = self.call.prompt_logprobs
+        if wanted is None or entries is None:
+            return None
+        return [None if e is None else self._by_id(e, wanted) for e in entries]
+
+    def _by_id(self, entry: TokenLogprob, wanted: int) -> dict[str, Any]:
+        told: dict[str, Any] = {}
+        own = (entry.token_id, entry.logprob, entry.rank)
+        others = ((i, value, rank) for rank, (i, value) in enumerate(entry.top[:wanted], 1))
+        for token_id, logprob, rank in (own, *others):
+            named = {
+                "logprob": clamp_logprob(logprob),
+                "rank": rank,
+                "decoded_token": token_name(self._tokenizer, token_id),
+            }
+            told.setdefault(str(token_id), named)
+        return told
+
 
 class CompletionFormat(_Format):
     """``/v1/completions``."""
@@ -122,6 +151,8 @@ class CompletionFormat(_Format):
         if self.call.return_token_ids:
             body["token_ids"] = [token.token_id for token in news.tokens]
             body["prompt_token_ids"] = self._prompt_ids(news.prompt_index) if is_first else None
+        if is_first and self.call.prompt_logprobs is not None:
+            body["prompt_logprobs"] = self._prompt_logprobs(news.prompt_logprobs)
         return body
 
     def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any] | None:
@@ -134,7 +165,7 @@ class CompletionFormat(_Format):
                 None if token.logprob is None else clamp_logprob(token.logprob.logprob)
                 for token in tokens
             ],
-            "tokens": [token_name(self._tokenizer, token.token_id) for token in tokens],
+            "tokens": [self._name(token.token_id) for token in tokens],
             "top_logprobs": [
                 None if token.logprob is None else self._top(token.logprob, wanted)
                 for token in tokens
@@ -144,7 +175,7 @@ class CompletionFormat(_Format):
     def _top(self, entry: TokenLogprob, wanted: int) -> dict[str, float]:
         top: dict[str, float] = {}
         for token_id, logprob in alternatives(entry, wanted):
-            top.setdefault(token_name(self._tokenizer, token_id), clamp_logprob(logprob))
+            top.setdefault(self._name(token_id), clamp_logprob(logprob))
         return top
 
 
@@ -159,6 +190,8 @@ class ChatFormat(_Format):
         body = self._whole([self._choice(choice) for choice in choices], usage)
         if self.call.return_token_ids:
             body["prompt_token_ids"] = self._prompt_ids(0)
+        if self.call.prompt_logprobs is not None:
+            body["prompt_logprobs"] = self._prompt_logprobs(choices[0].prompt_logprobs)
         return body
 
     def chunks(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
@@ -174,6 +207,8 @@ class ChatFormat(_Format):
             chunks.append(self._chunk([opening]))
             if self.call.return_token_ids:
                 chunks[0]["prompt_token_ids"] = self._prompt_ids(0)
+            if delta.prompt_logprobs is not None:
+                chunks[0]["prompt_logprobs"] = self._prompt_logprobs(delta.prompt_logprobs)
         if delta.text or delta.tokens or delta.finish:
             choice: dict[str, Any] = {
                 "index": delta.index,
@@ -215,7 +250,7 @@ class ChatFormat(_Format):
 
     def _named(self, token_id: int, logprob: float) -> dict[str, Any]:
         return {
-            "token": token_name(self._tokenizer, token_id),
+            "token": self._name(token_id),
             "logprob": clamp_logprob(logprob),
             "bytes": list(token_bytes(self._tokenizer, token_id)),
         }
@@ -244,13 +279,16 @@ def token_bytes(tokenizer: Tokenizer | None, token_id: int) -> bytes:
     return b"" if tokenizer is None else tokenizer.token_bytes(token_id)
 
 
-def usage_body(usage: Usage) -> dict[str, int]:
+def usage_body(usage: Usage) -> dict[str, Any]:
     """The ``usage`` object."""
-    return {
+    body: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
+    if usage.cached_tokens is not None:
+        body["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
+    return body
 
 
 def _finish_fields(finish: Finish | None) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from cluster.errors import RequestError
+from cluster.errors import CheckpointError, RequestError, UnsupportedParameterError
 from gateway.call import ChatInput, GenerateFields
+from gateway.chat_template import ChatTemplate
+from gateway.field_checks import check_chat
 from gateway.model import ModelFacts
 from gateway.tokenizer import Tokenizer
-from gateway.validate import check_chat, check_context, check_token_ids
+from gateway.validate import check_context, check_token_ids
 
 _INLINE_CHARS = 2048
 """Longer texts are tokenized in a thread."""
@@ -20,10 +22,12 @@ class PromptMaker:
 
     Args:
         tokenizer: None where the checkpoint has none: prompts must be token ids then.
+        trusts_templates: render chat templates that clients send.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, trusts_templates: bool = False) -> None:
         self.tokenizer = tokenizer
+        self._trusts_templates = trusts_templates
 
     def require_tokenizer(self, param: str) -> Tokenizer:
         """The tokenizer. Raises ``RequestError`` without one."""
@@ -40,9 +44,7 @@ class PromptMaker:
     async def render(self, chat: ChatInput) -> str:
         """The prompt of a conversation. Raises ``RequestError`` without a chat template."""
         check_chat(chat)
-        template = self.require_tokenizer("messages").chat_template
-        if template is None:
-            raise RequestError("the model has no chat template: use completions", "messages")
+        template = self._template(chat)
         opens_turn = chat.add_generation_prompt
         return await asyncio.to_thread(
             template.render,
@@ -54,11 +56,45 @@ class PromptMaker:
             variables=chat.template_kwargs,
         )
 
+    def _template(self, chat: ChatInput) -> ChatTemplate:
+        own = self.require_tokenizer("messages").chat_template
+        if chat.template is not None:
+            name = "chat_template"
+            if not self._trusts_templates:
+                needs = "the server was started without --trust-request-chat-template"
+                raise UnsupportedParameterError(f"{name} is not supported: {needs}", name)
+            try:
+                return (own or ChatTemplate("")).replaced_by(chat.template)
+            except CheckpointError as err:
+                raise RequestError(f"{name}: {err}", name) from err
+        if own is None:
+            raise RequestError("the model has no chat template: use completions", "messages")
+        return own
+
     async def decode(self, ids: Sequence[int], facts: ModelFacts) -> str:
         """Text of token ids. Raises ``RequestError`` for one outside the vocabulary."""
         tokenizer = self.require_tokenizer("tokens")
         check_token_ids("tokens", ids, facts.vocab_size)
         return await asyncio.to_thread(tokenizer.decode, ids, False)
+
+    async def bad_words(self, fields: GenerateFields) -> tuple[tuple[int, ...], ...]:
+        """Token sequences of each bad word, at the start of a text and after a space.
+
+        A word of white space alone is taken as it is.
+
+        Raises:
+            RequestError: a word has no tokens, or there is no tokenizer.
+        """
+        if not fields.bad_words:
+            return ()
+        encode = self.require_tokenizer("bad_words").encode
+        forms: list[str] = []
+        for word in fields.bad_words:
+            forms += [word.lstrip(), f" {word.lstrip()}"] if word.strip() else [word]
+        found = await asyncio.to_thread(lambda: [encode(form, False) for form in forms])
+        if not all(found):
+            raise RequestError("bad_words has a word without tokens", "bad_words")
+        return tuple(dict.fromkeys(found))
 
     async def make(
         self, fields: GenerateFields, facts: ModelFacts
@@ -68,14 +104,24 @@ class PromptMaker:
             text = await self.render(fields.chat)
             self._check_length(text, facts, "messages")
             return [(None, await self.encode(text, bool(fields.add_special_tokens)))]
-        texts = [prompt for prompt in fields.prompts if isinstance(prompt, str)]
+        special = fields.add_special_tokens is not False
+        ids = await self.make_ids(fields.prompts, facts, special, "prompt")
+        texts = (prompt if isinstance(prompt, str) else None for prompt in fields.prompts)
+        return list(zip(texts, ids, strict=True))
+
+    async def make_ids(
+        self,
+        prompts: Sequence[str | tuple[int, ...]],
+        facts: ModelFacts,
+        add_special_tokens: bool,
+        param: str,
+    ) -> list[tuple[int, ...]]:
+        """Token ids of texts and of token ids. Raises ``RequestError`` for what cannot fit."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         for text in texts:
-            self._check_length(text, facts, "prompt")
-        encoded = iter(await self._encode_all(texts, fields.add_special_tokens is not False))
-        return [
-            (prompt, next(encoded)) if isinstance(prompt, str) else (None, prompt)
-            for prompt in fields.prompts
-        ]
+            self._check_length(text, facts, param)
+        encoded = iter(await self._encode_all(texts, add_special_tokens))
+        return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     async def _encode_all(
         self, texts: Sequence[str], add_special_tokens: bool

@@ -1,7 +1,7 @@
 """HTTP bodies: JSON to typed fields.
 
 Types are strict (``"5"`` is not a number) and unknown fields are ignored; what the values may be is
-checked later, once for both codecs, in ``gateway/validate.py``.
+checked later, once for both codecs, in ``gateway/field_checks.py``.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.errors import RequestError, UnsupportedParameterError
 
-_STRICT = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+STRICT = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+"""Of all bodies."""
 _MESSAGE = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
 class Part(BaseModel):
     """One part of a message's content."""
 
-    model_config = _STRICT
+    model_config = STRICT
     type: str
     text: str | None = None
 
@@ -39,15 +40,41 @@ class Message(BaseModel):
 class StreamOptions(BaseModel):
     """What a stream carries beside the text."""
 
-    model_config = _STRICT
+    model_config = STRICT
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+
+
+class JsonSchemaBody(BaseModel):
+    """``response_format.json_schema``."""
+
+    model_config = STRICT
+    schema_: dict[str, Any] | str | None = Field(default=None, alias="schema")
+
+
+class ResponseFormatBody(BaseModel):
+    """``response_format``."""
+
+    model_config = STRICT
+    type: str
+    json_schema: JsonSchemaBody | None = None
+
+
+class StructuredOutputsBody(BaseModel):
+    """``structured_outputs``, with the names of vLLM."""
+
+    model_config = STRICT
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 class GenerateBody(BaseModel):
     """Fields that completions and chat share."""
 
-    model_config = _STRICT
+    model_config = STRICT
     model: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -71,6 +98,15 @@ class GenerateBody(BaseModel):
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    return_tokens_as_token_ids: bool | None = None
+    prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    response_format: ResponseFormatBody | None = None
+    structured_outputs: StructuredOutputsBody | None = None
 
 
 class CompletionBody(GenerateBody):
@@ -89,19 +125,21 @@ class ChatBody(GenerateBody):
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
 class TokenizeBody(BaseModel):
     """``POST /tokenize``."""
 
-    model_config = _STRICT
+    model_config = STRICT
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
@@ -109,7 +147,7 @@ class TokenizeBody(BaseModel):
 class DetokenizeBody(BaseModel):
     """``POST /detokenize``."""
 
-    model_config = _STRICT
+    model_config = STRICT
     model: str | None = None
     tokens: Annotated[list[int], Field()]
 
@@ -118,10 +156,19 @@ Body = TypeVar("Body", bound=BaseModel)
 
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
+_PROMPT_SHAPE = "must be a string, a list of strings, a list of token ids or a list of such lists"
 _SHAPES = {
-    "prompt": "must be a string, a list of strings, a list of token ids or a list of such lists",
+    "prompt": _PROMPT_SHAPE,
     "stop": "must be a string or a list of strings",
+    "input": _PROMPT_SHAPE,
+    "queries": _PROMPT_SHAPE,
+    "documents": _PROMPT_SHAPE,
+    "text_1": _PROMPT_SHAPE,
+    "text_2": _PROMPT_SHAPE,
+    "attention_mask": "must be a list of 0 and 1, or a list of such lists",
     "content": "must be a string or a list of text parts",
+    "schema": "must be a JSON schema: an object, or its JSON text",
+    "json": "must be a JSON schema: an object, or its JSON text",
 }
 """What a field with several types may be."""
 
@@ -164,8 +211,15 @@ def check_unbuilt(data: Mapping[str, Any], kind: Literal["completion", "chat", "
     for name, is_neutral in _UNBUILT.items():
         if data.get(name) is not None and not is_neutral(data[name], data):
             raise UnsupportedParameterError(f"{name} is not supported", name)
-    if kind == "chat" and data.get("echo"):
-        raise UnsupportedParameterError("echo is not supported for chat", "echo")
+    structured = data.get("structured_outputs")
+    inner = structured if isinstance(structured, dict) else {}
+    for name in _UNBUILT_STRUCTURED:
+        if inner.get(name) not in (None, False):
+            path = f"structured_outputs.{name}"
+            raise UnsupportedParameterError(f"{path} is not supported", path)
+    misplaced = {"chat": "echo", "completion": "chat_template"}.get(kind)
+    if misplaced is not None and data.get(misplaced):
+        raise UnsupportedParameterError(f"{misplaced} is not supported for {kind}", misplaced)
 
 
 def _never(value: Any, data: Mapping[str, Any]) -> bool:
@@ -183,35 +237,26 @@ def _best_of(value: Any, data: Mapping[str, Any]) -> bool:
     return bool(value == (data.get("n") or 1)) and not isinstance(value, bool)
 
 
-def _text_format(value: Any, data: Mapping[str, Any]) -> bool:
-    return isinstance(value, dict) and value.get("type") == "text"
-
-
 def _tools(value: Any, data: Mapping[str, Any]) -> bool:
     return value == [] or data.get("tool_choice") == "none"
 
 
 _UNBUILT: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "best_of": _best_of,
-    "prompt_logprobs": _never,
-    "return_tokens_as_token_ids": _only(False),
     "truncate_prompt_tokens": _never,
     "truncation_side": _never,
-    "allowed_token_ids": _never,
-    "bad_words": _only([]),
-    "logprob_token_ids": _only([]),
-    "response_format": _text_format,
-    "structured_outputs": _only({}),
     "guided_json": _never,
     "guided_regex": _never,
     "guided_choice": _never,
     "guided_grammar": _never,
+    "guided_json_object": _only(False),
+    "guided_whitespace_pattern": _never,
+    "guided_decoding_backend": _never,
+    "structural_tag": _never,
     "tools": _tools,
     "tool_choice": _only("none"),
     "functions": _only([]),
     "function_call": _only("none"),
-    "priority": _only(0),
-    "cache_salt": _never,
     "request_id": _never,
     "use_beam_search": _only(False),
     "length_penalty": _only(1, 1.0),
@@ -224,12 +269,18 @@ _UNBUILT: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "modalities": _only(["text"]),
     "prediction": _never,
     "web_search_options": _never,
-    "chat_template": _never,
     "documents": _only([]),
     "mm_processor_kwargs": _only({}),
     "kv_transfer_params": _only({}),
 }
 """Known fields that are not built, each with the test for a value that changes nothing."""
+_UNBUILT_STRUCTURED = (
+    "structural_tag",
+    "whitespace_pattern",
+    "disable_any_whitespace",
+    "disable_additional_properties",
+)
+"""The same within ``structured_outputs``; null and false change nothing."""
 
 
 def _check_depth(data: object, max_depth: int) -> None:

@@ -23,6 +23,7 @@ def stack(shared_stack: Stack) -> Iterator[Stack]:
     engine = shared_stack.engine
     engine.script, engine.step_s, engine.tokens_per_output = counting_script, 0.0, 1
     engine.is_paused, engine.error, engine.repeat_outputs = False, None, False
+    engine.num_cached_tokens = 0
     engine.requests.clear()
     engine.aborts.clear()
     yield shared_stack

@@ -99,6 +99,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     aborts: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     running: dict[str, set[int]] = field(default_factory=dict)
     repeat_outputs: bool = False
+    num_cached_tokens: int = 0
     answers_pings: bool = True
     address: str = ""
     _server: Any = None
@@ -145,6 +146,9 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
             max_kv_tokens=4 * MAX_MODEL_LEN,
             dtype="float32",
             model_type="olmoe",
+            hidden_size=8,
+            num_layers=2,
+            num_heads=2,
         )
 
     async def _read(
@@ -234,6 +238,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
             if logprobs is None
             else tuple(fake_logprob(token, logprobs) for token in tokens),
             prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=self.num_cached_tokens + choice if index == 0 else None,
             finish_reason=reason,
             stop_token_id=stop,
             timings=Timings(first_dispatch_s=0.001, first_token_s=0.002, finished_s=0.003)
@@ -312,7 +317,20 @@ def attention_entry(
         "kv_blocks_free": 10,
         "kv_blocks_total": 10,
         "kv_usage": 0.0,
-        "stats": {"num_requests_running": 1.0, "num_preemptions_total": 2.0, "bad name": 1.0},
+        "stats": {
+            "num_requests_running": 1.0,
+            "num_preemptions_total": 2.0,
+            "bad name": 1.0,
+            'num_requests_waiting_by_reason{reason="capacity"}': 3.0,
+            'num_requests_waiting_by_reason{reason="deferred"}': 1.0,
+            'iteration_tokens_total_bucket{le="8"}': 4.0,
+            'iteration_tokens_total_bucket{le="+Inf"}': 5.0,
+            "iteration_tokens_total_count": 5.0,
+            "iteration_tokens_total_sum": 77.0,
+            "prefix_cache_queries_total": 50.0,
+            "prefix_cache_hits_total": 20.0,
+            "prompt_tokens_cached_total": 16.0,
+        },
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import httpx
 import uvicorn
 
-from cluster.config import ClusterConfig, GatewaySection, ModelSection
+from cluster.config import ClusterConfig, EngineSection, GatewaySection, ModelSection
 from gateway.cluster_view import ClusterView, Controller
 from gateway.core import Gateway
 from gateway.engine_pool import EnginePool
@@ -38,9 +38,15 @@ Result = TypeVar("Result")
 class Stack:
     """Everything of one gateway; its coroutines run in ``loop``'s thread."""
 
-    def __init__(self, gateway_section: GatewaySection, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        gateway_section: GatewaySection,
+        tokenizer: Tokenizer | None,
+        engine_section: EngineSection | None = None,
+    ) -> None:
         self.config = ClusterConfig(
             model=ModelSection(path="/nowhere", served_model_name=MODEL),
+            engine=engine_section or EngineSection(),
             gateway=gateway_section,
             cluster_token=CLUSTER_TOKEN,
         )
@@ -156,13 +162,14 @@ def running_stack(
     section: GatewaySection | None = None,
     tokenizer: Tokenizer | None = None,
     *,
+    engine: EngineSection | None = None,
     has_tokenizer: bool = True,
     serving: bool = True,
 ) -> Iterator[Stack]:
     """A gateway that runs for the length of a ``with`` block."""
     if tokenizer is None and has_tokenizer:
         tokenizer = tiny_tokenizer()
-    stack = Stack(section or GatewaySection(request_timeout_s=20.0), tokenizer)
+    stack = Stack(section or GatewaySection(request_timeout_s=20.0), tokenizer, engine)
     stack.start(serving)
     try:
         yield stack

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from cluster.config import GatewaySection
-from tests.gateway.fakes import MAX_MODEL_LEN, VOCAB_SIZE
+from tests.gateway.fakes import EOS_ID, MAX_MODEL_LEN, VOCAB_SIZE
 from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, post, running_stack
 from tests.gateway.test_convert import NEUTRAL, UNBUILT
 
@@ -82,6 +82,51 @@ def _check(response: httpx.Response, status: int, code: str, param: str | None) 
         ({"logit_bias": {"1": 101}}, "logit_bias", "invalid_value"),
         ({"logprobs": 21}, "logprobs", "invalid_value"),
         ({"logprobs": True}, "logprobs", "invalid_value"),
+        ({"logprobs": 2, "logprob_token_ids": [1]}, "logprob_token_ids", "invalid_value"),
+        ({"logprob_token_ids": [1], "echo": True}, "logprob_token_ids", "invalid_value"),
+        ({"logprob_token_ids": [1, 1]}, "logprob_token_ids", "invalid_value"),
+        ({"logprob_token_ids": [VOCAB_SIZE]}, "logprob_token_ids", "invalid_value"),
+        ({"logprob_token_ids": [-1]}, "logprob_token_ids", "invalid_value"),
+        ({"logprob_token_ids": list(range(129))}, "logprob_token_ids", "invalid_value"),
+        ({"logprob_token_ids": 5}, "logprob_token_ids", "invalid_value"),
+        ({"logprob_token_ids": [1.5]}, "logprob_token_ids[0]", "invalid_value"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "invalid_value"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs", "invalid_value"),
+        ({"prompt_logprobs": True}, "prompt_logprobs", "invalid_value"),
+        ({"prompt_logprobs": "1"}, "prompt_logprobs", "invalid_value"),
+        ({"allowed_token_ids": []}, "allowed_token_ids", "invalid_value"),
+        ({"allowed_token_ids": [VOCAB_SIZE]}, "allowed_token_ids", "invalid_value"),
+        ({"allowed_token_ids": [1] * (VOCAB_SIZE + 1)}, "allowed_token_ids", "invalid_value"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids", "invalid_value"),
+        ({"allowed_token_ids": [True]}, "allowed_token_ids[0]", "invalid_value"),
+        ({"allowed_token_ids": "all"}, "allowed_token_ids", "invalid_value"),
+        ({"allowed_token_ids": {"1": 2}}, "allowed_token_ids", "invalid_value"),
+        (
+            {"allowed_token_ids": [EOS_ID], "min_tokens": 1},
+            "allowed_token_ids",
+            "invalid_value",
+        ),
+        ({"bad_words": "word"}, "bad_words", "invalid_value"),
+        ({"bad_words": [5]}, "bad_words[0]", "invalid_value"),
+        ({"bad_words": ["a", ""]}, "bad_words", "invalid_value"),
+        ({"bad_words": ["x" * 257]}, "bad_words", "invalid_value"),
+        ({"bad_words": ["x"] * 1025}, "bad_words", "invalid_value"),
+        ({"return_tokens_as_token_ids": 1}, "return_tokens_as_token_ids", "invalid_value"),
+        ({"response_format": []}, "response_format", "invalid_value"),
+        ({"response_format": {"type": 5}}, "response_format.type", "invalid_value"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
+        ({"structured_outputs": "json"}, "structured_outputs", "invalid_value"),
+        ({"structured_outputs": {"regex": ["a"]}}, "structured_outputs.regex", "invalid_value"),
+        (
+            {"structured_outputs": {"regex": "a" * 70_000}},
+            "structured_outputs.regex",
+            "invalid_value",
+        ),
+        (
+            {"structured_outputs": {"choice": [""] * 40_000}},
+            "structured_outputs.choice",
+            "invalid_value",
+        ),
         ({"top_p": 0}, "top_p", "invalid_value"),
         ({"seed": 2**64}, "seed", "invalid_value"),
         ({"stream": "yes"}, "stream", "invalid_value"),
@@ -176,7 +221,7 @@ def test_unknown_models(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/responses", "/v1/embeddings", "/v1/completions/", "/docs", "/%ff"]
+    "path", ["/", "/v1", "/v1/responses", "/v1/messages", "/v1/completions/", "/docs", "/%ff"]
 )
 def test_unknown_paths(stack: Stack, path: str) -> None:
     for response in (stack.http.get(path), post(stack, path)):

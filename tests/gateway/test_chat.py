@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from cluster.config import GatewaySection
 from tests.gateway.fakes import BACKEND, EOS, MAX_MODEL_LEN, saying, tiny_tokenizer
 from tests.gateway.stack import Stack, post, running_stack
 
+_ENDLESS = "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"
 USER = [{"role": "user", "content": "hi"}]
 
 
@@ -104,6 +106,26 @@ def test_bad_conversations(stack: Stack, fields: dict[str, Any], param: str) -> 
     assert not stack.engine.requests
 
 
+def test_a_template_of_the_client_s_needs_trust(stack: Stack) -> None:
+    fields = {"messages": USER, "chat_template": "{{ messages[0].content }}!{{ eos_token }}"}
+    for path in ("/v1/chat/completions", "/tokenize"):
+        response = post(stack, path, **fields)
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert (error["code"], error["param"]) == ("unsupported_parameter", "chat_template")
+        assert "--trust-request-chat-template" in error["message"]
+    section = GatewaySection(trust_request_chat_template=True)
+    with running_stack(section) as trusting:
+        _chat(trusting, **fields, max_tokens=1)
+        assert trusting.engine.requests[0].prompt == tuple(BACKEND.encode(f"hi!{EOS}").ids)
+        tokens = post(trusting, "/tokenize", **fields).json()["tokens"]
+        assert tokens == BACKEND.encode(f"hi!{EOS}").ids
+        for wrong in ("{% if %}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}", _ENDLESS):
+            response = post(trusting, "/v1/chat/completions", messages=USER, chat_template=wrong)
+            assert response.status_code == 400
+            assert response.json()["error"]["code"] == "invalid_value"
+
+
 def test_without_a_template_there_is_no_chat() -> None:
     with running_stack(tokenizer=tiny_tokenizer(template=None)) as stack:
         for path in ("/v1/chat/completions", "/tokenize"):
@@ -118,6 +140,8 @@ def test_without_a_tokenizer_there_are_token_ids_only() -> None:
         refused: list[tuple[str, dict[str, Any]]] = [
             ("/v1/completions", {"prompt": "x"}),
             ("/v1/completions", {"prompt": [1], "stop": "x"}),
+            ("/v1/completions", {"prompt": [1], "bad_words": ["x"]}),
+            ("/v1/completions", {"prompt": [1], "response_format": {"type": "json_object"}}),
             ("/v1/chat/completions", {"messages": USER}),
             ("/tokenize", {"prompt": "x"}),
             ("/detokenize", {"tokens": [1]}),

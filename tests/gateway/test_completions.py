@@ -8,6 +8,7 @@ import pytest
 
 from tests.gateway.fakes import BACKEND, EOS, EOS_ID, MAX_MODEL_LEN, saying
 from tests.gateway.stack import MODEL, Stack, complete, post
+from workers.request import Grammar, GrammarKind
 
 HELLO = BACKEND.encode("hello world").ids
 
@@ -25,7 +26,7 @@ def test_a_completion_has_all_its_fields(stack: Stack) -> None:
     assert choice["stop_reason"] is None
     assert choice["logprobs"] is None
     usage = {"prompt_tokens": len(HELLO), "completion_tokens": 4, "total_tokens": len(HELLO) + 4}
-    assert answer["usage"] == usage
+    assert answer["usage"] == {**usage, "prompt_tokens_details": {"cached_tokens": 0}}
 
 
 def test_all_forms_of_a_prompt_say_the_same(stack: Stack) -> None:
@@ -48,6 +49,7 @@ def test_choices_of_a_batch_are_numbered_by_prompt(stack: Stack) -> None:
         "prompt_tokens": tokens,
         "completion_tokens": 12,
         "total_tokens": tokens + 12,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 
@@ -58,6 +60,35 @@ def test_what_reaches_the_engine(stack: Stack) -> None:
     assert (request.params.temperature, request.params.top_k) == (0.0, 0)
     assert request.params.logit_bias == ((3, 5.0),)
     assert 0 < request.deadline_ms <= 20_000
+
+
+def test_what_reaches_the_engine_of_masks_and_scores(stack: Stack) -> None:
+    complete(
+        stack,
+        prompt=HELLO,
+        max_tokens=2,
+        allowed_token_ids=[9, 3, 9],
+        bad_words=["hello", "  world", "\n"],
+        logprob_token_ids=[5, 4],
+        prompt_logprobs=1,
+        structured_outputs={"regex": "a+"},
+    )
+    params = stack.engine.requests[0].params
+    assert params.allowed_token_ids == (3, 9)
+    assert (params.logprobs, params.logprob_token_ids) == (2, (5, 4))
+    assert params.prompt_logprobs == 1
+    forms = ("hello", " hello", "world", " world", "\n")
+    assert params.bad_words == tuple(tuple(BACKEND.encode(form).ids) for form in forms)
+    assert params.grammar == Grammar(
+        kind=GrammarKind.REGEX, text="a+", field="structured_outputs.regex"
+    )
+
+
+def test_echo_asks_for_the_larger_number_of_alternatives(stack: Stack) -> None:
+    fields = {"prompt": HELLO, "max_tokens": 1, "echo": True}
+    for logprobs, prompt_logprobs, expected in ((3, 1, 3), (1, 2, 2), (0, None, 0)):
+        complete(stack, **fields, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        assert stack.engine.requests[-1].params.prompt_logprobs == expected
 
 
 def test_a_seed_is_drawn_where_none_is_given(stack: Stack) -> None:

@@ -12,8 +12,8 @@ from cluster.config import GatewaySection
 from cluster.errors import RequestError, UnsupportedParameterError
 from gateway.call import CallKind, GenerateFields
 from gateway.convert import chat_fields, completion_fields, grpc_fields
+from gateway.field_checks import check_fields
 from gateway.schema import ChatBody, CompletionBody, check_unbuilt, parse_body, parse_json
-from gateway.validate import check_fields
 from protos import inference_pb2 as pb
 
 SAMPLING: dict[str, Any] = {
@@ -37,25 +37,20 @@ SAMPLING: dict[str, Any] = {
 }
 UNBUILT: dict[str, Any] = {
     "best_of": 4,
-    "prompt_logprobs": 0,
-    "return_tokens_as_token_ids": True,
     "truncate_prompt_tokens": -1,
     "truncation_side": "left",
-    "allowed_token_ids": [1],
-    "bad_words": ["x"],
-    "logprob_token_ids": [1],
-    "response_format": {"type": "json_object"},
-    "structured_outputs": {"regex": "a"},
     "guided_json": {},
     "guided_regex": "a",
     "guided_choice": ["a"],
     "guided_grammar": "a",
+    "guided_json_object": True,
+    "guided_whitespace_pattern": " ",
+    "guided_decoding_backend": "guidance",
+    "structural_tag": "{}",
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": "auto",
-    "priority": 1,
-    "cache_salt": "s",
     "request_id": "mine",
     "use_beam_search": True,
     "length_penalty": 0.5,
@@ -85,7 +80,6 @@ NEUTRAL: dict[str, Any] = {
     "parallel_tool_calls": True,
     "functions": [],
     "function_call": "none",
-    "priority": 0,
     "use_beam_search": False,
     "length_penalty": 1.0,
     "early_stopping": False,
@@ -102,23 +96,92 @@ NEUTRAL: dict[str, Any] = {
 }
 
 
+OPTIONS: dict[str, Any] = {
+    "logprobs": 2,
+    "prompt_logprobs": 3,
+    "logprob_token_ids": [4, 5],
+    "echo": True,
+    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
+}
+SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "null"}}}
+SCHEMA_TEXT = '{"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "null"}}}'
+
+
 def test_a_body_and_a_message_give_the_same_call() -> None:
-    body = parse_body(CompletionBody, {**SAMPLING, "prompt": [1, 2], "logprobs": 2, "echo": True})
+    words = {"bad_words": ["x", "y z"]}
+    data = {**SAMPLING, **OPTIONS, **words, "allowed_token_ids": [7, 1], "cache_salt": "s"}
+    sampling = {**SAMPLING, **words, "allowed_token_ids": {"ids": [7, 1]}}
     message = pb.GenerateRequest()
     json_format.ParseDict(
         {
             "token_ids": {"ids": [1, 2]},
-            "sampling_params": SAMPLING,
-            "output_options": {"logprobs": 2, "echo": True},
+            "sampling_params": sampling,
+            "output_options": OPTIONS,
+            "cache_salt": "s",
         },
         message,
     )
-    assert grpc_fields(message) == completion_fields(body)
+    fields = completion_fields(parse_body(CompletionBody, {**data, "prompt": [1, 2]}))
+    assert grpc_fields(message) == fields
+    for name in (*OPTIONS, *sampling):
+        assert getattr(fields, name) is not getattr(GenerateFields(kind=fields.kind), name), name
+
+
+@pytest.mark.parametrize(
+    ("http", "grpc"),
+    [
+        ({"structured_outputs": {"regex": "a+"}}, None),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, None),
+        ({"structured_outputs": {"json_object": True}}, None),
+        ({"structured_outputs": {"json": SCHEMA_TEXT}}, None),
+        (
+            {"structured_outputs": {"json": SCHEMA}},
+            {"structured_outputs": {"json": SCHEMA_TEXT}},
+        ),
+        (
+            {"structured_outputs": {"choice": ["a", "b"]}},
+            {"structured_outputs": {"choice": {"texts": ["a", "b"]}}},
+        ),
+        ({"response_format": {"type": "json_object"}}, None),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA_TEXT}}},
+        ),
+    ],
+)
+def test_structured_output_is_the_same_in_both_codecs(
+    http: dict[str, Any], grpc: dict[str, Any] | None
+) -> None:
+    fields = completion_fields(parse_body(CompletionBody, {"prompt": "a", **http}))
+    message = json_format.ParseDict(
+        {"text": "a", "sampling_params": grpc or http}, pb.GenerateRequest()
+    )
+    assert fields.grammar is not None
+    assert grpc_fields(message) == fields
+
+
+@pytest.mark.parametrize(
+    ("data", "param"),
+    [
+        ({"logprobs": False, "logprob_token_ids": [3]}, None),
+        ({"logprobs": True, "logprob_token_ids": [3]}, None),
+        ({"logprobs": True, "top_logprobs": 1, "logprob_token_ids": [3]}, 1),
+        ({"logprobs": True}, 0),
+    ],
+)
+def test_chat_logprobs_with_named_tokens(data: dict[str, Any], param: int | None) -> None:
+    body = parse_body(ChatBody, {"messages": [], **data})
+    assert chat_fields(body).logprobs == param
 
 
 def test_a_chat_body_and_a_message_give_the_same_call() -> None:
     messages = [{"role": "user", "content": "hi", "name": "bob"}]
-    options = {"add_generation_prompt": False, "chat_template_kwargs": {"a": "b"}}
+    options = {
+        "add_generation_prompt": False,
+        "chat_template": "{{ a }}",
+        "chat_template_kwargs": {"a": "b"},
+    }
     body = parse_body(ChatBody, {**SAMPLING, "messages": messages, **options})
     message = pb.GenerateRequest()
     chat = {"messages": messages, **options}
@@ -219,9 +282,13 @@ def test_messages_that_are_not_built_are_refused(message: dict[str, Any], param:
 @pytest.mark.parametrize(
     ("data", "name"),
     [
-        ({"text": "a", "priority": 1}, "priority"),
-        ({"embeddings": {"width": 1}}, "embeddings"),
-        ({"text": "a", "output_options": {"prompt_logprobs": 0}}, "prompt_logprobs"),
+        ({"embeddings": {}, "output_options": {"return_token_ids": True}}, "return_token_ids"),
+        ({"embeddings": {}, "output_options": {"prompt_logprobs": 0}}, "prompt_logprobs"),
+        ({"embeddings": {}, "sampling_params": {"repetition_penalty": 1.1}}, "repetition_penalty"),
+        (
+            {"text": "a", "sampling_params": {"response_format": {"type": "structural_tag"}}},
+            "response_format",
+        ),
         ({"messages": {}, "output_options": {"echo": True}}, "echo"),
     ],
 )

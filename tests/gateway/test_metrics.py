@@ -19,10 +19,14 @@ COUNTERS = [
     "client_disconnects",
     "sse_events",
     "num_preemptions",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "prompt_tokens_cached",
     "expert_worker_tokens",
 ]
 GAUGES = [
     "num_requests_running",
+    "num_requests_waiting_by_reason",
     "kv_cache_usage_perc",
     "cache_config_info",
     "placement_epoch",
@@ -44,6 +48,7 @@ HISTOGRAMS = [
     "request_prefill_time_seconds",
     "request_decode_time_seconds",
     "gateway_stream_lag_seconds",
+    "iteration_tokens_total",
 ]
 
 
@@ -85,7 +90,25 @@ def test_workers_have_their_labels(stack: Stack) -> None:
     assert up == {"expert-0": 1.0, "expert-1": 1.0}
     (running,) = families["num_requests_running"].samples
     assert (running.labels["engine"], running.labels["worker"]) == ("0", "attention-0")
+    waiting = families["num_requests_waiting_by_reason"].samples
+    assert {s.labels["reason"]: s.value for s in waiting} == {"capacity": 3, "deferred": 1}
+    assert {s.labels["engine"] for s in waiting} == {"0"}
+
+
+def test_a_workers_histogram_keeps_its_buckets(stack: Stack) -> None:
+    families = _scrape(stack)
+    name = "iteration_tokens_total"
+    assert _value(families, name, "_bucket", le="8", worker="attention-0") == 4
+    assert _value(families, name, "_bucket", le="+Inf") == _value(families, name, "_count") == 5
+    assert _value(families, name, "_sum") == 77
+
+
+def test_a_workers_numbers_by_placement(stack: Stack) -> None:
+    families = _scrape(stack)
     assert _value(families, "placement_epoch", worker="expert-0") == 3
+    (cache,) = families["cache_config_info"].samples
+    assert cache.labels["enable_prefix_caching"] == "True"
+    assert _value(families, "prefix_cache_hits", "_total", engine="0") == 20
 
 
 def test_requests_are_counted(stack: Stack) -> None:

@@ -14,7 +14,6 @@ from gateway.auth import KeyRing
 from gateway.errors import (
     ClientGoneError,
     RouteError,
-    UnimplementedError,
     error_from_engine,
     report_error,
 )
@@ -56,6 +55,19 @@ def test_admission_bounds_requests_and_gives_places_back_once() -> None:
     assert (admission.num_requests, admission.num_tokens) == (1, 10)
     second.release(2.0)
     assert (admission.num_requests, admission.num_tokens) == (0, 0)
+
+
+def test_admission_bounds_bytes_of_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.admission.MAX_PROMPT_BYTES", 100)
+    admission = Admission(max_requests=8, max_tokens=100, capacity=8)
+    first = admission.admit(1, 1, 0.0, num_bytes=150)  # alone, however large
+    admission.admit(1, 1, 0.0)
+    with pytest.raises(errors.QueueFullError, match=r"150 bytes of embeddings, .* needs 10"):
+        admission.admit(1, 1, 0.0, num_bytes=10)
+    first.release(1.0)
+    first.release(1.0)
+    admission.admit(1, 1, 1.0, num_bytes=10)
+    assert admission.num_bytes == 10
 
 
 def test_admission_bounds_tokens_but_never_a_lone_call() -> None:
@@ -152,7 +164,6 @@ TABLE = [
     ),
     (errors.RequestFailedError("m"), 500, "server_error", "internal_error", CODES.INTERNAL),
     (ClientGoneError("m"), 499, INVALID, "client_closed_request", CODES.CANCELLED),
-    (UnimplementedError("m"), 501, INVALID, "unsupported_operation", CODES.UNIMPLEMENTED),
 ]
 
 

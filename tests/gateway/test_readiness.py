@@ -173,6 +173,38 @@ def test_a_full_queue_is_429() -> None:
         )
 
 
+def test_too_many_tokens_in_the_queue_are_429() -> None:
+    section = GatewaySection(max_queue_tokens=50, request_timeout_s=10.0)
+    with running_stack(section) as stack:
+        stack.engine.is_paused = True
+        client = threading.Thread(target=lambda: complete(stack, prompt="x", max_tokens=40))
+        client.start()
+        stack.wait_for(lambda: len(stack.engine.running) == 1, "the first request")
+        response = post(stack, "/v1/completions", prompt="x", max_tokens=10)
+        assert response.status_code == 429
+        assert 1 <= int(response.headers["retry-after"]) <= 60
+        message = response.json()["error"]["message"]
+        assert "41 tokens, and this request needs 11 more, at most 50 (max_queue_tokens)" in message
+        stack.engine.is_paused = False
+        client.join(5.0)
+        complete(stack, prompt="x", max_tokens=60)
+        assert 'admission_rejections_total{model_name="tiny",reason="queue_tokens"} 1.0' in (
+            stack.gateway.metrics.render().decode()
+        )
+
+
+def test_a_workers_full_queue_is_counted_and_the_retry_time_follows_the_drain(
+    moody: Stack,
+) -> None:
+    moody.engine.error = ("900 sequences are waiting, at most 64 (max_waiting) may", "queue_full")
+    response = post(moody, "/v1/completions", prompt="x")
+    moody.engine.error = None
+    assert response.status_code == 429
+    assert response.json()["error"]["message"].startswith("900 sequences are waiting")
+    assert 1 <= int(response.headers["retry-after"]) <= 60
+    assert 'reason="worker_queue_full"} 1.0' in moody.gateway.metrics.render().decode()
+
+
 def test_work_is_shared_between_workers(moody: Stack) -> None:
     second = ScriptedEngine(name="attention-1")
     moody.run(second.start())

@@ -11,8 +11,9 @@ import pytest
 from cluster.config import GatewaySection
 from cluster.errors import ContextLengthError, RequestError
 from gateway.call import CallKind, ChatInput, GenerateCall, GenerateFields
+from gateway.field_checks import check_fields
 from gateway.model import ModelFacts
-from gateway.validate import check_fields, finish_call
+from gateway.validate import finish_call
 
 LIMITS = GatewaySection()
 MODEL = ModelFacts(name="tiny", max_model_len=100, vocab_size=50, max_kv_tokens=80)
@@ -66,6 +67,8 @@ def _finish(
         ("stop_token_ids", tuple(range(1025))),
         ("logprobs", -1),
         ("logprobs", 21),
+        ("cache_salt", ""),
+        ("cache_salt", "x" * 257),
     ],
 )
 def test_values_out_of_range_name_the_field(name: str, value: Any) -> None:
@@ -92,6 +95,7 @@ def test_values_out_of_range_name_the_field(name: str, value: Any) -> None:
         ("logprobs", 20),
         ("stop", ("x" * 256,) * 16),
         ("logit_bias", ((1, -100.0), (2, 100.0))),
+        ("cache_salt", "x" * 256),
     ],
 )
 def test_values_at_the_edge_are_fine(name: str, value: Any) -> None:

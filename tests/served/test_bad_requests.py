@@ -28,6 +28,22 @@ CONTEXT = 4096
 VOCAB_SIZE = 1024
 ALL_TOKENS = list(range(VOCAB_SIZE))
 MANY_STOPS = [f"stop {i}" for i in range(1000)]
+HOSTILE_GRAMMARS: list[tuple[str, Any]] = [
+    ("regex", "(unclosed"),
+    ("regex", "(" * 30_000 + ")" * 30_000),
+    ("regex", "x" * 70_000),
+    ("regex", "|".join(rf"\w{{1,{i * 7}}}q" for i in range(1, 2000))),
+    ("json", {"allOf": [{"oneOf": [{"minimum": i}, {"type": "null"}]} for i in range(40)]}),
+    ("json", '{"items":' * 40 + "{}" + "}" * 40),
+    (
+        "grammar",
+        "start: "
+        + " ".join(f"a{i}?" for i in range(2000))
+        + "\n"
+        + "\n".join(f'a{i}: "x" | "y" | ""' for i in range(2000)),
+    ),
+    ("grammar", "start: " + "(" * 20_000),
+]
 
 
 def check_error(
@@ -68,6 +84,10 @@ def check_error(
         ({"prompt": "x" * 10_000_000}, 413, "request_too_large", None),
         ({"min_tokens": 1, "stop_token_ids": ALL_TOKENS}, 400, "invalid_value", "stop_token_ids"),
         ({"best_of": 4}, 400, "unsupported_parameter", "best_of"),
+        ({"guided_regex": "a"}, 400, "unsupported_parameter", "guided_regex"),
+        ({"allowed_token_ids": []}, 400, "invalid_value", "allowed_token_ids"),
+        ({"bad_words": [""]}, 400, "invalid_value", "bad_words"),
+        ({"prompt_logprobs": 21}, 400, "invalid_value", "prompt_logprobs"),
     ],
 )
 def test_requests_over_http(
@@ -79,9 +99,25 @@ def test_requests_over_http(
     check_error(response, status, code, param)
 
 
+def test_hostile_grammars_beside_a_stream(server: Served, stub: InferenceStub) -> None:
+    sampling = {"max_tokens": 300, "temperature": 0.0, "ignore_eos": True}
+    message = request_of(text="ROMEO:", sampling_params=sampling)
+    undisturbed = list(stub.Generate(message).choices[0].token_ids)
+    stream = stub.GenerateStream(message)
+    for kind, text in HOSTILE_GRAMMARS * 2:
+        fields = {**GOOD, "structured_outputs": {kind: text}}
+        response = server.client.post(COMPLETIONS, json=fields)
+        if response.status_code != 200:  # one of them is only large
+            check_error(response, 400, "invalid_value", f"structured_outputs.{kind}")
+    assert [t for chunk in stream for t in chunk.token_ids] == undisturbed
+
+
 @pytest.mark.parametrize(
     "fields",
     [
+        {"structured_outputs": {"regex": "a" * 65_536}},
+        {"bad_words": [chr(0x4E00 + i) for i in range(1024)]},
+        {"logprob_token_ids": ALL_TOKENS[:128], "prompt_logprobs": 20},
         {"repetition_penalty": 1e-300, "max_tokens": 30},
         {"temperature": 1e-30},
         {"temperature": 100, "top_p": 1e-300},
@@ -160,7 +196,6 @@ def test_unknown_methods(server: Served, method: str, path: str) -> None:
         ({}, {"temperature": "NaN"}, CODES.INVALID_ARGUMENT, "invalid_value", "temperature"),
         ({}, {"stop": MANY_STOPS}, CODES.INVALID_ARGUMENT, "invalid_value", "stop"),
         ({"text": "x" * 10_000_000}, {}, CODES.INVALID_ARGUMENT, "context_length_exceeded", None),
-        ({"priority": 1}, {}, CODES.UNIMPLEMENTED, "unsupported_parameter", "priority"),
     ],
 )
 def test_requests_over_grpc(

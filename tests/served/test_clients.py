@@ -78,6 +78,14 @@ def test_tokens_are_those_of_the_local_engine(
     assert logprobs == pytest.approx([p.logprob for p in expected.logprobs], abs=1e-4)
 
 
+def test_a_priority_changes_no_token(server: Served, stub: InferenceStub) -> None:
+    plain = http_answer(server, prompt=PROMPT, **SAMPLED)["token_ids"]
+    assert http_answer(server, prompt=PROMPT, priority=-5, **SAMPLED)["token_ids"] == plain
+    settings = {**SAMPLED, "seed": str(SAMPLED["seed"])}
+    request = request_of(text=PROMPT, priority=9, sampling_params=settings)
+    assert list(stub.Generate(request, timeout=WAIT_S).choices[0].token_ids) == plain
+
+
 @SETTINGS
 @pytest.mark.parametrize("n", [1, 3])
 def test_both_codecs_give_the_same(
@@ -142,6 +150,16 @@ def test_requests_together_equal_requests_alone(server: Served, stub: InferenceS
 def test_openai_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).owned_by == "expertmesh"
+
+
+def test_openai_sees_what_was_cached(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "prompt": [[(5 * i) % 1000 for i in range(70)]]}
+    settings: dict[str, Any] = {"max_tokens": 8, "temperature": 0}
+    salts: list[dict[str, str]] = [{}, {}, {"cache_salt": "tenant"}]
+    answers = [client.completions.create(**asked, **settings, extra_body=s) for s in salts]
+    assert len({answer.choices[0].text for answer in answers}) == 1
+    details = [answer.usage and answer.usage.prompt_tokens_details for answer in answers]
+    assert [d and d.cached_tokens for d in details] == [0, 64, 0]
 
 
 def test_openai_completions(client: openai.OpenAI) -> None:
@@ -232,7 +250,7 @@ def test_openai_errors_are_its_own_classes(
         assert (caught.value.code, caught.value.param) == (code, param)
         assert caught.value.request_id
     with pytest.raises(openai.NotFoundError):
-        client.embeddings.create(model=MODEL, input="x")
+        client.responses.create(model=MODEL, input="x")
 
 
 def test_openai_gives_up_in_time(client: openai.OpenAI, server: Served) -> None:
