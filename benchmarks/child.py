@@ -1,6 +1,6 @@
 """The process that one of the compared systems runs in; started by ``systems.py``.
 
-python -m benchmarks.child transformers|local|ray CHECKPOINT
+python -m benchmarks.child NAME CHECKPOINT, where NAME is one of ``SYSTEMS``
 
 Each line on stdin is a batch, ``{"prompts": [[ids]], "new_tokens": N}``; each line on stdout is its
 answer, by sequence the seconds from the start to each token. The first answer, ``null``, says that
@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -65,12 +66,19 @@ class _Clock:
 
 
 @contextmanager
-def _local(checkpoint: Path) -> Iterator[Generate]:
-    """Our engine and all experts in this process."""
+def _local(checkpoint: Path, num_threads: int | None = None, **engine: Any) -> Iterator[Generate]:
+    """Our engine and all experts in this process; ``engine`` are settings of its section."""
+    from cluster.config import EngineSection
     from workers.local_engine import LocalEngine
     from workers.request import Request, SamplingParams
 
-    local_engine = LocalEngine(checkpoint, dtype="bfloat16")
+    local_engine = LocalEngine(
+        checkpoint,
+        dtype="bfloat16",
+        # prompts come again in a repetition
+        section=EngineSection(enable_prefix_caching=False, **engine),
+        num_threads=num_threads or int(os.environ["OMP_NUM_THREADS"]),
+    )
 
     def generate(prompts: Prompts, new_tokens: int) -> list[list[float]]:
         times: list[list[float]] = [[] for _ in prompts]
@@ -90,20 +98,26 @@ def _local(checkpoint: Path) -> Iterator[Generate]:
 
 
 @contextmanager
-def _ray(checkpoint: Path) -> Iterator[Generate]:
-    """One attention and one expert worker as Ray actors, seen from the engine stream."""
+def _ray(checkpoint: Path, **sections: Mapping[str, Any]) -> Iterator[Generate]:
+    """Two workers as Ray actors, by default 1 + 1, seen from their engine streams."""
     from benchmarks.ray_serving import EngineClient, serving
 
-    with serving(checkpoint) as address, EngineClient(address) as client:
+    with serving(checkpoint, **sections) as addresses, EngineClient(addresses) as client:
         yield client.generate
 
 
 SYSTEMS: dict[str, Callable[[Path], AbstractContextManager[Generate]]] = {
     "transformers": _transformers,
     "local": _local,
+    "local-one-thread": partial(_local, num_threads=1),
+    "local-deterministic": partial(_local, deterministic=True),
     "ray": _ray,
+    "ray-deterministic": partial(_ray, engine={"deterministic": True}),
+    "ray-one-micro-batch": partial(_ray, engine={"num_micro_batches": 1, "max_num_seqs": 128}),
+    "ray-colocated": partial(_ray, workers={"mode": "colocated", "num_expert_workers": 2}),
+    "ray-two-micro-batches": partial(_ray, engine={"num_micro_batches": 2, "max_num_seqs": 128}),
 }
-"""By name."""
+"""By name; those that begin with ``ray`` are clusters."""
 
 
 def main(name: str, checkpoint: str) -> None:

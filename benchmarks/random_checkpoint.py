@@ -1,4 +1,4 @@
-"""Random OLMoE checkpoints of any size, in the layout of the public one.
+"""Random checkpoints of any family and size, in the layout of the public ones.
 
 python -m benchmarks.random_checkpoint OUT --hidden 512 --layers 8 --ffn 256
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
+
+from workers.families.base import load_family
 
 MAX_SHARD_BYTES = 512 * 1024 * 1024
 """Files are closed at this size."""
@@ -20,14 +23,16 @@ MAX_SHARD_BYTES = 512 * 1024 * 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RandomModel:
-    """Size of a random OLMoE model; the defaults are those of ``make bench``."""
+    """Size of a random model; the defaults are those of ``make bench``."""
 
+    family: Literal["olmoe", "dots1", "jetmoe"] = "olmoe"
+    """``model_type``."""
     hidden: int = 512
     """Width of the model."""
     layers: int = 8
     """Decoder layers."""
     heads: int = 8
-    """Attention heads."""
+    """Attention heads; of JetMoE key heads for each of its ``top_k`` slots together."""
     experts: int = 64
     """Experts a layer."""
     top_k: int = 8
@@ -43,49 +48,69 @@ class RandomModel:
 
     def config(self) -> dict[str, object]:
         """Content of ``config.json``."""
+        own = {"olmoe": self._olmoe, "dots1": self._dots1, "jetmoe": self._jetmoe}[self.family]()
         return {
-            "architectures": ["OlmoeForCausalLM"],
-            "model_type": "olmoe",
+            "model_type": self.family,
             "vocab_size": self.vocab,
             "hidden_size": self.hidden,
-            "intermediate_size": self.ffn,
             "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.heads,
-            "num_experts": self.experts,
             "num_experts_per_tok": self.top_k,
-            "norm_topk_prob": False,
-            "hidden_act": "silu",
             "max_position_embeddings": self.max_positions,
             "rms_norm_eps": 1e-5,
-            "attention_bias": False,
             "tie_word_embeddings": False,
             "rope_theta": 10000.0,
             "pad_token_id": 1,
             "eos_token_id": None,
             "torch_dtype": "bfloat16",
+            **own,
         }
 
-    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and shape of each tensor."""
-        hidden, ffn = self.hidden, self.ffn
-        yield "model.embed_tokens.weight", (self.vocab, hidden)
-        yield "model.norm.weight", (hidden,)
-        yield "lm_head.weight", (self.vocab, hidden)
-        for layer in range(self.layers):
-            prefix = f"model.layers.{layer}"
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                yield f"{prefix}.{norm}.weight", (hidden,)
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                yield f"{prefix}.self_attn.{name}.weight", (hidden, hidden)
-            for name in ("q_norm", "k_norm"):
-                yield f"{prefix}.self_attn.{name}.weight", (hidden,)
-            yield f"{prefix}.mlp.gate.weight", (self.experts, hidden)
-            for expert in range(self.experts):
-                base = f"{prefix}.mlp.experts.{expert}"
-                yield f"{base}.gate_proj.weight", (ffn, hidden)
-                yield f"{base}.up_proj.weight", (ffn, hidden)
-                yield f"{base}.down_proj.weight", (hidden, ffn)
+    def _olmoe(self) -> dict[str, object]:
+        return {
+            "architectures": ["OlmoeForCausalLM"],
+            "intermediate_size": self.ffn,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "num_experts": self.experts,
+            "norm_topk_prob": False,
+            "hidden_act": "silu",
+            "attention_bias": False,
+        }
+
+    def _dots1(self) -> dict[str, object]:
+        """Two shared experts, and a dense first layer as wide as all experts of a token."""
+        return {
+            "architectures": ["Dots1ForCausalLM"],
+            "intermediate_size": self.ffn * (self.top_k + 2),
+            "moe_intermediate_size": self.ffn,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "n_routed_experts": self.experts,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "sliding_window": None,
+        }
+
+    def _jetmoe(self) -> dict[str, object]:
+        return {
+            "architectures": ["JetMoeForCausalLM"],
+            "intermediate_size": self.ffn,
+            "num_key_value_heads": self.heads // self.top_k,
+            "kv_channels": self.hidden // self.heads,
+            "num_local_experts": self.experts,
+        }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor by name, one tensor for each expert where a family has that."""
+        family = load_family(self.config())
+        shapes = {part.name: part.shape for part in family.attention_tensors()}
+        for bank in family.banks:
+            for exchange, expert in product(bank.exchanges, range(bank.num_experts)):
+                for matrix in family.expert_matrices(bank, exchange.index, expert, ()):
+                    shapes |= {part.name: part.shape for part in matrix.parts}
+        return shapes
 
 
 def write(model: RandomModel, out: Path) -> Path:
@@ -94,8 +119,8 @@ def write(model: RandomModel, out: Path) -> Path:
     generator = torch.Generator().manual_seed(model.seed)
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
-    for name, shape in model.shapes():
-        tensor = _draw(shape, generator)
+    for name, shape in model.shapes().items():
+        tensor = _draw(name, shape, generator)
         if size + tensor.nbytes > MAX_SHARD_BYTES:
             shards.append({})
             size = 0
@@ -112,9 +137,9 @@ def write(model: RandomModel, out: Path) -> Path:
     return out
 
 
-def _draw(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
     drawn: torch.Tensor = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
     return drawn.to(torch.bfloat16)
 
@@ -123,8 +148,11 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    for name in ("hidden", "layers", "heads", "experts", "ffn", "vocab"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(RandomModel(), name))
+    parser.add_argument("--family", choices=("olmoe", "dots1", "jetmoe"), default="olmoe")
+    for name in ("hidden", "layers", "heads", "experts", "top_k", "ffn", "vocab"):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=getattr(RandomModel(), name)
+        )
     values = vars(parser.parse_args())
     out = values.pop("out")
     write(RandomModel(**values), out)

@@ -1,4 +1,4 @@
-"""A cluster of 1 attention and 1 expert worker for benchmarks, and a client of its engine stream.
+"""A cluster of two workers for benchmarks, by default 1 + 1, and a client of its engine streams.
 
 The real controller, actors, sockets and stream; no gateway. Run it in a process of its own that
 was started with ``cluster.local_ray.private_environment``.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import queue
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -18,7 +20,7 @@ from typing import Any, Self
 
 import grpc
 
-from cluster.config import ClusterConfig, ModelSection, WorkersSection
+from cluster.config import ClusterConfig
 from cluster.errors import StartError
 from cluster.local_ray import PrivateRay
 from protos import engine_pb2 as pb
@@ -30,47 +32,48 @@ FOLDER_VARIABLE = "EXPERTMESH_BENCH_RAY"
 """Environment variable that names the folder from ``cluster.local_ray.make_temp_dir``."""
 _START_LIMIT_S = 120.0
 _CALL_LIMIT_S = 30.0
+_ANSWER_LIMIT_S = 120.0
 _TOKEN = "bench"
 _NUM_WORKERS = 2
 
 
 @contextmanager
-def serving(checkpoint: Path) -> Iterator[str]:
-    """Start Ray and the cluster; yields the engine address, ends everything afterwards.
+def serving(checkpoint: Path, **sections: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Start Ray and the cluster; yields the engine addresses, ends everything afterwards.
 
-    Raises ``StartError`` with the cluster's own words.
+    ``sections`` override the configuration's, ``engine={"num_micro_batches": 2}``. Raises
+    ``StartError`` with the cluster's own words.
     """
     private = PrivateRay(folder=Path(os.environ[FOLDER_VARIABLE]))
     private.start(num_cpus=_NUM_WORKERS, num_gpus=0)
     try:
-        with _controller(checkpoint) as controller:
-            yield _engine_address(controller)
+        with _controller(checkpoint, sections) as controller:
+            yield _engine_addresses(controller)
     finally:
         private.stop()
 
 
 @contextmanager
-def _controller(checkpoint: Path) -> Iterator[Any]:
+def _controller(checkpoint: Path, sections: Mapping[str, Mapping[str, Any]]) -> Iterator[Any]:
     import ray
 
     from cluster.controller_actor import create_controller
     from cluster.worker_group import WorkerGroup
-    from workers.attention_worker import AttentionWorker
+    from workers.actor_classes import ACTOR_CLASSES
     from workers.checkpoint import Checkpoint
-    from workers.expert_worker import ExpertWorker
 
-    config = ClusterConfig(
-        model=ModelSection(path=str(checkpoint), served_model_name="model", dtype="bfloat16"),
-        workers=WorkersSection(
-            num_attention_workers=1, num_expert_workers=1, cpus_per_worker=1.0, device="cpu"
-        ),
-        cluster_token=_TOKEN,
-    )
+    plain: dict[str, Mapping[str, Any]] = {
+        "model": {"path": str(checkpoint), "served_model_name": "model", "dtype": "bfloat16"},
+        "workers": {"num_expert_workers": 1, "cpus_per_worker": 1.0, "device": "cpu"},
+        "engine": {"enable_prefix_caching": False},  # prompts come again in a repetition
+    }
+    merged = {n: {**plain.get(n, {}), **sections.get(n, {})} for n in (*plain, *sections)}
+    config = ClusterConfig.from_dict({**merged, "cluster_token": _TOKEN})
     banks = [
         {"bank": b.bank, "layer": b.layer, "num_experts": b.num_experts}
         for b in Checkpoint(checkpoint).family.banks
     ]
-    group = WorkerGroup(attention_class=AttentionWorker, expert_class=ExpertWorker)
+    group = WorkerGroup(ACTOR_CLASSES)
     controller = create_controller(group)
     ray.get(controller.start.remote(config.to_dict(), banks), timeout=_START_LIMIT_S)
     try:
@@ -79,8 +82,8 @@ def _controller(checkpoint: Path) -> Iterator[Any]:
         ray.get(controller.stop.remote(), timeout=_CALL_LIMIT_S)
 
 
-def _engine_address(controller: Any) -> str:
-    """Where the attention worker serves its stream, as soon as the cluster serves."""
+def _engine_addresses(controller: Any) -> tuple[str, ...]:
+    """Where workers serve their streams, by rank, as soon as the cluster serves."""
     import ray
 
     version = -1
@@ -92,21 +95,55 @@ def _engine_address(controller: Any) -> str:
         if snapshot["state"] == "STOPPED":
             raise StartError("cluster", str(snapshot["error"]))
         if snapshot["state"] == "SERVING":
-            (worker,) = [w for w in snapshot["workers"] if w["role"] == "attention"]
-            return str(worker["engine_address"])
+            addresses = [str(w["engine_address"]) for w in snapshot["workers"]]
+            return tuple(address for address in addresses if address)
     raise StartError("cluster", f"not serving after {_START_LIMIT_S:g} s")
 
 
-class EngineClient:
-    """What a gateway is to the engine; notes when tokens come."""
+@dataclass(frozen=True, slots=True)
+class _News:
+    """A message of an engine, or the end of its stream."""
 
-    def __init__(self, address: str) -> None:
-        self._outgoing: queue.Queue[pb.ToEngine | None] = queue.Queue()
-        self._outgoing.put(pb.ToEngine(hello=pb.Hello(token=_TOKEN, gateway="bench")))
+    at: float
+    """When it came, as ``perf_counter`` counts."""
+    message: pb.FromEngine | None
+    """None at the end."""
+
+
+class _Stream:
+    """One engine stream, read by a thread of its own."""
+
+    def __init__(self, address: str, news: queue.SimpleQueue[_News]) -> None:
+        self.outgoing: queue.SimpleQueue[pb.ToEngine | None] = queue.SimpleQueue()
+        """What is sent; None ends it."""
+        self.outgoing.put(pb.ToEngine(hello=pb.Hello(token=_TOKEN, gateway="bench")))
         self._channel = grpc.insecure_channel(address)
-        self._call = engine_pb2_grpc.EngineStub(self._channel).Stream(
-            iter(self._outgoing.get, None)
-        )
+        self._call = engine_pb2_grpc.EngineStub(self._channel).Stream(iter(self.outgoing.get, None))
+        self._thread = threading.Thread(target=self._read, args=(news,), daemon=True)
+        self._thread.start()
+
+    def _read(self, news: queue.SimpleQueue[_News]) -> None:
+        try:
+            for message in self._call:
+                news.put(_News(perf_counter(), message))
+        except grpc.RpcError:
+            pass  # cancelled, or the engine is gone: an end either way
+        news.put(_News(perf_counter(), None))
+
+    def close(self) -> None:
+        """End it."""
+        self.outgoing.put(None)
+        self._call.cancel()  # type: ignore[no-untyped-call]
+        self._thread.join(_CALL_LIMIT_S)
+        self._channel.close()
+
+
+class EngineClient:
+    """What a gateway is to the engines; notes when tokens come. Requests go to them in turn."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self._news: queue.SimpleQueue[_News] = queue.SimpleQueue()
+        self._streams = [_Stream(address, self._news) for address in addresses]
         self._num_batches = 0
 
     def __enter__(self) -> Self:
@@ -118,9 +155,8 @@ class EngineClient:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._outgoing.put(None)
-        self._call.cancel()  # type: ignore[no-untyped-call]
-        self._channel.close()
+        for stream in self._streams:
+            stream.close()
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[float]]:
         """Seconds to each token, by sequence. Raises ``RuntimeError`` when a request fails."""
@@ -131,15 +167,16 @@ class EngineClient:
         start = perf_counter()
         for name, i in places.items():
             request = Request(request_id=name, prompt=tuple(prompts[i]), params=params)
-            self._outgoing.put(pb.ToEngine(request=request_to_wire(request)))
+            stream = self._streams[i % len(self._streams)]
+            stream.outgoing.put(pb.ToEngine(request=request_to_wire(request)))
         left = len(prompts)
-        for message in self._call:
-            now = perf_counter() - start
-            for output in step_from_wire(message.step).outputs:
+        while left:
+            news = self._news.get(timeout=_ANSWER_LIMIT_S)
+            if news.message is None:
+                raise RuntimeError("the engine stream ended")
+            for output in step_from_wire(news.message.step).outputs:
                 if output.error:
                     raise RuntimeError(output.error)
-                times[places[output.request_id]] += [now] * len(output.token_ids)
+                times[places[output.request_id]] += [news.at - start] * len(output.token_ids)
                 left -= output.finish_reason is not None
-            if not left:
-                return times
-        raise RuntimeError("the engine stream ended")
+        return times

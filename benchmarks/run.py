@@ -23,7 +23,18 @@ from benchmarks import results
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("serving", "dispatch", "idle")
+NAMES = (
+    "serving",
+    "families",
+    "colocated",
+    "micro_batches",
+    "prefix_cache",
+    "itl_target",
+    "deterministic",
+    "dispatch",
+    "idle",
+    "placement",
+)
 """Modules with a ``section``, in the order of the file."""
 
 

@@ -106,7 +106,7 @@ def measure(checkpoint: Path, case: Case) -> Results:
                         "turn %d, batch %d, %s: %.1f tokens/s, ITL %.2f ms, others %.1f cores",
                         repeat + 1,
                         batch,
-                        LABELS[name],
+                        LABELS.get(name, name),
                         sample.tokens_per_s,
                         sample.itl_ms,
                         sample.others_cores,

@@ -77,21 +77,25 @@ class System:
 @contextmanager
 def running(names: Sequence[str], checkpoint: Path) -> Iterator[dict[str, System]]:
     """Start systems one after the other, end them afterwards."""
-    folder = make_temp_dir()
+    folders: list[Path] = []
     systems: dict[str, System] = {}
     try:
         for name in names:
-            systems[name] = System(name, checkpoint, _environment(name, folder))
+            systems[name] = System(name, checkpoint, _environment(name, folders))
             systems[name].wait_loaded()
         yield systems
     finally:
         for system in systems.values():
             system.close()
-        remove(folder)
+        for folder in folders:
+            remove(folder)
 
 
-def _environment(name: str, folder: Path) -> dict[str, str]:
-    if name == "ray":
+def _environment(name: str, folders: list[Path]) -> dict[str, str]:
+    """A cluster gets a Ray of its own, in a new folder that is added to ``folders``."""
+    if name.startswith("ray"):
+        folder = make_temp_dir()
+        folders.append(folder)
         return {**private_environment(folder), FOLDER_VARIABLE: str(folder)}
     return {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
 
