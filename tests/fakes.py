@@ -106,6 +106,9 @@ class FailingDispatcher:
         self._calls = 0
         self._inner.begin_step(header, micro_batches)
 
+    def sit_out(self, header: StepHeader) -> None:
+        self._inner.sit_out(header)
+
     def dispatch(
         self,
         rows: Tensor,

@@ -23,6 +23,7 @@ from cluster.config import (
     ClusterConfig,
     EngineSection,
     ModelSection,
+    ObservabilitySection,
     TransportSection,
     WorkersSection,
 )
@@ -31,12 +32,14 @@ from cluster.ray_tools import end_leftovers
 from cluster.resources import NodeResources, WorkerShare
 from cluster.topology import Member, Role
 from cluster.worker_group import WorkerGroup
-from tests.engine_stream import TIMEOUT_S, TOKEN, EngineStream
+from tests.engine_stream import TIMEOUT_S, TOKEN, EngineStream, Result
+from tests.fakes_cluster import members_of
+from workers.actor_classes import ACTOR_CLASSES
 from workers.attention_runtime import AttentionRuntime
-from workers.attention_worker import AttentionWorker
 from workers.checkpoint import Checkpoint
+from workers.colocated_runtime import ColocatedRuntime
 from workers.expert_runtime import ExpertRuntime
-from workers.expert_worker import ExpertWorker
+from workers.request import Request
 from workers.runtime import WorkerRuntime
 from workers.worker_args import WorkerArgs
 
@@ -49,15 +52,22 @@ def make_config(
     workers: Mapping[str, Any] | None = None,
     engine: Mapping[str, Any] | None = None,
     transport: Mapping[str, Any] | None = None,
+    observability: Mapping[str, Any] | None = None,
     **model: Any,
 ) -> ClusterConfig:
-    """A configuration with sections overridden by name."""
-    pools = {"num_attention_workers": num_attention, "num_expert_workers": num_experts}
+    """A configuration with sections overridden by name.
+
+    In colocated mode (``workers={"mode": "colocated"}``) ``num_experts`` workers do both.
+    """
+    pools: dict[str, Any] = {"num_expert_workers": num_experts}
+    if (workers or {}).get("mode") != "colocated":
+        pools["num_attention_workers"] = num_attention
     return ClusterConfig(
         model=ModelSection(path=str(checkpoint), served_model_name="model", **model),
         workers=WorkersSection(**(pools | dict(workers or {}))),
         engine=EngineSection(**({"kv_cache_bytes": 16 << 20} | dict(engine or {}))),
         transport=TransportSection(**({"detection_limit_s": 20.0} | dict(transport or {}))),
+        observability=ObservabilitySection(**(observability or {})),
         cluster_token=TOKEN,
     )
 
@@ -106,12 +116,28 @@ class ServingCluster(ABC):
         return found
 
     def stream(self, rank: int = 0) -> EngineStream:
-        """A new engine stream to one attention worker."""
-        return EngineStream(self.worker(f"attention-{rank}")["engine_address"])
+        """A new engine stream to one attention rank, which may be a colocated worker."""
+        role = "colocated" if self.config.workers.mode == "colocated" else "attention"
+        return EngineStream(self.worker(f"{role}-{rank}")["engine_address"])
+
+    def answers(self, asked: Sequence[Request]) -> dict[str, Result]:
+        """Serve requests together, spread over the attention ranks."""
+        num_ranks = self.config.workers.num_attention_ranks
+        streams = [self.stream(rank) for rank in range(num_ranks)]
+        shares = [asked[rank::num_ranks] for rank in range(num_ranks)]
+        for stream, share in zip(streams, shares, strict=True):
+            for request in share:
+                stream.send(request)
+        results: dict[str, Result] = {}
+        for stream, share in zip(streams, shares, strict=True):
+            results |= stream.collect(share)
+            stream.close()
+        return results
 
     def blocks_in_use(self) -> int:
-        """KV blocks of all attention workers that somebody holds now."""
-        workers = [w for w in self.snapshot(fresh=True)["workers"] if w["role"] == "attention"]
+        """KV blocks of all workers that are not lost, that somebody holds now."""
+        found = self.snapshot(fresh=True)["workers"]
+        workers = [w for w in found if w["kv_blocks_total"] and w["state"] != "LOST"]
         return sum(w["kv_blocks_total"] - w["kv_blocks_free"] for w in workers)
 
     def stop(self) -> None:
@@ -146,10 +172,18 @@ class ThreadCluster(ServingCluster):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(TIMEOUT_S)
 
 
-class ThreadWorkerGroup:
-    """``WorkerGroupLike`` whose workers are threads of this process."""
+RUNTIMES: Mapping[Role, type[WorkerRuntime]] = {
+    "attention": AttentionRuntime,
+    "expert": ExpertRuntime,
+    "colocated": ColocatedRuntime,
+}
 
-    def __init__(self) -> None:
+
+class ThreadWorkerGroup:
+    """``WorkerGroupLike`` whose workers are threads of this process, of the given classes."""
+
+    def __init__(self, runtimes: Mapping[Role, type[WorkerRuntime]] = RUNTIMES) -> None:
+        self._classes = runtimes
         self.runtimes: dict[str, WorkerRuntime] = {}
         self.deaths: list[str] = []
 
@@ -163,16 +197,9 @@ class ThreadWorkerGroup:
         return "127.0.0.1"
 
     async def reserve(
-        self, num_attention: int, num_experts: int, share: WorkerShare, limit_s: float
+        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
     ) -> tuple[Member, ...]:
-        roles: list[tuple[Role, int]] = [
-            *(("attention", i) for i in range(num_attention)),
-            *(("expert", i) for i in range(num_experts)),
-        ]
-        return tuple(
-            Member(name=f"{role}-{i}", role=role, rank=i, device=i if role == "expert" else -1)
-            for role, i in roles
-        )
+        return members_of(pools)
 
     async def start(
         self,
@@ -182,13 +209,16 @@ class ThreadWorkerGroup:
         extras: Mapping[str, Mapping[str, Any]],
     ) -> None:
         for member in members:
-            kind = AttentionRuntime if member.role == "attention" else ExpertRuntime
             args = WorkerArgs.from_plain(
                 config, asdict(member), control_address, extras[member.name], "127.0.0.1"
             )
-            runtime = kind(args, self.deaths.append)
+            runtime = self.make_runtime(member.role, args)
             self.runtimes[member.name] = runtime
             runtime.start()
+
+    def make_runtime(self, role: Role, args: WorkerArgs) -> WorkerRuntime:
+        """One worker; not started yet."""
+        return self._classes[role](args, self.deaths.append)
 
     async def watch(
         self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
@@ -210,8 +240,7 @@ class RayCluster(ServingCluster):
 
     def __init__(self, config: ClusterConfig) -> None:
         super().__init__(config)
-        group = WorkerGroup(attention_class=AttentionWorker, expert_class=ExpertWorker)
-        self._actor = create_controller(group)
+        self._actor = create_controller(WorkerGroup(ACTOR_CLASSES))
 
     def stop(self) -> None:
         super().stop()

@@ -9,10 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import results, run, serving
+from benchmarks import (
+    colocated,
+    deterministic,
+    families,
+    itl_target,
+    micro_batches,
+    prefix_cache,
+    results,
+    run,
+    serving,
+)
 from benchmarks.quiet import CpuClock, wait_until_quiet
+from benchmarks.random_checkpoint import RandomModel
 from benchmarks.serving import QUICK, TINY, measure, random_model, report
 from benchmarks.timing import Sample, median_of, ratio_of, sample_of
+from workers.local_engine import LocalEngine
+from workers.request import SamplingParams
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 
@@ -79,6 +92,29 @@ def test_the_report_does_without_transformers() -> None:
     assert lines.endswith("| 1 | 0.50 | 0.50 |")
 
 
+def test_micro_batches_have_a_row_per_batch() -> None:
+    samples = {
+        micro_batches.ONE: [_sample(10.0)],
+        micro_batches.TWO: [_sample(12.0)],
+    }
+    lines = micro_batches.report("Model", {8: samples}).splitlines()
+    assert lines[-1] == "| 8 | 20.0 | 24.0 | 1.20 | 0.500 | 0.500 | 1.20 | 0.0 |"
+    assert {line.count("|") for line in lines[2:]} == {9}
+
+
+def test_deterministic_has_a_row_per_batch_and_layout() -> None:
+    samples = {
+        name: [_sample(10.0 if "deterministic" not in name else 8.0)]
+        for name in deterministic.SYSTEMS
+    }
+    lines = deterministic.report("Model", {1: samples, 8: samples}).splitlines()
+    assert lines[-1] == "| 8, 1 + 1 workers | 10.0 | 8.0 | 0.80 | 0.500 | 0.500 | 0.80 |"
+    assert [line.split(" |")[0] for line in lines[4:6]] == [
+        "| 1, local engine",
+        "| 1, 1 + 1 workers",
+    ]
+
+
 def test_a_busy_neighbour_is_seen_and_own_work_is_not() -> None:
     start = CpuClock(wall_s=0.0, all_s=10.0, own_s=4.0)
     assert start.others(CpuClock(wall_s=2.0, all_s=14.0, own_s=5.0)) == 1.5
@@ -88,17 +124,49 @@ def test_a_busy_neighbour_is_seen_and_own_work_is_not() -> None:
     assert CpuClock.now().all_s >= now.all_s
 
 
+def test_the_prefix_cache_is_measured_on_and_off() -> None:
+    case = replace(prefix_cache.QUICK, repeats=2)
+    with random_model(TINY) as checkpoint:
+        found = prefix_cache.measure(checkpoint, case)
+    assert [turn.hit_rate for turn in found[False]] == [0, 0]
+    # two at a time: all but the first two find the two full blocks among the 40 common tokens
+    assert [turn.hit_rate for turn in found[True]] == [pytest.approx(2 * 32 / (4 * 44))] * 2
+    assert all(turn.tokens_per_s > 0 for turns in found.values() for turn in turns)
+    lines = list(prefix_cache.rows_of("tiny", found))
+    assert [line[0] for line in lines] == ["tiny, off", "tiny, on", "tiny, on / off"]
+    assert {len(line) for line in lines} == {6}
+
+
+def test_the_latency_target_has_a_row_on_and_off() -> None:
+    with random_model(TINY) as checkpoint:
+        found = itl_target.measure(checkpoint, itl_target.QUICK)
+    assert [len(turns) for turns in found.values()] == [1, 1]
+    (turn,) = found[1.0]
+    assert 0 < turn.itl_ms <= turn.slow_itl_ms <= turn.slowest_itl_ms
+    assert turn.ttft_ms > 0
+    lines = itl_target.report(found).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| off", "| 1"]
+
+
 def test_an_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run.main(["--only", "serving,nothing"])
     assert "--only: nothing is not one of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", families.TINY_MODELS)
+def test_random_models_of_all_families_can_be_served(name: str) -> None:
+    with random_model(families.TINY_MODELS[name]) as checkpoint:
+        found = LocalEngine(checkpoint).generate([[5, 6, 7]], SamplingParams(max_tokens=3))
+    assert len(found[0].token_ids) == 3
+
+
 @pytest.mark.distributed
 @pytest.mark.skipif(not HAS_TRANSFORMERS, reason="transformers is not installed")
-def test_processes_with_the_whole_model_are_measured() -> None:
+@pytest.mark.parametrize("model", [TINY, *families.TINY_MODELS.values()], ids=lambda m: m.family)
+def test_processes_with_the_whole_model_are_measured(model: RandomModel) -> None:
     case = replace(QUICK, systems=("transformers", "local"))
-    with random_model(TINY) as checkpoint:
+    with random_model(model) as checkpoint:
         found = measure(checkpoint, case)
     assert {name: len(turns) for name, turns in found[2].items()} == {"transformers": 1, "local": 1}
     assert "local engine" in report("Tiny", case, found)
@@ -110,3 +178,19 @@ def test_ray_workers_are_measured() -> None:
         found = measure(checkpoint, replace(QUICK, systems=("ray",)))
     assert found[2]["ray"][0].itl_ms > 0
     assert serving.LABELS["ray"] in report("Tiny", QUICK, found)
+
+
+@pytest.mark.ray
+def test_colocated_workers_are_measured() -> None:
+    with random_model(TINY) as checkpoint:
+        found = measure(checkpoint, replace(QUICK, systems=("ray-colocated",)))
+    (sample,) = found[2]["ray-colocated"]
+    assert sample.itl_ms > 0
+
+
+def test_the_colocated_report_compares_three_layouts() -> None:
+    turns = {"local": [_sample(10.0)], "ray": [_sample(20.0)], "ray-colocated": [_sample(30.0)]}
+    lines = colocated.report("Model", {8: turns}).splitlines()
+    assert (
+        lines[-1] == "| 8, 2 colocated workers | 30.0 | 0.500 | 60.0 | 1.00 | 3.00 | 1.50 | 0.0 |"
+    )

@@ -9,12 +9,16 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.serving_cluster import ThreadCluster, make_config, serving
 from workers.request import Request, SamplingParams
 from workers.runtime import IDLE_WAIT_S, WorkerRuntime
 
 WATCHED_S = 2.5
 NUM_REQUESTS = 3
+PAIRS = 4 * 2 * 2
+"""Of a request: rows (3 of the prompt, 1 of a token), layers, experts of a row."""
 
 
 def wakeups(runtimes: dict[str, WorkerRuntime]) -> dict[str, int]:
@@ -22,26 +26,26 @@ def wakeups(runtimes: dict[str, WorkerRuntime]) -> dict[str, int]:
     return {name: runtime.hub.num_wakeups for name, runtime in runtimes.items()}
 
 
-def expert_steps(cluster: ThreadCluster) -> list[float]:
-    """Steps that the expert workers have served, for whomever."""
+def expert_work(cluster: ThreadCluster) -> list[float]:
+    """Rows times experts that each worker with experts has computed, for whomever."""
     workers = cluster.snapshot(fresh=True)["workers"]
-    return [w["stats"]["steps_total"] for w in workers if w["role"] == "expert"]
+    return [w["stats"]["expert_worker_tokens_total"] for w in workers if w["slots"] is not None]
 
 
-def test_an_idle_cluster_sleeps(tiny_checkpoint: Path) -> None:
-    cluster = ThreadCluster(make_config(tiny_checkpoint, 2, 2))
+@pytest.mark.parametrize("mode", ["disaggregated", "colocated"])
+def test_an_idle_cluster_sleeps(tiny_checkpoint: Path, mode: str) -> None:
+    cluster = ThreadCluster(make_config(tiny_checkpoint, 2, 2, workers={"mode": mode}))
     with serving(cluster):
         stream = cluster.stream()
         params = SamplingParams(max_tokens=2, ignore_eos=True)
         for i in range(NUM_REQUESTS):
             stream.finish([Request(request_id=f"r{i}", prompt=(5, 6, 7), params=params)])
-        ran = [2 * NUM_REQUESTS] * 2
-        cluster.wait(lambda _: expert_steps(cluster) == ran)
+        cluster.wait(lambda _: sum(expert_work(cluster)) == NUM_REQUESTS * PAIRS)
         before, started = wakeups(cluster.group.runtimes), time.monotonic()
         threading.Event().wait(WATCHED_S)
         after, watched_s = wakeups(cluster.group.runtimes), time.monotonic() - started
         limit = watched_s / IDLE_WAIT_S + 4  # once a turn; the last steps' frames, and the ends
         woken = {name: after[name] - before[name] for name in after}
         assert all(count <= limit for count in woken.values()), woken
-        assert expert_steps(cluster) == ran
+        assert sum(expert_work(cluster)) == NUM_REQUESTS * PAIRS
         stream.close()

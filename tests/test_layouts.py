@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from cluster.config import ClusterConfig
-from tests.engine_stream import Result
 from tests.goldens import (
     BF16_VARIANTS,
     MAX_MODEL_LEN,
     NUM_NEW_TOKENS,
     NUM_PROMPTS,
     OLMOE_VARIANTS,
+    OTHER_VARIANTS,
     Golden,
 )
 from tests.serving_cluster import (
@@ -32,6 +33,8 @@ from workers.request import Request, SamplingParams
 LAYOUTS = [(attention, experts) for attention in (1, 2, 3) for experts in (1, 2, 3, 4)]
 DEFAULT_VARIANTS = ("olmoe-base", "olmoe-norm-gqa-clip", "olmoe-bias-tied-mqa")
 """Run in all layouts by default: many experts, few of them, one kv head."""
+FAMILY_LAYOUTS = [(1, 1), (1, 3), (2, 2), (3, 4)]
+"""For the variants of all other families; each runs in one of them by default."""
 GREEDY = SamplingParams(max_tokens=NUM_NEW_TOKENS, temperature=0.0, ignore_eos=True)
 
 AnyGolden = Callable[[str], Golden]
@@ -43,27 +46,21 @@ def local_ray() -> Iterator[None]:
         yield
 
 
+def family_cases() -> Iterator[Any]:
+    """(variant, attention workers, expert workers), all but one of a variant marked slow."""
+    for i, variant in enumerate(OTHER_VARIANTS):
+        for j, layout in enumerate(FAMILY_LAYOUTS):
+            is_default = i % len(FAMILY_LAYOUTS) == j
+            marks = () if is_default else pytest.mark.slow
+            yield pytest.param(variant, *layout, marks=marks)
+
+
 def requests(golden: Golden, params: SamplingParams = GREEDY) -> list[Request]:
     """All prompts of a golden."""
     return [
         Request(request_id=f"p{i}", prompt=prompt, params=params)
         for i, prompt in enumerate(golden.prompts)
     ]
-
-
-def answers(cluster: ServingCluster, asked: list[Request]) -> dict[str, Result]:
-    """Serve requests together, spread over the attention workers."""
-    num_streams = cluster.config.workers.num_attention_workers
-    streams = [cluster.stream(rank) for rank in range(num_streams)]
-    shares = [asked[rank::num_streams] for rank in range(num_streams)]
-    for stream, share in zip(streams, shares, strict=True):
-        for request in share:
-            stream.send(request)
-    results: dict[str, Result] = {}
-    for stream, share in zip(streams, shares, strict=True):
-        results |= stream.collect(share)
-        stream.close()
-    return results
 
 
 def float32_config(
@@ -74,12 +71,36 @@ def float32_config(
     )
 
 
+def colocated_config(
+    golden: Golden, num_workers: int, **sections: dict[str, object]
+) -> ClusterConfig:
+    workers = {"mode": "colocated"} | sections.pop("workers", {})
+    return float32_config(golden, 0, num_workers, workers=workers, **sections)
+
+
+def bfloat16_config(golden: Golden, layout: tuple[int, ...], **engine: object) -> ClusterConfig:
+    """(attention, expert) workers, or a number of colocated ones."""
+    workers = {"mode": "colocated" if len(layout) == 1 else "disaggregated"}
+    return make_config(
+        golden.path, layout[0], layout[-1], dtype="bfloat16", workers=workers, engine=engine
+    )
+
+
 def check_greedy(cluster: ServingCluster, golden: Golden) -> None:
     """All tokens are transformers' own, and nothing is left behind."""
-    results = answers(cluster, requests(golden))
+    results = cluster.answers(requests(golden))
     for i in range(NUM_PROMPTS):
         assert tuple(results[f"p{i}"].tokens[0]) == golden.greedy(i), f"prompt {i}"
     assert cluster.blocks_in_use() == 0
+
+
+@pytest.mark.parametrize(("variant", "attention", "experts"), list(family_cases()))
+def test_float32_tokens_of_all_families(
+    golden: AnyGolden, variant: str, attention: int, experts: int
+) -> None:
+    config = float32_config(golden(variant), attention, experts)
+    with serving(ThreadCluster(config)) as cluster:
+        check_greedy(cluster, golden(variant))
 
 
 @pytest.mark.parametrize(("attention", "experts"), LAYOUTS, ids=[f"{a}x{e}" for a, e in LAYOUTS])
@@ -98,17 +119,34 @@ def test_float32_tokens_in_every_layout(
         check_greedy(cluster, golden(variant))
 
 
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(v, marks=() if v in DEFAULT_VARIANTS else pytest.mark.slow)
+        for v in OLMOE_VARIANTS
+    ],
+)
+def test_float32_tokens_of_colocated_workers(
+    golden: AnyGolden, variant: str, num_workers: int
+) -> None:
+    config = colocated_config(golden(variant), num_workers)
+    with serving(ThreadCluster(config)) as cluster:
+        check_greedy(cluster, golden(variant))
+
+
 @pytest.mark.ray
-@pytest.mark.parametrize("variant", OLMOE_VARIANTS)
+@pytest.mark.parametrize("variant", [*OLMOE_VARIANTS, "dots1-swa", "jetmoe-untied-top3-eps"])
 def test_float32_tokens_of_real_workers(local_ray: None, golden: AnyGolden, variant: str) -> None:
     with serving(RayCluster(float32_config(golden(variant), 1, 2))) as cluster:
         check_greedy(cluster, golden(variant))
 
 
+@pytest.mark.parametrize("mode", ["disaggregated", "colocated"])
 @pytest.mark.parametrize("combine_mode", ["sum", "per_slot"])
 @pytest.mark.parametrize("transport", ["sockets", "collective"])
 def test_transports_and_combine_modes_give_the_same_tokens(
-    golden: AnyGolden, transport: str, combine_mode: str
+    golden: AnyGolden, transport: str, combine_mode: str, mode: str
 ) -> None:
     config = float32_config(
         golden("olmoe-base"),
@@ -116,10 +154,43 @@ def test_transports_and_combine_modes_give_the_same_tokens(
         2,
         engine={"combine_mode": combine_mode},
         transport={"transport": transport},
-        workers={"num_redundant_experts": 8},
+        workers={"mode": mode, "num_redundant_experts": 8},
     )
     with serving(ThreadCluster(config)) as cluster:
         check_greedy(cluster, golden("olmoe-base"))
+
+
+@pytest.mark.parametrize(
+    ("variant", "transport", "mode", "engine", "redundant"),
+    [
+        ("dots1-swa", "sockets", "colocated", {"num_micro_batches": 2}, 3),
+        ("dots1-groups", "collective", "disaggregated", {"combine_mode": "per_slot"}, 5),
+        ("dots1-layer-types", "collective", "colocated", {}, 0),
+        ("jetmoe-tied", "sockets", "disaggregated", {"num_micro_batches": 2}, 2),
+        ("jetmoe-untied-top3-eps", "collective", "colocated", {"num_micro_batches": 2}, 1),
+        ("jetmoe-top1-linear", "sockets", "colocated", {"combine_mode": "per_slot"}, 0),
+        ("jetmoe-legacy-config", "sockets", "local", {}, 0),
+    ],
+)
+def test_modes_and_transports_of_other_families(
+    golden: AnyGolden,
+    variant: str,
+    transport: str,
+    mode: str,
+    engine: dict[str, object],
+    redundant: int,
+) -> None:
+    pools = (1, 0) if mode == "local" else (2, 2)
+    workers = {"mode": mode, "num_redundant_experts": redundant}
+    config = float32_config(
+        golden(variant),
+        *pools,
+        engine=engine,
+        transport={"transport": transport},
+        workers=workers,
+    )
+    with serving(ThreadCluster(config)) as cluster:
+        check_greedy(cluster, golden(variant))
 
 
 def test_local_mode_is_served_by_one_worker(golden: AnyGolden) -> None:
@@ -131,7 +202,7 @@ def test_local_mode_is_served_by_one_worker(golden: AnyGolden) -> None:
 def logits_of_prompt(cluster: ServingCluster, golden: Golden) -> list[list[float]]:
     """Log-probabilities of all prompt tokens, by prompt."""
     params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0)
-    results = answers(cluster, requests(golden, params))
+    results = cluster.answers(requests(golden, params))
     scores = []
     for i in range(NUM_PROMPTS):
         entries = results[f"p{i}"].outputs[0].prompt_logprobs
@@ -141,13 +212,13 @@ def logits_of_prompt(cluster: ServingCluster, golden: Golden) -> list[list[float
 
 
 @pytest.mark.parametrize("variant", BF16_VARIANTS)
-@pytest.mark.parametrize(("attention", "experts"), [(1, 2), (2, 3)], ids=["1x2", "2x3"])
+@pytest.mark.parametrize("layout", [(1, 2), (2, 3), (2,)], ids=["1x2", "2x3", "2"])
 def test_bfloat16_prompts_score_as_in_transformers(
-    golden: AnyGolden, variant: str, attention: int, experts: int
+    golden: AnyGolden, variant: str, layout: tuple[int, ...]
 ) -> None:
     """Against the bfloat16 golden: median difference of the prompt tokens' logprobs below 0.3."""
     expected = golden(variant)
-    config = make_config(expected.path, attention, experts, dtype="bfloat16")
+    config = bfloat16_config(expected, layout)
     with serving(ThreadCluster(config)) as cluster:
         scores = logits_of_prompt(cluster, expected)
     differences = []
@@ -160,29 +231,31 @@ def test_bfloat16_prompts_score_as_in_transformers(
 
 
 @pytest.mark.parametrize("variant", BF16_VARIANTS)
+@pytest.mark.parametrize("layout", [(1, 3), (3,)], ids=["1x3", "3"])
 def test_bfloat16_in_many_workers_is_the_local_engine_up_to_rounding(
-    golden: AnyGolden, variant: str
+    golden: AnyGolden, variant: str, layout: tuple[int, ...]
 ) -> None:
-    """One process against 1 + 3 workers, one request at a time: 2 units in the last bit of 8.0."""
+    """One process against workers, one request at a time: 2 units in the last bit of 8.0."""
     expected = golden(variant)
-    config = make_config(expected.path, 1, 3, dtype="bfloat16", engine={"combine_mode": "per_slot"})
+    config = bfloat16_config(expected, layout, combine_mode="per_slot")
     asked = requests(expected, SamplingParams(max_tokens=8, temperature=0.0, logprobs=0))
     local = LocalEngine(expected.path, dtype="bfloat16")
     with serving(ThreadCluster(config)) as cluster:
         for request in asked:
             (alone,) = local.generate([request.prompt], request.params)
-            got = answers(cluster, [request])[request.request_id]
+            got = cluster.answers([request])[request.request_id]
             logprobs = [entry.logprob for output in got.outputs for entry in output.logprobs]
             for ours, theirs in zip(logprobs, alone.logprobs, strict=True):
                 assert ours == pytest.approx(theirs.logprob, abs=0.0625)
 
 
-def test_requests_together_equal_requests_alone(golden: AnyGolden) -> None:
+@pytest.mark.parametrize("mode", ["disaggregated", "colocated"])
+def test_requests_together_equal_requests_alone(golden: AnyGolden, mode: str) -> None:
     expected = golden("olmoe-base")
     params = SamplingParams(max_tokens=16, temperature=1.0, top_p=0.95, seed=7, ignore_eos=True)
     asked = requests(expected, params)
-    with serving(ThreadCluster(float32_config(expected, 2, 2))) as cluster:
-        together = answers(cluster, asked)
+    with serving(ThreadCluster(float32_config(expected, 2, 2, workers={"mode": mode}))) as cluster:
+        together = cluster.answers(asked)
         for request in asked:
-            alone = answers(cluster, [request])[request.request_id]
+            alone = cluster.answers([request])[request.request_id]
             assert alone.tokens == together[request.request_id].tokens

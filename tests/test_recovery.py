@@ -1,10 +1,10 @@
-"""The recovery path, proved once: an expert worker dies and no stream notices."""
+"""The recovery path: a worker with experts dies, and no stream of the others notices."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,10 +12,15 @@ import pytest
 from cluster.config import ClusterConfig
 from cluster.model_source import bundled_checkpoint
 from tests.engine_stream import EngineStream
-from tests.serving_cluster import RayCluster, connected_ray, make_config, serving
+from tests.serving_cluster import (
+    RayCluster,
+    ServingCluster,
+    ThreadCluster,
+    connected_ray,
+    make_config,
+    serving,
+)
 from workers.request import FinishReason, Request, SamplingParams
-
-pytestmark = pytest.mark.ray
 
 NUM_STREAMS = 8
 
@@ -59,6 +64,7 @@ def wait_for_tokens(stream: EngineStream, count: int) -> None:
     stream.put_back(seen)
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(
     "num_tokens", [64, pytest.param(200, marks=pytest.mark.slow)], ids=["short", "long"]
 )
@@ -85,3 +91,60 @@ def test_killing_an_expert_worker_with_copies_changes_no_stream(
             assert len(hit.tokens[0]) == num_tokens
         assert cluster.blocks_in_use() == 0
         stream.close()
+
+
+def three_colocated_workers() -> ClusterConfig:
+    """The same spare slots, on workers that hold requests too."""
+    return make_config(
+        bundled_checkpoint(),
+        num_experts=3,
+        workers={"mode": "colocated", "num_redundant_experts": 22},
+        dtype="float32",
+    )
+
+
+def lose_one_of_three(
+    cluster: ServingCluster, lost: int, num_tokens: int, kill: Callable[[str], None]
+) -> None:
+    """Both survivors' streams go on as undisturbed, whoever led."""
+    ranks = [rank for rank in range(3) if rank != lost]
+    streams = {rank: cluster.stream(rank) for rank in ranks}
+    asked = {r: requests(num_tokens, f"calm-{r}")[r::3] for r in ranks}
+    undisturbed = {r: streams[r].finish(asked[r]) for r in ranks}
+    disturbed = {r: requests(num_tokens, f"hit-{r}")[r::3] for r in ranks}
+    other = cluster.stream(lost)
+    other.send(Request(request_id="gone", prompt=(5, 6), params=SamplingParams(max_tokens=900)))
+    for rank in ranks:
+        for request in disturbed[rank]:
+            streams[rank].send(request)
+    for rank in ranks:
+        wait_for_tokens(streams[rank], len(disturbed[rank]) * num_tokens // 4)
+    kill(f"colocated-{lost}")
+    for rank in ranks:
+        results = streams[rank].collect(disturbed[rank])
+        for calm, hit in zip(undisturbed[rank].values(), results.values(), strict=True):
+            assert hit.tokens == calm.tokens
+            assert hit.reasons == [FinishReason.LENGTH]
+            assert len(hit.tokens[0]) == num_tokens
+    snapshot = cluster.wait(lambda s: s["generation"] == 2)
+    assert snapshot["state"] == "DEGRADED"
+    assert snapshot["experts_complete"]
+    assert "go on with 2 colocated workers" in snapshot["history"][-1]["effect"]
+    assert cluster.blocks_in_use() == 0
+    for stream in (*streams.values(), other):
+        stream.close()
+
+
+@pytest.mark.parametrize("lost", [0, 1], ids=["leader", "other"])
+def test_losing_a_colocated_worker_with_copies_changes_no_other_stream(lost: int) -> None:
+    cluster = ThreadCluster(three_colocated_workers())
+    with serving(cluster):
+        lose_one_of_three(cluster, lost, 48, lambda name: cluster.group.runtimes[name].stop())
+
+
+@pytest.mark.ray
+def test_killing_a_colocated_worker_with_copies_changes_no_other_stream(local_ray: None) -> None:
+    with serving(RayCluster(three_colocated_workers())) as cluster:
+        lose_one_of_three(
+            cluster, 0, 64, lambda name: os.kill(cluster.worker(name)["pid"], signal.SIGKILL)
+        )

@@ -16,7 +16,9 @@ LEAVES = frozenset(
     f"cluster.{name}"
     for name in ("config", "errors", "topology", "placement", "load_profile", "control_frames")
 )
-REQUEST_TYPES = frozenset({"workers.request", "workers.wire"})
+REQUEST_TYPES = frozenset(
+    f"workers.{name}" for name in ("request", "wire", "inspection", "classifier", "prompt_embeds")
+)
 EDGES = frozenset(
     f"cluster.{name}"
     for name in (
@@ -44,7 +46,15 @@ ROOTS = frozenset(
 )
 """The composition root, with ``cluster.cli``: may import everything."""
 WORKER_EDGES = frozenset(
-    f"workers.{name}" for name in ("actor", "attention_worker", "expert_worker", "engine_server")
+    f"workers.{name}"
+    for name in (
+        "actor",
+        "actor_classes",
+        "attention_worker",
+        "expert_worker",
+        "colocated_worker",
+        "engine_server",
+    )
 )
 GATEWAY_RAY = frozenset({"gateway.app", "gateway.cluster_client"})
 
@@ -78,7 +88,7 @@ def rule_for(module: str) -> Rule:
     if package == "cluster":
         return Rule(ours=("cluster",), only=frozenset({"numpy"}))
     if module in REQUEST_TYPES:
-        return Rule(ours=("protos", "workers.request", *leaves))
+        return Rule(ours=("protos", *REQUEST_TYPES, *leaves))
     if module in WORKER_EDGES:
         return Rule(ours=("workers", "protos", *leaves), ray=True, torch=True)
     if package == "workers":

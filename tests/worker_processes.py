@@ -132,14 +132,21 @@ def _end(child: subprocess.Popen[str]) -> None:
 def main() -> None:
     """One worker: import, say so, wait for its arguments, run until stdin ends."""
     from workers.attention_runtime import AttentionRuntime
+    from workers.colocated_runtime import ColocatedRuntime
     from workers.expert_runtime import ExpertRuntime
+    from workers.runtime import WorkerRuntime
     from workers.worker_args import WorkerArgs
 
     sys.stdout.write("imported\n")
     sys.stdout.flush()
     config, member, control_address, extra = json.loads(sys.stdin.readline())
     args = WorkerArgs.from_plain(config, member, control_address, extra, "127.0.0.1")
-    kind = AttentionRuntime if sys.argv[1] == "attention" else ExpertRuntime
+    kinds: dict[str, type[WorkerRuntime]] = {
+        "attention": AttentionRuntime,
+        "expert": ExpertRuntime,
+        "colocated": ColocatedRuntime,
+    }
+    kind = kinds[sys.argv[1]]
     runtime = kind(args, lambda reason: os._exit(1))
     runtime.start()
     sys.stdin.read()
