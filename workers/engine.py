@@ -11,57 +11,32 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from cluster.config import EngineSection
 from cluster.errors import QueueFullError, RequestError
 from workers.classifier import pooled
 from workers.dist.dispatcher import TokenDispatcher
 from workers.dist.header import StepHeader
+from workers.drawing import Drawing, StepTokens
 from workers.families.base import BankSpec, ModelConfig
-from workers.findings import Piece
 from workers.grammar import CompiledGrammar
 from workers.histogram import TOKEN_BUCKETS, Histogram
-from workers.inspector import Inspector
 from workers.kv_blocks import BlockPool
 from workers.kv_cache import KVCache, num_kv_blocks
 from workers.lanes import Lanes
 from workers.layers import AttentionModel, Recorder
 from workers.model_runner import ModelRunner, StepResult
-from workers.request import FinishReason, Request, TokenLogprob, TokenOutput
+from workers.request import FinishReason, Request, TokenOutput
 from workers.request_checks import RequestLimits, check_request
-from workers.sampling import Drawn, all_finite, logprob_entries, sample
-from workers.sampling_alone import logprob_entries_alone, sample_alone
-from workers.scheduler import Plan, PlannedRows, RowsWanted, Scheduler
+from workers.sampling import Drawn
+from workers.scheduler import Plan, RowsWanted, Scheduler
 from workers.sequence import Ending
 from workers.sequence import Sequence as RequestSequence
 from workers.tracks import NOT_FINITE, Failure, Track
-
-_SCORED_ROWS = 64
-"""Prompt rows whose logits are made at a time: 64 x 50304 float32 are 13 MB."""
-
-
-@dataclass(frozen=True, slots=True)
-class _StepTokens:
-    """What was drawn and scored in a step, before the commit."""
-
-    drawing: tuple[Track, ...]
-    """Choices whose newest token was in the step: they draw one, or are scored only."""
-    drawn: dict[Track, Drawn]
-    """By choice that drew a token."""
-    scored: dict[Track, list[TokenLogprob]]
-    """New prompt logprobs."""
-    failed: dict[Track, Failure]
-    """Choices that cannot go on; in none of the others."""
-    classes: dict[Track, tuple[float, ...]]
-    """Logits by class, of prompts whose last row was in the step of a classifier."""
-    pieces: dict[Track, Piece]
-    """What was found for inspections."""
 
 
 class Engine:
@@ -86,7 +61,6 @@ class Engine:
         at least so many positions.
         """
         self._section = section
-        self._eos = config.eos_token_ids
         self._pad = config.pad_token_id
         self._rank = rank
         self._clock = clock
@@ -124,12 +98,12 @@ class Engine:
         self._runner = ModelRunner(
             model=model, cache=self._cache, banks=banks, dispatcher=dispatcher, rank=rank
         )
-        self._sample = sample_alone if section.deterministic else sample
-        self._entries = logprob_entries_alone if section.deterministic else logprob_entries
         self._banks = tuple(banks)
-        self._inspector = Inspector(config, banks, self._runner.logits, self._entries)
         self._requests: dict[str, list[Track]] = {}
         self._tracks: dict[RequestSequence, Track] = {}
+        self._drawing = Drawing(
+            config, banks, self._runner.logits, section.deterministic, self._tracks
+        )
         self._pending: list[TokenOutput] = []
         self._num_received = 0
         names = ("steps_total", "prompt_tokens_total", "generation_tokens_total")
@@ -157,7 +131,7 @@ class Engine:
         check_request(request, self._limits)
         if self._limits.is_classifier and request.inspection is None:
             request = pooled(request, self._pad)
-        self._inspector.check(request)
+        self._drawing.inspector.check(request)
         self._check_room(request)
         now = self._clock() if received is None else received
         tracks = self._start(request, grammar, now)
@@ -224,7 +198,7 @@ class Engine:
                 leader=found[0].sequence if found else None,
             )
             found.append(Track.start(sequence, now, state))
-        found[0].findings = self._inspector.start(request)
+        found[0].findings = self._drawing.inspector.start(request)
         return found
 
     # Steps
@@ -254,7 +228,7 @@ class Engine:
         plan = self._scheduler.schedule(grant.decode_rows, grant.prefill_rows)
         try:
             result = self._runner.run(header, plan)
-            tokens = None if result is None else self._draw(plan, result)
+            tokens = None if result is None else self._drawing.draw(plan, result)
         except BaseException:
             # What a broken step wrote may be NaN, and must not meet the blocks' next holder.
             self._cache.clear_slots(self._slots(plan))
@@ -266,87 +240,6 @@ class Engine:
             self._commit(plan, result, tokens)
         return self.poll()
 
-    def _draw(self, plan: Plan, result: StepResult) -> _StepTokens:
-        """Sample and score; changes nothing."""
-        drawing: list[Track] = []
-        sampled: list[Track] = []
-        rows: list[int] = []
-        ends: list[int] = []
-        scored: dict[Track, list[TokenLogprob]] = {}
-        failed: dict[Track, Failure] = {}
-        pieces: dict[Track, Piece] = {}
-        for i, planned in enumerate(plan.rows):
-            track, first_row = self._tracks[planned.sequence], result.first_row[i]
-            if not result.finite[i]:
-                failed[track] = NOT_FINITE
-                continue
-            if track.wants_prompt_logprobs:
-                entries = self._score(track, planned, result.hidden, first_row)
-                if entries is None:
-                    failed[track] = NOT_FINITE
-                    continue
-                scored[track] = entries
-            if track.findings is not None:
-                piece = self._inspect(planned, result, first_row)
-                if piece is None:
-                    failed[track] = NOT_FINITE
-                    continue
-                pieces[track] = piece
-            if planned.draws_token:
-                drawing.append(track)
-                ends.append(first_row + planned.count - 1)
-                if planned.sequence.params.max_tokens:
-                    sampled.append(track)
-                    rows.append(first_row + planned.count - 1)
-        drawn: dict[Track, Drawn] = {}
-        if rows:
-            logits = self._runner.logits(result.hidden[rows])
-            found = self._sample(logits, [t.sampling_row(self._eos) for t in sampled])
-            for track, one in zip(sampled, found, strict=True):
-                if one.failure is None:
-                    drawn[track] = one
-                else:
-                    failed[track] = track.draw_failure(one)
-            drawing = [t for t in drawing if t not in failed]
-        classes: dict[Track, tuple[float, ...]] = {}
-        if self._limits.is_classifier and ends:
-            rows_of_logits = self._runner.logits(result.hidden[ends]).float().tolist()
-            for track, row in zip(tuple(drawing), rows_of_logits, strict=True):
-                if not all(map(math.isfinite, row)):
-                    failed[track] = NOT_FINITE
-                    drawing.remove(track)
-                elif track.findings is None:  # else all its tokens ran, not those up to a pad
-                    classes[track] = tuple(row)
-        return _StepTokens(tuple(drawing), drawn, scored, failed, classes, pieces)
-
-    def _inspect(self, planned: PlannedRows, result: StepResult, first_row: int) -> Piece | None:
-        """What the step found for an inspection; None when a logit is NaN or infinity."""
-        hidden = result.hidden[first_row : first_row + planned.count]
-        captures = result.captures.get(planned.sequence, ())
-        return self._inspector.read(planned.sequence.request, planned.first, hidden, captures)
-
-    def _score(
-        self, track: Track, planned: PlannedRows, hidden: Tensor, first_row: int
-    ) -> list[TokenLogprob] | None:
-        """Logprobs of the prompt tokens behind these rows that have none yet.
-
-        None when a logit is NaN or infinity.
-        """
-        prompt = planned.sequence.request.prompt
-        first = max(planned.first, len(track.prompt_logprobs) - 1)
-        last = min(planned.first + planned.count, len(prompt) - 1)
-        offset = first_row - planned.first
-        entries: list[TokenLogprob] = []
-        for start in range(first, last, _SCORED_ROWS):
-            stop = min(start + _SCORED_ROWS, last)
-            logits = self._runner.logits(hidden[start + offset : stop + offset])
-            if not all_finite(logits):
-                return None
-            tokens = prompt[start + 1 : stop + 1]
-            num_top = [planned.sequence.params.prompt_logprobs or 0] * len(tokens)
-            entries += self._entries(logits, tokens, num_top)
-        return entries
-
     def _slots(self, plan: Plan) -> list[int]:
         """Cache slots of all rows of a plan."""
         size = self._section.block_size_tokens
@@ -356,7 +249,7 @@ class Engine:
             for position in range(planned.first, planned.first + planned.count)
         ]
 
-    def _commit(self, plan: Plan, result: StepResult, tokens: _StepTokens) -> None:
+    def _commit(self, plan: Plan, result: StepResult, tokens: StepTokens) -> None:
         """Make the step count, and queue its outputs."""
         now = self._clock()
         broken = [t for t, failure in tokens.failed.items() if failure is NOT_FINITE]
@@ -411,7 +304,7 @@ class Engine:
     def _forget(self, track: Track, reason: FinishReason) -> None:
         self._ended[reason] += 1
         if track.findings is not None:
-            self._inspector.end(track.sequence.request)
+            self._drawing.inspector.end(track.sequence.request)
         del self._tracks[track.sequence]
         request_id = track.sequence.request.request_id
         left = self._requests[request_id]
