@@ -170,6 +170,32 @@ class RunGeneration(ControlFrame):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoadExperts(ControlFrame):
+    """Controller -> worker with experts: fill expert slots in the background.
+
+    The slots are in no placement in force; see ``workers/experts/loading.py``.
+    """
+
+    order: int
+    """Number of the order; comes back in ``ExpertsLoaded``."""
+    experts: list[list[int]]
+    """``[bank, expert slot, logical expert]``; ``FREE_SLOT`` for the expert empties the slot."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """``kind`` of the source, ``checkpoint`` without one, and what that kind needs to know."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsLoaded(ControlFrame):
+    """Worker -> controller: a load order is carried out, or cannot be."""
+
+    order: int
+    error: str = ""
+    """What is in the way, in the worker's words; empty when all experts are in their slots."""
+    num_bytes: int = 0
+    """Bytes that were read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Shutdown(ControlFrame):
     """Controller -> worker: end yourself."""
 
@@ -194,6 +220,8 @@ FRAMES: dict[str, type[ControlFrame]] = {
         NewGeneration,
         GenerationReady,
         RunGeneration,
+        LoadExperts,
+        ExpertsLoaded,
         Shutdown,
     )
 }
@@ -243,8 +271,9 @@ def proof(token: str, side: str, worker_nonce: str, controller_nonce: str) -> st
 def _fits(annotation: object, value: object) -> bool:
     kinds: dict[str, type | tuple[type, ...]] = {"int": int, "str": str, "bool": bool}
     text = str(annotation)
-    if text.startswith("dict"):
-        return isinstance(value, dict)
+    for container in (dict, list):
+        if text.startswith(container.__name__):
+            return isinstance(value, container)
     if text == "int" and isinstance(value, bool):
         return False
     return isinstance(value, kinds.get(text, object))

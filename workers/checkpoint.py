@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,15 @@ class Checkpoint:
         """All tensors by name."""
         return self._tensors
 
+    def another(self) -> Checkpoint:
+        """The same checkpoint for another thread: the headers are shared, nothing else is.
+
+        It reports no progress.
+        """
+        twin = copy(self)
+        twin._readers, twin._progress = {}, None
+        return twin
+
     def expect(self, num_bytes: int) -> None:
         """Announce bytes that will be read, for the progress callback."""
         self._total += num_bytes
@@ -164,14 +174,22 @@ class Checkpoint:
             else:
                 out.copy_(reader.get_slice(part.name)[part.index])
         except (OSError, SafetensorError) as err:
-            raise CheckpointError(f"{entry.file.name}: tensor {part.name}: {err}") from err
+            words = str(err).replace(str(entry.file), entry.file.name)
+            raise CheckpointError(f"{entry.file.name}: tensor {part.name}: {words}") from err
         self._loaded += self.num_bytes(part)
         if self._progress is not None:
             self._progress(self._loaded, max(self._total, self._loaded))
 
     def _reader(self, file: Path) -> Any:
+        """An open file. Its header must be the one that was read at first."""
         if file not in self._readers:
-            self._readers[file] = safe_open(file, framework="pt")
+            known = {name: entry for name, entry in self._tensors.items() if entry.file == file}
+            reader = safe_open(file, framework="pt")
+            if _entries(reader, file) != known:
+                raise CheckpointError(
+                    f"{file.name} is not the file of this checkpoint any more: its header changed"
+                )
+            self._readers[file] = reader
         return self._readers[file]
 
 
@@ -353,12 +371,17 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
     """All tensors of one file; the library checks that the file holds what its header says."""
     try:
         with safe_open(file, framework="pt") as reader:
-            slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
-            return {
-                name: TensorEntry(file=file, dtype=part.get_dtype(), shape=tuple(part.get_shape()))
-                for name, part in slices.items()
-            }
+            return _entries(reader, file)
     except (OSError, SafetensorError) as err:
         raise CheckpointError(
             f"{file.name} is truncated, damaged, or not a safetensors file: {err}"
         ) from err
+
+
+def _entries(reader: Any, file: Path) -> dict[str, TensorEntry]:
+    """All tensors of an open file."""
+    slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
+    return {
+        name: TensorEntry(file=file, dtype=part.get_dtype(), shape=tuple(part.get_shape()))
+        for name, part in slices.items()
+    }

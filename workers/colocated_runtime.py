@@ -7,13 +7,10 @@ from typing import Any
 from workers.attention_runtime import AttentionRuntime
 from workers.dist.colocated import ColocatedDispatcher, LoopbackTransport
 from workers.dist.dispatcher import TokenDispatcher
-from workers.dist.expert_server import ExpertServer
 
 
 class ColocatedRuntime(AttentionRuntime):
     """Serves requests, and in the same steps its expert slots to all ranks."""
-
-    _server: ExpertServer | None = None
 
     def _load(self) -> dict[str, Any]:
         return {**super()._load(), "num_slots": self.args.num_slots}
@@ -21,13 +18,9 @@ class ColocatedRuntime(AttentionRuntime):
     def _open_dispatcher(self) -> TokenDispatcher:
         """Both sides of the exchange, over one transport."""
         transport = LoopbackTransport(self.transport, self.member.rank)
-        self._server = self._load_experts(transport)
-        return ColocatedDispatcher(self._remote_dispatcher(transport), self._server)
+        server = self._load_experts(transport).server
+        return ColocatedDispatcher(self._remote_dispatcher(transport), server)
 
     def _stats(self) -> dict[str, float]:
-        server = self._server
-        return {
-            "expert_worker_tokens_total": float(server.num_tokens if server is not None else 0),
-            "expert_worker_slots": float(self.args.num_slots),
-            **super()._stats(),
-        }
+        experts = self._experts
+        return {**(experts.stats() if experts is not None else {}), **super()._stats()}

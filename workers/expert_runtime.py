@@ -7,7 +7,6 @@ from typing import Any
 
 from cluster.placement import ExpertPlacement
 from cluster.topology import Generation
-from workers.dist.expert_server import ExpertServer
 from workers.runtime import IDLE_WAIT_S, WorkerRuntime
 
 
@@ -16,10 +15,9 @@ class ExpertRuntime(WorkerRuntime):
 
     _busy_s = 0.0
     _num_steps = 0
-    _server: ExpertServer | None = None
 
     def _load(self) -> dict[str, Any]:
-        self._server = self._load_experts(self.transport)
+        self._load_experts(self.transport)
         return {"dtype": str(self.dtype).removeprefix("torch."), "num_slots": self.args.num_slots}
 
     def _fence(self, reason: str) -> None:
@@ -29,18 +27,18 @@ class ExpertRuntime(WorkerRuntime):
         """Nothing: no request has any state here."""
 
     def _enter(self, generation: Generation, placement: ExpertPlacement) -> None:
-        assert self._server is not None
-        self._server.set_placement(placement, generation)
+        assert self._experts is not None
+        self._experts.server.set_placement(placement, generation)
 
     def _turn(self) -> None:
-        assert self._server is not None
+        assert self._experts is not None
         self._idle = True
         header = self.channel.wait(IDLE_WAIT_S)
         self._idle = False
         if header is None:
             return
         started = time.monotonic()
-        self._server.run_step(header)
+        self._experts.server.run_step(header)
         if self._traced is not None:
             self._traced.end_step()
         self._last_commit = time.monotonic()
@@ -48,10 +46,8 @@ class ExpertRuntime(WorkerRuntime):
         self._num_steps += 1
 
     def _stats(self) -> dict[str, float]:
-        server = self._server
         return {
-            "expert_worker_tokens_total": float(server.num_tokens if server is not None else 0),
+            **(self._experts.stats() if self._experts is not None else {}),
             "expert_worker_busy_seconds_total": self._busy_s,
-            "expert_worker_slots": float(self.args.num_slots),
             "steps_total": float(self._num_steps),
         }

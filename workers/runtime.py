@@ -22,8 +22,10 @@ from typing import Any
 
 from cluster.control_frames import (
     ControlFrame,
+    ExpertsLoaded,
     GenerationReady,
     Heartbeat,
+    LoadExperts,
     LoadProgress,
     NewGeneration,
     PeerLost,
@@ -41,7 +43,6 @@ from workers.checkpoint import Checkpoint, resolve_dtype
 from workers.control_client import ControlClient, Lease
 from workers.dist.activity import Activity
 from workers.dist.collective import CollectiveTransport
-from workers.dist.expert_server import ExpertServer
 from workers.dist.frames import max_data_bytes
 from workers.dist.handshake import PeerIdentity
 from workers.dist.hub import PeerHub
@@ -51,6 +52,7 @@ from workers.dist.sockets import SocketTransport
 from workers.dist.step_channel import StepChannel
 from workers.dist.traced import Traced, TracedTransport
 from workers.dist.transport import DataTransport
+from workers.expert_part import ExpertPart
 from workers.experts.slots import ExpertSlots
 from workers.huge_pages import collapse_weights
 from workers.lanes import Lanes
@@ -77,6 +79,8 @@ class WorkerRuntime(ABC):
 
     _traced: Traced | None = None
     """What writes the timeline of a step, where one is asked for."""
+    _experts: ExpertPart | None = None
+    """The expert slots of a worker that has some, once they are filled."""
 
     def __init__(self, args: WorkerArgs, on_death: OnDeath) -> None:
         self.args = args
@@ -258,24 +262,22 @@ class WorkerRuntime(ABC):
         self.member = replace(self.member, store_address=collective.store_address)
         return collective
 
-    def _load_experts(self, transport: DataTransport) -> ExpertServer:
+    def _load_experts(self, transport: DataTransport) -> ExpertPart:
         """Load the experts that the placement gives this worker's device."""
-        placement = self.args.placement
-        assert placement is not None, "a worker with experts is started with a placement"
-        slots = self._expert_slots()
-        slots.load_placement(placement, self.member.device, self.checkpoint)
         if self.trace is not None:
             transport = self._traced = TracedTransport(transport, self.trace, self.family.banks)
-        return ExpertServer(
+        part = ExpertPart(
+            self.args,
+            self._expert_slots(),
+            self.checkpoint,
             transport,
-            slots,
-            self.family.banks,
-            device_index=self.member.device,
-            combine_mode=self.config.engine.combine_mode,
+            self.control,
             dtype=self.dtype,
-            device=self.args.device,
             activity=self.activity,
         )
+        self._cleanup.callback(part.close)
+        self._experts = part
+        return part
 
     def _open_trace(self) -> StepTrace | None:
         section = self.config.observability
@@ -308,6 +310,9 @@ class WorkerRuntime(ABC):
 
     def _on_frame(self, frame: ControlFrame) -> None:
         """Hand a frame to the data thread, and interrupt its wait where the frame demands it."""
+        if isinstance(frame, LoadExperts):
+            self._order_experts(frame)
+            return
         self._frames.append(frame)
         if isinstance(frame, NewGeneration):
             self._interrupt(int(frame.generation["number"]))
@@ -315,6 +320,14 @@ class WorkerRuntime(ABC):
             self._interrupt(self.generation.number + 1)
         elif self._hub is not None:
             self._hub.wake()
+
+    def _order_experts(self, order: LoadExperts) -> None:
+        """The loader's thread does it; the data thread goes on."""
+        if self._experts is not None:
+            self._experts.order(order)
+            return
+        error = f"{self.member.name} has no expert slots"
+        self.control.send(ExpertsLoaded(order=order.order, error=error))
 
     def _interrupt(self, generation: int) -> None:
         if self._hub is not None:

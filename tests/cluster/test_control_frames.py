@@ -14,9 +14,11 @@ from cluster.control_frames import (
     ControlFrame,
     ControlHello,
     ControlProof,
+    ExpertsLoaded,
     GenerationReady,
     Heartbeat,
     HeartbeatAck,
+    LoadExperts,
     LoadProgress,
     NewGeneration,
     PeerLost,
@@ -57,6 +59,8 @@ SAMPLES: tuple[ControlFrame, ...] = (
     NewGeneration(term=1, generation={"number": 2, "members": []}, placement={"epoch": 3}),
     GenerationReady(generation=2, highest_step=9, highest_epoch=3),
     RunGeneration(generation=2, first_step=10),
+    LoadExperts(order=3, experts=[[0, 8, 5], [1, 8, -1]], source={"kind": "checkpoint"}),
+    ExpertsLoaded(order=3, error="model.safetensors: no such file", num_bytes=7),
     Shutdown(reason="stopped"),
 )
 

@@ -16,7 +16,11 @@ from workers.layers import gate_of
 
 
 class ExpertKernel(Protocol):
-    """Weights of all slots for one exchange, and their product with rows."""
+    """Weights of all slots for one exchange, and their product with rows.
+
+    One thread may resize, store and clear while another computes with slots that the first does not
+    touch: a computation looks once at what it works on, and a resize replaces it as a whole.
+    """
 
     def resize(self, num_slots: int) -> None:
         """Grow to so many slots."""

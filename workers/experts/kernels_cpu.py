@@ -103,10 +103,7 @@ class PaddedExperts:
 
     def resize(self, num_slots: int) -> None:
         """Make room; new slots hold zeros, whose pages the system only gives out when written."""
-        for matrix, old in enumerate(self._weights):
-            new = torch.zeros((num_slots, *old.shape[1:]), dtype=old.dtype)
-            new[: len(old)] = old
-            self._weights[matrix] = new
+        self._weights = [grown(old, num_slots) for old in self._weights]
 
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
         """Copy one matrix of one expert."""
@@ -119,35 +116,41 @@ class PaddedExperts:
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
         """Outputs [P, out] of pairs; see ``ExpertBank.compute``."""
-        if len(pair_slot) * _FEW_SLOTS <= len(self._weights[0]):
-            return self._gathered(inputs.index_select(0, pair_input), pair_slot)
+        weights = self._weights
+        if len(pair_slot) * _FEW_SLOTS <= len(weights[0]):
+            return self._gathered(weights, inputs.index_select(0, pair_input), pair_slot)
         order = pair_slot.argsort(stable=True)
-        counts = torch.bincount(pair_slot, minlength=len(self._weights[0]))
+        counts = torch.bincount(pair_slot, minlength=len(weights[0]))
         used = counts.nonzero().squeeze(1)
         height = int(counts.max())
         if len(used) * height > _MAX_PADDING * max(len(order), len(counts)):
-            product = _Product(self._weights, functional.linear, self._gate)
+            product = _Product(weights, functional.linear, self._gate)
             return _loop(inputs, pair_input, order, counts, product, self._lanes)
         rows = inputs.index_select(0, pair_input[order])
-        rows = self._padded(rows, pair_slot[order], counts, used, height)
+        rows = self._padded(weights, rows, pair_slot[order], counts, used, height)
         return torch.empty_like(rows).index_copy_(0, order, rows)
 
-    def _gathered(self, rows: Tensor, slots: Tensor) -> Tensor:
+    def _gathered(self, weights: Sequence[Tensor], rows: Tensor, slots: Tensor) -> Tensor:
         """rows [P, in] -> [P, out]: weights are gathered for each pair, nothing is sorted."""
         padded = rows.unsqueeze(1)
-        for matrix, weight in enumerate(self._weights):
+        for matrix, weight in enumerate(weights):
             if matrix == 1:
                 padded = self._gate(padded)
             padded = torch.bmm(padded, weight.index_select(0, slots).transpose(1, 2))
         return padded.squeeze(1)
 
     def _padded(
-        self, rows: Tensor, slots: Tensor, counts: Tensor, used: Tensor, height: int
+        self,
+        weights: Sequence[Tensor],
+        rows: Tensor,
+        slots: Tensor,
+        counts: Tensor,
+        used: Tensor,
+        height: int,
     ) -> Tensor:
         """rows [P, in] sorted by their slots -> [P, out]."""
         starts = counts.cumsum(0) - counts
         place = torch.arange(len(rows)) - starts[slots]
-        weights = self._weights
         if len(used) * _FEW_SLOTS <= len(counts):
             slots = torch.searchsorted(used, slots)
             weights = [w[used] for w in weights]
@@ -160,6 +163,13 @@ class PaddedExperts:
                 padded = self._gate(padded)
             padded = torch.bmm(padded, weight.transpose(1, 2))
         return padded.view(-1, padded.shape[2])[place]
+
+
+def grown(weights: Tensor, num_slots: int) -> Tensor:
+    """[slots, ..] -> [num_slots, ..]: the same slots first, then zeros."""
+    new = weights.new_zeros((num_slots, *weights.shape[1:]))
+    new[: len(weights)] = weights
+    return new
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from workers.experts.kernels_cpu import grown
 from workers.layers import Gate, swiglu
 
 _ALIGNMENT_BYTES = 16
@@ -37,10 +38,7 @@ class GroupedExperts:
 
     def resize(self, num_slots: int) -> None:
         """Allocate slots; old contents are kept."""
-        for matrix, old in enumerate(self._weights):
-            new = torch.zeros((num_slots, *old.shape[1:]), dtype=old.dtype, device=old.device)
-            new[: len(old)] = old
-            self._weights[matrix] = new
+        self._weights = [grown(old, num_slots) for old in self._weights]
 
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
         """Copy one matrix of one expert to the device."""
@@ -53,12 +51,12 @@ class GroupedExperts:
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
         """Outputs [P, out] of pairs; see ``ExpertBank.compute``."""
-        num_slots = len(self._weights[0])
+        weights = self._weights
         order = pair_slot.argsort(stable=True)
-        counts = torch.bincount(pair_slot, minlength=num_slots)
+        counts = torch.bincount(pair_slot, minlength=len(weights[0]))
         rows = inputs[pair_input[order]]
         multiply = self._grouped if self._has_grouped else self._loop
-        for matrix, weight in enumerate(self._weights):
+        for matrix, weight in enumerate(weights):
             if matrix == 1:
                 rows = self._gate(rows)
             rows = multiply(rows, weight, counts)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from workers.experts.bank import ExpertKernel, MakeKernel
-from workers.experts.kernels_cpu import PACKED_MIN_ELEMENTS
+from workers.experts.kernels_cpu import PACKED_MIN_ELEMENTS, grown
 from workers.families.base import ExchangeSpec
 from workers.invariant import LINEAR_FORMS, MIN_ROWS, Form, RowInvariantLinear, check_device
 from workers.lanes import Lanes
@@ -44,10 +44,7 @@ class BlockExperts:
 
     def resize(self, num_slots: int) -> None:
         """See ``ExpertKernel``; new slots hold zeros."""
-        for matrix, old in enumerate(self._weights):
-            new = torch.zeros((num_slots, *old.shape[1:]), dtype=old.dtype)
-            new[: len(old)] = old
-            self._weights[matrix] = new
+        self._weights = [grown(old, num_slots) for old in self._weights]
 
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
         """See ``ExpertKernel``."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from cluster.placement import FREE_SLOT, ExpertPlacement
 from workers.checkpoint import Checkpoint
 from workers.experts.bank import ExpertBank, make_kernel
 from workers.experts.kernels_invariant import InvariantKernels
+from workers.experts.sources import CheckpointSource, ExpertSource
 from workers.families.base import BankSpec
 from workers.lanes import Lanes
 
@@ -35,35 +35,23 @@ class ExpertSlots:
         fast = partial(make_kernel, lanes=lanes or Lanes())
         make = InvariantKernels().make if deterministic else fast
         self._banks = tuple(ExpertBank(spec, num_slots, dtype, device, make) for spec in banks)
-        self._buffers: dict[tuple[int, int], Tensor] = {}
 
     @property
     def banks(self) -> tuple[ExpertBank, ...]:
         """By ``BankSpec.index``."""
         return self._banks
 
-    def load_expert(self, bank: int, slot: int, expert: int, checkpoint: Checkpoint) -> None:
-        """Read one logical expert into a slot, matrix by matrix. Raises ``CheckpointError``."""
-        target = self._banks[bank]
-        for exchange in target.spec.exchanges:
-            matrices = checkpoint.family.expert_matrices(
-                target.spec, exchange.index, expert, checkpoint.tensors
-            )
-            for i, matrix in enumerate(matrices):
-                weight = checkpoint.read_stacked(
-                    matrix.parts, target.dtype, self._buffer(matrix.shape, target.dtype)
-                )
-                target.store(slot, exchange.index, i, weight)
+    def load_expert(
+        self, bank: int, slot: int, expert: int, source: ExpertSource
+    ) -> Iterator[None]:
+        """Read one logical expert into a slot, matrix by matrix: a turn of the iterator each.
 
-    def _buffer(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Where matrices of a shape are read to, one after the other.
-
-        Fresh memory for each would leave holes between the packed weights that stay, a third of
-        their size in a bank of 512 x 256 experts.
+        Raises what the source raises.
         """
-        if shape not in self._buffers:
-            self._buffers[shape] = torch.empty(shape, dtype=dtype)
-        return self._buffers[shape]
+        target = self._banks[bank]
+        for exchange, matrix, weight in source.weights(target.spec, expert, target.dtype):
+            target.store(slot, exchange, matrix, weight)
+            yield
 
     def load_all(self, checkpoint: Checkpoint) -> None:
         """Expert e of every bank into slot e (a single process)."""
@@ -89,9 +77,10 @@ class ExpertSlots:
         for bank, slots in enumerate(by_bank):
             if len(slots) > self._banks[bank].num_slots:
                 self._banks[bank].resize(len(slots))
+        source = CheckpointSource(checkpoint)
         try:
             for bank, slot, expert in work:
-                self.load_expert(bank, slot, expert, checkpoint)
+                for _ in self.load_expert(bank, slot, expert, source):
+                    pass
         finally:
-            self._buffers.clear()
-            checkpoint.close()
+            source.close()

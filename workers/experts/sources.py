@@ -1,0 +1,80 @@
+"""Where the weights of experts come from: an interface, and the checkpoint on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from workers.checkpoint import Checkpoint
+from workers.families.base import BankSpec
+
+
+class ExpertWeight(NamedTuple):
+    """One matrix of one expert."""
+
+    exchange: int
+    """Exchange of the bank that uses it."""
+    matrix: int
+    """Its place in ``ExchangeSpec.matrix_shapes``."""
+    weight: Tensor
+    """[out, in] on the CPU, the reader's until it asks for the next one."""
+
+
+class ExpertSource(Protocol):
+    """Hands out experts, one matrix at a time. Used by one thread."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes read so far."""
+
+    def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
+        """All matrices of a logical expert, in ``dtype``.
+
+        Raises an ``ExpertMeshError`` that says what is missing, when it is asked for the next one.
+        """
+
+    def close(self) -> None:
+        """Let go of files, buffers and connections; the source is not used again."""
+
+
+class CheckpointSource:
+    """Reads from the checkpoint's files. Raises ``CheckpointError`` with the file's name."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """``checkpoint`` is this thread's own (``Checkpoint.another``)."""
+        self._checkpoint = checkpoint
+        self._first_bytes = checkpoint.loaded_bytes
+        self._buffers: dict[tuple[int, int], Tensor] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """See ``ExpertSource``; bytes on disk."""
+        return self._checkpoint.loaded_bytes - self._first_bytes
+
+    def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
+        """See ``ExpertSource``."""
+        family, tensors = self._checkpoint.family, self._checkpoint.tensors
+        for exchange in bank.exchanges:
+            matrices = family.expert_matrices(bank, exchange.index, expert, tensors)
+            for i, matrix in enumerate(matrices):
+                out = self._buffer(matrix.shape, dtype)
+                weight = self._checkpoint.read_stacked(matrix.parts, dtype, out)
+                yield ExpertWeight(exchange.index, i, weight)
+
+    def close(self) -> None:
+        """See ``ExpertSource``."""
+        self._buffers.clear()
+        self._checkpoint.close()
+
+    def _buffer(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Where matrices of a shape are read to, one after the other.
+
+        Fresh memory for each would leave holes between the packed weights that stay, a third of
+        their size in a bank of 512 x 256 experts.
+        """
+        if shape not in self._buffers:
+            self._buffers[shape] = torch.empty(shape, dtype=dtype)
+        return self._buffers[shape]
