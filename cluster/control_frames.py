@@ -97,6 +97,10 @@ class Heartbeat(ControlFrame):
     """Newest generation it follows."""
     waiting: bool = False
     """The loop waits for a peer within a step: a standing ``progress`` is the peer's doing."""
+    fenced: bool = False
+    """Its lease ran out: it has left the generation and waits for the next one."""
+    number: int = 0
+    """Counts this worker's heartbeats; the acknowledgement brings it back."""
     stats: dict[str, float] = field(default_factory=dict)
     """Gauges and counters by metric name; attention workers: kv_blocks_free, kv_blocks_total."""
     expert_load: dict[str, list[int]] = field(default_factory=dict)
@@ -109,6 +113,10 @@ class HeartbeatAck(ControlFrame):
 
     term: int
     """Term of the controller."""
+    controller: str = ""
+    """Which controller of that term."""
+    number: int = 0
+    """The heartbeat's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +156,39 @@ class NewGeneration(ControlFrame):
     """``cluster.topology.Generation`` as a dict."""
     placement: dict[str, Any]
     """``cluster.placement.ExpertPlacement`` as a dict: the authoritative epoch."""
+    controller: str = ""
+    """Which controller of that term; another one of the same term is not followed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keepsake(ControlFrame):
+    """Controller -> worker: what a restarted controller is to be told in ``Rejoin``."""
+
+    memory: dict[str, Any]
+    """As ``cluster.adoption`` makes and reads it; nothing to the worker."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejoin(ControlFrame):
+    """Worker -> controller, after ``Register`` and ``WorkerReady`` on a new connection.
+
+    A restarted controller learns from it all that it must know.
+    """
+
+    term: int
+    """Highest term of a controller that it has followed."""
+    generation: dict[str, Any]
+    """``Generation`` as a dict: the newest that was announced to it; empty before the first."""
+    placement: dict[str, Any]
+    """The maps announced with it."""
+    running: bool
+    """It runs that generation now."""
+    highest_step: int
+    """Highest step number it has seen."""
+    highest_epoch: int
+    """Highest placement epoch it has run."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """Of the last ``Keepsake``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,6 +259,8 @@ FRAMES: dict[str, type[ControlFrame]] = {
         StatusReply,
         PeerLost,
         NewGeneration,
+        Keepsake,
+        Rejoin,
         GenerationReady,
         RunGeneration,
         LoadExperts,

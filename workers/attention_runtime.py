@@ -33,6 +33,9 @@ from workers.grammar_gate import GrammarGate
 from workers.request import FinishReason, Request, StepOutput, TokenOutput
 from workers.runtime import IDLE_WAIT_S, WorkerRuntime
 
+_COMMIT_SHARE = 0.25
+"""Part of its lease after which an idle leader without its controller runs an empty step."""
+
 
 class AttentionRuntime(WorkerRuntime):
     """An engine, its stream to the gateways, and its place in the step protocol."""
@@ -109,9 +112,13 @@ class AttentionRuntime(WorkerRuntime):
             activity=self.activity,
         )
 
-    def _fence(self, reason: str) -> None:
+    def _close_gates(self) -> None:
         if self._stream is not None:
             self._stream.close_streams()
+
+    def _open_gates(self) -> None:
+        assert self._stream is not None, "it is open before the weights are loaded"
+        self._stream.admit_streams()
 
     def _facts(self) -> EngineFacts:
         engine, config = self._engine, self.family.config
@@ -167,14 +174,22 @@ class AttentionRuntime(WorkerRuntime):
         assert engine is not None, "the weights are loaded before the first turn"
         wanted = engine.wanted()
         self._idle = not engine.has_work
-        self.channel.propose(wanted.decode_rows, wanted.prefill_rows)
-        header = self.channel.wait(self._gate.wait_s(IDLE_WAIT_S))
+        self.channel.propose(
+            wanted.decode_rows, wanted.prefill_rows, even_empty=self._needs_a_commit()
+        )
+        idle_s = min(IDLE_WAIT_S, self.lease_s * _COMMIT_SHARE)
+        header = self.channel.wait(self._gate.wait_s(idle_s))
         if header is None:
             return
         self._idle = False
         outputs = self._step(engine, header)
         self._last_commit = time.monotonic()
         self._emit(outputs)
+
+    def _needs_a_commit(self) -> bool:
+        """The controller has been silent for a while: an empty step renews everybody's lease."""
+        known = max(self.control.contact_at, self._last_commit)
+        return time.monotonic() - known > self.lease_s * _COMMIT_SHARE
 
     def _step(self, engine: Engine, header: StepHeader) -> list[TokenOutput]:
         outputs = engine.step(header)

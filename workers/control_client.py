@@ -1,8 +1,8 @@
 """A worker's end of the control socket: one thread that talks to the controller.
 
 The thread sends queued frames and heartbeats, answers status requests, and hands everything else
-to ``on_frame``. When the connection breaks it says so once and tries again, with what the
-controller must know about this worker (registration, readiness) sent first.
+to ``on_frame``. When the connection breaks it says so once and tries again, with what a restarted
+controller must know about this worker (registration, readiness, where it stands) sent first.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from cluster.control_frames import (
     MAX_HELLO_BYTES,
@@ -39,6 +39,7 @@ from cluster.control_frames import (
     proof,
 )
 from cluster.errors import HandshakeError, PeerLostError, ProtocolError
+from workers.lease import Lease, LeaseClock, TermGuard
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +50,6 @@ _CHUNK_BYTES = 1 << 16
 _RETRY_S = 0.5
 _RETRY_LIMIT_S = 1.0  # short, so that the lease is looked at in between
 _FLUSH_S = 1.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lease:
-    """A worker that can neither reach the controller nor commit a step must stop by itself."""
-
-    limit_s: float
-    """Longest time without both; below twice the detection limit."""
-    last_commit: Callable[[], float]
-    """Monotonic time of the last committed step."""
-    on_expired: Callable[[str], None]
-    """Called once when the lease has run out, on the client's thread."""
 
 
 class ControlClient:
@@ -83,9 +72,10 @@ class ControlClient:
         heartbeat_s: float = 0.5,
         connect_timeout_s: float = 10.0,
         lease: Lease | None = None,
-        resolve_address: Callable[[], str] | None = None,
+        rejoin: Callable[[], Sequence[ControlFrame]] = tuple,
     ) -> None:
-        """``address`` is ``host:port``; ``resolve_address`` finds a restarted controller's.
+        """``address`` is ``host:port``. ``rejoin`` says where this worker stands, for a new
+        connection; it is called on the client's thread.
 
         The ``token`` of the reply that ``status`` returns is filled in here.
         """
@@ -98,15 +88,14 @@ class ControlClient:
         self._on_connection_lost = on_connection_lost
         self._heartbeat_s = heartbeat_s
         self._connect_timeout_s = connect_timeout_s
-        self._lease = lease
-        self._resolve_address = resolve_address
+        self._rejoin = rejoin
         self._lock = threading.Lock()
         self._queue: deque[bytes] = deque()
         self._greeting: dict[type[ControlFrame], ControlFrame] = {}
         self._closing = False
-        self._term = 0
-        self._contact_at = 0.0
-        self._is_fenced = False
+        self._is_redirected = False
+        self._guard = TermGuard()
+        self._lease = LeaseClock(lease)
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -124,8 +113,27 @@ class ControlClient:
         except (PeerLostError, ProtocolError):
             self._close_wake()
             raise
-        self._contact_at = time.monotonic()
+        self._lease.begin(time.monotonic())
         self._thread.start()
+
+    @property
+    def term(self) -> int:
+        """Highest term of a controller that was followed."""
+        return self._guard.term
+
+    @property
+    def contact_at(self) -> float:
+        """Monotonic time of the newest heartbeat that a controller has acknowledged."""
+        return self._lease.contact_at
+
+    def redirect(self, address: str) -> None:
+        """A new controller listens at ``address``: leave the old one for it (any thread)."""
+        with self._lock:
+            if address == self._address:
+                return
+            self._address = address
+            self._is_redirected = True
+        self._wake()
 
     def send(self, frame: ControlFrame) -> None:
         """Queue a frame. Registration and readiness are sent again after a reconnect."""
@@ -184,10 +192,13 @@ class ControlClient:
             selector.register(sock, selectors.EVENT_READ)
             try:
                 while True:
+                    if self._is_redirected:
+                        return "a new controller has called"
                     now = time.monotonic()
-                    self._check_lease(now)
+                    self._lease.check(now)
                     if now >= next_beat:
-                        outgoing += encode(self._heartbeat())
+                        beat = replace(self._heartbeat(), number=self._lease.beat(now))
+                        outgoing += encode(beat)
                         next_beat = now + self._heartbeat_s
                     is_closing = self._closing  # read first: all of the queue was sent before it
                     self._take_queue(outgoing)
@@ -224,29 +235,17 @@ class ControlClient:
             self._handle(frame)
 
     def _handle(self, frame: ControlFrame) -> None:
-        self._contact_at = time.monotonic()
-        self._is_fenced = False
         if isinstance(frame, (HeartbeatAck, NewGeneration)):
-            if frame.term < self._term:
-                raise ProtocolError(f"a controller of the older term {frame.term}")
-            self._term = frame.term
-        if isinstance(frame, StatusRequest):
+            self._guard.check(frame.term, frame.controller)
+        if isinstance(frame, HeartbeatAck):
+            self._lease.acknowledged(frame.number)
+        elif isinstance(frame, StatusRequest):
             reply = self._status()
             self.send(
                 StatusReply(token=frame.token, stats=reply.stats, expert_load=reply.expert_load)
             )
-        elif not isinstance(frame, HeartbeatAck):
+        else:
             self._on_frame(frame)
-
-    def _check_lease(self, now: float) -> None:
-        """Fence this worker when it is cut off and idle or stuck for longer than its lease."""
-        lease = self._lease
-        if lease is None or self._is_fenced:
-            return
-        silence = now - max(self._contact_at, lease.last_commit())
-        if silence > lease.limit_s:
-            self._is_fenced = True
-            lease.on_expired(f"no contact with the controller and no step for {silence:.1f} s")
 
     def _take_queue(self, outgoing: bytearray) -> None:
         with self._lock:
@@ -266,10 +265,8 @@ class ControlClient:
     def _connect_again(self) -> socket.socket | None:
         """A new connection, whenever there is a controller again; None when closed meanwhile."""
         while not self._closing:
-            self._check_lease(time.monotonic())
+            self._lease.check(time.monotonic())
             try:
-                if self._resolve_address is not None:
-                    self._address = self._resolve_address()
                 sock = self._connect(min(self._connect_timeout_s, _RETRY_LIMIT_S))
             except PeerLostError as err:
                 logger.debug("no controller yet: %s", err)
@@ -278,7 +275,8 @@ class ControlClient:
             else:
                 with self._lock:  # what was queued for the old connection has lost its meaning
                     self._queue.clear()
-                    self._queue.extend(encode(f) for f in self._greeting.values())
+                    greeting = [*self._greeting.values(), *self._rejoin()]
+                    self._queue.extend(encode(f) for f in greeting)
                 return sock
             self._pause(_RETRY_S)
         return None
@@ -293,35 +291,37 @@ class ControlClient:
 
     def _connect(self, timeout_s: float) -> socket.socket:
         """Connect and prove the token. Raises ``PeerLostError`` and ``HandshakeError``."""
-        host, _, port = self._address.rpartition(":")
+        with self._lock:
+            address, self._is_redirected = self._address, False
+        host, _, port = address.rpartition(":")
         deadline = time.monotonic() + timeout_s
         try:
             sock = socket.create_connection((host, int(port)), timeout=timeout_s)
         except OSError as err:
-            raise PeerLostError(CONTROLLER, f"cannot connect to {self._address}: {err}") from err
+            raise PeerLostError(CONTROLLER, f"cannot connect to {address}: {err}") from err
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            self._handshake(sock, deadline)
+            self._handshake(sock, address, deadline)
         except OSError as err:
             sock.close()
-            raise PeerLostError(CONTROLLER, f"handshake with {self._address}: {err}") from err
+            raise PeerLostError(CONTROLLER, f"handshake with {address}: {err}") from err
         except ProtocolError:
             sock.close()
             raise
         return sock
 
-    def _handshake(self, sock: socket.socket, deadline: float) -> None:
+    def _handshake(self, sock: socket.socket, address: str, deadline: float) -> None:
         """The worker's side of the mutual proof."""
         nonce = secrets.token_hex(16)
         sock.sendall(encode(ControlHello(worker=self._name, nonce=nonce)))
         length = frame_length(_read_exactly(sock, _PREFIX_BYTES, deadline), MAX_HELLO_BYTES)
         challenge = decode(_read_exactly(sock, length, deadline))
         if not isinstance(challenge, ControlChallenge):
-            raise HandshakeError(f"{self._address} is no controller")
+            raise HandshakeError(f"{address} is no controller")
         expected = proof(self._token, CONTROLLER, nonce, challenge.nonce)
         if not hmac.compare_digest(challenge.proof.encode(), expected.encode()):
-            raise HandshakeError(f"{self._address} does not know the cluster token")
+            raise HandshakeError(f"{address} does not know the cluster token")
         ours = proof(self._token, "worker", nonce, challenge.nonce)
         sock.sendall(encode(ControlProof(proof=ours)))
 

@@ -166,6 +166,7 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         self._inbox = inbox
         self._facts = facts
         self._streams: dict[str, _GatewayStream] = {}
+        self._is_closed = False
         self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
@@ -186,8 +187,12 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         self._call_soon(self._put, gateway, message)
 
     def close_streams(self) -> None:
-        """End every gateway's stream (any thread): this worker may no longer serve."""
-        self._call_soon(self._close_all)
+        """End every gateway's stream and refuse new ones (any thread): it may no longer serve."""
+        self._call_soon(self._set_closed, True)
+
+    def admit_streams(self) -> None:
+        """Gateways may come again (any thread)."""
+        self._call_soon(self._set_closed, False)
 
     def stop(self) -> None:
         """End the server and its thread."""
@@ -201,6 +206,8 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
     ) -> AsyncIterator[pb.FromEngine]:
         """One gateway's stream, from its hello to its end."""
         hello = await self._authenticate(request_iterator, context)
+        if self._is_closed:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker may not serve now")
         name = f"{hello.gateway}#{next(self._numbers)}"
         stream = _GatewayStream(name)
         self._streams[name] = stream
@@ -251,6 +258,11 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         if stream is not None and not stream.put(message):
             logger.warning("%s is %d steps behind: stream closed", gateway, MAX_STEPS_BEHIND)
             stream.close()
+
+    def _set_closed(self, is_closed: bool) -> None:
+        self._is_closed = is_closed
+        if is_closed:
+            self._close_all()
 
     def _close_all(self) -> None:
         for stream in self._streams.values():

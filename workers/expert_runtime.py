@@ -20,8 +20,11 @@ class ExpertRuntime(WorkerRuntime):
         self._load_experts(self.transport)
         return {"dtype": str(self.dtype).removeprefix("torch."), "num_slots": self.args.num_slots}
 
-    def _fence(self, reason: str) -> None:
-        """Nothing: it serves only steps of a leader, and that one has a lease of its own."""
+    def _close_gates(self) -> None:
+        """Nothing: no client comes here."""
+
+    def _open_gates(self) -> None:
+        """Nothing: no client comes here."""
 
     def _between_steps(self) -> None:
         """Nothing: no request has any state here."""

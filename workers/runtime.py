@@ -25,11 +25,13 @@ from cluster.control_frames import (
     ExpertsLoaded,
     GenerationReady,
     Heartbeat,
+    Keepsake,
     LoadExperts,
     LoadProgress,
     NewGeneration,
     PeerLost,
     Register,
+    Rejoin,
     RunGeneration,
     Shutdown,
     StatusReply,
@@ -40,7 +42,7 @@ from cluster.errors import GenerationChangedError, PeerLostError
 from cluster.placement import ExpertPlacement
 from cluster.topology import Generation, Member
 from workers.checkpoint import Checkpoint, resolve_dtype
-from workers.control_client import ControlClient, Lease
+from workers.control_client import ControlClient
 from workers.dist.activity import Activity
 from workers.dist.collective import CollectiveTransport
 from workers.dist.frames import max_data_bytes
@@ -56,6 +58,7 @@ from workers.expert_part import ExpertPart
 from workers.experts.slots import ExpertSlots
 from workers.huge_pages import collapse_weights
 from workers.lanes import Lanes
+from workers.lease import Lease
 from workers.numerics import numerics_digest
 from workers.step_trace import StepTrace
 from workers.worker_args import WorkerArgs
@@ -94,8 +97,12 @@ class WorkerRuntime(ABC):
         self.activity = Activity()
         self._idle = True
         self._running = False
+        self._is_fenced = False
         self._stopping = False
         self._is_connected = False
+        self._order: NewGeneration | None = None
+        self._loss: PeerLost | None = None
+        self._memory: dict[str, Any] = {}
         self._last_commit = time.monotonic()
         self._reported_at = 0.0
         self._epoch = 0
@@ -132,8 +139,12 @@ class WorkerRuntime(ABC):
         return self.member
 
     @abstractmethod
-    def _fence(self, reason: str) -> None:
-        """The lease ran out: stop serving (control thread)."""
+    def _close_gates(self) -> None:
+        """The lease ran out: let no client have anything from this worker (control thread)."""
+
+    @abstractmethod
+    def _open_gates(self) -> None:
+        """A generation runs: clients may come again."""
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -229,14 +240,20 @@ class WorkerRuntime(ABC):
             heartbeat_s=transport.heartbeat_s,
             connect_timeout_s=transport.connect_timeout_s,
             lease=Lease(
-                limit_s=LEASE_LIMITS * transport.detection_limit_s,
+                limit_s=self.lease_s,
                 last_commit=lambda: self._last_commit,
                 on_expired=self._fence,
             ),
+            rejoin=self._rejoin,
         )
         control.start()
         self._is_connected = True
         return control
+
+    @property
+    def lease_s(self) -> float:
+        """Time without controller and without committed step after which this worker stops."""
+        return LEASE_LIMITS * self.config.transport.detection_limit_s
 
     @property
     def hub(self) -> PeerHub:
@@ -313,8 +330,12 @@ class WorkerRuntime(ABC):
         if isinstance(frame, LoadExperts):
             self._order_experts(frame)
             return
+        if isinstance(frame, Keepsake):
+            self._memory = frame.memory
+            return
         self._frames.append(frame)
         if isinstance(frame, NewGeneration):
+            self._order = frame
             self._interrupt(int(frame.generation["number"]))
         elif isinstance(frame, Shutdown):
             self._interrupt(self.generation.number + 1)
@@ -339,8 +360,33 @@ class WorkerRuntime(ABC):
             idle=self._idle,
             generation=self.generation.number,
             waiting=self.activity.is_waiting,
+            fenced=self._is_fenced,
             stats=self._stats(),
         )
+
+    def _fence(self, reason: str) -> None:
+        """The lease ran out: leave this generation, and let no client have anything of it."""
+        logger.warning("%s is fenced: %s", self.member.name, reason)
+        self._is_fenced = True
+        self._close_gates()
+        if self._hub is not None:
+            self._hub.wake()
+
+    def _rejoin(self) -> list[ControlFrame]:
+        """Where this worker stands, for a controller that knows nothing of it."""
+        order, loss = self._order, self._loss
+        number = self.generation.number
+        here = order is not None and order.generation["number"] == number
+        standing = Rejoin(
+            term=self.control.term,
+            generation=order.generation if order is not None else {},
+            placement=order.placement if order is not None else {},
+            running=here and self._running and not self._is_fenced,
+            highest_step=self.channel.highest_step if number else 0,
+            highest_epoch=max(self.channel.highest_epoch, self._epoch) if number else 0,
+            memory=self._memory,
+        )
+        return [standing] if loss is None else [standing, loss]
 
     def _status(self) -> StatusReply:
         return StatusReply(token=0, stats=self._stats(), expert_load=self._expert_load())
@@ -351,6 +397,8 @@ class WorkerRuntime(ABC):
         """One turn; a lost peer or a new generation ends the running of this one."""
         self.activity.advance()
         try:
+            if self._is_fenced:
+                self._running = False
             if self._running:
                 self._turn()
             else:
@@ -366,7 +414,8 @@ class WorkerRuntime(ABC):
         self._running = False
         number = self.generation.number
         logger.warning("%s: generation %d stops: %s", self.member.name, number, err)
-        self.control.send(PeerLost(worker=err.peer, generation=number, reason=err.reason))
+        self._loss = PeerLost(worker=err.peer, generation=number, reason=err.reason)
+        self.control.send(self._loss)
 
     def _handle_frames(self) -> None:
         while self._frames:
@@ -383,7 +432,7 @@ class WorkerRuntime(ABC):
         generation = Generation.from_dict(frame.generation)
         if generation.number <= self.generation.number:
             return
-        self._running = False
+        self._running, self._loss = False, None
         placement = ExpertPlacement.from_dict(frame.placement)
         self.generation = generation
         try:
@@ -407,6 +456,9 @@ class WorkerRuntime(ABC):
     def _run_generation(self, frame: RunGeneration) -> None:
         if frame.generation == self.generation.number:
             self.channel.start_generation(frame.first_step, self._epoch)
+            self._last_commit = time.monotonic()
+            self._is_fenced = False
+            self._open_gates()
             self._running = True
 
     def _report_loading(self, loaded_bytes: int, total_bytes: int) -> None:

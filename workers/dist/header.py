@@ -173,8 +173,10 @@ def decide_header(
     oldest_epoch: int,
     max_prefill_rows: int,
     micro_batches: MicroBatchRule = _ONE_MICRO_BATCH,
+    even_empty: bool = False,
 ) -> StepHeader | None:
-    """The leader's policy: the header of ``step``, or None as long as there is nothing to run.
+    """The leader's policy: the header of ``step``, or None as long as there is nothing to run
+    (unless ``even_empty``: then a step without rows runs).
 
     ``proposals`` by attention rank, ``ranks`` are all attention ranks of the generation. Decode
     rows are always granted. Prefill rows are capped at ``max_prefill_rows`` over all ranks; among
@@ -186,7 +188,8 @@ def decide_header(
     order = sorted(ranks)
     if any(rank not in proposals for rank in order):
         return None
-    if not any(proposals[r].decode_rows or proposals[r].prefill_rows for r in order):
+    wanted = any(proposals[r].decode_rows or proposals[r].prefill_rows for r in order)
+    if not wanted and not even_empty:
         return None
     left = max_prefill_rows
     prefill = dict.fromkeys(order, 0)

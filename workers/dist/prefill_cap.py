@@ -66,7 +66,7 @@ class PrefillCap:
 
     def observe(self, decode_rows: int, prefill_rows: int, seconds: float) -> None:
         """A step took so long, from its header to the next proposals of all ranks."""
-        if self._target_s is None:
+        if self._target_s is None or not decode_rows + prefill_rows:
             return
         if not prefill_rows:
             self._learn_decode(decode_rows, seconds)

@@ -84,9 +84,12 @@ class StepChannel:
         self._epoch = epoch
         self._oldest_epoch = oldest_epoch
 
-    def propose(self, decode_rows: int, prefill_rows: int) -> None:
+    def propose(
+        self, decode_rows: int, prefill_rows: int, *, even_empty: bool = False
+    ) -> None:
         """Attention ranks: say what this rank wants in the next step; replaces what it said.
 
+        With ``even_empty`` a leader has the step run once all have reported, also without a row.
         Raises as ``hub.send`` does.
         """
         hub = self._hub
@@ -102,7 +105,7 @@ class StepChannel:
         )
         if self.is_leader:
             self._proposals[hub.me.rank] = proposal
-            self._decide()
+            self._decide(even_empty)
         else:
             self._send(hub.generation.leader.name, FrameKind.PROPOSAL, proposal)
 
@@ -173,7 +176,7 @@ class StepChannel:
         if not self._headers:
             self._decide()
 
-    def _decide(self) -> None:
+    def _decide(self, even_empty: bool = False) -> None:
         """Leader: publish the header of the next step if there is one."""
         generation = self._hub.generation
         ranks = [m.rank for m in generation.attention]
@@ -190,6 +193,7 @@ class StepChannel:
             oldest_epoch=self._oldest_epoch,
             max_prefill_rows=self._prefill_cap.rows(decode_rows, len(ranks)),
             micro_batches=self._micro_batches,
+            even_empty=even_empty,
         )
         if header is None:
             return

@@ -129,6 +129,19 @@ def test_nobody_steps_while_nobody_has_work(cluster: Cluster) -> None:
     assert max(woken) <= 3
 
 
+def test_a_leader_may_have_a_step_without_rows(cluster: Cluster) -> None:
+    """It proves to all of them that their generation lives."""
+    leader, other = cluster.channels[:2]
+    other.propose(0, 0, even_empty=True)  # means nothing on a rank that does not lead
+    leader.propose(0, 0)
+    assert leader.wait(0.05) is None
+    leader.propose(0, 0, even_empty=True)
+    (header,) = set(cluster.wait_all())
+    assert header is not None
+    assert header.grants == ((0, Grant()), (1, Grant()))
+    assert (header.num_micro_batches, header.exact, header.bucket) == (1, False, 1)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_doorbell_starts_a_step_at_once(cluster: Cluster, rank: int) -> None:
     for channel in cluster.channels[:2]:
