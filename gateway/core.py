@@ -30,6 +30,7 @@ from gateway.metrics import GatewayMetrics
 from gateway.model import ModelFacts
 from gateway.output_queue import OutputQueue
 from gateway.prompts import PromptMaker
+from gateway.submission import Submission
 from gateway.tokenizer import Tokenizer
 from gateway.validate import finish_call
 from protos.engine_pb2 import EngineHello
@@ -82,6 +83,7 @@ class Gateway:
         self._facts: ModelFacts | None = None
         self._draw_seed = _seed_source(config.engine.seed, name)
         cluster.listen(lambda snapshot: engines.update(attention_endpoints(snapshot)))
+        engines.on_resubmit = self._observe_resubmitted
 
     @property
     def facts(self) -> ModelFacts | None:
@@ -283,9 +285,11 @@ class Gateway:
         while True:
             now_s = time.monotonic()
             can_go = self._check_state()
-            if can_go and (to := self.engines.assign(request, generation.queue)) is not None:
-                generation.assigned(request.request_id, to)
-                return
+            if can_go:
+                entry = self.engines.assign(request, generation.queue, deadline_s)
+                if entry is not None:
+                    generation.assigned(request.request_id, entry)
+                    return
             if now_s >= deadline_s:
                 if can_go:
                     raise DeadlineExceededError("the request's time is over", False)
@@ -297,6 +301,10 @@ class Gateway:
             if now_s - no_stream_s > _STREAM_WAIT_S:
                 raise NotReadyError("no attention worker is ready", "not_ready", 2.0)
             await self.engines.wait_change(min(0.5, deadline_s - now_s))
+
+    def _observe_resubmitted(self, entry: Submission) -> None:
+        self.metrics.requests_replayed.add()
+        self.metrics.tokens_recomputed.add(amount=entry.num_known_tokens)
 
     def _observe_admitted(self, call: GenerateCall) -> None:
         metrics = self.metrics

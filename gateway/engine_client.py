@@ -2,7 +2,7 @@
 
 One ``EngineClient`` is one stream, from its hello to its end. It hands every output to the sink of
 its request, once: outputs of an older attempt and repeated indexes are dropped. How many streams
-there are, and what happens to the requests of a lost one, is decided in ``engine_pool``.
+there are, and who goes on with the requests of a lost one, is decided in ``engine_pool``.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 
-from cluster.errors import ExpertMeshError, RequestFailedError
+from cluster.errors import RequestFailedError
+from gateway.submission import Submission, without_first
 from protos import engine_pb2 as pb
 from protos.engine_pb2_grpc import EngineStub
-from workers.request import Request, StepOutput, TokenOutput
+from workers.request import StepOutput, TokenOutput
 from workers.wire import request_to_wire, step_from_wire
 
 logger = logging.getLogger(__name__)
@@ -36,36 +35,8 @@ _CHANNEL_OPTIONS = (
 )
 
 
-class OutputSink(Protocol):
-    """Takes what comes for one request."""
-
-    def put(self, output: TokenOutput) -> None:
-        """News of a choice."""
-
-    def fail(self, error: ExpertMeshError) -> None:
-        """The request will not be finished."""
-
-
-@dataclass(slots=True)
-class Submission:
-    """A request that an engine works on, as far as it has got."""
-
-    request: Request
-    """As it was sent; its attempt is the current one."""
-    sink: OutputSink
-    """Where its outputs go."""
-    open_choices: set[int]
-    """Choices that have not ended."""
-    outputs: list[list[int]] = field(default_factory=list)
-    """By choice, the tokens delivered: what a resubmission would carry."""
-
-    @property
-    def outstanding_tokens(self) -> int:
-        """Tokens that this request may still need: prompt, and outputs to come."""
-        missing = self.request.params.max_tokens * len(self.open_choices)
-        done = sum(len(self.outputs[choice]) for choice in self.open_choices)
-        is_started = any(self.outputs)
-        return missing - done + (0 if is_started else len(self.request.prompt))
+GiveBack = Callable[[Submission, str], None]
+"""Takes a request that its worker will not finish, and why."""
 
 
 class EngineClient:
@@ -76,6 +47,7 @@ class EngineClient:
         address: ``host:port`` of its engine server.
         token: the cluster token.
         gateway: name of this replica.
+        give_back: told of each request that the worker hands back.
         silence_limit_s: see ``SILENCE_LIMIT_S``.
         ping_s: see ``PING_S``.
     """
@@ -86,6 +58,7 @@ class EngineClient:
         address: str,
         token: str,
         gateway: str,
+        give_back: GiveBack,
         *,
         silence_limit_s: float = SILENCE_LIMIT_S,
         ping_s: float = PING_S,
@@ -98,10 +71,11 @@ class EngineClient:
         self._address = address
         self._token = token
         self._gateway = gateway
+        self._give_back = give_back
         self._silence_limit_s = silence_limit_s
         self._ping_s = ping_s
         self._submissions: dict[str, Submission] = {}
-        self._outgoing: asyncio.Queue[pb.ToEngine] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[pb.ToEngine | None] = asyncio.Queue()
         self._heard_s = time.monotonic()
         self._is_silent = False
 
@@ -110,28 +84,22 @@ class EngineClient:
         """Tokens that this worker's requests may still need."""
         return sum(entry.outstanding_tokens for entry in self._submissions.values())
 
-    def submit(self, request: Request, sink: OutputSink) -> None:
-        """Hand a request over; its outputs go to ``sink``."""
-        choices = request.n
-        self._submissions[request.request_id] = Submission(
-            request=request,
-            sink=sink,
-            open_choices=set(range(choices)),
-            outputs=[list(ids) for ids in request.output_so_far] or [[] for _ in range(choices)],
-        )
-        self._outgoing.put_nowait(pb.ToEngine(request=request_to_wire(request)))
+    def submit(self, entry: Submission) -> None:
+        """Hand a request over; its outputs go to its sink."""
+        entry.home = self
+        self._submissions[entry.request.request_id] = entry
+        self._outgoing.put_nowait(pb.ToEngine(request=request_to_wire(entry.request)))
 
     def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
         """End a request, or some of its choices, at once; never waits. Unknown ids are ignored."""
         entry = self._submissions.get(request_id)
         if entry is None:
             return
-        entry.open_choices.difference_update(choices or tuple(entry.open_choices))
+        entry.close(choices)
         if not entry.open_choices:
-            del self._submissions[request_id]
+            self._release(entry)
             choices = ()
-        abort = pb.Abort(request_id=request_id, choices=choices)
-        self._outgoing.put_nowait(pb.ToEngine(abort=abort))
+        self._outgoing.put_nowait(_abort_message(request_id, choices))
 
     async def run(self) -> str:
         """Keep the stream until it ends; returns why. Cancel it to end it."""
@@ -151,12 +119,18 @@ class EngineClient:
                 self.hello = None
                 pinger.cancel()
                 call.cancel()
+                self._outgoing.put_nowait(None)  # gRPC's task that waits for messages ends
 
     def take_submissions(self) -> list[Submission]:
         """The requests that were not finished, which are no longer this client's."""
         taken = list(self._submissions.values())
-        self._submissions.clear()
+        for entry in taken:
+            self._release(entry)
         return taken
+
+    def _release(self, entry: Submission) -> None:
+        del self._submissions[entry.request.request_id]
+        entry.home, entry.last_worker = None, self.worker
 
     async def _read(self, call: grpc.aio.StreamStreamCall[pb.ToEngine, pb.FromEngine]) -> str:
         while True:
@@ -173,8 +147,8 @@ class EngineClient:
 
     async def _messages(self) -> AsyncIterator[pb.ToEngine]:
         yield pb.ToEngine(hello=pb.Hello(token=self._token, gateway=self._gateway))
-        while True:
-            yield await self._outgoing.get()
+        while (message := await self._outgoing.get()) is not None:
+            yield message
 
     async def _ping(self, call: grpc.aio.StreamStreamCall[pb.ToEngine, pb.FromEngine]) -> None:
         number = 0
@@ -196,26 +170,22 @@ class EngineClient:
     def _take_output(self, entry: Submission, output: TokenOutput) -> None:
         if output.attempt != entry.request.attempt or output.choice not in entry.open_choices:
             return  # of an older attempt, or of a choice that was ended here
-        done = entry.outputs[output.choice]
-        repeated = len(done) - output.index
+        if entry.is_handed_back(output):
+            self._outgoing.put_nowait(_abort_message(output.request_id))
+            self._release(entry)
+            entry.num_returns += 1
+            self._give_back(entry, output.error or "the worker gave it up")
+            return
+        repeated = len(entry.outputs[output.choice]) - output.index
         if repeated < 0:
             self.abort(output.request_id)
             entry.sink.fail(RequestFailedError(f"{self.worker} skipped tokens of this request"))
             return
         news = without_first(output, repeated) if repeated else output
-        done.extend(news.token_ids)
-        if output.finish_reason is not None:
-            entry.open_choices.discard(output.choice)
-            if not entry.open_choices:
-                del self._submissions[output.request_id]
-        entry.sink.put(news)
+        entry.deliver(news)
+        if not entry.open_choices and entry.home is self:
+            self._release(entry)
 
 
-def without_first(output: TokenOutput, count: int) -> TokenOutput:
-    """An output without its first ``count`` tokens, which were delivered before."""
-    return replace(
-        output,
-        index=output.index + min(count, len(output.token_ids)),
-        token_ids=output.token_ids[count:],
-        logprobs=output.logprobs[count:],
-    )
+def _abort_message(request_id: str, choices: Sequence[int] = ()) -> pb.ToEngine:
+    return pb.ToEngine(abort=pb.Abort(request_id=request_id, choices=choices))

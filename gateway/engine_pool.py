@@ -1,36 +1,29 @@
-"""All streams of this replica: one to each attention worker of the current generation."""
+"""All streams of this replica: one to each attention worker of the current generation.
+
+The requests of a stream that ends go on at another worker, with their output so far. While there
+is none they wait here, each up to its deadline: then its ``Generation`` gives it up.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
 
 from cluster.errors import NotReadyError
 from gateway.cluster_view import AttentionEndpoint
-from gateway.engine_client import PING_S, SILENCE_LIMIT_S, EngineClient, OutputSink, Submission
+from gateway.engine_client import PING_S, SILENCE_LIMIT_S, EngineClient
 from gateway.router import RoutingPolicy, WorkerLoad, pick_worker
+from gateway.submission import OutputSink, Submission
 from workers.request import Request
 
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """A request in the hands of an engine."""
-
-    client: EngineClient
-    """The stream it went over."""
-    request_id: str
-    """The request."""
-
-    def abort(self, choices: Sequence[int] = ()) -> None:
-        """End it, or some of its choices; never waits, does no harm after the end."""
-        self.client.abort(self.request_id, choices)
+_REFUSED_RETRY_S = 0.1
+"""Time before a request that a worker handed back may go to the same worker again."""
 
 
 class EnginePool:
@@ -62,6 +55,10 @@ class EnginePool:
         self._keepers: dict[AttentionEndpoint, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._turn = 0
+        self._waiting: list[Submission] = []
+        self._is_stopping = False
+        self.on_resubmit: Callable[[Submission], None] = lambda entry: None
+        """Called whenever a request goes to another worker."""
 
     @property
     def clients(self) -> list[EngineClient]:
@@ -74,24 +71,23 @@ class EnginePool:
         for gone in set(self._keepers) - set(endpoints):
             logger.info("%s left the generation: stream dropped", gone.name)
             self._keepers.pop(gone).cancel()
+            if (client := self._clients.pop(gone.name, None)) is not None:
+                self._lose(client, "the worker left the generation")
         for endpoint in endpoints:
             if endpoint not in self._keepers:
                 self._keepers[endpoint] = asyncio.create_task(self._keep(endpoint))
 
-    def assign(self, request: Request, sink: OutputSink) -> Assignment | None:
-        """Hand a request to a worker; None while no stream is open."""
-        clients = {client.worker: client for client in self.clients}
-        loads = [
-            WorkerLoad(name=name, outstanding_tokens=client.outstanding_tokens)
-            for name, client in clients.items()
-        ]
-        picked = pick_worker(loads, self._policy, self._turn)
-        if picked is None:
+    def assign(self, request: Request, sink: OutputSink, deadline_s: float) -> Submission | None:
+        """Hand a request to a worker; None while no stream is open.
+
+        ``deadline_s`` is the ``time.monotonic`` up to which it is tried.
+        """
+        client = self._pick()
+        if client is None:
             return None
-        self._turn += 1
-        client = clients[picked.name]
-        client.submit(request, sink)
-        return Assignment(client, request.request_id)
+        entry = Submission(request, sink, deadline_s)
+        client.submit(entry)
+        return entry
 
     async def wait_change(self, timeout_s: float) -> None:
         """Return when a stream opens or ends, or after ``timeout_s``."""
@@ -100,9 +96,25 @@ class EnginePool:
 
     async def stop(self) -> None:
         """End all streams; their requests fail."""
+        self._is_stopping = True
         keepers = list(self._keepers.values())
         self.update([])
         await asyncio.gather(*keepers, return_exceptions=True)
+
+    def _pick(self, avoid: str = "") -> EngineClient | None:
+        """The worker for a request; ``avoid`` only where there is no other."""
+        clients = {client.worker: client for client in self.clients}
+        if len(clients) > 1:
+            clients.pop(avoid, None)
+        loads = [
+            WorkerLoad(name=name, outstanding_tokens=client.outstanding_tokens)
+            for name, client in clients.items()
+        ]
+        picked = pick_worker(loads, self._policy, self._turn)
+        if picked is None:
+            return None
+        self._turn += 1
+        return clients[picked.name]
 
     async def _keep(self, endpoint: AttentionEndpoint) -> None:
         """One stream after the other to the same worker, until it is not listed any more."""
@@ -112,6 +124,7 @@ class EnginePool:
                 endpoint.address,
                 self._token,
                 self._gateway,
+                self._take_back,
                 silence_limit_s=self._silence_limit_s,
                 ping_s=self._ping_s,
             )
@@ -124,21 +137,50 @@ class EnginePool:
                 announcer.cancel()
                 if self._clients.get(endpoint.name) is client:
                     del self._clients[endpoint.name]
-                self._notify()
-                self._fail_lost(client.take_submissions(), endpoint.name, reason)
+                self._lose(client, reason)
             logger.warning("stream to %s ended: %s", endpoint.name, reason)
             await asyncio.sleep(_RETRY_S)
 
     async def _announce(self, client: EngineClient) -> None:
         await client.connected.wait()
+        self._place_waiting()
         self._notify()
 
     def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _fail_lost(self, lost: Sequence[Submission], worker: str, reason: str) -> None:
-        """A later step hands these to another worker, with the outputs so far."""
-        for entry in lost:
-            logger.warning("request %s was lost with %s", entry.request.request_id, worker)
-            entry.sink.fail(NotReadyError(f"the worker was lost ({reason})", "not_ready", 1.0))
+    def _lose(self, client: EngineClient, reason: str) -> None:
+        """A stream is of no use any more: others go on with its requests."""
+        for entry in client.take_submissions():
+            name = entry.request.request_id
+            if self._is_stopping:
+                entry.sink.fail(NotReadyError(f"the gateway ends ({reason})", "not_ready", 1.0))
+                continue
+            logger.warning("request %s was lost with %s: %s", name, client.worker, reason)
+            self._waiting.append(entry)
+        self._place_waiting()
+        self._notify()
+
+    def _take_back(self, entry: Submission, reason: str) -> None:
+        """A worker will not finish a request that another one can."""
+        logger.info("request %s was handed back: %s", entry.request.request_id, reason)
+        self._waiting.append(entry)
+        has_other = entry.num_returns == 1 and len(self.clients) > 1
+        delay_s = 0.0 if has_other else _REFUSED_RETRY_S
+        asyncio.get_running_loop().call_later(delay_s, self._place_waiting)
+
+    def _place_waiting(self) -> None:
+        """Send the requests that wait for a worker to the ones there are now."""
+        waiting, self._waiting = self._waiting, []
+        now_s = time.monotonic()
+        for entry in waiting:
+            if not entry.is_waiting or now_s >= entry.deadline_s:
+                continue
+            client = self._pick(entry.last_worker)
+            if client is None:
+                self._waiting.append(entry)
+                continue
+            entry.again(now_s)
+            client.submit(entry)
+            self.on_resubmit(entry)

@@ -21,10 +21,10 @@ from cluster.errors import (
 from gateway.admission import Ticket
 from gateway.call import CallPrompt, GenerateCall
 from gateway.delta import ChoiceDelta, Finish, Usage
-from gateway.engine_pool import Assignment
 from gateway.errors import error_from_engine
 from gateway.metrics import GatewayMetrics
 from gateway.output_queue import OutputQueue
+from gateway.submission import Submission
 from gateway.text import (
     ChoiceText,
     Detokenizer,
@@ -36,6 +36,9 @@ from gateway.text import (
 from gateway.tokenizer import Tokenizer
 from workers.inspection import NamedArray
 from workers.request import FinishReason, Timings, TokenLogprob, TokenOutput
+
+_NO_WORKER_RETRY_S = 2.0
+"""Retry time for requests that found no worker in place of a lost one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class _Prompt:
     ) -> None:
         self.index = index
         self.prompt = prompt
-        self.assignment: Assignment | None = None
+        self.submission: Submission | None = None
         self.choices: list[_Choice] = []
         self.logprobs: tuple[TokenLogprob | None, ...] | None = None
         self.waits_for_logprobs = waits_for_logprobs
@@ -164,22 +167,23 @@ class Generation:
             pass
         return [prompt.found for prompt in self._prompts.values()]
 
-    def assigned(self, request_id: str, assignment: Assignment) -> None:
-        """Note who works on a request."""
-        self._prompts[request_id].assignment = assignment
+    def assigned(self, request_id: str, submission: Submission) -> None:
+        """Note that the engines have a request."""
+        self._prompts[request_id].submission = submission
 
     async def next(self, timeout_s: float | None = None) -> list[ChoiceDelta]:
         """The news that are there, after waiting for some; empty after ``timeout_s``.
 
         Raises:
             DeadlineExceededError: the call's time is over.
+            NotReadyError: it is over, and a request waits for a worker in place of a lost one.
             ExpertMeshError: an engine could not finish it.
         """
         give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
         while not self.is_finished:
             now_s = time.monotonic()
             if now_s >= self._deadline_s:
-                raise DeadlineExceededError("the request's time is over", self._has_token)
+                raise self._too_late()
             if give_up_s is not None and now_s >= give_up_s:
                 break
             wake_s = self._deadline_s if give_up_s is None else min(give_up_s, self._deadline_s)
@@ -191,6 +195,13 @@ class Generation:
                 return deltas
         return []
 
+    def _too_late(self) -> ExpertMeshError:
+        entries = [prompt.submission for prompt in self._prompts.values()]
+        if any(entry is not None and entry.is_waiting for entry in entries):
+            reason = "the worker was lost, and no other came within the request's time"
+            return NotReadyError(reason, "not_ready", _NO_WORKER_RETRY_S)
+        return DeadlineExceededError("the request's time is over", self._has_token)
+
     def sent(self) -> None:
         """The news of the last ``next`` are on their way to the client."""
         self._metrics.stream_lag.observe(time.monotonic() - self.queue.oldest_s)
@@ -201,8 +212,8 @@ class Generation:
             return
         self._is_closed = True
         for prompt in self._prompts.values():
-            if prompt.assignment is not None:
-                prompt.assignment.abort()
+            if prompt.submission is not None:
+                prompt.submission.abort()
         self._ticket.release(time.monotonic())
 
     def _make_prompt(self, place: int, prompt: CallPrompt) -> _Prompt:
@@ -233,15 +244,14 @@ class Generation:
             prompt.logprobs = output.prompt_logprobs
             self._changed.update(dict.fromkeys(prompt.choices))
         choice = prompt.choices[output.choice]
-        if self._caches_prefixes and output.num_cached_tokens and not choice.number:
+        is_first = not (choice.number or output.index)  # not what another worker found later
+        if self._caches_prefixes and output.num_cached_tokens and is_first:
             prompt.cached_tokens = output.num_cached_tokens
         if choice.finish is not None:
             return  # overshoot after a stop string
         if output.finish_reason is FinishReason.ERROR:
             message = output.error or "the engine could not finish the request"
             raise self._engine_error(message, output)
-        if output.finish_reason is FinishReason.ABORT:
-            raise NotReadyError("the worker gave the request up", "not_ready")
         if output.arrays or output.class_logits:
             prompt.found = Found(output.arrays, output.class_logits)
         self._changed[choice] = None
@@ -249,8 +259,8 @@ class Generation:
         stopped = self._feed(choice, output)
         if stopped is not None:
             self._finish(choice, FinishReason.STOP, stopped, None)
-            if prompt.assignment is not None:
-                prompt.assignment.abort((choice.number,))
+            if prompt.submission is not None:
+                prompt.submission.abort((choice.number,))
         elif output.finish_reason is not None:
             choice.text.finish()
             self._finish(choice, output.finish_reason, output.stop_token_id, output.timings)

@@ -72,6 +72,12 @@ class GatewayMetrics:
         self.prompt_tokens = count("prompt_tokens", "Prompt tokens of accepted calls")
         self.generation_tokens = count("generation_tokens", "Tokens delivered")
         self.request_success = count("request_success", "Choices that ended", "finished_reason")
+        self.requests_replayed = count(
+            "requests_replayed", "Requests that went on at another attention worker"
+        )
+        self.tokens_recomputed = count(
+            "tokens_recomputed", "Tokens of prompts and outputs that were computed anew for them"
+        )
         self.request_prompt_tokens = time(
             "request_prompt_tokens", "Prompt tokens a prompt", _TOKEN_BUCKETS
         )

@@ -269,6 +269,7 @@ class EngineRequest(_message.Message):
     INSPECTION_FIELD_NUMBER: _builtins.int
     PROMPT_EMBEDS_FIELD_NUMBER: _builtins.int
     PROMPT_EMBEDS_WIDTH_FIELD_NUMBER: _builtins.int
+    CLOSED_CHOICES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     n: _builtins.int
     attempt: _builtins.int
@@ -287,6 +288,10 @@ class EngineRequest(_message.Message):
     def output_so_far(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineTokens]: ...
     @_builtins.property
     def inspection(self) -> Global___EngineInspection: ...
+    @_builtins.property
+    def closed_choices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """ended in an earlier attempt"""
+
     def __init__(
         self,
         *,
@@ -302,10 +307,11 @@ class EngineRequest(_message.Message):
         inspection: Global___EngineInspection | None = ...,
         prompt_embeds: _builtins.bytes = ...,
         prompt_embeds_width: _builtins.int = ...,
+        closed_choices: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["inspection", b"inspection", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "inspection", b"inspection", "n", b"n", "output_so_far", b"output_so_far", "priority", b"priority", "prompt", b"prompt", "prompt_embeds", b"prompt_embeds", "prompt_embeds_width", b"prompt_embeds_width", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "closed_choices", b"closed_choices", "deadline_ms", b"deadline_ms", "inspection", b"inspection", "n", b"n", "output_so_far", b"output_so_far", "priority", b"priority", "prompt", b"prompt", "prompt_embeds", b"prompt_embeds", "prompt_embeds_width", b"prompt_embeds_width", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -168,6 +168,8 @@ class Engine:
         known = self._requests.get(request.request_id)
         if known and known[0].sequence.request.attempt >= request.attempt:
             raise RequestError(f"request {request.request_id} is already here", "request_id")
+        if request.attempt:
+            return  # it was let in once, by a worker that is lost
         waiting, limit = self._scheduler.num_waiting, self._section.max_waiting
         if waiting and waiting + request.n > limit:
             raise QueueFullError(
@@ -180,11 +182,11 @@ class Engine:
             )
 
     def _start(self, request: Request, grammar: CompiledGrammar | None, now: float) -> list[Track]:
-        """One track per choice; the first one's sequence leads the others."""
+        """One track per open choice; the first one's sequence leads the others."""
         assert (grammar is None) is (request.params.grammar is None), "compiled before it is added"
         deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf
         found: list[Track] = []
-        for choice in range(request.n):
+        for choice in sorted(set(range(request.n)) - set(request.closed_choices)):
             has_output = choice < len(request.output_so_far)
             output = list(request.output_so_far[choice]) if has_output else []
             state = None if grammar is None else grammar.start(output)

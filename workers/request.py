@@ -103,6 +103,8 @@ class Request:
     """Grows with each resubmission; tokens of an older attempt are dropped by the gateway."""
     output_so_far: tuple[tuple[int, ...], ...] = ()
     """By choice, tokens that an earlier attempt already delivered."""
+    closed_choices: tuple[int, ...] = ()
+    """Choices that have ended in an earlier attempt; at least one of the ``n`` has not."""
     deadline_ms: int = 0
     """Milliseconds left to live when it was sent; 0 is no limit."""
     priority: int = 0

@@ -39,6 +39,12 @@ def check_request(request: Request, limits: RequestLimits) -> None:
         f"output_so_far has {len(request.output_so_far)} choices, n is {request.n}",
         "output_so_far",
     )
+    closed = set(request.closed_choices)
+    _require(
+        len(closed) < request.n and closed <= set(range(request.n)),
+        f"closed_choices {sorted(closed)} must be some of the {request.n} choices, not all",
+        "closed_choices",
+    )
     _require(
         params.max_tokens >= 0,
         f"max_tokens ({params.max_tokens}) must not be negative",

@@ -62,7 +62,7 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     """Place in the scheduler."""
     leader: Sequence | None = None
-    """Choice 0 of the same request, whose full prompt blocks are shared; None for itself."""
+    """First open choice of the same request, whose full prompt blocks are shared; None for it."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of its first full blocks, as far as they were needed."""
     num_cached_tokens: int | None = None

@@ -94,13 +94,16 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     step_s: float = 0.0
     tokens_per_output: int = 1
     is_paused: bool = False
+    pause_after: int | None = None
     error: tuple[str, str] | None = None
     requests: list[Request] = field(default_factory=list)
     aborts: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     running: dict[str, set[int]] = field(default_factory=dict)
+    stuck: set[str] = field(default_factory=set)
     repeat_outputs: bool = False
     num_cached_tokens: int = 0
     answers_pings: bool = True
+    num_streams: int = 0
     address: str = ""
     _server: Any = None
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -128,12 +131,14 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         if hello.hello.token != CLUSTER_TOKEN:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong token")
         queue: asyncio.Queue[pb.FromEngine] = asyncio.Queue()
+        self.num_streams += 1
         reader = asyncio.create_task(self._read(request_iterator, queue))
         try:
             yield pb.FromEngine(hello=self._hello())
             while True:
                 yield await queue.get()
         finally:
+            self.num_streams -= 1
             reader.cancel()
 
     def _hello(self) -> pb.EngineHello:
@@ -163,7 +168,8 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
             elif kind == "request":
                 request = request_from_wire(message.request)
                 self.requests.append(request)
-                self.running[request.request_id] = set(range(request.n))
+                open_choices = set(range(request.n)) - set(request.closed_choices)
+                self.running[request.request_id] = open_choices
                 task = asyncio.create_task(self._run(request, queue))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
@@ -177,22 +183,26 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
 
     async def _run(self, request: Request, queue: asyncio.Queue[pb.FromEngine]) -> None:
         scripts = {choice: self.script(request, choice) for choice in range(request.n)}
-        index, width = 0, self.tokens_per_output
+        so_far = request.output_so_far or ((),) * request.n
+        at, width = [len(ids) for ids in so_far], self.tokens_per_output
+        num_steps = 0
         while open_choices := self.running.get(request.request_id):
             await asyncio.sleep(self.step_s)
-            if self.is_paused:
+            if num_steps == self.pause_after:
+                self.stuck.add(request.request_id)
+            if self.is_paused or num_steps == self.pause_after:
                 await asyncio.sleep(0.01)
                 continue
-            outputs = []
+            outputs, num_steps = [], num_steps + 1
             for choice in sorted(open_choices):
-                output = self._output(request, choice, scripts[choice], index, width)
+                output = self._output(request, choice, scripts[choice], at[choice], width)
+                at[choice] += width
                 outputs.append(output)
                 if output.finish_reason is not None:
                     open_choices.discard(choice)
             step = StepOutput(outputs=tuple(outputs), stats={"num_requests_running": 1.0})
             for _ in range(2 if self.repeat_outputs else 1):
                 queue.put_nowait(pb.FromEngine(step=step_to_wire(step)))
-            index += width
         self.running.pop(request.request_id, None)
 
     def _output(

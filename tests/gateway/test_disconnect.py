@@ -17,7 +17,7 @@ def _disconnects(stack: Stack) -> float:
     return float(lines[0].rpartition(" ")[2])
 
 
-def _send(stack: Stack, path: str, body: dict[str, object]) -> socket.socket:
+def send_raw(stack: Stack, path: str, body: dict[str, object]) -> socket.socket:
     """A request over a bare socket, so that closing it is all a client does."""
     parts = urlsplit(stack.url)
     connection = socket.create_connection((parts.hostname or "", parts.port or 0), timeout=WAIT_S)
@@ -39,7 +39,7 @@ def test_a_closed_socket_aborts_the_work(stack: Stack, stream: bool, chat: bool)
     prompt: dict[str, object] = {"prompt": ["x", "y"]}
     if chat:
         prompt = {"messages": [{"role": "user", "content": "x"}]}
-    connection = _send(stack, path, {**prompt, "max_tokens": 400, "stream": stream, "n": 2})
+    connection = send_raw(stack, path, {**prompt, "max_tokens": 400, "stream": stream, "n": 2})
     if stream:
         assert b"200 OK" in connection.recv(4096)
     stack.wait_for(lambda: bool(stack.engine.running), "the request")

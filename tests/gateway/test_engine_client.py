@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
 from cluster.errors import ExpertMeshError, RequestFailedError
 from gateway.engine_client import EngineClient
 from gateway.output_queue import OutputQueue
+from gateway.submission import Submission
 from tests.gateway.fakes import CLUSTER_TOKEN, ScriptedEngine
 from workers.request import (
     FinishReason,
@@ -35,11 +37,15 @@ class ListSink:
 
 
 def _client(attempt: int = 1, n: int = 2) -> tuple[EngineClient, ListSink]:
-    client, sink = EngineClient("attention-0", "nowhere:1", "t", "g"), ListSink()
+    client, sink = _client_to("nowhere:1", "t"), ListSink()
     params = SamplingParams(max_tokens=10)
     request = Request(request_id="r", prompt=(1, 2, 3), params=params, n=n, attempt=attempt)
-    client.submit(request, sink)
+    client.submit(Submission(request, sink, 1000.0))
     return client, sink
+
+
+def _client_to(address: str, token: str) -> EngineClient:
+    return EngineClient("attention-0", address, token, "g", lambda entry, reason: None)
 
 
 def _output(
@@ -110,15 +116,63 @@ def test_what_was_lost_can_be_sent_again() -> None:
     (lost,) = client.take_submissions()
     assert lost.outputs == [[5, 6], []]
     assert lost.open_choices == {0, 1}
+    assert lost.is_waiting
+    again = lost.again(0.0)
+    assert (again.attempt, again.output_so_far, again.closed_choices) == (2, ((5, 6), ()), ())
+
+
+def test_choices_that_ended_are_not_asked_for_again() -> None:
+    client, sink = _client(n=3)
+    _step(client, _output(0, 0, 5, end=True), _output(1, 0, 6), _output(2, 0, 7))
+    client.abort("r", (2,))
+    (lost,) = client.take_submissions()
+    again = lost.again(0.0)
+    assert (again.output_so_far, again.closed_choices) == (((5,), (6,), (7,)), (0, 2))
+    other = _client_to("nowhere:2", "t")
+    other.submit(lost)
+    _step(client, _output(1, 1, 9))
+    _step(other, _output(1, 1, 8, attempt=1))
+    assert [o.token_ids for o in sink.outputs] == [(5,), (6,), (7,)]  # both are late
+    _step(other, _output(1, 0, 6, 10, attempt=2, end=True), _output(0, 1, 11, attempt=2))
+    assert [o.token_ids for o in sink.outputs] == [(5,), (6,), (7,), (10,)]
+    assert not lost.is_waiting
+    assert other.take_submissions() == []
+
+
+@pytest.mark.parametrize(
+    ("attempt", "code", "is_back"),
+    [
+        (0, "draining", True),
+        (0, "not_ready", True),
+        (0, "queue_full", False),
+        (1, "queue_full", True),
+        (1, "invalid_value", False),
+    ],
+)
+def test_what_another_worker_can_do_is_handed_back(attempt: int, code: str, is_back: bool) -> None:
+    returned: list[str] = []
+    client = EngineClient("a", "nowhere:1", "t", "g", lambda entry, reason: returned.append(reason))
+    sink = ListSink()
+    request = Request(request_id="r", prompt=(1,), params=SamplingParams(), n=2, attempt=attempt)
+    client.submit(Submission(request, sink, 1000.0))
+    error = dataclasses.replace(
+        _output(0, 0, attempt=attempt),
+        finish_reason=FinishReason.ERROR,
+        error="in its words",
+        error_code=code,
+    )
+    _step(client, error, dataclasses.replace(error, choice=1))
+    assert returned == (["in its words"] if is_back else [])
+    assert len(sink.outputs) == (0 if is_back else 2)
 
 
 def test_a_wrong_token_is_refused() -> None:
     async def work() -> tuple[str, str]:
         engine = ScriptedEngine()
         await engine.start()
-        wrong = EngineClient("attention-0", engine.address, "wrong", "g")
+        wrong = _client_to(engine.address, "wrong")
         refused = await asyncio.wait_for(wrong.run(), 5.0)
-        right = EngineClient("attention-0", engine.address, CLUSTER_TOKEN, "g")
+        right = _client_to(engine.address, CLUSTER_TOKEN)
         task = asyncio.create_task(right.run())
         await asyncio.wait_for(right.connected.wait(), 5.0)
         await engine.stop()
@@ -130,7 +184,7 @@ def test_a_wrong_token_is_refused() -> None:
 
 
 def test_nobody_there_ends_the_stream() -> None:
-    client = EngineClient("attention-0", "127.0.0.1:1", CLUSTER_TOKEN, "g")
+    client = _client_to("127.0.0.1:1", CLUSTER_TOKEN)
     assert "UNAVAILABLE" in asyncio.run(asyncio.wait_for(client.run(), 5.0))
 
 

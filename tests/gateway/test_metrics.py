@@ -18,6 +18,8 @@ COUNTERS = [
     "grpc_requests",
     "client_disconnects",
     "sse_events",
+    "requests_replayed",
+    "tokens_recomputed",
     "num_preemptions",
     "prefix_cache_queries",
     "prefix_cache_hits",

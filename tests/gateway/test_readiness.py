@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 
 from cluster.config import GatewaySection
@@ -216,23 +215,6 @@ def test_work_is_shared_between_workers(moody: Stack) -> None:
     _change(moody, workers=entries[:1])
     moody.wait_for(lambda: len(moody.engines.clients) == 1, "one stream")
     moody.run(second.stop())
-
-
-def test_requests_of_a_lost_worker_fail_as_unavailable(moody: Stack) -> None:
-    second = ScriptedEngine(name="attention-1", is_paused=True)
-    moody.run(second.start())
-    _change(moody, workers=[attention_entry(second, 1)])
-    moody.wait_for(lambda: [c.worker for c in moody.engines.clients] == ["attention-1"], "it")
-    answers: list[httpx.Response] = []
-    client = threading.Thread(
-        target=lambda: answers.append(post(moody, "/v1/completions", prompt="x"))
-    )
-    client.start()
-    moody.wait_for(lambda: bool(second.running), "the request")
-    moody.run(second.stop())
-    client.join(5.0)
-    assert answers[0].status_code == 503
-    assert answers[0].json()["error"]["code"] == "not_ready"
 
 
 def test_a_silent_worker_is_dropped(moody: Stack) -> None:

@@ -243,6 +243,22 @@ def test_resubmission_of_a_complete_choice_only_ends_it(tiny_checkpoint: Path) -
     assert len(tokens(outputs["a", 1])) == 8
 
 
+def test_closed_choices_do_not_run_again(tiny_checkpoint: Path) -> None:
+    params = replace(GREEDY, temperature=1.0, prompt_logprobs=0)
+    request = Request(request_id="a", prompt=tuple(range(5, 45)), params=params, n=3)
+    whole = LocalEngine(tiny_checkpoint).run([request])
+    engine = LocalEngine(tiny_checkpoint)
+    so_far = tuple(tokens(whole["a", choice])[:3] for choice in range(3))
+    again = replace(request, attempt=1, output_so_far=so_far, closed_choices=(0,))
+    outputs = engine.run([again])
+    assert not outputs.get(("a", 0))
+    for choice in (1, 2):
+        assert tokens(outputs["a", choice]) == tokens(whole["a", choice])[3:]
+        assert outputs["a", choice][0].prompt_logprobs is None
+    engine.engine.check_integrity()
+    assert engine.engine.num_free_blocks == engine.engine.num_blocks
+
+
 def test_newer_attempt_replaces_the_older(tiny_checkpoint: Path) -> None:
     engine = LocalEngine(tiny_checkpoint)
     request = Request(request_id="a", prompt=(5, 6, 7), params=GREEDY)
@@ -366,6 +382,11 @@ def test_not_a_number_fails_that_request_alone(tmp_path: Path) -> None:
             RequestError,
             "output_so_far has 2 choices",
         ),
+        (
+            Request(request_id="a", prompt=(5,), params=GREEDY, n=2, closed_choices=(0, 1)),
+            RequestError,
+            "must be some of the 2 choices, not all",
+        ),
     ],
 )
 def test_what_can_never_run_is_refused_at_once(
@@ -386,6 +407,9 @@ def test_full_queue_refuses_more(tiny_checkpoint: Path) -> None:
         QueueFullError, match=r"2 sequences are waiting, at most 2 \(max_waiting\) may"
     ):
         engine.engine.add_request(Request(request_id="2", prompt=(5,), params=GREEDY))
+    moved = Request(request_id="3", prompt=(5,), params=GREEDY, attempt=1)
+    engine.engine.add_request(moved)  # it was let in once
+    assert engine.engine.has_request("3")
 
 
 def test_prompt_tokens_that_wait_are_limited(tiny_checkpoint: Path) -> None:
