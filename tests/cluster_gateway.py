@@ -1,14 +1,18 @@
-"""A real gateway, without its codecs, in front of a cluster of threads."""
+"""A real gateway, without its codecs, in front of a cluster of threads or of Ray actors."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from gateway.call import GenerateFields
+from gateway.cluster_client import find_controller
 from gateway.cluster_view import ClusterView
 from gateway.core import Gateway
 from gateway.delta import ChoiceDelta
@@ -17,10 +21,10 @@ from gateway.generation import Generation
 from gateway.text import TokenText
 from gateway.tokenizer import load_tokenizer
 from tests.engine_stream import TOKEN
-from tests.serving_cluster import ThreadCluster
+from tests.serving_cluster import ServingCluster, ThreadCluster
 from workers.request import FinishReason
 
-LIMIT_S = 120.0
+LIMIT_S = 300.0
 
 Result = TypeVar("Result")
 
@@ -34,10 +38,13 @@ class Answer:
     reason: FinishReason | None = None
     stop_reason: str | int | None = None
     num_tokens: int = 0
+    times: list[float] = field(default_factory=list, compare=False)
+    """Monotonic times of the news."""
 
     def add(self, delta: ChoiceDelta) -> None:
         """Take the next news in."""
         assert self.reason is None, "news after the end"
+        self.times.append(time.monotonic())
         self.text += delta.text
         self.tokens += delta.tokens
         if delta.finish is not None:
@@ -46,18 +53,19 @@ class Answer:
 
 
 class ClusterGateway:
-    """Calls in, answers out; everything runs on the controller's event loop."""
+    """Calls in, answers out; everything runs on one event loop, that of a ``ThreadCluster``."""
 
-    def __init__(self, cluster: ThreadCluster) -> None:
-        self._loop = cluster._loop
+    def __init__(self, cluster: ServingCluster, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         self._cluster = cluster
 
     async def start(self) -> None:
         """Follow the controller, and open the streams."""
         config = self._cluster.config
+        actor = self._cluster._actor if isinstance(self._cluster, ThreadCluster) else None
 
         async def find() -> Any:
-            return self._cluster._actor
+            return actor or await find_controller()
 
         self._view = ClusterView(find)
         self._engines = EnginePool(TOKEN, "gateway")
@@ -79,35 +87,103 @@ class ClusterGateway:
 
         ``begun`` is called when all of them have been handed over.
         """
+        streams = self.stream(calls)
+        begun()
+        return streams.finish()
 
-        async def work() -> list[Answer]:
-            running = [
+    def stream(self, calls: Sequence[GenerateFields]) -> Streams:
+        """Begin calls, each of one prompt and one choice; all are handed over at the return."""
+
+        async def begin() -> list[Generation]:
+            return [
                 await self._gateway.start(call, f"call-{i}", LIMIT_S)
                 for i, call in enumerate(calls)
             ]
-            begun()
-            return list(await asyncio.gather(*map(_collect, running)))
 
-        return self.run(work())
+        streams = Streams([Answer() for _ in calls])
+        begun = self.run(begin())
+        streams.ends = asyncio.run_coroutine_threadsafe(streams.collect(begun), self._loop)
+        return streams
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run a coroutine on the loop, from another thread."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(LIMIT_S)
 
 
-async def _collect(generation: Generation) -> Answer:
-    answer = Answer()
-    with generation:
-        while not generation.is_finished:
-            for delta in await generation.next():
-                answer.add(delta)
-    return answer
+class Streams:
+    """Calls under way."""
+
+    def __init__(self, answers: list[Answer]) -> None:
+        self.answers = answers
+        """What came so far; the event loop adds to it."""
+        self.ends: Future[None] | None = None
+        """Done when all have ended, with the first error."""
+        self._news = threading.Condition()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all of them so far."""
+        return sum(len(answer.tokens) for answer in self.answers)
+
+    def wait_tokens(self, count: int) -> None:
+        """Return when so many tokens have come in all. Raises what ends a stream before."""
+        with self._news:
+            is_there = self._news.wait_for(
+                lambda: self.num_tokens >= count or (self.ends is not None and self.ends.done()),
+                LIMIT_S,
+            )
+        if self.ends is not None and self.ends.done():
+            self.ends.result()
+        assert is_there, f"{self.num_tokens} of {count} tokens came"
+
+    def finish(self) -> list[Answer]:
+        """All answers, whole. Raises what ended a stream without one."""
+        assert self.ends is not None
+        self.ends.result(LIMIT_S)
+        return self.answers
+
+    async def collect(self, running: Sequence[Generation]) -> None:
+        """Take in what comes, to the ends."""
+        pairs = zip(running, self.answers, strict=True)
+        try:
+            await asyncio.gather(*(self._collect(*pair) for pair in pairs))
+        finally:
+            with self._news:
+                self._news.notify_all()
+
+    async def _collect(self, generation: Generation, answer: Answer) -> None:
+        with generation:
+            while not generation.is_finished:
+                for delta in await generation.next():
+                    answer.add(delta)
+                with self._news:
+                    self._news.notify_all()
 
 
 @contextmanager
-def gateway_of(cluster: ThreadCluster) -> Iterator[ClusterGateway]:
+def gateway_of(cluster: ServingCluster) -> Iterator[ClusterGateway]:
     """A gateway for the length of a ``with`` block."""
-    gateway = ClusterGateway(cluster)
+    if isinstance(cluster, ThreadCluster):
+        with _running_gateway(cluster, cluster._loop) as gateway:
+            yield gateway
+        return
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        with _running_gateway(cluster, loop) as gateway:
+            yield gateway
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(LIMIT_S)
+        loop.close()
+
+
+@contextmanager
+def _running_gateway(
+    cluster: ServingCluster, loop: asyncio.AbstractEventLoop
+) -> Iterator[ClusterGateway]:
+    gateway = ClusterGateway(cluster, loop)
     gateway.run(gateway.start())
     try:
         yield gateway

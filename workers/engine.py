@@ -106,8 +106,8 @@ class Engine:
         )
         self._pending: list[TokenOutput] = []
         self._num_received = 0
-        names = ("steps_total", "prompt_tokens_total", "generation_tokens_total")
-        self._counters = dict.fromkeys(names, 0)
+        names = ("steps_total", "steps_abandoned_total", "prompt_tokens_total")
+        self._counters = dict.fromkeys((*names, "generation_tokens_total"), 0)
         self._iteration_tokens = Histogram(TOKEN_BUCKETS)
         self._ended = dict.fromkeys(FinishReason, 0)
         self._load = [
@@ -235,6 +235,7 @@ class Engine:
             # What a broken step wrote may be NaN, and must not meet the blocks' next holder.
             self._cache.clear_slots(self._slots(plan))
             self._scheduler.abandon(plan)
+            self._counters["steps_abandoned_total"] += 1
             raise
         finally:
             self._note_first_dispatch(plan)

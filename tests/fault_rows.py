@@ -1,0 +1,175 @@
+"""The rows of the table of faults: streams under way, a fault at a random moment, nobody notices.
+
+    cluster = RayCluster(row_config(1, 3, num_redundant=22))
+    with serving(cluster):
+        played = play(cluster, SMALL, random.Random(1), lambda: kill(cluster, "expert-1"))
+    assert played.num_retried > 0
+
+``play`` serves a mix of calls (greedy, sampled with seeds, penalties, stop strings, grammars)
+through a real gateway, waits until a random share of the tokens has come, does the fault, and
+compares what every client got with an undisturbed run: texts, token ids, logprobs, ends. Clusters
+compute ``--deterministic``, so that the undisturbed run may be one of another layout.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+
+from cluster.config import ClusterConfig
+from cluster.model_source import bundled_checkpoint
+from tests.cluster_gateway import Answer, gateway_of
+from tests.mixed_calls import make_calls
+from tests.serving_cluster import ServingCluster, ThreadCluster, make_config, serving
+from workers.request import FinishReason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """How much is under way."""
+
+    num_streams: int
+    """Calls at the same time."""
+    num_tokens: int
+    """Fewest tokens of each."""
+
+
+SMALL = Form(num_streams=8, num_tokens=64)
+FULL = Form(num_streams=24, num_tokens=200)
+FORMS = (
+    pytest.param(SMALL, id="small"),
+    pytest.param(FULL, id="full", marks=pytest.mark.slow),
+)
+"""For ``pytest.mark.parametrize("form", FORMS)``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Played:
+    """What a row showed beside its answers."""
+
+    num_retried: float
+    """Steps that were begun, given up and run again, on workers that live."""
+    stall_s: float
+    """Longest time after the fault in which a stream had no news."""
+
+
+def row_config(
+    num_attention: int,
+    num_experts: int,
+    *,
+    num_redundant: int = 0,
+    mode: str = "disaggregated",
+    transport: str = "sockets",
+    **sections: dict[str, Any],
+) -> ClusterConfig:
+    """The bundled model, deterministic; ``sections`` as for ``make_config``."""
+    own: dict[str, dict[str, Any]] = {
+        "workers": {"num_redundant_experts": num_redundant, "mode": mode},
+        "engine": {
+            "deterministic": True,
+            "kv_cache_bytes": 64 << 20,
+            "max_num_batched_tokens": 64,
+        },
+        "transport": {"transport": transport},
+    }
+    merged = {name: {**own.get(name, {}), **sections.get(name, {})} for name in {*own, *sections}}
+    return make_config(bundled_checkpoint(), num_attention, num_experts, dtype="float32", **merged)
+
+
+@cache
+def undisturbed(form: Form) -> tuple[Answer, ...]:
+    """What the calls of a form get where nothing happens."""
+    cluster = ThreadCluster(row_config(1, 1))
+    with serving(cluster), gateway_of(cluster) as gateway:
+        return tuple(gateway.answer(make_calls(form.num_streams, form.num_tokens)))
+
+
+def play(
+    cluster: ServingCluster, form: Form, draw: random.Random, fault: Callable[[], object]
+) -> Played:
+    """See the module. ``cluster`` serves already, and stays; ``fault`` is called from this thread.
+
+    Fails when an answer differs, a call fails, or a worker that lives holds KV blocks afterwards.
+    """
+    expected = undisturbed(form)
+    before = num_abandoned(cluster)
+    with gateway_of(cluster) as gateway:
+        streams = gateway.stream(make_calls(form.num_streams, form.num_tokens))
+        total = form.num_streams * form.num_tokens
+        streams.wait_tokens(draw.randrange(total // 8, total * 3 // 4))
+        hit_at = time.monotonic()
+        fault()
+        check_answers(streams.finish(), expected)
+        cluster.wait(lambda snapshot: blocks_held(snapshot) == 0, fresh=True)
+    return Played(
+        num_retried=num_abandoned(cluster) - before,
+        stall_s=longest_gap(streams.answers, hit_at),
+    )
+
+
+def play_until_retried(
+    cluster: ServingCluster, form: Form, draw: random.Random, fault: Callable[[], object]
+) -> Played:
+    """``play``, again when the fault fell into the short time between two steps.
+
+    ``fault`` must find the cluster in a state in which it can happen again.
+    """
+    for _ in range(4):
+        played = play(cluster, form, draw, fault)
+        if played.num_retried:
+            break
+    assert played.num_retried, "no step was run again: the fault disturbed nothing"
+    return played
+
+
+def kill(cluster: ServingCluster, name: str) -> None:
+    """``kill -9`` of a worker of a ``RayCluster``."""
+    os.kill(cluster.worker(name)["pid"], signal.SIGKILL)
+
+
+def check_answers(found: Sequence[Answer], expected: Sequence[Answer]) -> None:
+    """Every client got the same, to the last bit of the logprobs."""
+    for i, (mine, other) in enumerate(zip(found, expected, strict=True)):
+        assert mine.text == other.text, f"call {i}"
+        assert mine == other, f"call {i}"
+        assert all(token.logprob is not None for token in mine.tokens)
+    assert {answer.reason for answer in found} <= {FinishReason.STOP, FinishReason.LENGTH}
+
+
+def blocks_held(snapshot: dict[str, Any]) -> int:
+    """KV blocks that somebody holds, on all workers that are not lost."""
+    return sum(
+        w["kv_blocks_total"] - w["kv_blocks_free"]
+        for w in snapshot["workers"]
+        if w["kv_blocks_total"] and w["state"] in ("READY", "SERVING")
+    )
+
+
+def num_abandoned(cluster: ServingCluster) -> float:
+    """Steps that were begun and given up, on all workers that are not lost."""
+    return sum(
+        float(w["stats"].get("steps_abandoned_total", 0.0))
+        for w in cluster.snapshot(fresh=True)["workers"]
+        if w["state"] in ("READY", "SERVING")
+    )
+
+
+def longest_gap(answers: Sequence[Answer], since: float) -> float:
+    """Longest time between two pieces of news of one stream that ends after ``since``, seconds."""
+    return max(
+        (
+            later - max(earlier, since)
+            for answer in answers
+            for earlier, later in zip(answer.times, answer.times[1:], strict=False)
+            if later > since
+        ),
+        default=0.0,
+    )
