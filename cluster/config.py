@@ -271,6 +271,10 @@ class GatewaySection:
     """HTTP port."""
     grpc_port: int = 50051
     """gRPC port."""
+    admin_port: int | None = None
+    """HTTP port of the admin service, on loopback; None is 8001, or a free one if it is in use."""
+    admin_grpc_port: int | None = None
+    """Its gRPC port; None is 50052, or a free one if it is in use."""
     num_gateway_replicas: int = 1
     """Gateway copies behind Ray Serve."""
     api_keys: tuple[str, ...] = ()
@@ -303,15 +307,19 @@ class GatewaySection:
     """Longest life of a request."""
 
     def __post_init__(self) -> None:
-        for name in ("port", "grpc_port"):
+        taken: dict[int, str] = {}
+        for name in ("port", "grpc_port", "admin_port", "admin_grpc_port"):
             value = getattr(self, name)
+            if value is None:
+                continue
             check(0 <= value <= 65535, name, value, "must be a port number (0 to 65535)")
-        check(
-            self.port == 0 or self.port != self.grpc_port,
-            "grpc_port",
-            self.grpc_port,
-            f"must differ from port ({self.port})",
-        )
+            check(
+                value == 0 or value not in taken,
+                name,
+                value,
+                f"must differ from {taken.get(value)} ({value})",
+            )
+            taken[value] = name
         check(1 <= self.max_n <= 128, "max_n", self.max_n, "must be 1 to 128")
         for name in ("max_queue", "max_queue_tokens"):
             value = getattr(self, name)

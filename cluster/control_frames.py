@@ -237,6 +237,11 @@ class ExpertsLoaded(ControlFrame):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DrainWish(ControlFrame):
+    """Worker -> controller: its process was told to end (SIGTERM); drain it first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Shutdown(ControlFrame):
     """Controller -> worker: end yourself."""
 
@@ -265,6 +270,7 @@ FRAMES: dict[str, type[ControlFrame]] = {
         RunGeneration,
         LoadExperts,
         ExpertsLoaded,
+        DrainWish,
         Shutdown,
     )
 }

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from cluster.control_frames import (
     ControlFrame,
+    DrainWish,
     GenerationReady,
     Heartbeat,
     HeartbeatAck,
@@ -28,9 +29,11 @@ from cluster.control_frames import (
     RunGeneration,
     Shutdown,
     StatusReply,
+    StatusRequest,
     WorkerFailed,
     WorkerReady,
 )
+from cluster.draining import Draining
 from cluster.errors import ProtocolError
 from cluster.failure import (
     FailureDecision,
@@ -42,6 +45,7 @@ from cluster.failure import (
 )
 from cluster.generation_round import GenerationRound
 from cluster.history import History
+from cluster.operations import Operations
 from cluster.placement import ExpertPlacement
 from cluster.states import ClusterState, WorkerState, next_cluster_state
 from cluster.topology import Generation, Member
@@ -118,6 +122,8 @@ class Controller:
         self._experts_complete = False
         self._gone_devices: frozenset[int] = frozenset()  # lost, but still named by the maps
         self._last_tick = now
+        self.operations = Operations(term, wall_time_offset_s)
+        self.draining = Draining(self, self.operations)
 
     # ---- events ---------------------------------------------------------------------------
 
@@ -149,6 +155,8 @@ class Controller:
                 self._peer_lost(name, frame, now)
             case GenerationReady():
                 self._generation_ready(name, frame, now)
+            case DrainWish():
+                self.draining.wish(name, now)
             case _:
                 raise ProtocolError(f"{name} sent {type(frame).__name__}")
 
@@ -166,6 +174,7 @@ class Controller:
             logger.warning("lost %s: %s", name, reason)
             self.workers.lose(name, reason)
             self._round.drop_reports(name)
+        self.draining.lost(fresh, now)
         self._touch()
         if self.state is ClusterState.STARTING:
             self.fail_start("; ".join(f"{n}: {r}" for n, r in fresh.items()), now)
@@ -181,6 +190,7 @@ class Controller:
     def tick(self, now: float) -> None:
         """Time has passed: look for limits that are exceeded. Called several times a second."""
         self._credit_own_pause(now)
+        self.draining.tick(now)
         if self.state in (ClusterState.DRAINING, ClusterState.STOPPED):
             return
         self._check_start(now)
@@ -386,6 +396,58 @@ class Controller:
             for record in self.workers.alive():
                 record.credit(paused, now)
         self._last_tick = now
+
+    # ---- what a drain asks for --------------------------------------------------------------
+
+    @property
+    def takes_orders(self) -> bool:
+        """The cluster is neither starting nor ending."""
+        ends = (ClusterState.STARTING, ClusterState.DRAINING, ClusterState.STOPPED)
+        return self.state not in ends
+
+    @property
+    def runs(self) -> bool:
+        """The newest generation runs, and every expert has a copy."""
+        runs = self.state in (ClusterState.SERVING, ClusterState.DEGRADED)
+        return runs and self._round.is_complete and self._experts_complete
+
+    def note(self, cause: str, effect: str, now: float) -> None:
+        """Add to the history."""
+        self._history.add(self._round.number, now, cause, effect)
+        self._touch()
+
+    def ask_numbers(self, name: str) -> None:
+        """Have a worker tell its numbers soon."""
+        self._link.send(name, StatusRequest(token=0))
+
+    def hold_back(self, names: Sequence[str], drains: bool) -> None:
+        """Tell the gateways that these workers are (not) for requests."""
+        for name in names:
+            self.workers[name].drains = drains
+        self._touch()
+
+    def leave(self, names: Sequence[str], why: str, now: float) -> None:
+        """Form a generation without these workers, which are workers no more."""
+        leaving = {m.device for m in self._round.members if m.name in names and m.holds_experts}
+        members = tuple(m for m in self._round.members if m.name not in names)
+        placement = self.placement
+        if leaving:
+            kept = placement.without_devices(frozenset(leaving), placement.epoch + 1)
+            assert kept is not None, "a drain leaves every expert a copy"
+            placement = kept
+        for name in names:
+            self.workers.lose(name, why, WorkerState.DRAINED)
+            self._round.drop_reports(name)
+        self._enter(ClusterState.RECOVERING)
+        self._begin_generation(members, placement, now)
+        effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
+        self._history.add(self._round.number, now, why, effect)
+
+    def end(self, names: Sequence[str]) -> None:
+        """End the processes of workers that have left."""
+        for name in names:
+            self._link.send(name, Shutdown(reason="drained"))
+        self._link.end_workers(names)
 
     # ---- small things ---------------------------------------------------------------------
 

@@ -19,7 +19,8 @@ from cluster.config import ClusterConfig
 from cluster.control_frames import ControlFrame
 from cluster.control_server import ControlServer
 from cluster.controller import Controller, ControllerSettings
-from cluster.errors import ExpertMeshError, StartError
+from cluster.draining import DrainOrder
+from cluster.errors import ConflictError, ExpertMeshError, StartError
 from cluster.load_profile import LoadProfile
 from cluster.ray_tools import NAMESPACE
 from cluster.reports import placement_report, snapshot_before_start
@@ -137,6 +138,32 @@ class ControllerActor:
         load = self._controller.workers.expert_load()
         return placement_report(self._controller.placement, load, self._profile)
 
+    async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Begin to drain (fields of ``DrainOrder``); the operation.
+
+        Raises ``ConflictError``, ``UnknownNameError``, ``RequestError``; nothing was changed then.
+        """
+        wanted = DrainOrder.from_dict(order)
+        operation = self._serving_controller().draining.begin(wanted, time.monotonic())
+        self._notify()
+        return operation.to_dict()
+
+    async def operation(self, operation_id: str) -> dict[str, Any]:
+        """One operation. Raises ``UnknownNameError``."""
+        return self._serving_controller().operations.find(operation_id).to_dict()
+
+    async def operations(self) -> list[dict[str, Any]]:
+        """The operations that are remembered, newest last."""
+        return self._controller.operations.to_list() if self._controller else []
+
+    async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
+        """Give an operation up. Raises ``UnknownNameError`` and ``ConflictError``."""
+        controller = self._serving_controller()
+        operation = controller.operations.find(operation_id)
+        controller.draining.cancel(operation, time.monotonic())
+        self._notify()
+        return operation.to_dict()
+
     async def control_address(self) -> str:
         """``host:port`` of the control server; empty before the start."""
         return self._address
@@ -164,7 +191,7 @@ class ControllerActor:
         if self._server is not None:
             for worker in workers:
                 self._server.drop(worker)
-        self._spawn(self._group.end(list(workers)))
+        self._spawn(self._end_workers(list(workers)))
 
     def end_all(self) -> None:
         """End all workers in the background and say when they are gone."""
@@ -214,6 +241,14 @@ class ControllerActor:
             self._controller.fail_start(f"{type(err).__name__}: {err}", time.monotonic())
             self._notify()
 
+    async def _end_workers(self, workers: list[str]) -> None:
+        assert self._controller is not None
+        try:
+            await self._group.end(workers)
+        finally:
+            self._controller.draining.ended(workers, time.monotonic())
+            self._notify()
+
     async def _end_all(self) -> None:
         assert self._controller is not None
         try:
@@ -242,6 +277,12 @@ class ControllerActor:
     async def _ask_workers(self, controller: Controller) -> None:
         controller.request_status()
         await self._wait(lambda: controller.workers.status_complete, _STATUS_LIMIT_S)
+
+    def _serving_controller(self) -> Controller:
+        """Raises ``ConflictError`` before the start."""
+        if self._controller is None:
+            raise ConflictError("the cluster has not been started")
+        return self._controller
 
     # ---- small things ---------------------------------------------------------------------
 

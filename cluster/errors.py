@@ -14,6 +14,9 @@
     ├── NotReadyError             loading, draining or without experts: send it elsewhere
     ├── DeadlineExceededError     the client's or the server's time limit passed
     ├── RequestFailedError        this one request cannot be finished (NaN logits, for example)
+    ├── ConflictError             an order to the cluster that its state does not allow
+    ├── UnknownNameError          no worker, node or operation of that name
+    ├── NotBuiltError             a procedure that is named in the interface and not built yet
     └── TransportError            the data or control plane
         ├── ProtocolError         a peer sent what does not belong on the wire
         │   └── HandshakeError    a peer is not one of ours, or was started differently
@@ -149,6 +152,18 @@ class DeadlineExceededError(ExpertMeshError):
 
 class RequestFailedError(ExpertMeshError):
     """This one request cannot be finished, through no fault of the client."""
+
+
+class ConflictError(ExpertMeshError):
+    """An order that the cluster's state does not allow; nothing was changed."""
+
+
+class UnknownNameError(ExpertMeshError):
+    """No worker, node or operation has that name."""
+
+
+class NotBuiltError(ExpertMeshError):
+    """A procedure of the interface that is not built yet."""
 
 
 class TransportError(ExpertMeshError):

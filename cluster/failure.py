@@ -94,7 +94,7 @@ def decide(
     if not has_attention:
         effect = "no attention worker is left"
     elif kept is None:
-        effect = _missing_experts(placement, devices)
+        effect = missing_experts(placement, devices)
     else:
         effect = f"go on with {describe_members(survivors)}, placement epoch {kept.epoch}"
     return FailureDecision(
@@ -162,7 +162,7 @@ def confirm_suspect(
     return named[max(named, key=weight)][0]
 
 
-def _missing_experts(placement: ExpertPlacement, lost: frozenset[int]) -> str:
+def missing_experts(placement: ExpertPlacement, lost: frozenset[int]) -> str:
     """``5 experts have no copy left, the first is expert 3 of bank mlp layer 0``."""
     missing = [(b, e) for b in placement.banks for e in _without_copy(b, lost)]
     bank, expert = missing[0]

@@ -44,6 +44,8 @@ class WorkerState(Enum):
     """It takes part in the running generation."""
     LOST = "LOST"
     """It is gone, or declared so; it never comes back under this name."""
+    DRAINED = "DRAINED"
+    """It was emptied and ended on purpose; it never comes back under this name."""
 
 
 _CLUSTER_NEXT: Mapping[ClusterState, frozenset[ClusterState]] = {
@@ -62,9 +64,10 @@ _CLUSTER_NEXT: Mapping[ClusterState, frozenset[ClusterState]] = {
 _WORKER_NEXT: Mapping[WorkerState, frozenset[WorkerState]] = {
     WorkerState.STARTING: frozenset({WorkerState.LOADING, WorkerState.LOST}),
     WorkerState.LOADING: frozenset({WorkerState.READY, WorkerState.LOST}),
-    WorkerState.READY: frozenset({WorkerState.SERVING, WorkerState.LOST}),
-    WorkerState.SERVING: frozenset({WorkerState.READY, WorkerState.LOST}),
+    WorkerState.READY: frozenset({WorkerState.SERVING, WorkerState.LOST, WorkerState.DRAINED}),
+    WorkerState.SERVING: frozenset({WorkerState.READY, WorkerState.LOST, WorkerState.DRAINED}),
     WorkerState.LOST: frozenset(),
+    WorkerState.DRAINED: frozenset(),
 }
 
 

@@ -32,6 +32,8 @@ class WorkerRecord:
     """Where it is in its life."""
     reason: str = ""
     """Why it was lost."""
+    drains: bool = False
+    """It is for no request: those that it has go on elsewhere."""
     loaded_bytes: int = 0
     """Weights read so far."""
     total_bytes: int = 0
@@ -52,8 +54,8 @@ class WorkerRecord:
 
     @property
     def is_lost(self) -> bool:
-        """It is gone, or declared so."""
-        return self.state is WorkerState.LOST
+        """It is gone, or declared so, or was drained: nothing more is expected of it."""
+        return self.state in (WorkerState.LOST, WorkerState.DRAINED)
 
     def enter(self, state: WorkerState, reason: str = "") -> None:
         """Change the state. Raises ``IllegalTransitionError``."""
@@ -137,7 +139,7 @@ class WorkerRecord:
             "rank": self.member.rank,
             "node": self.member.node,
             "pid": self.member.pid,
-            "state": self.state.value,
+            "state": "DRAINING" if self.drains and not self.is_lost else self.state.value,
             "device": self.info.get("device"),
             "threads": self.info.get("threads"),
             "reason": self.reason,

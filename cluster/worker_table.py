@@ -56,9 +56,9 @@ class WorkerTable:
         """What was last heard of the workers that have called and are not lost."""
         return [r.pulse() for r in self.alive() if r.state is not WorkerState.STARTING]
 
-    def lose(self, name: str, reason: str) -> None:
+    def lose(self, name: str, reason: str, state: WorkerState = WorkerState.LOST) -> None:
         """A worker is gone; nothing more is expected of it."""
-        self._records[name].enter(WorkerState.LOST, reason)
+        self._records[name].enter(state, reason)
         self._status_pending.discard(name)
 
     # ---- numbers of this moment -----------------------------------------------------------

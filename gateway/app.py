@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from cluster.config import ClusterConfig
+from gateway.admin_api import AdminApi
 from gateway.cluster_client import find_controller
 from gateway.cluster_view import ClusterView
 from gateway.core import Gateway
@@ -57,12 +58,14 @@ class GatewayReplica:
         section = settings.gateway
         self._grpc = GrpcServer(self._gateway, section.host, section.grpc_port)
         grpc_port = await self._grpc.start()
+        self._admin = AdminApi(self._gateway, section)
+        await self._admin.start()
         self._gateway.addresses = {
             "pid": os.getpid(),
             "http": f"{section.host}:{section.port}",
             "grpc": f"{section.host}:{grpc_port}",
-            "admin_http": None,
-            "admin_grpc": None,
+            "admin_http": self._admin.http,
+            "admin_grpc": self._admin.grpc,
         }
         self._cluster.start()
         logger.info("%s serves gRPC on port %d", name, grpc_port)
@@ -76,6 +79,8 @@ class GatewayReplica:
         if not hasattr(self, "_grpc"):
             return  # the constructor failed
         self._cluster.stop()
+        if hasattr(self, "_admin"):
+            await self._admin.stop()
         await self._grpc.stop()
         await self._engines.stop()
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Any, cast
 
 import ray
+from ray.exceptions import RayTaskError
+
+from cluster.errors import ExpertMeshError
 
 CONTROLLER_NAME = "expertmesh-controller"
 """Name of the controller's actor."""
@@ -31,6 +35,33 @@ class RayController:
     async def placement(self) -> dict[str, Any]:
         """See ``Controller``."""
         return cast(dict[str, Any], await self._handle.placement.remote())
+
+    async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
+        """See ``Controller``."""
+        return cast(dict[str, Any], await _own_words(self._handle.drain.remote(order)))
+
+    async def operation(self, operation_id: str) -> dict[str, Any]:
+        """See ``Controller``."""
+        return cast(dict[str, Any], await _own_words(self._handle.operation.remote(operation_id)))
+
+    async def operations(self) -> list[dict[str, Any]]:
+        """See ``Controller``."""
+        return cast(list[dict[str, Any]], await self._handle.operations.remote())
+
+    async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
+        """See ``Controller``."""
+        call = self._handle.cancel_operation.remote(operation_id)
+        return cast(dict[str, Any], await _own_words(call))
+
+
+async def _own_words(call: Awaitable[Any]) -> Any:
+    """The answer of a call; an error of ours comes without Ray's around it."""
+    try:
+        return await call
+    except RayTaskError as err:
+        if isinstance(err.cause, ExpertMeshError):
+            raise err.cause from None
+        raise
 
 
 async def find_controller() -> RayController:

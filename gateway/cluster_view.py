@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from cluster.errors import NotReadyError
 from cluster.topology import runs_attention
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,21 @@ class Controller(Protocol):
 
     async def placement(self) -> dict[str, Any]:
         """The placement, as ``placement --json`` prints it."""
+
+    async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Begin to drain: the fields of ``cluster.draining.DrainOrder``; the operation.
+
+        Raises ``ConflictError`` and ``UnknownNameError``.
+        """
+
+    async def operation(self, operation_id: str) -> dict[str, Any]:
+        """One operation. Raises ``UnknownNameError``."""
+
+    async def operations(self) -> list[dict[str, Any]]:
+        """The operations that are remembered, newest last."""
+
+    async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
+        """Give an operation up. Raises ``UnknownNameError`` and ``ConflictError``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +122,12 @@ class ClusterView:
         except Exception as err:  # any failure of the actor or of Ray
             logger.warning("no placement: %s", err)
             return None
+
+    def require_controller(self) -> Controller:
+        """The controller. Raises ``NotReadyError`` while there is none."""
+        if self._controller is None:
+            raise NotReadyError("the controller does not answer", "not_ready", 2.0)
+        return self._controller
 
     async def _follow(self) -> None:
         while True:

@@ -18,15 +18,18 @@ from google.rpc import error_details_pb2, status_pb2
 
 from cluster.errors import (
     AuthenticationError,
+    ConflictError,
     ContextLengthError,
     DeadlineExceededError,
     ExpertMeshError,
     ModelNotFoundError,
+    NotBuiltError,
     NotReadyError,
     QueueFullError,
     RequestError,
     RequestFailedError,
     RequestTooLargeError,
+    UnknownNameError,
     UnsupportedParameterError,
 )
 
@@ -130,6 +133,9 @@ _TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode], ...]
     (QueueFullError, 429, "overloaded_error", "queue_full", _CODES.RESOURCE_EXHAUSTED),
     (NotReadyError, 503, "service_unavailable", "", _CODES.UNAVAILABLE),
     (RequestFailedError, 500, "server_error", "internal_error", _CODES.INTERNAL),
+    (ConflictError, 409, "conflict_error", "failed_precondition", _CODES.FAILED_PRECONDITION),
+    (UnknownNameError, 404, _INVALID, "not_found", _CODES.NOT_FOUND),
+    (NotBuiltError, 501, _INVALID, "not_built", _CODES.UNIMPLEMENTED),
     (ClientGoneError, 499, _INVALID, "client_closed_request", _CODES.CANCELLED),
 )
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, aclosing
-from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from contextlib import aclosing
+from typing import TypeVar
 
-import grpc
-
-from cluster.errors import ExpertMeshError, RequestError
+from cluster.errors import RequestError
 from gateway.convert import (
     PRIORITY_HEADER,
     grpc_chat_input,
@@ -19,23 +14,19 @@ from gateway.convert import (
     with_header_priority,
 )
 from gateway.core import Gateway, new_call_id
-from gateway.errors import report_error
 from gateway.generation import Generation
+from gateway.grpc_edge import Context, GrpcEdge
 from gateway.grpc_format import GrpcFormat
 from gateway.openai_format import collect
 from gateway.readings import ReadingOptions
 from gateway.readings_grpc import GrpcReadings, ReadingRequest, grpc_options
-from gateway.request_id import HEADER, choose_request_id
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceServicer
 
-logger = logging.getLogger(__name__)
-
 SERVICE = "expertmesh.v1.Inference"
 """Full name of the service."""
 
-Context = grpc.aio.ServicerContext[Any, Any]
 Answer = TypeVar("Answer")
 
 
@@ -62,7 +53,9 @@ class InferenceService(InferenceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateChunk]:
         """Tokens as they come."""
-        with _Edge(self._gateway, "GenerateStream", context, request.request_id) as edge:
+        with GrpcEdge(
+            self._gateway, SERVICE, "GenerateStream", context, request.request_id
+        ) as edge:
             try:
                 await edge.send_initial_metadata()
                 with await self._start(request, context) as generation:
@@ -165,7 +158,7 @@ class InferenceService(InferenceServicer):
         self, request: pb.InspectRequest, context: Context
     ) -> AsyncIterator[pb.InspectChunk]:
         """What goes on inside the model, in chunks."""
-        with _Edge(self._gateway, "Inspect", context, request.request_id) as edge:
+        with self._edge("Inspect", context, request.request_id) as edge:
             try:
                 await edge.send_initial_metadata()
                 options = _reading_options(request, context)
@@ -189,12 +182,15 @@ class InferenceService(InferenceServicer):
         work: Callable[[str], Awaitable[Answer]],
         wanted_id: str = "",
     ) -> Answer:
-        with _Edge(self._gateway, method, context, wanted_id) as edge:
+        with self._edge(method, context, wanted_id) as edge:
             try:
                 await edge.send_initial_metadata()
                 return await work(edge.request_id)
             except Exception as err:
                 await edge.abort(err)
+
+    def _edge(self, method: str, context: Context, wanted_id: str) -> GrpcEdge:
+        return GrpcEdge(self._gateway, SERVICE, method, context, wanted_id)
 
     def _model(self) -> types_pb2.ModelInfo:
         gateway = self._gateway
@@ -214,46 +210,6 @@ class InferenceService(InferenceServicer):
             info.vocab_size = facts.vocab_size
             info.eos_token_ids.extend(facts.eos_token_ids)
         return info
-
-
-class _Edge(AbstractContextManager["_Edge"]):
-    """One gRPC request from its metadata to its status: names it, counts it, maps errors."""
-
-    def __init__(self, gateway: Gateway, method: str, context: Context, wanted_id: str) -> None:
-        given = dict(context.invocation_metadata() or ())
-        self.request_id = choose_request_id(wanted_id or str(given.get(HEADER, "")))
-        self._gateway = gateway
-        self._method = method
-        self._context = context
-        self._code = grpc.StatusCode.OK
-
-    async def send_initial_metadata(self) -> None:
-        """Tell the client its request id, before any token."""
-        epoch = str(self._gateway.placement_epoch)
-        metadata = ((HEADER, self.request_id), ("x-placement-epoch", epoch))
-        await self._context.send_initial_metadata(metadata)
-
-    async def abort(self, error: Exception) -> NoReturn:
-        """End the request with the status that belongs to ``error``."""
-        report = report_error(error, self.request_id)
-        self._code = report.grpc_code
-        if not isinstance(error, ExpertMeshError):
-            logger.error("request %s failed", self.request_id, exc_info=error)
-        details = report.status_details(self.request_id)
-        trailers = (("grpc-status-details-bin", details),)
-        await self._context.abort(report.grpc_code, report.message, trailers)
-        raise AssertionError("abort always raises")
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if isinstance(error, asyncio.CancelledError | GeneratorExit):
-            self._code = grpc.StatusCode.CANCELLED
-            self._gateway.metrics.client_disconnects.add()
-        self._gateway.metrics.grpc_requests.add(SERVICE, self._method, self._code.name)
 
 
 def _reading_options(request: ReadingRequest, context: Context) -> ReadingOptions:

@@ -65,7 +65,7 @@ def build_http_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        exception_handlers={HTTPException: _route_error},
+        exception_handlers={HTTPException: route_error},
     )
     routes = api.routes()
     app.router.routes.extend(routes)
@@ -292,7 +292,7 @@ def _json(content: object, status: int = 200) -> Response:
     return Response(dump_json(content), status, headers={"content-type": "application/json"})
 
 
-async def _route_error(request: Request, error: HTTPException) -> Response:
+async def route_error(request: Request, error: HTTPException) -> Response:
     """Unknown paths and methods get the error object too."""
     path = request.url.path[:256]
     if error.status_code == 405:

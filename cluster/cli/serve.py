@@ -132,6 +132,8 @@ def _check_early(values: dict[str, Any], is_private: bool) -> None:
     ports = {"port": section.port} if is_private else {}
     try:
         check_ports(section.host, {**ports, "grpc_port": section.grpc_port})
+        admin = {n: getattr(section, n) for n in ("admin_port", "admin_grpc_port")}
+        check_ports("127.0.0.1", {n: port for n, port in admin.items() if port})
     except ConfigError as err:
         raise CommandError(ExitCode.REFUSED, str(err)) from err
 

@@ -77,6 +77,18 @@ OPTIONS = (
     _option("--host", "gateway.host", "interface of HTTP and gRPC (127.0.0.1)"),
     _option("--port", "gateway.port", "HTTP port, 0 for a free one (8000)", kind=int),
     _option("--grpc-port", "gateway.grpc_port", "gRPC port, 0 for a free one (50051)", kind=int),
+    _option(
+        "--admin-port",
+        "gateway.admin_port",
+        "HTTP port of the admin service, on loopback (8001, or a free one)",
+        kind=int,
+    ),
+    _option(
+        "--admin-grpc-port",
+        "gateway.admin_grpc_port",
+        "its gRPC port (50052, or a free one)",
+        kind=int,
+    ),
     _option("--served-model-name", "model.served_model_name", "name that clients use"),
     _option(
         "--dtype",

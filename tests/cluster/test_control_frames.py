@@ -14,6 +14,7 @@ from cluster.control_frames import (
     ControlFrame,
     ControlHello,
     ControlProof,
+    DrainWish,
     ExpertsLoaded,
     GenerationReady,
     Heartbeat,
@@ -75,6 +76,7 @@ SAMPLES: tuple[ControlFrame, ...] = (
     RunGeneration(generation=2, first_step=10),
     LoadExperts(order=3, experts=[[0, 8, 5], [1, 8, -1]], source={"kind": "checkpoint"}),
     ExpertsLoaded(order=3, error="model.safetensors: no such file", num_bytes=7),
+    DrainWish(),
     Shutdown(reason="stopped"),
 )
 

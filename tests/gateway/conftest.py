@@ -26,6 +26,7 @@ def stack(shared_stack: Stack) -> Iterator[Stack]:
     engine.num_cached_tokens = 0
     engine.requests.clear()
     engine.aborts.clear()
+    shared_stack.controller.drain_orders.clear()
     yield shared_stack
     engine.is_paused = False
     shared_stack.wait_for(lambda: not engine.running, "the end of all requests")

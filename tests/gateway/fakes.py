@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import math
 from collections.abc import AsyncIterator, Callable
@@ -14,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
+from cluster.errors import ConflictError, UnknownNameError
 from gateway.chat_template import ChatTemplate
 from gateway.tokenizer import Tokenizer
 from protos import engine_pb2 as pb
@@ -282,6 +284,8 @@ class FakeController:
             "gateway": [],
             "history": [{"generation": 1, "time": 0.0, "cause": "start", "effect": "SERVING"}],
         }
+        self.known_operations: list[dict[str, Any]] = []
+        self.drain_orders: list[dict[str, Any]] = []
         self._changed = asyncio.Event()
 
     def change(self, **values: Any) -> None:
@@ -297,7 +301,8 @@ class FakeController:
     async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
         """See ``Controller``."""
         if known_version == self.state["version"]:
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), timeout_s)
         return copy.deepcopy(self.state)
 
     async def placement(self) -> dict[str, Any]:
@@ -310,6 +315,49 @@ class FakeController:
             "balancedness": {"predicted": 1.0, "achieved": None},
         }
         return {"schema": 1, "epoch": 3, "banks": [bank]}
+
+    async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
+        """See ``Controller``; takes every order but for a worker called ``last``."""
+        self.drain_orders.append(order)
+        if order["worker"] == "last":
+            raise ConflictError("last is the last attention worker")
+        operation = fake_operation(f"drain-1.{len(self.drain_orders)}", order["worker"])
+        self.known_operations.append(operation)
+        return operation
+
+    async def operation(self, operation_id: str) -> dict[str, Any]:
+        """See ``Controller``."""
+        for operation in self.known_operations:
+            if operation["id"] == operation_id:
+                return operation
+        raise UnknownNameError(f"there is no operation {operation_id!r}")
+
+    async def operations(self) -> list[dict[str, Any]]:
+        """See ``Controller``."""
+        return self.known_operations
+
+    async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
+        """See ``Controller``."""
+        operation = await self.operation(operation_id)
+        operation["state"] = "CANCELLED"
+        return operation
+
+
+def fake_operation(operation_id: str, target: str) -> dict[str, Any]:
+    """A drain that runs, as the controller tells it."""
+    return {
+        "id": operation_id,
+        "kind": "drain",
+        "target": target,
+        "state": "RUNNING",
+        "phase": "move requests to other workers",
+        "progress": 0.4,
+        "message": "",
+        "started": 12.5,
+        "ended": 0.0,
+        "generation": 0,
+        "result": {"requests_moved": 3},
+    }
 
 
 def attention_entry(

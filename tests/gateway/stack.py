@@ -14,6 +14,7 @@ import httpx
 import uvicorn
 
 from cluster.config import ClusterConfig, EngineSection, GatewaySection, ModelSection
+from gateway.admin_api import AdminApi
 from gateway.cluster_view import ClusterView, Controller
 from gateway.core import Gateway
 from gateway.engine_pool import EnginePool
@@ -60,6 +61,7 @@ class Stack:
         self.url = ""
         self.http: httpx.Client
         self.grpc_target = ""
+        self.admin: AdminApi
         self._closers: list[Callable[[], Coroutine[Any, Any, None]]] = []
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
@@ -132,6 +134,9 @@ class Stack:
         port = await server.start()
         self.grpc_target = f"127.0.0.1:{port}"
         self._closers.append(lambda: server.stop(0))
+        self.admin = AdminApi(self.gateway, self.config.gateway)
+        await self.admin.start()
+        self._closers.append(self.admin.stop)
 
     async def _start_http(self) -> None:
         config = uvicorn.Config(

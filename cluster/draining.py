@@ -1,0 +1,331 @@
+"""Draining: workers are emptied, leave the generation and end, and no request fails.
+
+    COPY    experts with their only copies there are read by other workers, in the background
+    MOVE    they take no new request; the gateways go on elsewhere with the running ones
+    LEAVE   a generation without them runs
+    END     their processes are gone
+
+Up to LEAVE a drain can be undone. ``Draining`` decides what comes next; the controller acts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any, Protocol
+
+from cluster.errors import ConflictError, RequestError, UnknownNameError
+from cluster.failure import missing_experts
+from cluster.operations import Operation, Operations, OperationState
+from cluster.placement import ExpertPlacement
+from cluster.states import WorkerState
+from cluster.topology import Generation
+from cluster.worker_record import WorkerRecord
+from cluster.worker_table import WorkerTable
+
+SIGNAL_LIMIT_S = 120.0
+"""Limit of a drain that a worker asked for after SIGTERM."""
+GATHER_S = 0.3
+"""Time in which the workers of a node that all got a signal are taken together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrainOrder:
+    """What is to be drained."""
+
+    worker: str = ""
+    """One worker, or"""
+    node: str = ""
+    """all of a node."""
+    limit_s: float
+    """Time in which the workers must have left."""
+    force: bool = False
+    """Past the limit they leave all the same."""
+    request_id: str = ""
+    """Begins one operation, however often it is given."""
+    expected_epoch: int | None = None
+    """Placement epoch that must be in force."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DrainOrder:
+        """From plain data. Raises ``RequestError`` for what is no order."""
+        known = {f.name for f in fields(cls)}
+        if set(data) - known or "limit_s" not in data:
+            raise RequestError(f"not a drain order: {sorted(data)}")
+        return cls(**data)
+
+
+class DrainStep(Enum):
+    """What a drain waits for; the value is for people."""
+
+    SETTLE = "wait for a running generation"
+    COPY = "copy experts to other workers"
+    MOVE = "move requests to other workers"
+    LEAVE = "form a generation without"
+    END = "end the processes"
+
+
+class DrainHost(Protocol):
+    """What a drain needs of the controller."""
+
+    workers: WorkerTable
+    placement: ExpertPlacement
+
+    @property
+    def generation(self) -> Generation:
+        """The newest generation."""
+
+    @property
+    def runs(self) -> bool:
+        """The newest generation runs, and every expert has a copy."""
+
+    @property
+    def takes_orders(self) -> bool:
+        """The cluster is neither starting nor ending."""
+
+    def note(self, cause: str, effect: str, now: float) -> None:
+        """Add to the history."""
+
+    def ask_numbers(self, name: str) -> None:
+        """Have a worker tell its numbers soon."""
+
+    def hold_back(self, names: Sequence[str], drains: bool) -> None:
+        """Tell the gateways that these workers are (not) for requests."""
+
+    def leave(self, names: Sequence[str], why: str, now: float) -> None:
+        """Form a generation without these workers, which are workers no more."""
+
+    def end(self, names: Sequence[str]) -> None:
+        """End the processes of workers that have left; ``Draining.ended`` is called then."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Drain:
+    """The drain that runs."""
+
+    operation: Operation
+    names: tuple[str, ...]
+    order: DrainOrder
+    deadline: float
+    step: DrainStep = DrainStep.SETTLE
+    since: float = 0.0
+
+    def enter(self, step: DrainStep, now: float) -> None:
+        self.step, self.since = step, now
+        self.operation.phase = step.value
+        self.operation.progress = list(DrainStep).index(step) / len(DrainStep)
+
+
+class Draining:
+    """The drains of a cluster, one after the other. Owned by the controller."""
+
+    def __init__(self, host: DrainHost, operations: Operations) -> None:
+        self._host = host
+        self._operations = operations
+        self._drain: _Drain | None = None
+        self._wishes: dict[str, float] = {}
+
+    # ---- orders ---------------------------------------------------------------------------
+
+    def begin(self, order: DrainOrder, now: float) -> Operation:
+        """Begin to drain, or find the operation that the same request began.
+
+        Raises ``UnknownNameError`` and ``ConflictError``; nothing was changed then.
+        """
+        before = self._operations.asked_before(order.request_id)
+        if before is not None:
+            return before
+        epoch = self._host.placement.epoch
+        if order.expected_epoch not in (None, epoch):
+            text = f"placement epoch {epoch} is in force, not {order.expected_epoch}"
+            raise ConflictError(text)
+        return self._begin(self._named(order), order, now)
+
+    def wish(self, name: str, now: float) -> None:
+        """A worker was told to end (SIGTERM) and asks to be drained."""
+        if name not in self._wishes and not self._is_under_way(name):
+            self._wishes[name] = now
+
+    def cancel(self, operation: Operation, now: float) -> None:
+        """Undo a drain. Raises ``ConflictError`` when it is too late."""
+        drain = self._drain
+        if drain is None or drain.operation is not operation:
+            raise ConflictError(f"{operation.id} has ended")
+        if drain.step in (DrainStep.LEAVE, DrainStep.END):
+            raise ConflictError(f"{operation.target} has left already")
+        self._undo(drain, OperationState.CANCELLED, "cancelled", now)
+
+    # ---- events ---------------------------------------------------------------------------
+
+    def lost(self, reasons: Mapping[str, str], now: float) -> None:
+        """Workers were lost (name -> reason)."""
+        for name in reasons:
+            self._wishes.pop(name, None)
+        drain = self._drain
+        if drain is None or drain.step in (DrainStep.LEAVE, DrainStep.END):
+            return
+        gone = sorted(set(drain.names) & set(reasons))
+        if gone:
+            text = f"{gone[0]} was lost before it had left: {reasons[gone[0]]}"
+            self._undo(drain, OperationState.FAILED, text, now)
+
+    def ended(self, names: Sequence[str], now: float) -> None:
+        """Processes of workers are gone."""
+        drain = self._drain
+        if drain is not None and drain.step is DrainStep.END and set(drain.names) <= set(names):
+            self._finish(drain, now)
+
+    def tick(self, now: float) -> None:
+        """Time has passed: take the next step where the last one is done."""
+        if self._drain is None:
+            self._begin_wished(now)
+        drain = self._drain
+        if drain is None:
+            return
+        if not self._host.takes_orders:
+            self._end(drain, OperationState.FAILED, "the cluster is ending", now)
+            return
+        self._advance(drain, now)
+        if self._drain is drain and now > drain.deadline:
+            self._past_limit(drain, now)
+
+    # ---- what is to be drained ------------------------------------------------------------
+
+    def _begin_wished(self, now: float) -> None:
+        """The next drain that workers asked for, once all that may belong to it have."""
+        if not self._wishes or now - min(self._wishes.values()) < GATHER_S:
+            return
+        if self._operations.running is not None or not self._host.runs:
+            return
+        names = tuple(sorted(self._wishes))
+        self._wishes.clear()
+        try:
+            self._begin(names, DrainOrder(limit_s=SIGNAL_LIMIT_S), now)
+        except ConflictError as err:
+            self._host.note(f"{' and '.join(names)} got a signal to end", f"go on: {err}", now)
+
+    def _begin(self, names: tuple[str, ...], order: DrainOrder, now: float) -> Operation:
+        self._operations.check_free()
+        if not self._host.takes_orders:
+            raise ConflictError("the cluster is starting or ending")
+        self._check(names)
+        operation = self._operations.begin("drain", " and ".join(names), now, order.request_id)
+        self._drain = _Drain(
+            operation=operation, names=names, order=order, deadline=now + order.limit_s
+        )
+        self._drain.enter(DrainStep.SETTLE, now)
+        self._advance(self._drain, now)
+        return operation
+
+    def _named(self, order: DrainOrder) -> tuple[str, ...]:
+        """Whom an order is about. Raises ``UnknownNameError`` and ``ConflictError``."""
+        workers = self._host.workers
+        if order.worker:
+            if order.worker not in workers:
+                raise UnknownNameError(f"there is no worker {order.worker[:64]!r}")
+            return (order.worker,)
+        on_node = [r for r in workers if r.member.node == order.node]
+        if not on_node:
+            raise UnknownNameError(f"there is no worker on a node {order.node[:64]!r}")
+        names = tuple(r.name for r in on_node if not r.is_lost)
+        if not names:
+            raise ConflictError(f"no worker is left on {order.node}")
+        return names
+
+    def _check(self, names: Sequence[str]) -> None:
+        """Raise ``ConflictError`` unless the cluster can do without these workers."""
+        host = self._host
+        for name in names:
+            record = host.workers[name]
+            if record.state not in (WorkerState.SERVING, WorkerState.READY):
+                raise ConflictError(f"{name} is {record.state.value}")
+        members = host.generation.members
+        if not any(m.runs_attention for m in members if m.name not in names):
+            last = next(n for n in names if host.workers[n].member.runs_attention)
+            raise ConflictError(f"{last} is the last attention worker: start another one first")
+        devices = frozenset(m.device for m in members if m.name in names and m.holds_experts)
+        if devices and host.placement.without_devices(devices, 0) is None:
+            raise ConflictError(missing_experts(host.placement, devices))
+
+    def _is_under_way(self, name: str) -> bool:
+        return self._drain is not None and name in self._drain.names
+
+    def _records(self, drain: _Drain) -> list[WorkerRecord]:
+        return [self._host.workers[name] for name in drain.names]
+
+    # ---- steps ----------------------------------------------------------------------------
+
+    def _advance(self, drain: _Drain, now: float) -> None:
+        host = self._host
+        if drain.step is DrainStep.SETTLE and host.runs:
+            self._check_again(drain, now)
+        elif drain.step is DrainStep.MOVE:
+            if host.runs and all(map(self._is_empty, self._records(drain))):
+                self._leave(drain, now)
+            else:
+                for record in self._records(drain):
+                    host.ask_numbers(record.name)
+        elif drain.step is DrainStep.LEAVE and host.runs:
+            drain.operation.generation = host.generation.number
+            drain.enter(DrainStep.END, now)
+            host.end(drain.names)
+
+    def _check_again(self, drain: _Drain, now: float) -> None:
+        """What was possible when the order came may not be so any more."""
+        try:
+            self._check(drain.names)
+        except ConflictError as err:
+            self._undo(drain, OperationState.FAILED, str(err), now)
+            return
+        self._move(drain, now)
+
+    def _move(self, drain: _Drain, now: float) -> None:
+        held = [r for r in self._records(drain) if r.member.runs_attention]
+        drain.operation.result["requests_moved"] = sum(map(_num_requests, held))
+        for record in held:
+            record.stats.clear()  # what comes from now on is fresh
+        drain.enter(DrainStep.MOVE, now)
+        self._host.hold_back([r.name for r in held], True)
+
+    def _is_empty(self, record: WorkerRecord) -> bool:
+        if not record.member.runs_attention:
+            return True
+        return "num_requests_running" in record.stats and _num_requests(record) == 0
+
+    def _leave(self, drain: _Drain, now: float) -> None:
+        try:
+            self._check(drain.names)  # others may have been lost since
+        except ConflictError as err:
+            self._undo(drain, OperationState.FAILED, str(err), now)
+            return
+        drain.enter(DrainStep.LEAVE, now)
+        self._host.leave(drain.names, f"drained {' and '.join(drain.names)}", now)
+
+    def _past_limit(self, drain: _Drain, now: float) -> None:
+        if drain.step in (DrainStep.LEAVE, DrainStep.END):
+            return  # nothing can be undone any more, and the controller has limits of its own
+        if not drain.order.force:
+            text = f"could not {drain.step.value} within {drain.order.limit_s:g} s"
+            self._undo(drain, OperationState.FAILED, text, now)
+        elif self._host.runs:
+            self._leave(drain, now)
+
+    def _finish(self, drain: _Drain, now: float) -> None:
+        drain.operation.result["workers"] = list(drain.names)
+        self._end(drain, OperationState.SUCCEEDED, f"{drain.operation.target} is drained", now)
+
+    def _undo(self, drain: _Drain, state: OperationState, text: str, now: float) -> None:
+        alive = [r.name for r in self._records(drain) if not r.is_lost]
+        self._host.hold_back(alive, False)
+        self._end(drain, state, text, now)
+
+    def _end(self, drain: _Drain, state: OperationState, text: str, now: float) -> None:
+        self._drain = None
+        self._operations.end(drain.operation, state, text, now)
+
+
+def _num_requests(record: WorkerRecord) -> int:
+    """Requests that run or wait at an attention worker, as it last said."""
+    numbers = (record.stats.get(f"num_requests_{kind}", 0.0) for kind in ("running", "waiting"))
+    return int(sum(numbers))

@@ -1,0 +1,131 @@
+"""Operations: changes to the cluster that take time, of which one runs at a time. Plain values."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from cluster.errors import ConflictError, UnknownNameError
+
+_KEPT = 64
+
+
+class OperationState(Enum):
+    """How far an operation is. The values are the names of ``admin.proto``."""
+
+    RUNNING = "RUNNING"
+    """It is under way."""
+    SUCCEEDED = "SUCCEEDED"
+    """It is done."""
+    FAILED = "FAILED"
+    """It was given up; its message says why."""
+    CANCELLED = "CANCELLED"
+    """Somebody gave it up."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Operation:
+    """One operation. Its owner writes ``phase``, ``progress`` and ``result``."""
+
+    id: str
+    """Name for ever: kind, the controller's term, a number."""
+    kind: str
+    """``drain``, ``scale`` or ``rebalance``."""
+    target: str
+    """What it is about."""
+    request_id: str
+    """Given by who asked for it, so that asking twice begins it once; may be empty."""
+    started: float
+    """Time of day, seconds since 1970."""
+    state: OperationState = OperationState.RUNNING
+    """How far it is."""
+    phase: str = ""
+    """What it does now, for people."""
+    progress: float = 0.0
+    """Done of it, 0 to 1."""
+    message: str = ""
+    """How it ended, for people."""
+    ended: float = 0.0
+    """Time of day; 0 while it runs."""
+    generation: int = 0
+    """Generation that it led to; 0 while there is none."""
+    result: dict[str, Any] = field(default_factory=dict)
+    """Fields of the kind's result in ``admin.proto``."""
+
+    @property
+    def is_running(self) -> bool:
+        """It has not ended."""
+        return self.state is OperationState.RUNNING
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with the names of ``admin.proto``."""
+        names = ("id", "kind", "target", "phase", "progress", "message", "started", "ended")
+        plain = {name: getattr(self, name) for name in names}
+        plain |= {"generation": self.generation, "result": dict(self.result)}
+        return {**plain, "state": self.state.value}
+
+
+class Operations:
+    """The last operations, of which the newest may run. ``now`` is in monotonic seconds."""
+
+    def __init__(self, term: int, wall_time_offset_s: float) -> None:
+        """``wall_time_offset_s`` added to a monotonic time is the time of day."""
+        self._term = term
+        self._offset_s = wall_time_offset_s
+        self._count = 0
+        self._kept: deque[Operation] = deque(maxlen=_KEPT)
+
+    @property
+    def running(self) -> Operation | None:
+        """The one that runs."""
+        return self._kept[-1] if self._kept and self._kept[-1].is_running else None
+
+    def asked_before(self, request_id: str) -> Operation | None:
+        """The operation that was begun under this id of a request."""
+        found = (o for o in self._kept if request_id and o.request_id == request_id)
+        return next(found, None)
+
+    def find(self, operation_id: str) -> Operation:
+        """By id. Raises ``UnknownNameError``."""
+        for operation in self._kept:
+            if operation.id == operation_id:
+                return operation
+        raise UnknownNameError(f"there is no operation {operation_id[:64]!r}")
+
+    def check_free(self) -> None:
+        """Raise ``ConflictError`` while one runs."""
+        running = self.running
+        if running is not None:
+            about = f"{running.id} ({running.kind} of {running.target})"
+            raise ConflictError(f"{about} is under way: one operation at a time")
+
+    def begin(self, kind: str, target: str, now: float, request_id: str = "") -> Operation:
+        """A new one that runs. Raises ``ConflictError`` while another does."""
+        self.check_free()
+        self._count += 1
+        operation = Operation(
+            id=f"{kind}-{self._term}.{self._count}",
+            kind=kind,
+            target=target,
+            request_id=request_id,
+            started=self._time(now),
+        )
+        self._kept.append(operation)
+        return operation
+
+    def end(self, operation: Operation, state: OperationState, message: str, now: float) -> None:
+        """The operation has come to its end."""
+        assert operation.is_running, f"{operation.id} ends twice"
+        operation.state, operation.message = state, message
+        operation.ended, operation.phase = self._time(now), ""
+        if state is OperationState.SUCCEEDED:
+            operation.progress = 1.0
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """All that are kept, newest last, fit for JSON."""
+        return [o.to_dict() for o in self._kept]
+
+    def _time(self, now: float) -> float:
+        return round(now + self._offset_s, 3)

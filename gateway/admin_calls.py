@@ -1,0 +1,163 @@
+"""The procedures of ``expertmesh.v1.Admin``, for both codecs: a message in, a message out.
+
+``grpc_admin`` and ``http_admin`` find a procedure by its name in the service's description. One
+that is described and has no method here answers that it is not built yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, cast
+
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import Message
+
+from cluster.errors import NotBuiltError, RequestError
+from gateway.cluster_view import Controller
+from gateway.core import Gateway
+from protos import admin_pb2 as pb
+
+SERVICE: ServiceDescriptor = pb.DESCRIPTOR.services_by_name["Admin"]
+"""Description of the service."""
+DEFAULT_DRAIN_LIMIT_S = 120.0
+"""Limit of a drain for which no other is given."""
+_WATCH_S = 10.0
+
+Unary = Callable[[Message], Awaitable[Message]]
+Streaming = Callable[[Message], AsyncIterator[Message]]
+
+
+class AdminCalls:
+    """What the service does. The controller does the work; any gateway replica can ask it to."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._cluster = gateway.cluster
+
+    def unary(self, name: str) -> Unary:
+        """The procedure of that name. Calling it raises ``NotBuiltError`` if there is none yet."""
+        return cast(Unary, getattr(self, name, None) or _not_built(name))
+
+    def streaming(self, name: str) -> Streaming:
+        """The same for procedures that answer with a stream."""
+        return cast(Streaming, getattr(self, name, None) or _not_built(name))
+
+    # ---- reading --------------------------------------------------------------------------
+
+    async def GetPlacement(self, request: pb.GetPlacementRequest) -> pb.Placement:
+        """Which device holds which copy of which expert."""
+        found = await self._controller().placement()
+        banks = [
+            b
+            for b in found["banks"]
+            if not request.HasField("layer") or b["layer"] == request.layer
+        ]
+        if request.HasField("layer") and not banks:
+            raise RequestError(f"layer {request.layer} has no expert bank", "layer")
+        return pb.Placement(epoch=found["epoch"], banks=map(_bank_maps, banks))
+
+    async def GetExpertLoad(self, request: pb.GetExpertLoadRequest) -> pb.ExpertLoad:
+        """Tokens by layer and expert, as far as the controller knows."""
+        found = await self._controller().placement()
+        banks = (
+            pb.BankLoad(
+                bank=bank["bank"],
+                layer=bank["layer"],
+                load=bank["load"],
+                balancedness=pb.Balancedness(**bank["balancedness"]),
+            )
+            for bank in found["banks"]
+        )
+        return pb.ExpertLoad(epoch=found["epoch"], banks=banks)
+
+    async def ListWorkers(self, request: pb.ListWorkersRequest) -> pb.ListWorkersResponse:
+        """Every worker, lost ones included."""
+        snapshot = await self._controller().snapshot()
+        return pb.ListWorkersResponse(workers=map(_worker_info, snapshot["workers"]))
+
+    async def WatchCluster(self, request: pb.WatchClusterRequest) -> AsyncIterator[pb.ClusterEvent]:
+        """What happened, then what happens. An entry that was added to comes again, whole."""
+        snapshot = await self._controller().snapshot()
+        seen = snapshot["history"] if request.only_new else []
+        while True:
+            for entry in (e for e in snapshot["history"] if e not in seen):
+                yield pb.ClusterEvent(**entry)
+            seen = snapshot["history"]
+            version = int(snapshot["version"])
+            while int(snapshot["version"]) == version:
+                snapshot = await self._controller().wait_snapshot(version, _WATCH_S)
+
+    # ---- operations -----------------------------------------------------------------------
+
+    async def DrainWorker(self, request: pb.DrainWorkerRequest) -> pb.Operation:
+        """Empty a worker, or all of a node, and end it."""
+        if bool(request.worker) == bool(request.node):
+            raise RequestError("one of worker and node is required", "worker")
+        limit_s = request.deadline_s or DEFAULT_DRAIN_LIMIT_S
+        if not 0 < limit_s < float("inf"):
+            raise RequestError(f"deadline_s ({limit_s}) must be above 0", "deadline_s")
+        order = {
+            "worker": request.worker,
+            "node": request.node,
+            "limit_s": limit_s,
+            "force": request.force,
+            "request_id": request.request_id,
+            "expected_epoch": _epoch(request),
+        }
+        return _operation(await self._controller().drain(order))
+
+    async def GetOperation(self, request: pb.GetOperationRequest) -> pb.Operation:
+        """One operation."""
+        return _operation(await self._controller().operation(request.id))
+
+    async def ListOperations(self, request: pb.ListOperationsRequest) -> pb.ListOperationsResponse:
+        """The operations that are remembered, newest last."""
+        found = await self._controller().operations()
+        return pb.ListOperationsResponse(operations=map(_operation, found))
+
+    async def CancelOperation(self, request: pb.CancelOperationRequest) -> pb.Operation:
+        """Give an operation up, where it can still be undone."""
+        return _operation(await self._controller().cancel_operation(request.id))
+
+    def _controller(self) -> Controller:
+        return self._cluster.require_controller()
+
+
+def full_name(method: MethodDescriptor) -> str:
+    """``/expertmesh.v1.Admin/DrainWorker``."""
+    return f"/{SERVICE.full_name}/{method.name}"
+
+
+def _not_built(name: str) -> Callable[[Message], Any]:
+    def refuse(request: Message) -> Any:
+        raise NotBuiltError(f"{name} is not built yet")
+
+    return refuse
+
+
+def _epoch(request: pb.DrainWorkerRequest | pb.RebalanceRequest | pb.ScaleRequest) -> int | None:
+    return request.expected_epoch if request.HasField("expected_epoch") else None
+
+
+def _operation(found: Mapping[str, Any]) -> pb.Operation:
+    """From the controller's plain data; its ``result`` is that of the kind's field."""
+    values = {k: v for k, v in found.items() if k not in ("state", "result")}
+    message = pb.Operation(state=pb.Operation.State.Value(found["state"]), **values)
+    if found["result"]:
+        result = getattr(message, found["kind"])
+        result.CopyFrom(type(result)(**found["result"]))
+    return message
+
+
+def _bank_maps(bank: Mapping[str, Any]) -> pb.BankMaps:
+    return pb.BankMaps(
+        bank=bank["bank"],
+        layer=bank["layer"],
+        physical_to_logical=(pb.ExpertSlots(experts=s) for s in bank["physical_to_logical"]),
+        load=bank["load"],
+        balancedness=pb.Balancedness(**bank["balancedness"]),
+    )
+
+
+def _worker_info(worker: Mapping[str, Any]) -> pb.WorkerInfo:
+    names = ("name", "role", "rank", "node", "pid", "state", "reason", "slots", "kv_usage")
+    return pb.WorkerInfo(**{n: worker[n] for n in names if worker.get(n) is not None})

@@ -1,0 +1,266 @@
+"""Drains, as the controller sees them: a clock that is moved by hand, workers that are records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.control_frames import DrainWish, NewGeneration, Shutdown, StatusReply, StatusRequest
+from cluster.draining import GATHER_S, SIGNAL_LIMIT_S, DrainOrder
+from cluster.errors import ConflictError, RequestError, UnknownNameError
+from cluster.operations import Operation, OperationState
+from cluster.topology import Generation
+from tests.fakes_cluster import FakeCluster
+
+
+def serving(num_attention: int = 2, num_experts: int = 3, num_redundant: int = 4) -> FakeCluster:
+    cluster = FakeCluster(num_attention, num_experts, num_redundant=num_redundant)
+    cluster.serve()
+    return cluster
+
+
+def drain(cluster: FakeCluster, worker: str, **order: Any) -> Operation:
+    order = {"worker": worker, "limit_s": 5.0, **order}
+    return cluster.controller.draining.begin(DrainOrder.from_dict(order), cluster.now)
+
+
+def pass_time(cluster: FakeCluster, seconds: float) -> None:
+    """Time passes, and all workers beat."""
+    for _ in range(round(seconds / 0.5)):
+        cluster.beat_all()
+        cluster.tick(0.5)
+
+
+def say_requests(cluster: FakeCluster, worker: str, running: float) -> None:
+    stats = {"num_requests_running": running, "num_requests_waiting": 0.0}
+    cluster.send(worker, StatusReply(token=0, stats=stats))
+
+
+def state_of(cluster: FakeCluster, worker: str) -> str:
+    entries = {w["name"]: w for w in cluster.controller.snapshot()["workers"]}
+    return str(entries[worker]["state"])
+
+
+def newest(cluster: FakeCluster, worker: str) -> Generation:
+    order = cluster.link.last(worker, NewGeneration)
+    assert order is not None
+    return Generation.from_dict(order.generation)
+
+
+def test_an_attention_worker_leaves_when_its_requests_have() -> None:
+    cluster = serving()
+    say_requests(cluster, "attention-1", 3)
+    operation = drain(cluster, "attention-1")
+    assert state_of(cluster, "attention-1") == "DRAINING"
+    cluster.tick(0.1)
+    assert cluster.link.last("attention-1", StatusRequest) is not None
+    say_requests(cluster, "attention-1", 1)
+    cluster.tick(0.1)
+    assert (cluster.state, operation.phase) == ("SERVING", "move requests to other workers")
+    say_requests(cluster, "attention-1", 0)
+    cluster.tick(0.1)
+    assert cluster.state == "RECOVERING"
+    assert state_of(cluster, "attention-1") == "DRAINED"
+    names = {m.name for m in newest(cluster, "attention-0").members}
+    assert names == {"attention-0", "expert-0", "expert-1", "expert-2"}
+    assert newest(cluster, "attention-1").number == 1
+    cluster.join_all()
+    cluster.tick(0.1)
+    assert cluster.link.ended == ["attention-1"]
+    assert cluster.link.last("attention-1", Shutdown) is not None
+    assert operation.is_running
+    cluster.controller.draining.ended(["attention-1"], cluster.now)
+    assert operation.state is OperationState.SUCCEEDED
+    assert operation.result == {"requests_moved": 3, "workers": ["attention-1"]}
+    assert (operation.generation, operation.progress) == (2, 1.0)
+    cause, effect = (cluster.controller.snapshot()["history"][-1][k] for k in ("cause", "effect"))
+    assert cause == "drained attention-1"
+    assert effect.startswith("go on with 1 attention and 3 expert workers")
+
+
+def test_numbers_from_before_the_drain_do_not_count() -> None:
+    cluster = serving()
+    say_requests(cluster, "attention-1", 0)
+    drain(cluster, "attention-1")
+    cluster.tick(0.1)
+    assert cluster.state == "SERVING"
+
+
+def test_an_expert_worker_leaves_its_work_to_the_copies() -> None:
+    cluster = serving()
+    operation = drain(cluster, "expert-1")
+    cluster.tick(0.1)
+    order = cluster.link.last("expert-0", NewGeneration)
+    assert order is not None
+    assert order.placement["epoch"] == 2
+    for bank in order.placement["banks"]:
+        assert set(bank["physical_to_logical"][1]) == {-1}
+        assert 1 not in bank["decode_device"]
+    cluster.join_all()
+    cluster.tick(0.1)
+    cluster.controller.draining.ended(["expert-1"], cluster.now)
+    assert operation.state is OperationState.SUCCEEDED
+    assert cluster.state == "DEGRADED"
+    assert cluster.controller.snapshot()["experts_complete"]
+
+
+def test_the_late_closing_of_a_drained_worker_is_no_loss() -> None:
+    cluster = serving()
+    drain(cluster, "expert-1")
+    cluster.tick(0.1)
+    cluster.controller.disconnected("expert-1", "closed by the peer", cluster.now)
+    cluster.join_all()
+    assert cluster.controller.generation.number == 2
+    assert cluster.state == "DEGRADED"
+
+
+def test_a_whole_node_leaves_at_once() -> None:
+    cluster = serving(2, 4)
+    for name in ("attention-1", "expert-3"):
+        record = cluster.controller.workers[name]
+        record.member = type(record.member)(
+            **{f: getattr(record.member, f) for f in record.member.__slots__} | {"node": "host-b"}
+        )
+    operation = drain(cluster, "", node="host-b")
+    say_requests(cluster, "attention-1", 0)
+    cluster.tick(0.1)
+    assert len(newest(cluster, "attention-0").members) == 4
+    assert operation.target == "attention-1 and expert-3"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "worker", "words"),
+    [
+        (lambda: serving(1, 3), "attention-0", "attention-0 is the last attention worker"),
+        (lambda: serving(2, 3, 0), "expert-2", "no copy left"),
+        (lambda: FakeCluster(2, 3), "expert-2", "the cluster is starting or ending"),
+    ],
+    ids=["last attention", "only copies", "starting"],
+)
+def test_what_cannot_be_is_refused_and_changes_nothing(
+    cluster: Any, worker: str, words: str
+) -> None:
+    made = cluster()
+    before = made.controller.snapshot()
+    with pytest.raises(ConflictError, match=words):
+        drain(made, worker)
+    assert made.controller.snapshot() == before
+    assert made.controller.operations.to_list() == []
+
+
+def test_unknown_names_and_orders_are_refused() -> None:
+    cluster = serving()
+    with pytest.raises(UnknownNameError, match="no worker 'expert-9'"):
+        drain(cluster, "expert-9")
+    with pytest.raises(UnknownNameError, match="node 'mars'"):
+        drain(cluster, "", node="mars")
+    with pytest.raises(RequestError):
+        DrainOrder.from_dict({"worker": "expert-1"})
+    with pytest.raises(ConflictError, match="epoch 1 is in force, not 7"):
+        drain(cluster, "expert-1", expected_epoch=7)
+
+
+def test_one_at_a_time_and_the_same_request_once() -> None:
+    cluster = serving()
+    first = drain(cluster, "attention-1", request_id="a")
+    assert drain(cluster, "attention-1", request_id="a") is first
+    with pytest.raises(ConflictError, match=r"drain-1\.1 \(drain of attention-1\) is under way"):
+        drain(cluster, "expert-1", request_id="b")
+
+
+def test_past_its_limit_a_drain_is_undone() -> None:
+    cluster = serving()
+    operation = drain(cluster, "attention-1", limit_s=1.0)
+    say_requests(cluster, "attention-1", 2)
+    pass_time(cluster, 2.0)
+    assert operation.state is OperationState.FAILED
+    assert operation.message == "could not move requests to other workers within 1 s"
+    assert state_of(cluster, "attention-1") == "SERVING"
+    assert cluster.state == "SERVING"
+    assert drain(cluster, "expert-1").is_running
+
+
+def test_past_its_limit_a_forced_drain_goes_on() -> None:
+    cluster = serving()
+    operation = drain(cluster, "attention-1", limit_s=1.0, force=True)
+    say_requests(cluster, "attention-1", 2)
+    pass_time(cluster, 2.0)
+    assert cluster.state == "RECOVERING"
+    assert operation.is_running
+
+
+def test_a_drain_can_be_cancelled_until_the_worker_has_left() -> None:
+    cluster = serving()
+    operation = drain(cluster, "attention-1")
+    cluster.controller.draining.cancel(operation, cluster.now)
+    assert operation.state is OperationState.CANCELLED
+    assert state_of(cluster, "attention-1") == "SERVING"
+    with pytest.raises(ConflictError, match="has ended"):
+        cluster.controller.draining.cancel(operation, cluster.now)
+    late = drain(cluster, "expert-1")
+    cluster.tick(0.1)
+    with pytest.raises(ConflictError, match="has left already"):
+        cluster.controller.draining.cancel(late, cluster.now)
+
+
+def test_a_worker_that_dies_first_ends_its_drain() -> None:
+    cluster = serving()
+    operation = drain(cluster, "attention-1")
+    cluster.controller.lost({"attention-1": "killed"}, cluster.now)
+    assert operation.state is OperationState.FAILED
+    assert operation.message == "attention-1 was lost before it had left: killed"
+    assert state_of(cluster, "attention-1") == "LOST"
+
+
+def test_the_loss_of_the_others_keeps_the_worker() -> None:
+    cluster = serving()
+    operation = drain(cluster, "attention-1")
+    cluster.controller.lost({"attention-0": "killed"}, cluster.now)
+    cluster.join_all()
+    say_requests(cluster, "attention-1", 0)
+    cluster.tick(0.1)
+    assert operation.state is OperationState.FAILED
+    assert "attention-1 is the last attention worker" in operation.message
+    assert state_of(cluster, "attention-1") == "SERVING"
+
+
+def test_workers_that_got_a_signal_are_drained_together_then_others() -> None:
+    cluster = serving(2, 4)
+    cluster.send("expert-3", DrainWish())
+    cluster.tick(GATHER_S / 2)
+    cluster.send("attention-1", DrainWish())
+    cluster.send("attention-1", DrainWish())
+    cluster.tick(GATHER_S)
+    (operation,) = cluster.controller.operations.to_list()
+    assert operation["target"] == "attention-1 and expert-3"
+    cluster.send("attention-1", DrainWish())
+    say_requests(cluster, "attention-1", 0)
+    cluster.tick(0.1)
+    cluster.join_all()
+    cluster.tick(0.1)
+    cluster.controller.draining.ended(["attention-1", "expert-3"], cluster.now)
+    assert len(cluster.controller.operations.to_list()) == 1
+    cluster.send("expert-2", DrainWish())
+    cluster.tick(2 * GATHER_S)
+    assert len(cluster.controller.operations.to_list()) == 2
+    assert SIGNAL_LIMIT_S > GATHER_S
+
+
+def test_a_signal_that_cannot_be_followed_is_noted() -> None:
+    cluster = serving(1, 3)
+    cluster.send("attention-0", DrainWish())
+    cluster.tick(2 * GATHER_S)
+    entry = cluster.controller.snapshot()["history"][-1]
+    assert entry["cause"] == "attention-0 got a signal to end"
+    assert "last attention worker" in entry["effect"]
+    assert state_of(cluster, "attention-0") == "SERVING"
+
+
+def test_the_end_of_the_cluster_ends_a_drain() -> None:
+    cluster = serving()
+    operation = drain(cluster, "attention-1")
+    cluster.controller.stop(cluster.now)
+    cluster.tick(0.1)
+    assert operation.state is OperationState.FAILED
+    assert operation.message == "the cluster is ending"
