@@ -242,6 +242,52 @@ class DrainWish(ControlFrame):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NewEpoch(ControlFrame):
+    """Controller -> worker: maps of a placement epoch that may come into force.
+
+    The weights for it are in their slots everywhere. The epoch in force stays until a step header
+    names another.
+    """
+
+    generation: int
+    """Generation that it is for; in any other it means nothing."""
+    epoch: int
+    """The epoch, above all before it."""
+    base_epoch: int
+    """The epoch in force, whose maps hold for the banks that are not among ``banks``."""
+    banks: list[list[Any]]
+    """``[place in the placement, BankPlacement as a dict]`` of every bank whose maps differ."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpochReady(ControlFrame):
+    """Worker -> controller: it could run steps in the epoch, or what is in the way."""
+
+    generation: int
+    epoch: int
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwitchEpoch(ControlFrame):
+    """Controller -> leader: headers name this epoch from the next step on, be it an empty one."""
+
+    generation: int
+    epoch: int
+    oldest_epoch: int
+    """As in the header: no step runs in an older one any more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpochSwitched(ControlFrame):
+    """Leader -> controller: the header of ``step`` names the epoch; the step before is over."""
+
+    generation: int
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Shutdown(ControlFrame):
     """Controller -> worker: end yourself."""
 
@@ -271,6 +317,10 @@ FRAMES: dict[str, type[ControlFrame]] = {
         LoadExperts,
         ExpertsLoaded,
         DrainWish,
+        NewEpoch,
+        EpochReady,
+        SwitchEpoch,
+        EpochSwitched,
         Shutdown,
     )
 }

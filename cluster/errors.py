@@ -21,6 +21,7 @@
         ├── ProtocolError         a peer sent what does not belong on the wire
         │   └── HandshakeError    a peer is not one of ours, or was started differently
         ├── PeerLostError         an edge was reset, closed or timed out
+        ├── MoveGivenUpError      weights on their way to another worker took too long
         └── GenerationChangedError   a new generation interrupts the current step
 
 Exceptions cross process borders: every constructor hands all its arguments to
@@ -188,6 +189,10 @@ class PeerLostError(TransportError):
 
     def __str__(self) -> str:
         return f"lost {self.peer}: {self.reason}"
+
+
+class MoveGivenUpError(TransportError):
+    """A move of expert weights was given up; what it was to change stays as it is."""
 
 
 class GenerationChangedError(TransportError):

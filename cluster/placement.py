@@ -103,6 +103,18 @@ class BankPlacement:
         }
 
     @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BankPlacement:
+        """Inverse of ``to_dict``. Raises ``ConfigError`` for maps that break a rule."""
+        return cls.from_maps(
+            bank=str(data["bank"]),
+            layer=int(data["layer"]),
+            num_experts=int(data["num_experts"]),
+            physical_to_logical=data["physical_to_logical"],
+            split=data.get("split"),
+            decode_device=data.get("decode_device"),
+        )
+
+    @classmethod
     def from_maps(
         cls,
         *,
@@ -209,16 +221,7 @@ class ExpertPlacement:
             total = entry.get("num_experts") or (num_experts or {}).get(key)
             if total is None:
                 raise ConfigError("placement.banks", key, "is not a bank of this model")
-            banks.append(
-                BankPlacement.from_maps(
-                    bank=key[0],
-                    layer=key[1],
-                    num_experts=int(total),
-                    physical_to_logical=entry["physical_to_logical"],
-                    split=entry.get("split"),
-                    decode_device=entry.get("decode_device"),
-                )
-            )
+            banks.append(BankPlacement.from_dict({**entry, "num_experts": total}))
         return cls(epoch=int(data.get("epoch", 1)), banks=tuple(banks))
 
 

@@ -182,6 +182,7 @@ class AttentionRuntime(WorkerRuntime):
         if header is None:
             return
         self._idle = False
+        self._follow_epoch(header)
         outputs = self._step(engine, header)
         self._last_commit = time.monotonic()
         self._emit(outputs)

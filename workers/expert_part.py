@@ -5,6 +5,11 @@ Expert workers and colocated workers have one each.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
 import torch
 
 from cluster.control_frames import LoadExperts
@@ -12,10 +17,15 @@ from workers.checkpoint import Checkpoint
 from workers.control_client import ControlClient
 from workers.dist.activity import Activity
 from workers.dist.expert_server import ExpertServer
+from workers.dist.handshake import PeerIdentity
 from workers.dist.transport import DataTransport
 from workers.experts.loading import CHECKPOINT, ExpertLoader, OpenSource
+from workers.experts.peer_source import PEER, PacedSource, PeerSource
+from workers.experts.rate_limit import RateLimit
 from workers.experts.slots import ExpertSlots
-from workers.experts.sources import CheckpointSource
+from workers.experts.sources import CheckpointSource, ExpertSource
+from workers.experts.weight_client import WeightClient
+from workers.experts.weight_server import WeightServer
 from workers.worker_args import WorkerArgs
 
 
@@ -32,11 +42,20 @@ class ExpertPart:
         *,
         dtype: torch.dtype,
         activity: Activity,
+        me: PeerIdentity,
+        weights: WeightServer,
     ) -> None:
-        """Fill ``slots``, which are empty. Raises ``CheckpointError``."""
+        """Fill ``slots``, which are empty, and give their experts out by ``weights``.
+
+        Raises ``CheckpointError``.
+        """
         assert args.placement is not None, "a worker with experts is started with a placement"
         slots.load_placement(args.placement, args.member.device, checkpoint)
         self._slots = slots
+        self._args = args
+        self._me = me
+        self._checkpoint = checkpoint
+        self._ending = threading.Event()
         self.server = ExpertServer(
             transport,
             slots,
@@ -48,9 +67,8 @@ class ExpertPart:
             activity=activity,
         )
         """Serves steps."""
-        sources: dict[str, OpenSource] = {
-            CHECKPOINT: lambda _: CheckpointSource(checkpoint.another())
-        }
+        weights.start(slots)
+        sources: dict[str, OpenSource] = {CHECKPOINT: self._open_checkpoint, PEER: self._open_peer}
         can_grow = args.device.type == "cpu"
         max_slots = None if can_grow else args.num_slots
         self._loader = ExpertLoader(slots, sources, control.send, max_slots=max_slots)
@@ -68,4 +86,31 @@ class ExpertPart:
 
     def close(self) -> None:
         """End loading."""
+        self._ending.set()
         self._loader.close()
+
+    # ---- where further experts come from ----------------------------------------------------
+
+    def _rate(self, source: Mapping[str, Any]) -> RateLimit:
+        """Of an order's ``bytes_per_s`` and ``limit_s``; both may be missing."""
+        bytes_per_s, limit_s = source.get("bytes_per_s"), source.get("limit_s")
+        return RateLimit(
+            float(bytes_per_s) if bytes_per_s else None,
+            limit_s=float(limit_s) if limit_s else None,
+            cancelled=self._ending,
+        )
+
+    def _open_checkpoint(self, source: Mapping[str, Any]) -> ExpertSource:
+        return PacedSource(CheckpointSource(self._checkpoint.another()), self._rate(source))
+
+    def _open_peer(self, source: Mapping[str, Any]) -> ExpertSource:
+        connect = partial(
+            WeightClient,
+            str(source["peer"]),
+            str(source["address"]),
+            self._me,
+            self._args.config.cluster_token,
+            rate=self._rate(source),
+            timeout_s=self._args.config.transport.connect_timeout_s,
+        )
+        return PeerSource(connect)

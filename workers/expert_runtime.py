@@ -40,6 +40,7 @@ class ExpertRuntime(WorkerRuntime):
         self._idle = False
         if header is None:
             return
+        self._follow_epoch(header)
         started = time.monotonic()
         self._experts.server.run_step(header)
         if self._traced is not None:

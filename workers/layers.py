@@ -67,6 +67,11 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
+def unpack(packed: Tensor) -> Tensor:
+    """The weight [out, in] that was packed, bit for bit, in memory of its own."""
+    return packed.to_dense()
+
+
 _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
 
 
@@ -95,6 +100,10 @@ class Linear:
         parts = weight.tensor_split(num_parts)
         self._weights = [pack(part) for part in parts] if self._is_packed else list(parts)
         self._biases = [None] * num_parts if bias is None else list(bias.tensor_split(num_parts))
+
+    def weight(self) -> Tensor:
+        """A copy of the weight [out, in]."""
+        return torch.cat([unpack(w) if self._is_packed else w for w in self._weights])
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out]."""

@@ -22,12 +22,15 @@ from typing import Any
 
 from cluster.control_frames import (
     ControlFrame,
+    EpochReady,
+    EpochSwitched,
     ExpertsLoaded,
     GenerationReady,
     Heartbeat,
     Keepsake,
     LoadExperts,
     LoadProgress,
+    NewEpoch,
     NewGeneration,
     PeerLost,
     Register,
@@ -35,10 +38,11 @@ from cluster.control_frames import (
     RunGeneration,
     Shutdown,
     StatusReply,
+    SwitchEpoch,
     WorkerFailed,
     WorkerReady,
 )
-from cluster.errors import GenerationChangedError, PeerLostError
+from cluster.errors import GenerationChangedError, PeerLostError, ProtocolError
 from cluster.placement import ExpertPlacement
 from cluster.topology import Generation, Member
 from workers.checkpoint import Checkpoint, resolve_dtype
@@ -47,6 +51,7 @@ from workers.dist.activity import Activity
 from workers.dist.collective import CollectiveTransport
 from workers.dist.frames import max_data_bytes
 from workers.dist.handshake import PeerIdentity
+from workers.dist.header import StepHeader
 from workers.dist.hub import PeerHub
 from workers.dist.micro_batches import MicroBatchRule
 from workers.dist.prefill_cap import PrefillCap
@@ -54,8 +59,10 @@ from workers.dist.sockets import SocketTransport
 from workers.dist.step_channel import StepChannel
 from workers.dist.traced import Traced, TracedTransport
 from workers.dist.transport import DataTransport
+from workers.epochs import EpochMaps
 from workers.expert_part import ExpertPart
 from workers.experts.slots import ExpertSlots
+from workers.experts.weight_server import WeightServer
 from workers.huge_pages import collapse_weights
 from workers.lanes import Lanes
 from workers.lease import Lease
@@ -105,7 +112,7 @@ class WorkerRuntime(ABC):
         self._memory: dict[str, Any] = {}
         self._last_commit = time.monotonic()
         self._reported_at = 0.0
-        self._epoch = 0
+        self._epochs = EpochMaps()
         self._thread = threading.Thread(target=self._main, name=self.member.name, daemon=True)
 
     # ---- what a kind of worker adds ---------------------------------------------------------
@@ -214,6 +221,7 @@ class WorkerRuntime(ABC):
         )
         self._hub = hub
         self._cleanup.callback(hub.close)
+        self._me = me
         self.channel = StepChannel(
             hub,
             prefill_cap=PrefillCap.of(engine),
@@ -223,6 +231,10 @@ class WorkerRuntime(ABC):
         self._cleanup.callback(self.transport.close)
         self.trace = self._open_trace()
         self.member = replace(self.member, data_address=hub.address)
+        if self.member.holds_experts:
+            self._weights = WeightServer(me, self.config.cluster_token, host=self.args.host)
+            self._cleanup.callback(self._weights.close)
+            self.member = replace(self.member, weights_address=self._weights.address)
         self.member = self._announce()
         info = {"threads": self.args.threads, "device": str(self.args.device)}
         info["host"] = socket.gethostname()
@@ -291,6 +303,8 @@ class WorkerRuntime(ABC):
             self.control,
             dtype=self.dtype,
             activity=self.activity,
+            me=self._me,
+            weights=self._weights,
         )
         self._cleanup.callback(part.close)
         self._experts = part
@@ -383,7 +397,9 @@ class WorkerRuntime(ABC):
             placement=order.placement if order is not None else {},
             running=here and self._running and not self._is_fenced,
             highest_step=self.channel.highest_step if number else 0,
-            highest_epoch=max(self.channel.highest_epoch, self._epoch) if number else 0,
+            highest_epoch=max(self.channel.highest_epoch, self._epochs.current.epoch)
+            if number
+            else 0,
             memory=self._memory,
         )
         return [standing] if loss is None else [standing, loss]
@@ -424,6 +440,10 @@ class WorkerRuntime(ABC):
                 self._take_generation(frame)
             elif isinstance(frame, RunGeneration):
                 self._run_generation(frame)
+            elif isinstance(frame, NewEpoch):
+                self._learn_epoch(frame)
+            elif isinstance(frame, SwitchEpoch):
+                self._switch_epoch(frame)
             elif isinstance(frame, Shutdown):
                 self._stopping = True
 
@@ -444,7 +464,7 @@ class WorkerRuntime(ABC):
         except PeerLostError as err:
             self._lose(err)
             return
-        self._epoch = placement.epoch
+        self._epochs.start(placement)
         self.control.send(
             GenerationReady(
                 generation=generation.number,
@@ -455,11 +475,34 @@ class WorkerRuntime(ABC):
 
     def _run_generation(self, frame: RunGeneration) -> None:
         if frame.generation == self.generation.number:
-            self.channel.start_generation(frame.first_step, self._epoch)
+            self.channel.start_generation(frame.first_step, self._epochs.current.epoch)
             self._last_commit = time.monotonic()
             self._is_fenced = False
             self._open_gates()
             self._running = True
+
+    def _learn_epoch(self, frame: NewEpoch) -> None:
+        """Get ready for maps that may come into force."""
+        if frame.generation != self.generation.number:
+            return
+        error = ""
+        try:
+            self._enter(self.generation, self._epochs.learn(frame))
+        except ProtocolError as err:
+            error = str(err)
+        self.control.send(EpochReady(generation=frame.generation, epoch=frame.epoch, error=error))
+
+    def _switch_epoch(self, frame: SwitchEpoch) -> None:
+        """Leader: the next header names the epoch; that goes out when all have proposed."""
+        if frame.generation == self.generation.number and self._running:
+            self.channel.set_epoch(frame.epoch, frame.oldest_epoch)
+
+    def _follow_epoch(self, header: StepHeader) -> None:
+        """Note the epoch of a step; the leader tells the controller of a new one."""
+        if self._epochs.reach(header.epoch) and self.channel.is_leader:
+            self.control.send(
+                EpochSwitched(generation=header.generation, epoch=header.epoch, step=header.step)
+            )
 
     def _report_loading(self, loaded_bytes: int, total_bytes: int) -> None:
         """Progress callback of the loaders."""

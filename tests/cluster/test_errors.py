@@ -28,6 +28,7 @@ EXAMPLES = [
     errors.ProtocolError("bad magic"),
     errors.HandshakeError("another checkpoint"),
     errors.PeerLostError("expert-1", "reset"),
+    errors.MoveGivenUpError("not done within 3 s"),
     errors.GenerationChangedError("generation 2"),
 ]
 

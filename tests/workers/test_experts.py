@@ -147,6 +147,26 @@ def test_bank_grows_and_empties(inner: int) -> None:
     assert bank.num_slots == 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kind", ["packed", "padded", "grouped", "blocks", "loop 0", "loop 1", "loop 2"]
+)
+def test_what_is_stored_can_be_read_again(kind: str, dtype: torch.dtype) -> None:
+    wide = replace(SWIGLU, in_width=256, out_width=256, expert_width=192)
+    matrices = weights(wide, 3, dtype)
+    kernel = make(kind, wide, dtype)
+    kernel.resize(3)
+    for slot, own in enumerate(matrices):
+        for i, matrix in enumerate(own):
+            kernel.store(slot, i, matrix.clone())
+    for slot, own in enumerate(matrices):
+        for i, matrix in enumerate(own):
+            found = kernel.read(slot, i)
+            assert torch.equal(found, matrix)
+            found.zero_()
+            assert torch.equal(kernel.read(slot, i), matrix)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bank_on_a_gpu_equals_the_cpu(dtype: torch.dtype) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.config import CombineMode
+from cluster.errors import ProtocolError
 from cluster.placement import ExpertPlacement
 from cluster.topology import Generation
 from workers.dist.activity import Activity
@@ -18,6 +20,21 @@ from workers.dist.header import StepHeader
 from workers.dist.transport import DataTransport, Expected, Message, Part, Tag
 from workers.dist.weighting import weighted_sum
 from workers.families.base import BankSpec, ExchangeSpec
+
+
+@dataclass(frozen=True, slots=True)
+class _FilledSlots:
+    """Which slots of one bank hold an expert in an epoch."""
+
+    table: Tensor
+    """[slots + 1] bool; the last entry answers for slot -1: a pair that is not here is no error."""
+    has_free: bool
+    """Some slot holds none."""
+
+    @classmethod
+    def of(cls, filled: Sequence[bool], device: torch.device) -> _FilledSlots:
+        """Of ``[slot]`` -> whether it holds an expert."""
+        return cls(torch.tensor([*filled, True], device=device), not all(filled))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,28 +92,29 @@ class ExpertServer:
         self._device = device
         self._granted: list[dict[int, int]] = []
         self._exact = False
-        self._filled: list[Tensor] = []
-        self._has_free: list[bool] = []
+        self._generation = 0
+        self._epochs: dict[int, list[_FilledSlots]] = {}
+        self._filled: list[_FilledSlots] = []
         self._all_pairs: dict[int, tuple[Tensor, Tensor]] = {}
         self.token_counts: list[Tensor] = []
         """By bank, [slots] int64 on the CPU: pairs computed by each expert slot so far."""
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """Learn which slots are filled. Counters go on for slots that stay."""
-        self._filled = []
-        self._has_free = []
-        counts = self.token_counts
-        self.token_counts = []
-        for i, bank in enumerate(placement.banks):
-            filled = filled_slots(bank, self._device_index)
-            # The last entry answers for slot -1: a pair that is not here is no error.
-            self._filled.append(torch.tensor([*filled, True], device=self._device))
-            self._has_free.append(not all(filled))
-            kept = torch.zeros(len(filled), dtype=torch.int64)
-            if i < len(counts):
-                size = min(len(filled), len(counts[i]))
-                kept[:size] = counts[i][:size]
-            self.token_counts.append(kept)
+        """Learn which slots are filled in an epoch; what is known of an older generation goes.
+
+        Counters go on for slots that stay.
+        """
+        if generation.number != self._generation:
+            self._epochs.clear()
+        self._generation = generation.number
+        filled = [filled_slots(bank, self._device_index) for bank in placement.banks]
+        self._epochs[placement.epoch] = [_FilledSlots.of(f, self._device) for f in filled]
+        for i, held in enumerate(filled):
+            if i == len(self.token_counts):
+                self.token_counts.append(torch.zeros(0, dtype=torch.int64))
+            missing = len(held) - len(self.token_counts[i])
+            if missing > 0:
+                self.token_counts[i] = F.pad(self.token_counts[i], (0, missing))
 
     @property
     def num_tokens(self) -> int:
@@ -115,7 +133,18 @@ class ExpertServer:
                 self.serve(bank.index, exchange.index)
 
     def begin_step(self, header: StepHeader) -> None:
-        """Start a step whose exchanges are served one by one."""
+        """Start a step whose exchanges are served one by one.
+
+        Raises ``ProtocolError`` for an epoch that is not known.
+        """
+        filled = self._epochs.get(header.epoch)
+        if filled is None:
+            raise ProtocolError(
+                f"step {header.step} runs in epoch {header.epoch}, known are {sorted(self._epochs)}"
+            )
+        for epoch in [e for e in self._epochs if e < header.oldest_epoch]:
+            del self._epochs[epoch]
+        self._filled = filled
         self._transport.begin_step(header)
         self._exact = header.exact
         self._granted = [
@@ -218,13 +247,13 @@ class ExpertServer:
     def _are_filled(self, bank: BankSpec, slots: Tensor, low: int, high: int) -> bool:
         """Whether all slots, which are from ``low`` to ``high``, hold an expert or are -1."""
         filled = self._filled[bank.index]
-        if low < -1 or high >= filled.shape[0] - 1:
+        if low < -1 or high >= filled.table.shape[0] - 1:
             return False
-        return not self._has_free[bank.index] or bool(filled[slots].all())  # device-to-host sync
+        return not filled.has_free or bool(filled.table[slots].all())  # device-to-host sync
 
     def _blame(self, bank: BankSpec, ranks: tuple[int, ...], slots: Sequence[Tensor]) -> None:
         """A slot that is not there, or empty, closes the edge that it came from."""
-        filled = self._filled[bank.index].tolist()[:-1]
+        filled = self._filled[bank.index].table.tolist()[:-1]
         for rank, mine in zip(ranks, slots, strict=True):
             for slot in mine.flatten().tolist():
                 if slot != -1 and not (0 <= slot < len(filled) and filled[slot]):

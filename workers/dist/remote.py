@@ -12,7 +12,7 @@ bits of float32 in the same int32 part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cluster.config import CombineMode
 from cluster.errors import ProtocolError
-from cluster.placement import ExpertPlacement
+from cluster.placement import BankPlacement, ExpertPlacement
 from cluster.topology import Generation
 from workers.dist.activity import Activity
 from workers.dist.copies import CopyTables
@@ -81,6 +81,7 @@ class RemoteDispatcher:
         self._ranks: tuple[int, ...] = ()
         self._generation = 0
         self._epochs: dict[int, list[CopyTables]] = {}
+        self._built: dict[int, tuple[BankPlacement, CopyTables]] = {}
         self._tables: list[CopyTables] = []
         self._header: StepHeader | None = None
         self._micro_batches: Sequence[BatchRows] = ()
@@ -92,12 +93,22 @@ class RemoteDispatcher:
         """
         members = generation.experts
         device_index = {m.device: i for i, m in enumerate(members)}
-        tables = [CopyTables.build(b, device_index, self._device) for b in placement.banks]
         if generation.number != self._generation:
             self._epochs.clear()
+            self._built.clear()
+        tables = [self._table(i, b, device_index) for i, b in enumerate(placement.banks)]
         self._generation = generation.number
         self._ranks = tuple(m.rank for m in members)
         self._epochs[placement.epoch] = tables
+
+    def _table(
+        self, index: int, bank: BankPlacement, device_index: Mapping[int, int]
+    ) -> CopyTables:
+        """The bank's tables: those of the epoch before where its maps are the same."""
+        known = self._built.get(index)
+        if known is None or known[0] != bank:
+            known = self._built[index] = bank, CopyTables.build(bank, device_index, self._device)
+        return known[1]
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
         """See ``TokenDispatcher``. Raises ``ProtocolError`` for an epoch that is not known."""
@@ -106,15 +117,19 @@ class RemoteDispatcher:
             raise ProtocolError(
                 f"step {header.step} runs in epoch {header.epoch}, known are {sorted(self._epochs)}"
             )
-        for epoch in [e for e in self._epochs if e < header.oldest_epoch]:
-            del self._epochs[epoch]
+        self._forget(header.oldest_epoch)
         self._tables = tables
         self._header = header
         self._micro_batches = micro_batches
         self._transport.begin_step(header)
 
     def sit_out(self, header: StepHeader) -> None:
-        """Nothing: an attention rank without rows has no part in the exchanges."""
+        """Forget old maps; an attention rank without rows has no part in the exchanges."""
+        self._forget(header.oldest_epoch)
+
+    def _forget(self, oldest_epoch: int) -> None:
+        for epoch in [e for e in self._epochs if e < oldest_epoch]:
+            del self._epochs[epoch]
 
     def dispatch(
         self,

@@ -51,6 +51,7 @@ class StepChannel:
         self._next_step = 1
         self._epoch = 0
         self._oldest_epoch = 0
+        self._decided_epoch = 0
         self._proposals: dict[int, StepProposal] = {}
         self._headers: deque[StepHeader] = deque()
         self._timed: tuple[StepHeader, float] | None = None  # the step under way, and its start
@@ -77,10 +78,14 @@ class StepChannel:
         self._proposals.clear()
         self._headers.clear()
         self._timed = None
+        self._decided_epoch = epoch
         self.set_epoch(epoch, epoch if oldest_epoch is None else oldest_epoch)
 
     def set_epoch(self, epoch: int, oldest_epoch: int) -> None:
-        """Leader: epoch of the headers from now on."""
+        """Leader: epoch of the headers from now on.
+
+        The next header follows even if nobody wants a row, when all ranks have proposed.
+        """
         self._epoch = epoch
         self._oldest_epoch = oldest_epoch
 
@@ -193,10 +198,11 @@ class StepChannel:
             oldest_epoch=self._oldest_epoch,
             max_prefill_rows=self._prefill_cap.rows(decode_rows, len(ranks)),
             micro_batches=self._micro_batches,
-            even_empty=even_empty,
+            even_empty=even_empty or self._epoch != self._decided_epoch,
         )
         if header is None:
             return
+        self._decided_epoch = header.epoch
         self._proposals.clear()
         for member in generation.members:
             if member.name != self._hub.me.name:

@@ -28,6 +28,9 @@ class ExpertKernel(Protocol):
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
         """Copy one matrix [out, in] of one expert from the CPU."""
 
+    def read(self, slot: int, matrix: int) -> Tensor:
+        """What was stored: one matrix [out, in] of one expert, on the CPU, in memory of its own."""
+
     def clear(self, slot: int) -> None:
         """Empty a slot."""
 
@@ -89,6 +92,11 @@ class ExpertBank:
         """Copy one matrix [out, in] of the expert in ``slot``."""
         assert 0 <= slot < self._num_slots, f"slot {slot} of {self._num_slots}"
         self._kernels[exchange].store(slot, matrix, weight)
+
+    def read(self, slot: int, exchange: int, matrix: int) -> Tensor:
+        """A copy of one matrix [out, in] of the expert in ``slot``, on the CPU."""
+        assert 0 <= slot < self._num_slots, f"slot {slot} of {self._num_slots}"
+        return self._kernels[exchange].read(slot, matrix)
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""

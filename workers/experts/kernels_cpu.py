@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from workers.lanes import Lanes
-from workers.layers import Gate, can_pack, pack, packed_linear, swiglu
+from workers.layers import Gate, can_pack, pack, packed_linear, swiglu, unpack
 
 PACKED_MIN_ELEMENTS = 64 * 1024
 """Elements of an exchange's first matrix from which on a call per expert pays."""
@@ -69,6 +69,11 @@ class PackedExperts:
         """Copy one matrix of one expert."""
         self._weights[matrix][slot] = pack(weight) if self._is_packed else weight.clone()
 
+    def read(self, slot: int, matrix: int) -> Tensor:
+        """A copy of one matrix of one expert, as it was stored."""
+        weight = self._weights[matrix][slot]
+        return unpack(weight) if weight.layout is not torch.strided else weight.clone()
+
     def clear(self, slot: int) -> None:
         """Free a slot's memory."""
         for weights in self._weights:
@@ -108,6 +113,10 @@ class PaddedExperts:
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
         """Copy one matrix of one expert."""
         self._weights[matrix][slot] = weight
+
+    def read(self, slot: int, matrix: int) -> Tensor:
+        """A copy of one matrix of one expert, as it was stored."""
+        return self._weights[matrix][slot].clone()
 
     def clear(self, slot: int) -> None:
         """Zero a slot."""

@@ -44,6 +44,11 @@ class GroupedExperts:
         """Copy one matrix of one expert to the device."""
         self._weights[matrix][slot].copy_(weight)
 
+    def read(self, slot: int, matrix: int) -> Tensor:
+        """A copy of one matrix of one expert on the CPU."""
+        weight = self._weights[matrix][slot]
+        return weight.clone() if weight.device.type == "cpu" else weight.cpu()
+
     def clear(self, slot: int) -> None:
         """Zero a slot."""
         for weights in self._weights:

@@ -50,6 +50,10 @@ class BlockExperts:
         """See ``ExpertKernel``."""
         self._weights[matrix][slot] = weight
 
+    def read(self, slot: int, matrix: int) -> Tensor:
+        """See ``ExpertKernel``."""
+        return self._weights[matrix][slot].clone()
+
     def clear(self, slot: int) -> None:
         """See ``ExpertKernel``."""
         for weights in self._weights:
@@ -97,6 +101,11 @@ class LoopExperts:
         """See ``ExpertKernel``."""
         product = RowInvariantLinear(weight.clone(), None, self._form, self._lanes)
         self._products[matrix][slot] = product
+
+    def read(self, slot: int, matrix: int) -> Tensor:
+        """See ``ExpertKernel``."""
+        product = self._products[matrix][slot]
+        return torch.empty(0) if product is None else product.weight()
 
     def clear(self, slot: int) -> None:
         """See ``ExpertKernel``."""

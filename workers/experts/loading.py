@@ -107,7 +107,7 @@ class ExpertLoader:
         try:
             for bank, slot, expert in work:
                 if expert == FREE_SLOT:
-                    self._slots.banks[bank].clear(slot)
+                    self._slots.clear(bank, slot)
                     continue
                 for _ in self._slots.load_expert(bank, slot, expert, source):
                     if self._closing:

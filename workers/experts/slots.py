@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from cluster.placement import FREE_SLOT, ExpertPlacement
 from workers.checkpoint import Checkpoint
@@ -14,6 +16,14 @@ from workers.experts.kernels_invariant import InvariantKernels
 from workers.experts.sources import CheckpointSource, ExpertSource
 from workers.families.base import BankSpec
 from workers.lanes import Lanes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Held:
+    """One loading of an expert."""
+
+    expert: int
+    """Logical expert."""
 
 
 class ExpertSlots:
@@ -35,23 +45,54 @@ class ExpertSlots:
         fast = partial(make_kernel, lanes=lanes or Lanes())
         make = InvariantKernels().make if deterministic else fast
         self._banks = tuple(ExpertBank(spec, num_slots, dtype, device, make) for spec in banks)
+        self._contents = [dict[int, _Held]() for _ in banks]
 
     @property
     def banks(self) -> tuple[ExpertBank, ...]:
         """By ``BankSpec.index``."""
         return self._banks
 
+    def contents(self, bank: int) -> dict[int, int]:
+        """Slot -> logical expert whose weights are complete in it."""
+        return {slot: held.expert for slot, held in self._contents[bank].copy().items()}
+
+    def read_expert(self, bank: int, expert: int) -> list[Tensor] | None:
+        """Copies of an expert's matrices, exchange by exchange; None when no slot holds it.
+
+        Any thread: what is stored to the slot meanwhile makes it None, never a mixture.
+        """
+        if bank >= len(self._banks):
+            return None
+        found = [(s, h) for s, h in self._contents[bank].copy().items() if h.expert == expert]
+        if not found:
+            return None
+        slot, held = found[0]
+        source = self._banks[bank]
+        matrices = [
+            source.read(slot, exchange.index, i)
+            for exchange in source.spec.exchanges
+            for i in range(len(exchange.matrix_shapes))
+        ]
+        return matrices if self._contents[bank].get(slot) is held else None
+
     def load_expert(
         self, bank: int, slot: int, expert: int, source: ExpertSource
     ) -> Iterator[None]:
         """Read one logical expert into a slot, matrix by matrix: a turn of the iterator each.
 
-        Raises what the source raises.
+        Raises what the source raises; the slot then holds nothing.
         """
         target = self._banks[bank]
+        self._contents[bank].pop(slot, None)
         for exchange, matrix, weight in source.weights(target.spec, expert, target.dtype):
             target.store(slot, exchange, matrix, weight)
             yield
+        self._contents[bank][slot] = _Held(expert)
+
+    def clear(self, bank: int, slot: int) -> None:
+        """Empty a slot that no step uses."""
+        self._contents[bank].pop(slot, None)
+        self._banks[bank].clear(slot)
 
     def load_all(self, checkpoint: Checkpoint) -> None:
         """Expert e of every bank into slot e (a single process)."""

@@ -296,7 +296,10 @@ def test_a_new_epoch_takes_over_at_its_step() -> None:
     with Mesh(1, 2, (bank,), placement=placement) as mesh:
         dispatcher = mesh["attention-0"].dispatcher
         assert dispatcher is not None
-        dispatcher.set_placement(ExpertPlacement(epoch=2, banks=(moved,)), mesh.generation)
+        for name in ("attention-0", "expert-0", "expert-1"):
+            side = mesh[name].dispatcher or mesh[name].server
+            assert side is not None
+            side.set_placement(ExpertPlacement(epoch=2, banks=(moved,)), mesh.generation)
         check(mesh, Work((bank,), (50,), make_header((50,))), bitwise=True)
         before = token_counts(mesh)
         check(mesh, Work((bank,), (50,), make_header((50,), step=2, epoch=2)), bitwise=True)

@@ -270,3 +270,31 @@ def test_a_wrong_header_closes_the_edge(
     send(cluster.hubs[sender], "expert-0", FrameKind.HEADER, header.encode(), step)
     with pytest.raises(PeerLostError, match=reason):
         cluster.channels[2].wait(5.0)
+
+
+def test_a_new_epoch_begins_with_an_empty_step_when_nobody_has_work(cluster: Cluster) -> None:
+    leader, other = cluster.channels[:2]
+    leader.propose(0, 0)
+    other.propose(0, 0)
+    assert leader.wait(0.05) is None
+    leader.set_epoch(4, 4)
+    leader.propose(0, 0)
+    (header,) = set(cluster.wait_all())
+    assert header is not None
+    assert (header.step, header.epoch, header.oldest_epoch) == (1, 4, 4)
+    assert (header.decode_rows, header.prefill_rows) == (0, 0)
+    for channel in cluster.channels[:2]:
+        channel.propose(0, 0)
+    assert leader.wait(0.05) is None
+    assert [c.highest_epoch for c in cluster.channels] == [4, 4, 4, 4]
+
+
+def test_a_new_epoch_begins_with_the_next_step_of_those_who_work(cluster: Cluster) -> None:
+    for epoch in (1, 2, 2, 3):
+        cluster.channels[0].set_epoch(epoch, epoch)
+        cluster.channels[0].propose(1, 0)
+        cluster.channels[1].propose(0, 0)
+        (header,) = set(cluster.wait_all())
+        assert header is not None
+        assert header.epoch == epoch
+        assert header.decode_rows == 1

@@ -1,0 +1,291 @@
+"""Experts out of another worker's memory: real sockets, real slots."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.errors import HandshakeError, MoveGivenUpError, PeerLostError, ProtocolError
+from tests.engine_stream import TOKEN
+from workers.checkpoint import Checkpoint
+from workers.dist.handshake import ListenerHandshake, PeerIdentity
+from workers.experts.peer_source import PacedSource, PeerSource
+from workers.experts.rate_limit import RateLimit
+from workers.experts.slots import ExpertSlots
+from workers.experts.sources import CheckpointSource
+from workers.experts.weight_client import WeightClient
+from workers.experts.weight_frames import (
+    ANSWER,
+    HELD,
+    QUESTION,
+    checksum,
+    expert_num_bytes,
+    receive_exactly,
+    shake_hands,
+    view_bytes,
+)
+from workers.experts.weight_server import WeightServer
+
+CPU = torch.device("cpu")
+TIMEOUT_S = 30.0
+
+
+def identity(name: str, checkpoint: str = "abc") -> PeerIdentity:
+    return PeerIdentity(
+        name=name, role="expert", rank=0, checkpoint_id=checkpoint, config_hash="cfg"
+    )
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
+    return Checkpoint(tiny_checkpoint)
+
+
+@pytest.fixture
+def slots(checkpoint: Checkpoint) -> ExpertSlots:
+    """All experts of the tiny model."""
+    made = ExpertSlots(checkpoint.family.banks, 8, torch.float32, CPU)
+    made.load_all(checkpoint)
+    return made
+
+
+@pytest.fixture
+def server(slots: ExpertSlots) -> Iterator[WeightServer]:
+    made = WeightServer(identity("expert-0"), TOKEN, host="127.0.0.1")
+    made.start(slots)
+    with closing(made):
+        yield made
+
+
+def connect(
+    address: str,
+    *,
+    me: PeerIdentity | None = None,
+    token: str = TOKEN,
+    rate: RateLimit | None = None,
+) -> WeightClient:
+    return WeightClient(
+        "expert-0",
+        address,
+        me or identity("expert-1"),
+        token,
+        rate=rate or RateLimit(),
+        timeout_s=TIMEOUT_S,
+    )
+
+
+def test_experts_arrive_bit_for_bit(
+    server: WeightServer, slots: ExpertSlots, checkpoint: Checkpoint
+) -> None:
+    banks = checkpoint.family.banks
+    with closing(connect(server.address)) as client:
+        for bank in banks:
+            for expert in range(bank.num_experts):
+                matrices = client.fetch(bank, expert, torch.float32)
+                expected = slots.read_expert(bank.index, expert)
+                assert expected is not None
+                assert all(torch.equal(a, b) for a, b in zip(matrices, expected, strict=True))
+    assert server.num_sent_bytes == sum(8 * expert_num_bytes(b, torch.float32) for b in banks)
+
+
+def test_a_source_hands_out_what_arrived(
+    server: WeightServer, slots: ExpertSlots, checkpoint: Checkpoint
+) -> None:
+    received = ExpertSlots(checkpoint.family.banks, 8, torch.float32, CPU)
+    source = PeerSource(lambda: connect(server.address))
+    with closing(source):
+        for expert in range(8):
+            for _ in received.load_expert(1, 7 - expert, expert, source):
+                assert 7 - expert not in received.contents(1)
+    assert received.contents(1) == {7 - e: e for e in range(8)}
+    assert source.num_bytes == 8 * expert_num_bytes(checkpoint.family.banks[1], torch.float32)
+    for expert in range(8):
+        found, expected = received.read_expert(1, expert), slots.read_expert(1, expert)
+        assert found is not None
+        assert expected is not None
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_is_not_held_is_refused_and_the_connection_goes_on(
+    server: WeightServer, slots: ExpertSlots, checkpoint: Checkpoint
+) -> None:
+    bank = checkpoint.family.banks[0]
+    kept = slots.read_expert(0, 6)
+    assert kept is not None
+    slots.clear(0, 5)
+    with closing(connect(server.address)) as client:
+        for wrong in (replace(bank, index=9), bank):
+            with pytest.raises(ProtocolError, match="expert-0 holds no expert 5"):
+                client.fetch(wrong, 5, torch.float32)
+        assert torch.equal(client.fetch(bank, 6, torch.float32)[0], kept[0])
+
+
+@pytest.mark.parametrize(
+    ("me", "token", "message"),
+    [
+        (identity("expert-1"), "another token", "expert-0"),
+        (identity("expert-1", "other checkpoint"), TOKEN, "checkpoint"),
+    ],
+    ids=["token", "checkpoint"],
+)
+def test_strangers_get_nothing(
+    server: WeightServer, me: PeerIdentity, token: str, message: str
+) -> None:
+    with pytest.raises((HandshakeError, PeerLostError), match=message):
+        connect(server.address, me=me, token=token)
+    assert server.num_sent_bytes == 0
+    connect(server.address).close()
+
+
+def test_rubbish_ends_one_connection_only(server: WeightServer, checkpoint: Checkpoint) -> None:
+    host, _, port = server.address.rpartition(":")
+    with socket.create_connection((host, int(port)), TIMEOUT_S) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert sock.recv(100) == b""
+    with closing(connect(server.address)) as client:
+        assert client.fetch(checkpoint.family.banks[0], 0, torch.float32)
+    assert server.num_refused == 1
+
+
+class LyingServer:
+    """Passes the handshake, then answers every question as it is told to."""
+
+    def __init__(self, answer: Callable[[socket.socket, int, int], None]) -> None:
+        self._answer = answer
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        sock, _ = self._listener.accept()
+        with sock:
+            handshake = ListenerHandshake(identity("expert-0"), TOKEN, lambda peer: None)
+            shake_hands(sock, handshake, TIMEOUT_S)
+            sock.settimeout(TIMEOUT_S)
+            question = bytearray(QUESTION.size)
+            receive_exactly(sock, memoryview(question))
+            self._answer(sock, *QUESTION.unpack(question))
+
+    def close(self) -> None:
+        self._listener.close()
+        self._thread.join(TIMEOUT_S)
+
+
+def lies(slots: ExpertSlots, kind: str) -> Callable[[socket.socket, int, int], None]:
+    def answer(sock: socket.socket, bank: int, expert: int) -> None:
+        matrices = slots.read_expert(bank, expert)
+        assert matrices is not None
+        parts = [view_bytes(m) for m in matrices]
+        length = sum(len(p) for p in parts)
+        digest = checksum(bank, expert, parts)
+        if kind == "flipped bit":
+            parts[1][7] ^= 1
+        elif kind == "another expert":
+            other = slots.read_expert(bank, expert + 1)
+            assert other is not None
+            parts = [view_bytes(m) for m in other]
+            digest = checksum(bank, expert + 1, parts)
+        elif kind == "too long":
+            length += 4
+        elif kind == "huge":
+            length = 1 << 60
+        sock.sendall(ANSWER.pack(HELD, length, digest))
+        for part in parts[:1] if kind == "half" else parts:
+            sock.sendall(part)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("flipped bit", "expert 2 of bank mlp layer 0 from expert-0 is damaged"),
+        ("another expert", "is damaged"),
+        ("too long", "must be 6144"),
+        ("huge", "must be 6144"),
+        ("half", "closed the connection"),
+    ],
+)
+def test_what_is_damaged_is_not_taken(
+    slots: ExpertSlots, checkpoint: Checkpoint, kind: str, message: str
+) -> None:
+    liar = LyingServer(lies(slots, kind))
+    with (
+        closing(liar),
+        closing(connect(liar.address)) as client,
+        pytest.raises((ProtocolError, PeerLostError), match=message),
+    ):
+        client.fetch(checkpoint.family.banks[0], 2, torch.float32)
+
+
+def test_a_refusal_is_bounded(checkpoint: Checkpoint) -> None:
+    def answer(sock: socket.socket, bank: int, expert: int) -> None:
+        sock.sendall(struct.pack("!BQ16s", 1, 1 << 40, b"") + b"x" * 5000)
+
+    liar = LyingServer(answer)
+    with (
+        closing(liar),
+        closing(connect(liar.address)) as client,
+        pytest.raises(ProtocolError, match=r"^x{1024}$"),
+    ):
+        client.fetch(checkpoint.family.banks[0], 2, torch.float32)
+
+
+def test_a_move_that_is_given_up_ends_within_a_chunk(
+    server: WeightServer, checkpoint: Checkpoint
+) -> None:
+    cancelled = threading.Event()
+    slow = RateLimit(1.0, cancelled=cancelled)  # an expert takes more than an hour
+    with closing(connect(server.address, rate=slow)) as client:
+        timer = threading.Timer(0.1, cancelled.set)
+        timer.start()
+        with pytest.raises(MoveGivenUpError, match="is ending"):
+            client.fetch(checkpoint.family.banks[0], 0, torch.float32)
+        timer.join()
+    late = RateLimit(1.0, limit_s=0.05)
+    with (
+        closing(connect(server.address, rate=late)) as client,
+        pytest.raises(MoveGivenUpError, match=r"not done within 0.05 s"),
+    ):
+        client.fetch(checkpoint.family.banks[0], 0, torch.float32)
+
+
+def test_a_server_that_closes_ends_its_connections(
+    server: WeightServer, checkpoint: Checkpoint
+) -> None:
+    with closing(connect(server.address)) as client:
+        server.close()
+        with pytest.raises(PeerLostError):
+            client.fetch(checkpoint.family.banks[0], 0, torch.float32)
+
+
+def test_bytes_are_handed_out_at_the_rate() -> None:
+    now = 100.0
+    limit = RateLimit(1000.0, clock=lambda: now)
+    assert limit.delay_s(500) == pytest.approx(0.5)
+    assert limit.delay_s(500) == pytest.approx(1.0)
+    now = 100.6
+    assert limit.delay_s(100) == pytest.approx(0.5)
+    now = 200.0  # time that passed unused is not saved up, but for a short burst
+    assert limit.delay_s(1000) == pytest.approx(0.98)
+    assert RateLimit().delay_s(1 << 40) == 0.0
+
+
+def test_any_source_keeps_to_the_rate(checkpoint: Checkpoint) -> None:
+    bank = checkpoint.family.banks[0]
+    paced = PacedSource(CheckpointSource(checkpoint), RateLimit(1e12, limit_s=TIMEOUT_S))
+    with closing(paced):
+        assert len(list(paced.weights(bank, 1, torch.float32))) == 2
+        assert paced.num_bytes == expert_num_bytes(bank, torch.float32)
+    given_up = PacedSource(CheckpointSource(checkpoint), RateLimit(1.0, limit_s=0.01))
+    with closing(given_up), pytest.raises(MoveGivenUpError):
+        list(given_up.weights(bank, 1, torch.float32))
