@@ -17,7 +17,7 @@ more than it saves. ``torch._grouped_mm`` was never best.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from workers.experts.loops import packed_products, plain_products
 from workers.lanes import Lanes
 from workers.layers import Gate, can_pack, pack, packed_linear, swiglu, unpack
 
@@ -81,8 +82,7 @@ class PackedExperts:
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
         """Outputs [P, out] of pairs; see ``ExpertBank.compute``."""
-        linear = packed_linear if self._is_packed else functional.linear
-        product = _Product(self._weights, linear, self._gate)
+        product = _Product(self._weights, self._gate, self._is_packed)
         if len(pair_slot) <= _FEW_PAIRS and len(set(slots := pair_slot.tolist())) == len(slots):
             rows = inputs.index_select(0, pair_input)
             return _pair_by_pair(rows, slots, product, self._lanes)
@@ -133,7 +133,7 @@ class PaddedExperts:
         used = counts.nonzero().squeeze(1)
         height = int(counts.max())
         if len(used) * height > _MAX_PADDING * max(len(order), len(counts)):
-            product = _Product(weights, functional.linear, self._gate)
+            product = _Product(weights, self._gate, is_packed=False)
             return _loop(inputs, pair_input, order, counts, product, self._lanes)
         rows = inputs.index_select(0, pair_input[order])
         rows = self._padded(weights, rows, pair_slot[order], counts, used, height)
@@ -183,29 +183,36 @@ def grown(weights: Tensor, num_slots: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """How one expert's rows are computed."""
+    """How experts' rows are computed."""
 
-    matrices: Sequence[Sequence[Tensor] | Tensor]
+    weights: Sequence[Sequence[Tensor] | Tensor]
     """[matrix][slot]."""
-    linear: Callable[[Tensor, Tensor], Tensor]
-    """Rows times a matrix."""
     gate: Gate
     """Between the first matrix and the second."""
+    is_packed: bool
+    """The weights are in oneDNN's layout."""
+
+    def of_one(self, rows: Tensor, slot: int) -> Tensor:
+        """rows [R, in] of one slot -> [R, out]."""
+        linear = packed_linear if self.is_packed else functional.linear
+        for matrix, weights in enumerate(self.weights):
+            rows = linear(self.gate(rows) if matrix else rows, weights[slot])
+        return rows
+
+    def of_many(self, rows: Tensor, slots: list[int], sizes: list[int]) -> Tensor:
+        """rows [R, in]: ``sizes[0]`` of ``slots[0]``, and so on -> [R, out]."""
+        products = packed_products if self.is_packed else plain_products
+        for matrix, weights in enumerate(self.weights):
+            own = [weights[slot] for slot in slots]
+            rows = products(self.gate(rows) if matrix else rows, sizes, own)
+        return rows
 
 
-def _pair_by_pair(rows: Tensor, slots: Sequence[int], product: _Product, lanes: Lanes) -> Tensor:
-    """rows [P, in], each for another slot -> [P, out]: a call per pair and matrix, unsorted."""
-
-    def share(first: int, last: int) -> Tensor:
-        part, own = rows[first:last], slots[first:last]
-        for matrix, weights in enumerate(product.matrices):
-            pieces = torch.split(product.gate(part) if matrix else part, 1)
-            outputs = (product.linear(x, weights[s]) for x, s in zip(pieces, own, strict=True))
-            part = torch.cat(list(outputs))
-        return part
-
-    shares = lanes.split([1.0] * len(slots))
-    parts = lanes.run([partial(share, first, last) for first, last in shares])
+def _pair_by_pair(rows: Tensor, slots: list[int], product: _Product, lanes: Lanes) -> Tensor:
+    """rows [P, in], each for another slot -> [P, out]: nothing is sorted."""
+    shares = [slice(*share) for share in lanes.split([1.0] * len(slots))]
+    tasks = [partial(product.of_many, rows[s], slots[s], [1] * len(slots[s])) for s in shares]
+    parts = lanes.run(tasks)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -217,12 +224,12 @@ def _loop(
     product: _Product,
     lanes: Lanes,
 ) -> Tensor:
-    """Outputs [P, out] of pairs with a call per used slot and matrix.
+    """Outputs [P, out] of pairs with a product per used slot and matrix.
 
     ``order`` [P] sorts the pairs by slot, ``counts`` [slots] are the pairs of each.
     """
     work = [(slot, count) for slot, count in enumerate(counts.tolist()) if count]
-    output = inputs.new_empty(len(order), product.matrices[-1][work[0][0]].shape[0])
+    output = inputs.new_empty(len(order), product.weights[-1][work[0][0]].shape[0])
     sources = pair_input[order]
     compute = _by_matrix if len(order) < _WIDE_ROWS * len(work) else _by_slot
 
@@ -253,10 +260,7 @@ def _by_slot(
     for (slot, _), source, place in zip(
         work, torch.split(sources, sizes), torch.split(places, sizes), strict=True
     ):
-        rows = inputs.index_select(0, source)
-        for matrix, weights in enumerate(product.matrices):
-            rows = product.linear(product.gate(rows) if matrix else rows, weights[slot])
-        output.index_copy_(0, place, rows)
+        output.index_copy_(0, place, product.of_one(inputs.index_select(0, source), slot))
 
 
 def _by_matrix(
@@ -268,10 +272,6 @@ def _by_matrix(
     output: Tensor,
 ) -> None:
     """Matrix after matrix: fewest calls for few rows each."""
-    sizes = [count for _, count in work]
-    rows = inputs.index_select(0, sources)
-    linear = product.linear
-    for matrix, weights in enumerate(product.matrices):
-        pieces = torch.split(product.gate(rows) if matrix else rows, sizes)
-        rows = torch.cat([linear(x, weights[s]) for x, (s, _) in zip(pieces, work, strict=True)])
+    slots, sizes = [slot for slot, _ in work], [count for _, count in work]
+    rows = product.of_many(inputs.index_select(0, sources), slots, sizes)
     output.index_copy_(0, places, rows)
