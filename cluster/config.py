@@ -262,6 +262,26 @@ class ObservabilitySection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoadSection:
+    """How expert load is followed."""
+
+    report_s: float = 2.0
+    """Time between two reports of an attention worker to the controller."""
+    window_s: float = 10.0
+    """Length of a window."""
+    num_windows: int = 60
+    """Windows that are kept."""
+    half_life_s: float = 60.0
+    """Time with load after which a window weighs half in the exponential average."""
+
+    def __post_init__(self) -> None:
+        for name in ("report_s", "window_s", "half_life_s"):
+            value = getattr(self, name)
+            check(value > 0, name, value, "must be positive")
+        check(self.num_windows >= 1, "num_windows", self.num_windows, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GatewaySection:
     """The front door."""
 
@@ -353,6 +373,8 @@ class ClusterConfig:
     """Data plane and failure detection."""
     observability: ObservabilitySection = field(default_factory=ObservabilitySection)
     """Traces."""
+    load: LoadSection = field(default_factory=LoadSection)
+    """Expert load."""
     gateway: GatewaySection = field(default_factory=GatewaySection)
     """HTTP and gRPC."""
     cluster_token: str = field(default="", repr=False)
@@ -386,6 +408,7 @@ class ClusterConfig:
             "engine": EngineSection,
             "transport": TransportSection,
             "observability": ObservabilitySection,
+            "load": LoadSection,
             "gateway": GatewaySection,
         }
         values: dict[str, Any] = {}

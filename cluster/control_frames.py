@@ -103,8 +103,8 @@ class Heartbeat(ControlFrame):
     """Counts this worker's heartbeats; the acknowledgement brings it back."""
     stats: dict[str, float] = field(default_factory=dict)
     """Gauges and counters by metric name; attention workers: kv_blocks_free, kv_blocks_total."""
-    expert_load: dict[str, list[int]] = field(default_factory=dict)
-    """Attention workers: ``"bank:layer"`` -> tokens per logical expert since its start."""
+    expert_load: dict[str, Any] = field(default_factory=dict)
+    """Attention workers, now and then: a ``cluster.load_report.LoadReport`` as a dict."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,8 +132,8 @@ class StatusReply(ControlFrame):
 
     token: int
     stats: dict[str, float] = field(default_factory=dict)
-    expert_load: dict[str, list[int]] = field(default_factory=dict)
-    """As in ``Heartbeat``."""
+    expert_load: dict[str, Any] = field(default_factory=dict)
+    """As in ``Heartbeat``, always."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from cluster.config import LoadSection
 from cluster.control_frames import (
     ControlFrame,
     DrainWish,
@@ -45,6 +46,8 @@ from cluster.failure import (
 )
 from cluster.generation_round import GenerationRound
 from cluster.history import History
+from cluster.load_report import LoadReport
+from cluster.load_tracker import LoadTracker
 from cluster.operations import Operations
 from cluster.placement import ExpertPlacement
 from cluster.states import ClusterState, WorkerState, next_cluster_state
@@ -97,6 +100,7 @@ class Controller:
         link: WorkerLink,
         now: float,
         num_slots: int = 0,
+        load: LoadSection | None = None,
         mode: str = "disaggregated",
         mode_reason: str = "",
         term: int = 1,
@@ -118,6 +122,8 @@ class Controller:
         self._link = link
         self._term = term
         self._history = History(wall_time_offset_s)
+        self.load = LoadTracker(load or LoadSection(), now)
+        """Expert load of the cluster."""
         self._round = GenerationRound(Generation(number=0, members=()), now)
         self._experts_complete = False
         self._gone_devices: frozenset[int] = frozenset()  # lost, but still named by the maps
@@ -137,8 +143,10 @@ class Controller:
         match frame:
             case Heartbeat():
                 record.beat(frame, now)
+                self._take_load(name, frame)
                 self._link.send(name, HeartbeatAck(term=self._term))
             case StatusReply():
+                self._take_load(name, frame)
                 self.workers.take_status(name, frame)
             case Register():
                 record.register(frame)
@@ -193,6 +201,7 @@ class Controller:
         self.draining.tick(now)
         if self.state in (ClusterState.DRAINING, ClusterState.STOPPED):
             return
+        self.load.tick(now)
         self._check_start(now)
         self._check_silence(now)
         self._check_answers(now)
@@ -450,6 +459,10 @@ class Controller:
         self._link.end_workers(names)
 
     # ---- small things ---------------------------------------------------------------------
+
+    def _take_load(self, name: str, frame: Heartbeat | StatusReply) -> None:
+        if frame.expert_load:
+            self.load.take(name, LoadReport.from_dict(frame.expert_load))
 
     def _enter(self, state: ClusterState) -> None:
         logger.info("%s -> %s", self.state.value, state.value)

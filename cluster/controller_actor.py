@@ -22,8 +22,9 @@ from cluster.controller import Controller, ControllerSettings
 from cluster.draining import DrainOrder
 from cluster.errors import ConflictError, ExpertMeshError, StartError
 from cluster.load_profile import LoadProfile
+from cluster.load_view import load_before_start, load_document, placement_report
 from cluster.ray_tools import NAMESPACE
-from cluster.reports import placement_report, snapshot_before_start
+from cluster.reports import snapshot_before_start
 from cluster.resources import NodeResources, WorkerShare
 from cluster.start_plan import StartPlan, plan_start
 from cluster.states import ClusterState
@@ -88,6 +89,7 @@ class ControllerActor:
         self._server: ControlServer | None = None
         self._address = ""
         self._profile: LoadProfile | None = None
+        self._top_k = 1
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -108,6 +110,7 @@ class ControllerActor:
         if self._controller is not None:
             return
         self._profile = LoadProfile.from_dict(profile) if profile else None
+        self._top_k = max((int(b.get("top_k", 1)) for b in banks), default=1)
         plan = plan_start(
             ClusterConfig.from_dict(config),
             banks,
@@ -135,8 +138,20 @@ class ControllerActor:
         if self._controller is None:
             return {"schema": 1, "epoch": 0, "banks": []}
         await self._ask_workers(self._controller)
-        load = self._controller.workers.expert_load()
-        return placement_report(self._controller.placement, load, self._profile)
+        controller = self._controller
+        return placement_report(controller.placement, controller.load, self._profile)
+
+    async def load(self) -> dict[str, Any]:
+        """Tokens by expert and by copy, and what balance they made (``load --json``)."""
+        if self._controller is None:
+            return load_before_start()
+        await self._ask_workers(self._controller)
+        controller = self._controller
+        model = str(controller.workers.model.get("name"))
+        document = load_document(
+            controller.placement, controller.load, self._profile, model, self._top_k
+        )
+        return {**document, "workers": controller.workers.holders()}
 
     async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
         """Begin to drain (fields of ``DrainOrder``); the operation.
@@ -301,6 +316,7 @@ class ControllerActor:
             link=self,
             now=now,
             num_slots=plan.num_slots,
+            load=config.load,
             mode=config.workers.mode,
             mode_reason=config.workers.mode_reason,
             wall_time_offset_s=time.time() - now,

@@ -42,8 +42,6 @@ class WorkerRecord:
     """Facts from ``Register`` and ``WorkerReady``."""
     stats: dict[str, float] = field(default_factory=dict)
     """Numbers of its last heartbeat or status reply."""
-    expert_load: dict[str, list[int]] = field(default_factory=dict)
-    """``"bank:layer"`` -> tokens per logical expert since its start (attention workers)."""
     _progress: int = -1
     _waiting: bool = False
 
@@ -111,8 +109,6 @@ class WorkerRecord:
             for name, value in frame.stats.items()
             if isinstance(value, (int, float)) and math.isfinite(value)
         }
-        if frame.expert_load:
-            self.expert_load = frame.expert_load
 
     def credit(self, seconds: float, now: float) -> None:
         """Move its clocks on: the controller itself was not running for so long."""

@@ -88,16 +88,13 @@ class WorkerTable:
         if record.member.runs_attention:
             self._model.update({k: record.info[k] for k in _MODEL_FACTS if k in record.info})
 
+    def holders(self) -> list[str | None]:
+        """``[device]`` -> name of the worker that holds its experts; None for a lost one."""
+        alive = {r.member.device: r.name for r in self.alive() if r.member.device >= 0}
+        devices = 1 + max((r.member.device for r in self), default=-1)
+        return [alive.get(device) for device in range(devices)]
+
     @property
     def model(self) -> dict[str, Any]:
         """Name, path, and the facts; None for what is not known yet."""
         return dict(self._model)
-
-    def expert_load(self) -> dict[str, list[int]]:
-        """``"bank:layer"`` -> tokens per logical expert, summed over attention workers."""
-        total: dict[str, list[int]] = {}
-        for record in self:
-            for key, counts in record.expert_load.items():
-                old = total.get(key, [0] * len(counts))
-                total[key] = [a + b for a, b in zip(old, counts, strict=False)]
-        return total

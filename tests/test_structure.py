@@ -14,7 +14,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("protos", "cluster", "workers", "gateway")
 LEAVES = frozenset(
     f"cluster.{name}"
-    for name in ("config", "errors", "topology", "placement", "load_profile", "control_frames")
+    for name in (
+        "config",
+        "errors",
+        "topology",
+        "placement",
+        "load_profile",
+        "load_report",
+        "control_frames",
+    )
 )
 REQUEST_TYPES = frozenset(
     f"workers.{name}" for name in ("request", "wire", "inspection", "classifier", "prompt_embeds")

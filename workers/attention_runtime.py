@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.errors import ExpertMeshError, NotReadyError, QueueFullError, RequestError
+from cluster.load_report import LoadReport
 from cluster.placement import ExpertPlacement
 from cluster.topology import Generation, Member
 from workers.checkpoint import load_attention_model
@@ -277,8 +278,5 @@ class AttentionRuntime(WorkerRuntime):
         stats['num_requests_waiting_by_reason{reason="grammar"}'] = compiling
         return stats
 
-    def _expert_load(self) -> dict[str, list[int]]:
-        if self._engine is None:
-            return {}
-        load = self._engine.expert_load()
-        return {f"{bank}:{layer}": counts.tolist() for (bank, layer), counts in load.items()}
+    def _load_report(self) -> LoadReport | None:
+        return None if self._engine is None else self._engine.load.report()

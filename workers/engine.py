@@ -29,6 +29,7 @@ from workers.kv_blocks import BlockPool
 from workers.kv_cache import KVCache, num_kv_blocks
 from workers.lanes import Lanes
 from workers.layers import AttentionModel, Recorder
+from workers.load_counter import LoadCounter
 from workers.model_runner import ModelRunner, StepResult
 from workers.request import FinishReason, Request, TokenOutput
 from workers.request_checks import RequestLimits, check_request
@@ -110,9 +111,8 @@ class Engine:
         self._counters = dict.fromkeys((*names, "generation_tokens_total"), 0)
         self._iteration_tokens = Histogram(TOKEN_BUCKETS)
         self._ended = dict.fromkeys(FinishReason, 0)
-        self._load = [
-            torch.zeros(b.num_experts, dtype=torch.int64, device=model.device) for b in banks
-        ]
+        self.load = LoadCounter(banks)
+        """Tokens by expert and copy, of committed steps."""
 
     # Requests
 
@@ -240,7 +240,7 @@ class Engine:
         finally:
             self._note_first_dispatch(plan)
         if result is not None and tokens is not None:
-            self._commit(plan, result, tokens)
+            self._commit(header.epoch, plan, result, tokens)
         return self.poll()
 
     def _slots(self, plan: Plan) -> list[int]:
@@ -252,7 +252,7 @@ class Engine:
             for position in range(planned.first, planned.first + planned.count)
         ]
 
-    def _commit(self, plan: Plan, result: StepResult, tokens: StepTokens) -> None:
+    def _commit(self, epoch: int, plan: Plan, result: StepResult, tokens: StepTokens) -> None:
         """Make the step count, and queue its outputs."""
         now = self._clock()
         broken = [t for t, failure in tokens.failed.items() if failure is NOT_FINITE]
@@ -262,9 +262,7 @@ class Engine:
         endings = self._scheduler.commit(plan, new, {t.sequence for t in tokens.failed})
         # Blocks that may hold NaN must not meet their next holder as they are.
         self._cache.clear([block for block in dirty if self._pool.is_free(block)])
-        for load, topk_ids in zip(self._load, result.topk_ids, strict=True):
-            for ids in topk_ids:
-                load += torch.bincount(ids.flatten(), minlength=len(load))
+        self.load.add(epoch, plan.num_rows, result.routed)
         self._counters["steps_total"] += 1
         self._iteration_tokens.observe(plan.num_rows)
         self._counters["generation_tokens_total"] += len(new)
@@ -338,10 +336,7 @@ class Engine:
 
     def expert_load(self) -> dict[tuple[str, int], NDArray[np.int64]]:
         """Rows routed to each logical expert since the start, by (bank, layer)."""
-        return {
-            (bank.bank, bank.layer): load.cpu().numpy().copy()  # device-to-host sync
-            for bank, load in zip(self._banks, self._load, strict=True)
-        }
+        return {key: counts.total for key, counts in self.load.report().banks.items()}
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters by metric name without prefix. Any thread may call it."""

@@ -30,6 +30,7 @@ from workers.dist.header import StepHeader
 from workers.families.base import BankSpec
 from workers.kv_cache import KVCache
 from workers.layers import AttentionModel, Exchange, LayerSteps, ModelInputs, Recorder
+from workers.load_counter import Routed
 from workers.scheduler import Plan, PlannedRows
 from workers.sequence import Sequence as RequestSequence
 
@@ -59,8 +60,8 @@ class StepResult:
     """Row of ``hidden`` where each entry of ``plan.rows`` begins."""
     finite: tuple[bool, ...]
     """For each entry of ``plan.rows``: no NaN or infinity in its rows."""
-    topk_ids: tuple[tuple[Tensor, ...], ...]
-    """[bank][micro-batch]: [rows, top_k] int64, the experts that were chosen."""
+    routed: tuple[tuple[Routed, ...], ...]
+    """[bank][micro-batch]: the experts that were chosen."""
     first_dispatch: float | None
     """Monotonic seconds of the step's first dispatch; None when there was none."""
     captures: Mapping[RequestSequence, Sequence[Capture]]
@@ -109,8 +110,8 @@ class ModelRunner:
         parts = _split(spans, header.rows(self._rank, 0))[: header.num_micro_batches]
         batches = [_Batch(part, self._cache, self._model.device) for part in parts]
         self._dispatcher.begin_step(header, [b.rows for b in batches])
-        topk_ids: list[list[Tensor]] = [[] for _ in self._banks]
-        hidden = self._drive([self._flow(b) for b in batches], topk_ids)
+        routed: list[list[Routed]] = [[] for _ in self._banks]
+        hidden = self._drive(batches, routed)
         if not plan.rows:
             return None
         joined = hidden[0] if len(hidden) == 1 else torch.cat([h for h in hidden if len(h)])
@@ -118,7 +119,7 @@ class ModelRunner:
         for batch in batches:
             for sequence, capture in batch.captures:
                 captures.setdefault(sequence, []).append(capture)
-        return self._result(joined, plan, order, topk_ids, captures)
+        return self._result(joined, plan, order, routed, captures)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden_size] -> [rows, vocab_size], model dtype."""
@@ -136,12 +137,13 @@ class ModelRunner:
         recorder = batch.recorder or self.recorder
         return self._model.forward(batch.inputs, self._cache.layers, recorder)
 
-    def _drive(self, flows: Sequence[LayerSteps], topk_ids: list[list[Tensor]]) -> list[Tensor]:
+    def _drive(self, batches: Sequence[_Batch], routed: list[list[Routed]]) -> list[Tensor]:
         """Resume the micro-batches in turn until all have ended; returns their hidden states.
 
         With two, the experts work on one while the other is in attention here:
         dispatch(l, 0), dispatch(l, 1), combine(l, 0), dispatch(l+1, 0), combine(l, 1), ..
         """
+        flows = [self._flow(batch) for batch in batches]
         handles: list[DispatchHandle | None] = [None] * len(flows)
         results: list[Tensor] = []
         while len(results) < len(flows):
@@ -155,9 +157,11 @@ class ModelRunner:
                 except StopIteration as stop:
                     results.append(stop.value)
                     continue
+                handles[micro_batch] = handle = self._dispatch(exchange, micro_batch)
                 if exchange.exchange == 0:
-                    topk_ids[exchange.bank].append(exchange.topk_ids)
-                handles[micro_batch] = self._dispatch(exchange, micro_batch)
+                    num_decodes = batches[micro_batch].num_decodes
+                    chosen = Routed(exchange.topk_ids, handle.copies, num_decodes)
+                    routed[exchange.bank].append(chosen)
         return results
 
     def _dispatch(self, exchange: Exchange, micro_batch: int) -> DispatchHandle:
@@ -180,7 +184,7 @@ class ModelRunner:
         hidden: Tensor,
         plan: Plan,
         order: Sequence[int],
-        topk_ids: list[list[Tensor]],
+        routed: list[list[Routed]],
         captures: Mapping[RequestSequence, Sequence[Capture]],
     ) -> StepResult:
         bad_rows = (~torch.isfinite(hidden.sum(-1, dtype=torch.float32))).nonzero()
@@ -198,7 +202,7 @@ class ModelRunner:
             hidden=hidden,
             first_row=tuple(first_row),
             finite=finite,
-            topk_ids=tuple(map(tuple, topk_ids)),
+            routed=tuple(map(tuple, routed)),
             first_dispatch=self._first_dispatch,
             captures=captures,
         )
@@ -248,6 +252,7 @@ class _Batch:
             staging.add(_array(span.planned.sequence.blocks[: -(-length // cache.block_size)]))
         tensors = staging.to(device)
         tokens, positions, prompt_lengths, slots, keys = (next(tensors) for _ in range(5))
+        self.num_decodes = num_decodes
         self.rows = BatchRows(
             is_prefill=torch.arange(num_rows, device=device) >= num_decodes, row_key=keys
         )

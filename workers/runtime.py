@@ -43,6 +43,7 @@ from cluster.control_frames import (
     WorkerReady,
 )
 from cluster.errors import GenerationChangedError, PeerLostError, ProtocolError
+from cluster.load_report import LoadReport
 from cluster.placement import ExpertPlacement
 from cluster.topology import Generation, Member
 from workers.checkpoint import Checkpoint, resolve_dtype
@@ -113,6 +114,8 @@ class WorkerRuntime(ABC):
         self._last_commit = time.monotonic()
         self._reported_at = 0.0
         self._epochs = EpochMaps()
+        self._load_reported_at = 0.0
+        self._rows_reported = 0
         self._thread = threading.Thread(target=self._main, name=self.member.name, daemon=True)
 
     # ---- what a kind of worker adds ---------------------------------------------------------
@@ -137,9 +140,9 @@ class WorkerRuntime(ABC):
         """Gauges and counters for heartbeats; called on the control thread."""
         return {}
 
-    def _expert_load(self) -> dict[str, list[int]]:
-        """Tokens per logical expert for status replies; called on the control thread."""
-        return {}
+    def _load_report(self) -> LoadReport | None:
+        """What it has counted of the experts' load; called on the control thread."""
+        return None
 
     def _announce(self) -> Member:
         """Open further listeners before registration; returns the member with its addresses."""
@@ -369,6 +372,7 @@ class WorkerRuntime(ABC):
             self._hub.interrupt(generation)
 
     def _heartbeat(self) -> Heartbeat:
+        due = time.monotonic() - self._load_reported_at >= self.config.load.report_s
         return Heartbeat(
             progress=self.activity.progress,
             idle=self._idle,
@@ -376,6 +380,7 @@ class WorkerRuntime(ABC):
             waiting=self.activity.is_waiting,
             fenced=self._is_fenced,
             stats=self._stats(),
+            expert_load=self._new_load() if due else {},
         )
 
     def _fence(self, reason: str) -> None:
@@ -405,7 +410,18 @@ class WorkerRuntime(ABC):
         return [standing] if loss is None else [standing, loss]
 
     def _status(self) -> StatusReply:
-        return StatusReply(token=0, stats=self._stats(), expert_load=self._expert_load())
+        report = self._load_report()
+        load = {} if report is None else report.to_dict()
+        return StatusReply(token=0, stats=self._stats(), expert_load=load)
+
+    def _new_load(self) -> dict[str, Any]:
+        """The report, where it says anything that the last heartbeat with one did not."""
+        self._load_reported_at = time.monotonic()
+        report = self._load_report()
+        if report is None or report.rows == self._rows_reported:
+            return {}
+        self._rows_reported = report.rows
+        return report.to_dict()
 
     # ---- the data thread --------------------------------------------------------------------
 

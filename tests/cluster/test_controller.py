@@ -30,6 +30,7 @@ from cluster.placement import ExpertPlacement
 from cluster.states import IllegalTransitionError
 from cluster.topology import Generation
 from tests.fakes_cluster import FakeCluster
+from tests.load_reports import load_of
 
 STATES = {"STARTING", "SERVING", "DEGRADED", "RECOVERING", "DRAINING", "STOPPED"}
 
@@ -432,17 +433,19 @@ def test_a_fresh_status_asks_every_worker() -> None:
     request = cluster.link.last("attention-0", StatusRequest)
     assert request is not None
     stats = {"kv_blocks_free": 30.0, "kv_blocks_total": 40.0, "odd": math.nan}
-    reply = StatusReply(token=request.token, stats=stats, expert_load={"mlp:0": [1, 2]})
+    reply = StatusReply(token=request.token, stats=stats, expert_load=load_of(1, [1, 2]))
     cluster.send("attention-0", reply)
     assert not cluster.controller.workers.status_complete
-    cluster.send("attention-1", StatusReply(token=request.token, expert_load={"mlp:0": [5, 5]}))
+    cluster.send("attention-1", StatusReply(token=request.token, expert_load=load_of(5, [5, 5])))
     cluster.send("expert-0", StatusReply(token=request.token))
     assert cluster.controller.workers.status_complete
     worker = cluster.controller.snapshot()["workers"][0]
     assert (worker["kv_blocks_free"], worker["kv_blocks_total"]) == (30, 40)
     assert worker["kv_usage"] == 0.25
     assert worker["stats"] == {"kv_blocks_free": 30.0, "kv_blocks_total": 40.0}
-    assert cluster.controller.workers.expert_load() == {"mlp:0": [6, 7]}
+    totals = cluster.controller.load.totals()
+    assert totals.rows == 6
+    assert totals.counts(("mlp", 0)).tolist() == [6, 7]
 
 
 def test_a_lost_worker_is_not_waited_for() -> None:

@@ -26,6 +26,7 @@ from cluster.load_profile import BankLoad, LoadProfile
 from cluster.resources import NodeResources, WorkerShare
 from cluster.topology import Member, Role
 from tests.fakes_cluster import members_of
+from tests.load_reports import load_of
 from workers.control_client import ControlClient
 
 BANKS = [{"bank": "mlp", "layer": 0, "num_experts": 8}]
@@ -58,7 +59,7 @@ class ThreadWorker:
 
     def _status(self) -> StatusReply:
         stats = {"kv_blocks_free": 7.0, "kv_blocks_total": 8.0}
-        return StatusReply(token=0, stats=stats, expert_load={"mlp:0": [1] * 8})
+        return StatusReply(token=0, stats=stats, expert_load=load_of(4, [1] * 8))
 
     def _on_frame(self, frame: ControlFrame) -> None:
         if isinstance(frame, NewGeneration):

@@ -18,8 +18,6 @@ from cluster.load_profile import (
     save_profile,
 )
 from cluster.placement import BankPlacement
-from cluster.reports import placement_report
-from tests.fakes_cluster import FakeCluster
 
 
 def _profile(*counts: float, model: str = "demo") -> LoadProfile:
@@ -93,20 +91,3 @@ def test_load_follows_the_copies_shares() -> None:
     assert balancedness(bank, [10, 40, 30]) == pytest.approx(40 / 60)
     assert balancedness(bank, [0, 0, 0]) is None
     assert balancedness(bank, []) is None
-
-
-def test_the_placement_report_has_the_documented_form() -> None:
-    placement = FakeCluster(num_experts=2).placement
-    profile = _profile(*[1] * 8)
-    report = placement_report(placement, {"mlp:1": [8] * 4 + [4] * 4}, profile)
-    assert report["schema"] == 1
-    assert report["epoch"] == 1
-    first, second = report["banks"]
-    assert first == {
-        "bank": "mlp",
-        "layer": 0,
-        "physical_to_logical": [[0, 1, 2, 3], [4, 5, 6, 7]],
-        "load": [],
-        "balancedness": {"predicted": 1.0, "achieved": None},
-    }
-    assert second["balancedness"] == {"predicted": None, "achieved": 0.75}

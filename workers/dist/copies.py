@@ -58,6 +58,17 @@ def row_keys(sequence_keys: Tensor, positions: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Chosen:
+    """Which copies serve the pairs of a batch."""
+
+    slots: Tensor
+    """[ranks, T, k] int32: expert slot on that rank, -1 where the pair is not for it."""
+    copies: Tensor | None
+    """[T, k] int64: place of the copy among its expert's, good for prefill rows only; None where
+    no row had a choice."""
+
+
+@dataclass(frozen=True, slots=True)
 class CopyTables:
     """The copies of one bank's experts. Row ``num_experts`` (= index -1) stands for "no expert"."""
 
@@ -111,22 +122,23 @@ class CopyTables:
             has_choice=has_choice,
         )
 
-    def slots(self, topk_ids: Tensor, is_prefill: Tensor, row_key: Tensor, spread: bool) -> Tensor:
-        """Expert slot of every (rank, row, top-k slot), -1 where the pair is not for that rank.
+    def choose(self, topk_ids: Tensor, is_prefill: Tensor, row_key: Tensor, spread: bool) -> Chosen:
+        """The copies that serve a batch's pairs.
 
-        topk_ids [T, k] int64 (-1 for none), is_prefill [T] bool, row_key [T] int64
-        -> [ranks, T, k] int32. ``spread`` False says that no row is a prefill row.
+        topk_ids [T, k] int64 (-1 for none), is_prefill [T] bool, row_key [T] int64. ``spread``
+        False says that no row is a prefill row.
         """
         fixed = self.decode_slots[:, topk_ids]
         if not (spread and self.has_choice):
-            return fixed
+            return Chosen(slots=fixed, copies=None)
         share = mix64(row_key.unsqueeze(1) + topk_ids * _STEP) & (_SCALE - 1)
         copy = (share.unsqueeze(2) >= self.thresholds[topk_ids]).sum(2)
         rank = self.copy_rank[topk_ids, copy]
         slot = self.copy_slot[topk_ids, copy]
         ranks = torch.arange(len(fixed), dtype=torch.int32, device=fixed.device)
         chosen = torch.where(rank == ranks.view(-1, 1, 1), slot, -1)
-        return torch.where(is_prefill.view(1, -1, 1), chosen, fixed)
+        slots = torch.where(is_prefill.view(1, -1, 1), chosen, fixed)
+        return Chosen(slots=slots, copies=copy)
 
 
 def filled_slots(bank: BankPlacement, device: int) -> tuple[bool, ...]:

@@ -57,6 +57,8 @@ class DispatchHandle:
     """Which micro-batch."""
     num_rows: int
     """Rows [T] that were dispatched."""
+    copies: Tensor | None
+    """[T, k] int64: which copy of its expert serves a prefill row; None: there was no choice."""
 
 
 class TokenDispatcher(Protocol):

@@ -93,7 +93,12 @@ class LocalDispatcher:
             result[pairs] = outputs
             result = result.view(num_rows, top_k, outputs.shape[1])
         return LocalHandle(
-            bank=spec, exchange=exchange, micro_batch=micro_batch, num_rows=num_rows, result=result
+            bank=spec,
+            exchange=exchange,
+            micro_batch=micro_batch,
+            num_rows=num_rows,
+            copies=None,
+            result=result,
         )
 
     def combine(self, handle: DispatchHandle) -> Tensor:

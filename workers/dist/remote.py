@@ -148,11 +148,13 @@ class RemoteDispatcher:
         assert num_rows <= granted, f"{num_rows} rows, {granted} granted"
         tag = Tag(bank, exchange, micro_batch, "rows")
         sent: tuple[Sent, ...] = ()
+        copies: Tensor | None = None
         if granted:
             batch = self._micro_batches[micro_batch]
-            slots = self._tables[bank].slots(
+            chosen = self._tables[bank].choose(
                 topk_ids, batch.is_prefill, batch.row_key, spread=self._header.exact
             )
+            slots, copies = chosen.slots, chosen.copies
             by_pair = self._by_pair(spec.exchanges[exchange])
             meta = slots if by_pair else _with_weights(slots, topk_weights)
             pick = self._pick_exact if self._header.exact else self._pick_static
@@ -163,6 +165,7 @@ class RemoteDispatcher:
             exchange=exchange,
             micro_batch=micro_batch,
             num_rows=num_rows,
+            copies=copies,
             sent=sent,
             topk_ids=topk_ids,
             topk_weights=topk_weights,

@@ -41,7 +41,7 @@ def test_decode_rows_take_the_copy_of_the_decode_table() -> None:
     tables = CopyTables.build(make_placement(), {0: 0, 1: 1, 2: 2}, CPU)
     ids = torch.tensor([[0, 1], [2, -1]])
     decode = torch.zeros(2, dtype=torch.bool)
-    slots = tables.slots(ids, decode, torch.zeros(2).long(), spread=True)
+    slots = tables.choose(ids, decode, torch.zeros(2).long(), spread=True).slots
     assert slots.tolist() == [
         [[-1, 1], [-1, -1]],
         [[1, -1], [-1, -1]],
@@ -56,7 +56,7 @@ def test_every_pair_goes_to_exactly_one_copy(spread: bool) -> None:
     ids = torch.randint(-1, 3, (200, 4))
     prefill = torch.arange(200) % 2 == 0
     keys = torch.randint(-(2**62), 2**62, (200,))
-    slots = tables.slots(ids, prefill, keys, spread)
+    slots = tables.choose(ids, prefill, keys, spread).slots
     assert torch.equal((slots >= 0).sum(0), (ids >= 0).long())
     held = torch.tensor(make_placement().physical_to_logical)
     for rank in range(3):
@@ -70,7 +70,7 @@ def test_prefill_shares_follow_the_split_within_sampling_error() -> None:
     num_rows = 40_000
     keys = row_keys(torch.full((num_rows,), sequence_key("r", 0)), torch.arange(num_rows))
     ids = torch.tensor([[0, 1]]).expand(num_rows, 2)
-    slots = tables.slots(ids, torch.ones(num_rows, dtype=torch.bool), keys, spread=True)
+    slots = tables.choose(ids, torch.ones(num_rows, dtype=torch.bool), keys, spread=True).slots
     for expert in (0, 1):
         for device, slot in placement.logical_to_physical(expert):
             share = placement.split[device][slot]
@@ -84,11 +84,11 @@ def test_the_choice_depends_on_row_and_expert_alone() -> None:
     ids = torch.randint(0, 3, (50, 2))
     keys = torch.randint(-(2**62), 2**62, (50,))
     prefill = torch.ones(50, dtype=torch.bool)
-    whole = tables.slots(ids, prefill, keys, spread=True)
+    whole = tables.choose(ids, prefill, keys, spread=True).slots
     order = torch.randperm(50)
-    again = tables.slots(ids[order], prefill, keys[order], spread=True)
+    again = tables.choose(ids[order], prefill, keys[order], spread=True).slots
     assert torch.equal(whole[:, order], again)
-    swapped = tables.slots(ids.flip(1), prefill, keys, spread=True)
+    swapped = tables.choose(ids.flip(1), prefill, keys, spread=True).slots
     assert torch.equal(whole.flip(2), swapped)
 
 
@@ -97,7 +97,7 @@ def test_devices_are_found_by_their_place_among_the_ranks() -> None:
     assert lost is not None
     tables = CopyTables.build(lost, {0: 0, 2: 1}, CPU)
     ids = torch.tensor([[0, 1, 2]])
-    slots = tables.slots(ids, torch.zeros(1).bool(), torch.zeros(1).long(), spread=False)
+    slots = tables.choose(ids, torch.zeros(1).bool(), torch.zeros(1).long(), spread=False).slots
     assert slots.tolist() == [[[0, 1, -1]], [[-1, -1, 0]]]
 
 

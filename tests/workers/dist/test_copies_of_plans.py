@@ -35,7 +35,7 @@ def chosen_slots(profile: LoadProfile, topk_ids: torch.Tensor, is_prefill: bool)
     bank = mesh.plan(_seen(profile, topk_ids), _TOPOLOGY).placement.banks[0]
     tables = CopyTables.build(bank, {d: d for d in range(DEVICES)}, torch.device("cpu"))
     keys = row_keys(torch.arange(ROWS), torch.zeros(ROWS, dtype=torch.int64))
-    return tables.slots(topk_ids, torch.full((ROWS,), is_prefill), keys, spread=is_prefill)
+    return tables.choose(topk_ids, torch.full((ROWS,), is_prefill), keys, spread=is_prefill).slots
 
 
 _TOPOLOGY = PlannedTopology.uniform(DEVICES, num_redundant=2)
