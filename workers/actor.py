@@ -1,5 +1,7 @@
 """What both kinds of worker actor share: a runtime, and an end that nobody can miss.
 
+SIGTERM, which a node's processes get when it is to go, asks the controller to drain the worker.
+
 The runtime is imported in the worker's own process: an actor class travels as a reference to its
 module, and the launcher and the controller that touch it shall not have to import torch.
 """
@@ -8,8 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -39,6 +44,7 @@ class WorkerActor(ABC):
         host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         args = WorkerArgs.from_plain(config, member, control_address, extra, host)
         self._runtime = self._make_runtime(args, _die)
+        signal.signal(signal.SIGTERM, self._on_sigterm)  # Ray's own handler ends the process
 
     @abstractmethod
     def _make_runtime(self, args: WorkerArgs, on_death: OnDeath) -> WorkerRuntime:
@@ -55,6 +61,16 @@ class WorkerActor(ABC):
     def stop(self) -> None:
         """End serving; the process is ended by the caller."""
         self._runtime.stop()
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        """Be drained first; with nothing to drain, or at the second signal, end at once."""
+        threading.Thread(target=self._leave, daemon=True).start()  # no lock in a handler
+
+    def _leave(self) -> None:
+        if self._runtime.wish_drain():
+            logger.warning("%s got SIGTERM and asks to be drained", self.ping())
+        else:
+            _die("SIGTERM")
 
 
 def _die(reason: str) -> None:

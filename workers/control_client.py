@@ -25,6 +25,7 @@ from cluster.control_frames import (
     ControlFrame,
     ControlHello,
     ControlProof,
+    DrainWish,
     Heartbeat,
     HeartbeatAck,
     NewGeneration,
@@ -136,9 +137,9 @@ class ControlClient:
         self._wake()
 
     def send(self, frame: ControlFrame) -> None:
-        """Queue a frame. Registration and readiness are sent again after a reconnect."""
+        """Queue a frame. What a worker is and wishes is sent again after a reconnect."""
         with self._lock:
-            if isinstance(frame, (Register, WorkerReady, WorkerFailed)):
+            if isinstance(frame, (Register, WorkerReady, WorkerFailed, DrainWish)):
                 self._greeting[type(frame)] = frame
             self._queue.append(encode(frame))
         self._wake()

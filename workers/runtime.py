@@ -22,6 +22,7 @@ from typing import Any
 
 from cluster.control_frames import (
     ControlFrame,
+    DrainWish,
     EpochReady,
     EpochSwitched,
     ExpertsLoaded,
@@ -108,6 +109,7 @@ class WorkerRuntime(ABC):
         self._is_fenced = False
         self._stopping = False
         self._is_connected = False
+        self._wishes_drain = False
         self._order: NewGeneration | None = None
         self._loss: PeerLost | None = None
         self._memory: dict[str, Any] = {}
@@ -167,6 +169,14 @@ class WorkerRuntime(ABC):
         self._stopping = True
         self._interrupt(self.generation.number + 1)
         self._thread.join(STOP_TIMEOUT_S)
+
+    def wish_drain(self) -> bool:
+        """Ask to be drained; False when that makes no sense, or was asked before (any thread)."""
+        if not self._running or self._stopping or self._wishes_drain:
+            return False
+        self._wishes_drain = True
+        self.control.send(DrainWish())
+        return True
 
     @property
     def is_alive(self) -> bool:

@@ -34,14 +34,21 @@ def find_url(args: argparse.Namespace) -> str:
 class Client:
     """Requests to one URL. Errors become ``CommandError`` with the fitting exit code."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.url = find_url(args)
+    def __init__(self, args: argparse.Namespace, url: str = "") -> None:
+        """``url`` where it is not the gateway that ``args`` name."""
+        self.url = url or find_url(args)
         self._timeout_s = args.timeout or DEFAULT_TIMEOUT_S
         self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
 
     def get(self, path: str, any_status: bool = False) -> Any:
         """The JSON document at ``path``. ``any_status`` takes the body of an error answer too."""
-        request = self._request(path)
+        return self._fetch(self._request(path), any_status)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The JSON document that answers ``body``."""
+        return self._fetch(self._request(path, json.dumps(body).encode()))
+
+    def _fetch(self, request: urllib.request.Request, any_status: bool = False) -> Any:
         try:
             with urllib.request.urlopen(request, timeout=self._timeout_s) as reply:
                 return self._parse(reply.read())
@@ -103,10 +110,12 @@ def _refusal(status: int, body: bytes) -> CommandError:
         400: ExitCode.REFUSED,
         401: ExitCode.UNAUTHORISED,
         403: ExitCode.UNAUTHORISED,
+        404: ExitCode.REFUSED,
         408: ExitCode.NOT_READY,
         409: ExitCode.REFUSED,
         413: ExitCode.REFUSED,
         429: ExitCode.NOT_READY,
+        501: ExitCode.REFUSED,
         503: ExitCode.NOT_READY,
         504: ExitCode.NOT_READY,
     }

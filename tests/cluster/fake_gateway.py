@@ -62,10 +62,13 @@ class FakeGateway:
     events: list[Any] = field(default_factory=list)
     delay_s: float = 0.0
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    admin: list[tuple[int, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
 
     def answer(self, path: str) -> tuple[int, Any]:
-        """Status and document of a path."""
+        """Status and document of a path; below ``/admin`` the next of ``admin``."""
+        if path.startswith("/admin/"):
+            return self.admin.pop(0)
         error = {
             "error": {"message": f"no {path}", "type": "x", "param": None, "code": "not_found"}
         }
@@ -92,6 +95,10 @@ def fake_gateway() -> Iterator[FakeGateway]:
         def do_POST(self) -> None:
             length = int(self.headers["Content-Length"])
             gateway.bodies.append(json.loads(self.rfile.read(length)))
+            if self.path.startswith("/admin/"):
+                status, document = gateway.answer(self.path)
+                self._send(status, "application/json", json.dumps(document).encode())
+                return
             events = [f"data: {json.dumps(e)}\n\n" for e in gateway.events]
             body = "".join([": ping\n\n", *events, "data: [DONE]\n\n"]).encode()
             self._send(200, "text/event-stream", body)

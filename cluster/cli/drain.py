@@ -1,0 +1,109 @@
+"""``drain`` and ``op``: orders that change a running cluster, and how they come along."""
+
+from __future__ import annotations
+
+import argparse
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.cli.client import Client
+from cluster.cli.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal import note, out_json, out_line
+
+DEFAULT_LIMIT_S = 120.0
+POLL_S = 0.1
+_GRACE_S = 10.0
+"""Time past its own limit in which an operation must have ended."""
+
+
+def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Register the two commands."""
+    drain = commands.add_parser(
+        "drain",
+        parents=[common],
+        help="empty a worker and end it; no request fails (--timeout: 120 s, then it is undone)",
+    )
+    whom = drain.add_mutually_exclusive_group(required=True)
+    whom.add_argument("worker", nargs="?", metavar="WORKER", help="its name")
+    whom.add_argument("--node", metavar="NAME", help="all workers of a node")
+    drain.add_argument("--force", action="store_true", help="past the limit end it all the same")
+    drain.add_argument("--no-wait", action="store_true", help="return at once, see op")
+    drain.set_defaults(run=run_drain)
+    op = commands.add_parser("op", parents=[common], help="how far an operation is")
+    op.add_argument("id", metavar="ID", help="as drain tells it")
+    op.add_argument("--wait", action="store_true", help="until it has ended")
+    op.set_defaults(run=run_op)
+
+
+def run_drain(args: argparse.Namespace) -> int:
+    """Order a drain and wait for its end."""
+    limit_s = args.timeout or DEFAULT_LIMIT_S
+    admin = admin_client(args)
+    whom = {"worker": args.worker} if args.worker else {"node": args.node}
+    order = {"deadline_s": limit_s, "force": args.force, "request_id": uuid.uuid4().hex}
+    operation = admin.post("/admin/v1/drain", {**whom, **order})
+    if args.no_wait:
+        return _show(args, operation)
+    return _wait(args, admin, operation, limit_s + _GRACE_S)
+
+
+def run_op(args: argparse.Namespace) -> int:
+    """Print an operation; with ``--wait`` once it has ended."""
+    admin = admin_client(args)
+    operation = admin.get(f"/admin/v1/operations/{args.id}")
+    if not args.wait:
+        return _show(args, operation)
+    return _wait(args, admin, operation, args.timeout or float("inf"))
+
+
+def admin_client(args: argparse.Namespace) -> Client:
+    """Requests to the admin port of the cluster that ``args`` name. Raises ``CommandError``."""
+    calls = argparse.Namespace(**{**vars(args), "timeout": None})  # it is the operation's limit
+    gateways = Client(calls).get("/cluster/v1/status").get("gateway") or [{}]
+    address = gateways[0].get("admin_http")
+    if not address:
+        raise CommandError(ExitCode.REFUSED, "the cluster has no admin port")
+    return Client(calls, f"http://{address}")
+
+
+def _wait(
+    args: argparse.Namespace, admin: Client, operation: dict[str, Any], limit_s: float
+) -> int:
+    """Tell its phases until it ends. Raises ``CommandError`` past the limit."""
+    give_up = time.monotonic() + limit_s
+    phase = ""
+    while operation["state"] == "RUNNING":
+        if operation["phase"] != phase:
+            phase = operation["phase"]
+            note(f"{operation['id']} {operation['target']}: {phase}")
+        if time.monotonic() > give_up:
+            message = f"{operation['id']} has not ended within {limit_s:g} s: expertmesh op"
+            raise CommandError(ExitCode.NOT_READY, message)
+        time.sleep(POLL_S)
+        operation = admin.get(f"/admin/v1/operations/{operation['id']}")
+    return _show(args, operation)
+
+
+def _show(args: argparse.Namespace, operation: dict[str, Any]) -> int:
+    if args.json:
+        out_json(operation)
+    else:
+        out_line(_text(operation))
+    ended_well = operation["state"] in ("RUNNING", "SUCCEEDED")
+    return ExitCode.OK if ended_well else ExitCode.FAILED
+
+
+def _text(operation: Mapping[str, Any]) -> str:
+    """``drain-1.1 SUCCEEDED: attention-1 is drained (3 requests moved, 0.4 s)``."""
+    words = operation["message"] or f"{operation['target']}: {operation['phase']}"
+    text = f"{operation['id']} {operation['state']}: {words}"
+    if operation["state"] != "SUCCEEDED":
+        return text
+    took = f"{operation['ended'] - operation['started']:.1f} s"
+    moved = operation.get("drain", {}).get("requests_moved", 0)
+    copied = operation.get("drain", {}).get("experts_copied", 0)
+    facts = [f"{moved} requests moved"] if moved else []
+    facts += [f"{copied} experts copied"] if copied else []
+    return f"{text} ({', '.join([*facts, took])})"

@@ -1,0 +1,118 @@
+"""The commands ``drain`` and ``op`` against a server that answers like a gateway."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cluster.cli.exit_codes import ExitCode
+from cluster.cli.main import main
+from tests.cluster.fake_gateway import STATUS, FakeGateway, fake_gateway
+
+pytestmark = pytest.mark.usefixtures("state_home")
+
+
+@pytest.fixture
+def gateway() -> Iterator[FakeGateway]:
+    with fake_gateway() as running:
+        entry = {"name": "gateway-1", "admin_http": running.url.removeprefix("http://")}
+        running.status = (200, {**STATUS, "gateway": [entry]})
+        yield running
+
+
+def operation(state: str, **values: Any) -> dict[str, Any]:
+    plain = {
+        "schema": 1,
+        "id": "drain-1.1",
+        "kind": "drain",
+        "target": "attention-1",
+        "state": state,
+        "phase": "move requests to other workers",
+        "progress": 0.4,
+        "message": "",
+        "started": 100.0,
+        "ended": 0.0,
+    }
+    return {**plain, **values}
+
+
+def done() -> dict[str, Any]:
+    result = {"workers": ["attention-1"], "requests_moved": 3, "experts_copied": 0}
+    return operation("SUCCEEDED", message="attention-1 is drained", ended=100.4, drain=result)
+
+
+def test_a_drain_is_waited_for(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    gateway.admin = [(200, operation("RUNNING")), (200, operation("RUNNING")), (200, done())]
+    assert main(["--url", gateway.url, "drain", "attention-1", "--timeout", "9"]) == ExitCode.OK
+    shown = capsys.readouterr()
+    assert shown.out == ("drain-1.1 SUCCEEDED: attention-1 is drained (3 requests moved, 0.4 s)\n")
+    assert shown.err == "drain-1.1 attention-1: move requests to other workers\n"
+    (body,) = gateway.bodies
+    assert (body["worker"], body["deadline_s"], body["force"]) == ("attention-1", 9.0, False)
+    assert body["request_id"]
+
+
+def test_a_node_is_drained_without_waiting(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.admin = [(200, operation("RUNNING"))]
+    words = ["drain", "--node", "host-b", "--force", "--no-wait", "--json"]
+    assert main(["--url", gateway.url, *words]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out) == operation("RUNNING")
+    (body,) = gateway.bodies
+    assert (body["node"], body["force"]) == ("host-b", True)
+    assert "worker" not in body
+
+
+def test_a_drain_that_fails(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    failed = operation("FAILED", message="could not move requests to other workers within 9 s")
+    gateway.admin = [(200, failed)]
+    assert main(["--url", gateway.url, "drain", "attention-1"]) == ExitCode.FAILED
+    assert "FAILED: could not move requests" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("status", "words"), [(409, "is the last attention worker"), (404, "no")])
+def test_a_drain_that_is_refused(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], status: int, words: str
+) -> None:
+    gateway.admin = [(status, {"error": {"message": words}})]
+    assert main(["--url", gateway.url, "drain", "attention-0"]) == ExitCode.REFUSED
+    assert capsys.readouterr().err == f"expertmesh: {words}\n"
+
+
+def test_a_cluster_without_admin_port(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.status = (200, STATUS)
+    assert main(["--url", gateway.url, "drain", "attention-0"]) == ExitCode.REFUSED
+    assert "no admin port" in capsys.readouterr().err
+
+
+def test_an_operation_is_shown_and_waited_for(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.admin = [(200, operation("RUNNING")), (200, operation("RUNNING")), (200, done())]
+    assert main(["--url", gateway.url, "op", "drain-1.1"]) == ExitCode.OK
+    assert "RUNNING: attention-1: move requests" in capsys.readouterr().out
+    assert main(["--url", gateway.url, "op", "drain-1.1", "--wait"]) == ExitCode.OK
+    assert "SUCCEEDED" in capsys.readouterr().out
+
+
+def test_an_operation_that_takes_too_long(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.cli.drain.POLL_S", 0.01)
+    gateway.admin = [(200, operation("RUNNING"))] * 999
+    words = ["op", "drain-1.1", "--wait", "--timeout", "0.05"]
+    assert main(["--url", gateway.url, *words]) == ExitCode.NOT_READY
+    assert "has not ended within 0.05 s" in capsys.readouterr().err
+
+
+def test_one_of_worker_and_node_is_needed() -> None:
+    for words in (["drain"], ["drain", "expert-1", "--node", "host-b"]):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == ExitCode.USAGE

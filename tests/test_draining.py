@@ -1,0 +1,111 @@
+"""Workers are drained while streams are under way: no request fails, no token differs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.errors import ConflictError
+from tests.engine_stream import TIMEOUT_S
+from tests.fault_rows import FORMS, SMALL, Form, play, row_config
+from tests.serving_cluster import (
+    RayCluster,
+    ServingCluster,
+    ThreadCluster,
+    connected_ray,
+    serving,
+)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    with connected_ray():
+        yield
+
+
+def begin_drain(cluster: ServingCluster, worker: str, limit_s: float = 120.0) -> dict[str, Any]:
+    """Order a drain; the operation."""
+    operation: dict[str, Any] = cluster._call("drain", {"worker": worker, "limit_s": limit_s})
+    return operation
+
+
+def wait_operation(cluster: ServingCluster, operation_id: str) -> dict[str, Any]:
+    """An operation once it has ended."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while (found := cluster._call("operation", operation_id))["state"] == "RUNNING":
+        assert time.monotonic() < deadline, found
+        time.sleep(0.02)
+    operation: dict[str, Any] = found
+    return operation
+
+
+def drain(cluster: ServingCluster, worker: str) -> dict[str, Any]:
+    """Drain a worker; the operation, which must succeed."""
+    operation = wait_operation(cluster, begin_drain(cluster, worker)["id"])
+    assert operation["state"] == "SUCCEEDED", operation
+    assert cluster.worker(worker)["state"] == "DRAINED"
+    return operation
+
+
+def test_drained_workers_leave_no_trace_in_the_answers() -> None:
+    """One of each pool, under load, one after the other."""
+    with serving(ThreadCluster(row_config(2, 3, num_redundant=22))) as cluster:
+        done: list[dict[str, Any]] = []
+
+        def fault() -> None:
+            done.append(drain(cluster, "attention-0"))
+            done.append(drain(cluster, "expert-1"))
+
+        play(cluster, SMALL, random.Random(5), fault)
+        assert done[0]["result"]["requests_moved"] > 0
+        assert [o["generation"] for o in done] == [2, 3]
+        snapshot = cluster.snapshot()
+        assert snapshot["state"] == "DEGRADED"
+        assert [h["cause"] for h in snapshot["history"]] == [
+            "start",
+            "drained attention-0",
+            "drained expert-1",
+        ]
+        assert isinstance(cluster, ThreadCluster)
+        assert sorted(cluster.group.runtimes) == ["attention-1", "expert-0", "expert-2"]
+        with pytest.raises(ConflictError, match="last attention worker"):
+            begin_drain(cluster, "attention-1")
+
+
+def wait_gone(pid: int) -> None:
+    """Until no process of that id runs; a dead one may wait to be reaped."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while psutil.pid_exists(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return
+        assert time.monotonic() < deadline, f"{pid} lives"
+        time.sleep(0.02)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("form", FORMS)
+def test_a_signal_to_a_worker_drains_it(local_ray: None, form: Form) -> None:
+    with serving(RayCluster(row_config(2, 3, num_redundant=22))) as cluster:
+        pids = [cluster.worker(name)["pid"] for name in ("attention-1", "expert-2")]
+
+        def fault() -> None:
+            for pid in pids:  # as the processes of a node get it
+                os.kill(pid, signal.SIGTERM)
+
+        play(cluster, form, random.Random(6), fault)
+        (begun,) = cluster._call("operations")
+        operation = wait_operation(cluster, begun["id"])
+        assert operation["state"] == "SUCCEEDED", operation
+        assert operation["target"] == "attention-1 and expert-2"
+        for pid in pids:
+            wait_gone(pid)
+        assert cluster.snapshot()["generation"] == 2
