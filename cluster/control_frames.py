@@ -162,10 +162,17 @@ class NewGeneration(ControlFrame):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Keepsake(ControlFrame):
-    """Controller -> worker: what a restarted controller is to be told in ``Rejoin``."""
+    """Controller -> worker: what a restarted controller is to be told in ``Rejoin``.
 
+    It is also the first thing that a restarted controller says: from then on its term is known.
+    """
+
+    term: int
+    """As in ``NewGeneration``."""
     memory: dict[str, Any]
     """As ``cluster.adoption`` makes and reads it; nothing to the worker."""
+    controller: str = ""
+    """As in ``NewGeneration``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

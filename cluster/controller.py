@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from cluster.adoption import Adopted, make_memory, restore_workers, standing_answers
 from cluster.config import LoadSection
 from cluster.control_frames import (
     ControlFrame,
@@ -23,6 +24,7 @@ from cluster.control_frames import (
     GenerationReady,
     Heartbeat,
     HeartbeatAck,
+    Keepsake,
     LoadProgress,
     NewGeneration,
     PeerLost,
@@ -57,6 +59,9 @@ from cluster.worker_table import WorkerTable
 
 logger = logging.getLogger(__name__)
 
+_VERSIONS_OF_A_TERM = 1_000_000
+"""So that the versions of a restarted controller's snapshots are new to everyone."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControllerSettings:
@@ -72,6 +77,8 @@ class ControllerSettings:
     """As ``detection_limit_s``, while workers start: importing and loading starve other threads."""
     generation_limit_s: float = 15.0
     """Limit for a member to take part in a new generation."""
+    adoption_limit_s: float = 10.0
+    """Time in which the workers must call a restarted controller, before they are lost."""
 
 
 class WorkerLink(Protocol):
@@ -104,23 +111,28 @@ class Controller:
         mode: str = "disaggregated",
         mode_reason: str = "",
         term: int = 1,
+        identity: str = "",
+        notes: Mapping[str, Any] | None = None,
         wall_time_offset_s: float = 0.0,
     ) -> None:
         """``model`` holds name and path; the workers add the rest. ``mode`` and why it was
-        chosen (if nobody asked for it) are told in snapshots.
+        chosen (if nobody asked for it) are told in snapshots. ``identity`` tells controllers of
+        one ``term`` apart; ``notes`` are for the next one (``adoption.Adopted.memory``).
 
         ``wall_time_offset_s`` added to ``now`` is the time of day.
         """
         self.state = ClusterState.STARTING
         self.error: str | None = None
         self.placement = placement
-        self.version = 1
+        self.version = (term - 1) * _VERSIONS_OF_A_TERM + 1
         self.workers = WorkerTable(members, num_slots=num_slots, model=model, now=now)
         self._mode = mode
         self._mode_reason = mode_reason
         self._settings = settings
         self._link = link
         self._term = term
+        self._identity = identity
+        self._notes = notes or {}
         self._history = History(wall_time_offset_s)
         self.load = LoadTracker(load or LoadSection(), now)
         """Expert load of the cluster."""
@@ -144,7 +156,10 @@ class Controller:
             case Heartbeat():
                 record.beat(frame, now)
                 self._take_load(name, frame)
-                self._link.send(name, HeartbeatAck(term=self._term))
+                ack = HeartbeatAck(term=self._term, controller=self._identity, number=frame.number)
+                self._link.send(name, ack)
+                if frame.fenced and frame.generation == self._round.number:
+                    self._fenced(record, now)
             case StatusReply():
                 self._take_load(name, frame)
                 self.workers.take_status(name, frame)
@@ -248,6 +263,7 @@ class Controller:
             "error": self.error,
             "mode": self._mode,
             "mode_reason": self._mode_reason,
+            "term": self._term,
             "generation": self._round.number,
             "placement_epoch": self.placement.epoch,
             "experts_complete": self._experts_complete,
@@ -256,6 +272,46 @@ class Controller:
             "gateway": [],
             "history": self._history.to_list(),
         }
+
+    # ---- a restarted controller -----------------------------------------------------------
+
+    def adopt(self, adopted: Adopted, now: float) -> None:
+        """Take over workers that run; the first thing that is done to a restarted controller."""
+        self.state = ClusterState.RECOVERING
+        self._history.restore(adopted.memory.get("history", ()))
+        restore_workers(self.workers, adopted)
+        self._round = GenerationRound(adopted.generation, now)
+        for name, answer in standing_answers(adopted):
+            self._round.answer(name, answer)
+        missing = [
+            m.name
+            for m in adopted.generation.members
+            if m.name not in adopted.greetings or self.workers[m.name].is_lost
+        ]
+        cause = "the controller was restarted"
+        if adopted.is_intact:
+            self._experts_complete = True
+            self._enter(self._running_state())
+            self._history.add(self._round.number, now, cause, "all members went on")
+        elif missing:
+            self._history.add(self._round.number, now, cause, "not all members have called")
+            self._lose_missing(missing, now)
+        else:
+            self._reform(cause, now)
+        self._send_keepsake()
+
+    def _lose_missing(self, names: Sequence[str], now: float) -> None:
+        """Members that the restarted controller did not find; some had been lost before."""
+        for name in names:
+            if not self.workers[name].is_lost:
+                self.workers.lose(name, "it did not call the restarted controller")
+        self._recover({n: self.workers[n].reason for n in names}, now)
+
+    def _send_keepsake(self) -> None:
+        memory = make_memory(self._history, self.workers, self._notes)
+        keepsake = Keepsake(term=self._term, controller=self._identity, memory=memory)
+        for record in self.workers.alive():
+            self._link.send(record.name, keepsake)
 
     # ---- start ----------------------------------------------------------------------------
 
@@ -278,11 +334,11 @@ class Controller:
     # ---- generations ----------------------------------------------------------------------
 
     def _begin_generation(
-        self, members: Sequence[Member], placement: ExpertPlacement, now: float
+        self, members: Sequence[Member], placement: ExpertPlacement, now: float, above: int = 0
     ) -> None:
-        """Announce the next generation to all its members."""
+        """Announce the next generation, with a number ``above`` that one, to all its members."""
         fresh = tuple(self.workers[m.name].member for m in members)
-        generation = Generation(number=self._round.number + 1, members=fresh)
+        generation = Generation(number=max(self._round.number, above) + 1, members=fresh)
         self._round = GenerationRound(generation, now)
         self.placement = placement
         self._touch()
@@ -292,13 +348,31 @@ class Controller:
                 record.enter(WorkerState.READY)
         order = NewGeneration(
             term=self._term,
+            controller=self._identity,
             generation=generation.to_dict(),
             placement=placement.to_dict(),
         )
         for member in fresh:
             self._link.send(member.name, order)
 
+    def _reform(self, cause: str, now: float, above: int = 0) -> None:
+        """All members form the next generation: not all of them run this one."""
+        if self.state is not ClusterState.RECOVERING:
+            self._enter(ClusterState.RECOVERING)
+        self._begin_generation(self._round.members, self.placement, now, above)
+        effect = f"go on with {describe_members(self._round.members)}"
+        self._history.add(self._round.number, now, cause, effect)
+
+    def _fenced(self, record: WorkerRecord, now: float) -> None:
+        """A member has stopped by itself: its lease ran out while we were away."""
+        if record.state is WorkerState.SERVING:
+            self._reform(f"the lease of {record.name} ran out", now)
+
     def _generation_ready(self, name: str, frame: GenerationReady, now: float) -> None:
+        if frame.generation > self._round.number:
+            # An earlier controller announced it and ended before anybody could tell us.
+            self._reform(f"{name} follows generation {frame.generation}", now, frame.generation)
+            return
         if frame.generation != self._round.number or not self._is_forming:
             return  # an answer to an older generation, overtaken by a newer one
         self._round.answer(name, frame)
@@ -315,9 +389,8 @@ class Controller:
     def _run_generation(self, now: float) -> None:
         first_step = self._round.first_step
         order = RunGeneration(generation=self._round.number, first_step=first_step)
-        is_full = len(self._round.members) == len(self.workers)
         self._experts_complete = True
-        self._enter(ClusterState.SERVING if is_full else ClusterState.DEGRADED)
+        self._enter(self._running_state())
         took = f"runs from step {first_step} after {now - self._round.began_at:.3f} s"
         self._history.extend_last(self._round.number, took)
         for member in self._round.members:
@@ -325,6 +398,11 @@ class Controller:
             record.progress_at = now
             record.enter(WorkerState.SERVING)
             self._link.send(member.name, order)
+        self._send_keepsake()
+
+    def _running_state(self) -> ClusterState:
+        is_full = len(self._round.members) == len(self.workers)
+        return ClusterState.SERVING if is_full else ClusterState.DEGRADED
 
     @property
     def _is_forming(self) -> bool:
@@ -367,6 +445,7 @@ class Controller:
                 record.enter(WorkerState.READY)
         if self.state is not ClusterState.DEGRADED:
             self._enter(ClusterState.DEGRADED)
+        self._send_keepsake()
 
     def _peer_lost(self, name: str, frame: PeerLost, now: float) -> None:
         suspect = self.workers.find(frame.worker)

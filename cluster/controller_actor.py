@@ -1,7 +1,8 @@
 """The controller as a Ray actor: wires the state machine to its sockets and to the worker actors.
 
 ``Controller`` decides, ``ControlServer`` carries frames, ``WorkerGroup`` starts and ends processes.
-All three are used from the actor's event loop only.
+All three are used from the actor's event loop only. An actor that Ray has restarted takes over
+what the one before it left: the workers go on meanwhile, and questions wait until it knows them.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import ray
 
+from cluster.adoption import Adopted, Adoption
 from cluster.config import ClusterConfig
 from cluster.control_frames import ControlFrame
 from cluster.control_server import ControlServer
@@ -23,21 +27,26 @@ from cluster.draining import DrainOrder
 from cluster.errors import ConflictError, ExpertMeshError, StartError
 from cluster.load_profile import LoadProfile
 from cluster.load_view import load_before_start, load_document, placement_report
-from cluster.ray_tools import NAMESPACE
+from cluster.placement import ExpertPlacement
+from cluster.ray_tools import HEAD_NODE, NAMESPACE
 from cluster.reports import snapshot_before_start
 from cluster.resources import NodeResources, WorkerShare
 from cluster.start_plan import StartPlan, plan_start
 from cluster.states import ClusterState
 from cluster.topology import Member, Role
+from cluster.worker_group import FoundWorker
 
 logger = logging.getLogger(__name__)
 
 CONTROLLER_NAME = "expertmesh-controller"
 """Name of the actor in our namespace."""
+_HEAD_SHARE = 0.001
 _TICK_S = 0.1
 _RESERVE_LIMIT_S = 30.0
 _STATUS_LIMIT_S = 1.0
 _STOP_LIMIT_S = 20.0
+_FIND_LIMIT_S = 5.0
+_REDIRECT_S = 0.5
 
 
 class WorkerGroupLike(Protocol):
@@ -71,6 +80,18 @@ class WorkerGroupLike(Protocol):
     ) -> None:
         """Tell of workers that die before they call."""
 
+    def was_restarted(self) -> bool:
+        """Whether an earlier controller may have left workers."""
+
+    def call_back(self, method: str) -> None:
+        """Have a method of this actor called soon."""
+
+    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+        """The workers that an earlier controller left."""
+
+    async def redirect(self, name: str, control_address: str) -> None:
+        """Tell a found worker where to call."""
+
     async def end(self, names: Sequence[str]) -> None:
         """End these workers."""
 
@@ -92,6 +113,13 @@ class ControllerActor:
         self._top_k = 1
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._adoption: Adoption | None = None
+        self._failure = ""
+        self._is_settled = asyncio.Event()  # this actor knows its cluster
+        if group.was_restarted():
+            group.call_back("adopt")
+        else:
+            self._is_settled.set()
 
     # ---- methods of the actor -------------------------------------------------------------
 
@@ -107,6 +135,7 @@ class ControllerActor:
         profile that balancedness is predicted from. A second call does nothing. Raises
         ``ConfigError`` or ``StartError``, with nothing left behind, when it cannot even begin.
         """
+        await self._is_settled.wait()
         if self._controller is not None:
             return
         self._profile = LoadProfile.from_dict(profile) if profile else None
@@ -118,23 +147,50 @@ class ControllerActor:
             self._group.free_cpus(),
         )
         members = await self._reserve(plan)
-        self._controller = self._make_controller(plan, members)
+        self._controller = self._make_controller(
+            plan.config,
+            members,
+            plan.placement,
+            plan.num_slots,
+            notes={"profile": profile, "top_k": self._top_k},
+        )
         self._spawn(self._bring_up(plan, members))
         self._spawn(self._tick_forever())
 
+    async def adopt(self) -> None:
+        """Take over what an earlier controller left; a restarted actor calls this itself."""
+        try:
+            found = await self._group.find(_FIND_LIMIT_S)
+            adopted = await self._call_workers(found) if found else None
+            if adopted is None:
+                await self._group.end_all()
+                self._failure = "the controller was lost before the cluster served"
+            else:
+                self._take_over(found, adopted)
+        except Exception as err:  # whatever Ray raises: nobody must wait for ever
+            logger.exception("the workers could not be adopted")
+            self._failure = f"the restarted controller failed: {type(err).__name__}: {err}"
+        finally:
+            self._adoption = None
+            self._is_settled.set()
+            self._notify()
+
     async def snapshot(self, fresh: bool = False) -> dict[str, Any]:
         """The cluster's state; ``fresh`` asks every worker for its numbers of this moment first."""
+        await self._is_settled.wait()
         if fresh and self._controller is not None:
             await self._ask_workers(self._controller)
         return self._snapshot()
 
     async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
         """The state as soon as it is not ``known_version`` any more, at the latest in time."""
+        await self._is_settled.wait()
         await self._wait(lambda: self._version() != known_version, timeout_s)
         return self._snapshot()
 
     async def placement(self) -> dict[str, Any]:
         """Maps, load of this moment and balancedness of all banks (``placement --json``)."""
+        await self._is_settled.wait()
         if self._controller is None:
             return {"schema": 1, "epoch": 0, "banks": []}
         await self._ask_workers(self._controller)
@@ -143,6 +199,7 @@ class ControllerActor:
 
     async def load(self) -> dict[str, Any]:
         """Tokens by expert and by copy, and what balance they made (``load --json``)."""
+        await self._is_settled.wait()
         if self._controller is None:
             return load_before_start()
         await self._ask_workers(self._controller)
@@ -159,21 +216,22 @@ class ControllerActor:
         Raises ``ConflictError``, ``UnknownNameError``, ``RequestError``; nothing was changed then.
         """
         wanted = DrainOrder.from_dict(order)
-        operation = self._serving_controller().draining.begin(wanted, time.monotonic())
+        operation = (await self._serving_controller()).draining.begin(wanted, time.monotonic())
         self._notify()
         return operation.to_dict()
 
     async def operation(self, operation_id: str) -> dict[str, Any]:
         """One operation. Raises ``UnknownNameError``."""
-        return self._serving_controller().operations.find(operation_id).to_dict()
+        return (await self._serving_controller()).operations.find(operation_id).to_dict()
 
     async def operations(self) -> list[dict[str, Any]]:
         """The operations that are remembered, newest last."""
+        await self._is_settled.wait()
         return self._controller.operations.to_list() if self._controller else []
 
     async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
         """Give an operation up. Raises ``UnknownNameError`` and ``ConflictError``."""
-        controller = self._serving_controller()
+        controller = await self._serving_controller()
         operation = controller.operations.find(operation_id)
         controller.draining.cancel(operation, time.monotonic())
         self._notify()
@@ -185,6 +243,7 @@ class ControllerActor:
 
     async def stop(self) -> None:
         """End all workers and return when they are gone. The caller ends this actor."""
+        await self._is_settled.wait()
         if self._controller is not None and self._server is not None:
             controller = self._controller
             controller.stop(time.monotonic())
@@ -216,13 +275,19 @@ class ControllerActor:
 
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
         """A worker sent a frame."""
-        if self._controller is not None:
+        if self._adoption is not None:
+            self._adoption.frame(worker, frame, time.monotonic())
+            self._notify()
+        elif self._controller is not None:
             self._controller.frame(worker, frame, time.monotonic())
             self._notify()
 
     def on_closed(self, worker: str, reason: str) -> None:
         """A worker's connection closed."""
-        if self._controller is not None:
+        if self._adoption is not None:
+            self._adoption.gone(worker)
+            self._notify()
+        elif self._controller is not None:
             self._controller.disconnected(worker, reason, time.monotonic())
             self._notify()
 
@@ -264,6 +329,52 @@ class ControllerActor:
             self._controller.draining.ended(workers, time.monotonic())
             self._notify()
 
+    async def _call_workers(self, found: Sequence[FoundWorker]) -> Adopted | None:
+        """Have all found workers connect here and tell where they stand."""
+        limits = self._limits(found[0].config)
+        self._server = ControlServer(found[0].config.cluster_token, self)
+        self._address = await self._server.start(self._group.address())
+        adoption = self._adoption = Adoption(
+            [f.name for f in found],
+            time.monotonic(),
+            limit_s=limits.adoption_limit_s,
+            confirm_s=limits.confirm_s,
+        )
+        callers = [asyncio.ensure_future(self._redirect(f.name)) for f in found]
+        while not adoption.is_complete(time.monotonic()):
+            await self._wait(lambda: adoption.is_complete(time.monotonic()), _TICK_S)
+        for caller in callers:
+            caller.cancel()
+        await asyncio.gather(*callers, return_exceptions=True)
+        return adoption.result()
+
+    async def _redirect(self, name: str) -> None:
+        """Tell a worker where to call until it does."""
+        assert self._server is not None
+        while not self._server.is_connected(name):
+            try:
+                await self._group.redirect(name, self._address)
+            except Exception as err:  # whatever Ray raises: it may answer later, or be lost
+                logger.warning("%s cannot be told of this controller: %s", name, err)
+            await asyncio.sleep(_REDIRECT_S)
+
+    def _take_over(self, found: Sequence[FoundWorker], adopted: Adopted) -> None:
+        notes = adopted.memory.get("notes", {})
+        profile = notes.get("profile")
+        self._profile = LoadProfile.from_dict(profile) if profile else None
+        self._top_k = int(notes.get("top_k", 1))
+        self._controller = self._make_controller(
+            found[0].config,
+            adopted.members,
+            adopted.placement,
+            max(f.num_slots for f in found),
+            notes=notes,
+            term=adopted.term,
+        )
+        self._controller.adopt(adopted, time.monotonic())
+        logger.info("term %d: %d workers adopted", adopted.term, len(adopted.greetings))
+        self._spawn(self._tick_forever())
+
     async def _end_all(self) -> None:
         assert self._controller is not None
         try:
@@ -293,37 +404,56 @@ class ControllerActor:
         controller.request_status()
         await self._wait(lambda: controller.workers.status_complete, _STATUS_LIMIT_S)
 
-    def _serving_controller(self) -> Controller:
+    async def _serving_controller(self) -> Controller:
         """Raises ``ConflictError`` before the start."""
+        await self._is_settled.wait()
         if self._controller is None:
             raise ConflictError("the cluster has not been started")
         return self._controller
 
     # ---- small things ---------------------------------------------------------------------
 
-    def _make_controller(self, plan: StartPlan, members: Sequence[Member]) -> Controller:
-        config = plan.config
-        now = time.monotonic()
-        limits = self._settings or ControllerSettings(
+    def _limits(self, config: ClusterConfig) -> ControllerSettings:
+        return self._settings or ControllerSettings(
             detection_limit_s=config.transport.detection_limit_s,
             generation_limit_s=config.transport.connect_timeout_s + 5.0,
         )
+
+    def _make_controller(
+        self,
+        config: ClusterConfig,
+        members: Sequence[Member],
+        placement: ExpertPlacement,
+        num_slots: int,
+        *,
+        notes: Mapping[str, Any],
+        term: int = 1,
+    ) -> Controller:
+        now = time.monotonic()
         return Controller(
-            limits,
+            self._limits(config),
             members=members,
-            placement=plan.placement,
+            placement=placement,
             model={"name": config.model.served_model_name, "path": config.model.path},
             link=self,
             now=now,
-            num_slots=plan.num_slots,
+            num_slots=num_slots,
             load=config.load,
             mode=config.workers.mode,
             mode_reason=config.workers.mode_reason,
+            term=term,
+            identity=secrets.token_hex(8),
+            notes=notes,
             wall_time_offset_s=time.time() - now,
         )
 
     def _snapshot(self) -> dict[str, Any]:
-        return self._controller.snapshot() if self._controller else snapshot_before_start()
+        mine: dict[str, Any] = {"controller_pid": os.getpid()}
+        if self._controller is not None:
+            return self._controller.snapshot() | mine
+        if self._failure:
+            mine |= {"state": ClusterState.STOPPED.value, "error": self._failure}
+        return snapshot_before_start() | mine
 
     def _version(self) -> int:
         return self._controller.version if self._controller else 0
@@ -360,5 +490,6 @@ def create_controller(group: WorkerGroupLike, settings: ControllerSettings | Non
         lifetime="detached",
         get_if_exists=True,
         num_cpus=0,
-        max_restarts=0,
+        max_restarts=-1,
+        resources={HEAD_NODE: _HEAD_SHARE},  # where Ray's own head is, which must live anyway
     ).remote(group, settings)

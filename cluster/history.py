@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,6 +31,10 @@ class History:
         """``wall_time_offset_s`` added to a monotonic time is the time of day."""
         self._offset_s = wall_time_offset_s
         self._entries: deque[HistoryEntry] = deque(maxlen=_KEPT)
+
+    def restore(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """What an earlier controller had noted, as ``to_list`` gave it."""
+        self._entries.extend(HistoryEntry(**entry) for entry in entries)
 
     def add(self, generation: int, now: float, cause: str, effect: str) -> None:
         """Note a change."""

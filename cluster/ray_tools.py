@@ -14,6 +14,8 @@ from cluster.resources import NodeResources
 
 NAMESPACE = "expertmesh"
 """Ray namespace of all our actors."""
+HEAD_NODE = "node:__internal_head__"
+"""Ray's own resource of the head node."""
 WORKERS_GROUP = "expertmesh-workers"
 """Name of the placement group that reserves room for the workers."""
 
@@ -44,9 +46,24 @@ def node_address() -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
+def this_node_id() -> str:
+    """Ray's id of the calling process's node."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def is_this_node(node_id: str) -> bool:
     """Whether the calling process runs on that node."""
-    return bool(ray.get_runtime_context().get_node_id() == node_id)
+    return this_node_id() == node_id
+
+
+def this_actor_was_restarted() -> bool:
+    """Whether the calling actor lives in a second process, after its first one died."""
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def call_this_actor(method: str) -> None:
+    """Have the calling actor's method run once its constructor has returned."""
+    getattr(ray.get_runtime_context().current_actor, method).remote()
 
 
 def our_actors() -> list[str]:

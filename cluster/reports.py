@@ -19,6 +19,7 @@ def snapshot_before_start() -> dict[str, Any]:
         "error": None,
         "mode": None,
         "mode_reason": "",
+        "term": 0,
         "generation": 0,
         "placement_epoch": 0,
         "experts_complete": False,

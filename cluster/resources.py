@@ -48,6 +48,15 @@ class WorkerShare:
         return max(1, math.floor(self.cpus))
 
 
+def resolved_share(workers: WorkersSection) -> WorkerShare:
+    """The share in a configuration that workers were started with: nothing is ``auto`` there."""
+    return WorkerShare(
+        cpus=workers.cpus_per_worker or 0.0,
+        gpus=workers.gpus_per_worker or 0.0,
+        device="cuda" if workers.device == "cuda" else "cpu",
+    )
+
+
 def plan_shares(
     workers: WorkersSection, nodes: Sequence[NodeResources], free_cpus: float | None = None
 ) -> WorkerShare:

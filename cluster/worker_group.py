@@ -23,11 +23,13 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
+from cluster.config import ClusterConfig
 from cluster.errors import StartError
 from cluster.process import ProcessIdentity, describe_self, kill_process, wait_gone
 from cluster.ray_tools import (
     NAMESPACE,
     WORKERS_GROUP,
+    call_this_actor,
     cluster_nodes,
     free_reserved_room,
     free_resources,
@@ -35,9 +37,11 @@ from cluster.ray_tools import (
     kill_actors,
     node_address,
     our_actors,
+    this_actor_was_restarted,
+    this_node_id,
     words_of,
 )
-from cluster.resources import NodeResources, WorkerShare
+from cluster.resources import NodeResources, WorkerShare, resolved_share
 from cluster.topology import Member, Role, holds_experts
 
 logger = logging.getLogger(__name__)
@@ -55,6 +59,20 @@ class _Actor:
     handle: Any
     node_id: str
     process: ProcessIdentity | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundWorker:
+    """A worker that was started by an earlier controller."""
+
+    name: str
+    """Its name."""
+    config: ClusterConfig
+    """The cluster's configuration, shares resolved."""
+    threads: int
+    """Compute threads."""
+    num_slots: int
+    """Expert slots per bank; 0 where it holds no experts."""
 
 
 @dataclass(slots=True)
@@ -150,6 +168,33 @@ class WorkerGroup:
                     waiting.remove(actor)
                     on_died(actor.member.name, words)
 
+    def was_restarted(self) -> bool:
+        """Whether the calling controller is a restarted one."""
+        return this_actor_was_restarted()
+
+    def call_back(self, method: str) -> None:
+        """Have this method of the controller actor called once its constructor has returned."""
+        call_this_actor(method)
+
+    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+        """Workers that an earlier controller started and that still live, found by name.
+
+        One that does not answer within ``limit_s`` is not found.
+        """
+        names = [n for n in our_actors() if n.partition("-")[0] in self.classes]
+        asked = await asyncio.gather(*(self._find(name, limit_s) for name in names))
+        found = tuple(f for f in asked if f is not None)
+        if found:
+            self._share = resolved_share(found[0].config.workers)
+            self._group = ray.util.get_placement_group(WORKERS_GROUP)
+            self._nodes = {name: actor.node_id for name, actor in self._actors.items()}
+        return found
+
+    async def redirect(self, name: str, control_address: str) -> None:
+        """Tell a found worker where the controller listens now. Raises Ray's errors."""
+        call = self._actors[name].handle.redirect.remote(control_address)
+        await asyncio.wait_for(call, _CALL_LIMIT_S)
+
     async def end(self, names: Sequence[str]) -> None:
         """End these workers: by their own ``stop``, then by process id, then by Ray."""
         actors = [self._actors.pop(n) for n in names if n in self._actors]
@@ -163,6 +208,24 @@ class WorkerGroup:
         await self.end(list(self._actors))
         await asyncio.gather(*self._ending)
         free_reserved_room()
+
+    async def _find(self, name: str, limit_s: float) -> FoundWorker | None:
+        try:
+            handle = await asyncio.to_thread(ray.get_actor, name, namespace=NAMESPACE)
+            call: Any = handle.__ray_call__.remote(_introduce)
+            answer, process, node_id = await asyncio.wait_for(call, limit_s)
+        except (RayError, ValueError, TimeoutError) as err:
+            logger.warning("%s is not found again: %s", name, type(err).__name__)
+            return None
+        found = FoundWorker(
+            name=name,
+            config=ClusterConfig.from_dict(answer["config"]),
+            threads=int(answer["threads"]),
+            num_slots=int(answer["num_slots"]),
+        )
+        member = Member(**answer["member"])
+        self._actors[name] = _Actor(member, handle, node_id, process)
+        return found
 
     # ---- placing --------------------------------------------------------------------------
 
@@ -242,6 +305,11 @@ class WorkerGroup:
         task = ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=where)
         with contextlib.suppress(RayError, TimeoutError):
             await asyncio.wait_for(task.remote(actor.process), _CALL_LIMIT_S)
+
+
+def _introduce(actor: Any) -> tuple[dict[str, Any], ProcessIdentity, str]:
+    """Runs in a worker: what it is started with, its process, its node."""
+    return actor.introduce(), describe_self(), this_node_id()
 
 
 async def _free_names(names: Sequence[str]) -> None:

@@ -71,6 +71,11 @@ class EngineStream:
                 left -= results[output.request_id].add(output)
         return results
 
+    def wait_ended(self) -> None:
+        """Until the other side has ended the stream."""
+        self._thread.join(TIMEOUT_S)
+        assert not self._thread.is_alive(), "the stream is still open"
+
     def close(self) -> None:
         """End the stream."""
         self._outgoing.put(None)

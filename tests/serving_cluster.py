@@ -31,7 +31,7 @@ from cluster.controller_actor import ControllerActor, create_controller
 from cluster.ray_tools import end_leftovers
 from cluster.resources import NodeResources, WorkerShare
 from cluster.topology import Member, Role
-from cluster.worker_group import WorkerGroup
+from cluster.worker_group import FoundWorker, WorkerGroup
 from tests.engine_stream import TIMEOUT_S, TOKEN, EngineStream, Result
 from tests.fakes_cluster import members_of
 from workers.actor_classes import ACTOR_CLASSES
@@ -156,6 +156,28 @@ class ThreadCluster(ServingCluster):
         self._thread.start()
         self._actor: ControllerActor = self._wait_for(self._make_actor())
 
+    def crash_controller(self) -> None:
+        """The controller is gone without a word."""
+
+        async def crash() -> None:
+            for task in self._actor._tasks:
+                task.cancel()
+            if self._actor._server is not None:
+                await self._actor._server.close()
+
+        self._wait_for(crash())
+
+    def adopt(self) -> None:
+        """Another controller takes the place of the one that crashed."""
+
+        async def adopt() -> ControllerActor:
+            actor = ControllerActor(self.group)
+            await actor.adopt()
+            return actor
+
+        self.group.restarted = True
+        self._actor = self._wait_for(adopt())
+
     def stop(self) -> None:
         super().stop()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -186,6 +208,7 @@ class ThreadWorkerGroup:
         self._classes = runtimes
         self.runtimes: dict[str, WorkerRuntime] = {}
         self.deaths: list[str] = []
+        self.restarted = False
 
     def resources(self) -> tuple[NodeResources, ...]:
         return (NodeResources(node_id="here", address="127.0.0.1", cpus=2.0),)
@@ -224,6 +247,27 @@ class ThreadWorkerGroup:
         self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
     ) -> None:
         return None
+
+    def was_restarted(self) -> bool:
+        return self.restarted
+
+    def call_back(self, method: str) -> None:
+        return None
+
+    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+        return tuple(
+            FoundWorker(
+                name=name,
+                config=runtime.config,
+                threads=runtime.args.threads,
+                num_slots=runtime.args.num_slots,
+            )
+            for name, runtime in self.runtimes.items()
+            if runtime.is_alive
+        )
+
+    async def redirect(self, name: str, control_address: str) -> None:
+        self.runtimes[name].redirect(control_address)
 
     async def end(self, names: Sequence[str]) -> None:
         for name in names:

@@ -58,6 +58,14 @@ class WorkerActor(ABC):
         """The worker's name, to show that it lives."""
         return self._runtime.member.name
 
+    def introduce(self) -> dict[str, Any]:
+        """What a restarted controller must know before this worker can call it."""
+        return self._runtime.args.to_plain()
+
+    def redirect(self, control_address: str) -> None:
+        """A restarted controller listens there. Raises ``NotReadyError`` before the first one."""
+        self._runtime.redirect(control_address)
+
     def stop(self) -> None:
         """End serving; the process is ended by the caller."""
         self._runtime.stop()

@@ -28,6 +28,7 @@ from cluster.control_frames import (
     DrainWish,
     Heartbeat,
     HeartbeatAck,
+    Keepsake,
     NewGeneration,
     Register,
     StatusReply,
@@ -236,7 +237,7 @@ class ControlClient:
             self._handle(frame)
 
     def _handle(self, frame: ControlFrame) -> None:
-        if isinstance(frame, (HeartbeatAck, NewGeneration)):
+        if isinstance(frame, (HeartbeatAck, Keepsake, NewGeneration)):
             self._guard.check(frame.term, frame.controller)
         if isinstance(frame, HeartbeatAck):
             self._lease.acknowledged(frame.number)

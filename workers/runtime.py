@@ -43,7 +43,12 @@ from cluster.control_frames import (
     WorkerFailed,
     WorkerReady,
 )
-from cluster.errors import GenerationChangedError, PeerLostError, ProtocolError
+from cluster.errors import (
+    GenerationChangedError,
+    NotReadyError,
+    PeerLostError,
+    ProtocolError,
+)
 from cluster.load_report import LoadReport
 from cluster.placement import ExpertPlacement
 from cluster.topology import Generation, Member
@@ -177,6 +182,12 @@ class WorkerRuntime(ABC):
         self._wishes_drain = True
         self.control.send(DrainWish())
         return True
+
+    def redirect(self, control_address: str) -> None:
+        """A restarted controller listens there. Raises ``NotReadyError`` before the first one."""
+        if not self._is_connected:
+            raise NotReadyError(f"{self.member.name} has not called a controller yet")
+        self.control.redirect(control_address)
 
     @property
     def is_alive(self) -> bool:

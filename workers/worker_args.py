@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -55,6 +55,15 @@ class WorkerArgs:
             placement=None if placement is None else ExpertPlacement.from_dict(placement),
             num_slots=int(extra.get("num_slots", 0)),
         )
+
+    def to_plain(self) -> dict[str, Any]:
+        """What a controller that knows nothing of this cluster must be told (by introduction)."""
+        return {
+            "member": asdict(self.member),
+            "config": self.config.to_dict(),
+            "threads": self.threads,
+            "num_slots": self.num_slots,
+        }
 
     @property
     def device(self) -> torch.device:

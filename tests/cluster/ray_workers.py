@@ -14,6 +14,8 @@ from cluster.control_frames import (
     Heartbeat,
     NewGeneration,
     Register,
+    Rejoin,
+    RunGeneration,
     StatusReply,
     WorkerFailed,
     WorkerReady,
@@ -33,6 +35,10 @@ class TrivialWorker:
     ) -> None:
         self.name = str(member["name"])
         self.threads = int(extra["threads"])
+        self._member = dict(member)
+        self._config = dict(config)
+        self._order: NewGeneration | None = None
+        self._runs = False
         self._generation = 0
         self._client = ControlClient(
             control_address,
@@ -41,12 +47,24 @@ class TrivialWorker:
             self._on_frame,
             heartbeat=self._heartbeat,
             status=lambda: StatusReply(token=0, stats={"threads": float(self.threads)}),
+            rejoin=self._rejoin,
         )
 
     def start(self) -> None:
         self._client.start()
-        self._client.send(Register(member={"name": self.name, "pid": os.getpid()}))
+        self._client.send(Register(member=self._member | {"pid": os.getpid()}))
         self._client.send(WorkerReady())
+
+    def introduce(self) -> dict[str, Any]:
+        return {
+            "member": self._member,
+            "config": self._config,
+            "threads": self.threads,
+            "num_slots": 0,
+        }
+
+    def redirect(self, control_address: str) -> None:
+        self._client.redirect(control_address)
 
     def ping(self) -> str:
         return self.name
@@ -57,8 +75,24 @@ class TrivialWorker:
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(progress=0, idle=True, generation=self._generation)
 
+    def _rejoin(self) -> list[ControlFrame]:
+        order = self._order
+        return [
+            Rejoin(
+                term=self._client.term,
+                generation=order.generation if order is not None else {},
+                placement=order.placement if order is not None else {},
+                running=self._runs,
+                highest_step=0,
+                highest_epoch=1,
+            )
+        ]
+
     def _on_frame(self, frame: ControlFrame) -> None:
+        if isinstance(frame, RunGeneration):
+            self._runs = True
         if isinstance(frame, NewGeneration):
+            self._order, self._runs = frame, False
             self._generation = int(frame.generation["number"])
             self._client.send(
                 GenerationReady(generation=self._generation, highest_step=0, highest_epoch=1)

@@ -66,7 +66,7 @@ SAMPLES: tuple[ControlFrame, ...] = (
     StatusReply(token=5, stats={"x": 0.5}, expert_load={"mlp:0": [3]}),
     PeerLost(worker="expert-1", generation=2, reason="reset"),
     NewGeneration(term=1, generation={"number": 2, "members": []}, placement={"epoch": 3}),
-    Keepsake(memory={"history": []}),
+    Keepsake(term=1, memory={"history": []}),
     Rejoin(
         term=1,
         generation={"number": 2},

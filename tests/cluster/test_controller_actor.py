@@ -25,6 +25,7 @@ from cluster.errors import ConfigError, StartError
 from cluster.load_profile import BankLoad, LoadProfile
 from cluster.resources import NodeResources, WorkerShare
 from cluster.topology import Member, Role
+from cluster.worker_group import FoundWorker
 from tests.fakes_cluster import members_of
 from tests.load_reports import load_of
 from workers.control_client import ControlClient
@@ -128,6 +129,18 @@ class ThreadWorkerGroup:
         if self._dies:
             assert not is_connected(self._dies)
             on_died(self._dies, "its process died")
+
+    def was_restarted(self) -> bool:
+        return False
+
+    def call_back(self, method: str) -> None:
+        raise NotImplementedError
+
+    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+        raise NotImplementedError
+
+    async def redirect(self, name: str, control_address: str) -> None:
+        raise NotImplementedError
 
     async def end(self, names: Sequence[str]) -> None:
         self.ended.extend(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import tempfile
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group_table
 
 from cluster.config import ClusterConfig, ModelSection, TransportSection, WorkersSection
@@ -163,6 +165,51 @@ def test_one_failing_worker_ends_the_whole_start_in_its_own_words(kind: type, er
         assert time.monotonic() - began < 20.0
         assert our_actors() == ["expertmesh-controller"]
         assert all(_is_gone(pid) for pid in _pids(snapshot).values() if pid)
+    assert _nothing_is_left()
+
+
+def _restarted(controller: Any, pid: int) -> dict[str, Any]:
+    """The state as another process of the controller tells it."""
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(RayActorError):
+            snapshot: dict[str, Any] = ray.get(controller.snapshot.remote(), timeout=LIMIT_S)
+            if snapshot["controller_pid"] != pid:
+                return snapshot
+        time.sleep(0.05)
+    raise TimeoutError("the controller was not restarted")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_controller_comes_back_and_adopts_the_workers_that_live() -> None:
+    with _controller() as controller:
+        ray.get(controller.start.remote(_config(3, 5), BANKS), timeout=LIMIT_S)
+        before = _until(controller, "SERVING")
+        os.kill(before["controller_pid"], signal.SIGKILL)
+        after = _restarted(controller, before["controller_pid"])
+        assert (after["state"], after["generation"], after["term"]) == ("SERVING", 1, 2)
+        assert _pids(after) == _pids(before)
+        assert after["version"] > before["version"]
+        os.kill(after["controller_pid"], signal.SIGKILL)
+        os.kill(_pids(after)["expert-1"], signal.SIGKILL)
+        _restarted(controller, after["controller_pid"])
+        snapshot = _until(controller, "DEGRADED")
+        assert (snapshot["generation"], snapshot["term"]) == (2, 3)
+        pids = _pids(snapshot)
+        ray.get(controller.stop.remote(), timeout=LIMIT_S)
+        assert all(_is_gone(pid) for pid in pids.values())
+    assert _nothing_is_left()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_controller_that_dies_before_the_cluster_serves_ends_the_start() -> None:
+    with _controller(attention_class=ray_workers.SilentWorker) as controller:
+        ray.get(controller.start.remote(_config(1), BANKS), timeout=LIMIT_S)
+        pid = ray.get(controller.snapshot.remote(), timeout=LIMIT_S)["controller_pid"]
+        os.kill(pid, signal.SIGKILL)
+        snapshot = _restarted(controller, pid)
+        assert snapshot["state"] == "STOPPED"
+        assert snapshot["error"] == "the controller was lost before the cluster served"
     assert _nothing_is_left()
 
 
