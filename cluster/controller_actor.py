@@ -43,7 +43,8 @@ CONTROLLER_NAME = "expertmesh-controller"
 _HEAD_SHARE = 0.001
 _TICK_S = 0.1
 _RESERVE_LIMIT_S = 30.0
-_STATUS_LIMIT_S = 1.0
+STATUS_LIMIT_S = 1.0
+"""Longest wait for workers that are asked for their numbers."""
 _STOP_LIMIT_S = 20.0
 _FIND_LIMIT_S = 5.0
 _REDIRECT_S = 0.5
@@ -102,10 +103,16 @@ class WorkerGroupLike(Protocol):
 class ControllerActor:
     """Async actor; see ``create_controller``. One start a life."""
 
-    def __init__(self, group: WorkerGroupLike, settings: ControllerSettings | None = None) -> None:
+    def __init__(
+        self,
+        group: WorkerGroupLike,
+        settings: ControllerSettings | None = None,
+        status_limit_s: float = STATUS_LIMIT_S,
+    ) -> None:
         """``settings`` replaces the limits that follow from the configuration (in tests)."""
         self._group = group
         self._settings = settings
+        self._status_limit_s = status_limit_s
         self._controller: Controller | None = None
         self._server: ControlServer | None = None
         self._address = ""
@@ -402,7 +409,7 @@ class ControllerActor:
 
     async def _ask_workers(self, controller: Controller) -> None:
         controller.request_status()
-        await self._wait(lambda: controller.workers.status_complete, _STATUS_LIMIT_S)
+        await self._wait(lambda: controller.workers.status_complete, self._status_limit_s)
 
     async def _serving_controller(self) -> Controller:
         """Raises ``ConflictError`` before the start."""
@@ -481,7 +488,11 @@ class ControllerActor:
             logger.error("a task of the controller failed", exc_info=err)
 
 
-def create_controller(group: WorkerGroupLike, settings: ControllerSettings | None = None) -> Any:
+def create_controller(
+    group: WorkerGroupLike,
+    settings: ControllerSettings | None = None,
+    status_limit_s: float = STATUS_LIMIT_S,
+) -> Any:
     """Create the detached controller actor, or find the one there is; returns its handle."""
     actor: Any = ray.remote(ControllerActor)
     return actor.options(
@@ -492,4 +503,4 @@ def create_controller(group: WorkerGroupLike, settings: ControllerSettings | Non
         num_cpus=0,
         max_restarts=-1,
         resources={HEAD_NODE: _HEAD_SHARE},  # where Ray's own head is, which must live anyway
-    ).remote(group, settings)
+    ).remote(group, settings, status_limit_s)

@@ -153,7 +153,11 @@ class EngineClient:
     async def _ping(self, call: grpc.aio.StreamStreamCall[pb.ToEngine, pb.FromEngine]) -> None:
         number = 0
         while True:
+            began_s = time.monotonic()
             await asyncio.sleep(self._ping_s)
+            late_s = time.monotonic() - began_s - self._ping_s
+            if late_s > self._ping_s:  # we stood still ourselves: what came is not read yet
+                self._heard_s += late_s
             if time.monotonic() - self._heard_s > self._silence_limit_s:
                 self._is_silent = True
                 call.cancel()

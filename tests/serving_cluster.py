@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from cluster.topology import Member, Role
 from cluster.worker_group import FoundWorker, WorkerGroup
 from tests.engine_stream import TIMEOUT_S, TOKEN, EngineStream, Result
 from tests.fakes_cluster import members_of
+from tests.loop_thread import LoopThread
 from workers.actor_classes import ACTOR_CLASSES
 from workers.attention_runtime import AttentionRuntime
 from workers.checkpoint import Checkpoint
@@ -151,10 +151,9 @@ class ThreadCluster(ServingCluster):
     def __init__(self, config: ClusterConfig, group: ThreadWorkerGroup | None = None) -> None:
         super().__init__(config)
         self.group = group or ThreadWorkerGroup()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self._actor: ControllerActor = self._wait_for(self._make_actor())
+        self._thread = LoopThread(TIMEOUT_S)
+        self._loop = self._thread.loop
+        self._actor: ControllerActor = self._thread.run(self._make_actor())
 
     def crash_controller(self) -> None:
         """The controller is gone without a word."""
@@ -180,18 +179,13 @@ class ThreadCluster(ServingCluster):
 
     def stop(self) -> None:
         super().stop()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(TIMEOUT_S)
-        self._loop.close()
+        self._thread.close()
 
     async def _make_actor(self) -> ControllerActor:
-        return ControllerActor(self.group)
+        return ControllerActor(self.group, status_limit_s=TIMEOUT_S)
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        return self._wait_for(getattr(self._actor, method)(*arguments))
-
-    def _wait_for(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(TIMEOUT_S)
+        return self._thread.run(getattr(self._actor, method)(*arguments))
 
 
 RUNTIMES: Mapping[Role, type[WorkerRuntime]] = {
@@ -284,7 +278,7 @@ class RayCluster(ServingCluster):
 
     def __init__(self, config: ClusterConfig) -> None:
         super().__init__(config)
-        self._actor = create_controller(WorkerGroup(ACTOR_CLASSES))
+        self._actor = create_controller(WorkerGroup(ACTOR_CLASSES), status_limit_s=TIMEOUT_S)
 
     def stop(self) -> None:
         super().stop()

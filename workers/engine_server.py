@@ -273,12 +273,11 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_until_complete(self._serve())
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._serve())
         finally:
             self._started.set()
-            self._loop.close()
 
     async def _serve(self) -> None:
         server = grpc.aio.server(

@@ -1,6 +1,7 @@
 """A front process with a fake launcher: ``python -m tests.cluster.fake_front NAME DETACH``.
 
-Prints ``ready`` on stdout, as ``serve`` does, and ends with the outcome's exit code.
+Prints ``ready`` on stdout, as ``serve`` does, and ends with the outcome's exit code. A cluster that
+does not end is forced to by a second signal alone: for its own limit a test would have to wait.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import sys
 
 from cluster import local_ray, state_file
+from cluster.cli import front as front_module
 from cluster.cli.front import Front, raise_on_signals
 from cluster.cli.progress import Progress
 from cluster.cli.terminal import note, out_line
@@ -20,6 +22,7 @@ def main() -> int:
     """Run it."""
     name, detach = sys.argv[1], sys.argv[2] == "detach"
     raise_on_signals()
+    front_module.STOP_LIMIT_S = 600.0
     state_file.clean_up_dead()
     folder = local_ray.make_temp_dir()
     plan = LaunchPlan(

@@ -32,7 +32,7 @@ class FakeParts:
     def start_ray(self) -> str:
         self._progress("ray", 0, 0)
         with (self._folder / "child.log").open("w") as log:
-            command = [sys.executable, "-c", "import time; time.sleep(120)"]
+            command = [sys.executable, "-c", "import time; time.sleep(600)"]
             subprocess.Popen(command, stdout=log, start_new_session=True)
         return "127.0.0.1:1"
 
@@ -46,7 +46,7 @@ class FakeParts:
         if self._how == "crash":
             os._exit(9)
         if self._how == "slow":
-            time.sleep(60)
+            time.sleep(600)
         self._progress("weights", 1_000_000, 2_000_000)
 
     def find_loss(self) -> str | None:
@@ -57,11 +57,11 @@ class FakeParts:
 
     def stop_services(self) -> None:
         if self._how == "stuck":
-            time.sleep(60)
+            time.sleep(600)
 
     def stop_ray(self) -> None:
         if self._how == "stuck":
-            time.sleep(60)
+            time.sleep(600)
         sweep(self._folder, ())
 
 

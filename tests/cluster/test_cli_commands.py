@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ import pytest
 
 from cluster.cli.exit_codes import ExitCode
 from cluster.cli.main import main
-from cluster.launch_plan import free_port
 from tests.cluster.fake_gateway import PLACEMENT, STATUS, FakeGateway, fake_gateway
 
 pytestmark = pytest.mark.usefixtures("state_home")
@@ -86,13 +86,15 @@ def test_refusals_become_exit_codes(
 
 
 def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
-    url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
-    assert main(["--url", url, "status"]) == ExitCode.UNREACHABLE
+    with socket.socket() as taken:  # bound, so that nobody listens there
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        assert main(["--url", url, "status"]) == ExitCode.UNREACHABLE
     assert capsys.readouterr().err.startswith(f"expertmesh: cannot reach {url}")
 
 
 def test_a_slow_server_times_out(gateway: FakeGateway) -> None:
-    gateway.delay_s = 0.5
+    gateway.delay_s = 5.0
     assert main(["--url", gateway.url, "--timeout", "0.1", "status"]) == ExitCode.NOT_READY
 
 

@@ -22,7 +22,8 @@ from cluster.process import is_running
 
 pytestmark = pytest.mark.distributed
 
-LIMIT_S = 10.0
+LIMIT_S = 120.0
+"""Longest wait for anything, on a machine that is busy with other work."""
 
 
 @dataclass(slots=True)
@@ -68,7 +69,7 @@ def start_front(state_home: Path) -> Iterator[StartFront]:
         front.child.kill()
         front.child.communicate()
     for record in state_file.all_records():
-        end_cluster(record, 5.0)
+        end_cluster(record, LIMIT_S)
 
 
 def wait_until(is_true: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
@@ -127,12 +128,11 @@ def test_a_signal_during_the_start_ends_it(start_front: StartFront) -> None:
 def test_a_second_signal_forces_the_end(start_front: StartFront) -> None:
     front = start_front(how="stuck")
     front.wait_ready()
-    began = time.monotonic()
     front.child.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    assert front.child.stderr is not None
+    assert front.child.stderr.readline() == "stopping\n"  # two that meet are one
     front.child.send_signal(signal.SIGTERM)
     assert front.end()[0] == 0
-    assert time.monotonic() - began < 5.0
     assert is_clean(front.folder)
 
 
@@ -153,8 +153,7 @@ def test_a_killed_make_takes_the_cluster_along() -> None:
     folder = Path(make.stdout.readline().split()[1])
     make.kill()
     make.communicate(timeout=LIMIT_S)  # until the front process has closed it too
-    wait_until(lambda: is_clean(folder))
-    assert state_file.read_record("one") is None
+    wait_until(lambda: is_clean(folder) and state_file.read_record("one") is None)
 
 
 def test_a_killed_launcher_is_cleaned_up_by_the_front_process(start_front: StartFront) -> None:
@@ -223,7 +222,7 @@ def test_detached_the_cluster_stays_until_down(start_front: StartFront) -> None:
     assert record is not None
     assert record.is_alive
     assert record.state == "ready"
-    end_cluster(record, 5.0)
+    end_cluster(record, LIMIT_S)
     assert is_clean(front.folder)
     assert not is_running(record.launcher)
     assert state_file.read_record("one") is None
@@ -238,7 +237,7 @@ def test_down_ends_what_a_killed_launcher_left(start_front: StartFront) -> None:
     os.kill(record.launcher.pid, signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):
         os.waitpid(record.launcher.pid, 0)
-    end_cluster(record, 5.0)
+    end_cluster(record, LIMIT_S)
     assert is_clean(front.folder)
 
 

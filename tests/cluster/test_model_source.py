@@ -111,7 +111,7 @@ def fetch(hub: FakeHub, home: Path, name: str) -> subprocess.CompletedProcess[st
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
     environment["HF_HUB_DISABLE_XET"] = "1"
     command = [sys.executable, "-c", FETCH, name]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 
 def test_a_hub_id_is_downloaded_without_what_is_not_needed(hub: FakeHub, tmp_path: Path) -> None:

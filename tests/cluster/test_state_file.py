@@ -88,7 +88,7 @@ def test_what_a_killed_launcher_left_is_ended(tmp_path: Path) -> None:
     state_file.write_record(record("alive"))
     lines = state_file.clean_up_dead()
     assert lines == ["cleaned up after gone: 1 processes left by a killed start"]
-    assert orphan.wait(timeout=10) < 0
+    assert orphan.wait(timeout=60) < 0
     assert not folder.exists()
     assert [r.name for r in state_file.all_records()] == ["alive"]
 

@@ -106,6 +106,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     num_cached_tokens: int = 0
     answers_pings: bool = True
     num_streams: int = 0
+    num_pings: int = 0
     address: str = ""
     _server: Any = None
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -163,8 +164,10 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     ) -> None:
         async for message in messages:
             kind = message.WhichOneof("message")
-            if kind == "ping" and self.answers_pings:
-                queue.put_nowait(pb.FromEngine(pong=message.ping))
+            if kind == "ping":
+                self.num_pings += 1
+                if self.answers_pings:
+                    queue.put_nowait(pb.FromEngine(pong=message.ping))
             elif kind == "abort":
                 self._abort(message.abort)
             elif kind == "request":

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +34,7 @@ from tests.gateway.fakes import (
     tiny_backend,
 )
 from tests.gateway.sse_client import by_choice, parse_events
+from tests.loop_thread import LoopThread
 
 pytestmark = pytest.mark.ray
 
@@ -84,16 +83,11 @@ def _checkpoint(folder: Path) -> str:
 @contextlib.contextmanager
 def _running_engine() -> Iterator[ScriptedEngine]:
     """A scripted engine in a thread of this process."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    engine = ScriptedEngine()
-    asyncio.run_coroutine_threadsafe(engine.start(), loop).result(LIMIT_S)
+    thread, engine = LoopThread(LIMIT_S), ScriptedEngine()
+    thread.run(engine.start())
     yield engine
-    asyncio.run_coroutine_threadsafe(engine.stop(), loop).result(LIMIT_S)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(LIMIT_S)
-    loop.close()
+    thread.run(engine.stop())
+    thread.close()
 
 
 @contextlib.contextmanager

@@ -44,12 +44,13 @@ def test_a_closed_socket_aborts_the_work(stack: Stack, stream: bool, chat: bool)
         assert b"200 OK" in connection.recv(4096)
     stack.wait_for(lambda: bool(stack.engine.running), "the request")
     connection.close()
-    assert stack.wait_for(lambda: not stack.engine.running, "the abort") < 0.5
+    stack.wait_for(lambda: not stack.engine.running, "the abort")
     aborted = {request_id for request_id, choices in stack.engine.aborts if not choices}
     assert aborted == {request.request_id for request in stack.engine.requests}
     stack.wait_for(lambda: _disconnects(stack) == before + 1, "the count")
-    assert stack.gateway._admission is not None
-    assert stack.gateway._admission.num_requests == 0
+    admission = stack.gateway._admission
+    assert admission is not None
+    stack.wait_for(lambda: admission.num_requests == 0, "the place in the queue")
 
 
 def test_a_client_that_leaves_before_its_body_is_there(stack: Stack) -> None:

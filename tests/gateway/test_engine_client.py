@@ -12,6 +12,7 @@ from gateway.engine_client import EngineClient
 from gateway.output_queue import OutputQueue
 from gateway.submission import Submission
 from tests.gateway.fakes import CLUSTER_TOKEN, ScriptedEngine
+from tests.gateway.stack import WAIT_S
 from workers.request import (
     FinishReason,
     Request,
@@ -171,12 +172,12 @@ def test_a_wrong_token_is_refused() -> None:
         engine = ScriptedEngine()
         await engine.start()
         wrong = _client_to(engine.address, "wrong")
-        refused = await asyncio.wait_for(wrong.run(), 5.0)
+        refused = await asyncio.wait_for(wrong.run(), WAIT_S)
         right = _client_to(engine.address, CLUSTER_TOKEN)
         task = asyncio.create_task(right.run())
-        await asyncio.wait_for(right.connected.wait(), 5.0)
+        await asyncio.wait_for(right.connected.wait(), WAIT_S)
         await engine.stop()
-        return refused, await asyncio.wait_for(task, 5.0)
+        return refused, await asyncio.wait_for(task, WAIT_S)
 
     refused, ended = asyncio.run(work())
     assert "UNAUTHENTICATED" in refused
@@ -185,7 +186,7 @@ def test_a_wrong_token_is_refused() -> None:
 
 def test_nobody_there_ends_the_stream() -> None:
     client = _client_to("127.0.0.1:1", CLUSTER_TOKEN)
-    assert "UNAVAILABLE" in asyncio.run(asyncio.wait_for(client.run(), 5.0))
+    assert "UNAVAILABLE" in asyncio.run(asyncio.wait_for(client.run(), WAIT_S))
 
 
 def test_queues_are_bounded() -> None:
@@ -193,9 +194,9 @@ def test_queues_are_bounded() -> None:
         queue = OutputQueue(limit=2)
         for index in range(3):
             queue.put(_output(0, index, 5))
-        assert len(await queue.take(1.0)) == 2
+        assert len(await queue.take(WAIT_S)) == 2
         with pytest.raises(RequestFailedError, match="too slowly"):
-            await queue.take(1.0)
+            await queue.take(WAIT_S)
 
     asyncio.run(work())
 
