@@ -10,9 +10,9 @@ from tests.gateway.fakes import counting_script
 from tests.gateway.stack import Stack, running_stack
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_stack() -> Iterator[Stack]:
-    """One gateway for all tests that leave it as it was."""
+    """One gateway for all tests of this folder that leave it as it was."""
     with running_stack() as stack:
         yield stack
 

@@ -106,6 +106,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     num_cached_tokens: int = 0
     answers_pings: bool = True
     num_streams: int = 0
+    num_hellos: int = 0
     num_pings: int = 0
     address: str = ""
     _server: Any = None
@@ -135,6 +136,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong token")
         queue: asyncio.Queue[pb.FromEngine] = asyncio.Queue()
         self.num_streams += 1
+        self.num_hellos += 1
         reader = asyncio.create_task(self._read(request_iterator, queue))
         try:
             yield pb.FromEngine(hello=self._hello())

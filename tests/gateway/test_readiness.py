@@ -223,7 +223,7 @@ def test_a_silent_worker_is_dropped() -> None:
     with running_stack(silence_limit_s=1.0) as stack:
         stack.run(second.start())
         _change(stack, workers=[attention_entry(stack.engine, 0), attention_entry(second, 1)])
-        stack.wait_for(lambda: second.num_streams > 1, "a second try, after the end of the first")
+        stack.wait_for(lambda: second.num_hellos > 1, "a second try, after the end of the first")
         stack.run(second.stop())
 
 
@@ -233,7 +233,7 @@ def test_a_gateway_that_stood_still_blames_no_worker() -> None:
         stack.call(lambda: time.sleep(1.5))
         pings = stack.engine.num_pings
         stack.wait_for(lambda: stack.engine.num_pings > pings + 3, "pings after it")
-        assert stack.engine.num_streams == 1
+        assert stack.engine.num_hellos == 1
 
 
 def test_a_queue_that_is_longer_than_the_time_refuses_at_once(

@@ -64,7 +64,7 @@ class Workers:
 @pytest.fixture
 def workers() -> Iterator[Workers]:
     with running_stack(
-        GatewaySection(request_timeout_s=20.0),
+        GatewaySection(request_timeout_s=WAIT_S),
         engine=EngineSection(enable_prefix_caching=True),
         serving=False,
     ) as stack:
