@@ -164,18 +164,18 @@ class ThreadCluster(ServingCluster):
             if self._actor._server is not None:
                 await self._actor._server.close()
 
-        self._wait_for(crash())
+        self._thread.run(crash())
 
     def adopt(self) -> None:
         """Another controller takes the place of the one that crashed."""
 
         async def adopt() -> ControllerActor:
-            actor = ControllerActor(self.group)
+            actor = ControllerActor(self.group, status_limit_s=TIMEOUT_S)
             await actor.adopt()
             return actor
 
         self.group.restarted = True
-        self._actor = self._wait_for(adopt())
+        self._actor = self._thread.run(adopt())
 
     def stop(self) -> None:
         super().stop()
