@@ -33,6 +33,7 @@ NAMES = (
     "deterministic",
     "dispatch",
     "idle",
+    "load_tracking",
     "placement",
 )
 """Modules with a ``section``, in the order of the file."""

@@ -325,6 +325,8 @@ class GatewaySection:
     """Prompt and output tokens that they may need together; None is ``max_queue`` contexts."""
     request_timeout_s: float = 600.0
     """Longest life of a request."""
+    metrics_all_experts: bool = False
+    """A metric for every expert of every layer, not for the busiest ones and the rest."""
 
     def __post_init__(self) -> None:
         taken: dict[int, str] = {}

@@ -108,7 +108,7 @@ def placement_report(
     the devices got in this epoch; None where there is no load.
     """
     totals = load.totals()
-    predicted, achieved = expected_loads(placement, profile), achieved_loads(placement, load)
+    loads = _by_name(placement, load, profile)
     banks = []
     for bank in placement.banks:
         key = (bank.bank, bank.layer)
@@ -118,10 +118,7 @@ def placement_report(
                 "layer": bank.layer,
                 "physical_to_logical": [list(s) for s in bank.physical_to_logical],
                 "load": _numbers(totals.counts(key)) if key in totals.prefill else [],
-                "balancedness": {
-                    "predicted": balancedness_of([predicted.get(key, ())]),
-                    "achieved": balancedness_of([achieved.get(key, ())]),
-                },
+                "balancedness": _balancedness(loads, key),
             }
         )
     return {"schema": 1, "epoch": placement.epoch, "banks": banks}
@@ -144,23 +141,23 @@ def load_document(
     Of each bank: ``prefill`` and ``decode`` are the parts of ``counts``; ``window`` and
     ``average`` the same over the newest window and as exponential average; ``slots`` the tokens of
     this epoch by device and expert slot, None until there are any; ``watched`` the busiest
-    experts; ``copies`` of each expert. Balancedness is told by phase.
+    experts; ``copies`` of each expert. ``load``, ``balancedness``: as in ``placement_report``.
     """
     totals, window, average = (load.sums(s) for s in ("total", "window", "average"))
     tokens = _slot_tokens(placement, load.copies(), load.epoch)
-    loads = {
-        "achieved": {phase: achieved_loads(placement, load, phase) for phase in PHASES},
-        "predicted": {phase: expected_loads(placement, profile, phase) for phase in PHASES},
-    }
+    loads = _by_name(placement, load, profile)
+    by_phase = {phase: _by_name(placement, load, profile, phase) for phase in PHASES}
     banks = []
     for bank in placement.banks:
         key = (bank.bank, bank.layer)
         has_load = key in totals.prefill
+        counts = _numbers(totals.counts(key)) if has_load else [0] * bank.num_experts
         banks.append(
             {
                 "bank": bank.bank,
                 "layer": bank.layer,
-                "counts": _numbers(totals.counts(key)) if has_load else [0] * bank.num_experts,
+                "counts": counts,
+                "load": counts,
                 "prefill": _numbers(totals.prefill[key]) if has_load else None,
                 "decode": _numbers(totals.decode[key]) if has_load else None,
                 "window": _numbers(window.counts(key)) if key in window.prefill else None,
@@ -169,6 +166,7 @@ def load_document(
                 "watched": list(load.watched(key)),
                 "copies": _num_copies(bank),
                 "balancedness": _balancedness(loads, key),
+                "phases": {phase: _balancedness(by_phase[phase], key) for phase in PHASES},
             }
         )
     return {
@@ -180,22 +178,30 @@ def load_document(
         "window_tokens": round(window.rows),
         "average_tokens": round(average.rows),
         "balancedness": _balancedness(loads),
+        "phases": {phase: _balancedness(by_phase[phase]) for phase in PHASES},
         "banks": banks,
     }
 
 
-def _balancedness(
-    loads: Mapping[str, Mapping[Phase, DeviceLoads]], key: BankKey | None = None
-) -> dict[str, dict[str, float | None]]:
-    """``achieved`` and ``predicted`` by phase, of one bank or of all."""
+def _by_name(
+    placement: ExpertPlacement,
+    load: LoadTracker,
+    profile: LoadProfile | None,
+    phase: Phase | None = None,
+) -> dict[str, DeviceLoads]:
     return {
-        name: {
-            phase: balancedness_of(
-                list(of_phase.values()) if key is None else [of_phase.get(key, ())]
-            )
-            for phase, of_phase in by_phase.items()
-        }
-        for name, by_phase in loads.items()
+        "predicted": expected_loads(placement, profile, phase),
+        "achieved": achieved_loads(placement, load, phase),
+    }
+
+
+def _balancedness(
+    loads: Mapping[str, DeviceLoads], key: BankKey | None = None
+) -> dict[str, float | None]:
+    """``predicted`` and ``achieved``, of one bank or of all layers together."""
+    return {
+        name: balancedness_of(list(each.values()) if key is None else [each.get(key, ())])
+        for name, each in loads.items()
     }
 
 

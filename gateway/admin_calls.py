@@ -56,18 +56,19 @@ class AdminCalls:
         return pb.Placement(epoch=found["epoch"], banks=map(_bank_maps, banks))
 
     async def GetExpertLoad(self, request: pb.GetExpertLoadRequest) -> pb.ExpertLoad:
-        """Tokens by layer and expert, as far as the controller knows."""
-        found = await self._controller().placement()
-        banks = (
-            pb.BankLoad(
-                bank=bank["bank"],
-                layer=bank["layer"],
-                load=bank["load"],
-                balancedness=pb.Balancedness(**bank["balancedness"]),
-            )
-            for bank in found["banks"]
+        """Tokens by layer, expert and worker, as far as the controller knows."""
+        found = await self._controller().load()
+        return pb.ExpertLoad(
+            epoch=found["epoch"],
+            banks=map(_bank_load, found["banks"]),
+            model=found["model"] or "",
+            top_k=found["top_k"],
+            tokens=found["tokens"],
+            window_tokens=found.get("window_tokens", 0),
+            average_tokens=found.get("average_tokens", 0),
+            balancedness=pb.Balancedness(**found.get("balancedness", {})),
+            workers=[name or "" for name in found.get("workers", ())],
         )
-        return pb.ExpertLoad(epoch=found["epoch"], banks=banks)
 
     async def ListWorkers(self, request: pb.ListWorkersRequest) -> pb.ListWorkersResponse:
         """Every worker, lost ones included."""
@@ -155,6 +156,22 @@ def _bank_maps(bank: Mapping[str, Any]) -> pb.BankMaps:
         physical_to_logical=(pb.ExpertSlots(experts=s) for s in bank["physical_to_logical"]),
         load=bank["load"],
         balancedness=pb.Balancedness(**bank["balancedness"]),
+    )
+
+
+def _bank_load(bank: Mapping[str, Any]) -> pb.BankLoad:
+    return pb.BankLoad(
+        bank=bank["bank"],
+        layer=bank["layer"],
+        load=bank["counts"],
+        balancedness=pb.Balancedness(**bank["balancedness"]),
+        prefill=bank["prefill"] or (),
+        decode=bank["decode"] or (),
+        window=bank["window"] or (),
+        average=bank["average"] or (),
+        slots=(pb.SlotTokens(tokens=tokens) for tokens in bank["slots"] or ()),
+        prefill_balancedness=pb.Balancedness(**bank["phases"]["prefill"]),
+        decode_balancedness=pb.Balancedness(**bank["phases"]["decode"]),
     )
 
 

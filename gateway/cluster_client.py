@@ -36,6 +36,10 @@ class RayController:
         """See ``Controller``."""
         return cast(dict[str, Any], await self._handle.placement.remote())
 
+    async def load(self) -> dict[str, Any]:
+        """See ``Controller``."""
+        return cast(dict[str, Any], await self._handle.load.remote())
+
     async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
         """See ``Controller``."""
         return cast(dict[str, Any], await _own_words(self._handle.drain.remote(order)))

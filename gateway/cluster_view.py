@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from cluster.errors import NotReadyError
 from cluster.topology import runs_attention
@@ -39,6 +39,9 @@ class Controller(Protocol):
 
     async def placement(self) -> dict[str, Any]:
         """The placement, as ``placement --json`` prints it."""
+
+    async def load(self) -> dict[str, Any]:
+        """The experts' load, as ``load --json`` prints it."""
 
     async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
         """Begin to drain: the fields of ``cluster.draining.DrainOrder``; the operation.
@@ -79,6 +82,8 @@ class ClusterView:
     find: Callable[[], Awaitable[Controller]]
     snapshot: Snapshot | None = None
     """The latest known state; None before the first."""
+    known_load: Mapping[str, Any] | None = None
+    """What ``load`` returned last."""
     _controller: Controller | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
@@ -115,12 +120,23 @@ class ClusterView:
 
     async def placement(self) -> dict[str, Any] | None:
         """The placement; None while the controller does not answer."""
-        if self._controller is None:
+        return await self._ask("placement")
+
+    async def load(self) -> dict[str, Any] | None:
+        """The experts' load; None while the controller does not answer."""
+        load = await self._ask("load")
+        self.known_load = load or self.known_load
+        return load
+
+    async def _ask(self, what: Literal["placement", "load"]) -> dict[str, Any] | None:
+        controller = self._controller
+        if controller is None:
             return None
+        call = controller.placement if what == "placement" else controller.load
         try:
-            return await asyncio.wait_for(self._controller.placement(), CALL_TIMEOUT_S)
+            return await asyncio.wait_for(call(), CALL_TIMEOUT_S)
         except Exception as err:  # any failure of the actor or of Ray
-            logger.warning("no placement: %s", err)
+            logger.warning("no %s: %s", what, err)
             return None
 
     def require_controller(self) -> Controller:

@@ -78,6 +78,8 @@ class Gateway:
                 "block_size": str(config.engine.block_size_tokens),
                 "enable_prefix_caching": str(config.engine.enable_prefix_caching),
             },
+            lambda: self.cluster.known_load,
+            config.gateway.metrics_all_experts,
         )
         self._admission: Admission | None = None
         self._facts: ModelFacts | None = None

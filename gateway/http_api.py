@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any, Literal
 
@@ -174,7 +175,7 @@ class HttpApi:
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus metrics of this replica and of all workers."""
-        await self._gateway.cluster.fresh()
+        await asyncio.gather(self._gateway.cluster.fresh(), self._gateway.cluster.load())
         return Response(self._gateway.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
     async def status(self, request: Request) -> Response:
@@ -186,11 +187,11 @@ class HttpApi:
         return _json(await self._placement())
 
     async def load(self, request: Request) -> Response:
-        """Tokens by expert, as far as the controller knows."""
-        placement = await self._placement()
-        keys = ("bank", "layer", "load", "balancedness")
-        banks = [{key: bank.get(key) for key in keys} for bank in placement.get("banks", ())]
-        return _json({"schema": 1, "epoch": placement.get("epoch"), "banks": banks})
+        """Tokens by expert and by copy, and what balance they made."""
+        load = await self._gateway.cluster.load()
+        if load is None:
+            raise NotReadyError("the controller does not answer", "not_ready", 2.0)
+        return _json(load)
 
     async def events(self, request: Request) -> Response:
         """What happened to the cluster."""

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from cluster.topology import holds_experts, runs_attention
 from gateway.cluster_view import Snapshot
+from gateway.load_metrics import LoadCollector
 from workers.request import Timings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -51,6 +52,8 @@ class GatewayMetrics:
         model_name: label of every series.
         snapshot: gives the cluster's state, with the workers' numbers, when a scrape comes.
         cache_config: labels of ``cache_config_info``.
+        load: gives the experts' load when a scrape comes, None while it is not known.
+        all_experts: a series for each expert, not only for the busiest.
     """
 
     def __init__(
@@ -58,6 +61,8 @@ class GatewayMetrics:
         model_name: str,
         snapshot: Callable[[], Snapshot | None],
         cache_config: Mapping[str, str] | None = None,
+        load: Callable[[], Mapping[str, Any] | None] = lambda: None,
+        all_experts: bool = False,
     ) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._model_name = model_name
@@ -118,6 +123,7 @@ class GatewayMetrics:
         )
         collector = _ClusterCollector(model_name, snapshot, frozenset(self._own), cache_config)
         self._registry.register(collector)
+        self._registry.register(LoadCollector(model_name, PREFIX, load, all_experts))
 
     def observe_timings(self, timings: Timings) -> None:
         """Count a choice's times in its engine."""

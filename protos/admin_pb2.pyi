@@ -512,18 +512,49 @@ class ExpertLoad(_message.Message):
 
     EPOCH_FIELD_NUMBER: _builtins.int
     BANKS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    WINDOW_TOKENS_FIELD_NUMBER: _builtins.int
+    AVERAGE_TOKENS_FIELD_NUMBER: _builtins.int
+    BALANCEDNESS_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
+    """placement epoch"""
+    model: _builtins.str
+    top_k: _builtins.int
+    tokens: _builtins.int
+    """rows of committed steps since the start"""
+    window_tokens: _builtins.int
+    """those of the newest window"""
+    average_tokens: _builtins.int
+    """those in the exponential average, by weight"""
     @_builtins.property
     def banks(self) -> _containers.RepeatedCompositeFieldContainer[Global___BankLoad]: ...
+    @_builtins.property
+    def balancedness(self) -> Global___Balancedness:
+        """of all layers together"""
+
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """by device; empty for a lost one"""
+
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
         banks: _abc.Iterable[Global___BankLoad] | None = ...,
+        model: _builtins.str = ...,
+        top_k: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        window_tokens: _builtins.int = ...,
+        average_tokens: _builtins.int = ...,
+        balancedness: Global___Balancedness | None = ...,
+        workers: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["balancedness", b"balancedness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["banks", b"banks", "epoch", b"epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["average_tokens", b"average_tokens", "balancedness", b"balancedness", "banks", b"banks", "epoch", b"epoch", "model", b"model", "tokens", b"tokens", "top_k", b"top_k", "window_tokens", b"window_tokens", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -537,14 +568,47 @@ class BankLoad(_message.Message):
     LAYER_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     BALANCEDNESS_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    AVERAGE_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    PREFILL_BALANCEDNESS_FIELD_NUMBER: _builtins.int
+    DECODE_BALANCEDNESS_FIELD_NUMBER: _builtins.int
     bank: _builtins.str
     layer: _builtins.int
     @_builtins.property
     def load(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """tokens by logical expert"""
+        """tokens by logical expert, since the start"""
 
     @_builtins.property
-    def balancedness(self) -> Global___Balancedness: ...
+    def balancedness(self) -> Global___Balancedness:
+        """of all rows"""
+
+    @_builtins.property
+    def prefill(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """prompt rows of load"""
+
+    @_builtins.property
+    def decode(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """decode rows of load"""
+
+    @_builtins.property
+    def window(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """as load, of the newest window"""
+
+    @_builtins.property
+    def average(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """as load, exponential average"""
+
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotTokens]:
+        """by device, of this placement epoch"""
+
+    @_builtins.property
+    def prefill_balancedness(self) -> Global___Balancedness: ...
+    @_builtins.property
+    def decode_balancedness(self) -> Global___Balancedness: ...
     def __init__(
         self,
         *,
@@ -552,14 +616,43 @@ class BankLoad(_message.Message):
         layer: _builtins.int = ...,
         load: _abc.Iterable[_builtins.float] | None = ...,
         balancedness: Global___Balancedness | None = ...,
+        prefill: _abc.Iterable[_builtins.float] | None = ...,
+        decode: _abc.Iterable[_builtins.float] | None = ...,
+        window: _abc.Iterable[_builtins.float] | None = ...,
+        average: _abc.Iterable[_builtins.float] | None = ...,
+        slots: _abc.Iterable[Global___SlotTokens] | None = ...,
+        prefill_balancedness: Global___Balancedness | None = ...,
+        decode_balancedness: Global___Balancedness | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["balancedness", b"balancedness"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["balancedness", b"balancedness", "decode_balancedness", b"decode_balancedness", "prefill_balancedness", b"prefill_balancedness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["balancedness", b"balancedness", "bank", b"bank", "layer", b"layer", "load", b"load"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["average", b"average", "balancedness", b"balancedness", "bank", b"bank", "decode", b"decode", "decode_balancedness", b"decode_balancedness", "layer", b"layer", "load", b"load", "prefill", b"prefill", "prefill_balancedness", b"prefill_balancedness", "slots", b"slots", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BankLoad: _TypeAlias = BankLoad  # noqa: Y015
+
+@_typing.final
+class SlotTokens(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """by expert slot"""
+
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SlotTokens: _TypeAlias = SlotTokens  # noqa: Y015
 
 @_typing.final
 class ListWorkersRequest(_message.Message):

@@ -14,6 +14,7 @@ from benchmarks import (
     deterministic,
     families,
     itl_target,
+    load_tracking,
     micro_batches,
     prefix_cache,
     results,
@@ -194,3 +195,11 @@ def test_the_colocated_report_compares_three_layouts() -> None:
     assert (
         lines[-1] == "| 8, 2 colocated workers | 30.0 | 0.500 | 60.0 | 1.00 | 3.00 | 1.50 | 0.0 |"
     )
+
+
+def test_load_tracking_is_measured_beside_the_steps() -> None:
+    text = load_tracking.section(quick=True)
+    assert text.startswith("## Load tracking")
+    assert text.count("\n| bundled, 2 |") == 1
+    cost = load_tracking.Cost(steps_s=4.0, num_steps=100, tracking_s=0.02, report_s=0.01)
+    assert cost.percent == pytest.approx(1.0)

@@ -84,7 +84,7 @@ def test_every_row_counts_once(calm: dict[str, Any]) -> None:
         )
         assert sum(map(sum, bank["slots"])) == sum(bank["counts"])
         assert bank["copies"] == [2, 2, 1, 1, 2, 2, 1, 1]
-        assert 0 < bank["balancedness"]["achieved"]["decode"] <= 1
+        assert 0 < bank["phases"]["decode"]["achieved"] <= 1
 
 
 def test_steps_that_fail_and_run_again_count_once(

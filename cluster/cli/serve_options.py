@@ -246,6 +246,13 @@ OPTIONS = (
         is_switch=True,
     ),
     _option(
+        "--metrics-all-experts",
+        "gateway.metrics_all_experts",
+        "count the tokens of every expert in /metrics, not only of the busiest of each layer",
+        kind=parse_switch,
+        is_switch=True,
+    ),
+    _option(
         "--trace-dir",
         "observability.trace_dir",
         "folder for a timeline of every worker's steps, for Perfetto (none)",

@@ -50,6 +50,31 @@ PLACEMENT: dict[str, Any] = {
         for layer in (0, 1)
     ],
 }
+_BOTH = {"predicted": 0.9, "achieved": 0.8}
+LOAD: dict[str, Any] = {
+    "schema": 1,
+    "model": "demo",
+    "top_k": 2,
+    "tokens": 5,
+    "epoch": 1,
+    "window_tokens": 2,
+    "average_tokens": 0,
+    "balancedness": _BOTH,
+    "phases": {"prefill": _BOTH, "decode": {"predicted": 0.9, "achieved": None}},
+    "workers": ["expert-0"],
+    "banks": [
+        {
+            "bank": "mlp",
+            "layer": layer,
+            "counts": [1, 2, 3, 4],
+            "window": [0, 0, 1, 3],
+            "average": None,
+            "balancedness": _BOTH,
+            "phases": {"prefill": _BOTH, "decode": {"predicted": 0.9, "achieved": None}},
+        }
+        for layer in (0, 1)
+    ],
+}
 
 
 @dataclass(slots=True)
@@ -76,6 +101,7 @@ class FakeGateway:
             "/ready": self.ready,
             "/cluster/v1/status": self.status,
             "/cluster/v1/placement": (200, PLACEMENT),
+            "/cluster/v1/load": (200, LOAD),
         }
         return routes.get(path, (404, error))
 

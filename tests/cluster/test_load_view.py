@@ -104,13 +104,12 @@ def test_the_load_document_is_a_profile_with_more_beside_it() -> None:
     assert bank["copies"] == [1, 2, 1]
     assert document["window_tokens"] == document["average_tokens"] == 9
     # the newest window's devices took 4 and 12 tokens of prompts, 2 and 10 of decodes
-    assert bank["balancedness"]["achieved"] == {
-        "prefill": pytest.approx(8 / 12),
-        "decode": pytest.approx(6 / 10),
+    assert bank["phases"] == {
+        "prefill": {"predicted": pytest.approx(40 / 60), "achieved": pytest.approx(8 / 12)},
+        "decode": {"predicted": pytest.approx(40 / 70), "achieved": pytest.approx(6 / 10)},
     }
-    assert bank["balancedness"]["predicted"] == {
-        "prefill": pytest.approx(40 / 60),
-        "decode": pytest.approx(40 / 70),
-    }
-    assert document["balancedness"] == bank["balancedness"]
+    assert bank["balancedness"]["achieved"] == pytest.approx(14 / 22)
+    assert bank["load"] == bank["counts"]
+    for what in ("balancedness", "phases"):
+        assert document[what] == bank[what]
     assert set(load_before_start()) <= set(document)

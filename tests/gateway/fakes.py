@@ -321,6 +321,39 @@ class FakeController:
         }
         return {"schema": 1, "epoch": 3, "banks": [bank]}
 
+    async def load(self) -> dict[str, Any]:
+        """See ``Controller``."""
+        both = {"predicted": 1.0, "achieved": 0.5}
+        phases = {"prefill": both, "decode": {"predicted": 0.75, "achieved": None}}
+        bank = {
+            "bank": "mlp",
+            "layer": 0,
+            "counts": [1, 2, 3, 4],
+            "load": [1, 2, 3, 4],
+            "prefill": [1, 1, 1, 1],
+            "decode": [0, 1, 2, 3],
+            "window": [1, 0, 0, 0],
+            "average": None,
+            "slots": [[1, 2], [3, 4]],
+            "watched": [2, 3],
+            "copies": [1, 1, 1, 2],
+            "balancedness": both,
+            "phases": phases,
+        }
+        return {
+            "schema": 1,
+            "model": "tiny",
+            "top_k": 2,
+            "tokens": 5,
+            "epoch": 3,
+            "window_tokens": 1,
+            "average_tokens": 0,
+            "balancedness": both,
+            "phases": phases,
+            "workers": ["expert-0", "expert-1"],
+            "banks": [bank],
+        }
+
     async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
         """See ``Controller``; takes every order but for a worker called ``last``."""
         self.drain_orders.append(order)

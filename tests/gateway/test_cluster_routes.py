@@ -29,6 +29,7 @@ def test_placement_load_and_events(stack: Stack) -> None:
     assert placement["banks"][0]["physical_to_logical"] == [[0, 1], [2, 3]]
     load = stack.http.get("/cluster/v1/load").json()
     assert (load["schema"], load["banks"][0]["load"]) == (1, [1, 2, 3, 4])
+    assert load["banks"][0]["slots"] == [[1, 2], [3, 4]]
     events = stack.http.get("/cluster/v1/events").json()
     assert events["events"][0]["cause"] == "start"
 

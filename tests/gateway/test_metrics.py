@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.metrics import GatewayMetrics
+from tests.gateway.fakes import FakeController
 from tests.gateway.sse_client import read_events
 from tests.gateway.stack import Stack, complete, post
 
@@ -25,6 +29,7 @@ COUNTERS = [
     "prefix_cache_hits",
     "prompt_tokens_cached",
     "expert_worker_tokens",
+    "expert_tokens",
 ]
 GAUGES = [
     "num_requests_running",
@@ -34,6 +39,9 @@ GAUGES = [
     "placement_epoch",
     "expert_worker_up",
     "expert_worker_slots",
+    "expert_replicas",
+    "expert_load_balancedness_achieved",
+    "expert_load_balancedness_predicted",
 ]
 HISTOGRAMS = [
     "request_prompt_tokens",
@@ -111,6 +119,44 @@ def test_a_workers_numbers_by_placement(stack: Stack) -> None:
     (cache,) = families["cache_config_info"].samples
     assert cache.labels["enable_prefix_caching"] == "True"
     assert _value(families, "prefix_cache_hits", "_total", engine="0") == 20
+
+
+def test_experts_have_their_load(stack: Stack) -> None:
+    families = _scrape(stack)
+    tokens = {s.labels["expert"]: s.value for s in families["expert_tokens"].samples}
+    assert tokens == {"2": 3, "3": 4, "rest": 3}
+    assert {s.labels["layer"] for s in families["expert_tokens"].samples} == {"0"}
+    copies = {s.labels["copies"]: s.value for s in families["expert_replicas"].samples}
+    assert copies == {"1": 3, "2": 1}
+    achieved = families["expert_load_balancedness_achieved"].samples
+    assert {(s.labels["layer"], s.labels["phase"]): s.value for s in achieved} == {
+        ("all", "prefill"): 0.5,
+        ("0", "prefill"): 0.5,
+    }
+    predicted = families["expert_load_balancedness_predicted"].samples
+    assert {(s.labels["layer"], s.labels["phase"]): s.value for s in predicted} == {
+        ("all", "prefill"): 1.0,
+        ("0", "prefill"): 1.0,
+        ("all", "decode"): 0.75,
+        ("0", "decode"): 0.75,
+    }
+
+
+def test_every_expert_has_a_series_where_asked_for() -> None:
+    load = asyncio.run(FakeController().load())
+    metrics = GatewayMetrics("tiny", lambda: None, None, lambda: load, all_experts=True)
+    families = {f.name: f for f in text_string_to_metric_families(metrics.render().decode())}
+    samples = families["expertmesh:expert_tokens"].samples
+    assert {s.labels["expert"]: s.value for s in samples} == {"0": 1, "1": 2, "2": 3, "3": 4}
+
+
+def test_a_large_model_has_few_series_unless_asked() -> None:
+    load = asyncio.run(FakeController().load())
+    bank = load["banks"][0] | {"counts": [1] * 128, "watched": list(range(8)), "copies": [2] * 128}
+    load["banks"] = [bank | {"layer": layer} for layer in range(62)]
+    metrics = GatewayMetrics("dots", lambda: None, None, lambda: load)
+    families = text_string_to_metric_families(metrics.render().decode())
+    assert sum(len(family.samples) for family in families) < MOST_SERIES
 
 
 def test_requests_are_counted(stack: Stack) -> None:
