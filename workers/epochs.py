@@ -25,13 +25,15 @@ class EpochMaps:
     def learn(self, frame: NewEpoch) -> ExpertPlacement:
         """A placement that may come into force.
 
-        Raises ``ProtocolError`` when it does not follow from the one in force.
+        Raises ``ProtocolError`` when it does not follow from one that is known.
         """
-        if frame.base_epoch != self.current.epoch:
+        known = {self.current.epoch: self.current, **self._coming}
+        base = known.get(frame.base_epoch)  # maybe in force already, with its header on the way
+        if base is None:
             raise ProtocolError(
                 f"epoch {frame.epoch} follows {frame.base_epoch}, but {self.current.epoch} runs"
             )
-        banks = list(self.current.banks)
+        banks = list(base.banks)
         try:
             for place, maps in frame.banks:
                 banks[place] = _read(maps, banks[place])

@@ -49,6 +49,13 @@ def test_an_epoch_that_was_given_up_never_runs(maps: EpochMaps) -> None:
         maps.reach(2)
 
 
+def test_an_epoch_may_follow_one_whose_header_is_on_the_way(maps: EpochMaps) -> None:
+    maps.learn(frame(2))
+    assert maps.learn(frame(3, base=2, place=1)).epoch == 3
+    assert maps.reach(2)
+    assert maps.reach(3)
+
+
 def test_a_generation_begins_anew(maps: EpochMaps) -> None:
     maps.learn(frame(2))
     maps.start(replace(FIRST, epoch=7))

@@ -1,0 +1,209 @@
+"""On the way to a placement: which slots can be filled now, and which copies may go for it.
+
+A slot that is in force is never overwritten, so that a change goes in stages. Each stage fills
+slots that are free in the placement in force, and is in force itself before the next one begins:
+
+    now      device 0: 0 1 2    device 1: 2 3 0     (2 and 0 have two copies)
+    target   device 0: 0 1 3    device 1: 2 3 1
+    stage 1  device 0: 0 1 -    device 1: 2 3 -     copies that the target does not have, and
+                                                    that others can do without
+    stage 2  device 0: 0 1 3    device 1: 2 3 1     what is new, in the free slots
+
+Every expert has a copy in every stage. Where each device is full of only copies that others are to
+take, a copy that will stay makes room for one stage.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cluster.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlotFill:
+    """One expert that is to be loaded into a free slot."""
+
+    bank: int
+    """Place of the bank in the placement."""
+    device: int
+    """Device that gets it."""
+    slot: int
+    """Expert slot, free in the placement in force."""
+    expert: int
+    """Logical expert."""
+    sources: tuple[int, ...]
+    """Devices that hold it in the placement in force."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One step of a change."""
+
+    fills: tuple[SlotFill, ...]
+    """What must be loaded before; may be empty."""
+    placement: ExpertPlacement
+    """What comes into force then. Shares of copies that go fall to those that stay, new copies have
+    none yet: the planner's split is to follow."""
+
+
+def next_stage(
+    current: ExpertPlacement, target: ExpertPlacement, num_slots: int, devices: frozenset[int]
+) -> Stage | None:
+    """The next stage from ``current`` on the way to ``target``; None when nothing is left to do.
+
+    Only what each of ``devices`` (those that live) holds counts, not in which slot; ``num_slots``
+    is the capacity of each. The epoch is one above the current one.
+    """
+    banks = []
+    fills: list[SlotFill] = []
+    for index, (now, then) in enumerate(zip(current.banks, target.banks, strict=True)):
+        change = _BankChange(now, then, num_slots, devices)
+        fills += change.fill(index)
+        change.drop()
+        banks.append(change.result())
+    if not fills and all(a is b for a, b in zip(banks, current.banks, strict=True)):
+        banks = [
+            _BankChange(now, then, num_slots, devices).made_room()
+            for now, then in zip(current.banks, target.banks, strict=True)
+        ]
+        if all(a is b for a, b in zip(banks, current.banks, strict=True)):
+            return None
+    placement = replace(current, epoch=current.epoch + 1, banks=tuple(banks))
+    return Stage(fills=tuple(fills), placement=placement)
+
+
+def held_by(bank: BankPlacement, device: int) -> frozenset[int]:
+    """Experts that a device holds."""
+    return frozenset(e for e in bank.physical_to_logical[device] if e != FREE_SLOT)
+
+
+def is_reached(current: ExpertPlacement, target: ExpertPlacement) -> bool:
+    """Whether every device holds the same experts."""
+    return all(
+        held_by(now, device) == held_by(then, device)
+        for now, then in zip(current.banks, target.banks, strict=True)
+        for device in range(now.num_devices)
+    )
+
+
+class _BankChange:
+    """One bank on its way."""
+
+    def __init__(
+        self, now: BankPlacement, then: BankPlacement, num_slots: int, devices: frozenset[int]
+    ) -> None:
+        self._now = now
+        self._devices = sorted(devices)
+        self._rows = [list(row) for row in now.physical_to_logical]
+        for device in self._devices:
+            self._rows[device] += [FREE_SLOT] * (num_slots - len(self._rows[device]))
+        self._wanted = [held_by(then, d) for d in range(now.num_devices)]
+        self._copies = Counter(e for row in self._rows for e in row if e != FREE_SLOT)
+        self._is_changed = False
+
+    def fill(self, index: int) -> list[SlotFill]:
+        """Put what is new into free slots, as far as there are any.
+
+        First what others are to lose: its arrival here is what lets it go there.
+        """
+        fills = []
+        displaced = self._displaced()
+        for device in self._devices:
+            row = self._rows[device]
+            free = [slot for slot, expert in enumerate(row) if expert == FREE_SLOT]
+            lacking = self._wanted[device] - set(row)
+            missing = sorted(lacking, key=lambda e: (e not in displaced, e))
+            for slot, expert in zip(free, missing, strict=False):
+                places = self._now.logical_to_physical(expert)
+                sources = tuple(d for d, _ in places)
+                fills.append(
+                    SlotFill(bank=index, device=device, slot=slot, expert=expert, sources=sources)
+                )
+                row[slot] = expert
+                self._copies[expert] += 1
+                self._is_changed = True
+        return fills
+
+    def drop(self) -> None:
+        """Empty the slots of copies that are not wanted and that others can do without."""
+        for device in self._devices:
+            for slot, expert in enumerate(self._rows[device]):
+                if expert != FREE_SLOT and expert not in self._wanted[device]:
+                    self._empty(device, slot)
+
+    def made_room(self) -> BankPlacement:
+        """Nothing moves any more: empty a copy that will come back, where it lets others in.
+
+        Each time an expert gets away from where it is not wanted, so that this comes to an end.
+        """
+        displaced = self._displaced()
+        for device in self._devices:
+            row = self._rows[device]
+            if FREE_SLOT in row or not displaced & (self._wanted[device] - set(row)):
+                continue
+            several = [(self._copies[e], -s) for s, e in enumerate(row) if self._copies[e] > 1]
+            if several:
+                self._empty(device, -max(several)[1])
+                break
+        return self.result()
+
+    def _displaced(self) -> set[int]:
+        """Experts on devices that are not to have them."""
+        unwanted = (set(self._rows[d]) - self._wanted[d] for d in self._devices)
+        return set().union(*unwanted) - {FREE_SLOT}
+
+    def _empty(self, device: int, slot: int) -> None:
+        expert = self._rows[device][slot]
+        if self._copies[expert] > 1:
+            self._copies[expert] -= 1
+            self._rows[device][slot] = FREE_SLOT
+            self._is_changed = True
+
+    def result(self) -> BankPlacement:
+        """The maps as they are now; the very same object where nothing changed."""
+        return with_slots(self._now, self._rows) if self._is_changed else self._now
+
+
+def with_slots(bank: BankPlacement, rows: Sequence[Sequence[int]]) -> BankPlacement:
+    """The bank with other slots: shares and decode devices stay with the copies that stay.
+
+    ``rows`` is ``[device][slot]`` -> expert. The shares of copies that are gone fall to the others
+    of their expert in proportion.
+    """
+    share: Mapping[tuple[int, int], float] = {
+        (device, expert): bank.split[device][slot]
+        for device, row in enumerate(bank.physical_to_logical)
+        for slot, expert in enumerate(row)
+        if expert != FREE_SLOT
+    }
+    held = [(d, e) for d, row in enumerate(rows) for e in row if e != FREE_SLOT]
+    totals: defaultdict[int, float] = defaultdict(float)
+    copies = Counter(e for _, e in held)
+    for key in held:
+        totals[key[1]] += share.get(key, 0.0)
+    split = [
+        [
+            0.0
+            if e == FREE_SLOT
+            else share.get((d, e), 0.0) / totals[e]
+            if totals[e] > 0
+            else 1.0 / copies[e]
+            for e in row
+        ]
+        for d, row in enumerate(rows)
+    ]
+    decode = [
+        device if expert in rows[device] else next(d for d, row in enumerate(rows) if expert in row)
+        for expert, device in enumerate(bank.decode_device)
+    ]
+    return BankPlacement.from_maps(
+        bank=bank.bank,
+        layer=bank.layer,
+        num_experts=bank.num_experts,
+        physical_to_logical=rows,
+        split=split,
+        decode_device=decode,
+    )
