@@ -262,6 +262,31 @@ class ObservabilitySection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RebalanceSection:
+    """When experts move to where the load is."""
+
+    enable_eplb: bool = False
+    """Rebalance by itself; else only when told to."""
+    interval_s: float = 30.0
+    """Shortest time between the end of one change and the next by itself."""
+    horizon_s: float = 300.0
+    """Time for which a load is taken to stay: what it gains in it must exceed what moving costs."""
+    max_move_fraction: float = 0.1
+    """Share of all expert slots that one change may fill."""
+    bytes_per_s: float = 100e6
+    """Rate at which each worker takes weights in while it serves."""
+    limit_s: float = 120.0
+    """Time for each stage of a change, after which it is given up."""
+
+    def __post_init__(self) -> None:
+        for name in ("interval_s", "horizon_s", "bytes_per_s", "limit_s"):
+            value = getattr(self, name)
+            check(value > 0, f"rebalance_{name}", value, "must be positive")
+        share = self.max_move_fraction
+        check(0 <= share <= 1, "rebalance_max_move_fraction", share, "must be from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoadSection:
     """How expert load is followed."""
 
@@ -377,6 +402,8 @@ class ClusterConfig:
     """Traces."""
     load: LoadSection = field(default_factory=LoadSection)
     """Expert load."""
+    rebalance: RebalanceSection = field(default_factory=RebalanceSection)
+    """Changes of the placement while serving."""
     gateway: GatewaySection = field(default_factory=GatewaySection)
     """HTTP and gRPC."""
     cluster_token: str = field(default="", repr=False)
@@ -411,6 +438,7 @@ class ClusterConfig:
             "transport": TransportSection,
             "observability": ObservabilitySection,
             "load": LoadSection,
+            "rebalance": RebalanceSection,
             "gateway": GatewaySection,
         }
         values: dict[str, Any] = {}

@@ -116,7 +116,7 @@ def simulate(
         if number > 0 and policy != "never":
             plan = replan(before, plan.placement)
             moved = len(plan.moves)
-        windows.append(_window(now, topology, plan.placement, step, moved))
+        windows.append(window_of(now, topology, plan.placement, step, moved))
     return windows
 
 
@@ -133,14 +133,17 @@ def _replanner(
     )
 
 
-def _window(
+def window_of(
     load: LoadProfile,
     topology: PlannedTopology,
     placement: ExpertPlacement,
     step: StepCost,
-    moved: int,
+    moved: int = 0,
 ) -> SimulatedWindow:
-    """Add up the banks: each one waits for its slowest device."""
+    """A window's load under a placement: add up the banks, each waits for its slowest device.
+
+    ``moved`` is the number of slots that changed before it.
+    """
     banks = banks_of(load, placement, "placement")
     balance, prefill_s, decode_s = [], 0.0, 0.0
     for bank_load in load.banks:

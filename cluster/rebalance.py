@@ -1,0 +1,241 @@
+"""Rebalancing policy: whether to change the placement, to what, and what that should bring. Pure.
+
+Two changes are weighed: new shares and decode homes alone, which move no weights, and single moves
+within the budget. With the experts' part of the step times as ``simulate`` reckons them,
+
+    gain of a second  = (1 - time after / time now) x share of the time that the experts work
+    cost              = bytes to move / rate x _MOVE_SLOWDOWN + stages x _SWITCH_S
+
+and the change with the largest ``gain x horizon - cost`` is made if that is positive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from cluster.config import ClusterConfig
+from cluster.load_profile import LoadProfile
+from cluster.load_view import balancedness_of, expected_loads
+from cluster.placement import FREE_SLOT, ExpertPlacement
+from cluster.planner import mesh
+from cluster.planner.base import Plan, PlannedDevice, PlannedTopology, PlanOptions
+from cluster.planner.stages import held_by, with_slots
+from cluster.simulate import StepCost, window_of
+from cluster.topology import Member
+
+Action = Literal["none", "split", "move"]
+_MOVE_SLOWDOWN = 0.1
+"""Share of serving that is lost while weights are on their way."""
+_SWITCH_S = 0.05
+"""What a new epoch costs: telling all workers, and an empty step at worst."""
+_LEAST_GAIN = 0.005
+"""Share of the step time below which a prediction is noise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RebalanceSettings:
+    """What the policy weighs with."""
+
+    horizon_s: float = 300.0
+    """Time for which the load is taken to stay."""
+    max_move_fraction: float = 0.1
+    """Share of all slots that may be filled."""
+    bytes_per_s: float = 100e6
+    """Rate of the moves into one worker."""
+    step: StepCost = field(default_factory=StepCost)
+    """What a step takes on an expert worker."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadNow:
+    """The load that a decision is made for."""
+
+    profile: LoadProfile
+    """Tokens by logical expert."""
+    prefill_share: float
+    """Share of the rows that belong to prompts, 0 to 1."""
+    busy: float = 1.0
+    """Share of the time that the experts work, 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RebalanceDecision:
+    """What to do; the controller carries it out."""
+
+    action: Action
+    """``none``; ``split``: other shares and decode homes only; ``move``: weights too."""
+    reason: str
+    """Why, for people."""
+    target: ExpertPlacement
+    """Placement to get to; the current one for ``none``."""
+    num_moves: int
+    """Slots to fill."""
+    num_bytes: int
+    """Weights to move."""
+    balancedness_now: float | None
+    """Mean over largest load of the devices, under the load that was seen."""
+    balancedness_then: float | None
+    """The same with ``target``."""
+    time_ratio: float
+    """Predicted time of the experts' work, over that of now."""
+    gain_s: float
+    """Predicted seconds won within the horizon."""
+    cost_s: float
+    """Predicted seconds that the change costs."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the maps."""
+        names = [n for n in self.__slots__ if n != "target"]
+        return {n: getattr(self, n) for n in names}
+
+
+def why_impossible(config: ClusterConfig) -> str:
+    """Why a cluster with this configuration can never rebalance; empty where it can."""
+    workers = config.workers
+    if workers.mode == "local":
+        return "one worker holds all experts (--mode local)"
+    if workers.num_expert_workers < 2:
+        return "there is one expert worker (--num-expert-workers)"
+    if not workers.num_redundant_experts + workers.recovery_slots:
+        return "there are no spare expert slots (--num-redundant-experts)"
+    return ""
+
+
+def planned_topology(
+    experts: Sequence[Member], placement: ExpertPlacement, num_slots: int
+) -> PlannedTopology:
+    """The devices that live, each with ``num_slots`` slots; none for those that are gone.
+
+    A device that holds more (after a recovery, say) may keep as many.
+    """
+    by_device = {m.device: m for m in experts}
+    held = [
+        max((len(held_by(bank, d)) for bank in placement.banks), default=0)
+        for d in range(placement.num_devices)
+    ]
+    devices = tuple(
+        PlannedDevice(num_expert_slots=max(num_slots, held[d]), node=by_device[d].node)
+        if d in by_device
+        else PlannedDevice(num_expert_slots=0)
+        for d in range(placement.num_devices)
+    )
+    return PlannedTopology(devices=devices)
+
+
+def decide(
+    load: LoadNow,
+    topology: PlannedTopology,
+    current: ExpertPlacement,
+    settings: RebalanceSettings,
+) -> RebalanceDecision:
+    """Weigh the changes. The same input gives the same decision.
+
+    Raises ``ConfigError`` where load, devices and placement do not fit together.
+    """
+    packed = packed_rows(current)
+    time_now = _seconds(load, topology, packed, settings.step)
+    found = [
+        _weighed(plan, packed, time_now, load, topology, settings)
+        for plan in _candidates(load, topology, packed, settings)
+    ]
+    best = max(found, key=lambda d: d.gain_s - d.cost_s)
+    if best.gain_s <= best.cost_s or 1.0 - best.time_ratio < _LEAST_GAIN:
+        reason = (
+            f"{best.gain_s:.2f} s won within {settings.horizon_s:g} s, {best.cost_s:.2f} s lost"
+        )
+        return replace(best, action="none", reason=reason, target=current, num_moves=0, num_bytes=0)
+    return best
+
+
+def packed_rows(placement: ExpertPlacement) -> ExpertPlacement:
+    """The same experts on every device, without free slots among them, as planners count them."""
+    banks = (
+        with_slots(b, [[e for e in row if e != FREE_SLOT] for row in b.physical_to_logical])
+        for b in placement.banks
+    )
+    return replace(placement, banks=tuple(banks))
+
+
+def resolved(
+    profile: LoadProfile, topology: PlannedTopology, placement: ExpertPlacement
+) -> ExpertPlacement:
+    """The same slots with the best shares and decode homes for a load; the epoch stays."""
+    options = PlanOptions(max_move_fraction=0.0)
+    plan = mesh.plan(profile, topology, packed_rows(placement), options)
+    return with_shares(placement, plan.placement)
+
+
+def with_shares(placement: ExpertPlacement, other: ExpertPlacement) -> ExpertPlacement:
+    """The slots of one, the shares and decode homes of another with the same experts on devices."""
+    by_key = {(b.bank, b.layer): b for b in other.banks}
+    banks = (with_slots(by_key[b.bank, b.layer], b.physical_to_logical) for b in placement.banks)
+    return replace(placement, banks=tuple(banks))
+
+
+def mixed_balancedness(
+    placement: ExpertPlacement, profile: LoadProfile, prefill_share: float
+) -> float | None:
+    """What a load would come to: prompts by the shares, decodes by the table; None without load."""
+    by_share = expected_loads(placement, profile, "prefill")
+    by_table = expected_loads(placement, profile, "decode")
+    mixed = [
+        [
+            prefill_share * p + (1.0 - prefill_share) * d
+            for p, d in zip(by_share[key], by_table[key], strict=True)
+        ]
+        for key in by_share
+    ]
+    return balancedness_of(mixed)
+
+
+def _candidates(
+    load: LoadNow, topology: PlannedTopology, current: ExpertPlacement, settings: RebalanceSettings
+) -> list[Plan]:
+    rows = settings.step.decode_tokens
+    options = [PlanOptions(max_move_fraction=0.0, decode_tokens=rows)]
+    if settings.max_move_fraction > 0:
+        options.append(
+            PlanOptions(max_move_fraction=settings.max_move_fraction, decode_tokens=rows)
+        )
+    return [mesh.plan(load.profile, topology, current, o) for o in options]
+
+
+def _weighed(
+    plan: Plan,
+    current: ExpertPlacement,
+    time_now: float,
+    load: LoadNow,
+    topology: PlannedTopology,
+    settings: RebalanceSettings,
+) -> RebalanceDecision:
+    time_then = _seconds(load, topology, plan.placement, settings.step)
+    ratio = time_then / time_now if time_now > 0 else 1.0
+    num_bytes = len(plan.moves) * settings.step.expert_bytes
+    per_device = [0] * topology.num_devices
+    for move in plan.moves:
+        per_device[move.device] += settings.step.expert_bytes
+    stages = 1 if not plan.moves else 3
+    return RebalanceDecision(
+        action="move" if plan.moves else "split",
+        reason="the gain exceeds the cost",
+        target=plan.placement,
+        num_moves=len(plan.moves),
+        num_bytes=num_bytes,
+        balancedness_now=mixed_balancedness(current, load.profile, load.prefill_share),
+        balancedness_then=mixed_balancedness(plan.placement, load.profile, load.prefill_share),
+        time_ratio=ratio,
+        gain_s=max(1.0 - ratio, 0.0) * load.busy * settings.horizon_s,
+        cost_s=max(per_device) / settings.bytes_per_s * _MOVE_SLOWDOWN + stages * _SWITCH_S,
+    )
+
+
+def _seconds(
+    load: LoadNow, topology: PlannedTopology, placement: ExpertPlacement, step: StepCost
+) -> float:
+    """Experts' time for a row of the load, prompts and decodes as they are mixed."""
+    window = window_of(load.profile, topology, placement, step)
+    prefill = window.prefill_step_s / step.prefill_tokens
+    decode = window.decode_step_s / step.decode_tokens
+    return load.prefill_share * prefill + (1.0 - load.prefill_share) * decode
