@@ -17,10 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from cluster.adoption import Adopted, make_memory, restore_workers, standing_answers
-from cluster.config import LoadSection
+from cluster.config import ClusterConfig, LoadSection
 from cluster.control_frames import (
     ControlFrame,
     DrainWish,
+    EpochReady,
+    EpochSwitched,
+    ExpertsLoaded,
     GenerationReady,
     Heartbeat,
     HeartbeatAck,
@@ -52,6 +55,7 @@ from cluster.load_report import LoadReport
 from cluster.load_tracker import LoadTracker
 from cluster.operations import Operations
 from cluster.placement import ExpertPlacement
+from cluster.rebalancing import Rebalancing
 from cluster.states import ClusterState, WorkerState, next_cluster_state
 from cluster.topology import Generation, Member
 from cluster.worker_record import WorkerRecord
@@ -108,6 +112,8 @@ class Controller:
         now: float,
         num_slots: int = 0,
         load: LoadSection | None = None,
+        config: ClusterConfig | None = None,
+        top_k: int = 1,
         mode: str = "disaggregated",
         mode_reason: str = "",
         term: int = 1,
@@ -115,7 +121,9 @@ class Controller:
         notes: Mapping[str, Any] | None = None,
         wall_time_offset_s: float = 0.0,
     ) -> None:
-        """``model`` holds name and path; the workers add the rest. ``mode`` and why it was
+        """``config`` and ``top_k`` are for rebalancing, which is off without them.
+
+        ``model`` holds name and path; the workers add the rest. ``mode`` and why it was
         chosen (if nobody asked for it) are told in snapshots. ``identity`` tells controllers of
         one ``term`` apart; ``notes`` are for the next one (``adoption.Adopted.memory``).
 
@@ -142,6 +150,9 @@ class Controller:
         self._last_tick = now
         self.operations = Operations(term, wall_time_offset_s)
         self.draining = Draining(self, self.operations)
+        self.rebalancing = Rebalancing(
+            self, self.operations, config, num_slots=num_slots, top_k=top_k, now=now
+        )
 
     # ---- events ---------------------------------------------------------------------------
 
@@ -178,6 +189,8 @@ class Controller:
                 self._peer_lost(name, frame, now)
             case GenerationReady():
                 self._generation_ready(name, frame, now)
+            case ExpertsLoaded() | EpochReady() | EpochSwitched():
+                self.rebalancing.frame(name, frame, now)
             case DrainWish():
                 self.draining.wish(name, now)
             case _:
@@ -217,6 +230,7 @@ class Controller:
         if self.state in (ClusterState.DRAINING, ClusterState.STOPPED):
             return
         self.load.tick(now)
+        self.rebalancing.tick(now)
         self._check_start(now)
         self._check_silence(now)
         self._check_answers(now)
@@ -268,6 +282,7 @@ class Controller:
             "placement_epoch": self.placement.epoch,
             "experts_complete": self._experts_complete,
             "model": self.workers.model,
+            "rebalance": self.rebalancing.to_dict(),
             "workers": [r.to_dict() for r in self.workers],
             "gateway": [],
             "history": self._history.to_list(),
@@ -340,7 +355,7 @@ class Controller:
         fresh = tuple(self.workers[m.name].member for m in members)
         generation = Generation(number=max(self._round.number, above) + 1, members=fresh)
         self._round = GenerationRound(generation, now)
-        self.placement = placement
+        self.placement = placement = self.rebalancing.above(placement)
         self._touch()
         for member in fresh:
             record = self.workers[member.name]
@@ -485,7 +500,20 @@ class Controller:
                 record.credit(paused, now)
         self._last_tick = now
 
-    # ---- what a drain asks for --------------------------------------------------------------
+    # ---- what a drain and a rebalancing ask for ---------------------------------------------
+
+    def send(self, name: str, frame: ControlFrame) -> None:
+        """Send to a worker."""
+        self._link.send(name, frame)
+
+    def come_into_force(self, placement: ExpertPlacement) -> None:
+        """This placement is in force: a step of the running generation names its epoch."""
+        self.placement = placement
+        self._touch()
+
+    def reform(self, cause: str, now: float) -> None:
+        """Have all members form a generation with the placement that is known here."""
+        self._reform(cause, now)
 
     @property
     def takes_orders(self) -> bool:

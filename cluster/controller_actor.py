@@ -29,6 +29,7 @@ from cluster.load_profile import LoadProfile
 from cluster.load_view import load_before_start, load_document, placement_report
 from cluster.placement import ExpertPlacement
 from cluster.ray_tools import HEAD_NODE, NAMESPACE
+from cluster.rebalancing import RebalanceOrder
 from cluster.reports import snapshot_before_start
 from cluster.resources import NodeResources, WorkerShare
 from cluster.start_plan import StartPlan, plan_start
@@ -227,6 +228,17 @@ class ControllerActor:
         self._notify()
         return operation.to_dict()
 
+    async def rebalance(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Move experts to where the load is (fields of ``RebalanceOrder``); the operation.
+
+        Raises ``ConflictError`` and ``RequestError``; nothing was changed then.
+        """
+        wanted = RebalanceOrder.from_dict(order)
+        controller = await self._serving_controller()
+        operation = controller.rebalancing.begin(wanted, time.monotonic())
+        self._notify()
+        return operation.to_dict()
+
     async def operation(self, operation_id: str) -> dict[str, Any]:
         """One operation. Raises ``UnknownNameError``."""
         return (await self._serving_controller()).operations.find(operation_id).to_dict()
@@ -240,7 +252,8 @@ class ControllerActor:
         """Give an operation up. Raises ``UnknownNameError`` and ``ConflictError``."""
         controller = await self._serving_controller()
         operation = controller.operations.find(operation_id)
-        controller.draining.cancel(operation, time.monotonic())
+        owner = controller.draining if operation.kind == "drain" else controller.rebalancing
+        owner.cancel(operation, time.monotonic())
         self._notify()
         return operation.to_dict()
 
@@ -446,6 +459,8 @@ class ControllerActor:
             now=now,
             num_slots=num_slots,
             load=config.load,
+            config=config,
+            top_k=self._top_k,
             mode=config.workers.mode,
             mode_reason=config.workers.mode_reason,
             term=term,

@@ -57,7 +57,7 @@ class ChangeHost(Protocol):
     def send(self, name: str, frame: ControlFrame) -> None:
         """Send to a worker."""
 
-    def adopt(self, placement: ExpertPlacement) -> None:
+    def come_into_force(self, placement: ExpertPlacement) -> None:
         """This placement is in force: a step runs in it."""
 
 
@@ -174,7 +174,7 @@ class EpochChange:
         )
         if self.state is ChangeState.SWITCH and is_ours:
             self.state = ChangeState.DONE
-            self._host.adopt(self.stage.placement)
+            self._host.come_into_force(self.stage.placement)
 
     # ---- steps ----------------------------------------------------------------------------
 

@@ -94,8 +94,11 @@ class RebalanceHost(Protocol):
     def send(self, name: str, frame: ControlFrame) -> None:
         """Send to a worker."""
 
-    def adopt(self, placement: ExpertPlacement) -> None:
+    def come_into_force(self, placement: ExpertPlacement) -> None:
         """This placement is in force."""
+
+    def reform(self, cause: str, now: float) -> None:
+        """Have all members form a new generation."""
 
     def note(self, cause: str, effect: str, now: float) -> None:
         """Add to the history."""
@@ -217,6 +220,8 @@ class Rebalancing:
         """A worker's word on a change that is under way."""
         job = self._job
         if job is None or job.change is None:
+            if isinstance(frame, EpochSwitched):
+                self._unknown_epoch(frame, now)
             return
         match frame:
             case ExpertsLoaded():
@@ -469,6 +474,17 @@ class Rebalancing:
             self._last["balancedness"]["achieved"] = achieved
         text = f"balancedness {_percent(achieved)}, predicted {_percent(unproven.predicted)}"
         self._host.note(f"epoch {unproven.epoch} had a window of load", text, now)
+
+    def _unknown_epoch(self, frame: EpochSwitched, now: float) -> None:
+        """A switch that an earlier controller had ordered: go on with the maps known here.
+
+        Their weights are still in place, since only a later change would overwrite them.
+        """
+        host = self._host
+        is_newer = frame.epoch > host.placement.epoch
+        if host.runs and is_newer and frame.generation == host.generation.number:
+            self._highest_epoch = frame.epoch
+            host.reform(f"a step ran in epoch {frame.epoch}, which nobody here ordered", now)
 
     # ---- small things ---------------------------------------------------------------------
 

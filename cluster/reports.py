@@ -24,6 +24,7 @@ def snapshot_before_start() -> dict[str, Any]:
         "placement_epoch": 0,
         "experts_complete": False,
         "model": dict.fromkeys(MODEL_KEYS),
+        "rebalance": None,
         "workers": [],
         "gateway": [],
         "history": [],

@@ -13,7 +13,9 @@ class ColocatedRuntime(AttentionRuntime):
     """Serves requests, and in the same steps its expert slots to all ranks."""
 
     def _load(self) -> dict[str, Any]:
-        return {**super()._load(), "num_slots": self.args.num_slots}
+        facts = super()._load()
+        assert self._experts is not None
+        return {**facts, **self._experts.facts()}
 
     def _open_dispatcher(self) -> TokenDispatcher:
         """Both sides of the exchange, over one transport."""

@@ -25,6 +25,7 @@ from workers.experts.rate_limit import RateLimit
 from workers.experts.slots import ExpertSlots
 from workers.experts.sources import CheckpointSource, ExpertSource
 from workers.experts.weight_client import WeightClient
+from workers.experts.weight_frames import expert_num_bytes
 from workers.experts.weight_server import WeightServer
 from workers.worker_args import WorkerArgs
 
@@ -76,6 +77,11 @@ class ExpertPart:
     def order(self, order: LoadExperts) -> None:
         """Load experts in the background. Any thread."""
         self._loader.order(order)
+
+    def facts(self) -> dict[str, int]:
+        """For ``WorkerReady``: slots, and bytes of an expert of the largest bank."""
+        sizes = (expert_num_bytes(b.spec, b.dtype) for b in self._slots.banks)
+        return {"num_slots": self._args.num_slots, "expert_bytes": max(sizes, default=0)}
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters for heartbeats; called on the control thread."""

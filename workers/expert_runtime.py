@@ -17,8 +17,8 @@ class ExpertRuntime(WorkerRuntime):
     _num_steps = 0
 
     def _load(self) -> dict[str, Any]:
-        self._load_experts(self.transport)
-        return {"dtype": str(self.dtype).removeprefix("torch."), "num_slots": self.args.num_slots}
+        experts = self._load_experts(self.transport)
+        return {"dtype": str(self.dtype).removeprefix("torch."), **experts.facts()}
 
     def _close_gates(self) -> None:
         """Nothing: no client comes here."""

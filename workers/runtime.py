@@ -417,10 +417,13 @@ class WorkerRuntime(ABC):
         order, loss = self._order, self._loss
         number = self.generation.number
         here = order is not None and order.generation["number"] == number
+        placement = order.placement if order is not None else {}
+        if here and self._epochs.current.epoch > placement["epoch"]:
+            placement = self._epochs.current.to_dict()  # a step header has switched to it since
         standing = Rejoin(
             term=self.control.term,
             generation=order.generation if order is not None else {},
-            placement=order.placement if order is not None else {},
+            placement=placement,
             running=here and self._running and not self._is_fenced,
             highest_step=self.channel.highest_step if number else 0,
             highest_epoch=max(self.channel.highest_epoch, self._epochs.current.epoch)
