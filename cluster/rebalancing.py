@@ -57,6 +57,10 @@ _FIRST_ORDER = 1 << 32
 """Load orders of changes are numbered from here on, apart from those of recoveries."""
 
 
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+"""Limits of the buckets of a change's duration."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RebalanceOrder:
     """Somebody asks for it."""
@@ -161,13 +165,14 @@ class Rebalancing:
         self._last: dict[str, Any] | None = None
         self._seen_windows = 0
         self._rested_at = now
-        self._counted: dict[str, tuple[float, float]] = {}
         self._outcomes = dict.fromkeys(
             ("applied", "skipped_gain", "skipped_churn", "failed", "cancelled"), 0
         )
         self._num_bytes = 0
         self._num_moved = 0
         self._seconds = 0.0
+        self._num_changes = 0
+        self._buckets = dict.fromkeys(_SECONDS, 0)
 
     # ---- orders ---------------------------------------------------------------------------
 
@@ -265,20 +270,16 @@ class Rebalancing:
             "reason": self.impossible,
             "phase": self._phase(job) if job is not None else "",
             "last": self._last,
-        }
-
-    def stats(self) -> dict[str, float]:
-        """Counters by metric name, with labels."""
-        counts = {
-            f'rebalance_total{{outcome="{outcome}"}}': float(count)
-            for outcome, count in self._outcomes.items()
-        }
-        reason = '{reason="rebalance"}'
-        return {
-            **counts,
-            f"migration_bytes_total{reason}": float(self._num_bytes),
-            f"migration_slots_moved_total{reason}": float(self._num_moved),
-            f"migration_seconds_total{reason}": self._seconds,
+            "counts": {
+                "outcomes": dict(self._outcomes),
+                "bytes": self._num_bytes,
+                "slots_moved": self._num_moved,
+                "seconds": {
+                    "buckets": [list(entry) for entry in self._buckets.items()],
+                    "sum": self._seconds,
+                    "count": self._num_changes,
+                },
+            },
         }
 
     # ---- deciding -------------------------------------------------------------------------
@@ -440,6 +441,9 @@ class Rebalancing:
         self._num_bytes += job.num_bytes
         self._num_moved += job.num_moved
         self._seconds += now - job.began_at
+        self._num_changes += 1
+        for limit in self._buckets:
+            self._buckets[limit] += now - job.began_at <= limit
         self._last = {
             "outcome": outcome,
             "text": text,

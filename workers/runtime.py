@@ -400,7 +400,7 @@ class WorkerRuntime(ABC):
             generation=self.generation.number,
             waiting=self.activity.is_waiting,
             fenced=self._is_fenced,
-            stats=self._stats(),
+            stats={**self._stats(), "placement_epoch": float(self._epochs.current.epoch)},
             expert_load=self._new_load() if due else {},
         )
 

@@ -46,7 +46,16 @@ def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig
 
 def _sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Values by section and field; bare names are not the configuration's."""
-    names = ("model", "workers", "engine", "transport", "observability", "gateway")
+    names = (
+        "model",
+        "workers",
+        "engine",
+        "transport",
+        "observability",
+        "load",
+        "rebalance",
+        "gateway",
+    )
     sections: dict[str, dict[str, Any]] = {name: {} for name in names}
     for target, value in values.items():
         section, _, field = target.partition(".")

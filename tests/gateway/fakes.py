@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import copy
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -272,6 +272,22 @@ def fake_logprob(token_id: int, wanted: int) -> TokenLogprob:
     return TokenLogprob(token_id=token_id, logprob=-(token_id % 7) / 4, rank=1, top=others)
 
 
+REBALANCE: Mapping[str, Any] = {
+    "automatic": True,
+    "possible": True,
+    "reason": "",
+    "phase": "",
+    "last": None,
+    "counts": {
+        "outcomes": {"applied": 2, "skipped_gain": 7},
+        "bytes": 4096,
+        "slots_moved": 3,
+        "seconds": {"buckets": [[0.5, 1], [1.0, 2]], "sum": 1.25, "count": 2},
+    },
+}
+"""Of a snapshot."""
+
+
 class FakeController:
     """Answers as the controller does; ``change`` publishes a new snapshot."""
 
@@ -287,6 +303,7 @@ class FakeController:
             "model": {"name": "tiny", "max_model_len": MAX_MODEL_LEN, "vocab_size": VOCAB_SIZE},
             "workers": [],
             "gateway": [],
+            "rebalance": REBALANCE,
             "history": [{"generation": 1, "time": 0.0, "cause": "start", "effect": "SERVING"}],
         }
         self.known_operations: list[dict[str, Any]] = []
@@ -360,6 +377,19 @@ class FakeController:
         if order["worker"] == "last":
             raise ConflictError("last is the last attention worker")
         operation = fake_operation(f"drain-1.{len(self.drain_orders)}", order["worker"])
+        self.known_operations.append(operation)
+        return operation
+
+    async def rebalance(self, order: dict[str, Any]) -> dict[str, Any]:
+        """See ``Controller``; a dry run, or a conflict."""
+        if not order["dry_run"]:
+            raise ConflictError("rebalancing is not possible: there are no spare expert slots")
+        operation = {
+            **fake_operation("rebalance-1.1", "experts"),
+            "kind": "rebalance",
+            "state": "SUCCEEDED",
+            "result": {"dry_run": True, "action": "move", "slots_to_move": 5, "gain_s": 2.5},
+        }
         self.known_operations.append(operation)
         return operation
 
