@@ -35,7 +35,7 @@ def run_ranks(
     size: int,
     worker: Callable[..., Any],
     *args: Any,
-    timeout_s: float = 60.0,
+    timeout_s: float = 240.0,
     may_die: frozenset[int] = frozenset(),
 ) -> list[Any]:
     """Run ``worker(rank, size, ports, *args)`` in ``size`` processes of one thread each.

@@ -66,7 +66,7 @@ def make_config(
         model=ModelSection(path=str(checkpoint), served_model_name="model", **model),
         workers=WorkersSection(**(pools | dict(workers or {}))),
         engine=EngineSection(**({"kv_cache_bytes": 16 << 20} | dict(engine or {}))),
-        transport=TransportSection(**({"detection_limit_s": 20.0} | dict(transport or {}))),
+        transport=TransportSection(**({"detection_limit_s": TIMEOUT_S} | dict(transport or {}))),
         observability=ObservabilitySection(**(observability or {})),
         cluster_token=TOKEN,
     )

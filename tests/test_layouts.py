@@ -222,7 +222,9 @@ def test_requests_together_equal_requests_alone(golden: AnyGolden, mode: str) ->
     expected = golden("olmoe-base")
     params = SamplingParams(max_tokens=16, temperature=1.0, top_p=0.95, seed=7, ignore_eos=True)
     asked = requests(expected, params)
-    with serving(ThreadCluster(float32_config(expected, 2, 2, workers={"mode": mode}))) as cluster:
+    engine: dict[str, object] = {"deterministic": True}
+    config = float32_config(expected, 2, 2, workers={"mode": mode}, engine=engine)
+    with serving(ThreadCluster(config)) as cluster:
         together = cluster.answers(asked)
         for request in asked:
             alone = cluster.answers([request])[request.request_id]
