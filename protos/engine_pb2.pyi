@@ -28,6 +28,7 @@ class ToEngine(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
     PING_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -36,6 +37,10 @@ class ToEngine(_message.Message):
     def abort(self) -> Global___Abort: ...
     @_builtins.property
     def ping(self) -> Global___Ping: ...
+    @_builtins.property
+    def turn(self) -> Global___EngineTurn:
+        """the same turn back: it is noted"""
+
     def __init__(
         self,
         *,
@@ -43,12 +48,13 @@ class ToEngine(_message.Message):
         request: Global___EngineRequest | None = ...,
         abort: Global___Abort | None = ...,
         ping: Global___Ping | None = ...,
+        turn: Global___EngineTurn | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "message", b"message", "ping", b"ping", "request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "message", b"message", "ping", b"ping", "request", b"request", "turn", b"turn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "message", b"message", "ping", b"ping", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "message", b"message", "ping", b"ping", "request", b"request", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "request", "abort", "ping"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "request", "abort", "ping", "turn"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -61,24 +67,28 @@ class FromEngine(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     PONG_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___EngineHello: ...
     @_builtins.property
     def step(self) -> Global___EngineStep: ...
     @_builtins.property
     def pong(self) -> Global___Ping: ...
+    @_builtins.property
+    def turn(self) -> Global___EngineTurn: ...
     def __init__(
         self,
         *,
         hello: Global___EngineHello | None = ...,
         step: Global___EngineStep | None = ...,
         pong: Global___Ping | None = ...,
+        turn: Global___EngineTurn | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "message", b"message", "pong", b"pong", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "message", b"message", "pong", b"pong", "step", b"step", "turn", b"turn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "message", b"message", "pong", b"pong", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "message", b"message", "pong", b"pong", "step", b"step", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "step", "pong"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "step", "pong", "turn"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -229,6 +239,36 @@ class Ping(_message.Message):
 Global___Ping: _TypeAlias = Ping  # noqa: Y015
 
 @_typing.final
+class EngineTurn(_message.Message):
+    """A request that was in the steps in which workers died is about to run one step alone: if the worker
+    dies now, it is to blame. Nothing of it runs before the gateway has noted that.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    IS_OVER_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    attempt: _builtins.int
+    is_over: _builtins.bool
+    """the step committed"""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        is_over: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "is_over", b"is_over", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineTurn: _TypeAlias = EngineTurn  # noqa: Y015
+
+@_typing.final
 class Abort(_message.Message):
     """Ends a request, or single choices of it (none named: all)."""
 
@@ -270,6 +310,7 @@ class EngineRequest(_message.Message):
     PROMPT_EMBEDS_FIELD_NUMBER: _builtins.int
     PROMPT_EMBEDS_WIDTH_FIELD_NUMBER: _builtins.int
     CLOSED_CHOICES_FIELD_NUMBER: _builtins.int
+    NUM_DEATHS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     n: _builtins.int
     attempt: _builtins.int
@@ -280,6 +321,8 @@ class EngineRequest(_message.Message):
     """[prompt, width] float32 in place of the prompt's tokens"""
     prompt_embeds_width: _builtins.int
     """0: the tokens count"""
+    num_deaths: _builtins.int
+    """workers that died with it since it last had a token"""
     @_builtins.property
     def prompt(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -308,10 +351,11 @@ class EngineRequest(_message.Message):
         prompt_embeds: _builtins.bytes = ...,
         prompt_embeds_width: _builtins.int = ...,
         closed_choices: _abc.Iterable[_builtins.int] | None = ...,
+        num_deaths: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["inspection", b"inspection", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "closed_choices", b"closed_choices", "deadline_ms", b"deadline_ms", "inspection", b"inspection", "n", b"n", "output_so_far", b"output_so_far", "priority", b"priority", "prompt", b"prompt", "prompt_embeds", b"prompt_embeds", "prompt_embeds_width", b"prompt_embeds_width", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "closed_choices", b"closed_choices", "deadline_ms", b"deadline_ms", "inspection", b"inspection", "n", b"n", "num_deaths", b"num_deaths", "output_so_far", b"output_so_far", "priority", b"priority", "prompt", b"prompt", "prompt_embeds", b"prompt_embeds", "prompt_embeds_width", b"prompt_embeds_width", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -91,12 +91,15 @@ class ClusterGateway:
         begun()
         return streams.finish()
 
-    def stream(self, calls: Sequence[GenerateFields]) -> Streams:
-        """Begin calls, each of one prompt and one choice; all are handed over at the return."""
+    def stream(self, calls: Sequence[GenerateFields], name: str = "call") -> Streams:
+        """Begin calls, each of one prompt and one choice; all are handed over at the return.
+
+        Calls that are under way at the same time need another ``name``.
+        """
 
         async def begin() -> list[Generation]:
             return [
-                await self._gateway.start(call, f"call-{i}", LIMIT_S)
+                await self._gateway.start(call, f"{name}-{i}", LIMIT_S)
                 for i, call in enumerate(calls)
             ]
 

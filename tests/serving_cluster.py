@@ -34,6 +34,7 @@ from cluster.worker_group import FoundWorker, WorkerGroup
 from tests.engine_stream import TIMEOUT_S, TOKEN, EngineStream, Result
 from tests.fakes_cluster import members_of
 from tests.loop_thread import LoopThread
+from workers.actor import WorkerActor
 from workers.actor_classes import ACTOR_CLASSES
 from workers.attention_runtime import AttentionRuntime
 from workers.checkpoint import Checkpoint
@@ -276,9 +277,11 @@ class ThreadWorkerGroup:
 class RayCluster(ServingCluster):
     """Real actors on the Ray that this process is connected to."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(
+        self, config: ClusterConfig, classes: Mapping[Role, type[WorkerActor]] = ACTOR_CLASSES
+    ) -> None:
         super().__init__(config)
-        self._actor = create_controller(WorkerGroup(ACTOR_CLASSES), status_limit_s=TIMEOUT_S)
+        self._actor = create_controller(WorkerGroup(classes), status_limit_s=TIMEOUT_S)
 
     def stop(self) -> None:
         super().stop()

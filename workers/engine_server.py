@@ -23,8 +23,8 @@ import grpc
 from protos import engine_pb2 as pb
 from protos import engine_pb2_grpc
 from workers.inspection import BankShape
-from workers.request import Request, StepOutput
-from workers.wire import request_from_wire, step_to_wire
+from workers.request import Request, StepOutput, Turn
+from workers.wire import request_from_wire, step_to_wire, turn_from_wire, turn_to_wire
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,15 @@ class EngineFacts:
     """Routers."""
 
 
-Command = AddRequest | AbortRequest | GatewayGone
+@dataclass(frozen=True, slots=True)
+class TurnNoted:
+    """A gateway has noted whose turn it is to run alone."""
+
+    gateway: str
+    turn: Turn
+
+
+Command = AddRequest | AbortRequest | GatewayGone | TurnNoted
 
 
 class Inbox:
@@ -186,6 +194,10 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         message = pb.FromEngine(step=step_to_wire(step))
         self._call_soon(self._put, gateway, message)
 
+    def publish_turn(self, gateway: str, turn: Turn) -> None:
+        """Tell a gateway that its request runs alone, or has done so (any thread)."""
+        self._call_soon(self._put, gateway, pb.FromEngine(turn=turn_to_wire(turn)))
+
     def close_streams(self) -> None:
         """End every gateway's stream and refuse new ones (any thread): it may no longer serve."""
         self._call_soon(self._set_closed, True)
@@ -250,6 +262,8 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         elif kind == "abort":
             abort = message.abort
             self._inbox.put(AbortRequest(stream.name, abort.request_id, tuple(abort.choices)))
+        elif kind == "turn":
+            self._inbox.put(TurnNoted(stream.name, turn_from_wire(message.turn)))
         elif kind == "ping":
             stream.put(pb.FromEngine(pong=message.ping))
 

@@ -27,8 +27,9 @@ from workers.request import (
     Timings,
     TokenLogprob,
     TokenOutput,
+    Turn,
 )
-from workers.wire import request_from_wire, step_to_wire
+from workers.wire import request_from_wire, step_to_wire, turn_to_wire
 
 CLUSTER_TOKEN = "token of the test cluster"
 MAX_MODEL_LEN = 512
@@ -102,6 +103,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     aborts: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     running: dict[str, set[int]] = field(default_factory=dict)
     stuck: set[str] = field(default_factory=set)
+    turns: list[str] = field(default_factory=list)
     repeat_outputs: bool = False
     num_cached_tokens: int = 0
     answers_pings: bool = True
@@ -170,6 +172,8 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
                 self.num_pings += 1
                 if self.answers_pings:
                     queue.put_nowait(pb.FromEngine(pong=message.ping))
+            elif kind == "turn":
+                self.turns.append(message.turn.request_id)
             elif kind == "abort":
                 self._abort(message.abort)
             elif kind == "request":
@@ -193,6 +197,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         so_far = request.output_so_far or ((),) * request.n
         at, width = [len(ids) for ids in so_far], self.tokens_per_output
         num_steps = 0
+        await self._wait_for_turn(request, queue)
         while open_choices := self.running.get(request.request_id):
             await asyncio.sleep(self.step_s)
             if num_steps == self.pause_after:
@@ -211,6 +216,14 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
             for _ in range(2 if self.repeat_outputs else 1):
                 queue.put_nowait(pb.FromEngine(step=step_to_wire(step)))
         self.running.pop(request.request_id, None)
+
+    async def _wait_for_turn(self, request: Request, queue: asyncio.Queue[pb.FromEngine]) -> None:
+        """As an engine does with a request that two workers died with."""
+        if request.num_deaths >= 2:
+            turn = Turn(request_id=request.request_id, attempt=request.attempt)
+            queue.put_nowait(pb.FromEngine(turn=turn_to_wire(turn)))
+            while request.request_id not in self.turns:
+                await asyncio.sleep(0.002)
 
     def _output(
         self, request: Request, choice: int, script: list[int], index: int, width: int

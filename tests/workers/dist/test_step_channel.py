@@ -229,7 +229,7 @@ def send(hub: PeerHub, name: str, kind: FrameKind, data: bytes, step: int = 1) -
 
 def make_proposal(**changes: int) -> StepProposal:
     values = {"generation": 1, "step": 1, "rank": 1, "decode_rows": 1, "prefill_rows": 0}
-    return StepProposal(**{**values, **changes})
+    return StepProposal(**{**values, **changes}, is_alone=False)
 
 
 @pytest.mark.parametrize(
