@@ -260,6 +260,11 @@ OPTIONS = (
         "--placement-file", "workers.placement_file", "placement instead of the contiguous one"
     ),
     _option(
+        "--load-profile",
+        "workers.load_profile",
+        "plan the first placement for this load (with --enable-eplb: the model's own)",
+    ),
+    _option(
         "--deterministic",
         "engine.deterministic",
         "same tokens and logprobs to the last bit in any batch and layout (slower, CPU only)",

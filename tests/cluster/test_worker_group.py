@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -20,7 +21,10 @@ from ray.util.placement_group import placement_group_table
 from cluster.config import ClusterConfig, ModelSection, TransportSection, WorkersSection
 from cluster.controller_actor import create_controller
 from cluster.errors import ConfigError
+from cluster.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS
 from cluster.ray_tools import NAMESPACE, cluster_nodes, end_leftovers, free_resources, our_actors
+from cluster.resources import plan_shares
+from cluster.topology import Member
 from cluster.worker_group import WorkerGroup
 from tests.cluster import ray_workers
 
@@ -39,6 +43,7 @@ def local_ray() -> Iterator[None]:
             log_to_driver=False,
             include_dashboard=False,
             _temp_dir=folder,
+            labels={FAILURE_DOMAIN: "rack-7", LINK_CLASS: "pod-2", DEVICE_SPEED: "0.5"},
         )
         yield
         ray.shutdown()
@@ -233,6 +238,21 @@ def test_what_is_not_there_is_refused_before_anything_is_created() -> None:
             ray.get(controller.start.remote(_config(cpus=1.0), BANKS), timeout=LIMIT_S)
         assert isinstance(caught.value.cause, ConfigError)  # type: ignore[attr-defined]
         assert our_actors() == ["expertmesh-controller"]
+    assert _nothing_is_left()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_members_are_where_the_labels_of_their_nodes_say() -> None:
+    async def body() -> tuple[Member, ...]:
+        group = WorkerGroup({})
+        share = plan_shares(WorkersSection(num_expert_workers=2), cluster_nodes())
+        members = await group.reserve({"attention": 1, "expert": 2}, share, LIMIT_S)
+        await group.end_all()
+        return members
+
+    members = asyncio.run(body())
+    assert [m.name for m in members] == ["attention-0", "expert-0", "expert-1"]
+    assert {(m.domain, m.link_class, m.speed) for m in members} == {("rack-7", "pod-2", 0.5)}
     assert _nothing_is_left()
 
 

@@ -367,6 +367,7 @@ class FakeController:
             "slots": [[1, 2], [3, 4]],
             "watched": [2, 3],
             "copies": [1, 1, 1, 2],
+            "at_risk": 3,
             "balancedness": both,
             "phases": phases,
         }

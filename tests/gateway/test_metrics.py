@@ -44,6 +44,7 @@ GAUGES = [
     "expert_worker_up",
     "expert_worker_slots",
     "expert_replicas",
+    "experts_at_risk",
     "expert_load_balancedness_achieved",
     "expert_load_balancedness_predicted",
 ]
