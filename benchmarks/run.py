@@ -34,6 +34,7 @@ NAMES = (
     "dispatch",
     "idle",
     "load_tracking",
+    "reliability",
     "placement",
 )
 """Modules with a ``section``, in the order of the file."""
