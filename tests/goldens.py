@@ -92,7 +92,7 @@ MAX_MODEL_LEN = 192
 
 _MAKER = Path(__file__).with_name("make_goldens.py")
 _RANDOM_MAKER = Path(__file__).with_name("random_variants.py")
-_LIMIT_S = 280.0
+_LIMIT_S = 540.0
 
 
 @dataclass(frozen=True, slots=True)

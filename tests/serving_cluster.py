@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 
+from cluster import local_ray
 from cluster.config import (
     ClusterConfig,
     EngineSection,
@@ -292,16 +293,10 @@ class RayCluster(ServingCluster):
 
 
 @contextmanager
-def connected_ray() -> Iterator[None]:
-    """A private Ray of two CPUs for this process."""
+def connected_ray(**options: Any) -> Iterator[None]:
+    """A private Ray of two CPUs for this process; ``options`` as for ``ray.init``."""
     with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            log_to_driver=False,
-            include_dashboard=False,
-            _temp_dir=folder,
-        )
+        local_ray.begin(Path(folder), num_cpus=2, **options)
         yield
         ray.shutdown()
 

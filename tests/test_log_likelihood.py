@@ -53,7 +53,7 @@ def by_transformers(prompts: list[list[int]], dtype: str) -> list[tuple[float, b
         text=True,
         check=True,
         env=environment,
-        timeout=280,
+        timeout=540,
     )
     found = []
     for context, (scores, is_best) in zip(CONTEXTS, json.loads(done.stdout), strict=True):

@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         path = tmp_path_factory.mktemp("made") / "tiny"
         own = [str(path) if word == "tiny" else word for word in words]
         own[own.index("--family") + 1] = family
-        subprocess.run([sys.executable, *own, *more], cwd=ROOT, check=True, timeout=120)
+        subprocess.run([sys.executable, *own, *more], cwd=ROOT, check=True, timeout=540)
         return path
 
     return make
@@ -92,7 +92,7 @@ def test_every_family_answers(
     with stack_over(path, load_tokenizer(str(path)), ThreadCluster) as stack:
         check_calls(stack)
         (line,) = re.findall(r"^ +\.venv/bin/expertmesh (inspect) \"(.+)\"$", README, re.M)
-        assert main(["--url", stack.url, "--timeout", "60", *line]) == ExitCode.OK
+        assert main(["--url", stack.url, "--timeout", "240", *line]) == ExitCode.OK
         shown = capsys.readouterr().out.splitlines()
     kind = "attention:0" if family == "jetmoe" else "mlp:1" if family == "dots1" else "mlp:0"
     assert shown[0].endswith(f"EXPERTS OF {kind}")
