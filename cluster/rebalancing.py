@@ -259,6 +259,18 @@ class Rebalancing:
             return placement
         return replace(placement, epoch=max(self._highest_epoch + 1, placement.epoch))
 
+    @property
+    def is_idle(self) -> bool:
+        """No change of ours is under way."""
+        return self._job is None
+
+    def begin_change(self, stage: Stage, limits: ChangeLimits, now: float) -> EpochChange:
+        """A change of the placement, of an epoch and with order numbers that nobody had before."""
+        epoch = max(self._host.placement.epoch, self._highest_epoch) + 1
+        self._highest_epoch = epoch
+        stage = replace(stage, placement=replace(stage.placement, epoch=epoch))
+        return EpochChange(self._host, stage, self._numbers, limits, now)
+
     # ---- questions ------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
@@ -409,11 +421,8 @@ class Rebalancing:
         if stage is None or job.num_stages >= MAX_STAGES:
             self._finish(job, now)
             return
-        epoch = max(host.placement.epoch, self._highest_epoch) + 1
-        self._highest_epoch = epoch
-        stage = replace(stage, placement=replace(stage.placement, epoch=epoch))
         limits = ChangeLimits(limit_s=self._section.limit_s, bytes_per_s=self._section.bytes_per_s)
-        job.change = EpochChange(host, stage, self._numbers, limits, now)
+        job.change = self.begin_change(stage, limits, now)
         self._advance(job, now)
 
     def _finish(self, job: _Job, now: float) -> None:

@@ -87,6 +87,15 @@ def wait_gone(pid: int) -> None:
         time.sleep(0.02)
 
 
+def test_only_copies_are_read_by_others_first() -> None:
+    """Two expert workers without a spare slot: one takes all over, from the other's memory."""
+    with serving(ThreadCluster(row_config(1, 2))) as cluster:
+        done: list[dict[str, Any]] = []
+        play(cluster, SMALL, random.Random(7), lambda: done.append(drain(cluster, "expert-1")))
+        assert done[0]["result"]["experts_copied"] == 32 * len(cluster._call("placement")["banks"])
+        assert cluster.snapshot()["experts_complete"]
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("form", FORMS)
 def test_a_signal_to_a_worker_drains_it(local_ray: None, form: Form) -> None:
