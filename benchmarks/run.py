@@ -34,8 +34,8 @@ NAMES = (
     "dispatch",
     "idle",
     "load_tracking",
-    "reliability",
     "placement",
+    "routing",
 )
 """Modules with a ``section``, in the order of the file."""
 

@@ -84,8 +84,6 @@ class WorkersSection:
     """GPUs that Ray sets aside for a worker, fractions allowed; None is 1 on CUDA, else 0."""
     placement_file: str | None = None
     """Path of a placement to use instead of the contiguous one."""
-    load_profile: str | None = None
-    """Path of a load profile to plan the first placement for."""
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, Mode)
@@ -101,9 +99,6 @@ class WorkersSection:
             ("recovery_slots", self.recovery_slots),
         ):
             check(value >= 0, name, value, "must not be negative")
-        only = "must not be given beside placement_file: that is a placement already"
-        both = self.placement_file is not None and self.load_profile is not None
-        check(not both, "load_profile", self.load_profile, only)
         attention, experts = self.num_attention_ranks, self.num_expert_workers
         if self.mode == "local":
             check(attention == 1, "num_attention_workers", attention, "must be 1 in local mode")
@@ -311,6 +306,9 @@ class LoadSection:
         check(self.num_windows >= 1, "num_windows", self.num_windows, "must be at least 1")
 
 
+RoutingPolicyName = Literal["kv", "least-loaded", "round-robin"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewaySection:
     """The front door."""
@@ -327,6 +325,8 @@ class GatewaySection:
     """Its gRPC port; None is 50052, or a free one if it is in use."""
     num_gateway_replicas: int = 1
     """Gateway copies behind Ray Serve."""
+    routing_policy: RoutingPolicyName = "kv"
+    """How an attention worker is picked; see ``gateway.router.RoutingPolicy``."""
     api_keys: tuple[str, ...] = ()
     """Keys that clients must present; empty means that none is asked for."""
     allow_unauthenticated: bool = False
@@ -381,6 +381,13 @@ class GatewaySection:
             "num_gateway_replicas",
             self.num_gateway_replicas,
             "must be at least 1",
+        )
+        known = get_args(RoutingPolicyName)
+        check(
+            self.routing_policy in known,
+            "routing_policy",
+            self.routing_policy,
+            f"must be one of {', '.join(known)}",
         )
         is_public = self.host not in ("127.0.0.1", "localhost", "::1")
         check(

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from cluster.config import WorkersSection
 from cluster.errors import ConfigError
-from cluster.node_labels import Place
 
 _GRAIN = 10_000
 """Ray counts resources in ten-thousandths."""
@@ -30,8 +29,6 @@ class NodeResources:
     """CPUs in Ray's accounting."""
     gpus: float = 0.0
     """GPUs in Ray's accounting."""
-    place: Place = field(default_factory=Place)
-    """What its labels say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,6 +22,7 @@ from gateway.core import Gateway
 from gateway.engine_pool import EnginePool
 from gateway.grpc_server import GrpcServer
 from gateway.http_api import build_http_app
+from gateway.router import RoutingPolicy
 from gateway.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ class GatewayReplica:
             load_tokenizer, settings.model.path, settings.model.chat_template
         )
         self._cluster = ClusterView(find_controller)
-        self._engines = EnginePool(settings.cluster_token, name)
+        policy = RoutingPolicy(settings.gateway.routing_policy)
+        self._engines = EnginePool(settings.cluster_token, name, policy)
         self._gateway = Gateway(settings, tokenizer, self._cluster, self._engines, name)
         section = settings.gateway
         self._grpc = GrpcServer(self._gateway, section.host, section.grpc_port)

@@ -10,16 +10,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
 
 import grpc
 
 from cluster.errors import RequestFailedError
+from gateway.router import WorkerLoad
 from gateway.submission import Submission, without_first
 from protos import engine_pb2 as pb
 from protos.engine_pb2_grpc import EngineStub
-from workers.request import StepOutput, TokenOutput, Turn
-from workers.wire import request_to_wire, step_from_wire, turn_from_wire, turn_to_wire
+from workers.prefix_hash import KvEvents
+from workers.request import StepOutput, TokenOutput
+from workers.wire import kv_events_from_wire, request_to_wire, step_from_wire
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +38,17 @@ _CHANNEL_OPTIONS = (
 )
 
 
-GiveBack = Callable[[Submission, str], None]
-"""Takes a request that its worker will not finish, and why."""
+class Owner(Protocol):
+    """Whom a stream tells of what concerns more than one request."""
+
+    def take_back(self, entry: Submission, reason: str) -> None:
+        """A worker will not finish a request that another one can."""
+
+    def take_kv(self, worker: str, events: KvEvents) -> bool:
+        """Blocks came and went; False when the whole is needed."""
+
+    def settle(self, entry: Submission, worker: str) -> None:
+        """A worker has computed a request's prompt, or will not."""
 
 
 class EngineClient:
@@ -47,7 +59,7 @@ class EngineClient:
         address: ``host:port`` of its engine server.
         token: the cluster token.
         gateway: name of this replica.
-        give_back: told of each request that the worker hands back.
+        owner: told of requests that the worker hands back, and of its KV blocks.
         silence_limit_s: see ``SILENCE_LIMIT_S``.
         ping_s: see ``PING_S``.
     """
@@ -58,7 +70,7 @@ class EngineClient:
         address: str,
         token: str,
         gateway: str,
-        give_back: GiveBack,
+        owner: Owner,
         *,
         silence_limit_s: float = SILENCE_LIMIT_S,
         ping_s: float = PING_S,
@@ -68,10 +80,12 @@ class EngineClient:
         """What the worker said of itself; None until it has, and after the end."""
         self.connected = asyncio.Event()
         """Set when the hello came."""
+        self.load = WorkerLoad(name=worker)
+        """What it has to do for this gateway; ``outstanding_tokens`` apart."""
         self._address = address
         self._token = token
         self._gateway = gateway
-        self._give_back = give_back
+        self._owner = owner
         self._silence_limit_s = silence_limit_s
         self._ping_s = ping_s
         self._submissions: dict[str, Submission] = {}
@@ -86,8 +100,9 @@ class EngineClient:
 
     def submit(self, entry: Submission) -> None:
         """Hand a request over; its outputs go to its sink."""
-        entry.home = self
+        entry.home, entry.was_sent, entry.is_computing = self, True, True
         self._submissions[entry.request.request_id] = entry
+        self._count(entry)
         self._outgoing.put_nowait(pb.ToEngine(request=request_to_wire(entry.request)))
 
     def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
@@ -96,6 +111,7 @@ class EngineClient:
         if entry is None:
             return
         entry.close(choices)
+        self._count(entry)
         if not entry.open_choices:
             self._release(entry)
             choices = ()
@@ -128,9 +144,26 @@ class EngineClient:
             self._release(entry)
         return taken
 
+    def _count(self, entry: Submission) -> None:
+        """Its part in the load is what it is now."""
+        now = (0, 0)
+        if entry.home is self:
+            is_new, choices = entry.is_computing, len(entry.open_choices)
+            now = (entry.missing_tokens if is_new else 0, 0 if is_new else choices)
+        self.load.queued_tokens += now[0] - entry.counted[0]
+        self.load.num_decoding += now[1] - entry.counted[1]
+        entry.counted = now
+
+    def _end_prompt(self, entry: Submission) -> None:
+        if entry.is_computing:
+            entry.is_computing = False
+            self._owner.settle(entry, self.worker)
+
     def _release(self, entry: Submission) -> None:
         del self._submissions[entry.request.request_id]
+        self._end_prompt(entry)
         entry.home, entry.last_worker = None, self.worker
+        self._count(entry)
 
     async def _read(self, call: grpc.aio.StreamStreamCall[pb.ToEngine, pb.FromEngine]) -> str:
         while True:
@@ -141,8 +174,9 @@ class EngineClient:
             kind = message.WhichOneof("message")
             if kind == "step":
                 self._take_step(step_from_wire(message.step))
-            elif kind == "turn":
-                self._take_turn(turn_from_wire(message.turn))
+            elif kind == "kv":
+                if not self._owner.take_kv(self.worker, kv_events_from_wire(message.kv)):
+                    self._outgoing.put_nowait(pb.ToEngine(kv_resync=pb.KvResync()))
             elif kind == "hello":
                 self.hello = message.hello
                 self.connected.set()
@@ -167,17 +201,6 @@ class EngineClient:
             number += 1
             self._outgoing.put_nowait(pb.ToEngine(ping=pb.Ping(number=number)))
 
-    def _take_turn(self, turn: Turn) -> None:
-        """A request runs a step alone: note it, and say so; or it has done so."""
-        entry = self._submissions.get(turn.request_id)
-        if entry is None or entry.request.attempt != turn.attempt:
-            return
-        if turn.is_over:
-            entry.clear()
-        else:
-            entry.is_alone = True
-            self._outgoing.put_nowait(pb.ToEngine(turn=turn_to_wire(turn)))
-
     def _take_step(self, step: StepOutput) -> None:
         for output in step.outputs:
             entry = self._submissions.get(output.request_id)
@@ -191,7 +214,7 @@ class EngineClient:
             self._outgoing.put_nowait(_abort_message(output.request_id))
             self._release(entry)
             entry.num_returns += 1
-            self._give_back(entry, output.error or "the worker gave it up")
+            self._owner.take_back(entry, output.error or "the worker gave it up")
             return
         repeated = len(entry.outputs[output.choice]) - output.index
         if repeated < 0:
@@ -199,7 +222,9 @@ class EngineClient:
             entry.sink.fail(RequestFailedError(f"{self.worker} skipped tokens of this request"))
             return
         news = without_first(output, repeated) if repeated else output
+        self._end_prompt(entry)
         entry.deliver(news)
+        self._count(entry)
         if not entry.open_choices and entry.home is self:
             self._release(entry)
 

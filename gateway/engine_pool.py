@@ -12,11 +12,13 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from cluster.errors import NotReadyError, PoisonousRequestError
+from cluster.errors import NotReadyError
 from gateway.cluster_view import AttentionEndpoint
 from gateway.engine_client import PING_S, SILENCE_LIMIT_S, EngineClient
-from gateway.router import RoutingPolicy, WorkerLoad, pick_worker
+from gateway.kv_index import KvIndex
+from gateway.router import RoutingPolicy, pick_worker
 from gateway.submission import OutputSink, Submission
+from workers.prefix_hash import KvEvents, prompt_hashes
 from workers.request import Request
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ class EnginePool:
         self,
         token: str,
         gateway: str,
-        policy: RoutingPolicy = RoutingPolicy.LEAST_LOADED,
+        policy: RoutingPolicy = RoutingPolicy.KV,
         *,
         silence_limit_s: float = SILENCE_LIMIT_S,
         ping_s: float = PING_S,
@@ -55,7 +57,9 @@ class EnginePool:
         self._keepers: dict[AttentionEndpoint, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._turn = 0
+        self._kv = KvIndex()
         self._waiting: list[Submission] = []
+        self._will_place = False
         self._is_stopping = False
         self.on_resubmit: Callable[[Submission], None] = lambda entry: None
         """Called whenever a request goes to another worker."""
@@ -80,13 +84,16 @@ class EnginePool:
     def assign(self, request: Request, sink: OutputSink, deadline_s: float) -> Submission | None:
         """Hand a request to a worker; None while no stream is open.
 
-        ``deadline_s`` is the ``time.monotonic`` up to which it is tried.
+        ``deadline_s`` is the ``time.monotonic`` up to which it is tried. Requests that come at the
+        same time are routed together, the shortest prompt first.
         """
-        client = self._pick()
-        if client is None:
+        if not self.clients:
             return None
         entry = Submission(request, sink, deadline_s)
-        client.submit(entry)
+        self._waiting.append(entry)
+        if not self._will_place:
+            self._will_place = True
+            asyncio.get_running_loop().call_soon(self._place_waiting)
         return entry
 
     async def wait_change(self, timeout_s: float) -> None:
@@ -101,20 +108,39 @@ class EnginePool:
         self.update([])
         await asyncio.gather(*keepers, return_exceptions=True)
 
-    def _pick(self, avoid: str = "") -> EngineClient | None:
-        """The worker for a request; ``avoid`` only where there is no other."""
+    def _pick(self, entry: Submission) -> EngineClient | None:
+        """The worker for a request; the one that had it last only where there is no other."""
         clients = {client.worker: client for client in self.clients}
         if len(clients) > 1:
-            clients.pop(avoid, None)
-        loads = [
-            WorkerLoad(name=name, outstanding_tokens=client.outstanding_tokens)
-            for name, client in clients.items()
-        ]
-        picked = pick_worker(loads, self._policy, self._turn)
+            clients.pop(entry.last_worker, None)
+        cached: dict[str, int] = {}
+        if self._policy is RoutingPolicy.LEAST_LOADED:
+            for client in clients.values():
+                client.load.outstanding_tokens = client.outstanding_tokens
+        elif self._policy is RoutingPolicy.KV and clients:
+            block_size = self._name_blocks(entry, next(iter(clients.values())))
+            matches = self._kv.matches(entry.prompt_hashes)
+            cached = {worker: count * block_size for worker, count in matches.items()}
+        tokens = entry.num_known_tokens
+        loads = [client.load for client in clients.values()]
+        picked = pick_worker(loads, self._policy, self._turn, tokens, cached)
         if picked is None:
             return None
         self._turn += 1
+        entry.missing_tokens = max(tokens - cached.get(picked.name, 0), 0)
+        self._kv.expect(picked.name, entry.prompt_hashes)
         return clients[picked.name]
+
+    def _name_blocks(self, entry: Submission, client: EngineClient) -> int:
+        """Set its prompt's hashes; returns the tokens of a block."""
+        hello = client.hello
+        assert hello is not None, "only workers that said hello take requests"
+        block_size = hello.kv_block_size
+        if block_size and not entry.prompt_hashes:
+            has_limit = hello.HasField("kv_length_matters_above")
+            limit = hello.kv_length_matters_above if has_limit else None
+            entry.prompt_hashes = prompt_hashes(entry.request, block_size, limit)
+        return block_size
 
     async def _keep(self, endpoint: AttentionEndpoint) -> None:
         """One stream after the other to the same worker, until it is not listed any more."""
@@ -124,7 +150,7 @@ class EnginePool:
                 endpoint.address,
                 self._token,
                 self._gateway,
-                self._take_back,
+                self,
                 silence_limit_s=self._silence_limit_s,
                 ping_s=self._ping_s,
             )
@@ -152,24 +178,27 @@ class EnginePool:
 
     def _lose(self, client: EngineClient, reason: str) -> None:
         """A stream is of no use any more: others go on with its requests."""
+        self._kv.drop(client.worker)
         for entry in client.take_submissions():
             name = entry.request.request_id
             if self._is_stopping:
                 entry.sink.fail(NotReadyError(f"the gateway ends ({reason})", "not_ready", 1.0))
                 continue
             logger.warning("request %s was lost with %s: %s", name, client.worker, reason)
-            if entry.is_alone:
-                error = f"a third worker in a row was lost with request {name}: {reason}"
-                entry.close()
-                entry.sink.fail(PoisonousRequestError(error))
-                continue
-            entry.lose()
             self._waiting.append(entry)
         self._place_waiting()
         self._notify()
 
-    def _take_back(self, entry: Submission, reason: str) -> None:
-        """A worker will not finish a request that another one can."""
+    def take_kv(self, worker: str, events: KvEvents) -> bool:
+        """See ``engine_client.Owner``."""
+        return self._kv.apply(worker, events)
+
+    def settle(self, entry: Submission, worker: str) -> None:
+        """See ``engine_client.Owner``."""
+        self._kv.settle(worker, entry.prompt_hashes)
+
+    def take_back(self, entry: Submission, reason: str) -> None:
+        """See ``engine_client.Owner``."""
         logger.info("request %s was handed back: %s", entry.request.request_id, reason)
         self._waiting.append(entry)
         has_other = entry.num_returns == 1 and len(self.clients) > 1
@@ -178,15 +207,19 @@ class EnginePool:
 
     def _place_waiting(self) -> None:
         """Send the requests that wait for a worker to the ones there are now."""
+        self._will_place = False
         waiting, self._waiting = self._waiting, []
         now_s = time.monotonic()
-        for entry in waiting:
+        for entry in sorted(waiting, key=lambda entry: entry.num_known_tokens):
             if not entry.is_waiting or now_s >= entry.deadline_s:
                 continue
-            client = self._pick(entry.last_worker)
+            client = self._pick(entry)
             if client is None:
                 self._waiting.append(entry)
                 continue
-            entry.again(now_s)
+            is_again = entry.was_sent
+            if is_again:
+                entry.again(now_s)
             client.submit(entry)
-            self.on_resubmit(entry)
+            if is_again:
+                self.on_resubmit(entry)

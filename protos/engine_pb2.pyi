@@ -28,7 +28,7 @@ class ToEngine(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
     PING_FIELD_NUMBER: _builtins.int
-    TURN_FIELD_NUMBER: _builtins.int
+    KV_RESYNC_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -38,9 +38,7 @@ class ToEngine(_message.Message):
     @_builtins.property
     def ping(self) -> Global___Ping: ...
     @_builtins.property
-    def turn(self) -> Global___EngineTurn:
-        """the same turn back: it is noted"""
-
+    def kv_resync(self) -> Global___KvResync: ...
     def __init__(
         self,
         *,
@@ -48,13 +46,13 @@ class ToEngine(_message.Message):
         request: Global___EngineRequest | None = ...,
         abort: Global___Abort | None = ...,
         ping: Global___Ping | None = ...,
-        turn: Global___EngineTurn | None = ...,
+        kv_resync: Global___KvResync | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "message", b"message", "ping", b"ping", "request", b"request", "turn", b"turn"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "kv_resync", b"kv_resync", "message", b"message", "ping", b"ping", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "message", b"message", "ping", b"ping", "request", b"request", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "kv_resync", b"kv_resync", "message", b"message", "ping", b"ping", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "request", "abort", "ping", "turn"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "request", "abort", "ping", "kv_resync"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -67,7 +65,7 @@ class FromEngine(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     PONG_FIELD_NUMBER: _builtins.int
-    TURN_FIELD_NUMBER: _builtins.int
+    KV_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___EngineHello: ...
     @_builtins.property
@@ -75,20 +73,20 @@ class FromEngine(_message.Message):
     @_builtins.property
     def pong(self) -> Global___Ping: ...
     @_builtins.property
-    def turn(self) -> Global___EngineTurn: ...
+    def kv(self) -> Global___KvEvents: ...
     def __init__(
         self,
         *,
         hello: Global___EngineHello | None = ...,
         step: Global___EngineStep | None = ...,
         pong: Global___Ping | None = ...,
-        turn: Global___EngineTurn | None = ...,
+        kv: Global___KvEvents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "message", b"message", "pong", b"pong", "step", b"step", "turn", b"turn"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "kv", b"kv", "message", b"message", "pong", b"pong", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "message", b"message", "pong", b"pong", "step", b"step", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "kv", b"kv", "message", b"message", "pong", b"pong", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "step", "pong", "turn"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "step", "pong", "kv"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -139,6 +137,8 @@ class EngineHello(_message.Message):
     PAD_TOKEN_ID_FIELD_NUMBER: _builtins.int
     PROBLEM_TYPE_FIELD_NUMBER: _builtins.int
     BANKS_FIELD_NUMBER: _builtins.int
+    KV_BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    KV_LENGTH_MATTERS_ABOVE_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     generation: _builtins.int
     max_model_len: _builtins.int
@@ -153,6 +153,10 @@ class EngineHello(_message.Message):
     pad_token_id: _builtins.int
     problem_type: _builtins.str
     """of a classifier; empty where the checkpoint says nothing"""
+    kv_block_size: _builtins.int
+    """tokens of a block; 0: no prefixes are shared"""
+    kv_length_matters_above: _builtins.int
+    """longer prompts share with equally long ones only"""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -179,16 +183,72 @@ class EngineHello(_message.Message):
         pad_token_id: _builtins.int | None = ...,
         problem_type: _builtins.str = ...,
         banks: _abc.Iterable[Global___EngineBank] | None = ...,
+        kv_block_size: _builtins.int = ...,
+        kv_length_matters_above: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_pad_token_id", b"_pad_token_id", "pad_token_id", b"pad_token_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_length_matters_above", b"_kv_length_matters_above", "_pad_token_id", b"_pad_token_id", "kv_length_matters_above", b"kv_length_matters_above", "pad_token_id", b"pad_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pad_token_id", b"_pad_token_id", "banks", b"banks", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "generation", b"generation", "hidden_size", b"hidden_size", "labels", b"labels", "max_kv_tokens", b"max_kv_tokens", "max_model_len", b"max_model_len", "model_type", b"model_type", "num_heads", b"num_heads", "num_layers", b"num_layers", "pad_token_id", b"pad_token_id", "problem_type", b"problem_type", "vocab_size", b"vocab_size", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_length_matters_above", b"_kv_length_matters_above", "_pad_token_id", b"_pad_token_id", "banks", b"banks", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "generation", b"generation", "hidden_size", b"hidden_size", "kv_block_size", b"kv_block_size", "kv_length_matters_above", b"kv_length_matters_above", "labels", b"labels", "max_kv_tokens", b"max_kv_tokens", "max_model_len", b"max_model_len", "model_type", b"model_type", "num_heads", b"num_heads", "num_layers", b"num_layers", "pad_token_id", b"pad_token_id", "problem_type", b"problem_type", "vocab_size", b"vocab_size", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__kv_length_matters_above: _TypeAlias = _typing.Literal["kv_length_matters_above"]  # noqa: Y015
+    _WhichOneofArgType__kv_length_matters_above: _TypeAlias = _typing.Literal["_kv_length_matters_above", b"_kv_length_matters_above"]  # noqa: Y015
     _WhichOneofReturnType__pad_token_id: _TypeAlias = _typing.Literal["pad_token_id"]  # noqa: Y015
     _WhichOneofArgType__pad_token_id: _TypeAlias = _typing.Literal["_pad_token_id", b"_pad_token_id"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_length_matters_above) -> _WhichOneofReturnType__kv_length_matters_above | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__pad_token_id) -> _WhichOneofReturnType__pad_token_id | None: ...
 
 Global___EngineHello: _TypeAlias = EngineHello  # noqa: Y015
+
+@_typing.final
+class KvEvents(_message.Message):
+    """Blocks that can be found at a worker, by the first 8 bytes of their hashes, joined."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    IS_WHOLE_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """one more than that of the message before"""
+    is_whole: _builtins.bool
+    """stored are all there are"""
+    stored: _builtins.bytes
+    removed: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        is_whole: _builtins.bool = ...,
+        stored: _builtins.bytes = ...,
+        removed: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_whole", b"is_whole", "number", b"number", "removed", b"removed", "stored", b"stored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvEvents: _TypeAlias = KvEvents  # noqa: Y015
+
+@_typing.final
+class KvResync(_message.Message):
+    """A gateway missed events: the worker answers with all blocks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvResync: _TypeAlias = KvResync  # noqa: Y015
 
 @_typing.final
 class EngineBank(_message.Message):
@@ -239,36 +299,6 @@ class Ping(_message.Message):
 Global___Ping: _TypeAlias = Ping  # noqa: Y015
 
 @_typing.final
-class EngineTurn(_message.Message):
-    """A request that was in the steps in which workers died is about to run one step alone: if the worker
-    dies now, it is to blame. Nothing of it runs before the gateway has noted that.
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
-    ATTEMPT_FIELD_NUMBER: _builtins.int
-    IS_OVER_FIELD_NUMBER: _builtins.int
-    request_id: _builtins.str
-    attempt: _builtins.int
-    is_over: _builtins.bool
-    """the step committed"""
-    def __init__(
-        self,
-        *,
-        request_id: _builtins.str = ...,
-        attempt: _builtins.int = ...,
-        is_over: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "is_over", b"is_over", "request_id", b"request_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___EngineTurn: _TypeAlias = EngineTurn  # noqa: Y015
-
-@_typing.final
 class Abort(_message.Message):
     """Ends a request, or single choices of it (none named: all)."""
 
@@ -310,7 +340,6 @@ class EngineRequest(_message.Message):
     PROMPT_EMBEDS_FIELD_NUMBER: _builtins.int
     PROMPT_EMBEDS_WIDTH_FIELD_NUMBER: _builtins.int
     CLOSED_CHOICES_FIELD_NUMBER: _builtins.int
-    NUM_DEATHS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     n: _builtins.int
     attempt: _builtins.int
@@ -321,8 +350,6 @@ class EngineRequest(_message.Message):
     """[prompt, width] float32 in place of the prompt's tokens"""
     prompt_embeds_width: _builtins.int
     """0: the tokens count"""
-    num_deaths: _builtins.int
-    """workers that died with it since it last had a token"""
     @_builtins.property
     def prompt(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -351,11 +378,10 @@ class EngineRequest(_message.Message):
         prompt_embeds: _builtins.bytes = ...,
         prompt_embeds_width: _builtins.int = ...,
         closed_choices: _abc.Iterable[_builtins.int] | None = ...,
-        num_deaths: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["inspection", b"inspection", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "closed_choices", b"closed_choices", "deadline_ms", b"deadline_ms", "inspection", b"inspection", "n", b"n", "num_deaths", b"num_deaths", "output_so_far", b"output_so_far", "priority", b"priority", "prompt", b"prompt", "prompt_embeds", b"prompt_embeds", "prompt_embeds_width", b"prompt_embeds_width", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "closed_choices", b"closed_choices", "deadline_ms", b"deadline_ms", "inspection", b"inspection", "n", b"n", "output_so_far", b"output_so_far", "priority", b"priority", "prompt", b"prompt", "prompt_embeds", b"prompt_embeds", "prompt_embeds_width", b"prompt_embeds_width", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

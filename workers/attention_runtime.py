@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +26,6 @@ from workers.engine_server import (
     EngineServer,
     GatewayGone,
     Inbox,
-    TurnNoted,
 )
 from workers.findings import shape_of
 from workers.grammar import CompiledGrammar
@@ -124,7 +122,7 @@ class AttentionRuntime(WorkerRuntime):
         self._stream.admit_streams()
 
     def _facts(self) -> EngineFacts:
-        engine, config = self._engine, self.family.config
+        engine, config, section = self._engine, self.family.config, self.config.engine
         return EngineFacts(
             worker=self.member.name,
             generation=self.generation.number,
@@ -143,18 +141,14 @@ class AttentionRuntime(WorkerRuntime):
             pad_token_id=config.pad_token_id,
             problem_type=config.problem_type or "",
             banks=shape_of(config, self.family.banks).banks,
+            kv_block_size=section.block_size_tokens if section.enable_prefix_caching else 0,
+            kv_length_matters_above=config.length_matters_above,
         )
 
     # ---- the loop ---------------------------------------------------------------------------
 
     def _enter(self, generation: Generation, placement: ExpertPlacement) -> None:
         self._dispatcher.set_placement(placement, generation)
-
-    def _lose_members(self, names: Set[str]) -> None:
-        """See ``WorkerRuntime``."""
-        super()._lose_members(names)
-        if self._engine is not None:
-            self._engine.worker_died()
 
     def _between_steps(self) -> None:
         """Take what the gateways sent, and tell them what needs no step."""
@@ -169,9 +163,6 @@ class AttentionRuntime(WorkerRuntime):
                 if self._owners.get(command.request_id) == command.gateway:
                     engine.abort(command.request_id, command.choices)
                     self._forget_ended(engine, command.request_id)
-            elif isinstance(command, TurnNoted):
-                if self._owners.get(command.turn.request_id) == command.gateway:
-                    engine.begin_turn(command.turn)
             elif isinstance(command, GatewayGone):
                 self._drop_gateway(engine, command.gateway)
         for gated in self._gate.take():
@@ -180,14 +171,6 @@ class AttentionRuntime(WorkerRuntime):
             else:
                 self._refuse(gated.command.gateway, gated.command.request, gated.error)
         self._emit(engine.poll())
-        self._tell_turns(engine)
-
-    def _tell_turns(self, engine: Engine) -> None:
-        """Requests that run a step alone: their gateways must know before and after."""
-        assert self._stream is not None
-        for turn in engine.take_turns():
-            if (owner := self._owners.get(turn.request_id)) is not None:
-                self._stream.publish_turn(owner, turn)
 
     def _turn(self) -> None:
         engine = self._engine
@@ -195,10 +178,7 @@ class AttentionRuntime(WorkerRuntime):
         wanted = engine.wanted()
         self._idle = not engine.has_work
         self.channel.propose(
-            wanted.decode_rows,
-            wanted.prefill_rows,
-            is_alone=wanted.is_alone,
-            even_empty=self._needs_a_commit(),
+            wanted.decode_rows, wanted.prefill_rows, even_empty=self._needs_a_commit()
         )
         idle_s = min(IDLE_WAIT_S, self.lease_s * _COMMIT_SHARE)
         header = self.channel.wait(self._gate.wait_s(idle_s))
@@ -266,7 +246,11 @@ class AttentionRuntime(WorkerRuntime):
             del self._owners[request_id]
 
     def _emit(self, outputs: list[TokenOutput]) -> None:
-        """One message for each gateway that has news."""
+        """One message for each gateway that has news of its requests, one for all of the blocks."""
+        assert self._stream is not None
+        assert self._engine is not None
+        if self.config.engine.enable_prefix_caching:
+            self._stream.publish_kv(self._engine.take_kv_changes())
         if not outputs:
             return
         by_gateway: defaultdict[str, list[TokenOutput]] = defaultdict(list)
@@ -274,8 +258,6 @@ class AttentionRuntime(WorkerRuntime):
             owner = self._owners.get(output.request_id)
             if owner is not None:
                 by_gateway[owner].append(output)
-        assert self._stream is not None
-        assert self._engine is not None
         for gateway, news in by_gateway.items():
             large = [output for output in news if output.arrays]
             small = tuple(output for output in news if not output.arrays)

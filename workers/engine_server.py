@@ -23,8 +23,10 @@ import grpc
 from protos import engine_pb2 as pb
 from protos import engine_pb2_grpc
 from workers.inspection import BankShape
-from workers.request import Request, StepOutput, Turn
-from workers.wire import request_from_wire, step_to_wire, turn_from_wire, turn_to_wire
+from workers.kv_blocks import HashChanges
+from workers.kv_feed import KvFeed
+from workers.request import Request, StepOutput
+from workers.wire import kv_events_to_wire, request_from_wire, step_to_wire
 
 logger = logging.getLogger(__name__)
 
@@ -97,17 +99,13 @@ class EngineFacts:
     """Of a classifier; empty where the checkpoint says nothing."""
     banks: tuple[BankShape, ...]
     """Routers."""
+    kv_block_size: int
+    """Tokens of a KV block; 0: requests share none."""
+    kv_length_matters_above: int | None
+    """See ``ModelConfig.length_matters_above``."""
 
 
-@dataclass(frozen=True, slots=True)
-class TurnNoted:
-    """A gateway has noted whose turn it is to run alone."""
-
-    gateway: str
-    turn: Turn
-
-
-Command = AddRequest | AbortRequest | GatewayGone | TurnNoted
+Command = AddRequest | AbortRequest | GatewayGone
 
 
 class Inbox:
@@ -174,6 +172,7 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         self._inbox = inbox
         self._facts = facts
         self._streams: dict[str, _GatewayStream] = {}
+        self._kv = KvFeed()
         self._is_closed = False
         self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
@@ -194,9 +193,10 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         message = pb.FromEngine(step=step_to_wire(step))
         self._call_soon(self._put, gateway, message)
 
-    def publish_turn(self, gateway: str, turn: Turn) -> None:
-        """Tell a gateway that its request runs alone, or has done so (any thread)."""
-        self._call_soon(self._put, gateway, pb.FromEngine(turn=turn_to_wire(turn)))
+    def publish_kv(self, changes: HashChanges) -> None:
+        """Tell all gateways which blocks can be found here (any thread)."""
+        if changes.stored or changes.removed:
+            self._call_soon(self._tell_kv, changes)
 
     def close_streams(self) -> None:
         """End every gateway's stream and refuse new ones (any thread): it may no longer serve."""
@@ -223,6 +223,7 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         name = f"{hello.gateway}#{next(self._numbers)}"
         stream = _GatewayStream(name)
         self._streams[name] = stream
+        stream.put(self._all_kv())
         reader = asyncio.create_task(self._read(request_iterator, stream))
         try:
             yield pb.FromEngine(hello=pb.EngineHello(**asdict(self._facts())))
@@ -262,16 +263,24 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         elif kind == "abort":
             abort = message.abort
             self._inbox.put(AbortRequest(stream.name, abort.request_id, tuple(abort.choices)))
-        elif kind == "turn":
-            self._inbox.put(TurnNoted(stream.name, turn_from_wire(message.turn)))
         elif kind == "ping":
             stream.put(pb.FromEngine(pong=message.ping))
+        elif kind == "kv_resync":
+            stream.put(self._all_kv())
 
     def _put(self, gateway: str, message: pb.FromEngine) -> None:
         stream = self._streams.get(gateway)
         if stream is not None and not stream.put(message):
             logger.warning("%s is %d steps behind: stream closed", gateway, MAX_STEPS_BEHIND)
             stream.close()
+
+    def _all_kv(self) -> pb.FromEngine:
+        return pb.FromEngine(kv=kv_events_to_wire(self._kv.whole()))
+
+    def _tell_kv(self, changes: HashChanges) -> None:
+        message = pb.FromEngine(kv=kv_events_to_wire(self._kv.change(changes)))
+        for name in tuple(self._streams):
+            self._put(name, message)
 
     def _set_closed(self, is_closed: bool) -> None:
         self._is_closed = is_closed

@@ -7,32 +7,11 @@ something else: blocks without a hash go first, then those that were held longes
 
 from __future__ import annotations
 
-import struct
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 
-BlockHash = bytes
-"""32 bytes, blake2b: requests of one salt trust it not to collide."""
-_HASH_BYTES = 32
-
-
-def root_hash(salt: str, owner: str = "", length: int = 0) -> BlockHash:
-    """What the first block of a sequence is chained to: its tenant, or one request (``owner``).
-
-    ``length`` is that of the prompt where keys depend on it, else 0.
-    """
-    person = b"kv owner" if owner else b"kv salt"
-    own = length.to_bytes(8, "little") if length else b""
-    name = (owner or salt).encode()
-    return blake2b(name, digest_size=_HASH_BYTES, person=person, salt=own).digest()
-
-
-def chain_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
-    """Hash of a full block behind ``parent``: the root, or the block before it."""
-    data = parent + struct.pack(f"<{len(token_ids)}I", *token_ids)
-    return blake2b(data, digest_size=_HASH_BYTES, person=b"kv block").digest()
+from workers.prefix_hash import BlockHash
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

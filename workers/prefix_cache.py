@@ -7,7 +7,8 @@ one request share its prompt.
 
 from __future__ import annotations
 
-from workers.kv_blocks import BlockHash, BlockPool, chain_hash, root_hash
+from workers.kv_blocks import BlockPool
+from workers.prefix_hash import BlockHash, chain_hash, request_root
 from workers.sequence import Sequence
 
 
@@ -93,11 +94,6 @@ class PrefixCache:
         return known[:count]
 
     def _root(self, sequence: Sequence) -> BlockHash:
-        request, limit = sequence.request, self._length_matters_above
-        length = sequence.prompt_length
-        embeds = request.prompt_embeds
-        return root_hash(
-            request.cache_salt if embeds is None else f"{request.cache_salt}\0{embeds.digest}",
-            "" if self._is_enabled else request.request_id,
-            length if limit is not None and length > limit else 0,
-        )
+        request = sequence.request
+        owner = "" if self._is_enabled else request.request_id
+        return request_root(request, self._length_matters_above, owner)

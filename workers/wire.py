@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from protos import engine_pb2 as pb
 from workers.inspection import Inspection, NamedArray, Pooling
+from workers.prefix_hash import SHORT_BYTES, KvEvents
 from workers.prompt_embeds import PromptEmbeds
 from workers.request import (
     FinishReason,
@@ -15,7 +16,6 @@ from workers.request import (
     Timings,
     TokenLogprob,
     TokenOutput,
-    Turn,
 )
 
 _INSIDES = ("hidden_states", "router_logits", "routes", "attentions", "aux")
@@ -53,7 +53,6 @@ def request_to_wire(request: Request) -> pb.EngineRequest:
         attempt=request.attempt,
         output_so_far=[pb.EngineTokens(ids=ids) for ids in request.output_so_far],
         closed_choices=request.closed_choices,
-        num_deaths=request.num_deaths,
         deadline_ms=request.deadline_ms,
         priority=request.priority,
         cache_salt=request.cache_salt,
@@ -97,7 +96,6 @@ def request_from_wire(message: pb.EngineRequest) -> Request:
         attempt=message.attempt,
         output_so_far=tuple(tuple(t.ids) for t in message.output_so_far),
         closed_choices=tuple(message.closed_choices),
-        num_deaths=message.num_deaths,
         deadline_ms=message.deadline_ms,
         priority=message.priority,
         cache_salt=message.cache_salt,
@@ -118,14 +116,28 @@ def step_from_wire(message: pb.EngineStep) -> StepOutput:
     )
 
 
-def turn_to_wire(turn: Turn) -> pb.EngineTurn:
-    """Encode a turn."""
-    return pb.EngineTurn(request_id=turn.request_id, attempt=turn.attempt, is_over=turn.is_over)
+def kv_events_to_wire(events: KvEvents) -> pb.KvEvents:
+    """Encode what is new among a worker's blocks."""
+    return pb.KvEvents(
+        number=events.number,
+        is_whole=events.is_whole,
+        stored=b"".join(events.stored),
+        removed=b"".join(events.removed),
+    )
 
 
-def turn_from_wire(message: pb.EngineTurn) -> Turn:
-    """Decode a turn."""
-    return Turn(request_id=message.request_id, attempt=message.attempt, is_over=message.is_over)
+def kv_events_from_wire(message: pb.KvEvents) -> KvEvents:
+    """Decode what is new among a worker's blocks."""
+    return KvEvents(
+        number=message.number,
+        is_whole=message.is_whole,
+        stored=_short_hashes(message.stored),
+        removed=_short_hashes(message.removed),
+    )
+
+
+def _short_hashes(joined: bytes) -> tuple[bytes, ...]:
+    return tuple(joined[i : i + SHORT_BYTES] for i in range(0, len(joined), SHORT_BYTES))
 
 
 def _embeds_from_wire(message: pb.EngineRequest) -> PromptEmbeds | None:

@@ -50,6 +50,7 @@ BROKEN: list[tuple[str, Callable[[], object]]] = [
     ("grpc_port", lambda: GatewaySection(port=9000, grpc_port=9000)),
     ("max_n", lambda: GatewaySection(max_n=129)),
     ("num_gateway_replicas", lambda: GatewaySection(num_gateway_replicas=0)),
+    ("routing_policy", lambda: GatewaySection(routing_policy="random")),  # type: ignore[arg-type]
     ("host", lambda: GatewaySection(host="0.0.0.0")),
 ]
 

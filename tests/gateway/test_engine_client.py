@@ -13,6 +13,7 @@ from gateway.output_queue import OutputQueue
 from gateway.submission import Submission
 from tests.gateway.fakes import CLUSTER_TOKEN, ScriptedEngine
 from tests.gateway.stack import WAIT_S
+from workers.prefix_hash import KvEvents
 from workers.request import (
     FinishReason,
     Request,
@@ -37,6 +38,26 @@ class ListSink:
         self.errors.append(error)
 
 
+class ListOwner:
+    """Remembers what a stream tells its owner."""
+
+    def __init__(self) -> None:
+        self.returned: list[str] = []
+        self.settled: list[str] = []
+        self.kv: list[KvEvents] = []
+        self.knows_kv = True
+
+    def take_back(self, entry: Submission, reason: str) -> None:
+        self.returned.append(reason)
+
+    def take_kv(self, worker: str, events: KvEvents) -> bool:
+        self.kv.append(events)
+        return self.knows_kv
+
+    def settle(self, entry: Submission, worker: str) -> None:
+        self.settled.append(entry.request.request_id)
+
+
 def _client(attempt: int = 1, n: int = 2) -> tuple[EngineClient, ListSink]:
     client, sink = _client_to("nowhere:1", "t"), ListSink()
     params = SamplingParams(max_tokens=10)
@@ -46,7 +67,7 @@ def _client(attempt: int = 1, n: int = 2) -> tuple[EngineClient, ListSink]:
 
 
 def _client_to(address: str, token: str) -> EngineClient:
-    return EngineClient("attention-0", address, token, "g", lambda entry, reason: None)
+    return EngineClient("attention-0", address, token, "g", ListOwner())
 
 
 def _output(
@@ -151,8 +172,8 @@ def test_choices_that_ended_are_not_asked_for_again() -> None:
     ],
 )
 def test_what_another_worker_can_do_is_handed_back(attempt: int, code: str, is_back: bool) -> None:
-    returned: list[str] = []
-    client = EngineClient("a", "nowhere:1", "t", "g", lambda entry, reason: returned.append(reason))
+    owner = ListOwner()
+    client = EngineClient("a", "nowhere:1", "t", "g", owner)
     sink = ListSink()
     request = Request(request_id="r", prompt=(1,), params=SamplingParams(), n=2, attempt=attempt)
     client.submit(Submission(request, sink, 1000.0))
@@ -163,7 +184,7 @@ def test_what_another_worker_can_do_is_handed_back(attempt: int, code: str, is_b
         error_code=code,
     )
     _step(client, error, dataclasses.replace(error, choice=1))
-    assert returned == (["in its words"] if is_back else [])
+    assert owner.returned == (["in its words"] if is_back else [])
     assert len(sink.outputs) == (0 if is_back else 2)
 
 
@@ -206,3 +227,24 @@ def test_an_empty_queue_gives_nothing_in_time() -> None:
         return await OutputQueue().take(0.01)
 
     assert asyncio.run(work()) == []
+
+
+def test_the_load_is_what_is_under_way() -> None:
+    owner, sink = ListOwner(), ListSink()
+    client = EngineClient("a", "nowhere:1", "t", "g", owner)
+    request = Request(request_id="r", prompt=(1,) * 50, params=SamplingParams(max_tokens=9), n=2)
+    entry = Submission(request, sink, 1000.0, missing_tokens=34)
+    client.submit(entry)
+    load = client.load
+    assert (load.queued_tokens, load.num_decoding, owner.settled) == (34, 0, [])
+    _step(client, _output(0, 0, 5, attempt=0))
+    assert (load.queued_tokens, load.num_decoding, owner.settled) == (0, 2, ["r"])
+    _step(client, _output(1, 0, 5, attempt=0, end=True))
+    assert load.num_decoding == 1
+    client.abort("r")
+    assert (load.queued_tokens, load.num_decoding, owner.settled) == (0, 0, ["r"])
+    client.submit(Submission(dataclasses.replace(request, request_id="s"), sink, 1000.0))
+    client.submit(Submission(request, sink, 1000.0, missing_tokens=7))
+    assert load.queued_tokens == 7
+    assert len(client.take_submissions()) == 2
+    assert (load.queued_tokens, load.num_decoding, owner.settled) == (0, 0, ["r", "s", "r"])

@@ -17,30 +17,6 @@ from gateway.errors import (
     error_from_engine,
     report_error,
 )
-from gateway.router import RoutingPolicy, WorkerLoad, pick_worker
-
-LOADS = [
-    WorkerLoad(name="a", outstanding_tokens=5),
-    WorkerLoad(name="c", outstanding_tokens=2),
-    WorkerLoad(name="b", outstanding_tokens=2),
-]
-
-
-def _picks(policy: RoutingPolicy, turns: int) -> list[str]:
-    picked = [pick_worker(LOADS, policy, turn) for turn in range(turns)]
-    return [load.name for load in picked if load is not None]
-
-
-def test_the_least_loaded_workers_take_turns() -> None:
-    assert _picks(RoutingPolicy.LEAST_LOADED, 4) == ["b", "c", "b", "c"]
-
-
-def test_round_robin_ignores_load() -> None:
-    assert _picks(RoutingPolicy.ROUND_ROBIN, 4) == ["a", "b", "c", "a"]
-
-
-def test_nobody_is_picked_from_nobody() -> None:
-    assert pick_worker([], RoutingPolicy.LEAST_LOADED) is None
 
 
 def test_admission_bounds_requests_and_gives_places_back_once() -> None:

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from workers.kv_blocks import BlockPool, chain_hash, root_hash
+from workers.kv_blocks import BlockPool
+from workers.prefix_hash import chain_hash, root_hash
 
 
 def name(number: int) -> bytes:

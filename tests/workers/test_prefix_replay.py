@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
+from benchmarks.request_trace import conversations
 from workers.kv_blocks import BlockPool
 
-TRACE = Path(__file__).parents[1] / "data" / "mooncake_conversation_blocks.txt.gz"
 MAX_DIFFERENCE = 0.005
 """Of the hit rates: half a point."""
 
@@ -19,15 +17,7 @@ MAX_DIFFERENCE = 0.005
 @pytest.fixture(scope="module")
 def requests() -> list[list[int]]:
     """Block ids of each request."""
-    return [
-        [i for run in line.split() for i in _run(run)]
-        for line in gzip.decompress(TRACE.read_bytes()).decode().splitlines()
-    ]
-
-
-def _run(text: str) -> range:
-    first, _, last = text.partition("-")
-    return range(int(first), int(last or first) + 1)
+    return [list(request.blocks) for request in conversations()]
 
 
 def pool_hits(requests: Sequence[Sequence[int]], num_blocks: int) -> int:

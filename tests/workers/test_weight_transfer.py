@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -37,7 +35,7 @@ from workers.experts.weight_frames import (
 from workers.experts.weight_server import WeightServer
 
 CPU = torch.device("cpu")
-TIMEOUT_S = 120.0
+TIMEOUT_S = 30.0
 
 
 def identity(name: str, checkpoint: str = "abc") -> PeerIdentity:
@@ -95,12 +93,7 @@ def test_experts_arrive_bit_for_bit(
                 expected = slots.read_expert(bank.index, expert)
                 assert expected is not None
                 assert all(torch.equal(a, b) for a, b in zip(matrices, expected, strict=True))
-    total = sum(8 * expert_num_bytes(b, torch.float32) for b in banks)
-    deadline = time.monotonic() + TIMEOUT_S
-    while server.num_sent_bytes < total:  # counted when they have been sent
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    assert server.num_sent_bytes == total
+    assert server.num_sent_bytes == sum(8 * expert_num_bytes(b, torch.float32) for b in banks)
 
 
 def test_a_source_hands_out_what_arrived(
@@ -174,7 +167,7 @@ class LyingServer:
 
     def _serve(self) -> None:
         sock, _ = self._listener.accept()
-        with sock, contextlib.suppress(ConnectionError):  # the client may have heard enough
+        with sock:
             handshake = ListenerHandshake(identity("expert-0"), TOKEN, lambda peer: None)
             shake_hands(sock, handshake, TIMEOUT_S)
             sock.settimeout(TIMEOUT_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from protos import engine_pb2 as pb
 from workers.inspection import Inspection, NamedArray, Pooling
+from workers.prefix_hash import KvEvents
 from workers.prompt_embeds import PromptEmbeds
 from workers.request import (
     FinishReason,
@@ -14,7 +15,14 @@ from workers.request import (
     TokenLogprob,
     TokenOutput,
 )
-from workers.wire import request_from_wire, request_to_wire, step_from_wire, step_to_wire
+from workers.wire import (
+    kv_events_from_wire,
+    kv_events_to_wire,
+    request_from_wire,
+    request_to_wire,
+    step_from_wire,
+    step_to_wire,
+)
 
 
 def test_request_with_everything_set_survives_the_wire() -> None:
@@ -42,7 +50,6 @@ def test_request_with_everything_set_survives_the_wire() -> None:
         attempt=1,
         output_so_far=((4, 5), ()),
         closed_choices=(1,),
-        num_deaths=2,
         deadline_ms=1234,
         priority=-3,
         cache_salt="tenant é",
@@ -113,3 +120,10 @@ def test_step_output_survives_the_wire() -> None:
         stats={"num_requests_running": 2.0},
     )
     assert step_from_wire(pb.EngineStep.FromString(step_to_wire(step).SerializeToString())) == step
+
+
+def test_kv_events_survive_the_wire() -> None:
+    events = KvEvents(number=7, is_whole=True, stored=(b"12345678", b"abcdefgh"), removed=())
+    assert kv_events_from_wire(kv_events_to_wire(events)) == events
+    change = KvEvents(number=8, removed=(b"12345678",))
+    assert kv_events_from_wire(kv_events_to_wire(change)) == change

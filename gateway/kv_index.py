@@ -1,0 +1,141 @@
+"""Which attention worker holds which prefix, as their block events tell. Pure.
+
+A block is named by the hash of its tokens and of all before them, so one table serves all workers:
+hash -> bits, one for each worker that has the block. A worker that has a block has those before it
+(the pool gives up the ends of sequences first), so a search may leap over blocks.
+
+What was just routed to a worker is expected there before its events tell: requests that begin
+alike often come together.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from workers.prefix_hash import KvEvents
+
+_LEAP = 16
+"""Blocks at a time that are passed over while all who had the first of them have the last."""
+
+
+@dataclass(slots=True)
+class _Worker:
+    """What is known of one worker."""
+
+    bit: int
+    number: int = 0
+    told: set[bytes] = field(default_factory=set)
+    expected: Counter[bytes] = field(default_factory=Counter)
+
+
+class KvIndex:
+    """The blocks of all workers. Hashes are the short ones of ``prefix_hash``."""
+
+    def __init__(self) -> None:
+        self._holders: dict[bytes, int] = {}
+        self._workers: dict[str, _Worker] = {}
+        self._everyone = 0
+        self._names: dict[int, str] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        """Different blocks."""
+        return len(self._holders)
+
+    def apply(self, worker: str, events: KvEvents) -> bool:
+        """Take a message in; False: messages before it were missed, the whole is needed.
+
+        Until the whole comes, what was known of the worker stays.
+        """
+        known = self._workers.get(worker)
+        if events.is_whole:
+            known = known or self._add(worker)
+            self._forget(known, known.told - set(events.stored))
+        elif known is None or events.number != known.number + 1:
+            return False
+        known.number = events.number
+        self._forget(known, events.removed)
+        known.told.update(events.stored)
+        self._hold(known, events.stored)
+        return True
+
+    def expect(self, worker: str, hashes: Sequence[bytes]) -> None:
+        """These blocks are about to be computed there; taken back by ``settle``."""
+        if (known := self._workers.get(worker)) is not None:
+            known.expected.update(hashes)
+            self._hold(known, hashes)
+
+    def settle(self, worker: str, hashes: Sequence[bytes]) -> None:
+        """They are computed, or will not be: events have told."""
+        if (known := self._workers.get(worker)) is None:
+            return
+        for name in hashes:
+            if known.expected[name] <= 1:
+                del known.expected[name]
+                if name not in known.told:
+                    self._clear(name, known.bit)
+            else:
+                known.expected[name] -= 1
+
+    def drop(self, worker: str) -> None:
+        """A worker is gone, with its blocks."""
+        if (known := self._workers.pop(worker, None)) is not None:
+            self._everyone &= ~known.bit
+            for name in known.told | known.expected.keys():
+                self._clear(name, known.bit)
+
+    def matches(self, hashes: Sequence[bytes]) -> Mapping[str, int]:
+        """Blocks from the first on that each worker has; workers without any are left out.
+
+        Example: a has blocks 1 to 3, b has block 1: hashes of blocks 1, 2, 9 give a 2, b 1.
+        """
+        look, found = self._holders.get, dict[str, int]()
+        have, depth = self._everyone, 0
+        while have and depth < len(hashes):
+            part = hashes[depth : depth + _LEAP]
+            if look(part[-1], 0) & have != have:
+                for name in part:  # somebody's blocks end here
+                    still = look(name, 0) & have
+                    if still != have:
+                        self._note(have ^ still, depth, found)
+                        have = still
+                    depth += 1
+            else:
+                depth += len(part)
+        self._note(have, depth, found)
+        return found
+
+    def _note(self, workers: int, depth: int, found: dict[str, int]) -> None:
+        """Note a depth for each of these bits."""
+        while workers and depth:
+            place = workers.bit_length() - 1
+            found[self._names[place]] = depth
+            workers ^= 1 << place
+
+    def _add(self, worker: str) -> _Worker:
+        bit = ~self._everyone & (self._everyone + 1)  # the lowest that is not taken
+        self._everyone |= bit
+        self._workers[worker] = known = _Worker(bit)
+        self._names[bit.bit_length() - 1] = worker
+        return known
+
+    def _hold(self, known: _Worker, hashes: Iterable[bytes]) -> None:
+        holders, bit = self._holders, known.bit
+        for name in hashes:
+            holders[name] = holders.get(name, 0) | bit
+
+    def _forget(self, known: _Worker, hashes: Iterable[bytes]) -> None:
+        for name in hashes:
+            if name in known.told:
+                known.told.discard(name)
+                if name not in known.expected:
+                    self._clear(name, known.bit)
+
+    def _clear(self, name: bytes, bit: int) -> None:
+        left = self._holders.get(name, 0) & ~bit
+        if left:
+            self._holders[name] = left
+        else:
+            self._holders.pop(name, None)

@@ -1,0 +1,28 @@
+"""What gateways are told of the blocks that can be found at a worker. Pure; of one thread."""
+
+from __future__ import annotations
+
+from workers.kv_blocks import HashChanges
+from workers.prefix_hash import SHORT_BYTES, KvEvents
+
+
+class KvFeed:
+    """Numbers the changes, and knows the whole for those who come later or missed one."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, None] = {}
+        self._number = 0
+
+    def change(self, changes: HashChanges) -> KvEvents:
+        """The next message to all who have the whole."""
+        stored = tuple(block_hash[:SHORT_BYTES] for block_hash in changes.stored)
+        removed = tuple(block_hash[:SHORT_BYTES] for block_hash in changes.removed)
+        for name in removed:
+            self._known.pop(name, None)
+        self._known.update(dict.fromkeys(stored))
+        self._number += 1
+        return KvEvents(number=self._number, stored=stored, removed=removed)
+
+    def whole(self) -> KvEvents:
+        """All blocks, as of the latest change."""
+        return KvEvents(number=self._number, is_whole=True, stored=tuple(self._known))
