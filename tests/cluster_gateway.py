@@ -21,6 +21,7 @@ from gateway.generation import Generation
 from gateway.text import TokenText
 from gateway.tokenizer import load_tokenizer
 from tests.engine_stream import TOKEN
+from tests.loop_thread import LoopThread
 from tests.serving_cluster import ServingCluster, ThreadCluster
 from workers.request import FinishReason
 
@@ -167,16 +168,12 @@ def gateway_of(cluster: ServingCluster) -> Iterator[ClusterGateway]:
         with _running_gateway(cluster, cluster._loop) as gateway:
             yield gateway
         return
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
+    thread = LoopThread(LIMIT_S)
     try:
-        with _running_gateway(cluster, loop) as gateway:
+        with _running_gateway(cluster, thread.loop) as gateway:
             yield gateway
     finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(LIMIT_S)
-        loop.close()
+        thread.close()
 
 
 @contextmanager
