@@ -33,7 +33,7 @@ import sys, urllib.request
 body = sys.stdin.buffer.read() or None
 headers = {"Content-Type": "application/json"}
 request = urllib.request.Request(sys.argv[1], data=body, headers=headers)
-sys.stdout.buffer.write(urllib.request.urlopen(request, timeout=60).read())
+sys.stdout.buffer.write(urllib.request.urlopen(request, timeout=240).read())
 """
 
 

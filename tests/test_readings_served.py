@@ -113,7 +113,7 @@ def test_score_is_the_mean_log_probability_of_the_document(
     pairs = answer(stack, "/score", text_1=[IDS[0], IDS[0]], text_2=tokens)
     assert [row["score"] for row in pairs["data"]] == pytest.approx(want, abs=1e-4)
     message = stub.Score(
-        pb.ScoreRequest(queries=inputs(TEXTS[0]), documents=inputs(*documents)), timeout=60
+        pb.ScoreRequest(queries=inputs(TEXTS[0]), documents=inputs(*documents)), timeout=240
     )
     assert [row.score for row in message.data] == pytest.approx(want, abs=1e-4)
 
@@ -189,7 +189,7 @@ def test_inspect_gives_everything_the_same_by_both_codecs() -> None:
             attention_mask=[pb.AttentionMask(mask=row) for row in mask.tolist()],
             outputs=ALL,
         )
-        chunks = list(InferenceStub(channel).Inspect(request, timeout=60))
+        chunks = list(InferenceStub(channel).Inspect(request, timeout=240))
     for i, (row, keep) in enumerate(zip(body["data"], mask.bool(), strict=True)):
         assert row["num_tokens"] == keep.sum()
         logits = torch.tensor(row["logits"])
@@ -245,7 +245,7 @@ def test_inspect_keeps_logits_and_labels_as_asked(stack: Stack, local: LocalEngi
 def test_large_results_come_in_pieces(stack: Stack, stub: InferenceStub) -> None:
     ids = [(7 * i) % 200 + 3 for i in range(1000)]
     request = pb.InspectRequest(token_ids=[types_pb2.TokenIds(ids=ids)], outputs=["hidden_states"])
-    chunks = list(stub.Inspect(request, timeout=60))
+    chunks = list(stub.Inspect(request, timeout=240))
     assert len(chunks) > 2
     assert all(len(chunk.piece.data) <= PIECE_BYTES for chunk in chunks)
     states = chunks_by_name(chunks)[0, "hidden_states"]

@@ -14,7 +14,7 @@ from workers.engine_server import AddRequest
 from workers.grammar_gate import COMPILE_LIMIT_S, MAX_COMPILING, GrammarGate
 from workers.request import Grammar, GrammarKind, Request, SamplingParams
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 def command(name: str, text: str, gateway: str = "g") -> AddRequest:

@@ -110,7 +110,7 @@ def test_attention_maps_equal_those_of_transformers(
     target = tmp_path / "maps.pt"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code, str(expected.path), str(target), str(list(prompt))]
-    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=540)
     engine = LocalEngine(expected.path, dtype="float32", section=CHUNKED)
     found = engine.inspect([prompt], Inspection(attentions=True))[0]["attentions"]
     assert (found - torch.load(target)).abs().max() < 1e-4

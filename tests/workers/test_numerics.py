@@ -20,7 +20,7 @@ def test_the_digest_is_the_same_each_time_and_in_other_processes() -> None:
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=540,
     )
     assert found.stdout.strip() == numerics_digest() == numerics_digest()
 
@@ -36,6 +36,6 @@ def test_another_instruction_set_has_another_digest() -> None:
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=540,
     )
     assert found.stdout.strip() != numerics_digest()

@@ -432,7 +432,7 @@ def test_an_idle_hub_sleeps(hubs: Hubs, pool: ThreadPoolExecutor) -> None:
         before, cpu = hub.num_wakeups, time.thread_time()
         hub.poll(0.5)
         assert hub.num_wakeups - before <= 2
-        assert time.thread_time() - cpu < 0.05
+        assert time.thread_time() - cpu < 0.25
 
 
 def test_unknown_ranks_and_closed_edges_are_named(hubs: Hubs, pool: ThreadPoolExecutor) -> None:
