@@ -12,6 +12,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 import workers.demo
+from workers.demo.served_load import NEW_TOKENS, PROMPT_TOKENS, served_load
 
 CHECKPOINT = Path(workers.demo.__file__).parent / "checkpoint"
 MAX_TOTAL_BYTES = 12_000_000
@@ -207,6 +208,20 @@ def test_load_profile_counts_every_choice_of_every_token(config: dict[str, Any])
     for bank in profile["banks"]:
         assert len(bank["counts"]) == config["num_experts"]
         assert sum(bank["counts"]) == profile["tokens"] * profile["top_k"]
+
+
+def test_the_load_profile_is_what_the_engine_counts() -> None:
+    """Other text of the same kind, served now, has nearly the load that the profile promises."""
+    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    text = (CHECKPOINT / "README.md").read_text(encoding="utf-8").partition("## Samples")[2]
+    load = served_load(CHECKPOINT, text[:1500])
+    num_prompt_tokens = len(tokenizer.encode(text[:1500]).ids)
+    num_prompts = -(-num_prompt_tokens // PROMPT_TOKENS)
+    assert load.num_tokens == num_prompt_tokens + num_prompts * (NEW_TOKENS - 1)
+    for bank, counts in zip(load_json("load_profile.json")["banks"], load.counts, strict=True):
+        assert int(counts.sum()) == load.num_tokens * load.top_k
+        expected = torch.tensor(bank["counts"], dtype=torch.float64)
+        assert float(torch.corrcoef(torch.stack([expected, counts.double()]))[0, 1]) > 0.5
 
 
 def test_expert_load_is_unequal_but_not_collapsed() -> None:

@@ -99,8 +99,9 @@ advance by 256. The weights were also selected on this text, so the figure is a 
 
 ## Expert load
 
-`load_profile.json` holds the experts' token counts on the {facts.load.num_tokens} tokens of the
-held-out text, read in chunks of 512. Load of the busiest expert over the mean of its layer, layer
+`load_profile.json` holds the experts' token counts while the held-out text was served: every 192
+tokens of it a prompt that the model goes on from for 64 tokens, {facts.load.num_tokens} rows in all
+(`python -m workers.demo.served_load`). Load of the busiest expert over the mean of its layer, layer
 by layer: {peaks}. Experts never used: {num_unused}.
 
 Balancedness (mean / max device load, 1.0 is ideal) with the experts in contiguous runs:

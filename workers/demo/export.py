@@ -2,14 +2,14 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from workers.demo.corpus import CHAT_TEMPLATE, EOS, PAD
 
@@ -89,34 +89,3 @@ def heldout_bits_per_byte(
         nats += F.cross_entropy(logits, targets, reduction="sum").item()
         num_scored, start = end, start + stride
     return nats / math.log(2) / len(text.encode())
-
-
-@torch.no_grad()
-def expert_load(
-    logits_of: LogitsFn,
-    routers: Sequence[nn.Module],
-    num_experts: int,
-    tokenizer: Tokenizer,
-    text: str,
-) -> ExpertLoad:
-    """Count the routers' choices over `text`, read in chunks of 512 tokens.
-
-    routers: one per layer; each returns (logits, weights, topk_ids [num_tokens, top_k]).
-    """
-    counts = torch.zeros(len(routers), num_experts, dtype=torch.int64)
-
-    def hook_for(layer: int) -> Callable[[nn.Module, object, tuple[Tensor, ...]], None]:
-        def record(_module: nn.Module, _inputs: object, output: tuple[Tensor, ...]) -> None:
-            counts[layer] += torch.bincount(output[2].flatten(), minlength=num_experts)
-
-        return record
-
-    hooks = [m.register_forward_hook(hook_for(layer)) for layer, m in enumerate(routers)]
-    ids = torch.tensor([tokenizer.encode(text).ids])
-    for chunk in torch.split(ids, 512, dim=1):
-        logits_of(chunk)
-    for hook in hooks:
-        hook.remove()
-    num_tokens = ids.shape[1]
-    top_k = int(counts[0].sum()) // num_tokens
-    return ExpertLoad(num_tokens=num_tokens, top_k=top_k, counts=counts)

@@ -27,11 +27,11 @@ from workers.demo.corpus import EOS, PAD, encode_epoch, split_corpus, train_toke
 from workers.demo.export import (
     MAX_LENGTH_TOKENS,
     LogitsFn,
-    expert_load,
     heldout_bits_per_byte,
     write_load_profile,
     write_tokenizer,
 )
+from workers.demo.served_load import HELDOUT_FRACTION, served_load
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class TrainConfig:
     """Low enough to leave the experts unequal, high enough to keep all of them in use."""
     chat_fraction: float = 0.1
     """Share of the documents laid out as a conversation; they are short, some 2% of the text."""
-    heldout_fraction: float = 0.05
+    heldout_fraction: float = HELDOUT_FRACTION
     eval_every_steps: int = 200
     seed: int = 0
 
@@ -312,8 +312,7 @@ def export(
     logits_of = logits_fn(stored)
     bits = heldout_bits_per_byte(logits_of, tokenizer, heldout_text, window=512, stride=256)
     logger.info("exported weights: bpb %.4f", bits)
-    routers = [layer.mlp.gate for layer in stored.model.layers]
-    load = expert_load(logits_of, routers, stored.config.num_experts, tokenizer, heldout_text)
+    load = served_load(out, heldout_text)
     write_load_profile(load, out)
     facts = CardFacts(
         config=stored.config,
