@@ -13,7 +13,7 @@ from dataclasses import replace
 from benchmarks.random_checkpoint import RandomModel
 from benchmarks.serving import QUICK, TINY, Case, measure, random_model, report
 
-CASE = Case(batches=(1, 8), new_tokens=32)
+CASE = Case(batches=(1, 8), new_tokens=24, patience_s=3.0)
 MODELS = {
     "OLMoE": RandomModel(),
     "dots.llm1": RandomModel(family="dots1", experts=128, top_k=6, ffn=176),
@@ -47,7 +47,8 @@ def _title(name: str, model: RandomModel) -> str:
 def _words(case: Case) -> str:
     return (
         "## Model families\n\nAs in *Serving*, with prompts of "
-        f"{case.prompt_tokens} random tokens and {case.new_tokens} new ones."
+        f"{case.prompt_tokens} random tokens and {case.new_tokens} new ones; medians of "
+        f"{case.repeats} turns."
     )
 
 

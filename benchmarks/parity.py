@@ -1,7 +1,13 @@
 """Every golden against transformers, local and served: ``python -m benchmarks.parity``.
 
-No speed is measured. ``--only PREFIX`` takes some of the variants, ``--out FILE`` writes the table.
-Goldens are made first where they are missing, which needs transformers.
+The workers are processes that serve one model after the other. No speed is measured. ``--only
+PREFIX`` takes some of the variants, ``--random N`` adds N random configs of each family, ``--out
+FILE`` writes the table. Goldens are made first where they are missing, which needs transformers.
+
+Columns: largest differences in float32 (hidden states, router logits and weights, logits); median
+difference and share of equal clear choices in bfloat16; then layouts of workers, ``ok`` where all
+float32 tokens are those of transformers, and ``same bits`` where ``--deterministic`` workers give
+the bits of one process, for sampled and greedy requests.
 """
 
 from __future__ import annotations
@@ -9,23 +15,37 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.results import table
-from cluster.config import ClusterConfig
-from tests.goldens import ALL_VARIANTS, BF16_VARIANTS, MAX_MODEL_LEN, Golden, load_golden
-from tests.parity import check_bfloat16, check_float32
-from tests.serving_cluster import ThreadCluster, serving
-from tests.test_layouts import check_greedy, colocated_config, float32_config
+from cluster.config import ClusterConfig, EngineSection
+from tests.exact import exact
+from tests.goldens import (
+    ALL_VARIANTS,
+    BF16_VARIANTS,
+    CLASSIFIERS,
+    MAX_MODEL_LEN,
+    Golden,
+    load_golden,
+    make_random,
+)
+from tests.parity import GREEDY, check_bfloat16, check_float32
+from tests.serving_cluster import ServingCluster, ThreadCluster, serving
+from tests.test_layouts import check_greedy, colocated_config, float32_config, requests
+from tests.worker_pool import PooledWorkerGroup
 from workers.local_engine import LocalEngine
+from workers.request import Request, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS: Mapping[str, Callable[[Golden], ClusterConfig]] = {
+Make = Callable[[Golden], ClusterConfig]
+LAYOUTS: Mapping[str, Make] = {
     "1x1": lambda golden: float32_config(golden, 1, 1),
     "1x3": lambda golden: float32_config(golden, 1, 3),
     "2x2": lambda golden: float32_config(golden, 2, 2),
@@ -37,24 +57,55 @@ LAYOUTS: Mapping[str, Callable[[Golden], ClusterConfig]] = {
     ),
 }
 """Columns: how many attention and expert workers."""
+EXACT_LAYOUTS: Mapping[str, Make] = {
+    "2x3 det., 2 micro-b.": lambda golden: float32_config(
+        golden, 2, 3, engine={"deterministic": True, "num_micro_batches": 2}
+    ),
+    "3 coloc. det.": lambda golden: colocated_config(golden, 3, engine={"deterministic": True}),
+}
+"""Columns whose bits are compared."""
+SAMPLED = replace(GREEDY, temperature=1.0, top_p=0.9, seed=5, logprobs=2, prompt_logprobs=1)
+HEAD = [
+    "golden",
+    "hidden states",
+    "routers",
+    "logits",
+    "bf16 median",
+    "bf16 agree",
+    *LAYOUTS,
+    *EXACT_LAYOUTS,
+]
 
 
-def row_of(variant: str) -> tuple[list[str], list[str]]:
+def row_of(golden: Golden, group: PooledWorkerGroup) -> tuple[list[str], list[str]]:
     """A line of the table, and what failed in words."""
-    golden = load_golden(variant)
-    cells, failures = [variant], []
+    cells, failures = [golden.name], []
+    is_classifier = golden.name in CLASSIFIERS
 
     def attempt(what: str, check: Callable[[], list[str]], width: int) -> None:
         try:
             cells.extend(check())
         except Exception as err:  # whatever goes wrong with one, the others are tried
             cells.extend(["**fails**"] * width)
-            failures.append(f"{variant}, {what}: {type(err).__name__}: {err}")
+            failures.append(f"{golden.name}, {what}: {type(err).__name__}: {err}")
 
-    attempt("float32", lambda: _float32(golden), 3)
+    attempt("float32", lambda: _classes(golden) if is_classifier else _float32(golden), 3)
     attempt("bfloat16", lambda: _bfloat16(golden), 2)
-    for name, config in LAYOUTS.items():
-        attempt(name, lambda make=config: _served(golden, make), 1)  # type: ignore[misc]
+    for name, make in LAYOUTS.items():
+        check = check_classes if is_classifier else check_greedy
+        attempt(name, lambda make=make, check=check: _served(golden, make, group, check), 1)  # type: ignore[misc]
+    asked = _exact_requests(golden, is_classifier)
+    bits = _bits_alone(golden, asked)
+    for name, make in EXACT_LAYOUTS.items():
+
+        def same(cluster: ServingCluster, golden: Golden) -> None:
+            found = cluster.answers(asked)
+            for request in asked:
+                outputs = found[request.request_id].outputs
+                own = (exact(outputs), outputs[-1].class_logits)
+                assert own == bits[request.request_id], request.request_id
+
+        attempt(name, lambda make=make, same=same: _served(golden, make, group, same), 1)  # type: ignore[misc]
     return cells, failures
 
 
@@ -70,40 +121,94 @@ def _bfloat16(golden: Golden) -> list[str]:
     return [f"{found.median:.2f}", f"{found.agreement:.1%}"]
 
 
-def _served(golden: Golden, make: Callable[[Golden], ClusterConfig]) -> list[str]:
-    with serving(ThreadCluster(make(golden))) as cluster:
-        check_greedy(cluster, golden)
-    return ["ok"]
+def _classes(golden: Golden) -> list[str]:
+    found = torch.tensor(_engine(golden, "float32").classify(golden.prompts))
+    return ["", "", f"{_off(golden, found):.0e}"]
+
+
+def check_classes(cluster: ServingCluster, golden: Golden) -> None:
+    """Logits by class are transformers' own, up to rounding."""
+    found = cluster.answers(requests(golden, SamplingParams(max_tokens=0)))
+    rows = [found[f"p{i}"].outputs[-1].class_logits for i in range(len(golden.prompts))]
+    assert _off(golden, torch.tensor(rows)) < 5e-4
+
+
+def _off(golden: Golden, found: torch.Tensor) -> float:
+    """Largest difference of logits by class [prompts, classes]."""
+    want = torch.stack([golden.tensors[f"p{i}.logits"] for i in range(len(golden.prompts))])
+    return (found - want).abs().max().item()
+
+
+def _exact_requests(golden: Golden, is_classifier: bool) -> list[Request]:
+    if is_classifier:
+        return requests(golden, SamplingParams(max_tokens=0))
+    params = (replace(GREEDY, logprobs=2), SAMPLED)
+    return [replace(request, params=params[i % 2]) for i, request in enumerate(requests(golden))]
+
+
+def _bits_alone(golden: Golden, asked: Sequence[Request]) -> dict[str, object]:
+    """What each request gives alone in one process, bit by bit."""
+    section = EngineSection(deterministic=True, enable_prefix_caching=False)
+    engine = LocalEngine(golden.path, dtype="float32", section=section, max_model_len=MAX_MODEL_LEN)
+    found: dict[str, object] = {}
+    for request in asked:
+        for (name, _), outputs in engine.run([request]).items():
+            found[name] = (exact(outputs), outputs[-1].class_logits)
+    return found
+
+
+def _served(
+    golden: Golden,
+    make: Make,
+    group: PooledWorkerGroup,
+    check: Callable[[ServingCluster, Golden], None],
+) -> list[str]:
+    config = make(golden)
+    with serving(ThreadCluster(config, group)) as cluster:
+        check(cluster, golden)
+    return ["same bits" if config.engine.deterministic else "ok"]
 
 
 def _engine(golden: Golden, dtype: str) -> LocalEngine:
     return LocalEngine(golden.path, dtype=dtype, max_model_len=MAX_MODEL_LEN)
 
 
-def run(variants: Sequence[str]) -> tuple[str, list[str]]:
-    """The table of some variants, and what failed."""
-    head = ["golden", "hidden states", "routers", "logits", "bf16 median", "bf16 agree", *LAYOUTS]
+def run(goldens: Sequence[Golden]) -> tuple[str, list[str]]:
+    """The table of some goldens, and what failed."""
     rows, failures = [], []
-    for number, variant in enumerate(variants, start=1):
-        start = time.monotonic()
-        cells, failed = row_of(variant)
-        rows.append(cells)
-        failures += failed
-        took = time.monotonic() - start
-        logger.info("%d/%d %s %.1f s, %d failed", number, len(variants), variant, took, len(failed))
-    return table(head, rows), failures
+    group = PooledWorkerGroup()
+    try:
+        for number, golden in enumerate(goldens, start=1):
+            start = time.monotonic()
+            cells, failed = row_of(golden, group)
+            rows.append(cells)
+            failures += failed
+            took = time.monotonic() - start
+            words = (number, len(goldens), golden.name, took, len(failed))
+            logger.info("%d/%d %s %.1f s, %d failed", *words)
+    finally:
+        group.close()
+    return table(HEAD, rows), failures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 0 when nothing fails."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__)
     parser.add_argument("--only", default="", help="beginning of the variants' names")
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="random configs too")
+    parser.add_argument("--first", type=int, default=100, help="number of the first of them")
     parser.add_argument("--out", type=Path, help="file for the table, by default stdout")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     logger.setLevel(logging.INFO)
     torch.set_num_threads(1)
-    text, failures = run([v for v in ALL_VARIANTS if v.startswith(options.only)])
+    names = [v for v in (*ALL_VARIANTS, *CLASSIFIERS) if v.startswith(options.only)]
+    goldens = [load_golden(name) for name in names]
+    with tempfile.TemporaryDirectory() as folder:
+        if options.random:
+            made = make_random(Path(folder), options.first, options.random)
+            goldens += [golden for golden in made if golden.name.startswith(options.only)]
+        text, failures = run(goldens)
     if options.out is None:
         sys.stdout.write(text + "\n")
     else:

@@ -1,13 +1,17 @@
 """Random checkpoints of any family and size, in the layout of the public ones.
 
 python -m benchmarks.random_checkpoint OUT --hidden 512 --layers 8 --ffn 256
+python -m benchmarks.random_checkpoint OUT --family jetmoe --tiny --labels 3
+
+One with the bundled model's vocabulary gets its tokenizer too, and so takes texts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -15,6 +19,7 @@ from typing import Literal
 import torch
 from safetensors.torch import save_file
 
+from cluster.model_source import bundled_checkpoint
 from workers.families.base import load_family
 
 MAX_SHARD_BYTES = 512 * 1024 * 1024
@@ -43,6 +48,8 @@ class RandomModel:
     """Rows of the embedding."""
     max_positions: int = 4096
     """Context."""
+    labels: int = 0
+    """Classes of a JetMoE with a classification head; 0: a language model."""
     seed: int = 0
     """Of the weights."""
 
@@ -94,8 +101,10 @@ class RandomModel:
         }
 
     def _jetmoe(self) -> dict[str, object]:
-        return {
-            "architectures": ["JetMoeForCausalLM"],
+        head = "SequenceClassification" if self.labels else "CausalLM"
+        names = {str(i): f"class {i}" for i in range(self.labels)}
+        return ({"id2label": names, "pad_token_id": 0} if self.labels else {}) | {
+            "architectures": [f"JetMoeFor{head}"],
             "intermediate_size": self.ffn,
             "num_key_value_heads": self.heads // self.top_k,
             "kv_channels": self.hidden // self.heads,
@@ -111,6 +120,11 @@ class RandomModel:
                 for matrix in family.expert_matrices(bank, exchange.index, expert, ()):
                     shapes |= {part.name: part.shape for part in matrix.parts}
         return shapes
+
+
+TINY = RandomModel(hidden=64, layers=2, heads=4, experts=8, top_k=2, ffn=32, vocab=1024)
+"""Made and loaded at once, with the vocabulary of the bundled model."""
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def write(model: RandomModel, out: Path) -> Path:
@@ -134,6 +148,9 @@ def write(model: RandomModel, out: Path) -> Path:
     index_text = json.dumps({"metadata": {}, "weight_map": weight_map})
     (out / "model.safetensors.index.json").write_text(index_text)
     (out / "config.json").write_text(json.dumps(model.config(), indent=2))
+    if model.vocab == TINY.vocab:
+        for name in _TOKENIZER_FILES:
+            shutil.copyfile(bundled_checkpoint() / name, out / name)
     return out
 
 
@@ -149,13 +166,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--family", choices=("olmoe", "dots1", "jetmoe"), default="olmoe")
-    for name in ("hidden", "layers", "heads", "experts", "top_k", "ffn", "vocab"):
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, default=getattr(RandomModel(), name)
-        )
-    values = vars(parser.parse_args())
-    out = values.pop("out")
-    write(RandomModel(**values), out)
+    parser.add_argument("--tiny", action="store_true", help="the smallest of everything")
+    names = ("hidden", "layers", "heads", "experts", "top_k", "ffn", "vocab", "labels")
+    for name in names:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    options = vars(parser.parse_args())
+    if options["labels"] and options["family"] != "jetmoe":
+        parser.error("--labels needs --family jetmoe")
+    given = {name: options[name] for name in names if options[name] is not None}
+    base = TINY if options["tiny"] else RandomModel()
+    write(replace(base, family=options["family"], **given), options["out"])
 
 
 if __name__ == "__main__":

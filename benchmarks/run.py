@@ -34,6 +34,7 @@ NAMES = (
     "dispatch",
     "idle",
     "load_tracking",
+    "reliability",
     "placement",
     "routing",
 )

@@ -62,7 +62,7 @@ class Case:
 
 QUICK = Case(batches=(2,), prompt_tokens=8, new_tokens=4, repeats=1, patience_s=0.0)
 """Enough to see that everything runs."""
-TINY = RandomModel(hidden=64, layers=2, heads=2, experts=8, top_k=2, ffn=32, vocab=256)
+TINY = random_checkpoint.TINY
 """The random model of a quick run."""
 
 

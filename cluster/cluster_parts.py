@@ -251,7 +251,7 @@ def _check_joined(plan: LaunchPlan) -> LaunchPlan:
     workers = plan.config.workers
     if workers.mode_reason:
         logger.info("mode %s: %s", workers.mode, workers.mode_reason)
-    plan_start(plan.config, list(plan.banks), nodes, free_cpus)
+    plan_start(plan.config, list(plan.banks), nodes, free_cpus, plan.profile)
     return plan
 
 

@@ -84,6 +84,8 @@ class WorkersSection:
     """GPUs that Ray sets aside for a worker, fractions allowed; None is 1 on CUDA, else 0."""
     placement_file: str | None = None
     """Path of a placement to use instead of the contiguous one."""
+    load_profile: str | None = None
+    """Path of a load profile to plan the first placement for."""
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, Mode)
@@ -99,6 +101,9 @@ class WorkersSection:
             ("recovery_slots", self.recovery_slots),
         ):
             check(value >= 0, name, value, "must not be negative")
+        only = "must not be given beside placement_file: that is a placement already"
+        both = self.placement_file is not None and self.load_profile is not None
+        check(not both, "load_profile", self.load_profile, only)
         attention, experts = self.num_attention_ranks, self.num_expert_workers
         if self.mode == "local":
             check(attention == 1, "num_attention_workers", attention, "must be 1 in local mode")

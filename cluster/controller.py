@@ -12,7 +12,7 @@ A further loss on the way starts the next generation. Every method is called fro
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -39,8 +39,9 @@ from cluster.control_frames import (
     WorkerFailed,
     WorkerReady,
 )
+from cluster.coverage import Holdings, cover
 from cluster.draining import Draining
-from cluster.errors import ProtocolError
+from cluster.errors import ConflictError, ProtocolError
 from cluster.failure import (
     FailureDecision,
     Outcome,
@@ -55,6 +56,7 @@ from cluster.load_report import LoadReport
 from cluster.load_tracker import LoadTracker
 from cluster.operations import Operations
 from cluster.placement import ExpertPlacement
+from cluster.planner.stages import SlotFill, Stage
 from cluster.rebalancing import Rebalancing
 from cluster.states import ClusterState, WorkerState, next_cluster_state
 from cluster.topology import Generation, Member
@@ -134,6 +136,7 @@ class Controller:
         self.placement = placement
         self.version = (term - 1) * _VERSIONS_OF_A_TERM + 1
         self.workers = WorkerTable(members, num_slots=num_slots, model=model, now=now)
+        self._num_slots = num_slots
         self._mode = mode
         self._mode_reason = mode_reason
         self._settings = settings
@@ -190,7 +193,8 @@ class Controller:
             case GenerationReady():
                 self._generation_ready(name, frame, now)
             case ExpertsLoaded() | EpochReady() | EpochSwitched():
-                self.rebalancing.frame(name, frame, now)
+                if not self.draining.frame(name, frame, now):
+                    self.rebalancing.frame(name, frame, now)
             case DrainWish():
                 self.draining.wish(name, now)
             case _:
@@ -526,6 +530,35 @@ class Controller:
         """The newest generation runs, and every expert has a copy."""
         runs = self.state in (ClusterState.SERVING, ClusterState.DEGRADED)
         return runs and self._round.is_complete and self._experts_complete
+
+    def stage_without(self, devices: Collection[int]) -> Stage:
+        """A placement that does not use these devices, and what must be loaded for it.
+
+        Raises ``ConflictError`` when the others have no room.
+        """
+        others = {m.device for m in self._round.generation.experts} - set(devices)
+        grows = all(str(r.info.get("device", "cpu")) == "cpu" for r in self.workers.alive())
+        holdings = Holdings(
+            current=self.placement,
+            desired=self.placement,
+            room=None if grows else self._num_slots,
+        )
+        found = cover(holdings, others, self.placement.epoch + 1)
+        if found.placement is None:
+            lacking = f"{len(found.missing)} experts that only they hold"
+            raise ConflictError(f"the other workers have no room for {lacking}")
+        banks = self.placement.banks
+        fills = tuple(
+            SlotFill(
+                bank=load.bank,
+                device=load.device,
+                slot=load.slot,
+                expert=load.expert,
+                sources=tuple(d for d, _ in banks[load.bank].logical_to_physical(load.expert)),
+            )
+            for load in found.loads
+        )
+        return Stage(fills=fills, placement=found.placement)
 
     def note(self, cause: str, effect: str, now: float) -> None:
         """Add to the history."""

@@ -26,7 +26,7 @@ from cluster.controller import Controller, ControllerSettings
 from cluster.draining import DrainOrder
 from cluster.errors import ConflictError, ExpertMeshError, StartError
 from cluster.load_profile import LoadProfile
-from cluster.load_view import load_before_start, load_document, placement_report
+from cluster.load_view import load_before_start, load_document, num_at_risk, placement_report
 from cluster.placement import ExpertPlacement
 from cluster.ray_tools import HEAD_NODE, NAMESPACE
 from cluster.rebalancing import RebalanceOrder
@@ -153,8 +153,10 @@ class ControllerActor:
             banks,
             self._group.resources(),
             self._group.free_cpus(),
+            profile,
         )
         members = await self._reserve(plan)
+        plan = plan.on(members)
         self._controller = self._make_controller(
             plan.config,
             members,
@@ -216,6 +218,9 @@ class ControllerActor:
         document = load_document(
             controller.placement, controller.load, self._profile, model, self._top_k
         )
+        domains = controller.workers.domains()
+        for bank, entry in zip(controller.placement.banks, document["banks"], strict=True):
+            entry["at_risk"] = num_at_risk(bank, domains)
         return {**document, "workers": controller.workers.holders()}
 
     async def drain(self, order: dict[str, Any]) -> dict[str, Any]:

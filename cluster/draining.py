@@ -1,6 +1,7 @@
 """Draining: workers are emptied, leave the generation and end, and no request fails.
 
-    COPY    experts with their only copies there are read by other workers, in the background
+    COPY    experts with their only copies there are read by other workers, from their memory and
+            while steps go on; then an epoch in which the others have all experts
     MOVE    they take no new request; the gateways go on elsewhere with the running ones
     LEAVE   a generation without them runs
     END     their processes are gone
@@ -10,15 +11,18 @@ Up to LEAVE a drain can be undone. ``Draining`` decides what comes next; the con
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, Protocol
 
+from cluster.control_frames import ControlFrame, EpochReady, EpochSwitched, ExpertsLoaded
+from cluster.epoch_change import ChangeLimits, ChangeState, EpochChange
 from cluster.errors import ConflictError, RequestError, UnknownNameError
-from cluster.failure import missing_experts
 from cluster.operations import Operation, Operations, OperationState
 from cluster.placement import ExpertPlacement
+from cluster.planner.stages import Stage
+from cluster.rebalancing import Rebalancing
 from cluster.states import WorkerState
 from cluster.topology import Generation
 from cluster.worker_record import WorkerRecord
@@ -64,6 +68,11 @@ class DrainStep(Enum):
     MOVE = "move requests to other workers"
     LEAVE = "form a generation without"
     END = "end the processes"
+    BACK = "take it back"
+
+
+_TOO_LATE = (DrainStep.LEAVE, DrainStep.END, DrainStep.BACK)
+"""Steps that a drain can no longer be taken back from."""
 
 
 class DrainHost(Protocol):
@@ -83,6 +92,16 @@ class DrainHost(Protocol):
     @property
     def takes_orders(self) -> bool:
         """The cluster is neither starting nor ending."""
+
+    @property
+    def rebalancing(self) -> Rebalancing:
+        """Whose changes of the placement end while a drain runs."""
+
+    def stage_without(self, devices: Collection[int]) -> Stage:
+        """A placement that does not use these devices, and what must be loaded for it.
+
+        Raises ``ConflictError`` when the others have no room.
+        """
 
     def note(self, cause: str, effect: str, now: float) -> None:
         """Add to the history."""
@@ -109,10 +128,12 @@ class _Drain:
     order: DrainOrder
     deadline: float
     step: DrainStep = DrainStep.SETTLE
-    since: float = 0.0
+    before: ExpertPlacement | None = None
+    change: EpochChange | None = None
+    outcome: tuple[OperationState, str] | None = None
 
-    def enter(self, step: DrainStep, now: float) -> None:
-        self.step, self.since = step, now
+    def enter(self, step: DrainStep) -> None:
+        self.step = step
         self.operation.phase = step.value
         self.operation.progress = list(DrainStep).index(step) / len(DrainStep)
 
@@ -152,18 +173,36 @@ class Draining:
         drain = self._drain
         if drain is None or drain.operation is not operation:
             raise ConflictError(f"{operation.id} has ended")
+        if drain.step is DrainStep.BACK:
+            raise ConflictError(f"{operation.id} is being taken back already")
         if drain.step in (DrainStep.LEAVE, DrainStep.END):
             raise ConflictError(f"{operation.target} has left already")
         self._undo(drain, OperationState.CANCELLED, "cancelled", now)
 
     # ---- events ---------------------------------------------------------------------------
 
+    def frame(self, name: str, frame: ControlFrame, now: float) -> bool:
+        """A worker's word on a change of the placement; False when it is on none of ours."""
+        drain = self._drain
+        if drain is None or drain.change is None:
+            return False
+        change = drain.change
+        match frame:
+            case ExpertsLoaded():
+                change.loaded(name, frame, now)
+            case EpochReady():
+                change.ready(name, frame)
+            case EpochSwitched():
+                change.switched(frame)
+        self._advance(drain, now)
+        return True
+
     def lost(self, reasons: Mapping[str, str], now: float) -> None:
         """Workers were lost (name -> reason)."""
         for name in reasons:
             self._wishes.pop(name, None)
         drain = self._drain
-        if drain is None or drain.step in (DrainStep.LEAVE, DrainStep.END):
+        if drain is None or drain.step in _TOO_LATE:
             return
         gone = sorted(set(drain.names) & set(reasons))
         if gone:
@@ -214,7 +253,7 @@ class Draining:
         self._drain = _Drain(
             operation=operation, names=names, order=order, deadline=now + order.limit_s
         )
-        self._drain.enter(DrainStep.SETTLE, now)
+        self._drain.enter(DrainStep.SETTLE)
         self._advance(self._drain, now)
         return operation
 
@@ -244,9 +283,13 @@ class Draining:
         if not any(m.runs_attention for m in members if m.name not in names):
             last = next(n for n in names if host.workers[n].member.runs_attention)
             raise ConflictError(f"{last} is the last attention worker: start another one first")
-        devices = frozenset(m.device for m in members if m.name in names and m.holds_experts)
-        if devices and host.placement.without_devices(devices, 0) is None:
-            raise ConflictError(missing_experts(host.placement, devices))
+        if devices := self._devices(names):
+            host.stage_without(devices)
+
+    def _devices(self, names: Sequence[str]) -> frozenset[int]:
+        """Devices of those of the workers that hold experts."""
+        members = self._host.generation.members
+        return frozenset(m.device for m in members if m.name in names and m.holds_experts)
 
     def _is_under_way(self, name: str) -> bool:
         return self._drain is not None and name in self._drain.names
@@ -258,17 +301,21 @@ class Draining:
 
     def _advance(self, drain: _Drain, now: float) -> None:
         host = self._host
-        if drain.step is DrainStep.SETTLE and host.runs:
+        if drain.step is DrainStep.SETTLE and host.runs and host.rebalancing.is_idle:
             self._check_again(drain, now)
+        elif drain.step is DrainStep.COPY:
+            self._watch_copies(drain, now)
         elif drain.step is DrainStep.MOVE:
             if host.runs and all(map(self._is_empty, self._records(drain))):
                 self._leave(drain, now)
             else:
                 for record in self._records(drain):
                     host.ask_numbers(record.name)
+        elif drain.step is DrainStep.BACK:
+            self._watch_return(drain, now)
         elif drain.step is DrainStep.LEAVE and host.runs:
             drain.operation.generation = host.generation.number
-            drain.enter(DrainStep.END, now)
+            drain.enter(DrainStep.END)
             host.end(drain.names)
 
     def _check_again(self, drain: _Drain, now: float) -> None:
@@ -278,14 +325,41 @@ class Draining:
         except ConflictError as err:
             self._undo(drain, OperationState.FAILED, str(err), now)
             return
-        self._move(drain, now)
+        devices = self._devices(drain.names)
+        stage = self._host.stage_without(devices) if devices else None
+        if stage is None or not stage.fills:
+            self._move(drain, now)
+            return
+        drain.before = drain.before or self._host.placement
+        drain.enter(DrainStep.COPY)
+        drain.operation.result["experts_copied"] = len(stage.fills)
+        limits = ChangeLimits(limit_s=max(drain.deadline - now, 0.1))
+        drain.change = self._host.rebalancing.begin_change(stage, limits, now)
+        self._watch_copies(drain, now)
+
+    def _watch_copies(self, drain: _Drain, now: float) -> None:
+        """Go on when the others have the experts; begin again after a generation change."""
+        change = drain.change
+        assert change is not None, "copying is a change of the placement"
+        generation = self._host.generation.number
+        change.tick(now)
+        if not change.is_over:
+            return
+        drain.change = None
+        if change.state is ChangeState.DONE:
+            self._move(drain, now)
+        elif change.generation.number != generation or not self._host.runs:
+            drain.enter(DrainStep.SETTLE)
+        else:
+            text = f"the experts could not be copied: {change.reason}"
+            self._undo(drain, OperationState.FAILED, text, now)
 
     def _move(self, drain: _Drain, now: float) -> None:
         held = [r for r in self._records(drain) if r.member.runs_attention]
         drain.operation.result["requests_moved"] = sum(map(_num_requests, held))
         for record in held:
             record.stats.clear()  # what comes from now on is fresh
-        drain.enter(DrainStep.MOVE, now)
+        drain.enter(DrainStep.MOVE)
         self._host.hold_back([r.name for r in held], True)
 
     def _is_empty(self, record: WorkerRecord) -> bool:
@@ -299,13 +373,17 @@ class Draining:
         except ConflictError as err:
             self._undo(drain, OperationState.FAILED, str(err), now)
             return
-        drain.enter(DrainStep.LEAVE, now)
+        devices = self._devices(drain.names)
+        if devices and self._host.stage_without(devices).fills:
+            drain.enter(DrainStep.SETTLE)  # copies were lost since
+            return
+        drain.enter(DrainStep.LEAVE)
         self._host.leave(drain.names, f"drained {' and '.join(drain.names)}", now)
 
     def _past_limit(self, drain: _Drain, now: float) -> None:
-        if drain.step in (DrainStep.LEAVE, DrainStep.END):
+        if drain.step in _TOO_LATE:
             return  # nothing can be undone any more, and the controller has limits of its own
-        if not drain.order.force:
+        if not (drain.order.force and drain.step is DrainStep.MOVE):
             text = f"could not {drain.step.value} within {drain.order.limit_s:g} s"
             self._undo(drain, OperationState.FAILED, text, now)
         elif self._host.runs:
@@ -316,9 +394,34 @@ class Draining:
         self._end(drain, OperationState.SUCCEEDED, f"{drain.operation.target} is drained", now)
 
     def _undo(self, drain: _Drain, state: OperationState, text: str, now: float) -> None:
+        """Requests may come again, and the maps from before the drain where it changed them."""
+        host = self._host
         alive = [r.name for r in self._records(drain) if not r.is_lost]
-        self._host.hold_back(alive, False)
-        self._end(drain, state, text, now)
+        host.hold_back(alive, False)
+        if drain.change is not None:
+            drain.change.cancel("the drain was given up")
+        is_changed = drain.before is not None and drain.before.banks != host.placement.banks
+        if (
+            drain.change is not None
+            or not is_changed
+            or not host.runs
+            or len(alive) < len(drain.names)
+        ):
+            self._end(drain, state, text, now)
+            return
+        assert drain.before is not None, "just looked at"
+        drain.enter(DrainStep.BACK)
+        drain.outcome = (state, text)
+        stage = Stage(fills=(), placement=drain.before)  # all that it names is in memory still
+        drain.change = host.rebalancing.begin_change(stage, ChangeLimits(), now)
+
+    def _watch_return(self, drain: _Drain, now: float) -> None:
+        """End when the maps are those from before; a new generation ends it too."""
+        assert drain.change is not None, "it is taken back by a change"
+        assert drain.outcome is not None, "it is taken back for a reason"
+        drain.change.tick(now)
+        if drain.change.is_over:
+            self._end(drain, *drain.outcome, now)
 
     def _end(self, drain: _Drain, state: OperationState, text: str, now: float) -> None:
         self._drain = None

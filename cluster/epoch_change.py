@@ -112,6 +112,11 @@ class EpochChange:
         self._start(now)
 
     @property
+    def generation(self) -> Generation:
+        """The generation that it is a change of."""
+        return self._generation
+
+    @property
     def is_over(self) -> bool:
         """It is done, or failed."""
         return self.state in (ChangeState.DONE, ChangeState.FAILED)

@@ -14,6 +14,7 @@
     ├── NotReadyError             loading, draining or without experts: send it elsewhere
     ├── DeadlineExceededError     the client's or the server's time limit passed
     ├── RequestFailedError        this one request cannot be finished (NaN logits, for example)
+    │   └── PoisonousRequestError    it was alone in a step with which workers died
     ├── ConflictError             an order to the cluster that its state does not allow
     ├── UnknownNameError          no worker, node or operation of that name
     ├── NotBuiltError             a procedure that is named in the interface and not built yet
@@ -153,6 +154,10 @@ class DeadlineExceededError(ExpertMeshError):
 
 class RequestFailedError(ExpertMeshError):
     """This one request cannot be finished, through no fault of the client."""
+
+
+class PoisonousRequestError(RequestFailedError):
+    """Workers died one after the other with this request; it was alone in the last one's step."""
 
 
 class ConflictError(ExpertMeshError):

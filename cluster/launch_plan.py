@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import random
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ from cluster.mode_choice import bank_sizes, resolve_mode
 from cluster.resources import NodeResources
 from cluster.sizing import ModelSize
 from cluster.state_file import Command
+
+_PORTS = (20_000, 30_000)
+"""Above what Ray gives its workers, below the ports of Kubernetes and of outgoing connections."""
+_PORT_TRIES = 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,9 +123,26 @@ def check_ports(host: str, ports: Mapping[str, int]) -> None:
 
 
 def free_port(host: str) -> int:
-    """A port that is free now."""
+    """A port that is free now, where possible one that nobody is given who does not ask for it.
+
+    The port is opened only when Ray and the workers are up, and these open many of the system's
+    choice: from the range for outgoing connections, which is therefore avoided.
+    """
+    first, last = _PORTS
+    if (lowest := _lowest_ephemeral_port()) > first:
+        for _ in range(_PORT_TRIES):
+            port = random.SystemRandom().randrange(first, min(last, lowest))
+            with contextlib.suppress(OSError), contextlib.closing(_bind(host, port)):
+                return port
     with contextlib.closing(_bind(host, 0)) as probe:
         return int(probe.getsockname()[1])
+
+
+def _lowest_ephemeral_port() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0  # not on Linux
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -227,6 +227,16 @@ def _of_holders(placement: ExpertPlacement, loads: DeviceLoads) -> DeviceLoads:
     }
 
 
+def num_at_risk(bank: BankPlacement, domains: Sequence[str]) -> int:
+    """Experts with copies in one failure domain only; ``domains`` is by device."""
+    found: list[set[str]] = [set() for _ in range(bank.num_experts)]
+    for device, slots in enumerate(bank.physical_to_logical):
+        for expert in slots:
+            if expert != FREE_SLOT:
+                found[expert].add(domains[device])
+    return sum(len(where) == 1 for where in found)
+
+
 def _num_copies(bank: BankPlacement) -> list[int]:
     found = [0] * bank.num_experts
     for slots in bank.physical_to_logical:

@@ -16,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import StartError
-from cluster.orphans import find_by_files, sweep
+from cluster.orphans import end_all, find_by_files, sweep
 from cluster.process import ProcessIdentity
+
+logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 """No tensor goes through Ray; its smallest object store would be 75 MiB."""
+START_ATTEMPTS = 3
+_SLOW_START = "timed out during startup"
+_END_LIMIT_S = 10.0
 _SOCKET_PATH_LIMIT = 107
 _RAY_PATH_CHARS = 75
 """What Ray adds to its folder for its longest socket path."""
@@ -88,20 +93,15 @@ class PrivateRay:
         """Start it and connect; Ray's address. Call on the main thread, which must live on:
         the kernel ends Ray's processes with the thread that started them.
         """
-        import ray
-
         from cluster.ray_tools import NAMESPACE
 
-        context: Any = ray.init(
-            address="local",
+        context = begin(
+            self.folder / "ray",
             namespace=NAMESPACE,
             num_cpus=num_cpus,
             num_gpus=num_gpus,
             object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
             logging_level=logging.WARNING,
-            _temp_dir=str(self.folder / "ray"),
             _node_ip_address="127.0.0.1",
         )
         return str(context.address_info["gcs_address"])
@@ -116,6 +116,31 @@ class PrivateRay:
 
         ray.shutdown()
         sweep(self.folder, ())
+
+
+def begin(folder: Path, **options: Any) -> Any:
+    """``ray.init`` of a new Ray with its files in ``folder``; returns its context.
+
+    Ray gives its node 30 s to start, which no setting changes and a busy machine may need. What it
+    has started by then is ended here, and another attempt begins with what the first has warmed up.
+    """
+    import ray
+
+    for attempts_left in reversed(range(START_ATTEMPTS)):
+        try:
+            return ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                _temp_dir=str(folder),
+                **options,
+            )
+        except Exception as err:  # Ray raises it as that
+            if _SLOW_START not in str(err) or not attempts_left:
+                raise
+            logger.warning("Ray did not start in its time, beginning again: %s", err)
+            end_all(find_by_files(folder), _END_LIMIT_S)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def join(address: str) -> str:

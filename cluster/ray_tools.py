@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
+from cluster.node_labels import Place
 from cluster.resources import NodeResources
 
 NAMESPACE = "expertmesh"
@@ -21,7 +22,10 @@ WORKERS_GROUP = "expertmesh-workers"
 
 
 def cluster_nodes() -> tuple[NodeResources, ...]:
-    """Live nodes of the connected Ray cluster, by address."""
+    """Live nodes of the connected Ray cluster, by address.
+
+    Raises ``ConfigError`` for a label of ours that makes no sense.
+    """
     found = cast("list[dict[str, Any]]", ray.nodes())  # type: ignore[no-untyped-call]
     nodes = [
         NodeResources(
@@ -29,6 +33,7 @@ def cluster_nodes() -> tuple[NodeResources, ...]:
             address=str(n["NodeManagerAddress"]),
             cpus=float(n["Resources"].get("CPU", 0.0)),
             gpus=float(n["Resources"].get("GPU", 0.0)),
+            place=Place.of(n.get("Labels") or {}, str(n["NodeManagerAddress"])),
         )
         for n in found
         if n["Alive"]

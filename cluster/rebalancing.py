@@ -57,6 +57,10 @@ _FIRST_ORDER = 1 << 32
 """Load orders of changes are numbered from here on, apart from those of recoveries."""
 
 
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+"""Limits of the buckets of a change's duration."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RebalanceOrder:
     """Somebody asks for it."""
@@ -161,13 +165,14 @@ class Rebalancing:
         self._last: dict[str, Any] | None = None
         self._seen_windows = 0
         self._rested_at = now
-        self._counted: dict[str, tuple[float, float]] = {}
         self._outcomes = dict.fromkeys(
             ("applied", "skipped_gain", "skipped_churn", "failed", "cancelled"), 0
         )
         self._num_bytes = 0
         self._num_moved = 0
         self._seconds = 0.0
+        self._num_changes = 0
+        self._buckets = dict.fromkeys(_SECONDS, 0)
 
     # ---- orders ---------------------------------------------------------------------------
 
@@ -254,6 +259,18 @@ class Rebalancing:
             return placement
         return replace(placement, epoch=max(self._highest_epoch + 1, placement.epoch))
 
+    @property
+    def is_idle(self) -> bool:
+        """No change of ours is under way."""
+        return self._job is None
+
+    def begin_change(self, stage: Stage, limits: ChangeLimits, now: float) -> EpochChange:
+        """A change of the placement, of an epoch and with order numbers that nobody had before."""
+        epoch = max(self._host.placement.epoch, self._highest_epoch) + 1
+        self._highest_epoch = epoch
+        stage = replace(stage, placement=replace(stage.placement, epoch=epoch))
+        return EpochChange(self._host, stage, self._numbers, limits, now)
+
     # ---- questions ------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
@@ -265,20 +282,16 @@ class Rebalancing:
             "reason": self.impossible,
             "phase": self._phase(job) if job is not None else "",
             "last": self._last,
-        }
-
-    def stats(self) -> dict[str, float]:
-        """Counters by metric name, with labels."""
-        counts = {
-            f'rebalance_total{{outcome="{outcome}"}}': float(count)
-            for outcome, count in self._outcomes.items()
-        }
-        reason = '{reason="rebalance"}'
-        return {
-            **counts,
-            f"migration_bytes_total{reason}": float(self._num_bytes),
-            f"migration_slots_moved_total{reason}": float(self._num_moved),
-            f"migration_seconds_total{reason}": self._seconds,
+            "counts": {
+                "outcomes": dict(self._outcomes),
+                "bytes": self._num_bytes,
+                "slots_moved": self._num_moved,
+                "seconds": {
+                    "buckets": [list(entry) for entry in self._buckets.items()],
+                    "sum": self._seconds,
+                    "count": self._num_changes,
+                },
+            },
         }
 
     # ---- deciding -------------------------------------------------------------------------
@@ -408,11 +421,8 @@ class Rebalancing:
         if stage is None or job.num_stages >= MAX_STAGES:
             self._finish(job, now)
             return
-        epoch = max(host.placement.epoch, self._highest_epoch) + 1
-        self._highest_epoch = epoch
-        stage = replace(stage, placement=replace(stage.placement, epoch=epoch))
         limits = ChangeLimits(limit_s=self._section.limit_s, bytes_per_s=self._section.bytes_per_s)
-        job.change = EpochChange(host, stage, self._numbers, limits, now)
+        job.change = self.begin_change(stage, limits, now)
         self._advance(job, now)
 
     def _finish(self, job: _Job, now: float) -> None:
@@ -440,6 +450,9 @@ class Rebalancing:
         self._num_bytes += job.num_bytes
         self._num_moved += job.num_moved
         self._seconds += now - job.began_at
+        self._num_changes += 1
+        for limit in self._buckets:
+            self._buckets[limit] += now - job.began_at <= limit
         self._last = {
             "outcome": outcome,
             "text": text,

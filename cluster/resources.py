@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.config import WorkersSection
 from cluster.errors import ConfigError
+from cluster.node_labels import Place
 
 _GRAIN = 10_000
 """Ray counts resources in ten-thousandths."""
@@ -29,6 +30,8 @@ class NodeResources:
     """CPUs in Ray's accounting."""
     gpus: float = 0.0
     """GPUs in Ray's accounting."""
+    place: Place = field(default_factory=Place)
+    """What its labels say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,9 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ClusterConfig
+from cluster.load_profile import BankLoad, LoadProfile
 from cluster.placement import BankShape, ExpertPlacement, contiguous, load_placement
+from cluster.planner import mesh
+from cluster.planner.base import PlannedDevice, PlannedTopology
 from cluster.resources import NodeResources, WorkerShare, plan_shares
 from cluster.topology import Member
+
+
+def planned_device(member: Member, num_slots: int | None = None) -> PlannedDevice:
+    """A member as the planner sees it."""
+    return PlannedDevice(
+        num_expert_slots=num_slots,
+        speed=member.speed,
+        node=member.node,
+        domain=member.domain,
+        link_class=member.link_class,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +39,16 @@ class StartPlan:
     """Resources of each worker."""
     num_slots: int
     """Expert slots per bank of each expert worker: the fullest planned one and the spare ones."""
+    load: LoadProfile
+    """The load that is expected."""
+
+    def on(self, members: Sequence[Member]) -> StartPlan:
+        """The plan with a placement for the members, now that it is known where they are."""
+        holders = sorted((m for m in members if m.holds_experts), key=lambda m: m.device)
+        devices = [planned_device(m) for m in holders]
+        if not devices:
+            return self
+        return replace(self, placement=first_placement(self.config, self.load, devices))
 
     def extra(self, member: Member) -> dict[str, Any]:
         """What a worker is told besides the configuration."""
@@ -39,38 +63,86 @@ def plan_start(
     banks: Sequence[Mapping[str, Any]],
     nodes: Sequence[NodeResources],
     free_cpus: float | None = None,
+    profile: Mapping[str, Any] | None = None,
 ) -> StartPlan:
     """Decide the start; ``banks`` are dicts with ``bank``, ``layer`` and ``num_experts``.
 
-    Raises ``ConfigError`` for what the model or the nodes cannot do. Nothing is created.
+    ``profile`` is the load to expect. Where the devices will be is not known yet: see
+    ``StartPlan.on``. Raises ``ConfigError`` for what the model or the nodes cannot do. Nothing is
+    created.
     """
     assert config.workers.mode != "auto", "the mode is decided before the start"
-    shapes = [
-        BankShape(bank=str(b["bank"]), layer=int(b["layer"]), num_experts=int(b["num_experts"]))
-        for b in banks
-    ]
-    placement = first_placement(config, shapes)
+    expected = expected_load(config, banks, profile)
     share = plan_shares(config.workers, nodes, free_cpus)
+    somewhere = [PlannedDevice()] * config.workers.num_expert_workers
+    placement = first_placement(config, expected, somewhere)
     slots = max((len(s) for b in placement.banks for s in b.physical_to_logical), default=0)
     return StartPlan(
         config=_resolved(config, share),
         placement=placement,
         share=share,
         num_slots=slots + config.workers.recovery_slots,
+        load=expected,
     )
 
 
-def first_placement(config: ClusterConfig, shapes: Sequence[BankShape]) -> ExpertPlacement:
-    """The placement file's, or the contiguous one. Local mode has one device.
+def fits(profile: LoadProfile, banks: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a profile knows exactly these banks, with as many experts."""
+    wanted = {(b["bank"], b["layer"], b["num_experts"]) for b in banks}
+    return {(b.bank, b.layer, len(b.counts)) for b in profile.banks} == wanted
 
-    Raises ``ConfigError``.
+
+def expected_load(
+    config: ClusterConfig, banks: Sequence[Mapping[str, Any]], profile: Mapping[str, Any] | None
+) -> LoadProfile:
+    """The profile, its banks in the model's order; an even load where there is none that fits."""
+    known = LoadProfile.from_dict(profile) if profile else None
+    if known is not None and not fits(known, banks):
+        known = None
+    return LoadProfile(
+        model=config.model.served_model_name,
+        top_k=max((int(b.get("top_k", 1)) for b in banks), default=1),
+        tokens=known.tokens if known else 0,
+        banks=tuple(_bank_load(b, known) for b in banks),
+    )
+
+
+def _bank_load(bank: Mapping[str, Any], known: LoadProfile | None) -> BankLoad:
+    kind, layer = str(bank["bank"]), int(bank["layer"])
+    even = (1.0,) * int(bank["num_experts"])
+    return BankLoad(bank=kind, layer=layer, counts=known.counts(kind, layer) if known else even)
+
+
+def first_placement(
+    config: ClusterConfig, load: LoadProfile, devices: Sequence[PlannedDevice]
+) -> ExpertPlacement:
+    """The placement file's, or one planned for the load, or the contiguous one.
+
+    It is planned where a load profile was given or rebalancing is on, and where devices in several
+    failure domains, or of several speeds, have spare slots or shares to make use of it. Local mode
+    has one device. Raises ``ConfigError``.
     """
     workers = config.workers
+    shapes = [BankShape(bank=b.bank, layer=b.layer, num_experts=len(b.counts)) for b in load.banks]
     if workers.mode == "local":
         return contiguous(shapes, 1)
     if workers.placement_file is not None:
         return load_placement(Path(workers.placement_file), shapes, workers.num_expert_workers)
-    return contiguous(shapes, workers.num_expert_workers, workers.num_redundant_experts)
+    plain = contiguous(shapes, workers.num_expert_workers, workers.num_redundant_experts)
+    topology = PlannedTopology(devices=tuple(devices), num_redundant=workers.num_redundant_experts)
+    if not (_wants_plan(config) or _is_uneven(topology)):
+        return plain
+    return mesh.plan(load, topology).placement
+
+
+def _wants_plan(config: ClusterConfig) -> bool:
+    return config.workers.load_profile is not None
+
+
+def _is_uneven(topology: PlannedTopology) -> bool:
+    """Whether it matters which of the devices gets what."""
+    spreads = topology.num_redundant > 0 and len(set(topology.domains.tolist())) > 1
+    return spreads or len({d.speed for d in topology.devices}) > 1
 
 
 def _resolved(config: ClusterConfig, share: WorkerShare) -> ClusterConfig:

@@ -34,6 +34,12 @@ class Member:
     """Where it holds experts: the device index in the placement; else -1."""
     node: str = ""
     """Host name or Ray node id, for people."""
+    domain: str = ""
+    """Failure domain; empty: the node."""
+    link_class: str = ""
+    """Members of one link class reach each other fast; empty: the node."""
+    speed: float = 1.0
+    """Relative speed as an expert worker."""
     pid: int = 0
     """Process id on that host."""
     data_address: str = ""

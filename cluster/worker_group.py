@@ -348,7 +348,8 @@ async def _all_or_first_error(calls: Sequence[Awaitable[None]]) -> None:
 
 def _rank(role: Role, nodes: Sequence[str]) -> list[tuple[Member, str]]:
     """Members of one pool with their node ids, ranked by the nodes' order."""
-    order = {n.node_id: (i, n.address) for i, n in enumerate(cluster_nodes())}
+    known = {n.node_id: n for n in cluster_nodes()}
+    order = {node_id: i for i, node_id in enumerate(known)}
     placed = sorted(nodes, key=lambda node: order[node])
     return [
         (
@@ -357,7 +358,10 @@ def _rank(role: Role, nodes: Sequence[str]) -> list[tuple[Member, str]]:
                 role=role,
                 rank=rank,
                 device=rank if holds_experts(role) else -1,
-                node=order[node][1],
+                node=known[node].address,
+                domain=known[node].place.domain,
+                link_class=known[node].place.link_class,
+                speed=known[node].place.speed,
             ),
             node,
         )

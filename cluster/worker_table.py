@@ -94,6 +94,11 @@ class WorkerTable:
         devices = 1 + max((r.member.device for r in self), default=-1)
         return [alive.get(device) for device in range(devices)]
 
+    def domains(self) -> list[str]:
+        """``[device]`` -> failure domain of the worker that holds its experts."""
+        of = {r.member.device: r.member.domain or r.member.node for r in self}
+        return [of.get(device, "") for device in range(len(self.holders()))]
+
     @property
     def model(self) -> dict[str, Any]:
         """Name, path, and the facts; None for what is not known yet."""

@@ -106,6 +106,15 @@ class AdminCalls:
         }
         return _operation(await self._controller().drain(order))
 
+    async def Rebalance(self, request: pb.RebalanceRequest) -> pb.Operation:
+        """Move experts to where the load is, or with ``dry_run`` say what would be done."""
+        order = {
+            "dry_run": request.dry_run,
+            "request_id": request.request_id,
+            "expected_epoch": _epoch(request),
+        }
+        return _operation(await self._controller().rebalance(order))
+
     async def GetOperation(self, request: pb.GetOperationRequest) -> pb.Operation:
         """One operation."""
         return _operation(await self._controller().operation(request.id))

@@ -44,6 +44,10 @@ class RayController:
         """See ``Controller``."""
         return cast(dict[str, Any], await _own_words(self._handle.drain.remote(order)))
 
+    async def rebalance(self, order: dict[str, Any]) -> dict[str, Any]:
+        """See ``Controller``."""
+        return cast(dict[str, Any], await _own_words(self._handle.rebalance.remote(order)))
+
     async def operation(self, operation_id: str) -> dict[str, Any]:
         """See ``Controller``."""
         return cast(dict[str, Any], await _own_words(self._handle.operation.remote(operation_id)))

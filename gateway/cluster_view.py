@@ -49,6 +49,12 @@ class Controller(Protocol):
         Raises ``ConflictError`` and ``UnknownNameError``.
         """
 
+    async def rebalance(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Begin to rebalance: the fields of ``RebalanceOrder``; the operation.
+
+        Raises ``ConflictError``.
+        """
+
     async def operation(self, operation_id: str) -> dict[str, Any]:
         """One operation. Raises ``UnknownNameError``."""
 

@@ -21,8 +21,14 @@ from gateway.submission import Submission, without_first
 from protos import engine_pb2 as pb
 from protos.engine_pb2_grpc import EngineStub
 from workers.prefix_hash import KvEvents
-from workers.request import StepOutput, TokenOutput
-from workers.wire import kv_events_from_wire, request_to_wire, step_from_wire
+from workers.request import StepOutput, TokenOutput, Turn
+from workers.wire import (
+    kv_events_from_wire,
+    request_to_wire,
+    step_from_wire,
+    turn_from_wire,
+    turn_to_wire,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +180,8 @@ class EngineClient:
             kind = message.WhichOneof("message")
             if kind == "step":
                 self._take_step(step_from_wire(message.step))
+            elif kind == "turn":
+                self._take_turn(turn_from_wire(message.turn))
             elif kind == "kv":
                 if not self._owner.take_kv(self.worker, kv_events_from_wire(message.kv)):
                     self._outgoing.put_nowait(pb.ToEngine(kv_resync=pb.KvResync()))
@@ -200,6 +208,17 @@ class EngineClient:
                 return
             number += 1
             self._outgoing.put_nowait(pb.ToEngine(ping=pb.Ping(number=number)))
+
+    def _take_turn(self, turn: Turn) -> None:
+        """A request runs a step alone: note it, and say so; or it has done so."""
+        entry = self._submissions.get(turn.request_id)
+        if entry is None or entry.request.attempt != turn.attempt:
+            return
+        if turn.is_over:
+            entry.clear()
+        else:
+            entry.is_alone = True
+            self._outgoing.put_nowait(pb.ToEngine(turn=turn_to_wire(turn)))
 
     def _take_step(self, step: StepOutput) -> None:
         for output in step.outputs:

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from cluster.errors import NotReadyError
+from cluster.errors import NotReadyError, PoisonousRequestError
 from gateway.cluster_view import AttentionEndpoint
 from gateway.engine_client import PING_S, SILENCE_LIMIT_S, EngineClient
 from gateway.kv_index import KvIndex
@@ -185,6 +185,12 @@ class EnginePool:
                 entry.sink.fail(NotReadyError(f"the gateway ends ({reason})", "not_ready", 1.0))
                 continue
             logger.warning("request %s was lost with %s: %s", name, client.worker, reason)
+            if entry.is_alone:
+                error = f"a third worker in a row was lost with request {name}: {reason}"
+                entry.close()
+                entry.sink.fail(PoisonousRequestError(error))
+                continue
+            entry.lose()
             self._waiting.append(entry)
         self._place_waiting()
         self._notify()

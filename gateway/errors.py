@@ -25,6 +25,7 @@ from cluster.errors import (
     ModelNotFoundError,
     NotBuiltError,
     NotReadyError,
+    PoisonousRequestError,
     QueueFullError,
     RequestError,
     RequestFailedError,
@@ -132,6 +133,7 @@ _TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode], ...]
     (RequestTooLargeError, 413, _INVALID, "request_too_large", _CODES.RESOURCE_EXHAUSTED),
     (QueueFullError, 429, "overloaded_error", "queue_full", _CODES.RESOURCE_EXHAUSTED),
     (NotReadyError, 503, "service_unavailable", "", _CODES.UNAVAILABLE),
+    (PoisonousRequestError, 500, "server_error", "poisonous_request", _CODES.INTERNAL),
     (RequestFailedError, 500, "server_error", "internal_error", _CODES.INTERNAL),
     (ConflictError, 409, "conflict_error", "failed_precondition", _CODES.FAILED_PRECONDITION),
     (UnknownNameError, 404, _INVALID, "not_found", _CODES.NOT_FOUND),
@@ -169,6 +171,7 @@ def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
                 message=str(error),
                 param=getattr(error, "param", None),
                 retry_after_s=_retry_after(error),
+                should_retry=False if isinstance(error, PoisonousRequestError) else None,
             )
     return ErrorReport(
         http_status=500,
@@ -195,6 +198,8 @@ def error_from_engine(
         return NotReadyError(message, code)
     if code == "deadline_exceeded":
         return DeadlineExceededError(message, started)
+    if code == "poisonous_request":
+        return PoisonousRequestError(message)
     return RequestFailedError(message)
 
 

@@ -45,6 +45,8 @@ MAX_JSON_BYTES = 8 * 1024 * 1024
 """The same for an answer in JSON, which is about six times as long."""
 MAX_HELD_BYTES = 256 * 1024 * 1024
 """What the calls of one replica may bring home at the same time."""
+MAX_LABEL = 1e30
+"""Largest size of a label: its square is a number still."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +145,8 @@ def make_readings(fields: InspectFields, facts: ModelFacts) -> list[Reading]:
         check_token_ids("token_ids", ids, facts.vocab_size)
     _check_rows("attention_mask", fields.masks, len(prompts))
     _check_rows("labels", fields.labels, len(prompts))
+    is_small = all(abs(label) <= MAX_LABEL for row in fields.labels for label in row)
+    require(is_small, "labels", f"labels must be at most {MAX_LABEL:g} in size")
     if facts.labels:
         if fields.wants("logits", "loss"):
             check_classifier_batch(len(prompts), facts)

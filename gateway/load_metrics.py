@@ -50,6 +50,7 @@ class LoadCollector(Collector):
             return
         yield self._tokens(document)
         yield self._copies(document)
+        yield self._at_risk(document)
         for name in ("achieved", "predicted"):
             yield self._balancedness(document, name)
 
@@ -80,6 +81,13 @@ class LoadCollector(Collector):
             copies = bank["copies"]
             for number in sorted(set(copies)):
                 family.add_metric((*self._labels(bank), str(number)), copies.count(number))
+        return family
+
+    def _at_risk(self, document: Mapping[str, Any]) -> Metric:
+        text = "Experts with copies in one failure domain only"
+        family = GaugeMetricFamily(self._prefix + "experts_at_risk", text, labels=_BANK)
+        for bank in document["banks"]:
+            family.add_metric(self._labels(bank), bank["at_risk"])
         return family
 
     def _balancedness(self, document: Mapping[str, Any], name: str) -> Metric:

@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 from cluster.topology import holds_experts, runs_attention
 from gateway.cluster_view import Snapshot
 from gateway.load_metrics import LoadCollector
+from gateway.rebalance_metrics import RebalanceCollector
 from workers.request import Timings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -124,6 +125,7 @@ class GatewayMetrics:
         collector = _ClusterCollector(model_name, snapshot, frozenset(self._own), cache_config)
         self._registry.register(collector)
         self._registry.register(LoadCollector(model_name, PREFIX, load, all_experts))
+        self._registry.register(RebalanceCollector(model_name, PREFIX, snapshot))
 
     def observe_timings(self, timings: Timings) -> None:
         """Count a choice's times in its engine."""
@@ -201,7 +203,8 @@ class _ClusterCollector(Collector):
 
     def _numbers(self, worker: Mapping[str, Any], epoch: int) -> dict[str, float]:
         numbers = {name: float(value) for name, value in (worker.get("stats") or {}).items()}
-        numbers.setdefault("placement_epoch", epoch)
+        own = numbers.setdefault("placement_epoch", epoch)
+        numbers["placement_epoch_lag"] = max(epoch - own, 0.0)
         if holds_experts(worker["role"]):
             is_up = worker["state"] in ("READY", "SERVING")
             numbers["expert_worker_up"] = float(is_up)

@@ -57,6 +57,10 @@ class Submission:
     """Who works on it; None while it waits for a worker."""
     last_worker: str = ""
     """Who had it last: gave it back, or was lost with it."""
+    num_deaths: int = 0
+    """Workers that died with it since it last had a token."""
+    is_alone: bool = False
+    """It runs a step alone: if the worker dies now, it is to blame."""
     num_returns: int = 0
     """How often it was handed back since its last token."""
     was_sent: bool = False
@@ -109,9 +113,19 @@ class Submission:
         """These tokens go to the sink."""
         self.outputs[output.choice].extend(output.token_ids)
         self.num_returns = 0
+        if output.token_ids:
+            self.clear()
         if output.finish_reason is not None:
             self.open_choices.discard(output.choice)
         self.sink.put(output)
+
+    def clear(self) -> None:
+        """A step of it committed: no death before that is its doing."""
+        self.num_deaths, self.is_alone = 0, False
+
+    def lose(self) -> None:
+        """Its worker died."""
+        self.num_deaths, self.is_alone = self.num_deaths + 1, False
 
     def is_handed_back(self, output: TokenOutput) -> bool:
         """Whether an output says that the worker will not go on, and another one may."""
@@ -129,6 +143,7 @@ class Submission:
             attempt=self.request.attempt + 1,
             output_so_far=tuple(map(tuple, self.outputs)),
             closed_choices=tuple(sorted(closed)),
+            num_deaths=self.num_deaths,
             deadline_ms=max(1, int((self.deadline_s - now_s) * 1000)),
         )
         return self.request

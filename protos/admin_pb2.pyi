@@ -59,6 +59,7 @@ class Operation(_message.Message):
     ENDED_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
+    REBALANCE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     kind: _builtins.str
     """drain, scale, rebalance"""
@@ -79,6 +80,8 @@ class Operation(_message.Message):
     """that it led to; 0 while there is none"""
     @_builtins.property
     def drain(self) -> Global___DrainResult: ...
+    @_builtins.property
+    def rebalance(self) -> Global___RebalanceResult: ...
     def __init__(
         self,
         *,
@@ -93,12 +96,13 @@ class Operation(_message.Message):
         ended: _builtins.float = ...,
         generation: _builtins.int = ...,
         drain: Global___DrainResult | None = ...,
+        rebalance: Global___RebalanceResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "rebalance", b"rebalance", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "ended", b"ended", "generation", b"generation", "id", b"id", "kind", b"kind", "message", b"message", "phase", b"phase", "progress", b"progress", "result", b"result", "started", b"started", "state", b"state", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "ended", b"ended", "generation", b"generation", "id", b"id", "kind", b"kind", "message", b"message", "phase", b"phase", "progress", b"progress", "rebalance", b"rebalance", "result", b"result", "started", b"started", "state", b"state", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["drain"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["drain", "rebalance"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
@@ -133,6 +137,55 @@ class DrainResult(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainResult: _TypeAlias = DrainResult  # noqa: Y015
+
+@_typing.final
+class RebalanceResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    SLOTS_TO_MOVE_FIELD_NUMBER: _builtins.int
+    BYTES_TO_MOVE_FIELD_NUMBER: _builtins.int
+    BALANCEDNESS_NOW_FIELD_NUMBER: _builtins.int
+    BALANCEDNESS_PREDICTED_FIELD_NUMBER: _builtins.int
+    STEP_TIME_RATIO_FIELD_NUMBER: _builtins.int
+    GAIN_S_FIELD_NUMBER: _builtins.int
+    COST_S_FIELD_NUMBER: _builtins.int
+    dry_run: _builtins.bool
+    action: _builtins.str
+    """none; split: other shares and decode homes; move: weights too"""
+    slots_to_move: _builtins.int
+    """as predicted when it began"""
+    bytes_to_move: _builtins.int
+    balancedness_now: _builtins.float
+    """mean load over greatest load of the expert workers"""
+    balancedness_predicted: _builtins.float
+    step_time_ratio: _builtins.float
+    """predicted time of the experts' work, over that of now"""
+    gain_s: _builtins.float
+    """predicted seconds won within the horizon"""
+    cost_s: _builtins.float
+    """predicted seconds that the change costs"""
+    def __init__(
+        self,
+        *,
+        dry_run: _builtins.bool = ...,
+        action: _builtins.str = ...,
+        slots_to_move: _builtins.int = ...,
+        bytes_to_move: _builtins.int = ...,
+        balancedness_now: _builtins.float = ...,
+        balancedness_predicted: _builtins.float = ...,
+        step_time_ratio: _builtins.float = ...,
+        gain_s: _builtins.float = ...,
+        cost_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "balancedness_now", b"balancedness_now", "balancedness_predicted", b"balancedness_predicted", "bytes_to_move", b"bytes_to_move", "cost_s", b"cost_s", "dry_run", b"dry_run", "gain_s", b"gain_s", "slots_to_move", b"slots_to_move", "step_time_ratio", b"step_time_ratio"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebalanceResult: _TypeAlias = RebalanceResult  # noqa: Y015
 
 @_typing.final
 class DrainWorkerRequest(_message.Message):

@@ -28,6 +28,7 @@ class ToEngine(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
     PING_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
     KV_RESYNC_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
@@ -38,6 +39,10 @@ class ToEngine(_message.Message):
     @_builtins.property
     def ping(self) -> Global___Ping: ...
     @_builtins.property
+    def turn(self) -> Global___EngineTurn:
+        """the same turn back: it is noted"""
+
+    @_builtins.property
     def kv_resync(self) -> Global___KvResync: ...
     def __init__(
         self,
@@ -46,13 +51,14 @@ class ToEngine(_message.Message):
         request: Global___EngineRequest | None = ...,
         abort: Global___Abort | None = ...,
         ping: Global___Ping | None = ...,
+        turn: Global___EngineTurn | None = ...,
         kv_resync: Global___KvResync | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "kv_resync", b"kv_resync", "message", b"message", "ping", b"ping", "request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "kv_resync", b"kv_resync", "message", b"message", "ping", b"ping", "request", b"request", "turn", b"turn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "kv_resync", b"kv_resync", "message", b"message", "ping", b"ping", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "kv_resync", b"kv_resync", "message", b"message", "ping", b"ping", "request", b"request", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "request", "abort", "ping", "kv_resync"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "request", "abort", "ping", "turn", "kv_resync"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -65,6 +71,7 @@ class FromEngine(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     PONG_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
     KV_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___EngineHello: ...
@@ -73,6 +80,8 @@ class FromEngine(_message.Message):
     @_builtins.property
     def pong(self) -> Global___Ping: ...
     @_builtins.property
+    def turn(self) -> Global___EngineTurn: ...
+    @_builtins.property
     def kv(self) -> Global___KvEvents: ...
     def __init__(
         self,
@@ -80,13 +89,14 @@ class FromEngine(_message.Message):
         hello: Global___EngineHello | None = ...,
         step: Global___EngineStep | None = ...,
         pong: Global___Ping | None = ...,
+        turn: Global___EngineTurn | None = ...,
         kv: Global___KvEvents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "kv", b"kv", "message", b"message", "pong", b"pong", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "kv", b"kv", "message", b"message", "pong", b"pong", "step", b"step", "turn", b"turn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "kv", b"kv", "message", b"message", "pong", b"pong", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "kv", b"kv", "message", b"message", "pong", b"pong", "step", b"step", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "step", "pong", "kv"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "step", "pong", "turn", "kv"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -299,6 +309,36 @@ class Ping(_message.Message):
 Global___Ping: _TypeAlias = Ping  # noqa: Y015
 
 @_typing.final
+class EngineTurn(_message.Message):
+    """A request that was in the steps in which workers died is about to run one step alone: if the worker
+    dies now, it is to blame. Nothing of it runs before the gateway has noted that.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    IS_OVER_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    attempt: _builtins.int
+    is_over: _builtins.bool
+    """the step committed"""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        is_over: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "is_over", b"is_over", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineTurn: _TypeAlias = EngineTurn  # noqa: Y015
+
+@_typing.final
 class Abort(_message.Message):
     """Ends a request, or single choices of it (none named: all)."""
 
@@ -340,6 +380,7 @@ class EngineRequest(_message.Message):
     PROMPT_EMBEDS_FIELD_NUMBER: _builtins.int
     PROMPT_EMBEDS_WIDTH_FIELD_NUMBER: _builtins.int
     CLOSED_CHOICES_FIELD_NUMBER: _builtins.int
+    NUM_DEATHS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     n: _builtins.int
     attempt: _builtins.int
@@ -350,6 +391,8 @@ class EngineRequest(_message.Message):
     """[prompt, width] float32 in place of the prompt's tokens"""
     prompt_embeds_width: _builtins.int
     """0: the tokens count"""
+    num_deaths: _builtins.int
+    """workers that died with it since it last had a token"""
     @_builtins.property
     def prompt(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -378,10 +421,11 @@ class EngineRequest(_message.Message):
         prompt_embeds: _builtins.bytes = ...,
         prompt_embeds_width: _builtins.int = ...,
         closed_choices: _abc.Iterable[_builtins.int] | None = ...,
+        num_deaths: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["inspection", b"inspection", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "closed_choices", b"closed_choices", "deadline_ms", b"deadline_ms", "inspection", b"inspection", "n", b"n", "output_so_far", b"output_so_far", "priority", b"priority", "prompt", b"prompt", "prompt_embeds", b"prompt_embeds", "prompt_embeds_width", b"prompt_embeds_width", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "closed_choices", b"closed_choices", "deadline_ms", b"deadline_ms", "inspection", b"inspection", "n", b"n", "num_deaths", b"num_deaths", "output_so_far", b"output_so_far", "priority", b"priority", "prompt", b"prompt", "prompt_embeds", b"prompt_embeds", "prompt_embeds_width", b"prompt_embeds_width", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -92,23 +92,31 @@ class ClusterGateway:
         begun()
         return streams.finish()
 
-    def stream(self, calls: Sequence[GenerateFields]) -> Streams:
-        """Begin calls, each of one prompt and one choice; all are handed over at the return."""
+    async def begin(self, call: GenerateFields, name: str) -> Generation:
+        """Begin a call of one prompt and one choice (on the event loop)."""
+        return await self._gateway.start(call, name, LIMIT_S)
+
+    def spawn(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
+        """Begin to run a coroutine on the loop, from another thread."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def stream(self, calls: Sequence[GenerateFields], name: str = "call") -> Streams:
+        """Begin calls, each of one prompt and one choice; all are handed over at the return.
+
+        Calls that are under way at the same time need another ``name``.
+        """
 
         async def begin() -> list[Generation]:
-            return [
-                await self._gateway.start(call, f"call-{i}", LIMIT_S)
-                for i, call in enumerate(calls)
-            ]
+            return [await self.begin(call, f"{name}-{i}") for i, call in enumerate(calls)]
 
         streams = Streams([Answer() for _ in calls])
         begun = self.run(begin())
-        streams.ends = asyncio.run_coroutine_threadsafe(streams.collect(begun), self._loop)
+        streams.ends = self.spawn(streams.collect(begun))
         return streams
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run a coroutine on the loop, from another thread."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(LIMIT_S)
+        return self.spawn(work).result(LIMIT_S)
 
 
 class Streams:

@@ -20,7 +20,14 @@ from hypothesis import settings
 from tests.fakes import write_tiny_checkpoint
 from tests.goldens import Golden, load_golden
 
-settings.register_profile("here", deadline=None, database=None, max_examples=60, print_blob=True)
+settings.register_profile(
+    "here",
+    deadline=None,
+    database=None,
+    max_examples=60,
+    derandomize=True,
+    print_blob=True,
+)
 settings.load_profile("here")
 
 

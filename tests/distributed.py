@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from cluster.launch_plan import free_port
 
 
 class RankError(AssertionError):
@@ -24,18 +25,17 @@ class RankError(AssertionError):
 
 def free_ports(count: int) -> list[int]:
     """Ports of loopback that are free at this moment, all different."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(s.getsockname()[1]) for s in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port("127.0.0.1"))
+    return list(ports)
 
 
 def run_ranks(
     size: int,
     worker: Callable[..., Any],
     *args: Any,
-    timeout_s: float = 60.0,
+    timeout_s: float = 240.0,
     may_die: frozenset[int] = frozenset(),
 ) -> list[Any]:
     """Run ``worker(rank, size, ports, *args)`` in ``size`` processes of one thread each.

@@ -62,8 +62,14 @@ class EngineStream:
         return self.collect(requests)
 
     def collect(self, requests: Sequence[Request]) -> dict[str, Result]:
-        """Outputs of requests that were sent, until all choices have ended."""
+        """Outputs of requests that were sent, until all choices have ended.
+
+        Tokens begin with those that a request brought along.
+        """
         results = {r.request_id: Result(r.n) for r in requests}
+        for request in requests:
+            for choice, tokens in enumerate(request.output_so_far):
+                results[request.request_id].tokens[choice].extend(tokens)
         left = sum(r.n for r in requests)
         while left:
             output = self.next()

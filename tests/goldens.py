@@ -66,6 +66,14 @@ OTHER_VARIANTS = DOTS1_VARIANTS + JETMOE_VARIANTS
 """Of all families but the first."""
 ALL_VARIANTS = OLMOE_VARIANTS + OTHER_VARIANTS
 """All language models."""
+NUM_RANDOM = 3
+"""Random variants of each family."""
+RANDOM_VARIANTS = tuple(
+    f"{family}-random-{number}"
+    for family in ("olmoe", "dots1", "jetmoe")
+    for number in range(NUM_RANDOM)
+)
+"""Language models of random configs, see ``random_variants.py``."""
 CLASSIFIERS = ("jetmoe-seqcls", "jetmoe-seqcls-nopad")
 """Sequence classifiers; their tensors are another kind."""
 BF16_VARIANTS = (
@@ -83,7 +91,8 @@ MAX_MODEL_LEN = 192
 """Holds the longest prompt and its output; also the stretched context of dynamic rope, 4 x 48."""
 
 _MAKER = Path(__file__).with_name("make_goldens.py")
-_LIMIT_S = 280.0
+_RANDOM_MAKER = Path(__file__).with_name("random_variants.py")
+_LIMIT_S = 540.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +135,25 @@ def golden_path(variant: str, family: str = "olmoe") -> Path:
 
 def load_golden(variant: str) -> Golden:
     """Read a variant; see ``golden_path``."""
-    path = golden_path(variant, variant.split("-")[0])
-    return Golden(variant, path, load_file(path / "golden.safetensors"))
+    is_random = variant in RANDOM_VARIANTS
+    return read_golden(golden_path(variant, _random() if is_random else variant.split("-")[0]))
+
+
+def read_golden(path: Path) -> Golden:
+    """Read a folder that one of the makers wrote."""
+    return Golden(path.name, path, load_file(path / "golden.safetensors"))
+
+
+def make_random(folder: Path, first: int, count: int) -> list[Golden]:
+    """Goldens of each family's random configs ``first`` .. ``first + count - 1``."""
+    words = [sys.executable, "-m", "tests.random_variants", str(folder)]
+    _run([*words, "--first", str(first), "--count", str(count)], _LIMIT_S * count)
+    return [read_golden(path) for path in sorted(folder.iterdir())]
+
+
+def _random() -> str:
+    """Name of the folder of ``RANDOM_VARIANTS``, another for each state of their maker."""
+    return f"random-{hashlib.sha256(_RANDOM_MAKER.read_bytes()).hexdigest()[:8]}"
 
 
 def _cache_folder() -> Path:
@@ -148,15 +174,11 @@ def _make(folder: Path, family: str) -> None:
     """Write into a folder of our own, then move it into place: tests may run side by side."""
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     try:
-        subprocess.run(
-            [sys.executable, str(_MAKER), str(scratch), "--only", family],
-            check=True,
-            capture_output=True,
-            env=environment,
-            timeout=_LIMIT_S,
-        )
+        if family == _random():
+            make_random(scratch, 0, NUM_RANDOM)
+        else:
+            _run([sys.executable, str(_MAKER), str(scratch), "--only", family], _LIMIT_S)
         (scratch / "complete").touch()
         if not (folder / "complete").is_file():
             shutil.rmtree(folder, ignore_errors=True)
@@ -166,3 +188,11 @@ def _make(folder: Path, family: str) -> None:
             raise  # else another process was faster
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run(command: list[str], limit_s: float) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    root = Path(__file__).parents[1]
+    subprocess.run(
+        command, check=True, capture_output=True, env=environment, timeout=limit_s, cwd=root
+    )

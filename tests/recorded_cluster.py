@@ -1,16 +1,24 @@
-"""A cluster of threads that notes what its attention workers run in each step."""
+"""A cluster of threads that notes what its attention workers run in each step.
+
+What gateways send can be given to the engines at certain steps, so that what a test says of the
+steps does not depend on how fast its own threads are.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import ClusterConfig
+from tests.engine_stream import TIMEOUT_S
 from tests.serving_cluster import RUNTIMES, ThreadCluster, ThreadWorkerGroup
 from workers.attention_runtime import AttentionRuntime
 from workers.dist.header import StepHeader
 from workers.engine import Engine
+from workers.engine_server import Command
 from workers.request import TokenOutput
 
 
@@ -30,6 +38,31 @@ class RecordingRuntime(AttentionRuntime):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.steps: list[tuple[StepHeader, list[TokenOutput]]] = []
+        self.arrivals: deque[int] = deque()
+        """See ``RecordedCluster.let_in``."""
+        self._held: deque[Command] = deque()
+
+    def _between_steps(self) -> None:
+        if self.arrivals:
+            self._inbox._commands.extend(self._due())
+        super()._between_steps()
+
+    def _due(self) -> list[Command]:
+        """The commands whose step has come, after waiting for them; all others are held back."""
+        due = []
+        deadline = time.monotonic() + TIMEOUT_S
+        self._held += self._inbox.take()
+        while self.arrivals and self.arrivals[0] <= len(self.steps):
+            while not self._held:
+                assert time.monotonic() < deadline, "a command never came"
+                time.sleep(0.001)
+                self._held += self._inbox.take()
+            due.append(self._held.popleft())
+            self.arrivals.popleft()
+        if not self.arrivals:
+            due += self._held
+            self._held.clear()
+        return due
 
     def _step(self, engine: Engine, header: StepHeader) -> list[TokenOutput]:
         outputs = super()._step(engine, header)
@@ -42,6 +75,16 @@ class RecordedCluster(ThreadCluster):
 
     def __init__(self, config: ClusterConfig) -> None:
         super().__init__(config, ThreadWorkerGroup({**RUNTIMES, "attention": RecordingRuntime}))
+
+    def let_in(self, rank: int, num_steps: Iterable[int]) -> None:
+        """After how many steps since the start the next commands are taken, one number for each.
+
+        Requests, aborts and ends of streams are commands. The worker does not step beyond such a
+        number before its command is there. What is beyond the list is taken at once.
+        """
+        runtime = self.group.runtimes[f"attention-{rank}"]
+        assert isinstance(runtime, RecordingRuntime)
+        runtime.arrivals = deque(num_steps)
 
     def steps(self) -> list[RecordedStep]:
         """All steps so far that every attention worker has run."""

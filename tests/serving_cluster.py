@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 
+from cluster import local_ray
 from cluster.config import (
     ClusterConfig,
     EngineSection,
@@ -34,6 +35,7 @@ from cluster.worker_group import FoundWorker, WorkerGroup
 from tests.engine_stream import TIMEOUT_S, TOKEN, EngineStream, Result
 from tests.fakes_cluster import members_of
 from tests.loop_thread import LoopThread
+from workers.actor import WorkerActor
 from workers.actor_classes import ACTOR_CLASSES
 from workers.attention_runtime import AttentionRuntime
 from workers.checkpoint import Checkpoint
@@ -66,7 +68,7 @@ def make_config(
         model=ModelSection(path=str(checkpoint), served_model_name="model", **model),
         workers=WorkersSection(**(pools | dict(workers or {}))),
         engine=EngineSection(**({"kv_cache_bytes": 16 << 20} | dict(engine or {}))),
-        transport=TransportSection(**({"detection_limit_s": 20.0} | dict(transport or {}))),
+        transport=TransportSection(**({"detection_limit_s": TIMEOUT_S} | dict(transport or {}))),
         observability=ObservabilitySection(**(observability or {})),
         cluster_token=TOKEN,
     )
@@ -276,9 +278,11 @@ class ThreadWorkerGroup:
 class RayCluster(ServingCluster):
     """Real actors on the Ray that this process is connected to."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(
+        self, config: ClusterConfig, classes: Mapping[Role, type[WorkerActor]] = ACTOR_CLASSES
+    ) -> None:
         super().__init__(config)
-        self._actor = create_controller(WorkerGroup(ACTOR_CLASSES), status_limit_s=TIMEOUT_S)
+        self._actor = create_controller(WorkerGroup(classes), status_limit_s=TIMEOUT_S)
 
     def stop(self) -> None:
         super().stop()
@@ -289,16 +293,10 @@ class RayCluster(ServingCluster):
 
 
 @contextmanager
-def connected_ray() -> Iterator[None]:
-    """A private Ray of two CPUs for this process."""
+def connected_ray(**options: Any) -> Iterator[None]:
+    """A private Ray of two CPUs for this process; ``options`` as for ``ray.init``."""
     with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            log_to_driver=False,
-            include_dashboard=False,
-            _temp_dir=folder,
-        )
+        local_ray.begin(Path(folder), num_cpus=2, **options)
         yield
         ray.shutdown()
 

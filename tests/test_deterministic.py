@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -15,8 +15,9 @@ from tests.engine_stream import Result
 from tests.exact import exact, follow_ups, mixed_requests
 from tests.goldens import MAX_MODEL_LEN, Golden
 from tests.serving_cluster import ServingCluster, ThreadCluster, make_config, serving
+from tests.workers.test_inspection import everything
 from workers.local_engine import LocalEngine
-from workers.request import Request
+from workers.request import Request, SamplingParams
 
 AnyGolden = Callable[[str], Golden]
 Bits = dict[str, tuple[object, ...]]
@@ -157,33 +158,90 @@ def test_a_layout_changes_no_bit(
         assert cluster.blocks_in_use() == 0
 
 
-@pytest.mark.parametrize(
-    ("variant", "layout"),
-    [
-        ("dots1-swa", Layout(attention=2, experts=3, dtype="bfloat16", micro_batches=2)),
-        (
-            "jetmoe-untied-top3-eps",
-            Layout(attention=2, experts=2, dtype="float32", micro_batches=2),
-        ),
-        pytest.param(
-            "dots1-groups",
-            Layout(attention=3, experts=2, dtype="float32", micro_batches=2),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            "jetmoe-tied",
-            Layout(attention=1, experts=4, dtype="bfloat16", micro_batches=1),
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=str,
-)
+OTHER_VARIANTS = ("dots1-swa", "dots1-groups", "jetmoe-untied-top3-eps", "jetmoe-tied")
+OTHER_QUICK = {
+    ("dots1-swa", "2x3-bfloat16-2"),
+    ("dots1-groups", "1x2-float32-1"),
+    ("dots1-groups", "3-bfloat16-1"),
+    ("jetmoe-untied-top3-eps", "2x2-float32-2"),
+    ("jetmoe-tied", "1x3-bfloat16-1"),
+    ("jetmoe-tied", "2-float32-2"),
+}
+"""Both pools, both dtypes, one and two micro-batches and colocated workers for each family."""
+
+
+def other_cases() -> Iterator[Any]:
+    """(variant, layout): all layouts, few of them by default."""
+    for variant in OTHER_VARIANTS:
+        for layout in LAYOUTS:
+            is_quick = (variant, str(layout)) in OTHER_QUICK
+            yield pytest.param(
+                variant,
+                layout,
+                marks=() if is_quick else pytest.mark.slow,
+                id=f"{variant}-{layout}",
+            )
+
+
+@pytest.mark.parametrize(("variant", "layout"), list(other_cases()))
 def test_a_layout_changes_no_bit_of_other_families(
     golden: AnyGolden, alone: Callable[[str, str], Bits], variant: str, layout: Layout
 ) -> None:
-    with deterministic(golden(variant), layout) as cluster:
-        asked = mixed_requests(cluster.snapshot()["model"]["vocab_size"])
-        check(answers(cluster, asked), alone(variant, layout.dtype))
+    """The same requests with few blocks, in short chunks and beside copies of some experts."""
+    expected = alone(variant, layout.dtype)
+    engine = {
+        "kv_cache_bytes": pool_bytes(golden(variant), layout.dtype, num_tokens=220),
+        "block_size_tokens": 4,
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 70,
+    }
+    copies = {"num_redundant_experts": 1 if layout.experts > 1 else 0}
+    with deterministic(golden(variant), layout, engine, copies) as cluster:
+        asked = mixed_requests(cluster.snapshot()["model"]["vocab_size"])[:20]
+        check(answers(cluster, asked), expected)
+        assert cluster.blocks_in_use() == 0
+
+
+def pool_bytes(golden: Golden, dtype: str, num_tokens: int) -> int:
+    """Memory for the keys and values of so many tokens."""
+    config = LocalEngine(golden.path).config
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return num_tokens * per_token * (4 if dtype == "float32" else 2)
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [
+        ("olmoe-base", Layout(attention=2, experts=3, dtype="float32", micro_batches=2)),
+        ("dots1-swa", Layout(attention=0, experts=2, dtype="bfloat16", micro_batches=2)),
+        ("jetmoe-tied", Layout(attention=2, experts=2, dtype="float32", micro_batches=1)),
+    ],
+    ids=str,
+)
+def test_a_layout_changes_no_bit_of_inspections(
+    golden: AnyGolden, variant: str, layout: Layout
+) -> None:
+    expected = golden(variant)
+    asked = [
+        Request(
+            request_id=f"i{i}",
+            prompt=prompt,
+            params=SamplingParams(max_tokens=0),
+            inspection=replace(
+                everything(prompt, not variant.startswith("dots1")), attentions=False
+            ),
+        )
+        for i, prompt in enumerate(expected.prompts)
+    ]
+    local = LocalEngine(
+        expected.path, dtype=layout.dtype, section=EngineSection(deterministic=True)
+    )
+    small = {"max_num_batched_tokens": 24, "max_num_seqs": 4}
+    with deterministic(expected, layout, small) as cluster:
+        found = cluster.answers(asked)
+    for request in asked:
+        ((_, outputs),) = local.run([request]).items()
+        assert found[request.request_id].outputs[-1].arrays == outputs[-1].arrays
 
 
 @pytest.mark.parametrize(
@@ -193,10 +251,8 @@ def test_preemption_and_copies_of_experts_change_no_bit(
     golden: AnyGolden, alone: Callable[[str, str], Bits], dtype: str, transport: str
 ) -> None:
     """Pools of few blocks, short chunks, and experts whose copies share the prompt rows."""
-    config = LocalEngine(golden(VARIANT).path).config
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     engine = {
-        "kv_cache_bytes": 200 * per_token * (4 if dtype == "float32" else 2),
+        "kv_cache_bytes": pool_bytes(golden(VARIANT), dtype, num_tokens=200),
         "block_size_tokens": 4,
         "max_num_seqs": 32,
         "max_num_batched_tokens": 70,

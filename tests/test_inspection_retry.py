@@ -18,7 +18,7 @@ def test_steps_that_fail_add_nothing_twice() -> None:
     prompts = [prompt for prompt in expected.prompts if len(prompt) > 4]
     engine = {"max_num_batched_tokens": 16, "max_num_seqs": 4}
     config = make_config(expected.path, 1, 2, dtype="float32", engine=engine)
-    faults = Faults(Checkpoint(expected.path).family.banks, rate=0.3, seed=5)
+    faults = Faults(Checkpoint(expected.path).family.banks, rate=0.5, seed=5)
     cluster = ThreadCluster(config, FailingWorkerGroup(faults))
     requests = [
         Request(

@@ -11,6 +11,7 @@ import pytest
 
 from cluster.model_source import bundled_checkpoint
 from tests.goldens import MAX_MODEL_LEN, Golden
+from tests.recorded_cluster import RecordedCluster
 from tests.serving_cluster import ThreadCluster, make_config, serving
 from tests.step_traces import Seen, read_spans
 from tests.test_layouts import LAYOUTS, check_greedy, float32_config, requests
@@ -173,7 +174,9 @@ def test_the_leader_changes_its_mind_from_step_to_step(golden: AnyGolden, tmp_pa
         replace(r, params=replace(r.params, max_tokens=4 * i + 2))
         for i, r in enumerate(requests(golden("olmoe-base")))
     ]
-    with serving(ThreadCluster(config)) as cluster:
+    cluster = RecordedCluster(config)
+    with serving(cluster):
+        cluster.let_in(0, [0] * len(asked))
         stream = cluster.stream()
         results = stream.finish(asked)
         stream.close()

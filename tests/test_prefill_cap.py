@@ -20,6 +20,7 @@ from workers.request import FinishReason, Request, SamplingParams
 
 BLOCK_SIZE = 16
 LONG = 2000
+ENGINE = {"itl_target_ms": 0.001, "block_size_tokens": BLOCK_SIZE, "deterministic": True}
 ENDLESS = SamplingParams(max_tokens=2000, temperature=0.0, ignore_eos=True)
 
 
@@ -64,8 +65,7 @@ def test_decodes_of_all_workers_go_on_in_every_step_of_a_long_prefill(
     long_checkpoint: Path, rank_of_long: int
 ) -> None:
     """The target cannot be met, so that the cap is the least there is: one block."""
-    engine = {"itl_target_ms": 0.001, "block_size_tokens": BLOCK_SIZE}
-    config = make_config(long_checkpoint, 3, 1, engine=engine)
+    config = make_config(long_checkpoint, 3, 1, engine=ENGINE)
     request = long_request(1)
     cluster = RecordedCluster(config)
     with serving(cluster):
@@ -85,15 +85,15 @@ def test_decodes_of_all_workers_go_on_in_every_step_of_a_long_prefill(
 
 
 def test_two_long_prompts_share_the_cap(long_checkpoint: Path) -> None:
-    config = make_config(
-        long_checkpoint, 3, 1, engine={"itl_target_ms": 0.001, "block_size_tokens": BLOCK_SIZE}
-    )
+    config = make_config(long_checkpoint, 3, 1, engine=ENGINE)
     requests = [long_request(1), long_request(2)]
     cluster = RecordedCluster(config)
     with serving(cluster):
         streams = [cluster.stream(rank) for rank in range(3)]
         (decoding,) = start_decodes(streams, [1])
         num_before = len(cluster.steps())
+        for rank in (0, 2):
+            cluster.let_in(rank, [num_before + 20])
         streams[0].send(requests[0])
         streams[2].send(requests[1])
         results = [streams[0].collect(requests[:1]), streams[2].collect(requests[1:])]
@@ -114,7 +114,8 @@ def test_two_long_prompts_share_the_cap(long_checkpoint: Path) -> None:
 
 def local_tokens(checkpoint: Path, request: Request) -> tuple[int, ...]:
     """What the local engine makes of the request alone."""
-    (result,) = LocalEngine(checkpoint).generate([request.prompt], request.params)
+    local = LocalEngine(checkpoint, section=EngineSection(deterministic=True))
+    (result,) = local.generate([request.prompt], request.params)
     return result.token_ids
 
 

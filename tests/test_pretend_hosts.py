@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from cluster.config import EngineSection
 from cluster.model_source import bundled_checkpoint
 from workers.local_engine import LocalEngine
 from workers.request import SamplingParams
@@ -25,7 +26,7 @@ SCRIPT = Path(__file__).parent / "pretend_hosts" / "cluster.sh"
 HEAD = "10.77.0.10"
 PROMPT = "ROMEO:\nWhat light is this"
 NUM_TOKENS = 24
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
 NEEDED = ("unshare", "nsenter", "ip", "bridge")
 
 CLIENT = """
@@ -109,7 +110,7 @@ def hosts() -> Iterator[Hosts]:
 def test_three_hosts_answer_with_the_local_engines_tokens(hosts: Hosts, tmp_path: Path) -> None:
     log = tmp_path / "serve.log"
     words = ["-m", "cluster.cli.main", "serve", "--address", f"{HEAD}:6379", "--host", HEAD]
-    words += ["--allow-unauthenticated", "--dtype", "float32"]
+    words += ["--allow-unauthenticated", "--dtype", "float32", "--deterministic"]
     server = hosts.start("h0", sys.executable, *words, log=log)
     try:
         assert server.stdout is not None
@@ -121,7 +122,8 @@ def test_three_hosts_answer_with_the_local_engines_tokens(hosts: Hosts, tmp_path
         body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0}
         answer = hosts.fetch("h2", f"{url}/v1/completions", body | {"return_token_ids": True})
         choice = answer["choices"][0]
-        local = LocalEngine(bundled_checkpoint(), dtype="float32")
+        section = EngineSection(deterministic=True)
+        local = LocalEngine(bundled_checkpoint(), dtype="float32", section=section)
         params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0)
         (expected,) = local.generate([choice["prompt_token_ids"]], params)
         assert tuple(choice["token_ids"]) == expected.token_ids

@@ -35,7 +35,7 @@ IDS = [list(TOKENIZER.encode(text, True)) for text in TEXTS]
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    with stack_over(DEMO, TOKENIZER) as stack:
+    with stack_over(DEMO, TOKENIZER, engine={"deterministic": True}) as stack:
         yield stack
 
 

@@ -24,7 +24,7 @@ from tests.served.server import command, environment
 
 pytestmark = pytest.mark.distributed
 
-LIMIT_S = 120.0
+LIMIT_S = 240.0
 AT_A_TIME = 3
 WEIGHTS = "model.safetensors"
 

@@ -210,6 +210,25 @@ def test_sources_do_not_print() -> None:
             assert not is_print, f"{module} line {getattr(node, 'lineno', 0)}"
 
 
+def test_the_product_does_not_import_transformers() -> None:
+    """It is there for tests, benchmarks, and the script that trained the bundled model."""
+    for module, path in modules():
+        if not module.startswith("workers.demo"):
+            assert "transformers" not in {name.split(".")[0] for name in imports(path)}, path
+
+
+def test_only_family_modules_know_families() -> None:
+    for module, path in modules():
+        if module.startswith(("workers.families", "workers.demo")):
+            continue
+        texts = {
+            node.value
+            for node in ast.walk(parsed(path))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        assert not texts & {"olmoe", "dots1", "jetmoe"}, path
+
+
 def test_a_forbidden_import_is_found(tmp_path: Path) -> None:
     path = tmp_path / "x.py"
     path.write_text(

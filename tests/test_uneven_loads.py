@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config import EngineSection
 from tests.engine_stream import EngineStream, Result
 from tests.fakes import TINY_CONFIG, tiny_tensors, write_tiny_checkpoint
 from tests.recorded_cluster import RecordedCluster
@@ -27,7 +28,12 @@ KINDS = (
     replace(GREEDY, temperature=0.8, top_p=0.9, seed=2, frequency_penalty=0.4),
     replace(GREEDY, temperature=1.3, top_k=12, seed=3, repetition_penalty=1.2),
 )
-ENGINE = {"block_size_tokens": 4, "max_num_batched_tokens": 32, "max_num_seqs": 16}
+ENGINE = {
+    "block_size_tokens": 4,
+    "max_num_batched_tokens": 32,
+    "max_num_seqs": 16,
+    "deterministic": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +99,7 @@ def _send_later(streams: dict[int, EngineStream], loads: dict[int, Load]) -> Non
 
 
 def check_exact(checkpoint: Path, loads: dict[int, Load], results: dict[str, Result]) -> None:
-    local = LocalEngine(checkpoint)
+    local = LocalEngine(checkpoint, section=EngineSection(deterministic=True))
     for request in (r for load in loads.values() for r in load.requests):
         (alone,) = local.generate([request.prompt], request.params)
         assert results[request.request_id].tokens == [list(alone.token_ids)], request
@@ -108,12 +114,15 @@ def test_one_idles_one_prefills_one_decodes(
     checkpoint: Path, idle: int, prefilling: int, decoding: int
 ) -> None:
     loads = {
-        decoding: Load(make_requests("many", 12, 8), make_requests("more", 3, 12)),
-        prefilling: Load(make_requests("long", 1, 700), make_requests("short", 2, 20)),
-        idle: Load([], make_requests("late", 2, 30)),
+        decoding: Load(make_requests("many", 12, 8) + make_requests("more", 3, 12)),
+        prefilling: Load(make_requests("long", 1, 700) + make_requests("short", 2, 20)),
+        idle: Load(make_requests("late", 2, 30)),
     }
+    arrivals = {decoding: [0] * 12 + [6, 9, 12], prefilling: [0, 15, 16], idle: [17, 18]}
     cluster = RecordedCluster(make_config(checkpoint, 3, 2, engine=ENGINE))
     with serving(cluster):
+        for rank, num_steps in arrivals.items():
+            cluster.let_in(rank, num_steps)
         results = serve(cluster, loads)
         assert cluster.blocks_in_use() == 0
         headers = [step.header for step in cluster.steps()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from workers.engine_server import (
     EngineServer,
     GatewayGone,
     Inbox,
+    TurnNoted,
 )
 from workers.findings import shape_of
 from workers.grammar import CompiledGrammar
@@ -150,6 +152,12 @@ class AttentionRuntime(WorkerRuntime):
     def _enter(self, generation: Generation, placement: ExpertPlacement) -> None:
         self._dispatcher.set_placement(placement, generation)
 
+    def _lose_members(self, names: Set[str]) -> None:
+        """See ``WorkerRuntime``."""
+        super()._lose_members(names)
+        if self._engine is not None:
+            self._engine.worker_died()
+
     def _between_steps(self) -> None:
         """Take what the gateways sent, and tell them what needs no step."""
         engine = self._engine
@@ -163,6 +171,9 @@ class AttentionRuntime(WorkerRuntime):
                 if self._owners.get(command.request_id) == command.gateway:
                     engine.abort(command.request_id, command.choices)
                     self._forget_ended(engine, command.request_id)
+            elif isinstance(command, TurnNoted):
+                if self._owners.get(command.turn.request_id) == command.gateway:
+                    engine.begin_turn(command.turn)
             elif isinstance(command, GatewayGone):
                 self._drop_gateway(engine, command.gateway)
         for gated in self._gate.take():
@@ -171,6 +182,14 @@ class AttentionRuntime(WorkerRuntime):
             else:
                 self._refuse(gated.command.gateway, gated.command.request, gated.error)
         self._emit(engine.poll())
+        self._tell_turns(engine)
+
+    def _tell_turns(self, engine: Engine) -> None:
+        """Requests that run a step alone: their gateways must know before and after."""
+        assert self._stream is not None
+        for turn in engine.take_turns():
+            if (owner := self._owners.get(turn.request_id)) is not None:
+                self._stream.publish_turn(owner, turn)
 
     def _turn(self) -> None:
         engine = self._engine
@@ -178,7 +197,10 @@ class AttentionRuntime(WorkerRuntime):
         wanted = engine.wanted()
         self._idle = not engine.has_work
         self.channel.propose(
-            wanted.decode_rows, wanted.prefill_rows, even_empty=self._needs_a_commit()
+            wanted.decode_rows,
+            wanted.prefill_rows,
+            is_alone=wanted.is_alone,
+            even_empty=self._needs_a_commit(),
         )
         idle_s = min(IDLE_WAIT_S, self.lease_s * _COMMIT_SHARE)
         header = self.channel.wait(self._gate.wait_s(idle_s))

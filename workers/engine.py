@@ -25,19 +25,20 @@ from workers.drawing import Drawing, StepTokens
 from workers.families.base import BankSpec, ModelConfig
 from workers.grammar import CompiledGrammar
 from workers.histogram import TOKEN_BUCKETS, Histogram
+from workers.isolation import Isolation
 from workers.kv_blocks import BlockPool, HashChanges
 from workers.kv_cache import KVCache, num_kv_blocks
 from workers.lanes import Lanes
 from workers.layers import AttentionModel, Recorder
 from workers.load_counter import LoadCounter
 from workers.model_runner import ModelRunner, StepResult
-from workers.request import FinishReason, Request, TokenOutput
+from workers.request import FinishReason, Request, TokenOutput, Turn
 from workers.request_checks import RequestLimits, check_request
 from workers.sampling import Drawn
 from workers.scheduler import Plan, RowsWanted, Scheduler
 from workers.sequence import Ending
 from workers.sequence import Sequence as RequestSequence
-from workers.tracks import NOT_FINITE, Failure, Track
+from workers.tracks import NOT_FINITE, POISONOUS, Failure, Track
 
 
 class Engine:
@@ -105,6 +106,8 @@ class Engine:
         self._drawing = Drawing(
             config, banks, self._runner.logits, section.deterministic, self._tracks
         )
+        self._isolation = Isolation()
+        self._turns: list[Turn] = []
         self._pending: list[TokenOutput] = []
         self._num_received = 0
         names = ("steps_total", "steps_abandoned_total", "prompt_tokens_total")
@@ -137,6 +140,7 @@ class Engine:
         tracks = self._start(request, grammar, now)
         self.abort(request.request_id)
         self._requests[request.request_id] = tracks
+        self._isolation.enter(request.request_id, request.num_deaths)
         self._num_received += 1
         self._counters["prompt_tokens_total"] += len(request.prompt)
         for track in tuple(tracks):
@@ -211,6 +215,13 @@ class Engine:
 
     def wanted(self) -> RowsWanted:
         """Rows that the next step could run here."""
+        self._isolation.expire(self._clock())
+        if self._isolation.is_waiting:
+            return RowsWanted(decode_rows=0, prefill_rows=0)
+        return self._wanted(self._isolation.alone)
+
+    def _wanted(self, alone: str | None) -> RowsWanted:
+        self._scheduler.restrict(self._isolation.suspects, alone)
         return self._scheduler.wanted()
 
     def poll(self) -> list[TokenOutput]:
@@ -231,6 +242,8 @@ class Engine:
         ``TransportError`` with the plan abandoned and all sequences as they were.
         """
         grant = header.grant(self._rank)
+        isolation = self._isolation
+        self._scheduler.restrict(isolation.suspects, isolation.alone if header.is_alone else None)
         plan = self._scheduler.schedule(grant.decode_rows, grant.prefill_rows)
         try:
             result = self._runner.run(header, plan)
@@ -239,6 +252,7 @@ class Engine:
             # What a broken step wrote may be NaN, and must not meet the blocks' next holder.
             self._cache.clear_slots(self._slots(plan))
             self._scheduler.abandon(plan)
+            isolation.give_up(_names(plan))
             self._counters["steps_abandoned_total"] += 1
             raise
         finally:
@@ -267,6 +281,8 @@ class Engine:
         # Blocks that may hold NaN must not meet their next holder as they are.
         self._cache.clear([block for block in dirty if self._pool.is_free(block)])
         self.load.add(epoch, plan.num_rows, result.routed)
+        if (done := self._isolation.commit(_names(plan))) is not None:
+            self._turns.append(self._turn(done, is_over=True))
         self._counters["steps_total"] += 1
         self._iteration_tokens.observe(plan.num_rows)
         self._counters["generation_tokens_total"] += len(new)
@@ -287,6 +303,36 @@ class Engine:
             track = self._tracks[planned.sequence]
             if track.first_dispatch is None:
                 track.first_dispatch = when
+
+    # Workers that die
+
+    def worker_died(self) -> None:
+        """Another worker of the generation is lost; a request that was alone with it fails."""
+        culprit = self._isolation.die()
+        for track in tuple(self._requests[culprit]) if culprit is not None else ():
+            self._scheduler.remove(track.sequence)
+            self._fail(track, POISONOUS, self._clock())
+
+    def take_turns(self) -> list[Turn]:
+        """What to tell gateways of requests that run alone."""
+        found = self._isolation.offer(self._could_run_alone, self._clock())
+        if found is not None:
+            self._turns.append(self._turn(found))
+        turns, self._turns = self._turns, []
+        return turns
+
+    def begin_turn(self, turn: Turn) -> None:
+        """A gateway has noted that its request runs alone now."""
+        if turn.request_id in self._requests and turn == self._turn(turn.request_id):
+            self._isolation.take(turn.request_id)
+
+    def _could_run_alone(self, request_id: str) -> bool:
+        wanted = self._wanted(request_id)
+        return bool(wanted.decode_rows or wanted.prefill_rows)
+
+    def _turn(self, request_id: str, is_over: bool = False) -> Turn:
+        attempt = self._requests[request_id][0].sequence.request.attempt
+        return Turn(request_id=request_id, attempt=attempt, is_over=is_over)
 
     # Outputs
 
@@ -316,6 +362,7 @@ class Engine:
         left.remove(track)
         if not left:
             del self._requests[request_id]
+            self._isolation.forget(request_id)
 
     # Numbers
 
@@ -367,3 +414,8 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert that block accounting is exact; for tests."""
         self._scheduler.check_integrity()
+
+
+def _names(plan: Plan) -> dict[str, None]:
+    """Requests of a plan, in its order."""
+    return dict.fromkeys(planned.sequence.request.request_id for planned in plan.rows)

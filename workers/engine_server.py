@@ -25,8 +25,14 @@ from protos import engine_pb2_grpc
 from workers.inspection import BankShape
 from workers.kv_blocks import HashChanges
 from workers.kv_feed import KvFeed
-from workers.request import Request, StepOutput
-from workers.wire import kv_events_to_wire, request_from_wire, step_to_wire
+from workers.request import Request, StepOutput, Turn
+from workers.wire import (
+    kv_events_to_wire,
+    request_from_wire,
+    step_to_wire,
+    turn_from_wire,
+    turn_to_wire,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +111,15 @@ class EngineFacts:
     """See ``ModelConfig.length_matters_above``."""
 
 
-Command = AddRequest | AbortRequest | GatewayGone
+@dataclass(frozen=True, slots=True)
+class TurnNoted:
+    """A gateway has noted whose turn it is to run alone."""
+
+    gateway: str
+    turn: Turn
+
+
+Command = AddRequest | AbortRequest | GatewayGone | TurnNoted
 
 
 class Inbox:
@@ -193,6 +207,10 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         message = pb.FromEngine(step=step_to_wire(step))
         self._call_soon(self._put, gateway, message)
 
+    def publish_turn(self, gateway: str, turn: Turn) -> None:
+        """Tell a gateway that its request runs alone, or has done so (any thread)."""
+        self._call_soon(self._put, gateway, pb.FromEngine(turn=turn_to_wire(turn)))
+
     def publish_kv(self, changes: HashChanges) -> None:
         """Tell all gateways which blocks can be found here (any thread)."""
         if changes.stored or changes.removed:
@@ -263,6 +281,8 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         elif kind == "abort":
             abort = message.abort
             self._inbox.put(AbortRequest(stream.name, abort.request_id, tuple(abort.choices)))
+        elif kind == "turn":
+            self._inbox.put(TurnNoted(stream.name, turn_from_wire(message.turn)))
         elif kind == "ping":
             stream.put(pb.FromEngine(pong=message.ping))
         elif kind == "kv_resync":

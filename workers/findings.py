@@ -74,6 +74,7 @@ class Findings:
         self._logprobs = np.full(length if inspection.labels else 0, np.nan, dtype=np.float32)
         self._sum = torch.zeros(config.hidden_size, dtype=torch.float64)
         self._arrays: dict[str, NDArray[np.float32] | NDArray[np.int32]] = {}
+        self._aux: dict[str, NDArray[np.float64]] = {}
 
     def add(self, piece: Piece) -> None:
         """Take what a committed step found."""
@@ -101,6 +102,8 @@ class Findings:
             yield _named("embedding", pooled.float().numpy())
         for name, array in self._arrays.items():
             yield _named(name, array)
+        for name, sums in self._aux.items():
+            yield _named(name, sums.astype(np.float32))
 
     def _pool(self, piece: Piece, skip: int) -> None:
         kind = self._inspection.embedding
@@ -145,10 +148,12 @@ class Findings:
             self._floats(f"topk_weights:{name}", shape)[own] = weights[skip:].numpy()
         if wanted.aux:
             gates = logits[skip:].float() if bank.aux_dtype == "float32" else logits[skip:]
-            sums = self._floats(f"aux:{name}", (2, bank.num_experts))
             chosen = ids[skip:].flatten().long()
-            sums[0] += torch.bincount(chosen, minlength=bank.num_experts).float().numpy()
-            sums[1] += gates.softmax(-1).float().sum(0).numpy()
+            sums = self._aux.setdefault(f"aux:{name}", np.zeros((2, bank.num_experts)))
+            sums[0] += torch.bincount(chosen, minlength=bank.num_experts).numpy()
+            # row after row: the same sum in any chunks
+            rows = np.vstack((sums[1], gates.softmax(-1).double().numpy()))
+            sums[1] = np.add.accumulate(rows, axis=0)[-1]
 
     def _floats(self, name: str, shape: tuple[int, ...]) -> Floats:
         array: Floats = self._array(name, shape, np.float32)

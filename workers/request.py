@@ -105,6 +105,8 @@ class Request:
     """By choice, tokens that an earlier attempt already delivered."""
     closed_choices: tuple[int, ...] = ()
     """Choices that have ended in an earlier attempt; at least one of the ``n`` has not."""
+    num_deaths: int = 0
+    """Workers that died with it since it last had a token."""
     deadline_ms: int = 0
     """Milliseconds left to live when it was sent; 0 is no limit."""
     priority: int = 0
@@ -115,6 +117,18 @@ class Request:
     """What to bring home beside tokens; only with ``n`` 1 and ``max_tokens`` 0."""
     prompt_embeds: PromptEmbeds | None = None
     """What the model reads in place of the prompt's tokens, which are zeros then."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """A request runs a step alone, or has done so; see ``workers.isolation``."""
+
+    request_id: str
+    """Which request."""
+    attempt: int
+    """Which attempt at it."""
+    is_over: bool = False
+    """The step committed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

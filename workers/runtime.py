@@ -14,7 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -134,6 +134,10 @@ class WorkerRuntime(ABC):
     @abstractmethod
     def _enter(self, generation: Generation, placement: ExpertPlacement) -> None:
         """Take a generation whose edges are open, and its maps."""
+
+    def _lose_members(self, names: Set[str]) -> None:
+        """Members of the generation before are not in the new one; its step was given up."""
+        logger.info("%s goes on without %s", self.member.name, ", ".join(sorted(names)))
 
     @abstractmethod
     def _turn(self) -> None:
@@ -400,7 +404,7 @@ class WorkerRuntime(ABC):
             generation=self.generation.number,
             waiting=self.activity.is_waiting,
             fenced=self._is_fenced,
-            stats=self._stats(),
+            stats={**self._stats(), "placement_epoch": float(self._epochs.current.epoch)},
             expert_load=self._new_load() if due else {},
         )
 
@@ -494,6 +498,9 @@ class WorkerRuntime(ABC):
             return
         self._running, self._loss = False, None
         placement = ExpertPlacement.from_dict(frame.placement)
+        names = {m.name for m in self.generation.members}
+        if gone := names - {m.name for m in generation.members}:
+            self._lose_members(gone)
         self.generation = generation
         try:
             self.hub.apply_generation(generation)

@@ -9,7 +9,7 @@ recomputation but never changes a token.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from workers.kv_blocks import BlockPool
@@ -62,6 +62,8 @@ class RowsWanted:
     """One per decoding sequence."""
     prefill_rows: int
     """Prompt rows within the token budget."""
+    is_alone: bool = False
+    """They are one request's, and no other's may be in the step on any rank."""
 
 
 class Scheduler:
@@ -108,6 +110,8 @@ class Scheduler:
         self._running: list[Sequence] = []
         self.num_preemptions = 0
         """Preemptions so far."""
+        self._held: Set[str] = frozenset()
+        self._alone: str | None = None
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -166,16 +170,23 @@ class Scheduler:
             return Ending(reason=FinishReason.LENGTH)
         return None
 
+    def restrict(self, held: Set[str] = frozenset(), alone: str | None = None) -> None:
+        """From now on leave out the requests ``held``, or all but the one that runs ``alone``."""
+        self._held, self._alone = held, alone
+
     def wanted(self) -> RowsWanted:
         """Rows that the next step would run if all were granted."""
-        decodes = sum(s.is_decoding for s in self._running)
-        missing = sum(s.num_missing for s in self._running if not s.is_decoding)
+        running = [s for s in self._running if self._may_run(s)]
+        decodes = sum(s.is_decoding for s in running)
+        missing = sum(s.num_missing for s in running if not s.is_decoding)
         limit = self._max_rows - decodes
         missing += sum(map(self._num_to_compute, self._admissible(limit - missing)))
         first = self._first_in_need()
         if first is not None:
             missing += self._num_to_compute(first)
-        return RowsWanted(decode_rows=decodes, prefill_rows=min(missing, limit))
+        is_alone = self._alone is not None
+        prefill_rows = min(missing, limit)
+        return RowsWanted(decode_rows=decodes, prefill_rows=prefill_rows, is_alone=is_alone)
 
     def schedule(self, decode_rows: int, prefill_rows: int) -> Plan:
         """Choose rows within what was granted, and allocate their blocks."""
@@ -185,10 +196,11 @@ class Scheduler:
             self._make_room_for_first()
             admissible += self._admissible(prefill_rows)  # decodes leave them blocks: see _reserve
         for sequence in self.running:
-            if sequence.is_decoding and len(rows) < decode_rows:
+            may_run = self._may_run(sequence)
+            if may_run and sequence.is_decoding and len(rows) < decode_rows:
                 self._plan_decode(sequence, rows)
         left = min(prefill_rows, self._max_rows - len(rows))
-        prefilling = (s for s in self._running if not s.is_decoding)
+        prefilling = (s for s in self._running if self._may_run(s) and not s.is_decoding)
         for sequence in sorted((*prefilling, *admissible), key=_order):
             if left > 0:
                 left -= self._plan_chunk(sequence, left, rows)
@@ -283,6 +295,8 @@ class Scheduler:
         for sequence in self._waiting:
             if seats <= 0 or left <= 0:
                 return
+            if not self._may_run(sequence):
+                continue
             found = self.prefixes.find(sequence)
             if self._waits_for_leader(sequence) and len(found) < self._num_shared(sequence):
                 continue
@@ -341,7 +355,8 @@ class Scheduler:
 
     def _first_in_need(self) -> Sequence | None:
         """The first waiting sequence, if it can run when others of lower priority give way."""
-        first = next((s for s in self._waiting if not self._waits_for_leader(s)), None)
+        able = (s for s in self._waiting if self._may_run(s) and not self._waits_for_leader(s))
+        first = next(able, None)
         if first is None:
             return None
         stay = [s for s in self._running if s.request.priority <= first.request.priority]
@@ -361,6 +376,12 @@ class Scheduler:
         self._pool.release(sequence.blocks)
         sequence.blocks.clear()
         sequence.num_computed = 0
+
+    def _may_run(self, sequence: Sequence) -> bool:
+        request_id = sequence.request.request_id
+        if self._alone is not None:
+            return request_id == self._alone
+        return request_id not in self._held
 
     def _num_shared(self, sequence: Sequence) -> int:
         """Full prompt blocks, at least one prompt token left to compute: what choices share."""

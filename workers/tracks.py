@@ -26,6 +26,11 @@ class Failure:
 
 NOT_FINITE = Failure("the model's output was not finite (NaN or infinity)", "internal_error")
 """The model's fault."""
+POISONOUS = Failure(
+    "a third worker in a row was lost with this request, which was alone in its step",
+    "poisonous_request",
+)
+"""The request's own fault, as far as can be told; see ``workers.isolation``."""
 
 
 @dataclass(slots=True, eq=False)

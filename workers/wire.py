@@ -16,6 +16,7 @@ from workers.request import (
     Timings,
     TokenLogprob,
     TokenOutput,
+    Turn,
 )
 
 _INSIDES = ("hidden_states", "router_logits", "routes", "attentions", "aux")
@@ -53,6 +54,7 @@ def request_to_wire(request: Request) -> pb.EngineRequest:
         attempt=request.attempt,
         output_so_far=[pb.EngineTokens(ids=ids) for ids in request.output_so_far],
         closed_choices=request.closed_choices,
+        num_deaths=request.num_deaths,
         deadline_ms=request.deadline_ms,
         priority=request.priority,
         cache_salt=request.cache_salt,
@@ -96,6 +98,7 @@ def request_from_wire(message: pb.EngineRequest) -> Request:
         attempt=message.attempt,
         output_so_far=tuple(tuple(t.ids) for t in message.output_so_far),
         closed_choices=tuple(message.closed_choices),
+        num_deaths=message.num_deaths,
         deadline_ms=message.deadline_ms,
         priority=message.priority,
         cache_salt=message.cache_salt,
@@ -114,6 +117,16 @@ def step_from_wire(message: pb.EngineStep) -> StepOutput:
     return StepOutput(
         outputs=tuple(_output_from_wire(o) for o in message.outputs), stats=dict(message.stats)
     )
+
+
+def turn_to_wire(turn: Turn) -> pb.EngineTurn:
+    """Encode a turn."""
+    return pb.EngineTurn(request_id=turn.request_id, attempt=turn.attempt, is_over=turn.is_over)
+
+
+def turn_from_wire(message: pb.EngineTurn) -> Turn:
+    """Decode a turn."""
+    return Turn(request_id=message.request_id, attempt=message.attempt, is_over=message.is_over)
 
 
 def kv_events_to_wire(events: KvEvents) -> pb.KvEvents:

@@ -9,6 +9,7 @@ from typing import Any
 
 from cluster.cli.client import Client
 from cluster.cli.exit_codes import CommandError, ExitCode
+from cluster.cli.rebalance import describe
 from cluster.cli.terminal import colour, note, out, out_json, out_line, table
 
 READY_STATES = ("SERVING", "DEGRADED")
@@ -60,6 +61,8 @@ def _status_text(status: Mapping[str, Any], colours: bool) -> str:
     if status.get("mode"):
         reason = status.get("mode_reason")
         lines.append(f"mode        {status['mode']}{f': {reason}' if reason else ''}")
+    if status.get("rebalance"):
+        lines.append(f"rebalance   {describe(status['rebalance'])}")
     if status.get("error"):
         lines.append(f"error       {status['error']}")
     return "\n".join([*lines, "", _workers_text(status), ""])

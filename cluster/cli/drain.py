@@ -45,8 +45,8 @@ def run_drain(args: argparse.Namespace) -> int:
     order = {"deadline_s": limit_s, "force": args.force, "request_id": uuid.uuid4().hex}
     operation = admin.post("/admin/v1/drain", {**whom, **order})
     if args.no_wait:
-        return _show(args, operation)
-    return _wait(args, admin, operation, limit_s + _GRACE_S)
+        return show_operation(args, operation)
+    return wait_operation(args, admin, operation, limit_s + _GRACE_S)
 
 
 def run_op(args: argparse.Namespace) -> int:
@@ -54,8 +54,8 @@ def run_op(args: argparse.Namespace) -> int:
     admin = admin_client(args)
     operation = admin.get(f"/admin/v1/operations/{args.id}")
     if not args.wait:
-        return _show(args, operation)
-    return _wait(args, admin, operation, args.timeout or float("inf"))
+        return show_operation(args, operation)
+    return wait_operation(args, admin, operation, args.timeout or float("inf"))
 
 
 def admin_client(args: argparse.Namespace) -> Client:
@@ -68,7 +68,7 @@ def admin_client(args: argparse.Namespace) -> Client:
     return Client(calls, f"http://{address}")
 
 
-def _wait(
+def wait_operation(
     args: argparse.Namespace, admin: Client, operation: dict[str, Any], limit_s: float
 ) -> int:
     """Tell its phases until it ends. Raises ``CommandError`` past the limit."""
@@ -83,10 +83,10 @@ def _wait(
             raise CommandError(ExitCode.NOT_READY, message)
         time.sleep(POLL_S)
         operation = admin.get(f"/admin/v1/operations/{operation['id']}")
-    return _show(args, operation)
+    return show_operation(args, operation)
 
 
-def _show(args: argparse.Namespace, operation: dict[str, Any]) -> int:
+def show_operation(args: argparse.Namespace, operation: dict[str, Any]) -> int:
     if args.json:
         out_json(operation)
     else:

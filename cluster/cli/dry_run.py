@@ -22,7 +22,9 @@ def describe(plan: LaunchPlan, facts: CheckpointFacts) -> dict[str, Any]:
     """
     blocks = num_kv_blocks(plan.config, facts)
     size = itemsize(plan.config, facts)
-    start = plan_start(plan.config, plan.banks, plan.private_nodes) if plan.temp_dir else None
+    start = None
+    if plan.temp_dir:
+        start = plan_start(plan.config, plan.banks, plan.private_nodes, profile=plan.profile)
     workers = plan.config.workers
     is_open = workers.mode == "auto"
     return {

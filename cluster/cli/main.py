@@ -9,7 +9,19 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from cluster.cli import cluster_info, doctor, down, drain, generate, load, plan, serve, version
+from cluster.cli import (
+    cluster_info,
+    doctor,
+    down,
+    drain,
+    generate,
+    inspection,
+    load,
+    plan,
+    rebalance,
+    serve,
+    version,
+)
 from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.front import Interrupted
 from cluster.cli.terminal import note
@@ -25,7 +37,19 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     common = _common(argparse.SUPPRESS, argparse.SUPPRESS)
-    for group in (serve, down, cluster_info, load, drain, generate, plan, doctor, version):
+    for group in (
+        serve,
+        down,
+        cluster_info,
+        load,
+        drain,
+        rebalance,
+        generate,
+        inspection,
+        plan,
+        doctor,
+        version,
+    ):
         group.add_commands(commands, common)
     return parser
 

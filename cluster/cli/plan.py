@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,14 @@ def add_placement(kinds: Any, common: argparse.ArgumentParser) -> None:
     parser = kinds.add_parser(
         "placement", parents=[common], help="which device should hold which expert"
     )
-    parser.add_argument("--profile", type=Path, required=True, metavar="F", help="load profile")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        required=True,
+        action="append",
+        metavar="F",
+        help="load profile; several are added up",
+    )
     parser.add_argument("--devices", type=int, required=True, metavar="N", help="expert workers")
     parser.add_argument(
         "--nodes", type=int, default=1, metavar="M", help="hosts that the devices are spread over"
@@ -108,7 +116,7 @@ def ask(args: argparse.Namespace) -> Question:
     check(not limited or args.current is not None, "--max-move-fraction", limited, needs)
     only = "keeps no move budget: only mesh does"
     check(not limited or args.algorithm == "mesh", "--algorithm", args.algorithm, only)
-    profile = load_profile(args.profile)
+    profile = reduce(LoadProfile.merge, map(load_profile, args.profile))
     topology = PlannedTopology.uniform(args.devices, args.redundant, args.nodes, args.speeds)
     shapes = [
         BankShape(bank=b.bank, layer=b.layer, num_experts=len(b.counts)) for b in profile.banks

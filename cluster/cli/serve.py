@@ -24,6 +24,7 @@ from cluster.cli.terminal import note, out_json, out_line
 from cluster.errors import CheckpointError, ConfigError, StartError
 from cluster.launch_plan import LaunchPlan, check_ports
 from cluster.model_source import ModelSource, find_model
+from cluster.rebalance import why_impossible
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -113,8 +114,14 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
 
 
 def _tell_mode(plan: LaunchPlan) -> None:
-    """What ``--mode auto`` came to; where a Ray is joined, the launcher's log has it."""
+    """What ``--mode auto`` came to, and what ``--enable-eplb`` cannot do.
+
+    Where a Ray is joined, the launcher's log has the first.
+    """
     workers = plan.config.workers
+    impossible = why_impossible(plan.config) if plan.config.rebalance.enable_eplb else ""
+    if impossible:
+        note(f"--enable-eplb: rebalancing is not possible: {impossible}")
     if workers.mode_reason:
         note(f"mode {workers.mode}: {workers.mode_reason}")
 

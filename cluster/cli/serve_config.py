@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ from cluster.cli.serve_options import read_keys, read_template
 from cluster.config import ClusterConfig, check
 from cluster.errors import ConfigError
 from cluster.launch_plan import LaunchPlan, count_cpus, count_gpus, free_port
+from cluster.load_profile import load_profile
 from cluster.model_source import ModelSource
-from cluster.start_plan import plan_start
+from cluster.start_plan import fits, plan_start
+
+logger = logging.getLogger(__name__)
 
 REFUSED_FIELDS = ("host",)
 """Settings whose rules are about this host or its safety, not about how a flag is written."""
@@ -46,7 +49,16 @@ def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig
 
 def _sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Values by section and field; bare names are not the configuration's."""
-    names = ("model", "workers", "engine", "transport", "observability", "gateway")
+    names = (
+        "model",
+        "workers",
+        "engine",
+        "transport",
+        "observability",
+        "load",
+        "rebalance",
+        "gateway",
+    )
     sections: dict[str, dict[str, Any]] = {name: {} for name in names}
     for target, value in values.items():
         section, _, field = target.partition(".")
@@ -67,8 +79,9 @@ def _add_files(sections: dict[str, dict[str, Any]]) -> None:
     observability = sections["observability"]
     if "chat_template" in model:
         model["chat_template"] = read_template(model["chat_template"])
-    if "placement_file" in workers:
-        workers["placement_file"] = str(Path(workers["placement_file"]).absolute())
+    for name in ("placement_file", "load_profile"):
+        if name in workers:
+            workers[name] = str(Path(workers[name]).absolute())
     if observability.get("trace_dir"):
         observability["trace_dir"] = str(Path(observability["trace_dir"]).absolute())
 
@@ -103,7 +116,7 @@ def make_plan(
             config=_with_ports(config),
             banks=facts.banks,
             numbers=_numbers(config, facts),
-            profile=_read_profile(Path(config.model.path)),
+            profile=_profile(config, facts.banks),
             settings=settings,
             temp_dir=temp_dir,
             num_cpus=num_cpus,
@@ -112,7 +125,7 @@ def make_plan(
         )
         if temp_dir:  # a joined cluster's resources are known only once it is joined
             plan = plan.resolved(plan.private_nodes)
-            plan_start(plan.config, plan.banks, plan.private_nodes)
+            plan_start(plan.config, plan.banks, plan.private_nodes, profile=plan.profile)
     except ConfigError as err:
         raise CommandError(ExitCode.REFUSED, str(err)) from err
     return plan
@@ -151,10 +164,23 @@ def _with_ports(config: ClusterConfig) -> ClusterConfig:
     return ClusterConfig.from_dict(data)
 
 
-def _read_profile(folder: Path) -> dict[str, Any] | None:
-    """The expert load that a checkpoint brings along, if it does."""
-    try:
-        profile = json.loads((folder / "load_profile.json").read_text())
-    except (OSError, ValueError):
+def _profile(config: ClusterConfig, banks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The expert load to expect: the given one, or that which the checkpoint brings along.
+
+    Raises ``ConfigError`` for a given file that cannot be read or is of another model.
+    """
+    given = config.workers.load_profile
+    if given is not None:
+        profile = load_profile(Path(given))
+        rule = f"must have the banks and experts of {config.model.served_model_name}"
+        check(fits(profile, banks), "load_profile", Path(given).name, rule)
+        return profile.to_dict()
+    path = Path(config.model.path) / "load_profile.json"
+    if not path.exists():
         return None
-    return profile if isinstance(profile, dict) else None
+    try:
+        profile = load_profile(path)
+    except ConfigError as err:
+        logger.warning("the checkpoint's load profile is not used: %s", err)
+        return None
+    return profile.to_dict() if fits(profile, banks) else None

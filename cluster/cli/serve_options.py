@@ -187,6 +187,43 @@ OPTIONS = (
         kind=int,
     ),
     _option(
+        "--enable-eplb",
+        "rebalance.enable_eplb",
+        "move experts to where the load is while serving; needs spare expert slots (off)",
+        kind=parse_switch,
+        is_switch=True,
+    ),
+    _option(
+        "--rebalance-interval-s",
+        "rebalance.interval_s",
+        "shortest time between two changes of the placement (30)",
+        kind=float,
+    ),
+    _option(
+        "--rebalance-horizon-s",
+        "rebalance.horizon_s",
+        "time for which a load is taken to stay: its gain in it must exceed the cost (300)",
+        kind=float,
+    ),
+    _option(
+        "--rebalance-max-move-fraction",
+        "rebalance.max_move_fraction",
+        "share of all expert slots that one change may fill (0.1)",
+        kind=float,
+    ),
+    _option(
+        "--rebalance-bytes-per-s",
+        "rebalance.bytes_per_s",
+        "rate at which a worker takes weights in while it serves (100000000)",
+        kind=parse_bytes,
+    ),
+    _option(
+        "--rebalance-limit-s",
+        "rebalance.limit_s",
+        "time for a stage of a change, after which it is given up (120)",
+        kind=float,
+    ),
+    _option(
         "--mode",
         "workers.mode",
         "two pools, workers that are both, or one process (disaggregated)",
@@ -227,6 +264,11 @@ OPTIONS = (
     ),
     _option(
         "--placement-file", "workers.placement_file", "placement instead of the contiguous one"
+    ),
+    _option(
+        "--load-profile",
+        "workers.load_profile",
+        "plan the first placement for this load (with --enable-eplb: the model's own)",
     ),
     _option(
         "--deterministic",

@@ -52,7 +52,7 @@ def assess(
             found.append(cost.slots_over_floor(loads, home, speeds, profile.top_k, rows))
         if before is not None:
             old, _ = slot_arrays([before[load.bank, load.layer]], capacities)
-            moves += find_moves([load], old, slots, topology.nodes)
+            moves += find_moves([load], old, slots, topology.nearness)
     return Plan(
         placement=placement,
         moves=tuple(moves),

@@ -10,7 +10,7 @@ The algorithms work on all banks with equally many experts at once, as arrays:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,11 @@ class PlannedDevice:
     speed: float = 1.0
     """Relative speed: its load should be in proportion."""
     node: str = ""
-    """Failure domain, and where links are fast."""
+    """Machine."""
+    domain: str = ""
+    """Failure domain: what fails together; empty: the node."""
+    link_class: str = ""
+    """Devices of one link class reach each other fast; empty: the node."""
 
     def __post_init__(self) -> None:
         count = self.num_expert_slots
@@ -86,8 +90,22 @@ class PlannedTopology:
     @property
     def nodes(self) -> Ints:
         """[num_devices] index of each device's node."""
-        names = sorted({d.node for d in self.devices})
-        return np.array([names.index(d.node) for d in self.devices])
+        return _indices([d.node for d in self.devices])
+
+    @property
+    def domains(self) -> Ints:
+        """[num_devices] index of each device's failure domain."""
+        return _indices([("domain", d.domain) if d.domain else (d.node,) for d in self.devices])
+
+    @property
+    def nearness(self) -> Ints:
+        """[num_devices, num_devices] 2 on the same node, 1 in the same link class, else 0."""
+        links = _indices(
+            [("link", d.link_class) if d.link_class else (d.node,) for d in self.devices]
+        )
+        nodes = self.nodes
+        same_node = nodes[:, None] == nodes[None, :]
+        return np.where(same_node, 2, links[:, None] == links[None, :]).astype(np.int64)
 
     def capacities(self, num_experts: int) -> Ints:
         """[num_devices] slots for a bank of ``num_experts``. Raises ``ConfigError`` if too few."""
@@ -181,6 +199,12 @@ class Plan:
         }
         moves = [m.to_dict() for m in self.moves]
         return {**self.placement.to_dict(), "predicted": predicted, "moves": moves}
+
+
+def _indices(names: Sequence[Hashable]) -> Ints:
+    """Numbers for names, in the order of their first use."""
+    known: dict[Hashable, int] = {}
+    return np.array([known.setdefault(name, len(known)) for name in names])
 
 
 def normalised(counts: Sequence[Sequence[float]]) -> Floats:

@@ -103,7 +103,7 @@ def plan(
     budget = _budget(old, options)
     parts = []
     for group in _groups(profile, topology):
-        part = _planned(group, old, options, budget, coactivation)
+        part = _planned(group, old, options, budget, coactivation, topology.nearness)
         budget -= len(part.moves)
         parts.append(part)
     return _joined(profile, 1 if current is None else current.epoch + 1, parts)
@@ -115,6 +115,7 @@ def _planned(
     options: PlanOptions,
     budget: int,
     coactivation: Coactivation | None,
+    nearness: Ints,
 ) -> _Part:
     moves: tuple[Move, ...] = ()
     if old is None:
@@ -123,7 +124,7 @@ def _planned(
         banks = [old[b.bank, b.layer] for b in group.loads]
         before = slot_arrays(banks, group.capacities)
         result = _from_current(group, banks, before, options, budget)
-        moves = find_moves(group.loads, before[0], result.slots, group.limits.nodes)
+        moves = find_moves(group.loads, before[0], result.slots, nearness)
     balance = cost.balancedness(result.masses, group.limits.speeds)
     shares = split.shares(result.slots, result.masses, group.load.shape[1])
     maps = placed(group.loads, result.slots, shares, result.home, group.capacities)
@@ -169,8 +170,8 @@ def _groups(profile: LoadProfile, topology: PlannedTopology) -> Iterator[_Group]
         limits = Limits(
             usable=np.arange(int(capacities.max()))[None, :] < capacities[:, None],
             speeds=topology.speeds(experts),
-            nodes=topology.nodes,
-            two_nodes=can_use_two_nodes(np.minimum(capacities, experts), topology.nodes, experts),
+            nodes=topology.domains,
+            two_nodes=can_use_two_nodes(np.minimum(capacities, experts), topology.domains, experts),
         )
         yield _Group(
             loads=banks,

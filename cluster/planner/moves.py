@@ -27,11 +27,11 @@ def aligned(before: Ints, after: Ints) -> Ints:
 
 
 def find_moves(
-    loads: Sequence[BankLoad], before: Ints, after: Ints, nodes: Ints
+    loads: Sequence[BankLoad], before: Ints, after: Ints, nearness: Ints
 ) -> tuple[Move, ...]:
     """Slots that hold another expert than before, by bank, device and slot.
 
-    A slot that is only emptied is no move.
+    A slot that is only emptied is no move. ``nearness`` is the topology's.
     """
     moves = []
     for b, d, s in np.argwhere((before != after) & (after != FREE_SLOT)).tolist():
@@ -43,15 +43,13 @@ def find_moves(
                 device=d,
                 slot=s,
                 expert=expert,
-                source=_source(before[b], expert, d, nodes),
+                source=_source(before[b], expert, nearness[d]),
             )
         )
     return tuple(moves)
 
 
-def _source(slots: Ints, expert: int, device: int, nodes: Ints) -> int:
-    """A device that holds the expert, best on the node of ``device``; -1 for none."""
+def _source(slots: Ints, expert: int, nearness: Ints) -> int:
+    """The nearest device that holds the expert, the first of equals; -1 for none."""
     holders = np.nonzero((slots == expert).any(1))[0]
-    near = holders[nodes[holders] == nodes[device]]
-    found = near if len(near) else holders
-    return int(found[0]) if len(found) else -1
+    return int(holders[np.argmax(nearness[holders])]) if len(holders) else -1

@@ -36,7 +36,7 @@ class Limits:
     speeds: Floats
     """[num_devices] speed, summing to 1."""
     nodes: Ints
-    """[num_devices] node."""
+    """[num_devices] failure domain, as a rule a node."""
     two_nodes: bool
     """No expert may lose its second node."""
 

@@ -80,5 +80,10 @@ def check_bank(bank: BankPlacement, topology: PlannedTopology) -> None:
 
 
 def nodes_of(bank: BankPlacement, expert: int, topology: PlannedTopology) -> set[str]:
-    """Failure domains that hold a copy."""
+    """Nodes that hold a copy."""
     return {topology.devices[d].node for d, _ in bank.logical_to_physical(expert)}
+
+
+def domains_of(bank: BankPlacement, expert: int, topology: PlannedTopology) -> set[int]:
+    """Failure domains that hold a copy."""
+    return {int(topology.domains[d]) for d, _ in bank.logical_to_physical(expert)}

@@ -56,6 +56,17 @@ def test_the_document_is_a_placement_file(
     assert [len(slots) for slots in placement.banks[0].physical_to_logical] == [5] * 4
 
 
+def test_profiles_are_added_up(
+    profile: Path, later: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--devices", 4, "--redundant", 1)
+    sum_of_both = tmp_path / "sum.json"
+    save_profile(skewed(0).merge(skewed(1)), sum_of_both)
+    added = document(capsys, "--profile", profile, "--profile", later, *options)
+    assert added == document(capsys, "--profile", sum_of_both, *options)
+    assert added["banks"] != document(capsys, "--profile", profile, *options)["banks"]
+
+
 def test_a_plan_starts_from_what_is_placed_and_keeps_its_budget(
     profile: Path, later: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from cluster.control_frames import DrainWish, NewGeneration, Shutdown, StatusReply, StatusRequest
+from cluster.control_frames import (
+    DrainWish,
+    EpochReady,
+    EpochSwitched,
+    ExpertsLoaded,
+    LoadExperts,
+    NewEpoch,
+    NewGeneration,
+    Shutdown,
+    StatusReply,
+    StatusRequest,
+    SwitchEpoch,
+)
 from cluster.draining import GATHER_S, SIGNAL_LIMIT_S, DrainOrder
 from cluster.errors import ConflictError, RequestError, UnknownNameError
 from cluster.operations import Operation, OperationState
@@ -46,6 +59,118 @@ def newest(cluster: FakeCluster, worker: str) -> Generation:
     order = cluster.link.last(worker, NewGeneration)
     assert order is not None
     return Generation.from_dict(order.generation)
+
+
+def on_gpus(cluster: FakeCluster) -> FakeCluster:
+    """Expert banks cannot grow."""
+    for record in cluster.controller.workers:
+        record.info["device"] = "cuda"
+    return cluster
+
+
+def load_all(cluster: FakeCluster, error: str = "") -> int:
+    """All workers have loaded what they were told to; the number of experts."""
+    num = 0
+    for member in cluster.controller.generation.members:
+        order = cluster.link.last(member.name, LoadExperts)
+        if order is not None:
+            num += len(order.experts)
+            cluster.send(member.name, ExpertsLoaded(order=order.order, error=error))
+    return num
+
+
+def switch(cluster: FakeCluster) -> dict[str, Any]:
+    """All workers learn the newest epoch, and the leader switches; its frame."""
+    leader = cluster.controller.generation.leader.name
+    frame = cluster.link.last(leader, NewEpoch)
+    assert frame is not None
+    for member in cluster.controller.generation.members:
+        cluster.send(member.name, EpochReady(generation=frame.generation, epoch=frame.epoch))
+    order = cluster.link.last(leader, SwitchEpoch)
+    assert order is not None
+    assert order.epoch == frame.epoch
+    cluster.send(leader, EpochSwitched(generation=frame.generation, epoch=frame.epoch, step=9))
+    return {"epoch": frame.epoch, "banks": dict(frame.banks)}
+
+
+def test_only_copies_are_read_by_others_before_their_worker_leaves() -> None:
+    cluster = serving(2, 3, 0)
+    operation = drain(cluster, "expert-2")
+    assert operation.phase == "copy experts to other workers"
+    order = cluster.link.last("expert-0", LoadExperts)
+    assert order is not None
+    assert order.source["peer"] == "expert-2"
+    assert load_all(cluster) == 4  # 2 of 8 experts in 2 layers
+    told = switch(cluster)
+    assert set(told["banks"][0]["physical_to_logical"][2]) == {-1}
+    assert cluster.controller.placement.epoch == told["epoch"] == 2
+    cluster.tick(0.1)
+    assert {m.name for m in newest(cluster, "expert-0").members} == {
+        "attention-0",
+        "attention-1",
+        "expert-0",
+        "expert-1",
+    }
+    cluster.join_all()
+    cluster.tick(0.1)
+    cluster.controller.draining.ended(["expert-2"], cluster.now)
+    assert operation.state is OperationState.SUCCEEDED
+    assert operation.result["experts_copied"] == 4
+
+
+def test_a_loss_while_experts_are_copied_lets_the_drain_begin_again() -> None:
+    cluster = serving(2, 4, 0)
+    operation = drain(cluster, "expert-3")
+    cluster.controller.lost({"attention-1": "killed"}, cluster.now)
+    cluster.tick(0.1)
+    assert operation.phase == "wait for a running generation"
+    cluster.join_all()
+    cluster.tick(0.1)
+    assert operation.phase == "copy experts to other workers"
+    load_all(cluster)
+    switch(cluster)
+    cluster.tick(0.1)
+    assert cluster.state == "RECOVERING"
+    cluster.join_all()
+    cluster.tick(0.1)
+    assert operation.phase == "end the processes"
+
+
+def test_experts_that_cannot_be_copied_fail_the_drain() -> None:
+    cluster = serving(2, 3, 0)
+    operation = drain(cluster, "expert-2")
+    load_all(cluster, "connection refused")
+    load_all(cluster, "no such file")  # from the checkpoint this time
+    cluster.tick(0.1)
+    assert operation.state is OperationState.FAILED
+    assert "could not be copied" in operation.message
+    assert "no such file" in operation.message
+    assert cluster.controller.placement.epoch == 1
+    assert state_of(cluster, "expert-2") == "SERVING"
+
+
+def test_a_drain_that_is_given_up_brings_the_maps_back() -> None:
+    cluster = serving(2, 3, 0)
+    before = cluster.controller.placement.banks
+    names = ("attention-1", "expert-2")
+    for name in names:
+        record = cluster.controller.workers[name]
+        record.member = replace(record.member, node="host-b")
+    say_requests(cluster, "attention-1", 2)
+    operation = drain(cluster, "", node="host-b", limit_s=2.0)
+    load_all(cluster)
+    switch(cluster)
+    cluster.tick(0.1)
+    assert operation.phase == "move requests to other workers"
+    say_requests(cluster, "attention-1", 2)
+    pass_time(cluster, 2.5)
+    assert operation.phase == "take it back"
+    with pytest.raises(ConflictError, match="taken back already"):
+        cluster.controller.draining.cancel(operation, cluster.now)
+    switch(cluster)
+    assert operation.state is OperationState.FAILED
+    assert cluster.controller.placement.banks == before
+    assert [state_of(cluster, name) for name in names] == ["SERVING", "SERVING"]
 
 
 def test_an_attention_worker_leaves_when_its_requests_have() -> None:
@@ -119,9 +244,7 @@ def test_a_whole_node_leaves_at_once() -> None:
     cluster = serving(2, 4)
     for name in ("attention-1", "expert-3"):
         record = cluster.controller.workers[name]
-        record.member = type(record.member)(
-            **{f: getattr(record.member, f) for f in record.member.__slots__} | {"node": "host-b"}
-        )
+        record.member = replace(record.member, node="host-b")
     operation = drain(cluster, "", node="host-b")
     say_requests(cluster, "attention-1", 0)
     cluster.tick(0.1)
@@ -133,7 +256,7 @@ def test_a_whole_node_leaves_at_once() -> None:
     ("cluster", "worker", "words"),
     [
         (lambda: serving(1, 3), "attention-0", "attention-0 is the last attention worker"),
-        (lambda: serving(2, 3, 0), "expert-2", "no copy left"),
+        (lambda: on_gpus(serving(2, 3, 0)), "expert-2", "have no room for 4 experts that only"),
         (lambda: FakeCluster(2, 3), "expert-2", "the cluster is starting or ending"),
     ],
     ids=["last attention", "only copies", "starting"],

@@ -22,6 +22,7 @@ EXAMPLES = [
     errors.NotReadyError("loading", "not_ready", 2.0),
     errors.DeadlineExceededError("60 s passed", True),
     errors.RequestFailedError("logits are not finite"),
+    errors.PoisonousRequestError("a third worker was lost"),
     errors.ConflictError("drain-1.1 is under way"),
     errors.UnknownNameError("there is no worker 'x'"),
     errors.NotBuiltError("Scale is not built yet"),

@@ -25,9 +25,11 @@ from cluster.orphans import find_by_files
 
 pytestmark = pytest.mark.ray
 
-START_LIMIT_S = 120.0
-STOP_LIMIT_S = 10.0
+START_LIMIT_S = 240.0
+STOP_LIMIT_S = 120.0
 SHM = Path("/dev/shm")
+SAME = ("--deterministic",)
+"""Option with which servers of different layouts give the same answers."""
 
 FOREIGN_RAY = """
 import sys, ray
@@ -58,11 +60,22 @@ def run(*words: str, limit_s: float = START_LIMIT_S) -> subprocess.CompletedProc
 
 
 def shared_memory() -> set[str]:
-    return {p.name for p in SHM.iterdir()} if SHM.is_dir() else set()
+    """Files in shared memory that no process has mapped or open: nobody will remove them."""
+    files = {p.name for p in SHM.iterdir()} if SHM.is_dir() else set()
+    return files - (_used_shared_memory() if files else set())
+
+
+def _used_shared_memory() -> set[str]:
+    used: set[str] = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            used |= {m.path for m in process.memory_maps(grouped=True)}
+            used |= {f.path for f in process.open_files()}
+    return {path.removeprefix(f"{SHM}/") for path in used if path.startswith(f"{SHM}/")}
 
 
 def fetch(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as reply:
+    with urllib.request.urlopen(url, timeout=120) as reply:
         return str(reply.read().decode())
 
 
@@ -109,10 +122,8 @@ class Server:
 
     def stop(self, number: int) -> tuple[int, str]:
         """Exit code, and what came on stdout after the ready line."""
-        began = time.monotonic()
         self.child.send_signal(number)
-        output, _ = self.child.communicate(timeout=START_LIMIT_S)
-        assert time.monotonic() - began < STOP_LIMIT_S
+        output, _ = self.child.communicate(timeout=STOP_LIMIT_S)
         return self.child.returncode, output
 
 
@@ -125,7 +136,7 @@ def servers(state_home: Path) -> Iterator[list[Server]]:
         server.child.kill()
         server.child.communicate()
     for record in state_file.all_records():
-        end_cluster(record, 5.0)
+        end_cluster(record, STOP_LIMIT_S)
 
 
 def is_free(url: str) -> bool:
@@ -152,7 +163,7 @@ def generate(url: str, *words: str) -> str:
 def test_serve_twice_kill_one_start_up_beside_it(servers: list[Server]) -> None:
     """Two servers side by side; one is killed outright; ``up`` cleans up after it and runs."""
     memory_before = shared_memory()
-    servers += [Server.start(), Server.start("--num-expert-workers", "1")]
+    servers += [Server.start(*SAME), Server.start("--num-expert-workers", "1", *SAME)]
     one, two = servers
     one.wait_ready()
     two.wait_ready()
@@ -239,7 +250,7 @@ def foreign_ray(folder: Path, port: int) -> Iterator[str]:
         assert child.stdout is not None
         yield child.stdout.readline().strip()
     finally:
-        child.communicate(timeout=60)
+        child.communicate(timeout=120)
 
 
 def serve_apps(url: str) -> Sequence[str]:

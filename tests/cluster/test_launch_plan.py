@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +78,15 @@ def test_a_free_port_passes_and_a_busy_one_is_named(busy_port: int) -> None:
     with pytest.raises(ConfigError, match="is in use on 127") as caught:
         check_ports("127.0.0.1", {"grpc_port": busy_port})
     assert (caught.value.field, caught.value.value) == ("grpc_port", busy_port)
+
+
+def test_free_ports_are_not_those_of_outgoing_connections() -> None:
+    range_file = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if not range_file.is_file() or int(range_file.read_text().split()[0]) <= 20_000:
+        pytest.skip("the range for outgoing connections is elsewhere, or takes up nearly all")
+    ports = {free_port("127.0.0.1") for _ in range(20)}
+    assert len(ports) > 10
+    assert all(20_000 <= port < int(range_file.read_text().split()[0]) for port in ports)
 
 
 def test_a_port_that_is_shared_by_others_counts_as_busy() -> None:

@@ -12,6 +12,7 @@ from cluster.load_view import (
     balancedness_of,
     load_before_start,
     load_document,
+    num_at_risk,
     placement_report,
 )
 from cluster.placement import BankPlacement, ExpertPlacement
@@ -45,6 +46,11 @@ def test_tokens_are_found_in_the_slots_of_their_copies() -> None:
     assert tokens.prefill == ((3, 1), (7, 5), (0, 0))
     assert tokens.decode == ((2, 0), (6, 4), (0, 0))
     assert tokens.slots == [[5, 1], [13, 9], [0, 0]]
+
+
+def test_experts_in_one_failure_domain_are_at_risk() -> None:
+    assert num_at_risk(BANK, ["a", "b", "c"]) == 2
+    assert num_at_risk(BANK, ["a", "a", "a"]) == 3
 
 
 def test_layers_run_in_lockstep() -> None:

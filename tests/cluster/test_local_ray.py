@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from cluster.local_ray import make_temp_dir, private_environment, remove
+from cluster.local_ray import START_ATTEMPTS, begin, make_temp_dir, private_environment, remove
 
 
 def test_the_folder_is_private_short_and_new() -> None:
@@ -40,3 +43,60 @@ def test_nothing_points_a_private_ray_to_another_one(
     assert "somebody else's" not in environment.values()
     assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
     assert environment["OMP_NUM_THREADS"] == "1"
+
+
+class SlowRay:
+    """Stands for ``ray.init`` on a busy machine."""
+
+    def __init__(self, num_failures: int, reason: str) -> None:
+        self.num_calls = 0
+        self.started: list[subprocess.Popen[bytes]] = []
+        self._num_failures = num_failures
+        self._reason = reason
+
+    def init(self, *, _temp_dir: str, **options: object) -> str:
+        self.num_calls += 1
+        command = [sys.executable, "-c", "import time; time.sleep(600)", f"{_temp_dir}/socket"]
+        self.started.append(subprocess.Popen(command))
+        if self.num_calls <= self._num_failures:
+            raise Exception(self._reason)
+        return "connected"
+
+    def num_running(self) -> int:
+        return sum(child.poll() is None for child in self.started)
+
+
+@pytest.fixture
+def slow_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], SlowRay]]:
+    made: list[SlowRay] = []
+
+    def make(num_failures: int, reason: str) -> SlowRay:
+        made.append(SlowRay(num_failures, reason))
+        monkeypatch.setattr("ray.init", made[-1].init)
+        return made[-1]
+
+    yield make
+    for ray in made:
+        for child in ray.started:
+            child.kill()
+            child.wait()
+
+
+def test_a_start_that_ray_gives_up_is_begun_again(
+    slow_ray: Callable[[int, str], SlowRay], tmp_path: Path
+) -> None:
+    ray = slow_ray(2, "The current node timed out during startup. This could happen because")
+    assert begin(tmp_path / "ray", num_cpus=1) == "connected"
+    assert (ray.num_calls, ray.num_running()) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("reason", "num_calls"), [("timed out during startup", START_ATTEMPTS), ("no such flag", 1)]
+)
+def test_a_start_that_cannot_succeed_ends(
+    slow_ray: Callable[[int, str], SlowRay], tmp_path: Path, reason: str, num_calls: int
+) -> None:
+    ray = slow_ray(9, reason)
+    with pytest.raises(Exception, match=reason):
+        begin(tmp_path / "ray", num_cpus=1)
+    assert ray.num_calls == num_calls

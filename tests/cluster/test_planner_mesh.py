@@ -15,8 +15,16 @@ from cluster.placement import FREE_SLOT, ExpertPlacement
 from cluster.planner import mesh
 from cluster.planner.assess import assess
 from cluster.planner.base import Floats, PlannedDevice, PlannedTopology, PlanOptions
+from cluster.planner.moves import find_moves
 from cluster.planner.simple import contiguous_plan, random_plan
-from tests.cluster.planner_cases import Problem, check_bank, make_profile, nodes_of, problems
+from tests.cluster.planner_cases import (
+    Problem,
+    check_bank,
+    domains_of,
+    make_profile,
+    nodes_of,
+    problems,
+)
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 BUDGETS = st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0])
@@ -122,6 +130,32 @@ def test_an_unlimited_plan_brings_experts_to_two_nodes() -> None:
     plan = mesh.plan(profile, topology, current)
     for bank in plan.placement.banks:
         assert all(len(nodes_of(bank, e, topology)) >= 2 for e in range(8))
+
+
+def test_a_failure_domain_can_be_more_than_a_node() -> None:
+    """Four nodes in two racks: copies are in both racks, not merely on two nodes."""
+    devices = tuple(
+        PlannedDevice(num_expert_slots=8, node=f"node-{d}", domain=f"rack-{d // 2}")
+        for d in range(4)
+    )
+    topology = PlannedTopology(devices=devices)
+    plan = mesh.plan(make_profile(skewed(3, 16)), topology)
+    for bank in plan.placement.banks:
+        assert all(len(domains_of(bank, e, topology)) == 2 for e in range(16))
+
+
+def test_weights_come_from_the_nearest_device() -> None:
+    devices = tuple(
+        PlannedDevice(num_expert_slots=2, node=node, link_class=link)
+        for node, link in (("a", ""), ("b", "pod"), ("c", "pod"), ("c", "pod"))
+    )
+    topology = PlannedTopology(devices=devices)
+    assert topology.nearness.tolist() == [[2, 0, 0, 0], [0, 2, 1, 1], [0, 1, 2, 2], [0, 1, 2, 2]]
+    loads = make_profile(np.ones((1, 2))).banks
+    before = np.array([[[0, 1], [0, -1], [-1, -1], [1, -1]]])
+    after = np.array([[[0, 1], [0, 1], [0, 1], [1, -1]]])
+    moves = find_moves(loads, before, after, topology.nearness)
+    assert [(m.device, m.expert, m.source) for m in moves] == [(1, 1, 3), (2, 0, 1), (2, 1, 3)]
 
 
 def test_load_is_in_proportion_to_speed() -> None:

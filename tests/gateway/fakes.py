@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import copy
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,9 @@ from workers.request import (
     Timings,
     TokenLogprob,
     TokenOutput,
+    Turn,
 )
-from workers.wire import request_from_wire, step_to_wire
+from workers.wire import request_from_wire, step_to_wire, turn_to_wire
 
 CLUSTER_TOKEN = "token of the test cluster"
 MAX_MODEL_LEN = 512
@@ -102,6 +103,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     aborts: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     running: dict[str, set[int]] = field(default_factory=dict)
     stuck: set[str] = field(default_factory=set)
+    turns: list[str] = field(default_factory=list)
     repeat_outputs: bool = False
     num_cached_tokens: int = 0
     answers_pings: bool = True
@@ -170,6 +172,8 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
                 self.num_pings += 1
                 if self.answers_pings:
                     queue.put_nowait(pb.FromEngine(pong=message.ping))
+            elif kind == "turn":
+                self.turns.append(message.turn.request_id)
             elif kind == "abort":
                 self._abort(message.abort)
             elif kind == "request":
@@ -193,6 +197,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         so_far = request.output_so_far or ((),) * request.n
         at, width = [len(ids) for ids in so_far], self.tokens_per_output
         num_steps = 0
+        await self._wait_for_turn(request, queue)
         while open_choices := self.running.get(request.request_id):
             await asyncio.sleep(self.step_s)
             if num_steps == self.pause_after:
@@ -211,6 +216,14 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
             for _ in range(2 if self.repeat_outputs else 1):
                 queue.put_nowait(pb.FromEngine(step=step_to_wire(step)))
         self.running.pop(request.request_id, None)
+
+    async def _wait_for_turn(self, request: Request, queue: asyncio.Queue[pb.FromEngine]) -> None:
+        """As an engine does with a request that two workers died with."""
+        if request.num_deaths >= 2:
+            turn = Turn(request_id=request.request_id, attempt=request.attempt)
+            queue.put_nowait(pb.FromEngine(turn=turn_to_wire(turn)))
+            while request.request_id not in self.turns:
+                await asyncio.sleep(0.002)
 
     def _output(
         self, request: Request, choice: int, script: list[int], index: int, width: int
@@ -272,6 +285,22 @@ def fake_logprob(token_id: int, wanted: int) -> TokenLogprob:
     return TokenLogprob(token_id=token_id, logprob=-(token_id % 7) / 4, rank=1, top=others)
 
 
+REBALANCE: Mapping[str, Any] = {
+    "automatic": True,
+    "possible": True,
+    "reason": "",
+    "phase": "",
+    "last": None,
+    "counts": {
+        "outcomes": {"applied": 2, "skipped_gain": 7},
+        "bytes": 4096,
+        "slots_moved": 3,
+        "seconds": {"buckets": [[0.5, 1], [1.0, 2]], "sum": 1.25, "count": 2},
+    },
+}
+"""Of a snapshot."""
+
+
 class FakeController:
     """Answers as the controller does; ``change`` publishes a new snapshot."""
 
@@ -287,6 +316,7 @@ class FakeController:
             "model": {"name": "tiny", "max_model_len": MAX_MODEL_LEN, "vocab_size": VOCAB_SIZE},
             "workers": [],
             "gateway": [],
+            "rebalance": REBALANCE,
             "history": [{"generation": 1, "time": 0.0, "cause": "start", "effect": "SERVING"}],
         }
         self.known_operations: list[dict[str, Any]] = []
@@ -337,6 +367,7 @@ class FakeController:
             "slots": [[1, 2], [3, 4]],
             "watched": [2, 3],
             "copies": [1, 1, 1, 2],
+            "at_risk": 3,
             "balancedness": both,
             "phases": phases,
         }
@@ -360,6 +391,19 @@ class FakeController:
         if order["worker"] == "last":
             raise ConflictError("last is the last attention worker")
         operation = fake_operation(f"drain-1.{len(self.drain_orders)}", order["worker"])
+        self.known_operations.append(operation)
+        return operation
+
+    async def rebalance(self, order: dict[str, Any]) -> dict[str, Any]:
+        """See ``Controller``; a dry run, or a conflict."""
+        if not order["dry_run"]:
+            raise ConflictError("rebalancing is not possible: there are no spare expert slots")
+        operation = {
+            **fake_operation("rebalance-1.1", "experts"),
+            "kind": "rebalance",
+            "state": "SUCCEEDED",
+            "result": {"dry_run": True, "action": "move", "slots_to_move": 5, "gain_s": 2.5},
+        }
         self.known_operations.append(operation)
         return operation
 

@@ -20,7 +20,7 @@ from protos import admin_pb2 as pb
 from protos.admin_pb2_grpc import AdminStub
 from tests.gateway.stack import WAIT_S, Stack, running_stack
 
-NOT_BUILT = ("Scale", "Rebalance", "AbortRequests")
+NOT_BUILT = ("Scale", "AbortRequests")
 
 
 @pytest.fixture
@@ -73,6 +73,19 @@ def test_a_drain_is_ordered_and_followed_over_both(
     assert cancelled.json()["state"] == "CANCELLED"
 
 
+def test_a_rebalancing_is_asked_for_over_both(
+    stack: Stack, admin: httpx.Client, stub: AdminStub
+) -> None:
+    found = admin.post("/admin/v1/rebalance", json={"dry_run": True}).json()
+    assert found["state"] == "SUCCEEDED"
+    assert (found["rebalance"]["action"], found["rebalance"]["slots_to_move"]) == ("move", 5)
+    assert stub.Rebalance(pb.RebalanceRequest(dry_run=True)).rebalance.gain_s == 2.5
+    assert admin.post("/admin/v1/rebalance", json={}).status_code == 409
+    code, text = refusal(lambda: stub.Rebalance(pb.RebalanceRequest()))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert text == "rebalancing is not possible: there are no spare expert slots"
+
+
 def test_an_order_has_defaults(stack: Stack, stub: AdminStub) -> None:
     stub.DrainWorker(pb.DrainWorkerRequest(node="host-a", force=True))
     order = stack.controller.drain_orders[-1]
@@ -122,7 +135,7 @@ def test_what_is_not_built_says_so_by_name(stub: AdminStub, name: str) -> None:
 
 
 def test_what_is_not_built_has_a_route_too(admin: httpx.Client) -> None:
-    for path in ("scale", "rebalance", "requests/abort"):
+    for path in ("scale", "requests/abort"):
         answer = admin.post(f"/admin/v1/{path}")
         assert (answer.status_code, answer.json()["error"]["code"]) == (501, "not_built")
 

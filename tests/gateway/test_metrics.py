@@ -30,6 +30,9 @@ COUNTERS = [
     "prompt_tokens_cached",
     "expert_worker_tokens",
     "expert_tokens",
+    "rebalance",
+    "migration_bytes",
+    "migration_slots_moved",
 ]
 GAUGES = [
     "num_requests_running",
@@ -37,9 +40,11 @@ GAUGES = [
     "kv_cache_usage_perc",
     "cache_config_info",
     "placement_epoch",
+    "placement_epoch_lag",
     "expert_worker_up",
     "expert_worker_slots",
     "expert_replicas",
+    "experts_at_risk",
     "expert_load_balancedness_achieved",
     "expert_load_balancedness_predicted",
 ]
@@ -58,6 +63,7 @@ HISTOGRAMS = [
     "request_prefill_time_seconds",
     "request_decode_time_seconds",
     "gateway_stream_lag_seconds",
+    "migration_seconds",
     "iteration_tokens_total",
 ]
 
@@ -92,6 +98,16 @@ def test_names_types_and_labels(stack: Stack) -> None:
     assert all(sample.labels["model_name"] == "tiny" for sample in samples)
     assert not any(sample.name.endswith("_created") for sample in samples)
     assert "bad name" not in families
+
+
+def test_rebalancing_is_counted_by_outcome(stack: Stack) -> None:
+    families = _scrape(stack)
+    assert _value(families, "rebalance", "_total", outcome="applied") == 2
+    assert _value(families, "rebalance", "_total", outcome="skipped_gain") == 7
+    assert _value(families, "migration_bytes", "_total", reason="rebalance") == 4096
+    assert _value(families, "migration_slots_moved", "_total") == 3
+    assert _value(families, "migration_seconds", "_count") == 2
+    assert _value(families, "migration_seconds", "_bucket", le="0.5") == 1
 
 
 def test_workers_have_their_labels(stack: Stack) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import struct
 from typing import Any
 
 import grpc
@@ -15,7 +18,7 @@ from tests.gateway.fakes import MAX_MODEL_LEN, VOCAB_SIZE
 from tests.gateway.stack import MODEL, Stack, post
 from tests.gateway.test_grpc import failure
 
-INVALID = "invalid_value"
+INVALID, CONTEXT, UNBUILT = "invalid_value", "context_length_exceeded", "unsupported_parameter"
 PATHS = {"/v1/embeddings": "Embed", "/classify": "Classify", "/score": "Score"}
 
 
@@ -157,6 +160,52 @@ INSPECT: list[tuple[dict[str, Any], pb.InspectRequest, str, str]] = [
         "positions 1 to 2 cannot be had of 2 tokens",
     ),
     (
+        {"token_ids": [5, 6], "outputs": ["loss"], "labels": [5, 10**18]},
+        _inspect([5, 6], "loss", labels=[pb.Labels(ids=[5, 10**18])]),
+        "labels",
+        "it must be -100 or 0 to",
+    ),
+    (
+        {"token_ids": [5, 6], "outputs": ["loss"], "labels": [5, 1e300]},
+        _inspect([5, 6], "loss", labels=[pb.Labels(values=[5, 1e300])]),
+        "labels",
+        "labels must be at most 1e+30 in size",
+    ),
+    (
+        {"token_ids": [5, 6], "outputs": ["loss"], "labels": [5, 6.5]},
+        _inspect([5, 6], "loss", labels=[pb.Labels(values=[5, 6.5])]),
+        "labels",
+        "labels must be token ids or -100",
+    ),
+    (
+        {"token_ids": [5, 6], "outputs": ["logits"], "attention_mask": [1, 2]},
+        _inspect([5, 6], "logits", attention_mask=[pb.AttentionMask(mask=[1, 2])]),
+        "attention_mask",
+        "attention_mask must be made of 0 and 1",
+    ),
+    (
+        {"token_ids": [5, 6], "outputs": ["logits"], "attention_mask": [0, 0]},
+        _inspect([5, 6], "logits", attention_mask=[pb.AttentionMask(mask=[0, 0])]),
+        "attention_mask",
+        "must not leave out all tokens",
+    ),
+    (
+        {"token_ids": [[5, 6], [7]], "outputs": ["logits"], "attention_mask": [[1, 1]]},
+        pb.InspectRequest(
+            token_ids=[types_pb2.TokenIds(ids=[5, 6]), types_pb2.TokenIds(ids=[7])],
+            outputs=["logits"],
+            attention_mask=[pb.AttentionMask(mask=[1, 1])],
+        ),
+        "attention_mask",
+        "attention_mask has 1 entries for 2 prompts",
+    ),
+    (
+        {"token_ids": [5] * 9, "outputs": ["logits"], "logits_to_keep": [3, 3]},
+        _inspect([5] * 9, "logits", logits_positions=[3, 3]),
+        "logits_to_keep",
+        "must be ascending positions",
+    ),
+    (
         {"token_ids": [[5] * 512] * 300, "outputs": ["loss"]},
         pb.InspectRequest(token_ids=[types_pb2.TokenIds(ids=[5] * 512)] * 300, outputs=["loss"]),
         "token_ids",
@@ -251,6 +300,38 @@ def test_both_codecs_refuse_alike(
             "missing_required_parameter",
         ),
         ("/classify", {"input": "a", "attention_mask": [0.5]}, "attention_mask", INVALID),
+        ("/classify", {"input": [[5], [6, None]]}, "input", INVALID),
+        ("/classify", {"input": [5], "labels": "yes"}, "labels", INVALID),
+        ("/classify", {"input": [5], "labels": [1]}, "labels", INVALID),
+        ("/v1/embeddings", {"input": [[5], "a"]}, "input", INVALID),
+        ("/v1/embeddings", {"input": [-1]}, "input", INVALID),
+        ("/v1/embeddings", {"input": [10**400]}, "input", INVALID),
+        ("/v1/embeddings", {"input": [5], "priority": 10**12}, "priority", INVALID),
+        ("/v1/embeddings", {"input": [5], "prompt_embeds": "AAAA"}, "prompt_embeds", UNBUILT),
+        ("/score", {"queries": [5], "documents": {"a": 1}}, "documents", INVALID),
+        ("/score", {"queries": [5] * 400, "documents": [6] * 200}, "documents", CONTEXT),
+        ("/v1/inspect", {"outputs": ["loss"]}, "token_ids", "missing_required_parameter"),
+        ("/v1/inspect", {"token_ids": "a", "outputs": ["loss"]}, "token_ids", INVALID),
+        ("/v1/inspect", {"token_ids": [5], "outputs": "loss"}, "outputs", INVALID),
+        ("/v1/inspect", {"token_ids": [5], "outputs": ["loss"], "labels": [{}]}, "labels", INVALID),
+        (
+            "/v1/inspect",
+            {"token_ids": [5], "outputs": ["loss"], "labels": [10**400]},
+            "labels",
+            INVALID,
+        ),
+        (
+            "/v1/inspect",
+            {"token_ids": [5], "outputs": ["logits"], "logits_to_keep": 1.5},
+            "logits_to_keep",
+            INVALID,
+        ),
+        (
+            "/v1/inspect",
+            {"token_ids": [5] * (MAX_MODEL_LEN + 1), "outputs": ["loss"]},
+            "token_ids",
+            CONTEXT,
+        ),
         ("/classify", {"input": "a", "model": "other"}, "model", "model_not_found"),
     ],
 )
@@ -260,7 +341,50 @@ def test_http_bodies_that_are_wrong(
     response = post(stack, path, **fields)
     assert response.status_code == (404 if code == "model_not_found" else 400), response.text
     error = response.json()["error"]
-    assert (error["param"], error["code"]) == (param, code)
+    assert (error["param"].partition("[")[0], error["code"]) == (param, code)
+    assert not stack.engine.requests
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("field", ["labels", "attention_mask", "token_ids", "logits_to_keep"])
+def test_numbers_that_are_none(stack: Stack, field: str, number: str) -> None:
+    """Python reads them in JSON."""
+    rest = {"token_ids": [5, 6], "outputs": ["loss", "logits"]}
+    body = json.dumps({**rest, field: "HERE"}).replace('"HERE"', f"[5, {number}]")
+    response = stack.http.post(
+        "/v1/inspect", content=body, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"].startswith(field)
+    assert not stack.engine.requests
+
+
+def test_labels_that_are_no_numbers_are_refused_in_grpc(stack: Stack) -> None:
+    request = _inspect([5, 6], "loss", labels=[pb.Labels(values=[5, math.nan])])
+    with grpc.insecure_channel(stack.grpc_target) as channel:
+        status, told, _ = failure(lambda: list(InferenceStub(channel).Inspect(request)))
+    assert status is grpc.StatusCode.INVALID_ARGUMENT
+    assert told == "labels must be finite numbers"
+
+
+@pytest.mark.parametrize(
+    ("shape", "data", "text"),
+    [
+        ([2, 3], b"", "has 0 bytes, [2, 3] float32 numbers have 24"),
+        ([2**31, 2**31], b"abcd", "has 4 bytes"),
+        ([0, 4], b"", "must be tokens and hidden size"),
+        ([1, 2, 3], b"", "must be tokens and hidden size"),
+        ([1, 1], struct.pack("<f", math.nan), "must be finite numbers"),
+        ([1, 1], struct.pack("<f", math.inf), "must be finite numbers"),
+    ],
+)
+def test_embeddings_that_are_wrong(stack: Stack, shape: list[int], data: bytes, text: str) -> None:
+    given = types_pb2.Embeddings(shape=shape, data=data)
+    with grpc.insecure_channel(stack.grpc_target) as channel:
+        request = pb.GenerateRequest(embeddings=given)
+        status, told, _ = failure(lambda: InferenceStub(channel).Generate(request))
+    assert status is grpc.StatusCode.INVALID_ARGUMENT
+    assert text in told
     assert not stack.engine.requests
 
 

@@ -20,7 +20,7 @@ from tests.gateway.fakes import (
     saying,
 )
 from tests.gateway.sse_client import by_choice, read_events
-from tests.gateway.stack import WAIT_S, Stack, complete, running_stack
+from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
 from tests.gateway.test_disconnect import send_raw
 from tests.gateway.test_grpc import failure, request_of
 
@@ -289,3 +289,49 @@ def test_a_refused_request_comes_back_until_it_is_taken(workers: Workers) -> Non
     workers.stack.wait_for(lambda: len(engine.requests) >= 3, "some attempts")
     engine.error = None
     assert answer.result(WAIT_S)["choices"][0]["text"] == "0a"
+
+
+def _lose_twice(workers: Workers) -> tuple[ScriptedEngine, Future[Any]]:
+    """A request that two workers died with, at the third, noted as alone."""
+    first = workers.add(script=ALPHABET, pause_after=0)
+    answer = start(lambda: post(workers.stack, "/v1/completions", prompt="x", max_tokens=4))
+    workers.stack.wait_for(lambda: bool(first.stuck), "the first attempt")
+    second = workers.add(script=ALPHABET, pause_after=0)
+    workers.stop(first)
+    workers.stack.wait_for(lambda: bool(second.stuck), "the second attempt")
+    third = workers.add(script=ALPHABET, pause_after=0)
+    workers.stop(second)
+    workers.stack.wait_for(lambda: bool(third.stuck), "the third attempt")
+    assert [request.num_deaths for request in third.requests] == [2]
+    assert len(third.turns) == 1
+    return third, answer
+
+
+def test_the_request_that_was_alone_at_the_third_death_fails(workers: Workers) -> None:
+    third, answer = _lose_twice(workers)
+    fourth = workers.add(script=ALPHABET)
+    workers.stop(third)
+    response = answer.result(WAIT_S)
+    assert response.status_code == 500
+    assert response.headers["x-should-retry"] == "false"
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", "poisonous_request")
+    assert third.turns[0] in error["message"]
+    assert complete(workers.stack, prompt="y", max_tokens=1)
+    assert len(fourth.requests) == 1
+
+
+def test_a_token_clears_a_request(workers: Workers) -> None:
+    third, answer = _lose_twice(workers)
+    fourth = workers.add(script=ALPHABET)
+    third.pause_after = 2
+    workers.stack.wait_for(lambda: _delivered(workers, third) > 0, "a token")
+    workers.stop(third)
+    assert answer.result(WAIT_S).json()["choices"][0]["text"] == "0abc"
+    assert [request.num_deaths for request in fourth.requests] == [1]
+
+
+def _delivered(workers: Workers, engine: ScriptedEngine) -> int:
+    """Tokens that came from a worker."""
+    (client,) = [c for c in workers.stack.engines.clients if c.worker == engine.name]
+    return sum(len(ids) for entry in client._submissions.values() for ids in entry.outputs)

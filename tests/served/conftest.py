@@ -12,8 +12,8 @@ from tests.served.server import GOOD, Served, running_server
 
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One ``expertmesh serve`` for all tests of this folder."""
-    with running_server(tmp_path_factory.mktemp("state")) as server:
+    """One ``expertmesh serve`` for all tests of this folder; who else asks changes no answer."""
+    with running_server(tmp_path_factory.mktemp("state"), "--deterministic") as server:
         yield server
         server.wait_idle()
 

@@ -13,6 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from cluster.config import EngineSection
 from cluster.model_source import bundled_checkpoint
 from protos import inference_pb2 as pb
 from protos import types_pb2
@@ -52,7 +53,8 @@ def client(server: Served) -> Iterator[openai.OpenAI]:
 @pytest.fixture(scope="module")
 def local_engine() -> LocalEngine:
     """The same model in this process."""
-    return LocalEngine(bundled_checkpoint(), dtype="float32")
+    section = EngineSection(deterministic=True)
+    return LocalEngine(bundled_checkpoint(), dtype="float32", section=section)
 
 
 # ---- the tokens -----------------------------------------------------------------------------

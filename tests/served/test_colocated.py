@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from cluster.config import EngineSection
 from cluster.launch_plan import count_cpus
 from cluster.model_source import bundled_checkpoint
 from tests.served.server import WAIT_S, Served, command, running_server
@@ -29,7 +30,8 @@ PROMPTS = [tuple(range(10 + i, 20 + 5 * i)) for i in range(6)]
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Two colocated workers, each with a copy of the other's experts."""
-    words = ("--mode", "colocated", "--num-expert-workers", "2", "--num-redundant-experts", "32")
+    words = ["--mode", "colocated", "--num-expert-workers", "2", "--num-redundant-experts", "32"]
+    words.append("--deterministic")
     with running_server(tmp_path_factory.mktemp("state"), *words) as server:
         yield server
 
@@ -38,7 +40,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def expected() -> list[list[int]]:
     """The tokens of the local engine."""
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    found = LocalEngine(bundled_checkpoint(), dtype="float32").generate(PROMPTS, params)
+    section = EngineSection(deterministic=True)
+    local = LocalEngine(bundled_checkpoint(), dtype="float32", section=section)
+    found = local.generate(PROMPTS, params)
     return [list(result.token_ids) for result in found]
 
 

@@ -13,6 +13,7 @@ from tests.goldens import (
     BF16_VARIANTS,
     MAX_MODEL_LEN,
     NUM_PROMPTS,
+    RANDOM_VARIANTS,
     Golden,
 )
 from tests.parity import GREEDY, check_bfloat16, check_float32
@@ -20,7 +21,7 @@ from workers.kv_cache import block_bytes
 from workers.local_engine import LocalEngine
 
 
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
+@pytest.mark.parametrize("variant", [*ALL_VARIANTS, *RANDOM_VARIANTS])
 def test_float32_equals_golden(golden: Callable[[str], Golden], variant: str) -> None:
     expected = golden(variant)
     engine = LocalEngine(expected.path, dtype="float32", max_model_len=MAX_MODEL_LEN)

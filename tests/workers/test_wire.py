@@ -50,6 +50,7 @@ def test_request_with_everything_set_survives_the_wire() -> None:
         attempt=1,
         output_so_far=((4, 5), ()),
         closed_choices=(1,),
+        num_deaths=2,
         deadline_ms=1234,
         priority=-3,
         cache_salt="tenant é",

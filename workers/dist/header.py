@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from cluster.errors import ProtocolError
 from workers.dist.micro_batches import MicroBatchRule
 
-_PROPOSAL: Final = struct.Struct("!IQHII")
+_PROPOSAL: Final = struct.Struct("!IQHIIB")
 _HEADER: Final = struct.Struct("!IQIIBBHIH")
 _GRANT: Final = struct.Struct("!HII")
+ALONE: Final = 1
+"""Flag of a header: the step has rows of one request only."""
 MAX_ROWS: Final = 1 << 24
 """Rows that one rank can name in a proposal or be granted; more is not one of ours."""
 
@@ -36,18 +38,27 @@ class StepProposal:
     """Rows of running sequences, one token each."""
     prefill_rows: int
     """Prompt rows it could run."""
+    is_alone: bool = False
+    """They are one request's, which must be in a step with no other."""
 
     def encode(self) -> bytes:
         """Fixed binary form."""
         return _PROPOSAL.pack(
-            self.generation, self.step, self.rank, self.decode_rows, self.prefill_rows
+            self.generation,
+            self.step,
+            self.rank,
+            self.decode_rows,
+            self.prefill_rows,
+            self.is_alone,
         )
 
     @classmethod
     def decode(cls, data: bytes | bytearray | memoryview) -> StepProposal:
         """Inverse of ``encode``. Raises ``ProtocolError`` on a wrong length or value."""
         _check_length("step proposal", data, _PROPOSAL.size)
-        generation, step, rank, decode_rows, prefill_rows = _PROPOSAL.unpack(data)
+        generation, step, rank, decode_rows, prefill_rows, is_alone = _PROPOSAL.unpack(data)
+        if is_alone not in (0, 1):
+            raise ProtocolError("step proposal: is_alone must be 0 or 1")
         _check_rows("step proposal", decode_rows, prefill_rows)
         return cls(
             generation=generation,
@@ -55,6 +66,7 @@ class StepProposal:
             rank=rank,
             decode_rows=decode_rows,
             prefill_rows=prefill_rows,
+            is_alone=bool(is_alone),
         )
 
 
@@ -98,7 +110,12 @@ class StepHeader:
     bucket: int = 1
     """Next power of two of the most rows of any rank: the shape of a captured graph."""
     flags: int = 0
-    """Reserved, 0."""
+    """0, or ``ALONE``."""
+
+    @property
+    def is_alone(self) -> bool:
+        """The step has rows of one request only."""
+        return self.flags == ALONE
 
     def grant(self, rank: int) -> Grant:
         """Rows of one attention rank; none for a rank that the header does not name."""
@@ -181,7 +198,8 @@ def decide_header(
     ``proposals`` by attention rank, ``ranks`` are all attention ranks of the generation. Decode
     rows are always granted. Prefill rows are capped at ``max_prefill_rows`` over all ranks; among
     those that want some, the first to be served moves on with the step number, so that none
-    starves. The rule ``micro_batches`` sees what was granted.
+    starves. The rule ``micro_batches`` sees what was granted. A proposal that must be alone gets the
+    step for itself; of several the first to be served moves on in the same way.
 
         4 ranks want 300 prefill rows each, cap 512, step 6: rank 2 gets 300, rank 3 gets 212
     """
@@ -191,6 +209,10 @@ def decide_header(
     wanted = any(proposals[r].decode_rows or proposals[r].prefill_rows for r in order)
     if not wanted and not even_empty:
         return None
+    alone = [r for r in order if proposals[r].is_alone and _num_rows(proposals[r])]
+    if alone:
+        chosen = alone[step % len(alone)]
+        proposals = {r: proposals[r] if r == chosen else _nothing(proposals[r]) for r in order}
     left = max_prefill_rows
     prefill = dict.fromkeys(order, 0)
     wanting = [rank for rank in order if proposals[rank].prefill_rows]
@@ -212,7 +234,16 @@ def decide_header(
         num_micro_batches=micro_batches.choose(rows, has_prefill),
         exact=has_prefill,
         bucket=bucket_of(max(rows)),
+        flags=ALONE if alone else 0,
     )
+
+
+def _num_rows(proposal: StepProposal) -> int:
+    return proposal.decode_rows + proposal.prefill_rows
+
+
+def _nothing(proposal: StepProposal) -> StepProposal:
+    return replace(proposal, decode_rows=0, prefill_rows=0)
 
 
 def bucket_of(num_rows: int) -> int:
@@ -242,7 +273,7 @@ def _check_header(header: StepHeader, exact: int) -> None:
         (ranks == sorted(set(ranks)), "grants must be sorted by rank"),
         (header.num_micro_batches in (1, 2), "num_micro_batches must be 1 or 2"),
         (exact in (0, 1), "exact must be 0 or 1"),
-        (header.flags == 0, "flags must be 0"),
+        (header.flags in (0, ALONE), f"flags must be 0 or {ALONE}"),
         (header.oldest_epoch <= header.epoch, "oldest_epoch must not exceed epoch"),
         (header.bucket == bucket_of(most), f"bucket must be {bucket_of(most)}"),
     )

@@ -90,10 +90,16 @@ class StepChannel:
         self._oldest_epoch = oldest_epoch
 
     def propose(
-        self, decode_rows: int, prefill_rows: int, *, even_empty: bool = False
+        self,
+        decode_rows: int,
+        prefill_rows: int,
+        *,
+        is_alone: bool = False,
+        even_empty: bool = False,
     ) -> None:
         """Attention ranks: say what this rank wants in the next step; replaces what it said.
 
+        ``is_alone`` asks for a step without rows of other requests.
         With ``even_empty`` a leader has the step run once all have reported, also without a row.
         Raises as ``hub.send`` does.
         """
@@ -107,6 +113,7 @@ class StepChannel:
             rank=hub.me.rank,
             decode_rows=decode_rows,
             prefill_rows=prefill_rows,
+            is_alone=is_alone,
         )
         if self.is_leader:
             self._proposals[hub.me.rank] = proposal

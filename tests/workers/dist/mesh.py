@@ -32,7 +32,7 @@ TransportName = Literal["sockets", "collective"]
 T = TypeVar("T")
 CPU = torch.device("cpu")
 MAX_ROWS = 256
-TIMEOUT_S = 20.0
+TIMEOUT_S = 120.0
 
 
 def make_bank(index: int = 0, num_experts: int = 8, top_k: int = 2, width: int = 16) -> BankSpec:
@@ -149,7 +149,7 @@ class Mesh:
     dtype: torch.dtype = torch.float32
     placement: ExpertPlacement | None = None
     spare: int = 0
-    step_timeout_s: float = 10.0
+    step_timeout_s: float = 60.0
     colocated: bool = False
     workers: dict[str, Worker] = field(default_factory=dict)
     generation: Generation = field(default_factory=lambda: Generation(number=0, members=()))
@@ -280,12 +280,12 @@ def make_hub(
     rank: int,
     banks: Sequence[BankSpec] = (),
     combine_mode: CombineMode = "sum",
-    step_timeout_s: float = 10.0,
+    step_timeout_s: float = 60.0,
     *,
     token: str = "secret",
     checkpoint_id: str = "checkpoint",
     config_hash: str = "config",
-    connect_timeout_s: float = 5.0,
+    connect_timeout_s: float = 30.0,
     max_pending: int = 16,
 ) -> PeerHub:
     """A hub on loopback."""

@@ -32,6 +32,10 @@ from workers.dist.transport import Message, Tag
 BANKS = (make_bank(0), make_bank(1))
 TRANSPORTS: tuple[TransportName, ...] = ("sockets", "collective")
 NUM_ROWS = 4
+LIMIT_S = 120.0
+"""Longest wait for anything."""
+STEP_LIMIT_S = 60.0
+"""Of the workers' own waits, where something else must end them."""
 
 
 def home(header: StepHeader) -> Callable[[int, TokenDispatcher], list[Tensor]]:
@@ -75,40 +79,39 @@ def die(mesh: Mesh, name: str) -> None:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_peer_that_dies_in_mid_step_is_noticed_at_once(transport: TransportName) -> None:
-    with Mesh(1, 2, BANKS, transport=transport) as mesh:
+    with Mesh(1, 2, BANKS, transport=transport, step_timeout_s=STEP_LIMIT_S) as mesh:
         run_step_ok(mesh, 1)
         running = start_home(mesh, make_header((NUM_ROWS,), step=2))
         time.sleep(0.1)
-        start = time.monotonic()
         die(mesh, "expert-1")
-        with pytest.raises(PeerLostError, match="expert-1"):
-            running.result(5)
-        assert time.monotonic() - start < 0.3
+        with pytest.raises(PeerLostError, match="expert-1") as caught:
+            running.result(LIMIT_S)
+        assert "in time" not in str(caught.value)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_an_interrupt_leaves_a_blocked_wait_quickly(transport: TransportName) -> None:
-    with Mesh(1, 2, BANKS, transport=transport) as mesh:
+    with Mesh(1, 2, BANKS, transport=transport, step_timeout_s=STEP_LIMIT_S) as mesh:
         run_step_ok(mesh, 1)
         running = start_home(mesh, make_header((NUM_ROWS,), step=2))
         server = mesh["expert-0"].server
         assert server is not None
         serving = mesh._pool.submit(server.run_step, make_header((NUM_ROWS,), step=3))
         time.sleep(0.1)
-        start = time.monotonic()
         mesh["attention-0"].hub.interrupt(2)
         mesh["expert-0"].hub.interrupt(2)
         with pytest.raises(GenerationChangedError):
-            running.result(5)
+            running.result(LIMIT_S)
         with pytest.raises(TransportError):
-            serving.result(5)
-        assert time.monotonic() - start < 0.3
+            serving.result(LIMIT_S)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_survivors_go_on_in_a_new_generation(transport: TransportName) -> None:
     """An expert freezes in mid-step: the others abandon it and run the step again."""
-    with Mesh(2, 3, BANKS, transport=transport, spare=8) as mesh:
+    with Mesh(
+        2, 3, BANKS, transport=transport, spare=8, step_timeout_s=STEP_LIMIT_S
+    ) as mesh:
         run_step_ok(mesh, 1, num_attention=2)
         kept = mesh["attention-0"].hub.edges["expert-0"].sock
         header = make_header((NUM_ROWS, NUM_ROWS), step=2)
@@ -127,14 +130,12 @@ def test_survivors_go_on_in_a_new_generation(transport: TransportName) -> None:
             mesh[member.name].hub.interrupt(2)
         for future in futures:
             try:
-                future.result(5)
+                future.result(LIMIT_S)
             except TransportError:
                 continue
         assert mesh.placement is not None
         mesh.placement = mesh.placement.without_devices(frozenset({1}), epoch=1)
-        start = time.monotonic()
         mesh.apply(Generation(number=2, members=tuple(survivors)))
-        assert time.monotonic() - start < 1.0
         assert mesh["attention-0"].hub.edges["expert-0"].sock is kept
         run_step_ok(mesh, 3, num_attention=2, generation=2)
         run_step_ok(mesh, 4, num_attention=2, generation=2)
@@ -148,13 +149,13 @@ def test_every_wait_ends_by_its_time_limit(transport: TransportName, exact: bool
         running = start_home(mesh, header)
         also = r".*\(nor from expert-1\)" if transport == "sockets" else ""
         with pytest.raises(PeerLostError, match="expert-0" + also):
-            running.result(5)
+            running.result(LIMIT_S)
     with Mesh(1, 2, BANKS, transport=transport, step_timeout_s=0.3) as mesh:
         server = mesh["expert-1"].server
         assert server is not None
         serving = mesh._pool.submit(server.run_step, header)
         with pytest.raises(PeerLostError, match="attention-0"):
-            serving.result(5)
+            serving.result(LIMIT_S)
 
 
 Change = Callable[[Message], Message]
@@ -213,7 +214,7 @@ def test_nonsense_from_a_peer_closes_its_edge(change: Change, exact: bool, reaso
             server.run_step(header)
         assert caught.value.peer == "attention-0"
         with pytest.raises(PeerLostError, match="expert-1"):
-            mesh["attention-0"].hub.wait(lambda: False, list, timeout_s=5)
+            mesh["attention-0"].hub.wait(lambda: False, list, timeout_s=LIMIT_S)
 
 
 def test_too_many_rows_are_refused() -> None:
@@ -236,7 +237,7 @@ def test_a_split_that_differs_from_the_headers_is_refused() -> None:
         with pytest.raises(PeerLostError, match=r"flags 1 came instead of .* flags 0"):
             server.run_step(make_header((NUM_ROWS,), exact=False))
         with pytest.raises(PeerLostError):
-            running.result(5)
+            running.result(LIMIT_S)
 
 
 def test_a_generation_without_its_members_names_the_loss() -> None:
@@ -244,7 +245,5 @@ def test_a_generation_without_its_members_names_the_loss() -> None:
     with Mesh(1, 2, BANKS, transport="collective") as mesh:
         worker = mesh["attention-0"]
         threading.Timer(0.2, worker.hub.interrupt, (3,)).start()
-        start = time.monotonic()
         with pytest.raises(GenerationChangedError):
             worker.transport.apply_generation(replace(mesh.generation, number=2))
-        assert time.monotonic() - start < 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -64,6 +65,27 @@ def make_header(**changes: object) -> StepHeader:
 def test_proposal_survives_the_wire() -> None:
     proposal = StepProposal(generation=1, step=1 << 50, rank=3, decode_rows=0, prefill_rows=9)
     assert StepProposal.decode(proposal.encode()) == proposal
+    alone = replace(proposal, is_alone=True)
+    assert StepProposal.decode(alone.encode()) == alone
+    with pytest.raises(ProtocolError, match="is_alone"):
+        StepProposal.decode(alone.encode()[:-1] + b"\2")
+
+
+def test_a_proposal_that_must_be_alone_gets_the_step_for_itself() -> None:
+    known = proposals((3, 100), (1, 0), (0, 40), (2, 0), (0, 0))
+    for rank in (1, 2, 4):  # rank 4 has nothing to run
+        known[rank] = replace(known[rank], is_alone=True)
+    served = []
+    for step in (5, 6, 7):
+        header = decide(known, num_ranks=5, step=step)
+        assert header is not None
+        assert header.is_alone
+        assert StepHeader.decode(header.encode()) == header
+        served.append([rank for rank, grant in header.grants if grant.num_rows])
+    assert served == [[2], [1], [2]]
+    header = decide(proposals((3, 100), (1, 0)), num_ranks=2)
+    assert header is not None
+    assert not header.is_alone
 
 
 def test_header_survives_the_wire() -> None:
@@ -88,7 +110,7 @@ def test_micro_batch_0_takes_the_larger_half(total: int, first: int, second: int
     [
         ({"num_micro_batches": 0}, "num_micro_batches"),
         ({"num_micro_batches": 3}, "num_micro_batches"),
-        ({"flags": 1}, "flags"),
+        ({"flags": 2}, "flags"),
         ({"bucket": 4}, "bucket must be 8"),
         ({"oldest_epoch": 8}, "oldest_epoch"),
         ({"grants": ()}, "must name a rank"),

@@ -1,0 +1,103 @@
+"""Streams without end through a real gateway, and the longest pause that a fault makes in them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from cluster.errors import ExpertMeshError
+from gateway.call import GenerateFields
+from tests.cluster_gateway import ClusterGateway
+
+LIMIT_S = 60.0
+"""Longest wait for news."""
+_POLL_S = 0.005
+
+
+@dataclass(slots=True)
+class Line:
+    """What one client sees: one call after the other."""
+
+    calls: list[list[float]] = field(default_factory=list)
+    """By call, the monotonic times at which something of it came."""
+
+    @property
+    def num_news(self) -> int:
+        """All that came."""
+        return sum(map(len, self.calls))
+
+
+class FaultLoad:
+    """Clients that ask again as soon as they have their answer."""
+
+    def __init__(self, gateway: ClusterGateway, calls: Sequence[GenerateFields]) -> None:
+        """One client for each of ``calls``, which it repeats."""
+        self.lines = [Line() for _ in calls]
+        self.failures: list[str] = []
+        """Words of every call that failed."""
+        self._gateway = gateway
+        self._calls = calls
+        self._numbers = itertools.count()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """All clients ask, for the length of a ``with`` block."""
+        self.lines[:] = [Line() for _ in self._calls]
+        work = self._gateway.spawn(self._ask_all())
+        try:
+            yield
+        finally:
+            work.cancel()
+            self._gateway.run(asyncio.sleep(0))
+
+    def wait_news(self, count: int) -> None:
+        """Until every client has got so many more. Raises ``TimeoutError``."""
+        wanted = [line.num_news + count for line in self.lines]
+        wait(
+            lambda: all(n.num_news >= w for n, w in zip(self.lines, wanted, strict=True)),
+            "news for all clients",
+        )
+
+    def longest_pause(self, since: float, until: float = float("inf")) -> float:
+        """Longest time between two news of one call that lies, in part, between these times."""
+        return max(
+            (
+                later - earlier
+                for line in self.lines
+                for times in list(line.calls)
+                for earlier, later in pairwise(list(times))
+                if later > since and earlier < until
+            ),
+            default=0.0,
+        )
+
+    async def _ask_all(self) -> None:
+        pairs = zip(self._calls, self.lines, strict=True)
+        await asyncio.gather(*(self._ask(call, line) for call, line in pairs))
+
+    async def _ask(self, call: GenerateFields, line: Line) -> None:
+        while True:
+            try:
+                generation = await self._gateway.begin(call, f"load-{next(self._numbers)}")
+                line.calls.append([])
+                with generation:
+                    while not generation.is_finished:
+                        if await generation.next():
+                            line.calls[-1].append(time.monotonic())
+            except ExpertMeshError as err:
+                self.failures.append(f"{type(err).__name__}: {err}")
+                await asyncio.sleep(0.05)
+
+
+def wait(is_so: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
+    """Until it is so. Raises ``TimeoutError``."""
+    deadline = time.monotonic() + limit_s
+    while not is_so():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"gave up waiting for {what}")
+        time.sleep(_POLL_S)

@@ -1,0 +1,52 @@
+"""Where nodes are, and how fast: labels that an operator gives to Ray nodes.
+
+    ray start ... --labels "expertmesh/failure-domain=rack-7,expertmesh/device-speed=0.5"
+
+A node without labels is a failure domain and a link class of its own, with devices of speed 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.errors import ConfigError
+
+FAILURE_DOMAIN = "expertmesh/failure-domain"
+"""What fails together: copies of an expert are kept in two of them where slots allow."""
+LINK_CLASS = "expertmesh/link-class"
+"""Nodes with the same one reach each other fast: weights come from there first."""
+DEVICE_SPEED = "expertmesh/device-speed"
+"""Speed of the node's devices, relative to other nodes: load is in proportion."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """What a node's labels say."""
+
+    domain: str = ""
+    """Failure domain; empty: the node itself."""
+    link_class: str = ""
+    """Link class; empty: the node itself."""
+    speed: float = 1.0
+    """Relative speed of a device."""
+
+    @classmethod
+    def of(cls, labels: Mapping[str, str], node: str) -> Place:
+        """Read a node's labels. Raises ``ConfigError`` naming label and node."""
+        return cls(
+            domain=labels.get(FAILURE_DOMAIN, ""),
+            link_class=labels.get(LINK_CLASS, ""),
+            speed=_speed(labels.get(DEVICE_SPEED, "1"), node),
+        )
+
+
+def _speed(text: str, node: str) -> float:
+    try:
+        speed = float(text)
+    except ValueError:
+        speed = math.nan
+    if not (math.isfinite(speed) and speed > 0):
+        raise ConfigError(f"label {DEVICE_SPEED} of node {node}", text, "must be above 0")
+    return speed

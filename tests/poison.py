@@ -1,0 +1,85 @@
+"""Workers that die of a poisonous request: a hook that only tests have.
+
+A request whose prompt has the token ``POISON`` kills in every step that it is in.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from gateway.call import GenerateFields
+from tests.mixed_calls import make_calls
+from tests.serving_cluster import RUNTIMES, ThreadWorkerGroup
+from workers.attention_runtime import AttentionRuntime
+from workers.attention_worker import AttentionWorker
+from workers.dist.header import StepHeader
+from workers.model_runner import StepResult
+from workers.runtime import OnDeath, WorkerRuntime
+from workers.scheduler import Plan
+from workers.worker_args import WorkerArgs
+
+POISON = 1020
+"""Token that no other prompt of the tests has."""
+
+
+def poisonous_call(num_tokens: int = 20) -> GenerateFields:
+    """A call that kills."""
+    (call,) = make_calls(1, num_tokens)
+    return replace(call, prompts=((5, POISON, 7),))
+
+
+class PoisonedAttention(AttentionRuntime):
+    """Calls ``kill`` before it runs a step with a poisonous request: by default it dies itself."""
+
+    def kill(self) -> None:
+        """As ``kill -9`` does."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _load(self) -> dict[str, Any]:
+        info = super()._load()
+        assert self._engine is not None
+        runner = self._engine._runner
+        run = runner.run
+
+        def run_poisoned(header: StepHeader, plan: Plan) -> StepResult | None:
+            if any(POISON in planned.sequence.request.prompt for planned in plan.rows):
+                self.kill()
+            return run(header, plan)
+
+        runner.run = run_poisoned  # type: ignore[method-assign]
+        return info
+
+
+class PoisonedWorker(AttentionWorker):
+    """Its actor."""
+
+    def _make_runtime(self, args: WorkerArgs, on_death: OnDeath) -> WorkerRuntime:
+        return PoisonedAttention(args, on_death)
+
+
+class PoisonedGroup(ThreadWorkerGroup):
+    """Threads; ``kill`` is called with the group by whoever runs a poisonous step."""
+
+    def __init__(self, kill: Callable[[ThreadWorkerGroup], None]) -> None:
+        group = self
+
+        class Attention(PoisonedAttention):
+            def kill(self) -> None:
+                kill(group)
+
+        super().__init__({**RUNTIMES, "attention": Attention})
+
+
+def raise_poison(group: ThreadWorkerGroup) -> None:
+    """The worker cannot go on."""
+    raise RuntimeError("poison")
+
+
+def stop_an_expert_worker(group: ThreadWorkerGroup) -> None:
+    """Another worker dies: the first expert worker that lives."""
+    name = min(name for name in group.runtimes if name.startswith("expert-"))
+    group.runtimes.pop(name).stop()
