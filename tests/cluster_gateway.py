@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 
 from gateway.call import GenerateFields
 from gateway.cluster_client import find_controller
-from gateway.cluster_view import ClusterView
+from gateway.cluster_view import ClusterView, attention_endpoints
 from gateway.core import Gateway
 from gateway.delta import ChoiceDelta
 from gateway.engine_pool import EnginePool
 from gateway.generation import Generation
+from gateway.submission import Submission
 from gateway.text import TokenText
 from gateway.tokenizer import load_tokenizer
 from tests.engine_stream import TOKEN
@@ -59,6 +60,8 @@ class ClusterGateway:
     def __init__(self, cluster: ServingCluster, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._cluster = cluster
+        self.num_resubmitted = 0
+        """Requests that went on at another worker."""
 
     async def start(self) -> None:
         """Follow the controller, and open the streams."""
@@ -72,14 +75,28 @@ class ClusterGateway:
         self._engines = EnginePool(TOKEN, "gateway")
         tokenizer = load_tokenizer(config.model.path)
         self._gateway = Gateway(config, tokenizer, self._view, self._engines, "gateway")
+        self._engines.on_resubmit = self._count_resubmitted
         self._view.start()
-        while self._gateway.not_ready_reasons() or not self._gateway.facts:
+        while self._gateway.not_ready_reasons() or not self._has_all_streams():
             await asyncio.sleep(0.01)
 
     async def stop(self) -> None:
         """End the streams."""
         self._view.stop()
         await self._engines.stop()
+
+    def _has_all_streams(self) -> bool:
+        """To every attention worker, so that each gets its share of what is asked first."""
+        expected = attention_endpoints(self._view.snapshot or {})
+        return len(self._engines.clients) == len(expected) and self._gateway.facts is not None
+
+    @property
+    def gateway(self) -> Gateway:
+        """The gateway itself; only for coroutines that ``run`` runs."""
+        return self._gateway
+
+    def _count_resubmitted(self, entry: Submission) -> None:
+        self.num_resubmitted += 1
 
     def answer(
         self, calls: Sequence[GenerateFields], begun: Callable[[], None] = lambda: None

@@ -57,6 +57,8 @@ class Played:
 
     num_retried: float
     """Steps that were begun, given up and run again, on workers that live."""
+    num_resubmitted: int
+    """Requests that went on at another attention worker."""
     stall_s: float
     """Longest time after the fault in which a stream had no news."""
 
@@ -111,6 +113,7 @@ def play(
         cluster.wait(lambda snapshot: blocks_held(snapshot) == 0, fresh=True)
     return Played(
         num_retried=num_abandoned(cluster) - before,
+        num_resubmitted=gateway.num_resubmitted,
         stall_s=longest_gap(streams.answers, hit_at),
     )
 
