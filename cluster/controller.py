@@ -42,15 +42,8 @@ from cluster.control_frames import (
 from cluster.coverage import Holdings, cover
 from cluster.draining import Draining
 from cluster.errors import ConflictError, ProtocolError
-from cluster.failure import (
-    FailureDecision,
-    Outcome,
-    PeerReport,
-    decide,
-    describe_members,
-    find_silent,
-)
-from cluster.generation_round import GenerationRound
+from cluster.failure import FailureDecision, PeerReport, describe_members, find_silent
+from cluster.generation_round import GenerationRound, Phase
 from cluster.history import History
 from cluster.load_report import LoadReport
 from cluster.load_tracker import LoadTracker
@@ -58,6 +51,7 @@ from cluster.operations import Operations
 from cluster.placement import ExpertPlacement
 from cluster.planner.stages import SlotFill, Stage
 from cluster.rebalancing import Rebalancing
+from cluster.recovery import Recovery, RecoveryLimits
 from cluster.states import ClusterState, WorkerState, next_cluster_state
 from cluster.topology import Generation, Member
 from cluster.worker_record import WorkerRecord
@@ -93,6 +87,9 @@ class WorkerLink(Protocol):
     def send(self, worker: str, frame: ControlFrame) -> None:
         """Send to one worker; nothing happens when it is not connected."""
 
+    def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
+        """Start one more worker, in the background; it holds its part of ``placement``."""
+
     def end_workers(self, workers: Sequence[str]) -> None:
         """End these workers' processes, in the background."""
 
@@ -113,6 +110,7 @@ class Controller:
         link: WorkerLink,
         now: float,
         num_slots: int = 0,
+        room: int | None = None,
         load: LoadSection | None = None,
         config: ClusterConfig | None = None,
         top_k: int = 1,
@@ -127,7 +125,8 @@ class Controller:
 
         ``model`` holds name and path; the workers add the rest. ``mode`` and why it was
         chosen (if nobody asked for it) are told in snapshots. ``identity`` tells controllers of
-        one ``term`` apart; ``notes`` are for the next one (``adoption.Adopted.memory``).
+        one ``term`` apart; ``notes`` are for the next one (``adoption.Adopted.memory``). ``room``
+        as for ``Recovery``.
 
         ``wall_time_offset_s`` added to ``now`` is the time of day.
         """
@@ -147,10 +146,17 @@ class Controller:
         self._history = History(wall_time_offset_s)
         self.load = LoadTracker(load or LoadSection(), now)
         """Expert load of the cluster."""
-        self._round = GenerationRound(Generation(number=0, members=()), now)
+        self.round = GenerationRound(Generation(number=0, members=()), now, Phase.STALLED)
         self._experts_complete = False
-        self._gone_devices: frozenset[int] = frozenset()  # lost, but still named by the maps
         self._last_tick = now
+        self.recovery = Recovery(
+            self,
+            members,
+            placement,
+            room=room,
+            limits=RecoveryLimits(start_limit_s=settings.start_limit_s),
+            first_order=(term << 32) + 1,
+        )
         self.operations = Operations(term, wall_time_offset_s)
         self.draining = Draining(self, self.operations)
         self.rebalancing = Rebalancing(
@@ -172,13 +178,14 @@ class Controller:
                 self._take_load(name, frame)
                 ack = HeartbeatAck(term=self._term, controller=self._identity, number=frame.number)
                 self._link.send(name, ack)
-                if frame.fenced and frame.generation == self._round.number:
+                if frame.fenced and frame.generation == self.round.number:
                     self._fenced(record, now)
             case StatusReply():
                 self._take_load(name, frame)
                 self.workers.take_status(name, frame)
             case Register():
                 record.register(frame)
+                record.since = now
                 self._touch()
             case LoadProgress():
                 record.load(frame)
@@ -192,6 +199,8 @@ class Controller:
                 self._peer_lost(name, frame, now)
             case GenerationReady():
                 self._generation_ready(name, frame, now)
+            case ExpertsLoaded() if self.recovery.loaded(name, frame, now):
+                pass  # an order of ours
             case ExpertsLoaded() | EpochReady() | EpochSwitched():
                 if not self.draining.frame(name, frame, now):
                     self.rebalancing.frame(name, frame, now)
@@ -213,13 +222,16 @@ class Controller:
         for name, reason in fresh.items():
             logger.warning("lost %s: %s", name, reason)
             self.workers.lose(name, reason)
-            self._round.drop_reports(name)
+            self.round.drop_reports(name)
         self.draining.lost(fresh, now)
         self._touch()
         if self.state is ClusterState.STARTING:
             self.fail_start("; ".join(f"{n}: {r}" for n, r in fresh.items()), now)
         elif self.state not in (ClusterState.DRAINING, ClusterState.STOPPED):
-            self._recover(fresh, now)
+            for name, reason in fresh.items():
+                self._link.send(name, Shutdown(reason=f"declared lost: {reason}"))
+            self.recovery.lost(fresh, now)
+            self._link.end_workers(list(fresh))
 
     def fail_start(self, error: str, now: float) -> None:
         """The start cannot succeed: end what exists, keep the reason. Nothing after the start."""
@@ -239,13 +251,14 @@ class Controller:
         self._check_silence(now)
         self._check_answers(now)
         self._check_reports(now)
+        self.recovery.tick(now)
 
     def stop(self, now: float, reason: str = "stopped") -> None:
         """End every worker. The state is STOPPED once they are gone."""
         if self.state in (ClusterState.DRAINING, ClusterState.STOPPED):
             return
         self._enter(ClusterState.DRAINING)
-        self._history.add(self._round.number, now, reason, "end all workers")
+        self._history.add(self.round.number, now, reason, "end all workers")
         for record in self.workers.alive():
             self._link.send(record.name, Shutdown(reason=reason))
         self._link.end_all()
@@ -270,7 +283,7 @@ class Controller:
     @property
     def generation(self) -> Generation:
         """The newest generation; number 0 before the first."""
-        return self._round.generation
+        return self.round.generation
 
     def snapshot(self) -> dict[str, Any]:
         """The cluster's state, fit for JSON (``status --json``)."""
@@ -282,13 +295,14 @@ class Controller:
             "mode": self._mode,
             "mode_reason": self._mode_reason,
             "term": self._term,
-            "generation": self._round.number,
+            "generation": self.round.number,
             "placement_epoch": self.placement.epoch,
             "experts_complete": self._experts_complete,
             "model": self.workers.model,
             "rebalance": self.rebalancing.to_dict(),
             "workers": [r.to_dict() for r in self.workers],
             "gateway": [],
+            "problems": self.recovery.problems(self._last_tick),
             "history": self._history.to_list(),
         }
 
@@ -299,9 +313,10 @@ class Controller:
         self.state = ClusterState.RECOVERING
         self._history.restore(adopted.memory.get("history", ()))
         restore_workers(self.workers, adopted)
-        self._round = GenerationRound(adopted.generation, now)
+        self.recovery.restore(adopted.memory.get("recovery", {}), now)
+        self.round = GenerationRound(adopted.generation, now)
         for name, answer in standing_answers(adopted):
-            self._round.answer(name, answer)
+            self.round.answer(name, answer)
         missing = [
             m.name
             for m in adopted.generation.members
@@ -310,10 +325,12 @@ class Controller:
         cause = "the controller was restarted"
         if adopted.is_intact:
             self._experts_complete = True
+            self.round.phase = Phase.RUNNING
             self._enter(self._running_state())
-            self._history.add(self._round.number, now, cause, "all members went on")
+            self._history.add(self.round.number, now, cause, "all members went on")
+            self.recovery.ready(now)
         elif missing:
-            self._history.add(self._round.number, now, cause, "not all members have called")
+            self._history.add(self.round.number, now, cause, "not all members have called")
             self._lose_missing(missing, now)
         else:
             self._reform(cause, now)
@@ -324,10 +341,11 @@ class Controller:
         for name in names:
             if not self.workers[name].is_lost:
                 self.workers.lose(name, "it did not call the restarted controller")
-        self._recover({n: self.workers[n].reason for n in names}, now)
+        self.recovery.lost({n: self.workers[n].reason for n in names}, now)
 
     def _send_keepsake(self) -> None:
         memory = make_memory(self._history, self.workers, self._notes)
+        memory["recovery"] = self.recovery.memory()
         keepsake = Keepsake(term=self._term, controller=self._identity, memory=memory)
         for record in self.workers.alive():
             self._link.send(record.name, keepsake)
@@ -337,16 +355,18 @@ class Controller:
     def _worker_ready(self, record: WorkerRecord, now: float) -> None:
         self._touch()
         self.workers.learn_model(record)
-        if all(r.state is WorkerState.READY for r in self.workers):
+        if self.state is not ClusterState.STARTING:
+            self.recovery.ready(now)
+        elif all(r.state is WorkerState.READY for r in self.workers):
             members = tuple(r.member for r in self.workers)
             self._history.add(1, now, "start", f"serve with {describe_members(members)}")
             self._begin_generation(members, self.placement, now)
 
     def _check_start(self, now: float) -> None:
         limit = self._settings.start_limit_s
-        if self.state is not ClusterState.STARTING or self._round.number > 0:
+        if self.state is not ClusterState.STARTING or self.round.number > 0:
             return
-        if now - self._round.began_at > limit:
+        if now - self.round.began_at > limit:
             late = [r for r in self.workers.alive() if r.state is not WorkerState.READY]
             self.lost({r.name: _late_text(r, limit) for r in late}, now)
 
@@ -357,8 +377,8 @@ class Controller:
     ) -> None:
         """Announce the next generation, with a number ``above`` that one, to all its members."""
         fresh = tuple(self.workers[m.name].member for m in members)
-        generation = Generation(number=max(self._round.number, above) + 1, members=fresh)
-        self._round = GenerationRound(generation, now)
+        generation = Generation(number=max(self.round.number, above) + 1, members=fresh)
+        self.round = GenerationRound(generation, now)
         self.placement = placement = self.rebalancing.above(placement)
         self._touch()
         for member in fresh:
@@ -378,9 +398,9 @@ class Controller:
         """All members form the next generation: not all of them run this one."""
         if self.state is not ClusterState.RECOVERING:
             self._enter(ClusterState.RECOVERING)
-        self._begin_generation(self._round.members, self.placement, now, above)
-        effect = f"go on with {describe_members(self._round.members)}"
-        self._history.add(self._round.number, now, cause, effect)
+        self._begin_generation(self.round.members, self.placement, now, above)
+        effect = f"go on with {describe_members(self.round.members)}"
+        self._history.add(self.round.number, now, cause, effect)
 
     def _fenced(self, record: WorkerRecord, now: float) -> None:
         """A member has stopped by itself: its lease ran out while we were away."""
@@ -388,112 +408,122 @@ class Controller:
             self._reform(f"the lease of {record.name} ran out", now)
 
     def _generation_ready(self, name: str, frame: GenerationReady, now: float) -> None:
-        if frame.generation > self._round.number:
+        if frame.generation > self.round.number:
             # An earlier controller announced it and ended before anybody could tell us.
             self._reform(f"{name} follows generation {frame.generation}", now, frame.generation)
             return
-        if frame.generation != self._round.number or not self._is_forming:
+        if frame.generation != self.round.number or not self._is_forming:
             return  # an answer to an older generation, overtaken by a newer one
-        self._round.answer(name, frame)
-        if not self._round.is_complete:
+        self.round.answer(name, frame)
+        self.run_if_ready(now)
+
+    def run_if_ready(self, now: float) -> None:
+        """See ``RecoveryHost``."""
+        if not self._is_forming or not self.round.is_complete or self.recovery.reloads.is_pending:
             return
-        highest = self._round.highest_epoch
+        highest = self.round.highest_epoch
         if highest > self.placement.epoch:
             # A survivor ran a later epoch than we knew of: ours must not be below it.
             newer = replace(self.placement, epoch=highest + 1)
-            self._begin_generation(self._round.members, newer, now)
+            self._begin_generation(self.round.members, newer, now)
             return
         self._run_generation(now)
 
     def _run_generation(self, now: float) -> None:
-        first_step = self._round.first_step
-        order = RunGeneration(generation=self._round.number, first_step=first_step)
+        first_step = self.round.first_step
+        order = RunGeneration(generation=self.round.number, first_step=first_step)
+        self.round.phase = Phase.RUNNING
         self._experts_complete = True
         self._enter(self._running_state())
-        took = f"runs from step {first_step} after {now - self._round.began_at:.3f} s"
-        self._history.extend_last(self._round.number, took)
-        for member in self._round.members:
+        self._history.runs(self.round.number, first_step, now)
+        for member in self.round.members:
             record = self.workers[member.name]
             record.progress_at = now
             record.enter(WorkerState.SERVING)
             self._link.send(member.name, order)
         self._send_keepsake()
+        self.recovery.ran(now)
 
     def _running_state(self) -> ClusterState:
-        is_full = len(self._round.members) == len(self.workers)
+        is_full = self.recovery.replacements.is_full(self.round.members)
         return ClusterState.SERVING if is_full else ClusterState.DEGRADED
 
     @property
     def _is_forming(self) -> bool:
         """A generation is announced and does not run yet."""
-        starts = self.state is ClusterState.STARTING and self._round.number > 0
-        return starts or self.state is ClusterState.RECOVERING
+        return self.round.phase is Phase.FORMING and self._is_up
 
     # ---- losses ---------------------------------------------------------------------------
 
-    def _recover(self, fresh: Mapping[str, str], now: float) -> None:
-        """Carry out what the failure policy decides about the lost workers."""
-        decision = decide(
-            self._round.generation,
-            self.placement,
-            fresh,
-            highest_epoch=self._round.highest_epoch,
-            gone_devices=self._gone_devices,
-        )
+    def form(self, decision: FailureDecision, now: float) -> None:
+        """See ``RecoveryHost``."""
         self._experts_complete = decision.experts_complete
-        self._gone_devices = decision.gone_devices
-        for name, reason in fresh.items():
-            self._link.send(name, Shutdown(reason=f"declared lost: {reason}"))
-        if decision.outcome is Outcome.CONTINUE:
-            if self.state is not ClusterState.RECOVERING:
-                self._enter(ClusterState.RECOVERING)
-            self._begin_generation(decision.members, decision.placement, now)
-            self._history.add(self._round.number, now, decision.cause, decision.effect)
-        else:
-            self._give_up(decision, now)
-        self._link.end_workers(list(fresh))
+        if self.state is not ClusterState.RECOVERING:
+            self._enter(ClusterState.RECOVERING)
+        self._begin_generation(decision.members, decision.placement, now)
+        self._history.add(self.round.number, now, decision.cause, decision.effect)
 
-    def _give_up(self, decision: FailureDecision, now: float) -> None:
-        """No generation can run: say so, and keep the survivors for a later recovery."""
-        survivors = Generation(number=self._round.number, members=decision.members)
-        self._round = GenerationRound(survivors, now)
-        self._history.add(self._round.number, now, decision.cause, decision.effect)
+    def stall(self, decision: FailureDecision, now: float) -> None:
+        """See ``RecoveryHost``: say so, and keep the members for a later recovery."""
+        self._experts_complete = decision.experts_complete
+        survivors = Generation(number=self.round.number, members=decision.members)
+        self.round = GenerationRound(survivors, now, Phase.STALLED)
+        self.note(decision.cause, decision.effect, now)
         for member in decision.members:
             record = self.workers[member.name]
             if record.state is WorkerState.SERVING:
                 record.enter(WorkerState.READY)
-        if self.state is not ClusterState.DEGRADED:
-            self._enter(ClusterState.DEGRADED)
+        self.settle()
         self._send_keepsake()
+
+    def settle(self) -> None:
+        """See ``RecoveryHost``: requests wait as long as there is hope."""
+        hopeful = self.recovery.is_hopeful
+        state = ClusterState.RECOVERING if hopeful else ClusterState.DEGRADED
+        if self.state is not state:
+            self._enter(state)
+
+    def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
+        """See ``RecoveryHost``."""
+        logger.info("start %s", member.name)
+        self._touch()
+        self._link.start_worker(member, placement)
+
+    def expert_load(self) -> dict[tuple[str, int], list[float]]:
+        """See ``RecoveryHost``."""
+        sums = self.load.totals()
+        keys = set(sums.prefill) & set(sums.decode)
+        return {key: sums.counts(key).tolist() for key in keys}
 
     def _peer_lost(self, name: str, frame: PeerLost, now: float) -> None:
         suspect = self.workers.find(frame.worker)
         runs = self._is_forming or self.workers[name].state is WorkerState.SERVING
-        if suspect.is_lost or frame.generation != self._round.number or not runs:
+        if suspect.is_lost or frame.generation != self.round.number or not runs:
             return
         logger.warning("%s has lost %s: %s", name, frame.worker, frame.reason)
-        self._round.report(
+        self.round.report(
             PeerReport(reporter=name, suspect=frame.worker, reason=frame.reason, at=now)
         )
 
     def _check_reports(self, now: float) -> None:
         roles = {r.name: r.member.role for r in self.workers.alive()}
-        found = self._round.suspect(now, roles, self._settings.confirm_s)
+        found = self.round.suspect(now, roles, self._settings.confirm_s)
         if found is not None:
             self.lost({found.suspect: f"{found.reporter} reports: {found.reason}"}, now)
 
     def _check_silence(self, now: float) -> None:
         limit = self._settings.detection_limit_s
-        if self.state is ClusterState.STARTING:
-            limit = max(limit, self._settings.start_silence_s)
-        self.lost(find_silent(now, self.workers.pulses(), limit), now)
+        early = max(limit, self._settings.start_silence_s)
+        starts = self.state is ClusterState.STARTING
+        for loading, most in ((True, early), (False, early if starts else limit)):
+            self.lost(find_silent(now, self.workers.pulses(loading), most), now)
 
     def _check_answers(self, now: float) -> None:
         limit = self._settings.generation_limit_s
-        if not self._is_forming or now - self._round.began_at <= limit:
+        if not self._is_forming or now - self.round.began_at <= limit:
             return
-        reason = f"did not join generation {self._round.number} within {limit:g} s"
-        self.lost(dict.fromkeys(self._round.late(), reason), now)
+        reason = f"did not join generation {self.round.number} within {limit:g} s"
+        self.lost(dict.fromkeys(self.round.late(), reason), now)
 
     def _credit_own_pause(self, now: float) -> None:
         """A controller that was itself paused must not blame the workers for the silence."""
@@ -513,6 +543,7 @@ class Controller:
     def come_into_force(self, placement: ExpertPlacement) -> None:
         """This placement is in force: a step of the running generation names its epoch."""
         self.placement = placement
+        self.recovery.moved(placement)
         self._touch()
 
     def reform(self, cause: str, now: float) -> None:
@@ -522,21 +553,24 @@ class Controller:
     @property
     def takes_orders(self) -> bool:
         """The cluster is neither starting nor ending."""
-        ends = (ClusterState.STARTING, ClusterState.DRAINING, ClusterState.STOPPED)
-        return self.state not in ends
+        return self.state is not ClusterState.STARTING and self._is_up
+
+    @property
+    def _is_up(self) -> bool:
+        """Nothing has ended the cluster yet."""
+        return self.state not in (ClusterState.DRAINING, ClusterState.STOPPED)
 
     @property
     def runs(self) -> bool:
         """The newest generation runs, and every expert has a copy."""
-        runs = self.state in (ClusterState.SERVING, ClusterState.DEGRADED)
-        return runs and self._round.is_complete and self._experts_complete
+        return self.round.phase is Phase.RUNNING and self._is_up
 
     def stage_without(self, devices: Collection[int]) -> Stage:
         """A placement that does not use these devices, and what must be loaded for it.
 
         Raises ``ConflictError`` when the others have no room.
         """
-        others = {m.device for m in self._round.generation.experts} - set(devices)
+        others = {m.device for m in self.round.generation.experts} - set(devices)
         grows = all(str(r.info.get("device", "cpu")) == "cpu" for r in self.workers.alive())
         holdings = Holdings(
             current=self.placement,
@@ -562,7 +596,7 @@ class Controller:
 
     def note(self, cause: str, effect: str, now: float) -> None:
         """Add to the history."""
-        self._history.add(self._round.number, now, cause, effect)
+        self._history.add(self.round.number, now, cause, effect)
         self._touch()
 
     def ask_numbers(self, name: str) -> None:
@@ -577,8 +611,8 @@ class Controller:
 
     def leave(self, names: Sequence[str], why: str, now: float) -> None:
         """Form a generation without these workers, which are workers no more."""
-        leaving = {m.device for m in self._round.members if m.name in names and m.holds_experts}
-        members = tuple(m for m in self._round.members if m.name not in names)
+        leaving = {m.device for m in self.round.members if m.name in names and m.holds_experts}
+        members = tuple(m for m in self.round.members if m.name not in names)
         placement = self.placement
         if leaving:
             kept = placement.without_devices(frozenset(leaving), placement.epoch + 1)
@@ -586,11 +620,12 @@ class Controller:
             placement = kept
         for name in names:
             self.workers.lose(name, why, WorkerState.DRAINED)
-            self._round.drop_reports(name)
+            self.recovery.replacements.leave(name)
+            self.round.drop_reports(name)
         self._enter(ClusterState.RECOVERING)
         self._begin_generation(members, placement, now)
         effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
-        self._history.add(self._round.number, now, why, effect)
+        self._history.add(self.round.number, now, why, effect)
 
     def end(self, names: Sequence[str]) -> None:
         """End the processes of workers that have left."""

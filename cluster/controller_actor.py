@@ -14,6 +14,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import ray
@@ -31,7 +32,7 @@ from cluster.placement import ExpertPlacement
 from cluster.ray_tools import HEAD_NODE, NAMESPACE
 from cluster.rebalancing import RebalanceOrder
 from cluster.reports import snapshot_before_start
-from cluster.resources import NodeResources, WorkerShare
+from cluster.resources import NodeResources, WorkerShare, resolved_share
 from cluster.start_plan import StartPlan, plan_start
 from cluster.states import ClusterState
 from cluster.topology import Member, Role
@@ -77,6 +78,15 @@ class WorkerGroupLike(Protocol):
     ) -> None:
         """Create all workers."""
 
+    async def add(
+        self,
+        member: Member,
+        config: Mapping[str, Any],
+        control_address: str,
+        extra: Mapping[str, Any],
+    ) -> None:
+        """Create one more worker in the room of one that is gone."""
+
     async def watch(
         self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
     ) -> None:
@@ -117,6 +127,7 @@ class ControllerActor:
         self._controller: Controller | None = None
         self._server: ControlServer | None = None
         self._address = ""
+        self._plan: StartPlan | None = None
         self._profile: LoadProfile | None = None
         self._top_k = 1
         self._changed = asyncio.Event()
@@ -157,13 +168,8 @@ class ControllerActor:
         )
         members = await self._reserve(plan)
         plan = plan.on(members)
-        self._controller = self._make_controller(
-            plan.config,
-            members,
-            plan.placement,
-            plan.num_slots,
-            notes={"profile": profile, "top_k": self._top_k},
-        )
+        notes = {"profile": profile, "top_k": self._top_k}
+        self._controller = self._make_controller(plan, members, notes=notes)
         self._spawn(self._bring_up(plan, members))
         self._spawn(self._tick_forever())
 
@@ -285,6 +291,10 @@ class ControllerActor:
         if self._server is not None:
             self._server.send(worker, frame)
 
+    def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
+        """Start one more worker in the background."""
+        self._spawn(self._add_worker(member, placement))
+
     def end_workers(self, workers: Sequence[str]) -> None:
         """End workers in the background."""
         if self._server is not None:
@@ -346,6 +356,20 @@ class ControllerActor:
             self._controller.fail_start(f"{type(err).__name__}: {err}", time.monotonic())
             self._notify()
 
+    async def _add_worker(self, member: Member, placement: ExpertPlacement) -> None:
+        """Create an actor, and watch it until it has called."""
+        assert self._server is not None
+        assert self._plan is not None
+        extra = replace(self._plan, placement=placement).extra(member)
+        try:
+            await self._group.add(member, self._plan.config.to_dict(), self._address, extra)
+            await self._group.watch(self._server.is_connected, self._died)
+        except StartError as err:
+            self._died(err.part, err.reason)
+        except Exception as err:  # whatever Ray raises: the place must not stay empty unseen
+            logger.exception("%s could not be created", member.name)
+            self._died(member.name, f"{type(err).__name__}: {err}")
+
     async def _end_workers(self, workers: list[str]) -> None:
         assert self._controller is not None
         try:
@@ -388,14 +412,14 @@ class ControllerActor:
         profile = notes.get("profile")
         self._profile = LoadProfile.from_dict(profile) if profile else None
         self._top_k = int(notes.get("top_k", 1))
-        self._controller = self._make_controller(
-            found[0].config,
-            adopted.members,
-            adopted.placement,
-            max(f.num_slots for f in found),
-            notes=notes,
-            term=adopted.term,
+        plan = StartPlan(
+            config=found[0].config,
+            placement=adopted.placement,
+            share=resolved_share(found[0].config.workers),
+            num_slots=max(f.num_slots for f in found),
         )
+        members, term = adopted.members, adopted.term
+        self._controller = self._make_controller(plan, members, notes=notes, term=term)
         self._controller.adopt(adopted, time.monotonic())
         logger.info("term %d: %d workers adopted", adopted.term, len(adopted.greetings))
         self._spawn(self._tick_forever())
@@ -446,23 +470,25 @@ class ControllerActor:
 
     def _make_controller(
         self,
-        config: ClusterConfig,
+        plan: StartPlan,
         members: Sequence[Member],
-        placement: ExpertPlacement,
-        num_slots: int,
         *,
         notes: Mapping[str, Any],
         term: int = 1,
     ) -> Controller:
+        self._plan = plan
+        config = plan.config
+        can_grow = plan.share.device == "cpu"
         now = time.monotonic()
         return Controller(
             self._limits(config),
             members=members,
-            placement=placement,
+            placement=plan.placement,
             model={"name": config.model.served_model_name, "path": config.model.path},
             link=self,
             now=now,
-            num_slots=num_slots,
+            num_slots=plan.num_slots,
+            room=None if can_grow else plan.num_slots,
             load=config.load,
             config=config,
             top_k=self._top_k,

@@ -68,11 +68,11 @@ def cover(
     holdings: Holdings,
     devices: Collection[int],
     epoch: int,
-    expert_load: Mapping[str, Sequence[float]] | None = None,
+    expert_load: Mapping[tuple[str, int], Sequence[float]] | None = None,
 ) -> Coverage:
     """Maps that use only ``devices``, the members' ones.
 
-    ``epoch`` is the new placement's. ``expert_load`` is ``"bank:layer"`` -> tokens by logical
+    ``epoch`` is the new placement's. ``expert_load`` is (bank, layer) -> tokens by logical
     expert; without it all experts weigh the same.
     """
     present = frozenset(devices)
@@ -80,7 +80,7 @@ def cover(
     loads: list[ExpertLoad] = []
     missing: list[tuple[int, int]] = []
     for index, desired in enumerate(holdings.desired.banks):
-        counts = (expert_load or {}).get(f"{desired.bank}:{desired.layer}", ())
+        counts = (expert_load or {}).get((desired.bank, desired.layer), ())
         weights = [1.0 + x for x in counts] or [1.0] * desired.num_experts
         work = _Bank(holdings, index, present, weights)
         loads += work.fill()
@@ -185,6 +185,8 @@ class _Bank:
 
     def placement(self) -> BankPlacement:
         """The maps, with shares and decode devices as they were wished for, as far as they go."""
+        if tuple(map(tuple, self._rows)) == self._current.physical_to_logical:
+            return self._current
         shares = [[self._share(d, e) for e in row] for d, row in enumerate(self._rows)]
         holders: list[list[tuple[int, int]]] = [[] for _ in range(self._desired.num_experts)]
         for device, row in enumerate(self._rows):

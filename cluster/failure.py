@@ -1,41 +1,42 @@
-"""Failure policy: who is lost, and what the survivors do about it. Plain values, time passed in."""
+"""Failure policy: who is lost, and how those who are there go on. Plain values, time passed in."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
+from cluster.coverage import ExpertLoad, Holdings, cover
 from cluster.placement import BankPlacement, ExpertPlacement
-from cluster.topology import Generation, Member
+from cluster.topology import Member
 
 
 class Outcome(Enum):
-    """What a loss means for serving."""
+    """What a change of members means for serving."""
 
     CONTINUE = "continue"
-    """The survivors form a new generation and run the failed step again."""
+    """The members form a new generation and run the failed step again."""
     INCOMPLETE = "incomplete"
     """No generation can run: an expert has no copy, or no attention worker is left."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailureDecision:
-    """What to do after a loss; the controller carries it out."""
+    """What to do when members have gone or come; the controller carries it out."""
 
     outcome: Outcome
     """Whether a new generation runs."""
     members: tuple[Member, ...]
-    """The survivors."""
+    """Its members, or who waits for one."""
     placement: ExpertPlacement
     """Maps of the new generation; the old ones when the outcome is ``INCOMPLETE``."""
+    loads: tuple[ExpertLoad, ...]
+    """What members must load before it runs."""
     experts_complete: bool
-    """Every expert has a copy on a survivor."""
-    gone_devices: frozenset[int]
-    """Lost devices that ``placement`` still names; empty unless experts are incomplete."""
+    """Every expert has a copy on a member, or will have one after ``loads``."""
     cause: str
-    """Who was lost and why, for people."""
+    """What has happened, for people."""
     effect: str
     """What follows, for people."""
 
@@ -71,41 +72,50 @@ class PeerReport:
 
 
 def decide(
-    generation: Generation,
-    placement: ExpertPlacement,
-    lost: Mapping[str, str],
+    members: Sequence[Member],
+    cause: str,
+    holdings: Holdings,
     *,
     highest_epoch: int,
-    gone_devices: frozenset[int] = frozenset(),
+    expert_load: Mapping[tuple[str, int], Sequence[float]] | None = None,
 ) -> FailureDecision:
-    """What the survivors of ``generation`` do without the ``lost`` workers (name -> reason).
+    """How these ``members`` go on, survivors and newcomers, after ``cause``.
 
-    ``placement`` is that of the running generation, ``highest_epoch`` the highest epoch that any
-    worker ran, ``gone_devices`` were lost earlier and left experts without a copy. The maps change
-    only when an expert worker is lost.
+    ``highest_epoch`` is the highest placement epoch that any worker ran: new maps are above it.
+    ``expert_load`` as for ``cover``.
     """
-    survivors = tuple(m for m in generation.members if m.name not in lost)
-    devices = gone_devices | {m.device for m in generation.experts if m.name in lost}
-    cause = "; ".join(f"lost {name}: {reason}" for name, reason in sorted(lost.items()))
-    epoch = max(highest_epoch, placement.epoch)
-    kept = placement.without_devices(devices, epoch + 1 if devices else epoch)
-    has_attention = any(m.runs_attention for m in survivors)
-    can_run = kept is not None and has_attention
-    if not has_attention:
-        effect = "no attention worker is left"
-    elif kept is None:
-        effect = missing_experts(placement, devices)
+    members = tuple(members)
+    devices = {m.device for m in members if m.holds_experts}
+    current = holdings.current
+    epoch = max(highest_epoch, current.epoch)
+    covered = cover(holdings, devices, epoch + 1, expert_load)
+    placement, loads = covered.placement, covered.loads
+    if placement is not None and placement.banks == current.banks:
+        placement = replace(placement, epoch=epoch)
+    if not any(m.runs_attention for m in members):
+        outcome, effect = Outcome.INCOMPLETE, "no attention worker is left"
+    elif placement is None:
+        outcome, effect = Outcome.INCOMPLETE, _missing_text(current, covered.missing)
     else:
-        effect = f"go on with {describe_members(survivors)}, placement epoch {kept.epoch}"
+        outcome = Outcome.CONTINUE
+        effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
+        if loads:
+            effect = f"{_loads_text(loads, members)}; {effect}"
+    goes_on = outcome is Outcome.CONTINUE and placement is not None
     return FailureDecision(
-        outcome=Outcome.CONTINUE if can_run else Outcome.INCOMPLETE,
-        members=survivors,
-        placement=kept if kept is not None else placement,
-        experts_complete=kept is not None,
-        gone_devices=devices if kept is None else frozenset(),
+        outcome=outcome,
+        members=members,
+        placement=placement if goes_on and placement is not None else current,
+        loads=loads if goes_on else (),
+        experts_complete=placement is not None and (goes_on or not loads),
         cause=cause,
         effect=effect,
     )
+
+
+def describe_losses(lost: Mapping[str, str]) -> str:
+    """``lost expert-0: closed; lost expert-2: no heartbeat``; ``lost`` is worker -> reason."""
+    return "; ".join(f"lost {name}: {reason}" for name, reason in sorted(lost.items()))
 
 
 def describe_members(members: Sequence[Member]) -> str:
@@ -164,13 +174,26 @@ def confirm_suspect(
 
 def missing_experts(placement: ExpertPlacement, lost: frozenset[int]) -> str:
     """``5 experts have no copy left, the first is expert 3 of bank mlp layer 0``."""
-    missing = [(b, e) for b in placement.banks for e in _without_copy(b, lost)]
-    bank, expert = missing[0]
+    banks = enumerate(placement.banks)
+    return _missing_text(placement, [(i, e) for i, b in banks for e in _without_copy(b, lost)])
+
+
+def _missing_text(placement: ExpertPlacement, missing: Sequence[tuple[int, int]]) -> str:
+    """``missing`` are (place of the bank, expert)."""
+    index, expert = missing[0]
+    bank = placement.banks[index]
     verb = "expert has" if len(missing) == 1 else "experts have"
     return (
         f"{len(missing)} {verb} no copy left, the first is expert {expert} "
         f"of bank {bank.bank} layer {bank.layer}"
     )
+
+
+def _loads_text(loads: Sequence[ExpertLoad], members: Sequence[Member]) -> str:
+    """``expert-0, expert-2 load 64 experts``."""
+    devices = {load.device for load in loads}
+    names = [m.name for m in members if m.device in devices]
+    return f"{', '.join(names)} load{'s' if len(names) == 1 else ''} {len(loads)} experts"
 
 
 def _without_copy(bank: BankPlacement, lost: frozenset[int]) -> list[int]:

@@ -1,24 +1,39 @@
-"""One generation being formed and run: who takes part, who has answered, who is suspected."""
+"""One generation being formed and run: who takes part, who has answered, who is suspected.
+
+FORMING ──▶ RUNNING        every member has answered, and every expert is in memory
+   └──────────┴──▶ STALLED    no generation can run with these members
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 
 from cluster.control_frames import GenerationReady
 from cluster.failure import PeerReport, confirm_suspect
 from cluster.topology import Generation, Member
 
 
+class Phase(Enum):
+    """How far a generation has come."""
+
+    FORMING = "forming"
+    """It is announced to its members."""
+    RUNNING = "running"
+    """Its members were told to run steps."""
+    STALLED = "stalled"
+    """It cannot run; its members wait for the next one."""
+
+
 class GenerationRound:
-    """The newest generation. Owned by the controller; number 0, without members, before the first.
+    """The newest generation; number 0, without members, before the first. The controller's own."""
 
-    Forming until every member has answered ``GenerationReady``, then running; stalled for good
-    when no generation can run.
-    """
-
-    def __init__(self, generation: Generation, began_at: float) -> None:
+    def __init__(
+        self, generation: Generation, began_at: float, phase: Phase = Phase.FORMING
+    ) -> None:
         """``began_at`` is the monotonic time of its announcement."""
         self.generation = generation
+        self.phase = phase
         self.began_at = began_at
         self._answers: dict[str, GenerationReady] = {}
         self._reports: list[PeerReport] = []

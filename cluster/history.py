@@ -22,6 +22,8 @@ class HistoryEntry:
     """What happened."""
     effect: str
     """What followed."""
+    took_s: float | None = None
+    """Seconds until the generation ran; None where none came of it."""
 
 
 class History:
@@ -43,10 +45,18 @@ class History:
             HistoryEntry(generation=generation, time=time, cause=cause, effect=effect)
         )
 
-    def extend_last(self, generation: int, text: str) -> None:
-        """Say how the newest change ended; ``generation`` is the one that runs now."""
-        last = self._entries.pop()
-        self._entries.append(replace(last, generation=generation, effect=f"{last.effect}; {text}"))
+    def runs(self, generation: int, first_step: int, now: float) -> None:
+        """Say how the change ended that led to ``generation``, which runs now."""
+        places = [i for i, e in enumerate(self._entries) if e.generation == generation]
+        place = places[0] if places else len(self._entries) - 1
+        entry = self._entries[place]
+        took_s = round(now + self._offset_s - entry.time, 3)
+        self._entries[place] = replace(
+            entry,
+            generation=generation,
+            took_s=took_s,
+            effect=f"{entry.effect}; runs from step {first_step} after {took_s:.3f} s",
+        )
 
     def to_list(self) -> list[dict[str, Any]]:
         """All kept entries, oldest first, fit for JSON."""

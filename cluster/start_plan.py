@@ -39,14 +39,14 @@ class StartPlan:
     """Resources of each worker."""
     num_slots: int
     """Expert slots per bank of each expert worker: the fullest planned one and the spare ones."""
-    load: LoadProfile
-    """The load that is expected."""
+    load: LoadProfile | None = None
+    """The load that is expected; None when the workers run already."""
 
     def on(self, members: Sequence[Member]) -> StartPlan:
         """The plan with a placement for the members, now that it is known where they are."""
         holders = sorted((m for m in members if m.holds_experts), key=lambda m: m.device)
         devices = [planned_device(m) for m in holders]
-        if not devices:
+        if not devices or self.load is None:
             return self
         return replace(self, placement=first_placement(self.config, self.load, devices))
 

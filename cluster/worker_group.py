@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 _PING_S = 0.5
 _POLL_S = 0.05
 _CALL_LIMIT_S = 5.0
+_ANY_BUNDLE = -1
 
 
 @dataclass(slots=True)
@@ -145,14 +146,26 @@ class WorkerGroup:
         bundles = self._bundles_by_node()
         for member in members:
             node_id = self._nodes[member.name]
-            options = self._options(member, bundles[node_id].pop(0))
-            kind = self.classes[member.role]
-            remote = kind if hasattr(kind, "remote") else ray.remote(kind)
-            handle = remote.options(**options).remote(
-                dict(config), asdict(member), control_address, dict(extras[member.name])
-            )
+            extra = extras[member.name]
+            handle = self._create(member, bundles[node_id].pop(0), config, control_address, extra)
             self._actors[member.name] = _Actor(member, handle, node_id)
         await _all_or_first_error([self._bring_up(a) for a in self._actors.values()])
+
+    async def add(
+        self,
+        member: Member,
+        config: Mapping[str, Any],
+        control_address: str,
+        extra: Mapping[str, Any],
+    ) -> None:
+        """Create one more actor in the room of one that is gone, once that is free again.
+
+        Raises ``StartError`` with the worker's own words.
+        """
+        await _free_names([member.name])
+        handle = self._create(member, _ANY_BUNDLE, config, control_address, extra)
+        actor = self._actors[member.name] = _Actor(member, handle, "")
+        await self._bring_up(actor)
 
     async def watch(
         self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
@@ -229,6 +242,21 @@ class WorkerGroup:
 
     # ---- placing --------------------------------------------------------------------------
 
+    def _create(
+        self,
+        member: Member,
+        bundle: int,
+        config: Mapping[str, Any],
+        control_address: str,
+        extra: Mapping[str, Any],
+    ) -> Any:
+        """The handle of a new actor."""
+        kind = self.classes[member.role]
+        remote = kind if hasattr(kind, "remote") else ray.remote(kind)
+        return remote.options(**self._options(member, bundle)).remote(
+            dict(config), asdict(member), control_address, dict(extra)
+        )
+
     def _options(self, member: Member, bundle: int) -> dict[str, Any]:
         assert self._share is not None
         assert self._group is not None
@@ -265,7 +293,8 @@ class WorkerGroup:
     async def _bring_up(self, actor: _Actor) -> None:
         name = actor.member.name
         try:
-            actor.process = await actor.handle.__ray_call__.remote(describe_self)
+            where = await actor.handle.__ray_call__.remote(_find_self)
+            actor.process, actor.node_id = where
             await actor.handle.start.remote()
         except RayError as err:
             raise StartError(name, words_of(err)) from err
@@ -310,6 +339,11 @@ class WorkerGroup:
 def _introduce(actor: Any) -> tuple[dict[str, Any], ProcessIdentity, str]:
     """Runs in a worker: what it is started with, its process, its node."""
     return actor.introduce(), describe_self(), this_node_id()
+
+
+def _find_self(actor: Any) -> tuple[ProcessIdentity, str]:
+    """Runs in a worker: its process, its node."""
+    return describe_self(), this_node_id()
 
 
 async def _free_names(names: Sequence[str]) -> None:

@@ -26,6 +26,8 @@ class WorkerRecord:
     """Monotonic time of the last frame."""
     progress_at: float
     """Monotonic time at which its loop was last seen to turn, or to be idle."""
+    since: float = 0.0
+    """Monotonic time at which it was asked for, then of its first call."""
     num_slots: int = 0
     """Expert slots per bank, where it holds experts."""
     state: WorkerState = WorkerState.STARTING

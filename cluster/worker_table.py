@@ -13,6 +13,7 @@ from cluster.topology import Member
 from cluster.worker_record import WorkerRecord
 
 _MODEL_FACTS = ("model_type", "dtype", "max_model_len", "vocab_size")
+_MAX_LOST = 32
 
 
 class WorkerTable:
@@ -22,10 +23,10 @@ class WorkerTable:
         self, members: Sequence[Member], *, num_slots: int, model: Mapping[str, Any], now: float
     ) -> None:
         """``model`` holds name and path; attention workers add the rest when they are ready."""
-        self._records = {
-            m.name: WorkerRecord(member=m, heard_at=now, progress_at=now, num_slots=num_slots)
-            for m in members
-        }
+        self._num_slots = num_slots
+        self._records: dict[str, WorkerRecord] = {}
+        for member in members:
+            self.add(member, now)
         self._model: dict[str, Any] = {**dict.fromkeys(_MODEL_FACTS), **model}
         self._status_token = 0
         self._status_pending: set[str] = set()
@@ -42,6 +43,19 @@ class WorkerTable:
     def __contains__(self, name: str) -> bool:
         return name in self._records
 
+    def add(self, member: Member, now: float) -> None:
+        """A worker that is about to be started. The oldest of many that are lost is forgotten."""
+        self._records[member.name] = WorkerRecord(
+            member=member,
+            heard_at=now,
+            progress_at=now,
+            since=now,
+            num_slots=self._num_slots,
+        )
+        lost = [name for name, record in self._records.items() if record.is_lost]
+        for name in lost[:-_MAX_LOST]:
+            del self._records[name]
+
     def find(self, name: str) -> WorkerRecord:
         """The record of ``name``. Raises ``ProtocolError`` when there is no such worker."""
         if name not in self._records:
@@ -52,9 +66,11 @@ class WorkerTable:
         """Workers that are not lost."""
         return [r for r in self if not r.is_lost]
 
-    def pulses(self) -> list[Pulse]:
-        """What was last heard of the workers that have called and are not lost."""
-        return [r.pulse() for r in self.alive() if r.state is not WorkerState.STARTING]
+    def pulses(self, loading: bool) -> list[Pulse]:
+        """What was last heard of the workers that load, or of those that are beyond that."""
+        early = (WorkerState.STARTING, WorkerState.LOADING)
+        states = (WorkerState.LOADING,) if loading else tuple(set(WorkerState) - set(early))
+        return [r.pulse() for r in self.alive() if r.state in states]
 
     def lose(self, name: str, reason: str, state: WorkerState = WorkerState.LOST) -> None:
         """A worker is gone; nothing more is expected of it."""

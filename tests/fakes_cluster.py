@@ -8,8 +8,10 @@ from typing import TypeVar
 
 from cluster.control_frames import (
     ControlFrame,
+    ExpertsLoaded,
     GenerationReady,
     Heartbeat,
+    LoadExperts,
     NewGeneration,
     Register,
     RunGeneration,
@@ -46,11 +48,15 @@ class FakeWorkerGroup:
 
     def __init__(self) -> None:
         self.sent: defaultdict[str, list[ControlFrame]] = defaultdict(list)
+        self.started: list[tuple[Member, ExpertPlacement]] = []
         self.ended: list[str] = []
         self.all_ended_asked = 0
 
     def send(self, worker: str, frame: ControlFrame) -> None:
         self.sent[worker].append(frame)
+
+    def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
+        self.started.append((member, placement))
 
     def end_workers(self, workers: Sequence[str]) -> None:
         self.ended.extend(workers)
@@ -73,6 +79,7 @@ class FakeCluster:
         num_experts: int = 2,
         *,
         num_redundant: int = 0,
+        room: int | None = None,
         settings: ControllerSettings | None = None,
     ) -> None:
         self.now = 100.0
@@ -86,6 +93,7 @@ class FakeCluster:
             model={"name": "demo", "path": "somewhere"},
             link=self.link,
             now=self.now,
+            room=room,
             wall_time_offset_s=1_000_000.0,
         )
 
@@ -127,6 +135,23 @@ class FakeCluster:
         """All members of the newest generation take part in it."""
         for member in self.controller.generation.members:
             self.join(member.name, highest_step)
+
+    def answer_loads(self, worker: str, error: str = "") -> int:
+        """A worker carries out, or not, all load orders it has been given; how many experts."""
+        orders = [f for f in self.link.sent[worker] if isinstance(f, LoadExperts)]
+        for order in orders:
+            self.link.sent[worker].remove(order)
+            self.send(worker, ExpertsLoaded(order=order.order, error=error))
+        return sum(len(order.experts) for order in orders)
+
+    def started(self) -> list[str]:
+        """Names of the workers that were asked for after the start."""
+        return [member.name for member, _ in self.link.started]
+
+    def bring_up(self, worker: str) -> None:
+        """A worker that was asked for calls and loads."""
+        self.register(worker)
+        self.send(worker, WorkerReady())
 
     def serve(self) -> None:
         """The whole start."""

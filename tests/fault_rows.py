@@ -123,9 +123,10 @@ def play_until_retried(
 ) -> Played:
     """``play``, again when the fault fell into the short time between two steps.
 
-    ``fault`` must find the cluster in a state in which it can happen again.
+    Each time the cluster is whole again before.
     """
     for _ in range(4):
+        cluster.wait(lambda snapshot: snapshot["state"] == "SERVING")
         played = play(cluster, form, draw, fault)
         if played.num_retried:
             break
@@ -136,6 +137,28 @@ def play_until_retried(
 def kill(cluster: ServingCluster, name: str) -> None:
     """``kill -9`` of a worker of a ``RayCluster``."""
     os.kill(cluster.worker(name)["pid"], signal.SIGKILL)
+
+
+def kill_any(cluster: ServingCluster, role: str, draw: random.Random, count: int = 1) -> None:
+    """``kill -9`` of some serving workers of a role, at the same moment."""
+    found = [
+        w["name"]
+        for w in cluster.snapshot()["workers"]
+        if w["role"] == role and w["state"] == "SERVING"
+    ]
+    for name in draw.sample(sorted(found), count):
+        kill(cluster, name)
+
+
+def check_replaced(cluster: ServingCluster) -> dict[str, Any]:
+    """The cluster becomes whole again, with every copy in its place; what it says then."""
+    snapshot = cluster.wait(lambda s: s["state"] == "SERVING")
+    assert snapshot["problems"] == []
+    assert snapshot["experts_complete"]
+    serving_now = [w for w in snapshot["workers"] if w["state"] == "SERVING"]
+    assert len(serving_now) == len({(w["role"], w["rank"]) for w in snapshot["workers"]})
+    assert {w["state"] for w in snapshot["workers"]} == {"SERVING", "LOST"}
+    return snapshot
 
 
 def check_answers(found: Sequence[Answer], expected: Sequence[Answer]) -> None:

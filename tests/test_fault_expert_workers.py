@@ -7,7 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.fault_rows import FORMS, Form, kill, play, row_config
+from tests.fault_rows import (
+    FORMS,
+    Form,
+    check_replaced,
+    kill_any,
+    play_until_retried,
+    row_config,
+)
 from tests.serving_cluster import RayCluster, connected_ray, serving
 
 
@@ -21,5 +28,17 @@ def local_ray() -> Iterator[None]:
 @pytest.mark.parametrize("form", FORMS)
 def test_killing_a_worker_whose_experts_have_copies(form: Form) -> None:
     with serving(RayCluster(row_config(1, 3, num_redundant=22))) as cluster:
-        play(cluster, form, random.Random(1), lambda: kill(cluster, "expert-1"))
-        assert cluster.snapshot()["state"] == "DEGRADED"
+        draw = random.Random(1)
+        played = play_until_retried(cluster, form, draw, lambda: kill_any(cluster, "expert", draw))
+        check_replaced(cluster)
+        print(played)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("form", FORMS)
+def test_killing_a_worker_with_the_only_copies(form: Form) -> None:
+    with serving(RayCluster(row_config(1, 2))) as cluster:
+        draw = random.Random(2)
+        played = play_until_retried(cluster, form, draw, lambda: kill_any(cluster, "expert", draw))
+        check_replaced(cluster)
+        print(played)

@@ -102,7 +102,8 @@ class WorkerRuntime(ABC):
     def __init__(self, args: WorkerArgs, on_death: OnDeath) -> None:
         self.args = args
         self.config = args.config
-        self.member = replace(args.member, pid=os.getpid())
+        node = args.member.node or args.host
+        self.member = replace(args.member, pid=os.getpid(), node=node)
         self.generation = Generation(number=0, members=())
         self._on_death = on_death
         self._hub: PeerHub | None = None

@@ -258,17 +258,17 @@ def test_a_lost_attention_worker_keeps_the_epoch() -> None:
     assert cluster.controller.generation.leader.name == "attention-1"
 
 
-def test_without_copies_nothing_runs_and_the_state_says_so() -> None:
-    cluster = FakeCluster(1, 2)
+def test_without_copies_and_room_nothing_runs_and_the_state_says_so() -> None:
+    cluster = FakeCluster(1, 2, room=4)
     cluster.serve()
     cluster.controller.disconnected("expert-0", "reset", cluster.now)
     snapshot = cluster.controller.snapshot()
-    assert snapshot["state"] == "DEGRADED"
+    assert snapshot["state"] == "RECOVERING"  # a new worker will be started
     assert not snapshot["experts_complete"]
     assert snapshot["generation"] == 1
     assert snapshot["history"][-1]["effect"].startswith("8 experts have no copy left")
     assert _states(cluster)["attention-0"] == "READY"
-    for _ in range(6):  # the survivors stand still, and that is no failure
+    for _ in range(60):  # the survivors stand still, and that is no failure
         cluster.tick(0.5)
         for name in ("attention-0", "expert-1"):
             cluster.beat(name, idle=False)
@@ -276,14 +276,14 @@ def test_without_copies_nothing_runs_and_the_state_says_so() -> None:
 
 
 def test_a_second_loss_while_incomplete_stays_incomplete() -> None:
-    cluster = FakeCluster(1, 4, num_redundant=2)
+    cluster = FakeCluster(1, 4, num_redundant=2, room=4)
     cluster.serve()
     cluster.controller.lost({"expert-0": "gone", "expert-1": "gone"}, cluster.now)
     assert not cluster.controller.snapshot()["experts_complete"]
     cluster.controller.lost({"expert-3": "gone"}, cluster.now)
     snapshot = cluster.controller.snapshot()
     assert not snapshot["experts_complete"]
-    assert snapshot["state"] == "DEGRADED"
+    assert snapshot["state"] == "RECOVERING"
 
 
 def test_the_last_attention_worker_is_missed() -> None:
@@ -291,7 +291,7 @@ def test_the_last_attention_worker_is_missed() -> None:
     cluster.serve()
     cluster.controller.disconnected("attention-0", "reset", cluster.now)
     snapshot = cluster.controller.snapshot()
-    assert snapshot["state"] == "DEGRADED"
+    assert snapshot["state"] == "RECOVERING"
     assert snapshot["experts_complete"]
     assert snapshot["history"][-1]["effect"] == "no attention worker is left"
 
@@ -334,8 +334,8 @@ def test_a_paused_controller_blames_nobody() -> None:
     cluster.now += 30.0
     cluster.controller.tick(cluster.now)
     assert cluster.state == "SERVING"
-    cluster.tick(2.5)
-    assert cluster.state == "DEGRADED"
+    cluster.tick(2.3)
+    assert {_states(cluster)[m.name] for m in cluster.members} == {"LOST"}
 
 
 def test_a_heartbeat_renews_the_lease() -> None:

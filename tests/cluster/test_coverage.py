@@ -53,7 +53,7 @@ def test_copies_that_are_left_serve_without_a_load() -> None:
 
 def test_lost_experts_are_spread_by_their_load() -> None:
     desired = one_bank((0, 1, 2, 3, 4, 5), (6,), (7,), num_experts=8)
-    load = {"mlp:0": [50, 10, 10, 10, 10, 10, 0, 0]}
+    load = {("mlp", 0): [50, 10, 10, 10, 10, 10, 0, 0]}
     found = cover(Holdings(current=desired, desired=desired), {1, 2}, 2, load)
     assert maps_of(found) == ((FREE_SLOT,) * 6, (6, 0), (7, 1, 2, 3, 4, 5))
     even = cover(Holdings(current=desired, desired=desired), {1, 2}, 2)

@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from cluster.failure import Outcome, PeerReport, Pulse, confirm_suspect, decide, find_silent
-from cluster.placement import contiguous
-from cluster.topology import Generation
+from cluster.coverage import Holdings
+from cluster.failure import (
+    FailureDecision,
+    Outcome,
+    PeerReport,
+    Pulse,
+    confirm_suspect,
+    decide,
+    describe_losses,
+    find_silent,
+)
+from cluster.placement import ExpertPlacement, contiguous
+from cluster.topology import Generation, Member
 from tests.fakes_cluster import BANKS, make_members, members_of
 
 ROLES = {"attention-0": "attention", "expert-0": "expert", "expert-1": "expert"}
+REDUNDANT = contiguous(BANKS, 3, num_redundant=3, epoch=7)
 
 
-def _generation(num_attention: int = 1, num_experts: int = 3) -> Generation:
-    return Generation(number=4, members=make_members(num_attention, num_experts))
+def without(
+    members: tuple[Member, ...],
+    placement: ExpertPlacement,
+    *lost: str,
+    highest_epoch: int = 1,
+    **holdings: Any,
+) -> FailureDecision:
+    """What those do who are left."""
+    survivors = [m for m in members if m.name not in lost]
+    held = Holdings(current=placement, desired=placement, **holdings)
+    cause = describe_losses(dict.fromkeys(lost, "closed"))
+    return decide(survivors, cause, held, highest_epoch=highest_epoch)
 
 
 def test_experts_with_copies_elsewhere_go_on_in_a_new_epoch() -> None:
-    placement = contiguous(BANKS, 3, num_redundant=3, epoch=7)
-    decision = decide(_generation(), placement, {"expert-1": "closed"}, highest_epoch=7)
+    decision = without(make_members(1, 3), REDUNDANT, "expert-1", highest_epoch=7)
     assert decision.outcome is Outcome.CONTINUE
     assert [m.name for m in decision.members] == ["attention-0", "expert-0", "expert-2"]
+    assert decision.loads == ()
     assert decision.placement.epoch == 8
     assert decision.placement.banks[0].physical_to_logical[1] == (-1,) * 6
     assert decision.cause == "lost expert-1: closed"
@@ -28,80 +50,86 @@ def test_experts_with_copies_elsewhere_go_on_in_a_new_epoch() -> None:
 
 
 def test_a_colocated_worker_takes_its_experts_and_its_rank_along() -> None:
-    generation = Generation(number=1, members=members_of({"colocated": 3}))
-    placement = contiguous(BANKS, 3, num_redundant=3)
-    decision = decide(generation, placement, {"colocated-0": "closed"}, highest_epoch=1)
+    decision = without(members_of({"colocated": 3}), REDUNDANT, "colocated-0")
     assert decision.outcome is Outcome.CONTINUE
-    left = replace(generation, members=decision.members)
+    left = Generation(number=2, members=decision.members)
     assert [m.rank for m in left.attention] == [m.rank for m in left.experts] == [1, 2]
     assert left.leader.name == "colocated-1"
     assert decision.placement.banks[0].physical_to_logical[0] == (-1,) * 6
-    assert decision.effect == "go on with 2 colocated workers, placement epoch 2"
-
-
-def test_the_last_colocated_worker_with_all_experts_goes_on_alone() -> None:
-    generation = Generation(number=1, members=members_of({"colocated": 2}))
-    placement = contiguous(BANKS, 2, num_redundant=4)
-    decision = decide(generation, placement, {"colocated-0": "closed"}, highest_epoch=1)
-    assert decision.effect == "go on with 1 colocated worker, placement epoch 2"
-    lost = decide(generation, contiguous(BANKS, 2), {"colocated-0": "closed"}, highest_epoch=1)
-    assert lost.outcome is Outcome.INCOMPLETE
+    assert decision.effect == "go on with 2 colocated workers, placement epoch 8"
 
 
 def test_the_epoch_is_above_all_that_any_survivor_ran() -> None:
-    placement = contiguous(BANKS, 3, num_redundant=3, epoch=7)
-    decision = decide(_generation(), placement, {"expert-1": "closed"}, highest_epoch=11)
+    decision = without(make_members(1, 3), REDUNDANT, "expert-1", highest_epoch=11)
     assert decision.placement.epoch == 12
 
 
-def test_an_expert_without_copy_is_named() -> None:
+def test_experts_without_copy_are_loaded_by_the_others() -> None:
+    decision = without(make_members(1, 3), contiguous(BANKS, 3), "expert-0")
+    assert decision.outcome is Outcome.CONTINUE
+    assert decision.experts_complete
+    assert sorted({load.device for load in decision.loads}) == [1, 2]
+    assert len(decision.loads) == 6
+    assert decision.effect == (
+        "expert-1, expert-2 load 6 experts; "
+        "go on with 1 attention and 2 expert workers, placement epoch 2"
+    )
+
+
+def test_the_last_colocated_worker_goes_on_alone() -> None:
+    decision = without(members_of({"colocated": 2}), contiguous(BANKS, 2), "colocated-0")
+    assert decision.effect == (
+        "colocated-1 loads 8 experts; go on with 1 colocated worker, placement epoch 2"
+    )
+
+
+def test_an_expert_without_copy_and_without_room_is_named() -> None:
     placement = contiguous(BANKS, 3)
-    decision = decide(_generation(), placement, {"expert-0": "closed"}, highest_epoch=1)
+    decision = without(make_members(1, 3), placement, "expert-0", room=3)
     assert decision.outcome is Outcome.INCOMPLETE
     assert not decision.experts_complete
     assert decision.placement == placement
-    assert decision.gone_devices == frozenset({0})
+    assert decision.loads == ()
     assert decision.effect == (
-        "6 experts have no copy left, the first is expert 0 of bank mlp layer 0"
+        "4 experts have no copy left, the first is expert 1 of bank mlp layer 0"
     )
-
-
-def test_devices_lost_earlier_still_count() -> None:
-    placement = contiguous(BANKS, 4, num_redundant=2)
-    generation = replace(_generation(1, 4), members=make_members(1, 4)[:1] + make_members(1, 4)[3:])
-    decision = decide(
-        generation,
-        placement,
-        {"expert-2": "closed"},
-        highest_epoch=1,
-        gone_devices=frozenset({0, 1}),
-    )
-    assert decision.outcome is Outcome.INCOMPLETE
-    assert decision.gone_devices == frozenset({0, 1, 2})
 
 
 def test_a_lost_attention_worker_leaves_the_maps_alone() -> None:
     placement = contiguous(BANKS, 3)
-    decision = decide(_generation(2), placement, {"attention-0": "closed"}, highest_epoch=1)
+    decision = without(make_members(2, 3), placement, "attention-0")
     assert decision.outcome is Outcome.CONTINUE
     assert decision.placement == placement
     assert decision.members[0].name == "attention-1"
 
 
 def test_without_attention_worker_nothing_runs() -> None:
-    placement = contiguous(BANKS, 3)
-    decision = decide(_generation(), placement, {"attention-0": "closed"}, highest_epoch=1)
+    decision = without(make_members(1, 3), contiguous(BANKS, 3), "attention-0")
     assert decision.outcome is Outcome.INCOMPLETE
     assert decision.experts_complete
     assert decision.effect == "no attention worker is left"
 
 
+def test_without_attention_worker_nothing_is_loaded() -> None:
+    placement = contiguous(BANKS, 3)
+    decision = without(make_members(1, 3), placement, "attention-0", "expert-0")
+    assert decision.loads == ()
+    assert not decision.experts_complete
+    assert decision.placement == placement
+
+
 def test_two_workers_lost_at_once_are_both_in_the_cause() -> None:
-    placement = contiguous(BANKS, 3, num_redundant=5)
-    lost = {"expert-2": "closed", "expert-0": "no heartbeat"}
-    decision = decide(_generation(), placement, lost, highest_epoch=1)
-    assert decision.cause == "lost expert-0: no heartbeat; lost expert-2: closed"
-    assert decision.effect == "go on with 1 attention and 1 expert worker, placement epoch 2"
+    decision = without(make_members(1, 3), REDUNDANT, "expert-2", "expert-0", highest_epoch=7)
+    assert decision.cause == "lost expert-0: closed; lost expert-2: closed"
+    assert decision.effect.endswith("go on with 1 attention and 1 expert worker, placement epoch 8")
+
+
+def test_a_new_worker_brings_its_copies_back() -> None:
+    less = without(make_members(1, 3), REDUNDANT, "expert-1", highest_epoch=7).placement
+    holdings = Holdings(current=less, desired=REDUNDANT, joining={1: REDUNDANT})
+    decision = decide(make_members(1, 3), "expert-1.2 is ready", holdings, highest_epoch=8)
+    assert decision.placement == replace(REDUNDANT, epoch=9)
+    assert decision.loads == ()
 
 
 def _pulse(

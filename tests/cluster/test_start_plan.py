@@ -111,9 +111,12 @@ def test_a_profile_of_another_model_counts_for_nothing() -> None:
     assert not fits(other, BANKS)
     assert fits(PROFILE, BANKS)
     plan = make_plan(other)
+    assert plan.load is not None
     assert all(load.counts == (1.0,) * 8 for load in plan.load.banks)
-    assert make_plan().load.banks == PROFILE.banks
-    assert make_plan().load.top_k == 2
+    expected = make_plan().load
+    assert expected is not None
+    assert expected.banks == PROFILE.banks
+    assert expected.top_k == 2
 
 
 def test_labels_are_read() -> None:

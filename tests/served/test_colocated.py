@@ -120,7 +120,7 @@ def test_answers_are_the_local_engines(pair: Served, expected: list[list[int]]) 
 def test_a_killed_worker_takes_only_its_own_requests_along(
     pair: Served, expected: list[list[int]]
 ) -> None:
-    """The last test of this module: one worker stays lost, and with it the one that led."""
+    """The last test of this module: the one that led is lost, and another takes its place."""
 
     def all_run(status: dict[str, Any]) -> bool:
         return all(w["stats"]["num_requests_running"] > 0 for w in status["workers"])
@@ -133,6 +133,6 @@ def test_a_killed_worker_takes_only_its_own_requests_along(
     answered = [tokens == right for tokens, right in zip(found, expected, strict=True)]
     assert [tokens for tokens, ok in zip(found, answered, strict=True) if not ok and tokens] == []
     assert 0 < sum(answered) < len(PROMPTS)
-    status = wait_for(pair, lambda s: s["state"] == "DEGRADED")
-    assert [w["state"] for w in status["workers"]] == ["LOST", "SERVING"]
+    status = wait_for(pair, lambda s: s["generation"] >= 3 and s["state"] == "SERVING")
+    assert [w["state"] for w in status["workers"]] == ["LOST", "SERVING", "SERVING"]
     assert together(pair, 24, lambda: None) == [tokens[:24] for tokens in expected]

@@ -1,0 +1,310 @@
+"""Recovery: members are lost and come, experts are loaded by others, places are filled again.
+
+    a member is lost ──▶ the others go on, and load what nobody holds any more
+        ──▶ a new worker is started for its place ──▶ it is ready ──▶ a generation with it
+
+``decide`` (failure policy) and ``Replacements`` say what is to be done; ``Recovery`` has the
+controller do it. Loading and the forming of the generation go on at the same time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cluster.control_frames import ControlFrame, ExpertsLoaded
+from cluster.coverage import ExpertLoad, Holdings
+from cluster.failure import FailureDecision, Outcome, decide, describe_losses
+from cluster.generation_round import GenerationRound, Phase
+from cluster.placement import FREE_SLOT, ExpertPlacement
+from cluster.reloads import Reload, Reloads
+from cluster.replacements import Replacements
+from cluster.states import WorkerState
+from cluster.topology import Member
+from cluster.worker_table import WorkerTable
+
+logger = logging.getLogger(__name__)
+
+_ROOM_WAIT_S = 10.0
+_MAX_RETRY_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecoveryLimits:
+    """Times of a recovery, seconds."""
+
+    start_limit_s: float = 600.0
+    """For a new worker, from its first call until its weights are in memory."""
+    load_limit_s: float = 600.0
+    """For experts that are loaded by a running worker."""
+    retry_s: float = 5.0
+    """Until experts that nobody could load are tried again; doubled each time."""
+
+
+class RecoveryHost(Protocol):
+    """What a recovery needs of the controller."""
+
+    workers: WorkerTable
+    placement: ExpertPlacement
+
+    @property
+    def round(self) -> GenerationRound:
+        """The newest generation."""
+
+    @property
+    def takes_orders(self) -> bool:
+        """The cluster is neither starting nor ending."""
+
+    def send(self, name: str, frame: ControlFrame) -> None:
+        """Send to a worker."""
+
+    def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
+        """Start a worker for an empty place, with its part of a placement."""
+
+    def lost(self, reasons: Mapping[str, str], now: float) -> None:
+        """Declare workers lost (name -> reason)."""
+
+    def form(self, decision: FailureDecision, now: float) -> None:
+        """Announce the next generation and note why."""
+
+    def stall(self, decision: FailureDecision, now: float) -> None:
+        """No generation can run: keep the members for a later one."""
+
+    def settle(self) -> None:
+        """Show the state that a stalled cluster is in."""
+
+    def run_if_ready(self, now: float) -> None:
+        """Run the generation that is being formed when nothing is missing."""
+
+    def expert_load(self) -> Mapping[tuple[str, int], Sequence[float]]:
+        """(bank, layer) -> tokens by logical expert so far."""
+
+    def note(self, cause: str, effect: str, now: float) -> None:
+        """Add to the history."""
+
+
+class Recovery:
+    """See the module. Owned by the controller; one thread, time passed in."""
+
+    def __init__(
+        self,
+        host: RecoveryHost,
+        members: Sequence[Member],
+        desired: ExpertPlacement,
+        *,
+        room: int | None = None,
+        limits: RecoveryLimits | None = None,
+        first_order: int = 1,
+    ) -> None:
+        """``members`` and ``desired`` are what the cluster shall be.
+
+        ``room`` is the number of expert slots of a device in each bank where banks do not grow;
+        load orders are numbered from ``first_order``.
+        """
+        self._host = host
+        self._room = room
+        self._limits = limits or RecoveryLimits()
+        self._told: dict[str, ExpertPlacement] = {}  # what new workers were started with
+        self._failed: list[ExpertLoad] = []
+        self._barred: dict[int, str] = {}
+        self._retry_s = self._limits.retry_s
+        self._retry_at = 0.0
+        self.desired = desired
+        """The placement when everybody is there; changed by who moves experts."""
+        self.replacements = Replacements(members)
+        """The places of the cluster."""
+        self.reloads = Reloads(first_order)
+        """Load orders under way."""
+
+    @property
+    def is_hopeful(self) -> bool:
+        """Something is under way that may make a stalled cluster run."""
+        return self.replacements.are_coming
+
+    def problems(self, now: float) -> list[str]:
+        """What keeps the cluster from being whole, for people."""
+        names = {r.member.device: r.name for r in self._host.workers.alive()}
+        found = [
+            f"{names.get(device, f'device {device}')} cannot load experts: {error}"
+            for device, error in sorted(self._barred.items())
+        ]
+        found += [
+            f"{place} is left out: {why}" for place, why in self.replacements.left_out.items()
+        ]
+        for record in self._host.workers.alive():
+            waits = record.state is WorkerState.STARTING and record.name in self._told
+            if waits and now - record.since > _ROOM_WAIT_S:
+                found.append(f"{record.name} waits for room")
+        return found
+
+    # ---- a restarted controller -----------------------------------------------------------
+
+    def memory(self) -> dict[str, Any]:
+        """What the next controller must be told, plain data; ``restore`` takes it."""
+        is_whole = self.desired.banks == self._host.placement.banks
+        return {
+            "desired": None if is_whole else self.desired.to_dict(),
+            "left_out": self.replacements.left_out,
+        }
+
+    def restore(self, memory: Mapping[str, Any], now: float) -> None:
+        """Take over what an earlier controller began; the table has all workers already."""
+        if memory.get("desired"):
+            self.desired = ExpertPlacement.from_dict(memory["desired"])
+        members = {m.name for m in self._host.round.members}
+        for record in self._host.workers:
+            if record.state is WorkerState.DRAINED:
+                self.replacements.leave(record.name)
+            elif record.is_lost:
+                self.replacements.lost(record.name, record.reason, now)
+            elif record.name not in members:
+                self._told[record.name] = self.desired
+        self.replacements.leave_out(memory.get("left_out", {}))
+
+    # ---- events ---------------------------------------------------------------------------
+
+    def lost(self, reasons: Mapping[str, str], now: float) -> None:
+        """Workers (name -> reason) are gone; the table knows it already."""
+        for name, reason in reasons.items():
+            self.replacements.lost(name, reason, now)
+            self.reloads.drop(name)
+            self._told.pop(name, None)
+        members = self._host.round.members
+        gone = {m.name: reasons[m.name] for m in members if m.name in reasons}
+        others = {n: r for n, r in reasons.items() if n not in gone}
+        if others:
+            left_out = "; ".join(f"{n} is left out" for n in self.replacements.left_out)
+            self._host.note(describe_losses(others), left_out or "start another one", now)
+        if gone:
+            survivors = [m for m in members if m.name not in gone]
+            self._go_on(survivors, describe_losses(gone), now)
+
+    def ready(self, now: float) -> None:
+        """Workers are ready: those that are no members join, unless a generation is forming."""
+        if not self._host.takes_orders or self._host.round.phase is Phase.FORMING:
+            return
+        members = self._host.round.members
+        known = {m.name for m in members}
+        fresh = [
+            r.member
+            for r in self._host.workers.alive()
+            if r.state is WorkerState.READY and r.name not in known
+        ]
+        if fresh:
+            names = ", ".join(m.name for m in fresh)
+            verb = "is" if len(fresh) == 1 else "are"
+            self._go_on([*members, *fresh], f"{names} {verb} ready", now)
+
+    def loaded(self, name: str, frame: ExpertsLoaded, now: float) -> bool:
+        """A worker has answered a load order; False when it was not one of a recovery."""
+        reload = self.reloads.answered(name, frame.order)
+        if reload is None:
+            return False
+        if frame.error:
+            self._cannot_load(reload, frame.error, now)
+        else:
+            self._host.run_if_ready(now)
+        return True
+
+    def moved(self, placement: ExpertPlacement) -> None:
+        """A whole cluster has moved to this placement; one that a drain makes is not for ever."""
+        rows = [bank.physical_to_logical for bank in placement.banks]
+        devices = range(placement.num_devices)
+        uses_all = all(any(set(row[d]) - {FREE_SLOT} for row in rows) for d in devices)
+        if uses_all and self.replacements.is_full(self._host.round.members):
+            self.desired = placement
+
+    def ran(self, now: float) -> None:
+        """The generation that was formed runs."""
+        self.replacements.joined(self._host.round.members)
+        self._barred.clear()
+        self._retry_s = self._limits.retry_s
+        self.ready(now)
+
+    def tick(self, now: float) -> None:
+        """Time has passed: start workers, look for limits, try again."""
+        if not self._host.takes_orders:
+            return
+        for reload in self.reloads.overdue(now, self._limits.load_limit_s):
+            self.reloads.answered(reload.worker, reload.order)
+            limit = f"no answer within {self._limits.load_limit_s:g} s"
+            self._cannot_load(reload, limit, now)
+        self._check_starting(now)
+        if self._host.round.phase is not Phase.FORMING:
+            self._start_workers(now)
+        if self._host.round.phase is Phase.STALLED:
+            if self._barred and now >= self._retry_at:
+                self._try_again(now)
+            self._host.settle()
+
+    # ---- what follows ---------------------------------------------------------------------
+
+    def _go_on(self, members: Sequence[Member], cause: str, now: float) -> None:
+        """Form a generation of these members, or stall."""
+        host = self._host
+        decision = decide(
+            members,
+            cause,
+            self._holdings(members),
+            highest_epoch=host.round.highest_epoch,
+            expert_load=host.expert_load(),
+        )
+        if decision.outcome is not Outcome.CONTINUE:
+            host.stall(decision, now)
+            return
+        workers = {m.device: m.name for m in members if m.holds_experts}
+        for name, order in self.reloads.order(decision.loads, workers, now).items():
+            host.send(name, order)
+        self._failed.clear()
+        for member in members:
+            self._told.pop(member.name, None)
+        host.form(decision, now)
+
+    def _holdings(self, members: Sequence[Member]) -> Holdings:
+        return Holdings(
+            current=self._host.placement,
+            desired=self.desired,
+            joining={
+                m.device: self._told[m.name]
+                for m in members
+                if m.holds_experts and m.name in self._told
+            },
+            room=self._room,
+            barred=frozenset(self._barred),
+            failed=tuple(self._failed),
+        )
+
+    def _cannot_load(self, reload: Reload, error: str, now: float) -> None:
+        """A member has not got its experts: others load them, or nobody."""
+        logger.warning("%s cannot load experts: %s", reload.worker, error)
+        self._failed += reload.loads
+        self._barred[reload.loads[0].device] = error
+        self._retry_at = now + self._retry_s
+        cause = f"{reload.worker} cannot load {len(reload.loads)} experts: {error}"
+        self._go_on(self._host.round.members, cause, now)
+
+    def _try_again(self, now: float) -> None:
+        """Somebody may be able to load by now."""
+        self._retry_s = min(2 * self._retry_s, _MAX_RETRY_S)
+        self._retry_at = now + self._retry_s
+        self._barred.clear()
+        self._go_on(self._host.round.members, "try again to load experts", now)
+
+    def _start_workers(self, now: float) -> None:
+        for member in self.replacements.take_due(now):
+            self._host.workers.add(member, now)
+            self._told[member.name] = self.desired
+            self._host.start_worker(member, self.desired)
+
+    def _check_starting(self, now: float) -> None:
+        """New workers that do not get ready; those that wait for room may wait."""
+        limit = self._limits.start_limit_s
+        known = {m.name for m in self._host.round.members}
+        late = [
+            r.name
+            for r in self._host.workers.alive()
+            if r.name not in known and r.state is WorkerState.LOADING and now - r.since > limit
+        ]
+        self._host.lost(dict.fromkeys(late, f"not ready within {limit:g} s"), now)
