@@ -110,6 +110,8 @@ def held_out(size: Size) -> str:
         ("lognormal 1.0, 160 experts, G=40", data.lognormal(160, 1.0), 40),
         ("Zipf 0.7, 256 experts, G=32", data.zipf(256, 0.7), 32),
         ("Zipf 1.0, 100 experts, G=24", data.zipf(100, 1.0), 24),
+        ("Dirichlet 0.5, 64 experts, G=16", data.dirichlet(64, 0.5), 16),
+        ("Dirichlet 2, 128 experts, G=64", data.dirichlet(128, 2.0), 64),
     ]
     lines = [_balance_row(name, loads, g, 1) for name, loads, g in cases]
     return _titled("The same on loads held out while the planner was made", _BALANCE_HEAD, lines)

@@ -65,6 +65,12 @@ def zipf(experts: int, power: float, layers: int = 15, seed: int = 7) -> Floats:
     return _unit(ranks**-power)
 
 
+def dirichlet(experts: int, concentration: float, layers: int = 15, seed: int = 7) -> Floats:
+    """[layers, experts] loads drawn evenly from all that are as concentrated; as above."""
+    generator = np.random.default_rng(seed)
+    return generator.dirichlet(np.full(experts, concentration), layers) + 1e-9
+
+
 @functools.cache
 def token_rows() -> dict[str, Ints]:
     """Kind of text -> [3 layers, 401 token ids, 64 experts] counts."""

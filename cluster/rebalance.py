@@ -20,7 +20,13 @@ from cluster.load_profile import LoadProfile
 from cluster.load_view import balancedness_of, expected_loads
 from cluster.placement import FREE_SLOT, ExpertPlacement
 from cluster.planner import mesh
-from cluster.planner.base import Plan, PlannedDevice, PlannedTopology, PlanOptions
+from cluster.planner.base import (
+    Plan,
+    PlannedDevice,
+    PlannedTopology,
+    PlanOptions,
+    planned_device,
+)
 from cluster.planner.stages import held_by, with_slots
 from cluster.simulate import StepCost, window_of
 from cluster.topology import Member
@@ -116,7 +122,7 @@ def planned_topology(
         for d in range(placement.num_devices)
     ]
     devices = tuple(
-        PlannedDevice(num_expert_slots=max(num_slots, held[d]), node=by_device[d].node)
+        planned_device(by_device[d], max(num_slots, held[d]))
         if d in by_device
         else PlannedDevice(num_expert_slots=0)
         for d in range(placement.num_devices)

@@ -11,20 +11,9 @@ from cluster.config import ClusterConfig
 from cluster.load_profile import BankLoad, LoadProfile
 from cluster.placement import BankShape, ExpertPlacement, contiguous, load_placement
 from cluster.planner import mesh
-from cluster.planner.base import PlannedDevice, PlannedTopology
+from cluster.planner.base import PlannedDevice, PlannedTopology, planned_device
 from cluster.resources import NodeResources, WorkerShare, plan_shares
 from cluster.topology import Member
-
-
-def planned_device(member: Member, num_slots: int | None = None) -> PlannedDevice:
-    """A member as the planner sees it."""
-    return PlannedDevice(
-        num_expert_slots=num_slots,
-        speed=member.speed,
-        node=member.node,
-        domain=member.domain,
-        link_class=member.link_class,
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,9 +107,9 @@ def first_placement(
 ) -> ExpertPlacement:
     """The placement file's, or one planned for the load, or the contiguous one.
 
-    It is planned where a load profile was given or rebalancing is on, and where devices in several
-    failure domains, or of several speeds, have spare slots or shares to make use of it. Local mode
-    has one device. Raises ``ConfigError``.
+    It is planned where a load profile was given, where there is one and rebalancing is on, where
+    devices with spare slots are in several failure domains, and where devices differ in speed.
+    Local mode has one device. Raises ``ConfigError``.
     """
     workers = config.workers
     shapes = [BankShape(bank=b.bank, layer=b.layer, num_experts=len(b.counts)) for b in load.banks]
@@ -130,13 +119,14 @@ def first_placement(
         return load_placement(Path(workers.placement_file), shapes, workers.num_expert_workers)
     plain = contiguous(shapes, workers.num_expert_workers, workers.num_redundant_experts)
     topology = PlannedTopology(devices=tuple(devices), num_redundant=workers.num_redundant_experts)
-    if not (_wants_plan(config) or _is_uneven(topology)):
+    if not (_wants_plan(config, load) or _is_uneven(topology)):
         return plain
     return mesh.plan(load, topology).placement
 
 
-def _wants_plan(config: ClusterConfig) -> bool:
-    return config.workers.load_profile is not None
+def _wants_plan(config: ClusterConfig, load: LoadProfile) -> bool:
+    is_known = load.tokens > 0
+    return is_known and (config.rebalance.enable_eplb or config.workers.load_profile is not None)
 
 
 def _is_uneven(topology: PlannedTopology) -> bool:

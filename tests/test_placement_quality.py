@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import placement, placement_data, placement_measures
-from benchmarks.placement_data import dots_like, lognormal, mixtral, olmoe, profile, zipf
+from benchmarks.placement_data import dirichlet, dots_like, lognormal, mixtral, olmoe, profile, zipf
 from benchmarks.placement_measures import Window, decode_ratio, drift, follow, noise, walk
 from cluster.planner import eplb, mesh
 from cluster.planner.base import PlannedTopology
@@ -40,6 +40,10 @@ def test_two_experts_a_device_are_balanced_too() -> None:
         (np.concatenate([mixtral()[d] for d in DOMAINS]), 8),
         (lognormal(160, 1.0, 4), 40),
         (zipf(100, 1.0, 4), 24),
+        (zipf(64, 0.5, 4), 32),
+        (dirichlet(64, 0.5, 4), 16),
+        (dirichlet(128, 2.0, 4), 64),
+        (dirichlet(256, 8.0, 2), 64),
     ],
 )
 def test_loads_that_it_was_not_made_with_are_balanced(loads: np.ndarray, devices: int) -> None:
@@ -56,6 +60,38 @@ def test_small_changes_need_few_moves(devices: int) -> None:
     for loads in (noise(base, 4), walk(base, 4), drift(base, other, 4)):
         _holds(follow(loads, base, topology, [0.02] * 4), 0.98, 0.02)
     _holds(follow(drift(base, other, 1, 0.3), base, topology, [0.05]), 0.98, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("loads", "other", "devices"),
+    [
+        (dirichlet(64, 2.0, 3), dirichlet(64, 2.0, 3, seed=8), 16),
+        (dirichlet(128, 0.5, 3), zipf(128, 0.5, 3), 32),
+        (zipf(64, 0.7, 3), lognormal(64, 0.7, 3), 8),
+    ],
+)
+def test_small_changes_of_other_loads_need_few_moves_too(
+    loads: np.ndarray, other: np.ndarray, devices: int
+) -> None:
+    topology = PlannedTopology.uniform(devices, 1)
+    for later in (noise(loads, 3), walk(loads, 3), drift(loads, other, 3)):
+        _holds(follow(later, loads, topology, [0.02] * 3), 0.98, 0.02)
+    _holds(follow(drift(loads, other, 1, 0.3), loads, topology, [0.05]), 0.98, 0.05)
+
+
+@pytest.mark.parametrize("loads", [dirichlet(64, 2.0, 6), zipf(64, 0.5, 6), lognormal(64, 0.7, 6)])
+def test_decode_steps_of_other_loads_are_no_dearer_than_without_spares(loads: np.ndarray) -> None:
+    alone = mesh.plan(profile(loads), PlannedTopology.uniform(8)).placement
+    spare = mesh.plan(profile(loads), PlannedTopology.uniform(8, 1)).placement
+    for rows in (16, 64, 256):
+        without, with_spares = (
+            statistics.mean(
+                decode_ratio(load, bank, rows)
+                for load, bank in zip(loads, placed.banks, strict=True)
+            )
+            for placed in (alone, spare)
+        )
+        assert with_spares <= without + 0.02
 
 
 def _holds(windows: list[Window], balancedness: float, moved: float) -> None:

@@ -21,6 +21,7 @@ from cluster.config import check
 from cluster.errors import ConfigError
 from cluster.load_profile import BankLoad
 from cluster.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+from cluster.topology import Member
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -205,6 +206,17 @@ def _indices(names: Sequence[Hashable]) -> Ints:
     """Numbers for names, in the order of their first use."""
     known: dict[Hashable, int] = {}
     return np.array([known.setdefault(name, len(known)) for name in names])
+
+
+def planned_device(member: Member, num_slots: int | None = None) -> PlannedDevice:
+    """A member as the planner sees it."""
+    return PlannedDevice(
+        num_expert_slots=num_slots,
+        speed=member.speed,
+        node=member.node,
+        domain=member.domain,
+        link_class=member.link_class,
+    )
 
 
 def normalised(counts: Sequence[Sequence[float]]) -> Floats:

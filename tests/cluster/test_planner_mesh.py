@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError
-from cluster.load_profile import BankLoad, LoadProfile
+from cluster.load_profile import BankLoad, LoadProfile, device_loads
 from cluster.placement import FREE_SLOT, ExpertPlacement
 from cluster.planner import mesh
 from cluster.planner.assess import assess
@@ -156,6 +156,24 @@ def test_weights_come_from_the_nearest_device() -> None:
     after = np.array([[[0, 1], [0, 1], [0, 1], [1, -1]]])
     moves = find_moves(loads, before, after, topology.nearness)
     assert [(m.device, m.expert, m.source) for m in moves] == [(1, 1, 3), (2, 0, 1), (2, 1, 3)]
+
+
+@PROPERTY
+@given(
+    st.lists(st.sampled_from([0.25, 0.5, 1.0, 1.5, 3.0]), min_size=1, max_size=6),
+    st.integers(1, 12),
+    st.integers(0, 1 << 16),
+)
+def test_load_is_in_proportion_to_any_speeds_where_slots_allow(
+    speeds: list[float], experts: int, seed: int
+) -> None:
+    devices = tuple(PlannedDevice(num_expert_slots=experts, speed=s) for s in speeds)
+    profile = make_profile(skewed(2, experts, seed, 1.5))
+    plan = mesh.plan(profile, PlannedTopology(devices=devices))
+    for bank, load in zip(plan.placement.banks, profile.banks, strict=True):
+        taken = np.array(device_loads(bank, load.counts))
+        wanted = np.array(speeds) / sum(speeds)
+        assert taken / taken.sum() == pytest.approx(wanted, rel=0.01)
 
 
 def test_load_is_in_proportion_to_speed() -> None:

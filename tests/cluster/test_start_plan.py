@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.config import ClusterConfig, ModelSection, WorkersSection
+from cluster.config import ClusterConfig, ModelSection, RebalanceSection, WorkersSection
 from cluster.errors import ConfigError
 from cluster.load_profile import BankLoad, LoadProfile, balancedness, device_loads
 from cluster.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS, Place
@@ -83,6 +83,19 @@ def test_a_given_profile_is_planned_for(tmp_path: Path) -> None:
         assert plain is not None
         assert planned > 0.99 > 0.7 > plain
         assert all(len(slots) == plan.num_slots for slots in bank.physical_to_logical)
+
+
+def test_with_rebalancing_on_the_models_own_profile_is_planned_for() -> None:
+    config = ClusterConfig(
+        model=ModelSection(path="somewhere", served_model_name="demo"),
+        workers=WorkersSection(num_expert_workers=4, num_redundant_experts=1),
+        rebalance=RebalanceSection(enable_eplb=True),
+    )
+    warm = plan_start(config, BANKS, NODES, profile=PROFILE.to_dict()).placement
+    balance = balancedness(warm.banks[0], PROFILE.banks[0].counts)
+    assert balance is not None
+    assert balance > 0.99
+    assert plan_start(config, BANKS, NODES).placement == contiguous(SHAPES, 4, 1)
 
 
 def test_copies_are_in_two_failure_domains_where_slots_allow() -> None:
