@@ -13,7 +13,7 @@ from dataclasses import replace
 from benchmarks.random_checkpoint import RandomModel
 from benchmarks.serving import QUICK, TINY, Case, measure, random_model, report
 
-CASE = Case(batches=(1, 8), new_tokens=24, patience_s=3.0)
+CASE = Case(batches=(1, 8), new_tokens=16, patience_s=3.0)
 MODELS = {
     "OLMoE": RandomModel(),
     "dots.llm1": RandomModel(family="dots1", experts=128, top_k=6, ffn=176),

@@ -85,6 +85,14 @@ def test_embeddings(stack: Stack, stub: InferenceStub, local: LocalEngine, pooli
     assert message.usage.prompt_tokens == count
 
 
+def test_models_tell_what_embeddings_are(stack: Stack) -> None:
+    (model,) = stack.http.get("/v1/models").json()["data"]
+    assert model["embedding_pooling"] == ["last", "mean"]
+    default = answer(stack, "/v1/embeddings", input=IDS[0])["data"][0]["embedding"]
+    last = answer(stack, "/v1/embeddings", input=IDS[0], pooling="last")["data"][0]["embedding"]
+    assert default == pytest.approx(last, abs=1e-4)
+
+
 def test_the_openai_client_reads_embeddings(stack: Stack, local: LocalEngine) -> None:
     """It asks for base64, and decodes it itself."""
     client = openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0)
@@ -281,7 +289,7 @@ def test_a_classifier_with_padding() -> None:
     tensors, names = expected.tensors, ("negative", "neutral", "positive")
     with stack_over(expected.path) as stack, grpc.insecure_channel(stack.grpc_target) as channel:
         stub = InferenceStub(channel)
-        for batch in ("right_padded", "left_padded", "right_padded_no_mask"):
+        for batch in ("right_padded", "left_padded", "right_padded_no_mask", "pad_as_text"):
             ids = tensors[f"{batch}.input_ids"].tolist()
             mask = tensors.get(f"{batch}.attention_mask")
             fields: dict[str, Any] = {} if mask is None else {"attention_mask": mask.tolist()}

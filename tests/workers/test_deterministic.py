@@ -119,15 +119,27 @@ def test_dynamic_rotation_depends_on_the_row_alone(
     assert found == alone("olmoe-rope-dynamic", "float32")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+FEW = pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [
+        ("olmoe-base", "float32"),
+        ("olmoe-base", "bfloat16"),
+        ("dots1-swa", "bfloat16"),
+        ("jetmoe-untied-top3-eps", "float32"),
+    ],
+)
+"""Every family, and every dtype."""
+
+
+@FEW
 def test_a_request_that_moves_goes_on_as_before(
-    golden: AnyGolden, alone: Callable[[str, str], Bits], dtype: str
+    golden: AnyGolden, alone: Callable[[str, str], Bits], variant: str, dtype: str
 ) -> None:
     """Another engine gets the prompt and the first tokens, and makes the rest."""
-    engine = make_engine(golden("olmoe-base"), dtype)
+    engine = make_engine(golden(variant), dtype)
     moved, expected = [], {}
     for i, request in enumerate(mixed_requests(engine.config.vocab_size)):
-        tokens, logprobs = alone("olmoe-base", dtype)[request.request_id][:2]
+        tokens, logprobs = alone(variant, dtype)[request.request_id][:2]
         assert isinstance(tokens, tuple)
         assert isinstance(logprobs, tuple)
         done = 1 + i % (len(tokens) - 1)
@@ -156,19 +168,19 @@ def test_logits_of_classes_have_the_same_bits_in_any_batch(golden: AnyGolden) ->
     assert engine.classify(expected.prompts) == alone
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@FEW
 def test_hits_of_decoded_blocks_change_no_bit(
-    golden: AnyGolden, alone: Callable[[str, str], Bits], dtype: str
+    golden: AnyGolden, alone: Callable[[str, str], Bits], variant: str, dtype: str
 ) -> None:
     """Keys and values that decode steps wrote against those of a prompt computed at once."""
-    first = mixed_requests(make_engine(golden("olmoe-base"), dtype).config.vocab_size)
-    second = follow_ups(first, alone("olmoe-base", dtype))
-    engine = make_engine(golden("olmoe-base"), dtype, enable_prefix_caching=False)
+    first = mixed_requests(make_engine(golden(variant), dtype).config.vocab_size)
+    second = follow_ups(first, alone(variant, dtype))
+    engine = make_engine(golden(variant), dtype, enable_prefix_caching=False)
     expected: Bits = {}
     for request in second:
         expected |= bits_of(engine, [request])
     assert not engine.engine.stats()["prefix_cache_hits_total"]
-    engine = make_engine(golden("olmoe-base"), dtype, block_size_tokens=4)
+    engine = make_engine(golden(variant), dtype, block_size_tokens=4)
     bits_of(engine, first)
     assert bits_of(engine, second) == expected
     hits = engine.engine.stats()["prefix_cache_hits_total"]

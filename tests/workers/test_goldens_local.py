@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from cluster.config import EngineSection
 from tests.goldens import (
@@ -17,6 +21,7 @@ from tests.goldens import (
     Golden,
 )
 from tests.parity import GREEDY, check_bfloat16, check_float32
+from workers.inspection import Inspection
 from workers.kv_cache import block_bytes
 from workers.local_engine import LocalEngine
 
@@ -70,6 +75,34 @@ def test_bfloat16_is_near_golden(golden: Callable[[str], Golden], variant: str) 
     expected = golden(variant)
     engine = LocalEngine(expected.path, dtype="bfloat16", max_model_len=MAX_MODEL_LEN)
     check_bfloat16(engine, expected)
+
+
+@pytest.mark.parametrize("variant", ["olmoe-norm-gqa-clip", "dots1-groups", "jetmoe-tied"])
+def test_a_float32_checkpoint_in_bfloat16_is_its_rounded_self(
+    golden: Callable[[str], Golden], tmp_path: Path, variant: str
+) -> None:
+    """Every tensor is rounded, as transformers does it, but for the correction bias."""
+    expected = golden(variant)
+    tensors: dict[str, Tensor] = {}
+    for file in expected.path.glob("model*.safetensors"):
+        tensors |= load_file(file)
+    rounded = {
+        name: tensor if name.endswith("correction_bias") else tensor.bfloat16()
+        for name, tensor in tensors.items()
+    }
+    save_file(rounded, tmp_path / "model.safetensors")
+    shutil.copy(expected.path / "config.json", tmp_path)
+    wanted = [
+        Inspection(logits=tuple(range(len(prompt))), router_logits=True)
+        for prompt in expected.prompts
+    ]
+    found = [
+        LocalEngine(path, dtype="bfloat16").inspect(expected.prompts, wanted)
+        for path in (expected.path, tmp_path)
+    ]
+    for ours, theirs in zip(*found, strict=True):
+        for name, array in ours.items():
+            assert torch.equal(array, theirs[name]), name
 
 
 @pytest.mark.parametrize("variant", BF16_VARIANTS)

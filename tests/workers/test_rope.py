@@ -160,7 +160,24 @@ def inverse_of(config: dict[str, Any], context: int, length: int) -> list[float]
         return plain(config["rope_theta"] * stretch ** (D / (D - 2)))
     if name == "llama3":
         return [between(f, scaling) for f in base]
+    if name == "yarn":
+        return ramped(base, config["rope_theta"], scaling)
     return base
+
+
+def ramped(base: list[float], theta: float, scaling: dict[str, float]) -> list[float]:
+    """yarn's frequencies."""
+    edges = []
+    for rotations in (scaling["beta_fast"], scaling["beta_slow"]):
+        original = scaling["original_max_position_embeddings"]
+        edges.append(D * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta)))
+    low, high = edges
+    if scaling["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, D - 1)
+    ramps = [min(max((i - low) / (high - low or 0.001), 0), 1) for i in range(len(base))]
+    factor = scaling["factor"]
+    return [f / factor * r + f * (1 - r) for f, r in zip(base, ramps, strict=True)]
 
 
 def between(frequency: float, scaling: dict[str, float]) -> float:
@@ -187,6 +204,16 @@ SCALINGS = st.one_of(
             "low_freq_factor": st.floats(0.5, 2.0),
             "high_freq_factor": st.floats(2.5, 8.0),
             "original_max_position_embeddings": st.integers(16, 128),
+        }
+    ),
+    st.fixed_dictionaries(
+        {
+            "rope_type": st.just("yarn"),
+            "factor": st.floats(1.5, 8.0),
+            "original_max_position_embeddings": st.integers(16, 128),
+            "beta_fast": st.floats(2.0, 40.0),
+            "beta_slow": st.floats(0.25, 1.5),
+            "truncate": st.booleans(),
         }
     ),
 )

@@ -43,11 +43,15 @@ class Loader:
         parts = [self._parts[name] for name in names]
         return self._weights.read_stacked(parts, dtype or self._dtype).to(self._device)
 
-    def linear(self, *names: str, dtype: torch.dtype | None = None) -> Linear:
+    def linear(self, *names: str) -> Linear:
         """One product for all these matrices, with their biases where there are any."""
         biases = [f"{name}_bias" for name in names]
-        bias = self.tensor(*biases, dtype=dtype) if biases[0] in self._parts else None
-        return self._blocks.linear(self.tensor(*names, dtype=dtype), bias)
+        bias = self.tensor(*biases) if biases[0] in self._parts else None
+        return self._blocks.linear(self.tensor(*names), bias)
+
+    def float32_linear(self, name: str) -> Linear:
+        """A product in float32, without a bias; the matrix is rounded to the model dtype before."""
+        return self._blocks.linear(self.tensor(name).float(), None)
 
     def mlp(self, gate: str, up: str, down: str, activation: Activation) -> GatedMlp:
         """A dense gated MLP."""

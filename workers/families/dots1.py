@@ -216,7 +216,7 @@ class Dots1Family(DecoderFamily):
             router = Dots1Router(
                 config=own,
                 bank=layer - own.num_dense_layers,
-                linear=loader.linear("router", dtype=torch.float32),
+                linear=loader.float32_linear("router"),
                 correction=loader.tensor("correction", dtype=torch.float32),
             )
         return Dots1Layer(

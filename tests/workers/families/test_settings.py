@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +47,30 @@ def test_classes_defaults_of_an_empty_file() -> None:
     assert (jetmoe.config.head_dim, jetmoe.config.tie_word_embeddings) == (128, True)
     with pytest.raises(CheckpointError, match="n_routed_experts is missing"):
         load_family({"model_type": "dots1"})
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
+)
+def test_what_a_file_leaves_out_is_as_in_transformers() -> None:
+    """All defaults of a class written out mean the same as none of them."""
+    needed = {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4}
+    code = (
+        "import json, transformers as t\n"
+        f"made = [t.OlmoeConfig(), t.Dots1Config(**{needed}), t.JetMoeConfig()]\n"
+        "print(json.dumps([one.to_dict() for one in made]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    for full in json.loads(done.stdout):
+        name = full["model_type"]
+        short = {"model_type": name, **(needed if name == "dots1" else {})}
+        ours, theirs = load_family(short), load_family({**full, "architectures": None})
+        assert theirs.config == replace(ours.config, ignored_keys=theirs.config.ignored_keys)
+        assert theirs.banks == ours.banks
+        assert theirs.config.ignored_keys == ()
+        assert list(theirs.attention_tensors()) == list(ours.attention_tensors())
 
 
 def test_null_is_absent_but_for_token_ids_and_the_window() -> None:
