@@ -86,6 +86,10 @@ class WorkersSection:
     """Path of a placement to use instead of the contiguous one."""
     load_profile: str | None = None
     """Path of a load profile to plan the first placement for."""
+    paced_slot_us: float = 0.0
+    """For benchmarks: experts compute nothing and wait so long for each activated slot, and"""
+    paced_token_us: float = 0.0
+    """so long for each (row, expert) pair; both 0: they compute."""
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, Mode)
@@ -104,6 +108,11 @@ class WorkersSection:
         only = "must not be given beside placement_file: that is a placement already"
         both = self.placement_file is not None and self.load_profile is not None
         check(not both, "load_profile", self.load_profile, only)
+        for name, time_us in (
+            ("paced_slot_us", self.paced_slot_us),
+            ("paced_token_us", self.paced_token_us),
+        ):
+            check(time_us >= 0, name, time_us, "must not be negative")
         attention, experts = self.num_attention_ranks, self.num_expert_workers
         if self.mode == "local":
             check(attention == 1, "num_attention_workers", attention, "must be 1 in local mode")

@@ -121,6 +121,15 @@ class EpochChange:
         """It is done, or failed."""
         return self.state in (ChangeState.DONE, ChangeState.FAILED)
 
+    @property
+    def loading(self) -> list[dict[str, str]]:
+        """Who loads from whom just now: ``worker`` and ``from``, both by name."""
+        names = {m.device: m.name for m in self._generation.experts}
+        return [
+            {"worker": o.member.name, "from": names.get(o.source, "checkpoint")}
+            for o in self._orders.values()
+        ]
+
     # ---- events ---------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:

@@ -72,7 +72,8 @@ class Operations:
 
     def __init__(self, term: int, wall_time_offset_s: float) -> None:
         """``wall_time_offset_s`` added to a monotonic time is the time of day."""
-        self._term = term
+        self.term = term
+        """The controller's."""
         self._offset_s = wall_time_offset_s
         self._count = 0
         self._kept: deque[Operation] = deque(maxlen=_KEPT)
@@ -106,7 +107,7 @@ class Operations:
         self.check_free()
         self._count += 1
         operation = Operation(
-            id=f"{kind}-{self._term}.{self._count}",
+            id=f"{kind}-{self.term}.{self._count}",
             kind=kind,
             target=target,
             request_id=request_id,

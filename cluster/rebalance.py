@@ -114,15 +114,18 @@ def planned_topology(
 ) -> PlannedTopology:
     """The devices that live, each with ``num_slots`` slots; none for those that are gone.
 
-    A device that holds more (after a recovery, say) may keep as many.
+    A device that holds more (after a recovery, say) may keep as many. On a single node each worker
+    is a failure domain of its own.
     """
     by_device = {m.device: m for m in experts}
+    is_spread = len({m.domain or m.node for m in experts}) > 1
+    domains = {m.device: m.domain if is_spread else m.name for m in experts}
     held = [
         max((len(held_by(bank, d)) for bank in placement.banks), default=0)
         for d in range(placement.num_devices)
     ]
     devices = tuple(
-        planned_device(by_device[d], max(num_slots, held[d]))
+        replace(planned_device(by_device[d], max(num_slots, held[d])), domain=domains[d])
         if d in by_device
         else PlannedDevice(num_expert_slots=0)
         for d in range(placement.num_devices)

@@ -53,8 +53,9 @@ _SLOT_TOKENS = {"cpu": 16.0, "cuda": 285.0}
 _TOKENS_PER_EXPERT = 4
 """Tokens of a window, for each expert of a bank, below which it says too little."""
 _DECODE_ROWS = 16
-_FIRST_ORDER = 1 << 32
-"""Load orders of changes are numbered from here on, apart from those of recoveries."""
+_FIRST_ORDER = 1 << 52
+"""Load orders of changes are numbered from here on, apart from those of recoveries, and anew for
+each controller."""
 
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -158,7 +159,7 @@ class Rebalancing:
         """Why it can never be; empty where it can."""
         self.profile: LoadProfile | None = None
         """Load that the placement in force was made for; None: it is still the first one."""
-        self._numbers = itertools.count(_FIRST_ORDER)
+        self._numbers = itertools.count(_FIRST_ORDER + (operations.term << 32))
         self._highest_epoch = 0
         self._job: _Job | None = None
         self._unproven: _Unproven | None = None
@@ -281,6 +282,7 @@ class Rebalancing:
             "possible": not self.impossible,
             "reason": self.impossible,
             "phase": self._phase(job) if job is not None else "",
+            "loading": job.change.loading if job is not None and job.change is not None else [],
             "last": self._last,
             "counts": {
                 "outcomes": dict(self._outcomes),
@@ -356,12 +358,16 @@ class Rebalancing:
 
     def _step_cost(self) -> StepCost:
         """Only ratios count: a slot in tokens, and the rows of a step."""
-        device = self._config.workers.device if self._config is not None else "cpu"
-        slot = _SLOT_TOKENS["cuda" if device == "cuda" else "cpu"]
         sizes = [int(r.info.get("expert_bytes", 0)) for r in self._host.workers]
+        slot_us, token_us = _SLOT_TOKENS["cpu"], 1.0
+        if self._config is not None:
+            workers = self._config.workers
+            slot_us = _SLOT_TOKENS["cuda" if workers.device == "cuda" else "cpu"]
+            if workers.paced_slot_us or workers.paced_token_us:
+                slot_us, token_us = workers.paced_slot_us, workers.paced_token_us
         return StepCost(
-            slot_s=slot * 1e-6,
-            token_s=1e-6,
+            slot_s=slot_us / 1e6,
+            token_s=token_us / 1e6,
             expert_bytes=max([1, *sizes]),
             decode_tokens=_DECODE_ROWS,
         )

@@ -6,12 +6,13 @@ Expert workers and colocated workers have one each.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
+from cluster.config import WorkersSection
 from cluster.control_frames import LoadExperts
 from workers.checkpoint import Checkpoint
 from workers.control_client import ControlClient
@@ -20,6 +21,7 @@ from workers.dist.expert_server import ExpertServer
 from workers.dist.handshake import PeerIdentity
 from workers.dist.transport import DataTransport
 from workers.experts.loading import CHECKPOINT, ExpertLoader, OpenSource
+from workers.experts.paced import Pace, PacedSlots
 from workers.experts.peer_source import PEER, PacedSource, PeerSource
 from workers.experts.rate_limit import RateLimit
 from workers.experts.slots import ExpertSlots
@@ -27,7 +29,14 @@ from workers.experts.sources import CheckpointSource, ExpertSource
 from workers.experts.weight_client import WeightClient
 from workers.experts.weight_frames import expert_num_bytes
 from workers.experts.weight_server import WeightServer
+from workers.families.base import BankSpec
 from workers.worker_args import WorkerArgs
+
+
+def _paced(section: WorkersSection, banks: Sequence[BankSpec]) -> PacedSlots | None:
+    """What stands in for experts that are to wait and not to compute; None where they compute."""
+    pace = Pace(slot_s=section.paced_slot_us / 1e6, token_s=section.paced_token_us / 1e6)
+    return PacedSlots(banks, pace) if pace.slot_s or pace.token_s else None
 
 
 class ExpertPart:
@@ -59,7 +68,7 @@ class ExpertPart:
         self._ending = threading.Event()
         self.server = ExpertServer(
             transport,
-            slots,
+            _paced(args.config.workers, checkpoint.family.banks) or slots,
             checkpoint.family.banks,
             device_index=args.member.device,
             combine_mode=args.config.engine.combine_mode,

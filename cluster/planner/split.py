@@ -82,14 +82,17 @@ def solve(slots: Ints, loads: Floats, speeds: Floats, tolerance: float = 1e-6) -
 
 
 def shares(slots: Ints, masses: Floats, num_experts: int) -> Floats:
-    """Split weights: masses over the load of their expert; 0 in free slots."""
+    """Split weights: masses over the load of their expert; 0 in free slots.
+
+    The copies of an expert without any load share it equally.
+    """
     banks = len(slots)
     expert = np.where(slots == FREE_SLOT, num_experts, slots)
     flat = (expert + (num_experts + 1) * np.arange(banks)[:, None, None]).reshape(-1)
     totals = np.bincount(flat, masses.reshape(-1), banks * (num_experts + 1))[flat]
-    return np.where(totals > 0, masses.reshape(-1) / np.maximum(totals, 1e-300), 0.0).reshape(
-        slots.shape
-    )
+    equal = 1.0 / np.bincount(flat, minlength=banks * (num_experts + 1))[flat]
+    own = np.where(totals > 0, masses.reshape(-1) / np.maximum(totals, 1e-300), equal)
+    return np.where(slots == FREE_SLOT, 0.0, own.reshape(slots.shape))
 
 
 def _index(slots: Ints, loads: Floats, speeds: Floats) -> tuple[Floats, _Copies]:

@@ -5,12 +5,12 @@ slots that are free in the placement in force, and is in force itself before the
 
     now      device 0: 0 1 2    device 1: 2 3 0     (2 and 0 have two copies)
     target   device 0: 0 1 3    device 1: 2 3 1
-    stage 1  device 0: 0 1 -    device 1: 2 3 -     copies that the target does not have, and
-                                                    that others can do without
+    stage 1  device 0: 0 1 -    device 1: 2 3 -     copies that the target does not have
     stage 2  device 0: 0 1 3    device 1: 2 3 1     what is new, in the free slots
 
-Every expert has a copy in every stage. Where each device is full of only copies that others are to
-take, a copy that will stay makes room for one stage.
+Every expert has a copy in every stage, and with a free slot on each device never fewer copies than
+before or after. Where each device is full of only copies that others are to take, a copy that will
+stay makes room for one stage.
 """
 
 from __future__ import annotations
@@ -57,22 +57,20 @@ def next_stage(
     Only what each of ``devices`` (those that live) holds counts, not in which slot; ``num_slots``
     is the capacity of each. The epoch is one above the current one.
     """
-    banks = []
-    fills: list[SlotFill] = []
-    for index, (now, then) in enumerate(zip(current.banks, target.banks, strict=True)):
-        change = _BankChange(now, then, num_slots, devices)
-        fills += change.fill(index)
-        change.drop()
-        banks.append(change.result())
-    if not fills and all(a is b for a, b in zip(banks, current.banks, strict=True)):
-        banks = [
-            _BankChange(now, then, num_slots, devices).made_room()
-            for now, then in zip(current.banks, target.banks, strict=True)
-        ]
-        if all(a is b for a, b in zip(banks, current.banks, strict=True)):
-            return None
-    placement = replace(current, epoch=current.epoch + 1, banks=tuple(banks))
-    return Stage(fills=tuple(fills), placement=placement)
+    changes = [
+        _BankChange(now, then, num_slots, devices)
+        for now, then in zip(current.banks, target.banks, strict=True)
+    ]
+    fills = [fill for index, change in enumerate(changes) for fill in change.fill(index)]
+    ways = (_BankChange.drop_replaced, _BankChange.drop_unwanted, _BankChange.make_room)
+    for way in ways:
+        for change in changes:
+            way(change)
+        if any(change.is_changed for change in changes):
+            banks = tuple(change.result() for change in changes)
+            placement = replace(current, epoch=current.epoch + 1, banks=banks)
+            return Stage(fills=tuple(fills), placement=placement)
+    return None
 
 
 def held_by(bank: BankPlacement, device: int) -> frozenset[int]:
@@ -102,7 +100,8 @@ class _BankChange:
             self._rows[device] += [FREE_SLOT] * (num_slots - len(self._rows[device]))
         self._wanted = [held_by(then, d) for d in range(now.num_devices)]
         self._copies = Counter(e for row in self._rows for e in row if e != FREE_SLOT)
-        self._is_changed = False
+        self.is_changed = False
+        """Some slot has another content than before."""
 
     def fill(self, index: int) -> list[SlotFill]:
         """Put what is new into free slots, as far as there are any.
@@ -124,18 +123,29 @@ class _BankChange:
                 )
                 row[slot] = expert
                 self._copies[expert] += 1
-                self._is_changed = True
+                self.is_changed = True
         return fills
 
-    def drop(self) -> None:
-        """Empty the slots of copies that are not wanted and that others can do without."""
+    def drop_replaced(self) -> None:
+        """Empty the slots of copies that are not wanted, of experts that are where they should be.
+
+        So an expert has never fewer copies on the way than before or after.
+        """
+        missing = {e for d in self._devices for e in self._wanted[d] - set(self._rows[d])}
+        self._drop(missing)
+
+    def drop_unwanted(self) -> None:
+        """Nothing moves: empty those of others too, as long as one copy stays."""
+        self._drop(set())
+
+    def _drop(self, kept: set[int]) -> None:
         for device in self._devices:
             for slot, expert in enumerate(self._rows[device]):
-                if expert != FREE_SLOT and expert not in self._wanted[device]:
+                if expert not in kept and expert not in self._wanted[device]:
                     self._empty(device, slot)
 
-    def made_room(self) -> BankPlacement:
-        """Nothing moves any more: empty a copy that will come back, where it lets others in.
+    def make_room(self) -> None:
+        """Still nothing moves: empty a copy that will come back, where it lets others in.
 
         Each time an expert gets away from where it is not wanted, so that this comes to an end.
         """
@@ -148,7 +158,6 @@ class _BankChange:
             if several:
                 self._empty(device, -max(several)[1])
                 break
-        return self.result()
 
     def _displaced(self) -> set[int]:
         """Experts on devices that are not to have them."""
@@ -157,14 +166,14 @@ class _BankChange:
 
     def _empty(self, device: int, slot: int) -> None:
         expert = self._rows[device][slot]
-        if self._copies[expert] > 1:
+        if expert != FREE_SLOT and self._copies[expert] > 1:
             self._copies[expert] -= 1
             self._rows[device][slot] = FREE_SLOT
-            self._is_changed = True
+            self.is_changed = True
 
     def result(self) -> BankPlacement:
         """The maps as they are now; the very same object where nothing changed."""
-        return with_slots(self._now, self._rows) if self._is_changed else self._now
+        return with_slots(self._now, self._rows) if self.is_changed else self._now
 
 
 def with_slots(bank: BankPlacement, rows: Sequence[Sequence[int]]) -> BankPlacement:

@@ -57,6 +57,13 @@ def test_no_split_is_better(problem: Problem) -> None:
         assert peak == pytest.approx(least_peak(slots[b], loads[b], speeds), rel=1e-3)
 
 
+def test_an_expert_without_load_has_shares_too() -> None:
+    slots = np.array([[[0, 1], [0, 2], [2, FREE_SLOT]]])
+    masses = np.array([[[0.0, 0.5], [0.0, 0.25], [0.25, 0.0]]])
+    expected = np.array([[0.5, 1.0], [0.5, 0.5], [0.5, 0.0]])
+    assert split.shares(slots, masses, 3)[0] == pytest.approx(expected)
+
+
 def test_without_second_copies_there_is_nothing_to_solve() -> None:
     slots = np.array([[[0, 1], [2, FREE_SLOT]]])
     masses = split.solve(slots, np.array([[0.2, 0.3, 0.5]]), np.array([0.5, 0.5]))

@@ -38,9 +38,13 @@ def random_placement(rng: random.Random, experts: int, devices: int, slots: int)
 
 
 def walk(
-    current: ExpertPlacement, target: ExpertPlacement, num_slots: int, devices: frozenset[int]
+    current: ExpertPlacement,
+    target: ExpertPlacement,
+    num_slots: int,
+    devices: frozenset[int],
+    num_copies: list[list[int]] | None = None,
 ) -> list[ExpertPlacement]:
-    """All stages, each checked against the one before."""
+    """All stages, each checked against the one before, and with at least so many copies."""
     found = [current]
     while (stage := next_stage(found[-1], target, num_slots, devices)) is not None:
         before = found[-1]
@@ -60,6 +64,9 @@ def walk(
                     kept = slot < len(was) and was[slot] == expert
                     assert kept or expert in (FREE_SLOT, filled.get((device, slot)))
         assert stage.placement.epoch == before.epoch + 1
+        if num_copies is not None:
+            for new, least in zip(stage.placement.banks, num_copies, strict=True):
+                assert all(a >= b for a, b in zip(new.replica_count, least, strict=True))
         found.append(stage.placement)
         assert len(found) < MAX_STAGES
     return found
@@ -122,7 +129,9 @@ def test_any_target_is_reached_in_stages_that_all_work(seed: int) -> None:
     slots = -(-experts // devices) + rng.randint(0, 2)
     now = random_placement(rng, experts, devices, slots)
     target = random_placement(rng, experts, devices, slots)
-    stages = walk(now, target, slots + 1, frozenset(range(devices)))
+    pairs = zip(now.banks, target.banks, strict=True)
+    least = [list(map(min, a.replica_count, b.replica_count)) for a, b in pairs]
+    stages = walk(now, target, slots + 1, frozenset(range(devices)), least)
     assert is_reached(stages[-1], target)
 
 
