@@ -28,7 +28,8 @@ START_LIMIT_S = 1800.0
 _POLL_S = 0.1
 _SNAPSHOT_WAIT_S = 1.0
 _CALL_LIMIT_S = 5.0
-_LOSS_LIMIT = 5
+_AWAY_LIMIT_S = 60.0
+_DEAD_LIMIT_S = 5.0
 
 ProgressFn = Callable[[str, int, int], None]
 """Called with stage, done, total (0 when unknown)."""
@@ -44,7 +45,7 @@ class ClusterParts:
         self._controller: Any = None
         self._is_connected = False
         self._has_app = False
-        self._misses = 0
+        self._heard_at = 0.0
 
     def start_ray(self) -> str:
         """Start the private Ray or join the given one; its address. Main thread only.
@@ -78,19 +79,27 @@ class ClusterParts:
             pool.shutdown(wait=False, cancel_futures=True)  # the end must not wait for a start
         self._progress("gateway", 0, 0)
         self._wait_ready()
+        self._heard_at = time.monotonic()
 
     def find_loss(self) -> str | None:
-        """Why the cluster cannot go on; None while it can."""
-        import ray
-        from ray.exceptions import GetTimeoutError, RayError
+        """Why the cluster cannot go on; None while it can.
 
+        A killed controller is restarted by Ray, and the workers serve meanwhile: that takes seconds
+        and is no loss.
+        """
+        import ray
+        from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
+
+        limit_s = _AWAY_LIMIT_S
         try:
-            ray.get(self._controller.snapshot.remote(), timeout=_CALL_LIMIT_S)
-            self._misses = 0
+            snapshot = ray.get(self._controller.snapshot.remote(), timeout=_CALL_LIMIT_S)
+            self._heard_at = time.monotonic()
+            return str(snapshot["error"]) if snapshot["state"] == "STOPPED" else None
         except (RayError, GetTimeoutError) as err:
-            self._misses += 1
             logger.warning("the controller does not answer: %s", err)
-        lost = self._misses >= _LOSS_LIMIT
+            if isinstance(err, ActorDiedError):
+                limit_s = _DEAD_LIMIT_S  # somebody ended it for good
+        lost = time.monotonic() - self._heard_at > limit_s
         return "the controller is lost, see the log" if lost else None
 
     def processes(self) -> list[ProcessIdentity]:

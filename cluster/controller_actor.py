@@ -50,6 +50,8 @@ STATUS_LIMIT_S = 1.0
 _STOP_LIMIT_S = 20.0
 _FIND_LIMIT_S = 5.0
 _REDIRECT_S = 0.5
+_ADOPT_ATTEMPTS = 5
+_ADOPT_PAUSE_S = 1.0
 
 
 class WorkerGroupLike(Protocol):
@@ -135,7 +137,8 @@ class ControllerActor:
         self._adoption: Adoption | None = None
         self._failure = ""
         self._is_settled = asyncio.Event()  # this actor knows its cluster
-        if group.was_restarted():
+        self._may_adopt = group.was_restarted()
+        if self._may_adopt:
             group.call_back("adopt")
         else:
             self._is_settled.set()
@@ -154,7 +157,7 @@ class ControllerActor:
         profile that balancedness is predicted from. A second call does nothing. Raises
         ``ConfigError`` or ``StartError``, with nothing left behind, when it cannot even begin.
         """
-        await self._is_settled.wait()
+        await self.adopt()
         if self._controller is not None:
             return
         self._profile = LoadProfile.from_dict(profile) if profile else None
@@ -174,39 +177,31 @@ class ControllerActor:
         self._spawn(self._tick_forever())
 
     async def adopt(self) -> None:
-        """Take over what an earlier controller left; a restarted actor calls this itself."""
-        try:
-            found = await self._group.find(_FIND_LIMIT_S)
-            adopted = await self._call_workers(found) if found else None
-            if adopted is None:
-                await self._group.end_all()
-                self._failure = "the controller was lost before the cluster served"
-            else:
-                self._take_over(found, adopted)
-        except Exception as err:  # whatever Ray raises: nobody must wait for ever
-            logger.exception("the workers could not be adopted")
-            self._failure = f"the restarted controller failed: {type(err).__name__}: {err}"
-        finally:
-            self._adoption = None
-            self._is_settled.set()
-            self._notify()
+        """Take over what an earlier controller left, if there was one; returns when that is done.
+
+        A restarted actor calls this itself, and every question to it begins with it.
+        """
+        if self._may_adopt:
+            self._may_adopt = False
+            self._spawn(self._adopt())
+        await self._is_settled.wait()
 
     async def snapshot(self, fresh: bool = False) -> dict[str, Any]:
         """The cluster's state; ``fresh`` asks every worker for its numbers of this moment first."""
-        await self._is_settled.wait()
+        await self.adopt()
         if fresh and self._controller is not None:
             await self._ask_workers(self._controller)
         return self._snapshot()
 
     async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
         """The state as soon as it is not ``known_version`` any more, at the latest in time."""
-        await self._is_settled.wait()
+        await self.adopt()
         await self._wait(lambda: self._version() != known_version, timeout_s)
         return self._snapshot()
 
     async def placement(self) -> dict[str, Any]:
         """Maps, load of this moment and balancedness of all banks (``placement --json``)."""
-        await self._is_settled.wait()
+        await self.adopt()
         if self._controller is None:
             return {"schema": 1, "epoch": 0, "banks": []}
         await self._ask_workers(self._controller)
@@ -215,7 +210,7 @@ class ControllerActor:
 
     async def load(self) -> dict[str, Any]:
         """Tokens by expert and by copy, and what balance they made (``load --json``)."""
-        await self._is_settled.wait()
+        await self.adopt()
         if self._controller is None:
             return load_before_start()
         await self._ask_workers(self._controller)
@@ -256,7 +251,7 @@ class ControllerActor:
 
     async def operations(self) -> list[dict[str, Any]]:
         """The operations that are remembered, newest last."""
-        await self._is_settled.wait()
+        await self.adopt()
         return self._controller.operations.to_list() if self._controller else []
 
     async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
@@ -274,7 +269,7 @@ class ControllerActor:
 
     async def stop(self) -> None:
         """End all workers and return when they are gone. The caller ends this actor."""
-        await self._is_settled.wait()
+        await self.adopt()
         if self._controller is not None and self._server is not None:
             controller = self._controller
             controller.stop(time.monotonic())
@@ -378,9 +373,36 @@ class ControllerActor:
             self._controller.draining.ended(workers, time.monotonic())
             self._notify()
 
+    async def _adopt(self) -> None:
+        for attempt in range(1, _ADOPT_ATTEMPTS + 1):
+            try:
+                await self._find_and_adopt()
+                break
+            except Exception as err:  # whatever Ray raises: the workers serve, so try again
+                logger.exception("attempt %d to adopt the workers failed", attempt)
+                self._failure = f"the restarted controller failed: {type(err).__name__}: {err}"
+                await asyncio.sleep(_ADOPT_PAUSE_S)
+        self._is_settled.set()
+        self._notify()
+
+    async def _find_and_adopt(self) -> None:
+        try:
+            found = await self._group.find(_FIND_LIMIT_S)
+            adopted = await self._call_workers(found) if found else None
+        finally:
+            self._adoption = None
+        if adopted is None:
+            self._failure = "the controller was lost before the cluster served"
+            await self._group.end_all()
+        else:
+            self._failure = ""
+            self._take_over(found, adopted)
+
     async def _call_workers(self, found: Sequence[FoundWorker]) -> Adopted | None:
         """Have all found workers connect here and tell where they stand."""
         limits = self._limits(found[0].config)
+        if self._server is not None:
+            await self._server.close()
         self._server = ControlServer(found[0].config.cluster_token, self)
         self._address = await self._server.start(self._group.address())
         adoption = self._adoption = Adoption(
@@ -389,18 +411,16 @@ class ControllerActor:
             limit_s=limits.adoption_limit_s,
             confirm_s=limits.confirm_s,
         )
-        callers = [asyncio.ensure_future(self._redirect(f.name)) for f in found]
+        for worker in found:
+            self._spawn(self._redirect(worker.name, adoption))
         while not adoption.is_complete(time.monotonic()):
             await self._wait(lambda: adoption.is_complete(time.monotonic()), _TICK_S)
-        for caller in callers:
-            caller.cancel()
-        await asyncio.gather(*callers, return_exceptions=True)
         return adoption.result()
 
-    async def _redirect(self, name: str) -> None:
-        """Tell a worker where to call until it does."""
+    async def _redirect(self, name: str, adoption: Adoption) -> None:
+        """Tell a worker where to call until it does, or nobody waits for it any more."""
         assert self._server is not None
-        while not self._server.is_connected(name):
+        while self._adoption is adoption and not self._server.is_connected(name):
             try:
                 await self._group.redirect(name, self._address)
             except Exception as err:  # whatever Ray raises: it may answer later, or be lost
@@ -455,7 +475,7 @@ class ControllerActor:
 
     async def _serving_controller(self) -> Controller:
         """Raises ``ConflictError`` before the start."""
-        await self._is_settled.wait()
+        await self.adopt()
         if self._controller is None:
             raise ConflictError("the cluster has not been started")
         return self._controller

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -63,7 +64,9 @@ def is_this_node(node_id: str) -> bool:
 
 def this_actor_was_restarted() -> bool:
     """Whether the calling actor lives in a second process, after its first one died."""
-    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own use of what it has deprecated
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def call_this_actor(method: str) -> None:

@@ -168,6 +168,10 @@ class ClusterView:
                 await asyncio.sleep(_RETRY_S)
 
     def _accept(self, snapshot: Snapshot) -> None:
+        known = -1 if self.snapshot is None else int(self.snapshot.get("term", 0))
+        if int(snapshot.get("term", 0)) < known:
+            logger.warning("a controller of the older term %s is not followed", snapshot["term"])
+            return
         self.snapshot = snapshot
         self._changed.set()
         self._changed = asyncio.Event()

@@ -66,10 +66,11 @@ class ClusterGateway:
     async def start(self) -> None:
         """Follow the controller, and open the streams."""
         config = self._cluster.config
-        actor = self._cluster._actor if isinstance(self._cluster, ThreadCluster) else None
 
         async def find() -> Any:
-            return actor or await find_controller()
+            if isinstance(self._cluster, ThreadCluster):
+                return self._cluster._actor
+            return await find_controller()
 
         self._view = ClusterView(find)
         self._engines = EnginePool(TOKEN, "gateway")

@@ -17,7 +17,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -70,6 +71,7 @@ def row_config(
     num_redundant: int = 0,
     mode: str = "disaggregated",
     transport: str = "sockets",
+    detection_limit_s: float = 20.0,
     **sections: dict[str, Any],
 ) -> ClusterConfig:
     """The bundled model, deterministic; ``sections`` as for ``make_config``."""
@@ -80,7 +82,7 @@ def row_config(
             "kv_cache_bytes": 64 << 20,
             "max_num_batched_tokens": 64,
         },
-        "transport": {"transport": transport},
+        "transport": {"transport": transport, "detection_limit_s": detection_limit_s},
     }
     merged = {name: {**own.get(name, {}), **sections.get(name, {})} for name in {*own, *sections}}
     return make_config(bundled_checkpoint(), num_attention, num_experts, dtype="float32", **merged)
@@ -159,6 +161,28 @@ def check_replaced(cluster: ServingCluster) -> dict[str, Any]:
     assert len(serving_now) == len({(w["role"], w["rank"]) for w in snapshot["workers"]})
     assert {w["state"] for w in snapshot["workers"]} == {"SERVING", "LOST"}
     return snapshot
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """SIGSTOP for the length of a ``with`` block; whoever still lives then wakes up."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def stop_until_lost(cluster: ServingCluster, name: str) -> None:
+    """Freeze a worker of a ``RayCluster`` until it is declared lost; then it wakes up."""
+    with stopped(cluster.worker(name)["pid"]):
+        cluster.wait(lambda s: state_of(s, name) == "LOST")
+
+
+def state_of(snapshot: dict[str, Any], name: str) -> str:
+    """A worker's state in a snapshot."""
+    return next(str(w["state"]) for w in snapshot["workers"] if w["name"] == name)
 
 
 def check_answers(found: Sequence[Answer], expected: Sequence[Answer]) -> None:

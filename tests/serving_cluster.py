@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError
 
 from cluster import local_ray
 from cluster.config import (
@@ -296,7 +297,16 @@ class RayCluster(ServingCluster):
         end_leftovers()
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        return ray.get(getattr(self._actor, method).remote(*arguments), timeout=TIMEOUT_S)
+        """Also through a restart of the controller, which the callers in a test do not mind."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                call = getattr(self._actor, method).remote(*arguments)
+                return ray.get(call, timeout=TIMEOUT_S)
+            except ActorUnavailableError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
 
 
 @contextmanager
