@@ -5,9 +5,9 @@ PREFIX`` takes some of the variants, ``--random N`` adds N random configs of eac
 FILE`` writes the table. Goldens are made first where they are missing, which needs transformers.
 
 Columns: largest differences in float32 (hidden states, router logits and weights, logits); median
-difference and share of equal clear choices in bfloat16; then layouts of workers, ``ok`` where all
-float32 tokens are those of transformers, and ``same bits`` where ``--deterministic`` workers give
-the bits of one process, for sampled and greedy requests.
+difference, equal clear choices and equal bits in bfloat16; then layouts of workers, ``ok`` where
+all float32 tokens are those of transformers, and ``same bits`` where ``--deterministic`` workers
+give the bits of one process, for sampled and greedy requests.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ HEAD = [
     "logits",
     "bf16 median",
     "bf16 agree",
+    "bf16 same bits",
     *LAYOUTS,
     *EXACT_LAYOUTS,
 ]
@@ -90,7 +91,7 @@ def row_of(golden: Golden, group: PooledWorkerGroup) -> tuple[list[str], list[st
             failures.append(f"{golden.name}, {what}: {type(err).__name__}: {err}")
 
     attempt("float32", lambda: _classes(golden) if is_classifier else _float32(golden), 3)
-    attempt("bfloat16", lambda: _bfloat16(golden), 2)
+    attempt("bfloat16", lambda: _bfloat16(golden), 3)
     for name, make in LAYOUTS.items():
         check = check_classes if is_classifier else check_greedy
         attempt(name, lambda make=make, check=check: _served(golden, make, group, check), 1)  # type: ignore[misc]
@@ -116,9 +117,9 @@ def _float32(golden: Golden) -> list[str]:
 
 def _bfloat16(golden: Golden) -> list[str]:
     if golden.name not in BF16_VARIANTS:
-        return ["", ""]
+        return ["", "", ""]
     found = check_bfloat16(_engine(golden, "bfloat16"), golden)
-    return [f"{found.median:.2f}", f"{found.agreement:.1%}"]
+    return [f"{found.median:.2f}", f"{found.agreement:.1%}", f"{found.equal:.1%}"]
 
 
 def _classes(golden: Golden) -> list[str]:

@@ -88,6 +88,8 @@ class Bfloat16Parity:
     """The same to its float32 run."""
     agreement: float
     """Share of the clear positions whose best token is that of the float32 run."""
+    equal: float
+    """Share of the logits that are those of the bfloat16 run, bit for bit."""
 
 
 def check_float32(engine: LocalEngine, golden: Golden) -> Float32Parity:
@@ -132,6 +134,7 @@ def check_bfloat16(engine: LocalEngine, golden: Golden) -> Bfloat16Parity:
         median=float((got - want_bf16).abs().median()),
         median_float32=float((got - want).abs().median()),
         agreement=float(agrees.float().mean()),
+        equal=float((got == want_bf16).float().mean()),
     )
     assert found.median < 0.3
     assert found.median_float32 < 0.5

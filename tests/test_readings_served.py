@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import openai
 import pytest
 import torch
 
+from cluster.cli.exit_codes import ExitCode
+from cluster.cli.main import main
 from gateway.inspecting import OUTPUTS
 from gateway.readings_grpc import PIECE_BYTES
 from gateway.tokenizer import load_tokenizer
@@ -248,6 +251,32 @@ def test_inspect_keeps_logits_and_labels_as_asked(stack: Stack, local: LocalEngi
     assert body["loss"] == pytest.approx(-sum(want) / 2, abs=1e-3)
     none = answer(stack, "/v1/inspect", token_ids=ids, outputs=["loss"], labels=[-100] * len(ids))
     assert none["loss"] is None
+
+
+def test_the_command_prints_what_it_is_asked_for(
+    stack: Stack, local: LocalEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*words: str) -> int:
+        return main(["--url", stack.url, "--timeout", "60", "inspect", *words])
+
+    ids = IDS[1]
+    joined = ",".join(map(str, ids))
+    assert run("--ids", joined, "--json", "--output", "logits") == ExitCode.OK
+    document = json.loads(capsys.readouterr().out)
+    want = local.inspect([ids], Inspection(logits=tuple(range(len(ids)))))[0]["logits"]
+    assert (document["schema"], document["token_ids"]) == (1, ids)
+    assert (torch.tensor(document["data"][0]["logits"]) - want).abs().max() < 1e-3
+    assert run("--ids", joined, "--bank", "mlp:3") == ExitCode.OK
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[0].endswith("EXPERTS OF mlp:3")
+    assert [line.split()[1] for line in shown.out.splitlines()[1:]] == list(map(str, ids))
+    assert shown.err.startswith("loss ")
+    assert run("--ids", joined, "--bank", "mlp:9") == ExitCode.REFUSED
+    assert "--bank mlp:9 is not one of mlp:0, mlp:1" in capsys.readouterr().err
+    assert run("--ids", "5,99999") == ExitCode.REFUSED
+    assert "token_ids" in capsys.readouterr().err
+    assert run() == ExitCode.USAGE
+    assert run("a text", "--output", "logits") == ExitCode.USAGE
 
 
 def test_large_results_come_in_pieces(stack: Stack, stub: InferenceStub) -> None:
