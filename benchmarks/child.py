@@ -106,12 +106,30 @@ def _ray(checkpoint: Path, **sections: Mapping[str, Any]) -> Iterator[Generate]:
         yield client.generate
 
 
+@contextmanager
+def _routed(checkpoint: Path, policy: str) -> Iterator[Generate]:
+    """Two attention workers and an expert worker behind the gateway's pool of streams."""
+    from benchmarks.pool_client import PoolClient
+    from benchmarks.ray_serving import serving
+    from gateway.router import RoutingPolicy
+
+    workers = {"num_attention_workers": 2, "num_expert_workers": 1, "cpus_per_worker": 0.6}
+    engine = {"enable_prefix_caching": True}
+    with (
+        serving(checkpoint, workers=workers, engine=engine) as addresses,
+        PoolClient(addresses, RoutingPolicy(policy)) as client,
+    ):
+        yield client.generate
+
+
 SYSTEMS: dict[str, Callable[[Path], AbstractContextManager[Generate]]] = {
     "transformers": _transformers,
     "local": _local,
     "local-one-thread": partial(_local, num_threads=1),
     "local-deterministic": partial(_local, deterministic=True),
     "ray": _ray,
+    "ray-kv": partial(_routed, policy="kv"),
+    "ray-round-robin": partial(_routed, policy="round-robin"),
     "ray-deterministic": partial(_ray, engine={"deterministic": True}),
     "ray-one-micro-batch": partial(_ray, engine={"num_micro_batches": 1, "max_num_seqs": 128}),
     "ray-colocated": partial(_ray, workers={"mode": "colocated", "num_expert_workers": 2}),

@@ -33,7 +33,8 @@ FOLDER_VARIABLE = "EXPERTMESH_BENCH_RAY"
 _START_LIMIT_S = 120.0
 _CALL_LIMIT_S = 30.0
 _ANSWER_LIMIT_S = 120.0
-_TOKEN = "bench"
+TOKEN = "bench"
+"""Of these clusters."""
 _NUM_WORKERS = 2
 
 
@@ -68,7 +69,7 @@ def _controller(checkpoint: Path, sections: Mapping[str, Mapping[str, Any]]) -> 
         "engine": {"enable_prefix_caching": False},  # prompts come again in a repetition
     }
     merged = {n: {**plain.get(n, {}), **sections.get(n, {})} for n in (*plain, *sections)}
-    config = ClusterConfig.from_dict({**merged, "cluster_token": _TOKEN})
+    config = ClusterConfig.from_dict({**merged, "cluster_token": TOKEN})
     banks = [
         {"bank": b.bank, "layer": b.layer, "num_experts": b.num_experts}
         for b in Checkpoint(checkpoint).family.banks
@@ -116,7 +117,7 @@ class _Stream:
     def __init__(self, address: str, news: queue.SimpleQueue[_News]) -> None:
         self.outgoing: queue.SimpleQueue[pb.ToEngine | None] = queue.SimpleQueue()
         """What is sent; None ends it."""
-        self.outgoing.put(pb.ToEngine(hello=pb.Hello(token=_TOKEN, gateway="bench")))
+        self.outgoing.put(pb.ToEngine(hello=pb.Hello(token=TOKEN, gateway="bench")))
         self._channel = grpc.insecure_channel(address)
         self._call = engine_pb2_grpc.EngineStub(self._channel).Stream(iter(self.outgoing.get, None))
         self._thread = threading.Thread(target=self._read, args=(news,), daemon=True)

@@ -37,6 +37,7 @@ NAMES = (
     "reliability",
     "placement",
     "routing",
+    "kv_routing",
 )
 """Modules with a ``section``, in the order of the file."""
 
