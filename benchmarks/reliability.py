@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import random
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +49,7 @@ class Site:
         self.cluster = cluster
         self._draw = draw
         self._stopped: list[int] = []
+        self._second: subprocess.Popen[str] | None = None
 
     def snapshot(self) -> dict[str, Any]:
         """The controller's, as soon as there is one that answers."""
@@ -79,6 +82,28 @@ class Site:
                     return
         raise RuntimeError("the controller's process is not found")
 
+    def start_second_gateway(self) -> None:
+        """Another gateway with clients of its own; returns when they get tokens."""
+        self._second = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.second_gateway"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._second.stdin is not None
+        assert self._second.stdout is not None
+        given = {"config": self.cluster.config.to_dict(), "snapshot": self.snapshot()}
+        self._second.stdin.write(json.dumps(given) + "\n")
+        self._second.stdin.flush()
+        if self._second.stdout.readline() != "flowing\n":
+            raise RuntimeError("the second gateway does not serve")
+
+    def kill_second_gateway(self) -> None:
+        """``kill -9`` of it."""
+        assert self._second is not None
+        self._second.kill()
+        self._second.communicate()
+
     def drain(self, name: str) -> None:
         """Order a drain and wait until it has ended."""
         begun = self.cluster._call("drain", {"worker": name, "limit_s": 60.0})
@@ -87,6 +112,12 @@ class Site:
         ended = find("operation", begun["id"])
         if ended["state"] != "SUCCEEDED":
             raise RuntimeError(str(ended["message"]))
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        self.wake()
+        if self._second is not None and self._second.poll() is None:
+            self.kill_second_gateway()
 
     def wake(self) -> None:
         """Let what was stopped go on: it must not disturb."""
@@ -117,6 +148,8 @@ class Row:
     """Spare slots; 22 of 3 workers give every expert a second copy."""
     fault: Fault
     """What happens."""
+    prepare: Fault = lambda site: None
+    """What must be there before."""
     changes: str = "generation"
     """Key of the snapshot that grows when the cluster has dealt with it; empty: none does."""
 
@@ -230,6 +263,16 @@ ROWS = (
         fault=_kill_both,
     ),
     Row(
+        name="gateway",
+        text="kill -9 a gateway of two, streams of the other (1 + 2)",
+        limit="none",
+        attention=1,
+        experts=2,
+        prepare=Site.start_second_gateway,
+        fault=Site.kill_second_gateway,
+        changes="",
+    ),
+    Row(
         name="drain-attention",
         text="drain an attention worker (2 + 2)",
         limit="-",
@@ -309,7 +352,7 @@ def _repetitions(row: Row, size: Size, draw: random.Random, found: Found) -> Ite
     with serving(RayCluster(config)) as cluster:
         assert isinstance(cluster, RayCluster)
         site = Site(cluster, draw)
-        with gateway_of(cluster) as gateway:
+        with contextlib.closing(site), gateway_of(cluster) as gateway:
             load = FaultLoad(gateway, make_calls(size.num_streams, size.num_tokens))
             while True:
                 with load.running():
@@ -324,6 +367,7 @@ def _repetitions(row: Row, size: Size, draw: random.Random, found: Found) -> Ite
 
 def _one(row: Row, site: Site, load: FaultLoad, draw: random.Random, found: Found) -> None:
     """One fault."""
+    row.prepare(site)
     load.wait_news(3)
     time.sleep(_CALM_S + draw.uniform(0.0, 0.3))
     before = site.snapshot()

@@ -633,6 +633,12 @@ class Controller:
             self._link.send(name, Shutdown(reason="drained"))
         self._link.end_workers(names)
 
+    def refill(self, names: Sequence[str]) -> None:
+        """Start new workers for the places of these."""
+        for name in names:
+            member = self.workers[name].member
+            self.recovery.replacements.reopen(member.role, member.rank)
+
     # ---- small things ---------------------------------------------------------------------
 
     def _take_load(self, name: str, frame: Heartbeat | StatusReply) -> None:

@@ -4,7 +4,8 @@
             while steps go on; then an epoch in which the others have all experts
     MOVE    they take no new request; the gateways go on elsewhere with the running ones
     LEAVE   a generation without them runs
-    END     their processes are gone
+    END     their processes are gone; new workers are started for their places, unless it is a node
+            that is drained
 
 Up to LEAVE a drain can be undone. ``Draining`` decides what comes next; the controller acts.
 """
@@ -117,6 +118,9 @@ class DrainHost(Protocol):
 
     def end(self, names: Sequence[str]) -> None:
         """End the processes of workers that have left; ``Draining.ended`` is called then."""
+
+    def refill(self, names: Sequence[str]) -> None:
+        """Start new workers for the places of these."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -391,6 +395,8 @@ class Draining:
 
     def _finish(self, drain: _Drain, now: float) -> None:
         drain.operation.result["workers"] = list(drain.names)
+        if not drain.order.node:  # a node is drained to be taken down
+            self._host.refill(drain.names)
         self._end(drain, OperationState.SUCCEEDED, f"{drain.operation.target} is drained", now)
 
     def _undo(self, drain: _Drain, state: OperationState, text: str, now: float) -> None:

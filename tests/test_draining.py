@@ -8,13 +8,25 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.cluster_gateway import gateway_of
 from tests.engine_stream import TIMEOUT_S
-from tests.fault_rows import FORMS, SMALL, Form, play, row_config
+from tests.fault_rows import (
+    FORMS,
+    FULL,
+    SMALL,
+    Form,
+    check_answers,
+    play,
+    row_config,
+    undisturbed,
+)
+from tests.mixed_calls import make_calls
 from tests.serving_cluster import (
     RayCluster,
     ServingCluster,
@@ -114,3 +126,48 @@ def test_a_signal_to_a_worker_drains_it(local_ray: None, form: Form) -> None:
         for pid in pids:
             wait_gone(pid)
         assert operation["generation"] > 1
+
+
+def restart_all(cluster: ServingCluster) -> list[str]:
+    """Drain every worker, one after the other, each when the last one's place is filled again."""
+    names = [w["name"] for w in cluster.snapshot()["workers"]]
+    for name in names:
+        drain(cluster, name)
+        cluster.wait(lambda s: s["state"] == "SERVING")
+    return names
+
+
+def roll(cluster: ServingCluster, form: Form) -> None:
+    """A rolling restart; clients ask again and again until it is done, and cannot tell."""
+    expected = undisturbed(form)
+    calls = make_calls(form.num_streams, form.num_tokens)
+    with ThreadPoolExecutor(1) as pool, gateway_of(cluster) as gateway:
+        restart: Future[list[str]] | None = None
+        rounds = 0
+        while restart is None or not restart.done():
+            streams = gateway.stream(calls, f"round-{rounds}")
+            streams.wait_tokens(form.num_streams)
+            restart = restart or pool.submit(restart_all, cluster)
+            check_answers(streams.finish(), expected)
+            rounds += 1
+        drained = restart.result()
+        check_answers(gateway.stream(calls, "after").finish(), expected)
+    workers = {w["name"]: w for w in cluster.snapshot()["workers"]}
+    assert {workers[name]["state"] for name in drained} == {"DRAINED"}
+    serving = [w for w in workers.values() if w["state"] == "SERVING"]
+    assert len(serving) == len(drained)
+    assert {w["role"] for w in serving} == {"attention", "expert"}
+    assert not {w["name"] for w in serving} & set(drained)
+    assert cluster.blocks_in_use() == 0
+
+
+def test_a_rolling_restart_of_every_worker() -> None:
+    with serving(ThreadCluster(row_config(2, 2))) as cluster:
+        roll(cluster, SMALL)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_rolling_restart_of_every_actor(local_ray: None) -> None:
+    with serving(RayCluster(row_config(2, 3))) as cluster:
+        roll(cluster, FULL)

@@ -202,6 +202,8 @@ def test_an_attention_worker_leaves_when_its_requests_have() -> None:
     cause, effect = (cluster.controller.snapshot()["history"][-1][k] for k in ("cause", "effect"))
     assert cause == "drained attention-1"
     assert effect.startswith("go on with 1 attention and 3 expert workers")
+    cluster.tick(0.1)
+    assert state_of(cluster, "attention-1.2") == "STARTING"
 
 
 def test_numbers_from_before_the_drain_do_not_count() -> None:
@@ -250,6 +252,12 @@ def test_a_whole_node_leaves_at_once() -> None:
     cluster.tick(0.1)
     assert len(newest(cluster, "attention-0").members) == 4
     assert operation.target == "attention-1 and expert-3"
+    cluster.join_all()
+    cluster.tick(0.1)
+    cluster.controller.draining.ended(["attention-1", "expert-3"], cluster.now)
+    assert operation.state is OperationState.SUCCEEDED
+    cluster.tick(1.0)
+    assert "attention-1.2" not in cluster.controller.workers
 
 
 @pytest.mark.parametrize(

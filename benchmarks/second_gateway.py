@@ -1,0 +1,86 @@
+"""A gateway with clients of its own, in a process that is to be killed; started by ``reliability``.
+
+python -m benchmarks.second_gateway
+
+Stdin has one line, the configuration and a snapshot of the cluster as JSON. ``flowing`` on stdout
+says that every client gets tokens; then it goes on until it is killed or stdin is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+from cluster.config import ClusterConfig
+from gateway.cluster_view import ClusterView
+from gateway.core import Gateway
+from gateway.engine_pool import EnginePool
+from gateway.tokenizer import load_tokenizer
+from tests.engine_stream import TOKEN
+from tests.mixed_calls import make_calls
+
+NUM_STREAMS = 8
+NUM_TOKENS = 200
+_NEWS = 3
+
+
+class Standstill:
+    """A controller whose snapshot never changes."""
+
+    def __init__(self, snapshot: dict[str, Any]) -> None:
+        self._snapshot = snapshot
+
+    async def snapshot(self) -> dict[str, Any]:
+        """See ``gateway.cluster_view.Controller``."""
+        return self._snapshot
+
+    async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
+        """See ``gateway.cluster_view.Controller``."""
+        if known_version == self._snapshot["version"]:
+            await asyncio.sleep(timeout_s)
+        return self._snapshot
+
+
+async def serve(config: ClusterConfig, snapshot: dict[str, Any]) -> None:
+    """Clients without end."""
+    controller: Any = Standstill(snapshot)
+
+    async def find() -> Any:
+        return controller
+
+    view = ClusterView(find)
+    tokenizer = load_tokenizer(config.model.path)
+    gateway = Gateway(config, tokenizer, view, EnginePool(TOKEN, "second"), "second")
+    view.start()
+    while gateway.not_ready_reasons() or not gateway.facts:
+        await asyncio.sleep(0.01)
+    waiting = set(range(NUM_STREAMS))
+
+    async def ask(number: int) -> None:
+        call = make_calls(NUM_STREAMS, NUM_TOKENS)[number]
+        news = 0
+        for turn in range(1_000_000):
+            with await gateway.start(call, f"second-{number}-{turn}", 600.0) as generation:
+                while not generation.is_finished:
+                    news += bool(await generation.next())
+                    if news == _NEWS and number in waiting:
+                        waiting.discard(number)
+                        if not waiting:
+                            sys.stdout.write("flowing\n")
+                            sys.stdout.flush()
+
+    end = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    clients = asyncio.gather(*map(ask, range(NUM_STREAMS)))
+    await asyncio.wait({asyncio.ensure_future(clients), end}, return_when="FIRST_COMPLETED")
+
+
+def main() -> None:
+    """See the module."""
+    given = json.loads(sys.stdin.readline())
+    asyncio.run(serve(ClusterConfig.from_dict(given["config"]), given["snapshot"]))
+
+
+if __name__ == "__main__":
+    main()
