@@ -303,6 +303,7 @@ class Controller:
             "workers": [r.to_dict() for r in self.workers],
             "gateway": [],
             "problems": self.recovery.problems(self._last_tick),
+            "recoveries": self.recovery.stalls.to_dict(),
             "history": self._history.to_list(),
         }
 

@@ -21,6 +21,7 @@ from cluster.generation_round import GenerationRound, Phase
 from cluster.placement import FREE_SLOT, ExpertPlacement
 from cluster.reloads import Reload, Reloads
 from cluster.replacements import Replacements
+from cluster.stalls import Stalls
 from cluster.states import WorkerState
 from cluster.topology import Member
 from cluster.worker_table import WorkerTable
@@ -117,6 +118,8 @@ class Recovery:
         """The places of the cluster."""
         self.reloads = Reloads(first_order)
         """Load orders under way."""
+        self.stalls = Stalls()
+        """What losses have cost."""
 
     @property
     def is_hopeful(self) -> bool:
@@ -178,6 +181,7 @@ class Recovery:
             left_out = "; ".join(f"{n} is left out" for n in self.replacements.left_out)
             self._host.note(describe_losses(others), left_out or "start another one", now)
         if gone:
+            self.stalls.lost([m for m in members if m.name in gone], now)
             survivors = [m for m in members if m.name not in gone]
             self._go_on(survivors, describe_losses(gone), now)
 
@@ -219,6 +223,7 @@ class Recovery:
     def ran(self, now: float) -> None:
         """The generation that was formed runs."""
         self.replacements.joined(self._host.round.members)
+        self.stalls.ran(now)
         self._barred.clear()
         self._retry_s = self._limits.retry_s
         self.ready(now)

@@ -24,6 +24,7 @@ from cluster.topology import holds_experts, runs_attention
 from gateway.cluster_view import Snapshot
 from gateway.load_metrics import LoadCollector
 from gateway.rebalance_metrics import RebalanceCollector
+from gateway.recovery_metrics import RecoveryCollector
 from workers.request import Timings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -126,6 +127,7 @@ class GatewayMetrics:
         self._registry.register(collector)
         self._registry.register(LoadCollector(model_name, PREFIX, load, all_experts))
         self._registry.register(RebalanceCollector(model_name, PREFIX, snapshot))
+        self._registry.register(RecoveryCollector(model_name, PREFIX, snapshot))
 
     def observe_timings(self, timings: Timings) -> None:
         """Count a choice's times in its engine."""

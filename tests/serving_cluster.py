@@ -46,6 +46,9 @@ from workers.request import Request
 from workers.runtime import WorkerRuntime
 from workers.worker_args import WorkerArgs
 
+WAIT_LIMIT_S = 3 * TIMEOUT_S
+"""Longest wait for a state; new actors take long on a busy machine."""
+
 
 def make_config(
     checkpoint: Path,
@@ -103,7 +106,7 @@ class ServingCluster(ABC):
 
     def wait(self, is_so: Callable[[dict[str, Any]], bool], fresh: bool = False) -> dict[str, Any]:
         """Wait until a snapshot is as asked for."""
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + WAIT_LIMIT_S
         snapshot = self.snapshot(fresh)
         while not is_so(snapshot):
             if time.monotonic() > deadline:

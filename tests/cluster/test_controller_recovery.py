@@ -62,6 +62,9 @@ def test_survivors_load_the_experts_of_a_lost_worker_while_the_generation_forms(
         "placement epoch 2; runs from step 7 after 0.500 s"
     )
     assert last(cluster)["took_s"] == 0.5
+    (found,) = cluster.controller.snapshot()["recoveries"].values()
+    assert (found["count"], found["sum"]) == (1, 0.5)
+    assert [count for limit, count in found["buckets"] if limit in (0.2, 0.5)] == [0, 1]
 
 
 def test_loads_may_be_done_before_the_last_member_has_answered() -> None:

@@ -317,6 +317,9 @@ class FakeController:
             "workers": [],
             "gateway": [],
             "rebalance": REBALANCE,
+            "recoveries": {
+                "expert_worker": {"count": 3, "sum": 0.75, "buckets": [[0.1, 1], [0.5, 3]]}
+            },
             "history": [{"generation": 1, "time": 0.0, "cause": "start", "effect": "SERVING"}],
         }
         self.known_operations: list[dict[str, Any]] = []

@@ -33,6 +33,7 @@ COUNTERS = [
     "rebalance",
     "migration_bytes",
     "migration_slots_moved",
+    "recoveries",
 ]
 GAUGES = [
     "num_requests_running",
@@ -41,6 +42,7 @@ GAUGES = [
     "cache_config_info",
     "placement_epoch",
     "placement_epoch_lag",
+    "cluster_state",
     "expert_worker_up",
     "expert_worker_slots",
     "expert_replicas",
@@ -49,6 +51,7 @@ GAUGES = [
     "expert_load_balancedness_predicted",
 ]
 HISTOGRAMS = [
+    "recovery_stall_seconds",
     "request_prompt_tokens",
     "request_generation_tokens",
     "request_max_num_generation_tokens",
@@ -108,6 +111,18 @@ def test_rebalancing_is_counted_by_outcome(stack: Stack) -> None:
     assert _value(families, "migration_slots_moved", "_total") == 3
     assert _value(families, "migration_seconds", "_count") == 2
     assert _value(families, "migration_seconds", "_bucket", le="0.5") == 1
+
+
+def test_the_state_and_what_losses_cost(stack: Stack) -> None:
+    families = _scrape(stack)
+    states = {s.labels["state"]: s.value for s in families["cluster_state"].samples}
+    assert states.pop("SERVING") == 1.0
+    assert set(states.values()) == {0.0}
+    assert "DEGRADED" in states
+    assert _value(families, "recoveries", "_total", cause="expert_worker") == 3
+    assert _value(families, "recovery_stall_seconds", "_bucket", le="0.1") == 1
+    assert _value(families, "recovery_stall_seconds", "_bucket", le="+Inf") == 3
+    assert _value(families, "recovery_stall_seconds", "_sum") == 0.75
 
 
 def test_workers_have_their_labels(stack: Stack) -> None:
