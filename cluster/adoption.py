@@ -183,13 +183,13 @@ class Adoption:
         newest = max(formed, key=_age)
         assert newest.placement is not None
         terms = [g.standing.term for g in told.values() if g.standing is not None]
-        memories = [g.standing.memory for g in sorted(formed, key=_age) if g.standing is not None]
+        memories = [g.standing.memory for g in told.values() if g.standing is not None]
         return Adopted(
             term=max(terms) + 1,
             generation=newest.generation,
             placement=newest.placement,
             greetings=told,
-            memory=next((m for m in reversed(memories) if m), {}),
+            memory=max(memories, key=lambda memory: int(memory.get("version", 0))),
         )
 
     def _is_awaited(self, name: str, now: float) -> bool:

@@ -225,6 +225,7 @@ class Controller:
             self.round.drop_reports(name)
         self.draining.lost(fresh, now)
         self._touch()
+        self._send_keepsake()  # before any generation without them
         if self.state is ClusterState.STARTING:
             self.fail_start("; ".join(f"{n}: {r}" for n, r in fresh.items()), now)
         elif self.state not in (ClusterState.DRAINING, ClusterState.STOPPED):
@@ -342,11 +343,13 @@ class Controller:
         for name in names:
             if not self.workers[name].is_lost:
                 self.workers.lose(name, "it did not call the restarted controller")
+        self._send_keepsake()
         self.recovery.lost({n: self.workers[n].reason for n in names}, now)
 
     def _send_keepsake(self) -> None:
         memory = make_memory(self._history, self.workers, self._notes)
         memory["recovery"] = self.recovery.memory()
+        memory["version"] = self.version
         keepsake = Keepsake(term=self._term, controller=self._identity, memory=memory)
         for record in self.workers.alive():
             self._link.send(record.name, keepsake)
@@ -624,6 +627,7 @@ class Controller:
             self.recovery.replacements.leave(name)
             self.round.drop_reports(name)
         self._enter(ClusterState.RECOVERING)
+        self._send_keepsake()
         self._begin_generation(members, placement, now)
         effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
         self._history.add(self.round.number, now, why, effect)

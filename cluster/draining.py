@@ -285,8 +285,10 @@ class Draining:
                 raise ConflictError(f"{name} is {record.state.value}")
         members = host.generation.members
         if not any(m.runs_attention for m in members if m.name not in names):
-            last = next(n for n in names if host.workers[n].member.runs_attention)
-            raise ConflictError(f"{last} is the last attention worker: start another one first")
+            last = [n for n in names if host.workers[n].member.runs_attention]
+            if not last:
+                raise ConflictError("no attention worker is left: nothing runs without it")
+            raise ConflictError(f"{last[0]} is the last attention worker: start another one first")
         if devices := self._devices(names):
             host.stage_without(devices)
 
