@@ -44,6 +44,7 @@ CONTROLLER_NAME = "expertmesh-controller"
 """Name of the actor in our namespace."""
 _HEAD_SHARE = 0.001
 _TICK_S = 0.1
+_NODES_S = 0.5
 _RESERVE_LIMIT_S = 30.0
 STATUS_LIMIT_S = 1.0
 """Longest wait for workers that are asked for their numbers."""
@@ -59,6 +60,9 @@ class WorkerGroupLike(Protocol):
 
     def resources(self) -> tuple[NodeResources, ...]:
         """Live nodes."""
+
+    def leaving(self) -> list[str]:
+        """Workers on nodes that are to go."""
 
     def free_cpus(self) -> float:
         """CPUs that nobody holds."""
@@ -175,6 +179,7 @@ class ControllerActor:
         self._controller = self._make_controller(plan, members, notes=notes)
         self._spawn(self._bring_up(plan, members))
         self._spawn(self._tick_forever())
+        self._spawn(self._watch_nodes())
 
     async def adopt(self) -> None:
         """Take over what an earlier controller left, if there was one; returns when that is done.
@@ -443,6 +448,7 @@ class ControllerActor:
         self._controller.adopt(adopted, time.monotonic())
         logger.info("term %d: %d workers adopted", adopted.term, len(adopted.greetings))
         self._spawn(self._tick_forever())
+        self._spawn(self._watch_nodes())
 
     async def _end_all(self) -> None:
         assert self._controller is not None
@@ -463,6 +469,23 @@ class ControllerActor:
                 logger.exception("a tick of the controller failed")
             if self._controller.version != version:
                 self._notify()
+
+    async def _watch_nodes(self) -> None:
+        """Drain the workers of nodes that are to go; fill their places when the nodes have gone."""
+        assert self._controller is not None
+        asked: set[str] = set()
+        while self._controller.state is not ClusterState.STOPPED:
+            await asyncio.sleep(_NODES_S)
+            try:
+                leaving = await asyncio.to_thread(self._group.leaving)
+                nodes = await asyncio.to_thread(self._group.resources)
+            except Exception as err:  # whatever Ray raises: it is asked again
+                logger.debug("no news of the nodes: %s", err)
+                continue
+            for name in sorted(set(leaving) - asked):
+                self._controller.draining.wish(name, time.monotonic())
+            asked |= set(leaving)
+            self._controller.draining.nodes_alive(frozenset(n.address for n in nodes))
 
     def _died(self, name: str, reason: str) -> None:
         if self._controller is not None:

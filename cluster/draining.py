@@ -4,8 +4,8 @@
             while steps go on; then an epoch in which the others have all experts
     MOVE    they take no new request; the gateways go on elsewhere with the running ones
     LEAVE   a generation without them runs
-    END     their processes are gone; new workers are started for their places, unless it is a node
-            that is drained
+    END     their processes are gone; new workers are started for their places, after the drain of a
+            node when the node has gone
 
 Up to LEAVE a drain can be undone. ``Draining`` decides what comes next; the controller acts.
 """
@@ -150,6 +150,7 @@ class Draining:
         self._operations = operations
         self._drain: _Drain | None = None
         self._wishes: dict[str, float] = {}
+        self._kept_empty: dict[str, str] = {}
 
     # ---- orders ---------------------------------------------------------------------------
 
@@ -218,6 +219,13 @@ class Draining:
         drain = self._drain
         if drain is not None and drain.step is DrainStep.END and set(drain.names) <= set(names):
             self._finish(drain, now)
+
+    def nodes_alive(self, nodes: frozenset[str]) -> None:
+        """These nodes (as members name them) are there: fill places of nodes that are not."""
+        gone = [name for name, node in self._kept_empty.items() if node not in nodes]
+        for name in gone:
+            del self._kept_empty[name]
+        self._host.refill(gone)
 
     def tick(self, now: float) -> None:
         """Time has passed: take the next step where the last one is done."""
@@ -397,7 +405,9 @@ class Draining:
 
     def _finish(self, drain: _Drain, now: float) -> None:
         drain.operation.result["workers"] = list(drain.names)
-        if not drain.order.node:  # a node is drained to be taken down
+        if drain.order.node:  # it is to be taken down: see nodes_alive
+            self._kept_empty |= dict.fromkeys(drain.names, drain.order.node)
+        else:
             self._host.refill(drain.names)
         self._end(drain, OperationState.SUCCEEDED, f"{drain.operation.target} is drained", now)
 

@@ -42,6 +42,16 @@ def cluster_nodes() -> tuple[NodeResources, ...]:
     return tuple(sorted(nodes, key=lambda n: (n.address, n.node_id)))
 
 
+def draining_nodes() -> frozenset[str]:
+    """Ids of nodes that Ray empties before they go: their ``ray start`` got SIGTERM, for example.
+
+    A remote call; use a thread.
+    """
+    from ray._private.state import state
+
+    return frozenset(state.get_draining_nodes())
+
+
 def free_resources() -> dict[str, float]:
     """Resources by name that nobody holds now."""
     return dict(ray.available_resources())  # type: ignore[no-untyped-call]

@@ -31,6 +31,7 @@ from cluster.ray_tools import (
     WORKERS_GROUP,
     call_this_actor,
     cluster_nodes,
+    draining_nodes,
     free_reserved_room,
     free_resources,
     is_this_node,
@@ -93,6 +94,11 @@ class WorkerGroup:
     def resources(self) -> tuple[NodeResources, ...]:
         """Live nodes of the Ray cluster, by address."""
         return cluster_nodes()
+
+    def leaving(self) -> list[str]:
+        """Workers on nodes that Ray drains. A remote call."""
+        nodes = draining_nodes()
+        return [name for name, actor in list(self._actors.items()) if actor.node_id in nodes]
 
     def free_cpus(self) -> float:
         """CPUs that nobody holds now."""

@@ -213,6 +213,9 @@ class ThreadWorkerGroup:
     def resources(self) -> tuple[NodeResources, ...]:
         return (NodeResources(node_id="here", address="127.0.0.1", cpus=2.0),)
 
+    def leaving(self) -> list[str]:
+        return []
+
     def free_cpus(self) -> float:
         return 2.0
 

@@ -22,7 +22,7 @@ from cluster.control_frames import (
     WorkerReady,
 )
 from cluster.controller_actor import ControllerActor
-from cluster.errors import ConfigError, StartError
+from cluster.errors import ConfigError, StartError, UnknownNameError
 from cluster.load_profile import BankLoad, LoadProfile
 from cluster.resources import NodeResources, WorkerShare
 from cluster.topology import Member, Role
@@ -84,11 +84,15 @@ class ThreadWorkerGroup:
         self.config: Mapping[str, Any] = {}
         self.extras: Mapping[str, Mapping[str, Any]] = {}
         self.all_ended = 0
+        self.on_leaving_nodes: list[str] = []
         self._fails, self._dies, self._room = fails, dies, room
         self._crashes = crashes
 
     def resources(self) -> tuple[NodeResources, ...]:
         return (NodeResources(node_id="a", address="127.0.0.1", cpus=2.0),)
+
+    def leaving(self) -> list[str]:
+        return self.on_leaving_nodes
 
     def free_cpus(self) -> float:
         return 2.0
@@ -226,6 +230,25 @@ def test_a_dead_worker_stalls_the_others_briefly() -> None:
         assert await asyncio.gather(*waits) == [11, 11, 11]
         await actor.stop()
         assert group.ended[0] == "expert-1"
+
+    asyncio.run(body())
+
+
+def test_workers_of_a_node_that_is_to_go_are_drained() -> None:
+    async def body() -> None:
+        group = ThreadWorkerGroup()
+        actor = ControllerActor(group, status_limit_s=LIMIT_S)
+        await actor.start(_config(num_redundant=4), BANKS)
+        await _until(actor, "SERVING")
+        group.on_leaving_nodes = ["expert-1"]
+        async with asyncio.timeout(LIMIT_S):
+            while not (found := await actor.operations()) or found[0]["state"] == "RUNNING":
+                await asyncio.sleep(0.02)
+        assert (found[0]["state"], found[0]["target"]) == ("SUCCEEDED", "expert-1")
+        assert group.ended == ["expert-1"]
+        with pytest.raises(UnknownNameError):
+            await actor.operation("drain-9.9")
+        await actor.stop()
 
     asyncio.run(body())
 

@@ -256,8 +256,13 @@ def test_a_whole_node_leaves_at_once() -> None:
     cluster.tick(0.1)
     cluster.controller.draining.ended(["attention-1", "expert-3"], cluster.now)
     assert operation.state is OperationState.SUCCEEDED
+    draining = cluster.controller.draining
+    draining.nodes_alive(frozenset({"host-a", "host-b"}))
     cluster.tick(1.0)
     assert "attention-1.2" not in cluster.controller.workers
+    draining.nodes_alive(frozenset({"host-a"}))
+    cluster.tick(1.0)
+    assert state_of(cluster, "attention-1.2") == "STARTING"
 
 
 @pytest.mark.parametrize(

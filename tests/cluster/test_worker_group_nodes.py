@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,7 +22,8 @@ from cluster.config import WorkersSection
 from cluster.errors import StartError
 from cluster.ray_tools import cluster_nodes, our_actors
 from cluster.resources import plan_shares
-from cluster.worker_group import WorkerGroup
+from cluster.topology import Member
+from cluster.worker_group import WorkerGroup, _Actor
 from tests.cluster.ray_workers import StubbornWorker, TrivialWorker
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -54,6 +56,44 @@ def three_nodes() -> Iterator[None]:
         for other in others:
             other.wait(LIMIT_S)
         ray.shutdown()
+
+
+class Guest:
+    """Keeps its node from being idle."""
+
+    def where(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+
+def test_the_workers_of_a_node_that_got_a_signal_are_leaving() -> None:
+    """Ray empties a node whose ``ray start`` got SIGTERM before it ends it."""
+    with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
+        context = local_ray.begin(Path(folder), num_cpus=1)
+        address = context.address_info["gcs_address"]
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1"]
+        other = subprocess.Popen(
+            [*command, '--resources={"other": 1}', f"--address={address}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "60"},
+        )
+        try:
+            guest: Any = ray.remote(Guest).options(resources={"other": 1}).remote()
+            node = str(ray.get(guest.where.remote(), timeout=LIMIT_S))
+            group = WorkerGroup({})
+            member = Member(name="expert-0", role="expert", rank=0, device=0)
+            group._actors["expert-0"] = _Actor(member, guest, node)
+            assert group.leaving() == []
+            other.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + LIMIT_S
+            while group.leaving() != ["expert-0"]:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            ray.kill(guest)
+            other.wait(LIMIT_S)  # the node is idle: it ends by itself
+        finally:
+            other.kill()
+            ray.shutdown()
 
 
 @pytest.mark.usefixtures("three_nodes")
