@@ -48,14 +48,14 @@ def serving(checkpoint: Path, **sections: Mapping[str, Any]) -> Iterator[tuple[s
     private = PrivateRay(folder=Path(os.environ[FOLDER_VARIABLE]))
     private.start(num_cpus=_NUM_WORKERS, num_gpus=0)
     try:
-        with _controller(checkpoint, sections) as controller:
-            yield _engine_addresses(controller)
+        with controlled(checkpoint, sections) as controller:
+            yield engine_addresses(controller)
     finally:
         private.stop()
 
 
 @contextmanager
-def _controller(checkpoint: Path, sections: Mapping[str, Mapping[str, Any]]) -> Iterator[Any]:
+def controlled(checkpoint: Path, sections: Mapping[str, Mapping[str, Any]]) -> Iterator[Any]:
     import ray
 
     from cluster.controller_actor import create_controller
@@ -83,7 +83,7 @@ def _controller(checkpoint: Path, sections: Mapping[str, Mapping[str, Any]]) -> 
         ray.get(controller.stop.remote(), timeout=_CALL_LIMIT_S)
 
 
-def _engine_addresses(controller: Any) -> tuple[str, ...]:
+def engine_addresses(controller: Any) -> tuple[str, ...]:
     """Where workers serve their streams, by rank, as soon as the cluster serves."""
     import ray
 
@@ -102,7 +102,7 @@ def _engine_addresses(controller: Any) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _News:
+class News:
     """A message of an engine, or the end of its stream."""
 
     at: float
@@ -111,10 +111,10 @@ class _News:
     """None at the end."""
 
 
-class _Stream:
+class Stream:
     """One engine stream, read by a thread of its own."""
 
-    def __init__(self, address: str, news: queue.SimpleQueue[_News]) -> None:
+    def __init__(self, address: str, news: queue.SimpleQueue[News]) -> None:
         self.outgoing: queue.SimpleQueue[pb.ToEngine | None] = queue.SimpleQueue()
         """What is sent; None ends it."""
         self.outgoing.put(pb.ToEngine(hello=pb.Hello(token=TOKEN, gateway="bench")))
@@ -123,13 +123,13 @@ class _Stream:
         self._thread = threading.Thread(target=self._read, args=(news,), daemon=True)
         self._thread.start()
 
-    def _read(self, news: queue.SimpleQueue[_News]) -> None:
+    def _read(self, news: queue.SimpleQueue[News]) -> None:
         try:
             for message in self._call:
-                news.put(_News(perf_counter(), message))
+                news.put(News(perf_counter(), message))
         except grpc.RpcError:
             pass  # cancelled, or the engine is gone: an end either way
-        news.put(_News(perf_counter(), None))
+        news.put(News(perf_counter(), None))
 
     def close(self) -> None:
         """End it."""
@@ -143,8 +143,8 @@ class EngineClient:
     """What a gateway is to the engines; notes when tokens come. Requests go to them in turn."""
 
     def __init__(self, addresses: Sequence[str]) -> None:
-        self._news: queue.SimpleQueue[_News] = queue.SimpleQueue()
-        self._streams = [_Stream(address, self._news) for address in addresses]
+        self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
+        self._streams = [Stream(address, self._news) for address in addresses]
         self._num_batches = 0
 
     def __enter__(self) -> Self:

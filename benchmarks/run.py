@@ -36,6 +36,7 @@ NAMES = (
     "load_tracking",
     "reliability",
     "placement",
+    "rebalancing",
     "routing",
     "kv_routing",
 )

@@ -19,7 +19,8 @@ from cluster.config import ClusterConfig
 from cluster.load_profile import LoadProfile
 from cluster.load_view import balancedness_of, expected_loads
 from cluster.placement import FREE_SLOT, ExpertPlacement
-from cluster.planner import mesh
+from cluster.planner import decode_moves, mesh
+from cluster.planner.assess import assess
 from cluster.planner.base import (
     Plan,
     PlannedDevice,
@@ -202,13 +203,31 @@ def mixed_balancedness(
 def _candidates(
     load: LoadNow, topology: PlannedTopology, current: ExpertPlacement, settings: RebalanceSettings
 ) -> list[Plan]:
-    rows = settings.step.decode_tokens
-    options = [PlanOptions(max_move_fraction=0.0, decode_tokens=rows)]
-    if settings.max_move_fraction > 0:
-        options.append(
-            PlanOptions(max_move_fraction=settings.max_move_fraction, decode_tokens=rows)
+    """Shares alone; moves for prompts; moves for decodes, and both."""
+    rows, profile = settings.step.decode_tokens, load.profile
+    still = PlanOptions(max_move_fraction=0.0, decode_tokens=rows)
+    plans = [mesh.plan(profile, topology, current, still)]
+    budget = int(settings.max_move_fraction * _num_slots(current) + 1e-9)
+    if not budget:
+        return plans
+    moving = replace(still, max_move_fraction=settings.max_move_fraction)
+    plans.append(mesh.plan(profile, topology, current, moving))
+    for plan in tuple(plans):
+        moved = decode_moves.improved(
+            profile,
+            topology,
+            plan.placement,
+            budget=budget - len(plan.moves),
+            rows=rows,
+            slot_tokens=settings.step.slot_s / max(settings.step.token_s, 1e-12),
         )
-    return [mesh.plan(load.profile, topology, current, o) for o in options]
+        solved = mesh.plan(profile, topology, moved, still).placement
+        plans.append(assess(profile, topology, solved, current))
+    return plans
+
+
+def _num_slots(placement: ExpertPlacement) -> int:
+    return sum(len(row) for bank in placement.banks for row in bank.physical_to_logical)
 
 
 def _weighed(

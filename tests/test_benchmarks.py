@@ -17,6 +17,7 @@ from benchmarks import (
     load_tracking,
     micro_batches,
     prefix_cache,
+    rebalancing,
     results,
     run,
     serving,
@@ -29,6 +30,34 @@ from workers.local_engine import LocalEngine
 from workers.request import SamplingParams
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
+
+
+def test_rebalancing_tells_what_clients_saw() -> None:
+    case = rebalancing.Case(before_s=10.0, after_s=20.0, settled_s=5.0, fresh_s=9.0)
+    last = {"epoch": 3, "text": "filled 4 slots"}
+
+    def tokens(*spans: tuple[float, float, float]) -> list[list[float | None]]:
+        """A token each so many seconds."""
+        return [[a + i * gap, gap] for a, b, gap in spans for i in range(round((b - a) / gap))]
+
+    events = [
+        {"at": 0.0, "epoch": 1, "phase": "", "moves": False, "last": None},
+        {"at": 12.0, "epoch": 1, "phase": "stage 1", "moves": True, "last": None},
+        {"at": 14.0, "epoch": 3, "phase": "", "moves": False, "last": last},
+    ]
+    shifted = tokens((0, 10, 0.1), (10, 12, 0.2), (12, 14, 0.25), (14, 30, 0.1))
+    found = {
+        "shift": {"tokens": shifted, "marks": [0.0, 10.0], "events": events},
+        "fresh": {"tokens": tokens((0, 9, 0.1)), "marks": [0.0], "events": []},
+    }
+    assert rebalancing.spans_of(case, found["shift"])["moving"] == [(12.0, 14.0)]
+    text = rebalancing.report(case, found)
+    assert "| second domain, before the first change | 5 | 200.0 | 200.0 |" in text
+    assert "| second domain, while a change is under way | 4 | 250.0 | 250.0 |" in text
+    assert "Recovered to 1.000 of" in text
+    assert "is 1.25 of the p99 before them" in text
+    assert "- epoch 3: filled 4 slots" in text
+    assert rebalancing.plot(case, found).count("<rect") == 2
 
 
 def _sample(tokens_per_s: float, itl_ms: float = 1.0) -> Sample:

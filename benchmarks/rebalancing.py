@@ -1,0 +1,331 @@
+"""What rebalancing brings when the load shifts to another domain, and what it costs meanwhile.
+
+Paced expert workers: a step takes a given time for each activated slot and each token, waited and
+not computed, since on shared cores an uneven load costs nothing by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.domain_checkpoint import DomainModel, write
+from benchmarks.quiet import wait_until_quiet
+from benchmarks.ray_serving import FOLDER_VARIABLE
+from benchmarks.results import table
+from cluster.load_profile import BankLoad, LoadProfile
+from cluster.local_ray import make_temp_dir, private_environment, remove
+from cluster.planner import mesh
+from cluster.planner.base import PlannedTopology, PlanOptions
+
+PLOT = Path(__file__).resolve().parent.parent / "docs" / "rebalancing.svg"
+"""Throughput over time, drawn by a full run."""
+_BIN_S = 1.0
+_LIMIT_S = 400.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What is measured."""
+
+    model: DomainModel = field(
+        default_factory=lambda: DomainModel(
+            tokens_a_domain=64, layers=4, experts=32, top_k=4, ffn=256, skew=1.0
+        )
+    )
+    num_expert_workers: int = 4
+    num_redundant: int = 1
+    slot_us: float = 400.0
+    """Time of an activated expert slot."""
+    token_us: float = 100.0
+    """Time of a (row, expert) pair."""
+    streams: int = 24
+    """Requests at a time."""
+    prompt_tokens: int = 12
+    new_tokens: int = 96
+    before_s: float = 20.0
+    """In the first domain, under the best placement for it."""
+    after_s: float = 80.0
+    """In the second domain."""
+    settled_s: float = 25.0
+    """At the end of it: what it has recovered to."""
+    fresh_s: float = 35.0
+    """A new cluster under the best placement for the second domain."""
+    window_s: float = 4.0
+    """Window of load."""
+    bytes_per_s: float = 400_000.0
+    """Rate of the moves into a worker: an expert is 246 KB."""
+
+
+QUICK = Case(
+    model=DomainModel(tokens_a_domain=16, layers=2, experts=8, top_k=2),
+    slot_us=200.0,
+    token_us=50.0,
+    streams=4,
+    new_tokens=16,
+    before_s=2.0,
+    after_s=6.0,
+    settled_s=2.0,
+    fresh_s=3.0,
+    window_s=0.5,
+)
+"""Enough to see that everything runs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """What clients saw in a span of time."""
+
+    tokens_per_s: float
+    itl_ms: float
+    """Median."""
+    slow_itl_ms: float
+    """99 of 100 are below."""
+
+    @classmethod
+    def of(
+        cls, tokens: Sequence[Sequence[float | None]], spans: Sequence[tuple[float, float]]
+    ) -> Span | None:
+        """Tokens of all the spans together; None where there are too few."""
+        mine = [t for t in tokens if any(a <= (t[0] or 0.0) < b for a, b in spans)]
+        gaps = sorted(1e3 * t[1] for t in mine if t[1] is not None)
+        seconds = sum(b - a for a, b in spans)
+        if len(gaps) < 2 or seconds <= 0:
+            return None
+        return cls(
+            tokens_per_s=len(mine) / seconds,
+            itl_ms=median(gaps),
+            slow_itl_ms=gaps[min(int(0.99 * len(gaps)), len(gaps) - 1)],
+        )
+
+
+def profile_of(model: DomainModel, domain: int) -> LoadProfile:
+    """The load if all tokens of a domain were equally frequent."""
+    banks = []
+    for layer in range(model.layers):
+        counts = [0] * model.experts
+        for token in model.tokens(domain):
+            for expert in model.experts_of(layer, token):
+                counts[expert] += 1
+        banks.append(BankLoad(bank="mlp", layer=layer, counts=tuple(counts)))
+    return LoadProfile(
+        model="domains", top_k=model.top_k, tokens=model.tokens_a_domain, banks=tuple(banks)
+    )
+
+
+def measure(case: Case, folder: Path) -> dict[str, Any]:
+    """Both clusters, one after the other."""
+    checkpoint = write(case.model, folder / "model", torch.bfloat16)
+    placements = []
+    for domain in (0, 1):
+        topology = PlannedTopology.uniform(case.num_expert_workers, case.num_redundant)
+        options = PlanOptions(decode_tokens=case.streams)
+        plan = mesh.plan(profile_of(case.model, domain), topology, None, options)
+        path = folder / f"placement-{domain}.json"
+        path.write_text(json.dumps(plan.placement.to_dict()))
+        placements.append(str(path))
+    shifting = [[0, case.before_s], [1, case.after_s]]
+    return {
+        "shift": _run(case, checkpoint, placements[0], True, shifting),
+        "fresh": _run(case, checkpoint, placements[1], False, [[1, case.fresh_s]]),
+    }
+
+
+def _run(
+    case: Case, checkpoint: Path, placement: str, follows: bool, phases: Sequence[Sequence[float]]
+) -> dict[str, Any]:
+    """One cluster in a process of its own."""
+    job = {
+        "checkpoint": str(checkpoint),
+        "phases": phases,
+        "streams": case.streams,
+        "prompt_tokens": case.prompt_tokens,
+        "new_tokens": case.new_tokens,
+        "tokens_a_domain": case.model.tokens_a_domain,
+        "sections": {
+            "workers": {
+                "num_expert_workers": case.num_expert_workers,
+                "num_redundant_experts": case.num_redundant,
+                "recovery_slots": 1,
+                "cpus_per_worker": 0.3,
+                "placement_file": placement,
+                "paced_slot_us": case.slot_us,
+                "paced_token_us": case.token_us,
+            },
+            "engine": {"max_num_seqs": case.streams, "num_micro_batches": 1},
+            "load": {"report_s": case.window_s / 4, "window_s": case.window_s},
+            "rebalance": {
+                "enable_eplb": follows,
+                "interval_s": case.window_s / 2,
+                "bytes_per_s": case.bytes_per_s,
+            },
+        },
+    }
+    folder = make_temp_dir()
+    wait_until_quiet(10.0)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.rebalancing_child"],
+            input=json.dumps(job) + "\n",
+            stdout=subprocess.PIPE,
+            env={**private_environment(folder), FOLDER_VARIABLE: str(folder)},
+            text=True,
+            timeout=_LIMIT_S,
+            check=True,
+        )
+    finally:
+        remove(folder)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def spans_of(case: Case, shift: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Spans of time by what went on in them."""
+    began = shift["marks"][1]
+    end = began + case.after_s
+    busy: list[tuple[float, float]] = []
+    events = [*shift["events"], {"at": end, "phase": "", "moves": False}]
+    for event, following in pairwise(events):
+        if event["phase"] and following["at"] > began:
+            busy.append((max(event["at"], began), following["at"]))
+    first = min((a for a, _ in busy), default=end)
+    return {
+        "before": [(began / 2, began)],
+        "unbalanced": [(began, first)],
+        "moving": busy,
+        "settled": [(end - case.settled_s, end)],
+    }
+
+
+def section(quick: bool) -> str:
+    """The section of ``RESULTS.md``."""
+    case = QUICK if quick else Case()
+    with tempfile.TemporaryDirectory(prefix="em-rebalancing-") as folder:
+        found = measure(case, Path(folder))
+    if not quick:
+        PLOT.write_text(plot(case, found))
+    return report(case, found)
+
+
+def report(case: Case, found: Mapping[str, Any]) -> str:
+    """The table and what it comes to."""
+    shift, fresh = found["shift"], found["fresh"]
+    spans = spans_of(case, shift)
+    span = {name: Span.of(shift["tokens"], own) for name, own in spans.items()}
+    span["fresh"] = Span.of(fresh["tokens"], [(case.fresh_s / 3, case.fresh_s)])
+    names = {
+        "before": "first domain, the best placement for it",
+        "unbalanced": "second domain, before the first change",
+        "moving": "second domain, while a change is under way",
+        "settled": f"second domain, the last {case.settled_s:g} s",
+        "fresh": "second domain, a new cluster with the best placement for it",
+    }
+    rows = [[words, *_cells(span[name])] for name, words in names.items()]
+    lines = [_words(case), table(["", "tokens/s", "ITL ms", "p99 ITL ms"], rows)]
+    settled, ideal, moving, still = (span[n] for n in ("settled", "fresh", "moving", "unbalanced"))
+    if settled and ideal:
+        lines.append(
+            f"Recovered to {settled.tokens_per_s / ideal.tokens_per_s:.3f} of the new cluster's "
+            "throughput (aim: 0.95)."
+        )
+    if moving and still:
+        lines.append(
+            f"p99 ITL while changes are under way is {moving.slow_itl_ms / still.slow_itl_ms:.2f} "
+            "of the p99 before them (limit 1.25, aim 1.1)."
+        )
+    lasts = {e["last"]["epoch"]: e["last"] for e in shift["events"] if e.get("last")}
+    lines.append("\n".join(f"- epoch {epoch}: {last['text']}" for epoch, last in lasts.items()))
+    return "\n\n".join(lines)
+
+
+def _cells(span: Span | None) -> list[str]:
+    if span is None:
+        return ["-"] * 3
+    return [f"{span.tokens_per_s:.0f}", f"{span.itl_ms:.1f}", f"{span.slow_itl_ms:.1f}"]
+
+
+def _words(case: Case) -> str:
+    model = case.model
+    return (
+        f"## Rebalancing after a domain shift\n\n1 attention + {case.num_expert_workers} expert "
+        f"workers in paced mode ({case.slot_us:g} us an activated slot, {case.token_us:g} us a "
+        f"token), {model.layers} layers of {model.experts} experts, top-{model.top_k}, "
+        f"{case.num_redundant} spare slot each. {case.streams} requests at a time, "
+        f"{case.prompt_tokens} prompt and {case.new_tokens} new tokens each. All requests change "
+        "from one domain to another, whose tokens choose other experts; the cluster rebalances by "
+        f"itself with windows of {case.window_s:g} s, at most a tenth of the slots in one change "
+        f"and {case.bytes_per_s / 1e3:g} KB/s into each worker."
+    )
+
+
+def plot(case: Case, found: Mapping[str, Any]) -> str:
+    """Throughput over time as SVG, with the changes and the new cluster's level."""
+    shift, width, height, left = found["shift"], 860, 300, 60
+    end = shift["marks"][1] + case.after_s
+    counts = [0] * (int(end / _BIN_S) + 1)
+    for at, _ in shift["tokens"]:
+        if at < end:
+            counts[int(at / _BIN_S)] += 1
+    rates = [c / _BIN_S for c in counts[:-1]]
+    ideal = Span.of(found["fresh"]["tokens"], [(case.fresh_s / 3, case.fresh_s)])
+    top = 1.15 * max([*rates, ideal.tokens_per_s if ideal else 0.0, 1.0])
+
+    def x(at: float) -> float:
+        return float(left + (width - left - 20) * at / end)
+
+    def y(rate: float) -> float:
+        return height - 40 - (height - 70) * rate / top
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for a, b in spans_of(case, shift)["moving"]:
+        wide = max(x(b) - x(a), 1.0)
+        parts.append(
+            f'<rect x="{x(a):.1f}" y="30" width="{wide:.1f}" height="{height - 70}" '
+            'fill="#ffd9a0"/>'
+        )
+    for rate in (0, top / 4, top / 2, 3 * top / 4):
+        parts.append(
+            f'<line x1="{left}" x2="{width - 20}" y1="{y(rate):.1f}" y2="{y(rate):.1f}" '
+            f'stroke="#ddd"/><text x="{left - 6}" y="{y(rate) + 4:.1f}" text-anchor="end">'
+            f"{rate:.0f}</text>"
+        )
+    if ideal:
+        level = y(ideal.tokens_per_s)
+        parts.append(
+            f'<line x1="{left}" x2="{width - 20}" y1="{level:.1f}" y2="{level:.1f}" '
+            'stroke="#2a8" stroke-dasharray="6 4"/>'
+            f'<text x="{width - 24}" y="{level - 6:.1f}" text-anchor="end" fill="#2a8">'
+            "new cluster, best placement for the second domain</text>"
+        )
+    line = " ".join(f"{x((i + 0.5) * _BIN_S):.1f},{y(rate):.1f}" for i, rate in enumerate(rates))
+    mark = x(shift["marks"][1])
+    parts += [
+        f'<polyline points="{line}" fill="none" stroke="#257" stroke-width="1.5"/>',
+        f'<line x1="{mark:.1f}" x2="{mark:.1f}" y1="30" y2="{height - 40}" stroke="#c33"/>',
+        f'<text x="{mark + 4:.1f}" y="44" fill="#c33">the load shifts</text>',
+        f'<text x="{left}" y="20">tokens/s; orange: a change of the placement is under way</text>',
+    ]
+    for seconds in range(0, int(end) + 1, 10):
+        parts.append(
+            f'<text x="{x(seconds):.1f}" y="{height - 22}" text-anchor="middle">{seconds}</text>'
+        )
+    parts.append(f'<text x="{width / 2}" y="{height - 6}" text-anchor="middle">seconds</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(section(quick="--quick" in sys.argv[1:]) + "\n")

@@ -1,0 +1,164 @@
+"""Moves for decode steps: experts change devices so that the busiest device has less to do.
+
+``mesh`` moves copies for prompts, whose tokens the copies share. A decode row has one copy of each
+expert, so that its balance needs other moves. Here each bank's busiest device gives an expert to
+another one, which takes it into a free slot, into that of a copy that others can do without, or in
+exchange for a lighter expert; as long as the busiest device gains, and within a budget.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cluster.load_profile import LoadProfile
+from cluster.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+from cluster.planner import cost
+from cluster.planner.base import PlannedTopology, normalised
+from cluster.planner.stages import with_slots
+
+_LEAST_GAIN = 0.005
+"""Share of the busiest device's work that a move must take off."""
+_EPS = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class _Trade:
+    """Expert ``gives`` goes from the busiest device to ``to``, for ``takes`` if that is one."""
+
+    peak: float
+    """Work of the busier of the two afterwards."""
+    gives: int
+    to: int
+    slot: int
+    """Slot of ``to`` that it gets; -1 where it has a copy already."""
+    takes: int = FREE_SLOT
+
+
+def improved(
+    profile: LoadProfile,
+    topology: PlannedTopology,
+    placement: ExpertPlacement,
+    *,
+    budget: int,
+    rows: int,
+    slot_tokens: float,
+) -> ExpertPlacement:
+    """The placement with at most ``budget`` slots changed, for decode steps of ``rows`` rows.
+
+    ``slot_tokens`` is what reading an expert costs, in tokens computed. Shares of new copies are
+    zero: they are to be solved afterwards.
+    """
+    work = [
+        _Bank(bank, topology, _work(profile, bank, rows, slot_tokens)) for bank in placement.banks
+    ]
+    is_open = [True] * len(work)
+    while budget > 0 and any(is_open):
+        for index, bank in enumerate(work):
+            used = bank.step(budget) if is_open[index] else None
+            is_open[index] = used is not None
+            budget -= used or 0
+    return replace(placement, banks=tuple(bank.result() for bank in work))
+
+
+def _work(profile: LoadProfile, bank: BankPlacement, rows: int, slot_tokens: float) -> list[float]:
+    """``[expert]`` -> expected work in a decode step, in tokens."""
+    loads = normalised([profile.counts(bank.bank, bank.layer)])
+    active = cost.activation(loads, profile.top_k, rows)[0]
+    work: list[float] = (slot_tokens * active + loads[0] * profile.top_k * rows).tolist()
+    return work
+
+
+class _Bank:
+    """One bank while it is improved."""
+
+    def __init__(
+        self, bank: BankPlacement, topology: PlannedTopology, work: Sequence[float]
+    ) -> None:
+        self._bank = bank
+        self._work = work
+        self._rows = [list(row) for row in bank.physical_to_logical]
+        capacities = topology.capacities(bank.num_experts)
+        for row, capacity in zip(self._rows, capacities.tolist(), strict=True):
+            row += [FREE_SLOT] * (capacity - len(row))
+        self._home = list(bank.decode_device)
+        self._copies = Counter(e for row in self._rows for e in row if e != FREE_SLOT)
+        self._least = max(1, min(2, *self._copies.values()))
+        speeds = topology.speeds(bank.num_experts)
+        self._speed = (speeds * np.count_nonzero(speeds)).tolist()
+
+    def step(self, budget: int) -> int | None:
+        """The best trade; slots that it changed, None where there is none."""
+        level = [self._level(device) for device in range(len(self._rows))]
+        busiest = max(range(len(level)), key=lambda d: level[d])
+        trades = (t for t in self._trades(busiest, level) if self._cost(t) <= budget)
+        best = min(trades, key=lambda t: (t.peak, t.to, t.gives, t.takes), default=None)
+        if best is None or best.peak > level[busiest] * (1.0 - _LEAST_GAIN):
+            return None
+        used = self._cost(best)
+        self._apply(best, busiest)
+        return used
+
+    def result(self) -> BankPlacement:
+        """The maps now."""
+        return replace(with_slots(self._bank, self._rows), decode_device=tuple(self._home))
+
+    def _level(self, device: int, change: float = 0.0) -> float:
+        own = sum(self._work[e] for e, home in enumerate(self._home) if home == device)
+        return (own + change) / self._speed[device] if self._speed[device] > _EPS else 0.0
+
+    def _trades(self, busiest: int, level: Sequence[float]) -> Iterator[_Trade]:
+        gives = [e for e, home in enumerate(self._home) if home == busiest]
+        for to in range(len(self._rows)):
+            if to == busiest or self._speed[to] <= _EPS or level[to] >= level[busiest]:
+                continue
+            room = self._room(to)
+            for expert in gives:
+                work = self._work[expert]
+                slot = -1 if expert in self._rows[to] else room
+                if slot is not None:
+                    peak = max(self._level(busiest, -work), self._level(to, work))
+                    yield _Trade(peak, expert, to, slot)
+                if slot != -1:
+                    yield from self._swaps(busiest, to, expert)
+
+    def _swaps(self, busiest: int, to: int, expert: int) -> Iterator[_Trade]:
+        """Slots are exchanged, so that every expert has as many copies as before."""
+        for slot, other in enumerate(self._rows[to]):
+            less = self._work[expert] - self._work[other]
+            if other == FREE_SLOT or self._home[other] != to or less <= 0:
+                continue
+            if other not in self._rows[busiest]:
+                peak = max(self._level(busiest, -less), self._level(to, less))
+                yield _Trade(peak, expert, to, slot, other)
+
+    def _room(self, device: int) -> int | None:
+        """A slot that is free, or holds the copy that is missed least."""
+        row = self._rows[device]
+        if FREE_SLOT in row:
+            return row.index(FREE_SLOT)
+        spare = [
+            (self._work[e], s)
+            for s, e in enumerate(row)
+            if self._copies[e] > self._least and self._home[e] != device
+        ]
+        return min(spare)[1] if spare else None
+
+    def _cost(self, trade: _Trade) -> int:
+        return 0 if trade.slot == -1 else 1 if trade.takes == FREE_SLOT else 2
+
+    def _apply(self, trade: _Trade, busiest: int) -> None:
+        self._home[trade.gives] = trade.to
+        if trade.slot == -1:
+            return
+        self._copies[self._rows[trade.to][trade.slot]] -= 1
+        self._copies[trade.gives] += 1
+        self._rows[trade.to][trade.slot] = trade.gives
+        if trade.takes != FREE_SLOT:
+            self._rows[busiest][self._rows[busiest].index(trade.gives)] = trade.takes
+            self._copies[trade.gives] -= 1
+            self._copies[trade.takes] += 1
+            self._home[trade.takes] = busiest
