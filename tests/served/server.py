@@ -34,6 +34,10 @@ WAIT_S = 120.0
 """Longest wait for an answer, or for a state."""
 _POLL_S = 0.02
 
+OPTIONS = (
+    *("--port", "0", "--grpc-port", "0", "--dtype", "float32"),
+    *("--detection-limit-s", "60"),  # of silence, which a busy machine causes too
+)
 GOOD: Mapping[str, Any] = {
     "prompt": "ROMEO:",
     "max_tokens": 12,
@@ -165,7 +169,7 @@ def running_server(state_home: Path, *words: str) -> Iterator[Served]:
     log = state_home / "stderr"
     with log.open("wb") as errors:
         child = subprocess.Popen(
-            command("serve", "--port", "0", "--grpc-port", "0", "--dtype", "float32", *words),
+            command("serve", *OPTIONS, *words),
             stdout=subprocess.PIPE,
             stderr=errors,
             env=environment(state_home),

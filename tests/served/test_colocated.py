@@ -47,7 +47,7 @@ def expected() -> list[list[int]]:
 
 
 def ask(server: Served, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
-    """Tokens of one completion; none where it failed because the server lost a worker."""
+    """Tokens of one completion; none where it failed."""
     body = {"prompt": list(prompt), "max_tokens": num_tokens, "temperature": 0}
     answer = server.client.post(
         "/v1/completions", json={**body, "ignore_eos": True, "return_token_ids": True}
@@ -117,7 +117,7 @@ def test_answers_are_the_local_engines(pair: Served, expected: list[list[int]]) 
     assert all(served), "one of the workers served nobody"
 
 
-def test_a_killed_worker_takes_only_its_own_requests_along(
+def test_requests_of_a_killed_worker_go_on_at_the_other(
     pair: Served, expected: list[list[int]]
 ) -> None:
     """The last test of this module: the one that led is lost, and another takes its place."""
@@ -129,10 +129,7 @@ def test_a_killed_worker_takes_only_its_own_requests_along(
         workers = wait_for(pair, all_run)["workers"]
         os.kill(workers[0]["pid"], signal.SIGKILL)
 
-    found = together(pair, NUM_TOKENS, kill)
-    answered = [tokens == right for tokens, right in zip(found, expected, strict=True)]
-    assert [tokens for tokens, ok in zip(found, answered, strict=True) if not ok and tokens] == []
-    assert 0 < sum(answered) < len(PROMPTS)
+    assert together(pair, NUM_TOKENS, kill) == expected
     status = wait_for(pair, lambda s: s["generation"] >= 3 and s["state"] == "SERVING")
     assert [w["state"] for w in status["workers"]] == ["LOST", "SERVING", "SERVING"]
     assert together(pair, 24, lambda: None) == [tokens[:24] for tokens in expected]
