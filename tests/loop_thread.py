@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import wait
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -22,9 +23,12 @@ class LoopThread:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, Result], limit_s: float | None = None) -> Result:
-        """Run a coroutine, from another thread; its result."""
+        """Run a coroutine, from another thread; its result. Late, it tells what all tasks do."""
         limit_s = self._limit_s if limit_s is None else limit_s
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(limit_s)
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        if not wait([future], limit_s).done:
+            raise TimeoutError("\n".join(map(repr, asyncio.all_tasks(self.loop))))
+        return future.result()
 
     def call(self, function: Callable[[], object]) -> None:
         """Run a function, from another thread, to its end."""
