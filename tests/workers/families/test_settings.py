@@ -61,7 +61,7 @@ def test_what_a_file_leaves_out_is_as_in_transformers() -> None:
         "print(json.dumps([one.to_dict() for one in made]))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=540
     )
     for full in json.loads(done.stdout):
         name = full["model_type"]
