@@ -377,11 +377,11 @@ class Controller:
     # ---- generations ----------------------------------------------------------------------
 
     def _begin_generation(
-        self, members: Sequence[Member], placement: ExpertPlacement, now: float, above: int = 0
+        self, members: Sequence[Member], placement: ExpertPlacement, now: float
     ) -> None:
-        """Announce the next generation, with a number ``above`` that one, to all its members."""
+        """Announce the next generation to all its members."""
         fresh = tuple(self.workers[m.name].member for m in members)
-        generation = Generation(number=max(self.round.number, above) + 1, members=fresh)
+        generation = Generation(number=self.round.number + 1, members=fresh)
         self.round = GenerationRound(generation, now)
         self.placement = placement = self.rebalancing.above(placement)
         self._touch()
@@ -398,11 +398,11 @@ class Controller:
         for member in fresh:
             self._link.send(member.name, order)
 
-    def _reform(self, cause: str, now: float, above: int = 0) -> None:
+    def _reform(self, cause: str, now: float) -> None:
         """All members form the next generation: not all of them run this one."""
         if self.state is not ClusterState.RECOVERING:
             self._enter(ClusterState.RECOVERING)
-        self._begin_generation(self.round.members, self.placement, now, above)
+        self._begin_generation(self.round.members, self.placement, now)
         effect = f"go on with {describe_members(self.round.members)}"
         self._history.add(self.round.number, now, cause, effect)
 
@@ -412,10 +412,6 @@ class Controller:
             self._reform(f"the lease of {record.name} ran out", now)
 
     def _generation_ready(self, name: str, frame: GenerationReady, now: float) -> None:
-        if frame.generation > self.round.number:
-            # An earlier controller announced it and ended before anybody could tell us.
-            self._reform(f"{name} follows generation {frame.generation}", now, frame.generation)
-            return
         if frame.generation != self.round.number or not self._is_forming:
             return  # an answer to an older generation, overtaken by a newer one
         self.round.answer(name, frame)

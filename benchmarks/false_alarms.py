@@ -1,0 +1,84 @@
+"""Whether anybody is called lost who only is busy: full load, and no fault at all.
+
+python -m benchmarks.false_alarms [--minutes 10] [--num-clients 24] [--detection-limit-s 2]
+
+One attention and two expert workers with the bundled model on a private Ray of two CPUs, default
+settings; clients that ask again as soon as they have their answer. Ends with status 1, and says
+who was lost, when the generation, the controller's term or a worker's state changes, or a call
+fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+from benchmarks.fault_load import FaultLoad
+from cluster.model_source import bundled_checkpoint
+from tests.cluster_gateway import gateway_of
+from tests.mixed_calls import make_calls
+from tests.serving_cluster import RayCluster, ServingCluster, connected_ray, make_config, serving
+
+_POLL_S = 1.0
+_NUM_TOKENS = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quiet:
+    """What a run without a fault showed."""
+
+    minutes: float
+    """How long the load ran."""
+    num_news: int
+    """Pieces of news that the clients got."""
+    longest_pause_s: float
+    """Longest time between two of them on one stream."""
+    alarms: tuple[str, ...]
+    """Who was lost, and calls that failed; empty when all is well."""
+
+
+def watch(cluster: ServingCluster, num_clients: int, minutes: float) -> Quiet:
+    """Load a cluster that serves, and look for alarms until the first, or the time is over."""
+    before = cluster.snapshot()
+    began = time.monotonic()
+    with gateway_of(cluster) as gateway:
+        load = FaultLoad(gateway, make_calls(num_clients, _NUM_TOKENS))
+        with load.running():
+            alarms: list[str] = []
+            while not alarms and time.monotonic() - began < 60 * minutes:
+                time.sleep(_POLL_S)
+                snapshot = cluster.snapshot()
+                lost = [w for w in snapshot["workers"] if w["state"] != "SERVING"]
+                alarms += [f"{w['name']} is {w['state']}: {w['reason']}" for w in lost]
+                for key in ("term", "generation"):
+                    if snapshot[key] != before[key]:
+                        alarms.append(f"{key} is {snapshot[key]}, not {before[key]}")
+        return Quiet(
+            minutes=round((time.monotonic() - began) / 60, 2),
+            num_news=sum(line.num_news for line in load.lines),
+            longest_pause_s=round(load.longest_pause(began), 3),
+            alarms=(*alarms, *load.failures),
+        )
+
+
+def main() -> int:
+    """Measure, and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--num-clients", type=int, default=24)
+    parser.add_argument("--detection-limit-s", type=float, default=2.0)
+    args = parser.parse_args()
+    config = make_config(
+        bundled_checkpoint(), 1, 2, transport={"detection_limit_s": args.detection_limit_s}
+    )
+    with connected_ray(), serving(RayCluster(config)) as cluster:
+        quiet = watch(cluster, args.num_clients, args.minutes)
+    print(json.dumps(asdict(quiet)))
+    return 1 if quiet.alarms else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
