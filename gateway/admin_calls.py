@@ -81,7 +81,7 @@ class AdminCalls:
         seen = snapshot["history"] if request.only_new else []
         while True:
             for entry in (e for e in snapshot["history"] if e not in seen):
-                yield pb.ClusterEvent(**entry)
+                yield _event(entry)
             seen = snapshot["history"]
             version = int(snapshot["version"])
             while int(snapshot["version"]) == version:
@@ -156,6 +156,11 @@ def _operation(found: Mapping[str, Any]) -> pb.Operation:
         result = getattr(message, found["kind"])
         result.CopyFrom(type(result)(**found["result"]))
     return message
+
+
+def _event(entry: Mapping[str, Any]) -> pb.ClusterEvent:
+    known = pb.ClusterEvent.DESCRIPTOR.fields_by_name
+    return pb.ClusterEvent(**{k: v for k, v in entry.items() if k in known and v is not None})
 
 
 def _bank_maps(bank: Mapping[str, Any]) -> pb.BankMaps:

@@ -823,12 +823,15 @@ class ClusterEvent(_message.Message):
     TIME_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int
     EFFECT_FIELD_NUMBER: _builtins.int
+    TOOK_S_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     """that it led to"""
     time: _builtins.float
     """time of day, seconds since 1970"""
     cause: _builtins.str
     effect: _builtins.str
+    took_s: _builtins.float
+    """until the generation ran"""
     def __init__(
         self,
         *,
@@ -836,11 +839,14 @@ class ClusterEvent(_message.Message):
         time: _builtins.float = ...,
         cause: _builtins.str = ...,
         effect: _builtins.str = ...,
+        took_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_took_s", b"_took_s", "took_s", b"took_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "effect", b"effect", "generation", b"generation", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_took_s", b"_took_s", "cause", b"cause", "effect", b"effect", "generation", b"generation", "time", b"time", "took_s", b"took_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__took_s: _TypeAlias = _typing.Literal["took_s"]  # noqa: Y015
+    _WhichOneofArgType__took_s: _TypeAlias = _typing.Literal["_took_s", b"_took_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__took_s) -> _WhichOneofReturnType__took_s | None: ...
 
 Global___ClusterEvent: _TypeAlias = ClusterEvent  # noqa: Y015

@@ -1,4 +1,4 @@
-"""``status``, ``workers``, ``placement``: what a running cluster says about itself."""
+"""``status``, ``workers``, ``placement``, ``events``: what a running cluster says about itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COLOURS = {"SERVING": "green", "DEGRADED": "yellow", "RECOVERING": "yellow", "S
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Register the three commands."""
+    """Register the commands."""
     status = commands.add_parser("status", parents=[common], help="state; exits 0 only when ready")
     status.add_argument("--watch", action="store_true", help="again and again until interrupted")
     status.set_defaults(run=run_status)
@@ -27,6 +27,8 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     placement = commands.add_parser("placement", parents=[common], help="which expert is where")
     placement.add_argument("--layer", type=int, metavar="N", help="one layer only")
     placement.set_defaults(run=run_placement)
+    events = commands.add_parser("events", parents=[common], help="what happened to the cluster")
+    events.set_defaults(run=run_events)
 
 
 def run_status(args: argparse.Namespace) -> int:
@@ -92,6 +94,24 @@ def _holds(worker: Mapping[str, Any]) -> str:
     held = [f"{slots} expert slots"] if slots is not None else []
     held += [f"{free} of {total} KV blocks free"] if total else []
     return ", ".join(held)
+
+
+def run_events(args: argparse.Namespace) -> int:
+    """Print the history, newest last."""
+    document = Client(args).get("/cluster/v1/events")
+    if args.json:
+        out_json(document)
+        return ExitCode.OK
+    rows = [
+        (_time_of_day(e["time"]), e["generation"], e["cause"], e["effect"])
+        for e in document["events"]
+    ]
+    out_line(table(("TIME", "GENERATION", "CAUSE", "EFFECT"), rows))
+    return ExitCode.OK
+
+
+def _time_of_day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def run_placement(args: argparse.Namespace) -> int:

@@ -42,6 +42,13 @@ STATUS: dict[str, Any] = {
     "gateway": [],
     "history": [],
 }
+EVENTS: dict[str, Any] = {
+    "schema": 1,
+    "events": [
+        {"generation": 1, "time": 1e9, "cause": "start", "effect": "serve with 2 workers"},
+        {"generation": 2, "time": 1e9 + 5, "cause": "lost expert-1: killed", "effect": "go on"},
+    ],
+}
 PLACEMENT: dict[str, Any] = {
     "schema": 1,
     "epoch": 1,
@@ -101,6 +108,7 @@ class FakeGateway:
             "/ready": self.ready,
             "/cluster/v1/status": self.status,
             "/cluster/v1/placement": (200, PLACEMENT),
+            "/cluster/v1/events": (200, EVENTS),
             "/cluster/v1/load": (200, LOAD),
         }
         return routes.get(path, (404, error))

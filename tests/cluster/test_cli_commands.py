@@ -5,6 +5,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from cluster.cli.exit_codes import ExitCode
 from cluster.cli.main import main
-from tests.cluster.fake_gateway import PLACEMENT, STATUS, FakeGateway, fake_gateway
+from tests.cluster.fake_gateway import EVENTS, PLACEMENT, STATUS, FakeGateway, fake_gateway
 
 pytestmark = pytest.mark.usefixtures("state_home")
 
@@ -105,6 +106,16 @@ def test_a_url_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_unknown_cluster_name() -> None:
     assert main(["--name", "nobody", "status"]) == ExitCode.UNREACHABLE
+
+
+def test_events_table(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--url", gateway.url, "events"]) == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["TIME", "GENERATION", "CAUSE", "EFFECT"]
+    assert lines[1].startswith(time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1e9)))
+    assert lines[2].split()[2:] == ["2", "lost", "expert-1:", "killed", "go", "on"]
+    assert main(["--url", gateway.url, "events", "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out) == EVENTS
 
 
 def test_workers_table(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:

@@ -163,10 +163,11 @@ def test_events_are_told_as_they_happen(stack: Stack, stub: AdminStub) -> None:
     events: Any = stub.WatchCluster(pb.WatchClusterRequest())
     assert next(events).cause == "start"
     entry = {"generation": 7, "time": 5.0, "cause": "drained expert-1", "effect": "go on"}
+    entry |= {"took_s": 0.25, "of_a_later_release": 1}
     history = stack.controller.state["history"]
     stack.call(lambda: stack.controller.change(history=[*history, entry]))
     event = next(events)
-    assert (event.generation, event.cause) == (7, "drained expert-1")
+    assert (event.generation, event.cause, event.took_s) == (7, "drained expert-1", 0.25)
     events.cancel()
     stack.call(lambda: stack.controller.change(history=history))
 
