@@ -31,7 +31,7 @@ def check_fields(fields: GenerateFields, limits: GatewaySection) -> None:
     _check_sampling(fields)
     _check_stops(fields, limits)
     check_range("priority", fields.priority, -_INT32, _INT32 - 1)
-    _check_cache_salt(fields.cache_salt)
+    check_cache_salt(fields.cache_salt)
     _check_logprobs(fields, limits)
     _check_masks(fields, limits)
     if fields.chat is not None:
@@ -119,7 +119,8 @@ def _check_stops(fields: GenerateFields, limits: GatewaySection) -> None:
     )
 
 
-def _check_cache_salt(salt: str | None) -> None:
+def check_cache_salt(salt: str | None) -> None:
+    """Raise ``RequestError`` for one that is empty or too long."""
     if salt is None:
         return
     require(len(salt) > 0, "cache_salt", "cache_salt must not be empty")

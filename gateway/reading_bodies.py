@@ -20,6 +20,7 @@ class ReadingBody(BaseModel):
     model: str | None = None
     add_special_tokens: bool | None = None
     priority: int | None = None
+    cache_salt: str | None = None
 
 
 def mask_list(mask: list[int] | list[list[int]] | None) -> tuple[tuple[int, ...], ...]:

@@ -18,7 +18,7 @@ from cluster.errors import RequestError
 from gateway.call import CallKind, CallPrompt, GenerateCall
 from gateway.core import Gateway
 from gateway.delta import Usage
-from gateway.field_checks import check_range, require
+from gateway.field_checks import check_cache_salt, check_range, require
 from gateway.generation import Found
 from gateway.model import ModelFacts
 from gateway.validate import check_context, check_token_ids
@@ -42,6 +42,8 @@ class ReadingOptions:
     """Let the tokenizer add its own tokens (bos); default True."""
     priority: int | None = None
     """Lower runs first."""
+    cache_salt: str | None = None
+    """Prefixes are shared with calls of the same salt only."""
     timeout_s: float | None = None
     """The client's time limit."""
 
@@ -226,6 +228,7 @@ class Reader:
     ) -> tuple[list[Found], Usage]:
         """Run what ``make`` validates to its end. Raises what ``Gateway.start`` raises."""
         check_range("priority", options.priority, -(2**31), 2**31 - 1)
+        check_cache_salt(options.cache_salt)
 
         async def make_call(facts: ModelFacts) -> GenerateCall:
             readings = await make(facts)
@@ -267,7 +270,7 @@ def reading_call(
         token_ids_only=True,
         return_token_ids=False,
         priority=options.priority or 0,
-        cache_salt="",
+        cache_salt=options.cache_salt or "",
         return_tokens_as_token_ids=False,
     )
 

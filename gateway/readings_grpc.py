@@ -142,6 +142,7 @@ def grpc_options(
         model=request.model or None,
         add_special_tokens=special,
         priority=request.priority if request.HasField("priority") else priority,
+        cache_salt=request.cache_salt if request.HasField("cache_salt") else None,
         timeout_s=timeout_s,
     )
 

@@ -196,6 +196,7 @@ def parse_reading(
         model=body.model,
         add_special_tokens=body.add_special_tokens,
         priority=options.priority if body.priority is None else body.priority,
+        cache_salt=body.cache_salt,
         timeout_s=options.timeout_s,
     )
 

@@ -57,6 +57,20 @@ BOTH: list[tuple[str, dict[str, Any], Any, str, str]] = [
         "pooling",
         INVALID,
     ),
+    (
+        "/v1/embeddings",
+        {"input": [5], "cache_salt": ""},
+        pb.EmbedRequest(input=_ids([5]), cache_salt=""),
+        "cache_salt",
+        INVALID,
+    ),
+    (
+        "/score",
+        {"queries": [5], "documents": [6], "cache_salt": "s" * 10_000},
+        pb.ScoreRequest(queries=_ids([5]), documents=_ids([6]), cache_salt="s" * 10_000),
+        "cache_salt",
+        INVALID,
+    ),
     ("/classify", {"input": [5]}, pb.ClassifyRequest(input=_ids([5])), "labels", INVALID),
     (
         "/classify",
@@ -406,3 +420,12 @@ def test_priority_reaches_the_engine_and_errors_come_back(stack: Stack) -> None:
     (request,) = stack.engine.requests
     assert (request.priority, request.params.max_tokens) == (7, 0)
     assert request.inspection is not None
+
+
+def test_a_salt_reaches_the_engine_by_both_codecs(stack: Stack) -> None:
+    stack.engine.error = ("no room", "queue_full")
+    post(stack, "/v1/inspect", token_ids=[5, 6], outputs=["loss"], cache_salt="mine")
+    with grpc.insecure_channel(stack.grpc_target) as channel:
+        request = _inspect([5, 6], "loss", cache_salt="mine")
+        failure(lambda: list(InferenceStub(channel).Inspect(request)))
+    assert [one.cache_salt for one in stack.engine.requests] == ["mine", "mine"]
