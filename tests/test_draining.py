@@ -99,11 +99,19 @@ def wait_gone(pid: int) -> None:
         time.sleep(0.02)
 
 
-def test_only_copies_are_read_by_others_first() -> None:
-    """Two expert workers without a spare slot: one takes all over, from the other's memory."""
-    with serving(ThreadCluster(row_config(1, 2))) as cluster:
+LAYOUTS = (
+    pytest.param({}, "expert-1", id="sockets"),
+    pytest.param({"transport": "collective"}, "expert-1", id="collective", marks=pytest.mark.slow),
+    pytest.param({"mode": "colocated"}, "colocated-1", id="colocated", marks=pytest.mark.slow),
+)
+
+
+@pytest.mark.parametrize(("layout", "worker"), LAYOUTS)
+def test_only_copies_are_read_by_others_first(layout: dict[str, Any], worker: str) -> None:
+    """Two workers with experts and no spare slot: one takes all over, from the other's memory."""
+    with serving(ThreadCluster(row_config(1, 2, **layout))) as cluster:
         done: list[dict[str, Any]] = []
-        play(cluster, SMALL, random.Random(7), lambda: done.append(drain(cluster, "expert-1")))
+        play(cluster, SMALL, random.Random(7), lambda: done.append(drain(cluster, worker)))
         assert done[0]["result"]["experts_copied"] == 32 * len(cluster._call("placement")["banks"])
         assert cluster.snapshot()["experts_complete"]
 
