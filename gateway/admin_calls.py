@@ -6,13 +6,14 @@ that is described and has no method here answers that it is not built yet.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 
-from cluster.errors import NotBuiltError, RequestError
+from cluster.errors import ExpertMeshError, NotBuiltError, NotReadyError, RequestError
 from gateway.cluster_view import Controller
 from gateway.core import Gateway
 from protos import admin_pb2 as pb
@@ -21,8 +22,12 @@ SERVICE: ServiceDescriptor = pb.DESCRIPTOR.services_by_name["Admin"]
 """Description of the service."""
 DEFAULT_DRAIN_LIMIT_S = 120.0
 """Limit of a drain for which no other is given."""
+CALL_LIMIT_S = 5.0
+"""Time that the controller has to answer."""
 _WATCH_S = 10.0
+_RETRY_S = 0.2
 
+Answer = TypeVar("Answer")
 Unary = Callable[[Message], Awaitable[Message]]
 Streaming = Callable[[Message], AsyncIterator[Message]]
 
@@ -45,7 +50,7 @@ class AdminCalls:
 
     async def GetPlacement(self, request: pb.GetPlacementRequest) -> pb.Placement:
         """Which device holds which copy of which expert."""
-        found = await self._controller().placement()
+        found = await _answer(self._controller().placement())
         banks = [
             b
             for b in found["banks"]
@@ -57,7 +62,7 @@ class AdminCalls:
 
     async def GetExpertLoad(self, request: pb.GetExpertLoadRequest) -> pb.ExpertLoad:
         """Tokens by layer, expert and worker, as far as the controller knows."""
-        found = await self._controller().load()
+        found = await _answer(self._controller().load())
         return pb.ExpertLoad(
             epoch=found["epoch"],
             banks=map(_bank_load, found["banks"]),
@@ -72,20 +77,30 @@ class AdminCalls:
 
     async def ListWorkers(self, request: pb.ListWorkersRequest) -> pb.ListWorkersResponse:
         """Every worker, lost ones included."""
-        snapshot = await self._controller().snapshot()
+        snapshot = await _answer(self._controller().snapshot())
         return pb.ListWorkersResponse(workers=map(_worker_info, snapshot["workers"]))
 
     async def WatchCluster(self, request: pb.WatchClusterRequest) -> AsyncIterator[pb.ClusterEvent]:
         """What happened, then what happens. An entry that was added to comes again, whole."""
-        snapshot = await self._controller().snapshot()
+        snapshot = await _answer(self._controller().snapshot())
         seen = snapshot["history"] if request.only_new else []
         while True:
             for entry in (e for e in snapshot["history"] if e not in seen):
                 yield _event(entry)
             seen = snapshot["history"]
-            version = int(snapshot["version"])
-            while int(snapshot["version"]) == version:
-                snapshot = await self._controller().wait_snapshot(version, _WATCH_S)
+            snapshot = await self._next(int(snapshot["version"]))
+
+    async def _next(self, version: int) -> dict[str, Any]:
+        """The next snapshot, also of a controller that is restarted meanwhile."""
+        while True:
+            try:
+                call = self._controller().wait_snapshot(version, _WATCH_S)
+                snapshot = await _answer(call, _WATCH_S + CALL_LIMIT_S)
+            except NotReadyError:
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if int(snapshot["version"]) != version:
+                return snapshot
 
     # ---- operations -----------------------------------------------------------------------
 
@@ -104,7 +119,7 @@ class AdminCalls:
             "request_id": request.request_id,
             "expected_epoch": _epoch(request),
         }
-        return _operation(await self._controller().drain(order))
+        return _operation(await _answer(self._controller().drain(order)))
 
     async def Rebalance(self, request: pb.RebalanceRequest) -> pb.Operation:
         """Move experts to where the load is, or with ``dry_run`` say what would be done."""
@@ -113,20 +128,20 @@ class AdminCalls:
             "request_id": request.request_id,
             "expected_epoch": _epoch(request),
         }
-        return _operation(await self._controller().rebalance(order))
+        return _operation(await _answer(self._controller().rebalance(order)))
 
     async def GetOperation(self, request: pb.GetOperationRequest) -> pb.Operation:
         """One operation."""
-        return _operation(await self._controller().operation(request.id))
+        return _operation(await _answer(self._controller().operation(request.id)))
 
     async def ListOperations(self, request: pb.ListOperationsRequest) -> pb.ListOperationsResponse:
         """The operations that are remembered, newest last."""
-        found = await self._controller().operations()
+        found = await _answer(self._controller().operations())
         return pb.ListOperationsResponse(operations=map(_operation, found))
 
     async def CancelOperation(self, request: pb.CancelOperationRequest) -> pb.Operation:
         """Give an operation up, where it can still be undone."""
-        return _operation(await self._controller().cancel_operation(request.id))
+        return _operation(await _answer(self._controller().cancel_operation(request.id)))
 
     def _controller(self) -> Controller:
         return self._cluster.require_controller()
@@ -156,6 +171,16 @@ def _operation(found: Mapping[str, Any]) -> pb.Operation:
         result = getattr(message, found["kind"])
         result.CopyFrom(type(result)(**found["result"]))
     return message
+
+
+async def _answer(call: Awaitable[Answer], limit_s: float = CALL_LIMIT_S) -> Answer:
+    """The controller's answer. Raises ``NotReadyError`` when there is none, and its own errors."""
+    try:
+        return await asyncio.wait_for(call, limit_s)
+    except ExpertMeshError:
+        raise
+    except Exception as err:  # any failure of the actor or of Ray
+        raise NotReadyError("the controller does not answer", "not_ready", 2.0) from err
 
 
 def _event(entry: Mapping[str, Any]) -> pb.ClusterEvent:

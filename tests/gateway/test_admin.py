@@ -172,6 +172,17 @@ def test_events_are_told_as_they_happen(stack: Stack, stub: AdminStub) -> None:
     stack.call(lambda: stack.controller.change(history=history))
 
 
+def test_a_controller_that_fails_is_not_ready(
+    stack: Stack, stub: AdminStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail() -> Any:
+        raise ConnectionError("the actor died")
+
+    monkeypatch.setattr(stack.controller, "operations", fail)
+    code, words = refusal(lambda: stub.ListOperations(pb.ListOperationsRequest()))
+    assert (code, words) == (grpc.StatusCode.UNAVAILABLE, "the controller does not answer")
+
+
 def test_health_and_reflection_know_the_service(stack: Stack) -> None:
     with grpc.insecure_channel(stack.admin.grpc) as channel:
         health = health_pb2_grpc.HealthStub(channel)
