@@ -345,6 +345,7 @@ class Controller:
                 self.workers.lose(name, "it did not call the restarted controller")
         self._send_keepsake()
         self.recovery.lost({n: self.workers[n].reason for n in names}, now)
+        self._link.end_workers(names)
 
     def _send_keepsake(self) -> None:
         memory = make_memory(self._history, self.workers, self._notes)

@@ -91,6 +91,14 @@ def test_a_degraded_cluster_with_all_experts_serves(moody: Stack) -> None:
     complete(moody, prompt="x", max_tokens=1)
 
 
+def test_a_controller_of_an_older_term_is_not_followed(moody: Stack) -> None:
+    _change(moody, term=3)
+    before = moody.gateway.cluster.snapshot
+    moody.call(lambda: moody.gateway.cluster._accept({**(before or {}), "term": 2, "workers": []}))
+    assert moody.gateway.cluster.snapshot is before
+    assert complete(moody, prompt="x")["choices"]
+
+
 def test_requests_wait_for_a_recovery(moody: Stack) -> None:
     _change(moody, state="RECOVERING")
     assert moody.http.get("/ready").status_code == 503
