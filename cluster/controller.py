@@ -40,9 +40,10 @@ from cluster.control_frames import (
     WorkerReady,
 )
 from cluster.coverage import Holdings, cover
+from cluster.detection import Detection
 from cluster.draining import Draining
 from cluster.errors import ConflictError, ProtocolError
-from cluster.failure import FailureDecision, PeerReport, describe_members, find_silent
+from cluster.failure import FailureDecision, describe_members
 from cluster.generation_round import GenerationRound, Phase
 from cluster.history import History
 from cluster.load_report import LoadReport
@@ -138,7 +139,6 @@ class Controller:
         self._num_slots = num_slots
         self._mode = mode
         self._mode_reason = mode_reason
-        self._settings = settings
         self._link = link
         self._term = term
         self._identity = identity
@@ -148,7 +148,7 @@ class Controller:
         """Expert load of the cluster."""
         self.round = GenerationRound(Generation(number=0, members=()), now, Phase.STALLED)
         self._experts_complete = False
-        self._last_tick = now
+        self.detection = Detection(self, settings, now)
         self.recovery = Recovery(
             self,
             members,
@@ -196,7 +196,7 @@ class Controller:
             case WorkerFailed():
                 self.lost({name: frame.reason}, now)
             case PeerLost():
-                self._peer_lost(name, frame, now)
+                self.detection.peer_lost(name, frame, now)
             case GenerationReady():
                 self._generation_ready(name, frame, now)
             case ExpertsLoaded() if self.recovery.loaded(name, frame, now):
@@ -242,16 +242,13 @@ class Controller:
 
     def tick(self, now: float) -> None:
         """Time has passed: look for limits that are exceeded. Called several times a second."""
-        self._credit_own_pause(now)
+        self.detection.credit_own_pause(now)
         self.draining.tick(now)
         if self.state in (ClusterState.DRAINING, ClusterState.STOPPED):
             return
         self.load.tick(now)
         self.rebalancing.tick(now)
-        self._check_start(now)
-        self._check_silence(now)
-        self._check_answers(now)
-        self._check_reports(now)
+        self.detection.tick(now)
         self.recovery.tick(now)
 
     def stop(self, now: float, reason: str = "stopped") -> None:
@@ -303,7 +300,7 @@ class Controller:
             "rebalance": self.rebalancing.to_dict(),
             "workers": [r.to_dict() for r in self.workers],
             "gateway": [],
-            "problems": self.recovery.problems(self._last_tick),
+            "problems": self.recovery.problems(self.detection.last_tick),
             "recoveries": self.recovery.stalls.to_dict(),
             "history": self._history.to_list(),
         }
@@ -315,8 +312,8 @@ class Controller:
         self.state = ClusterState.RECOVERING
         self._history.restore(adopted.memory.get("history", ()))
         restore_workers(self.workers, adopted)
-        self.recovery.restore(adopted.memory.get("recovery", {}), now)
         self.round = GenerationRound(adopted.generation, now)
+        self.recovery.restore(adopted.memory.get("recovery", {}), now)
         for name, answer in standing_answers(adopted):
             self.round.answer(name, answer)
         missing = [
@@ -367,14 +364,6 @@ class Controller:
             self._history.add(1, now, "start", f"serve with {describe_members(members)}")
             self._begin_generation(members, self.placement, now)
 
-    def _check_start(self, now: float) -> None:
-        limit = self._settings.start_limit_s
-        if self.state is not ClusterState.STARTING or self.round.number > 0:
-            return
-        if now - self.round.began_at > limit:
-            late = [r for r in self.workers.alive() if r.state is not WorkerState.READY]
-            self.lost({r.name: _late_text(r, limit) for r in late}, now)
-
     # ---- generations ----------------------------------------------------------------------
 
     def _begin_generation(
@@ -413,14 +402,14 @@ class Controller:
             self._reform(f"the lease of {record.name} ran out", now)
 
     def _generation_ready(self, name: str, frame: GenerationReady, now: float) -> None:
-        if frame.generation != self.round.number or not self._is_forming:
+        if frame.generation != self.round.number or not self.is_forming:
             return  # an answer to an older generation, overtaken by a newer one
         self.round.answer(name, frame)
         self.run_if_ready(now)
 
     def run_if_ready(self, now: float) -> None:
         """See ``RecoveryHost``."""
-        if not self._is_forming or not self.round.is_complete or self.recovery.reloads.is_pending:
+        if not self.is_forming or not self.round.is_complete or self.recovery.reloads.is_pending:
             return
         highest = self.round.highest_epoch
         if highest > self.placement.epoch:
@@ -450,7 +439,7 @@ class Controller:
         return ClusterState.SERVING if is_full else ClusterState.DEGRADED
 
     @property
-    def _is_forming(self) -> bool:
+    def is_forming(self) -> bool:
         """A generation is announced and does not run yet."""
         return self.round.phase is Phase.FORMING and self._is_up
 
@@ -495,45 +484,6 @@ class Controller:
         sums = self.load.totals()
         keys = set(sums.prefill) & set(sums.decode)
         return {key: sums.counts(key).tolist() for key in keys}
-
-    def _peer_lost(self, name: str, frame: PeerLost, now: float) -> None:
-        suspect = self.workers.find(frame.worker)
-        runs = self._is_forming or self.workers[name].state is WorkerState.SERVING
-        if suspect.is_lost or frame.generation != self.round.number or not runs:
-            return
-        logger.warning("%s has lost %s: %s", name, frame.worker, frame.reason)
-        self.round.report(
-            PeerReport(reporter=name, suspect=frame.worker, reason=frame.reason, at=now)
-        )
-
-    def _check_reports(self, now: float) -> None:
-        roles = {r.name: r.member.role for r in self.workers.alive()}
-        found = self.round.suspect(now, roles, self._settings.confirm_s)
-        if found is not None:
-            self.lost({found.suspect: f"{found.reporter} reports: {found.reason}"}, now)
-
-    def _check_silence(self, now: float) -> None:
-        limit = self._settings.detection_limit_s
-        early = max(limit, self._settings.start_silence_s)
-        starts = self.state is ClusterState.STARTING
-        for loading, most in ((True, early), (False, early if starts else limit)):
-            self.lost(find_silent(now, self.workers.pulses(loading), most), now)
-
-    def _check_answers(self, now: float) -> None:
-        limit = self._settings.generation_limit_s
-        if not self._is_forming or now - self.round.began_at <= limit:
-            return
-        reason = f"did not join generation {self.round.number} within {limit:g} s"
-        self.lost(dict.fromkeys(self.round.late(), reason), now)
-
-    def _credit_own_pause(self, now: float) -> None:
-        """A controller that was itself paused must not blame the workers for the silence."""
-        paused = now - self._last_tick
-        if paused > self._settings.detection_limit_s / 2:
-            logger.warning("the controller did not run for %.1f s", paused)
-            for record in self.workers.alive():
-                record.credit(paused, now)
-        self._last_tick = now
 
     # ---- what a drain and a rebalancing ask for ---------------------------------------------
 
@@ -654,10 +604,3 @@ class Controller:
 
     def _touch(self) -> None:
         self.version += 1
-
-
-def _late_text(record: WorkerRecord, limit_s: float) -> str:
-    return (
-        f"not ready within {limit_s:g} s ({record.state.value}, "
-        f"{record.loaded_bytes} of {record.total_bytes} bytes)"
-    )

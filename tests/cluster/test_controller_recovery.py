@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
-from cluster.control_frames import LoadExperts, NewGeneration, WorkerFailed
-from cluster.controller import ControllerSettings
+from cluster.adoption import Adopted, Adoption
+from cluster.control_frames import (
+    Keepsake,
+    LoadExperts,
+    NewGeneration,
+    Register,
+    Rejoin,
+    WorkerFailed,
+    WorkerReady,
+)
+from cluster.controller import Controller, ControllerSettings
 from cluster.placement import ExpertPlacement
 from tests.fakes_cluster import FakeCluster
 
@@ -294,3 +304,65 @@ def test_nobody_is_started_while_the_cluster_ends(lost: str) -> None:
     lose(cluster, lost)
     cluster.tick(5.0)
     assert cluster.started() == []
+
+
+# ---- a restarted controller -----------------------------------------------------------------
+
+
+def test_a_restarted_controller_knows_what_the_cluster_shall_be() -> None:
+    """One place is empty, and what its experts' only copies are on now is no desired placement."""
+    old = FakeCluster(1, 3)
+    old.serve()
+    lose(old, "expert-1")
+    for name in ("expert-0", "expert-2"):
+        old.answer_loads(name)
+    old.join_all(highest_step=9)
+    assert old.state == "DEGRADED"
+    new = FakeCluster(1, 3, settings=ControllerSettings())
+    keepsake = old.link.last("attention-0", Keepsake)
+    assert keepsake is not None
+    adopted = adopt(old, keepsake.memory)
+    new.controller = Controller(
+        ControllerSettings(),
+        members=adopted.members,
+        placement=adopted.placement,
+        model={},
+        link=new.link,
+        now=new.now,
+        term=adopted.term,
+    )
+    new.controller.adopt(adopted, new.now)
+    assert new.state == "DEGRADED"
+    assert new.controller.recovery.desired.banks == old.placement.banks
+    new.tick(0.2)
+    ((member, placement),) = new.link.started
+    assert member.name == "expert-1.2"
+    assert placement.banks == old.placement.banks
+    lose(new, "expert-2")
+    loaded = new.answer_loads("expert-0")
+    held = old.controller.placement.banks[0].physical_to_logical[2]
+    assert loaded == 2 * len([e for e in held if e >= 0])  # and nothing that it has already
+
+
+def adopt(old: FakeCluster, memory: dict[str, Any]) -> Adopted:
+    """What the workers of a cluster that serves tell the next controller."""
+    adoption = Adoption([m.name for m in old.members], 0.0, limit_s=1.0, confirm_s=0.1)
+    generation = old.controller.generation
+    for member in generation.members:
+        for frame in (
+            Register(member=asdict(member)),
+            WorkerReady(),
+            Rejoin(
+                term=1,
+                generation=generation.to_dict(),
+                placement=old.controller.placement.to_dict(),
+                running=True,
+                highest_step=10,
+                highest_epoch=old.controller.placement.epoch,
+                memory=memory,
+            ),
+        ):
+            adoption.frame(member.name, frame, 0.0)
+    found = adoption.result()
+    assert found is not None
+    return found
