@@ -127,14 +127,17 @@ class BankPlacement:
     ) -> BankPlacement:
         """Fill in what a file may leave out: equal shares, and decode on the lowest device."""
         maps = tuple(tuple(int(e) for e in slots) for slots in physical_to_logical)
-        copies = [sum(e in slots for slots in maps) for e in range(num_experts)]
+        holders: list[list[int]] = [[] for _ in range(num_experts)]
+        for device, slots in enumerate(maps):
+            for e in set(slots):
+                if 0 <= e < num_experts:
+                    holders[e].append(device)
         if split is None:
-            split = [[1.0 / copies[e] if 0 <= e < num_experts else 0.0 for e in s] for s in maps]
-        if decode_device is None:
-            decode_device = [
-                next((d for d, slots in enumerate(maps) if e in slots), -1)
-                for e in range(num_experts)
+            split = [
+                [1.0 / len(holders[e]) if 0 <= e < num_experts else 0.0 for e in s] for s in maps
             ]
+        if decode_device is None:
+            decode_device = [each[0] if each else -1 for each in holders]
         return cls(
             bank=bank,
             layer=layer,

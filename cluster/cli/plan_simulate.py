@@ -73,13 +73,20 @@ def run_simulate(args: argparse.Namespace) -> int:
 
 
 def _text(found: Mapping[Policy, Sequence[SimulatedWindow]]) -> str:
-    """Balancedness window by window, then the means."""
-    policies = list(found)
-    header = ("WINDOW", *(f"{p.upper()}: BALANCEDNESS, MOVED" for p in policies))
-    windows = zip(*found.values(), strict=True)
+    """Every window under every policy, then the means."""
+    head = (
+        "WINDOW",
+        "POLICY",
+        "BALANCEDNESS",
+        "PREFILL MS",
+        "DECODE MS",
+        "SLOTS MOVED",
+        "GB MOVED",
+    )
     rows = [
-        (str(i), *(f"{w.balancedness:.3f}  {w.slots_moved}" for w in each))
-        for i, each in enumerate(windows, start=1)
+        (str(number) if i == 0 else "", policy, *_numbers(window))
+        for number, windows in enumerate(zip(*found.values(), strict=True), start=1)
+        for i, (policy, window) in enumerate(zip(found, windows, strict=True))
     ]
     totals = [
         (
@@ -92,4 +99,18 @@ def _text(found: Mapping[Policy, Sequence[SimulatedWindow]]) -> str:
         for policy, each in found.items()
     ]
     heads = ("POLICY", "BALANCEDNESS", "PREFILL STEP MS", "DECODE STEP MS", "GB MOVED IN ALL")
-    return f"{table(header, rows)}\n\n{table(heads, totals)}"
+    legend = (
+        "BALANCEDNESS: mean over maximum device load, 1 is ideal; the mean over layers. "
+        "PREFILL, DECODE: the experts'\npart of a step, over all layers. MOVED: before the window."
+    )
+    return f"{table(head, rows)}\n\n{table(heads, totals)}\n\n{legend}"
+
+
+def _numbers(window: SimulatedWindow) -> tuple[str, ...]:
+    return (
+        f"{window.balancedness:.3f}",
+        f"{window.prefill_step_s * 1e3:.2f}",
+        f"{window.decode_step_s * 1e3:.2f}",
+        str(window.slots_moved),
+        f"{window.bytes_moved / 1e9:.1f}",
+    )

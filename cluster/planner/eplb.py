@@ -12,6 +12,9 @@ one expert on a device, one slot stays free and the other takes both shares. The
 
 from __future__ import annotations
 
+import heapq
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -63,11 +66,12 @@ def _packed(weights: Floats, num_packs: int) -> list[list[int]]:
     if size == 1:
         return [[i] for i in range(num_packs)]
     packs: list[list[int]] = [[] for _ in range(num_packs)]
-    total = [0.0] * num_packs
+    with_room = [(0.0, pack) for pack in range(num_packs)]
     for item in np.argsort(-weights, kind="stable").tolist():
-        pack = min((p for p in range(num_packs) if len(packs[p]) < size), key=total.__getitem__)
+        total, pack = heapq.heappop(with_room)  # of equally light ones the first
         packs[pack].append(item)
-        total[pack] += float(weights[item])
+        if len(packs[pack]) < size:
+            heapq.heappush(with_room, (total + float(weights[item]), pack))
     return packs
 
 
@@ -122,7 +126,7 @@ def equally_shared(
     bank: str, layer: int, num_experts: int, maps: Sequence[Sequence[int]]
 ) -> BankPlacement:
     """Maps in which copies take equal shares; a second copy on a device joins the first."""
-    copies = [sum(slots.count(e) for slots in map(list, maps)) for e in range(num_experts)]
+    copies = Counter(itertools.chain.from_iterable(maps))
     slots_out, split = [], []
     for slots in map(list, maps):
         kept = [e if e not in slots[:i] else FREE_SLOT for i, e in enumerate(slots)]
