@@ -125,6 +125,13 @@ class EngineClient:
 
     async def run(self) -> str:
         """Keep the stream until it ends; returns why. Cancel it to end it."""
+        reason = await self._run()
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # gRPC swallows one that meets a call's end
+            raise asyncio.CancelledError
+        return reason
+
+    async def _run(self) -> str:
         self._heard_s = time.monotonic()
         async with grpc.aio.insecure_channel(self._address, options=_CHANNEL_OPTIONS) as channel:
             call = EngineStub(channel).Stream(self._messages())

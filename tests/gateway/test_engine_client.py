@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+from typing import Any
 
+import grpc
 import pytest
 
 from cluster.errors import ExpertMeshError, RequestFailedError
@@ -208,6 +211,43 @@ def test_a_wrong_token_is_refused() -> None:
 def test_nobody_there_ends_the_stream() -> None:
     client = _client_to("127.0.0.1:1", CLUSTER_TOKEN)
     assert "UNAVAILABLE" in asyncio.run(asyncio.wait_for(client.run(), WAIT_S))
+
+
+class _SwallowingCall:
+    """As gRPC's when the call ends while it is cancelled: of the two, only the end is told."""
+
+    def __init__(self, messages: object) -> None:
+        self._cancelled = asyncio.Event()
+
+    async def read(self) -> Any:
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._cancelled.wait()
+        none = grpc.aio.Metadata()
+        raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, none, none, "refused", "")
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+
+class _SwallowingStub:
+    def __init__(self, channel: object) -> None:
+        self.Stream = _SwallowingCall
+
+
+def test_a_cancellation_that_meets_the_end_of_the_call_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gateway.engine_client.EngineStub", _SwallowingStub)
+
+    async def end() -> None:
+        task = asyncio.create_task(_client_to("127.0.0.1:1", "t").run())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(end())
 
 
 def test_queues_are_bounded() -> None:
