@@ -52,6 +52,7 @@ _STOP_LIMIT_S = 20.0
 _FIND_LIMIT_S = 5.0
 _REDIRECT_S = 0.5
 _ADOPT_ATTEMPTS = 5
+_ADOPT_LIMIT_S = 40.0
 _ADOPT_PAUSE_S = 1.0
 
 
@@ -381,7 +382,8 @@ class ControllerActor:
     async def _adopt(self) -> None:
         for attempt in range(1, _ADOPT_ATTEMPTS + 1):
             try:
-                await self._find_and_adopt()
+                async with asyncio.timeout(_ADOPT_LIMIT_S):
+                    await self._find_and_adopt()
                 break
             except Exception as err:  # whatever Ray raises: the workers serve, so try again
                 logger.exception("attempt %d to adopt the workers failed", attempt)
