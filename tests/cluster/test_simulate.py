@@ -121,8 +121,10 @@ def test_the_command_compares_policies(
     }
     assert main([*command, "--policy", "mesh"]) == ExitCode.OK
     text = capsys.readouterr().out
-    assert "MESH: BALANCEDNESS, MOVED" in text
-    assert "EPLB" not in text
+    head = ["WINDOW", "POLICY", "BALANCEDNESS", "PREFILL", "MS", "DECODE", "MS", "SLOTS"]
+    assert text.split()[:8] == head
+    assert text.splitlines()[1].split()[:2] == ["1", "mesh"]
+    assert "eplb" not in text
 
 
 def test_a_wrong_line_is_named(trace_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
