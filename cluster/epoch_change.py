@@ -254,3 +254,7 @@ class EpochChange:
     def _fail(self, reason: str) -> None:
         self.state = ChangeState.FAILED
         self.reason = reason
+        for name in sorted({o.member.name for o in self._orders.values()}):
+            order = LoadExperts(order=next(self._numbers), experts=[], source={"kind": "give up"})
+            self._host.send(name, order)
+        self._orders.clear()

@@ -29,6 +29,7 @@ from cluster.load_tracker import LoadTracker, LoadWindow, Source
 from cluster.load_view import achieved_loads, balancedness_of
 from cluster.operations import Operation, Operations, OperationState
 from cluster.placement import ExpertPlacement
+from cluster.planner.base import PlannedTopology
 from cluster.planner.stages import Stage, is_reached, next_stage
 from cluster.rebalance import (
     LoadNow,
@@ -324,15 +325,14 @@ class Rebalancing:
             step=self._step_cost(),
         )
         try:
-            return decide(load, self._topology(), host.placement, settings)
+            return decide(load, self._topology(host.placement), host.placement, settings)
         except ConfigError as err:
             raise ConflictError(f"no placement can be planned: {err}") from err
 
-    def _topology(self) -> Any:
+    def _topology(self, placement: ExpertPlacement) -> PlannedTopology:
+        """The devices that live; on the way they may hold more than is planned for them."""
         spare = self._config.workers.recovery_slots if self._config is not None else 0
-        return planned_topology(
-            self._host.generation.experts, self._host.placement, self._num_slots - spare
-        )
+        return planned_topology(self._host.generation.experts, placement, self._num_slots - spare)
 
     def _load_now(self, window: LoadWindow | None) -> LoadNow | None:
         """The newest window where it says enough, else the average; None without load."""
@@ -422,7 +422,12 @@ class Rebalancing:
             shared = with_shares(host.placement, target)  # nothing moves: shares and homes only
             stage = Stage(fills=(), placement=shared)
         elif stage is not None:
-            shared = resolved(job.profile, self._topology(), stage.placement)
+            try:
+                topology = self._topology(stage.placement)
+                shared = resolved(job.profile, topology, stage.placement)
+            except ConfigError as err:
+                self._end(job, "failed", f"no shares can be planned: {err}", now)
+                return
             stage = replace(stage, placement=shared)
         if stage is None or job.num_stages >= MAX_STAGES:
             self._finish(job, now)

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+from cluster.config import ClusterConfig
 from cluster.control_frames import (
     ControlFrame,
     ExpertsLoaded,
@@ -81,6 +82,7 @@ class FakeCluster:
         num_redundant: int = 0,
         room: int | None = None,
         settings: ControllerSettings | None = None,
+        config: ClusterConfig | None = None,
     ) -> None:
         self.now = 100.0
         self.link = FakeWorkerGroup()
@@ -94,6 +96,10 @@ class FakeCluster:
             link=self.link,
             now=self.now,
             room=room,
+            config=config,
+            load=None if config is None else config.load,
+            num_slots=max(len(row) for row in self.placement.banks[0].physical_to_logical),
+            top_k=2,
             wall_time_offset_s=1_000_000.0,
         )
 

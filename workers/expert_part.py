@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from workers.dist.handshake import PeerIdentity
 from workers.dist.transport import DataTransport
 from workers.experts.loading import CHECKPOINT, ExpertLoader, OpenSource
 from workers.experts.paced import Pace, PacedSlots
-from workers.experts.peer_source import PEER, PacedSource, PeerSource
+from workers.experts.peer_source import GIVE_UP, PEER, PacedSource, PeerSource
 from workers.experts.rate_limit import RateLimit
 from workers.experts.slots import ExpertSlots
 from workers.experts.sources import CheckpointSource, ExpertSource
@@ -65,7 +66,7 @@ class ExpertPart:
         self._args = args
         self._me = me
         self._checkpoint = checkpoint
-        self._ending = threading.Event()
+        self._given_up = threading.Event()
         self.server = ExpertServer(
             transport,
             _paced(args.config.workers, checkpoint.family.banks) or slots,
@@ -84,8 +85,20 @@ class ExpertPart:
         self._loader = ExpertLoader(slots, sources, control.send, max_slots=max_slots)
 
     def order(self, order: LoadExperts) -> None:
-        """Load experts in the background. Any thread."""
-        self._loader.order(order)
+        """Load experts in the background. Control thread.
+
+        Orders with a ``limit_s`` are moves: those that are not done yet are given up when the
+        controller says so (kind ``give up``), or by ``give_up_moves``.
+        """
+        if order.source.get("kind") == GIVE_UP:
+            self.give_up_moves()
+            return
+        self._loader.order(replace(order, source={**order.source, GIVE_UP: self._given_up}))
+
+    def give_up_moves(self) -> None:
+        """What a move was to change is not wanted any more. Control thread."""
+        given_up, self._given_up = self._given_up, threading.Event()
+        given_up.set()
 
     def facts(self) -> dict[str, int]:
         """For ``WorkerReady``: slots, and bytes of an expert of the largest bank."""
@@ -101,7 +114,7 @@ class ExpertPart:
 
     def close(self) -> None:
         """End loading."""
-        self._ending.set()
+        self.give_up_moves()
         self._loader.close()
 
     # ---- where further experts come from ----------------------------------------------------
@@ -112,20 +125,21 @@ class ExpertPart:
         return RateLimit(
             float(bytes_per_s) if bytes_per_s else None,
             limit_s=float(limit_s) if limit_s else None,
-            cancelled=self._ending,
+            cancelled=source[GIVE_UP] if limit_s else None,
         )
 
     def _open_checkpoint(self, source: Mapping[str, Any]) -> ExpertSource:
         return PacedSource(CheckpointSource(self._checkpoint.another()), self._rate(source))
 
     def _open_peer(self, source: Mapping[str, Any]) -> ExpertSource:
+        rate = self._rate(source)
         connect = partial(
             WeightClient,
             str(source["peer"]),
             str(source["address"]),
             self._me,
             self._args.config.cluster_token,
-            rate=self._rate(source),
+            rate=rate,
             timeout_s=self._args.config.transport.connect_timeout_s,
         )
-        return PeerSource(connect)
+        return PeerSource(connect, rate)

@@ -378,6 +378,8 @@ class WorkerRuntime(ABC):
             return
         self._frames.append(frame)
         if isinstance(frame, NewGeneration):
+            if self._experts is not None:
+                self._experts.give_up_moves()
             self._order = frame
             self._interrupt(int(frame.generation["number"]))
         elif isinstance(frame, Shutdown):

@@ -69,6 +69,11 @@ def begin(host: Host, limits: ChangeLimits | None = None) -> EpochChange:
     return EpochChange(host, stage(host), itertools.count(1), limits or ChangeLimits(), 100.0)
 
 
+def state_of(change: EpochChange) -> ChangeState:
+    """Asked anew each time."""
+    return change.state
+
+
 def load_all(host: Host, change: EpochChange, error: str = "") -> None:
     for name, order in host.orders():
         change.loaded(name, ExpertsLoaded(order=order.order, error=error, num_bytes=10), 101.0)
@@ -82,7 +87,7 @@ def prepare_all(host: Host, change: EpochChange) -> None:
 def test_it_loads_tells_everyone_and_switches() -> None:
     host = Host()
     change = begin(host, ChangeLimits(limit_s=20.0, bytes_per_s=5e6))
-    assert change.state is ChangeState.LOAD
+    assert state_of(change) is ChangeState.LOAD
     wanted = {(f.device, f.bank, f.slot, f.expert) for f in change.stage.fills}
     ordered = set()
     devices = {m.name: m.device for m in host.members}
@@ -97,7 +102,7 @@ def test_it_loads_tells_everyone_and_switches() -> None:
     assert ordered == wanted
     assert {"worker": "expert-0", "from": "expert-1"} in change.loading
     load_all(host, change)
-    assert change.state is ChangeState.PREPARE
+    assert state_of(change) is ChangeState.PREPARE
     assert change.num_loaded == len(wanted)
     assert change.num_bytes == 10 * len(host.orders())
     for member in host.members:
@@ -106,13 +111,13 @@ def test_it_loads_tells_everyone_and_switches() -> None:
         assert (frame.generation, frame.epoch, frame.base_epoch) == (4, 8, 7)
         assert [place for place, _ in frame.banks] == [0, 1]
     prepare_all(host, change)
-    assert change.state is ChangeState.SWITCH
-    order = host.link.last("attention-0", SwitchEpoch)
-    assert order == SwitchEpoch(generation=4, epoch=8, oldest_epoch=8)
+    assert state_of(change) is ChangeState.SWITCH
+    switch = host.link.last("attention-0", SwitchEpoch)
+    assert switch == SwitchEpoch(generation=4, epoch=8, oldest_epoch=8)
     assert host.link.last("attention-1", SwitchEpoch) is None
     assert host.placement.epoch == 7
     change.switched(EpochSwitched(generation=4, epoch=8, step=31))
-    assert change.state is ChangeState.DONE
+    assert state_of(change) is ChangeState.DONE
     assert host.placement == change.stage.placement
 
 
@@ -120,7 +125,7 @@ def test_nothing_to_load_is_told_at_once() -> None:
     host = Host()
     same = Stage(fills=(), placement=replace(host.placement, epoch=8))
     change = EpochChange(host, same, itertools.count(1), ChangeLimits(), 100.0)
-    assert change.state is ChangeState.PREPARE
+    assert state_of(change) is ChangeState.PREPARE
     frame = host.link.last("expert-2", NewEpoch)
     assert frame is not None
     assert frame.banks == []
@@ -141,9 +146,9 @@ def test_another_source_is_tried_and_the_checkpoint_last() -> None:
         tried.append(str(newest.source.get("peer")))
         order = newest
     assert order.source == {"kind": "checkpoint", "limit_s": 115.0}
-    assert change.state is ChangeState.LOAD
+    assert state_of(change) is ChangeState.LOAD
     change.loaded(name, ExpertsLoaded(order=order.order, error="no such file"), 106.0)
-    assert change.state is ChangeState.FAILED
+    assert state_of(change) is ChangeState.FAILED
     assert change.reason == f"{name}: no such file"
     assert host.placement.epoch == 7
 
@@ -157,7 +162,7 @@ def test_what_takes_too_long_is_given_up(at: str) -> None:
     change.tick(105.0)
     assert not change.is_over
     change.tick(105.1)
-    assert change.state is ChangeState.FAILED
+    assert state_of(change) is ChangeState.FAILED
     assert "within 5 s" in change.reason
     prepare_all(host, change)  # too late
     assert host.link.last("attention-0", SwitchEpoch) is None
@@ -169,7 +174,7 @@ def test_an_ordered_switch_is_waited_for() -> None:
     load_all(host, change)
     prepare_all(host, change)
     change.tick(900.0)
-    assert change.state is ChangeState.SWITCH
+    assert state_of(change) is ChangeState.SWITCH
     assert not change.cancel("somebody asked")
 
 
@@ -183,7 +188,7 @@ def test_a_new_generation_ends_it(at: str) -> None:
         prepare_all(host, change)
     host.generation = Generation(number=5, members=host.members[:-1])
     change.tick(101.0)
-    assert change.state is ChangeState.FAILED
+    assert state_of(change) is ChangeState.FAILED
     assert change.reason == "generation 5 began"
     change.switched(EpochSwitched(generation=4, epoch=8, step=9))
     assert host.placement.epoch == 7
@@ -194,7 +199,7 @@ def test_a_worker_that_cannot_run_it_ends_it() -> None:
     change = begin(host)
     load_all(host, change)
     change.ready("expert-1", EpochReady(generation=4, epoch=8, error="no maps"))
-    assert (change.state, change.reason) == (ChangeState.FAILED, "expert-1: no maps")
+    assert (state_of(change), change.reason) == (ChangeState.FAILED, "expert-1: no maps")
 
 
 def test_strangers_and_stale_answers_mean_nothing() -> None:
@@ -208,16 +213,19 @@ def test_strangers_and_stale_answers_mean_nothing() -> None:
     for member in host.members:
         change.ready(member.name, EpochReady(generation=3, epoch=8))
         change.ready(member.name, EpochReady(generation=4, epoch=7))
-    assert change.state is ChangeState.PREPARE
+    assert state_of(change) is ChangeState.PREPARE
     prepare_all(host, change)
     change.switched(EpochSwitched(generation=4, epoch=6, step=1))
-    assert change.state is ChangeState.SWITCH
+    assert state_of(change) is ChangeState.SWITCH
 
 
 def test_it_can_be_cancelled_before_the_switch() -> None:
     host = Host()
     change = begin(host)
     assert change.cancel("somebody asked")
-    assert (change.state, change.reason) == (ChangeState.FAILED, "somebody asked")
+    assert (state_of(change), change.reason) == (ChangeState.FAILED, "somebody asked")
+    asked = {name for name, order in host.orders() if order.experts}
+    told = {name for name, order in host.orders() if order.source["kind"] == "give up"}
+    assert told == asked
     load_all(host, change)
     assert host.link.last("expert-0", NewEpoch) is None

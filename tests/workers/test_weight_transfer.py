@@ -107,7 +107,7 @@ def test_a_source_hands_out_what_arrived(
     server: WeightServer, slots: ExpertSlots, checkpoint: Checkpoint
 ) -> None:
     received = ExpertSlots(checkpoint.family.banks, 8, torch.float32, CPU)
-    source = PeerSource(lambda: connect(server.address))
+    source = PeerSource(lambda: connect(server.address), RateLimit())
     with closing(source):
         for expert in range(8):
             for _ in received.load_expert(1, 7 - expert, expert, source):
@@ -255,7 +255,7 @@ def test_a_move_that_is_given_up_ends_within_a_chunk(
     with closing(connect(server.address, rate=slow)) as client:
         timer = threading.Timer(0.1, cancelled.set)
         timer.start()
-        with pytest.raises(MoveGivenUpError, match="is ending"):
+        with pytest.raises(MoveGivenUpError, match="not wanted any more"):
             client.fetch(checkpoint.family.banks[0], 0, torch.float32)
         timer.join()
     late = RateLimit(1.0, limit_s=0.05)
@@ -264,6 +264,20 @@ def test_a_move_that_is_given_up_ends_within_a_chunk(
         pytest.raises(MoveGivenUpError, match=r"not done within 0.05 s"),
     ):
         client.fetch(checkpoint.family.banks[0], 0, torch.float32)
+
+
+def test_a_move_that_was_given_up_before_it_began_connects_to_nobody(
+    checkpoint: Checkpoint,
+) -> None:
+    given_up = threading.Event()
+    given_up.set()
+
+    def refuse() -> WeightClient:
+        raise AssertionError("connected")
+
+    source = PeerSource(refuse, RateLimit(limit_s=TIMEOUT_S, cancelled=given_up))
+    with pytest.raises(MoveGivenUpError):
+        next(source.weights(checkpoint.family.banks[0], 1, torch.float32))
 
 
 def test_a_server_that_closes_ends_its_connections(

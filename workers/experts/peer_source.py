@@ -16,11 +16,17 @@ PEER = "peer"
 """Kind of the source; needs ``peer``, the worker's name, and ``address`` of its weights."""
 
 
+GIVE_UP = "give up"
+"""Kind of an order that loads nothing: moves that are not done are not wanted any more."""
+
+
 class PeerSource:
     """``ExpertSource`` over one connection, which is opened with the first expert."""
 
-    def __init__(self, connect: Callable[[], WeightClient]) -> None:
+    def __init__(self, connect: Callable[[], WeightClient], rate: RateLimit) -> None:
+        """``rate`` is that of the client, asked before it connects."""
         self._connect = connect
+        self._rate = rate
         self._client: WeightClient | None = None
         self._num_bytes = 0
 
@@ -35,6 +41,7 @@ class PeerSource:
         Raises as ``WeightClient`` does.
         """
         if self._client is None:
+            self._rate.take(0)
             self._client = self._connect()
         matrices = self._client.fetch(bank, expert, dtype)
         self._num_bytes += expert_num_bytes(bank, dtype)

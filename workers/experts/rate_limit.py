@@ -44,6 +44,6 @@ class RateLimit:
         delay_s = self.delay_s(num_bytes)
         left_s = self._ends_at - self._clock()
         if self._cancelled.wait(max(min(delay_s, left_s), 0.0)):
-            raise MoveGivenUpError("the worker is ending")
+            raise MoveGivenUpError("it is not wanted any more")
         if delay_s > left_s:
             raise MoveGivenUpError(f"not done within {self._limit_s:g} s")
