@@ -145,6 +145,30 @@ def test_every_kind_of_request_goes_on_as_if_nothing_had_been() -> None:
             assert mine == other, name
 
 
+async def ask_some(gateway: Gateway, died: DieAt) -> list[Any]:
+    """Calls that are under way when the worker dies, and one that comes while there is none."""
+    asked = [
+        asyncio.create_task(generate(gateway, name, fields)) for name, fields in calls(0).items()
+    ]
+    while died.number and (gateway.cluster.snapshot or {})["state"] != "RECOVERING":
+        await asyncio.sleep(0.01)
+    fields = dataclasses.replace(PLAIN, prompts=(prompt(9, 99),), seed=4)
+    late = generate(gateway, "late", fields)
+    return [*await asyncio.gather(*asked), await late]
+
+
+def test_requests_of_the_only_worker_wait_for_the_one_in_its_place() -> None:
+    found = []
+    for number in (0, 20):
+        died = DieAt(number)
+        cluster = ThreadCluster(row_config(1, 1), PoisonedGroup(died))
+        with serving(cluster), gateway_of(cluster) as gateway:
+            found.append(gateway.run(ask_some(gateway.gateway, died)))
+            assert (gateway.num_resubmitted > 0) is (number > 0)
+            cluster.wait(lambda snapshot: blocks_held(snapshot) == 0, fresh=True)
+    assert found[0] == found[1]
+
+
 class HeldGroup(PoisonedGroup):
     """A worker dies in its ``number``-th marked step; the next generation waits to be let go."""
 
