@@ -81,6 +81,11 @@ class ClusterGateway:
         while self._gateway.not_ready_reasons() or not self._has_all_streams():
             await asyncio.sleep(0.01)
 
+    @property
+    def core(self) -> Gateway:
+        """What codecs are built around."""
+        return self._gateway
+
     async def stop(self) -> None:
         """End the streams."""
         self._view.stop()

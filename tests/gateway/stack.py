@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 
 from cluster.config import ClusterConfig, EngineSection, GatewaySection, ModelSection
 from gateway.admin_api import AdminApi
@@ -133,27 +134,32 @@ class Stack:
         self._closers.append(self.admin.stop)
 
     async def _start_http(self) -> None:
-        config = uvicorn.Config(
-            build_http_app(self.gateway),
-            host="127.0.0.1",
-            port=0,
-            log_config=None,
-            lifespan="off",
-            ws="none",
-            timeout_graceful_shutdown=1,
-        )
-        server = uvicorn.Server(config)
-        task = asyncio.create_task(server._serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url, stop = await start_http(build_http_app(self.gateway))
+        self._closers.append(stop)
 
-        async def stop_http() -> None:
-            server.should_exit = True
-            await asyncio.wait_for(task, WAIT_S)
 
-        self._closers.append(stop_http)
+async def start_http(app: FastAPI) -> tuple[str, Callable[[], Coroutine[Any, Any, None]]]:
+    """Serve an application on a free loopback port; its URL, and what ends it."""
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=0,
+        log_config=None,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server._serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+
+    async def stop_http() -> None:
+        server.should_exit = True
+        await asyncio.wait_for(task, WAIT_S)
+
+    return f"http://127.0.0.1:{port}", stop_http
 
 
 @contextlib.contextmanager
