@@ -162,6 +162,23 @@ def test_shares_are_solved_without_touching_slots() -> None:
     )
 
 
+def test_a_stage_may_hold_more_than_is_planned() -> None:
+    """On the way recovery slots are used; the shares are solved for what is there."""
+    now = current(num_redundant=1)
+    more = tuple(
+        with_slots(
+            b, [[*row, e] for row, e in zip(b.physical_to_logical, (9, 13, 1, 5), strict=True)]
+        )
+        for b in now.banks
+    )
+    stage = replace(now, banks=more)
+    assert all(len(row) == 6 for b in stage.banks for row in b.physical_to_logical)
+    better = resolved(profile(2), planned_topology(MEMBERS, stage, 5), stage)
+    assert [b.physical_to_logical for b in better.banks] == [b.physical_to_logical for b in more]
+    with pytest.raises(ConfigError):
+        resolved(profile(2), planned_topology(MEMBERS, now, 5), stage)
+
+
 @pytest.mark.parametrize(
     ("workers", "reason"),
     [
