@@ -179,6 +179,12 @@ class ClusterView:
             listener(snapshot)
 
 
+def drained_workers(snapshot: Snapshot) -> frozenset[str]:
+    """Workers that were taken out on purpose."""
+    workers = snapshot.get("workers", ())
+    return frozenset(worker["name"] for worker in workers if worker["state"] == "DRAINED")
+
+
 def attention_endpoints(snapshot: Snapshot) -> list[AttentionEndpoint]:
     """The workers of the current generation that run attention and take streams."""
     return [

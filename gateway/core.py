@@ -22,7 +22,7 @@ from cluster.errors import (
 from gateway.admission import Admission
 from gateway.auth import KeyRing
 from gateway.call import CallKind, GenerateCall, GenerateFields
-from gateway.cluster_view import ClusterView, attention_endpoints
+from gateway.cluster_view import ClusterView, attention_endpoints, drained_workers
 from gateway.engine_pool import EnginePool
 from gateway.field_checks import check_fields
 from gateway.generation import Generation
@@ -84,7 +84,11 @@ class Gateway:
         self._admission: Admission | None = None
         self._facts: ModelFacts | None = None
         self._draw_seed = _seed_source(config.engine.seed, name)
-        cluster.listen(lambda snapshot: engines.update(attention_endpoints(snapshot)))
+        cluster.listen(
+            lambda snapshot: engines.update(
+                attention_endpoints(snapshot), drained_workers(snapshot)
+            )
+        )
         engines.on_resubmit = self._observe_resubmitted
 
     @property

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from cluster.errors import NotReadyError, PoisonousRequestError
 from gateway.cluster_view import AttentionEndpoint
@@ -70,13 +70,16 @@ class EnginePool:
         ready = (client for client in self._clients.values() if client.hello is not None)
         return sorted(ready, key=lambda client: client.worker)
 
-    def update(self, endpoints: Sequence[AttentionEndpoint]) -> None:
-        """Open streams to new workers, and drop those that are not listed any more."""
+    def update(self, endpoints: Sequence[AttentionEndpoint], drained: Collection[str] = ()) -> None:
+        """Open streams to new workers, and drop those that are not listed any more.
+
+        Workers that were ``drained`` have not died with their requests.
+        """
         for gone in set(self._keepers) - set(endpoints):
             logger.info("%s left the generation: stream dropped", gone.name)
             self._keepers.pop(gone).cancel()
             if (client := self._clients.pop(gone.name, None)) is not None:
-                self._lose(client, "the worker left the generation")
+                self._lose(client, "the worker left the generation", gone.name not in drained)
         for endpoint in endpoints:
             if endpoint not in self._keepers:
                 self._keepers[endpoint] = asyncio.create_task(self._keep(endpoint))
@@ -176,7 +179,7 @@ class EnginePool:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _lose(self, client: EngineClient, reason: str) -> None:
+    def _lose(self, client: EngineClient, reason: str, has_died: bool = True) -> None:
         """A stream is of no use any more: others go on with its requests."""
         self._kv.drop(client.worker)
         for entry in client.take_submissions():
@@ -185,12 +188,14 @@ class EnginePool:
                 entry.sink.fail(NotReadyError(f"the gateway ends ({reason})", "not_ready", 1.0))
                 continue
             logger.warning("request %s was lost with %s: %s", name, client.worker, reason)
-            if entry.is_alone:
+            if entry.is_alone and has_died:
                 error = f"a third worker in a row was lost with request {name}: {reason}"
                 entry.close()
                 entry.sink.fail(PoisonousRequestError(error))
                 continue
-            entry.lose()
+            if has_died:
+                entry.lose()
+            entry.is_alone = False
             self._waiting.append(entry)
         self._place_waiting()
         self._notify()

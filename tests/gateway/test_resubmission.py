@@ -43,13 +43,16 @@ class Workers:
         )
         return engine
 
-    def publish(self, state: str, without: str = "") -> None:
+    def publish(self, state: str, without: str = "", drained: str = "") -> None:
         """A snapshot with all workers that were not stopped."""
         entries = [
             attention_entry(engine, rank)
             for rank, engine in enumerate(self.engines.values())
             if engine.name != without and engine.address
         ]
+        for entry in entries:
+            if entry["name"] == drained:
+                entry["state"] = "DRAINED"
         self.stack.call(lambda: self.stack.controller.change(state=state, workers=entries))
         wanted = self.stack.controller.state["version"]
         view = self.stack.gateway.cluster
@@ -271,6 +274,7 @@ def test_a_worker_outside_the_generation_is_dropped_though_its_stream_is_open(
     other.pause_after = None
     assert answer.result(WAIT_S)["choices"][0]["text"] == "0abcdefghijk"
     assert [len(ids) for ids in other.requests[0].output_so_far] == [4]
+    assert other.requests[0].num_deaths == 1
 
 
 def test_what_a_draining_worker_hands_back_goes_on_elsewhere(workers: Workers) -> None:
@@ -281,6 +285,14 @@ def test_what_a_draining_worker_hands_back_goes_on_elsewhere(workers: Workers) -
     assert [choice["text"] for choice in answers] == ["0abcdefghijk"] * 2
     assert [request.attempt for request in other.requests] == [1]
     assert engine.aborts == [(other.requests[0].request_id, ())]
+
+
+def test_a_drained_worker_has_not_died_with_its_requests(workers: Workers) -> None:
+    engine, answer = _pause(workers)
+    other = workers.add(script=ALPHABET)
+    workers.publish("DEGRADED", drained=engine.name)
+    assert answer.result(WAIT_S)["choices"][0]["text"] == "0abcdefghijk"
+    assert [request.num_deaths for request in other.requests] == [0]
 
 
 def test_a_refused_request_comes_back_until_it_is_taken(workers: Workers) -> None:
