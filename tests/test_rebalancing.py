@@ -151,7 +151,8 @@ def follow(cluster: ServingCluster, num_changes: int, num_tokens: int = 60) -> d
 def check_followed(cluster: ServingCluster, snapshot: dict[str, Any], num_changes: int) -> None:
     rebalance = snapshot["rebalance"]
     counts = rebalance["counts"]
-    assert counts["outcomes"]["failed"] == 0
+    if cluster.config.workers.recovery_slots:  # else there may be no slot to begin with
+        assert counts["outcomes"]["failed"] == 0
     assert counts["slots_moved"] > 0
     assert counts["bytes"] >= counts["slots_moved"] * 1000
     assert snapshot["placement_epoch"] > num_changes
