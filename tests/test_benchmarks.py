@@ -45,7 +45,7 @@ def test_rebalancing_tells_what_clients_saw() -> None:
         {"at": 12.0, "epoch": 1, "phase": "stage 1", "moves": True, "last": None},
         {"at": 14.0, "epoch": 3, "phase": "", "moves": False, "last": last},
     ]
-    shifted = tokens((0, 10, 0.1), (10, 12, 0.2), (12, 14, 0.25), (14, 30, 0.1))
+    shifted = tokens((0, 10, 0.1), (10, 12, 0.2), (12, 14, 0.25), (14, 30, 0.2))
     found = {
         "shift": {"tokens": shifted, "marks": [0.0, 10.0], "events": events},
         "fresh": {"tokens": tokens((0, 9, 0.1)), "marks": [0.0], "events": []},
@@ -54,8 +54,9 @@ def test_rebalancing_tells_what_clients_saw() -> None:
     text = rebalancing.report(case, found)
     assert "| second domain, before the first change | 5 | 200.0 | 200.0 |" in text
     assert "| second domain, while a change is under way | 4 | 250.0 | 250.0 |" in text
-    assert "Recovered to 1.000 of" in text
-    assert "is 1.25 of the p99 before them" in text
+    assert "| second domain, while none is | 5 | 200.0 | 200.0 |" in text
+    assert "Recovered to 0.500 of" in text
+    assert "is 1.25 of the p99 while none is" in text
     assert "- epoch 3: filled 4 slots" in text
     assert rebalancing.plot(case, found).count("<rect") == 2
 
