@@ -37,7 +37,7 @@ _MOVE_SLOWDOWN = 0.1
 """Share of serving that is lost while weights are on their way."""
 _SWITCH_S = 0.05
 """What a new epoch costs: telling all workers, and an empty step at worst."""
-_LEAST_GAIN = 0.005
+_LEAST_GAIN = 0.015
 """Share of the step time below which a prediction is noise."""
 
 
