@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import pytest
 
 from cluster.config import EngineSection
 from cluster.model_source import bundled_checkpoint
+from tests.fault_rows import FORMS, Form
 from workers.local_engine import LocalEngine
 from workers.request import SamplingParams
 
@@ -27,6 +31,7 @@ HEAD = "10.77.0.10"
 PROMPT = "ROMEO:\nWhat light is this"
 NUM_TOKENS = 24
 TIMEOUT_S = 240.0
+DETECTION_LIMIT_S = 4.0
 NEEDED = ("unshare", "nsenter", "ip", "bridge")
 
 CLIENT = """
@@ -35,6 +40,26 @@ body = sys.stdin.buffer.read() or None
 headers = {"Content-Type": "application/json"}
 request = urllib.request.Request(sys.argv[1], data=body, headers=headers)
 sys.stdout.buffer.write(urllib.request.urlopen(request, timeout=240).read())
+"""
+
+
+STREAMER = """
+import json, sys, threading, urllib.request
+url, num_streams, num_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+lock = threading.Lock()
+def read(i):
+    body = {"prompt": f"ROMEO {i}:", "max_tokens": num_tokens, "temperature": i % 2, "seed": i,
+            "ignore_eos": True, "stream": True, "return_token_ids": True}
+    headers = {"Content-Type": "application/json"}
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(url + "/v1/completions", data=data, headers=headers)
+    for line in urllib.request.urlopen(request, timeout=100):
+        if line.startswith(b"data: {"):
+            with lock:
+                print(i, line[6:].decode(), end="", flush=True)
+threads = [threading.Thread(target=read, args=(i,)) for i in range(num_streams)]
+for thread in threads:
+    thread.start()
 """
 
 
@@ -72,6 +97,10 @@ class Hosts:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    def mute(self, host: str) -> None:
+        """Drop all its frames from now on, without a sign to anybody."""
+        self.run("mute", host)
+
     def start(self, host: str, *words: str, log: Path) -> subprocess.Popen[str]:
         """Start a program on a host, in a process group of its own."""
         with log.open("w") as errors:
@@ -107,26 +136,91 @@ def hosts() -> Iterator[Hosts]:
             made.run("down")
 
 
-def test_three_hosts_answer_with_the_local_engines_tokens(hosts: Hosts, tmp_path: Path) -> None:
-    log = tmp_path / "serve.log"
+@pytest.fixture(scope="module")
+def url(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A served cluster with a worker on each host, where each expert has two copies."""
+    log = tmp_path_factory.mktemp("served") / "serve.log"
     words = ["-m", "cluster.cli.main", "serve", "--address", f"{HEAD}:6379", "--host", HEAD]
     words += ["--allow-unauthenticated", "--dtype", "float32", "--deterministic"]
+    words += ["--num-redundant-experts", "64", "--detection-limit-s", f"{DETECTION_LIMIT_S:g}"]
     server = hosts.start("h0", sys.executable, *words, log=log)
     try:
         assert server.stdout is not None
         ready = server.stdout.readline()
         assert ready.startswith("expertmesh ready http="), log.read_text()
-        url = ready.split("http=")[1].split()[0]
-        status = hosts.fetch("h1", f"{url}/cluster/v1/status")
-        assert len({w["node"] for w in status["workers"]}) == 3
-        body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0}
-        answer = hosts.fetch("h2", f"{url}/v1/completions", body | {"return_token_ids": True})
-        choice = answer["choices"][0]
-        section = EngineSection(deterministic=True)
-        local = LocalEngine(bundled_checkpoint(), dtype="float32", section=section)
-        params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0)
-        (expected,) = local.generate([choice["prompt_token_ids"]], params)
-        assert tuple(choice["token_ids"]) == expected.token_ids
+        yield ready.split("http=")[1].split()[0]
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.communicate(timeout=TIMEOUT_S)
+
+
+@dataclass(slots=True)
+class Streams:
+    """What the clients of a run got, by stream."""
+
+    tokens: dict[int, list[int]]
+    reasons: dict[int, str]
+    longest_gap_s: float = 0.0
+    """Longest time in which one stream had no news."""
+
+
+def stream(hosts: Hosts, url: str, log: Path, form: Form, then: Callable[[], None]) -> Streams:
+    """Serve streams to clients on the head's host; ``then`` is called under way."""
+    words = [sys.executable, "-c", STREAMER, url, str(form.num_streams), str(form.num_tokens)]
+    clients = hosts.start("h0", *words, log=log)
+    found = Streams(defaultdict(list), {})
+    heard: dict[int, float] = {}
+    left = form.num_streams * form.num_tokens // 3
+    assert clients.stdout is not None
+    for line in clients.stdout:
+        number, _, text = line.partition(" ")
+        choice, now = json.loads(text)["choices"][0], time.monotonic()
+        found.longest_gap_s = max(found.longest_gap_s, now - heard.get(int(number), now))
+        heard[int(number)] = now
+        tokens = choice.get("token_ids") or []
+        found.tokens[int(number)] += tokens
+        if choice["finish_reason"]:
+            found.reasons[int(number)] = choice["finish_reason"]
+        if left > 0 >= left - len(tokens):
+            then()
+        left -= len(tokens)
+    assert clients.wait(TIMEOUT_S) == 0, log.read_text()
+    assert set(found.reasons.values()) == {"length"}
+    assert {len(tokens) for tokens in found.tokens.values()} == {form.num_tokens}
+    return found
+
+
+def test_three_hosts_answer_with_the_local_engines_tokens(hosts: Hosts, url: str) -> None:
+    status = hosts.fetch("h1", f"{url}/cluster/v1/status")
+    assert len({w["node"] for w in status["workers"]}) == 3
+    body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0}
+    answer = hosts.fetch("h2", f"{url}/v1/completions", body | {"return_token_ids": True})
+    choice = answer["choices"][0]
+    section = EngineSection(deterministic=True)
+    local = LocalEngine(bundled_checkpoint(), dtype="float32", section=section)
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0)
+    (expected,) = local.generate([choice["prompt_token_ids"]], params)
+    assert tuple(choice["token_ids"]) == expected.token_ids
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_silenced_host_with_experts_costs_no_stream(
+    hosts: Hosts, url: str, tmp_path: Path, form: Form
+) -> None:
+    """Frames to and from it are dropped; after its healing it disturbs nobody."""
+    workers = hosts.fetch("h0", f"{url}/cluster/v1/status")["workers"]
+    serving = [w for w in workers if w["role"] == "expert" and w["state"] == "SERVING"]
+    elsewhere = [w for w in serving if w["node"] != HEAD]
+    if len(serving) < 2 or not elsewhere:
+        pytest.skip("the hosts were used up by another form")
+    silenced = elsewhere[0]
+    host = f"h{int(silenced['node'].rpartition('.')[2]) - 10}"
+    log = tmp_path / "clients.log"
+    calm = stream(hosts, url, log, form, lambda: None)
+    hit = stream(hosts, url, log, form, lambda: hosts.mute(host))
+    assert hit.tokens == calm.tokens
+    print(f"longest gap {hit.longest_gap_s:.2f} s, limit {DETECTION_LIMIT_S:g} s")
+    workers = hosts.fetch("h0", f"{url}/cluster/v1/status")["workers"]
+    assert {w["name"]: w["state"] for w in workers}[silenced["name"]] == "LOST"
+    hosts.run("heal", host)
+    assert stream(hosts, url, log, form, lambda: None).tokens == calm.tokens
