@@ -167,24 +167,24 @@ class Streams:
 def stream(hosts: Hosts, url: str, log: Path, form: Form, then: Callable[[], None]) -> Streams:
     """Serve streams to clients on the head's host; ``then`` is called under way."""
     words = [sys.executable, "-c", STREAMER, url, str(form.num_streams), str(form.num_tokens)]
-    clients = hosts.start("h0", *words, log=log)
     found = Streams(defaultdict(list), {})
     heard: dict[int, float] = {}
     left = form.num_streams * form.num_tokens // 3
-    assert clients.stdout is not None
-    for line in clients.stdout:
-        number, _, text = line.partition(" ")
-        choice, now = json.loads(text)["choices"][0], time.monotonic()
-        found.longest_gap_s = max(found.longest_gap_s, now - heard.get(int(number), now))
-        heard[int(number)] = now
-        tokens = choice.get("token_ids") or []
-        found.tokens[int(number)] += tokens
-        if choice["finish_reason"]:
-            found.reasons[int(number)] = choice["finish_reason"]
-        if left > 0 >= left - len(tokens):
-            then()
-        left -= len(tokens)
-    assert clients.wait(TIMEOUT_S) == 0, log.read_text()
+    with hosts.start("h0", *words, log=log) as clients:
+        assert clients.stdout is not None
+        for line in clients.stdout:
+            number, _, text = line.partition(" ")
+            choice, now = json.loads(text)["choices"][0], time.monotonic()
+            found.longest_gap_s = max(found.longest_gap_s, now - heard.get(int(number), now))
+            heard[int(number)] = now
+            tokens = choice.get("token_ids") or []
+            found.tokens[int(number)] += tokens
+            if choice["finish_reason"]:
+                found.reasons[int(number)] = choice["finish_reason"]
+            if left > 0 >= left - len(tokens):
+                then()
+            left -= len(tokens)
+        assert clients.wait(TIMEOUT_S) == 0, log.read_text()
     assert set(found.reasons.values()) == {"length"}
     assert {len(tokens) for tokens in found.tokens.values()} == {form.num_tokens}
     return found
