@@ -80,6 +80,9 @@ def raise_poison(group: ThreadWorkerGroup) -> None:
 
 
 def stop_an_expert_worker(group: ThreadWorkerGroup) -> None:
-    """Another worker dies: the first expert worker that lives."""
-    name = min(name for name in group.runtimes if name.startswith("expert-"))
+    """Another worker dies: the first expert worker of the start that lives.
+
+    Never one that takes the place of another: it may not be in the step yet.
+    """
+    name = min(n for n in group.runtimes if n.startswith("expert-") and "." not in n)
     group.runtimes.pop(name).stop()
