@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cluster.config import GatewaySection
 from cluster.errors import RequestError
 from gateway.call import CallKind, ChatInput, GenerateFields
@@ -201,3 +203,18 @@ def check_range(
     bounds = f"{'above' if above else 'at least'} {low} and at most {high}"
     shown = str(value) if len(str(value)) <= 32 else f"{str(value)[:32]}..."
     require(is_inside, name, f"{name} ({shown}) must be {bounds}")
+
+
+def is_deeper(data: object, max_depth: int) -> bool:
+    """Whether objects and arrays are nested in each other more than ``max_depth`` deep."""
+    level: list[Any] = [data]
+    for _ in range(max_depth):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True

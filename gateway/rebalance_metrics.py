@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
+
+from gateway.snapshot_metrics import SnapshotCollector, buckets_of
 
 _REASON = "rebalance"
 
 
-class RebalanceCollector(Collector):
-    """The counts in the controller's snapshot, read at each scrape.
-
-    Args:
-        model_name: label of every series.
-        prefix: in front of every name.
-        snapshot: the controller's latest, None while there is none.
-    """
-
-    def __init__(
-        self,
-        model_name: str,
-        prefix: str,
-        snapshot: Callable[[], Mapping[str, Any] | None],
-    ) -> None:
-        self._model_name = model_name
-        self._prefix = prefix
-        self._snapshot = snapshot
-
-    def describe(self) -> list[Metric]:
-        """Nothing is fixed beforehand."""
-        return []
+class RebalanceCollector(SnapshotCollector):
+    """The counts in the controller's snapshot."""
 
     def collect(self) -> Iterator[Metric]:
         """Nothing while the controller has not been heard of."""
@@ -64,7 +45,6 @@ class RebalanceCollector(Collector):
             "From the decision to the last epoch",
             labels=("model_name", "reason"),
         )
-        buckets = [(str(float(limit)), count) for limit, count in seconds["buckets"]]
-        buckets.append(("+Inf", seconds["count"]))
+        buckets = buckets_of(seconds["buckets"], seconds["count"])
         family.add_metric((self._model_name, _REASON), buckets, sum_value=seconds["sum"])
         return family

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
+
+from gateway.snapshot_metrics import SnapshotCollector, buckets_of
 
 _STATES = ("STARTING", "SERVING", "DEGRADED", "RECOVERING", "DRAINING", "STOPPED")
 
 
-class RecoveryCollector(Collector):
-    """State and counts in the controller's snapshot, read at each scrape.
-
-    Args:
-        model_name: label of every series.
-        prefix: in front of every name.
-        snapshot: the controller's latest, None while there is none.
-    """
-
-    def __init__(
-        self,
-        model_name: str,
-        prefix: str,
-        snapshot: Callable[[], Mapping[str, Any] | None],
-    ) -> None:
-        self._model_name = model_name
-        self._prefix = prefix
-        self._snapshot = snapshot
-
-    def describe(self) -> list[Metric]:
-        """Nothing is fixed beforehand."""
-        return []
+class RecoveryCollector(SnapshotCollector):
+    """State and counts in the controller's snapshot."""
 
     def collect(self) -> Iterator[Metric]:
         """Nothing while the controller has not been heard of."""
@@ -52,8 +32,7 @@ class RecoveryCollector(Collector):
         )
         for cause, found in (snapshot.get("recoveries") or {}).items():
             total.add_metric((self._model_name, cause), found["count"])
-            buckets = [(str(float(limit)), count) for limit, count in found["buckets"]]
-            buckets.append(("+Inf", found["count"]))
+            buckets = buckets_of(found["buckets"], found["count"])
             stalls.add_metric((self._model_name, cause), buckets, sum_value=found["sum"])
         yield total
         yield stalls

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.errors import RequestError, UnsupportedParameterError
+from gateway.field_checks import is_deeper
 
 STRICT = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 """Of all bodies."""
@@ -190,7 +191,8 @@ def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
         raise RequestError(f"the body is not valid JSON: {reason}", code="json_invalid") from err
     if not isinstance(data, dict):
         raise RequestError("the body must be a JSON object", code="json_invalid")
-    _check_depth(data, max_depth)
+    if is_deeper(data, max_depth):
+        raise _too_deep(max_depth)
     return data
 
 
@@ -281,20 +283,6 @@ _UNBUILT_STRUCTURED = (
     "disable_additional_properties",
 )
 """The same within ``structured_outputs``; null and false change nothing."""
-
-
-def _check_depth(data: object, max_depth: int) -> None:
-    level: list[Any] = [data]
-    for _ in range(max_depth):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
-        if not level:
-            return
-    raise _too_deep(max_depth)
 
 
 def _too_deep(max_depth: int) -> RequestError:

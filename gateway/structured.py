@@ -8,11 +8,12 @@ word.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import RequestError, UnsupportedParameterError
+from gateway.field_checks import is_deeper
 from workers.request import Grammar, GrammarKind
 
 MAX_GRAMMAR_BYTES = 64 * 1024
@@ -110,7 +111,8 @@ def _schema(schema: Any, field: str) -> Grammar:
         schema = _parse(schema, field)
     if not isinstance(schema, dict):
         raise RequestError(f"{field} must be a JSON schema: an object", field)
-    _check_depth(schema, field)
+    if is_deeper(schema, MAX_SCHEMA_DEPTH):
+        raise _too_deep(field)
     try:
         text = json.dumps(schema, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         text.encode()
@@ -150,20 +152,6 @@ def _check_size(text: str, field: str) -> None:
     if size > MAX_GRAMMAR_BYTES:
         message = f"{field} has {size} bytes, at most {MAX_GRAMMAR_BYTES} are allowed"
         raise RequestError(message, field)
-
-
-def _check_depth(schema: Mapping[str, Any], field: str) -> None:
-    level: list[Any] = [schema]
-    for _ in range(MAX_SCHEMA_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
-        if not level:
-            return
-    raise _too_deep(field)
 
 
 def _too_deep(field: str) -> RequestError:
