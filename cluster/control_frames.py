@@ -158,6 +158,8 @@ class NewGeneration(ControlFrame):
     """``cluster.placement.ExpertPlacement`` as a dict: the authoritative epoch."""
     controller: str = ""
     """Which controller of that term; another one of the same term is not followed."""
+    drained: list[str] = field(default_factory=list)
+    """Workers that have left on purpose: nobody died of what ran with them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -158,6 +158,11 @@ class AttentionRuntime(WorkerRuntime):
         if self._engine is not None:
             self._engine.worker_died()
 
+    def _begin_steps(self) -> None:
+        """See ``WorkerRuntime``."""
+        if self._engine is not None:
+            self._engine.generation_runs()
+
     def _between_steps(self) -> None:
         """Take what the gateways sent, and tell them what needs no step."""
         engine = self._engine

@@ -306,6 +306,10 @@ class Engine:
 
     # Workers that die
 
+    def generation_runs(self) -> None:
+        """Steps of another generation follow; call it after ``worker_died``."""
+        self._isolation.begin()
+
     def worker_died(self) -> None:
         """Another worker of the generation is lost; a request that was alone with it fails."""
         culprit = self._isolation.die()

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
+from cluster.topology import Generation
+
 MAX_DEATHS = 2
 """Deaths after which a request runs alone."""
 ANSWER_LIMIT_S = 1.0
@@ -26,6 +28,23 @@ class _Turn:
     request_id: str
     offered_s: float
     is_taken: bool = False
+
+
+class Companions:
+    """With whom this worker runs steps: who was only about to join died of none of them."""
+
+    def __init__(self) -> None:
+        self._names: frozenset[str] = frozenset()
+
+    def run(self, generation: Generation) -> None:
+        """Steps of this generation run from now on."""
+        self._names = frozenset(m.name for m in generation.members)
+
+    def died(self, generation: Generation, drained: Collection[str]) -> frozenset[str]:
+        """Those that are not in the next generation, and have not left on purpose. Each once."""
+        kept = self._names & {m.name for m in generation.members}
+        gone, self._names = self._names - kept, kept
+        return gone - frozenset(drained)
 
 
 class Isolation:
@@ -67,6 +86,10 @@ class Isolation:
     def give_up(self, request_ids: Iterable[str]) -> None:
         """The step that these were in did not commit."""
         self._hit.update(dict.fromkeys(request_ids))
+
+    def begin(self) -> None:
+        """A generation runs: whoever died in the steps before it has been counted."""
+        self._hit.clear()
 
     def die(self) -> str | None:
         """Another worker died; returns the request that was alone in the step, to be failed."""

@@ -71,6 +71,7 @@ from workers.expert_part import ExpertPart
 from workers.experts.slots import ExpertSlots
 from workers.experts.weight_server import WeightServer
 from workers.huge_pages import collapse_weights
+from workers.isolation import Companions
 from workers.lanes import Lanes
 from workers.lease import Lease
 from workers.numerics import numerics_digest
@@ -122,6 +123,7 @@ class WorkerRuntime(ABC):
         self._last_commit = time.monotonic()
         self._reported_at = 0.0
         self._epochs = EpochMaps()
+        self._companions = Companions()
         self._load_reported_at = 0.0
         self._rows_reported = 0
         self._thread = threading.Thread(target=self._main, name=self.member.name, daemon=True)
@@ -136,8 +138,12 @@ class WorkerRuntime(ABC):
     def _enter(self, generation: Generation, placement: ExpertPlacement) -> None:
         """Take a generation whose edges are open, and its maps."""
 
+    def _begin_steps(self) -> None:
+        """A generation runs."""
+        logger.debug("%s runs generation %d", self.member.name, self.generation.number)
+
     def _lose_members(self, names: Set[str]) -> None:
-        """Members of the generation before are not in the new one; its step was given up."""
+        """Workers with which it has run steps died; the last step was given up."""
         logger.info("%s goes on without %s", self.member.name, ", ".join(sorted(names)))
 
     @abstractmethod
@@ -501,9 +507,8 @@ class WorkerRuntime(ABC):
             return
         self._running, self._loss = False, None
         placement = ExpertPlacement.from_dict(frame.placement)
-        names = {m.name for m in self.generation.members}
-        if gone := names - {m.name for m in generation.members}:
-            self._lose_members(gone)
+        if dead := self._companions.died(generation, frame.drained):
+            self._lose_members(dead)
         self.generation = generation
         try:
             self.hub.apply_generation(generation)
@@ -528,6 +533,8 @@ class WorkerRuntime(ABC):
             self.channel.start_generation(frame.first_step, self._epochs.current.epoch)
             self._last_commit = time.monotonic()
             self._is_fenced = False
+            self._companions.run(self.generation)
+            self._begin_steps()
             self._open_gates()
             self._running = True
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import PeerLostError
+from cluster.topology import Generation
 from tests.fakes import FailingDispatcher
+from tests.fakes_cluster import make_members
 from tests.workers.test_scheduler import Desk
 from workers.dist.header import ALONE, Grant, StepHeader, bucket_of
-from workers.isolation import ANSWER_LIMIT_S, Isolation
+from workers.isolation import ANSWER_LIMIT_S, Companions, Isolation
 from workers.local_engine import LocalEngine
 from workers.request import FinishReason, Request, SamplingParams, TokenOutput, Turn
 
@@ -80,6 +82,43 @@ def test_a_death_in_which_it_did_not_run_is_not_its_doing() -> None:
     isolation.take("a")
     assert isolation.die() is None
     assert isolation.alone == "a"
+
+
+def test_what_was_given_up_before_a_generation_runs_is_not_held_against_it() -> None:
+    """Its step was given up because somebody joined, who dies later, in no step of it."""
+    isolation = twice_hit("a")
+    assert isolation.offer(always, 0.0) == "a"
+    isolation.take("a")
+    isolation.give_up(["a"])
+    isolation.begin()
+    assert isolation.die() is None
+    assert isolation.alone == "a"
+
+
+def of(number: int, *names: str) -> Generation:
+    """A generation of some of two attention and three expert workers."""
+    members = tuple(m for m in make_members(2, 3) if m.name in names)
+    return Generation(number=number, members=members)
+
+
+def test_only_members_of_a_generation_that_ran_have_died_in_its_steps() -> None:
+    both, more = ("attention-0", "expert-0"), ("attention-0", "expert-0", "expert-1")
+    companions = Companions()
+    assert companions.died(of(1, *both), ()) == frozenset()
+    companions.run(of(1, *both))
+    assert companions.died(of(2, *more), ()) == frozenset()
+    assert companions.died(of(3, *both), ()) == frozenset()  # expert-1 was only joining
+    assert companions.died(of(4, *more), ()) == frozenset()
+    companions.run(of(4, *more))
+    assert companions.died(of(5, *both), ()) == {"expert-1"}
+    assert companions.died(of(6, "attention-0"), ()) == {"expert-0"}
+    assert companions.died(of(7, "attention-0"), ()) == frozenset()  # each once
+
+
+def test_who_was_drained_has_died_of_nothing() -> None:
+    companions = Companions()
+    companions.run(of(1, "attention-0", "expert-0", "expert-1", "expert-2"))
+    assert companions.died(of(2, "attention-0", "expert-0"), ["expert-1"]) == {"expert-2"}
 
 
 def test_an_offer_that_nobody_takes_goes_to_the_end() -> None:
