@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster.control_frames import (
     ControlFrame,
+    DrainWish,
     GenerationReady,
     LoadProgress,
     PeerLost,
@@ -48,6 +49,8 @@ class Greeting:
     """The newest generation that it was told of; number 0 if none."""
     placement: ExpertPlacement | None = None
     """Its maps."""
+    wishes_drain: bool = False
+    """It was told to end and asks to be drained."""
 
     def take(self, frame: ControlFrame) -> None:
         """A frame of it; those that only matter later are ignored. Raises ``ProtocolError``."""
@@ -70,6 +73,8 @@ class Greeting:
                     self.generation = Generation.from_dict(frame.generation)
                     self.placement = ExpertPlacement.from_dict(frame.placement)
                 self.standing = frame
+            case DrainWish():
+                self.wishes_drain = True
 
     @property
     def is_whole(self) -> bool:

@@ -157,7 +157,7 @@ class Controller:
             limits=RecoveryLimits(start_limit_s=settings.start_limit_s),
             first_order=(term << 32) + 1,
         )
-        self.operations = Operations(term, wall_time_offset_s)
+        self.operations = Operations(term, wall_time_offset_s, self.remember)
         self.draining = Draining(self, self.operations)
         self.rebalancing = Rebalancing(
             self, self.operations, config, num_slots=num_slots, top_k=top_k, now=now
@@ -333,7 +333,18 @@ class Controller:
             self._lose_missing(missing, now)
         else:
             self._reform(cause, now)
+        self._go_on_draining(adopted, now)
         self._send_keepsake()
+
+    def _go_on_draining(self, adopted: Adopted, now: float) -> None:
+        """With the drain that was under way, and with what workers have wished for."""
+        memory = adopted.memory.get("draining", {})
+        goes_on = (memory.get("drain") or {}).get("operation")
+        self.operations.restore(adopted.memory.get("operations", ()), now, goes_on)
+        self.draining.restore(memory, now)
+        for name, greeting in adopted.greetings.items():
+            if greeting.wishes_drain and not self.workers[name].is_lost:
+                self.draining.wish(name, now)
 
     def _lose_missing(self, names: Sequence[str], now: float) -> None:
         """Members that the restarted controller did not find; some had been lost before."""
@@ -347,6 +358,8 @@ class Controller:
     def _send_keepsake(self) -> None:
         memory = make_memory(self._history, self.workers, self._notes)
         memory["recovery"] = self.recovery.memory()
+        memory["operations"] = self.operations.memory()
+        memory["draining"] = self.draining.memory()
         memory["version"] = self.version
         keepsake = Keepsake(term=self._term, controller=self._identity, memory=memory)
         for record in self.workers.alive():
@@ -384,6 +397,7 @@ class Controller:
             controller=self._identity,
             generation=generation.to_dict(),
             placement=placement.to_dict(),
+            drained=[r.name for r in self.workers if r.state is WorkerState.DRAINED],
         )
         for member in fresh:
             self._link.send(member.name, order)
@@ -590,6 +604,11 @@ class Controller:
         for name in names:
             member = self.workers[name].member
             self.recovery.replacements.reopen(member.role, member.rank)
+
+    def remember(self) -> None:
+        """Have the workers keep what a restarted controller must know."""
+        self._touch()
+        self._send_keepsake()
 
     # ---- small things ---------------------------------------------------------------------
 

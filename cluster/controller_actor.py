@@ -24,7 +24,7 @@ from cluster.config import ClusterConfig
 from cluster.control_frames import ControlFrame
 from cluster.control_server import ControlServer
 from cluster.controller import Controller, ControllerSettings
-from cluster.draining import DrainOrder
+from cluster.drain_order import DrainOrder
 from cluster.errors import ConflictError, ExpertMeshError, StartError
 from cluster.load_profile import LoadProfile
 from cluster.load_view import load_before_start, load_document, num_at_risk, placement_report

@@ -7,19 +7,19 @@
     END     their processes are gone; new workers are started for their places, after the drain of a
             node when the node has gone
 
-Up to LEAVE a drain can be undone. ``Draining`` decides what comes next; the controller acts.
+Up to LEAVE a drain can be undone. ``Draining`` decides what comes next; the controller acts. A
+restarted controller goes on with what an earlier one began: the workers keep ``memory`` for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
-from enum import Enum
 from typing import Any, Protocol
 
 from cluster.control_frames import ControlFrame, EpochReady, EpochSwitched, ExpertsLoaded
-from cluster.epoch_change import ChangeLimits, ChangeState, EpochChange
-from cluster.errors import ConflictError, RequestError, UnknownNameError
+from cluster.drain_order import Drain, DrainOrder, DrainStep
+from cluster.epoch_change import ChangeLimits, ChangeState
+from cluster.errors import ConflictError, UnknownNameError
 from cluster.operations import Operation, Operations, OperationState
 from cluster.placement import ExpertPlacement
 from cluster.planner.stages import Stage
@@ -33,43 +33,6 @@ SIGNAL_LIMIT_S = 120.0
 """Limit of a drain that a worker asked for after SIGTERM."""
 GATHER_S = 0.3
 """Time in which the workers of a node that all got a signal are taken together."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DrainOrder:
-    """What is to be drained."""
-
-    worker: str = ""
-    """One worker, or"""
-    node: str = ""
-    """all of a node."""
-    limit_s: float
-    """Time in which the workers must have left."""
-    force: bool = False
-    """Past the limit they leave all the same."""
-    request_id: str = ""
-    """Begins one operation, however often it is given."""
-    expected_epoch: int | None = None
-    """Placement epoch that must be in force."""
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> DrainOrder:
-        """From plain data. Raises ``RequestError`` for what is no order."""
-        known = {f.name for f in fields(cls)}
-        if set(data) - known or "limit_s" not in data:
-            raise RequestError(f"not a drain order: {sorted(data)}")
-        return cls(**data)
-
-
-class DrainStep(Enum):
-    """What a drain waits for; the value is for people."""
-
-    SETTLE = "wait for a running generation"
-    COPY = "copy experts to other workers"
-    MOVE = "move requests to other workers"
-    LEAVE = "form a generation without"
-    END = "end the processes"
-    BACK = "take it back"
 
 
 _TOO_LATE = (DrainStep.LEAVE, DrainStep.END, DrainStep.BACK)
@@ -122,24 +85,8 @@ class DrainHost(Protocol):
     def refill(self, names: Sequence[str]) -> None:
         """Start new workers for the places of these."""
 
-
-@dataclass(kw_only=True, slots=True)
-class _Drain:
-    """The drain that runs."""
-
-    operation: Operation
-    names: tuple[str, ...]
-    order: DrainOrder
-    deadline: float
-    step: DrainStep = DrainStep.SETTLE
-    before: ExpertPlacement | None = None
-    change: EpochChange | None = None
-    outcome: tuple[OperationState, str] | None = None
-
-    def enter(self, step: DrainStep) -> None:
-        self.step = step
-        self.operation.phase = step.value
-        self.operation.progress = list(DrainStep).index(step) / len(DrainStep)
+    def remember(self) -> None:
+        """Have the workers keep what a restarted controller must know."""
 
 
 class Draining:
@@ -148,9 +95,42 @@ class Draining:
     def __init__(self, host: DrainHost, operations: Operations) -> None:
         self._host = host
         self._operations = operations
-        self._drain: _Drain | None = None
+        self._drain: Drain | None = None
         self._wishes: dict[str, float] = {}
         self._kept_empty: dict[str, str] = {}
+
+    # ---- a restarted controller -----------------------------------------------------------
+
+    def memory(self) -> dict[str, Any]:
+        """What the next controller must be told, plain data; ``restore`` takes it."""
+        drain = None if self._drain is None else self._drain.to_dict()
+        return {"drain": drain, "kept_empty": dict(self._kept_empty)}
+
+    def restore(self, memory: Mapping[str, Any], now: float) -> None:
+        """Go on with what an earlier controller began; the table has all workers already.
+
+        Experts that were being copied are looked for again; requests are held back at once where
+        they were before.
+        """
+        self._kept_empty = dict(memory.get("kept_empty", {}))
+        known = memory.get("drain")
+        if not known:
+            return
+        operation = self._operations.find(known["operation"])
+        limit_s = DrainOrder.from_dict(known["order"]).limit_s
+        deadline = self._operations.deadline(operation, limit_s)
+        drain = self._drain = Drain.from_dict(known, operation, deadline)
+        table = self._host.workers
+        states = {table[n].state if n in table else WorkerState.LOST for n in drain.names}
+        if states == {WorkerState.DRAINED}:
+            drain.enter(DrainStep.LEAVE)
+        elif states & {WorkerState.LOST, WorkerState.DRAINED}:
+            text = f"{drain.operation.target}: lost before they had left"
+            self._end(drain, OperationState.FAILED, text, now)
+        elif drain.step is not DrainStep.BACK:
+            held = [r.name for r in self._records(drain) if r.member.runs_attention]
+            self._host.hold_back(held, drain.step is DrainStep.MOVE)
+            drain.enter(DrainStep.SETTLE)
 
     # ---- orders ---------------------------------------------------------------------------
 
@@ -226,6 +206,8 @@ class Draining:
         for name in gone:
             del self._kept_empty[name]
         self._host.refill(gone)
+        if gone:
+            self._host.remember()
 
     def tick(self, now: float) -> None:
         """Time has passed: take the next step where the last one is done."""
@@ -262,10 +244,10 @@ class Draining:
             raise ConflictError("the cluster is starting or ending")
         self._check(names)
         operation = self._operations.begin("drain", " and ".join(names), now, order.request_id)
-        self._drain = _Drain(
+        self._drain = Drain(
             operation=operation, names=names, order=order, deadline=now + order.limit_s
         )
-        self._drain.enter(DrainStep.SETTLE)
+        self._enter(self._drain, DrainStep.SETTLE)
         self._advance(self._drain, now)
         return operation
 
@@ -308,12 +290,12 @@ class Draining:
     def _is_under_way(self, name: str) -> bool:
         return self._drain is not None and name in self._drain.names
 
-    def _records(self, drain: _Drain) -> list[WorkerRecord]:
+    def _records(self, drain: Drain) -> list[WorkerRecord]:
         return [self._host.workers[name] for name in drain.names]
 
     # ---- steps ----------------------------------------------------------------------------
 
-    def _advance(self, drain: _Drain, now: float) -> None:
+    def _advance(self, drain: Drain, now: float) -> None:
         host = self._host
         if drain.step is DrainStep.SETTLE and host.runs and host.rebalancing.is_idle:
             self._check_again(drain, now)
@@ -329,10 +311,10 @@ class Draining:
             self._watch_return(drain, now)
         elif drain.step is DrainStep.LEAVE and host.runs:
             drain.operation.generation = host.generation.number
-            drain.enter(DrainStep.END)
+            self._enter(drain, DrainStep.END)
             host.end(drain.names)
 
-    def _check_again(self, drain: _Drain, now: float) -> None:
+    def _check_again(self, drain: Drain, now: float) -> None:
         """What was possible when the order came may not be so any more."""
         try:
             self._check(drain.names)
@@ -345,13 +327,13 @@ class Draining:
             self._move(drain, now)
             return
         drain.before = drain.before or self._host.placement
-        drain.enter(DrainStep.COPY)
+        self._enter(drain, DrainStep.COPY)
         drain.operation.result["experts_copied"] = len(stage.fills)
         limits = ChangeLimits(limit_s=max(drain.deadline - now, 0.1))
         drain.change = self._host.rebalancing.begin_change(stage, limits, now)
         self._watch_copies(drain, now)
 
-    def _watch_copies(self, drain: _Drain, now: float) -> None:
+    def _watch_copies(self, drain: Drain, now: float) -> None:
         """Go on when the others have the experts; begin again after a generation change."""
         change = drain.change
         assert change is not None, "copying is a change of the placement"
@@ -363,25 +345,25 @@ class Draining:
         if change.state is ChangeState.DONE:
             self._move(drain, now)
         elif change.generation.number != generation or not self._host.runs:
-            drain.enter(DrainStep.SETTLE)
+            self._enter(drain, DrainStep.SETTLE)
         else:
             text = f"the experts could not be copied: {change.reason}"
             self._undo(drain, OperationState.FAILED, text, now)
 
-    def _move(self, drain: _Drain, now: float) -> None:
+    def _move(self, drain: Drain, now: float) -> None:
         held = [r for r in self._records(drain) if r.member.runs_attention]
         drain.operation.result["requests_moved"] = sum(map(_num_requests, held))
         for record in held:
             record.stats.clear()  # what comes from now on is fresh
-        drain.enter(DrainStep.MOVE)
         self._host.hold_back([r.name for r in held], True)
+        self._enter(drain, DrainStep.MOVE)
 
     def _is_empty(self, record: WorkerRecord) -> bool:
         if not record.member.runs_attention:
             return True
         return "num_requests_running" in record.stats and _num_requests(record) == 0
 
-    def _leave(self, drain: _Drain, now: float) -> None:
+    def _leave(self, drain: Drain, now: float) -> None:
         try:
             self._check(drain.names)  # others may have been lost since
         except ConflictError as err:
@@ -394,7 +376,7 @@ class Draining:
         drain.enter(DrainStep.LEAVE)
         self._host.leave(drain.names, f"drained {' and '.join(drain.names)}", now)
 
-    def _past_limit(self, drain: _Drain, now: float) -> None:
+    def _past_limit(self, drain: Drain, now: float) -> None:
         if drain.step in _TOO_LATE:
             return  # nothing can be undone any more, and the controller has limits of its own
         if not (drain.order.force and drain.step is DrainStep.MOVE):
@@ -403,7 +385,7 @@ class Draining:
         elif self._host.runs:
             self._leave(drain, now)
 
-    def _finish(self, drain: _Drain, now: float) -> None:
+    def _finish(self, drain: Drain, now: float) -> None:
         drain.operation.result["workers"] = list(drain.names)
         if drain.order.node:  # it is to be taken down: see nodes_alive
             self._kept_empty |= dict.fromkeys(drain.names, drain.order.node)
@@ -411,7 +393,7 @@ class Draining:
             self._host.refill(drain.names)
         self._end(drain, OperationState.SUCCEEDED, f"{drain.operation.target} is drained", now)
 
-    def _undo(self, drain: _Drain, state: OperationState, text: str, now: float) -> None:
+    def _undo(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
         """Requests may come again, and the maps from before the drain where it changed them."""
         host = self._host
         alive = [r.name for r in self._records(drain) if not r.is_lost]
@@ -428,20 +410,26 @@ class Draining:
             self._end(drain, state, text, now)
             return
         assert drain.before is not None, "just looked at"
-        drain.enter(DrainStep.BACK)
         drain.outcome = (state, text)
+        self._enter(drain, DrainStep.BACK)
         stage = Stage(fills=(), placement=drain.before)  # all that it names is in memory still
         drain.change = host.rebalancing.begin_change(stage, ChangeLimits(), now)
 
-    def _watch_return(self, drain: _Drain, now: float) -> None:
+    def _watch_return(self, drain: Drain, now: float) -> None:
         """End when the maps are those from before; a new generation ends it too."""
-        assert drain.change is not None, "it is taken back by a change"
         assert drain.outcome is not None, "it is taken back for a reason"
-        drain.change.tick(now)
-        if drain.change.is_over:
-            self._end(drain, *drain.outcome, now)
+        if drain.change is not None:
+            drain.change.tick(now)
+            if drain.change.is_over:
+                self._end(drain, *drain.outcome, now)
+        elif (self._host.runs and self._host.rebalancing.is_idle) or now > drain.deadline:
+            self._undo(drain, *drain.outcome, now)  # an earlier controller began to
 
-    def _end(self, drain: _Drain, state: OperationState, text: str, now: float) -> None:
+    def _enter(self, drain: Drain, step: DrainStep) -> None:
+        drain.enter(step)
+        self._host.remember()
+
+    def _end(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
         self._drain = None
         self._operations.end(drain.operation, state, text, now)
 

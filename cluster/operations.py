@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from cluster.errors import ConflictError, UnknownNameError
 
 _KEPT = 64
+_REMEMBERED = 16
 
 
 class OperationState(Enum):
@@ -66,15 +68,29 @@ class Operation:
         plain |= {"generation": self.generation, "result": dict(self.result)}
         return {**plain, "state": self.state.value}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Operation:
+        """From ``to_dict`` and a ``request_id``."""
+        return cls(**{**data, "state": OperationState(data["state"])})
+
 
 class Operations:
     """The last operations, of which the newest may run. ``now`` is in monotonic seconds."""
 
-    def __init__(self, term: int, wall_time_offset_s: float) -> None:
-        """``wall_time_offset_s`` added to a monotonic time is the time of day."""
+    def __init__(
+        self,
+        term: int,
+        wall_time_offset_s: float,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``wall_time_offset_s`` added to a monotonic time is the time of day.
+
+        ``on_change`` is called when an operation has begun or ended.
+        """
         self.term = term
         """The controller's."""
         self._offset_s = wall_time_offset_s
+        self._on_change = on_change
         self._count = 0
         self._kept: deque[Operation] = deque(maxlen=_KEPT)
 
@@ -114,6 +130,7 @@ class Operations:
             started=self._time(now),
         )
         self._kept.append(operation)
+        self._on_change()
         return operation
 
     def end(self, operation: Operation, state: OperationState, message: str, now: float) -> None:
@@ -123,6 +140,30 @@ class Operations:
         operation.ended, operation.phase = self._time(now), ""
         if state is OperationState.SUCCEEDED:
             operation.progress = 1.0
+        self._on_change()
+
+    def deadline(self, operation: Operation, limit_s: float) -> float:
+        """Monotonic time at which an operation has run for ``limit_s``."""
+        return operation.started + limit_s - self._offset_s
+
+    # ---- a restarted controller -----------------------------------------------------------
+
+    def memory(self) -> list[dict[str, Any]]:
+        """What the next controller must be told, plain data; ``restore`` takes it."""
+        newest = list(self._kept)[-_REMEMBERED:]
+        return [{**o.to_dict(), "request_id": o.request_id} for o in newest]
+
+    def restore(
+        self, memory: Iterable[Mapping[str, Any]], now: float, goes_on: str | None = None
+    ) -> None:
+        """Take over an earlier controller's; of those that ran only ``goes_on`` (an id) does."""
+        for data in memory:
+            operation = Operation.from_dict(data)
+            self._kept.append(operation)
+            if operation.is_running and operation.id != goes_on:
+                operation.state, operation.phase = OperationState.FAILED, ""
+                operation.message = "the controller was restarted"
+                operation.ended = self._time(now)
 
     def to_list(self) -> list[dict[str, Any]]:
         """All that are kept, newest last, fit for JSON."""

@@ -75,9 +75,9 @@ class Replacements:
             place.left_out = "left on purpose"
 
     def leave_out(self, reasons: Mapping[str, str]) -> None:
-        """Start nobody in these places, as ``left_out`` names them."""
+        """Start nobody in these places, as ``left_out`` names them, but in all others."""
         for (role, rank), place in self._places.items():
-            place.left_out = reasons.get(f"{role}-{rank}", place.left_out)
+            place.left_out = reasons.get(f"{role}-{rank}", "")
 
     def reopen(self, role: Role, rank: int) -> None:
         """Start a worker for a place that was left out."""

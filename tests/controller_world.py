@@ -217,6 +217,8 @@ class World:
         """The processes that were to be ended are gone."""
         for name in self.ended:
             self.workers[name].is_dead = True
+        if self.controller is not None:
+            self.controller.draining.ended(sorted(self.ended), self.now)
 
     def crash_controller(self, num_unsent: int) -> None:
         """It is gone; each worker misses the last few frames that were on their way."""

@@ -15,7 +15,7 @@ from hypothesis.stateful import (
 )
 
 from cluster.control_frames import PeerLost
-from cluster.draining import DrainOrder
+from cluster.drain_order import DrainOrder
 from cluster.errors import ConflictError
 from tests.controller_world import World
 

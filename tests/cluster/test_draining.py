@@ -20,7 +20,8 @@ from cluster.control_frames import (
     StatusRequest,
     SwitchEpoch,
 )
-from cluster.draining import GATHER_S, SIGNAL_LIMIT_S, DrainOrder
+from cluster.drain_order import DrainOrder
+from cluster.draining import GATHER_S, SIGNAL_LIMIT_S
 from cluster.errors import ConflictError, RequestError, UnknownNameError
 from cluster.operations import Operation, OperationState
 from cluster.topology import Generation
@@ -190,6 +191,9 @@ def test_an_attention_worker_leaves_when_its_requests_have() -> None:
     names = {m.name for m in newest(cluster, "attention-0").members}
     assert names == {"attention-0", "expert-0", "expert-1", "expert-2"}
     assert newest(cluster, "attention-1").number == 1
+    order = cluster.link.last("attention-0", NewGeneration)
+    assert order is not None
+    assert order.drained == ["attention-1"]
     cluster.join_all()
     cluster.tick(0.1)
     assert cluster.link.ended == ["attention-1"]
