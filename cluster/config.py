@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from cluster.api_keys import hash_key
 from cluster.errors import ConfigError
 from cluster.topology import Role
 
@@ -28,6 +29,12 @@ def check(ok: bool, name: str, value: object, rule: str) -> None:
     """Raise ``ConfigError`` unless ``ok``."""
     if not ok:
         raise ConfigError(name, value, rule)
+
+
+def reachable_host(host: str) -> str:
+    """Where this host reaches a server that was bound to an interface, as in a URL."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
 
 
 def _check_choice(name: str, value: str | int, kind: Any) -> None:
@@ -320,6 +327,7 @@ class LoadSection:
         check(self.num_windows >= 1, "num_windows", self.num_windows, "must be at least 1")
 
 
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 RoutingPolicyName = Literal["kv", "least-loaded", "round-robin"]
 
 
@@ -334,17 +342,33 @@ class GatewaySection:
     grpc_port: int = 50051
     """gRPC port."""
     admin_port: int | None = None
-    """HTTP port of the admin service, on loopback; None is 8001, or a free one if it is in use."""
+    """HTTP port of the admin service; None is 8001, or a free one if it is in use."""
     admin_grpc_port: int | None = None
     """Its gRPC port; None is 50052, or a free one if it is in use."""
     num_gateway_replicas: int = 1
     """Gateway copies behind Ray Serve."""
     routing_policy: RoutingPolicyName = "kv"
     """How an attention worker is picked; see ``gateway.router.RoutingPolicy``."""
-    api_keys: tuple[str, ...] = ()
-    """Keys that clients must present; empty means that none is asked for."""
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Keys that clients must present, kept as digests; none and no file: none is asked for."""
+    api_key_file: str | None = None
+    """File with more of them, their names and limits; read again when it changes."""
+    key_max_concurrent: int | None = 256
+    """Requests of one key that a replica serves at once, where the file has no other limit."""
+    key_requests_per_minute: float | None = None
+    """Requests of one key in a minute; None is no limit."""
+    key_tokens_per_minute: float | None = None
+    """Prompt and output tokens of one key in a minute; None is no limit."""
+    admin_host: str = "127.0.0.1"
+    """Interface of both admin ports."""
+    admin_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Keys of the admin ports, kept as digests; none and no file: the other keys, on loopback."""
+    admin_key_file: str | None = None
+    """File with more of them."""
     allow_unauthenticated: bool = False
     """Allow a public host without keys."""
+    public_metrics: bool = False
+    """Ask for no key at ``/metrics``."""
     trust_request_chat_template: bool = False
     """Render the chat templates that clients send; a template can keep a core busy for ever."""
     max_body_bytes: int = 8 * 1024 * 1024
@@ -396,6 +420,12 @@ class GatewaySection:
             self.num_gateway_replicas,
             "must be at least 1",
         )
+        for name in ("api_keys", "admin_keys"):
+            check(all(getattr(self, name)), name, "", "must not be empty")
+            object.__setattr__(self, name, tuple(map(hash_key, getattr(self, name))))
+        for name in ("key_max_concurrent", "key_requests_per_minute", "key_tokens_per_minute"):
+            value = getattr(self, name)
+            check(value is None or value > 0, name, value, "must be above 0")
         known = get_args(RoutingPolicyName)
         check(
             self.routing_policy in known,
@@ -403,13 +433,28 @@ class GatewaySection:
             self.routing_policy,
             f"must be one of {', '.join(known)}",
         )
-        is_public = self.host not in ("127.0.0.1", "localhost", "::1")
         check(
-            not is_public or bool(self.api_keys) or self.allow_unauthenticated,
+            self.host in _LOOPBACK or self.asks_for_keys or self.allow_unauthenticated,
             "host",
             self.host,
-            "is public: give --api-key, or say --allow-unauthenticated",
+            "is public: give --api-key or --api-key-file, or say --allow-unauthenticated",
         )
+        check(
+            self.admin_host in _LOOPBACK or self.asks_for_admin_keys,
+            "admin_host",
+            self.admin_host,
+            "is public: give --admin-key or --admin-key-file",
+        )
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Clients must present a key."""
+        return bool(self.api_keys) or self.api_key_file is not None
+
+    @property
+    def asks_for_admin_keys(self) -> bool:
+        """The admin ports have keys of their own."""
+        return bool(self.admin_keys) or self.admin_key_file is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -492,5 +537,5 @@ def _section_from_dict(kind: Any, section: str, data: Mapping[str, Any]) -> Any:
     known = {f.name: f for f in dataclasses.fields(kind)}
     for key, value in data.items():
         check(key in known, f"{section}.{key}", value, "is not a known setting")
-    values = {k: tuple(v) if k == "api_keys" else v for k, v in data.items()}
+    values = {k: tuple(v) if k.endswith("_keys") else v for k, v in data.items()}
     return kind(**values)

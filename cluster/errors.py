@@ -9,6 +9,8 @@
     │   ├── ContextLengthError    prompt and output do not fit the context
     │   └── ModelNotFoundError    the model is not served here
     ├── AuthenticationError       no or bad key
+    ├── PermissionDeniedError     a key that is known, and not for this
+    ├── KeyLimitError             a key has used up what it may
     ├── RequestTooLargeError      a body above the limit
     ├── QueueFullError            healthy but saturated: send less, or later
     ├── NotReadyError             loading, draining or without experts: send it elsewhere
@@ -106,6 +108,10 @@ class AuthenticationError(ExpertMeshError):
     """No key, or a key that is not known."""
 
 
+class PermissionDeniedError(ExpertMeshError):
+    """A key that is known, and does not allow this."""
+
+
 class RequestTooLargeError(ExpertMeshError):
     """The body is larger than the limit."""
 
@@ -118,6 +124,22 @@ class QueueFullError(ExpertMeshError):
     """
 
     def __init__(self, message: str, retry_after_s: float = 1.0, limit: str = "queue_full") -> None:
+        super().__init__(message, retry_after_s, limit)
+        self.message = message
+        self.retry_after_s = retry_after_s
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class KeyLimitError(ExpertMeshError):
+    """A key has used up one of its limits; ``retry_after_s`` tells when there is more.
+
+    ``limit`` says which, for counting: key_requests, key_tokens or key_concurrency.
+    """
+
+    def __init__(self, message: str, retry_after_s: float, limit: str) -> None:
         super().__init__(message, retry_after_s, limit)
         self.message = message
         self.retry_after_s = retry_after_s

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.config import ClusterConfig, check
+from cluster.config import ClusterConfig, check, reachable_host
 from cluster.load_profile import LoadProfile
 from cluster.mode_choice import bank_sizes, resolve_mode
 from cluster.resources import NodeResources
@@ -93,17 +93,12 @@ class LaunchPlan:
     @property
     def http_url(self) -> str:
         """Where HTTP clients on this host connect."""
-        return f"http://{_reachable(self.config.gateway.host)}:{self.config.gateway.port}"
+        return f"http://{reachable_host(self.config.gateway.host)}:{self.config.gateway.port}"
 
     @property
     def grpc_target(self) -> str:
         """Where gRPC clients on this host connect."""
-        return f"{_reachable(self.config.gateway.host)}:{self.config.gateway.grpc_port}"
-
-
-def _reachable(host: str) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{host}]" if ":" in host else host
+        return f"{reachable_host(self.config.gateway.host)}:{self.config.gateway.grpc_port}"
 
 
 def check_ports(host: str, ports: Mapping[str, int]) -> None:

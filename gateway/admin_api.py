@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from cluster.config import GatewaySection
+from cluster.config import GatewaySection, reachable_host
 from cluster.errors import StartError
 from gateway.core import Gateway
 from gateway.grpc_admin import AdminGrpcServer
 from gateway.http_admin import AdminHttpServer
 
-ADMIN_HOST = "127.0.0.1"
-"""Interface of both ports: whoever reaches them may end the cluster."""
 HTTP_PORT = 8001
 """HTTP port where none was asked for."""
 GRPC_PORT = 50052
@@ -32,8 +30,9 @@ class AdminApi:
 
     Args:
         gateway: what is behind them.
-        section: the ports. One that was asked for is shared by all replicas of the host; where
-            none was, the usual one is taken if it is free, and else any.
+        section: interface and ports: whoever is let in there may end the cluster. A port that was
+            asked for is shared by all replicas of the host; where none was, the usual one is taken
+            if it is free, and else any.
     """
 
     def __init__(self, gateway: Gateway, section: GatewaySection) -> None:
@@ -51,13 +50,14 @@ class AdminApi:
         shared = section.num_gateway_replicas > 1
 
         def http(port: int, is_wanted: bool) -> _Server:
-            return AdminHttpServer(gateway, ADMIN_HOST, port, shared=shared and is_wanted)
+            return AdminHttpServer(gateway, section.admin_host, port, shared=shared and is_wanted)
 
         def grpc(port: int, is_wanted: bool) -> _Server:
-            return AdminGrpcServer(gateway, ADMIN_HOST, port, shared=shared and is_wanted)
+            return AdminGrpcServer(gateway, section.admin_host, port, shared=shared and is_wanted)
 
-        self.http = f"{ADMIN_HOST}:{await self._open(http, section.admin_port, HTTP_PORT)}"
-        self.grpc = f"{ADMIN_HOST}:{await self._open(grpc, section.admin_grpc_port, GRPC_PORT)}"
+        host = reachable_host(section.admin_host)
+        self.http = f"{host}:{await self._open(http, section.admin_port, HTTP_PORT)}"
+        self.grpc = f"{host}:{await self._open(grpc, section.admin_grpc_port, GRPC_PORT)}"
 
     async def stop(self) -> None:
         """End both."""

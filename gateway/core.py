@@ -10,6 +10,7 @@ import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from cluster.config import ClusterConfig
@@ -20,7 +21,7 @@ from cluster.errors import (
     QueueFullError,
 )
 from gateway.admission import Admission
-from gateway.auth import KeyRing
+from gateway.auth import CALLER, make_key_rings
 from gateway.call import CallKind, GenerateCall, GenerateFields
 from gateway.cluster_view import ClusterView, attention_endpoints, drained_workers
 from gateway.engine_pool import EnginePool
@@ -67,7 +68,7 @@ class Gateway:
         self.cluster = cluster
         self.engines = engines
         self.name = name
-        self.keys = KeyRing(config.gateway.api_keys)
+        self.keys, self.admin_keys = make_key_rings(config.gateway)
         self.model_name = config.model.served_model_name
         self.created = int(time.time())
         self.addresses: dict[str, Any] = {}
@@ -192,6 +193,10 @@ class Gateway:
         started_s: float,
         deadline_s: float,
     ) -> Generation:
+        caller = CALLER.get()
+        if caller is not None:
+            caller.check_tokens(time.monotonic())
+            call = replace(call, cache_salt=tenant_salt(caller.tenant, call.cache_salt))
         generation = self._admit(call, call_id, facts, started_s, deadline_s)
         try:
             await self._hand_over(generation, deadline_s)
@@ -279,6 +284,7 @@ class Gateway:
             metrics=self.metrics,
             started_s=started_s,
             caches_prefixes=self.config.engine.enable_prefix_caching,
+            caller=CALLER.get(),
         )
 
     async def _hand_over(self, generation: Generation, deadline_s: float) -> None:
@@ -325,6 +331,11 @@ def new_call_id(kind: CallKind) -> str:
     """Name of a call: ``cmpl-`` or ``chatcmpl-`` and 32 hex digits."""
     prefix = "chatcmpl" if kind is CallKind.CHAT else "cmpl"
     return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def tenant_salt(tenant: str, salt: str) -> str:
+    """What a request's prefixes are cached under: nobody else's are found, nor found out."""
+    return f"{tenant}\0{salt}"
 
 
 def _shape(hello: EngineHello) -> ModelShape:

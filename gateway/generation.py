@@ -22,6 +22,7 @@ from gateway.admission import Ticket
 from gateway.call import CallPrompt, GenerateCall
 from gateway.delta import ChoiceDelta, Finish, Usage
 from gateway.errors import error_from_engine
+from gateway.key_limits import Account
 from gateway.metrics import GatewayMetrics
 from gateway.output_queue import OutputQueue
 from gateway.submission import Submission
@@ -97,6 +98,7 @@ class Generation:
         metrics: where it is counted.
         started_s: ``time.monotonic`` of the call.
         caches_prefixes: the engines tell how much of a prompt was cached.
+        caller: whose it is, and pays for its tokens.
     """
 
     def __init__(
@@ -113,12 +115,14 @@ class Generation:
         metrics: GatewayMetrics,
         started_s: float,
         caches_prefixes: bool = False,
+        caller: Account | None = None,
     ) -> None:
         self.call = call
         self.call_id = call_id
         self.created = created
         self.queue = queue
         self._ticket = ticket
+        self._caller = caller
         self._deadline_s = deadline_s
         self._tokenizer = None if call.token_ids_only else tokenizer
         self._ends = frozenset(eos_token_ids)
@@ -133,6 +137,7 @@ class Generation:
             for place, prompt in enumerate(call.prompts)
         }
         self._num_running = self._num_untold = call.num_choices
+        self._pay(call.num_prompt_tokens)
 
     def __enter__(self) -> Generation:
         return self
@@ -215,6 +220,11 @@ class Generation:
             if prompt.submission is not None:
                 prompt.submission.abort()
         self._ticket.release(time.monotonic())
+        self._pay(self.usage.completion_tokens)
+
+    def _pay(self, num_tokens: int) -> None:
+        if self._caller is not None:
+            self._caller.spend_tokens(num_tokens, time.monotonic())
 
     def _make_prompt(self, place: int, prompt: CallPrompt) -> _Prompt:
         waits = prompt.params.prompt_logprobs is not None

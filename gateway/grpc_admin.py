@@ -37,10 +37,10 @@ class AdminGrpcServer:
     """
 
     def __init__(self, gateway: Gateway, host: str, port: int, *, shared: bool = False) -> None:
-        self._address = f"{host}:{port}"
+        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server = grpc.aio.server(
-            interceptors=[KeyInterceptor(gateway.keys)],
+            interceptors=[KeyInterceptor(gateway.admin_keys)],
             options=server_options(so_reuseport=shared),
             maximum_concurrent_rpcs=_MAX_CALLS,
         )
@@ -96,7 +96,7 @@ class _Handlers:
         async def serve(request: Message, context: Context) -> Message:
             with self._edge(name, request, context) as edge:
                 try:
-                    await edge.send_initial_metadata()
+                    await edge.begin()
                     return await self._calls.unary(name)(request)
                 except Exception as err:
                     await edge.abort(err)
@@ -107,7 +107,7 @@ class _Handlers:
         async def serve(request: Message, context: Context) -> AsyncIterator[Message]:
             with self._edge(name, request, context) as edge:
                 try:
-                    await edge.send_initial_metadata()
+                    await edge.begin()
                     async with contextlib.aclosing(self._calls.streaming(name)(request)) as items:  # type: ignore[type-var]
                         async for item in items:
                             yield item
@@ -120,4 +120,5 @@ class _Handlers:
 
     def _edge(self, name: str, request: Message, context: Context) -> GrpcEdge:
         wanted_id = str(getattr(request, "request_id", ""))
-        return GrpcEdge(self._gateway, SERVICE.full_name, name, context, wanted_id)
+        keys = self._gateway.admin_keys
+        return GrpcEdge(self._gateway, SERVICE.full_name, name, context, wanted_id, keys)

@@ -57,7 +57,7 @@ class InferenceService(InferenceServicer):
             self._gateway, SERVICE, "GenerateStream", context, request.request_id
         ) as edge:
             try:
-                await edge.send_initial_metadata()
+                await edge.begin()
                 with await self._start(request, context) as generation:
                     formatter = GrpcFormat(generation, self._gateway.tokenizer, edge.request_id)
                     while deltas := await generation.next():
@@ -160,7 +160,7 @@ class InferenceService(InferenceServicer):
         """What goes on inside the model, in chunks."""
         with self._edge("Inspect", context, request.request_id) as edge:
             try:
-                await edge.send_initial_metadata()
+                await edge.begin()
                 options = _reading_options(request, context)
                 async with aclosing(self._readings.inspect(request, options)) as chunks:
                     async for chunk in chunks:
@@ -184,7 +184,7 @@ class InferenceService(InferenceServicer):
     ) -> Answer:
         with self._edge(method, context, wanted_id) as edge:
             try:
-                await edge.send_initial_metadata()
+                await edge.begin()
                 return await work(edge.request_id)
             except Exception as err:
                 await edge.abort(err)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, NoReturn
 
 import grpc
 
-from cluster.errors import ExpertMeshError
+from cluster.errors import ExpertMeshError, KeyLimitError
+from gateway.auth import KeyRing
 from gateway.core import Gateway
 from gateway.errors import report_error
+from gateway.key_limits import Account
 from gateway.request_id import HEADER, choose_request_id
 
 logger = logging.getLogger(__name__)
@@ -20,22 +23,41 @@ logger = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+def text_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
+    """What a client sent beside its message, as far as it is text."""
+    return {name: value for name, value in metadata or () if isinstance(value, str)}
+
+
 class GrpcEdge(AbstractContextManager["GrpcEdge"]):
     """One gRPC request from its metadata to its status: names it, counts it, maps errors."""
 
     def __init__(
-        self, gateway: Gateway, service: str, method: str, context: Context, wanted_id: str
+        self,
+        gateway: Gateway,
+        service: str,
+        method: str,
+        context: Context,
+        wanted_id: str,
+        keys: KeyRing | None = None,
     ) -> None:
-        given = dict(context.invocation_metadata() or ())
-        self.request_id = choose_request_id(wanted_id or str(given.get(HEADER, "")))
+        """``keys`` are those of the port; None: the public ones."""
+        self._metadata = text_metadata(context.invocation_metadata())
+        self.request_id = choose_request_id(wanted_id or self._metadata.get(HEADER, ""))
+        self._keys = keys or gateway.keys
+        self._caller: Account | None = None
         self._gateway = gateway
         self._service = service
         self._method = method
         self._context = context
         self._code = grpc.StatusCode.OK
 
-    async def send_initial_metadata(self) -> None:
-        """Tell the client its request id, before any token."""
+    async def begin(self) -> None:
+        """Count the request for its key, and tell the client its id, before any token.
+
+        Raises ``KeyLimitError``, and what ``KeyRing.check`` raises.
+        """
+        given = self._metadata
+        self._caller = self._keys.enter(given.get("authorization"), given.get("api-key"))
         epoch = str(self._gateway.placement_epoch)
         metadata = ((HEADER, self.request_id), ("x-placement-epoch", epoch))
         await self._context.send_initial_metadata(metadata)
@@ -44,6 +66,8 @@ class GrpcEdge(AbstractContextManager["GrpcEdge"]):
         """End the request with the status that belongs to ``error``."""
         report = report_error(error, self.request_id)
         self._code = report.grpc_code
+        if isinstance(error, KeyLimitError):
+            self._gateway.metrics.admission_rejections.add(error.limit)
         if not isinstance(error, ExpertMeshError):
             logger.error("request %s failed", self.request_id, exc_info=error)
         details = report.status_details(self.request_id)
@@ -57,6 +81,8 @@ class GrpcEdge(AbstractContextManager["GrpcEdge"]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._caller is not None:
+            self._caller.leave()
         if isinstance(error, asyncio.CancelledError | GeneratorExit):
             self._code = grpc.StatusCode.CANCELLED
             self._gateway.metrics.client_disconnects.add()

@@ -12,11 +12,18 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.errors import AuthenticationError, RequestError, StartError
+from cluster.errors import (
+    AuthenticationError,
+    ExpertMeshError,
+    PermissionDeniedError,
+    RequestError,
+    StartError,
+)
 from gateway.auth import KeyRing
 from gateway.core import Gateway
 from gateway.errors import report_error
 from gateway.grpc_api import SERVICE, InferenceService
+from gateway.grpc_edge import text_metadata
 from protos.inference_pb2_grpc import add_InferenceServicer_to_server
 
 logger = logging.getLogger(__name__)
@@ -126,11 +133,10 @@ class KeyInterceptor(_Interceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler_call_details.method.startswith(f"/{_HEALTH_SERVICE}/"):
             return handler
-        metadata = handler_call_details.invocation_metadata or ()
-        given = {name: value for name, value in metadata if isinstance(value, str)}
+        given = text_metadata(handler_call_details.invocation_metadata)
         try:
             self._keys.check(given.get("authorization"), given.get("api-key"))
-        except AuthenticationError as err:
+        except (AuthenticationError, PermissionDeniedError) as err:
             return _refusal(handler, err)
         return handler
 
@@ -167,7 +173,7 @@ class UndecodableMessage:
         raise RequestError("the message cannot be decoded as the procedure's request")
 
 
-def _refusal(handler: Any, error: AuthenticationError) -> Any:
+def _refusal(handler: Any, error: ExpertMeshError) -> Any:
     """A handler of the same kind that refuses."""
     report = report_error(error)
 

@@ -55,7 +55,7 @@ def build_admin_app(gateway: Gateway) -> FastAPI:
         app.router.routes.append(Route(path, endpoint.serve, methods=[method]))
     app.router.routes.append(Route("/health", _health, methods=["GET"]))
     paths = frozenset(path for _, path, _ in ROUTES)
-    app.add_middleware(HttpEdge, gateway=gateway, routes=paths)
+    app.add_middleware(HttpEdge, gateway=gateway, keys=gateway.admin_keys, routes=paths)
     return app
 
 

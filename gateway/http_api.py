@@ -27,6 +27,7 @@ from gateway.core import Gateway, new_call_id
 from gateway.errors import RouteError, report_error
 from gateway.generation import Generation
 from gateway.http_edge import (
+    OPEN_PATHS,
     HttpEdge,
     Responder,
     dump_json,
@@ -71,7 +72,14 @@ def build_http_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:
     routes = api.routes()
     app.router.routes.extend(routes)
     paths = frozenset(route.path for route in routes if isinstance(route, Route))
-    app.add_middleware(HttpEdge, gateway=gateway, routes=paths, adds_request_id=adds_request_id)
+    app.add_middleware(
+        HttpEdge,
+        gateway=gateway,
+        keys=gateway.keys,
+        routes=paths,
+        adds_request_id=adds_request_id,
+        open_paths=OPEN_PATHS | {"/metrics"} if gateway.limits.public_metrics else OPEN_PATHS,
+    )
     return app
 
 

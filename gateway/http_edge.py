@@ -22,11 +22,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.errors import (
     DeadlineExceededError,
     ExpertMeshError,
+    KeyLimitError,
     RequestError,
     RequestTooLargeError,
 )
+from gateway.auth import KeyRing
 from gateway.core import Gateway
 from gateway.errors import ClientGoneError, report_error
+from gateway.key_limits import Account
 from gateway.request_id import HEADER, choose_request_id
 from gateway.schema import parse_json
 
@@ -88,8 +91,10 @@ class HttpEdge:
 
     Args:
         app: the application.
-        gateway: gives keys, metrics and the placement epoch.
+        gateway: gives metrics and the placement epoch.
+        keys: who may come in.
         routes: paths that are counted by name; all others count as ``other``.
+        open_paths: served without a key.
         adds_request_id: False behind Serve, which adds the header to every answer itself.
     """
 
@@ -97,11 +102,15 @@ class HttpEdge:
         self,
         app: ASGIApp,
         gateway: Gateway,
+        keys: KeyRing,
         routes: frozenset[str],
         adds_request_id: bool = True,
+        open_paths: frozenset[str] = OPEN_PATHS,
     ) -> None:
         self._app = app
         self._gateway = gateway
+        self._keys = keys
+        self._open_paths = open_paths
         self._routes = routes
         self._adds_request_id = adds_request_id
 
@@ -116,9 +125,10 @@ class HttpEdge:
         responder = Responder(self._with_headers(send, request_id))
         path = _path(scope)
         status = 0
+        caller: Account | None = None
         try:
-            if path not in OPEN_PATHS:
-                self._gateway.keys.check(headers.get("authorization"), headers.get("api-key"))
+            if path not in self._open_paths:
+                caller = self._keys.enter(headers.get("authorization"), headers.get("api-key"))
             await self._app(scope, receive, responder)
         except (ClientGoneError, ClientDisconnect):
             status = 499
@@ -128,6 +138,8 @@ class HttpEdge:
         except Exception as err:
             await self._answer_error(err, request_id, responder)
         finally:
+            if caller is not None:
+                caller.leave()
             status = status or responder.status or 500
             if status == 499:
                 self._gateway.metrics.client_disconnects.add()
@@ -136,6 +148,8 @@ class HttpEdge:
 
     async def _answer_error(self, error: Exception, request_id: str, responder: Responder) -> None:
         report = report_error(error, request_id)
+        if isinstance(error, KeyLimitError):
+            self._gateway.metrics.admission_rejections.add(error.limit)
         if not isinstance(error, ExpertMeshError):
             logger.error("request %s failed", request_id, exc_info=error)
         if responder.is_started:

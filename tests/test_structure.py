@@ -16,6 +16,7 @@ PACKAGES = ("protos", "cluster", "workers", "gateway")
 LEAVES = frozenset(
     f"cluster.{name}"
     for name in (
+        "api_keys",
         "config",
         "errors",
         "topology",

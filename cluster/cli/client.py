@@ -34,11 +34,13 @@ def find_url(args: argparse.Namespace) -> str:
 class Client:
     """Requests to one URL. Errors become ``CommandError`` with the fitting exit code."""
 
-    def __init__(self, args: argparse.Namespace, url: str = "") -> None:
-        """``url`` where it is not the gateway that ``args`` name."""
-        self.url = url or find_url(args)
+    def __init__(self, args: argparse.Namespace, admin_url: str = "") -> None:
+        """``admin_url`` where it is an admin port, not the gateway that ``args`` name."""
+        self.url = admin_url or find_url(args)
         self._timeout_s = args.timeout or DEFAULT_TIMEOUT_S
         self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
+        if admin_url:
+            self._key = args.admin_key or os.environ.get("EXPERTMESH_ADMIN_KEY", "") or self._key
 
     def get(self, path: str, any_status: bool = False) -> Any:
         """The JSON document at ``path``. ``any_status`` takes the body of an error answer too."""

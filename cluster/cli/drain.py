@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 import uuid
 from collections.abc import Mapping
@@ -61,6 +62,9 @@ def run_op(args: argparse.Namespace) -> int:
 def admin_client(args: argparse.Namespace) -> Client:
     """Requests to the admin port of the cluster that ``args`` name. Raises ``CommandError``."""
     calls = argparse.Namespace(**{**vars(args), "timeout": None})  # it is the operation's limit
+    given = args.admin_url or os.environ.get("EXPERTMESH_ADMIN_URL")
+    if given:
+        return Client(calls, str(given).rstrip("/"))
     gateways = Client(calls).get("/cluster/v1/status").get("gateway") or [{}]
     address = gateways[0].get("admin_http")
     if not address:

@@ -59,9 +59,15 @@ def _common(absent: object, off: object) -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     options = common.add_argument_group("everywhere")
     options.add_argument("--url", default=absent, help="gateway to talk to (EXPERTMESH_URL)")
+    options.add_argument(
+        "--admin-url", default=absent, help="its admin port, if need be (EXPERTMESH_ADMIN_URL)"
+    )
     options.add_argument("--name", default=absent, help="cluster on this host (default)")
     options.add_argument(
         "--api-key", default=absent, metavar="KEY", help="key (EXPERTMESH_API_KEY)"
+    )
+    options.add_argument(
+        "--admin-key", default=absent, metavar="KEY", help="admin key (EXPERTMESH_ADMIN_KEY)"
     )
     options.add_argument("--json", action="store_true", default=off, help="one JSON document")
     options.add_argument("--timeout", type=_seconds, default=absent, metavar="S", help="limit")

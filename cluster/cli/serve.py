@@ -18,6 +18,7 @@ from cluster.cli.dry_run import show
 from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.front import Front, Outcome, raise_on_signals
 from cluster.cli.progress import Progress
+from cluster.cli.security_options import without_keys
 from cluster.cli.serve_config import build_config, make_plan
 from cluster.cli.serve_options import add_serve_options, collect
 from cluster.cli.terminal import note, out_json, out_line
@@ -140,7 +141,7 @@ def _check_early(values: dict[str, Any], is_private: bool) -> None:
     try:
         check_ports(section.host, {**ports, "grpc_port": section.grpc_port})
         admin = {n: getattr(section, n) for n in ("admin_port", "admin_grpc_port")}
-        check_ports("127.0.0.1", {n: port for n, port in admin.items() if port})
+        check_ports(section.admin_host, {n: port for n, port in admin.items() if port})
     except ConfigError as err:
         raise CommandError(ExitCode.REFUSED, str(err)) from err
 
@@ -163,6 +164,7 @@ class _Preparation:
             self._environment = local_ray.private_environment(self._folder)
         else:
             self._environment = {**os.environ, **local_ray.common_environment()}
+        self._environment = without_keys(self._environment)
         self._front: Front | None = None
         self._check: CheckpointCheck | None = None
         self._kept = False
@@ -203,7 +205,7 @@ class _Preparation:
 
 def _ready(args: argparse.Namespace, plan: LaunchPlan) -> None:
     _print_ready(args, plan.name, plan.http_url, plan.grpc_target)
-    key = " -H 'Authorization: Bearer KEY'" if plan.config.gateway.api_keys else ""
+    key = " -H 'Authorization: Bearer KEY'" if plan.config.gateway.asks_for_keys else ""
     model = plan.config.model.served_model_name
     body = json.dumps({"model": model, "prompt": "ROMEO:", "max_tokens": 40, "stream": True})
     call = json.dumps({"text": "ROMEO:", "sampling_params": {"max_tokens": 40}})

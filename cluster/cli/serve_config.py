@@ -10,17 +10,18 @@ from typing import Any
 
 from cluster.checkpoint_check import CheckpointFacts
 from cluster.cli.exit_codes import CommandError, ExitCode
-from cluster.cli.serve_options import read_keys, read_template
+from cluster.cli.serve_options import read_template
 from cluster.config import ClusterConfig, check
 from cluster.errors import ConfigError
 from cluster.launch_plan import LaunchPlan, count_cpus, count_gpus, free_port
 from cluster.load_profile import load_profile
 from cluster.model_source import ModelSource
 from cluster.start_plan import fits, plan_start
+from gateway.key_file import read_key_file
 
 logger = logging.getLogger(__name__)
 
-REFUSED_FIELDS = ("host",)
+REFUSED_FIELDS = ("host", "admin_host")
 """Settings whose rules are about this host or its safety, not about how a flag is written."""
 _HEARTBEATS_PER_LIMIT = 4
 _MAX_HEARTBEAT_S = 0.5
@@ -37,8 +38,8 @@ def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig
         "served_model_name": model.name,
         **sections["model"],
     }
-    _add_keys(sections["gateway"], values.get("api_key_file"))
     _add_files(sections)
+    _check_key_files(sections["gateway"])
     _add_heartbeat(sections["transport"])
     try:
         return ClusterConfig.from_dict({**sections, "cluster_token": secrets.token_hex(32)})
@@ -67,21 +68,34 @@ def _sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return sections
 
 
-def _add_keys(gateway: dict[str, Any], file: str | None) -> None:
-    """Keys of ``--api-key`` and of the key file add up."""
-    single = (gateway["api_keys"],) if "api_keys" in gateway else ()
-    gateway["api_keys"] = (*single, *(read_keys(file) if file else ()))
+def _check_key_files(gateway: Mapping[str, Any]) -> None:
+    """Each replica reads them itself, again and again; here only whether that will do."""
+    for name in ("api_key_file", "admin_key_file"):
+        path = gateway.get(name)
+        if path is None:
+            continue
+        try:
+            is_empty = not read_key_file(path, name)
+        except ConfigError as err:
+            raise CommandError(ExitCode.USAGE, str(err)) from err
+        if is_empty:
+            raise CommandError(ExitCode.USAGE, f"{name} ({path}) holds no key")
 
 
 def _add_files(sections: dict[str, dict[str, Any]]) -> None:
     """Read the chat template; make other paths good for other working directories."""
-    model, workers = sections["model"], sections["workers"]
+    model, workers, gateway = sections["model"], sections["workers"], sections["gateway"]
     observability = sections["observability"]
     if "chat_template" in model:
         model["chat_template"] = read_template(model["chat_template"])
-    for name in ("placement_file", "load_profile"):
-        if name in workers:
-            workers[name] = str(Path(workers[name]).absolute())
+    for section, name in (
+        (workers, "placement_file"),
+        (workers, "load_profile"),
+        (gateway, "api_key_file"),
+        (gateway, "admin_key_file"),
+    ):
+        if name in section:
+            section[name] = str(Path(section[name]).absolute())
     if observability.get("trace_dir"):
         observability["trace_dir"] = str(Path(observability["trace_dir"]).absolute())
 

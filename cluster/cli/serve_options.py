@@ -6,72 +6,14 @@ Precedence: flag, then ``EXPERTMESH_<FLAG>``, then the default of the configurat
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cluster.cli.exit_codes import CommandError, ExitCode
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
-def parse_bytes(text: str) -> int:
-    """``4096``, ``64M``, ``2GiB``: a number of bytes. Raises ``ValueError``."""
-    digits = text.strip().removesuffix("iB").removesuffix("B")
-    unit = digits[-1:].upper() if digits[-1:].isalpha() else ""
-    number = digits.removesuffix(digits[-1:]) if unit else digits
-    if unit not in _UNITS:
-        raise ValueError(f"{text} is not a number of bytes")
-    return int(float(number) * _UNITS[unit]) if unit else int(number)
-
-
-def parse_switch(text: str) -> bool:
-    """The value of an environment variable that stands for a flag. Raises ``ValueError``."""
-    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    if text.lower() not in words:
-        raise ValueError(f"{text} is neither true nor false")
-    return words[text.lower()]
-
-
-def parse_micro_batches(text: str) -> str | int:
-    """``auto``, or a number of micro-batches. Raises ``ValueError``."""
-    return text if text == "auto" else int(text)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServeOption:
-    """One flag of ``serve``."""
-
-    flag: str
-    """With its dashes."""
-    target: str
-    """``section.field`` of ``ClusterConfig``; a bare name is for the launcher alone."""
-    help: str
-    """What the user reads, default included."""
-    kind: Callable[[str], Any] = str
-    """From text to value; raises ``ValueError``."""
-    choices: tuple[str, ...] = ()
-    """Allowed words."""
-    is_switch: bool = False
-    """A flag without value."""
-    has_negation: bool = False
-    """A flag without value that has a ``--no-`` form too."""
-
-    @property
-    def dest(self) -> str:
-        """Attribute in argparse's result."""
-        return self.flag.removeprefix("--").replace("-", "_")
-
-    @property
-    def variable(self) -> str:
-        """Name in the environment."""
-        return f"EXPERTMESH_{self.dest.upper()}"
-
-
-def _option(flag: str, target: str, help: str, **more: Any) -> ServeOption:
-    return ServeOption(flag=flag, target=target, help=help, **more)
-
+from cluster.cli.option import ServeOption, parse_bytes, parse_micro_batches, parse_switch
+from cluster.cli.option import option as _option
+from cluster.cli.security_options import SECURITY_OPTIONS, collect_keys
 
 OPTIONS = (
     _option("--host", "gateway.host", "interface of HTTP and gRPC (127.0.0.1)"),
@@ -80,7 +22,7 @@ OPTIONS = (
     _option(
         "--admin-port",
         "gateway.admin_port",
-        "HTTP port of the admin service, on loopback (8001, or a free one)",
+        "HTTP port of the admin service (8001, or a free one)",
         kind=int,
     ),
     _option(
@@ -163,8 +105,6 @@ OPTIONS = (
         kind=parse_switch,
         has_negation=True,
     ),
-    _option("--api-key", "gateway.api_keys", "key that clients must present"),
-    _option("--api-key-file", "api_key_file", "file with one key a line"),
     _option(
         "--num-attention-workers", "workers.num_attention_workers", "attention ranks (1)", kind=int
     ),
@@ -280,20 +220,6 @@ OPTIONS = (
     _option("--seed", "engine.seed", "base of the seeds of requests without one (0)", kind=int),
     _option("--chat-template", "model.chat_template", "Jinja file instead of the model's template"),
     _option(
-        "--allow-unauthenticated",
-        "gateway.allow_unauthenticated",
-        "allow a public --host without keys",
-        kind=parse_switch,
-        is_switch=True,
-    ),
-    _option(
-        "--trust-request-chat-template",
-        "gateway.trust_request_chat_template",
-        "render the chat templates that clients send, which can keep a core busy for ever",
-        kind=parse_switch,
-        is_switch=True,
-    ),
-    _option(
         "--metrics-all-experts",
         "gateway.metrics_all_experts",
         "count the tokens of every expert in /metrics, not only of the busiest of each layer",
@@ -312,7 +238,12 @@ OPTIONS = (
         kind=parse_bytes,
     ),
     _option("--address", "address", "join this Ray cluster instead of a private one"),
+    *SECURITY_OPTIONS,
 )
+
+
+COMMON_FLAGS = ("--api-key", "--admin-key")
+"""Options that every command has."""
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
@@ -329,7 +260,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(option.flag, action=action, default=None, help=option.help)
         elif option.is_switch:
             parser.add_argument(option.flag, action="store_const", const=True, help=option.help)
-        elif option.flag != "--api-key":  # every command has that one
+        elif option.flag not in COMMON_FLAGS:
             parser.add_argument(
                 option.flag,
                 type=option.kind,
@@ -348,7 +279,7 @@ def collect(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[st
             value = _from_environment(option, environment[option.variable])
         if value is not None:
             values[option.target] = value
-    return values
+    return {**values, **collect_keys(values, environment)}
 
 
 def _from_environment(option: ServeOption, text: str) -> Any:
@@ -361,20 +292,6 @@ def _from_environment(option: ServeOption, text: str) -> Any:
         words = ", ".join(option.choices)
         raise CommandError(ExitCode.USAGE, f"{option.variable} ({text}) must be one of {words}")
     return value
-
-
-def read_keys(path: str) -> tuple[str, ...]:
-    """Keys of a key file: one a line, empty lines and ``#`` comments left out."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as err:
-        raise CommandError(
-            ExitCode.USAGE, f"--api-key-file ({path}) cannot be read: {err}"
-        ) from err
-    keys = tuple(s for line in lines if (s := line.strip()) and not s.startswith("#"))
-    if not keys:
-        raise CommandError(ExitCode.USAGE, f"--api-key-file ({path}) holds no key")
-    return keys
 
 
 def read_template(text: str) -> str:

@@ -44,6 +44,30 @@ def done() -> dict[str, Any]:
     return operation("SUCCEEDED", message="attention-1 is drained", ended=100.4, drain=result)
 
 
+def test_the_admin_key_goes_to_the_admin_port_alone(
+    gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--url", gateway.url, "--api-key", "user", "op", "drain-1.1"]
+    gateway.admin = [(200, done()), (200, done()), (200, done()), (200, done())]
+    assert main(words) == ExitCode.OK
+    assert main([*words, "--admin-key", "root"]) == ExitCode.OK
+    monkeypatch.setenv("EXPERTMESH_ADMIN_KEY", "other")
+    assert main(words) == ExitCode.OK
+    assert main(["--admin-url", f"{gateway.url}/", "op", "drain-1.1"]) == ExitCode.OK
+    pairs = ["user", "user", "user", "root", "user", "other", "other"]
+    assert gateway.keys == [f"Bearer {key}" for key in pairs]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_wrong_admin_key_has_an_exit_code(
+    gateway: FakeGateway, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.admin = [(status, {"error": {"message": "not this key"}})]
+    words = ["--url", gateway.url, "--admin-key", "wrong", "drain", "attention-1"]
+    assert (main(words), ExitCode.UNAUTHORISED.value) == (6, 6)
+    assert capsys.readouterr().err == "expertmesh: not this key\n"
+
+
 def test_a_drain_is_waited_for(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
     gateway.admin = [(200, operation("RUNNING")), (200, operation("RUNNING")), (200, done())]
     assert main(["--url", gateway.url, "drain", "attention-1", "--timeout", "9"]) == ExitCode.OK

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.api_keys import hash_key
 from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.main import main, make_parser
+from cluster.cli.option import parse_bytes
+from cluster.cli.security_options import without_keys
 from cluster.cli.serve_config import build_config
-from cluster.cli.serve_options import OPTIONS, collect, parse_bytes, read_keys, read_template
+from cluster.cli.serve_options import OPTIONS, collect, read_template
 from cluster.config import ClusterConfig
 from cluster.model_source import ModelSource
+from gateway.auth import make_key_rings
 
 MODEL = ModelSource(folder=Path("/models/m"), name="m")
 
@@ -22,6 +27,10 @@ def parse(*words: str) -> argparse.Namespace:
 
 def config_of(*words: str, environment: dict[str, str] | None = None) -> ClusterConfig:
     return build_config(collect(parse(*words), environment or {}), MODEL)
+
+
+def collect_of(environment: dict[str, str]) -> dict[str, Any]:
+    return collect(parse(), environment)
 
 
 def test_without_options_the_defaults_of_the_configuration_hold() -> None:
@@ -133,16 +142,34 @@ def test_keys_of_flag_and_file_add_up(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# people\none\n\n  two  \n")
     config = config_of("--api-key", "zero", "--api-key-file", str(file))
-    assert config.gateway.api_keys == ("zero", "one", "two")
+    public, _ = make_key_rings(config.gateway)
+    for key in ("zero", "one", "two"):
+        assert public.check(None, key) is not None
 
 
-def test_a_key_file_without_keys_is_refused(tmp_path: Path) -> None:
+def test_keys_of_the_environment_add_up_and_are_hashed_at_once() -> None:
+    environment = {"EXPERTMESH_API_KEY": "zero", "EXPERTMESH_API_KEYS": "one, two,,"}
+    values = collect_of(environment)
+    assert values["gateway.api_keys"] == tuple(map(hash_key, ("zero", "one", "two")))
+    assert collect_of({"EXPERTMESH_ADMIN_KEYS": "a"})["gateway.admin_keys"] == (hash_key("a"),)
+    assert without_keys({**environment, "HOME": "/"}) == {"HOME": "/"}
+
+
+def test_keys_are_never_in_what_is_passed_on() -> None:
+    config = config_of("--api-key", "zero-zero", "--admin-key", "one-one")
+    for text in (repr(config), json.dumps(config.to_dict())):
+        assert "zero-zero" not in text
+        assert "one-one" not in text
+
+
+@pytest.mark.parametrize("flag", ["--api-key-file", "--admin-key-file"])
+def test_a_key_file_without_keys_is_refused(tmp_path: Path, flag: str) -> None:
     file = tmp_path / "keys"
     file.write_text("# nobody\n")
     with pytest.raises(CommandError, match="holds no key"):
-        read_keys(str(file))
+        config_of(flag, str(file))
     with pytest.raises(CommandError, match="cannot be read"):
-        read_keys(str(tmp_path / "missing"))
+        config_of(flag, str(tmp_path / "missing"))
 
 
 def test_a_public_host_needs_keys_or_a_word() -> None:
@@ -151,7 +178,14 @@ def test_a_public_host_needs_keys_or_a_word() -> None:
     assert caught.value.code == ExitCode.REFUSED
     assert "--allow-unauthenticated" in str(caught.value)
     assert config_of("--host", "0.0.0.0", "--allow-unauthenticated").gateway.host == "0.0.0.0"
-    assert config_of("--host", "0.0.0.0", "--api-key", "k").gateway.api_keys == ("k",)
+    assert config_of("--host", "0.0.0.0", "--api-key", "k").gateway.asks_for_keys
+
+
+def test_a_public_admin_host_needs_keys_of_its_own() -> None:
+    with pytest.raises(CommandError, match="--admin-key") as caught:
+        config_of("--admin-host", "0.0.0.0", "--api-key", "k", "--allow-unauthenticated")
+    assert caught.value.code == ExitCode.REFUSED
+    assert config_of("--admin-host", "0.0.0.0", "--admin-key", "k").gateway.asks_for_admin_keys
 
 
 @pytest.mark.parametrize(

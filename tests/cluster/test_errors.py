@@ -17,6 +17,8 @@ EXAMPLES = [
     errors.ContextLengthError("maximum context length is 10 tokens", "prompt"),
     errors.ModelNotFoundError("model 'x' is not served here"),
     errors.AuthenticationError("no key"),
+    errors.PermissionDeniedError("an admin key is needed"),
+    errors.KeyLimitError("60 requests a minute", 2.5, "key_requests"),
     errors.RequestTooLargeError("9 bytes"),
     errors.QueueFullError("1024 requests wait", 3.5),
     errors.NotReadyError("loading", "not_ready", 2.0),

@@ -1,0 +1,87 @@
+"""The options of ``serve`` about who may come in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.api_keys import hash_key
+from cluster.cli.option import option, parse_switch
+
+SECURITY_OPTIONS = (
+    option("--api-key", "gateway.api_keys", "key that clients must present"),
+    option(
+        "--api-key-file",
+        "gateway.api_key_file",
+        "keys that clients must present, one a line, or YAML with names and limits",
+    ),
+    option(
+        "--key-max-concurrent",
+        "gateway.key_max_concurrent",
+        "requests of one key at once, in each gateway replica (256)",
+        kind=int,
+    ),
+    option(
+        "--key-requests-per-minute",
+        "gateway.key_requests_per_minute",
+        "requests of one key in a minute, in each gateway replica (no limit)",
+        kind=float,
+    ),
+    option(
+        "--key-tokens-per-minute",
+        "gateway.key_tokens_per_minute",
+        "prompt and output tokens of one key in a minute, in each gateway replica (no limit)",
+        kind=float,
+    ),
+    option("--admin-host", "gateway.admin_host", "interface of the admin ports (127.0.0.1)"),
+    option("--admin-key", "gateway.admin_keys", "key of the admin ports"),
+    option("--admin-key-file", "gateway.admin_key_file", "keys of the admin ports"),
+    option(
+        "--allow-unauthenticated",
+        "gateway.allow_unauthenticated",
+        "allow a public --host without keys",
+        kind=parse_switch,
+        is_switch=True,
+    ),
+    option(
+        "--public-metrics",
+        "gateway.public_metrics",
+        "ask for no key at /metrics",
+        kind=parse_switch,
+        is_switch=True,
+    ),
+    option(
+        "--trust-request-chat-template",
+        "gateway.trust_request_chat_template",
+        "render the chat templates that clients send, which can keep a core busy for ever",
+        kind=parse_switch,
+        is_switch=True,
+    ),
+)
+"""Part of ``cluster.cli.serve_options.OPTIONS``."""
+_KEYS = {
+    "gateway.api_keys": "EXPERTMESH_API_KEYS",
+    "gateway.admin_keys": "EXPERTMESH_ADMIN_KEYS",
+}
+
+
+def collect_keys(
+    values: Mapping[str, Any], environment: Mapping[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """The keys of the options among ``values``, and more from the environment, hashed.
+
+    ``EXPERTMESH_API_KEYS`` and ``EXPERTMESH_ADMIN_KEYS`` hold keys with commas between them.
+    """
+    found = {}
+    for target, variable in _KEYS.items():
+        more = (key.strip() for key in environment.get(variable, "").split(","))
+        keys = [key for key in (values.get(target, ""), *more) if key]
+        if keys:
+            found[target] = tuple(map(hash_key, dict.fromkeys(keys)))
+    return found
+
+
+def without_keys(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for processes that need no keys."""
+    names = {f"EXPERTMESH_{kind}_KEY{s}" for kind in ("API", "ADMIN") for s in ("", "S")}
+    return {name: value for name, value in environment.items() if name not in names}
