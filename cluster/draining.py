@@ -326,7 +326,8 @@ class Draining:
         if stage is None or not stage.fills:
             self._move(drain, now)
             return
-        drain.before = drain.before or self._host.placement
+        if drain.before is None:
+            drain.before, drain.copied_in = self._host.placement, self._host.generation.number
         self._enter(drain, DrainStep.COPY)
         drain.operation.result["experts_copied"] = len(stage.fills)
         limits = ChangeLimits(limit_s=max(drain.deadline - now, 0.1))
@@ -400,20 +401,14 @@ class Draining:
         host.hold_back(alive, False)
         if drain.change is not None:
             drain.change.cancel("the drain was given up")
-        is_changed = drain.before is not None and drain.before.banks != host.placement.banks
-        if (
-            drain.change is not None
-            or not is_changed
-            or not host.runs
-            or len(alive) < len(drain.names)
-        ):
+        back = drain.way_back(host.placement, host.generation)
+        is_whole = host.runs and len(alive) == len(drain.names)
+        if drain.change is not None or back is None or not is_whole:
             self._end(drain, state, text, now)
             return
-        assert drain.before is not None, "just looked at"
         drain.outcome = (state, text)
         self._enter(drain, DrainStep.BACK)
-        stage = Stage(fills=(), placement=drain.before)  # all that it names is in memory still
-        drain.change = host.rebalancing.begin_change(stage, ChangeLimits(), now)
+        drain.change = host.rebalancing.begin_change(back, ChangeLimits(), now)
 
     def _watch_return(self, drain: Drain, now: float) -> None:
         """End when the maps are those from before; a new generation ends it too."""

@@ -114,6 +114,20 @@ def test_only_copies_are_read_by_others_first(layout: dict[str, Any], worker: st
         play(cluster, SMALL, random.Random(7), lambda: done.append(drain(cluster, worker)))
         assert done[0]["result"]["experts_copied"] == 32 * len(cluster._call("placement")["banks"])
         assert cluster.snapshot()["experts_complete"]
+        check_memory_is_freed(cluster, worker)
+
+
+def check_memory_is_freed(cluster: ServingCluster, left: str) -> None:
+    """When another worker is in its place, the one that stayed holds no more than at the start."""
+    (stayed,) = {w["name"] for w in cluster.snapshot()["workers"] if w["slots"]} - {left}
+    cluster.wait(lambda s: s["state"] == "SERVING")
+    at_start = cluster.worker(stayed)["slots"]
+
+    def slots(snapshot: dict[str, Any]) -> float:
+        (stats,) = [w["stats"] for w in snapshot["workers"] if w["name"] == stayed]
+        return float(stats["expert_worker_slots"])
+
+    cluster.wait(lambda s: slots(s) == at_start, fresh=True)
 
 
 @pytest.mark.ray

@@ -15,6 +15,7 @@ import torch
 
 from cluster.config import WorkersSection
 from cluster.control_frames import LoadExperts
+from cluster.placement import ExpertPlacement
 from workers.checkpoint import Checkpoint
 from workers.control_client import ControlClient
 from workers.dist.activity import Activity
@@ -81,8 +82,13 @@ class ExpertPart:
         weights.start(slots)
         sources: dict[str, OpenSource] = {CHECKPOINT: self._open_checkpoint, PEER: self._open_peer}
         can_grow = args.device.type == "cpu"
-        max_slots = None if can_grow else args.num_slots
-        self._loader = ExpertLoader(slots, sources, control.send, max_slots=max_slots)
+        self._loader = ExpertLoader(
+            slots,
+            sources,
+            control.send,
+            max_slots=None if can_grow else args.num_slots,
+            min_slots=args.num_slots,
+        )
 
     def order(self, order: LoadExperts) -> None:
         """Load experts in the background. Control thread.
@@ -99,6 +105,11 @@ class ExpertPart:
         """What a move was to change is not wanted any more. Control thread."""
         given_up, self._given_up = self._given_up, threading.Event()
         given_up.set()
+
+    def keep_only(self, placement: ExpertPlacement) -> None:
+        """A generation runs with this placement: free what it does not use. Control thread."""
+        device = self._args.member.device
+        self._loader.keep_only([bank.physical_to_logical[device] for bank in placement.banks])
 
     def facts(self) -> dict[str, int]:
         """For ``WorkerReady``: slots, and bytes of an expert of the largest bank."""

@@ -382,6 +382,8 @@ class WorkerRuntime(ABC):
         if isinstance(frame, Keepsake):
             self._memory = frame.memory
             return
+        if isinstance(frame, RunGeneration):
+            self._free_experts(frame)
         self._frames.append(frame)
         if isinstance(frame, NewGeneration):
             if self._experts is not None:
@@ -392,6 +394,13 @@ class WorkerRuntime(ABC):
             self._interrupt(self.generation.number + 1)
         elif self._hub is not None:
             self._hub.wake()
+
+    def _free_experts(self, frame: RunGeneration) -> None:
+        """Experts that were taken over from a lost worker are not needed when another has come."""
+        order = self._order
+        if self._experts is None or order is None or order.generation["number"] != frame.generation:
+            return
+        self._experts.keep_only(ExpertPlacement.from_dict(order.placement))
 
     def _order_experts(self, order: LoadExperts) -> None:
         """The loader's thread does it; the data thread goes on."""

@@ -174,6 +174,45 @@ def test_a_drain_that_is_given_up_brings_the_maps_back() -> None:
     assert [state_of(cluster, name) for name in names] == ["SERVING", "SERVING"]
 
 
+def test_after_another_generation_what_was_freed_is_loaded_again() -> None:
+    """A generation that runs frees what its maps do not name."""
+    cluster = serving(3, 3, 0)
+    before = cluster.controller.placement.banks
+    for name in ("attention-1", "expert-2"):
+        record = cluster.controller.workers[name]
+        record.member = replace(record.member, node="host-b")
+    operation = drain(cluster, "", node="host-b", limit_s=60.0)
+    load_all(cluster)
+    switch(cluster)
+    cluster.controller.lost({"attention-2": "killed"}, cluster.now)
+    cluster.join_all()
+    cluster.controller.draining.cancel(operation, cluster.now)
+    assert operation.phase == "take it back"
+    assert cluster.answer_loads("expert-2") == 4  # 2 experts in 2 layers
+    switch(cluster)
+    assert operation.state is OperationState.CANCELLED
+    assert cluster.controller.placement.banks == before
+
+
+def test_maps_that_name_a_worker_that_has_gone_are_not_brought_back() -> None:
+    cluster = serving(3, 4, 0)
+    for name in ("attention-1", "expert-2"):
+        record = cluster.controller.workers[name]
+        record.member = replace(record.member, node="host-b")
+    operation = drain(cluster, "", node="host-b", limit_s=60.0)
+    load_all(cluster)
+    switch(cluster)
+    assert operation.phase == "move requests to other workers"
+    cluster.controller.lost({"expert-0": "killed"}, cluster.now)
+    for member in cluster.controller.generation.members:
+        cluster.answer_loads(member.name)
+    cluster.join_all()
+    cluster.controller.draining.cancel(operation, cluster.now)
+    assert operation.state is OperationState.CANCELLED
+    for bank in cluster.controller.placement.banks:
+        assert set(bank.physical_to_logical[0]) == {-1}
+
+
 def test_an_attention_worker_leaves_when_its_requests_have() -> None:
     cluster = serving()
     say_requests(cluster, "attention-1", 3)

@@ -145,6 +145,11 @@ def test_bank_grows_and_empties(inner: int) -> None:
     assert (found.double() - expected).abs().max() < 1e-5
     bank.clear(4)
     assert bank.num_slots == 5
+    bank.resize(2)
+    assert bank.num_slots == 2
+    assert torch.equal(bank.compute(0, inputs, rows, torch.ones(3, dtype=torch.int64)), before)
+    with pytest.raises(IndexError):
+        bank._kernels[0].read(4, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

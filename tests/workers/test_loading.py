@@ -46,6 +46,7 @@ class Loading:
             {CHECKPOINT: self._open_checkpoint, "broken": self._open_broken},
             self.answers.put,
             max_slots=max_slots,
+            min_slots=4,
         )
 
     def _open_checkpoint(self, source: Mapping[str, Any]) -> ExpertSource:
@@ -139,6 +140,27 @@ def test_where_slots_cannot_grow_there_is_a_limit(tiny_checkpoint: Path) -> None
         found.check(0, 3, 4)
 
 
+def test_what_is_not_used_any_more_is_freed(tiny_checkpoint: Path) -> None:
+    with loading(tiny_checkpoint) as found:
+        assert found.load([0, 4, 7], [0, 5, 4], [1, 6, 5]).error == ""
+        found.loader.keep_only([[0, -1, 2, 3, 7], [0, 1, -1, -1]])
+        assert found.load([1, 3, 6]).error == ""  # a later order is not touched by it
+        assert [bank.num_slots for bank in found.slots.banks] == [5, 4]
+        assert found.slots.contents(0) == {0: 0, 2: 2, 3: 3, 4: 7}
+        assert found.slots.contents(1) == {0: 0, 1: 1, 3: 6}
+        assert found.slots.read_expert(0, 1) is None
+        found.check(0, 4, 7)
+        found.check(1, 3, 6)
+
+
+def test_where_slots_cannot_grow_nothing_is_freed(tiny_checkpoint: Path) -> None:
+    with loading(tiny_checkpoint, max_slots=6) as found:
+        assert found.load([0, 4, 7]).error == ""
+        found.loader.keep_only([[0], [0]])
+        assert found.load([0, 5, 6]).error == ""
+        assert found.slots.contents(0) == {0: 0, 1: 1, 2: 2, 3: 3, 4: 7, 5: 6}
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path)
     with loading(tmp_path) as found:
@@ -189,8 +211,12 @@ def test_steps_go_on_while_banks_grow(tiny_checkpoint: Path, deterministic: bool
 
         thread = threading.Thread(target=compute)
         thread.start()
-        for slot in range(4, 16):
-            assert found.load([0, slot, slot % 8]).error == ""
+        for _ in range(2):
+            for slot in range(4, 16):
+                assert found.load([0, slot, slot % 8]).error == ""
+            found.loader.keep_only([[0, 1, 2, 3], [0, 1, 2, 3]])
+        assert found.load([1, 0, 0]).error == ""  # after it
+        assert bank.num_slots == 4
         stop.set()
         thread.join(TIMEOUT_S)
         assert wrong == []

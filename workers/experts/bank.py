@@ -23,7 +23,7 @@ class ExpertKernel(Protocol):
     """
 
     def resize(self, num_slots: int) -> None:
-        """Grow to so many slots."""
+        """Have so many slots; what those hold that stay is the same."""
 
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
         """Copy one matrix [out, in] of one expert from the CPU."""
@@ -82,8 +82,7 @@ class ExpertBank:
         return self._num_slots
 
     def resize(self, num_slots: int) -> None:
-        """Grow the capacity; contents stay."""
-        assert num_slots >= self._num_slots, "a bank never shrinks"
+        """Change the capacity; what is in slots that stay is the same."""
         for kernel in self._kernels:
             kernel.resize(num_slots)
         self._num_slots = num_slots

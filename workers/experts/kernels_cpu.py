@@ -62,9 +62,11 @@ class PackedExperts:
         self._is_packed = can_pack(torch.empty(shapes[0], dtype=dtype, device="cpu"))
 
     def resize(self, num_slots: int) -> None:
-        """Make room; new slots are empty and take no memory."""
-        for weights in self._weights:
-            weights += [torch.empty(0, dtype=self._dtype)] * (num_slots - len(weights))
+        """See ``ExpertKernel``; new slots are empty and take no memory."""
+        empty = torch.empty(0, dtype=self._dtype)
+        self._weights = [
+            old[:num_slots] + [empty] * (num_slots - len(old)) for old in self._weights
+        ]
 
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
         """Copy one matrix of one expert."""
@@ -107,8 +109,8 @@ class PaddedExperts:
         self._weights = [torch.zeros((0, *shape), dtype=dtype) for shape in shapes]
 
     def resize(self, num_slots: int) -> None:
-        """Make room; new slots hold zeros, whose pages the system only gives out when written."""
-        self._weights = [grown(old, num_slots) for old in self._weights]
+        """See ``ExpertKernel``; the pages of new slots are given out when they are written."""
+        self._weights = [resized(old, num_slots) for old in self._weights]
 
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
         """Copy one matrix of one expert."""
@@ -174,10 +176,11 @@ class PaddedExperts:
         return padded.view(-1, padded.shape[2])[place]
 
 
-def grown(weights: Tensor, num_slots: int) -> Tensor:
+def resized(weights: Tensor, num_slots: int) -> Tensor:
     """[slots, ..] -> [num_slots, ..]: the same slots first, then zeros."""
     new = weights.new_zeros((num_slots, *weights.shape[1:]))
-    new[: len(weights)] = weights
+    kept = min(len(weights), num_slots)
+    new[:kept] = weights[:kept]
     return new
 
 

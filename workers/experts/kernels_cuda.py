@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.experts.kernels_cpu import grown
+from workers.experts.kernels_cpu import resized
 from workers.layers import Gate, swiglu
 
 _ALIGNMENT_BYTES = 16
@@ -37,8 +37,8 @@ class GroupedExperts:
         )
 
     def resize(self, num_slots: int) -> None:
-        """Allocate slots; old contents are kept."""
-        self._weights = [grown(old, num_slots) for old in self._weights]
+        """See ``ExpertKernel``; new slots hold zeros."""
+        self._weights = [resized(old, num_slots) for old in self._weights]
 
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
         """Copy one matrix of one expert to the device."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from workers.experts.bank import ExpertKernel, MakeKernel
-from workers.experts.kernels_cpu import PACKED_MIN_ELEMENTS, grown
+from workers.experts.kernels_cpu import PACKED_MIN_ELEMENTS, resized
 from workers.families.base import ExchangeSpec
 from workers.invariant import LINEAR_FORMS, MIN_ROWS, Form, RowInvariantLinear, check_device
 from workers.lanes import Lanes
@@ -44,7 +44,7 @@ class BlockExperts:
 
     def resize(self, num_slots: int) -> None:
         """See ``ExpertKernel``; new slots hold zeros."""
-        self._weights = [grown(old, num_slots) for old in self._weights]
+        self._weights = [resized(old, num_slots) for old in self._weights]
 
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
         """See ``ExpertKernel``."""

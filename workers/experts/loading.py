@@ -12,6 +12,9 @@ An order fills slots that no placement in force names, so that steps never read 
 written; kernels allow that (``ExpertKernel``). On a CPU a bank grows to the slots that are asked
 for; on a GPU it has its capacity (``--recovery-slots``). Orders are carried out one after the
 other; each is answered once, and one that fails leaves its slots without meaning.
+
+When a generation runs, what its maps do not name is freed (``keep_only``), in turn with the orders:
+those that came before it were for this generation, or for one that will never run.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
@@ -40,6 +44,14 @@ OpenSource = Callable[[Mapping[str, Any]], ExpertSource]
 _END_LIMIT_S = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Keep:
+    """What is not in use is to be freed."""
+
+    used: Sequence[Sequence[int]]
+    """As for ``ExpertSlots.keep_only``."""
+
+
 class ExpertLoader:
     """Carries out the load orders of one worker."""
 
@@ -50,16 +62,19 @@ class ExpertLoader:
         answer: Callable[[ExpertsLoaded], None],
         *,
         max_slots: int | None = None,
+        min_slots: int = 0,
     ) -> None:
         """``sources`` by kind; ``answer`` is called on the loader's thread.
 
-        ``max_slots`` is the capacity of a bank where it cannot grow.
+        ``max_slots`` is the capacity of a bank where it cannot grow, ``min_slots`` what it keeps
+        where it can.
         """
         self._slots = slots
         self._sources = sources
         self._answer = answer
         self._max_slots = max_slots
-        self._orders: SimpleQueue[LoadExperts | None] = SimpleQueue()
+        self._min_slots = min_slots
+        self._orders: SimpleQueue[LoadExperts | _Keep | None] = SimpleQueue()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="expert-loader", daemon=True)
         self._thread.start()
@@ -67,6 +82,14 @@ class ExpertLoader:
     def order(self, order: LoadExperts) -> None:
         """Queue an order; returns at once. Any thread."""
         self._orders.put(order)
+
+    def keep_only(self, used: Sequence[Sequence[int]]) -> None:
+        """Free what is not in ``used`` (see ``ExpertSlots``) after the orders so far. Any thread.
+
+        Where banks cannot grow their memory is for these slots anyway: nothing happens.
+        """
+        if self._max_slots is None:
+            self._orders.put(_Keep(used))
 
     def close(self) -> None:
         """End after the matrix that is being read; what is left is not answered."""
@@ -79,9 +102,19 @@ class ExpertLoader:
     def _run(self) -> None:
         torch.set_num_threads(1)  # the cores belong to the steps
         while (order := self._orders.get()) is not None and not self._closing:
+            if isinstance(order, _Keep):
+                self._free(order)
+                continue
             reply = self._carry_out(order)
             if not self._closing:
                 self._answer(reply)
+
+    def _free(self, keep: _Keep) -> None:
+        try:
+            if num_freed := self._slots.keep_only(keep.used, self._min_slots):
+                logger.info("freed %d experts that are not used here any more", num_freed)
+        except Exception:  # out of memory, for example: the worker goes on with what it has
+            logger.exception("experts that are not used cannot be freed")
 
     def _carry_out(self, order: LoadExperts) -> ExpertsLoaded:
         """Load everything, or say what is in the way."""

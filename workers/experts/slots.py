@@ -68,11 +68,14 @@ class ExpertSlots:
             return None
         slot, held = found[0]
         source = self._banks[bank]
-        matrices = [
-            source.read(slot, exchange.index, i)
-            for exchange in source.spec.exchanges
-            for i in range(len(exchange.matrix_shapes))
-        ]
+        try:
+            matrices = [
+                source.read(slot, exchange.index, i)
+                for exchange in source.spec.exchanges
+                for i in range(len(exchange.matrix_shapes))
+            ]
+        except IndexError:  # the slot was given back meanwhile
+            return None
         return matrices if self._contents[bank].get(slot) is held else None
 
     def load_expert(
@@ -93,6 +96,24 @@ class ExpertSlots:
         """Empty a slot that no step uses."""
         self._contents[bank].pop(slot, None)
         self._banks[bank].clear(slot)
+
+    def keep_only(self, used: Sequence[Sequence[int]], min_slots: int) -> int:
+        """Free the memory of slots that no step uses; returns how many held an expert.
+
+        ``used[bank][slot]`` is an expert, or -1 where the slot is not used. ``min_slots`` is the
+        capacity that a bank keeps.
+        """
+        num_freed = 0
+        for bank, slots in enumerate(used):
+            wanted = {slot for slot, expert in enumerate(slots) if expert != FREE_SLOT}
+            unused = self._contents[bank].keys() - wanted
+            for slot in unused:
+                self.clear(bank, slot)
+            num_freed += len(unused)
+            num_slots = max(wanted, default=-1) + 1
+            if self._banks[bank].num_slots > max(num_slots, min_slots):
+                self._banks[bank].resize(max(num_slots, min_slots))
+        return num_freed
 
     def load_all(self, checkpoint: Checkpoint) -> None:
         """Expert e of every bank into slot e (a single process)."""
