@@ -6,11 +6,13 @@ launcher, the raylet's workers follow; what outlives them (two agents) is found 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import secrets
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,10 @@ logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 """No tensor goes through Ray; its smallest object store would be 75 MiB."""
 START_ATTEMPTS = 3
-_SLOW_START = "timed out during startup"
+_SYSTEM_CONFIG = {"worker_niceness": 0}
+"""Ray would run its workers at 15: whoever else computes on this host would stop the heartbeats."""
+_SLOW_STARTS = ("timed out during startup", "Timed out waiting for file")
+"""What Ray says of a node, and of a gcs, that took too long."""
 _END_LIMIT_S = 10.0
 _SOCKET_PATH_LIMIT = 107
 _RAY_PATH_CHARS = 75
@@ -121,8 +126,9 @@ class PrivateRay:
 def begin(folder: Path, **options: Any) -> Any:
     """``ray.init`` of a new Ray with its files in ``folder``; returns its context.
 
-    Ray gives its node 30 s to start, which no setting changes and a busy machine may need. What it
-    has started by then is ended here, and another attempt begins with what the first has warmed up.
+    Ray gives its node 30 s to start, which no setting changes and a busy machine may need; and it
+    forks with Python code in the child, which may stand still where other threads held a lock. What
+    it has started by then is ended here, and another attempt begins.
     """
     import ray
 
@@ -133,14 +139,24 @@ def begin(folder: Path, **options: Any) -> Any:
                 include_dashboard=False,
                 log_to_driver=False,
                 _temp_dir=str(folder),
+                _system_config=_SYSTEM_CONFIG,
                 **options,
             )
         except Exception as err:  # Ray raises it as that
-            if _SLOW_START not in str(err) or not attempts_left:
+            if not attempts_left or not any(reason in str(err) for reason in _SLOW_STARTS):
                 raise
             logger.warning("Ray did not start in its time, beginning again: %s", err)
             end_all(find_by_files(folder), _END_LIMIT_S)
+            _forget(err)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _forget(err: Exception) -> None:
+    """Let go of the processes in its frames: Ray never waited for them, and they are ended."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        err.__traceback__ = None
+        gc.collect()
 
 
 def join(address: str) -> str:

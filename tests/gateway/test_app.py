@@ -107,7 +107,8 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
         gateway=GatewaySection(port=port, grpc_port=grpc_port, request_timeout_s=LIMIT_S),
         cluster_token=CLUSTER_TOKEN,
     )
-    with _running_engine() as engine, _local_ray():
+    # Ray first: it forks, which does not go with the threads of gRPC
+    with _local_ray(), _running_engine() as engine:
         actor: Any = ray.remote(num_cpus=0)(ControllerActor)
         controller = actor.options(name=CONTROLLER_NAME, namespace=RAY_NAMESPACE).remote()
         options = {"host": "127.0.0.1", "port": port}
