@@ -193,7 +193,13 @@ def test_random_models_of_all_families_can_be_served(name: str) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.skipif(not HAS_TRANSFORMERS, reason="transformers is not installed")
-@pytest.mark.parametrize("model", [TINY, *families.TINY_MODELS.values()], ids=lambda m: m.family)
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(m, marks=() if m is TINY else pytest.mark.slow, id=m.family)
+        for m in (TINY, *families.TINY_MODELS.values())
+    ],
+)
 def test_processes_with_the_whole_model_are_measured(model: RandomModel) -> None:
     case = replace(QUICK, systems=("transformers", "local"))
     with random_model(model) as checkpoint:
@@ -211,6 +217,7 @@ def test_ray_workers_are_measured() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_colocated_workers_are_measured() -> None:
     with random_model(TINY) as checkpoint:
         found = measure(checkpoint, replace(QUICK, systems=("ray-colocated",)))

@@ -47,15 +47,8 @@ LAYOUTS = tuple(
     for dtype in DTYPES
     for m in (1, 2)
 )
-QUICK = (
-    "1x1-bfloat16-2",
-    "1x4-float32-1",
-    "2x3-bfloat16-1",
-    "3x2-float32-2",
-    "2-float32-1",
-    "3-bfloat16-2",
-)
-"""Every value of a dimension with every one of the others, but for the sizes of the two pools."""
+QUICK = ("1x4-float32-1", "2x3-bfloat16-1", "3x2-float32-2", "3-bfloat16-2")
+"""Both dtypes with one and two micro-batches, three sizes of the attention pool, and none."""
 
 
 @pytest.fixture(scope="module")
@@ -161,13 +154,11 @@ def test_a_layout_changes_no_bit(
 OTHER_VARIANTS = ("dots1-swa", "dots1-groups", "jetmoe-untied-top3-eps", "jetmoe-tied")
 OTHER_QUICK = {
     ("dots1-swa", "2x3-bfloat16-2"),
-    ("dots1-groups", "1x2-float32-1"),
-    ("dots1-groups", "3-bfloat16-1"),
-    ("jetmoe-untied-top3-eps", "2x2-float32-2"),
-    ("jetmoe-tied", "1x3-bfloat16-1"),
-    ("jetmoe-tied", "2-float32-2"),
+    ("dots1-groups", "2-float32-1"),
+    ("jetmoe-untied-top3-eps", "2-bfloat16-2"),
+    ("jetmoe-tied", "1x3-float32-1"),
 }
-"""Both pools, both dtypes, one and two micro-batches and colocated workers for each family."""
+"""Both dtypes, one and two micro-batches, two pools and colocated workers for each family."""
 
 
 def other_cases() -> Iterator[Any]:
@@ -245,7 +236,11 @@ def test_a_layout_changes_no_bit_of_inspections(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "transport"), [("float32", "collective"), ("bfloat16", "sockets")]
+    ("dtype", "transport"),
+    [
+        ("float32", "collective"),
+        pytest.param("bfloat16", "sockets", marks=pytest.mark.slow),
+    ],
 )
 def test_preemption_and_copies_of_experts_change_no_bit(
     golden: AnyGolden, alone: Callable[[str, str], Bits], dtype: str, transport: str

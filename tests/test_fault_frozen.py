@@ -25,7 +25,11 @@ def local_ray() -> Iterator[None]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    ("mode", "name"), [("disaggregated", "attention-0"), ("colocated", "colocated-1")]
+    ("mode", "name"),
+    [
+        ("disaggregated", "attention-0"),
+        pytest.param("colocated", "colocated-1", marks=pytest.mark.slow),
+    ],
 )
 def test_a_worker_with_requests_that_wakes_up_late_disturbs_nobody(
     mode: str, name: str, form: Form

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -32,7 +32,7 @@ from workers.request import Request, SamplingParams
 
 LAYOUTS = [(attention, experts) for attention in (1, 2, 3) for experts in (1, 2, 3, 4)]
 DEFAULT_VARIANTS = ("olmoe-base", "olmoe-norm-gqa-clip", "olmoe-bias-tied-mqa")
-"""Run in all layouts by default: many experts, few of them, one kv head."""
+"""They share the layouts by default: many experts, few of them, one kv head."""
 FAMILY_LAYOUTS = [(1, 1), (1, 3), (2, 2), (3, 4)]
 """For the variants of all other families; each runs in one of them by default."""
 GREEDY = SamplingParams(max_tokens=NUM_NEW_TOKENS, temperature=0.0, ignore_eos=True)
@@ -44,6 +44,16 @@ AnyGolden = Callable[[str], Golden]
 def local_ray() -> Iterator[None]:
     with connected_ray():
         yield
+
+
+def olmoe_cases(layouts: Sequence[Any]) -> Iterator[Any]:
+    """(variant, layout), where all but one of a layout are marked slow."""
+    for variant in OLMOE_VARIANTS:
+        for i, layout in enumerate(layouts):
+            is_default = variant == DEFAULT_VARIANTS[i % len(DEFAULT_VARIANTS)]
+            marks = () if is_default else pytest.mark.slow
+            words = layout if isinstance(layout, int) else "x".join(map(str, layout))
+            yield pytest.param(variant, layout, marks=marks, id=f"{variant}-{words}")
 
 
 def family_cases() -> Iterator[Any]:
@@ -103,30 +113,16 @@ def test_float32_tokens_of_all_families(
         check_greedy(cluster, golden(variant))
 
 
-@pytest.mark.parametrize(("attention", "experts"), LAYOUTS, ids=[f"{a}x{e}" for a, e in LAYOUTS])
-@pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param(v, marks=() if v in DEFAULT_VARIANTS else pytest.mark.slow)
-        for v in OLMOE_VARIANTS
-    ],
-)
+@pytest.mark.parametrize(("variant", "layout"), list(olmoe_cases(LAYOUTS)))
 def test_float32_tokens_in_every_layout(
-    golden: AnyGolden, variant: str, attention: int, experts: int
+    golden: AnyGolden, variant: str, layout: tuple[int, int]
 ) -> None:
-    config = float32_config(golden(variant), attention, experts)
+    config = float32_config(golden(variant), *layout)
     with serving(ThreadCluster(config)) as cluster:
         check_greedy(cluster, golden(variant))
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 3, 4])
-@pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param(v, marks=() if v in DEFAULT_VARIANTS else pytest.mark.slow)
-        for v in OLMOE_VARIANTS
-    ],
-)
+@pytest.mark.parametrize(("variant", "num_workers"), list(olmoe_cases([1, 2, 3, 4])))
 def test_float32_tokens_of_colocated_workers(
     golden: AnyGolden, variant: str, num_workers: int
 ) -> None:
@@ -136,7 +132,15 @@ def test_float32_tokens_of_colocated_workers(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("variant", [*OLMOE_VARIANTS, "dots1-swa", "jetmoe-untied-top3-eps"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "olmoe-base",
+        "dots1-swa",
+        "jetmoe-untied-top3-eps",
+        *(pytest.param(v, marks=pytest.mark.slow) for v in OLMOE_VARIANTS if v != "olmoe-base"),
+    ],
+)
 def test_float32_tokens_of_real_workers(local_ray: None, golden: AnyGolden, variant: str) -> None:
     with serving(RayCluster(float32_config(golden(variant), 1, 2))) as cluster:
         check_greedy(cluster, golden(variant))

@@ -242,9 +242,14 @@ def poorly_placed(config: ClusterConfig, folder: Path) -> ClusterConfig:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("side", ["worker", "from"], ids=["destination", "source"])
 @pytest.mark.parametrize(
-    "num_tokens", [60, pytest.param(200, marks=pytest.mark.slow)], ids=["short", "long"]
+    ("side", "num_tokens"),
+    [
+        pytest.param("worker", 60, id="destination-short"),
+        pytest.param("from", 60, id="source-short", marks=pytest.mark.slow),
+        pytest.param("worker", 200, id="destination-long", marks=pytest.mark.slow),
+        pytest.param("from", 200, id="source-long", marks=pytest.mark.slow),
+    ],
 )
 def test_killing_either_side_of_a_move_changes_no_text(
     local_ray: None, checkpoint: Path, tmp_path: Path, side: str, num_tokens: int

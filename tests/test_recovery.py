@@ -151,6 +151,7 @@ def test_losing_a_colocated_worker_with_copies_changes_no_other_stream(lost: int
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_killing_a_colocated_worker_with_copies_changes_no_other_stream(local_ray: None) -> None:
     with serving(RayCluster(three_colocated_workers())) as cluster:
         lose_one_of_three(

@@ -257,6 +257,7 @@ def serve_apps(url: str) -> Sequence[str]:
     return sorted(json.loads(fetch(f"{url}/-/routes")).values())
 
 
+@pytest.mark.slow
 def test_a_joined_ray_keeps_all_that_is_its_own(
     servers: list[Server], monkeypatch: pytest.MonkeyPatch, short_folder: Path
 ) -> None:
