@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from gateway.tool_use import ToolForm, ToolUse
 from workers.inspection import Inspection
 from workers.prompt_embeds import PromptEmbeds
 from workers.request import Grammar, Request, SamplingParams
@@ -37,6 +38,8 @@ class ChatInput:
     """Jinja text in place of the model's template; None is the model's."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Variables for the template."""
+    tools: ToolUse | None = None
+    """What the model may call; None: it is told of no tool."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +120,12 @@ class GenerateFields:
     """Prefixes are shared with calls of the same salt only; None is a salt of its own."""
     return_tokens_as_token_ids: bool = False
     """Log-probabilities name tokens by number."""
+    truncate_prompt_tokens: int | None = None
+    """Tokens of each prompt that are kept; -1 keeps what leaves room for the output."""
+    truncation_side: str | None = None
+    """left (default) or right: where tokens are dropped."""
+    tool_form: ToolForm | None = None
+    """How calls are written; set once the model's chat template is known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,6 +178,8 @@ class GenerateCall:
     """Prefixes are shared with calls of the same salt only."""
     return_tokens_as_token_ids: bool
     """Log-probabilities name tokens by number."""
+    tool_form: ToolForm | None = None
+    """The output may hold calls in this form."""
 
     @property
     def num_choices(self) -> int:

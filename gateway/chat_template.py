@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.errors import CheckpointError, RequestError
+from gateway.tool_use import ToolForm
 
 RESERVED_VARIABLES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
@@ -55,9 +56,14 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            names = meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as err:
             raise CheckpointError(f"the chat template is not valid: {err}") from err
         self._variables = dict(variables or {})
+        self.has_tools = "tools" in names
+        """It tells the model of tools."""
+        self.tool_form = _tool_form(source) if self.has_tools else None
+        """How the model calls them; None where it has none, or the form is not known."""
 
     def replaced_by(self, source: str) -> ChatTemplate:
         """Another template with the same special tokens. Raises ``CheckpointError``."""
@@ -70,6 +76,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The prompt of a conversation.
 
@@ -81,7 +88,7 @@ class ChatTemplate:
             text = self._template.render(
                 **values,
                 messages=[dict(message) for message in messages],
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
@@ -110,6 +117,10 @@ def _cut_at_end_of(text: str, message: Mapping[str, Any]) -> str:
             "continue_final_message",
         )
     return text[: place + len(content)]
+
+
+def _tool_form(source: str) -> ToolForm | None:
+    return next((form for form in ToolForm if form.value in source), None)
 
 
 def _to_json(

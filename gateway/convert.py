@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,8 +12,17 @@ from google.protobuf.json_format import MessageToDict
 
 from cluster.errors import RequestError, UnsupportedParameterError
 from gateway.call import CallKind, ChatInput, GenerateFields
-from gateway.schema import ChatBody, CompletionBody, GenerateBody, Message, TokenizeBody
+from gateway.schema import (
+    ChatBody,
+    CompletionBody,
+    GenerateBody,
+    Message,
+    TokenizeBody,
+    ToolChoiceBody,
+)
 from gateway.structured import ResponseFormat, StructuredOutputs, make_grammar
+from gateway.tool_use import Tool, ToolUse
+from gateway.tools import make_tool_use
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from workers.prompt_embeds import PromptEmbeds, read_embeds
@@ -37,10 +47,15 @@ _COMMON = (
     "skip_special_tokens",
     "include_stop_str_in_output",
     "prompt_logprobs",
+    "truncate_prompt_tokens",
+    "truncation_side",
 )
 """Fields of a body that keep name and type."""
 _SAMPLING = tuple(
-    name for name in _COMMON if name not in ("model", "add_special_tokens", "prompt_logprobs")
+    name
+    for name in _COMMON
+    if name not in ("model", "add_special_tokens", "prompt_logprobs")
+    and not name.startswith("trunca")
 )
 
 
@@ -84,7 +99,25 @@ def chat_input(body: ChatBody | TokenizeBody) -> ChatInput:
         continue_final_message=body.continue_final_message,
         template=body.chat_template,
         template_kwargs=body.chat_template_kwargs or {},
+        tools=_body_tools(body),
     )
+
+
+def _body_tools(body: ChatBody | TokenizeBody) -> ToolUse | None:
+    tools = [
+        Tool(
+            name=tool.function.name,
+            description=tool.function.description,
+            parameters=tool.function.parameters,
+        )
+        for tool in body.tools or ()
+    ]
+    if isinstance(body, TokenizeBody):
+        return make_tool_use(tools, None, None, None)
+    choice = body.tool_choice
+    if isinstance(choice, ToolChoiceBody):
+        return make_tool_use(tools, None, choice.function.name, body.parallel_tool_calls)
+    return make_tool_use(tools, choice, None, body.parallel_tool_calls)
 
 
 def grpc_fields(request: pb.GenerateRequest) -> GenerateFields:
@@ -124,6 +157,8 @@ def grpc_fields(request: pb.GenerateRequest) -> GenerateFields:
         priority=_optional(request, "priority"),
         cache_salt=_optional(request, "cache_salt"),
         return_tokens_as_token_ids=options.return_tokens_as_token_ids,
+        truncate_prompt_tokens=_optional(request, "truncate_prompt_tokens"),
+        truncation_side=_optional(request, "truncation_side"),
         **{name: _optional(sampling, name) for name in _SAMPLING},
     )
 
@@ -131,11 +166,33 @@ def grpc_fields(request: pb.GenerateRequest) -> GenerateFields:
 def grpc_chat_input(chat: types_pb2.ChatMessages) -> ChatInput:
     """The conversation of a gRPC message."""
     return ChatInput(
-        messages=tuple(_grpc_message(message) for message in chat.messages),
+        messages=tuple(
+            _grpc_message(message, place) for place, message in enumerate(chat.messages)
+        ),
         add_generation_prompt=_optional(chat, "add_generation_prompt"),
         continue_final_message=_optional(chat, "continue_final_message"),
         template=_optional(chat, "chat_template"),
         template_kwargs=MessageToDict(chat.chat_template_kwargs),
+        tools=_grpc_tools(chat),
+    )
+
+
+def _grpc_tools(chat: types_pb2.ChatMessages) -> ToolUse | None:
+    tools = [
+        Tool(
+            name=tool.name,
+            description=_optional(tool, "description"),
+            parameters=_json_object(tool.parameters, f"tools[{place}].function.parameters")
+            if tool.HasField("parameters")
+            else None,
+        )
+        for place, tool in enumerate(chat.tools)
+    ]
+    return make_tool_use(
+        tools,
+        _optional(chat, "tool_choice"),
+        _optional(chat, "tool_name"),
+        _optional(chat, "parallel_tool_calls"),
     )
 
 
@@ -197,12 +254,6 @@ def _body_grammar(body: GenerateBody) -> Grammar | None:
     )
 
 
-def _grpc_allowed(sampling: types_pb2.SamplingParams) -> tuple[int, ...] | None:
-    if not sampling.HasField("allowed_token_ids"):
-        return None
-    return tuple(sampling.allowed_token_ids.ids)
-
-
 def _grpc_grammar(sampling: types_pb2.SamplingParams) -> Grammar | None:
     wanted, structured = sampling.response_format, sampling.structured_outputs
     response_format = None
@@ -238,13 +289,41 @@ def _template_message(message: Message, place: int) -> dict[str, Any]:
     """A message as the chat template sees it: content is one string."""
     path = f"messages[{place}]"
     extra = message.model_extra or {}
-    for name in ("tool_calls", "function_call", "audio"):
+    for name in ("function_call", "audio"):
         if extra.get(name):
             raise UnsupportedParameterError(f"{path}.{name} is not supported", f"{path}.{name}")
     fields = {name: value for name, value in extra.items() if value is not None}
     if message.name is not None:
         fields["name"] = message.name
+    if message.tool_call_id is not None:
+        fields["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        fields["tool_calls"] = [
+            _template_call(call.id, call.function.name, call.function.arguments, path)
+            for call in message.tool_calls
+        ]
     return {**fields, "role": message.role, "content": _content(message, path)}
+
+
+def _template_call(call_id: str | None, name: str, arguments: str, path: str) -> dict[str, Any]:
+    """A call of an earlier answer; templates read its arguments as an object."""
+    told = {"name": name, "arguments": _json_object(arguments, f"{path}.tool_calls")}
+    named = {} if call_id is None else {"id": call_id}
+    return {**named, "type": "function", "function": told}
+
+
+def _json_object(text: str, name: str) -> dict[str, Any]:
+    """The object in a JSON text. Raises ``RequestError``."""
+    if not text.strip():
+        return {}
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as err:
+        raise RequestError(f"{name} must be JSON text", name) from err
+    if not isinstance(value, dict):
+        raise RequestError(f"{name} must be the JSON text of an object", name)
+    return value
 
 
 def _content(message: Message, path: str) -> str:
@@ -288,10 +367,17 @@ def _grpc_embeds(request: pb.GenerateRequest) -> PromptEmbeds:
     return read_embeds(request.embeddings.shape, request.embeddings.data)
 
 
-def _grpc_message(message: types_pb2.ChatMessage) -> dict[str, Any]:
-    fields = {"role": message.role, "content": message.content}
-    if message.HasField("name"):
-        fields["name"] = message.name
+def _grpc_message(message: types_pb2.ChatMessage, place: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    for name in ("name", "tool_call_id"):
+        if message.HasField(name):
+            fields[name] = getattr(message, name)
+    if message.tool_calls:
+        path = f"messages[{place}]"
+        fields["tool_calls"] = [
+            _template_call(_optional(call, "id"), call.name, call.arguments, path)
+            for call in message.tool_calls
+        ]
     return fields
 
 

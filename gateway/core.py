@@ -160,6 +160,7 @@ class Gateway:
         check_fields(fields, self.limits)
         facts = self.require_facts()
         prompts = await self.prompts.make(fields, facts)
+        fields = self.prompts.with_tools(fields)
         bad_words = await self.prompts.bad_words(fields)
         call = finish_call(fields, prompts, facts, self._draw_seed, bad_words)
         if call.stop:

@@ -36,6 +36,7 @@ def check_fields(fields: GenerateFields, limits: GatewaySection) -> None:
     check_cache_salt(fields.cache_salt)
     _check_logprobs(fields, limits)
     _check_masks(fields, limits)
+    _check_truncation(fields)
     if fields.chat is not None:
         check_chat(fields.chat)
 
@@ -172,6 +173,22 @@ def _check_masks(fields: GenerateFields, limits: GatewaySection) -> None:
             "bad_words",
             f"bad_words has a word of {len(word)} characters, at most {longest} are allowed",
         )
+
+
+def _check_truncation(fields: GenerateFields) -> None:
+    name, wanted, side = "truncate_prompt_tokens", fields.truncate_prompt_tokens, "truncation_side"
+    require(
+        wanted is None or wanted == -1 or 1 <= wanted < _INT32,
+        name,
+        f"{name} ({wanted}) must be -1 or at least 1",
+    )
+    given = fields.truncation_side
+    require(
+        given in (None, "left", "right"),
+        side,
+        f"{side} ({str(given)[:32]!r}) must be left or right",
+    )
+    require(wanted is None or fields.embeds is None, name, f"{name} cannot go with embeddings")
 
 
 def check_chat(chat: ChatInput) -> None:

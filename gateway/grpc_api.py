@@ -202,6 +202,7 @@ class InferenceService(InferenceServicer):
             root=gateway.model_name,
             has_tokenizer=tokenizer is not None,
             has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
+            has_tools=gateway.prompts.has_tools,
         )
         if facts is not None:
             info.max_model_len = facts.max_model_len

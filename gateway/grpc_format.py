@@ -15,6 +15,7 @@ from gateway.openai_format import (
 )
 from gateway.text import TokenText
 from gateway.tokenizer import Tokenizer
+from gateway.tool_calls import ToolCall, ToolNews, ToolParser, parse_answer
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from workers.request import FinishReason, TokenLogprob
@@ -40,36 +41,56 @@ class GrpcFormat:
         self._call = generation.call
         self._tokenizer = tokenizer
         self._request_id = request_id
+        self._parsers: dict[int, ToolParser] = {}
 
     def whole(self, choices: Sequence[CollectedChoice], usage: Usage) -> pb.GenerateResponse:
         """The answer of ``Generate``."""
         return pb.GenerateResponse(
             request_id=self._request_id,
             model=self._call.model,
-            choices=[
-                pb.GenerateChoice(
-                    index=choice.index,
-                    text=choice.text,
-                    token_ids=[token.token_id for token in choice.tokens],
-                    logprobs=self._logprobs((*choice.echo_tokens, *choice.tokens)),
-                    finish_info=finish_message(choice.finish),
-                )
-                for choice in choices
-            ],
+            choices=[self._choice(choice) for choice in choices],
             usage=usage_message(usage),
             prompt_token_ids=self._prompt_ids(),
             prompt_logprobs=self._prompt_logprobs(choices[0].prompt_logprobs),
         )
 
+    def _choice(self, choice: CollectedChoice) -> pb.GenerateChoice:
+        text, is_call = choice.text, False
+        calls: list[ToolCall] = []
+        if self._call.tool_form is not None:
+            text, calls, is_call = parse_answer(self._call.tool_form, choice.text)
+        return pb.GenerateChoice(
+            index=choice.index,
+            text=text,
+            token_ids=[token.token_id for token in choice.tokens],
+            logprobs=self._logprobs((*choice.echo_tokens, *choice.tokens)),
+            finish_info=finish_message(choice.finish, is_call),
+            tool_calls=[
+                types_pb2.ToolCall(id=call.call_id, name=call.name, arguments=call.arguments)
+                for call in calls
+            ],
+        )
+
     def chunk(self, delta: ChoiceDelta) -> pb.GenerateChunk:
         """One message of ``GenerateStream``."""
+        news, is_call = ToolNews(delta.text, ()), False
+        if self._call.tool_form is not None:
+            parser = self._parsers.setdefault(delta.index, ToolParser(self._call.tool_form))
+            news = parser.feed(delta.text, is_last=delta.finish is not None)
+            is_call = parser.has_calls
         return pb.GenerateChunk(
             request_id=self._request_id,
             choice_index=delta.index,
             token_ids=[token.token_id for token in delta.tokens],
-            text=delta.text,
+            text=news.content,
+            tool_calls=[
+                types_pb2.ToolCallDelta(
+                    index=call.index, id=call.call_id, name=call.name, arguments=call.arguments
+                )
+                for call in news.calls
+            ],
             logprobs=self._logprobs((*delta.echo_tokens, *delta.tokens)),
-            finish_info=finish_message(delta.finish),
+            finish_info=finish_message(delta.finish, is_call),
             prompt_token_ids=self._prompt_ids() if delta.is_first else (),
             cached_tokens=delta.cached_tokens if delta.is_first else None,
             prompt_logprobs=self._prompt_logprobs(
@@ -134,13 +155,15 @@ def usage_message(usage: Usage) -> types_pb2.Usage:
     )
 
 
-def finish_message(finish: Finish | None) -> types_pb2.FinishInfo | None:
+def finish_message(finish: Finish | None, is_call: bool = False) -> types_pb2.FinishInfo | None:
     """How a choice ended; None while it runs."""
     if finish is None:
         return None
     message = types_pb2.FinishInfo(
         reason=_REASONS[finish.reason], usage=usage_message(finish.usage)
     )
+    if is_call and finish.reason is FinishReason.STOP:
+        message.reason = types_pb2.FINISH_REASON_TOOL_CALLS
     if isinstance(finish.stop_reason, str):
         message.stop = finish.stop_reason
     elif finish.stop_reason is not None:

@@ -38,6 +38,7 @@ from gateway.http_edge import (
 from gateway.metrics import CONTENT_TYPE
 from gateway.openai_format import ChatFormat, CompletionFormat, ResponseFormat, collect
 from gateway.readings_http import ReadingEndpoint
+from gateway.request_id import check_request_id
 from gateway.schema import (
     ChatBody,
     CompletionBody,
@@ -106,6 +107,8 @@ class HttpApi:
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/health", self.health, methods=["GET"]),
             Route("/ready", self.ready, methods=["GET"]),
+            Route("/v2/health/live", self.health, methods=["GET"]),
+            Route("/v2/health/ready", self.ready, methods=["GET"]),
             Route("/version", self.version, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
             Route("/cluster/v1/status", self.status, methods=["GET"]),
@@ -275,8 +278,11 @@ class GenerateEndpoint:
         responder: Responder,
     ) -> None:
         call_id = new_call_id(self._call_kind)
+        answer_id = None
+        if body.request_id is not None:
+            answer_id = f"{call_id.partition('-')[0]}-{check_request_id(body.request_id)}"
         with await self._gateway.start(fields, call_id, timeout_s) as generation:
-            formatter = self._make_format(generation)
+            formatter = self._make_format(generation, answer_id)
             if not body.stream:
                 choices = await collect(generation)
                 await responder.json(formatter.whole(choices, generation.usage))
@@ -292,9 +298,9 @@ class GenerateEndpoint:
             )
             await stream_generation(generation, stream)
 
-    def _make_format(self, generation: Generation) -> ResponseFormat:
+    def _make_format(self, generation: Generation, answer_id: str | None) -> ResponseFormat:
         fingerprint = versions.system_fingerprint(self._gateway.config)
-        return self._format(generation, self._gateway.tokenizer, fingerprint)
+        return self._format(generation, self._gateway.tokenizer, fingerprint, answer_id)
 
 
 def _json(content: object, status: int = 200) -> Response:

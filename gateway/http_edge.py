@@ -35,7 +35,7 @@ from gateway.schema import parse_json
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
 """Served without a key."""
 BODY_TIMEOUT_S = 60.0
 """Time a client has to send its body."""

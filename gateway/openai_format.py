@@ -12,7 +12,8 @@ from gateway.delta import ChoiceDelta, Finish, Usage
 from gateway.generation import Generation
 from gateway.text import TokenText
 from gateway.tokenizer import Tokenizer
-from workers.request import TokenLogprob
+from gateway.tool_calls import ToolNews, ToolParser, parse_answer
+from workers.request import FinishReason, TokenLogprob
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say."""
@@ -68,18 +69,24 @@ class _Format:
         generation: what is told.
         tokenizer: names tokens; None names them by number.
         fingerprint: ``system_fingerprint``.
+        answer_id: ``id``; None is the generation's own.
     """
 
     object = ""
     chunk_object = ""
 
     def __init__(
-        self, generation: Generation, tokenizer: Tokenizer | None, fingerprint: str
+        self,
+        generation: Generation,
+        tokenizer: Tokenizer | None,
+        fingerprint: str,
+        answer_id: str | None = None,
     ) -> None:
         self.call: GenerateCall = generation.call
         self._tokenizer = tokenizer
+        self._parsers: dict[int, ToolParser] = {}
         self._head = {
-            "id": generation.call_id,
+            "id": answer_id or generation.call_id,
             "created": generation.created,
             "model": generation.call.model,
             "system_fingerprint": fingerprint,
@@ -210,23 +217,59 @@ class ChatFormat(_Format):
             if delta.prompt_logprobs is not None:
                 chunks[0]["prompt_logprobs"] = self._prompt_logprobs(delta.prompt_logprobs)
         if delta.text or delta.tokens or delta.finish:
+            told, is_call = self._delta(delta)
+            if not (told or delta.finish or self._tells_tokens):
+                return chunks  # what came may be part of a call
             choice: dict[str, Any] = {
                 "index": delta.index,
-                "delta": {"content": delta.text} if delta.text else {},
+                "delta": told,
                 "logprobs": self._logprobs(delta.tokens),
-                **_finish_fields(delta.finish),
+                **_finish_fields(delta.finish, is_call),
             }
             if self.call.return_token_ids:
                 choice["token_ids"] = [token.token_id for token in delta.tokens]
             chunks.append(self._chunk([choice]))
         return chunks
 
+    @property
+    def _tells_tokens(self) -> bool:
+        return self.call.logprobs is not None or self.call.return_token_ids
+
+    def _delta(self, delta: ChoiceDelta) -> tuple[dict[str, Any], bool]:
+        """A chunk's ``delta``, and whether the choice ends with calls."""
+        form = self.call.tool_form
+        if form is None:
+            return ({"content": delta.text} if delta.text else {}), False
+        parser = self._parsers.setdefault(delta.index, ToolParser(form))
+        news = parser.feed(delta.text, is_last=delta.finish is not None)
+        return _tool_delta(news), parser.has_calls
+
+    def _message(self, choice: CollectedChoice) -> tuple[dict[str, Any], bool]:
+        """A choice's ``message``, and whether it ends with calls."""
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        form = self.call.tool_form
+        if form is None:
+            return message, False
+        content, calls, has_calls = parse_answer(form, choice.text)
+        if not calls:
+            return {**message, "content": content}, False
+        named = [
+            {
+                "id": call.call_id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in calls
+        ]
+        return {**message, "content": content or None, "tool_calls": named}, has_calls
+
     def _choice(self, choice: CollectedChoice) -> dict[str, Any]:
+        message, is_call = self._message(choice)
         body: dict[str, Any] = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(choice.tokens),
-            **_finish_fields(choice.finish),
+            **_finish_fields(choice.finish, is_call),
         }
         if self.call.return_token_ids:
             body["token_ids"] = [token.token_id for token in choice.tokens]
@@ -291,8 +334,28 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     return body
 
 
-def _finish_fields(finish: Finish | None) -> dict[str, Any]:
+def _tool_delta(news: ToolNews) -> dict[str, Any]:
+    told: dict[str, Any] = {"content": news.content} if news.content else {}
+    if news.calls:
+        told["tool_calls"] = [
+            {"index": call.index, "function": {"arguments": call.arguments}}
+            if call.name is None
+            else {
+                "index": call.index,
+                "id": call.call_id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in news.calls
+        ]
+    return told
+
+
+def _finish_fields(finish: Finish | None, is_call: bool = False) -> dict[str, Any]:
+    if finish is None:
+        return {"finish_reason": None, "stop_reason": None}
+    ends_so = is_call and finish.reason is FinishReason.STOP
     return {
-        "finish_reason": None if finish is None else finish.reason.value,
-        "stop_reason": None if finish is None else finish.stop_reason,
+        "finish_reason": "tool_calls" if ends_so else finish.reason.value,
+        "stop_reason": finish.stop_reason,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cluster.errors import CheckpointError, RequestError, UnsupportedParameterError
 from gateway.call import ChatInput, GenerateFields
@@ -11,7 +12,9 @@ from gateway.chat_template import ChatTemplate
 from gateway.field_checks import check_chat
 from gateway.model import ModelFacts
 from gateway.tokenizer import Tokenizer
-from gateway.validate import check_context, check_token_ids
+from gateway.tool_use import ToolForm
+from gateway.tools import tool_grammar
+from gateway.validate import check_context, check_token_ids, truncate
 
 _INLINE_CHARS = 2048
 """Longer texts are tokenized in a thread."""
@@ -29,6 +32,12 @@ class PromptMaker:
         self.tokenizer = tokenizer
         self._trusts_templates = trusts_templates
 
+    @property
+    def has_tools(self) -> bool:
+        """The model's chat template takes tools, in a form that is known."""
+        template = self.tokenizer.chat_template if self.tokenizer else None
+        return template is not None and template.tool_form is not None
+
     def require_tokenizer(self, param: str) -> Tokenizer:
         """The tokenizer. Raises ``RequestError`` without one."""
         if self.tokenizer is None:
@@ -45,6 +54,7 @@ class PromptMaker:
         """The prompt of a conversation. Raises ``RequestError`` without a chat template."""
         check_chat(chat)
         template = self._template(chat)
+        _check_tools(chat, template)
         opens_turn = chat.add_generation_prompt
         return await asyncio.to_thread(
             template.render,
@@ -54,7 +64,17 @@ class PromptMaker:
             else opens_turn,
             continue_final_message=bool(chat.continue_final_message),
             variables=chat.template_kwargs,
+            tools=None if chat.tools is None else chat.tools.for_template(),
         )
+
+    def with_tools(self, fields: GenerateFields) -> GenerateFields:
+        """The same fields, with the grammar that calls of their tools follow."""
+        if fields.chat is None or fields.chat.tools is None:
+            return fields
+        form = _check_tools(fields.chat, self._template(fields.chat))
+        special_ids = self.require_tokenizer("tools").special_ids
+        grammar = tool_grammar(fields.chat.tools, form, special_ids, fields.grammar)
+        return replace(fields, grammar=grammar, tool_form=form, skip_special_tokens=False)
 
     def _template(self, chat: ChatInput) -> ChatTemplate:
         own = self.require_tokenizer("messages").chat_template
@@ -100,11 +120,17 @@ class PromptMaker:
         self, fields: GenerateFields, facts: ModelFacts
     ) -> list[tuple[str | None, tuple[int, ...]]]:
         """(text or None, token ids) of each prompt of a call."""
+        cuts = fields.truncate_prompt_tokens is not None
         if fields.chat is not None:
             text = await self.render(fields.chat)
-            self._check_length(text, facts, "messages")
-            return [(None, await self.encode(text, bool(fields.add_special_tokens)))]
+            if not cuts:
+                self._check_length(text, facts, "messages")
+            encoded = await self.encode(text, bool(fields.add_special_tokens))
+            return [(None, truncate(encoded, fields, facts))]
         special = fields.add_special_tokens is not False
+        if cuts:
+            whole = await self._encode_mixed(fields.prompts, special)
+            return [(None, truncate(one, fields, facts)) for one in whole]
         ids = await self.make_ids(fields.prompts, facts, special, "prompt")
         texts = (prompt if isinstance(prompt, str) else None for prompt in fields.prompts)
         return list(zip(texts, ids, strict=True))
@@ -117,9 +143,16 @@ class PromptMaker:
         param: str,
     ) -> list[tuple[int, ...]]:
         """Token ids of texts and of token ids. Raises ``RequestError`` for what cannot fit."""
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                self._check_length(prompt, facts, param)
+        return await self._encode_mixed(prompts, add_special_tokens)
+
+    async def _encode_mixed(
+        self, prompts: Sequence[str | tuple[int, ...]], add_special_tokens: bool
+    ) -> list[tuple[int, ...]]:
+        """Token ids of texts; token ids stay as they are."""
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        for text in texts:
-            self._check_length(text, facts, param)
         encoded = iter(await self._encode_all(texts, add_special_tokens))
         return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
@@ -139,3 +172,22 @@ class PromptMaker:
         if tokenizer.is_surely_longer_than(text, facts.context_tokens):
             at_least = len(text) // tokenizer.max_token_chars
             check_context(at_least, 0, facts, param)
+
+
+def _check_tools(chat: ChatInput, template: ChatTemplate) -> ToolForm:
+    """How the template's model calls tools (any form where the conversation has none).
+
+    Raises:
+        UnsupportedParameterError: the conversation has tools, and the template none.
+    """
+    form = template.tool_form
+    if chat.tools is not None and form is None:
+        reason = "in no known form" if template.has_tools else "not"
+        told = f"tools is not supported: the model's chat template takes tools {reason}"
+        raise UnsupportedParameterError(told, "tools")
+    for place, message in enumerate(chat.messages):
+        if not template.has_tools and message.get("tool_calls"):
+            name = f"messages[{place}].tool_calls"
+            told = f"{name} is not supported: the model's chat template takes no tools"
+            raise UnsupportedParameterError(told, name)
+    return form or ToolForm.HERMES

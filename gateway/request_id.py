@@ -9,6 +9,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cluster.errors import RequestError
+
 HEADER = "x-request-id"
 """Where a request's name travels, both ways."""
 PROXY_CALLBACK = "gateway.request_id.proxy_middlewares"
@@ -22,6 +24,14 @@ def choose_request_id(wanted: str | None) -> str:
     if wanted and _FIT.fullmatch(wanted):
         return wanted
     return uuid.uuid4().hex
+
+
+def check_request_id(wanted: str) -> str:
+    """The field ``request_id`` as it is. Raises ``RequestError`` if it is not fit."""
+    if not _FIT.fullmatch(wanted):
+        rule = "must be 1 to 128 letters, digits, ., _ or -"
+        raise RequestError(f"request_id ({wanted[:32]!r}) {rule}", "request_id")
+    return wanted
 
 
 class RequestIdGuard:

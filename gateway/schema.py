@@ -29,6 +29,23 @@ class Part(BaseModel):
     text: str | None = None
 
 
+class CalledFunction(BaseModel):
+    """Which function was called, and with what: JSON text."""
+
+    model_config = STRICT
+    name: str
+    arguments: str = "{}"
+
+
+class MessageCall(BaseModel):
+    """A call that an assistant's message made."""
+
+    model_config = STRICT
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(BaseModel):
     """One message; fields that are not named here go to the chat template as they are."""
 
@@ -36,6 +53,8 @@ class Message(BaseModel):
     role: str
     content: str | list[Part] | None = None
     name: str | None = None
+    tool_calls: list[MessageCall] | None = None
+    tool_call_id: str | None = None
 
 
 class StreamOptions(BaseModel):
@@ -51,6 +70,39 @@ class JsonSchemaBody(BaseModel):
 
     model_config = STRICT
     schema_: dict[str, Any] | str | None = Field(default=None, alias="schema")
+
+
+class FunctionBody(BaseModel):
+    """A function that may be called; ``strict`` is accepted: arguments always follow the schema."""
+
+    model_config = STRICT
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolBody(BaseModel):
+    """One entry of ``tools``."""
+
+    model_config = STRICT
+    type: Literal["function"]
+    function: FunctionBody
+
+
+class FunctionName(BaseModel):
+    """``tool_choice.function``."""
+
+    model_config = STRICT
+    name: str
+
+
+class ToolChoiceBody(BaseModel):
+    """A ``tool_choice`` that names the function."""
+
+    model_config = STRICT
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ResponseFormatBody(BaseModel):
@@ -108,6 +160,9 @@ class GenerateBody(BaseModel):
     bad_words: list[str] | None = None
     response_format: ResponseFormatBody | None = None
     structured_outputs: StructuredOutputsBody | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
+    request_id: str | None = None
 
 
 class CompletionBody(GenerateBody):
@@ -128,6 +183,9 @@ class ChatBody(GenerateBody):
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[ToolBody] | None = None
+    tool_choice: str | ToolChoiceBody | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class TokenizeBody(BaseModel):
@@ -143,6 +201,7 @@ class TokenizeBody(BaseModel):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
+    tools: list[ToolBody] | None = None
 
 
 class DetokenizeBody(BaseModel):
@@ -168,6 +227,7 @@ _SHAPES = {
     "text_2": _PROMPT_SHAPE,
     "attention_mask": "must be a list of 0 and 1, or a list of such lists",
     "content": "must be a string or a list of text parts",
+    "tool_choice": "must be none, auto, required or name a function",
     "schema": "must be a JSON schema: an object, or its JSON text",
     "json": "must be a JSON schema: an object, or its JSON text",
 }
@@ -210,7 +270,7 @@ def check_unbuilt(data: Mapping[str, Any], kind: Literal["completion", "chat", "
     Raises:
         UnsupportedParameterError: with the field's name.
     """
-    for name, is_neutral in _UNBUILT.items():
+    for name, is_neutral in (_UNBUILT | _UNBUILT_BY_KIND[kind]).items():
         if data.get(name) is not None and not is_neutral(data[name], data):
             raise UnsupportedParameterError(f"{name} is not supported", name)
     structured = data.get("structured_outputs")
@@ -222,6 +282,9 @@ def check_unbuilt(data: Mapping[str, Any], kind: Literal["completion", "chat", "
     misplaced = {"chat": "echo", "completion": "chat_template"}.get(kind)
     if misplaced is not None and data.get(misplaced):
         raise UnsupportedParameterError(f"{misplaced} is not supported for {kind}", misplaced)
+
+
+_IsNeutral = Callable[[Any, Mapping[str, Any]], bool]
 
 
 def _never(value: Any, data: Mapping[str, Any]) -> bool:
@@ -243,10 +306,8 @@ def _tools(value: Any, data: Mapping[str, Any]) -> bool:
     return value == [] or data.get("tool_choice") == "none"
 
 
-_UNBUILT: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
+_UNBUILT: dict[str, _IsNeutral] = {
     "best_of": _best_of,
-    "truncate_prompt_tokens": _never,
-    "truncation_side": _never,
     "guided_json": _never,
     "guided_regex": _never,
     "guided_choice": _never,
@@ -255,11 +316,8 @@ _UNBUILT: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "guided_whitespace_pattern": _never,
     "guided_decoding_backend": _never,
     "structural_tag": _never,
-    "tools": _tools,
-    "tool_choice": _only("none"),
     "functions": _only([]),
     "function_call": _only("none"),
-    "request_id": _never,
     "use_beam_search": _only(False),
     "length_penalty": _only(1, 1.0),
     "early_stopping": _only(False),
@@ -276,6 +334,16 @@ _UNBUILT: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "kv_transfer_params": _only({}),
 }
 """Known fields that are not built, each with the test for a value that changes nothing."""
+_NO_TRUNCATION: dict[str, _IsNeutral] = {
+    "truncate_prompt_tokens": _never,
+    "truncation_side": _never,
+}
+_UNBUILT_BY_KIND: dict[str, dict[str, _IsNeutral]] = {
+    "completion": {"tools": _tools, "tool_choice": _only("none", "auto")},
+    "chat": {},
+    "tokenize": _NO_TRUNCATION,
+}
+"""The same for one route each."""
 _UNBUILT_STRUCTURED = (
     "structural_tag",
     "whitespace_pattern",

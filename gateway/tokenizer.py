@@ -42,6 +42,11 @@ class Tokenizer:
         self.max_token_chars = max(map(len, backend.get_vocab()), default=1)
         self._bytes: dict[int, bytes] = {}
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Special tokens by their text."""
+        return {self._added[number]: number for number in self._special}
+
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Ids of a text."""
         return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)

@@ -81,7 +81,19 @@ def finish_call(
         priority=fields.priority or 0,
         cache_salt=fields.cache_salt or "",
         return_tokens_as_token_ids=fields.return_tokens_as_token_ids,
+        tool_form=fields.tool_form,
     )
+
+
+def truncate(ids: tuple[int, ...], fields: GenerateFields, model: ModelFacts) -> tuple[int, ...]:
+    """What ``truncate_prompt_tokens`` leaves of a prompt."""
+    wanted = fields.truncate_prompt_tokens
+    if wanted is None:
+        return ids
+    output = fields.max_tokens if fields.max_tokens is not None else max(1, fields.min_tokens or 0)
+    room = max(1, model.context_tokens - output)
+    kept = room if wanted == -1 else wanted
+    return ids[:kept] if fields.truncation_side == "right" else ids[-kept:]
 
 
 def check_token_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:

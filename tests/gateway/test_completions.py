@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.gateway.fakes import BACKEND, EOS, EOS_ID, MAX_MODEL_LEN, saying
+from tests.gateway.fakes import BACKEND, EOS, EOS_ID, MAX_MODEL_LEN, saying, tiny_tokenizer
 from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, post
 from workers.request import Grammar, GrammarKind
 
@@ -248,3 +248,43 @@ def test_tokenize_a_conversation(stack: Stack) -> None:
     assert answer["tokens"] == BACKEND.encode(f"<|user|>hi{EOS}\n<|assistant|>").ids
     closed = post(stack, "/tokenize", messages=messages, add_generation_prompt=False).json()
     assert closed["count"] == answer["count"] - 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({"truncate_prompt_tokens": 3}, slice(-3, None)),
+        ({"truncate_prompt_tokens": 3, "truncation_side": "right"}, slice(0, 3)),
+        ({"truncate_prompt_tokens": 10**6}, slice(0, MAX_MODEL_LEN - 8)),
+        ({"truncate_prompt_tokens": -1}, slice(8, None)),
+        ({"truncate_prompt_tokens": None, "truncation_side": "left"}, slice(0, None)),
+    ],
+)
+def test_prompts_are_cut_on_request(stack: Stack, fields: dict[str, Any], kept: slice) -> None:
+    """No prompt is ever cut unasked; -1 leaves room for the output."""
+    ids = [65 + i % 26 for i in range(MAX_MODEL_LEN)]
+    prompt = ids if fields["truncate_prompt_tokens"] == -1 else ids[:-8]
+    complete(stack, prompt=prompt, max_tokens=8, **fields)
+    assert stack.engine.requests[-1].prompt == tuple(prompt[kept])
+    text = tiny_tokenizer().decode(prompt)
+    tokens = tiny_tokenizer().encode(text)
+    if fields["truncate_prompt_tokens"] == 3:
+        answer = complete(stack, prompt=text, max_tokens=1, echo=True, **fields)
+        assert stack.engine.requests[-1].prompt == tokens[kept]
+        assert answer["choices"][0]["text"].startswith(tiny_tokenizer().decode(tokens[kept]))
+
+
+def test_a_client_may_name_its_answer(stack: Stack) -> None:
+    assert complete(stack, prompt="x", request_id="mine-1")["id"] == "cmpl-mine-1"
+    chat = {"messages": [{"role": "user", "content": "x"}], "request_id": "mine-1", "max_tokens": 2}
+    response = post(stack, "/v1/chat/completions", **chat, stream=True)
+    assert '"id":"chatcmpl-mine-1"' in response.text
+    first, second = (request.request_id for request in stack.engine.requests)
+    assert first != second
+    refused = post(stack, "/v1/completions", prompt="x", request_id="not fit")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "request_id")
+
+
+def test_health_has_aliases(stack: Stack) -> None:
+    assert stack.http.get("/v2/health/live").content == b""
+    assert stack.http.get("/v2/health/ready").json() == {"ready": True, "reasons": []}

@@ -37,8 +37,6 @@ SAMPLING: dict[str, Any] = {
 }
 UNBUILT: dict[str, Any] = {
     "best_of": 4,
-    "truncate_prompt_tokens": -1,
-    "truncation_side": "left",
     "guided_json": {},
     "guided_regex": "a",
     "guided_choice": ["a"],
@@ -48,10 +46,8 @@ UNBUILT: dict[str, Any] = {
     "guided_decoding_backend": "guidance",
     "structural_tag": "{}",
     "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": "auto",
-    "request_id": "mine",
     "use_beam_search": True,
     "length_penalty": 0.5,
     "early_stopping": True,
@@ -256,6 +252,14 @@ def test_tools_that_may_not_be_called_are_neutral() -> None:
     check_unbuilt({"tools": UNBUILT["tools"], "tool_choice": "none"}, "chat")
 
 
+def test_completions_have_no_tools() -> None:
+    with pytest.raises(UnsupportedParameterError, match="tool_choice"):
+        check_unbuilt({"tool_choice": "required"}, "completion")
+    for name, value in (("truncate_prompt_tokens", 5), ("truncation_side", "left")):
+        with pytest.raises(UnsupportedParameterError, match=name):
+            check_unbuilt({name: value}, "tokenize")
+
+
 def test_best_of_n_is_neutral() -> None:
     check_unbuilt({"best_of": 3, "n": 3}, "completion")
 
@@ -270,7 +274,7 @@ def test_echo_is_refused_for_chat_only() -> None:
     ("message", "param"),
     [
         ({"role": "user", "content": [{"type": "image_url"}]}, "messages[0].content"),
-        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "function_call": {"name": "f"}}, "messages[0].function_call"),
     ],
 )
 def test_messages_that_are_not_built_are_refused(message: dict[str, Any], param: str) -> None:

@@ -143,7 +143,13 @@ def test_values_at_their_limits_are_served(server: Served, fields: dict[str, Any
         ({"n": 1_000_000}, 400, "invalid_value", "n"),
         ({"model": "gpt-17"}, 404, "model_not_found", "model"),
         ({"stop": MANY_STOPS}, 400, "invalid_value", "stop"),
-        ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
+        ({"tools": [{"type": "function"}]}, 400, "missing_required_parameter", "tools[0].function"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}}]},
+            400,
+            "unsupported_parameter",
+            "tools",
+        ),
     ],
 )
 def test_conversations(
