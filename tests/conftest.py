@@ -19,6 +19,9 @@ from hypothesis import settings
 
 from tests.fakes import write_tiny_checkpoint
 from tests.goldens import Golden, load_golden
+from tests.second_try import pytest_runtest_protocol
+
+__all__ = ["pytest_runtest_protocol"]
 
 settings.register_profile(
     "here",
