@@ -39,6 +39,7 @@ NAMES = (
     "rebalancing",
     "routing",
     "kv_routing",
+    "gateway_cost",
 )
 """Modules with a ``section``, in the order of the file."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from benchmarks import (
     colocated,
     deterministic,
     families,
+    gateway_cost,
     itl_target,
     load_tracking,
     micro_batches,
@@ -21,6 +23,7 @@ from benchmarks import (
     results,
     run,
     serving,
+    soak,
 )
 from benchmarks.quiet import CpuClock, wait_until_quiet
 from benchmarks.random_checkpoint import RandomModel
@@ -239,3 +242,31 @@ def test_load_tracking_is_measured_beside_the_steps() -> None:
     assert text.count("\n| bundled, 2 |") == 1
     cost = load_tracking.Cost(steps_s=4.0, num_steps=100, tracking_s=0.02, report_s=0.01)
     assert cost.percent == pytest.approx(1.0)
+
+
+def test_growth_and_leaks_are_seen() -> None:
+    times = [float(t) for t in range(0, 101, 5)]
+    process = soak.Process(
+        "grows", times, [100 if t < 25 else 100 + (t - 25) / 15 for t in times], [9] * 21
+    )
+    assert process.growth() == pytest.approx(0.05)
+    assert process.new_descriptors() == 0
+    calm = soak.Process("calm", times, [50 + min(t, 20) for t in times], [9] * 10 + [14] * 11)
+    assert calm.growth() == 0
+    assert calm.new_descriptors() == 5
+    outcomes = Counter({"stream: 200": 7, "stream: 500": 1})
+    found = soak.Found(1.0, 10.0, 8.0, [process, calm], outcomes, ["a stream is open"])
+    assert found.failures() == [
+        "grows grew by 5.0%",
+        "calm has 5 descriptors more",
+        "1 x stream: 500",
+        "a stream is open",
+    ]
+    assert "| grows | 100.0 | 105.0 | +5.00% | 9 | +0 |" in soak.report(found)
+    assert soak.plot(found).count("<polyline") == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_cost_of_the_gateway_is_measured() -> None:
+    assert "HAProxy mode: HTTP" in gateway_cost.section(quick=True)

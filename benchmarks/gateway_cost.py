@@ -1,0 +1,281 @@
+"""What the gateway costs: tokens a second and time to the first token, beside the engine's own.
+
+python -m benchmarks.gateway_cost [--proxy default|haproxy]  prints one proxy's numbers as JSON
+
+One attention and two expert workers with the bundled model, one client process, all on the same
+cores. The ways take turns: the engine stream itself, gRPC, HTTP through Serve's proxy, and inside
+the HTTP path the replica's own part (its app, called without a proxy, in this process). Serve's
+default proxy and HAProxy run one after the other, each beside the engine of its own run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import grpc
+from ray import serve
+
+from benchmarks.quiet import wait_until_quiet
+from benchmarks.ray_serving import TOKEN, EngineClient
+from benchmarks.results import table
+from cluster.model_source import bundled_checkpoint
+from gateway.app import APP_NAME, build_app
+from gateway.request_id import PROXY_CALLBACK
+from protos.inference_pb2 import GenerateRequest
+from protos.inference_pb2_grpc import InferenceStub
+from protos.types_pb2 import SamplingParams, TokenIds
+from tests.distributed import free_ports
+from tests.serving_cluster import RayCluster, connected_ray, make_config, serving
+
+PROXIES = {"default": "Serve's default proxy", "haproxy": "HAProxy mode"}
+"""Names on the command line, and in tables."""
+_START_LIMIT_S = 120.0
+_ANSWER_LIMIT_S = 120.0
+_PROMPT_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What is measured."""
+
+    num_streams: int = 32
+    """Streams at once, for throughput."""
+    new_tokens: int = 128
+    """Tokens of each."""
+    turns: int = 5
+    """Batches of each way."""
+    num_single: int = 200
+    """Single requests of each way on an idle cluster, for the time to the first token."""
+    patience_s: float = 10.0
+    """While others use the machine, longest wait before a batch."""
+
+
+QUICK = Case(num_streams=2, new_tokens=4, turns=1, num_single=3, patience_s=0.0)
+"""Enough to see that everything runs."""
+
+Times = list[list[float]]
+"""By sequence the seconds to each piece of news, the last one at its end."""
+Way = Callable[[Sequence[list[int]], int], Times]
+"""Prompts and new tokens -> times."""
+
+
+def section(quick: bool) -> str:
+    """The section of ``RESULTS.md``."""
+    case = QUICK if quick else Case()
+    found = {proxy: _in_a_process(proxy, quick) for proxy in PROXIES}
+    rows = []
+    for proxy, ways in found.items():
+        engine = ways["engine"]
+        for way, numbers in ways.items():
+            label = {"engine": "engine stream", "grpc": "gRPC", "http": "HTTP"}[way]
+            rows.append(
+                [
+                    f"{PROXIES[proxy]}: {label}",
+                    f"{numbers['tokens_per_s']:.0f}",
+                    f"{numbers['tokens_per_s'] / engine['tokens_per_s']:.2f}",
+                    f"{numbers['first_ms']:.2f} / {numbers['first_p99_ms']:.2f}",
+                    f"{numbers['first_ms'] - engine['first_ms']:.2f}"
+                    f" / {numbers['first_p99_ms'] - engine['first_p99_ms']:.2f}",
+                ]
+            )
+    words = (
+        f"{case.num_streams} streams of {case.new_tokens} tokens, median of {case.turns} batches; "
+        f"first token of {case.num_single} single requests on an idle cluster."
+    )
+    about = " ".join((__doc__ or "").split("\n\n")[2].split())
+    head = [
+        "way",
+        "tokens/s",
+        "of the engine's",
+        "first token ms, median / p99",
+        "later than the engine's by",
+    ]
+    return "\n\n".join(["## Cost of the gateway", f"{about} {words}", table(head, rows)])
+
+
+def measure(proxy: str, case: Case) -> dict[str, dict[str, float]]:
+    """By way: ``tokens_per_s``, ``first_ms`` and ``first_p99_ms``."""
+    speeds: defaultdict[str, list[float]] = defaultdict(list)
+    firsts: defaultdict[str, list[float]] = defaultdict(list)
+    with _ways(proxy) as ways:
+        for turn in range(case.turns + 1):
+            for name, way in ways.items():
+                wait_until_quiet(time.monotonic() + case.patience_s)
+                prompts = [_prompt(turn, i) for i in range(case.num_streams)]
+                start = perf_counter()
+                way(prompts, case.new_tokens)
+                if turn:  # the first one warms up
+                    tokens = case.num_streams * case.new_tokens
+                    speeds[name].append(tokens / (perf_counter() - start))
+        for number in range(case.num_single):
+            for name, way in ways.items():
+                ((first, *_),) = way([_prompt(-1 - number, 0)], 2)
+                firsts[name].append(first * 1e3)
+    return {
+        name: {
+            "tokens_per_s": statistics.median(speeds[name]),
+            "first_ms": statistics.median(firsts[name]),
+            "first_p99_ms": statistics.quantiles(firsts[name], n=100)[98],
+        }
+        for name in ways
+    }
+
+
+def _prompt(turn: int, number: int) -> list[int]:
+    """Token ids of the bundled model, none the beginning of another."""
+    seed = (turn * 1009 + number * 31) % 65521
+    return [4 + (seed * (k + 3) + k * k) % 200 for k in range(_PROMPT_TOKENS)]
+
+
+@contextmanager
+def _ways(proxy: str) -> Iterator[dict[str, Way]]:
+    """All ways to one cluster behind one gateway."""
+    port, grpc_port = free_ports(2)
+    os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = PROXY_CALLBACK
+    plain = make_config(bundled_checkpoint(), 1, 2, engine={"enable_prefix_caching": False})
+    gateway = replace(plain.gateway, port=port, grpc_port=grpc_port)
+    config = replace(plain, gateway=gateway, cluster_token=TOKEN)
+    with connected_ray(), serving(RayCluster(config)) as cluster:
+        workers = cluster.snapshot()["workers"]
+        addresses = [w["engine_address"] for w in workers if w["engine_address"]]
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build_app(config.to_dict()), name=APP_NAME, route_prefix="/")
+        loop = asyncio.new_event_loop()
+        try:
+            loop.run_until_complete(_wait_ready(port))
+            with EngineClient(addresses) as engine:
+                client = loop.run_until_complete(_GrpcClient.open(grpc_port))
+                yield {
+                    "engine": lambda prompts, n: engine.generate(list(prompts), n),
+                    "grpc": lambda prompts, n: loop.run_until_complete(
+                        _together(client.stream, prompts, n)
+                    ),
+                    "http": lambda prompts, n: loop.run_until_complete(
+                        _together(_HttpClient(port).stream, prompts, n)
+                    ),
+                }
+                loop.run_until_complete(client.close())
+        finally:
+            loop.close()
+            serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+async def _together(
+    stream: Callable[[list[int], int, float], Awaitable[list[float]]],
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+) -> Times:
+    start = perf_counter()
+    work = asyncio.gather(*(stream(prompt, new_tokens, start) for prompt in prompts))
+    return await asyncio.wait_for(work, _ANSWER_LIMIT_S)
+
+
+class _GrpcClient:
+    """The generated client, over one channel."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._channel = channel
+        self._stub = InferenceStub(channel)
+
+    @classmethod
+    async def open(cls, port: int) -> _GrpcClient:
+        return cls(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
+
+    async def close(self) -> None:
+        await self._channel.close(None)
+
+    async def stream(self, prompt: list[int], new_tokens: int, start: float) -> list[float]:
+        params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        request = GenerateRequest(token_ids=TokenIds(ids=prompt), sampling_params=params)
+        return [perf_counter() - start async for _ in self._stub.GenerateStream(request)]
+
+
+class _HttpClient:
+    """As little of a client as can be: what it costs is not the gateway's."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    async def stream(self, prompt: list[int], new_tokens: int, start: float) -> list[float]:
+        body = json.dumps(
+            {
+                "prompt": prompt,
+                "max_tokens": new_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+            }
+        ).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        times: list[float] = []
+        while line := await reader.readline():
+            if line.startswith(b"data: {"):
+                if b'"error"' in line:
+                    raise RuntimeError(line.decode())
+                times.append(perf_counter() - start)
+        writer.close()
+        if not times:
+            raise RuntimeError("the stream ended before its first token")
+        return times
+
+
+async def _wait_ready(port: int) -> None:
+    deadline = time.monotonic() + _START_LIMIT_S
+    while time.monotonic() < deadline:
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            status = await reader.readline()
+            writer.close()
+            if b" 200 " in status:
+                return
+        except OSError:
+            pass  # HAProxy binds its port a little later
+        await asyncio.sleep(0.1)
+    raise TimeoutError(f"not ready after {_START_LIMIT_S:g} s")
+
+
+def _in_a_process(proxy: str, quick: bool) -> dict[str, dict[str, float]]:
+    """``measure`` in a process of its own: Serve reads its mode when it is imported."""
+    command = [sys.executable, "-m", "benchmarks.gateway_cost", "--proxy", proxy]
+    environment = {**os.environ, "RAY_SERVE_ENABLE_HA_PROXY": "01"[proxy == "haproxy"]}
+    done = subprocess.run(
+        [*command, *(["--quick"] if quick else [])],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gateway_cost", description=__doc__)
+    parser.add_argument("--proxy", choices=list(PROXIES), default="default")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    options = parser.parse_args(arguments)
+    found = measure(options.proxy, QUICK if options.quick else Case())
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
