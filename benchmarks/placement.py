@@ -52,7 +52,7 @@ FULL = Size(
     windows=20,
     layers=61,
     tokens=4000,
-    batches=60,
+    batches=600,
     devices_simulated=(64, 128, 256),
     layers_simulated=4,
     windows_simulated=8,
@@ -232,6 +232,10 @@ def decode(size: Size) -> str:
     """Drawn decode batches: activated slots of the worst device."""
     loads = np.concatenate([data.olmoe()[d] for d in size.domains])
     totals: dict[int, list[list[float]]] = {rows: [] for rows in (16, 64, 256)}
+    drawn = {
+        rows: [measures.decode_batches(load, rows, size.batches) for load in loads]
+        for rows in totals
+    }
     lines = []
     for g in size.devices:
         profile = data.profile(loads)
@@ -244,8 +248,8 @@ def decode(size: Size) -> str:
         for rows_a_step, all_rows in totals.items():
             values = [
                 statistics.mean(
-                    measures.decode_ratio(load, bank, rows_a_step, hashed, size.batches)
-                    for load, bank in zip(loads, plan.placement.banks, strict=True)
+                    measures.decode_ratio(batches, bank, hashed)
+                    for batches, bank in zip(drawn[rows_a_step], plan.placement.banks, strict=True)
                 )
                 for plan, hashed in plans
             ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import subprocess
@@ -110,35 +109,37 @@ def drift(base: Floats, other: Floats, windows: int, part: float = 0.1) -> list[
     return [other + (base - other) * (1 - part) ** (i + 1) for i in range(windows)]
 
 
-def decode_ratio(
-    load: Floats, bank: BankPlacement, rows: int, hashed: bool = False, batches: int = 60
-) -> float:
-    """Activated slots of the worst device over ceil(distinct / devices): mean of drawn batches.
+def decode_batches(load: Floats, rows: int, count: int) -> Ints:
+    """[count, rows, 8] experts of decode steps of ``rows`` rows."""
+    generator = np.random.default_rng(0)
+    return draw(np.tile(load, (count * rows, 1)), generator).reshape(count, rows, -1)
+
+
+def decode_ratio(batches: Ints, bank: BankPlacement, hashed: bool = False) -> float:
+    """Activated slots of the worst device over ceil(distinct / devices): mean of ``batches``.
 
     ``hashed``: every row picks a copy of its own, as without a decode table.
     """
-    generator = np.random.default_rng(0)
-    table = np.array(bank.decode_device)
-    copies = [np.array([d for d, _ in bank.logical_to_physical(e)]) for e in range(len(load))]
-    found = []
-    for _ in range(batches):
-        chosen = draw(np.tile(load, (rows, 1)), generator)
-        experts = np.unique(chosen)
-        if hashed:
-            pairs = {
-                (e, int(copies[e][pick % len(copies[e])]))
-                for e, pick in zip(
-                    chosen.ravel().tolist(),
-                    generator.integers(1 << 30, size=chosen.size),
-                    strict=True,
-                )
-            }
-            device = np.array([d for _, d in pairs])
-        else:
-            device = table[experts]
-        worst = int(np.bincount(device).max())
-        found.append(worst / math.ceil(len(experts) / bank.num_devices))
-    return statistics.mean(found)
+    count = len(batches)
+    chosen = batches.reshape(count, -1)
+    home = np.array(bank.decode_device)
+    device = _picked_copies(chosen, bank) if hashed else home[chosen]
+    batch = np.arange(count)[:, None]
+    active = np.zeros((count, bank.num_experts, bank.num_devices), dtype=bool)
+    active[batch, chosen, device] = True
+    distinct = active.any(2).sum(1)
+    return float((active.sum(1).max(1) / np.ceil(distinct / bank.num_devices)).mean())
+
+
+def _picked_copies(chosen: Ints, bank: BankPlacement) -> Ints:
+    """A device with a copy for each row and expert, every copy as likely."""
+    copies = [[d for d, _ in bank.logical_to_physical(e)] for e in range(bank.num_experts)]
+    table = np.zeros((bank.num_experts, max(map(len, copies))), dtype=np.int64)
+    for expert, places in enumerate(copies):
+        table[expert, : len(places)] = places
+    count = np.array([len(places) for places in copies])
+    pick = np.random.default_rng(1).integers(1 << 30, size=chosen.shape) % count[chosen]
+    return np.asarray(table[chosen, pick])
 
 
 def rows_a_token(bank: BankPlacement, routes: Ints, seed: int = 0) -> float:

@@ -9,7 +9,15 @@ import pytest
 
 from benchmarks import placement, placement_data, placement_measures
 from benchmarks.placement_data import dirichlet, dots_like, lognormal, mixtral, olmoe, profile, zipf
-from benchmarks.placement_measures import Window, decode_ratio, drift, follow, noise, walk
+from benchmarks.placement_measures import (
+    Window,
+    decode_batches,
+    decode_ratio,
+    drift,
+    follow,
+    noise,
+    walk,
+)
 from cluster.planner import eplb, mesh
 from cluster.planner.base import PlannedTopology
 
@@ -86,7 +94,7 @@ def test_decode_steps_of_other_loads_are_no_dearer_than_without_spares(loads: np
     for rows in (16, 64, 256):
         without, with_spares = (
             statistics.mean(
-                decode_ratio(load, bank, rows)
+                decode_ratio(decode_batches(load, rows, 300), bank)
                 for load, bank in zip(loads, placed.banks, strict=True)
             )
             for placed in (alone, spare)
@@ -119,7 +127,7 @@ def test_drawn_decode_steps_are_no_dearer_than_without_spares(devices: int) -> N
     for rows, limit in ((16, 0.02), (64, 0.01), (256, 0.01)):
         without, with_spares = (
             statistics.mean(
-                decode_ratio(load, bank, rows)
+                decode_ratio(decode_batches(load, rows, 300), bank)
                 for load, bank in zip(loads, placed.banks, strict=True)
             )
             for placed in (alone, spare)

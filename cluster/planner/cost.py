@@ -35,7 +35,7 @@ def expected_peak(active: Floats, home: Ints, speeds: Floats) -> Floats:
     sum is exact, devices count as independent.
     """
     chance = _by_device(active, home, len(speeds))
-    below = np.minimum(_sum_distribution(chance).cumsum(2), 1.0)
+    below = np.minimum(sum_distribution(chance).cumsum(2), 1.0)
     relative = np.where(speeds > 0, speeds * (speeds > 0).sum(), 1.0)
     if np.allclose(relative, 1.0):
         return np.asarray((1.0 - below[:, :, :-1].prod(1)).sum(1))
@@ -54,7 +54,7 @@ def _by_device(active: Floats, home: Ints, devices: int) -> Floats:
     return chance.reshape(banks, devices, -1)
 
 
-def _sum_distribution(chance: Floats) -> Floats:
+def sum_distribution(chance: Floats) -> Floats:
     """[..., n] -> [..., n + 1]: distribution of the number of successes."""
     found = np.zeros((*chance.shape[:-1], chance.shape[-1] + 1))
     found[..., 0] = 1.0

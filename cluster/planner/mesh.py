@@ -37,6 +37,7 @@ from cluster.planner.base import (
 )
 from cluster.planner.fill import can_use_two_nodes, fill
 from cluster.planner.moves import aligned, find_moves
+from cluster.planner.peak import lower_peaks
 from cluster.planner.proposals import Limits
 from cluster.planner.search import Placed, SearchGoal, lacks_nodes, search, solve, spread_over_nodes
 
@@ -192,7 +193,10 @@ def _from_scratch(group: _Group, options: PlanOptions, coactivation: Coactivatio
     goal = SearchGoal(
         target=_FULL_TARGET, least_gain=_LEAST_GAIN_FULL, budget=_NO_LIMIT, per_move=False
     )
-    return _finished(group, search(start, group.load, limits, goal), options)
+    found = _finished(group, search(start, group.load, limits, goal), options)
+    if affinity is not None:  # exchanges would part them again
+        return found
+    return lower_peaks(found, group.load, limits, group.top_k, options.decode_tokens)
 
 
 def _affinity(group: _Group, coactivation: Coactivation | None) -> Floats | None:

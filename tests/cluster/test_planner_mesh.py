@@ -228,7 +228,8 @@ def test_empty_devices_get_nothing_and_do_not_count() -> None:
 
 def test_a_lost_devices_experts_are_placed_again() -> None:
     profile = make_profile(skewed(1, 8))
-    full = mesh.plan(profile, PlannedTopology.uniform(3, num_redundant=3)).placement
+    apart = PlannedTopology.uniform(3, num_redundant=3, num_nodes=3)  # two copies of every expert
+    full = mesh.plan(profile, apart).placement
     alive = full.without_devices(frozenset({1}), epoch=2)
     assert alive is not None
     devices = (

@@ -1,0 +1,317 @@
+"""Exchanges that make the busiest device of decode steps less busy: by its exact expectation.
+
+``decode`` balances a bound of the expected peak, which is quick, but does not see that it pays to
+keep chance together: some devices with few experts that are nearly always activated, others with
+more that are not. With F_d(t) the chance that device d serves at most t slots' worth in a step,
+
+    expected peak = sum over t of 1 - prod_d F_d(t)
+
+and an exchange changes two of the factors, each by one coin toss less and one more. Every round
+takes the device of each bank that raises the peak most, and makes the best exchange of one of its
+slots for a slot elsewhere, or of a home for another copy's, that leaves the load balanced and
+larger batches about as they were.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.placement import FREE_SLOT
+from cluster.planner.base import Bools, Floats, Ints
+from cluster.planner.cost import activation, balancedness, expected_peak, sum_distribution
+from cluster.planner.proposals import Limits
+from cluster.planner.search import Placed, solve
+
+_LEAST_GAIN = 1e-4
+"""Slots of the expected peak that an exchange must gain."""
+_BALANCED = 0.998
+"""Balancedness that an exchange must leave, where there was as much."""
+_SLACK = 0.01
+"""Share by which batches of other sizes may get worse."""
+_LARGER = (4, 16)
+"""Those sizes, in times the one that is made better."""
+_TRIES = 6
+"""Exchanges of a device that are looked at more closely."""
+_FAILURES = 8
+"""Devices of a bank in a row without a good exchange, after which it is left alone."""
+_ROUNDS = 150
+_MOST_WORK = 20_000_000
+"""Numbers that may be made on the way: some tenths of a second of a core."""
+_SOLVING = 32
+"""What solving the shares of a bank takes, in numbers for each pair of devices."""
+_THRESHOLDS = 64
+"""Points at which distributions are taken where devices differ in speed."""
+_TINY = 1e-12
+
+
+def lower_peaks(start: Placed, loads: Floats, limits: Limits, top_k: int, rows: int) -> Placed:
+    """The placement after exchanges for decode steps of ``rows`` rows; no bank gets worse there.
+
+    Every device keeps its number of copies, every expert its own.
+    """
+    search = _Search(start, loads, limits, top_k, rows)
+    for _ in range(_ROUNDS):
+        if not search.round():
+            break
+    return search.now
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Offers:
+    """Exchanges of one device in each open bank."""
+
+    device: Ints
+    """[open banks] that device."""
+    gain: Floats
+    """[open banks, slots of it, all slots] less of the expected peak when slots are exchanged."""
+    gain_by_home: Floats
+    """[open banks, slots of it, devices] the same when only the home goes to another copy."""
+
+
+class _Search:
+    """The placement while it is searched. ``now`` is valid at any time."""
+
+    def __init__(self, start: Placed, loads: Floats, limits: Limits, top_k: int, rows: int) -> None:
+        self.now = start.copy()
+        self._loads = loads
+        self._limits = limits
+        speeds = limits.speeds
+        self._active = activation(loads, top_k, rows)
+        self._watched = [(self._active, 0.0)]
+        self._watched += [(activation(loads, top_k, rows * n), _SLACK) for n in _LARGER]
+        self._most = [
+            expected_peak(active, start.home, speeds) * (1.0 + slack) + 1e-9
+            for active, slack in self._watched
+        ]
+        self._least = np.minimum(balancedness(start.masses, speeds), _BALANCED)
+        self._grid = Grid.of(speeds, start.slots.shape[2] + 1)
+        self._tried = np.tile(speeds == 0, (len(loads), 1))
+        self._failures = np.zeros(len(loads), dtype=np.int64)
+        self._work = 0
+
+    def round(self) -> bool:
+        """One exchange in each open bank that has a good one; False when none is open."""
+        is_open = (self._failures < _FAILURES) & ~self._tried.all(1)
+        banks = np.nonzero(is_open)[0]
+        if not len(banks) or self._work > _MOST_WORK:
+            return False
+        offers = self._offers(banks)
+        self._work += offers.gain.size * len(self._grid.width)
+        is_done = self._take(banks, offers)
+        failed = banks[~is_done]
+        self._tried[failed, offers.device[~is_done]] = True
+        self._failures[failed] += 1
+        self._tried[banks[is_done]] = self._limits.speeds == 0
+        self._failures[banks[is_done]] = 0
+        return True
+
+    def _offers(self, banks: Ints) -> _Offers:
+        tosses = Tosses(
+            slots=self.now.slots[banks],
+            home=self.now.home[banks],
+            active=self._active[banks],
+            grid=self._grid,
+            nodes=self._limits.nodes if self._limits.two_nodes else None,
+        )
+        device = tosses.worst(self._tried[banks])
+        return _Offers(
+            device=device,
+            gain=tosses.gain_of_slots(device),
+            gain_by_home=tosses.gain_of_homes(device),
+        )
+
+    def _take(self, banks: Ints, offers: _Offers) -> Bools:
+        """Make the best exchange that passes; whether there was one. [open banks]"""
+        gain = np.concatenate(
+            [offers.gain.reshape(len(banks), -1), offers.gain_by_home.reshape(len(banks), -1)], 1
+        )
+        is_done = np.zeros(len(banks), dtype=bool)
+        for _ in range(_TRIES):
+            best = gain.argmax(1)
+            tried = np.nonzero(~is_done & (gain[np.arange(len(banks)), best] > _LEAST_GAIN))[0]
+            if not len(tried):
+                break
+            found = self._exchanged(banks[tried], offers.device[tried], best[tried])
+            passes = self._passes(banks[tried], found)
+            chosen = banks[tried[passes]]
+            self.now.slots[chosen] = found.slots[passes]
+            self.now.home[chosen] = found.home[passes]
+            self.now.masses[chosen] = found.masses[passes]
+            is_done[tried[passes]] = True
+            gain[tried, best[tried]] = -np.inf
+        return is_done
+
+    def _exchanged(self, banks: Ints, device: Ints, chosen: Ints) -> Placed:
+        """These banks, each with one of the offers taken; the masses are those of before."""
+        _, devices, width = self.now.slots.shape
+        slots, home = self.now.slots[banks], self.now.home[banks]
+        exchanges = width * devices * width
+        for b, (here, choice) in enumerate(zip(device.tolist(), chosen.tolist(), strict=True)):
+            if choice >= exchanges:
+                slot, there = divmod(choice - exchanges, devices)
+                home[b, slots[b, here, slot]] = there
+                continue
+            slot, other = divmod(choice, devices * width)
+            there, place = divmod(other, width)
+            gives, takes = int(slots[b, here, slot]), int(slots[b, there, place])
+            slots[b, here, slot], slots[b, there, place] = takes, gives
+            if home[b, gives] == here:
+                home[b, gives] = there
+            if home[b, takes] == there:
+                home[b, takes] = here
+        return Placed(slots=slots, home=home, masses=self.now.masses[banks])
+
+    def _passes(self, banks: Ints, found: Placed) -> Bools:
+        """[banks] whether no batch size is much worse than at first; solves the masses."""
+        speeds = self._limits.speeds
+        passes = np.ones(len(banks), dtype=bool)
+        for (active, _), most in zip(self._watched, self._most, strict=True):
+            passes &= expected_peak(active[banks], found.home, speeds) <= most[banks]
+        has_moved = (found.slots != self.now.slots[banks]).any((1, 2))
+        solved = np.nonzero(passes & has_moved)[0]
+        if len(solved):
+            self._work += len(solved) * _SOLVING * len(speeds) ** 2
+            found.masses[solved] = solve(found.slots[solved], self._loads[banks[solved]], speeds)
+        return passes & (balancedness(found.masses, speeds) >= self._least[banks])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """Where distributions are taken: at t slots of a device of mean speed."""
+
+    count: Ints
+    """[num_devices, points] experts that a device serves within t."""
+    width: Floats
+    """[points] what each point stands for, in t."""
+
+    @classmethod
+    def of(cls, speeds: Floats, size: int) -> Grid:
+        """For devices that serve less than ``size`` experts."""
+        relative = np.where(speeds > 0, speeds * (speeds > 0).sum(), 1.0)
+        if np.allclose(relative, 1.0):
+            count = np.tile(np.arange(size), (len(speeds), 1))
+            return cls(count=count, width=np.ones(size))
+        end = size / float(relative.min())
+        points = (np.arange(_THRESHOLDS) + 0.5) * end / _THRESHOLDS
+        count = np.floor(points * relative[:, None] + 1e-9).astype(np.int64)
+        width = np.full(_THRESHOLDS, end / _THRESHOLDS)
+        return cls(count=np.minimum(count, size - 1), width=width)
+
+
+class Tosses:
+    """Distributions of what devices serve, and what exchanges make of them."""
+
+    def __init__(
+        self, *, slots: Ints, home: Ints, active: Floats, grid: Grid, nodes: Ints | None
+    ) -> None:
+        """``nodes``: [num_devices], slots are exchanged within a node only; None: anywhere."""
+        banks, devices, width = slots.shape
+        self._slots = slots.reshape(banks, -1)
+        self._grid = grid
+        self._nodes = nodes
+        self._rows = np.arange(banks)
+        self._device = np.repeat(np.arange(devices), width)
+        self._is_held = self._slots != FREE_SLOT
+        expert = np.maximum(self._slots, 0)
+        row = self._rows[:, None]
+        is_home = self._is_held & (home[row, expert] == self._device)
+        self._chance = np.where(is_home, active[row, expert], 0.0)
+        found = sum_distribution(self._chance.reshape(banks, devices, width))
+        each = np.broadcast_to(found[:, :, None], (banks, devices, width, width + 1))
+        without = _without(each.reshape(banks, -1, width + 1), self._chance)
+        self._cdf = np.minimum(found.cumsum(2), 1.0)
+        self._cdf_without = np.minimum(without.cumsum(2), 1.0)
+        below = _at(self._cdf, grid.count)
+        self._log = np.log(np.maximum(below, _TINY))
+        self._log_all = self._log.sum(1)
+        self._value = (np.exp(self._log_all) * grid.width).sum(1)
+        self._holds = np.zeros((banks, active.shape[1], devices), dtype=bool)
+        bank, slot = np.nonzero(self._is_held)
+        self._holds[bank, self._slots[bank, slot], self._device[slot]] = True
+
+    def worst(self, skipped: Bools) -> Ints:
+        """[banks] the device that raises the peak most, but for ``skipped`` [banks, devices]."""
+        weight = np.exp(self._log_all) * self._grid.width
+        share = -(self._log * weight[:, None]).sum(2)
+        return np.asarray(np.where(skipped, -np.inf, share).argmax(1))
+
+    def gain_of_slots(self, device: Ints) -> Floats:
+        """[banks, slots of the device, all slots] what exchanging two slots gains."""
+        rows, own, there = self._rows[:, None], self._own(device), self._device
+        here_count = self._grid.count[device][:, None]
+        mine = self._cdf_without[rows, own]
+        mine = _with(_at(mine, here_count), _before(mine, here_count), self._chance)
+        count = self._grid.count[there]
+        theirs = _with(
+            _at(self._cdf_without, count),
+            _before(self._cdf_without, count),
+            self._chance[rows, own],
+        ).swapaxes(1, 2)
+        gain = (self._rest(device)[:, there][:, None] * mine * theirs).sum(3)
+        may = self._may_exchange(device, own)
+        return np.where(may, gain - self._value[:, None, None], -np.inf)
+
+    def gain_of_homes(self, device: Ints) -> Floats:
+        """[banks, slots of the device, devices] what it gains that another copy serves decodes."""
+        rows, own, count = self._rows[:, None], self._own(device), self._grid.count
+        chance = self._chance[rows, own]
+        mine = _at(self._cdf_without[rows, own], count[device][:, None])[:, :, None]
+        theirs = _with(_at(self._cdf, count), _before(self._cdf, count), chance).swapaxes(1, 2)
+        gain = (self._rest(device)[:, None] * mine * theirs).sum(3)
+        may = self._holds[rows, np.maximum(self._slots[rows, own], 0)] & (chance > 0)[:, :, None]
+        may[self._rows, :, device] = False
+        return np.where(may, gain - self._value[:, None, None], -np.inf)
+
+    def _own(self, device: Ints) -> Ints:
+        """[banks, slots of the device] their places."""
+        width = self._slots.shape[1] // len(self._grid.count)
+        return np.asarray(device[:, None] * width + np.arange(width))
+
+    def _rest(self, device: Ints) -> Floats:
+        """[banks, devices, points] chance that all but ``device`` and another one are within t."""
+        rest = self._log_all[:, None] - self._log[self._rows, device][:, None] - self._log
+        return np.asarray(np.exp(np.minimum(rest, 0.0)) * self._grid.width)
+
+    def _may_exchange(self, device: Ints, own: Ints) -> Bools:
+        """[banks, own slots, all slots] neither expert has a copy where it comes to."""
+        rows = self._rows[:, None]
+        expert = np.maximum(self._slots, 0)
+        is_new = ~self._holds[rows, expert, device[:, None]] & self._is_held
+        may = ~self._holds[rows, expert[rows, own]][:, :, self._device] & is_new[:, None]
+        if self._nodes is not None:
+            may &= (self._nodes[device][:, None] == self._nodes[self._device])[:, None]
+        return np.asarray(may & self._is_held[rows, own][:, :, None])
+
+
+def _at(cdf: Floats, count: Ints) -> Floats:
+    """[..., points] of distributions [..., size]."""
+    shape = (*cdf.shape[:-1], count.shape[-1])
+    return np.take_along_axis(cdf, np.broadcast_to(count, shape), -1)
+
+
+def _before(cdf: Floats, count: Ints) -> Floats:
+    """The same at one expert less."""
+    return np.where(count > 0, _at(cdf, np.maximum(count - 1, 0)), 0.0)
+
+
+def _with(at: Floats, before: Floats, chance: Floats) -> Floats:
+    """[banks, devices or slots, experts, points] with an expert of a chance [banks, experts]."""
+    return np.asarray(at[:, :, None] + chance[:, None, :, None] * (before - at)[:, :, None])
+
+
+def _without(pmf: Floats, chance: Floats) -> Floats:
+    """Distributions [..., size] without one coin toss of a chance [...] that is in each.
+
+    It is divided out from the end where that is stable.
+    """
+    size = pmf.shape[-1]
+    rising, falling = np.zeros_like(pmf), np.zeros_like(pmf)
+    low, high = np.minimum(chance, 0.5), np.maximum(chance, 0.5)
+    for i in range(size - 1):
+        before = rising[..., i - 1] if i else 0.0
+        rising[..., i] = (pmf[..., i] - low * before) / (1.0 - low)
+    for i in range(size - 1, 0, -1):
+        falling[..., i - 1] = (pmf[..., i] - (1.0 - high) * falling[..., i]) / high
+    return np.maximum(np.where((chance < 0.5)[..., None], rising, falling), 0.0)
