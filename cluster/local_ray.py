@@ -139,7 +139,7 @@ def begin(folder: Path, **options: Any) -> Any:
                 include_dashboard=False,
                 log_to_driver=False,
                 _temp_dir=str(folder),
-                _system_config=_SYSTEM_CONFIG,
+                _system_config=dict(_SYSTEM_CONFIG),  # Ray adds to it
                 **options,
             )
         except Exception as err:  # Ray raises it as that
