@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from cluster.errors import NotReadyError, RequestError
-from gateway import versions
+from gateway import openapi, versions
 from gateway.call import CallKind, GenerateFields
 from gateway.convert import (
     PRIORITY_HEADER,
@@ -115,6 +115,7 @@ class HttpApi:
             Route("/cluster/v1/placement", self.placement, methods=["GET"]),
             Route("/cluster/v1/load", self.load, methods=["GET"]),
             Route("/cluster/v1/events", self.events, methods=["GET"]),
+            Route(openapi.PATH, self.openapi, methods=["GET"]),
         ]
 
     async def list_models(self, request: Request) -> Response:
@@ -208,6 +209,10 @@ class HttpApi:
         """What happened to the cluster."""
         snapshot = await self._gateway.cluster.fresh() or {}
         return _json({"schema": 1, "events": snapshot.get("history", [])})
+
+    async def openapi(self, request: Request) -> Response:
+        """This interface, for machines."""
+        return _json(openapi.document(str(request.scope.get("root_path") or "")))
 
     async def _placement(self) -> dict[str, Any]:
         placement = await self._gateway.cluster.placement()

@@ -1,0 +1,1 @@
+"""The public interface as a contract: one document, two codecs, many clients."""

@@ -1,0 +1,39 @@
+"""One real model behind one gateway, in threads, for all tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from gateway.tokenizer import load_tokenizer
+from protos.inference_pb2_grpc import InferenceStub
+from tests.gateway.stack import Stack
+from tests.served_stack import stack_over
+
+DEMO = Path(__file__).parents[2] / "workers" / "demo" / "checkpoint"
+TOOL_TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool.function.name }}\n{% endfor %}"
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}"
+    "<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}<|eos|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""The bundled model's chat template, with tools as Qwen's have them."""
+
+
+@pytest.fixture(scope="package")
+def stack() -> Iterator[Stack]:
+    """The bundled model with tools; the same request has the same tokens whenever it is sent."""
+    tokenizer = load_tokenizer(str(DEMO), TOOL_TEMPLATE)
+    with stack_over(DEMO, tokenizer, engine={"deterministic": True}) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="package")
+def stub(stack: Stack) -> Iterator[InferenceStub]:
+    """Its gRPC client."""
+    with grpc.insecure_channel(stack.grpc_target) as channel:
+        yield InferenceStub(channel)

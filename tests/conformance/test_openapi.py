@@ -1,0 +1,125 @@
+"""The OpenAPI document is that of what is really sent."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+from starlette.routing import Route
+
+from gateway.http_api import HttpApi
+from gateway.openapi import ENDPOINTS, document
+from tests.gateway.sse_client import read_events
+from tests.gateway.stack import MODEL, Stack
+
+USER = [{"role": "user", "content": "Who is there?"}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look_up",
+            "parameters": {
+                "type": "object",
+                "properties": {"word": {"enum": ["king", "queen"]}},
+                "required": ["word"],
+                "additionalProperties": False,
+            },
+        },
+    }
+]
+SHORT = {"max_tokens": 4}
+TOLD = {"return_token_ids": True, "prompt_logprobs": 1}
+GOOD: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"prompt": "ROMEO:", **SHORT}),
+    ("/v1/completions", {"prompt": ["a", "b"], "n": 2, "logprobs": 2, "echo": True, **SHORT}),
+    ("/v1/completions", {"prompt": [5, 6], "stop_token_ids": list(range(1024)), **TOLD, **SHORT}),
+    ("/v1/chat/completions", {"messages": USER, **SHORT}),
+    ("/v1/chat/completions", {"messages": USER, "logprobs": True, "top_logprobs": 2, **SHORT}),
+    ("/v1/chat/completions", {"messages": USER, **TOLD, **SHORT}),
+    (
+        "/v1/chat/completions",
+        {"messages": USER, "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False},
+    ),
+    ("/v1/embeddings", {"input": ["a", "b"]}),
+    ("/v1/embeddings", {"input": [5, 6], "encoding_format": "base64"}),
+    ("/classify", {"input": "a", "labels": ["x", "y"]}),
+    ("/score", {"queries": "a", "documents": ["x", "y"]}),
+    ("/v1/score", {"text_1": "a", "text_2": "x"}),
+    ("/v1/inspect", {"token_ids": [5, 6, 7], "outputs": ["logprobs", "routes", "loss"]}),
+    ("/v1/inspect", {"token_ids": [5, 6], "outputs": ["hidden_states", "router_logits"]}),
+    ("/tokenize", {"prompt": "a b"}),
+    ("/tokenize", {"messages": USER, "return_token_strs": True}),
+    ("/detokenize", {"tokens": [5, 6]}),
+]
+BAD: list[dict[str, Any]] = [
+    {},
+    {"model": "other", "prompt": "x", "messages": USER, "input": "x", "queries": "x"},
+]
+
+
+def schema_of(path: str, method: str, status: int, kind: str = "application/json") -> Any:
+    """The document's schema of an answer; the components are in it."""
+    told = document()
+    answer = told["paths"][path][method]["responses"][str(status)]
+    content = answer.get("content", {}).get(kind, {})
+    schema = content.get("x-events") or content.get("schema")
+    return schema and {**schema, "components": told["components"]}
+
+
+def check(value: object, schema: Any) -> None:
+    """Raises where the value does not follow the schema."""
+    jsonschema.Draft202012Validator(schema).validate(value)
+
+
+def test_the_document_names_every_route_and_no_other(stack: Stack) -> None:
+    routes = [r for r in HttpApi(stack.gateway).routes() if isinstance(r, Route)]
+    served = {route.path.replace(":path", "") for route in routes}
+    assert served == {endpoint.path for endpoint in ENDPOINTS}
+    jsonschema.Draft202012Validator.check_schema(document()["components"]["schemas"])
+    reached = stack.http.get("/openapi.json").json()
+    assert reached == json.loads(json.dumps(document("")))
+    assert reached["servers"] == [{"url": "/"}]
+    assert document("/some/prefix")["servers"] == [{"url": "/some/prefix"}]
+
+
+@pytest.mark.parametrize(("path", "body"), GOOD)
+def test_answers_follow_the_document(stack: Stack, path: str, body: dict[str, Any]) -> None:
+    response = stack.http.post(path, json=body)
+    assert response.status_code == 200, response.text
+    check(response.json(), schema_of(path, "post", 200))
+    headers = document()["paths"][path]["post"]["responses"]["200"]["headers"]
+    assert set(headers) <= set(response.headers)
+    if "choices" in response.json():
+        chunk = schema_of(path, "post", 200, "text/event-stream")
+        options = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+        for event in read_events(stack, path, **body, **options):
+            check(event, chunk)
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda one: one.path)
+def test_every_route_answers_as_the_document_says(stack: Stack, endpoint: Any) -> None:
+    if endpoint.method == "get":
+        response = stack.http.get(endpoint.path.replace("{model}", MODEL))
+        assert response.status_code == 200
+        kind = response.headers.get("content-type", "").partition(";")[0]
+        content = document()["paths"][endpoint.path]["get"]["responses"]["200"].get("content", {})
+        assert set(content) == ({kind} if response.content else set())
+        if endpoint.answer:
+            check(response.json(), schema_of(endpoint.path, "get", 200))
+        return
+    for body in BAD:
+        response = stack.http.post(endpoint.path, json=body)
+        check(response.json(), schema_of(endpoint.path, "post", response.status_code))
+        assert response.status_code in (400, 404)
+
+
+def test_a_schema_that_is_not_kept_is_found(stack: Stack) -> None:
+    """The check above can fail: objects are closed, and all their fields are asked for."""
+    answer = stack.http.post("/tokenize", json={"prompt": "a"}).json()
+    schema = schema_of("/tokenize", "post", 200)
+    check(answer, schema)
+    for wrong in ({**answer, "more": 1}, {**answer, "count": "1"}, {"count": 1}):
+        with pytest.raises(jsonschema.ValidationError):
+            check(wrong, schema)
