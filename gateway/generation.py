@@ -202,7 +202,8 @@ class Generation:
 
     def _too_late(self) -> ExpertMeshError:
         entries = [prompt.submission for prompt in self._prompts.values()]
-        if any(entry is not None and entry.is_waiting for entry in entries):
+        lost = (entry for entry in entries if entry is not None and entry.was_sent)
+        if any(entry.is_waiting for entry in lost):
             reason = "the worker was lost, and no other came within the request's time"
             return NotReadyError(reason, "not_ready", _NO_WORKER_RETRY_S)
         return DeadlineExceededError("the request's time is over", self._has_token)

@@ -254,3 +254,12 @@ def test_a_queue_that_is_longer_than_the_time_refuses_at_once(
     assert response.status_code == 408
     assert "queue" in response.json()["error"]["message"]
     complete(moody, prompt="x", max_tokens=1)
+
+
+def test_a_time_limit_of_nothing_is_no_lost_worker(stack: Stack) -> None:
+    """It may be over before a worker was even picked; nobody was lost then."""
+    for limit_ms in (1, 1, 1, 2, 3) * 6:
+        headers = {"x-request-timeout-ms": str(limit_ms)}
+        body = {"prompt": "x", "max_tokens": 400}
+        response = stack.http.post("/v1/completions", json=body, headers=headers)
+        assert response.status_code in (200, 408, 504), response.text
