@@ -3,8 +3,11 @@
 python -m benchmarks.run --only routing
 
 The model: 8 workers compute 8,000 prompt tokens a second each, one prompt after the other, and keep
-2,500 blocks of 512 tokens each, least recently used first out; decoding costs nothing. What a
-worker has is known at once, since the gateway expects what it has just routed.
+2,500 blocks of 512 tokens each; decoding costs nothing. The gateway expects what it has just routed
+and hears of it when it is computed. Routing alone gives up the blocks least recently used. With
+fetches, a worker gets 100,000 prompt tokens a second from one peer that has computed them, while
+other prompts are computed. With eviction across workers, what was lent goes first, and what was
+found again counts as half as old.
 """
 
 from __future__ import annotations
@@ -12,15 +15,23 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from benchmarks.request_trace import BLOCK_TOKENS, TracedRequest, conversations
+from benchmarks.request_trace import BLOCK_TOKENS, TracedRequest, conversations, multi_turn
 from benchmarks.results import table
 from gateway.kv_index import KvIndex
-from gateway.router import RoutingPolicy, WorkerLoad, pick_worker
+from gateway.router import (
+    FETCH_TOKENS,
+    Choice,
+    RoutingPolicy,
+    WorkerLoad,
+    pick_worker,
+    route_by_kv,
+)
+from workers.kv_eviction import USED_AGE, EvictionOrder
 from workers.prefix_hash import SHORT_BYTES, KvEvents
 
 NUM_WORKERS = 8
@@ -29,6 +40,8 @@ TOKENS_PER_S = 8000.0
 """Prompt tokens that each computes."""
 CACHE_BLOCKS = 2500
 """Blocks that each keeps."""
+FETCHED_PER_S = 100_000.0
+"""Prompt tokens whose blocks a worker gets from a peer in a second: 12 GB/s at 128 KiB a token."""
 WITHIN_S = 2.0
 """A first token in this time is counted as in time."""
 
@@ -53,87 +66,173 @@ class Outcome:
         return sum(t <= WITHIN_S for t in self.ttft_s) / len(self.ttft_s)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rules:
+    """What workers do beside computing."""
+
+    fetch_tokens_per_s: float | None = None
+    """Prompt tokens whose blocks come from a peer in a second; None: nothing is fetched."""
+    evicts_together: bool = False
+    """Blocks are given up by the workers' own rules, not the least recently used first."""
+
+
+ALONE = Rules()
+"""Routing alone."""
+FETCHING = Rules(fetch_tokens_per_s=FETCHED_PER_S)
+"""Blocks are fetched from peers."""
+TOGETHER = Rules(fetch_tokens_per_s=FETCHED_PER_S, evicts_together=True)
+"""All that the product does."""
+
+
+@dataclass(frozen=True, slots=True)
+class _News:
+    """What the gateway hears when a prompt is computed."""
+
+    time_s: float
+    names: Sequence[bytes]
+    events: KvEvents
+
+
 class Worker:
     """One attention worker: a queue of prompts, and a cache that tells of its blocks."""
 
-    def __init__(self, name: str, index: KvIndex) -> None:
+    def __init__(self, name: str, index: KvIndex, rules: Rules) -> None:
         self.load = WorkerLoad(name=name)
         """For the router."""
         self.free_s = 0.0
         """When it has computed all it was given."""
+        if rules.fetch_tokens_per_s is not None:
+            self.load.fetch_cost = TOKENS_PER_S / rules.fetch_tokens_per_s
+        self._rules = rules
         self._index = index
-        self._cache: OrderedDict[bytes, None] = OrderedDict()
+        self._order = EvictionOrder(USED_AGE if rules.evicts_together else 1.0)
         self._number = 0
+        self._news: deque[_News] = deque()
         index.apply(name, KvEvents(number=0, is_whole=True))
 
     def wait_s(self, now_s: float) -> float:
         """Until it begins with a prompt that comes now."""
         return max(self.free_s - now_s, 0.0)
 
-    def take(self, names: Sequence[bytes], tokens: int, now_s: float) -> tuple[float, int]:
+    def tell(self, now_s: float) -> None:
+        """The gateway hears of the prompts that were computed up to now."""
+        while self._news and self._news[0].time_s <= now_s:
+            news = self._news.popleft()
+            assert self._index.apply(self.load.name, news.events), "no message is lost here"
+            self._index.settle(self.load.name, news.names)
+
+    def num_cached(self, names: Sequence[bytes]) -> int:
+        """Blocks of a prompt that are here."""
+        return next((i for i, name in enumerate(names) if name not in self._order), len(names))
+
+    def take(
+        self, names: Sequence[bytes], tokens: int, now_s: float, peer: Worker | None = None
+    ) -> tuple[float, int]:
         """Compute a prompt: seconds to its first token, and tokens that were cached."""
-        found = 0
-        while found < len(names) and names[found] in self._cache:
-            found += 1
-        cached = min(found * BLOCK_TOKENS, tokens)
-        ttft_s = self.wait_s(now_s) + (tokens - cached) / TOKENS_PER_S
+        found, start_s = self.num_cached(names), self.wait_s(now_s)
+        if peer is not None:
+            start_s = max(start_s, self._fetch(names, found, peer))
+            found = max(found, peer.num_cached(names))
+        cached = found * BLOCK_TOKENS
+        ttft_s = start_s + (tokens - cached) / TOKENS_PER_S
         self.free_s = now_s + ttft_s
-        self._keep(names)
+        self._keep(names, found)
         return ttft_s, cached
 
-    def _keep(self, names: Sequence[bytes]) -> None:
-        stored = [name for name in names if name not in self._cache]
+    def _fetch(self, names: Sequence[bytes], found: int, peer: Worker) -> float:
+        """The peer lends its blocks; returns the seconds until they are here."""
+        assert self._rules.fetch_tokens_per_s is not None
+        lent = peer.num_cached(names)
+        if lent <= found:
+            return 0.0
+        if self._rules.evicts_together:
+            peer._order.lend(names[:lent])
+        fetched = (lent - found) * BLOCK_TOKENS
+        return FETCH_TOKENS / TOKENS_PER_S + fetched / self._rules.fetch_tokens_per_s
+
+    def _keep(self, names: Sequence[bytes], num_found: int) -> None:
+        order = self._order
+        stored = [name for name in names if name not in order]
+        for place, name in enumerate(names):
+            if name in order:
+                order.hold(name)
+            else:
+                order.learn(name, names[place - 1] if place else None)
+            if place < num_found:
+                order.find(name)
         for name in reversed(names):  # the end of a sequence goes first
-            self._cache[name] = None
-            self._cache.move_to_end(name)
+            order.release(name)
         removed = []
-        while len(self._cache) > CACHE_BLOCKS:
-            removed.append(self._cache.popitem(last=False)[0])
+        while order.num_known > CACHE_BLOCKS:
+            removed.append(order.pop())
+            order.forget(removed[-1])
         self._number += 1
-        news = KvEvents(number=self._number, stored=tuple(stored), removed=tuple(removed))
-        assert self._index.apply(self.load.name, news), "no message is lost here"
+        gone = set(removed)
+        kept = tuple(name for name in stored if name not in gone)
+        old = tuple(name for name in removed if name not in set(stored))
+        events = KvEvents(number=self._number, stored=kept, removed=old)
+        self._news.append(_News(self.free_s, names, events))
 
 
-Choice = Callable[[Sequence[Worker], KvIndex, Sequence[bytes], int, int], Worker]
-"""Workers, index, a prompt's block names and tokens, turn -> worker."""
-
-
-def by_policy(policy: RoutingPolicy) -> Choice:
-    """A policy of the gateway."""
-
-    def choose(
-        workers: Sequence[Worker], index: KvIndex, names: Sequence[bytes], tokens: int, turn: int
-    ) -> Worker:
-        found = index.matches(names) if policy is RoutingPolicy.KV else {}
-        cached = {w: min(n * BLOCK_TOKENS, tokens) for w, n in found.items()}
-        loads = [worker.load for worker in workers]
-        picked = pick_worker(loads, policy, turn, tokens, cached)
-        return next(worker for worker in workers if worker.load is picked)
-
-    return choose
-
-
-def replay(requests: Sequence[TracedRequest], choose: Choice, speed: float = 1.0) -> Outcome:
+def replay(
+    requests: Sequence[TracedRequest],
+    policy: RoutingPolicy,
+    speed: float = 1.0,
+    rules: Rules = ALONE,
+) -> Outcome:
     """Route all requests, those of one moment together as the gateway does: shortest first."""
     index = KvIndex()
-    workers = [Worker(f"w{i}", index) for i in range(NUM_WORKERS)]
+    workers = {f"w{i}": Worker(f"w{i}", index, rules) for i in range(NUM_WORKERS)}
+    uses_index = policy is RoutingPolicy.KV
     ttft_s: list[float] = []
     num_cached = 0
-    for _, together in groupby(requests, key=lambda request: request.time_s):
-        for request in sorted(together, key=lambda request: request.prompt_tokens):
-            now_s, tokens = request.time_s / speed, request.prompt_tokens
-            for worker in workers:
+    for time_s, together in groupby(requests, key=lambda request: request.time_s):
+        now_s = time_s / speed
+        for worker in workers.values():
+            worker.tell(now_s)
+        prompts = [_Prompt(request, index, uses_index) for request in together]
+        for prompt in sorted(prompts, key=lambda prompt: prompt.missing):
+            for worker in workers.values():
                 worker.load.queued_tokens = worker.wait_s(now_s) * TOKENS_PER_S
                 worker.load.outstanding_tokens = int(worker.load.queued_tokens)
-            names = [block.to_bytes(SHORT_BYTES, "big") for block in request.blocks]
-            chosen = choose(workers, index, names, tokens, len(ttft_s))
-            took_s, cached = chosen.take(names, tokens, now_s)
+            choice = _route(prompt, index, list(workers.values()), policy, len(ttft_s))
+            index.expect(choice.load.name, prompt.names)
+            chosen, peer = workers[choice.load.name], workers.get(choice.peer)
+            took_s, cached = chosen.take(prompt.names, prompt.tokens, now_s, peer)
             ttft_s.append(took_s)
             num_cached += cached
     return Outcome(
         hit_rate=num_cached / sum(request.prompt_tokens for request in requests),
         ttft_s=tuple(ttft_s),
     )
+
+
+class _Prompt:
+    """A request as the gateway sees it."""
+
+    def __init__(self, request: TracedRequest, index: KvIndex, uses_index: bool) -> None:
+        self.tokens = request.prompt_tokens
+        full = request.blocks[: self.tokens // BLOCK_TOKENS]
+        self.names = [block.to_bytes(SHORT_BYTES, "big") for block in full]
+        found = index.matches(self.names) if uses_index else {}
+        self.missing = self.tokens - max(found.values(), default=0) * BLOCK_TOKENS
+        """Tokens that nobody has: the shortest goes first."""
+
+
+def _route(
+    prompt: _Prompt,
+    index: KvIndex,
+    workers: Sequence[Worker],
+    policy: RoutingPolicy,
+    turn: int,
+) -> Choice:
+    loads = [worker.load for worker in workers]
+    if policy is not RoutingPolicy.KV:
+        choice = pick_worker(loads, policy, turn)
+    else:
+        choice = route_by_kv(index, prompt.names, loads, turn, prompt.tokens, BLOCK_TOKENS)
+    assert choice is not None, "there are workers"
+    return choice
 
 
 def decision_s(num_workers: int, num_blocks: int, repeats: int) -> float:
@@ -145,25 +244,40 @@ def decision_s(num_workers: int, num_blocks: int, repeats: int) -> float:
         own = [draw.randbytes(SHORT_BYTES) for _ in range(num_blocks // num_workers)]
         stored = (*prompt[: draw.randrange(128)], *own)
         index.apply(f"w{i}", KvEvents(number=0, is_whole=True, stored=stored))
-        loads.append(WorkerLoad(name=f"w{i}", queued_tokens=draw.randrange(1000)))
+        loads.append(
+            WorkerLoad(name=f"w{i}", queued_tokens=draw.randrange(1000), fetch_cost=draw.random())
+        )
     times = []
     for turn in range(repeats):
         start = time.perf_counter()
-        pick_worker(loads, RoutingPolicy.KV, turn, 128 * 16, index.matches(prompt))
+        route_by_kv(index, prompt, loads, turn, 128 * 16, 16)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+CASES = {
+    "`kv`, fetches, eviction across workers": (RoutingPolicy.KV, TOGETHER),
+    "`kv`, fetches": (RoutingPolicy.KV, FETCHING),
+    "`kv`": (RoutingPolicy.KV, ALONE),
+    "`least-loaded`": (RoutingPolicy.LEAST_LOADED, ALONE),
+    "`round-robin`": (RoutingPolicy.ROUND_ROBIN, ALONE),
+}
+"""What is compared, by name in tables."""
 
 
 def section(quick: bool) -> str:
     """The section of ``RESULTS.md``."""
     requests = conversations()[: 300 if quick else None]
+    traces = {"conversations": (requests, 1.0), "conversations, 1.4 x": (requests, 1.4)}
+    for seed in range(1 if quick else 3):
+        traces[f"multi-turn chats {seed + 1}"] = multi_turn(seed, 300 if quick else 12000), 1.0
     rows = []
-    for speed in (1.0, 1.4):
-        for policy in RoutingPolicy:
-            outcome = replay(requests, by_policy(policy), speed)
+    for trace, (asked, speed) in traces.items():
+        for name, (policy, rules) in CASES.items():
+            outcome = replay(asked, policy, speed, rules)
             rows.append(
                 [
-                    f"{speed:g} x, `{policy.value}`",
+                    f"{trace}: {name}",
                     f"{outcome.mean_s:.2f}",
                     f"{outcome.hit_rate:.3f}",
                     f"{outcome.share_in_time:.3f}",
@@ -174,11 +288,12 @@ def section(quick: bool) -> str:
         [f"{n} workers, {blocks:,} blocks", f"{decision_s(n, blocks, 2000) * 1e6:.0f}"]
         for n, blocks in sizes
     ]
-    head = ["rate, policy", "mean TTFT s", "cached tokens", "TTFT within 2 s"]
+    head = ["trace, policy", "mean TTFT s", "cached tokens", "TTFT within 2 s"]
     return "\n\n".join(
         [
             "## Routing, on paper",
             " ".join((__doc__ or "").split("\n\n", 2)[2].split()),
+            "The multi-turn chats are made up: see `multi_turn` in `benchmarks/request_trace.py`.",
             table(head, rows),
             table(["decision", "median microseconds"], decisions),
         ]

@@ -16,7 +16,7 @@ from cluster.errors import NotReadyError, PoisonousRequestError
 from gateway.cluster_view import AttentionEndpoint
 from gateway.engine_client import PING_S, SILENCE_LIMIT_S, EngineClient
 from gateway.kv_index import KvIndex
-from gateway.router import RoutingPolicy, pick_worker
+from gateway.router import RoutingPolicy, pick_worker, route_by_kv
 from gateway.submission import OutputSink, Submission
 from workers.prefix_hash import KvEvents, prompt_hashes
 from workers.request import Request
@@ -88,7 +88,7 @@ class EnginePool:
         """Hand a request to a worker; None while no stream is open.
 
         ``deadline_s`` is the ``time.monotonic`` up to which it is tried. Requests that come at the
-        same time are routed together, the shortest prompt first.
+        same time are routed together, the one with the fewest tokens to compute first.
         """
         if not self.clients:
             return None
@@ -116,23 +116,37 @@ class EnginePool:
         clients = {client.worker: client for client in self.clients}
         if len(clients) > 1:
             clients.pop(entry.last_worker, None)
-        cached: dict[str, int] = {}
-        if self._policy is RoutingPolicy.LEAST_LOADED:
+        if not clients:
+            return None
+        loads, tokens = [client.load for client in clients.values()], entry.num_known_tokens
+        if self._policy is RoutingPolicy.KV:
+            hashes, size = entry.prompt_hashes, self._block_size
+            choice = route_by_kv(self._kv, hashes, loads, self._turn, tokens, size)
+        else:
             for client in clients.values():
                 client.load.outstanding_tokens = client.outstanding_tokens
-        elif self._policy is RoutingPolicy.KV and clients:
-            block_size = self._name_blocks(entry, next(iter(clients.values())))
-            matches = self._kv.matches(entry.prompt_hashes)
-            cached = {worker: count * block_size for worker, count in matches.items()}
-        tokens = entry.num_known_tokens
-        loads = [client.load for client in clients.values()]
-        picked = pick_worker(loads, self._policy, self._turn, tokens, cached)
-        if picked is None:
-            return None
+            choice = pick_worker(loads, self._policy, self._turn)
+        assert choice is not None, "there are workers"
         self._turn += 1
-        entry.missing_tokens = max(tokens - cached.get(picked.name, 0), 0)
-        self._kv.expect(picked.name, entry.prompt_hashes)
-        return clients[picked.name]
+        entry.missing_tokens = max(tokens - choice.cached_tokens, 0)
+        entry.kv_peer = choice.peer
+        self._kv.expect(choice.load.name, entry.prompt_hashes)
+        return clients[choice.load.name]
+
+    @property
+    def _block_size(self) -> int:
+        """Tokens of a KV block; 0 where requests share none, and while no worker said hello."""
+        hello = next((client.hello for client in self.clients), None)
+        return 0 if hello is None else hello.kv_block_size
+
+    def _num_missing(self, entry: Submission) -> int:
+        """Tokens of a request that no worker has; names its blocks."""
+        tokens, client = entry.num_known_tokens, next(iter(self.clients), None)
+        if self._policy is not RoutingPolicy.KV or client is None:
+            return tokens
+        block_size = self._name_blocks(entry, client)
+        found = self._kv.matches(entry.prompt_hashes)
+        return tokens - block_size * max(found.values(), default=0)
 
     def _name_blocks(self, entry: Submission, client: EngineClient) -> int:
         """Set its prompt's hashes; returns the tokens of a block."""
@@ -221,7 +235,7 @@ class EnginePool:
         self._will_place = False
         waiting, self._waiting = self._waiting, []
         now_s = time.monotonic()
-        for entry in sorted(waiting, key=lambda entry: entry.num_known_tokens):
+        for entry in sorted(waiting, key=self._num_missing):
             if not entry.is_waiting or now_s >= entry.deadline_s:
                 continue
             client = self._pick(entry)

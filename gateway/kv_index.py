@@ -10,9 +10,11 @@ alike often come together.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from workers.prefix_hash import KvEvents
 
@@ -107,18 +109,38 @@ class KvIndex:
         self._note(have, depth, found)
         return found
 
+    def best_holder(self, hashes: Sequence[bytes], matches: Mapping[str, int]) -> tuple[str, int]:
+        """Who has most of a prefix for others to fetch: what its events told, not what is expected.
+
+        ``matches`` are those of ``hashes``. No blocks: nobody.
+
+        Example: a has told of 2 of 3 blocks and is about to compute the third, b has told of 1:
+        a, 2.
+        """
+        best, most = "", 0
+        for worker, depth in sorted(matches.items(), key=itemgetter(1), reverse=True):
+            if depth <= most:
+                break
+            told = self._workers[worker].told
+            if hashes[depth - 1] not in told:
+                depth = bisect_left(hashes, True, 0, depth, key=lambda name: name not in told)
+            if depth > most:
+                best, most = worker, depth
+        return best, most
+
     def _note(self, workers: int, depth: int, found: dict[str, int]) -> None:
         """Note a depth for each of these bits."""
+        names = self._names
         while workers and depth:
-            place = workers.bit_length() - 1
-            found[self._names[place]] = depth
-            workers ^= 1 << place
+            bit = workers & -workers
+            found[names[bit]] = depth
+            workers ^= bit
 
     def _add(self, worker: str) -> _Worker:
         bit = ~self._everyone & (self._everyone + 1)  # the lowest that is not taken
         self._everyone |= bit
         self._workers[worker] = known = _Worker(bit)
-        self._names[bit.bit_length() - 1] = worker
+        self._names[bit] = worker
         return known
 
     def _hold(self, known: _Worker, hashes: Iterable[bytes]) -> None:

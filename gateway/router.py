@@ -1,10 +1,13 @@
-"""Which attention worker gets a request. Pure: loads in, a name out."""
+"""Which attention worker gets a request. Pure: loads in, a choice out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+
+from gateway.kv_index import KvIndex
 
 
 class RoutingPolicy(Enum):
@@ -18,12 +21,15 @@ class RoutingPolicy(Enum):
     """In turn."""
 
 
-MISSING_WEIGHT = 2.0
+MISSING_WEIGHT = 1.25
 """Worth of a prompt token that must be computed, in tokens of waiting. Above 1, since it also holds
 up all who come later, and leaves one more copy of its block in the caches. On the Mooncake trace
-(``benchmarks/routing.py``) the mean time to the first token is flat from 1.5 to 3."""
+(``benchmarks/routing.py``) the mean time to the first token is flat from 1 to 3; the larger, the
+longer do bursts wait in which many want the same prefix."""
 DECODE_TOKENS = 64
 """What a decoding sequence costs a prompt, in prompt tokens that are computed before it."""
+FETCH_TOKENS = 32
+"""What fetching blocks from a peer costs, however few they are, in prompt tokens."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,6 +44,30 @@ class WorkerLoad:
     """Prompt tokens that it has yet to compute."""
     num_decoding: int = 0
     """Sequences that decode."""
+    fetch_cost: float = math.inf
+    """Prompt tokens that it computes in the time in which it fetches one from a peer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who has computed most of a prompt."""
+
+    name: str
+    """The worker."""
+    tokens: int
+    """Prompt tokens, from the first on, that can be fetched from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Where a request goes."""
+
+    load: WorkerLoad
+    """The worker."""
+    cached_tokens: int = 0
+    """Prompt tokens that it need not compute, those included that it fetches."""
+    peer: str = ""
+    """The worker from which it is to fetch some of them."""
 
 
 def pick_worker(
@@ -46,7 +76,8 @@ def pick_worker(
     turn: int = 0,
     prompt_tokens: int = 0,
     cached_tokens: Mapping[str, int] | None = None,
-) -> WorkerLoad | None:
+    peer: Peer | None = None,
+) -> Choice | None:
     """The worker for the next request; None when there is none.
 
     Args:
@@ -55,26 +86,87 @@ def pick_worker(
         turn: number of requests routed so far; decides round-robin and equal loads.
         prompt_tokens: length of the request's prompt.
         cached_tokens: by worker, how many of them are cached there (none where not named).
+        peer: from whom another worker could fetch a part of the prompt.
 
-    What ``kv`` minimises is in prompt tokens: those to wait for, and those to compute.
+    What ``kv`` minimises is in prompt tokens: those to wait for, and those to compute. A worker may
+    fetch from the peer while others are computed there, so that only the longer of both is waited
+    for; but the time of fetching is paid as well, since it keeps links and memory busy.
 
     Example: loads a=5, b=2, c=2 and turn 3 give c with least-loaded (b and c take turns) and
     a with round-robin (3 mod 3 = 0).
     """
     if not loads:
         return None
+    known = cached_tokens or {}
     if policy is RoutingPolicy.ROUND_ROBIN:
-        return loads[turn % len(loads)]
+        return _choice(loads[turn % len(loads)], known)
     if policy is RoutingPolicy.LEAST_LOADED:
         costs: list[float] = [load.outstanding_tokens for load in loads]
     else:
-        known = cached_tokens or {}
+        get = known.get
+        waits = [x.queued_tokens + DECODE_TOKENS * x.num_decoding for x in loads]
         costs = [
-            x.queued_tokens
-            + DECODE_TOKENS * x.num_decoding
-            + MISSING_WEIGHT * (prompt_tokens - known.get(x.name, 0))
-            for x in loads
+            wait + MISSING_WEIGHT * (prompt_tokens - get(x.name, 0))
+            for x, wait in zip(loads, waits, strict=True)
         ]
+        if peer is not None:
+            return _best_with_fetches(loads, waits, costs, turn, prompt_tokens, known, peer)
+    return _choice(_best(loads, costs, turn), known)
+
+
+def route_by_kv(
+    index: KvIndex,
+    hashes: Sequence[bytes],
+    loads: Sequence[WorkerLoad],
+    turn: int,
+    prompt_tokens: int,
+    block_size: int,
+) -> Choice | None:
+    """``pick_worker`` by ``kv``, for a prompt whose full blocks have these (short) hashes."""
+    matches = index.matches(hashes)
+    cached = {worker: count * block_size for worker, count in matches.items()}
+    peer = None
+    if matches and any(load.fetch_cost < math.inf for load in loads):
+        holder, count = index.best_holder(hashes, matches)
+        peer = Peer(holder, count * block_size) if count else None
+    return pick_worker(loads, RoutingPolicy.KV, turn, prompt_tokens, cached, peer)
+
+
+def _best_with_fetches(
+    loads: Sequence[WorkerLoad],
+    waits: Sequence[float],
+    costs: Sequence[float],
+    turn: int,
+    prompt_tokens: int,
+    known: Mapping[str, int],
+    peer: Peer,
+) -> Choice:
+    """As without fetches, but for workers that do better with one."""
+    missing = MISSING_WEIGHT * (prompt_tokens - peer.tokens)
     least = min(costs)
+    best: list[WorkerLoad] = []
+    for i in sorted(range(len(loads)), key=waits.__getitem__):
+        if waits[i] + missing > least:
+            break  # so it is for all that follow
+        own = known.get(loads[i].name, 0)
+        took = FETCH_TOKENS + (peer.tokens - own) * loads[i].fetch_cost
+        cost = max(waits[i], took) + took + missing
+        if own < peer.tokens and (cost < least or (best and cost == least)):
+            best = [*best, loads[i]] if cost == least else [loads[i]]
+            least = cost
+    if best:
+        return Choice(best[turn % len(best)], peer.tokens, peer.name)
+    return _choice(_best(loads, costs, turn), known)
+
+
+def _choice(load: WorkerLoad, known: Mapping[str, int]) -> Choice:
+    return Choice(load, known.get(load.name, 0))
+
+
+def _best(loads: Sequence[WorkerLoad], costs: Sequence[float], turn: int) -> WorkerLoad:
+    """The one with the least cost; those that are equal take turns."""
+    least = min(costs)
+    if costs.count(least) == 1:
+        return loads[costs.index(least)]
     best = [load for load, own in zip(loads, costs, strict=True) if own == least]
     return best[turn % len(best)]

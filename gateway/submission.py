@@ -69,6 +69,8 @@ class Submission:
     """Names of the prompt's full KV blocks, for routing."""
     missing_tokens: int = 0
     """Tokens that its worker has to compute before it draws the first one, by the KV index."""
+    kv_peer: str = ""
+    """Worker from which its worker may fetch blocks of the prompt; empty: none."""
     is_computing: bool = False
     """Its worker has brought nothing yet."""
     counted: tuple[int, int] = (0, 0)

@@ -2,15 +2,16 @@
 
 A block whose contents are known can be found again by its hash, which covers its tokens and all
 that stand before them. It keeps its hash when nobody holds it any more, until it is taken for
-something else: blocks without a hash go first, then those that were held longest ago.
+something else: blocks without a hash go first, then those that ``kv_eviction`` names.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from workers.kv_eviction import EvictionOrder
 from workers.prefix_hash import BlockHash
 
 
@@ -33,7 +34,8 @@ class BlockPool:
         self._hashes: list[BlockHash | None] = [None] * num_blocks
         self._by_hash: dict[BlockHash, int] = {}
         self._blank: deque[int] = deque(range(num_blocks))  # free, without a hash
-        self._kept: OrderedDict[int, None] = OrderedDict()  # free, with a hash, oldest first
+        self._num_kept = 0  # free, with a hash
+        self._order = EvictionOrder()
         self._stored: dict[BlockHash, None] = {}
         self._removed: dict[BlockHash, None] = {}
 
@@ -45,7 +47,7 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds, whether they can be found by a hash or not."""
-        return len(self._blank) + len(self._kept)
+        return len(self._blank) + self._num_kept
 
     @property
     def num_hashes(self) -> int:
@@ -71,10 +73,21 @@ class BlockPool:
     def share(self, blocks: Iterable[int]) -> None:
         """Add a holder to blocks that somebody holds, or that were just found."""
         for block in blocks:
-            if not self._holders[block]:
-                assert block in self._kept, f"block {block} is free"
-                del self._kept[block]
-            self._holders[block] += 1
+            self._hold(block)
+            if (block_hash := self._hashes[block]) is not None:
+                self._order.find(block_hash)
+
+    def lend(self, blocks: Iterable[int]) -> None:
+        """Add a holder to found blocks, while they are copied to another worker."""
+        for block in blocks:
+            self._hold(block)
+
+    def end_loan(self, blocks: Sequence[int], was_copied: bool) -> None:
+        """Drop that holder. Where the other worker has the copy, ours are to be given up first."""
+        self.release(blocks)
+        if was_copied:
+            hashes = [self._hashes[block] for block in blocks]
+            self._order.lend([block_hash for block_hash in hashes if block_hash is not None])
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one holder of each block of a table; blocks without holders become free.
@@ -86,10 +99,11 @@ class BlockPool:
             self._holders[block] -= 1
             if self._holders[block]:
                 continue
-            if self._hashes[block] is None:
+            if (block_hash := self._hashes[block]) is None:
                 self._blank.append(block)
             else:
-                self._kept[block] = None
+                self._num_kept += 1
+                self._order.release(block_hash)
 
     # What blocks hold
 
@@ -107,10 +121,11 @@ class BlockPool:
         """The hash by which a block can be found."""
         return self._hashes[block]
 
-    def store(self, block: int, block_hash: BlockHash) -> None:
+    def store(self, block: int, block_hash: BlockHash, parent: BlockHash | None = None) -> None:
         """A held block's contents are final: it can be found from now on.
 
-        If another block has the same contents, that one stays the one to find.
+        ``parent`` is the hash of the block before it, if there is one. If another block has the
+        same contents, that one stays the one to find.
         """
         assert self._holders[block], f"block {block} is free"
         assert self._hashes[block] in (None, block_hash), f"block {block} changed its contents"
@@ -118,6 +133,7 @@ class BlockPool:
             return
         self._by_hash[block_hash] = block
         self._hashes[block] = block_hash
+        self._order.learn(block_hash, parent)
         if block_hash in self._removed:
             del self._removed[block_hash]
         else:
@@ -130,7 +146,7 @@ class BlockPool:
                 continue
             self._drop_hash(block)
             if not self._holders[block]:
-                del self._kept[block]
+                self._num_kept -= 1
                 self._blank.append(block)
 
     def take_changes(self) -> HashChanges:
@@ -152,26 +168,38 @@ class BlockPool:
             for block in table:
                 found[block] += 1
         assert found == self._holders, "the holders differ from the block tables"
-        free = sorted((*self._blank, *self._kept))
-        assert free == [b for b in range(self._num_blocks) if not found[b]], "free list is wrong"
         by_hash = {h: block for block, h in enumerate(self._hashes) if h is not None}
         assert by_hash == self._by_hash, "hashes and blocks differ"
+        kept = [by_hash[block_hash] for block_hash in self._order.free]
+        free = sorted((*self._blank, *kept))
+        assert free == [b for b in range(self._num_blocks) if not found[b]], "free list is wrong"
         assert all(self._hashes[b] is None for b in self._blank), "a blank block has a hash"
-        assert all(self._hashes[b] is not None for b in self._kept), "a kept block has no hash"
+        assert len(kept) == self._num_kept, "kept blocks are miscounted"
+        self._order.check_integrity([h for h, block in by_hash.items() if found[block]])
         assert self._stored.keys() <= by_hash.keys(), "a stored hash is gone"
         assert self._removed.keys().isdisjoint(by_hash), "a removed hash is there"
 
     def _take_free(self) -> int:
         if self._blank:
             return self._blank.popleft()
-        block, _ = self._kept.popitem(last=False)
+        block = self._by_hash[self._order.pop()]
+        self._num_kept -= 1
         self._drop_hash(block)
         return block
+
+    def _hold(self, block: int) -> None:
+        if not self._holders[block]:
+            block_hash = self._hashes[block]
+            assert block_hash is not None, f"block {block} is free"
+            self._num_kept -= 1
+            self._order.hold(block_hash)
+        self._holders[block] += 1
 
     def _drop_hash(self, block: int) -> None:
         block_hash = self._hashes[block]
         assert block_hash is not None, f"block {block} has no hash"
         self._hashes[block] = None
+        self._order.forget(block_hash)
         del self._by_hash[block_hash]
         if block_hash in self._stored:
             del self._stored[block_hash]

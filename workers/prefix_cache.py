@@ -54,7 +54,8 @@ class PrefixCache:
         end = min(end, self._num_shared_tokens(sequence) // self._block_size)
         hashes = self._hashes(sequence, end)
         for block in range(begin, end):
-            self._pool.store(sequence.blocks[block], hashes[block])
+            parent = hashes[block - 1] if block else None
+            self._pool.store(sequence.blocks[block], hashes[block], parent)
 
     def count(self, sequence: Sequence, num_found: int) -> None:
         """A sequence was admitted with so many tokens found; counts the first time only."""

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from gateway.router import DECODE_TOKENS, MISSING_WEIGHT, RoutingPolicy, WorkerLoad, pick_worker
+from gateway.router import (
+    DECODE_TOKENS,
+    FETCH_TOKENS,
+    MISSING_WEIGHT,
+    Choice,
+    Peer,
+    RoutingPolicy,
+    WorkerLoad,
+    pick_worker,
+)
 
 LOADS = [
     WorkerLoad(name="a", outstanding_tokens=5),
@@ -13,13 +22,13 @@ LOADS = [
 
 def _picks(policy: RoutingPolicy, turns: int) -> list[str]:
     picked = [pick_worker(LOADS, policy, turn) for turn in range(turns)]
-    return [load.name for load in picked if load is not None]
+    return [choice.load.name for choice in picked if choice is not None]
 
 
 def _kv(loads: list[WorkerLoad], prompt_tokens: int, **cached: int) -> str:
     picked = pick_worker(loads, RoutingPolicy.KV, 0, prompt_tokens, cached)
     assert picked is not None
-    return picked.name
+    return picked.load.name
 
 
 def test_the_least_loaded_workers_take_turns() -> None:
@@ -50,3 +59,33 @@ def test_decoding_sequences_count() -> None:
     loads = [WorkerLoad(name="a", num_decoding=2), WorkerLoad(name="b", num_decoding=1)]
     assert _kv(loads, 100) == "b"
     assert _kv(loads, 100, a=DECODE_TOKENS) == "a"
+
+
+def _fetching(loads: list[WorkerLoad], **cached: int) -> Choice:
+    peer = Peer("a", cached["a"])
+    picked = pick_worker(loads, RoutingPolicy.KV, 0, 600, cached, peer)
+    assert picked is not None
+    return picked
+
+
+def test_an_idle_worker_fetches_from_a_busy_one_where_that_costs_little() -> None:
+    busy, idle = WorkerLoad(name="a", queued_tokens=400), WorkerLoad(name="b")
+    assert _fetching([busy, idle], a=500) == Choice(busy, 500)  # it cannot
+    idle.fetch_cost = 0.1
+    assert _fetching([busy, idle], a=500) == Choice(idle, 500, "a")
+    assert _fetching([busy, idle], a=500, b=100) == Choice(idle, 500, "a")
+    assert _fetching([busy, idle], a=500, b=500) == Choice(idle, 500)
+    idle.fetch_cost = 0.5
+    assert _fetching([busy, idle], a=500) == Choice(busy, 500)
+    busy.queued_tokens = 100_000
+    assert _fetching([busy, idle], a=500) == Choice(idle, 500, "a")
+    idle.fetch_cost = 2.0  # slower than computing
+    assert _fetching([busy, idle], a=500) == Choice(idle, 0)
+
+
+def test_few_tokens_are_not_worth_a_fetch() -> None:
+    busy = WorkerLoad(name="a", queued_tokens=100_000)
+    idle = WorkerLoad(name="b", fetch_cost=0.0)
+    few = int(2 * FETCH_TOKENS / MISSING_WEIGHT)
+    assert _fetching([busy, idle], a=few) == Choice(idle, 0)
+    assert _fetching([busy, idle], a=few + 1) == Choice(idle, few + 1, "a")

@@ -1,4 +1,4 @@
-"""A chat service's block ids, replayed through the pool alone: as good as an ideal LRU."""
+"""A chat service's block ids, replayed through the pool alone: no worse than an ideal LRU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from benchmarks.request_trace import conversations
 from workers.kv_blocks import BlockPool
 
-MAX_DIFFERENCE = 0.005
-"""Of the hit rates: half a point."""
+MAX_LOSS = 0.001
+"""Of the hit rate; blocks that were found before stay longer, which pays."""
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,9 @@ def pool_hits(requests: Sequence[Sequence[int]], num_blocks: int) -> int:
         hits += len(table)
         pool.share(table)
         table += pool.allocate(len(ids) - len(table))
-        for block, block_hash in zip(table, hashes, strict=True):
-            pool.store(block, block_hash)
+        parents = (None, *hashes[:-1])
+        for block, block_hash, parent in zip(table, hashes, parents, strict=True):
+            pool.store(block, block_hash, parent)
         pool.release(table)
     pool.check_integrity([])
     assert pool.num_hashes == min(num_blocks, len({i for ids in requests for i in ids}))
@@ -59,12 +60,12 @@ def test_the_trace_is_whole(requests: list[list[int]]) -> None:
 
 @pytest.mark.parametrize(
     ("num_blocks", "hit_rate"),
-    [(500, 0.042), (2500, 0.059), (10_000, 0.212), (30_000, 0.326), (100_000, 0.364)],
+    [(500, 0.042), (2500, 0.062), (10_000, 0.216), (30_000, 0.329), (100_000, 0.363)],
 )
-def test_requests_find_what_an_ideal_lru_of_the_same_size_holds(
+def test_requests_find_no_less_than_an_ideal_lru_of_the_same_size_holds(
     requests: list[list[int]], num_blocks: int, hit_rate: float
 ) -> None:
     total = sum(map(len, requests))
     found, ideal = pool_hits(requests, num_blocks) / total, ideal_hits(requests, num_blocks) / total
-    assert abs(found - ideal) < MAX_DIFFERENCE
+    assert found > ideal - MAX_LOSS
     assert found == pytest.approx(hit_rate, abs=0.001)
