@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INDEX_TIMEOUT_S = 3.0
 PROGRESS_INTERVAL_S = 5.0
 # Megabytes of the pinned wheels for Linux on x86-64, without torch.
-PACKAGES_MB = {"run": 160, "test": 210}
+PACKAGES_MB = {"run": 160, "test": 240}
 TORCH_CPU_MB = 190
 TORCH_CUDA_MB = 2720
 LOG_LINES_ON_FAILURE = 15

@@ -1,0 +1,1 @@
+"""Manifests of k8s/, checked without a cluster."""

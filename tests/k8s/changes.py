@@ -1,0 +1,470 @@
+"""Changes of the overlays that a check must see: ``(check, overlay, what, change)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+from tests.k8s.kuberay import Manifests
+
+Change = Callable[[Manifests], object]
+
+
+def pod(m: Manifests, group: str) -> dict[str, Any]:
+    return m.group(group).pod
+
+
+def box(m: Manifests, group: str) -> dict[str, Any]:
+    return m.group(group).container
+
+
+def spec(m: Manifests, kind: str, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = m.named(kind, f"expertmesh-{name}")["spec"]
+    return found
+
+
+def set_engine(m: Manifests, **options: object) -> None:
+    """Other values in engine.yaml; underscores stand for dashes, None takes one out."""
+    (found,) = [d for d in m.kind("ConfigMap") if "engine.yaml" in d["data"]]
+    changed = m.engine | {k.replace("_", "-"): v for k, v in options.items()}
+    kept = {k: v for k, v in changed.items() if v is not None}
+    found["data"]["engine.yaml"] = yaml.safe_dump(kept)
+
+
+def set_env(m: Manifests, group: str, name: str, value: str) -> None:
+    env = box(m, group)["env"]
+    env[:] = [e for e in env if e["name"] != name] + [{"name": name, "value": value}]
+
+
+def near(m: Manifests, group: str) -> dict[str, Any]:
+    """The first term of what a group is kept apart from."""
+    terms = pod(m, group)["affinity"]["podAntiAffinity"]
+    found: dict[str, Any] = terms["requiredDuringSchedulingIgnoredDuringExecution"][0]
+    return found
+
+
+MULTI = "gpu-multi-node"
+CHANGES: list[tuple[str, str, str, Change]] = [
+    # schemas
+    ("schemas", MULTI, "a field nobody knows", lambda m: m.cluster["spec"].update(raysVersion="2")),
+    ("schemas", MULTI, "a wrong type", lambda m: m.group("experts").spec.update(replicas="two")),
+    ("schemas", MULTI, "no quantity", lambda m: set_limit(m, "experts", "memory", "512 Gi")),
+    ("schemas", MULTI, "labels in parameters", lambda m: start_param(m, "labels", "a=b")),
+    ("schemas", MULTI, "an unknown kind", lambda m: m.objects.append(unknown())),
+    ("schemas", MULTI, "a name too long", lambda m: m.cluster["metadata"].update(name="x" * 60)),
+    ("schemas", MULTI, "tokens before there were", lambda m: set_version(m, "2.51.0")),
+    # selectors
+    (
+        "selectors",
+        "cpu-kind",
+        "a Service of all pods",
+        lambda m: spec(m, "Service", "gateway")["selector"].pop("ray.io/group"),
+    ),
+    (
+        "selectors",
+        "cpu-kind",
+        "a Service of none",
+        lambda m: spec(m, "Service", "gateway-headless")["selector"].update(a="b"),
+    ),
+    (
+        "selectors",
+        "cpu-kind",
+        "a PDB of another group",
+        lambda m: labels_of(m, "PodDisruptionBudget", "experts").update({"ray.io/group": "expert"}),
+    ),
+    ("selectors", "cpu-kind", "a PDB less", lambda m: drop(m, "PodDisruptionBudget", "head")),
+    (
+        "selectors",
+        MULTI,
+        "a monitor of another cluster",
+        lambda m: labels_of(m, "PodMonitor", "ray").update({"ray.io/cluster": "green"}),
+    ),
+    ("selectors", MULTI, "a group renamed", lambda m: rename(m, "gateway", "front")),
+    # affinities
+    ("affinities", MULTI, "experts anywhere", lambda m: pod(m, "experts").pop("affinity")),
+    (
+        "affinities",
+        MULTI,
+        "experts in different zones",
+        lambda m: near(m, "experts").update(topologyKey="topology.kubernetes.io/zone"),
+    ),
+    (
+        "affinities",
+        MULTI,
+        "apart from nobody",
+        lambda m: near(m, "gateway")["labelSelector"]["matchLabels"].update(a="b"),
+    ),
+    (
+        "affinities",
+        MULTI,
+        "near gateways",
+        lambda m: pod(m, "attention")["affinity"]["podAffinity"][
+            "requiredDuringSchedulingIgnoredDuringExecution"
+        ][0]["labelSelector"].pop("matchExpressions"),
+    ),
+    # open ports
+    ("open ports", "cpu-kind", "no policy", lambda m: drop(m, "NetworkPolicy", "cluster")),
+    ("open ports", "cpu-kind", "no jobs", lambda m: drop(m, "NetworkPolicy", "jobs")),
+    (
+        "open ports",
+        "cpu-kind",
+        "the job API for all",
+        lambda m: spec(m, "NetworkPolicy", "jobs")["ingress"][0].pop("from"),
+    ),
+    (
+        "open ports",
+        "cpu-kind",
+        "the admin port",
+        lambda m: spec(m, "NetworkPolicy", "gateway")["ingress"][0]["ports"].append({"port": 8001}),
+    ),
+    (
+        "open ports",
+        "cpu-kind",
+        "public ports of all pods",
+        lambda m: spec(m, "NetworkPolicy", "gateway")["podSelector"]["matchLabels"].pop(
+            "ray.io/group"
+        ),
+    ),
+    (
+        "open ports",
+        MULTI,
+        "the Job's label changed",
+        lambda m: spec(m, "Job", "up")["template"]["metadata"]["labels"].update(
+            {"expertmesh/starts": "green"}
+        ),
+    ),
+    # port numbers
+    ("port numbers", "cpu-kind", "another gRPC port", lambda m: set_engine(m, grpc_port=50055)),
+    (
+        "port numbers",
+        "cpu-kind",
+        "a probe of another port",
+        lambda m: box(m, "gateway")["readinessProbe"]["grpc"].update(port=50052),
+    ),
+    ("port numbers", "cpu-kind", "a container's", lambda m: set_port(m, "gateway", "grpc", 50052)),
+    (
+        "port numbers",
+        "cpu-kind",
+        "Ray's metrics",
+        lambda m: set_port(m, "experts", "metrics", 9090),
+    ),
+    (
+        "port numbers",
+        "cpu-kind",
+        "a Service's",
+        lambda m: spec(m, "Service", "gateway")["ports"][1].update(port=443),
+    ),
+    (
+        "port numbers",
+        "cpu-kind",
+        "a Service that leads elsewhere",
+        lambda m: spec(m, "Service", "gateway")["ports"][0].update(targetPort="metrics"),
+    ),
+    (
+        "port numbers",
+        "cpu-kind",
+        "gRPC over HTTP/1",
+        lambda m: spec(m, "Service", "gateway")["ports"][1].update(appProtocol="http"),
+    ),
+    (
+        "port numbers",
+        "cpu-kind",
+        "a headless Service with an address",
+        lambda m: spec(m, "Service", "gateway-headless").pop("clusterIP"),
+    ),
+    (
+        "port numbers",
+        MULTI,
+        "a route to HTTP for gRPC",
+        lambda m: spec(m, "GRPCRoute", "grpc")["rules"][0]["backendRefs"][0].update(port=8000),
+    ),
+    (
+        "port numbers",
+        MULTI,
+        "a monitor of no port",
+        lambda m: spec(m, "PodMonitor", "gateway")["podMetricsEndpoints"][0].update(port="web"),
+    ),
+    (
+        "port numbers",
+        "cpu-kind",
+        "a raylet's probe",
+        lambda m: swap(box(m, "headgroup")["livenessProbe"]["exec"], "52365", "52366"),
+    ),
+    # disruption
+    (
+        "disruption",
+        "cpu-kind",
+        "a percentage",
+        lambda m: spec(m, "PodDisruptionBudget", "experts").update(minAvailable="50%"),
+    ),
+    (
+        "disruption",
+        "cpu-kind",
+        "maxUnavailable",
+        lambda m: spec(m, "PodDisruptionBudget", "experts").update(maxUnavailable=1),
+    ),
+    (
+        "disruption",
+        "cpu-kind",
+        "as many as there are",
+        lambda m: spec(m, "PodDisruptionBudget", "gateway").update(minAvailable=2),
+    ),
+    ("disruption", "cpu-kind", "a pod more", lambda m: m.group("experts").spec.update(replicas=3)),
+    (
+        "disruption",
+        "cpu-kind",
+        "a head that may go",
+        lambda m: spec(m, "PodDisruptionBudget", "head").update(minAvailable=0),
+    ),
+    # grace
+    (
+        "grace",
+        MULTI,
+        "too little",
+        lambda m: pod(m, "experts").update(terminationGracePeriodSeconds=95),
+    ),
+    (
+        "grace",
+        MULTI,
+        "the default",
+        lambda m: leave_to_defaults(m, "headgroup"),
+    ),
+    ("grace", MULTI, "no drain", lambda m: box(m, "attention").pop("lifecycle")),
+    (
+        "grace",
+        MULTI,
+        "Ray's own drain",
+        lambda m: set_env(m, "attention", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "30"),
+    ),
+    (
+        "grace",
+        MULTI,
+        "a longer drain",
+        lambda m: swap(box(m, "gateway")["lifecycle"]["preStop"]["exec"], "90", "120"),
+    ),
+    # tolerations
+    (
+        "tolerations",
+        MULTI,
+        "five minutes",
+        lambda m: pod(m, "gateway")["tolerations"][0].update(tolerationSeconds=300),
+    ),
+    ("tolerations", MULTI, "no GPU nodes", lambda m: pod(m, "experts")["tolerations"].pop()),
+    # probes
+    ("probes", "cpu-kind", "no startup", lambda m: box(m, "experts").pop("startupProbe")),
+    (
+        "probes",
+        "cpu-kind",
+        "liveness by the model",
+        lambda m: box(m, "experts").update(livenessProbe=box(m, "experts")["readinessProbe"]),
+    ),
+    (
+        "probes",
+        "cpu-kind",
+        "readiness by Ray",
+        lambda m: box(m, "attention").update(readinessProbe=box(m, "attention")["livenessProbe"]),
+    ),
+    (
+        "probes",
+        "cpu-kind",
+        "ten minutes",
+        lambda m: box(m, "headgroup")["livenessProbe"].update(failureThreshold=60),
+    ),
+    # mounts
+    ("mounts", "cpu-kind", "a volume less", lambda m: pod(m, "experts")["volumes"].pop(0)),
+    (
+        "mounts",
+        "cpu-kind",
+        "another ConfigMap",
+        lambda m: pod(m, "headgroup")["volumes"][2]["configMap"].update(name="engine"),
+    ),
+    (
+        "mounts",
+        "cpu-kind",
+        "no account",
+        lambda m: pod(m, "gateway").update(serviceAccountName="default"),
+    ),
+    (
+        "mounts",
+        "cpu-kind",
+        "a large object store",
+        lambda m: start_param(m, "object-store-memory", str(1 << 32)),
+    ),
+    # privileges
+    (
+        "privileges",
+        MULTI,
+        "root",
+        lambda m: pod(m, "experts")["securityContext"].pop("runAsNonRoot"),
+    ),
+    (
+        "privileges",
+        MULTI,
+        "a privileged container",
+        lambda m: box(m, "experts")["securityContext"].update(privileged=True),
+    ),
+    (
+        "privileges",
+        MULTI,
+        "a capability",
+        lambda m: box(m, "experts")["securityContext"]["capabilities"]["add"].append("SYS_ADMIN"),
+    ),
+    (
+        "privileges",
+        MULTI,
+        "a token",
+        lambda m: spec(m, "Job", "up")["template"]["spec"].pop("automountServiceAccountToken"),
+    ),
+    (
+        "privileges",
+        MULTI,
+        "any system call",
+        lambda m: pod(m, "headgroup")["securityContext"].pop("seccompProfile"),
+    ),
+    # shape
+    (
+        "shape",
+        MULTI,
+        "work on the head",
+        lambda m: m.group("headgroup").spec["rayStartParams"].pop("num-cpus"),
+    ),
+    (
+        "shape",
+        MULTI,
+        "a GPU for the head",
+        lambda m: set_limit(m, "headgroup", "nvidia.com/gpu", "1"),
+    ),
+    (
+        "shape",
+        MULTI,
+        "replicas of two hosts",
+        lambda m: m.group("experts").spec.update(numOfHosts=2),
+    ),
+    ("shape", MULTI, "room to scale", lambda m: m.group("experts").spec.update(maxReplicas=4)),
+    (
+        "shape",
+        MULTI,
+        "labels exchanged",
+        lambda m: m.group("experts").spec["labels"].update({"expertmesh/role": "attention"}),
+    ),
+    (
+        "shape",
+        MULTI,
+        "recreation",
+        lambda m: m.cluster["spec"].update(upgradeStrategy={"type": "Recreate"}),
+    ),
+    (
+        "shape",
+        MULTI,
+        "a Job without retry",
+        lambda m: spec(m, "Job", "up")["template"]["spec"].update(restartPolicy="Never"),
+    ),
+    ("shape", MULTI, "a group less", lambda m: m.cluster["spec"]["workerGroupSpecs"].pop()),
+    # versions
+    ("versions", MULTI, "another Ray", lambda m: set_version(m, "2.59.0")),
+    (
+        "versions",
+        MULTI,
+        "two images",
+        lambda m: box(m, "gateway").update(image="expertmesh:0.1.0-ray2.60.0-x"),
+    ),
+    ("versions", MULTI, "latest", lambda m: set_images(m, "r/expertmesh:latest")),
+    (
+        "versions",
+        MULTI,
+        "an image of another Ray",
+        lambda m: set_images(m, "r/expertmesh:0.1.0-ray2.59.0-cuda"),
+    ),
+    # secrets
+    ("secrets", MULTI, "a key in engine.yaml", lambda m: set_engine(m, api_key="k")),
+    ("secrets", MULTI, "no keys", lambda m: set_engine(m, api_key_file=None)),
+    ("secrets", MULTI, "a token in clear", lambda m: set_env(m, "gateway", "RAY_AUTH_TOKEN", "t")),
+    (
+        "secrets",
+        MULTI,
+        "a password in clear",
+        lambda m: m.cluster["spec"]["gcsFaultToleranceOptions"].update(
+            redisPassword={"value": "p"}
+        ),
+    ),
+    (
+        "secrets",
+        MULTI,
+        "a Secret",
+        lambda m: m.objects.append(
+            {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s"}}
+        ),
+    ),
+    # devices
+    ("devices", MULTI, "a GPU less", lambda m: set_limit(m, "experts", "nvidia.com/gpu", "7")),
+    ("devices", MULTI, "a GPU more", lambda m: set_limit(m, "attention", "nvidia.com/gpu", "9")),
+    ("devices", MULTI, "too many workers", lambda m: set_engine(m, num_expert_workers=17)),
+    ("devices", MULTI, "too many CPUs", lambda m: set_engine(m, cpus_per_worker=9)),
+    ("devices", "cpu-kind", "a gateway more", lambda m: set_engine(m, num_gateway_replicas=3)),
+    ("devices", "cpu-kind", "a pod less to wait for", lambda m: set_engine(m, wait_nodes=5)),
+    # memory
+    ("memory", MULTI, "a GPU too full", lambda m: set_engine(m, kv_cache_bytes="60G")),
+    ("memory", MULTI, "a pod too small", lambda m: set_limit(m, "experts", "memory", "256Gi")),
+    ("memory", "cpu-kind", "a KV too large", lambda m: set_engine(m, kv_cache_bytes="1G")),
+    (
+        "memory",
+        MULTI,
+        "no time to load",
+        lambda m: box(m, "experts")["startupProbe"].update(failureThreshold=60),
+    ),
+    # copies
+    ("copies", MULTI, "too few slots", lambda m: set_engine(m, num_redundant_experts=4)),
+]
+
+
+def set_limit(m: Manifests, group: str, resource: str, amount: str) -> None:
+    for kind in ("limits", "requests"):
+        box(m, group)["resources"][kind][resource] = amount
+
+
+def start_param(m: Manifests, name: str, value: str) -> None:
+    m.group("experts").spec["rayStartParams"][name] = value
+
+
+def set_version(m: Manifests, version: str) -> None:
+    m.cluster["spec"]["rayVersion"] = version
+
+
+def set_images(m: Manifests, image: str) -> None:
+    for group in m.groups:
+        group.container["image"] = image
+    spec(m, "Job", "up")["template"]["spec"]["containers"][0]["image"] = image
+
+
+def set_port(m: Manifests, group: str, name: str, number: int) -> None:
+    (port,) = [p for p in box(m, group)["ports"] if p["name"] == name]
+    port["containerPort"] = number
+
+
+def labels_of(m: Manifests, kind: str, name: str) -> dict[str, str]:
+    labels: dict[str, str] = spec(m, kind, name)["selector"]["matchLabels"]
+    return labels
+
+
+def drop(m: Manifests, kind: str, name: str) -> None:
+    m.objects.remove(m.named(kind, f"expertmesh-{name}"))
+
+
+def rename(m: Manifests, group: str, name: str) -> None:
+    m.group(group).spec["groupName"] = name
+
+
+def swap(command: dict[str, Any], old: str, new: str) -> None:
+    command["command"] = [word.replace(old, new) for word in command["command"]]
+
+
+def unknown() -> dict[str, Any]:
+    return {"apiVersion": "example.com/v1", "kind": "Thing", "metadata": {"name": "thing"}}
+
+
+def leave_to_defaults(m: Manifests, group: str) -> None:
+    """Kubernetes' grace for a pod and Ray's for a node: 30 s each."""
+    del pod(m, group)["terminationGracePeriodSeconds"]
+    set_env(m, group, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "30")

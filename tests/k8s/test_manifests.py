@@ -1,0 +1,84 @@
+"""Every overlay against every check, and a change of what each looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.k8s import checks_network, checks_pods, checks_sizes, validator
+from tests.k8s.changes import CHANGES, Change
+from tests.k8s.kuberay import OVERLAYS, Manifests, NoKubectl, matches
+
+Check = Callable[[Manifests], Iterator[str]]
+
+
+def valid(m: Manifests) -> Iterator[str]:
+    """Every object fits its schema, strictly, and the operator's rules."""
+    yield from validator.problems(m.objects)
+
+
+CHECKS: dict[str, Check] = {
+    "schemas": valid,
+    "selectors": checks_network.selectors,
+    "affinities": checks_network.affinities,
+    "open ports": checks_network.reach,
+    "port numbers": checks_network.ports,
+    "disruption": checks_pods.budgets,
+    "grace": checks_pods.grace,
+    "tolerations": checks_pods.tolerations,
+    "probes": checks_pods.probes,
+    "mounts": checks_pods.mounts,
+    "privileges": checks_pods.confined,
+    "shape": checks_pods.shape,
+    "versions": checks_sizes.versions,
+    "secrets": checks_sizes.secrets,
+    "devices": checks_sizes.devices,
+    "memory": checks_sizes.memory,
+    "copies": checks_sizes.copies,
+}
+
+
+def rendered(overlay: str) -> Manifests:
+    try:
+        return Manifests.of(overlay)
+    except NoKubectl as err:
+        pytest.skip(str(err))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("check", CHECKS)
+def test_an_overlay_holds(check: str, overlay: str) -> None:
+    assert list(CHECKS[check](rendered(overlay))) == []
+
+
+@pytest.mark.parametrize(
+    ("check", "overlay", "change"),
+    [(check, overlay, change) for check, overlay, _, change in CHANGES],
+    ids=[f"{check}: {what}" for check, _, what, _ in CHANGES],
+)
+def test_a_change_is_seen(check: str, overlay: str, change: Change) -> None:
+    m = rendered(overlay)
+    change(m)
+    assert list(CHECKS[check](m)) != []
+
+
+def test_every_check_has_a_change_that_it_sees() -> None:
+    assert {check for check, *_ in CHANGES} == CHECKS.keys()
+
+
+def test_label_selectors_are_those_of_kubernetes() -> None:
+    labels = {"a": "1", "b": "2"}
+    assert matches({}, labels)
+    assert matches({"matchLabels": {"a": "1"}}, labels)
+    assert not matches({"matchLabels": {"a": "2"}}, labels)
+    for operator, values, holds in (
+        ("In", ["1"], True),
+        ("In", ["2"], False),
+        ("NotIn", ["2"], True),
+        ("NotIn", ["1"], False),
+        ("Exists", None, True),
+        ("DoesNotExist", None, False),
+    ):
+        expression = {"key": "a", "operator": operator, "values": values}
+        assert matches({"matchExpressions": [expression]}, labels) is holds
