@@ -46,6 +46,15 @@ def local_ray() -> Iterator[None]:
         yield
 
 
+def bf16_cases(layouts: Sequence[tuple[int, ...]]) -> Iterator[Any]:
+    """(variant, layout), all but one of a variant marked slow."""
+    for i, variant in enumerate(BF16_VARIANTS):
+        for j, layout in enumerate(layouts):
+            marks = () if i % len(layouts) == j else pytest.mark.slow
+            words = "x".join(map(str, layout))
+            yield pytest.param(variant, layout, marks=marks, id=f"{variant}-{words}")
+
+
 def olmoe_cases(layouts: Sequence[Any]) -> Iterator[Any]:
     """(variant, layout), where all but one of a layout are marked slow."""
     for variant in OLMOE_VARIANTS:
@@ -183,8 +192,7 @@ def logits_of_prompt(cluster: ServingCluster, golden: Golden) -> list[list[float
     return scores
 
 
-@pytest.mark.parametrize("variant", BF16_VARIANTS)
-@pytest.mark.parametrize("layout", [(1, 2), (2, 3), (2,)], ids=["1x2", "2x3", "2"])
+@pytest.mark.parametrize(("variant", "layout"), list(bf16_cases([(1, 2), (2, 3), (2,)])))
 def test_bfloat16_prompts_score_as_in_transformers(
     golden: AnyGolden, variant: str, layout: tuple[int, ...]
 ) -> None:
@@ -202,8 +210,7 @@ def test_bfloat16_prompts_score_as_in_transformers(
     assert statistics.median(differences) < 0.3
 
 
-@pytest.mark.parametrize("variant", BF16_VARIANTS)
-@pytest.mark.parametrize("layout", [(1, 3), (3,)], ids=["1x3", "3"])
+@pytest.mark.parametrize(("variant", "layout"), list(bf16_cases([(1, 3), (3,)])))
 def test_bfloat16_in_many_workers_is_the_local_engine_up_to_rounding(
     golden: AnyGolden, variant: str, layout: tuple[int, ...]
 ) -> None:
