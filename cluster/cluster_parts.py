@@ -9,17 +9,17 @@ import contextlib
 import logging
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from cluster.config import GatewaySection
 from cluster.errors import ConfigError, ExpertMeshError, StartError
 from cluster.launch_plan import LaunchPlan, check_ports
 from cluster.local_ray import PrivateRay, join
 from cluster.process import ProcessIdentity
+from cluster.serve_proxy import wait_ready
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class ClusterParts:
         self._is_connected = True
         loader.join()
         if self._ray is None:
-            self._plan = _check_joined(self._plan)
+            self._plan = _check_joined(self._plan, address)
         return address
 
     def start_services(self) -> None:
@@ -78,7 +78,8 @@ class ClusterParts:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # the end must not wait for a start
         self._progress("gateway", 0, 0)
-        self._wait_ready()
+        section = self._plan.config.gateway
+        wait_ready(self._plan.http_url, section, self._not_ready_reasons)
         self._heard_at = time.monotonic()
 
     def find_loss(self) -> str | None:
@@ -181,29 +182,29 @@ class ClusterParts:
         from ray import serve
 
         from gateway.app import APP_NAME, build_app
+        from gateway.tls import serve_options
 
         section = self._plan.config.gateway
         serve.start(
             proxy_location="HeadOnly",
-            http_options={"host": section.host, "port": section.port},
+            http_options={"host": section.host, "port": section.port, **serve_options(section)},
         )
         self._has_app = True
         serve.run(build_app(self._plan.config.to_dict()), name=APP_NAME, route_prefix="/")
 
-    def _wait_ready(self) -> None:
-        """Ask ``/ready`` until it says yes."""
-        deadline = time.monotonic() + 60.0
-        reasons = "no answer"
-        while time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"{self._plan.http_url}/ready", timeout=5.0):
-                    return
-            except urllib.error.HTTPError as err:
-                reasons = err.read().decode(errors="replace")
-            except OSError as err:
-                reasons = str(err)
-            time.sleep(_POLL_S)
-        raise StartError("gateway", f"not ready: {reasons}")
+    def _not_ready_reasons(self) -> list[str]:
+        """What a gateway replica says, asked through Ray."""
+        from ray import serve
+        from ray.exceptions import RayError
+
+        from gateway.app import APP_NAME
+
+        handle: Any = serve.get_app_handle(APP_NAME)
+        try:
+            reasons: list[str] = handle.not_ready_reasons.remote().result(timeout_s=_CALL_LIMIT_S)
+        except (RayError, TimeoutError) as err:
+            return [str(err)]
+        return reasons
 
     def _stop_gateway(self) -> None:
         from ray import serve
@@ -238,24 +239,28 @@ def _wait_all(futures: Iterable[Future[None]]) -> None:
             future.result()
 
 
-def _check_joined(plan: LaunchPlan) -> LaunchPlan:
+def _check_joined(plan: LaunchPlan, address: str) -> LaunchPlan:
     """Refuse what a joined Ray cluster makes impossible, before anything is created.
 
     Returns the plan with ``--mode auto`` decided. Raises ``ConfigError``.
     """
-    from cluster.ray_tools import cluster_nodes, free_resources, our_actors
+    from cluster.ray_tools import cluster_nodes, free_resources, our_actors, takes_strangers
     from cluster.start_plan import plan_start
 
     if our_actors():
         raise ConfigError("address", plan.address, "already runs an expertmesh cluster")
     section = plan.config.gateway
-    port = _serve_port()
-    if port is None:
+    options = _running_serve()
+    if options is None:
         check_ports(section.host, {"port": section.port})
-    elif port != section.port:
-        rule = f"differs from {port}, the one HTTP port of Serve on the joined Ray cluster"
-        raise ConfigError("port", section.port, rule)
+    else:
+        _check_serve(section, options)
     nodes, free_cpus = cluster_nodes(), free_resources().get("CPU", 0.0)
+    is_lax = section.allow_unauthenticated or len({n.address for n in nodes}) < 2
+    if not is_lax and takes_strangers(address):
+        rule = "lets anybody on the network run code: start Ray on every host with token "
+        rule += "authentication (RAY_AUTH_MODE=token), or say --allow-unauthenticated"
+        raise ConfigError("address", address, rule)
     plan = plan.resolved(nodes, free_cpus)
     workers = plan.config.workers
     if workers.mode_reason:
@@ -264,8 +269,21 @@ def _check_joined(plan: LaunchPlan) -> LaunchPlan:
     return plan
 
 
-def _serve_port() -> int | None:
-    """HTTP port of the Serve that runs on the connected Ray cluster; None without Serve."""
+def _check_serve(section: GatewaySection, options: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` where the HTTP of a Serve that runs already is not what we need."""
+    port = int(options["port"])
+    if port != section.port:
+        rule = f"differs from {port}, the one HTTP port of Serve on the joined Ray cluster"
+        raise ConfigError("port", section.port, rule)
+    for name, option in (("tls_cert", "ssl_certfile"), ("tls_client_ca", "ssl_ca_certs")):
+        wanted, there = getattr(section, name), options.get(option)
+        if wanted != there:
+            rule = f"differs from {there}, that of Serve on the joined Ray cluster"
+            raise ConfigError(name, wanted, rule)
+
+
+def _running_serve() -> Mapping[str, Any] | None:
+    """HTTP options of the Serve that runs on the connected Ray cluster; None without Serve."""
     import ray
     from ray import serve
 
@@ -274,7 +292,8 @@ def _serve_port() -> int | None:
     except ValueError:
         return None
     client: Any = serve.context._get_global_client()
-    return int(client.get_serve_details()["http_options"]["port"])
+    found: Mapping[str, Any] = client.get_serve_details()["http_options"]
+    return found
 
 
 def _attempt(what: str, action: Callable[[], Any]) -> None:

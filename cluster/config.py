@@ -365,6 +365,12 @@ class GatewaySection:
     """Keys of the admin ports, kept as digests; none and no file: the other keys, on loopback."""
     admin_key_file: str | None = None
     """File with more of them."""
+    tls_cert: str | None = None
+    """PEM file of the certificate, with its chain, that all ports serve with; None: no TLS."""
+    tls_key: str | None = None
+    """PEM file of its key, not encrypted."""
+    tls_client_ca: str | None = None
+    """PEM file of authorities: clients must have a certificate of one of them."""
     allow_unauthenticated: bool = False
     """Allow a public host without keys."""
     public_metrics: bool = False
@@ -426,6 +432,11 @@ class GatewaySection:
         for name in ("key_max_concurrent", "key_requests_per_minute", "key_tokens_per_minute"):
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "must be above 0")
+        pair = "needs both tls_cert and tls_key"
+        check((self.tls_cert is None) is (self.tls_key is None), "tls_key", self.tls_key, pair)
+        needs = "needs tls_cert and tls_key"
+        has_ca = self.tls_client_ca is not None
+        check(not has_ca or self.has_tls, "tls_client_ca", self.tls_client_ca, needs)
         known = get_args(RoutingPolicyName)
         check(
             self.routing_policy in known,
@@ -445,6 +456,11 @@ class GatewaySection:
             self.admin_host,
             "is public: give --admin-key or --admin-key-file",
         )
+
+    @property
+    def has_tls(self) -> bool:
+        """All ports speak TLS."""
+        return self.tls_cert is not None
 
     @property
     def asks_for_keys(self) -> bool:

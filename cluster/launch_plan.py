@@ -93,7 +93,8 @@ class LaunchPlan:
     @property
     def http_url(self) -> str:
         """Where HTTP clients on this host connect."""
-        return f"http://{reachable_host(self.config.gateway.host)}:{self.config.gateway.port}"
+        scheme = "https" if self.config.gateway.has_tls else "http"
+        return f"{scheme}://{reachable_host(self.config.gateway.host)}:{self.config.gateway.port}"
 
     @property
     def grpc_target(self) -> str:

@@ -20,6 +20,7 @@ HEAD_NODE = "node:__internal_head__"
 """Ray's own resource of the head node."""
 WORKERS_GROUP = "expertmesh-workers"
 """Name of the placement group that reserves room for the workers."""
+_CALL_LIMIT_S = 10.0
 
 
 def cluster_nodes() -> tuple[NodeResources, ...]:
@@ -40,6 +41,25 @@ def cluster_nodes() -> tuple[NodeResources, ...]:
         if n["Alive"]
     ]
     return tuple(sorted(nodes, key=lambda n: (n.address, n.node_id)))
+
+
+def takes_strangers(address: str) -> bool:
+    """Whether a Ray takes orders without a token, as far as its GCS at ``address`` shows.
+
+    Not what our own environment says: a client with a token is let into a Ray that asks for none.
+    """
+    import grpc
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    messages: Any = gcs_service_pb2
+    stubs: Any = gcs_service_pb2_grpc
+    with grpc.insecure_channel(address) as channel:
+        nodes = stubs.NodeInfoGcsServiceStub(channel)
+        try:
+            nodes.GetAllNodeInfo(messages.GetAllNodeInfoRequest(), timeout=_CALL_LIMIT_S)
+        except grpc.RpcError:
+            return False
+    return True
 
 
 def draining_nodes() -> frozenset[str]:

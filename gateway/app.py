@@ -76,6 +76,10 @@ class GatewayReplica:
         """Called by Serve after the constructor."""
         return build_http_app(self._gateway, adds_request_id=False)
 
+    async def not_ready_reasons(self) -> list[str]:
+        """What ``/ready`` tells, for who has no certificate to ask with."""
+        return self._gateway.not_ready_reasons()
+
     async def __del__(self) -> None:
         """Called by Serve when the replica ends."""
         if not hasattr(self, "_grpc"):

@@ -20,6 +20,7 @@ from gateway.admin_calls import SERVICE, AdminCalls
 from gateway.core import Gateway
 from gateway.grpc_edge import Context, GrpcEdge
 from gateway.grpc_server import KeyInterceptor, server_options
+from gateway.tls import bind
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class AdminGrpcServer:
 
     def __init__(self, gateway: Gateway, host: str, port: int, *, shared: bool = False) -> None:
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._gateway = gateway
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server = grpc.aio.server(
             interceptors=[KeyInterceptor(gateway.admin_keys)],
@@ -55,7 +57,7 @@ class AdminGrpcServer:
     async def start(self) -> int:
         """Bind and serve; returns the port. Raises ``StartError``."""
         try:
-            self.port = self._server.add_insecure_port(self._address)
+            self.port = bind(self._server, self._address, self._gateway.limits)
         except RuntimeError as err:
             raise StartError("admin gRPC", f"cannot bind {self._address}: {err}") from err
         await self._server.start()

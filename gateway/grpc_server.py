@@ -24,6 +24,7 @@ from gateway.core import Gateway
 from gateway.errors import report_error
 from gateway.grpc_api import SERVICE, InferenceService
 from gateway.grpc_edge import text_metadata
+from gateway.tls import bind
 from protos.inference_pb2_grpc import add_InferenceServicer_to_server
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class GrpcServer:
         reflection.enable_server_reflection(names, self._server)
         address = f"{self._host}:{self._wanted_port}"
         try:
-            self.port = self._server.add_insecure_port(address)
+            self.port = bind(self._server, address, self._gateway.limits)
         except RuntimeError as err:
             raise StartError("gRPC", f"cannot bind {address}: {err}") from err
         await self._set_health(False)

@@ -23,6 +23,7 @@ from gateway.admin_calls import SERVICE, AdminCalls
 from gateway.core import Gateway
 from gateway.http_api import route_error
 from gateway.http_edge import HttpEdge, dump_json, read_json
+from gateway.tls import uvicorn_options
 
 ROUTES = (
     ("POST", "/admin/v1/drain", "DrainWorker"),
@@ -116,6 +117,7 @@ class AdminHttpServer:
             lifespan="off",
             ws="none",
             timeout_graceful_shutdown=1,
+            **uvicorn_options(gateway.limits),
         )
         self._server = _Uvicorn(config)
         self._task: asyncio.Task[None] | None = None

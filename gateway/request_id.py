@@ -10,6 +10,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import RequestError
+from gateway.tls import demand_client_certificates
 
 HEADER = "x-request-id"
 """Where a request's name travels, both ways."""
@@ -50,4 +51,5 @@ class RequestIdGuard:
 
 def proxy_middlewares() -> list[Middleware]:
     """What ``PROXY_CALLBACK`` names."""
+    demand_client_certificates()
     return [Middleware(RequestIdGuard)]

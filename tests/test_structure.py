@@ -53,6 +53,7 @@ ROOTS = frozenset(
         "model_source",
         "checkpoint_check",
         "end_joined",
+        "serve_proxy",
     )
 )
 """The composition root, with ``cluster.cli``: may import everything."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ class Client:
         self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
         if admin_url:
             self._key = args.admin_key or os.environ.get("EXPERTMESH_ADMIN_KEY", "") or self._key
+        self._tls = _tls_context(args) if self.url.startswith("https:") else None
 
     def get(self, path: str, any_status: bool = False) -> Any:
         """The JSON document at ``path``. ``any_status`` takes the body of an error answer too."""
@@ -50,9 +52,13 @@ class Client:
         """The JSON document that answers ``body``."""
         return self._fetch(self._request(path, json.dumps(body).encode()))
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"timeout": self._timeout_s, "context": self._tls}
+
     def _fetch(self, request: urllib.request.Request, any_status: bool = False) -> Any:
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout_s) as reply:
+            with urllib.request.urlopen(request, **self._options) as reply:
                 return self._parse(reply.read())
         except urllib.error.HTTPError as err:
             body = err.read()
@@ -66,7 +72,7 @@ class Client:
         """POST, then the ``data:`` events of the answer up to ``[DONE]``."""
         request = self._request(path, json.dumps(body).encode())
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout_s) as reply:
+            with urllib.request.urlopen(request, **self._options) as reply:
                 for line in reply:
                     if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
                         yield self._parse(line[len(b"data: ") :])
@@ -100,6 +106,21 @@ class Client:
             message = f"{self.url} did not answer within {self._timeout_s:g} s"
             return CommandError(ExitCode.NOT_READY, message)
         return CommandError(ExitCode.UNREACHABLE, f"cannot reach {self.url}: {reason}")
+
+
+def _tls_context(args: argparse.Namespace) -> ssl.SSLContext:
+    """From ``--ca-cert``, ``--client-cert`` and ``--client-key``, or their variables."""
+    given = {
+        name: getattr(args, name) or os.environ.get(f"EXPERTMESH_{name.upper()}")
+        for name in ("ca_cert", "client_cert", "client_key")
+    }
+    try:
+        context = ssl.create_default_context(cafile=given["ca_cert"])
+        if given["client_cert"]:
+            context.load_cert_chain(given["client_cert"], given["client_key"])
+    except OSError as err:
+        raise CommandError(ExitCode.USAGE, f"a file for TLS cannot be used: {err}") from err
+    return context
 
 
 def _refusal(status: int, body: bytes) -> CommandError:

@@ -65,11 +65,13 @@ def admin_client(args: argparse.Namespace) -> Client:
     given = args.admin_url or os.environ.get("EXPERTMESH_ADMIN_URL")
     if given:
         return Client(calls, str(given).rstrip("/"))
-    gateways = Client(calls).get("/cluster/v1/status").get("gateway") or [{}]
+    public = Client(calls)
+    gateways = public.get("/cluster/v1/status").get("gateway") or [{}]
     address = gateways[0].get("admin_http")
     if not address:
         raise CommandError(ExitCode.REFUSED, "the cluster has no admin port")
-    return Client(calls, f"http://{address}")
+    scheme = public.url.partition(":")[0]
+    return Client(calls, f"{scheme}://{address}")
 
 
 def wait_operation(

@@ -69,6 +69,14 @@ def _common(absent: object, off: object) -> argparse.ArgumentParser:
     options.add_argument(
         "--admin-key", default=absent, metavar="KEY", help="admin key (EXPERTMESH_ADMIN_KEY)"
     )
+    options.add_argument(
+        "--ca-cert", default=absent, metavar="F", help="who signed https (EXPERTMESH_CA_CERT)"
+    )
+    for name in ("cert", "key"):
+        variable = f"EXPERTMESH_CLIENT_{name.upper()}"
+        options.add_argument(
+            f"--client-{name}", default=absent, metavar="F", help=f"for mutual TLS ({variable})"
+        )
     options.add_argument("--json", action="store_true", default=off, help="one JSON document")
     options.add_argument("--timeout", type=_seconds, default=absent, metavar="S", help="limit")
     options.add_argument("--no-color", action="store_true", default=off, help="plain text")

@@ -36,6 +36,13 @@ SECURITY_OPTIONS = (
     option("--admin-host", "gateway.admin_host", "interface of the admin ports (127.0.0.1)"),
     option("--admin-key", "gateway.admin_keys", "key of the admin ports"),
     option("--admin-key-file", "gateway.admin_key_file", "keys of the admin ports"),
+    option("--tls-cert", "gateway.tls_cert", "PEM certificate, with chain: TLS on every port"),
+    option("--tls-key", "gateway.tls_key", "its key"),
+    option(
+        "--tls-client-ca",
+        "gateway.tls_client_ca",
+        "PEM authorities: clients must have a certificate of one of them (mutual TLS)",
+    ),
     option(
         "--allow-unauthenticated",
         "gateway.allow_unauthenticated",

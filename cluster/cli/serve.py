@@ -26,6 +26,8 @@ from cluster.errors import CheckpointError, ConfigError, StartError
 from cluster.launch_plan import LaunchPlan, check_ports
 from cluster.model_source import ModelSource, find_model
 from cluster.rebalance import why_impossible
+from cluster.serve_proxy import check_haproxy
+from gateway.tls_files import check_tls_files
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -137,6 +139,11 @@ def _check_early(values: dict[str, Any], is_private: bool) -> None:
     On a joined Ray cluster the HTTP port may be its own Serve's: the launcher looks at that.
     """
     section = build_config(dict(values), ModelSource(folder=Path(), name="model")).gateway
+    try:
+        check_haproxy(section, os.environ)
+        check_tls_files(section)
+    except ConfigError as err:
+        raise CommandError(ExitCode.REFUSED, str(err)) from err
     ports = {"port": section.port} if is_private else {}
     try:
         check_ports(section.host, {**ports, "grpc_port": section.grpc_port})
@@ -210,9 +217,12 @@ def _ready(args: argparse.Namespace, plan: LaunchPlan) -> None:
     body = json.dumps({"model": model, "prompt": "ROMEO:", "max_tokens": 40, "stream": True})
     call = json.dumps({"text": "ROMEO:", "sampling_params": {"max_tokens": 40}})
     url = plan.http_url
-    note(f"  curl -N {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'")
+    curl, grpcurl = ("curl -N", "-plaintext")
+    if plan.config.gateway.has_tls:
+        curl, grpcurl = ("curl --cacert CA.pem -N", "-cacert CA.pem")
+    note(f"  {curl} {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'")
     note(
-        f"  grpcurl -plaintext{key} -d '{call}' {plan.grpc_target} "
+        f"  grpcurl {grpcurl}{key} -d '{call}' {plan.grpc_target} "
         "expertmesh.v1.Inference/GenerateStream"
     )
     note(f"  openai.OpenAI(base_url='{url}/v1', api_key='{'KEY' if key else 'none'}')")

@@ -93,6 +93,9 @@ def _add_files(sections: dict[str, dict[str, Any]]) -> None:
         (workers, "load_profile"),
         (gateway, "api_key_file"),
         (gateway, "admin_key_file"),
+        (gateway, "tls_cert"),
+        (gateway, "tls_key"),
+        (gateway, "tls_client_ca"),
     ):
         if name in section:
             section[name] = str(Path(section[name]).absolute())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,13 @@ def plan(host: str = "127.0.0.1") -> LaunchPlan:
         num_cpus=2,
         num_gpus=0,
     )
+
+
+def test_the_url_tells_of_tls() -> None:
+    secure = plan().config.to_dict()
+    secure["gateway"] |= {"tls_cert": "/c", "tls_key": "/k"}
+    one = dataclasses.replace(plan(), config=ClusterConfig.from_dict(secure))
+    assert (plan().http_url, one.http_url) == ("http://127.0.0.1:8000", "https://127.0.0.1:8000")
 
 
 def test_a_plan_survives_the_pipe_to_the_launcher() -> None:
