@@ -23,6 +23,7 @@ from gateway.admin_calls import SERVICE, AdminCalls
 from gateway.core import Gateway
 from gateway.http_api import route_error
 from gateway.http_edge import HttpEdge, dump_json, read_json
+from gateway.http_protocol import BoundedHttpProtocol
 from gateway.tls import uvicorn_options
 
 ROUTES = (
@@ -117,6 +118,7 @@ class AdminHttpServer:
             lifespan="off",
             ws="none",
             timeout_graceful_shutdown=1,
+            http=BoundedHttpProtocol,
             **uvicorn_options(gateway.limits),
         )
         self._server = _Uvicorn(config)

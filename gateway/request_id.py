@@ -10,6 +10,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import RequestError
+from gateway.http_protocol import bound_headers
 from gateway.tls import demand_client_certificates
 
 HEADER = "x-request-id"
@@ -52,4 +53,5 @@ class RequestIdGuard:
 def proxy_middlewares() -> list[Middleware]:
     """What ``PROXY_CALLBACK`` names."""
     demand_client_certificates()
+    bound_headers()
     return [Middleware(RequestIdGuard)]

@@ -19,6 +19,7 @@ from gateway.core import Gateway
 from gateway.engine_pool import EnginePool
 from gateway.grpc_server import GrpcServer
 from gateway.http_api import build_http_app
+from gateway.http_protocol import BoundedHttpProtocol
 from gateway.tokenizer import Tokenizer
 from tests.gateway.fakes import (
     CLUSTER_TOKEN,
@@ -147,6 +148,7 @@ async def start_http(app: FastAPI) -> tuple[str, Callable[[], Coroutine[Any, Any
         log_config=None,
         lifespan="off",
         ws="none",
+        http=BoundedHttpProtocol,
         timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
