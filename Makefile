@@ -16,13 +16,14 @@ INPUTS := pyproject.toml constraints.txt .ci/setup.py
 INSTALL = python=$$(sh .ci/find-python.sh) && \
 	"$$python" .ci/setup.py --venv $(VENV) --torch-cpu-index "$(TORCH_CPU_INDEX)"
 
-.PHONY: help setup setup-test serve test lint types bench protos clean
+.PHONY: help setup setup-test serve test lint types audit bench protos clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup    .venv with what serving needs"
 	@echo "make serve    start a cluster and serve the bundled model (ARGS=\"--port 8080\")"
 	@echo "make test     ruff, mypy, pytest (PYTEST_ARGS=\"-k name\")"
+	@echo "make audit    look for known holes in the pinned packages"
 	@echo "make bench    measure, and write benchmarks/RESULTS.md"
 	@echo "make protos   generate the stubs in protos/"
 	@echo "make clean    remove .venv and caches"
@@ -50,6 +51,9 @@ types: $(VENV)/.stamp-test
 test: lint types
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
 
+audit:
+	@python=$$(sh .ci/find-python.sh) && "$$python" .ci/audit.py
+
 bench: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
@@ -57,4 +61,4 @@ protos: $(VENV)/.stamp-test
 	$(BIN)/python protos/generate.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-audit build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

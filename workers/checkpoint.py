@@ -37,6 +37,9 @@ Progress = Callable[[int, int], None]
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+"""Endings of checkpoints that are not opened."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorEntry:
@@ -355,7 +358,7 @@ def _weight_files(path: Path) -> list[Path]:
     single = path / "model.safetensors"
     if not index.is_file():
         if not single.is_file():
-            raise CheckpointError(f"{path.name}: there is no model.safetensors in the folder")
+            raise CheckpointError(f"{path.name}: {_why_no_weights(path)}")
         return [single]
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -365,6 +368,14 @@ def _weight_files(path: Path) -> list[Path]:
         if Path(name).name != name or not (path / name).is_file():
             raise CheckpointError(f"{index.name} names {name}, which is not in the folder")
     return [path / name for name in names]
+
+
+def _why_no_weights(path: Path) -> str:
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES)
+    if not pickles:
+        return "there is no model.safetensors in the folder"
+    rule = "is a pickle, which can run code when it is read, and is never opened"
+    return f"{pickles[0]} {rule}: convert the checkpoint to safetensors"
 
 
 def _read_header(file: Path) -> dict[str, TensorEntry]:

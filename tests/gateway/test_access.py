@@ -11,8 +11,10 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
+from starlette.routing import Route
 
 from cluster.config import GatewaySection
+from gateway.http_api import build_http_app
 from protos import admin_pb2
 from protos import inference_pb2 as pb
 from protos.admin_pb2_grpc import AdminStub
@@ -164,6 +166,27 @@ def test_the_admin_key_is_one_of_its_own(keyed: Stack) -> None:
             refusal = failure(lambda given=given: admin.ListOperations(asked, metadata=given))
             assert refusal[0] is code
         admin.ListOperations(asked, metadata=metadata("root"))
+
+
+def test_every_route_and_procedure_asks_for_a_key(keyed: Stack) -> None:
+    app = build_http_app(keyed.gateway)
+    routes = {r.path: r.methods or set() for r in app.router.routes if isinstance(r, Route)}
+    assert len(routes) > 15
+    for path, methods in routes.items():
+        for method in (*methods, "OPTIONS", "TRACE", "PATCH"):
+            status = keyed.http.request(method, path).status_code
+            assert status in ((200, 405) if path in ("/health", "/ready") else (401,)), path
+    for target, service in (
+        (keyed.grpc_target, pb.DESCRIPTOR.services_by_name["Inference"]),
+        (keyed.admin.grpc, admin_pb2.DESCRIPTOR.services_by_name["Admin"]),
+    ):
+        with grpc.insecure_channel(target) as channel:
+            assert len(service.methods) > 5
+            for procedure in service.methods:
+                name = f"/{service.full_name}/{procedure.name}"
+                call = channel.unary_stream(name, bytes, bytes)
+                code = failure(lambda call=call: list(call(b"")))[0]
+                assert code is grpc.StatusCode.UNAUTHENTICATED, name
 
 
 @pytest.mark.parametrize(

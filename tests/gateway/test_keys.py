@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import hmac as hmac_module
 import json
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -150,6 +152,22 @@ def test_a_digest_is_no_key() -> None:
     assert not refused(ring, "secret")
     assert refused(ring, hash_key("secret"))
     assert refused(KeyRing([hash_key("secret")]), hash_key("secret"))
+
+
+def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append((one, other))
+        return hmac_module.compare_digest(one, other)
+
+    monkeypatch.setattr("gateway.auth.hmac", SimpleNamespace(compare_digest=compare))
+    ring = KeyRing(["first", "second", "third"])
+    for key, is_known in (("first", True), ("third", True), ("fir", False), ("", False)):
+        compared.clear()
+        assert refused(ring, key) is not is_known
+        assert len(compared) == (3 if key else 0), "as many for a known key as for a wrong one"
+        assert all(len(one) == len(other) == 32 for one, other in compared)
 
 
 def test_requests_of_a_key_are_limited_by_the_minute() -> None:

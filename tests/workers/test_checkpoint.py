@@ -34,6 +34,15 @@ def write(path: Path, changes: Mapping[str, Any]) -> Path:
     return path
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.ckpt"])
+def test_a_pickle_is_refused_by_name_and_never_opened(tmp_path: Path, name: str) -> None:
+    write(tmp_path, {})
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    (tmp_path / name).chmod(0)
+    with pytest.raises(CheckpointError, match=f"{name} is a pickle.*convert"):
+        Checkpoint(tmp_path)
+
+
 def test_reads_whole_tensors_and_slices(tmp_path: Path) -> None:
     values = torch.arange(24, dtype=torch.float32).view(4, 3, 2)
     write_tiny_checkpoint(tmp_path, TINY_CONFIG, {**tiny_tensors(), "x": values})

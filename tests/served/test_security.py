@@ -1,0 +1,72 @@
+"""What a served cluster shows to the outside, and writes down."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.orphans import find_by_files
+from cluster.ray_tools import takes_strangers
+from tests.gateway.test_secrecy import KEY, MARK, ask_everything
+from tests.served.server import Served
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("unharmed")]
+
+_CHUNK_BYTES = 1 << 20
+
+
+def processes(server: Served) -> list[psutil.Process]:
+    """Everything of a server: its launcher, Ray, workers, gateway."""
+    found = {p.pid for p in find_by_files(server.folder)} | {server.record.launcher.pid}
+    return [psutil.Process(pid) for pid in found]
+
+
+def test_everything_listens_on_loopback(server: Served) -> None:
+    listeners = [
+        (process.name(), connection.laddr)
+        for process in processes(server)
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listeners) >= 7
+    outside = []
+    for name, address in listeners:
+        ip = ipaddress.ip_address(address.ip)
+        mapped = getattr(ip, "ipv4_mapped", None) or ip
+        if not mapped.is_loopback:
+            outside.append((name, address))
+    assert outside == []
+
+
+def test_ray_asks_everybody_for_its_token(server: Served) -> None:
+    assert not takes_strangers(server.record.address)
+
+
+def test_no_log_has_a_prompt_or_a_key(server: Served) -> None:
+    ask_everything(server.client, server.grpc, KEY)
+    server.wait_idle()
+    logs = [path for path in server.folder.rglob("*") if path.is_file() and is_log(path)]
+    assert len(logs) > 10
+    assert [path.name for path in logs if holds(path, MARK.encode())] == []
+    token = (server.folder / "token").read_bytes()
+    assert [path.name for path in logs if holds(path, token)] == []
+    request = logs[0].read_bytes()  # the search can find something
+    assert not request or holds(logs[0], request[:40])
+
+
+def is_log(path: Path) -> bool:
+    return path.suffix in (".log", ".out", ".err", ".txt") or "logs" in path.parts
+
+
+def holds(path: Path, data: bytes) -> bool:
+    """Whether a file has some bytes, read piece by piece."""
+    tail = b""
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK_BYTES):
+            if data in tail + piece:
+                return True
+            tail = piece[-len(data) :]
+    return False
