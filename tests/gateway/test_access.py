@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from cluster.config import GatewaySection
 from gateway.http_api import build_http_app
+from gateway.http_edge import OPEN_PATHS
 from protos import admin_pb2
 from protos import inference_pb2 as pb
 from protos.admin_pb2_grpc import AdminStub
@@ -175,7 +176,7 @@ def test_every_route_and_procedure_asks_for_a_key(keyed: Stack) -> None:
     for path, methods in routes.items():
         for method in (*methods, "OPTIONS", "TRACE", "PATCH"):
             status = keyed.http.request(method, path).status_code
-            assert status in ((200, 405) if path in ("/health", "/ready") else (401,)), path
+            assert status in ((200, 405) if path in OPEN_PATHS else (401,)), path
     for target, service in (
         (keyed.grpc_target, pb.DESCRIPTOR.services_by_name["Inference"]),
         (keyed.admin.grpc, admin_pb2.DESCRIPTOR.services_by_name["Admin"]),
