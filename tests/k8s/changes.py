@@ -242,7 +242,13 @@ CHANGES: list[tuple[str, str, str, Change]] = [
         "grace",
         MULTI,
         "a longer drain",
-        lambda m: swap(box(m, "gateway")["lifecycle"]["preStop"]["exec"], "90", "120"),
+        lambda m: swap(box(m, "experts")["lifecycle"]["preStop"]["exec"], "90", "120"),
+    ),
+    (
+        "grace",
+        MULTI,
+        "a gateway that goes at once",
+        lambda m: swap(box(m, "gateway")["lifecycle"]["preStop"]["exec"], "60", "5"),
     ),
     # tolerations
     (

@@ -16,6 +16,8 @@ from tests.k8s.kuberay import GROUPS, Group, Manifests, quantity
 
 ROLES = {"gateway": "gateway", "attention": "attention", "experts": "expert"}
 """Group -> what its nodes are labelled for."""
+LEAD_S = 30.0
+"""Endpoints and proxies know by then that a pod goes."""
 
 
 def budgets(m: Manifests) -> Iterator[str]:
@@ -39,11 +41,15 @@ def grace(m: Manifests) -> Iterator[str]:
         total = group.pod.get("terminationGracePeriodSeconds", 30)
         words = _hook(group)
         drain_s = 0.0
-        if group.name != "headgroup":
-            if words[:2] != ["expertmesh", "drain"]:
-                yield f"{group.name}: does not drain before it stops"
-                continue
+        if group.name in WORKERS and words[:2] != ["expertmesh", "drain"]:
+            yield f"{group.name}: does not drain before it stops"
+        elif group.name in WORKERS:
             drain_s = make_parser().parse_args(words[1:]).timeout or 120.0
+        elif group.name == "gateway":
+            if words[:1] != ["sleep"] or float(words[1]) < LEAD_S:
+                yield "gateway: stops before others know that it goes"
+            else:
+                drain_s = float(words[1])
         if total <= drain_s + ray_s:
             yield f"{group.name}: {total} s of grace for {drain_s:g} s of drain and {ray_s:g} s"
 
@@ -103,7 +109,7 @@ def commands(m: Manifests) -> Iterator[str]:
             yield from _parses(group.name, shlex.split(text))
     for name in ("model", "api-key-file"):
         path = str(m.engine.get(name, ""))
-        holders = m.groups if name == "model" else [m.group("headgroup")]
+        holders = m.groups if name == "model" else m.groups[:2]
         for group in holders if path else []:
             if not _is_mounted(group, path):
                 yield f"engine.yaml: {name} {path} is not mounted in {group.name}"
