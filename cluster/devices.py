@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cluster.resources import WorkerShare
 from cluster.sizing import DeviceNumbers
@@ -36,6 +36,51 @@ CPU_NETWORK_BYTES_S = 1.25e9
 """10 GbE: what hosts without GPUs commonly have."""
 GPU_NETWORK_BYTES_S = 50e9
 """One 400 Gbit/s adapter for each GPU."""
+
+
+GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeKind:
+    """A server of 8 GPUs."""
+
+    name: str
+    """For people."""
+    gpu: DeviceNumbers
+    """Each of them, with its link to the others."""
+    memory_bytes: float
+    """Of each."""
+    network_bytes_s: float
+    """To other nodes, for each GPU, one direction, bytes a second."""
+
+    def worker(self, num_nodes: int) -> DeviceNumbers:
+        """What a worker with one of the GPUs can do, among workers on so many nodes."""
+        return self.gpu if num_nodes == 1 else replace(self.gpu, link_bytes_s=self.network_bytes_s)
+
+
+A100_NODE = NodeKind(
+    name="A100-80GB",
+    gpu=replace(GPU, name="A100", bandwidth_bytes_s=2.039e12, flops_s=312e12, link_bytes_s=300e9),
+    memory_bytes=80e9,
+    network_bytes_s=25e9,
+)
+"""NVIDIA A100 SXM 80 GB, from its data sheet: 2,039 GB/s of HBM2e, 312 TFLOPS of dense bfloat16,
+NVLink of 600 GB/s in both directions together; one 200 Gbit/s adapter for each GPU."""
+H100_NODE = NodeKind(
+    name="H100-80GB",
+    gpu=replace(GPU, name="H100"),
+    memory_bytes=80e9,
+    network_bytes_s=GPU_NETWORK_BYTES_S,
+)
+"""See ``GPU``."""
+H200_NODE = NodeKind(
+    name="H200-141GB",
+    gpu=replace(GPU, name="H200", bandwidth_bytes_s=4.8e12),
+    memory_bytes=141e9,
+    network_bytes_s=GPU_NETWORK_BYTES_S,
+)
+"""NVIDIA H200 SXM, from its data sheet: 141 GB of HBM3e at 4.8 TB/s, otherwise an H100."""
 
 
 def worker_numbers(share: WorkerShare, num_nodes: int) -> DeviceNumbers:

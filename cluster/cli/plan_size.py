@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.checkpoint_check import CheckpointCheck, CheckpointFacts
 from cluster.cli.exit_codes import CommandError, ExitCode
+from cluster.cli.plan_guide import guide
 from cluster.cli.terminal import note, out_json, out_line, table
 from cluster.config import check
 from cluster.devices import worker_numbers
@@ -41,7 +42,10 @@ def add_size(kinds: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="folder or hub id; config.json alone will do"
     )
-    parser.add_argument("--workers", type=int, required=True, metavar="N", help="workers in all")
+    parser.add_argument("--workers", type=int, metavar="N", help="workers in all (needed)")
+    parser.add_argument(
+        "--guide", action="store_true", help="docs/sizing.md: known models on nodes of 8 GPUs"
+    )
     parser.add_argument(
         "--batch", type=whole_numbers, default=BATCHES, metavar="B,B", help="rows of decode steps"
     )
@@ -68,7 +72,12 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def run_size(args: argparse.Namespace) -> int:
-    """Print the best pools for each batch."""
+    """Print the best pools for each batch, or the guide."""
+    if args.guide:
+        out_line(guide())
+        return ExitCode.OK
+    if args.workers is None:
+        raise CommandError(ExitCode.USAGE, "--workers is needed, unless it is for the --guide")
     device = device_of(args)
     try:
         source = find_model(args.model, note)

@@ -420,6 +420,9 @@ CHANGES: list[tuple[str, str, str, Change]] = [
         "no time to load",
         lambda m: box(m, "experts")["startupProbe"].update(failureThreshold=60),
     ),
+    # guide
+    ("guide", "gpu-single-node", "other pools", lambda m: set_engine(m, num_attention_workers=5)),
+    ("guide", MULTI, "other spare slots", lambda m: set_engine(m, num_redundant_experts=7)),
     # copies
     ("copies", MULTI, "too few slots", lambda m: set_engine(m, num_redundant_experts=4)),
 ]

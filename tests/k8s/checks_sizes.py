@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from cluster.checkpoint_check import CheckpointFacts, check
+from cluster.cli.plan_guide import known_model
 from cluster.cli.serve_config import build_config
 from cluster.cli.serve_options import OPTIONS
 from cluster.config import ClusterConfig
+from cluster.devices import GPUS_PER_NODE, H100_NODE
 from cluster.errors import ConfigError
 from cluster.model_source import ModelSource
 from cluster.node_labels import Place
 from cluster.resources import NodeResources
+from cluster.sizing_guide import best_layout
 from cluster.start_plan import StartPlan, plan_start
 from cluster.topology import Member
+from tests.k8s.checks_network import WORKERS
 from tests.k8s.kuberay import Manifests
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,6 +216,24 @@ def memory(m: Manifests) -> Iterator[str]:
         room_s = probe["periodSeconds"] * probe["failureThreshold"]
         if each * share / DISK_BYTES_S > room_s:
             yield f"{name}: {room_s} s to load {each * share:.3g} bytes"
+
+
+def guide(m: Manifests) -> Iterator[str]:
+    """Workers of a public model are those of the sizing guide, for GPUs of 80 GB."""
+    workers = ask(m).config.workers
+    model = Path(str(m.engine.get("model", ""))).name
+    if not model:
+        return
+    gpus = sum(m.group(name).limit("nvidia.com/gpu") * m.group(name).replicas for name in WORKERS)
+    best = best_layout(known_model(model), H100_NODE, int(gpus) // GPUS_PER_NODE)
+    wanted = (best.num_attention, best.num_experts, best.num_redundant)
+    found = (
+        workers.num_attention_ranks,
+        workers.num_expert_workers,
+        workers.num_redundant_experts,
+    )
+    if found != wanted:
+        yield f"engine.yaml: {found} attention, expert workers, spare slots; the guide: {wanted}"
 
 
 def copies(m: Manifests) -> Iterator[str]:

@@ -36,6 +36,7 @@ CHECKS: dict[str, Check] = {
     "devices": checks_sizes.devices,
     "memory": checks_sizes.memory,
     "copies": checks_sizes.copies,
+    "guide": checks_sizes.guide,
 }
 
 

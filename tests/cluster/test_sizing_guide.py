@@ -1,0 +1,95 @@
+"""The sizing guide: its layouts, and that the document is what the command writes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.cli.exit_codes import ExitCode
+from cluster.cli.main import main
+from cluster.devices import A100_NODE, GPUS_PER_NODE, H100_NODE, H200_NODE, NodeKind
+from cluster.errors import ConfigError
+from cluster.sizing import BankSize, ModelSize
+from cluster.sizing_guide import (
+    CONTEXT_TOKENS,
+    MAX_SEQS,
+    MEMORY_SHARE,
+    SizedModel,
+    best_layout,
+)
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "sizing.md"
+BANK = BankSize(
+    num_experts=64, top_k=8, expert_values=3 * 2048 * 1024, in_values=2048, out_values=2048
+)
+SMALL = SizedModel(
+    size=ModelSize(
+        banks=(BANK,) * 16,
+        attention_values=400_000_000,
+        kv_values_per_token=2 * 16 * 2048,
+        itemsize=2,
+    ),
+    attention_weights=500_000_000,
+)
+"""OLMoE-1B-7B."""
+
+
+def _times(model: SizedModel, factor: int) -> SizedModel:
+    """The model with so many times the layers of experts."""
+    size = replace(model.size, banks=model.size.banks * factor)
+    return replace(model, size=size)
+
+
+def test_the_document_is_what_the_command_writes(capsys: pytest.CaptureFixture[str]) -> None:
+    """``expertmesh plan size --guide > docs/sizing.md`` after a change."""
+    assert main(["plan", "size", "--guide"]) == ExitCode.OK
+    assert DOCUMENT.read_text() == capsys.readouterr().out
+
+
+def test_workers_are_still_asked_for_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "size"]) == ExitCode.USAGE
+    assert "--workers is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_nodes", [1, 3])
+@pytest.mark.parametrize("node", [A100_NODE, H100_NODE, H200_NODE], ids=lambda n: n.name)
+def test_a_layout_fits(node: NodeKind, num_nodes: int) -> None:
+    layout = best_layout(SMALL, node, num_nodes)
+    total = num_nodes * GPUS_PER_NODE
+    assert layout.num_attention + layout.num_experts == total
+    assert min(layout.num_attention, layout.num_experts) >= 2
+    token_bytes = SMALL.size.kv_values_per_token * SMALL.size.itemsize
+    room = MEMORY_SHARE * node.memory_bytes
+    assert layout.attention_bytes + layout.kv_tokens * token_bytes <= room
+    assert layout.expert_bytes <= room
+    assert 0 < layout.num_seqs <= MAX_SEQS * total
+    assert layout.num_seqs * CONTEXT_TOKENS <= layout.num_attention * layout.kv_tokens
+
+
+def test_several_nodes_have_a_whole_copy_on_either_expert_node() -> None:
+    layout = best_layout(SMALL, H100_NODE, 3)
+    assert (layout.num_attention, layout.num_experts) == (8, 16)
+    assert (64 // 16 + layout.num_redundant) * GPUS_PER_NODE == 64
+
+
+def test_spare_slots_are_what_memory_leaves() -> None:
+    """142 GB of experts, 9 GB on each of 16 GPUs, and a copy of each in 9 GB more."""
+    large = _times(SMALL, 11)
+    assert best_layout(large, H100_NODE, 3).num_redundant == 4
+    slot_bytes = 11 * 16 * BANK.expert_values * 2
+    tight = replace(H100_NODE, memory_bytes=5.5 * slot_bytes / MEMORY_SHARE)
+    assert best_layout(large, tight, 3).num_redundant == 1
+
+
+def test_a_model_that_is_too_large_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"num_nodes \(1\) of H100-80GB are too few"):
+        best_layout(_times(SMALL, 60), H100_NODE, 1)
+
+
+def test_faster_memory_costs_fewer_gpu_hours() -> None:
+    slow, fast = (best_layout(SMALL, node, 1) for node in (A100_NODE, H200_NODE))
+    assert fast.gpu_hours_per_million < slow.gpu_hours_per_million
+    assert slow.gpu_hours_per_million == pytest.approx(8 / slow.tokens_per_s / 3600 * 1e6)
+    assert slow.tokens_per_s == pytest.approx(slow.num_seqs / slow.step_s)
