@@ -403,6 +403,7 @@ CHANGES: list[tuple[str, str, str, Change]] = [
             {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s"}}
         ),
     ),
+    ("secrets", MULTI, "Ray without a token", lambda m: m.cluster["spec"].pop("authOptions")),
     # devices
     ("devices", MULTI, "a GPU less", lambda m: set_limit(m, "experts", "nvidia.com/gpu", "7")),
     ("devices", MULTI, "a GPU more", lambda m: set_limit(m, "attention", "nvidia.com/gpu", "9")),
