@@ -294,6 +294,8 @@ class EpochSwitched(ControlFrame):
     generation: int
     epoch: int
     step: int
+    stall_s: float = 0.0
+    """Time between the end of the step before and this header, where there was work."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -48,6 +49,7 @@ from cluster.generation_round import GenerationRound, Phase
 from cluster.history import History
 from cluster.load_report import LoadReport
 from cluster.load_tracker import LoadTracker
+from cluster.migrations import Migrations
 from cluster.operations import Operations
 from cluster.placement import ExpertPlacement
 from cluster.planner.stages import SlotFill, Stage
@@ -121,8 +123,10 @@ class Controller:
         identity: str = "",
         notes: Mapping[str, Any] | None = None,
         wall_time_offset_s: float = 0.0,
+        executor: Executor | None = None,
     ) -> None:
-        """``config`` and ``top_k`` are for rebalancing, which is off without them.
+        """``config`` and ``top_k`` are for rebalancing, which is off without them; ``executor``
+        is what plans are made by (None: at once).
 
         ``model`` holds name and path; the workers add the rest. ``mode`` and why it was
         chosen (if nobody asked for it) are told in snapshots. ``identity`` tells controllers of
@@ -146,6 +150,8 @@ class Controller:
         self._history = History(wall_time_offset_s)
         self.load = LoadTracker(load or LoadSection(), now)
         """Expert load of the cluster."""
+        self.migrations = Migrations()
+        """Weights that moved."""
         self.round = GenerationRound(Generation(number=0, members=()), now, Phase.STALLED)
         self._experts_complete = False
         self.detection = Detection(self, settings, now)
@@ -160,7 +166,13 @@ class Controller:
         self.operations = Operations(term, wall_time_offset_s, self.remember)
         self.draining = Draining(self, self.operations)
         self.rebalancing = Rebalancing(
-            self, self.operations, config, num_slots=num_slots, top_k=top_k, now=now
+            self,
+            self.operations,
+            config,
+            num_slots=num_slots,
+            top_k=top_k,
+            now=now,
+            executor=executor,
         )
 
     # ---- events ---------------------------------------------------------------------------
@@ -302,6 +314,7 @@ class Controller:
             "gateway": [],
             "problems": self.recovery.problems(self.detection.last_tick),
             "recoveries": self.recovery.stalls.to_dict(),
+            "migrations": self.migrations.to_dict(),
             "history": self._history.to_list(),
         }
 

@@ -14,6 +14,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -30,7 +31,7 @@ from cluster.load_profile import LoadProfile
 from cluster.load_view import load_before_start, load_document, num_at_risk, placement_report
 from cluster.placement import ExpertPlacement
 from cluster.ray_tools import HEAD_NODE, NAMESPACE
-from cluster.rebalancing import RebalanceOrder
+from cluster.rebalance_job import RebalanceOrder
 from cluster.reports import snapshot_before_start
 from cluster.resources import NodeResources, WorkerShare, resolved_share
 from cluster.start_plan import StartPlan, plan_start
@@ -45,6 +46,9 @@ CONTROLLER_NAME = "expertmesh-controller"
 _HEAD_SHARE = 0.001
 _TICK_S = 0.1
 _NODES_S = 0.5
+_PLAN_LIMIT_S = 20.0
+"""Longest wait for what an order to rebalance comes to; it goes on afterwards."""
+_PLAN_POLL_S = 0.02
 _RESERVE_LIMIT_S = 30.0
 STATUS_LIMIT_S = 1.0
 """Longest wait for workers that are asked for their numbers."""
@@ -137,6 +141,7 @@ class ControllerActor:
         self._plan: StartPlan | None = None
         self._profile: LoadProfile | None = None
         self._top_k = 1
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._adoption: Adoption | None = None
@@ -243,11 +248,15 @@ class ControllerActor:
     async def rebalance(self, order: dict[str, Any]) -> dict[str, Any]:
         """Move experts to where the load is (fields of ``RebalanceOrder``); the operation.
 
-        Raises ``ConflictError`` and ``RequestError``; nothing was changed then.
+        It returns when it is decided what is to be done. Raises ``ConflictError`` and
+        ``RequestError``; nothing was changed then.
         """
         wanted = RebalanceOrder.from_dict(order)
         controller = await self._serving_controller()
         operation = controller.rebalancing.begin(wanted, time.monotonic())
+        deadline = time.monotonic() + _PLAN_LIMIT_S
+        while controller.rebalancing.is_deciding(operation) and time.monotonic() < deadline:
+            await asyncio.sleep(_PLAN_POLL_S)  # the ticks go on
         self._notify()
         return operation.to_dict()
 
@@ -284,6 +293,7 @@ class ControllerActor:
             await self._server.close()
         for task in self._tasks:
             task.cancel()
+        self._planner.shutdown(wait=False, cancel_futures=True)
 
     # ---- what the controller acts through -------------------------------------------------
 
@@ -543,6 +553,7 @@ class ControllerActor:
             identity=secrets.token_hex(8),
             notes=notes,
             wall_time_offset_s=time.time() - now,
+            executor=self._planner,
         )
 
     def _snapshot(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from cluster.control_frames import ControlFrame, EpochReady, EpochSwitched, Expe
 from cluster.drain_order import Drain, DrainOrder, DrainStep
 from cluster.epoch_change import ChangeLimits, ChangeState
 from cluster.errors import ConflictError, UnknownNameError
+from cluster.migrations import Migrations
 from cluster.operations import Operation, Operations, OperationState
 from cluster.placement import ExpertPlacement
 from cluster.planner.stages import Stage
@@ -44,6 +45,7 @@ class DrainHost(Protocol):
 
     workers: WorkerTable
     placement: ExpertPlacement
+    migrations: Migrations
 
     @property
     def generation(self) -> Generation:
@@ -343,7 +345,9 @@ class Draining:
         if not change.is_over:
             return
         drain.change = None
+        moved, took_s = len(change.stage.fills), now - change.began_at
         if change.state is ChangeState.DONE:
+            self._host.migrations.add("drain", moved, change.num_bytes, took_s)
             self._move(drain, now)
         elif change.generation.number != generation or not self._host.runs:
             self._enter(drain, DrainStep.SETTLE)

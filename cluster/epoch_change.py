@@ -106,6 +106,8 @@ class EpochChange:
         self._limits = limits
         self._generation = host.generation
         self._base = host.placement
+        self.began_at = now
+        """Monotonic seconds."""
         self._deadline = now + limits.limit_s
         self._orders: dict[int, _Order] = {}
         self._unready: set[str] = set()

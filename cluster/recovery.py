@@ -18,6 +18,7 @@ from cluster.control_frames import ControlFrame, ExpertsLoaded
 from cluster.coverage import ExpertLoad, Holdings
 from cluster.failure import FailureDecision, Outcome, decide, describe_losses
 from cluster.generation_round import GenerationRound, Phase
+from cluster.migrations import Migrations
 from cluster.placement import FREE_SLOT, ExpertPlacement
 from cluster.reloads import Reload, Reloads
 from cluster.replacements import Replacements
@@ -49,6 +50,7 @@ class RecoveryHost(Protocol):
 
     workers: WorkerTable
     placement: ExpertPlacement
+    migrations: Migrations
 
     @property
     def round(self) -> GenerationRound:
@@ -209,6 +211,8 @@ class Recovery:
         if frame.error:
             self._cannot_load(reload, frame.error, now)
         else:
+            took_s, moved = now - reload.began_at, len(reload.loads)
+            self._host.migrations.add("recovery", moved, frame.num_bytes, took_s)
             self._host.run_if_ready(now)
         return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from typing import TypeVar
 
 from cluster.config import ClusterConfig
@@ -83,6 +84,7 @@ class FakeCluster:
         room: int | None = None,
         settings: ControllerSettings | None = None,
         config: ClusterConfig | None = None,
+        executor: Executor | None = None,
     ) -> None:
         self.now = 100.0
         self.link = FakeWorkerGroup()
@@ -101,6 +103,7 @@ class FakeCluster:
             num_slots=max(len(row) for row in self.placement.banks[0].physical_to_logical),
             top_k=2,
             wall_time_offset_s=1_000_000.0,
+            executor=executor,
         )
 
     @property

@@ -160,6 +160,7 @@ def check_followed(cluster: ServingCluster, snapshot: dict[str, Any], num_change
     if cluster.config.workers.recovery_slots:  # else there may be no slot to begin with
         assert counts["outcomes"]["failed"] == 0
     assert counts["slots_moved"] > 0
+    assert counts["stalls"]["count"] >= counts["outcomes"]["applied"]
     assert counts["bytes"] >= counts["slots_moved"] * 1000
     assert snapshot["placement_epoch"] > num_changes
     assert snapshot["generation"] == 1

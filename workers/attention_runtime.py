@@ -45,6 +45,8 @@ class AttentionRuntime(WorkerRuntime):
 
     _engine: Engine | None = None
     _stream: EngineServer | None = None
+    _has_more = False
+    """There was work left when the last step was over."""
 
     # ---- start and end ----------------------------------------------------------------------
 
@@ -212,9 +214,11 @@ class AttentionRuntime(WorkerRuntime):
         if header is None:
             return
         self._idle = False
-        self._follow_epoch(header)
+        self._follow_epoch(header, time.monotonic() - self._last_commit if self._has_more else 0.0)
+        self._has_more = False
         outputs = self._step(engine, header)
         self._last_commit = time.monotonic()
+        self._has_more = engine.has_work
         self._emit(outputs)
 
     def _needs_a_commit(self) -> bool:

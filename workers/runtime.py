@@ -563,11 +563,19 @@ class WorkerRuntime(ABC):
         if frame.generation == self.generation.number and self._running:
             self.channel.set_epoch(frame.epoch, frame.oldest_epoch)
 
-    def _follow_epoch(self, header: StepHeader) -> None:
-        """Note the epoch of a step; the leader tells the controller of a new one."""
+    def _follow_epoch(self, header: StepHeader, stall_s: float = 0.0) -> None:
+        """Note the epoch of a step; the leader tells the controller of a new one.
+
+        ``stall_s``: how long work has waited for this header.
+        """
         if self._epochs.reach(header.epoch) and self.channel.is_leader:
             self.control.send(
-                EpochSwitched(generation=header.generation, epoch=header.epoch, step=header.step)
+                EpochSwitched(
+                    generation=header.generation,
+                    epoch=header.epoch,
+                    step=header.step,
+                    stall_s=stall_s,
+                )
             )
 
     def _report_loading(self, loaded_bytes: int, total_bytes: int) -> None:

@@ -42,6 +42,8 @@ def describe(rebalance: Mapping[str, Any]) -> str:
     if not rebalance["possible"]:
         return f"not possible: {rebalance['reason']}"
     words = "automatic" if rebalance["automatic"] else "when told to (--enable-eplb: by itself)"
+    if rebalance.get("problem"):
+        words += f"; {rebalance['problem']}"
     if rebalance["phase"]:
         words += f"; {rebalance['phase']}"
     last = rebalance["last"]

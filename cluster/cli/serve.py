@@ -108,25 +108,28 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
         plan = make_plan(config, facts, preparation.temp_dir, _settings_hash(args), plan_values)
         if front is None:
             progress.clear()
+            _tell_rebalancing(plan)
             show(plan, facts, args.json)
             return Outcome(code=ExitCode.OK)
         _tell_mode(plan)
+        _tell_rebalancing(plan)
         front.begin(plan)
         preparation.keep()
     return front.run(progress, detach=command == "up")
 
 
 def _tell_mode(plan: LaunchPlan) -> None:
-    """What ``--mode auto`` came to, and what ``--enable-eplb`` cannot do.
-
-    Where a Ray is joined, the launcher's log has the first.
-    """
+    """What ``--mode auto`` came to; where a Ray is joined, the launcher's log has it."""
     workers = plan.config.workers
+    if workers.mode_reason:
+        note(f"mode {workers.mode}: {workers.mode_reason}")
+
+
+def _tell_rebalancing(plan: LaunchPlan) -> None:
+    """What ``--enable-eplb`` cannot do; ``status`` says it of every cluster."""
     impossible = why_impossible(plan.config) if plan.config.rebalance.enable_eplb else ""
     if impossible:
         note(f"--enable-eplb: rebalancing is not possible: {impossible}")
-    if workers.mode_reason:
-        note(f"mode {workers.mode}: {workers.mode_reason}")
 
 
 def _ray_address(values: dict[str, Any]) -> str:

@@ -126,3 +126,20 @@ def test_keys_that_nobody_knows_are_told_once(
     write_tiny_checkpoint(tmp_path, {**TINY_CONFIG, "colour": "red", "use_cache": True})
     assert main(["serve", "--dry-run", *PORTS, str(tmp_path)]) == ExitCode.OK
     assert capsys.readouterr().err.count("config.json: ignored, not known: colour\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((), "there are no spare expert slots (--num-redundant-experts)"),
+        (("--num-redundant-experts", "1"), ""),
+    ],
+)
+def test_rebalancing_that_cannot_happen_is_said_at_the_start(
+    words: tuple[str, ...], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    share = ("--cpus-per-worker", "0.2")
+    assert main(["serve", "--dry-run", *PORTS, *share, *words, "--enable-eplb"]) == ExitCode.OK
+    said = capsys.readouterr().err
+    assert ("rebalancing is not possible" in said) is bool(reason)
+    assert reason in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from cluster.rebalance import (
     resolved,
     why_impossible,
 )
+from cluster.rebalance_plans import step_cost
 from cluster.simulate import StepCost
 from tests.fakes_cluster import make_members
 
@@ -47,6 +49,15 @@ def profile(seed: int, skew: float = 0.8) -> LoadProfile:
 
 def current(num_redundant: int = 1) -> ExpertPlacement:
     return contiguous(SHAPES, DEVICES, num_redundant, epoch=5)
+
+
+def make_config(**workers: Any) -> ClusterConfig:
+    """One that follows the load."""
+    return ClusterConfig(
+        model=ModelSection(path="x", served_model_name="x"),
+        workers=WorkersSection(**workers),
+        rebalance=RebalanceSection(enable_eplb=True),
+    )
 
 
 def load(seed: int = 0, skew: float = 0.8, prefill_share: float = 0.3) -> LoadNow:
@@ -190,11 +201,21 @@ def test_a_stage_may_hold_more_than_is_planned() -> None:
     ],
 )
 def test_what_makes_it_impossible_is_said(workers: dict[str, object], reason: str) -> None:
-    config = ClusterConfig(
-        model=ModelSection(path="x", served_model_name="x"),
-        workers=WorkersSection(**workers),  # type: ignore[arg-type]
-        rebalance=RebalanceSection(enable_eplb=True),
-    )
-    found = why_impossible(config)
+    found = why_impossible(make_config(**workers))
     assert reason in found
     assert bool(found) is bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "pairs"),
+    [("cpu", "bfloat16", 9.1), ("cpu", "float32", 18.2), ("cuda", "bfloat16", 295.2)],
+)
+def test_a_slot_costs_by_the_roofline(device: str, dtype: str, pairs: float) -> None:
+    found = step_cost(make_config(device=device), 1 << 20, dtype)
+    assert found.slot_s / found.token_s == pytest.approx(pairs, rel=0.01)
+    assert found.expert_bytes == 1 << 20
+
+
+def test_paced_slots_cost_what_they_are_told_to_wait() -> None:
+    found = step_cost(make_config(paced_slot_us=400.0, paced_token_us=100.0), 10, "float32")
+    assert (found.slot_s, found.token_s) == pytest.approx((400e-6, 100e-6))

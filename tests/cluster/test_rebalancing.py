@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from cluster.errors import ConflictError
 from cluster.load_report import BankCounts, LoadReport
 from cluster.operations import OperationState
 from cluster.placement import ExpertPlacement
-from cluster.rebalancing import RebalanceOrder
+from cluster.rebalance_job import RebalanceOrder
 from tests.fakes_cluster import BANKS, FakeCluster
 
 WINDOW_S = 10.0
@@ -39,15 +40,15 @@ SKEWED = (80, 60, 50, 40, 4, 3, 2, 1)
 EVEN = (30, 30, 30, 30, 30, 30, 30, 30)
 
 
-def make(num_redundant: int = 2, **rebalance: Any) -> FakeCluster:
-    """Four expert workers that serve."""
+def make(num_redundant: int = 2, executor: Executor | None = None, **rebalance: Any) -> FakeCluster:
+    """Four expert workers that serve; ``executor`` makes the plans."""
     config = ClusterConfig(
         model=ModelSection(path="x", served_model_name="x"),
         workers=WorkersSection(num_expert_workers=4, num_redundant_experts=num_redundant),
         load=LoadSection(window_s=WINDOW_S),
         rebalance=RebalanceSection(**{**EAGER, **rebalance}),
     )
-    cluster = FakeCluster(1, 4, num_redundant=num_redundant, config=config)
+    cluster = FakeCluster(1, 4, num_redundant=num_redundant, config=config, executor=executor)
     cluster.serve()
     cluster.rows = 0  # type: ignore[attr-defined]
     cluster.counts = np.zeros(8, dtype=np.int64)  # type: ignore[attr-defined]

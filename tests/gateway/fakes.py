@@ -295,7 +295,7 @@ REBALANCE: Mapping[str, Any] = {
         "outcomes": {"applied": 2, "skipped_gain": 7},
         "bytes": 4096,
         "slots_moved": 3,
-        "seconds": {"buckets": [[0.5, 1], [1.0, 2]], "sum": 1.25, "count": 2},
+        "stalls": {"buckets": [[0.01, 1], [0.1, 2]], "sum": 0.05, "count": 2},
     },
 }
 """Of a snapshot."""
@@ -319,6 +319,18 @@ class FakeController:
             "rebalance": REBALANCE,
             "recoveries": {
                 "expert_worker": {"count": 3, "sum": 0.75, "buckets": [[0.1, 1], [0.5, 3]]}
+            },
+            "migrations": {
+                "rebalance": {
+                    "bytes": 4096,
+                    "slots": 3,
+                    "seconds": {"buckets": [[0.5, 1], [1.0, 2]], "sum": 1.25, "count": 2},
+                },
+                "recovery": {
+                    "bytes": 100,
+                    "slots": 1,
+                    "seconds": {"buckets": [[0.5, 1], [1.0, 1]], "sum": 0.25, "count": 1},
+                },
             },
             "history": [{"generation": 1, "time": 0.0, "cause": "start", "effect": "SERVING"}],
         }

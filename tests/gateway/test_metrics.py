@@ -52,6 +52,7 @@ GAUGES = [
 ]
 HISTOGRAMS = [
     "recovery_stall_seconds",
+    "rebalance_stall_seconds",
     "request_prompt_tokens",
     "request_generation_tokens",
     "request_max_num_generation_tokens",
@@ -108,9 +109,12 @@ def test_rebalancing_is_counted_by_outcome(stack: Stack) -> None:
     assert _value(families, "rebalance", "_total", outcome="applied") == 2
     assert _value(families, "rebalance", "_total", outcome="skipped_gain") == 7
     assert _value(families, "migration_bytes", "_total", reason="rebalance") == 4096
-    assert _value(families, "migration_slots_moved", "_total") == 3
-    assert _value(families, "migration_seconds", "_count") == 2
-    assert _value(families, "migration_seconds", "_bucket", le="0.5") == 1
+    assert _value(families, "migration_slots_moved", "_total", reason="rebalance") == 3
+    assert _value(families, "migration_slots_moved", "_total", reason="recovery") == 1
+    assert _value(families, "migration_seconds", "_count", reason="rebalance") == 2
+    assert _value(families, "migration_seconds", "_bucket", reason="rebalance", le="0.5") == 1
+    assert _value(families, "rebalance_stall_seconds", "_bucket", le="0.01") == 1
+    assert _value(families, "rebalance_stall_seconds", "_sum") == 0.05
 
 
 def test_the_state_and_what_losses_cost(stack: Stack) -> None:

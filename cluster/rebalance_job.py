@@ -1,0 +1,161 @@
+"""A rebalancing on its way: what was decided, how far it is, and what is said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from cluster.aside import Task
+from cluster.epoch_change import ChangeState, EpochChange
+from cluster.errors import RequestError
+from cluster.load_profile import LoadProfile
+from cluster.load_tracker import LoadTracker, LoadWindow
+from cluster.load_view import achieved_loads, balancedness_of
+from cluster.operations import Operation
+from cluster.placement import ExpertPlacement
+from cluster.planner.stages import is_reached
+from cluster.rebalance import RebalanceDecision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RebalanceOrder:
+    """Somebody asks for it."""
+
+    dry_run: bool = False
+    """Only say what would be done."""
+    request_id: str = ""
+    """Begins one operation, however often it is given."""
+    expected_epoch: int | None = None
+    """Placement epoch that must be in force."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RebalanceOrder:
+        """From plain data. Raises ``RequestError`` for what is no order."""
+        if set(data) - {f.name for f in fields(cls)}:
+            raise RequestError(f"not a rebalance order: {sorted(data)}")
+        return cls(**data)
+
+
+@dataclass(kw_only=True, slots=True)
+class RebalanceJob:
+    """A decision that is being carried out, stage by stage."""
+
+    decision: RebalanceDecision
+    """What to do."""
+    profile: LoadProfile
+    """Load that it was decided for."""
+    began_at: float
+    """Monotonic seconds."""
+    operation: Operation | None
+    """Told of it, where somebody asked."""
+    task: Task | None = None
+    """Shares of the next stage, while they are solved."""
+    change: EpochChange | None = None
+    """The stage that is under way."""
+    num_stages: int = 0
+    """Stages that are in force."""
+    num_moved: int = 0
+    """Slots that were filled."""
+    num_bytes: int = 0
+    """Weights that moved."""
+
+    @property
+    def phase(self) -> str:
+        """What it does now, for people."""
+        change = self.change
+        if change is None:
+            return "plan"
+        loads = f" ({change.num_loaded} of {len(change.stage.fills)})"
+        is_loading = change.state is ChangeState.LOAD
+        return f"stage {self.num_stages + 1}: {change.state.value}{loads if is_loading else ''}"
+
+    def stage_over(self) -> None:
+        """Add up what the stage that has ended brought."""
+        assert self.change is not None, "a stage was under way"
+        self.num_bytes += self.change.num_bytes
+        if self.change.state is ChangeState.DONE:
+            self.num_stages += 1
+            self.num_moved += len(self.change.stage.fills)
+        self.change = None
+
+    def summary(self, placement: ExpertPlacement, now: float) -> str:
+        """What was done, for people; ``placement`` is what it came to."""
+        decision = self.decision
+        whole = "" if is_reached(placement, decision.target) else ", as far as the slots allow"
+        return (
+            f"filled {self.num_moved} slots in {self.num_stages} epochs ({self.num_bytes} bytes, "
+            f"{now - self.began_at:.1f} s){whole}; balancedness "
+            f"{percent(decision.balancedness_now)}, predicted {percent(decision.balancedness_then)}"
+        )
+
+    def report(self, outcome: str, text: str, epoch: int, now: float) -> dict[str, Any]:
+        """``last`` of what ``status`` tells of rebalancing."""
+        return {
+            "outcome": outcome,
+            "text": text,
+            "epoch": epoch,
+            "slots_moved": self.num_moved,
+            "bytes": self.num_bytes,
+            "seconds": round(now - self.began_at, 3),
+            "balancedness": {
+                "before": self.decision.balancedness_now,
+                "predicted": self.decision.balancedness_then,
+                "achieved": None,
+            },
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Promise:
+    """A change that is done, and what it should have brought."""
+
+    epoch: int
+    """Epoch that it came to."""
+    since: float
+    """Monotonic seconds."""
+    predicted: float | None
+    """Balancedness."""
+
+    def is_due(self, window: LoadWindow) -> bool:
+        """The window ran in it from end to end."""
+        return window.began_at >= self.since
+
+    def achieved(
+        self, window: LoadWindow, placement: ExpertPlacement, load: LoadTracker
+    ) -> tuple[float | None, str] | None:
+        """Balancedness of the window and a line for people; None when it was changed again."""
+        if window.epoch != self.epoch or placement.epoch != self.epoch:
+            return None
+        found = balancedness_of(list(achieved_loads(placement, load).values()))
+        return found, f"balancedness {percent(found)}, predicted {percent(self.predicted)}"
+
+
+def result_of(decision: RebalanceDecision, dry_run: bool) -> dict[str, Any]:
+    """Fields of ``RebalanceResult`` in ``admin.proto``."""
+    return {
+        "dry_run": dry_run,
+        "action": decision.action,
+        "slots_to_move": decision.num_moves,
+        "bytes_to_move": decision.num_bytes,
+        "balancedness_now": decision.balancedness_now or 0.0,
+        "balancedness_predicted": decision.balancedness_then or 0.0,
+        "step_time_ratio": decision.time_ratio,
+        "gain_s": decision.gain_s,
+        "cost_s": decision.cost_s,
+    }
+
+
+def describe(decision: RebalanceDecision) -> str:
+    """What is to be done, for people."""
+    moves = f"{decision.num_moves} slots ({decision.num_bytes} bytes)"
+    what = moves if decision.action == "move" else "shares and decode homes only"
+    return (
+        f"{what}, balancedness {percent(decision.balancedness_now)} to "
+        f"{percent(decision.balancedness_then)}"
+    )
+
+
+def percent(value: float | None) -> str:
+    """For people."""
+    return "unknown" if value is None else f"{100 * value:.1f}%"

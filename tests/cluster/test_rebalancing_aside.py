@@ -1,0 +1,232 @@
+"""Planning is done aside: the controller goes on meanwhile, and what is stale is forgotten."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import pytest
+
+from cluster.aside import Aside
+from cluster.control_frames import EpochSwitched, SwitchEpoch
+from cluster.errors import ConflictError
+from cluster.operations import OperationState
+from cluster.rebalance_job import RebalanceOrder
+from tests.cluster.test_rebalancing import (
+    SKEWED,
+    answer,
+    make,
+    obey,
+    outcomes,
+    status,
+    window,
+)
+from tests.fakes_cluster import FakeCluster
+
+T = TypeVar("T")
+LIMIT_S = 120.0
+
+
+class LaterExecutor(Executor):
+    """Does its work when it is told to."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Future[Any], Callable[[], Any]]] = []
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+        self.waiting.append((future, lambda: fn(*args, **kwargs)))
+        return future
+
+    def work(self) -> int:
+        """All that waits; how much that was."""
+        waiting, self.waiting = self.waiting, []
+        for future, fn in waiting:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(fn())
+                except Exception as err:
+                    future.set_exception(err)
+        return len(waiting)
+
+
+@pytest.fixture
+def later() -> LaterExecutor:
+    return LaterExecutor()
+
+
+def work_and_obey(cluster: FakeCluster, later: LaterExecutor) -> None:
+    """Plans are made and workers obey, until there is nothing left to do."""
+    while later.work():
+        cluster.tick(0.1)
+        obey(cluster)
+
+
+def test_the_controller_goes_on_while_a_plan_is_made(later: LaterExecutor) -> None:
+    cluster = make(1, executor=later)
+    window(cluster, SKEWED)
+    assert len(later.waiting) == 1  # one decision, however many windows end meanwhile
+    window(cluster, SKEWED)
+    assert len(later.waiting) == 1
+    assert cluster.state == "SERVING"
+    assert status(cluster)["phase"] == ""
+    work_and_obey(cluster, later)
+    assert outcomes(cluster)["applied"] == 1
+    assert cluster.controller.placement.epoch > 1
+
+
+def test_a_plan_for_a_cluster_that_has_changed_is_forgotten(later: LaterExecutor) -> None:
+    cluster = make(1, executor=later)
+    window(cluster, SKEWED)
+    cluster.controller.disconnected("expert-3", "reset", cluster.now)
+    assert later.work() == 1
+    cluster.tick(0.2)
+    assert outcomes(cluster) == {}
+    assert status(cluster)["phase"] == ""
+    assert later.waiting == []
+
+
+def test_an_order_waits_for_its_plan(later: LaterExecutor) -> None:
+    cluster = make(1, enable_eplb=False, executor=later)
+    window(cluster, SKEWED)
+    rebalancing = cluster.controller.rebalancing
+    dry = rebalancing.begin(RebalanceOrder(dry_run=True), cluster.now)
+    assert dry.is_running
+    assert rebalancing.is_deciding(dry)
+    with pytest.raises(ConflictError, match="one operation at a time"):
+        rebalancing.begin(RebalanceOrder(), cluster.now)
+    later.work()
+    cluster.tick(0.1)
+    assert not rebalancing.is_deciding(dry)
+    assert dry.state is OperationState.SUCCEEDED
+    assert dry.result["action"] in ("split", "move")
+    real = rebalancing.begin(RebalanceOrder(), cluster.now)
+    work_and_obey(cluster, later)
+    assert real.state is OperationState.SUCCEEDED
+    assert cluster.controller.placement.epoch > 1
+
+
+def test_an_order_is_cancelled_while_it_is_planned(later: LaterExecutor) -> None:
+    cluster = make(1, enable_eplb=False, executor=later)
+    window(cluster, SKEWED)
+    rebalancing = cluster.controller.rebalancing
+    operation = rebalancing.begin(RebalanceOrder(), cluster.now)
+    rebalancing.cancel(operation, cluster.now)
+    assert operation.state is OperationState.CANCELLED
+    assert outcomes(cluster) == {"cancelled": 1}
+    later.work()
+    cluster.tick(0.2)
+    assert cluster.controller.placement.epoch == 1
+    assert rebalancing.is_idle
+    with pytest.raises(ConflictError, match="has ended"):
+        rebalancing.cancel(operation, cluster.now)
+
+
+def test_a_stage_is_cancelled_while_its_shares_are_solved(later: LaterExecutor) -> None:
+    cluster = make(1, enable_eplb=False, executor=later)
+    window(cluster, SKEWED)
+    operation = cluster.controller.rebalancing.begin(RebalanceOrder(), cluster.now)
+    later.work()
+    cluster.tick(0.1)
+    assert len(later.waiting) == 1
+    assert status(cluster)["phase"] == "plan"
+    cluster.controller.rebalancing.cancel(operation, cluster.now)
+    later.work()
+    cluster.tick(0.2)
+    assert operation.state is OperationState.CANCELLED
+    assert cluster.controller.placement.epoch == 1
+
+
+def test_an_order_for_a_cluster_that_has_changed_fails(later: LaterExecutor) -> None:
+    cluster = make(1, enable_eplb=False, executor=later)
+    window(cluster, SKEWED)
+    operation = cluster.controller.rebalancing.begin(RebalanceOrder(), cluster.now)
+    cluster.controller.disconnected("expert-3", "reset", cluster.now)
+    later.work()
+    cluster.tick(0.2)
+    assert operation.state is OperationState.FAILED
+    assert "changed meanwhile" in operation.message
+
+
+def test_a_stage_of_a_cluster_that_has_changed_ends_the_change(later: LaterExecutor) -> None:
+    cluster = make(1, executor=later)
+    window(cluster, SKEWED)
+    later.work()
+    cluster.tick(0.1)
+    assert status(cluster)["phase"] == "plan"
+    cluster.controller.disconnected("expert-3", "reset", cluster.now)
+    later.work()
+    cluster.tick(0.2)
+    assert outcomes(cluster) == {"failed": 1}
+    assert cluster.controller.rebalancing.is_idle
+
+
+@pytest.fixture
+def thread() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+def test_a_real_thread_may_take_its_time(thread: ThreadPoolExecutor) -> None:
+    gate = threading.Event()
+    thread.submit(gate.wait, LIMIT_S)
+    cluster = make(1, enable_eplb=False, executor=thread)
+    window(cluster, SKEWED)
+    dry = cluster.controller.rebalancing.begin(RebalanceOrder(dry_run=True), cluster.now)
+    cluster.tick(1.0)
+    assert dry.is_running
+    gate.set()
+    thread.submit(int).result(LIMIT_S)  # the plan came before it
+    cluster.tick(0.1)
+    assert dry.state is OperationState.SUCCEEDED
+
+
+def test_what_fails_aside_is_told_to_who_asked() -> None:
+    aside, seen = Aside(), []
+    aside.begin(lambda: 1 // 0, lambda future, now: seen.append((future.exception(), now)), 3.0)
+    ((error, now),) = seen
+    assert isinstance(error, ZeroDivisionError)
+    assert now == 3.0
+
+
+def test_a_task_that_was_dropped_is_not_followed(later: LaterExecutor) -> None:
+    aside, seen = Aside(later), []
+    first = aside.begin(lambda: 1, lambda future, now: seen.append(future.result()), 0.0)
+    second = aside.begin(lambda: 2, lambda future, now: seen.append(future.result()), 0.0)
+    assert aside.waits(first)
+    aside.drop(first)
+    assert not aside.waits(first)
+    later.work()
+    aside.tick(1.0)
+    assert seen == [2]
+    assert not aside.waits(second)
+
+
+def test_what_steps_waited_for_a_switch_is_counted() -> None:
+    cluster = make(1)
+    window(cluster, SKEWED)
+    switched = 0
+    while any(cluster.link.sent.values()):
+        for name in tuple(cluster.link.sent):
+            for frame in cluster.link.sent.pop(name):
+                if isinstance(frame, SwitchEpoch):
+                    switched += 1
+                    cluster.send(
+                        name,
+                        EpochSwitched(
+                            generation=frame.generation, epoch=frame.epoch, step=5, stall_s=0.02
+                        ),
+                    )
+                else:
+                    answer(cluster, name, frame)
+    stalls = status(cluster)["counts"]["stalls"]
+    assert stalls["count"] == switched > 0
+    assert stalls["sum"] == pytest.approx(0.02 * switched)
+    assert dict(map(tuple, stalls["buckets"]))[0.01] == 0
+    assert dict(map(tuple, stalls["buckets"]))[0.03] == switched
+    moved = cluster.controller.snapshot()["migrations"]["rebalance"]
+    assert moved["slots"] == status(cluster)["last"]["slots_moved"] > 0
+    assert moved["bytes"] == status(cluster)["last"]["bytes"]
+    assert moved["seconds"]["count"] == 1
