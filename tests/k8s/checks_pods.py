@@ -5,7 +5,6 @@ A check yields what is wrong in a rendered overlay, nothing if all is well.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator
 
@@ -105,8 +104,9 @@ def commands(m: Manifests) -> Iterator[str]:
         if not _is_mounted(m.group("headgroup"), config):
             yield f"Job: the head has no {config}"
     for group in m.groups:
-        for text in re.findall(r"expertmesh [^'\"]+\"[^'\"]+\"[^'\"]*", str(_all_commands(group))):
-            yield from _parses(group.name, shlex.split(text))
+        for text in _all_commands(group):
+            if text.startswith("expertmesh"):
+                yield from _parses(group.name, shlex.split(text))
     for name in ("model", "api-key-file"):
         path = str(m.engine.get(name, ""))
         holders = m.groups if name == "model" else m.groups[:2]

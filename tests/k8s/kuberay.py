@@ -31,11 +31,11 @@ class NoKubectl(Exception):
 
 
 @functools.cache
-def render(overlay: str) -> str:
-    """What ``kubectl apply -k`` would send. Raises ``NoKubectl``."""
+def render(overlay: str, root: Path = K8S) -> str:
+    """What ``kubectl apply -k`` would send, of ``k8s/`` or a copy. Raises ``NoKubectl``."""
     if shutil.which("kubectl") is None:
         raise NoKubectl("kubectl, whose kustomize renders the overlays, is not installed")
-    command = ["kubectl", "kustomize", str(K8S / "overlays" / overlay)]
+    command = ["kubectl", "kustomize", str(root / "overlays" / overlay)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -121,9 +121,9 @@ class Manifests:
     """As rendered."""
 
     @classmethod
-    def of(cls, overlay: str) -> Manifests:
+    def of(cls, overlay: str, root: Path = K8S) -> Manifests:
         """A fresh copy of an overlay's objects. Raises ``NoKubectl``."""
-        return cls([d for d in yaml.safe_load_all(render(overlay)) if d is not None])
+        return cls([d for d in yaml.safe_load_all(render(overlay, root)) if d is not None])
 
     def kind(self, kind: str) -> list[dict[str, Any]]:
         """All objects of a kind."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.k8s import checks_network, checks_pods, checks_sizes, validator
 from tests.k8s.changes import CHANGES, Change
-from tests.k8s.kuberay import OVERLAYS, Manifests, NoKubectl, matches
+from tests.k8s.kuberay import K8S, OVERLAYS, Manifests, NoKubectl, matches
 
 Check = Callable[[Manifests], Iterator[str]]
 
@@ -66,6 +69,48 @@ def test_a_change_is_seen(check: str, overlay: str, change: Change) -> None:
 
 def test_every_check_has_a_change_that_it_sees() -> None:
     assert {check for check, *_ in CHANGES} == CHECKS.keys()
+
+
+@pytest.mark.parametrize("overlay", ["cpu-kind", "gpu-multi-node"])
+def test_a_second_cluster_has_objects_of_its_own(overlay: str, tmp_path: Path) -> None:
+    """Blue and green, as the README tells: only what clients know is the same."""
+    first = rendered(overlay)
+    second = _renamed(overlay, tmp_path / "beside", {"cluster": "expertmesh-b"})
+    same = {(d["kind"], d["metadata"]["name"]) for d in first.objects}
+    same &= {(d["kind"], d["metadata"]["name"]) for d in second.objects}
+    assert {kind for kind, _ in same} <= {
+        *("ServiceAccount", "ConfigMap", "Service", "HTTPRoute", "GRPCRoute")
+    }
+    assert {name for kind, name in same if kind == "Service"} == {
+        *("expertmesh-gateway", "expertmesh-gateway-headless")
+    }
+    for kind, name in sorted(same):
+        assert first.named(kind, name) == second.named(kind, name)
+    for policy in second.kind("NetworkPolicy"):
+        assert second.selected(policy["spec"]["podSelector"])
+    both = {"cluster": "expertmesh-b", "serving-cluster": "expertmesh-b"}
+    switched = _renamed(overlay, tmp_path / "switched", both)
+    for name in ("schemas", "selectors", "affinities", "open ports", "port numbers", "disruption"):
+        assert list(CHECKS[name](switched)) == []
+
+
+def _renamed(overlay: str, root: Path, values: dict[str, str]) -> Manifests:
+    """The overlay with other settings, in a copy of the manifests."""
+    shutil.copytree(K8S, root)
+    settings = root / "overlays" / overlay / "settings.yaml"
+    text = settings.read_text()
+    for name, value in values.items():
+        text = re.sub(rf"^  {name}: \S+", f"  {name}: {value}", text, flags=re.M)
+    settings.write_text(text)
+    return Manifests.of(overlay, root)
+
+
+def test_what_must_be_changed_is_in_one_file() -> None:
+    """No other file of an overlay or a component has a value that is only an example."""
+    example = re.compile(r"example\.com|registry|nvidia/|mlx5|monitoring$", re.M)
+    for path in sorted((K8S / "overlays").rglob("*.yaml")):
+        if path.name != "settings.yaml":
+            assert not example.search(path.read_text()), path
 
 
 def test_label_selectors_are_those_of_kubernetes() -> None:
