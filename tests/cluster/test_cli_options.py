@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -306,3 +307,25 @@ def test_a_wrong_command_line_is_a_usage_error(words: list[str], capsys: Any) ->
         main(words)
     assert caught.value.code == ExitCode.USAGE
     assert "usage:" in capsys.readouterr().err
+
+
+def test_every_option_of_serve_is_in_the_readme_or_the_docs() -> None:
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages)
+    commands = next(
+        action
+        for action in make_parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
+    missing = [
+        action.option_strings
+        for action in commands.choices["serve"]._actions
+        if action.option_strings
+        and not any(
+            re.search(rf"{re.escape(name)}(?![\w-])", text)
+            for name in action.option_strings
+            if name.startswith("--")
+        )
+    ]
+    assert missing == []
