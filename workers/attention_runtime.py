@@ -30,6 +30,7 @@ from workers.engine_server import (
     TurnNoted,
 )
 from workers.findings import shape_of
+from workers.gateway_silence import GATEWAY_SILENCE_LIMIT_S
 from workers.grammar import CompiledGrammar
 from workers.grammar_compiler import GrammarCompiler
 from workers.grammar_gate import GrammarGate
@@ -54,7 +55,11 @@ class AttentionRuntime(WorkerRuntime):
         self._inbox = Inbox(self.hub.wake)
         self._owners: dict[str, str] = {}
         self._stream = EngineServer(
-            self.args.host, self.config.cluster_token, self._inbox, self._facts
+            self.args.host,
+            self.config.cluster_token,
+            self._inbox,
+            self._facts,
+            max(GATEWAY_SILENCE_LIMIT_S, self.config.transport.detection_limit_s),
         )
         address = self._stream.start()
         self._cleanup.callback(self._stream.stop)

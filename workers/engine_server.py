@@ -22,6 +22,7 @@ import grpc
 
 from protos import engine_pb2 as pb
 from protos import engine_pb2_grpc
+from workers.gateway_silence import GATEWAY_SILENCE_LIMIT_S, GatewaySilence
 from workers.inspection import BankShape
 from workers.kv_blocks import HashChanges
 from workers.kv_feed import KvFeed
@@ -146,8 +147,9 @@ class Inbox:
 class _GatewayStream:
     """What is on its way to one gateway."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, task: asyncio.Task[object] | None) -> None:
         self.name = name
+        self.task = task
         self.queue: asyncio.Queue[pb.FromEngine | None] = asyncio.Queue(MAX_STEPS_BEHIND)
 
     def put(self, message: pb.FromEngine) -> bool:
@@ -176,16 +178,23 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         token: cluster token that every stream must open with.
         inbox: where requests and aborts go.
         facts: tells the model's limits, for the answer to a gateway's hello.
+        silence_limit_s: a gateway that pings, and then says nothing for so long, is dropped.
     """
 
     def __init__(
-        self, host: str, token: str, inbox: Inbox, facts: Callable[[], EngineFacts]
+        self,
+        host: str,
+        token: str,
+        inbox: Inbox,
+        facts: Callable[[], EngineFacts],
+        silence_limit_s: float = GATEWAY_SILENCE_LIMIT_S,
     ) -> None:
         self._host = host
         self._token = token
         self._inbox = inbox
         self._facts = facts
         self._streams: dict[str, _GatewayStream] = {}
+        self._silence = GatewaySilence(silence_limit_s)
         self._kv = KvFeed()
         self._is_closed = False
         self._numbers = itertools.count()
@@ -239,7 +248,7 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         if self._is_closed:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker may not serve now")
         name = f"{hello.gateway}#{next(self._numbers)}"
-        stream = _GatewayStream(name)
+        stream = _GatewayStream(name, asyncio.current_task())
         self._streams[name] = stream
         stream.put(self._all_kv())
         reader = asyncio.create_task(self._read(request_iterator, stream))
@@ -249,8 +258,7 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
                 yield message
         finally:
             reader.cancel()
-            self._streams.pop(name, None)
-            self._inbox.put(GatewayGone(name))
+            self._forget(stream)
 
     async def _authenticate(
         self,
@@ -275,6 +283,7 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
 
     def _take(self, message: pb.ToEngine, stream: _GatewayStream) -> None:
         kind = message.WhichOneof("message")
+        self._silence.heard(stream.name, time.monotonic(), is_ping=kind == "ping")
         if kind == "request":
             request = request_from_wire(message.request)
             self._inbox.put(AddRequest(stream.name, request, time.monotonic()))
@@ -287,6 +296,26 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
             stream.put(pb.FromEngine(pong=message.ping))
         elif kind == "kv_resync":
             stream.put(self._all_kv())
+
+    def _forget(self, stream: _GatewayStream) -> None:
+        """Its requests end, once."""
+        self._silence.forget(stream.name)
+        if self._streams.pop(stream.name, None) is not None:
+            self._inbox.put(GatewayGone(stream.name))
+
+    async def _watch_gateways(self) -> None:
+        """Drop those that fall silent. What is on its way to one may block its stream for ever."""
+        looked_at = time.monotonic()
+        while True:
+            await asyncio.sleep(self._silence.pause_s)
+            now = time.monotonic()
+            for name in self._silence.look(now, looked_at):
+                logger.warning("%s is silent for %g s: dropped", name, self._silence.limit_s)
+                stream = self._streams[name]
+                self._forget(stream)
+                if stream.task is not None:
+                    stream.task.cancel()
+            looked_at = now
 
     def _put(self, gateway: str, message: pb.FromEngine) -> None:
         stream = self._streams.get(gateway)
@@ -334,6 +363,8 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         self._port = server.add_insecure_port(f"{self._host}:0")
         await server.start()
         self._started.set()
+        watcher = asyncio.create_task(self._watch_gateways())
         await self._stopping.wait()
+        watcher.cancel()
         self._close_all()
         await server.stop(grace=0.5)
