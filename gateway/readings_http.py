@@ -50,7 +50,7 @@ class ScoreBody(ReadingBody):
     text_2: PromptField | None = None
 
 
-_UNBUILT: Mapping[str, tuple[object, ...]] = {
+REFUSED_FIELDS: Mapping[str, tuple[object, ...]] = {
     "dimensions": (),
     "normalize": (False,),
     "embed_dtype": ("float32",),
@@ -188,7 +188,7 @@ def parse_reading(
         RequestError: a field is wrong.
         UnsupportedParameterError: a field is known, and not built.
     """
-    for name, neutral in _UNBUILT.items():
+    for name, neutral in REFUSED_FIELDS.items():
         if data.get(name) is not None and data[name] not in neutral:
             raise UnsupportedParameterError(f"{name} is not supported", name)
     body = parse_body(kind, data)

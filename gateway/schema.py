@@ -264,6 +264,11 @@ def parse_body(kind: type[Body], data: Mapping[str, Any]) -> Body:
         raise _describe(err) from err
 
 
+def refused_fields(kind: Literal["completion", "chat", "tokenize"]) -> frozenset[str]:
+    """Known fields that are refused by name unless their value changes nothing."""
+    return frozenset(_UNBUILT | _UNBUILT_BY_KIND[kind])
+
+
 def check_unbuilt(data: Mapping[str, Any], kind: Literal["completion", "chat", "tokenize"]) -> None:
     """Refuse known fields that are not built, unless their value changes nothing.
 

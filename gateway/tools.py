@@ -24,6 +24,10 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _OPTIONS = "x-guidance"
 _COMPACT = {"whitespace_pattern": " "}
 """White space between the parts of arguments: small models may otherwise write nothing else."""
+_OPENING = frozenset(
+    {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
+)
+"""Parts of a schema that may allow arguments which ``properties`` does not name."""
 _ANY_TEXT = r"/(.|\n)*/"
 
 
@@ -150,7 +154,13 @@ def _calls(tools: Sequence[Tool]) -> list[str]:
 
 
 def _closed(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    return {"properties": {}, "additionalProperties": False} if parameters is None else parameters
+    """A schema without arguments that it does not name, unless it says otherwise itself.
+
+    JSON schema allows any others, and small models make use of that without end.
+    """
+    schema = {"properties": {}} if parameters is None else parameters
+    is_open = "properties" not in schema or not _OPENING.isdisjoint(schema)
+    return schema if is_open else {**schema, "additionalProperties": False}
 
 
 def _json(schema: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.config import GatewaySection
+from gateway.grpc_server import server_options
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
@@ -373,3 +374,34 @@ def test_keys_guard_all_but_health() -> None:
         asks = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
         refused = failure(lambda: list(reflected.ServerReflectionInfo(asks, timeout=WAIT_S)))
         assert refused[0] is CODES.UNAUTHENTICATED
+
+
+def test_limits_and_keepalive(stack: Stack) -> None:
+    options = dict(server_options())
+    expected = {
+        "grpc.max_receive_message_length": 16 * 2**20,
+        "grpc.max_send_message_length": 64 * 2**20,
+        "grpc.keepalive_time_ms": 30_000,
+        "grpc.keepalive_timeout_ms": 10_000,
+        "grpc.keepalive_permit_without_calls": 1,
+        "grpc.http2.max_ping_strikes": 0,
+        "grpc.http2.min_recv_ping_interval_without_data_ms": 10_000,
+        "grpc.max_concurrent_streams": 1024,
+    }
+    assert options.items() >= expected.items()
+    pinging = [
+        ("grpc.keepalive_time_ms", 200),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+    stack.engine.step_s = 0.02
+    with grpc.insecure_channel(stack.grpc_target, options=pinging) as channel:
+        stub = InferenceStub(channel)
+        call = request_of(text="x", sampling_params={"max_tokens": 60})
+        assert len(list(stub.GenerateStream(call, timeout=WAIT_S))) > 0  # pings do no harm
+        heavy = (("x-large", "x" * 200_000),)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Generate(request_of(text="x"), timeout=WAIT_S, metadata=heavy)
+        refused: Any = caught.value
+        assert refused.code() is CODES.RESOURCE_EXHAUSTED
+        assert stub.Generate(request_of(text="x"), timeout=WAIT_S).choices

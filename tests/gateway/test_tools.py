@@ -151,6 +151,21 @@ def test_answers_follow_the_tools(
     assert [text for text in bad if accepts(compiler, grammar, text)] == []
 
 
+def test_arguments_that_a_schema_does_not_name(compiler: GrammarCompiler) -> None:
+    """JSON schema allows them unless told not to; functions do not have them."""
+    text = '<tool_call>\n{"name": "f", "arguments": {"city": 1, "more": 2}}\n</tool_call>'
+    schema: dict[str, Any] = {"properties": {"city": {"type": "integer"}}}
+    for parameters, is_open in (
+        (schema, False),
+        ({**schema, "additionalProperties": True}, True),
+        ({}, True),
+        (None, False),
+    ):
+        use = ToolUse(tools=(Tool(name="f", parameters=parameters),), must_call=True)
+        grammar = tool_grammar(use, ToolForm.HERMES, {}, None)
+        assert accepts(compiler, grammar, text) is is_open
+
+
 def test_other_forms(compiler: GrammarCompiler) -> None:
     grammar = tool_grammar(ToolUse(tools=OFFERED), ToolForm.MISTRAL, {}, None)
     listed = LISTED.replace("[TOOL_CALLS][", "[TOOL_CALLS] [")

@@ -1,0 +1,91 @@
+"""The tables of docs/conformance.md, made of the code and of what clients were seen to send.
+
+``python -m tests.conformance.table`` writes them into the document.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from gateway.inspect_json import InspectBody
+from gateway.openapi import ENDPOINTS
+from gateway.readings_http import REFUSED_FIELDS, ClassifyBody, EmbeddingsBody, ScoreBody
+from gateway.schema import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    refused_fields,
+)
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "conformance.md"
+SENT_BY_CLIENTS = Path(__file__).parent / "clients" / "fields.json"
+"""Fields by client and route; ``test_clients.py`` compares it with what they send."""
+BEGIN, END = "<!-- begin: tables -->", "<!-- end: tables -->"
+NO_EFFECT = ("user", "metadata", "store", "service_tier", "reasoning_effort")
+"""Known fields that are taken and change nothing; so are all fields that nobody knows."""
+_OF_READINGS = frozenset(REFUSED_FIELDS)
+_COLUMNS: dict[str, tuple[type[BaseModel], frozenset[str]]] = {
+    "completions": (CompletionBody, refused_fields("completion") | {"chat_template"}),
+    "chat": (ChatBody, refused_fields("chat") | {"echo"}),
+    "embeddings": (EmbeddingsBody, _OF_READINGS),
+    "classify": (ClassifyBody, _OF_READINGS),
+    "score": (ScoreBody, _OF_READINGS),
+    "inspect": (InspectBody, _OF_READINGS),
+    "tokenize": (TokenizeBody, refused_fields("tokenize")),
+    "detokenize": (DetokenizeBody, frozenset()),
+}
+
+
+def parameter_table() -> str:
+    """What becomes of each known field at each endpoint."""
+    taken = {name: fields_of(body) for name, (body, _) in _COLUMNS.items()}
+    names = sorted({field for column in taken.values() for field in column})
+    refused = sorted({f for _, fields in _COLUMNS.values() for f in fields} - set(names))
+    lines = [_row("field", *_COLUMNS), _row(*["---"] * (len(_COLUMNS) + 1))]
+    for field in (*names, *refused):
+        cells = (
+            "yes" if field in taken[name] else "400" if field in no else ""
+            for name, (_, no) in _COLUMNS.items()
+        )
+        lines.append(_row(f"`{field}`", *cells))
+    lines.append(_row(", ".join(f"`{name}`" for name in NO_EFFECT), *["no effect"] * len(_COLUMNS)))
+    return "\n".join(lines)
+
+
+def client_table() -> str:
+    """Which client sends which fields where."""
+    sent: dict[str, dict[str, list[str]]] = json.loads(SENT_BY_CLIENTS.read_text())
+    lines = [_row("endpoint", "client", "fields that it sends"), _row("---", "---", "---")]
+    for path in (endpoint.path for endpoint in ENDPOINTS):
+        for client, routes in sent.items():
+            found = routes.get(path)
+            if found is not None:
+                fields = ", ".join(f"`{name}`" for name in found) or "(none)"
+                lines.append(_row(f"`{path}`", client, fields))
+    return "\n".join(lines)
+
+
+def fields_of(body: type[BaseModel]) -> set[str]:
+    """Names of a body's fields as clients write them."""
+    return {field.alias or name for name, field in body.model_fields.items()}
+
+
+def rendered() -> str:
+    """The document with its tables as they must be."""
+    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    tables = f"### Fields\n\n{parameter_table()}\n\n### Clients\n\n{client_table()}"
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(rendered(), encoding="utf-8")

@@ -1,0 +1,219 @@
+"""Clients of other projects, unchanged, against ``expertmesh serve``: see docs/conformance.md.
+
+They live in an environment of their own, which ``EXPERTMESH_CLIENTS`` names (a virtual environment
+with the extra ``clients``); without it that of the tests is taken. The npm packages come from
+``EXPERTMESH_NODE_MODULES``, or are installed for the run. What is not there is skipped. A recorder
+between them and the server notes what they send, for the table in docs/conformance.md; with
+``EXPERTMESH_WRITE_FIELDS`` set it is written anew. ``EXPERTMESH_URL`` takes a server that runs
+already, whose chat template must have tools.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conformance.conftest import DEMO, TOOL_TEMPLATE
+from tests.conformance.recorder import Recorder, recording
+from tests.conformance.table import SENT_BY_CLIENTS
+from tests.served.server import running_server
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+PROGRAMS = Path(__file__).parent / "clients"
+LIMIT_S = 400.0
+"""Longest run of one client, on a machine that is busy with other work."""
+
+
+@pytest.fixture(scope="module")
+def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The bundled model, with a chat template that has tools; or what ``EXPERTMESH_URL`` names."""
+    if url := os.environ.get("EXPERTMESH_URL"):
+        yield url
+        return
+    folder = tmp_path_factory.mktemp("clients")
+    template = folder / "tools.jinja"
+    template.write_text(TOOL_TEMPLATE)
+    with running_server(folder, "--chat-template", str(template)) as server:
+        yield server.http
+
+
+@pytest.fixture(scope="module")
+def model(server_url: str) -> str:
+    """The served model's name."""
+    return str(httpx.get(f"{server_url}/v1/models", timeout=60).json()["data"][0]["id"])
+
+
+@pytest.fixture
+def recorder(server_url: str, request: pytest.FixtureRequest) -> Iterator[Recorder]:
+    """Where the client connects; what it sends must be what the table says."""
+    with recording(server_url) as recorder:
+        yield recorder
+    if not recorder.sent:
+        return  # skipped, or it failed before it sent anything
+    name = request.node.name.partition("_")[2]
+    if "[" in name:
+        name = name.partition("[")[2].partition("-")[0].rstrip("]")
+    known = json.loads(SENT_BY_CLIENTS.read_text())
+    sent = {_route(path): sorted(fields) for path, fields in sorted(recorder.sent.items())}
+    if os.environ.get("EXPERTMESH_WRITE_FIELDS"):
+        known[name] = sent
+        SENT_BY_CLIENTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    assert sent == known.get(name), "set EXPERTMESH_WRITE_FIELDS to write the table anew"
+
+
+def _route(path: str) -> str:
+    """A path as the OpenAPI document names it."""
+    return "/v1/models/{model}" if path.startswith("/v1/models/") else path
+
+
+def binaries() -> Path:
+    """Where the clients' programs are."""
+    home = os.environ.get("EXPERTMESH_CLIENTS")
+    return Path(home) / "bin" if home else Path(sys.executable).parent
+
+
+@cache
+def has(module: str) -> bool:
+    """Whether the clients' environment has a package."""
+    code = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
+    return subprocess.run([binaries() / "python", "-c", code], timeout=60).returncode == 0
+
+
+def needs(module: str) -> None:
+    """Skip without a package."""
+    if not has(module):
+        pytest.skip(f"{module} is not installed: set EXPERTMESH_CLIENTS")
+
+
+def run(words: list[str], folder: Path, more: Mapping[str, str] | None = None) -> str:
+    """What a client's program says; it must end well."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "RAY_"))}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "NO_COLOR": "1"}
+    done = subprocess.run(
+        words,
+        cwd=folder,
+        env={**kept, **offline, **(more or {})},
+        timeout=LIMIT_S,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("program", "module"),
+    [("openai", "openai"), ("langchain", "langchain_openai"), ("litellm", "litellm")],
+)
+def test_python_clients(
+    recorder: Recorder, model: str, tmp_path: Path, program: str, module: str
+) -> None:
+    needs(module)
+    script = str(PROGRAMS / f"use_{program}.py")
+    run([str(binaries() / "python"), script, recorder.url, model], tmp_path)
+
+
+@pytest.fixture(scope="module")
+def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the npm packages, and the program that uses them."""
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed")
+    folder = tmp_path_factory.mktemp("node")
+    for name in ("package.json", "use_ai.mjs"):
+        shutil.copy(PROGRAMS / name, folder)
+    if known := os.environ.get("EXPERTMESH_NODE_MODULES"):
+        (folder / "node_modules").symlink_to(known)
+        return folder
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed: set EXPERTMESH_NODE_MODULES")
+    command = ["npm", "install", "--no-audit", "--no-fund"]
+    try:
+        done = subprocess.run(command, cwd=folder, timeout=300, capture_output=True, text=True)
+    except subprocess.TimeoutExpired:
+        pytest.skip("npm cannot install in time: set EXPERTMESH_NODE_MODULES")
+    if done.returncode:
+        pytest.skip(f"npm cannot install: {done.stderr[-200:]}")
+    return folder
+
+
+def test_npm_packages(recorder: Recorder, model: str, node_folder: Path) -> None:
+    run(["node", "use_ai.mjs", recorder.url, model], node_folder)
+
+
+def test_curl(recorder: Recorder, model: str, tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+    plain = ["curl", "-sS", "--fail-with-body", "-H", "content-type: application/json"]
+    url = f"{recorder.url}/v1/chat/completions"
+    answer = json.loads(run([*plain, "-d", json.dumps(body), url], tmp_path))
+    assert answer["usage"]["completion_tokens"] <= 4
+    streamed = run([*plain, "-N", "-d", json.dumps({**body, "stream": True}), url], tmp_path)
+    assert streamed.endswith("data: [DONE]\n\n")
+    told = run(["curl", "-sS", "-d", json.dumps(body), "-w", "%{http_code}", url], tmp_path)
+    error, status = told[:-3], told[-3:]  # curl names a form as the type unless told otherwise
+    assert (status, json.loads(error)["error"]["param"]) == ("400", "content-type")
+
+
+def test_guidellm(recorder: Recorder, tmp_path: Path) -> None:
+    needs("guidellm")
+    report = tmp_path / "report.json"
+    words = ["run", "--backend", f"kind=openai_http,target={recorder.url}"]
+    words += ["--profile", "kind=concurrent,streams=2", "--constraint", "kind=max_requests,count=4"]
+    words += ["--tokenizer", f"kind=huggingface_auto,model={DEMO}"]
+    words += ["--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=16"]
+    words += ["--output", f"kind=json,path={report}", "--disable-progress"]
+    run([str(binaries() / "guidellm"), *words], tmp_path)
+    metrics = json.loads(report.read_text())["benchmarks"][0]["metrics"]
+    totals = metrics["request_totals"]
+    assert (totals["successful"], totals["errored"], totals["incomplete"]) == (4, 0, 0)
+    counts = metrics["output_token_count"]["successful"]
+    assert (counts["min"], counts["max"]) == (16, 16)  # from the usage chunk
+
+
+def test_locust(recorder: Recorder, model: str, tmp_path: Path) -> None:
+    needs("locust")
+    file = str(PROGRAMS / "locustfile.py")
+    words = ["-f", file, "--headless", "-u", "4", "-r", "4", "-H", recorder.url, "--only-summary"]
+    run([str(binaries() / "locust"), *words], tmp_path, {"MODEL": model})
+
+
+def test_lm_eval(recorder: Recorder, model: str, tmp_path: Path) -> None:
+    """``local-completions`` scores echoed prompts, and generates."""
+    needs("lm_eval")
+    rows = [
+        {"question": f"Who is there? {i}\n", "choices": [" The king", " It"], "label": i % 2}
+        for i in range(4)
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = f"dataset_path: json\ndataset_kwargs:\n  data_files: {data}\ntest_split: train\n"
+    common += 'doc_to_text: "{{question}}"\n'
+    (tmp_path / "choose.yaml").write_text(
+        f"task: choose\n{common}output_type: multiple_choice\ndoc_to_choice: choices\n"
+        "doc_to_target: label\nmetric_list:\n  - metric: acc\n"
+    )
+    (tmp_path / "write.yaml").write_text(
+        f'task: write\n{common}output_type: generate_until\ndoc_to_target: "x"\n'
+        'generation_kwargs:\n  until: ["."]\n  max_gen_toks: 8\nmetric_list:\n'
+        "  - metric: exact_match\n"
+    )
+    settings = f"model={model},base_url={recorder.url}/v1/completions,tokenizer={DEMO}"
+    words = ["run", "--model", "local-completions", "--tasks", "choose,write"]
+    words += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
+    words += ["--model_args", f"{settings},num_concurrent=2,max_retries=1"]
+    run([str(binaries() / "lm_eval"), *words], tmp_path)
+    (found,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(found.read_text())["results"]
+    assert 0 <= results["choose"]["acc,none"] <= 1
+    assert results["write"]["exact_match,none"] == 0
