@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Protocol
@@ -53,11 +53,11 @@ _RESERVE_LIMIT_S = 30.0
 STATUS_LIMIT_S = 1.0
 """Longest wait for workers that are asked for their numbers."""
 _STOP_LIMIT_S = 20.0
-_FIND_LIMIT_S = 5.0
+_FIND_LIMIT_S = 10.0
 _REDIRECT_S = 0.5
-_ADOPT_ATTEMPTS = 5
-_ADOPT_LIMIT_S = 40.0
+_ADOPT_LIMIT_S = 60.0
 _ADOPT_PAUSE_S = 1.0
+_MAX_ADOPT_PAUSE_S = 10.0
 
 
 class WorkerGroupLike(Protocol):
@@ -118,6 +118,9 @@ class WorkerGroupLike(Protocol):
     async def end(self, names: Sequence[str]) -> None:
         """End these workers."""
 
+    async def end_others(self, names: Collection[str]) -> None:
+        """End all workers but these."""
+
     async def end_all(self) -> None:
         """End all workers and free their room."""
 
@@ -146,8 +149,8 @@ class ControllerActor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._adoption: Adoption | None = None
         self._failure = ""
-        self._is_settled = asyncio.Event()  # this actor knows its cluster
-        self._may_adopt = group.was_restarted()
+        self._is_settled = asyncio.Event()  # this actor knows its cluster, or why it does not
+        self._is_adopting = self._may_adopt = group.was_restarted()
         if self._may_adopt:
             group.call_back("adopt")
         else:
@@ -168,6 +171,8 @@ class ControllerActor:
         ``ConfigError`` or ``StartError``, with nothing left behind, when it cannot even begin.
         """
         await self.adopt()
+        if self._is_adopting:
+            raise StartError("controller", self._failure)
         if self._controller is not None:
             return
         self._profile = LoadProfile.from_dict(profile) if profile else None
@@ -188,9 +193,10 @@ class ControllerActor:
         self._spawn(self._watch_nodes())
 
     async def adopt(self) -> None:
-        """Take over what an earlier controller left, if there was one; returns when that is done.
+        """Take over what an earlier controller left, if there was one.
 
-        A restarted actor calls this itself, and every question to it begins with it.
+        Returns when that is done, or has failed for the first time and is tried again. A restarted
+        actor calls this itself, and every question to it begins with it.
         """
         if self._may_adopt:
             self._may_adopt = False
@@ -390,15 +396,23 @@ class ControllerActor:
             self._notify()
 
     async def _adopt(self) -> None:
-        for attempt in range(1, _ADOPT_ATTEMPTS + 1):
+        """Try until it is done: the workers serve meanwhile, and are found sooner or later."""
+        pause_s = _ADOPT_PAUSE_S
+        while True:
             try:
                 async with asyncio.timeout(_ADOPT_LIMIT_S):
                     await self._find_and_adopt()
                 break
-            except Exception as err:  # whatever Ray raises: the workers serve, so try again
-                logger.exception("attempt %d to adopt the workers failed", attempt)
+            except Exception as err:  # whatever Ray raises
+                logger.exception("the workers could not be adopted, try again")
                 self._failure = f"the restarted controller failed: {type(err).__name__}: {err}"
-                await asyncio.sleep(_ADOPT_PAUSE_S)
+                self._settle()  # who asks is told so
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _MAX_ADOPT_PAUSE_S)
+        self._is_adopting = False
+        self._settle()
+
+    def _settle(self) -> None:
         self._is_settled.set()
         self._notify()
 
@@ -456,8 +470,10 @@ class ControllerActor:
             num_slots=max(f.num_slots for f in found),
         )
         members, term = adopted.members, adopted.term
-        self._controller = self._make_controller(plan, members, notes=notes, term=term)
-        self._controller.adopt(adopted, time.monotonic())
+        controller = self._make_controller(plan, members, notes=notes, term=term)
+        controller.adopt(adopted, time.monotonic())
+        self._controller = controller
+        self._spawn(self._group.end_others([r.name for r in controller.workers.alive()]))
         logger.info("term %d: %d workers adopted", adopted.term, len(adopted.greetings))
         self._spawn(self._tick_forever())
         self._spawn(self._watch_nodes())
@@ -500,7 +516,7 @@ class ControllerActor:
             self._controller.draining.nodes_alive(frozenset(n.address for n in nodes))
 
     def _died(self, name: str, reason: str) -> None:
-        if self._controller is not None:
+        if self._controller is not None and name in self._controller.workers:
             self._controller.lost({name: reason}, time.monotonic())
             self._notify()
 
@@ -512,7 +528,7 @@ class ControllerActor:
         """Raises ``ConflictError`` before the start."""
         await self.adopt()
         if self._controller is None:
-            raise ConflictError("the cluster has not been started")
+            raise ConflictError(self._failure or "the cluster has not been started")
         return self._controller
 
     # ---- small things ---------------------------------------------------------------------
@@ -561,7 +577,8 @@ class ControllerActor:
         if self._controller is not None:
             return self._controller.snapshot() | mine
         if self._failure:
-            mine |= {"state": ClusterState.STOPPED.value, "error": self._failure}
+            state = ClusterState.RECOVERING if self._is_adopting else ClusterState.STOPPED
+            mine |= {"state": state.value, "error": self._failure}
         return snapshot_before_start() | mine
 
     def _version(self) -> int:

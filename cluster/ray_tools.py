@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from cluster.node_labels import Place
 from cluster.resources import NodeResources
+
+logger = logging.getLogger(__name__)
 
 NAMESPACE = "expertmesh"
 """Ray namespace of all our actors."""
@@ -20,6 +25,8 @@ HEAD_NODE = "node:__internal_head__"
 """Ray's own resource of the head node."""
 WORKERS_GROUP = "expertmesh-workers"
 """Name of the placement group that reserves room for the workers."""
+_NUM_TRIES = 20
+_PAUSE_S = 0.2
 _CALL_LIMIT_S = 10.0
 
 
@@ -94,14 +101,36 @@ def is_this_node(node_id: str) -> bool:
 
 def this_actor_was_restarted() -> bool:
     """Whether the calling actor lives in a second process, after its first one died."""
+    context = ray.get_runtime_context()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own use of what it has deprecated
-        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        for _ in range(_NUM_TRIES):
+            answer = context.was_current_actor_reconstructed
+            if isinstance(answer, bool):
+                return answer
+            time.sleep(_PAUSE_S)  # Ray's table does not have this actor yet
+    return False
 
 
 def call_this_actor(method: str) -> None:
-    """Have the calling actor's method run once its constructor has returned."""
-    getattr(ray.get_runtime_context().current_actor, method).remote()
+    """Have the calling actor's method run once its constructor has returned.
+
+    Ray refuses calls to an actor that it is about to restart: they are made again.
+    """
+    actor = ray.get_runtime_context().current_actor
+
+    def call() -> None:
+        for _ in range(_NUM_TRIES):
+            try:
+                ray.get(getattr(actor, method).remote(), timeout=_CALL_LIMIT_S)
+                return
+            except GetTimeoutError:
+                return  # it runs
+            except RayError as err:
+                logger.debug("%s is called again: %s", method, type(err).__name__)
+                time.sleep(_PAUSE_S)
+
+    threading.Thread(target=call, name=f"call-{method}", daemon=True).start()
 
 
 def our_actors() -> list[str]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
@@ -198,14 +198,22 @@ class WorkerGroup:
     async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
         """Workers that an earlier controller started and that still live, found by name.
 
-        One that does not answer within ``limit_s`` is not found.
+        One that does not answer within ``limit_s`` is not found, but ``end`` and ``end_others``
+        know it. Raises ``TimeoutError`` when nobody answers, workers or Ray.
         """
-        names = [n for n in our_actors() if n.partition("-")[0] in self.classes]
+        self._actors.clear()
+        async with asyncio.timeout(limit_s):
+            names = await asyncio.to_thread(our_actors)
+        names = [n for n in names if n.partition("-")[0] in self.classes]
         asked = await asyncio.gather(*(self._find(name, limit_s) for name in names))
         found = tuple(f for f in asked if f is not None)
+        if self._actors and not found:
+            raise TimeoutError(f"no answer from {', '.join(self._actors)}")
         if found:
             self._share = resolved_share(found[0].config.workers)
-            self._group = ray.util.get_placement_group(WORKERS_GROUP)
+            async with asyncio.timeout(limit_s):
+                get = ray.util.get_placement_group
+                self._group = await asyncio.to_thread(get, WORKERS_GROUP)
             self._nodes = {name: actor.node_id for name, actor in self._actors.items()}
         return found
 
@@ -222,6 +230,10 @@ class WorkerGroup:
         await asyncio.gather(*tasks)
         self._ending -= tasks
 
+    async def end_others(self, names: Collection[str]) -> None:
+        """End all workers but these: found, or not even found, and nobody's."""
+        await self.end([name for name in self._actors if name not in names])
+
     async def end_all(self) -> None:
         """End every worker and give the reserved room back."""
         await self.end(list(self._actors))
@@ -230,11 +242,17 @@ class WorkerGroup:
 
     async def _find(self, name: str, limit_s: float) -> FoundWorker | None:
         try:
-            handle = await asyncio.to_thread(ray.get_actor, name, namespace=NAMESPACE)
-            call: Any = handle.__ray_call__.remote(_introduce)
-            answer, process, node_id = await asyncio.wait_for(call, limit_s)
-        except (RayError, ValueError, TimeoutError) as err:
+            async with asyncio.timeout(limit_s):
+                handle = await asyncio.to_thread(ray.get_actor, name, namespace=NAMESPACE)
+                self._actors[name] = _Actor(_member_of(name), handle, "")
+                call: Any = handle.__ray_call__.remote(_introduce)
+                answer, process, node_id = await call
+        except (ActorUnavailableError, TimeoutError) as err:
             logger.warning("%s is not found again: %s", name, type(err).__name__)
+            return None
+        except (RayError, ValueError) as err:
+            logger.warning("%s has gone: %s", name, type(err).__name__)
+            self._actors.pop(name, None)
             return None
         found = FoundWorker(
             name=name,
@@ -340,6 +358,12 @@ class WorkerGroup:
         task = ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=where)
         with contextlib.suppress(RayError, TimeoutError):
             await asyncio.wait_for(task.remote(actor.process), _CALL_LIMIT_S)
+
+
+def _member_of(name: str) -> Member:
+    """What a worker's name says of it: ``expert-1.2`` has rank 1."""
+    role, _, rest = name.partition("-")
+    return Member(name=name, role=cast(Role, role), rank=int(rest.partition(".")[0]), device=-1)
 
 
 def _introduce(actor: Any) -> tuple[dict[str, Any], ProcessIdentity, str]:

@@ -154,7 +154,8 @@ class ClusterView:
     async def _follow(self) -> None:
         while True:
             try:
-                self._controller = self._controller or await self.find()
+                if self._controller is None:
+                    self._controller = await asyncio.wait_for(self.find(), CALL_TIMEOUT_S)
                 version = -1 if self.snapshot is None else int(self.snapshot["version"])
                 snapshot = await asyncio.wait_for(
                     self._controller.wait_snapshot(version, POLL_TIMEOUT_S),

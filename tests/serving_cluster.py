@@ -10,7 +10,7 @@ import asyncio
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -284,6 +284,9 @@ class ThreadWorkerGroup:
             runtime = self.runtimes.pop(name, None)
             if runtime is not None:
                 await asyncio.to_thread(runtime.stop)
+
+    async def end_others(self, names: Collection[str]) -> None:
+        await self.end([name for name in self.runtimes if name not in names])
 
     async def end_all(self) -> None:
         await self.end(list(self.runtimes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from cluster.control_frames import (
     WorkerReady,
 )
 from cluster.controller_actor import ControllerActor
-from cluster.errors import ConfigError, StartError, UnknownNameError
+from cluster.errors import ConfigError, ConflictError, StartError, UnknownNameError
 from cluster.load_profile import BankLoad, LoadProfile
 from cluster.resources import NodeResources, WorkerShare
 from cluster.topology import Member, Role
@@ -157,6 +157,9 @@ class ThreadWorkerGroup:
         self.ended.extend(names)
         for name in names:
             await asyncio.to_thread(self.workers[name].client.close)
+
+    async def end_others(self, names: Collection[str]) -> None:
+        await self.end([n for n in self.workers if n not in names])
 
     async def end_all(self) -> None:
         self.all_ended += 1
@@ -331,6 +334,47 @@ def test_what_cannot_begin_is_refused_and_can_be_tried_again() -> None:
             await actor.start(_config(), BANKS)
         assert group.all_ended == 1
         assert (await actor.snapshot())["state"] == "STARTING"
+        await actor.stop()
+
+    asyncio.run(body())
+
+
+class LateGroup(ThreadWorkerGroup):
+    """What an earlier controller left cannot be found at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_answer = asyncio.Event()
+
+    def was_restarted(self) -> bool:
+        return True
+
+    def call_back(self, method: str) -> None:
+        assert method == "adopt"
+
+    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+        if not self.may_answer.is_set():
+            raise RuntimeError("Ray does not answer")
+        return ()
+
+
+def test_a_restarted_controller_tries_again_and_says_so() -> None:
+    async def body() -> None:
+        group = LateGroup()
+        actor = ControllerActor(group)
+        snapshot = await actor.snapshot()
+        assert snapshot["state"] == "RECOVERING"
+        assert snapshot["error"].endswith("RuntimeError: Ray does not answer")
+        assert snapshot["term"] == 0  # nobody who knows the cluster follows it
+        with pytest.raises(StartError, match="Ray does not answer"):
+            await actor.start(_config(), BANKS)
+        with pytest.raises(ConflictError, match="Ray does not answer"):
+            await actor.operation("drain-1.1")
+        group.may_answer.set()
+        async with asyncio.timeout(LIMIT_S):
+            while (snapshot := await actor.wait_snapshot(0, 0.05))["state"] != "STOPPED":
+                assert group.all_ended == 0
+        assert snapshot["error"] == "the controller was lost before the cluster served"
         await actor.stop()
 
     asyncio.run(body())

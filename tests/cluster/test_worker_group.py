@@ -217,6 +217,25 @@ def test_a_killed_controller_comes_back_and_adopts_the_workers_that_live() -> No
     _wait(_nothing_is_left)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_worker_that_stands_still_while_the_controller_comes_back_is_ended() -> None:
+    """It cannot be asked who it is: its name is enough."""
+    with _controller() as controller:
+        ray.get(controller.start.remote(_config(3, 5), BANKS), timeout=LIMIT_S)
+        before = _until(controller, "SERVING")
+        frozen = _pids(before)["expert-1"]
+        os.kill(frozen, signal.SIGSTOP)
+        os.kill(before["controller_pid"], signal.SIGKILL)
+        _restarted(controller, before["controller_pid"])
+        snapshot = _until_ran(controller, 3)
+        assert "expert-1.2" in {w["name"] for w in snapshot["workers"]}
+        _wait(lambda: _is_gone(frozen))
+        assert "expert-1" not in our_actors()
+        ray.get(controller.stop.remote(), timeout=LIMIT_S)
+    _wait(_nothing_is_left)
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_a_controller_that_dies_before_the_cluster_serves_ends_the_start() -> None:
     with _controller(attention_class=ray_workers.SilentWorker) as controller:
