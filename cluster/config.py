@@ -375,6 +375,10 @@ class GatewaySection:
     """Allow a public host without keys."""
     public_metrics: bool = False
     """Ask for no key at ``/metrics``."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages of these origins may call the HTTP interface from a browser; ``*`` is any."""
+    debug_headers: bool = False
+    """Answers name the gateway replica that gave them."""
     trust_request_chat_template: bool = False
     """Render the chat templates that clients send; a template can keep a core busy for ever."""
     max_body_bytes: int = 8 * 1024 * 1024
@@ -553,5 +557,5 @@ def _section_from_dict(kind: Any, section: str, data: Mapping[str, Any]) -> Any:
     known = {f.name: f for f in dataclasses.fields(kind)}
     for key, value in data.items():
         check(key in known, f"{section}.{key}", value, "is not a known setting")
-    values = {k: tuple(v) if k.endswith("_keys") else v for k, v in data.items()}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     return kind(**values)

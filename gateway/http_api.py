@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -38,6 +39,7 @@ from gateway.http_edge import (
 from gateway.metrics import CONTENT_TYPE
 from gateway.openai_format import ChatFormat, CompletionFormat, ResponseFormat, collect
 from gateway.readings_http import ReadingEndpoint
+from gateway.request_id import HEADER as REQUEST_ID
 from gateway.request_id import check_request_id
 from gateway.schema import (
     ChatBody,
@@ -81,6 +83,14 @@ def build_http_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:
         adds_request_id=adds_request_id,
         open_paths=OPEN_PATHS | {"/metrics"} if gateway.limits.public_metrics else OPEN_PATHS,
     )
+    if gateway.limits.cors_origins:  # outermost: a browser's preflight has no key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=gateway.limits.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID, "retry-after", "x-should-retry"),
+        )
     return app
 
 

@@ -32,6 +32,11 @@ def parse_micro_batches(text: str) -> str | int:
     return text if text == "auto" else int(text)
 
 
+def parse_words(text: str) -> tuple[str, ...]:
+    """Words with commas between them."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeOption:
     """One flag of ``serve``."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.api_keys import hash_key
-from cluster.cli.option import option, parse_switch
+from cluster.cli.option import option, parse_switch, parse_words
 
 SECURITY_OPTIONS = (
     option("--api-key", "gateway.api_keys", "key that clients must present"),
@@ -54,6 +54,19 @@ SECURITY_OPTIONS = (
         "--public-metrics",
         "gateway.public_metrics",
         "ask for no key at /metrics",
+        kind=parse_switch,
+        is_switch=True,
+    ),
+    option(
+        "--cors-origins",
+        "gateway.cors_origins",
+        "web pages of these origins may call from a browser, commas between them (none)",
+        kind=parse_words,
+    ),
+    option(
+        "--debug-headers",
+        "gateway.debug_headers",
+        "answers name the gateway replica that gave them",
         kind=parse_switch,
         is_switch=True,
     ),
