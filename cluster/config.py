@@ -184,6 +184,9 @@ class EngineSection:
     """Prompt tokens of one attention worker that may wait; None leaves it to ``max_waiting``."""
     enable_prefix_caching: bool = True
     """Keep the KV of past requests for others that begin with the same tokens."""
+    kv_fetch_limit_s: float = 2.0
+    """Longest time that a request waits for KV blocks of another attention worker; 0: none are
+    fetched."""
     combine_mode: CombineMode = "sum"
     """``per_slot`` makes results independent of the placement, at the price of more traffic."""
     deterministic: bool = False
@@ -215,6 +218,8 @@ class EngineSection:
             self.max_num_batched_tokens,
             f"must be at least max_num_seqs ({self.max_num_seqs})",
         )
+        limit_s = self.kv_fetch_limit_s
+        check(limit_s >= 0, "kv_fetch_limit_s", limit_s, "must not be negative")
         for name in ("itl_target_ms", "max_waiting_tokens"):
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "must be positive")

@@ -110,6 +110,7 @@ class Replacements:
                 engine_address="",
                 store_address="",
                 weights_address="",
+                kv_address="",
             )
             place.is_empty, place.is_starting = False, True
             due.append(place.member)

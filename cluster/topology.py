@@ -48,6 +48,8 @@ class Member:
     """``host:port`` of the engine stream, where it runs attention; else empty."""
     weights_address: str = ""
     """``host:port`` where it gives out the weights of its experts; else empty."""
+    kv_address: str = ""
+    """``host:port`` where it gives out KV blocks, where it runs attention; else empty."""
     store_address: str = ""
     """``host:port`` of the rendezvous store, where it runs attention (collective transport)."""
 

@@ -13,7 +13,13 @@ from cluster.failure import Pulse
 from cluster.states import WorkerState, next_worker_state
 from cluster.topology import Member
 
-_ADDRESS_FIELDS = ("data_address", "engine_address", "store_address", "weights_address")
+_ADDRESS_FIELDS = (
+    "data_address",
+    "engine_address",
+    "kv_address",
+    "store_address",
+    "weights_address",
+)
 
 
 @dataclass(kw_only=True, slots=True)

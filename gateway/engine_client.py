@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import grpc
@@ -109,7 +110,8 @@ class EngineClient:
         entry.home, entry.was_sent, entry.is_computing = self, True, True
         self._submissions[entry.request.request_id] = entry
         self._count(entry)
-        self._outgoing.put_nowait(pb.ToEngine(request=request_to_wire(entry.request)))
+        request = replace(entry.request, kv_peer=entry.kv_peer)
+        self._outgoing.put_nowait(pb.ToEngine(request=request_to_wire(request)))
 
     def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
         """End a request, or some of its choices, at once; never waits. Unknown ids are ignored."""
@@ -190,7 +192,9 @@ class EngineClient:
             elif kind == "turn":
                 self._take_turn(turn_from_wire(message.turn))
             elif kind == "kv":
-                if not self._owner.take_kv(self.worker, kv_events_from_wire(message.kv)):
+                events = kv_events_from_wire(message.kv)
+                self.load.fetch_cost = events.fetch_cost
+                if not self._owner.take_kv(self.worker, events):
                     self._outgoing.put_nowait(pb.ToEngine(kv_resync=pb.KvResync()))
             elif kind == "hello":
                 self.hello = message.hello

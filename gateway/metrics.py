@@ -40,9 +40,10 @@ _TTFT_BUCKETS = (
 _ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0)
 _TIME_BUCKETS = (0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _COUNT_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
-_LEGAL_NAME = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)(?:\{([a-z]+)="([^"\\\n]*)"\})?')
-"""Of a worker's number: a name, perhaps with one label."""
-_WORKER_HISTOGRAMS = ("iteration_tokens_total",)
+_LABEL = r'[a-z]+="[^"\\\n]*"'
+_LEGAL_NAME = re.compile(rf"([a-zA-Z_][a-zA-Z0-9_]*)(?:\{{({_LABEL}(?:,{_LABEL})*)\}})?")
+"""Of a worker's number: a name, perhaps with labels."""
+_WORKER_HISTOGRAMS = ("iteration_tokens_total", "kv_migration_seconds")
 """Numbers of workers that are buckets, count and sum of a histogram."""
 _WORKER_LABELS = ("model_name", "engine", "worker", "node")
 
@@ -196,7 +197,7 @@ class _ClusterCollector(Collector):
                 match = _LEGAL_NAME.fullmatch(key)
                 if match is None or match[1] in self._taken:
                     continue
-                labels = self._labels(worker) | ({match[2]: match[3]} if match[2] else {})
+                labels = self._labels(worker) | _labels_of(match[2] or "")
                 family = families.setdefault(_family_name(match[1]), _family(match[1]))
                 family.add_sample(_sample_name(match[1]), labels, value)
             if runs_attention(worker["role"]) and self._cache_config:
@@ -229,6 +230,12 @@ class _ClusterCollector(Collector):
             "num_blocks": str(worker.get("kv_blocks_total") or 0),
         }
         family.add_sample(_sample_name(name), labels, 1.0)
+
+
+def _labels_of(text: str) -> dict[str, str]:
+    """Labels as in the exposition, without braces."""
+    pairs = (label.split("=", 1) for label in re.findall(_LABEL, text))
+    return {name: value.strip('"') for name, value in pairs}
 
 
 def _family_name(name: str) -> str:

@@ -221,12 +221,15 @@ class KvEvents(_message.Message):
     IS_WHOLE_FIELD_NUMBER: _builtins.int
     STORED_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
+    FETCH_COST_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """one more than that of the message before"""
     is_whole: _builtins.bool
     """stored are all there are"""
     stored: _builtins.bytes
     removed: _builtins.bytes
+    fetch_cost: _builtins.float
+    """prompt tokens computed in the time of fetching one; infinity: no fetching"""
     def __init__(
         self,
         *,
@@ -234,10 +237,11 @@ class KvEvents(_message.Message):
         is_whole: _builtins.bool = ...,
         stored: _builtins.bytes = ...,
         removed: _builtins.bytes = ...,
+        fetch_cost: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_whole", b"is_whole", "number", b"number", "removed", b"removed", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fetch_cost", b"fetch_cost", "is_whole", b"is_whole", "number", b"number", "removed", b"removed", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -381,6 +385,7 @@ class EngineRequest(_message.Message):
     PROMPT_EMBEDS_WIDTH_FIELD_NUMBER: _builtins.int
     CLOSED_CHOICES_FIELD_NUMBER: _builtins.int
     NUM_DEATHS_FIELD_NUMBER: _builtins.int
+    KV_PEER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     n: _builtins.int
     attempt: _builtins.int
@@ -393,6 +398,8 @@ class EngineRequest(_message.Message):
     """0: the tokens count"""
     num_deaths: _builtins.int
     """workers that died with it since it last had a token"""
+    kv_peer: _builtins.str
+    """worker that has more of the prompt's blocks; may be empty"""
     @_builtins.property
     def prompt(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -422,10 +429,11 @@ class EngineRequest(_message.Message):
         prompt_embeds_width: _builtins.int = ...,
         closed_choices: _abc.Iterable[_builtins.int] | None = ...,
         num_deaths: _builtins.int = ...,
+        kv_peer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["inspection", b"inspection", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "closed_choices", b"closed_choices", "deadline_ms", b"deadline_ms", "inspection", b"inspection", "n", b"n", "num_deaths", b"num_deaths", "output_so_far", b"output_so_far", "priority", b"priority", "prompt", b"prompt", "prompt_embeds", b"prompt_embeds", "prompt_embeds_width", b"prompt_embeds_width", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "closed_choices", b"closed_choices", "deadline_ms", b"deadline_ms", "inspection", b"inspection", "kv_peer", b"kv_peer", "n", b"n", "num_deaths", b"num_deaths", "output_so_far", b"output_so_far", "priority", b"priority", "prompt", b"prompt", "prompt_embeds", b"prompt_embeds", "prompt_embeds_width", b"prompt_embeds_width", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

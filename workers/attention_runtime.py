@@ -34,9 +34,14 @@ from workers.gateway_silence import GATEWAY_SILENCE_LIMIT_S
 from workers.grammar import CompiledGrammar
 from workers.grammar_compiler import GrammarCompiler
 from workers.grammar_gate import GrammarGate
+from workers.kv_exchange import KvLending
+from workers.kv_gate import KvGate
+from workers.kv_link import Asking, KvServer
 from workers.request import FinishReason, Request, StepOutput, TokenOutput
 from workers.runtime import IDLE_WAIT_S, WorkerRuntime
 
+_MEASURED_ROWS = 32
+"""Prompt rows of a step from which it tells how fast prompts are computed."""
 _COMMIT_SHARE = 0.25
 """Part of its lease after which an idle leader without its controller runs an empty step."""
 
@@ -63,7 +68,9 @@ class AttentionRuntime(WorkerRuntime):
         )
         address = self._stream.start()
         self._cleanup.callback(self._stream.stop)
-        return replace(self.member, engine_address=address)
+        self._kv_server = KvServer(self._me, self.config.cluster_token, host=self.args.host)
+        self._cleanup.callback(self._kv_server.close)
+        return replace(self.member, engine_address=address, kv_address=self._kv_server.address)
 
     def _load(self) -> dict[str, Any]:
         model_len = self.config.model.max_model_len
@@ -85,7 +92,7 @@ class AttentionRuntime(WorkerRuntime):
         )
         self._grammars.prepare()
         self._gate = GrammarGate(self._grammars.compile, self.hub.wake)
-        self._engine = Engine(
+        engine = Engine(
             model=model,
             config=self.family.config,
             banks=self.family.banks,
@@ -95,13 +102,36 @@ class AttentionRuntime(WorkerRuntime):
             rank=self.member.rank,
             lanes=self.lanes,
         )
+        self._lend_blocks(engine)
+        self._engine = engine
         return {
-            "max_model_len": self._engine.max_model_len,
+            "max_model_len": engine.max_model_len,
             "vocab_size": self.family.config.vocab_size,
-            "num_kv_blocks": self._engine.num_blocks,
+            "num_kv_blocks": engine.num_blocks,
             "model_type": self.family.config.model_type,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+
+    def _lend_blocks(self, engine: Engine) -> None:
+        """Other workers may have blocks from here on, and this one may fetch theirs."""
+        section = self.config.engine
+        limit_s = section.kv_fetch_limit_s if section.enable_prefix_caching else 0.0
+        self._kv_gate = KvGate(engine, self._how_to_ask, self.hub.wake, limit_s)
+        self._lending = KvLending(engine.exchange, self.hub.wake)
+        self._kv_server.start(self._lending)
+
+    def _how_to_ask(self, peer: str, deadline_s: float) -> Asking | None:
+        """For KV blocks; None where the peer is no other member of this generation."""
+        found = next((m for m in self.generation.members if m.name == peer), None)
+        if found is None or not found.kv_address or peer == self.member.name:
+            return None
+        return Asking(
+            peer=peer,
+            address=found.kv_address,
+            me=self._me,
+            token=self.config.cluster_token,
+            deadline_s=deadline_s,
+        )
 
     def _open_dispatcher(self) -> TokenDispatcher:
         """To the expert workers, or in local mode to all experts in this process."""
@@ -174,12 +204,14 @@ class AttentionRuntime(WorkerRuntime):
         """Take what the gateways sent, and tell them what needs no step."""
         engine = self._engine
         assert engine is not None, "the weights are loaded before the first turn"
+        self._lending.turn()
         for command in self._inbox.take():
             if isinstance(command, AddRequest):
                 self._receive(engine, command)
             elif isinstance(command, AbortRequest):
-                if not command.choices and self._gate.owner(command.request_id) == command.gateway:
-                    self._gate.drop(command.request_id)
+                for gate in () if command.choices else (self._gate, self._kv_gate):
+                    if gate.owner(command.request_id) == command.gateway:
+                        gate.drop(command.request_id)
                 if self._owners.get(command.request_id) == command.gateway:
                     engine.abort(command.request_id, command.choices)
                     self._forget_ended(engine, command.request_id)
@@ -188,6 +220,8 @@ class AttentionRuntime(WorkerRuntime):
                     engine.begin_turn(command.turn)
             elif isinstance(command, GatewayGone):
                 self._drop_gateway(engine, command.gateway)
+        for ready in self._kv_gate.take():
+            self._prepare(engine, ready)
         for gated in self._gate.take():
             if gated.error is None:
                 self._add(engine, gated.command, gated.compiled)
@@ -215,7 +249,7 @@ class AttentionRuntime(WorkerRuntime):
             even_empty=self._needs_a_commit(),
         )
         idle_s = min(IDLE_WAIT_S, self.lease_s * _COMMIT_SHARE)
-        header = self.channel.wait(self._gate.wait_s(idle_s))
+        header = self.channel.wait(self._gate.wait_s(self._kv_gate.wait_s(idle_s)))
         if header is None:
             return
         self._idle = False
@@ -232,14 +266,22 @@ class AttentionRuntime(WorkerRuntime):
         return time.monotonic() - known > self.lease_s * _COMMIT_SHARE
 
     def _step(self, engine: Engine, header: StepHeader) -> list[TokenOutput]:
+        begin = time.monotonic()
         outputs = engine.step(header)
+        if (rows := header.grant(self.member.rank).prefill_rows) >= _MEASURED_ROWS:
+            self._kv_gate.pace.observe_prefill(rows, time.monotonic() - begin)
         if self._traced is not None:
             self._traced.end_step()
         return outputs
 
     def _receive(self, engine: Engine, command: AddRequest) -> None:
-        """Hand a request to the engine, or let it wait for its grammar."""
+        """Hand a request to the engine, or let it wait for KV blocks, then for its grammar."""
         self._gate.drop(command.request.request_id)
+        self._kv_gate.drop(command.request.request_id)
+        if not self._kv_gate.put(command):
+            self._prepare(engine, command)
+
+    def _prepare(self, engine: Engine, command: AddRequest) -> None:
         grammar = command.request.params.grammar
         compiled = None if grammar is None else self._grammars.cached(grammar)
         if grammar is None or compiled is not None:
@@ -277,6 +319,7 @@ class AttentionRuntime(WorkerRuntime):
 
     def _drop_gateway(self, engine: Engine, gateway: str) -> None:
         self._gate.drop_gateway(gateway)
+        self._kv_gate.drop_gateway(gateway)
         for request_id in [r for r, owner in self._owners.items() if owner == gateway]:
             engine.abort(request_id)
             del self._owners[request_id]
@@ -286,7 +329,7 @@ class AttentionRuntime(WorkerRuntime):
         assert self._stream is not None
         assert self._engine is not None
         if self.config.engine.enable_prefix_caching:
-            self._stream.publish_kv(self._engine.take_kv_changes())
+            self._stream.publish_kv(self._engine.take_kv_changes(), self._kv_gate.fetch_cost)
         if not outputs:
             return
         by_gateway: defaultdict[str, list[TokenOutput]] = defaultdict(list)
@@ -313,9 +356,11 @@ class AttentionRuntime(WorkerRuntime):
     def _stats(self) -> dict[str, float]:
         if self._engine is None:
             return {}
-        stats, compiling = self._engine.stats(), float(self._gate.num_waiting)
-        stats["num_requests_waiting"] += compiling
-        stats['num_requests_waiting_by_reason{reason="grammar"}'] = compiling
+        stats = {**self._engine.stats(), **self._kv_gate.stats()}
+        for reason, gate in (("grammar", self._gate), ("kv", self._kv_gate)):
+            stats["num_requests_waiting"] += gate.num_waiting
+            name = f'num_requests_waiting_by_reason{{reason="{reason}"}}'
+            stats[name] = float(gate.num_waiting)
         return stats
 
     def _load_report(self) -> LoadReport | None:

@@ -28,6 +28,7 @@ from workers.histogram import TOKEN_BUCKETS, Histogram
 from workers.isolation import Isolation
 from workers.kv_blocks import BlockPool, HashChanges
 from workers.kv_cache import KVCache, num_kv_blocks
+from workers.kv_exchange import Fetch, KvExchange
 from workers.lanes import Lanes
 from workers.layers import AttentionModel, Recorder
 from workers.load_counter import LoadCounter
@@ -97,6 +98,10 @@ class Engine:
             enable_prefix_caching=section.enable_prefix_caching,
             length_matters_above=config.length_matters_above,
         )
+        self.exchange = KvExchange(
+            self._pool, self._cache, length_matters_above=config.length_matters_above
+        )
+        """Blocks that other workers fetch, and that are fetched from them."""
         self._runner = ModelRunner(
             model=model, cache=self._cache, banks=banks, dispatcher=dispatcher, rank=rank
         )
@@ -162,6 +167,10 @@ class Engine:
     def has_request(self, request_id: str) -> bool:
         """Whether a choice of it waits or runs."""
         return request_id in self._requests
+
+    def begin_fetch(self, request: Request) -> Fetch | None:
+        """Get ready for the blocks of a prompt that another worker has; see ``KvExchange``."""
+        return self.exchange.begin(request, num_spare=self._scheduler.num_running)
 
     def take_kv_changes(self) -> HashChanges:
         """Blocks that can be found since the last call, and those that cannot any more."""
@@ -417,7 +426,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Assert that block accounting is exact; for tests."""
-        self._scheduler.check_integrity()
+        self._scheduler.check_integrity(self.exchange.tables)
 
 
 def _names(plan: Plan) -> dict[str, None]:

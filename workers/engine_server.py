@@ -220,10 +220,15 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
         """Tell a gateway that its request runs alone, or has done so (any thread)."""
         self._call_soon(self._put, gateway, pb.FromEngine(turn=turn_to_wire(turn)))
 
-    def publish_kv(self, changes: HashChanges) -> None:
-        """Tell all gateways which blocks can be found here (any thread)."""
+    def publish_kv(self, changes: HashChanges, fetch_cost: float) -> None:
+        """Tell all gateways which blocks can be found here (any thread), and what fetching costs.
+
+        The cost alone is no news: it is told with the next blocks, and to gateways that come.
+        """
         if changes.stored or changes.removed:
-            self._call_soon(self._tell_kv, changes)
+            self._call_soon(self._tell_kv, changes, fetch_cost)
+        elif fetch_cost != self._kv.fetch_cost:
+            self._call_soon(self._set_fetch_cost, fetch_cost)
 
     def close_streams(self) -> None:
         """End every gateway's stream and refuse new ones (any thread): it may no longer serve."""
@@ -326,7 +331,11 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
     def _all_kv(self) -> pb.FromEngine:
         return pb.FromEngine(kv=kv_events_to_wire(self._kv.whole()))
 
-    def _tell_kv(self, changes: HashChanges) -> None:
+    def _set_fetch_cost(self, fetch_cost: float) -> None:
+        self._kv.fetch_cost = fetch_cost
+
+    def _tell_kv(self, changes: HashChanges, fetch_cost: float) -> None:
+        self._kv.fetch_cost = fetch_cost
         message = pb.FromEngine(kv=kv_events_to_wire(self._kv.change(changes)))
         for name in tuple(self._streams):
             self._put(name, message)

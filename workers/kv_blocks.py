@@ -77,17 +77,15 @@ class BlockPool:
             if (block_hash := self._hashes[block]) is not None:
                 self._order.find(block_hash)
 
-    def lend(self, blocks: Iterable[int]) -> None:
-        """Add a holder to found blocks, while they are copied to another worker."""
+    def hold(self, blocks: Iterable[int]) -> None:
+        """Add a holder to found blocks without a use of them: they stay while they are copied."""
         for block in blocks:
             self._hold(block)
 
-    def end_loan(self, blocks: Sequence[int], was_copied: bool) -> None:
-        """Drop that holder. Where the other worker has the copy, ours are to be given up first."""
-        self.release(blocks)
-        if was_copied:
-            hashes = [self._hashes[block] for block in blocks]
-            self._order.lend([block_hash for block_hash in hashes if block_hash is not None])
+    def lend(self, blocks: Iterable[int]) -> None:
+        """Another worker has copies of these blocks of a prefix: ours are to be given up first."""
+        hashes = [self._hashes[block] for block in blocks]
+        self._order.lend([block_hash for block_hash in hashes if block_hash is not None])
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one holder of each block of a table; blocks without holders become free.

@@ -55,6 +55,26 @@ class KVCache:
             return sys.maxsize
         return PIECE_BYTES // (layer[:, 0].numel() * layer.element_size())
 
+    @property
+    def block_shape(self) -> tuple[int, int, int, int]:
+        """Shape of one block's data: [layers, 2 * num_kv_heads, block_size, D]."""
+        layer = self.layers[0]
+        return (len(self.layers), layer.shape[0], self.block_size, layer.shape[3])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.layers[0].dtype
+
+    def read_block(self, block: int) -> Tensor:
+        """A copy of a block's data in CPU memory (any thread, while somebody holds the block)."""
+        return torch.stack([layer[:, block] for layer in self.layers]).cpu()
+
+    def write_block(self, block: int, data: Tensor) -> None:
+        """Fill a block (any thread that holds it, before anyone else knows of it)."""
+        for layer, part in zip(self.layers, data, strict=True):
+            layer[:, block] = part
+
     def clear_slots(self, slots: Sequence[int]) -> None:
         """Zero single slots (block * block_size + offset), as ``clear`` does whole blocks."""
         for layer in self.layers if slots else ():

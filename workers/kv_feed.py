@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from workers.kv_blocks import HashChanges
 from workers.prefix_hash import SHORT_BYTES, KvEvents
 
@@ -12,6 +14,8 @@ class KvFeed:
     def __init__(self) -> None:
         self._known: dict[bytes, None] = {}
         self._number = 0
+        self.fetch_cost = math.inf
+        """See ``KvEvents``; told with the next message."""
 
     def change(self, changes: HashChanges) -> KvEvents:
         """The next message to all who have the whole."""
@@ -21,8 +25,15 @@ class KvFeed:
             self._known.pop(name, None)
         self._known.update(dict.fromkeys(stored))
         self._number += 1
-        return KvEvents(number=self._number, stored=stored, removed=removed)
+        return KvEvents(
+            number=self._number, stored=stored, removed=removed, fetch_cost=self.fetch_cost
+        )
 
     def whole(self) -> KvEvents:
         """All blocks, as of the latest change."""
-        return KvEvents(number=self._number, is_whole=True, stored=tuple(self._known))
+        return KvEvents(
+            number=self._number,
+            is_whole=True,
+            stored=tuple(self._known),
+            fetch_cost=self.fetch_cost,
+        )

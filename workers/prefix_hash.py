@@ -6,6 +6,7 @@ must agree, so they are made here alone. Pure; no torch.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from workers.request import Request
 
 BlockHash = bytes
 """32 bytes, blake2b: requests of one salt trust it not to collide."""
-_HASH_BYTES = 32
+HASH_BYTES = 32
+"""Bytes of a hash."""
 SHORT_BYTES = 8
 """Bytes of a hash that gateways are told: a collision there costs a detour, never a wrong block."""
 
@@ -28,13 +30,13 @@ def root_hash(salt: str, owner: str = "", length: int = 0) -> BlockHash:
     person = b"kv owner" if owner else b"kv salt"
     own = length.to_bytes(8, "little") if length else b""
     name = (owner or salt).encode()
-    return blake2b(name, digest_size=_HASH_BYTES, person=person, salt=own).digest()
+    return blake2b(name, digest_size=HASH_BYTES, person=person, salt=own).digest()
 
 
 def chain_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
     """Hash of a full block behind ``parent``: the root, or the block before it."""
     data = parent + struct.pack(f"<{len(token_ids)}I", *token_ids)
-    return blake2b(data, digest_size=_HASH_BYTES, person=b"kv block").digest()
+    return blake2b(data, digest_size=HASH_BYTES, person=b"kv block").digest()
 
 
 def request_root(request: Request, length_matters_above: int | None, owner: str = "") -> BlockHash:
@@ -48,15 +50,23 @@ def request_root(request: Request, length_matters_above: int | None, owner: str 
     return root_hash(salt, owner, length if matters else 0)
 
 
-def prompt_hashes(
+def block_hashes(
     request: Request, block_size: int, length_matters_above: int | None
-) -> list[bytes]:
-    """Short hashes of the full blocks of a request's prompt."""
+) -> list[BlockHash]:
+    """Hashes of the full blocks of a request's prompt."""
     known: list[BlockHash] = []
     parent = request_root(request, length_matters_above)
     for last in range(block_size, len(request.prompt) + 1, block_size):
         parent = chain_hash(parent, request.prompt[last - block_size : last])
         known.append(parent)
+    return known
+
+
+def prompt_hashes(
+    request: Request, block_size: int, length_matters_above: int | None
+) -> list[bytes]:
+    """Short hashes of the full blocks of a request's prompt."""
+    known = block_hashes(request, block_size, length_matters_above)
     return [block_hash[:SHORT_BYTES] for block_hash in known]
 
 
@@ -72,3 +82,6 @@ class KvEvents:
     """Short hashes of new blocks."""
     removed: tuple[bytes, ...] = ()
     """Short hashes of blocks that are gone."""
+    fetch_cost: float = math.inf
+    """Prompt tokens that the worker computes in the time in which it fetches the blocks of one from
+    a peer; infinite: it fetches none."""

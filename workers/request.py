@@ -107,6 +107,8 @@ class Request:
     """Choices that have ended in an earlier attempt; at least one of the ``n`` has not."""
     num_deaths: int = 0
     """Workers that died with it since it last had a token."""
+    kv_peer: str = ""
+    """Worker from which blocks of the prompt may be fetched; empty: none."""
     deadline_ms: int = 0
     """Milliseconds left to live when it was sent; 0 is no limit."""
     priority: int = 0

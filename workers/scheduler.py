@@ -235,10 +235,10 @@ class Scheduler:
                 self._pool.release(sequence.blocks[-planned.num_new_blocks :])
                 del sequence.blocks[-planned.num_new_blocks :]
 
-    def check_integrity(self) -> None:
-        """Assert that the pool's holders are exactly the block tables of all running sequences,
-        and that the prefix cache says of their blocks what they hold."""
-        self._pool.check_integrity([s.blocks for s in self._running])
+    def check_integrity(self, others: Iterable[list[int]] = ()) -> None:
+        """Assert that the pool's holders are exactly the block tables of all running sequences and
+        of ``others``, and that the prefix cache says of their blocks what they hold."""
+        self._pool.check_integrity([*(s.blocks for s in self._running), *others])
         for sequence in self._running:
             assert sequence.num_computed <= len(sequence.blocks) * self._block_size
             self.prefixes.check_integrity(sequence)

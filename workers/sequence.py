@@ -115,10 +115,8 @@ class Sequence:
 
         The newest one always is: the next token is drawn from its logits.
         """
-        if self.scores_prompt:
-            return 0
-        if self.request.inspection is not None:
-            return self.request.inspection.first_position(self.prompt_length)
+        if self.scores_prompt or self.request.inspection is not None:
+            return num_reusable(self.request)
         return self.num_tokens - 1
 
     def append(self, token: int) -> None:
@@ -135,3 +133,12 @@ class Sequence:
         if first >= length:
             return self.output[first - length : last - length]
         return (*self.request.prompt[first:], *self.output[: last - length])
+
+
+def num_reusable(request: Request) -> int:
+    """Prompt tokens from the first on that need not be computed if a cache knows them."""
+    if request.params.prompt_logprobs is not None:
+        return 0
+    if request.inspection is not None:
+        return request.inspection.first_position(len(request.prompt))
+    return len(request.prompt) - 1

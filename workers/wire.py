@@ -61,6 +61,7 @@ def request_to_wire(request: Request) -> pb.EngineRequest:
         inspection=_inspection_to_wire(request.inspection),
         prompt_embeds=request.prompt_embeds.data if request.prompt_embeds else b"",
         prompt_embeds_width=request.prompt_embeds.width if request.prompt_embeds else 0,
+        kv_peer=request.kv_peer,
     )
 
 
@@ -104,6 +105,7 @@ def request_from_wire(message: pb.EngineRequest) -> Request:
         cache_salt=message.cache_salt,
         inspection=_inspection_from_wire(message),
         prompt_embeds=_embeds_from_wire(message),
+        kv_peer=message.kv_peer,
     )
 
 
@@ -136,6 +138,7 @@ def kv_events_to_wire(events: KvEvents) -> pb.KvEvents:
         is_whole=events.is_whole,
         stored=b"".join(events.stored),
         removed=b"".join(events.removed),
+        fetch_cost=events.fetch_cost,
     )
 
 
@@ -146,6 +149,7 @@ def kv_events_from_wire(message: pb.KvEvents) -> KvEvents:
         is_whole=message.is_whole,
         stored=_short_hashes(message.stored),
         removed=_short_hashes(message.removed),
+        fetch_cost=message.fetch_cost,
     )
 
 

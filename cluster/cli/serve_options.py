@@ -106,6 +106,12 @@ OPTIONS = (
         has_negation=True,
     ),
     _option(
+        "--kv-fetch-limit-s",
+        "engine.kv_fetch_limit_s",
+        "longest wait for KV blocks of another attention worker; 0: none are fetched (2)",
+        kind=float,
+    ),
+    _option(
         "--num-attention-workers", "workers.num_attention_workers", "attention ranks (1)", kind=int
     ),
     _option(

@@ -123,10 +123,12 @@ def test_a_pool_keeps_its_order_through_loans() -> None:
         chain = draw.choice(chains)[: draw.randint(1, 10)]
         if draw.random() < 0.3:
             loan = pool.find(chain)
-            pool.lend(loan)
+            pool.hold(loan)
             loans.append(loan)
         elif loans and draw.random() < 0.5:
-            pool.end_loan(loans.pop(draw.randrange(len(loans))), draw.random() < 0.8)
+            loan = loans.pop(draw.randrange(len(loans)))
+            pool.lend(loan[: draw.randint(0, len(loan))])
+            pool.release(loan)
         else:
             table = pool.find(chain)
             if not pool.can_allocate(len(chain)):
@@ -138,6 +140,6 @@ def test_a_pool_keeps_its_order_through_loans() -> None:
             pool.release(table)
         pool.check_integrity(loans)
     for loan in loans:
-        pool.end_loan(loan, was_copied=True)
+        pool.release(loan)
     pool.check_integrity([])
     assert pool.num_free == 60

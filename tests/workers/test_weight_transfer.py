@@ -19,6 +19,7 @@ from cluster.errors import HandshakeError, MoveGivenUpError, PeerLostError, Prot
 from tests.engine_stream import TOKEN
 from workers.checkpoint import Checkpoint
 from workers.dist.handshake import ListenerHandshake, PeerIdentity
+from workers.dist.peer_link import receive_exactly, shake_hands, view_bytes
 from workers.experts.peer_source import PacedSource, PeerSource
 from workers.experts.rate_limit import RateLimit
 from workers.experts.slots import ExpertSlots
@@ -30,9 +31,6 @@ from workers.experts.weight_frames import (
     QUESTION,
     checksum,
     expert_num_bytes,
-    receive_exactly,
-    shake_hands,
-    view_bytes,
 )
 from workers.experts.weight_server import WeightServer
 

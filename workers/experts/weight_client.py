@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import socket
-
 import torch
 from torch import Tensor
 
-from cluster.errors import PeerLostError, ProtocolError
-from workers.dist.handshake import ConnectorHandshake, PeerIdentity
+from cluster.errors import ProtocolError
+from workers.dist.handshake import PeerIdentity
+from workers.dist.peer_link import MAX_REASON_BYTES, connect, lost, receive_exactly, view_bytes
 from workers.experts.rate_limit import RateLimit
 from workers.experts.weight_frames import (
     ANSWER,
     CHUNK_BYTES,
     HELD,
-    MAX_REASON_BYTES,
     QUESTION,
     check_length,
     checksum,
     expert_num_bytes,
     expert_shapes,
-    lost,
-    receive_exactly,
-    shake_hands,
-    view_bytes,
 )
 from workers.families.base import BankSpec
 
@@ -48,20 +42,7 @@ class WeightClient:
         """
         self._peer = peer
         self._rate = rate
-        host, _, port = address.rpartition(":")
-        try:
-            self._sock = socket.create_connection((host.strip("[]"), int(port)), timeout_s)
-        except (OSError, ValueError) as err:
-            raise PeerLostError(peer, f"cannot connect to {address}: {err}") from err
-        try:
-            shake_hands(self._sock, ConnectorHandshake(me, token), timeout_s)
-        except OSError as err:
-            self._sock.close()
-            raise lost(peer, err) from err
-        except ProtocolError:
-            self._sock.close()
-            raise
-        self._sock.settimeout(timeout_s)
+        self._sock = connect(peer, address, me, token, timeout_s)
 
     def close(self) -> None:
         """Close the connection."""

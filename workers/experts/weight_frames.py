@@ -14,17 +14,13 @@ and both sides know the length that an expert must have.
 from __future__ import annotations
 
 import hashlib
-import socket
 import struct
-import time
 from collections.abc import Sequence
 from typing import Final
 
 import torch
-from torch import Tensor
 
-from cluster.errors import PeerLostError, ProtocolError
-from workers.dist.handshake import ConnectorHandshake, ListenerHandshake
+from cluster.errors import ProtocolError
 from workers.families.base import BankSpec
 
 QUESTION: Final = struct.Struct("!HH")
@@ -33,10 +29,8 @@ ANSWER: Final = struct.Struct("!BQ16s")
 """Status, length of what follows, checksum."""
 HELD: Final = 0
 REFUSED: Final = 1
-MAX_REASON_BYTES: Final = 1024
 CHUNK_BYTES: Final = 256 * 1024
 """Bytes between two looks at the rate limit and at whether to go on."""
-_READ_BYTES = 4096
 
 
 def expert_shapes(bank: BankSpec) -> list[tuple[int, int, tuple[int, int]]]:
@@ -53,11 +47,6 @@ def expert_num_bytes(bank: BankSpec, dtype: torch.dtype) -> int:
     return sum(out * width for _, _, (out, width) in expert_shapes(bank)) * dtype.itemsize
 
 
-def view_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, without a copy."""
-    return tensor.view(torch.uint8).flatten().numpy().data
-
-
 def checksum(bank: int, expert: int, parts: Sequence[memoryview]) -> bytes:
     """16 bytes over an expert's identity and data."""
     digest = hashlib.blake2b(QUESTION.pack(bank, expert), digest_size=16)
@@ -66,45 +55,7 @@ def checksum(bank: int, expert: int, parts: Sequence[memoryview]) -> bytes:
     return digest.digest()
 
 
-def shake_hands(
-    sock: socket.socket, handshake: ConnectorHandshake | ListenerHandshake, timeout_s: float
-) -> None:
-    """Run a handshake on a blocking socket.
-
-    Raises ``HandshakeError`` when the peer is not one of ours, ``OSError`` when it is gone or slow.
-    """
-    deadline = time.monotonic() + timeout_s
-    if isinstance(handshake, ConnectorHandshake):
-        sock.sendall(handshake.start())
-    while not handshake.done:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the handshake was not finished in time")
-        sock.settimeout(left)
-        data = sock.recv(_READ_BYTES)
-        if not data:
-            raise ConnectionError("closed the connection during the handshake")
-        answer = handshake.feed(data)
-        if answer:
-            sock.sendall(answer)
-
-
-def receive_exactly(sock: socket.socket, view: memoryview) -> None:
-    """Fill ``view``. Raises ``ConnectionError`` at the end of the stream, ``TimeoutError``."""
-    done = 0
-    while done < len(view):
-        count = sock.recv_into(view[done:])
-        if not count:
-            raise ConnectionError("closed the connection")
-        done += count
-
-
 def check_length(peer: str, found: int, expected: int) -> None:
     """Raises ``ProtocolError`` unless an answer is as long as it must be."""
     if found != expected:
         raise ProtocolError(f"{peer} announces {found} bytes of an expert: must be {expected}")
-
-
-def lost(peer: str, err: OSError) -> PeerLostError:
-    """The error for a connection that broke."""
-    return PeerLostError(peer, str(err) or type(err).__name__)
