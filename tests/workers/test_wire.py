@@ -65,6 +65,7 @@ def test_request_with_everything_set_survives_the_wire() -> None:
             aux=True,
         ),
         prompt_embeds=PromptEmbeds(2, b"x" * 24),
+        kv_peer="attention-1",
     )
     message = pb.EngineRequest.FromString(request_to_wire(request).SerializeToString())
     assert request_from_wire(message) == request
