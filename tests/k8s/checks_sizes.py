@@ -22,7 +22,7 @@ from cluster.errors import ConfigError
 from cluster.model_source import ModelSource
 from cluster.node_labels import Place
 from cluster.resources import NodeResources
-from cluster.sizing_guide import best_layout
+from cluster.sizing_guide import Layout, best_layout
 from cluster.start_plan import StartPlan, plan_start
 from cluster.topology import Member
 from tests.k8s.checks_network import WORKERS
@@ -220,6 +220,11 @@ def memory(m: Manifests) -> Iterator[str]:
             yield f"{name}: {room_s} s to load {each * share:.3g} bytes"
 
 
+@functools.cache
+def _best(model: str, num_nodes: int) -> Layout:
+    return best_layout(known_model(model), H100_NODE, num_nodes)
+
+
 def guide(m: Manifests) -> Iterator[str]:
     """Workers of a public model are those of the sizing guide, for GPUs of 80 GB."""
     workers = ask(m).config.workers
@@ -227,7 +232,7 @@ def guide(m: Manifests) -> Iterator[str]:
     if not model:
         return
     gpus = sum(m.group(name).limit("nvidia.com/gpu") * m.group(name).replicas for name in WORKERS)
-    best = best_layout(known_model(model), H100_NODE, int(gpus) // GPUS_PER_NODE)
+    best = _best(model, int(gpus) // GPUS_PER_NODE)
     wanted = (best.num_attention, best.num_experts, best.num_redundant)
     found = (
         workers.num_attention_ranks,

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import re
@@ -39,6 +40,11 @@ def render(overlay: str, root: Path = K8S) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@functools.cache
+def _parsed(overlay: str, root: Path) -> list[dict[str, Any]]:
+    return [d for d in yaml.load_all(render(overlay, root), yaml.CSafeLoader) if d is not None]
 
 
 def quantity(text: object) -> float:
@@ -123,7 +129,7 @@ class Manifests:
     @classmethod
     def of(cls, overlay: str, root: Path = K8S) -> Manifests:
         """A fresh copy of an overlay's objects. Raises ``NoKubectl``."""
-        return cls([d for d in yaml.safe_load_all(render(overlay, root)) if d is not None])
+        return cls(copy.deepcopy(_parsed(overlay, root)))
 
     def kind(self, kind: str) -> list[dict[str, Any]]:
         """All objects of a kind."""

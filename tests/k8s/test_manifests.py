@@ -38,8 +38,8 @@ CHECKS: dict[str, Check] = {
     "secrets": checks_sizes.secrets,
     "devices": checks_sizes.devices,
     "memory": checks_sizes.memory,
-    "copies": checks_sizes.copies,
     "guide": checks_sizes.guide,
+    "copies": checks_sizes.copies,
 }
 
 
@@ -111,6 +111,13 @@ def test_what_must_be_changed_is_in_one_file() -> None:
     for path in sorted((K8S / "overlays").rglob("*.yaml")):
         if path.name != "settings.yaml":
             assert not example.search(path.read_text()), path
+
+
+def test_the_table_of_the_readme_has_every_check() -> None:
+    readme = (K8S / "README.md").read_text()
+    _, _, rows = readme.partition("| Check | cpu-kind | gpu-single-node | gpu-multi-node |")
+    named = re.findall(r"^\| ([a-z ]+) \|", rows.partition("\n\n")[0], re.M)
+    assert named == list(CHECKS)
 
 
 def test_label_selectors_are_those_of_kubernetes() -> None:
