@@ -19,6 +19,7 @@ from cluster.topology import Role
 
 Mode = Literal["disaggregated", "colocated", "local", "auto"]
 Device = Literal["auto", "cpu", "cuda"]
+DeviceSpeed = Literal["given", "measured"]
 DType = Literal["auto", "float32", "bfloat16"]
 Transport = Literal["auto", "sockets", "collective"]
 CombineMode = Literal["sum", "per_slot"]
@@ -93,6 +94,9 @@ class WorkersSection:
     """Path of a placement to use instead of the contiguous one."""
     load_profile: str | None = None
     """Path of a load profile to plan the first placement for."""
+    device_speed: DeviceSpeed = "given"
+    """Where the speeds come from that expert load is in proportion to: the labels of the workers'
+    nodes, or each worker measures its own when it has loaded."""
     paced_slot_us: float = 0.0
     """For benchmarks: experts compute nothing and wait so long for each activated slot, and"""
     paced_token_us: float = 0.0
@@ -101,6 +105,7 @@ class WorkersSection:
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, Mode)
         _check_choice("device", self.device, Device)
+        _check_choice("device_speed", self.device_speed, DeviceSpeed)
         at_least_one = (
             ("num_attention_workers", self.num_attention_ranks),
             ("num_expert_workers", 1 if self.mode == "local" else self.num_expert_workers),

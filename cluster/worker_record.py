@@ -99,8 +99,14 @@ class WorkerRecord:
         if self.state is not WorkerState.LOADING:
             raise ProtocolError(f"{self.name} is ready while {self.state.value}")
         self.info.update(frame.info)
+        self._take_speed(frame.info.get("device_speed"))
         self.loaded_bytes = max(self.loaded_bytes, self.total_bytes)
         self.enter(WorkerState.READY)
+
+    def _take_speed(self, speed: object) -> None:
+        """What it has measured counts for more than what its node's label says."""
+        if isinstance(speed, (int, float)) and math.isfinite(speed) and speed > 0:
+            self.member = replace(self.member, speed=float(speed))
 
     def beat(self, frame: Heartbeat, now: float) -> None:
         """A heartbeat came."""

@@ -120,13 +120,13 @@ class FakeCluster:
         member = {"name": worker, "pid": pid, "data_address": f"10.0.0.1:{pid}"}
         self.send(worker, Register(member=member))
 
-    def load_all(self) -> None:
-        """All workers register and have their weights."""
+    def load_all(self, infos: Mapping[str, Mapping[str, object]] | None = None) -> None:
+        """All workers register and have their weights; ``infos``: what some tell besides."""
         for i, member in enumerate(self.members):
             self.register(member.name, pid=1000 + i)
         for member in self.members:
             info = {"max_model_len": 128, "vocab_size": 50} if member.role == "attention" else {}
-            self.send(member.name, WorkerReady(info=info))
+            self.send(member.name, WorkerReady(info={**info, **(infos or {}).get(member.name, {})}))
 
     def join(self, worker: str, highest_step: int = 0, highest_epoch: int = 1) -> None:
         """A worker takes part in the newest generation it was told of."""

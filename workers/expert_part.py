@@ -28,6 +28,7 @@ from workers.experts.peer_source import GIVE_UP, PEER, PacedSource, PeerSource
 from workers.experts.rate_limit import RateLimit
 from workers.experts.slots import ExpertSlots
 from workers.experts.sources import CheckpointSource, ExpertSource
+from workers.experts.speed import blank_bank, slots_per_second
 from workers.experts.weight_client import WeightClient
 from workers.experts.weight_frames import expert_num_bytes
 from workers.experts.weight_server import WeightServer
@@ -111,10 +112,23 @@ class ExpertPart:
         device = self._args.member.device
         self._loader.keep_only([bank.physical_to_logical[device] for bank in placement.banks])
 
-    def facts(self) -> dict[str, int]:
-        """For ``WorkerReady``: slots, and bytes of an expert of the largest bank."""
+    def facts(self) -> dict[str, float]:
+        """For ``WorkerReady``: slots, bytes of an expert of the largest bank, maybe the speed."""
         sizes = (expert_num_bytes(b.spec, b.dtype) for b in self._slots.banks)
-        return {"num_slots": self._args.num_slots, "expert_bytes": max(sizes, default=0)}
+        found: dict[str, float] = {
+            "num_slots": self._args.num_slots,
+            "expert_bytes": max(sizes, default=0),
+        }
+        if self._args.config.workers.device_speed == "measured":
+            found["device_speed"] = self._speed()
+        return found
+
+    def _speed(self) -> float:
+        """Slots a second, of the first bank; nothing else works on the device yet."""
+        bank, filled = self._slots.banks[0], sorted(self._slots.contents(0))
+        if not filled:
+            bank, filled = blank_bank(bank), [0]
+        return slots_per_second(bank, bank.spec, filled, bank.dtype, bank.device)
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters for heartbeats; called on the control thread."""

@@ -133,6 +133,12 @@ OPTIONS = (
         kind=int,
     ),
     _option(
+        "--device-speed",
+        "workers.device_speed",
+        "speed of expert workers: given by the labels of their nodes, or measured (given)",
+        choices=("given", "measured"),
+    ),
+    _option(
         "--enable-eplb",
         "rebalance.enable_eplb",
         "move experts to where the load is while serving; needs spare expert slots (off)",

@@ -28,6 +28,7 @@ from cluster.control_frames import (
     SwitchEpoch,
 )
 from cluster.errors import ConflictError
+from cluster.load_profile import device_loads
 from cluster.load_report import BankCounts, LoadReport
 from cluster.operations import OperationState
 from cluster.placement import ExpertPlacement
@@ -40,8 +41,13 @@ SKEWED = (80, 60, 50, 40, 4, 3, 2, 1)
 EVEN = (30, 30, 30, 30, 30, 30, 30, 30)
 
 
-def make(num_redundant: int = 2, executor: Executor | None = None, **rebalance: Any) -> FakeCluster:
-    """Four expert workers that serve; ``executor`` makes the plans."""
+def make(
+    num_redundant: int = 2,
+    executor: Executor | None = None,
+    serves: bool = True,
+    **rebalance: Any,
+) -> FakeCluster:
+    """Four expert workers, that serve if they are to; ``executor`` makes the plans."""
     config = ClusterConfig(
         model=ModelSection(path="x", served_model_name="x"),
         workers=WorkersSection(num_expert_workers=4, num_redundant_experts=num_redundant),
@@ -49,7 +55,8 @@ def make(num_redundant: int = 2, executor: Executor | None = None, **rebalance: 
         rebalance=RebalanceSection(**{**EAGER, **rebalance}),
     )
     cluster = FakeCluster(1, 4, num_redundant=num_redundant, config=config, executor=executor)
-    cluster.serve()
+    if serves:
+        cluster.serve()
     cluster.rows = 0  # type: ignore[attr-defined]
     cluster.counts = np.zeros(8, dtype=np.int64)  # type: ignore[attr-defined]
     return cluster
@@ -217,3 +224,25 @@ def test_a_switch_that_nobody_here_ordered_leads_to_a_new_generation() -> None:
     assert order is not None
     assert order.generation["number"] == 2
     assert ExpertPlacement.from_dict(order.placement) == replace(before, epoch=7)
+
+
+def test_the_speeds_that_workers_measure_count() -> None:
+    cluster = make(1, enable_eplb=False, serves=False)
+    cluster.load_all({f"expert-{i}": {"device_speed": s} for i, s in enumerate((1.5, 1, 1, 1))})
+    cluster.join_all()
+    assert [m.speed for m in cluster.controller.generation.experts] == [1.5, 1.0, 1.0, 1.0]
+    window(cluster, EVEN)
+    cluster.controller.rebalancing.begin(RebalanceOrder(), cluster.now)
+    obey(cluster)
+    for bank in cluster.controller.placement.banks:
+        loads = device_loads(bank, EVEN)
+        assert loads[0] == pytest.approx(1.5 * loads[1], rel=0.1)
+        assert loads[1:] == pytest.approx((loads[1],) * 3, rel=0.1)
+
+
+@pytest.mark.parametrize("speed", [0.0, -1.0, float("nan"), "fast", None])
+def test_a_speed_that_is_none_is_not_believed(speed: object) -> None:
+    cluster = make(1, serves=False)
+    cluster.load_all({"expert-0": {"device_speed": speed}})
+    cluster.join_all()
+    assert {m.speed for m in cluster.controller.generation.experts} == {1.0}
