@@ -66,11 +66,12 @@ def secrets(m: Manifests) -> Iterator[str]:
         if found["kind"] == "Secret":
             yield f"Secret/{found['metadata']['name']}: is in the manifests"
         yield from _clear_text(found, found["kind"])
-    if m.cluster["spec"].get("authOptions") != {"mode": "token"}:
+    is_open = m.engine.get("allow-unauthenticated") is True
+    if m.cluster["spec"].get("authOptions") != {"mode": "token"} and not is_open:
         yield "RayCluster: Ray asks for no token"
     if "api-key" in m.engine:
         yield "engine.yaml: an API key in clear"
-    if "api-key-file" not in m.engine and not m.engine.get("allow-unauthenticated"):
+    if "api-key-file" not in m.engine and not is_open:
         yield "engine.yaml: neither keys nor the word that none are wanted"
 
 
