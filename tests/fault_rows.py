@@ -64,6 +64,11 @@ class Played:
     """Longest time after the fault in which a stream had no news."""
 
 
+_NUM_TRIES = 8
+_STUCK_S = 3.0
+"""Time without a committed step, of some heartbeats, after which one waits for a frozen worker."""
+
+
 def row_config(
     num_attention: int,
     num_experts: int,
@@ -123,11 +128,12 @@ def play(
 def play_until_retried(
     cluster: ServingCluster, form: Form, draw: random.Random, fault: Callable[[], object]
 ) -> Played:
-    """``play``, again when the fault fell into the short time between two steps.
+    """``play``, again when the fault fell into the time between two steps, or after a worker's
+    last part in one.
 
     Each time the cluster is whole again before.
     """
-    for _ in range(4):
+    for _ in range(_NUM_TRIES):
         cluster.wait(lambda snapshot: snapshot["state"] == "SERVING")
         played = play(cluster, form, draw, fault)
         if played.num_retried:
@@ -139,6 +145,23 @@ def play_until_retried(
 def kill(cluster: ServingCluster, name: str) -> None:
     """``kill -9`` of a worker of a ``RayCluster``."""
     os.kill(cluster.worker(name)["pid"], signal.SIGKILL)
+
+
+def kill_in_a_step(cluster: ServingCluster, name: str) -> None:
+    """``kill -9`` of a worker that a step waits for: it stands still before, and no step ends."""
+    pid = cluster.worker(name)["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    known, since = num_steps(cluster), time.monotonic()
+    while time.monotonic() - since < _STUCK_S:
+        cluster._call("wait_snapshot", cluster.snapshot()["version"], _STUCK_S / 10)
+        if (now := num_steps(cluster)) != known:
+            known, since = now, time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+
+
+def num_steps(cluster: ServingCluster) -> float:
+    """Steps that were committed, as the last heartbeats tell."""
+    return sum(float(w["stats"].get("steps_total", 0.0)) for w in cluster.snapshot()["workers"])
 
 
 def kill_any(cluster: ServingCluster, role: str, draw: random.Random, count: int = 1) -> None:

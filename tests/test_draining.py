@@ -60,6 +60,7 @@ def wait_operation(cluster: ServingCluster, operation_id: str) -> dict[str, Any]
 
 def drain(cluster: ServingCluster, worker: str) -> dict[str, Any]:
     """Drain a worker; the operation, which must succeed."""
+    cluster.snapshot(fresh=True)  # so that it knows of the requests that are to be moved
     operation = wait_operation(cluster, begin_drain(cluster, worker)["id"])
     assert operation["state"] == "SUCCEEDED", operation
     assert cluster.worker(worker)["state"] == "DRAINED"
@@ -86,6 +87,30 @@ def test_drained_workers_leave_no_trace_in_the_answers() -> None:
         assert not [c for c in causes if c.startswith("lost")]
         assert isinstance(cluster, ThreadCluster)
         assert not {"attention-0", "expert-1"} & set(cluster.group.runtimes)
+
+
+@pytest.mark.slow
+def test_a_drain_goes_on_when_the_controller_dies() -> None:
+    """A worker of each pool; no request fails, none is moved twice."""
+    cluster = ThreadCluster(row_config(2, 3))
+    done: list[dict[str, Any]] = []
+    with serving(cluster):
+
+        def fault() -> None:
+            for worker in ("attention-0", "expert-1"):
+                begun = begin_drain(cluster, worker)
+                cluster.crash_controller()
+                cluster.adopt()
+                done.append(wait_operation(cluster, begun["id"]))
+
+        play(cluster, SMALL, random.Random(8), fault)
+        assert [operation["state"] for operation in done] == ["SUCCEEDED"] * 2, done
+        snapshot = cluster.wait(lambda s: s["state"] == "SERVING")
+        states = {w["name"]: w["state"] for w in snapshot["workers"]}
+        assert (states["attention-0"], states["expert-1"]) == ("DRAINED", "DRAINED")
+        assert (states["attention-0.2"], states["expert-1.2"]) == ("SERVING", "SERVING")
+        assert snapshot["term"] == 3
+        assert not [e for e in snapshot["history"] if e["cause"].startswith("lost")]
 
 
 def wait_gone(pid: int) -> None:
@@ -141,13 +166,14 @@ def test_a_signal_to_a_worker_drains_it(local_ray: None, form: Form) -> None:
                 os.kill(pid, signal.SIGTERM)
 
         play(cluster, form, random.Random(6), fault)
-        (begun,) = cluster._call("operations")
-        operation = wait_operation(cluster, begun["id"])
-        assert operation["state"] == "SUCCEEDED", operation
-        assert operation["target"] == "attention-1 and expert-2"
         for pid in pids:
             wait_gone(pid)
-        assert operation["generation"] > 1
+        begun = cluster._call("operations")  # one, unless a signal was followed much later
+        ended = [wait_operation(cluster, operation["id"]) for operation in begun]
+        assert {operation["state"] for operation in ended} == {"SUCCEEDED"}, ended
+        targets = " and ".join(operation["target"] for operation in ended)
+        assert sorted(targets.split(" and ")) == ["attention-1", "expert-2"]
+        assert all(operation["generation"] > 1 for operation in ended)
 
 
 def restart_all(cluster: ServingCluster) -> list[str]:

@@ -25,6 +25,7 @@ from tests.fault_rows import (
     check_replaced,
     kill,
     kill_any,
+    kill_in_a_step,
     play,
     play_until_retried,
     row_config,
@@ -123,3 +124,29 @@ def test_the_checkpoint_is_gone(form: Form, tmp_path: Path) -> None:
         play(cluster, form, draw, fault)
         history = check_replaced(cluster)["history"]
         assert any("model.safetensors" in entry["cause"] for entry in history)
+
+
+@pytest.mark.slow
+def test_copies_serve_on_without_the_checkpoint(tmp_path: Path) -> None:
+    """No weight is read for that; a worker for the empty place says what it lacks."""
+    here = tmp_path / "checkpoint"
+    shutil.copytree(bundled_checkpoint(), here)
+    config = row_config(1, 3, num_redundant=22)
+    config = replace(config, model=replace(config.model, path=str(here)))
+    with serving(RayCluster(config)) as cluster:
+
+        def fault() -> None:
+            here.rename(tmp_path / "away")
+            kill_in_a_step(cluster, "expert-1")
+
+        played = play(cluster, FULL, random.Random(7), fault)
+        assert played.num_retried > 0
+        snapshot = cluster.wait(lambda s: any("left out" in p for p in s["problems"]))
+        assert snapshot["state"] == "DEGRADED"
+        assert snapshot["experts_complete"]
+        (problem,) = snapshot["problems"]
+        assert problem.startswith("expert-1 is left out: died 3 times while starting")
+        assert "checkpoint: no such folder" in problem
+        assert str(here) not in problem
+        loads = [entry for entry in snapshot["history"] if " loads " in entry["effect"]]
+        assert loads == []

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import pytest
 
 from cluster.config import EngineSection
 from cluster.model_source import bundled_checkpoint
-from tests.fault_rows import FORMS, Form
+from tests.fault_rows import FORMS, FULL, Form
 from workers.local_engine import LocalEngine
 from workers.request import SamplingParams
 
@@ -101,6 +102,15 @@ class Hosts:
         """Drop all its frames from now on, without a sign to anybody."""
         self.run("mute", host)
 
+    def power_off(self, host: str) -> None:
+        """All its processes are gone, and no frame tells anybody."""
+        self.run("poweroff", host)
+
+    def boot(self, host: str) -> None:
+        """It comes back, empty, and joins Ray again."""
+        self.run("boot", host)
+        self.run("ray-node", host)
+
     def start(self, host: str, *words: str, log: Path) -> subprocess.Popen[str]:
         """Start a program on a host, in a process group of its own."""
         with log.open("w") as errors:
@@ -122,8 +132,9 @@ class Hosts:
         return parsed
 
 
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[Hosts]:
+@contextmanager
+def three_hosts() -> Iterator[Hosts]:
+    """With Ray on each."""
     if reason := why_not():
         pytest.skip(reason)
     with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
@@ -136,10 +147,9 @@ def hosts() -> Iterator[Hosts]:
             made.run("down")
 
 
-@pytest.fixture(scope="module")
-def url(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A served cluster with a worker on each host, where each expert has two copies."""
-    log = tmp_path_factory.mktemp("served") / "serve.log"
+@contextmanager
+def served_on(hosts: Hosts, log: Path) -> Iterator[str]:
+    """A served cluster with a worker on each host, where each expert has two copies; its URL."""
     words = ["-m", "cluster.cli.main", "serve", "--address", f"{HEAD}:6379", "--host", HEAD]
     words += ["--allow-unauthenticated", "--dtype", "float32", "--deterministic"]
     words += ["--num-redundant-experts", "64", "--detection-limit-s", f"{DETECTION_LIMIT_S:g}"]
@@ -152,6 +162,18 @@ def url(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.communicate(timeout=TIMEOUT_S)
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    with three_hosts() as hosts:
+        yield hosts
+
+
+@pytest.fixture(scope="module")
+def url(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with served_on(hosts, tmp_path_factory.mktemp("served") / "serve.log") as url:
+        yield url
 
 
 @dataclass(slots=True)
@@ -188,6 +210,36 @@ def stream(hosts: Hosts, url: str, log: Path, form: Form, then: Callable[[], Non
     assert set(found.reasons.values()) == {"length"}
     assert {len(tokens) for tokens in found.tokens.values()} == {form.num_tokens}
     return found
+
+
+@pytest.mark.slow
+def test_a_host_that_is_powered_off_costs_no_stream_and_is_made_good(tmp_path: Path) -> None:
+    """Nobody is told of its end. When it is back, a new worker takes the empty place.
+
+    First of all: hosts of its own, before those that the others share.
+    """
+    log = tmp_path / "clients.log"
+    with three_hosts() as hosts, served_on(hosts, tmp_path / "serve.log") as url:
+
+        def status() -> dict[str, Any]:
+            return hosts.fetch("h0", f"{url}/cluster/v1/status")
+
+        gone = next(w for w in status()["workers"] if w["role"] == "expert" and w["node"] != HEAD)
+        host = f"h{int(gone['node'].rpartition('.')[2]) - 10}"
+        calm = stream(hosts, url, log, FULL, lambda: None)
+        hit = stream(hosts, url, log, FULL, lambda: hosts.power_off(host))
+        assert hit.tokens == calm.tokens
+        print(f"longest gap {hit.longest_gap_s:.2f} s, limit {DETECTION_LIMIT_S:g} s")
+        found = status()
+        assert {w["name"]: w["state"] for w in found["workers"]}[gone["name"]] == "LOST"
+        assert found["state"] == "DEGRADED"
+        assert found["experts_complete"]
+        hosts.boot(host)
+        deadline = time.monotonic() + TIMEOUT_S
+        while (found := status())["state"] != "SERVING":
+            assert time.monotonic() < deadline, found
+            time.sleep(0.5)
+        assert stream(hosts, url, log, FULL, lambda: None).tokens == calm.tokens
 
 
 def test_three_hosts_answer_with_the_local_engines_tokens(hosts: Hosts, url: str) -> None:

@@ -1,0 +1,269 @@
+"""Two gateway replicas behind one port each for HTTP and gRPC: one dies, or stands still."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import httpx
+import psutil
+import pytest
+
+from cluster.orphans import find_by_files
+from protos import admin_pb2
+from protos.admin_pb2_grpc import AdminStub
+from protos.inference_pb2_grpc import InferenceStub
+from tests.distributed import free_ports
+from tests.fault_rows import stopped
+from tests.gateway.test_grpc import request_of
+from tests.served.server import WAIT_S, Served, parse_address, running_server
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+NUM_TOKENS = 1000
+NUM_STREAMS = 6
+"""Of each protocol."""
+MOST_CHANNELS = 60
+"""Until both replicas have some: the kernel gives out connections at random."""
+DETECTION_LIMIT_S = 10.0
+_POLL_S = 0.05
+
+
+@dataclass(slots=True)
+class Stream:
+    """What one client got."""
+
+    tokens: list[int] = field(default_factory=list)
+    is_done: bool = False
+    """It came to its end."""
+    error: str = ""
+    """How it broke: an HTTP client's error, or a gRPC code."""
+    began: threading.Event = field(default_factory=threading.Event)
+    """The first token came, or the end."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    words = ["--num-gateway-replicas", "2", "--deterministic"]
+    words += ["--detection-limit-s", f"{DETECTION_LIMIT_S:g}"]
+    admin_http, admin_grpc = free_ports(2)
+    words += ["--admin-port", str(admin_http), "--admin-grpc-port", str(admin_grpc)]
+    with running_server(tmp_path_factory.mktemp("state"), *words) as server:
+        yield server
+        server.wait_idle()
+
+
+def replicas(server: Served) -> list[int]:
+    """Processes of the gateway replicas that live."""
+    found = [psutil.Process(p.pid) for p in find_by_files(server.folder)]
+    names = [(p.pid, p.cmdline()[:1]) for p in found]
+    return sorted(pid for pid, name in names if name and "ServeReplica:expertmesh" in name[0])
+
+
+def wait_replicas(server: Served, without: int = 0) -> list[int]:
+    """Until two replicas live and answer, none of them the given process."""
+    deadline = time.monotonic() + WAIT_S
+    seen: set[int] = set()
+    while True:
+        pids = [pid for pid in replicas(server) if pid != without]
+        gateways = server.status()["gateway"]
+        seen |= {int(g["pid"]) for g in gateways}
+        if len(pids) == 2 and set(pids) <= seen:
+            return pids
+        assert time.monotonic() < deadline, (pids, seen)
+        time.sleep(_POLL_S)
+
+
+def test_replicas_share_their_ports(server: Served) -> None:
+    """The admin ports too, where they were asked for: each replica answers there."""
+    pids = wait_replicas(server)
+    status = server.status()["gateway"][0]
+    admin_grpc, admin_http = status["admin_grpc"], status["admin_http"]
+    missing = set(pids)
+    with ExitStack() as stack:
+        for _ in range(MOST_CHANNELS):
+            channel = grpc.insecure_channel(admin_grpc, (("grpc.use_local_subchannel_pool", 1),))
+            stub = AdminStub(stack.enter_context(channel))
+            found = stub.ListWorkers(admin_pb2.ListWorkersRequest(), timeout=WAIT_S)
+            assert len(found.workers) == 3
+            missing -= {p for p in missing if num_connections(p, parse_address(admin_grpc)[1])}
+            if not missing:
+                break
+        assert not missing
+    missing = set(pids)
+    for _ in range(MOST_CHANNELS):
+        with httpx.Client(base_url=f"http://{admin_http}", timeout=WAIT_S) as client:
+            assert client.get("/admin/v1/operations").status_code == 200
+            missing -= {p for p in missing if num_connections(p, parse_address(admin_http)[1])}
+        if not missing:
+            break
+    assert not missing
+
+
+def read_http(server: Served, stream: Stream) -> None:
+    """One completion over HTTP, on a connection of its own."""
+    body = {
+        "prompt": "ROMEO:",
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    try:
+        with (
+            httpx.Client(base_url=server.http, timeout=WAIT_S) as client,
+            client.stream("POST", "/v1/completions", json=body) as response,
+        ):
+            assert response.status_code == 200, response.read()
+            for line in response.iter_lines():
+                take_event(stream, line)
+    except httpx.TransportError as err:
+        stream.error = type(err).__name__
+    finally:
+        if not stream.is_done:
+            stream.error = stream.error or "ended early"
+        stream.began.set()
+
+
+def take_event(stream: Stream, line: str) -> None:
+    """A line of server-sent events."""
+    if line == "data: [DONE]":
+        stream.is_done = True
+    elif line.startswith("data: "):
+        event: dict[str, Any] = json.loads(line[6:])
+        if "error" in event:
+            stream.error = event["error"]["code"]
+            return
+        stream.tokens += event["choices"][0].get("token_ids") or []
+        stream.began.set()
+
+
+def read_grpc(server: Served, stream: Stream) -> None:
+    """One generation over gRPC, on a connection of its own."""
+    wanted = {"max_tokens": NUM_TOKENS, "temperature": 0.0, "ignore_eos": True}
+    options = (("grpc.use_local_subchannel_pool", 1),)
+    try:
+        with grpc.insecure_channel(server.grpc, options=options) as channel:
+            request = request_of(text="ROMEO:", sampling_params=wanted)
+            for chunk in InferenceStub(channel).GenerateStream(request, timeout=WAIT_S):
+                stream.tokens += chunk.token_ids
+                stream.began.set()
+        stream.is_done = True
+    except grpc.RpcError as err:
+        stream.error = err.code().name
+    finally:
+        stream.began.set()
+
+
+class Clients:
+    """Streams over both protocols, in threads."""
+
+    def __init__(self, server: Served, pool: ThreadPoolExecutor) -> None:
+        self.http: list[Stream] = []
+        self.grpc: list[Stream] = []
+        self._server = server
+        self._pool = pool
+        self._threads: list[Future[None]] = []
+
+    def begin(self, pids: list[int]) -> None:
+        """Open them, so many that each of these replicas has some; returns when all flow."""
+        for _ in range(NUM_STREAMS):
+            self._open(read_http, self.http)
+            self._open(read_grpc, self.grpc)
+        port = parse_address(self._server.grpc)[1]
+        while not all(num_connections(pid, port) for pid in pids):
+            assert len(self.grpc) < MOST_CHANNELS
+            self._open(read_grpc, self.grpc)
+
+    def finish(self) -> None:
+        """Wait for all their ends."""
+        for thread in self._threads:
+            thread.result(WAIT_S)
+
+    def _open(self, read: Callable[[Served, Stream], None], streams: list[Stream]) -> None:
+        stream = Stream()
+        streams.append(stream)
+        self._threads.append(self._pool.submit(read, self._server, stream))
+        assert stream.began.wait(WAIT_S)
+
+
+def num_connections(pid: int, port: int) -> int:
+    """Clients of a process's port."""
+    found = psutil.Process(pid).net_connections("tcp")
+    return sum(c.status == psutil.CONN_ESTABLISHED and c.laddr.port == port for c in found)
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(NUM_STREAMS + MOST_CHANNELS) as pool:
+        yield pool
+
+
+@pytest.fixture
+def expected(server: Served) -> list[int]:
+    """What every stream says where nothing happens."""
+    stream = Stream()
+    read_grpc(server, stream)
+    assert stream.is_done
+    assert len(stream.tokens) == NUM_TOKENS
+    return stream.tokens
+
+
+def check(clients: Clients, expected: list[int]) -> int:
+    """Each stream is whole, or broke with an error that a client may try again; how many broke."""
+    for stream in (*clients.http, *clients.grpc):
+        if stream.is_done:
+            assert stream.tokens == expected
+        else:
+            assert stream.tokens == expected[: len(stream.tokens)]
+    broken = [s.error for s in clients.grpc if not s.is_done]
+    assert set(broken) <= {"UNAVAILABLE"}
+    assert len(broken) < len(clients.grpc), "the other replica had some"
+    return len(broken)
+
+
+def test_a_killed_replica_breaks_its_streams_and_no_others(
+    server: Served, pool: ThreadPoolExecutor, expected: list[int]
+) -> None:
+    pids = wait_replicas(server)
+    clients = Clients(server, pool)
+    clients.begin(pids)
+    os.kill(pids[0], signal.SIGKILL)
+    clients.finish()
+    assert check(clients, expected) > 0
+    server.wait_idle()
+    again = Clients(server, pool)
+    again.begin(wait_replicas(server, pids[0]))  # another one has come in its place
+    again.finish()
+    assert all(stream.is_done for stream in (*again.http, *again.grpc))
+    check(again, expected)
+    assert server.status()["generation"] == 1
+
+
+def test_a_replica_that_stands_still_holds_up_nobody_else(
+    server: Served, pool: ThreadPoolExecutor, expected: list[int]
+) -> None:
+    """The engine gives its requests up; when it wakes up, it goes on with them, or is gone."""
+    pids = wait_replicas(server)
+    clients = Clients(server, pool)
+    before = server.engine()["choices_abort_total"]
+    clients.begin(pids)
+    with stopped(pids[0]):
+        server.wait_engine("choices_abort_total", before + 1)
+        server.wait_idle()
+        done = [s.is_done for s in (*clients.http, *clients.grpc)]
+        assert 0 < sum(done) < len(done)
+    clients.finish()
+    check(clients, expected)
+    server.wait_idle()
+    assert server.status()["generation"] == 1
