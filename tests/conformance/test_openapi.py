@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx
 import jsonschema
 import pytest
 from starlette.routing import Route
 
-from gateway.http_api import HttpApi
+from gateway.http_api import HttpApi, build_http_app
 from gateway.openapi import ENDPOINTS, document
 from tests.gateway.sse_client import read_events
 from tests.gateway.stack import MODEL, Stack
@@ -82,6 +83,17 @@ def test_the_document_names_every_route_and_no_other(stack: Stack) -> None:
     assert reached == json.loads(json.dumps(document("")))
     assert reached["servers"] == [{"url": "/"}]
     assert document("/some/prefix")["servers"] == [{"url": "/some/prefix"}]
+
+
+def test_the_document_is_served_under_a_prefix(stack: Stack) -> None:
+    async def read(prefix: str) -> Any:
+        transport = httpx.ASGITransport(build_http_app(stack.gateway), root_path=prefix)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return (await client.get(f"{prefix}/openapi.json")).json()
+
+    prefix = "/some/prefix"
+    assert stack.run(read(prefix))["servers"] == [{"url": prefix}]
+    assert stack.run(read(""))["servers"] == [{"url": "/"}]
 
 
 @pytest.mark.parametrize(("path", "body"), GOOD)
