@@ -261,8 +261,12 @@ def test_a_replica_that_stands_still_holds_up_nobody_else(
     with stopped(pids[0]):
         server.wait_engine("choices_abort_total", before + 1)
         server.wait_idle()
-        done = [s.is_done for s in (*clients.http, *clients.grpc)]
-        assert 0 < sum(done) < len(done)
+        streams = (*clients.http, *clients.grpc)
+        deadline = time.monotonic() + WAIT_S
+        while not any(stream.is_done for stream in streams):
+            assert time.monotonic() < deadline
+            time.sleep(_POLL_S)
+        assert not all(stream.is_done for stream in streams)
     clients.finish()
     check(clients, expected)
     server.wait_idle()
