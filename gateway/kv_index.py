@@ -96,17 +96,18 @@ class KvIndex:
         look, found = self._holders.get, dict[str, int]()
         have, depth = self._everyone, 0
         while have and depth < len(hashes):
-            part = hashes[depth : depth + _LEAP]
-            if look(part[-1], 0) & have != have:
-                for name in part:  # somebody's blocks end here
-                    still = look(name, 0) & have
-                    if still != have:
-                        self._note(have ^ still, depth, found)
-                        have = still
-                    depth += 1
-            else:
-                depth += len(part)
-        self._note(have, depth, found)
+            if look(hashes[min(depth + _LEAP, len(hashes)) - 1], 0) & have == have:
+                depth += _LEAP
+                continue
+            for place, name in enumerate(hashes[depth : depth + _LEAP], depth):
+                still = look(name, 0) & have
+                if still != have:  # somebody's blocks end here
+                    if place:
+                        self._note(have ^ still, place, found)
+                    have = still
+            depth += _LEAP
+        if hashes:
+            self._note(have, len(hashes), found)
         return found
 
     def best_holder(self, hashes: Sequence[bytes], matches: Mapping[str, int]) -> tuple[str, int]:
@@ -131,7 +132,7 @@ class KvIndex:
     def _note(self, workers: int, depth: int, found: dict[str, int]) -> None:
         """Note a depth for each of these bits."""
         names = self._names
-        while workers and depth:
+        while workers:
             bit = workers & -workers
             found[names[bit]] = depth
             workers ^= bit

@@ -145,7 +145,9 @@ def _best_with_fetches(
     missing = MISSING_WEIGHT * (prompt_tokens - peer.tokens)
     least = min(costs)
     best: list[WorkerLoad] = []
-    for i in sorted(range(len(loads)), key=waits.__getitem__):
+    limit = least - missing
+    able = [i for i, wait in enumerate(waits) if wait <= limit]  # no other can do better
+    for i in sorted(able, key=waits.__getitem__):
         if waits[i] + missing > least:
             break  # so it is for all that follow
         own = known.get(loads[i].name, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -149,6 +150,11 @@ def test_the_gateway_sends_to_an_idle_worker_which_fetches(cluster: ThreadCluste
         assert cached == 0
         assert await front.serve([*prompt, 5]) == (home, CACHED)
         (busy,) = [client for client in front.pool.clients if client.worker == home]
+        (idle,) = [client for client in front.pool.clients if client is not busy]
+        deadline = time.monotonic() + TIMEOUT_S
+        while idle.load.fetch_cost > 1:  # comes after the hello
+            assert time.monotonic() < deadline, "the cost never came"
+            await asyncio.sleep(0.005)
         busy.load.queued_tokens += 10_000  # as if long prompts waited there
         worker, cached = await front.serve([*prompt, 6])
         assert worker != home

@@ -15,6 +15,7 @@ from gateway.engine_pool import EnginePool
 from gateway.router import RoutingPolicy
 from tests.engine_stream import TIMEOUT_S, TOKEN
 from tests.serving_cluster import ThreadCluster, make_config, serving
+from workers.prefix_hash import prompt_hashes
 from workers.request import Request, SamplingParams, TokenOutput
 
 NUM_BLOCKS = 6
@@ -49,27 +50,42 @@ class QueueSink:
 class Front:
     """An ``EnginePool`` over all attention workers of a cluster."""
 
-    def __init__(self, cluster: ThreadCluster, policy: RoutingPolicy) -> None:
-        self.pool = EnginePool(TOKEN, "gateway", policy)
+    def __init__(
+        self, cluster: ThreadCluster, policy: RoutingPolicy, name: str = "gateway"
+    ) -> None:
+        self.pool = EnginePool(TOKEN, name, policy)
+        self._name = name
         self._workers = cluster.snapshot()["workers"]
         self._number = 0
 
-    async def start(self) -> None:
-        """Open the streams."""
+    async def start(self, without: str = "") -> None:
+        """Open the streams; drop the one to a worker that is gone."""
         ends = [
             AttentionEndpoint(w["name"], w["engine_address"], w["pid"])
             for w in self._workers
-            if w["role"] == "attention"
+            if w["role"] == "attention" and w["name"] != without
         ]
         self.pool.update(ends)
         while len(self.pool.clients) < len(ends):
             await self.pool.wait_change(TIMEOUT_S)
 
+    async def learn(self, prompt: list[int], count: int) -> None:
+        """Wait until the index has this many blocks of a prompt: news may come after an answer."""
+        request = Request(request_id="", prompt=tuple(prompt), params=PARAMS)
+        names = prompt_hashes(request, BLOCK, None)
+        end = asyncio.get_running_loop().time() + TIMEOUT_S
+        while max(self.pool._kv.matches(names).values(), default=0) < count:
+            assert asyncio.get_running_loop().time() < end, "the news never came"
+            await asyncio.sleep(0.005)
+
     async def serve(self, prompt: list[int], salt: str = "") -> tuple[str, int]:
         """Serve one request: who did, and how many tokens were cached there."""
         self._number += 1
         request = Request(
-            request_id=f"r{self._number}", prompt=tuple(prompt), params=PARAMS, cache_salt=salt
+            request_id=f"{self._name}-{self._number}",
+            prompt=tuple(prompt),
+            params=PARAMS,
+            cache_salt=salt,
         )
         sink = QueueSink()
         entry = self.pool.assign(request, sink, asyncio.get_running_loop().time() + TIMEOUT_S)
@@ -145,6 +161,46 @@ def test_missed_events_are_asked_for(cluster: ThreadCluster) -> None:
         homes += [(await front.serve(prompt))[0] for prompt in prompts[1:]]
         for prompt, home in zip(prompts, homes, strict=True):
             assert await front.serve([*prompt, 5]) == (home, NUM_BLOCKS * BLOCK)
+        await front.pool.stop()
+
+    cluster._thread.run(work())
+
+
+def test_replicas_know_what_was_computed_for_others(cluster: ThreadCluster) -> None:
+    """A chat stays where its prefix is, whichever replica takes its turn."""
+    fronts = [Front(cluster, RoutingPolicy.KV, name) for name in ("one", "other")]
+
+    async def work() -> None:
+        for front in fronts:
+            await front.start()
+        homes = []
+        for turn in range(4):
+            front = fronts[turn % 2]
+            for number, prompt in enumerate(chats(4)):
+                await front.learn(prompt, NUM_BLOCKS if turn else 0)
+                worker, cached = await front.serve(prompt + [turn] * BLOCK * turn)
+                homes += [worker] if not turn else []
+                assert (worker, cached >= NUM_BLOCKS * BLOCK) == (homes[number], turn > 0)
+        for front in fronts:
+            await front.pool.stop()
+
+    cluster._thread.run(work())
+
+
+def test_blocks_of_a_worker_that_left_are_forgotten(cluster: ThreadCluster) -> None:
+    front = Front(cluster, RoutingPolicy.KV)
+
+    async def work() -> None:
+        await front.start()
+        (prompt, *_) = chats(5)
+        home, _ = await front.serve(prompt)
+        await front.start(without=home)
+        worker, cached = await front.serve([*prompt, 5])
+        assert worker != home
+        assert cached == 0  # nor is it fetched from who is gone
+        await front.start()  # it is back, with its blocks
+        await front.learn(prompt, NUM_BLOCKS)
+        assert (await front.serve([*prompt, 6]))[1] == NUM_BLOCKS * BLOCK
         await front.pool.stop()
 
     cluster._thread.run(work())
