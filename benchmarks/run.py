@@ -35,6 +35,7 @@ NAMES = (
     "idle",
     "load_tracking",
     "reliability",
+    "fuzz",
     "placement",
     "rebalancing",
     "routing",

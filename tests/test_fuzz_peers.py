@@ -1,0 +1,89 @@
+"""Spoilt frames of peers that know the token: the edge or connection ends, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from benchmarks.fuzz_inputs import Mutator
+from cluster.control_frames import (
+    ControlFrame,
+    Heartbeat,
+    LoadProgress,
+    PeerLost,
+    Register,
+    StatusReply,
+    encode,
+)
+from cluster.control_server import ControlServer
+from cluster.errors import PeerLostError
+from tests.cluster.test_control_server import TOKEN, Case, Events
+from tests.workers.dist.mesh import make_hub
+from tests.workers.dist.test_hub import LIMIT_S, exchange, form, until
+from workers.dist.frames import FrameHeader, FrameKind
+
+NUM_FRAMES = 120
+
+
+def test_spoilt_frames_of_a_worker_end_its_edge_at_most() -> None:
+    mutator = Mutator("data plane")
+    home, expert = make_hub("attention", 0), make_hub("expert", 0)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            for number in range(1, NUM_FRAMES + 1):
+                form(pool, number, home, expert)
+                expert.begin_step(1)
+                generation = mutator.random.choice((number, number - 1, number + 1, 2**31))
+                kind = mutator.random.choice(tuple(FrameKind))
+                frame = FrameHeader(kind, generation, mutator.random.randrange(3), length=8)
+                sock = home.edges["expert-0"].sock
+                sock.sendall(mutator.spoil(frame.encode() + b"8 bytes!") + b"tail")
+                sock.shutdown(socket.SHUT_WR)  # whatever it was: the end comes
+                for hub in (expert, home):
+                    with pytest.raises(PeerLostError) as caught:
+                        until(hub, lambda: False)
+                    assert caught.value.peer in ("attention-0", "expert-0")
+            form(pool, NUM_FRAMES + 1, home, expert)
+            expert.begin_step(1)
+            exchange(home, expert, 1, NUM_FRAMES + 1)
+    finally:
+        home.close()
+        expert.close()
+
+
+def good_frames() -> tuple[ControlFrame, ...]:
+    return (
+        Heartbeat(progress=3, idle=False, generation=2, stats={"kv_blocks_free": 1.0}),
+        Register(member={"name": "expert-0", "rank": 0}, info={"threads": 2}),
+        LoadProgress(loaded_bytes=5, total_bytes=9),
+        StatusReply(token=7, stats={"a": 1.0}),
+        PeerLost(worker="expert-1", reason="reset", generation=4),
+    )
+
+
+def test_spoilt_control_frames_end_their_connection_at_most() -> None:
+    mutator = Mutator("control")
+
+    async def main() -> None:
+        events = Events()
+        server = ControlServer(TOKEN, events, handshake_limit_s=LIMIT_S)
+        case = Case(server, events, await server.start("127.0.0.1"))
+        try:
+            for _ in range(NUM_FRAMES):
+                _, writer = await case.admit()
+                frame = mutator.random.choice(good_frames())
+                writer.write(mutator.spoil(encode(frame)))
+                writer.write_eof()
+                worker, _ = await asyncio.wait_for(events.closed.get(), LIMIT_S)
+                assert worker == "expert-0"
+                writer.close()
+            while not events.frames.empty():  # those that were still frames
+                events.frames.get_nowait()
+            await case.still_serves()
+        finally:
+            await server.close()
+
+    asyncio.run(main())
