@@ -166,8 +166,9 @@ def check_followed(cluster: ServingCluster, snapshot: dict[str, Any], num_change
     assert snapshot["generation"] == 1
     assert snapshot["state"] == "SERVING"
     entries = [e for e in snapshot["history"] if e["cause"] == "rebalance"]
-    assert len(entries) >= num_changes
-    assert all("predicted" in e["effect"] for e in entries)
+    done = [e for e in entries if not e["effect"].startswith("failed")]
+    assert len(done) >= num_changes
+    assert all("predicted" in e["effect"] for e in done)
     assert cluster.blocks_in_use() == 0
 
 
@@ -295,15 +296,15 @@ def test_a_move_that_takes_too_long_is_given_up(checkpoint: Path) -> None:
         stream = cluster.stream()
         domains = Domains(stream)
 
-        def has_failed() -> bool:
-            return bool(cluster.snapshot()["rebalance"]["counts"]["outcomes"]["failed"])
+        def given_up() -> list[str]:
+            history = cluster.snapshot()["history"]
+            texts = [e["effect"] for e in history if e["cause"] == "rebalance"]
+            return [t for t in texts if "could not load experts within 0.4 s" in t]
 
-        domains.serve_until(has_failed, changing)
+        domains.serve_until(lambda: bool(given_up()), changing)
         check_placement(cluster)
-        texts = [e["effect"] for e in cluster.snapshot()["history"] if e["cause"] == "rebalance"]
-        given_up = [t for t in texts if "could not load experts within 0.4 s" in t]
-        assert given_up, texts
-        assert given_up[0].endswith("the epoch in force stays")
+        assert given_up()[0].endswith("the epoch in force stays")
+        assert cluster.snapshot()["rebalance"]["counts"]["outcomes"]["failed"]
         domains.serve(0)
         stream.close()
 

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.aside import Aside
 from cluster.control_frames import EpochSwitched, SwitchEpoch
-from cluster.errors import ConflictError
+from cluster.errors import ConfigError, ConflictError
 from cluster.operations import OperationState
 from cluster.rebalance_job import RebalanceOrder
 from tests.cluster.test_rebalancing import (
@@ -230,3 +230,33 @@ def test_what_steps_waited_for_a_switch_is_counted() -> None:
     assert moved["slots"] == status(cluster)["last"]["slots_moved"] > 0
     assert moved["bytes"] == status(cluster)["last"]["bytes"]
     assert moved["seconds"]["count"] == 1
+
+
+class RefusingExecutor(Executor):
+    """No plan can be made, until one can."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = "must be at least num_experts (8) in total"
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+        if self.reason is not None:
+            future.set_exception(ConfigError("num_expert_slots", 6, self.reason))
+        else:
+            future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def test_what_cannot_be_planned_is_told_until_it_can() -> None:
+    refusing = RefusingExecutor()
+    cluster = make(1, executor=refusing)
+    window(cluster, SKEWED)
+    assert "num_expert_slots (6) must be at least" in status(cluster)["problem"]
+    order = cluster.controller.rebalancing.begin(RebalanceOrder(), cluster.now)
+    assert order.state is OperationState.FAILED
+    assert "no placement can be planned: num_expert_slots (6)" in order.message
+    refusing.reason = None
+    window(cluster, SKEWED)
+    obey(cluster)
+    assert status(cluster)["problem"] == ""
+    assert outcomes(cluster)["applied"] == 1
