@@ -7,7 +7,7 @@ import random
 import pytest
 
 from benchmarks.request_trace import BLOCK_TOKENS, TracedRequest, conversations, multi_turn
-from benchmarks.routing import ALONE, FETCHING, TOGETHER, Outcome, Rules, replay
+from benchmarks.routing import ALONE, CASES, FETCHING, TOGETHER, Outcome, Rules, replay, section
 from gateway.router import RoutingPolicy
 
 NEVER_WORSE = {ALONE: 1.1, FETCHING: 1.01, TOGETHER: 1.01}
@@ -61,6 +61,14 @@ def test_chats_gain_much() -> None:
     assert alone.mean_s < 0.6 * by_load.mean_s
     assert together.mean_s < alone.mean_s
     assert together.hit_rate > alone.hit_rate > 2 * by_load.hit_rate
+
+
+def test_the_report_compares_all_cases_and_times_decisions() -> None:
+    text = section(quick=True)
+    assert text.startswith("## Routing, on paper")
+    for name in CASES:
+        assert text.count(f": {name} |") == 3
+    assert "64 workers, 100,000 blocks" in text
 
 
 @pytest.mark.slow
