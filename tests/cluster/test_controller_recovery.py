@@ -75,6 +75,10 @@ def test_survivors_load_the_experts_of_a_lost_worker_while_the_generation_forms(
     (found,) = cluster.controller.snapshot()["recoveries"].values()
     assert (found["count"], found["sum"]) == (1, 0.5)
     assert [count for limit, count in found["buckets"] if limit in (0.2, 0.5)] == [0, 1]
+    moved = cluster.controller.snapshot()["migrations"]["recovery"]
+    assert moved["slots"] == 6
+    assert moved["seconds"]["count"] == 2
+    assert moved["seconds"]["sum"] == pytest.approx(0.5)
 
 
 def test_loads_may_be_done_before_the_last_member_has_answered() -> None:

@@ -117,6 +117,9 @@ def test_only_copies_are_read_by_others_before_their_worker_leaves() -> None:
     cluster.controller.draining.ended(["expert-2"], cluster.now)
     assert operation.state is OperationState.SUCCEEDED
     assert operation.result["experts_copied"] == 4
+    moved = cluster.controller.snapshot()["migrations"]["drain"]
+    assert moved["slots"] == 4
+    assert moved["seconds"]["count"] == 1
 
 
 def test_a_loss_while_experts_are_copied_lets_the_drain_begin_again() -> None:
