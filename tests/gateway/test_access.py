@@ -25,13 +25,15 @@ from tests.gateway.test_grpc import failure, request_of
 
 BODY = {"prompt": "hello", "max_tokens": 4}
 MESSAGE = request_of(text="hello", sampling_params={"max_tokens": 4})
+SELDOM = 0.01
+"""A minute: nothing comes back while a test runs, however slowly."""
 KEYS = [
     {"name": "free", "key": "free"},
-    {"name": "slow", "key": "slow", "requests_per_minute": 1},
-    {"name": "slow-grpc", "key": "slow-grpc", "requests_per_minute": 1},
+    {"name": "slow", "key": "slow", "requests_per_minute": SELDOM},
+    {"name": "slow-grpc", "key": "slow-grpc", "requests_per_minute": SELDOM},
     {"name": "single", "key": "single", "max_concurrent": 1},
-    {"name": "small", "key": "small", "tokens_per_minute": 5},
-    {"name": "small-grpc", "key": "small-grpc", "tokens_per_minute": 5},
+    {"name": "small", "key": "small", "tokens_per_minute": SELDOM},
+    {"name": "small-grpc", "key": "small-grpc", "tokens_per_minute": SELDOM},
 ]
 Metadata = tuple[tuple[str, str], ...]
 

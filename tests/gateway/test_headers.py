@@ -61,7 +61,9 @@ def test_headers_within_the_bounds_are_served(stack: Stack) -> None:
 )
 def test_headers_beyond_the_bounds_are_refused(stack: Stack, data: bytes) -> None:
     received = answer(stack, data)
-    if not received.startswith(b"HTTP/1.1 200"):  # of the first of two, after which it is closed
+    is_cut_off = not received and len(data) > 100_000  # while it was still sending
+    is_first = received.startswith(b"HTTP/1.1 200")  # of two, after which it is closed
+    if not (is_cut_off or is_first):
         status, _, rest = received.partition(b"\r\n")
         assert status == b"HTTP/1.1 431 Request Header Fields Too Large"
         error = json.loads(rest.partition(b"\r\n\r\n")[2])["error"]
