@@ -117,6 +117,10 @@ def test_the_steps_run_in_a_clean_folder(tmp_path: Path) -> None:
     run = [str(tmp_path / "base/bin/python"), "-c", "import cluster.launch as x; print(x.__file__)"]
     done = subprocess.run(run, cwd=image, env=base, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip().startswith(str(tmp_path / "base")), done.stderr
-    plan = [str(tmp_path / "base/bin/expertmesh"), "serve", "--dry-run", "--json"]
-    done = subprocess.run(plan, cwd=image, env=base, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    command = str(tmp_path / "base/bin/expertmesh")
+    for words in (["serve", "--dry-run", "--json"], ["plan", "size", "--guide"]):
+        done = subprocess.run(
+            [command, *words], cwd=image, env=base, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stdout == (ROOT / "docs" / "sizing.md").read_text()
