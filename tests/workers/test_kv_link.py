@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import struct
 import threading
@@ -17,7 +18,7 @@ from torch import Tensor
 from cluster.errors import HandshakeError, PeerLostError, ProtocolError, TransportError
 from tests.engine_stream import TIMEOUT_S, TOKEN
 from workers.dist.handshake import ListenerHandshake, PeerIdentity
-from workers.dist.peer_link import receive_exactly, shake_hands, view_bytes
+from workers.dist.peer_link import connect, receive_exactly, shake_hands, view_bytes
 from workers.kv_link import (
     ANSWER,
     COUNT,
@@ -160,6 +161,32 @@ def test_who_hangs_up_gives_the_blocks_back() -> None:
             )
         assert shelf.is_returned.wait(TIMEOUT_S)
         assert shelf.returned == [([0], 0)]
+
+
+def wait_free(server: KvServer) -> None:
+    """Until all connections are over."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while server._open:
+        assert time.monotonic() < deadline, "a connection is held"
+        time.sleep(0.001)
+
+
+def test_rubbish_ends_one_connection_only() -> None:
+    draw = random.Random(0)
+    shelf = Shelf([torch.zeros(SHAPE)])
+    with closing(KvServer(identity("attention-0"), TOKEN, host="127.0.0.1")) as server:
+        server.start(shelf)
+        host, _, port = server.address.rpartition(":")
+        for _ in range(5):
+            with socket.create_connection((host, int(port)), TIMEOUT_S) as sock:
+                sock.sendall(b"GET / HTTP/1.1\r\n\r\n" + draw.randbytes(draw.randrange(100)))
+                wait_free(server)
+        me = identity("attention-1")
+        for _ in range(30):  # from one that knows the token
+            with connect("attention-0", server.address, me, TOKEN, TIMEOUT_S) as sock:
+                sock.sendall(draw.randbytes(draw.randrange(1, 200)))
+            wait_free(server)
+        assert fetch(asking(server.address), (0,)).keys() == {0}
 
 
 class LyingServer:
