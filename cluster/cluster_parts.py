@@ -9,22 +9,20 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from cluster.config import GatewaySection
-from cluster.errors import ConfigError, ExpertMeshError, StartError
-from cluster.launch_plan import LaunchPlan, check_ports
+from cluster.errors import ExpertMeshError, StartError
+from cluster.joining import JoinedRay, examine, is_deployed
+from cluster.launch_plan import LaunchPlan
 from cluster.local_ray import PrivateRay, join
 from cluster.process import ProcessIdentity
 from cluster.serve_proxy import wait_ready
 
 logger = logging.getLogger(__name__)
 
-START_LIMIT_S = 1800.0
-"""Longest start; large checkpoints on slow disks take minutes."""
 _POLL_S = 0.1
 _SNAPSHOT_WAIT_S = 1.0
 _CALL_LIMIT_S = 5.0
@@ -42,6 +40,7 @@ class ClusterParts:
         self._plan = plan
         self._progress = progress
         self._ray = PrivateRay(folder=Path(plan.temp_dir)) if plan.temp_dir else None
+        self._joined: JoinedRay | None = None
         self._controller: Any = None
         self._is_connected = False
         self._has_app = False
@@ -63,8 +62,21 @@ class ClusterParts:
         self._is_connected = True
         loader.join()
         if self._ray is None:
-            self._plan = _check_joined(self._plan, address)
+            if self._plan.wait_nodes:
+                self._progress("nodes", 0, 0)
+            self._joined = examine(self._plan, address)
+            self._plan = self._joined.plan
         return address
+
+    @property
+    def plan(self) -> LaunchPlan:
+        """The plan, with what the joined Ray has decided of it."""
+        return self._plan
+
+    @property
+    def _found(self) -> bool:
+        """The cluster was there before."""
+        return self._joined is not None and self._joined.found
 
     def start_services(self) -> None:
         """Controller with workers, and the gateway beside them; returns when clients can call.
@@ -108,8 +120,11 @@ class ClusterParts:
         return self._ray.processes() if self._ray is not None and self._is_connected else []
 
     def stop_services(self) -> None:
-        """End the Serve app, the workers and the controller, in this order."""
-        if not self._is_connected:
+        """End the Serve app, the workers and the controller, in this order.
+
+        A cluster that was there before is left alone.
+        """
+        if not self._is_connected or self._found:
             return
         from cluster.ray_tools import end_leftovers
 
@@ -147,11 +162,15 @@ class ClusterParts:
         from workers.actor_classes import ACTOR_CLASSES
 
         group = WorkerGroup(ACTOR_CLASSES)
-        self._controller = create_controller(group)
-        config = self._plan.config.to_dict()
-        call = self._controller.start.remote(config, list(self._plan.banks), self._plan.profile)
+        self._controller = create_controller(
+            group, selector=self._joined.selector if self._joined else None
+        )
+        plan = self._plan
+        call = self._controller.start.remote(
+            plan.config.to_dict(), list(plan.banks), plan.profile, plan.asked
+        )
         try:
-            ray.get(call, timeout=START_LIMIT_S)
+            ray.get(call, timeout=plan.start_limit_s)
             self._wait_serving()
         except RayError as err:
             cause = err.cause if isinstance(err, RayTaskError) else None
@@ -163,20 +182,23 @@ class ClusterParts:
         import ray
 
         version = -1
-        deadline = time.monotonic() + START_LIMIT_S
+        limit_s = self._plan.start_limit_s
+        deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             call = self._controller.wait_snapshot.remote(version, _SNAPSHOT_WAIT_S)
             snapshot = ray.get(call, timeout=_SNAPSHOT_WAIT_S + _CALL_LIMIT_S)
             version = int(snapshot["version"])
             if snapshot["state"] == "STOPPED":
                 raise StartError("cluster", str(snapshot["error"] or "stopped while starting"))
-            if snapshot["state"] == "SERVING":
+            if snapshot["state"] == "SERVING" or (
+                self._found and snapshot["state"] in ("DEGRADED", "RECOVERING")
+            ):
                 return
             workers = snapshot["workers"]
             done = sum(int(w.get("loaded_bytes") or 0) for w in workers)
             total = sum(int(w.get("total_bytes") or 0) for w in workers)
             self._progress("weights" if total else "workers", done, total)
-        raise StartError("cluster", f"not serving after {START_LIMIT_S:g} s")
+        raise StartError("cluster", f"not serving after {limit_s:g} s")
 
     def _start_gateway(self) -> None:
         from ray import serve
@@ -185,12 +207,17 @@ class ClusterParts:
         from gateway.tls import serve_options
 
         section = self._plan.config.gateway
+        nodes = self._joined.gateway_nodes if self._joined else ()
         serve.start(
-            proxy_location="HeadOnly",
+            proxy_location="EveryNode" if nodes else "HeadOnly",
             http_options={"host": section.host, "port": section.port, **serve_options(section)},
         )
+        if self._found and is_deployed(APP_NAME):
+            return
         self._has_app = True
-        serve.run(build_app(self._plan.config.to_dict()), name=APP_NAME, route_prefix="/")
+        selector = self._joined.selector if self._joined else None
+        app = build_app(self._plan.config.to_dict(), selector, num_nodes=len(nodes))
+        serve.run(app, name=APP_NAME, route_prefix="/")
 
     def _not_ready_reasons(self) -> list[str]:
         """What a gateway replica says, asked through Ray."""
@@ -237,63 +264,6 @@ def _wait_all(futures: Iterable[Future[None]]) -> None:
         done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
-
-
-def _check_joined(plan: LaunchPlan, address: str) -> LaunchPlan:
-    """Refuse what a joined Ray cluster makes impossible, before anything is created.
-
-    Returns the plan with ``--mode auto`` decided. Raises ``ConfigError``.
-    """
-    from cluster.ray_tools import cluster_nodes, free_resources, our_actors, takes_strangers
-    from cluster.start_plan import plan_start
-
-    if our_actors():
-        raise ConfigError("address", plan.address, "already runs an expertmesh cluster")
-    section = plan.config.gateway
-    options = _running_serve()
-    if options is None:
-        check_ports(section.host, {"port": section.port})
-    else:
-        _check_serve(section, options)
-    nodes, free_cpus = cluster_nodes(), free_resources().get("CPU", 0.0)
-    is_lax = section.allow_unauthenticated or len({n.address for n in nodes}) < 2
-    if not is_lax and takes_strangers(address):
-        rule = "lets anybody on the network run code: start Ray on every host with token "
-        rule += "authentication (RAY_AUTH_MODE=token), or say --allow-unauthenticated"
-        raise ConfigError("address", address, rule)
-    plan = plan.resolved(nodes, free_cpus)
-    workers = plan.config.workers
-    if workers.mode_reason:
-        logger.info("mode %s: %s", workers.mode, workers.mode_reason)
-    plan_start(plan.config, list(plan.banks), nodes, free_cpus, plan.profile)
-    return plan
-
-
-def _check_serve(section: GatewaySection, options: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` where the HTTP of a Serve that runs already is not what we need."""
-    port = int(options["port"])
-    if port != section.port:
-        rule = f"differs from {port}, the one HTTP port of Serve on the joined Ray cluster"
-        raise ConfigError("port", section.port, rule)
-    for name, option in (("tls_cert", "ssl_certfile"), ("tls_client_ca", "ssl_ca_certs")):
-        wanted, there = getattr(section, name), options.get(option)
-        if wanted != there:
-            rule = f"differs from {there}, that of Serve on the joined Ray cluster"
-            raise ConfigError(name, wanted, rule)
-
-
-def _running_serve() -> Mapping[str, Any] | None:
-    """HTTP options of the Serve that runs on the connected Ray cluster; None without Serve."""
-    import ray
-    from ray import serve
-
-    try:
-        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-    except ValueError:
-        return None
-    client: Any = serve.context._get_global_client()
-    found: Mapping[str, Any] = client.get_serve_details()["http_options"]
-    return found
 
 
 def _attempt(what: str, action: Callable[[], Any]) -> None:

@@ -26,7 +26,7 @@ from cluster.control_frames import ControlFrame
 from cluster.control_server import ControlServer
 from cluster.controller import Controller, ControllerSettings
 from cluster.drain_order import DrainOrder
-from cluster.errors import ConflictError, ExpertMeshError, StartError
+from cluster.errors import ConflictError, ExpertMeshError, NotReadyError, StartError
 from cluster.load_profile import LoadProfile
 from cluster.load_view import load_before_start, load_document, num_at_risk, placement_report
 from cluster.placement import ExpertPlacement
@@ -149,6 +149,8 @@ class ControllerActor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._adoption: Adoption | None = None
         self._failure = ""
+        self._asked: dict[str, str] | None = None
+        self._starting = asyncio.Lock()
         self._is_settled = asyncio.Event()  # this actor knows its cluster, or why it does not
         self._is_adopting = self._may_adopt = group.was_restarted()
         if self._may_adopt:
@@ -163,18 +165,29 @@ class ControllerActor:
         config: dict[str, Any],
         banks: list[dict[str, Any]],
         profile: dict[str, Any] | None = None,
+        asked: dict[str, str] | None = None,
     ) -> None:
         """Begin to start all workers; all or nothing. Follow it with ``wait_snapshot``.
 
         ``banks`` are dicts with ``bank``, ``layer`` and ``num_experts``; ``profile`` is the load
-        profile that balancedness is predicted from. A second call does nothing. Raises
-        ``ConfigError`` or ``StartError``, with nothing left behind, when it cannot even begin.
+        profile that balancedness is predicted from; ``asked`` is kept for ``origin``. A second
+        call does nothing. Raises ``ConfigError`` or ``StartError``, with nothing left behind, when
+        it cannot even begin.
         """
         await self.adopt()
         if self._is_adopting:
             raise StartError("controller", self._failure)
-        if self._controller is not None:
-            return
+        async with self._starting:
+            if self._controller is None:
+                await self._begin(config, banks, profile, asked)
+
+    async def _begin(
+        self,
+        config: dict[str, Any],
+        banks: list[dict[str, Any]],
+        profile: dict[str, Any] | None,
+        asked: dict[str, str] | None,
+    ) -> None:
         self._profile = LoadProfile.from_dict(profile) if profile else None
         self._top_k = max((int(b.get("top_k", 1)) for b in banks), default=1)
         plan = plan_start(
@@ -186,7 +199,8 @@ class ControllerActor:
         )
         members = await self._reserve(plan)
         plan = plan.on(members)
-        notes = {"profile": profile, "top_k": self._top_k}
+        notes = {"profile": profile, "top_k": self._top_k, "asked": asked}
+        self._asked = asked
         self._controller = self._make_controller(plan, members, notes=notes)
         self._spawn(self._bring_up(plan, members))
         self._spawn(self._tick_forever())
@@ -202,6 +216,19 @@ class ControllerActor:
             self._may_adopt = False
             self._spawn(self._adopt())
         await self._is_settled.wait()
+
+    async def origin(self) -> dict[str, Any]:
+        """What the cluster was started with: ``asked`` and the whole ``config``, with its token.
+
+        Both are None where nothing was started. Raises ``NotReadyError`` while the workers of an
+        earlier controller cannot be reached.
+        """
+        await self.adopt()
+        if self._is_adopting:
+            raise NotReadyError(self._failure)
+        async with self._starting:
+            config = self._plan.config.to_dict() if self._controller and self._plan else None
+        return {"asked": self._asked if config else None, "config": config}
 
     async def snapshot(self, fresh: bool = False) -> dict[str, Any]:
         """The cluster's state; ``fresh`` asks every worker for its numbers of this moment first."""
@@ -463,6 +490,7 @@ class ControllerActor:
         profile = notes.get("profile")
         self._profile = LoadProfile.from_dict(profile) if profile else None
         self._top_k = int(notes.get("top_k", 1))
+        self._asked = notes.get("asked")
         plan = StartPlan(
             config=found[0].config,
             placement=adopted.placement,
@@ -611,9 +639,17 @@ def create_controller(
     group: WorkerGroupLike,
     settings: ControllerSettings | None = None,
     status_limit_s: float = STATUS_LIMIT_S,
+    selector: Mapping[str, str] | None = None,
 ) -> Any:
-    """Create the detached controller actor, or find the one there is; returns its handle."""
+    """Create the detached controller actor, or find the one there is; returns its handle.
+
+    ``selector`` are labels of the nodes that it may run on; without it that is where Ray's own head
+    is, which must live anyway.
+    """
     actor: Any = ray.remote(ControllerActor)
+    where: dict[str, Any] = {"resources": {HEAD_NODE: _HEAD_SHARE}}
+    if selector:
+        where = {"label_selector": dict(selector)}
     return actor.options(
         name=CONTROLLER_NAME,
         namespace=NAMESPACE,
@@ -621,5 +657,5 @@ def create_controller(
         get_if_exists=True,
         num_cpus=0,
         max_restarts=-1,
-        resources={HEAD_NODE: _HEAD_SHARE},  # where Ray's own head is, which must live anyway
+        **where,
     ).remote(group, settings, status_limit_s)

@@ -1,33 +1,64 @@
 """End our app and actors in a Ray that is not ours: ``python -m cluster.end_joined ADDRESS``.
 
-For ``down`` when the launcher that started them is gone. Nothing else in that cluster is touched.
+For ``down``, where no launcher owns them, or the one that did is gone. Nothing else in that Ray is
+touched. Exits with 3 when nobody answers at the address.
 """
 
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
 
+from cluster.cluster_calls import ask_controller
+from cluster.errors import ExpertMeshError
 from cluster.local_ray import join
+
+UNREACHABLE = 3
+_STOP_LIMIT_S = 20.0
+_KNOCK_LIMIT_S = 5.0
 
 
 def end_joined(address: str) -> list[str]:
-    """End them by name; the names of the actors that were found."""
+    """End them by name; the names of the actors that were found.
+
+    Raises ``ConnectionError`` when there is no Ray.
+    """
     import ray
     from ray import serve
 
-    from cluster.ray_tools import end_leftovers
+    from cluster.ray_tools import end_leftovers, our_actors
     from gateway.app import APP_NAME
 
+    _knock(address)
     join(address)
     try:
         with contextlib.suppress(ValueError):
             ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
             serve.delete(APP_NAME)
-        return end_leftovers()
+        names = our_actors()
+        with contextlib.suppress(ExpertMeshError):  # what it does not end is killed
+            ask_controller("stop", limit_s=_STOP_LIMIT_S)
+        end_leftovers()
+        return names
     finally:
         ray.shutdown()
 
 
+def _knock(address: str) -> None:
+    """Raise ``ConnectionError`` when nobody listens; Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return  # auto: Ray finds it by its processes
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_LIMIT_S).close()
+    except OSError as err:
+        raise ConnectionError(f"{err.strerror or err}") from err
+
+
 if __name__ == "__main__":
-    end_joined(sys.argv[1])
+    try:
+        sys.stdout.write("\n".join(end_joined(sys.argv[1])))
+    except ConnectionError as err:
+        sys.stderr.write(f"{err}\n")
+        sys.exit(UNREACHABLE)

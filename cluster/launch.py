@@ -4,7 +4,8 @@
 reads one ``LaunchPlan`` from stdin and writes one JSON event a line to stdout: ``progress``,
 ``ready``, ``failed``, ``stopped``. It ends with SIGTERM, or when stdin is closed without the word
 ``detach`` before: so a killed front process takes its cluster along. Everything it starts is below
-it or in its private Ray; what it joins stays.
+it or in its private Ray; what it joins stays. ``up`` in a joined Ray is the exception: there the
+cluster belongs to nobody, and the launcher goes as soon as it is ready.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ _STOP_LIMIT_S = 8.0
 
 class Parts(Protocol):
     """What a launcher needs of ``cluster.cluster_parts.ClusterParts``."""
+
+    @property
+    def plan(self) -> LaunchPlan:
+        """The plan, with what the joined Ray has decided of it."""
 
     def start_ray(self) -> str:
         """Ray's address."""
@@ -103,10 +108,11 @@ class Launcher:
     def run(self) -> int:
         """Start, wait for the end, stop; the exit status."""
         self._install_handlers()
-        status = 1
+        status, has_left = 1, False
         try:
             self._start()
-            status = self._watch()
+            status = 0 if self._leaves else self._watch()
+            has_left = self._leaves
         except _StopRequested:
             logger.info("asked to stop while starting")
             status = 0
@@ -120,7 +126,7 @@ class Launcher:
             self._events.send("failed", message=message, refused=False)
         finally:
             self._is_starting = False
-            self._end(status)
+            self._end(status, has_left)
         return status
 
     def request_stop(self) -> None:
@@ -136,7 +142,13 @@ class Launcher:
         self._record("ready", address)
         self._is_starting = False
         logger.info("ready")
-        self._events.send("ready", http=self._plan.http_url, grpc=self._plan.grpc_target)
+        plan = self._parts.plan
+        self._events.send("ready", http=plan.http_url, grpc=plan.grpc_target)
+
+    @property
+    def _leaves(self) -> bool:
+        """What was started in a joined Ray by ``up`` goes on without this process."""
+        return bool(self._plan.address) and self._plan.command == "up"
 
     def _watch(self) -> int:
         """Until somebody wants the end, or the cluster is lost; the exit status."""
@@ -147,13 +159,15 @@ class Launcher:
                 return 1
         return 0
 
-    def _end(self, status: int) -> None:
+    def _end(self, status: int, has_left: bool) -> None:
         """Everything in order, within a limit; what is left after it is killed."""
-        helper = threading.Thread(target=self._parts.stop_services, daemon=True)
-        helper.start()
-        helper.join(_STOP_LIMIT_S - 3.0)
+        if not has_left:
+            helper = threading.Thread(target=self._parts.stop_services, daemon=True)
+            helper.start()
+            helper.join(_STOP_LIMIT_S - 3.0)
         self._parts.stop_ray()
-        remove_record(self._plan.name)
+        if not self._leaves:
+            remove_record(self._plan.name)
         if status == 0:
             log_path(self._plan.name).unlink(missing_ok=True)
         self._events.send("stopped")
@@ -165,7 +179,9 @@ class Launcher:
         self._events.send("progress", stage=stage, done=done, total=total)
 
     def _record(self, state: RecordState, address: str) -> None:
-        plan = self._plan
+        if self._leaves and state != "ready":
+            return  # there is nothing on this host to clean up, and an earlier record stays true
+        plan = self._parts.plan
         me = identify(os.getpid())
         assert me is not None
         write_record(
@@ -175,7 +191,7 @@ class Launcher:
                 state=state,
                 launcher=me,
                 host=host_id(),
-                settings=plan.settings,
+                asked=plan.asked,
                 http=plan.http_url,
                 grpc=plan.grpc_target,
                 address=address,

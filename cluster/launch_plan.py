@@ -27,6 +27,10 @@ from cluster.state_file import Command
 _PORTS = (20_000, 30_000)
 """Above what Ray gives its workers, below the ports of Kubernetes and of outgoing connections."""
 _PORT_TRIES = 50
+EVERY_INTERFACE = ("0.0.0.0", "::")
+"""Hosts that stand for every interface."""
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+"""Hosts that nobody else reaches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +41,8 @@ class LaunchPlan:
     """``serve`` or ``up``."""
     name: str
     """Name of the state file."""
-    settings: str
-    """Hash of what the user asked for, so that a second ``up`` can tell."""
+    asked: dict[str, str]
+    """What the user asked for, by flag, so that a second ``up`` can tell."""
     config: ClusterConfig
     """The cluster."""
     banks: tuple[dict[str, Any], ...]
@@ -57,6 +61,12 @@ class LaunchPlan:
     """CPUs of the private Ray."""
     num_gpus: int
     """GPUs of the private Ray."""
+    wait_nodes: int = 0
+    """Nodes that the joined Ray must have before anything is decided."""
+    start_limit_s: float = 1800.0
+    """Longest start; large checkpoints on slow disks take minutes."""
+    reach: str = ""
+    """Where clients reach a gateway that listens on every interface; empty: on this host."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the launcher's stdin."""
@@ -92,14 +102,29 @@ class LaunchPlan:
 
     @property
     def http_url(self) -> str:
-        """Where HTTP clients on this host connect."""
+        """Where HTTP clients connect."""
         scheme = "https" if self.config.gateway.has_tls else "http"
-        return f"{scheme}://{reachable_host(self.config.gateway.host)}:{self.config.gateway.port}"
+        return f"{scheme}://{self._reachable}:{self.config.gateway.port}"
 
     @property
     def grpc_target(self) -> str:
-        """Where gRPC clients on this host connect."""
-        return f"{reachable_host(self.config.gateway.host)}:{self.config.gateway.grpc_port}"
+        """Where gRPC clients connect."""
+        return f"{self._reachable}:{self.config.gateway.grpc_port}"
+
+    @property
+    def _reachable(self) -> str:
+        host = self.config.gateway.host
+        return reachable_host((self.reach or host) if host in EVERY_INTERFACE else host)
+
+
+def tell_differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+    """What a cluster was started with and what is asked for now, where they differ, by flag."""
+    flags = sorted({*there, *here})
+    return [
+        f"{flag}: {there.get(flag) or 'default'}, not {here.get(flag) or 'default'}"
+        for flag in flags
+        if there.get(flag) != here.get(flag)
+    ]
 
 
 def check_ports(host: str, ports: Mapping[str, int]) -> None:

@@ -1,18 +1,23 @@
-"""Where nodes are, and how fast: labels that an operator gives to Ray nodes.
+"""What nodes are for, where they are, and how fast: labels that an operator gives to Ray nodes.
 
-    ray start ... --labels "expertmesh/failure-domain=rack-7,expertmesh/device-speed=0.5"
+    ray start ... --labels "expertmesh/role=expert,expertmesh/failure-domain=rack-7"
 
-A node without labels is a failure domain and a link class of its own, with devices of speed 1.
+A node without labels is for every role that no node is labelled for, a failure domain and a link
+class of its own, with devices of speed 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cluster.errors import ConfigError
 
+ROLE = "expertmesh/role"
+"""What runs there: one of ``ROLES``."""
+ROLES = ("attention", "expert", "colocated", "gateway")
+"""Roles of workers; ``gateway`` is for gateway replicas and the controller."""
 FAILURE_DOMAIN = "expertmesh/failure-domain"
 """What fails together: copies of an expert are kept in two of them where slots allow."""
 LINK_CLASS = "expertmesh/link-class"
@@ -25,6 +30,8 @@ DEVICE_SPEED = "expertmesh/device-speed"
 class Place:
     """What a node's labels say."""
 
+    role: str = ""
+    """What may run there; empty: whatever no node is labelled for."""
     domain: str = ""
     """Failure domain; empty: the node itself."""
     link_class: str = ""
@@ -36,10 +43,27 @@ class Place:
     def of(cls, labels: Mapping[str, str], node: str) -> Place:
         """Read a node's labels. Raises ``ConfigError`` naming label and node."""
         return cls(
+            role=_role(labels.get(ROLE, ""), node),
             domain=labels.get(FAILURE_DOMAIN, ""),
             link_class=labels.get(LINK_CLASS, ""),
             speed=_speed(labels.get(DEVICE_SPEED, "1"), node),
         )
+
+
+def _role(text: str, node: str) -> str:
+    if text and text not in ROLES:
+        raise ConfigError(
+            f"label {ROLE} of node {node}", text, f"must be one of {', '.join(ROLES)}"
+        )
+    return text
+
+
+def selector_for(role: str, places: Iterable[Place]) -> dict[str, str]:
+    """Ray's label selector of the nodes that a role may run on; empty where any will do."""
+    labelled = {place.role for place in places if place.role}
+    if role in labelled:
+        return {ROLE: role}
+    return {ROLE: f"!in({','.join(ROLES)})"} if labelled else {}
 
 
 def _speed(text: str, node: str) -> float:

@@ -89,6 +89,18 @@ def node_address() -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
+def head_address() -> str:
+    """IP address of the live node that Ray's head runs on; this node's where there is none."""
+    found = cast("list[dict[str, Any]]", ray.nodes())  # type: ignore[no-untyped-call]
+    heads = [n for n in found if n["Alive"] and HEAD_NODE in n["Resources"]]
+    return str(heads[0]["NodeManagerAddress"]) if heads else node_address()
+
+
+def is_on_head() -> bool:
+    """Whether this process is on the node of Ray's head."""
+    return head_address() == node_address()
+
+
 def this_node_id() -> str:
     """Ray's id of the calling process's node."""
     return str(ray.get_runtime_context().get_node_id())
@@ -154,12 +166,13 @@ def free_reserved_room() -> None:
 
 
 def end_leftovers() -> list[str]:
-    """End all actors of our namespace and free their room; returns their names.
+    """End all actors of our namespace and free their room; returns their names. The controller goes
+    first: it would replace the others.
 
     For ``down`` without a controller, and for what an earlier run left behind.
     """
     names = our_actors()
-    kill_actors(names)
+    kill_actors(sorted(names, key=lambda name: not name.startswith("expertmesh-")))
     free_reserved_room()
     return names
 

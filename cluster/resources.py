@@ -60,6 +60,32 @@ def resolved_share(workers: WorkersSection) -> WorkerShare:
     )
 
 
+def nodes_for(role: str, nodes: Sequence[NodeResources]) -> tuple[NodeResources, ...]:
+    """Nodes that a role may run on: those labelled for it, else those that are labelled for none.
+
+    The same as ``node_labels.selector_for`` tells Ray.
+    """
+    mine = tuple(n for n in nodes if n.place.role == role)
+    return mine or tuple(n for n in nodes if not n.place.role)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pool:
+    """Workers that share nodes."""
+
+    num_workers: int
+    nodes: tuple[NodeResources, ...]
+
+
+def _pools(workers: WorkersSection, nodes: Sequence[NodeResources]) -> list[_Pool]:
+    """Roles that run on the same nodes are one pool; others have no node in common."""
+    counts: dict[tuple[NodeResources, ...], int] = {}
+    for role, number in workers.pools.items():
+        mine = nodes_for(role, nodes)
+        counts[mine] = counts.get(mine, 0) + number
+    return [_Pool(num_workers=count, nodes=mine) for mine, count in counts.items()]
+
+
 def plan_shares(
     workers: WorkersSection, nodes: Sequence[NodeResources], free_cpus: float | None = None
 ) -> WorkerShare:
@@ -68,22 +94,22 @@ def plan_shares(
     ``free_cpus`` is what other users of a joined cluster leave; None when all is ours. Raises
     ``ConfigError`` naming field, value and what there is.
     """
-    gpus = _gpu_share(workers, nodes)
-    cpu_amounts = [n.cpus for n in nodes]
+    pools = _pools(workers, nodes)
+    gpus = _gpu_share(workers, pools)
     if workers.cpus_per_worker is not None:
         cpus = workers.cpus_per_worker
-        _check_fit("cpus_per_worker", cpus, workers.num_workers, "CPU", nodes, cpu_amounts)
+        for pool in pools:
+            _check_fit("cpus_per_worker", cpus, pool, "CPU", [n.cpus for n in pool.nodes])
     else:
-        cpus = _largest_share(cpu_amounts, workers.num_workers)
-        total = sum(cpu_amounts)
+        cpus = min(_largest_share([n.cpus for n in p.nodes], p.num_workers) for p in pools)
+        total = sum(n.cpus for n in nodes)
         if free_cpus is not None and 0 <= free_cpus < total:
             cpus = _round_down(cpus * free_cpus / total)
     return WorkerShare(cpus=cpus, gpus=gpus, device="cuda" if gpus > 0 else "cpu")
 
 
-def _gpu_share(workers: WorkersSection, nodes: Sequence[NodeResources]) -> float:
+def _gpu_share(workers: WorkersSection, pools: Sequence[_Pool]) -> float:
     """GPUs of one worker: explicit, or a whole one where there are enough, or a fraction."""
-    amounts = [n.gpus for n in nodes]
     asked = workers.gpus_per_worker
     if workers.device == "cpu":
         if asked:
@@ -94,9 +120,11 @@ def _gpu_share(workers: WorkersSection, nodes: Sequence[NodeResources]) -> float
             raise ConfigError("gpus_per_worker", asked, "must be above 0 with device cuda")
         if asked > 1 and asked != int(asked):
             raise ConfigError("gpus_per_worker", asked, "must be a whole number above 1")
-        _check_fit("gpus_per_worker", asked, workers.num_workers, "GPU", nodes, amounts)
+        for pool in pools:
+            _check_fit("gpus_per_worker", asked, pool, "GPU", [n.gpus for n in pool.nodes])
         return asked
-    share = min(1.0, _largest_share(amounts, workers.num_workers))
+    largest = [_largest_share([n.gpus for n in p.nodes], p.num_workers) for p in pools]
+    share = min(1.0, *largest)
     if workers.device == "auto":
         # NCCL refuses two ranks on one GPU, so a fraction is taken only when it is asked for.
         return 1.0 if share == 1.0 else 0.0
@@ -105,22 +133,15 @@ def _gpu_share(workers: WorkersSection, nodes: Sequence[NodeResources]) -> float
     return share
 
 
-def _check_fit(
-    field: str,
-    value: float,
-    num_workers: int,
-    what: str,
-    nodes: Sequence[NodeResources],
-    amounts: Sequence[float],
-) -> None:
-    """Refuse a value of which ``num_workers`` do not fit on the nodes (a worker is on one node)."""
-    if value <= 0 or _room(amounts, value) >= num_workers:
+def _check_fit(field: str, value: float, pool: _Pool, what: str, amounts: Sequence[float]) -> None:
+    """Refuse a value of which a pool's workers do not fit on its nodes (each is on one node)."""
+    if value <= 0 or _room(amounts, value) >= pool.num_workers:
         return
-    there = ", ".join(f"{n.address}: {a:g}" for n, a in zip(nodes, amounts, strict=True))
+    there = ", ".join(f"{n.address}: {a:g}" for n, a in zip(pool.nodes, amounts, strict=True))
     raise ConfigError(
         field,
         f"{value:g}",
-        f"does not fit: {num_workers} workers ask for {value * num_workers:g} {what}s, "
+        f"does not fit: {pool.num_workers} workers ask for {value * pool.num_workers:g} {what}s, "
         f"the cluster has {sum(amounts):g} ({there or 'no node'})",
     )
 

@@ -38,8 +38,8 @@ class ClusterRecord:
     """``ready`` once clients can call it."""
     launcher: ProcessIdentity
     """Process that owns everything the cluster consists of."""
-    settings: str
-    """Hash of what it was started with, so that a second ``up`` can tell."""
+    asked: dict[str, str]
+    """What it was started with, by flag, so that a second ``up`` can tell."""
     http: str
     """URL of the HTTP port."""
     grpc: str
@@ -59,6 +59,11 @@ class ClusterRecord:
     def is_alive(self) -> bool:
         """Whether its launcher runs here; False for a record of another host."""
         return self.host == host_id() and is_running(self.launcher)
+
+    @property
+    def is_on_its_own(self) -> bool:
+        """It was started by ``up`` in a Ray that was there before: nothing on this host owns it."""
+        return self.joined and self.command == "up" and self.state == "ready"
 
     def to_dict(self) -> dict[str, Any]:
         """The file's content: the fields, and what people and scripts look for first."""

@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import (
 
 from cluster.config import ClusterConfig
 from cluster.errors import StartError
+from cluster.node_labels import selector_for
 from cluster.process import ProcessIdentity, describe_self, kill_process, wait_gone
 from cluster.ray_tools import (
     NAMESPACE,
@@ -60,6 +61,7 @@ class _Actor:
     member: Member
     handle: Any
     node_id: str
+    bundle: int = _ANY_BUNDLE
     process: ProcessIdentity | None = None
 
 
@@ -90,6 +92,8 @@ class WorkerGroup:
     _group: PlacementGroup | None = None
     _nodes: dict[str, str] = field(default_factory=dict)
     _share: WorkerShare | None = None
+    _bundles: dict[Role, range] = field(default_factory=dict)
+    """Where nodes are labelled for roles: bundles of each role."""
 
     def resources(self) -> tuple[NodeResources, ...]:
         """Live nodes of the Ray cluster, by address."""
@@ -122,9 +126,15 @@ class WorkerGroup:
         bundle = {k: v for k, v in wanted.items() if v > 0} or {"memory": 1.0}
         count = sum(pools.values())
         self._share = share
+        selectors = _selectors(pools)
         self._group = placement_group(
-            [bundle] * count, strategy="SPREAD", name=WORKERS_GROUP, lifetime="detached"
+            [bundle] * count,
+            strategy="SPREAD",
+            name=WORKERS_GROUP,
+            lifetime="detached",
+            bundle_label_selector=selectors or None,
         )
+        self._bundles = _ranges(pools) if selectors else {}
         if not await asyncio.to_thread(self._group.wait, limit_s):
             free_reserved_room()
             raise StartError("worker group", _no_room_text(count, share, limit_s))
@@ -153,8 +163,9 @@ class WorkerGroup:
         for member in members:
             node_id = self._nodes[member.name]
             extra = extras[member.name]
-            handle = self._create(member, bundles[node_id].pop(0), config, control_address, extra)
-            self._actors[member.name] = _Actor(member, handle, node_id)
+            bundle = bundles[node_id].pop(0)
+            handle = self._create(member, bundle, config, control_address, extra)
+            self._actors[member.name] = _Actor(member, handle, node_id, bundle)
         await _all_or_first_error([self._bring_up(a) for a in self._actors.values()])
 
     async def add(
@@ -169,8 +180,9 @@ class WorkerGroup:
         Raises ``StartError`` with the worker's own words.
         """
         await _free_names([member.name])
-        handle = self._create(member, _ANY_BUNDLE, config, control_address, extra)
-        actor = self._actors[member.name] = _Actor(member, handle, "")
+        bundle = self._free_bundle(member.role)
+        handle = self._create(member, bundle, config, control_address, extra)
+        actor = self._actors[member.name] = _Actor(member, handle, "", bundle)
         await self._bring_up(actor)
 
     async def watch(
@@ -261,7 +273,7 @@ class WorkerGroup:
             num_slots=int(answer["num_slots"]),
         )
         member = Member(**answer["member"])
-        self._actors[name] = _Actor(member, handle, node_id, process)
+        self._actors[name] = _Actor(member, handle, node_id, process=process)
         return found
 
     # ---- placing --------------------------------------------------------------------------
@@ -299,6 +311,14 @@ class WorkerGroup:
                 placement_group_capture_child_tasks=False,
             ),
         }
+
+    def _free_bundle(self, role: Role) -> int:
+        """A bundle of the role that no worker is in; any, where it does not matter or is not known
+        (to a controller that was restarted).
+        """
+        taken = {a.bundle for a in self._actors.values()}
+        free = [b for b in self._bundles.get(role, ()) if b not in taken]
+        return free[0] if free else _ANY_BUNDLE
 
     def _bundle_nodes(self) -> list[str]:
         """``[bundle]`` -> node id."""
@@ -364,6 +384,24 @@ def _member_of(name: str) -> Member:
     """What a worker's name says of it: ``expert-1.2`` has rank 1."""
     role, _, rest = name.partition("-")
     return Member(name=name, role=cast(Role, role), rank=int(rest.partition(".")[0]), device=-1)
+
+
+def _ranges(pools: Mapping[Role, int]) -> dict[Role, range]:
+    """Bundles of each role, in the order of the pools."""
+    ranges: dict[Role, range] = {}
+    first = 0
+    for role, number in pools.items():
+        ranges[role] = range(first, first + number)
+        first += number
+    return ranges
+
+
+def _selectors(pools: Mapping[Role, int]) -> list[dict[str, str]]:
+    """``[bundle]`` -> the nodes it may be on, where any node is labelled for a role; else empty."""
+    places = [node.place for node in cluster_nodes()]
+    if not any(place.role for place in places):
+        return []
+    return [s for r, number in pools.items() for s in [selector_for(r, places)] * number]
 
 
 def _introduce(actor: Any) -> tuple[dict[str, Any], ProcessIdentity, str]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 
@@ -30,8 +32,8 @@ logger = logging.getLogger(__name__)
 APP_NAME = "expertmesh"
 """Name of the Serve application."""
 _HEAD_NODE = "node:__internal_head__"
-"""Ray's own resource of the head node. Serve's HTTP proxy listens there, and so must our gRPC
-server: ``host`` is an address of that node."""
+"""Ray's own resource of the head node. Where no node is labelled for the gateway, Serve's HTTP
+proxy listens there, and so must our gRPC server: ``host`` is an address of that node."""
 _SPARE_REQUESTS = 1024
 """Room in Serve beyond our own queue, for probes, scrapes and those that we refuse."""
 
@@ -62,10 +64,11 @@ class GatewayReplica:
         grpc_port = await self._grpc.start()
         self._admin = AdminApi(self._gateway, section)
         await self._admin.start()
+        host = _node_address() if section.host in ("0.0.0.0", "::") else section.host
         self._gateway.addresses = {
             "pid": os.getpid(),
-            "http": f"{section.host}:{section.port}",
-            "grpc": f"{section.host}:{grpc_port}",
+            "http": f"{host}:{section.port}",
+            "grpc": f"{host}:{grpc_port}",
             "admin_http": self._admin.http,
             "admin_grpc": self._admin.grpc,
         }
@@ -91,16 +94,31 @@ class GatewayReplica:
         await self._engines.stop()
 
 
-def build_app(config: dict[str, Any]) -> serve.Application:
+def _node_address() -> str:
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def build_app(
+    config: dict[str, Any], selector: Mapping[str, str] | None = None, num_nodes: int = 0
+) -> serve.Application:
     """The Serve application of a configuration (``ClusterConfig.to_dict``).
+
+    ``selector`` are the labels of the ``num_nodes`` nodes that replicas run on, as many on each; by
+    default that is the head's.
 
     Run it with ``serve.run(build_app(config), name=APP_NAME, route_prefix="/")``; see also
     ``gateway.request_id.PROXY_CALLBACK``.
     """
     section = ClusterConfig.from_dict(config).gateway
     deployment: Any = GatewayReplica  # the decorators make it a serve.Deployment
+    place: dict[str, Any] = {}
+    if selector:
+        actor = {"num_cpus": 0, "label_selector": dict(selector)}
+        each = -(-section.num_gateway_replicas // num_nodes)
+        place = {"ray_actor_options": actor, "max_replicas_per_node": each}
     application: serve.Application = deployment.options(
         num_replicas=section.num_gateway_replicas,
         max_ongoing_requests=section.max_queue + _SPARE_REQUESTS,
+        **place,
     ).bind(config)
     return application

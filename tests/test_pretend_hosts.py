@@ -73,15 +73,16 @@ def why_not() -> str:
 
 
 class Hosts:
-    """Three hosts with a Ray cluster over them."""
+    """Hosts that are namespaces of this machine; ``more`` is for their environment."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, **more: str) -> None:
         self._env = os.environ | {
             "NETSIM_STATE": str(state),
             "NETSIM_PYBIN": str(Path(sys.executable).parent),
             "NETSIM_CPUS": "1",
             "XDG_STATE_HOME": str(state.parent / "home"),
             "OMP_NUM_THREADS": "1",
+            **more,
         }
 
     def run(self, *words: str, text: str = "") -> str:

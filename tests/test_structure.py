@@ -54,6 +54,8 @@ ROOTS = frozenset(
         "checkpoint_check",
         "end_joined",
         "serve_proxy",
+        "joining",
+        "cluster_calls",
     )
 )
 """The composition root, with ``cluster.cli``: may import everything."""

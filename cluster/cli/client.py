@@ -23,7 +23,7 @@ def find_url(args: argparse.Namespace) -> str:
     given = args.url or os.environ.get("EXPERTMESH_URL")
     if given:
         return str(given).rstrip("/")
-    alive = {r.name: r for r in state_file.all_records() if r.is_alive}
+    alive = {r.name: r for r in state_file.all_records() if r.is_alive or r.is_on_its_own}
     name = args.name or os.environ.get("EXPERTMESH_NAME")
     if name and name not in alive:
         raise CommandError(ExitCode.UNREACHABLE, f"no cluster called {name} runs on this host")

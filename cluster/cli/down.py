@@ -1,4 +1,4 @@
-"""``down``: end a cluster that ``up`` (or ``serve``) started on this host."""
+"""``down``: end a cluster that ``up`` (or ``serve``) started."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from typing import Any
 from cluster import local_ray, state_file
 from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal import note, out_json
+from cluster.end_joined import UNREACHABLE
 from cluster.orphans import sweep
 from cluster.process import is_running, kill_process
 
 STOP_LIMIT_S = 15.0
 _POLL_S = 0.1
+_END_LIMIT_S = 120.0
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     """Register ``down``."""
-    parser = commands.add_parser("down", parents=[common], help="end a cluster on this host")
+    parser = commands.add_parser("down", parents=[common], help="end a cluster that up started")
     parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
+    parser.add_argument(
+        "--address", metavar="A", help="end the cluster in this Ray, whoever started it"
+    )
     parser.set_defaults(run=run)
 
 
@@ -32,24 +37,45 @@ def run(args: argparse.Namespace) -> int:
     """End it; nothing to end is no error."""
     name = args.name or os.environ.get("EXPERTMESH_NAME") or state_file.DEFAULT_NAME
     record = state_file.read_record(name)
-    if record is None:
+    address = args.address or ("" if record else os.environ.get("RAY_ADDRESS", ""))
+    if address:
+        was_up = _end_in(args, address, record)
+    elif record is None:
+        was_up = False
         note(f"no cluster called {name} is up on this host")
-    elif not _may_end(args, record):
-        raise CommandError(ExitCode.REFUSED, "nothing was ended")
     else:
+        was_up = True
+        _confirm(args, f"{name} ({record.http})")
         end_cluster(record, args.timeout or STOP_LIMIT_S)
         state_file.log_path(name).unlink(missing_ok=True)
         note(f"{name} is down")
     if args.json:
-        out_json({"schema": 1, "name": name, "was_up": record is not None})
+        out_json({"schema": 1, "name": name, "was_up": was_up})
     return ExitCode.OK
 
 
-def _may_end(args: argparse.Namespace, record: state_file.ClusterRecord) -> bool:
+def _end_in(
+    args: argparse.Namespace, address: str, record: state_file.ClusterRecord | None
+) -> bool:
+    """End what runs in a Ray; whether there was anything."""
+    _confirm(args, f"the cluster in Ray at {address}")
+    names = end_by_name(address)
+    if record is not None and record.is_on_its_own:
+        state_file.remove_record(record.name)
+    note(f"ended in Ray at {address}: {', '.join(names) or 'nothing'}")
+    return bool(names)
+
+
+def _confirm(args: argparse.Namespace, what: str) -> None:
+    if not _may_end(args, what):
+        raise CommandError(ExitCode.REFUSED, "nothing was ended")
+
+
+def _may_end(args: argparse.Namespace, what: str) -> bool:
     """Ask on a terminal; a script has already decided."""
     if args.yes or not sys.stdin.isatty():
         return True
-    sys.stderr.write(f"end {record.name} ({record.http})? [y/N] ")
+    sys.stderr.write(f"end {what}? [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
@@ -68,23 +94,35 @@ def end_cluster(record: state_file.ClusterRecord, limit_s: float) -> None:
     if state_file.read_record(record.name) is None:
         return
     if record.joined:
-        _end_joined(record)
+        try:
+            end_by_name(record.address)
+        except CommandError as err:
+            if err.code != ExitCode.UNREACHABLE:
+                raise
+            note(f"{record.name} is forgotten: {err}")
     elif record.temp_dir:
         sweep(Path(record.temp_dir), record.processes)
     state_file.remove_record(record.name)
 
 
-def _end_joined(record: state_file.ClusterRecord) -> None:
-    """Actors in a joined Ray outlive their launcher: end them by name, in a process that may."""
-    command = [sys.executable, "-m", "cluster.end_joined", record.address]
+def end_by_name(address: str) -> list[str]:
+    """End our app and actors in a Ray, in a process that may import it; the names of the actors.
+
+    Raises ``CommandError``.
+    """
+    command = [sys.executable, "-m", "cluster.end_joined", address]
     environment = {**os.environ, **local_ray.common_environment()}
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=60.0
+            command, env=environment, capture_output=True, text=True, timeout=_END_LIMIT_S
         )
     except subprocess.TimeoutExpired as err:
-        message = f"Ray at {record.address} does not answer"
+        message = f"Ray at {address} does not answer"
         raise CommandError(ExitCode.NOT_READY, message) from err
+    words = done.stderr.strip().splitlines() or ["no reason given"]
+    if done.returncode == UNREACHABLE:
+        raise CommandError(ExitCode.UNREACHABLE, f"no Ray at {address}: {words[-1]}")
     if done.returncode != 0:
-        words = done.stderr.strip().splitlines() or ["no reason given"]
-        raise CommandError(ExitCode.FAILED, f"ending {record.name} failed: {words[-1]}")
+        message = f"ending what runs in Ray at {address} failed: {words[-1]}"
+        raise CommandError(ExitCode.FAILED, message)
+    return done.stdout.split()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.cli.client import Client
 from cluster.cli.exit_codes import CommandError, ExitCode
+from cluster.cli.orders import Orders, add_address_option, orders_for
 from cluster.cli.terminal import note, out_json, out_line
 
 DEFAULT_LIMIT_S = 120.0
@@ -31,51 +30,38 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     whom.add_argument("--node", metavar="NAME", help="all workers of a node")
     drain.add_argument("--force", action="store_true", help="past the limit end it all the same")
     drain.add_argument("--no-wait", action="store_true", help="return at once, see op")
+    add_address_option(drain)
     drain.set_defaults(run=run_drain)
     op = commands.add_parser("op", parents=[common], help="how far an operation is")
     op.add_argument("id", metavar="ID", help="as drain tells it")
     op.add_argument("--wait", action="store_true", help="until it has ended")
+    add_address_option(op)
     op.set_defaults(run=run_op)
 
 
 def run_drain(args: argparse.Namespace) -> int:
     """Order a drain and wait for its end."""
     limit_s = args.timeout or DEFAULT_LIMIT_S
-    admin = admin_client(args)
     whom = {"worker": args.worker} if args.worker else {"node": args.node}
     order = {"deadline_s": limit_s, "force": args.force, "request_id": uuid.uuid4().hex}
-    operation = admin.post("/admin/v1/drain", {**whom, **order})
-    if args.no_wait:
-        return show_operation(args, operation)
-    return wait_operation(args, admin, operation, limit_s + _GRACE_S)
+    with orders_for(args) as orders:
+        operation = orders.drain({**whom, **order})
+        if args.no_wait:
+            return show_operation(args, operation)
+        return wait_operation(args, orders, operation, limit_s + _GRACE_S)
 
 
 def run_op(args: argparse.Namespace) -> int:
     """Print an operation; with ``--wait`` once it has ended."""
-    admin = admin_client(args)
-    operation = admin.get(f"/admin/v1/operations/{args.id}")
-    if not args.wait:
-        return show_operation(args, operation)
-    return wait_operation(args, admin, operation, args.timeout or float("inf"))
-
-
-def admin_client(args: argparse.Namespace) -> Client:
-    """Requests to the admin port of the cluster that ``args`` name. Raises ``CommandError``."""
-    calls = argparse.Namespace(**{**vars(args), "timeout": None})  # it is the operation's limit
-    given = args.admin_url or os.environ.get("EXPERTMESH_ADMIN_URL")
-    if given:
-        return Client(calls, str(given).rstrip("/"))
-    public = Client(calls)
-    gateways = public.get("/cluster/v1/status").get("gateway") or [{}]
-    address = gateways[0].get("admin_http")
-    if not address:
-        raise CommandError(ExitCode.REFUSED, "the cluster has no admin port")
-    scheme = public.url.partition(":")[0]
-    return Client(calls, f"{scheme}://{address}")
+    with orders_for(args) as orders:
+        operation = orders.operation(args.id)
+        if not args.wait:
+            return show_operation(args, operation)
+        return wait_operation(args, orders, operation, args.timeout or float("inf"))
 
 
 def wait_operation(
-    args: argparse.Namespace, admin: Client, operation: dict[str, Any], limit_s: float
+    args: argparse.Namespace, orders: Orders, operation: dict[str, Any], limit_s: float
 ) -> int:
     """Tell its phases until it ends. Raises ``CommandError`` past the limit."""
     give_up = time.monotonic() + limit_s
@@ -88,7 +74,7 @@ def wait_operation(
             message = f"{operation['id']} has not ended within {limit_s:g} s: expertmesh op"
             raise CommandError(ExitCode.NOT_READY, message)
         time.sleep(POLL_S)
-        operation = admin.get(f"/admin/v1/operations/{operation['id']}")
+        operation = orders.operation(operation["id"])
     return show_operation(args, operation)
 
 

@@ -83,10 +83,13 @@ class Front:
         self,
         log: Path,
         environment: Mapping[str, str],
-        on_ready: Callable[[], None],
+        on_ready: Callable[[str, str], None],
         module: str = "cluster.launch",
     ) -> None:
-        """Spawn it; it imports what it needs and waits for ``begin``."""
+        """Spawn it; it imports what it needs and waits for ``begin``.
+
+        ``on_ready`` is called with the URL of HTTP and the ``host:port`` of gRPC.
+        """
         self._on_ready = on_ready
         self._log = log
         with log.open("wb") as errors:
@@ -170,7 +173,7 @@ class Front:
             elif kind == "ready":
                 progress.clear()
                 self._was_ready = True
-                self._on_ready()
+                self._on_ready(event["http"], event["grpc"])
             elif kind == "failed":
                 code = ExitCode.REFUSED if event["refused"] else ExitCode.FAILED
                 self._failure = Outcome(code=code, message=event["message"])
@@ -201,7 +204,8 @@ class Front:
         record = state_file.read_record(self._plan.name)
         if self._plan.temp_dir:
             sweep(Path(self._plan.temp_dir), record.processes if record else ())
-        state_file.remove_record(self._plan.name)
+        if record is None or not record.is_on_its_own:
+            state_file.remove_record(self._plan.name)
 
     def _leave(self) -> None:
         self._tell(DETACH)

@@ -7,7 +7,8 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.cli.drain import admin_client, show_operation, wait_operation
+from cluster.cli.drain import show_operation, wait_operation
+from cluster.cli.orders import add_address_option, orders_for
 
 DEFAULT_LIMIT_S = 600.0
 
@@ -23,18 +24,18 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="only say what would be done, and what it brings"
     )
     rebalance.add_argument("--no-wait", action="store_true", help="return at once, see op")
+    add_address_option(rebalance)
     rebalance.set_defaults(run=run_rebalance)
 
 
 def run_rebalance(args: argparse.Namespace) -> int:
     """Order it and wait for its end."""
-    admin = admin_client(args)
     order = {"dry_run": args.dry_run, "request_id": uuid.uuid4().hex}
-    operation = admin.post("/admin/v1/rebalance", order)
-    if args.no_wait:
-        return show_operation(args, operation)
-    limit_s = args.timeout or DEFAULT_LIMIT_S
-    return wait_operation(args, admin, operation, limit_s)
+    with orders_for(args) as orders:
+        operation = orders.rebalance(order)
+        if args.no_wait:
+            return show_operation(args, operation)
+        return wait_operation(args, orders, operation, args.timeout or DEFAULT_LIMIT_S)
 
 
 def describe(rebalance: Mapping[str, Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -19,11 +18,11 @@ from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.front import Front, Outcome, raise_on_signals
 from cluster.cli.progress import Progress
 from cluster.cli.security_options import without_keys
-from cluster.cli.serve_config import build_config, make_plan
-from cluster.cli.serve_options import add_serve_options, collect
+from cluster.cli.serve_config import asked_for, build_config, make_plan
+from cluster.cli.serve_options import add_serve_options, collect, wanted_model
 from cluster.cli.terminal import note, out_json, out_line
 from cluster.errors import CheckpointError, ConfigError, StartError
-from cluster.launch_plan import LaunchPlan, check_ports
+from cluster.launch_plan import LaunchPlan, check_ports, tell_differences
 from cluster.model_source import ModelSource, find_model
 from cluster.rebalance import why_impossible
 from cluster.serve_proxy import check_haproxy
@@ -59,14 +58,36 @@ def run_up(args: argparse.Namespace) -> int:
     raise_on_signals()
     with _one_at_a_time(name):
         record = state_file.read_record(name)
-        if record is None or not record.is_alive or args.dry_run:
+        if args.dry_run or record is None or not _is_up(record, args):
             return _start(args, "up", name)
-        if record.settings != _settings_hash(args):
-            message = f"{name} is up with other settings: expertmesh down --name {name} first"
-            raise CommandError(ExitCode.REFUSED, message)
         note(f"{name} is up already")
         _print_ready(args, record.name, record.http, record.grpc)
         return ExitCode.OK
+
+
+def _is_up(record: state_file.ClusterRecord, args: argparse.Namespace) -> bool:
+    """Whether the record's cluster is the one that is asked for; False: the launcher will know.
+
+    Raises ``CommandError`` where it is another one.
+    """
+    values = collect(args, os.environ)
+    address = _ray_address(values)
+    if address and not record.is_alive:
+        return False  # Ray is asked what runs there
+    if not address and record.is_on_its_own:
+        differences = [f"--address: {record.address}, not a Ray of its own"]
+    elif not record.is_alive:
+        return False
+    else:
+        asked = asked_for(values, wanted_model(args, os.environ))
+        differences = tell_differences(record.asked, asked)
+        if address and not record.joined:
+            differences.append(f"--address: a Ray of its own, not {address}")
+    if differences:
+        text = "; ".join(differences)
+        rule = f"{record.name} is up with other settings ({text})"
+        raise CommandError(ExitCode.REFUSED, f"{rule}: expertmesh down --name {record.name} first")
+    return True
 
 
 @contextlib.contextmanager
@@ -92,20 +113,28 @@ def _start(args: argparse.Namespace, command: state_file.Command, name: str) -> 
 
 def _launch(args: argparse.Namespace, command: state_file.Command, name: str) -> Outcome:
     values = collect(args, os.environ)
+    asked = asked_for(values, wanted_model(args, os.environ))
     address = _ray_address(values)
+    early = {"wait_nodes": values.pop("wait_nodes", 0)}
+    if args.timeout:
+        early["start_limit_s"] = args.timeout
     _check_early(values, is_private=not address)
     progress = Progress()
-    model = find_model(args.model or os.environ.get("EXPERTMESH_MODEL"), note)
+    model = find_model(wanted_model(args, os.environ), note)
     config = build_config(values, model)
     with _Preparation(address, name) as preparation:
-        plan_values = {"command": command, "name": name, "address": address}
-        front = None if args.dry_run else preparation.spawn(lambda: _ready(args, plan))
+        plan_values = {"command": command, "name": name, "address": address, **early}
+
+        def on_ready(http: str, grpc: str) -> None:
+            _ready(args, plan, http, grpc)
+
+        front = None if args.dry_run else preparation.spawn(on_ready)
         check = preparation.examine(model.folder, allow_bare=args.dry_run)
         progress.update("check")
         facts = check.result()
         if facts.ignored_keys:
             note(f"config.json: ignored, not known: {', '.join(facts.ignored_keys)}")
-        plan = make_plan(config, facts, preparation.temp_dir, _settings_hash(args), plan_values)
+        plan = make_plan(config, facts, preparation.temp_dir, asked, plan_values)
         if front is None:
             progress.clear()
             _tell_rebalancing(plan)
@@ -139,7 +168,8 @@ def _ray_address(values: dict[str, Any]) -> str:
 def _check_early(values: dict[str, Any], is_private: bool) -> None:
     """Ports and the shape of every setting, before a model is looked for or fetched.
 
-    On a joined Ray cluster the HTTP port may be its own Serve's: the launcher looks at that.
+    The ports of a joined Ray are the launcher's to look at: they may be on another host, or in use
+    by the very cluster that is asked for.
     """
     section = build_config(dict(values), ModelSource(folder=Path(), name="model")).gateway
     try:
@@ -147,21 +177,14 @@ def _check_early(values: dict[str, Any], is_private: bool) -> None:
         check_tls_files(section)
     except ConfigError as err:
         raise CommandError(ExitCode.REFUSED, str(err)) from err
-    ports = {"port": section.port} if is_private else {}
+    if not is_private:
+        return
     try:
-        check_ports(section.host, {**ports, "grpc_port": section.grpc_port})
+        check_ports(section.host, {"port": section.port, "grpc_port": section.grpc_port})
         admin = {n: getattr(section, n) for n in ("admin_port", "admin_grpc_port")}
         check_ports(section.admin_host, {n: port for n, port in admin.items() if port})
     except ConfigError as err:
         raise CommandError(ExitCode.REFUSED, str(err)) from err
-
-
-def _settings_hash(args: argparse.Namespace) -> str:
-    """Hash of the options as given: the same command line means the same cluster."""
-    values = {k: str(v) for k, v in collect(args, os.environ).items()}
-    model = args.model or os.environ.get("EXPERTMESH_MODEL") or ""
-    text = json.dumps([model, values, os.environ.get("RAY_ADDRESS", "")], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class _Preparation:
@@ -184,7 +207,7 @@ class _Preparation:
         """Folder of the private Ray; empty when one is joined."""
         return str(self._folder or "")
 
-    def spawn(self, on_ready: Callable[[], None]) -> Front:
+    def spawn(self, on_ready: Callable[[str, str], None]) -> Front:
         """Let the launcher import while the checkpoint is looked at."""
         self._front = Front(self._log, self._environment, on_ready)
         return self._front
@@ -213,21 +236,17 @@ class _Preparation:
         self._log.unlink(missing_ok=True)
 
 
-def _ready(args: argparse.Namespace, plan: LaunchPlan) -> None:
-    _print_ready(args, plan.name, plan.http_url, plan.grpc_target)
+def _ready(args: argparse.Namespace, plan: LaunchPlan, url: str, grpc: str) -> None:
+    _print_ready(args, plan.name, url, grpc)
     key = " -H 'Authorization: Bearer KEY'" if plan.config.gateway.asks_for_keys else ""
     model = plan.config.model.served_model_name
     body = json.dumps({"model": model, "prompt": "ROMEO:", "max_tokens": 40, "stream": True})
     call = json.dumps({"text": "ROMEO:", "sampling_params": {"max_tokens": 40}})
-    url = plan.http_url
     curl, grpcurl = ("curl -N", "-plaintext")
     if plan.config.gateway.has_tls:
         curl, grpcurl = ("curl --cacert CA.pem -N", "-cacert CA.pem")
     note(f"  {curl} {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'")
-    note(
-        f"  grpcurl {grpcurl}{key} -d '{call}' {plan.grpc_target} "
-        "expertmesh.v1.Inference/GenerateStream"
-    )
+    note(f"  grpcurl {grpcurl}{key} -d '{call}' {grpc} expertmesh.v1.Inference/GenerateStream")
     note(f"  openai.OpenAI(base_url='{url}/v1', api_key='{'KEY' if key else 'none'}')")
     if plan.command == "serve":
         note("  stop with Ctrl-C")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from cluster.checkpoint_check import CheckpointFacts
 from cluster.cli.exit_codes import CommandError, ExitCode
-from cluster.cli.serve_options import read_template
+from cluster.cli.serve_options import OPTIONS, read_template
 from cluster.config import ClusterConfig, check
 from cluster.errors import ConfigError
 from cluster.launch_plan import LaunchPlan, count_cpus, count_gpus, free_port
@@ -21,6 +22,8 @@ from gateway.key_file import read_key_file
 
 logger = logging.getLogger(__name__)
 
+_NO_SETTINGS = ("address", "wait_nodes")
+"""Options about the start, not about the cluster that is started."""
 REFUSED_FIELDS = ("host", "admin_host")
 """Settings whose rules are about this host or its safety, not about how a flag is written."""
 _HEARTBEATS_PER_LIMIT = 4
@@ -46,6 +49,24 @@ def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig
     except ConfigError as err:
         code = ExitCode.REFUSED if err.field in REFUSED_FIELDS else ExitCode.USAGE
         raise CommandError(code, str(err)) from err
+
+
+def asked_for(values: Mapping[str, Any], model: str | None) -> dict[str, str]:
+    """What a user asked for, by flag: two starts that ask for the same are for the same cluster.
+
+    A key is not told, only whether it is the same.
+    """
+    told = {"MODEL": model or ""}
+    for option in OPTIONS:
+        if option.target in values and option.target not in _NO_SETTINGS:
+            text = str(values[option.target])
+            is_secret = option.target in ("gateway.api_keys", "gateway.admin_keys")
+            told[option.flag] = _fingerprint(text) if is_secret else text
+    return told
+
+
+def _fingerprint(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()[:16]
 
 
 def _sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -114,7 +135,7 @@ def make_plan(
     config: ClusterConfig,
     facts: CheckpointFacts,
     temp_dir: str,
-    settings: str,
+    asked: dict[str, str],
     values: dict[str, Any],
 ) -> LaunchPlan:
     """The last checks, now that the model is known. Raises ``CommandError`` (refused)."""
@@ -134,7 +155,7 @@ def make_plan(
             banks=facts.banks,
             numbers=_numbers(config, facts),
             profile=_profile(config, facts.banks),
-            settings=settings,
+            asked=asked,
             temp_dir=temp_dir,
             num_cpus=num_cpus,
             num_gpus=num_gpus,

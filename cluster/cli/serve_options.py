@@ -1,6 +1,7 @@
 """The options of ``serve`` and ``up``: one table makes flags, environment names and config.
 
-Precedence: flag, then ``EXPERTMESH_<FLAG>``, then the default of the configuration.
+Precedence: flag, then ``EXPERTMESH_<FLAG>``, then the ``--config`` file, then the default of the
+configuration.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.cli.config_file import MODEL, read_config_file
 from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.option import ServeOption, parse_bytes, parse_micro_batches, parse_switch
 from cluster.cli.option import option as _option
@@ -250,6 +252,7 @@ OPTIONS = (
         kind=parse_bytes,
     ),
     _option("--address", "address", "join this Ray cluster instead of a private one"),
+    _option("--wait-nodes", "wait_nodes", "first wait until that has so many nodes (0)", kind=int),
     *SECURITY_OPTIONS,
 )
 
@@ -262,6 +265,9 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     """Add MODEL and every option; absent ones stay None."""
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="folder or hub id (the bundled checkpoint)"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with values of these options (none)"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, show the plan, start nothing"
@@ -283,26 +289,44 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
 
 
 def collect(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Option values by target: the flag's, else the environment's; neither leaves it out."""
+    """Option values by target: the flag's, else the environment's, else the file's.
+
+    Where there is none of them it is left out. Raises ``CommandError`` (usage).
+    """
+    file = _read_file(args)
     values: dict[str, Any] = {}
     for option in OPTIONS:
         value = getattr(args, option.dest)
         if value is None and environment.get(option.variable):
-            value = _from_environment(option, environment[option.variable])
+            value = _parse(option, environment[option.variable], option.variable)
+        if value is None and option.dest in file:
+            value = _parse(option, file[option.dest], f"{option.dest} in {args.config}")
         if value is not None:
             values[option.target] = value
     return {**values, **collect_keys(values, environment)}
 
 
-def _from_environment(option: ServeOption, text: str) -> Any:
+def wanted_model(args: argparse.Namespace, environment: Mapping[str, str]) -> str | None:
+    """MODEL, of the command line, the environment or the file; None for the bundled one."""
+    given = args.model or environment.get("EXPERTMESH_MODEL")
+    return given or _read_file(args).get(MODEL)
+
+
+def _read_file(args: argparse.Namespace) -> dict[str, str]:
+    names = {option.dest for option in OPTIONS}
+    return read_config_file(args.config, names) if args.config else {}
+
+
+def _parse(option: ServeOption, text: str, origin: str) -> Any:
+    """The value of a text that is no flag's; ``origin`` says whose."""
     try:
         value = option.kind(text)
     except ValueError as err:
-        message = f"{option.variable} ({text}) is not valid for {option.flag}"
+        message = f"{origin} ({text}) is not valid for {option.flag}"
         raise CommandError(ExitCode.USAGE, message) from err
     if option.choices and value not in option.choices:
         words = ", ".join(option.choices)
-        raise CommandError(ExitCode.USAGE, f"{option.variable} ({text}) must be one of {words}")
+        raise CommandError(ExitCode.USAGE, f"{origin} ({text}) must be one of {words}")
     return value
 
 

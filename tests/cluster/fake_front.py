@@ -1,5 +1,7 @@
 """A front process with a fake launcher: ``python -m tests.cluster.fake_front NAME DETACH``.
 
+DETACH is ``detach`` for ``up``, ``join`` for ``up`` in a Ray that is there; ``serve`` otherwise.
+
 Prints ``ready`` on stdout, as ``serve`` does, and ends with the outcome's exit code. A cluster that
 does not end is forced to by a second signal alone: for its own limit a test would have to wait.
 """
@@ -20,7 +22,7 @@ from cluster.launch_plan import LaunchPlan
 
 def main() -> int:
     """Run it."""
-    name, detach = sys.argv[1], sys.argv[2] == "detach"
+    name, detach = sys.argv[1], sys.argv[2] in ("detach", "join")
     raise_on_signals()
     front_module.STOP_LIMIT_S = 600.0
     state_file.clean_up_dead()
@@ -28,12 +30,12 @@ def main() -> int:
     plan = LaunchPlan(
         command="up" if detach else "serve",
         name=name,
-        settings="s",
+        asked={},
         config=ClusterConfig(model=ModelSection(path="/m", served_model_name="m")),
         numbers={},
         banks=({"bank": "mlp", "layer": 0, "num_experts": 4},),
         profile=None,
-        address="",
+        address="auto" if sys.argv[2] == "join" else "",
         temp_dir=str(folder),
         num_cpus=2,
         num_gpus=0,
@@ -41,7 +43,7 @@ def main() -> int:
     log = state_file.log_path(name)
     environment = {**os.environ, **local_ray.common_environment()}
     module = "tests.cluster.fake_launcher"
-    front = Front(log, environment, lambda: out_line(f"ready {folder}"), module)
+    front = Front(log, environment, lambda *_: out_line(f"ready {folder}"), module)
     front.begin(plan)
     outcome = front.run(Progress(), detach)
     if outcome.message:

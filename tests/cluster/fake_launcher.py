@@ -25,6 +25,7 @@ class FakeParts:
     """Stands for Ray by a child with a log in the folder, as Ray's own processes have."""
 
     def __init__(self, plan: LaunchPlan, progress: ProgressFn) -> None:
+        self.plan = plan
         self._folder = Path(plan.temp_dir)
         self._progress = progress
         self._how = os.environ.get("FAKE_PARTS", "")
@@ -60,6 +61,8 @@ class FakeParts:
             time.sleep(600)
 
     def stop_ray(self) -> None:
+        if self.plan.address:
+            return  # it is left, not ended
         if self._how == "stuck":
             time.sleep(600)
         sweep(self._folder, ())

@@ -17,7 +17,7 @@ import pytest
 
 from cluster import state_file
 from cluster.cli.down import end_cluster
-from cluster.orphans import find_by_files
+from cluster.orphans import find_by_files, sweep
 from cluster.process import is_running
 
 pytestmark = pytest.mark.distributed
@@ -52,8 +52,10 @@ StartFront = Callable[..., FrontProcess]
 def start_front(state_home: Path) -> Iterator[StartFront]:
     started: list[FrontProcess] = []
 
-    def start(name: str = "one", detach: bool = False, how: str = "") -> FrontProcess:
-        words = [name, "detach" if detach else "stay"]
+    def start(
+        name: str = "one", detach: bool = False, how: str = "", join: bool = False
+    ) -> FrontProcess:
+        words = [name, "join" if join else "detach" if detach else "stay"]
         child = subprocess.Popen(
             [sys.executable, "-m", "tests.cluster.fake_front", *words],
             env={**os.environ, "FAKE_PARTS": how},
@@ -249,3 +251,22 @@ def test_two_side_by_side(start_front: StartFront) -> None:
     assert one.end()[0] == 0
     assert is_clean(one.folder)
     assert find_by_files(two.folder)
+
+
+def test_nobody_owns_what_up_starts_in_a_joined_ray(start_front: StartFront) -> None:
+    """The launcher goes with its front; the record stays, also when a later start fails."""
+    front = start_front(join=True)
+    front.wait_ready()
+    try:
+        assert front.end()[0] == 0
+        record = state_file.read_record("one")
+        assert record is not None
+        assert record.is_on_its_own
+        wait_until(lambda: not is_running(record.launcher))
+        assert find_by_files(front.folder)
+        refused = start_front(join=True, how="refuse")
+        assert refused.end()[0] == 5
+        assert state_file.read_record("one") == record
+    finally:
+        sweep(front.folder, ())
+        state_file.remove_record("one")

@@ -196,7 +196,8 @@ def test_a_cluster_starts_answers_and_stops() -> None:
         assert (await actor.placement())["banks"] == []
         bank = BankLoad(bank="mlp", layer=0, counts=(2, 2, 2, 2, 1, 1, 1, 1))
         profile = LoadProfile(model="demo", top_k=2, tokens=6, banks=(bank,))
-        await actor.start(_config(), BANKS, profile.to_dict())
+        assert await actor.origin() == {"asked": None, "config": None}
+        await actor.start(_config(), BANKS, profile.to_dict(), {"--port": "1"})
         snapshot = await _until(actor, "SERVING")
         assert (await actor.control_address()).startswith("127.0.0.1:")
         assert snapshot["generation"] == 1
@@ -208,7 +209,10 @@ def test_a_cluster_starts_answers_and_stops() -> None:
         assert report["banks"][0]["balancedness"] == {"predicted": 0.75, "achieved": 1.0}
         fresh = await actor.snapshot(fresh=True)
         assert fresh["workers"][0]["kv_blocks_free"] == 7
-        await actor.start(_config(), BANKS)  # a second start does nothing
+        await actor.start(_config(), BANKS, None, {"--port": "2"})  # a second start does nothing
+        origin = await actor.origin()
+        assert origin["asked"] == {"--port": "1"}
+        assert origin["config"]["cluster_token"] == "secret"
         await actor.stop()
         assert (await actor.snapshot())["state"] == "STOPPED"
         assert sorted(group.ended) == ["attention-0", "expert-0", "expert-1"]

@@ -22,6 +22,7 @@ from cluster import state_file
 from cluster.cli.down import end_cluster
 from cluster.launch_plan import free_port
 from cluster.orphans import find_by_files
+from cluster.process import wait_gone
 
 pytestmark = pytest.mark.ray
 
@@ -194,7 +195,9 @@ def test_serve_twice_kill_one_start_up_beside_it(servers: list[Server]) -> None:
     again = run("up", *ports, "--json")
     assert again.returncode == 0
     assert json.loads(again.stdout)["http"] == f"http://127.0.0.1:{ports[1]}"
-    assert run("up", "--port", "0").returncode == 5
+    other = run("up", "--port", "0")
+    assert other.returncode == 5
+    assert f"--port: {ports[1]}, not 0" in other.stderr
     assert run("--name", "default", "status").returncode == 0
     record = state_file.read_record("default")
     assert record is not None
@@ -268,8 +271,7 @@ def test_a_joined_ray_keeps_all_that_is_its_own(
         other = str(free_port("127.0.0.1"))
         refused = run("serve", "--address", address, "--port", other, "--grpc-port", "0")
         assert refused.returncode == 5
-        assert f"differs from {port}" in refused.stderr
-        assert refused.stderr.count("\n") == 1
+        assert f"differs from {port}" in refused.stderr.splitlines()[-1]  # progress is before it
         too_many = ["--port", str(port), "--grpc-port", "0", "--cpus-per-worker", "2"]
         refused = run("serve", "--address", address, *too_many)
         assert refused.returncode == 5
@@ -287,3 +289,40 @@ def test_a_joined_ray_keeps_all_that_is_its_own(
         assert servers[0].stop(signal.SIGTERM) == (0, "")
         assert serve_apps(url) == ["other"]
         assert fetch(f"{url}/other") == "other"
+        check_a_cluster_on_its_own(address, ("--port", str(port), "--grpc-port", "0"), url)
+        assert serve_apps(url) == ["other"]
+
+
+def check_a_cluster_on_its_own(address: str, ports: Sequence[str], url: str) -> None:
+    """``up`` in a joined Ray: again and again, from elsewhere, and down by name."""
+    up = ["up", "--address", address, *ports, "--num-expert-workers", "1"]
+    small = ["--cpus-per-worker", "0.5"]
+    first = run(*up, *small)
+    assert first.returncode == 0, first.stderr
+    record = state_file.read_record("default")
+    assert record is not None
+    assert wait_gone(record.launcher, STOP_LIMIT_S)  # nobody on this host owns it
+    controller = json.loads(run("status", "--json").stdout)["controller_pid"]
+    assert generate(url)
+
+    again = run(*up, *small)
+    assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr
+    other = run(*up, "--cpus-per-worker", "0.25", "--name", "else")
+    assert other.returncode == 5
+    assert "--cpus-per-worker: 0.5, not 0.25" in other.stderr
+    assert state_file.read_record("else") is None
+    status = json.loads(run("--url", url, "status", "--json").stdout)
+    assert status["controller_pid"] == controller
+    (node,) = {w["node"] for w in status["workers"]}
+    assert run("health", "--node", node).returncode == 0
+    assert run("health", "--node", "10.9.9.9").returncode == 1
+    refused = run("drain", "attention-0", "--address", address, "--timeout", "5")
+    assert refused.returncode == 5, refused.stderr
+    assert "attention-0" in refused.stderr
+
+    state_file.remove_record("default")  # as in a pod that came later
+    down = run("down", "-y", "--address", address)
+    assert down.returncode == 0, down.stderr
+    assert "expertmesh-controller" in down.stderr
+    nothing = run("down", "-y", "--address", address, "--json")
+    assert json.loads(nothing.stdout)["was_up"] is False

@@ -39,7 +39,7 @@ def plan(host: str = "127.0.0.1") -> LaunchPlan:
     return LaunchPlan(
         command="serve",
         name="x",
-        settings="s",
+        asked={"MODEL": "m"},
         config=ClusterConfig(model=model, gateway=gateway, cluster_token="t"),
         banks=BANKS,
         numbers={

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-from cluster import cluster_parts, ray_tools
+from cluster import joining, ray_tools
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
 from cluster.resources import NodeResources
@@ -53,7 +53,6 @@ def test_a_ray_is_asked_without_a_token(gcs: tuple[str, Gcs]) -> None:
 @pytest.mark.parametrize("asks", [False, True], ids=["no token", "token"])
 def test_several_hosts_need_a_token_or_a_word(
     gcs: tuple[str, Gcs],
-    monkeypatch: pytest.MonkeyPatch,
     num_hosts: int,
     is_told: bool,
     asks: bool,
@@ -63,17 +62,12 @@ def test_several_hosts_need_a_token_or_a_word(
         NodeResources(node_id=str(n), address=f"10.0.0.{n}", cpus=8.0, gpus=0.0)
         for n in range(num_hosts)
     )
-    monkeypatch.setattr(ray_tools, "our_actors", list)
-    monkeypatch.setattr(ray_tools, "cluster_nodes", lambda: nodes)
-    monkeypatch.setattr(ray_tools, "free_resources", lambda: {"CPU": 8.0})
-    monkeypatch.setattr(cluster_parts, "_running_serve", lambda: None)
-    monkeypatch.setattr(cluster_parts, "check_ports", lambda host, ports: None)
     data = plan().to_dict()
     data["config"]["gateway"]["allow_unauthenticated"] = is_told
     one = type(plan()).from_dict(data)
     assert isinstance(one.config, ClusterConfig)
     if num_hosts > 1 and not asks and not is_told:
         with pytest.raises(ConfigError, match="RAY_AUTH_MODE=token"):
-            cluster_parts._check_joined(one, address)
+            joining.check_strangers(one, nodes, address)
         return
-    assert cluster_parts._check_joined(one, address) == one
+    joining.check_strangers(one, nodes, address)

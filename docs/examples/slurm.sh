@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=expertmesh
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=08:00:00
+# One cluster in one allocation: the first node is Ray's head with the gateway and may hold workers
+# too. Set MODEL to a folder that every node sees, or a hub id. Ends with the job.
+set -euo pipefail
+MODEL=${MODEL:?folder or hub id of the checkpoint}
+EXPERTS=${EXPERTS:-24}
+ATTENTION=${ATTENTION:-8}
+
+umask 077
+export RAY_AUTH_MODE=token
+export RAY_AUTH_TOKEN_PATH=$HOME/.expertmesh-token-$SLURM_JOB_ID
+openssl rand -hex 32 > "$RAY_AUTH_TOKEN_PATH"
+trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head_ip=$(srun --nodes=1 --ntasks=1 -w "${nodes[0]}" hostname --ip-address | awk '{print $1}')
+
+# --overlap: the command below shares the first node with its `expertmesh node`.
+srun --overlap --nodes=1 --ntasks=1 -w "${nodes[0]}" \
+    expertmesh node --head --node-ip "$head_ip" &
+for node in "${nodes[@]:1}"; do
+    srun --overlap --nodes=1 --ntasks=1 -w "$node" expertmesh node --join "$head_ip" &
+done
+
+# Waits for all nodes, returns when clients can call http://$head_ip:8000. Keys: EXPERTMESH_API_KEYS.
+until srun --overlap --nodes=1 --ntasks=1 -w "${nodes[0]}" \
+    expertmesh up "$MODEL" --address "$head_ip:6379" --wait-nodes "${#nodes[@]}" --host 0.0.0.0 \
+    --num-attention-workers "$ATTENTION" --num-expert-workers "$EXPERTS" --gpus-per-worker 1; do
+    sleep 5 # the head is not up yet
+done
+wait
