@@ -23,6 +23,9 @@ Prompts = list[list[int]]
 Generate = Callable[[Prompts, int], list[list[float]]]
 """Prompts and number of new tokens -> seconds to each token, by sequence."""
 
+ROUTED_KV_BYTES = 128 << 20
+"""KV memory of each worker of a routed cluster."""
+
 
 @contextmanager
 def _transformers(checkpoint: Path) -> Iterator[Generate]:
@@ -114,7 +117,7 @@ def _routed(checkpoint: Path, policy: str) -> Iterator[Generate]:
     from gateway.router import RoutingPolicy
 
     workers = {"num_attention_workers": 2, "num_expert_workers": 1, "cpus_per_worker": 0.6}
-    engine = {"enable_prefix_caching": True}
+    engine = {"enable_prefix_caching": True, "kv_cache_bytes": ROUTED_KV_BYTES}
     with (
         serving(checkpoint, workers=workers, engine=engine) as addresses,
         PoolClient(addresses, RoutingPolicy(policy)) as client,

@@ -2,7 +2,8 @@
 
 Two clusters of 2 attention workers and 1 expert worker, each behind the gateway's pool of engine
 streams, take turns. A chat's context grows with each of its turns; all chats take a turn together.
-The first turn, which nobody has cached, is left out.
+The first turn, which nobody has cached, is left out. The KV memory of a worker (128 MiB) holds
+8,000 tokens of the random model: its share of the chats, but not all of them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Case:
     """What each turn adds: an answer, and a question."""
     turns: int = 4
     """Turns of a chat."""
-    num_chats: int = 3
+    num_chats: int = 5
     """Chats at once: an odd number, so that going in turn means to change workers."""
     rounds: int = 4
     """Sets of chats of each system."""
