@@ -22,6 +22,7 @@ from tests.k8s.edits import (
     start_param,
     swap,
     unknown,
+    up_words,
 )
 from tests.k8s.kuberay import Manifests
 
@@ -260,6 +261,32 @@ CHANGES: list[tuple[str, str, str, Change]] = [
         "ten minutes",
         lambda m: box(m, "headgroup")["livenessProbe"].update(failureThreshold=60),
     ),
+    # commands
+    ("commands", MULTI, "a word too many", lambda m: up_words(m).append("--at-once")),
+    ("commands", MULTI, "no up", lambda m: up_words(m).__setitem__(7, "down")),
+    ("commands", MULTI, "another file", lambda m: up_words(m).__setitem__(-1, "/etc/engine.yaml")),
+    (
+        "commands",
+        MULTI,
+        "another Service",
+        lambda m: up_words(m).__setitem__(4, "http://head:8265"),
+    ),
+    (
+        "commands",
+        MULTI,
+        "a probe that is no command",
+        lambda m: swap(box(m, "experts")["readinessProbe"]["exec"], "--node", "--nodename"),
+    ),
+    (
+        "commands",
+        MULTI,
+        "a hook that is no command",
+        lambda m: swap(box(m, "experts")["lifecycle"]["preStop"]["exec"], "--timeout", "--limit"),
+    ),
+    ("commands", MULTI, "a model elsewhere", lambda m: set_engine(m, model="/data/dots.llm1.inst")),
+    ("commands", MULTI, "no keys at gateways", lambda m: box(m, "gateway")["volumeMounts"].pop(1)),
+    # options
+    ("options", MULTI, "a flag nobody knows", lambda m: set_engine(m, num_workers=3)),
     # mounts
     ("mounts", "cpu-kind", "a volume less", lambda m: pod(m, "experts")["volumes"].pop(0)),
     (

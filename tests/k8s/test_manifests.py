@@ -31,6 +31,8 @@ CHECKS: dict[str, Check] = {
     "grace": checks_pods.grace,
     "tolerations": checks_pods.tolerations,
     "probes": checks_pods.probes,
+    "commands": checks_pods.commands,
+    "options": checks_pods.options,
     "mounts": checks_pods.mounts,
     "privileges": checks_pods.confined,
     "shape": checks_pods.shape,
