@@ -99,6 +99,16 @@ class Hosts:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    def boots(self, host: str) -> bool:
+        """Boot a host that was killed; False while the last of it is not gone."""
+        try:
+            self.run("boot", host)
+        except AssertionError as err:
+            if "is up" in str(err):
+                return False
+            raise
+        return True
+
     def mute(self, host: str) -> None:
         """Drop all its frames from now on, without a sign to anybody."""
         self.run("mute", host)

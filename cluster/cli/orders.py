@@ -51,7 +51,7 @@ def orders_for(args: argparse.Namespace) -> Iterator[Orders]:
     """The way that ``args`` ask for, or the one there is. Raises ``CommandError``."""
     address = args.address
     if not address:
-        admin = _find_admin(args)
+        admin = find_admin(args)
         if admin is not None:
             yield AdminOrders(admin)
             return
@@ -60,7 +60,7 @@ def orders_for(args: argparse.Namespace) -> Iterator[Orders]:
         yield RayOrders()
 
 
-def _find_admin(args: argparse.Namespace) -> Client | None:
+def find_admin(args: argparse.Namespace) -> Client | None:
     """The admin port, where it can be reached from here; None where there is a way through Ray."""
     calls = argparse.Namespace(**{**vars(args), "timeout": None})  # it is the operation's limit
     given = args.admin_url or os.environ.get("EXPERTMESH_ADMIN_URL")

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from cluster.cli.exit_codes import ExitCode
-from cluster.cli.main import main
+from cluster.cli.exit_codes import CommandError, ExitCode
+from cluster.cli.main import main, make_parser
+from cluster.cli.orders import find_admin
 from tests.cluster.fake_gateway import STATUS, FakeGateway, fake_gateway
 
 pytestmark = pytest.mark.usefixtures("state_home")
@@ -140,3 +141,22 @@ def test_one_of_worker_and_node_is_needed() -> None:
         with pytest.raises(SystemExit) as caught:
             main(words)
         assert caught.value.code == ExitCode.USAGE
+
+
+def test_orders_go_through_ray_where_no_gateway_can_be_reached(
+    monkeypatch: pytest.MonkeyPatch, gateway: FakeGateway
+) -> None:
+    there = make_parser().parse_args(["--url", gateway.url, "drain", "expert-1"])
+    nowhere = make_parser().parse_args(["--url", "http://127.0.0.1:1", "drain", "expert-1"])
+    with pytest.raises(CommandError) as caught:
+        find_admin(nowhere)
+    assert caught.value.code == ExitCode.UNREACHABLE
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert find_admin(nowhere) is None
+    admin = find_admin(there)
+    assert admin is not None
+    assert admin.url == gateway.url
+    monkeypatch.setenv("EXPERTMESH_ADMIN_URL", "http://10.0.0.1:8001/")
+    admin = find_admin(nowhere)
+    assert admin is not None
+    assert admin.url == "http://10.0.0.1:8001"
