@@ -337,6 +337,10 @@ class LoadSection:
         check(self.num_windows >= 1, "num_windows", self.num_windows, "must be at least 1")
 
 
+_LIMITS = (
+    *("max_body_bytes", "max_json_depth", "max_batch_prompts", "max_choices", "max_stop_strings"),
+    *("max_stop_chars", "request_timeout_s"),
+)
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 RoutingPolicyName = Literal["kv", "least-loaded", "round-robin"]
 
@@ -440,6 +444,9 @@ class GatewaySection:
             self.num_gateway_replicas,
             "must be at least 1",
         )
+        for name in _LIMITS:
+            value = getattr(self, name)
+            check(value > 0, name, value, "must be above 0")
         for name in ("api_keys", "admin_keys"):
             check(all(getattr(self, name)), name, "", "must not be empty")
             object.__setattr__(self, name, tuple(map(hash_key, getattr(self, name))))

@@ -1,4 +1,4 @@
-"""The options of ``serve`` about who may come in."""
+"""The options of ``serve`` about who may come in, and with how much."""
 
 from __future__ import annotations
 
@@ -6,9 +6,32 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.api_keys import hash_key
-from cluster.cli.option import option, parse_switch, parse_words
+from cluster.cli.option import option, parse_bytes, parse_switch, parse_words
 
+_LIMITS = (
+    option(
+        "--max-body-bytes", "gateway.max_body_bytes", "largest HTTP body (8M)", kind=parse_bytes
+    ),
+    option("--max-json-depth", "gateway.max_json_depth", "its deepest nesting (64)", kind=int),
+    option(
+        "--max-batch-prompts", "gateway.max_batch_prompts", "prompts in one request (256)", kind=int
+    ),
+    option("--max-n", "gateway.max_n", "choices of a prompt, up to 128 (16)", kind=int),
+    option("--max-choices", "gateway.max_choices", "prompts times choices (512)", kind=int),
+    option("--max-stop-strings", "gateway.max_stop_strings", "stop strings (16)", kind=int),
+    option("--max-stop-chars", "gateway.max_stop_chars", "characters of one (256)", kind=int),
+    option(
+        "--max-logprobs", "gateway.max_logprobs", "alternatives told for a token (20)", kind=int
+    ),
+    option(
+        "--request-timeout-s",
+        "gateway.request_timeout_s",
+        "longest life of a request, seconds (600)",
+        kind=float,
+    ),
+)
 SECURITY_OPTIONS = (
+    *_LIMITS,
     option("--api-key", "gateway.api_keys", "key that clients must present"),
     option(
         "--api-key-file",

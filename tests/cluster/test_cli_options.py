@@ -182,6 +182,16 @@ def test_a_public_host_needs_keys_or_a_word() -> None:
     assert config_of("--host", "0.0.0.0", "--api-key", "k").gateway.asks_for_keys
 
 
+def test_limits_of_requests_are_options() -> None:
+    words = ["--max-body-bytes", "1M", "--max-n", "4", "--request-timeout-s", "2.5"]
+    gateway = config_of(*words, "--max-logprobs", "5").gateway
+    assert (gateway.max_body_bytes, gateway.max_n) == (1 << 20, 4)
+    assert (gateway.request_timeout_s, gateway.max_logprobs) == (2.5, 5)
+    for flag in ("--max-body-bytes", "--max-json-depth", "--request-timeout-s", "--max-stop-chars"):
+        with pytest.raises(CommandError, match="must be above 0"):
+            config_of(flag, "0")
+
+
 def test_a_public_admin_host_needs_keys_of_its_own() -> None:
     with pytest.raises(CommandError, match="--admin-key") as caught:
         config_of("--admin-host", "0.0.0.0", "--api-key", "k", "--allow-unauthenticated")
