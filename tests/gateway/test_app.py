@@ -219,6 +219,8 @@ def _notices_clients_that_leave(gateway: Deployed) -> None:
 
 
 def _reports_the_cluster(gateway: Deployed) -> None:
+    described = gateway.http.get("/openapi.json").json()
+    assert described["servers"] == [{"url": PREFIX}]
     status = gateway.http.get("/cluster/v1/status").json()
     (entry,) = status["gateway"]
     assert entry["grpc"] == gateway.grpc_target
