@@ -43,6 +43,8 @@ HELLO_TIMEOUT_S = 5.0
 """Time that a new stream has to say who it is."""
 START_TIMEOUT_S = 10.0
 """Time that the server thread has to come up or to end."""
+_ABORT_LIMIT_S = 1.0
+"""Time to tell a gateway that it is dropped; its connection may take nothing any more."""
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 
@@ -151,6 +153,7 @@ class _GatewayStream:
         self.name = name
         self.task = task
         self.queue: asyncio.Queue[pb.FromEngine | None] = asyncio.Queue(MAX_STEPS_BEHIND)
+        self.is_dropped = False
 
     def put(self, message: pb.FromEngine) -> bool:
         """Queue a message; False when the gateway is too far behind."""
@@ -261,6 +264,12 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
             yield pb.FromEngine(hello=pb.EngineHello(**asdict(self._facts())))
             while (message := await stream.queue.get()) is not None:
                 yield message
+        except asyncio.CancelledError:
+            if stream.is_dropped:  # say so: to be cancelled here tells the other side nothing
+                with contextlib.suppress(TimeoutError):
+                    end = context.abort(grpc.StatusCode.UNAVAILABLE, "too long without a ping")
+                    await asyncio.wait_for(end, _ABORT_LIMIT_S)
+            raise
         finally:
             reader.cancel()
             self._forget(stream)
@@ -318,6 +327,7 @@ class EngineServer(engine_pb2_grpc.EngineServicer):
                 logger.warning("%s is silent for %g s: dropped", name, self._silence.limit_s)
                 stream = self._streams[name]
                 self._forget(stream)
+                stream.is_dropped = True
                 if stream.task is not None:
                     stream.task.cancel()
             looked_at = now

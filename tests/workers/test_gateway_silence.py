@@ -77,9 +77,10 @@ def test_a_gateway_that_falls_silent_is_dropped_with_its_stream_open(inbox: Inbo
         call = engine_pb2_grpc.EngineStub(channel).Stream(messages(), timeout=TIMEOUT_S)
 
         def read() -> None:
-            with pytest.raises(grpc.RpcError):
+            with pytest.raises(grpc.RpcError) as caught:
                 for _ in call:
                     pass
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
             said.set()
 
         reader = threading.Thread(target=read)
