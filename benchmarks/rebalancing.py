@@ -40,16 +40,16 @@ class Case:
 
     model: DomainModel = field(
         default_factory=lambda: DomainModel(
-            tokens_a_domain=64, layers=4, experts=32, top_k=4, ffn=256, skew=1.0
+            tokens_a_domain=64, layers=4, experts=32, top_k=4, ffn=256, skew=2.0
         )
     )
     num_expert_workers: int = 4
     num_redundant: int = 1
-    slot_us: float = 400.0
+    slot_us: float = 800.0
     """Time of an activated expert slot."""
-    token_us: float = 100.0
+    token_us: float = 200.0
     """Time of a (row, expert) pair."""
-    streams: int = 24
+    streams: int = 16
     """Requests at a time."""
     prompt_tokens: int = 12
     new_tokens: int = 96

@@ -212,6 +212,7 @@ def test_processes_with_the_whole_model_are_measured(model: RandomModel) -> None
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ray_workers_are_measured() -> None:
     with random_model(TINY) as checkpoint:
         found = measure(checkpoint, replace(QUICK, systems=("ray",)))

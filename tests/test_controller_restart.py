@@ -119,6 +119,7 @@ def test_a_worker_that_dies_with_the_controller_is_found_missing(tiny_checkpoint
         stream.close()
 
 
+@pytest.mark.slow
 def test_an_idle_cluster_waits_for_its_controller_without_being_fenced(
     tiny_checkpoint: Path,
 ) -> None:

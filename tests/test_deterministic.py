@@ -47,8 +47,8 @@ LAYOUTS = tuple(
     for dtype in DTYPES
     for m in (1, 2)
 )
-QUICK = ("1x4-float32-1", "2x3-bfloat16-1", "3x2-float32-2", "3-bfloat16-2")
-"""Both dtypes with one and two micro-batches, three sizes of the attention pool, and none."""
+QUICK = ("2x3-bfloat16-1", "3x2-float32-2", "2-bfloat16-2")
+"""Both dtypes, one and two micro-batches, two sizes of the attention pool, and none."""
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +154,9 @@ def test_a_layout_changes_no_bit(
 OTHER_VARIANTS = ("dots1-swa", "dots1-groups", "jetmoe-untied-top3-eps", "jetmoe-tied")
 OTHER_QUICK = {
     ("dots1-swa", "2x3-bfloat16-2"),
-    ("dots1-groups", "2-float32-1"),
-    ("jetmoe-untied-top3-eps", "2-bfloat16-2"),
-    ("jetmoe-tied", "1x3-float32-1"),
+    ("jetmoe-untied-top3-eps", "2-float32-1"),
 }
-"""Both dtypes, one and two micro-batches, two pools and colocated workers for each family."""
+"""Both dtypes, one and two micro-batches, two pools and colocated workers."""
 
 
 def other_cases() -> Iterator[Any]:

@@ -37,11 +37,15 @@ PICKED = pairwise(CHOICES)
 
 
 def cases() -> Iterator[Any]:
-    """(variant, choice): every picked choice with the next variant of each family."""
-    for family in FAMILIES:
+    """(variant, choice): every picked choice with the next variant of each family.
+
+    By default each choice has one of the families, by turns.
+    """
+    for place, family in enumerate(FAMILIES):
         for number, choice in enumerate(PICKED):
             variant = family[number % len(family)]
-            yield pytest.param(variant, choice, id=f"{variant}-{describe(choice)}")
+            marks = () if number % len(FAMILIES) == place else pytest.mark.slow
+            yield pytest.param(variant, choice, marks=marks, id=f"{variant}-{describe(choice)}")
 
 
 def describe(choice: Choice) -> str:

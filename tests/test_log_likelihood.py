@@ -93,7 +93,7 @@ def scored(stack: Stack, prompt: list[int], context: int) -> tuple[float, bool]:
 @pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_held_out_text_is_as_likely_as_with_transformers(dtype: str) -> None:
     prompts = windows()
     want = by_transformers(prompts, dtype)

@@ -71,7 +71,7 @@ def parts_of(path: Path, factor: int) -> dict[str, Part]:
     ("model", "dtype"),
     [
         (SMALL, "bfloat16"),
-        (SMALL, "float32"),
+        pytest.param(SMALL, "float32", marks=pytest.mark.slow),
         pytest.param(LARGE, "bfloat16", marks=pytest.mark.slow),
         pytest.param(LARGE, "float32", marks=pytest.mark.slow),
     ],

@@ -155,6 +155,7 @@ def test_a_token_goes_to_fewer_devices_when_it_is_known_what_fires_together() ->
     assert rows[0] < 0.97 * rows[1]
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_its_tables() -> None:
     text = placement.section(quick=True)
     assert text.count("###") == 8

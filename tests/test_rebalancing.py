@@ -247,7 +247,7 @@ def poorly_placed(config: ClusterConfig, folder: Path) -> ClusterConfig:
 @pytest.mark.parametrize(
     ("side", "num_tokens"),
     [
-        pytest.param("worker", 60, id="destination-short"),
+        pytest.param("worker", 60, id="destination-short", marks=pytest.mark.slow),
         pytest.param("from", 60, id="source-short", marks=pytest.mark.slow),
         pytest.param("worker", 200, id="destination-long", marks=pytest.mark.slow),
         pytest.param("from", 200, id="source-long", marks=pytest.mark.slow),

@@ -143,7 +143,10 @@ def lose_one_of_three(
         stream.close()
 
 
-@pytest.mark.parametrize("lost", [0, 1], ids=["leader", "other"])
+@pytest.mark.parametrize(
+    "lost",
+    [pytest.param(0, id="leader"), pytest.param(1, id="other", marks=pytest.mark.slow)],
+)
 def test_losing_a_colocated_worker_with_copies_changes_no_other_stream(lost: int) -> None:
     cluster = ThreadCluster(three_colocated_workers())
     with serving(cluster):

@@ -89,7 +89,7 @@ def check_retries(config: ClusterConfig, asked: Sequence[GenerateFields], num_st
 
 @pytest.mark.parametrize(
     ("num_calls", "num_tokens", "num_steps"),
-    [(8, 50, 12), pytest.param(24, 200, 50, marks=pytest.mark.slow)],
+    [(8, 50, 6), pytest.param(24, 200, 50, marks=pytest.mark.slow)],
     ids=["short", "long"],
 )
 def test_failed_steps_leave_no_trace(num_calls: int, num_tokens: int, num_steps: int) -> None:

@@ -161,6 +161,7 @@ def generate(url: str, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_serve_twice_kill_one_start_up_beside_it(servers: list[Server]) -> None:
     """Two servers side by side; one is killed outright; ``up`` cleans up after it and runs."""
     memory_before = shared_memory()

@@ -21,7 +21,7 @@ from tests.served.server import WAIT_S, Served, command, running_server
 from workers.local_engine import LocalEngine
 from workers.request import SamplingParams
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 NUM_TOKENS = 400
 PROMPTS = [tuple(range(10 + i, 20 + 5 * i)) for i in range(6)]

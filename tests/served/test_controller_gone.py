@@ -13,7 +13,7 @@ import pytest
 
 from tests.served.server import GOOD, WAIT_S, command, environment, running_server
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_a_server_outlasts_its_controller_and_still_ends_cleanly(tmp_path: Path) -> None:
