@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local_ray import make_temp_dir
+from tests.cluster.fake_gateway import FakeGateway, fake_gateway
 
 
 @pytest.fixture
@@ -24,6 +25,13 @@ def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     yield home
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def gateway() -> Iterator[FakeGateway]:
+    """A server that answers commands as a gateway does."""
+    with fake_gateway() as running:
+        yield running
 
 
 @pytest.fixture

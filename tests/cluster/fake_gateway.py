@@ -97,6 +97,11 @@ class FakeGateway:
     admin: list[tuple[int, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
 
+    def open_admin(self) -> None:
+        """Say in the status that the admin port is this server's."""
+        entry = {"name": "gateway-1", "admin_http": self.url.removeprefix("http://")}
+        self.status = (200, {**STATUS, "gateway": [entry]})
+
     def answer(self, path: str) -> tuple[int, Any]:
         """Status and document of a path; below ``/admin`` the next of ``admin``."""
         if path.startswith("/admin/"):

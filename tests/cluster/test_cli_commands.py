@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,9 @@ import pytest
 
 from cluster.cli.exit_codes import ExitCode
 from cluster.cli.main import main
-from tests.cluster.fake_gateway import EVENTS, PLACEMENT, STATUS, FakeGateway, fake_gateway
+from tests.cluster.fake_gateway import EVENTS, PLACEMENT, STATUS, FakeGateway
 
 pytestmark = pytest.mark.usefixtures("state_home")
-
-
-@pytest.fixture
-def gateway() -> Iterator[FakeGateway]:
-    with fake_gateway() as running:
-        yield running
 
 
 def chunk(text: str, finish: str | None = None) -> dict[str, Any]:

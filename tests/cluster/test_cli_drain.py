@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,17 +10,16 @@ import pytest
 from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.main import main, make_parser
 from cluster.cli.orders import find_admin
-from tests.cluster.fake_gateway import STATUS, FakeGateway, fake_gateway
+from tests.cluster.fake_gateway import STATUS, FakeGateway
 
 pytestmark = pytest.mark.usefixtures("state_home")
 
 
 @pytest.fixture
-def gateway() -> Iterator[FakeGateway]:
-    with fake_gateway() as running:
-        entry = {"name": "gateway-1", "admin_http": running.url.removeprefix("http://")}
-        running.status = (200, {**STATUS, "gateway": [entry]})
-        yield running
+def gateway(gateway: FakeGateway) -> FakeGateway:
+    """With its admin port."""
+    gateway.open_admin()
+    return gateway
 
 
 def operation(state: str, **values: Any) -> dict[str, Any]:

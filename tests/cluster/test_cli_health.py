@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 
 from cluster.cli.exit_codes import ExitCode
 from cluster.cli.main import main
-from tests.cluster.fake_gateway import STATUS, FakeGateway, fake_gateway
+from tests.cluster.fake_gateway import STATUS, FakeGateway
 
 pytestmark = pytest.mark.usefixtures("state_home")
-
-
-@pytest.fixture
-def gateway() -> Iterator[FakeGateway]:
-    with fake_gateway() as running:
-        yield running
 
 
 def test_a_ready_cluster_is_healthy(

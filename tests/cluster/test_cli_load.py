@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,7 @@ import pytest
 from cluster.cli.exit_codes import ExitCode
 from cluster.cli.main import main
 from cluster.load_profile import load_profile
-from tests.cluster.fake_gateway import LOAD, FakeGateway, fake_gateway
-
-
-@pytest.fixture
-def gateway() -> Iterator[FakeGateway]:
-    with fake_gateway() as running:
-        yield running
+from tests.cluster.fake_gateway import LOAD, FakeGateway
 
 
 def test_the_busiest_experts_of_each_layer(

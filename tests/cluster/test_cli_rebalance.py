@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from cluster.cli.exit_codes import ExitCode
 from cluster.cli.main import main
-from tests.cluster.fake_gateway import STATUS, FakeGateway, fake_gateway
+from tests.cluster.fake_gateway import STATUS, FakeGateway
 
 pytestmark = pytest.mark.usefixtures("state_home")
 
 
 @pytest.fixture
-def gateway() -> Iterator[FakeGateway]:
-    with fake_gateway() as running:
-        entry = {"name": "gateway-1", "admin_http": running.url.removeprefix("http://")}
-        running.status = (200, {**STATUS, "gateway": [entry]})
-        yield running
+def gateway(gateway: FakeGateway) -> FakeGateway:
+    """With its admin port."""
+    gateway.open_admin()
+    return gateway
 
 
 def operation(state: str, message: str = "") -> dict[str, Any]:
