@@ -3,8 +3,7 @@
 python -m benchmarks.gateway_cost [--proxy default|haproxy]  prints one proxy's numbers as JSON
 
 One attention and two expert workers with the bundled model, one client process, all on the same
-cores. The ways take turns: the engine stream itself, gRPC, HTTP through Serve's proxy, and inside
-the HTTP path the replica's own part (its app, called without a proxy, in this process). Serve's
+cores. The ways take turns: the engine stream itself, gRPC, HTTP through Serve's proxy. Serve's
 default proxy and HAProxy run one after the other, each beside the engine of its own run.
 """
 
@@ -31,6 +30,7 @@ from benchmarks.quiet import wait_until_quiet
 from benchmarks.ray_serving import TOKEN, EngineClient
 from benchmarks.results import table
 from cluster.model_source import bundled_checkpoint
+from cluster.serve_proxy import wait_ready
 from gateway.app import APP_NAME, build_app
 from gateway.request_id import PROXY_CALLBACK
 from protos.inference_pb2 import GenerateRequest
@@ -41,7 +41,6 @@ from tests.serving_cluster import RayCluster, connected_ray, make_config, servin
 
 PROXIES = {"default": "Serve's default proxy", "haproxy": "HAProxy mode"}
 """Names on the command line, and in tables."""
-_START_LIMIT_S = 120.0
 _ANSWER_LIMIT_S = 120.0
 _PROMPT_TOKENS = 16
 
@@ -154,7 +153,7 @@ def _ways(proxy: str) -> Iterator[dict[str, Way]]:
         serve.run(build_app(config.to_dict()), name=APP_NAME, route_prefix="/")
         loop = asyncio.new_event_loop()
         try:
-            loop.run_until_complete(_wait_ready(port))
+            wait_ready(f"http://127.0.0.1:{port}", gateway, list)
             with EngineClient(addresses) as engine:
                 client = loop.run_until_complete(_GrpcClient.open(grpc_port))
                 yield {
@@ -234,22 +233,6 @@ class _HttpClient:
         if not times:
             raise RuntimeError("the stream ended before its first token")
         return times
-
-
-async def _wait_ready(port: int) -> None:
-    deadline = time.monotonic() + _START_LIMIT_S
-    while time.monotonic() < deadline:
-        try:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            status = await reader.readline()
-            writer.close()
-            if b" 200 " in status:
-                return
-        except OSError:
-            pass  # HAProxy binds its port a little later
-        await asyncio.sleep(0.1)
-    raise TimeoutError(f"not ready after {_START_LIMIT_S:g} s")
 
 
 def _in_a_process(proxy: str, quick: bool) -> dict[str, dict[str, float]]:
