@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.cluster_calls import ask_controller
-from cluster.config import GatewaySection
 from cluster.errors import ConfigError, NotReadyError, StartError
+from cluster.gateway_config import GatewaySection
 from cluster.launch_plan import (
     EVERY_INTERFACE,
     LOOPBACK,

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.config import ClusterConfig, check, reachable_host
+from cluster.config import ClusterConfig
+from cluster.config_checks import check
+from cluster.gateway_config import reachable_host
 from cluster.load_profile import LoadProfile
 from cluster.mode_choice import bank_sizes, resolve_mode
 from cluster.resources import NodeResources

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.config import check
+from cluster.config_checks import check
 from cluster.errors import ConfigError
 from cluster.placement import FREE_SLOT, BankPlacement
 

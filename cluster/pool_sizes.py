@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.config import check
+from cluster.config_checks import check
 from cluster.sizing import (
     DeviceNumbers,
     ModelSize,

@@ -9,8 +9,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 
-from cluster.config import GatewaySection
 from cluster.errors import ConfigError, StartError
+from cluster.gateway_config import GatewaySection
 
 READY_LIMIT_S = 60.0
 """Time that the gateway has to be ready, once everything else is."""

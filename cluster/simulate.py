@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from cluster.config import check
+from cluster.config_checks import check
 from cluster.errors import ConfigError
 from cluster.load_profile import LoadProfile
 from cluster.placement import ExpertPlacement

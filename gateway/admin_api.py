@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from cluster.config import GatewaySection, reachable_host
 from cluster.errors import StartError
+from cluster.gateway_config import GatewaySection, reachable_host
 from gateway.core import Gateway
 from gateway.grpc_admin import AdminGrpcServer
 from gateway.http_admin import AdminHttpServer

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 
 from cluster.api_keys import digest_of
-from cluster.config import GatewaySection
 from cluster.errors import AuthenticationError, PermissionDeniedError
+from cluster.gateway_config import GatewaySection
 from gateway.key_file import KeyEntry, KeyFile, KeyLimits, plain_entries
 from gateway.key_limits import Account
 

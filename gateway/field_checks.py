@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.config import GatewaySection
 from cluster.errors import RequestError
+from cluster.gateway_config import GatewaySection
 from gateway.call import CallKind, ChatInput, GenerateFields
 from gateway.chat_template import RESERVED_VARIABLES
 

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import uvicorn.config
 
-from cluster.config import GatewaySection
+from cluster.gateway_config import GatewaySection
 from gateway.tls_files import read_file
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
-from cluster.config import GatewaySection
 from cluster.errors import ConfigError
+from cluster.gateway_config import GatewaySection
 
 
 def check_tls_files(section: GatewaySection) -> None:

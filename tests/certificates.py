@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 import trustme
 
-from cluster.config import GatewaySection
+from cluster.gateway_config import GatewaySection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.cli.exit_codes import ExitCode
 from cluster.cli.main import main
-from cluster.config import GatewaySection
+from cluster.gateway_config import GatewaySection
 from gateway.admin_api import AdminApi
 from gateway.http_api import build_http_app
 from protos import admin_pb2 as pb

@@ -18,6 +18,8 @@ LEAVES = frozenset(
     for name in (
         "api_keys",
         "config",
+        "config_checks",
+        "gateway_config",
         "errors",
         "topology",
         "placement",

@@ -14,7 +14,7 @@ from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.plan_simulate import add_simulate
 from cluster.cli.plan_size import add_size
 from cluster.cli.terminal import note, out_json, out_line, table
-from cluster.config import check
+from cluster.config_checks import check
 from cluster.load_profile import LoadProfile, load_profile
 from cluster.placement import BankShape, ExpertPlacement, load_placement
 from cluster.planner import eplb, mesh

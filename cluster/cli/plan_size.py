@@ -13,7 +13,7 @@ from cluster.checkpoint_check import CheckpointCheck, CheckpointFacts
 from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.plan_guide import guide
 from cluster.cli.terminal import note, out_json, out_line, table
-from cluster.config import check
+from cluster.config_checks import check
 from cluster.devices import worker_numbers
 from cluster.errors import CheckpointError
 from cluster.load_profile import load_profile

@@ -12,7 +12,8 @@ from typing import Any
 from cluster.checkpoint_check import CheckpointFacts
 from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.serve_options import OPTIONS, read_template
-from cluster.config import ClusterConfig, check
+from cluster.config import ClusterConfig
+from cluster.config_checks import check
 from cluster.errors import ConfigError
 from cluster.launch_plan import LaunchPlan, count_cpus, count_gpus, free_port
 from cluster.load_profile import load_profile

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cluster.config import check
+from cluster.config_checks import check
 from cluster.errors import ConfigError
 from cluster.load_profile import BankLoad
 from cluster.placement import FREE_SLOT, BankPlacement, ExpertPlacement

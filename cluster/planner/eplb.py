@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.config import check
+from cluster.config_checks import check
 from cluster.load_profile import LoadProfile
 from cluster.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.planner.assess import assess

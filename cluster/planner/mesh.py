@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.config import check
+from cluster.config_checks import check
 from cluster.load_profile import BankLoad, LoadProfile
 from cluster.placement import BankPlacement, ExpertPlacement
 from cluster.planner import cost, decode, split

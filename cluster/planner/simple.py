@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cluster.config import check
+from cluster.config_checks import check
 from cluster.load_profile import LoadProfile
 from cluster.placement import BankShape, ExpertPlacement, contiguous
 from cluster.planner.assess import assess

@@ -11,12 +11,12 @@ import pytest
 from cluster.config import (
     ClusterConfig,
     EngineSection,
-    GatewaySection,
     ModelSection,
     TransportSection,
     WorkersSection,
 )
 from cluster.errors import ConfigError
+from cluster.gateway_config import GatewaySection
 
 
 def make_config(**sections: object) -> ClusterConfig:

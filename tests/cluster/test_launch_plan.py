@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import ClusterConfig, GatewaySection, ModelSection, WorkersSection
+from cluster.config import ClusterConfig, ModelSection, WorkersSection
 from cluster.errors import ConfigError
+from cluster.gateway_config import GatewaySection
 from cluster.launch_plan import (
     LaunchPlan,
     check_ports,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cluster import serve_proxy
-from cluster.config import GatewaySection
 from cluster.errors import StartError
+from cluster.gateway_config import GatewaySection
 from cluster.serve_proxy import wait_ready
 from tests.cluster.fake_gateway import fake_gateway
 

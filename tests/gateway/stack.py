@@ -12,7 +12,8 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from cluster.config import ClusterConfig, EngineSection, GatewaySection, ModelSection
+from cluster.config import ClusterConfig, EngineSection, ModelSection
+from cluster.gateway_config import GatewaySection
 from gateway.admin_api import AdminApi
 from gateway.cluster_view import ClusterView, Controller
 from gateway.core import Gateway

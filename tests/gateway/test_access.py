@@ -13,7 +13,7 @@ import httpx
 import pytest
 from starlette.routing import Route
 
-from cluster.config import GatewaySection
+from cluster.gateway_config import GatewaySection
 from gateway.http_api import build_http_app
 from gateway.http_edge import OPEN_PATHS
 from protos import admin_pb2

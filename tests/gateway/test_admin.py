@@ -13,7 +13,7 @@ from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cluster.config import GatewaySection
+from cluster.gateway_config import GatewaySection
 from gateway.admin_api import AdminApi
 from gateway.admin_calls import SERVICE
 from protos import admin_pb2 as pb

@@ -18,7 +18,8 @@ import ray
 from ray import serve
 
 from cluster import local_ray
-from cluster.config import ClusterConfig, GatewaySection, ModelSection
+from cluster.config import ClusterConfig, ModelSection
+from cluster.gateway_config import GatewaySection
 from gateway.app import APP_NAME, build_app
 from gateway.cluster_client import CONTROLLER_NAME, RAY_NAMESPACE
 from gateway.request_id import PROXY_CALLBACK

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from cluster.config import GatewaySection
+from cluster.gateway_config import GatewaySection
 from tests.gateway.fakes import EOS_ID, MAX_MODEL_LEN, VOCAB_SIZE
 from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, post, running_stack
 from tests.gateway.test_convert import NEUTRAL, UNBUILT

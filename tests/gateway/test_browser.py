@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.config import GatewaySection
+from cluster.gateway_config import GatewaySection
 from tests.gateway.stack import Stack, running_stack
 
 PAGE = "https://chat.example"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cluster.config import GatewaySection
+from cluster.gateway_config import GatewaySection
 from tests.gateway.fakes import BACKEND, EOS, MAX_MODEL_LEN, saying, tiny_tokenizer
 from tests.gateway.stack import Stack, post, running_stack
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from google.protobuf import json_format
 
-from cluster.config import GatewaySection
 from cluster.errors import RequestError, UnsupportedParameterError
+from cluster.gateway_config import GatewaySection
 from gateway.call import CallKind, GenerateFields
 from gateway.convert import chat_fields, completion_fields, grpc_fields
 from gateway.field_checks import check_fields

@@ -12,7 +12,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cluster.config import GatewaySection
+from cluster.gateway_config import GatewaySection
 from gateway.grpc_server import server_options
 from protos import inference_pb2 as pb
 from protos import types_pb2

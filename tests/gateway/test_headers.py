@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 import uvicorn.config
 
-from cluster.config import GatewaySection
+from cluster.gateway_config import GatewaySection
 from gateway.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS, BoundedHttpProtocol, bound_headers
 from tests.gateway.stack import WAIT_S, Stack, running_stack
 

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.api_keys import hash_key
-from cluster.config import GatewaySection
 from cluster.errors import (
     AuthenticationError,
     ConfigError,
     KeyLimitError,
     PermissionDeniedError,
 )
+from cluster.gateway_config import GatewaySection
 from gateway.auth import KeyRing, make_key_rings
 from gateway.key_file import KeyEntry, KeyFile, KeyLimits, plain_entries, read_key_file
 from gateway.key_limits import Account

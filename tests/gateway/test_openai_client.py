@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from cluster.config import GatewaySection
+from cluster.gateway_config import GatewaySection
 from tests.gateway.fakes import saying
 from tests.gateway.stack import MODEL, WAIT_S, Stack, running_stack
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.config import GatewaySection
+from cluster.gateway_config import GatewaySection
 from tests.gateway.fakes import ScriptedEngine, attention_entry
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
 

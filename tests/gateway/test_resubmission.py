@@ -11,7 +11,8 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.config import EngineSection, GatewaySection
+from cluster.config import EngineSection
+from cluster.gateway_config import GatewaySection
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.fakes import (

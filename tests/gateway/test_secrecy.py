@@ -9,7 +9,7 @@ import grpc
 import httpx
 import pytest
 
-from cluster.config import GatewaySection
+from cluster.gateway_config import GatewaySection
 from protos.inference_pb2 import ListModelsRequest
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.fakes import ScriptedEngine

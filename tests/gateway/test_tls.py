@@ -14,8 +14,8 @@ import uvicorn
 import uvicorn.config
 
 from cluster.cli.main import main
-from cluster.config import GatewaySection
 from cluster.errors import ConfigError, StartError
+from cluster.gateway_config import GatewaySection
 from cluster.serve_proxy import check_haproxy, wait_ready
 from gateway.tls import demand_client_certificates, serve_options
 from gateway.tls_files import check_tls_files

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cluster.config import GatewaySection
 from cluster.errors import ContextLengthError, RequestError
+from cluster.gateway_config import GatewaySection
 from gateway.call import CallKind, ChatInput, GenerateCall, GenerateFields
 from gateway.field_checks import check_fields
 from gateway.model import ModelFacts
