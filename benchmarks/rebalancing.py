@@ -23,7 +23,8 @@ from benchmarks.domain_checkpoint import DomainModel, write
 from benchmarks.quiet import wait_until_quiet
 from benchmarks.ray_serving import FOLDER_VARIABLE
 from benchmarks.results import table
-from cluster.load_profile import BankLoad, LoadProfile
+from benchmarks.svg import Line, Mark, line_chart
+from cluster.load_profile import LoadProfile
 from cluster.local_ray import make_temp_dir, private_environment, remove
 from cluster.planner import mesh
 from cluster.planner.base import PlannedTopology, PlanOptions
@@ -45,14 +46,16 @@ class Case:
     )
     num_expert_workers: int = 4
     num_redundant: int = 1
-    slot_us: float = 800.0
+    slot_us: float = 400.0
     """Time of an activated expert slot."""
-    token_us: float = 200.0
+    token_us: float = 400.0
     """Time of a (row, expert) pair."""
     streams: int = 16
     """Requests at a time."""
     prompt_tokens: int = 12
     new_tokens: int = 96
+    profile_s: float = 15.0
+    """In each domain alone, to learn its load for the best placement."""
     before_s: float = 20.0
     """In the first domain, under the best placement for it."""
     after_s: float = 80.0
@@ -73,6 +76,7 @@ QUICK = Case(
     token_us=50.0,
     streams=4,
     new_tokens=16,
+    profile_s=2.0,
     before_s=2.0,
     after_s=6.0,
     settled_s=2.0,
@@ -109,31 +113,15 @@ class Span:
         )
 
 
-def profile_of(model: DomainModel, domain: int) -> LoadProfile:
-    """The load if all tokens of a domain were equally frequent."""
-    banks = []
-    for layer in range(model.layers):
-        counts = [0] * model.experts
-        for token in model.tokens(domain):
-            for expert in model.experts_of(layer, token):
-                counts[expert] += 1
-        banks.append(BankLoad(bank="mlp", layer=layer, counts=tuple(counts)))
-    return LoadProfile(
-        model="domains", top_k=model.top_k, tokens=model.tokens_a_domain, banks=tuple(banks)
-    )
-
-
 def measure(case: Case, folder: Path) -> dict[str, Any]:
-    """Both clusters, one after the other."""
+    """The load of both domains, then both clusters, one after the other."""
     checkpoint = write(case.model, folder / "model", torch.bfloat16)
     placements = []
     for domain in (0, 1):
-        topology = PlannedTopology.uniform(case.num_expert_workers, case.num_redundant)
-        options = PlanOptions(decode_tokens=case.streams)
-        plan = mesh.plan(profile_of(case.model, domain), topology, None, options)
+        found = _run(case, checkpoint, None, False, [[domain, case.profile_s]])
         path = folder / f"placement-{domain}.json"
-        path.write_text(json.dumps(plan.placement.to_dict()))
-        placements.append(str(path))
+        path.write_text(json.dumps(best_placement(case, LoadProfile.from_dict(found["load"]))))
+        placements.append(path)
     shifting = [[0, case.before_s], [1, case.after_s]]
     return {
         "shift": _run(case, checkpoint, placements[0], True, shifting),
@@ -141,10 +129,21 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     }
 
 
+def best_placement(case: Case, load: LoadProfile) -> dict[str, Any]:
+    """The planner's placement, made from nothing, for a load that was measured."""
+    topology = PlannedTopology.uniform(case.num_expert_workers, case.num_redundant)
+    options = PlanOptions(decode_tokens=case.streams)
+    return mesh.plan(load, topology, None, options).placement.to_dict()
+
+
 def _run(
-    case: Case, checkpoint: Path, placement: str, follows: bool, phases: Sequence[Sequence[float]]
+    case: Case,
+    checkpoint: Path,
+    placement: Path | None,
+    follows: bool,
+    phases: Sequence[Sequence[float]],
 ) -> dict[str, Any]:
-    """One cluster in a process of its own."""
+    """One cluster in a process of its own; without ``placement`` experts stand in their order."""
     job = {
         "checkpoint": str(checkpoint),
         "phases": phases,
@@ -158,7 +157,7 @@ def _run(
                 "num_redundant_experts": case.num_redundant,
                 "recovery_slots": 1,
                 "cpus_per_worker": 0.3,
-                "placement_file": placement,
+                "placement_file": str(placement) if placement else None,
                 "paced_slot_us": case.slot_us,
                 "paced_token_us": case.token_us,
             },
@@ -266,69 +265,33 @@ def _words(case: Case) -> str:
         f"token), {model.layers} layers of {model.experts} experts, top-{model.top_k}, "
         f"{case.num_redundant} spare slot each. {case.streams} requests at a time, "
         f"{case.prompt_tokens} prompt and {case.new_tokens} new tokens each. All requests change "
-        "from one domain to another, whose tokens choose other experts; the cluster rebalances by "
-        f"itself with windows of {case.window_s:g} s, at most a tenth of the slots in one change "
-        f"and {case.bytes_per_s / 1e3:g} KB/s into each worker."
+        "from one domain to another, whose tokens choose other experts; the best placement for a "
+        "domain is planned from the load measured while only it was served. The cluster "
+        f"rebalances by itself with windows of {case.window_s:g} s, at most a tenth of the slots "
+        f"in one change and {case.bytes_per_s / 1e3:g} KB/s into each worker."
     )
 
 
 def plot(case: Case, found: Mapping[str, Any]) -> str:
     """Throughput over time as SVG, with the changes and the new cluster's level."""
-    shift, width, height, left = found["shift"], 860, 300, 60
+    shift = found["shift"]
     end = shift["marks"][1] + case.after_s
     counts = [0] * (int(end / _BIN_S) + 1)
     for at, _ in shift["tokens"]:
         if at < end:
             counts[int(at / _BIN_S)] += 1
-    rates = [c / _BIN_S for c in counts[:-1]]
-    ideal = Span.of(found["fresh"]["tokens"], [(case.fresh_s / 3, case.fresh_s)])
-    top = 1.15 * max([*rates, ideal.tokens_per_s if ideal else 0.0, 1.0])
-
-    def x(at: float) -> float:
-        return float(left + (width - left - 20) * at / end)
-
-    def y(rate: float) -> float:
-        return height - 40 - (height - 70) * rate / top
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-    ]
-    for a, b in spans_of(case, shift)["moving"]:
-        wide = max(x(b) - x(a), 1.0)
-        parts.append(
-            f'<rect x="{x(a):.1f}" y="30" width="{wide:.1f}" height="{height - 70}" '
-            'fill="#ffd9a0"/>'
-        )
-    for rate in (0, top / 4, top / 2, 3 * top / 4):
-        parts.append(
-            f'<line x1="{left}" x2="{width - 20}" y1="{y(rate):.1f}" y2="{y(rate):.1f}" '
-            f'stroke="#ddd"/><text x="{left - 6}" y="{y(rate) + 4:.1f}" text-anchor="end">'
-            f"{rate:.0f}</text>"
-        )
-    if ideal:
-        level = y(ideal.tokens_per_s)
-        parts.append(
-            f'<line x1="{left}" x2="{width - 20}" y1="{level:.1f}" y2="{level:.1f}" '
-            'stroke="#2a8" stroke-dasharray="6 4"/>'
-            f'<text x="{width - 24}" y="{level - 6:.1f}" text-anchor="end" fill="#2a8">'
-            "new cluster, best placement for the second domain</text>"
-        )
-    line = " ".join(f"{x((i + 0.5) * _BIN_S):.1f},{y(rate):.1f}" for i, rate in enumerate(rates))
-    mark = x(shift["marks"][1])
-    parts += [
-        f'<polyline points="{line}" fill="none" stroke="#257" stroke-width="1.5"/>',
-        f'<line x1="{mark:.1f}" x2="{mark:.1f}" y1="30" y2="{height - 40}" stroke="#c33"/>',
-        f'<text x="{mark + 4:.1f}" y="44" fill="#c33">the load shifts</text>',
-        f'<text x="{left}" y="20">tokens/s; orange: a change of the placement is under way</text>',
-    ]
-    for seconds in range(0, int(end) + 1, 10):
-        parts.append(
-            f'<text x="{x(seconds):.1f}" y="{height - 22}" text-anchor="middle">{seconds}</text>'
-        )
-    parts.append(f'<text x="{width / 2}" y="{height - 6}" text-anchor="middle">seconds</text>')
-    return "\n".join([*parts, "</svg>\n"])
+    rates = tuple(((i + 0.5) * _BIN_S, c / _BIN_S) for i, c in enumerate(counts[:-1]))
+    lines = [Line("the cluster that rebalances", rates)]
+    if ideal := Span.of(found["fresh"]["tokens"], [(case.fresh_s / 3, case.fresh_s)]):
+        level = ((0.0, ideal.tokens_per_s), (end, ideal.tokens_per_s))
+        lines.append(Line("a new one, best placement", level))
+    return line_chart(
+        lines,
+        "seconds",
+        "tokens/s; shaded: a change of the placement is under way",
+        bands=spans_of(case, shift)["moving"],
+        marks=[Mark("the load shifts", shift["marks"][1])],
+    )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 python -m benchmarks.rebalancing_child, with the job as JSON on stdin: ``checkpoint``, ``sections``
 of the configuration, ``phases`` as ``[domain, seconds]``, ``streams``, ``prompt_tokens``,
 ``new_tokens``, ``first_token``s of the domains, ``tokens_a_domain``. The answer is JSON on stdout:
-``tokens`` as ``[seconds, inter-token latency or null]``, ``marks`` (when phases began), and
-``events`` (what ``status`` said of rebalancing, whenever it changed).
+``tokens`` as ``[seconds, inter-token latency or null]``, ``marks`` (when phases began), ``events``
+(what ``status`` said of rebalancing, whenever it changed), and ``load`` (of the experts, as ``load
+--json`` has it).
 """
 
 from __future__ import annotations
@@ -119,6 +120,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries write to stdout must not end up in the answer
     job = json.loads(sys.stdin.readline())
+    import ray
+
     private = PrivateRay(folder=Path(os.environ[FOLDER_VARIABLE]))
     private.start(num_cpus=2, num_gpus=0)
     try:
@@ -132,7 +135,12 @@ def main() -> None:
                 loop.run(domain, seconds)
             watch.stop()
             loop.close()
-            found = {"tokens": loop.tokens, "marks": marks, "events": watch.events}
+            found = {
+                "tokens": loop.tokens,
+                "marks": marks,
+                "events": watch.events,
+                "load": ray.get(controller.load.remote(), timeout=_ANSWER_LIMIT_S),
+            }
     finally:
         private.stop()
     json.dump(found, answers)

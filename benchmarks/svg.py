@@ -20,8 +20,26 @@ class Line:
     """(x, y), by x."""
 
 
-def line_chart(lines: Sequence[Line], x: str, y: str) -> str:
-    """The chart of lines that begin at x = 0 and are never below 0; axes named ``x`` and ``y``."""
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A named place on the x axis."""
+
+    name: str
+    x: float
+
+
+def line_chart(
+    lines: Sequence[Line],
+    x: str,
+    y: str,
+    *,
+    bands: Sequence[tuple[float, float]] = (),
+    marks: Sequence[Mark] = (),
+) -> str:
+    """The chart of lines that begin at x = 0 and are never below 0; axes named ``x`` and ``y``.
+
+    ``bands`` are spans of x that are shaded; ``marks`` are drawn as upright lines.
+    """
     most_x = max((p[0] for line in lines for p in line.points), default=1.0) or 1.0
     most_y = 1.05 * (max((p[1] for line in lines for p in line.points), default=1.0) or 1.0)
 
@@ -35,17 +53,30 @@ def line_chart(lines: Sequence[Line], x: str, y: str) -> str:
         'font-family="sans-serif" font-size="12">',
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
     ]
-    for mark in _marks(most_y):
-        left, level = at(0.0, mark)
+    for begin, end in bands:
+        left, right = at(begin, 0.0)[0], at(end, 0.0)[0]
         parts.append(
-            f'<line x1="{left}" x2="{_WIDTH - _RIGHT}" y1="{level:.1f}" y2="{level:.1f}" '
-            f'stroke="#ddd"/><text x="{left - 6}" y="{level + 4:.1f}" text-anchor="end">'
-            f"{mark:g}</text>"
+            f'<rect x="{left:.1f}" y="{_TOP}" width="{max(right - left, 1.0):.1f}" '
+            f'height="{_HEIGHT - _TOP - _BOTTOM}" fill="#ffe3b8"/>'
         )
-    for mark in _marks(most_x):
-        along, level = at(mark, 0.0)
+    for level in _rounds(most_y):
+        left, level_y = at(0.0, level)
         parts.append(
-            f'<text x="{along:.1f}" y="{level + 18:.1f}" text-anchor="middle">{mark:g}</text>'
+            f'<line x1="{left}" x2="{_WIDTH - _RIGHT}" y1="{level_y:.1f}" y2="{level_y:.1f}" '
+            f'stroke="#ddd"/><text x="{left - 6}" y="{level_y + 4:.1f}" text-anchor="end">'
+            f"{level:g}</text>"
+        )
+    for along in _rounds(most_x):
+        along_x, floor = at(along, 0.0)
+        parts.append(
+            f'<text x="{along_x:.1f}" y="{floor + 18:.1f}" text-anchor="middle">{along:g}</text>'
+        )
+    for mark in marks:
+        along_x, floor = at(mark.x, 0.0)
+        parts.append(
+            f'<line x1="{along_x:.1f}" x2="{along_x:.1f}" y1="{_TOP}" y2="{floor:.1f}" '
+            f'stroke="#888" stroke-dasharray="4 4"/><text x="{along_x + 4:.1f}" '
+            f'y="{floor - 6:.1f}" fill="#555">{escape(mark.name)}</text>'
         )
     ends: list[float] = []
     for i, line in sorted(enumerate(lines), key=lambda pair: -pair[1].points[-1][1]):
@@ -66,7 +97,7 @@ def line_chart(lines: Sequence[Line], x: str, y: str) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _marks(most: float) -> Iterator[float]:
+def _rounds(most: float) -> Iterator[float]:
     """Round values from 0 to ``most``, about five."""
     raw = most / 5
     power = 10.0 ** math.floor(math.log10(raw))
