@@ -122,7 +122,7 @@ class AttentionRuntime(WorkerRuntime):
 
     def _how_to_ask(self, peer: str, deadline_s: float) -> Asking | None:
         """For KV blocks; None where the peer is no other member of this generation."""
-        found = next((m for m in self.generation.members if m.name == peer), None)
+        found = next((m for m in self.membership.generation.members if m.name == peer), None)
         if found is None or not found.kv_address or peer == self.member.name:
             return None
         return Asking(
@@ -164,7 +164,7 @@ class AttentionRuntime(WorkerRuntime):
         engine, config, section = self._engine, self.family.config, self.config.engine
         return EngineFacts(
             worker=self.member.name,
-            generation=self.generation.number,
+            generation=self.membership.generation.number,
             max_model_len=engine.max_model_len if engine is not None else 0,
             vocab_size=config.vocab_size,
             eos_token_ids=config.eos_token_ids,
@@ -253,16 +253,17 @@ class AttentionRuntime(WorkerRuntime):
         if header is None:
             return
         self._idle = False
-        self._follow_epoch(header, time.monotonic() - self._last_commit if self._has_more else 0.0)
+        stall_s = time.monotonic() - self.membership.last_commit if self._has_more else 0.0
+        self.membership.follow_epoch(header, stall_s)
         self._has_more = False
         outputs = self._step(engine, header)
-        self._last_commit = time.monotonic()
+        self.membership.last_commit = time.monotonic()
         self._has_more = engine.has_work
         self._emit(outputs)
 
     def _needs_a_commit(self) -> bool:
         """The controller has been silent for a while: an empty step renews everybody's lease."""
-        known = max(self.control.contact_at, self._last_commit)
+        known = max(self.control.contact_at, self.membership.last_commit)
         return time.monotonic() - known > self.lease_s * _COMMIT_SHARE
 
     def _step(self, engine: Engine, header: StepHeader) -> list[TokenOutput]:

@@ -40,13 +40,13 @@ class ExpertRuntime(WorkerRuntime):
         self._idle = False
         if header is None:
             return
-        self._follow_epoch(header)
+        self.membership.follow_epoch(header)
         started = time.monotonic()
         self._experts.server.run_step(header)
         if self._traced is not None:
             self._traced.end_step()
-        self._last_commit = time.monotonic()
-        self._busy_s += self._last_commit - started
+        self.membership.last_commit = ended = time.monotonic()
+        self._busy_s += ended - started
         self._num_steps += 1
 
     def _stats(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What all kinds of worker have in common: life, control socket, generations, the data thread.
+"""What all kinds of worker have in common: life, control socket, opening, the data thread.
 
 One data thread does all the work: it loads the weights, then turns a loop. Each turn handles what
 the controller sent and, while a generation runs, one step. The control client's thread only hands
@@ -23,23 +23,16 @@ from typing import Any
 from cluster.control_frames import (
     ControlFrame,
     DrainWish,
-    EpochReady,
-    EpochSwitched,
     ExpertsLoaded,
-    GenerationReady,
     Heartbeat,
     Keepsake,
     LoadExperts,
     LoadProgress,
-    NewEpoch,
     NewGeneration,
-    PeerLost,
     Register,
-    Rejoin,
     RunGeneration,
     Shutdown,
     StatusReply,
-    SwitchEpoch,
     WorkerFailed,
     WorkerReady,
 )
@@ -47,34 +40,28 @@ from cluster.errors import (
     GenerationChangedError,
     NotReadyError,
     PeerLostError,
-    ProtocolError,
 )
 from cluster.load_report import LoadReport
 from cluster.placement import ExpertPlacement
 from cluster.topology import Generation, Member
 from workers.checkpoint import Checkpoint, resolve_dtype
 from workers.control_client import ControlClient
+from workers.data_plane import identify, open_hub, open_transport
 from workers.dist.activity import Activity
 from workers.dist.collective import CollectiveTransport
-from workers.dist.frames import max_data_bytes
-from workers.dist.handshake import PeerIdentity
-from workers.dist.header import StepHeader
 from workers.dist.hub import PeerHub
 from workers.dist.micro_batches import MicroBatchRule
 from workers.dist.prefill_cap import PrefillCap
-from workers.dist.sockets import SocketTransport
 from workers.dist.step_channel import StepChannel
 from workers.dist.traced import Traced, TracedTransport
 from workers.dist.transport import DataTransport
-from workers.epochs import EpochMaps
 from workers.expert_part import ExpertPart
 from workers.experts.slots import ExpertSlots
 from workers.experts.weight_server import WeightServer
 from workers.huge_pages import collapse_weights
-from workers.isolation import Companions
 from workers.lanes import Lanes
 from workers.lease import Lease
-from workers.numerics import numerics_digest
+from workers.membership import Membership, MembershipHooks
 from workers.step_trace import StepTrace
 from workers.worker_args import WorkerArgs
 
@@ -105,25 +92,26 @@ class WorkerRuntime(ABC):
         self.config = args.config
         node = args.member.node or args.host
         self.member = replace(args.member, pid=os.getpid(), node=node)
-        self.generation = Generation(number=0, members=())
+        self.membership = Membership(
+            self.member.name,
+            MembershipHooks(
+                send=self._send,
+                enter=self._enter,
+                lose_members=self._lose_members,
+                begin_steps=self._go_on,
+            ),
+        )
         self._on_death = on_death
         self._hub: PeerHub | None = None
         self._cleanup = ExitStack()
         self._frames: deque[ControlFrame] = deque()
         self.activity = Activity()
         self._idle = True
-        self._running = False
-        self._is_fenced = False
         self._stopping = False
         self._is_connected = False
         self._wishes_drain = False
-        self._order: NewGeneration | None = None
-        self._loss: PeerLost | None = None
         self._memory: dict[str, Any] = {}
-        self._last_commit = time.monotonic()
         self._reported_at = 0.0
-        self._epochs = EpochMaps()
-        self._companions = Companions()
         self._load_reported_at = 0.0
         self._rows_reported = 0
         self._thread = threading.Thread(target=self._main, name=self.member.name, daemon=True)
@@ -140,7 +128,8 @@ class WorkerRuntime(ABC):
 
     def _begin_steps(self) -> None:
         """A generation runs."""
-        logger.debug("%s runs generation %d", self.member.name, self.generation.number)
+        number = self.membership.generation.number
+        logger.debug("%s runs generation %d", self.member.name, number)
 
     def _lose_members(self, names: Set[str]) -> None:
         """Workers with which it has run steps died; the last step was given up."""
@@ -183,12 +172,12 @@ class WorkerRuntime(ABC):
     def stop(self) -> None:
         """End the loop and wait for it."""
         self._stopping = True
-        self._interrupt(self.generation.number + 1)
+        self._interrupt(self.membership.generation.number + 1)
         self._thread.join(STOP_TIMEOUT_S)
 
     def wish_drain(self) -> bool:
         """Ask to be drained; False when that makes no sense, or was asked before (any thread)."""
-        if not self._running or self._stopping or self._wishes_drain:
+        if not self.membership.runs or self._stopping or self._wishes_drain:
             return False
         self._wishes_drain = True
         self.control.send(DrainWish())
@@ -226,37 +215,15 @@ class WorkerRuntime(ABC):
 
     def _open(self) -> None:
         """Reach the controller, read the checkpoint's headers, open the listeners, register."""
-        transport = self.config.transport
         self.control = self._open_control()
         self._cleanup.callback(self.control.close)
         self.checkpoint = Checkpoint(Path(self.config.model.path), self._report_loading)
         self.family = self.checkpoint.family
         self.dtype = resolve_dtype(self.config.model.dtype, self.family.config)
-        engine = self.config.engine
-        me = PeerIdentity(
-            name=self.member.name,
-            role=self.member.role,
-            rank=self.member.rank,
-            checkpoint_id=self.checkpoint.checkpoint_id,
-            config_hash=self.config.fingerprint(),
-            numerics=numerics_digest() if engine.deterministic else "",
-        )
-        hub = PeerHub(
-            me,
-            self.config.cluster_token,
-            max_data_bytes=max_data_bytes(
-                self.family.banks,
-                engine.max_num_batched_tokens,
-                self.dtype.itemsize,
-                engine.combine_mode,
-            ),
-            host=self.args.host,
-            connect_timeout_s=transport.connect_timeout_s,
-            step_timeout_s=transport.step_timeout_s,
-        )
-        self._hub = hub
+        me = self._me = identify(self.args, self.checkpoint)
+        hub = self._hub = open_hub(self.args, me, self.checkpoint, self.dtype)
         self._cleanup.callback(hub.close)
-        self._me = me
+        engine = self.config.engine
         self.channel = StepChannel(
             hub,
             prefill_cap=PrefillCap.of(engine),
@@ -264,6 +231,7 @@ class WorkerRuntime(ABC):
         )
         self.transport = self._open_transport()
         self._cleanup.callback(self.transport.close)
+        self.membership.join(hub, self.channel, self.transport)
         self.trace = self._open_trace()
         self.member = replace(self.member, data_address=hub.address)
         if self.member.holds_experts:
@@ -288,7 +256,7 @@ class WorkerRuntime(ABC):
             connect_timeout_s=transport.connect_timeout_s,
             lease=Lease(
                 limit_s=self.lease_s,
-                last_commit=lambda: self._last_commit,
+                last_commit=lambda: self.membership.last_commit,
                 on_expired=self._fence,
             ),
             rejoin=self._rejoin,
@@ -309,22 +277,11 @@ class WorkerRuntime(ABC):
         return self._hub
 
     def _open_transport(self) -> DataTransport:
-        """The transport that the configuration names; ``auto`` is collective on CUDA."""
-        device = self.args.device
-        kind = self.config.transport.transport
-        if kind == "sockets" or (kind == "auto" and device.type == "cpu"):
-            return SocketTransport(
-                self.hub, combine_mode=self.config.engine.combine_mode, device=device
-            )
-        collective = CollectiveTransport(
-            self.hub,
-            backend="nccl" if device.type == "cuda" else "gloo",
-            device=device,
-            host=self.args.host,
-            connect_timeout_s=self.config.transport.connect_timeout_s,
-        )
-        self.member = replace(self.member, store_address=collective.store_address)
-        return collective
+        """The transport, whose address becomes known to the others where it has one."""
+        transport = open_transport(self.args, self.hub)
+        if isinstance(transport, CollectiveTransport):
+            self.member = replace(self.member, store_address=transport.store_address)
+        return transport
 
     def _load_experts(self, transport: DataTransport) -> ExpertPart:
         """Load the experts that the placement gives this worker's device."""
@@ -372,6 +329,9 @@ class WorkerRuntime(ABC):
             self.control.close()
         self._on_death(reason)
 
+    def _send(self, frame: ControlFrame) -> None:
+        self.control.send(frame)
+
     # ---- the control thread -----------------------------------------------------------------
 
     def _on_frame(self, frame: ControlFrame) -> None:
@@ -388,16 +348,16 @@ class WorkerRuntime(ABC):
         if isinstance(frame, NewGeneration):
             if self._experts is not None:
                 self._experts.give_up_moves()
-            self._order = frame
+            self.membership.announced = frame
             self._interrupt(int(frame.generation["number"]))
         elif isinstance(frame, Shutdown):
-            self._interrupt(self.generation.number + 1)
+            self._interrupt(self.membership.generation.number + 1)
         elif self._hub is not None:
             self._hub.wake()
 
     def _free_experts(self, frame: RunGeneration) -> None:
         """Experts that were taken over from a lost worker are not needed when another has come."""
-        order = self._order
+        order = self.membership.announced
         if self._experts is None or order is None or order.generation["number"] != frame.generation:
             return
         self._experts.keep_only(ExpertPlacement.from_dict(order.placement))
@@ -419,41 +379,24 @@ class WorkerRuntime(ABC):
         return Heartbeat(
             progress=self.activity.progress,
             idle=self._idle,
-            generation=self.generation.number,
+            generation=self.membership.generation.number,
             waiting=self.activity.is_waiting,
-            fenced=self._is_fenced,
-            stats={**self._stats(), "placement_epoch": float(self._epochs.current.epoch)},
+            fenced=self.membership.is_fenced,
+            stats={**self._stats(), "placement_epoch": float(self.membership.epochs.current.epoch)},
             expert_load=self._new_load() if due else {},
         )
 
     def _fence(self, reason: str) -> None:
         """The lease ran out: leave this generation, and let no client have anything of it."""
         logger.warning("%s is fenced: %s", self.member.name, reason)
-        self._is_fenced = True
+        self.membership.is_fenced = True
         self._close_gates()
         if self._hub is not None:
             self._hub.wake()
 
     def _rejoin(self) -> list[ControlFrame]:
         """Where this worker stands, for a controller that knows nothing of it."""
-        order, loss = self._order, self._loss
-        number = self.generation.number
-        here = order is not None and order.generation["number"] == number
-        placement = order.placement if order is not None else {}
-        if here and self._epochs.current.epoch > placement["epoch"]:
-            placement = self._epochs.current.to_dict()  # a step header has switched to it since
-        standing = Rejoin(
-            term=self.control.term,
-            generation=order.generation if order is not None else {},
-            placement=placement,
-            running=here and self._running and not self._is_fenced,
-            highest_step=self.channel.highest_step if number else 0,
-            highest_epoch=max(self.channel.highest_epoch, self._epochs.current.epoch)
-            if number
-            else 0,
-            memory=self._memory,
-        )
-        return [standing] if loss is None else [standing, loss]
+        return self.membership.standing(self.control.term, self._memory)
 
     def _status(self) -> StatusReply:
         report = self._load_report()
@@ -474,109 +417,32 @@ class WorkerRuntime(ABC):
     def _guarded_turn(self) -> None:
         """One turn; a lost peer or a new generation ends the running of this one."""
         self.activity.advance()
+        membership = self.membership
         try:
-            if self._is_fenced:
-                self._running = False
-            if self._running:
+            if membership.is_fenced:
+                membership.runs = False
+            if membership.runs:
                 self._turn()
             else:
                 self._idle = True
                 self.hub.rest(IDLE_WAIT_S)
         except GenerationChangedError:
-            self._running = False
+            membership.runs = False
         except PeerLostError as err:
-            self._lose(err)
-
-    def _lose(self, err: PeerLostError) -> None:
-        """Tell the controller; it decides what comes next."""
-        self._running = False
-        number = self.generation.number
-        logger.warning("%s: generation %d stops: %s", self.member.name, number, err)
-        self._loss = PeerLost(worker=err.peer, generation=number, reason=err.reason)
-        self.control.send(self._loss)
+            membership.lose(err)
 
     def _handle_frames(self) -> None:
         while self._frames:
             frame = self._frames.popleft()
-            if isinstance(frame, NewGeneration):
-                self._take_generation(frame)
-            elif isinstance(frame, RunGeneration):
-                self._run_generation(frame)
-            elif isinstance(frame, NewEpoch):
-                self._learn_epoch(frame)
-            elif isinstance(frame, SwitchEpoch):
-                self._switch_epoch(frame)
-            elif isinstance(frame, Shutdown):
+            if isinstance(frame, Shutdown):
                 self._stopping = True
+            else:
+                self.membership.handle(frame)
 
-    def _take_generation(self, frame: NewGeneration) -> None:
-        """Abandon the old generation's step, open the new one's edges, say that we are ready."""
-        generation = Generation.from_dict(frame.generation)
-        if generation.number <= self.generation.number:
-            return
-        self._running, self._loss = False, None
-        placement = ExpertPlacement.from_dict(frame.placement)
-        if dead := self._companions.died(generation, frame.drained):
-            self._lose_members(dead)
-        self.generation = generation
-        try:
-            self.hub.apply_generation(generation)
-            self.transport.apply_generation(generation)
-            self._enter(generation, placement)
-        except GenerationChangedError:
-            return
-        except PeerLostError as err:
-            self._lose(err)
-            return
-        self._epochs.start(placement)
-        self.control.send(
-            GenerationReady(
-                generation=generation.number,
-                highest_step=self.channel.highest_step,
-                highest_epoch=max(self.channel.highest_epoch, placement.epoch),
-            )
-        )
-
-    def _run_generation(self, frame: RunGeneration) -> None:
-        if frame.generation == self.generation.number:
-            self.channel.start_generation(frame.first_step, self._epochs.current.epoch)
-            self._last_commit = time.monotonic()
-            self._is_fenced = False
-            self._companions.run(self.generation)
-            self._begin_steps()
-            self._open_gates()
-            self._running = True
-
-    def _learn_epoch(self, frame: NewEpoch) -> None:
-        """Get ready for maps that may come into force."""
-        if frame.generation != self.generation.number:
-            return
-        error = ""
-        try:
-            self._enter(self.generation, self._epochs.learn(frame))
-        except ProtocolError as err:
-            error = str(err)
-        self.control.send(EpochReady(generation=frame.generation, epoch=frame.epoch, error=error))
-
-    def _switch_epoch(self, frame: SwitchEpoch) -> None:
-        """Leader: the next header names the epoch; that goes out when all have proposed."""
-        if frame.generation == self.generation.number and self._running:
-            self.channel.set_epoch(frame.epoch, frame.oldest_epoch)
-
-    def _follow_epoch(self, header: StepHeader, stall_s: float = 0.0) -> None:
-        """Note the epoch of a step; the leader tells the controller of a new one.
-
-        ``stall_s``: how long work has waited for this header.
-        """
-        if self._epochs.reach(header.epoch) and self.channel.is_leader:
-            self.control.send(
-                EpochSwitched(
-                    generation=header.generation,
-                    epoch=header.epoch,
-                    step=header.step,
-                    stall_s=stall_s,
-                )
-            )
+    def _go_on(self) -> None:
+        """A generation runs, and clients may come again."""
+        self._begin_steps()
+        self._open_gates()
 
     def _report_loading(self, loaded_bytes: int, total_bytes: int) -> None:
         """Progress callback of the loaders."""
