@@ -14,10 +14,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
-from cluster.adoption import Adopted, make_memory, restore_workers, standing_answers
+from cluster.adoption import Adopted
 from cluster.config import ClusterConfig, LoadSection
 from cluster.control_frames import (
     ControlFrame,
@@ -28,35 +27,36 @@ from cluster.control_frames import (
     GenerationReady,
     Heartbeat,
     HeartbeatAck,
-    Keepsake,
     LoadProgress,
-    NewGeneration,
     PeerLost,
     Register,
-    RunGeneration,
     Shutdown,
     StatusReply,
     StatusRequest,
     WorkerFailed,
     WorkerReady,
 )
-from cluster.coverage import Holdings, cover
+from cluster.controller_settings import ControllerSettings
+from cluster.coverage import stage_on
 from cluster.detection import Detection
 from cluster.draining import Draining
-from cluster.errors import ConflictError, ProtocolError
+from cluster.errors import ProtocolError
 from cluster.failure import FailureDecision, describe_members
 from cluster.generation_round import GenerationRound, Phase
+from cluster.generations import Generations
 from cluster.history import History
 from cluster.load_report import LoadReport
 from cluster.load_tracker import LoadTracker
 from cluster.migrations import Migrations
 from cluster.operations import Operations
 from cluster.placement import ExpertPlacement
-from cluster.planner.stages import SlotFill, Stage
+from cluster.planner.stages import Stage
 from cluster.rebalancing import Rebalancing
 from cluster.recovery import Recovery, RecoveryLimits
 from cluster.states import ClusterState, WorkerState, next_cluster_state
+from cluster.succession import Succession
 from cluster.topology import Generation, Member
+from cluster.worker_link import WorkerLink
 from cluster.worker_record import WorkerRecord
 from cluster.worker_table import WorkerTable
 
@@ -64,40 +64,6 @@ logger = logging.getLogger(__name__)
 
 _VERSIONS_OF_A_TERM = 1_000_000
 """So that the versions of a restarted controller's snapshots are new to everyone."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ControllerSettings:
-    """Limits of the controller."""
-
-    detection_limit_s: float = 2.0
-    """Silence or standstill after which a worker is lost."""
-    confirm_s: float = 0.2
-    """Time in which a worker that a peer has lost may show another cause, before it is lost."""
-    start_limit_s: float = 600.0
-    """Limit for the whole start."""
-    start_silence_s: float = 30.0
-    """As ``detection_limit_s``, while workers start: importing and loading starve other threads."""
-    generation_limit_s: float = 15.0
-    """Limit for a member to take part in a new generation."""
-    adoption_limit_s: float = 10.0
-    """Time in which the workers must call a restarted controller, before they are lost."""
-
-
-class WorkerLink(Protocol):
-    """What the controller acts through."""
-
-    def send(self, worker: str, frame: ControlFrame) -> None:
-        """Send to one worker; nothing happens when it is not connected."""
-
-    def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
-        """Start one more worker, in the background; it holds its part of ``placement``."""
-
-    def end_workers(self, workers: Sequence[str]) -> None:
-        """End these workers' processes, in the background."""
-
-    def end_all(self) -> None:
-        """End every worker in the background, then call ``Controller.all_ended``."""
 
 
 class Controller:
@@ -146,14 +112,14 @@ class Controller:
         self._link = link
         self._term = term
         self._identity = identity
-        self._notes = notes or {}
-        self._history = History(wall_time_offset_s)
+        self._succession = Succession(self, link, term=term, identity=identity, notes=notes or {})
+        self.history = History(wall_time_offset_s)
         self.load = LoadTracker(load or LoadSection(), now)
         """Expert load of the cluster."""
         self.migrations = Migrations()
         """Weights that moved."""
-        self.round = GenerationRound(Generation(number=0, members=()), now, Phase.STALLED)
-        self._experts_complete = False
+        self.generations = Generations(self, term=term, identity=identity, now=now)
+        """The newest one, being formed or running."""
         self.detection = Detection(self, settings, now)
         self.recovery = Recovery(
             self,
@@ -198,10 +164,10 @@ class Controller:
             case Register():
                 record.register(frame)
                 record.since = now
-                self._touch()
+                self.touch()
             case LoadProgress():
                 record.load(frame)
-                self._touch()
+                self.touch()
             case WorkerReady():
                 record.ready(frame)
                 self._worker_ready(record, now)
@@ -210,7 +176,7 @@ class Controller:
             case PeerLost():
                 self.detection.peer_lost(name, frame, now)
             case GenerationReady():
-                self._generation_ready(name, frame, now)
+                self.generations.answer(name, frame, now)
             case ExpertsLoaded() if self.recovery.loaded(name, frame, now):
                 pass  # an order of ours
             case ExpertsLoaded() | EpochReady() | EpochSwitched():
@@ -236,8 +202,8 @@ class Controller:
             self.workers.lose(name, reason)
             self.round.drop_reports(name)
         self.draining.lost(fresh, now)
-        self._touch()
-        self._send_keepsake()  # before any generation without them
+        self.touch()
+        self._succession.send_keepsake()  # before any generation without them
         if self.state is ClusterState.STARTING:
             self.fail_start("; ".join(f"{n}: {r}" for n, r in fresh.items()), now)
         elif self.state not in (ClusterState.DRAINING, ClusterState.STOPPED):
@@ -268,7 +234,7 @@ class Controller:
         if self.state in (ClusterState.DRAINING, ClusterState.STOPPED):
             return
         self._enter(ClusterState.DRAINING)
-        self._history.add(self.round.number, now, reason, "end all workers")
+        self.history.add(self.round.number, now, reason, "end all workers")
         for record in self.workers.alive():
             self._link.send(record.name, Shutdown(reason=reason))
         self._link.end_all()
@@ -291,6 +257,11 @@ class Controller:
             self._link.send(name, request)
 
     @property
+    def round(self) -> GenerationRound:
+        """The newest generation and its answers; number 0 before the first."""
+        return self.generations.round
+
+    @property
     def generation(self) -> Generation:
         """The newest generation; number 0 before the first."""
         return self.round.generation
@@ -307,7 +278,7 @@ class Controller:
             "term": self._term,
             "generation": self.round.number,
             "placement_epoch": self.placement.epoch,
-            "experts_complete": self._experts_complete,
+            "experts_complete": self.generations.experts_complete,
             "model": self.workers.model,
             "rebalance": self.rebalancing.to_dict(),
             "workers": [r.to_dict() for r in self.workers],
@@ -315,7 +286,7 @@ class Controller:
             "problems": self.recovery.problems(self.detection.last_tick),
             "recoveries": self.recovery.stalls.to_dict(),
             "migrations": self.migrations.to_dict(),
-            "history": self._history.to_list(),
+            "history": self.history.to_list(),
         }
 
     # ---- a restarted controller -----------------------------------------------------------
@@ -323,175 +294,74 @@ class Controller:
     def adopt(self, adopted: Adopted, now: float) -> None:
         """Take over workers that run; the first thing that is done to a restarted controller."""
         self.state = ClusterState.RECOVERING
-        self._history.restore(adopted.memory.get("history", ()))
-        restore_workers(self.workers, adopted)
-        self.round = GenerationRound(adopted.generation, now)
-        self.recovery.restore(adopted.memory.get("recovery", {}), now)
-        for name, answer in standing_answers(adopted):
-            self.round.answer(name, answer)
-        missing = [
-            m.name
-            for m in adopted.generation.members
-            if m.name not in adopted.greetings or self.workers[m.name].is_lost
-        ]
-        cause = "the controller was restarted"
-        if adopted.is_intact:
-            self._experts_complete = True
-            self.round.phase = Phase.RUNNING
-            self._enter(self._running_state())
-            self._history.add(self.round.number, now, cause, "all members went on")
-            self.recovery.ready(now)
-        elif missing:
-            self._history.add(self.round.number, now, cause, "not all members have called")
-            self._lose_missing(missing, now)
-        else:
-            self._reform(cause, now)
-        self._go_on_draining(adopted, now)
-        self._send_keepsake()
+        self._succession.adopt(adopted, now)
 
-    def _go_on_draining(self, adopted: Adopted, now: float) -> None:
-        """With the drain that was under way, and with what workers have wished for."""
-        memory = adopted.memory.get("draining", {})
-        goes_on = (memory.get("drain") or {}).get("operation")
-        self.operations.restore(adopted.memory.get("operations", ()), now, goes_on)
-        self.draining.restore(memory, now)
-        for name, greeting in adopted.greetings.items():
-            if greeting.wishes_drain and not self.workers[name].is_lost:
-                self.draining.wish(name, now)
-
-    def _lose_missing(self, names: Sequence[str], now: float) -> None:
-        """Members that the restarted controller did not find; some had been lost before."""
-        for name in names:
-            if not self.workers[name].is_lost:
-                self.workers.lose(name, "it did not call the restarted controller")
-        self._send_keepsake()
-        self.recovery.lost({n: self.workers[n].reason for n in names}, now)
-        self._link.end_workers(names)
-
-    def _send_keepsake(self) -> None:
-        memory = make_memory(self._history, self.workers, self._notes)
-        memory["recovery"] = self.recovery.memory()
-        memory["operations"] = self.operations.memory()
-        memory["draining"] = self.draining.memory()
-        memory["version"] = self.version
-        keepsake = Keepsake(term=self._term, controller=self._identity, memory=memory)
-        for record in self.workers.alive():
-            self._link.send(record.name, keepsake)
+    def show_running(self) -> None:
+        """See ``SuccessionHost``."""
+        is_full = self.recovery.replacements.is_full(self.round.members)
+        self._enter(ClusterState.SERVING if is_full else ClusterState.DEGRADED)
 
     # ---- start ----------------------------------------------------------------------------
 
     def _worker_ready(self, record: WorkerRecord, now: float) -> None:
-        self._touch()
+        self.touch()
         self.workers.learn_model(record)
         if self.state is not ClusterState.STARTING:
             self.recovery.ready(now)
         elif all(r.state is WorkerState.READY for r in self.workers):
             members = tuple(r.member for r in self.workers)
-            self._history.add(1, now, "start", f"serve with {describe_members(members)}")
-            self._begin_generation(members, self.placement, now)
+            self.history.add(1, now, "start", f"serve with {describe_members(members)}")
+            self.generations.begin(members, self.placement, now)
 
     # ---- generations ----------------------------------------------------------------------
-
-    def _begin_generation(
-        self, members: Sequence[Member], placement: ExpertPlacement, now: float
-    ) -> None:
-        """Announce the next generation to all its members."""
-        fresh = tuple(self.workers[m.name].member for m in members)
-        generation = Generation(number=self.round.number + 1, members=fresh)
-        self.round = GenerationRound(generation, now)
-        self.placement = placement = self.rebalancing.above(placement)
-        self._touch()
-        for member in fresh:
-            record = self.workers[member.name]
-            if record.state is WorkerState.SERVING:
-                record.enter(WorkerState.READY)
-        order = NewGeneration(
-            term=self._term,
-            controller=self._identity,
-            generation=generation.to_dict(),
-            placement=placement.to_dict(),
-            drained=[r.name for r in self.workers if r.state is WorkerState.DRAINED],
-        )
-        for member in fresh:
-            self._link.send(member.name, order)
-
-    def _reform(self, cause: str, now: float) -> None:
-        """All members form the next generation: not all of them run this one."""
-        if self.state is not ClusterState.RECOVERING:
-            self._enter(ClusterState.RECOVERING)
-        self._begin_generation(self.round.members, self.placement, now)
-        effect = f"go on with {describe_members(self.round.members)}"
-        self._history.add(self.round.number, now, cause, effect)
 
     def _fenced(self, record: WorkerRecord, now: float) -> None:
         """A member has stopped by itself: its lease ran out while we were away."""
         if record.state is WorkerState.SERVING:
-            self._reform(f"the lease of {record.name} ran out", now)
-
-    def _generation_ready(self, name: str, frame: GenerationReady, now: float) -> None:
-        if frame.generation != self.round.number or not self.is_forming:
-            return  # an answer to an older generation, overtaken by a newer one
-        self.round.answer(name, frame)
-        self.run_if_ready(now)
+            self.reform(f"the lease of {record.name} ran out", now)
 
     def run_if_ready(self, now: float) -> None:
         """See ``RecoveryHost``."""
-        if not self.is_forming or not self.round.is_complete or self.recovery.reloads.is_pending:
-            return
-        highest = self.round.highest_epoch
-        if highest > self.placement.epoch:
-            # A survivor ran a later epoch than we knew of: ours must not be below it.
-            newer = replace(self.placement, epoch=highest + 1)
-            self._begin_generation(self.round.members, newer, now)
-            return
-        self._run_generation(now)
+        self.generations.run_if_ready(now)
 
-    def _run_generation(self, now: float) -> None:
-        first_step = self.round.first_step
-        order = RunGeneration(generation=self.round.number, first_step=first_step)
-        self.round.phase = Phase.RUNNING
-        self._experts_complete = True
-        self._enter(self._running_state())
-        self._history.runs(self.round.number, first_step, now)
-        for member in self.round.members:
-            record = self.workers[member.name]
-            record.progress_at = now
-            record.enter(WorkerState.SERVING)
-            self._link.send(member.name, order)
-        self._send_keepsake()
+    def above(self, placement: ExpertPlacement) -> ExpertPlacement:
+        """See ``GenerationsHost``."""
+        return self.rebalancing.above(placement)
+
+    @property
+    def awaits_experts(self) -> bool:
+        """See ``GenerationsHost``."""
+        return self.recovery.reloads.is_pending
+
+    def ran(self, first_step: int, now: float) -> None:
+        """See ``GenerationsHost``."""
+        self.show_running()
+        self.history.runs(self.round.number, first_step, now)
+        self._succession.send_keepsake()
         self.recovery.ran(now)
-
-    def _running_state(self) -> ClusterState:
-        is_full = self.recovery.replacements.is_full(self.round.members)
-        return ClusterState.SERVING if is_full else ClusterState.DEGRADED
 
     @property
     def is_forming(self) -> bool:
         """A generation is announced and does not run yet."""
-        return self.round.phase is Phase.FORMING and self._is_up
+        return self.generations.is_forming
 
     # ---- losses ---------------------------------------------------------------------------
 
     def form(self, decision: FailureDecision, now: float) -> None:
         """See ``RecoveryHost``."""
-        self._experts_complete = decision.experts_complete
+        self.generations.experts_complete = decision.experts_complete
         if self.state is not ClusterState.RECOVERING:
             self._enter(ClusterState.RECOVERING)
-        self._begin_generation(decision.members, decision.placement, now)
-        self._history.add(self.round.number, now, decision.cause, decision.effect)
+        self.generations.begin(decision.members, decision.placement, now)
+        self.history.add(self.round.number, now, decision.cause, decision.effect)
 
     def stall(self, decision: FailureDecision, now: float) -> None:
         """See ``RecoveryHost``: say so, and keep the members for a later recovery."""
-        self._experts_complete = decision.experts_complete
-        survivors = Generation(number=self.round.number, members=decision.members)
-        self.round = GenerationRound(survivors, now, Phase.STALLED)
+        self.generations.experts_complete = decision.experts_complete
+        self.generations.stall(decision.members, now)
         self.note(decision.cause, decision.effect, now)
-        for member in decision.members:
-            record = self.workers[member.name]
-            if record.state is WorkerState.SERVING:
-                record.enter(WorkerState.READY)
         self.settle()
-        self._send_keepsake()
+        self._succession.send_keepsake()
 
     def settle(self) -> None:
         """See ``RecoveryHost``: requests wait as long as there is hope."""
@@ -503,7 +373,7 @@ class Controller:
     def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
         """See ``RecoveryHost``."""
         logger.info("start %s", member.name)
-        self._touch()
+        self.touch()
         self._link.start_worker(member, placement)
 
     def expert_load(self) -> dict[tuple[str, int], list[float]]:
@@ -522,26 +392,30 @@ class Controller:
         """This placement is in force: a step of the running generation names its epoch."""
         self.placement = placement
         self.recovery.moved(placement)
-        self._touch()
+        self.touch()
 
     def reform(self, cause: str, now: float) -> None:
         """Have all members form a generation with the placement that is known here."""
-        self._reform(cause, now)
+        if self.state is not ClusterState.RECOVERING:
+            self._enter(ClusterState.RECOVERING)
+        self.generations.begin(self.round.members, self.placement, now)
+        effect = f"go on with {describe_members(self.round.members)}"
+        self.history.add(self.round.number, now, cause, effect)
 
     @property
     def takes_orders(self) -> bool:
         """The cluster is neither starting nor ending."""
-        return self.state is not ClusterState.STARTING and self._is_up
+        return self.state is not ClusterState.STARTING and self.is_up
 
     @property
-    def _is_up(self) -> bool:
+    def is_up(self) -> bool:
         """Nothing has ended the cluster yet."""
         return self.state not in (ClusterState.DRAINING, ClusterState.STOPPED)
 
     @property
     def runs(self) -> bool:
         """The newest generation runs, and every expert has a copy."""
-        return self.round.phase is Phase.RUNNING and self._is_up
+        return self.round.phase is Phase.RUNNING and self.is_up
 
     def stage_without(self, devices: Collection[int]) -> Stage:
         """A placement that does not use these devices, and what must be loaded for it.
@@ -550,32 +424,16 @@ class Controller:
         """
         others = {m.device for m in self.round.generation.experts} - set(devices)
         grows = all(str(r.info.get("device", "cpu")) == "cpu" for r in self.workers.alive())
-        holdings = Holdings(
-            current=self.placement,
-            desired=self.placement,
-            room=None if grows else self._num_slots,
-        )
-        found = cover(holdings, others, self.placement.epoch + 1)
-        if found.placement is None:
-            lacking = f"{len(found.missing)} experts that only they hold"
-            raise ConflictError(f"the other workers have no room for {lacking}")
-        banks = self.placement.banks
-        fills = tuple(
-            SlotFill(
-                bank=load.bank,
-                device=load.device,
-                slot=load.slot,
-                expert=load.expert,
-                sources=tuple(d for d, _ in banks[load.bank].logical_to_physical(load.expert)),
-            )
-            for load in found.loads
-        )
-        return Stage(fills=fills, placement=found.placement)
+        return stage_on(others, self.placement, None if grows else self._num_slots)
+
+    def touch(self) -> None:
+        """Something that snapshots show has changed."""
+        self.version += 1
 
     def note(self, cause: str, effect: str, now: float) -> None:
         """Add to the history."""
-        self._history.add(self.round.number, now, cause, effect)
-        self._touch()
+        self.history.add(self.round.number, now, cause, effect)
+        self.touch()
 
     def ask_numbers(self, name: str) -> None:
         """Have a worker tell its numbers soon."""
@@ -585,7 +443,7 @@ class Controller:
         """Tell the gateways that these workers are (not) for requests."""
         for name in names:
             self.workers[name].drains = drains
-        self._touch()
+        self.touch()
 
     def leave(self, names: Sequence[str], why: str, now: float) -> None:
         """Form a generation without these workers, which are workers no more."""
@@ -601,10 +459,10 @@ class Controller:
             self.recovery.replacements.leave(name)
             self.round.drop_reports(name)
         self._enter(ClusterState.RECOVERING)
-        self._send_keepsake()
-        self._begin_generation(members, placement, now)
+        self._succession.send_keepsake()
+        self.generations.begin(members, placement, now)
         effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
-        self._history.add(self.round.number, now, why, effect)
+        self.history.add(self.round.number, now, why, effect)
 
     def end(self, names: Sequence[str]) -> None:
         """End the processes of workers that have left."""
@@ -620,8 +478,8 @@ class Controller:
 
     def remember(self) -> None:
         """Have the workers keep what a restarted controller must know."""
-        self._touch()
-        self._send_keepsake()
+        self.touch()
+        self._succession.send_keepsake()
 
     # ---- small things ---------------------------------------------------------------------
 
@@ -632,7 +490,4 @@ class Controller:
     def _enter(self, state: ClusterState) -> None:
         logger.info("%s -> %s", self.state.value, state.value)
         self.state = next_cluster_state(self.state, state)
-        self._touch()
-
-    def _touch(self) -> None:
-        self.version += 1
+        self.touch()

@@ -24,7 +24,8 @@ from cluster.adoption import Adopted, Adoption
 from cluster.config import ClusterConfig
 from cluster.control_frames import ControlFrame
 from cluster.control_server import ControlServer
-from cluster.controller import Controller, ControllerSettings
+from cluster.controller import Controller
+from cluster.controller_settings import ControllerSettings
 from cluster.drain_order import DrainOrder
 from cluster.errors import ConflictError, ExpertMeshError, NotReadyError, StartError
 from cluster.load_profile import LoadProfile

@@ -17,7 +17,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cluster.errors import ConflictError
 from cluster.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+from cluster.planner.stages import SlotFill, Stage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +93,29 @@ def cover(
         return Coverage(placement=None, loads=(), missing=tuple(missing))
     placement = ExpertPlacement(epoch=epoch, banks=tuple(banks))
     return Coverage(placement=placement, loads=tuple(loads), missing=())
+
+
+def stage_on(devices: Collection[int], current: ExpertPlacement, room: int | None) -> Stage:
+    """A placement that uses only ``devices``, and what they must load for it.
+
+    ``room`` as in ``Holdings``. Raises ``ConflictError`` when the devices have not enough.
+    """
+    holdings = Holdings(current=current, desired=current, room=room)
+    found = cover(holdings, devices, current.epoch + 1)
+    if found.placement is None:
+        lacking = f"{len(found.missing)} experts that only they hold"
+        raise ConflictError(f"the other workers have no room for {lacking}")
+    fills = tuple(
+        SlotFill(
+            bank=load.bank,
+            device=load.device,
+            slot=load.slot,
+            expert=load.expert,
+            sources=tuple(d for d, _ in current.banks[load.bank].logical_to_physical(load.expert)),
+        )
+        for load in found.loads
+    )
+    return Stage(fills=fills, placement=found.placement)
 
 
 class _Bank:

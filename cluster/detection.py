@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from cluster.control_frames import PeerLost
+from cluster.controller_settings import ControllerSettings
 from cluster.failure import PeerReport, find_silent
 from cluster.generation_round import GenerationRound
 from cluster.states import ClusterState, WorkerState
@@ -20,36 +21,15 @@ from cluster.worker_table import WorkerTable
 logger = logging.getLogger(__name__)
 
 
-class DetectionLimits(Protocol):
-    """Of ``ControllerSettings``."""
-
-    @property
-    def detection_limit_s(self) -> float:
-        """Silence or standstill of a worker."""
-
-    @property
-    def confirm_s(self) -> float:
-        """Time for a suspect to show another cause."""
-
-    @property
-    def start_limit_s(self) -> float:
-        """The whole start."""
-
-    @property
-    def start_silence_s(self) -> float:
-        """Silence of a worker that starts."""
-
-    @property
-    def generation_limit_s(self) -> float:
-        """Answer to a new generation."""
-
-
 class DetectionHost(Protocol):
     """What is looked at, and who is told."""
 
     state: ClusterState
-    round: GenerationRound
     workers: WorkerTable
+
+    @property
+    def round(self) -> GenerationRound:
+        """The newest generation."""
 
     @property
     def is_forming(self) -> bool:
@@ -62,7 +42,7 @@ class DetectionHost(Protocol):
 class Detection:
     """See the module. Owned by the controller; ``now`` is in monotonic seconds."""
 
-    def __init__(self, host: DetectionHost, limits: DetectionLimits, now: float) -> None:
+    def __init__(self, host: DetectionHost, limits: ControllerSettings, now: float) -> None:
         self._host = host
         self._limits = limits
         self.last_tick = now

@@ -31,7 +31,8 @@ from cluster.control_frames import (
     StatusRequest,
     WorkerReady,
 )
-from cluster.controller import Controller, ControllerSettings
+from cluster.controller import Controller
+from cluster.controller_settings import ControllerSettings
 from cluster.errors import ProtocolError
 from cluster.placement import ExpertPlacement, contiguous
 from cluster.topology import Generation, Member

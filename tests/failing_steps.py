@@ -161,7 +161,7 @@ def renew_on_fault(cluster: ThreadCluster, faults: Faults) -> None:
         if controller.state is ClusterState.SERVING and controller.generation.number == generation:
             controller._enter(ClusterState.RECOVERING)
             members = controller.generation.members
-            controller._begin_generation(members, controller.placement, time.monotonic())
+            controller.generations.begin(members, controller.placement, time.monotonic())
             cluster._actor._notify()
 
     def on_fault(generation: int) -> None:

@@ -19,7 +19,8 @@ from cluster.control_frames import (
     RunGeneration,
     WorkerReady,
 )
-from cluster.controller import Controller, ControllerSettings
+from cluster.controller import Controller
+from cluster.controller_settings import ControllerSettings
 from cluster.placement import BankShape, ExpertPlacement, contiguous
 from cluster.topology import Generation, Member, Role, holds_experts
 

@@ -20,7 +20,8 @@ from cluster.control_frames import (
     Shutdown,
     WorkerReady,
 )
-from cluster.controller import Controller, ControllerSettings
+from cluster.controller import Controller
+from cluster.controller_settings import ControllerSettings
 from cluster.errors import ProtocolError
 from cluster.placement import contiguous
 from cluster.topology import Generation

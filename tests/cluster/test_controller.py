@@ -24,7 +24,7 @@ from cluster.control_frames import (
     WorkerFailed,
     WorkerReady,
 )
-from cluster.controller import ControllerSettings
+from cluster.controller_settings import ControllerSettings
 from cluster.errors import ProtocolError
 from cluster.placement import ExpertPlacement
 from cluster.states import IllegalTransitionError

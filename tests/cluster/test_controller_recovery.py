@@ -17,7 +17,8 @@ from cluster.control_frames import (
     WorkerFailed,
     WorkerReady,
 )
-from cluster.controller import Controller, ControllerSettings
+from cluster.controller import Controller
+from cluster.controller_settings import ControllerSettings
 from cluster.placement import ExpertPlacement
 from tests.fakes_cluster import FakeCluster
 

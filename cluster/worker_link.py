@@ -1,0 +1,26 @@
+"""What the controller acts through: frames to workers, the start and the end of their processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from cluster.control_frames import ControlFrame
+from cluster.placement import ExpertPlacement
+from cluster.topology import Member
+
+
+class WorkerLink(Protocol):
+    """See the module."""
+
+    def send(self, worker: str, frame: ControlFrame) -> None:
+        """Send to one worker; nothing happens when it is not connected."""
+
+    def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
+        """Start one more worker, in the background; it holds its part of ``placement``."""
+
+    def end_workers(self, workers: Sequence[str]) -> None:
+        """End these workers' processes, in the background."""
+
+    def end_all(self) -> None:
+        """End every worker in the background, then call ``Controller.all_ended``."""
