@@ -58,7 +58,7 @@ def serving(checkpoint: Path, **sections: Mapping[str, Any]) -> Iterator[tuple[s
 def controlled(checkpoint: Path, sections: Mapping[str, Mapping[str, Any]]) -> Iterator[Any]:
     import ray
 
-    from cluster.controller_actor import create_controller
+    from cluster.controller_handle import create_controller
     from cluster.worker_group import WorkerGroup
     from workers.actor_classes import ACTOR_CLASSES
     from workers.checkpoint import Checkpoint

@@ -17,7 +17,7 @@ def ask_controller(method: str, *arguments: Any, limit_s: float) -> Any:
     import ray
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-    from cluster.controller_actor import CONTROLLER_NAME
+    from cluster.controller_handle import CONTROLLER_NAME
     from cluster.ray_tools import NAMESPACE, words_of
 
     try:

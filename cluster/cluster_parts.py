@@ -156,7 +156,7 @@ class ClusterParts:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        from cluster.controller_actor import create_controller
+        from cluster.controller_handle import create_controller
         from cluster.ray_tools import words_of
         from cluster.worker_group import WorkerGroup
         from workers.actor_classes import ACTOR_CLASSES

@@ -8,19 +8,17 @@ what the one before it left: the workers go on meanwhile, and questions wait unt
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
-import ray
-
-from cluster.adoption import Adopted, Adoption
+from cluster.adoption import Adopted
+from cluster.background import Background
 from cluster.config import ClusterConfig
 from cluster.control_frames import ControlFrame
 from cluster.control_server import ControlServer
@@ -31,20 +29,17 @@ from cluster.errors import ConflictError, ExpertMeshError, NotReadyError, StartE
 from cluster.load_profile import LoadProfile
 from cluster.load_view import load_before_start, load_document, num_at_risk, placement_report
 from cluster.placement import ExpertPlacement
-from cluster.ray_tools import HEAD_NODE, NAMESPACE
 from cluster.rebalance_job import RebalanceOrder
 from cluster.reports import snapshot_before_start
-from cluster.resources import NodeResources, WorkerShare, resolved_share
+from cluster.resources import resolved_share
 from cluster.start_plan import StartPlan, plan_start
 from cluster.states import ClusterState
-from cluster.topology import Member, Role
-from cluster.worker_group import FoundWorker
+from cluster.takeover import Takeover
+from cluster.topology import Member
+from cluster.worker_group_like import FoundWorker, WorkerGroupLike
 
 logger = logging.getLogger(__name__)
 
-CONTROLLER_NAME = "expertmesh-controller"
-"""Name of the actor in our namespace."""
-_HEAD_SHARE = 0.001
 _TICK_S = 0.1
 _NODES_S = 0.5
 _PLAN_LIMIT_S = 20.0
@@ -54,80 +49,10 @@ _RESERVE_LIMIT_S = 30.0
 STATUS_LIMIT_S = 1.0
 """Longest wait for workers that are asked for their numbers."""
 _STOP_LIMIT_S = 20.0
-_FIND_LIMIT_S = 10.0
-_REDIRECT_S = 0.5
-_ADOPT_LIMIT_S = 60.0
-_ADOPT_PAUSE_S = 1.0
-_MAX_ADOPT_PAUSE_S = 10.0
-
-
-class WorkerGroupLike(Protocol):
-    """What the controller needs of ``cluster.worker_group.WorkerGroup``."""
-
-    def resources(self) -> tuple[NodeResources, ...]:
-        """Live nodes."""
-
-    def leaving(self) -> list[str]:
-        """Workers on nodes that are to go."""
-
-    def free_cpus(self) -> float:
-        """CPUs that nobody holds."""
-
-    def address(self) -> str:
-        """Interface that the control server binds to."""
-
-    async def reserve(
-        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
-    ) -> tuple[Member, ...]:
-        """Find room, rank the workers."""
-
-    async def start(
-        self,
-        members: Sequence[Member],
-        config: Mapping[str, Any],
-        control_address: str,
-        extras: Mapping[str, Mapping[str, Any]],
-    ) -> None:
-        """Create all workers."""
-
-    async def add(
-        self,
-        member: Member,
-        config: Mapping[str, Any],
-        control_address: str,
-        extra: Mapping[str, Any],
-    ) -> None:
-        """Create one more worker in the room of one that is gone."""
-
-    async def watch(
-        self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
-    ) -> None:
-        """Tell of workers that die before they call."""
-
-    def was_restarted(self) -> bool:
-        """Whether an earlier controller may have left workers."""
-
-    def call_back(self, method: str) -> None:
-        """Have a method of this actor called soon."""
-
-    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
-        """The workers that an earlier controller left."""
-
-    async def redirect(self, name: str, control_address: str) -> None:
-        """Tell a found worker where to call."""
-
-    async def end(self, names: Sequence[str]) -> None:
-        """End these workers."""
-
-    async def end_others(self, names: Collection[str]) -> None:
-        """End all workers but these."""
-
-    async def end_all(self) -> None:
-        """End all workers and free their room."""
 
 
 class ControllerActor:
-    """Async actor; see ``create_controller``. One start a life."""
+    """Async actor; see ``cluster.controller_handle``. One start a life."""
 
     def __init__(
         self,
@@ -146,18 +71,10 @@ class ControllerActor:
         self._profile: LoadProfile | None = None
         self._top_k = 1
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
-        self._changed = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._adoption: Adoption | None = None
-        self._failure = ""
+        self._background = Background()
+        self._takeover = Takeover(self, group, self._background)
         self._asked: dict[str, str] | None = None
         self._starting = asyncio.Lock()
-        self._is_settled = asyncio.Event()  # this actor knows its cluster, or why it does not
-        self._is_adopting = self._may_adopt = group.was_restarted()
-        if self._may_adopt:
-            group.call_back("adopt")
-        else:
-            self._is_settled.set()
 
     # ---- methods of the actor -------------------------------------------------------------
 
@@ -176,8 +93,8 @@ class ControllerActor:
         it cannot even begin.
         """
         await self.adopt()
-        if self._is_adopting:
-            raise StartError("controller", self._failure)
+        if self._takeover.is_under_way:
+            raise StartError("controller", self._takeover.failure)
         async with self._starting:
             if self._controller is None:
                 await self._begin(config, banks, profile, asked)
@@ -203,9 +120,9 @@ class ControllerActor:
         notes = {"profile": profile, "top_k": self._top_k, "asked": asked}
         self._asked = asked
         self._controller = self._make_controller(plan, members, notes=notes)
-        self._spawn(self._bring_up(plan, members))
-        self._spawn(self._tick_forever())
-        self._spawn(self._watch_nodes())
+        self._background.spawn(self._bring_up(plan, members))
+        self._background.spawn(self._tick_forever())
+        self._background.spawn(self._watch_nodes())
 
     async def adopt(self) -> None:
         """Take over what an earlier controller left, if there was one.
@@ -213,10 +130,7 @@ class ControllerActor:
         Returns when that is done, or has failed for the first time and is tried again. A restarted
         actor calls this itself, and every question to it begins with it.
         """
-        if self._may_adopt:
-            self._may_adopt = False
-            self._spawn(self._adopt())
-        await self._is_settled.wait()
+        await self._takeover.adopt()
 
     async def origin(self) -> dict[str, Any]:
         """What the cluster was started with: ``asked`` and the whole ``config``, with its token.
@@ -225,8 +139,8 @@ class ControllerActor:
         earlier controller cannot be reached.
         """
         await self.adopt()
-        if self._is_adopting:
-            raise NotReadyError(self._failure)
+        if self._takeover.is_under_way:
+            raise NotReadyError(self._takeover.failure)
         async with self._starting:
             config = self._plan.config.to_dict() if self._controller and self._plan else None
         return {"asked": self._asked if config else None, "config": config}
@@ -241,7 +155,7 @@ class ControllerActor:
     async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
         """The state as soon as it is not ``known_version`` any more, at the latest in time."""
         await self.adopt()
-        await self._wait(lambda: self._version() != known_version, timeout_s)
+        await self._background.wait(lambda: self._version() != known_version, timeout_s)
         return self._snapshot()
 
     async def placement(self) -> dict[str, Any]:
@@ -276,7 +190,7 @@ class ControllerActor:
         """
         wanted = DrainOrder.from_dict(order)
         operation = (await self._serving_controller()).draining.begin(wanted, time.monotonic())
-        self._notify()
+        self._background.notify()
         return operation.to_dict()
 
     async def rebalance(self, order: dict[str, Any]) -> dict[str, Any]:
@@ -291,7 +205,7 @@ class ControllerActor:
         deadline = time.monotonic() + _PLAN_LIMIT_S
         while controller.rebalancing.is_deciding(operation) and time.monotonic() < deadline:
             await asyncio.sleep(_PLAN_POLL_S)  # the ticks go on
-        self._notify()
+        self._background.notify()
         return operation.to_dict()
 
     async def operation(self, operation_id: str) -> dict[str, Any]:
@@ -309,7 +223,7 @@ class ControllerActor:
         operation = controller.operations.find(operation_id)
         owner = controller.draining if operation.kind == "drain" else controller.rebalancing
         owner.cancel(operation, time.monotonic())
-        self._notify()
+        self._background.notify()
         return operation.to_dict()
 
     async def control_address(self) -> str:
@@ -322,11 +236,12 @@ class ControllerActor:
         if self._controller is not None and self._server is not None:
             controller = self._controller
             controller.stop(time.monotonic())
-            self._notify()
-            await self._wait(lambda: controller.state is ClusterState.STOPPED, _STOP_LIMIT_S)
+            self._background.notify()
+            await self._background.wait(
+                lambda: controller.state is ClusterState.STOPPED, _STOP_LIMIT_S
+            )
             await self._server.close()
-        for task in self._tasks:
-            task.cancel()
+        self._background.cancel()
         self._planner.shutdown(wait=False, cancel_futures=True)
 
     # ---- what the controller acts through -------------------------------------------------
@@ -338,50 +253,93 @@ class ControllerActor:
 
     def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
         """Start one more worker in the background."""
-        self._spawn(self._add_worker(member, placement))
+        self._background.spawn(self._add_worker(member, placement))
 
     def end_workers(self, workers: Sequence[str]) -> None:
         """End workers in the background."""
         if self._server is not None:
             for worker in workers:
                 self._server.drop(worker)
-        self._spawn(self._end_workers(list(workers)))
+        self._background.spawn(self._end_workers(list(workers)))
 
     def end_all(self) -> None:
         """End all workers in the background and say when they are gone."""
-        self._spawn(self._end_all())
+        self._background.spawn(self._end_all())
 
     # ---- what happens on the sockets ------------------------------------------------------
 
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
         """A worker sent a frame."""
-        if self._adoption is not None:
-            self._adoption.frame(worker, frame, time.monotonic())
-            self._notify()
+        if self._takeover.listens:
+            self._takeover.frame(worker, frame)
+            self._background.notify()
         elif self._controller is not None:
             self._controller.frame(worker, frame, time.monotonic())
-            self._notify()
+            self._background.notify()
 
     def on_closed(self, worker: str, reason: str) -> None:
         """A worker's connection closed."""
-        if self._adoption is not None:
-            self._adoption.gone(worker)
-            self._notify()
+        if self._takeover.listens:
+            self._takeover.gone(worker)
+            self._background.notify()
         elif self._controller is not None:
             self._controller.disconnected(worker, reason, time.monotonic())
-            self._notify()
+            self._background.notify()
+
+    # ---- what a takeover asks for ---------------------------------------------------------
+
+    def limits(self, config: ClusterConfig) -> ControllerSettings:
+        """See ``TakeoverHost``."""
+        return self._settings or ControllerSettings(
+            detection_limit_s=config.transport.detection_limit_s,
+            generation_limit_s=config.transport.connect_timeout_s + 5.0,
+        )
+
+    async def open_server(self, token: str) -> str:
+        """See ``TakeoverHost``."""
+        if self._server is not None:
+            await self._server.close()
+        self._server = ControlServer(token, self)
+        self._address = await self._server.start(self._group.address())
+        return self._address
+
+    def is_connected(self, worker: str) -> bool:
+        """See ``TakeoverHost``."""
+        return self._server is not None and self._server.is_connected(worker)
+
+    def take_over(self, found: Sequence[FoundWorker], adopted: Adopted) -> None:
+        """See ``TakeoverHost``."""
+        notes = adopted.memory.get("notes", {})
+        profile = notes.get("profile")
+        self._profile = LoadProfile.from_dict(profile) if profile else None
+        self._top_k = int(notes.get("top_k", 1))
+        self._asked = notes.get("asked")
+        plan = StartPlan(
+            config=found[0].config,
+            placement=adopted.placement,
+            share=resolved_share(found[0].config.workers),
+            num_slots=max(f.num_slots for f in found),
+        )
+        members, term = adopted.members, adopted.term
+        controller = self._make_controller(plan, members, notes=notes, term=term)
+        controller.adopt(adopted, time.monotonic())
+        self._controller = controller
+        self._background.spawn(self._group.end_others([r.name for r in controller.workers.alive()]))
+        logger.info("term %d: %d workers adopted", adopted.term, len(adopted.greetings))
+        self._background.spawn(self._tick_forever())
+        self._background.spawn(self._watch_nodes())
 
     # ---- tasks ----------------------------------------------------------------------------
 
     async def _reserve(self, plan: StartPlan) -> tuple[Member, ...]:
         """Open the control server and reserve room; on an error nothing is left behind."""
-        self._server = ControlServer(plan.config.cluster_token, self)
         try:
-            self._address = await self._server.start(self._group.address())
+            await self.open_server(plan.config.cluster_token)
             return await self._group.reserve(
                 plan.config.workers.pools, plan.share, _RESERVE_LIMIT_S
             )
         except (ExpertMeshError, OSError):
+            assert self._server is not None, "it is there before it is opened"
             await self._server.close()
             await self._group.end_all()
             raise
@@ -399,7 +357,7 @@ class ControllerActor:
         except Exception as err:  # whatever Ray raises: the start must not hang
             logger.exception("the workers could not be created")
             self._controller.fail_start(f"{type(err).__name__}: {err}", time.monotonic())
-            self._notify()
+            self._background.notify()
 
     async def _add_worker(self, member: Member, placement: ExpertPlacement) -> None:
         """Create an actor, and watch it until it has called."""
@@ -421,91 +379,7 @@ class ControllerActor:
             await self._group.end(workers)
         finally:
             self._controller.draining.ended(workers, time.monotonic())
-            self._notify()
-
-    async def _adopt(self) -> None:
-        """Try until it is done: the workers serve meanwhile, and are found sooner or later."""
-        pause_s = _ADOPT_PAUSE_S
-        while True:
-            try:
-                async with asyncio.timeout(_ADOPT_LIMIT_S):
-                    await self._find_and_adopt()
-                break
-            except Exception as err:  # whatever Ray raises
-                logger.exception("the workers could not be adopted, try again")
-                self._failure = f"the restarted controller failed: {type(err).__name__}: {err}"
-                self._settle()  # who asks is told so
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _MAX_ADOPT_PAUSE_S)
-        self._is_adopting = False
-        self._settle()
-
-    def _settle(self) -> None:
-        self._is_settled.set()
-        self._notify()
-
-    async def _find_and_adopt(self) -> None:
-        try:
-            found = await self._group.find(_FIND_LIMIT_S)
-            adopted = await self._call_workers(found) if found else None
-        finally:
-            self._adoption = None
-        if adopted is None:
-            self._failure = "the controller was lost before the cluster served"
-            await self._group.end_all()
-        else:
-            self._failure = ""
-            self._take_over(found, adopted)
-
-    async def _call_workers(self, found: Sequence[FoundWorker]) -> Adopted | None:
-        """Have all found workers connect here and tell where they stand."""
-        limits = self._limits(found[0].config)
-        if self._server is not None:
-            await self._server.close()
-        self._server = ControlServer(found[0].config.cluster_token, self)
-        self._address = await self._server.start(self._group.address())
-        adoption = self._adoption = Adoption(
-            [f.name for f in found],
-            time.monotonic(),
-            limit_s=limits.adoption_limit_s,
-            confirm_s=limits.confirm_s,
-        )
-        for worker in found:
-            self._spawn(self._redirect(worker.name, adoption))
-        while not adoption.is_complete(time.monotonic()):
-            await self._wait(lambda: adoption.is_complete(time.monotonic()), _TICK_S)
-        return adoption.result()
-
-    async def _redirect(self, name: str, adoption: Adoption) -> None:
-        """Tell a worker where to call until it does, or nobody waits for it any more."""
-        assert self._server is not None
-        while self._adoption is adoption and not self._server.is_connected(name):
-            try:
-                await self._group.redirect(name, self._address)
-            except Exception as err:  # whatever Ray raises: it may answer later, or be lost
-                logger.warning("%s cannot be told of this controller: %s", name, err)
-            await asyncio.sleep(_REDIRECT_S)
-
-    def _take_over(self, found: Sequence[FoundWorker], adopted: Adopted) -> None:
-        notes = adopted.memory.get("notes", {})
-        profile = notes.get("profile")
-        self._profile = LoadProfile.from_dict(profile) if profile else None
-        self._top_k = int(notes.get("top_k", 1))
-        self._asked = notes.get("asked")
-        plan = StartPlan(
-            config=found[0].config,
-            placement=adopted.placement,
-            share=resolved_share(found[0].config.workers),
-            num_slots=max(f.num_slots for f in found),
-        )
-        members, term = adopted.members, adopted.term
-        controller = self._make_controller(plan, members, notes=notes, term=term)
-        controller.adopt(adopted, time.monotonic())
-        self._controller = controller
-        self._spawn(self._group.end_others([r.name for r in controller.workers.alive()]))
-        logger.info("term %d: %d workers adopted", adopted.term, len(adopted.greetings))
-        self._spawn(self._tick_forever())
-        self._spawn(self._watch_nodes())
+            self._background.notify()
 
     async def _end_all(self) -> None:
         assert self._controller is not None
@@ -513,7 +387,7 @@ class ControllerActor:
             await self._group.end_all()
         finally:
             self._controller.all_ended(time.monotonic())
-            self._notify()
+            self._background.notify()
 
     async def _tick_forever(self) -> None:
         assert self._controller is not None
@@ -525,7 +399,7 @@ class ControllerActor:
             except Exception:  # detection must go on
                 logger.exception("a tick of the controller failed")
             if self._controller.version != version:
-                self._notify()
+                self._background.notify()
 
     async def _watch_nodes(self) -> None:
         """Drain the workers of nodes that are to go; fill their places when the nodes have gone."""
@@ -547,26 +421,22 @@ class ControllerActor:
     def _died(self, name: str, reason: str) -> None:
         if self._controller is not None and name in self._controller.workers:
             self._controller.lost({name: reason}, time.monotonic())
-            self._notify()
+            self._background.notify()
 
     async def _ask_workers(self, controller: Controller) -> None:
         controller.request_status()
-        await self._wait(lambda: controller.workers.status_complete, self._status_limit_s)
+        await self._background.wait(
+            lambda: controller.workers.status_complete, self._status_limit_s
+        )
 
     async def _serving_controller(self) -> Controller:
         """Raises ``ConflictError`` before the start."""
         await self.adopt()
         if self._controller is None:
-            raise ConflictError(self._failure or "the cluster has not been started")
+            raise ConflictError(self._takeover.failure or "the cluster has not been started")
         return self._controller
 
     # ---- small things ---------------------------------------------------------------------
-
-    def _limits(self, config: ClusterConfig) -> ControllerSettings:
-        return self._settings or ControllerSettings(
-            detection_limit_s=config.transport.detection_limit_s,
-            generation_limit_s=config.transport.connect_timeout_s + 5.0,
-        )
 
     def _make_controller(
         self,
@@ -581,7 +451,7 @@ class ControllerActor:
         can_grow = plan.share.device == "cpu"
         now = time.monotonic()
         return Controller(
-            self._limits(config),
+            self.limits(config),
             members=members,
             placement=plan.placement,
             model={"name": config.model.served_model_name, "path": config.model.path},
@@ -605,58 +475,11 @@ class ControllerActor:
         mine: dict[str, Any] = {"controller_pid": os.getpid()}
         if self._controller is not None:
             return self._controller.snapshot() | mine
-        if self._failure:
-            state = ClusterState.RECOVERING if self._is_adopting else ClusterState.STOPPED
-            mine |= {"state": state.value, "error": self._failure}
+        if self._takeover.failure:
+            is_under_way = self._takeover.is_under_way
+            state = ClusterState.RECOVERING if is_under_way else ClusterState.STOPPED
+            mine |= {"state": state.value, "error": self._takeover.failure}
         return snapshot_before_start() | mine
 
     def _version(self) -> int:
         return self._controller.version if self._controller else 0
-
-    def _notify(self) -> None:
-        """Wake everyone who waits for a change."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def _wait(self, is_true: Callable[[], bool], timeout_s: float) -> None:
-        """Return once ``is_true``, or after ``timeout_s``."""
-        deadline = time.monotonic() + timeout_s
-        while not is_true() and (left := deadline - time.monotonic()) > 0:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), left)
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (err := task.exception()) is not None:
-            logger.error("a task of the controller failed", exc_info=err)
-
-
-def create_controller(
-    group: WorkerGroupLike,
-    settings: ControllerSettings | None = None,
-    status_limit_s: float = STATUS_LIMIT_S,
-    selector: Mapping[str, str] | None = None,
-) -> Any:
-    """Create the detached controller actor, or find the one there is; returns its handle.
-
-    ``selector`` are labels of the nodes that it may run on; without it that is where Ray's own head
-    is, which must live anyway.
-    """
-    actor: Any = ray.remote(ControllerActor)
-    where: dict[str, Any] = {"resources": {HEAD_NODE: _HEAD_SHARE}}
-    if selector:
-        where = {"label_selector": dict(selector)}
-    return actor.options(
-        name=CONTROLLER_NAME,
-        namespace=NAMESPACE,
-        lifetime="detached",
-        get_if_exists=True,
-        num_cpus=0,
-        max_restarts=-1,
-        **where,
-    ).remote(group, settings, status_limit_s)

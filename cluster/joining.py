@@ -51,7 +51,7 @@ def examine(plan: LaunchPlan, address: str) -> JoinedRay:
 
     Raises ``ConfigError`` and ``StartError``.
     """
-    from cluster.controller_actor import CONTROLLER_NAME
+    from cluster.controller_handle import CONTROLLER_NAME
     from cluster.ray_tools import free_resources, our_actors
 
     nodes = wait_nodes(plan.wait_nodes, plan.start_limit_s)

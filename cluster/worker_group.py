@@ -45,6 +45,7 @@ from cluster.ray_tools import (
 )
 from cluster.resources import NodeResources, WorkerShare, resolved_share
 from cluster.topology import Member, Role, holds_experts
+from cluster.worker_group_like import FoundWorker
 
 logger = logging.getLogger(__name__)
 
@@ -63,20 +64,6 @@ class _Actor:
     node_id: str
     bundle: int = _ANY_BUNDLE
     process: ProcessIdentity | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FoundWorker:
-    """A worker that was started by an earlier controller."""
-
-    name: str
-    """Its name."""
-    config: ClusterConfig
-    """The cluster's configuration, shares resolved."""
-    threads: int
-    """Compute threads."""
-    num_slots: int
-    """Expert slots per bank; 0 where it holds no experts."""
 
 
 @dataclass(slots=True)

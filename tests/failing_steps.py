@@ -162,7 +162,7 @@ def renew_on_fault(cluster: ThreadCluster, faults: Faults) -> None:
             controller._enter(ClusterState.RECOVERING)
             members = controller.generation.members
             controller.generations.begin(members, controller.placement, time.monotonic())
-            cluster._actor._notify()
+            cluster._actor._background.notify()
 
     def on_fault(generation: int) -> None:
         cluster._loop.call_soon_threadsafe(renew, generation)

@@ -28,11 +28,13 @@ from cluster.config import (
     TransportSection,
     WorkersSection,
 )
-from cluster.controller_actor import ControllerActor, create_controller
+from cluster.controller_actor import ControllerActor
+from cluster.controller_handle import create_controller
 from cluster.ray_tools import end_leftovers
 from cluster.resources import NodeResources, WorkerShare
 from cluster.topology import Member, Role
-from cluster.worker_group import FoundWorker, WorkerGroup
+from cluster.worker_group import WorkerGroup
+from cluster.worker_group_like import FoundWorker
 from tests.engine_stream import TIMEOUT_S, TOKEN, EngineStream, Result
 from tests.fakes_cluster import members_of
 from tests.loop_thread import LoopThread
@@ -165,8 +167,7 @@ class ThreadCluster(ServingCluster):
         """The controller is gone without a word."""
 
         async def crash() -> None:
-            for task in self._actor._tasks:
-                task.cancel()
+            self._actor._background.cancel()
             if self._actor._server is not None:
                 await self._actor._server.close()
 

@@ -37,6 +37,7 @@ EDGES = frozenset(
     for name in (
         "worker_group",
         "controller_actor",
+        "controller_handle",
         "control_server",
         "ray_tools",
         "process",

@@ -26,7 +26,7 @@ from cluster.errors import ConfigError, ConflictError, StartError, UnknownNameEr
 from cluster.load_profile import BankLoad, LoadProfile
 from cluster.resources import NodeResources, WorkerShare
 from cluster.topology import Member, Role
-from cluster.worker_group import FoundWorker
+from cluster.worker_group_like import FoundWorker
 from tests.fakes_cluster import members_of
 from tests.load_reports import load_of
 from workers.control_client import ControlClient

@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group_table
 
 from cluster.config import ClusterConfig, ModelSection, TransportSection, WorkersSection
-from cluster.controller_actor import create_controller
+from cluster.controller_handle import create_controller
 from cluster.errors import ConfigError
 from cluster.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS
 from cluster.ray_tools import NAMESPACE, cluster_nodes, end_leftovers, free_resources, our_actors
