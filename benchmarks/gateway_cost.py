@@ -5,6 +5,9 @@ python -m benchmarks.gateway_cost [--proxy default|haproxy]  prints one proxy's 
 One attention and two expert workers with the bundled model, one client process, all on the same
 cores. The ways take turns: the engine stream itself, gRPC, HTTP through Serve's proxy. Serve's
 default proxy and HAProxy run one after the other, each beside the engine of its own run.
+
+Where the time goes: of a first token by the gateway's own metrics (mean), of a batch by the CPU
+time of each process.
 """
 
 from __future__ import annotations
@@ -18,20 +21,24 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 
 import grpc
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
+from benchmarks.processes import cpu_seconds
 from benchmarks.quiet import wait_until_quiet
 from benchmarks.ray_serving import TOKEN, EngineClient
 from benchmarks.results import table
 from cluster.model_source import bundled_checkpoint
 from cluster.serve_proxy import wait_ready
 from gateway.app import APP_NAME, build_app
+from gateway.metrics import PREFIX
 from gateway.request_id import PROXY_CALLBACK
 from protos.inference_pb2 import GenerateRequest
 from protos.inference_pb2_grpc import InferenceStub
@@ -64,24 +71,54 @@ class Case:
 QUICK = Case(num_streams=2, new_tokens=4, turns=1, num_single=3, patience_s=0.0)
 """Enough to see that everything runs."""
 
+WAYS = {"engine": "engine stream", "grpc": "gRPC", "http": "HTTP"}
+"""Names in what is found, and in tables."""
+STAGES = ("in the engine", "gateway and engine stream", "client, network and proxy")
+"""Of the time to the first token."""
+_LEAST_CPU_MS = 1.0
+"""Processes that use less for 1,000 tokens are not shown."""
+
 Times = list[list[float]]
 """By sequence the seconds to each piece of news, the last one at its end."""
+Numbers = dict[str, dict[str, float]]
+"""By way and name."""
 Way = Callable[[Sequence[list[int]], int], Times]
 """Prompts and new tokens -> times."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What one proxy's run found."""
+
+    ways: Numbers
+    """``tokens_per_s``, ``first_ms`` and ``first_p99_ms`` of each way."""
+    stages: Numbers
+    """Where the time to the first token goes, ms, for the ways through the gateway."""
+    cpu: Numbers
+    """CPU ms of each process for 1,000 tokens of a batch."""
 
 
 def section(quick: bool) -> str:
     """The section of ``RESULTS.md``."""
     case = QUICK if quick else Case()
     found = {proxy: _in_a_process(proxy, quick) for proxy in PROXIES}
+    about, where = (" ".join(part.split()) for part in (__doc__ or "").split("\n\n")[2:4])
+    words = (
+        f"{case.num_streams} streams of {case.new_tokens} tokens, median of {case.turns} batches; "
+        f"first token of {case.num_single} single requests on an idle cluster."
+    )
+    parts = ["## Cost of the gateway", f"{about} {words}", _costs(found), where]
+    return "\n\n".join([*parts, _stages(found), _processes(found)])
+
+
+def _costs(found: Mapping[str, Found]) -> str:
     rows = []
-    for proxy, ways in found.items():
-        engine = ways["engine"]
-        for way, numbers in ways.items():
-            label = {"engine": "engine stream", "grpc": "gRPC", "http": "HTTP"}[way]
+    for proxy, run in found.items():
+        engine = run.ways["engine"]
+        for way, numbers in run.ways.items():
             rows.append(
                 [
-                    f"{PROXIES[proxy]}: {label}",
+                    f"{PROXIES[proxy]}: {WAYS[way]}",
                     f"{numbers['tokens_per_s']:.0f}",
                     f"{numbers['tokens_per_s'] / engine['tokens_per_s']:.2f}",
                     f"{numbers['first_ms']:.2f} / {numbers['first_p99_ms']:.2f}",
@@ -89,11 +126,6 @@ def section(quick: bool) -> str:
                     f" / {numbers['first_p99_ms'] - engine['first_p99_ms']:.2f}",
                 ]
             )
-    words = (
-        f"{case.num_streams} streams of {case.new_tokens} tokens, median of {case.turns} batches; "
-        f"first token of {case.num_single} single requests on an idle cluster."
-    )
-    about = " ".join((__doc__ or "").split("\n\n")[2].split())
     head = [
         "way",
         "tokens/s",
@@ -101,35 +133,86 @@ def section(quick: bool) -> str:
         "first token ms, median / p99",
         "later than the engine's by",
     ]
-    return "\n\n".join(["## Cost of the gateway", f"{about} {words}", table(head, rows)])
+    return table(head, rows)
 
 
-def measure(proxy: str, case: Case) -> dict[str, dict[str, float]]:
-    """By way: ``tokens_per_s``, ``first_ms`` and ``first_p99_ms``."""
+def _stages(found: Mapping[str, Found]) -> str:
+    rows = [
+        [f"{PROXIES[proxy]}: {WAYS[way]}", *(f"{stages[name]:.2f}" for name in STAGES)]
+        for proxy, run in found.items()
+        for way, stages in run.stages.items()
+    ]
+    return table(["a first token, ms", *STAGES], rows)
+
+
+def _processes(found: Mapping[str, Found]) -> str:
+    runs = [
+        (f"{PROXIES[p]}: {WAYS[w]}", cpu) for p, run in found.items() for w, cpu in run.cpu.items()
+    ]
+    names = sorted({name for _, cpu in runs for name, ms in cpu.items() if ms >= _LEAST_CPU_MS})
+    rows = [[label, *(f"{cpu.get(name, 0.0):.0f}" for name in names)] for label, cpu in runs]
+    return table(["CPU ms for 1,000 tokens", *names], rows)
+
+
+def measure(proxy: str, case: Case) -> Found:
+    """One proxy's run."""
     speeds: defaultdict[str, list[float]] = defaultdict(list)
     firsts: defaultdict[str, list[float]] = defaultdict(list)
-    with _ways(proxy) as ways:
+    cpu: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+    with _ways(proxy) as (ways, scrape):
         for turn in range(case.turns + 1):
             for name, way in ways.items():
                 wait_until_quiet(time.monotonic() + case.patience_s)
                 prompts = [_prompt(turn, i) for i in range(case.num_streams)]
-                start = perf_counter()
+                before, start = cpu_seconds(), perf_counter()
                 way(prompts, case.new_tokens)
+                seconds = perf_counter() - start
                 if turn:  # the first one warms up
-                    tokens = case.num_streams * case.new_tokens
-                    speeds[name].append(tokens / (perf_counter() - start))
+                    speeds[name].append(case.num_streams * case.new_tokens / seconds)
+                    for process, used in cpu_seconds().items():
+                        cpu[name][process] += used - before.get(process, 0.0)
         for number in range(case.num_single):
             for name, way in ways.items():
-                ((first, *_),) = way([_prompt(-1 - number, 0)], 2)
-                firsts[name].append(first * 1e3)
-    return {
-        name: {
-            "tokens_per_s": statistics.median(speeds[name]),
-            "first_ms": statistics.median(firsts[name]),
-            "first_p99_ms": statistics.quantiles(firsts[name], n=100)[98],
+                firsts[name].append(_first_ms(way, number))
+        stages = {
+            name: _where_it_goes(way, case.num_single, scrape)
+            for name, way in ways.items()
+            if name != "engine"
         }
-        for name in ways
-    }
+    thousands = case.turns * case.num_streams * case.new_tokens / 1e3
+    return Found(
+        ways={
+            name: {
+                "tokens_per_s": statistics.median(speeds[name]),
+                "first_ms": statistics.median(firsts[name]),
+                "first_p99_ms": statistics.quantiles(firsts[name], n=100)[98],
+            }
+            for name in ways
+        },
+        stages=stages,
+        cpu={
+            name: {process: 1e3 * s / thousands for process, s in own.items()}
+            for name, own in cpu.items()
+        },
+    )
+
+
+def _first_ms(way: Way, number: int) -> float:
+    ((first, *_),) = way([_prompt(-1 - number, 0)], 2)
+    return first * 1e3
+
+
+def _where_it_goes(
+    way: Way, num_single: int, scrape: Callable[[], Mapping[str, float]]
+) -> dict[str, float]:
+    """Mean ms of each stage, by the gateway's own histograms."""
+    before = scrape()
+    total = statistics.fmean(_first_ms(way, num_single + i) for i in range(num_single))
+    after = scrape()
+    mean = {name: 1e3 * (after[name] - before[name]) / num_single for name in after}
+    engine = mean["request_queue_time_seconds"] + mean["request_prefill_time_seconds"]
+    gateway = mean["time_to_first_token_seconds"]
+    return dict(zip(STAGES, (engine, gateway - engine, total - gateway), strict=True))
 
 
 def _prompt(turn: int, number: int) -> list[int]:
@@ -139,8 +222,8 @@ def _prompt(turn: int, number: int) -> list[int]:
 
 
 @contextmanager
-def _ways(proxy: str) -> Iterator[dict[str, Way]]:
-    """All ways to one cluster behind one gateway."""
+def _ways(proxy: str) -> Iterator[tuple[dict[str, Way], Callable[[], dict[str, float]]]]:
+    """All ways to one cluster behind one gateway; and the sums of its histograms, as of now."""
     port, grpc_port = free_ports(2)
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = PROXY_CALLBACK
     plain = make_config(bundled_checkpoint(), 1, 2, engine={"enable_prefix_caching": False})
@@ -156,7 +239,7 @@ def _ways(proxy: str) -> Iterator[dict[str, Way]]:
             wait_ready(f"http://127.0.0.1:{port}", gateway, list)
             with EngineClient(addresses) as engine:
                 client = loop.run_until_complete(_GrpcClient.open(grpc_port))
-                yield {
+                ways: dict[str, Way] = {
                     "engine": lambda prompts, n: engine.generate(list(prompts), n),
                     "grpc": lambda prompts, n: loop.run_until_complete(
                         _together(client.stream, prompts, n)
@@ -165,10 +248,22 @@ def _ways(proxy: str) -> Iterator[dict[str, Way]]:
                         _together(_HttpClient(port).stream, prompts, n)
                     ),
                 }
+                yield ways, lambda: _sums(f"http://127.0.0.1:{port}/metrics")
                 loop.run_until_complete(client.close())
         finally:
             loop.close()
             serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _sums(url: str) -> dict[str, float]:
+    """The sum of each histogram, by its name without the prefix."""
+    families = text_string_to_metric_families(httpx.get(url).raise_for_status().text)
+    return {
+        family.name.removeprefix(PREFIX): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == f"{family.name}_sum"
+    }
 
 
 async def _together(
@@ -235,7 +330,7 @@ class _HttpClient:
         return times
 
 
-def _in_a_process(proxy: str, quick: bool) -> dict[str, dict[str, float]]:
+def _in_a_process(proxy: str, quick: bool) -> Found:
     """``measure`` in a process of its own: Serve reads its mode when it is imported."""
     command = [sys.executable, "-m", "benchmarks.gateway_cost", "--proxy", proxy]
     environment = {**os.environ, "RAY_SERVE_ENABLE_HA_PROXY": "01"[proxy == "haproxy"]}
@@ -246,8 +341,7 @@ def _in_a_process(proxy: str, quick: bool) -> dict[str, dict[str, float]]:
         text=True,
         check=True,
     )
-    found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return Found(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -257,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     options = parser.parse_args(arguments)
     found = measure(options.proxy, QUICK if options.quick else Case())
-    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.write(json.dumps(asdict(found)) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import grpc
 import httpx
 import psutil
 
+from benchmarks.processes import name_of
 from benchmarks.results import table
 from benchmarks.svg import Line, line_chart
 from cluster.orphans import find_by_files
@@ -290,19 +291,10 @@ def _look(server: Served, processes: dict[int, Process], began: float) -> None:
     for found in find_by_files(server.folder):
         with suppress(psutil.Error):
             process = psutil.Process(found.pid)
-            seen = processes.setdefault(found.pid, Process(_name_of(process)))
+            seen = processes.setdefault(found.pid, Process(name_of(process)))
             seen.memory_mb.append(process.memory_full_info().uss / 2**20)
             seen.descriptors.append(process.num_fds())
             seen.times_s.append(time.monotonic() - began)
-
-
-def _name_of(process: psutil.Process) -> str:
-    words = process.cmdline() or [process.name()]
-    if words[0].startswith("ray::"):
-        return words[0].removeprefix("ray::").split(":")[0].split("(")[0]
-    scripts = [Path(w).stem for w in words if w.endswith(".py")]
-    modules = [words[i + 1] for i, w in enumerate(words[:-1]) if w == "-m"]
-    return (scripts or modules or [Path(words[0]).name])[0]
 
 
 def _left(server: Served) -> list[str]:
