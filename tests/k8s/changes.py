@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from tests.k8s.changes_wiring import CHANGES as WIRING
 from tests.k8s.edits import (
+    MULTI,
+    Row,
     box,
     drop,
     labels_of,
@@ -24,12 +25,9 @@ from tests.k8s.edits import (
     unknown,
     up_words,
 )
-from tests.k8s.kuberay import Manifests
 
-Change = Callable[[Manifests], object]
-
-MULTI = "gpu-multi-node"
-CHANGES: list[tuple[str, str, str, Change]] = [
+CHANGES: list[Row] = [
+    *WIRING,
     # schemas
     ("schemas", MULTI, "a field nobody knows", lambda m: m.cluster["spec"].update(raysVersion="2")),
     ("schemas", MULTI, "a wrong type", lambda m: m.group("experts").spec.update(replicas="two")),
@@ -376,6 +374,7 @@ CHANGES: list[tuple[str, str, str, Change]] = [
         "a Job without retry",
         lambda m: spec(m, "Job", "up")["template"]["spec"].update(restartPolicy="Never"),
     ),
+    ("shape", MULTI, "one gateway", lambda m: m.group("gateway").spec.update(replicas=1)),
     ("shape", MULTI, "a group less", lambda m: m.cluster["spec"]["workerGroupSpecs"].pop()),
     # versions
     ("versions", MULTI, "another Ray", lambda m: set_version(m, "2.59.0")),

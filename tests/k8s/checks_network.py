@@ -16,7 +16,11 @@ DASHBOARD_PORT = 8265
 WORKERS = ("attention", "experts")
 PROMETHEUS = "prometheus"
 ANYWHERE = "anywhere"
+"""A pod without labels, or no pod at all."""
+NAMESPACE = "kubernetes.io/metadata.name"
 GATEWAY_SERVICES = ("expertmesh-gateway", "expertmesh-gateway-headless")
+_DURING = "DuringSchedulingIgnoredDuringExecution"
+_PROTOCOLS = {"http": "http", "grpc": "kubernetes.io/h2c"}
 _DEFAULTS = GatewaySection()
 
 
@@ -58,23 +62,27 @@ def affinities(m: Manifests) -> Iterator[str]:
     """Gateways and expert pods are on hosts of their own; what is to be near knows each other."""
     for group in m.groups:
         affinity = group.pod.get("affinity", {})
-        apart = _terms(affinity, "podAntiAffinity")
-        hosts = [t for t in apart if t["topologyKey"] == "kubernetes.io/hostname"]
+        apart = terms(affinity, "podAntiAffinity")
+        if group.name == "gateway" and m.group("experts").replicas == 1:  # there may be one node
+            wished = affinity.get("podAntiAffinity", {}).get(f"preferred{_DURING}", [])
+            apart += [term["podAffinityTerm"] for term in wished]
+        hosts = [t for t in apart if t.get("topologyKey") == "kubernetes.io/hostname"]
         if group.name in ("gateway", "experts") and len(hosts) != 1:
             yield f"{group.name}: pods may share a host"
         for term in apart:
             if (matched := m.selected(term["labelSelector"])) != {group.name}:
                 yield f"{group.name}: is kept apart from {sorted(matched)}"
-        for term in _terms(affinity, "podAffinity"):
+        for term in terms(affinity, "podAffinity"):
+            if not term.get("topologyKey"):
+                yield f"{group.name}: is kept near nobody"
             if (matched := m.selected(term["labelSelector"])) != set(WORKERS):
                 yield f"{group.name}: is kept near {sorted(matched)}"
 
 
-def _terms(affinity: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    terms: list[dict[str, Any]] = affinity.get(kind, {}).get(
-        "requiredDuringSchedulingIgnoredDuringExecution", []
-    )
-    return terms
+def terms(affinity: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    """What must hold of a kind of affinity."""
+    found: list[dict[str, Any]] = affinity.get(kind, {}).get(f"required{_DURING}", [])
+    return list(found)
 
 
 def reach(m: Manifests) -> Iterator[str]:
@@ -98,29 +106,44 @@ def reach(m: Manifests) -> Iterator[str]:
 
 def _open_ports(m: Manifests, group: str) -> dict[str, set[int | None]]:
     """From whom -> ports of a group's pods, None for all."""
-    labels = m.pod_labels()
-    found: dict[str, set[int | None]] = {who: set() for who in (*labels, PROMETHEUS, ANYWHERE)}
-    for policy in (p["spec"] for p in m.kind("NetworkPolicy")):
-        if not matches(policy["podSelector"], labels[group]):
-            continue
-        for rule in policy.get("ingress", []):
-            ports = {p["port"] for p in rule.get("ports", [])} or {None}
-            for who in found:
-                if _lets_in(rule, labels.get(who), who):
-                    found[who] |= ports
-    if not any(matches(p["spec"]["podSelector"], labels[group]) for p in m.kind("NetworkPolicy")):
-        return {who: {None} for who in found}
-    return found
+    pods = m.pod_labels()
+    labels: dict[str, dict[str, str]] = {
+        **pods,
+        **m.other_pod_labels(),
+        PROMETHEUS: {},
+        ANYWHERE: {},
+    }
+    found: dict[str, set[int | None]] = {who: set() for who in labels}
+    policies = [
+        p["spec"]
+        for p in m.kind("NetworkPolicy")
+        if matches(p["spec"]["podSelector"], pods[group])
+        and "Ingress" in p["spec"].get("policyTypes", ["Ingress"])
+    ]
+    for rule in (r for p in policies for r in p.get("ingress", [])):
+        for who in found:
+            if _lets_in(rule, labels[who], who):
+                found[who] |= _tcp_ports(rule)
+    return found if policies else {who: {None} for who in found}
 
 
-def _lets_in(rule: dict[str, Any], labels: dict[str, str] | None, who: str) -> bool:
+def _tcp_ports(rule: dict[str, Any]) -> set[int | None]:
+    given = rule.get("ports", [])
+    return {p["port"] for p in given if p.get("protocol", "TCP") == "TCP"} if given else {None}
+
+
+def _lets_in(rule: dict[str, Any], labels: dict[str, str], who: str) -> bool:
     if not rule.get("from"):
         return True
     for peer in rule["from"]:
-        if "namespaceSelector" in peer and who == PROMETHEUS:
+        if "namespaceSelector" in peer:
+            # of another namespace, whose name is the one that is asked for, or is not
+            wanted = peer["namespaceSelector"].get("matchLabels", {}).get(NAMESPACE, "elsewhere")
+            name = {NAMESPACE: wanted if who == PROMETHEUS else "elsewhere"}
+            if matches(peer["namespaceSelector"], name):
+                return True
+        elif "podSelector" in peer and who != PROMETHEUS and matches(peer["podSelector"], labels):
             return True
-        if "podSelector" in peer and labels is not None and matches(peer["podSelector"], labels):
-            return "namespaceSelector" not in peer
     return False
 
 
@@ -177,8 +200,10 @@ def _service_ports(m: Manifests, http: int, grpc: int) -> Iterator[str]:
         wanted = {"http": http, "grpc": grpc} if name in GATEWAY_SERVICES else {"http": http}
         if found != wanted:
             yield f"Service/{name}: has ports {found}"
+        if service["spec"].get("type", "ClusterIP") != "ClusterIP":
+            yield f"Service/{name}: is of type {service['spec']['type']}"
         kinds = {p["name"]: p.get("appProtocol") for p in service["spec"]["ports"]}
-        if kinds.get("grpc", "kubernetes.io/h2c") != "kubernetes.io/h2c":
-            yield f"Service/{name}: proxies would not speak HTTP/2 to gRPC"
+        if kinds != {name: _PROTOCOLS[name] for name in wanted}:
+            yield f"Service/{name}: proxies would speak {kinds}"
     if m.named("Service", "expertmesh-gateway-headless")["spec"].get("clusterIP") != "None":
         yield "Service/expertmesh-gateway-headless: has an address of its own"

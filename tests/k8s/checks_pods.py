@@ -5,18 +5,31 @@ A check yields what is wrong in a rendered overlay, nothing if all is well.
 
 from __future__ import annotations
 
+import functools
+import re
 import shlex
 from collections.abc import Iterator
+from typing import Any
 
-from cluster.cli.main import make_parser
+from cluster.cli import main
 from cluster.cli.serve_options import OPTIONS
 from tests.k8s.checks_network import DASHBOARD_PORT, WORKERS
 from tests.k8s.kuberay import GROUPS, Group, Manifests, quantity
 
 ROLES = {"gateway": "gateway", "attention": "attention", "experts": "expert"}
 """Group -> what its nodes are labelled for."""
+ENGINE_FILE = "/etc/expertmesh/engine/engine.yaml"
 LEAD_S = 30.0
 """Endpoints and proxies know by then that a pod goes."""
+_ACTS_AFTER_S = {"startupProbe": (300, 1800), "readinessProbe": (10, 60), "livenessProbe": (60, 60)}
+"""Between the first miss and what follows from it; a frozen raylet is restarted after a minute."""
+_HEALTH_OF_RAY = (
+    "http://localhost:52365/api/local_raylet_healthz",
+    "http://localhost:8265/api/gcs_healthz",
+)
+"""Of every node, and of the head."""
+_ASKS_RAY = re.compile(r"wget --tries 1 -T (\d+) -q -O- (\S+) \| grep success")
+make_parser = functools.cache(main.make_parser)
 
 
 def budgets(m: Manifests) -> Iterator[str]:
@@ -43,19 +56,22 @@ def grace(m: Manifests) -> Iterator[str]:
         if group.name in WORKERS and words[:2] != ["expertmesh", "drain"]:
             yield f"{group.name}: does not drain before it stops"
         elif group.name in WORKERS:
-            drain_s = make_parser().parse_args(words[1:]).timeout or 120.0
+            drain_s = float(words[words.index("--timeout") + 1]) if "--timeout" in words else 120.0
+            if words[2:4] != ["--node", "$POD_IP"]:
+                yield f"{group.name}: drains something else"
         elif group.name == "gateway":
             if words[:1] != ["sleep"] or float(words[1]) < LEAD_S:
                 yield "gateway: stops before others know that it goes"
             else:
                 drain_s = float(words[1])
-        if total <= drain_s + ray_s:
+        if "terminationGracePeriodSeconds" not in group.pod:
+            yield f"{group.name}: has as much time as any pod"
+        if not drain_s + ray_s < total <= 600:
             yield f"{group.name}: {total} s of grace for {drain_s:g} s of drain and {ray_s:g} s"
 
 
 def _hook(group: Group) -> list[str]:
-    command = group.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command")
-    return shlex.split(command[-1]) if command else []
+    return shlex.split(_script(group.container.get("lifecycle", {}).get("preStop", {})))
 
 
 def tolerations(m: Manifests) -> Iterator[str]:
@@ -63,30 +79,62 @@ def tolerations(m: Manifests) -> Iterator[str]:
     for group in m.groups:
         given = {t["key"]: t for t in group.pod.get("tolerations", [])}
         for reason in ("not-ready", "unreachable"):
-            limit = given.get(f"node.kubernetes.io/{reason}", {}).get("tolerationSeconds")
-            if limit != 30:
-                yield f"{group.name}: stays {limit} s on a node that is {reason}"
-        if group.limit("nvidia.com/gpu") and "nvidia.com/gpu" not in given:
-            yield f"{group.name}: GPU nodes turn it away"
+            found = given.get(f"node.kubernetes.io/{reason}", {})
+            if _kind(found) != ("Exists", "NoExecute") or found.get("tolerationSeconds") != 30:
+                yield f"{group.name}: a node that is {reason} is left after {found}"
+        if group.limit("nvidia.com/gpu"):
+            if _kind(given.get("nvidia.com/gpu", {})) != ("Exists", "NoSchedule"):
+                yield f"{group.name}: GPU nodes turn it away"
+            if not group.pod.get("runtimeClassName"):
+                yield f"{group.name}: has GPUs and no runtime for them"
+
+
+def _kind(toleration: dict[str, Any]) -> tuple[Any, Any]:
+    return toleration.get("operator"), toleration.get("effect")
 
 
 def probes(m: Manifests) -> Iterator[str]:
     """Readiness asks for the model, liveness only for Ray: one rank's fault restarts no other."""
     for group in m.groups:
-        container = group.container
         for name in ("startupProbe", "readinessProbe", "livenessProbe"):
-            if name not in container:
+            probe = group.container.get(name)
+            if probe is None:
                 yield f"{group.name}: leaves its {name} to the operator"
-        if "local_raylet_healthz" not in str(container.get("livenessProbe")):
-            yield f"{group.name}: liveness does not ask the raylet"
-        if "expertmesh" in str(container.get("livenessProbe")):
-            yield f"{group.name}: liveness depends on the model"
-        alive = container.get("livenessProbe", {})
-        if alive.get("periodSeconds", 10) * alive.get("failureThreshold", 3) != 60:
-            yield f"{group.name}: a frozen raylet is not restarted after a minute"
-        asks = "expertmesh health" in str(container.get("readinessProbe"))
-        if asks != (group.name in WORKERS):
-            yield f"{group.name}: readiness does not mean what it should"
+                continue
+            yield from (f"{group.name}: {name} {x}" for x in _probe(group, name, probe))
+
+
+def _probe(group: Group, name: str, probe: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with one probe."""
+    numbers = ("periodSeconds", "failureThreshold", "timeoutSeconds")
+    if missing := set(numbers) - probe.keys():
+        yield f"leaves {sorted(missing)} to defaults"
+    every_s, misses = probe.get("periodSeconds", 10), probe.get("failureThreshold", 3)
+    limit_s = probe.get("timeoutSeconds", 1)
+    low, high = _ACTS_AFTER_S[name]
+    if not low <= every_s * misses <= high:
+        yield f"acts after {every_s * misses} s"
+    if name == "readinessProbe" and group.name == "gateway":
+        if set(probe) & {"exec", "httpGet", "tcpSocket"} or "grpc" not in probe:
+            yield "does not ask for gRPC's health"
+    elif name == "readinessProbe" and group.name in WORKERS:
+        if _script(probe) != 'expertmesh health --node "$POD_IP"':
+            yield "does not ask whether the node's workers serve"
+    else:
+        asks = [_ASKS_RAY.fullmatch(part) for part in _script(probe).split(" && ")]
+        asked = [(found[1], found[2]) for found in asks if found]
+        if [url for _, url in asked] != list(_HEALTH_OF_RAY[: 2 if not group.labels else 1]):
+            yield f"asks {_script(probe)}"
+        if sum(int(seconds) for seconds, _ in asked) > limit_s:
+            yield f"gives up after {limit_s} s, before its command does"
+    if not 5 <= limit_s <= 15:
+        yield f"waits {limit_s} s for an answer, on a busy machine too"
+
+
+def _script(handler: dict[str, Any]) -> str:
+    """The script of a probe or hook, nothing if it is none."""
+    words = handler.get("exec", {}).get("command", [])
+    return str(words[2]) if words[:2] == ["bash", "-c"] and len(words) == 3 else ""
 
 
 def commands(m: Manifests) -> Iterator[str]:
@@ -97,12 +145,13 @@ def commands(m: Manifests) -> Iterator[str]:
         if submit[:3] != ["ray", "job", "submit"] or own[:2] != ["expertmesh", "up"]:
             yield f"Job: does not start the cluster: {words}"
             continue
-        if f"$(CLUSTER)-head-svc:{DASHBOARD_PORT}" not in submit[-1]:
+        if submit[3:] != ["--address", f"http://$(CLUSTER)-head-svc:{DASHBOARD_PORT}"]:
             yield "Job: is not sent to the head's Service"
+        if own[2:] != ["--address", "auto", "--config", ENGINE_FILE]:
+            yield f"Job: does not start what engine.yaml says: {own}"
         yield from _parses("Job", own)
-        config = own[own.index("--config") + 1] if "--config" in own else ""
-        if not _is_mounted(m.group("headgroup"), config):
-            yield f"Job: the head has no {config}"
+        if not _is_mounted(m.group("headgroup"), ENGINE_FILE):
+            yield f"Job: the head has no {ENGINE_FILE}"
     for group in m.groups:
         for text in _all_commands(group):
             if text.startswith("expertmesh"):
@@ -143,14 +192,28 @@ def mounts(m: Manifests) -> Iterator[str]:
                 yield f"{group.name}: mounts {mount['name']}, which is no volume"
         for volume in volumes.values():
             name = volume.get("configMap", {}).get("name")
-            if name and ("ConfigMap", name) not in objects:
+            if volume["name"] == "engine" and ("ConfigMap", name) not in objects:
                 yield f"{group.name}: there is no ConfigMap {name}"
         if ("ServiceAccount", group.pod.get("serviceAccountName")) not in objects:
             yield f"{group.name}: has no account of its own"
+        paths = {v["mountPath"]: v["name"] for v in group.container["volumeMounts"]}
+        if (paths.get("/dev/shm"), paths.get("/tmp/ray")) != ("shm", "ray"):
+            yield f"{group.name}: shared memory and Ray's files are the operator's, or the disk's"
+            continue
+        shm, ray = (volumes.get(name, {}).get("emptyDir", {}) for name in ("shm", "ray"))
         stores = float(group.spec["rayStartParams"]["object-store-memory"])
-        room = quantity(volumes["shm"]["emptyDir"]["sizeLimit"])
-        if not stores < room:
-            yield f"{group.name}: an object store of {stores:g} bytes in {room:g} of /dev/shm"
+        room = quantity(shm.get("sizeLimit", 0))
+        if shm.get("medium") != "Memory" or not stores < room < group.limit("memory"):
+            yield f"{group.name}: an object store of {stores:g} bytes in {shm}"
+        if not 1e9 < quantity(ray.get("sizeLimit", 0)) < 1e11:
+            yield f"{group.name}: Ray's files may take {ray}"
+        weights = volumes.get("weights", {})
+        claim = weights.get("persistentVolumeClaim", {})
+        if "model" in m.engine and not (claim.get("claimName") and claim.get("readOnly") is True):
+            yield f"{group.name}: weights come from {weights}"
+    claims = {str(v) for g in m.groups for v in g.pod["volumes"] if v.get("name") == "weights"}
+    if len(claims) != 1:
+        yield f"weights come from {claims}"
 
 
 def confined(m: Manifests) -> Iterator[str]:
@@ -188,6 +251,8 @@ def shape(m: Manifests) -> Iterator[str]:
         yield "headgroup: work may land there"
     if head.labels:
         yield "headgroup: is labelled for work"
+    if m.group("gateway").replicas < 2:
+        yield "gateway: a single pod, without which there is no service"
     for group in m.groups[1:]:
         if group.spec.get("numOfHosts") != 1:
             yield f"{group.name}: a lost host would take others along"
@@ -196,7 +261,8 @@ def shape(m: Manifests) -> Iterator[str]:
             yield f"{group.name}: its size is not fixed: {sizes}"
         if group.labels.get("expertmesh/role") != ROLES[group.name]:
             yield f"{group.name}: is labelled for {group.labels}"
-        if group.container["resources"]["limits"] != group.container["resources"]["requests"]:
+    for group in m.groups:
+        if group.container["resources"]["limits"] != group.container["resources"].get("requests"):
             yield f"{group.name}: requests are not limits"
     job = m.kind("Job")
     if len(job) != 1 or job[0]["spec"]["template"]["spec"]["restartPolicy"] != "OnFailure":

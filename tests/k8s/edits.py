@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 
 from tests.k8s.kuberay import Manifests
+
+Row = tuple[str, str, str, Callable[[Manifests], object]]
+"""Check, overlay, what is changed, and how."""
+MULTI = "gpu-multi-node"
 
 
 def pod(m: Manifests, group: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ OVERLAYS = ("cpu-kind", "gpu-single-node", "gpu-multi-node")
 GROUPS = ("headgroup", "gateway", "attention", "experts")
 METRICS_PORT = 8080
 AGENT_PORT = 52365
+PART_OF = "app.kubernetes.io/part-of"
 _UNITS = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
@@ -45,6 +46,12 @@ def render(overlay: str, root: Path = K8S) -> str:
 @functools.cache
 def _parsed(overlay: str, root: Path) -> list[dict[str, Any]]:
     return [d for d in yaml.load_all(render(overlay, root), yaml.CSafeLoader) if d is not None]
+
+
+@functools.cache
+def _options(text: str) -> Mapping[str, Any]:
+    options: dict[str, Any] = yaml.load(text, yaml.CSafeLoader)
+    return options
 
 
 def quantity(text: object) -> float:
@@ -171,12 +178,11 @@ class Manifests:
     @property
     def engine(self) -> dict[str, Any]:
         """Options of ``up`` by flag name."""
-        options: dict[str, Any] = yaml.safe_load(self.engine_text)
-        return options
+        return dict(_options(self.engine_text))
 
     def pod_labels(self) -> dict[str, dict[str, str]]:
         """Labels of the pods of each group, and of the pod of the Job (``up``)."""
-        found = {}
+        found, cluster = {}, self.name
         for group in self.groups:
             is_head = group.name == "headgroup"
             found[group.name] = {
@@ -184,7 +190,7 @@ class Manifests:
                 **group.labels,
                 "app.kubernetes.io/created-by": "kuberay-operator",
                 "app.kubernetes.io/name": "kuberay",
-                "ray.io/cluster": self.name,
+                "ray.io/cluster": cluster,
                 "ray.io/group": group.name,
                 "ray.io/is-ray-node": "yes",
                 "ray.io/node-type": "head" if is_head else "worker",
@@ -194,9 +200,18 @@ class Manifests:
             found["up"] = {**labels, "batch.kubernetes.io/job-name": job["metadata"]["name"]}
         return found
 
+    def other_pod_labels(self) -> dict[str, dict[str, str]]:
+        """Labels of the pods of a second cluster of these manifests, by ``other GROUP``."""
+        found, name_of_this = {}, self.name
+        for name, labels in self.pod_labels().items():
+            other = {k: v.replace(name_of_this, f"{name_of_this}-b") for k, v in labels.items()}
+            found[f"other {name}"] = {**other, PART_OF: labels.get(PART_OF, "")}
+        return found
+
     def selected(self, selector: Mapping[str, Any]) -> set[str]:
-        """Groups (and ``up``) whose pods a label selector matches."""
-        return {name for name, labels in self.pod_labels().items() if matches(selector, labels)}
+        """Groups (and ``up``) whose pods a label selector matches, of this cluster or another."""
+        pods = self.pod_labels() | self.other_pod_labels()
+        return {name for name, labels in pods.items() if matches(selector, labels)}
 
     def start_command(self, group: str, head_address: str = "") -> list[str]:
         """The operator's ``ray start`` of a container; ``head_address`` as ``HOST:PORT``."""
