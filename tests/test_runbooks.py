@@ -53,6 +53,19 @@ def test_every_problem_that_status_can_tell_has_its_section() -> None:
     assert sorted(sections) == sorted(words.strip() for words in told)
 
 
+def test_every_runbook_names_a_test_that_there_is() -> None:
+    text, _, table = text_of("runbooks.md").partition("## What tests these pages")
+    rows = re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", table, re.M)[1:]
+    named = {title for titles, _ in rows for title in titles.split(", ")}
+    sections = set(re.findall(r"^##+ (.+)$", text, re.M)) - {s.value for s in ClusterState}
+    assert named | {"Nobody answers", "Problems", "Upgrade"} == sections
+    for path, _, test in (
+        name.partition("::") for _, tests in rows for name in re.findall(r"`([^`]+)`", tests)
+    ):
+        source = (ROOT / "tests" / path).read_text(encoding="utf-8")
+        assert f"def {test or 'test_'}" in source, (path, test)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_a_page_is_one(page: str) -> None:
     found = [words for words in commands_in(text_of(page)) if is_whole(words)]

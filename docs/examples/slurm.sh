@@ -16,7 +16,7 @@ umask 077
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH=$HOME/.expertmesh-token-$SLURM_JOB_ID
 openssl rand -hex 32 > "$RAY_AUTH_TOKEN_PATH"
-trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
+trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT  # the job, and all that runs in it, ends with this script
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head_ip=$(srun --nodes=1 --ntasks=1 -w "${nodes[0]}" hostname --ip-address | awk '{print $1}')
@@ -29,9 +29,11 @@ for node in "${nodes[@]:1}"; do
 done
 
 # Waits for all nodes, returns when clients can call http://$head_ip:8000. Keys: EXPERTMESH_API_KEYS.
+tries=0
 until srun --overlap --nodes=1 --ntasks=1 -w "${nodes[0]}" \
     expertmesh up "$MODEL" --address "$head_ip:6379" --wait-nodes "${#nodes[@]}" --host 0.0.0.0 \
     --num-attention-workers "$ATTENTION" --num-expert-workers "$EXPERTS" --gpus-per-worker 1; do
-    sleep 5 # the head is not up yet
+    ((++tries < 12)) || exit 1 # by then it is not the head that is still starting
+    sleep 5
 done
 wait
