@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from workers.experts.loops import packed_products, plain_products
+from workers.experts.stacked import StackedWeights
 from workers.lanes import Lanes
 from workers.layers import Gate, can_pack, pack, packed_linear, swiglu, unpack
 
@@ -93,7 +94,7 @@ class PackedExperts:
         return _loop(inputs, pair_input, order, counts, product, self._lanes)
 
 
-class PaddedExperts:
+class PaddedExperts(StackedWeights):
     """One batched product over all experts, rows padded to the busiest one's."""
 
     def __init__(
@@ -104,26 +105,9 @@ class PaddedExperts:
         gate: Gate = swiglu,
     ) -> None:
         """shapes: [out, in] of each matrix of an expert: one, or gate-over-up and down."""
+        super().__init__(shapes, dtype, None)
         self._lanes = lanes
         self._gate = gate
-        self._weights = [torch.zeros((0, *shape), dtype=dtype) for shape in shapes]
-
-    def resize(self, num_slots: int) -> None:
-        """See ``ExpertKernel``; the pages of new slots are given out when they are written."""
-        self._weights = [resized(old, num_slots) for old in self._weights]
-
-    def store(self, slot: int, matrix: int, weight: Tensor) -> None:
-        """Copy one matrix of one expert."""
-        self._weights[matrix][slot] = weight
-
-    def read(self, slot: int, matrix: int) -> Tensor:
-        """A copy of one matrix of one expert, as it was stored."""
-        return self._weights[matrix][slot].clone()
-
-    def clear(self, slot: int) -> None:
-        """Zero a slot."""
-        for weights in self._weights:
-            weights[slot] = 0
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
         """Outputs [P, out] of pairs; see ``ExpertBank.compute``."""
@@ -174,14 +158,6 @@ class PaddedExperts:
                 padded = self._gate(padded)
             padded = torch.bmm(padded, weight.transpose(1, 2))
         return padded.view(-1, padded.shape[2])[place]
-
-
-def resized(weights: Tensor, num_slots: int) -> Tensor:
-    """[slots, ..] -> [num_slots, ..]: the same slots first, then zeros."""
-    new = weights.new_zeros((num_slots, *weights.shape[1:]))
-    kept = min(len(weights), num_slots)
-    new[:kept] = weights[:kept]
-    return new
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.experts.kernels_cpu import resized
+from workers.experts.stacked import StackedWeights
 from workers.layers import Gate, swiglu
 
 _ALIGNMENT_BYTES = 16
 """``torch._grouped_mm`` wants rows of operands to start at multiples of this."""
 
 
-class GroupedExperts:
+class GroupedExperts(StackedWeights):
     """``torch._grouped_mm`` over all slots in bfloat16, else one product per used slot."""
 
     def __init__(
@@ -26,8 +26,8 @@ class GroupedExperts:
         gate: Gate = swiglu,
     ) -> None:
         """shapes: [out, in] of each matrix of an expert: one, or gate-over-up and down."""
+        super().__init__(shapes, dtype, device)
         self._gate = gate
-        self._weights = [torch.zeros((0, *s), dtype=dtype, device=device) for s in shapes]
         widths = {n for shape in shapes for n in shape}
         self._has_grouped = (
             dtype == torch.bfloat16
@@ -35,24 +35,6 @@ class GroupedExperts:
             and (device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0))
             and all(n * dtype.itemsize % _ALIGNMENT_BYTES == 0 for n in widths)
         )
-
-    def resize(self, num_slots: int) -> None:
-        """See ``ExpertKernel``; new slots hold zeros."""
-        self._weights = [resized(old, num_slots) for old in self._weights]
-
-    def store(self, slot: int, matrix: int, weight: Tensor) -> None:
-        """Copy one matrix of one expert to the device."""
-        self._weights[matrix][slot].copy_(weight)
-
-    def read(self, slot: int, matrix: int) -> Tensor:
-        """A copy of one matrix of one expert on the CPU."""
-        weight = self._weights[matrix][slot]
-        return weight.clone() if weight.device.type == "cpu" else weight.cpu()
-
-    def clear(self, slot: int) -> None:
-        """Zero a slot."""
-        for weights in self._weights:
-            weights[slot].zero_()
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
         """Outputs [P, out] of pairs; see ``ExpertBank.compute``."""

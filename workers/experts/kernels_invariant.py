@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from workers.experts.bank import ExpertKernel, MakeKernel
-from workers.experts.kernels_cpu import PACKED_MIN_ELEMENTS, resized
+from workers.experts.kernels_cpu import PACKED_MIN_ELEMENTS
+from workers.experts.stacked import StackedWeights
 from workers.families.base import ExchangeSpec
 from workers.invariant import LINEAR_FORMS, MIN_ROWS, Form, RowInvariantLinear, check_device
 from workers.lanes import Lanes
@@ -31,33 +32,15 @@ _TRIED_SLOTS = 6
 """Slots of a trial."""
 
 
-class BlockExperts:
+class BlockExperts(StackedWeights):
     """One batched product over blocks of rows; every block belongs to one slot.
 
     The blocks of a call are as high as its busiest slot has rows, within limits.
     """
 
     def __init__(self, exchange: ExchangeSpec, dtype: torch.dtype) -> None:
-        shapes = exchange.matrix_shapes
+        super().__init__(exchange.matrix_shapes, dtype, None)
         self._gate = gate_of(exchange.activation)
-        self._weights = [torch.zeros((0, *shape), dtype=dtype) for shape in shapes]
-
-    def resize(self, num_slots: int) -> None:
-        """See ``ExpertKernel``; new slots hold zeros."""
-        self._weights = [resized(old, num_slots) for old in self._weights]
-
-    def store(self, slot: int, matrix: int, weight: Tensor) -> None:
-        """See ``ExpertKernel``."""
-        self._weights[matrix][slot] = weight
-
-    def read(self, slot: int, matrix: int) -> Tensor:
-        """See ``ExpertKernel``."""
-        return self._weights[matrix][slot].clone()
-
-    def clear(self, slot: int) -> None:
-        """See ``ExpertKernel``."""
-        for weights in self._weights:
-            weights[slot] = 0
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
         """See ``ExpertBank.compute``."""
