@@ -18,6 +18,7 @@ from cluster.errors import ExpertMeshError, RequestError, RequestFailedError
 from workers.engine_server import AddRequest
 from workers.grammar import CompiledGrammar
 from workers.request import Grammar
+from workers.waiting import WaitingRequests
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class _Job:
     """Written last, by the job's thread."""
 
 
-class GrammarGate:
+class GrammarGate(WaitingRequests):
     """See the module. All methods belong to the engine's thread.
 
     Args:
@@ -75,15 +76,12 @@ class GrammarGate:
         self._limit_s = limit_s
         self._pending: deque[_Job] = deque()
         self._running: list[_Job] = []
-        self.num_waiting = 0
-        """Choices of the requests that wait here; other threads may read it."""
 
     def put(self, command: AddRequest) -> None:
         """Let a request with a grammar wait."""
         grammar = command.request.params.grammar
         assert grammar is not None, "only requests with a grammar wait"
-        jobs = (*self._pending, *self._running)
-        job = next((job for job in jobs if job.grammar == grammar), None)
+        job = next((job for job in self._all_jobs() if job.grammar == grammar), None)
         if job is None:
             job = _Job(grammar)
             self._pending.append(job)
@@ -107,22 +105,6 @@ class GrammarGate:
         self._count()
         return found
 
-    def drop(self, request_id: str) -> None:
-        """Forget a request that waits, if it does."""
-        self._keep(lambda command: command.request.request_id != request_id)
-
-    def drop_gateway(self, gateway: str) -> None:
-        """Forget all requests of a gateway."""
-        self._keep(lambda command: command.gateway != gateway)
-
-    def owner(self, request_id: str) -> str | None:
-        """The gateway of a request that waits here."""
-        for job in (*self._pending, *self._running):
-            for command in job.waiting:
-                if command.request.request_id == request_id:
-                    return command.gateway
-        return None
-
     def wait_s(self, at_most_s: float) -> float:
         """Seconds until a limit passes, if that is sooner than ``at_most_s``."""
         starts = [job.started for job in self._running if job.started is not None]
@@ -130,15 +112,12 @@ class GrammarGate:
             return at_most_s
         return min(at_most_s, max(0.0, min(starts) + self._limit_s - self._clock()))
 
-    def _keep(self, is_wanted: Callable[[AddRequest], bool]) -> None:
-        for job in (*self._pending, *self._running):
-            job.waiting = [command for command in job.waiting if is_wanted(command)]
-        self._pending = deque(job for job in self._pending if job.waiting)
-        self._count()
+    def _all_jobs(self) -> tuple[_Job, ...]:
+        return (*self._pending, *self._running)
 
-    def _count(self) -> None:
-        jobs = (*self._pending, *self._running)
-        self.num_waiting = sum(c.request.n for job in jobs for c in job.waiting)
+    def _keep(self, is_wanted: Callable[[AddRequest], bool]) -> None:
+        super()._keep(is_wanted)
+        self._pending = deque(job for job in self._pending if job.waiting)
 
     def _start_jobs(self) -> None:
         while self._pending and len(self._running) < MAX_COMPILING:

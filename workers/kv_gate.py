@@ -21,6 +21,7 @@ from workers.histogram import TRANSFER_BUCKETS, Histogram
 from workers.kv_exchange import Fetch
 from workers.kv_link import Asking, block_buffer, fetch_blocks
 from workers.kv_pace import KvPace
+from workers.waiting import WaitingRequests
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class _Job:
     """Written last, by the job's thread."""
 
 
-class KvGate:
+class KvGate(WaitingRequests):
     """See the module. All methods belong to the engine's thread.
 
     Args:
@@ -69,8 +70,6 @@ class KvGate:
         self._seconds = Histogram(TRANSFER_BUCKETS)
         self._num_bytes = 0
         self._num_failed = 0
-        self.num_waiting = 0
-        """Choices of the requests that wait here; other threads may read it."""
 
     @property
     def fetch_cost(self) -> float:
@@ -111,22 +110,6 @@ class KvGate:
         self._count()
         return found
 
-    def drop(self, request_id: str) -> None:
-        """Forget a request that waits, if it does."""
-        self._keep(lambda command: command.request.request_id != request_id)
-
-    def drop_gateway(self, gateway: str) -> None:
-        """Forget all requests of a gateway."""
-        self._keep(lambda command: command.gateway != gateway)
-
-    def owner(self, request_id: str) -> str | None:
-        """The gateway of a request that waits here."""
-        for job in self._jobs:
-            for command in job.waiting:
-                if command.request.request_id == request_id:
-                    return command.gateway
-        return None
-
     def wait_s(self, at_most_s: float) -> float:
         """Seconds until a limit passes, if that is sooner than ``at_most_s``."""
         ends = [job.asking.deadline_s for job in self._jobs if job.waiting]
@@ -140,13 +123,8 @@ class KvGate:
             'kv_migration_failures_total{reason="prefix"}': float(self._num_failed),
         }
 
-    def _keep(self, is_wanted: Callable[[AddRequest], bool]) -> None:
-        for job in self._jobs:
-            job.waiting = [command for command in job.waiting if is_wanted(command)]
-        self._count()
-
-    def _count(self) -> None:
-        self.num_waiting = sum(c.request.n for job in self._jobs for c in job.waiting)
+    def _all_jobs(self) -> list[_Job]:
+        return self._jobs
 
     def _run(self, job: _Job) -> None:
         """The job's thread."""
