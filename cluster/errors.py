@@ -10,9 +10,10 @@
     │   └── ModelNotFoundError    the model is not served here
     ├── AuthenticationError       no or bad key
     ├── PermissionDeniedError     a key that is known, and not for this
-    ├── KeyLimitError             a key has used up what it may
     ├── RequestTooLargeError      a body above the limit
-    ├── QueueFullError            healthy but saturated: send less, or later
+    ├── LimitReachedError         nothing is wrong but how much is asked at once: come back later
+    │   ├── KeyLimitError         a key has used up what it may
+    │   └── QueueFullError        healthy but saturated: send less, or later
     ├── NotReadyError             loading, draining or without experts: send it elsewhere
     ├── DeadlineExceededError     the client's or the server's time limit passed
     ├── RequestFailedError        this one request cannot be finished (NaN logits, for example)
@@ -116,28 +117,8 @@ class RequestTooLargeError(ExpertMeshError):
     """The body is larger than the limit."""
 
 
-class QueueFullError(ExpertMeshError):
-    """The queue is full; ``retry_after_s`` estimates when it will have drained.
-
-    ``limit`` says which limit it was, for counting: queue_full (requests) or queue_tokens at a
-    gateway, worker_queue_full at an attention worker.
-    """
-
-    def __init__(self, message: str, retry_after_s: float = 1.0, limit: str = "queue_full") -> None:
-        super().__init__(message, retry_after_s, limit)
-        self.message = message
-        self.retry_after_s = retry_after_s
-        self.limit = limit
-
-    def __str__(self) -> str:
-        return self.message
-
-
-class KeyLimitError(ExpertMeshError):
-    """A key has used up one of its limits; ``retry_after_s`` tells when there is more.
-
-    ``limit`` says which, for counting: key_requests, key_tokens or key_concurrency.
-    """
+class LimitReachedError(ExpertMeshError):
+    """Too much at once; ``retry_after_s`` tells when to come back, ``limit`` (for counting) why."""
 
     def __init__(self, message: str, retry_after_s: float, limit: str) -> None:
         super().__init__(message, retry_after_s, limit)
@@ -147,6 +128,21 @@ class KeyLimitError(ExpertMeshError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class KeyLimitError(LimitReachedError):
+    """A key has used up one of its limits: key_requests, key_tokens or key_concurrency."""
+
+
+class QueueFullError(LimitReachedError):
+    """The queue is full; ``retry_after_s`` estimates when it will have drained.
+
+    The limits: queue_full (requests) or queue_tokens at a gateway, worker_queue_full at an
+    attention worker.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0, limit: str = "queue_full") -> None:
+        super().__init__(message, retry_after_s, limit)
 
 
 class NotReadyError(ExpertMeshError):

@@ -50,7 +50,7 @@ def test_every_error_has_an_example() -> None:
         for kind in vars(errors).values()
         if isinstance(kind, type) and issubclass(kind, errors.ExpertMeshError)
     }
-    bases = {errors.ExpertMeshError, errors.TransportError}
+    bases = {errors.ExpertMeshError, errors.LimitReachedError, errors.TransportError}
     assert kinds - bases == {type(e) for e in EXAMPLES}
 
 
