@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Sequence
 from time import perf_counter
@@ -15,6 +14,7 @@ from cluster.errors import ExpertMeshError
 from gateway.cluster_view import AttentionEndpoint
 from gateway.engine_pool import EnginePool
 from gateway.router import RoutingPolicy
+from tests.loop_thread import LoopThread
 from workers.request import Request, SamplingParams, TokenOutput
 
 _LIMIT_S = 120.0
@@ -50,12 +50,10 @@ class PoolClient:
         ]
         self._policy = policy
         self._num_batches = 0
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(_LIMIT_S)
+        self._thread = LoopThread(_LIMIT_S)
+        self._thread.run(self._start())
         return self
 
     def __exit__(
@@ -64,14 +62,12 @@ class PoolClient:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        asyncio.run_coroutine_threadsafe(self._pool.stop(), self._loop).result(_LIMIT_S)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_LIMIT_S)
+        self._thread.run(self._pool.stop())
+        self._thread.close()
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[float]]:
         """Seconds to each token, by sequence. Raises ``RuntimeError`` when a request fails."""
-        work = self._generate(prompts, new_tokens)
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_LIMIT_S)
+        return self._thread.run(self._generate(prompts, new_tokens))
 
     async def _start(self) -> None:
         self._pool = EnginePool(TOKEN, "bench", self._policy)
