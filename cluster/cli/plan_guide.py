@@ -96,7 +96,7 @@ def _row(node: NodeKind, layout: Layout) -> tuple[str, ...]:
         str(layout.num_seqs),
         f"{1e3 * layout.step_s:.1f}",
         f"{layout.tokens_per_s:.0f}",
-        f"{layout.gpu_hours_per_million:.2f}",
+        f"{layout.gpu_hours_per_million:.3g}",
     )
 
 
@@ -120,9 +120,9 @@ _INTRODUCTION = f"""\
 
 Written by `expertmesh plan size --guide`; a test compares. Groups of GPUs for three models on nodes
 of {GPUS_PER_NODE} GPUs, in bfloat16. A worker has one GPU; `8 x 2 pods` is a group of two pods with
-8 GPUs each. On one node every split with two workers of each pool was compared; on several nodes a
-pool is whole nodes, two of them for experts. The row has the one with the most tokens a second that
-fits.
+8 GPUs each. Besides there are a head (4 CPUs, 16 GiB) and two gateways (4 CPUs, 8 GiB), without
+GPUs. On one node every split with two workers of each pool was compared; on several nodes a pool is
+whole nodes, two of them for experts. The row has the one with the most tokens a second that fits.
 
 - Memory: {MEMORY_SHARE:.0%} of a GPU is for weights and KV.
 - Redundancy: on two expert nodes or more, spare slots for a second copy of every expert, as far as

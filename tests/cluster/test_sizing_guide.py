@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,3 +95,44 @@ def test_faster_memory_costs_fewer_gpu_hours() -> None:
     assert fast.gpu_hours_per_million < slow.gpu_hours_per_million
     assert slow.gpu_hours_per_million == pytest.approx(8 / slow.tokens_per_s / 3600 * 1e6)
     assert slow.tokens_per_s == pytest.approx(slow.num_seqs / slow.step_s)
+
+
+MEMORY_GB = {"A100-80GB": 80, "H100-80GB": 80, "H200-141GB": 141}
+BANDWIDTH_GB_S = {"A100-80GB": 2039, "H100-80GB": 3350, "H200-141GB": 4800}
+
+
+def test_the_numbers_of_the_document_add_up() -> None:
+    """By hand, from what a reader sees: within what is lost by rounding."""
+    sections = DOCUMENT.read_text().split("\n## ")[1:-1]
+    for section in sections:
+        name = section.partition("\n")[0]
+        facts = re.search(
+            r"([\d.]+) billion weights: ([\d.]+) GB of experts, "
+            r"([\d.]+) GB on every attention GPU, (\d+) kB",
+            section,
+        )
+        assert facts is not None, name
+        billions, expert_gb, attention_gb, token_kb = map(float, facts.groups())
+        assert billions == pytest.approx((expert_gb + attention_gb) / 2, rel=0.01), name
+        rows = [line.strip("| ").split(" | ") for line in section.splitlines() if "B | " in line]
+        assert [row[0] for row in rows] == list(MEMORY_GB)
+        for node, attention, experts, spare, *numbers in rows:
+            attention_on_gpu, experts_on_gpu, kv_thousands, seqs, step_ms, tokens_s, hours = (
+                float(number.removesuffix("k")) for number in numbers
+            )
+            pools = [math.prod(map(int, re.findall(r"\d+", x))) for x in (attention, experts)]
+            assert sum(pools) == (24 if "pods" in experts else 8)
+            room_gb = 0.9 * MEMORY_GB[node]
+            assert attention_on_gpu == attention_gb
+            kv_gb = kv_thousands * token_kb / 1000
+            assert attention_gb + kv_gb == pytest.approx(room_gb, rel=0.02)
+            assert expert_gb / pools[1] <= experts_on_gpu <= room_gb
+            assert (experts_on_gpu > 1.01 * expert_gb / pools[1]) is (int(spare) > 0)
+            assert seqs * 2.048 <= pools[0] * kv_thousands + 10
+            assert seqs <= 64 * sum(pools)
+            assert tokens_s == pytest.approx(1000 * seqs / step_ms, rel=0.01)
+            assert hours == pytest.approx(sum(pools) / tokens_s / 3600 * 1e6, rel=0.01)
+            # No step is shorter than it takes to read all weights and the sequences' KV once.
+            read_gb = seqs / pools[0] * 2.048 * token_kb / 1000
+            assert step_ms >= 1000 * read_gb / BANDWIDTH_GB_S[node], name
+            assert step_ms >= 1000 * expert_gb / pools[1] / BANDWIDTH_GB_S[node], name

@@ -432,6 +432,7 @@ CHANGES: list[Row] = [
     # guide
     ("guide", "gpu-single-node", "other pools", lambda m: set_engine(m, num_attention_workers=5)),
     ("guide", MULTI, "other spare slots", lambda m: set_engine(m, num_redundant_experts=7)),
+    ("guide", MULTI, "a small head", lambda m: set_limit(m, "headgroup", "memory", "4Gi")),
     # copies
     ("copies", MULTI, "too few slots", lambda m: set_engine(m, num_redundant_experts=4)),
 ]

@@ -34,6 +34,8 @@ GPU_BYTES = 0.9 * 80e9
 """What a device of the overlays' smallest kind has to give."""
 PROCESS_BYTES = 600 * 2**20
 """A worker without its weights, and Ray's own processes in a pod."""
+GUIDE_SIZES = {"headgroup": (1, 4.0, 16.0), "gateway": (2, 4.0, 8.0)}
+"""Pods, CPUs and GiB of the groups without GPUs."""
 DISK_BYTES_S = 0.2e9
 """A slow disk: weights must come within the startup probe's room."""
 
@@ -232,6 +234,11 @@ def guide(m: Manifests) -> Iterator[str]:
     model = Path(str(m.engine.get("model", ""))).name
     if not model:
         return
+    for name, size in GUIDE_SIZES.items():
+        group = m.group(name)
+        found_size = (group.replicas, group.limit("cpu"), group.limit("memory") / 2**30)
+        if found_size != size:
+            yield f"{name}: {found_size} pods, CPUs, GiB; the guide: {size}"
     gpus = sum(m.group(name).limit("nvidia.com/gpu") * m.group(name).replicas for name in WORKERS)
     best = _best(model, int(gpus) // GPUS_PER_NODE)
     wanted = (best.num_attention, best.num_experts, best.num_redundant)
