@@ -84,6 +84,8 @@ class GenerateFields:
     """None: one is drawn."""
     n: int | None = None
     """Choices a prompt."""
+    best_of: int | None = None
+    """Choices a prompt that are drawn, of which the ``n`` best are told."""
     stop: tuple[str, ...] = ()
     """Stop strings."""
     stop_token_ids: tuple[int, ...] = ()
@@ -155,7 +157,7 @@ class GenerateCall:
     prompts: tuple[CallPrompt, ...]
     """At least one."""
     n: int
-    """Choices a prompt; choice j of prompt i has index i * n + j."""
+    """Choices a prompt that are drawn; choice j of prompt i has index i * n + j."""
     stop: tuple[str, ...]
     """Stop strings."""
     include_stop_str_in_output: bool
@@ -180,6 +182,8 @@ class GenerateCall:
     """Log-probabilities name tokens by number."""
     tool_form: ToolForm | None = None
     """The output may hold calls in this form."""
+    num_best: int | None = None
+    """Choices a prompt that are told, those of the most probable tokens; None: all."""
 
     @property
     def num_choices(self) -> int:

@@ -65,6 +65,7 @@ def completion_fields(body: CompletionBody) -> GenerateFields:
         kind=CallKind.COMPLETION,
         prompts=prompt_list(body.prompt),
         logprobs=body.logprobs,
+        best_of=body.best_of,
         echo=bool(body.echo),
         **_common_fields(body),
     )
@@ -135,6 +136,7 @@ def grpc_fields(request: pb.GenerateRequest) -> GenerateFields:
         model=request.model or None,
         prompts=_grpc_prompts(request, source) if embeds is None else ((0,) * embeds.num_tokens,),
         embeds=embeds,
+        best_of=_optional(sampling, "best_of"),
         chat=grpc_chat_input(request.messages) if source == "messages" else None,
         add_special_tokens=_optional(request, "add_special_tokens"),
         max_tokens=_optional(sampling, "max_tokens"),

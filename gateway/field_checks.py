@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.errors import RequestError
+from cluster.errors import RequestError, UnsupportedParameterError
 from cluster.gateway_config import GatewaySection
 from gateway.call import CallKind, ChatInput, GenerateFields
 from gateway.chat_template import RESERVED_VARIABLES
@@ -49,6 +49,7 @@ def require(ok: bool, name: str, message: str) -> None:
 
 def _check_counts(fields: GenerateFields, limits: GatewaySection) -> None:
     check_range("n", fields.n, 1, limits.max_n)
+    _check_best_of(fields, limits)
     name, wanted = fields.max_tokens_name, fields.max_tokens
     if wanted is not None:
         least = 0 if fields.echo else 1
@@ -67,15 +68,32 @@ def _check_counts(fields: GenerateFields, limits: GatewaySection) -> None:
         _check_prompts(fields, limits)
 
 
+def _check_best_of(fields: GenerateFields, limits: GatewaySection) -> None:
+    drawn, told = fields.best_of, fields.n or 1
+    check_range("best_of", drawn, 1, limits.max_n)
+    if drawn is None or drawn == told:
+        return
+    if fields.kind is CallKind.CHAT:
+        raise UnsupportedParameterError("best_of is not supported", "best_of")
+    require(drawn > told, "best_of", f"best_of ({drawn}) must be at least n ({told})")
+
+
+def check_stream(fields: GenerateFields) -> None:
+    """Raise ``RequestError`` for what can be told at the end only."""
+    is_ranked = fields.kind is CallKind.COMPLETION and (fields.best_of or 0) > (fields.n or 1)
+    require(not is_ranked, "best_of", "best_of cannot go with a stream")
+
+
 def _check_prompts(fields: GenerateFields, limits: GatewaySection) -> None:
     count, most = len(fields.prompts), min(limits.max_batch_prompts, limits.max_queue)
     require(count > 0, "prompt", "prompt must not be empty")
     require(count <= most, "prompt", f"prompt has {count} entries, at most {most} are allowed")
-    choices = count * (fields.n or 1)
+    name = "n" if fields.best_of is None else "best_of"
+    choices = count * (fields.best_of or fields.n or 1)
     require(
         choices <= limits.max_choices,
-        "n",
-        f"prompts times n ({choices}) must be at most {limits.max_choices}",
+        name,
+        f"prompts times {name} ({choices}) must be at most {limits.max_choices}",
     )
     for prompt in fields.prompts:
         require(len(prompt) > 0, "prompt", "prompt must not be empty")

@@ -14,6 +14,7 @@ from gateway.convert import (
     with_header_priority,
 )
 from gateway.core import Gateway, new_call_id
+from gateway.field_checks import check_stream
 from gateway.generation import Generation
 from gateway.grpc_edge import Context, GrpcEdge
 from gateway.grpc_format import GrpcFormat
@@ -58,7 +59,7 @@ class InferenceService(InferenceServicer):
         ) as edge:
             try:
                 await edge.begin()
-                with await self._start(request, context) as generation:
+                with await self._start(request, context, streams=True) as generation:
                     formatter = GrpcFormat(generation, self._gateway.tokenizer, edge.request_id)
                     while deltas := await generation.next():
                         for delta in deltas:
@@ -168,11 +169,15 @@ class InferenceService(InferenceServicer):
             except Exception as err:
                 await edge.abort(err)
 
-    async def _start(self, request: pb.GenerateRequest, context: Context) -> Generation:
+    async def _start(
+        self, request: pb.GenerateRequest, context: Context, streams: bool = False
+    ) -> Generation:
         priority = dict(context.invocation_metadata() or ()).get(PRIORITY_HEADER)
         fields = with_header_priority(
             grpc_fields(request), None if priority is None else str(priority)
         )
+        if streams:
+            check_stream(fields)
         return await self._gateway.start(fields, new_call_id(fields.kind), context.time_remaining())
 
     async def _answer(

@@ -26,6 +26,7 @@ from gateway.convert import (
 )
 from gateway.core import Gateway, new_call_id
 from gateway.errors import RouteError, report_error
+from gateway.field_checks import check_stream
 from gateway.generation import Generation
 from gateway.http_edge import (
     OPEN_PATHS,
@@ -282,6 +283,8 @@ class GenerateEndpoint:
             fields = completion_fields(body)
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options needs stream to be true", "stream_options")
+        if body.stream:
+            check_stream(fields)
         return body, fields
 
     async def _answer(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from math import fsum
 from typing import Any, Protocol
 
 from gateway.call import GenerateCall
@@ -46,7 +48,24 @@ async def collect(generation: Generation) -> list[CollectedChoice]:
             choice.echo_tokens = choice.echo_tokens or delta.echo_tokens
             choice.prompt_logprobs = choice.prompt_logprobs or delta.prompt_logprobs
             choice.finish = delta.finish
-    return [choices[index] for index in sorted(choices)]
+    found = [choices[index] for index in sorted(choices)]
+    best = generation.call.num_best
+    return found if best is None else _keep_best(found, best)
+
+
+def _keep_best(choices: Sequence[CollectedChoice], count: int) -> list[CollectedChoice]:
+    """Of each prompt the choices with the greatest mean log-probability, best first."""
+    kept: list[CollectedChoice] = []
+    for _, drawn in groupby(choices, key=lambda choice: choice.prompt_index):
+        kept += sorted(drawn, key=_mean_logprob, reverse=True)[:count]
+    for index, choice in enumerate(kept):
+        choice.index = index
+    return kept
+
+
+def _mean_logprob(choice: CollectedChoice) -> float:
+    values = [token.logprob.logprob for token in choice.tokens if token.logprob is not None]
+    return fsum(values) / len(values) if values else 0.0
 
 
 class ResponseFormat(Protocol):

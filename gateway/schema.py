@@ -170,6 +170,7 @@ class CompletionBody(GenerateBody):
 
     prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: int | None = None
+    best_of: int | None = None
     echo: bool | None = None
 
 
@@ -312,7 +313,6 @@ def _tools(value: Any, data: Mapping[str, Any]) -> bool:
 
 
 _UNBUILT: dict[str, _IsNeutral] = {
-    "best_of": _best_of,
     "guided_json": _never,
     "guided_regex": _never,
     "guided_choice": _never,
@@ -345,8 +345,8 @@ _NO_TRUNCATION: dict[str, _IsNeutral] = {
 }
 _UNBUILT_BY_KIND: dict[str, dict[str, _IsNeutral]] = {
     "completion": {"tools": _tools, "tool_choice": _only("none", "auto")},
-    "chat": {},
-    "tokenize": _NO_TRUNCATION,
+    "chat": {"best_of": _best_of},
+    "tokenize": {"best_of": _best_of, **_NO_TRUNCATION},
 }
 """The same for one route each."""
 _UNBUILT_STRUCTURED = (

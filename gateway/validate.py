@@ -49,7 +49,7 @@ def finish_call(
         width, name = model.shape.hidden_size, "embeddings"
         told = f"{name} are {fields.embeds.width} wide, the model's {width}"
         require(fields.embeds.width == width, name, told)
-    n = fields.n or 1
+    n = fields.best_of or fields.n or 1
     params = _make_params(fields, tuple(bad_words))
     finished = tuple(
         CallPrompt(
@@ -82,6 +82,7 @@ def finish_call(
         cache_salt=fields.cache_salt or "",
         return_tokens_as_token_ids=fields.return_tokens_as_token_ids,
         tool_form=fields.tool_form,
+        num_best=(fields.n or 1) if _ranks(fields) else None,
     )
 
 
@@ -176,6 +177,16 @@ def _num_logprobs(fields: GenerateFields) -> int | None:
     return len(fields.logprob_token_ids) or fields.logprobs
 
 
+def _ranks(fields: GenerateFields) -> bool:
+    return fields.best_of is not None and fields.best_of != (fields.n or 1)
+
+
+def _num_drawn_logprobs(fields: GenerateFields) -> int | None:
+    """Alternatives that the engine reports: ranking needs the drawn tokens' own."""
+    told = _num_logprobs(fields)
+    return 0 if told is None and _ranks(fields) else told
+
+
 def _num_prompt_logprobs(fields: GenerateFields) -> int | None:
     """Alternatives that the engine reports for each prompt token."""
     echoed = fields.logprobs if fields.echo else None
@@ -197,7 +208,7 @@ def _make_params(fields: GenerateFields, bad_words: tuple[tuple[int, ...], ...])
         logit_bias=fields.logit_bias,
         stop_token_ids=fields.stop_token_ids,
         ignore_eos=bool(fields.ignore_eos),
-        logprobs=_num_logprobs(fields),
+        logprobs=_num_drawn_logprobs(fields),
         prompt_logprobs=_num_prompt_logprobs(fields),
         logprob_token_ids=fields.logprob_token_ids,
         allowed_token_ids=tuple(sorted(set(fields.allowed_token_ids or ()))),
@@ -211,7 +222,7 @@ def _or(value: float | None, default: float) -> float:
 
 
 def _check_logprob_entries(fields: GenerateFields, prompts: Sequence[CallPrompt], n: int) -> None:
-    new, of_prompt = _num_logprobs(fields), _num_prompt_logprobs(fields)
+    new, of_prompt = _num_drawn_logprobs(fields), _num_prompt_logprobs(fields)
     entries = n * sum(
         p.params.max_tokens * (0 if new is None else new + 1)
         + len(p.ids) * (0 if of_prompt is None else of_prompt + 1)

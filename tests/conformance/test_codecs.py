@@ -82,6 +82,8 @@ BAD: dict[str, tuple[dict[str, Any], grpc.StatusCode, int]] = {
     "min_p": ({"prompt": "x", "min_p": 2}, INVALID, 400),
     "penalty": ({"prompt": "x", "repetition_penalty": 0}, INVALID, 400),
     "n": ({"prompt": "x", "n": 1000}, INVALID, 400),
+    "best_of": ({"prompt": "x", "n": 3, "best_of": 2}, INVALID, 400),
+    "chat best_of": ({"messages": USER, "best_of": 2}, UNBUILT, 400),
     "no tokens": ({"prompt": "x", "max_tokens": 0}, INVALID, 400),
     "too many tokens": ({"prompt": "x", "max_tokens": 5000}, INVALID, 400),
     "long prompt": ({"prompt": [5] * 5000}, INVALID, 400),

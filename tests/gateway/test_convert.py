@@ -36,7 +36,6 @@ SAMPLING: dict[str, Any] = {
     "include_stop_str_in_output": True,
 }
 UNBUILT: dict[str, Any] = {
-    "best_of": 4,
     "guided_json": {},
     "guided_regex": "a",
     "guided_choice": ["a"],
@@ -260,8 +259,10 @@ def test_completions_have_no_tools() -> None:
             check_unbuilt({name: value}, "tokenize")
 
 
-def test_best_of_n_is_neutral() -> None:
-    check_unbuilt({"best_of": 3, "n": 3}, "completion")
+def test_best_of_is_refused_for_chat_unless_it_is_n() -> None:
+    check_unbuilt({"best_of": 3, "n": 3}, "chat")
+    with pytest.raises(UnsupportedParameterError, match="best_of"):
+        check_unbuilt({"best_of": 4, "n": 3}, "chat")
 
 
 def test_echo_is_refused_for_chat_only() -> None:

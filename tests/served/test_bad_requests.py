@@ -83,7 +83,7 @@ def check_error(
         ({"stop": MANY_STOPS}, 400, "invalid_value", "stop"),
         ({"prompt": "x" * 10_000_000}, 413, "request_too_large", None),
         ({"min_tokens": 1, "stop_token_ids": ALL_TOKENS}, 400, "invalid_value", "stop_token_ids"),
-        ({"best_of": 4}, 400, "unsupported_parameter", "best_of"),
+        ({"best_of": 4, "n": 5}, 400, "invalid_value", "best_of"),
         ({"guided_regex": "a"}, 400, "unsupported_parameter", "guided_regex"),
         ({"allowed_token_ids": []}, 400, "invalid_value", "allowed_token_ids"),
         ({"bad_words": [""]}, 400, "invalid_value", "bad_words"),
