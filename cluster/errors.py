@@ -18,6 +18,7 @@
     ├── DeadlineExceededError     the client's or the server's time limit passed
     ├── RequestFailedError        this one request cannot be finished (NaN logits, for example)
     │   └── PoisonousRequestError    it was alone in a step with which workers died
+    ├── RequestAbortedError       an operator ended this one request
     ├── ConflictError             an order to the cluster that its state does not allow
     ├── UnknownNameError          no worker, node or operation of that name
     ├── NotBuiltError             a procedure that is named in the interface and not built yet
@@ -176,6 +177,10 @@ class RequestFailedError(ExpertMeshError):
 
 class PoisonousRequestError(RequestFailedError):
     """Workers died one after the other with this request; it was alone in the last one's step."""
+
+
+class RequestAbortedError(ExpertMeshError):
+    """An operator ended the request."""
 
 
 class ConflictError(ExpertMeshError):

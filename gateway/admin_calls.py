@@ -24,6 +24,8 @@ DEFAULT_DRAIN_LIMIT_S = 120.0
 """Limit of a drain for which no other is given."""
 CALL_LIMIT_S = 5.0
 """Time that the controller has to answer."""
+MAX_ABORTED = 1024
+"""Requests that one call may end."""
 _WATCH_S = 10.0
 _RETRY_S = 0.2
 
@@ -37,6 +39,7 @@ class AdminCalls:
 
     def __init__(self, gateway: Gateway) -> None:
         self._cluster = gateway.cluster
+        self._abort = gateway.abort_calls
 
     def unary(self, name: str) -> Unary:
         """The procedure of that name. Calling it raises ``NotBuiltError`` if there is none yet."""
@@ -142,6 +145,14 @@ class AdminCalls:
     async def CancelOperation(self, request: pb.CancelOperationRequest) -> pb.Operation:
         """Give an operation up, where it can still be undone."""
         return _operation(await _answer(self._controller().cancel_operation(request.id)))
+
+    async def AbortRequests(self, request: pb.AbortRequestsRequest) -> pb.AbortRequestsResponse:
+        """End requests of clients by id, whichever replica has them."""
+        names = list(request.request_ids)
+        if not 0 < len(names) <= MAX_ABORTED:
+            told = f"request_ids ({len(names)} of them) must be 1 to {MAX_ABORTED}"
+            raise RequestError(told, "request_ids")
+        return pb.AbortRequestsResponse(aborted=await self._abort(names))
 
     def _controller(self) -> Controller:
         return self._cluster.require_controller()

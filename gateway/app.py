@@ -18,12 +18,13 @@ from ray import serve
 
 from cluster.config import ClusterConfig
 from gateway.admin_api import AdminApi
-from gateway.cluster_client import find_controller
+from gateway.cluster_client import ServePeers, find_controller
 from gateway.cluster_view import ClusterView
 from gateway.core import Gateway
 from gateway.engine_pool import EnginePool
 from gateway.grpc_server import GrpcServer
 from gateway.http_api import build_http_app
+from gateway.peers import Question
 from gateway.router import RoutingPolicy
 from gateway.tokenizer import load_tokenizer
 
@@ -51,7 +52,7 @@ class GatewayReplica:
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = ClusterConfig.from_dict(config)
-        name = f"gateway-{os.getpid()}"
+        name = f"gateway-{serve.get_replica_context().replica_id.unique_id}"
         tokenizer = await asyncio.to_thread(
             load_tokenizer, settings.model.path, settings.model.chat_template
         )
@@ -60,6 +61,8 @@ class GatewayReplica:
         self._engines = EnginePool(settings.cluster_token, name, policy)
         self._gateway = Gateway(settings, tokenizer, self._cluster, self._engines, name)
         section = settings.gateway
+        if section.num_gateway_replicas > 1:
+            self._gateway.peers = ServePeers(self._gateway.answers)
         self._grpc = GrpcServer(self._gateway, section.host, section.grpc_port)
         grpc_port = await self._grpc.start()
         self._admin = AdminApi(self._gateway, section)
@@ -82,6 +85,10 @@ class GatewayReplica:
     async def not_ready_reasons(self) -> list[str]:
         """What ``/ready`` tells, for who has no certificate to ask with."""
         return self._gateway.not_ready_reasons()
+
+    async def answer_peer(self, question: Question, *details: Any) -> tuple[str, Any]:
+        """What another replica, or this one, asks all of them."""
+        return self._gateway.answers.answer(question, *details)
 
     async def __del__(self) -> None:
         """Called by Serve when the replica ends."""

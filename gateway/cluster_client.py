@@ -1,20 +1,27 @@
-"""The controller's actor as a ``cluster_view.Controller``: the gateway's only calls to Ray."""
+"""The gateway's only calls to Ray: the controller's actor, and the other replicas."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable
 from typing import Any, cast
 
 import ray
+from ray import serve
 from ray.exceptions import RayTaskError
 
 from cluster.errors import ExpertMeshError
+from gateway.peers import Question, ReplicaAnswers, own_first
+
+logger = logging.getLogger(__name__)
 
 CONTROLLER_NAME = "expertmesh-controller"
 """Name of the controller's actor."""
 RAY_NAMESPACE = "expertmesh"
 """Ray namespace of all our actors."""
+PEER_LIMIT_S = 1.0
+"""Time that replicas have to answer; one that stands still is left out."""
 
 
 class RayController:
@@ -76,3 +83,29 @@ async def find_controller() -> RayController:
     """The controller's actor. Raises ``ValueError`` while there is none."""
     handle = await asyncio.to_thread(ray.get_actor, CONTROLLER_NAME, namespace=RAY_NAMESPACE)
     return RayController(handle)
+
+
+class ServePeers:
+    """See ``gateway.peers.Peers``. Made in a replica."""
+
+    def __init__(self, answers: ReplicaAnswers) -> None:
+        self._answers = answers
+        context = serve.get_replica_context()
+        self._handle: Any = serve.get_deployment_handle(context.deployment, context.app_name)
+
+    async def ask(self, question: Question, *details: Any) -> dict[str, Any]:
+        """See ``Peers``."""
+        own = self._answers.answer(question, *details)
+        try:
+            found = await asyncio.to_thread(self._broadcast, question, details)
+        except Exception as err:  # any failure of Serve: this replica answers all the same
+            logger.warning("the other replicas cannot be asked: %r", err)
+            found = []
+        for failed in (one for one in found if isinstance(one, BaseException)):
+            logger.warning("a replica does not answer: %r", failed)
+        answered = dict(one for one in found if not isinstance(one, BaseException))
+        return own_first(own, answered)
+
+    def _broadcast(self, question: Question, details: tuple[Any, ...]) -> list[Any]:
+        response = self._handle.broadcast("answer_peer", question, *details)
+        return list(response.results(timeout_s=PEER_LIMIT_S, return_exceptions=True))

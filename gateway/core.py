@@ -6,10 +6,11 @@ worker, hand over. HTTP and gRPC are two thin codecs over it.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,10 @@ from gateway.generation import Generation
 from gateway.metrics import GatewayMetrics
 from gateway.model import ModelFacts
 from gateway.output_queue import OutputQueue
+from gateway.peers import NoPeers, Peers, ReplicaAnswers
 from gateway.prompts import PromptMaker
+from gateway.request_id import REQUEST_ID
+from gateway.running_calls import RunningCalls
 from gateway.submission import Submission
 from gateway.tokenizer import Tokenizer
 from gateway.validate import finish_call
@@ -40,6 +44,8 @@ from workers.request import Request
 
 _STREAM_WAIT_S = 5.0
 """Time that a serving cluster without an open stream is given to open one."""
+_LOOK_S = 0.5
+"""Time after which a request that waits for a worker looks whether it is wanted still."""
 
 
 class Gateway:
@@ -72,6 +78,9 @@ class Gateway:
         self.model_name = config.model.served_model_name
         self.created = int(time.time())
         self.addresses: dict[str, Any] = {}
+        self.running = RunningCalls()
+        self.answers = ReplicaAnswers(self)
+        self.peers: Peers = NoPeers(self.answers)
         self.metrics = GatewayMetrics(
             self.model_name,
             lambda: self.cluster.snapshot,
@@ -199,6 +208,8 @@ class Gateway:
             caller.check_tokens(time.monotonic())
             call = replace(call, cache_salt=tenant_salt(caller.tenant, call.cache_salt))
         generation = self._admit(call, call_id, facts, started_s, deadline_s)
+        for name in filter(None, (call_id, REQUEST_ID.get())):
+            self.running.add(name, generation.queue)
         try:
             await self._hand_over(generation, deadline_s)
         except BaseException:
@@ -207,11 +218,24 @@ class Gateway:
         return generation
 
     async def status(self) -> dict[str, Any]:
-        """The cluster's state with this replica in it, as ``status --json`` prints it."""
-        snapshot = dict(await self.cluster.fresh() or {"state": "STARTING"})
+        """The cluster's state with all replicas in it, as ``status --json`` prints it."""
+        found, replicas = await asyncio.gather(self.cluster.fresh(), self.peers.ask("describe"))
+        snapshot = dict(found or {"state": "STARTING"})
         snapshot["schema"] = 1
-        snapshot["gateway"] = [*snapshot.get("gateway", ()), self.describe()]
+        snapshot["gateway"] = [*snapshot.get("gateway", ()), *replicas.values()]
         return snapshot
+
+    async def abort_calls(self, names: Sequence[str]) -> list[str]:
+        """End calls of any replica, by the names that clients know; those that there were."""
+        answers = (await self.peers.ask("abort", list(names))).values()
+        return [name for name in dict.fromkeys(names) if any(name in found for found in answers)]
+
+    async def render_metrics(self) -> bytes:
+        """The exposition of all replicas and workers: each number once."""
+        replicas, _, _ = await asyncio.gather(
+            self.peers.ask("metrics"), self.cluster.fresh(), self.cluster.load()
+        )
+        return self.metrics.render(replicas if self.limits.num_gateway_replicas > 1 else None)
 
     def describe(self) -> dict[str, Any]:
         """This replica's entry in the status; ``app`` fills in process id and addresses."""
@@ -286,6 +310,7 @@ class Gateway:
             started_s=started_s,
             caches_prefixes=self.config.engine.enable_prefix_caching,
             caller=CALLER.get(),
+            on_close=self.running.remove,
         )
 
     async def _hand_over(self, generation: Generation, deadline_s: float) -> None:
@@ -297,6 +322,7 @@ class Gateway:
         no_stream_s: float | None = None
         while True:
             now_s = time.monotonic()
+            generation.queue.check()
             can_go = self._check_state()
             if can_go:
                 entry = self.engines.assign(request, generation.queue, deadline_s)
@@ -308,12 +334,12 @@ class Gateway:
                     raise DeadlineExceededError("the request's time is over", False)
                 raise NotReadyError("the cluster is recovering", "not_ready", 2.0)
             if not can_go:
-                await self.cluster.wait_change(deadline_s - now_s)
+                await self.cluster.wait_change(min(_LOOK_S, deadline_s - now_s))
                 continue
             no_stream_s = no_stream_s or now_s
             if now_s - no_stream_s > _STREAM_WAIT_S:
                 raise NotReadyError("no attention worker is ready", "not_ready", 2.0)
-            await self.engines.wait_change(min(0.5, deadline_s - now_s))
+            await self.engines.wait_change(min(_LOOK_S, deadline_s - now_s))
 
     def _observe_resubmitted(self, entry: Submission) -> None:
         self.metrics.requests_replayed.add()

@@ -29,6 +29,7 @@ from cluster.errors import (
     PermissionDeniedError,
     PoisonousRequestError,
     QueueFullError,
+    RequestAbortedError,
     RequestError,
     RequestFailedError,
     RequestTooLargeError,
@@ -139,11 +140,15 @@ _TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode], ...]
     (NotReadyError, 503, "service_unavailable", "", _CODES.UNAVAILABLE),
     (PoisonousRequestError, 500, "server_error", "poisonous_request", _CODES.INTERNAL),
     (RequestFailedError, 500, "server_error", "internal_error", _CODES.INTERNAL),
+    (RequestAbortedError, 409, "conflict_error", "request_aborted", _CODES.ABORTED),
     (ConflictError, 409, "conflict_error", "failed_precondition", _CODES.FAILED_PRECONDITION),
     (UnknownNameError, 404, _INVALID, "not_found", _CODES.NOT_FOUND),
     (NotBuiltError, 501, _INVALID, "not_built", _CODES.UNIMPLEMENTED),
     (ClientGoneError, 499, _INVALID, "client_closed_request", _CODES.CANCELLED),
 )
+
+_LAST_WORDS = (PoisonousRequestError, RequestAbortedError)
+"""Where the status suggests a retry, and none is wanted."""
 
 
 def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
@@ -175,7 +180,7 @@ def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
                 message=str(error),
                 param=getattr(error, "param", None),
                 retry_after_s=_retry_after(error),
-                should_retry=False if isinstance(error, PoisonousRequestError) else None,
+                should_retry=False if isinstance(error, _LAST_WORDS) else None,
             )
     return ErrorReport(
         http_status=500,

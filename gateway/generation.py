@@ -8,7 +8,7 @@ or was too late.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -99,6 +99,7 @@ class Generation:
         started_s: ``time.monotonic`` of the call.
         caches_prefixes: the engines tell how much of a prompt was cached.
         caller: whose it is, and pays for its tokens.
+        on_close: called once, at its end.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Generation:
         started_s: float,
         caches_prefixes: bool = False,
         caller: Account | None = None,
+        on_close: Callable[[OutputQueue], None] = lambda queue: None,
     ) -> None:
         self.call = call
         self.call_id = call_id
@@ -123,6 +125,7 @@ class Generation:
         self.queue = queue
         self._ticket = ticket
         self._caller = caller
+        self._on_close = on_close
         self._deadline_s = deadline_s
         self._tokenizer = None if call.token_ids_only else tokenizer
         self._ends = frozenset(eos_token_ids)
@@ -217,6 +220,7 @@ class Generation:
         if self._is_closed:
             return
         self._is_closed = True
+        self._on_close(self.queue)
         for prompt in self._prompts.values():
             if prompt.submission is not None:
                 prompt.submission.abort()

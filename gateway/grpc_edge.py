@@ -16,7 +16,7 @@ from gateway.auth import KeyRing
 from gateway.core import Gateway
 from gateway.errors import report_error
 from gateway.key_limits import Account
-from gateway.request_id import HEADER, choose_request_id
+from gateway.request_id import HEADER, REQUEST_ID, choose_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class GrpcEdge(AbstractContextManager["GrpcEdge"]):
         """
         given = self._metadata
         self._caller = self._keys.enter(given.get("authorization"), given.get("api-key"))
+        REQUEST_ID.set(self.request_id)
         epoch = str(self._gateway.placement_epoch)
         metadata = ((HEADER, self.request_id), ("x-placement-epoch", epoch))
         await self._context.send_initial_metadata(metadata)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Any, Literal
 
@@ -197,9 +196,9 @@ class HttpApi:
         )
 
     async def metrics(self, request: Request) -> Response:
-        """Prometheus metrics of this replica and of all workers."""
-        await asyncio.gather(self._gateway.cluster.fresh(), self._gateway.cluster.load())
-        return Response(self._gateway.metrics.render(), headers={"content-type": CONTENT_TYPE})
+        """Prometheus metrics of all replicas and workers."""
+        content = await self._gateway.render_metrics()
+        return Response(content, headers={"content-type": CONTENT_TYPE})
 
     async def status(self, request: Request) -> Response:
         """The cluster's state."""
@@ -300,6 +299,8 @@ class GenerateEndpoint:
         if body.request_id is not None:
             answer_id = f"{call_id.partition('-')[0]}-{check_request_id(body.request_id)}"
         with await self._gateway.start(fields, call_id, timeout_s) as generation:
+            for name in filter(None, (body.request_id, answer_id)):
+                self._gateway.running.add(name, generation.queue)
             formatter = self._make_format(generation, answer_id)
             if not body.stream:
                 choices = await collect(generation)

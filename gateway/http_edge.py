@@ -30,7 +30,7 @@ from gateway.auth import KeyRing
 from gateway.core import Gateway
 from gateway.errors import ClientGoneError, report_error
 from gateway.key_limits import Account
-from gateway.request_id import HEADER, choose_request_id
+from gateway.request_id import HEADER, REQUEST_ID, choose_request_id
 from gateway.schema import parse_json
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,7 @@ class HttpEdge:
         headers = Headers(scope=scope)
         request_id = choose_request_id(headers.get(HEADER))
         scope.setdefault("state", {})["request_id"] = request_id
+        REQUEST_ID.set(request_id)
         responder = Responder(self._with_headers(send, request_id))
         path = _path(scope)
         status = 0

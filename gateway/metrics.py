@@ -25,6 +25,7 @@ from gateway.cluster_view import Snapshot
 from gateway.load_metrics import LoadCollector
 from gateway.rebalance_metrics import RebalanceCollector
 from gateway.recovery_metrics import RecoveryCollector
+from gateway.replica_metrics import ReplicaFamilies, families_to_plain
 from workers.request import Timings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -70,6 +71,7 @@ class GatewayMetrics:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._model_name = model_name
         self._registry = CollectorRegistry()
+        self._cluster = CollectorRegistry()
         self._own: set[str] = set()
         count, time = self._counter, self._histogram
         self.http_requests = count("http_requests", "HTTP requests", "route", "method", "status")
@@ -125,10 +127,10 @@ class GatewayMetrics:
             "gateway_stream_lag_seconds", "From a token's arrival here to its sending", _ITL_BUCKETS
         )
         collector = _ClusterCollector(model_name, snapshot, frozenset(self._own), cache_config)
-        self._registry.register(collector)
-        self._registry.register(LoadCollector(model_name, PREFIX, load, all_experts))
-        self._registry.register(RebalanceCollector(model_name, PREFIX, snapshot))
-        self._registry.register(RecoveryCollector(model_name, PREFIX, snapshot))
+        self._cluster.register(collector)
+        self._cluster.register(LoadCollector(model_name, PREFIX, load, all_experts))
+        self._cluster.register(RebalanceCollector(model_name, PREFIX, snapshot))
+        self._cluster.register(RecoveryCollector(model_name, PREFIX, snapshot))
 
     def observe_timings(self, timings: Timings) -> None:
         """Count a choice's times in its engine."""
@@ -137,9 +139,18 @@ class GatewayMetrics:
         self.decode_time.observe(max(0.0, timings.finished_s - timings.first_token_s))
         self.inference_time.observe(max(0.0, timings.finished_s - timings.first_dispatch_s))
 
-    def render(self) -> bytes:
-        """The exposition, in Prometheus text format."""
-        return prometheus_client.generate_latest(self._registry)
+    def own_families(self) -> list[dict[str, Any]]:
+        """What this replica counts, as plain data for another one."""
+        return families_to_plain(self._registry.collect())
+
+    def render(self, replicas: Mapping[str, list[dict[str, Any]]] | None = None) -> bytes:
+        """The exposition, in Prometheus text format.
+
+        ``replicas`` are the ``own_families`` of several, which get the label ``gateway``; None:
+        this one is alone.
+        """
+        own = self._registry if replicas is None else ReplicaFamilies(replicas)
+        return b"".join(map(prometheus_client.generate_latest, (own, self._cluster)))
 
     def _counter(self, name: str, text: str, *labels: str) -> _Labelled:
         self._own.add(f"{name}_total")

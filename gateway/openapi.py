@@ -127,13 +127,14 @@ _ERRORS = {
     403: "The key does not allow this",
     404: "No such model",
     408: "The request's time was over before it began",
+    409: "An operator ended the request",
     413: "The body is above the limit",
     429: "Too much is going on: see Retry-After",
     500: "A mistake of the server",
     503: "Nothing can be served now: see Retry-After",
     504: "The request's time was over while it ran",
 }
-_OF_POST = (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
+_OF_POST = (400, 401, 403, 404, 408, 409, 413, 429, 500, 503, 504)
 _OF_GET = (401, 403, 500)
 _HEADERS: tuple[tuple[str, str, Schema], ...] = (
     ("x-request-id", "Names the request; one that is not fit is replaced", STRING),

@@ -41,6 +41,11 @@ class OutputQueue:
         self._error = self._error or error
         self._ready.set()
 
+    def check(self) -> None:
+        """Raise what ``fail`` was told, if it was."""
+        if self._error is not None:
+            raise self._error
+
     async def take(self, timeout_s: float) -> list[TokenOutput]:
         """All outputs that are there, after waiting for the first; none after ``timeout_s``.
 

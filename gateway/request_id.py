@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from contextvars import ContextVar
 
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
@@ -15,6 +16,8 @@ from gateway.tls import demand_client_certificates
 
 HEADER = "x-request-id"
 """Where a request's name travels, both ways."""
+REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="")
+"""Name of the request that the running task serves; empty outside of one."""
 PROXY_CALLBACK = "gateway.request_id.proxy_middlewares"
 """For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, set before Ray is started: Serve's proxy then
 takes the guard below in."""

@@ -25,6 +25,7 @@ EXAMPLES = [
     errors.DeadlineExceededError("60 s passed", True),
     errors.RequestFailedError("logits are not finite"),
     errors.PoisonousRequestError("a third worker was lost"),
+    errors.RequestAbortedError("ended by an operator"),
     errors.ConflictError("drain-1.1 is under way"),
     errors.UnknownNameError("there is no worker 'x'"),
     errors.NotBuiltError("Scale is not built yet"),

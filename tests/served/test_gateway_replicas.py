@@ -109,6 +109,35 @@ def test_replicas_share_their_ports(server: Served) -> None:
     assert not missing
 
 
+def test_any_replica_tells_of_both_and_ends_requests_of_both(server: Served) -> None:
+    pids = wait_replicas(server)
+    admin_grpc = server.status()["gateway"][0]["admin_grpc"]
+    deadline = time.monotonic() + WAIT_S
+    while {int(g["pid"]) for g in server.status()["gateway"]} != set(pids):
+        assert time.monotonic() < deadline
+    text = httpx.get(f"{server.http}/metrics", timeout=WAIT_S).text
+    lines = [n for n in text.splitlines() if n.startswith("expertmesh:generation_tokens_total{")]
+    assert len(lines) == 2, lines
+    names = [f"to-end-{number}" for number in range(4)]
+    body = {"prompt": "ROMEO:", "max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True}
+    with ExitStack() as stack:
+        streams = []
+        for name in names:  # each on a connection of its own: any replica
+            client = stack.enter_context(httpx.Client(base_url=server.http, timeout=WAIT_S))
+            call = client.stream(
+                "POST", "/v1/completions", json=body, headers={"x-request-id": name}
+            )
+            streams.append(stack.enter_context(call).iter_lines())
+            assert next(streams[-1]).startswith("data: ")
+        stub = AdminStub(stack.enter_context(grpc.insecure_channel(admin_grpc)))
+        request = admin_pb2.AbortRequestsRequest(request_ids=names)
+        assert list(stub.AbortRequests(request, timeout=WAIT_S).aborted) == names
+        for lines_left in streams:
+            *_, told, done = [line for line in lines_left if line]
+            assert "request_aborted" in told
+            assert done == "data: [DONE]"
+
+
 def read_http(server: Served, stream: Stream) -> None:
     """One completion over HTTP, on a connection of its own."""
     body = {
