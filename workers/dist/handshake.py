@@ -98,13 +98,7 @@ class _Handshake:
             return None
         body = bytes(self._received[_PREFIX.size : _PREFIX.size + length])
         del self._received[: _PREFIX.size + length]
-        try:
-            message = json.loads(body)
-        except (ValueError, RecursionError) as err:
-            raise HandshakeError(f"handshake message is no JSON: {err}") from err
-        if not isinstance(message, dict):
-            raise HandshakeError("handshake message is no object")
-        return message
+        return _parse(body, "handshake message is")
 
     def _proof(self, side: str, words: str) -> str:
         nonces = (self._nonce, self._their_nonce)
@@ -168,7 +162,7 @@ class ConnectorHandshake(_Handshake):
             return self._signed(_words(self._me))
         words = self._verified(message)
         self.has_verdict = True
-        refused = _parse(words).get("refused")
+        refused = _parse(words, "handshake words are").get("refused")
         if refused is not None:
             raise HandshakeError(f"refused: {refused}")
         self.peer = _identity(words)
@@ -211,18 +205,18 @@ def _words(identity: PeerIdentity) -> str:
     return json.dumps(asdict(identity), sort_keys=True)
 
 
-def _parse(words: str) -> dict[str, Any]:
+def _parse(text: str | bytes, what_is: str) -> dict[str, Any]:
     try:
-        values = json.loads(words)
+        values = json.loads(text)
     except (ValueError, RecursionError) as err:
-        raise HandshakeError(f"handshake words are no JSON: {err}") from err
+        raise HandshakeError(f"{what_is} no JSON: {err}") from err
     if not isinstance(values, dict):
-        raise HandshakeError("handshake words are no object")
+        raise HandshakeError(f"{what_is} no object")
     return values
 
 
 def _identity(words: str) -> PeerIdentity:
-    values = _parse(words)
+    values = _parse(words, "handshake words are")
     kinds = {f.name: int if f.name in ("rank", "generation", "version") else str for f in _FIELDS}
     if set(values) != set(kinds) or any(type(values[n]) is not k for n, k in kinds.items()):
         raise HandshakeError("handshake identity has wrong fields")
