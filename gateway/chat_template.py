@@ -59,15 +59,12 @@ class ChatTemplate:
             names = meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as err:
             raise CheckpointError(f"the chat template is not valid: {err}") from err
-        self._variables = dict(variables or {})
+        self.variables = dict(variables or {})
+        """Special tokens by name."""
         self.has_tools = "tools" in names
         """It tells the model of tools."""
         self.tool_form = _tool_form(source) if self.has_tools else None
         """How the model calls them; None where it has none, or the form is not known."""
-
-    def replaced_by(self, source: str) -> ChatTemplate:
-        """Another template with the same special tokens. Raises ``CheckpointError``."""
-        return ChatTemplate(source, self._variables)
 
     def render(
         self,
@@ -83,7 +80,7 @@ class ChatTemplate:
         Raises:
             RequestError: the template refuses the conversation.
         """
-        values = {**self._variables, **(variables or {})}
+        values = {**self.variables, **(variables or {})}
         try:
             text = self._template.render(
                 **values,

@@ -168,8 +168,7 @@ class Gateway:
         self.check_model(fields.model)
         check_fields(fields, self.limits)
         facts = self.require_facts()
-        prompts = await self.prompts.make(fields, facts)
-        fields = self.prompts.with_tools(fields)
+        fields, prompts = await self.prompts.make(fields, facts)
         bad_words = await self.prompts.bad_words(fields)
         call = finish_call(fields, prompts, facts, self._draw_seed, bad_words)
         if call.stop:

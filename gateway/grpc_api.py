@@ -81,8 +81,8 @@ class InferenceService(InferenceServicer):
                 message = "one of prompt and messages is required"
                 raise RequestError(message, "prompt", "missing_required_parameter")
             if source == "messages":
-                text = await gateway.prompts.render(grpc_chat_input(request.messages))
-                ids = await gateway.prompts.encode(text, bool(wanted))
+                rendered = await gateway.prompts.render(grpc_chat_input(request.messages))
+                ids = await gateway.prompts.encode(rendered.text, bool(wanted))
             else:
                 ids = await gateway.prompts.encode(request.prompt, wanted is not False)
             tokenizer = gateway.prompts.require_tokenizer("prompt")

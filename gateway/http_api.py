@@ -148,8 +148,8 @@ class HttpApi:
             message = "one of prompt and messages is required"
             raise RequestError(message, "prompt", "missing_required_parameter")
         if body.prompt is None:
-            text = await gateway.prompts.render(chat_input(body))
-            ids = await gateway.prompts.encode(text, bool(body.add_special_tokens))
+            rendered = await gateway.prompts.render(chat_input(body))
+            ids = await gateway.prompts.encode(rendered.text, bool(body.add_special_tokens))
         else:
             ids = await gateway.prompts.encode(body.prompt, body.add_special_tokens is not False)
         tokenizer = gateway.prompts.require_tokenizer("prompt")

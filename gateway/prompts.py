@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from cluster.errors import CheckpointError, RequestError, UnsupportedParameterError
+from cluster.errors import RequestError, UnsupportedParameterError
 from gateway.call import ChatInput, GenerateFields
 from gateway.chat_template import ChatTemplate
+from gateway.client_templates import ClientTemplates, TemplateAnswer
 from gateway.field_checks import check_chat
 from gateway.model import ModelFacts
+from gateway.render_template import PARAM
 from gateway.tokenizer import Tokenizer
 from gateway.tool_use import ToolForm
 from gateway.tools import tool_grammar
@@ -18,6 +21,16 @@ from gateway.validate import check_context, check_token_ids, truncate
 
 _INLINE_CHARS = 2048
 """Longer texts are tokenized in a thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as a prompt."""
+
+    text: str
+    """What the model reads."""
+    tool_form: ToolForm
+    """How it calls tools, where it was told of some."""
 
 
 class PromptMaker:
@@ -31,6 +44,7 @@ class PromptMaker:
     def __init__(self, tokenizer: Tokenizer | None, trusts_templates: bool = False) -> None:
         self.tokenizer = tokenizer
         self._trusts_templates = trusts_templates
+        self._client_templates = ClientTemplates()
 
     @property
     def has_tools(self) -> bool:
@@ -50,46 +64,52 @@ class PromptMaker:
         """Token ids of a text."""
         return (await self._encode_all([text], add_special_tokens))[0]
 
-    async def render(self, chat: ChatInput) -> str:
+    async def render(self, chat: ChatInput) -> Rendered:
         """The prompt of a conversation. Raises ``RequestError`` without a chat template."""
         check_chat(chat)
-        template = self._template(chat)
-        _check_tools(chat, template)
         opens_turn = chat.add_generation_prompt
-        return await asyncio.to_thread(
-            template.render,
-            chat.messages,
-            add_generation_prompt=not chat.continue_final_message
+        options: dict[str, Any] = {
+            "add_generation_prompt": not chat.continue_final_message
             if opens_turn is None
             else opens_turn,
-            continue_final_message=bool(chat.continue_final_message),
-            variables=chat.template_kwargs,
-            tools=None if chat.tools is None else chat.tools.for_template(),
-        )
+            "continue_final_message": bool(chat.continue_final_message),
+            "variables": chat.template_kwargs,
+            "tools": None if chat.tools is None else chat.tools.for_template(),
+        }
+        own = self.require_tokenizer("messages").chat_template
+        if chat.template is not None:
+            variables = {} if own is None else own.variables
+            return await self._render_foreign(chat, chat.template, variables, options)
+        if own is None:
+            raise RequestError("the model has no chat template: use completions", "messages")
+        form = _check_tools(chat, own)
+        text = await asyncio.to_thread(own.render, chat.messages, **options)
+        return Rendered(text, form)
 
-    def with_tools(self, fields: GenerateFields) -> GenerateFields:
+    async def _render_foreign(
+        self,
+        chat: ChatInput,
+        source: str,
+        variables: Mapping[str, str],
+        options: Mapping[str, Any],
+    ) -> Rendered:
+        """The same with the client's template."""
+        if not self._trusts_templates:
+            needs = "the server was started without --trust-request-chat-template"
+            raise UnsupportedParameterError(f"chat_template is not supported: {needs}", PARAM)
+        found = await self._client_templates.render(source, variables, chat.messages, options)
+        form = _check_tools(chat, found)
+        if found.error is not None:
+            raise found.error
+        return Rendered(found.text or "", form)
+
+    def _with_tools(self, fields: GenerateFields, form: ToolForm) -> GenerateFields:
         """The same fields, with the grammar that calls of their tools follow."""
         if fields.chat is None or fields.chat.tools is None:
             return fields
-        form = _check_tools(fields.chat, self._template(fields.chat))
         special_ids = self.require_tokenizer("tools").special_ids
         grammar = tool_grammar(fields.chat.tools, form, special_ids, fields.grammar)
         return replace(fields, grammar=grammar, tool_form=form, skip_special_tokens=False)
-
-    def _template(self, chat: ChatInput) -> ChatTemplate:
-        own = self.require_tokenizer("messages").chat_template
-        if chat.template is not None:
-            name = "chat_template"
-            if not self._trusts_templates:
-                needs = "the server was started without --trust-request-chat-template"
-                raise UnsupportedParameterError(f"{name} is not supported: {needs}", name)
-            try:
-                return (own or ChatTemplate("")).replaced_by(chat.template)
-            except CheckpointError as err:
-                raise RequestError(f"{name}: {err}", name) from err
-        if own is None:
-            raise RequestError("the model has no chat template: use completions", "messages")
-        return own
 
     async def decode(self, ids: Sequence[int], facts: ModelFacts) -> str:
         """Text of token ids. Raises ``RequestError`` for one outside the vocabulary."""
@@ -118,15 +138,22 @@ class PromptMaker:
 
     async def make(
         self, fields: GenerateFields, facts: ModelFacts
+    ) -> tuple[GenerateFields, list[tuple[str | None, tuple[int, ...]]]]:
+        """The fields, with the form of their tools; (text or None, token ids) of each prompt."""
+        if fields.chat is None:
+            return fields, await self._make_all(fields, facts)
+        rendered = await self.render(fields.chat)
+        if fields.truncate_prompt_tokens is None:
+            self._check_length(rendered.text, facts, "messages")
+        encoded = await self.encode(rendered.text, bool(fields.add_special_tokens))
+        fields = self._with_tools(fields, rendered.tool_form)
+        return fields, [(None, truncate(encoded, fields, facts))]
+
+    async def _make_all(
+        self, fields: GenerateFields, facts: ModelFacts
     ) -> list[tuple[str | None, tuple[int, ...]]]:
-        """(text or None, token ids) of each prompt of a call."""
+        """Those of a completion."""
         cuts = fields.truncate_prompt_tokens is not None
-        if fields.chat is not None:
-            text = await self.render(fields.chat)
-            if not cuts:
-                self._check_length(text, facts, "messages")
-            encoded = await self.encode(text, bool(fields.add_special_tokens))
-            return [(None, truncate(encoded, fields, facts))]
         special = fields.add_special_tokens is not False
         if cuts:
             whole = await self._encode_mixed(fields.prompts, special)
@@ -174,7 +201,7 @@ class PromptMaker:
             check_context(at_least, 0, facts, param)
 
 
-def _check_tools(chat: ChatInput, template: ChatTemplate) -> ToolForm:
+def _check_tools(chat: ChatInput, template: ChatTemplate | TemplateAnswer) -> ToolForm:
     """How the template's model calls tools (any form where the conversation has none).
 
     Raises:
