@@ -7,6 +7,7 @@ that is described and has no method here answers that it is not built yet.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -35,9 +36,10 @@ Streaming = Callable[[Message], AsyncIterator[Message]]
 
 
 class AdminCalls:
-    """What the service does. The controller does the work; any gateway replica can ask it to."""
+    """What the service does. The controller does nearly all the work; any replica can ask it to."""
 
     def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
         self._cluster = gateway.cluster
         self._abort = gateway.abort_calls
 
@@ -123,6 +125,11 @@ class AdminCalls:
             "expected_epoch": _epoch(request),
         }
         return _operation(await _answer(self._controller().drain(order)))
+
+    async def DrainGateway(self, request: pb.DrainGatewayRequest) -> pb.DrainGatewayResponse:
+        """This replica leaves; the controller has no part in it."""
+        left = self._gateway.leave(time.monotonic())
+        return pb.DrainGatewayResponse(gateway=self._gateway.name, requests=left)
 
     async def Rebalance(self, request: pb.RebalanceRequest) -> pb.Operation:
         """Move experts to where the load is, or with ``dry_run`` say what would be done."""

@@ -42,6 +42,9 @@ from protos.engine_pb2 import EngineHello
 from workers.inspection import BankShape, ModelShape
 from workers.request import Request
 
+LEAVING_LEAD_S = 10.0
+"""Time from the moment at which a gateway that leaves says so to its last new gRPC connection:
+whoever leads clients here must hear of it first."""
 _STREAM_WAIT_S = 5.0
 """Time that a serving cluster without an open stream is given to open one."""
 _LOOK_S = 0.5
@@ -91,6 +94,7 @@ class Gateway:
             lambda: self.cluster.known_load,
             config.gateway.metrics_all_experts,
         )
+        self._leaves_since_s: float | None = None
         self._admission: Admission | None = None
         self._facts: ModelFacts | None = None
         self._draw_seed = _seed_source(config.engine.seed, name)
@@ -127,8 +131,25 @@ class Gateway:
         """The placement in force, as far as known here."""
         return int((self.cluster.snapshot or {}).get("placement_epoch") or 0)
 
+    @property
+    def is_leaving(self) -> bool:
+        """It serves whoever still comes, but nobody should."""
+        return self._leaves_since_s is not None
+
+    def leave(self, now_s: float) -> int:
+        """Be ready for no more clients, for good; the requests that still run here."""
+        if self._leaves_since_s is None:
+            self._leaves_since_s = now_s
+        return self._admission.num_requests if self._admission else 0
+
+    def has_left(self, now_s: float) -> bool:
+        """Whether who leads clients here has had time to hear of it."""
+        return self._leaves_since_s is not None and now_s >= self._leaves_since_s + LEAVING_LEAD_S
+
     def not_ready_reasons(self) -> list[str]:
         """Why new requests cannot be served now; empty when they can."""
+        if self.is_leaving:
+            return ["this gateway is about to stop"]
         snapshot = self.cluster.snapshot
         if snapshot is None:
             return ["the controller has not answered yet"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -105,12 +106,14 @@ class GrpcServer:
 
     async def _watch_readiness(self) -> None:
         was_ready = False
-        while True:
+        while not self._gateway.has_left(time.monotonic()):
             is_ready = not self._gateway.not_ready_reasons()
             if is_ready is not was_ready:
                 await self._set_health(is_ready)
                 was_ready = is_ready
             await asyncio.sleep(_READY_POLL_S)
+        # clients hear that the connection takes no more calls, and open another one elsewhere
+        await self._server.stop(self._gateway.limits.request_timeout_s)
 
     async def _set_health(self, is_ready: bool) -> None:
         statuses = health_pb2.HealthCheckResponse

@@ -28,6 +28,7 @@ from gateway.tls import uvicorn_options
 
 ROUTES = (
     ("POST", "/admin/v1/drain", "DrainWorker"),
+    ("POST", "/admin/v1/gateway/drain", "DrainGateway"),
     ("POST", "/admin/v1/scale", "Scale"),
     ("POST", "/admin/v1/rebalance", "Rebalance"),
     ("POST", "/admin/v1/requests/abort", "AbortRequests"),

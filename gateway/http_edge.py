@@ -167,6 +167,8 @@ class HttpEdge:
                     headers[HEADER] = request_id
                 headers["openai-processing-ms"] = str(int((time.monotonic() - started_s) * 1000))
                 headers["openai-version"] = "2020-10-01"
+                if self._gateway.is_leaving:
+                    headers["connection"] = "close"  # its next request comes to another gateway
                 headers["x-expertmesh-placement-epoch"] = str(self._gateway.placement_epoch)
                 if self._gateway.limits.debug_headers:
                     headers["x-expertmesh-replica"] = self._gateway.name

@@ -59,6 +59,11 @@ class AdminStub:
                 request_serializer=protos_dot_admin__pb2.DrainWorkerRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.Operation.FromString,
                 _registered_method=True)
+        self.DrainGateway = channel.unary_unary(
+                '/expertmesh.v1.Admin/DrainGateway',
+                request_serializer=protos_dot_admin__pb2.DrainGatewayRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.DrainGatewayResponse.FromString,
+                _registered_method=True)
         self.Scale = channel.unary_unary(
                 '/expertmesh.v1.Admin/Scale',
                 request_serializer=protos_dot_admin__pb2.ScaleRequest.SerializeToString,
@@ -123,6 +128,14 @@ class AdminServicer:
 
     def DrainWorker(self, request, context):
         """Empty a worker, or all of a node, and end it. Returns at once; follow it with GetOperation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainGateway(self, request, context):
+        """The gateway that is asked serves what it has, and is not ready for more; there is no way back.
+        Ask again for how much there is left.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -194,6 +207,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.DrainWorker,
                     request_deserializer=protos_dot_admin__pb2.DrainWorkerRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.Operation.SerializeToString,
+            ),
+            'DrainGateway': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainGateway,
+                    request_deserializer=protos_dot_admin__pb2.DrainGatewayRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.DrainGatewayResponse.SerializeToString,
             ),
             'Scale': grpc.unary_unary_rpc_method_handler(
                     servicer.Scale,
@@ -361,6 +379,33 @@ class Admin:
             '/expertmesh.v1.Admin/DrainWorker',
             protos_dot_admin__pb2.DrainWorkerRequest.SerializeToString,
             protos_dot_admin__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainGateway(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/DrainGateway',
+            protos_dot_admin__pb2.DrainGatewayRequest.SerializeToString,
+            protos_dot_admin__pb2.DrainGatewayResponse.FromString,
             options,
             channel_credentials,
             insecure,

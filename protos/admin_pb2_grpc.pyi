@@ -42,6 +42,10 @@ class AdminStub:
     ListWorkers: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListWorkersRequest, _admin_pb2.ListWorkersResponse]
     DrainWorker: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainWorkerRequest, _admin_pb2.Operation]
     """Empty a worker, or all of a node, and end it. Returns at once; follow it with GetOperation."""
+    DrainGateway: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainGatewayRequest, _admin_pb2.DrainGatewayResponse]
+    """The gateway that is asked serves what it has, and is not ready for more; there is no way back.
+    Ask again for how much there is left.
+    """
     Scale: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ScaleRequest, _admin_pb2.Operation]
     """Change the number of workers."""
     Rebalance: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RebalanceRequest, _admin_pb2.Operation]
@@ -64,6 +68,10 @@ class AdminAsyncStub(AdminStub):
     ListWorkers: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListWorkersRequest, _admin_pb2.ListWorkersResponse]  # type: ignore[assignment]
     DrainWorker: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainWorkerRequest, _admin_pb2.Operation]  # type: ignore[assignment]
     """Empty a worker, or all of a node, and end it. Returns at once; follow it with GetOperation."""
+    DrainGateway: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainGatewayRequest, _admin_pb2.DrainGatewayResponse]  # type: ignore[assignment]
+    """The gateway that is asked serves what it has, and is not ready for more; there is no way back.
+    Ask again for how much there is left.
+    """
     Scale: _aio.UnaryUnaryMultiCallable[_admin_pb2.ScaleRequest, _admin_pb2.Operation]  # type: ignore[assignment]
     """Change the number of workers."""
     Rebalance: _aio.UnaryUnaryMultiCallable[_admin_pb2.RebalanceRequest, _admin_pb2.Operation]  # type: ignore[assignment]
@@ -113,6 +121,16 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.Operation, _abc.Awaitable[_admin_pb2.Operation]]:
         """Empty a worker, or all of a node, and end it. Returns at once; follow it with GetOperation."""
+
+    @_abc_1.abstractmethod
+    def DrainGateway(
+        self,
+        request: _admin_pb2.DrainGatewayRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.DrainGatewayResponse, _abc.Awaitable[_admin_pb2.DrainGatewayResponse]]:
+        """The gateway that is asked serves what it has, and is not ready for more; there is no way back.
+        Ask again for how much there is left.
+        """
 
     @_abc_1.abstractmethod
     def Scale(

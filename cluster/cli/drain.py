@@ -1,4 +1,8 @@
-"""``drain`` and ``op``: orders that change a running cluster, and how they come along."""
+"""``drain`` and ``op``: orders that change a running cluster, and how they come along.
+
+A worker's drain is an operation of the controller. A gateway's is its own: it is asked how many
+requests it still has until there are none.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.cli.exit_codes import CommandError, ExitCode
-from cluster.cli.orders import Orders, add_address_option, orders_for
+from cluster.cli.orders import Orders, add_address_option, find_admin, orders_for
 from cluster.cli.terminal import note, out_json, out_line
 
 DEFAULT_LIMIT_S = 120.0
 POLL_S = 0.1
+_QUIET_S = 12.0
+"""Time without a request after which a gateway is done; longer than its ``LEAVING_LEAD_S``."""
 _GRACE_S = 10.0
 """Time past its own limit in which an operation must have ended."""
 
@@ -28,6 +34,9 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     whom = drain.add_mutually_exclusive_group(required=True)
     whom.add_argument("worker", nargs="?", metavar="WORKER", help="its name")
     whom.add_argument("--node", metavar="NAME", help="all workers of a node")
+    whom.add_argument(
+        "--gateway", action="store_true", help="the gateway of --admin-url, before it is stopped"
+    )
     drain.add_argument("--force", action="store_true", help="past the limit end it all the same")
     drain.add_argument("--no-wait", action="store_true", help="return at once, see op")
     add_address_option(drain)
@@ -42,6 +51,8 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
 def run_drain(args: argparse.Namespace) -> int:
     """Order a drain and wait for its end."""
     limit_s = args.timeout or DEFAULT_LIMIT_S
+    if args.gateway:
+        return drain_gateway(args, limit_s)
     whom = {"worker": args.worker} if args.worker else {"node": args.node}
     order = {"deadline_s": limit_s, "force": args.force, "request_id": uuid.uuid4().hex}
     with orders_for(args) as orders:
@@ -49,6 +60,28 @@ def run_drain(args: argparse.Namespace) -> int:
         if args.no_wait:
             return show_operation(args, operation)
         return wait_operation(args, orders, operation, limit_s + _GRACE_S)
+
+
+def drain_gateway(args: argparse.Namespace, limit_s: float) -> int:
+    """Let a gateway serve what it has. Raises ``CommandError``."""
+    admin = find_admin(args)
+    if admin is None:
+        raise CommandError(ExitCode.UNREACHABLE, "no admin port in reach: --admin-url")
+    give_up = time.monotonic() + limit_s
+    quiet_since = None  # a request may be between two of its steps
+    while True:
+        left = admin.post("/admin/v1/gateway/drain", {})
+        now = time.monotonic()
+        quiet_since = (quiet_since or now) if left["requests"] == 0 else None
+        is_done = quiet_since is not None and now >= quiet_since + _QUIET_S
+        if args.no_wait or is_done or now > give_up:
+            break
+        time.sleep(POLL_S)
+    if args.json:
+        out_json(left)
+    else:
+        out_line(f"{left['gateway']} serves {left['requests']} requests and takes no more clients")
+    return ExitCode.OK if args.no_wait or is_done else ExitCode.FAILED
 
 
 def run_op(args: argparse.Namespace) -> int:

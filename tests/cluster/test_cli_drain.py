@@ -134,8 +134,36 @@ def test_an_operation_that_takes_too_long(
     assert "has not ended within 0.05 s" in capsys.readouterr().err
 
 
-def test_one_of_worker_and_node_is_needed() -> None:
-    for words in (["drain"], ["drain", "expert-1", "--node", "host-b"]):
+def left(num_requests: int) -> tuple[int, dict[str, Any]]:
+    """What a gateway answers that leaves."""
+    return 200, {"schema": 1, "gateway": "gateway-1", "requests": num_requests}
+
+
+def test_a_gateway_is_asked_until_it_has_nothing_left(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.cli.drain.POLL_S", 0.01)
+    monkeypatch.setattr("cluster.cli.drain._QUIET_S", 0.0)
+    gateway.admin = [left(2), left(1), left(0)]
+    words = ["drain", "--gateway", "--admin-url", gateway.url]
+    assert main(words) == ExitCode.OK
+    assert gateway.admin == []
+    assert capsys.readouterr().out == "gateway-1 serves 0 requests and takes no more clients\n"
+    gateway.admin = [left(2)]
+    assert main([*words, "--no-wait"]) == ExitCode.OK
+    capsys.readouterr()
+    gateway.admin = [left(2)] * 999
+    assert main([*words, "--timeout", "0.05", "--json"]) == ExitCode.FAILED
+    assert json.loads(capsys.readouterr().out)["requests"] == 2
+
+
+def test_a_gateway_needs_its_admin_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert main(["--url", "http://127.0.0.1:1", "drain", "--gateway"]) == ExitCode.UNREACHABLE
+
+
+def test_one_of_worker_node_and_gateway_is_needed() -> None:
+    for words in (["drain"], ["drain", "expert-1", "--node", "b"], ["drain", "e", "--gateway"]):
         with pytest.raises(SystemExit) as caught:
             main(words)
         assert caught.value.code == ExitCode.USAGE

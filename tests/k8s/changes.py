@@ -229,7 +229,19 @@ CHANGES: list[Row] = [
         "grace",
         MULTI,
         "a gateway that goes at once",
-        lambda m: swap(box(m, "gateway")["lifecycle"]["preStop"]["exec"], "60", "5"),
+        lambda m: box(m, "gateway").pop("lifecycle"),
+    ),
+    (
+        "grace",
+        MULTI,
+        "a gateway that drains its node's workers",
+        lambda m: swap(box(m, "gateway")["lifecycle"]["preStop"]["exec"], "--gateway", "--node x"),
+    ),
+    (
+        "grace",
+        MULTI,
+        "another admin port",
+        lambda m: swap(box(m, "gateway")["lifecycle"]["preStop"]["exec"], "8001", "8002"),
     ),
     # tolerations
     (

@@ -6,21 +6,22 @@ A check yields what is wrong in a rendered overlay, nothing if all is well.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
 from typing import Any
 
 from cluster.cli import main
+from cluster.cli.drain import DEFAULT_LIMIT_S
 from cluster.cli.serve_options import OPTIONS
+from gateway.admin_api import HTTP_PORT as ADMIN_PORT
 from tests.k8s.checks_network import DASHBOARD_PORT, WORKERS
 from tests.k8s.kuberay import GROUPS, Group, Manifests, quantity
 
 ROLES = {"gateway": "gateway", "attention": "attention", "experts": "expert"}
 """Group -> what its nodes are labelled for."""
 ENGINE_FILE = "/etc/expertmesh/engine/engine.yaml"
-LEAD_S = 30.0
-"""Endpoints and proxies know by then that a pod goes."""
 _ACTS_AFTER_S = {"startupProbe": (300, 1800), "readinessProbe": (10, 60), "livenessProbe": (60, 60)}
 """Between the first miss and what follows from it; a frozen raylet is restarted after a minute."""
 _HEALTH_OF_RAY = (
@@ -53,17 +54,17 @@ def grace(m: Manifests) -> Iterator[str]:
         total = group.pod.get("terminationGracePeriodSeconds", 30)
         words = _hook(group)
         drain_s = 0.0
-        if group.name in WORKERS and words[:2] != ["expertmesh", "drain"]:
-            yield f"{group.name}: does not drain before it stops"
-        elif group.name in WORKERS:
-            drain_s = float(words[words.index("--timeout") + 1]) if "--timeout" in words else 120.0
-            if words[2:4] != ["--node", "$POD_IP"]:
+        if group.name != "headgroup":
+            if words[:2] != ["expertmesh", "drain"]:
+                yield f"{group.name}: does not drain before it stops"
+            given = dict(itertools.pairwise(words))
+            drain_s = float(given.get("--timeout", DEFAULT_LIMIT_S))
+            whom = ("--gateway",) if group.name == "gateway" else ("--node", "$POD_IP")
+            if words[2 : 2 + len(whom)] != [*whom]:
                 yield f"{group.name}: drains something else"
-        elif group.name == "gateway":
-            if words[:1] != ["sleep"] or float(words[1]) < LEAD_S:
-                yield "gateway: stops before others know that it goes"
-            else:
-                drain_s = float(words[1])
+            admin_url = f"http://127.0.0.1:{m.engine.get('admin-port', ADMIN_PORT)}"
+            if group.name == "gateway" and given.get("--admin-url") != admin_url:
+                yield f"{group.name}: no gateway listens at {given.get('--admin-url')}"
         if "terminationGracePeriodSeconds" not in group.pod:
             yield f"{group.name}: has as much time as any pod"
         if not drain_s + ray_s < total <= 600:

@@ -1,0 +1,80 @@
+"""A gateway that is about to stop: it finishes what it has, and clients go elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from google.protobuf import json_format
+
+from protos import admin_pb2
+from protos import inference_pb2 as pb
+from protos.admin_pb2_grpc import AdminStub
+from protos.inference_pb2_grpc import InferenceStub
+from tests.gateway.stack import WAIT_S, Stack, post, running_stack
+
+NUM_TOKENS = 8
+
+
+@pytest.fixture
+def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
+    """A gateway of its own: there is no way back."""
+    monkeypatch.setattr("gateway.core.LEAVING_LEAD_S", 0.0)
+    with running_stack() as stack:
+        yield stack
+
+
+def leave(stack: Stack) -> dict[str, Any]:
+    """The order, given to the admin port."""
+    answer = httpx.post(f"http://{stack.admin.http}/admin/v1/gateway/drain", timeout=WAIT_S)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def test_requests_end_well_and_nobody_else_is_wanted(stack: Stack) -> None:
+    assert leave_and_read(stack) == NUM_TOKENS
+    stack.wait_for(lambda: leave(stack)["requests"] == 0, "the ticket to be given back")
+    with grpc.insecure_channel(stack.admin.grpc) as channel:
+        left = AdminStub(channel).DrainGateway(admin_pb2.DrainGatewayRequest())
+    assert (left.gateway, left.requests) == ("gateway-test", 0)
+
+
+def leave_and_read(stack: Stack) -> int:
+    """Order it while a gRPC stream runs, and look at what clients meet; the stream's tokens."""
+    stack.engine.pause_after = 2
+    with grpc.insecure_channel(stack.grpc_target) as channel:
+        params = {"max_tokens": NUM_TOKENS, "ignore_eos": True}
+        message = {"text": "x", "sampling_params": params}
+        request = json_format.ParseDict(message, pb.GenerateRequest())
+        chunks: Any = InferenceStub(channel).GenerateStream(request, timeout=WAIT_S)
+        first = next(chunks)
+        assert leave(stack) == {"schema": 1, "gateway": "gateway-test", "requests": 1}
+        ready = stack.http.get("/ready")
+        assert (ready.status_code, ready.json()["reasons"]) == (
+            503,
+            ["this gateway is about to stop"],
+        )
+        stack.wait_for(lambda: not takes_grpc(stack), "the gRPC port to close")
+        stack.engine.pause_after = None
+        answer = post(stack, "/v1/completions", prompt="y", max_tokens=1)  # somebody comes late
+        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        return sum(len(c.token_ids) for c in (first, *chunks))
+
+
+def takes_grpc(stack: Stack) -> bool:
+    """Whether a new connection gets an answer."""
+    with grpc.insecure_channel(stack.grpc_target) as channel, contextlib.suppress(grpc.RpcError):
+        InferenceStub(channel).ListModels(pb.ListModelsRequest(), timeout=WAIT_S)
+        return True
+    return False
+
+
+def test_one_that_is_not_asked_keeps_its_connections(stack: Stack) -> None:
+    assert "connection" not in post(stack, "/v1/completions", prompt="y", max_tokens=1).headers
+    assert not stack.gateway.is_leaving
+    assert takes_grpc(stack)
