@@ -48,6 +48,10 @@ class Client:
         """The JSON document at ``path``. ``any_status`` takes the body of an error answer too."""
         return self._fetch(self._request(path), any_status)
 
+    def get_text(self, path: str) -> str:
+        """What is at ``path``, as it is."""
+        return self._read(self._request(path)).decode(errors="replace")
+
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """The JSON document that answers ``body``."""
         return self._fetch(self._request(path, json.dumps(body).encode()))
@@ -57,13 +61,16 @@ class Client:
         return {"timeout": self._timeout_s, "context": self._tls}
 
     def _fetch(self, request: urllib.request.Request, any_status: bool = False) -> Any:
+        return self._parse(self._read(request, any_status))
+
+    def _read(self, request: urllib.request.Request, any_status: bool = False) -> bytes:
         try:
             with urllib.request.urlopen(request, **self._options) as reply:
-                return self._parse(reply.read())
+                return bytes(reply.read())
         except urllib.error.HTTPError as err:
             body = err.read()
             if any_status and err.code not in (401, 403):
-                return self._parse(body)
+                return body
             raise _refusal(err.code, body) from err
         except (OSError, ValueError) as err:
             raise self._unreachable(err) from err

@@ -15,6 +15,12 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     """Register ``generate``."""
     parser = commands.add_parser("generate", parents=[common], help="complete a text")
     parser.add_argument("text", help="prompt, - reads it from stdin")
+    add_sampling(parser)
+    parser.set_defaults(run=run)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add what says how text is drawn."""
     parser.add_argument("--model", help="served model (the only one)")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="limit (64)")
     parser.add_argument(
@@ -23,21 +29,22 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, metavar="P", help="nucleus")
     parser.add_argument("--seed", type=int, metavar="N", help="same seed, same text")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text")
-    parser.set_defaults(run=run)
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of a streamed request."""
+    body: dict[str, Any] = {"max_tokens": args.max_tokens, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    for field in ("model", "temperature", "top_p", "seed", "stop"):
+        if getattr(args, field) is not None:
+            body[field] = getattr(args, field)
+    return body
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the text as it comes; with ``--json`` one document at the end."""
     prompt = sys.stdin.read() if args.text == "-" else args.text
-    body = {
-        "prompt": prompt,
-        "max_tokens": args.max_tokens,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    for field in ("model", "temperature", "top_p", "seed", "stop"):
-        if getattr(args, field) is not None:
-            body[field] = getattr(args, field)
+    body = {"prompt": prompt, **sampling_of(args)}
     answer: dict[str, Any] = {"schema": 1, "text": "", "finish_reason": None, "usage": None}
     for event in Client(args).stream("/v1/completions", body):
         _take(event, answer, show=not args.json)

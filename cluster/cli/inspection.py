@@ -20,7 +20,9 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     """Register ``inspect``."""
     parser = commands.add_parser("inspect", parents=[common], help="look inside for given tokens")
     parser.add_argument("text", nargs="?", help="text, - reads it from stdin")
-    parser.add_argument("--ids", type=_ids, metavar="5,6,7", help="token ids in place of a text")
+    parser.add_argument(
+        "--ids", type=parse_ids, metavar="5,6,7", help="token ids in place of a text"
+    )
     parser.add_argument("--model", help="served model (the only one)")
     parser.add_argument(
         "--output",
@@ -32,7 +34,8 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def _ids(text: str) -> list[int]:
+def parse_ids(text: str) -> list[int]:
+    """``5,6,7``. Raises ``ArgumentTypeError``."""
     try:
         return [int(word) for word in text.split(",")]
     except ValueError as err:

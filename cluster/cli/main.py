@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from cluster.cli import (
+    chat,
     cluster_info,
     doctor,
     down,
@@ -18,11 +19,15 @@ from cluster.cli import (
     health,
     inspection,
     load,
+    logs,
     node,
     plan,
     rebalance,
     scale,
     serve,
+    settings,
+    tokenize,
+    top,
     version,
 )
 from cluster.cli.exit_codes import CommandError, ExitCode
@@ -45,14 +50,19 @@ def make_parser() -> argparse.ArgumentParser:
         down,
         node,
         cluster_info,
+        top,
+        logs,
         load,
         drain,
         rebalance,
         scale,
         health,
         generate,
+        chat,
+        tokenize,
         inspection,
         plan,
+        settings,
         doctor,
         version,
     ):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -262,15 +263,20 @@ COMMON_FLAGS = ("--api-key", "--admin-key")
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL, every option and ``--dry-run``; absent ones stay None."""
+    add_settings(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, show the plan, start nothing"
+    )
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add MODEL and every option; absent ones stay None."""
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="folder or hub id (the bundled checkpoint)"
     )
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with values of these options (none)"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, show the plan, start nothing"
     )
     for option in OPTIONS:
         if option.has_negation:
@@ -288,21 +294,41 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
             )
 
 
-def collect(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Option values by target: the flag's, else the environment's, else the file's.
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The value of an option, and who gave it."""
+
+    value: Any
+    """Parsed."""
+    origin: str
+    """The flag, the variable or the file."""
+
+
+def find_settings(
+    args: argparse.Namespace, environment: Mapping[str, str]
+) -> dict[ServeOption, Setting]:
+    """What is given: by the flag, else by the environment, else by the file.
 
     Where there is none of them it is left out. Raises ``CommandError`` (usage).
     """
     file = _read_file(args)
-    values: dict[str, Any] = {}
+    found: dict[ServeOption, Setting] = {}
     for option in OPTIONS:
-        value = getattr(args, option.dest)
-        if value is None and environment.get(option.variable):
+        if (value := getattr(args, option.dest)) is not None:
+            found[option] = Setting(value, option.flag)
+        elif environment.get(option.variable):
             value = _parse(option, environment[option.variable], option.variable)
-        if value is None and option.dest in file:
+            found[option] = Setting(value, option.variable)
+        elif option.dest in file:
             value = _parse(option, file[option.dest], f"{option.dest} in {args.config}")
-        if value is not None:
-            values[option.target] = value
+            found[option] = Setting(value, args.config)
+    return found
+
+
+def collect(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Values of ``find_settings`` by target, and keys. Raises ``CommandError`` (usage)."""
+    found = find_settings(args, environment)
+    values = {option.target: setting.value for option, setting in found.items()}
     return {**values, **collect_keys(values, environment)}
 
 

@@ -95,6 +95,10 @@ class FakeGateway:
     delay_s: float = 0.0
     bodies: list[dict[str, Any]] = field(default_factory=list)
     admin: list[tuple[int, Any]] = field(default_factory=list)
+    documents: dict[str, Any] = field(default_factory=dict)
+    """Answers to POST, by path; other paths are answered by ``events``."""
+    metrics: list[str] = field(default_factory=list)
+    """Expositions, the next at each scrape, the last again and again."""
     keys: list[str | None] = field(default_factory=list)
 
     def open_admin(self) -> None:
@@ -128,6 +132,10 @@ def fake_gateway() -> Iterator[FakeGateway]:
         def do_GET(self) -> None:
             time.sleep(gateway.delay_s)
             gateway.keys.append(self.headers.get("Authorization"))
+            if self.path == "/metrics":
+                text = gateway.metrics.pop(0) if len(gateway.metrics) > 1 else gateway.metrics[0]
+                self._send(200, "text/plain", text.encode())
+                return
             status, document = gateway.answer(self.path)
             self._send(status, "application/json", json.dumps(document).encode())
 
@@ -137,6 +145,10 @@ def fake_gateway() -> Iterator[FakeGateway]:
             if self.path.startswith("/admin/"):
                 status, document = gateway.answer(self.path)
                 self._send(status, "application/json", json.dumps(document).encode())
+                return
+            if self.path in gateway.documents:
+                body = json.dumps(gateway.documents[self.path]).encode()
+                self._send(200, "application/json", body)
                 return
             events = [f"data: {json.dumps(e)}\n\n" for e in gateway.events]
             body = "".join([": ping\n\n", *events, "data: [DONE]\n\n"]).encode()

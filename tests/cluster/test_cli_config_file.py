@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.cli.exit_codes import CommandError, ExitCode
-from cluster.cli.main import make_parser
+from cluster.cli.main import main, make_parser
 from cluster.cli.serve_config import asked_for
 from cluster.cli.serve_options import collect, wanted_model
 from cluster.launch_plan import tell_differences
@@ -97,3 +99,48 @@ def test_what_differs_between_two_starts_is_told_by_flag() -> None:
         "MODEL: m, not default",
     ]
     assert len(tell_differences(one, asked("m", "--num-expert-workers", "2"))) == 1
+
+
+def origins(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, tuple[Any, str]]:
+    """What ``config`` says of each option."""
+    assert main(["config", "--json", *words]) == ExitCode.OK
+    options = json.loads(capsys.readouterr().out)["options"]
+    return {o["option"]: (o["value"], o["origin"]) for o in options}
+
+
+def test_every_value_has_its_origin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "engine.yaml"
+    path.write_text(TEXT)
+    monkeypatch.setenv("EXPERTMESH_CPUS_PER_WORKER", "0.25")
+    monkeypatch.setenv("EXPERTMESH_API_KEYS", "secret")
+    found = origins(capsys, "--config", str(path), "--num-expert-workers", "6")
+    assert found["num-expert-workers"] == (6, "--num-expert-workers")
+    assert found["cpus-per-worker"] == (0.25, "EXPERTMESH_CPUS_PER_WORKER")
+    assert found["num-redundant-experts"] == (8, str(path))
+    assert found["model"] == ("/models/m", str(path))
+    assert found["max-queue"] == (1024, "default")
+    assert origins(capsys)["model"] == (None, "default: the bundled checkpoint")
+    assert main(["config", "--show-origin"]) == ExitCode.OK
+    shown = capsys.readouterr().out
+    assert re.search(r"^cpus-per-worker +0\.25 +EXPERTMESH_CPUS_PER_WORKER$", shown, re.M)
+    assert "secret" not in shown
+
+
+def test_the_values_are_a_file_of_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "engine.yaml"
+    path.write_text(TEXT)
+    assert main(["config", "--config", str(path), "--api-key", "secret"]) == ExitCode.OK
+    text = capsys.readouterr().out
+    assert "secret" not in text
+    (tmp_path / "again.yaml").write_text(text)
+    assert main(["config", "--config", str(tmp_path / "again.yaml")]) == ExitCode.OK
+    assert capsys.readouterr().out == text
+
+
+def test_values_that_serve_would_refuse_are_refused() -> None:
+    assert main(["config", "--num-expert-workers", "0"]) == ExitCode.USAGE
+    assert main(["config", "--host", "0.0.0.0"]) == ExitCode.REFUSED
