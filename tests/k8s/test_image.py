@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -100,10 +101,20 @@ def test_hadolint_finds_nothing() -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_the_steps_run_in_a_clean_folder(tmp_path: Path) -> None:
-    """Everything but the base image: an empty environment takes its place, so Ray comes too."""
+@pytest.mark.parametrize(
+    "has_packages",
+    [
+        pytest.param(True, id="packages that are there"),
+        pytest.param(False, id="from nothing", marks=pytest.mark.slow),
+    ],
+)
+def test_the_steps_run_in_a_clean_folder(has_packages: bool, tmp_path: Path) -> None:
+    """Everything but the base image, whose place an environment takes.
+
+    It sees the packages of this one as an image sees those of its base, or has none, so that Ray
+    and torch come too.
+    """
     sent = tmp_path / "context"
     for path in dockerfile.context(ROOT):
         target = sent / path.relative_to(ROOT)
@@ -112,6 +123,9 @@ def test_the_steps_run_in_a_clean_folder(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "base"], check=True, timeout=300)
     settings = {k: v for k, v in os.environ.items() if k.startswith("PIP_")}
     base = {"PATH": f"{tmp_path}/base/bin:/usr/local/bin:/usr/bin:/bin", **settings}
+    if has_packages:
+        folder = next((tmp_path / "base" / "lib").glob("python*/site-packages"))
+        (folder / "of_the_base.pth").write_text(sysconfig.get_path("purelib"))
     build = dockerfile.Build(tmp_path / "image", sent, base, {"TORCH_INDEX": ""})
     image = build.run(STEPS)
     assert not list((image / "home/ray/expertmesh").glob("dist"))
