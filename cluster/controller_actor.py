@@ -31,7 +31,7 @@ from cluster.load_view import load_before_start, load_document, num_at_risk, pla
 from cluster.placement import ExpertPlacement
 from cluster.rebalance_job import RebalanceOrder
 from cluster.reports import snapshot_before_start
-from cluster.resources import resolved_share
+from cluster.resources import ids_by_address, resolved_share
 from cluster.start_plan import StartPlan, plan_start
 from cluster.states import ClusterState
 from cluster.takeover import Takeover
@@ -416,7 +416,7 @@ class ControllerActor:
             for name in sorted(set(leaving) - asked):
                 self._controller.draining.wish(name, time.monotonic())
             asked |= set(leaving)
-            self._controller.draining.nodes_alive(frozenset(n.address for n in nodes))
+            self._controller.draining.nodes_alive(ids_by_address(nodes))
 
     def _died(self, name: str, reason: str) -> None:
         if self._controller is not None and name in self._controller.workers:

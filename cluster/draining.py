@@ -20,6 +20,7 @@ from cluster.control_frames import ControlFrame, EpochReady, EpochSwitched, Expe
 from cluster.drain_order import Drain, DrainOrder, DrainStep
 from cluster.epoch_change import ChangeLimits, ChangeState
 from cluster.errors import ConflictError, UnknownNameError
+from cluster.kept_empty import KeptEmpty, NodeIds
 from cluster.migrations import Migrations
 from cluster.operations import Operation, Operations, OperationState
 from cluster.placement import ExpertPlacement
@@ -99,14 +100,14 @@ class Draining:
         self._operations = operations
         self._drain: Drain | None = None
         self._wishes: dict[str, float] = {}
-        self._kept_empty: dict[str, str] = {}
+        self._kept_empty = KeptEmpty()
 
     # ---- a restarted controller -----------------------------------------------------------
 
     def memory(self) -> dict[str, Any]:
         """What the next controller must be told, plain data; ``restore`` takes it."""
         drain = None if self._drain is None else self._drain.to_dict()
-        return {"drain": drain, "kept_empty": dict(self._kept_empty)}
+        return {"drain": drain, "kept_empty": self._kept_empty.memory()}
 
     def restore(self, memory: Mapping[str, Any], now: float) -> None:
         """Go on with what an earlier controller began; the table has all workers already.
@@ -114,7 +115,7 @@ class Draining:
         Experts that were being copied are looked for again; requests are held back at once where
         they were before.
         """
-        self._kept_empty = dict(memory.get("kept_empty", {}))
+        self._kept_empty.restore(memory.get("kept_empty", {}))
         known = memory.get("drain")
         if not known:
             return
@@ -202,11 +203,9 @@ class Draining:
         if drain is not None and drain.step is DrainStep.END and set(drain.names) <= set(names):
             self._finish(drain, now)
 
-    def nodes_alive(self, nodes: frozenset[str]) -> None:
-        """These nodes (as members name them) are there: fill places of nodes that are not."""
-        gone = [name for name, node in self._kept_empty.items() if node not in nodes]
-        for name in gone:
-            del self._kept_empty[name]
+    def nodes_alive(self, nodes: NodeIds) -> None:
+        """These nodes are there: fill the places of nodes that are not."""
+        gone = self._kept_empty.take_gone(nodes)
         self._host.refill(gone)
         if gone:
             self._host.remember()
@@ -393,7 +392,7 @@ class Draining:
     def _finish(self, drain: Drain, now: float) -> None:
         drain.operation.result["workers"] = list(drain.names)
         if drain.order.node:  # it is to be taken down: see nodes_alive
-            self._kept_empty |= dict.fromkeys(drain.names, drain.order.node)
+            self._kept_empty.add(drain.names, drain.order.node)
         else:
             self._host.refill(drain.names)
         self._end(drain, OperationState.SUCCEEDED, f"{drain.operation.target} is drained", now)

@@ -34,6 +34,12 @@ class NodeResources:
     """What its labels say."""
 
 
+def ids_by_address(nodes: Sequence[NodeResources]) -> dict[str, frozenset[str]]:
+    """Ids of the nodes at each address; a host that came back may be two nodes for a while."""
+    addresses = {n.address for n in nodes}
+    return {a: frozenset(n.node_id for n in nodes if n.address == a) for a in addresses}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerShare:
     """What Ray sets aside for each worker."""

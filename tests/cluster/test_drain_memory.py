@@ -113,16 +113,18 @@ def test_the_place_of_a_node_that_is_to_go_stays_empty() -> None:
     controller = running(world)
     record = controller.workers["expert-2"]
     record.member = replace(record.member, node="host-b")
+    controller.draining.nodes_alive({"host-b": frozenset("b")})
     order = DrainOrder(node="host-b", limit_s=60.0)
     controller.draining.begin(order, world.now)
     world.tick(0.1)
     take_all(world)
     world.reap()
     restart(world)
-    running(world).draining.nodes_alive(frozenset({"host-b"}))
+    running(world).draining.nodes_alive({"host-b": frozenset("b")})
     world.tick(1.0)
     assert "expert-2.2" not in world.workers
-    running(world).draining.nodes_alive(frozenset())
+    restart(world)
+    running(world).draining.nodes_alive({"host-b": frozenset("c")})  # it was back at once
     world.tick(0.1)
     assert state_of(world, "expert-2.2") == "STARTING"
 

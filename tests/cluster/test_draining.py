@@ -303,10 +303,10 @@ def test_a_whole_node_leaves_at_once() -> None:
     cluster.controller.draining.ended(["attention-1", "expert-3"], cluster.now)
     assert operation.state is OperationState.SUCCEEDED
     draining = cluster.controller.draining
-    draining.nodes_alive(frozenset({"host-a", "host-b"}))
+    draining.nodes_alive({"host-a": frozenset("a"), "host-b": frozenset("b")})
     cluster.tick(1.0)
     assert "attention-1.2" not in cluster.controller.workers
-    draining.nodes_alive(frozenset({"host-a"}))
+    draining.nodes_alive({"host-a": frozenset("a")})
     cluster.tick(1.0)
     assert state_of(cluster, "attention-1.2") == "STARTING"
 
