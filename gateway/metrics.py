@@ -44,7 +44,15 @@ _COUNT_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 _LABEL = r'[a-z]+="[^"\\\n]*"'
 _LEGAL_NAME = re.compile(rf"([a-zA-Z_][a-zA-Z0-9_]*)(?:\{{({_LABEL}(?:,{_LABEL})*)\}})?")
 """Of a worker's number: a name, perhaps with labels."""
-_WORKER_HISTOGRAMS = ("iteration_tokens_total", "kv_migration_seconds")
+_WORKER_HISTOGRAMS = (
+    "iteration_tokens_total",
+    "kv_migration_seconds",
+    "attention_compute_seconds",
+    "bubble_seconds",
+    "combine_seconds",
+    "dispatch_seconds",
+    "expert_compute_seconds",
+)
 """Numbers of workers that are buckets, count and sum of a histogram."""
 _WORKER_LABELS = ("model_name", "engine", "worker", "node")
 

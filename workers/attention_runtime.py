@@ -83,9 +83,8 @@ class AttentionRuntime(WorkerRuntime):
             self.config.engine.deterministic,
         )
         self._dispatcher = self._open_dispatcher()
-        if self.trace is not None:
-            traced = TracedDispatcher(self._dispatcher, self.trace, self.family.banks)
-            self._dispatcher = self._traced = traced
+        traced = TracedDispatcher(self._dispatcher, self.span_sinks, self.family.banks)
+        self._dispatcher = self._traced = traced
         config = self.family.config
         self._grammars = GrammarCompiler(
             self.checkpoint.path, config.vocab_size, config.eos_token_ids

@@ -62,6 +62,7 @@ from workers.huge_pages import collapse_weights
 from workers.lanes import Lanes
 from workers.lease import Lease
 from workers.membership import Membership, MembershipHooks
+from workers.step_metrics import StepMetrics
 from workers.step_trace import StepTrace
 from workers.worker_args import WorkerArgs
 
@@ -75,6 +76,12 @@ PROGRESS_EVERY_S = 0.2
 """Shortest time between two reports of loading progress."""
 LEASE_LIMITS = 1.8
 """Lease in detection limits: below two, so that a silent worker stops before it is forgotten."""
+_WAITS = {
+    "attention": ("combine",),
+    "expert": ("receive",),
+    "colocated": ("receive",),
+}
+"""Spans in which a worker waits for others."""
 STOP_TIMEOUT_S = 5.0
 """Time that the data thread has to end."""
 
@@ -83,13 +90,16 @@ class WorkerRuntime(ABC):
     """One worker without Ray around it. Subclasses add what they load and what a step is."""
 
     _traced: Traced | None = None
-    """What writes the timeline of a step, where one is asked for."""
+    """What measures a step."""
+    _measured: TracedTransport | None = None
+    """What counts the bytes between a worker's experts and everybody's rows."""
     _experts: ExpertPart | None = None
     """The expert slots of a worker that has some, once they are filled."""
 
     def __init__(self, args: WorkerArgs, on_death: OnDeath) -> None:
         self.args = args
         self.config = args.config
+        self.step_metrics = StepMetrics(*self._waits())
         node = args.member.node or args.host
         self.member = replace(args.member, pid=os.getpid(), node=node)
         self.membership = Membership(
@@ -232,7 +242,8 @@ class WorkerRuntime(ABC):
         self.transport = self._open_transport()
         self._cleanup.callback(self.transport.close)
         self.membership.join(hub, self.channel, self.transport)
-        self.trace = self._open_trace()
+        trace = self._open_trace()
+        self.span_sinks = (self.step_metrics, *(() if trace is None else (trace,)))
         self.member = replace(self.member, data_address=hub.address)
         if self.member.holds_experts:
             self._weights = WeightServer(me, self.config.cluster_token, host=self.args.host)
@@ -285,8 +296,8 @@ class WorkerRuntime(ABC):
 
     def _load_experts(self, transport: DataTransport) -> ExpertPart:
         """Load the experts that the placement gives this worker's device."""
-        if self.trace is not None:
-            transport = self._traced = TracedTransport(transport, self.trace, self.family.banks)
+        traced = self._measured = TracedTransport(transport, self.span_sinks, self.family.banks)
+        transport = self._traced = traced
         part = ExpertPart(
             self.args,
             self._expert_slots(),
@@ -301,6 +312,13 @@ class WorkerRuntime(ABC):
         self._cleanup.callback(part.close)
         self._experts = part
         return part
+
+    def _waits(self) -> tuple[str, ...]:
+        return () if self.config.workers.mode == "local" else _WAITS[self.args.member.role]
+
+    def _all_stats(self) -> dict[str, float]:
+        measured = self._measured.stats() if self._measured is not None else {}
+        return {**self._stats(), **self.step_metrics.stats(), **measured}
 
     def _open_trace(self) -> StepTrace | None:
         section = self.config.observability
@@ -382,7 +400,10 @@ class WorkerRuntime(ABC):
             generation=self.membership.generation.number,
             waiting=self.activity.is_waiting,
             fenced=self.membership.is_fenced,
-            stats={**self._stats(), "placement_epoch": float(self.membership.epochs.current.epoch)},
+            stats={
+                **self._all_stats(),
+                "placement_epoch": float(self.membership.epochs.current.epoch),
+            },
             expert_load=self._new_load() if due else {},
         )
 
@@ -401,7 +422,7 @@ class WorkerRuntime(ABC):
     def _status(self) -> StatusReply:
         report = self._load_report()
         load = {} if report is None else report.to_dict()
-        return StatusReply(token=0, stats=self._stats(), expert_load=load)
+        return StatusReply(token=0, stats=self._all_stats(), expert_load=load)
 
     def _new_load(self) -> dict[str, Any]:
         """The report, where it says anything that the last heartbeat with one did not."""
