@@ -42,6 +42,21 @@ _SPARE_CALLS = 64
 refuse, with a retry time."""
 
 
+CONNECTION_AGE_S = 600.0
+"""After so long a connection takes no new calls: clients come again, and spread over the replicas
+that there are by then."""
+_AGE_GRACE_S = 60.0
+"""Beyond the longest call, for those that run on a connection of that age."""
+
+
+def age_options(longest_call_s: float) -> list[tuple[str, int]]:
+    """Options of a server whose connections are renewed and whose calls end by themselves."""
+    return [
+        ("grpc.max_connection_age_ms", round(1000 * CONNECTION_AGE_S)),
+        ("grpc.max_connection_age_grace_ms", round(1000 * (longest_call_s + _AGE_GRACE_S))),
+    ]
+
+
 def server_options(so_reuseport: bool = True) -> list[tuple[str, int]]:
     """Limits and keepalive of the server (see the interface's server options)."""
     return [
@@ -74,7 +89,7 @@ class GrpcServer:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server = grpc.aio.server(
             interceptors=[KeyInterceptor(gateway.keys), MessageInterceptor()],
-            options=server_options(),
+            options=[*server_options(), *age_options(gateway.limits.request_timeout_s)],
             maximum_concurrent_rpcs=gateway.limits.max_queue + _SPARE_CALLS,
         )
         self._watcher: asyncio.Task[None] | None = None

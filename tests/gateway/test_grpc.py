@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -374,6 +375,28 @@ def test_keys_guard_all_but_health() -> None:
         asks = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
         refused = failure(lambda: list(reflected.ServerReflectionInfo(asks, timeout=WAIT_S)))
         assert refused[0] is CODES.UNAUTHENTICATED
+
+
+def test_an_old_connection_is_renewed_and_breaks_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client is told to come again (GOAWAY); what runs on the old connection runs on."""
+    monkeypatch.setattr("gateway.grpc_server.CONNECTION_AGE_S", 0.1)
+    states: list[grpc.ChannelConnectivity] = []
+    is_renewed = threading.Event()
+
+    def follow(state: grpc.ChannelConnectivity) -> None:
+        states.append(state)
+        if states.count(grpc.ChannelConnectivity.READY) >= 2:
+            is_renewed.set()
+
+    with running_stack() as stack, grpc.insecure_channel(stack.grpc_target) as channel:
+        channel.subscribe(follow, try_to_connect=True)
+        stack.engine.step_s = 0.02
+        stub = InferenceStub(channel)
+        call = request_of(text="x", sampling_params={"max_tokens": 50})
+        while not is_renewed.is_set():
+            chunks = list(stub.GenerateStream(call, timeout=WAIT_S))
+            assert chunks[-1].HasField("finish_info")
+        channel.unsubscribe(follow)
 
 
 def test_limits_and_keepalive(stack: Stack) -> None:
