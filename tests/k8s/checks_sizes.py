@@ -230,7 +230,8 @@ def _best(model: str, num_nodes: int) -> Layout:
 
 def guide(m: Manifests) -> Iterator[str]:
     """Workers of a public model are those of the sizing guide, for GPUs of 80 GB."""
-    workers = ask(m).config.workers
+    asked = ask(m)
+    workers = asked.config.workers
     model = Path(str(m.engine.get("model", ""))).name
     if not model:
         return
@@ -247,6 +248,9 @@ def guide(m: Manifests) -> Iterator[str]:
         workers.num_expert_workers,
         workers.num_redundant_experts,
     )
+    weights = (asked.attention_bytes, asked.expert_bytes)
+    if weights != (best.attention_bytes, best.expert_bytes):
+        yield f"engine.yaml: {weights} bytes of weights on a GPU; the guide: {best}"
     if found != wanted:
         yield f"engine.yaml: {found} attention, expert workers, spare slots; the guide: {wanted}"
 
