@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +13,7 @@ _LIMITS = (
     *("max_body_bytes", "max_json_depth", "max_batch_prompts", "max_choices", "max_stop_strings"),
     *("max_stop_chars", "request_timeout_s"),
 )
+_METRICS_PREFIX = re.compile("[a-zA-Z_:][a-zA-Z0-9_:]*")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 RoutingPolicyName = Literal["kv", "least-loaded", "round-robin"]
 
@@ -96,6 +98,8 @@ class GatewaySection:
     """Longest life of a request."""
     metrics_all_experts: bool = False
     """A metric for every expert of every layer, not for the busiest ones and the rest."""
+    metrics_prefix: str = "expertmesh:"
+    """In front of every metric's name."""
 
     def __post_init__(self) -> None:
         taken: dict[int, str] = {}
@@ -135,6 +139,9 @@ class GatewaySection:
         needs = "needs tls_cert and tls_key"
         has_ca = self.tls_client_ca is not None
         check(not has_ca or self.has_tls, "tls_client_ca", self.tls_client_ca, needs)
+        is_name = _METRICS_PREFIX.fullmatch(self.metrics_prefix) is not None
+        rule = "must be letters, digits, _ and :, and not begin with a digit"
+        check(is_name, "metrics_prefix", self.metrics_prefix, rule)
         check_choice("routing_policy", self.routing_policy, RoutingPolicyName)
         check(
             self.host in _LOOPBACK or self.asks_for_keys or self.allow_unauthenticated,

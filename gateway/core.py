@@ -93,6 +93,7 @@ class Gateway:
             },
             lambda: self.cluster.known_load,
             config.gateway.metrics_all_experts,
+            config.gateway.metrics_prefix,
         )
         self._leaves_since_s: float | None = None
         self._admission: Admission | None = None

@@ -31,7 +31,7 @@ from workers.request import Timings
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Of the exposition."""
 PREFIX = "expertmesh:"
-"""In front of every name."""
+"""In front of every name, unless the operator wants another."""
 
 _TOKEN_BUCKETS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
 _TTFT_BUCKETS = (
@@ -66,6 +66,7 @@ class GatewayMetrics:
         cache_config: labels of ``cache_config_info``.
         load: gives the experts' load when a scrape comes, None while it is not known.
         all_experts: a series for each expert, not only for the busiest.
+        prefix: in front of every name.
     """
 
     def __init__(
@@ -75,9 +76,11 @@ class GatewayMetrics:
         cache_config: Mapping[str, str] | None = None,
         load: Callable[[], Mapping[str, Any] | None] = lambda: None,
         all_experts: bool = False,
+        prefix: str = PREFIX,
     ) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._model_name = model_name
+        self._prefix = prefix
         self._registry = CollectorRegistry()
         self._cluster = CollectorRegistry()
         self._own: set[str] = set()
@@ -134,11 +137,13 @@ class GatewayMetrics:
         self.stream_lag = time(
             "gateway_stream_lag_seconds", "From a token's arrival here to its sending", _ITL_BUCKETS
         )
-        collector = _ClusterCollector(model_name, snapshot, frozenset(self._own), cache_config)
+        collector = _ClusterCollector(
+            model_name, prefix, snapshot, frozenset(self._own), cache_config
+        )
         self._cluster.register(collector)
-        self._cluster.register(LoadCollector(model_name, PREFIX, load, all_experts))
-        self._cluster.register(RebalanceCollector(model_name, PREFIX, snapshot))
-        self._cluster.register(RecoveryCollector(model_name, PREFIX, snapshot))
+        self._cluster.register(LoadCollector(model_name, prefix, load, all_experts))
+        self._cluster.register(RebalanceCollector(model_name, prefix, snapshot))
+        self._cluster.register(RecoveryCollector(model_name, prefix, snapshot))
 
     def observe_timings(self, timings: Timings) -> None:
         """Count a choice's times in its engine."""
@@ -162,13 +167,14 @@ class GatewayMetrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> _Labelled:
         self._own.add(f"{name}_total")
-        metric = Counter(PREFIX + name, text, ("model_name", *labels), registry=self._registry)
-        return _Labelled(metric, self._model_name, has_labels=bool(labels))
+        labels = ("model_name", *labels)
+        metric = Counter(self._prefix + name, text, labels, registry=self._registry)
+        return _Labelled(metric, self._model_name, has_labels=len(labels) > 1)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         self._own.add(name)
         metric = Histogram(
-            PREFIX + name, text, ("model_name",), registry=self._registry, buckets=buckets
+            self._prefix + name, text, ("model_name",), registry=self._registry, buckets=buckets
         )
         return metric.labels(self._model_name)
 
@@ -193,11 +199,13 @@ class _ClusterCollector(Collector):
     def __init__(
         self,
         model_name: str,
+        prefix: str,
         snapshot: Callable[[], Snapshot | None],
         taken: frozenset[str],
         cache_config: Mapping[str, str] | None,
     ) -> None:
         self._model_name = model_name
+        self._prefix = prefix
         self._snapshot = snapshot
         self._taken = taken
         self._cache_config = dict(cache_config or {})
@@ -217,8 +225,8 @@ class _ClusterCollector(Collector):
                 if match is None or match[1] in self._taken:
                     continue
                 labels = self._labels(worker) | _labels_of(match[2] or "")
-                family = families.setdefault(_family_name(match[1]), _family(match[1]))
-                family.add_sample(_sample_name(match[1]), labels, value)
+                family = families.setdefault(_family_name(match[1]), self._family(match[1]))
+                family.add_sample(self._prefix + match[1], labels, value)
             if runs_attention(worker["role"]) and self._cache_config:
                 self._add_cache_config(families, worker)
         yield from families.values()
@@ -242,13 +250,20 @@ class _ClusterCollector(Collector):
 
     def _add_cache_config(self, families: dict[str, Metric], worker: Mapping[str, Any]) -> None:
         name = "cache_config_info"
-        family = families.get(name) or families.setdefault(name, _family(name))
+        family = families.get(name) or families.setdefault(name, self._family(name))
         labels = {
             **self._labels(worker),
             **self._cache_config,
             "num_blocks": str(worker.get("kv_blocks_total") or 0),
         }
-        family.add_sample(_sample_name(name), labels, 1.0)
+        family.add_sample(self._prefix + name, labels, 1.0)
+
+    def _family(self, name: str) -> Metric:
+        if _family_name(name) in _WORKER_HISTOGRAMS:
+            return HistogramMetricFamily(self._prefix + _family_name(name), name, labels=())
+        if name.endswith("_total"):
+            return CounterMetricFamily(self._prefix + name.removesuffix("_total"), name, labels=())
+        return GaugeMetricFamily(self._prefix + name, name, labels=())
 
 
 def _labels_of(text: str) -> dict[str, str]:
@@ -260,15 +275,3 @@ def _labels_of(text: str) -> dict[str, str]:
 def _family_name(name: str) -> str:
     """Samples of a histogram have its name and an ending."""
     return next((h for h in _WORKER_HISTOGRAMS if name.startswith(f"{h}_")), name)
-
-
-def _family(name: str) -> Metric:
-    if _family_name(name) in _WORKER_HISTOGRAMS:
-        return HistogramMetricFamily(PREFIX + _family_name(name), name, labels=())
-    if name.endswith("_total"):
-        return CounterMetricFamily(PREFIX + name.removesuffix("_total"), name, labels=())
-    return GaugeMetricFamily(PREFIX + name, name, labels=())
-
-
-def _sample_name(name: str) -> str:
-    return PREFIX + name

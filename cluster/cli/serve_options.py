@@ -242,6 +242,11 @@ OPTIONS = (
         is_switch=True,
     ),
     _option(
+        "--metrics-prefix",
+        "gateway.metrics_prefix",
+        "in front of the names in /metrics (expertmesh:)",
+    ),
+    _option(
         "--trace-dir",
         "observability.trace_dir",
         "folder for a timeline of every worker's steps, for Perfetto (none)",

@@ -51,6 +51,7 @@ BROKEN: list[tuple[str, Callable[[], object]]] = [
     ("max_n", lambda: GatewaySection(max_n=129)),
     ("num_gateway_replicas", lambda: GatewaySection(num_gateway_replicas=0)),
     ("routing_policy", lambda: GatewaySection(routing_policy="random")),  # type: ignore[arg-type]
+    ("metrics_prefix", lambda: GatewaySection(metrics_prefix="9 x")),
     ("host", lambda: GatewaySection(host="0.0.0.0")),
 ]
 

@@ -185,6 +185,15 @@ def test_every_expert_has_a_series_where_asked_for() -> None:
     assert {s.labels["expert"]: s.value for s in samples} == {"0": 1, "1": 2, "2": 3, "3": 4}
 
 
+def test_names_have_the_prefix_that_is_wanted() -> None:
+    controller = FakeController()
+    load = asyncio.run(controller.load())
+    metrics = GatewayMetrics("tiny", lambda: controller.state, None, lambda: load, prefix="mesh_")
+    families = list(text_string_to_metric_families(metrics.render().decode()))
+    assert len(families) > 30
+    assert all(family.name.startswith("mesh_") for family in families)
+
+
 def test_a_large_model_has_few_series_unless_asked() -> None:
     load = asyncio.run(FakeController().load())
     bank = load["banks"][0] | {"counts": [1] * 128, "watched": list(range(8)), "copies": [2] * 128}
