@@ -9,73 +9,64 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.fault_rows import Form
-from tests.test_pretend_hosts import TIMEOUT_S, Hosts, stream, why_not
+from tests.pretend_hosts.hosts import (
+    TIMEOUT_S,
+    NodeHosts,
+    address_of,
+    stream,
+    wait_until,
+    why_not,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 NUM_HOSTS = 5
 ROLES = {"h1": "gateway", "h2": "attention", "h3": "expert", "h4": "expert"}
-HEAD, GATEWAY, ATTENTION, SPARE = "10.77.0.10", "10.77.0.11", "10.77.0.12", "10.77.0.14"
+HEAD, GATEWAY, ATTENTION, SPARE = map(address_of, ("h0", "h1", "h2", "h4"))
 URL = f"http://{GATEWAY}:8000"
 UP = ("--wait-nodes", str(NUM_HOSTS), "--host", "0.0.0.0", "--allow-unauthenticated")
 SAME = ("--dtype", "float32", "--deterministic", "--detection-limit-s", "4")
 FORM = Form(num_streams=4, num_tokens=48)
 REDIS_PORT = 6390
+REDIS_PASSWORD = "of-redis"
 CLI = (sys.executable, "-m", "cluster.cli.main")
 
 
-class RoleHosts(Hosts):
+class RoleHosts(NodeHosts):
     """Hosts on which ``expertmesh node`` runs in the foreground."""
 
     def __init__(self, folder: Path, redis: str = "") -> None:
         """``redis`` is where the head keeps Ray's state; empty: nowhere."""
         token = folder / "token"
         token.write_text(secrets.token_hex(32))
-        super().__init__(
-            folder / "n",
-            RAY_AUTH_MODE="token",
-            RAY_AUTH_TOKEN_PATH=str(token),
-            EXPERTMESH_URL=URL,
-        )
-        self._folder = folder
+        more = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        super().__init__(folder, EXPERTMESH_URL=URL, **more)
         self._redis = redis
-        self._nodes: dict[str, subprocess.Popen[str]] = {}
 
-    def boot_node(self, host: str) -> None:
+    def begin_node(self, host: str) -> None:
         """Have a host join (or begin) the Ray cluster."""
-        address = f"10.77.0.{10 + int(host[1:])}"
-        words = ["node", "--node-ip", address]
+        words = ["node", "--node-ip", address_of(host)]
         if host == "h0":
-            words += ["--head", "--num-cpus", "0"]
+            state = redis_variables(self._redis) if self._redis else []
+            words += ["--head", "--num-cpus", "0", "--background"]
+            self.run("exec", host, "env", *state, *CLI, *words)
         else:
             words += ["--join", HEAD, "--role", ROLES[host], "--num-cpus", "1"]
-        if host in self._nodes:  # it has died with its host
-            self._nodes.pop(host).communicate(timeout=TIMEOUT_S)
-        log = self._folder / f"{host}.log"
-        state = [f"RAY_REDIS_ADDRESS={self._redis}"] if self._redis and host == "h0" else []
-        self._nodes[host] = self.start(host, "env", *state, *CLI, *words, log=log)
-
-    def power_off(self, host: str) -> None:
-        """End everything on a host at once."""
-        self.run("kill", host)
+            self.begin(host, *CLI, *words)
 
     def come_back(self, host: str) -> None:
         """Boot a host once it is quite gone, and have it join."""
-        wait_until(lambda: self.boots(host))
-        self.boot_node(host)
+        wait_until(lambda: self.boots(host), f"{host} is quite gone")
+        self.begin_node(host)
 
     def command(self, host: str, *words: str) -> str:
         """Stdout of an ``expertmesh`` command on a host; it must exit with 0."""
@@ -97,15 +88,6 @@ class RoleHosts(Hosts):
         """``status`` as a client sees it."""
         return self.fetch("h2", f"{URL}/cluster/v1/status")
 
-    def close(self) -> None:
-        """End all that was started here."""
-        with suppress(AssertionError):
-            self.run("down")
-        for node in self._nodes.values():
-            with suppress(ProcessLookupError):
-                node.send_signal(signal.SIGKILL)
-            node.communicate(timeout=TIMEOUT_S)
-
 
 @pytest.fixture(scope="module")
 def redis_server() -> str:
@@ -125,12 +107,12 @@ def hosts(redis_server: str) -> Iterator[RoleHosts]:
         try:
             made.run("up", str(NUM_HOSTS))
             if redis_server:
-                words = ["--port", str(REDIS_PORT), "--protected-mode", "no", "--save", ""]
+                words = ["--port", str(REDIS_PORT), "--requirepass", REDIS_PASSWORD, "--save", ""]
                 log = Path(folder) / "redis.log"
                 redis = made.start("h1", redis_server, *words, log=log)
             for host in ("h0", *ROLES):
-                made.boot_node(host)
-            wait_until(lambda: made.asks("h0", "up", "--address", "auto", *UP, *SAME))
+                made.begin_node(host)
+            made.up()
             yield made
         finally:
             made.close()
@@ -138,15 +120,12 @@ def hosts(redis_server: str) -> Iterator[RoleHosts]:
                 redis.communicate(timeout=TIMEOUT_S)
 
 
-def wait_until(is_true: Callable[[], bool], limit_s: float = TIMEOUT_S) -> None:
-    deadline = time.monotonic() + limit_s
-    while not is_true():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.5)
+def redis_variables(address: str) -> list[str]:
+    return [f"RAY_REDIS_ADDRESS={address}", f"RAY_REDIS_PASSWORD={REDIS_PASSWORD}"]
 
 
 def wait_serving(hosts: RoleHosts) -> None:
-    wait_until(lambda: hosts.status()["state"] == "SERVING")
+    wait_until(lambda: hosts.status()["state"] == "SERVING", "the cluster is whole")
 
 
 def test_every_role_is_where_it_is_wanted(hosts: RoleHosts) -> None:
@@ -154,7 +133,7 @@ def test_every_role_is_where_it_is_wanted(hosts: RoleHosts) -> None:
     where = {w["name"]: w["node"] for w in status["workers"]}
     assert where == {
         "attention-0": ATTENTION,
-        "expert-0": "10.77.0.13",
+        "expert-0": address_of("h3"),
         "expert-1": SPARE,
     }
     assert [g["http"] for g in status["gateway"]] == [f"{GATEWAY}:8000"]
@@ -184,9 +163,9 @@ def test_a_host_is_drained_by_itself_and_comes_back(hosts: RoleHosts, tmp_path: 
         assert operation["state"] == "SUCCEEDED"
 
     assert stream(hosts, URL, log, FORM, drain).tokens == calm.tokens
-    hosts.power_off("h4")
+    hosts.kill("h4")
     hosts.come_back("h4")
-    wait_until(lambda: hosts.asks("h4", "health", "--node", SPARE))
+    wait_until(lambda: hosts.asks("h4", "health", "--node", SPARE), "its worker serves")
     wait_serving(hosts)
     assert stream(hosts, URL, log, FORM, lambda: None).tokens == calm.tokens
 
@@ -195,10 +174,10 @@ def test_a_host_that_is_killed_costs_no_stream(hosts: RoleHosts, tmp_path: Path)
     """A pod that is deleted by force."""
     log = tmp_path / "clients.log"
     calm = stream(hosts, URL, log, FORM, lambda: None)
-    hit = stream(hosts, URL, log, FORM, lambda: hosts.power_off("h4"))
+    hit = stream(hosts, URL, log, FORM, lambda: hosts.kill("h4"))
     assert hit.tokens == calm.tokens
     hosts.come_back("h4")
-    wait_until(lambda: hosts.asks("h4", "health", "--node", SPARE))
+    wait_until(lambda: hosts.asks("h4", "health", "--node", SPARE), "its worker serves")
     wait_serving(hosts)
 
 
@@ -210,10 +189,10 @@ def test_streams_outlive_the_head(hosts: RoleHosts, tmp_path: Path, redis_server
     log = tmp_path / "clients.log"
     calm = stream(hosts, URL, log, FORM, lambda: None)
     workers = {w["name"]: w["pid"] for w in hosts.status()["workers"] if w["state"] == "SERVING"}
-    hit = stream(hosts, URL, log, FORM, lambda: hosts.power_off("h0"))
+    hit = stream(hosts, URL, log, FORM, lambda: hosts.kill("h0"), clients_on="h2")
     assert hit.tokens == calm.tokens
     hosts.come_back("h0")
-    wait_until(lambda: hosts.asks("h0", "up", "--address", "auto", *UP, *SAME))
+    wait_until(lambda: hosts.asks("h0", "up", "--address", "auto", *UP, *SAME), "up sees it all")
     after = {w["name"]: w["pid"] for w in hosts.status()["workers"] if w["state"] == "SERVING"}
     assert after == workers
     assert stream(hosts, URL, log, FORM, lambda: None).tokens == calm.tokens

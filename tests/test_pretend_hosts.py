@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
+import secrets
 import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,149 +17,63 @@ import pytest
 from cluster.config import EngineSection
 from cluster.model_source import bundled_checkpoint
 from tests.fault_rows import FORMS, FULL, Form
+from tests.pretend_hosts.hosts import (
+    TIMEOUT_S,
+    NodeHosts,
+    address_of,
+    host_of,
+    stream,
+    wait_until,
+    why_not,
+)
 from workers.local_engine import LocalEngine
 from workers.request import SamplingParams
 
 pytestmark = pytest.mark.ray
 
-SCRIPT = Path(__file__).parent / "pretend_hosts" / "cluster.sh"
-HEAD = "10.77.0.10"
+HEAD = address_of("h0")
+NAMES = ("h0", "h1", "h2")
+CLI = (sys.executable, "-m", "cluster.cli.main")
 PROMPT = "ROMEO:\nWhat light is this"
 NUM_TOKENS = 24
-TIMEOUT_S = 240.0
 DETECTION_LIMIT_S = 4.0
-NEEDED = ("unshare", "nsenter", "ip", "bridge")
-
-CLIENT = """
-import sys, urllib.request
-body = sys.stdin.buffer.read() or None
-headers = {"Content-Type": "application/json"}
-request = urllib.request.Request(sys.argv[1], data=body, headers=headers)
-sys.stdout.buffer.write(urllib.request.urlopen(request, timeout=240).read())
-"""
-
-
-STREAMER = """
-import json, sys, threading, urllib.request
-url, num_streams, num_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-lock = threading.Lock()
-def read(i):
-    body = {"prompt": f"ROMEO {i}:", "max_tokens": num_tokens, "temperature": i % 2, "seed": i,
-            "ignore_eos": True, "stream": True, "return_token_ids": True}
-    headers = {"Content-Type": "application/json"}
-    data = json.dumps(body).encode()
-    request = urllib.request.Request(url + "/v1/completions", data=data, headers=headers)
-    for line in urllib.request.urlopen(request, timeout=100):
-        if line.startswith(b"data: {"):
-            with lock:
-                print(i, line[6:].decode(), end="", flush=True)
-threads = [threading.Thread(target=read, args=(i,)) for i in range(num_streams)]
-for thread in threads:
-    thread.start()
-"""
-
-
-def why_not() -> str:
-    """Why there can be no pretend hosts here; empty if there can."""
-    if os.geteuid() != 0:
-        return "pretend hosts need root"
-    missing = [name for name in NEEDED if shutil.which(name) is None]
-    return f"pretend hosts need {', '.join(missing)}" if missing else ""
-
-
-class Hosts:
-    """Hosts that are namespaces of this machine; ``more`` is for their environment."""
-
-    def __init__(self, state: Path, **more: str) -> None:
-        self._env = os.environ | {
-            "NETSIM_STATE": str(state),
-            "NETSIM_PYBIN": str(Path(sys.executable).parent),
-            "NETSIM_CPUS": "1",
-            "XDG_STATE_HOME": str(state.parent / "home"),
-            "OMP_NUM_THREADS": "1",
-            **more,
-        }
-
-    def run(self, *words: str, text: str = "") -> str:
-        """Run a command of the script; returns its stdout. Raises with stderr if it fails."""
-        done = subprocess.run(
-            ["bash", str(SCRIPT), *words],
-            env=self._env,
-            input=text,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def boots(self, host: str) -> bool:
-        """Boot a host that was killed; False while the last of it is not gone."""
-        try:
-            self.run("boot", host)
-        except AssertionError as err:
-            if "is up" in str(err):
-                return False
-            raise
-        return True
-
-    def mute(self, host: str) -> None:
-        """Drop all its frames from now on, without a sign to anybody."""
-        self.run("mute", host)
-
-    def power_off(self, host: str) -> None:
-        """All its processes are gone, and no frame tells anybody."""
-        self.run("poweroff", host)
-
-    def boot(self, host: str) -> None:
-        """It comes back, empty, and joins Ray again."""
-        self.run("boot", host)
-        self.run("ray-node", host)
-
-    def start(self, host: str, *words: str, log: Path) -> subprocess.Popen[str]:
-        """Start a program on a host, in a process group of its own."""
-        with log.open("w") as errors:
-            return subprocess.Popen(
-                ["bash", str(SCRIPT), "exec", host, *words],
-                env=self._env,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                start_new_session=True,
-            )
-
-    def fetch(self, host: str, url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """An HTTP exchange made on a host."""
-        text = json.dumps(body) if body is not None else ""
-        answer = self.run("exec", host, sys.executable, "-c", CLIENT, url, text=text)
-        parsed: dict[str, Any] = json.loads(answer)
-        return parsed
 
 
 @contextmanager
-def three_hosts() -> Iterator[Hosts]:
-    """With Ray on each."""
+def three_hosts() -> Iterator[NodeHosts]:
+    """With Ray on each, as ``expertmesh node`` starts it: whoever talks to it shows a token."""
     if reason := why_not():
         pytest.skip(reason)
     with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
-        made = Hosts(Path(folder) / "n")
+        token = Path(folder) / "token"
+        token.write_text(secrets.token_hex(32))
+        made = NodeHosts(Path(folder), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
         try:
-            made.run("up", "3")
-            made.run("ray")
+            made.run("up", str(len(NAMES)))
+            for host in NAMES:
+                begin_node(made, host)
             yield made
         finally:
-            made.run("down")
+            made.close()
+
+
+def begin_node(hosts: NodeHosts, host: str) -> None:
+    """A host becomes the head, or joins it."""
+    words = ["node", "--node-ip", address_of(host), "--num-cpus", "1"]
+    if host == "h0":
+        hosts.run("exec", host, *CLI, *words, "--head", "--background")
+    else:
+        hosts.begin(host, *CLI, *words, "--join", HEAD)
 
 
 @contextmanager
-def served_on(hosts: Hosts, log: Path) -> Iterator[str]:
+def served_on(hosts: NodeHosts, log: Path) -> Iterator[str]:
     """A served cluster with a worker on each host, where each expert has two copies; its URL."""
-    words = ["-m", "cluster.cli.main", "serve", "--address", f"{HEAD}:6379", "--host", HEAD]
+    words = ["serve", "--address", "auto", "--host", HEAD]
+    words += ["--wait-nodes", str(len(NAMES))]
     words += ["--allow-unauthenticated", "--dtype", "float32", "--deterministic"]
     words += ["--num-redundant-experts", "64", "--detection-limit-s", f"{DETECTION_LIMIT_S:g}"]
-    server = hosts.start("h0", sys.executable, *words, log=log)
+    server = hosts.start("h0", *CLI, *words, log=log)
     try:
         assert server.stdout is not None
         ready = server.stdout.readline()
@@ -176,51 +85,15 @@ def served_on(hosts: Hosts, log: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[Hosts]:
+def hosts() -> Iterator[NodeHosts]:
     with three_hosts() as hosts:
         yield hosts
 
 
 @pytest.fixture(scope="module")
-def url(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(hosts: NodeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with served_on(hosts, tmp_path_factory.mktemp("served") / "serve.log") as url:
         yield url
-
-
-@dataclass(slots=True)
-class Streams:
-    """What the clients of a run got, by stream."""
-
-    tokens: dict[int, list[int]]
-    reasons: dict[int, str]
-    longest_gap_s: float = 0.0
-    """Longest time in which one stream had no news."""
-
-
-def stream(hosts: Hosts, url: str, log: Path, form: Form, then: Callable[[], None]) -> Streams:
-    """Serve streams to clients on the head's host; ``then`` is called under way."""
-    words = [sys.executable, "-c", STREAMER, url, str(form.num_streams), str(form.num_tokens)]
-    found = Streams(defaultdict(list), {})
-    heard: dict[int, float] = {}
-    left = form.num_streams * form.num_tokens // 3
-    with hosts.start("h0", *words, log=log) as clients:
-        assert clients.stdout is not None
-        for line in clients.stdout:
-            number, _, text = line.partition(" ")
-            choice, now = json.loads(text)["choices"][0], time.monotonic()
-            found.longest_gap_s = max(found.longest_gap_s, now - heard.get(int(number), now))
-            heard[int(number)] = now
-            tokens = choice.get("token_ids") or []
-            found.tokens[int(number)] += tokens
-            if choice["finish_reason"]:
-                found.reasons[int(number)] = choice["finish_reason"]
-            if left > 0 >= left - len(tokens):
-                then()
-            left -= len(tokens)
-        assert clients.wait(TIMEOUT_S) == 0, log.read_text()
-    assert set(found.reasons.values()) == {"length"}
-    assert {len(tokens) for tokens in found.tokens.values()} == {form.num_tokens}
-    return found
 
 
 @pytest.mark.slow
@@ -236,7 +109,7 @@ def test_a_host_that_is_powered_off_costs_no_stream_and_is_made_good(tmp_path: P
             return hosts.fetch("h0", f"{url}/cluster/v1/status")
 
         gone = next(w for w in status()["workers"] if w["role"] == "expert" and w["node"] != HEAD)
-        host = f"h{int(gone['node'].rpartition('.')[2]) - 10}"
+        host = host_of(gone["node"])
         calm = stream(hosts, url, log, FULL, lambda: None)
         hit = stream(hosts, url, log, FULL, lambda: hosts.power_off(host))
         assert hit.tokens == calm.tokens
@@ -245,15 +118,13 @@ def test_a_host_that_is_powered_off_costs_no_stream_and_is_made_good(tmp_path: P
         assert {w["name"]: w["state"] for w in found["workers"]}[gone["name"]] == "LOST"
         assert found["state"] == "DEGRADED"
         assert found["experts_complete"]
-        hosts.boot(host)
-        deadline = time.monotonic() + TIMEOUT_S
-        while (found := status())["state"] != "SERVING":
-            assert time.monotonic() < deadline, found
-            time.sleep(0.5)
+        wait_until(lambda: hosts.boots(host), "it is quite gone")
+        begin_node(hosts, host)
+        wait_until(lambda: status()["state"] == "SERVING", "whole again")
         assert stream(hosts, url, log, FULL, lambda: None).tokens == calm.tokens
 
 
-def test_three_hosts_answer_with_the_local_engines_tokens(hosts: Hosts, url: str) -> None:
+def test_three_hosts_answer_with_the_local_engines_tokens(hosts: NodeHosts, url: str) -> None:
     status = hosts.fetch("h1", f"{url}/cluster/v1/status")
     assert len({w["node"] for w in status["workers"]}) == 3
     body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0}
@@ -268,7 +139,7 @@ def test_three_hosts_answer_with_the_local_engines_tokens(hosts: Hosts, url: str
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_silenced_host_with_experts_costs_no_stream(
-    hosts: Hosts, url: str, tmp_path: Path, form: Form
+    hosts: NodeHosts, url: str, tmp_path: Path, form: Form
 ) -> None:
     """Frames to and from it are dropped; after its healing it disturbs nobody."""
     workers = hosts.fetch("h0", f"{url}/cluster/v1/status")["workers"]
@@ -277,7 +148,7 @@ def test_a_silenced_host_with_experts_costs_no_stream(
     if len(serving) < 2 or not elsewhere:
         pytest.skip("the hosts were used up by another form")
     silenced = elsewhere[0]
-    host = f"h{int(silenced['node'].rpartition('.')[2]) - 10}"
+    host = host_of(silenced["node"])
     log = tmp_path / "clients.log"
     calm = stream(hosts, url, log, form, lambda: None)
     hit = stream(hosts, url, log, form, lambda: hosts.mute(host))

@@ -37,6 +37,8 @@ _LIMITS = {
     "RAY_health_check_failure_threshold": "3",
     # after SIGTERM: time for the workers to hand over their requests and experts
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "120",
+    # Ray would run the workers at nice 15, behind everything else on the host
+    "RAY_worker_niceness": "0",
     # hosts outlive a head that comes back
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
 }
@@ -70,6 +72,8 @@ def run_node(args: argparse.Namespace) -> int:
     command = ray_start(args)
     if args.verbose:
         note(" ".join(command))
+    if args.head:
+        command += redis_password(os.environ)
     sys.stdout.flush()
     os.execve(command[0], command, environment)
 
@@ -93,6 +97,12 @@ def ray_start(args: argparse.Namespace) -> list[str]:
         words.append(f"--labels={','.join(labels)}")
     words += [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats"]
     return words if args.background else [*words, "--block"]
+
+
+def redis_password(given: Mapping[str, str]) -> list[str]:
+    """Ray takes it as an option alone, which its processes show to whoever is on the host."""
+    password = given.get("RAY_REDIS_PASSWORD")
+    return [f"--redis-password={password}"] if password else []
 
 
 def _is_set(args: argparse.Namespace, name: str) -> bool:

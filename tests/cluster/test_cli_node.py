@@ -10,7 +10,7 @@ import pytest
 
 from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.main import make_parser
-from cluster.cli.node import node_environment, ray_start
+from cluster.cli.node import node_environment, ray_start, redis_password
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -85,3 +85,8 @@ def test_what_the_user_has_set_wins() -> None:
     assert environment["RAY_health_check_period_ms"] == "9"
     assert environment["RAY_health_check_failure_threshold"] == "3"
     assert environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "120"
+
+
+def test_a_password_of_redis_is_handed_to_ray() -> None:
+    assert redis_password({"RAY_REDIS_PASSWORD": "secret"}) == ["--redis-password=secret"]
+    assert redis_password({}) == []

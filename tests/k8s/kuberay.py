@@ -213,9 +213,23 @@ class Manifests:
         pods = self.pod_labels() | self.other_pod_labels()
         return {name for name, labels in pods.items() if matches(selector, labels)}
 
+    def operator_env(self, group: str) -> dict[str, str]:
+        """Variables that the operator adds to a container for ``gcsFaultToleranceOptions``."""
+        redis = self.cluster["spec"].get("gcsFaultToleranceOptions")
+        if redis is None:
+            return {}
+        if group != "headgroup":
+            return {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+        return {
+            "RAY_REDIS_ADDRESS": redis["redisAddress"],
+            "RAY_external_storage_namespace": self.name,  # in truth a unique id
+        }
+
     def start_command(self, group: str, head_address: str = "") -> list[str]:
         """The operator's ``ray start`` of a container; ``head_address`` as ``HOST:PORT``."""
         params = self.group(group).start_params()
+        if group == "headgroup" and self.cluster["spec"].get("gcsFaultToleranceOptions"):
+            params["redis-password"] = "$REDIS_PASSWORD"
         flags = [f"--{k}" if v == "true" else f"--{k}={v}" for k, v in sorted(params.items())]
         where = ["--head"] if group == "headgroup" else [f"--address={head_address}"]
         return ["ray", "start", *where, *flags]

@@ -10,47 +10,57 @@ from __future__ import annotations
 
 import re
 import secrets
-import signal
-import subprocess
+import shutil
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.fault_rows import Form
-from tests.k8s.kuberay import Group, Manifests, NoKubectl
-from tests.test_pretend_hosts import TIMEOUT_S, Hosts, stream, why_not
+from tests.k8s.kuberay import K8S, Group, Manifests, NoKubectl
+from tests.pretend_hosts.hosts import (
+    CLIENT,
+    TIMEOUT_S,
+    NodeHosts,
+    address_of,
+    stream,
+    wait_until,
+    why_not,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 FORM = Form(num_streams=4, num_tokens=48)
+LONG = Form(num_streams=4, num_tokens=400)
 ENGINE = "/etc/expertmesh/engine/engine.yaml"
 RAY_PORT = 6379
 HTTP_PORT = 8000
+REDIS_PORT = 6390
+REDIS_PASSWORD = "of-redis"
 
 
-class Pods(Hosts):
+class Pods(NodeHosts):
     """A host for each pod of the RayCluster, the head first."""
 
     def __init__(self, folder: Path, manifests: Manifests) -> None:
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         asks = manifests.cluster["spec"].get("authOptions", {}).get("mode") == "token"
         without = {"RAY_AUTH_MODE": "disabled"}
-        super().__init__(folder / "n", PYTHONPATH=str(ROOT), **(token if asks else without))
-        self._folder = folder
+        super().__init__(folder, PYTHONPATH=str(ROOT), **(token if asks else without))
         self.manifests = manifests
         self.groups = [g for group in manifests.groups for g in [group] * group.replicas]
-        self._running: dict[str, subprocess.Popen[str]] = {}
         self._engine = folder / "engine.yaml"
         self._engine.write_text(manifests.engine_text)
         self._names = folder / "hosts"
-        services = {f"{manifests.name}-head-svc": "h0", f"{manifests.name}-inside": "h1"}
-        lines = [f"{address_of(host)} {name}" for name, host in services.items()]
+        services = {"head-svc": "h0", "inside": "h1"}
+        lines = [f"{address_of(h)} {manifests.name}-{name}" for name, h in services.items()]
         self._names.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+        self._no_dns = folder / "resolv.conf"  # Ray asks it before it believes /etc/hosts
+        self._no_dns.write_text("nameserver 127.0.0.1\n")
 
     @property
     def names(self) -> list[str]:
@@ -65,26 +75,21 @@ class Pods(Hosts):
         """The group of a host."""
         return self.groups[int(host[1:])]
 
-    def begin(self, host: str) -> None:
+    def begin_pod(self, host: str) -> None:
         """Start the pod of a host that is up."""
-        if host in self._running:  # it has died with its host
-            self._running.pop(host).communicate(timeout=TIMEOUT_S)
         self.run("exec", host, "mount", "--bind", str(self._names), "/etc/hosts")
+        self.run("exec", host, "mount", "--bind", str(self._no_dns), "/etc/resolv.conf")
         # Ray takes the address that leads to the outside for the pod's
         self.run("exec", host, "ip", "route", "replace", "default", "dev", "eth0")
         head = f"{self.manifests.name}-head-svc:{RAY_PORT}"
         command = self.manifests.start_command(self.group(host).name, head)
-        words = [*self._environment(host), *command]
-        self._running[host] = self.start(host, *words, log=self._folder / f"{host}.log")
-
-    def delete(self, host: str) -> None:
-        """End a pod at once."""
-        self.run("kill", host)
+        script = f"ulimit -n 65536; {' '.join(command)}"  # as the operator writes it
+        self.begin(host, *self._environment(host), "bash", "-c", script)
 
     def replace(self, host: str) -> None:
         """A deleted pod's successor, with the same address."""
-        wait_until(lambda: self.boots(host))
-        self.begin(host)
+        wait_until(lambda: self.boots(host), f"{host} is quite gone")
+        self.begin_pod(host)
 
     def hook(self, host: str, command: list[str]) -> bool:
         """Run a probe's or a hook's command in a pod; whether it exits with 0."""
@@ -111,26 +116,14 @@ class Pods(Hosts):
 
     def _environment(self, host: str) -> list[str]:
         """``env`` with the variables of the pod's container, and those that the operator sets."""
-        variables = dict(self.group(host).env)
+        group = self.group(host)
+        variables = group.env | self.manifests.operator_env(group.name)
         variables |= {"POD_IP": address_of(host), "RAY_PORT": str(RAY_PORT)}
         variables["RAY_ADDRESS"] = f"{self.manifests.name}-head-svc:{RAY_PORT}"
         if host == "h0":
             variables["RAY_ADDRESS"] = f"127.0.0.1:{RAY_PORT}"
+            variables["REDIS_PASSWORD"] = REDIS_PASSWORD  # of the Secret
         return ["env", *(f"{k}={expand(v, variables)}" for k, v in variables.items())]
-
-    def close(self) -> None:
-        """End all that was started here."""
-        with suppress(AssertionError):
-            self.run("down")
-        for process in self._running.values():
-            with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGKILL)
-            process.communicate(timeout=TIMEOUT_S)
-
-
-def address_of(host: str) -> str:
-    """``h2`` is 10.77.0.12."""
-    return f"10.77.0.{10 + int(host[1:])}"
 
 
 def expand(text: str, variables: dict[str, str]) -> str:
@@ -138,34 +131,52 @@ def expand(text: str, variables: dict[str, str]) -> str:
     return re.sub(r"\$\((\w+)\)", lambda found: variables[found[1]], text)
 
 
-@pytest.fixture(scope="module")
-def pods() -> Iterator[Pods]:
+@pytest.fixture(scope="module", params=["cpu-kind", "with gcs-ft and auth-token"])
+def pods(request: pytest.FixtureRequest) -> Iterator[Pods]:
     """The cluster of the manifests, as its Job has started it."""
     if reason := why_not():
         pytest.skip(reason)
-    try:
-        manifests = Manifests.of("cpu-kind")
-    except NoKubectl as err:
-        pytest.skip(str(err))
+    is_plain = request.param == "cpu-kind"
+    redis_server = shutil.which("redis-server")
+    if not is_plain and redis_server is None:
+        pytest.skip("needs redis-server on PATH (Debian: apt-get install redis-server)")
     with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
-        made = Pods(Path(folder), manifests)
+        try:
+            found = Manifests.of("cpu-kind") if is_plain else fault_tolerant(Path(folder))
+        except NoKubectl as err:
+            pytest.skip(str(err))
+        made = Pods(Path(folder), found)
+        redis = None
         try:
             made.run("up", str(len(made.groups)))
-            for host in made.names:
-                made.begin(host)
-            probe = made.group("h0").container["readinessProbe"]["exec"]["command"]
-            wait_until(lambda: made.hook("h0", probe))
+            if redis_server and not is_plain:
+                words = ["--port", str(REDIS_PORT), "--requirepass", REDIS_PASSWORD, "--save", ""]
+                redis = made.start("h1", redis_server, *words, log=Path(folder) / "redis.log")
+            made.begin_pod("h0")
+            wait_until(lambda: made.is_ready("h0"), "the head answers")  # as its init container
+            for host in made.names[1:]:
+                made.begin_pod(host)
             made.submit(made.names[-1])
             yield made
         finally:
             made.close()
+            if redis is not None:
+                redis.communicate(timeout=TIMEOUT_S)
 
 
-def wait_until(is_true: Callable[[], bool], limit_s: float = TIMEOUT_S) -> None:
-    deadline = time.monotonic() + limit_s
-    while not is_true():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.5)
+def fault_tolerant(folder: Path) -> Manifests:
+    """``cpu-kind`` with two more components, their values written as a user writes them."""
+    root = folder / "k8s"
+    shutil.copytree(K8S, root)
+    overlay = root / "overlays" / "cpu-kind"
+    main = overlay / "kustomization.yaml"
+    before = "components:\n"
+    more = "- ../../components/gcs-ft\n- ../../components/auth-token\n"
+    main.write_text(main.read_text().replace(before, before + more))
+    values = {"redis-address": f"{address_of('h1')}:{REDIS_PORT}", "redis-secret": "redis"}
+    with (overlay / "settings.yaml").open("a") as settings:
+        settings.writelines(f"  {name}: {value}\n" for name, value in values.items())
+    return Manifests.of("cpu-kind", root)
 
 
 def gateway_url(pods: Pods, index: int = 0) -> str:
@@ -189,7 +200,8 @@ def test_the_manifests_form_the_cluster_that_they_describe(pods: Pods) -> None:
 
 
 def test_readiness_is_about_the_workers(pods: Pods) -> None:
-    wait_until(lambda: all(map(pods.is_ready, (*pods.of("attention"), *pods.of("experts")))))
+    workers = (*pods.of("attention"), *pods.of("experts"))
+    wait_until(lambda: all(map(pods.is_ready, workers)), "all workers serve")
     probe = pods.group(pods.of("experts")[0]).container["readinessProbe"]["exec"]["command"]
     assert not pods.hook(pods.of("gateway")[0], probe)
 
@@ -208,14 +220,50 @@ def test_a_pod_that_is_to_stop_drains_without_a_failed_request(pods: Pods, tmp_p
     log = tmp_path / "clients.log"
     stream(pods, gateway_url(pods), log, FORM, lambda: done.append(pods.hook(host, hook)))
     assert done == [True]
-    pods.delete(host)
+    pods.kill(host)
     pods.replace(host)
-    wait_until(lambda: pods.is_ready(host))
+    wait_until(lambda: pods.is_ready(host), "its workers serve")
+
+
+def test_a_gateway_pod_that_is_to_stop_serves_what_it_has(pods: Pods, tmp_path: Path) -> None:
+    host = pods.of("gateway")[-1]
+    hook = pods.group(host).container["lifecycle"]["preStop"]["exec"]["command"]
+    with ThreadPoolExecutor() as pool:
+        done: list[Future[bool]] = []
+        url = f"http://{address_of(host)}:{HTTP_PORT}"
+        log = tmp_path / "clients.log"
+        stream(pods, url, log, LONG, lambda: done.append(pool.submit(pods.hook, host, hook)))
+        assert [future.result() for future in done] == [True]
+    ask = [sys.executable, "-c", CLIENT, f"{url}/ready"]
+    assert not pods.hook(host, ask)
+    pods.kill(host)
+    body = {"prompt": "ROMEO:", "max_tokens": 8, "temperature": 0}
+    assert pods.fetch("h0", f"{gateway_url(pods)}/v1/completions", body)["choices"][0]["text"]
+    pods.replace(host)
+    wait_until(lambda: pods.hook(host, ask), "a gateway serves there again")
 
 
 def test_a_pod_that_is_deleted_by_force_costs_no_request(pods: Pods, tmp_path: Path) -> None:
     host = pods.of("experts")[0]
     log = tmp_path / "clients.log"
-    stream(pods, gateway_url(pods), log, FORM, lambda: pods.delete(host))
+    stream(pods, gateway_url(pods), log, FORM, lambda: pods.kill(host))
     pods.replace(host)
-    wait_until(lambda: pods.is_ready(host))
+    wait_until(lambda: pods.is_ready(host), "its workers serve")
+
+
+def test_streams_outlive_the_head_pod(pods: Pods, tmp_path: Path) -> None:
+    if not pods.manifests.operator_env("headgroup"):
+        pytest.skip("the head's state is nowhere but in the head")
+    url = gateway_url(pods)
+    before = worker_pids(pods)
+    log = tmp_path / "clients.log"
+    stream(pods, url, log, FORM, lambda: pods.kill("h0"), clients_on=pods.of("attention")[0])
+    pods.replace("h0")
+    wait_until(lambda: pods.is_ready("h0"), "the head answers")
+    pods.submit("h0")
+    assert worker_pids(pods) == before
+
+
+def worker_pids(pods: Pods) -> dict[str, int]:
+    status = pods.fetch(pods.of("attention")[0], f"{gateway_url(pods)}/cluster/v1/status")
+    return {w["name"]: w["pid"] for w in status["workers"] if w["state"] == "SERVING"}
