@@ -85,7 +85,7 @@ def _worker_files(args: argparse.Namespace) -> list[Path]:
     if not found:
         names = ", ".join(w["name"] for w in workers)
         raise CommandError(ExitCode.REFUSED, f"there is no {args.worker}, but {names}")
-    folders = [Path(r.temp_dir) for r in state_file.all_records() if r.temp_dir]
+    folders = [Path(r.temp_dir) / "ray" for r in state_file.all_records() if r.temp_dir]
     pid = found[0]["pid"]
     files = [
         path

@@ -16,6 +16,12 @@ from cluster.cli.terminal import out, out_json, out_line, table
 DEFAULT_INTERVAL_S = 1.0
 _SERIES = re.compile(r"^[a-z]+[:_]([a-z_]+)\{([^}]*)\} (\S+)$", re.M)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
+_ROWS = {
+    "attention": "iteration_tokens_total_sum",
+    "colocated": "iteration_tokens_total_sum",
+    "expert": "expert_worker_tokens_total",
+}
+"""What a worker of a role counts: tokens of its steps, or rows for its experts."""
 _CLEAR = "\x1b[H\x1b[J"
 
 Numbers = Mapping[tuple[str, str], float]
@@ -86,22 +92,23 @@ def busy(
             "running": now.get(("num_requests_running", w["name"])),
             "waiting": now.get(("num_requests_waiting", w["name"])),
             "kv_usage": now.get(("kv_cache_usage_perc", w["name"])),
-            "rows_per_s": rate("expert_worker_tokens_total", w["name"]),
+            "rows_per_s": rate(_ROWS[w["role"]], w["name"]),
             "busy": rate("expert_worker_busy_seconds_total", w["name"]),
         }
         for w in status["workers"]
     ]
+    # What attention works on: rows of prompts and of answers, as they are computed.
+    computed = [w["rows_per_s"] or 0.0 for w in workers if w["kv_usage"] is not None]
     return {
         "schema": 1,
         "state": status["state"],
-        "prompt_tokens_per_s": rate("prompt_tokens_total") or 0.0,
-        "generation_tokens_per_s": rate("generation_tokens_total") or 0.0,
+        "tokens_per_s": sum(computed),
         "workers": workers,
     }
 
 
 def _text(document: Mapping[str, Any]) -> str:
-    header = ("NAME", "STATE", "NODE", "RUNNING", "WAITING", "KV", "EXPERT ROWS/S", "BUSY")
+    header = ("NAME", "STATE", "NODE", "RUNNING", "WAITING", "KV", "ROWS/S", "BUSY")
     rows = [
         (
             *(w["name"], w["state"], w["node"]),
@@ -112,10 +119,7 @@ def _text(document: Mapping[str, Any]) -> str:
         )
         for w in document["workers"]
     ]
-    tokens = (
-        f"{document['state']}: {document['generation_tokens_per_s']:.0f} tokens/s, "
-        f"prompts {document['prompt_tokens_per_s']:.0f} tokens/s"
-    )
+    tokens = f"{document['state']}: {document['tokens_per_s']:.0f} tokens/s of prompts and answers"
     return f"{tokens}\n\n{table(header, rows)}"
 
 

@@ -26,12 +26,12 @@ ATTENTION = 'model_name="demo",engine="0",worker="attention-0",node="here"'
 EXPERT = 'model_name="demo",engine="",worker="expert-0",node="here"'
 
 
-def exposition(tokens: int, rows: int, busy: int) -> str:
+def exposition(rows: int, busy: int) -> str:
     """What Prometheus would read."""
     return f"""\
-# TYPE expertmesh:generation_tokens_total counter
-expertmesh:generation_tokens_total{{model_name="demo"}} {tokens}
+# TYPE expertmesh:expert_worker_tokens_total counter
 expertmesh:num_requests_running{{{ATTENTION}}} 3.0
+expertmesh:iteration_tokens_total_sum{{{ATTENTION}}} {rows}
 expertmesh:num_requests_waiting{{{ATTENTION}}} 0.0
 expertmesh:kv_cache_usage_perc{{{ATTENTION}}} 0.25
 expertmesh:expert_worker_tokens_total{{{EXPERT}}} {rows}
@@ -93,32 +93,32 @@ def test_tokenize_there_and_back(gateway: FakeGateway, capsys: pytest.CaptureFix
 
 
 def test_top_shows_rates(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
-    gateway.metrics = [exposition(tokens=100, rows=10, busy=1)]
+    gateway.metrics = [exposition(rows=10, busy=1)]
     words = ["--url", gateway.url, "top", "--interval", "0.01"]
     assert main([*words, "--once"]) == ExitCode.OK
     first, _, header, attention, expert = capsys.readouterr().out.splitlines()
-    assert first == "SERVING: 0 tokens/s, prompts 0 tokens/s"
+    assert first == "SERVING: 0 tokens/s of prompts and answers"
     assert header.split()[:4] == ["NAME", "STATE", "NODE", "RUNNING"]
-    assert attention.split() == ["attention-0", "SERVING", "here", "3", "0", "25%", "-", "-"]
+    assert attention.split() == ["attention-0", "SERVING", "here", "3", "0", "25%", "0", "-"]
     assert expert.split() == ["expert-0", "SERVING", "here", "-", "-", "-", "0", "0%"]
     assert main([*words, "--json"]) == ExitCode.OK
     assert json.loads(capsys.readouterr().out)["workers"][0]["kv_usage"] == 0.25
 
 
 def test_rates_are_differences_over_time() -> None:
-    before, now = (read_numbers(exposition(tokens=100 * n, rows=10 * n, busy=n)) for n in (1, 2))
+    before, now = (read_numbers(exposition(rows=10 * n, busy=n)) for n in (1, 2))
     document = busy(STATUS, before, now, 4.0)
-    assert document["generation_tokens_per_s"] == 25.0
+    assert document["tokens_per_s"] == document["workers"][0]["rows_per_s"] == 2.5
     assert (document["workers"][1]["rows_per_s"], document["workers"][1]["busy"]) == (2.5, 0.25)
     restarted = busy(STATUS, now, before, 4.0)
-    assert restarted["generation_tokens_per_s"] == 0.0
+    assert restarted["tokens_per_s"] == 0.0
 
 
 @pytest.fixture
 def ray_folder(tmp_path: Path) -> Path:
     """The logs of a private Ray, whose cluster is recorded as ``mine``."""
-    folder = tmp_path / "ray"
-    (folder / "session_latest" / "logs").mkdir(parents=True)
+    folder = tmp_path / "em"
+    (folder / "ray" / "session_latest" / "logs").mkdir(parents=True)
     me = describe_self()
     state_file.write_record(
         state_file.ClusterRecord(
@@ -135,7 +135,7 @@ def ray_folder(tmp_path: Path) -> Path:
             host=host_id(),
         )
     )
-    return folder / "session_latest" / "logs"
+    return folder / "ray" / "session_latest" / "logs"
 
 
 def test_logs_of_a_worker(
