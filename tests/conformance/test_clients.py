@@ -1,7 +1,7 @@
 """Clients of other projects, unchanged, against ``expertmesh serve``: see docs/conformance.md.
 
-They live in an environment of their own, which ``EXPERTMESH_CLIENTS`` names (a virtual environment
-with the extra ``clients``); without it that of the tests is taken. The npm packages come from
+They live in an environment of their own, which ``EXPERTMESH_CLIENTS`` names (a virtual one
+with ``clients/requirements.txt``); without it that of the tests is taken. The npm packages are in
 ``EXPERTMESH_NODE_MODULES``, or are installed for the run. What is not there is skipped. A recorder
 between them and the server notes what they send, for the table in docs/conformance.md; with
 ``EXPERTMESH_WRITE_FIELDS`` set it is written anew. ``EXPERTMESH_URL`` takes a server that runs

@@ -17,7 +17,7 @@ EXAMPLES = int(os.environ.get("EXPERTMESH_FUZZ_EXAMPLES", "50"))
 """Requests for each route, most of them with a body."""
 LIMIT = "x-request-timeout-ms"
 schemathesis = pytest.importorskip(
-    "schemathesis", reason="schemathesis is not installed: pip install expertmesh[clients]"
+    "schemathesis", reason="schemathesis is not installed: pip install schemathesis"
 )
 
 
