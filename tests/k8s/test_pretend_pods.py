@@ -251,6 +251,19 @@ def test_a_pod_that_is_deleted_by_force_costs_no_request(pods: Pods, tmp_path: P
     wait_until(lambda: pods.is_ready(host), "its workers serve")
 
 
+def test_requests_wait_for_the_successor_of_the_only_attention_pod(
+    pods: Pods, tmp_path: Path
+) -> None:
+    (host,) = pods.of("attention")
+
+    def lose() -> None:
+        pods.kill(host)
+        pods.replace(host)
+
+    stream(pods, gateway_url(pods), tmp_path / "clients.log", FORM, lose)
+    wait_until(lambda: pods.is_ready(host), "its workers serve")
+
+
 def test_streams_outlive_the_head_pod(pods: Pods, tmp_path: Path) -> None:
     if not pods.manifests.operator_env("headgroup"):
         pytest.skip("the head's state is nowhere but in the head")
