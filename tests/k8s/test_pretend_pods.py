@@ -165,7 +165,7 @@ def pods(request: pytest.FixtureRequest) -> Iterator[Pods]:
 
 
 def fault_tolerant(folder: Path) -> Manifests:
-    """``cpu-kind`` with two more components, their values written as a user writes them."""
+    """``cpu-kind`` with two more components and a second attention pod, written as a user does."""
     root = folder / "k8s"
     shutil.copytree(K8S, root)
     overlay = root / "overlays" / "cpu-kind"
@@ -173,10 +173,26 @@ def fault_tolerant(folder: Path) -> Manifests:
     before = "components:\n"
     more = "- ../../components/gcs-ft\n- ../../components/auth-token\n"
     main.write_text(main.read_text().replace(before, before + more))
-    values = {"redis-address": f"{address_of('h1')}:{REDIS_PORT}", "redis-secret": "redis"}
-    with (overlay / "settings.yaml").open("a") as settings:
-        settings.writelines(f"  {name}: {value}\n" for name, value in values.items())
+    values = {
+        "redis-address": f"{address_of('h1')}:{REDIS_PORT}",
+        "redis-secret": "redis",
+        "attention-replicas": '"2"',
+        "attention-min-available": '"1"',
+    }
+    set_values(overlay / "settings.yaml", "  ", values)
+    set_values(overlay / "engine.yaml", "", {"wait-nodes": "7", "num-attention-workers": "2"})
     return Manifests.of("cpu-kind", root)
+
+
+def set_values(path: Path, indent: str, values: dict[str, str]) -> None:
+    """Write values into a file of ``name: value`` lines; what is there already is replaced."""
+    kept = [
+        line
+        for line in path.read_text().splitlines()
+        if line.strip().partition(":")[0] not in values
+    ]
+    added = [f"{indent}{name}: {value}" for name, value in values.items()]
+    path.write_text("\n".join([*kept, *added, ""]))
 
 
 def gateway_url(pods: Pods, index: int = 0) -> str:
@@ -213,8 +229,13 @@ def test_the_job_may_be_applied_again(pods: Pods) -> None:
     assert pods.fetch("h0", url)["controller_pid"] == before
 
 
-def test_a_pod_that_is_to_stop_drains_without_a_failed_request(pods: Pods, tmp_path: Path) -> None:
-    host = pods.of("experts")[-1]
+@pytest.mark.parametrize("group", ["experts", "attention"])
+def test_a_pod_that_is_to_stop_drains_without_a_failed_request(
+    pods: Pods, tmp_path: Path, group: str
+) -> None:
+    *others, host = pods.of(group)
+    if not others:
+        pytest.skip("nobody could take its requests: its drain is refused")
     hook = pods.group(host).container["lifecycle"]["preStop"]["exec"]["command"]
     done: list[bool] = []
     log = tmp_path / "clients.log"
@@ -251,17 +272,17 @@ def test_a_pod_that_is_deleted_by_force_costs_no_request(pods: Pods, tmp_path: P
     wait_until(lambda: pods.is_ready(host), "its workers serve")
 
 
-def test_requests_wait_for_the_successor_of_the_only_attention_pod(
-    pods: Pods, tmp_path: Path
-) -> None:
-    (host,) = pods.of("attention")
+def test_requests_wait_for_the_successors_of_all_attention_pods(pods: Pods, tmp_path: Path) -> None:
+    hosts = pods.of("attention")
 
     def lose() -> None:
-        pods.kill(host)
-        pods.replace(host)
+        for host in hosts:
+            pods.kill(host)
+        for host in hosts:
+            pods.replace(host)
 
     stream(pods, gateway_url(pods), tmp_path / "clients.log", FORM, lose)
-    wait_until(lambda: pods.is_ready(host), "its workers serve")
+    wait_until(lambda: all(map(pods.is_ready, hosts)), "their workers serve")
 
 
 def test_streams_outlive_the_head_pod(pods: Pods, tmp_path: Path) -> None:
