@@ -3,7 +3,9 @@
 Matrix libraries pick kernels by the number of rows, so a row's last bits differ with its batch
 mates. Seen on an AMD EPYC, torch 2.13, one thread: float32 products of 1 to 3 rows differ from
 those of 4 and more, plain and batched alike; in oneDNN's packed layout only a single row does, and
-only for some shapes; bfloat16 never. Other processors may have other limits, so they are tried.
+only for some shapes; bfloat16 never. On an Intel Xeon with AMX, float32 products of some hundred
+inputs differ in both layouts, unless their number of rows is fixed. Other processors may have other
+limits, so they are tried.
 """
 
 from __future__ import annotations
