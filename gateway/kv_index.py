@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 
 from workers.prefix_hash import KvEvents
 
@@ -88,12 +87,14 @@ class KvIndex:
             for name in known.told | known.expected.keys():
                 self._clear(name, known.bit)
 
-    def matches(self, hashes: Sequence[bytes]) -> Mapping[str, int]:
+    def matches(self, hashes: Sequence[bytes]) -> dict[str, int]:
         """Blocks from the first on that each worker has; workers without any are left out.
+
+        Workers come in the order of their blocks, the fewest first.
 
         Example: a has blocks 1 to 3, b has block 1: hashes of blocks 1, 2, 9 give a 2, b 1.
         """
-        look, found = self._holders.get, dict[str, int]()
+        look, names, found = self._holders.get, self._names, dict[str, int]()
         have, depth = self._everyone, 0
         while have and depth < len(hashes):
             if look(hashes[min(depth + _LEAP, len(hashes)) - 1], 0) & have == have:
@@ -102,24 +103,28 @@ class KvIndex:
             for place, name in enumerate(hashes[depth : depth + _LEAP], depth):
                 still = look(name, 0) & have
                 if still != have:  # somebody's blocks end here
-                    if place:
-                        self._note(have ^ still, place, found)
-                    have = still
+                    ended, have = have ^ still, still
+                    if not place:
+                        continue
+                    if ended in names:  # one worker: most often so
+                        found[names[ended]] = place
+                    else:
+                        self._note(ended, place, found)
             depth += _LEAP
         if hashes:
             self._note(have, len(hashes), found)
         return found
 
-    def best_holder(self, hashes: Sequence[bytes], matches: Mapping[str, int]) -> tuple[str, int]:
+    def best_holder(self, hashes: Sequence[bytes], matches: dict[str, int]) -> tuple[str, int]:
         """Who has most of a prefix for others to fetch: what its events told, not what is expected.
 
-        ``matches`` are those of ``hashes``. No blocks: nobody.
+        ``matches`` are those of ``hashes``, in their order. No blocks: nobody.
 
         Example: a has told of 2 of 3 blocks and is about to compute the third, b has told of 1:
         a, 2.
         """
         best, most = "", 0
-        for worker, depth in sorted(matches.items(), key=itemgetter(1), reverse=True):
+        for worker, depth in reversed(matches.items()):
             if depth <= most:
                 break
             told = self._workers[worker].told
