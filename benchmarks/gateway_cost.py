@@ -75,8 +75,8 @@ WAYS = {"engine": "engine stream", "grpc": "gRPC", "http": "HTTP"}
 """Names in what is found, and in tables."""
 STAGES = ("in the engine", "gateway and engine stream", "client, network and proxy")
 """Of the time to the first token."""
-_LEAST_CPU_MS = 1.0
-"""Processes that use less for 1,000 tokens are not shown."""
+_LEAST_CPU_MS = 10.0
+"""Processes that never use as much for 1,000 tokens are not shown."""
 
 Times = list[list[float]]
 """By sequence the seconds to each piece of news, the last one at its end."""

@@ -58,8 +58,9 @@ class InferenceService(InferenceServicer):
             self._gateway, SERVICE, "GenerateStream", context, request.request_id
         ) as edge:
             try:
-                await edge.begin()
+                edge.enter()
                 with await self._start(request, context, streams=True) as generation:
+                    await edge.tell_id()  # while the engine works at the first token
                     formatter = GrpcFormat(generation, self._gateway.tokenizer, edge.request_id)
                     while deltas := await generation.next():
                         for delta in deltas:

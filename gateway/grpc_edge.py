@@ -50,15 +50,27 @@ class GrpcEdge(AbstractContextManager["GrpcEdge"]):
         self._method = method
         self._context = context
         self._code = grpc.StatusCode.OK
+        self._has_told_id = False
 
     async def begin(self) -> None:
-        """Count the request for its key, and tell the client its id, before any token.
+        """``enter`` and ``tell_id``; raises what they raise."""
+        self.enter()
+        await self.tell_id()
+
+    def enter(self) -> None:
+        """Count the request for its key.
 
         Raises ``KeyLimitError``, and what ``KeyRing.check`` raises.
         """
         given = self._metadata
         self._caller = self._keys.enter(given.get("authorization"), given.get("api-key"))
         REQUEST_ID.set(self.request_id)
+
+    async def tell_id(self) -> None:
+        """Tell the client the request's id, once, before any token."""
+        if self._has_told_id:
+            return
+        self._has_told_id = True
         epoch = str(self._gateway.placement_epoch)
         metadata = ((HEADER, self.request_id), ("x-placement-epoch", epoch))
         await self._context.send_initial_metadata(metadata)
@@ -71,6 +83,7 @@ class GrpcEdge(AbstractContextManager["GrpcEdge"]):
             self._gateway.metrics.admission_rejections.add(error.limit)
         if not isinstance(error, ExpertMeshError):
             logger.error("request %s failed", self.request_id, exc_info=error)
+        await self.tell_id()
         details = report.status_details(self.request_id)
         trailers = (("grpc-status-details-bin", details),)
         await self._context.abort(report.grpc_code, report.message, trailers)
