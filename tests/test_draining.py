@@ -209,6 +209,7 @@ def roll(cluster: ServingCluster, form: Form) -> None:
     assert cluster.blocks_in_use() == 0
 
 
+@pytest.mark.slow
 def test_a_rolling_restart_of_every_worker() -> None:
     with serving(ThreadCluster(row_config(2, 2))) as cluster:
         roll(cluster, SMALL)

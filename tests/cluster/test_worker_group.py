@@ -236,6 +236,7 @@ def test_a_worker_that_stands_still_while_the_controller_comes_back_is_ended() -
     _wait(_nothing_is_left)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_controller_that_dies_before_the_cluster_serves_ends_the_start() -> None:
     with _controller(attention_class=ray_workers.SilentWorker) as controller:
