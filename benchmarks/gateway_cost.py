@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from http.client import HTTPConnection
 from time import perf_counter
 
 import grpc
@@ -82,8 +83,17 @@ Times = list[list[float]]
 """By sequence the seconds to each piece of news, the last one at its end."""
 Numbers = dict[str, dict[str, float]]
 """By way and name."""
-Way = Callable[[Sequence[list[int]], int], Times]
-"""Prompts and new tokens -> times."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How requests reach the engine."""
+
+    together: Callable[[Sequence[list[int]], int], Times]
+    """Prompts at once, and new tokens of each -> times."""
+    first_s: Callable[[list[int]], float]
+    """A prompt alone -> seconds to its first token, by a client that blocks, on a connection that
+    stays: what a client costs beyond that is not the gateway's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,7 +175,7 @@ def measure(proxy: str, case: Case) -> Found:
                 wait_until_quiet(time.monotonic() + case.patience_s)
                 prompts = [_prompt(turn, i) for i in range(case.num_streams)]
                 before, start = cpu_seconds(), perf_counter()
-                way(prompts, case.new_tokens)
+                way.together(prompts, case.new_tokens)
                 seconds = perf_counter() - start
                 if turn:  # the first one warms up
                     speeds[name].append(case.num_streams * case.new_tokens / seconds)
@@ -198,8 +208,7 @@ def measure(proxy: str, case: Case) -> Found:
 
 
 def _first_ms(way: Way, number: int) -> float:
-    ((first, *_),) = way([_prompt(-1 - number, 0)], 2)
-    return first * 1e3
+    return way.first_s(_prompt(-1 - number, 0)) * 1e3
 
 
 def _where_it_goes(
@@ -239,13 +248,23 @@ def _ways(proxy: str) -> Iterator[tuple[dict[str, Way], Callable[[], dict[str, f
             wait_ready(f"http://127.0.0.1:{port}", gateway, list)
             with EngineClient(addresses) as engine:
                 client = loop.run_until_complete(_GrpcClient.open(grpc_port))
-                ways: dict[str, Way] = {
-                    "engine": lambda prompts, n: engine.generate(list(prompts), n),
-                    "grpc": lambda prompts, n: loop.run_until_complete(
-                        _together(client.stream, prompts, n)
+                http = _HttpClient(port)
+                ways = {
+                    "engine": Way(
+                        lambda prompts, n: engine.generate(list(prompts), n),
+                        lambda prompt: engine.generate([prompt], 2)[0][0],
                     ),
-                    "http": lambda prompts, n: loop.run_until_complete(
-                        _together(_HttpClient(port).stream, prompts, n)
+                    "grpc": Way(
+                        lambda prompts, n: loop.run_until_complete(
+                            _together(client.stream, prompts, n)
+                        ),
+                        client.first_s,
+                    ),
+                    "http": Way(
+                        lambda prompts, n: loop.run_until_complete(
+                            _together(http.stream, prompts, n)
+                        ),
+                        http.first_s,
                     ),
                 }
                 yield ways, lambda: _sums(f"http://127.0.0.1:{port}/metrics")
@@ -277,41 +296,48 @@ async def _together(
 
 
 class _GrpcClient:
-    """The generated client, over one channel."""
+    """The generated client: one channel for batches, one that blocks for single requests."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, target: str) -> None:
         self._channel = channel
         self._stub = InferenceStub(channel)
+        self._blocking = grpc.insecure_channel(target)
+        self._blocking_stub = InferenceStub(self._blocking)
 
     @classmethod
     async def open(cls, port: int) -> _GrpcClient:
-        return cls(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
+        target = f"127.0.0.1:{port}"
+        return cls(grpc.aio.insecure_channel(target), target)
 
     async def close(self) -> None:
+        self._blocking.close()
         await self._channel.close(None)
 
     async def stream(self, prompt: list[int], new_tokens: int, start: float) -> list[float]:
-        params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-        request = GenerateRequest(token_ids=TokenIds(ids=prompt), sampling_params=params)
+        request = _grpc_request(prompt, new_tokens)
         return [perf_counter() - start async for _ in self._stub.GenerateStream(request)]
+
+    def first_s(self, prompt: list[int]) -> float:
+        start = perf_counter()
+        chunks = self._blocking_stub.GenerateStream(_grpc_request(prompt, 2))
+        first, *_ = [perf_counter() - start for _ in chunks]
+        return first
+
+
+def _grpc_request(prompt: list[int], new_tokens: int) -> GenerateRequest:
+    params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    return GenerateRequest(token_ids=TokenIds(ids=prompt), sampling_params=params)
 
 
 class _HttpClient:
-    """As little of a client as can be: what it costs is not the gateway's."""
+    """As little of a client as can be."""
 
     def __init__(self, port: int) -> None:
         self._port = port
+        self._connection = HTTPConnection("127.0.0.1", port)
 
     async def stream(self, prompt: list[int], new_tokens: int, start: float) -> list[float]:
-        body = json.dumps(
-            {
-                "prompt": prompt,
-                "max_tokens": new_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "stream": True,
-            }
-        ).encode()
+        body = _http_body(prompt, new_tokens)
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         head = (
             "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
@@ -320,14 +346,35 @@ class _HttpClient:
         writer.write(head.encode() + body)
         times: list[float] = []
         while line := await reader.readline():
-            if line.startswith(b"data: {"):
-                if b'"error"' in line:
-                    raise RuntimeError(line.decode())
+            if _is_token(line):
                 times.append(perf_counter() - start)
         writer.close()
         if not times:
             raise RuntimeError("the stream ended before its first token")
         return times
+
+    def first_s(self, prompt: list[int]) -> float:
+        start = perf_counter()
+        headers = {"Content-Type": "application/json"}
+        self._connection.request("POST", "/v1/completions", _http_body(prompt, 2), headers)
+        answer = self._connection.getresponse()
+        while not _is_token(answer.readline()):
+            pass
+        first = perf_counter() - start
+        answer.read()
+        return first
+
+
+def _http_body(prompt: list[int], new_tokens: int) -> bytes:
+    fields = {"prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
+    return json.dumps({**fields, "stream": True}).encode()
+
+
+def _is_token(line: bytes) -> bool:
+    """Raises ``RuntimeError`` for an error, and for the end of the stream."""
+    if b'"error"' in line or not line:
+        raise RuntimeError(line.decode() or "the stream ended before its first token")
+    return line.startswith(b"data: {")
 
 
 def _in_a_process(proxy: str, quick: bool) -> Found:
