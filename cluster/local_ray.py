@@ -26,8 +26,10 @@ logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 """No tensor goes through Ray; its smallest object store would be 75 MiB."""
 START_ATTEMPTS = 3
-_SYSTEM_CONFIG = {"worker_niceness": 0}
-"""Ray would run its workers at 15: whoever else computes on this host would stop the heartbeats."""
+_SYSTEM_CONFIG = {"worker_niceness": 0, "task_events_report_interval_ms": 0}
+"""Ray would run its workers at 15: whoever else computes on this host would stop the heartbeats.
+And it would note every call of an actor, a hundred thousand of them, which nobody reads: its gcs
+grew by 17% in half an hour of traffic (``benchmarks/soak.py``)."""
 _SLOW_STARTS = ("timed out during startup", "Timed out waiting for file")
 """What Ray says of a node, and of a gcs, that took too long."""
 _END_LIMIT_S = 10.0
