@@ -41,7 +41,6 @@ class AdminCalls:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._cluster = gateway.cluster
-        self._abort = gateway.abort_calls
 
     def unary(self, name: str) -> Unary:
         """The procedure of that name. Calling it raises ``NotBuiltError`` if there is none yet."""
@@ -159,7 +158,7 @@ class AdminCalls:
         if not 0 < len(names) <= MAX_ABORTED:
             told = f"request_ids ({len(names)} of them) must be 1 to {MAX_ABORTED}"
             raise RequestError(told, "request_ids")
-        return pb.AbortRequestsResponse(aborted=await self._abort(names))
+        return pb.AbortRequestsResponse(aborted=await self._gateway.abort_calls(names))
 
     def _controller(self) -> Controller:
         return self._cluster.require_controller()

@@ -253,10 +253,13 @@ class Gateway:
 
     async def render_metrics(self) -> bytes:
         """The exposition of all replicas and workers: each number once."""
+        if self.limits.num_gateway_replicas == 1:
+            await asyncio.gather(self.cluster.fresh(), self.cluster.load())
+            return self.metrics.render()
         replicas, _, _ = await asyncio.gather(
             self.peers.ask("metrics"), self.cluster.fresh(), self.cluster.load()
         )
-        return self.metrics.render(replicas if self.limits.num_gateway_replicas > 1 else None)
+        return self.metrics.render(replicas)
 
     def describe(self) -> dict[str, Any]:
         """This replica's entry in the status; ``app`` fills in process id and addresses."""
