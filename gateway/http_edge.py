@@ -185,8 +185,9 @@ async def read_json(request: Request, max_bytes: int, max_depth: int) -> dict[st
         RequestTooLargeError: above the limit.
         DeadlineExceededError: the client sends too slowly.
     """
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
-    if not (kind == "application/json" or kind.endswith("+json")):
+    given = request.headers.get("content-type", "application/json")
+    kind = given.partition(";")[0].strip()
+    if not (kind.lower() == "application/json" or kind.lower().endswith("+json")):
         raise RequestError(f"content-type {kind[:64]!r} must be application/json", "content-type")
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):

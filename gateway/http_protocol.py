@@ -1,4 +1,4 @@
-"""uvicorn's HTTP parser with a bound on what comes before the body.
+"""uvicorn's HTTP parser with a bound on what comes before the body, and with our error object.
 
 Without it a client that never ends its headers fills the memory of whoever listens, and needs no
 key for it (CVE-2025-48956 of another server). Ray Serve's proxy has no setting for this.
@@ -7,18 +7,18 @@ key for it (CVE-2025-48956 of another server). Ray Serve's proxy has no setting 
 from __future__ import annotations
 
 import json
+import uuid
 
 import uvicorn.config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from cluster.errors import RequestTooLargeError
+from cluster.errors import ExpertMeshError, RequestError, RequestTooLargeError
 from gateway.errors import report_error
 
 MAX_HEAD_BYTES = 16 * 1024
 """Request line and headers together."""
 MAX_HEADERS = 256
 """Header lines."""
-_STATUS = b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -73,21 +73,31 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             super().on_message_complete()
             self._is_in_head = True
 
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP."""
+        self._answer(b"400 Bad Request", RequestError("the request is not valid HTTP"))
+
     def _refuse(self) -> None:
         if self._is_refused or self.transport.is_closing():
             return
-        self._is_refused = True
         limits = f"{MAX_HEAD_BYTES} bytes, {MAX_HEADERS} lines"
-        report = report_error(RequestTooLargeError(f"the headers are above the limit of {limits}"))
-        content = json.dumps(report.body()).encode()
+        error = RequestTooLargeError(f"the headers are above the limit of {limits}")
+        self._answer(b"431 Request Header Fields Too Large", error)
+
+    def _answer(self, status: bytes, error: ExpertMeshError) -> None:
+        """Say what is wrong, in place of the application, and close the connection."""
+        self._is_refused = True
+        content = json.dumps(report_error(error).body()).encode()
         lines = (
-            _STATUS,
-            b"content-type: application/json\r\nconnection: close\r\ncontent-length: ",
-            str(len(content)).encode(),
-            b"\r\n\r\n",
+            b"HTTP/1.1 " + status,
+            b"content-type: application/json",
+            b"connection: close",
+            b"x-request-id: " + uuid.uuid4().hex.encode(),
+            b"content-length: " + str(len(content)).encode(),
+            b"",
             content,
         )
-        self.transport.write(b"".join(lines))
+        self.transport.write(b"\r\n".join(lines))
         self.transport.close()
 
 

@@ -215,7 +215,7 @@ class DetokenizeBody(BaseModel):
 
 Body = TypeVar("Body", bound=BaseModel)
 
-_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 _PROMPT_SHAPE = "must be a string, a list of strings, a list of token ids or a list of such lists"
 _SHAPES = {
@@ -242,8 +242,9 @@ def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
         RequestError: not JSON, not an object, or nested too deeply.
     """
     try:
-        data = json.loads(raw)
-        if _SURROGATE_ESCAPE.search(raw):
+        text = raw.decode(json.detect_encoding(raw))
+        data = json.loads(text)
+        if _SURROGATE_ESCAPE.search(text):
             json.dumps(data, ensure_ascii=False).encode()  # half a pair is not text
     except RecursionError as err:
         raise _too_deep(max_depth) from err

@@ -164,7 +164,18 @@ def test_all_neutral_values_together(stack: Stack) -> None:
 @pytest.mark.parametrize("path", [COMPLETIONS, "/v1/chat/completions", "/tokenize", "/detokenize"])
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"{", b"[1]", b'"x"', b"null", b"\x00\xff\xfe", b'{"prompt": "\\ud800"}', b"[" * 100_000],
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b'"x"',
+        b"null",
+        b"\x00\xff\xfe",
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "\xed\xa0\x80"}',
+        '{"prompt": "\\ud800"}'.encode("utf-16"),
+        b"[" * 100_000,
+    ],
 )
 def test_malformed_bodies(stack: Stack, path: str, raw: bytes) -> None:
     headers = {"content-type": "application/json"}
@@ -193,6 +204,20 @@ def test_other_content_types(stack: Stack, kind: str) -> None:
     raw = json.dumps({"prompt": "x"}).encode()
     response = stack.http.post(COMPLETIONS, content=raw, headers={"content-type": kind})
     assert kind in _check(response, 400, "invalid_value", "content-type")
+
+
+@pytest.mark.parametrize("kind", ["Application/JSON", "application/vnd.api+JSON; charset=UTF-8"])
+def test_content_types_in_any_case(stack: Stack, kind: str) -> None:
+    raw = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
+    response = stack.http.post(COMPLETIONS, content=raw, headers={"content-type": kind})
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_any_unicode_is_read(stack: Stack, encoding: str) -> None:
+    raw = json.dumps({"prompt": "x", "max_tokens": 1}).encode(encoding)
+    headers = {"content-type": "application/json"}
+    assert stack.http.post(COMPLETIONS, content=raw, headers=headers).status_code == 200
 
 
 def test_a_body_of_10_mb(stack: Stack) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import socket
 from collections.abc import Iterator
 
@@ -39,6 +40,17 @@ def get(*lines: bytes, path: bytes = b"/health") -> bytes:
     return head + b"".join(line + b"\r\n" for line in lines)
 
 
+def refusal(received: bytes) -> tuple[bytes, str]:
+    """Status line and error code of an answer that no application gave."""
+    head, _, body = received.partition(b"\r\n\r\n")
+    status, *lines = head.split(b"\r\n")
+    assert [line for line in lines if re.fullmatch(rb"x-request-id: [0-9a-f]{32}", line)]
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    return status, error["code"]
+
+
 def test_headers_within_the_bounds_are_served(stack: Stack) -> None:
     lines = [b"x-%d: y" % n for n in range(MAX_HEADERS - 2)]
     assert answer(stack, get(*lines) + b"\r\n").startswith(b"HTTP/1.1 200")
@@ -64,10 +76,27 @@ def test_headers_beyond_the_bounds_are_refused(stack: Stack, data: bytes) -> Non
     is_cut_off = not received and len(data) > 100_000  # while it was still sending
     is_first = received.startswith(b"HTTP/1.1 200")  # of two, after which it is closed
     if not (is_cut_off or is_first):
-        status, _, rest = received.partition(b"\r\n")
-        assert status == b"HTTP/1.1 431 Request Header Fields Too Large"
-        error = json.loads(rest.partition(b"\r\n\r\n")[2])["error"]
-        assert error["code"] == "request_too_large"
+        assert refusal(received) == (
+            b"HTTP/1.1 431 Request Header Fields Too Large",
+            "request_too_large",
+        )
+    assert stack.http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n",
+        b"SING /health HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET /health HTTP/3.7\r\nhost: x\r\n\r\n",
+        get(b"content-length: x") + b"\r\n",
+        get(b"transfer-encoding: chunked") + b"\r\nzz\r\n",
+        get(b"transfer-encoding: chunked", b"content-length: 5") + b"\r\n0\r\n\r\n",
+    ],
+    ids=["TLS", "method", "version", "length", "chunk", "two lengths"],
+)
+def test_what_is_no_http_gets_the_error_object(stack: Stack, data: bytes) -> None:
+    assert refusal(answer(stack, data)) == (b"HTTP/1.1 400 Bad Request", "invalid_value")
     assert stack.http.get("/health").status_code == 200
 
 
