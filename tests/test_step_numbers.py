@@ -11,8 +11,9 @@ from tests.serving_cluster import ThreadCluster, make_config, serving
 from workers.request import Request, SamplingParams
 
 OF_ATTENTION = {"attention_compute_seconds", "dispatch_seconds", "combine_seconds"}
-OF_EXPERTS = {"expert_compute_seconds", "dispatch_bytes"}
+OF_EXPERTS = {"expert_compute_seconds", "dispatch_bytes", "dispatch_padding_ratio"}
 BUBBLE = {"bubble_seconds"}
+TYPES = {"dispatch_bytes": "counter", "dispatch_padding_ratio": "gauge"}
 
 
 @pytest.mark.parametrize(
@@ -40,12 +41,15 @@ def test_every_worker_tells_its_parts_by_phase(mode: str, expected: dict[str, se
         name = family.name.removeprefix("expertmesh:")
         if name not in OF_ATTENTION | OF_EXPERTS | BUBBLE:
             continue
-        assert family.type == ("counter" if name == "dispatch_bytes" else "histogram")
+        assert family.type == TYPES.get(name, "histogram")
         for sample in family.samples:
             found.setdefault(sample.labels["worker"], set()).add(name)
             if sample.name.endswith("_sum"):
                 assert sample.labels["phase"] in ("prefill", "decode")
-            if name == "dispatch_bytes":
+            if name in TYPES:
                 assert sample.labels["direction"] in ("dispatch", "combine")
+            if name == "dispatch_bytes":
                 assert sample.value > 0
+            if name == "dispatch_padding_ratio":
+                assert sample.value == 0  # the only expert worker has all experts of a row
     assert found == expected

@@ -135,6 +135,7 @@ class ExpertPart:
         return {
             "expert_worker_tokens_total": float(self.server.num_tokens),
             "expert_worker_slots": float(max((b.num_slots for b in self._slots.banks), default=0)),
+            **self.server.padding.stats(),
         }
 
     def close(self) -> None:

@@ -17,9 +17,11 @@ from workers.dist.activity import Activity
 from workers.dist.copies import filled_slots
 from workers.dist.dispatcher import SlotBanks
 from workers.dist.header import StepHeader
+from workers.dist.padding import PaddingRatio
 from workers.dist.transport import DataTransport, Expected, Message, Part, Tag
 from workers.dist.weighting import weighted_sum
 from workers.families.base import BankSpec, ExchangeSpec
+from workers.step_metrics import SAMPLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,9 @@ class ExpertServer:
         self._epochs: dict[int, list[_FilledSlots]] = {}
         self._filled: list[_FilledSlots] = []
         self._all_pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._is_measured = False
+        self.padding = PaddingRatio()
+        """Of the rows from and to the attention ranks, in one step of ``SAMPLE``."""
         self.token_counts: list[Tensor] = []
         """By bank, [slots] int64 on the CPU: pairs computed by each expert slot so far."""
 
@@ -147,6 +152,7 @@ class ExpertServer:
         self._filled = filled
         self._transport.begin_step(header)
         self._exact = header.exact
+        self._is_measured = header.step % SAMPLE == 0
         self._granted = [
             {rank: n for rank, _ in header.grants if (n := header.rows(rank, micro_batch))}
             for micro_batch in range(header.num_micro_batches)
@@ -190,6 +196,8 @@ class ExpertServer:
         tag = Tag(bank.index, exchange.index, micro_batch, "outputs")
         self._transport.post(tag, replies, sized=False)
         self._count(bank, batch)  # now that nobody waits for it
+        if self._is_measured:
+            self._measure_padding(exchange, batch, by_pair)
 
     def _join(
         self,
@@ -285,6 +293,21 @@ class ExpertServer:
     def _count(self, bank: BankSpec, batch: _Batch) -> None:
         counts = self.token_counts[bank.index]
         counts += torch.bincount(batch.pair_slot, minlength=counts.shape[0]).to(counts.device)
+
+    def _measure_padding(self, exchange: ExchangeSpec, batch: _Batch, by_pair: bool) -> None:
+        """Count the rows that came and went for nothing; outputs by pair never do."""
+        num_rows = batch.slots.shape[0]
+        if batch.all_here:
+            num_here = num_rows
+        else:
+            num_here = int((batch.slots >= 0).any(1).sum())  # device-to-host sync
+        num_pairs = batch.pairs.shape[0]
+        num_used = num_pairs if exchange.per_slot_input else num_here
+        self.padding.add("dispatch", batch.inputs.shape[0], num_used)
+        if by_pair:
+            self.padding.add("combine", num_pairs, num_pairs)
+        else:
+            self.padding.add("combine", num_rows, num_here)
 
     def _pairs_by_rank(self, batch: _Batch) -> tuple[int, ...]:
         if batch.all_here:

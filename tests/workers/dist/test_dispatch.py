@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import pytest
@@ -25,8 +26,10 @@ from tests.workers.dist.mesh import (
     prefill,
 )
 from workers.dist.dispatcher import BatchRows, DispatchHandle, TokenDispatcher
+from workers.dist.expert_server import ExpertServer
 from workers.dist.header import StepHeader
 from workers.families.base import BankSpec
+from workers.step_metrics import SAMPLE
 
 BANKS = (make_bank(0), make_attention_bank(1), make_bank(2, num_experts=6, top_k=3, width=24))
 MODES: tuple[CombineMode, ...] = ("sum", "per_slot")
@@ -274,6 +277,71 @@ def test_a_row_goes_once_to_each_rank_with_the_exact_split() -> None:
         header = make_header((3,), exact=True)
         mesh.step(header, home)
         assert sent == [2, 2]
+
+
+def padding(mesh: Mesh) -> list[list[float]]:
+    """Ratios of dispatch and combine, by expert rank."""
+    servers = [mesh[m.name].server for m in mesh.generation.experts]
+    return [
+        [round(value, 6) for value in server.padding.stats().values()]
+        for server in servers
+        if server is not None
+    ]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(
+    ("mode", "exact", "expected"),
+    [("sum", False, [0.25, 0.25]), ("per_slot", False, [0.25, 0.0]), ("sum", True, [0.0, 0.0])],
+)
+def test_rows_without_an_expert_here_are_padding(
+    transport: TransportName, mode: CombineMode, exact: bool, expected: list[float]
+) -> None:
+    """Experts 0, 1 are on rank 0 and 2, 3 on rank 1: each has no part in one row of four."""
+    bank = make_bank(num_experts=4, top_k=2)
+    ids = torch.tensor([[0, 1], [1, 2], [3, 2], [0, 3]])
+
+    def home(rank: int, dispatcher: TokenDispatcher) -> Tensor:
+        dispatcher.begin_step(header, [prefill(4)])
+        handle = dispatcher.dispatch(torch.ones(4, 16), ids, torch.ones(4, 2), 0)
+        return dispatcher.combine(handle)
+
+    with Mesh(1, 2, (bank,), mode, transport) as mesh:
+        header = make_header((4,), step=SAMPLE - 1, exact=exact)
+        mesh.step(header, home)
+        assert padding(mesh) == [[0.0, 0.0], [0.0, 0.0]]  # not measured
+        for step in (SAMPLE, 2 * SAMPLE):
+            header = make_header((4,), step=step, exact=exact)
+            mesh.step(header, home)
+            assert padding(mesh) == [expected, expected]
+
+
+def test_input_rows_of_other_ranks_pairs_are_padding() -> None:
+    bank = make_attention_bank(num_experts=4)
+    ids = torch.tensor([[0, 1], [1, 2]])
+
+    def home(rank: int, dispatcher: TokenDispatcher) -> Tensor:
+        dispatcher.begin_step(header, [BatchRows.decode(2)])
+        weights = torch.ones(2, 2)
+        handle = dispatcher.dispatch(torch.ones(2, 2, 6), ids, weights, 0, exchange=1)
+        return dispatcher.combine(handle)
+
+    header = make_header((2,), step=SAMPLE)
+    with Mesh(1, 2, (bank,)) as mesh:
+        servers = [mesh[name].server for name in ("expert-0", "expert-1")]
+
+        def serve(server: ExpertServer) -> None:
+            server.begin_step(header)
+            server.serve(0, 1)
+
+        calls: dict[str, Callable[[], object]] = {
+            f"expert-{i}": partial(serve, s) for i, s in enumerate(servers) if s is not None
+        }
+        dispatcher = mesh["attention-0"].dispatcher
+        assert dispatcher is not None
+        calls["attention-0"] = partial(home, 0, dispatcher)
+        mesh.each(calls)
+        assert padding(mesh) == [[0.25, 0.0], [0.75, 0.5]]
 
 
 def test_an_epoch_that_is_not_known_is_refused() -> None:
