@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 900, 420, 70, 190, 20, 50
+_NAME_HEIGHT = 14
 _COLOURS = ("#257", "#c33", "#2a8", "#b70", "#829", "#177", "#a35", "#573", "#359", "#960")
 
 
@@ -78,15 +79,15 @@ def line_chart(
             f'stroke="#888" stroke-dasharray="4 4"/><text x="{along_x + 4:.1f}" '
             f'y="{floor - 6:.1f}" fill="#555">{escape(mark.name)}</text>'
         )
-    ends: list[float] = []
-    for i, line in sorted(enumerate(lines), key=lambda pair: -pair[1].points[-1][1]):
+    by_end = sorted(enumerate(lines), key=lambda pair: -pair[1].points[-1][1])
+    names_y = _apart([at(*line.points[-1])[1] for _, line in by_end])
+    for (i, line), name_y in zip(by_end, names_y, strict=True):
         colour = _COLOURS[i % len(_COLOURS)]
         points = " ".join("{:.1f},{:.1f}".format(*at(*p)) for p in line.points)
-        right, level = at(*line.points[-1])
-        ends.append(max(level, ends[-1] + 14 if ends else level))  # names do not overlap
+        right = at(*line.points[-1])[0]
         parts += [
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>',
-            f'<text x="{right + 6:.1f}" y="{ends[-1] + 4:.1f}" fill="{colour}">'
+            f'<text x="{right + 6:.1f}" y="{name_y + 4:.1f}" fill="{colour}">'
             f"{escape(line.name)}</text>",
         ]
     middle = _LEFT + (_WIDTH - _LEFT - _RIGHT) / 2
@@ -95,6 +96,18 @@ def line_chart(
         f'<text x="{_LEFT}" y="14">{escape(y)}</text>',
     ]
     return "\n".join([*parts, "</svg>\n"])
+
+
+def _apart(levels: Sequence[float]) -> list[float]:
+    """Heights from the top down, moved as little as it takes for names there not to overlap."""
+    found: list[float] = []
+    for level in levels:
+        found.append(max(level, found[-1] + _NAME_HEIGHT if found else level))
+    floor = _HEIGHT - _NAME_HEIGHT / 2
+    for i in reversed(range(len(found))):
+        found[i] = min(found[i], floor)
+        floor = found[i] - _NAME_HEIGHT
+    return found
 
 
 def _rounds(most: float) -> Iterator[float]:

@@ -37,10 +37,6 @@ _LIMITS = {
     "RAY_health_check_failure_threshold": "3",
     # after SIGTERM: time for the workers to hand over their requests and experts
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "120",
-    # Ray would run the workers at nice 15, behind everything else on the host
-    "RAY_worker_niceness": "0",
-    # nobody reads what Ray would note of every call (see local_ray)
-    "RAY_task_events_report_interval_ms": "0",
     # hosts outlive a head that comes back
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
 }

@@ -1,4 +1,4 @@
-"""What a server takes of its host: CPU shares in Ray's books, and threads."""
+"""What a server takes of its host: CPU shares in Ray's books, threads, and Ray's own memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import subprocess
 import sys
 from typing import Any
 
+import psutil
 import pytest
 
 from cluster.launch_plan import count_cpus
+from cluster.orphans import find_by_files
 from tests.served.server import WAIT_S, Served
 
 pytestmark = pytest.mark.ray
@@ -51,3 +53,11 @@ def test_workers_share_the_cpus_and_nobody_else_takes_any(server: Served) -> Non
     workers = server.status()["workers"]
     assert [w["threads"] for w in workers] == [max(1, math.floor(share))] * 3
     assert [w["device"] for w in workers] == ["cpu"] * 3
+
+
+def test_the_raylet_has_one_arena_without_caches(server: Served) -> None:
+    found = [psutil.Process(p.pid) for p in find_by_files(server.folder)]
+    (raylet,) = [p for p in found if p.name() == "raylet"]
+    environment = raylet.environ()
+    assert environment["LD_PRELOAD"].endswith("libjemalloc.so")
+    assert environment["MALLOC_CONF"] == "narenas:1,tcache:false"
