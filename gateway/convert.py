@@ -276,7 +276,7 @@ def prompt_list(
     if isinstance(prompt, str):
         return (prompt,)
     if prompt and isinstance(prompt[0], int):
-        return (tuple(int(token) for token in prompt),)  # type: ignore[arg-type]
+        return (tuple(prompt),)  # type: ignore[arg-type]
     return tuple(one if isinstance(one, str) else tuple(one) for one in prompt)  # type: ignore[arg-type]
 
 

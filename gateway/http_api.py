@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from gateway.http_edge import (
     HttpEdge,
     Responder,
     dump_json,
+    dump_long,
     read_json,
     run_until_gone,
     timeout_header_s,
@@ -154,16 +156,13 @@ class HttpApi:
             ids = await gateway.prompts.encode(body.prompt, body.add_special_tokens is not False)
         tokenizer = gateway.prompts.require_tokenizer("prompt")
         facts = gateway.facts
-        return _json(
-            {
-                "count": len(ids),
-                "max_model_len": facts.max_model_len if facts else None,
-                "tokens": ids,
-                "token_strs": [tokenizer.token_text(i) for i in ids]
-                if body.return_token_strs
-                else None,
-            }
-        )
+        head = {"count": len(ids), "max_model_len": facts.max_model_len if facts else None}
+
+        def render() -> bytes:
+            named = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+            return dump_long({**head, "tokens": ids, "token_strs": named})
+
+        return _json(await asyncio.to_thread(render))
 
     async def detokenize(self, request: Request) -> Response:
         """Token ids to text."""
@@ -323,7 +322,8 @@ class GenerateEndpoint:
 
 
 def _json(content: object, status: int = 200) -> Response:
-    return Response(dump_json(content), status, headers={"content-type": "application/json"})
+    raw = content if isinstance(content, bytes) else dump_json(content)
+    return Response(raw, status, headers={"content-type": "application/json"})
 
 
 async def route_error(request: Request, error: HTTPException) -> Response:

@@ -19,10 +19,12 @@ from gateway.chat_template import ChatTemplate
 
 _NORMALIZER_SHRINK = 4
 """A normalizer may shorten text (NFC); the quick length check leaves this much room for it."""
+_SHORT_CHARS = 2048
+"""Longer texts and lists go the library's way for batches, the only one that releases the lock."""
 
 
 class Tokenizer:
-    """Thread-safe; ``encode`` and ``decode`` release the interpreter lock while they work.
+    """Thread-safe; what is long is encoded and decoded without the interpreter lock.
 
     Args:
         backend: what ``tokenizer.json`` describes.
@@ -49,11 +51,17 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Ids of a text."""
-        return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        if len(text) <= _SHORT_CHARS:
+            return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        found = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return tuple(found[0].ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole list of ids; ids without a token are left out."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        if len(ids) <= _SHORT_CHARS:
+            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        found = self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
+        return str(found[0])
 
     def is_surely_longer_than(self, text: str, num_tokens: int) -> bool:
         """Whether a text cannot have as few tokens, judged by its length alone."""

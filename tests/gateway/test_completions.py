@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from gateway.http_edge import dump_json
 from tests.gateway.fakes import BACKEND, EOS, EOS_ID, MAX_MODEL_LEN, saying, tiny_tokenizer
 from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, post
 from workers.request import Grammar, GrammarKind
@@ -240,6 +241,17 @@ def test_tokenize_and_back(stack: Stack) -> None:
     assert post(stack, "/detokenize", tokens=[EOS_ID]).json() == {"prompt": EOS}
     plain = post(stack, "/tokenize", model=MODEL, prompt="").json()
     assert (plain["tokens"], plain["token_strs"]) == ([], None)
+
+
+@pytest.mark.parametrize("strs", [False, True])
+def test_tokenize_a_long_text(stack: Stack, strs: bool) -> None:
+    answer = post(stack, "/tokenize", prompt='"wörld" ' * 2000, return_token_strs=strs)
+    found = answer.json()
+    assert answer.content == dump_json(found)
+    ids = tuple(BACKEND.encode('"wörld" ' * 2000).ids)
+    assert (found["count"], tuple(found["tokens"])) == (len(ids), ids)
+    named = [tiny_tokenizer().token_text(i) for i in ids]
+    assert found["token_strs"] == (named if strs else None)
 
 
 def test_tokenize_a_conversation(stack: Stack) -> None:

@@ -172,3 +172,15 @@ def test_a_stop_string_inside_of_one_character_s_tokens(
     assert stopped[-1] == "\U0001f601"
     assert set(stopped[:-1]) <= {None}
     assert choice.take(always=True)[0] == "a"
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_long_texts_have_the_tokens_of_short_ones(
+    vocabulary: tuple[Tokenizer, int], special: bool
+) -> None:
+    tokenizer, _ = vocabulary
+    backend, text = tokenizer._backend, random_text(random.Random(3), 10_000)
+    ids = tokenizer.encode(text, special)
+    assert ids == tuple(backend.encode(text, add_special_tokens=special).ids)
+    assert len(ids) > 2048
+    assert tokenizer.decode(ids) == backend.decode(list(ids)) == text
