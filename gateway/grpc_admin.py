@@ -13,13 +13,13 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from cluster.errors import StartError
 from gateway.admin_calls import SERVICE, AdminCalls
 from gateway.core import Gateway
 from gateway.grpc_edge import Context, GrpcEdge
-from gateway.grpc_server import KeyInterceptor, server_options
+from gateway.grpc_interceptors import KeyInterceptor, MessageInterceptor
+from gateway.grpc_server import add_reflection, server_options
 from gateway.tls import bind
 
 logger = logging.getLogger(__name__)
@@ -42,15 +42,17 @@ class AdminGrpcServer:
         self._gateway = gateway
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server = grpc.aio.server(
-            interceptors=[KeyInterceptor(gateway.admin_keys)],
+            interceptors=[
+                KeyInterceptor(gateway, gateway.admin_keys),
+                MessageInterceptor(SERVICE.full_name),
+            ],
             options=server_options(so_reuseport=shared),
             maximum_concurrent_rpcs=_MAX_CALLS,
         )
         handlers = _Handlers(gateway)
         self._server.add_generic_rpc_handlers((handlers.all(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE.full_name, "grpc.health.v1.Health", reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        add_reflection(self._server, SERVICE.full_name, SERVICE.file)
         self.port = 0
         """The port that is bound."""
 

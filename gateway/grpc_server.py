@@ -5,37 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from cluster.errors import (
-    AuthenticationError,
-    ExpertMeshError,
-    PermissionDeniedError,
-    RequestError,
-    StartError,
-)
-from gateway.auth import KeyRing
+from cluster.errors import StartError
 from gateway.core import Gateway
-from gateway.errors import report_error
 from gateway.grpc_api import SERVICE, InferenceService
-from gateway.grpc_edge import text_metadata
+from gateway.grpc_interceptors import HEALTH_SERVICE, KeyInterceptor, MessageInterceptor
 from gateway.tls import bind
+from protos import inference_pb2
 from protos.inference_pb2_grpc import add_InferenceServicer_to_server
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
-else:  # generic in the stubs only
-    _Interceptor = grpc.aio.ServerInterceptor
-
-_HEALTH_SERVICE = "grpc.health.v1.Health"
 _READY_POLL_S = 0.1
 _SPARE_CALLS = 64
 """Calls beyond the queue's limit that still get through, so that probes do and so that it is us who
@@ -73,6 +60,23 @@ def server_options(so_reuseport: bool = True) -> list[tuple[str, int]]:
     ]
 
 
+def add_reflection(server: grpc.aio.Server, service: str, file: Any) -> None:
+    """Describe a service, the file that it is in, health and reflection: nothing else of ours."""
+    pool = DescriptorPool()
+    _add_files(pool, (file, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR), set())
+    names = (service, HEALTH_SERVICE, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server, pool)
+
+
+def _add_files(pool: DescriptorPool, files: Sequence[Any], known: set[str]) -> None:
+    """Files after those that they import."""
+    for file in files:
+        if file.name not in known:
+            known.add(file.name)
+            _add_files(pool, file.dependencies, known)
+            pool.AddSerializedFile(file.serialized_pb)
+
+
 class GrpcServer:
     """Serves ``Inference``, health and reflection.
 
@@ -88,7 +92,10 @@ class GrpcServer:
         self._wanted_port = port
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server = grpc.aio.server(
-            interceptors=[KeyInterceptor(gateway.keys), MessageInterceptor()],
+            interceptors=[
+                KeyInterceptor(gateway, gateway.keys),
+                MessageInterceptor(SERVICE),
+            ],
             options=[*server_options(), *age_options(gateway.limits.request_timeout_s)],
             maximum_concurrent_rpcs=gateway.limits.max_queue + _SPARE_CALLS,
         )
@@ -100,8 +107,7 @@ class GrpcServer:
         """Bind and serve, as not ready; returns the port. Raises ``StartError``."""
         add_InferenceServicer_to_server(InferenceService(self._gateway), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        add_reflection(self._server, SERVICE, inference_pb2.DESCRIPTOR)
         address = f"{self._host}:{self._wanted_port}"
         try:
             self.port = bind(self._server, address, self._gateway.limits)
@@ -135,83 +141,3 @@ class GrpcServer:
         status = statuses.SERVING if is_ready else statuses.NOT_SERVING
         for service in ("", SERVICE):
             await self._health.set(service, status)
-
-
-class KeyInterceptor(_Interceptor):
-    """Asks for a key, except for health checks."""
-
-    def __init__(self, keys: KeyRing) -> None:
-        self._keys = keys
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """Let a call through, or have it answered with UNAUTHENTICATED."""
-        handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith(f"/{_HEALTH_SERVICE}/"):
-            return handler
-        given = text_metadata(handler_call_details.invocation_metadata)
-        try:
-            self._keys.check(given.get("authorization"), given.get("api-key"))
-        except (AuthenticationError, PermissionDeniedError) as err:
-            return _refusal(handler, err)
-        return handler
-
-
-class MessageInterceptor(_Interceptor):
-    """Lets our own service refuse messages that cannot be decoded; gRPC would say UNKNOWN."""
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """Replace the handler's decoder."""
-        handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(f"/{SERVICE}/"):
-            return handler
-        decode = handler.request_deserializer
-
-        def decode_or_stand_in(data: bytes) -> object:
-            try:
-                return decode(data)
-            except DecodeError:
-                return UndecodableMessage()
-
-        return handler._replace(request_deserializer=decode_or_stand_in)
-
-
-class UndecodableMessage:
-    """Stands in for a message that cannot be decoded: reading any field of it is a bad request."""
-
-    request_id = ""
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise RequestError("the message cannot be decoded as the procedure's request")
-
-
-def _refusal(handler: Any, error: ExpertMeshError) -> Any:
-    """A handler of the same kind that refuses."""
-    report = report_error(error)
-
-    async def refuse(request: Any, context: Any) -> None:
-        trailers = (("grpc-status-details-bin", report.status_details("")),)
-        await context.abort(report.grpc_code, report.message, trailers)
-
-    async def refuse_stream(request: Any, context: Any) -> AsyncIterator[Any]:
-        await refuse(request, context)
-        yield
-
-    make = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[handler.request_streaming, handler.response_streaming]
-    return make(
-        refuse_stream if handler.response_streaming else refuse,
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
-    )

@@ -125,6 +125,16 @@ def test_a_body_of_no_declared_kind_is_refused(admin: httpx.Client) -> None:
     assert "content-type" in answer.json()["error"]["message"]
 
 
+def test_messages_that_cannot_be_decoded_are_refused(stack: Stack) -> None:
+    with grpc.insecure_channel(stack.admin.grpc) as channel:
+        for name in ("DrainWorker", "Rebalance", "GetOperation", "AbortRequests", "WatchCluster"):
+            call: Any = channel.unary_stream(f"/{SERVICE.full_name}/{name}", bytes, bytes)
+            code, words = refusal(lambda call=call: list(call(b"\xff" * 99, timeout=WAIT_S)))
+            assert code is grpc.StatusCode.INVALID_ARGUMENT, name
+            assert words is not None
+            assert "decoded" in words
+
+
 def test_what_is_not_built_says_so_by_name(stub: AdminStub) -> None:
     code, words = refusal(lambda: stub.Scale(pb.ScaleRequest()))
     assert (code, words) == (grpc.StatusCode.UNIMPLEMENTED, "Scale is not built yet")
@@ -187,6 +197,10 @@ def test_health_and_reflection_know_the_service(stack: Stack) -> None:
         request = reflection_pb2.ServerReflectionRequest(list_services="")
         (answer,) = reflection.ServerReflectionInfo(iter([request]))
         assert SERVICE.full_name in [s.name for s in answer.list_services_response.service]
+        for name, is_known in (("Admin", True), ("Engine", False)):
+            request.file_containing_symbol = f"expertmesh.v1.{name}"
+            (answer,) = reflection.ServerReflectionInfo(iter([request]))
+            assert answer.HasField("file_descriptor_response") is is_known
 
 
 def test_admin_calls_are_not_on_the_public_ports(stack: Stack) -> None:

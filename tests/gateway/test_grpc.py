@@ -340,8 +340,15 @@ def test_health_and_reflection(stack: Stack) -> None:
         ask = reflection_pb2.ServerReflectionRequest(list_services="")
         answer = next(iter(reflected.ServerReflectionInfo(iter([ask]), timeout=WAIT_S)))
         names = {service.name for service in answer.list_services_response.service}
+        symbols = ("GenerateRequest", "TopLogprob", "Inference", "Admin", "Engine")
+        asks = [
+            reflection_pb2.ServerReflectionRequest(file_containing_symbol=f"expertmesh.v1.{name}")
+            for name in symbols
+        ]
+        answers = reflected.ServerReflectionInfo(iter(asks), timeout=WAIT_S)
+        found = [answer.WhichOneof("message_response") for answer in answers]
     assert {"expertmesh.v1.Inference", "grpc.health.v1.Health"} <= names
-    assert "expertmesh.v1.Engine" not in names
+    assert found == ["file_descriptor_response"] * 3 + ["error_response"] * 2
 
 
 def test_health_follows_readiness() -> None:
@@ -375,6 +382,36 @@ def test_keys_guard_all_but_health() -> None:
         asks = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
         refused = failure(lambda: list(reflected.ServerReflectionInfo(asks, timeout=WAIT_S)))
         assert refused[0] is CODES.UNAUTHENTICATED
+
+
+def test_what_a_key_would_open_is_refused_by_name_and_counted() -> None:
+    with (
+        running_stack(GatewaySection(api_keys=("secret",))) as stack,
+        grpc.insecure_channel(stack.grpc_target) as channel,
+    ):
+        call = InferenceStub(channel).GenerateStream(
+            request_of(text="x"), metadata=(("x-request-id", "mine"),)
+        )
+        _, _, details = failure(lambda: list(call))
+        assert details["RequestInfo"].request_id == "mine"
+        assert dict(call.initial_metadata())["x-request-id"] == "mine"
+        for name in ("a", "b"):  # as HTTP asks for a key at paths that there are not
+            unknown: Any = channel.unary_unary(f"/secret.v1.Things/{name}", bytes, bytes)
+            code, _, details = failure(lambda unknown=unknown: unknown(b""))
+            assert code is CODES.UNAUTHENTICATED
+            assert details["RequestInfo"].request_id
+        key = (("authorization", "Bearer secret"),)
+        with pytest.raises(grpc.RpcError) as caught:
+            unknown(b"", metadata=key)
+        known: Any = caught.value
+        assert known.code() is CODES.UNIMPLEMENTED
+        headers = {"authorization": "Bearer secret"}
+        metrics = stack.http.get("/metrics", headers=headers).text
+    labels = 'code="UNAUTHENTICATED",method="{}",model_name="tiny",service="{}"'
+    counted = labels.format("GenerateStream", "expertmesh.v1.Inference")
+    assert f"grpc_requests_total{{{counted}}} 1.0" in metrics
+    assert f"grpc_requests_total{{{labels.format('other', 'other')}}} 2.0" in metrics
+    assert "secret" not in metrics
 
 
 def test_an_old_connection_is_renewed_and_breaks_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
