@@ -14,6 +14,7 @@ from gateway.convert import (
     with_header_priority,
 )
 from gateway.core import Gateway, new_call_id
+from gateway.delta import Usage
 from gateway.field_checks import check_stream
 from gateway.generation import Generation
 from gateway.grpc_edge import Context, GrpcEdge
@@ -44,7 +45,7 @@ class InferenceService(InferenceServicer):
         async def work(request_id: str) -> pb.GenerateResponse:
             with await self._start(request, context) as generation:
                 choices = await collect(generation)
-                _tell_usage(context, generation)
+                _tell_usage(context, generation.usage)
                 formatter = GrpcFormat(generation, self._gateway.tokenizer, request_id)
                 return formatter.whole(choices, generation.usage)
 
@@ -66,7 +67,7 @@ class InferenceService(InferenceServicer):
                         for delta in deltas:
                             yield formatter.chunk(delta)
                         generation.sent()
-                    _tell_usage(context, generation)
+                    _tell_usage(context, generation.usage)
             except Exception as err:
                 await edge.abort(err)
 
@@ -136,7 +137,9 @@ class InferenceService(InferenceServicer):
         """Classes of prompts."""
 
         async def work(request_id: str) -> pb.ClassifyResponse:
-            return await self._readings.classify(request, _reading_options(request, context))
+            answer = await self._readings.classify(request, _reading_options(request, context))
+            _tell_usage(context, answer.usage)
+            return answer
 
         return await self._answer("Classify", context, work, request.request_id)
 
@@ -144,7 +147,9 @@ class InferenceService(InferenceServicer):
         """Scores of documents."""
 
         async def work(request_id: str) -> pb.ScoreResponse:
-            return await self._readings.score(request, _reading_options(request, context))
+            answer = await self._readings.score(request, _reading_options(request, context))
+            _tell_usage(context, answer.usage)
+            return answer
 
         return await self._answer("Score", context, work, request.request_id)
 
@@ -152,7 +157,9 @@ class InferenceService(InferenceServicer):
         """Vectors of prompts."""
 
         async def work(request_id: str) -> pb.EmbedResponse:
-            return await self._readings.embed(request, _reading_options(request, context))
+            answer = await self._readings.embed(request, _reading_options(request, context))
+            _tell_usage(context, answer.usage)
+            return answer
 
         return await self._answer("Embed", context, work, request.request_id)
 
@@ -166,6 +173,8 @@ class InferenceService(InferenceServicer):
                 options = _reading_options(request, context)
                 async with aclosing(self._readings.inspect(request, options)) as chunks:
                     async for chunk in chunks:
+                        if chunk.HasField("summary"):
+                            _tell_usage(context, chunk.summary.usage)
                         yield chunk
             except Exception as err:
                 await edge.abort(err)
@@ -224,8 +233,8 @@ def _reading_options(request: ReadingRequest, context: Context) -> ReadingOption
     return grpc_options(request, metadata, context.time_remaining())
 
 
-def _tell_usage(context: Context, generation: Generation) -> None:
-    usage = generation.usage
+def _tell_usage(context: Context, usage: Usage | types_pb2.Usage) -> None:
+    """Counts as trailing metadata."""
     counts = {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens}
     if usage.cached_tokens is not None:
         counts["cached"] = usage.cached_tokens

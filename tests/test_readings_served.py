@@ -129,6 +129,24 @@ def test_score_is_the_mean_log_probability_of_the_document(
     assert [row.score for row in message.data] == pytest.approx(want, abs=1e-4)
 
 
+def test_trailing_metadata_tells_the_usage(stub: InferenceStub) -> None:
+    prompts = inputs(*TEXTS)
+    calls: list[tuple[Any, Any]] = [
+        (stub.Embed, pb.EmbedRequest(input=prompts)),
+        (stub.Score, pb.ScoreRequest(queries=prompts[:1], documents=prompts[1:])),
+        (stub.Classify, pb.ClassifyRequest(input=prompts, labels=[" Ay.", " No."])),
+    ]
+    for procedure, request in calls:
+        message, call = procedure.with_call(request, timeout=240)
+        told = dict(call.trailing_metadata())
+        assert int(told["x-prompt-tokens"]) == message.usage.prompt_tokens > 0
+        assert told["x-completion-tokens"] == "0"
+    ids = [types_pb2.TokenIds(ids=IDS[0])]
+    stream = stub.Inspect(pb.InspectRequest(token_ids=ids, outputs=["loss"]), timeout=240)
+    assert list(stream)[-1].summary.usage.prompt_tokens == len(IDS[0])
+    assert dict(stream.trailing_metadata())["x-prompt-tokens"] == str(len(IDS[0]))
+
+
 def test_a_language_model_chooses_the_most_probable_label(
     stack: Stack, stub: InferenceStub
 ) -> None:
