@@ -3,8 +3,10 @@
 python -m benchmarks.gateway_cost [--proxy default|haproxy]  prints one proxy's numbers as JSON
 
 One attention and two expert workers with the bundled model, one client process, all on the same
-cores. The ways take turns: the engine stream itself, gRPC, HTTP through Serve's proxy. Serve's
-default proxy and HAProxy run one after the other, each beside the engine of its own run.
+cores. The ways take turns: the engine stream itself, gRPC, HTTP through Serve's proxy; single
+requests in an order drawn anew for each, so that what one leaves behind to be done falls on all
+ways alike. Serve's default proxy and HAProxy run one after the other, each beside the engine of its
+own run.
 
 Where the time goes: of a first token by the gateway's own metrics (mean), of a batch by the CPU
 time of each process.
@@ -16,6 +18,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -181,9 +184,11 @@ def measure(proxy: str, case: Case) -> Found:
                     speeds[name].append(case.num_streams * case.new_tokens / seconds)
                     for process, used in cpu_seconds().items():
                         cpu[name][process] += used - before.get(process, 0.0)
+        order, draw = list(ways), random.Random(1)
         for number in range(case.num_single):
-            for name, way in ways.items():
-                firsts[name].append(_first_ms(way, number))
+            draw.shuffle(order)
+            for name in order:
+                firsts[name].append(_first_ms(ways[name], number))
         stages = {
             name: _where_it_goes(way, case.num_single, scrape)
             for name, way in ways.items()

@@ -50,6 +50,10 @@ _STREAM_WAIT_S = 5.0
 _LOOK_S = 0.5
 """Time after which a request that waits for a worker looks whether it is wanted still."""
 
+_TURNS_TO_LEAVE = 2
+"""Turns of the event loop in which a request is given to a worker and written to its stream. What
+the codecs do next takes as long as a hop: the engine need not wait for it."""
+
 
 class Gateway:
     """One replica.
@@ -341,6 +345,8 @@ class Gateway:
         budget_ms = max(1, int((deadline_s - time.monotonic()) * 1000))
         for request in generation.call.requests(generation.call_id, budget_ms):
             await self._assign(request, generation, deadline_s)
+        for _ in range(_TURNS_TO_LEAVE):
+            await asyncio.sleep(0)
 
     async def _assign(self, request: Request, generation: Generation, deadline_s: float) -> None:
         no_stream_s: float | None = None
