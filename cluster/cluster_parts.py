@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ExpertMeshError, StartError
+from cluster.gateway_config import EndStage
 from cluster.joining import JoinedRay, examine, is_deployed
 from cluster.launch_plan import LaunchPlan
 from cluster.local_ray import PrivateRay, join
@@ -27,6 +28,8 @@ _POLL_S = 0.1
 _SNAPSHOT_WAIT_S = 1.0
 _CALL_LIMIT_S = 5.0
 _AWAY_LIMIT_S = 60.0
+_TELL_LIMIT_S = 1.0
+_LAST_WORDS_S = 1.0
 _DEAD_LIMIT_S = 5.0
 
 ProgressFn = Callable[[str, int, int], None]
@@ -119,16 +122,30 @@ class ClusterParts:
         """What runs of the private Ray on this host."""
         return self._ray.processes() if self._ray is not None and self._is_connected else []
 
+    def tell_gateway(self, stage: EndStage) -> int:
+        """Tell every replica how far the end is; the requests that still run.
+
+        A cluster that was there before is left alone.
+        """
+        if not self._has_app or not self._heard_at:
+            return 0
+        found: list[int] = []
+        _attempt(f"telling the gateway of stage {stage}", lambda: found.extend(_broadcast(stage)))
+        return sum(found)
+
     def stop_services(self) -> None:
         """End the Serve app, the workers and the controller, in this order.
 
-        A cluster that was there before is left alone.
+        Requests that still run are told so. A cluster that was there before is left alone.
         """
         if not self._is_connected or self._found:
             return
         from cluster.ray_tools import end_leftovers
 
         if self._has_app:
+            give_up = time.monotonic() + _LAST_WORDS_S
+            while self.tell_gateway("fail") and time.monotonic() < give_up:
+                time.sleep(_POLL_S)
             _attempt("ending the gateway", self._stop_gateway)
         if self._controller is not None:
             _attempt("ending the workers", self._stop_workers)
@@ -244,6 +261,18 @@ class ClusterParts:
         import ray
 
         ray.get(self._controller.stop.remote(), timeout=_CALL_LIMIT_S)
+
+
+def _broadcast(stage: EndStage) -> list[int]:
+    """Every replica's number of running requests; those that do not answer are left out."""
+    from ray import serve
+
+    from gateway.app import APP_NAME, DEPLOYMENT_NAME
+
+    handle: Any = serve.get_deployment_handle(DEPLOYMENT_NAME, APP_NAME)
+    response = handle.broadcast("end", stage)
+    found = response.results(timeout_s=_TELL_LIMIT_S, return_exceptions=True)
+    return [one for one in found if isinstance(one, int)]
 
 
 def warm_up() -> None:

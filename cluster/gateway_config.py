@@ -15,6 +15,9 @@ _LIMITS = (
 )
 _METRICS_PREFIX = re.compile("[a-zA-Z_:][a-zA-Z0-9_:]*")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+EndStage = Literal["lead", "refuse", "fail"]
+"""How a gateway ends with its server: requests are led elsewhere but served, then none is taken,
+then those that are left are told that it is over."""
 RoutingPolicyName = Literal["kv", "least-loaded", "round-robin"]
 
 
@@ -96,6 +99,10 @@ class GatewaySection:
     """Prompt and output tokens that they may need together; None is ``max_queue`` contexts."""
     request_timeout_s: float = 600.0
     """Longest life of a request."""
+    drain_lead_s: float = 5.0
+    """After SIGTERM: time of serving on without being ready, so that load balancers hear of it."""
+    drain_timeout_s: float = 120.0
+    """Then: time that running requests have to end, while no more are taken."""
     metrics_all_experts: bool = False
     """A metric for every expert of every layer, not for the busiest ones and the rest."""
     metrics_prefix: str = "expertmesh:"
@@ -128,6 +135,9 @@ class GatewaySection:
         for name in _LIMITS:
             value = getattr(self, name)
             check(value > 0, name, value, "must be above 0")
+        for name in ("drain_lead_s", "drain_timeout_s"):
+            value = getattr(self, name)
+            check(0 <= value < float("inf"), name, value, "must not be negative or infinite")
         for name in ("api_keys", "admin_keys"):
             check(all(getattr(self, name)), name, "", "must not be empty")
             object.__setattr__(self, name, tuple(map(hash_key, getattr(self, name))))

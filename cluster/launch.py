@@ -2,10 +2,11 @@
 
 ``expertmesh serve`` and ``up`` run it as ``python -m cluster.launch`` in a session of its own. It
 reads one ``LaunchPlan`` from stdin and writes one JSON event a line to stdout: ``progress``,
-``ready``, ``failed``, ``stopped``. It ends with SIGTERM, or when stdin is closed without the word
-``detach`` before: so a killed front process takes its cluster along. Everything it starts is below
-it or in its private Ray; what it joins stays. ``up`` in a joined Ray is the exception: there the
-cluster belongs to nobody, and the launcher goes as soon as it is ready.
+``ready``, ``failed``, ``stopped``. It ends with SIGTERM, with the word ``drain`` once the running
+requests have ended, or when stdin is closed without the word ``detach`` before: so a killed front
+process takes its cluster along. Everything it starts is below it or in its private Ray; what it
+joins stays. ``up`` in a joined Ray is the exception: there the cluster belongs to nobody, and the
+launcher goes as soon as it is ready.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn, Protocol, TextIO
 
 from cluster.cluster_parts import ClusterParts, ProgressFn, warm_up
 from cluster.errors import ConfigError, ExpertMeshError
+from cluster.gateway_config import EndStage
 from cluster.launch_plan import LaunchPlan
 from cluster.orphans import host_id, identify
 from cluster.process import ProcessIdentity
@@ -37,8 +40,11 @@ logger = logging.getLogger(__name__)
 
 DETACH = "detach"
 """Word on stdin after which the launcher lives on without its front process."""
+DRAIN = "drain"
+"""Word on stdin after which the launcher stops once the running requests have ended."""
 _WATCH_S = 1.0
 _STOP_LIMIT_S = 8.0
+_DRAIN_POLL_S = 0.1
 
 
 class Parts(Protocol):
@@ -59,6 +65,9 @@ class Parts(Protocol):
 
     def processes(self) -> list[ProcessIdentity]:
         """What runs of it on this host."""
+
+    def tell_gateway(self, stage: EndStage) -> int:
+        """Tell every replica how far the end is; the requests that still run."""
 
     def stop_services(self) -> None:
         """Gateway, workers, controller."""
@@ -102,6 +111,8 @@ class Launcher:
         self._events = events
         self._parts = make_parts(plan, self._progress)
         self._stop = threading.Event()
+        self._hurry = threading.Event()
+        self._drains = False
         self._is_starting = True
         self._stage = ""
 
@@ -112,6 +123,8 @@ class Launcher:
         try:
             self._start()
             status = 0 if self._leaves else self._watch()
+            if self._drains and status == 0:
+                self._drain()
             has_left = self._leaves
         except _StopRequested:
             logger.info("asked to stop while starting")
@@ -132,6 +145,11 @@ class Launcher:
     def request_stop(self) -> None:
         """Stop soon; called from any thread."""
         os.kill(os.getpid(), signal.SIGTERM)  # the handler runs on the main thread
+
+    def request_drain(self) -> None:
+        """Stop once the running requests have ended; called from any thread."""
+        self._drains = True
+        self.request_stop()
 
     def _start(self) -> None:
         self._record("starting", address="")
@@ -158,6 +176,20 @@ class Launcher:
                 self._events.send("failed", message=lost, refused=False)
                 return 1
         return 0
+
+    def _drain(self) -> None:
+        """Lead clients elsewhere, then let running requests end; a second stop cuts it short."""
+        section = self._parts.plan.config.gateway
+        logger.info("draining")
+        self._parts.tell_gateway("lead")
+        self._hurry.wait(section.drain_lead_s)
+        give_up = time.monotonic() + section.drain_timeout_s
+        while not self._hurry.is_set() and self._parts.tell_gateway("refuse"):
+            left_s = give_up - time.monotonic()
+            if left_s <= 0:
+                logger.warning("requests still run after %g s", section.drain_timeout_s)
+                return
+            self._hurry.wait(min(_DRAIN_POLL_S, left_s))
 
     def _end(self, status: int, has_left: bool) -> None:
         """Everything in order, within a limit; what is left after it is killed."""
@@ -207,6 +239,8 @@ class Launcher:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stop.is_set():
+            self._hurry.set()
         self._stop.set()
         if self._is_starting:
             self._is_starting = False
@@ -218,6 +252,8 @@ def _follow_front(stream: TextIO, launcher: Launcher) -> None:
     for line in stream:
         if line.strip() == DETACH:
             return
+        if line.strip() == DRAIN:
+            launcher.request_drain()
     logger.info("the front process is gone")
     launcher.request_stop()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from cluster.config import ClusterConfig
+from cluster.gateway_config import EndStage
 from gateway.admin_api import AdminApi
 from gateway.cluster_client import ServePeers, find_controller
 from gateway.cluster_view import ClusterView
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 APP_NAME = "expertmesh"
 """Name of the Serve application."""
+DEPLOYMENT_NAME = "gateway"
+"""Name of its only deployment."""
 _HEAD_NODE = "node:__internal_head__"
 """Ray's own resource of the head node. Where no node is labelled for the gateway, Serve's HTTP
 proxy listens there, and so must our gRPC server: ``host`` is an address of that node."""
@@ -40,7 +44,7 @@ _SPARE_REQUESTS = 1024
 
 
 @serve.deployment(
-    name="gateway",
+    name=DEPLOYMENT_NAME,
     ray_actor_options={"num_cpus": 0, "resources": {_HEAD_NODE: 0.001}},
     max_constructor_retry_count=2,
     graceful_shutdown_wait_loop_s=0.1,
@@ -85,6 +89,10 @@ class GatewayReplica:
     async def not_ready_reasons(self) -> list[str]:
         """What ``/ready`` tells, for who has no certificate to ask with."""
         return self._gateway.not_ready_reasons()
+
+    async def end(self, stage: EndStage) -> int:
+        """The whole server ends: see ``Gateway.end``."""
+        return self._gateway.end(stage, time.monotonic())
 
     async def answer_peer(self, question: Question, *details: Any) -> tuple[str, Any]:
         """What another replica, or this one, asks all of them."""

@@ -21,6 +21,7 @@ from cluster.errors import (
     NotReadyError,
     QueueFullError,
 )
+from cluster.gateway_config import EndStage
 from gateway.admission import Admission
 from gateway.auth import CALLER, make_key_rings
 from gateway.call import CallKind, GenerateCall, GenerateFields
@@ -100,6 +101,7 @@ class Gateway:
             config.gateway.metrics_prefix,
         )
         self._leaves_since_s: float | None = None
+        self._takes_calls = True
         self._admission: Admission | None = None
         self._facts: ModelFacts | None = None
         self._draw_seed = _seed_source(config.engine.seed, name)
@@ -146,6 +148,15 @@ class Gateway:
         if self._leaves_since_s is None:
             self._leaves_since_s = now_s
         return self._admission.num_requests if self._admission else 0
+
+    def end(self, stage: EndStage, now_s: float) -> int:
+        """Go with the whole server, stage after stage; the requests that still run here."""
+        left = self.leave(now_s)
+        if stage != "lead":
+            self._takes_calls = False
+        if stage == "fail":
+            self.running.fail(_ended())
+        return left
 
     def has_left(self, now_s: float) -> bool:
         """Whether who leads clients here has had time to hear of it."""
@@ -271,6 +282,8 @@ class Gateway:
 
     def require_facts(self) -> ModelFacts:
         """The served model's limits. Raises ``NotReadyError`` where nothing can be served."""
+        if not self._takes_calls:
+            raise _ended()
         self._check_state()
         facts = self.facts
         if facts is None:
@@ -418,6 +431,10 @@ def _seed_source(base: int, name: str) -> Callable[[], int]:
     """Draws seeds; from a base other than 0 the same ones in every run of a replica."""
     source = random.Random(f"{base}/{name}") if base else random.SystemRandom()
     return lambda: source.getrandbits(63)
+
+
+def _ended() -> NotReadyError:
+    return NotReadyError("the server is about to stop", "draining", 10.0)
 
 
 def _because(reason: object) -> str:

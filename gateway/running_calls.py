@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from cluster.errors import RequestAbortedError
+from cluster.errors import ExpertMeshError, RequestAbortedError
 from gateway.output_queue import OutputQueue
 
 
@@ -37,3 +37,8 @@ class RunningCalls:
             for queue in self._queues[name]:
                 queue.fail(RequestAbortedError("the request was ended by an operator"))
         return found
+
+    def fail(self, error: ExpertMeshError) -> None:
+        """End all of them."""
+        for queue in self._names:
+            queue.fail(error)

@@ -69,7 +69,7 @@ def begin_node(hosts: NodeHosts, host: str) -> None:
 @contextmanager
 def served_on(hosts: NodeHosts, log: Path) -> Iterator[str]:
     """A served cluster with a worker on each host, where each expert has two copies; its URL."""
-    words = ["serve", "--address", "auto", "--host", HEAD]
+    words = ["serve", "--address", "auto", "--host", HEAD, "--drain-lead-s", "0"]
     words += ["--wait-nodes", str(len(NAMES))]
     words += ["--allow-unauthenticated", "--dtype", "float32", "--deterministic"]
     words += ["--num-redundant-experts", "64", "--detection-limit-s", f"{DETECTION_LIMIT_S:g}"]

@@ -24,12 +24,12 @@ from cluster import state_file
 from cluster.cli.exit_codes import ExitCode
 from cluster.cli.progress import Progress
 from cluster.cli.terminal import note
-from cluster.launch import DETACH
+from cluster.launch import DETACH, DRAIN
 from cluster.launch_plan import LaunchPlan
 from cluster.orphans import sweep
 
 STOP_LIMIT_S = 9.0
-"""From the first signal to force."""
+"""From the first signal, or from the end of the running requests, to force."""
 PARENT_VARIABLE = "EXPERTMESH_PARENT"
 """Process id that ``make serve`` passes down: a killed make must not leave a server behind."""
 _TICK_S = 0.25
@@ -110,6 +110,7 @@ class Front:
         self._buffer = b""
         self._failure: Outcome | None = None
         self._was_ready = False
+        self._detaches = False
 
     def begin(self, plan: LaunchPlan) -> None:
         """Send the plan: from now on there is something to end."""
@@ -127,6 +128,7 @@ class Front:
     def run(self, progress: Progress, detach: bool) -> Outcome:
         """Show progress until ready; then follow the cluster to its end, or ``detach`` from it."""
         assert self._child.stdout is not None
+        self._detaches = detach
         wake_in, wake_out = os.pipe()
         os.set_blocking(wake_out, False)
         signal.set_wakeup_fd(wake_out, warn_on_full_buffer=False)
@@ -221,13 +223,26 @@ class Front:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal_count += 1
         self._first_signal = self._first_signal or number
-        if self._signal_count == 1:
-            self._deadline = time.monotonic() + STOP_LIMIT_S
-            note("stopping")
-            with contextlib.suppress(ProcessLookupError):
-                self._child.send_signal(signal.SIGTERM)
-        else:
+        if self._signal_count > 1:
             self._deadline = time.monotonic()
+        elif number == signal.SIGTERM and self._was_ready and not self._detaches:
+            self._drain()
+        else:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._deadline = time.monotonic() + STOP_LIMIT_S
+        note("stopping")
+        with contextlib.suppress(ProcessLookupError):
+            self._child.send_signal(signal.SIGTERM)
+
+    def _drain(self) -> None:
+        assert self._plan is not None
+        section = self._plan.config.gateway
+        drain_s = section.drain_lead_s + section.drain_timeout_s
+        self._deadline = time.monotonic() + drain_s + STOP_LIMIT_S
+        note("stopping once the running requests have ended")
+        self._tell(DRAIN)
 
     def _enforce_deadline(self) -> None:
         """Second signal, or an end that takes too long: the pipe's end follows at once."""
@@ -238,7 +253,7 @@ class Front:
         """End with the process that says it is our parent (make); nobody else's end matters."""
         parent = os.environ.get(PARENT_VARIABLE)
         if parent and parent != str(os.getppid()) and self._signal_count == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
 
     def _tell(self, line: str) -> None:
         assert self._child.stdin is not None

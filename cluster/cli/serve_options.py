@@ -259,6 +259,18 @@ OPTIONS = (
     ),
     _option("--address", "address", "join this Ray cluster instead of a private one"),
     _option("--wait-nodes", "wait_nodes", "first wait until that has so many nodes (0)", kind=int),
+    _option(
+        "--drain-lead-s",
+        "gateway.drain_lead_s",
+        "after SIGTERM: seconds of serving on without being ready (5)",
+        kind=float,
+    ),
+    _option(
+        "--drain-timeout-s",
+        "gateway.drain_timeout_s",
+        "then: seconds that running requests have to end (120)",
+        kind=float,
+    ),
     *SECURITY_OPTIONS,
 )
 

@@ -17,6 +17,7 @@ from cluster.cli.front import Front, raise_on_signals
 from cluster.cli.progress import Progress
 from cluster.cli.terminal import note, out_line
 from cluster.config import ClusterConfig, ModelSection
+from cluster.gateway_config import GatewaySection
 from cluster.launch_plan import LaunchPlan
 
 
@@ -27,11 +28,13 @@ def main() -> int:
     front_module.STOP_LIMIT_S = 600.0
     state_file.clean_up_dead()
     folder = local_ray.make_temp_dir()
+    late = os.environ.get("FAKE_PARTS") == "late"
+    gateway = GatewaySection(drain_lead_s=0.0, drain_timeout_s=0.0 if late else 600.0)
     plan = LaunchPlan(
         command="up" if detach else "serve",
         name=name,
         asked={},
-        config=ClusterConfig(model=ModelSection(path="/m", served_model_name="m")),
+        config=ClusterConfig(model=ModelSection(path="/m", served_model_name="m"), gateway=gateway),
         numbers={},
         banks=({"bank": "mlp", "layer": 0, "num_experts": 4},),
         profile=None,

@@ -2,7 +2,8 @@
 
 ``FAKE_PARTS`` in the environment makes it misbehave: ``fail``, ``refuse``, ``bug`` (an error that
 nobody foresaw), ``crash``, ``slow`` (a long start), ``stuck`` (an end that never comes), ``lost``
-(ready, then lost).
+(ready, then lost), ``busy`` (a few requests that run), ``endless`` and ``late`` (one
+that does not end, with much time for it and with none).
 """
 
 from __future__ import annotations
@@ -15,10 +16,17 @@ from pathlib import Path
 
 from cluster.cluster_parts import ProgressFn
 from cluster.errors import ConfigError, StartError
+from cluster.gateway_config import EndStage
 from cluster.launch import main
 from cluster.launch_plan import LaunchPlan
 from cluster.orphans import find_by_files, sweep
 from cluster.process import ProcessIdentity
+from cluster.state_file import log_path
+
+
+def stages_path(name: str) -> Path:
+    """Where the stages are noted that the gateway was told of."""
+    return log_path(name).with_suffix(".stages")
 
 
 class FakeParts:
@@ -29,6 +37,7 @@ class FakeParts:
         self._folder = Path(plan.temp_dir)
         self._progress = progress
         self._how = os.environ.get("FAKE_PARTS", "")
+        self._num_running = {"busy": 4, "endless": 10**9, "late": 10**9}.get(self._how, 0)
 
     def start_ray(self) -> str:
         self._progress("ray", 0, 0)
@@ -55,6 +64,12 @@ class FakeParts:
 
     def processes(self) -> list[ProcessIdentity]:
         return find_by_files(self._folder)
+
+    def tell_gateway(self, stage: EndStage) -> int:
+        with stages_path(self.plan.name).open("a") as told:
+            print(stage, file=told)
+        self._num_running -= 1
+        return max(0, self._num_running)
 
     def stop_services(self) -> None:
         if self._how == "stuck":

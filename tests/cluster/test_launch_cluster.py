@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ class Server:
             ports = ["--port", str(free_port("127.0.0.1")), "--grpc-port", "0"]
             given = [] if "--port" in words else ports
             child = subprocess.Popen(
-                command("serve", *given, *words),
+                command("serve", *given, "--drain-lead-s", "0", *words),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -223,6 +224,36 @@ def test_a_killed_front_process_leaves_nothing(servers: list[Server]) -> None:
     while server.folder.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert_nothing_left(server, memory_before)
+
+
+def test_sigterm_lets_a_stream_end(servers: list[Server]) -> None:
+    servers.append(Server.start("--mode", "local"))
+    server = servers[0]
+    server.wait_ready()
+    asked = {"prompt": "ROMEO:", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    body, headers = json.dumps(asked).encode(), {"content-type": "application/json"}
+    url = f"{server.http}/v1/completions"
+    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=120) as stream:
+        stream.readline()
+        server.child.send_signal(signal.SIGTERM)
+        while status_of(server.http, "/ready") == 200:
+            time.sleep(0.05)
+        events = stream.read().split(b"\n\n")
+    assert events[-2:] == [b"data: [DONE]", b""]
+    assert json.loads(events[-3].removeprefix(b"data: "))["choices"][0]["finish_reason"] == "length"
+    output, _ = server.child.communicate(timeout=STOP_LIMIT_S)
+    assert (server.child.returncode, output) == (0, "")
+
+
+def status_of(url: str, path: str) -> int:
+    """Of a GET; 0 where nobody answers."""
+    try:
+        with urllib.request.urlopen(f"{url}{path}", timeout=120) as reply:
+            return int(reply.status)
+    except urllib.error.HTTPError as err:
+        return err.code
+    except OSError:
+        return 0
 
 
 def test_a_signal_while_starting_leaves_nothing(servers: list[Server]) -> None:

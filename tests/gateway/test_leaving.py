@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ import httpx
 import pytest
 from google.protobuf import json_format
 
+from cluster.gateway_config import EndStage
 from protos import admin_pb2
 from protos import inference_pb2 as pb
 from protos.admin_pb2_grpc import AdminStub
@@ -18,6 +21,13 @@ from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.stack import WAIT_S, Stack, post, running_stack
 
 NUM_TOKENS = 8
+ENDLESS = {"prompt": "x", "max_tokens": NUM_TOKENS, "ignore_eos": True}
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "y"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "y"}]},
+    "/v1/embeddings": {"input": "y"},
+    "/score": {"queries": "x", "documents": "y"},
+}
 
 
 @pytest.fixture
@@ -72,6 +82,40 @@ def takes_grpc(stack: Stack) -> bool:
         InferenceStub(channel).ListModels(pb.ListModelsRequest(), timeout=WAIT_S)
         return True
     return False
+
+
+def test_the_end_of_the_server_comes_in_stages(stack: Stack) -> None:
+    """Not ready but serving; then nobody else; then not even those that run."""
+    stack.engine.pause_after = 2
+    with stack.http.stream("POST", "/v1/completions", json=ENDLESS | {"stream": True}) as running:
+        lines = (line for line in running.iter_lines() if line)
+        next(lines)
+        assert end(stack, "lead") == 1
+        assert stack.http.get("/ready").status_code == 503
+        assert stack.http.get("/health").status_code == 200
+        late = stack.http.post("/v1/completions", json={"prompt": "y", "max_tokens": 1})
+        assert late.status_code == 200
+        assert end(stack, "refuse") == 1
+        for path, body in BODIES.items():
+            refused = post(stack, path, **body)
+            error = refused.json()["error"]
+            assert (refused.status_code, error["type"]) == (503, "service_unavailable")
+            assert error["code"] == "draining"
+            assert int(refused.headers["retry-after"]) >= 1
+        assert end(stack, "fail") == 1
+        *_, last, done = lines
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "draining"
+    assert done == "data: [DONE]"
+    stack.wait_for(lambda: end(stack, "fail") == 0, "the ticket to be given back")
+
+
+def end(stack: Stack, stage: EndStage) -> int:
+    """Tell the gateway how far the end is; the requests that run."""
+
+    async def tell() -> int:
+        return stack.gateway.end(stage, time.monotonic())
+
+    return stack.run(tell())
 
 
 def test_one_that_is_not_asked_keeps_its_connections(stack: Stack) -> None:

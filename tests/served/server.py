@@ -35,7 +35,7 @@ WAIT_S = 120.0
 _POLL_S = 0.02
 
 OPTIONS = (
-    *("--port", "0", "--grpc-port", "0", "--dtype", "float32"),
+    *("--port", "0", "--grpc-port", "0", "--dtype", "float32", "--drain-lead-s", "0"),
     *("--detection-limit-s", "60"),  # of silence, which a busy machine causes too
 )
 GOOD: Mapping[str, Any] = {
