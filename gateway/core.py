@@ -385,8 +385,9 @@ class Gateway:
             await self.engines.wait_change(min(_LOOK_S, deadline_s - now_s))
 
     def _observe_resubmitted(self, entry: Submission) -> None:
-        self.metrics.requests_replayed.add()
-        self.metrics.tokens_recomputed.add(amount=entry.num_known_tokens)
+        cause = entry.replay_cause.value
+        self.metrics.requests_replayed.add(cause)
+        self.metrics.tokens_recomputed.add(cause, amount=entry.num_known_tokens)
 
     def _observe_admitted(self, call: GenerateCall) -> None:
         metrics = self.metrics

@@ -17,7 +17,7 @@ from gateway.cluster_view import AttentionEndpoint
 from gateway.engine_client import PING_S, SILENCE_LIMIT_S, EngineClient
 from gateway.kv_index import KvIndex
 from gateway.router import RoutingPolicy, pick_worker, route_by_kv
-from gateway.submission import OutputSink, Submission
+from gateway.submission import OutputSink, ReplayCause, Submission
 from workers.prefix_hash import KvEvents, prompt_hashes
 from workers.request import Request
 
@@ -209,6 +209,7 @@ class EnginePool:
                 continue
             if has_died:
                 entry.lose()
+            entry.replay_cause = ReplayCause.LOST if has_died else ReplayCause.HANDED_BACK
             entry.is_alone = False
             self._waiting.append(entry)
         self._place_waiting()
@@ -225,6 +226,7 @@ class EnginePool:
     def take_back(self, entry: Submission, reason: str) -> None:
         """See ``engine_client.Owner``."""
         logger.info("request %s was handed back: %s", entry.request.request_id, reason)
+        entry.replay_cause = ReplayCause.HANDED_BACK
         self._waiting.append(entry)
         has_other = entry.num_returns == 1 and len(self.clients) > 1
         delay_s = 0.0 if has_other else _REFUSED_RETRY_S

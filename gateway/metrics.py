@@ -23,9 +23,11 @@ from prometheus_client.registry import Collector
 from cluster.topology import holds_experts, runs_attention
 from gateway.cluster_view import Snapshot
 from gateway.load_metrics import LoadCollector
+from gateway.metric_texts import GAUGES, TEXTS
 from gateway.rebalance_metrics import RebalanceCollector
 from gateway.recovery_metrics import RecoveryCollector
 from gateway.replica_metrics import ReplicaFamilies, families_to_plain
+from gateway.submission import ReplayCause
 from workers.request import Timings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -94,11 +96,16 @@ class GatewayMetrics:
         self.generation_tokens = count("generation_tokens", "Tokens delivered")
         self.request_success = count("request_success", "Choices that ended", "finished_reason")
         self.requests_replayed = count(
-            "requests_replayed", "Requests that went on at another attention worker"
+            "requests_replayed", "Requests that went on at another attention worker", "cause"
         )
         self.tokens_recomputed = count(
-            "tokens_recomputed", "Tokens of prompts and outputs that were computed anew for them"
+            "tokens_recomputed",
+            "Tokens of prompts and outputs that were computed anew for them",
+            "cause",
         )
+        for cause in ReplayCause:
+            self.requests_replayed.add(cause.value, amount=0)
+            self.tokens_recomputed.add(cause.value, amount=0)
         self.request_prompt_tokens = time(
             "request_prompt_tokens", "Prompt tokens a prompt", _TOKEN_BUCKETS
         )
@@ -259,11 +266,13 @@ class _ClusterCollector(Collector):
         family.add_sample(self._prefix + name, labels, 1.0)
 
     def _family(self, name: str) -> Metric:
-        if _family_name(name) in _WORKER_HISTOGRAMS:
-            return HistogramMetricFamily(self._prefix + _family_name(name), name, labels=())
-        if name.endswith("_total"):
-            return CounterMetricFamily(self._prefix + name.removesuffix("_total"), name, labels=())
-        return GaugeMetricFamily(self._prefix + name, name, labels=())
+        family = _family_name(name)
+        text = TEXTS.get(family, family)
+        if family in _WORKER_HISTOGRAMS:
+            return HistogramMetricFamily(self._prefix + family, text, labels=())
+        if name.endswith("_total") and name not in GAUGES:
+            return CounterMetricFamily(self._prefix + name.removesuffix("_total"), text, labels=())
+        return GaugeMetricFamily(self._prefix + name, text, labels=())
 
 
 def _labels_of(text: str) -> dict[str, str]:

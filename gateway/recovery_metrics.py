@@ -30,8 +30,11 @@ class RecoveryCollector(SnapshotCollector):
             "From the notice of a loss to the next generation that runs",
             labels=labels,
         )
-        for cause, found in (snapshot.get("recoveries") or {}).items():
+        recoveries = snapshot.get("recoveries") or {}
+        none = {f"{w['role']}_worker": {"count": 0} for w in snapshot.get("workers", ())}
+        for cause, found in {**none, **recoveries}.items():  # counters begin at 0
             total.add_metric((self._model_name, cause), found["count"])
+        for cause, found in recoveries.items():
             buckets = buckets_of(found["buckets"], found["count"])
             stalls.add_metric((self._model_name, cause), buckets, sum_value=found["sum"])
         yield total

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Protocol
 
 from cluster.errors import ExpertMeshError
@@ -16,6 +17,15 @@ from workers.request import FinishReason, Request, TokenOutput
 
 _HANDED_BACK = frozenset({"not_ready", "draining"})
 """Error codes with which a worker gives back what another one can do."""
+
+
+class ReplayCause(Enum):
+    """Why a request goes on at another worker."""
+
+    LOST = "attention_worker"
+    """Its worker was lost."""
+    HANDED_BACK = "handed_back"
+    """Its worker is drained, or had no room for it."""
 
 
 class OutputSink(Protocol):
@@ -63,6 +73,8 @@ class Submission:
     """It runs a step alone: if the worker dies now, it is to blame."""
     num_returns: int = 0
     """How often it was handed back since its last token."""
+    replay_cause: ReplayCause = ReplayCause.LOST
+    """Why it left its last worker."""
     was_sent: bool = False
     """A worker has had it: the next one gets a new attempt."""
     prompt_hashes: Sequence[bytes] = ()

@@ -39,6 +39,7 @@ def test_every_worker_tells_its_parts_by_phase(mode: str, expected: dict[str, se
     found: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(text):
         name = family.name.removeprefix("expertmesh:")
+        assert len(family.documentation.split()) > 1, f"{name} has no help text"
         if name not in OF_ATTENTION | OF_EXPERTS | BUBBLE:
             continue
         assert family.type == TYPES.get(name, "histogram")

@@ -117,6 +117,37 @@ def test_rebalancing_is_counted_by_outcome(stack: Stack) -> None:
     assert _value(families, "rebalance_stall_seconds", "_sum") == 0.05
 
 
+def test_every_metric_says_what_it_is(stack: Stack) -> None:
+    complete(stack, prompt="x", max_tokens=2)
+    families = _scrape(stack)
+    told = {name: family.documentation for name, family in families.items()}
+    assert [name for name, text in told.items() if name in text or len(text.split()) < 2] == []
+
+
+def test_a_number_of_blocks_is_no_counter() -> None:
+    worker = {"name": "w", "role": "attention", "rank": 0, "state": "SERVING", "node": "here"}
+    worker["stats"] = {"kv_blocks_total": 64.0, "steps_total": 3.0}
+    snapshot = {"state": "SERVING", "workers": [worker]}
+    text = GatewayMetrics("tiny", lambda: snapshot).render().decode()
+    kinds = {f.name: f.type for f in text_string_to_metric_families(text)}
+    assert kinds["expertmesh:kv_blocks_total"] == "gauge"
+    assert kinds["expertmesh:steps"] == "counter"
+
+
+def test_losses_are_counted_from_0_on() -> None:
+    workers = [
+        {"name": role, "role": role, "rank": 0, "state": "SERVING"}
+        for role in ("attention", "expert")
+    ]
+    snapshot = {"state": "SERVING", "workers": workers}
+    text = GatewayMetrics("tiny", lambda: snapshot).render().decode()
+    for cause in ("attention_worker", "expert_worker"):
+        assert f'expertmesh:recoveries_total{{cause="{cause}",model_name="tiny"}} 0.0' in text
+    for name in ("requests_replayed", "tokens_recomputed"):
+        for cause in ("attention_worker", "handed_back"):
+            assert f'{name}_total{{cause="{cause}",model_name="tiny"}} 0.0' in text
+
+
 def test_the_state_and_what_losses_cost(stack: Stack) -> None:
     families = _scrape(stack)
     states = {s.labels["state"]: s.value for s in families["cluster_state"].samples}

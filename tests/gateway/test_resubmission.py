@@ -132,7 +132,8 @@ def test_an_answer_is_the_same_as_undisturbed(
     for request in second.requests:
         assert all(len(ids) <= pause_after for ids in request.output_so_far)
     metrics = workers.stack.gateway.metrics.render().decode()
-    assert f'requests_replayed_total{{model_name="tiny"}} {num_prompts}.0' in metrics
+    labels = '{cause="attention_worker",model_name="tiny"}'
+    assert f"requests_replayed_total{labels} {num_prompts}.0" in metrics
 
 
 def _texts(choices: dict[int, list[dict[str, Any]]]) -> dict[int, Any]:
@@ -286,6 +287,8 @@ def test_what_a_draining_worker_hands_back_goes_on_elsewhere(workers: Workers) -
     assert [choice["text"] for choice in answers] == ["0abcdefghijk"] * 2
     assert [request.attempt for request in other.requests] == [1]
     assert engine.aborts == [(other.requests[0].request_id, ())]
+    metrics = workers.stack.gateway.metrics.render().decode()
+    assert 'requests_replayed_total{cause="handed_back",model_name="tiny"} 1.0' in metrics
 
 
 def test_a_drained_worker_has_not_died_with_its_requests(workers: Workers) -> None:
