@@ -32,6 +32,11 @@ class DrainOrder:
     expected_epoch: int | None = None
     """Placement epoch that must be in force."""
 
+    @property
+    def asked(self) -> str:
+        """What is to be done, for ``Operation.asked``."""
+        return f"worker {self.worker}, node {self.node}, force {self.force}"
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DrainOrder:
         """From plain data. Raises ``RequestError`` for what is no order."""

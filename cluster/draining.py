@@ -142,7 +142,7 @@ class Draining:
 
         Raises ``UnknownNameError`` and ``ConflictError``; nothing was changed then.
         """
-        before = self._operations.asked_before(order.request_id)
+        before = self._operations.asked_before(order.request_id, order.asked)
         if before is not None:
             return before
         epoch = self._host.placement.epoch
@@ -244,7 +244,9 @@ class Draining:
         if not self._host.takes_orders:
             raise ConflictError("the cluster is starting or ending")
         self._check(names)
-        operation = self._operations.begin("drain", " and ".join(names), now, order.request_id)
+        operation = self._operations.begin(
+            "drain", " and ".join(names), now, order.request_id, order.asked
+        )
         self._drain = Drain(
             operation=operation, names=names, order=order, deadline=now + order.limit_s
         )

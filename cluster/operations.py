@@ -39,6 +39,8 @@ class Operation:
     """What it is about."""
     request_id: str
     """Given by who asked for it, so that asking twice begins it once; may be empty."""
+    asked: str = ""
+    """What was asked for under that id, to tell another request with the same id from it."""
     started: float
     """Time of day, seconds since 1970."""
     state: OperationState = OperationState.RUNNING
@@ -70,7 +72,7 @@ class Operation:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Operation:
-        """From ``to_dict`` and a ``request_id``."""
+        """From ``to_dict``, a ``request_id`` and what was ``asked``."""
         return cls(**{**data, "state": OperationState(data["state"])})
 
 
@@ -99,10 +101,16 @@ class Operations:
         """The one that runs."""
         return self._kept[-1] if self._kept and self._kept[-1].is_running else None
 
-    def asked_before(self, request_id: str) -> Operation | None:
-        """The operation that was begun under this id of a request."""
-        found = (o for o in self._kept if request_id and o.request_id == request_id)
-        return next(found, None)
+    def asked_before(self, request_id: str, asked: str) -> Operation | None:
+        """The operation that was begun under this id of a request.
+
+        Raises ``ConflictError`` where something else was ``asked`` for under that id.
+        """
+        found = next((o for o in self._kept if request_id and o.request_id == request_id), None)
+        if found is not None and found.asked != asked:
+            known = f"{found.id} ({found.kind} of {found.target})"
+            raise ConflictError(f"request_id is that of {known}, which is something else")
+        return found
 
     def find(self, operation_id: str) -> Operation:
         """By id. Raises ``UnknownNameError``."""
@@ -118,7 +126,9 @@ class Operations:
             about = f"{running.id} ({running.kind} of {running.target})"
             raise ConflictError(f"{about} is under way: one operation at a time")
 
-    def begin(self, kind: str, target: str, now: float, request_id: str = "") -> Operation:
+    def begin(
+        self, kind: str, target: str, now: float, request_id: str = "", asked: str = ""
+    ) -> Operation:
         """A new one that runs. Raises ``ConflictError`` while another does."""
         self.check_free()
         self._count += 1
@@ -127,6 +137,7 @@ class Operations:
             kind=kind,
             target=target,
             request_id=request_id,
+            asked=asked,
             started=self._time(now),
         )
         self._kept.append(operation)
@@ -151,7 +162,7 @@ class Operations:
     def memory(self) -> list[dict[str, Any]]:
         """What the next controller must be told, plain data; ``restore`` takes it."""
         newest = list(self._kept)[-_REMEMBERED:]
-        return [{**o.to_dict(), "request_id": o.request_id} for o in newest]
+        return [{**o.to_dict(), "request_id": o.request_id, "asked": o.asked} for o in newest]
 
     def restore(
         self, memory: Iterable[Mapping[str, Any]], now: float, goes_on: str | None = None

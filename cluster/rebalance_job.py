@@ -29,6 +29,11 @@ class RebalanceOrder:
     expected_epoch: int | None = None
     """Placement epoch that must be in force."""
 
+    @property
+    def asked(self) -> str:
+        """What is to be done, for ``Operation.asked``."""
+        return "dry run" if self.dry_run else "rebalance"
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RebalanceOrder:
         """From plain data. Raises ``RequestError`` for what is no order."""

@@ -105,12 +105,12 @@ class Rebalancing:
 
         Raises ``ConflictError`` where that is not possible now; nothing was changed then.
         """
-        before = self._operations.asked_before(order.request_id)
+        before = self._operations.asked_before(order.request_id, order.asked)
         if before is not None:
             return before
         epoch = self._host.placement.epoch
         if order.expected_epoch not in (None, epoch):
-            raise ConflictError(f"epoch {epoch} is in force, not {order.expected_epoch}")
+            raise ConflictError(f"placement epoch {epoch} is in force, not {order.expected_epoch}")
         if self.impossible:
             raise ConflictError(f"rebalancing is not possible: {self.impossible}")
         if not self._host.runs:
@@ -121,7 +121,9 @@ class Rebalancing:
         load = self._plans.load_now(has_ended=False)
         if load is None:
             raise ConflictError("no load has been seen yet")
-        operation = self._operations.begin("rebalance", "experts", now, order.request_id)
+        operation = self._operations.begin(
+            "rebalance", "experts", now, order.request_id, order.asked
+        )
         operation.phase = "plan"
         asked = _Asked(order=order, operation=operation, load=load, basis=self._plans.basis())
         self._asked = operation, self._plans.decide(load, partial(self._answer, asked), now)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from cluster.control_frames import ControlFrame, DrainWish
 from cluster.controller import Controller
 from cluster.drain_order import Drain, DrainOrder, DrainStep
+from cluster.errors import ConflictError
 from cluster.operations import Operation, Operations, OperationState
 from cluster.placement import contiguous
 from tests.controller_world import World
@@ -165,13 +168,15 @@ def test_a_signal_that_came_before_is_followed() -> None:
 def test_what_else_was_under_way_has_failed() -> None:
     forgotten = Operations(2, 0.0)
     first = Operations(1, 0.0)
-    first.begin("rebalance", "placement epoch 4", 10.0, "a")
+    first.begin("rebalance", "placement epoch 4", 10.0, "a", "dry run")
     forgotten.restore(first.memory(), 20.0)
     operation = forgotten.find("rebalance-1.1")
     assert operation.state is OperationState.FAILED
     assert operation.message == "the controller was restarted"
     assert operation.ended == 20.0
-    assert forgotten.asked_before("a") is operation
+    assert forgotten.asked_before("a", "dry run") is operation
+    with pytest.raises(ConflictError, match="something else"):
+        forgotten.asked_before("a", "rebalance")
     forgotten.check_free()
 
 

@@ -347,6 +347,9 @@ def test_one_at_a_time_and_the_same_request_once() -> None:
     cluster = serving()
     first = drain(cluster, "attention-1", request_id="a")
     assert drain(cluster, "attention-1", request_id="a") is first
+    for name, force in (("expert-1", False), ("attention-1", True)):
+        with pytest.raises(ConflictError, match=r"drain-1\.1 .* which is something else"):
+            drain(cluster, name, request_id="a", force=force)
     with pytest.raises(ConflictError, match=r"drain-1\.1 \(drain of attention-1\) is under way"):
         drain(cluster, "expert-1", request_id="b")
 

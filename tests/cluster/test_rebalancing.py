@@ -174,6 +174,9 @@ def test_what_is_not_automatic_waits_to_be_told() -> None:
     operation = controller.rebalancing.begin(RebalanceOrder(request_id="a"), cluster.now)
     assert operation.is_running
     assert controller.rebalancing.begin(RebalanceOrder(request_id="a"), cluster.now) is operation
+    other = RebalanceOrder(request_id="a", dry_run=True)
+    with pytest.raises(ConflictError, match=r"rebalance-1\.2 .* which is something else"):
+        controller.rebalancing.begin(other, cluster.now)
     obey(cluster)
     assert operation.state is OperationState.SUCCEEDED
     assert controller.placement.epoch > 1
