@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 from cluster import state_file
 from cluster.cli.exit_codes import CommandError, ExitCode
@@ -37,7 +38,7 @@ class Client:
 
     def __init__(self, args: argparse.Namespace, admin_url: str = "") -> None:
         """``admin_url`` where it is an admin port, not the gateway that ``args`` name."""
-        self.url = admin_url or find_url(args)
+        self.url = _checked(admin_url or find_url(args))
         self._timeout_s = args.timeout or DEFAULT_TIMEOUT_S
         self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
         if admin_url:
@@ -95,10 +96,7 @@ class Client:
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        try:
-            return urllib.request.Request(f"{self.url}{path}", data=data, headers=headers)
-        except ValueError as err:
-            raise CommandError(ExitCode.USAGE, f"--url ({self.url}) is not a URL") from err
+        return urllib.request.Request(f"{self.url}{path}", data=data, headers=headers)
 
     def _parse(self, body: bytes) -> Any:
         try:
@@ -113,6 +111,18 @@ class Client:
             message = f"{self.url} did not answer within {self._timeout_s:g} s"
             return CommandError(ExitCode.NOT_READY, message)
         return CommandError(ExitCode.UNREACHABLE, f"cannot reach {self.url}: {reason}")
+
+
+def _checked(url: str) -> str:
+    """A URL that a request can be sent to. Raises ``CommandError`` (usage)."""
+    try:
+        parts = urlsplit(url)
+        is_good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # brackets, or a port that is no number
+        is_good = False
+    if not is_good or any(c <= " " or c == "\x7f" for c in url):
+        raise CommandError(ExitCode.USAGE, f"{url!r} is not a URL of http or https")
+    return url
 
 
 def _tls_context(args: argparse.Namespace) -> ssl.SSLContext:

@@ -92,9 +92,14 @@ def test_a_slow_server_times_out(gateway: FakeGateway) -> None:
     assert main(["--url", gateway.url, "--timeout", "0.1", "status"]) == ExitCode.NOT_READY
 
 
-def test_a_url_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--url", "localhost", "status"]) == ExitCode.USAGE
-    assert "is not a URL" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "url",
+    ["localhost", "localhost:8000", "ftp://a", "file:///x", "http://", "http://a:b", "http://["],
+)
+def test_a_url_that_is_none(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--url", url, "status"]) == ExitCode.USAGE
+    assert main(["--admin-url", url, "--url", "http://127.0.0.1:1", "rebalance"]) == ExitCode.USAGE
+    assert capsys.readouterr().err.count("is not a URL") == 2
 
 
 def test_an_unknown_cluster_name() -> None:

@@ -46,6 +46,18 @@ def test_who_cannot_be_reached_is_not_healthy() -> None:
     assert main(["--url", "http://127.0.0.1:1", "health"]) == ExitCode.UNREACHABLE
 
 
+@pytest.mark.parametrize("words", [[], ["--expert", "-1"], ["--attention", "x"]])
+def test_scaling_needs_a_size(gateway: FakeGateway, words: list[str]) -> None:
+    line = ["--url", gateway.url, "--admin-url", gateway.url, "scale", *words]
+    if words:
+        with pytest.raises(SystemExit) as ended:
+            main(line)
+        assert ended.value.code == ExitCode.USAGE
+    else:
+        assert main(line) == ExitCode.USAGE
+    assert gateway.bodies == []
+
+
 def test_scaling_is_refused_as_long_as_it_is_not_built(
     gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
