@@ -38,6 +38,8 @@ from gateway.tokenizer import Tokenizer
 from workers.inspection import NamedArray
 from workers.request import FinishReason, Timings, TokenLogprob, TokenOutput
 
+_VERDICT_S = 0.25
+"""Time after a deadline that a worker has to say whether it had begun with the request."""
 _NO_WORKER_RETRY_S = 2.0
 """Retry time for requests that found no worker in place of a lost one."""
 
@@ -190,11 +192,12 @@ class Generation:
         give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
         while not self.is_finished:
             now_s = time.monotonic()
-            if now_s >= self._deadline_s:
+            deadline_s = self._deadline_s + (_VERDICT_S if self._awaits_verdict() else 0.0)
+            if now_s >= deadline_s:
                 raise self._too_late()
             if give_up_s is not None and now_s >= give_up_s:
                 break
-            wake_s = self._deadline_s if give_up_s is None else min(give_up_s, self._deadline_s)
+            wake_s = deadline_s if give_up_s is None else min(give_up_s, deadline_s)
             outputs = await self.queue.take(wake_s - now_s)
             for output in outputs:
                 self._take(output)
@@ -202,6 +205,12 @@ class Generation:
             if deltas:
                 return deltas
         return []
+
+    def _awaits_verdict(self) -> bool:
+        """Workers have all of it, and only they know whether they have begun."""
+        entries = [prompt.submission for prompt in self._prompts.values()]
+        sent = all(one is not None and one.was_sent and not one.is_waiting for one in entries)
+        return sent and not self._has_token
 
     def _too_late(self) -> ExpertMeshError:
         entries = [prompt.submission for prompt in self._prompts.values()]
@@ -282,7 +291,9 @@ class Generation:
 
     def _engine_error(self, message: str, output: TokenOutput) -> ExpertMeshError:
         code, param = output.error_code, output.error_param
-        error = error_from_engine(message, code, self._has_token, param)
+        timings = output.timings
+        has_begun = timings is not None and timings.first_dispatch_s < timings.finished_s
+        error = error_from_engine(message, code, self._has_token or has_begun, param)
         if not isinstance(error, QueueFullError):
             return error
         limit = "worker_queue_full"

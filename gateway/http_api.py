@@ -57,6 +57,12 @@ from workers.inspection import Pooling
 
 logger = logging.getLogger(__name__)
 
+_EXPOSED_HEADERS = (
+    *(REQUEST_ID, "retry-after", "retry-after-ms", "x-should-retry", "openai-processing-ms"),
+    *("openai-version", "x-expertmesh-placement-epoch", "x-expertmesh-replica"),
+)
+"""Of an answer, what a web page may read."""
+
 
 def build_http_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:
     """The ASGI application; works under ``/`` and under any prefix (``root_path``).
@@ -91,7 +97,7 @@ def build_http_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:
             allow_origins=gateway.limits.cors_origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
-            expose_headers=(REQUEST_ID, "retry-after", "x-should-retry"),
+            expose_headers=_EXPOSED_HEADERS,
         )
     return app
 

@@ -99,6 +99,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     is_paused: bool = False
     pause_after: int | None = None
     error: tuple[str, str] | None = None
+    error_timings: Timings | None = None
     requests: list[Request] = field(default_factory=list)
     aborts: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     running: dict[str, set[int]] = field(default_factory=dict)
@@ -244,6 +245,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
                 finish_reason=FinishReason.ERROR,
                 error=self.error[0],
                 error_code=self.error[1],
+                timings=self.error_timings,
             )
         last = min(len(script), params.max_tokens)
         tokens: list[int] = []

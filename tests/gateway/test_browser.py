@@ -41,6 +41,9 @@ def test_pages_of_an_origin_that_is_allowed(open_stack: Stack) -> None:
     answer = open_stack.http.post(PATH, json=body, headers=key)
     assert (answer.status_code, answer.headers[ALLOWED]) == (200, PAGE)
     assert answer.headers["x-expertmesh-replica"] == "gateway-test"
+    readable = answer.headers["access-control-expose-headers"].split(", ")
+    retries = {"x-request-id", "retry-after", "retry-after-ms", "x-should-retry"}
+    assert retries | {"openai-processing-ms", "x-expertmesh-replica"} <= set(readable)
     refused = open_stack.http.post(PATH, json=body, headers={"origin": PAGE})
     assert (refused.status_code, refused.headers[ALLOWED]) == (401, PAGE)  # the page can read why
     other = open_stack.http.options(PATH, headers={**ASKS, "origin": "https://other.example"})

@@ -12,6 +12,7 @@ import pytest
 from cluster.gateway_config import GatewaySection
 from tests.gateway.fakes import ScriptedEngine, attention_entry
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
+from workers.request import Timings
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,20 @@ def test_time_limits(moody: Stack, is_started: bool, status: int) -> None:
     assert (error["type"], error["code"]) == ("timeout_error", "deadline_exceeded")
     assert response.headers.get("x-should-retry") == ("false" if is_started else None)
     moody.wait_for(lambda: not moody.engine.running, "the abort")
+
+
+@pytest.mark.parametrize(("begun_s", "status"), [(0.2, 408), (0.1, 504)])
+def test_a_worker_tells_whether_it_had_begun(moody: Stack, begun_s: float, status: int) -> None:
+    """Of a long prompt the gateway has seen no token yet."""
+    moody.engine.error = ("not done within 200 ms", "deadline_exceeded")
+    moody.engine.error_timings = Timings(
+        first_dispatch_s=begun_s, first_token_s=0.2, finished_s=0.2
+    )
+    response = post(moody, "/v1/completions", prompt="x")
+    moody.engine.error, moody.engine.error_timings = None, None
+    assert response.status_code == status
+    assert response.json()["error"]["code"] == "deadline_exceeded"
+    assert response.headers.get("x-should-retry") == ("false" if status == 504 else None)
 
 
 def test_a_full_queue_is_429() -> None:
