@@ -851,19 +851,31 @@ class EngineTimings(_message.Message):
     FIRST_DISPATCH_S_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_S_FIELD_NUMBER: _builtins.int
     FINISHED_S_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    PREEMPTED_S_FIELD_NUMBER: _builtins.int
     first_dispatch_s: _builtins.float
     first_token_s: _builtins.float
     finished_s: _builtins.float
+    @_builtins.property
+    def prefill_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """dispatch of each chunk of the prompt, the first few"""
+
+    @_builtins.property
+    def preempted_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """each time that the choice gave way, the first few"""
+
     def __init__(
         self,
         *,
         first_dispatch_s: _builtins.float = ...,
         first_token_s: _builtins.float = ...,
         finished_s: _builtins.float = ...,
+        prefill_s: _abc.Iterable[_builtins.float] | None = ...,
+        preempted_s: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished_s", b"finished_s", "first_dispatch_s", b"first_dispatch_s", "first_token_s", b"first_token_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished_s", b"finished_s", "first_dispatch_s", b"first_dispatch_s", "first_token_s", b"first_token_s", "preempted_s", b"preempted_s", "prefill_s", b"prefill_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

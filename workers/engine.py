@@ -265,7 +265,7 @@ class Engine:
             self._counters["steps_abandoned_total"] += 1
             raise
         finally:
-            self._note_first_dispatch(plan)
+            self._note_dispatch(plan)
         if result is not None and tokens is not None:
             self._commit(header.epoch, plan, result, tokens)
         return self.poll()
@@ -306,12 +306,15 @@ class Engine:
         for track, failure in tokens.failed.items():
             self._fail(track, failure, now)
 
-    def _note_first_dispatch(self, plan: Plan) -> None:
+    def _note_dispatch(self, plan: Plan) -> None:
+        for sequence in self._scheduler.preempted:
+            self._tracks[sequence].preempted(self._clock())
         when = self._runner.first_dispatch
-        for planned in plan.rows if when is not None else ():
-            track = self._tracks[planned.sequence]
-            if track.first_dispatch is None:
-                track.first_dispatch = when
+        if when is not None:
+            for planned in plan.rows:
+                track = self._tracks[planned.sequence]
+                if track.first_token is None:
+                    track.prefilled(when)
 
     # Workers that die
 

@@ -147,6 +147,10 @@ class TokenLogprob:
     """(token id, logprob) of the most probable tokens, best first, or of ``logprob_token_ids``."""
 
 
+MAX_NOTED = 64
+"""Times of one kind that are told of a choice."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timings:
     """Seconds on the worker's monotonic clock, relative to ``received`` (0.0)."""
@@ -156,7 +160,11 @@ class Timings:
     first_token_s: float = 0.0
     """From receipt to the commit of the first token."""
     finished_s: float = 0.0
-    """From receipt to the end."""
+    """From receipt to the end, or to the output that brings these."""
+    prefill_s: tuple[float, ...] = ()
+    """From receipt to the first dispatch of each chunk of the prompt; ``MAX_NOTED`` at most."""
+    preempted_s: tuple[float, ...] = ()
+    """From receipt to each time that it gave way to others; ``MAX_NOTED`` at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,7 +200,7 @@ class TokenOutput:
     error_param: str | None = None
     """The request's field at fault, if one is."""
     timings: Timings | None = None
-    """On the last output."""
+    """On the choice's first output and on its last one."""
     arrays: tuple[NamedArray, ...] = ()
     """On the last output: what the request's inspection found."""
 

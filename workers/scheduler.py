@@ -110,6 +110,8 @@ class Scheduler:
         self._running: list[Sequence] = []
         self.num_preemptions = 0
         """Preemptions so far."""
+        self.preempted: list[Sequence] = []
+        """Who gave way while the last plan was made."""
         self._held: Set[str] = frozenset()
         self._alone: str | None = None
 
@@ -190,6 +192,7 @@ class Scheduler:
 
     def schedule(self, decode_rows: int, prefill_rows: int) -> Plan:
         """Choose rows within what was granted, and allocate their blocks."""
+        self.preempted.clear()
         rows: list[PlannedRows] = []
         admissible: list[Sequence] = []
         if prefill_rows > 0:
@@ -352,6 +355,7 @@ class Scheduler:
         self._release(victim)
         self._enter(self._waiting, victim, SequenceState.WAITING)
         self.num_preemptions += 1
+        self.preempted.append(victim)
 
     def _first_in_need(self) -> Sequence | None:
         """The first waiting sequence, if it can run when others of lower priority give way."""

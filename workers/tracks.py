@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from workers.findings import Findings
 from workers.grammar import GrammarState
 from workers.logit_rules import BadWords, SamplingRow, TokenCounts, needs_counts
-from workers.request import FinishReason, Timings, TokenLogprob, TokenOutput
+from workers.request import MAX_NOTED, FinishReason, Timings, TokenLogprob, TokenOutput
 from workers.sampling import DrawFailure, Drawn
 from workers.sequence import Ending, Sequence
 
@@ -41,8 +41,10 @@ class Track:
     """The scheduler's side of it."""
     received: float
     """Monotonic seconds."""
-    first_dispatch: float | None = None
-    """Monotonic seconds of the first dispatch of one of its rows."""
+    prefills: list[float] = field(default_factory=list)
+    """Monotonic seconds of the first dispatch of each chunk of its prompt, the first few."""
+    preemptions: list[float] = field(default_factory=list)
+    """Monotonic seconds of each time that it gave way to others, the first few."""
     first_token: float | None = None
     """Monotonic seconds of the commit of its first new token."""
     counts: TokenCounts | None = None
@@ -120,7 +122,7 @@ class Track:
             class_logits=class_logits,
             finish_reason=ending.reason if ending else None,
             stop_token_id=ending.stop_token_id if ending else None,
-            timings=self._timings(now) if ending else None,
+            timings=self._timings(now) if is_first or ending else None,
             arrays=self.findings.arrays() if ending and self.findings else (),
         )
 
@@ -152,11 +154,23 @@ class Track:
             timings=self._timings(now),
         )
 
+    def prefilled(self, when: float) -> None:
+        """Rows of its prompt were dispatched."""
+        if len(self.prefills) < MAX_NOTED:
+            self.prefills.append(when)
+
+    def preempted(self, when: float) -> None:
+        """It gave way to others."""
+        if len(self.preemptions) < MAX_NOTED:
+            self.preemptions.append(when)
+
     def _timings(self, now: float) -> Timings:
-        dispatch = now if self.first_dispatch is None else self.first_dispatch
+        dispatch = self.prefills[0] if self.prefills else now
         token = now if self.first_token is None else self.first_token
         return Timings(
             first_dispatch_s=dispatch - self.received,
             first_token_s=token - self.received,
             finished_s=now - self.received,
+            prefill_s=tuple(when - self.received for when in self.prefills),
+            preempted_s=tuple(when - self.received for when in self.preemptions),
         )

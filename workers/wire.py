@@ -226,6 +226,8 @@ def _output_to_wire(output: TokenOutput) -> pb.EngineOutput:
         message.timings.first_dispatch_s = output.timings.first_dispatch_s
         message.timings.first_token_s = output.timings.first_token_s
         message.timings.finished_s = output.timings.finished_s
+        message.timings.prefill_s.extend(output.timings.prefill_s)
+        message.timings.preempted_s.extend(output.timings.preempted_s)
     return message
 
 
@@ -237,6 +239,8 @@ def _output_from_wire(message: pb.EngineOutput) -> TokenOutput:
             first_dispatch_s=message.timings.first_dispatch_s,
             first_token_s=message.timings.first_token_s,
             finished_s=message.timings.finished_s,
+            prefill_s=tuple(message.timings.prefill_s),
+            preempted_s=tuple(message.timings.preempted_s),
         )
     num_cached = message.num_cached_tokens if message.HasField("num_cached_tokens") else None
     return TokenOutput(

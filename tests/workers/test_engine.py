@@ -91,6 +91,26 @@ def test_preemption_changes_nothing(
     assert engine.engine.num_free_blocks == engine.engine.num_blocks == 16
 
 
+def test_timings_have_every_chunk_and_preemption(tiny_checkpoint: Path) -> None:
+    section = replace(section_with_blocks(tiny_checkpoint, 16), max_num_batched_tokens=8)
+    engine = LocalEngine(tiny_checkpoint, section=replace(section, max_num_seqs=8))
+    requests = [
+        Request(request_id=str(i), prompt=tuple(prompt), params=GREEDY)
+        for i, prompt in enumerate(prompts(8))
+    ]
+    results = engine.run(requests)
+    num_preemptions = 0
+    for request in requests:
+        timings = results[request.request_id, 0][-1].timings
+        assert timings is not None
+        num_preemptions += len(timings.preempted_s)
+        assert len(timings.prefill_s) >= len(request.prompt) / 8
+        assert list(timings.prefill_s) == sorted(timings.prefill_s)
+        assert timings.prefill_s[-1] <= timings.first_token_s
+        assert all(0 <= when <= timings.finished_s for when in timings.preempted_s)
+    assert num_preemptions == engine.engine.stats()["num_preemptions_total"] > 0
+
+
 def test_golden_survives_chunks_and_preemption(golden: Callable[[str], Golden]) -> None:
     expected = golden("olmoe-rope-dynamic")
     probe = LocalEngine(expected.path, max_model_len=MAX_MODEL_LEN)
@@ -436,7 +456,10 @@ def test_numbers_and_timings(tiny_checkpoint: Path) -> None:
     timings = found[-1].timings
     assert timings is not None
     assert 0 < timings.first_dispatch_s <= timings.first_token_s < timings.finished_s
-    assert all(o.timings is None for o in found[:-1])
+    assert timings.prefill_s == (timings.first_dispatch_s,)
+    assert found[0].timings is not None
+    assert found[0].timings.first_token_s == timings.first_token_s
+    assert all(o.timings is None for o in found[1:-1])
     stats = engine.engine.stats()
     assert stats["prompt_tokens_total"] == 3
     assert stats["generation_tokens_total"] == 12

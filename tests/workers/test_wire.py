@@ -99,7 +99,13 @@ def test_step_output_survives_the_wire() -> None:
                 prompt_logprobs=(None, entry),
                 finish_reason=FinishReason.STOP,
                 stop_token_id=0,
-                timings=Timings(first_dispatch_s=0.1, first_token_s=0.2, finished_s=0.3),
+                timings=Timings(
+                    first_dispatch_s=0.1,
+                    first_token_s=0.2,
+                    finished_s=0.3,
+                    prefill_s=(0.1, 0.15),
+                    preempted_s=(0.25,),
+                ),
             ),
             TokenOutput(
                 request_id="b",
