@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -147,6 +148,7 @@ class WorkersSection:
         return sum(self.pools.values())
 
 
+_OTLP_URL = re.compile(r"https?://[^\s/?#@]+:\d{1,5}/?")
 _DEFAULT_KV_CONTEXTS = 16
 _MIN_DEFAULT_KV_BYTES = 64 * 1024**2
 _MAX_DEFAULT_KV_BYTES = 1024**3
@@ -262,14 +264,23 @@ class TransportSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObservabilitySection:
-    """What the workers write down of themselves."""
+    """What is written down of steps and told of requests."""
 
     trace_dir: str | None = None
     """Folder, on each worker's own host, for a timeline of its steps; None writes none."""
     trace_max_bytes: int = 64 * 1024 * 1024
     """Size at which a worker begins a new file; it keeps the one before."""
+    otlp_endpoint: str | None = None
+    """URL of an OpenTelemetry collector (OTLP over gRPC) for traces of requests; None: none."""
+    trace_content: bool = False
+    """Prompts and outputs are in these traces."""
 
     def __post_init__(self) -> None:
+        url = self.otlp_endpoint
+        rule = "must be http://HOST:PORT or https://HOST:PORT"
+        check(url is None or _OTLP_URL.fullmatch(url) is not None, "otlp_endpoint", url, rule)
+        has_place = url is not None or not self.trace_content
+        check(has_place, "trace_content", self.trace_content, "needs otlp_endpoint")
         check(self.trace_dir != "", "trace_dir", "", "must not be empty")
         check(
             self.trace_max_bytes >= 1024, "trace_max_bytes", self.trace_max_bytes, "must be >= 1024"
@@ -334,7 +345,7 @@ class ClusterConfig:
     transport: TransportSection = field(default_factory=TransportSection)
     """Data plane and failure detection."""
     observability: ObservabilitySection = field(default_factory=ObservabilitySection)
-    """Traces."""
+    """Traces of steps and of requests."""
     load: LoadSection = field(default_factory=LoadSection)
     """Expert load."""
     rebalance: RebalanceSection = field(default_factory=RebalanceSection)

@@ -107,6 +107,8 @@ class GatewayReplica:
             await self._admin.stop()
         await self._grpc.stop()
         await self._engines.stop()
+        if self._gateway.tracing is not None:
+            await asyncio.to_thread(self._gateway.tracing.stop)
 
 
 def _node_address() -> str:

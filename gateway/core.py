@@ -38,6 +38,7 @@ from gateway.request_id import REQUEST_ID
 from gateway.running_calls import RunningCalls
 from gateway.submission import Submission
 from gateway.tokenizer import Tokenizer
+from gateway.tracing import TRACE, start_tracing
 from gateway.validate import finish_call
 from protos.engine_pb2 import EngineHello
 from workers.inspection import BankShape, ModelShape
@@ -100,6 +101,9 @@ class Gateway:
             config.gateway.metrics_all_experts,
             config.gateway.metrics_prefix,
         )
+        self.tracing = start_tracing(
+            config.observability, name, self.model_name, lambda: self.addresses, self._to_text
+        )
         self._leaves_since_s: float | None = None
         self._takes_calls = True
         self._admission: Admission | None = None
@@ -110,6 +114,8 @@ class Gateway:
                 attention_endpoints(snapshot), drained_workers(snapshot)
             )
         )
+        if self.tracing is not None:
+            cluster.listen(self.tracing.see)
         engines.on_resubmit = self._observe_resubmitted
 
     @property
@@ -204,6 +210,8 @@ class Gateway:
         deadline_s = started_s + self.timeout_s(wanted_timeout_s)
         self.check_model(fields.model)
         check_fields(fields, self.limits)
+        if (trace := TRACE.get()) is not None:
+            trace.fields = fields
         facts = self.require_facts()
         fields, prompts = await self.prompts.make(fields, facts)
         bad_words = await self.prompts.bad_words(fields)
@@ -244,6 +252,8 @@ class Gateway:
             caller.check_tokens(time.monotonic())
             call = replace(call, cache_salt=tenant_salt(caller.tenant, call.cache_salt))
         generation = self._admit(call, call_id, facts, started_s, deadline_s)
+        if (trace := TRACE.get()) is not None:
+            trace.generation = generation
         for name in filter(None, (call_id, REQUEST_ID.get())):
             self.running.add(name, generation.queue)
         try:
@@ -275,6 +285,11 @@ class Gateway:
             self.peers.ask("metrics"), self.cluster.fresh(), self.cluster.load()
         )
         return self.metrics.render(replicas)
+
+    def _to_text(self, ids: Sequence[int]) -> str:
+        if self.tokenizer is None:
+            return " ".join(map(str, ids))
+        return self.tokenizer.decode(ids, False)
 
     def describe(self) -> dict[str, Any]:
         """This replica's entry in the status; ``app`` fills in process id and addresses."""
@@ -349,6 +364,7 @@ class Gateway:
             eos_token_ids=facts.eos_token_ids,
             metrics=self.metrics,
             started_s=started_s,
+            admitted_s=now_s,
             caches_prefixes=self.config.engine.enable_prefix_caching,
             caller=CALLER.get(),
             on_close=self.running.remove,

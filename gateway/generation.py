@@ -20,6 +20,7 @@ from cluster.errors import (
 )
 from gateway.admission import Ticket
 from gateway.call import CallPrompt, GenerateCall
+from gateway.call_notes import CallNotes, ChoiceNotes, PromptNotes
 from gateway.delta import ChoiceDelta, Finish, Usage
 from gateway.errors import error_from_engine
 from gateway.key_limits import Account
@@ -66,6 +67,19 @@ class _Choice:
         self.is_told = False
         self.last_token_s: float | None = None
         self.first_token_s: float | None = None
+        self.first_timings: Timings | None = None
+
+    def notes(self) -> ChoiceNotes:
+        """For the call's trace."""
+        submission, finish = self.prompt.submission, self.finish
+        return ChoiceNotes(
+            first_token_s=self.first_token_s,
+            last_token_s=self.last_token_s,
+            first_timings=self.first_timings,
+            last_timings=finish.timings if finish else None,
+            finish_reason=finish.reason if finish else None,
+            token_ids=submission.outputs[self.number] if submission else (),
+        )
 
 
 class _Prompt:
@@ -84,6 +98,16 @@ class _Prompt:
         self.echo: tuple[str, tuple[TokenText, ...]] | None = None
         self.found = Found()
 
+    def notes(self) -> PromptNotes:
+        """For the call's trace."""
+        submission = self.submission
+        return PromptNotes(
+            worker=submission.worker if submission else "",
+            cached_tokens=self.cached_tokens,
+            replays_s=submission.replays_s if submission else (),
+            choices=[choice.notes() for choice in self.choices],
+        )
+
 
 class Generation:
     """See the module. Made by ``Gateway.start``.
@@ -99,6 +123,7 @@ class Generation:
         eos_token_ids: the model's own ends.
         metrics: where it is counted.
         started_s: ``time.monotonic`` of the call.
+        admitted_s: ``time.monotonic`` of its place in the queue.
         caches_prefixes: the engines tell how much of a prompt was cached.
         caller: whose it is, and pays for its tokens.
         on_close: called once, at its end.
@@ -117,6 +142,7 @@ class Generation:
         eos_token_ids: Iterable[int],
         metrics: GatewayMetrics,
         started_s: float,
+        admitted_s: float,
         caches_prefixes: bool = False,
         caller: Account | None = None,
         on_close: Callable[[OutputQueue], None] = lambda queue: None,
@@ -133,6 +159,8 @@ class Generation:
         self._ends = frozenset(eos_token_ids)
         self._metrics = metrics
         self._started_s = started_s
+        self._admitted_s = admitted_s
+        self._closed_s = 0.0
         self._caches_prefixes = caches_prefixes
         self._is_closed = False
         self._has_token = False
@@ -229,12 +257,27 @@ class Generation:
         if self._is_closed:
             return
         self._is_closed = True
+        self._closed_s = time.monotonic()
         self._on_close(self.queue)
         for prompt in self._prompts.values():
             if prompt.submission is not None:
                 prompt.submission.abort()
-        self._ticket.release(time.monotonic())
+        self._ticket.release(self._closed_s)
         self._pay(self.usage.completion_tokens)
+
+    def notes(self) -> CallNotes:
+        """What is known of it, best when it is closed."""
+        return CallNotes(
+            call=self.call,
+            call_id=self.call_id,
+            started_s=self._started_s,
+            admitted_s=self._admitted_s,
+            heard_s=self.queue.oldest_s,
+            closed_s=self._closed_s or time.monotonic(),
+            usage=self.usage,
+            makes_text=self._tokenizer is not None,
+            prompts=[prompt.notes() for prompt in self._prompts.values()],
+        )
 
     def _pay(self, num_tokens: int) -> None:
         if self._caller is not None:
@@ -279,7 +322,7 @@ class Generation:
         if output.arrays or output.class_logits:
             prompt.found = Found(output.arrays, output.class_logits)
         self._changed[choice] = None
-        self._observe_tokens(choice, len(output.token_ids))
+        self._observe_tokens(choice, output)
         stopped = self._feed(choice, output)
         if stopped is not None:
             self._finish(choice, FinishReason.STOP, stopped, None)
@@ -397,7 +440,8 @@ class Generation:
         text, tokens = place_tokens(detokenizer, ids, logprobs)
         return (text if given is None else given), tokens
 
-    def _observe_tokens(self, choice: _Choice, count: int) -> None:
+    def _observe_tokens(self, choice: _Choice, output: TokenOutput) -> None:
+        count = len(output.token_ids)
         if not count:
             return
         now_s = time.monotonic()
@@ -405,7 +449,7 @@ class Generation:
             self._metrics.time_to_first_token.observe(now_s - self._started_s)
             self._has_token = True
         if choice.last_token_s is None:
-            choice.first_token_s = now_s
+            choice.first_token_s, choice.first_timings = now_s, output.timings
         else:
             self._metrics.inter_token_latency.observe((now_s - choice.last_token_s) / count)
         choice.last_token_s = now_s

@@ -17,6 +17,7 @@ from gateway.core import Gateway
 from gateway.errors import report_error
 from gateway.key_limits import Account
 from gateway.request_id import HEADER, REQUEST_ID, choose_request_id
+from gateway.tracing import CLIENT_GONE, RequestTrace, note_error
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,10 @@ class GrpcEdge(AbstractContextManager["GrpcEdge"]):
         self._method = method
         self._context = context
         self._code = grpc.StatusCode.OK
+        self._trace: RequestTrace | None = None
+        if gateway.tracing is not None:
+            metadata = context.invocation_metadata() or ()
+            self._trace = gateway.tracing.begin(method, "grpc", self.request_id, metadata)
         self._has_told_id = False
 
     async def begin(self) -> None:
@@ -78,6 +83,7 @@ class GrpcEdge(AbstractContextManager["GrpcEdge"]):
     async def abort(self, error: Exception) -> NoReturn:
         """End the request with the status that belongs to ``error``."""
         report = report_error(error, self.request_id)
+        note_error(report.code)
         self._code = report.grpc_code
         if isinstance(error, KeyLimitError):
             self._gateway.metrics.admission_rejections.add(error.limit)
@@ -97,7 +103,10 @@ class GrpcEdge(AbstractContextManager["GrpcEdge"]):
     ) -> None:
         if self._caller is not None:
             self._caller.leave()
-        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        is_gone = isinstance(error, asyncio.CancelledError | GeneratorExit)
+        if is_gone:
             self._code = grpc.StatusCode.CANCELLED
             self._gateway.metrics.client_disconnects.add()
         self._gateway.metrics.grpc_requests.add(self._service, self._method, self._code.name)
+        if self._trace is not None:
+            self._trace.end(CLIENT_GONE if is_gone else "")

@@ -53,6 +53,7 @@ from gateway.schema import (
     parse_body,
 )
 from gateway.sse import SseStream, stream_generation
+from gateway.tracing import note_response_id
 from workers.inspection import Pooling
 
 logger = logging.getLogger(__name__)
@@ -303,6 +304,7 @@ class GenerateEndpoint:
         answer_id = None
         if body.request_id is not None:
             answer_id = f"{call_id.partition('-')[0]}-{check_request_id(body.request_id)}"
+            note_response_id(answer_id)
         with await self._gateway.start(fields, call_id, timeout_s) as generation:
             for name in filter(None, (body.request_id, answer_id)):
                 self._gateway.running.add(name, generation.queue)

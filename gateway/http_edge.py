@@ -32,6 +32,7 @@ from gateway.errors import ClientGoneError, report_error
 from gateway.key_limits import Account
 from gateway.request_id import HEADER, REQUEST_ID, choose_request_id
 from gateway.schema import parse_json
+from gateway.tracing import CLIENT_GONE, note_error
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,9 @@ class HttpEdge:
         REQUEST_ID.set(request_id)
         responder = Responder(self._with_headers(send, request_id))
         path = _path(scope)
+        tracing, trace = self._gateway.tracing, None
+        if tracing is not None and scope["method"] == "POST":
+            trace = tracing.begin(path, "http", request_id, headers.items())
         status = 0
         caller: Account | None = None
         try:
@@ -148,9 +152,12 @@ class HttpEdge:
                 self._gateway.metrics.client_disconnects.add()
             route = path if path in self._routes else "other"
             self._gateway.metrics.http_requests.add(route, scope["method"], str(status))
+            if trace is not None:
+                trace.end(CLIENT_GONE if status == 499 else "")
 
     async def _answer_error(self, error: Exception, request_id: str, responder: Responder) -> None:
         report = report_error(error, request_id)
+        note_error(report.code)
         if isinstance(error, KeyLimitError):
             self._gateway.metrics.admission_rejections.add(error.limit)
         if not isinstance(error, ExpertMeshError):

@@ -12,6 +12,7 @@ from gateway.generation import Generation
 from gateway.http_edge import Responder, dump_json
 from gateway.metrics import GatewayMetrics
 from gateway.openai_format import ResponseFormat, usage_body
+from gateway.tracing import note_error
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,9 @@ async def stream_generation(generation: Generation, stream: SseStream) -> None:
     except Exception as err:
         if not isinstance(err, ExpertMeshError):
             logger.error("request %s failed in its stream", stream.request_id, exc_info=err)
-        ending = _event(stream, report_error(err, stream.request_id).body()) + _DONE
+        report = report_error(err, stream.request_id)
+        note_error(report.code)
+        ending = _event(stream, report.body()) + _DONE
     await stream.responder.body(ending)
 
 

@@ -77,6 +77,8 @@ class Submission:
     """Why it left its last worker."""
     was_sent: bool = False
     """A worker has had it: the next one gets a new attempt."""
+    replays_s: list[float] = field(default_factory=list)
+    """``time.monotonic`` of each attempt after the first."""
     prompt_hashes: Sequence[bytes] = ()
     """Names of the prompt's full KV blocks, for routing."""
     missing_tokens: int = 0
@@ -111,6 +113,11 @@ class Submission:
     def num_known_tokens(self) -> int:
         """Tokens that another worker computes anew, each choice's output and the prompt once."""
         return len(self.request.prompt) + sum(len(self.outputs[c]) for c in self.open_choices)
+
+    @property
+    def worker(self) -> str:
+        """Who works on it, or did last; empty: nobody."""
+        return self.last_worker if self.home is None else self.home.worker
 
     def abort(self, choices: Sequence[int] = ()) -> None:
         """End it, or some of its choices; never waits, does no harm after the end."""
@@ -151,6 +158,7 @@ class Submission:
 
     def again(self, now_s: float) -> Request:
         """The next attempt, which becomes the current one."""
+        self.replays_s.append(now_s)
         closed = set(range(self.request.n)) - self.open_choices
         self.request = replace(
             self.request,

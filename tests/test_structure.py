@@ -26,8 +26,12 @@ LEAVES = frozenset(
         "load_profile",
         "load_report",
         "control_frames",
+        "spans",
+        "span_export",
     )
 )
+SPAN_EXPORT = "cluster.span_export"
+"""The one leaf, and the one module of all, that knows OpenTelemetry."""
 REQUEST_TYPES = frozenset(
     f"workers.{name}"
     for name in ("request", "wire", "inspection", "classifier", "prompt_embeds", "prefix_hash")
@@ -96,6 +100,8 @@ def rule_for(module: str) -> Rule:
     package = module.partition(".")[0]
     if package == "protos":
         return Rule(ours=("protos",))
+    if module == SPAN_EXPORT:
+        return Rule(ours=leaves, only=frozenset({"opentelemetry"}))
     if module in LEAVES:
         return Rule(ours=leaves, only=frozenset({"numpy"}))
     if module in ROOTS or module.startswith("cluster.cli"):
@@ -222,6 +228,13 @@ def test_the_product_does_not_import_transformers() -> None:
     for module, path in modules():
         if not module.startswith("workers.demo"):
             assert "transformers" not in {name.split(".")[0] for name in imports(path)}, path
+
+
+def test_one_module_imports_opentelemetry() -> None:
+    """Whoever is not told of a collector does not need the packages."""
+    tops = {module: {name.split(".")[0] for name in imports(path)} for module, path in modules()}
+    found = {module for module, names in tops.items() if "opentelemetry" in names}
+    assert found == {SPAN_EXPORT}
 
 
 def test_only_family_modules_know_families() -> None:

@@ -18,6 +18,7 @@ from cluster.errors import ConfigError
 from cluster.launch_plan import LaunchPlan, count_cpus, count_gpus, free_port
 from cluster.load_profile import load_profile
 from cluster.model_source import ModelSource
+from cluster.spans import load_exporter
 from cluster.start_plan import fits, plan_start
 from gateway.key_file import read_key_file
 
@@ -44,6 +45,7 @@ def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig
     }
     _add_files(sections)
     _check_key_files(sections["gateway"])
+    _check_exporter(sections["observability"].get("otlp_endpoint"))
     _add_heartbeat(sections["transport"])
     try:
         return ClusterConfig.from_dict({**sections, "cluster_token": secrets.token_hex(32)})
@@ -102,6 +104,15 @@ def _check_key_files(gateway: Mapping[str, Any]) -> None:
             raise CommandError(ExitCode.USAGE, str(err)) from err
         if is_empty:
             raise CommandError(ExitCode.USAGE, f"{name} ({path}) holds no key")
+
+
+def _check_exporter(endpoint: str | None) -> None:
+    """Whether this host could send traces, as its gateways are to do."""
+    if endpoint is not None:
+        try:
+            load_exporter(endpoint)
+        except ConfigError as err:
+            raise CommandError(ExitCode.USAGE, str(err)) from err
 
 
 def _add_files(sections: dict[str, dict[str, Any]]) -> None:

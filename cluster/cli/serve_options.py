@@ -257,6 +257,18 @@ OPTIONS = (
         "size of a worker's timeline, of which it keeps the last two (64M)",
         kind=parse_bytes,
     ),
+    _option(
+        "--otlp-endpoint",
+        "observability.otlp_endpoint",
+        "OpenTelemetry collector for traces of requests, OTLP over gRPC: http://HOST:4317 (none)",
+    ),
+    _option(
+        "--trace-content",
+        "observability.trace_content",
+        "have prompts and outputs in these traces",
+        kind=parse_switch,
+        is_switch=True,
+    ),
     _option("--address", "address", "join this Ray cluster instead of a private one"),
     _option("--wait-nodes", "wait_nodes", "first wait until that has so many nodes (0)", kind=int),
     _option(

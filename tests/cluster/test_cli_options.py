@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,29 @@ def test_a_trace_goes_where_the_command_was_given() -> None:
     assert section.trace_dir == str(Path("traces").absolute())
     assert section.trace_max_bytes == 2 << 20
     assert config_of().observability.trace_dir is None
+
+
+def test_traces_of_requests_need_a_collector() -> None:
+    assert config_of().observability.otlp_endpoint is None
+    section = config_of("--otlp-endpoint", "http://c:4317", "--trace-content").observability
+    assert (section.otlp_endpoint, section.trace_content) == ("http://c:4317", True)
+    with pytest.raises(CommandError, match="needs otlp_endpoint"):
+        config_of("--trace-content")
+
+
+@pytest.mark.parametrize(
+    "url", ["", "c:4317", "http://c", "http://u@c:1", "ftp://c:1", "http://c:1/x"]
+)
+def test_a_collector_is_named_by_an_url_with_a_port(url: str) -> None:
+    with pytest.raises(CommandError, match=r"otlp_endpoint .* must be http://HOST:PORT"):
+        config_of("--otlp-endpoint", url)
+
+
+def test_packages_for_traces_are_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cluster.span_export", None)
+    with pytest.raises(CommandError, match="needs the extra otel: pip install") as caught:
+        config_of("--otlp-endpoint", "http://c:4317")
+    assert caught.value.code == ExitCode.USAGE
 
 
 def test_the_number_of_micro_batches_is_a_word_or_a_number() -> None:

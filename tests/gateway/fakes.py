@@ -67,6 +67,8 @@ VOCAB_SIZE = BACKEND.get_vocab_size() + 3
 """A few more than the tokenizer has, as checkpoints have."""
 EOS_ID = BACKEND.get_vocab()[EOS]
 
+TIMINGS = Timings(first_dispatch_s=0.001, first_token_s=0.002, finished_s=0.003, prefill_s=(0.001,))
+
 Script = Callable[[Request, int], list[int]]
 
 
@@ -107,6 +109,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     turns: list[str] = field(default_factory=list)
     repeat_outputs: bool = False
     num_cached_tokens: int = 0
+    timings: Timings = TIMINGS
     answers_pings: bool = True
     num_streams: int = 0
     num_hellos: int = 0
@@ -273,9 +276,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
             num_cached_tokens=self.num_cached_tokens + choice if index == 0 else None,
             finish_reason=reason,
             stop_token_id=stop,
-            timings=Timings(first_dispatch_s=0.001, first_token_s=0.002, finished_s=0.003)
-            if reason
-            else None,
+            timings=self.timings if reason or index == 0 else None,
         )
 
 

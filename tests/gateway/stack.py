@@ -12,7 +12,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from cluster.config import ClusterConfig, EngineSection, ModelSection
+from cluster.config import ClusterConfig, EngineSection, ModelSection, ObservabilitySection
 from cluster.gateway_config import GatewaySection
 from gateway.admin_api import AdminApi
 from gateway.cluster_view import ClusterView, Controller
@@ -48,11 +48,13 @@ class Stack:
         tokenizer: Tokenizer | None,
         engine_section: EngineSection | None = None,
         silence_limit_s: float = WAIT_S,
+        observability: ObservabilitySection | None = None,
     ) -> None:
         self.config = ClusterConfig(
             model=ModelSection(path="/nowhere", served_model_name=MODEL),
             engine=engine_section or EngineSection(),
             gateway=gateway_section,
+            observability=observability or ObservabilitySection(),
             cluster_token=CLUSTER_TOKEN,
         )
         self._tokenizer = tokenizer
@@ -116,6 +118,9 @@ class Stack:
             CLUSTER_TOKEN, "gateway-test", silence_limit_s=self._silence_limit_s, ping_s=0.1
         )
         self.gateway = Gateway(self.config, self._tokenizer, cluster, self.engines, "gateway-test")
+        if self.gateway.tracing is not None:
+            tracing = self.gateway.tracing
+            self._closers.append(lambda: asyncio.to_thread(tracing.stop))
         self._closers.append(self.engines.stop)
         await self._start_grpc()
         cluster.start()
@@ -174,12 +179,13 @@ def running_stack(
     has_tokenizer: bool = True,
     serving: bool = True,
     silence_limit_s: float = WAIT_S,
+    observability: ObservabilitySection | None = None,
 ) -> Iterator[Stack]:
     """A gateway that runs for the length of a ``with`` block."""
     if tokenizer is None and has_tokenizer:
         tokenizer = tiny_tokenizer()
     section = section or GatewaySection(request_timeout_s=WAIT_S)
-    stack = Stack(section, tokenizer, engine, silence_limit_s)
+    stack = Stack(section, tokenizer, engine, silence_limit_s, observability)
     stack.start(serving)
     try:
         yield stack
