@@ -106,14 +106,19 @@ class WorkerTable:
 
     def holders(self) -> list[str | None]:
         """``[device]`` -> name of the worker that holds its experts; None for a lost one."""
-        alive = {r.member.device: r.name for r in self.alive() if r.member.device >= 0}
-        devices = 1 + max((r.member.device for r in self), default=-1)
+        alive = {device: r.name for device, r in self._by_device() if not r.is_lost}
+        devices = 1 + max((device for device, _ in self._by_device()), default=-1)
         return [alive.get(device) for device in range(devices)]
 
     def domains(self) -> list[str]:
         """``[device]`` -> failure domain of the worker that holds its experts."""
-        of = {r.member.device: r.member.domain or r.member.node for r in self}
+        of = {device: r.member.domain or r.member.node for device, r in self._by_device()}
         return [of.get(device, "") for device in range(len(self.holders()))]
+
+    def _by_device(self) -> list[tuple[int, WorkerRecord]]:
+        """Who holds experts, or held them; in local mode that is who runs attention."""
+        found = [(r.member.device, r) for r in self if r.member.holds_experts]
+        return found or [(0, r) for r in self]
 
     @property
     def model(self) -> dict[str, Any]:

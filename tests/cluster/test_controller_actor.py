@@ -291,6 +291,11 @@ def test_local_mode_is_one_worker_with_all_experts() -> None:
         assert snapshot["experts_complete"]
         assert list(group.workers) == ["attention-0"]
         assert group.extras["attention-0"]["num_slots"] == 8
+        load = await actor.load()
+        assert load["workers"] == ["attention-0"]
+        assert [bank["at_risk"] for bank in load["banks"]] == [
+            len(b["counts"]) for b in load["banks"]
+        ]
         await actor.stop()
 
     asyncio.run(body())
