@@ -34,21 +34,24 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
 def run_status(args: argparse.Namespace) -> int:
     """Print the state; ``NOT_READY`` unless clients are served now."""
     while True:
-        status, is_ready = _fetch_status(Client(args))
+        status, ready = _fetch_status(Client(args))
+        is_ready = bool(ready.get("ready")) and not ready.get("error")
         if args.json:
             out_json(status)
         else:
             out(_status_text(status, colours=not args.no_color))
+        if not is_ready:
+            note("; ".join(["not ready", *map(str, ready.get("reasons") or ())]))
         if not args.watch:
             return ExitCode.OK if is_ready else ExitCode.NOT_READY
         time.sleep(WATCH_INTERVAL_S)
 
 
-def _fetch_status(client: Client) -> tuple[dict[str, Any], bool]:
-    """The status document, and whether the gateway answers ``/ready`` with yes."""
+def _fetch_status(client: Client) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The status document, and the gateway's answer at ``/ready``."""
     status: dict[str, Any] = client.get("/cluster/v1/status")
-    ready = client.get("/ready", any_status=True)
-    return status, bool(ready.get("ready")) and not ready.get("error")
+    ready: dict[str, Any] = client.get("/ready", any_status=True)
+    return status, ready
 
 
 def _status_text(status: Mapping[str, Any], colours: bool) -> str:
@@ -67,6 +70,7 @@ def _status_text(status: Mapping[str, Any], colours: bool) -> str:
         lines.append(f"rebalance   {describe(status['rebalance'])}")
     if status.get("error"):
         lines.append(f"error       {status['error']}")
+    lines += [f"problem     {problem}" for problem in status.get("problems") or ()]
     return "\n".join([*lines, "", _workers_text(status), ""])
 
 

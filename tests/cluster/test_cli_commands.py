@@ -48,9 +48,13 @@ def test_status_fails_while_not_ready(
     gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gateway.ready = (503, {"ready": False, "reasons": ["loading"]})
-    gateway.status = (200, {**STATUS, "state": "STARTING", "error": "slow disk"})
+    status = {**STATUS, "state": "STARTING", "error": "slow disk", "problems": ["no room"]}
+    gateway.status = (200, status)
     assert main(["--url", gateway.url, "status"]) == ExitCode.NOT_READY
-    assert "slow disk" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "slow disk" in told.out
+    assert "no room" in told.out
+    assert told.err == "not ready; loading\n"
 
 
 def test_the_url_comes_from_the_environment(
