@@ -43,7 +43,8 @@ class Client:
         self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
         if admin_url:
             self._key = args.admin_key or os.environ.get("EXPERTMESH_ADMIN_KEY", "") or self._key
-        self._tls = _tls_context(args) if self.url.startswith("https:") else None
+        self.tls = _tls_context(args) if self.url.startswith("https:") else None
+        """What https needs; None without it."""
 
     def get(self, path: str, any_status: bool = False) -> Any:
         """The JSON document at ``path``. ``any_status`` takes the body of an error answer too."""
@@ -58,8 +59,14 @@ class Client:
         return self._fetch(self._request(path, json.dumps(body).encode()))
 
     @property
+    def headers(self) -> dict[str, str]:
+        """Of every request, with the key."""
+        key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        return {"Content-Type": "application/json", **key}
+
+    @property
     def _options(self) -> dict[str, Any]:
-        return {"timeout": self._timeout_s, "context": self._tls}
+        return {"timeout": self._timeout_s, "context": self.tls}
 
     def _fetch(self, request: urllib.request.Request, any_status: bool = False) -> Any:
         return self._parse(self._read(request, any_status))
@@ -72,7 +79,7 @@ class Client:
             body = err.read()
             if any_status and err.code not in (401, 403):
                 return body
-            raise _refusal(err.code, body) from err
+            raise refusal(err.code, body) from err
         except (OSError, ValueError) as err:
             raise self._unreachable(err) from err
 
@@ -85,7 +92,7 @@ class Client:
                     if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
                         yield self._parse(line[len(b"data: ") :])
         except urllib.error.HTTPError as err:
-            raise _refusal(err.code, err.read()) from err
+            raise refusal(err.code, err.read()) from err
         except TimeoutError as err:
             message = f"no answer within {self._timeout_s:g} s"
             raise CommandError(ExitCode.NOT_READY, message) from err
@@ -93,10 +100,7 @@ class Client:
             raise self._unreachable(err) from err
 
     def _request(self, path: str, data: bytes | None = None) -> urllib.request.Request:
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        return urllib.request.Request(f"{self.url}{path}", data=data, headers=headers)
+        return urllib.request.Request(f"{self.url}{path}", data=data, headers=self.headers)
 
     def _parse(self, body: bytes) -> Any:
         try:
@@ -125,12 +129,16 @@ def _checked(url: str) -> str:
     return url
 
 
-def _tls_context(args: argparse.Namespace) -> ssl.SSLContext:
+def tls_files(args: argparse.Namespace) -> dict[str, str | None]:
     """From ``--ca-cert``, ``--client-cert`` and ``--client-key``, or their variables."""
-    given = {
+    return {
         name: getattr(args, name) or os.environ.get(f"EXPERTMESH_{name.upper()}")
         for name in ("ca_cert", "client_cert", "client_key")
     }
+
+
+def _tls_context(args: argparse.Namespace) -> ssl.SSLContext:
+    given = tls_files(args)
     try:
         context = ssl.create_default_context(cafile=given["ca_cert"])
         if given["client_cert"]:
@@ -140,7 +148,7 @@ def _tls_context(args: argparse.Namespace) -> ssl.SSLContext:
     return context
 
 
-def _refusal(status: int, body: bytes) -> CommandError:
+def refusal(status: int, body: bytes) -> CommandError:
     """The error object of an answer as a command's end."""
     try:
         message = str(json.loads(body)["error"]["message"])

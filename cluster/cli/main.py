@@ -30,6 +30,7 @@ from cluster.cli import (
     top,
     version,
 )
+from cluster.cli.bench import command as bench
 from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.front import Interrupted
 from cluster.cli.terminal import note
@@ -63,6 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
         inspection,
         plan,
         settings,
+        bench,
         doctor,
         version,
     ):

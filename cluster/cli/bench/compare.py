@@ -1,0 +1,172 @@
+"""``bench compare``: two saved documents of one command, number by number."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.cli.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal import note, out_json, out_line, table
+
+_HIGHER = ("_per_s", "successful")
+_LOWER = ("_ms", "_us", "_s", "failed", "failures", "unfinished", "_bytes")
+"""Ends of the names of numbers by what is better; all others are only shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One number in both documents."""
+
+    name: str
+    """Its place: names with dots."""
+    before: float
+    after: float
+
+    @property
+    def better(self) -> str:
+        """``higher``, ``lower``, or neither: by the innermost name that says so."""
+        for name in reversed(self.name.split(".")):
+            if name.endswith(_HIGHER):
+                return "higher"
+            if name.endswith(_LOWER):
+                return "lower"
+        return "neither"
+
+    @property
+    def ratio(self) -> float:
+        """After over before."""
+        if self.before == self.after:
+            return 1.0
+        return self.after / self.before if self.before else math.inf
+
+    def is_worse(self, threshold: float) -> bool:
+        """By more than the threshold."""
+        if self.better == "higher":
+            return self.ratio * threshold < 1.0
+        return self.better == "lower" and self.ratio > threshold
+
+
+def add_command(kinds: Any, common: argparse.ArgumentParser) -> None:
+    """Register ``bench compare``."""
+    parser = kinds.add_parser(
+        "compare", parents=[common], help="two saved documents; exits with 1 if the second is worse"
+    )
+    parser.add_argument("before", type=Path, metavar="A.json", help="of --save or --json")
+    parser.add_argument("after", type=Path, metavar="B.json", help="of the same command")
+    parser.add_argument(
+        "--threshold",
+        type=_threshold,
+        default=1.05,
+        metavar="X",
+        help="how many times as bad is worse (1.05)",
+    )
+    parser.set_defaults(run=run)
+
+
+def _threshold(text: str) -> float:
+    value = float(text)
+    if not 1.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print every number's ratio; exits with 1 if one got worse by more than the threshold."""
+    before, after = _read(args.before), _read(args.after)
+    if before["command"] != after["command"]:
+        message = f"{before['command']} and {after['command']} are not the same command"
+        raise CommandError(ExitCode.REFUSED, message)
+    _note_differences(before["options"], after["options"])
+    found = changes(before["results"], after["results"])
+    worse = [change.name for change in found if change.is_worse(args.threshold)]
+    if args.json:
+        out_json(_document(before["command"], found, args.threshold))
+    else:
+        out_line(_text(found, args.threshold))
+        note(f"worse by more than {args.threshold:g}: {', '.join(worse) or 'nothing'}")
+    return ExitCode.FAILED if worse else ExitCode.OK
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """All numbers of both; one that only one of them has is 0 in the other."""
+    old, new = dict(_numbers(before)), dict(_numbers(after))
+    shared = [name for name in {**old, **new} if _counts(name) or (name in old and name in new)]
+    return [Change(name, old.get(name, 0.0), new.get(name, 0.0)) for name in shared]
+
+
+def _counts(name: str) -> bool:
+    """Whether a number that is missing is 0: the failures by code."""
+    return name.startswith("failures.")
+
+
+def _numbers(document: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{inside}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{inside}{key}", float(value)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A document of ``bench``. Raises ``CommandError``."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        is_ours = document["schema"] == 1 and str(document["command"]).startswith("bench ")
+        if not (is_ours and document["options"].keys() and document["results"].keys()):
+            raise ValueError("it is another document")
+    except OSError as err:
+        raise CommandError(ExitCode.USAGE, f"cannot read {path}: {err.strerror}") from err
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        message = f"{path} is not what a bench command has saved"
+        raise CommandError(ExitCode.USAGE, message) from err
+    found: dict[str, Any] = document
+    return found
+
+
+def _note_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if old != new:
+            note(f"expertmesh: not the same {name}: {old} and {new}")
+
+
+def _document(command: str, found: list[Change], threshold: float) -> dict[str, Any]:
+    """JSON has no infinity: the ratio to nothing is null."""
+    numbers = {
+        change.name: {
+            "before": change.before,
+            "after": change.after,
+            "ratio": change.ratio if math.isfinite(change.ratio) else None,
+            "better": change.better,
+            "worse": change.is_worse(threshold),
+        }
+        for change in found
+    }
+    return {
+        "schema": 1,
+        "command": "bench compare",
+        "of": command,
+        "threshold": threshold,
+        "worse": any(number["worse"] for number in numbers.values()),
+        "numbers": numbers,
+    }
+
+
+def _text(found: list[Change], threshold: float) -> str:
+    rows = [
+        (
+            change.name,
+            f"{change.before:.6g}",
+            f"{change.after:.6g}",
+            f"{change.ratio:.3f}",
+            "-" if change.better == "neither" else change.better,
+            "WORSE" if change.is_worse(threshold) else "",
+        )
+        for change in found
+    ]
+    return table(("NUMBER", "BEFORE", "AFTER", "RATIO", "BETTER IS", ""), rows)

@@ -1,0 +1,72 @@
+"""What all ``bench`` commands share: their options' types, and how their documents are told."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.cli.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal import note, out_json, out_line
+
+
+def add_save(parser: argparse.ArgumentParser) -> None:
+    """Add ``--save``."""
+    parser.add_argument("--save", type=Path, metavar="F", help="write the document, for compare")
+
+
+def count(text: str) -> int:
+    """A number from 1 on. Raises ``ArgumentTypeError``."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be a whole number above 0")
+    return int(text)
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """``1,8,32``, each once, ascending. Raises ``ArgumentTypeError``."""
+    return tuple(sorted({count(word.strip()) for word in text.split(",")}))
+
+
+def document_of(
+    command: str, options: Mapping[str, Any], results: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
+    """A document: ``options`` are what was asked for, ``results`` what was measured."""
+    return {
+        "schema": 1,
+        "command": f"bench {command}",
+        **more,
+        "options": dict(options),
+        "results": _rounded(results),
+    }
+
+
+def tell(args: argparse.Namespace, document: Mapping[str, Any], text: str) -> None:
+    """Print the document or the text, and save the document where that is asked for."""
+    if args.json:
+        out_json(document)
+    else:
+        out_line(text)
+    if args.save is None:
+        return
+    try:
+        args.save.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    except OSError as err:
+        message = f"cannot write {args.save}: {err.strerror}"
+        raise CommandError(ExitCode.FAILED, message) from err
+    note(f"wrote {args.save}")
+
+
+def shown(value: float | None, digits: int = 2) -> str:
+    """A number for people."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits of every measured number: more than any clock tells."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_rounded(inner) for inner in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -1,0 +1,233 @@
+"""``bench serve``: load on a running server, and what its clients would feel of it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cluster.cli.bench.document import add_save, count, document_of, shown, tell
+from cluster.cli.bench.http_target import HttpTarget
+from cluster.cli.bench.load import Load, RequestFailed, Target, run_load, warm_up
+from cluster.cli.bench.tally import MEASURES, Tally
+from cluster.cli.client import Client, tls_files
+from cluster.cli.exit_codes import CommandError, ExitCode
+from cluster.cli.progress import Progress
+from cluster.cli.terminal import table
+
+LIMIT_S = 600.0
+"""Of one request, where ``--timeout`` sets none."""
+_NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "E2E latency"}
+_TICK_S = 0.2
+
+
+def add_command(kinds: Any, common: argparse.ArgumentParser) -> None:
+    """Register ``bench serve``."""
+    parser = kinds.add_parser(
+        "serve", parents=[common], help="load on a running server, streamed completions"
+    )
+    parser.add_argument("--model", help="served model (the only one)")
+    parser.add_argument(
+        "--num-prompts", type=count, default=100, metavar="N", help="requests (100)"
+    )
+    parser.add_argument(
+        "--request-rate",
+        type=_rate,
+        default=math.inf,
+        metavar="R",
+        help="mean requests a second, Poisson arrivals; inf sends all at once (inf)",
+    )
+    parser.add_argument(
+        "--max-concurrency", type=count, default=256, metavar="C", help="under way at once (256)"
+    )
+    for name, default, what in (("input", 128, "each prompt"), ("output", 64, "each answer")):
+        parser.add_argument(
+            f"--random-{name}-len",
+            type=count,
+            default=default,
+            metavar="N",
+            help=f"tokens of {what} ({default})",
+        )
+    parser.add_argument(
+        "--grpc",
+        nargs="?",
+        const="",
+        metavar="HOST:PORT",
+        help="over gRPC; at the address that the server tells, or this one",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and gaps (0)")
+    parser.add_argument(
+        "--goodput",
+        nargs="+",
+        type=_goal,
+        default=[],
+        metavar="NAME:MS",
+        help=f"good requests a second, by {', '.join(MEASURES)}; itl: no gap is longer",
+    )
+    add_save(parser)
+    parser.set_defaults(run=run)
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value
+
+
+def _goal(text: str) -> tuple[str, float]:
+    name, _, value = text.partition(":")
+    try:
+        goal = float(value)
+    except ValueError:
+        goal = 0.0
+    if name not in MEASURES or not goal > 0:
+        raise argparse.ArgumentTypeError(f"must be {'|'.join(MEASURES)}:MS")
+    return name, goal
+
+
+@dataclass
+class _Measured:
+    """What there is to tell, whether the load ended or was ended."""
+
+    tally: Tally
+    load: Load | None = None
+    protocol: str = "http"
+    began: float = 0.0
+
+    def duration_s(self) -> float:
+        """Since the first request that counts."""
+        return time.monotonic() - self.began if self.began else 0.0
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and tell; exits with 1 if a request failed, with 130 after a ctrl-C."""
+    found = _Measured(Tally(dict(args.goodput)), protocol="http" if args.grpc is None else "grpc")
+    is_interrupted = False
+    progress = Progress()
+    try:
+        asyncio.run(_measure(args, found, progress))
+    except RequestFailed as err:
+        raise CommandError(err.code, err.message) from err
+    except KeyboardInterrupt:
+        is_interrupted = True
+    finally:
+        progress.clear()
+    duration_s = found.duration_s()
+    if found.load is not None:
+        document = _document(args, found.load, found, duration_s, is_interrupted)
+        tell(args, document, _text(document))
+    if is_interrupted:
+        return ExitCode.INTERRUPTED
+    return ExitCode.FAILED if found.tally.failures else ExitCode.OK
+
+
+async def _measure(args: argparse.Namespace, found: _Measured, progress: Progress) -> None:
+    timeout_s = args.timeout or LIMIT_S
+    target, vocab_size = await _open(args, timeout_s)
+    load = Load(
+        num_prompts=args.num_prompts,
+        request_rate=args.request_rate,
+        max_concurrency=args.max_concurrency,
+        input_len=args.random_input_len,
+        output_len=args.random_output_len,
+        vocab_size=vocab_size,
+        seed=args.seed,
+        timeout_s=timeout_s,
+    )
+    shown_at = 0.0
+
+    def tick() -> None:
+        nonlocal shown_at
+        if time.monotonic() - shown_at >= _TICK_S:
+            shown_at = time.monotonic()
+            progress.update(f"{found.tally.ended} of {load.num_prompts} requests")
+
+    try:
+        progress.update("warming up")
+        await warm_up(load, target)
+        found.load, found.began = load, time.monotonic()
+        await run_load(load, target, found.tally, tick)
+    finally:
+        await target.close()
+
+
+async def _open(args: argparse.Namespace, timeout_s: float) -> tuple[Target, int]:
+    """The server, and the tokens of its model."""
+    client = Client(args)
+    status: Mapping[str, Any] = {} if args.grpc else client.get("/cluster/v1/status")
+    if args.grpc is None:
+        return HttpTarget(client, args.model), _vocab_size(status)
+    told = [each["grpc"] for each in status.get("gateway", ()) if "grpc" in each]
+    address = args.grpc or next(iter(told), "")
+    if not address:
+        raise CommandError(ExitCode.REFUSED, "the server tells no gRPC address: give --grpc one")
+    from cluster.cli.bench.grpc_target import GrpcTarget  # slow to import
+
+    files = tls_files(args)
+    target = GrpcTarget(
+        address,
+        headers=client.headers,
+        tls_files=files if client.tls or any(files.values()) else None,
+        model=args.model,
+        timeout_s=timeout_s,
+    )
+    try:
+        return target, await target.vocab_size()
+    except RequestFailed:
+        await target.close()
+        raise
+
+
+def _vocab_size(status: Mapping[str, Any]) -> int:
+    try:
+        return int(status["model"]["vocab_size"])
+    except (KeyError, TypeError) as err:
+        message = f"the cluster is {status.get('state', 'no cluster')}: its model is not known yet"
+        raise CommandError(ExitCode.NOT_READY, message) from err
+
+
+def _document(
+    args: argparse.Namespace, load: Load, found: _Measured, duration_s: float, interrupted: bool
+) -> dict[str, Any]:
+    options = asdict(load)
+    if not math.isfinite(load.request_rate):
+        options["request_rate"] = None
+    return document_of(
+        "serve",
+        {**options, "protocol": found.protocol, "goodput_ms": dict(found.tally.goals_ms)},
+        found.tally.results(duration_s),
+        url=args.grpc or Client(args).url,
+        interrupted=interrupted,
+    )
+
+
+def _text(document: Mapping[str, Any]) -> str:
+    """Rows, then a table of times."""
+    results = document["results"]
+    rows = [
+        ("Successful requests", results["successful"]),
+        ("Failed requests", results["failed"]),
+        *((f"  {code}", number) for code, number in results["failures"].items()),
+        *([("Unfinished requests", results["unfinished"])] if document["interrupted"] else []),
+        ("Duration (s)", shown(results["duration_s"])),
+        ("Prompt tokens", results["prompt_tokens"]),
+        ("Output tokens", results["output_tokens"]),
+        ("Peak concurrency", results["peak_concurrency"]),
+        ("Requests/s", shown(results["requests_per_s"])),
+        ("Output tokens/s", shown(results["output_tokens_per_s"])),
+        ("All tokens/s", shown(results["tokens_per_s"])),
+    ]
+    if results["good_requests_per_s"] is not None:
+        rows.append(("Good requests/s", shown(results["good_requests_per_s"])))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name + ':':<{width + 1}}  {value}" for name, value in rows]
+    times = [
+        (_NAMES[name], *(shown(results[f"{name}_ms"][key]) for key in ("mean", "median", "p99")))
+        for name in MEASURES
+    ]
+    return "\n".join([*lines, "", table(("MILLISECONDS", "MEAN", "MEDIAN", "P99"), times)])
