@@ -19,6 +19,7 @@ from typing import Any
 
 from cluster.adoption import Adopted
 from cluster.background import Background
+from cluster.cluster_traces import ClusterTraces, trace_cluster
 from cluster.config import ClusterConfig
 from cluster.control_frames import ControlFrame
 from cluster.control_server import ControlServer
@@ -74,6 +75,7 @@ class ControllerActor:
         self._background = Background()
         self._takeover = Takeover(self, group, self._background)
         self._asked: dict[str, str] | None = None
+        self._traces: ClusterTraces | None = None
         self._starting = asyncio.Lock()
 
     # ---- methods of the actor -------------------------------------------------------------
@@ -241,6 +243,8 @@ class ControllerActor:
                 lambda: controller.state is ClusterState.STOPPED, _STOP_LIMIT_S
             )
             await self._server.close()
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.stop)
         self._background.cancel()
         self._planner.shutdown(wait=False, cancel_futures=True)
 
@@ -450,7 +454,7 @@ class ControllerActor:
         config = plan.config
         can_grow = plan.share.device == "cpu"
         now = time.monotonic()
-        return Controller(
+        controller = Controller(
             self.limits(config),
             members=members,
             placement=plan.placement,
@@ -470,6 +474,8 @@ class ControllerActor:
             wall_time_offset_s=time.time() - now,
             executor=self._planner,
         )
+        self._traces = trace_cluster(controller, config.observability)
+        return controller
 
     def _snapshot(self) -> dict[str, Any]:
         mine: dict[str, Any] = {"controller_pid": os.getpid()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 MoveReason = Literal["rebalance", "recovery", "drain"]
@@ -39,12 +39,15 @@ class Migrations:
         self._slots: dict[MoveReason, int] = {}
         self._bytes: dict[MoveReason, int] = {}
         self._seconds: dict[MoveReason, Durations] = {}
+        self.on_add: Callable[[MoveReason, int, int, float], None] = lambda *of: None
+        """Called with the arguments of ``add``."""
 
     def add(self, reason: MoveReason, num_slots: int, num_bytes: int, seconds: float) -> None:
         """So many slots were filled with so many bytes, by one change that took so long."""
         self._slots[reason] = self._slots.get(reason, 0) + num_slots
         self._bytes[reason] = self._bytes.get(reason, 0) + num_bytes
         self._seconds.setdefault(reason, Durations(_MOVE_S)).add(seconds)
+        self.on_add(reason, num_slots, num_bytes, seconds)
 
     def to_dict(self) -> dict[str, Any]:
         """Reason -> ``slots``, ``bytes`` and ``seconds``, fit for JSON."""

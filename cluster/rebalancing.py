@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -97,6 +98,8 @@ class Rebalancing:
         self._seen_windows = 0
         self._rested_at = now
         self._counts = RebalanceCounts()
+        self.on_end: Callable[[Mapping[str, Any]], None] = lambda report: None
+        """Called with what ``status`` tells of a change that has ended."""
 
     # ---- orders ---------------------------------------------------------------------------
 
@@ -373,6 +376,7 @@ class Rebalancing:
         self._counts.changed(job.num_moved, job.num_bytes)
         self._host.migrations.add("rebalance", job.num_moved, job.num_bytes, now - job.began_at)
         self._last = job.report(outcome, text, self._host.placement.epoch, now)
+        self.on_end(self._last)
         effect = text if outcome == "applied" else f"{outcome}: {text}; the epoch in force stays"
         self._host.note("rebalance", effect, now)
         if job.operation is not None:

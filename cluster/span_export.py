@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -31,10 +32,10 @@ class SpanExport:
     Args:
         endpoint: URL of the collector; https is TLS.
         instance: name of this process, among those of the service.
-        version: ours.
     """
 
-    def __init__(self, endpoint: str, instance: str, version: str) -> None:
+    def __init__(self, endpoint: str, instance: str) -> None:
+        version = _own_version()
         resource = Resource.create(
             {
                 "service.name": _NAME,
@@ -85,3 +86,10 @@ class SpanExport:
         for child in span.children:
             self._send(child, within)
         made.end(span.ended_ns)
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version(_NAME)
+    except metadata.PackageNotFoundError:
+        return "0+unknown"

@@ -6,14 +6,11 @@ development: this is the one place to follow them in. Our own begin with ``exper
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from cluster.errors import ConfigError
-
-if TYPE_CHECKING:
-    from cluster.span_export import SpanExport
 
 Value = str | bool | int | float | Sequence[str]
 """Of an attribute."""
@@ -30,6 +27,10 @@ PREFILL = "expertmesh.prefill"
 DECODE = "expertmesh.decode"
 DETOKENIZE = "expertmesh.detokenize"
 """Parts of a request."""
+REBALANCE = "expertmesh.rebalance"
+MIGRATION = "expertmesh.migration"
+RECOVERY = "expertmesh.recovery"
+"""What happens to the cluster, each a trace of its own."""
 
 OPERATION_NAME = "gen_ai.operation.name"
 PROVIDER_NAME = "gen_ai.provider.name"
@@ -60,6 +61,13 @@ WORKER = "expertmesh.worker"
 PLACEMENT_EPOCH = "expertmesh.placement_epoch"
 CACHED_TOKENS = "expertmesh.cached_tokens"
 PREEMPTIONS = "expertmesh.preemptions"
+REASON = "expertmesh.reason"
+OUTCOME = "expertmesh.outcome"
+SLOTS = "expertmesh.slots"
+BYTES = "expertmesh.bytes"
+BALANCEDNESS_BEFORE = "expertmesh.balancedness.before"
+BALANCEDNESS_PREDICTED = "expertmesh.balancedness.predicted"
+LOST_WORKERS = "expertmesh.lost_workers"
 
 FIRST_TOKEN = "first_token"
 PREEMPTED = "preempted"
@@ -103,8 +111,21 @@ class Span:
     """Why it failed; empty: it did not."""
 
 
-def load_exporter(endpoint: str) -> type[SpanExport]:
-    """What sends spans to an endpoint. Raises ``ConfigError`` where its packages are missing."""
+class Exporter(Protocol):
+    """Where spans go; see ``cluster.span_export``."""
+
+    def send(self, span: Span, headers: Mapping[str, Sequence[str]] | None = None) -> None:
+        """Queue a span with its parts; never waits."""
+
+    def stop(self, limit_s: float) -> None:
+        """Send what is left, within a time."""
+
+
+def load_exporter(endpoint: str) -> Callable[[str, str], Exporter]:
+    """What makes an exporter of an endpoint and the name of this process.
+
+    Raises ``ConfigError`` where its packages are missing.
+    """
     try:
         from cluster.span_export import SpanExport
     except ImportError as err:

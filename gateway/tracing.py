@@ -7,6 +7,7 @@ for them before the first token is out. Off, there is one check for None a reque
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,14 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cluster import spans
 from cluster.config import ObservabilitySection
-from cluster.spans import Span, Value, load_exporter
+from cluster.spans import Exporter, Span, Value, load_exporter
 from gateway.call import GenerateFields
 from gateway.cluster_moments import ClusterMoments
 from gateway.request_spans import Clock, Decode, EndedRequest, request_span
-from gateway.versions import own_version
 
 if TYPE_CHECKING:
-    from cluster.span_export import SpanExport
     from gateway.generation import Generation
 
 logger = logging.getLogger(__name__)
@@ -62,6 +61,8 @@ class RequestTrace:
         """Id of the answer, where it is not the call's."""
         self.error = ""
         """``code`` of the error that the client was told."""
+        self.ended_s = 0.0
+        """``time.monotonic`` of the end."""
         self.operation = operation
         self.port = port
         self.request_id = request_id
@@ -70,9 +71,13 @@ class RequestTrace:
         self._tracing = tracing
 
     def end(self, error: str = "") -> None:
-        """The request is over, and its generation closed; ``error`` is what nobody was told."""
+        """The request is over, and its generation closed; ``error`` is what nobody was told.
+
+        Its spans are made in the loop's next turn: over gRPC the answer is still to be sent.
+        """
         self.error = error or self.error
-        self._tracing.send(self)
+        self.ended_s = time.monotonic()
+        asyncio.get_running_loop().call_soon(self._tracing.send, self)
 
 
 TRACE: ContextVar[RequestTrace | None] = ContextVar("TRACE", default=None)
@@ -103,7 +108,7 @@ class Tracing:
 
     def __init__(
         self,
-        export: SpanExport,
+        export: Exporter,
         model: str,
         addresses: Callable[[], Mapping[str, Any]],
         decode: Decode | None,
@@ -156,7 +161,7 @@ class Tracing:
             model=self._model,
             server=self._server(trace.port),
             clock=trace.clock,
-            ended_s=time.monotonic(),
+            ended_s=trace.ended_s,
             error=trace.error,
             fields=trace.fields,
             notes=None if trace.generation is None else trace.generation.notes(),
@@ -181,5 +186,5 @@ def start_tracing(
     """
     if section.otlp_endpoint is None:
         return None
-    export = load_exporter(section.otlp_endpoint)(section.otlp_endpoint, instance, own_version())
+    export = load_exporter(section.otlp_endpoint)(section.otlp_endpoint, instance)
     return Tracing(export, model, addresses, decode if section.trace_content else None)

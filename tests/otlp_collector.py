@@ -48,6 +48,13 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         assert any(span.kind == SERVER for span in found), f"no trace {trace_id}"
         return sorted(found, key=lambda span: span.kind != SERVER)
 
+    def named(self, name: str) -> Span:
+        """The one span of this name, once it has come."""
+        with self._news:
+            self._news.wait_for(lambda: any(s.name == name for s in self.spans), WAIT_S)
+            (span,) = (span for span in self.spans if span.name == name)
+            return span
+
     def answer(self, name: str) -> Span:
         """The span of the request that got the answer of this id."""
 
