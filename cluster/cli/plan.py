@@ -113,7 +113,8 @@ def ask(args: argparse.Namespace) -> Question:
     """The options of the command. Raises ``ConfigError`` for what does not fit together."""
     needs = "needs --current: without one every slot is new"
     limited = args.max_move_fraction is not None
-    check(not limited or args.current is not None, "--max-move-fraction", limited, needs)
+    fraction = args.max_move_fraction
+    check(not limited or args.current is not None, "--max-move-fraction", fraction, needs)
     only = "keeps no move budget: only mesh does"
     check(not limited or args.algorithm == "mesh", "--algorithm", args.algorithm, only)
     profile = reduce(LoadProfile.merge, map(load_profile, args.profile))

@@ -17,6 +17,7 @@ from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.cli.option import ServeOption, parse_bytes, parse_micro_batches, parse_switch
 from cluster.cli.option import option as _option
 from cluster.cli.security_options import SECURITY_OPTIONS, collect_keys
+from cluster.errors import CheckpointError
 
 OPTIONS = (
     _option("--host", "gateway.host", "interface of HTTP and gRPC (127.0.0.1)"),
@@ -387,10 +388,19 @@ def _parse(option: ServeOption, text: str, origin: str) -> Any:
 
 def read_template(text: str) -> str:
     """A chat template: the content of a file, or Jinja text as it is."""
-    if "{" in text or "\n" in text:
-        return text
+    from gateway.chat_template import ChatTemplate  # Jinja, which reading commands do without
+
+    source = text if "{" in text or "\n" in text else _read_template_file(text)
     try:
-        return Path(text).read_text()
+        ChatTemplate(source)
+    except CheckpointError as err:
+        raise CommandError(ExitCode.USAGE, f"--chat-template: {err}") from err
+    return source
+
+
+def _read_template_file(path: str) -> str:
+    try:
+        return Path(path).read_text()
     except (OSError, UnicodeDecodeError) as err:
-        message = f"--chat-template ({text}) cannot be read: {err}"
+        message = f"--chat-template ({path}) cannot be read: {err}"
         raise CommandError(ExitCode.USAGE, message) from err

@@ -256,9 +256,13 @@ def test_a_chat_template_is_a_file_or_the_text_itself(tmp_path: Path) -> None:
     file = tmp_path / "t.jinja"
     file.write_text("{{ messages }}")
     assert read_template(str(file)) == "{{ messages }}"
-    assert read_template("{% for m in messages %}") == "{% for m in messages %}"
+    loop = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert read_template(loop) == loop
     with pytest.raises(CommandError, match="cannot be read"):
         read_template(str(tmp_path / "missing"))
+    with pytest.raises(CommandError, match="--chat-template: the chat template is not valid") as no:
+        read_template("{% for m in messages %}")
+    assert no.value.code is ExitCode.USAGE
 
 
 @pytest.mark.parametrize("words", [["--json", "status"], ["status", "--json"]])

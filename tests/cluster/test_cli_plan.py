@@ -140,7 +140,7 @@ def test_names_cannot_break_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--devices", "2", "--redundant", "-1"], "num_redundant (-1)"),
         (["--devices", "2", "--speeds", "1,2,3"], "speeds (3) must be one for each of the 2"),
         (["--devices", "2", "--speeds", "1,0"], "speed (0.0)"),
-        (["--devices", "2", "--max-move-fraction", "0.1"], "needs --current"),
+        (["--devices", "2", "--max-move-fraction", "0.1"], "(0.1) needs --current"),
         (["--devices", "2", "--current", "missing.json"], "missing.json"),
         (["--devices", "2", "--decode-tokens", "0"], "decode_tokens (0)"),
         (["--devices", "2", "--profile", "missing.json"], "missing.json"),
