@@ -190,14 +190,12 @@ class _Parts:
             spans.WORKER: prompt.worker,
             spans.PLACEMENT_EPOCH: self._moments.epoch_at(began_s),
         }
-        told_s = first.first_token_s or self._notes.heard_s
-        chunks_s = [max(began_s, chunk_s) for chunk_s in _chunks(first, told_s)]
-        yield self._part(
-            spans.QUEUE, began_s, chunks_s[0] if chunks_s else self._notes.closed_s, attributes
-        )
+        chunks = _chunks(first, began_s)
+        worked_s = chunks[0][0] if chunks else self._notes.closed_s
+        yield self._part(spans.QUEUE, began_s, worked_s, attributes)
         cached = {} if prompt.cached_tokens is None else {spans.CACHED_TOKENS: prompt.cached_tokens}
-        for chunk_s, end_s in zip(chunks_s, [*chunks_s[1:], told_s], strict=False):
-            yield self._part(spans.PREFILL, chunk_s, end_s, attributes | cached)
+        for chunk in chunks:
+            yield self._part(spans.PREFILL, *chunk, attributes | cached)
         begins = [c.first_token_s for c in prompt.choices if c.first_token_s is not None]
         if begins:
             yield self._decode(prompt, min(begins), attributes)
@@ -242,16 +240,22 @@ class _Parts:
         )
 
 
-def _chunks(choice: ChoiceNotes, told_s: float) -> list[float]:
-    """When each chunk of the prompt began; ``told_s`` is when its outcome came here.
+def _chunks(choice: ChoiceNotes, admitted_s: float) -> list[tuple[float, float]]:
+    """When each chunk of the prompt began and ended.
 
-    The engine's clock is another one: its times are laid so that the ends agree.
+    The engine's clock is another one: its times are laid so that the first token was drawn when it
+    came here, or, where none was, so that the prompt was received when it was admitted.
     """
-    timings = choice.first_timings or choice.last_timings
+    timings, received_s = choice.first_timings or choice.last_timings, admitted_s
     if timings is None:
         return []
-    received_s = told_s - timings.first_token_s
-    return [received_s + after_s for after_s in timings.prefill_s]
+    if choice.first_token_s is not None:
+        received_s = choice.first_token_s - timings.first_token_s
+    ends_s = (*timings.prefill_s[1:], timings.first_token_s)
+    return [
+        (max(admitted_s, received_s + began_s), max(admitted_s, received_s + ended_s))
+        for began_s, ended_s in zip(timings.prefill_s, ends_s, strict=False)
+    ]
 
 
 def _preemptions(choice: ChoiceNotes) -> list[float]:

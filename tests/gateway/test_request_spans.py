@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cluster.spans import Span
 from gateway.call import CallKind, CallPrompt, GenerateCall
@@ -110,6 +111,14 @@ def test_a_request_that_nobody_worked_on_waited() -> None:
     )
     found = {span.name: seconds(span) for span in parts(prompt(nothing), error="not_ready")}
     assert found == {"expertmesh.tokenize": (0.0, 1.0), "expertmesh.queue": (1.0, 5.0)}
+
+
+def test_a_prompt_that_is_only_read_has_no_output() -> None:
+    read = replace(choice(), first_token_s=None, last_token_s=None, first_timings=None)
+    found = {span.name: seconds(span) for span in parts(prompt(read))}
+    assert "expertmesh.decode" not in found
+    assert found["expertmesh.queue"] == (1.0, 1.001)
+    assert found["expertmesh.prefill"] == (1.001, 1.002)
 
 
 def test_a_broken_off_output_is_decoded_to_the_end_of_the_request() -> None:

@@ -58,6 +58,7 @@ def stack(traced_stack: Stack) -> Iterator[Stack]:
     yield traced_stack
     engine.script, engine.timings = kept
     engine.step_s, engine.error, engine.num_cached_tokens = 0.0, None, 0
+    engine.is_paused = False
     traced_stack.wait_for(lambda: not engine.running, "the end of all requests")
 
 
@@ -179,9 +180,9 @@ def test_chunks_and_preemptions_are_told(stack: Stack, collector: Collector) -> 
     stack.engine.timings = replace(
         TIMINGS,
         first_token_s=0.004,
-        finished_s=0.104,
+        finished_s=0.005,
         prefill_s=(0.001, 0.002, 0.003),
-        preempted_s=(0.084,),
+        preempted_s=(0.005,),  # where it ended: both tokens may come at once
     )
     stack.engine.step_s = 0.05  # longer than all of these
     caller = Caller()
@@ -320,14 +321,16 @@ def test_what_happens_to_the_cluster_is_in_the_traces_of_its_requests(
     stack.engine.step_s = 0.02
     caller = Caller()
     headers = {"traceparent": caller.parent}
-    body = {"prompt": "x", "max_tokens": 30, "stream": True}
+    body = {"prompt": "x", "max_tokens": 400, "stream": True}
     lost = {**expert_entry(1), "state": "LOST"}
     workers = [attention_entry(stack.engine), expert_entry(0)]
     with stack.http.stream("POST", "/v1/completions", json=body, headers=headers) as response:
         lines = response.iter_lines()
         next(lines)
+        stack.engine.is_paused = True
         stack.call(lambda: stack.controller.change(workers=[*workers, lost], placement_epoch=4))
         stack.wait_for(lambda: stack.gateway.placement_epoch == 4)
+        stack.engine.is_paused, stack.engine.step_s = False, 0.0
         assert list(lines)
     decode, attributes = part(collector.trace(caller.trace_id), "decode")
     stack.call(lambda: stack.controller.change(workers=[*workers, expert_entry(1)]))
@@ -382,12 +385,12 @@ def test_probes_and_other_routes_are_not_traced(stack: Stack, collector: Collect
 
 def test_no_text_is_in_any_span(stack: Stack, collector: Collector) -> None:
     stack.engine.script = saying("the other words")
-    caller = Caller()
+    chat, text = Caller(), Caller()
     messages = [{"role": "user", "content": SECRET}]
-    caller.post(stack, "/v1/chat/completions", messages=messages, max_tokens=9)
-    caller.post(stack, "/v1/completions", prompt=SECRET, max_tokens=9, stream=True)
-    collector.trace(caller.trace_id)
-    sent = b"".join(span.SerializeToString() for span in collector.spans)
+    chat.post(stack, "/v1/chat/completions", messages=messages, max_tokens=9)
+    text.post(stack, "/v1/completions", prompt=SECRET, max_tokens=9, stream=True)
+    spans = [*collector.trace(chat.trace_id), *collector.trace(text.trace_id)]
+    sent = b"".join(span.SerializeToString() for span in spans)
     assert SECRET.encode() not in sent
     assert b"other words" not in sent
 
