@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from benchmarks.ray_serving import FOLDER_VARIABLE
-from benchmarks.timing import Times
+from cluster.cli.bench.batch_times import Times
 from cluster.local_ray import make_temp_dir, private_environment, remove
 
 THREADS = 2

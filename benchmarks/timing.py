@@ -5,10 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-Times = Sequence[Sequence[float]]
-"""By sequence, seconds from the start of a batch to each of its tokens."""
+from cluster.cli.bench.batch_times import Times, decode_span_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,25 +26,14 @@ class Sample:
 
 
 def sample_of(times: Times, others_cores: float = 0.0) -> Sample:
-    """Numbers of one batch; at least two tokens each.
-
-    A sequence that got its first token early has already decoded by the end of the prefill; these
-    tokens count for ``tokens_per_s`` only. Where nothing is left of the span in which all decode
-    (few tokens, long prefill), it is everything after the prefill.
-    """
-    last = max(t[-1] for t in times)
-    begin = max(t[0] for t in times)
-    end = min(t[-1] for t in times)
-    if end <= begin:
-        end = last
-    inside = [[t for t in mine if begin <= t <= end] for mine in times]
-    gaps = [b - a for mine in inside for a, b in pairwise(mine)]
-    new = sum(sum(t > begin for t in mine) for mine in inside)
+    """Numbers of one batch; at least two tokens each."""
+    last, span = max(t[-1] for t in times), decode_span_of(times)
+    assert span.tokens_per_s is not None, "something was decoded"
     return Sample(
         tokens_per_s=sum(map(len, times)) / last,
-        prefill_s=begin,
-        decode_tokens_per_s=new / (end - begin),
-        itl_ms=statistics.median(gaps) * 1e3,
+        prefill_s=span.begin_s,
+        decode_tokens_per_s=span.tokens_per_s,
+        itl_ms=statistics.median(span.gaps_s) * 1e3,
         others_cores=others_cores,
     )
 

@@ -89,6 +89,8 @@ class LocalEngine:
         """Numbers of the model."""
         self.banks = banks
         """Its expert banks."""
+        self.dtype = kind
+        """What it computes in."""
         num_slots = max(b.num_experts for b in banks)
         self.slots = ExpertSlots(banks, num_slots, kind, place, lanes, section.deterministic)
         """All experts."""

@@ -1,0 +1,69 @@
+"""``bench engine``: what the engine does in this process, by batch size."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.cli.bench import local_runs
+from cluster.cli.bench.batch_times import decode_span_of
+from cluster.cli.bench.document import add_save, count, counts, document_of, shown, tell
+from cluster.cli.exit_codes import ExitCode
+from cluster.cli.terminal import note, table
+
+BATCHES = (1, 8, 32)
+NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "itl_ms")
+
+
+def add_command(kinds: Any, common: argparse.ArgumentParser) -> None:
+    """Register ``bench engine``."""
+    parser = kinds.add_parser(
+        "engine", parents=[common], help="the engine in this process, without a server"
+    )
+    local_runs.add_engine_options(parser)
+    parser.add_argument(
+        "--batch", type=counts, default=BATCHES, metavar="B,B", help="sequences (1,8,32)"
+    )
+    parser.add_argument(
+        "--repeats", type=count, default=3, metavar="N", help="medians of so many runs (3)"
+    )
+    add_save(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run every batch and tell its rates."""
+    with local_runs.threads_kept():
+        engine = local_runs.open_engine(args, max(args.batch))
+        found = {}
+        for batch in args.batch:
+            note(f"batch {batch}")
+            mine = local_runs.prompts(args, engine, batch)
+            local_runs.run_batch(engine, mine, local_runs.WARM_UP_TOKENS)
+            runs = [
+                local_runs.run_batch(engine, mine, args.output_len) for _ in range(args.repeats)
+            ]
+            found[str(batch)] = _medians([_rates(times, args.input_len) for times in runs])
+        options = {**local_runs.options_of(args, engine), "repeats": args.repeats}
+    document = document_of("engine", options, {"batches": found})
+    rows = [(batch, *(shown(rates[name]) for name in NUMBERS)) for batch, rates in found.items()]
+    tell(args, document, table(("BATCH", "PREFILL TOKENS/S", "DECODE TOKENS/S", "ITL MS"), rows))
+    return ExitCode.OK
+
+
+def _rates(times: Sequence[Sequence[float]], input_len: int) -> dict[str, float | None]:
+    """Of one run: prompts by the time to the last first token; then while all decode."""
+    span = decode_span_of(times)
+    prefill = len(times) * input_len / span.begin_s
+    return dict(zip(NUMBERS, (prefill, span.tokens_per_s, span.median_gap_ms), strict=True))
+
+
+def _medians(runs: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Each number's own; None where there was nothing to measure."""
+    found: dict[str, float | None] = {}
+    for name in NUMBERS:
+        values = [value for rates in runs if (value := rates[name]) is not None]
+        found[name] = statistics.median(values) if values else None
+    return found
