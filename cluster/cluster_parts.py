@@ -31,6 +31,8 @@ _AWAY_LIMIT_S = 60.0
 _TELL_LIMIT_S = 1.0
 _LAST_WORDS_S = 1.0
 _DEAD_LIMIT_S = 5.0
+_JOIN_PATIENCE_S = 30.0
+"""Time that a Ray which is to be joined, and is perhaps being started, has to listen."""
 
 ProgressFn = Callable[[str, int, int], None]
 """Called with stage, done, total (0 when unknown)."""
@@ -164,7 +166,7 @@ class ClusterParts:
 
     def _join(self) -> str:
         try:
-            return join(self._plan.address)
+            return join(self._plan.address, _JOIN_PATIENCE_S)
         except (ConnectionError, RuntimeError, ValueError) as err:
             words = str(err).strip().splitlines() or [type(err).__name__]
             raise StartError("ray", f"cannot join {self._plan.address}: {words[0]}") from err

@@ -7,7 +7,6 @@ touched. Exits with 3 when nobody answers at the address.
 from __future__ import annotations
 
 import contextlib
-import socket
 import sys
 
 from cluster.cluster_calls import ask_controller
@@ -16,7 +15,6 @@ from cluster.local_ray import join
 
 UNREACHABLE = 3
 _STOP_LIMIT_S = 20.0
-_KNOCK_LIMIT_S = 5.0
 
 
 def end_joined(address: str) -> list[str]:
@@ -30,7 +28,6 @@ def end_joined(address: str) -> list[str]:
     from cluster.ray_tools import end_leftovers, our_actors
     from gateway.app import APP_NAME
 
-    _knock(address)
     join(address)
     try:
         with contextlib.suppress(ValueError):
@@ -43,17 +40,6 @@ def end_joined(address: str) -> list[str]:
         return names
     finally:
         ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """Raise ``ConnectionError`` when nobody listens; Ray itself would go on trying for minutes."""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit():
-        return  # auto: Ray finds it by its processes
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_LIMIT_S).close()
-    except OSError as err:
-        raise ConnectionError(f"{err.strerror or err}") from err
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,8 @@ hours, of which 1.4 are in use. One arena without caches holds 7 MiB, and stays 
 _SLOW_STARTS = ("timed out during startup", "Timed out waiting for file")
 """What Ray says of a node, and of a gcs, that took too long."""
 _END_LIMIT_S = 10.0
+_KNOCK_LIMIT_S = 5.0
+_KNOCK_AGAIN_S = 0.5
 _SOCKET_PATH_LIMIT = 107
 _RAY_PATH_CHARS = 75
 """What Ray adds to its folder for its longest socket path."""
@@ -166,16 +170,35 @@ def _forget(err: Exception) -> None:
         gc.collect()
 
 
-def join(address: str) -> str:
-    """Connect to a Ray that was there before; its address."""
+def join(address: str, patience_s: float = 0.0) -> str:
+    """Connect to a Ray that was there before; its address.
+
+    Raises ``ConnectionError`` when nobody has listened there for ``patience_s``.
+    """
     import ray
 
     from cluster.ray_tools import NAMESPACE
 
+    _knock(address, time.monotonic() + patience_s)
     context: Any = ray.init(
         address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
     )
     return str(context.address_info["gcs_address"])
+
+
+def _knock(address: str, deadline: float) -> None:
+    """Wait until somebody listens; Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:
+        return  # auto: Ray finds it by its processes
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _KNOCK_LIMIT_S).close()
+            return
+        except OSError as err:
+            if time.monotonic() >= deadline:
+                raise ConnectionError(f"{err.strerror or err}") from err
+        time.sleep(_KNOCK_AGAIN_S)
 
 
 def remove(folder: Path) -> None:

@@ -1,14 +1,23 @@
 from __future__ import annotations
 
+import socket
 import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from cluster.local_ray import START_ATTEMPTS, begin, make_temp_dir, private_environment, remove
+from cluster.local_ray import (
+    START_ATTEMPTS,
+    begin,
+    join,
+    make_temp_dir,
+    private_environment,
+    remove,
+)
 
 
 def test_the_folder_is_private_short_and_new() -> None:
@@ -107,3 +116,29 @@ def test_a_start_that_cannot_succeed_ends(
     with pytest.raises(Exception, match=reason):
         begin(tmp_path / "ray", num_cpus=1)
     assert ray.num_calls == num_calls
+
+
+def test_a_ray_where_nobody_listens_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.init", lambda **options: pytest.fail("Ray would wait for minutes"))
+    with socket.socket() as taken:  # bound, so that nobody listens there
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConnectionError, match="refused"):
+            join(address)
+
+
+def test_a_ray_that_is_being_started_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        waits: list[float] = []
+
+        def listen_now(seconds: float) -> None:
+            waits.append(seconds)
+            taken.listen(1)
+
+        monkeypatch.setattr("cluster.local_ray.time.sleep", listen_now)
+        context = SimpleNamespace(address_info={"gcs_address": address})
+        monkeypatch.setattr("ray.init", lambda **options: context)
+        assert join(address, patience_s=60.0) == address
+    assert len(waits) == 1
