@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from gateway.delta import Usage
-from gateway.schema import STRICT
+from gateway.schema import STRICT, Whole
 
 PromptField = str | list[int] | list[str] | list[list[int]]
 """One prompt or several, as text or token ids."""
@@ -19,7 +19,7 @@ class ReadingBody(BaseModel):
     model_config = STRICT
     model: str | None = None
     add_special_tokens: bool | None = None
-    priority: int | None = None
+    priority: Whole | None = None
     cache_salt: str | None = None
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from cluster.errors import RequestError, UnsupportedParameterError
 from gateway.field_checks import is_deeper
@@ -19,6 +19,14 @@ from gateway.field_checks import is_deeper
 STRICT = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 """Of all bodies."""
 _MESSAGE = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+"""JSON knows one kind of number: 5.0 is 5."""
 
 
 class Part(BaseModel):
@@ -129,15 +137,15 @@ class GenerateBody(BaseModel):
 
     model_config = STRICT
     model: str | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    min_tokens: int | None = None
+    max_tokens: Whole | None = None
+    max_completion_tokens: Whole | None = None
+    min_tokens: Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     min_p: float | None = None
-    seed: int | None = None
-    n: int | None = None
+    seed: Whole | None = None
+    n: Whole | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
@@ -151,16 +159,16 @@ class GenerateBody(BaseModel):
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
-    priority: int | None = None
+    priority: Whole | None = None
     cache_salt: str | None = None
     return_tokens_as_token_ids: bool | None = None
-    prompt_logprobs: int | None = None
+    prompt_logprobs: Whole | None = None
     logprob_token_ids: list[int] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     response_format: ResponseFormatBody | None = None
     structured_outputs: StructuredOutputsBody | None = None
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Whole | None = None
     truncation_side: str | None = None
     request_id: str | None = None
 
@@ -169,8 +177,8 @@ class CompletionBody(GenerateBody):
     """``POST /v1/completions``."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
-    logprobs: int | None = None
-    best_of: int | None = None
+    logprobs: Whole | None = None
+    best_of: Whole | None = None
     echo: bool | None = None
 
 
@@ -179,7 +187,7 @@ class ChatBody(GenerateBody):
 
     messages: list[Message]
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Whole | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None

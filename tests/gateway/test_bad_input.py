@@ -12,6 +12,8 @@ import httpx
 import pytest
 
 from cluster.gateway_config import GatewaySection
+from gateway.reading_bodies import ReadingBody
+from gateway.schema import parse_body
 from tests.gateway.fakes import EOS_ID, MAX_MODEL_LEN, VOCAB_SIZE
 from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, post, running_stack
 from tests.gateway.test_convert import NEUTRAL, UNBUILT
@@ -211,6 +213,18 @@ def test_content_types_in_any_case(stack: Stack, kind: str) -> None:
     raw = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
     response = stack.http.post(COMPLETIONS, content=raw, headers={"content-type": kind})
     assert response.status_code == 200, response.text
+
+
+def test_whole_numbers_in_any_spelling(stack: Stack) -> None:
+    """``5.0`` is an integer in JSON Schema, and in what some clients write."""
+    raw = (
+        b'{"prompt": "x", "max_tokens": 2.0, "n": 3e0, "seed": -1.0, "top_k": 5.0, "logprobs": 1.0}'
+    )
+    headers = {"content-type": "application/json"}
+    choices = stack.http.post(COMPLETIONS, content=raw, headers=headers).json()["choices"]
+    assert len(choices) == 3
+    assert {len(choice["logprobs"]["tokens"]) for choice in choices} == {2}
+    assert parse_body(ReadingBody, {"priority": -3.0}).priority == -3
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
