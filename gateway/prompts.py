@@ -209,8 +209,8 @@ def _check_tools(chat: ChatInput, template: ChatTemplate | TemplateAnswer) -> To
     """
     form = template.tool_form
     if chat.tools is not None and form is None:
-        reason = "in no known form" if template.has_tools else "not"
-        told = f"tools is not supported: the model's chat template takes tools {reason}"
+        takes = "tools in no known form" if template.has_tools else "no tools"
+        told = f"tools is not supported: the model's chat template takes {takes}"
         raise UnsupportedParameterError(told, "tools")
     for place, message in enumerate(chat.messages):
         if not template.has_tools and message.get("tool_calls"):
