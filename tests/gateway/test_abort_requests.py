@@ -62,7 +62,7 @@ def test_a_request_is_ended_and_told_so(
     assert answer.json()["error"]["code"] == CODE
     assert other.result(WAIT_S).status_code == 200
     stack.wait_for(lambda: not stack.engine.running, "the abort in the engine")
-    assert not len(stack.gateway.running)
+    stack.wait_for(lambda: not len(stack.gateway.running), "the end of both calls")
     assert abort(admin, "mine-1") == []
 
 
