@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from cluster.errors import RequestError, StartError
+from cluster.errors import PermissionDeniedError, RequestError, StartError
 from gateway.admin_calls import SERVICE, AdminCalls
 from gateway.core import Gateway
 from gateway.http_api import route_error
@@ -70,6 +70,7 @@ class _Endpoint:
 
     async def serve(self, request: Request) -> Response:
         """One call: JSON to the procedure's message, and its answer back."""
+        _check_no_web_page(request)
         limits = self.gateway.limits
         fields: dict[str, Any] = {**request.query_params, **request.path_params}
         if request.method == "POST" and _has_body(request):
@@ -89,6 +90,17 @@ class _Endpoint:
         )
         content = dump_json({"schema": 1, **answer})
         return Response(content, headers={"content-type": "application/json"})
+
+
+def _check_no_web_page(request: Request) -> None:
+    """Raise ``PermissionDeniedError`` for what a browser sends on behalf of a page.
+
+    Without a key any page that an operator opens could give orders on loopback: a POST without a
+    body needs nobody's consent, and a page whose name was pointed to loopback may send any.
+    """
+    headers = request.headers
+    if "origin" in headers or headers.get("sec-fetch-site", "none") != "none":
+        raise PermissionDeniedError("web pages may not use the admin port")
 
 
 def _has_body(request: Request) -> bool:

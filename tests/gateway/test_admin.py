@@ -125,6 +125,32 @@ def test_a_body_of_no_declared_kind_is_refused(admin: httpx.Client) -> None:
     assert "content-type" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "https://page.example"},
+        {"origin": "null"},
+        {"host": "page.example", "origin": "http://page.example"},  # its name points to loopback
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-origin"},
+    ],
+)
+def test_web_pages_give_no_orders(
+    stack: Stack, admin: httpx.Client, headers: dict[str, str]
+) -> None:
+    before = len(stack.controller.drain_orders)
+    for answer in (
+        admin.post("/admin/v1/drain?worker=expert-1", headers=headers),
+        admin.post("/admin/v1/drain", json={"worker": "expert-1"}, headers=headers),
+        admin.get("/admin/v1/workers", headers=headers),
+    ):
+        assert answer.status_code == 403
+        assert answer.json()["error"]["code"] == "permission_denied"
+    assert len(stack.controller.drain_orders) == before
+    typed = {"sec-fetch-site": "none"}
+    assert admin.get("/admin/v1/workers", headers=typed).status_code == 200
+
+
 def test_messages_that_cannot_be_decoded_are_refused(stack: Stack) -> None:
     with grpc.insecure_channel(stack.admin.grpc) as channel:
         for name in ("DrainWorker", "Rebalance", "GetOperation", "AbortRequests", "WatchCluster"):
