@@ -86,12 +86,16 @@ def test_counts_are_exact(stack: Stack, capsys: pytest.CaptureFixture[str], prot
 
 
 def test_a_seed_draws_the_same_prompts_over_both(stack: Stack) -> None:
-    drawn = []
+    """Nothing of a run is found in the prefix cache by the next one."""
+    drawn: list[set[tuple[int, ...]]] = []
+    salts: list[str] = []
     for protocol, seed in (("http", "3"), ("grpc", "3"), ("http", "4")):
         stack.engine.requests.clear()
         assert main(words(stack, protocol, "--seed", seed, "--json")) == ExitCode.OK
         drawn.append({r.prompt for r in stack.engine.requests})
+        salts += {r.cache_salt for r in stack.engine.requests}
     assert drawn[0] == drawn[1] != drawn[2]
+    assert len(salts) == len(set(salts)) == 3
 
 
 def test_a_table_and_a_file(

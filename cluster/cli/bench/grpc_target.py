@@ -38,6 +38,7 @@ class GrpcTarget:
         headers: Mapping[str, str],
         tls_files: Mapping[str, str | None] | None,
         model: str | None,
+        cache_salt: str,
         timeout_s: float,
     ) -> None:
         """``tls_files`` are ``ca_cert``, ``client_cert``, ``client_key``; None is plain text."""
@@ -49,6 +50,7 @@ class GrpcTarget:
         key = headers.get("Authorization")
         self._metadata = (("authorization", key),) if key else ()
         self._model = model or ""
+        self._cache_salt = cache_salt
         self._timeout_s = timeout_s
 
     async def vocab_size(self) -> int:
@@ -70,6 +72,7 @@ class GrpcTarget:
             model=self._model,
             token_ids=types_pb2.TokenIds(ids=prompt),
             sampling_params=types_pb2.SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+            cache_salt=self._cache_salt,
         )
         tokens, is_whole = 0, False
         try:

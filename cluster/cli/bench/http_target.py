@@ -18,7 +18,7 @@ _MAX_ERROR_BYTES = 1 << 16
 class HttpTarget:
     """See ``Target``. Every request has a connection of its own."""
 
-    def __init__(self, client: Client, model: str | None) -> None:
+    def __init__(self, client: Client, model: str | None, cache_salt: str) -> None:
         url = urlsplit(client.url)
         self._tls = client.tls
         self._host = url.hostname or ""
@@ -31,6 +31,7 @@ class HttpTarget:
             "stream": True,
             "stream_options": {"include_usage": True},
             "ignore_eos": True,
+            "cache_salt": cache_salt,
             **({} if model is None else {"model": model}),
         }
 

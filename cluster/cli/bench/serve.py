@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import math
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -159,9 +160,10 @@ async def _measure(args: argparse.Namespace, found: _Measured, progress: Progres
 async def _open(args: argparse.Namespace, timeout_s: float) -> tuple[Target, int]:
     """The server, and the tokens of its model."""
     client = Client(args)
+    salt = f"bench-{uuid.uuid4().hex}"  # the same prompts as before must be computed anew
     status: Mapping[str, Any] = {} if args.grpc else client.get("/cluster/v1/status")
     if args.grpc is None:
-        return HttpTarget(client, args.model), _vocab_size(status)
+        return HttpTarget(client, args.model, salt), _vocab_size(status)
     told = [each["grpc"] for each in status.get("gateway", ()) if "grpc" in each]
     address = args.grpc or next(iter(told), "")
     if not address:
@@ -174,6 +176,7 @@ async def _open(args: argparse.Namespace, timeout_s: float) -> tuple[Target, int
         headers=client.headers,
         tls_files=files if client.tls or any(files.values()) else None,
         model=args.model,
+        cache_salt=salt,
         timeout_s=timeout_s,
     )
     try:
