@@ -49,6 +49,8 @@ def main() -> int:
     front = Front(log, environment, lambda *_: out_line(f"ready {folder}"), module)
     front.begin(plan)
     outcome = front.run(Progress(), detach)
+    if outcome.code and plan.address:  # a folder that the real one would not have made
+        local_ray.remove(folder)
     if outcome.message:
         note(outcome.message)
     return outcome.code
