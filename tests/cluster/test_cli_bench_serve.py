@@ -141,6 +141,15 @@ def test_a_request_has_a_limit(
     stack.wait_for(lambda: not stack.engine.running, "the end of what nobody waits for")
 
 
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """As on a terminal, also where this process was started to ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_an_interrupt_tells_what_there_is(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt() -> None:
         stack.engine.is_paused = True
