@@ -250,7 +250,8 @@ def test_tokenize_a_long_text(stack: Stack, strs: bool) -> None:
     assert answer.content == dump_json(found)
     ids = tuple(BACKEND.encode('"wörld" ' * 2000).ids)
     assert (found["count"], tuple(found["tokens"])) == (len(ids), ids)
-    named = [tiny_tokenizer().token_text(i) for i in ids]
+    tokenizer = tiny_tokenizer()
+    named = [tokenizer.token_text(i) for i in ids]
     assert found["token_strs"] == (named if strs else None)
 
 
