@@ -18,19 +18,16 @@ import torch
 
 from benchmarks.results import table
 from cluster.cli.bench.idle_ranks import (
-    CPU,
     DTYPE,
     Connected,
-    IdleBank,
-    IdleSlots,
     Meetings,
     Shape,
+    idle_server,
+    remote_dispatcher,
     wait_for_the_end,
 )
 from cluster.cli.bench.ranks import run_ranks
 from workers.dist.dispatcher import BatchRows
-from workers.dist.expert_server import ExpertServer
-from workers.dist.remote import RemoteDispatcher
 from workers.dist.transport import Expected, Message, Part, Tag
 
 
@@ -100,10 +97,7 @@ def _attention(connected: Connected, case: Case) -> Times:
         transport.post(Tag(0, 0, 0, "rows"), messages, sized=False)
         transport.receive(Tag(0, 0, 0, "outputs"), expected, sized=False)
 
-    dispatcher = RemoteDispatcher(
-        transport, [shape.bank], rank=0, combine_mode="sum", dtype=DTYPE, device=CPU
-    )
-    dispatcher.set_placement(shape.placement, connected.generation)
+    dispatcher = remote_dispatcher(connected, 0, shape)
     batch = BatchRows.decode(case.rows)
 
     def whole(step: int) -> None:
@@ -132,16 +126,7 @@ def _expert(connected: Connected, device: int, case: Case) -> None:
         transport.begin_step(shape.header(step, case.rows))
         transport.receive(Tag(0, 0, 0, "rows"), expected, sized=False)
         transport.post(Tag(0, 0, 0, "outputs"), [Message(0, (outputs,))], sized=False)
-    server = ExpertServer(
-        transport,
-        IdleSlots([IdleBank(shape)]),
-        [shape.bank],
-        device_index=device,
-        combine_mode="sum",
-        dtype=DTYPE,
-        device=CPU,
-    )
-    server.set_placement(shape.placement, connected.generation)
+    server = idle_server(connected, device, transport, shape)
     for step in range(1 + case.repeats, 1 + 2 * case.repeats):
         server.run_step(shape.header(step, case.rows))
     wait_for_the_end(transport, shape, 1 + 2 * case.repeats)

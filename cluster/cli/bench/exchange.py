@@ -13,19 +13,16 @@ from typing import Any
 import torch
 
 from cluster.cli.bench.idle_ranks import (
-    CPU,
     DTYPE,
     Connected,
-    IdleBank,
-    IdleSlots,
     Meetings,
     Shape,
+    idle_server,
+    remote_dispatcher,
     wait_for_the_end,
 )
 from workers.dist.dispatcher import BatchRows
-from workers.dist.expert_server import ExpertServer
 from workers.dist.header import StepHeader
-from workers.dist.remote import RemoteDispatcher
 from workers.dist.traced import TracedDispatcher, TracedTransport
 
 LEFT_OUT = 5
@@ -98,10 +95,7 @@ def run_rank(rank: int, size: int, ports: list[int], plan: Plan, meetings: Meeti
 def _send(connected: Connected, rank: int, plan: Plan) -> Sizes:
     """The attention side: rows out, sums home."""
     shape = plan.shape
-    inner = RemoteDispatcher(
-        connected.transport, [shape.bank], rank=rank, combine_mode="sum", dtype=DTYPE, device=CPU
-    )
-    inner.set_placement(shape.placement, connected.generation)
+    inner = remote_dispatcher(connected, rank, shape)
     draw = torch.Generator().manual_seed(1000 * plan.seed + rank)
     found = []
     for size, count in enumerate(plan.tokens):
@@ -123,16 +117,7 @@ def _serve(connected: Connected, device: int, plan: Plan) -> Sizes:
     """The expert side, until the attention ranks close."""
     shape = plan.shape
     transport = TracedTransport(connected.transport, (), [shape.bank])
-    server = ExpertServer(
-        transport,
-        IdleSlots([IdleBank(shape)]),
-        [shape.bank],
-        device_index=device,
-        combine_mode="sum",
-        dtype=DTYPE,
-        device=CPU,
-    )
-    server.set_placement(shape.placement, connected.generation)
+    server = idle_server(connected, device, transport, shape)
     found = []
     for size, count in enumerate(plan.tokens):
         before = dict(transport.num_bytes)

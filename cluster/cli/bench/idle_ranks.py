@@ -15,10 +15,12 @@ from cluster.errors import PeerLostError
 from cluster.placement import BankShape, ExpertPlacement, contiguous
 from cluster.topology import Generation, Member
 from workers.dist.collective import CollectiveTransport
+from workers.dist.expert_server import ExpertServer
 from workers.dist.frames import max_data_bytes
 from workers.dist.handshake import PeerIdentity
 from workers.dist.header import Grant, StepHeader, bucket_of
 from workers.dist.hub import PeerHub
+from workers.dist.remote import RemoteDispatcher
 from workers.dist.sockets import SocketTransport
 from workers.dist.transport import DataTransport, Expected, Part, Tag
 from workers.families.base import BankSpec, ExchangeSpec
@@ -168,6 +170,32 @@ class Connected:
     def __exit__(self, *error: object) -> None:
         self.transport.close()
         self._hub.close()
+
+
+def idle_server(
+    connected: Connected, device: int, transport: DataTransport, shape: Shape
+) -> ExpertServer:
+    """The server of expert rank ``device``, whose experts compute nothing."""
+    server = ExpertServer(
+        transport,
+        IdleSlots([IdleBank(shape)]),
+        [shape.bank],
+        device_index=device,
+        combine_mode="sum",
+        dtype=DTYPE,
+        device=CPU,
+    )
+    server.set_placement(shape.placement, connected.generation)
+    return server
+
+
+def remote_dispatcher(connected: Connected, rank: int, shape: Shape) -> RemoteDispatcher:
+    """The dispatcher of attention rank ``rank``."""
+    dispatcher = RemoteDispatcher(
+        connected.transport, [shape.bank], rank=rank, combine_mode="sum", dtype=DTYPE, device=CPU
+    )
+    dispatcher.set_placement(shape.placement, connected.generation)
+    return dispatcher
 
 
 def wait_for_the_end(transport: DataTransport, shape: Shape, step: int) -> None:
