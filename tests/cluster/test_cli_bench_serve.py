@@ -35,12 +35,8 @@ def shared_stack() -> Iterator[Stack]:
 @pytest.fixture
 def stack(shared_stack: Stack) -> Iterator[Stack]:
     """The gateway with its engine as new, and nothing running after the test."""
-    engine = shared_stack.engine
-    engine.script, engine.is_paused, engine.error = counting_script, False, None
-    engine.requests.clear()
-    yield shared_stack
-    engine.is_paused = False
-    shared_stack.wait_for(lambda: not engine.running, "the end of all requests")
+    with shared_stack.as_new():
+        yield shared_stack
 
 
 def words(stack: Stack, protocol: str, *more: str) -> list[str]:

@@ -27,6 +27,7 @@ from tests.gateway.fakes import (
     FakeController,
     ScriptedEngine,
     attention_entry,
+    counting_script,
     expert_entry,
     tiny_tokenizer,
 )
@@ -77,6 +78,20 @@ class Stack:
     def call(self, function: Callable[[], object]) -> None:
         """Run a function on the loop, from another thread."""
         self._thread.call(function)
+
+    @contextlib.contextmanager
+    def as_new(self) -> Iterator[None]:
+        """The engine's defaults before, and nothing running afterwards."""
+        engine = self.engine
+        engine.script, engine.step_s, engine.tokens_per_output = counting_script, 0.0, 1
+        engine.is_paused, engine.error, engine.repeat_outputs = False, None, False
+        engine.num_cached_tokens = 0
+        engine.requests.clear()
+        engine.aborts.clear()
+        self.controller.drain_orders.clear()
+        yield
+        engine.is_paused = False
+        self.wait_for(lambda: not engine.running, "the end of all requests")
 
     def wait_for(self, condition: Callable[[], bool], what: str = "a condition") -> None:
         """Wait until it holds."""
