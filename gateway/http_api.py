@@ -139,12 +139,12 @@ class HttpApi:
 
     async def list_models(self, request: Request) -> Response:
         """The served model."""
-        return _json({"object": "list", "data": [self._model()]})
+        return _answer({"object": "list", "data": [self._model()]})
 
     async def get_model(self, request: Request) -> Response:
         """One model by name."""
         self._gateway.check_model(request.path_params["model"])
-        return _json(self._model())
+        return _answer(self._model())
 
     async def tokenize(self, request: Request) -> Response:
         """Text or a conversation to token ids."""
@@ -169,14 +169,14 @@ class HttpApi:
             named = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
             return dump_long({**head, "tokens": ids, "token_strs": named})
 
-        return _json(await asyncio.to_thread(render))
+        return _json_response(await asyncio.to_thread(render))
 
     async def detokenize(self, request: Request) -> Response:
         """Token ids to text."""
         body = parse_body(DetokenizeBody, await self._read(request))
         self._gateway.check_model(body.model)
         facts = self._gateway.require_facts()
-        return _json({"prompt": await self._gateway.prompts.decode(body.tokens, facts)})
+        return _answer({"prompt": await self._gateway.prompts.decode(body.tokens, facts)})
 
     async def health(self, request: Request) -> Response:
         """The process is alive."""
@@ -186,12 +186,12 @@ class HttpApi:
         """Whether new requests can be served."""
         reasons = self._gateway.not_ready_reasons()
         status = 503 if reasons else 200
-        return _json({"ready": not reasons, "reasons": reasons}, status)
+        return _answer({"ready": not reasons, "reasons": reasons}, status)
 
     async def version(self, request: Request) -> Response:
         """Versions of what runs here."""
         gateway = self._gateway
-        return _json(
+        return _answer(
             {
                 "version": versions.own_version(),
                 "ray": versions.installed_version("ray"),
@@ -208,27 +208,27 @@ class HttpApi:
 
     async def status(self, request: Request) -> Response:
         """The cluster's state."""
-        return _json(await self._gateway.status())
+        return _answer(await self._gateway.status())
 
     async def placement(self, request: Request) -> Response:
         """Which device holds which copy of which expert."""
-        return _json(await self._placement())
+        return _answer(await self._placement())
 
     async def load(self, request: Request) -> Response:
         """Tokens by expert and by copy, and what balance they made."""
         load = await self._gateway.cluster.load()
         if load is None:
             raise NotReadyError("the controller does not answer", "not_ready", 2.0)
-        return _json(load)
+        return _answer(load)
 
     async def events(self, request: Request) -> Response:
         """What happened to the cluster."""
         snapshot = await self._gateway.cluster.fresh() or {}
-        return _json({"schema": 1, "events": snapshot.get("history", [])})
+        return _answer({"schema": 1, "events": snapshot.get("history", [])})
 
     async def openapi(self, request: Request) -> Response:
         """This interface, for machines."""
-        return _json(openapi.document(str(request.scope.get("root_path") or "")))
+        return _answer(openapi.document(str(request.scope.get("root_path") or "")))
 
     async def _placement(self) -> dict[str, Any]:
         placement = await self._gateway.cluster.placement()
@@ -329,8 +329,11 @@ class GenerateEndpoint:
         return self._format(generation, self._gateway.tokenizer, fingerprint, answer_id)
 
 
-def _json(content: object, status: int = 200) -> Response:
-    raw = content if isinstance(content, bytes) else dump_json(content)
+def _answer(content: object, status: int = 200) -> Response:
+    return _json_response(dump_json(content), status)
+
+
+def _json_response(raw: bytes, status: int = 200) -> Response:
     return Response(raw, status, headers={"content-type": "application/json"})
 
 
