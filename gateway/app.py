@@ -24,6 +24,7 @@ from gateway.cluster_client import ServePeers, find_controller
 from gateway.cluster_view import ClusterView
 from gateway.core import Gateway
 from gateway.engine_pool import EnginePool
+from gateway.freed_memory import start_returning
 from gateway.grpc_server import GrpcServer
 from gateway.http_api import build_http_app
 from gateway.peers import Question
@@ -80,6 +81,7 @@ class GatewayReplica:
             "admin_grpc": self._admin.grpc,
         }
         self._cluster.start()
+        start_returning()
         logger.info("%s serves gRPC on port %d", name, grpc_port)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

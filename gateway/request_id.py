@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import RequestError
+from gateway.freed_memory import start_returning
 from gateway.http_protocol import bound_headers
 from gateway.tls import demand_client_certificates
 
@@ -57,4 +58,5 @@ def proxy_middlewares() -> list[Middleware]:
     """What ``PROXY_CALLBACK`` names."""
     demand_client_certificates()
     bound_headers()
+    start_returning()
     return [Middleware(RequestIdGuard)]
