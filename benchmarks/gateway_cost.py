@@ -31,6 +31,7 @@ from http.client import HTTPConnection
 from time import perf_counter
 
 import grpc
+import grpc.experimental
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
@@ -306,7 +307,9 @@ class _GrpcClient:
     def __init__(self, channel: grpc.aio.Channel, target: str) -> None:
         self._channel = channel
         self._stub = InferenceStub(channel)
-        self._blocking = grpc.insecure_channel(target)
+        # no second thread: the engine's client notes times in the thread that reads, too
+        single = (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)
+        self._blocking = grpc.insecure_channel(target, options=[single])
         self._blocking_stub = InferenceStub(self._blocking)
 
     @classmethod
