@@ -100,6 +100,8 @@ def common_environment() -> dict[str, str]:
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         # see gateway.request_id.PROXY_CALLBACK
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "gateway.request_id.proxy_middlewares",
+        # the third failure has a killed proxy replaced, which Serve would find out in half a minute
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
 
