@@ -137,8 +137,13 @@ class Served:
     def pid_of(self, actor_class: str) -> int:
         """Process of the one actor of that class."""
         pids = [p.pid for p in find_by_files(self.folder)]
-        (pid,) = [p for p in pids if psutil.Process(p).cmdline()[:1] == [f"ray::{actor_class}"]]
+        (pid,) = [p for p in pids if _title(p) == f"ray::{actor_class}"]
         return pid
+
+
+def _title(pid: int) -> str:
+    """First word of a command line; Ray adds the method that an actor runs."""
+    return "".join(psutil.Process(pid).cmdline()[:1]).partition(".")[0]
 
 
 def parse_address(text: str) -> Address:
