@@ -131,37 +131,36 @@ def grpc_fields(request: pb.GenerateRequest) -> GenerateFields:
     sampling, options = request.sampling_params, request.output_options
     if source == "messages" and options.echo:
         raise UnsupportedParameterError("echo is not supported for chat", "echo")
+    given, drawn, told = _given(request), _given(sampling), _given(options)
+    allowed = drawn.get("allowed_token_ids")
+    alike: dict[str, Any] = {name: drawn.get(name) for name in _SAMPLING}
     return GenerateFields(
         kind=CallKind.CHAT if source == "messages" else CallKind.COMPLETION,
         model=request.model or None,
         prompts=_grpc_prompts(request, source) if embeds is None else ((0,) * embeds.num_tokens,),
         embeds=embeds,
-        best_of=_optional(sampling, "best_of"),
+        best_of=drawn.get("best_of"),
         chat=grpc_chat_input(request.messages) if source == "messages" else None,
-        add_special_tokens=_optional(request, "add_special_tokens"),
-        max_tokens=_optional(sampling, "max_tokens"),
-        logit_bias=tuple(sorted(sampling.logit_bias.items())),
-        stop=tuple(sampling.stop),
-        stop_token_ids=tuple(sampling.stop_token_ids),
-        logprobs=_optional(options, "logprobs"),
-        prompt_logprobs=_optional(options, "prompt_logprobs"),
-        logprob_token_ids=tuple(options.logprob_token_ids),
-        allowed_token_ids=(
-            tuple(sampling.allowed_token_ids.ids)
-            if sampling.HasField("allowed_token_ids")
-            else None
-        ),
-        bad_words=tuple(sampling.bad_words),
+        add_special_tokens=given.get("add_special_tokens"),
+        max_tokens=drawn.get("max_tokens"),
+        logit_bias=tuple(sorted(drawn.get("logit_bias", {}).items())),
+        stop=tuple(drawn.get("stop", ())),
+        stop_token_ids=tuple(drawn.get("stop_token_ids", ())),
+        logprobs=told.get("logprobs"),
+        prompt_logprobs=told.get("prompt_logprobs"),
+        logprob_token_ids=tuple(told.get("logprob_token_ids", ())),
+        allowed_token_ids=None if allowed is None else tuple(allowed.ids),
+        bad_words=tuple(drawn.get("bad_words", ())),
         grammar=_grpc_grammar(sampling),
         echo=options.echo,
         token_ids_only=options.token_ids_only,
         return_token_ids=options.return_token_ids,
-        priority=_optional(request, "priority"),
-        cache_salt=_optional(request, "cache_salt"),
+        priority=given.get("priority"),
+        cache_salt=given.get("cache_salt"),
         return_tokens_as_token_ids=options.return_tokens_as_token_ids,
-        truncate_prompt_tokens=_optional(request, "truncate_prompt_tokens"),
-        truncation_side=_optional(request, "truncation_side"),
-        **{name: _optional(sampling, name) for name in _SAMPLING},
+        truncate_prompt_tokens=given.get("truncate_prompt_tokens"),
+        truncation_side=given.get("truncation_side"),
+        **alike,
     )
 
 
@@ -381,6 +380,11 @@ def _grpc_message(message: types_pb2.ChatMessage, place: int) -> dict[str, Any]:
             for call in message.tool_calls
         ]
     return fields
+
+
+def _given(message: Any) -> dict[str, Any]:
+    """The fields that a message has, by name."""
+    return {field.name: value for field, value in message.ListFields()}
 
 
 def _optional(message: Any, name: str) -> Any:

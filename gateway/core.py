@@ -107,6 +107,7 @@ class Gateway:
         self._leaves_since_s: float | None = None
         self._takes_calls = True
         self._admission: Admission | None = None
+        self._hello: EngineHello | None = None
         self._facts: ModelFacts | None = None
         self._draw_seed = _seed_source(config.engine.seed, name)
         cluster.listen(
@@ -121,22 +122,9 @@ class Gateway:
     @property
     def facts(self) -> ModelFacts | None:
         """The served model's limits; None until a worker or the controller has told them."""
-        for client in self.engines.clients:
-            if hello := client.hello:
-                self._facts = ModelFacts(
-                    name=self.model_name,
-                    max_model_len=hello.max_model_len,
-                    vocab_size=hello.vocab_size,
-                    max_kv_tokens=hello.max_kv_tokens,
-                    eos_token_ids=tuple(hello.eos_token_ids),
-                    dtype=hello.dtype,
-                    model_type=hello.model_type,
-                    shape=_shape(hello),
-                    labels=tuple(hello.labels),
-                    pad_token_id=hello.pad_token_id if hello.HasField("pad_token_id") else None,
-                    problem_type=hello.problem_type,
-                )
-                break
+        hello = next((client.hello for client in self.engines.clients), None)
+        if hello is not None and hello is not self._hello:
+            self._hello, self._facts = hello, _facts(self.model_name, hello)
         return self._facts
 
     @property
@@ -352,7 +340,6 @@ class Gateway:
         except QueueFullError as err:
             self.metrics.admission_rejections.add(err.limit)
             raise
-        self._observe_admitted(call)
         return Generation(
             call,
             call_id,
@@ -376,6 +363,7 @@ class Gateway:
             await self._assign(request, generation, deadline_s)
         for _ in range(_TURNS_TO_LEAVE):
             await asyncio.sleep(0)
+        self._observe_handed_over(generation.call)
 
     async def _assign(self, request: Request, generation: Generation, deadline_s: float) -> None:
         no_stream_s: float | None = None
@@ -405,7 +393,7 @@ class Gateway:
         self.metrics.requests_replayed.add(cause)
         self.metrics.tokens_recomputed.add(cause, amount=entry.num_known_tokens)
 
-    def _observe_admitted(self, call: GenerateCall) -> None:
+    def _observe_handed_over(self, call: GenerateCall) -> None:
         metrics = self.metrics
         metrics.prompt_tokens.add(amount=call.num_prompt_tokens)
         metrics.request_params_n.observe(call.n)
@@ -423,6 +411,22 @@ def new_call_id(kind: CallKind) -> str:
 def tenant_salt(tenant: str, salt: str) -> str:
     """What a request's prefixes are cached under: nobody else's are found, nor found out."""
     return f"{tenant}\0{salt}"
+
+
+def _facts(name: str, hello: EngineHello) -> ModelFacts:
+    return ModelFacts(
+        name=name,
+        max_model_len=hello.max_model_len,
+        vocab_size=hello.vocab_size,
+        max_kv_tokens=hello.max_kv_tokens,
+        eos_token_ids=tuple(hello.eos_token_ids),
+        dtype=hello.dtype,
+        model_type=hello.model_type,
+        shape=_shape(hello),
+        labels=tuple(hello.labels),
+        pad_token_id=hello.pad_token_id if hello.HasField("pad_token_id") else None,
+        problem_type=hello.problem_type,
+    )
 
 
 def _shape(hello: EngineHello) -> ModelShape:

@@ -111,16 +111,17 @@ class EnginePool:
         self.update([])
         await asyncio.gather(*keepers, return_exceptions=True)
 
-    def _pick(self, entry: Submission) -> EngineClient | None:
+    def _pick(self, entry: Submission, ready: Sequence[EngineClient]) -> EngineClient | None:
         """The worker for a request; the one that had it last only where there is no other."""
-        clients = {client.worker: client for client in self.clients}
+        clients = {client.worker: client for client in ready}
         if len(clients) > 1:
             clients.pop(entry.last_worker, None)
         if not clients:
             return None
         loads, tokens = [client.load for client in clients.values()], entry.num_known_tokens
         if self._policy is RoutingPolicy.KV:
-            hashes, size = entry.prompt_hashes, self._block_size
+            size = self._name_blocks(entry, ready[0])
+            hashes = entry.prompt_hashes
             choice = route_by_kv(self._kv, hashes, loads, self._turn, tokens, size)
         else:
             for client in clients.values():
@@ -133,18 +134,12 @@ class EnginePool:
         self._kv.expect(choice.load.name, entry.prompt_hashes)
         return clients[choice.load.name]
 
-    @property
-    def _block_size(self) -> int:
-        """Tokens of a KV block; 0 where requests share none, and while no worker said hello."""
-        hello = next((client.hello for client in self.clients), None)
-        return 0 if hello is None else hello.kv_block_size
-
-    def _num_missing(self, entry: Submission) -> int:
+    def _num_missing(self, entry: Submission, ready: Sequence[EngineClient]) -> int:
         """Tokens of a request that no worker has; names its blocks."""
-        tokens, client = entry.num_known_tokens, next(iter(self.clients), None)
-        if self._policy is not RoutingPolicy.KV or client is None:
+        tokens = entry.num_known_tokens
+        if self._policy is not RoutingPolicy.KV or not ready:
             return tokens
-        block_size = self._name_blocks(entry, client)
+        block_size = self._name_blocks(entry, ready[0])
         found = self._kv.matches(entry.prompt_hashes)
         return tokens - block_size * max(found.values(), default=0)
 
@@ -236,11 +231,11 @@ class EnginePool:
         """Send the requests that wait for a worker to the ones there are now."""
         self._will_place = False
         waiting, self._waiting = self._waiting, []
-        now_s = time.monotonic()
-        for entry in sorted(waiting, key=self._num_missing):
+        now_s, ready = time.monotonic(), self.clients
+        for entry in sorted(waiting, key=lambda entry: self._num_missing(entry, ready)):
             if not entry.is_waiting or now_s >= entry.deadline_s:
                 continue
-            client = self._pick(entry)
+            client = self._pick(entry, ready)
             if client is None:
                 self._waiting.append(entry)
                 continue
