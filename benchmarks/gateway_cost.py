@@ -40,11 +40,11 @@ from benchmarks.processes import cpu_seconds
 from benchmarks.quiet import wait_until_quiet
 from benchmarks.ray_serving import TOKEN, EngineClient
 from benchmarks.results import table
+from cluster.local_ray import common_environment
 from cluster.model_source import bundled_checkpoint
 from cluster.serve_proxy import wait_ready
 from gateway.app import APP_NAME, build_app
 from gateway.metrics import PREFIX
-from gateway.request_id import PROXY_CALLBACK
 from protos.inference_pb2 import GenerateRequest
 from protos.inference_pb2_grpc import InferenceStub
 from protos.types_pb2 import SamplingParams, TokenIds
@@ -240,7 +240,7 @@ def _prompt(turn: int, number: int) -> list[int]:
 def _ways(proxy: str) -> Iterator[tuple[dict[str, Way], Callable[[], dict[str, float]]]]:
     """All ways to one cluster behind one gateway; and the sums of its histograms, as of now."""
     port, grpc_port = free_ports(2)
-    os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = PROXY_CALLBACK
+    os.environ.update(common_environment())
     plain = make_config(bundled_checkpoint(), 1, 2, engine={"enable_prefix_caching": False})
     gateway = replace(plain.gateway, port=port, grpc_port=grpc_port)
     config = replace(plain, gateway=gateway, cluster_token=TOKEN)

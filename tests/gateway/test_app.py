@@ -22,7 +22,6 @@ from cluster.config import ClusterConfig, ModelSection
 from cluster.gateway_config import GatewaySection
 from gateway.app import APP_NAME, build_app
 from gateway.cluster_client import CONTROLLER_NAME, RAY_NAMESPACE
-from gateway.request_id import PROXY_CALLBACK
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from tests.distributed import free_ports
@@ -92,7 +91,8 @@ def _local_ray() -> Iterator[None]:
         tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", PROXY_CALLBACK)
+        for name, value in local_ray.common_environment().items():
+            patch.setenv(name, value)
         local_ray.begin(Path(folder), num_cpus=2)
         yield
         ray.shutdown()
