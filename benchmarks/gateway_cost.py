@@ -67,7 +67,7 @@ class Case:
     """Tokens of each."""
     turns: int = 5
     """Batches of each way."""
-    num_single: int = 200
+    num_single: int = 600
     """Single requests of each way on an idle cluster, for the time to the first token."""
     patience_s: float = 10.0
     """While others use the machine, longest wait before a batch."""

@@ -110,7 +110,8 @@ class EngineClient:
         entry.home, entry.was_sent, entry.is_computing = self, True, True
         self._submissions[entry.request.request_id] = entry
         self._count(entry)
-        request = replace(entry.request, kv_peer=entry.kv_peer)
+        peer = entry.kv_peer
+        request = replace(entry.request, kv_peer=peer) if peer else entry.request
         self._outgoing.put_nowait(pb.ToEngine(request=request_to_wire(request)))
 
     def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
@@ -189,6 +190,7 @@ class EngineClient:
             kind = message.WhichOneof("message")
             if kind == "step":
                 self._take_step(step_from_wire(message.step))
+                await asyncio.sleep(0)  # clients hear of it before we ask for the next one
             elif kind == "turn":
                 self._take_turn(turn_from_wire(message.turn))
             elif kind == "kv":
