@@ -27,7 +27,6 @@ from gateway.convert import (
 from gateway.core import Gateway, new_call_id
 from gateway.errors import RouteError, report_error
 from gateway.field_checks import check_stream
-from gateway.generation import Generation
 from gateway.http_edge import (
     OPEN_PATHS,
     HttpEdge,
@@ -263,6 +262,7 @@ class GenerateEndpoint:
         self._gateway = gateway
         self._kind = kind
         self._format = ChatFormat if kind == "chat" else CompletionFormat
+        self._fingerprint = versions.system_fingerprint(gateway.config)
         self._call_kind = CallKind.CHAT if kind == "chat" else CallKind.COMPLETION
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -308,7 +308,9 @@ class GenerateEndpoint:
         with await self._gateway.start(fields, call_id, timeout_s) as generation:
             for name in filter(None, (body.request_id, answer_id)):
                 self._gateway.running.add(name, generation.queue)
-            formatter = self._make_format(generation, answer_id)
+            formatter: ResponseFormat = self._format(
+                generation, self._gateway.tokenizer, self._fingerprint, answer_id
+            )
             if not body.stream:
                 choices = await collect(generation)
                 await responder.json(formatter.whole(choices, generation.usage))
@@ -323,10 +325,6 @@ class GenerateEndpoint:
                 continuous_usage=bool(options and options.continuous_usage_stats),
             )
             await stream_generation(generation, stream)
-
-    def _make_format(self, generation: Generation, answer_id: str | None) -> ResponseFormat:
-        fingerprint = versions.system_fingerprint(self._gateway.config)
-        return self._format(generation, self._gateway.tokenizer, fingerprint, answer_id)
 
 
 def _answer(content: object, status: int = 200) -> Response:
