@@ -51,7 +51,6 @@ _COMMON = (
     "truncation_side",
 )
 """Fields of a body that keep name and type."""
-_GRAMMARS = {"response_format", "structured_outputs"}
 _SAMPLING = tuple(
     name
     for name in _COMMON
@@ -152,7 +151,7 @@ def grpc_fields(request: pb.GenerateRequest) -> GenerateFields:
         logprob_token_ids=tuple(told.get("logprob_token_ids", ())),
         allowed_token_ids=None if allowed is None else tuple(allowed.ids),
         bad_words=tuple(drawn.get("bad_words", ())),
-        grammar=_grpc_grammar(sampling) if _GRAMMARS & drawn.keys() else None,
+        grammar=_grpc_grammar(sampling),
         echo=options.echo,
         token_ids_only=options.token_ids_only,
         return_token_ids=options.return_token_ids,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from cluster.errors import ContextLengthError, RequestError
 from gateway.call import CallKind, CallPrompt, GenerateCall, GenerateFields
@@ -49,16 +50,16 @@ def finish_call(
         told = f"{name} are {fields.embeds.width} wide, the model's {width}"
         require(fields.embeds.width == width, name, told)
     n = fields.best_of or fields.n or 1
+    params = _make_params(fields, tuple(bad_words))
     finished = tuple(
         CallPrompt(
             ids=ids,
             text=text,
             embeds=fields.embeds,
-            params=_make_params(
-                fields,
+            params=replace(
+                params,
                 max_tokens=_max_tokens(fields, len(ids), model),
                 seed=draw_seed() if fields.seed is None else fields.seed,
-                bad_words=tuple(bad_words),
             ),
         )
         for text, ids in prompts
@@ -193,11 +194,9 @@ def _num_prompt_logprobs(fields: GenerateFields) -> int | None:
     return max(counts, default=None)
 
 
-def _make_params(
-    fields: GenerateFields, *, max_tokens: int, seed: int, bad_words: tuple[tuple[int, ...], ...]
-) -> SamplingParams:
+def _make_params(fields: GenerateFields, bad_words: tuple[tuple[int, ...], ...]) -> SamplingParams:
+    """What all prompts share; each has its own limit and seed."""
     return SamplingParams(
-        max_tokens=max_tokens,
         min_tokens=fields.min_tokens or 0,
         temperature=_or(fields.temperature, 1.0),
         top_p=_or(fields.top_p, 1.0),
@@ -209,7 +208,6 @@ def _make_params(
         logit_bias=fields.logit_bias,
         stop_token_ids=fields.stop_token_ids,
         ignore_eos=bool(fields.ignore_eos),
-        seed=seed,
         logprobs=_num_drawn_logprobs(fields),
         prompt_logprobs=_num_prompt_logprobs(fields),
         logprob_token_ids=fields.logprob_token_ids,

@@ -211,6 +211,13 @@ def test_other_defaults_are_neutral() -> None:
     assert call.n == 1
 
 
+def test_long_lists_are_made_once_for_all_prompts() -> None:
+    call = _finish(dataclasses.replace(PLAIN, allowed_token_ids=(3, 2)), (1,), (2,))
+    first, second = (prompt.params.allowed_token_ids for prompt in call.prompts)
+    assert first == (2, 3)
+    assert second is first
+
+
 def test_seeds_are_drawn_for_each_prompt_unless_given() -> None:
     drawn = _finish(PLAIN, (1,), (2,))
     assert [prompt.params.seed for prompt in drawn.prompts] == [1000, 1001]
