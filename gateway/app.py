@@ -42,12 +42,15 @@ _HEAD_NODE = "node:__internal_head__"
 proxy listens there, and so must our gRPC server: ``host`` is an address of that node."""
 _SPARE_REQUESTS = 1024
 """Room in Serve beyond our own queue, for probes, scrapes and those that we refuse."""
+_HEALTH_CHECK_PERIOD_S = 1.0
+"""How often Serve looks whether a replica lives; only so does it learn that one is dead."""
 
 
 @serve.deployment(
     name=DEPLOYMENT_NAME,
     ray_actor_options={"num_cpus": 0, "resources": {_HEAD_NODE: 0.001}},
     max_constructor_retry_count=2,
+    health_check_period_s=_HEALTH_CHECK_PERIOD_S,
     graceful_shutdown_wait_loop_s=0.1,
     graceful_shutdown_timeout_s=2.0,
 )
