@@ -102,6 +102,9 @@ def common_environment() -> dict[str, str]:
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "gateway.request_id.proxy_middlewares",
         # the third failure has a killed proxy replaced, which Serve would find out in half a minute
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        # a proxy that is not ready by then is ended, and Serve with it: five seconds by default,
+        # which is too short where cores are busy
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         # the gateway runs in its replica's event loop: with two loops, gRPC wakes both for each
         # event, and each HTTP message changes threads
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
