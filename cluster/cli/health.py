@@ -17,7 +17,7 @@ _GONE = (WorkerState.LOST.value, WorkerState.DRAINED.value)
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     """Register the command."""
     health = commands.add_parser(
-        "health", parents=[common], help="exits 0 if all is well and 1 if not, for probes"
+        "health", parents=[common], help="exits 0 if all is well and 4 if not, for probes"
     )
     health.add_argument(
         "--node", metavar="NAME", help="only its workers: are they loaded and in the generation"
@@ -39,7 +39,7 @@ def run_health(args: argparse.Namespace) -> int:
         out_json({"schema": 1, "healthy": not reasons, "reasons": reasons})
     else:
         out_line("; ".join(reasons) or "ok")
-    return ExitCode.FAILED if reasons else ExitCode.OK
+    return ExitCode.NOT_READY if reasons else ExitCode.OK
 
 
 def why_not(node: str, workers: Sequence[Mapping[str, Any]]) -> list[str]:

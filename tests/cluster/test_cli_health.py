@@ -18,7 +18,7 @@ def test_a_ready_cluster_is_healthy(
 ) -> None:
     assert main(["--url", gateway.url, "health"]) == ExitCode.OK
     gateway.ready = (503, {"ready": False, "reasons": ["no attention worker", "no experts"]})
-    assert main(["--url", gateway.url, "health", "--json"]) == ExitCode.FAILED
+    assert main(["--url", gateway.url, "health", "--json"]) == ExitCode.NOT_READY
     shown = capsys.readouterr().out.split("\n", 1)
     assert shown[0] == "ok"
     assert json.loads(shown[1])["reasons"] == ["no attention worker", "no experts"]
@@ -32,9 +32,9 @@ def test_a_node_is_healthy_when_its_workers_serve(
     lost = {**expert, "name": "expert-9", "state": "LOST"}
     loading = {**expert, "state": "LOADING"}
     gateway.status = (200, {**STATUS, "workers": [attention, loading, lost]})
-    assert main(["--url", gateway.url, "health", "--node", "here"]) == ExitCode.FAILED
+    assert main(["--url", gateway.url, "health", "--node", "here"]) == ExitCode.NOT_READY
     gateway.status = (200, {**STATUS, "workers": [lost]})
-    assert main(["--url", gateway.url, "health", "--node", "here"]) == ExitCode.FAILED
+    assert main(["--url", gateway.url, "health", "--node", "here"]) == ExitCode.NOT_READY
     assert capsys.readouterr().out.splitlines() == [
         "ok",
         "expert-0 is LOADING",
