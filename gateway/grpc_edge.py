@@ -17,11 +17,15 @@ from gateway.core import Gateway
 from gateway.errors import report_error
 from gateway.key_limits import Account
 from gateway.request_id import HEADER, REQUEST_ID, choose_request_id
-from gateway.tracing import CLIENT_GONE, RequestTrace, note_error
+from gateway.tracing import CLIENT_GONE, DEADLINE_PASSED, RequestTrace, note_error
 
 logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+_DEADLINE_SLACK_S = 0.1
+"""A client whose deadline passes ends its call, and we hear of that a little before the deadline
+has passed here, where it counts from the call's arrival."""
 
 
 def text_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
@@ -103,10 +107,14 @@ class GrpcEdge(AbstractContextManager["GrpcEdge"]):
     ) -> None:
         if self._caller is not None:
             self._caller.leave()
-        is_gone = isinstance(error, asyncio.CancelledError | GeneratorExit)
-        if is_gone:
-            self._code = grpc.StatusCode.CANCELLED
-            self._gateway.metrics.client_disconnects.add()
+        untold = ""
+        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+            left_s = self._context.time_remaining()
+            if left_s is not None and left_s < _DEADLINE_SLACK_S:
+                self._code, untold = grpc.StatusCode.DEADLINE_EXCEEDED, DEADLINE_PASSED
+            else:
+                self._code, untold = grpc.StatusCode.CANCELLED, CLIENT_GONE
+                self._gateway.metrics.client_disconnects.add()
         self._gateway.metrics.grpc_requests.add(self._service, self._method, self._code.name)
         if self._trace is not None:
-            self._trace.end(CLIENT_GONE if is_gone else "")
+            self._trace.end(untold)

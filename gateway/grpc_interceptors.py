@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 from cluster.errors import AuthenticationError, PermissionDeniedError, RequestError
 from gateway.auth import KeyRing
 from gateway.core import Gateway
+from gateway.errors import RouteError
 from gateway.grpc_edge import Context, GrpcEdge, text_metadata
 
 if TYPE_CHECKING:
@@ -24,10 +25,15 @@ HEALTH_SERVICE = "grpc.health.v1.Health"
 """The one that asks for no key."""
 _UNKNOWN = "other"
 """Service and method of calls to what there is not: names of clients make no metrics."""
+_MOST_SHOWN = 128
+"""Characters of a client's path in our answer."""
 
 
 class KeyInterceptor(_Interceptor):
-    """Asks for a key of the port, also where there is no such procedure; not for health checks."""
+    """Asks for a key of the port, also where there is no such procedure; not for health checks.
+
+    Whoever has one is told in our words what there is not.
+    """
 
     def __init__(self, gateway: Gateway, keys: KeyRing) -> None:
         self._gateway = gateway
@@ -36,17 +42,20 @@ class KeyInterceptor(_Interceptor):
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
-        """Let a call through, or have it answered with UNAUTHENTICATED."""
+        """Let a call through, or have it answered with UNAUTHENTICATED or UNIMPLEMENTED."""
         handler = await continuation(handler_call_details)
         path = handler_call_details.method
         if path.startswith(f"/{HEALTH_SERVICE}/"):
             return handler
         given = text_metadata(handler_call_details.invocation_metadata)
+        names = (_UNKNOWN, _UNKNOWN) if handler is None else _names(path)
         try:
             self._keys.check(given.get("authorization"), given.get("api-key"))
         except (AuthenticationError, PermissionDeniedError) as err:
-            names = (_UNKNOWN, _UNKNOWN) if handler is None else _names(path)
             return _Refusal(self._gateway, self._keys, names, err).handler()
+        if handler is None:
+            absent = RouteError(f"there is no procedure {path[:_MOST_SHOWN]!r} on this port", 404)
+            return _Refusal(self._gateway, self._keys, names, absent).handler()
         return handler
 
 

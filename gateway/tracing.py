@@ -37,6 +37,8 @@ OPERATIONS: Mapping[str, str] = {
 """Paths and procedures that are traced; conversations over gRPC are chats too."""
 CLIENT_GONE = "client_closed_request"
 """Error of a request whose client left."""
+DEADLINE_PASSED = "deadline_exceeded"
+"""Error of a request that its client gave up at its deadline."""
 _HEADERS = ("traceparent", "tracestate")
 _STOP_S = 1.0
 """Time for what is left at the end."""

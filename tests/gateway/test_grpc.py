@@ -12,6 +12,7 @@ from google.protobuf import json_format
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.gateway_config import GatewaySection
 from gateway.grpc_server import server_options
@@ -313,6 +314,37 @@ def test_a_deadline_ends_the_work(stack: Stack, stub: InferenceStub) -> None:
     assert stack.engine.requests[0].deadline_ms <= 1000 * limit_s
 
 
+def test_a_deadline_is_not_a_client_that_left(stack: Stack, stub: InferenceStub) -> None:
+    """Whether its end is heard of before the deadline has passed here or after."""
+    metrics = stack.gateway.metrics
+
+    def counts() -> dict[str, float]:
+        families = text_string_to_metric_families(metrics.render().decode())
+        samples = [sample for family in families for sample in family.samples]
+        calls = [s for s in samples if s.name == "expertmesh:grpc_requests_total"]
+        codes = {sample.labels["code"] for sample in calls}
+        found = {code: sum(s.value for s in calls if s.labels["code"] == code) for code in codes}
+        (left,) = [s for s in samples if s.name == "expertmesh:client_disconnects_total"]
+        return {**found, "disconnects": left.value}
+
+    before = counts()
+    ways: Any = (stub.Generate, stub.GenerateStream)
+    stack.engine.is_paused = True
+    for limit_s in (0.2, 0.2, 0.2, 1.0, 5.0, 25.0):  # a busy machine may need more to get there
+        for call in ways:
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call(request_of(text="x"), timeout=limit_s))
+            late: Any = caught.value
+            assert late.code() is CODES.DEADLINE_EXCEEDED
+        if limit_s >= 1.0 and len(stack.engine.requests) >= 2:
+            break
+    admission = stack.gateway._admission
+    assert admission is not None
+    stack.wait_for(lambda: admission.num_requests == 0, "the ends")
+    stack.wait_for(lambda: counts() != before, "the counts")
+    assert counts() == before | {"DEADLINE_EXCEEDED": counts()["DEADLINE_EXCEEDED"]}
+
+
 @pytest.mark.parametrize("unary", [True, False])
 def test_a_cancel_aborts_at_once(stack: Stack, stub: InferenceStub, unary: bool) -> None:
     stack.engine.step_s = 0.02
@@ -401,16 +433,19 @@ def test_what_a_key_would_open_is_refused_by_name_and_counted() -> None:
             assert code is CODES.UNAUTHENTICATED
             assert details["RequestInfo"].request_id
         key = (("authorization", "Bearer secret"),)
-        with pytest.raises(grpc.RpcError) as caught:
-            unknown(b"", metadata=key)
-        known: Any = caught.value
-        assert known.code() is CODES.UNIMPLEMENTED
+        code, message, details = failure(lambda: unknown(b"", metadata=key))
+        assert code is CODES.UNIMPLEMENTED
+        assert "'/secret.v1.Things/b'" in message
+        assert details["ErrorInfo"].reason == "not_found"
         headers = {"authorization": "Bearer secret"}
         metrics = stack.http.get("/metrics", headers=headers).text
     labels = 'code="UNAUTHENTICATED",method="{}",model_name="tiny",service="{}"'
     counted = labels.format("GenerateStream", "expertmesh.v1.Inference")
     assert f"grpc_requests_total{{{counted}}} 1.0" in metrics
-    assert f"grpc_requests_total{{{labels.format('other', 'other')}}} 2.0" in metrics
+    others = labels.format("other", "other")
+    assert f"grpc_requests_total{{{others}}} 2.0" in metrics
+    others = others.replace("UNAUTHENTICATED", "UNIMPLEMENTED")
+    assert f"grpc_requests_total{{{others}}} 1.0" in metrics
     assert "secret" not in metrics
 
 
