@@ -12,6 +12,7 @@ from google.protobuf.json_format import MessageToDict
 
 from cluster.errors import RequestError, UnsupportedParameterError
 from gateway.call import CallKind, ChatInput, GenerateFields
+from gateway.field_checks import MAX_MESSAGES, check_length, check_messages
 from gateway.schema import (
     ChatBody,
     CompletionBody,
@@ -22,7 +23,7 @@ from gateway.schema import (
 )
 from gateway.structured import ResponseFormat, StructuredOutputs, make_grammar
 from gateway.tool_use import Tool, ToolUse
-from gateway.tools import make_tool_use
+from gateway.tools import MAX_TOOLS, make_tool_use
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from workers.prompt_embeds import PromptEmbeds, read_embeds
@@ -166,6 +167,8 @@ def grpc_fields(request: pb.GenerateRequest) -> GenerateFields:
 
 def grpc_chat_input(chat: types_pb2.ChatMessages) -> ChatInput:
     """The conversation of a gRPC message."""
+    most = chat.messages[: MAX_MESSAGES + 1]
+    check_messages(len(chat.messages), sum(len(message.tool_calls) for message in most))
     return ChatInput(
         messages=tuple(
             _grpc_message(message, place) for place, message in enumerate(chat.messages)
@@ -179,6 +182,7 @@ def grpc_chat_input(chat: types_pb2.ChatMessages) -> ChatInput:
 
 
 def _grpc_tools(chat: types_pb2.ChatMessages) -> ToolUse | None:
+    check_length("tools", len(chat.tools), MAX_TOOLS)
     tools = [
         Tool(
             name=tool.name,

@@ -19,6 +19,11 @@ MAX_BAD_WORDS = 1024
 """Entries of ``bad_words``."""
 MAX_LOGPROB_TOKEN_IDS = 128
 """Entries of ``logprob_token_ids``."""
+MAX_MESSAGES = 16_384
+"""Messages of a conversation."""
+MAX_PARTS = 65_536
+"""Fields, content parts and calls of all messages together."""
+_CONTAINERS = (dict, list)
 _INT32 = 2**31
 _INT64 = 2**63
 
@@ -45,6 +50,18 @@ def require(ok: bool, name: str, message: str) -> None:
     """Raise ``RequestError`` about the field ``name`` unless ``ok``."""
     if not ok:
         raise RequestError(message, name)
+
+
+def check_length(name: str, count: int, most: int) -> None:
+    """Raise ``RequestError`` for a list of more than ``most`` entries."""
+    require(count <= most, name, f"{name} has {count} entries, at most {most} are allowed")
+
+
+def check_messages(count: int, num_parts: int) -> None:
+    """Raise ``RequestError`` for too many messages, or parts (see ``MAX_PARTS``) of them."""
+    check_length("messages", count, MAX_MESSAGES)
+    message = f"messages have {num_parts} fields, parts and calls, at most {MAX_PARTS} are allowed"
+    require(num_parts <= MAX_PARTS, "messages", message)
 
 
 def _check_counts(fields: GenerateFields, limits: GatewaySection) -> None:
@@ -87,7 +104,7 @@ def check_stream(fields: GenerateFields) -> None:
 def _check_prompts(fields: GenerateFields, limits: GatewaySection) -> None:
     count, most = len(fields.prompts), min(limits.max_batch_prompts, limits.max_queue)
     require(count > 0, "prompt", "prompt must not be empty")
-    require(count <= most, "prompt", f"prompt has {count} entries, at most {most} are allowed")
+    check_length("prompt", count, most)
     name = "n" if fields.best_of is None else "best_of"
     choices = count * (fields.best_of or fields.n or 1)
     require(
@@ -109,11 +126,7 @@ def _check_sampling(fields: GenerateFields) -> None:
     check_range("repetition_penalty", fields.repetition_penalty, 0, 2, above=True)
     check_range("seed", fields.seed, -_INT64, _INT64 - 1)
     count = len(fields.logit_bias)
-    require(
-        count <= MAX_LOGIT_BIAS_ENTRIES,
-        "logit_bias",
-        f"logit_bias has {count} entries, at most {MAX_LOGIT_BIAS_ENTRIES} are allowed",
-    )
+    check_length("logit_bias", count, MAX_LOGIT_BIAS_ENTRIES)
     for _, bias in fields.logit_bias:
         check_range("logit_bias", bias, -100, 100)
 
@@ -133,11 +146,7 @@ def _check_stops(fields: GenerateFields, limits: GatewaySection) -> None:
         not (fields.stop and fields.token_ids_only), "stop", "stop cannot go with token_ids_only"
     )
     count = len(fields.stop_token_ids)
-    require(
-        count <= MAX_STOP_TOKEN_IDS,
-        "stop_token_ids",
-        f"stop_token_ids has {count} entries, at most {MAX_STOP_TOKEN_IDS} are allowed",
-    )
+    check_length("stop_token_ids", count, MAX_STOP_TOKEN_IDS)
 
 
 def check_cache_salt(salt: str | None) -> None:
@@ -160,7 +169,7 @@ def _check_logprobs(fields: GenerateFields, limits: GatewaySection) -> None:
         check_range(name, wanted, 0, limits.max_logprobs)
         return
     field = "logprob_token_ids"
-    require(count <= most, field, f"{field} has {count} entries, at most {most} are allowed")
+    check_length(field, count, most)
     require(
         len(set(fields.logprob_token_ids)) == count, field, f"{field} must not name a token twice"
     )
@@ -179,11 +188,7 @@ def _check_masks(fields: GenerateFields, limits: GatewaySection) -> None:
         "allowed_token_ids must not be empty",
     )
     count, longest = len(fields.bad_words), limits.max_stop_chars
-    require(
-        count <= MAX_BAD_WORDS,
-        "bad_words",
-        f"bad_words has {count} entries, at most {MAX_BAD_WORDS} are allowed",
-    )
+    check_length("bad_words", count, MAX_BAD_WORDS)
     for word in fields.bad_words:
         require(len(word) > 0, "bad_words", "bad_words must not contain an empty word")
         require(
@@ -248,7 +253,7 @@ def is_deeper(data: object, max_depth: int) -> bool:
             inner
             for outer in level
             for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
+            if isinstance(inner, _CONTAINERS)
         ]
         if not level:
             return False

@@ -13,17 +13,18 @@ from numpy.typing import NDArray
 from gateway.inspecting import Inspected, InspectFields
 from gateway.openai_format import clamp_logprob
 from gateway.reading_bodies import ReadingBody, mask_list, reading_usage
+from gateway.schema import Items
 from workers.inspection import NamedArray
 
 
 class InspectBody(ReadingBody):
     """``POST /v1/inspect``."""
 
-    token_ids: list[int] | list[list[int]]
-    outputs: list[str]
-    attention_mask: list[int] | list[list[int]] | None = None
-    logits_to_keep: int | list[int] | None = None
-    labels: list[int] | list[float] | list[list[int]] | list[list[float]] | None = None
+    token_ids: Items[int] | Items[Items[int]]
+    outputs: Items[str]
+    attention_mask: Items[int] | Items[Items[int]] | None = None
+    logits_to_keep: int | Items[int] | None = None
+    labels: Items[int] | Items[float] | Items[Items[int]] | Items[Items[float]] | None = None
 
 
 def inspect_fields(body: InspectBody) -> InspectFields:

@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from gateway.delta import Usage
-from gateway.schema import STRICT, Whole
+from gateway.schema import STRICT, Items, Whole
 
-PromptField = str | list[int] | list[str] | list[list[int]]
+PromptField = str | Items[int] | Items[str] | Items[Items[int]]
 """One prompt or several, as text or token ids."""
 
 

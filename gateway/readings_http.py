@@ -22,7 +22,7 @@ from gateway.inspect_json import InspectBody, inspect_answer, inspect_fields
 from gateway.inspecting import MAX_JSON_BYTES, Inspecting
 from gateway.reading_bodies import PromptField, ReadingBody, mask_list, reading_usage
 from gateway.readings import Reader, ReadingOptions
-from gateway.schema import parse_body
+from gateway.schema import Items, parse_body
 
 
 class EmbeddingsBody(ReadingBody):
@@ -37,8 +37,8 @@ class ClassifyBody(ReadingBody):
     """``POST /classify``."""
 
     input: PromptField
-    labels: list[str] | None = None
-    attention_mask: list[int] | list[list[int]] | None = None
+    labels: Items[str] | None = None
+    attention_mask: Items[int] | Items[Items[int]] | None = None
 
 
 class ScoreBody(ReadingBody):

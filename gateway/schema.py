@@ -6,15 +6,24 @@ checked later, once for both codecs, in ``gateway/field_checks.py``.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 
 from cluster.errors import RequestError, UnsupportedParameterError
-from gateway.field_checks import is_deeper
+from gateway.field_checks import (
+    MAX_LOGIT_BIAS_ENTRIES,
+    MAX_MESSAGES,
+    check_length,
+    check_messages,
+    is_deeper,
+)
+from gateway.tools import MAX_TOOLS
 
 STRICT = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 """Of all bodies."""
@@ -27,6 +36,18 @@ def _whole(value: Any) -> Any:
 
 Whole = Annotated[int, BeforeValidator(_whole)]
 """JSON knows one kind of number: 5.0 is 5."""
+Item = TypeVar("Item")
+
+
+class _FirstError(FailFast):
+    """``FailFast`` that can be in a union of types."""
+
+    def __hash__(self) -> int:
+        return hash(self.fail_fast)
+
+
+Items = Annotated[list[Item], _FirstError()]
+"""A list of which the first wrong item ends the check: a body has room for millions."""
 
 
 class Part(BaseModel):
@@ -59,9 +80,9 @@ class Message(BaseModel):
 
     model_config = _MESSAGE
     role: str
-    content: str | list[Part] | None = None
+    content: str | Items[Part] | None = None
     name: str | None = None
-    tool_calls: list[MessageCall] | None = None
+    tool_calls: Items[MessageCall] | None = None
     tool_call_id: str | None = None
 
 
@@ -127,7 +148,7 @@ class StructuredOutputsBody(BaseModel):
     model_config = STRICT
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -146,8 +167,8 @@ class GenerateBody(BaseModel):
     min_p: float | None = None
     seed: Whole | None = None
     n: Whole | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Items[str] | None = None
+    stop_token_ids: Items[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -163,9 +184,9 @@ class GenerateBody(BaseModel):
     cache_salt: str | None = None
     return_tokens_as_token_ids: bool | None = None
     prompt_logprobs: Whole | None = None
-    logprob_token_ids: list[int] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    logprob_token_ids: Items[int] | None = None
+    allowed_token_ids: Items[int] | None = None
+    bad_words: Items[str] | None = None
     response_format: ResponseFormatBody | None = None
     structured_outputs: StructuredOutputsBody | None = None
     truncate_prompt_tokens: Whole | None = None
@@ -176,7 +197,7 @@ class GenerateBody(BaseModel):
 class CompletionBody(GenerateBody):
     """``POST /v1/completions``."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Items[int] | Items[str] | Items[Items[int]]
     logprobs: Whole | None = None
     best_of: Whole | None = None
     echo: bool | None = None
@@ -185,14 +206,14 @@ class CompletionBody(GenerateBody):
 class ChatBody(GenerateBody):
     """``POST /v1/chat/completions``."""
 
-    messages: list[Message]
+    messages: Items[Message]
     logprobs: bool | None = None
     top_logprobs: Whole | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[ToolBody] | None = None
+    tools: Items[ToolBody] | None = None
     tool_choice: str | ToolChoiceBody | None = None
     parallel_tool_calls: bool | None = None
 
@@ -203,14 +224,14 @@ class TokenizeBody(BaseModel):
     model_config = STRICT
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Items[Message] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
-    tools: list[ToolBody] | None = None
+    tools: Items[ToolBody] | None = None
 
 
 class DetokenizeBody(BaseModel):
@@ -218,7 +239,7 @@ class DetokenizeBody(BaseModel):
 
     model_config = STRICT
     model: str | None = None
-    tokens: Annotated[list[int], Field()]
+    tokens: Items[int]
 
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -241,6 +262,11 @@ _SHAPES = {
     "json": "must be a JSON schema: an object, or its JSON text",
 }
 """What a field with several types may be."""
+_MOST_ENTRIES = {
+    "tools": MAX_TOOLS,
+    "logit_bias": MAX_LOGIT_BIAS_ENTRIES,
+}
+"""Lengths that are checked before the entries are."""
 
 
 def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
@@ -251,7 +277,8 @@ def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
     """
     try:
         text = raw.decode(json.detect_encoding(raw))
-        data = json.loads(text)
+        with _garbage_left():
+            data = json.loads(text)
         if _SURROGATE_ESCAPE.search(text):
             json.dumps(data, ensure_ascii=False).encode()  # half a pair is not text
     except RecursionError as err:
@@ -268,10 +295,36 @@ def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
 
 def parse_body(kind: type[Body], data: Mapping[str, Any]) -> Body:
     """The typed fields of a body. Raises ``RequestError`` for the first that is wrong."""
+    for name, most in _MOST_ENTRIES.items():
+        value = data.get(name)
+        if name in kind.model_fields and isinstance(value, list | dict):
+            check_length(name, len(value), most)
+    messages = data.get("messages")
+    if "messages" in kind.model_fields and isinstance(messages, list):
+        check_messages(len(messages), _num_parts(messages[: MAX_MESSAGES + 1]))
     try:
         return kind.model_validate(data)
     except ValidationError as err:
         raise _describe(err) from err
+
+
+def _num_parts(messages: Sequence[object]) -> int:
+    """Fields of all messages, parts of their contents and calls that they made."""
+    named = [message for message in messages if isinstance(message, dict)]
+    inner = [message.get(name) for message in named for name in ("content", "tool_calls")]
+    return sum(map(len, named)) + sum(len(one) for one in inner if isinstance(one, list))
+
+
+@contextlib.contextmanager
+def _garbage_left() -> Iterator[None]:
+    """Without collections, each of which would go through all that was parsed so far."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def refused_fields(kind: Literal["completion", "chat", "tokenize"]) -> frozenset[str]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.errors import RequestError
-from gateway.field_checks import is_deeper, require
+from gateway.field_checks import check_length, is_deeper, require
 from gateway.structured import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH
 from gateway.tool_use import Tool, ToolForm, ToolUse
 from workers.request import Grammar, GrammarKind
@@ -71,8 +71,7 @@ def make_tool_use(
 
 
 def _check(tools: Sequence[Tool]) -> None:
-    count = len(tools)
-    require(count <= MAX_TOOLS, "tools", f"tools has {count} entries, at most {MAX_TOOLS}")
+    check_length("tools", len(tools), MAX_TOOLS)
     seen: set[str] = set()
     for place, tool in enumerate(tools):
         path = f"tools[{place}].function"

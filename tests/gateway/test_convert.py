@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import json
 from typing import Any
 
 import pytest
 from google.protobuf import json_format
+from pydantic import BaseModel, ValidationError
 
 from cluster.errors import RequestError, UnsupportedParameterError
 from cluster.gateway_config import GatewaySection
 from gateway.call import CallKind, GenerateFields
 from gateway.convert import chat_fields, completion_fields, grpc_fields
-from gateway.field_checks import check_fields
-from gateway.schema import ChatBody, CompletionBody, check_unbuilt, parse_body, parse_json
+from gateway.field_checks import MAX_MESSAGES, MAX_PARTS, check_fields
+from gateway.inspect_json import InspectBody
+from gateway.readings_http import EmbeddingsBody
+from gateway.schema import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    check_unbuilt,
+    parse_body,
+    parse_json,
+)
+from gateway.tools import MAX_TOOLS
 from protos import inference_pb2 as pb
 
 SAMPLING: dict[str, Any] = {
@@ -327,3 +340,102 @@ def test_depth_within_the_limit_is_fine() -> None:
     data = parse_json(b'{"a": ' + b"[" * 63 + b"]" * 63 + b"}", 64)
     assert list(data) == ["a"]
     assert parse_json(b'{"a": "\\ud83d\\ude00"}', 1) == {"a": "\U0001f600"}
+
+
+MANY = 20_000
+SAID = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (CompletionBody, {"prompt": ["a"] * MANY + [1]}),
+        (CompletionBody, {"prompt": [["a"]] * MANY}),
+        (CompletionBody, {"prompt": [["a"] * MANY]}),
+        (CompletionBody, {"prompt": "a", "stop": [1] * MANY}),
+        (CompletionBody, {"prompt": "a", "stop_token_ids": ["a"] * MANY}),
+        (CompletionBody, {"prompt": "a", "allowed_token_ids": [None] * MANY}),
+        (ChatBody, {"messages": [{}] * MAX_MESSAGES}),
+        (ChatBody, {"messages": [{**SAID, "content": [{}] * MANY}]}),
+        (ChatBody, {"messages": [{**SAID, "tool_calls": [{}] * MANY}]}),
+        (ChatBody, {"messages": [SAID], "structured_outputs": {"choice": [1] * MANY}}),
+        (DetokenizeBody, {"tokens": ["a"] * MANY}),
+        (EmbeddingsBody, {"input": [[1, "a"]] * MANY}),
+        (InspectBody, {"token_ids": ["a"] * MANY, "outputs": [1] * MANY}),
+    ],
+)
+def test_wrong_items_are_not_all_described(kind: type[BaseModel], fields: dict[str, Any]) -> None:
+    """One for each type that a field may have, though a body has room for millions."""
+    with pytest.raises(RequestError) as caught:
+        parse_body(kind, fields)
+    cause = caught.value.__cause__
+    assert isinstance(cause, ValidationError)
+    assert cause.error_count() <= 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"messages": [SAID] * (MAX_MESSAGES + 1)}, "messages", "16385 entries, at most 16384"),
+        ({"messages": [{"a": 1}] * MANY}, "messages", "20000 entries, at most 16384"),
+        (
+            {"messages": [{**SAID, "content": [{"type": "text", "text": "a"}] * MAX_PARTS}]},
+            "messages",
+            "65538 fields, parts and calls, at most 65536",
+        ),
+        ({"messages": [{**SAID, "tool_calls": [{}] * MAX_PARTS}]}, "messages", "65539 fields"),
+        (
+            {"messages": [SAID], "tools": [{}] * (MAX_TOOLS + 1)},
+            "tools",
+            "129 entries, at most 128",
+        ),
+        (
+            {"messages": [SAID], "logit_bias": {str(i): "x" for i in range(1025)}},
+            "logit_bias",
+            "1025 entries, at most 1024",
+        ),
+    ],
+)
+def test_entries_are_counted_before_they_are_read(
+    fields: dict[str, Any], param: str, words: str
+) -> None:
+    with pytest.raises(RequestError, match=words) as caught:
+        parse_body(ChatBody, fields)
+    assert caught.value.param == param
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    ("chat", "param", "words"),
+    [
+        ({"messages": [{}] * (MAX_MESSAGES + 1)}, "messages", "16385 entries, at most 16384"),
+        ({"messages": [{"tool_calls": [{}] * (MAX_PARTS + 1)}]}, "messages", "65537 fields"),
+        ({"messages": [{}], "tools": [{}] * (MAX_TOOLS + 1)}, "tools", "129 entries, at most 128"),
+    ],
+)
+def test_entries_of_messages_are_counted_first(
+    chat: dict[str, Any], param: str, words: str
+) -> None:
+    message = json_format.ParseDict({"messages": chat}, pb.GenerateRequest())
+    with pytest.raises(RequestError, match=words) as caught:
+        grpc_fields(message)
+    assert caught.value.param == param
+
+
+def test_a_body_is_parsed_without_collections() -> None:
+    """Each would go through all that is there: two thirds of the time of a large body."""
+    seen: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        seen.append(phase)
+
+    raw = b'{"x":[' + b",".join([b"[]"] * 100_000) + b"]}"
+    gc.callbacks.append(note)
+    try:
+        json.loads(raw)
+        usual = len(seen)
+        parse_json(raw, 64)
+        assert len(seen) - usual < usual / 10
+    finally:
+        gc.callbacks.remove(note)
+    assert gc.isenabled()
