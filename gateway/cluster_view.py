@@ -75,6 +75,8 @@ class AttentionEndpoint:
     """``host:port`` of its engine stream."""
     pid: int
     """Its process: another pid is another worker."""
+    engine: str = ""
+    """Its index among the attention workers, as metrics name it."""
 
 
 @dataclass(slots=True)
@@ -189,7 +191,12 @@ def drained_workers(snapshot: Snapshot) -> frozenset[str]:
 def attention_endpoints(snapshot: Snapshot) -> list[AttentionEndpoint]:
     """The workers of the current generation that run attention and take streams."""
     return [
-        AttentionEndpoint(worker["name"], worker["engine_address"], int(worker.get("pid") or 0))
+        AttentionEndpoint(
+            name=worker["name"],
+            address=worker["engine_address"],
+            pid=int(worker.get("pid") or 0),
+            engine=str(worker["rank"]),
+        )
         for worker in snapshot.get("workers", ())
         if runs_attention(worker["role"])
         and worker.get("engine_address")

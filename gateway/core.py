@@ -25,7 +25,12 @@ from cluster.gateway_config import EndStage
 from gateway.admission import Admission
 from gateway.auth import CALLER, make_key_rings
 from gateway.call import CallKind, GenerateCall, GenerateFields
-from gateway.cluster_view import ClusterView, attention_endpoints, drained_workers
+from gateway.cluster_view import (
+    ClusterView,
+    Snapshot,
+    attention_endpoints,
+    drained_workers,
+)
 from gateway.engine_pool import EnginePool
 from gateway.field_checks import check_fields
 from gateway.generation import Generation
@@ -110,11 +115,7 @@ class Gateway:
         self._hello: EngineHello | None = None
         self._facts: ModelFacts | None = None
         self._draw_seed = _seed_source(config.engine.seed, name)
-        cluster.listen(
-            lambda snapshot: engines.update(
-                attention_endpoints(snapshot), drained_workers(snapshot)
-            )
-        )
+        cluster.listen(self._follow)
         if self.tracing is not None:
             cluster.listen(self.tracing.see)
         engines.on_resubmit = self._observe_resubmitted
@@ -274,6 +275,12 @@ class Gateway:
         )
         return self.metrics.render(replicas)
 
+    def _follow(self, snapshot: Snapshot) -> None:
+        endpoints = attention_endpoints(snapshot)
+        for endpoint in endpoints:
+            self.metrics.engine(endpoint.engine)  # shows as 0 from the start
+        self.engines.update(endpoints, drained_workers(snapshot))
+
     def _to_text(self, ids: Sequence[int]) -> str:
         if self.tokenizer is None:
             return " ".join(map(str, ids))
@@ -363,7 +370,7 @@ class Gateway:
             await self._assign(request, generation, deadline_s)
         for _ in range(_TURNS_TO_LEAVE):
             await asyncio.sleep(0)
-        self._observe_handed_over(generation.call)
+        generation.handed_over()
 
     async def _assign(self, request: Request, generation: Generation, deadline_s: float) -> None:
         no_stream_s: float | None = None
@@ -392,14 +399,6 @@ class Gateway:
         cause = entry.replay_cause.value
         self.metrics.requests_replayed.add(cause)
         self.metrics.tokens_recomputed.add(cause, amount=entry.num_known_tokens)
-
-    def _observe_handed_over(self, call: GenerateCall) -> None:
-        metrics = self.metrics
-        metrics.prompt_tokens.add(amount=call.num_prompt_tokens)
-        metrics.request_params_n.observe(call.n)
-        for prompt in call.prompts:
-            metrics.request_prompt_tokens.observe(len(prompt.ids))
-            metrics.request_params_max_tokens.observe(prompt.params.max_tokens)
 
 
 def new_call_id(kind: CallKind) -> str:

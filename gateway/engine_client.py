@@ -69,6 +69,7 @@ class EngineClient:
         owner: told of requests that the worker hands back, and of its KV blocks.
         silence_limit_s: see ``SILENCE_LIMIT_S``.
         ping_s: see ``PING_S``.
+        engine: index of the worker among the attention workers.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class EngineClient:
         *,
         silence_limit_s: float = SILENCE_LIMIT_S,
         ping_s: float = PING_S,
+        engine: str = "",
     ) -> None:
         self.worker = worker
         self.hello: pb.EngineHello | None = None
@@ -95,6 +97,7 @@ class EngineClient:
         self._owner = owner
         self._silence_limit_s = silence_limit_s
         self._ping_s = ping_s
+        self._engine = engine
         self._submissions: dict[str, Submission] = {}
         self._outgoing: asyncio.Queue[pb.ToEngine | None] = asyncio.Queue()
         self._heard_s = time.monotonic()
@@ -108,6 +111,7 @@ class EngineClient:
     def submit(self, entry: Submission) -> None:
         """Hand a request over; its outputs go to its sink."""
         entry.home, entry.was_sent, entry.is_computing = self, True, True
+        entry.engine = self._engine
         self._submissions[entry.request.request_id] = entry
         self._count(entry)
         peer = entry.kv_peer

@@ -165,6 +165,7 @@ class EnginePool:
                 self,
                 silence_limit_s=self._silence_limit_s,
                 ping_s=self._ping_s,
+                engine=endpoint.engine,
             )
             self._clients[endpoint.name] = client
             announcer = asyncio.create_task(self._announce(client))

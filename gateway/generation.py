@@ -24,7 +24,7 @@ from gateway.call_notes import CallNotes, ChoiceNotes, PromptNotes
 from gateway.delta import ChoiceDelta, Finish, Usage
 from gateway.errors import error_from_engine
 from gateway.key_limits import Account
-from gateway.metrics import GatewayMetrics
+from gateway.metrics import EngineMetrics, GatewayMetrics
 from gateway.output_queue import OutputQueue
 from gateway.submission import Submission
 from gateway.text import (
@@ -208,6 +208,16 @@ class Generation:
     def assigned(self, request_id: str, submission: Submission) -> None:
         """Note that the engines have a request."""
         self._prompts[request_id].submission = submission
+
+    def handed_over(self) -> None:
+        """Count what was asked for, once all requests are assigned."""
+        prompts = list(self._prompts.values())
+        self._engine(prompts[0]).request_params_n.observe(self.call.n)
+        for prompt in prompts:
+            engine, num_tokens = self._engine(prompt), len(prompt.prompt.ids)
+            engine.prompt_tokens.inc(num_tokens)
+            engine.request_prompt_tokens.observe(num_tokens)
+            engine.request_params_max_tokens.observe(prompt.prompt.params.max_tokens)
 
     async def next(self, timeout_s: float | None = None) -> list[ChoiceDelta]:
         """The news that are there, after waiting for some; empty after ``timeout_s``.
@@ -444,28 +454,34 @@ class Generation:
         count = len(output.token_ids)
         if not count:
             return
-        now_s = time.monotonic()
+        now_s, engine = time.monotonic(), self._engine(choice.prompt)
         if not self._has_token:
-            self._metrics.time_to_first_token.observe(now_s - self._started_s)
+            engine.time_to_first_token.observe(now_s - self._started_s)
             self._has_token = True
         if choice.last_token_s is None:
             choice.first_token_s, choice.first_timings = now_s, output.timings
         else:
-            self._metrics.inter_token_latency.observe((now_s - choice.last_token_s) / count)
+            engine.inter_token_latency.observe((now_s - choice.last_token_s) / count)
         choice.last_token_s = now_s
 
     def _observe_choice(self, choice: _Choice, finish: Finish) -> None:
-        metrics, tokens = self._metrics, choice.text.num_tokens
-        metrics.request_success.add(finish.reason.value)
-        metrics.generation_tokens.add(amount=tokens)
-        metrics.request_generation_tokens.observe(tokens)
+        engine, tokens = self._engine(choice.prompt), choice.text.num_tokens
+        engine.add_success(finish.reason.value)
+        engine.generation_tokens.inc(tokens)
+        engine.request_generation_tokens.observe(tokens)
         if finish.timings is not None:
-            metrics.observe_timings(finish.timings)
+            engine.observe_timings(finish.timings)
         if tokens > 1 and choice.first_token_s is not None and choice.last_token_s is not None:
             mean_s = (choice.last_token_s - choice.first_token_s) / (tokens - 1)
-            metrics.time_per_output_token.observe(mean_s)
+            engine.time_per_output_token.observe(mean_s)
 
     def _observe_call(self) -> None:
-        self._metrics.e2e_latency.observe(time.monotonic() - self._started_s)
+        engine = self._engine(next(iter(self._prompts.values())))
+        engine.e2e_latency.observe(time.monotonic() - self._started_s)
         longest = max(choice.text.num_tokens for choice in self._all_choices())
-        self._metrics.request_max_num_generation_tokens.observe(longest)
+        engine.request_max_num_generation_tokens.observe(longest)
+
+    def _engine(self, prompt: _Prompt) -> EngineMetrics:
+        """Where what concerns a prompt is counted."""
+        submission = prompt.submission
+        return self._metrics.engine("" if submission is None else submission.engine)

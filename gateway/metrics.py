@@ -86,15 +86,15 @@ class GatewayMetrics:
         self._registry = CollectorRegistry()
         self._cluster = CollectorRegistry()
         self._own: set[str] = set()
+        self._of_engines = _EngineFamilies(prefix, self._registry)
+        self._own |= self._of_engines.names
+        self._engines: dict[str, EngineMetrics] = {}
         count, time = self._counter, self._histogram
         self.http_requests = count("http_requests", "HTTP requests", "route", "method", "status")
         self.grpc_requests = count("grpc_requests", "gRPC requests", "service", "method", "code")
         self.client_disconnects = count("client_disconnects", "Clients that left before the end")
         self.sse_events = count("sse_events", "Events sent on streams")
         self.admission_rejections = count("admission_rejections", "Calls turned away", "reason")
-        self.prompt_tokens = count("prompt_tokens", "Prompt tokens of accepted calls")
-        self.generation_tokens = count("generation_tokens", "Tokens delivered")
-        self.request_success = count("request_success", "Choices that ended", "finished_reason")
         self.requests_replayed = count(
             "requests_replayed", "Requests that went on at another attention worker", "cause"
         )
@@ -106,41 +106,6 @@ class GatewayMetrics:
         for cause in ReplayCause:
             self.requests_replayed.add(cause.value, amount=0)
             self.tokens_recomputed.add(cause.value, amount=0)
-        self.request_prompt_tokens = time(
-            "request_prompt_tokens", "Prompt tokens a prompt", _TOKEN_BUCKETS
-        )
-        self.request_generation_tokens = time(
-            "request_generation_tokens", "Tokens a choice", _TOKEN_BUCKETS
-        )
-        self.request_max_num_generation_tokens = time(
-            "request_max_num_generation_tokens", "Tokens of the longest choice", _TOKEN_BUCKETS
-        )
-        self.request_params_n = time("request_params_n", "n of a call", _COUNT_BUCKETS)
-        self.request_params_max_tokens = time(
-            "request_params_max_tokens", "max_tokens of a prompt", _TOKEN_BUCKETS
-        )
-        self.time_to_first_token = time(
-            "time_to_first_token_seconds", "From the call to its first token", _TTFT_BUCKETS
-        )
-        self.inter_token_latency = time(
-            "inter_token_latency_seconds", "Between two tokens of a choice", _ITL_BUCKETS
-        )
-        self.time_per_output_token = time(
-            "request_time_per_output_token_seconds", "Mean over a choice", _ITL_BUCKETS
-        )
-        self.e2e_latency = time(
-            "e2e_request_latency_seconds", "From the call to its end", _TIME_BUCKETS
-        )
-        self.queue_time = time("request_queue_time_seconds", "Waiting in an engine", _TIME_BUCKETS)
-        self.inference_time = time(
-            "request_inference_time_seconds", "From first work to the end", _TIME_BUCKETS
-        )
-        self.prefill_time = time(
-            "request_prefill_time_seconds", "From first work to the first token", _TIME_BUCKETS
-        )
-        self.decode_time = time(
-            "request_decode_time_seconds", "From the first token to the end", _TIME_BUCKETS
-        )
         self.stream_lag = time(
             "gateway_stream_lag_seconds", "From a token's arrival here to its sending", _ITL_BUCKETS
         )
@@ -152,12 +117,12 @@ class GatewayMetrics:
         self._cluster.register(RebalanceCollector(model_name, prefix, snapshot))
         self._cluster.register(RecoveryCollector(model_name, prefix, snapshot))
 
-    def observe_timings(self, timings: Timings) -> None:
-        """Count a choice's times in its engine."""
-        self.queue_time.observe(max(0.0, timings.first_dispatch_s))
-        self.prefill_time.observe(max(0.0, timings.first_token_s - timings.first_dispatch_s))
-        self.decode_time.observe(max(0.0, timings.finished_s - timings.first_token_s))
-        self.inference_time.observe(max(0.0, timings.finished_s - timings.first_dispatch_s))
+    def engine(self, index: str) -> EngineMetrics:
+        """What is counted of one engine: the index of an attention worker, "" before any has it."""
+        found = self._engines.get(index)
+        if found is None:
+            found = self._engines[index] = EngineMetrics(self._of_engines, self._model_name, index)
+        return found
 
     def own_families(self) -> list[dict[str, Any]]:
         """What this replica counts, as plain data for another one."""
@@ -184,6 +149,85 @@ class GatewayMetrics:
             self._prefix + name, text, ("model_name",), registry=self._registry, buckets=buckets
         )
         return metric.labels(self._model_name)
+
+
+_ENGINE_COUNTERS = {
+    "prompt_tokens": "Prompt tokens of accepted calls",
+    "generation_tokens": "Tokens delivered",
+    "request_success": "Choices that ended",
+}
+_ENGINE_HISTOGRAMS = {
+    "request_prompt_tokens": ("Prompt tokens a prompt", _TOKEN_BUCKETS),
+    "request_generation_tokens": ("Tokens a choice", _TOKEN_BUCKETS),
+    "request_max_num_generation_tokens": ("Tokens of the longest choice", _TOKEN_BUCKETS),
+    "request_params_n": ("n of a call", _COUNT_BUCKETS),
+    "request_params_max_tokens": ("max_tokens of a prompt", _TOKEN_BUCKETS),
+    "time_to_first_token_seconds": ("From the call to its first token", _TTFT_BUCKETS),
+    "inter_token_latency_seconds": ("Between two tokens of a choice", _ITL_BUCKETS),
+    "request_time_per_output_token_seconds": ("Mean over a choice", _ITL_BUCKETS),
+    "e2e_request_latency_seconds": ("From the call to its end", _TIME_BUCKETS),
+    "request_queue_time_seconds": ("Waiting in an engine", _TIME_BUCKETS),
+    "request_inference_time_seconds": ("From first work to the end", _TIME_BUCKETS),
+    "request_prefill_time_seconds": ("From first work to the first token", _TIME_BUCKETS),
+    "request_decode_time_seconds": ("From the first token to the end", _TIME_BUCKETS),
+}
+"""Names with a text and buckets; see ``EngineMetrics``."""
+
+
+class _EngineFamilies:
+    """The families of all ``EngineMetrics``."""
+
+    def __init__(self, prefix: str, registry: CollectorRegistry) -> None:
+        labels = ("model_name", "engine")
+        own = {"request_success": ("finished_reason",)}
+        self.counters = {
+            name: Counter(prefix + name, text, (*labels, *own.get(name, ())), registry=registry)
+            for name, text in _ENGINE_COUNTERS.items()
+        }
+        self.histograms = {
+            name: Histogram(prefix + name, text, labels, registry=registry, buckets=buckets)
+            for name, (text, buckets) in _ENGINE_HISTOGRAMS.items()
+        }
+        self.names = {f"{name}_total" for name in self.counters} | set(self.histograms)
+
+
+class EngineMetrics:
+    """What this replica counts of the calls that one engine computes, as vLLM labels it.
+
+    A call of several prompts counts where its first prompt is, a choice where its prompt is.
+    """
+
+    def __init__(self, families: _EngineFamilies, model_name: str, engine: str) -> None:
+        labels = (model_name, engine)
+        self._success = families.counters["request_success"]
+        self._labels = labels
+        self.prompt_tokens = families.counters["prompt_tokens"].labels(*labels)
+        self.generation_tokens = families.counters["generation_tokens"].labels(*labels)
+        found = {name: family.labels(*labels) for name, family in families.histograms.items()}
+        self.request_prompt_tokens = found["request_prompt_tokens"]
+        self.request_generation_tokens = found["request_generation_tokens"]
+        self.request_max_num_generation_tokens = found["request_max_num_generation_tokens"]
+        self.request_params_n = found["request_params_n"]
+        self.request_params_max_tokens = found["request_params_max_tokens"]
+        self.time_to_first_token = found["time_to_first_token_seconds"]
+        self.inter_token_latency = found["inter_token_latency_seconds"]
+        self.time_per_output_token = found["request_time_per_output_token_seconds"]
+        self.e2e_latency = found["e2e_request_latency_seconds"]
+        self._queue_time = found["request_queue_time_seconds"]
+        self._inference_time = found["request_inference_time_seconds"]
+        self._prefill_time = found["request_prefill_time_seconds"]
+        self._decode_time = found["request_decode_time_seconds"]
+
+    def add_success(self, reason: str) -> None:
+        """A choice ended."""
+        self._success.labels(*self._labels, reason).inc()
+
+    def observe_timings(self, timings: Timings) -> None:
+        """Count a choice's times in its engine."""
+        self._queue_time.observe(max(0.0, timings.first_dispatch_s))
+        self._prefill_time.observe(max(0.0, timings.first_token_s - timings.first_dispatch_s))
+        self._decode_time.observe(max(0.0, timings.finished_s - timings.first_token_s))
+        self._inference_time.observe(max(0.0, timings.finished_s - timings.first_dispatch_s))
 
 
 class _Labelled:

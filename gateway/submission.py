@@ -67,6 +67,8 @@ class Submission:
     """Who works on it; None while it waits for a worker."""
     last_worker: str = ""
     """Who had it last: gave it back, or was lost with it."""
+    engine: str = ""
+    """Index of the attention worker that it was sent to last."""
     num_deaths: int = 0
     """Workers that died with it since it last had a token."""
     is_alone: bool = False

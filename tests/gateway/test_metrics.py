@@ -50,6 +50,25 @@ GAUGES = [
     "expert_load_balancedness_achieved",
     "expert_load_balancedness_predicted",
 ]
+OF_ENGINES = [
+    "prompt_tokens",
+    "generation_tokens",
+    "request_success",
+    "request_prompt_tokens",
+    "request_generation_tokens",
+    "request_max_num_generation_tokens",
+    "request_params_n",
+    "request_params_max_tokens",
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "request_time_per_output_token_seconds",
+    "e2e_request_latency_seconds",
+    "request_queue_time_seconds",
+    "request_inference_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+]
+"""What vLLM labels with the engine."""
 HISTOGRAMS = [
     "recovery_stall_seconds",
     "rebalance_stall_seconds",
@@ -102,6 +121,20 @@ def test_names_types_and_labels(stack: Stack) -> None:
     assert all(sample.labels["model_name"] == "tiny" for sample in samples)
     assert not any(sample.name.endswith("_created") for sample in samples)
     assert "bad name" not in families
+
+
+def test_calls_are_counted_by_engine(stack: Stack) -> None:
+    """At 0 from the start; afterwards nowhere else."""
+    metrics = GatewayMetrics("tiny", lambda: None)
+    metrics.engine("7")
+    families = {f.name: f for f in text_string_to_metric_families(metrics.render().decode())}
+    for name in ("prompt_tokens", "generation_tokens"):
+        (sample,) = families[f"expertmesh:{name}"].samples
+        assert (sample.labels["engine"], sample.value) == ("7", 0.0)
+    complete(stack, prompt=["x", "y"], max_tokens=2)
+    scraped = _scrape(stack)
+    for name in OF_ENGINES:
+        assert {sample.labels["engine"] for sample in scraped[name].samples} == {"0"}, name
 
 
 def test_rebalancing_is_counted_by_outcome(stack: Stack) -> None:
