@@ -104,6 +104,7 @@ class _Format:
         self.call: GenerateCall = generation.call
         self._tokenizer = tokenizer
         self._parsers: dict[int, ToolParser] = {}
+        self._untold: dict[int, list[TokenText]] = {}  # they wait for what they are part of
         self._head = {
             "id": answer_id or generation.call_id,
             "created": generation.created,
@@ -237,22 +238,21 @@ class ChatFormat(_Format):
                 chunks[0]["prompt_logprobs"] = self._prompt_logprobs(delta.prompt_logprobs)
         if delta.text or delta.tokens or delta.finish:
             told, is_call = self._delta(delta)
-            if not (told or delta.finish or self._tells_tokens):
+            untold = self._untold.setdefault(delta.index, [])
+            untold.extend(delta.tokens)
+            if not (told or delta.finish):
                 return chunks  # what came may be part of a call
             choice: dict[str, Any] = {
                 "index": delta.index,
                 "delta": told,
-                "logprobs": self._logprobs(delta.tokens),
+                "logprobs": self._logprobs(untold),
                 **_finish_fields(delta.finish, is_call),
             }
             if self.call.return_token_ids:
-                choice["token_ids"] = [token.token_id for token in delta.tokens]
+                choice["token_ids"] = [token.token_id for token in untold]
+            untold.clear()
             chunks.append(self._chunk([choice]))
         return chunks
-
-    @property
-    def _tells_tokens(self) -> bool:
-        return self.call.logprobs is not None or self.call.return_token_ids
 
     def _delta(self, delta: ChoiceDelta) -> tuple[dict[str, Any], bool]:
         """A chunk's ``delta``, and whether the choice ends with calls."""

@@ -343,6 +343,22 @@ def test_both_codecs_give_the_same_calls(tool_stack: Stack, stub: InferenceStub)
     assert info.has_tools
 
 
+@pytest.mark.parametrize("fields", [{"logprobs": True}, {"return_token_ids": True}])
+def test_no_chunk_of_a_call_is_empty(tool_stack: Stack, fields: dict[str, Any]) -> None:
+    tool_stack.engine.script = saying(BOTH)
+    body = {"messages": USER, "tools": TOOLS, "n": 2, "stream": True, **fields}
+    choices = by_choice(parse_events(post(tool_stack, CHAT, **body).text))
+    expected = [*tiny_tokenizer().encode(BOTH), EOS_ID]
+    for opening, *entries in (choices[0], choices[1]):
+        assert opening["delta"] == {"role": "assistant", "content": ""}
+        assert [e for e in entries if not (e["delta"] or e["finish_reason"])] == []
+        if "logprobs" in fields:
+            told = [one["bytes"] for e in entries for one in e["logprobs"]["content"]]
+            assert told == [list(tiny_tokenizer().token_bytes(token)) for token in expected]
+        else:
+            assert [token for e in entries for token in e["token_ids"]] == expected
+
+
 def test_a_cut_call_says_length(tool_stack: Stack) -> None:
     tool_stack.engine.script = saying(CUT, end=False)
     body = {
