@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from gateway.tool_use import ToolForm, ToolUse
+from gateway.tool_use import AnswerForm, ToolUse
 from workers.inspection import Inspection
 from workers.prompt_embeds import PromptEmbeds
 from workers.request import Grammar, Request, SamplingParams
@@ -126,7 +126,7 @@ class GenerateFields:
     """Tokens of each prompt that are kept; -1 keeps what leaves room for the output."""
     truncation_side: str | None = None
     """left (default) or right: where tokens are dropped."""
-    tool_form: ToolForm | None = None
+    tool_form: AnswerForm | None = None
     """How calls are written; set once the model's chat template is known."""
 
 
@@ -180,7 +180,7 @@ class GenerateCall:
     """Prefixes are shared with calls of the same salt only."""
     return_tokens_as_token_ids: bool
     """Log-probabilities name tokens by number."""
-    tool_form: ToolForm | None = None
+    tool_form: AnswerForm | None = None
     """The output may hold calls in this form."""
     num_best: int | None = None
     """Choices a prompt that are told, those of the most probable tokens; None: all."""

@@ -15,7 +15,7 @@ from gateway.field_checks import check_chat
 from gateway.model import ModelFacts
 from gateway.render_template import PARAM
 from gateway.tokenizer import Tokenizer
-from gateway.tool_use import ToolForm
+from gateway.tool_use import AnswerForm, ToolForm
 from gateway.tools import tool_grammar
 from gateway.validate import check_context, check_token_ids, truncate
 
@@ -107,9 +107,13 @@ class PromptMaker:
         """The same fields, with the grammar that calls of their tools follow."""
         if fields.chat is None or fields.chat.tools is None:
             return fields
-        special_ids = self.require_tokenizer("tools").special_ids
-        grammar = tool_grammar(fields.chat.tools, form, special_ids, fields.grammar)
-        return replace(fields, grammar=grammar, tool_form=form, skip_special_tokens=False)
+        use, special_ids = fields.chat.tools, self.require_tokenizer("tools").special_ids
+        return replace(
+            fields,
+            grammar=tool_grammar(use, form, special_ids, fields.grammar),
+            tool_form=AnswerForm(calls=form, must_call=use.must_call),
+            skip_special_tokens=False,
+        )
 
     async def decode(self, ids: Sequence[int], facts: ModelFacts) -> str:
         """Text of token ids. Raises ``RequestError`` for one outside the vocabulary."""

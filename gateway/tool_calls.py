@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from gateway.tool_use import ToolForm
+from gateway.tool_use import AnswerForm
 
 _NAME = '{"name": "'
 _ARGUMENTS = '"arguments": '
@@ -61,11 +61,13 @@ class ToolParser:
 
     The result does not depend on how the text was cut into pieces. For example
     ``On it. <tool_call>\\n{"name": "f", "arguments": {"a": 1}}\\n</tool_call>`` is the content
-    ``On it. `` and one call of ``f``.
+    ``On it. `` and one call of ``f``. A mark that the answer's end cut is text, unless the answer
+    must be a call.
     """
 
-    def __init__(self, form: ToolForm) -> None:
-        self._mark = form.value
+    def __init__(self, form: AnswerForm) -> None:
+        self._mark = form.calls.value
+        self._must_call = form.must_call
         self._state = _State.TEXT
         self._waiting = ""
         self._depth = 0
@@ -89,7 +91,8 @@ class ToolParser:
         while self._step(content, calls):
             pass
         if is_last and self._state is _State.TEXT:
-            content.append(self._waiting)
+            if not self._must_call:
+                content.append(self._waiting)
             self._waiting = ""
         return ToolNews("".join(content), tuple(calls))
 
@@ -154,7 +157,7 @@ class ToolParser:
         return piece, False
 
 
-def parse_answer(form: ToolForm, text: str) -> tuple[str, list[ToolCall], bool]:
+def parse_answer(form: AnswerForm, text: str) -> tuple[str, list[ToolCall], bool]:
     """Content and calls of a whole answer, and whether the last call is complete."""
     parser = ToolParser(form)
     news = parser.feed(text, is_last=True)

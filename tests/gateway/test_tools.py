@@ -14,7 +14,7 @@ import pytest
 from cluster.errors import RequestError
 from gateway.chat_template import ChatTemplate
 from gateway.tool_calls import ToolParser, parse_answer
-from gateway.tool_use import Tool, ToolForm, ToolUse
+from gateway.tool_use import AnswerForm, Tool, ToolForm, ToolUse
 from gateway.tools import make_tool_use, tool_grammar
 from protos import inference_pb2 as pb
 from protos import types_pb2
@@ -80,7 +80,7 @@ def test_calls_are_found_however_the_text_is_cut(
     is_complete: bool,
     size: int,
 ) -> None:
-    parser = ToolParser(form)
+    parser = ToolParser(AnswerForm(calls=form))
     pieces = [text[start : start + size] for start in range(0, len(text), size)]
     news = [parser.feed(piece) for piece in pieces]
     news.append(parser.feed("", is_last=True))
@@ -92,10 +92,18 @@ def test_calls_are_found_however_the_text_is_cut(
     for place, (_, arguments) in enumerate(calls):
         assert "".join(d.arguments for d in deltas if d.index == place) == arguments
     assert parser.has_calls is is_complete
-    whole, found, complete = parse_answer(form, text)
+    whole, found, complete = parse_answer(AnswerForm(calls=form), text)
     assert (whole, complete) == (content, is_complete)
     assert [(call.name, call.arguments) for call in found] == calls
     assert len({call.call_id for call in found}) == len(found)
+
+
+def test_a_cut_mark_is_no_text_where_the_answer_must_be_a_call() -> None:
+    form = AnswerForm(calls=ToolForm.HERMES, must_call=True)
+    assert parse_answer(form, "<tool_cal") == ("", [], False)
+    parser = ToolParser(form)
+    news = [parser.feed("<to"), parser.feed("ol"), parser.feed("", is_last=True)]
+    assert [one.content for one in news] == ["", "", ""]
 
 
 # ---- the grammar ----------------------------------------------------------------------------
@@ -370,6 +378,34 @@ def test_a_cut_call_says_length(tool_stack: Stack) -> None:
     assert choice["finish_reason"] == "length"
     assert choice["message"]["tool_calls"][0]["function"]["arguments"] == ARGUMENTS[:20]
     assert choice["message"]["content"] is None
+
+
+@pytest.mark.parametrize("ending", [{"max_tokens": 5}, {"stop": ["_c"]}])
+@pytest.mark.parametrize(
+    ("choice", "is_kept"),
+    [
+        ("required", False),
+        ({"type": "function", "function": {"name": "weather"}}, False),
+        ("auto", True),
+    ],
+)
+def test_the_mark_of_a_cut_call(
+    tool_stack: Stack, stub: InferenceStub, ending: dict[str, Any], choice: Any, is_kept: bool
+) -> None:
+    tool_stack.engine.script = saying(FIRST)
+    text = "<tool" if is_kept else ""
+    body = {"messages": USER, "tools": TOOLS, "tool_choice": choice, **ending}
+    (whole,) = post(tool_stack, CHAT, **body).json()["choices"]
+    assert whole["message"]["content"] == text
+    assert "tool_calls" not in whole["message"]
+    entries = by_choice(parse_events(post(tool_stack, CHAT, **body, stream=True).text))[0]
+    assert "".join(entry["delta"].get("content", "") for entry in entries) == text
+    chat: dict[str, Any] = {"messages": USER, "tools": [{"name": "weather"}]}
+    chat |= {"tool_choice": choice} if isinstance(choice, str) else {"tool_name": "weather"}
+    message = request_of(messages=chat, sampling_params=ending)
+    assert stub.Generate(message, timeout=WAIT_S).choices[0].text == text
+    chunks = stub.GenerateStream(message, timeout=WAIT_S)
+    assert "".join(chunk.text for chunk in chunks) == text
 
 
 @pytest.mark.parametrize(
