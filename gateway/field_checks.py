@@ -64,6 +64,20 @@ def check_messages(count: int, num_parts: int) -> None:
     require(num_parts <= MAX_PARTS, "messages", message)
 
 
+def given_one(**values: object) -> str:
+    """Name of the one field of several that is set.
+
+    Raises:
+        RequestError: none is set, or more than one.
+    """
+    names, all_names = [name for name in values if values[name] is not None], " and ".join(values)
+    if not names:
+        message = f"one of {all_names} is required"
+        raise RequestError(message, next(iter(values)), "missing_required_parameter")
+    require(len(names) == 1, names[0], f"{all_names} cannot be set together")
+    return names[0]
+
+
 def _check_counts(fields: GenerateFields, limits: GatewaySection) -> None:
     check_range("n", fields.n, 1, limits.max_n)
     _check_best_of(fields, limits)

@@ -26,7 +26,7 @@ from gateway.convert import (
 )
 from gateway.core import Gateway, new_call_id
 from gateway.errors import RouteError, report_error
-from gateway.field_checks import check_stream
+from gateway.field_checks import check_stream, given_one
 from gateway.http_edge import (
     OPEN_PATHS,
     HttpEdge,
@@ -152,9 +152,7 @@ class HttpApi:
         body = parse_body(TokenizeBody, data)
         gateway = self._gateway
         gateway.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            message = "one of prompt and messages is required"
-            raise RequestError(message, "prompt", "missing_required_parameter")
+        given_one(prompt=body.prompt, messages=body.messages)
         if body.prompt is None:
             rendered = await gateway.prompts.render(chat_input(body))
             ids = await gateway.prompts.encode(rendered.text, bool(body.add_special_tokens))

@@ -161,24 +161,32 @@ class Reader:
         )
 
     async def score(
-        self, queries: Sequence[Prompt], documents: Sequence[Prompt], options: ReadingOptions
+        self,
+        queries: Sequence[Prompt],
+        documents: Sequence[Prompt],
+        options: ReadingOptions,
+        names: tuple[str, str] = ("queries", "documents"),
     ) -> Scored:
-        """Scores of documents behind queries. Raises what ``Gateway.start`` raises."""
+        """Scores of documents behind queries; ``names`` are the fields that they came from.
+
+        Raises what ``Gateway.start`` raises.
+        """
+        name, other = names
         require(
             len(queries) in (1, len(documents)),
-            "queries",
-            f"{len(queries)} queries do not go with {len(documents)} documents: "
+            name,
+            f"{name} ({len(queries)}) do not go with {other} ({len(documents)}): "
             "there must be one, or as many",
         )
 
         async def make(facts: ModelFacts) -> list[Reading]:
-            before = await self._ids(queries, facts, options, "queries")
-            behind = await self._ids(documents, facts, options, "documents", special=False)
+            before = await self._ids(queries, facts, options, name)
+            behind = await self._ids(documents, facts, options, other, special=False)
             if len(before) == 1:
                 before *= len(behind)
-            return [scored_reading(*pair, "queries") for pair in zip(before, behind, strict=True)]
+            return [scored_reading(*pair, name) for pair in zip(before, behind, strict=True)]
 
-        found, usage = await self.read(make, "score", "documents", options)
+        found, usage = await self.read(make, "score", other, options)
         rows = [floats(one.arrays[0]) for one in found]
         return Scored(
             scores=tuple(float(np.nanmean(row, dtype=np.float64)) for row in rows), usage=usage
@@ -187,7 +195,9 @@ class Reader:
     async def _label_readings(
         self, ids: Sequence[tuple[int, ...]], labels: Sequence[str], facts: ModelFacts
     ) -> list[Reading]:
-        require(len(labels) > 0, "labels", "labels is required: the model has no classes")
+        if not labels:
+            message = "labels is required: the model has no classes"
+            raise RequestError(message, "labels", "missing_required_parameter")
         limits = self._gateway.limits
         most = limits.max_choices
         require(

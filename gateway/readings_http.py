@@ -13,10 +13,11 @@ from typing import Any, Literal, TypeVar
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from cluster.errors import RequestError, UnsupportedParameterError
+from cluster.errors import UnsupportedParameterError
 from gateway.convert import PRIORITY_HEADER, header_priority, prompt_list
 from gateway.core import Gateway
 from gateway.delta import Usage
+from gateway.field_checks import given_one
 from gateway.http_edge import Responder, dump_json, read_json, run_until_gone, timeout_header_s
 from gateway.inspect_json import InspectBody, inspect_answer, inspect_fields
 from gateway.inspecting import MAX_JSON_BYTES, Inspecting
@@ -169,9 +170,12 @@ async def _score(
     reader: Reader, data: Mapping[str, Any], options: ReadingOptions
 ) -> dict[str, Any]:
     body, options = parse_reading(ScoreBody, data, options)
-    queries = _one_of("queries", body.queries, "text_1", body.text_1)
-    documents = _one_of("documents", body.documents, "text_2", body.text_2)
-    scored = await reader.score(prompt_list(queries), prompt_list(documents), options)
+    names = (
+        given_one(queries=body.queries, text_1=body.text_1),
+        given_one(documents=body.documents, text_2=body.text_2),
+    )
+    queries, documents = (prompt_list(getattr(body, name)) for name in names)
+    scored = await reader.score(queries, documents, options, names)
     rows = [
         {"object": "score", "index": index, "score": score}
         for index, score in enumerate(scored.scores)
@@ -199,16 +203,6 @@ def parse_reading(
         cache_salt=body.cache_salt,
         timeout_s=options.timeout_s,
     )
-
-
-def _one_of(
-    name: str, value: PromptField | None, other_name: str, other: PromptField | None
-) -> PromptField:
-    found = other if value is None else value
-    if found is None or (value is not None and other is not None):
-        message = f"one of {name} and {other_name} is required"
-        raise RequestError(message, name, "missing_required_parameter")
-    return found
 
 
 def _list(

@@ -280,7 +280,6 @@ def test_unknown_methods(stack: Stack, method: str, path: str) -> None:
 @pytest.mark.parametrize(
     ("path", "fields", "param"),
     [
-        ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "x", "messages": []}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
         ("/tokenize", {"prompt": 5}, "prompt"),
@@ -293,6 +292,15 @@ def test_bad_tokenize_bodies(stack: Stack, path: str, fields: Any, param: str) -
     response = post(stack, path, **fields)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+
+
+def test_one_field_of_two(stack: Stack) -> None:
+    response = post(stack, "/tokenize")
+    _check(response, 400, "missing_required_parameter", "prompt")
+    assert response.json()["error"]["message"] == "one of prompt and messages is required"
+    response = post(stack, "/tokenize", prompt="x", messages=[])
+    _check(response, 400, "invalid_value", "prompt")
+    assert response.json()["error"]["message"] == "prompt and messages cannot be set together"
 
 
 @pytest.mark.parametrize("value", ["x", "-1", "0", "1.5", "9" * 20])

@@ -19,6 +19,7 @@ from tests.gateway.stack import MODEL, Stack, post
 from tests.gateway.test_grpc import failure
 
 INVALID, CONTEXT, UNBUILT = "invalid_value", "context_length_exceeded", "unsupported_parameter"
+MISSING = "missing_required_parameter"
 PATHS = {"/v1/embeddings": "Embed", "/classify": "Classify", "/score": "Score"}
 
 
@@ -71,7 +72,7 @@ BOTH: list[tuple[str, dict[str, Any], Any, str, str]] = [
         "cache_salt",
         INVALID,
     ),
-    ("/classify", {"input": [5]}, pb.ClassifyRequest(input=_ids([5])), "labels", INVALID),
+    ("/classify", {"input": [5]}, pb.ClassifyRequest(input=_ids([5])), "labels", MISSING),
     (
         "/classify",
         {"input": [5], "labels": ["a", ""]},
@@ -296,7 +297,7 @@ def test_both_codecs_refuse_alike(
 @pytest.mark.parametrize(
     ("path", "fields", "param", "code"),
     [
-        ("/v1/embeddings", {}, "input", "missing_required_parameter"),
+        ("/v1/embeddings", {}, "input", MISSING),
         ("/v1/embeddings", {"input": 5}, "input", INVALID),
         ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format", INVALID),
         ("/v1/embeddings", {"input": "a", "dimensions": 8}, "dimensions", "unsupported_parameter"),
@@ -306,13 +307,17 @@ def test_both_codecs_refuse_alike(
             "truncate_prompt_tokens",
             "unsupported_parameter",
         ),
-        ("/score", {"queries": "a"}, "documents", "missing_required_parameter"),
+        ("/score", {"queries": "a"}, "documents", MISSING),
         (
             "/score",
             {"queries": "a", "text_1": "b", "documents": "c"},
             "queries",
-            "missing_required_parameter",
+            INVALID,
         ),
+        ("/score", {"text_1": "", "text_2": "b"}, "text_1", INVALID),
+        ("/score", {"text_1": "a", "text_2": ""}, "text_2", INVALID),
+        ("/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_1", INVALID),
+        ("/score", {"text_1": [5] * 400, "text_2": [6] * 200}, "text_2", CONTEXT),
         ("/classify", {"input": "a", "attention_mask": [0.5]}, "attention_mask", INVALID),
         ("/classify", {"input": [[5], [6, None]]}, "input", INVALID),
         ("/classify", {"input": [5], "labels": "yes"}, "labels", INVALID),
@@ -324,7 +329,7 @@ def test_both_codecs_refuse_alike(
         ("/v1/embeddings", {"input": [5], "prompt_embeds": "AAAA"}, "prompt_embeds", UNBUILT),
         ("/score", {"queries": [5], "documents": {"a": 1}}, "documents", INVALID),
         ("/score", {"queries": [5] * 400, "documents": [6] * 200}, "documents", CONTEXT),
-        ("/v1/inspect", {"outputs": ["loss"]}, "token_ids", "missing_required_parameter"),
+        ("/v1/inspect", {"outputs": ["loss"]}, "token_ids", MISSING),
         ("/v1/inspect", {"token_ids": "a", "outputs": ["loss"]}, "token_ids", INVALID),
         ("/v1/inspect", {"token_ids": [5], "outputs": "loss"}, "outputs", INVALID),
         ("/v1/inspect", {"token_ids": [5], "outputs": ["loss"], "labels": [{}]}, "labels", INVALID),
@@ -407,7 +412,7 @@ def test_a_grpc_prompt_needs_text_or_ids(stack: Stack) -> None:
         stub = InferenceStub(channel)
         status, _, details = failure(lambda: stub.Embed(pb.EmbedRequest(input=[pb.Input()])))
     assert status is grpc.StatusCode.INVALID_ARGUMENT
-    assert details["ErrorInfo"].reason == "missing_required_parameter"
+    assert details["ErrorInfo"].reason == MISSING
 
 
 def test_priority_reaches_the_engine_and_errors_come_back(stack: Stack) -> None:
