@@ -42,12 +42,18 @@ class ChatTemplate:
     Args:
         source: Jinja text.
         variables: special tokens by name (``bos_token`` and so on).
+        field: the request's field that brought it; None for the model's own.
 
     Raises:
         CheckpointError: the text is not a template.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        variables: Mapping[str, str] | None = None,
+        field: str | None = None,
+    ) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
         )
@@ -59,6 +65,7 @@ class ChatTemplate:
             names = meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as err:
             raise CheckpointError(f"the chat template is not valid: {err}") from err
+        self._field = field
         self.variables = dict(variables or {})
         """Special tokens by name."""
         self.has_tools = "tools" in names
@@ -97,10 +104,14 @@ class ChatTemplate:
             LookupError,
             RecursionError,
         ) as err:
-            raise RequestError(
-                f"messages do not fit the model's chat template: {err}", "messages"
-            ) from err
+            raise self._misfit(err) from err
         return _cut_at_end_of(text, messages[-1]) if continue_final_message else text
+
+    def _misfit(self, reason: Exception) -> RequestError:
+        if self._field is not None:
+            return RequestError(f"{self._field} does not fit the messages: {reason}", self._field)
+        told = f"messages do not fit the model's chat template: {reason}"
+        return RequestError(told, "messages")
 
 
 def _cut_at_end_of(text: str, message: Mapping[str, Any]) -> str:

@@ -150,6 +150,8 @@ class PromptMaker:
         if fields.truncate_prompt_tokens is None:
             self._check_length(rendered.text, facts, "messages")
         encoded = await self.encode(rendered.text, bool(fields.add_special_tokens))
+        if fields.chat.template is not None and not encoded:
+            raise RequestError(f"{PARAM} makes an empty prompt", PARAM)
         fields = self._with_tools(fields, rendered.tool_form)
         return fields, [(None, truncate(encoded, fields, facts))]
 

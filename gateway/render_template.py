@@ -29,7 +29,7 @@ PARAM = "chat_template"
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
     """What becomes of one template."""
     try:
-        template = ChatTemplate(asked["source"], asked["variables"])
+        template = ChatTemplate(asked["source"], asked["variables"], PARAM)
     except CheckpointError as err:
         return {"error": f"{PARAM}: {err}", "param": PARAM}
     form = template.tool_form

@@ -120,10 +120,12 @@ def test_a_template_of_the_client_s_needs_trust(stack: Stack) -> None:
         assert trusting.engine.requests[0].prompt == tuple(BACKEND.encode(f"hi!{EOS}").ids)
         tokens = post(trusting, "/tokenize", **fields).json()["tokens"]
         assert tokens == BACKEND.encode(f"hi!{EOS}").ids
-        for wrong in ("{% if %}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}", _ENDLESS):
+        for wrong in ("{% if %}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}", _ENDLESS, ""):
             response = post(trusting, "/v1/chat/completions", messages=USER, chat_template=wrong)
             assert response.status_code == 400
-            assert response.json()["error"]["code"] == "invalid_value"
+            error = response.json()["error"]
+            assert (error["code"], error["param"]) == ("invalid_value", "chat_template")
+            assert error["message"].startswith("chat_template")
 
 
 def test_without_a_template_there_is_no_chat() -> None:

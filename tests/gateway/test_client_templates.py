@@ -48,7 +48,8 @@ def test_what_is_no_template_is_refused() -> None:
 def test_what_refuses_the_conversation_says_so() -> None:
     error = render("{{ raise_exception('no') }}").error
     assert error is not None
-    assert error.param == "messages"
+    assert error.param == "chat_template"
+    assert str(error) == "chat_template does not fit the messages: no"
 
 
 def test_a_template_sees_nothing_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
