@@ -304,15 +304,17 @@ def _template_message(message: Message, place: int) -> dict[str, Any]:
         fields["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
         fields["tool_calls"] = [
-            _template_call(call.id, call.function.name, call.function.arguments, path)
-            for call in message.tool_calls
+            _template_call(
+                call.id, call.function.name, call.function.arguments, f"{path}.tool_calls[{index}]"
+            )
+            for index, call in enumerate(message.tool_calls)
         ]
     return {**fields, "role": message.role, "content": _content(message, path)}
 
 
 def _template_call(call_id: str | None, name: str, arguments: str, path: str) -> dict[str, Any]:
     """A call of an earlier answer; templates read its arguments as an object."""
-    told = {"name": name, "arguments": _json_object(arguments, f"{path}.tool_calls")}
+    told = {"name": name, "arguments": _json_object(arguments, f"{path}.function.arguments")}
     named = {} if call_id is None else {"id": call_id}
     return {**named, "type": "function", "function": told}
 
@@ -378,10 +380,10 @@ def _grpc_message(message: types_pb2.ChatMessage, place: int) -> dict[str, Any]:
         if message.HasField(name):
             fields[name] = getattr(message, name)
     if message.tool_calls:
-        path = f"messages[{place}]"
+        path = f"messages[{place}].tool_calls"
         fields["tool_calls"] = [
-            _template_call(_optional(call, "id"), call.name, call.arguments, path)
-            for call in message.tool_calls
+            _template_call(_optional(call, "id"), call.name, call.arguments, f"{path}[{index}]")
+            for index, call in enumerate(message.tool_calls)
         ]
     return fields
 

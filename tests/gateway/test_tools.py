@@ -421,8 +421,8 @@ def test_the_mark_of_a_cut_call(
         ),
         ({"tool_choice": "required"}, "tool_choice"),
         (
-            {"messages": [{"role": "assistant", "tool_calls": [BROKEN_CALL]}]},
-            "messages[0].tool_calls",
+            {"messages": [*USER, {"role": "assistant", "tool_calls": [BROKEN_CALL]}]},
+            "messages[1].tool_calls[0].function.arguments",
         ),
     ],
 )
@@ -430,6 +430,24 @@ def test_wrong_tool_fields(tool_stack: Stack, fields: dict[str, Any], param: str
     response = post(tool_stack, CHAT, **{"messages": USER, **fields})
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"), [("{bad", "must be JSON text"), ("[]", "must be the JSON text of an ob")]
+)
+def test_both_codecs_name_the_call_with_wrong_arguments(
+    tool_stack: Stack, stub: InferenceStub, arguments: str, rule: str
+) -> None:
+    called = [{"name": "now", "arguments": "{}"}, {"name": "now", "arguments": arguments}]
+    earlier = {"role": "assistant", "tool_calls": [{"function": one} for one in called]}
+    error = post(tool_stack, CHAT, messages=[*USER, earlier]).json()["error"]
+    path = "messages[1].tool_calls[1].function.arguments"
+    assert error["param"] == path
+    assert error["message"].startswith(f"{path} {rule}")
+    message = request_of(messages={"messages": [*USER, {**earlier, "tool_calls": called}]})
+    _, told, details = failure(lambda: stub.Generate(message, timeout=WAIT_S))
+    assert told == error["message"]
+    assert details["BadRequest"].field_violations[0].field == path
 
 
 def test_models_without_tools_refuse_them(stack: Stack) -> None:
