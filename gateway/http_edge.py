@@ -40,6 +40,8 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/read
 """Served without a key."""
 BODY_TIMEOUT_S = 60.0
 """Time a client has to send its body."""
+MAX_TIMEOUT_MS = 99_999_999_999
+"""Longest time that a client can ask for; the server's own limit is shorter."""
 _DRAIN_FACTOR = 8
 """A body above the limit is read up to this many times the limit, so that its sender can see the
 answer, and is cut off beyond."""
@@ -209,13 +211,15 @@ async def read_json(request: Request, max_bytes: int, max_depth: int) -> dict[st
 
 
 def timeout_header_s(request: Request) -> float | None:
-    """The client's own time limit. Raises ``RequestError`` if it is not a number."""
+    """The client's own time limit. Raises ``RequestError`` for what is none."""
     name = "x-request-timeout-ms"
     value = request.headers.get(name)
     if value is None:
         return None
-    if not (value.isascii() and value.isdecimal() and 0 < len(value) < 12 and int(value) > 0):
-        raise RequestError(f"{name} ({value[:32]!r}) must be a whole number above 0", name)
+    is_number = value.isascii() and value.isdecimal() and len(value) <= len(str(MAX_TIMEOUT_MS))
+    if not (is_number and int(value) > 0):
+        rule = f"must be a whole number from 1 to {MAX_TIMEOUT_MS}"
+        raise RequestError(f"{name} ({value[:32]!r}) {rule}", name)
     return int(value) / 1000
 
 
