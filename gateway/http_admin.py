@@ -53,12 +53,12 @@ def build_admin_app(gateway: Gateway) -> FastAPI:
         exception_handlers={HTTPException: route_error},
     )
     calls = AdminCalls(gateway)
-    for method, path, name in ROUTES:
-        endpoint = _Endpoint(gateway, calls, name)
-        app.router.routes.append(Route(path, endpoint.serve, methods=[method]))
-    app.router.routes.append(Route("/health", _health, methods=["GET"]))
-    paths = frozenset(path for _, path, _ in ROUTES)
-    app.add_middleware(HttpEdge, gateway=gateway, keys=gateway.admin_keys, routes=paths)
+    routes = [
+        Route(path, _Endpoint(gateway, calls, name).serve, methods=[method])
+        for method, path, name in ROUTES
+    ]
+    app.router.routes.extend([*routes, Route("/health", _health, methods=["GET"])])
+    app.add_middleware(HttpEdge, gateway=gateway, keys=gateway.admin_keys, routes=routes)
     return app
 
 

@@ -82,12 +82,11 @@ def build_http_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:
     )
     routes = api.routes()
     app.router.routes.extend(routes)
-    paths = frozenset(route.path for route in routes if isinstance(route, Route))
     app.add_middleware(
         HttpEdge,
         gateway=gateway,
         keys=gateway.keys,
-        routes=paths,
+        routes=routes,
         adds_request_id=adds_request_id,
         open_paths=OPEN_PATHS | {"/metrics"} if gateway.limits.public_metrics else OPEN_PATHS,
     )

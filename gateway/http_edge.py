@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import (
@@ -91,6 +92,22 @@ class Responder:
         await self.body(raw)
 
 
+class RouteNames:
+    """Names of routes for metrics: as many as there are routes, whatever paths clients send."""
+
+    def __init__(self, routes: Sequence[BaseRoute]) -> None:
+        known = [route for route in routes if isinstance(route, Route)]
+        self._fixed = frozenset(route.path for route in known if not route.param_convertors)
+        self._patterns = [route for route in known if route.param_convertors]
+
+    def of(self, path: str) -> str:
+        """For example ``/v1/models/{model}``; ``other`` where there is no route."""
+        if path in self._fixed:
+            return path
+        found = (one.path_format for one in self._patterns if one.path_regex.match(path))
+        return next(found, "other")
+
+
 class HttpEdge:
     """ASGI middleware around the whole application.
 
@@ -98,7 +115,7 @@ class HttpEdge:
         app: the application.
         gateway: gives metrics and the placement epoch.
         keys: who may come in.
-        routes: paths that are counted by name; all others count as ``other``.
+        routes: what is counted by its path, or its pattern; all else counts as ``other``.
         open_paths: served without a key.
         adds_request_id: False behind Serve, which adds the header to every answer itself.
     """
@@ -108,7 +125,7 @@ class HttpEdge:
         app: ASGIApp,
         gateway: Gateway,
         keys: KeyRing,
-        routes: frozenset[str],
+        routes: Sequence[BaseRoute],
         adds_request_id: bool = True,
         open_paths: frozenset[str] = OPEN_PATHS,
     ) -> None:
@@ -116,7 +133,7 @@ class HttpEdge:
         self._gateway = gateway
         self._keys = keys
         self._open_paths = open_paths
-        self._routes = routes
+        self._names = RouteNames(routes)
         self._adds_request_id = adds_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -152,7 +169,7 @@ class HttpEdge:
             status = status or responder.status or 500
             if status == 499:
                 self._gateway.metrics.client_disconnects.add()
-            route = path if path in self._routes else "other"
+            route = self._names.of(path)
             self._gateway.metrics.http_requests.add(route, scope["method"], str(status))
             if trace is not None:
                 trace.end(CLIENT_GONE if status == 499 else "")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
+import httpx
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.metrics import GatewayMetrics
 from tests.gateway.fakes import FakeController
 from tests.gateway.sse_client import read_events
-from tests.gateway.stack import Stack, complete, post
+from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, post
 
 MOST_SERIES = 1500
 COUNTERS = [
@@ -294,3 +295,22 @@ def test_paths_of_clients_make_no_series(stack: Stack) -> None:
     routes = {s.labels["route"] for s in _scrape(stack)["http_requests"].samples}
     assert "other" in routes
     assert not any("unknown" in route for route in routes)
+
+
+def test_routes_are_counted_by_their_pattern(stack: Stack) -> None:
+    model = "/v1/models/{model}"
+    before = _scrape(stack)
+    stack.http.get(f"/v1/models/{MODEL}")
+    stack.http.get("/v1/models/unknown")
+    with httpx.Client(base_url=f"http://{stack.admin.http}", timeout=WAIT_S) as admin:
+        admin.get("/admin/v1/operations/unknown")
+    after = _scrape(stack)
+    for route, status in (
+        (model, "200"),
+        (model, "404"),
+        ("/admin/v1/operations/{id}", "404"),
+    ):
+        of = {"route": route, "method": "GET", "status": status}
+        num_before = _value(before, "http_requests", "_total", **of)
+        assert _value(after, "http_requests", "_total", **of) == num_before + 1
+    assert "unknown" not in {s.labels["route"] for s in after["http_requests"].samples}
