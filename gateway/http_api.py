@@ -36,6 +36,7 @@ from gateway.http_edge import (
     read_json,
     run_until_gone,
     timeout_header_s,
+    within_time,
 )
 from gateway.metrics import CONTENT_TYPE
 from gateway.openai_format import ChatFormat, CompletionFormat, ResponseFormat, collect
@@ -147,6 +148,10 @@ class HttpApi:
     async def tokenize(self, request: Request) -> Response:
         """Text or a conversation to token ids."""
         data = await self._read(request)
+        async with within_time(self._time_s(request)):
+            return await self._tokenize(data)
+
+    async def _tokenize(self, data: dict[str, Any]) -> Response:
         check_unbuilt(data, "tokenize")
         body = parse_body(TokenizeBody, data)
         gateway = self._gateway
@@ -169,10 +174,12 @@ class HttpApi:
 
     async def detokenize(self, request: Request) -> Response:
         """Token ids to text."""
-        body = parse_body(DetokenizeBody, await self._read(request))
-        self._gateway.check_model(body.model)
-        facts = self._gateway.require_facts()
-        return _answer({"prompt": await self._gateway.prompts.decode(body.tokens, facts)})
+        data = await self._read(request)
+        async with within_time(self._time_s(request)):
+            body = parse_body(DetokenizeBody, data)
+            self._gateway.check_model(body.model)
+            facts = self._gateway.require_facts()
+            return _answer({"prompt": await self._gateway.prompts.decode(body.tokens, facts)})
 
     async def health(self, request: Request) -> Response:
         """The process is alive."""
@@ -235,6 +242,9 @@ class HttpApi:
     async def _read(self, request: Request) -> dict[str, Any]:
         limits = self._gateway.limits
         return await read_json(request, limits.max_body_bytes, limits.max_json_depth)
+
+    def _time_s(self, request: Request) -> float:
+        return self._gateway.timeout_s(timeout_header_s(request))
 
     def _model(self) -> dict[str, Any]:
         gateway = self._gateway

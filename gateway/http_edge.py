@@ -12,7 +12,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -238,6 +238,16 @@ def timeout_header_s(request: Request) -> float | None:
         rule = f"must be a whole number from 1 to {MAX_TIMEOUT_MS}"
         raise RequestError(f"{name} ({value[:32]!r}) {rule}", name)
     return int(value) / 1000
+
+
+@contextlib.asynccontextmanager
+async def within_time(limit_s: float) -> AsyncIterator[None]:
+    """Cancel what takes longer. Raises ``DeadlineExceededError`` then."""
+    try:
+        async with asyncio.timeout(limit_s):
+            yield
+    except TimeoutError as err:
+        raise DeadlineExceededError("the request's time is over", started=True) from err
 
 
 async def run_until_gone(

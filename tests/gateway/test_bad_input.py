@@ -306,9 +306,10 @@ def test_one_field_of_two(stack: Stack) -> None:
 @pytest.mark.parametrize("value", ["x", "-1", "0", "1.5", "9" * 12, "9" * 20])
 def test_bad_time_limits(stack: Stack, value: str) -> None:
     headers = {"x-request-timeout-ms": value}
-    response = stack.http.post(COMPLETIONS, json={"prompt": "x"}, headers=headers)
-    _check(response, 400, "invalid_value", "x-request-timeout-ms")
-    assert "must be a whole number from 1 to 99999999999" in response.json()["error"]["message"]
+    for path in (COMPLETIONS, "/tokenize", "/detokenize"):
+        response = stack.http.post(path, json={"prompt": "x", "tokens": [5]}, headers=headers)
+        told = _check(response, 400, "invalid_value", "x-request-timeout-ms")
+        assert "must be a whole number from 1 to 99999999999" in told
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from cluster.gateway_config import GatewaySection
-from tests.gateway.fakes import ScriptedEngine, attention_entry
+from gateway.tokenizer import Tokenizer
+from tests.gateway.fakes import ScriptedEngine, attention_entry, tiny_backend
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
 from workers.request import Timings
 
@@ -153,6 +154,42 @@ def test_time_limits(moody: Stack, is_started: bool, status: int) -> None:
     assert (error["type"], error["code"]) == ("timeout_error", "deadline_exceeded")
     assert response.headers.get("x-should-retry") == ("false" if is_started else None)
     moody.wait_for(lambda: not moody.engine.running, "the abort")
+
+
+class _StuckTokenizer(Tokenizer):
+    """Goes on when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny_backend())
+        self.may_go_on = threading.Event()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """See ``Tokenizer``."""
+        self.may_go_on.wait(WAIT_S)
+        return super().encode(text, add_special_tokens)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """See ``Tokenizer``."""
+        self.may_go_on.wait(WAIT_S)
+        return super().decode(ids, skip_special_tokens)
+
+
+def test_time_limits_of_the_tokenizer() -> None:
+    tokenizer = _StuckTokenizer()
+    bodies: dict[str, dict[str, Any]] = {
+        "/tokenize": {"prompt": "x" * 5000},
+        "/detokenize": {"tokens": [5]},
+    }
+    with running_stack(tokenizer=tokenizer) as stack:
+        for path, body in bodies.items():
+            response = stack.http.post(path, json=body, headers={"x-request-timeout-ms": "50"})
+            assert response.status_code == 504, response.text
+            error = response.json()["error"]
+            assert (error["type"], error["code"]) == ("timeout_error", "deadline_exceeded")
+            assert response.headers["x-should-retry"] == "false"
+        tokenizer.may_go_on.set()
+        for path, body in bodies.items():
+            assert post(stack, path, **body).status_code == 200
 
 
 @pytest.mark.parametrize(("begun_s", "status"), [(0.2, 408), (0.1, 504)])
