@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import RequestError
+from gateway.absent_app import AbsentAppGuard
 from gateway.freed_memory import start_returning
 from gateway.http_protocol import bound_headers
 from gateway.tls import demand_client_certificates
@@ -21,7 +22,7 @@ REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="")
 """Name of the request that the running task serves; empty outside of one."""
 PROXY_CALLBACK = "gateway.request_id.proxy_middlewares"
 """For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, set before Ray is started: Serve's proxy then
-takes the guard below in."""
+takes our guards in."""
 _FIT = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -59,4 +60,4 @@ def proxy_middlewares() -> list[Middleware]:
     demand_client_certificates()
     bound_headers()
     start_returning()
-    return [Middleware(RequestIdGuard)]
+    return [Middleware(AbsentAppGuard), Middleware(RequestIdGuard)]  # from the inside out

@@ -133,6 +133,7 @@ def _serve_cluster(gateway: Deployed) -> None:
 def test_the_gateway_from_its_start_to_its_end(deployed: Deployed) -> None:
     """One test, as a deployment is expensive: the steps are named below."""
     _is_up_before_the_cluster(deployed)
+    _is_not_elsewhere(deployed)
     _serve_cluster(deployed)
     _answers_over_http(deployed)
     _streams(deployed)
@@ -151,6 +152,12 @@ def _is_up_before_the_cluster(gateway: Deployed) -> None:
             InferenceStub(channel).Generate(pb.GenerateRequest(text="x"), timeout=LIMIT_S)
         error: Any = caught.value
         assert error.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def _is_not_elsewhere(gateway: Deployed) -> None:
+    response = httpx.get(f"http://127.0.0.1:{gateway.port}/elsewhere")
+    assert response.status_code == 404
+    assert response.headers["content-type"].startswith("text/plain")
 
 
 def _answers_over_http(gateway: Deployed) -> None:
@@ -239,3 +246,11 @@ def _ends(gateway: Deployed) -> None:
     host, port = gateway.grpc_target.split(":")
     with pytest.raises(OSError):
         socket.create_connection((host, int(port)), timeout=1.0).close()
+    url = f"http://127.0.0.1:{gateway.port}/-/routes"
+    gateway.wait_for(lambda: httpx.get(url).json() == {}, "the proxy to know it")
+    for path in ("/health", "/v1/models"):
+        response = gateway.http.get(path, headers={"x-request-id": "mine"})
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "not_ready"
+        assert response.headers["retry-after-ms"] == "1000"
+        assert response.headers.get_list("x-request-id") == ["mine"]
