@@ -18,6 +18,8 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EndStage = Literal["lead", "refuse", "fail"]
 """How a gateway ends with its server: requests are led elsewhere but served, then none is taken,
 then those that are left are told that it is over."""
+MAX_BODY_BYTES = 8 * 1024 * 1024
+"""Largest HTTP body unless told."""
 RoutingPolicyName = Literal["kv", "least-loaded", "round-robin"]
 
 
@@ -77,7 +79,7 @@ class GatewaySection:
     """Answers name the gateway replica that gave them."""
     trust_request_chat_template: bool = False
     """Render the chat templates that clients send; a template can keep a core busy for ever."""
-    max_body_bytes: int = 8 * 1024 * 1024
+    max_body_bytes: int = MAX_BODY_BYTES
     """Largest HTTP body."""
     max_json_depth: int = 64
     """Deepest nesting of an HTTP body."""

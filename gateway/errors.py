@@ -94,6 +94,8 @@ class ErrorReport:
         headers = {}
         if self.http_status == 401:
             headers["www-authenticate"] = "Bearer"
+        if self.http_status == 413:
+            headers["connection"] = "close"  # not all of the body may have been read
         if self.retry_after_s is not None:
             headers["retry-after"] = str(math.ceil(self.retry_after_s))
             headers["retry-after-ms"] = str(int(self.retry_after_s * 1000))

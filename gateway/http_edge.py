@@ -29,6 +29,7 @@ from cluster.errors import (
 )
 from gateway.auth import KeyRing
 from gateway.core import Gateway
+from gateway.early_answers import waits_to_send
 from gateway.errors import ClientGoneError, report_error
 from gateway.key_limits import Account
 from gateway.request_id import HEADER, REQUEST_ID, choose_request_id
@@ -46,6 +47,8 @@ MAX_TIMEOUT_MS = 99_999_999_999
 _DRAIN_FACTOR = 8
 """A body above the limit is read up to this many times the limit, so that its sender can see the
 answer, and is cut off beyond."""
+_DRAIN_PAUSE_S = 5.0
+"""It is read no more when nothing comes for so long."""
 _THREAD_BYTES = 65_536
 """Larger bodies are parsed in a thread."""
 _PIECE = 4096
@@ -217,11 +220,7 @@ async def read_json(request: Request, max_bytes: int, max_depth: int) -> dict[st
     kind = given.partition(";")[0].strip()
     if not (kind.lower() == "application/json" or kind.lower().endswith("+json")):
         raise RequestError(f"content-type {kind[:64]!r} must be application/json", "content-type")
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            raw = await _read_body(request, max_bytes)
-    except TimeoutError as err:
-        raise DeadlineExceededError("the body did not come in time") from err
+    raw = await _read_body(request, max_bytes)
     if len(raw) <= _THREAD_BYTES:
         return parse_json(raw, max_depth)
     return await asyncio.to_thread(parse_json, raw, max_depth)
@@ -300,18 +299,37 @@ def _is_list(value: object) -> TypeGuard[Sequence[object]]:
 async def _read_body(request: Request, max_bytes: int) -> bytes:
     length = request.headers.get("content-length", "")
     is_too_large = length.isdecimal() and int(length) > max_bytes
-    chunks: list[bytes] = []
+    pieces = request.stream()
     total = 0
-    async for chunk in request.stream():
-        total += len(chunk)
-        is_too_large = is_too_large or total > max_bytes
-        if not is_too_large:
-            chunks.append(chunk)
-        elif total > max_bytes * _DRAIN_FACTOR:
-            break
-    if is_too_large:
-        raise RequestTooLargeError(f"the body is above the limit of {max_bytes} bytes")
-    return b"".join(chunks)
+    if not is_too_large:
+        chunks: list[bytes] = []
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                async for chunk in pieces:
+                    total += len(chunk)
+                    if total > max_bytes:
+                        break
+                    chunks.append(chunk)
+                else:
+                    return b"".join(chunks)
+        except TimeoutError as err:
+            raise DeadlineExceededError("the body did not come in time") from err
+    if not (is_too_large and waits_to_send(request.headers)):
+        await _drain(pieces, max_bytes * _DRAIN_FACTOR - total)
+    raise RequestTooLargeError(f"the body is above the limit of {max_bytes} bytes")
+
+
+async def _drain(pieces: AsyncIterator[bytes], max_bytes: int) -> None:
+    """Read to the end, up to a size, or until nothing more comes."""
+    now_s = asyncio.get_running_loop().time
+    end_s = now_s() + BODY_TIMEOUT_S
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_PAUSE_S) as limit:
+            async for chunk in pieces:
+                max_bytes -= len(chunk)
+                if max_bytes < 0:
+                    return
+                limit.reschedule(min(end_s, now_s() + _DRAIN_PAUSE_S))
 
 
 async def _wait_gone(receive: Receive) -> None:

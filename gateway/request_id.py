@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import RequestError
 from gateway.absent_app import AbsentAppGuard
+from gateway.early_answers import EarlyAnswerGuard
 from gateway.freed_memory import start_returning
 from gateway.http_protocol import bound_headers
 from gateway.tls import demand_client_certificates
@@ -60,4 +61,5 @@ def proxy_middlewares() -> list[Middleware]:
     demand_client_certificates()
     bound_headers()
     start_returning()
-    return [Middleware(AbsentAppGuard), Middleware(RequestIdGuard)]  # from the inside out
+    inside_out = (AbsentAppGuard, EarlyAnswerGuard, RequestIdGuard)
+    return [Middleware(guard) for guard in inside_out]

@@ -205,6 +205,16 @@ def _refuses_bad_input(gateway: Deployed) -> None:
         assert response.status_code == status
         assert response.json()["error"]["code"] == code
 
+    head = (
+        f"POST {PREFIX}/v1/completions HTTP/1.1\r\nhost: test\r\nexpect: 100-continue\r\n"
+        "content-type: application/json\r\ncontent-length: 9000000\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=LIMIT_S) as client:
+        client.sendall(head.encode())
+        received = b"".join(iter(lambda: client.recv(4096), b""))
+    # a busy machine takes longer than the proxy waits
+    assert received.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").startswith(b"HTTP/1.1 413")
+
 
 def _notices_clients_that_leave(gateway: Deployed) -> None:
     gateway.engine.step_s = 0.02

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from cluster.gateway_config import GatewaySection
+from gateway import http_edge
 from gateway.reading_bodies import ReadingBody
 from gateway.schema import parse_body
 from tests.gateway.fakes import EOS_ID, MAX_MODEL_LEN, VOCAB_SIZE
@@ -249,6 +250,47 @@ def test_a_large_body_without_a_length(stack: Stack) -> None:
     headers = {"content-type": "application/json"}
     response = stack.http.post(COMPLETIONS, content=chunks(), headers=headers, timeout=WAIT_S)
     _check(response, 413, "request_too_large", None)
+
+
+def _announce(stack: Stack, *lines: str, body: bytes = b"", length: int = 9_000_000) -> bytes:
+    """What comes back until the server closes, for a body that is announced and does not come."""
+    parts = urlsplit(stack.url)
+    head = (
+        f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        + "".join(f"{line}\r\n" for line in (f"content-length: {length}", *lines))
+    )
+    address = (parts.hostname or "", parts.port or 0)
+    with socket.create_connection(address, timeout=WAIT_S) as connection:
+        connection.sendall(head.encode() + b"\r\n" + body)
+        received = b""
+        while piece := connection.recv(65_536):
+            received += piece
+    return received
+
+
+def test_a_client_that_waits_is_not_told_to_send_too_much(stack: Stack) -> None:
+    received = _announce(stack, "expect: 100-continue")
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 413")
+    assert b"connection: close" in head
+    assert json.loads(body)["error"]["code"] == "request_too_large"
+
+
+@pytest.mark.parametrize("body", [b"", b"{"])
+def test_a_large_body_that_stops_is_too_large_not_late(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    monkeypatch.setattr(http_edge, "BODY_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(http_edge, "_DRAIN_PAUSE_S", 0.02)
+    received = _announce(stack, body=body)
+    assert received.startswith(b"HTTP/1.1 413")
+    assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_too_large"
+
+
+def test_a_body_that_stops_is_late(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_edge, "BODY_TIMEOUT_S", 0.02)
+    received = _announce(stack, "connection: close", body=b"{", length=9)
+    assert received.startswith(b"HTTP/1.1 408")
 
 
 def test_unknown_models(stack: Stack) -> None:
