@@ -26,6 +26,7 @@ from cluster.errors import (
     KeyLimitError,
     RequestError,
     RequestTooLargeError,
+    UnsupportedParameterError,
 )
 from gateway.auth import KeyRing
 from gateway.core import Gateway
@@ -212,7 +213,7 @@ async def read_json(request: Request, max_bytes: int, max_depth: int) -> dict[st
     """The object in a request's body.
 
     Raises:
-        RequestError: not JSON, not declared as JSON, or nested too deeply.
+        RequestError: not JSON, not declared as JSON, compressed, or nested too deeply.
         RequestTooLargeError: above the limit.
         DeadlineExceededError: the client sends too slowly.
     """
@@ -220,6 +221,10 @@ async def read_json(request: Request, max_bytes: int, max_depth: int) -> dict[st
     kind = given.partition(";")[0].strip()
     if not (kind.lower() == "application/json" or kind.lower().endswith("+json")):
         raise RequestError(f"content-type {kind[:64]!r} must be application/json", "content-type")
+    coding = request.headers.get("content-encoding", "identity").strip()
+    if coding.lower() not in ("", "identity"):
+        name = "content-encoding"
+        raise UnsupportedParameterError(f"{name} {coding[:64]!r} is not supported", name)
     raw = await _read_body(request, max_bytes)
     if len(raw) <= _THREAD_BYTES:
         return parse_json(raw, max_depth)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 from collections.abc import Iterator
@@ -226,6 +227,16 @@ def test_whole_numbers_in_any_spelling(stack: Stack) -> None:
     assert len(choices) == 3
     assert {len(choice["logprobs"]["tokens"]) for choice in choices} == {2}
     assert parse_body(ReadingBody, {"priority": -3.0}).priority == -3
+
+
+def test_a_compressed_body_is_refused_by_name(stack: Stack) -> None:
+    raw = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    response = stack.http.post(COMPLETIONS, content=gzip.compress(raw), headers=headers)
+    message = _check(response, 400, "unsupported_parameter", "content-encoding")
+    assert "'gzip'" in message
+    plain = headers | {"content-encoding": "identity"}
+    assert stack.http.post(COMPLETIONS, content=raw, headers=plain).status_code == 200
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
