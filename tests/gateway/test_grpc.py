@@ -478,6 +478,7 @@ def test_limits_and_keepalive(stack: Stack) -> None:
         "grpc.max_send_message_length": 64 * 2**20,
         "grpc.keepalive_time_ms": 30_000,
         "grpc.keepalive_timeout_ms": 10_000,
+        "grpc.http2.ping_timeout_ms": 10_000,
         "grpc.keepalive_permit_without_calls": 1,
         "grpc.http2.max_ping_strikes": 0,
         "grpc.http2.min_recv_ping_interval_without_data_ms": 10_000,
