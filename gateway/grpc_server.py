@@ -27,7 +27,8 @@ _READY_POLL_S = 0.1
 _SPARE_CALLS = 64
 """Calls beyond the queue's limit that still get through, so that probes do and so that it is us who
 refuse, with a retry time."""
-
+_METADATA_BYTES = 16 * 1024
+"""Of a call, with gRPC's own; as HTTP/2 counts: names, values and 32 bytes an entry."""
 
 CONNECTION_AGE_S = 600.0
 """After so long a connection takes no new calls: clients come again, and spread over the replicas
@@ -49,7 +50,9 @@ def server_options(so_reuseport: bool = True) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", 16 * 1024 * 1024),
         ("grpc.max_send_message_length", 64 * 1024 * 1024),
-        ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.max_metadata_size", _METADATA_BYTES),
+        # refused from here on; between the two chance would decide
+        ("grpc.absolute_max_metadata_size", _METADATA_BYTES + 1),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.ping_timeout_ms", 10_000),  # gRPC closes by this one, after 60 s if not told
