@@ -243,12 +243,7 @@ class Rebalancing:
             logger.warning("no rebalancing: %s", self._problem)
             return
         self._problem = ""
-        if decision.action == "none":
-            self._counts.decided("skipped_gain")
-        elif now - self._rested_at < self._section.interval_s:
-            self._counts.decided("skipped_churn")
-        else:
-            self._start(decision, load.profile, None, now)
+        self._follow(decision, load.profile, None, now)
 
     def _answer(self, asked: _Asked, future: Future[RebalanceDecision], now: float) -> None:
         """An order has been decided."""
@@ -260,8 +255,7 @@ class Rebalancing:
             return
         decision = future.result()
         operation.result = result_of(decision, is_dry)
-        if not is_dry and decision.action != "none":
-            self._start(decision, asked.load.profile, operation, now)
+        if not is_dry and self._follow(decision, asked.load.profile, operation, now):
             return
         verb = "would be done" if is_dry else "is done"
         text = describe(decision) if decision.action != "none" else f"nothing {verb}"
@@ -275,6 +269,23 @@ class Rebalancing:
         return self._asked[1] if self._plans.waits(self._asked[1]) else None
 
     # ---- carrying out ---------------------------------------------------------------------
+
+    def _follow(
+        self,
+        decision: RebalanceDecision,
+        profile: LoadProfile,
+        operation: Operation | None,
+        now: float,
+    ) -> bool:
+        """Start a change, or count why there is none; an order need not wait for the interval."""
+        if decision.action == "none":
+            self._counts.decided("skipped_gain")
+        elif operation is None and now - self._rested_at < self._section.interval_s:
+            self._counts.decided("skipped_churn")
+        else:
+            self._start(decision, profile, operation, now)
+            return True
+        return False
 
     def _start(
         self,

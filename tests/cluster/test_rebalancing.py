@@ -149,6 +149,21 @@ def test_an_even_load_is_not_worth_it() -> None:
     assert status(cluster)["phase"] == ""
 
 
+def test_an_order_that_is_not_worth_it_is_counted_and_a_dry_run_is_not() -> None:
+    cluster = make(enable_eplb=False)
+    begin = cluster.controller.rebalancing.begin
+    window(cluster, EVEN)
+    begin(RebalanceOrder(), cluster.now)
+    obey(cluster)
+    window(cluster, EVEN)
+    before = outcomes(cluster).get("skipped_gain", 0)
+    for is_dry, counted in ((True, 0), (False, 1)):
+        operation = begin(RebalanceOrder(dry_run=is_dry), cluster.now)
+        assert operation.result["action"] == "none"
+        assert operation.message.startswith("nothing")
+        assert outcomes(cluster).get("skipped_gain", 0) == before + counted
+
+
 def test_changes_keep_their_distance() -> None:
     cluster = make(interval_s=1000.0)
     window(cluster, SKEWED)
