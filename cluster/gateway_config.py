@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,13 +15,20 @@ _LIMITS = (
     *("max_stop_chars", "request_timeout_s"),
 )
 _METRICS_PREFIX = re.compile("[a-zA-Z_:][a-zA-Z0-9_:]*")
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EndStage = Literal["lead", "refuse", "fail"]
 """How a gateway ends with its server: requests are led elsewhere but served, then none is taken,
 then those that are left are told that it is over."""
 MAX_BODY_BYTES = 8 * 1024 * 1024
 """Largest HTTP body unless told."""
 RoutingPolicyName = Literal["kv", "least-loaded", "round-robin"]
+
+
+def is_loopback(host: str) -> bool:
+    """Nobody else reaches a server on this interface; an empty one is all interfaces."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def reachable_host(host: str) -> str:
@@ -156,13 +164,13 @@ class GatewaySection:
         check(is_name, "metrics_prefix", self.metrics_prefix, rule)
         check_choice("routing_policy", self.routing_policy, RoutingPolicyName)
         check(
-            self.host in _LOOPBACK or self.asks_for_keys or self.allow_unauthenticated,
+            is_loopback(self.host) or self.asks_for_keys or self.allow_unauthenticated,
             "host",
             self.host,
             "is public: give --api-key or --api-key-file, or say --allow-unauthenticated",
         )
         check(
-            self.admin_host in _LOOPBACK or self.asks_for_admin_keys,
+            is_loopback(self.admin_host) or self.asks_for_admin_keys,
             "admin_host",
             self.admin_host,
             "is public: give --admin-key or --admin-key-file",

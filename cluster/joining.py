@@ -13,14 +13,8 @@ from typing import Any
 
 from cluster.cluster_calls import ask_controller
 from cluster.errors import ConfigError, NotReadyError, StartError
-from cluster.gateway_config import GatewaySection
-from cluster.launch_plan import (
-    EVERY_INTERFACE,
-    LOOPBACK,
-    LaunchPlan,
-    check_ports,
-    tell_differences,
-)
+from cluster.gateway_config import GatewaySection, is_loopback
+from cluster.launch_plan import EVERY_INTERFACE, LaunchPlan, check_ports, tell_differences
 from cluster.node_labels import selector_for
 from cluster.resources import NodeResources
 
@@ -140,7 +134,7 @@ def _reach(plan: LaunchPlan, gateways: tuple[NodeResources, ...]) -> str:
     host = plan.config.gateway.host
     if host in EVERY_INTERFACE:
         return gateways[0].address if gateways else head_address()
-    if gateways and host in LOOPBACK:
+    if gateways and is_loopback(host):
         rule = "is for one node only, and nodes are labelled for the gateway: 0.0.0.0 is for all"
         raise ConfigError("host", host, rule)
     return ""

@@ -31,8 +31,6 @@ _PORTS = (20_000, 30_000)
 _PORT_TRIES = 50
 EVERY_INTERFACE = ("0.0.0.0", "::")
 """Hosts that stand for every interface."""
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-"""Hosts that nobody else reaches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from cluster.cli.client import Client
 from cluster.cli.exit_codes import CommandError, ExitCode
 from cluster.errors import ExpertMeshError, NotReadyError
-from cluster.launch_plan import LOOPBACK
+from cluster.gateway_config import is_loopback
 
 _CALL_LIMIT_S = 10.0
 
@@ -77,8 +77,10 @@ def find_admin(args: argparse.Namespace) -> Client | None:
     address = gateways[0].get("admin_http")
     if not address:
         raise CommandError(ExitCode.REFUSED, "the cluster has no admin port")
-    is_here = urlsplit(client.url).hostname in LOOPBACK
-    if urlsplit(f"//{address}").hostname in LOOPBACK and not is_here and through_ray:
+    is_here, is_local = (
+        is_loopback(urlsplit(url).hostname or "") for url in (client.url, f"//{address}")
+    )
+    if is_local and not is_here and through_ray:
         return None
     scheme = urlsplit(client.url).scheme
     return Client(calls, f"{scheme}://{address}")

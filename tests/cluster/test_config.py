@@ -92,6 +92,19 @@ def test_public_host_needs_keys_or_consent() -> None:
     assert GatewaySection(host="0.0.0.0", allow_unauthenticated=True).host == "0.0.0.0"
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "127.255.0.9", "::1", "localhost"])
+def test_any_loopback_address_needs_no_key(host: str) -> None:
+    assert GatewaySection(host=host, admin_host=host).host == host
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "128.0.0.1", "127.0.0.1.example", "local"])
+def test_any_other_address_is_public(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"^host .* is public"):
+        GatewaySection(host=host)
+    with pytest.raises(ConfigError, match=r"admin_host .* is public"):
+        GatewaySection(admin_host=host)
+
+
 def test_fingerprint_changes_with_what_workers_must_share() -> None:
     base = make_config()
     assert base.fingerprint() == make_config(gateway={"port": 9999}).fingerprint()
