@@ -21,6 +21,7 @@ from cluster.cli.security_options import without_keys
 from cluster.cli.serve_config import asked_for, build_config, make_plan
 from cluster.cli.serve_options import add_serve_options, collect, wanted_model
 from cluster.cli.terminal import note, out_json, out_line
+from cluster.config import ClusterConfig
 from cluster.errors import CheckpointError, ConfigError, StartError
 from cluster.launch_plan import LaunchPlan, check_ports, tell_differences
 from cluster.model_source import ModelSource, find_model
@@ -238,18 +239,30 @@ class _Preparation:
 
 def _ready(args: argparse.Namespace, plan: LaunchPlan, url: str, grpc: str) -> None:
     _print_ready(args, plan.name, url, grpc)
-    key = " -H 'Authorization: Bearer KEY'" if plan.config.gateway.asks_for_keys else ""
-    model = plan.config.model.served_model_name
+    for hint in call_hints(plan.config, url, grpc):
+        note(f"  {hint}")
+    if plan.command == "serve":
+        note("  stop with Ctrl-C")
+
+
+def call_hints(config: ClusterConfig, url: str, grpc: str) -> tuple[str, ...]:
+    """How to call a server: with curl, grpcurl and Python."""
+    section = config.gateway
+    key = " -H 'Authorization: Bearer KEY'" if section.asks_for_keys else ""
+    model = config.model.served_model_name
     body = json.dumps({"model": model, "prompt": "ROMEO:", "max_tokens": 40, "stream": True})
     call = json.dumps({"text": "ROMEO:", "sampling_params": {"max_tokens": 40}})
     curl, grpcurl = ("curl -N", "-plaintext")
-    if plan.config.gateway.has_tls:
+    if section.has_tls:
         curl, grpcurl = ("curl --cacert CA.pem -N", "-cacert CA.pem")
-    note(f"  {curl} {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'")
-    note(f"  grpcurl {grpcurl}{key} -d '{call}' {grpc} expertmesh.v1.Inference/GenerateStream")
-    note(f"  openai.OpenAI(base_url='{url}/v1', api_key='{'KEY' if key else 'none'}')")
-    if plan.command == "serve":
-        note("  stop with Ctrl-C")
+    if section.tls_client_ca is not None:
+        curl += " --cert CLIENT.crt --key CLIENT.key"
+        grpcurl += " -cert CLIENT.crt -key CLIENT.key"
+    return (
+        f"{curl} {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'",
+        f"grpcurl {grpcurl}{key} -d '{call}' {grpc} expertmesh.v1.Inference/GenerateStream",
+        f"openai.OpenAI(base_url='{url}/v1', api_key='{'KEY' if key else 'none'}')",
+    )
 
 
 def _print_ready(args: argparse.Namespace, name: str, http: str, grpc: str) -> None:
