@@ -62,6 +62,8 @@ class GenerateFields:
     """New tokens at most."""
     max_tokens_name: str = "max_tokens"
     """The field that ``max_tokens`` came from, for messages."""
+    prompt_name: str = field(default="prompt", compare=False)
+    """The field that the prompts came from, for messages."""
     min_tokens: int | None = None
     """New tokens before anything but max_tokens may end the choice."""
     temperature: float | None = None

@@ -31,6 +31,7 @@ from workers.request import Grammar
 
 PRIORITY_HEADER = "x-priority"
 """HTTP header and gRPC metadata for clients that cannot send the field."""
+_PRIORITY_DIGITS = 10
 _COMMON = (
     "model",
     "add_special_tokens",
@@ -138,6 +139,7 @@ def grpc_fields(request: pb.GenerateRequest) -> GenerateFields:
     return GenerateFields(
         kind=CallKind.CHAT if source == "messages" else CallKind.COMPLETION,
         model=request.model or None,
+        prompt_name=source,
         prompts=_grpc_prompts(request, source) if embeds is None else ((0,) * embeds.num_tokens,),
         embeds=embeds,
         best_of=drawn.get("best_of"),
@@ -213,11 +215,16 @@ def with_header_priority(fields: GenerateFields, header: str | None) -> Generate
 
 
 def header_priority(header: str | None) -> int | None:
-    """The number in ``PRIORITY_HEADER``. Raises ``RequestError`` if it is not a whole number."""
+    """The number in ``PRIORITY_HEADER``.
+
+    Raises ``RequestError`` if it is not a whole number, or one of more digits than any that fits.
+    """
     if header is None:
         return None
-    if not re.fullmatch(r"[+-]?[0-9]{1,10}", header.strip()):
-        message = f"{PRIORITY_HEADER} ({header[:32]!r}) must be a whole number"
+    number = re.fullmatch(r"[+-]?([0-9]+)", header.strip())
+    if number is None or len(number[1]) > _PRIORITY_DIGITS:
+        rule = f"at least {-(2**31)} and at most {2**31 - 1}" if number else "a whole number"
+        message = f"{PRIORITY_HEADER} ({header[:32]!r}) must be {rule}"
         raise RequestError(message, PRIORITY_HEADER)
     return int(header)
 

@@ -117,8 +117,9 @@ def check_stream(fields: GenerateFields) -> None:
 
 def _check_prompts(fields: GenerateFields, limits: GatewaySection) -> None:
     count, most = len(fields.prompts), min(limits.max_batch_prompts, limits.max_queue)
-    require(count > 0, "prompt", "prompt must not be empty")
-    check_length("prompt", count, most)
+    field = fields.prompt_name
+    require(count > 0, field, f"{field} must not be empty")
+    check_length(field, count, most)
     name = "n" if fields.best_of is None else "best_of"
     choices = count * (fields.best_of or fields.n or 1)
     require(
@@ -127,7 +128,7 @@ def _check_prompts(fields: GenerateFields, limits: GatewaySection) -> None:
         f"prompts times {name} ({choices}) must be at most {limits.max_choices}",
     )
     for prompt in fields.prompts:
-        require(len(prompt) > 0, "prompt", "prompt must not be empty")
+        require(len(prompt) > 0, field, f"{field} must not be empty")
 
 
 def _check_sampling(fields: GenerateFields) -> None:

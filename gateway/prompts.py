@@ -164,7 +164,7 @@ class PromptMaker:
         if cuts:
             whole = await self._encode_mixed(fields.prompts, special)
             return [(None, truncate(one, fields, facts)) for one in whole]
-        ids = await self.make_ids(fields.prompts, facts, special, "prompt")
+        ids = await self.make_ids(fields.prompts, facts, special, fields.prompt_name)
         texts = (prompt if isinstance(prompt, str) else None for prompt in fields.prompts)
         return list(zip(texts, ids, strict=True))
 

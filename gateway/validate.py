@@ -41,7 +41,7 @@ def finish_call(
         ContextLengthError: prompt and output do not fit.
     """
     _check_ids(fields, bad_words, model)
-    field = "messages" if fields.kind is CallKind.CHAT else "prompt"
+    field = "messages" if fields.kind is CallKind.CHAT else fields.prompt_name
     for _, ids in prompts:
         require(len(ids) > 0, field, f"{field} must not be empty")
         check_token_ids(field, ids, model.vocab_size)
@@ -158,7 +158,7 @@ def check_context(num_tokens: int, max_tokens: int, model: ModelFacts, name: str
 
 
 def _max_tokens(fields: GenerateFields, num_tokens: int, model: ModelFacts) -> int:
-    name = "messages" if fields.kind is CallKind.CHAT else "prompt"
+    name = "messages" if fields.kind is CallKind.CHAT else fields.prompt_name
     if fields.max_tokens is not None:
         prompt_only = num_tokens >= model.context_tokens
         check_context(

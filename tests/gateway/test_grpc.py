@@ -185,10 +185,10 @@ CODES = grpc.StatusCode
     ("fields", "code", "reason", "field"),
     [
         ({}, CODES.INVALID_ARGUMENT, "missing_required_parameter", "input"),
-        ({"text": ""}, CODES.INVALID_ARGUMENT, "invalid_value", "prompt"),
-        ({"token_ids": {}}, CODES.INVALID_ARGUMENT, "invalid_value", "prompt"),
-        ({"token_ids": {"ids": [9999]}}, CODES.INVALID_ARGUMENT, "invalid_value", "prompt"),
-        ({"text": "x" * 9999}, CODES.INVALID_ARGUMENT, "context_length_exceeded", "prompt"),
+        ({"text": ""}, CODES.INVALID_ARGUMENT, "invalid_value", "text"),
+        ({"token_ids": {}}, CODES.INVALID_ARGUMENT, "invalid_value", "token_ids"),
+        ({"token_ids": {"ids": [9999]}}, CODES.INVALID_ARGUMENT, "invalid_value", "token_ids"),
+        ({"text": "x" * 9999}, CODES.INVALID_ARGUMENT, "context_length_exceeded", "text"),
         ({"text": "x", "model": "other"}, CODES.NOT_FOUND, "model_not_found", "model"),
         ({"embeddings": {}}, CODES.INVALID_ARGUMENT, "invalid_value", "embeddings"),
         (
@@ -280,6 +280,22 @@ def test_messages_that_cannot_be_decoded(stack: Stack, method: str) -> None:
     assert details["ErrorInfo"].reason
     assert "decoded" in message
     assert not stack.engine.requests
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"text": ""}, "text must not be empty"),
+        ({"token_ids": {}}, "token_ids must not be empty"),
+        ({"messages": {}}, "messages must not be empty"),
+    ],
+)
+def test_an_empty_input_is_called_by_its_field(
+    stub: InferenceStub, fields: dict[str, Any], told: str
+) -> None:
+    _, message, details = failure(lambda: stub.Generate(request_of(**fields)))
+    assert message == told
+    assert details["BadRequest"].field_violations[0].description == told
 
 
 def test_large_messages(stub: InferenceStub) -> None:

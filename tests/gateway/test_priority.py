@@ -87,6 +87,7 @@ def test_over_grpc(
         ({}, {"x-priority": ""}, "x-priority"),
         ({"priority": 1}, {"x-priority": "1e3"}, "x-priority"),
         ({}, {"x-priority": "9999999999"}, "priority"),
+        ({}, {"x-priority": "-99999999999999999999999"}, "x-priority"),
     ],
 )
 def test_what_is_no_priority(
@@ -98,6 +99,14 @@ def test_what_is_no_priority(
     assert (error["code"], error["param"]) == ("invalid_value", param)
     assert param in error["message"]
     assert not stack.engine.requests
+
+
+@pytest.mark.parametrize("digits", [10, 23, 5000])
+def test_a_priority_of_many_digits_is_told_its_range(stack: Stack, digits: int) -> None:
+    response = stack.http.post(COMPLETIONS, json=PLAIN, headers={"x-priority": "9" * digits})
+    assert response.status_code == 400
+    bounds = "must be at least -2147483648 and at most 2147483647"
+    assert bounds in response.json()["error"]["message"]
 
 
 def test_what_is_no_priority_over_grpc(stack: Stack, stub: InferenceStub) -> None:
