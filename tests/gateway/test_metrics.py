@@ -51,10 +51,7 @@ GAUGES = [
     "expert_load_balancedness_achieved",
     "expert_load_balancedness_predicted",
 ]
-OF_ENGINES = [
-    "prompt_tokens",
-    "generation_tokens",
-    "request_success",
+OF_CALLS = [
     "request_prompt_tokens",
     "request_generation_tokens",
     "request_max_num_generation_tokens",
@@ -69,26 +66,15 @@ OF_ENGINES = [
     "request_prefill_time_seconds",
     "request_decode_time_seconds",
 ]
+OF_ENGINES = ["prompt_tokens", "generation_tokens", "request_success", *OF_CALLS]
 """What vLLM labels with the engine."""
 HISTOGRAMS = [
     "recovery_stall_seconds",
     "rebalance_stall_seconds",
-    "request_prompt_tokens",
-    "request_generation_tokens",
-    "request_max_num_generation_tokens",
-    "request_params_n",
-    "request_params_max_tokens",
-    "time_to_first_token_seconds",
-    "inter_token_latency_seconds",
-    "request_time_per_output_token_seconds",
-    "e2e_request_latency_seconds",
-    "request_queue_time_seconds",
-    "request_inference_time_seconds",
-    "request_prefill_time_seconds",
-    "request_decode_time_seconds",
     "gateway_stream_lag_seconds",
     "migration_seconds",
     "iteration_tokens_total",
+    *OF_CALLS,
 ]
 
 
