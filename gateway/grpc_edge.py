@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -106,7 +107,7 @@ class GrpcEdge(AbstractContextManager["GrpcEdge"]):
         traceback: TracebackType | None,
     ) -> None:
         if self._caller is not None:
-            self._caller.leave()
+            self._caller.leave(time.monotonic())
         untold = ""
         if isinstance(error, asyncio.CancelledError | GeneratorExit):
             left_s = self._context.time_remaining()

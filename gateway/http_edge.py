@@ -169,7 +169,7 @@ class HttpEdge:
             await self._answer_error(err, request_id, responder)
         finally:
             if caller is not None:
-                caller.leave()
+                caller.leave(time.monotonic())
             status = status or responder.status or 500
             if status == 499:
                 self._gateway.metrics.client_disconnects.add()

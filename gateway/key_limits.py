@@ -10,8 +10,10 @@ from __future__ import annotations
 from cluster.errors import KeyLimitError
 from gateway.key_file import KeyEntry, KeyLimits
 
-_BUSY_RETRY_S = 1.0
-"""Nobody knows when a request of the key will end."""
+_UNKNOWN_RETRY_S = 1.0
+"""Retry time while none of the key's requests has ended yet."""
+_MEMORY = 0.95
+"""Weight of the past in the mean life of a request, at each end: some twenty requests."""
 
 
 class Bucket:
@@ -57,6 +59,9 @@ class Account:
         self.entry = entry
         self.num_running = 0
         """Requests at work."""
+        self._busy_s = 0.0  # seconds of requests at work, and requests that ended: both forget
+        self._num_ended = 0.0
+        self._at_s = now_s
         self._limits = KeyLimits()
         self._requests: Bucket | None = None
         self._tokens: Bucket | None = None
@@ -80,15 +85,30 @@ class Account:
         most = self._limits.max_concurrent
         if most is not None and self.num_running >= most:
             message = f"{self.num_running} requests of this key are running, at most {most}"
-            raise KeyLimitError(message, _BUSY_RETRY_S, "key_concurrency")
+            raise KeyLimitError(message, self._end_s(now_s), "key_concurrency")
         if self._requests is not None:
             _check(self._requests, "requests", now_s)
             self._requests.spend(1, now_s)
+        self._count_busy(now_s)
         self.num_running += 1
 
-    def leave(self) -> None:
+    def leave(self, now_s: float) -> None:
         """It has ended."""
+        self._count_busy(now_s)
         self.num_running -= 1
+        self._busy_s *= _MEMORY
+        self._num_ended = _MEMORY * (self._num_ended + 1)
+
+    def _count_busy(self, now_s: float) -> None:
+        self._busy_s += self.num_running * max(0.0, now_s - self._at_s)
+        self._at_s = max(now_s, self._at_s)
+
+    def _end_s(self, now_s: float) -> float:
+        """Time until one of the running requests ends: by Little's law, mean life over number."""
+        self._count_busy(now_s)
+        if not self._num_ended:
+            return _UNKNOWN_RETRY_S
+        return self._busy_s / self._num_ended / self.num_running
 
     def check_tokens(self, now_s: float) -> None:
         """Raise ``KeyLimitError`` while the key has overdrawn its tokens."""

@@ -198,8 +198,24 @@ def test_requests_at_once_are_limited() -> None:
     account.enter(0.0)
     with pytest.raises(KeyLimitError, match="at most 2"):
         account.enter(0.0)
-    account.leave()
+    account.leave(0.0)
     account.enter(0.0)
+
+
+def test_who_waits_for_requests_of_its_key_is_told_how_long_they_take() -> None:
+    """Two at a time, of 20 s each, one beginning 10 s after the other: one ends every 10 s."""
+    account = Account(KeyEntry(digest=b"a"), KeyLimits(max_concurrent=2), 0.0)
+    account.enter(0.0)
+    account.enter(10.0)
+    with pytest.raises(KeyLimitError) as caught:
+        account.enter(15.0)
+    assert caught.value.retry_after_s == 1.0  # none has ended
+    for now_s in range(20, 1000, 10):
+        account.leave(float(now_s))
+        account.enter(float(now_s))
+    with pytest.raises(KeyLimitError) as caught:
+        account.enter(990.0)
+    assert caught.value.retry_after_s == pytest.approx(10.0, rel=0.01)
 
 
 def test_tokens_are_paid_for_when_they_are_known() -> None:
