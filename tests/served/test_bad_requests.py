@@ -185,8 +185,8 @@ def test_unknown_methods(server: Served, method: str, path: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "sampling", "code", "reason", "field"),
     [
-        ({"text": ""}, {}, CODES.INVALID_ARGUMENT, "invalid_value", "prompt"),
-        ({"text": "w " * 9_000}, {}, CODES.INVALID_ARGUMENT, "context_length_exceeded", "prompt"),
+        ({"text": ""}, {}, CODES.INVALID_ARGUMENT, "invalid_value", "text"),
+        ({"text": "w " * 9_000}, {}, CODES.INVALID_ARGUMENT, "context_length_exceeded", "text"),
         ({}, {"max_tokens": CONTEXT}, CODES.INVALID_ARGUMENT, "context_length_exceeded", None),
         ({}, {"max_tokens": 0}, CODES.INVALID_ARGUMENT, "invalid_value", "max_tokens"),
         ({}, {"max_tokens": -1}, CODES.INVALID_ARGUMENT, "invalid_value", "max_tokens"),
@@ -197,7 +197,7 @@ def test_unknown_methods(server: Served, method: str, path: str) -> None:
             {},
             CODES.INVALID_ARGUMENT,
             "invalid_value",
-            "prompt",
+            "token_ids",
         ),
         ({}, {"temperature": "NaN"}, CODES.INVALID_ARGUMENT, "invalid_value", "temperature"),
         ({}, {"stop": MANY_STOPS}, CODES.INVALID_ARGUMENT, "invalid_value", "stop"),
