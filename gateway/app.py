@@ -97,7 +97,10 @@ class GatewayReplica:
 
     async def end(self, stage: EndStage) -> int:
         """The whole server ends: see ``Gateway.end``."""
-        return self._gateway.end(stage, time.monotonic())
+        left = self._gateway.end(stage, time.monotonic())
+        if stage == "fail" and not left:
+            await self._stop_tracing()  # Ray may be ended before Serve has ended this replica
+        return left
 
     async def answer_peer(self, question: Question, *details: Any) -> tuple[str, Any]:
         """What another replica, or this one, asks all of them."""
@@ -112,6 +115,9 @@ class GatewayReplica:
             await self._admin.stop()
         await self._grpc.stop()
         await self._engines.stop()
+        await self._stop_tracing()
+
+    async def _stop_tracing(self) -> None:
         if self._gateway.tracing is not None:
             await asyncio.to_thread(self._gateway.tracing.stop)
 
