@@ -10,7 +10,8 @@ import contextlib
 import gc
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
@@ -269,6 +270,34 @@ _MOST_ENTRIES = {
 """Lengths that are checked before the entries are."""
 
 
+class _NoCollections(contextlib.AbstractContextManager[None]):
+    """No garbage collections, each of which would go through all that was parsed so far.
+
+    Bodies are parsed in several threads: the last one to end turns collections on again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._were_on = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._num_inside:
+                self._were_on = gc.isenabled()
+                gc.disable()
+            self._num_inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if not self._num_inside and self._were_on:
+                gc.enable()
+
+
+_NO_COLLECTIONS = _NoCollections()
+
+
 def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
     """The object in a body.
 
@@ -277,7 +306,7 @@ def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
     """
     try:
         text = raw.decode(json.detect_encoding(raw))
-        with _garbage_left():
+        with _NO_COLLECTIONS:
             data = json.loads(text)
         if _SURROGATE_ESCAPE.search(text):
             json.dumps(data, ensure_ascii=False).encode()  # half a pair is not text
@@ -313,18 +342,6 @@ def _num_parts(messages: Sequence[object]) -> int:
     named = [message for message in messages if isinstance(message, dict)]
     inner = [message.get(name) for message in named for name in ("content", "tool_calls")]
     return sum(map(len, named)) + sum(len(one) for one in inner if isinstance(one, list))
-
-
-@contextlib.contextmanager
-def _garbage_left() -> Iterator[None]:
-    """Without collections, each of which would go through all that was parsed so far."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def refused_fields(kind: Literal["completion", "chat", "tokenize"]) -> frozenset[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -438,4 +439,23 @@ def test_a_body_is_parsed_without_collections() -> None:
         assert len(seen) - usual < usual / 10
     finally:
         gc.callbacks.remove(note)
+    assert gc.isenabled()
+
+
+def test_collections_come_back_after_the_last_of_several_parses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever of two that overlap ends first."""
+    inner: list[bool] = []
+
+    def parse_another(text: str) -> dict[str, Any]:
+        monkeypatch.undo()
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(parse_json, b'{"a": 1}', 64).result() == {"a": 1}
+        inner.append(gc.isenabled())
+        return {}
+
+    monkeypatch.setattr("gateway.schema.json.loads", parse_another)
+    assert parse_json(b"{}", 64) == {}
+    assert inner == [False]
     assert gc.isenabled()
