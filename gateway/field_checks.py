@@ -140,8 +140,7 @@ def _check_sampling(fields: GenerateFields) -> None:
     check_range("presence_penalty", fields.presence_penalty, -2, 2)
     check_range("repetition_penalty", fields.repetition_penalty, 0, 2, above=True)
     check_range("seed", fields.seed, -_INT64, _INT64 - 1)
-    count = len(fields.logit_bias)
-    check_length("logit_bias", count, MAX_LOGIT_BIAS_ENTRIES)
+    check_length("logit_bias", len(fields.logit_bias), MAX_LOGIT_BIAS_ENTRIES)
     for _, bias in fields.logit_bias:
         check_range("logit_bias", bias, -100, 100)
 
@@ -160,8 +159,7 @@ def _check_stops(fields: GenerateFields, limits: GatewaySection) -> None:
     require(
         not (fields.stop and fields.token_ids_only), "stop", "stop cannot go with token_ids_only"
     )
-    count = len(fields.stop_token_ids)
-    check_length("stop_token_ids", count, MAX_STOP_TOKEN_IDS)
+    check_length("stop_token_ids", len(fields.stop_token_ids), MAX_STOP_TOKEN_IDS)
 
 
 def check_cache_salt(salt: str | None) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cluster.errors import QueueFullError
 from gateway.core import Gateway
 from gateway.delta import Usage
-from gateway.field_checks import require
+from gateway.field_checks import check_length, require
 from gateway.losses import aux_loss, classification_loss
 from gateway.model import ModelFacts
 from gateway.readings import Mask, Reader, Reading, ReadingOptions, check_classifier_batch, floats
@@ -126,7 +126,7 @@ class Inspecting:
         count, most = len(fields.token_ids), self._max_prompts
         field = "token_ids"
         require(count > 0, field, f"{field} must not be empty")
-        require(count <= most, field, f"{field} has {count} entries, at most {most} are allowed")
+        check_length(field, count, most)
 
     def _hold(self, size: int) -> None:
         held = self._held_bytes

@@ -18,7 +18,7 @@ from cluster.errors import RequestError
 from gateway.call import CallKind, CallPrompt, GenerateCall
 from gateway.core import Gateway
 from gateway.delta import Usage
-from gateway.field_checks import check_cache_salt, check_range, require
+from gateway.field_checks import check_cache_salt, check_length, check_range, require
 from gateway.generation import Found
 from gateway.model import ModelFacts
 from gateway.validate import check_context, check_token_ids
@@ -220,8 +220,7 @@ class Reader:
         """Token ids of each prompt, none of them empty."""
         most = self._gateway.limits.max_batch_prompts
         require(len(prompts) > 0, field, f"{field} must not be empty")
-        message = f"{field} has {len(prompts)} entries, at most {most} are allowed"
-        require(len(prompts) <= most, field, message)
+        check_length(field, len(prompts), most)
         special = special and options.add_special_tokens is not False
         ids = await self._gateway.prompts.make_ids(prompts, facts, special, field)
         for one in ids:

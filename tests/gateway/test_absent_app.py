@@ -1,3 +1,5 @@
+"""What Serve's proxy says while no application is there."""
+
 from __future__ import annotations
 
 import asyncio

@@ -1,3 +1,5 @@
+"""Refusals of long bodies before they are sent."""
+
 from __future__ import annotations
 
 import asyncio
