@@ -11,20 +11,28 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Arguments for `make serve` and `make bench`, for example ARGS="--port 8080".
 ARGS ?=
 PYTEST_ARGS ?=
+# Which part of `make test-long` to run: 1 to 7, or all of them.
+PART ?= all
+# Mutants of pure modules in part 7, of which 95% must fail the unit tests, and what draws them.
+MUTANTS ?= 80
+SEED ?= 1
 
 INPUTS := pyproject.toml constraints.txt .ci/setup.py
 INSTALL = python=$$(sh .ci/find-python.sh) && \
 	"$$python" .ci/setup.py --venv $(VENV) --torch-cpu-index "$(TORCH_CPU_INDEX)"
 
-.PHONY: help setup setup-test serve test lint types audit bench protos clean
+.PHONY: help setup setup-test serve check test test-long lint types units audit bench release protos clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup    .venv with what serving needs"
 	@echo "make serve    start a cluster and serve the bundled model (ARGS=\"--port 8080\")"
-	@echo "make test     ruff, mypy, pytest (PYTEST_ARGS=\"-k name\")"
+	@echo "make check    ruff, import contracts, mypy, tests without processes (minutes)"
+	@echo "make test     make check, and tests with processes (PYTEST_ARGS=\"-k name\")"
+	@echo "make test-long  everything but GPU tests, for hours, or a part of it (PART=1)"
 	@echo "make audit    look for known holes in the pinned packages"
 	@echo "make bench    measure, and write benchmarks/RESULTS.md"
+	@echo "make release  build and test wheel and image of the version"
 	@echo "make protos   generate the stubs in protos/"
 	@echo "make clean    remove .venv and caches"
 
@@ -44,12 +52,50 @@ serve: $(VENV)/.stamp-run
 lint: $(VENV)/.stamp-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: $(VENV)/.stamp-test
 	$(BIN)/mypy
 
-test: lint types
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+MARKS := not distributed and not ray and not gpu and not slow
+PYTEST := $(BIN)/python -m pytest
+# Two processes with a compute thread each; the tests of a file stay together.
+PYTEST_TWO := $(PYTEST) -n 2 --dist loadfile
+# Tests that PYTEST_ARGS selects may all be on one side of a division.
+NONE_IS_FINE = $(if $(PYTEST_ARGS),|| [ $$? -eq 5 ])
+
+units: $(VENV)/.stamp-test
+	$(PYTEST_TWO) -m "$(MARKS)" $(PYTEST_ARGS) $(NONE_IS_FINE)
+
+check: $(VENV)/.stamp-test
+	@$(MAKE) --no-print-directory -j 3 lint types units
+
+test: $(VENV)/.stamp-test
+	@$(MAKE) --no-print-directory -j 3 lint types units MARKS="not ray and not gpu and not slow"
+	$(PYTEST) -m "ray and not gpu and not slow" $(PYTEST_ARGS) $(NONE_IS_FINE)
+
+# The long tier: all tests but those for a GPU, and a skip fails. Each part takes under 30 minutes
+# on two cores: units; layouts; other clusters of threads; clusters of processes;
+# served clusters and the command line; real clients, pretended hosts and pods; mutants of units.
+LONG := $(PYTEST) --no-skips --hypothesis-profile=long
+TWO := -n 2 --dist worksteal
+LAYOUTS := tests/system/test_deterministic.py tests/system/test_layouts.py
+FOREIGN := tests/conformance tests/pretend_hosts tests/k8s/test_pretend_pods.py
+NOT_FOREIGN := $(addprefix --ignore=,$(FOREIGN))
+PART_1 := $(TWO) -m "not gpu and not ray and not distributed" $(NOT_FOREIGN)
+PART_2 := $(TWO) -m "not gpu and not ray" $(LAYOUTS)
+PART_3 := $(TWO) -m "distributed and not gpu and not ray" $(addprefix --ignore=,$(LAYOUTS) $(FOREIGN))
+PART_4 := -m "ray and not gpu" tests/system
+PART_5 := -m "ray and not gpu" --ignore=tests/system $(NOT_FOREIGN)
+PART_6 := -m "not gpu" $(FOREIGN)
+
+test-long: $(addprefix test-long-,$(if $(filter all,$(PART)),1 2 3 4 5 6 7,$(PART)))
+
+test-long-7: $(VENV)/.stamp-test
+	$(BIN)/python -m tests.mutation --num $(MUTANTS) --seed $(SEED)
+
+test-long-%: $(VENV)/.stamp-test
+	$(LONG) $(PART_$*) $(PYTEST_ARGS)
 
 audit:
 	@python=$$(sh .ci/find-python.sh) && "$$python" .ci/audit.py
@@ -57,8 +103,11 @@ audit:
 bench: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
+release: $(VENV)/.stamp-test
+	$(BIN)/python .ci/release.py $(ARGS)
+
 protos: $(VENV)/.stamp-test
 	$(BIN)/python protos/generate.py
 
 clean:
-	rm -rf $(VENV) .venv-audit build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-audit build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache

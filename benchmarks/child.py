@@ -71,9 +71,9 @@ class _Clock:
 @contextmanager
 def _local(checkpoint: Path, num_threads: int | None = None, **engine: Any) -> Iterator[Generate]:
     """Our engine and all experts in this process; ``engine`` are settings of its section."""
-    from cluster.config import EngineSection
+    from benchmarks.local_runs import run_batch
+    from cluster.config.cluster import EngineSection
     from workers.local_engine import LocalEngine
-    from workers.request import Request, SamplingParams
 
     local_engine = LocalEngine(
         checkpoint,
@@ -83,21 +83,7 @@ def _local(checkpoint: Path, num_threads: int | None = None, **engine: Any) -> I
         num_threads=num_threads or int(os.environ["OMP_NUM_THREADS"]),
     )
 
-    def generate(prompts: Prompts, new_tokens: int) -> list[list[float]]:
-        times: list[list[float]] = [[] for _ in prompts]
-        start = perf_counter()
-        params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-        for i, prompt in enumerate(prompts):
-            request = Request(request_id=str(i), prompt=tuple(prompt), params=params)
-            local_engine.engine.add_request(request)
-        while local_engine.engine.has_work:
-            outputs = local_engine.step()
-            now = perf_counter() - start
-            for output in outputs:
-                times[int(output.request_id)].append(now)
-        return times
-
-    yield generate
+    yield partial(run_batch, local_engine)
 
 
 @contextmanager
@@ -114,7 +100,7 @@ def _routed(checkpoint: Path, policy: str) -> Iterator[Generate]:
     """Two attention workers and an expert worker behind the gateway's pool of streams."""
     from benchmarks.pool_client import PoolClient
     from benchmarks.ray_serving import serving
-    from gateway.router import RoutingPolicy
+    from gateway.engines.router import RoutingPolicy
 
     workers = {"num_attention_workers": 2, "num_expert_workers": 1, "cpus_per_worker": 0.6}
     engine = {"enable_prefix_caching": True, "kv_cache_bytes": ROUTED_KV_BYTES}

@@ -12,7 +12,7 @@ from benchmarks.random_checkpoint import RandomModel
 from benchmarks.results import table
 from benchmarks.serving import QUICK, TINY, Case, Results, measure, random_model
 from benchmarks.timing import median_of, ratio_of
-from cluster.model_source import bundled_checkpoint
+from cluster.launch.model_source import bundled_checkpoint
 
 LOCAL, APART, TOGETHER = "local", "ray", "ray-colocated"
 SYSTEMS = (LOCAL, APART, TOGETHER)

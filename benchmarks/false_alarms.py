@@ -17,10 +17,16 @@ import time
 from dataclasses import asdict, dataclass
 
 from benchmarks.fault_load import FaultLoad
-from cluster.model_source import bundled_checkpoint
-from tests.cluster_gateway import gateway_of
-from tests.mixed_calls import make_calls
-from tests.serving_cluster import RayCluster, ServingCluster, connected_ray, make_config, serving
+from cluster.launch.model_source import bundled_checkpoint
+from tests.harness.cluster_gateway import gateway_of
+from tests.harness.mixed_calls import make_calls
+from tests.harness.serving_cluster import (
+    RayCluster,
+    ServingCluster,
+    connected_ray,
+    make_config,
+    serving,
+)
 
 _POLL_S = 1.0
 _NUM_TOKENS = 200

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from cluster.errors import ExpertMeshError
-from gateway.call import GenerateFields
-from tests.cluster_gateway import ClusterGateway
+from cluster.core.errors import ExpertMeshError
+from gateway.core.call import GenerateFields
+from tests.harness.cluster_gateway import ClusterGateway
 
 LIMIT_S = 60.0
 """Longest wait for news."""

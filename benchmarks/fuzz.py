@@ -25,7 +25,7 @@ import psutil
 from benchmarks.fuzz_inputs import Mutator
 from benchmarks.fuzz_surfaces import OUTCOMES, Outcome, Surface, Target, surfaces
 from benchmarks.results import table
-from cluster.orphans import find_by_files
+from cluster.launch.orphans import find_by_files
 from tests.served.server import GOOD, Served, running_server
 
 NUM_INPUTS = 100_000

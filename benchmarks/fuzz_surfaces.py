@@ -18,9 +18,11 @@ from typing import Literal, Protocol
 import grpc
 
 from benchmarks.fuzz_inputs import BODIES, MESSAGES, Mutator
-from cluster.control_frames import ControlHello, ControlProof, Heartbeat, Register, encode, proof
-from workers.dist.frames import FrameHeader, FrameKind
-from workers.dist.handshake import ConnectorHandshake, PeerIdentity
+from cluster.core.frames import ControlHello, ControlProof, Heartbeat, Register, encode, proof
+from cluster.core.release import RELEASE
+from cluster.core.topology import Member
+from workers.transport.frames import FrameHeader, FrameKind
+from workers.transport.handshake import ConnectorHandshake, PeerIdentity
 
 Outcome = Literal["accepted", "refused", "closed", "failed", "hung"]
 OUTCOMES: tuple[Outcome, ...] = ("accepted", "refused", "closed", "failed", "hung")
@@ -222,11 +224,12 @@ def first_words(mutator: Mutator) -> bytes:
         FrameKind.ROWS, source.choice((0, 1, 2**31)), 1, length=source.choice((0, 8, 2**31))
     )
     calls: tuple[Callable[[], bytes], ...] = (
-        lambda: encode(ControlHello(worker="expert-0", nonce=nonce)),
+        lambda: encode(ControlHello(worker="expert-0", nonce=nonce, release=RELEASE)),
         lambda: (
-            encode(ControlHello(worker="expert-0", nonce=nonce)) + encode(ControlProof(proof=wrong))
+            encode(ControlHello(worker="expert-0", nonce=nonce, release=RELEASE))
+            + encode(ControlProof(proof=wrong))
         ),
-        lambda: encode(Register(member={"name": "expert-0"}, info={})),
+        lambda: encode(Register(member=Member(name="expert-0", role="expert", rank=0))),
         lambda: encode(Heartbeat(progress=1, idle=True, generation=2**31)),
         lambda: hello + handshake.feed(hello),
         lambda: frame.encode() + source.randbytes(64),

@@ -40,16 +40,16 @@ from benchmarks.processes import cpu_seconds
 from benchmarks.quiet import wait_until_quiet
 from benchmarks.ray_serving import TOKEN, EngineClient
 from benchmarks.results import table
-from cluster.local_ray import common_environment
-from cluster.model_source import bundled_checkpoint
-from cluster.serve_proxy import wait_ready
+from cluster.launch.local_ray import common_environment
+from cluster.launch.model_source import bundled_checkpoint
+from cluster.launch.serve_proxy import wait_ready
 from gateway.app import APP_NAME, build_app
-from gateway.metrics import PREFIX
+from gateway.observability.metrics import PREFIX
 from protos.inference_pb2 import GenerateRequest
 from protos.inference_pb2_grpc import InferenceStub
 from protos.types_pb2 import SamplingParams, TokenIds
 from tests.distributed import free_ports
-from tests.serving_cluster import RayCluster, connected_ray, make_config, serving
+from tests.harness.serving_cluster import RayCluster, connected_ray, make_config, serving
 
 PROXIES = {"default": "Serve's default proxy", "haproxy": "HAProxy mode"}
 """Names on the command line, and in tables."""

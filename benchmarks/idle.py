@@ -16,11 +16,17 @@ from typing import Any
 import psutil
 
 from benchmarks.results import table
-from cluster.config import TransportSection
-from cluster.model_source import bundled_checkpoint
-from tests.engine_stream import EngineStream
-from tests.serving_cluster import RayCluster, ServingCluster, connected_ray, make_config, serving
-from workers.request import Request, SamplingParams
+from cluster.config.cluster import TransportSection
+from cluster.launch.model_source import bundled_checkpoint
+from tests.harness.engine_stream import EngineStream
+from tests.harness.serving_cluster import (
+    RayCluster,
+    ServingCluster,
+    connected_ray,
+    make_config,
+    serving,
+)
+from workers.requests.request import Request, SamplingParams
 
 MAX_CPU_PERCENT = 3.0
 """Of one core for each worker: the target."""

@@ -17,14 +17,16 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+from msgspec import structs
+
 from benchmarks.quiet import wait_until_quiet
 from benchmarks.random_checkpoint import RandomModel
 from benchmarks.results import table
 from benchmarks.serving import TINY, random_model
-from cluster.config import EngineSection
-from workers.dist.prefill_cap import PrefillCap
+from cluster.config.cluster import EngineSection
+from workers.engine.prefill_cap import PrefillCap
 from workers.local_engine import LocalEngine
-from workers.request import Request, SamplingParams
+from workers.requests.request import Request, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +166,7 @@ def _requests(case: Case, seed: int) -> list[Request]:
         Request(
             request_id=name,
             prompt=tuple(draw.choices(range(4, 256), k=length)),
-            params=params if name != LONG else replace(params, max_tokens=1),
+            params=params if name != LONG else structs.replace(params, max_tokens=1),
         )
         for name, length in lengths.items()
     ]

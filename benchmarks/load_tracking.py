@@ -7,7 +7,6 @@ so that other load on the machine does not matter.
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 import time
@@ -20,11 +19,13 @@ from typing import Any
 from benchmarks.random_checkpoint import RandomModel
 from benchmarks.results import table
 from benchmarks.serving import TINY, random_model
-from cluster.config import EngineSection, LoadSection
-from cluster.model_source import bundled_checkpoint
-from workers.load_counter import LoadCounter
+from cluster.config.cluster import EngineSection, LoadSection
+from cluster.core.codec import Codec
+from cluster.core.load_report import LoadReport
+from cluster.launch.model_source import bundled_checkpoint
+from workers.engine.expert_load import LoadCounter
 from workers.local_engine import LocalEngine
-from workers.request import Request, SamplingParams
+from workers.requests.request import Request, SamplingParams
 
 MOST_PERCENT = 1.0
 """Of a step: the target."""
@@ -110,9 +111,10 @@ class _Clock:
 
 def _report_s(load: LoadCounter) -> float:
     times = []
+    codec: Codec[LoadReport] = Codec(LoadReport, "a load report")
     for _ in range(5):
         began = time.thread_time()
-        json.dumps(load.report().to_dict())
+        codec.encode(load.report())
         times.append(time.thread_time() - began)
     return sorted(times)[2]
 

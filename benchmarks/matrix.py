@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.fakes import write_tiny_checkpoint
-from tests.option_matrix import Choice, all_choices, check, describe, pairwise
+from tests.harness.option_matrix import Choice, all_choices, check, describe, pairwise
 
 logger = logging.getLogger(__name__)
 

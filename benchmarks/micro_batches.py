@@ -1,7 +1,8 @@
 """What two micro-batches gain: 1 attention + 1 expert worker with one and with two in each step.
 
 Both clusters are loaded at once and take turns, so that other load on the machine hits them alike.
-The thresholds of ``--num-micro-batches auto`` come from here: ``cluster.config.EngineSection``.
+The thresholds of ``--num-micro-batches auto`` come from here:
+``cluster.config.cluster.EngineSection``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from benchmarks.random_checkpoint import RandomModel
 from benchmarks.results import table
 from benchmarks.serving import QUICK, TINY, Case, Results, measure, random_model
 from benchmarks.timing import median_of, ratio_of
-from cluster.model_source import bundled_checkpoint
+from cluster.launch.model_source import bundled_checkpoint
 
 ONE, TWO = "ray-one-micro-batch", "ray-two-micro-batches"
 CASE = Case(

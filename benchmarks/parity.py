@@ -18,15 +18,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 
 from benchmarks.results import table
-from cluster.config import ClusterConfig, EngineSection
-from tests.exact import exact
-from tests.goldens import (
+from cluster.config.cluster import ClusterConfig, EngineSection
+from tests.harness.serving_cluster import ServingCluster, ThreadCluster, serving
+from tests.harness.worker_pool import PooledWorkerGroup
+from tests.reference.exact import exact
+from tests.reference.goldens import (
     ALL_VARIANTS,
     BF16_VARIANTS,
     CLASSIFIERS,
@@ -35,12 +37,10 @@ from tests.goldens import (
     load_golden,
     make_random,
 )
-from tests.parity import GREEDY, check_bfloat16, check_float32
-from tests.serving_cluster import ServingCluster, ThreadCluster, serving
-from tests.test_layouts import check_greedy, colocated_config, float32_config, requests
-from tests.worker_pool import PooledWorkerGroup
+from tests.reference.parity import GREEDY, check_bfloat16, check_float32
+from tests.system.test_layouts import check_greedy, colocated_config, float32_config, requests
 from workers.local_engine import LocalEngine
-from workers.request import Request, SamplingParams
+from workers.requests.request import Request, SamplingParams
 
 logger = logging.getLogger(__name__)
 

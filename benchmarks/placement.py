@@ -17,7 +17,7 @@ from benchmarks.placement_data import Floats, Ints
 from benchmarks.results import table
 from cluster.planner import eplb, mesh
 from cluster.planner.base import PlannedTopology
-from cluster.simulate import POLICIES, StepCost, simulate
+from cluster.sizing.replay import POLICIES, StepCost, simulate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cluster.load_profile import BankLoad, LoadProfile
+from cluster.core.load_profile import BankLoad, LoadProfile
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

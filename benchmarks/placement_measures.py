@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.placement_data import Floats, Ints, draw, profile
-from cluster.placement import BankPlacement, ExpertPlacement
+from benchmarks.random_plan import random_plan, siblings
+from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.planner import eplb, mesh
 from cluster.planner.base import Plan, PlannedTopology, PlanOptions
-from cluster.planner.simple import contiguous_plan, random_plan
+from cluster.planner.simple import contiguous_plan
 
 PLANNERS: dict[str, Callable[..., Plan]] = {
     "contiguous": contiguous_plan,
@@ -45,13 +46,13 @@ def eplb_siblings(loads: Floats, devices: int, redundant: int) -> float:
     slots = loads.shape[1] + devices * redundant
     slots = -(-slots // devices) * devices
     maps = eplb.rebalance(loads, num_slots=slots, num_devices=devices)
-    beside = sum(eplb.siblings(row.reshape(devices, -1).tolist()) for row in maps)
+    beside = sum(siblings(row.reshape(devices, -1).tolist()) for row in maps)
     return float(beside / (len(loads) * (slots - loads.shape[1])))
 
 
 def num_siblings(placement: ExpertPlacement) -> int:
     """Copies beside another of the same expert."""
-    return sum(eplb.siblings(bank.physical_to_logical) for bank in placement.banks)
+    return sum(siblings(bank.physical_to_logical) for bank in placement.banks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,12 +10,12 @@ from types import TracebackType
 from typing import Self
 
 from benchmarks.ray_serving import TOKEN
-from cluster.errors import ExpertMeshError
-from gateway.cluster_view import AttentionEndpoint
-from gateway.engine_pool import EnginePool
-from gateway.router import RoutingPolicy
-from tests.loop_thread import LoopThread
-from workers.request import Request, SamplingParams, TokenOutput
+from cluster.core.errors import ExpertMeshError
+from gateway.cluster.view import AttentionEndpoint
+from gateway.engines.engine_pool import EnginePool
+from gateway.engines.router import RoutingPolicy
+from tests.harness.loop_thread import LoopThread
+from workers.requests.request import Request, SamplingParams, TokenOutput
 
 _LIMIT_S = 120.0
 

@@ -20,10 +20,10 @@ from benchmarks.quiet import QUIET_CORES, CpuClock, wait_until_quiet
 from benchmarks.random_checkpoint import RandomModel
 from benchmarks.results import table
 from benchmarks.serving import TINY, random_model
-from cluster.config import EngineSection
-from cluster.model_source import bundled_checkpoint
+from cluster.config.cluster import EngineSection
+from cluster.launch.model_source import bundled_checkpoint
 from workers.local_engine import LocalEngine
-from workers.request import Request, SamplingParams
+from workers.requests.request import Request, SamplingParams
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from typing import Literal
 import torch
 from safetensors.torch import save_file
 
-from cluster.model_source import bundled_checkpoint
-from workers.families.base import load_family
+from cluster.launch.model_source import bundled_checkpoint
+from workers.model.families.registry import load_family
 
 MAX_SHARD_BYTES = 512 * 1024 * 1024
 """Files are closed at this size."""

@@ -1,7 +1,7 @@
 """A cluster of two workers for benchmarks, by default 1 + 1, and a client of its engine streams.
 
 The real controller, actors, sockets and stream; no gateway. Run it in a process of its own that
-was started with ``cluster.local_ray.private_environment``.
+was started with ``cluster.launch.local_ray.private_environment``.
 """
 
 from __future__ import annotations
@@ -20,16 +20,26 @@ from typing import Any, Self
 
 import grpc
 
-from cluster.config import ClusterConfig
-from cluster.errors import StartError
-from cluster.local_ray import PrivateRay
-from protos import engine_pb2 as pb
-from protos import engine_pb2_grpc
-from workers.request import Request, SamplingParams
-from workers.wire import request_to_wire, step_from_wire
+from cluster.config.cluster import ClusterConfig
+from cluster.core.errors import StartError
+from cluster.core.release import RELEASE
+from cluster.core.topology import Role
+from cluster.launch.local_ray import PrivateRay
+from workers.process.actor import ACTOR_CLASSES, WorkerActor
+from workers.requests.request import Request, SamplingParams, StepOutput
+from workers.requests.wire import (
+    ENGINE_HELLO,
+    FROM_ENGINE,
+    HELLO,
+    PATH,
+    TO_ENGINE,
+    FromEngine,
+    Hello,
+    ToEngine,
+)
 
 FOLDER_VARIABLE = "EXPERTMESH_BENCH_RAY"
-"""Environment variable that names the folder from ``cluster.local_ray.make_temp_dir``."""
+"""Environment variable that names the folder from ``cluster.launch.local_ray.make_temp_dir``."""
 _START_LIMIT_S = 120.0
 _CALL_LIMIT_S = 30.0
 _ANSWER_LIMIT_S = 120.0
@@ -55,13 +65,17 @@ def serving(checkpoint: Path, **sections: Mapping[str, Any]) -> Iterator[tuple[s
 
 
 @contextmanager
-def controlled(checkpoint: Path, sections: Mapping[str, Mapping[str, Any]]) -> Iterator[Any]:
+def controlled(
+    checkpoint: Path,
+    sections: Mapping[str, Mapping[str, Any]],
+    classes: Mapping[Role, type[WorkerActor]] | None = None,
+) -> Iterator[Any]:
+    """The controller of a cluster; ``classes`` replaces actor classes of the product by role."""
     import ray
 
-    from cluster.controller_handle import create_controller
-    from cluster.worker_group import WorkerGroup
-    from workers.actor_classes import ACTOR_CLASSES
-    from workers.checkpoint import Checkpoint
+    from cluster.actors.controller_client import create_controller
+    from cluster.actors.worker_group import WorkerGroup
+    from workers.model.loading.checkpoint import Checkpoint
 
     plain: dict[str, Mapping[str, Any]] = {
         "model": {"path": str(checkpoint), "served_model_name": "model", "dtype": "bfloat16"},
@@ -74,7 +88,7 @@ def controlled(checkpoint: Path, sections: Mapping[str, Mapping[str, Any]]) -> I
         {"bank": b.bank, "layer": b.layer, "num_experts": b.num_experts}
         for b in Checkpoint(checkpoint).family.banks
     ]
-    group = WorkerGroup(ACTOR_CLASSES)
+    group = WorkerGroup({**ACTOR_CLASSES, **(classes or {})})
     controller = create_controller(group)
     ray.get(controller.start.remote(config.to_dict(), banks), timeout=_START_LIMIT_S)
     try:
@@ -107,7 +121,7 @@ class News:
 
     at: float
     """When it came, as ``perf_counter`` counts."""
-    message: pb.FromEngine | None
+    message: FromEngine | None
     """None at the end."""
 
 
@@ -115,18 +129,24 @@ class Stream:
     """One engine stream, read by a thread of its own."""
 
     def __init__(self, address: str, news: queue.SimpleQueue[News]) -> None:
-        self.outgoing: queue.SimpleQueue[pb.ToEngine | None] = queue.SimpleQueue()
+        self.outgoing: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
         """What is sent; None ends it."""
-        self.outgoing.put(pb.ToEngine(hello=pb.Hello(token=TOKEN, gateway="bench")))
         self._channel = grpc.insecure_channel(address)
-        self._call = engine_pb2_grpc.EngineStub(self._channel).Stream(iter(self.outgoing.get, None))
+        self._call = self._channel.stream_stream(PATH, bytes, bytes)(self._messages())
         self._thread = threading.Thread(target=self._read, args=(news,), daemon=True)
         self._thread.start()
 
+    def _messages(self) -> Iterator[bytes]:
+        yield HELLO.encode(Hello(token=TOKEN, gateway="bench", release=RELEASE))
+        while (message := self.outgoing.get()) is not None:
+            yield TO_ENGINE.encode(message)
+
     def _read(self, news: queue.SimpleQueue[News]) -> None:
         try:
-            for message in self._call:
-                news.put(News(perf_counter(), message))
+            answers = iter(self._call)
+            ENGINE_HELLO.decode(next(answers))
+            for data in answers:
+                news.put(News(perf_counter(), FROM_ENGINE.decode(data)))
         except grpc.RpcError:
             pass  # cancelled, or the engine is gone: an end either way
         news.put(News(perf_counter(), None))
@@ -169,13 +189,15 @@ class EngineClient:
         for name, i in places.items():
             request = Request(request_id=name, prompt=tuple(prompts[i]), params=params)
             stream = self._streams[i % len(self._streams)]
-            stream.outgoing.put(pb.ToEngine(request=request_to_wire(request)))
+            stream.outgoing.put(request)
         left = len(prompts)
         while left:
             news = self._news.get(timeout=_ANSWER_LIMIT_S)
             if news.message is None:
                 raise RuntimeError("the engine stream ended")
-            for output in step_from_wire(news.message.step).outputs:
+            if not isinstance(news.message, StepOutput):
+                continue
+            for output in news.message.outputs:
                 if output.error:
                     raise RuntimeError(output.error)
                 times[places[output.request_id]] += [news.at - start] * len(output.token_ids)

@@ -24,8 +24,8 @@ from benchmarks.quiet import wait_until_quiet
 from benchmarks.ray_serving import FOLDER_VARIABLE
 from benchmarks.results import table
 from benchmarks.svg import Line, Mark, line_chart
-from cluster.load_profile import LoadProfile
-from cluster.local_ray import make_temp_dir, private_environment, remove
+from cluster.core.load_profile import LoadProfile
+from cluster.launch.local_ray import make_temp_dir, private_environment, remove
 from cluster.planner import mesh
 from cluster.planner.base import PlannedTopology, PlanOptions
 
@@ -153,6 +153,7 @@ def _run(
         "prompt_tokens": case.prompt_tokens,
         "new_tokens": case.new_tokens,
         "tokens_a_domain": case.model.tokens_a_domain,
+        "time_taken": {"slot_s": case.slot_us / 1e6, "token_s": case.token_us / 1e6},
         "sections": {
             "workers": {
                 "num_expert_workers": case.num_expert_workers,
@@ -160,8 +161,6 @@ def _run(
                 "recovery_slots": 1,
                 "cpus_per_worker": 0.3,
                 "placement_file": str(placement) if placement else None,
-                "paced_slot_us": case.slot_us,
-                "paced_token_us": case.token_us,
             },
             "engine": {"max_num_seqs": case.streams, "num_micro_batches": 1},
             "load": {"report_s": case.window_s / 4, "window_s": case.window_s},
@@ -169,6 +168,7 @@ def _run(
                 "enable_eplb": follows,
                 "interval_s": 2 * case.window_s,
                 "bytes_per_s": case.bytes_per_s,
+                "slot_cost_pairs": case.slot_us / case.token_us,
             },
         },
     }

@@ -2,10 +2,10 @@
 
 python -m benchmarks.rebalancing_child, with the job as JSON on stdin: ``checkpoint``, ``sections``
 of the configuration, ``phases`` as ``[domain, seconds]``, ``streams``, ``prompt_tokens``,
-``new_tokens``, ``first_token``s of the domains, ``tokens_a_domain``. The answer is JSON on stdout:
-``tokens`` as ``[seconds, inter-token latency or null]``, ``marks`` (when phases began), ``events``
-(what ``status`` said of rebalancing, whenever it changed), and ``load`` (of the experts, as ``load
---json`` has it).
+``new_tokens``, ``tokens_a_domain``, ``time_taken`` (``slot_s``, ``token_s``) by experts. The
+answer is JSON on stdout: ``tokens`` as ``[seconds, inter-token latency or null]``, ``marks`` (when
+phases began), ``events`` (what ``status`` said of rebalancing, whenever it changed), and ``load``
+(of the experts, as ``load --json`` has it).
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from benchmarks.paced import ComputeTime, paced_worker
 from benchmarks.ray_serving import FOLDER_VARIABLE, News, Stream, controlled, engine_addresses
-from cluster.local_ray import PrivateRay
-from protos import engine_pb2 as pb
-from workers.request import Request, SamplingParams
-from workers.wire import request_to_wire, step_from_wire
+from cluster.core.topology import Role
+from cluster.launch.local_ray import PrivateRay
+from workers.process.actor import WorkerActor
+from workers.requests.request import Request, SamplingParams, StepOutput
 
 _POLL_S = 0.1
 _ANSWER_LIMIT_S = 120.0
@@ -84,7 +85,9 @@ class ClosedLoop:
             news = self._news.get(timeout=_ANSWER_LIMIT_S)
             if news.message is None:
                 raise RuntimeError("the engine stream ended")
-            for output in step_from_wire(news.message.step).outputs:
+            if not isinstance(news.message, StepOutput):
+                continue
+            for output in news.message.outputs:
                 if output.error:
                     raise RuntimeError(output.error)
                 self._note(output.request_id, news.at, len(output.token_ids))
@@ -106,7 +109,7 @@ class ClosedLoop:
         self._count += 1
         self._running[name] = None
         request = Request(request_id=name, prompt=prompt, params=params)
-        self._stream.outgoing.put(pb.ToEngine(request=request_to_wire(request)))
+        self._stream.outgoing.put(request)
 
     def _note(self, name: str, at: float, num_tokens: int) -> None:
         before = self._running[name]
@@ -125,7 +128,10 @@ def main() -> None:
     private = PrivateRay(folder=Path(os.environ[FOLDER_VARIABLE]))
     private.start(num_cpus=2, num_gpus=0)
     try:
-        with controlled(Path(job["checkpoint"]), job["sections"]) as controller:
+        classes: dict[Role, type[WorkerActor]] = {
+            "expert": paced_worker(ComputeTime(**job["time_taken"]))
+        }
+        with controlled(Path(job["checkpoint"]), job["sections"], classes) as controller:
             (address,) = engine_addresses(controller)
             began = perf_counter()
             watch, loop = Watch(controller, began), ClosedLoop(address, job, began)

@@ -30,10 +30,10 @@ from ray.exceptions import RayError
 
 from benchmarks.fault_load import FaultLoad, wait
 from benchmarks.results import table
-from cluster.model_source import bundled_checkpoint
-from tests.cluster_gateway import gateway_of
-from tests.mixed_calls import make_calls
-from tests.serving_cluster import RayCluster, connected_ray, make_config, serving
+from cluster.launch.model_source import bundled_checkpoint
+from tests.harness.cluster_gateway import gateway_of
+from tests.harness.mixed_calls import make_calls
+from tests.harness.serving_cluster import RayCluster, connected_ray, make_config, serving
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from itertools import groupby
 
 from benchmarks.request_trace import BLOCK_TOKENS, TracedRequest, conversations, multi_turn
 from benchmarks.results import table
-from gateway.kv_index import KvIndex
-from gateway.router import (
+from gateway.engines.kv_index import KvIndex
+from gateway.engines.router import (
     FETCH_TOKENS,
     Choice,
     RoutingPolicy,
@@ -31,8 +31,8 @@ from gateway.router import (
     pick_worker,
     route_by_kv,
 )
-from workers.kv_eviction import USED_AGE, EvictionOrder
-from workers.prefix_hash import SHORT_BYTES, KvEvents
+from workers.kv.eviction import USED_AGE, EvictionOrder
+from workers.requests.block_hash import SHORT_BYTES, KvEvents
 
 NUM_WORKERS = 8
 """Workers of the model."""

@@ -13,13 +13,13 @@ import json
 import sys
 from typing import Any
 
-from cluster.config import ClusterConfig
-from gateway.cluster_view import ClusterView
-from gateway.core import Gateway
-from gateway.engine_pool import EnginePool
-from gateway.tokenizer import load_tokenizer
-from tests.engine_stream import TOKEN
-from tests.mixed_calls import make_calls
+from cluster.config.cluster import ClusterConfig
+from gateway.cluster.view import ClusterView
+from gateway.engines.engine_pool import EnginePool
+from gateway.generation.gateway import Gateway
+from gateway.text.tokenizer import load_tokenizer
+from tests.harness.engine_stream import TOKEN
+from tests.harness.mixed_calls import make_calls
 
 NUM_STREAMS = 8
 NUM_TOKENS = 200
@@ -33,11 +33,11 @@ class Standstill:
         self._snapshot = snapshot
 
     async def snapshot(self) -> dict[str, Any]:
-        """See ``gateway.cluster_view.Controller``."""
+        """See ``gateway.cluster.view.Controller``."""
         return self._snapshot
 
     async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
-        """See ``gateway.cluster_view.Controller``."""
+        """See ``gateway.cluster.view.Controller``."""
         if known_version == self._snapshot["version"]:
             await asyncio.sleep(timeout_s)
         return self._snapshot

@@ -23,7 +23,7 @@ from benchmarks.random_checkpoint import RandomModel
 from benchmarks.results import table
 from benchmarks.systems import System, running
 from benchmarks.timing import Sample, median_of, ratio_of, sample_of
-from cluster.model_source import bundled_checkpoint
+from cluster.launch.model_source import bundled_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ import psutil
 from benchmarks.processes import name_of
 from benchmarks.results import table
 from benchmarks.svg import Line, line_chart
-from cluster.orphans import find_by_files
+from cluster.launch.orphans import find_by_files
 from protos.inference_pb2 import GenerateRequest
 from protos.inference_pb2_grpc import InferenceStub
 from protos.types_pb2 import SamplingParams

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from benchmarks.ray_serving import FOLDER_VARIABLE
-from cluster.cli.bench.batch_times import Times
-from cluster.local_ray import make_temp_dir, private_environment, remove
+from benchmarks.timing import Times
+from cluster.launch.local_ray import make_temp_dir, private_environment, remove
 
 THREADS = 2
 """Compute threads of each system: two in one process, or two workers with one each."""

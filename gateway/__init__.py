@@ -1,5 +1,6 @@
-"""The front door: HTTP and gRPC, tokenizer, admission, routing.
+"""The gateway: HTTP and gRPC, tokenizer, admission, routing. ``app`` is the Ray Serve deployment.
 
-Imports protos, ``workers.request``, ``workers.wire`` and the cluster leaves; Ray only in ``app``
-and ``cluster_client``; never torch.
+Floors, from the ground up: ``core``; ``text``, ``auth``, ``cluster``; ``engines``,
+``observability``; ``generation``; ``http``, ``grpc`` and ``serve_proxy``; ``admin``; ``app``.
+Ray is imported in ``app`` and ``cluster.client`` only; torch never.
 """

@@ -17,33 +17,31 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 
-from cluster.config import ClusterConfig
-from cluster.gateway_config import EndStage
-from gateway.admin_api import AdminApi
-from gateway.cluster_client import ServePeers, find_controller
-from gateway.cluster_view import ClusterView
-from gateway.core import Gateway
-from gateway.engine_pool import EnginePool
-from gateway.freed_memory import start_returning
-from gateway.grpc_server import GrpcServer
-from gateway.http_api import build_http_app
-from gateway.peers import Question
-from gateway.router import RoutingPolicy
-from gateway.tokenizer import load_tokenizer
+from cluster.config.cluster import ClusterConfig
+from cluster.config.gateway import EndStage
+from gateway.admin.service import AdminApi
+from gateway.cluster.client import RayServeReplicas, find_controller
+from gateway.cluster.serve_replicas import Question
+from gateway.cluster.view import ClusterView
+from gateway.engines.engine_pool import EnginePool
+from gateway.engines.router import RoutingPolicy
+from gateway.generation.gateway import Gateway
+from gateway.grpc.server import GrpcServer
+from gateway.http.api import build_http_app
+from gateway.serve_proxy.malloc_trim import start_returning
+from gateway.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "expertmesh"
-"""Name of the Serve application."""
 DEPLOYMENT_NAME = "gateway"
-"""Name of its only deployment."""
 _HEAD_NODE = "node:__internal_head__"
 """Ray's own resource of the head node. Where no node is labelled for the gateway, Serve's HTTP
 proxy listens there, and so must our gRPC server: ``host`` is an address of that node."""
 _SPARE_REQUESTS = 1024
-"""Room in Serve beyond our own queue, for probes, scrapes and those that we refuse."""
+"""Room in Serve beyond our own queue, for probes, scrapes and refused requests."""
 _HEALTH_CHECK_PERIOD_S = 1.0
-"""How often Serve looks whether a replica lives; only so does it learn that one is dead."""
+"""Interval of Serve's health checks, its only way to notice a dead replica."""
 
 
 @serve.deployment(
@@ -70,7 +68,7 @@ class GatewayReplica:
         self._gateway = Gateway(settings, tokenizer, self._cluster, self._engines, name)
         section = settings.gateway
         if section.num_gateway_replicas > 1:
-            self._gateway.peers = ServePeers(self._gateway.answers)
+            self._gateway.replicas = RayServeReplicas(self._gateway.answers)
         self._grpc = GrpcServer(self._gateway, section.host, section.grpc_port)
         grpc_port = await self._grpc.start()
         self._admin = AdminApi(self._gateway, section)
@@ -92,18 +90,18 @@ class GatewayReplica:
         return build_http_app(self._gateway, adds_request_id=False)
 
     async def not_ready_reasons(self) -> list[str]:
-        """What ``/ready`` tells, for who has no certificate to ask with."""
+        """The reasons of ``/ready``, for callers without a client certificate."""
         return self._gateway.not_ready_reasons()
 
     async def end(self, stage: EndStage) -> int:
-        """The whole server ends: see ``Gateway.end``."""
+        """End with the whole server: see ``Gateway.end``."""
         left = self._gateway.end(stage, time.monotonic())
         if stage == "fail" and not left:
             await self._stop_tracing()  # Ray may be ended before Serve has ended this replica
         return left
 
-    async def answer_peer(self, question: Question, *details: Any) -> tuple[str, Any]:
-        """What another replica, or this one, asks all of them."""
+    async def answer_replica(self, question: Question, *details: Any) -> tuple[str, Any]:
+        """Answer a question that one replica asks all of them."""
         return self._gateway.answers.answer(question, *details)
 
     async def __del__(self) -> None:
@@ -135,7 +133,7 @@ def build_app(
     default that is the head's.
 
     Run it with ``serve.run(build_app(config), name=APP_NAME, route_prefix="/")``; see also
-    ``gateway.request_id.PROXY_CALLBACK``.
+    ``gateway.serve_proxy.middlewares.PROXY_CALLBACK``.
     """
     section = ClusterConfig.from_dict(config).gateway
     deployment: Any = GatewayReplica  # the decorators make it a serve.Deployment

@@ -62,7 +62,7 @@ class Operation(_message.Message):
     REBALANCE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     kind: _builtins.str
-    """drain, scale, rebalance"""
+    """drain, rebalance"""
     target: _builtins.str
     """what it is about, for example a worker's name"""
     state: Global___Operation.State.ValueType
@@ -342,45 +342,6 @@ class CancelOperationRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelOperationRequest: _TypeAlias = CancelOperationRequest  # noqa: Y015
-
-@_typing.final
-class ScaleRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ATTENTION_FIELD_NUMBER: _builtins.int
-    EXPERT_FIELD_NUMBER: _builtins.int
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
-    EXPECTED_EPOCH_FIELD_NUMBER: _builtins.int
-    attention: _builtins.int
-    expert: _builtins.int
-    request_id: _builtins.str
-    expected_epoch: _builtins.int
-    def __init__(
-        self,
-        *,
-        attention: _builtins.int | None = ...,
-        expert: _builtins.int | None = ...,
-        request_id: _builtins.str = ...,
-        expected_epoch: _builtins.int | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_attention", b"_attention", "_expected_epoch", b"_expected_epoch", "_expert", b"_expert", "attention", b"attention", "expected_epoch", b"expected_epoch", "expert", b"expert"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attention", b"_attention", "_expected_epoch", b"_expected_epoch", "_expert", b"_expert", "attention", b"attention", "expected_epoch", b"expected_epoch", "expert", b"expert", "request_id", b"request_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__attention: _TypeAlias = _typing.Literal["attention"]  # noqa: Y015
-    _WhichOneofArgType__attention: _TypeAlias = _typing.Literal["_attention", b"_attention"]  # noqa: Y015
-    _WhichOneofReturnType__expected_epoch: _TypeAlias = _typing.Literal["expected_epoch"]  # noqa: Y015
-    _WhichOneofArgType__expected_epoch: _TypeAlias = _typing.Literal["_expected_epoch", b"_expected_epoch"]  # noqa: Y015
-    _WhichOneofReturnType__expert: _TypeAlias = _typing.Literal["expert"]  # noqa: Y015
-    _WhichOneofArgType__expert: _TypeAlias = _typing.Literal["_expert", b"_expert"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__attention) -> _WhichOneofReturnType__attention | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_epoch) -> _WhichOneofReturnType__expected_epoch | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__expert) -> _WhichOneofReturnType__expert | None: ...
-
-Global___ScaleRequest: _TypeAlias = ScaleRequest  # noqa: Y015
 
 @_typing.final
 class RebalanceRequest(_message.Message):

@@ -9,29 +9,96 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+import re
+import threading
+import time
+from collections.abc import Callable, Generator
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from hypothesis.database import DirectoryBasedExampleDatabase
 
 from tests.fakes import write_tiny_checkpoint
-from tests.goldens import Golden, load_golden
-from tests.second_try import pytest_runtest_protocol
+from tests.harness.stalls import heartbeat
+from tests.reference.goldens import Golden, load_golden
 
-__all__ = ["pytest_runtest_protocol"]
+_BEGAN = pytest.StashKey[float]()
 
 settings.register_profile(
-    "here",
+    "check",
     deadline=None,
     database=None,
     max_examples=60,
     derandomize=True,
     print_blob=True,
 )
-settings.load_profile("here")
+settings.register_profile(
+    "long",
+    deadline=None,
+    database=DirectoryBasedExampleDatabase(Path(".hypothesis/examples")),
+    max_examples=200,
+    derandomize=False,
+    print_blob=True,
+)
+settings.load_profile("check")  # ``--hypothesis-profile long`` comes later, and wins
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-skips",
+        action="store_true",
+        help="a test that is skipped fails, unless its reason is that there is no GPU",
+    )
+
+
+def pytest_sessionstart() -> None:
+    heartbeat()
+
+
+def pytest_sessionfinish() -> None:
+    """Wait for abandoned waits of torch: a daemon thread within them aborts the process."""
+    for thread in threading.enumerate():
+        if thread.name in ("world-build", "gloo-wait"):
+            thread.join(30)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    item.stash[_BEGAN] = time.monotonic()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _refuse_skip(report, item.config)
+    if report.failed and (stalls := heartbeat().describe(item.stash[_BEGAN])):
+        report.sections.append(("machine", stalls))
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_skip(report, collector.config)
+    return report
+
+
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport, config: pytest.Config) -> None:
+    """With ``--no-skips``, make a failure of a skip that has nothing to do with a GPU."""
+    if not report.skipped or hasattr(report, "wasxfail") or not config.getoption("no_skips"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if not re.search(r"\b(GPU|CUDA)", reason):
+        report.outcome = "failed"
+        report.longrepr = f"{reason} (--no-skips allows no skip but for the lack of a GPU)"
 
 
 @pytest.fixture(autouse=True, scope="session")

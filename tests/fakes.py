@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.errors import PeerLostError
-from cluster.placement import ExpertPlacement
-from cluster.topology import Generation
-from workers.dist.dispatcher import BatchRows, DispatchHandle, TokenDispatcher
-from workers.dist.header import StepHeader
+from cluster.core.errors import PeerLostError
+from cluster.core.placement import ExpertPlacement
+from cluster.core.topology import Generation
+from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TokenDispatcher
+from workers.requests.step_header import StepHeader
 
 TINY_CONFIG: Mapping[str, Any] = {
     "model_type": "olmoe",

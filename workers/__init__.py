@@ -1,5 +1,6 @@
-"""The engine, and the Ray actors around it.
+"""The engine and the Ray actors that run it. No module lives here directly but the local engine.
 
-Only ``actor``, ``attention_worker`` and ``expert_worker`` import Ray; the rest is torch over the
-leaves of ``cluster``.
+Floors, from the ground up: ``requests``; ``model``, ``transport``, ``metrics``; ``kv``,
+``sampling``, ``experts``, ``dispatch``, ``inspection``; ``engine``; ``process``. Ray and gRPC are
+imported in ``process`` only.
 """

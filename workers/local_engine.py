@@ -1,4 +1,4 @@
-"""A folder in, tokens out: the engine with its experts in one process, no Ray and no network.
+"""The engine with its experts in one process, without Ray or network.
 
 The reference that everything distributed is tested against, and the base line of the benchmarks.
 """
@@ -8,26 +8,33 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
-from cluster.config import EngineSection
-from cluster.errors import RequestFailedError
-from workers.checkpoint import Checkpoint, load_attention_model, resolve_dtype
-from workers.dist.dispatcher import TokenDispatcher
-from workers.dist.header import Grant, StepHeader, bucket_of
-from workers.dist.local import LocalDispatcher
-from workers.dist.prefill_cap import PrefillCap
-from workers.engine import Engine
+from cluster.config.cluster import EngineSection
+from cluster.core.errors import RequestFailedError
+from workers.dispatch.dispatcher import TokenDispatcher
+from workers.dispatch.local import LocalDispatcher
+from workers.engine.engine import Engine
+from workers.engine.prefill_cap import PrefillCap
 from workers.experts.slots import ExpertSlots
-from workers.grammar_compiler import GrammarCompiler
-from workers.huge_pages import collapse_weights
-from workers.inspection import Inspection, NamedArray
-from workers.lanes import Lanes
-from workers.request import FinishReason, Request, SamplingParams, TokenLogprob, TokenOutput
+from workers.model.compute_threads import ComputeThreads
+from workers.model.huge_pages import collapse_weights
+from workers.model.loading.checkpoint import Checkpoint, load_attention_model, resolve_dtype
+from workers.requests.inspection import Inspection, NamedArray
+from workers.requests.request import (
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+    TokenOutput,
+)
+from workers.requests.step_header import Grant, StepHeader
+from workers.sampling.grammar_compiler import GrammarCompiler
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +73,15 @@ class LocalEngine:
     ) -> None:
         """Load a checkpoint. Raises ``CheckpointError`` and ``ConfigError``.
 
-        ``num_threads`` sets the threads of torch in this process and shares them out over lanes;
-        None leaves them as they are; a deterministic engine always sets one. ``wrap`` puts
-        something between engine and dispatcher.
+        ``num_threads`` sets the threads of torch in this process and divides them among compute
+        threads; None leaves them as they are; a deterministic engine always sets one. ``wrap`` may
+        replace the engine's dispatcher.
         """
         section = section or EngineSection()
         num_threads = 1 if section.deterministic else num_threads
-        lanes = Lanes() if num_threads is None else Lanes.for_threads(num_threads)
+        compute_threads = (
+            ComputeThreads() if num_threads is None else ComputeThreads.for_threads(num_threads)
+        )
         checkpoint = Checkpoint(path)
         place = torch.device(device)
         kind = resolve_dtype(dtype, checkpoint.config)
@@ -82,7 +91,7 @@ class LocalEngine:
                 "config.json: ignored, not known: %s", ", ".join(checkpoint.config.ignored_keys)
             )
         model = load_attention_model(
-            checkpoint, kind, place, max_model_len, lanes, section.deterministic
+            checkpoint, kind, place, max_model_len, compute_threads, section.deterministic
         )
         self._model = model
         self.config = checkpoint.config
@@ -90,22 +99,23 @@ class LocalEngine:
         self.banks = banks
         """Its expert banks."""
         self.dtype = kind
-        """What it computes in."""
+        """Compute dtype."""
         num_slots = max(b.num_experts for b in banks)
-        self.slots = ExpertSlots(banks, num_slots, kind, place, lanes, section.deterministic)
-        """All experts."""
+        self.slots = ExpertSlots(
+            banks, num_slots, kind, place, compute_threads, section.deterministic
+        )
         self.slots.load_all(checkpoint)
         collapse_weights(place.type, checkpoint.loaded_bytes)
         local = LocalDispatcher(self.slots, banks)
         self.dispatcher: TokenDispatcher = local if wrap is None else wrap(local)
-        """Leads to them."""
+        """Sends rows to the experts."""
         self.grammars = GrammarCompiler(
             checkpoint.path, checkpoint.config.vocab_size, checkpoint.config.eos_token_ids
         )
-        """Compiles what requests bring."""
+        """Compiles the grammars of requests."""
         self._num_micro_batches = num_micro_batches
         self.prefill_cap = PrefillCap.of(section)
-        """The policy for prompt rows beside decodes; another one may take its place."""
+        """Limits prompt rows beside decodes; may be replaced."""
         self._clock = clock
         self._next_step = 1
         self._next_request = 0
@@ -116,7 +126,7 @@ class LocalEngine:
             dispatcher=self.dispatcher,
             section=section,
             max_model_len=max_model_len,
-            lanes=lanes,
+            compute_threads=compute_threads,
             clock=clock,
         )
         """The engine itself."""
@@ -143,7 +153,7 @@ class LocalEngine:
     def inspect(
         self, prompts: Sequence[Sequence[int]], wanted: Inspection | Sequence[Inspection]
     ) -> list[dict[str, Tensor]]:
-        """Look at prompts together; for each, arrays by name (see ``workers.inspection``).
+        """Look at prompts together; for each, arrays by name (see ``workers.requests.inspection``).
 
         Raises ``RequestError``, ``QueueFullError`` and ``RequestFailedError``.
         """
@@ -173,7 +183,6 @@ class LocalEngine:
             grants=((0, grant),),
             num_micro_batches=self._num_micro_batches if grant.num_rows > 1 else 1,
             exact=grant.prefill_rows > 0,
-            bucket=bucket_of(grant.num_rows),
         )
         self._next_step += 1
         start = self._clock()

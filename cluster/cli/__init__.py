@@ -1,1 +1,4 @@
-"""The expertmesh command line, one module per command group. Imports everything."""
+"""The command line ``expertmesh``: ``main``, and a folder for each group of commands in its help.
+
+Imports everything; torch only behind a function.
+"""

@@ -9,66 +9,47 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from cluster.cli import (
-    chat,
-    cluster_info,
-    doctor,
-    down,
-    drain,
-    generate,
-    health,
-    inspection,
-    load,
-    logs,
-    node,
-    plan,
-    rebalance,
-    scale,
-    serve,
-    settings,
-    tokenize,
-    top,
-    version,
-)
 from cluster.cli.bench import command as bench
-from cluster.cli.exit_codes import CommandError, ExitCode
-from cluster.cli.front import Interrupted
-from cluster.cli.terminal import note
-from cluster.errors import ConfigError
+from cluster.cli.cluster import down, drain, health, info, logs, node, operations, serve, top
+from cluster.cli.cluster.front import Interrupted
+from cluster.cli.experts import load, placement, rebalance
+from cluster.cli.models import chat, generate, inspection, tokenize
+from cluster.cli.offline import config, doctor, plan, version
+from cluster.cli.terminal.arguments import Commands, positive
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.output import note
+from cluster.core.errors import ConfigError
+
+_DESCRIPTION = "Expert-parallel serving of mixture-of-experts language models."
+_GROUPS = {
+    "cluster": (serve, down, node, info, health, top, logs, drain, operations),
+    "experts": (placement, load, rebalance),
+    "models": (generate, chat, tokenize, inspection),
+    "offline": (plan, config, doctor, version),
+    "measuring": (bench,),
+}
+"""Modules that register commands, under the headings of the help."""
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line. Global options are accepted before and after the command."""
     parser = argparse.ArgumentParser(
         prog="expertmesh",
-        description="Expert-parallel serving of mixture-of-experts language models.",
+        usage="%(prog)s [OPTION ...] COMMAND ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[_common(None, False)],
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(
+        metavar="COMMAND", required=True, prog="expertmesh", help=argparse.SUPPRESS
+    )
     common = _common(argparse.SUPPRESS, argparse.SUPPRESS)
-    for group in (
-        serve,
-        down,
-        node,
-        cluster_info,
-        top,
-        logs,
-        load,
-        drain,
-        rebalance,
-        scale,
-        health,
-        generate,
-        chat,
-        tokenize,
-        inspection,
-        plan,
-        settings,
-        bench,
-        doctor,
-        version,
-    ):
-        group.add_commands(commands, common)
+    lines = [_DESCRIPTION]
+    for heading, modules in _GROUPS.items():
+        commands = Commands(subparsers, common)
+        for module in modules:
+            module.add_commands(commands)
+        lines += [f"\n{heading}:", *commands.lines]
+    parser.description = "\n".join(lines)
     return parser
 
 
@@ -76,37 +57,31 @@ def _common(absent: object, off: object) -> argparse.ArgumentParser:
     """Options that every command takes. A second set must not overwrite what the first has set."""
     common = argparse.ArgumentParser(add_help=False)
     options = common.add_argument_group("everywhere")
-    options.add_argument("--url", default=absent, help="gateway to talk to (EXPERTMESH_URL)")
+    for flag, metavar, text in (
+        ("--url", "URL", "gateway to talk to (EXPERTMESH_URL)"),
+        ("--admin-url", "URL", "admin port to talk to (EXPERTMESH_ADMIN_URL)"),
+        ("--name", "NAME", "cluster on this host (EXPERTMESH_NAME, default: default)"),
+        ("--api-key", "KEY", "key (EXPERTMESH_API_KEY)"),
+        ("--admin-key", "KEY", "key of the admin ports (EXPERTMESH_ADMIN_KEY)"),
+        ("--ca-cert", "FILE", "authorities that https servers need (EXPERTMESH_CA_CERT)"),
+        ("--client-cert", "FILE", "certificate for mutual TLS (EXPERTMESH_CLIENT_CERT)"),
+        ("--client-key", "FILE", "key of that certificate (EXPERTMESH_CLIENT_KEY)"),
+    ):
+        options.add_argument(flag, default=absent, metavar=metavar, help=text)
     options.add_argument(
-        "--admin-url", default=absent, help="its admin port, if need be (EXPERTMESH_ADMIN_URL)"
+        "--timeout",
+        type=positive,
+        default=absent,
+        metavar="SECONDS",
+        help="limit of one HTTP or gRPC call",
     )
-    options.add_argument("--name", default=absent, help="cluster on this host (default)")
-    options.add_argument(
-        "--api-key", default=absent, metavar="KEY", help="key (EXPERTMESH_API_KEY)"
-    )
-    options.add_argument(
-        "--admin-key", default=absent, metavar="KEY", help="admin key (EXPERTMESH_ADMIN_KEY)"
-    )
-    options.add_argument(
-        "--ca-cert", default=absent, metavar="F", help="who signed https (EXPERTMESH_CA_CERT)"
-    )
-    for name in ("cert", "key"):
-        variable = f"EXPERTMESH_CLIENT_{name.upper()}"
-        options.add_argument(
-            f"--client-{name}", default=absent, metavar="F", help=f"for mutual TLS ({variable})"
-        )
-    options.add_argument("--json", action="store_true", default=off, help="one JSON document")
-    options.add_argument("--timeout", type=_seconds, default=absent, metavar="S", help="limit")
-    options.add_argument("--no-color", action="store_true", default=off, help="plain text")
-    options.add_argument("-v", "--verbose", action="store_true", default=off, help="say more")
+    for flags, text in (
+        (["--json"], "one JSON document on stdout"),
+        (["--no-color"], "no colours (NO_COLOR)"),
+        (["-v", "--verbose"], "more messages on stderr"),
+    ):
+        options.add_argument(*flags, action="store_true", default=off, help=text)
     return common
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cluster.placement import FREE_SLOT
-from cluster.planner.base import Bools, Floats, Ints
+from cluster.core.placement import FREE_SLOT
+from cluster.planner.base import Bools, Floats, Ints, relative_speeds
 
 LOAD_PRICE = 20.0
 """Price of a squared relative deviation of a device's load, against the decode cost."""
@@ -45,7 +45,7 @@ class Arrangement:
         self.home = home.copy()
         self.is_single: Bools = count == 1
         self._rows = np.arange(banks)
-        self._relative = np.where(speeds > 0, speeds * (speeds > 0).sum(), 1.0)
+        self._relative = relative_speeds(speeds)
         self._load = loads * (speeds > 0).sum()
         self._weight = weight
         self._affinity = affinity
@@ -128,12 +128,7 @@ class Arrangement:
             self._near[rows, :, here] += change
             self._near[rows, :, there] -= change
 
-    def heaviest(self, skipped: Bools) -> Ints:
-        """The device of each bank that costs decode steps most, but for ``skipped``."""
-        level = np.where(skipped, -np.inf, self._decode / self._relative)
-        return np.asarray(level.argmax(1))
-
-    def dearest(self, skipped: Bools) -> Ints:
+    def costliest(self, skipped: Bools) -> Ints:
         """The device of each bank with the largest cost, but for ``skipped``."""
         cost = self._cost(
             self._level[:, :, None], self._decode[:, :, None], self._relative[None, :, None]
@@ -160,7 +155,7 @@ def arrange(
         if step < sweeps:
             state.improve(np.full(len(slots), step % slots.shape[1]))
             continue
-        device = state.dearest(tried)
+        device = state.costliest(tried)
         helped = state.improve(device)
         tried[~helped, device[~helped]] = True
         tried[helped] = idle[helped]

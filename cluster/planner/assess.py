@@ -1,4 +1,4 @@
-"""What a given placement is worth: predictions for any placement, whoever made it."""
+"""Predictions for a given placement, independent of the planner that made it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cluster.config_checks import check
-from cluster.load_profile import LoadProfile
-from cluster.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+from cluster.core.checks import check
+from cluster.core.load_profile import LoadProfile
+from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.planner import cost
 from cluster.planner.base import (
     Floats,

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cluster.config_checks import check
-from cluster.errors import ConfigError
-from cluster.load_profile import BankLoad
-from cluster.placement import FREE_SLOT, BankPlacement, ExpertPlacement
-from cluster.topology import Member
+from cluster.core.checks import check
+from cluster.core.errors import ConfigError
+from cluster.core.load_profile import BankLoad
+from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+from cluster.core.topology import Member
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -37,7 +37,6 @@ class PlannedDevice:
     speed: float = 1.0
     """Relative speed: its load should be in proportion."""
     node: str = ""
-    """Machine."""
     domain: str = ""
     """Failure domain: what fails together; empty: the node."""
     link_class: str = ""
@@ -225,6 +224,11 @@ def normalised(counts: Sequence[Sequence[float]]) -> Floats:
     total = loads.sum(1, keepdims=True)
     even = np.full_like(loads, 1.0 / loads.shape[1])
     return np.where(total > 0, loads / np.where(total > 0, total, 1.0), even)
+
+
+def relative_speeds(speeds: Floats) -> Floats:
+    """[num_devices] speeds relative to the mean device; 1 for devices without slots."""
+    return np.where(speeds > 0, speeds * (speeds > 0).sum(), 1.0)
 
 
 def slot_arrays(banks: Sequence[BankPlacement], capacities: Ints) -> tuple[Ints, Ints]:

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from cluster.planner.base import Floats, Ints
+from cluster.planner.base import Floats, Ints, relative_speeds
 
 
 def levels(masses: Floats, speeds: Floats) -> Floats:
@@ -36,7 +36,7 @@ def expected_peak(active: Floats, home: Ints, speeds: Floats) -> Floats:
     """
     chance = _by_device(active, home, len(speeds))
     below = np.minimum(sum_distribution(chance).cumsum(2), 1.0)
-    relative = np.where(speeds > 0, speeds * (speeds > 0).sum(), 1.0)
+    relative = relative_speeds(speeds)
     if np.allclose(relative, 1.0):
         return np.asarray((1.0 - below[:, :, :-1].prod(1)).sum(1))
     return _weighted_peak(below, relative)

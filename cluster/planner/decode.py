@@ -16,8 +16,8 @@ import math
 
 import numpy as np
 
-from cluster.placement import FREE_SLOT
-from cluster.planner.base import Floats, Ints
+from cluster.core.placement import FREE_SLOT
+from cluster.planner.base import Floats, Ints, relative_speeds
 from cluster.planner.cost import activation, expected_peak
 
 _S = 3.0
@@ -35,7 +35,7 @@ def weights(loads: Floats, top_k: int, rows: int) -> Floats:
 def assign(slots: Ints, loads: Floats, speeds: Floats, home: Ints, top_k: int, rows: int) -> Ints:
     """A table for batches of ``rows``, by the expected peak no worse than ``home`` for any more."""
     weight = weights(loads, top_k, rows)
-    relative = np.where(speeds > 0, speeds * (speeds > 0).sum(), 1.0)
+    relative = relative_speeds(speeds)
     copies = _copy_table(slots, loads.shape[1])
     table = _swept(copies, weight, relative, home)
     for b in range(len(table)):
@@ -46,11 +46,6 @@ def assign(slots: Ints, loads: Floats, speeds: Floats, home: Ints, top_k: int, r
         before = expected_peak(active, home, speeds)
         is_better &= expected_peak(active, table, speeds) <= before + 1e-9
     return np.where(is_better[:, None], table, home)
-
-
-def any_home(slots: Ints, num_experts: int) -> Ints:
-    """The lowest device of every expert."""
-    return np.asarray(_copy_table(slots, num_experts)[:, :, 0])
 
 
 def _copy_table(slots: Ints, num_experts: int) -> Ints:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 
-from cluster.load_profile import LoadProfile
-from cluster.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+from cluster.core.load_profile import LoadProfile
+from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.planner import cost
 from cluster.planner.base import PlannedTopology, normalised
 from cluster.planner.stages import with_slots

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.config_checks import check
-from cluster.load_profile import LoadProfile
-from cluster.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+from cluster.core.checks import check
+from cluster.core.load_profile import LoadProfile
+from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.planner.assess import assess
 from cluster.planner.base import Floats, Ints, Plan, PlannedTopology
 
@@ -114,12 +114,6 @@ def plan(
     epoch = 1 if current is None else current.epoch + 1
     placement = ExpertPlacement(epoch=epoch, banks=tuple(banks))
     return assess(profile, topology, placement, current)
-
-
-def siblings(bank_slots: Sequence[Sequence[int]]) -> int:
-    """Copies that stand beside another copy of the same expert."""
-    held = [[e for e in slots if e != FREE_SLOT] for slots in bank_slots]
-    return sum(len(slots) - len(set(slots)) for slots in held)
 
 
 def equally_shared(

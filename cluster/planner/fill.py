@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cluster.placement import FREE_SLOT
+from cluster.core.placement import FREE_SLOT
 from cluster.planner.base import Bools, Floats, Ints
 
 

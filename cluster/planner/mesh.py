@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.config_checks import check
-from cluster.load_profile import BankLoad, LoadProfile
-from cluster.placement import BankPlacement, ExpertPlacement
+from cluster.core.checks import check
+from cluster.core.load_profile import BankLoad, LoadProfile
+from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.planner import cost, decode, split
 from cluster.planner.arrange import arrange
 from cluster.planner.assess import PREDICTED_ROWS, banks_of, own_masses
@@ -61,7 +61,6 @@ class _Group:
     """Banks with equally many experts."""
 
     loads: tuple[BankLoad, ...]
-    """Their loads."""
     load: Floats
     """[num_banks, num_experts] the same, normalised."""
     capacities: Ints

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.load_profile import BankLoad
-from cluster.placement import FREE_SLOT
+from cluster.core.load_profile import BankLoad
+from cluster.core.placement import FREE_SLOT
 from cluster.planner.base import Ints, Move
 
 

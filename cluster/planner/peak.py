@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.placement import FREE_SLOT
-from cluster.planner.base import Bools, Floats, Ints
+from cluster.core.placement import FREE_SLOT
+from cluster.planner.base import Bools, Floats, Ints, relative_speeds
 from cluster.planner.cost import activation, balancedness, expected_peak, sum_distribution
 from cluster.planner.proposals import Limits
 from cluster.planner.search import Placed, solve
@@ -65,9 +65,9 @@ class _Offers:
     device: Ints
     """[open banks] that device."""
     gain: Floats
-    """[open banks, slots of it, all slots] less of the expected peak when slots are exchanged."""
+    """[open banks, slots of the device, all slots] what exchanging two slots takes off the peak."""
     gain_by_home: Floats
-    """[open banks, slots of it, devices] the same when only the home goes to another copy."""
+    """[open banks, slots of the device, devices] the same when only the home moves."""
 
 
 class _Search:
@@ -189,7 +189,7 @@ class Grid:
     @classmethod
     def of(cls, speeds: Floats, size: int) -> Grid:
         """For devices that serve less than ``size`` experts."""
-        relative = np.where(speeds > 0, speeds * (speeds > 0).sum(), 1.0)
+        relative = relative_speeds(speeds)
         if np.allclose(relative, 1.0):
             count = np.tile(np.arange(size), (len(speeds), 1))
             return cls(count=count, width=np.ones(size))

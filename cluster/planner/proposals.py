@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.placement import FREE_SLOT
+from cluster.core.placement import FREE_SLOT
 from cluster.planner.base import Bools, Floats, Ints
 
 Edit = tuple[int, int, int]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.placement import FREE_SLOT
+from cluster.core.placement import FREE_SLOT
 from cluster.planner import split
 from cluster.planner.base import Bools, Floats, Ints
 from cluster.planner.cost import balancedness, levels

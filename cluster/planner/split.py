@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.placement import FREE_SLOT
+from cluster.core.placement import FREE_SLOT
 from cluster.planner.base import Bools, Floats, Ints
 
 _MAX_ITERATIONS = 40

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from cluster.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+from msgspec.structs import replace
+
+from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,11 +33,10 @@ class SlotFill:
     device: int
     """Device that gets it."""
     slot: int
-    """Expert slot, free in the placement in force."""
+    """Expert slot, free in the placement in force; perhaps behind the last one of the maps."""
     expert: int
-    """Logical expert."""
-    sources: tuple[int, ...]
-    """Devices that hold it in the placement in force."""
+    sources: tuple[int, ...] = ()
+    """Devices that hold it in the placement in force; empty: it is read from the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +89,7 @@ def is_reached(current: ExpertPlacement, target: ExpertPlacement) -> bool:
 
 
 class _BankChange:
-    """One bank on its way."""
+    """One bank during a change."""
 
     def __init__(
         self, now: BankPlacement, then: BankPlacement, num_slots: int, devices: frozenset[int]
@@ -116,8 +117,7 @@ class _BankChange:
             lacking = self._wanted[device] - set(row)
             missing = sorted(lacking, key=lambda e: (e not in displaced, e))
             for slot, expert in zip(free, missing, strict=False):
-                places = self._now.logical_to_physical(expert)
-                sources = tuple(d for d, _ in places)
+                sources = self._now.holders(expert)
                 fills.append(
                     SlotFill(bank=index, device=device, slot=slot, expert=expert, sources=sources)
                 )
@@ -183,10 +183,7 @@ def with_slots(bank: BankPlacement, rows: Sequence[Sequence[int]]) -> BankPlacem
     of their expert in proportion.
     """
     share: Mapping[tuple[int, int], float] = {
-        (device, expert): bank.split[device][slot]
-        for device, row in enumerate(bank.physical_to_logical)
-        for slot, expert in enumerate(row)
-        if expert != FREE_SLOT
+        (device, expert): bank.split[device][slot] for device, slot, expert in bank.copies()
     }
     held = [(d, e) for d, row in enumerate(rows) for e in row if e != FREE_SLOT]
     totals: defaultdict[int, float] = defaultdict(float)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local_ray import make_temp_dir
-from tests.cluster.fake_gateway import FakeGateway, fake_gateway
+from cluster.launch.local_ray import make_temp_dir
+from tests.cluster.cli.fake_gateway import FakeGateway, fake_gateway
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def temp_dirs(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         made.append(make_temp_dir())
         return made[-1]
 
-    monkeypatch.setattr("cluster.local_ray.make_temp_dir", make)
+    monkeypatch.setattr("cluster.launch.local_ray.make_temp_dir", make)
     return made
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import grpc
 import pytest
 
-from gateway.tokenizer import load_tokenizer
+from gateway.text.tokenizer import load_tokenizer
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.stack import Stack
-from tests.served_stack import stack_over
+from tests.harness.served_stack import stack_over
+from tests.paths import DEMO
 
-DEMO = Path(__file__).parents[2] / "workers" / "demo" / "checkpoint"
 TOOL_TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool.function.name }}\n{% endfor %}"
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import aiohttp
 from aiohttp import web
 
-from tests.loop_thread import LoopThread
+from tests.harness.loop_thread import LoopThread
 
 _OWN_HOP = frozenset({"connection", "transfer-encoding", "content-length", "host"})
 Sent = dict[str, set[str]]

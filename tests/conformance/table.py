@@ -10,32 +10,32 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from gateway.inspect_json import InspectBody
-from gateway.openapi import ENDPOINTS
-from gateway.readings_http import REFUSED_FIELDS, ClassifyBody, EmbeddingsBody, ScoreBody
-from gateway.schema import (
+from gateway.http.inspect import InspectBody
+from gateway.http.openapi import ENDPOINTS
+from gateway.http.pooling import REFUSED_FIELDS, ClassifyBody, EmbeddingsBody, ScoreBody
+from gateway.http.schema import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
     TokenizeBody,
-    refused_fields,
 )
+from gateway.http.unsupported import refused_fields
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "conformance.md"
 SENT_BY_CLIENTS = Path(__file__).parent / "clients" / "fields.json"
 """Fields by client and route; ``test_clients.py`` compares it with what they send."""
 BEGIN, END = "<!-- begin: tables -->", "<!-- end: tables -->"
 NO_EFFECT = ("user", "metadata", "store", "service_tier", "reasoning_effort")
 """Known fields that are taken and change nothing; so are all fields that nobody knows."""
-_OF_READINGS = frozenset(REFUSED_FIELDS)
+_OF_POOLING = frozenset(REFUSED_FIELDS)
 _COLUMNS: dict[str, tuple[type[BaseModel], frozenset[str]]] = {
     "completions": (CompletionBody, refused_fields("completion") | {"chat_template"}),
     "chat": (ChatBody, refused_fields("chat") | {"echo"}),
-    "embeddings": (EmbeddingsBody, _OF_READINGS),
-    "classify": (ClassifyBody, _OF_READINGS),
-    "score": (ScoreBody, _OF_READINGS),
-    "inspect": (InspectBody, _OF_READINGS),
+    "embeddings": (EmbeddingsBody, _OF_POOLING),
+    "classify": (ClassifyBody, _OF_POOLING),
+    "score": (ScoreBody, _OF_POOLING),
+    "inspect": (InspectBody, _OF_POOLING),
     "tokenize": (TokenizeBody, refused_fields("tokenize")),
     "detokenize": (DetokenizeBody, frozenset()),
 }

@@ -22,9 +22,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conformance.conftest import DEMO, TOOL_TEMPLATE
+from tests.conformance.conftest import TOOL_TEMPLATE
 from tests.conformance.recorder import Recorder, recording
 from tests.conformance.table import SENT_BY_CLIENTS
+from tests.paths import DEMO
 from tests.served.server import running_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

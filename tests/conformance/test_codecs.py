@@ -14,8 +14,8 @@ from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
 from tests.conformance.test_openapi import TOOLS, USER
+from tests.gateway.grpc.test_grpc import failure, request_of
 from tests.gateway.stack import MODEL, WAIT_S, Stack
-from tests.gateway.test_grpc import failure, request_of
 
 PROMPT = "ROMEO:\nBut soft, what light"
 BASE: dict[str, Any] = {"max_tokens": 12, "temperature": 0, "return_token_ids": True}

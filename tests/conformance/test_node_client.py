@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.gateway.stack import Stack
+from tests.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 LIMIT_S = 300
 
 

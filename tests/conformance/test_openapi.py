@@ -10,8 +10,8 @@ import jsonschema
 import pytest
 from starlette.routing import Route
 
-from gateway.http_api import HttpApi, build_http_app
-from gateway.openapi import ENDPOINTS, document
+from gateway.http.api import HttpApi, build_http_app
+from gateway.http.openapi import ENDPOINTS, document
 from tests.gateway.sse_client import read_events
 from tests.gateway.stack import MODEL, Stack
 

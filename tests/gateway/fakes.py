@@ -8,19 +8,21 @@ import copy
 import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from cluster.errors import ConflictError, UnknownNameError
-from gateway.chat_template import ChatTemplate
-from gateway.tokenizer import Tokenizer
-from protos import engine_pb2 as pb
-from protos import engine_pb2_grpc
-from workers.request import (
+from cluster.controller.parts.metrics import ControllerMetrics
+from cluster.core.errors import ConflictError, UnknownNameError
+from cluster.core.metric_families import PlainFamily
+from cluster.core.release import RELEASE
+from cluster.core.topology import Member
+from gateway.text.chat_template import ChatTemplate
+from gateway.text.tokenizer import Tokenizer
+from workers.requests.request import (
     FinishReason,
     Request,
     StepOutput,
@@ -29,7 +31,18 @@ from workers.request import (
     TokenOutput,
     Turn,
 )
-from workers.wire import request_from_wire, step_to_wire, turn_to_wire
+from workers.requests.wire import (
+    ENGINE_HELLO,
+    FROM_ENGINE,
+    HELLO,
+    METHOD,
+    SERVICE,
+    TO_ENGINE,
+    Abort,
+    EngineHello,
+    FromEngine,
+    Ping,
+)
 
 CLUSTER_TOKEN = "token of the test cluster"
 MAX_MODEL_LEN = 512
@@ -91,10 +104,12 @@ def saying(text: str | bytes, end: bool = True) -> Script:
 
 
 @dataclass
-class ScriptedEngine(engine_pb2_grpc.EngineServicer):
+class ScriptedEngine:
     """An engine whose tokens come from a script, one step of all running choices at a time."""
 
     name: str = "attention-0"
+    release: str = RELEASE
+    spoils: Literal["", "hello", "pong"] = ""
     script: Script = counting_script
     step_s: float = 0.0
     tokens_per_output: int = 1
@@ -121,7 +136,9 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     async def start(self) -> None:
         """Serve on a free loopback port."""
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-        engine_pb2_grpc.add_EngineServicer_to_server(self, self._server)
+        stream = grpc.stream_stream_rpc_method_handler(self._stream)
+        handler = grpc.method_handlers_generic_handler(SERVICE, {METHOD: stream})
+        self._server.add_generic_rpc_handlers((handler,))
         port = self._server.add_insecure_port("127.0.0.1:0")
         self.address = f"127.0.0.1:{port}"
         await self._server.start()
@@ -133,32 +150,32 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         if self._server is not None:
             await self._server.stop(0)
 
-    async def Stream(
-        self, request_iterator: AsyncIterator[pb.ToEngine], context: Any
-    ) -> AsyncIterator[pb.FromEngine]:
-        """See ``Engine.Stream``."""
-        hello = await anext(request_iterator)
-        if hello.hello.token != CLUSTER_TOKEN:
+    async def _stream(self, messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        hello = HELLO.decode(await anext(messages))
+        if hello.token != CLUSTER_TOKEN:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong token")
-        queue: asyncio.Queue[pb.FromEngine] = asyncio.Queue()
+        queue: asyncio.Queue[FromEngine] = asyncio.Queue()
         self.num_streams += 1
         self.num_hellos += 1
-        reader = asyncio.create_task(self._read(request_iterator, queue))
+        reader = asyncio.create_task(self._read(messages, queue))
         try:
-            yield pb.FromEngine(hello=self._hello())
+            yield b"\xc1" if self.spoils == "hello" else ENGINE_HELLO.encode(self._hello())
             while True:
-                yield await queue.get()
+                message = await queue.get()
+                is_spoilt = self.spoils == "pong" and isinstance(message, Ping)
+                yield b"\xc1" if is_spoilt else FROM_ENGINE.encode(message)
         finally:
             self.num_streams -= 1
             reader.cancel()
 
-    def _hello(self) -> pb.EngineHello:
-        return pb.EngineHello(
+    def _hello(self) -> EngineHello:
+        return EngineHello(
             worker=self.name,
+            release=self.release,
             generation=1,
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB_SIZE,
-            eos_token_ids=[EOS_ID],
+            eos_token_ids=(EOS_ID,),
             max_kv_tokens=4 * MAX_MODEL_LEN,
             dtype="float32",
             model_type="olmoe",
@@ -167,21 +184,19 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
             num_heads=2,
         )
 
-    async def _read(
-        self, messages: AsyncIterator[pb.ToEngine], queue: asyncio.Queue[pb.FromEngine]
-    ) -> None:
-        async for message in messages:
-            kind = message.WhichOneof("message")
-            if kind == "ping":
+    async def _read(self, messages: AsyncIterator[bytes], queue: asyncio.Queue[FromEngine]) -> None:
+        async for data in messages:
+            message = TO_ENGINE.decode(data)
+            if isinstance(message, Ping):
                 self.num_pings += 1
                 if self.answers_pings:
-                    queue.put_nowait(pb.FromEngine(pong=message.ping))
-            elif kind == "turn":
-                self.turns.append(message.turn.request_id)
-            elif kind == "abort":
-                self._abort(message.abort)
-            elif kind == "request":
-                request = request_from_wire(message.request)
+                    queue.put_nowait(message)
+            elif isinstance(message, Turn):
+                self.turns.append(message.request_id)
+            elif isinstance(message, Abort):
+                self._abort(message)
+            elif isinstance(message, Request):
+                request = message
                 self.requests.append(request)
                 open_choices = set(range(request.n)) - set(request.closed_choices)
                 self.running[request.request_id] = open_choices
@@ -189,14 +204,14 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
-    def _abort(self, abort: pb.Abort) -> None:
-        self.aborts.append((abort.request_id, tuple(abort.choices)))
+    def _abort(self, abort: Abort) -> None:
+        self.aborts.append((abort.request_id, abort.choices))
         open_choices = self.running.get(abort.request_id, set())
-        open_choices.difference_update(tuple(abort.choices) or tuple(open_choices))
+        open_choices.difference_update(abort.choices or tuple(open_choices))
         if not open_choices:
             self.running.pop(abort.request_id, None)
 
-    async def _run(self, request: Request, queue: asyncio.Queue[pb.FromEngine]) -> None:
+    async def _run(self, request: Request, queue: asyncio.Queue[FromEngine]) -> None:
         scripts = {choice: self.script(request, choice) for choice in range(request.n)}
         so_far = request.output_so_far or ((),) * request.n
         at, width = [len(ids) for ids in so_far], self.tokens_per_output
@@ -216,16 +231,16 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
                 outputs.append(output)
                 if output.finish_reason is not None:
                     open_choices.discard(choice)
-            step = StepOutput(outputs=tuple(outputs), stats={"num_requests_running": 1.0})
+            step = StepOutput(outputs=tuple(outputs))
             for _ in range(2 if self.repeat_outputs else 1):
-                queue.put_nowait(pb.FromEngine(step=step_to_wire(step)))
+                queue.put_nowait(step)
         self.running.pop(request.request_id, None)
 
-    async def _wait_for_turn(self, request: Request, queue: asyncio.Queue[pb.FromEngine]) -> None:
+    async def _wait_for_turn(self, request: Request, queue: asyncio.Queue[FromEngine]) -> None:
         """As an engine does with a request that two workers died with."""
         if request.num_deaths >= 2:
             turn = Turn(request_id=request.request_id, attempt=request.attempt)
-            queue.put_nowait(pb.FromEngine(turn=turn_to_wire(turn)))
+            queue.put_nowait(turn)
             while request.request_id not in self.turns:
                 await asyncio.sleep(0.002)
 
@@ -294,14 +309,26 @@ REBALANCE: Mapping[str, Any] = {
     "reason": "",
     "phase": "",
     "last": None,
-    "counts": {
-        "outcomes": {"applied": 2, "skipped_gain": 7},
-        "bytes": 4096,
-        "slots_moved": 3,
-        "stalls": {"buckets": [[0.01, 1], [0.1, 2]], "sum": 0.05, "count": 2},
-    },
 }
 """Of a snapshot."""
+
+
+def controller_metrics() -> list[PlainFamily]:
+    """What a controller has counted."""
+    metrics = ControllerMetrics()
+    for _ in range(2):
+        metrics.decided("applied")
+    for _ in range(7):
+        metrics.decided("skipped_gain")
+    for stall_s in (0.01, 0.04):
+        metrics.switched(stall_s)
+    metrics.moved("rebalance", 1, 96, 0.25)
+    metrics.moved("rebalance", 2, 4000, 1.0)
+    metrics.moved("recovery", 1, 100, 0.25)
+    for stall_s in (0.05, 0.3, 0.4):
+        metrics.lost([Member(name="expert-1", role="expert", rank=1)], 0.0)
+        metrics.recovered(stall_s)
+    return metrics.to_plain(())
 
 
 class FakeController:
@@ -320,21 +347,7 @@ class FakeController:
             "workers": [],
             "gateway": [],
             "rebalance": REBALANCE,
-            "recoveries": {
-                "expert_worker": {"count": 3, "sum": 0.75, "buckets": [[0.1, 1], [0.5, 3]]}
-            },
-            "migrations": {
-                "rebalance": {
-                    "bytes": 4096,
-                    "slots": 3,
-                    "seconds": {"buckets": [[0.5, 1], [1.0, 2]], "sum": 1.25, "count": 2},
-                },
-                "recovery": {
-                    "bytes": 100,
-                    "slots": 1,
-                    "seconds": {"buckets": [[0.5, 1], [1.0, 1]], "sum": 0.25, "count": 1},
-                },
-            },
+            "metrics": controller_metrics(),
             "history": [{"generation": 1, "time": 0.0, "cause": "start", "effect": "SERVING"}],
         }
         self.known_operations: list[dict[str, Any]] = []

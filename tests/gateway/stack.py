@@ -12,16 +12,16 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from cluster.config import ClusterConfig, EngineSection, ModelSection, ObservabilitySection
-from cluster.gateway_config import GatewaySection
-from gateway.admin_api import AdminApi
-from gateway.cluster_view import ClusterView, Controller
-from gateway.core import Gateway
-from gateway.engine_pool import EnginePool
-from gateway.grpc_server import GrpcServer
-from gateway.http_api import build_http_app
-from gateway.http_protocol import BoundedHttpProtocol
-from gateway.tokenizer import Tokenizer
+from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection, ObservabilitySection
+from cluster.config.gateway import GatewaySection
+from gateway.admin.service import AdminApi
+from gateway.cluster.view import ClusterView, ControllerCalls
+from gateway.engines.engine_pool import EnginePool
+from gateway.generation.gateway import Gateway
+from gateway.grpc.server import GrpcServer
+from gateway.http.api import build_http_app
+from gateway.serve_proxy.bounded_protocol import BoundedHttpProtocol
+from gateway.text.tokenizer import Tokenizer
 from tests.gateway.fakes import (
     CLUSTER_TOKEN,
     FakeController,
@@ -31,7 +31,7 @@ from tests.gateway.fakes import (
     expert_entry,
     tiny_tokenizer,
 )
-from tests.loop_thread import LoopThread
+from tests.harness.loop_thread import LoopThread
 
 MODEL = "tiny"
 WAIT_S = 60.0
@@ -125,7 +125,7 @@ class Stack:
         self._closers.append(self.engine.stop)
         self.controller = FakeController()
 
-        async def find() -> Controller:
+        async def find() -> ControllerCalls:
             return self.controller
 
         cluster = ClusterView(find)

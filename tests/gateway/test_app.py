@@ -17,11 +17,11 @@ import pytest
 import ray
 from ray import serve
 
-from cluster import local_ray
-from cluster.config import ClusterConfig, ModelSection
-from cluster.gateway_config import GatewaySection
+from cluster.config.cluster import ClusterConfig, ModelSection
+from cluster.config.gateway import GatewaySection
+from cluster.launch import local_ray
 from gateway.app import APP_NAME, build_app
-from gateway.cluster_client import CONTROLLER_NAME, RAY_NAMESPACE
+from gateway.cluster.client import CONTROLLER_NAME, RAY_NAMESPACE
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from tests.distributed import free_ports
@@ -36,7 +36,8 @@ from tests.gateway.fakes import (
     tiny_backend,
 )
 from tests.gateway.sse_client import by_choice, parse_events
-from tests.loop_thread import LoopThread
+from tests.harness.loop_thread import LoopThread
+from tests.harness.serving_cluster import end_shared_ray
 
 pytestmark = pytest.mark.ray
 
@@ -87,6 +88,7 @@ def _running_engine() -> Iterator[ScriptedEngine]:
 
 @contextlib.contextmanager
 def _local_ray() -> Iterator[None]:
+    end_shared_ray()
     with (
         tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder,
         pytest.MonkeyPatch.context() as patch,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-FREE_OF_RAY = "gateway.http_api, gateway.grpc_server, gateway.engine_pool, gateway.cluster_view"
+from tests.paths import ROOT
+
+FREE_OF_RAY = (
+    "gateway.http.api, gateway.grpc.server, gateway.engines.engine_pool, gateway.cluster.view"
+)
 
 
 def test_only_the_deployment_knows_ray_and_nothing_knows_torch() -> None:

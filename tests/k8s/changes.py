@@ -235,7 +235,9 @@ CHANGES: list[Row] = [
         "grace",
         MULTI,
         "a gateway that drains its node's workers",
-        lambda m: swap(box(m, "gateway")["lifecycle"]["preStop"]["exec"], "--gateway", "--node x"),
+        lambda m: swap(
+            box(m, "gateway")["lifecycle"]["preStop"]["exec"], "drain gateway", "drain node x"
+        ),
     ),
     (
         "grace",
@@ -291,7 +293,7 @@ CHANGES: list[Row] = [
         "commands",
         MULTI,
         "a hook that is no command",
-        lambda m: swap(box(m, "experts")["lifecycle"]["preStop"]["exec"], "--timeout", "--limit"),
+        lambda m: swap(box(m, "experts")["lifecycle"]["preStop"]["exec"], "--deadline", "--limit"),
     ),
     ("commands", MULTI, "a model elsewhere", lambda m: set_engine(m, model="/data/dots.llm1.inst")),
     ("commands", MULTI, "no keys at gateways", lambda m: box(m, "gateway")["volumeMounts"].pop(1)),

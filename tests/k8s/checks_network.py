@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.gateway_config import GatewaySection
+from cluster.config.gateway import GatewaySection
 from tests.k8s.kuberay import AGENT_PORT, GROUPS, METRICS_PORT, Manifests, matches
 
 DASHBOARD_PORT = 8265

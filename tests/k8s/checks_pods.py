@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from cluster.cli import main
-from cluster.cli.drain import DEFAULT_LIMIT_S
-from cluster.cli.serve_options import OPTIONS
-from gateway.admin_api import HTTP_PORT as ADMIN_PORT
+from cluster.cli.cluster.drain import DEFAULT_LIMIT_S
+from cluster.cli.options.serve_options import OPTIONS
+from gateway.admin.service import HTTP_PORT as ADMIN_PORT
 from tests.k8s.checks_network import DASHBOARD_PORT, WORKERS
 from tests.k8s.kuberay import GROUPS, Group, Manifests, quantity
 
@@ -58,8 +58,9 @@ def grace(m: Manifests) -> Iterator[str]:
             if words[:2] != ["expertmesh", "drain"]:
                 yield f"{group.name}: does not drain before it stops"
             given = dict(itertools.pairwise(words))
-            drain_s = float(given.get("--timeout", DEFAULT_LIMIT_S))
-            whom = ("--gateway",) if group.name == "gateway" else ("--node", "$POD_IP")
+            whom = ("gateway",) if group.name == "gateway" else ("node", "$POD_IP")
+            limit = "--wait" if group.name == "gateway" else "--deadline"
+            drain_s = float(given.get(limit, DEFAULT_LIMIT_S))
             if words[2 : 2 + len(whom)] != [*whom]:
                 yield f"{group.name}: drains something else"
             admin_url = f"http://127.0.0.1:{m.engine.get('admin-port', ADMIN_PORT)}"

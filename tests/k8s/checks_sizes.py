@@ -12,24 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoint_check import CheckpointFacts, check
-from cluster.cli.plan_guide import known_model
-from cluster.cli.serve_config import build_config
-from cluster.cli.serve_options import OPTIONS
-from cluster.config import ClusterConfig
-from cluster.devices import GPUS_PER_NODE, H100_NODE
-from cluster.errors import ConfigError
-from cluster.model_source import ModelSource
-from cluster.node_labels import Place
-from cluster.resources import NodeResources
-from cluster.sizing_guide import Layout, best_layout
-from cluster.start_plan import StartPlan, plan_start
-from cluster.topology import Member
+from benchmarks.sizing_guide import MODELS, known_model
+from benchmarks.sizing_layouts import GPUS_PER_NODE, H100_NODE, Layout, best_layout
+from cluster.actors.start_plan import StartPlan, plan_start
+from cluster.cli.options.serve_config import build_config
+from cluster.cli.options.serve_options import OPTIONS
+from cluster.config.cluster import ClusterConfig
+from cluster.config.resources import NodeResources
+from cluster.core.errors import ConfigError
+from cluster.core.node_labels import Place
+from cluster.core.topology import Member
+from cluster.launch.checkpoint_check import CheckpointFacts, check
+from cluster.launch.model_source import ModelSource
 from tests.k8s.checks_network import WORKERS
 from tests.k8s.kuberay import Manifests
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-KNOWN_MODELS = ROOT / "cluster" / "cli" / "models"
 GPU_BYTES = 0.9 * 80e9
 """What a device of the overlays' smallest kind has to give."""
 PROCESS_BYTES = 600 * 2**20
@@ -148,7 +146,7 @@ def ask(m: Manifests) -> Asked:
         if name in m.engine and name != "api-key-file":
             values[option.target] = option.kind(str(m.engine[name]))
     model = str(m.engine.get("model", ""))
-    folder = KNOWN_MODELS / Path(model).name if model else ROOT / "workers" / "demo" / "checkpoint"
+    folder = MODELS / Path(model).name if model else ROOT / "workers" / "demo" / "checkpoint"
     facts = _facts(folder)
     config = build_config(values, ModelSource(folder=folder, name="model"))
     nodes = [

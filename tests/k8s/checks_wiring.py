@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from grpc_reflection.v1alpha import reflection
 
-from gateway.request_id import PROXY_CALLBACK
+from gateway.serve_proxy.middlewares import PROXY_CALLBACK
 from protos import inference_pb2
 from tests.k8s.checks_network import WORKERS, terms
 from tests.k8s.kuberay import PART_OF, Group, Manifests, quantity
+from tests.paths import ROOT
 
 DETECTION_S = 15.0
 """The head calls a silent node dead at the latest after this time; by default after 65 s."""
@@ -244,7 +244,7 @@ def labels(m: Manifests) -> Iterator[str]:
 
 def images(m: Manifests) -> Iterator[str]:
     """Pods run as the image's user, and pull as the overlay says."""
-    text = (Path(__file__).resolve().parents[2] / "k8s" / "image" / "Dockerfile").read_text()
+    text = (ROOT / "k8s" / "image" / "Dockerfile").read_text()
     user = re.search(r"^USER (\d+):(\d+)$", text, re.M)
     assert user is not None
     pods = [(g.name, g.pod) for g in m.groups]

@@ -19,7 +19,9 @@ from typing import Any
 
 import yaml
 
-K8S = Path(__file__).resolve().parents[2] / "k8s"
+from tests.paths import ROOT
+
+K8S = ROOT / "k8s"
 OVERLAYS = ("cpu-kind", "gpu-single-node", "gpu-multi-node")
 GROUPS = ("headgroup", "gateway", "attention", "experts")
 METRICS_PORT = 8080

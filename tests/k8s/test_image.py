@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.k8s import dockerfile
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "k8s" / "image" / "Dockerfile"
 STEPS = dockerfile.read(DOCKERFILE)
 BEFORE, *STAGES = dockerfile.stages(STEPS)
@@ -54,7 +54,7 @@ def test_it_runs_as_ray_and_says_what_it_is() -> None:
 
 
 def test_what_it_sets_is_what_the_launcher_sets() -> None:
-    from cluster.local_ray import common_environment
+    from cluster.launch.local_ray import common_environment
 
     words = dict(w.split("=", 1) for t in _texts("ENV") for w in t.split())
     ours = common_environment()
@@ -64,7 +64,7 @@ def test_what_it_sets_is_what_the_launcher_sets() -> None:
 
 def test_the_context_is_what_the_package_is_built_of() -> None:
     files = {str(p.relative_to(ROOT)) for p in dockerfile.context(ROOT)}
-    assert {"pyproject.toml", "constraints.txt", "cluster/launch.py"} <= files
+    assert {"pyproject.toml", "constraints.txt", "cluster/launch/launch.py"} <= files
     assert "workers/demo/checkpoint/model.safetensors" in files
     tops = {f.partition("/")[0] for f in files}
     assert tops <= {
@@ -80,7 +80,7 @@ def test_the_context_is_what_the_package_is_built_of() -> None:
     [
         ("README.md", False),
         ("tests/conftest.py", True),
-        ("cluster/launch.py", False),
+        ("cluster/launch/launch.py", False),
         ("cluster/cli/__pycache__/main.pyc", True),
         ("secret.txt", True),
     ],
@@ -101,6 +101,7 @@ def test_hadolint_finds_nothing() -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize(
     "has_packages",
@@ -129,13 +130,24 @@ def test_the_steps_run_in_a_clean_folder(has_packages: bool, tmp_path: Path) -> 
     build = dockerfile.Build(tmp_path / "image", sent, base, {"TORCH_INDEX": ""})
     image = build.run(STEPS)
     assert not list((image / "home/ray/expertmesh").glob("dist"))
-    run = [str(tmp_path / "base/bin/python"), "-c", "import cluster.launch as x; print(x.__file__)"]
+    run = [
+        str(tmp_path / "base/bin/python"),
+        "-c",
+        "import cluster.launch.launch as x; print(x.__file__)",
+    ]
     done = subprocess.run(run, cwd=image, env=base, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip().startswith(str(tmp_path / "base")), done.stderr
     command = str(tmp_path / "base/bin/expertmesh")
-    for words in (["serve", "--dry-run", "--json"], ["plan", "size", "--guide"]):
+    size = ["plan", "size", "--workers", "3", "--json"]
+    for words in (["serve", "--dry-run", "--json"], size):
         done = subprocess.run(
             [command, *words], cwd=image, env=base, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
-    assert done.stdout == (ROOT / "docs" / "sizing.md").read_text()
+    here = subprocess.run(
+        [sys.executable, "-m", "cluster.cli.main", *size],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout == here.stdout != ""

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_rows import Form
+from tests.harness.fault_rows import Form
 from tests.k8s.kuberay import K8S, Group, Manifests, NoKubectl
+from tests.paths import ROOT
 from tests.pretend_hosts.hosts import (
     CLIENT,
     TIMEOUT_S,
@@ -33,7 +34,6 @@ from tests.pretend_hosts.hosts import (
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-ROOT = Path(__file__).resolve().parents[2]
 FORM = Form(num_streams=4, num_tokens=48)
 LONG = Form(num_streams=4, num_tokens=400)
 ENGINE = "/etc/expertmesh/engine/engine.yaml"
@@ -285,9 +285,9 @@ def test_requests_wait_for_the_successors_of_all_attention_pods(pods: Pods, tmp_
     wait_until(lambda: all(map(pods.is_ready, hosts)), "their workers serve")
 
 
+@pytest.mark.parametrize("pods", ["with gcs-ft and auth-token"], indirect=True)
 def test_streams_outlive_the_head_pod(pods: Pods, tmp_path: Path) -> None:
-    if not pods.manifests.operator_env("headgroup"):
-        pytest.skip("the head's state is nowhere but in the head")
+    assert pods.manifests.operator_env("headgroup")
     url = gateway_url(pods)
     before = worker_pids(pods)
     log = tmp_path / "clients.log"

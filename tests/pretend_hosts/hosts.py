@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from tests.fault_rows import Form
+from tests.harness.fault_rows import Form
 
 SCRIPT = Path(__file__).parent / "cluster.sh"
 TIMEOUT_S = 240.0

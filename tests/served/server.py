@@ -23,8 +23,9 @@ from typing import IO, Any
 import httpx
 import psutil
 
-from cluster.orphans import find_by_files, sweep
-from cluster.state_file import ClusterRecord
+from cluster.core.codec import from_plain
+from cluster.launch.orphans import find_by_files, sweep
+from cluster.launch.state_file import ClusterRecord
 
 START_LIMIT_S = 240.0
 """Longest start, on a machine that is busy with other tests."""
@@ -206,5 +207,5 @@ def _first_line(stream: IO[bytes]) -> str:
 
 def _describe(line: str, state_file: Path) -> Served:
     facts = dict(word.split("=", 1) for word in line.split()[2:])
-    record = ClusterRecord.from_dict(json.loads(state_file.read_text()))
+    record = from_plain(json.loads(state_file.read_text()), ClusterRecord)
     return Served(http=facts["http"], grpc=facts["grpc"], record=record)

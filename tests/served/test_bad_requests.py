@@ -15,7 +15,7 @@ import pytest
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
-from tests.gateway.test_grpc import failure, request_of
+from tests.gateway.grpc.test_grpc import failure, request_of
 from tests.served.server import GOOD, WAIT_S, Served
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("unharmed")]

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from cluster.config import EngineSection
-from cluster.launch_plan import count_cpus
-from cluster.model_source import bundled_checkpoint
+from cluster.config.cluster import EngineSection
+from cluster.launch.model_source import bundled_checkpoint
+from cluster.launch.plan import count_cpus
 from tests.served.server import WAIT_S, Served, command, running_server
 from workers.local_engine import LocalEngine
-from workers.request import SamplingParams
+from workers.requests.request import SamplingParams
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

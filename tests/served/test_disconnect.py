@@ -18,7 +18,7 @@ import openai
 import pytest
 
 from protos.inference_pb2_grpc import InferenceStub
-from tests.gateway.test_grpc import request_of
+from tests.gateway.grpc.test_grpc import request_of
 from tests.served.server import WAIT_S, Served
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("unharmed")]

@@ -18,13 +18,13 @@ import httpx
 import psutil
 import pytest
 
-from cluster.orphans import find_by_files
+from cluster.launch.orphans import find_by_files
 from protos import admin_pb2
 from protos.admin_pb2_grpc import AdminStub
 from protos.inference_pb2_grpc import InferenceStub
 from tests.distributed import free_ports
-from tests.fault_rows import stopped
-from tests.gateway.test_grpc import request_of
+from tests.gateway.grpc.test_grpc import request_of
+from tests.harness.fault_rows import stopped
 from tests.served.server import WAIT_S, Served, parse_address, running_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

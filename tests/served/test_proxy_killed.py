@@ -9,8 +9,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from cluster.gateway_config import GatewaySection
-from cluster.serve_proxy import wait_ready
+from cluster.config.gateway import GatewaySection
+from cluster.launch.serve_proxy import wait_ready
 from protos.inference_pb2 import GenerateRequest
 from protos.inference_pb2_grpc import InferenceStub
 from protos.types_pb2 import SamplingParams

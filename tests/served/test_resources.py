@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.launch_plan import count_cpus
-from cluster.orphans import find_by_files
+from cluster.launch.orphans import find_by_files
+from cluster.launch.plan import count_cpus
 from tests.served.server import WAIT_S, Served
 
 pytestmark = pytest.mark.ray

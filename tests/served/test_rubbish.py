@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from protos.inference_pb2_grpc import InferenceStub
-from tests.gateway.test_grpc import request_of
+from tests.gateway.grpc.test_grpc import request_of
 from tests.served.server import WAIT_S, Address, Served
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("unharmed")]

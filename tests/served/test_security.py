@@ -10,9 +10,9 @@ import grpc
 import psutil
 import pytest
 
-from cluster.orphans import find_by_files
-from cluster.ray_tools import takes_strangers
-from tests.gateway.test_secrecy import KEY, MARK, ask_everything
+from cluster.actors.ray_tools import takes_strangers
+from cluster.launch.orphans import find_by_files
+from tests.gateway.generation.test_secrecy import KEY, MARK, ask_everything
 from tests.served.server import WAIT_S, Served
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("unharmed")]

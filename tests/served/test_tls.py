@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from protos.inference_pb2_grpc import InferenceStub
-from tests.certificates import Certificates
-from tests.gateway.test_grpc import request_of
+from tests.gateway.grpc.test_grpc import request_of
+from tests.harness.certificates import Certificates
 from tests.served.server import GOOD, WAIT_S, command, environment, running_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -42,7 +42,7 @@ def test_mutual_tls_on_every_port(tmp_path: Path) -> None:
             with pytest.raises(grpc.RpcError) as caught:
                 InferenceStub(channel).Generate(message, metadata=given, timeout=WAIT_S)
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        drain = command("drain", "no-such-worker", "--url", server.http, "--api-key", "k")
+        drain = command("drain", "worker", "no-such-worker", "--url", server.http, "--api-key", "k")
         drain += ["--ca-cert", str(made.server_ca)]
         own = ["--client-cert", str(made.client_cert), "--client-key", str(made.client_key)]
         for more, code in (([], 3), (own, 5)):

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cluster.config import EngineSection
-from tests.goldens import (
+from cluster.config.cluster import EngineSection
+from tests.reference.goldens import (
     ALL_VARIANTS,
     BF16_VARIANTS,
     MAX_MODEL_LEN,
@@ -20,10 +20,10 @@ from tests.goldens import (
     RANDOM_VARIANTS,
     Golden,
 )
-from tests.parity import GREEDY, check_bfloat16, check_float32
-from workers.inspection import Inspection
-from workers.kv_cache import block_bytes
+from tests.reference.parity import GREEDY, check_bfloat16, check_float32
+from workers.kv.cache import block_bytes
 from workers.local_engine import LocalEngine
+from workers.requests.inspection import Inspection
 
 
 @pytest.mark.parametrize("variant", [*ALL_VARIANTS, *RANDOM_VARIANTS])
@@ -34,7 +34,7 @@ def test_float32_equals_golden(golden: Callable[[str], Golden], variant: str) ->
     together = engine.generate(expected.prompts, GREEDY)
     for i, result in enumerate(together):
         assert result.token_ids == expected.greedy(i), f"greedy tokens of p{i} in a batch"
-    assert engine.engine.num_free_blocks == engine.engine.num_blocks
+    assert engine.engine._pool.num_free == engine.engine.num_blocks
 
 
 @pytest.mark.slow

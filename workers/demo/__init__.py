@@ -1,1 +1,1 @@
-"""The bundled demo checkpoint and the script that trained it."""
+"""The bundled demo checkpoint, as data. ``benchmarks/demo_model`` trained it."""

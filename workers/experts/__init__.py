@@ -1,1 +1,4 @@
-"""Physical experts and their kernels. Imports the cluster leaves and torch."""
+"""Physical experts and their kernels.
+
+Imports ``workers.model`` and torch.
+"""

@@ -1,4 +1,4 @@
-"""All expert slots of one bank on one device, and the choice of their kernel."""
+"""The expert slots of one bank on one device, and the choice of their kernel."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ from torch import Tensor
 
 from workers.experts.kernels_cpu import PACKED_MIN_ELEMENTS, PackedExperts, PaddedExperts
 from workers.experts.kernels_cuda import GroupedExperts
-from workers.families.base import BankSpec, ExchangeSpec
-from workers.lanes import Lanes
-from workers.layers import gate_of
+from workers.model.compute_threads import ComputeThreads
+from workers.model.config import BankSpec, ExchangeSpec
 
 
 class ExpertKernel(Protocol):
     """Weights of all slots for one exchange, and their product with rows.
 
-    One thread may resize, store and clear while another computes with slots that the first does not
-    touch: a computation looks once at what it works on, and a resize replaces it as a whole.
+    One thread may resize, store and clear while another computes with other slots: a computation
+    reads the weights' container once, and a resize replaces it as a whole.
     """
 
     def resize(self, num_slots: int) -> None:
-        """Have so many slots; what those hold that stay is the same."""
+        """Change the number of slots; slots that stay keep their contents."""
 
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
         """Copy one matrix [out, in] of one expert from the CPU."""
 
     def read(self, slot: int, matrix: int) -> Tensor:
-        """What was stored: one matrix [out, in] of one expert, on the CPU, in memory of its own."""
+        """A copy of one stored matrix [out, in] of one expert, on the CPU."""
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -46,19 +45,18 @@ def make_kernel(
     exchange: ExchangeSpec,
     dtype: torch.dtype,
     device: torch.device,
-    lanes: Lanes | None = None,
+    compute_threads: ComputeThreads | None = None,
 ) -> ExpertKernel:
     """The fastest kernel for the size of the experts."""
-    shapes, gate = exchange.matrix_shapes, gate_of(exchange.activation)
     if device.type == "cuda":
-        return GroupedExperts(shapes, dtype, device, gate)
-    out, width = shapes[0]
+        return GroupedExperts(exchange, dtype, device)
+    out, width = exchange.matrix_shapes[0]
     kernel = PackedExperts if out * width >= PACKED_MIN_ELEMENTS else PaddedExperts
-    return kernel(shapes, dtype, lanes or Lanes(), gate)
+    return kernel(exchange, dtype, compute_threads or ComputeThreads())
 
 
 class ExpertBank:
-    """Expert slots of one bank. A slot holds all matrices of one physical expert, or nothing."""
+    """Expert slots of one bank. A slot is empty or holds all matrices of one physical expert."""
 
     def __init__(
         self,
@@ -72,29 +70,24 @@ class ExpertBank:
         self.spec = spec
         self.dtype = dtype
         self.device = device
-        self._num_slots = 0
+        self.num_slots = 0
         self._kernels = [make(e, dtype, device) for e in spec.exchanges]
         self.resize(num_slots)
 
-    @property
-    def num_slots(self) -> int:
-        """Capacity."""
-        return self._num_slots
-
     def resize(self, num_slots: int) -> None:
-        """Change the capacity; what is in slots that stay is the same."""
+        """Change the capacity; slots that stay keep their contents."""
         for kernel in self._kernels:
             kernel.resize(num_slots)
-        self._num_slots = num_slots
+        self.num_slots = num_slots
 
     def store(self, slot: int, exchange: int, matrix: int, weight: Tensor) -> None:
         """Copy one matrix [out, in] of the expert in ``slot``."""
-        assert 0 <= slot < self._num_slots, f"slot {slot} of {self._num_slots}"
+        assert 0 <= slot < self.num_slots, f"slot {slot} of {self.num_slots}"
         self._kernels[exchange].store(slot, matrix, weight)
 
     def read(self, slot: int, exchange: int, matrix: int) -> Tensor:
         """A copy of one matrix [out, in] of the expert in ``slot``, on the CPU."""
-        assert 0 <= slot < self._num_slots, f"slot {slot} of {self._num_slots}"
+        assert 0 <= slot < self.num_slots, f"slot {slot} of {self.num_slots}"
         return self._kernels[exchange].read(slot, matrix)
 
     def clear(self, slot: int) -> None:

@@ -12,7 +12,7 @@ Milliseconds for one layer of 64 experts, top-8, one thread of an AMD EPYC (avx5
 and in float32: 512 x 256 packed 1.2 / 6.4 / 8.7, bmm 9.8 / 15.2 / 17.0; 128 x 32 packed 0.3 / 1.6 /
 2.4, bmm 0.2 / 0.4 / 0.6. So: packed from 64 Ki elements of a gate-and-up matrix on, else bmm, and
 there gathered while at most a quarter of the slots has work, and a loop where padding would cost
-more than it saves. ``torch._grouped_mm`` was never best.
+more than it saves. ``functional.grouped_mm`` was never best.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from workers.experts.loops import packed_products, plain_products
-from workers.experts.stacked import StackedWeights
-from workers.lanes import Lanes
-from workers.layers import Gate, can_pack, pack, packed_linear, swiglu, unpack
+from workers.experts.loops import expert_products
+from workers.experts.stacked import StackedWeights, batched_products
+from workers.model.compute_threads import ComputeThreads
+from workers.model.config import ExchangeSpec
+from workers.model.layers import GatedActivation, can_pack, gated_activation
+from workers.model.torch_private import pack, unpack
 
 PACKED_MIN_ELEMENTS = 64 * 1024
 """Elements of an exchange's first matrix from which on a call per expert pays."""
@@ -48,16 +50,11 @@ class PackedExperts:
     """One call per expert that has rows, weights in oneDNN's layout (plain where it has none)."""
 
     def __init__(
-        self,
-        shapes: Sequence[tuple[int, int]],
-        dtype: torch.dtype,
-        lanes: Lanes,
-        gate: Gate = swiglu,
+        self, exchange: ExchangeSpec, dtype: torch.dtype, compute_threads: ComputeThreads
     ) -> None:
-        """shapes: [out, in] of each matrix of an expert: one, or gate-over-up and down."""
-        self._lanes = lanes
-        self._gate = gate
-        self._shapes = tuple(shapes)
+        shapes = exchange.matrix_shapes
+        self._compute_threads = compute_threads
+        self._activate = gated_activation(exchange.activation)
         self._dtype = dtype
         self._weights: list[list[Tensor]] = [[] for _ in shapes]
         self._is_packed = can_pack(torch.empty(shapes[0], dtype=dtype, device="cpu"))
@@ -70,47 +67,34 @@ class PackedExperts:
         ]
 
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
-        """Copy one matrix of one expert."""
         self._weights[matrix][slot] = pack(weight) if self._is_packed else weight.clone()
 
     def read(self, slot: int, matrix: int) -> Tensor:
-        """A copy of one matrix of one expert, as it was stored."""
         weight = self._weights[matrix][slot]
         return unpack(weight) if weight.layout is not torch.strided else weight.clone()
 
     def clear(self, slot: int) -> None:
-        """Free a slot's memory."""
         for weights in self._weights:
             weights[slot] = torch.empty(0, dtype=self._dtype)
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
-        """Outputs [P, out] of pairs; see ``ExpertBank.compute``."""
-        product = _Product(self._weights, self._gate, self._is_packed)
+        products = _Products(self._weights, self._activate, self._is_packed, self._compute_threads)
         if len(pair_slot) <= _FEW_PAIRS and len(set(slots := pair_slot.tolist())) == len(slots):
-            rows = inputs.index_select(0, pair_input)
-            return _pair_by_pair(rows, slots, product, self._lanes)
+            return products.of_pairs(inputs.index_select(0, pair_input), slots)
         order = pair_slot.argsort(stable=True)
-        counts = torch.bincount(pair_slot)
-        return _loop(inputs, pair_input, order, counts, product, self._lanes)
+        return products.of_slots(inputs, pair_input, order, torch.bincount(pair_slot))
 
 
 class PaddedExperts(StackedWeights):
     """One batched product over all experts, rows padded to the busiest one's."""
 
     def __init__(
-        self,
-        shapes: Sequence[tuple[int, int]],
-        dtype: torch.dtype,
-        lanes: Lanes,
-        gate: Gate = swiglu,
+        self, exchange: ExchangeSpec, dtype: torch.dtype, compute_threads: ComputeThreads
     ) -> None:
-        """shapes: [out, in] of each matrix of an expert: one, or gate-over-up and down."""
-        super().__init__(shapes, dtype, None)
-        self._lanes = lanes
-        self._gate = gate
+        super().__init__(exchange, dtype)
+        self._compute_threads = compute_threads
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
-        """Outputs [P, out] of pairs; see ``ExpertBank.compute``."""
         weights = self._weights
         if len(pair_slot) * _FEW_SLOTS <= len(weights[0]):
             return self._gathered(weights, inputs.index_select(0, pair_input), pair_slot)
@@ -119,20 +103,16 @@ class PaddedExperts(StackedWeights):
         used = counts.nonzero().squeeze(1)
         height = int(counts.max())
         if len(used) * height > _MAX_PADDING * max(len(order), len(counts)):
-            product = _Product(weights, self._gate, is_packed=False)
-            return _loop(inputs, pair_input, order, counts, product, self._lanes)
+            products = _Products(weights, self._activate, False, self._compute_threads)
+            return products.of_slots(inputs, pair_input, order, counts)
         rows = inputs.index_select(0, pair_input[order])
         rows = self._padded(weights, rows, pair_slot[order], counts, used, height)
         return torch.empty_like(rows).index_copy_(0, order, rows)
 
     def _gathered(self, weights: Sequence[Tensor], rows: Tensor, slots: Tensor) -> Tensor:
         """rows [P, in] -> [P, out]: weights are gathered for each pair, nothing is sorted."""
-        padded = rows.unsqueeze(1)
-        for matrix, weight in enumerate(weights):
-            if matrix == 1:
-                padded = self._gate(padded)
-            padded = torch.bmm(padded, weight.index_select(0, slots).transpose(1, 2))
-        return padded.squeeze(1)
+        gathered = (weight.index_select(0, slots) for weight in weights)
+        return batched_products(rows.unsqueeze(1), gathered, self._activate).squeeze(1)
 
     def _padded(
         self,
@@ -153,104 +133,58 @@ class PaddedExperts(StackedWeights):
         padded = rows.new_zeros(len(weights[0]) * height, rows.shape[1])
         padded[place] = rows
         padded = padded.view(len(weights[0]), height, -1)
-        for matrix, weight in enumerate(weights):
-            if matrix == 1:
-                padded = self._gate(padded)
-            padded = torch.bmm(padded, weight.transpose(1, 2))
+        padded = batched_products(padded, weights, self._activate)
         return padded.view(-1, padded.shape[2])[place]
 
 
 @dataclass(frozen=True, slots=True)
-class _Product:
-    """How experts' rows are computed."""
+class _Products:
+    """Products with the weights of one slot each, shared between the compute threads."""
 
     weights: Sequence[Sequence[Tensor] | Tensor]
     """[matrix][slot]."""
-    gate: Gate
+    activate: GatedActivation
     """Between the first matrix and the second."""
     is_packed: bool
     """The weights are in oneDNN's layout."""
+    compute_threads: ComputeThreads
 
-    def of_one(self, rows: Tensor, slot: int) -> Tensor:
-        """rows [R, in] of one slot -> [R, out]."""
-        linear = packed_linear if self.is_packed else functional.linear
-        for matrix, weights in enumerate(self.weights):
-            rows = linear(self.gate(rows) if matrix else rows, weights[slot])
-        return rows
+    def of_pairs(self, rows: Tensor, slots: list[int]) -> Tensor:
+        """rows [P, in], each for another slot -> [P, out]: nothing is sorted."""
+        shares = [slice(*share) for share in self.compute_threads.split([1.0] * len(slots))]
+        tasks = [partial(self._multiply, rows[s], slots[s], [1] * len(slots[s])) for s in shares]
+        parts = self.compute_threads.run(tasks)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def of_many(self, rows: Tensor, slots: list[int], sizes: list[int]) -> Tensor:
+    def of_slots(self, inputs: Tensor, pair_input: Tensor, order: Tensor, counts: Tensor) -> Tensor:
+        """Outputs [P, out] of pairs with a product per used slot and matrix.
+
+        ``order`` [P] sorts the pairs by slot, ``counts`` [slots] are the pairs of each.
+        """
+        work = [(slot, count) for slot, count in enumerate(counts.tolist()) if count]
+        begins = list(accumulate((count for _, count in work), initial=0))
+        output = inputs.new_empty(len(order), self.weights[-1][work[0][0]].shape[0])
+        sources = pair_input[order]
+        # With many rows, slot after slot: what an expert makes of them stays in the core's own
+        # cache. With few, all slots at once: fewest calls.
+        num_at_once = 1 if len(order) >= _WIDE_ROWS * len(work) else len(work)
+
+        def share(first: int, last: int) -> None:
+            for i in range(first, last, num_at_once):
+                end = min(i + num_at_once, last)
+                pairs = slice(begins[i], begins[end])
+                slots, sizes = [slot for slot, _ in work[i:end]], [n for _, n in work[i:end]]
+                rows = self._multiply(inputs.index_select(0, sources[pairs]), slots, sizes)
+                output.index_copy_(0, order[pairs], rows)
+
+        shares = self.compute_threads.split([_CALL_ROWS + count for _, count in work])
+        self.compute_threads.run([partial(share, *part) for part in shares])
+        return output
+
+    def _multiply(self, rows: Tensor, slots: list[int], sizes: list[int]) -> Tensor:
         """rows [R, in]: ``sizes[0]`` of ``slots[0]``, and so on -> [R, out]."""
-        products = packed_products if self.is_packed else plain_products
         for matrix, weights in enumerate(self.weights):
             own = [weights[slot] for slot in slots]
-            rows = products(self.gate(rows) if matrix else rows, sizes, own)
+            rows = self.activate(rows) if matrix else rows
+            rows = expert_products(rows, sizes, own, self.is_packed)
         return rows
-
-
-def _pair_by_pair(rows: Tensor, slots: list[int], product: _Product, lanes: Lanes) -> Tensor:
-    """rows [P, in], each for another slot -> [P, out]: nothing is sorted."""
-    shares = [slice(*share) for share in lanes.split([1.0] * len(slots))]
-    tasks = [partial(product.of_many, rows[s], slots[s], [1] * len(slots[s])) for s in shares]
-    parts = lanes.run(tasks)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _loop(
-    inputs: Tensor,
-    pair_input: Tensor,
-    order: Tensor,
-    counts: Tensor,
-    product: _Product,
-    lanes: Lanes,
-) -> Tensor:
-    """Outputs [P, out] of pairs with a product per used slot and matrix.
-
-    ``order`` [P] sorts the pairs by slot, ``counts`` [slots] are the pairs of each.
-    """
-    work = [(slot, count) for slot, count in enumerate(counts.tolist()) if count]
-    output = inputs.new_empty(len(order), product.weights[-1][work[0][0]].shape[0])
-    sources = pair_input[order]
-    compute = _by_matrix if len(order) < _WIDE_ROWS * len(work) else _by_slot
-
-    def share(first: int, last: int, first_row: int, last_row: int) -> None:
-        places, rows = order[first_row:last_row], sources[first_row:last_row]
-        compute(inputs, rows, places, work[first:last], product, output)
-
-    tasks = []
-    row = 0
-    for first, last in lanes.split([_CALL_ROWS + count for _, count in work]):
-        end = row + sum(count for _, count in work[first:last])
-        tasks.append(partial(share, first, last, row, end))
-        row = end
-    lanes.run(tasks)
-    return output
-
-
-def _by_slot(
-    inputs: Tensor,
-    sources: Tensor,
-    places: Tensor,
-    work: Sequence[tuple[int, int]],
-    product: _Product,
-    output: Tensor,
-) -> None:
-    """Slot after slot: what an expert makes of its rows stays in the core's own cache."""
-    sizes = [count for _, count in work]
-    for (slot, _), source, place in zip(
-        work, torch.split(sources, sizes), torch.split(places, sizes), strict=True
-    ):
-        output.index_copy_(0, place, product.of_one(inputs.index_select(0, source), slot))
-
-
-def _by_matrix(
-    inputs: Tensor,
-    sources: Tensor,
-    places: Tensor,
-    work: Sequence[tuple[int, int]],
-    product: _Product,
-    output: Tensor,
-) -> None:
-    """Matrix after matrix: fewest calls for few rows each."""
-    slots, sizes = [slot for slot, _ in work], [count for _, count in work]
-    rows = product.of_many(inputs.index_select(0, sources), slots, sizes)
-    output.index_copy_(0, places, rows)

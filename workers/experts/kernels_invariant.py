@@ -15,12 +15,18 @@ from torch import Tensor
 
 from workers.experts.bank import ExpertKernel, MakeKernel
 from workers.experts.kernels_cpu import PACKED_MIN_ELEMENTS
-from workers.experts.stacked import StackedWeights
-from workers.families.base import ExchangeSpec
-from workers.invariant import LINEAR_FORMS, MIN_ROWS, Form, RowInvariantLinear, check_device
-from workers.lanes import Lanes
-from workers.layers import gate_of
-from workers.row_invariance import NUM_TRIED_ROWS, random_rows, refusal
+from workers.experts.stacked import StackedWeights, batched_products
+from workers.model.batch_invariant.invariant import (
+    LINEAR_FORMS,
+    MIN_ROWS,
+    Form,
+    RowInvariantLinear,
+    check_device,
+)
+from workers.model.batch_invariant.row_invariance import NUM_TRIED_ROWS, random_rows, refusal
+from workers.model.compute_threads import ComputeThreads
+from workers.model.config import ExchangeSpec
+from workers.model.layers import gated_activation
 
 Agree = Callable[[MakeKernel, ExchangeSpec, torch.dtype, torch.device], bool]
 """Tries a kernel; see ``pairs_agree``."""
@@ -38,12 +44,7 @@ class BlockExperts(StackedWeights):
     The blocks of a call are as high as its busiest slot has rows, within limits.
     """
 
-    def __init__(self, exchange: ExchangeSpec, dtype: torch.dtype) -> None:
-        super().__init__(exchange.matrix_shapes, dtype, None)
-        self._gate = gate_of(exchange.activation)
-
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
-        """See ``ExpertBank.compute``."""
         order = pair_slot.argsort(stable=True)
         slots = pair_slot[order]
         counts = torch.bincount(slots)
@@ -56,10 +57,8 @@ class BlockExperts(StackedWeights):
         blocks = inputs.new_zeros(len(owners) * height, inputs.shape[1])
         blocks[places] = inputs[pair_input[order]]
         blocks = blocks.view(len(owners), height, -1)
-        for matrix, weights in enumerate(self._weights):
-            if matrix == 1:
-                blocks = self._gate(blocks)
-            blocks = torch.bmm(blocks, weights.index_select(0, owners).transpose(1, 2))
+        weights = (weight.index_select(0, owners) for weight in self._weights)
+        blocks = batched_products(blocks, weights, self._activate)
         rows = blocks.view(-1, blocks.shape[2])[places]
         return torch.empty_like(rows).index_copy_(0, order, rows)
 
@@ -67,11 +66,13 @@ class BlockExperts(StackedWeights):
 class LoopExperts:
     """A product for every slot that has rows."""
 
-    def __init__(self, exchange: ExchangeSpec, form: Form) -> None:
+    def __init__(
+        self, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device, *, form: Form
+    ) -> None:
         shapes = exchange.matrix_shapes
-        self._gate = gate_of(exchange.activation)
+        self._activate = gated_activation(exchange.activation)
         self._form = form
-        self._lanes = Lanes()
+        self._compute_threads = ComputeThreads()
         self._width = shapes[-1][0]
         self._products: list[list[RowInvariantLinear | None]] = [[] for _ in shapes]
 
@@ -81,22 +82,18 @@ class LoopExperts:
             products += [None] * (num_slots - len(products))
 
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
-        """See ``ExpertKernel``."""
-        product = RowInvariantLinear(weight.clone(), None, self._form, self._lanes)
+        product = RowInvariantLinear(weight.clone(), None, self._form, self._compute_threads)
         self._products[matrix][slot] = product
 
     def read(self, slot: int, matrix: int) -> Tensor:
-        """See ``ExpertKernel``."""
         product = self._products[matrix][slot]
         return torch.empty(0) if product is None else product.weight()
 
     def clear(self, slot: int) -> None:
-        """See ``ExpertKernel``."""
         for products in self._products:
             products[slot] = None
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
-        """See ``ExpertBank.compute``."""
         outputs = inputs.new_empty(len(pair_slot), self._width)
         order = pair_slot.argsort(stable=True)
         counts = torch.bincount(pair_slot).tolist()
@@ -106,7 +103,7 @@ class LoopExperts:
                 for matrix, products in enumerate(self._products):
                     product = products[slot]
                     assert product is not None, f"slot {slot} is empty"
-                    rows = product(self._gate(rows) if matrix else rows)
+                    rows = product(self._activate(rows) if matrix else rows)
                 outputs[places] = rows
         return outputs
 
@@ -124,9 +121,7 @@ class InvariantKernels:
     ) -> ExpertKernel:
         """An empty kernel in the first form that is row-invariant. Raises ``ConfigError``."""
         check_device(device)
-        width = exchange.expert_width
-        kind = (exchange.expert_kind, exchange.activation)
-        key = (kind, exchange.in_width, exchange.out_width, width, dtype)
+        key = (exchange.matrix_shapes, exchange.activation, dtype)
         if key not in self._chosen:
             self._chosen[key] = self._choose(exchange, dtype, device)
         return self._chosen[key](exchange, dtype, device)
@@ -142,19 +137,9 @@ class InvariantKernels:
 
 def forms(exchange: ExchangeSpec) -> tuple[MakeKernel, ...]:
     """Kernels for experts of this size, fastest first."""
-    loops = tuple(partial(_make_loop, form) for form in LINEAR_FORMS)
+    loops = tuple(partial(LoopExperts, form=form) for form in LINEAR_FORMS)
     out, width = exchange.matrix_shapes[0]
-    return loops if out * width >= PACKED_MIN_ELEMENTS else (_make_blocks, *loops)
-
-
-def _make_blocks(exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device) -> ExpertKernel:
-    return BlockExperts(exchange, dtype)
-
-
-def _make_loop(
-    form: Form, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device
-) -> ExpertKernel:
-    return LoopExperts(exchange, form)
+    return loops if out * width >= PACKED_MIN_ELEMENTS else (BlockExperts, *loops)
 
 
 def pairs_agree(

@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cluster.placement import FREE_SLOT, ExpertPlacement
-from workers.checkpoint import Checkpoint
+from cluster.core.placement import FREE_SLOT, ExpertPlacement
 from workers.experts.bank import ExpertBank, make_kernel
 from workers.experts.kernels_invariant import InvariantKernels
 from workers.experts.sources import CheckpointSource, ExpertSource
-from workers.families.base import BankSpec
-from workers.lanes import Lanes
+from workers.model.compute_threads import ComputeThreads
+from workers.model.config import BankSpec
+from workers.model.loading.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,11 +23,10 @@ class _Held:
     """One loading of an expert."""
 
     expert: int
-    """Logical expert."""
 
 
 class ExpertSlots:
-    """The banks of one device. Capacity is apart from the copies that are planned for it."""
+    """The banks of one device. Capacity and placement are independent."""
 
     def __init__(
         self,
@@ -35,39 +34,35 @@ class ExpertSlots:
         num_slots: int,
         dtype: torch.dtype,
         device: torch.device,
-        lanes: Lanes | None = None,
+        compute_threads: ComputeThreads | None = None,
         deterministic: bool = False,
     ) -> None:
         """``num_slots`` empty expert slots in every bank.
 
         Raises ``ConfigError`` where this machine cannot be deterministic.
         """
-        fast = partial(make_kernel, lanes=lanes or Lanes())
+        fast = partial(make_kernel, compute_threads=compute_threads or ComputeThreads())
         make = InvariantKernels().make if deterministic else fast
-        self._banks = tuple(ExpertBank(spec, num_slots, dtype, device, make) for spec in banks)
+        self.banks = tuple(ExpertBank(spec, num_slots, dtype, device, make) for spec in banks)
+        """By ``BankSpec.index``."""
         self._contents = [dict[int, _Held]() for _ in banks]
 
-    @property
-    def banks(self) -> tuple[ExpertBank, ...]:
-        """By ``BankSpec.index``."""
-        return self._banks
-
     def contents(self, bank: int) -> dict[int, int]:
-        """Slot -> logical expert whose weights are complete in it."""
+        """Slot -> logical expert whose weights are complete there."""
         return {slot: held.expert for slot, held in self._contents[bank].copy().items()}
 
     def read_expert(self, bank: int, expert: int) -> list[Tensor] | None:
         """Copies of an expert's matrices, exchange by exchange; None when no slot holds it.
 
-        Any thread: what is stored to the slot meanwhile makes it None, never a mixture.
+        Any thread may call it. A store to the slot meanwhile makes it None, never a mixture.
         """
-        if bank >= len(self._banks):
+        if bank >= len(self.banks):
             return None
         found = [(s, h) for s, h in self._contents[bank].copy().items() if h.expert == expert]
         if not found:
             return None
         slot, held = found[0]
-        source = self._banks[bank]
+        source = self.banks[bank]
         try:
             matrices = [
                 source.read(slot, exchange.index, i)
@@ -81,11 +76,11 @@ class ExpertSlots:
     def load_expert(
         self, bank: int, slot: int, expert: int, source: ExpertSource
     ) -> Iterator[None]:
-        """Read one logical expert into a slot, matrix by matrix: a turn of the iterator each.
+        """Read one logical expert into a slot: each iteration reads one matrix.
 
         Raises what the source raises; the slot then holds nothing.
         """
-        target = self._banks[bank]
+        target = self.banks[bank]
         self._contents[bank].pop(slot, None)
         for exchange, matrix, weight in source.weights(target.spec, expert, target.dtype):
             target.store(slot, exchange, matrix, weight)
@@ -93,9 +88,9 @@ class ExpertSlots:
         self._contents[bank][slot] = _Held(expert)
 
     def clear(self, bank: int, slot: int) -> None:
-        """Empty a slot that no step uses."""
+        """Empty a slot, which no step may use."""
         self._contents[bank].pop(slot, None)
-        self._banks[bank].clear(slot)
+        self.banks[bank].clear(slot)
 
     def keep_only(self, used: Sequence[Sequence[int]], min_slots: int) -> int:
         """Free the memory of slots that no step uses; returns how many held an expert.
@@ -111,18 +106,18 @@ class ExpertSlots:
                 self.clear(bank, slot)
             num_freed += len(unused)
             num_slots = max(wanted, default=-1) + 1
-            if self._banks[bank].num_slots > max(num_slots, min_slots):
-                self._banks[bank].resize(max(num_slots, min_slots))
+            if self.banks[bank].num_slots > max(num_slots, min_slots):
+                self.banks[bank].resize(max(num_slots, min_slots))
         return num_freed
 
     def load_all(self, checkpoint: Checkpoint) -> None:
         """Expert e of every bank into slot e (a single process)."""
-        self._load([list(range(b.spec.num_experts)) for b in self._banks], checkpoint)
+        self._load([list(range(b.spec.num_experts)) for b in self.banks], checkpoint)
 
     def load_placement(
         self, placement: ExpertPlacement, device: int, checkpoint: Checkpoint
     ) -> None:
-        """What a placement gives one device. Raises ``CheckpointError``."""
+        """Load the experts that a placement gives one device. Raises ``CheckpointError``."""
         self._load([bank.physical_to_logical[device] for bank in placement.banks], checkpoint)
 
     def _load(self, by_bank: Sequence[Sequence[int]], checkpoint: Checkpoint) -> None:
@@ -134,11 +129,11 @@ class ExpertSlots:
             if expert != FREE_SLOT
         ]
         checkpoint.expect(
-            sum(checkpoint.expert_bytes(self._banks[b].spec, expert) for b, _, expert in work)
+            sum(checkpoint.expert_bytes(self.banks[b].spec, expert) for b, _, expert in work)
         )
         for bank, slots in enumerate(by_bank):
-            if len(slots) > self._banks[bank].num_slots:
-                self._banks[bank].resize(len(slots))
+            if len(slots) > self.banks[bank].num_slots:
+                self.banks[bank].resize(len(slots))
         source = CheckpointSource(checkpoint)
         try:
             for bank, slot, expert in work:

@@ -1,4 +1,4 @@
-"""Where the weights of experts come from: an interface, and the checkpoint on disk."""
+"""Sources of expert weights: the interface, and the checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from workers.checkpoint import Checkpoint
-from workers.families.base import BankSpec
+from workers.model.config import BankSpec
+from workers.model.loading.checkpoint import Checkpoint
 
 
 class ExpertWeight(NamedTuple):
     """One matrix of one expert."""
 
     exchange: int
-    """Exchange of the bank that uses it."""
+    """Exchange of the bank that uses the matrix."""
     matrix: int
     """Its place in ``ExchangeSpec.matrix_shapes``."""
     weight: Tensor
-    """[out, in] on the CPU, the reader's until it asks for the next one."""
+    """[out, in] on the CPU, valid until the next matrix is read."""
 
 
 class ExpertSource(Protocol):
-    """Hands out experts, one matrix at a time. Used by one thread."""
+    """Yields experts, one matrix at a time. Used by one thread."""
 
     @property
     def num_bytes(self) -> int:
@@ -33,15 +33,15 @@ class ExpertSource(Protocol):
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
         """All matrices of a logical expert, in ``dtype``.
 
-        Raises an ``ExpertMeshError`` that says what is missing, when it is asked for the next one.
+        The iterator raises an ``ExpertMeshError`` that says what is missing.
         """
 
     def close(self) -> None:
-        """Let go of files, buffers and connections; the source is not used again."""
+        """Release files, buffers and connections; the source is not used again."""
 
 
 class CheckpointSource:
-    """Reads from the checkpoint's files. Raises ``CheckpointError`` with the file's name."""
+    """Reads the checkpoint's files. Raises ``CheckpointError`` with the name of the file."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """``checkpoint`` is this thread's own (``Checkpoint.another``)."""
@@ -55,7 +55,6 @@ class CheckpointSource:
         return self._checkpoint.loaded_bytes - self._first_bytes
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
-        """See ``ExpertSource``."""
         family, tensors = self._checkpoint.family, self._checkpoint.tensors
         for exchange in bank.exchanges:
             matrices = family.expert_matrices(bank, exchange.index, expert, tensors)
@@ -65,15 +64,14 @@ class CheckpointSource:
                 yield ExpertWeight(exchange.index, i, weight)
 
     def close(self) -> None:
-        """See ``ExpertSource``."""
         self._buffers.clear()
         self._checkpoint.close()
 
     def _buffer(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Where matrices of a shape are read to, one after the other.
+        """The buffer into which matrices of a shape are read, one after the other.
 
-        Fresh memory for each would leave holes between the packed weights that stay, a third of
-        their size in a bank of 512 x 256 experts.
+        Fresh memory for each matrix would leave holes between the packed weights that stay, a third
+        of their size in a bank of 512 x 256 experts.
         """
         if shape not in self._buffers:
             self._buffers[shape] = torch.empty(shape, dtype=dtype)

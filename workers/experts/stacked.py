@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from workers.model.config import ExchangeSpec
+from workers.model.layers import GatedActivation, gated_activation
+
+_CPU = torch.device("cpu")
 
 
 class StackedWeights:
     """The part of an ``ExpertKernel`` that keeps weights; kernels add what they compute."""
 
     def __init__(
-        self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device | None
+        self, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device = _CPU
     ) -> None:
-        """shapes: [out, in] of each matrix of an expert; there are no slots yet. None: CPU."""
+        shapes = exchange.matrix_shapes
+        self._activate = gated_activation(exchange.activation)
         self._weights = [torch.zeros((0, *s), dtype=dtype, device=device) for s in shapes]
 
     def resize(self, num_slots: int) -> None:
@@ -22,18 +28,25 @@ class StackedWeights:
         self._weights = [_resized(old, num_slots) for old in self._weights]
 
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
-        """Copy one matrix of one expert to the device."""
         self._weights[matrix][slot].copy_(weight)
 
     def read(self, slot: int, matrix: int) -> Tensor:
-        """A copy of one matrix of one expert, as it was stored, on the CPU."""
         weight = self._weights[matrix][slot]
         return weight.clone() if weight.device.type == "cpu" else weight.cpu()
 
     def clear(self, slot: int) -> None:
-        """Zero a slot."""
         for weights in self._weights:
             weights[slot].zero_()
+
+
+def batched_products(
+    blocks: Tensor, weights: Iterable[Tensor], activate: GatedActivation
+) -> Tensor:
+    """blocks [B, rows, in], for each matrix of an expert its weights [B, out, in] of each block
+    -> [B, rows, out]."""
+    for matrix, weight in enumerate(weights):
+        blocks = torch.bmm(activate(blocks) if matrix else blocks, weight.transpose(1, 2))
+    return blocks
 
 
 def _resized(weights: Tensor, num_slots: int) -> Tensor:

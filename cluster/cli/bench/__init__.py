@@ -1,4 +1,4 @@
-"""The commands below ``bench``: how fast a server, the engine and the data plane are.
+"""The commands below ``bench``: how fast a server is, and two saved measurements compared.
 
-A module a command. Only those that compute themselves import torch, and only when they run.
+Imports ``cluster.cli.terminal``.
 """

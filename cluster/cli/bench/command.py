@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
-
-from cluster.cli.bench import compare, dispatch, engine, profile, serve
+from cluster.cli.bench import compare, serve
+from cluster.cli.terminal.arguments import Commands
 
 
-def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Register ``bench`` and what can be measured."""
-    parser = commands.add_parser("bench", help="measure a server, the engine, the data plane")
-    kinds = parser.add_subparsers(metavar="WHAT", required=True)
-    for kind in (serve, engine, dispatch, profile, compare):
-        kind.add_command(kinds, common)
+def add_commands(commands: Commands) -> None:
+    kinds = commands.add_group("bench", "measure a server")
+    for kind in (serve, compare):
+        kind.add_command(kinds)

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal import note, out_json, out_line, table
+from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.output import note, out_json, out_line, table
 
 _HIGHER = ("_per_s", "successful")
 _LOWER = ("_ms", "_us", "_s", "failed", "failures", "unfinished", "_bytes")
 """Ends of the names of numbers by what is better; all others are only shown."""
+_COMMANDS = ("bench ", "benchmarks.")
+"""First part of the names of commands that write documents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +54,15 @@ class Change:
         return self.better == "lower" and self.ratio > threshold
 
 
-def add_command(kinds: Any, common: argparse.ArgumentParser) -> None:
-    """Register ``bench compare``."""
-    parser = kinds.add_parser(
-        "compare", parents=[common], help="two saved documents; exits with 1 if the second is worse"
-    )
+def add_command(kinds: Commands) -> None:
+    parser = kinds.add("compare", run, "two saved documents; exits with 1 if the second is worse")
     parser.add_argument("before", type=Path, metavar="A.json", help="of --save or --json")
     parser.add_argument("after", type=Path, metavar="B.json", help="of the same command")
-    parser.add_argument(
-        "--threshold",
-        type=_threshold,
-        default=1.05,
-        metavar="X",
-        help="how many times as bad is worse (1.05)",
-    )
-    parser.set_defaults(run=run)
+    text = "ratio from which a number counts as worse"
+    parser.add_argument("--threshold", type=_ratio, default=1.05, metavar="NUMBER", help=text)
 
 
-def _threshold(text: str) -> float:
+def _ratio(text: str) -> float:
     value = float(text)
     if not 1.0 <= value < math.inf:
         raise argparse.ArgumentTypeError("must be 1 or more")
@@ -95,13 +89,9 @@ def run(args: argparse.Namespace) -> int:
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
     """All numbers of both; one that only one of them has is 0 in the other."""
     old, new = dict(_numbers(before)), dict(_numbers(after))
-    shared = [name for name in {**old, **new} if _counts(name) or (name in old and name in new)]
+    counter = "failures."  # by code: a missing one is 0
+    shared = [n for n in {**old, **new} if n.startswith(counter) or (n in old and n in new)]
     return [Change(name, old.get(name, 0.0), new.get(name, 0.0)) for name in shared]
-
-
-def _counts(name: str) -> bool:
-    """Whether a number that is missing is 0: the failures by code."""
-    return name.startswith("failures.")
 
 
 def _numbers(document: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, float]]:
@@ -116,7 +106,7 @@ def _read(path: Path) -> dict[str, Any]:
     """A document of ``bench``. Raises ``CommandError``."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        is_ours = document["schema"] == 1 and str(document["command"]).startswith("bench ")
+        is_ours = document["schema"] == 1 and str(document["command"]).startswith(_COMMANDS)
         if not (is_ours and document["options"].keys() and document["results"].keys()):
             raise ValueError("it is another document")
     except OSError as err:

@@ -1,4 +1,4 @@
-"""What all ``bench`` commands share: their options' types, and how their documents are told."""
+"""Documents of measurements: what ``bench serve`` prints and saves, and ``bench compare`` reads."""
 
 from __future__ import annotations
 
@@ -8,25 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal import note, out_json, out_line
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.output import note, out_json, out_line
 
 
 def add_save(parser: argparse.ArgumentParser) -> None:
     """Add ``--save``."""
-    parser.add_argument("--save", type=Path, metavar="F", help="write the document, for compare")
-
-
-def count(text: str) -> int:
-    """A number from 1 on. Raises ``ArgumentTypeError``."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError("must be a whole number above 0")
-    return int(text)
-
-
-def counts(text: str) -> tuple[int, ...]:
-    """``1,8,32``, each once, ascending. Raises ``ArgumentTypeError``."""
-    return tuple(sorted({count(word.strip()) for word in text.split(",")}))
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the document, for compare")
 
 
 def document_of(
@@ -35,7 +23,7 @@ def document_of(
     """A document: ``options`` are what was asked for, ``results`` what was measured."""
     return {
         "schema": 1,
-        "command": f"bench {command}",
+        "command": command,
         **more,
         "options": dict(options),
         "results": _rounded(results),

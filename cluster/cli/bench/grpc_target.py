@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from cluster.cli.bench.load import RequestFailed
-from cluster.cli.exit_codes import ExitCode
+from cluster.cli.terminal.exit_codes import ExitCode
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
@@ -67,7 +67,6 @@ class GrpcTarget:
     async def complete(
         self, prompt: Sequence[int], max_tokens: int, saw: Callable[[], None]
     ) -> int:
-        """See ``Target``."""
         request = pb.GenerateRequest(
             model=self._model,
             token_ids=types_pb2.TokenIds(ids=prompt),
@@ -87,7 +86,6 @@ class GrpcTarget:
         return tokens
 
     async def close(self) -> None:
-        """See ``Target``."""
         await self._channel.close(None)
 
 

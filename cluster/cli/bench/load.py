@@ -1,4 +1,4 @@
-"""A load of streamed completions: when each is sent, what comes of it."""
+"""A load of streamed completions: sends requests on a schedule and counts their outcomes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.cli.bench.tally import Answer, Tally
-from cluster.cli.exit_codes import ExitCode
+from cluster.cli.terminal.exit_codes import ExitCode
 
 
 class RequestFailed(Exception):
-    """A request came to nothing."""
+    """A request without a complete answer."""
 
     def __init__(self, reason: str, message: str, code: ExitCode = ExitCode.FAILED) -> None:
         super().__init__(reason, message, code)
@@ -48,7 +48,6 @@ class Load:
     """What is sent."""
 
     num_prompts: int
-    """Requests."""
     request_rate: float
     """Mean requests a second, infinity sends all at once. Gaps are exponential."""
     max_concurrency: int
@@ -108,7 +107,6 @@ async def run_load(load: Load, target: Target, tally: Tally, tick: Callable[[], 
 
 
 async def _one(load: Load, number: int, target: Target, tally: Tally) -> None:
-    """One request, counted."""
     clock = asyncio.get_running_loop().time
     prompt = load.prompt(number)
     pieces: list[float] = []

@@ -1,4 +1,4 @@
-"""``bench serve``: load on a running server, and what its clients would feel of it."""
+"""``bench serve``: puts load on a running server and measures latency and throughput."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cluster.cli.bench.document import add_save, count, document_of, shown, tell
-from cluster.cli.bench.http_target import HttpTarget
+from cluster.cli.bench.document import add_save, document_of, shown, tell
 from cluster.cli.bench.load import Load, RequestFailed, Target, run_load, warm_up
 from cluster.cli.bench.tally import MEASURES, Tally
-from cluster.cli.client import Client, tls_files
-from cluster.cli.exit_codes import CommandError, ExitCode
-from cluster.cli.progress import Progress
-from cluster.cli.terminal import table
+from cluster.cli.terminal.arguments import Commands, add_model_option, count, positive
+from cluster.cli.terminal.client import Client, tls_files
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.output import table
+from cluster.cli.terminal.progress import Progress
 
 LIMIT_S = 600.0
 """Of one request, where ``--timeout`` sets none."""
@@ -26,41 +26,21 @@ _NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "E2E latency"}
 _TICK_S = 0.2
 
 
-def add_command(kinds: Any, common: argparse.ArgumentParser) -> None:
-    """Register ``bench serve``."""
-    parser = kinds.add_parser(
-        "serve", parents=[common], help="load on a running server, streamed completions"
-    )
-    parser.add_argument("--model", help="served model (the only one)")
+def add_command(kinds: Commands) -> None:
+    parser = kinds.add("serve", run, "load on a running server, streamed completions")
+    add_model_option(parser)
+    parser.add_argument("--num-prompts", type=count, default=100, help="requests")
+    text = "mean requests a second, Poisson arrivals; inf sends all at once"
     parser.add_argument(
-        "--num-prompts", type=count, default=100, metavar="N", help="requests (100)"
+        "--request-rate", type=positive, default=math.inf, metavar="NUMBER", help=text
     )
-    parser.add_argument(
-        "--request-rate",
-        type=_rate,
-        default=math.inf,
-        metavar="R",
-        help="mean requests a second, Poisson arrivals; inf sends all at once (inf)",
-    )
-    parser.add_argument(
-        "--max-concurrency", type=count, default=256, metavar="C", help="under way at once (256)"
-    )
-    for name, default, what in (("input", 128, "each prompt"), ("output", 64, "each answer")):
-        parser.add_argument(
-            f"--random-{name}-len",
-            type=count,
-            default=default,
-            metavar="N",
-            help=f"tokens of {what} ({default})",
-        )
-    parser.add_argument(
-        "--grpc",
-        nargs="?",
-        const="",
-        metavar="HOST:PORT",
-        help="over gRPC; at the address that the server tells, or this one",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and gaps (0)")
+    parser.add_argument("--max-concurrency", type=count, default=256, help="requests at once")
+    for name, default, what in (("input", 128, "prompt"), ("output", 64, "answer")):
+        text = f"tokens of each {what}"
+        parser.add_argument(f"--random-{name}-len", type=count, default=default, help=text)
+    text = "use gRPC, at this address (default: the address that the server reports)"
+    parser.add_argument("--grpc", nargs="?", const="", metavar="HOST:PORT", help=text)
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and gaps")
     parser.add_argument(
         "--goodput",
         nargs="+",
@@ -70,14 +50,6 @@ def add_command(kinds: Any, common: argparse.ArgumentParser) -> None:
         help=f"good requests a second, by {', '.join(MEASURES)}; itl: no gap is longer",
     )
     add_save(parser)
-    parser.set_defaults(run=run)
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return value
 
 
 def _goal(text: str) -> tuple[str, float]:
@@ -93,7 +65,7 @@ def _goal(text: str) -> tuple[str, float]:
 
 @dataclass
 class _Measured:
-    """What there is to tell, whether the load ended or was ended."""
+    """The measurement so far; complete, or cut by an interrupt."""
 
     tally: Tally
     load: Load | None = None
@@ -163,7 +135,10 @@ async def _open(args: argparse.Namespace, timeout_s: float) -> tuple[Target, int
     salt = f"bench-{uuid.uuid4().hex}"  # the same prompts as before must be computed anew
     status: Mapping[str, Any] = {} if args.grpc else client.get("/cluster/v1/status")
     if args.grpc is None:
-        return HttpTarget(client, args.model, salt), _vocab_size(status)
+        from cluster.cli.bench.http_target import HttpTarget  # slow to import
+
+        vocab_size = _vocab_size(status)
+        return HttpTarget(client, args.model, salt), vocab_size
     told = [each["grpc"] for each in status.get("gateway", ()) if "grpc" in each]
     address = args.grpc or next(iter(told), "")
     if not address:
@@ -201,7 +176,7 @@ def _document(
     if not math.isfinite(load.request_rate):
         options["request_rate"] = None
     return document_of(
-        "serve",
+        "bench serve",
         {**options, "protocol": found.protocol, "goodput_ms": dict(found.tally.goals_ms)},
         found.tally.results(duration_s),
         url=args.grpc or Client(args).url,

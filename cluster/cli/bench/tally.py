@@ -69,7 +69,7 @@ class Answer:
 
 @dataclass
 class Tally:
-    """What came of the requests so far."""
+    """Outcomes of the requests so far."""
 
     goals_ms: Mapping[str, float]
     """By measure: what a request must not exceed to be good, in none of its gaps for ``itl``."""
@@ -80,7 +80,6 @@ class Tally:
     in_flight: int = 0
     peak_in_flight: int = 0
     failures: Counter[str] = field(default_factory=Counter)
-    """By code."""
     times_ms: Mapping[str, Distribution] = field(
         default_factory=lambda: {name: Distribution() for name in MEASURES}
     )
@@ -91,7 +90,7 @@ class Tally:
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
 
     def fail(self, code: str) -> None:
-        """A request came to nothing."""
+        """A request failed."""
         self.in_flight -= 1
         self.failures[code] += 1
 

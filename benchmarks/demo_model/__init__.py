@@ -1,0 +1,1 @@
+"""How the bundled demo checkpoint was trained: corpus, training, model card, served load."""

@@ -1,0 +1,210 @@
+"""Ranks with experts that compute nothing, joined over the data plane that workers use."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cluster.core.errors import PeerLostError
+from cluster.core.placement import BankShape, ExpertPlacement, contiguous
+from cluster.core.topology import Generation, Member
+from workers.dispatch.expert_server import ExpertServer
+from workers.dispatch.remote import RemoteDispatcher
+from workers.model.config import BankSpec, ExchangeSpec
+from workers.requests.step_header import Grant, StepHeader
+from workers.transport.collective import CollectiveTransport
+from workers.transport.frames import max_data_bytes
+from workers.transport.handshake import PeerIdentity
+from workers.transport.peer_connections import PeerConnections
+from workers.transport.sockets import SocketTransport
+from workers.transport.transport import DataTransport, Expected, Part, Tag
+
+CPU = torch.device("cpu")
+DTYPE = torch.bfloat16
+_MEET_LIMIT_S = 60.0
+_SECRET = "bench"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """Who exchanges what."""
+
+    attention_ranks: int
+    expert_ranks: int
+    width: int
+    """Numbers in a row."""
+    num_experts: int
+    top_k: int
+    max_rows: int
+    """Of one attention rank in one step."""
+    transport: Literal["sockets", "collective"] = "sockets"
+
+    @property
+    def size(self) -> int:
+        """Ranks; those of attention come first."""
+        return self.attention_ranks + self.expert_ranks
+
+    @property
+    def bank(self) -> BankSpec:
+        """One bank with one exchange."""
+        exchange = ExchangeSpec(index=0, name="mlp", in_width=self.width, out_width=self.width)
+        return BankSpec(
+            index=0,
+            bank="mlp",
+            layer=0,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            exchanges=(exchange,),
+        )
+
+    @property
+    def placement(self) -> ExpertPlacement:
+        """Experts in order, equally many on each expert rank."""
+        shape = BankShape(bank="mlp", layer=0, num_experts=self.num_experts)
+        return contiguous([shape], self.expert_ranks)
+
+    def header(self, step: int, rows: int, is_prefill: bool = False) -> StepHeader:
+        """A step with as many rows on every attention rank."""
+        grant = Grant(prefill_rows=rows) if is_prefill else Grant(decode_rows=rows)
+        return StepHeader(
+            generation=1,
+            step=step,
+            epoch=1,
+            oldest_epoch=1,
+            grants=tuple((rank, grant) for rank in range(self.attention_ranks)),
+            exact=is_prefill,
+        )
+
+    def generation(self, ports: Sequence[int]) -> Generation:
+        """All ranks, on loopback; two ports for each."""
+        members = []
+        for i in range(self.size):
+            rank = i - self.attention_ranks
+            is_attention = rank < 0
+            members.append(
+                Member(
+                    name=f"rank-{i}",
+                    role="attention" if is_attention else "expert",
+                    rank=i if is_attention else rank,
+                    device=-1 if is_attention else rank,
+                    data_address=f"127.0.0.1:{ports[i]}",
+                    store_address=f"127.0.0.1:{ports[self.size + i]}" if is_attention else "",
+                )
+            )
+        return Generation(number=1, members=tuple(members))
+
+
+class IdleBank:
+    """Experts that compute nothing: outputs that were made before."""
+
+    def __init__(self, shape: Shape) -> None:
+        pairs = shape.attention_ranks * shape.max_rows * shape.top_k
+        self._outputs = torch.ones(pairs, shape.width, dtype=DTYPE)
+
+    def compute(
+        self, exchange: int, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
+    ) -> Tensor:
+        """See ``SlotBank``."""
+        return self._outputs[: len(pair_slot)]
+
+
+@dataclass(frozen=True)
+class IdleSlots:
+    """All banks of an idle expert rank."""
+
+    banks: Sequence[IdleBank]
+
+
+class Meetings:
+    """Where the ranks of a shape wait for each other. Made before they start."""
+
+    def __init__(self, shape: Shape) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._listening = context.Barrier(shape.size)
+        self._served = context.Barrier(shape.attention_ranks)
+
+    def all_listen(self) -> None:
+        """All ranks: nobody opens a connection before everybody listens."""
+        self._listening.wait(_MEET_LIMIT_S)
+
+    def all_served(self) -> None:
+        """Attention ranks: nobody closes before everybody has its last outputs."""
+        self._served.wait(_MEET_LIMIT_S)
+
+
+class Connected:
+    """The transport of one rank, joined with all others for a ``with`` block."""
+
+    def __init__(self, shape: Shape, rank: int, ports: Sequence[int], meetings: Meetings) -> None:
+        logging.disable(logging.WARNING)  # peers close at the end
+        self.generation = shape.generation(ports)
+        me = self.generation.members[rank]
+        identity = PeerIdentity(
+            name=me.name, role=me.role, rank=me.rank, checkpoint_id="bench", config_hash="bench"
+        )
+        limit = max_data_bytes([shape.bank], shape.max_rows, 4, "sum")
+        self._meetings = meetings
+        self._connections = PeerConnections(
+            identity, _SECRET, max_data_bytes=limit, port=ports[rank]
+        )
+        self.transport: DataTransport
+        if shape.transport == "sockets":
+            self.transport = SocketTransport(self._connections, combine_mode="sum", device=CPU)
+        else:
+            store_port = ports[shape.size + rank]
+            self.transport = CollectiveTransport(
+                self._connections, backend="gloo", device=CPU, store_port=store_port
+            )
+
+    def __enter__(self) -> Connected:
+        self._meetings.all_listen()
+        self._connections.apply_generation(self.generation)
+        self.transport.apply_generation(self.generation)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.transport.close()
+        self._connections.close()
+
+
+def idle_server(connected: Connected, device: int, shape: Shape) -> ExpertServer:
+    """The server of expert rank ``device``, whose experts compute nothing."""
+    server = ExpertServer(
+        connected.transport,
+        IdleSlots([IdleBank(shape)]),
+        [shape.bank],
+        device_index=device,
+        combine_mode="sum",
+        dtype=DTYPE,
+        device=CPU,
+    )
+    server.set_placement(shape.placement, connected.generation)
+    return server
+
+
+def remote_dispatcher(connected: Connected, rank: int, shape: Shape) -> RemoteDispatcher:
+    """The dispatcher of attention rank ``rank``."""
+    dispatcher = RemoteDispatcher(
+        connected.transport, [shape.bank], rank=rank, combine_mode="sum", dtype=DTYPE, device=CPU
+    )
+    dispatcher.set_placement(shape.placement, connected.generation)
+    return dispatcher
+
+
+def wait_for_the_end(transport: DataTransport, shape: Shape, step: int) -> None:
+    """The last outputs may still wait to be sent: the other side closes when it has them."""
+    expected = [
+        Expected(rank, (Part(1, torch.int32),), (1,)) for rank in range(shape.attention_ranks)
+    ]
+    try:
+        transport.begin_step(shape.header(step, 1))
+        transport.receive(Tag(0, 0, 0, "rows"), expected, sized=False)
+    except PeerLostError:
+        return
+    raise AssertionError("an attention rank went on")

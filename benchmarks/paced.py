@@ -1,0 +1,95 @@
+"""Expert workers whose banks take a given time and compute nothing, for benchmarks of balance.
+
+On a laptop all expert workers share the same cores, so an uneven load costs nothing by itself.
+These banks wait a given time for each activated expert slot and each pair, as separate devices
+would compute. Outputs are zeros.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from workers.dispatch.dispatcher import SlotBanks
+from workers.experts.slots import ExpertSlots
+from workers.model.config import BankSpec
+from workers.process.actor import ExpertWorker, WorkerActor
+from workers.process.expert_runtime import ExpertRuntime
+from workers.process.runtime import OnDeath
+from workers.process.worker_args import WorkerArgs
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeTime:
+    """Time that a bank takes."""
+
+    slot_s: float
+    """Seconds for each activated expert slot."""
+    token_s: float
+    """Seconds for each (row, expert slot) pair."""
+
+    def seconds(self, num_slots: int, num_pairs: int) -> float:
+        """Seconds for one exchange."""
+        return self.slot_s * num_slots + self.token_s * num_pairs
+
+
+class PacedBank:
+    """One bank; a wait that was too long shortens the next one."""
+
+    def __init__(
+        self,
+        spec: BankSpec,
+        time_taken: ComputeTime,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._spec = spec
+        self.time_taken = time_taken
+        self._clock = clock
+        self._sleep = sleep
+        self._overslept_s = 0.0
+
+    def compute(
+        self, exchange: int, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
+    ) -> Tensor:
+        """See ``ExpertBank.compute``; returns zeros after the time that the pairs take."""
+        began = self._clock()
+        due = (
+            self.time_taken.seconds(len(set(pair_slot.tolist())), len(pair_slot))
+            - self._overslept_s
+        )
+        left = began + due - self._clock()
+        if left > 0:
+            self._sleep(left)
+        self._overslept_s = self._clock() - began - due
+        return inputs.new_zeros(len(pair_slot), self._spec.exchanges[exchange].out_width)
+
+
+class PacedSlots:
+    """``SlotBanks`` of paced banks."""
+
+    def __init__(self, specs: Sequence[BankSpec], time_taken: ComputeTime) -> None:
+        self._banks = tuple(PacedBank(spec, time_taken) for spec in specs)
+
+    @property
+    def banks(self) -> tuple[PacedBank, ...]:
+        """By ``BankSpec.index``."""
+        return self._banks
+
+
+def paced_worker(time_taken: ComputeTime) -> type[WorkerActor]:
+    """An actor class for the role ``expert``. Ray sends it by value, with its times."""
+
+    def banks_of(slots: ExpertSlots) -> SlotBanks:
+        return PacedSlots([bank.spec for bank in slots.banks], time_taken)
+
+    class PacedWorker(ExpertWorker):
+        """An expert worker that holds and moves weights, and waits where others compute."""
+
+        def _make_runtime(self, args: WorkerArgs, on_death: OnDeath) -> ExpertRuntime:
+            return ExpertRuntime(args, on_death, banks_of)
+
+    return PacedWorker

@@ -1,0 +1,171 @@
+"""Which groups of GPUs a model wants, how much they hold and how fast they may be. Pure.
+
+A layout is whole nodes of 8 GPUs, split into attention and expert workers of one GPU each. On one
+node every split with two workers of each is compared; on several a pool is whole nodes, two of them
+for experts. Of those that fit into memory the one with the most tokens a second is taken, by the
+roofline of ``cluster.sizing.roofline``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from cluster.core.errors import ConfigError
+from cluster.sizing.devices import GPU, GPU_NETWORK_BYTES_S
+from cluster.sizing.roofline import DeviceNumbers, ModelSize, disaggregated_step
+
+GPUS_PER_NODE = 8
+MEMORY_SHARE = 0.9
+"""Of a GPU's memory for weights and KV; the rest is for activations and the libraries."""
+BALANCEDNESS = 0.9
+"""Mean load over that of the busiest expert worker, as rebalancing keeps it."""
+SPARE_SHARE = 0.25
+"""Spare slots on one node, of an expert worker's own: room for rebalancing."""
+CONTEXT_TOKENS = 2048
+"""Mean context of a sequence."""
+MAX_SEQS = 64
+"""Sequences for each GPU of the cluster, as far as their KV fits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeKind:
+    """A server of 8 GPUs."""
+
+    name: str
+    """For people."""
+    gpu: DeviceNumbers
+    """Each of them, with its link to the others."""
+    memory_bytes: float
+    """Of each."""
+    network_bytes_s: float
+    """To other nodes, for each GPU, one direction, bytes a second."""
+
+    def worker(self, num_nodes: int) -> DeviceNumbers:
+        """What a worker with one of the GPUs can do, among workers on so many nodes."""
+        return self.gpu if num_nodes == 1 else replace(self.gpu, link_bytes_s=self.network_bytes_s)
+
+
+A100_NODE = NodeKind(
+    name="A100-80GB",
+    gpu=replace(GPU, name="A100", bandwidth_bytes_s=2.039e12, flops_s=312e12, link_bytes_s=300e9),
+    memory_bytes=80e9,
+    network_bytes_s=25e9,
+)
+"""NVIDIA A100 SXM 80 GB, from its data sheet: 2,039 GB/s of HBM2e, 312 TFLOPS of dense bfloat16,
+NVLink of 600 GB/s in both directions together; one 200 Gbit/s adapter for each GPU."""
+H100_NODE = NodeKind(
+    name="H100-80GB",
+    gpu=replace(GPU, name="H100"),
+    memory_bytes=80e9,
+    network_bytes_s=GPU_NETWORK_BYTES_S,
+)
+"""NVIDIA H100 SXM: ``cluster.sizing.devices.GPU``."""
+H200_NODE = NodeKind(
+    name="H200-141GB",
+    gpu=replace(GPU, name="H200", bandwidth_bytes_s=4.8e12),
+    memory_bytes=141e9,
+    network_bytes_s=GPU_NETWORK_BYTES_S,
+)
+"""NVIDIA H200 SXM, from its data sheet: 141 GB of HBM3e at 4.8 TB/s, otherwise an H100."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SizedModel:
+    """A model, and what its attention workers hold."""
+
+    size: ModelSize
+    """For the roofline."""
+    attention_weights: int
+    """Weights of an attention worker, embeddings among them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """The workers for a model on some nodes."""
+
+    num_nodes: int
+    """Nodes of 8 GPUs."""
+    num_attention: int
+    """Attention workers, a GPU each."""
+    num_experts: int
+    """Expert workers, a GPU each."""
+    num_redundant: int
+    """``--num-redundant-experts``: spare slots of an expert worker and bank."""
+    attention_bytes: float
+    """Weights on the GPU of an attention worker."""
+    expert_bytes: float
+    """Weights on the GPU of an expert worker, spare slots filled."""
+    kv_tokens: int
+    """Tokens that an attention worker keeps."""
+    num_seqs: int
+    """Sequences in a decode step, over all attention workers."""
+    step_s: float
+    """A decode step of so many."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoded tokens a second, over all sequences."""
+        return self.num_seqs / self.step_s
+
+    @property
+    def gpu_hours_per_million(self) -> float:
+        """GPU-hours for a million decoded tokens."""
+        return self.num_nodes * GPUS_PER_NODE / self.tokens_per_s / 3600 * 1e6
+
+
+def best_layout(model: SizedModel, node: NodeKind, num_nodes: int) -> Layout:
+    """The fastest layout that fits. Raises ``ConfigError`` when none does."""
+    found = list(_layouts(model, node, num_nodes))
+    if not found:
+        raise ConfigError("num_nodes", num_nodes, f"of {node.name} are too few for the model")
+    return max(found, key=lambda layout: layout.tokens_per_s)
+
+
+def _layouts(model: SizedModel, node: NodeKind, num_nodes: int) -> Iterator[Layout]:
+    first, step = (2, 1) if num_nodes == 1 else (GPUS_PER_NODE, GPUS_PER_NODE)
+    total = num_nodes * GPUS_PER_NODE
+    num_logical = min(bank.num_experts for bank in model.size.banks)
+    for num_attention in range(first, total - 2 * step + 1, step):
+        if total - num_attention <= num_logical:
+            layout = _layout(model, node, num_nodes, num_attention)
+            if layout.num_seqs > 0 and layout.expert_bytes <= MEMORY_SHARE * node.memory_bytes:
+                yield layout
+
+
+def _layout(model: SizedModel, node: NodeKind, num_nodes: int, num_attention: int) -> Layout:
+    size = model.size
+    num_experts = num_nodes * GPUS_PER_NODE - num_attention
+    own = math.ceil(min(bank.num_experts for bank in size.banks) / num_experts)
+    # A whole copy on either of two hosts or more; on one host only room to rebalance.
+    several = num_experts > GPUS_PER_NODE
+    spare = own if several else math.ceil(SPARE_SHARE * own)
+    slot_bytes = sum(bank.expert_values for bank in size.banks) * size.itemsize
+    room = MEMORY_SHARE * node.memory_bytes
+    spare = max(0, min(spare, int(room // slot_bytes) - own))
+    attention_bytes = float(model.attention_weights * size.itemsize)
+    kv_tokens = int(max(room - attention_bytes, 0.0) // (size.kv_values_per_token * size.itemsize))
+    num_seqs = min(
+        MAX_SEQS * num_nodes * GPUS_PER_NODE, num_attention * kv_tokens // CONTEXT_TOKENS
+    )
+    decode = disaggregated_step(
+        size,
+        max(num_seqs, 1),
+        CONTEXT_TOKENS,
+        num_attention=num_attention,
+        num_experts=num_experts,
+        device=node.worker(num_nodes),
+        balancedness=BALANCEDNESS,
+    )
+    return Layout(
+        num_nodes=num_nodes,
+        num_attention=num_attention,
+        num_experts=num_experts,
+        num_redundant=spare,
+        attention_bytes=attention_bytes,
+        expert_bytes=float((own + spare) * slot_bytes),
+        kv_tokens=kv_tokens,
+        num_seqs=num_seqs,
+        step_s=decode.step_s,
+    )

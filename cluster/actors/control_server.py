@@ -1,0 +1,221 @@
+"""The controller's end of the control sockets: an asyncio TCP server that workers connect to.
+
+A connection belongs to a worker after the mutual proof of the cluster token
+(``cluster.core.frames``), if both are of one release. A peer that sends rubbish, too much, or
+nothing in time loses its connection, without other effects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import re
+import secrets
+import socket
+from typing import Protocol
+
+from cluster.core.errors import HandshakeError, ProtocolError
+from cluster.core.frames import (
+    MAX_FRAME_BYTES,
+    MAX_HELLO_BYTES,
+    ControlChallenge,
+    ControlFrame,
+    ControlHello,
+    ControlProof,
+    decode,
+    decode_hello,
+    encode,
+    frame_length,
+    proof,
+)
+from cluster.core.release import RELEASE, check_release
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_LIMIT_S = 5.0
+"""Time in which a caller must prove that it knows the token."""
+MAX_STRANGERS = 32
+"""Connections without proof at one time; one more closes the oldest."""
+MAX_BACKLOG_BYTES = 2 * MAX_FRAME_BYTES
+"""Unread bytes after which a worker counts as not reading."""
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_PREFIX_BYTES = 4
+
+
+class ControlEvents(Protocol):
+    """Receives events of the sockets. Called on the event loop; must not block."""
+
+    def on_frame(self, worker: str, frame: ControlFrame) -> None:
+        """A worker sent a frame. May raise ``ProtocolError``: its connection is closed."""
+
+    def on_closed(self, worker: str, reason: str) -> None:
+        """A worker's connection is closed (not if the server closed it)."""
+
+
+class _Connection:
+    """One TCP connection; ``worker`` is set once the token is proved."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.worker = ""
+        self.is_replaced = False
+
+    async def read(self) -> ControlFrame:
+        """The next frame. Raises ``ProtocolError``, ``IncompleteReadError``, ``OSError``."""
+        return decode(await self._read(MAX_FRAME_BYTES))
+
+    async def read_hello(self) -> ControlFrame:
+        """The next frame of the handshake. Raises as ``read``."""
+        return decode_hello(await self._read(MAX_HELLO_BYTES))
+
+    async def _read(self, limit: int) -> bytes:
+        length = frame_length(await self.reader.readexactly(_PREFIX_BYTES), limit)
+        return await self.reader.readexactly(length)
+
+    def write(self, frame: ControlFrame) -> None:
+        """Queue a frame; a peer that does not read is cut off."""
+        if self.writer.is_closing():
+            return
+        self.writer.write(encode(frame))
+        if self.writer.transport.get_write_buffer_size() > MAX_BACKLOG_BYTES:
+            logger.warning("%s does not read its control socket: closed", self.worker)
+            self.writer.transport.abort()
+
+
+class ControlServer:
+    """Listens for workers, proves and checks the token, passes frames on."""
+
+    def __init__(
+        self,
+        token: str,
+        events: ControlEvents,
+        *,
+        handshake_limit_s: float = HANDSHAKE_LIMIT_S,
+        release: str = RELEASE,
+    ) -> None:
+        """``token`` is the shared secret of the cluster; workers of another release are refused."""
+        self._token = token
+        self._release = release
+        self._events = events
+        self._handshake_limit_s = handshake_limit_s
+        self._server: asyncio.Server | None = None
+        self._strangers: list[_Connection] = []
+        self._workers: dict[str, _Connection] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, host: str) -> str:
+        """Listen on a free port of interface ``host``; returns ``host:port``."""
+        self._server = await asyncio.start_server(self._serve, host, 0)
+        port = self._server.sockets[0].getsockname()[1]
+        return f"{host}:{port}"
+
+    async def close(self) -> None:
+        """Close the listener and all connections."""
+        if self._server is not None:
+            self._server.close()
+        everyone = [*self._strangers, *self._workers.values()]
+        for connection in everyone:
+            connection.is_replaced = True
+            connection.writer.close()
+        if self._tasks:
+            _, stuck = await asyncio.wait(self._tasks, timeout=1.0)
+            for task in stuck:
+                task.cancel()
+            await asyncio.gather(*stuck, return_exceptions=True)
+
+    def is_connected(self, worker: str) -> bool:
+        """The worker has an open, proved connection."""
+        return worker in self._workers
+
+    def send(self, worker: str, frame: ControlFrame) -> None:
+        """Send to one worker; nothing happens when it is not connected."""
+        connection = self._workers.get(worker)
+        if connection is not None:
+            connection.write(frame)
+
+    def drop(self, worker: str) -> None:
+        """Close a worker's connection after what was sent to it, without an event."""
+        connection = self._workers.pop(worker, None)
+        if connection is not None:
+            connection.is_replaced = True
+            connection.writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection from its first byte to its last."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        connection = _Connection(reader, writer)
+        reason = "closed by the peer"
+        try:
+            await self._admit(connection)
+            while True:
+                frame = await connection.read()
+                self._events.on_frame(connection.worker, frame)
+        except asyncio.IncompleteReadError:
+            pass  # the peer closed
+        except (ProtocolError, OSError, TimeoutError) as err:
+            reason = str(err) or type(err).__name__
+            logger.warning("control connection of %s: %s", _caller(connection), reason)
+        finally:
+            self._forget(connection, reason)
+
+    async def _admit(self, connection: _Connection) -> None:
+        """Handshake within its time limit; then the connection is a worker's."""
+        self._strangers.append(connection)
+        if len(self._strangers) > MAX_STRANGERS:
+            self._strangers.pop(0).writer.transport.abort()
+        _tune(connection.writer)
+        async with asyncio.timeout(self._handshake_limit_s):
+            worker = await self._handshake(connection)
+        if connection in self._strangers:
+            self._strangers.remove(connection)
+        connection.worker = worker
+        self.drop(worker)  # the newer connection wins: the worker saw the old one break
+        self._workers[worker] = connection
+
+    async def _handshake(self, connection: _Connection) -> str:
+        """Mutual proof of the token, then equal releases; returns the caller's name.
+
+        Raises ``HandshakeError``.
+        """
+        hello = await connection.read_hello()
+        if not isinstance(hello, ControlHello) or not _NAME.fullmatch(hello.worker):
+            raise HandshakeError("the first frame is no proper ControlHello")
+        nonce = secrets.token_hex(16)
+        ours = proof(self._token, "controller", hello.nonce, nonce)
+        connection.write(ControlChallenge(nonce=nonce, proof=ours, release=self._release))
+        answer = await connection.read_hello()
+        theirs = proof(self._token, "worker", hello.nonce, nonce)
+        if not isinstance(answer, ControlProof) or not hmac.compare_digest(
+            answer.proof.encode(), theirs.encode()
+        ):
+            raise HandshakeError(f"{hello.worker} does not know the cluster token")
+        check_release(hello.release, hello.worker, self._release, "the controller")
+        return hello.worker
+
+    def _forget(self, connection: _Connection, reason: str) -> None:
+        """The connection ended: free it, and report the end unless the server caused it."""
+        if connection in self._strangers:
+            self._strangers.remove(connection)
+        with contextlib.suppress(OSError):
+            connection.writer.close()
+        if self._workers.get(connection.worker) is connection:
+            del self._workers[connection.worker]
+        if connection.worker and not connection.is_replaced:
+            self._events.on_closed(connection.worker, reason)
+
+
+def _tune(writer: asyncio.StreamWriter) -> None:
+    """Small frames go out at once; a silent host is noticed by TCP in the end."""
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def _caller(connection: _Connection) -> str:
+    return connection.worker or str(connection.writer.get_extra_info("peername"))

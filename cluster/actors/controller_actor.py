@@ -1,0 +1,506 @@
+"""The controller as a Ray actor: connects the state machine with its sockets and the worker actors.
+
+``Controller`` decides, ``ControlServer`` carries frames, ``WorkerGroup`` starts and ends processes.
+All three run on the actor's event loop. An actor that Ray has restarted takes over the workers of
+the one before: they serve meanwhile, and calls wait until their state is collected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from cluster.actors.control_server import ControlServer
+from cluster.actors.handoff import Handoff
+from cluster.actors.start_plan import StartPlan, plan_start
+from cluster.actors.tasks import Background
+from cluster.actors.traces import ClusterTraces, trace_cluster
+from cluster.actors.worker_group_like import FoundWorker, WorkerGroupLike
+from cluster.config.cluster import ClusterConfig
+from cluster.config.resources import ids_by_address, resolved_share
+from cluster.controller.controller import Controller
+from cluster.controller.drain.order import DrainOrder
+from cluster.controller.failover.collect import CollectedState
+from cluster.controller.parts.settings import ControllerSettings
+from cluster.controller.parts.worker_table import MODEL_FACTS
+from cluster.controller.rebalance.job import RebalanceOrder
+from cluster.core.codec import from_plain
+from cluster.core.errors import (
+    ConflictError,
+    ExpertMeshError,
+    NotReadyError,
+    RequestError,
+    StartError,
+)
+from cluster.core.frames import ControlFrame
+from cluster.core.load_profile import LoadProfile
+from cluster.core.placement import ExpertPlacement
+from cluster.core.states import ClusterState
+from cluster.core.topology import Member
+from cluster.load.view import load_before_start, load_document, num_at_risk, placement_report
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 0.1
+_NODES_S = 0.5
+_PLAN_LIMIT_S = 20.0
+"""Longest wait for the decision on an order to rebalance; it continues afterwards."""
+_PLAN_POLL_S = 0.02
+_RESERVE_LIMIT_S = 30.0
+STATUS_LIMIT_S = 1.0
+"""Longest wait for the numbers of the workers."""
+_STOP_LIMIT_S = 20.0
+
+
+class ControllerActor:
+    """Async actor; see ``cluster.actors.controller_client``. It starts one cluster in its life."""
+
+    def __init__(
+        self,
+        group: WorkerGroupLike,
+        settings: ControllerSettings | None = None,
+        status_limit_s: float = STATUS_LIMIT_S,
+    ) -> None:
+        """``settings`` replaces the limits that follow from the configuration (in tests)."""
+        self._group = group
+        self._settings = settings
+        self._status_limit_s = status_limit_s
+        self._controller: Controller | None = None
+        self._server: ControlServer | None = None
+        self._address = ""
+        self._plan: StartPlan | None = None
+        self._profile: LoadProfile | None = None
+        self._top_k = 1
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
+        self._background = Background()
+        self._handoff = Handoff(self, group, self._background)
+        self._asked: dict[str, str] | None = None
+        self._traces: ClusterTraces | None = None
+        self._starting = asyncio.Lock()
+
+    # ---- methods of the actor -------------------------------------------------------------
+
+    async def start(
+        self,
+        config: dict[str, Any],
+        banks: list[dict[str, Any]],
+        profile: dict[str, Any] | None = None,
+        asked: dict[str, str] | None = None,
+    ) -> None:
+        """Begin to start all workers; all or nothing. Follow it with ``wait_snapshot``.
+
+        ``banks`` are dicts with ``bank``, ``layer`` and ``num_experts``; ``profile`` is the load
+        profile for predictions; ``asked`` is kept for ``origin``. A second call does nothing.
+        Raises ``ConfigError`` or ``StartError``, after everything is released, if it cannot even
+        begin.
+        """
+        await self.adopt()
+        if self._handoff.is_under_way:
+            raise StartError("controller", self._handoff.failure)
+        async with self._starting:
+            if self._controller is None:
+                await self._begin(config, banks, profile, asked)
+
+    async def _begin(
+        self,
+        config: dict[str, Any],
+        banks: list[dict[str, Any]],
+        profile: dict[str, Any] | None,
+        asked: dict[str, str] | None,
+    ) -> None:
+        plan = plan_start(
+            ClusterConfig.from_dict(config),
+            banks,
+            self._group.resources(),
+            self._group.free_cpus(),
+            profile,
+        )
+        members = await self._reserve(plan)
+        plan = plan.on(members)
+        top_k = max((int(b.get("top_k", 1)) for b in banks), default=1)
+        notes = {"profile": profile, "top_k": top_k, "asked": asked}
+        controller = self._make_controller(plan, members, notes=notes)
+        extras = {m.name: plan.extra(m) for m in members}
+        config = plan.config.to_dict()
+        start = partial(self._group.start, members, config, self._address, extras)
+        self._background.spawn(self._bring_up(start, self._start_failed))
+        self._run(controller)
+
+    async def adopt(self) -> None:
+        """Take over the cluster of an earlier controller, if there was one.
+
+        Returns when that is done, or after a first failure, while retries continue. A restarted
+        actor calls this itself, and every call to it waits for it first.
+        """
+        await self._handoff.adopt()
+
+    async def origin(self) -> dict[str, Any]:
+        """What the cluster was started with: ``asked`` and the whole ``config``, with its token.
+
+        Both are None if nothing was started. Raises ``NotReadyError`` while the workers of an
+        earlier controller cannot be reached.
+        """
+        await self.adopt()
+        if self._handoff.is_under_way:
+            raise NotReadyError(self._handoff.failure)
+        async with self._starting:
+            config = self._plan.config.to_dict() if self._controller and self._plan else None
+        return {"asked": self._asked if config else None, "config": config}
+
+    async def snapshot(self, fresh: bool = False) -> dict[str, Any]:
+        """The cluster's state; ``fresh`` requests the current numbers of every worker first."""
+        await self.adopt()
+        if fresh and self._controller is not None:
+            await self._ask_workers(self._controller)
+        return self._snapshot()
+
+    async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
+        """The state once its version differs from ``known_version``, or after the time limit."""
+        await self.adopt()
+        await self._background.wait(lambda: self._version() != known_version, timeout_s)
+        return self._snapshot()
+
+    async def placement(self) -> dict[str, Any]:
+        """Maps, current load and balancedness of all banks (``placement --json``)."""
+        await self.adopt()
+        if self._controller is None:
+            return {"schema": 1, "epoch": 0, "banks": []}
+        await self._ask_workers(self._controller)
+        controller = self._controller
+        return placement_report(controller.placement, controller.load, self._profile)
+
+    async def load(self) -> dict[str, Any]:
+        """Tokens by expert and by copy, and the resulting balance (``load --json``)."""
+        await self.adopt()
+        if self._controller is None:
+            return load_before_start()
+        await self._ask_workers(self._controller)
+        controller = self._controller
+        model = str(controller.workers.model.get("name"))
+        document = load_document(
+            controller.placement, controller.load, self._profile, model, self._top_k
+        )
+        domains = controller.workers.domains()
+        for bank, entry in zip(controller.placement.banks, document["banks"], strict=True):
+            entry["at_risk"] = num_at_risk(bank, domains)
+        return {**document, "workers": controller.workers.holders()}
+
+    async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Begin to drain (fields of ``DrainOrder``); the operation.
+
+        Raises ``ConflictError``, ``UnknownNameError``, ``RequestError``; nothing has changed then.
+        """
+        wanted = from_plain(order, DrainOrder, RequestError)
+        operation = (await self._serving_controller()).draining.begin(wanted, time.monotonic())
+        self._background.notify()
+        return operation.to_dict()
+
+    async def rebalance(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Move experts to where the load is (fields of ``RebalanceOrder``); the operation.
+
+        Returns once the decision is made. Raises ``ConflictError`` and ``RequestError``; nothing
+        has changed then.
+        """
+        wanted = from_plain(order, RebalanceOrder, RequestError)
+        controller = await self._serving_controller()
+        operation = controller.rebalancing.begin(wanted, time.monotonic())
+        deadline = time.monotonic() + _PLAN_LIMIT_S
+        while controller.rebalancing.is_deciding(operation) and time.monotonic() < deadline:
+            await asyncio.sleep(_PLAN_POLL_S)  # the ticks continue
+        self._background.notify()
+        return operation.to_dict()
+
+    async def operation(self, operation_id: str) -> dict[str, Any]:
+        """One operation. Raises ``UnknownNameError``."""
+        return (await self._serving_controller()).operations.find(operation_id).to_dict()
+
+    async def operations(self) -> list[dict[str, Any]]:
+        """The recorded operations, newest last."""
+        await self.adopt()
+        return self._controller.operations.to_list() if self._controller else []
+
+    async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
+        """Cancel an operation. Raises ``UnknownNameError`` and ``ConflictError``."""
+        controller = await self._serving_controller()
+        operation = controller.operations.find(operation_id)
+        owner = controller.draining if operation.kind == "drain" else controller.rebalancing
+        owner.cancel(operation, time.monotonic())
+        self._background.notify()
+        return operation.to_dict()
+
+    async def control_address(self) -> str:
+        """``host:port`` of the control server; empty before the start."""
+        return self._address
+
+    async def stop(self) -> None:
+        """End all workers and return when they have ended. The caller ends this actor."""
+        await self.adopt()
+        if self._controller is not None and self._server is not None:
+            controller = self._controller
+            controller.stop(time.monotonic())
+            self._background.notify()
+            await self._background.wait(
+                lambda: controller.state is ClusterState.STOPPED, _STOP_LIMIT_S
+            )
+            await self._server.close()
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.stop)
+        self._background.cancel()
+        self._planner.shutdown(wait=False, cancel_futures=True)
+
+    # ---- actions of the controller (``WorkerLink``) ------------------------------------------
+
+    def send(self, worker: str, frame: ControlFrame) -> None:
+        if self._server is not None:
+            self._server.send(worker, frame)
+
+    def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
+        assert self._plan is not None
+        extra = replace(self._plan, placement=placement).extra(member)
+        config = self._plan.config.to_dict()
+        addition = partial(self._group.add, member, config, self._address, extra)
+        self._background.spawn(self._bring_up(addition, partial(self._died, member.name)))
+
+    def end_workers(self, workers: Sequence[str]) -> None:
+        if self._server is not None:
+            for worker in workers:
+                self._server.drop(worker)
+        self._background.spawn(self._end_workers(list(workers)))
+
+    def end_all(self) -> None:
+        self._background.spawn(self._end_all())
+
+    # ---- events of the sockets (``ControlEvents``) -------------------------------------------
+
+    def on_frame(self, worker: str, frame: ControlFrame) -> None:
+        target = self._handoff.collector or self._controller
+        if target is not None:
+            target.frame(worker, frame, time.monotonic())
+            self._background.notify()
+
+    def on_closed(self, worker: str, reason: str) -> None:
+        if self._handoff.collector is not None:
+            self._handoff.collector.gone(worker)
+        elif self._controller is not None:
+            self._controller.disconnected(worker, reason, time.monotonic())
+        self._background.notify()
+
+    # ---- calls of the handoff -------------------------------------------------------------
+
+    def limits(self, config: ClusterConfig) -> ControllerSettings:
+        return self._settings or ControllerSettings(
+            detection_limit_s=config.transport.detection_limit_s,
+            generation_limit_s=config.transport.connect_timeout_s + 5.0,
+        )
+
+    async def open_server(self, token: str) -> str:
+        if self._server is not None:
+            await self._server.close()
+        self._server = ControlServer(token, self)
+        self._address = await self._server.start(self._group.address())
+        return self._address
+
+    def is_connected(self, worker: str) -> bool:
+        return self._server is not None and self._server.is_connected(worker)
+
+    def take_over(self, found: Sequence[FoundWorker], collected: CollectedState) -> None:
+        plan = StartPlan(
+            config=found[0].config,
+            placement=collected.placement,
+            share=resolved_share(found[0].config.workers),
+            num_slots=max(f.num_slots for f in found),
+        )
+        notes = collected.memory.get("notes", {})
+        controller = self._make_controller(
+            plan, collected.members, notes=notes, term=collected.term
+        )
+        controller.adopt(collected, time.monotonic())
+        self._background.spawn(self._group.end_others([r.name for r in controller.workers.alive()]))
+        logger.info("term %d: %d workers adopted", collected.term, len(collected.greetings))
+        self._run(controller)
+
+    # ---- tasks ----------------------------------------------------------------------------
+
+    async def _reserve(self, plan: StartPlan) -> tuple[Member, ...]:
+        """Open the control server and reserve room; release both after an error."""
+        try:
+            await self.open_server(plan.config.cluster_token)
+            return await self._group.reserve(
+                plan.config.workers.pools, plan.share, _RESERVE_LIMIT_S
+            )
+        except (ExpertMeshError, OSError):
+            assert self._server is not None, "it is there before it is opened"
+            await self._server.close()
+            await self._group.end_all()
+            raise
+
+    def _run(self, controller: Controller) -> None:
+        """Direct calls and frames to this controller, and let time pass for it."""
+        self._controller = controller
+        self._background.spawn(self._tick_forever(controller))
+        self._background.spawn(self._watch_nodes(controller))
+
+    async def _bring_up(
+        self, create: Callable[[], Awaitable[None]], failed: Callable[[str], None]
+    ) -> None:
+        """Create actors, and watch them until they have called.
+
+        ``failed`` gets an error that is not a worker's own.
+        """
+        assert self._server is not None
+        try:
+            await create()
+            await self._group.watch(self._server.is_connected, self._died)
+        except StartError as err:
+            self._died(err.part, err.reason)
+        except Exception as err:  # any error of Ray must be reported: the start must not hang
+            logger.exception("workers could not be created")
+            failed(f"{type(err).__name__}: {err}")
+
+    def _start_failed(self, error: str) -> None:
+        assert self._controller is not None
+        self._controller.fail_start(error, time.monotonic())
+        self._background.notify()
+
+    async def _end_workers(self, workers: list[str]) -> None:
+        assert self._controller is not None
+        try:
+            await self._group.end(workers)
+        finally:
+            self._controller.draining.ended(workers, time.monotonic())
+            self._background.notify()
+
+    async def _end_all(self) -> None:
+        assert self._controller is not None
+        try:
+            await self._group.end_all()
+        finally:
+            self._controller.all_ended(time.monotonic())
+            self._background.notify()
+
+    async def _tick_forever(self, controller: Controller) -> None:
+        while controller.state is not ClusterState.STOPPED:
+            await asyncio.sleep(_TICK_S)
+            version = controller.version
+            try:
+                controller.tick(time.monotonic())
+            except Exception:  # detection must continue
+                logger.exception("a tick of the controller failed")
+            if controller.version != version:
+                self._background.notify()
+
+    async def _watch_nodes(self, controller: Controller) -> None:
+        """Drain the workers of nodes that will leave; fill their places afterwards."""
+        asked: set[str] = set()
+        while controller.state is not ClusterState.STOPPED:
+            await asyncio.sleep(_NODES_S)
+            try:
+                leaving = await asyncio.to_thread(self._group.leaving)
+                nodes = await asyncio.to_thread(self._group.resources)
+            except Exception as err:  # any error of Ray: the next round asks again
+                logger.debug("the nodes cannot be listed: %s", err)
+                continue
+            for name in sorted(set(leaving) - asked):
+                controller.draining.requested(name, time.monotonic())
+            asked |= set(leaving)
+            controller.draining.nodes_alive(ids_by_address(nodes))
+
+    def _died(self, name: str, reason: str) -> None:
+        if self._controller is not None and name in self._controller.workers:
+            self._controller.lost({name: reason}, time.monotonic())
+            self._background.notify()
+
+    async def _ask_workers(self, controller: Controller) -> None:
+        controller.request_status()
+        await self._background.wait(
+            lambda: controller.workers.status_complete, self._status_limit_s
+        )
+
+    async def _serving_controller(self) -> Controller:
+        """Raises ``ConflictError`` before the start."""
+        await self.adopt()
+        if self._controller is None:
+            raise ConflictError(self._handoff.failure or "the cluster has not been started")
+        return self._controller
+
+    # ---- small things ---------------------------------------------------------------------
+
+    def _make_controller(
+        self,
+        plan: StartPlan,
+        members: Sequence[Member],
+        *,
+        notes: Mapping[str, Any],
+        term: int = 1,
+    ) -> Controller:
+        profile, config = notes.get("profile"), plan.config
+        self._plan = plan
+        self._profile = LoadProfile.from_dict(profile) if profile else None
+        self._top_k = int(notes.get("top_k", 1))
+        self._asked = notes.get("asked")
+        can_grow = plan.share.device == "cpu"
+        now = time.monotonic()
+        controller = Controller(
+            self.limits(config),
+            members=members,
+            placement=plan.placement,
+            model={"name": config.model.served_model_name, "path": config.model.path},
+            link=self,
+            now=now,
+            num_slots=plan.num_slots,
+            room=None if can_grow else plan.num_slots,
+            load=config.load,
+            config=config,
+            top_k=self._top_k,
+            mode=config.workers.mode,
+            mode_reason=config.workers.mode_reason,
+            term=term,
+            identity=secrets.token_hex(8),
+            notes=notes,
+            wall_time_offset_s=time.time() - now,
+            executor=self._planner,
+        )
+        self._traces = trace_cluster(controller, config.observability)
+        return controller
+
+    def _snapshot(self) -> dict[str, Any]:
+        mine: dict[str, Any] = {"controller_pid": os.getpid()}
+        if self._controller is not None:
+            return self._controller.snapshot() | mine
+        if self._handoff.failure:
+            is_under_way = self._handoff.is_under_way
+            state = ClusterState.RECOVERING if is_under_way else ClusterState.STOPPED
+            mine |= {"state": state.value, "error": self._handoff.failure}
+        return _snapshot_before_start() | mine
+
+    def _version(self) -> int:
+        return self._controller.version if self._controller else 0
+
+
+def _snapshot_before_start() -> dict[str, Any]:
+    """``Controller.snapshot`` of a cluster that has no workers yet."""
+    return {
+        "version": 0,
+        "schema": 1,
+        "state": ClusterState.STARTING.value,
+        "error": None,
+        "mode": None,
+        "mode_reason": "",
+        "term": 0,
+        "generation": 0,
+        "placement_epoch": 0,
+        "experts_complete": False,
+        "model": dict.fromkeys(("name", "path", *MODEL_FACTS)),
+        "rebalance": None,
+        "workers": [],
+        "gateway": [],
+        "history": [],
+    }

@@ -1,0 +1,68 @@
+"""Creates the controller actor in Ray and calls it. Ray is imported on the first call only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.actors.worker_group_like import WorkerGroupLike
+from cluster.controller.parts.settings import ControllerSettings
+from cluster.core.errors import ExpertMeshError, NotReadyError
+
+CONTROLLER_NAME = "expertmesh-controller"
+"""Name of the actor in our namespace."""
+_HEAD_SHARE = 0.001
+_RETRY_S = 2.0
+
+
+def create_controller(
+    group: WorkerGroupLike,
+    settings: ControllerSettings | None = None,
+    status_limit_s: float | None = None,
+    selector: Mapping[str, str] | None = None,
+) -> Any:
+    """Create the detached controller actor, or find the existing one; returns its handle.
+
+    ``selector`` are labels of the nodes that may run it; by default it runs beside Ray's own head,
+    which must live anyway.
+    """
+    import ray
+
+    from cluster.actors.controller_actor import STATUS_LIMIT_S, ControllerActor
+    from cluster.actors.ray_tools import HEAD_NODE, NAMESPACE
+
+    actor: Any = ray.remote(ControllerActor)
+    where: dict[str, Any] = {"resources": {HEAD_NODE: _HEAD_SHARE}}
+    if selector:
+        where = {"label_selector": dict(selector)}
+    return actor.options(
+        name=CONTROLLER_NAME,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=-1,
+        **where,
+    ).remote(group, settings, STATUS_LIMIT_S if status_limit_s is None else status_limit_s)
+
+
+def ask_controller(method: str, *arguments: Any, limit_s: float) -> Any:
+    """The answer of a method of ``ControllerActor``.
+
+    Raises its own errors, and ``NotReadyError`` if there is no controller or no answer.
+    """
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+    from cluster.actors.ray_tools import NAMESPACE, words_of
+
+    try:
+        actor: Any = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
+        return ray.get(getattr(actor, method).remote(*arguments), timeout=limit_s)
+    except ValueError as err:
+        raise NotReadyError("no cluster runs there", "not_ready", _RETRY_S) from err
+    except (RayError, GetTimeoutError) as err:
+        if isinstance(err, RayTaskError) and isinstance(err.cause, ExpertMeshError):
+            raise err.cause from None
+        text = f"the controller does not answer: {words_of(err)}"
+        raise NotReadyError(text, "not_ready", _RETRY_S) from err

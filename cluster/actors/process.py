@@ -1,0 +1,52 @@
+"""Processes by id, safe against reused ids."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+
+import psutil
+
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessIdentity:
+    """One process on one host."""
+
+    pid: int
+    started_at: float
+    """Its start, in seconds since 1970 as the kernel gives it."""
+
+
+def describe_self(_owner: object = None) -> ProcessIdentity:
+    """The calling process. The argument lets Ray call it on an actor."""
+    return ProcessIdentity(pid=os.getpid(), started_at=psutil.Process().create_time())
+
+
+def is_running(process: ProcessIdentity) -> bool:
+    """Whether this very process still runs (a zombie does not)."""
+    try:
+        found = psutil.Process(process.pid)
+        same = abs(found.create_time() - process.started_at) < 1.0
+        return same and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill_process(process: ProcessIdentity) -> None:
+    """SIGKILL, which a stopped process obeys too; no effect if it has ended."""
+    if is_running(process):
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def wait_gone(process: ProcessIdentity, limit_s: float) -> bool:
+    """Wait until the process has ended; False if it has not within ``limit_s``."""
+    deadline = time.monotonic() + limit_s
+    while is_running(process):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True

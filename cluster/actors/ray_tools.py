@@ -1,0 +1,188 @@
+"""Queries to Ray: nodes, free resources, our named actors, the cause of an error."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+from cluster.config.resources import NodeResources
+from cluster.core.node_labels import Place
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "expertmesh"
+"""Ray namespace of all our actors."""
+HEAD_NODE = "node:__internal_head__"
+"""Ray's own resource of the head node."""
+WORKERS_GROUP = "expertmesh-workers"
+"""Name of the placement group that reserves room for the workers."""
+_NUM_TRIES = 20
+_PAUSE_S = 0.2
+_CALL_LIMIT_S = 10.0
+
+
+def cluster_nodes() -> tuple[NodeResources, ...]:
+    """Live nodes of the connected Ray cluster, by address.
+
+    Raises ``ConfigError`` for an invalid label of ours.
+    """
+    found = cast("list[dict[str, Any]]", ray.nodes())  # type: ignore[no-untyped-call]
+    nodes = [
+        NodeResources(
+            node_id=str(n["NodeID"]),
+            address=str(n["NodeManagerAddress"]),
+            cpus=float(n["Resources"].get("CPU", 0.0)),
+            gpus=float(n["Resources"].get("GPU", 0.0)),
+            place=Place.of(n.get("Labels") or {}, str(n["NodeManagerAddress"])),
+        )
+        for n in found
+        if n["Alive"]
+    ]
+    return tuple(sorted(nodes, key=lambda n: (n.address, n.node_id)))
+
+
+def takes_strangers(address: str) -> bool:
+    """Whether a Ray accepts calls without a token, judged by its GCS at ``address``.
+
+    Our own environment does not tell: a Ray without tokens accepts a client with one.
+    """
+    import grpc
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    messages: Any = gcs_service_pb2
+    stubs: Any = gcs_service_pb2_grpc
+    with grpc.insecure_channel(address) as channel:
+        nodes = stubs.NodeInfoGcsServiceStub(channel)
+        try:
+            nodes.GetAllNodeInfo(messages.GetAllNodeInfoRequest(), timeout=_CALL_LIMIT_S)
+        except grpc.RpcError:
+            return False
+    return True
+
+
+def draining_nodes() -> frozenset[str]:
+    """Ids of nodes that Ray drains, for example after SIGTERM to their ``ray start``.
+
+    A remote call; use a thread.
+    """
+    from ray._private.state import state
+
+    return frozenset(state.get_draining_nodes())
+
+
+def free_resources() -> dict[str, float]:
+    """Free resources by name."""
+    return dict(ray.available_resources())  # type: ignore[no-untyped-call]
+
+
+def node_address() -> str:
+    """Cluster IP address of this process's node."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def head_address() -> str:
+    """IP address of the live node of Ray's head; this node's if there is none."""
+    found = cast("list[dict[str, Any]]", ray.nodes())  # type: ignore[no-untyped-call]
+    heads = [n for n in found if n["Alive"] and HEAD_NODE in n["Resources"]]
+    return str(heads[0]["NodeManagerAddress"]) if heads else node_address()
+
+
+def is_on_head() -> bool:
+    """Whether this process is on the node of Ray's head."""
+    return head_address() == node_address()
+
+
+def this_node_id() -> str:
+    """Ray's id of the calling process's node."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def is_this_node(node_id: str) -> bool:
+    """Whether the calling process runs on that node."""
+    return this_node_id() == node_id
+
+
+def this_actor_was_restarted() -> bool:
+    """Whether the calling actor runs in a second process, after its first one died."""
+    context = ray.get_runtime_context()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own use of what it has deprecated
+        for _ in range(_NUM_TRIES):
+            answer = context.was_current_actor_reconstructed
+            if isinstance(answer, bool):
+                return answer
+            time.sleep(_PAUSE_S)  # Ray's table does not have this actor yet
+    return False
+
+
+def call_this_actor(method: str) -> None:
+    """Make Ray call a method of this actor after its constructor has returned.
+
+    Ray refuses calls to an actor that it is about to restart: they are repeated.
+    """
+    actor = ray.get_runtime_context().current_actor
+
+    def call() -> None:
+        for _ in range(_NUM_TRIES):
+            try:
+                ray.get(getattr(actor, method).remote(), timeout=_CALL_LIMIT_S)
+                return
+            except GetTimeoutError:
+                return  # it runs
+            except RayError as err:
+                logger.debug("%s is called again: %s", method, type(err).__name__)
+                time.sleep(_PAUSE_S)
+
+    threading.Thread(target=call, name=f"call-{method}", daemon=True).start()
+
+
+def our_actors() -> list[str]:
+    """Names of the live actors in our namespace."""
+    entries = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(str(e["name"]) for e in entries if e["namespace"] == NAMESPACE)
+
+
+def kill_actors(names: Sequence[str]) -> None:
+    """Kill these actors of our namespace; unknown names are ignored."""
+    for name in names:
+        with contextlib.suppress(ValueError, RayError):
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+
+
+def free_reserved_room() -> None:
+    """Remove our placement groups, also those of an earlier run; their actors end with them."""
+    for group_id, entry in placement_group_table().items():
+        if entry["name"] == WORKERS_GROUP and entry["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
+
+
+def end_leftovers() -> list[str]:
+    """End all actors of our namespace and free their room; returns their names.
+
+    The controller ends first, as it would replace the others. For ``down`` without a controller,
+    and for the remains of an earlier run.
+    """
+    names = our_actors()
+    kill_actors(sorted(names, key=lambda name: not name.startswith("expertmesh-")))
+    free_reserved_room()
+    return names
+
+
+def words_of(error: BaseException) -> str:
+    """The cause of a Ray error in one line; the worker's own words if there are any."""
+    cause = error.cause if isinstance(error, RayTaskError) else None
+    if cause is not None and not isinstance(cause, RayError):
+        return f"{type(cause).__name__}: {cause}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    details = [line for line in lines if line.startswith("The actor is dead because")]
+    words = (details or lines or [type(error).__name__])[-1]
+    return words.partition(" Some common causes include")[0]

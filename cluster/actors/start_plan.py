@@ -1,0 +1,143 @@
+"""The plan of a start: placement, shares of resources, slots, and the arguments of each worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.config.cluster import ClusterConfig
+from cluster.config.resources import NodeResources, WorkerShare, plan_shares
+from cluster.core.load_profile import BankLoad, LoadProfile
+from cluster.core.placement import BankShape, ExpertPlacement, contiguous, load_placement
+from cluster.core.topology import Member
+from cluster.planner import mesh
+from cluster.planner.base import PlannedDevice, PlannedTopology, planned_device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartPlan:
+    """Everything that is decided before the first worker is created."""
+
+    config: ClusterConfig
+    """The configuration with device and shares resolved, as the workers get it."""
+    placement: ExpertPlacement
+    share: WorkerShare
+    """Resources of each worker."""
+    num_slots: int
+    """Expert slots per bank of each expert worker: the fullest planned one and the spare ones."""
+    load: LoadProfile | None = None
+    """Expected load; None when the workers run already."""
+
+    def on(self, members: Sequence[Member]) -> StartPlan:
+        """The plan with a placement for the members, once their nodes are known."""
+        holders = sorted((m for m in members if m.holds_experts), key=lambda m: m.device)
+        devices = [planned_device(m) for m in holders]
+        if not devices or self.load is None:
+            return self
+        return replace(self, placement=first_placement(self.config, self.load, devices))
+
+    def extra(self, member: Member) -> dict[str, Any]:
+        """Arguments of a worker besides the configuration."""
+        extra: dict[str, Any] = {"threads": self.share.threads}
+        if member.holds_experts or self.config.workers.mode == "local":
+            extra |= {"placement": self.placement.to_dict(), "num_slots": self.num_slots}
+        return extra
+
+
+def plan_start(
+    config: ClusterConfig,
+    banks: Sequence[Mapping[str, Any]],
+    nodes: Sequence[NodeResources],
+    free_cpus: float | None = None,
+    profile: Mapping[str, Any] | None = None,
+) -> StartPlan:
+    """Plan the start; ``banks`` are dicts with ``bank``, ``layer`` and ``num_experts``.
+
+    ``profile`` is the expected load. The nodes of the devices are not known yet: see
+    ``StartPlan.on``. Raises ``ConfigError`` for what model or nodes cannot do. Nothing is created.
+    """
+    assert config.workers.mode != "auto", "the mode is decided before the start"
+    expected = expected_load(config, banks, profile)
+    share = plan_shares(config.workers, nodes, free_cpus)
+    somewhere = [PlannedDevice()] * config.workers.num_expert_workers
+    placement = first_placement(config, expected, somewhere)
+    slots = max((len(s) for b in placement.banks for s in b.physical_to_logical), default=0)
+    return StartPlan(
+        config=_resolved(config, share),
+        placement=placement,
+        share=share,
+        num_slots=slots + config.workers.recovery_slots,
+        load=expected,
+    )
+
+
+def fits(profile: LoadProfile, banks: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a profile has exactly these banks, with as many experts."""
+    wanted = {(b["bank"], b["layer"], b["num_experts"]) for b in banks}
+    return {(b.bank, b.layer, len(b.counts)) for b in profile.banks} == wanted
+
+
+def expected_load(
+    config: ClusterConfig, banks: Sequence[Mapping[str, Any]], profile: Mapping[str, Any] | None
+) -> LoadProfile:
+    """The profile, its banks in the model's order; an even load without a matching profile."""
+    known = LoadProfile.from_dict(profile) if profile else None
+    if known is not None and not fits(known, banks):
+        known = None
+    return LoadProfile(
+        model=config.model.served_model_name,
+        top_k=max((int(b.get("top_k", 1)) for b in banks), default=1),
+        tokens=known.tokens if known else 0,
+        banks=tuple(_bank_load(b, known) for b in banks),
+    )
+
+
+def _bank_load(bank: Mapping[str, Any], known: LoadProfile | None) -> BankLoad:
+    kind, layer = str(bank["bank"]), int(bank["layer"])
+    even = (1.0,) * int(bank["num_experts"])
+    return BankLoad(bank=kind, layer=layer, counts=known.counts(kind, layer) if known else even)
+
+
+def first_placement(
+    config: ClusterConfig, load: LoadProfile, devices: Sequence[PlannedDevice]
+) -> ExpertPlacement:
+    """The placement file's, or one planned for the load, or the contiguous one.
+
+    It is planned if a load profile was given, if one exists and rebalancing is on, if devices with
+    spare slots are in several failure domains, and if devices differ in speed. Local mode has one
+    device. Raises ``ConfigError``.
+    """
+    workers = config.workers
+    shapes = [BankShape(bank=b.bank, layer=b.layer, num_experts=len(b.counts)) for b in load.banks]
+    if workers.mode == "local":
+        return contiguous(shapes, 1)
+    if workers.placement_file is not None:
+        return load_placement(Path(workers.placement_file), shapes, workers.num_expert_workers)
+    plain = contiguous(shapes, workers.num_expert_workers, workers.num_redundant_experts)
+    topology = PlannedTopology(devices=tuple(devices), num_redundant=workers.num_redundant_experts)
+    if not (_wants_plan(config, load) or _is_uneven(topology)):
+        return plain
+    return mesh.plan(load, topology).placement
+
+
+def _wants_plan(config: ClusterConfig, load: LoadProfile) -> bool:
+    is_known = load.tokens > 0
+    return is_known and (config.rebalance.enable_eplb or config.workers.load_profile is not None)
+
+
+def _is_uneven(topology: PlannedTopology) -> bool:
+    """Whether the assignment of experts to devices matters."""
+    spreads = topology.num_redundant > 0 and len(set(topology.domains.tolist())) > 1
+    return spreads or len({d.speed for d in topology.devices}) > 1
+
+
+def _resolved(config: ClusterConfig, share: WorkerShare) -> ClusterConfig:
+    workers = replace(
+        config.workers,
+        device=share.device,
+        cpus_per_worker=share.cpus or None,
+        gpus_per_worker=share.gpus,
+    )
+    return replace(config, workers=workers)

@@ -1,0 +1,47 @@
+"""Background tasks of an actor's event loop, and waiting for their effects."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class Background:
+    """Tasks without an awaiting caller, and waiting for a change. One event loop only."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start a task; its error is logged."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    def notify(self) -> None:
+        """Wake every task that waits for a change."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait(self, is_true: Callable[[], bool], timeout_s: float) -> None:
+        """Return once ``is_true``, or after ``timeout_s``; checks at every change."""
+        deadline = time.monotonic() + timeout_s
+        while not is_true() and (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (err := task.exception()) is not None:
+            logger.error("a task of the controller failed", exc_info=err)

@@ -1,0 +1,461 @@
+"""Places, starts, watches and ends the worker actors.
+
+The actor classes come as arguments; this package never imports the engine. A worker actor is built
+as ``Cls(config: dict, member: dict, control_address: str, extra: dict)`` and has ``start()``,
+``ping()`` and ``stop()``; everything else goes over the control socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, cast
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
+
+from cluster.actors.process import ProcessIdentity, describe_self, kill_process, wait_gone
+from cluster.actors.ray_tools import (
+    NAMESPACE,
+    WORKERS_GROUP,
+    call_this_actor,
+    cluster_nodes,
+    draining_nodes,
+    free_reserved_room,
+    free_resources,
+    is_this_node,
+    kill_actors,
+    node_address,
+    our_actors,
+    this_actor_was_restarted,
+    this_node_id,
+    words_of,
+)
+from cluster.actors.worker_group_like import FoundWorker
+from cluster.config.cluster import ClusterConfig
+from cluster.config.resources import NodeResources, WorkerShare, resolved_share
+from cluster.core.codec import from_plain, to_plain
+from cluster.core.errors import StartError
+from cluster.core.node_labels import selector_for
+from cluster.core.topology import Member, Role, holds_experts
+
+logger = logging.getLogger(__name__)
+
+_PING_S = 0.5
+_POLL_S = 0.05
+_CALL_LIMIT_S = 5.0
+_ANY_BUNDLE = -1
+
+
+@dataclass(slots=True)
+class _Actor:
+    """An existing worker actor."""
+
+    member: Member
+    handle: Any
+    node_id: str
+    bundle: int = _ANY_BUNDLE
+    process: ProcessIdentity | None = None
+
+
+@dataclass(slots=True)
+class WorkerGroup:
+    """All worker actors of one cluster. Made by the launcher, owned by the controller actor."""
+
+    classes: Mapping[Role, Any]
+    """Actor classes of the roles, plain or made with ``ray.remote``."""
+    stop_limit_s: float = 2.0
+    """Time that a worker's own ``stop`` may take."""
+    _actors: dict[str, _Actor] = field(default_factory=dict)
+    _ending: set[asyncio.Future[None]] = field(default_factory=set)
+    _group: PlacementGroup | None = None
+    _nodes: dict[str, str] = field(default_factory=dict)
+    _share: WorkerShare | None = None
+    _bundles: dict[Role, range] = field(default_factory=dict)
+    """If nodes are labelled for roles: bundles of each role."""
+
+    def resources(self) -> tuple[NodeResources, ...]:
+        return cluster_nodes()
+
+    def leaving(self) -> list[str]:
+        """Workers on nodes that Ray drains. A remote call."""
+        nodes = draining_nodes()
+        return [name for name, actor in list(self._actors.items()) if actor.node_id in nodes]
+
+    def free_cpus(self) -> float:
+        return free_resources().get("CPU", 0.0)
+
+    def address(self) -> str:
+        return node_address()
+
+    async def reserve(
+        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
+    ) -> tuple[Member, ...]:
+        """Reserve room for all workers (role -> number), spread over the nodes.
+
+        Ranks are ordered by node, then index. Raises ``StartError`` if there is no room within
+        ``limit_s``.
+        """
+        free_reserved_room()
+        wanted = {"CPU": share.cpus, "GPU": share.gpus}
+        bundle = {k: v for k, v in wanted.items() if v > 0} or {"memory": 1.0}
+        count = sum(pools.values())
+        self._share = share
+        selectors = _selectors(pools)
+        self._group = placement_group(
+            [bundle] * count,
+            strategy="SPREAD",
+            name=WORKERS_GROUP,
+            lifetime="detached",
+            bundle_label_selector=selectors or None,
+        )
+        self._bundles = _ranges(pools) if selectors else {}
+        if not await asyncio.to_thread(self._group.wait, limit_s):
+            free_reserved_room()
+            raise StartError("worker group", _no_room_text(count, share, limit_s))
+        nodes = iter(self._bundle_nodes())
+        members = [
+            ranked
+            for role, number in pools.items()
+            for ranked in _rank(role, list(islice(nodes, number)))
+        ]
+        self._nodes = {m.name: node for m, node in members}
+        return tuple(m for m, _ in members)
+
+    async def start(
+        self,
+        members: Sequence[Member],
+        config: Mapping[str, Any],
+        control_address: str,
+        extras: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Create all actors and call their ``start``. The caller undoes a failure by ``end_all``.
+
+        Raises ``StartError`` with the first failing worker's own words.
+        """
+        await _free_names([m.name for m in members])
+        bundles = self._bundles_by_node()
+        for member in members:
+            node_id = self._nodes[member.name]
+            extra = extras[member.name]
+            bundle = bundles[node_id].pop(0)
+            handle = self._create(member, bundle, config, control_address, extra)
+            self._actors[member.name] = _Actor(member, handle, node_id, bundle)
+        await _all_or_first_error([self._bring_up(a) for a in self._actors.values()])
+
+    async def add(
+        self,
+        member: Member,
+        config: Mapping[str, Any],
+        control_address: str,
+        extra: Mapping[str, Any],
+    ) -> None:
+        """Create one more actor in the room of a lost one, once that is free.
+
+        Raises ``StartError`` with the worker's own words.
+        """
+        await _free_names([member.name])
+        bundle = self._free_bundle(member.role)
+        handle = self._create(member, bundle, config, control_address, extra)
+        actor = self._actors[member.name] = _Actor(member, handle, "", bundle)
+        await self._bring_up(actor)
+
+    async def watch(
+        self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
+    ) -> None:
+        """Report workers that die before they have called, until all have."""
+        waiting = list(self._actors.values())
+        while waiting:
+            await asyncio.sleep(_PING_S)
+            waiting = [a for a in waiting if not is_connected(a.member.name)]
+            for actor in list(waiting):
+                words = await _death_of(actor)
+                if words is not None:
+                    waiting.remove(actor)
+                    on_died(actor.member.name, words)
+
+    def was_restarted(self) -> bool:
+        return this_actor_was_restarted()
+
+    def call_back(self, method: str) -> None:
+        call_this_actor(method)
+
+    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+        """Workers of an earlier controller that still live, found by name.
+
+        A worker that does not answer within ``limit_s`` is left out, but ``end`` and ``end_others``
+        know it. Raises ``TimeoutError`` if neither workers nor Ray answer.
+        """
+        self._actors.clear()
+        async with asyncio.timeout(limit_s):
+            names = await asyncio.to_thread(our_actors)
+        names = [n for n in names if n.partition("-")[0] in self.classes]
+        asked = await asyncio.gather(*(self._find(name, limit_s) for name in names))
+        found = tuple(f for f in asked if f is not None)
+        if self._actors and not found:
+            raise TimeoutError(f"no answer from {', '.join(self._actors)}")
+        if found:
+            self._share = resolved_share(found[0].config.workers)
+            async with asyncio.timeout(limit_s):
+                get = ray.util.get_placement_group
+                self._group = await asyncio.to_thread(get, WORKERS_GROUP)
+            self._nodes = {name: actor.node_id for name, actor in self._actors.items()}
+        return found
+
+    async def redirect(self, name: str, control_address: str) -> None:
+        """Send a found worker the controller's new address. Raises Ray's errors."""
+        call = self._actors[name].handle.redirect.remote(control_address)
+        await asyncio.wait_for(call, _CALL_LIMIT_S)
+
+    async def end(self, names: Sequence[str]) -> None:
+        """End these workers: by their own ``stop``, then by process id, then by Ray."""
+        actors = [self._actors.pop(n) for n in names if n in self._actors]
+        tasks = {asyncio.ensure_future(self._end_one(a)) for a in actors}
+        self._ending |= tasks
+        await asyncio.gather(*tasks)
+        self._ending -= tasks
+
+    async def end_others(self, names: Collection[str]) -> None:
+        """End all workers but these, including those that were not found."""
+        await self.end([name for name in self._actors if name not in names])
+
+    async def end_all(self) -> None:
+        """End every worker and release the reserved room."""
+        await self.end(list(self._actors))
+        await asyncio.gather(*self._ending)
+        free_reserved_room()
+
+    async def _find(self, name: str, limit_s: float) -> FoundWorker | None:
+        try:
+            async with asyncio.timeout(limit_s):
+                handle = await asyncio.to_thread(ray.get_actor, name, namespace=NAMESPACE)
+                self._actors[name] = _Actor(_member_of(name), handle, "")
+                call: Any = handle.__ray_call__.remote(_introduce)
+                answer, process, node_id = await call
+        except (ActorUnavailableError, TimeoutError) as err:
+            logger.warning("%s is not found again: %s", name, type(err).__name__)
+            return None
+        except (RayError, ValueError) as err:
+            logger.warning("%s has gone: %s", name, type(err).__name__)
+            self._actors.pop(name, None)
+            return None
+        found = FoundWorker(
+            name=name,
+            config=ClusterConfig.from_dict(answer["config"]),
+            threads=int(answer["threads"]),
+            num_slots=int(answer["num_slots"]),
+        )
+        member = from_plain(answer["member"], Member)
+        self._actors[name] = _Actor(member, handle, node_id, process=process)
+        return found
+
+    # ---- placing --------------------------------------------------------------------------
+
+    def _create(
+        self,
+        member: Member,
+        bundle: int,
+        config: Mapping[str, Any],
+        control_address: str,
+        extra: Mapping[str, Any],
+    ) -> Any:
+        """The handle of a new actor."""
+        kind = self.classes[member.role]
+        remote = kind if hasattr(kind, "remote") else ray.remote(kind)
+        return remote.options(**self._options(member, bundle)).remote(
+            dict(config), to_plain(member), control_address, dict(extra)
+        )
+
+    def _options(self, member: Member, bundle: int) -> dict[str, Any]:
+        assert self._share is not None
+        assert self._group is not None
+        return {
+            "name": member.name,
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "num_cpus": self._share.cpus,
+            "num_gpus": self._share.gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "max_concurrency": 4,  # ping and stop get through while another call is in progress
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=self._group,
+                placement_group_bundle_index=bundle,
+                placement_group_capture_child_tasks=False,
+            ),
+        }
+
+    def _free_bundle(self, role: Role) -> int:
+        """A free bundle of the role; any bundle if it does not matter, or is unknown to a restarted
+        controller.
+        """
+        taken = {a.bundle for a in self._actors.values()}
+        free = [b for b in self._bundles.get(role, ()) if b not in taken]
+        return free[0] if free else _ANY_BUNDLE
+
+    def _bundle_nodes(self) -> list[str]:
+        """``[bundle]`` -> node id."""
+        assert self._group is not None
+        table = placement_group_table(self._group)["bundles_to_node_id"]
+        return [str(table[i]) for i in range(len(table))]
+
+    def _bundles_by_node(self) -> dict[str, list[int]]:
+        by_node: dict[str, list[int]] = {}
+        for bundle, node in enumerate(self._bundle_nodes()):
+            by_node.setdefault(node, []).append(bundle)
+        return by_node
+
+    # ---- starting -------------------------------------------------------------------------
+
+    async def _bring_up(self, actor: _Actor) -> None:
+        name = actor.member.name
+        try:
+            where = await actor.handle.__ray_call__.remote(_find_self)
+            actor.process, actor.node_id = where
+            await actor.handle.start.remote()
+        except RayError as err:
+            raise StartError(name, words_of(err)) from err
+
+    # ---- ending ---------------------------------------------------------------------------
+
+    async def _end_one(self, actor: _Actor) -> None:
+        name = actor.member.name
+        stopped = False
+        try:
+            await asyncio.wait_for(actor.handle.stop.remote(), self.stop_limit_s)
+            stopped = True
+        except (RayError, TimeoutError) as err:
+            logger.info("%s did not stop by itself: %s", name, type(err).__name__)
+        if not stopped:
+            await self._kill_by_pid(actor)
+        with contextlib.suppress(RayError, ValueError):
+            ray.kill(actor.handle, no_restart=True)
+        if stopped and not await self._is_gone(actor):
+            await self._kill_by_pid(actor)
+
+    async def _is_gone(self, actor: _Actor) -> bool:
+        """Whether the process ended; for a remote one its own ``stop`` is trusted."""
+        if actor.process is None or not is_this_node(actor.node_id):
+            return True
+        return await asyncio.to_thread(wait_gone, actor.process, 1.0)
+
+    async def _kill_by_pid(self, actor: _Actor) -> None:
+        """SIGKILL on its node: Ray lets a stopped process live for seconds."""
+        if actor.process is None:
+            return
+        if is_this_node(actor.node_id):
+            kill_process(actor.process)
+            await asyncio.to_thread(wait_gone, actor.process, 1.0)
+            return
+        where = NodeAffinitySchedulingStrategy(actor.node_id, soft=False)
+        task = ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=where)
+        with contextlib.suppress(RayError, TimeoutError):
+            await asyncio.wait_for(task.remote(actor.process), _CALL_LIMIT_S)
+
+
+def _member_of(name: str) -> Member:
+    """The rank in a worker's name: ``expert-1.2`` has rank 1."""
+    role, _, rest = name.partition("-")
+    return Member(name=name, role=cast(Role, role), rank=int(rest.partition(".")[0]), device=-1)
+
+
+def _ranges(pools: Mapping[Role, int]) -> dict[Role, range]:
+    """Bundles of each role, in the order of the pools."""
+    ranges: dict[Role, range] = {}
+    first = 0
+    for role, number in pools.items():
+        ranges[role] = range(first, first + number)
+        first += number
+    return ranges
+
+
+def _selectors(pools: Mapping[Role, int]) -> list[dict[str, str]]:
+    """``[bundle]`` -> the nodes it may use, if any node is labelled for a role; else empty."""
+    places = [node.place for node in cluster_nodes()]
+    if not any(place.role for place in places):
+        return []
+    return [s for r, number in pools.items() for s in [selector_for(r, places)] * number]
+
+
+def _introduce(actor: Any) -> tuple[dict[str, Any], ProcessIdentity, str]:
+    """Runs in a worker: its arguments, its process, its node."""
+    return actor.introduce(), describe_self(), this_node_id()
+
+
+def _find_self(actor: Any) -> tuple[ProcessIdentity, str]:
+    """Runs in a worker: its process, its node."""
+    return describe_self(), this_node_id()
+
+
+async def _free_names(names: Sequence[str]) -> None:
+    """Kill actors of an earlier run with these names. Raises ``StartError`` if one stays."""
+    deadline = asyncio.get_running_loop().time() + _CALL_LIMIT_S
+    while taken := sorted(set(names) & set(our_actors())):
+        if asyncio.get_running_loop().time() > deadline:
+            raise StartError(taken[0], "an actor of that name lives and does not end")
+        kill_actors(taken)
+        await asyncio.sleep(_POLL_S)
+
+
+async def _death_of(actor: _Actor) -> str | None:
+    """Ray's reason if the actor is dead; None while it lives, or may live."""
+    try:
+        await asyncio.wait_for(actor.handle.ping.remote(), _CALL_LIMIT_S)
+    except ActorUnavailableError:
+        return None  # the network may recover; a death would be ActorDiedError
+    except (RayActorError, RayTaskError) as err:
+        return words_of(err)  # dead, or its ping gives the reason why it cannot continue
+    except (TimeoutError, RayError):
+        return None  # busy: the start limit covers that
+    return None
+
+
+async def _all_or_first_error(calls: Sequence[Awaitable[None]]) -> None:
+    """Wait for all; the first error ends the waiting and is raised."""
+    tasks = [asyncio.ensure_future(c) for c in calls]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _rank(role: Role, nodes: Sequence[str]) -> list[tuple[Member, str]]:
+    """Members of one pool with their node ids, ranked by the nodes' order."""
+    known = {n.node_id: n for n in cluster_nodes()}
+    order = {node_id: i for i, node_id in enumerate(known)}
+    placed = sorted(nodes, key=lambda node: order[node])
+    return [
+        (
+            Member(
+                name=f"{role}-{rank}",
+                role=role,
+                rank=rank,
+                device=rank if holds_experts(role) else -1,
+                node=known[node].address,
+                domain=known[node].place.domain,
+                link_class=known[node].place.link_class,
+                speed=known[node].place.speed,
+            ),
+            node,
+        )
+        for rank, node in enumerate(placed)
+    ]
+
+
+def _no_room_text(count: int, share: WorkerShare, limit_s: float) -> str:
+    free = free_resources()
+    return (
+        f"no room for {count} workers of {share.cpus:g} CPUs and {share.gpus:g} GPUs each within "
+        f"{limit_s:g} s: free are {free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs"
+    )

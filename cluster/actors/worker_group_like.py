@@ -1,0 +1,88 @@
+"""What the controller needs of ``worker_group``, which has all calls of Ray for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cluster.config.cluster import ClusterConfig
+from cluster.config.resources import NodeResources, WorkerShare
+from cluster.core.topology import Member, Role
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundWorker:
+    """A worker of an earlier controller."""
+
+    name: str
+    config: ClusterConfig
+    """The cluster's configuration, shares resolved."""
+    threads: int
+    num_slots: int
+    """Expert slots per bank; 0 where it holds no experts."""
+
+
+class WorkerGroupLike(Protocol):
+    """The interface of ``cluster.actors.worker_group.WorkerGroup``."""
+
+    def resources(self) -> tuple[NodeResources, ...]:
+        """Live nodes."""
+
+    def leaving(self) -> list[str]:
+        """Workers on nodes that will leave."""
+
+    def free_cpus(self) -> float:
+        """Free CPUs."""
+
+    def address(self) -> str:
+        """Interface that the control server binds to."""
+
+    async def reserve(
+        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
+    ) -> tuple[Member, ...]:
+        """Find room, rank the workers."""
+
+    async def start(
+        self,
+        members: Sequence[Member],
+        config: Mapping[str, Any],
+        control_address: str,
+        extras: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Create all workers."""
+
+    async def add(
+        self,
+        member: Member,
+        config: Mapping[str, Any],
+        control_address: str,
+        extra: Mapping[str, Any],
+    ) -> None:
+        """Create one more worker in the room of a lost one."""
+
+    async def watch(
+        self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
+    ) -> None:
+        """Report workers that die before they have called."""
+
+    def was_restarted(self) -> bool:
+        """Whether an earlier controller may have left workers."""
+
+    def call_back(self, method: str) -> None:
+        """Make Ray call a method of this actor soon."""
+
+    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+        """The workers of an earlier controller."""
+
+    async def redirect(self, name: str, control_address: str) -> None:
+        """Send a found worker the controller's new address."""
+
+    async def end(self, names: Sequence[str]) -> None:
+        """End these workers."""
+
+    async def end_others(self, names: Collection[str]) -> None:
+        """End all workers but these."""
+
+    async def end_all(self) -> None:
+        """End all workers and free their room."""

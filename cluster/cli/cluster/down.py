@@ -1,0 +1,128 @@
+"""``down``: end a cluster that ``up`` (or ``serve``) started."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cluster.actors.process import is_running, kill_process
+from cluster.cli.terminal.arguments import Commands, positive
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.output import note, out_json
+from cluster.launch import local_ray, state_file
+from cluster.launch.orphans import sweep
+from cluster.launch.teardown import UNREACHABLE
+
+STOP_LIMIT_S = 15.0
+_POLL_S = 0.1
+_END_LIMIT_S = 120.0
+
+
+def add_commands(commands: Commands) -> None:
+    parser = commands.add("down", run, "end a cluster that up started")
+    parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
+    parser.add_argument(
+        "--wait",
+        type=positive,
+        default=STOP_LIMIT_S,
+        metavar="SECONDS",
+        help="time to end by itself, after which it is killed",
+    )
+    text = "end the cluster in this Ray, also one started elsewhere"
+    parser.add_argument("--address", metavar="ADDRESS", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """End it; nothing to end is no error."""
+    name = args.name or os.environ.get("EXPERTMESH_NAME") or state_file.DEFAULT_NAME
+    record = state_file.read_record(name)
+    address = args.address or ("" if record else os.environ.get("RAY_ADDRESS", ""))
+    if address:
+        was_up = _end_in(args, address, record)
+    elif record is None:
+        was_up = False
+        note(f"no cluster called {name} is up on this host")
+    else:
+        was_up = True
+        _confirm(args, f"{name} ({record.http})")
+        end_cluster(record, args.wait)
+        state_file.log_path(name).unlink(missing_ok=True)
+        note(f"{name} is down")
+    if args.json:
+        out_json({"schema": 1, "name": name, "was_up": was_up})
+    return ExitCode.OK
+
+
+def _end_in(
+    args: argparse.Namespace, address: str, record: state_file.ClusterRecord | None
+) -> bool:
+    """End what runs in a Ray; whether there was anything."""
+    _confirm(args, f"the cluster in Ray at {address}")
+    names = end_by_name(address)
+    if record is not None and record.is_on_its_own:
+        state_file.remove_record(record.name)
+    note(f"ended in Ray at {address}: {', '.join(names) or 'nothing'}")
+    return bool(names)
+
+
+def _confirm(args: argparse.Namespace, what: str) -> None:
+    """Ask on a terminal; a script has already decided. Raises ``CommandError``."""
+    if args.yes or not sys.stdin.isatty():
+        return
+    sys.stderr.write(f"end {what}? [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise CommandError(ExitCode.REFUSED, "nothing was ended")
+
+
+def end_cluster(record: state_file.ClusterRecord, limit_s: float) -> None:
+    """Ask the launcher to stop, wait, and end what is left. Raises ``CommandError``."""
+    if record.is_alive:
+        os.kill(record.launcher.pid, signal.SIGTERM)
+        deadline = time.monotonic() + limit_s
+        while is_running(record.launcher):
+            if time.monotonic() > deadline:
+                note(f"{record.name} does not end by itself: killing it")
+                kill_process(record.launcher)
+                break
+            time.sleep(_POLL_S)
+    if state_file.read_record(record.name) is None:
+        return
+    if record.joined:
+        try:
+            end_by_name(record.address)
+        except CommandError as err:
+            if err.code != ExitCode.UNREACHABLE:
+                raise
+            note(f"{record.name} is forgotten: {err}")
+    elif record.temp_dir:
+        sweep(Path(record.temp_dir), record.processes)
+    state_file.remove_record(record.name)
+
+
+def end_by_name(address: str) -> list[str]:
+    """End our app and actors in a Ray, in a process that may import it; the names of the actors.
+
+    Raises ``CommandError``.
+    """
+    command = [sys.executable, "-m", "cluster.launch.teardown", address]
+    environment = {**os.environ, **local_ray.common_environment()}
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=_END_LIMIT_S
+        )
+    except subprocess.TimeoutExpired as err:
+        message = f"Ray at {address} does not answer"
+        raise CommandError(ExitCode.NOT_READY, message) from err
+    words = done.stderr.strip().splitlines() or ["no reason given"]
+    if done.returncode == UNREACHABLE:
+        raise CommandError(ExitCode.UNREACHABLE, f"no Ray at {address}: {words[-1]}")
+    if done.returncode != 0:
+        message = f"ending what runs in Ray at {address} failed: {words[-1]}"
+        raise CommandError(ExitCode.FAILED, message)
+    return done.stdout.split()

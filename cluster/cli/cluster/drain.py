@@ -1,0 +1,80 @@
+"""``drain``: empty workers or a gateway before they are stopped; no request fails.
+
+A worker's drain is an operation of the controller. A gateway's is its own: it is asked how many
+requests it still has until there are none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import uuid
+
+from cluster.cli.terminal.arguments import Commands, add_address_option, add_wait_option, positive
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.operations import follow_operation
+from cluster.cli.terminal.orders import find_admin, orders_for
+from cluster.cli.terminal.output import out_json, out_line
+
+DEFAULT_LIMIT_S = 120.0
+POLL_S = 0.1
+_QUIET_S = 12.0
+"""Time without a request after which a gateway is done; longer than its ``LEAVING_LEAD_S``."""
+_GRACE_S = 10.0
+"""Time past its own deadline in which an operation must have ended."""
+
+
+def add_commands(commands: Commands) -> None:
+    kinds = commands.add_group("drain", "empty workers or a gateway; no request fails")
+    for what, text in (("worker", "empty a worker and end it"), ("node", "the same for a node")):
+        parser = kinds.add(what, run_drain, text)
+        parser.add_argument("target", metavar="NAME", help="as in workers")
+        text = "a drain that takes longer is undone"
+        parser.add_argument(
+            "--deadline", type=positive, default=DEFAULT_LIMIT_S, metavar="SECONDS", help=text
+        )
+        parser.add_argument("--force", action="store_true", help="end it at the deadline instead")
+        add_wait_option(parser, None, "the deadline and 10 more")
+        add_address_option(parser)
+        parser.set_defaults(what=what)
+    text = "let a gateway serve what it has, and nothing new"
+    parser = kinds.add("gateway", drain_gateway, text)
+    parser.add_argument(
+        "gateway", nargs="?", metavar="NAME", help="as in status (default: that of --admin-url)"
+    )
+    add_wait_option(parser, DEFAULT_LIMIT_S)
+
+
+def run_drain(args: argparse.Namespace) -> int:
+    """Order a drain and wait for its end."""
+    order = {
+        args.what: args.target,
+        "deadline_s": args.deadline,
+        "force": args.force,
+        "request_id": uuid.uuid4().hex,
+    }
+    wait_s = args.deadline + _GRACE_S if args.wait is None else args.wait
+    with orders_for(args) as orders:
+        return follow_operation(args, orders, orders.drain(order), wait_s)
+
+
+def drain_gateway(args: argparse.Namespace) -> int:
+    """Ask a gateway to leave until it has no request. Raises ``CommandError``."""
+    admin = find_admin(args, args.gateway)
+    if admin is None:
+        raise CommandError(ExitCode.UNREACHABLE, "no admin port in reach: --admin-url")
+    give_up = time.monotonic() + args.wait
+    quiet_since = None  # a request may be between two of its steps
+    while True:
+        left = admin.post("/admin/v1/gateway/drain", {})
+        now = time.monotonic()
+        quiet_since = (quiet_since or now) if left["requests"] == 0 else None
+        is_done = quiet_since is not None and now >= quiet_since + _QUIET_S
+        if is_done or now >= give_up:
+            break
+        time.sleep(POLL_S)
+    if args.json:
+        out_json(left)
+    else:
+        out_line(f"{left['gateway']} serves {left['requests']} requests and takes no more clients")
+    return ExitCode.OK if is_done or not args.wait else ExitCode.FAILED

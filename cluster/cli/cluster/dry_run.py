@@ -1,0 +1,110 @@
+"""``--dry-run``: everything that a start decides and checks, and nothing started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.actors.start_plan import StartPlan, plan_start
+from cluster.cli.options.serve_config import itemsize, num_kv_blocks
+from cluster.cli.terminal.output import out_json, out_line, table
+from cluster.core.placement import FREE_SLOT
+from cluster.core.topology import Role, holds_experts
+from cluster.launch.checkpoint_check import CheckpointFacts
+from cluster.launch.plan import LaunchPlan
+
+_OPEN = "decided by the nodes of the Ray cluster, once it is joined"
+
+
+def describe(plan: LaunchPlan, facts: CheckpointFacts) -> dict[str, Any]:
+    """The document of ``--dry-run --json``.
+
+    What depends on the nodes of a Ray cluster that would be joined is None or empty.
+    """
+    blocks = num_kv_blocks(plan.config, facts)
+    size = itemsize(plan.config, facts)
+    start = None
+    if plan.temp_dir:
+        start = plan_start(plan.config, plan.banks, plan.private_nodes, profile=plan.profile)
+    workers = plan.config.workers
+    is_open = workers.mode == "auto"
+    return {
+        "schema": 1,
+        "dry_run": True,
+        "mode": workers.mode,
+        "mode_reason": _OPEN if is_open else workers.mode_reason,
+        "model": {
+            "name": plan.config.model.served_model_name,
+            "path": plan.config.model.path,
+        },
+        "http": plan.http_url,
+        "grpc": plan.grpc_target,
+        "device": start.share.device if start else None,
+        "cpus_per_worker": start.share.cpus if start else None,
+        "gpus_per_worker": start.share.gpus if start else None,
+        "threads_per_worker": start.share.threads if start else None,
+        "kv_cache_tokens": blocks * plan.config.engine.block_size_tokens,
+        "kv_bytes_per_token": facts.kv_values_per_token * size,
+        "workers": [
+            {
+                "name": f"{role}-{rank}",
+                "role": role,
+                "rank": rank,
+                "slots": _slots(role, start),
+                "weight_bytes": _weights(role, rank, start, facts) * size if start else None,
+            }
+            for role, number in ({} if is_open else workers.pools).items()
+            for rank in range(number)
+        ],
+        "placement": start.placement.to_dict() if start else None,
+    }
+
+
+def _slots(role: Role, start: StartPlan | None) -> int | None:
+    return start.num_slots if start and holds_experts(role) else None
+
+
+def _weights(role: Role, rank: int, start: StartPlan, facts: CheckpointFacts) -> int:
+    """Numbers that a worker loads: everything but experts, the experts of its slots, or both."""
+    mode = start.config.workers.mode
+    held = 0
+    if holds_experts(role) or mode == "local":
+        for bank, placed in zip(facts.banks, start.placement.banks, strict=True):
+            slots = placed.physical_to_logical[rank]
+            held += bank["expert_values"] * sum(expert != FREE_SLOT for expert in slots)
+    return held + (0 if role == "expert" else facts.attention_weights)
+
+
+def show(plan: LaunchPlan, facts: CheckpointFacts, as_json: bool) -> None:
+    """Print it."""
+    document = describe(plan, facts)
+    if as_json:
+        out_json(document)
+        return
+    reason = document["mode_reason"]
+    out_line(f"mode     {document['mode']}{f': {reason}' if reason else ''}")
+    out_line(f"model    {document['model']['name']} ({document['model']['path']})")
+    out_line(f"http     {document['http']}")
+    out_line(f"grpc     {document['grpc']}")
+    if document["device"] is None:
+        out_line(f"shares   as the nodes of {plan.address} allow, once it is joined")
+    else:
+        out_line(
+            f"shares   {document['cpus_per_worker']:g} CPUs, {document['gpus_per_worker']:g} GPUs, "
+            f"{document['threads_per_worker']} compute threads a worker, on {document['device']}"
+        )
+    tokens, each = document["kv_cache_tokens"], document["kv_bytes_per_token"]
+    out_line(f"kv       {tokens} tokens of {each} bytes in each attention worker")
+    rows = [
+        (w["name"], w["role"], _gigabytes(w["weight_bytes"]), _holds(w["slots"]))
+        for w in document["workers"]
+    ]
+    if rows:
+        out_line(table(("WORKER", "ROLE", "WEIGHTS", "HOLDS"), rows))
+
+
+def _gigabytes(num_bytes: int | None) -> str:
+    return "" if num_bytes is None else f"{num_bytes / 1e9:.3g} GB"
+
+
+def _holds(slots: int | None) -> str:
+    return "" if slots is None else f"{slots} expert slots a bank"

@@ -1,0 +1,241 @@
+"""The front process of ``serve`` and ``up``: spawns the launcher, shows its events, ends it.
+
+The launcher owns the cluster. Between the two there is a pipe each way: if this process dies, the
+launcher sees it and stops; if the launcher dies, this process ends what was left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.cli.terminal.output import note
+from cluster.cli.terminal.progress import Progress
+from cluster.launch import state_file
+from cluster.launch.launch import DETACH, DRAIN
+from cluster.launch.orphans import sweep
+from cluster.launch.plan import LaunchPlan
+
+STOP_LIMIT_S = 9.0
+"""From the first signal, or from the end of the running requests, to force."""
+PARENT_VARIABLE = "EXPERTMESH_PARENT"
+"""Process id that ``make serve`` passes down: a killed make must not leave a server behind."""
+_TICK_S = 0.25
+_QUIET_TICK_S = 1.0
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM before there is a launcher to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def raise_on_signals() -> None:
+    """Until a launcher runs, a signal ends the command by ``Interrupted``.
+
+    Also where the shell started us with SIGINT ignored, as it does for ``command &``.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> NoReturn:
+        raise Interrupted(number)
+
+    for number in _signals():
+        signal.signal(number, handle)
+
+
+def _signals() -> list[signal.Signals]:
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup it stays ignored
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How the launcher's part ended."""
+
+    code: ExitCode
+    """Exit code of the command."""
+    message: str = ""
+    """For the user; empty when all is well."""
+    is_ready: bool = False
+    """The cluster runs, and the launcher was left alone with it."""
+
+
+class Front:
+    """One launcher, from spawn to end."""
+
+    def __init__(
+        self,
+        log: Path,
+        environment: Mapping[str, str],
+        on_ready: Callable[[str, str], None],
+        module: str = "cluster.launch.launch",
+    ) -> None:
+        """Spawn it; it imports what it needs and waits for ``begin``.
+
+        ``on_ready`` is called with the URL of HTTP and the ``host:port`` of gRPC.
+        """
+        self._on_ready = on_ready
+        self._log = log
+        with log.open("wb") as errors:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", module],
+                env=dict(environment),
+                cwd="/",  # Ray puts it on the workers' import path: no folder of the user's there
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+            )
+        self._plan: LaunchPlan | None = None
+        self._signal_count = 0
+        self._first_signal = 0
+        self._deadline: float | None = None
+        self._stopped = False
+        self._buffer = b""
+        self._failure: Outcome | None = None
+        self._was_ready = False
+        self._detaches = False
+
+    def begin(self, plan: LaunchPlan) -> None:
+        """Send the plan: from now on there is something to end."""
+        self._plan = plan
+        for number in _signals():
+            signal.signal(number, self._on_signal)
+        self._tell(json.dumps(asdict(plan)))
+
+    def cancel(self) -> None:
+        """Nothing was begun: end the launcher."""
+        self._child.kill()
+        self._close_pipes()
+        self._child.wait()
+
+    def run(self, progress: Progress, detach: bool) -> Outcome:
+        """Show progress until ready; then follow the cluster to its end, or ``detach`` from it.
+
+        A signal is handled at once; the deadline that it sets is looked at every tick.
+        """
+        assert self._child.stdout is not None
+        self._detaches = detach
+        events = self._child.stdout.fileno()
+        while True:
+            is_quiet = self._was_ready and self._deadline is None
+            if select.select([events], [], [], _QUIET_TICK_S if is_quiet else _TICK_S)[0]:
+                data = os.read(events, 65536)
+                if not data:
+                    progress.clear()
+                    return self._ended()
+                self._take(data, progress)
+            if self._was_ready and detach and self._signal_count == 0:
+                self._leave()
+                return Outcome(code=ExitCode.OK, is_ready=True)
+            if not self._was_ready and self._signal_count == 0:
+                progress.tick()
+            self._enforce_deadline()
+            self._follow_parent()
+
+    def _take(self, data: bytes, progress: Progress) -> None:
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        for line in lines:
+            event: dict[str, Any] = json.loads(line)
+            kind = event["event"]
+            if kind == "progress":
+                progress.update(event["stage"], event["done"], event["total"])
+            elif kind == "ready":
+                progress.clear()
+                self._was_ready = True
+                self._on_ready(event["http"], event["grpc"])
+            elif kind == "failed":
+                code = ExitCode.REFUSED if event["refused"] else ExitCode.FAILED
+                self._failure = Outcome(code=code, message=event["message"])
+            elif kind == "stopped":
+                self._stopped = True
+
+    def _ended(self) -> Outcome:
+        """The launcher is gone; what it could not end itself is ended here."""
+        assert self._plan is not None
+        self._child.wait()
+        self._close_pipes()
+        if not self._stopped:
+            self._clean_up()
+        if self._signal_count:
+            self._log.unlink(missing_ok=True)
+            is_clean_end = self._first_signal != signal.SIGINT and self._was_ready
+            return Outcome(code=ExitCode.OK if is_clean_end else ExitCode.INTERRUPTED)
+        message = f"the launcher ended unexpectedly, see {self._log}"
+        return self._failure or Outcome(code=ExitCode.FAILED, message=message)
+
+    def _clean_up(self) -> None:
+        assert self._plan is not None
+        record = state_file.read_record(self._plan.name)
+        if self._plan.temp_dir:
+            sweep(Path(self._plan.temp_dir), record.processes if record else ())
+        if record is None or not record.is_on_its_own:
+            state_file.remove_record(self._plan.name)
+
+    def _leave(self) -> None:
+        self._tell(DETACH)
+        self._close_pipes()
+        self._child.returncode = 0  # no warning about a child that is meant to stay
+
+    def _close_pipes(self) -> None:
+        for pipe in (self._child.stdin, self._child.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signal_count += 1
+        self._first_signal = self._first_signal or number
+        if self._signal_count > 1:
+            self._deadline = time.monotonic()
+        elif number == signal.SIGTERM and self._was_ready and not self._detaches:
+            self._drain()
+        else:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._deadline = time.monotonic() + STOP_LIMIT_S
+        note("stopping")
+        with contextlib.suppress(ProcessLookupError):
+            self._child.send_signal(signal.SIGTERM)
+
+    def _drain(self) -> None:
+        assert self._plan is not None
+        section = self._plan.config.gateway
+        drain_s = section.drain_lead_s + section.drain_timeout_s
+        self._deadline = time.monotonic() + drain_s + STOP_LIMIT_S
+        note("stopping once the running requests have ended")
+        self._tell(DRAIN)
+
+    def _enforce_deadline(self) -> None:
+        """Second signal, or an end that takes too long: the pipe's end follows at once."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self._child.kill()
+
+    def _follow_parent(self) -> None:
+        """End with the parent process, if ``PARENT_VARIABLE`` names it (make does)."""
+        parent = os.environ.get(PARENT_VARIABLE)
+        if parent and parent != str(os.getppid()) and self._signal_count == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def _tell(self, line: str) -> None:
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.write(f"{line}\n".encode())
+            self._child.stdin.flush()

@@ -1,0 +1,52 @@
+"""``health``: yes or no, for probes: the workers of a node serve, or the cluster does."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.client import Client
+from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.cli.terminal.output import out_json, out_line
+from cluster.core.states import WorkerState
+
+_GONE = (WorkerState.LOST.value, WorkerState.DRAINED.value)
+
+
+def add_commands(commands: Commands) -> None:
+    health = commands.add("health", run_health, "exits 0 if all is well and 4 if not, for probes")
+    health.add_argument(
+        "--node", metavar="NAME", help="only its workers: are they loaded and in the generation"
+    )
+
+
+def run_health(args: argparse.Namespace) -> int:
+    """Print and return whether all is well; what cannot be reached is not."""
+    client = Client(args)
+    if args.node is None:
+        answer = client.get("/ready", any_status=True)
+        is_well = bool(answer.get("ready"))
+        reasons = [] if is_well else list(map(str, answer.get("reasons", ["not ready"])))
+    else:
+        workers = client.get("/cluster/v1/status")["workers"]
+        reasons = why_not(args.node, workers)
+    if args.json:
+        out_json({"schema": 1, "healthy": not reasons, "reasons": reasons})
+    else:
+        out_line("; ".join(reasons) or "ok")
+    return ExitCode.NOT_READY if reasons else ExitCode.OK
+
+
+def why_not(node: str, workers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is wrong with the workers of a node, by its address; empty if nothing is.
+
+    A worker that is ``SERVING`` has its weights, and takes part in the running generation and so in
+    the placement epoch that its leader goes by.
+    """
+    mine = [w for w in workers if w["node"] == node and w["state"] not in _GONE]
+    if not mine:
+        return [f"no worker runs on {node}"]
+    waiting = [w for w in mine if w["state"] != WorkerState.SERVING.value]
+    return [f"{w['name']} is {w['state']}" for w in waiting]

@@ -1,0 +1,102 @@
+"""``status``, ``workers``, ``events``: the state and history of a running cluster."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.cli.experts.rebalance import describe
+from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.client import Client
+from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.cli.terminal.output import colour, note, out, out_json, out_line, table, time_of_day
+
+WATCH_INTERVAL_S = 1.0
+_COLOURS = {"SERVING": "green", "DEGRADED": "yellow", "RECOVERING": "yellow", "STOPPED": "red"}
+
+
+def add_commands(commands: Commands) -> None:
+    status = commands.add("status", run_status, "state; exits 0 only when ready")
+    status.add_argument("--watch", action="store_true", help="again and again until interrupted")
+    commands.add("workers", run_workers, "one line for each worker")
+    commands.add("events", run_events, "what happened to the cluster")
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Print the state; ``NOT_READY`` unless clients are served now."""
+    while True:
+        client = Client(args)
+        status: dict[str, Any] = client.get("/cluster/v1/status")
+        ready: dict[str, Any] = client.get("/ready", any_status=True)
+        is_ready = bool(ready.get("ready")) and not ready.get("error")
+        if args.json:
+            out_json(status)
+        else:
+            out(_status_text(status, colours=not args.no_color))
+        if not is_ready:
+            note("; ".join(["not ready", *map(str, ready.get("reasons") or ())]))
+        if not args.watch:
+            return ExitCode.OK if is_ready else ExitCode.NOT_READY
+        time.sleep(WATCH_INTERVAL_S)
+
+
+def _status_text(status: Mapping[str, Any], colours: bool) -> str:
+    state = str(status.get("state"))
+    model = status.get("model") or {}
+    lines = [
+        f"state       {colour(state, _COLOURS.get(state, 'dim'), colours)}",
+        f"model       {model.get('name')} ({model.get('model_type')}, {model.get('dtype')}, "
+        f"{model.get('max_model_len')} tokens)",
+        f"generation  {status.get('generation')}, placement epoch {status.get('placement_epoch')}",
+    ]
+    if status.get("mode"):
+        reason = status.get("mode_reason")
+        lines.append(f"mode        {status['mode']}{f': {reason}' if reason else ''}")
+    if status.get("rebalance"):
+        lines.append(f"rebalance   {describe(status['rebalance'])}")
+    if status.get("error"):
+        lines.append(f"error       {status['error']}")
+    lines += [f"problem     {problem}" for problem in status.get("problems") or ()]
+    return "\n".join([*lines, "", _workers_text(status), ""])
+
+
+def run_workers(args: argparse.Namespace) -> int:
+    """Print the workers."""
+    status = Client(args).get("/cluster/v1/status")
+    if args.json:
+        out_json({"schema": 1, "workers": status["workers"]})
+    else:
+        out_line(_workers_text(status))
+    return ExitCode.OK
+
+
+def _workers_text(status: Mapping[str, Any]) -> str:
+    header = ("NAME", "ROLE", "RANK", "STATE", "NODE", "PID", "HOLDS")
+    rows = [
+        (w["name"], w["role"], w["rank"], w["state"], w["node"], w["pid"], _holds(w))
+        for w in status.get("workers", ())
+    ]
+    return table(header, rows)
+
+
+def _holds(worker: Mapping[str, Any]) -> str:
+    free, total, slots = (worker.get(k) for k in ("kv_blocks_free", "kv_blocks_total", "slots"))
+    held = [f"{slots} expert slots"] if slots is not None else []
+    held += [f"{free} of {total} KV blocks free"] if total else []
+    return ", ".join(held)
+
+
+def run_events(args: argparse.Namespace) -> int:
+    """Print the history, newest last."""
+    document = Client(args).get("/cluster/v1/events")
+    if args.json:
+        out_json(document)
+        return ExitCode.OK
+    rows = [
+        (time_of_day(e["time"]), e["generation"], e["cause"], e["effect"])
+        for e in document["events"]
+    ]
+    out_line(table(("TIME", "GENERATION", "CAUSE", "EFFECT"), rows))
+    return ExitCode.OK

@@ -1,0 +1,157 @@
+"""``node``: one host of a cluster of several: ``ray start`` as expertmesh wants it.
+
+expertmesh node --head --role gateway             on the first host
+expertmesh node --join HOST --role expert         on every other
+expertmesh up --address auto --wait-nodes N       once, on any of them
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.output import note
+from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS, ROLE, ROLES
+from cluster.launch import local_ray, state_file
+
+DEFAULT_PORT = 6379
+TOKEN_FILE = "ray-token"
+"""File with the token of the Ray that ``node`` starts, beside the records of clusters."""
+_LABELS = {
+    "role": ROLE,
+    "failure_domain": FAILURE_DOMAIN,
+    "link_class": LINK_CLASS,
+    "device_speed": DEVICE_SPEED,
+}
+_OBJECT_STORE_BYTES = 256 * 1024 * 1024
+_LIMITS = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+    # after SIGTERM: time for the workers to hand over their requests and experts
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "120",
+    # hosts outlive a head that comes back
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+}
+"""Ray notices a silent host after 6 to 9 s; without these it takes 65 s."""
+
+
+def add_commands(commands: Commands) -> None:
+    node = commands.add("node", run_node, "make this host a part of a Ray cluster of several hosts")
+    which = node.add_mutually_exclusive_group(required=True)
+    which.add_argument("--head", action="store_true", help="the first host")
+    which.add_argument("--join", metavar="HOST[:PORT]", help="another one; where the first is")
+    node.add_argument("--port", type=int, default=DEFAULT_PORT, metavar="PORT", help="of the head")
+    node.add_argument("--node-ip", metavar="IP", help="address of this host for the others")
+    node.add_argument(
+        "--role",
+        choices=ROLES,
+        help="workers that run here (default: those without a labelled node)",
+    )
+    node.add_argument(
+        "--failure-domain", metavar="NAME", help="nodes that fail together (default: this host)"
+    )
+    node.add_argument(
+        "--link-class", metavar="NAME", help="nodes with fast links (default: this host)"
+    )
+    node.add_argument(
+        "--device-speed", metavar="NUMBER", help="relative to other hosts (default: 1)"
+    )
+    for kind in ("cpus", "gpus"):
+        text = f"{kind.upper()[:-1]}s to use (default: all)"
+        node.add_argument(f"--num-{kind}", type=float, metavar="N", help=text)
+    node.add_argument(
+        "--token-file", metavar="FILE", help="token of the cluster, see docs/multi-host.md"
+    )
+    node.add_argument("--background", action="store_true", help="return when it is up")
+
+
+def run_node(args: argparse.Namespace) -> int:
+    """Become ``ray start``. Raises ``CommandError``."""
+    environment = node_environment(args, os.environ)
+    command = ray_start(args)
+    if args.verbose:
+        note(" ".join(command))
+    if args.head:
+        command += redis_password(os.environ)
+    sys.stdout.flush()
+    os.execve(command[0], command, environment)
+
+
+def ray_start(args: argparse.Namespace) -> list[str]:
+    """The command that the options stand for."""
+    words = [sys.executable, "-m", "ray.scripts.scripts", "start"]
+    if args.head:
+        words += ["--head", f"--port={args.port}", "--include-dashboard=false"]
+    else:
+        words.append(f"--address={_with_port(args.join, args.port)}")
+    if args.node_ip:
+        words.append(f"--node-ip-address={args.node_ip}")
+    for name, value in (("cpus", args.num_cpus), ("gpus", args.num_gpus)):
+        if value is not None:
+            words.append(f"--num-{name}={value:g}")
+    labels = [
+        f"{key}={getattr(args, name)}" for name, key in _LABELS.items() if _is_set(args, name)
+    ]
+    if labels:
+        words.append(f"--labels={','.join(labels)}")
+    words += [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats"]
+    return words if args.background else [*words, "--block"]
+
+
+def redis_password(given: Mapping[str, str]) -> list[str]:
+    """Ray takes the password as an option only, which users of the host see in its processes."""
+    password = given.get("RAY_REDIS_PASSWORD")
+    return [f"--redis-password={password}"] if password else []
+
+
+def _is_set(args: argparse.Namespace, name: str) -> bool:
+    return getattr(args, name) is not None
+
+
+def _with_port(host: str, port: int) -> str:
+    return host if ":" in host else f"{host}:{port}"
+
+
+def node_environment(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, str]:
+    """Environment of ``ray start``: what the user has set wins over our limits; and the token.
+
+    Raises ``CommandError`` where there is no token.
+    """
+    ours = local_ray.common_environment()
+    python_path = {"PYTHONPATH": ours["PYTHONPATH"]}  # with the user's in it
+    return {**ours, **_LIMITS, **given, **python_path, **_token(args, given)}
+
+
+def _token(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, str]:
+    """How Ray finds the token; a head without one makes one. What the user has set stays."""
+    if given.get("RAY_AUTH_MODE", "token") != "token":
+        note("RAY_AUTH_MODE is not token: clients that reach Ray's ports can run code here")
+        return {}
+    if given.get("RAY_AUTH_TOKEN") and not args.token_file:
+        return {"RAY_AUTH_MODE": "token"}
+    named = args.token_file or given.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else state_file.state_dir() / TOKEN_FILE
+    if not path.is_file():
+        if not args.head:
+            message = f"no token at {path}: copy the head's there, or name it by --token-file"
+            raise CommandError(ExitCode.REFUSED, message)
+        _make_token(path)
+        note(f"made a token: other hosts need {path}, with RAY_AUTH_MODE=token and")
+        note(f"RAY_AUTH_TOKEN_PATH={path} for the other commands of expertmesh")
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path.absolute())}
+
+
+def _make_token(path: Path) -> None:
+    try:
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32))
+    except OSError as err:
+        raise CommandError(ExitCode.REFUSED, f"--token-file ({path}): {err.strerror}") from err

@@ -1,0 +1,59 @@
+"""``operations``: changes of the cluster that take time: list, look at, wait for, cancel them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from cluster.cli.terminal.arguments import Commands, add_address_option, add_wait_option
+from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.cli.terminal.operations import follow_operation, show_operation
+from cluster.cli.terminal.orders import orders_for
+from cluster.cli.terminal.output import out_json, out_line, table, time_of_day
+
+
+def add_commands(commands: Commands) -> None:
+    kinds = commands.add_group("operations", "list, get, wait for or cancel changes")
+    every = kinds.add("list", run_list, "the last operations, newest last")
+    get = kinds.add("get", run_get, "how far an operation is")
+    waiting = kinds.add("wait", run_wait, "show an operation's phases until it has ended")
+    add_wait_option(waiting, math.inf)
+    cancel = kinds.add("cancel", run_cancel, "give an operation up, where it can be undone")
+    for parser in (get, waiting, cancel):
+        parser.add_argument("id", metavar="ID", help="as drain and rebalance print it")
+    for parser in (every, get, waiting, cancel):
+        add_address_option(parser)
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """Print a line for each operation."""
+    with orders_for(args) as orders:
+        operations = orders.operations()
+    if args.json:
+        out_json({"schema": 1, "operations": operations})
+        return ExitCode.OK
+    rows = [
+        (o["id"], o["target"], o["state"], time_of_day(o["started"]), o["message"] or o["phase"])
+        for o in operations
+    ]
+    out_line(table(("ID", "TARGET", "STATE", "STARTED", "PHASE OR END"), rows))
+    return ExitCode.OK
+
+
+def run_get(args: argparse.Namespace) -> int:
+    """Print an operation; ``FAILED`` where it has failed or was cancelled."""
+    with orders_for(args) as orders:
+        return show_operation(args, orders.operation(args.id))
+
+
+def run_wait(args: argparse.Namespace) -> int:
+    """Print an operation once it has ended."""
+    with orders_for(args) as orders:
+        return follow_operation(args, orders, orders.operation(args.id), args.wait)
+
+
+def run_cancel(args: argparse.Namespace) -> int:
+    """Give an operation up; it is no failure of this command that the operation has none."""
+    with orders_for(args) as orders:
+        show_operation(args, orders.cancel(args.id))
+    return ExitCode.OK

@@ -1,0 +1,241 @@
+"""``serve`` and ``up``: check the request, start the launcher, say when clients can call."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.cli.cluster.dry_run import show
+from cluster.cli.cluster.front import Front, Outcome, raise_on_signals
+from cluster.cli.options.keys import without_keys
+from cluster.cli.options.serve_config import asked_for, build_config, make_plan
+from cluster.cli.options.serve_options import (
+    StartOptions,
+    add_serve_options,
+    collect,
+    wanted_model,
+)
+from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.output import note, out_json, out_line
+from cluster.cli.terminal.progress import Progress
+from cluster.config.cluster import ClusterConfig
+from cluster.core.errors import CheckpointError, ConfigError, StartError
+from cluster.launch import local_ray, state_file
+from cluster.launch.checkpoint_check import CheckpointCheck
+from cluster.launch.model_source import ModelSource, find_model
+from cluster.launch.plan import LaunchPlan, check_ports, tell_differences
+from cluster.launch.serve_proxy import check_haproxy
+from cluster.policy.rebalance import why_impossible
+from gateway.auth.tls_files import check_tls_files
+
+
+def add_commands(commands: Commands) -> None:
+    serve = commands.add("serve", run_serve, "start a cluster and stay in the foreground")
+    add_serve_options(serve)
+    up = commands.add("up", run_up, "start a cluster in the background, return when it is ready")
+    add_serve_options(up)
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Serve until a signal."""
+    name = args.name or os.environ.get("EXPERTMESH_NAME") or f"serve-{os.getpid()}"
+    record = state_file.read_record(name)
+    if record is not None and record.is_alive and not args.dry_run:
+        raise CommandError(ExitCode.REFUSED, f"a cluster called {name} runs already")
+    return _start(args, "serve", name)
+
+
+def run_up(args: argparse.Namespace) -> int:
+    """Start in the background, unless a cluster of that name and these settings runs already."""
+    name = args.name or os.environ.get("EXPERTMESH_NAME") or state_file.DEFAULT_NAME
+    raise_on_signals()
+    with _one_at_a_time(name):
+        record = state_file.read_record(name)
+        if args.dry_run or record is None or not _is_up(record, args):
+            return _start(args, "up", name)
+        note(f"{name} is up already")
+        _print_ready(args, record.name, record.http, record.grpc)
+        return ExitCode.OK
+
+
+def _is_up(record: state_file.ClusterRecord, args: argparse.Namespace) -> bool:
+    """Whether the recorded cluster runs and is the requested one; False: the launcher finds out.
+
+    Raises ``CommandError`` where it is another one.
+    """
+    values = collect(args, os.environ)
+    address = _start_options(values).address
+    if address and not record.is_alive:
+        return False  # Ray is asked what runs there
+    if not address and record.is_on_its_own:
+        differences = [f"--address: {record.address}, not a Ray of its own"]
+    elif not record.is_alive:
+        return False
+    else:
+        asked = asked_for(values, wanted_model(args, os.environ))
+        differences = tell_differences(record.asked, asked)
+        if address and not record.joined:
+            differences.append(f"--address: a Ray of its own, not {address}")
+    if differences:
+        text = "; ".join(differences)
+        rule = f"{record.name} is up with other settings ({text})"
+        raise CommandError(ExitCode.REFUSED, f"{rule}: expertmesh down --name {record.name} first")
+    return True
+
+
+@contextlib.contextmanager
+def _one_at_a_time(name: str) -> Iterator[None]:
+    """Two ``up`` of one name: the second waits, and finds the cluster of the first."""
+    with state_file.record_path(name).with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _start(args: argparse.Namespace, command: state_file.Command, name: str) -> int:
+    raise_on_signals()
+    try:
+        for line in state_file.clean_up_dead():
+            note(line)
+        outcome = _launch(args, command, name)
+    except (CheckpointError, StartError) as err:
+        raise CommandError(ExitCode.REFUSED, str(err)) from err
+    if outcome.message:
+        raise CommandError(outcome.code, outcome.message)
+    return outcome.code
+
+
+def _launch(args: argparse.Namespace, command: state_file.Command, name: str) -> Outcome:
+    values = collect(args, os.environ)
+    asked = asked_for(values, wanted_model(args, os.environ))
+    start = _start_options(values)
+    address = start.address or ""
+    _check_early(values, is_private=not address)
+    progress = Progress()
+    model = find_model(wanted_model(args, os.environ), note)
+    config = build_config(values, model)
+    with contextlib.ExitStack() as undo:  # of what exists before the plan is sent
+        log = state_file.log_path(name)
+        temp_dir, environment = _make_environment(undo, is_private=not address)
+
+        def on_ready(http: str, grpc: str) -> None:
+            _ready(args, plan, http, grpc)
+
+        front = None
+        if not args.dry_run:  # the launcher imports while the checkpoint is looked at
+            undo.callback(log.unlink, missing_ok=True)
+            front = Front(log, environment, on_ready)
+            undo.callback(front.cancel)
+        check = CheckpointCheck(model.folder, environment, allow_bare=args.dry_run)
+        undo.callback(check.cancel)
+        progress.update("check")
+        facts = check.result()
+        if facts.ignored_keys:
+            note(f"config.json: ignored, not known: {', '.join(facts.ignored_keys)}")
+        plan_values = {
+            "command": command,
+            "name": name,
+            "address": address,
+            "wait_nodes": start.wait_nodes,
+            "start_limit_s": start.start_timeout,
+        }
+        plan = make_plan(config, facts, temp_dir, asked, plan_values)
+        if front is None:
+            progress.clear()
+            _tell_rebalancing(plan)
+            show(plan, facts, args.json)
+            return Outcome(code=ExitCode.OK)
+        _tell_mode(plan)
+        _tell_rebalancing(plan)
+        front.begin(plan)
+        undo.pop_all()
+    return front.run(progress, detach=command == "up")
+
+
+def _make_environment(undo: contextlib.ExitStack, is_private: bool) -> tuple[str, dict[str, str]]:
+    """Folder of a private Ray (else empty), and the environment of the launcher."""
+    if not is_private:
+        return "", without_keys({**os.environ, **local_ray.common_environment()})
+    folder = local_ray.make_temp_dir()
+    undo.callback(local_ray.remove, folder)
+    return str(folder), without_keys(local_ray.private_environment(folder))
+
+
+def _tell_mode(plan: LaunchPlan) -> None:
+    """Show the choice of ``--mode auto``; in a joined Ray the launcher logs it."""
+    workers = plan.config.workers
+    if workers.mode_reason:
+        note(f"mode {workers.mode}: {workers.mode_reason}")
+
+
+def _tell_rebalancing(plan: LaunchPlan) -> None:
+    """Show why ``--enable-eplb`` has no effect, as ``status`` does for a running cluster."""
+    impossible = why_impossible(plan.config) if plan.config.rebalance.enable_eplb else ""
+    if impossible:
+        note(f"--enable-eplb: rebalancing is not possible: {impossible}")
+
+
+def _start_options(values: Mapping[str, Any]) -> StartOptions:
+    """With the address of the Ray cluster from the environment, unless an option sets it."""
+    given = {target: value for target, value in values.items() if "." not in target}
+    address = given.pop("address", None) or os.environ.get("RAY_ADDRESS")
+    return StartOptions(address=address, **given)
+
+
+def _check_early(values: dict[str, Any], is_private: bool) -> None:
+    """Ports and the shape of every setting, before a model is looked for or fetched.
+
+    The ports of a joined Ray are the launcher's to look at: they may be on another host, or in use
+    by the very cluster that is asked for.
+    """
+    section = build_config(dict(values), ModelSource(folder=Path(), name="model")).gateway
+    try:
+        check_haproxy(section, os.environ)
+        check_tls_files(section)
+        if is_private:
+            check_ports(section.host, {"port": section.port, "grpc_port": section.grpc_port})
+            admin = {n: getattr(section, n) for n in ("admin_port", "admin_grpc_port")}
+            check_ports(section.admin_host, {n: port for n, port in admin.items() if port})
+    except ConfigError as err:
+        raise CommandError(ExitCode.REFUSED, str(err)) from err
+
+
+def _ready(args: argparse.Namespace, plan: LaunchPlan, url: str, grpc: str) -> None:
+    _print_ready(args, plan.name, url, grpc)
+    for hint in call_hints(plan.config, url, grpc):
+        note(f"  {hint}")
+    if plan.command == "serve":
+        note("  stop with Ctrl-C")
+
+
+def call_hints(config: ClusterConfig, url: str, grpc: str) -> tuple[str, ...]:
+    """How to call a server: with curl, grpcurl and Python."""
+    section = config.gateway
+    key = " -H 'Authorization: Bearer KEY'" if section.asks_for_keys else ""
+    model = config.model.served_model_name
+    body = json.dumps({"model": model, "prompt": "ROMEO:", "max_tokens": 40, "stream": True})
+    call = json.dumps({"text": "ROMEO:", "sampling_params": {"max_tokens": 40}})
+    curl, grpcurl = ("curl -N", "-plaintext")
+    if section.has_tls:
+        curl, grpcurl = ("curl --cacert CA.pem -N", "-cacert CA.pem")
+    if section.tls_client_ca is not None:
+        curl += " --cert CLIENT.crt --key CLIENT.key"
+        grpcurl += " -cert CLIENT.crt -key CLIENT.key"
+    return (
+        f"{curl} {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'",
+        f"grpcurl {grpcurl}{key} -d '{call}' {grpc} expertmesh.v1.Inference/GenerateStream",
+        f"openai.OpenAI(base_url='{url}/v1', api_key='{'KEY' if key else 'none'}')",
+    )
+
+
+def _print_ready(args: argparse.Namespace, name: str, http: str, grpc: str) -> None:
+    if args.json:
+        out_json({"schema": 1, "name": name, "http": http, "grpc": grpc})
+    else:
+        out_line(f"expertmesh ready http={http} grpc={grpc}")

@@ -1,0 +1,130 @@
+"""``top``: how busy each worker is, again and again."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.client import Client
+from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.cli.terminal.output import out, out_json, out_line, table
+
+DEFAULT_INTERVAL_S = 1.0
+_SERIES = re.compile(r"^[a-z]+[:_]([a-z_]+)\{([^}]*)\} (\S+)$", re.M)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+_ROWS = {
+    "attention": "iteration_tokens_total_sum",
+    "colocated": "iteration_tokens_total_sum",
+    "expert": "expert_worker_tokens_total",
+}
+"""What a worker of a role counts: tokens of its steps, or rows for its experts."""
+_CLEAR = "\x1b[H\x1b[J"
+
+Numbers = Mapping[tuple[str, str], float]
+"""(name, worker, empty for the cluster) -> value, over all other labels."""
+
+
+def add_commands(commands: Commands) -> None:
+    parser = commands.add("top", run, "how busy the workers are")
+    parser.add_argument(
+        "--interval",
+        type=float,
+        default=DEFAULT_INTERVAL_S,
+        metavar="SECONDS",
+        help="time that rates are measured over",
+    )
+    parser.add_argument(
+        "--once", action="store_true", help="a single table, as where stdout is no terminal"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a table, and a new one over it until interrupted."""
+    client = Client(args)
+    is_once = args.once or args.json or not sys.stdout.isatty()
+    before, then = read_numbers(client.get_text("/metrics")), time.monotonic()
+    while True:
+        time.sleep(args.interval)
+        status = client.get("/cluster/v1/status")
+        now, at = read_numbers(client.get_text("/metrics")), time.monotonic()
+        document = busy(status, before, now, at - then)
+        if args.json:
+            out_json(document)
+        else:
+            out("" if is_once else _CLEAR)
+            out_line(_text(document))
+        if is_once:
+            return ExitCode.OK
+        before, then = now, at
+
+
+def read_numbers(text: str) -> dict[tuple[str, str], float]:
+    """The series of an exposition, added up by name and worker."""
+    found: dict[tuple[str, str], float] = {}
+    for name, labels, value in _SERIES.findall(text):
+        key = (name, dict(_LABEL.findall(labels)).get("worker", ""))
+        found[key] = found.get(key, 0.0) + float(value)
+    return found
+
+
+def busy(
+    status: Mapping[str, Any], before: Numbers, now: Numbers, seconds: float
+) -> dict[str, Any]:
+    """The document, from two scrapes that are ``seconds`` apart."""
+
+    def rate(name: str, worker: str = "") -> float | None:
+        at = (name, worker)
+        if at not in now:
+            return None
+        return max(0.0, now[at] - before.get(at, 0.0)) / seconds
+
+    workers = [
+        {
+            "name": w["name"],
+            "state": w["state"],
+            "node": w["node"],
+            "running": now.get(("num_requests_running", w["name"])),
+            "waiting": now.get(("num_requests_waiting", w["name"])),
+            "kv_usage": now.get(("kv_cache_usage_perc", w["name"])),
+            "rows_per_s": rate(_ROWS[w["role"]], w["name"]),
+            "busy": rate("expert_worker_busy_seconds_total", w["name"]),
+        }
+        for w in status["workers"]
+    ]
+    # What attention works on: rows of prompts and of answers, as they are computed.
+    computed = [w["rows_per_s"] or 0.0 for w in workers if w["kv_usage"] is not None]
+    return {
+        "schema": 1,
+        "state": status["state"],
+        "tokens_per_s": sum(computed),
+        "workers": workers,
+    }
+
+
+def _text(document: Mapping[str, Any]) -> str:
+    header = ("NAME", "STATE", "NODE", "RUNNING", "WAITING", "KV", "ROWS/S", "BUSY")
+    rows = [
+        (
+            *(w["name"], w["state"], w["node"]),
+            *(_number(w[key]) for key in ("running", "waiting")),
+            _percent(w["kv_usage"]),
+            _number(w["rows_per_s"]),
+            _percent(w["busy"]),
+        )
+        for w in document["workers"]
+    ]
+    tokens = f"{document['state']}: {document['tokens_per_s']:.0f} tokens/s of prompts and answers"
+    return f"{tokens}\n\n{table(header, rows)}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}%"

@@ -1,0 +1,4 @@
+"""Commands about experts: their load, their placement, rebalancing.
+
+Imports ``cluster.cli.terminal`` and ``cluster.cli.cluster``.
+"""

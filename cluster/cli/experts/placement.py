@@ -1,0 +1,42 @@
+"""``placement``: which expert slot of which worker holds which expert."""
+
+from __future__ import annotations
+
+import argparse
+
+from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.client import Client
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.output import note, out_json, out_line, table
+
+
+def add_commands(commands: Commands) -> None:
+    placement = commands.add("placement", run_placement, "which expert is where")
+    placement.add_argument("--layer", type=int, metavar="N", help="one layer only")
+
+
+def run_placement(args: argparse.Namespace) -> int:
+    """Print the expert maps."""
+    client = Client(args)
+    document = client.get("/cluster/v1/placement")
+    if args.layer is not None:
+        document["banks"] = [b for b in document["banks"] if b["layer"] == args.layer]
+        if not document["banks"]:
+            raise CommandError(ExitCode.REFUSED, f"layer {args.layer} has no expert bank")
+    if args.json:
+        out_json(document)
+        return ExitCode.OK
+    note(f"placement epoch {document['epoch']}")
+    workers = client.get("/cluster/v1/status")["workers"]
+    holders = {w["rank"]: w["name"] for w in workers if w.get("slots") is not None}
+    rows = [
+        (bank["layer"], bank["bank"], holders.get(device, "-"), " ".join(map(_slot, slots)))
+        for bank in document["banks"]
+        for device, slots in enumerate(bank["physical_to_logical"])
+    ]
+    out_line(table(("LAYER", "BANK", "WORKER", "EXPERTS BY SLOT"), rows))
+    return ExitCode.OK
+
+
+def _slot(expert: int) -> str:
+    return "-" if expert < 0 else str(expert)

@@ -1,0 +1,45 @@
+"""``rebalance``: move experts to where the load is, or predict the gain."""
+
+from __future__ import annotations
+
+import argparse
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.cli.terminal.arguments import Commands, add_address_option, add_wait_option
+from cluster.cli.terminal.operations import follow_operation
+from cluster.cli.terminal.orders import orders_for
+
+DEFAULT_LIMIT_S = 600.0
+
+
+def add_commands(commands: Commands) -> None:
+    rebalance = commands.add(
+        "rebalance", run_rebalance, "move experts to where the load is, while the cluster serves"
+    )
+    rebalance.add_argument(
+        "--dry-run", action="store_true", help="predict moves and gain, change nothing"
+    )
+    add_wait_option(rebalance, DEFAULT_LIMIT_S)
+    add_address_option(rebalance)
+
+
+def run_rebalance(args: argparse.Namespace) -> int:
+    """Order it and wait for its end."""
+    order = {"dry_run": args.dry_run, "request_id": uuid.uuid4().hex}
+    with orders_for(args) as orders:
+        return follow_operation(args, orders, orders.rebalance(order), args.wait)
+
+
+def describe(rebalance: Mapping[str, Any]) -> str:
+    """One line for ``status``."""
+    if not rebalance["possible"]:
+        return f"not possible: {rebalance['reason']}"
+    words = "automatic" if rebalance["automatic"] else "by order (--enable-eplb: automatic)"
+    if rebalance.get("problem"):
+        words += f"; {rebalance['problem']}"
+    if rebalance["phase"]:
+        words += f"; {rebalance['phase']}"
+    last = rebalance["last"]
+    return f"{words}; last: {last['outcome']}, {last['text']}" if last else words

@@ -1,0 +1,71 @@
+"""``generate``: one completion, streamed to stdout."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from cluster.cli.terminal.arguments import Commands, add_model_option
+from cluster.cli.terminal.client import Client
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.output import out, out_json
+
+
+def add_commands(commands: Commands) -> None:
+    parser = commands.add("generate", run, "complete a text")
+    parser.add_argument("text", help="prompt, - reads it from stdin")
+    add_sampling(parser)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add what says how text is drawn."""
+    add_model_option(parser)
+    parser.add_argument("--max-tokens", type=int, default=64, help="longest answer")
+    parser.add_argument("--temperature", type=float, help="0 takes the most probable token")
+    parser.add_argument("--top-p", type=float, help="probability of the nucleus")
+    parser.add_argument("--seed", type=int, help="same seed, same text")
+    parser.add_argument("--stop", action="append", help="end before this text")
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of a streamed request."""
+    body: dict[str, Any] = {"max_tokens": args.max_tokens, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    for field in ("model", "temperature", "top_p", "seed", "stop"):
+        if getattr(args, field) is not None:
+            body[field] = getattr(args, field)
+    return body
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the text as it comes; with ``--json`` one document at the end."""
+    prompt = sys.stdin.read() if args.text == "-" else args.text
+    body = {"prompt": prompt, **sampling_of(args)}
+    answer = {"schema": 1, **stream_text(Client(args), "/v1/completions", body, not args.json)}
+    if args.json:
+        out_json(answer)
+    return ExitCode.OK
+
+
+def stream_text(client: Client, path: str, body: dict[str, Any], show: bool) -> dict[str, Any]:
+    """The whole ``text``, its ``finish_reason`` and the ``usage``; shows the text as it comes.
+
+    Raises ``CommandError``, also for a stream without an end.
+    """
+    answer: dict[str, Any] = {"text": "", "finish_reason": None, "usage": None}
+    for event in client.stream(path, body):
+        if "error" in event:
+            raise CommandError(ExitCode.FAILED, str(event["error"]["message"]))
+        answer["usage"] = event.get("usage") or answer["usage"]
+        for choice in event["choices"]:
+            piece = choice["delta"].get("content") or "" if "delta" in choice else choice["text"]
+            answer["text"] += piece
+            answer["finish_reason"] = choice["finish_reason"] or answer["finish_reason"]
+            if show:
+                out(piece)
+    if answer["finish_reason"] is None:
+        raise CommandError(ExitCode.FAILED, "the stream ended before the text was finished")
+    if show:
+        out("\n")
+    return answer

@@ -1,0 +1,79 @@
+"""``inspect``: log-probability and experts of each token of a text."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.cli.models.tokenize import (
+    add_text_or_ids,
+    check_text_or_ids,
+    model_field,
+    tokens_of,
+)
+from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.client import Client
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.output import note, out_json, out_line, table
+
+SHOWN = ("logprobs", "loss", "routes")
+"""Outputs that the table for people is made of."""
+
+
+def add_commands(commands: Commands) -> None:
+    parser = commands.add("inspect", run, "look inside for given tokens")
+    add_text_or_ids(parser)
+    text = f"output in the document of --json, see docs/outputs.md (default: {', '.join(SHOWN)})"
+    parser.add_argument("--output", action="append", metavar="NAME", help=text)
+    text = "bank whose experts are shown (default: the first)"
+    parser.add_argument("--bank", metavar="mlp:0", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a line for each token; with ``--json`` the whole answer."""
+    check_text_or_ids(args)
+    if args.output and not args.json:
+        raise CommandError(ExitCode.USAGE, "--output needs --json")
+    ids, names = args.ids, None
+    if ids is None:
+        found = tokens_of(args)
+        ids, names = found["tokens"], found["token_strs"]
+    body = {"token_ids": ids, "outputs": args.output or list(SHOWN), **model_field(args)}
+    answer = Client(args).post("/v1/inspect", body)
+    if args.json:
+        out_json({"schema": 1, "token_ids": ids, **answer})
+        return ExitCode.OK
+    row = answer["data"][0]
+    bank = _bank(row["routes"], args.bank)
+    header = ("POSITION", "ID", "TOKEN", "LOGPROB", f"EXPERTS OF {bank['bank']}:{bank['layer']}")
+    out_line(table(header, _lines(ids, names, row["logprobs"], bank)))
+    if answer["loss"] is not None:
+        note(f"loss {answer['loss']:.4f}, perplexity {math.exp(min(answer['loss'], 700.0)):.4g}")
+    return ExitCode.OK
+
+
+def _bank(routes: Sequence[Mapping[str, Any]], name: str | None) -> Mapping[str, Any]:
+    known = {f"{bank['bank']}:{bank['layer']}": bank for bank in routes}
+    if name is None:
+        return routes[0]
+    if name not in known:
+        raise CommandError(ExitCode.REFUSED, f"--bank {name} is not one of {', '.join(known)}")
+    return known[name]
+
+
+def _lines(
+    ids: Sequence[int],
+    names: Sequence[str] | None,
+    logprobs: Sequence[float | None],
+    bank: Mapping[str, Any],
+) -> list[tuple[object, ...]]:
+    """By token: what it is, how probable it was, and its experts, the heaviest first."""
+    rows: list[tuple[object, ...]] = []
+    for place, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
+        pairs = zip(bank["topk_weights"][place], bank["topk_ids"][place], strict=True)
+        experts = " ".join(f"{expert}:{weight:.2f}" for weight, expert in sorted(pairs)[::-1])
+        name = "" if names is None else repr(names[place])[1:-1]
+        rows.append((place, token, name, "-" if logprob is None else f"{logprob:.3f}", experts))
+    return rows

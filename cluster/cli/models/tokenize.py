@@ -1,0 +1,68 @@
+"""``tokenize``: the tokens of a text, or the text of tokens."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from cluster.cli.terminal.arguments import Commands, add_model_option
+from cluster.cli.terminal.client import Client
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.output import note, out_json, out_line, table
+
+
+def add_commands(commands: Commands) -> None:
+    parser = commands.add("tokenize", run, "tokens of a text, and back")
+    add_text_or_ids(parser)
+
+
+def add_text_or_ids(parser: argparse.ArgumentParser) -> None:
+    """Add what the tokens of a command are given by, and ``--model``."""
+    parser.add_argument("text", nargs="?", help="text, - reads it from stdin")
+    parser.add_argument("--ids", type=_ids, metavar="5,6,7", help="token ids in place of a text")
+    add_model_option(parser)
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError as err:
+        raise argparse.ArgumentTypeError("must be whole numbers with commas") from err
+
+
+def check_text_or_ids(args: argparse.Namespace) -> None:
+    """Raises ``CommandError`` unless one of the two is given."""
+    if (args.text is None) is (args.ids is None):
+        raise CommandError(ExitCode.USAGE, "one of a text and --ids is required")
+
+
+def model_field(args: argparse.Namespace) -> dict[str, str]:
+    """The field ``model`` of a request, where ``--model`` is given."""
+    return {} if args.model is None else {"model": args.model}
+
+
+def tokens_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The gateway's answer at ``/tokenize`` for the text."""
+    text = sys.stdin.read() if args.text == "-" else args.text
+    body = {"prompt": text, "return_token_strs": True, **model_field(args)}
+    answer: dict[str, Any] = Client(args).post("/tokenize", body)
+    return answer
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a line for each token, or the text; with ``--json`` the whole answer."""
+    check_text_or_ids(args)
+    if args.ids is not None:
+        answer = Client(args).post("/detokenize", {"tokens": args.ids, **model_field(args)})
+    else:
+        answer = tokens_of(args)
+    if args.json:
+        out_json({"schema": 1, **answer})
+    elif args.ids is not None:
+        out_line(answer["prompt"])
+    else:
+        rows = zip(answer["tokens"], map(repr, answer["token_strs"]), strict=True)
+        out_line(table(("ID", "TOKEN"), list(rows)))
+        note(f"{answer['count']} tokens, the model takes {answer['max_model_len']}")
+    return ExitCode.OK

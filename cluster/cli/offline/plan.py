@@ -1,0 +1,180 @@
+"""``plan``: placements and sizes computed offline from a saved load profile, without a cluster."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from cluster.cli.offline import plan_page
+from cluster.cli.offline.plan_simulate import add_devices, add_simulate
+from cluster.cli.offline.plan_size import add_size
+from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.output import note, out_json, out_line, table
+from cluster.core.checks import check
+from cluster.core.load_profile import LoadProfile, load_profile
+from cluster.core.placement import BankShape, ExpertPlacement, load_placement
+from cluster.planner import eplb, mesh
+from cluster.planner.assess import assess
+from cluster.planner.base import Plan, PlannedTopology, PlanOptions
+from cluster.planner.simple import contiguous_plan
+
+ALGORITHMS = ("mesh", "eplb", "contiguous")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What ``plan placement`` was asked."""
+
+    profile: LoadProfile
+    """Load to plan for."""
+    topology: PlannedTopology
+    """Devices to plan for."""
+    current: ExpertPlacement | None
+    """What is placed now."""
+    options: PlanOptions
+
+
+def add_commands(commands: Commands) -> None:
+    kinds = commands.add_group("plan", "plan offline; changes nothing")
+    add_placement(kinds)
+    add_size(kinds)
+    add_simulate(kinds)
+
+
+def add_placement(kinds: Commands) -> None:
+    parser = kinds.add("placement", run_placement, "which device should hold which expert")
+    add_devices(parser)
+    text = "load profile; several are added up"
+    parser.add_argument("--profile", type=Path, required=True, action="append", help=text)
+    text = "relative speed of each device, with commas"
+    parser.add_argument("--speeds", type=numbers, metavar="NUMBER,...", help=text)
+    parser.add_argument("--current", type=Path, help="placement to start from")
+    text = "share of the slots that may change"
+    parser.add_argument("--max-move-fraction", type=float, help=text)
+    parser.add_argument("--decode-tokens", type=int, default=16, help="rows of a decode step")
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default="mesh", help="of the plan")
+    parser.add_argument("--compare", action="store_true", help="all algorithms side by side")
+    parser.add_argument("--plot", type=Path, help="draw before and after as HTML")
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def run_placement(args: argparse.Namespace) -> int:
+    """Print the plan; with ``--json`` it is a placement file."""
+    question = ask(args)
+    plan = make(args.algorithm, question)
+    compared = compare(question, {args.algorithm: plan}) if args.compare else {}
+    if args.plot is not None:
+        draw(args.plot, question, plan, args.algorithm)
+    if args.json:
+        document = plan.to_dict()
+        if compared:
+            document["compare"] = {name: summary(p) for name, p in compared.items()}
+        out_json(document)
+        return ExitCode.OK
+    rows = compared or {args.algorithm: plan}
+    if not compared and question.current is not None:
+        rows = {"current": before(question), **rows}
+    note(_headline(question))
+    out_line(_text(rows))
+    return ExitCode.OK
+
+
+def ask(args: argparse.Namespace) -> Question:
+    """The options of the command. Raises ``ConfigError`` for what does not fit together."""
+    needs = "needs --current: without one every slot is new"
+    limited = args.max_move_fraction is not None
+    fraction = args.max_move_fraction
+    check(not limited or args.current is not None, "--max-move-fraction", fraction, needs)
+    only = "keeps no move budget: only mesh does"
+    check(not limited or args.algorithm == "mesh", "--algorithm", args.algorithm, only)
+    profile = reduce(LoadProfile.merge, map(load_profile, args.profile))
+    topology = PlannedTopology.uniform(args.devices, args.redundant, args.nodes, args.speeds)
+    shapes = [
+        BankShape(bank=b.bank, layer=b.layer, num_experts=len(b.counts)) for b in profile.banks
+    ]
+    current = None
+    if args.current is not None:
+        current = load_placement(args.current, shapes, args.devices)
+    options = PlanOptions(
+        max_move_fraction=args.max_move_fraction, decode_tokens=args.decode_tokens
+    )
+    return Question(profile=profile, topology=topology, current=current, options=options)
+
+
+def make(algorithm: str, question: Question) -> Plan:
+    """The plan of one algorithm."""
+    profile, topology, current = question.profile, question.topology, question.current
+    makers: Mapping[str, Callable[[], Plan]] = {
+        "mesh": lambda: mesh.plan(profile, topology, current, question.options),
+        "eplb": lambda: eplb.plan(profile, topology, current),
+        "contiguous": lambda: contiguous_plan(profile, topology, current),
+    }
+    return makers[algorithm]()
+
+
+def compare(question: Question, made: Mapping[str, Plan]) -> dict[str, Plan]:
+    """All algorithms, and what is placed now; ``made`` are plans that are there already."""
+    plans = {"current": before(question)} if question.current is not None else {}
+    for name in reversed(ALGORITHMS):
+        plans[name] = made[name] if name in made else make(name, question)
+    return plans
+
+
+def before(question: Question) -> Plan:
+    """What is placed now; a contiguous plan where that is not known."""
+    profile, topology = question.profile, question.topology
+    if question.current is None:
+        return contiguous_plan(profile, topology)
+    return assess(profile, topology, question.current)
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """What a plan is worth, for ``--json``."""
+    return {**plan.to_dict()["predicted"], "move_fraction": plan.move_fraction}
+
+
+def draw(path: Path, question: Question, plan: Plan, algorithm: str) -> None:
+    """Write the page. Raises ``CommandError`` where the file cannot be written."""
+    name = "contiguous" if question.current is None else "current"
+    page = plan_page.page(
+        question.profile,
+        plan_page.Side(name=name, plan=before(question)),
+        plan_page.Side(name=algorithm, plan=plan),
+    )
+    try:
+        path.write_text(page)
+    except OSError as err:
+        raise CommandError(ExitCode.FAILED, f"cannot write {path}: {err.strerror}") from err
+    note(f"wrote {path}")
+
+
+def _headline(question: Question) -> str:
+    profile, topology = question.profile, question.topology
+    return (
+        f"{profile.model}: {len(profile.banks)} expert banks on {topology.num_devices} devices, "
+        f"{topology.num_redundant} spare slots each; load of {profile.tokens} tokens"
+    )
+
+
+def _text(plans: Mapping[str, Plan]) -> str:
+    header = ("PLAN", "BALANCEDNESS", "WORST LAYER", "DECODE 16 / 64 / 256", "SLOTS MOVED")
+    rows = []
+    for name, plan in plans.items():
+        values = plan.balancedness
+        peaks = " / ".join(f"{v:.2f}" for v in plan.decode_slots_over_floor.values())
+        moved = f"{len(plan.moves)} ({plan.move_fraction:.1%})"
+        mean = sum(values) / len(values)
+        rows.append((name, f"{mean:.3f}", f"{min(values):.3f}", peaks, moved))
+    legend = (
+        "BALANCEDNESS: mean over maximum device load, 1 is ideal; the mean over layers.\n"
+        "DECODE: activated slots of the worst device over the least possible, by rows of a step."
+    )
+    return f"{table(header, rows)}\n\n{legend}"

@@ -1,0 +1,78 @@
+"""The page that ``plan placement --plot`` writes: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.core.load_profile import BankLoad, LoadProfile
+from cluster.core.placement import FREE_SLOT, BankPlacement
+from cluster.planner.base import Plan
+
+TEMPLATE = Path(__file__).with_name("plan_page.html")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Side:
+    """One of the two placements that are drawn."""
+
+    name: str
+    """What it is called on the page."""
+    plan: Plan
+    """Maps and predictions."""
+
+
+def page(profile: LoadProfile, left: Side, right: Side) -> str:
+    """The page for two placements of the same banks, ``right`` the one that is planned."""
+    data = {
+        "names": [left.name, right.name],
+        "devices": right.plan.placement.num_devices,
+        "banks": [
+            _bank(load, left.plan, right.plan, index) for index, load in enumerate(profile.banks)
+        ],
+        "moves": [m.to_dict() for m in right.plan.moves],
+        "decode": [_decode(left.plan), _decode(right.plan)],
+        "move_fraction": right.plan.move_fraction,
+    }
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    title = f"Expert placement of {html.escape(profile.model)}"
+    return TEMPLATE.read_text().replace("{{title}}", title).replace("{{data}}", text)
+
+
+def _bank(load: BankLoad, left: Plan, right: Plan, index: int) -> dict[str, Any]:
+    total = sum(load.counts) or 1.0
+    plans = (left, right)
+    return {
+        "name": f"layer {load.layer}, {load.bank}",
+        "bank": load.bank,
+        "layer": load.layer,
+        "load": [round(c / total, 7) for c in load.counts],
+        "balancedness": [round(p.balancedness[index], 5) for p in plans],
+        "copies": [_copies(_find(p, load)) for p in plans],
+    }
+
+
+def _find(plan: Plan, load: BankLoad) -> BankPlacement:
+    key = (load.bank, load.layer)
+    return next(b for b in plan.placement.banks if (b.bank, b.layer) == key)
+
+
+def _copies(bank: BankPlacement) -> list[list[list[float]]]:
+    """[device][copy] -> expert, share of its prefill tokens, 1 where it serves decode steps."""
+    return [
+        [
+            [expert, round(share, 5), int(bank.decode_device[expert] == device)]
+            for expert, share in zip(slots, split, strict=True)
+            if expert != FREE_SLOT
+        ]
+        for device, (slots, split) in enumerate(
+            zip(bank.physical_to_logical, bank.split, strict=True)
+        )
+    ]
+
+
+def _decode(plan: Plan) -> dict[str, float]:
+    return {str(rows): round(v, 4) for rows, v in plan.decode_slots_over_floor.items()}

@@ -1,0 +1,113 @@
+"""``plan simulate``: the gain of re-planning under a load that changes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+
+from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.cli.terminal.output import note, out_json, out_line, table
+from cluster.planner.base import PlannedTopology
+from cluster.sizing.replay import POLICIES, Policy, SimulatedWindow, StepCost, load_trace, simulate
+
+_COST = StepCost()
+
+
+def add_simulate(kinds: Commands) -> None:
+    parser = kinds.add(
+        "simulate", run_simulate, "replay a changing load under policies of re-planning"
+    )
+    add_devices(parser, redundant=1)
+    text = "load profiles, one a line"
+    parser.add_argument("--trace", type=Path, required=True, help=text)
+    parser.add_argument("--policy", choices=POLICIES, help="one policy only (default: all)")
+    text = "share of the slots that mesh may change a window"
+    parser.add_argument("--max-move-fraction", type=float, default=0.05, help=text)
+    cost = parser.add_argument_group("times and sizes of a device; defaults: dots.llm1 on an H100")
+    text = "time of an activated slot"
+    cost.add_argument("--slot-us", type=float, default=_COST.slot_s * 1e6, help=text)
+    text = "time of a token in an expert"
+    cost.add_argument("--token-us", type=float, default=_COST.token_s * 1e6, help=text)
+    cost.add_argument("--expert-bytes", type=int, default=_COST.expert_bytes, help="of weights")
+    for phase in ("prefill", "decode"):
+        rows = getattr(_COST, f"{phase}_tokens")
+        cost.add_argument(f"--{phase}-tokens", type=int, default=rows, help="rows of a step")
+
+
+def add_devices(parser: argparse.ArgumentParser, redundant: int = 0) -> None:
+    """Add the options of the devices that are planned for."""
+    parser.add_argument("--devices", type=int, required=True, help="expert workers")
+    text = "hosts that the devices are spread over"
+    parser.add_argument("--nodes", type=int, default=1, help=text)
+    text = "spare slots per device and layer"
+    parser.add_argument("--redundant", type=int, default=redundant, help=text)
+
+
+def run_simulate(args: argparse.Namespace) -> int:
+    """Print each policy's windows."""
+    step = StepCost(
+        slot_s=args.slot_us * 1e-6,
+        token_s=args.token_us * 1e-6,
+        expert_bytes=args.expert_bytes,
+        prefill_tokens=args.prefill_tokens,
+        decode_tokens=args.decode_tokens,
+    )
+    trace = load_trace(args.trace)
+    topology = PlannedTopology.uniform(args.devices, args.redundant, args.nodes)
+    policies: Sequence[Policy] = (args.policy,) if args.policy else POLICIES
+    found = {p: simulate(trace, topology, p, step, args.max_move_fraction) for p in policies}
+    if args.json:
+        windows = {name: [asdict(w) for w in each] for name, each in found.items()}
+        out_json({"schema": 1, "devices": args.devices, "policies": windows})
+        return ExitCode.OK
+    note(f"{len(trace) - 1} windows on {args.devices} devices; each runs what the last one taught")
+    out_line(_text(found))
+    return ExitCode.OK
+
+
+def _text(found: Mapping[Policy, Sequence[SimulatedWindow]]) -> str:
+    """Every window under every policy, then the means."""
+    head = (
+        "WINDOW",
+        "POLICY",
+        "BALANCEDNESS",
+        "PREFILL MS",
+        "DECODE MS",
+        "SLOTS MOVED",
+        "GB MOVED",
+    )
+    rows = [
+        (str(number) if i == 0 else "", policy, *_numbers(window))
+        for number, windows in enumerate(zip(*found.values(), strict=True), start=1)
+        for i, (policy, window) in enumerate(zip(found, windows, strict=True))
+    ]
+    totals = [
+        (
+            policy,
+            f"{mean(w.balancedness for w in each):.3f}",
+            f"{mean(w.prefill_step_s for w in each) * 1e3:.2f}",
+            f"{mean(w.decode_step_s for w in each) * 1e3:.2f}",
+            f"{sum(w.bytes_moved for w in each) / 1e9:.1f}",
+        )
+        for policy, each in found.items()
+    ]
+    heads = ("POLICY", "BALANCEDNESS", "PREFILL STEP MS", "DECODE STEP MS", "GB MOVED IN ALL")
+    legend = (
+        "BALANCEDNESS: mean over maximum device load, 1 is ideal; the mean over layers. "
+        "PREFILL, DECODE: the experts'\npart of a step, over all layers. MOVED: before the window."
+    )
+    return f"{table(head, rows)}\n\n{table(heads, totals)}\n\n{legend}"
+
+
+def _numbers(window: SimulatedWindow) -> tuple[str, ...]:
+    return (
+        f"{window.balancedness:.3f}",
+        f"{window.prefill_step_s * 1e3:.2f}",
+        f"{window.decode_step_s * 1e3:.2f}",
+        str(window.slots_moved),
+        f"{window.bytes_moved / 1e9:.1f}",
+    )

@@ -1,0 +1,178 @@
+"""``plan size``: how many attention and expert workers, and whether one pool would be faster."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.output import note, out_json, out_line, table
+from cluster.config.resources import WorkerShare
+from cluster.core.checks import check
+from cluster.core.errors import CheckpointError
+from cluster.core.load_profile import load_profile
+from cluster.launch.checkpoint_check import CheckpointCheck, CheckpointFacts
+from cluster.launch.model_source import find_model
+from cluster.sizing.devices import worker_numbers
+from cluster.sizing.mode_choice import bank_sizes
+from cluster.sizing.pool_sizes import PoolChoice, size_pools
+from cluster.sizing.roofline import DeviceNumbers, ModelSize, StepTime
+
+BATCHES = (1, 8, 32, 128, 512)
+_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+FORMULA = """\
+experts touched  u(B) = sum over experts of 1 - (1 - p)^B
+experts          max(u(B) x bytes / bandwidth, 2 x B x k x params / flops) / workers / balancedness
+attention        (weights + B x context x KV bytes) / bandwidth
+exchange         rows x distinct workers a row x bytes / link + latencies, there and back
+two pools        with m micro-batches: max(m x attention, m x experts, one micro-batch's whole way)
+one pool         m x (attention + experts), or one with its exchange, whichever is longer"""
+
+
+def add_size(kinds: Commands) -> None:
+    parser = kinds.add("size", run_size, "how many attention and expert workers, by the roofline")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="folder or hub id; config.json alone will do"
+    )
+    parser.add_argument("--workers", type=int, required=True, help="workers in all")
+    text = "rows of decode steps"
+    parser.add_argument("--batch", type=whole_numbers, default=BATCHES, metavar="N,...", help=text)
+    parser.add_argument("--context-tokens", type=float, default=1024.0, help="mean context")
+    parser.add_argument("--profile", type=Path, help="load profile, for experts of unequal load")
+    parser.add_argument("--balancedness", type=float, default=1.0, help="of the placement")
+    hardware = parser.add_argument_group("hardware of a worker")
+    hardware.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="of a worker")
+    hardware.add_argument("--cores", type=float, default=1.0, help="cores of a CPU worker")
+    hardware.add_argument("--nodes", type=int, default=1, help="hosts; above 1 the network counts")
+    hardware.add_argument("--bandwidth-gb-s", type=float, help="of memory")
+    hardware.add_argument("--tflops", type=float, help="of dense products")
+    hardware.add_argument("--link-gb-s", type=float, help="between workers, one way")
+    hardware.add_argument("--latency-us", type=float, help="of a message")
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def run_size(args: argparse.Namespace) -> int:
+    """Print the best pools for each batch."""
+    device = device_of(args)
+    try:
+        source = find_model(args.model, note)
+        facts = CheckpointCheck(source.folder, os.environ, allow_bare=True).result()
+    except CheckpointError as err:
+        raise CommandError(ExitCode.FAILED, str(err)) from err
+    found = size_pools(
+        model_of(facts, args.profile),
+        args.batch,
+        args.context_tokens,
+        num_workers=args.workers,
+        device=device,
+        balancedness=args.balancedness,
+    )
+    if args.json:
+        out_json(
+            {
+                "schema": 1,
+                "model": source.name,
+                "device": asdict(device),
+                "batches": [_document(choice) for choice in found],
+            }
+        )
+        return ExitCode.OK
+    note(f"{source.name} on {args.workers} workers, each a {device.name}: {_numbers_of(device)}")
+    out_line(_text(found))
+    return ExitCode.OK
+
+
+def device_of(args: argparse.Namespace) -> DeviceNumbers:
+    """Numbers of a worker. Raises ``ConfigError`` for those that are not positive."""
+    check(args.cores > 0, "--cores", args.cores, "must be above 0")
+    check(args.nodes >= 1, "--nodes", args.nodes, "must be at least 1")
+    share = WorkerShare(cpus=args.cores, gpus=1.0, device=args.device)
+    given = {
+        "bandwidth_bytes_s": (args.bandwidth_gb_s, 1e9),
+        "flops_s": (args.tflops, 1e12),
+        "link_bytes_s": (args.link_gb_s, 1e9),
+        "latency_s": (args.latency_us, 1e-6),
+    }
+    changes = {name: value * unit for name, (value, unit) in given.items() if value is not None}
+    for name, value in changes.items():
+        check(0 < value < float("inf"), name, value, "must be positive and finite")
+    return replace(worker_numbers(share, args.nodes), **changes)
+
+
+def model_of(facts: CheckpointFacts, profile: Path | None) -> ModelSize:
+    """The numbers of the model, with the experts' loads where they are known."""
+    load = load_profile(profile) if profile is not None else None
+    return ModelSize(
+        banks=bank_sizes(facts.banks, load),
+        attention_values=facts.attention_values,
+        kv_values_per_token=facts.kv_values_per_token,
+        itemsize=_ITEMSIZE[facts.dtype],
+    )
+
+
+def _document(choice: PoolChoice) -> dict[str, Any]:
+    steps = {"disaggregated": choice.disaggregated, "colocated": choice.colocated}
+    return {
+        "batch": choice.batch,
+        "num_attention_workers": choice.num_attention,
+        "num_expert_workers": choice.num_experts,
+        "touched_experts": choice.touched,
+        "mode": "colocated" if choice.colocated_wins else "disaggregated",
+        "tokens_per_s": choice.tokens_per_s,
+        **{name: asdict(step) if step is not None else None for name, step in steps.items()},
+    }
+
+
+def _text(found: Sequence[PoolChoice]) -> str:
+    header = (
+        "BATCH",
+        "EXPERTS TOUCHED",
+        "ATTENTION : EXPERT",
+        "TWO POOLS: STEP MS",
+        "ONE POOL: STEP MS",
+        "FASTER",
+        "TOKENS/S",
+    )
+    rows = [
+        (
+            c.batch,
+            f"{c.touched:.1f}",
+            f"{c.num_attention} : {c.num_experts}" if c.disaggregated else "-",
+            _step(c.disaggregated),
+            _step(c.colocated),
+            "one pool (colocated)" if c.colocated_wins else "two pools",
+            f"{c.tokens_per_s:.0f}",
+        )
+        for c in found
+    ]
+    lines = [table(header, rows), "", "In brackets: attention + experts + exchange, in ms."]
+    if any(c.colocated_wins for c in found):
+        lines.append(
+            "Where one pool is faster, two pools buy elasticity and failure isolation, not speed."
+        )
+    return "\n".join([*lines, "", FORMULA])
+
+
+def _step(step: StepTime | None) -> str:
+    if step is None:
+        return "-"
+    parts = " + ".join(
+        f"{1e3 * s:.3g}" for s in (step.attention_s, step.experts_s, step.exchange_s)
+    )
+    times = f"{step.num_micro_batches} x " * (step.num_micro_batches > 1)
+    return f"{1e3 * step.step_s:.3g} ({times}{parts})"
+
+
+def _numbers_of(device: DeviceNumbers) -> str:
+    return (
+        f"{device.bandwidth_bytes_s / 1e9:.0f} GB/s memory, {device.flops_s / 1e12:.3g} TFLOPS, "
+        f"{device.link_bytes_s / 1e9:.3g} GB/s link, {device.latency_s * 1e6:.0f} us latency"
+    )

@@ -1,0 +1,4 @@
+"""Options of ``serve`` and ``up``: flags, environment variables and files become a configuration.
+
+Imports ``cluster.cli.terminal``, ``cluster.launch`` and the configuration.
+"""

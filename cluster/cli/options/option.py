@@ -1,0 +1,191 @@
+"""The options of ``serve``, made from the dataclasses of the configuration.
+
+A field gives its option the name, the default and, by its type, the way from text to value. The
+docstring below the field is the option's help.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from cluster.config.option_metadata import FLAG
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_METAVARS = {
+    "SECONDS": "s timeout",
+    "MILLISECONDS": "ms",
+    "BYTES": "bytes",
+    "TOKENS": "tokens len",
+    "PORT": "port",
+    "HOST": "host",
+    "FILE": "file profile template cert key ca",
+    "FOLDER": "dir",
+    "URL": "endpoint",
+    "NAME": "name",
+    "ORIGINS": "origins",
+    "ADDRESS": "address",
+}
+"""What stands for a value in the help, by the last word of the field's name."""
+
+
+def parse_bytes(text: str) -> int:
+    """``4096``, ``64M``, ``2GiB``: a number of bytes. Raises ``ValueError``."""
+    digits = text.strip().removesuffix("iB").removesuffix("B")
+    unit = digits[-1:].upper() if digits[-1:].isalpha() else ""
+    number = digits.removesuffix(digits[-1:]) if unit else digits
+    if unit not in _UNITS:
+        raise ValueError(f"{text} is not a number of bytes")
+    return int(float(number) * _UNITS[unit]) if unit else int(number)
+
+
+def _parse_switch(text: str) -> bool:
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in words:
+        raise ValueError(f"{text} is neither true nor false")
+    return words[text.lower()]
+
+
+def _parse_word_or_number(text: str) -> str | int:
+    return text if text.isalpha() else int(text)
+
+
+def _parse_words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeOption:
+    """One option of ``serve``."""
+
+    flag: str
+    """With its dashes."""
+    section: str
+    """Of the configuration; empty for what is the launcher's alone."""
+    field: str
+    """Of the section."""
+    help: str
+    """Docstring of the field."""
+    default: Any
+    """Of the field; None where there is none."""
+    kind: Callable[[str], Any]
+    """From text to value; raises ``ValueError``."""
+    choices: tuple[str, ...]
+    """Allowed words; empty for any text."""
+    metavar: str | None
+    """What stands for the value; None for a switch and where ``choices`` do."""
+    is_secret: bool
+    """The value is not shown; the option is one of every command."""
+
+    @property
+    def target(self) -> str:
+        """``section.field``; the bare field without a section."""
+        return f"{self.section}.{self.field}" if self.section else self.field
+
+    @property
+    def dest(self) -> str:
+        """Attribute in argparse's result."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        """Name in the environment."""
+        return f"EXPERTMESH_{self.dest.upper()}"
+
+    @property
+    def is_switch(self) -> bool:
+        """A flag without value."""
+        return self.kind is _parse_switch
+
+    @property
+    def is_path(self) -> bool:
+        """The value is a path."""
+        return self.metavar in ("FILE", "FOLDER")
+
+    @property
+    def shown_default(self) -> str:
+        """For people; empty where the default is None or nothing."""
+        if self.is_switch:
+            return "on" if self.default else "off"
+        if self.kind is parse_bytes and self.default:
+            return _bytes_text(int(self.default))
+        if isinstance(self.default, float):
+            return f"{self.default:g}"
+        return "" if self.default is None or self.default == () else str(self.default)
+
+
+def _bytes_text(number: int) -> str:
+    unit = next(unit for unit in "GMK" if number % _UNITS[unit] == 0 or unit == "K")
+    return f"{number // _UNITS[unit]}{unit}" if number % _UNITS[unit] == 0 else str(number)
+
+
+def options_of(section: str, kind: type) -> tuple[ServeOption, ...]:
+    """Options of the fields of a dataclass, but of the internal ones."""
+    docs, hints = dict(_docstrings(kind)), get_type_hints(kind)
+    return tuple(
+        _option(section, field, hints[field.name], docs[field.name])
+        for field in dataclasses.fields(kind)
+        if field.metadata.get(FLAG) != ""
+    )
+
+
+def _option(section: str, field: dataclasses.Field[Any], hint: Any, text: str) -> ServeOption:
+    (kind_of, *others) = [t for t in get_args(hint) or (hint,) if t is not NoneType]
+    is_literal = get_origin(hint) is Literal
+    is_secret = not field.repr
+    choices = get_args(hint) if is_literal else ()
+    if is_secret:
+        kind: Callable[[str], Any] = str
+    elif is_literal:
+        kind = str if all(isinstance(c, str) for c in choices) else _parse_word_or_number
+    elif "bytes" in field.name.split("_"):
+        kind = parse_bytes
+    else:
+        kind = {bool: _parse_switch}.get(kind_of, _parse_words if others else kind_of)
+    words = choices if kind is str else ()
+    return ServeOption(
+        flag=field.metadata.get(FLAG) or f"--{field.name.replace('_', '-')}",
+        section=section,
+        field=field.name,
+        help=text,
+        default=None if field.default is dataclasses.MISSING else field.default,
+        kind=kind,
+        choices=words,
+        metavar=_metavar(field.name, kind_of, kind, choices),
+        is_secret=is_secret,
+    )
+
+
+def _metavar(name: str, hint: Any, kind: Any, choices: tuple[Any, ...]) -> str | None:
+    if choices or kind is _parse_switch:
+        return f"{{{','.join(map(str, choices))}}}" if kind is _parse_word_or_number else None
+    last = "bytes" if "bytes" in name else name.split("_")[-1]
+    found = next((m for m, words in _METAVARS.items() if last in words.split()), None)
+    return found or {int: "N", float: "NUMBER"}.get(hint, "TEXT")
+
+
+def _docstrings(kind: type) -> Iterator[tuple[str, str]]:
+    """Fields of a class and the docstrings below them, which Python does not keep."""
+    tree = ast.parse(inspect.getsource(sys.modules[kind.__module__]))
+    body = next(
+        n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == kind.__name__
+    )
+    for field, below in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            yield field.target.id, " ".join(ast.literal_eval(below.value).split())
+
+
+def help_text(option: ServeOption, flags: Mapping[str, str]) -> str:
+    """A docstring as argparse's help: names of fields become flags, the default is added."""
+    text = re.sub(r"``(.+?)``", lambda m: flags.get(m[1], m[1]), option.help).removesuffix(".")
+    shown = option.shown_default
+    return (f"{text} (default: {shown})" if shown else text).replace("%", "%%")

@@ -1,0 +1,204 @@
+"""From option values to the configuration and the plan of a start."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.actors.start_plan import fits, plan_start
+from cluster.cli.options.serve_options import OPTIONS, read_template
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.config.cluster import ClusterConfig, section_types
+from cluster.core.checks import check
+from cluster.core.errors import ConfigError
+from cluster.core.load_profile import load_profile
+from cluster.launch.checkpoint_check import CheckpointFacts
+from cluster.launch.model_source import ModelSource
+from cluster.launch.plan import LaunchPlan, count_cpus, count_gpus, free_port
+from gateway.auth.key_file import read_key_file
+
+logger = logging.getLogger(__name__)
+
+REFUSED_FIELDS = ("host", "admin_host")
+"""Settings whose rules are about this host or its safety, not about how a flag is written."""
+_HEARTBEATS_PER_LIMIT = 4
+_MAX_HEARTBEAT_S = 0.5
+
+
+def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig:
+    """The configuration of option values by target.
+
+    Raises ``CommandError``: usage for a value that no start could take, refused for an unsafe one.
+    """
+    sections = _sections(values)
+    sections["model"] = {
+        "path": str(model.folder),
+        "served_model_name": model.name,
+        **sections["model"],
+    }
+    _add_files(sections)
+    _add_heartbeat(sections["transport"])
+    try:
+        _check_key_files(sections["gateway"])
+        _check_exporter(sections["observability"].get("otlp_endpoint"))
+        return ClusterConfig.from_dict({**sections, "cluster_token": secrets.token_hex(32)})
+    except ConfigError as err:
+        code = ExitCode.REFUSED if err.field in REFUSED_FIELDS else ExitCode.USAGE
+        raise CommandError(code, str(err)) from err
+
+
+def asked_for(values: Mapping[str, Any], model: str | None) -> dict[str, str]:
+    """What a user asked for, by flag: two starts that ask for the same are for the same cluster.
+
+    Keys are compared by their fingerprints.
+    """
+    asked = {"MODEL": model or ""}
+    for option in OPTIONS:
+        if option.section and option.target in values:
+            text = str(values[option.target])
+            asked[option.flag] = _fingerprint(text) if option.is_secret else text
+    return asked
+
+
+def _fingerprint(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()[:16]
+
+
+def _sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Values by section and field; bare names are not the configuration's."""
+    sections: dict[str, dict[str, Any]] = {name: {} for name in section_types()}
+    for target, value in values.items():
+        section, _, field = target.partition(".")
+        if field:
+            sections[section][field] = value
+    return sections
+
+
+def _check_key_files(gateway: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` where a serve replica, which reads these files, would find no key."""
+    for name in ("api_key_file", "admin_key_file"):
+        path = gateway.get(name)
+        check(path is None or bool(read_key_file(path, name)), name, path, "holds no key")
+
+
+def _check_exporter(endpoint: str | None) -> None:
+    """Raise ``ConfigError`` without the packages that gateways need to send traces."""
+    if endpoint is not None:
+        from cluster.tracing.exporter import load_exporter  # OpenTelemetry only where it is used
+
+        load_exporter(endpoint)
+
+
+def _add_files(sections: dict[str, dict[str, Any]]) -> None:
+    """Read the chat template; make other paths absolute, as workers have other folders."""
+    model = sections["model"]
+    if "chat_template" in model:
+        model["chat_template"] = read_template(model["chat_template"])
+    for option in OPTIONS:
+        section = sections.get(option.section, {})
+        if option.is_path and option.field != "chat_template" and section.get(option.field):
+            section[option.field] = str(Path(section[option.field]).absolute())
+
+
+def _add_heartbeat(transport: dict[str, Any]) -> None:
+    """Make heartbeats so frequent that several fit into the detection limit."""
+    limit = transport.get("detection_limit_s", 0.0)
+    if limit > 0:
+        transport["heartbeat_s"] = min(_MAX_HEARTBEAT_S, limit / _HEARTBEATS_PER_LIMIT)
+
+
+def make_plan(
+    config: ClusterConfig,
+    facts: CheckpointFacts,
+    temp_dir: str,
+    asked: dict[str, str],
+    values: dict[str, Any],
+) -> LaunchPlan:
+    """The last checks, now that the model is known. Raises ``CommandError`` (refused)."""
+    num_cpus = count_cpus()
+    num_gpus = count_gpus() if facts.torch_has_cuda else 0
+    try:
+        limit = config.model.max_model_len
+        check(
+            limit is None or limit <= facts.context_tokens,
+            "max_model_len",
+            limit,
+            f"must not exceed the model's context of {facts.context_tokens} tokens",
+        )
+        num_kv_blocks(config, facts)
+        plan = LaunchPlan(
+            config=_with_ports(config),
+            banks=facts.banks,
+            numbers=_numbers(config, facts),
+            profile=_profile(config, facts.banks),
+            asked=asked,
+            temp_dir=temp_dir,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            **values,
+        )
+        if temp_dir:  # a joined cluster's resources are known only once it is joined
+            plan = plan.resolved(plan.private_nodes)
+            plan_start(plan.config, plan.banks, plan.private_nodes, profile=plan.profile)
+    except ConfigError as err:
+        raise CommandError(ExitCode.REFUSED, str(err)) from err
+    return plan
+
+
+def _numbers(config: ClusterConfig, facts: CheckpointFacts) -> dict[str, int]:
+    return {
+        "attention_values": facts.attention_values,
+        "kv_values_per_token": facts.kv_values_per_token,
+        "itemsize": itemsize(config, facts),
+        "max_model_len": facts.context_tokens,
+    }
+
+
+def itemsize(config: ClusterConfig, facts: CheckpointFacts) -> int:
+    """Bytes of a number in the compute dtype."""
+    dtype = facts.dtype if config.model.dtype == "auto" else config.model.dtype
+    return 4 if dtype == "float32" else 2
+
+
+def num_kv_blocks(config: ClusterConfig, facts: CheckpointFacts) -> int:
+    """KV blocks of each attention worker. Raises ``ConfigError`` if not even one fits."""
+    bytes_per_token = facts.kv_values_per_token * itemsize(config, facts)
+    length = config.model.max_model_len or facts.context_tokens
+    return config.engine.num_kv_blocks(bytes_per_token, length)
+
+
+def _with_ports(config: ClusterConfig) -> ClusterConfig:
+    """Port 0 becomes a free one, another for each."""
+    data = config.to_dict()
+    section = data["gateway"]
+    for name in ("port", "grpc_port"):
+        while not section[name]:
+            port = free_port(section["host"])
+            section[name] = port if port not in (section["port"], section["grpc_port"]) else 0
+    return ClusterConfig.from_dict(data)
+
+
+def _profile(config: ClusterConfig, banks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The expert load to expect: that of the given profile, else of the checkpoint's own.
+
+    Raises ``ConfigError`` for a given file that cannot be read or is of another model.
+    """
+    given = config.workers.load_profile
+    if given is not None:
+        profile = load_profile(Path(given))
+        rule = f"must have the banks and experts of {config.model.served_model_name}"
+        check(fits(profile, banks), "load_profile", Path(given).name, rule)
+        return profile.to_dict()
+    path = Path(config.model.path) / "load_profile.json"
+    if not path.exists():
+        return None
+    try:
+        profile = load_profile(path)
+    except ConfigError as err:
+        logger.warning("the checkpoint's load profile is not used: %s", err)
+        return None
+    return profile.to_dict() if fits(profile, banks) else None

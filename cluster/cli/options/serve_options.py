@@ -1,0 +1,191 @@
+"""The options of ``serve`` and ``up``: values of flags, environment, file, in this order.
+
+Where none of the three sets an option, the default of the configuration holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.cli.options.keys import collect_keys
+from cluster.cli.options.option import ServeOption, help_text, options_of
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.config.cluster import section_types
+from cluster.core.checks import check_each, is_not_negative, is_positive
+from cluster.core.errors import CheckpointError
+from cluster.launch.plan import START_LIMIT_S
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartOptions:
+    """How a cluster is started; two starts of the same cluster may differ here."""
+
+    address: str | None = None
+    """Ray cluster to join instead of a private one (RAY_ADDRESS)."""
+    wait_nodes: int = 0
+    """Number of nodes that the joined Ray cluster must have first."""
+    start_timeout: float = START_LIMIT_S
+    """Limit of the start in seconds."""
+
+    def __post_init__(self) -> None:
+        check_each(self, "wait_nodes", is_not_negative, "must not be negative")
+        check_each(self, "start_timeout", is_positive, "must be above 0")
+
+
+_SECTIONS: dict[str, type] = {**section_types(), "": StartOptions}
+OPTIONS = tuple(option for name, kind in _SECTIONS.items() for option in options_of(name, kind))
+"""Of all sections."""
+
+
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL, every option and ``--dry-run``; absent ones stay None."""
+    add_settings(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, show the plan, start nothing"
+    )
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL and every option, in groups by section; absent ones stay None."""
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="folder or hub id (default: the bundled one)"
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with values of these options")
+    flags = {option.field: option.flag for option in OPTIONS}
+    here = [option for option in OPTIONS if not option.is_secret]  # every command has those
+    for name, options in itertools.groupby(here, lambda option: option.section):
+        text = (_SECTIONS[name].__doc__ or "").split("\n")[0]
+        group = parser.add_argument_group(name or "start", text)
+        for option in options:
+            _add(group, option, help_text(option, flags))
+
+
+def _add(group: argparse._ArgumentGroup, option: ServeOption, text: str) -> None:
+    if not option.is_switch:
+        choices, metavar = option.choices or None, option.metavar
+        group.add_argument(
+            option.flag, type=option.kind, choices=choices, metavar=metavar, help=text
+        )
+    elif option.default:
+        action = argparse.BooleanOptionalAction
+        group.add_argument(option.flag, action=action, default=None, help=text)
+    else:
+        group.add_argument(option.flag, action="store_const", const=True, help=text)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The value of an option, and its origin."""
+
+    value: Any
+    origin: str
+    """The flag, the variable or the file."""
+
+
+def find_settings(
+    args: argparse.Namespace, environment: Mapping[str, str]
+) -> dict[ServeOption, Setting]:
+    """What is given: by the flag, else by the environment, else by the file.
+
+    Where there is none of them it is left out. Raises ``CommandError`` (usage).
+    """
+    file = _read_file(args)
+    found: dict[ServeOption, Setting] = {}
+    for option in OPTIONS:
+        if (value := getattr(args, option.dest)) is not None:
+            found[option] = Setting(value, option.flag)
+        elif environment.get(option.variable):
+            value = _parse(option, environment[option.variable], option.variable)
+            found[option] = Setting(value, option.variable)
+        elif option.dest in file:
+            value = _parse(option, file[option.dest], f"{option.dest} in {args.config}")
+            found[option] = Setting(value, args.config)
+    return found
+
+
+def collect(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Values of ``find_settings`` by target, and keys. Raises ``CommandError`` (usage)."""
+    found = find_settings(args, environment)
+    values = {option.target: setting.value for option, setting in found.items()}
+    return {**values, **collect_keys(values, environment)}
+
+
+def wanted_model(args: argparse.Namespace, environment: Mapping[str, str]) -> str | None:
+    """MODEL, of the command line, the environment or the file; None for the bundled one."""
+    given = args.model or environment.get("EXPERTMESH_MODEL")
+    return given or _read_file(args).get("model")
+
+
+def _read_file(args: argparse.Namespace) -> dict[str, str]:
+    """Texts of ``--config FILE`` by the names of the options, with underscores, and ``model``.
+
+        model: /models/OLMoE-1B-7B
+        num-expert-workers: 4
+        kv-cache-bytes: 8G
+
+    Raises ``CommandError`` (usage) for a file that cannot be read or that sets anything else.
+    """
+    if not args.config:
+        return {}
+    import yaml
+
+    try:
+        document = yaml.safe_load(Path(args.config).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
+        raise _refusal(args.config, f"cannot be read: {err}") from err
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise _refusal(args.config, "must hold names of options with their values")
+    return dict(_entry(args.config, key, value) for key, value in document.items())
+
+
+def _entry(path: str, key: object, value: Any) -> tuple[str, str]:
+    name = str(key).replace("-", "_")
+    if name not in {"model", *(option.dest for option in OPTIONS)}:
+        raise _refusal(path, f"{key} is no option of serve")
+    if not isinstance(value, str | int | float):  # a switch is an int too
+        raise _refusal(path, f"{key} must have one value")
+    return name, str(value)
+
+
+def _refusal(path: str, rule: str) -> CommandError:
+    return CommandError(ExitCode.USAGE, f"--config ({path}): {rule}")
+
+
+def _parse(option: ServeOption, text: str, origin: str) -> Any:
+    """The value of a text that is no flag's; ``origin`` says whose."""
+    try:
+        value = option.kind(text)
+    except ValueError as err:
+        message = f"{origin} ({text}) is not valid for {option.flag}"
+        raise CommandError(ExitCode.USAGE, message) from err
+    if option.choices and value not in option.choices:
+        words = ", ".join(option.choices)
+        raise CommandError(ExitCode.USAGE, f"{origin} ({text}) must be one of {words}")
+    return value
+
+
+def read_template(text: str) -> str:
+    """A chat template: the content of a file, or Jinja text as it is."""
+    from gateway.text.chat_template import ChatTemplate  # Jinja, which reading commands do without
+
+    source = text if "{" in text or "\n" in text else _read_template_file(text)
+    try:
+        ChatTemplate(source)
+    except CheckpointError as err:
+        raise CommandError(ExitCode.USAGE, f"--chat-template: {err}") from err
+    return source
+
+
+def _read_template_file(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as err:
+        message = f"--chat-template ({path}) cannot be read: {err}"
+        raise CommandError(ExitCode.USAGE, message) from err

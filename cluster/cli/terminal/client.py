@@ -1,0 +1,157 @@
+"""HTTP towards a running cluster, with the standard library only: commands must start quickly."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.launch import state_file
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_TIMEOUT_S = 10.0
+
+
+def find_url(args: argparse.Namespace) -> str:
+    """``--url``, ``EXPERTMESH_URL``, the named or only cluster of this host, or the default."""
+    given = args.url or os.environ.get("EXPERTMESH_URL")
+    if given:
+        return str(given).rstrip("/")
+    alive = {r.name: r for r in state_file.all_records() if r.is_alive or r.is_on_its_own}
+    name = args.name or os.environ.get("EXPERTMESH_NAME")
+    if name and name not in alive:
+        raise CommandError(ExitCode.UNREACHABLE, f"no cluster called {name} runs on this host")
+    if name or state_file.DEFAULT_NAME in alive:
+        return alive[name or state_file.DEFAULT_NAME].http
+    return next(iter(alive.values())).http if len(alive) == 1 else DEFAULT_URL
+
+
+class Client:
+    """Requests to one URL. Errors become ``CommandError`` with the fitting exit code."""
+
+    def __init__(self, args: argparse.Namespace, admin_url: str = "") -> None:
+        """``admin_url`` where it is an admin port, not the gateway that ``args`` name."""
+        self.url = _checked(admin_url or find_url(args))
+        self._timeout_s = args.timeout or DEFAULT_TIMEOUT_S
+        self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
+        if admin_url:
+            self._key = args.admin_key or os.environ.get("EXPERTMESH_ADMIN_KEY", "") or self._key
+        self.tls = _tls_context(args) if self.url.startswith("https:") else None
+        """What https needs; None without it."""
+
+    def get(self, path: str, any_status: bool = False) -> Any:
+        """The JSON document at ``path``. ``any_status`` takes the body of an error answer too."""
+        return self._parse(self._read(path, None, any_status))
+
+    def get_text(self, path: str) -> str:
+        """The body at ``path``."""
+        return self._read(path).decode(errors="replace")
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The JSON document that answers ``body``."""
+        return self._parse(self._read(path, body))
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of every request, with the key."""
+        key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        return {"Content-Type": "application/json", **key}
+
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """POST, then the ``data:`` events of the answer up to ``[DONE]``."""
+        with self._open(path, body) as reply:
+            for line in reply:
+                if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
+                    yield self._parse(line[len(b"data: ") :])
+
+    def _read(
+        self, path: str, body: dict[str, Any] | None = None, any_status: bool = False
+    ) -> bytes:
+        with self._open(path, body, any_status) as reply:
+            return bytes(reply.read())
+
+    @contextlib.contextmanager
+    def _open(
+        self, path: str, body: dict[str, Any] | None, any_status: bool = False
+    ) -> Iterator[Any]:
+        """The answer, to be read; GET without a body. Raises ``CommandError``, also of reading."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", data=data, headers=self.headers)
+        try:
+            with urllib.request.urlopen(
+                request, timeout=self._timeout_s, context=self.tls
+            ) as reply:
+                yield reply
+        except urllib.error.HTTPError as err:
+            if not any_status or err.code in (401, 403):
+                raise refusal(err.code, err.read()) from err
+            yield err
+        except (OSError, ValueError) as err:
+            raise self._unreachable(err) from err
+
+    def _parse(self, body: bytes) -> Any:
+        try:
+            return json.loads(body)
+        except ValueError as err:
+            message = f"{self.url} does not answer like an expertmesh gateway"
+            raise CommandError(ExitCode.UNREACHABLE, message) from err
+
+    def _unreachable(self, err: Exception) -> CommandError:
+        reason = getattr(err, "reason", err)
+        if isinstance(err, TimeoutError) or isinstance(reason, TimeoutError):
+            message = f"{self.url} did not answer within {self._timeout_s:g} s"
+            return CommandError(ExitCode.NOT_READY, message)
+        return CommandError(ExitCode.UNREACHABLE, f"cannot reach {self.url}: {reason}")
+
+
+def _checked(url: str) -> str:
+    """A URL that a request can be sent to. Raises ``CommandError`` (usage)."""
+    try:
+        parts = urlsplit(url)
+        is_good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # brackets, or a port that is no number
+        is_good = False
+    if not is_good or any(c <= " " or c == "\x7f" for c in url):
+        raise CommandError(ExitCode.USAGE, f"{url!r} is not a URL of http or https")
+    return url
+
+
+def tls_files(args: argparse.Namespace) -> dict[str, str | None]:
+    """From ``--ca-cert``, ``--client-cert`` and ``--client-key``, or their variables."""
+    return {
+        name: getattr(args, name) or os.environ.get(f"EXPERTMESH_{name.upper()}")
+        for name in ("ca_cert", "client_cert", "client_key")
+    }
+
+
+def _tls_context(args: argparse.Namespace) -> ssl.SSLContext:
+    given = tls_files(args)
+    try:
+        context = ssl.create_default_context(cafile=given["ca_cert"])
+        if given["client_cert"]:
+            context.load_cert_chain(given["client_cert"], given["client_key"])
+    except OSError as err:
+        raise CommandError(ExitCode.USAGE, f"a file for TLS cannot be used: {err}") from err
+    return context
+
+
+def refusal(status: int, body: bytes) -> CommandError:
+    """The error object of an answer as a command's end."""
+    try:
+        message = str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        message = body[:200].decode(errors="replace").strip() or f"HTTP status {status}"
+    codes = {
+        **dict.fromkeys((400, 404, 409, 413, 501), ExitCode.REFUSED),
+        **dict.fromkeys((401, 403), ExitCode.UNAUTHORISED),
+        **dict.fromkeys((408, 429, 503, 504), ExitCode.NOT_READY),
+    }
+    return CommandError(codes.get(status, ExitCode.FAILED), message)

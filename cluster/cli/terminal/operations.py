@@ -1,0 +1,59 @@
+"""Operations of a running cluster, as commands wait for them and show them."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.orders import Orders
+from cluster.cli.terminal.output import note, out_json, out_line
+
+POLL_S = 0.1
+
+
+def follow_operation(
+    args: argparse.Namespace, orders: Orders, operation: dict[str, Any], wait_s: float
+) -> int:
+    """Show its phases until it ends; only the operation where ``wait_s`` is 0.
+
+    Raises ``CommandError`` past that time.
+    """
+    give_up = time.monotonic() + wait_s
+    phase = ""
+    while operation["state"] == "RUNNING" and wait_s:
+        if operation["phase"] != phase:
+            phase = operation["phase"]
+            note(f"{operation['id']} {operation['target']}: {phase}")
+        if time.monotonic() > give_up:
+            late = f"{operation['id']} has not ended within {wait_s:g} s"
+            more = f"expertmesh operations wait {operation['id']}"
+            raise CommandError(ExitCode.NOT_READY, f"{late}: {more}")
+        time.sleep(POLL_S)
+        operation = orders.operation(operation["id"])
+    return show_operation(args, operation)
+
+
+def show_operation(args: argparse.Namespace, operation: dict[str, Any]) -> int:
+    if args.json:
+        out_json({"schema": 1, **operation})
+    else:
+        out_line(_text(operation))
+    ended_well = operation["state"] in ("RUNNING", "SUCCEEDED")
+    return ExitCode.OK if ended_well else ExitCode.FAILED
+
+
+def _text(operation: Mapping[str, Any]) -> str:
+    """``drain-1.1 SUCCEEDED: attention-1 is drained (3 requests moved, 0.4 s)``."""
+    words = operation["message"] or f"{operation['target']}: {operation['phase']}"
+    text = f"{operation['id']} {operation['state']}: {words}"
+    if operation["state"] != "SUCCEEDED":
+        return text
+    took = f"{operation['ended'] - operation['started']:.1f} s"
+    moved = operation.get("drain", {}).get("requests_moved", 0)
+    copied = operation.get("drain", {}).get("experts_copied", 0)
+    facts = [f"{moved} requests moved"] if moved else []
+    facts += [f"{copied} experts copied"] if copied else []
+    return f"{text} ({', '.join([*facts, took])})"

@@ -1,0 +1,156 @@
+"""Orders that change a cluster, sent to its admin port or through Ray.
+
+The admin port listens on the loopback interface of a gateway's host. From other hosts a command
+calls the controller as a Ray driver: users of that Ray have every right on the cluster anyway.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cluster.cli.terminal.client import Client
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.config.gateway import is_loopback
+from cluster.core.errors import ExpertMeshError, NotReadyError
+
+_CALL_LIMIT_S = 10.0
+
+
+class Orders:
+    """Orders to one cluster. Operations have the form of the admin port's documents.
+
+    Raises ``CommandError``.
+    """
+
+    def __init__(self, admin: Client | None) -> None:
+        """``admin``: the admin port; None: the controller in the Ray that this process joined."""
+        self._admin = admin
+
+    def drain(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Begin the operation of a ``DrainWorkerRequest`` with these fields."""
+        fields = {k: v for k, v in order.items() if k != "deadline_s"}
+        return self._change("drain", order, "drain", {**fields, "limit_s": order["deadline_s"]})
+
+    def rebalance(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Begin the operation of a ``RebalanceRequest`` with these fields."""
+        return self._change("rebalance", order, "rebalance", dict(order))
+
+    def cancel(self, operation_id: str) -> dict[str, Any]:
+        """Cancel an operation."""
+        path = f"operations/{_quoted(operation_id)}/cancel"
+        return self._change(path, {}, "cancel_operation", operation_id)
+
+    def operations(self) -> list[dict[str, Any]]:
+        """The recorded operations, newest last."""
+        if self._admin is None:
+            return list(map(_document, _ask("operations")))
+        found: list[dict[str, Any]] = self._admin.get("/admin/v1/operations")["operations"]
+        return found
+
+    def operation(self, operation_id: str) -> dict[str, Any]:
+        """One operation."""
+        if self._admin is None:
+            return _document(_ask("operation", operation_id))
+        answer: dict[str, Any] = self._admin.get(f"/admin/v1/operations/{_quoted(operation_id)}")
+        return answer
+
+    def _change(
+        self, path: str, body: Mapping[str, Any], method: str, argument: Any
+    ) -> dict[str, Any]:
+        """POST to the admin port, or call the controller's method."""
+        if self._admin is None:
+            return _document(_ask(method, argument))
+        answer: dict[str, Any] = self._admin.post(f"/admin/v1/{path}", dict(body))
+        return answer
+
+
+def _quoted(operation_id: str) -> str:
+    return urllib.parse.quote(operation_id, safe="")
+
+
+@contextlib.contextmanager
+def orders_for(args: argparse.Namespace) -> Iterator[Orders]:
+    """Through Ray where ``--address`` says so, else the admin port. Raises ``CommandError``."""
+    address = args.address
+    if not address:
+        admin = find_admin(args)
+        if admin is not None:
+            yield Orders(admin)
+            return
+        address = os.environ["RAY_ADDRESS"]
+    with _joined(address):
+        yield Orders(None)
+
+
+def find_admin(args: argparse.Namespace, gateway: str | None = None) -> Client | None:
+    """The admin port; None where it is out of reach from this host and Ray is not.
+
+    ``gateway`` names one of several; the port of ``--admin-url`` goes before it.
+    """
+    given = args.admin_url or os.environ.get("EXPERTMESH_ADMIN_URL")
+    if given:
+        return Client(args, str(given).rstrip("/"))
+    through_ray = bool(os.environ.get("RAY_ADDRESS"))
+    try:
+        client = Client(args)
+        gateways = client.get("/cluster/v1/status").get("gateway") or []
+    except CommandError as err:
+        if through_ray and err.code in (ExitCode.UNREACHABLE, ExitCode.NOT_READY):
+            return None
+        raise
+    found = [g for g in gateways if gateway in (None, g.get("name"))]
+    if gateways and not found:
+        names = ", ".join(str(g.get("name")) for g in gateways)
+        raise CommandError(ExitCode.REFUSED, f"there is no {gateway}, but {names}")
+    address = found[0].get("admin_http") if found else None
+    if not address:
+        raise CommandError(ExitCode.REFUSED, "the cluster has no admin port")
+    is_here, is_local = (
+        is_loopback(urllib.parse.urlsplit(url).hostname or "")
+        for url in (client.url, f"//{address}")
+    )
+    if is_local and not is_here and through_ray:
+        return None
+    scheme = urllib.parse.urlsplit(client.url).scheme
+    return Client(args, f"{scheme}://{address}")
+
+
+def _document(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The controller's plain data of an operation as the admin port shows them."""
+    return {**{k: v for k, v in found.items() if k != "result"}, found["kind"]: found["result"]}
+
+
+def _ask(method: str, *arguments: Any) -> Any:
+    """The controller's answer. Raises ``CommandError``."""
+    from cluster.actors.controller_client import ask_controller
+
+    try:
+        return ask_controller(method, *arguments, limit_s=_CALL_LIMIT_S)
+    except NotReadyError as err:
+        raise CommandError(ExitCode.NOT_READY, str(err)) from err
+    except ExpertMeshError as err:
+        raise CommandError(ExitCode.REFUSED, str(err)) from err
+
+
+@contextlib.contextmanager
+def _joined(address: str) -> Iterator[None]:
+    """Make this process a driver of a Ray cluster. Raises ``CommandError``."""
+    from cluster.launch import local_ray
+
+    for name, value in local_ray.common_environment().items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    try:
+        local_ray.join(address)
+    except ConnectionError as err:
+        raise CommandError(ExitCode.UNREACHABLE, f"no Ray at {address}: {err}") from err
+    try:
+        yield
+    finally:
+        ray.shutdown()

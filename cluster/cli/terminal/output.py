@@ -1,0 +1,54 @@
+"""Output: results on stdout, everything for people on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+_CODES = {"red": 31, "green": 32, "yellow": 33, "dim": 2}
+
+
+def out(text: str) -> None:
+    """One piece of the result, to stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def out_line(text: str) -> None:
+    """One line of the result."""
+    out(f"{text}\n")
+
+
+def out_json(document: Any) -> None:
+    """The result as one JSON document."""
+    out_line(json.dumps(document, indent=1))
+
+
+def note(text: str) -> None:
+    """One line for people, to stderr."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def colour(text: str, name: str, allowed: bool) -> str:
+    """``text`` in a colour when stdout is a terminal, unless ``NO_COLOR`` is set."""
+    if not allowed or os.environ.get("NO_COLOR") or not sys.stdout.isatty():
+        return text
+    return f"\x1b[{_CODES[name]}m{text}\x1b[0m"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns as wide as their widest cell."""
+    cells = [[str(c) for c in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def time_of_day(seconds: float) -> str:
+    """Date and time here, from seconds since 1970."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -1,0 +1,71 @@
+"""Progress of a start: a bar on a terminal, elsewhere a line every few seconds. On stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+INTERVAL_S = 5.0
+_BAR = 24
+_STAGES = {
+    "check": "checking the checkpoint",
+    "ray": "starting Ray",
+    "workers": "starting workers",
+    "weights": "loading weights",
+    "gateway": "opening the gateway",
+}
+
+
+class Progress:
+    """Shows one stage at a time."""
+
+    def __init__(
+        self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stream = stream or sys.stderr
+        self._clock = clock
+        self._bar = self._stream.isatty()
+        self._began = clock()
+        self._shown_at = self._began
+        self._text = ""
+        self._width = 0
+
+    def update(self, stage: str, done: int = 0, total: int = 0) -> None:
+        """Show another stage, or how much of the stage is done."""
+        self._text = _STAGES.get(stage, stage)
+        if total:
+            self._text += f" {_bar(done, total) if self._bar else ''}{_megabytes(done, total)}"
+        self.tick()
+
+    def tick(self) -> None:
+        """Redraw the bar, or print a line where one is due."""
+        now = self._clock()
+        if self._bar:
+            self._draw(f"{self._text}, {now - self._began:.0f} s")
+        elif now - self._shown_at >= INTERVAL_S:
+            self._shown_at = now
+            self._stream.write(f"expertmesh: {self._text}, {now - self._began:.0f} s\n")
+            self._stream.flush()
+
+    def clear(self) -> None:
+        """Leave the line empty for what comes next."""
+        if self._bar and self._width:
+            self._draw("")
+            self._stream.write("\r")
+            self._stream.flush()
+
+    def _draw(self, text: str) -> None:
+        self._stream.write(f"\r{text.ljust(self._width)}")
+        self._stream.flush()
+        self._width = len(text)
+
+
+def _bar(done: int, total: int) -> str:
+    filled = min(_BAR, _BAR * done // total)
+    return f"[{'#' * filled}{'.' * (_BAR - filled)}] "
+
+
+def _megabytes(done: int, total: int) -> str:
+    return f"{done / 1e6:.0f} of {total / 1e6:.0f} MB"

@@ -1,0 +1,4 @@
+"""The configuration as frozen dataclasses, one for each component.
+
+Imports ``cluster.core``.
+"""

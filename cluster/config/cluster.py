@@ -1,0 +1,399 @@
+"""Configuration: one frozen dataclass per component, composed into ``ClusterConfig``.
+
+Values are checked where they are built; a rule that is broken raises ``ConfigError`` with the
+field, the value and the rule. ``to_dict`` and ``from_dict`` carry a config between processes. The
+gateway's section, the longest, is in ``cluster.config.gateway``.
+
+The options of ``serve`` are made from the fields: the docstring below a field is the help of its
+option, the field's type, name and default say how its text is read and shown. ``INTERNAL`` fields
+have no option, ``flag`` gives an option another name than the field's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_type_hints
+
+from cluster.config.gateway import GatewaySection
+from cluster.config.option_metadata import INTERNAL, flag
+from cluster.core.checks import (
+    check,
+    check_choice,
+    check_each,
+    is_at_least_1,
+    is_not_negative,
+    is_positive,
+)
+from cluster.core.topology import Role
+
+Mode = Literal["disaggregated", "colocated", "local", "auto"]
+Device = Literal["auto", "cpu", "cuda"]
+DeviceSpeed = Literal["given", "measured"]
+DType = Literal["auto", "float32", "bfloat16"]
+Transport = Literal["auto", "sockets", "collective"]
+CombineMode = Literal["sum", "per_slot"]
+NumMicroBatches = Literal["auto", 1, 2]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection:
+    """Which checkpoint is served, and how its numbers are kept."""
+
+    path: str = field(metadata=INTERNAL)
+    """Local folder of the checkpoint (a hub id is resolved to one before this is built)."""
+    served_model_name: str
+    """Name that clients use, by default that of the checkpoint's folder or hub id."""
+    dtype: DType = "auto"
+    """Compute type; ``auto`` takes the checkpoint's own."""
+    max_model_len: int | None = None
+    """Context limit in tokens, by default the checkpoint's own."""
+    chat_template: str | None = None
+    """Jinja text (as an option: its file, too) instead of the checkpoint's chat template."""
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, DType)
+        check(bool(self.served_model_name), "served_model_name", "", "must not be empty")
+        check_each(self, "max_model_len", is_at_least_1, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkersSection:
+    """How many workers there are, and what each of them may use."""
+
+    mode: Mode = "disaggregated"
+    """``disaggregated``: two pools; ``colocated``: every worker runs attention and holds experts;
+    ``local``: one worker holds all; ``auto``: one of the first two, chosen at the start."""
+    mode_reason: str = field(default="", metadata=INTERNAL)
+    """Why ``auto`` chose this mode; empty where it was asked for."""
+    num_attention_workers: int | None = None
+    """Attention ranks, by default 1, in colocated mode ``num_expert_workers``."""
+    num_expert_workers: int = 2
+    """Expert ranks, in colocated mode all workers; without effect in local mode."""
+    num_redundant_experts: int = 0
+    """Spare expert slots per expert worker and bank."""
+    recovery_slots: int = 0
+    """Expert slots per expert worker and bank that are kept free for recovery."""
+    device: Device = "auto"
+    """What workers compute on; ``auto`` takes CUDA where every worker can have a share of a GPU."""
+    cpus_per_worker: float | None = None
+    """CPUs that Ray sets aside for a worker, fractions allowed; by default equal shares."""
+    gpus_per_worker: float | None = None
+    """GPUs that Ray sets aside for a worker, fractions allowed; by default 1 on CUDA, else 0."""
+    placement_file: str | None = None
+    """Placement to start with instead of the contiguous one."""
+    load_profile: str | None = None
+    """Load profile to plan the first placement for; with ``enable_eplb`` by default the model's."""
+    device_speed: DeviceSpeed = "given"
+    """Speeds that expert load is in proportion to: ``given`` by labels of the workers' nodes, or
+    ``measured`` by each worker when it has loaded."""
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, Mode)
+        check_choice("device", self.device, Device)
+        check_choice("device_speed", self.device_speed, DeviceSpeed)
+        at_least_one = (
+            ("num_attention_workers", self.num_attention_ranks),
+            ("num_expert_workers", 1 if self.mode == "local" else self.num_expert_workers),
+        )
+        for name, value in at_least_one:
+            check(value >= 1, name, value, "must be at least 1")
+        counts = "num_redundant_experts recovery_slots"
+        check_each(self, counts, is_not_negative, "must not be negative")
+        only = "must not be given beside placement_file: that is a placement already"
+        both = self.placement_file is not None and self.load_profile is not None
+        check(not both, "load_profile", self.load_profile, only)
+        attention, experts = self.num_attention_ranks, self.num_expert_workers
+        if self.mode == "local":
+            check(attention == 1, "num_attention_workers", attention, "must be 1 in local mode")
+        elif self.mode == "colocated":
+            rule = f"must be left out or equal num_expert_workers ({experts}) in colocated mode"
+            check(attention == experts, "num_attention_workers", attention, rule)
+        check_each(self, "cpus_per_worker", is_positive, "must be > 0")
+        check_each(self, "gpus_per_worker", is_not_negative, "must be >= 0")
+
+    @property
+    def num_attention_ranks(self) -> int:
+        """Workers that hold requests."""
+        if self.num_attention_workers is not None:
+            return self.num_attention_workers
+        return self.num_expert_workers if self.mode == "colocated" else 1
+
+    @property
+    def pools(self) -> dict[Role, int]:
+        """Workers of each role that are started."""
+        match self.mode:
+            case "colocated":
+                return {"colocated": self.num_expert_workers}
+            case "local":
+                return {"attention": 1}
+            case _:
+                return {"attention": self.num_attention_ranks, "expert": self.num_expert_workers}
+
+    @property
+    def num_workers(self) -> int:
+        """All workers."""
+        return sum(self.pools.values())
+
+
+_OTLP_URL = re.compile(r"https?://[^\s/?#@]+:\d{1,5}/?")
+_DEFAULT_KV_CONTEXTS = 16
+_MIN_DEFAULT_KV_BYTES = 64 * 1024**2
+_MAX_DEFAULT_KV_BYTES = 1024**3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSection:
+    """Budgets and switches of one attention worker's engine."""
+
+    block_size_tokens: int = field(default=16, metadata=INTERNAL)
+    """Tokens in one KV block."""
+    kv_cache_bytes: int | None = None
+    """KV memory of each attention worker, for example 512M; by default room for 16 full contexts,
+    64 MiB to 1 GiB."""
+    max_num_seqs: int = 64
+    """Sequences in one step of one attention worker."""
+    max_num_batched_tokens: int = 512
+    """Rows (tokens) in one step of one attention worker."""
+    itl_target_ms: float | None = None
+    """Longest step while a request decodes: prompts are cut so that no step takes longer. By
+    default ``max_num_batched_tokens`` alone cuts them."""
+    max_waiting: int = 1024
+    """Sequences (choices of requests) of one attention worker that may wait."""
+    max_waiting_tokens: int | None = None
+    """Prompt tokens of one attention worker that may wait, by default without limit."""
+    enable_prefix_caching: bool = True
+    """Keep the KV of past requests for others that begin with the same tokens."""
+    kv_fetch_limit_s: float = 2.0
+    """Longest time that a request waits for KV blocks of another attention worker; 0 fetches
+    none."""
+    combine_mode: CombineMode = field(default="sum", metadata=INTERNAL)
+    """``per_slot`` makes results independent of the placement, at the price of more traffic."""
+    deterministic: bool = False
+    """A request's tokens and logprobs are bitwise equal for any batch, layout and history, at the
+    price of speed. Implies CPUs and one compute thread a worker."""
+    num_micro_batches: NumMicroBatches = "auto"
+    """Parts of a step that are in flight at once: 1, 2, or ``auto``: 2 in steps that are large
+    enough."""
+    micro_batch_decode_threshold: int = 128
+    """Rows of the busiest attention rank from which ``auto`` splits a step of decodes only."""
+    micro_batch_prefill_threshold: int = 256
+    """Rows of the busiest attention rank from which ``auto`` splits a step with prompt rows."""
+    seed: int = 0
+    """Base of the seeds of requests without one."""
+
+    def __post_init__(self) -> None:
+        check_choice("combine_mode", self.combine_mode, CombineMode)
+        check_choice("num_micro_batches", self.num_micro_batches, NumMicroBatches)
+        thresholds = "micro_batch_decode_threshold micro_batch_prefill_threshold"
+        check_each(
+            self, thresholds, lambda n: n >= 2, "must be at least 2: one row cannot be split"
+        )
+        if self.deterministic:
+            object.__setattr__(self, "combine_mode", "per_slot")
+        budgets = "block_size_tokens max_num_seqs max_num_batched_tokens max_waiting"
+        check_each(self, budgets, is_at_least_1, "must be at least 1")
+        check(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            "max_num_batched_tokens",
+            self.max_num_batched_tokens,
+            f"must be at least max_num_seqs ({self.max_num_seqs})",
+        )
+        check_each(self, "kv_fetch_limit_s", is_not_negative, "must not be negative")
+        limits = "itl_target_ms max_waiting_tokens kv_cache_bytes"
+        check_each(self, limits, is_positive, "must be positive")
+
+    def num_kv_blocks(self, bytes_per_token: int, max_model_len: int) -> int:
+        """KV blocks of one attention worker.
+
+        Raises ``ConfigError`` if its memory does not hold even one.
+        """
+        each = bytes_per_token * self.block_size_tokens
+        budget = self.kv_cache_bytes
+        if budget is None:
+            contexts = _DEFAULT_KV_CONTEXTS * -(-max_model_len // self.block_size_tokens) * each
+            budget = min(max(contexts, _MIN_DEFAULT_KV_BYTES), _MAX_DEFAULT_KV_BYTES)
+        rule = f"must hold at least one block of {each} bytes"
+        check(budget >= each, "kv_cache_bytes", budget, rule)
+        return budget // each
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransportSection:
+    """The data plane and the detection of failures."""
+
+    transport: Transport = "auto"
+    """The data plane; ``auto`` is ``collective`` on CUDA and ``sockets`` on CPUs."""
+    detection_limit_s: float = 2.0
+    """Time without progress and heartbeats after which a worker is declared lost."""
+    heartbeat_s: float = field(default=0.5, metadata=INTERNAL)
+    """Time between two heartbeats of a worker."""
+    connect_timeout_s: float = field(default=10.0, metadata=INTERNAL)
+    """Limit for opening one edge, handshake included."""
+    step_timeout_s: float = field(default=60.0, metadata=INTERNAL)
+    """Limit for one wait on a peer within a step, when nothing else reports its loss."""
+
+    def __post_init__(self) -> None:
+        check_choice("transport", self.transport, Transport)
+        times = "detection_limit_s heartbeat_s connect_timeout_s step_timeout_s"
+        check_each(self, times, is_positive, "must be positive")
+        check(
+            self.heartbeat_s < self.detection_limit_s,
+            "heartbeat_s",
+            self.heartbeat_s,
+            f"must be below detection_limit_s ({self.detection_limit_s})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObservabilitySection:
+    """Traces of steps and of requests."""
+
+    trace_dir: str | None = None
+    """Folder, on each worker's own host, for a timeline of its steps, for Perfetto."""
+    trace_max_bytes: int = 64 * 1024 * 1024
+    """Size at which a worker begins a new timeline; it keeps the one before."""
+    otlp_endpoint: str | None = None
+    """OpenTelemetry collector (OTLP over gRPC) for traces of requests, http://HOST:4317 say."""
+    trace_content: bool = False
+    """Put prompts and outputs into the traces of requests."""
+
+    def __post_init__(self) -> None:
+        url = self.otlp_endpoint
+        rule = "must be http://HOST:PORT or https://HOST:PORT"
+        check(url is None or _OTLP_URL.fullmatch(url) is not None, "otlp_endpoint", url, rule)
+        has_place = url is not None or not self.trace_content
+        check(has_place, "trace_content", self.trace_content, "needs otlp_endpoint")
+        check(self.trace_dir != "", "trace_dir", "", "must not be empty")
+        check_each(self, "trace_max_bytes", lambda size: size >= 1024, "must be >= 1024")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RebalanceSection:
+    """When experts move to where the load is."""
+
+    enable_eplb: bool = False
+    """Move experts to where the load is without an order; needs spare expert slots."""
+    interval_s: float = field(default=30.0, metadata=flag("--rebalance-interval-s"))
+    """Shortest time from the end of one automatic change to the next."""
+    horizon_s: float = field(default=300.0, metadata=flag("--rebalance-horizon-s"))
+    """Time that a load is assumed to last: the gain in this time must exceed the cost of moving."""
+    max_move_fraction: float = field(default=0.1, metadata=flag("--rebalance-max-move-fraction"))
+    """Share of all expert slots that one change may fill."""
+    bytes_per_s: float = field(default=100e6, metadata=flag("--rebalance-bytes-per-s"))
+    """Rate at which each worker receives weights while it serves."""
+    limit_s: float = field(default=120.0, metadata=flag("--rebalance-limit-s"))
+    """Limit for each stage of a change, after which the change is given up."""
+    slot_cost_pairs: float | None = field(default=None, metadata=INTERNAL)
+    """Time of an activated expert slot, in (row, expert) pairs; by default by the roofline."""
+
+    def __post_init__(self) -> None:
+        rates = "interval_s horizon_s bytes_per_s limit_s"
+        check_each(self, rates, is_positive, "must be positive", "rebalance_")
+        share = "must be from 0 to 1"
+        check_each(self, "max_move_fraction", lambda x: 0 <= x <= 1, share, "rebalance_")
+        rule = "must not be negative"
+        check_each(self, "slot_cost_pairs", is_not_negative, rule, "rebalance_")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadSection:
+    """How expert load is followed."""
+
+    report_s: float = field(default=2.0, metadata=INTERNAL)
+    """Time between two reports of an attention worker to the controller."""
+    window_s: float = field(default=10.0, metadata=INTERNAL)
+    """Length of a window."""
+    num_windows: int = field(default=60, metadata=INTERNAL)
+    """Windows that are kept."""
+    half_life_s: float = field(default=60.0, metadata=INTERNAL)
+    """Time with load after which a window weighs half in the exponential average."""
+
+    def __post_init__(self) -> None:
+        check_each(self, "report_s window_s half_life_s", is_positive, "must be positive")
+        check_each(self, "num_windows", is_at_least_1, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """Everything one expertmesh cluster is started with."""
+
+    model: ModelSection
+    """Checkpoint."""
+    workers: WorkersSection = field(default_factory=WorkersSection)
+    """Pools."""
+    engine: EngineSection = field(default_factory=EngineSection)
+    """Engine of each attention worker."""
+    transport: TransportSection = field(default_factory=TransportSection)
+    """Data plane and failure detection."""
+    observability: ObservabilitySection = field(default_factory=ObservabilitySection)
+    """Traces of steps and of requests."""
+    load: LoadSection = field(default_factory=LoadSection)
+    """Expert load."""
+    rebalance: RebalanceSection = field(default_factory=RebalanceSection)
+    """Changes of the placement while serving."""
+    gateway: GatewaySection = field(default_factory=GatewaySection)
+    """HTTP and gRPC."""
+    cluster_token: str = field(default="", repr=False)
+    """Shared secret of the workers' sockets, drawn at start."""
+
+    def __post_init__(self) -> None:
+        if self.engine.deterministic:
+            device = self.workers.device
+            check(device != "cuda", "device", device, "must be cpu with deterministic")
+            workers = dataclasses.replace(self.workers, device="cpu")
+            object.__setattr__(self, "workers", workers)
+        requests = self.gateway.max_queue * self.gateway.num_gateway_replicas
+        check(
+            self.workers.num_attention_ranks <= requests,
+            "num_attention_workers",
+            self.workers.num_attention_ranks,
+            f"must not exceed the {requests} requests that are let in at once: "
+            "more workers than can ever have work",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ClusterConfig:
+        """Inverse of ``to_dict``. Raises ``ConfigError`` on unknown keys."""
+        sections = section_types()
+        values: dict[str, Any] = {}
+        for name, value in data.items():
+            if name in sections:
+                values[name] = _section_from_dict(sections[name], name, value)
+            else:
+                check(name == "cluster_token", name, value, "is not a section of the configuration")
+                values[name] = value
+        return cls(**values)
+
+    def fingerprint(self) -> str:
+        """Hash of all that must be equal on every worker (12 hex digits)."""
+        shared = {
+            "engine": dataclasses.asdict(self.engine),
+            "dtype": self.model.dtype,
+            "transport": self.transport.transport,
+            "mode": self.workers.mode,
+        }
+        text = json.dumps(shared, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def section_types() -> dict[str, Any]:
+    """The class of each section, by name."""
+    hints = get_type_hints(ClusterConfig)
+    return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+
+
+def _section_from_dict(kind: Any, section: str, data: Mapping[str, Any]) -> Any:
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    for key, value in data.items():
+        check(key in known, f"{section}.{key}", value, "is not a known setting")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    return kind(**values)

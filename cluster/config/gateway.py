@@ -1,0 +1,185 @@
+"""The configuration's section for the gateway: ports, keys, TLS, limits of a request."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.config.api_keys import hash_key
+from cluster.config.option_metadata import flag
+from cluster.core.checks import check, check_choice, check_each, is_at_least_1, is_positive
+
+_LIMITS = (
+    "max_body_bytes max_json_depth max_batch_prompts max_choices max_stop_strings max_stop_chars "
+    "request_timeout_s key_max_concurrent key_requests_per_minute key_tokens_per_minute"
+)
+_METRICS_PREFIX = re.compile("[a-zA-Z_:][a-zA-Z0-9_:]*")
+EndStage = Literal["lead", "refuse", "fail"]
+"""Stages of a gateway's end: not ready but serving, then refusing new requests, then failing those
+that still run."""
+MAX_BODY_BYTES = 8 * 1024 * 1024
+"""Largest HTTP body unless told."""
+RoutingPolicyName = Literal["kv", "least-loaded", "round-robin"]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host reaches a server on the interface; an empty one is all interfaces."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def reachable_host(host: str) -> str:
+    """Where this host reaches a server that was bound to an interface, as in a URL."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewaySection:
+    """Ports, keys, TLS and limits of requests."""
+
+    host: str = "127.0.0.1"
+    """Interface of HTTP and gRPC."""
+    port: int = 8000
+    """HTTP port, 0 for a free one."""
+    grpc_port: int = 50051
+    """gRPC port, 0 for a free one."""
+    admin_port: int | None = None
+    """HTTP port of the admin service, by default 8001, or a free one if that is in use."""
+    admin_grpc_port: int | None = None
+    """gRPC port of the admin service, by default 50052, or a free one if that is in use."""
+    num_gateway_replicas: int = 1
+    """Gateway copies behind Ray Serve."""
+    routing_policy: RoutingPolicyName = "kv"
+    """How an attention worker is picked; ``kv``: by cached prefixes and load."""
+    api_keys: tuple[str, ...] = field(default=(), repr=False, metadata=flag("--api-key"))
+    """Keys that clients must present, kept as digests; none and no file: none is asked for."""
+    api_key_file: str | None = None
+    """File of keys that clients must present, one a line, or YAML with names and limits; read again
+    when it changes."""
+    key_max_concurrent: int | None = 256
+    """Requests of one key that a serve replica runs at once, unless the file has another limit."""
+    key_requests_per_minute: float | None = None
+    """Requests of one key in a minute, in each serve replica; by default without limit."""
+    key_tokens_per_minute: float | None = None
+    """Prompt and output tokens of one key in a minute, in each serve replica; by default without
+    limit."""
+    admin_host: str = "127.0.0.1"
+    """Interface of both admin ports."""
+    admin_keys: tuple[str, ...] = field(default=(), repr=False, metadata=flag("--admin-key"))
+    """Keys of the admin ports, kept as digests; none and no file: the other keys, on loopback."""
+    admin_key_file: str | None = None
+    """File of keys of the admin ports, in the form of ``api_key_file``."""
+    tls_cert: str | None = None
+    """PEM certificate, with its chain: TLS on every port."""
+    tls_key: str | None = None
+    """PEM key of the certificate, not encrypted."""
+    tls_client_ca: str | None = None
+    """PEM authorities: clients must have a certificate of one of them (mutual TLS)."""
+    allow_unauthenticated: bool = False
+    """Allow a public host without keys."""
+    public_metrics: bool = False
+    """Ask for no key at ``/metrics``."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins of web pages that may call from a browser, with commas between them; ``*`` is any."""
+    debug_headers: bool = False
+    """Name the serve replica in its answers."""
+    trust_request_chat_template: bool = False
+    """Render the chat templates that clients send; a template can keep a core busy without end."""
+    max_body_bytes: int = MAX_BODY_BYTES
+    """Largest HTTP body."""
+    max_json_depth: int = 64
+    """Deepest nesting of an HTTP body."""
+    max_batch_prompts: int = 256
+    """Prompts in one completion request."""
+    max_n: int = 16
+    """Choices of one prompt, up to 128."""
+    max_choices: int = 512
+    """Prompts times choices in one request."""
+    max_stop_strings: int = 16
+    """Stop strings of one request."""
+    max_stop_chars: int = 256
+    """Characters of one stop string."""
+    max_logprobs: int = 20
+    """Alternatives reported for a token."""
+    max_queue: int = 1024
+    """Requests that a serve replica holds at once, running or waiting."""
+    max_queue_tokens: int | None = None
+    """Prompt and output tokens that these requests may need together, by default ``max_queue``
+    contexts."""
+    request_timeout_s: float = 600.0
+    """Longest life of a request, waiting included."""
+    drain_lead_s: float = 5.0
+    """Time after SIGTERM in which requests are served without being ready, for load balancers to
+    notice."""
+    drain_timeout_s: float = 120.0
+    """Time after that for running requests to end, while no more are accepted."""
+    metrics_all_experts: bool = False
+    """Count the tokens of every expert in ``/metrics``, not only of the busiest of each layer."""
+    metrics_prefix: str = "expertmesh:"
+    """Prefix of the names in ``/metrics``."""
+
+    def __post_init__(self) -> None:
+        taken: dict[int, str] = {}
+        for name in ("port", "grpc_port", "admin_port", "admin_grpc_port"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            check(0 <= value <= 65535, name, value, "must be a port number (0 to 65535)")
+            check(
+                value == 0 or value not in taken,
+                name,
+                value,
+                f"must differ from {taken.get(value)} ({value})",
+            )
+            taken[value] = name
+        check(1 <= self.max_n <= 128, "max_n", self.max_n, "must be 1 to 128")
+        counts = "max_queue max_queue_tokens num_gateway_replicas"
+        check_each(self, counts, is_at_least_1, "must be at least 1")
+        check_each(self, _LIMITS, is_positive, "must be above 0")
+        drain = "must not be negative or infinite"
+        check_each(self, "drain_lead_s drain_timeout_s", lambda s: 0 <= s < math.inf, drain)
+        for name in ("api_keys", "admin_keys"):
+            check(all(getattr(self, name)), name, "", "must not be empty")
+            object.__setattr__(self, name, tuple(map(hash_key, getattr(self, name))))
+        pair = "needs both tls_cert and tls_key"
+        check((self.tls_cert is None) is (self.tls_key is None), "tls_key", self.tls_key, pair)
+        needs = "needs tls_cert and tls_key"
+        has_ca = self.tls_client_ca is not None
+        check(not has_ca or self.has_tls, "tls_client_ca", self.tls_client_ca, needs)
+        is_name = _METRICS_PREFIX.fullmatch(self.metrics_prefix) is not None
+        rule = "must be letters, digits, _ and :, and not begin with a digit"
+        check(is_name, "metrics_prefix", self.metrics_prefix, rule)
+        check_choice("routing_policy", self.routing_policy, RoutingPolicyName)
+        check(
+            is_loopback(self.host) or self.asks_for_keys or self.allow_unauthenticated,
+            "host",
+            self.host,
+            "is public: give --api-key or --api-key-file, or say --allow-unauthenticated",
+        )
+        check(
+            is_loopback(self.admin_host) or self.asks_for_admin_keys,
+            "admin_host",
+            self.admin_host,
+            "is public: give --admin-key or --admin-key-file",
+        )
+
+    @property
+    def has_tls(self) -> bool:
+        """All ports speak TLS."""
+        return self.tls_cert is not None
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Clients must present a key."""
+        return bool(self.api_keys) or self.api_key_file is not None
+
+    @property
+    def asks_for_admin_keys(self) -> bool:
+        """The admin ports have keys of their own."""
+        return bool(self.admin_keys) or self.admin_key_file is not None

@@ -1,0 +1,173 @@
+"""CPU and GPU accounting: what each worker gets of the cluster's resources. Plain values.
+
+Example, one node of 2 CPUs and 3 workers: ``cpus_per_worker`` is 0.6666, each runs one thread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.config.cluster import WorkersSection
+from cluster.core.errors import ConfigError
+from cluster.core.node_labels import Place
+
+_GRAIN = 10_000
+"""Ray counts resources in ten-thousandths."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeResources:
+    """What one live node of the Ray cluster has."""
+
+    node_id: str
+    """Ray's id."""
+    address: str
+    """IP address, for people and for ordering."""
+    cpus: float
+    """CPUs in Ray's accounting."""
+    gpus: float = 0.0
+    """GPUs in Ray's accounting."""
+    place: Place = field(default_factory=Place)
+    """What its labels say."""
+
+
+def ids_by_address(nodes: Sequence[NodeResources]) -> dict[str, frozenset[str]]:
+    """Ids of the nodes at each address; a host that came back may be two nodes for a while."""
+    addresses = {n.address for n in nodes}
+    return {a: frozenset(n.node_id for n in nodes if n.address == a) for a in addresses}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerShare:
+    """What Ray sets aside for each worker."""
+
+    cpus: float
+    """CPUs, may be a fraction; 0 only where the cluster has none to give."""
+    gpus: float
+    """GPUs, may be a fraction."""
+    device: Literal["cpu", "cuda"]
+    """What the workers compute on."""
+
+    @property
+    def threads(self) -> int:
+        """Compute threads of one worker: whole cores, at least one."""
+        return max(1, math.floor(self.cpus))
+
+
+def resolved_share(workers: WorkersSection) -> WorkerShare:
+    """The share in a configuration that workers were started with: nothing is ``auto`` there."""
+    return WorkerShare(
+        cpus=workers.cpus_per_worker or 0.0,
+        gpus=workers.gpus_per_worker or 0.0,
+        device="cuda" if workers.device == "cuda" else "cpu",
+    )
+
+
+def nodes_for(role: str, nodes: Sequence[NodeResources]) -> tuple[NodeResources, ...]:
+    """Nodes that a role may run on: those labelled for it, else those that are labelled for none.
+
+    The same as ``node_labels.selector_for`` tells Ray.
+    """
+    mine = tuple(n for n in nodes if n.place.role == role)
+    return mine or tuple(n for n in nodes if not n.place.role)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pool:
+    """Workers that share nodes."""
+
+    num_workers: int
+    nodes: tuple[NodeResources, ...]
+
+
+def _pools(workers: WorkersSection, nodes: Sequence[NodeResources]) -> list[_Pool]:
+    """Roles that run on the same nodes are one pool; others have no node in common."""
+    counts: dict[tuple[NodeResources, ...], int] = {}
+    for role, number in workers.pools.items():
+        mine = nodes_for(role, nodes)
+        counts[mine] = counts.get(mine, 0) + number
+    return [_Pool(num_workers=count, nodes=mine) for mine, count in counts.items()]
+
+
+def plan_shares(
+    workers: WorkersSection, nodes: Sequence[NodeResources], free_cpus: float | None = None
+) -> WorkerShare:
+    """Each worker's share; defaults are made to fit, explicit values are checked.
+
+    ``free_cpus`` is what other users of a joined cluster leave; None when all is ours. Raises
+    ``ConfigError`` naming field, value and what there is.
+    """
+    pools = _pools(workers, nodes)
+    gpus = _gpu_share(workers, pools)
+    if workers.cpus_per_worker is not None:
+        cpus = workers.cpus_per_worker
+        for pool in pools:
+            _check_fit("cpus_per_worker", cpus, pool, "CPU", [n.cpus for n in pool.nodes])
+    else:
+        cpus = min(_largest_share([n.cpus for n in p.nodes], p.num_workers) for p in pools)
+        total = sum(n.cpus for n in nodes)
+        if free_cpus is not None and 0 <= free_cpus < total:
+            cpus = _round_down(cpus * free_cpus / total)
+    return WorkerShare(cpus=cpus, gpus=gpus, device="cuda" if gpus > 0 else "cpu")
+
+
+def _gpu_share(workers: WorkersSection, pools: Sequence[_Pool]) -> float:
+    """GPUs of one worker: explicit, or a whole one where there are enough, or a fraction."""
+    asked = workers.gpus_per_worker
+    if workers.device == "cpu":
+        if asked:
+            raise ConfigError("gpus_per_worker", asked, "must be 0 with device cpu")
+        return 0.0
+    if asked is not None:
+        if workers.device == "cuda" and asked == 0:
+            raise ConfigError("gpus_per_worker", asked, "must be above 0 with device cuda")
+        if asked > 1 and asked != int(asked):
+            raise ConfigError("gpus_per_worker", asked, "must be a whole number above 1")
+        for pool in pools:
+            _check_fit("gpus_per_worker", asked, pool, "GPU", [n.gpus for n in pool.nodes])
+        return asked
+    largest = [_largest_share([n.gpus for n in p.nodes], p.num_workers) for p in pools]
+    share = min(1.0, *largest)
+    if workers.device == "auto":
+        # NCCL refuses two ranks on one GPU, so a fraction is taken only when it is asked for.
+        return 1.0 if share == 1.0 else 0.0
+    if share == 0:
+        raise ConfigError("device", "cuda", "needs GPUs in the Ray cluster, it has none")
+    return share
+
+
+def _check_fit(field: str, value: float, pool: _Pool, what: str, amounts: Sequence[float]) -> None:
+    """Refuse a value of which a pool's workers do not fit on its nodes (each is on one node)."""
+    if value <= 0 or _room(amounts, value) >= pool.num_workers:
+        return
+    there = ", ".join(f"{n.address}: {a:g}" for n, a in zip(pool.nodes, amounts, strict=True))
+    raise ConfigError(
+        field,
+        f"{value:g}",
+        f"does not fit: {pool.num_workers} workers ask for {value * pool.num_workers:g} {what}s, "
+        f"the cluster has {sum(amounts):g} ({there or 'no node'})",
+    )
+
+
+def _largest_share(amounts: Sequence[float], num_workers: int) -> float:
+    """Largest equal share of which ``num_workers`` fit when each lies on one node.
+
+    Some node is used up exactly, so the answer is an amount divided by a whole number.
+    """
+    candidates = {
+        _round_down(amount / parts) for amount in amounts for parts in range(1, num_workers + 1)
+    }
+    return max((c for c in candidates if c > 0 and _room(amounts, c) >= num_workers), default=0.0)
+
+
+def _room(amounts: Sequence[float], share: float) -> int:
+    """Workers of ``share`` that fit on nodes of these amounts."""
+    grains = max(1, round(share * _GRAIN))
+    return sum(round(amount * _GRAIN) // grains for amount in amounts)
+
+
+def _round_down(value: float) -> float:
+    return math.floor(value * _GRAIN + 1e-6) / _GRAIN

@@ -1,0 +1,380 @@
+"""Draining: workers are emptied, leave the generation and end, and no request fails.
+
+    COPY    other workers read the experts whose only copies are there, from memory and while steps
+            run; then an epoch follows in which the others have all experts
+    MOVE    the workers take no new request; the gateways continue the running ones elsewhere
+    LEAVE   a generation without them runs
+    END     their processes end; new workers start in their places, after the drain of a node once
+            that node has left
+
+Up to LEAVE a drain can be undone. ``Draining`` decides the next step; the controller acts. A
+restarted controller continues the drain of an earlier one: the workers keep ``memory`` for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.controller.drain.cordon import Cordon, NodeIds
+from cluster.controller.drain.order import Drain, DrainOrder, DrainStep, SavedDrain
+from cluster.controller.parts.epoch_change import ChangeLimits, ChangeState
+from cluster.controller.parts.host import ControllerHost
+from cluster.controller.parts.operations import Operation, Operations, OperationState
+from cluster.controller.parts.worker_record import WorkerRecord
+from cluster.controller.rebalance.loop import Rebalancing
+from cluster.core.codec import from_plain, to_plain
+from cluster.core.errors import ConflictError, UnknownNameError
+from cluster.core.frames import ControlFrame, StatusRequest
+from cluster.core.states import WorkerState
+
+SIGNAL_LIMIT_S = 120.0
+"""Limit of a drain that a worker requested after SIGTERM."""
+GATHER_S = 0.3
+"""Time in which signals to the workers of one node count as one drain."""
+_TOO_LATE = (DrainStep.LEAVE, DrainStep.END, DrainStep.BACK)
+"""Steps after which a drain can no longer be undone."""
+
+
+class Draining:
+    """The drains of a cluster, one after the other. Owned by the controller."""
+
+    def __init__(
+        self, host: ControllerHost, operations: Operations, rebalancing: Rebalancing
+    ) -> None:
+        """No change of ``rebalancing`` begins or continues while a drain runs."""
+        self._host = host
+        self._rebalancing = rebalancing
+        self._operations = operations
+        self._drain: Drain | None = None
+        self._requested: dict[str, float] = {}
+        self._cordon = Cordon()
+
+    # ---- a restarted controller -----------------------------------------------------------
+
+    def memory(self) -> dict[str, Any]:
+        """Plain data for the next controller; ``restore`` takes it."""
+        drain = None if self._drain is None else to_plain(self._drain.saved())
+        return {"drain": drain, "cordon": self._cordon.memory()}
+
+    def restore(self, memory: Mapping[str, Any], now: float) -> None:
+        """Continue the drain of an earlier controller; the table has all workers already.
+
+        Copies of experts begin again; requests are held back at once if they were before.
+        """
+        self._cordon.restore(memory.get("cordon", {}))
+        known = memory.get("drain")
+        if not known:
+            return
+        saved = from_plain(known, SavedDrain)
+        operation = self._operations.find(saved.operation)
+        deadline = self._operations.deadline(operation, saved.order.limit_s)
+        drain = self._drain = saved.restored(operation, deadline)
+        table = self._host.workers
+        states = {table[n].state if n in table else WorkerState.LOST for n in drain.names}
+        if states == {WorkerState.DRAINED}:
+            drain.enter(DrainStep.LEAVE)
+        elif states & {WorkerState.LOST, WorkerState.DRAINED}:
+            text = f"{drain.operation.target}: lost before they had left"
+            self._end(drain, OperationState.FAILED, text, now)
+        elif drain.step is not DrainStep.BACK:
+            held = [r.name for r in self._records(drain) if r.member.runs_attention]
+            self._host.hold_back(held, drain.step is DrainStep.MOVE)
+            drain.enter(DrainStep.SETTLE)
+
+    # ---- orders ---------------------------------------------------------------------------
+
+    def begin(self, order: DrainOrder, now: float) -> Operation:
+        """Begin to drain, or find the operation that the same request began.
+
+        Raises ``UnknownNameError`` and ``ConflictError``; nothing has changed then.
+        """
+        before = self._operations.asked_before(order.request_id, order.asked)
+        if before is not None:
+            return before
+        epoch = self._host.placement.epoch
+        if order.expected_epoch not in (None, epoch):
+            text = f"placement epoch {epoch} is in force, not {order.expected_epoch}"
+            raise ConflictError(text)
+        return self._begin(self._named(order), order, now)
+
+    def requested(self, name: str, now: float) -> None:
+        """A worker received SIGTERM and requests a drain."""
+        if name not in self._requested and not self._is_under_way(name):
+            self._requested[name] = now
+
+    def cancel(self, operation: Operation, now: float) -> None:
+        """Undo a drain. Raises ``ConflictError`` if it is too late."""
+        drain = self._drain
+        if drain is None or drain.operation is not operation:
+            raise ConflictError(f"{operation.id} has ended")
+        if drain.step is DrainStep.BACK:
+            raise ConflictError(f"{operation.id} is being taken back already")
+        if drain.step in (DrainStep.LEAVE, DrainStep.END):
+            raise ConflictError(f"{operation.target} has left already")
+        self._undo(drain, OperationState.CANCELLED, "cancelled", now)
+
+    # ---- events ---------------------------------------------------------------------------
+
+    def frame(self, name: str, frame: ControlFrame, now: float) -> bool:
+        """A frame about a change of the placement; False if it is about another change."""
+        drain = self._drain
+        if drain is None or drain.change is None:
+            return False
+        drain.change.frame(name, frame, now)
+        self._advance(drain, now)
+        return True
+
+    def lost(self, reasons: Mapping[str, str], now: float) -> None:
+        """Workers were lost (name -> reason)."""
+        for name in reasons:
+            self._requested.pop(name, None)
+        drain = self._drain
+        if drain is None or drain.step in _TOO_LATE:
+            return
+        gone = sorted(set(drain.names) & set(reasons))
+        if gone:
+            text = f"{gone[0]} was lost before it had left: {reasons[gone[0]]}"
+            self._undo(drain, OperationState.FAILED, text, now)
+
+    def ended(self, names: Sequence[str], now: float) -> None:
+        """Processes of workers have ended."""
+        drain = self._drain
+        if drain is not None and drain.step is DrainStep.END and set(drain.names) <= set(names):
+            self._finish(drain, now)
+
+    def nodes_alive(self, nodes: NodeIds) -> None:
+        """The living nodes: fill the places of nodes that have left."""
+        gone = self._cordon.take_gone(nodes)
+        self._host.refill(gone)
+        if gone:
+            self._host.remember()
+
+    def tick(self, now: float) -> None:
+        """Time has passed: take the next step if the last one is done."""
+        if self._drain is None:
+            self._begin_requested(now)
+        drain = self._drain
+        if drain is None:
+            return
+        if not self._host.takes_orders:
+            self._end(drain, OperationState.FAILED, "the cluster is ending", now)
+            return
+        self._advance(drain, now)
+        if self._drain is drain and now > drain.deadline:
+            self._past_limit(drain, now)
+
+    # ---- which workers ----------------------------------------------------------------------
+
+    def _begin_requested(self, now: float) -> None:
+        """The next drain that workers requested, once all workers of their node had time to."""
+        if not self._requested or now - min(self._requested.values()) < GATHER_S:
+            return
+        if self._operations.running is not None or not self._host.runs:
+            return
+        names = tuple(sorted(self._requested))
+        self._requested.clear()
+        try:
+            self._begin(names, DrainOrder(limit_s=SIGNAL_LIMIT_S), now)
+        except ConflictError as err:
+            self._host.note(f"{' and '.join(names)} got a signal to end", f"go on: {err}", now)
+
+    def _begin(self, names: tuple[str, ...], order: DrainOrder, now: float) -> Operation:
+        self._operations.check_free()
+        if not self._host.takes_orders:
+            raise ConflictError("the cluster is starting or ending")
+        self._check(names)
+        operation = self._operations.begin(
+            "drain", " and ".join(names), now, order.request_id, order.asked
+        )
+        self._drain = Drain(
+            operation=operation, names=names, order=order, deadline=now + order.limit_s
+        )
+        self._enter(self._drain, DrainStep.SETTLE)
+        self._advance(self._drain, now)
+        return operation
+
+    def _named(self, order: DrainOrder) -> tuple[str, ...]:
+        """The workers that an order names. Raises ``UnknownNameError`` and ``ConflictError``."""
+        workers = self._host.workers
+        if order.worker:
+            if order.worker not in workers:
+                raise UnknownNameError(f"there is no worker {order.worker[:64]!r}")
+            return (order.worker,)
+        on_node = [r for r in workers if r.member.node == order.node]
+        if not on_node:
+            raise UnknownNameError(f"there is no worker on a node {order.node[:64]!r}")
+        names = tuple(r.name for r in on_node if not r.is_lost)
+        if not names:
+            raise ConflictError(f"no worker is left on {order.node}")
+        return names
+
+    def _check(self, names: Sequence[str]) -> None:
+        """Raise ``ConflictError`` if the cluster cannot do without these workers."""
+        host = self._host
+        for name in names:
+            record = host.workers[name]
+            if record.state not in (WorkerState.SERVING, WorkerState.READY):
+                raise ConflictError(f"{name} is {record.state.value}")
+        members = host.generation.members
+        if not any(m.runs_attention for m in members if m.name not in names):
+            last = [n for n in names if host.workers[n].member.runs_attention]
+            if not last:
+                raise ConflictError("no attention worker is left: nothing runs without it")
+            raise ConflictError(f"{last[0]} is the last attention worker: start another one first")
+        if devices := self._devices(names):
+            host.stage_without(devices)
+
+    def _devices(self, names: Sequence[str]) -> frozenset[int]:
+        """Devices of those workers that hold experts."""
+        members = self._host.generation.members
+        return frozenset(m.device for m in members if m.name in names and m.holds_experts)
+
+    def _is_under_way(self, name: str) -> bool:
+        return self._drain is not None and name in self._drain.names
+
+    def _records(self, drain: Drain) -> list[WorkerRecord]:
+        return [self._host.workers[name] for name in drain.names]
+
+    # ---- steps ----------------------------------------------------------------------------
+
+    def _advance(self, drain: Drain, now: float) -> None:
+        host = self._host
+        if drain.step is DrainStep.SETTLE and host.runs and self._rebalancing.is_idle:
+            self._check_again(drain, now)
+        elif drain.step is DrainStep.COPY:
+            self._watch_copies(drain, now)
+        elif drain.step is DrainStep.MOVE:
+            if host.runs and all(map(self._is_empty, self._records(drain))):
+                self._leave(drain, now)
+            else:
+                for name in drain.names:
+                    host.send(name, StatusRequest(token=0))
+        elif drain.step is DrainStep.BACK:
+            self._watch_return(drain, now)
+        elif drain.step is DrainStep.LEAVE and host.runs:
+            drain.operation.generation = host.generation.number
+            self._enter(drain, DrainStep.END)
+            host.end(drain.names)
+
+    def _check_again(self, drain: Drain, now: float) -> None:
+        """Begin to copy or to move; the cluster may have changed since the order."""
+        try:
+            self._check(drain.names)
+        except ConflictError as err:
+            self._undo(drain, OperationState.FAILED, str(err), now)
+            return
+        devices = self._devices(drain.names)
+        stage = self._host.stage_without(devices) if devices else None
+        if stage is None or not stage.fills:
+            self._move(drain, now)
+            return
+        if drain.before is None:
+            drain.before, drain.copied_in = self._host.placement, self._host.generation.number
+        self._enter(drain, DrainStep.COPY)
+        drain.operation.result["experts_copied"] = len(stage.fills)
+        limits = ChangeLimits(limit_s=max(drain.deadline - now, 0.1))
+        drain.change = self._rebalancing.begin_change(stage, limits, now)
+        self._watch_copies(drain, now)
+
+    def _watch_copies(self, drain: Drain, now: float) -> None:
+        """Continue when the others have the experts; begin again after a generation change."""
+        change = drain.change
+        assert change is not None, "copying is a change of the placement"
+        generation = self._host.generation.number
+        change.tick(now)
+        if not change.is_over:
+            return
+        drain.change = None
+        moved, took_s = len(change.stage.fills), now - change.began_at
+        if change.state is ChangeState.DONE:
+            self._host.metrics.moved("drain", moved, change.num_bytes, took_s)
+            self._move(drain, now)
+        elif change.generation.number != generation or not self._host.runs:
+            self._enter(drain, DrainStep.SETTLE)
+        else:
+            text = f"the experts could not be copied: {change.reason}"
+            self._undo(drain, OperationState.FAILED, text, now)
+
+    def _move(self, drain: Drain, now: float) -> None:
+        held = [r for r in self._records(drain) if r.member.runs_attention]
+        drain.operation.result["requests_moved"] = sum(map(_num_requests, held))
+        for record in held:
+            record.stats.clear()  # only later numbers count
+        self._host.hold_back([r.name for r in held], True)
+        self._enter(drain, DrainStep.MOVE)
+
+    def _is_empty(self, record: WorkerRecord) -> bool:
+        if not record.member.runs_attention:
+            return True
+        return "num_requests_running" in record.stats and _num_requests(record) == 0
+
+    def _leave(self, drain: Drain, now: float) -> None:
+        try:
+            self._check(drain.names)  # others may have been lost meanwhile
+        except ConflictError as err:
+            self._undo(drain, OperationState.FAILED, str(err), now)
+            return
+        devices = self._devices(drain.names)
+        if devices and self._host.stage_without(devices).fills:
+            drain.enter(DrainStep.SETTLE)  # copies were lost meanwhile
+            return
+        drain.enter(DrainStep.LEAVE)
+        self._host.leave(drain.names, f"drained {' and '.join(drain.names)}", now)
+
+    def _past_limit(self, drain: Drain, now: float) -> None:
+        if drain.step in _TOO_LATE:
+            return  # the drain can no longer be undone, and the controller has limits of its own
+        if not (drain.order.force and drain.step is DrainStep.MOVE):
+            text = f"could not {drain.step.value} within {drain.order.limit_s:g} s"
+            self._undo(drain, OperationState.FAILED, text, now)
+        elif self._host.runs:
+            self._leave(drain, now)
+
+    def _finish(self, drain: Drain, now: float) -> None:
+        drain.operation.result["workers"] = list(drain.names)
+        if drain.order.node:  # the node will be taken down, see ``nodes_alive``
+            self._cordon.add(drain.names, drain.order.node)
+        else:
+            self._host.refill(drain.names)
+        self._end(drain, OperationState.SUCCEEDED, f"{drain.operation.target} is drained", now)
+
+    def _undo(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
+        """Take requests again, and restore the maps from before the drain if it changed them."""
+        host = self._host
+        alive = [r.name for r in self._records(drain) if not r.is_lost]
+        host.hold_back(alive, False)
+        if drain.change is not None:
+            drain.change.cancel("the drain was given up")
+        back = drain.way_back(host.placement, host.generation)
+        is_whole = host.runs and len(alive) == len(drain.names)
+        if drain.change is not None or back is None or not is_whole:
+            self._end(drain, state, text, now)
+            return
+        drain.outcome = (state, text)
+        self._enter(drain, DrainStep.BACK)
+        drain.change = self._rebalancing.begin_change(back, ChangeLimits(), now)
+
+    def _watch_return(self, drain: Drain, now: float) -> None:
+        """End when the old maps are in force; a new generation ends it, too."""
+        assert drain.outcome is not None, "it is taken back for a reason"
+        if drain.change is not None:
+            drain.change.tick(now)
+            if drain.change.is_over:
+                self._end(drain, *drain.outcome, now)
+        elif (self._host.runs and self._rebalancing.is_idle) or now > drain.deadline:
+            self._undo(drain, *drain.outcome, now)  # an earlier controller began it
+
+    def _enter(self, drain: Drain, step: DrainStep) -> None:
+        drain.enter(step)
+        self._host.remember()
+
+    def _end(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
+        self._drain = None
+        self._operations.end(drain.operation, state, text, now)
+
+
+def _num_requests(record: WorkerRecord) -> int:
+    """Requests that run or wait at an attention worker, by its last numbers."""
+    numbers = (record.stats.get(f"num_requests_{kind}", 0.0) for kind in ("running", "waiting"))
+    return int(sum(numbers))

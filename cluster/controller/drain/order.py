@@ -1,0 +1,127 @@
+"""Drain orders and their progress: plain values that a restarted controller can read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from cluster.controller.parts.epoch_change import EpochChange
+from cluster.controller.parts.operations import Operation, OperationState
+from cluster.core.codec import Message
+from cluster.core.placement import ExpertPlacement
+from cluster.core.topology import Generation
+from cluster.planner.stages import SlotFill, Stage
+
+
+class DrainOrder(Message, frozen=True, kw_only=True):
+    """Which workers to drain."""
+
+    worker: str = ""
+    """Name of one worker."""
+    node: str = ""
+    """Name of a node: all its workers."""
+    limit_s: float
+    """Time in which the workers must have left."""
+    force: bool = False
+    """After the limit the workers leave in any case."""
+    request_id: str = ""
+    """Begins one operation, however often it is sent."""
+    expected_epoch: int | None = None
+    """Placement epoch that must be in force."""
+
+    @property
+    def asked(self) -> str:
+        """Content of the request, for ``Operation.asked``."""
+        return f"worker {self.worker}, node {self.node}, force {self.force}"
+
+
+class DrainStep(Enum):
+    """What a drain waits for; the value is for people."""
+
+    SETTLE = "wait for a running generation"
+    COPY = "copy experts to other workers"
+    MOVE = "move requests to other workers"
+    LEAVE = "form a generation without"
+    END = "end the processes"
+    BACK = "take it back"
+
+
+@dataclass(kw_only=True, slots=True)
+class Drain:
+    """A running drain."""
+
+    operation: Operation
+    names: tuple[str, ...]
+    order: DrainOrder
+    deadline: float
+    """Monotonic time at which the drain is undone."""
+    step: DrainStep = DrainStep.SETTLE
+    before: ExpertPlacement | None = None
+    """The maps from before the drain; None if it has changed none."""
+    copied_in: int = 0
+    """Generation of those maps: until it ends the workers hold what they name."""
+    change: EpochChange | None = None
+    """The change of the maps under way."""
+    outcome: tuple[OperationState, str] | None = None
+    """How and why the drain ends once it is undone."""
+
+    def enter(self, step: DrainStep) -> None:
+        """Begin the next step."""
+        self.step = step
+        self.operation.phase = step.value
+        self.operation.progress = list(DrainStep).index(step) / len(DrainStep)
+
+    def way_back(self, now: ExpertPlacement, generation: Generation) -> Stage | None:
+        """From the maps in force to those from before the drain; None if no change is needed."""
+        before = self.before
+        if before is None or before.banks == now.banks:
+            return None
+        wanted = _slots(before)
+        if {device for _, device, _, _ in wanted} - {m.device for m in generation.experts}:
+            return None  # some of them have left
+        kept = wanted if generation.number == self.copied_in else _slots(now)
+        fills = [
+            SlotFill(
+                bank=bank,
+                device=device,
+                slot=slot,
+                expert=expert,
+                sources=now.banks[bank].holders(expert),
+            )
+            for bank, device, slot, expert in sorted(wanted - kept)
+        ]
+        return Stage(fills=tuple(fills), placement=before)
+
+    def saved(self) -> SavedDrain:
+        """The values for the next controller, which computes the deadline from the operation."""
+        names = (f for f in SavedDrain.__struct_fields__ if f != "operation")
+        values = {name: getattr(self, name) for name in names}
+        return SavedDrain(operation=self.operation.id, **values)
+
+
+class SavedDrain(Message, frozen=True, kw_only=True):
+    """A ``Drain`` without the change under way."""
+
+    operation: str
+    """Its id."""
+    names: tuple[str, ...]
+    order: DrainOrder
+    step: DrainStep
+    copied_in: int
+    before: ExpertPlacement | None
+    outcome: tuple[OperationState, str] | None
+
+    def restored(self, operation: Operation, deadline: float) -> Drain:
+        """The drain, with no change under way."""
+        names = (f for f in self.__struct_fields__ if f != "operation")
+        values = {name: getattr(self, name) for name in names}
+        return Drain(operation=operation, deadline=deadline, **values)
+
+
+def _slots(placement: ExpertPlacement) -> set[tuple[int, int, int, int]]:
+    """(bank, device, slot, expert) of every copy."""
+    return {
+        (bank, device, slot, expert)
+        for bank, maps in enumerate(placement.banks)
+        for device, slot, expert in maps.copies()
+    }

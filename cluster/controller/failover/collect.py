@@ -1,0 +1,241 @@
+"""A restarted controller collects the reports of the workers and derives the cluster's state.
+
+    every worker that still lives calls: Register, WorkerReady, WorkerReport (and PeerLost if it
+    lost one)
+        ─▶ the newest generation that any of them knows, its maps, the highest term + 1
+        ─▶ all its members run it: it goes on.   Otherwise: the next generation, of those that live
+
+The workers also keep state that only the controller needs (the history, lost workers and reasons):
+they receive it in a ``ControllerSnapshot`` and return it in ``WorkerReport``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.controller.parts.event_log import History
+from cluster.controller.parts.worker_record import WorkerRecord
+from cluster.controller.parts.worker_table import WorkerTable
+from cluster.core.codec import Message, from_plain, to_plain
+from cluster.core.errors import ProtocolError
+from cluster.core.frames import (
+    ControlFrame,
+    DrainRequest,
+    GenerationReady,
+    LoadProgress,
+    PeerLost,
+    Register,
+    WorkerReady,
+    WorkerReport,
+)
+from cluster.core.placement import ExpertPlacement
+from cluster.core.states import WorkerState
+from cluster.core.topology import Generation, Member
+
+_KEPT_ENTRIES = 64
+_NO_GENERATION = Generation(number=0, members=())
+
+
+@dataclass(slots=True)
+class Greeting:
+    """Frames of one worker since it reached the restarted controller."""
+
+    register: Register | None = None
+    loading: LoadProgress | None = None
+    ready: WorkerReady | None = None
+    report: WorkerReport | None = None
+    asks_for_drain: bool = False
+    """It received SIGTERM and requests a drain."""
+
+    def take(self, frame: ControlFrame) -> None:
+        """Record a frame; frames that only matter later are ignored."""
+        match frame:
+            case Register():
+                self.register = frame
+            case LoadProgress():
+                self.loading = frame
+            case WorkerReady():
+                self.ready = frame
+            case WorkerReport():
+                self.report = frame
+            case DrainRequest():
+                self.asks_for_drain = True
+
+    @property
+    def generation(self) -> Generation:
+        """The newest generation that it knows; number 0 if none."""
+        known = self.report.generation if self.report is not None else None
+        return known or _NO_GENERATION
+
+    @property
+    def is_whole(self) -> bool:
+        """It has registered and reported."""
+        return self.register is not None and self.report is not None
+
+    def runs(self, number: int) -> bool:
+        """It runs that generation now."""
+        is_running = self.report is not None and self.report.running
+        return is_running and self.generation.number == number
+
+
+class LostWorker(Message, frozen=True, kw_only=True):
+    """A worker that was lost or drained."""
+
+    member: Member
+    state: WorkerState
+    """Its last state."""
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CollectedState:
+    """The cluster as the workers know it."""
+
+    term: int
+    """For the new controller: above every term that a worker has followed."""
+    generation: Generation
+    """The newest generation that any worker knows."""
+    placement: ExpertPlacement
+    greetings: Mapping[str, Greeting]
+    """Workers that have called, by name."""
+    memory: Mapping[str, Any]
+    """The last ``ControllerSnapshot`` of the earlier controller; empty if there was none."""
+
+    @property
+    def is_intact(self) -> bool:
+        """Every member runs the newest generation."""
+        number = self.generation.number
+        names = [m.name for m in self.generation.members]
+        return all(n in self.greetings and self.greetings[n].runs(number) for n in names)
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """All workers that are known, lost ones included: attention first, then by rank."""
+        known = {w.member.name: w.member for w in self.lost}
+        known |= {m.name: m for m in self.generation.members}
+        for name, greeting in self.greetings.items():
+            if greeting.register is not None:
+                known.setdefault(name, greeting.register.member)
+        return tuple(sorted(known.values(), key=lambda m: (m.role, m.rank, m.name)))
+
+    @property
+    def lost(self) -> tuple[LostWorker, ...]:
+        """Workers that the earlier controller had lost or drained."""
+        return tuple(from_plain(entry, LostWorker) for entry in self.memory.get("lost", ()))
+
+
+class ReportCollector:
+    """Collects frames of workers. Times are monotonic seconds, one thread only."""
+
+    def __init__(
+        self, expected: Iterable[str], now: float, *, limit_s: float, confirm_s: float
+    ) -> None:
+        """``expected`` are workers whose processes were found. The wait for a worker that a peer
+        reported as lost ends after ``confirm_s``, for any other after ``limit_s``.
+        """
+        self._expected = set(expected)
+        self._greetings: dict[str, Greeting] = {}
+        self._deadline = now + limit_s
+        self._confirm_s = confirm_s
+        self._suspected_at: dict[str, float] = {}
+
+    def frame(self, name: str, frame: ControlFrame, now: float) -> None:
+        """A worker sent a frame. Raises ``ProtocolError`` for an unknown worker."""
+        if name not in self._expected:
+            raise ProtocolError(f"{name} is no worker of this cluster")
+        self._greetings.setdefault(name, Greeting()).take(frame)
+        if isinstance(frame, PeerLost):
+            self._suspected_at.setdefault(frame.worker, now)
+
+    def gone(self, name: str) -> None:
+        """A worker's connection or process ended."""
+        self._greetings.pop(name, None)
+        self._expected.discard(name)
+
+    def is_complete(self, now: float) -> bool:
+        """No report is awaited any more."""
+        return now >= self._deadline or not any(self._is_awaited(n, now) for n in self._expected)
+
+    def result(self) -> CollectedState | None:
+        """The state in the reports; None if no generation was ever formed."""
+        whole = {n: g for n, g in self._greetings.items() if g.is_whole}
+        reports = [g.report for g in whole.values() if g.report is not None]
+        formed = [
+            (generation, placement)
+            for generation, placement in ((r.generation, r.placement) for r in reports)
+            if placement is not None
+        ]
+        if not formed:
+            return None
+        generation, placement = max(
+            formed, key=lambda known: ((known[0] or _NO_GENERATION).number, known[1].epoch)
+        )
+        return CollectedState(
+            term=max(r.term for r in reports) + 1,
+            generation=generation or _NO_GENERATION,
+            placement=placement,
+            greetings=whole,
+            memory=max((r.memory for r in reports), key=lambda m: int(m.get("version", 0))),
+        )
+
+    def _is_awaited(self, name: str, now: float) -> bool:
+        if self._greetings.get(name, Greeting()).is_whole:
+            return False
+        suspected_at = self._suspected_at.get(name)
+        return suspected_at is None or now - suspected_at < self._confirm_s
+
+
+def make_memory(
+    history: History, workers: Iterable[WorkerRecord], notes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """State for the next controller that workers do not know themselves."""
+    lost = [
+        LostWorker(member=r.member, state=r.state, reason=r.reason) for r in workers if r.is_lost
+    ]
+    return {
+        "history": history.to_list()[-_KEPT_ENTRIES:],
+        "lost": to_plain(lost),
+        "notes": dict(notes),
+    }
+
+
+def restore_workers(table: WorkerTable, collected: CollectedState) -> None:
+    """Update the records of a new table from the reports; missing workers stay unchanged."""
+    for worker in collected.lost:
+        record = table[worker.member.name]
+        record.state, record.reason = worker.state, worker.reason  # restored, not a change
+    number = collected.generation.number
+    members = {m.name for m in collected.generation.members}
+    for name, greeting in collected.greetings.items():
+        record = table[name]
+        if record.is_lost:
+            continue  # it learns so with its next frame
+        assert greeting.register is not None
+        record.register(greeting.register)
+        if greeting.loading is not None:
+            record.load(greeting.loading)
+        if greeting.ready is None:
+            continue
+        record.ready(greeting.ready)
+        table.learn_model(record)
+        if name in members and greeting.runs(number):
+            record.enter(WorkerState.SERVING)
+
+
+def reported_answers(collected: CollectedState) -> Sequence[tuple[str, GenerationReady]]:
+    """The members' reports as answers to the newest generation."""
+    members = {m.name for m in collected.generation.members}
+    return [
+        (
+            name,
+            GenerationReady(
+                generation=collected.generation.number,
+                highest_step=greeting.report.highest_step,
+                highest_epoch=greeting.report.highest_epoch,
+            ),
+        )
+        for name, greeting in collected.greetings.items()
+        if name in members and greeting.report is not None
+    ]

@@ -1,0 +1,272 @@
+"""One change of the placement while serving: load, tell every member, switch at one step.
+
+    LOAD      weights go into free slots, in the background, from other workers' memory
+    PREPARE   every member learns the maps of the new epoch
+    SWITCH    the leader's next header names the new epoch; afterwards the old one never runs
+
+Up to SWITCH nothing has changed: a change that fails before is abandoned, and the epoch in force
+stays. A new generation ends the change at any point: the controller's own placement is then the old
+one or the new one, and every member can run either, because only a later change overwrites what the
+old one needs. ``EpochChange`` decides the next step; its owner acts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from cluster.core.frames import (
+    ControlFrame,
+    EpochReady,
+    EpochSwitched,
+    ExpertsLoaded,
+    LoadExperts,
+    NewEpoch,
+    SwitchEpoch,
+)
+from cluster.core.placement import ExpertPlacement
+from cluster.core.topology import Generation, Member
+from cluster.planner.stages import SlotFill, Stage
+
+CHECKPOINT = -1
+"""Stands for the checkpoint among devices that an expert may come from."""
+
+
+class ChangeState(Enum):
+    """What a change waits for; the value is for people."""
+
+    LOAD = "load experts"
+    PREPARE = "tell the workers"
+    SWITCH = "switch at one step"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class ChangeHost(Protocol):
+    """What a change needs of the controller."""
+
+    placement: ExpertPlacement
+
+    @property
+    def generation(self) -> Generation:
+        """The newest generation."""
+
+    def send(self, name: str, frame: ControlFrame) -> None:
+        """Send to a worker."""
+
+    def come_into_force(self, placement: ExpertPlacement) -> None:
+        """A step runs in this placement."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChangeLimits:
+    """Limits of a change."""
+
+    limit_s: float = 120.0
+    """Time until the switch."""
+    bytes_per_s: float | None = None
+    """Rate at which each worker takes weights in; None is no limit."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Order:
+    """A load order under way."""
+
+    member: Member
+    source: int
+    fills: list[SlotFill]
+    tried: frozenset[int] = field(default_factory=frozenset)
+
+
+class EpochChange:
+    """One change. ``now`` is in monotonic seconds."""
+
+    def __init__(
+        self,
+        host: ChangeHost,
+        stage: Stage,
+        numbers: Iterator[int],
+        limits: ChangeLimits,
+        now: float,
+    ) -> None:
+        """``numbers`` yields numbers of load orders, each used once in the life of the cluster."""
+        self.state = ChangeState.LOAD
+        self.reason = ""
+        """Why it failed."""
+        self.num_bytes = 0
+        """Bytes loaded so far."""
+        self.num_loaded = 0
+        """Experts that are in their slots."""
+        self.stage = stage
+        self._host = host
+        self._numbers = numbers
+        self._limits = limits
+        self._generation = host.generation
+        self._base = host.placement
+        self.began_at = now
+        """Monotonic seconds."""
+        self._deadline = now + limits.limit_s
+        self._orders: dict[int, _Order] = {}
+        self._unready: set[str] = set()
+        self._start(now)
+
+    @property
+    def generation(self) -> Generation:
+        """The generation in which the change began."""
+        return self._generation
+
+    @property
+    def is_over(self) -> bool:
+        """The change succeeded or failed."""
+        return self.state in (ChangeState.DONE, ChangeState.FAILED)
+
+    @property
+    def loading(self) -> list[dict[str, str]]:
+        """The transfers under way: ``worker`` and ``from``, both by name."""
+        names = {m.device: m.name for m in self._generation.experts}
+        return [
+            {"worker": o.member.name, "from": names.get(o.source, "checkpoint")}
+            for o in self._orders.values()
+        ]
+
+    # ---- events ---------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """Time has passed."""
+        if self.is_over:
+            return
+        if self._host.generation.number != self._generation.number:
+            self._fail(f"generation {self._host.generation.number} began")
+        elif now > self._deadline and self.state is not ChangeState.SWITCH:
+            self._fail(f"could not {self.state.value} within {self._limits.limit_s:g} s")
+
+    def cancel(self, reason: str) -> bool:
+        """Abandon the change; False if it is too late."""
+        if self.state is ChangeState.SWITCH or self.is_over:
+            return False
+        self._fail(reason)
+        return True
+
+    def frame(self, name: str, frame: ControlFrame, now: float) -> None:
+        """A worker sent a frame about a change of the placement, this or an earlier one."""
+        match frame:
+            case ExpertsLoaded():
+                self.loaded(name, frame, now)
+            case EpochReady():
+                self.ready(name, frame)
+            case EpochSwitched():
+                self.switched(frame)
+
+    def loaded(self, name: str, frame: ExpertsLoaded, now: float) -> None:
+        """A worker has carried out a load order, or failed to."""
+        order = self._orders.get(frame.order)
+        if self.state is not ChangeState.LOAD or order is None or order.member.name != name:
+            return
+        del self._orders[frame.order]
+        self.num_bytes += frame.num_bytes
+        if frame.error and order.source == CHECKPOINT:
+            self._fail(f"{name}: {frame.error}")
+        elif frame.error:
+            tried = order.tried | {order.source}
+            self._order_all(order.member, order.fills, tried, now)
+        else:
+            self.num_loaded += len(order.fills)
+        if self.state is ChangeState.LOAD and not self._orders:
+            self._prepare()
+
+    def ready(self, name: str, frame: EpochReady) -> None:
+        """A worker can run the new epoch, or reports why not."""
+        is_ours = (frame.generation, frame.epoch) == (
+            self._generation.number,
+            self.stage.placement.epoch,
+        )
+        if self.state is not ChangeState.PREPARE or not is_ours:
+            return
+        if frame.error:
+            self._fail(f"{name}: {frame.error}")
+            return
+        self._unready.discard(name)
+        if not self._unready:
+            self._switch()
+
+    def switched(self, frame: EpochSwitched) -> None:
+        """The leader's header names the new epoch."""
+        is_ours = (frame.generation, frame.epoch) == (
+            self._host.generation.number,
+            self.stage.placement.epoch,
+        )
+        if self.state is ChangeState.SWITCH and is_ours:
+            self.state = ChangeState.DONE
+            self._host.come_into_force(self.stage.placement)
+
+    # ---- steps ----------------------------------------------------------------------------
+
+    def _start(self, now: float) -> None:
+        for member in self._generation.experts:
+            fills = [f for f in self.stage.fills if f.device == member.device]
+            self._order_all(member, fills, frozenset(), now)
+        if not self._orders:
+            self._prepare()
+
+    def _order_all(
+        self, member: Member, fills: Sequence[SlotFill], tried: frozenset[int], now: float
+    ) -> None:
+        """One order for each source, with sources used as evenly as possible."""
+        by_source: dict[int, list[SlotFill]] = {}
+        used = Counter({o.source: len(o.fills) for o in self._orders.values()})
+        alive = {m.device for m in self._generation.experts}
+        for fill in fills:
+            able = [d for d in fill.sources if d in alive and d not in tried]
+            source = min(able, key=lambda d: (used[d], d), default=CHECKPOINT)
+            used[source] += 1
+            by_source.setdefault(source, []).append(fill)
+        for source, own in by_source.items():
+            number = next(self._numbers)
+            self._orders[number] = _Order(member=member, source=source, fills=own, tried=tried)
+            experts = [[f.bank, f.slot, f.expert] for f in own]
+            order = LoadExperts(order=number, experts=experts, source=self._source(source, now))
+            self._host.send(member.name, order)
+
+    def _source(self, device: int, now: float) -> dict[str, object]:
+        limits: dict[str, object] = {"limit_s": max(self._deadline - now, 0.1)}
+        if self._limits.bytes_per_s is not None:
+            limits["bytes_per_s"] = self._limits.bytes_per_s
+        if device == CHECKPOINT:
+            return {"kind": "checkpoint", **limits}
+        peer = next(m for m in self._generation.experts if m.device == device)
+        return {"kind": "peer", "peer": peer.name, "address": peer.weights_address, **limits}
+
+    def _prepare(self) -> None:
+        self.state = ChangeState.PREPARE
+        before, after = self._base.banks, self.stage.placement.banks
+        changed = tuple(
+            (place, new)
+            for place, (old, new) in enumerate(zip(before, after, strict=True))
+            if old != new
+        )
+        frame = NewEpoch(
+            generation=self._generation.number,
+            epoch=self.stage.placement.epoch,
+            base_epoch=self._base.epoch,
+            banks=changed,
+        )
+        self._unready = {m.name for m in self._generation.members}
+        for member in self._generation.members:
+            self._host.send(member.name, frame)
+
+    def _switch(self) -> None:
+        self.state = ChangeState.SWITCH
+        epoch = self.stage.placement.epoch
+        order = SwitchEpoch(generation=self._generation.number, epoch=epoch, oldest_epoch=epoch)
+        self._host.send(self._generation.leader.name, order)
+
+    def _fail(self, reason: str) -> None:
+        self.state = ChangeState.FAILED
+        self.reason = reason
+        for name in sorted({o.member.name for o in self._orders.values()}):
+            order = LoadExperts(order=next(self._numbers), experts=[], source={"kind": "give up"})
+            self._host.send(name, order)
+        self._orders.clear()

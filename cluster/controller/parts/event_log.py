@@ -1,0 +1,61 @@
+"""History of the cluster, newest last: generation, time of day, cause and effect."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+_KEPT = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HistoryEntry:
+    """One change of the cluster."""
+
+    generation: int
+    """Generation that resulted."""
+    time: float
+    """Time of day, seconds since 1970."""
+    cause: str
+    effect: str
+    took_s: float | None = None
+    """Seconds until the generation ran; None if none resulted."""
+
+
+class History:
+    """The last changes, bounded."""
+
+    def __init__(self, wall_time_offset_s: float) -> None:
+        """``wall_time_offset_s`` added to a monotonic time is the time of day."""
+        self._offset_s = wall_time_offset_s
+        self._entries: deque[HistoryEntry] = deque(maxlen=_KEPT)
+
+    def restore(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Entries of an earlier controller, as ``to_list`` returned them."""
+        self._entries.extend(HistoryEntry(**entry) for entry in entries)
+
+    def add(self, generation: int, now: float, cause: str, effect: str) -> None:
+        """Record a change."""
+        time = round(now + self._offset_s, 3)
+        self._entries.append(
+            HistoryEntry(generation=generation, time=time, cause=cause, effect=effect)
+        )
+
+    def runs(self, generation: int, first_step: int, now: float) -> None:
+        """Record that ``generation`` runs now."""
+        places = [i for i, e in enumerate(self._entries) if e.generation == generation]
+        place = places[0] if places else len(self._entries) - 1
+        entry = self._entries[place]
+        took_s = round(now + self._offset_s - entry.time, 3)
+        self._entries[place] = replace(
+            entry,
+            generation=generation,
+            took_s=took_s,
+            effect=f"{entry.effect}; runs from step {first_step} after {took_s:.3f} s",
+        )
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """All kept entries, oldest first, fit for JSON."""
+        return [asdict(e) for e in self._entries]

@@ -1,0 +1,111 @@
+"""Prometheus metrics of the controller: rebalancing, moved weights, recoveries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+from prometheus_client import Counter, Histogram
+
+from cluster.core.metric_families import PlainFamily, new_registry, to_plain
+from cluster.core.topology import Member, Role
+
+MoveReason = Literal["rebalance", "recovery", "drain"]
+"""The load asked for it; a lost worker's experts are loaded again; a worker is drained."""
+Outcome = Literal["applied", "skipped_gain", "skipped_churn", "failed", "cancelled"]
+"""How a decision to rebalance ends."""
+_OUTCOMES: tuple[Outcome, ...] = ("applied", "skipped_gain", "skipped_churn", "failed", "cancelled")
+_SWITCH_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+_MIGRATION_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+_RECOVERY_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+
+
+class ControllerMetrics:
+    """Owned by the controller; ``now`` is in monotonic seconds."""
+
+    def __init__(self) -> None:
+        self.on_moved: Callable[[MoveReason, int, int, float], None] = lambda *moved: None
+        """Called with the arguments of ``moved``."""
+        self.on_recovered: Callable[[list[str], float], None] = lambda *recovered: None
+        """Called with the workers that were lost, and the seconds until steps ran again."""
+        self._registry = registry = new_registry()
+        self._decisions = Counter(
+            "rebalance", "Decisions on the placement, by outcome", ["outcome"], registry=registry
+        )
+        self._switches = Histogram(
+            "rebalance_stall_seconds",
+            "Time that steps with work waited for the first header of a new placement epoch",
+            registry=registry,
+            buckets=_SWITCH_S,
+        )
+        self._bytes = Counter(
+            "migration_bytes", "Bytes of weights that moved", ["reason"], registry=registry
+        )
+        self._slots = Counter(
+            "migration_slots_moved", "Expert slots that were filled", ["reason"], registry=registry
+        )
+        self._seconds = Histogram(
+            "migration_seconds",
+            "Time from the decision, or the order to load, to the end of a migration",
+            ["reason"],
+            registry=registry,
+            buckets=_MIGRATION_S,
+        )
+        self._recoveries = Counter(
+            "recoveries", "Recoveries from lost workers", ["cause"], registry=registry
+        )
+        self._stalls = Histogram(
+            "recovery_stall_seconds",
+            "Time from the detection of a loss to the next generation that runs",
+            ["cause"],
+            registry=registry,
+            buckets=_RECOVERY_S,
+        )
+        for outcome in _OUTCOMES:  # counters begin at 0
+            self._decisions.labels(outcome)
+        for counter in (self._bytes, self._slots):
+            counter.labels("rebalance")
+        self._lost: dict[str, Role] = {}
+        self._lost_at = 0.0
+
+    def decided(self, outcome: Outcome) -> None:
+        """A decision to rebalance has ended."""
+        self._decisions.labels(outcome).inc()
+
+    def switched(self, stall_s: float) -> None:
+        """A placement epoch came into force, and steps waited ``stall_s`` for it."""
+        self._switches.observe(stall_s)
+
+    def moved(self, reason: MoveReason, num_slots: int, num_bytes: int, seconds: float) -> None:
+        """One change filled ``num_slots`` slots with ``num_bytes`` bytes in ``seconds``."""
+        self._slots.labels(reason).inc(num_slots)
+        self._bytes.labels(reason).inc(num_bytes)
+        self._seconds.labels(reason).observe(seconds)
+        self.on_moved(reason, num_slots, num_bytes, seconds)
+
+    def lost(self, members: Iterable[Member], now: float) -> None:
+        """Members of a generation are gone; nothing runs from now on."""
+        if not self._lost:
+            self._lost_at = now
+        self._lost |= {member.name: member.role for member in members}
+
+    def recovered(self, now: float) -> None:
+        """A generation runs: the workers that were lost before are made good."""
+        if not self._lost:
+            return
+        names, roles, took_s = sorted(self._lost), set(self._lost.values()), now - self._lost_at
+        self._lost.clear()
+        for role in roles:
+            self._recoveries.labels(_cause(role)).inc()
+            self._stalls.labels(_cause(role)).observe(took_s)
+        self.on_recovered(names, took_s)
+
+    def to_plain(self, roles: Iterable[Role]) -> list[PlainFamily]:
+        """All families, fit for JSON; recoveries of workers of ``roles`` begin at 0."""
+        for role in roles:
+            self._recoveries.labels(_cause(role))
+        return to_plain(self._registry)
+
+
+def _cause(role: Role) -> str:
+    return f"{role}_worker"

@@ -1,0 +1,175 @@
+"""Operations: changes to the cluster that take time, one at a time. Plain values."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from cluster.core.codec import from_plain, to_plain
+from cluster.core.errors import ConflictError, UnknownNameError
+
+_KEPT = 64
+_REMEMBERED = 16
+
+
+class OperationState(Enum):
+    """State of an operation. The values are the names of ``admin.proto``."""
+
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    """Failed; its message says why."""
+    CANCELLED = "CANCELLED"
+    """Cancelled by a client."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Operation:
+    """One operation. Its owner writes ``phase``, ``progress`` and ``result``."""
+
+    id: str
+    """Permanent name: kind, the term of the controller, a number."""
+    kind: str
+    """``drain`` or ``rebalance``."""
+    target: str
+    """The worker, node or gateway concerned."""
+    request_id: str
+    """Id chosen by the client, so that a repeated request begins it once; may be empty."""
+    asked: str = ""
+    """The content of the request, to tell apart another request with the same id."""
+    started: float
+    """Time of day, seconds since 1970."""
+    state: OperationState = OperationState.RUNNING
+    phase: str = ""
+    """Current phase, for people."""
+    progress: float = 0.0
+    """Share that is done, 0 to 1."""
+    message: str = ""
+    """Outcome, for people."""
+    ended: float = 0.0
+    """Time of day; 0 while it runs."""
+    generation: int = 0
+    """The generation that resulted; 0 while there is none."""
+    result: dict[str, Any] = field(default_factory=dict)
+    """Fields of the kind's result in ``admin.proto``."""
+
+    @property
+    def is_running(self) -> bool:
+        """The operation has not ended."""
+        return self.state is OperationState.RUNNING
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with the names of ``admin.proto``."""
+        hidden = ("request_id", "asked")
+        return {name: value for name, value in to_plain(self).items() if name not in hidden}
+
+
+class Operations:
+    """The last operations, of which the newest may run. ``now`` is in monotonic seconds."""
+
+    def __init__(
+        self,
+        term: int,
+        wall_time_offset_s: float,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``wall_time_offset_s`` added to a monotonic time is the time of day.
+
+        ``on_change`` is called when an operation begins or ends.
+        """
+        self.term = term
+        """Term of the controller."""
+        self._offset_s = wall_time_offset_s
+        self._on_change = on_change
+        self._count = 0
+        self._kept: deque[Operation] = deque(maxlen=_KEPT)
+
+    @property
+    def running(self) -> Operation | None:
+        """The running operation."""
+        return self._kept[-1] if self._kept and self._kept[-1].is_running else None
+
+    def asked_before(self, request_id: str, asked: str) -> Operation | None:
+        """The operation that a request with this id began.
+
+        Raises ``ConflictError`` if the id belongs to a request with other content.
+        """
+        found = next((o for o in self._kept if request_id and o.request_id == request_id), None)
+        if found is not None and found.asked != asked:
+            known = f"{found.id} ({found.kind} of {found.target})"
+            raise ConflictError(f"request_id is that of {known}, which is something else")
+        return found
+
+    def find(self, operation_id: str) -> Operation:
+        """By id. Raises ``UnknownNameError``."""
+        for operation in self._kept:
+            if operation.id == operation_id:
+                return operation
+        raise UnknownNameError(f"there is no operation {operation_id[:64]!r}")
+
+    def check_free(self) -> None:
+        """Raise ``ConflictError`` while one runs."""
+        running = self.running
+        if running is not None:
+            about = f"{running.id} ({running.kind} of {running.target})"
+            raise ConflictError(f"{about} is under way: one operation at a time")
+
+    def begin(
+        self, kind: str, target: str, now: float, request_id: str = "", asked: str = ""
+    ) -> Operation:
+        """A new one that runs. Raises ``ConflictError`` while another does."""
+        self.check_free()
+        self._count += 1
+        operation = Operation(
+            id=f"{kind}-{self.term}.{self._count}",
+            kind=kind,
+            target=target,
+            request_id=request_id,
+            asked=asked,
+            started=self._time(now),
+        )
+        self._kept.append(operation)
+        self._on_change()
+        return operation
+
+    def end(self, operation: Operation, state: OperationState, message: str, now: float) -> None:
+        """End the operation."""
+        assert operation.is_running, f"{operation.id} ends twice"
+        operation.state, operation.message = state, message
+        operation.ended, operation.phase = self._time(now), ""
+        if state is OperationState.SUCCEEDED:
+            operation.progress = 1.0
+        self._on_change()
+
+    def deadline(self, operation: Operation, limit_s: float) -> float:
+        """Monotonic time at which an operation has run for ``limit_s``."""
+        return operation.started + limit_s - self._offset_s
+
+    # ---- a restarted controller -----------------------------------------------------------
+
+    def memory(self) -> list[dict[str, Any]]:
+        """Plain data for the next controller; ``restore`` takes it."""
+        newest = list(self._kept)[-_REMEMBERED:]
+        return [to_plain(o) for o in newest]
+
+    def restore(
+        self, memory: Iterable[Mapping[str, Any]], now: float, goes_on: str | None = None
+    ) -> None:
+        """Take over operations; of the running ones only ``goes_on`` (an id) continues."""
+        for data in memory:
+            operation = from_plain(data, Operation)
+            self._kept.append(operation)
+            if operation.is_running and operation.id != goes_on:
+                operation.state, operation.phase = OperationState.FAILED, ""
+                operation.message = "the controller was restarted"
+                operation.ended = self._time(now)
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """All that are kept, newest last, fit for JSON."""
+        return [o.to_dict() for o in self._kept]
+
+    def _time(self, now: float) -> float:
+        return round(now + self._offset_s, 3)

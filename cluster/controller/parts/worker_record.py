@@ -1,0 +1,161 @@
+"""What the controller knows of one worker: membership, state, load progress, last numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from msgspec.structs import replace
+
+from cluster.core.errors import ProtocolError
+from cluster.core.frames import Heartbeat, LoadProgress, Register, StatusReply, WorkerReady
+from cluster.core.states import WorkerState, next_worker_state
+from cluster.core.topology import Member
+from cluster.policy.failure import Pulse
+
+_ADDRESS_FIELDS = (
+    "data_address",
+    "engine_address",
+    "kv_address",
+    "store_address",
+    "weights_address",
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class WorkerRecord:
+    """One worker as the controller sees it. Owned and changed by the controller only."""
+
+    member: Member
+    """Name, role, rank and device are the controller's; process and addresses the worker's own."""
+    heard_at: float
+    """Monotonic time of the last frame."""
+    progress_at: float
+    """Monotonic time at which its loop last made progress or was idle."""
+    since: float = 0.0
+    """Monotonic time of the order to start it, later of its first call."""
+    num_slots: int = 0
+    """Expert slots per bank, where it holds experts."""
+    state: WorkerState = WorkerState.STARTING
+    reason: str = ""
+    """Reason of the loss."""
+    drains: bool = False
+    """It takes no new request; its running ones move elsewhere."""
+    loaded_bytes: int = 0
+    """Weights read so far."""
+    total_bytes: int = 0
+    """Weights to read; 0 while unknown."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """Facts from ``Register`` and ``WorkerReady``."""
+    stats: dict[str, float] = field(default_factory=dict)
+    """Numbers of its last heartbeat or status reply."""
+    _progress: int = -1
+    _waiting: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.member.name
+
+    @property
+    def is_lost(self) -> bool:
+        """Lost or drained: the controller expects nothing more from it."""
+        return self.state in (WorkerState.LOST, WorkerState.DRAINED)
+
+    def enter(self, state: WorkerState, reason: str = "") -> None:
+        """Change the state. Raises ``IllegalTransitionError``."""
+        self.state = next_worker_state(self.state, state)
+        self.reason = reason or self.reason
+
+    def register(self, frame: Register) -> None:
+        """The worker called for the first time, with its process id and addresses.
+
+        Raises ``ProtocolError`` for another worker, or for a second call.
+        """
+        claimed = frame.member
+        if claimed.name != self.name:
+            raise ProtocolError(f"{self.name} registers as {claimed.name!r}")
+        if self.state is not WorkerState.STARTING:
+            raise ProtocolError(f"{self.name} registers again ({self.state.value})")
+        addresses = {key: getattr(claimed, key) for key in _ADDRESS_FIELDS}
+        node = self.member.node or claimed.node
+        self.member = replace(self.member, node=node, pid=claimed.pid, **addresses)
+        self.info.update(frame.info)
+        self.enter(WorkerState.LOADING)
+
+    def load(self, frame: LoadProgress) -> None:
+        self.loaded_bytes = frame.loaded_bytes
+        self.total_bytes = frame.total_bytes
+
+    def ready(self, frame: WorkerReady) -> None:
+        """Its weights are in memory. Raises ``ProtocolError`` if it was not loading."""
+        if self.state is not WorkerState.LOADING:
+            raise ProtocolError(f"{self.name} is ready while {self.state.value}")
+        self.info.update(frame.info)
+        self._take_speed(frame.info.get("device_speed"))
+        self.loaded_bytes = max(self.loaded_bytes, self.total_bytes)
+        self.enter(WorkerState.READY)
+
+    def _take_speed(self, speed: object) -> None:
+        """Its own measurement takes precedence over its node's label."""
+        if isinstance(speed, (int, float)) and math.isfinite(speed) and speed > 0:
+            self.member = replace(self.member, speed=float(speed))
+
+    def beat(self, frame: Heartbeat, now: float) -> None:
+        if frame.idle or frame.progress != self._progress:
+            self.progress_at = now
+        self._progress = frame.progress
+        self._waiting = frame.waiting
+        self.take_numbers(frame)
+
+    def take_numbers(self, frame: Heartbeat | StatusReply) -> None:
+        """Keep the finite numbers of a heartbeat or a status reply."""
+        self.stats = {
+            name: value
+            for name, value in frame.stats.items()
+            if isinstance(value, (int, float)) and math.isfinite(value)
+        }
+
+    def credit(self, seconds: float, now: float) -> None:
+        """Advance its clocks by a pause of the controller itself."""
+        self.heard_at = min(now, self.heard_at + seconds)
+        self.progress_at = min(now, self.progress_at + seconds)
+
+    def pulse(self) -> Pulse:
+        """Input of the failure policy."""
+        return Pulse(
+            name=self.name,
+            heard_at=self.heard_at,
+            progress_at=self.progress_at,
+            waiting=self._waiting,
+            running=self.state is WorkerState.SERVING,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its entry in a snapshot."""
+        free = _whole(self.stats, "kv_blocks_free")
+        total = _whole(self.stats, "kv_blocks_total")
+        return {
+            "name": self.name,
+            "role": self.member.role,
+            "rank": self.member.rank,
+            "node": self.member.node,
+            "pid": self.member.pid,
+            "state": "DRAINING" if self.drains and not self.is_lost else self.state.value,
+            "device": self.info.get("device"),
+            "threads": self.info.get("threads"),
+            "reason": self.reason,
+            "engine_address": self.member.engine_address,
+            "loaded_bytes": self.loaded_bytes,
+            "total_bytes": self.total_bytes,
+            "kv_blocks_free": free,
+            "kv_blocks_total": total,
+            "kv_usage": (1.0 - free / total) if free is not None and total else None,
+            "slots": self.num_slots if self.member.holds_experts else None,
+            "stats": dict(self.stats),
+        }
+
+
+def _whole(stats: Mapping[str, float], name: str) -> int | None:
+    return int(stats[name]) if name in stats else None

@@ -1,0 +1,155 @@
+"""A rebalancing under way: the decision, its progress, and how both are shown."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.controller.parts.epoch_change import ChangeState, EpochChange
+from cluster.controller.parts.operations import Operation
+from cluster.core.codec import Message
+from cluster.core.load_profile import LoadProfile
+from cluster.core.placement import ExpertPlacement
+from cluster.load.tracker import LoadTracker, LoadWindow
+from cluster.load.view import achieved_loads, balancedness_of
+from cluster.planner.stages import is_reached
+from cluster.policy.rebalance import RebalanceDecision
+
+
+class RebalanceOrder(Message, frozen=True, kw_only=True):
+    """A client asks for it."""
+
+    dry_run: bool = False
+    """Only report what would be done."""
+    request_id: str = ""
+    """Begins one operation, however often it is sent."""
+    expected_epoch: int | None = None
+    """Placement epoch that must be in force."""
+
+    @property
+    def asked(self) -> str:
+        """Content of the request, for ``Operation.asked``."""
+        return "dry run" if self.dry_run else "rebalance"
+
+
+@dataclass(kw_only=True, slots=True)
+class RebalanceJob:
+    """A decision that is being carried out, stage by stage."""
+
+    decision: RebalanceDecision
+    profile: LoadProfile
+    """Load at the time of the decision."""
+    began_at: float
+    """Monotonic seconds."""
+    operation: Operation | None
+    """The operation of the client that asked, if any."""
+    shares: Future[ExpertPlacement] | None = None
+    """The next stage with its shares, while these are being solved."""
+    change: EpochChange | None = None
+    """The stage under way."""
+    num_stages: int = 0
+    """Stages that are in force."""
+    num_moved: int = 0
+    """Slots that were filled."""
+    num_bytes: int = 0
+    """Bytes that moved."""
+
+    @property
+    def phase(self) -> str:
+        """Current phase, for people."""
+        change = self.change
+        if change is None:
+            return "plan"
+        loads = f" ({change.num_loaded} of {len(change.stage.fills)})"
+        is_loading = change.state is ChangeState.LOAD
+        return f"stage {self.num_stages + 1}: {change.state.value}{loads if is_loading else ''}"
+
+    def stage_over(self) -> None:
+        """Add up the results of the stage that has ended."""
+        assert self.change is not None, "a stage was under way"
+        self.num_bytes += self.change.num_bytes
+        if self.change.state is ChangeState.DONE:
+            self.num_stages += 1
+            self.num_moved += len(self.change.stage.fills)
+        self.change = None
+
+    def summary(self, placement: ExpertPlacement, now: float) -> str:
+        """Summary for people; ``placement`` is the result."""
+        decision = self.decision
+        whole = "" if is_reached(placement, decision.target) else ", as far as the slots allow"
+        return (
+            f"filled {self.num_moved} slots in {self.num_stages} epochs ({self.num_bytes} bytes, "
+            f"{now - self.began_at:.1f} s){whole}; balancedness "
+            f"{percent(decision.balancedness_now)}, predicted {percent(decision.balancedness_then)}"
+        )
+
+    def report(self, outcome: str, text: str, epoch: int, now: float) -> dict[str, Any]:
+        """The field ``last`` of rebalancing in ``status``."""
+        return {
+            "outcome": outcome,
+            "text": text,
+            "epoch": epoch,
+            "slots_moved": self.num_moved,
+            "bytes": self.num_bytes,
+            "seconds": round(now - self.began_at, 3),
+            "balancedness": {
+                "before": self.decision.balancedness_now,
+                "predicted": self.decision.balancedness_then,
+                "achieved": None,
+            },
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Promise:
+    """A finished change and its predicted effect."""
+
+    epoch: int
+    """Epoch that resulted."""
+    since: float
+    """Monotonic seconds."""
+    predicted: float | None
+
+    def is_due(self, window: LoadWindow) -> bool:
+        """The window ran in that epoch from end to end."""
+        return window.began_at >= self.since
+
+    def achieved(
+        self, window: LoadWindow, placement: ExpertPlacement, load: LoadTracker
+    ) -> tuple[float | None, str] | None:
+        """Balancedness of the window and a line for people; None if the placement changed again."""
+        if window.epoch != self.epoch or placement.epoch != self.epoch:
+            return None
+        found = balancedness_of(list(achieved_loads(placement, load).values()))
+        return found, f"balancedness {percent(found)}, predicted {percent(self.predicted)}"
+
+
+def result_of(decision: RebalanceDecision, dry_run: bool) -> dict[str, Any]:
+    """Fields of ``RebalanceResult`` in ``admin.proto``."""
+    return {
+        "dry_run": dry_run,
+        "action": decision.action,
+        "slots_to_move": decision.num_moves,
+        "bytes_to_move": decision.num_bytes,
+        "balancedness_now": decision.balancedness_now or 0.0,
+        "balancedness_predicted": decision.balancedness_then or 0.0,
+        "step_time_ratio": decision.time_ratio,
+        "gain_s": decision.gain_s,
+        "cost_s": decision.cost_s,
+    }
+
+
+def describe(decision: RebalanceDecision) -> str:
+    """Description of a decision, for people."""
+    moves = f"{decision.num_moves} slots ({decision.num_bytes} bytes)"
+    what = moves if decision.action == "move" else "shares and decode homes only"
+    return (
+        f"{what}, balancedness {percent(decision.balancedness_now)} to "
+        f"{percent(decision.balancedness_then)}"
+    )
+
+
+def percent(value: float | None) -> str:
+    """``93.1%``, or ``unknown``."""
+    return "unknown" if value is None else f"{100 * value:.1f}%"

@@ -1,0 +1,419 @@
+"""Rebalancing: experts follow the load while the cluster serves, without an effect on requests.
+
+When a window of load has ended, or when a client asks, the policy (``cluster.policy.rebalance``)
+decides. A decision is carried out in stages (``cluster.planner.stages``), each a change of the
+placement epoch (``EpochChange``) with the best shares and decode homes for its slots. A stage that
+fails leaves the placement of the stages before it. The first whole window afterwards shows the
+achieved effect. Planning runs in the planner thread, and its result is dropped if the cluster has
+changed meanwhile. ``Rebalancing`` decides the next step; the controller acts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from msgspec import structs
+
+from cluster.config.cluster import ClusterConfig, RebalanceSection
+from cluster.controller.parts.epoch_change import ChangeLimits, ChangeState, EpochChange
+from cluster.controller.parts.host import ControllerHost
+from cluster.controller.parts.metrics import Outcome
+from cluster.controller.parts.operations import Operation, Operations, OperationState
+from cluster.controller.rebalance.job import (
+    Promise,
+    RebalanceJob,
+    RebalanceOrder,
+    describe,
+    result_of,
+)
+from cluster.controller.rebalance.plans import Basis, Plans
+from cluster.core.errors import ConfigError, ConflictError
+from cluster.core.frames import ControlFrame, EpochSwitched
+from cluster.core.load_profile import LoadProfile
+from cluster.core.placement import ExpertPlacement
+from cluster.load.tracker import LoadWindow
+from cluster.planner.stages import Stage, is_reached, next_stage
+from cluster.policy.rebalance import LoadNow, RebalanceDecision, why_impossible, with_shares
+
+logger = logging.getLogger(__name__)
+
+MAX_STAGES = 64
+"""Stages after which a change ends with what it has achieved."""
+_FIRST_ORDER = 1 << 52
+"""Number of the first load order of a change, apart from the numbers of recoveries. Each
+controller starts again from here.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """An order that is being decided."""
+
+    order: RebalanceOrder
+    operation: Operation
+    load: LoadNow
+    basis: Basis
+
+
+class Rebalancing:
+    """Changes of the cluster's placement by load, one after the other. Owned by the controller.
+
+    ``now`` is in monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        host: ControllerHost,
+        operations: Operations,
+        config: ClusterConfig | None,
+        *,
+        num_slots: int,
+        top_k: int,
+        now: float,
+        executor: Executor | None = None,
+    ) -> None:
+        """``num_slots`` is the capacity of each expert worker. No ``config`` turns it off.
+
+        ``executor`` runs the planning; None runs it in the caller.
+        """
+        self._host = host
+        self._operations = operations
+        self._section = config.rebalance if config is not None else RebalanceSection()
+        self._num_slots = num_slots
+        self._plans = Plans(host, config, num_slots=num_slots, top_k=top_k, executor=executor)
+        self.impossible = "there is no configuration" if config is None else why_impossible(config)
+        """Why rebalancing is impossible in this cluster; empty if it is possible."""
+        self.profile: LoadProfile | None = None
+        """Load that the placement in force was made for; None for the first placement."""
+        self._numbers = itertools.count(_FIRST_ORDER + (operations.term << 32))
+        self._highest_epoch = 0
+        self._considered: Future[RebalanceDecision] | None = None
+        self._asked: tuple[Operation, Future[RebalanceDecision]] | None = None
+        self._job: RebalanceJob | None = None
+        self._promise: Promise | None = None
+        self._problem = ""
+        self._last: dict[str, Any] | None = None
+        self._seen_windows = 0
+        self._rested_at = now
+        self.on_end: Callable[[Mapping[str, Any]], None] = lambda report: None
+        """Called with the summary of a change that has ended."""
+
+    # ---- orders ---------------------------------------------------------------------------
+
+    def begin(self, order: RebalanceOrder, now: float) -> Operation:
+        """Look for a better placement and move to it; a dry run ends after the look.
+
+        Raises ``ConflictError`` if that is impossible now; nothing has changed then.
+        """
+        before = self._operations.asked_before(order.request_id, order.asked)
+        if before is not None:
+            return before
+        epoch = self._host.placement.epoch
+        if order.expected_epoch not in (None, epoch):
+            raise ConflictError(f"placement epoch {epoch} is in force, not {order.expected_epoch}")
+        if self.impossible:
+            raise ConflictError(f"rebalancing is not possible: {self.impossible}")
+        if not self._host.runs:
+            raise ConflictError("no generation runs")
+        self._operations.check_free()
+        if self._job is not None and not order.dry_run:
+            raise ConflictError("the cluster is rebalancing automatically just now")
+        load = self._plans.load_now(has_ended=False)
+        if load is None:
+            raise ConflictError("no load has been seen yet")
+        operation = self._operations.begin(
+            "rebalance", "experts", now, order.request_id, order.asked
+        )
+        operation.phase = "plan"
+        asked = _Asked(order=order, operation=operation, load=load, basis=self._plans.basis())
+        self._asked = operation, self._plans.decide(load, partial(self._answer, asked), now)
+        return operation
+
+    def is_deciding(self, operation: Operation) -> bool:
+        """An order is being decided."""
+        return self._pending_decision(operation) is not None
+
+    def cancel(self, operation: Operation, now: float) -> None:
+        """Cancel a change. Raises ``ConflictError`` after its end and during its switch."""
+        pending, job = self._pending_decision(operation), self._job
+        if pending is not None:
+            self._plans.drop(pending)
+            self._host.metrics.decided("cancelled")
+            self._operations.end(operation, OperationState.CANCELLED, "cancelled", now)
+            return
+        if job is None or job.operation is not operation:
+            raise ConflictError(f"{operation.id} has ended")
+        if not self._give_up(job, "cancelled"):
+            raise ConflictError(f"{operation.id} is at its switch: try again")
+        self._end(job, "cancelled", "cancelled", now)
+
+    # ---- events ---------------------------------------------------------------------------
+
+    def frame(self, name: str, frame: ControlFrame, now: float) -> None:
+        """A frame of a worker about the change under way."""
+        job = self._job
+        if job is None or job.change is None:
+            if isinstance(frame, EpochSwitched):
+                self._unknown_epoch(frame, now)
+            return
+        job.change.frame(name, frame, now)
+        if isinstance(frame, EpochSwitched) and job.change.state is ChangeState.DONE:
+            self._host.metrics.switched(frame.stall_s)
+        self._advance(job, now)
+
+    def tick(self, now: float) -> None:
+        """Time has passed: continue a change, or check whether one pays."""
+        self._plans.tick(now)
+        if self._job is not None:
+            self._watch(self._job, now)
+            return
+        windows = self._host.load
+        if windows.num_windows == self._seen_windows:
+            return
+        self._seen_windows = windows.num_windows
+        self._prove(windows.windows[-1], now)
+        load = self._plans.load_now(has_ended=True)
+        if load is not None and self._section.enable_eplb and not self.impossible:
+            self._consider(load, now)
+
+    def above(self, placement: ExpertPlacement) -> ExpertPlacement:
+        """The placement with an epoch above every epoch that a worker knows."""
+        if self._highest_epoch <= self._host.placement.epoch:
+            return placement
+        return structs.replace(placement, epoch=max(self._highest_epoch + 1, placement.epoch))
+
+    @property
+    def is_idle(self) -> bool:
+        """No change is under way."""
+        return self._job is None
+
+    def begin_change(self, stage: Stage, limits: ChangeLimits, now: float) -> EpochChange:
+        """A change of the placement, with an epoch and order numbers new to all workers."""
+        epoch = max(self._host.placement.epoch, self._highest_epoch) + 1
+        self._highest_epoch = epoch
+        stage = replace(stage, placement=structs.replace(stage.placement, epoch=epoch))
+        return EpochChange(self._host, stage, self._numbers, limits, now)
+
+    # ---- questions ------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section of rebalancing in ``status``."""
+        job = self._job
+        change = job.change if job is not None else None
+        return {
+            "automatic": self._section.enable_eplb,
+            "possible": not self.impossible,
+            "reason": self.impossible,
+            "problem": self._problem,
+            "phase": job.phase if job is not None else "",
+            "loading": change.loading if change is not None else [],
+            "last": self._last,
+        }
+
+    # ---- deciding -------------------------------------------------------------------------
+
+    def _consider(self, load: LoadNow, now: float) -> None:
+        """A window has ended: change the placement if that pays."""
+        if not self._host.runs or self._operations.running is not None:
+            return
+        if self._considered is None or not self._plans.waits(self._considered):
+            then = partial(self._considered_now, load, self._plans.basis())
+            self._considered = self._plans.decide(load, then, now)
+
+    def _considered_now(
+        self, load: LoadNow, basis: Basis, future: Future[RebalanceDecision], now: float
+    ) -> None:
+        is_busy = self._job is not None or self._operations.running is not None
+        if is_busy or self._plans.has_changed(basis):
+            return  # the next window is checked again
+        try:
+            decision = future.result()
+        except ConfigError as err:
+            self._problem = f"no placement can be planned: {err}"
+            logger.warning("no rebalancing: %s", self._problem)
+            return
+        self._problem = ""
+        self._follow(decision, load.profile, None, now)
+
+    def _answer(self, asked: _Asked, future: Future[RebalanceDecision], now: float) -> None:
+        """An order has been decided."""
+        operation, is_dry = asked.operation, asked.order.dry_run
+        error = self._plans.error_of(future, asked.basis)
+        if error:
+            text = f"no placement can be planned: {error}"
+            self._operations.end(operation, OperationState.FAILED, text, now)
+            return
+        decision = future.result()
+        operation.result = result_of(decision, is_dry)
+        if not is_dry and self._follow(decision, asked.load.profile, operation, now):
+            return
+        verb = "would be done" if is_dry else "is done"
+        text = describe(decision) if decision.action != "none" else f"nothing {verb}"
+        done = OperationState.SUCCEEDED
+        self._operations.end(operation, done, f"{text}: {decision.reason}", now)
+
+    def _pending_decision(self, operation: Operation) -> Future[RebalanceDecision] | None:
+        """The pending decision on an order."""
+        if self._asked is None or self._asked[0] is not operation:
+            return None
+        return self._asked[1] if self._plans.waits(self._asked[1]) else None
+
+    # ---- carrying out ---------------------------------------------------------------------
+
+    def _follow(
+        self,
+        decision: RebalanceDecision,
+        profile: LoadProfile,
+        operation: Operation | None,
+        now: float,
+    ) -> bool:
+        """Start a change, or count why there is none; an order does not wait for the interval."""
+        if decision.action == "none":
+            self._host.metrics.decided("skipped_gain")
+        elif operation is None and now - self._rested_at < self._section.interval_s:
+            self._host.metrics.decided("skipped_churn")
+        else:
+            self._start(decision, profile, operation, now)
+            return True
+        return False
+
+    def _start(
+        self,
+        decision: RebalanceDecision,
+        profile: LoadProfile,
+        operation: Operation | None,
+        now: float,
+    ) -> None:
+        job = RebalanceJob(decision=decision, profile=profile, began_at=now, operation=operation)
+        self._job = job
+        logger.info("rebalance: %s", describe(decision))
+        self._next(job, now)
+
+    def _watch(self, job: RebalanceJob, now: float) -> None:
+        """Check whether the change is in time, or must be abandoned."""
+        running = self._operations.running
+        if running is not None and running is not job.operation and running.kind != "rebalance":
+            reason = f"{running.id} goes first"
+            if self._give_up(job, reason):
+                self._end(job, "failed", reason, now)
+                return
+        if job.change is not None:
+            job.change.tick(now)
+        self._advance(job, now)
+
+    def _give_up(self, job: RebalanceJob, reason: str) -> bool:
+        """False if it is too late."""
+        if job.shares is not None:
+            self._plans.drop(job.shares)
+            return True
+        return job.change is not None and job.change.cancel(reason)
+
+    def _advance(self, job: RebalanceJob, now: float) -> None:
+        """Begin the next stage after a finished one."""
+        change = job.change
+        if change is None or not change.is_over:
+            if job.operation is not None:
+                job.operation.phase = job.phase
+            return
+        job.stage_over()
+        if change.state is ChangeState.FAILED:
+            self._end(job, "failed", change.reason, now)
+        else:
+            self._next(job, now)
+
+    def _next(self, job: RebalanceJob, now: float) -> None:
+        """Begin the next stage, or end."""
+        host, target = self._host, job.decision.target
+        devices = frozenset(m.device for m in host.generation.experts)
+        stage = next_stage(host.placement, target, self._num_slots, devices)
+        if stage is None and job.num_stages == 0 and is_reached(host.placement, target):
+            shared = with_shares(
+                host.placement, target
+            )  # no weights move: shares and decode homes only
+            self._begin_stage(job, Stage(fills=(), placement=shared), now)
+        elif stage is None or job.num_stages >= MAX_STAGES:
+            self._finish(job, now)
+        else:
+            then = partial(self._stage_shared, job, stage, self._plans.basis())
+            shares = self._plans.share(job.profile, stage.placement, then, now)
+            job.shares = shares if self._plans.waits(shares) else None
+
+    def _stage_shared(
+        self,
+        job: RebalanceJob,
+        stage: Stage,
+        basis: Basis,
+        future: Future[ExpertPlacement],
+        now: float,
+    ) -> None:
+        """The shares of a stage are solved."""
+        job.shares = None
+        error = self._plans.error_of(future, basis)
+        if error:
+            self._end(job, "failed", f"no shares can be planned: {error}", now)
+        else:
+            self._begin_stage(job, replace(stage, placement=future.result()), now)
+
+    def _begin_stage(self, job: RebalanceJob, stage: Stage, now: float) -> None:
+        limits = ChangeLimits(limit_s=self._section.limit_s, bytes_per_s=self._section.bytes_per_s)
+        job.change = self.begin_change(stage, limits, now)
+        self._advance(job, now)
+
+    def _finish(self, job: RebalanceJob, now: float) -> None:
+        placement, decision = self._host.placement, job.decision
+        self._promise = Promise(
+            epoch=placement.epoch, since=now, predicted=decision.balancedness_then
+        )
+        self.profile = job.profile
+        if job.num_stages:
+            self._end(job, "applied", job.summary(placement, now), now)
+        else:
+            self._end(job, "failed", "no slot is free to begin with", now)
+
+    def _end(self, job: RebalanceJob, outcome: Outcome, text: str, now: float) -> None:
+        if job.change is not None:
+            job.stage_over()
+        self._job = None
+        self._rested_at = now
+        self._host.metrics.decided(outcome)
+        self._host.metrics.moved("rebalance", job.num_moved, job.num_bytes, now - job.began_at)
+        self._last = job.report(outcome, text, self._host.placement.epoch, now)
+        self.on_end(self._last)
+        effect = text if outcome == "applied" else f"{outcome}: {text}; the epoch in force stays"
+        self._host.note("rebalance", effect, now)
+        if job.operation is not None:
+            states = {"applied": OperationState.SUCCEEDED, "cancelled": OperationState.CANCELLED}
+            state = states.get(outcome, OperationState.FAILED)
+            self._operations.end(job.operation, state, text, now)
+
+    def _prove(self, window: LoadWindow, now: float) -> None:
+        """Record the effect of a change, from the first whole window in it."""
+        promise = self._promise
+        if promise is None or not promise.is_due(window):
+            return
+        self._promise = None
+        found = promise.achieved(window, self._host.placement, self._host.load)
+        if found is None:
+            return  # the placement changed again before a window ended
+        if self._last is not None:
+            self._last["balancedness"]["achieved"] = found[0]
+        self._host.note(f"epoch {promise.epoch} had a window of load", found[1], now)
+
+    def _unknown_epoch(self, frame: EpochSwitched, now: float) -> None:
+        """Switch to an epoch that an earlier controller ordered, with the maps known here.
+
+        Their weights are still in place, since only a later change overwrites them.
+        """
+        host = self._host
+        is_newer = frame.epoch > host.placement.epoch
+        if host.runs and is_newer and frame.generation == host.generation.number:
+            self._highest_epoch = frame.epoch
+            host.reform(
+                f"a step ran in epoch {frame.epoch}, which this controller did not order", now
+            )

@@ -1,0 +1,165 @@
+"""The plans of a rebalancing: their inputs, and their computation in the planner thread.
+
+The controller's loop must continue while a large model is planned. So plans are computed from
+immutable values, and a plan is stale once the placement or the generation has changed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from cluster.config.cluster import ClusterConfig, RebalanceSection
+from cluster.controller.parts.host import ControllerHost
+from cluster.controller.rebalance.planner_thread import Computations
+from cluster.core.errors import ConfigError
+from cluster.core.load_profile import LoadProfile
+from cluster.core.placement import ExpertPlacement
+from cluster.load.tracker import Source
+from cluster.planner.base import PlannedTopology
+from cluster.policy.rebalance import (
+    LoadNow,
+    RebalanceDecision,
+    RebalanceSettings,
+    decide,
+    planned_topology,
+    resolved,
+)
+from cluster.sizing.devices import CPU_CORE, GPU
+from cluster.sizing.replay import StepCost
+
+logger = logging.getLogger(__name__)
+
+_TOKENS_PER_EXPERT = 4
+"""Tokens of a window, for each expert of a bank, below which its statistics are too weak."""
+_DECODE_ROWS = 16
+"""Rows of a decode step, unless the configuration says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Basis:
+    """The state of the cluster when a plan was begun."""
+
+    placement: ExpertPlacement
+    """Placement in force."""
+    generation: int
+
+
+class Plans(Computations):
+    """Decisions and shares, computed in the planner thread."""
+
+    def __init__(
+        self,
+        host: ControllerHost,
+        config: ClusterConfig | None,
+        *,
+        num_slots: int,
+        top_k: int,
+        executor: Executor | None,
+    ) -> None:
+        """Arguments as for ``Rebalancing``."""
+        super().__init__(executor)
+        self._host = host
+        self._config = config
+        self._section = config.rebalance if config is not None else RebalanceSection()
+        self._num_slots = num_slots
+        self._top_k = max(top_k, 1)
+
+    def decide(
+        self, load: LoadNow, then: Callable[[Future[RebalanceDecision], float], None], now: float
+    ) -> Future[RebalanceDecision]:
+        """Decide whether to change the placement, and to what."""
+        section, placement = self._section, self._host.placement
+        settings = RebalanceSettings(
+            horizon_s=section.horizon_s,
+            max_move_fraction=section.max_move_fraction,
+            bytes_per_s=section.bytes_per_s,
+            step=self._step_cost(),
+        )
+        work = partial(decide, load, self._topology(placement), placement, settings)
+        return self.begin(work, then, now)
+
+    def share(
+        self,
+        profile: LoadProfile,
+        placement: ExpertPlacement,
+        then: Callable[[Future[ExpertPlacement], float], None],
+        now: float,
+    ) -> Future[ExpertPlacement]:
+        """The best shares and decode homes of a stage, for a load."""
+        work = partial(resolved, profile, self._topology(placement), placement)
+        return self.begin(work, then, now)
+
+    def load_now(self, has_ended: bool) -> LoadNow | None:
+        """The newest window if it has enough rows, else the average; None without load.
+
+        ``has_ended``: a window has just ended; otherwise all load so far is accepted, too.
+        """
+        tracker, banks = self._host.load, self._host.placement.banks
+        newest = tracker.windows[-1] if tracker.windows else None
+        needed = _TOKENS_PER_EXPERT * max((b.num_experts for b in banks), default=0)
+        enough = newest is not None and newest.sums.rows * self._top_k >= needed
+        source: Source = "window" if enough else "average"
+        if not has_ended and newest is None:
+            source = "total"
+        model = str(self._host.workers.model.get("name"))
+        profile = tracker.profile(source, model, self._top_k)
+        if profile is None or len(profile.banks) != len(banks):
+            return None
+        sums = tracker.sums(source)
+        prefill = sum(float(c.sum()) for c in sums.prefill.values())
+        decode = sum(float(c.sum()) for c in sums.decode.values())
+        total = prefill + decode
+        return LoadNow(profile=profile, prefill_share=prefill / total if total > 0 else 0.0)
+
+    def basis(self) -> Basis:
+        """The state from which a plan is computed now."""
+        return Basis(placement=self._host.placement, generation=self._host.generation.number)
+
+    def has_changed(self, basis: Basis) -> bool:
+        """A plan from this state is stale."""
+        return not self._host.runs or self.basis() != basis
+
+    def error_of(self, future: Future[Any], basis: Basis) -> str:
+        """Why a plan cannot be carried out; empty if it can."""
+        err = future.exception()
+        if err is not None and not isinstance(err, ConfigError):
+            logger.error("planning failed", exc_info=err)
+        if err is not None:
+            return str(err) or type(err).__name__
+        return "the cluster changed meanwhile" if self.has_changed(basis) else ""
+
+    def _topology(self, placement: ExpertPlacement) -> PlannedTopology:
+        """The living devices; during a change they may hold more than is planned for them."""
+        spare = self._config.workers.recovery_slots if self._config is not None else 0
+        return planned_topology(self._host.generation.experts, placement, self._num_slots - spare)
+
+    def _step_cost(self) -> StepCost:
+        infos = [record.info for record in self._host.workers]
+        sizes = [int(info.get("expert_bytes", 0)) for info in infos]
+        dtype = next((str(info["dtype"]) for info in infos if "dtype" in info), "float32")
+        return step_cost(self._config, max([1, *sizes]), dtype)
+
+
+def step_cost(config: ClusterConfig | None, expert_bytes: int, dtype: str) -> StepCost:
+    """By the roofline of the device (``devices``): a slot's weights are read, each pair is two
+    operations a weight. ``rebalance.slot_cost_pairs`` replaces the time of a slot. The policy uses
+    ratios only, so that a part of a device counts as a whole one.
+
+    ``expert_bytes``: of the largest expert; ``dtype``: as workers name it.
+    """
+    workers = config.workers if config is not None else None
+    slot_cost_pairs = config.rebalance.slot_cost_pairs if config is not None else None
+    device = GPU if workers is not None and workers.device == "cuda" else CPU_CORE
+    weights = expert_bytes / (4 if dtype == "float32" else 2)
+    token_s = 2.0 * weights / device.flops_s
+    slot_s = expert_bytes / device.bandwidth_bytes_s
+    if slot_cost_pairs is not None:
+        slot_s = slot_cost_pairs * token_s
+    return StepCost(
+        slot_s=slot_s, token_s=token_s, expert_bytes=expert_bytes, decode_tokens=_DECODE_ROWS
+    )

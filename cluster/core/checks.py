@@ -1,0 +1,44 @@
+"""What the sections of the configuration check their values with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+from cluster.core.errors import ConfigError
+
+
+def check(ok: bool, name: str, value: object, rule: str) -> None:
+    """Raise ``ConfigError`` unless ``ok``."""
+    if not ok:
+        raise ConfigError(name, value, rule)
+
+
+def check_choice(name: str, value: str | int, kind: Any) -> None:
+    """Raise ``ConfigError`` unless ``value`` is one of the ``Literal`` type ``kind``."""
+    choices = get_args(kind)
+    check(value in choices, name, value, f"must be one of {', '.join(map(str, choices))}")
+
+
+def check_each(
+    section: object, names: str, ok: Callable[[Any], bool], rule: str, prefix: str = ""
+) -> None:
+    """Raise ``ConfigError`` unless ``ok`` of every field in ``names``, with blanks between them.
+
+    A field that is None keeps every rule. ``prefix`` goes in front of the name in the error.
+    """
+    for name in names.split():
+        value = getattr(section, name)
+        check(value is None or ok(value), f"{prefix}{name}", value, rule)
+
+
+def is_positive(value: float) -> bool:
+    return value > 0
+
+
+def is_at_least_1(value: float) -> bool:
+    return value >= 1
+
+
+def is_not_negative(value: float) -> bool:
+    return value >= 0

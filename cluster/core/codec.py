@@ -1,0 +1,95 @@
+"""The one codec: messages are ``msgspec`` structs, on a socket they are msgpack.
+
+A decoder is made for the types that it may meet, so a message has the fields and types of its
+class or is refused, and nothing is ever unpickled. Whoever reads a socket bounds the length first.
+
+    class Ping(Message, frozen=True, kw_only=True):
+        number: int
+
+    PINGS = Codec(Ping, "a ping")
+    PINGS.decode(PINGS.encode(Ping(number=3)))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, Generic, TypeVar
+
+import msgspec
+import numpy as np
+
+from cluster.core.errors import ConfigError, ProtocolError
+
+T = TypeVar("T")
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+"""A number that a peer must not send negative."""
+_MISFITS = (msgspec.MsgspecError, ValueError, LookupError, RecursionError)
+"""What a decoder says of bad data."""
+_INTEGERS = ("u1", "u2", "u4", "u8")
+MAX_NUMBERS = 1 << 22
+"""Numbers of one array at most."""
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of what is encoded: immutable values, unknown fields are refused."""
+
+
+class Codec(Generic[T]):
+    """Encodes and decodes messages of one type, or of a union of tagged ones. Any thread."""
+
+    def __init__(self, kind: Any, what: str) -> None:
+        """``kind`` is the type or union ``T``; ``what`` names it in errors, as "a ping"."""
+        self._what = what
+        self._encoder = msgspec.msgpack.Encoder(enc_hook=_array_to_wire)
+        self._decoder = msgspec.msgpack.Decoder(kind, dec_hook=_array_from_wire)
+
+    def encode(self, message: T) -> bytes:
+        """The message in msgpack."""
+        return self._encoder.encode(message)
+
+    def decode(self, data: bytes | memoryview) -> T:
+        """The message in ``data``. Raises ``ProtocolError`` for anything else."""
+        try:
+            message: T = self._decoder.decode(data)
+        except (*_MISFITS, ConfigError) as err:
+            raise ProtocolError(f"not {self._what}: {err}") from err
+        return message
+
+
+def to_plain(value: Any) -> Any:
+    """Dicts and lists as JSON has them."""
+    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=_number))
+
+
+def from_plain(data: Any, kind: type[T], error: Callable[[str], Exception] = ProtocolError) -> T:
+    """Inverse of ``to_plain``; raises ``error``, and ``ConfigError`` where a rule is broken."""
+    try:
+        return msgspec.convert(data, kind)
+    except _MISFITS as err:
+        raise error(f"not a {kind.__name__}: {err}") from err
+
+
+def _number(value: Any) -> Any:
+    if not isinstance(value, np.generic):
+        raise NotImplementedError(f"{type(value).__name__} is no part of a message")
+    return value.item()
+
+
+def _array_to_wire(array: Any) -> Any:
+    """Shape, type and bytes of an integer array, in the narrowest type that holds it."""
+    if not isinstance(array, np.ndarray):
+        return _number(array)
+    largest = int(array.max(initial=0))
+    kind = next(k for k in _INTEGERS if largest <= np.iinfo(k).max)
+    return array.shape, kind, array.astype(f"<{kind}").tobytes()
+
+
+def _array_from_wire(_: type, wire: Any) -> np.ndarray[Any, Any]:
+    shape, kind, data = msgspec.convert(wire, tuple[tuple[int, ...], str, bytes])
+    if kind not in _INTEGERS or min(shape, default=0) < 0 or math.prod(shape) > MAX_NUMBERS:
+        raise ValueError(f"no array of type {kind} and shape {shape}")
+    array = np.frombuffer(data, dtype=f"<{kind}").reshape(shape).astype(np.int64)
+    if int(array.min(initial=0)) < 0:
+        raise ValueError("counts must be below 2**63")
+    return array

@@ -1,0 +1,222 @@
+"""Every exception that expertmesh raises on purpose.
+
+    ExpertMeshError
+    ├── ConfigError               a setting breaks a rule: names field, value and rule
+    ├── CheckpointError           a checkpoint cannot be served as it is
+    ├── StartError                the cluster did not come up: names the worker and its own words
+    ├── RequestError              the client's request is wrong
+    │   ├── UnsupportedParameterError   a known field that is not built
+    │   ├── ContextLengthError    prompt and output do not fit the context
+    │   └── ModelNotFoundError    the model is not served here
+    ├── AuthenticationError       no or bad key
+    ├── PermissionDeniedError     a key that is known, and not for this
+    ├── RequestTooLargeError      a body above the limit
+    ├── LimitReachedError         nothing is wrong but how much is asked at once: come back later
+    │   ├── KeyLimitError         a key has used up what it may
+    │   └── QueueFullError        healthy but saturated: send less, or later
+    ├── NotReadyError             loading, draining or without experts: send it elsewhere
+    ├── DeadlineExceededError     the client's or the server's time limit passed
+    ├── RequestFailedError        this one request cannot be finished (NaN logits, for example)
+    │   └── PoisonousRequestError    it was alone in a step with which workers died
+    ├── RequestAbortedError       an operator ended this one request
+    ├── ConflictError             an order to the cluster that its state does not allow
+    ├── UnknownNameError          no worker, node or operation of that name
+    └── TransportError            the data or control plane
+        ├── ProtocolError         a peer sent what does not belong on the wire
+        │   └── HandshakeError    a peer is not one of ours, or was started differently
+        ├── PeerLostError         an edge was reset, closed or timed out
+        ├── MoveGivenUpError      weights on their way to another worker took too long
+        └── GenerationChangedError   a new generation interrupts the current step
+
+Exceptions cross process borders: every constructor hands all its arguments to
+``super().__init__``, so that ``pickle`` can rebuild them.
+"""
+
+from __future__ import annotations
+
+
+class ExpertMeshError(Exception):
+    """Base of all errors that expertmesh raises on purpose."""
+
+
+class ConfigError(ExpertMeshError):
+    """A setting breaks a rule."""
+
+    def __init__(self, field: str, value: object, rule: str) -> None:
+        super().__init__(field, value, rule)
+        self.field = field
+        self.value = value
+        self.rule = rule
+
+    def __str__(self) -> str:
+        return f"{self.field} ({self.value}) {self.rule}"
+
+
+class CheckpointError(ExpertMeshError):
+    """A checkpoint is missing, damaged, or not of a supported shape."""
+
+
+class StartError(ExpertMeshError):
+    """A part of the cluster did not start; everything already started was ended again."""
+
+    def __init__(self, part: str, reason: str) -> None:
+        super().__init__(part, reason)
+        self.part = part
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.part} did not start: {self.reason}"
+
+
+class RequestError(ExpertMeshError):
+    """The request is wrong: ``param`` names the field, ``code`` is the machine-readable reason."""
+
+    def __init__(self, message: str, param: str | None = None, code: str = "invalid_value") -> None:
+        super().__init__(message, param, code)
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class UnsupportedParameterError(RequestError):
+    """A field that clients of other servers know, and that is not built here."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param, "unsupported_parameter")
+        self.args = (message, param)
+
+
+class ContextLengthError(RequestError):
+    """Prompt and requested output together exceed the model's context."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param, "context_length_exceeded")
+        self.args = (message, param)
+
+
+class ModelNotFoundError(RequestError):
+    """The named model is not served here."""
+
+    def __init__(self, message: str, param: str | None = "model") -> None:
+        super().__init__(message, param, "model_not_found")
+        self.args = (message, param)
+
+
+class AuthenticationError(ExpertMeshError):
+    """No key, or a key that is not known."""
+
+
+class PermissionDeniedError(ExpertMeshError):
+    """A key that is known, and does not allow this."""
+
+
+class RequestTooLargeError(ExpertMeshError):
+    """The body is larger than the limit."""
+
+
+class LimitReachedError(ExpertMeshError):
+    """Too much at once; ``retry_after_s`` tells when to come back, ``limit`` (for counting) why."""
+
+    def __init__(self, message: str, retry_after_s: float, limit: str) -> None:
+        super().__init__(message, retry_after_s, limit)
+        self.message = message
+        self.retry_after_s = retry_after_s
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class KeyLimitError(LimitReachedError):
+    """A key has used up one of its limits: key_requests, key_tokens or key_concurrency."""
+
+
+class QueueFullError(LimitReachedError):
+    """The queue is full; ``retry_after_s`` estimates when it will have drained.
+
+    The limits: queue_full (requests) or queue_tokens at a gateway, worker_queue_full at an
+    attention worker.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0, limit: str = "queue_full") -> None:
+        super().__init__(message, retry_after_s, limit)
+
+
+class NotReadyError(ExpertMeshError):
+    """The cluster cannot serve now; ``code`` is not_ready, draining or experts_unavailable."""
+
+    def __init__(self, message: str, code: str = "not_ready", retry_after_s: float = 1.0) -> None:
+        super().__init__(message, code, retry_after_s)
+        self.message = message
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class DeadlineExceededError(ExpertMeshError):
+    """A time limit passed; ``started`` tells whether the request was already running."""
+
+    def __init__(self, message: str, started: bool = False) -> None:
+        super().__init__(message, started)
+        self.message = message
+        self.started = started
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class RequestFailedError(ExpertMeshError):
+    """This one request cannot be finished, through no fault of the client."""
+
+
+class PoisonousRequestError(RequestFailedError):
+    """Workers died one after the other with this request; it was alone in the last one's step."""
+
+
+class RequestAbortedError(ExpertMeshError):
+    """An operator ended the request."""
+
+
+class ConflictError(ExpertMeshError):
+    """An order that the cluster's state does not allow; nothing was changed."""
+
+
+class UnknownNameError(ExpertMeshError):
+    """No worker, node or operation has that name."""
+
+
+class TransportError(ExpertMeshError):
+    """Something went wrong on the data or control plane."""
+
+
+class ProtocolError(TransportError):
+    """A peer sent what does not belong on the wire; its edge is closed."""
+
+
+class HandshakeError(ProtocolError):
+    """A peer is not one of ours, or was started with another checkpoint or configuration."""
+
+
+class PeerLostError(TransportError):
+    """The edge to ``peer`` (a worker's name) was reset, closed, or timed out."""
+
+    def __init__(self, peer: str, reason: str) -> None:
+        super().__init__(peer, reason)
+        self.peer = peer
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"lost {self.peer}: {self.reason}"
+
+
+class MoveGivenUpError(TransportError):
+    """A move of expert weights was given up; what it was to change stays as it is."""
+
+
+class GenerationChangedError(TransportError):
+    """The controller announced a new generation: the current step is abandoned and run again."""

@@ -1,0 +1,324 @@
+"""Messages on the control sockets between the controller and every worker.
+
+Frame: 4 bytes big-endian length, then that many bytes of ``cluster.core.codec``. The first exchange
+is a mutual proof of the cluster token (``hmac`` over both nonces), and names both releases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import struct
+from typing import Any, Union
+
+from msgspec import field
+
+from cluster.core.codec import Codec, Message
+from cluster.core.errors import ProtocolError
+from cluster.core.load_report import LoadReport
+from cluster.core.placement import BankPlacement, ExpertPlacement
+from cluster.core.topology import Generation, Member
+
+MAX_FRAME_BYTES = 32 * 1024 * 1024
+"""Largest control frame: a placement of 62 layers x 128 experts x 64 devices takes 3 MB."""
+MAX_HELLO_BYTES = 4096
+"""Largest frame before the peer has proved that it knows the token."""
+_LENGTH = struct.Struct(">I")
+
+
+class ControlFrame(Message, frozen=True, kw_only=True, tag_field="kind", tag=True):
+    """Base of all control messages."""
+
+
+class ControlHello(ControlFrame, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """Worker -> controller, first frame: the caller's name.
+
+    Here and in ``ControlChallenge`` fields of another release are ignored, so that it can be named.
+    """
+
+    worker: str
+    nonce: str
+    release: str = ""
+
+
+class ControlChallenge(ControlFrame, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """Controller -> worker: its nonce, and its proof over both."""
+
+    nonce: str
+    proof: str
+    release: str = ""
+
+
+class ControlProof(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller: the worker's proof over both nonces."""
+
+    proof: str
+
+
+class Register(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller: it listens, and has begun to load."""
+
+    member: Member
+    info: dict[str, Any] = field(default_factory=dict)
+    """Facts for people: threads, device, host."""
+
+
+class LoadProgress(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller: weights read so far."""
+
+    loaded_bytes: int
+    total_bytes: int
+
+
+class WorkerReady(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller: weights are in memory, it can join a generation."""
+
+    info: dict[str, Any] = field(default_factory=dict)
+    """Attention: max_model_len, vocab_size, num_kv_blocks, model_type, dtype. Expert: bytes."""
+
+
+class WorkerFailed(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller: it cannot go on, in its own words."""
+
+    reason: str
+
+
+class Heartbeat(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller, every ``heartbeat_s``."""
+
+    progress: int
+    """Grows whenever the worker's loop turns; standing still with work in hand is a stuck loop."""
+    idle: bool
+    """The loop waits for work, so that a standing ``progress`` is no failure."""
+    generation: int
+    """Newest generation it follows."""
+    waiting: bool = False
+    """The loop waits for a peer within a step: a standing ``progress`` is the peer's doing."""
+    fenced: bool = False
+    """Its lease ran out: it has left the generation and waits for the next one."""
+    number: int = 0
+    """Counts this worker's heartbeats; the acknowledgement brings it back."""
+    stats: dict[str, float] = field(default_factory=dict)
+    """Gauges and counters by metric name; attention workers: kv_blocks_free, kv_blocks_total."""
+    expert_load: LoadReport | None = None
+    """Attention workers, now and then."""
+
+
+class HeartbeatAck(ControlFrame, frozen=True, kw_only=True):
+    """Controller -> worker, answers each heartbeat and renews the lease."""
+
+    term: int
+    """Term of the controller."""
+    controller: str = ""
+    """Which controller of that term."""
+    number: int = 0
+    """The heartbeat's."""
+
+
+class StatusRequest(ControlFrame, frozen=True, kw_only=True):
+    """Controller -> worker: answer with a heartbeat now (``token`` comes back in StatusReply)."""
+
+    token: int
+
+
+class StatusReply(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller: its numbers at this moment."""
+
+    token: int
+    stats: dict[str, float] = field(default_factory=dict)
+    expert_load: LoadReport | None = None
+    """Attention workers, always."""
+
+
+class PeerLost(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller: an edge was reset or closed, or a wait on it timed out."""
+
+    worker: str
+    """The lost peer's name."""
+    generation: int
+    reason: str
+
+
+class NewGeneration(ControlFrame, frozen=True, kw_only=True):
+    """Controller -> worker: stop the current step, take this membership and these maps."""
+
+    term: int
+    """Term of the controller; a lower one than seen before is not followed."""
+    generation: Generation
+    placement: ExpertPlacement
+    """The authoritative epoch."""
+    controller: str = ""
+    """Which controller of that term; another one of the same term is not followed."""
+    drained: list[str] = field(default_factory=list)
+    """Workers that were drained: requests that ran with them are no suspects."""
+
+
+class ControllerSnapshot(ControlFrame, frozen=True, kw_only=True):
+    """Controller -> worker: what a restarted controller is to be told in ``WorkerReport``.
+
+    It is also the first thing that a restarted controller says: from then on its term is known.
+    """
+
+    term: int
+    """As in ``NewGeneration``."""
+    memory: dict[str, Any]
+    """As ``cluster.controller.failover.collect`` makes and reads it; nothing to the worker."""
+    controller: str = ""
+    """As in ``NewGeneration``."""
+
+
+class WorkerReport(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller, after ``Register`` and ``WorkerReady`` on a new connection.
+
+    A restarted controller learns from it all that it must know.
+    """
+
+    term: int
+    """Highest term of a controller that it has followed."""
+    generation: Generation | None
+    """The newest that was announced to it; None before the first."""
+    placement: ExpertPlacement | None
+    """The maps announced with it."""
+    running: bool
+    """It runs that generation now."""
+    highest_step: int
+    """Highest step number it has seen."""
+    highest_epoch: int
+    """Highest placement epoch it has run."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """Of the last ``ControllerSnapshot``."""
+
+
+class GenerationReady(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller: edges of this generation are open, the old step is abandoned."""
+
+    generation: int
+    highest_step: int
+    """Highest step number it has seen."""
+    highest_epoch: int
+    """Highest placement epoch it has run."""
+
+
+class RunGeneration(ControlFrame, frozen=True, kw_only=True):
+    """Controller -> worker: all members are ready; steps are numbered from ``first_step``."""
+
+    generation: int
+    first_step: int
+
+
+class LoadExperts(ControlFrame, frozen=True, kw_only=True):
+    """Controller -> worker with experts: fill expert slots in the background.
+
+    The slots are in no placement in force; see ``workers/experts/transfer/loading.py``.
+    """
+
+    order: int
+    """Number of the order; comes back in ``ExpertsLoaded``."""
+    experts: list[list[int]]
+    """``[bank, expert slot, logical expert]``; ``FREE_SLOT`` for the expert empties the slot."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """``kind`` of the source, ``checkpoint`` without one, and what that kind needs to know."""
+
+
+class ExpertsLoaded(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller: a load order is carried out, or cannot be."""
+
+    order: int
+    error: str = ""
+    """What is in the way, in the worker's words; empty when all experts are in their slots."""
+    num_bytes: int = 0
+    """Bytes that were read."""
+
+
+class DrainRequest(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller: its process received SIGTERM; drain it first."""
+
+
+class NewEpoch(ControlFrame, frozen=True, kw_only=True):
+    """Controller -> worker: maps of a placement epoch that may come into force.
+
+    The weights for it are in their slots everywhere. The epoch in force stays until a step header
+    names another.
+    """
+
+    generation: int
+    """Generation that it is for; in any other it means nothing."""
+    epoch: int
+    """The epoch, above all before it."""
+    base_epoch: int
+    """The epoch in force, whose maps hold for the banks that are not among ``banks``."""
+    banks: tuple[tuple[int, BankPlacement], ...]
+    """(place in the placement, maps) of every bank whose maps differ."""
+
+
+class EpochReady(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller: it could run steps in the epoch, or what is in the way."""
+
+    generation: int
+    epoch: int
+    error: str = ""
+
+
+class SwitchEpoch(ControlFrame, frozen=True, kw_only=True):
+    """Controller -> leader: headers name this epoch from the next step on, be it an empty one."""
+
+    generation: int
+    epoch: int
+    oldest_epoch: int
+    """As in the header: no step runs in an older one any more."""
+
+
+class EpochSwitched(ControlFrame, frozen=True, kw_only=True):
+    """Leader -> controller: the header of ``step`` names the epoch; the step before is over."""
+
+    generation: int
+    epoch: int
+    step: int
+    stall_s: float = 0.0
+    """Time between the end of the step before and this header, where there was work."""
+
+
+class Shutdown(ControlFrame, frozen=True, kw_only=True):
+    """Controller -> worker: end yourself."""
+
+    reason: str = ""
+
+
+FRAMES: dict[str, type[ControlFrame]] = {
+    kind.__name__: kind for kind in ControlFrame.__subclasses__()
+}
+"""Every message by the name it has on the wire."""
+_CODEC: Codec[ControlFrame] = Codec(Union[tuple(FRAMES.values())], "a control frame")  # noqa: UP007
+_HELLO_CODEC: Codec[ControlFrame] = Codec(
+    ControlHello | ControlChallenge | ControlProof, "a control frame of a handshake"
+)
+
+
+def encode(frame: ControlFrame) -> bytes:
+    """One frame, ready to be sent."""
+    data = _CODEC.encode(frame)
+    return _LENGTH.pack(len(data)) + data
+
+
+def frame_length(prefix: bytes, limit: int = MAX_FRAME_BYTES) -> int:
+    """Length of the frame that ``prefix`` (4 bytes) announces. Raises ``ProtocolError``."""
+    length: int = _LENGTH.unpack(prefix)[0]
+    if not 0 < length <= limit:
+        raise ProtocolError(f"control frame of {length} bytes: must be 1 to {limit}")
+    return length
+
+
+def decode(data: bytes) -> ControlFrame:
+    """Read one frame. Raises ``ProtocolError`` on anything that is not one of ours."""
+    return _CODEC.decode(data)
+
+
+def decode_hello(data: bytes) -> ControlFrame:
+    """``decode`` for what a peer sends before it has proved the token: handshake frames only."""
+    return _HELLO_CODEC.decode(data)
+
+
+def proof(token: str, side: str, worker_nonce: str, controller_nonce: str) -> str:
+    """What a side (``worker`` or ``controller``) sends to show that it knows the token."""
+    text = f"expertmesh-control|{side}|{worker_nonce}|{controller_nonce}"
+    return hmac.new(token.encode(), text.encode(), hashlib.sha256).hexdigest()

@@ -1,0 +1,143 @@
+"""Expert load: tokens per logical expert and bank, and how well a placement balances it.
+
+File format (``load --save``, ``plan --profile``):
+
+    {"schema": 1, "model": "demo", "top_k": 8, "tokens": 1000,
+     "banks": [{"bank": "mlp", "layer": 0, "counts": [130, 125, ...]}]}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cluster.core.checks import check
+from cluster.core.codec import from_plain, to_plain
+from cluster.core.errors import ConfigError
+from cluster.core.placement import FREE_SLOT, BankPlacement
+
+SCHEMA = 1
+"""Version of the file format."""
+
+
+class BankLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """The load of one expert bank."""
+
+    bank: str
+    """Kind of bank within its layer, ``mlp`` or ``attention``."""
+    layer: int
+    """Layer of the model."""
+    counts: tuple[int | float, ...]
+    """``[logical expert]`` -> tokens that chose it."""
+
+    def __post_init__(self) -> None:
+        where = f"load of bank {self.bank} layer {self.layer}"
+        check(bool(self.counts), where, "no counts", "must have a count for each expert")
+        bad = [c for c in self.counts if not (math.isfinite(c) and c >= 0)]
+        check(not bad, where, bad[0] if bad else None, "counts must be finite and not negative")
+
+
+class LoadProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """Expert load of all banks over ``tokens`` tokens."""
+
+    model: str
+    """Name of the model it was taken from."""
+    top_k: int
+    """Experts a token chooses."""
+    tokens: int
+    """Tokens that were counted."""
+    banks: tuple[BankLoad, ...]
+    """One entry per bank."""
+
+    def __post_init__(self) -> None:
+        check(self.top_k >= 1, "load_profile.top_k", self.top_k, "must be at least 1")
+        check(self.tokens >= 0, "load_profile.tokens", self.tokens, "must not be negative")
+        keys = [(b.bank, b.layer) for b in self.banks]
+        check(len(set(keys)) == len(keys), "load_profile.banks", keys, "must name each bank once")
+
+    def counts(self, bank: str, layer: int) -> tuple[float, ...]:
+        """Counts of one bank; empty when the profile does not know it."""
+        return next((b.counts for b in self.banks if (b.bank, b.layer) == (bank, layer)), ())
+
+    def merge(self, other: LoadProfile) -> LoadProfile:
+        """Sum of two profiles of the same model. Raises ``ConfigError`` when they do not fit."""
+        check(
+            self.shape() == other.shape(),
+            "load_profile",
+            other.model,
+            f"must have the banks, experts and top_k of {self.model}",
+        )
+        banks = tuple(
+            BankLoad(
+                bank=b.bank,
+                layer=b.layer,
+                counts=tuple(
+                    x + y for x, y in zip(b.counts, other.counts(b.bank, b.layer), strict=True)
+                ),
+            )
+            for b in self.banks
+        )
+        return LoadProfile(
+            model=self.model, top_k=self.top_k, tokens=self.tokens + other.tokens, banks=banks
+        )
+
+    def shape(self) -> tuple[int, frozenset[tuple[str, int, int]]]:
+        """What profiles must share: top_k, and (bank, layer, number of experts) of all banks."""
+        return self.top_k, frozenset((b.bank, b.layer, len(b.counts)) for b in self.banks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data in the file format."""
+        return {"schema": SCHEMA, **to_plain(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LoadProfile:
+        """Read the file format. Raises ``ConfigError`` naming the field that breaks a rule."""
+        schema = data.get("schema") if isinstance(data, Mapping) else data
+        check(schema == SCHEMA, "load_profile.schema", schema, "must be 1")
+        return from_plain(
+            data, cls, lambda why: ConfigError("load_profile", why, "is not a load profile")
+        )
+
+
+def load_profile(path: Path) -> LoadProfile:
+    """Read a profile from a file. Raises ``ConfigError`` with the file's name."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as err:
+        raise ConfigError("load_profile", path.name, f"cannot be read: {err}") from err
+    return LoadProfile.from_dict(data)
+
+
+def save_profile(profile: LoadProfile, path: Path) -> None:
+    """Write a profile to a file."""
+    path.write_text(json.dumps(profile.to_dict()) + "\n")
+
+
+def device_loads(placement: BankPlacement, counts: Sequence[float]) -> tuple[float, ...]:
+    """``[device]`` -> tokens it takes when each copy takes its share of its expert's tokens.
+
+    Devices that hold no copy of anything (lost ones) are left out.
+    """
+    return tuple(
+        sum(
+            share * counts[expert]
+            for expert, share in zip(slots, shares, strict=True)
+            if expert != FREE_SLOT
+        )
+        for slots, shares in zip(placement.physical_to_logical, placement.split, strict=True)
+        if any(expert != FREE_SLOT for expert in slots)
+    )
+
+
+def balancedness(placement: BankPlacement, counts: Sequence[float]) -> float | None:
+    """Mean over maximum of the devices' loads (1.0 is ideal); None without load."""
+    if len(counts) != placement.num_experts:
+        return None
+    loads = device_loads(placement, counts)
+    peak = max(loads, default=0.0)
+    return sum(loads) / len(loads) / peak if peak > 0 else None

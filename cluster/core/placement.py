@@ -1,0 +1,316 @@
+"""Expert placement: which expert slot of which device holds a copy of which logical expert.
+
+Example, one bank of 4 experts on 2 devices with one redundant expert each (3 expert slots):
+
+    physical_to_logical = ((0, 1, 2), (2, 3, 0))
+    logical_to_physical(2) = ((0, 2), (1, 0))     (device, expert slot) of each copy
+    replica_count = (2, 1, 2, 1)
+
+``split`` gives the share of an expert's prefill tokens that each copy takes, ``decode_device`` the
+one device that serves an expert in decode steps (see docs: prefill and decode are balanced apart).
+The file format is that of ``expertmesh plan placement --json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from cluster.core.codec import Message, to_plain
+from cluster.core.errors import ConfigError
+
+FREE_SLOT = -1
+"""Marks an expert slot that holds nothing."""
+
+
+class BankPlacement(Message, frozen=True, kw_only=True):
+    """The maps of one expert bank. Device ``d`` here is ``Member.device`` of an expert worker."""
+
+    bank: str
+    """Kind of bank within its layer, ``mlp`` or ``attention``."""
+    layer: int
+    """Layer of the model."""
+    num_experts: int
+    """Logical experts of the bank."""
+    physical_to_logical: tuple[tuple[int, ...], ...]
+    """``[device][expert slot]`` -> logical expert, ``FREE_SLOT`` for an empty one."""
+    split: tuple[tuple[float, ...], ...]
+    """``[device][expert slot]`` -> share of that expert's prefill tokens; sums to 1 an expert."""
+    decode_device: tuple[int, ...]
+    """``[logical expert]`` -> device that serves it in decode steps."""
+
+    def __post_init__(self) -> None:
+        where = f"placement of bank {self.bank} layer {self.layer}"
+        shares = [0.0] * self.num_experts
+        holders: list[list[int]] = [[] for _ in range(self.num_experts)]
+        for device, slots in enumerate(self.physical_to_logical):
+            held = [e for e in slots if e != FREE_SLOT]
+            bad = [e for e in held if not 0 <= e < self.num_experts]
+            if bad:
+                raise ConfigError(where, bad[0], f"expert must be below {self.num_experts}")
+            if len(set(held)) != len(held):
+                raise ConfigError(where, list(slots), f"device {device} holds an expert twice")
+            if len(self.split[device]) != len(slots):
+                raise ConfigError(where, len(self.split[device]), "split must match the slots")
+            for expert, share in zip(slots, self.split[device], strict=True):
+                if expert != FREE_SLOT:
+                    shares[expert] += share
+                    holders[expert].append(device)
+        num_slots = sum(len(slots) for slots in self.physical_to_logical)
+        if num_slots < self.num_experts:
+            rule = f"must be at least num_experts ({self.num_experts}) in total: {where}"
+            raise ConfigError("num_expert_slots", num_slots, rule)
+        for expert, total in enumerate(shares):
+            if not holders[expert]:
+                raise ConfigError(where, expert, "expert has no copy")
+            if abs(total - 1.0) > 1e-6:
+                raise ConfigError(where, total, f"shares of expert {expert} must sum to 1")
+            if self.decode_device[expert] not in holders[expert]:
+                raise ConfigError(
+                    where, self.decode_device[expert], f"decode_device holds no expert {expert}"
+                )
+
+    @property
+    def num_devices(self) -> int:
+        """Devices the maps speak of."""
+        return len(self.physical_to_logical)
+
+    def copies(self) -> Iterator[tuple[int, int, int]]:
+        """Every physical expert as (device, expert slot, logical expert), by device and slot."""
+        for device, slots in enumerate(self.physical_to_logical):
+            for slot, expert in enumerate(slots):
+                if expert != FREE_SLOT:
+                    yield device, slot, expert
+
+    def holders(self, expert: int) -> tuple[int, ...]:
+        """The devices that hold an expert, rising."""
+        return tuple(device for device, _ in self.logical_to_physical(expert))
+
+    @property
+    def replica_count(self) -> tuple[int, ...]:
+        """``[logical expert]`` -> number of copies."""
+        return tuple(len(self.logical_to_physical(e)) for e in range(self.num_experts))
+
+    def logical_to_physical(self, expert: int) -> tuple[tuple[int, int], ...]:
+        """All copies of an expert as (device, expert slot), by device."""
+        return tuple(
+            (device, slots.index(expert))
+            for device, slots in enumerate(self.physical_to_logical)
+            if expert in slots
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BankPlacement:
+        """One bank of a placement file. Raises ``ConfigError`` for maps that break a rule."""
+        return cls.from_maps(
+            bank=str(data["bank"]),
+            layer=int(data["layer"]),
+            num_experts=int(data["num_experts"]),
+            physical_to_logical=data["physical_to_logical"],
+            split=data.get("split"),
+            decode_device=data.get("decode_device"),
+        )
+
+    @classmethod
+    def from_maps(
+        cls,
+        *,
+        bank: str,
+        layer: int,
+        num_experts: int,
+        physical_to_logical: Sequence[Sequence[int]],
+        split: Sequence[Sequence[float]] | None = None,
+        decode_device: Sequence[int] | None = None,
+    ) -> BankPlacement:
+        """Fill in what a file may leave out: equal shares, and decode on the lowest device."""
+        maps = tuple(tuple(int(e) for e in slots) for slots in physical_to_logical)
+        holders: list[list[int]] = [[] for _ in range(num_experts)]
+        for device, slots in enumerate(maps):
+            for e in set(slots):
+                if 0 <= e < num_experts:
+                    holders[e].append(device)
+        if split is None:
+            split = [
+                [1.0 / len(holders[e]) if 0 <= e < num_experts else 0.0 for e in s] for s in maps
+            ]
+        if decode_device is None:
+            decode_device = [each[0] if each else -1 for each in holders]
+        return cls(
+            bank=bank,
+            layer=layer,
+            num_experts=num_experts,
+            physical_to_logical=maps,
+            split=tuple(tuple(float(x) for x in s) for s in split),
+            decode_device=tuple(int(d) for d in decode_device),
+        )
+
+    def without_devices(self, lost: frozenset[int]) -> BankPlacement | None:
+        """The same maps after ``lost`` devices emptied; None when an expert has no copy left.
+
+        Shares of lost copies go to the surviving ones in proportion; an expert that was decoded
+        on a lost device moves to its lowest surviving one. Device indices stay as they are.
+        """
+        maps = [
+            tuple(FREE_SLOT for _ in slots) if d in lost else slots
+            for d, slots in enumerate(self.physical_to_logical)
+        ]
+        totals = [0.0] * self.num_experts
+        copies = [0] * self.num_experts
+        for d, slots in enumerate(maps):
+            for s, e in enumerate(slots):
+                if e != FREE_SLOT:
+                    totals[e] += self.split[d][s]
+                    copies[e] += 1
+        if not all(copies):
+            return None
+        split = [
+            tuple(
+                0.0
+                if e == FREE_SLOT
+                else (self.split[d][s] / totals[e] if totals[e] > 0 else 1.0 / copies[e])
+                for s, e in enumerate(slots)
+            )
+            for d, slots in enumerate(maps)
+        ]
+        decode = [
+            d if e in maps[d] else next(i for i, slots in enumerate(maps) if e in slots)
+            for e, d in enumerate(self.decode_device)
+        ]
+        return replace(
+            self, physical_to_logical=tuple(maps), split=tuple(split), decode_device=tuple(decode)
+        )
+
+
+class ExpertPlacement(Message, frozen=True, kw_only=True):
+    """The maps of all banks, valid from one placement epoch on."""
+
+    epoch: int
+    """Placement epoch; only grows."""
+    banks: tuple[BankPlacement, ...]
+    """One entry per bank, in the order of the model's bank list."""
+
+    @property
+    def num_devices(self) -> int:
+        """Devices the maps speak of."""
+        return self.banks[0].num_devices if self.banks else 0
+
+    def without_devices(self, lost: frozenset[int], epoch: int) -> ExpertPlacement | None:
+        """The placement of the survivors as ``epoch``; None when an expert has no copy left."""
+        left = [b.without_devices(lost) for b in self.banks]
+        kept = tuple(b for b in left if b is not None)
+        return ExpertPlacement(epoch=epoch, banks=kept) if len(kept) == len(left) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data in the placement file's format."""
+        return {"schema": 1, **to_plain(self)}
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], num_experts: Mapping[tuple[str, int], int] | None = None
+    ) -> ExpertPlacement:
+        """Read the file format. ``num_experts`` by (bank, layer) where the data lacks it.
+
+        Raises ``ConfigError`` naming the bank that breaks a rule.
+        """
+        if data.get("schema") != 1:
+            raise ConfigError("placement.schema", data.get("schema"), "must be 1")
+        banks = []
+        for entry in data["banks"]:
+            key = (str(entry["bank"]), int(entry["layer"]))
+            total = entry.get("num_experts") or (num_experts or {}).get(key)
+            if total is None:
+                raise ConfigError("placement.banks", key, "is not a bank of this model")
+            banks.append(BankPlacement.from_dict({**entry, "num_experts": total}))
+        return cls(epoch=int(data.get("epoch", 1)), banks=tuple(banks))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BankShape:
+    """What a planner needs to know of one bank."""
+
+    bank: str
+    """Kind, ``mlp`` or ``attention``."""
+    layer: int
+    """Layer of the model."""
+    num_experts: int
+
+
+def contiguous(
+    banks: Sequence[BankShape], num_devices: int, num_redundant: int = 0, epoch: int = 1
+) -> ExpertPlacement:
+    """Experts in order, an equal block on each device; spare slots continue round the ring.
+
+    Device d's ``num_redundant`` spare slots hold the first experts of d+1, d+2, .. that it does
+    not hold yet; a slot for which no such expert is left stays free.
+    """
+    placed = []
+    for shape in banks:
+        if num_devices > shape.num_experts:
+            raise ConfigError(
+                "num_expert_workers",
+                num_devices,
+                f"must not exceed the {shape.num_experts} experts of a bank: "
+                "more workers than can ever have work",
+            )
+        base, extra = divmod(shape.num_experts, num_devices)
+        starts = [d * base + min(d, extra) for d in range(num_devices + 1)]
+        slots_each = base + (1 if extra else 0) + num_redundant
+        maps = []
+        for d in range(num_devices):
+            own = list(range(starts[d], starts[d + 1]))
+            ring = [(starts[d + 1] + i) % shape.num_experts for i in range(shape.num_experts)]
+            spare = [e for e in ring if e not in own][:num_redundant]
+            slots = own + spare
+            maps.append(slots + [FREE_SLOT] * (slots_each - len(slots)))
+        placed.append(
+            BankPlacement.from_maps(
+                bank=shape.bank,
+                layer=shape.layer,
+                num_experts=shape.num_experts,
+                physical_to_logical=maps,
+                decode_device=[
+                    d for d in range(num_devices) for _ in range(starts[d], starts[d + 1])
+                ],
+            )
+        )
+    return ExpertPlacement(epoch=epoch, banks=tuple(placed))
+
+
+def load_placement(path: Path, banks: Sequence[BankShape], num_devices: int) -> ExpertPlacement:
+    """Read a placement file and check it against the model and the number of devices.
+
+    Raises ``ConfigError`` with the file's name and the rule that it breaks.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as err:
+        raise ConfigError("placement_file", path.name, f"cannot be read: {err}") from err
+    by_key = {(b.bank, b.layer): b.num_experts for b in banks}
+    try:
+        found = ExpertPlacement.from_dict(data, by_key)
+    except ConfigError as err:
+        raise ConfigError("placement_file", path.name, f"breaks a rule: {err}") from err
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise ConfigError("placement_file", path.name, f"is not a placement: {err!r}") from err
+    order = {(b.bank, b.layer): b for b in found.banks}
+    if set(order) != set(by_key):
+        raise ConfigError(
+            "placement_file", path.name, f"must have exactly the model's banks {sorted(by_key)}"
+        )
+    for key, bank in order.items():
+        if bank.num_devices != num_devices:
+            raise ConfigError(
+                "placement_file",
+                path.name,
+                f"bank {key} has {bank.num_devices} devices, the cluster has {num_devices}",
+            )
+        if bank.num_experts != by_key[key]:
+            raise ConfigError(
+                "placement_file", path.name, f"bank {key} must have {by_key[key]} experts"
+            )
+    return ExpertPlacement(epoch=found.epoch, banks=tuple(order[b.bank, b.layer] for b in banks))

@@ -1,0 +1,95 @@
+"""Who takes part: workers, their ranks and addresses, and the generation they form."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from cluster.core.codec import Message
+
+Role = Literal["attention", "expert", "colocated"]
+"""What a worker does; a ``colocated`` one does both, with one rank in both pools."""
+
+
+def runs_attention(role: Role) -> bool:
+    """Whether a worker of that role holds requests."""
+    return role != "expert"
+
+
+def holds_experts(role: Role) -> bool:
+    """Whether a worker of that role holds experts."""
+    return role != "attention"
+
+
+class Member(Message, frozen=True, kw_only=True):
+    """One worker of a generation."""
+
+    name: str
+    """Unique for ever: a replacement gets a new name (``expert-1``, later ``expert-1.2``)."""
+    role: Role
+    """Pool; ``colocated`` is in both."""
+    rank: int
+    """Place in its pool (or both) for as long as it lives; not reused within a generation."""
+    device: int = -1
+    """Where it holds experts: the device index in the placement; else -1."""
+    node: str = ""
+    """Host name or Ray node id, for people."""
+    domain: str = ""
+    """Failure domain; empty: the node."""
+    link_class: str = ""
+    """Members of one link class reach each other fast; empty: the node."""
+    speed: float = 1.0
+    """Relative speed as an expert worker."""
+    pid: int = 0
+    """Process id on that host."""
+    data_address: str = ""
+    """``host:port`` of the worker's data-plane listener (edges and step channel)."""
+    engine_address: str = ""
+    """``host:port`` of the engine stream, where it runs attention; else empty."""
+    weights_address: str = ""
+    """``host:port`` where it gives out the weights of its experts; else empty."""
+    kv_address: str = ""
+    """``host:port`` where it gives out KV blocks, where it runs attention; else empty."""
+    store_address: str = ""
+    """``host:port`` of the rendezvous store, where it runs attention (collective transport)."""
+
+    @property
+    def runs_attention(self) -> bool:
+        """It holds requests: an attention rank."""
+        return runs_attention(self.role)
+
+    @property
+    def holds_experts(self) -> bool:
+        """It holds experts: an expert rank."""
+        return holds_experts(self.role)
+
+
+class Generation(Message, frozen=True, kw_only=True):
+    """A membership. ``number`` only grows; a message of another generation is not for us."""
+
+    number: int
+    """Generation number, 1 for the first."""
+    members: tuple[Member, ...]
+    """All workers that take part."""
+
+    @property
+    def attention(self) -> tuple[Member, ...]:
+        """Attention ranks, colocated workers among them."""
+        return tuple(sorted((m for m in self.members if m.runs_attention), key=_rank))
+
+    @property
+    def experts(self) -> tuple[Member, ...]:
+        """Expert ranks, colocated workers among them."""
+        return tuple(sorted((m for m in self.members if m.holds_experts), key=_rank))
+
+    def facing(self, role: Role) -> tuple[Member, ...]:
+        """Whom a worker of that role exchanges rows with, by rank: the other pool, or all."""
+        return self.experts if runs_attention(role) else self.attention
+
+    @property
+    def leader(self) -> Member:
+        """The lowest attention rank: it publishes the step headers."""
+        return self.attention[0]
+
+
+def _rank(member: Member) -> int:
+    return member.rank

@@ -1,0 +1,4 @@
+"""The composition root: one process starts Ray, controller, workers and gateway.
+
+Imports everything; torch only in a child process.
+"""

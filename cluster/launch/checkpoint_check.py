@@ -1,0 +1,141 @@
+"""Checks a checkpoint before anything starts, in a short-lived process of its own.
+
+The check compares every tensor with the model and therefore imports torch: a second and 300 MB that
+the front process must not keep. ``python -m cluster.launch.checkpoint_check FOLDER`` prints one
+JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.core.codec import from_plain
+from cluster.core.errors import CheckpointError
+
+CHECK_LIMIT_S = 120.0
+_ALLOW_BARE = "--allow-bare"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointFacts:
+    """Facts about a checkpoint that a start needs."""
+
+    model_type: str
+    dtype: str
+    """The dtype of ``--dtype auto``."""
+    context_tokens: int
+    """Context in tokens."""
+    kv_values_per_token: int
+    """Numbers that the KV cache keeps of one token, over all layers."""
+    attention_values: int
+    """Weights that an attention rank reads in each step."""
+    attention_weights: int
+    """Weights that an attention rank holds."""
+    banks: tuple[dict[str, Any], ...]
+    """Expert banks in the order of their use: ``bank``, ``layer`` and the numbers of a
+    ``cluster.sizing.roofline.BankSize``."""
+    torch_has_cuda: bool
+    """Whether the installed torch can use a GPU at all."""
+    ignored_keys: tuple[str, ...] = ()
+    """Keys of ``config.json`` without effect here."""
+
+
+class CheckpointCheck:
+    """A running check; begun early so that it overlaps with other work."""
+
+    def __init__(
+        self, folder: Path, environment: Mapping[str, str], allow_bare: bool = False
+    ) -> None:
+        """``allow_bare``: a folder without weights is enough, for a plan."""
+        words = [str(folder), *([_ALLOW_BARE] if allow_bare else [])]
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "cluster.launch.checkpoint_check", *words],
+            env=dict(environment),
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def result(self) -> CheckpointFacts:
+        """Wait for the result. Raises ``CheckpointError`` with the reason."""
+        try:
+            output, errors = self._child.communicate(timeout=CHECK_LIMIT_S)
+        except subprocess.TimeoutExpired as err:
+            self.cancel()
+            raise CheckpointError(f"check took more than {CHECK_LIMIT_S:g} s") from err
+        try:
+            answer = json.loads(output)
+        except ValueError as err:
+            words = errors.strip().splitlines() or [f"exit code {self._child.returncode}"]
+            raise CheckpointError(f"the check itself failed: {words[-1]}") from err
+        if "error" in answer:
+            raise CheckpointError(answer["error"])
+        return from_plain(answer, CheckpointFacts)
+
+    def cancel(self) -> None:
+        """End it."""
+        self._child.kill()
+        self._child.communicate()
+
+
+def check(folder: Path, allow_bare: bool = False) -> CheckpointFacts:
+    """Read config and headers, and compare every tensor with the model.
+
+    ``allow_bare``: a folder without any weights is enough. Raises ``CheckpointError``.
+    """
+    import torch
+
+    from workers.kv.cache import kv_values_per_token
+    from workers.model.loading.checkpoint import auto_dtype, check_checkpoint, plan_checkpoint
+
+    is_bare = allow_bare and not any(folder.glob("*.safetensors*"))
+    summary = plan_checkpoint(folder) if is_bare else check_checkpoint(folder)
+    family = summary.family
+    return CheckpointFacts(
+        model_type=family.config.model_type,
+        dtype=auto_dtype(family.config),
+        context_tokens=family.config.context_tokens,
+        kv_values_per_token=kv_values_per_token(family.config),
+        attention_values=summary.attention_values,
+        attention_weights=summary.attention_weights,
+        banks=tuple(
+            {
+                "bank": bank.bank,
+                "layer": bank.layer,
+                "num_experts": bank.num_experts,
+                "top_k": bank.top_k,
+                "expert_values": values,
+                "num_exchanges": len(bank.exchanges),
+                "in_values": sum(
+                    e.in_width * (bank.top_k if e.per_slot_input else 1) for e in bank.exchanges
+                ),
+                "out_values": sum(
+                    e.out_width * (1 if e.weighted else bank.top_k) for e in bank.exchanges
+                ),
+            }
+            for bank, values in zip(family.banks, summary.expert_values, strict=True)
+        ),
+        torch_has_cuda=torch.version.cuda is not None,
+        ignored_keys=family.config.ignored_keys,
+    )
+
+
+def main() -> None:
+    """Entry point of the check's process."""
+    try:
+        answer = asdict(check(Path(sys.argv[1]), allow_bare=_ALLOW_BARE in sys.argv))
+    except CheckpointError as err:
+        answer = {"error": str(err)}
+    sys.stdout.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""What a launcher finds in an existing Ray: its nodes, its Serve, a cluster of ours.
+
+Whatever the joined Ray makes impossible is refused here, before anything is created.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.actors.controller_client import ask_controller
+from cluster.config.cluster import ClusterConfig
+from cluster.config.gateway import GatewaySection, is_loopback
+from cluster.config.resources import NodeResources
+from cluster.core.errors import ConfigError, NotReadyError, StartError
+from cluster.core.node_labels import selector_for
+from cluster.launch.plan import EVERY_INTERFACE, LaunchPlan, check_ports, tell_differences
+
+logger = logging.getLogger(__name__)
+
+GATEWAY = "gateway"
+"""Role label of the nodes for gateway replicas and the controller."""
+_POLL_S = 0.2
+_ANSWER_LIMIT_S = 60.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class JoinedRay:
+    """The findings, and the plan adapted to them."""
+
+    plan: LaunchPlan
+    """The plan with mode and addresses resolved."""
+    gateway_nodes: tuple[str, ...] = ()
+    """Addresses of the nodes that are labelled for the gateway; empty: it runs on Ray's head."""
+    selector: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Labels of those nodes, for Ray."""
+    found: bool = False
+    """The cluster that the plan asks for runs or starts already."""
+
+
+def examine(plan: LaunchPlan, address: str) -> JoinedRay:
+    """Inspect the Ray at ``address``, which this process has joined.
+
+    Raises ``ConfigError`` and ``StartError``.
+    """
+    from cluster.actors.controller_client import CONTROLLER_NAME
+    from cluster.actors.ray_tools import free_resources, our_actors
+
+    nodes = wait_nodes(plan.wait_nodes, plan.start_limit_s)
+    gateways = tuple(n for n in nodes if n.place.role == GATEWAY)
+    plan = dataclasses.replace(plan, reach=_reach(plan, gateways))
+    selector = selector_for(GATEWAY, [n.place for n in gateways]) if gateways else {}
+    joined = JoinedRay(
+        plan=plan, gateway_nodes=tuple(n.address for n in gateways), selector=selector
+    )
+    actors = our_actors()
+    if CONTROLLER_NAME in actors and plan.command == "up":
+        config = _running_config(plan)
+        if config is not None:
+            started = dataclasses.replace(plan, config=config)  # its token and ports
+            return dataclasses.replace(joined, plan=started, found=True)
+    if actors and our_actors():
+        raise ConfigError("address", plan.address, "already runs an expertmesh cluster")
+    _check_ports(plan, is_here=not gateways)
+    check_strangers(plan, nodes, address)
+    return dataclasses.replace(joined, plan=_resolve(plan, nodes, free_resources()))
+
+
+def wait_nodes(count: int, limit_s: float) -> tuple[NodeResources, ...]:
+    """The live nodes, once there are ``count``. Raises ``StartError`` after the limit."""
+    from cluster.actors.ray_tools import cluster_nodes
+
+    deadline = time.monotonic() + limit_s
+    while len(nodes := cluster_nodes()) < count:
+        if time.monotonic() > deadline:
+            raise StartError("ray", f"has {len(nodes)} of {count} nodes after {limit_s:g} s")
+        time.sleep(_POLL_S)
+    return nodes
+
+
+def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
+    """What the running cluster was started with; None if its start failed.
+
+    Raises ``ConfigError`` if that differs from the present request.
+    """
+    from cluster.actors.ray_tools import end_leftovers
+
+    try:
+        origin = ask_controller("origin", limit_s=_ANSWER_LIMIT_S)
+        state = ask_controller("snapshot", limit_s=_ANSWER_LIMIT_S)["state"]
+    except NotReadyError as err:
+        raise StartError("controller", f"runs and does not answer: {err}") from err
+    if origin["config"] is None or state == "STOPPED":
+        logger.info("ending what a start that failed has left")
+        end_leftovers()
+        return None
+    differences = tell_differences(origin["asked"] or {}, plan.asked)
+    if differences:
+        text = "; ".join(differences)
+        rule = f"runs a cluster with other settings ({text}): expertmesh down first"
+        raise ConfigError("address", plan.address, rule)
+    return ClusterConfig.from_dict(origin["config"])
+
+
+def _resolve(
+    plan: LaunchPlan, nodes: tuple[NodeResources, ...], free: Mapping[str, float]
+) -> LaunchPlan:
+    """Resolve ``--mode auto`` and check that the workers fit."""
+    from cluster.actors.start_plan import plan_start
+
+    plan = plan.resolved(nodes, free.get("CPU", 0.0))
+    workers = plan.config.workers
+    if workers.mode_reason:
+        logger.info("mode %s: %s", workers.mode, workers.mode_reason)
+    plan_start(plan.config, list(plan.banks), nodes, free.get("CPU", 0.0), plan.profile)
+    return plan
+
+
+def _reach(plan: LaunchPlan, gateways: tuple[NodeResources, ...]) -> str:
+    """Address at which clients find the gateway if ``host`` is every interface; else empty.
+
+    Raises ``ConfigError`` for a ``host`` that is unreachable from outside the gateway's node.
+    """
+    from cluster.actors.ray_tools import head_address
+
+    host = plan.config.gateway.host
+    if host in EVERY_INTERFACE:
+        return gateways[0].address if gateways else head_address()
+    if gateways and is_loopback(host):
+        rule = "is for one node only, and nodes are labelled for the gateway: 0.0.0.0 is for all"
+        raise ConfigError("host", host, rule)
+    return ""
+
+
+def _check_ports(plan: LaunchPlan, is_here: bool) -> None:
+    """Refuse an unsuitable Serve in the joined Ray, and ports in use on this host."""
+    from cluster.actors.ray_tools import is_on_head
+
+    section = plan.config.gateway
+    options = running_serve()
+    if options is not None:
+        check_serve(section, options)
+    if is_here and is_on_head():
+        ports = {"port": section.port} if options is None else {}
+        check_ports(section.host, {**ports, "grpc_port": section.grpc_port})
+
+
+def check_serve(section: GatewaySection, options: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` if the HTTP options of the running Serve are unsuitable."""
+    port = int(options["port"])
+    if port != section.port:
+        rule = f"differs from {port}, the one HTTP port of Serve on the joined Ray cluster"
+        raise ConfigError("port", section.port, rule)
+    for name, option in (("tls_cert", "ssl_certfile"), ("tls_client_ca", "ssl_ca_certs")):
+        wanted, there = getattr(section, name), options.get(option)
+        if wanted != there:
+            rule = f"differs from {there}, that of Serve on the joined Ray cluster"
+            raise ConfigError(name, wanted, rule)
+
+
+def running_serve() -> Mapping[str, Any] | None:
+    """HTTP options of the running Serve of the connected Ray; None without Serve."""
+    import ray
+    from ray import serve
+
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return None
+    client: Any = serve.context._get_global_client()
+    found: Mapping[str, Any] = client.get_serve_details()["http_options"]
+    return found
+
+
+def check_strangers(plan: LaunchPlan, nodes: Sequence[NodeResources], address: str) -> None:
+    """Refuse a Ray of several hosts without authentication."""
+    from cluster.actors.ray_tools import takes_strangers
+
+    is_lax = plan.config.gateway.allow_unauthenticated or len({n.address for n in nodes}) < 2
+    if not is_lax and takes_strangers(address):
+        rule = "lets anybody on the network run code: start Ray on every host with token "
+        rule += "authentication (RAY_AUTH_MODE=token), or say --allow-unauthenticated"
+        raise ConfigError("address", address, rule)
+
+
+def is_deployed(app: str) -> bool:
+    """Whether the Serve of the connected Ray has or deploys this application."""
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    found = serve.status().applications.get(app)
+    good = (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING)
+    return found is not None and found.status in good

@@ -1,0 +1,253 @@
+"""The launcher: the process that owns a cluster. It starts the parts, watches them, ends them.
+
+``expertmesh serve`` and ``up`` run it as ``python -m cluster.launch.launch`` in a session of its
+own. It reads one ``LaunchPlan`` from stdin and writes one JSON event a line to stdout:
+``progress``, ``ready``, ``failed``, ``stopped``. It ends on SIGTERM, on the word ``drain`` after
+the running requests have ended, and when stdin closes without an earlier word ``detach``: a killed
+front process takes its cluster along. Everything it starts is below it or in its private Ray; a
+joined Ray stays. ``up`` in a joined Ray is the exception: there no process owns the cluster, and
+the launcher exits as soon as it is ready.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn, TextIO
+
+from cluster.core.codec import from_plain
+from cluster.core.errors import ConfigError, ExpertMeshError
+from cluster.launch.orphans import host_id, identify
+from cluster.launch.parts import ClusterParts, warm_up
+from cluster.launch.plan import LaunchPlan
+from cluster.launch.state_file import (
+    ClusterRecord,
+    RecordState,
+    log_path,
+    remove_record,
+    write_record,
+)
+
+logger = logging.getLogger(__name__)
+
+DETACH = "detach"
+"""Word on stdin after which the launcher survives its front process."""
+DRAIN = "drain"
+"""Word on stdin after which the launcher stops once the running requests have ended."""
+_WATCH_S = 1.0
+_STOP_LIMIT_S = 8.0
+_DRAIN_POLL_S = 0.1
+
+
+class _StopRequested(BaseException):
+    """Raised on the main thread while starting; no ``except Exception`` may swallow it."""
+
+
+class EventSink:
+    """Events for the front process, which may have ended."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+
+    def send(self, event: str, **fields: Any) -> None:
+        """Write one event."""
+        with self._lock:
+            try:
+                self._stream.write(json.dumps({"event": event, **fields}) + "\n")
+                self._stream.flush()
+            except (OSError, ValueError):
+                logger.info("nobody listens to event %s", event)
+
+
+class Launcher:
+    """One start, from plan to end."""
+
+    def __init__(
+        self, plan: LaunchPlan, events: EventSink, make_parts: type[ClusterParts] = ClusterParts
+    ) -> None:
+        self._plan = plan
+        self._events = events
+        self._parts = make_parts(plan, self._progress)
+        self._stop = threading.Event()
+        self._hurry = threading.Event()
+        self._drains = False
+        self._is_starting = True
+        self._stage = ""
+
+    def run(self) -> int:
+        """Start, wait for the end, stop; the exit status."""
+        self._install_handlers()
+        status, has_left = 1, False
+        try:
+            self._start()
+            status = 0 if self._leaves else self._watch()
+            if self._drains and status == 0:
+                self._drain()
+            has_left = self._leaves
+        except _StopRequested:
+            logger.info("asked to stop while starting")
+            status = 0
+        except ExpertMeshError as err:
+            refused = isinstance(err, ConfigError)
+            self._events.send("failed", message=str(err), refused=refused)
+        except Exception as err:
+            logger.exception("start failed")
+            words = str(err).strip() or "no reason given"
+            first_line = words.splitlines()[0]  # Ray's errors are pages long
+            message = f"{type(err).__name__}: {first_line}, see {log_path(self._plan.name)}"
+            self._events.send("failed", message=message, refused=False)
+        finally:
+            self._is_starting = False
+            self._end(status, has_left)
+        return status
+
+    def request_stop(self) -> None:
+        """Stop soon; called from any thread."""
+        os.kill(os.getpid(), signal.SIGTERM)  # the handler runs on the main thread
+
+    def request_drain(self) -> None:
+        """Stop once the running requests have ended; called from any thread."""
+        self._drains = True
+        self.request_stop()
+
+    def _start(self) -> None:
+        self._record("starting", address="")
+        address = self._parts.start_ray()
+        self._install_handlers()  # Ray installs its own
+        self._record("starting", address)
+        self._parts.start_services()
+        self._record("ready", address)
+        self._is_starting = False
+        logger.info("ready")
+        plan = self._parts.plan
+        self._events.send("ready", http=plan.http_url, grpc=plan.grpc_target)
+
+    @property
+    def _leaves(self) -> bool:
+        """``up`` in a joined Ray: what was started continues without this process."""
+        return bool(self._plan.address) and self._plan.command == "up"
+
+    def _watch(self) -> int:
+        """Wait until a stop is requested or the cluster is lost; the exit status."""
+        while not self._stop.wait(_WATCH_S):
+            lost = self._parts.find_loss()
+            if lost is not None:
+                self._events.send("failed", message=lost, refused=False)
+                return 1
+        return 0
+
+    def _drain(self) -> None:
+        """Let load balancers send clients elsewhere, let requests end; a second stop aborts."""
+        section = self._parts.plan.config.gateway
+        logger.info("draining")
+        self._parts.tell_gateway("lead")
+        self._hurry.wait(section.drain_lead_s)
+        give_up = time.monotonic() + section.drain_timeout_s
+        while not self._hurry.is_set() and self._parts.tell_gateway("refuse"):
+            left_s = give_up - time.monotonic()
+            if left_s <= 0:
+                logger.warning("requests still run after %g s", section.drain_timeout_s)
+                return
+            self._hurry.wait(min(_DRAIN_POLL_S, left_s))
+
+    def _end(self, status: int, has_left: bool) -> None:
+        """End everything in order, within a limit; kill the rest."""
+        if not has_left:
+            helper = threading.Thread(target=self._parts.stop_services, daemon=True)
+            helper.start()
+            helper.join(_STOP_LIMIT_S - 3.0)
+        self._parts.stop_ray()
+        if not self._leaves:
+            remove_record(self._plan.name)
+        if status == 0:
+            log_path(self._plan.name).unlink(missing_ok=True)
+        self._events.send("stopped")
+
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            logger.info("stage %s", stage)
+        self._events.send("progress", stage=stage, done=done, total=total)
+
+    def _record(self, state: RecordState, address: str) -> None:
+        if self._leaves and state != "ready":
+            return  # nothing on this host needs clean-up, and an earlier record stays true
+        plan = self._parts.plan
+        me = identify(os.getpid())
+        assert me is not None
+        write_record(
+            ClusterRecord(
+                name=plan.name,
+                command=plan.command,
+                state=state,
+                launcher=me,
+                host=host_id(),
+                asked=plan.asked,
+                http=plan.http_url,
+                grpc=plan.grpc_target,
+                address=address,
+                joined=bool(plan.address),
+                temp_dir=plan.temp_dir,
+                processes=tuple(self._parts.processes()),
+            )
+        )
+
+    def _install_handlers(self) -> None:
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front process forwards it as SIGTERM
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+        if self._is_starting:
+            self._is_starting = False
+            raise _StopRequested
+
+
+def _follow_front(stream: TextIO, launcher: Launcher) -> None:
+    """Stop when the front process has ended, unless it detached before."""
+    for line in stream:
+        if line.strip() == DETACH:
+            return
+        if line.strip() == DRAIN:
+            launcher.request_drain()
+    logger.info("the front process is gone")
+    launcher.request_stop()
+
+
+def _take_stdout() -> TextIO:
+    """Our events keep the real stdout; any other output goes to the log."""
+    events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return events
+
+
+def main(
+    make_parts: type[ClusterParts] = ClusterParts, warm_up: Callable[[], None] = warm_up
+) -> NoReturn:
+    """Entry point of the launcher process."""
+    events = EventSink(_take_stdout())
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    warm_up()
+    line = sys.stdin.readline()
+    if not line:
+        sys.exit(0)  # refused or killed before anything was started
+    launcher = Launcher(from_plain(json.loads(line), LaunchPlan), events, make_parts)
+    threading.Thread(target=_follow_front, args=(sys.stdin, launcher), daemon=True).start()
+    status = launcher.run()
+    logging.shutdown()
+    os._exit(status)  # daemon threads of an abandoned start must not delay the end
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""A private Ray: its environment, folder, start and end. Nothing here touches another Ray.
+
+``ray.init(address="local")`` in the launcher: the kernel ends gcs, raylet and monitor with the
+launcher, the raylet's workers follow; what outlives them (two agents) is found by its files.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.actors.process import ProcessIdentity
+from cluster.core.errors import StartError
+from cluster.launch.orphans import end_all, find_by_files, sweep
+
+logger = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES = 128 * 1024 * 1024
+"""No tensor goes through Ray; its smallest object store is 75 MiB."""
+START_ATTEMPTS = 3
+_SYSTEM_CONFIG = {"worker_niceness": 0, "task_events_report_interval_ms": 0}
+"""Ray's default niceness of workers is 15: other load on this host would stop the heartbeats.
+Ray also records every call of an actor by default: its gcs grew by 17% in half an hour of traffic
+(``benchmarks/soak.py``), and no part of expertmesh reads these records."""
+_ALLOCATOR = {
+    "RAY_JEMALLOC_PROFILE": "raylet",
+    "RAY_JEMALLOC_CONF": "narenas:1,tcache:false",
+    "MALLOC_ARENA_MAX": "1",
+}
+"""The raylet's 29 threads each keep freed memory in caches of 8 arenas: 12 MiB that grow for hours,
+with 1.4 MiB in use. One arena without caches holds a constant 7 MiB (soak test). The arenas of
+glibc, one for each of a process's first threads, fragment too: Serve's proxy, with 33 MiB in use,
+grew by 0.1 MiB a minute; with one arena it does not.
+"""
+_SLOW_STARTS = ("timed out during startup", "Timed out waiting for file")
+"""Ray's messages about a node or a gcs that took too long."""
+_END_LIMIT_S = 10.0
+_KNOCK_LIMIT_S = 5.0
+_KNOCK_AGAIN_S = 0.5
+_SOCKET_PATH_LIMIT = 107
+_RAY_PATH_CHARS = 75
+"""What Ray adds to its folder for its longest socket path."""
+
+
+def make_temp_dir() -> Path:
+    """A new folder for one private Ray, readable by this user only, with short socket paths.
+
+    Ray opens its own folder to every user, therefore it gets ``ray`` inside this one.
+    """
+    for base in ("/tmp", tempfile.gettempdir()):
+        if os.access(base, os.W_OK) and len(base) + _RAY_PATH_CHARS < _SOCKET_PATH_LIMIT:
+            return Path(tempfile.mkdtemp(prefix="em-", dir=base))
+    raise StartError("ray", f"no writable folder with a short path (tried {base})")
+
+
+def private_environment(folder: Path) -> dict[str, str]:
+    """Environment of a launcher with a private Ray; writes the token that its Ray requires.
+
+    Ray reads these when it is imported, so they are set before the process begins.
+    """
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    inherited = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_NAMESPACE", "RAY_TMPDIR")
+    }
+    return {
+        **inherited,
+        **common_environment(),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        # Ray replaces a loopback address by the host's own, unless clusters are switched off by
+        # this (named after where that is the default): then node and workers are on 127.0.0.1.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+
+
+def common_environment() -> dict[str, str]:
+    """Environment of every launcher, private Ray or not."""
+    source = str(Path(__file__).resolve().parents[2])
+    path = os.environ.get("PYTHONPATH")
+    return {
+        **{f"RAY_{name}": str(value) for name, value in _SYSTEM_CONFIG.items()},
+        **_ALLOCATOR,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{source}{os.pathsep}{path}" if path else source,
+        "PYTHONUNBUFFERED": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        # see gateway.serve_proxy.middlewares.PROXY_CALLBACK, whose import would take long
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": (
+            "gateway.serve_proxy.middlewares.proxy_middlewares"
+        ),
+        # the third failure has a killed proxy replaced, which Serve would find out in half a minute
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        # a proxy that is not ready by then is ended, and Serve with it: five seconds by default,
+        # which is too short where cores are busy
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        # the gateway runs in its replica's event loop: with two loops, gRPC wakes both for each
+        # event, and each HTTP message changes threads
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrivateRay:
+    """The Ray of one cluster, running in and below this process, on the loopback interface."""
+
+    folder: Path
+    """``folder`` is from ``make_temp_dir``; ``stop`` removes it."""
+
+    def start(self, num_cpus: int, num_gpus: int | None) -> str:
+        """Start it and connect; Ray's address. Call on the main thread, which must live on:
+        the kernel ends Ray's processes with the thread that started them.
+        """
+        from cluster.actors.ray_tools import NAMESPACE
+
+        context = begin(
+            self.folder / "ray",
+            namespace=NAMESPACE,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=logging.WARNING,
+            _node_ip_address="127.0.0.1",
+        )
+        return str(context.address_info["gcs_address"])
+
+    def processes(self) -> list[ProcessIdentity]:
+        """Its running processes."""
+        return find_by_files(self.folder)
+
+    def stop(self) -> None:
+        """End it, with all actors, and remove its folder."""
+        import ray
+
+        ray.shutdown()
+        sweep(self.folder, ())
+
+
+def begin(folder: Path, **options: Any) -> Any:
+    """``ray.init`` of a new Ray with its files in ``folder``; returns its context.
+
+    Ray gives its node 30 s to start, which no setting changes and a busy machine may exceed; and it
+    forks with Python code in the child, which may deadlock on locks of other threads. A failed
+    attempt is cleaned up here, and the next one begins.
+    """
+    import ray
+
+    for attempts_left in reversed(range(START_ATTEMPTS)):
+        try:
+            return ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                _temp_dir=str(folder),
+                _system_config=dict(_SYSTEM_CONFIG),  # Ray adds to it
+                **options,
+            )
+        except Exception as err:  # the type that Ray raises
+            if not attempts_left or not any(reason in str(err) for reason in _SLOW_STARTS):
+                raise
+            logger.warning("Ray did not start in its time, beginning again: %s", err)
+            end_all(find_by_files(folder), _END_LIMIT_S)
+            _forget(err)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _forget(err: Exception) -> None:
+    """Release the processes in its frames: Ray never waited for them, and they are ended."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        err.__traceback__ = None
+        gc.collect()
+
+
+def join(address: str, patience_s: float = 0.0) -> str:
+    """Connect to an existing Ray; its address.
+
+    Raises ``ConnectionError`` if nothing has listened there for ``patience_s``, or if Ray refuses.
+    """
+    import ray
+
+    from cluster.actors.ray_tools import NAMESPACE
+
+    _knock(address, time.monotonic() + patience_s)
+    try:
+        context: Any = ray.init(
+            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
+        )
+    except (ConnectionError, RuntimeError, ValueError) as err:
+        words = str(err).strip().splitlines() or [type(err).__name__]
+        raise ConnectionError(words[0]) from err
+    return str(context.address_info["gcs_address"])
+
+
+def _knock(address: str, deadline: float) -> None:
+    """Wait until the address accepts connections; Ray itself would retry for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:
+        return  # auto: Ray finds it by its processes
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _KNOCK_LIMIT_S).close()
+            return
+        except OSError as err:
+            if time.monotonic() >= deadline:
+                raise ConnectionError(f"{err.strerror or err}") from err
+        time.sleep(_KNOCK_AGAIN_S)
+
+
+def remove(folder: Path) -> None:
+    """Remove an unused folder from ``make_temp_dir``."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,89 @@
+"""From the user's name of a model to a folder on this host: bundled, local, or from a hub."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from cluster.core.errors import CheckpointError
+
+BUNDLED_NAME = "expertmesh-demo"
+"""Name of the checkpoint that comes with the package."""
+PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+"""Files of a hub repository that are fetched."""
+PROGRESS_INTERVAL_S = 5.0
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSource:
+    """A model on this host."""
+
+    folder: Path
+    """Folder of its files."""
+    name: str
+    """Default of the served name."""
+
+
+def find_model(text: str | None, say: Callable[[str], None]) -> ModelSource:
+    """The bundled checkpoint (None), a folder, or a hub id, which is downloaded.
+
+    ``say`` gets lines for people. Raises ``CheckpointError``.
+    """
+    if text is None:
+        return ModelSource(folder=bundled_checkpoint(), name=BUNDLED_NAME)
+    folder = Path(text).expanduser()
+    if text and folder.is_dir():
+        resolved = folder.resolve()
+        return ModelSource(folder=resolved, name=resolved.name)
+    if text and folder.exists():
+        raise CheckpointError(f"{text} is a file: a checkpoint is a folder")
+    if not _HUB_ID.fullmatch(text):
+        raise CheckpointError(f"{text or 'an empty MODEL'} is neither a folder nor a hub id")
+    return ModelSource(folder=download(text, say), name=text)
+
+
+def bundled_checkpoint() -> Path:
+    """Folder of the checkpoint that comes with the package."""
+    folder = Path(str(resources.files("workers.demo"))) / "checkpoint"
+    if not (folder / "config.json").is_file():
+        raise CheckpointError("the bundled checkpoint is missing from this installation")
+    return folder
+
+
+def download(hub_id: str, say: Callable[[str], None]) -> Path:
+    """Fetch a repository of the hub (``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HOME`` are followed).
+
+    Raises ``CheckpointError`` with the hub's own words.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    say(f"fetching {hub_id} from the hub")
+    done = threading.Event()
+    watcher = threading.Thread(target=_report, args=(hub_id, say, done), daemon=True)
+    watcher.start()
+    try:
+        api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+        return Path(api.snapshot_download(hub_id, allow_patterns=list(PATTERNS)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as err:
+        raise CheckpointError(f"{hub_id} is no folder, and the hub says: {_words(err)}") from err
+    finally:
+        done.set()
+
+
+def _report(hub_id: str, say: Callable[[str], None], done: threading.Event) -> None:
+    seconds = 0.0
+    while not done.wait(PROGRESS_INTERVAL_S):
+        seconds += PROGRESS_INTERVAL_S
+        say(f"fetching {hub_id}, {seconds:.0f} s")
+
+
+def _words(err: BaseException) -> str:
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    return lines[0] if lines else type(err).__name__

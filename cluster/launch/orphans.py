@@ -1,0 +1,79 @@
+"""Processes that a killed cluster left behind: found by their files, and killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+from cluster.actors.process import ProcessIdentity, is_running, kill_process
+
+_POLL_S = 0.05
+
+
+def identify(pid: int) -> ProcessIdentity | None:
+    """The process with this pid now; None if there is none."""
+    try:
+        return ProcessIdentity(pid=pid, started_at=psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None
+
+
+def host_id() -> str:
+    """This host and its process table; pids of another one mean nothing here."""
+    try:
+        table = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        table = ""
+    return f"{os.uname().nodename} {table}".strip()
+
+
+def find_by_files(folder: Path) -> list[ProcessIdentity]:
+    """Processes of this user that have a file open below ``folder`` or name it as an argument.
+
+    Every process of a private Ray writes its log below the Ray's own folder. That holds even
+    when it is an orphan and has overwritten its command line and environment with a title.
+    """
+    prefix = f"{folder}/"
+    pids = [p.pid for p in psutil.process_iter() if p.pid != os.getpid() and _belongs(p, prefix)]
+    return [found for pid in pids if (found := identify(pid)) is not None]
+
+
+def _belongs(process: psutil.Process, prefix: str) -> bool:
+    try:
+        if any(prefix in argument for argument in process.cmdline()):
+            return True
+        return any(file.path.startswith(prefix) for file in process.open_files())
+    except (psutil.Error, OSError):
+        return False  # it has ended, or belongs to another user
+
+
+def end_all(processes: Iterable[ProcessIdentity], timeout_s: float) -> list[ProcessIdentity]:
+    """Kill them and wait; the ones that still run after ``timeout_s``."""
+    running = [p for p in processes if is_running(p)]
+    for process in running:
+        kill_process(process)
+    deadline = time.monotonic() + timeout_s
+    while running and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+        running = [p for p in running if is_running(p)]
+    return running
+
+
+def sweep(folder: Path, recorded: Iterable[ProcessIdentity], timeout_s: float = 3.0) -> int:
+    """End what is left of a private Ray and remove its folder; number of ended processes.
+
+    Two rounds, because a dying raylet may still start a worker.
+    """
+    ended = 0
+    remembered = list(recorded)
+    for _ in range(2):
+        left = {p.pid: p for p in [*remembered, *find_by_files(folder)] if is_running(p)}
+        end_all(left.values(), timeout_s)
+        ended += len(left)
+    shutil.rmtree(folder, ignore_errors=True)
+    return ended

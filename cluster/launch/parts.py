@@ -1,0 +1,303 @@
+"""The parts of one cluster: Ray, controller with workers, gateway. Their start, and their end.
+
+Composition root: the only place that knows the classes of workers, controller and gateway at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from cluster.actors.process import ProcessIdentity
+from cluster.config.gateway import EndStage
+from cluster.core.errors import ExpertMeshError, StartError
+from cluster.launch.joining import JoinedRay, examine, is_deployed
+from cluster.launch.local_ray import PrivateRay, join
+from cluster.launch.plan import LaunchPlan
+from cluster.launch.serve_proxy import wait_ready
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.1
+_SNAPSHOT_WAIT_S = 1.0
+_CALL_LIMIT_S = 5.0
+_AWAY_LIMIT_S = 60.0
+_TELL_LIMIT_S = 1.0
+_LAST_WORDS_S = 1.0
+_DEAD_LIMIT_S = 5.0
+_JOIN_PATIENCE_S = 30.0
+"""Time that a Ray to join has to accept connections, as it may be starting."""
+
+ProgressFn = Callable[[str, int, int], None]
+"""Called with stage, done, total (0 when unknown)."""
+
+
+class ClusterParts:
+    """Handles to everything that one launcher started."""
+
+    def __init__(self, plan: LaunchPlan, progress: ProgressFn) -> None:
+        self._plan = plan
+        self._progress = progress
+        self._ray = PrivateRay(folder=Path(plan.temp_dir)) if plan.temp_dir else None
+        self._joined: JoinedRay | None = None
+        self._controller: Any = None
+        self._is_connected = False
+        self._has_app = False
+        self._heard_at = 0.0
+
+    def start_ray(self) -> str:
+        """Start the private Ray or join the given one; its address. Main thread only.
+
+        Raises ``ConfigError`` if the joined one is unsuitable, ``StartError`` if there is none.
+        """
+        self._progress("ray", 0, 0)
+        loader = threading.Thread(target=_import_services, daemon=True)
+        loader.start()
+        if self._ray is not None:
+            address = self._ray.start(self._plan.num_cpus, self._plan.num_gpus)
+        else:
+            address = self._join()
+        self._is_connected = True
+        loader.join()
+        if self._ray is None:
+            if self._plan.wait_nodes:
+                self._progress("nodes", 0, 0)
+            self._joined = examine(self._plan, address)
+            self._plan = self._joined.plan
+        return address
+
+    @property
+    def plan(self) -> LaunchPlan:
+        """The plan, adapted to the joined Ray."""
+        return self._plan
+
+    @property
+    def _found(self) -> bool:
+        """The cluster existed before."""
+        return self._joined is not None and self._joined.found
+
+    def start_services(self) -> None:
+        """Start controller with workers, and the gateway; returns when clients can call.
+
+        Raises ``StartError`` with the failing part's own words.
+        """
+        self._progress("workers", 0, 0)
+        pool = ThreadPoolExecutor(2)
+        try:
+            _wait_all([pool.submit(self._start_workers), pool.submit(self._start_gateway)])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # the end must not wait for a start
+        self._progress("gateway", 0, 0)
+        section = self._plan.config.gateway
+        wait_ready(self._plan.http_url, section, self._not_ready_reasons)
+        self._heard_at = time.monotonic()
+
+    def find_loss(self) -> str | None:
+        """Why the cluster cannot continue; None while it can.
+
+        Ray restarts a killed controller within seconds, and the workers serve meanwhile: no loss.
+        """
+        import ray
+        from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
+
+        limit_s = _AWAY_LIMIT_S
+        try:
+            snapshot = ray.get(self._controller.snapshot.remote(), timeout=_CALL_LIMIT_S)
+            self._heard_at = time.monotonic()
+            return str(snapshot["error"]) if snapshot["state"] == "STOPPED" else None
+        except (RayError, GetTimeoutError) as err:
+            logger.warning("the controller does not answer: %s", err)
+            if isinstance(err, ActorDiedError):
+                limit_s = _DEAD_LIMIT_S  # it was ended for good
+        lost = time.monotonic() - self._heard_at > limit_s
+        return "the controller is lost, see the log" if lost else None
+
+    def processes(self) -> list[ProcessIdentity]:
+        """Processes of the private Ray on this host."""
+        return self._ray.processes() if self._ray is not None and self._is_connected else []
+
+    def tell_gateway(self, stage: EndStage) -> int:
+        """Tell every replica the progress of the end; the number of running requests.
+
+        A cluster that existed before is left alone.
+        """
+        if not self._has_app or not self._heard_at:
+            return 0
+        found: list[int] = []
+        _attempt(f"telling the gateway of stage {stage}", lambda: found.extend(_broadcast(stage)))
+        return sum(found)
+
+    def stop_services(self) -> None:
+        """End the Serve app, the workers and the controller, in this order.
+
+        Running requests end with an error that says so. A cluster that existed before is left
+        alone.
+        """
+        if not self._is_connected or self._found:
+            return
+        from cluster.actors.ray_tools import end_leftovers
+
+        if self._has_app:
+            give_up = time.monotonic() + _LAST_WORDS_S
+            while self.tell_gateway("fail") and time.monotonic() < give_up:
+                time.sleep(_POLL_S)
+            _attempt("ending the gateway", self._stop_gateway)
+        if self._controller is not None:
+            _attempt("ending the workers", self._stop_workers)
+            _attempt("ending the controller", end_leftovers)
+
+    def stop_ray(self) -> None:
+        """End the private Ray, or leave the joined one."""
+        if self._ray is not None:
+            _attempt("ending Ray", self._ray.stop)
+        elif self._is_connected:
+            import ray
+
+            _attempt("leaving Ray", ray.shutdown)
+
+    # ---- parts ----------------------------------------------------------------------------
+
+    def _join(self) -> str:
+        try:
+            return join(self._plan.address, _JOIN_PATIENCE_S)
+        except ConnectionError as err:
+            raise StartError("ray", f"cannot join {self._plan.address}: {err}") from err
+
+    def _start_workers(self) -> None:
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        from cluster.actors.controller_client import create_controller
+        from cluster.actors.ray_tools import words_of
+        from cluster.actors.worker_group import WorkerGroup
+        from workers.process.actor import ACTOR_CLASSES
+
+        group = WorkerGroup(ACTOR_CLASSES)
+        self._controller = create_controller(
+            group, selector=self._joined.selector if self._joined else None
+        )
+        plan = self._plan
+        call = self._controller.start.remote(
+            plan.config.to_dict(), list(plan.banks), plan.profile, plan.asked
+        )
+        try:
+            ray.get(call, timeout=plan.start_limit_s)
+            self._wait_serving()
+        except RayError as err:
+            cause = err.cause if isinstance(err, RayTaskError) else None
+            if isinstance(cause, ExpertMeshError):
+                raise cause from None
+            raise StartError("controller", words_of(err)) from err
+
+    def _wait_serving(self) -> None:
+        import ray
+
+        version = -1
+        limit_s = self._plan.start_limit_s
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            call = self._controller.wait_snapshot.remote(version, _SNAPSHOT_WAIT_S)
+            snapshot = ray.get(call, timeout=_SNAPSHOT_WAIT_S + _CALL_LIMIT_S)
+            version = int(snapshot["version"])
+            if snapshot["state"] == "STOPPED":
+                raise StartError("cluster", str(snapshot["error"] or "stopped while starting"))
+            if snapshot["state"] == "SERVING" or (
+                self._found and snapshot["state"] in ("DEGRADED", "RECOVERING")
+            ):
+                return
+            workers = snapshot["workers"]
+            done = sum(int(w.get("loaded_bytes") or 0) for w in workers)
+            total = sum(int(w.get("total_bytes") or 0) for w in workers)
+            self._progress("weights" if total else "workers", done, total)
+        raise StartError("cluster", f"not serving after {limit_s:g} s")
+
+    def _start_gateway(self) -> None:
+        from ray import serve
+
+        from gateway.app import APP_NAME, build_app
+        from gateway.auth.tls import serve_options
+
+        section = self._plan.config.gateway
+        nodes = self._joined.gateway_nodes if self._joined else ()
+        serve.start(
+            proxy_location="EveryNode" if nodes else "HeadOnly",
+            http_options={"host": section.host, "port": section.port, **serve_options(section)},
+        )
+        if self._found and is_deployed(APP_NAME):
+            return
+        self._has_app = True
+        selector = self._joined.selector if self._joined else None
+        app = build_app(self._plan.config.to_dict(), selector, num_nodes=len(nodes))
+        serve.run(app, name=APP_NAME, route_prefix="/")
+
+    def _not_ready_reasons(self) -> list[str]:
+        """The answer of a gateway replica, asked through Ray."""
+        from ray import serve
+        from ray.exceptions import RayError
+
+        from gateway.app import APP_NAME
+
+        handle: Any = serve.get_app_handle(APP_NAME)
+        try:
+            reasons: list[str] = handle.not_ready_reasons.remote().result(timeout_s=_CALL_LIMIT_S)
+        except (RayError, TimeoutError) as err:
+            return [str(err)]
+        return reasons
+
+    def _stop_gateway(self) -> None:
+        from ray import serve
+
+        from gateway.app import APP_NAME
+
+        serve.delete(APP_NAME, _blocking=self._ray is None)
+
+    def _stop_workers(self) -> None:
+        import ray
+
+        ray.get(self._controller.stop.remote(), timeout=_CALL_LIMIT_S)
+
+
+def _broadcast(stage: EndStage) -> list[int]:
+    """Every replica's number of running requests, of those that answer."""
+    from ray import serve
+
+    from gateway.app import APP_NAME, DEPLOYMENT_NAME
+
+    handle: Any = serve.get_deployment_handle(DEPLOYMENT_NAME, APP_NAME)
+    response = handle.broadcast("end", stage)
+    found = response.results(timeout_s=_TELL_LIMIT_S, return_exceptions=True)
+    return [one for one in found if isinstance(one, int)]
+
+
+def warm_up() -> None:
+    """Import what every start needs, while the front process still checks the request."""
+    import ray  # noqa: F401
+
+
+def _import_services() -> None:
+    """Import the rest while Ray's processes come up; errors show again where it is used."""
+    with contextlib.suppress(ImportError):
+        import gateway.app  # noqa: F401
+
+
+def _wait_all(futures: Iterable[Future[None]]) -> None:
+    """Wait for all; the first error is raised at once. Short waits let signals through."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+
+
+def _attempt(what: str, action: Callable[[], Any]) -> None:
+    """One step of the end; a failure is logged, and the next step follows."""
+    try:
+        action()
+    except Exception:
+        logger.exception("%s failed", what)

@@ -1,0 +1,190 @@
+"""The input of one start, and all checks that need no process.
+
+Nothing here imports Ray or torch, allocates, or starts a process: a request that cannot be met
+costs the user well under a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import random
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config.cluster import ClusterConfig
+from cluster.config.gateway import reachable_host
+from cluster.config.resources import NodeResources
+from cluster.core.checks import check
+from cluster.core.load_profile import LoadProfile
+from cluster.launch.state_file import Command
+from cluster.sizing.mode_choice import bank_sizes, resolve_mode
+from cluster.sizing.roofline import ModelSize
+
+_PORTS = (20_000, 30_000)
+"""Above the ports of Ray's workers, below those of Kubernetes and of outgoing connections."""
+_PORT_TRIES = 50
+START_LIMIT_S = 1800.0
+"""Longest start; large checkpoints on slow disks take minutes."""
+EVERY_INTERFACE = ("0.0.0.0", "::")
+"""Hosts that stand for every interface."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchPlan:
+    """The input of a launcher, which gets it as JSON."""
+
+    command: Command
+    """``serve`` or ``up``."""
+    name: str
+    """Name of the state file."""
+    asked: dict[str, str]
+    """The user's options by flag, so that a second ``up`` can compare."""
+    config: ClusterConfig
+    banks: tuple[dict[str, Any], ...]
+    """Expert banks in the order of their use: ``bank``, ``layer`` and the numbers of a
+    ``cluster.sizing.roofline.BankSize``."""
+    numbers: dict[str, int]
+    """The model beside its banks: the fields of a ``cluster.sizing.roofline.ModelSize``, and its
+    ``max_model_len``.
+    """
+    profile: dict[str, Any] | None
+    """Expert load that the checkpoint includes, if any."""
+    address: str
+    """Ray cluster to join; empty for a private one."""
+    temp_dir: str
+    """Folder of the private Ray; empty when joining."""
+    num_cpus: int
+    """CPUs of the private Ray."""
+    num_gpus: int
+    """GPUs of the private Ray."""
+    wait_nodes: int = 0
+    """Nodes that the joined Ray must have before anything is planned."""
+    start_limit_s: float = START_LIMIT_S
+    reach: str = ""
+    """Where clients reach a gateway that listens on every interface; empty: on this host."""
+
+    @property
+    def private_nodes(self) -> tuple[NodeResources, ...]:
+        """Resources of a private Ray: those of this host."""
+        cpus, gpus = float(self.num_cpus), float(self.num_gpus)
+        return (NodeResources(node_id="", address="here", cpus=cpus, gpus=gpus),)
+
+    def resolved(
+        self, nodes: Sequence[NodeResources], free_cpus: float | None = None
+    ) -> LaunchPlan:
+        """The plan with ``--mode auto`` resolved for these nodes. Raises ``ConfigError``."""
+        if self.config.workers.mode != "auto":
+            return self
+        numbers = dict(self.numbers)
+        max_model_len = numbers.pop("max_model_len")
+        profile = LoadProfile.from_dict(self.profile) if self.profile else None
+        size = ModelSize(banks=bank_sizes(self.banks, profile), **numbers)
+        config = resolve_mode(self.config, size, max_model_len, nodes, free_cpus)
+        return dataclasses.replace(self, config=config)
+
+    @property
+    def http_url(self) -> str:
+        """Where HTTP clients connect."""
+        scheme = "https" if self.config.gateway.has_tls else "http"
+        return f"{scheme}://{self._reachable}:{self.config.gateway.port}"
+
+    @property
+    def grpc_target(self) -> str:
+        """Where gRPC clients connect."""
+        return f"{self._reachable}:{self.config.gateway.grpc_port}"
+
+    @property
+    def _reachable(self) -> str:
+        host = self.config.gateway.host
+        return reachable_host((self.reach or host) if host in EVERY_INTERFACE else host)
+
+
+def tell_differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+    """Options in which a running cluster and a new request differ, by flag."""
+    flags = sorted({*there, *here})
+    return [
+        f"{flag}: {there.get(flag) or 'default'}, not {here.get(flag) or 'default'}"
+        for flag in flags
+        if there.get(flag) != here.get(flag)
+    ]
+
+
+def check_ports(host: str, ports: Mapping[str, int]) -> None:
+    """Raise ``ConfigError`` if a port cannot be bound. ``ports``: setting -> number."""
+    for name, port in ports.items():
+        try:
+            with contextlib.closing(_bind(host, port)):
+                pass
+        except socket.gaierror as err:
+            check(False, "host", host, f"cannot be resolved: {err.strerror}")
+        except OSError as err:
+            in_use = err.errno == errno.EADDRINUSE
+            rule = (
+                f"is in use on {host}" if in_use else f"cannot be opened on {host}: {err.strerror}"
+            )
+            check(False, name, port, rule)
+
+
+def free_port(host: str) -> int:
+    """A free port, if possible outside the range of the system's own choice.
+
+    The port is opened only after Ray and the workers, which open many ports of that range.
+    """
+    first, last = _PORTS
+    if (lowest := _lowest_ephemeral_port()) > first:
+        for _ in range(_PORT_TRIES):
+            port = random.SystemRandom().randrange(first, min(last, lowest))
+            with contextlib.suppress(OSError), contextlib.closing(_bind(host, port)):
+                return port
+    with contextlib.closing(_bind(host, 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _lowest_ephemeral_port() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0  # not on Linux
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A plain bind, without SO_REUSEPORT: any existing listener makes it fail."""
+    family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    probe = socket.socket(family, kind, number)
+    try:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # no wait for old connections
+        probe.bind(address)
+        probe.listen(1)  # with SO_REUSEADDR a bind alone succeeds beside a socket that listens
+    except OSError:
+        probe.close()
+        raise
+    return probe
+
+
+def count_cpus() -> int:
+    """Cores that this process may use: affinity and container limit, at least 1."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        cores = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # no such limit here
+    return max(1, cores)
+
+
+def count_gpus() -> int:
+    """NVIDIA devices that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))

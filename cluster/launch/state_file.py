@@ -1,0 +1,141 @@
+"""The record of a running cluster: ``$XDG_STATE_HOME/expertmesh/<name>.json``.
+
+The file exists from before the first process starts until the last one has ended, so that a later
+command finds the cluster, and a later start cleans up after a killed one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.actors.process import ProcessIdentity, is_running
+from cluster.core.codec import from_plain
+from cluster.core.errors import ConfigError, ProtocolError
+from cluster.launch.orphans import host_id, sweep
+
+DEFAULT_NAME = "default"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+Command = Literal["serve", "up"]
+RecordState = Literal["starting", "ready"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterRecord:
+    """One cluster that was started on this host."""
+
+    name: str
+    """Name of the file."""
+    command: Command
+    """``serve`` ends with its front process, ``up`` does not."""
+    state: RecordState
+    """``ready`` once clients can call it."""
+    launcher: ProcessIdentity
+    """Process that owns the cluster."""
+    asked: dict[str, str]
+    """Its options by flag, so that a second ``up`` can compare."""
+    http: str
+    """URL of the HTTP port."""
+    grpc: str
+    """``host:port`` of the gRPC port."""
+    address: str
+    """Ray's address; empty until Ray runs."""
+    joined: bool
+    """Ray existed before and stays."""
+    temp_dir: str
+    """Folder of the private Ray; empty when joined."""
+    host: str
+    """Host and process table that the pids belong to."""
+    processes: tuple[ProcessIdentity, ...] = ()
+    """Processes that the launcher started on this host."""
+    schema: Literal[1] = 1
+    """Version of this form."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its launcher runs here; False for a record of another host."""
+        return self.host == host_id() and is_running(self.launcher)
+
+    @property
+    def is_on_its_own(self) -> bool:
+        """``up`` started it in an existing Ray: no process on this host owns it."""
+        return self.joined and self.command == "up" and self.state == "ready"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the file: the fields, with those that people and scripts read first."""
+        ports = {"http": _port(self.http), "grpc": _port(self.grpc)}
+        pids = {"launcher": self.launcher.pid, "others": [p.pid for p in self.processes]}
+        return {**asdict(self), "ports": ports, "pids": pids}
+
+
+def _port(address: str) -> int:
+    return int(address.rsplit(":", 1)[1])
+
+
+def state_dir() -> Path:
+    """Folder of all records, made when missing."""
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    folder = Path(base) / "expertmesh"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def record_path(name: str) -> Path:
+    """File of a cluster. Raises ``ConfigError`` on a name that is no file name."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError("name", name, "must be letters, digits, dot, dash or underscore")
+    return state_dir() / f"{name}.json"
+
+
+def log_path(name: str) -> Path:
+    """Log of the launcher of a cluster; kept for one start."""
+    return record_path(name).with_suffix(".log")
+
+
+def write_record(record: ClusterRecord) -> None:
+    """Write the record atomically, readable by its owner only."""
+    path = record_path(record.name)
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft.touch(mode=0o600)
+    draft.write_text(json.dumps(record.to_dict(), indent=1) + "\n")
+    draft.replace(path)
+
+
+def read_record(name: str) -> ClusterRecord | None:
+    """The record of that name; None without a readable one."""
+    try:
+        return from_plain(json.loads(record_path(name).read_text()), ClusterRecord)
+    except (OSError, ValueError, ProtocolError):
+        return None
+
+
+def remove_record(name: str) -> None:
+    """Forget a cluster."""
+    record_path(name).unlink(missing_ok=True)
+
+
+def all_records() -> Iterator[ClusterRecord]:
+    """All readable records, by name."""
+    for path in sorted(state_dir().glob("*.json")):
+        record = read_record(path.stem)
+        if record is not None:
+            yield record
+
+
+def clean_up_dead() -> list[str]:
+    """Clean up after killed launchers; one line of text for each cluster."""
+    lines = []
+    for record in all_records():
+        if record.is_alive or record.joined or record.host != host_id():
+            continue
+        ended = sweep(Path(record.temp_dir), record.processes) if record.temp_dir else 0
+        remove_record(record.name)
+        log_path(record.name).unlink(missing_ok=True)
+        lines.append(f"cleaned up after {record.name}: {ended} processes left by a killed start")
+    return lines

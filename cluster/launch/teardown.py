@@ -1,0 +1,50 @@
+"""Ends our app and actors in a joined Ray: ``python -m cluster.launch.teardown ADDRESS``.
+
+For ``down`` when no launcher owns them, or it has ended. Nothing else in that Ray is touched. Exits
+with 3 if nothing listens at the address.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+from cluster.actors.controller_client import ask_controller
+from cluster.core.errors import ExpertMeshError
+from cluster.launch.local_ray import join
+
+UNREACHABLE = 3
+_STOP_LIMIT_S = 20.0
+
+
+def end_joined(address: str) -> list[str]:
+    """End them by name; the names of the actors that were found.
+
+    Raises ``ConnectionError`` without a Ray.
+    """
+    import ray
+    from ray import serve
+
+    from cluster.actors.ray_tools import end_leftovers, our_actors
+    from gateway.app import APP_NAME
+
+    join(address)
+    try:
+        with contextlib.suppress(ValueError):
+            ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+            serve.delete(APP_NAME)
+        names = our_actors()
+        with contextlib.suppress(ExpertMeshError):  # the rest is killed
+            ask_controller("stop", limit_s=_STOP_LIMIT_S)
+        end_leftovers()
+        return names
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write("\n".join(end_joined(sys.argv[1])))
+    except ConnectionError as err:
+        sys.stderr.write(f"{err}\n")
+        sys.exit(UNREACHABLE)

@@ -1,0 +1,232 @@
+"""Expert load of the whole cluster over time: totals, windows, exponential averages. Pure.
+
+Attention workers report what they have counted since their start (``cluster.core.load_report``);
+here it is summed, and the differences between moments are windows. The average halves the weight of
+a window every ``half_life_s`` in which there was load: an idle night is not forgetting.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.config.cluster import LoadSection
+from cluster.core.load_profile import BankLoad, LoadProfile
+from cluster.core.load_report import BankCounts, BankKey, Counts, LoadReport, sum_by_copy
+
+Source = Literal["total", "window", "average"]
+"""Since the start; the newest window with load; the exponential average."""
+Phase = Literal["prefill", "decode"]
+Floats = npt.NDArray[np.float64]
+TOP_EXPERTS = 8
+"""Experts of a bank that have a metric of their own by default."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadSums:
+    """Sums over attention workers at one moment, or the difference of two moments."""
+
+    rows: float
+    """Rows of committed steps."""
+    prefill: Mapping[BankKey, Floats]
+    """[num_experts] tokens of prompt rows, by bank."""
+    decode: Mapping[BankKey, Floats]
+    """[num_experts] tokens of decode rows, by bank."""
+
+    def counts(self, key: BankKey, phase: Phase | None = None) -> Floats:
+        """[num_experts] tokens of a bank; of both phases if none is given."""
+        if phase is not None:
+            return (self.prefill if phase == "prefill" else self.decode)[key]
+        return self.prefill[key] + self.decode[key]
+
+    def combined(self, factor: float, other: LoadSums, other_factor: float) -> LoadSums:
+        """A weighted sum; a bank that one side lacks counts as zero."""
+        return LoadSums(
+            rows=factor * self.rows + other_factor * other.rows,
+            prefill=_combined(self.prefill, factor, other.prefill, other_factor),
+            decode=_combined(self.decode, factor, other.decode, other_factor),
+        )
+
+    @classmethod
+    def nothing(cls) -> LoadSums:
+        """No load, of no bank."""
+        return cls(rows=0.0, prefill={}, decode={})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CopyLoad:
+    """Tokens of one bank in the placement epoch in force, by copy."""
+
+    prefill: Counts
+    """[num_experts, copies] prompt rows; copies as in ``BankPlacement.logical_to_physical``."""
+    decode: Counts
+    """[num_experts] decode rows, all on the expert's decode device."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadWindow:
+    """The load of a span of time."""
+
+    began_at: float
+    """Monotonic seconds."""
+    ended_at: float
+    """Monotonic seconds."""
+    sums: LoadSums
+    epoch: int
+    """Placement epoch at its end."""
+    copies: Mapping[BankKey, CopyLoad]
+    """Its load in that epoch, by copy."""
+
+
+class LoadTracker:
+    """Owned by the controller; ``now`` is in monotonic seconds."""
+
+    def __init__(self, section: LoadSection, now: float) -> None:
+        self._section = section
+        self._reports: dict[str, LoadReport] = {}
+        self._began_at = now
+        self._base = LoadSums.nothing()
+        self._base_epoch = 0
+        self._base_copies: dict[BankKey, CopyLoad] = {}
+        self._average = LoadSums.nothing()
+        self._watched: dict[BankKey, tuple[int, ...]] = {}
+        self._watched_epoch = 0
+        self.num_windows = 0
+        """Windows with load that have ended so far."""
+        self.windows: deque[LoadWindow] = deque(maxlen=section.num_windows)
+        """The newest windows that had load, oldest first."""
+
+    def take(self, worker: str, report: LoadReport) -> None:
+        """A worker's newest counts; a report older than the last one is ignored."""
+        known = self._reports.get(worker)
+        if known is None or report.rows >= known.rows:
+            self._reports[worker] = report
+
+    def tick(self, now: float) -> LoadWindow | None:
+        """End the window if its time is over; returns it if it had load."""
+        if now - self._began_at < self._section.window_s:
+            return None
+        return self.end_window(now)
+
+    def end_window(self, now: float) -> LoadWindow | None:
+        """End the window now; returns it if it had load."""
+        totals, epoch, copies = self.totals(), self.epoch, self.copies()
+        sums = totals.combined(1.0, self._base, -1.0)
+        began, self._began_at = self._began_at, now
+        if sums.rows <= 0:
+            return None
+        if epoch == self._base_epoch:
+            since = {key: _less(load, self._base_copies.get(key)) for key, load in copies.items()}
+        else:
+            since = copies
+        window = LoadWindow(began_at=began, ended_at=now, sums=sums, epoch=epoch, copies=since)
+        self._base, self._base_epoch, self._base_copies = totals, epoch, copies
+        keep = 0.5 ** (self._section.window_s / self._section.half_life_s)
+        self._average = self._average.combined(keep, sums, 1.0)
+        self.windows.append(window)
+        self.num_windows += 1
+        self._watch(totals, epoch)
+        return window
+
+    # ---- questions ------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """Newest placement epoch that any worker has counted in; 0 before the first step."""
+        return max((r.epoch for r in self._reports.values()), default=0)
+
+    def totals(self) -> LoadSums:
+        """Everything since the cluster's start, lost workers included."""
+        reports = tuple(self._reports.values())
+        return LoadSums(
+            rows=float(sum(r.rows for r in reports)),
+            prefill=_sums((key, c.prefill) for r in reports for key, c in r.banks.items()),
+            decode=_sums((key, c.decode) for r in reports for key, c in r.banks.items()),
+        )
+
+    def copies(self) -> dict[BankKey, CopyLoad]:
+        """Load in the placement epoch in force, by copy."""
+        found: dict[BankKey, CopyLoad] = {}
+        for report in self._reports.values():
+            for key, counts in report.banks.items() if report.epoch == self.epoch else ():
+                found[key] = _more(found.get(key), counts)
+        return found
+
+    def sums(self, source: Source) -> LoadSums:
+        """One of the three views."""
+        if source == "total":
+            return self.totals()
+        if source == "average":
+            return self._average
+        return self.windows[-1].sums if self.windows else LoadSums.nothing()
+
+    def profile(
+        self, source: Source, model: str, top_k: int, phase: Phase | None = None
+    ) -> LoadProfile | None:
+        """A view as a load profile; None while it has no load."""
+        sums = self.sums(source)
+        if sums.rows <= 0:
+            return None
+        banks = tuple(
+            BankLoad(bank=key[0], layer=key[1], counts=_numbers(sums.counts(key, phase)))
+            for key in sums.prefill
+        )
+        return LoadProfile(model=model, top_k=top_k, tokens=round(sums.rows), banks=banks)
+
+    def watched(self, key: BankKey) -> tuple[int, ...]:
+        """The busiest experts of a bank, chosen again only with a placement epoch.
+
+        So the counters of the metrics, and the rest, grow steadily.
+        """
+        return self._watched.get(key, ())
+
+    def _watch(self, totals: LoadSums, epoch: int) -> None:
+        if self._watched and epoch == self._watched_epoch:
+            return
+        self._watched_epoch = epoch
+        for key in totals.prefill:
+            order = np.argsort(-totals.counts(key), kind="stable")
+            self._watched[key] = tuple(sorted(int(e) for e in order[:TOP_EXPERTS]))
+
+
+def _combined(
+    one: Mapping[BankKey, Floats], factor: float, other: Mapping[BankKey, Floats], weight: float
+) -> dict[BankKey, Floats]:
+    total: dict[BankKey, Floats] = {key: factor * counts for key, counts in one.items()}
+    for key, counts in other.items():
+        total[key] = total[key] + weight * counts if key in total else weight * counts
+    return total
+
+
+def _sums(parts: Iterable[tuple[BankKey, Counts]]) -> dict[BankKey, Floats]:
+    total: dict[BankKey, Floats] = {}
+    for key, counts in parts:
+        total[key] = total[key] + counts if key in total else counts.astype(np.float64)
+    return total
+
+
+def _more(known: CopyLoad | None, counts: BankCounts) -> CopyLoad:
+    if known is None:
+        return CopyLoad(prefill=counts.epoch_prefill, decode=counts.epoch_decode)
+    return CopyLoad(
+        prefill=sum_by_copy(known.prefill, counts.epoch_prefill),
+        decode=known.decode + counts.epoch_decode,
+    )
+
+
+def _less(load: CopyLoad, base: CopyLoad | None) -> CopyLoad:
+    if base is None:
+        return load
+    return CopyLoad(
+        prefill=sum_by_copy(load.prefill, -base.prefill), decode=load.decode - base.decode
+    )
+
+
+def _numbers(counts: Floats) -> tuple[float, ...]:
+    """Whole numbers stay whole in a file."""
+    return tuple(int(c) if c.is_integer() else c for c in counts.tolist())

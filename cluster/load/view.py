@@ -1,0 +1,237 @@
+"""The expert load as commands and the admin API show it: by expert, by copy, and its balance.
+
+Layers run in lockstep, so the balancedness of all layers together is the sum of their mean device
+loads over the sum of their largest ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.core.load_profile import LoadProfile, device_loads
+from cluster.core.load_report import BankKey
+from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+from cluster.load.tracker import CopyLoad, Floats, LoadTracker, Phase
+
+PHASES: tuple[Phase, Phase] = ("prefill", "decode")
+DeviceLoads = Mapping[BankKey, Sequence[float]]
+"""By bank, the load of each device that holds anything."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlotTokens:
+    """Tokens of the physical experts of one bank."""
+
+    prefill: tuple[tuple[int, ...], ...]
+    """``[device][expert slot]`` -> tokens of prompt rows."""
+    decode: tuple[tuple[int, ...], ...]
+    """``[device][expert slot]`` -> tokens of decode rows."""
+
+    @classmethod
+    def of(cls, bank: BankPlacement, load: CopyLoad) -> SlotTokens:
+        """Where the counted copies are; the counts must be of this placement."""
+        prefill = [[0] * len(slots) for slots in bank.physical_to_logical]
+        decode = [[0] * len(slots) for slots in bank.physical_to_logical]
+        by_copy, by_expert = load.prefill.tolist(), load.decode.tolist()
+        seen = [0] * bank.num_experts
+        for device, slot, expert in bank.copies():
+            if seen[expert] < len(by_copy[expert]):
+                prefill[device][slot] = by_copy[expert][seen[expert]]
+            seen[expert] += 1
+            if device == bank.decode_device[expert]:
+                decode[device][slot] = by_expert[expert]
+        return cls(prefill=tuple(map(tuple, prefill)), decode=tuple(map(tuple, decode)))
+
+    @property
+    def slots(self) -> list[list[int]]:
+        """``[device][expert slot]`` -> tokens of all rows."""
+        return [
+            [p + d for p, d in zip(*pair, strict=True)]
+            for pair in zip(self.prefill, self.decode, strict=True)
+        ]
+
+
+def achieved_loads(
+    placement: ExpertPlacement, load: LoadTracker, phase: Phase | None = None
+) -> DeviceLoads:
+    """Tokens of each device in this placement epoch: in its newest window, else in total."""
+    newest = load.windows[-1] if load.windows else None
+    copies = newest.copies if newest and newest.epoch == placement.epoch else load.copies()
+    found = {}
+    for key, tokens in _slot_tokens(placement, copies, load.epoch).items():
+        table = tokens.slots if phase is None else getattr(tokens, phase)
+        found[key] = [sum(row) for row in table]
+    return _of_holders(placement, found)
+
+
+def expected_loads(
+    placement: ExpertPlacement, profile: LoadProfile | None, phase: Phase | None = None
+) -> DeviceLoads:
+    """The same if the load were the profile's: by shares in prefill, by the table in decode.
+
+    Where no phase is given, as in prefill.
+    """
+    found: dict[BankKey, Sequence[float]] = {}
+    for bank in placement.banks if profile is not None else ():
+        counts = profile.counts(bank.bank, bank.layer) if profile is not None else ()
+        if len(counts) != bank.num_experts:
+            continue
+        if phase == "decode":
+            total = [0.0] * bank.num_devices
+            for expert, device in enumerate(bank.decode_device):
+                total[device] += counts[expert]
+            found[bank.bank, bank.layer] = total
+        else:
+            found[bank.bank, bank.layer] = device_loads(bank, counts)
+    return _of_holders(placement, found) if phase == "decode" else found
+
+
+def balancedness_of(loads: Sequence[Sequence[float]]) -> float | None:
+    """Of some layers together: mean over maximum of the devices' loads; None without load."""
+    peaks = sum(max(each, default=0.0) for each in loads)
+    means = sum(sum(each) / max(len(each), 1) for each in loads)
+    return means / peaks if peaks > 0 else None
+
+
+def placement_report(
+    placement: ExpertPlacement, load: LoadTracker, profile: LoadProfile | None
+) -> dict[str, Any]:
+    """``placement --json``: maps, observed load, and the resulting balance.
+
+    ``load`` of a bank is its tokens by logical expert since the start. Balancedness is
+    ``predicted`` from the profile that the placement was made for, and ``achieved`` by the tokens
+    of the devices in this epoch; None without load.
+    """
+    totals = load.totals()
+    loads = _by_name(placement, load, profile)
+    banks = []
+    for bank in placement.banks:
+        key = (bank.bank, bank.layer)
+        banks.append(
+            {
+                "bank": bank.bank,
+                "layer": bank.layer,
+                "physical_to_logical": [list(s) for s in bank.physical_to_logical],
+                "load": _numbers(totals.counts(key)) if key in totals.prefill else [],
+                "balancedness": _balancedness(loads, key),
+            }
+        )
+    return {"schema": 1, "epoch": placement.epoch, "banks": banks}
+
+
+def load_before_start() -> dict[str, Any]:
+    """``load_document`` of a cluster that has no workers yet."""
+    return {"schema": 1, "model": None, "top_k": 0, "tokens": 0, "epoch": 0, "banks": []}
+
+
+def load_document(
+    placement: ExpertPlacement,
+    load: LoadTracker,
+    profile: LoadProfile | None,
+    model: str,
+    top_k: int,
+) -> dict[str, Any]:
+    """``load --json``: a load profile (tokens by expert since the start) with more beside it.
+
+    Of each bank: ``prefill`` and ``decode`` are the parts of ``counts``; ``window`` and
+    ``average`` the same over the newest window and as exponential average; ``slots`` the tokens of
+    this epoch by device and expert slot, None until there are any; ``watched`` the busiest
+    experts; ``copies`` of each expert. ``load``, ``balancedness``: as in ``placement_report``.
+    """
+    totals, window, average = (load.sums(s) for s in ("total", "window", "average"))
+    tokens = _slot_tokens(placement, load.copies(), load.epoch)
+    loads = _by_name(placement, load, profile)
+    by_phase = {phase: _by_name(placement, load, profile, phase) for phase in PHASES}
+    banks = []
+    for bank in placement.banks:
+        key = (bank.bank, bank.layer)
+        has_load = key in totals.prefill
+        counts = _numbers(totals.counts(key)) if has_load else [0] * bank.num_experts
+        banks.append(
+            {
+                "bank": bank.bank,
+                "layer": bank.layer,
+                "counts": counts,
+                "load": counts,
+                "prefill": _numbers(totals.prefill[key]) if has_load else None,
+                "decode": _numbers(totals.decode[key]) if has_load else None,
+                "window": _numbers(window.counts(key)) if key in window.prefill else None,
+                "average": _numbers(average.counts(key)) if key in average.prefill else None,
+                "slots": tokens[key].slots if key in tokens else None,
+                "watched": list(load.watched(key)),
+                "copies": list(bank.replica_count),
+                "balancedness": _balancedness(loads, key),
+                "phases": {phase: _balancedness(by_phase[phase], key) for phase in PHASES},
+            }
+        )
+    return {
+        "schema": 1,
+        "model": model,
+        "top_k": top_k,
+        "tokens": round(totals.rows),
+        "epoch": placement.epoch,
+        "window_tokens": round(window.rows),
+        "average_tokens": round(average.rows),
+        "balancedness": _balancedness(loads),
+        "phases": {phase: _balancedness(by_phase[phase]) for phase in PHASES},
+        "banks": banks,
+    }
+
+
+def _by_name(
+    placement: ExpertPlacement,
+    load: LoadTracker,
+    profile: LoadProfile | None,
+    phase: Phase | None = None,
+) -> dict[str, DeviceLoads]:
+    return {
+        "predicted": expected_loads(placement, profile, phase),
+        "achieved": achieved_loads(placement, load, phase),
+    }
+
+
+def _balancedness(
+    loads: Mapping[str, DeviceLoads], key: BankKey | None = None
+) -> dict[str, float | None]:
+    """``predicted`` and ``achieved``, of one bank or of all layers together."""
+    return {
+        name: balancedness_of(list(each.values()) if key is None else [each.get(key, ())])
+        for name, each in loads.items()
+    }
+
+
+def _slot_tokens(
+    placement: ExpertPlacement, copies: Mapping[BankKey, CopyLoad], epoch: int
+) -> dict[BankKey, SlotTokens]:
+    """By bank; nothing while the counts are of another epoch."""
+    if epoch != placement.epoch:
+        return {}
+    keys = ((bank, (bank.bank, bank.layer)) for bank in placement.banks)
+    return {key: SlotTokens.of(bank, copies[key]) for bank, key in keys if key in copies}
+
+
+def _of_holders(placement: ExpertPlacement, loads: DeviceLoads) -> DeviceLoads:
+    """Without the devices that hold nothing (lost ones)."""
+    held = {
+        (bank.bank, bank.layer): [any(e != FREE_SLOT for e in s) for s in bank.physical_to_logical]
+        for bank in placement.banks
+    }
+    return {
+        key: [load for load, is_held in zip(each, held[key], strict=True) if is_held]
+        for key, each in loads.items()
+    }
+
+
+def num_at_risk(bank: BankPlacement, domains: Sequence[str]) -> int:
+    """Experts with copies in one failure domain only; ``domains`` is by device."""
+    found: list[set[str]] = [set() for _ in range(bank.num_experts)]
+    for device, _, expert in bank.copies():
+        found[expert].add(domains[device])
+    return sum(len(where) == 1 for where in found)
+
+
+def _numbers(counts: Floats) -> list[float]:
+    """Whole numbers are written as such, others to a tenth."""
+    return [int(c) if c.is_integer() else round(c, 1) for c in counts.tolist()]

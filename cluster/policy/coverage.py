@@ -1,0 +1,224 @@
+"""Which worker serves which expert after members leave or join: plain values in and out.
+
+Weights stay where they are if possible. The maps use the desired copies that each device holds, and
+for an expert without any of them any other copy. A member with room must load an expert that no
+device holds, so that the loads stay even. When all devices of the desired placement are back, the
+maps are the desired placement itself.
+
+Example, one bank of 4 experts, desired ((0, 1), (2, 3), (0, 2)), device 1 is lost:
+
+    cover -> maps ((0, 1, 3), (-1, -1), (0, 2)), loads (expert 3 into slot 2 of device 0)
+
+and when a worker joins that was started with device 1's copies: ((0, 1), (2, 3), (0, 2)).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from cluster.core.errors import ConflictError
+from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+from cluster.planner.stages import SlotFill, Stage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Holdings:
+    """What the workers' memory holds, and what it can take in."""
+
+    current: ExpertPlacement
+    """Placement in force: survivors hold what it names."""
+    desired: ExpertPlacement
+    """The placement of the whole cluster."""
+    joining: Mapping[int, ExpertPlacement] = field(default_factory=dict)
+    """Device -> placement that its new worker was started with; it holds its part of that."""
+    room: int | None = None
+    """Expert slots of a device in each bank; None where banks grow."""
+    barred: frozenset[int] = frozenset()
+    """Devices that reported that they cannot load."""
+    failed: Collection[SlotFill] = ()
+    """Loads that ``current`` relies on and that failed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coverage:
+    """The result of ``cover``."""
+
+    placement: ExpertPlacement | None
+    """The maps, in force once ``loads`` are done; None if an expert fits nowhere."""
+    loads: tuple[SlotFill, ...]
+    """What members must read first."""
+    missing: tuple[tuple[int, int], ...]
+    """(bank, expert) without room, if there is no placement."""
+
+
+def cover(
+    holdings: Holdings,
+    devices: Collection[int],
+    epoch: int,
+    expert_load: Mapping[tuple[str, int], Sequence[float]] | None = None,
+) -> Coverage:
+    """Maps that use only ``devices``, the members' ones.
+
+    ``epoch`` is the new placement's. ``expert_load`` is (bank, layer) -> tokens by logical
+    expert; without it all experts weigh the same.
+    """
+    present = frozenset(devices)
+    banks: list[BankPlacement] = []
+    loads: list[SlotFill] = []
+    missing: list[tuple[int, int]] = []
+    for index, desired in enumerate(holdings.desired.banks):
+        counts = (expert_load or {}).get((desired.bank, desired.layer), ())
+        weights = [1.0 + x for x in counts] or [1.0] * desired.num_experts
+        work = _Bank(holdings, index, present, weights)
+        loads += work.fill()
+        missing += [(index, expert) for expert in work.without_copy()]
+        if not missing:
+            banks.append(work.placement())
+    if missing:
+        return Coverage(placement=None, loads=(), missing=tuple(missing))
+    placement = ExpertPlacement(epoch=epoch, banks=tuple(banks))
+    return Coverage(placement=placement, loads=tuple(loads), missing=())
+
+
+def stage_on(devices: Collection[int], current: ExpertPlacement, room: int | None) -> Stage:
+    """A placement that uses only ``devices``, and what they must load for it.
+
+    ``room`` as in ``Holdings``. Raises ``ConflictError`` if the devices have not enough.
+    """
+    holdings = Holdings(current=current, desired=current, room=room)
+    found = cover(holdings, devices, current.epoch + 1)
+    if found.placement is None:
+        lacking = f"{len(found.missing)} experts that only they hold"
+        raise ConflictError(f"the other workers have no room for {lacking}")
+    fills = tuple(
+        replace(load, sources=current.banks[load.bank].holders(load.expert)) for load in found.loads
+    )
+    return Stage(fills=fills, placement=found.placement)
+
+
+class _Bank:
+    """One bank, from what is held to what is used."""
+
+    def __init__(
+        self, holdings: Holdings, index: int, present: frozenset[int], weights: Sequence[float]
+    ) -> None:
+        self._index = index
+        self._desired = holdings.desired.banks[index]
+        self._current = holdings.current.banks[index]
+        self._weights = weights
+        self._room = self._desired.num_experts if holdings.room is None else holdings.room
+        self._loaders = sorted(present - holdings.barred)
+        held = [self._held(holdings, device, present) for device in self._devices]
+        wanted = {
+            expert
+            for device, row in enumerate(held)
+            for expert in row
+            if expert in self._desired_row(device)
+        }
+        self._rows = [self._used(device, row, wanted) for device, row in enumerate(held)]
+
+    @property
+    def _devices(self) -> range:
+        return range(max(self._desired.num_devices, self._current.num_devices))
+
+    def _desired_row(self, device: int) -> tuple[int, ...]:
+        """What the desired placement assigns to a device."""
+        maps = self._desired.physical_to_logical
+        return maps[device] if device < len(maps) else ()
+
+    def _held(self, holdings: Holdings, device: int, present: frozenset[int]) -> list[int]:
+        joined = holdings.joining.get(device)
+        source = (joined or holdings.current).banks[self._index].physical_to_logical
+        row = list(source[device]) if device < len(source) else []
+        if device not in present:
+            return [FREE_SLOT] * len(row)
+        for load in holdings.failed:
+            if (load.device, load.bank) == (device, self._index) and load.slot < len(row):
+                row[load.slot] = FREE_SLOT
+        return row
+
+    def _used(self, device: int, row: list[int], wanted: set[int]) -> list[int]:
+        """The row without superfluous copies, and as short as possible."""
+        desired = self._desired_row(device)
+        used = [e if e in desired or e not in wanted else FREE_SLOT for e in row]
+        while len(used) > len(desired) and used[-1] == FREE_SLOT:
+            used.pop()
+        return used
+
+    def without_copy(self) -> list[int]:
+        """Experts that no row names."""
+        found = {expert for row in self._rows for expert in row}
+        return [e for e in range(self._desired.num_experts) if e not in found]
+
+    def fill(self) -> list[SlotFill]:
+        """Give experts without copy to devices with room, the heaviest first to the least loaded.
+
+        Source: longest processing time first (Graham 1969).
+        """
+        copies = Counter(expert for row in self._rows for expert in row)
+        burden = [
+            sum(self._weights[e] / copies[e] for e in row if e != FREE_SLOT) for row in self._rows
+        ]
+        loads = []
+        for expert in sorted(self.without_copy(), key=lambda e: (-self._weights[e], e)):
+            places = ((burden[d], d, self._free_slot(d)) for d in self._loaders)
+            room = [(work, device, slot) for work, device, slot in places if slot is not None]
+            if not room:
+                break
+            _, device, slot = min(room)
+            row = self._rows[device]
+            row += [FREE_SLOT] * (slot + 1 - len(row))
+            row[slot] = expert
+            burden[device] += self._weights[expert]
+            loads.append(
+                SlotFill(bank=self._index, device=device, slot=slot, expert=expert),
+            )
+        return loads
+
+    def _free_slot(self, device: int) -> int | None:
+        row = self._rows[device]
+        if FREE_SLOT in row:
+            return row.index(FREE_SLOT)
+        return len(row) if len(row) < self._room else None
+
+    def placement(self) -> BankPlacement:
+        """The maps, with the desired shares and decode devices as far as possible."""
+        if tuple(map(tuple, self._rows)) == self._current.physical_to_logical:
+            return self._current
+        shares = [[self._share(d, e) for e in row] for d, row in enumerate(self._rows)]
+        holders: list[list[tuple[int, int]]] = [[] for _ in range(self._desired.num_experts)]
+        for device, row in enumerate(self._rows):
+            for slot, expert in enumerate(row):
+                if expert != FREE_SLOT:
+                    holders[expert].append((device, slot))
+        num_decoded = [0] * len(self._rows)
+        decode = []
+        for expert, places in enumerate(holders):
+            total = sum(shares[d][s] for d, s in places)
+            for d, s in places:
+                shares[d][s] = shares[d][s] / total if total > 0 else 1.0 / len(places)
+            decode.append(self._decode_device([d for d, _ in places], expert, num_decoded))
+            num_decoded[decode[-1]] += 1
+        return BankPlacement(
+            bank=self._desired.bank,
+            layer=self._desired.layer,
+            num_experts=self._desired.num_experts,
+            physical_to_logical=tuple(tuple(row) for row in self._rows),
+            split=tuple(tuple(row) for row in shares),
+            decode_device=tuple(decode),
+        )
+
+    def _share(self, device: int, expert: int) -> float:
+        """Desired share of a copy; 0 for a copy that was never desired."""
+        desired = self._desired_row(device)
+        if expert == FREE_SLOT or expert not in desired:
+            return 0.0
+        return self._desired.split[device][desired.index(expert)]
+
+    def _decode_device(self, places: Sequence[int], expert: int, num_decoded: Sequence[int]) -> int:
+        for device in (self._desired.decode_device[expert], self._current.decode_device[expert]):
+            if device in places:
+                return device
+        return min(places, key=lambda d: (num_decoded[d], d))

@@ -1,0 +1,266 @@
+"""Rebalancing policy: whether to change the placement, to what, and the predicted effect. Pure.
+
+Two changes compete: new shares and decode homes alone, which move no weights, and single moves
+within the budget. With the experts' part of the step times from ``cluster.sizing.replay``,
+
+    gain of a second  = (1 - time after / time now) x share of the time that the experts work
+    cost              = bytes to move / rate x _MOVE_SLOWDOWN + stages x _SWITCH_S
+
+The change with the largest ``gain x horizon - cost`` is made if that is positive.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from msgspec import structs
+
+from cluster.config.cluster import ClusterConfig
+from cluster.core.load_profile import LoadProfile
+from cluster.core.placement import FREE_SLOT, ExpertPlacement
+from cluster.core.topology import Member
+from cluster.load.view import balancedness_of, expected_loads
+from cluster.planner import decode_moves, mesh
+from cluster.planner.assess import assess
+from cluster.planner.base import (
+    Plan,
+    PlannedDevice,
+    PlannedTopology,
+    PlanOptions,
+    planned_device,
+)
+from cluster.planner.stages import held_by, with_slots
+from cluster.sizing.replay import StepCost, window_of
+
+Action = Literal["none", "split", "move"]
+_MOVE_SLOWDOWN = 0.1
+"""Share of throughput that is lost while weights move."""
+_SWITCH_S = 0.05
+"""Cost of a new epoch: a message to all workers, and an empty step at worst."""
+_LEAST_GAIN = 0.015
+"""Share of the step time below which a prediction is noise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RebalanceSettings:
+    """Parameters of the policy."""
+
+    horizon_s: float = 300.0
+    """Time for which the load is assumed to stay."""
+    max_move_fraction: float = 0.1
+    """Share of all slots that may be filled."""
+    bytes_per_s: float = 100e6
+    """Rate of the moves into one worker."""
+    step: StepCost = field(default_factory=StepCost)
+    """Time of a step on an expert worker."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadNow:
+    """The load that a decision is made for."""
+
+    profile: LoadProfile
+    """Tokens by logical expert."""
+    prefill_share: float
+    """Share of the rows that belong to prompts, 0 to 1."""
+    busy: float = 1.0
+    """Share of the time that the experts work, 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RebalanceDecision:
+    """The decision; the controller carries it out."""
+
+    action: Action
+    """``none``; ``split``: other shares and decode homes only; ``move``: weights too."""
+    reason: str
+    """Reason, for people."""
+    target: ExpertPlacement
+    """The new placement; the current one for ``none``."""
+    num_moves: int
+    """Slots to fill."""
+    num_bytes: int
+    """Weights to move."""
+    balancedness_now: float | None
+    """Mean over largest load of the devices, under the observed load."""
+    balancedness_then: float | None
+    """The same with ``target``."""
+    time_ratio: float
+    """Predicted time of the experts' work relative to now."""
+    gain_s: float
+    """Predicted seconds gained within the horizon."""
+    cost_s: float
+    """Predicted seconds that the change costs."""
+
+
+def why_impossible(config: ClusterConfig) -> str:
+    """Why a cluster with this configuration can never rebalance; empty if it can."""
+    workers = config.workers
+    if workers.mode == "local":
+        return "one worker holds all experts (--mode local)"
+    if workers.num_expert_workers < 2:
+        return "there is one expert worker (--num-expert-workers)"
+    if not workers.num_redundant_experts + workers.recovery_slots:
+        return "there are no spare expert slots (--num-redundant-experts)"
+    return ""
+
+
+def planned_topology(
+    experts: Sequence[Member], placement: ExpertPlacement, num_slots: int
+) -> PlannedTopology:
+    """The living devices, each with ``num_slots`` slots; none for lost ones.
+
+    A device that holds more (after a recovery, for example) may keep as many. On a single node each
+    worker is a failure domain of its own.
+    """
+    by_device = {m.device: m for m in experts}
+    is_spread = len({m.domain or m.node for m in experts}) > 1
+    domains = {m.device: m.domain if is_spread else m.name for m in experts}
+    held = [
+        max((len(held_by(bank, d)) for bank in placement.banks), default=0)
+        for d in range(placement.num_devices)
+    ]
+    devices = tuple(
+        replace(planned_device(by_device[d], max(num_slots, held[d])), domain=domains[d])
+        if d in by_device
+        else PlannedDevice(num_expert_slots=0)
+        for d in range(placement.num_devices)
+    )
+    return PlannedTopology(devices=devices)
+
+
+def decide(
+    load: LoadNow,
+    topology: PlannedTopology,
+    current: ExpertPlacement,
+    settings: RebalanceSettings,
+) -> RebalanceDecision:
+    """Decide. The same input gives the same decision.
+
+    Raises ``ConfigError`` if load, devices and placement do not match.
+    """
+    packed = packed_rows(current)
+    time_now = _seconds(load, topology, packed, settings.step)
+    found = [
+        _weighed(plan, packed, time_now, load, topology, settings)
+        for plan in _candidates(load, topology, packed, settings)
+    ]
+    best = max(found, key=lambda d: d.gain_s - d.cost_s)
+    if best.gain_s <= best.cost_s or 1.0 - best.time_ratio < _LEAST_GAIN:
+        reason = (
+            f"{best.gain_s:.2f} s won within {settings.horizon_s:g} s, {best.cost_s:.2f} s lost"
+        )
+        return replace(best, action="none", reason=reason, target=current, num_moves=0, num_bytes=0)
+    return best
+
+
+def packed_rows(placement: ExpertPlacement) -> ExpertPlacement:
+    """The same experts on every device, without the free slots between them, as planners expect."""
+    banks = (
+        with_slots(b, [[e for e in row if e != FREE_SLOT] for row in b.physical_to_logical])
+        for b in placement.banks
+    )
+    return structs.replace(placement, banks=tuple(banks))
+
+
+def resolved(
+    profile: LoadProfile, topology: PlannedTopology, placement: ExpertPlacement
+) -> ExpertPlacement:
+    """The same slots with the best shares and decode homes for a load; the epoch stays."""
+    options = PlanOptions(max_move_fraction=0.0)
+    plan = mesh.plan(profile, topology, packed_rows(placement), options)
+    return with_shares(placement, plan.placement)
+
+
+def with_shares(placement: ExpertPlacement, other: ExpertPlacement) -> ExpertPlacement:
+    """The slots of one placement with the shares and decode homes of another."""
+    by_key = {(b.bank, b.layer): b for b in other.banks}
+    banks = (with_slots(by_key[b.bank, b.layer], b.physical_to_logical) for b in placement.banks)
+    return structs.replace(placement, banks=tuple(banks))
+
+
+def mixed_balancedness(
+    placement: ExpertPlacement, profile: LoadProfile, prefill_share: float
+) -> float | None:
+    """Predicted cost of a load: prompts by the shares, decodes by the table; None without load."""
+    by_share = expected_loads(placement, profile, "prefill")
+    by_table = expected_loads(placement, profile, "decode")
+    mixed = [
+        [
+            prefill_share * p + (1.0 - prefill_share) * d
+            for p, d in zip(by_share[key], by_table[key], strict=True)
+        ]
+        for key in by_share
+    ]
+    return balancedness_of(mixed)
+
+
+def _candidates(
+    load: LoadNow, topology: PlannedTopology, current: ExpertPlacement, settings: RebalanceSettings
+) -> list[Plan]:
+    """Shares alone; moves for prompts; moves for decodes, and both."""
+    rows, profile = settings.step.decode_tokens, load.profile
+    still = PlanOptions(max_move_fraction=0.0, decode_tokens=rows)
+    plans = [mesh.plan(profile, topology, current, still)]
+    budget = int(settings.max_move_fraction * _num_slots(current) + 1e-9)
+    if not budget:
+        return plans
+    moving = replace(still, max_move_fraction=settings.max_move_fraction)
+    plans.append(mesh.plan(profile, topology, current, moving))
+    for plan in tuple(plans):
+        moved = decode_moves.improved(
+            profile,
+            topology,
+            plan.placement,
+            budget=budget - len(plan.moves),
+            rows=rows,
+            slot_tokens=settings.step.slot_s / max(settings.step.token_s, 1e-12),
+        )
+        solved = mesh.plan(profile, topology, moved, still).placement
+        plans.append(assess(profile, topology, solved, current))
+    return plans
+
+
+def _num_slots(placement: ExpertPlacement) -> int:
+    return sum(len(row) for bank in placement.banks for row in bank.physical_to_logical)
+
+
+def _weighed(
+    plan: Plan,
+    current: ExpertPlacement,
+    time_now: float,
+    load: LoadNow,
+    topology: PlannedTopology,
+    settings: RebalanceSettings,
+) -> RebalanceDecision:
+    time_then = _seconds(load, topology, plan.placement, settings.step)
+    ratio = time_then / time_now if time_now > 0 else 1.0
+    num_bytes = len(plan.moves) * settings.step.expert_bytes
+    into_device = Counter(move.device for move in plan.moves)
+    most_bytes = max(into_device.values(), default=0) * settings.step.expert_bytes
+    stages = 3 if plan.moves else 1
+    return RebalanceDecision(
+        action="move" if plan.moves else "split",
+        reason="the gain exceeds the cost",
+        target=plan.placement,
+        num_moves=len(plan.moves),
+        num_bytes=num_bytes,
+        balancedness_now=mixed_balancedness(current, load.profile, load.prefill_share),
+        balancedness_then=mixed_balancedness(plan.placement, load.profile, load.prefill_share),
+        time_ratio=ratio,
+        gain_s=max(1.0 - ratio, 0.0) * load.busy * settings.horizon_s,
+        cost_s=most_bytes / settings.bytes_per_s * _MOVE_SLOWDOWN + stages * _SWITCH_S,
+    )
+
+
+def _seconds(
+    load: LoadNow, topology: PlannedTopology, placement: ExpertPlacement, step: StepCost
+) -> float:
+    """Experts' time for a row of the load, with its mix of prompts and decodes."""
+    window = window_of(load.profile, topology, placement, step)
+    prefill = window.prefill_step_s / step.prefill_tokens
+    decode = window.decode_step_s / step.decode_tokens
+    return load.prefill_share * prefill + (1.0 - load.prefill_share) * decode

@@ -1,0 +1,134 @@
+"""``--mode auto``: which of two layouts serves a model faster on the same workers, and why. Pure.
+
+The workers that were asked for are given either to two pools or to one: 1 attention and 2 expert
+workers against 3 colocated ones. The faster decode step of a full batch wins
+(``cluster.sizing.roofline``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cluster.config.cluster import ClusterConfig, WorkersSection
+from cluster.config.resources import NodeResources, plan_shares
+from cluster.core.load_profile import LoadProfile
+from cluster.sizing.devices import worker_numbers
+from cluster.sizing.roofline import (
+    BankSize,
+    DeviceNumbers,
+    ModelSize,
+    StepTime,
+    activation_of,
+    colocated_step,
+    disaggregated_step,
+)
+
+_CONTEXT_SHARE = 0.5
+"""A sequence is on average half as long as the limit."""
+
+
+def resolve_mode(
+    config: ClusterConfig,
+    size: ModelSize,
+    max_model_len: int,
+    nodes: Sequence[NodeResources],
+    free_cpus: float | None = None,
+) -> ClusterConfig:
+    """The configuration with ``auto`` replaced by a mode, for workers on these nodes.
+
+    ``max_model_len`` is the model's own limit, for a configuration without one. Raises
+    ``ConfigError`` as ``plan_shares`` does.
+    """
+    share = plan_shares(config.workers, nodes, free_cpus)
+    context = _CONTEXT_SHARE * (config.model.max_model_len or max_model_len)
+    workers = choose_mode(
+        config.workers,
+        size,
+        batch=config.workers.num_attention_ranks * config.engine.max_num_seqs,
+        context_tokens=context,
+        device=worker_numbers(share, len(nodes)),
+    )
+    return replace(config, workers=workers)
+
+
+def choose_mode(
+    workers: WorkersSection,
+    size: ModelSize,
+    *,
+    batch: int,
+    context_tokens: float,
+    device: DeviceNumbers,
+) -> WorkersSection:
+    """The pools of the faster layout, with the mode and its reason; equal is disaggregated.
+
+    Both layouts have the same number of workers, and the same ``batch``.
+    """
+    total = workers.num_attention_ranks + workers.num_expert_workers
+    obstacle = _obstacle(workers, size, total)
+    if obstacle:
+        return replace(workers, mode="disaggregated", mode_reason=obstacle)
+    apart = disaggregated_step(
+        size,
+        batch,
+        context_tokens,
+        num_attention=workers.num_attention_ranks,
+        num_experts=workers.num_expert_workers,
+        device=device,
+    )
+    together = colocated_step(size, batch, context_tokens, num_workers=total, device=device)
+    reason = _reason(apart, together, batch, context_tokens, device)
+    if together.step_s >= apart.step_s:
+        return replace(workers, mode="disaggregated", mode_reason=reason)
+    return replace(
+        workers,
+        mode="colocated",
+        num_attention_workers=None,
+        num_expert_workers=total,
+        mode_reason=reason,
+    )
+
+
+def bank_sizes(
+    banks: Sequence[Mapping[str, Any]], profile: LoadProfile | None
+) -> tuple[BankSize, ...]:
+    """Plain numbers of banks (``bank``, ``layer`` and fields of ``BankSize``), with their load."""
+    found = []
+    for bank in banks:
+        numbers = {name: value for name, value in bank.items() if name not in ("bank", "layer")}
+        counts = profile.counts(bank["bank"], bank["layer"]) if profile else ()
+        found.append(BankSize(**numbers, activation=activation_of(counts, bank["top_k"])))
+    return tuple(found)
+
+
+def _obstacle(workers: WorkersSection, size: ModelSize, total: int) -> str:
+    """Why colocated workers are impossible; empty if they are possible."""
+    experts = min((b.num_experts for b in size.banks), default=0)
+    if workers.placement_file is not None:
+        return f"the placement file is for {workers.num_expert_workers} expert workers"
+    if total > experts:
+        return f"{total} colocated workers would be more than the {experts} experts of a bank"
+    return ""
+
+
+def _reason(
+    apart: StepTime, together: StepTime, batch: int, context_tokens: float, device: DeviceNumbers
+) -> str:
+    """One line: the winner, both predictions, and their parts."""
+    is_colocated = together.step_s < apart.step_s
+    first, second = (together, apart) if is_colocated else (apart, together)
+    price = "; two pools would buy elasticity and failure isolation, not speed" * is_colocated
+    return (
+        f"a decode step of {batch} rows with {context_tokens:.0f} tokens of context each is "
+        f"predicted to take {_text(first)}, and {_text(second)}, by {device.name} numbers{price}"
+    )
+
+
+def _text(step: StepTime) -> str:
+    ms = [f"{1000 * s:.3g}" for s in (step.attention_s, step.experts_s, step.exchange_s)]
+    times = f" in each of {step.num_micro_batches} micro-batches" * (step.num_micro_batches > 1)
+    return (
+        f"{1000 * step.step_s:.3g} ms on {step.layout} (attention {ms[0]}, experts {ms[1]}, "
+        f"exchange {ms[2]}{times})"
+    )

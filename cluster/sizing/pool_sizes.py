@@ -1,0 +1,114 @@
+"""How many workers should run attention and how many hold experts, by the roofline. Pure.
+
+For each batch every split of the workers into two pools is compared with all of them colocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from cluster.core.checks import check
+from cluster.sizing.roofline import (
+    DeviceNumbers,
+    ModelSize,
+    StepTime,
+    colocated_step,
+    disaggregated_step,
+    touched_experts,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolChoice:
+    """The answer for one batch."""
+
+    batch: int
+    """Rows of a decode step, over all attention ranks."""
+    num_attention: int
+    """Attention workers of the best two pools; 0 where two pools are impossible."""
+    num_experts: int
+    """Expert workers of the best two pools."""
+    disaggregated: StepTime | None
+    """Decode step of the best two pools; None where these are impossible."""
+    colocated: StepTime | None
+    """Decode step of one pool; None with more workers than experts."""
+    touched: float
+    """Experts that the batch touches in a layer, mean over the banks."""
+
+    @property
+    def best(self) -> StepTime:
+        """The faster one; equal is disaggregated."""
+        found = [s for s in (self.disaggregated, self.colocated) if s is not None]
+        return min(found, key=lambda step: step.step_s)
+
+    @property
+    def colocated_wins(self) -> bool:
+        """Whether one pool is faster."""
+        return self.best is self.colocated
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoded tokens a second of the faster one, over all requests."""
+        return self.batch / self.best.step_s
+
+
+def size_pools(
+    model: ModelSize,
+    batches: Sequence[int],
+    context_tokens: float,
+    *,
+    num_workers: int,
+    device: DeviceNumbers,
+    balancedness: float = 1.0,
+) -> list[PoolChoice]:
+    """The best pools of ``num_workers`` for each batch.
+
+    No expert pool is larger than the experts of a bank. Raises ``ConfigError`` for counts that
+    make no sense.
+    """
+    experts = min((b.num_experts for b in model.banks), default=0)
+    check(experts > 0, "model", "no expert bank", "must have experts")
+    check(num_workers >= 1, "num_workers", num_workers, "must be at least 1")
+    rule = f"must not exceed twice the {experts} experts of a bank"
+    check(num_workers <= 2 * experts, "num_workers", num_workers, rule)
+    check(context_tokens >= 0, "context_tokens", context_tokens, "must not be negative")
+    check(0 < balancedness <= 1, "balancedness", balancedness, "must be above 0, up to 1")
+    for batch in batches:
+        check(batch >= 1, "batch", batch, "must be at least 1")
+    apart = partial(
+        disaggregated_step,
+        model,
+        context_tokens=context_tokens,
+        device=device,
+        balancedness=balancedness,
+    )
+    together = partial(
+        colocated_step,
+        model,
+        context_tokens=context_tokens,
+        num_workers=num_workers,
+        device=device,
+        balancedness=balancedness,
+    )
+    fewest = max(1, num_workers - experts)
+    found = []
+    for batch in batches:
+        splits = {
+            attention: apart(batch, num_attention=attention, num_experts=num_workers - attention)
+            for attention in range(fewest, num_workers)
+        }
+        best = min(splits, key=lambda a: splits[a].step_s, default=0)
+        touched = [touched_experts(b.probabilities, batch) for b in model.banks]
+        found.append(
+            PoolChoice(
+                batch=batch,
+                num_attention=best,
+                num_experts=num_workers - best if splits else 0,
+                disaggregated=splits.get(best),
+                colocated=together(batch) if num_workers <= experts else None,
+                touched=sum(touched) / len(touched),
+            )
+        )
+    return found

@@ -1,0 +1,175 @@
+"""Replay of a changing load without a cluster: what each policy of re-planning would have achieved.
+
+A trace is a list of load profiles, one for each window of time. Each window runs under the
+placement that was planned from the window before, since a real cluster knows a load only
+afterwards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+from cluster.core.checks import check
+from cluster.core.errors import ConfigError
+from cluster.core.load_profile import LoadProfile
+from cluster.core.placement import ExpertPlacement
+from cluster.planner import cost, eplb, mesh
+from cluster.planner.assess import banks_of, own_masses
+from cluster.planner.base import (
+    Floats,
+    Plan,
+    PlannedTopology,
+    PlanOptions,
+    normalised,
+    relative_speeds,
+    slot_arrays,
+)
+
+Policy = Literal["never", "eplb", "mesh"]
+"""``never`` keeps the plan (by mesh) for the first window; the others re-plan each time."""
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepCost:
+    """Costs of a device's part of a layer and of a move."""
+
+    slot_s: float = 10e-6
+    """Seconds for each activated expert slot: reading its weights."""
+    token_s: float = 35e-9
+    """Seconds for each (token, expert) pair: computing it."""
+    expert_bytes: int = 34_603_008
+    """Weights of one expert."""
+    prefill_tokens: int = 8192
+    """Tokens of a prefill step, over all attention ranks."""
+    decode_tokens: int = 256
+    """Rows of a decode step, over all attention ranks."""
+
+    def __post_init__(self) -> None:
+        for name in ("slot_s", "token_s"):
+            value = getattr(self, name)
+            check(0 <= value < float("inf"), name, value, "must be finite and not negative")
+        for name in ("expert_bytes", "prefill_tokens", "decode_tokens"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SimulatedWindow:
+    """One window under one policy."""
+
+    balancedness: float
+    """Mean over layers, under the window's own load."""
+    prefill_step_s: float
+    """Experts' part of a prefill step, over all layers."""
+    decode_step_s: float
+    """The same of a decode step."""
+    slots_moved: int
+    """Slots that changed between the window before and this one."""
+    bytes_moved: int
+    """Bytes that moved for it."""
+
+
+def load_trace(path: Path) -> list[LoadProfile]:
+    """A file with one load profile a line. Raises ``ConfigError`` with the line that is wrong."""
+    try:
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as err:
+        raise ConfigError("trace", path.name, f"cannot be read: {err}") from err
+    profiles = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            profiles.append(LoadProfile.from_dict(json.loads(line)))
+        except (ValueError, ConfigError) as err:
+            rule = f"line {number} is not a load profile: {err}"
+            raise ConfigError("trace", path.name, rule) from err
+    return profiles
+
+
+def simulate(
+    trace: Sequence[LoadProfile],
+    topology: PlannedTopology,
+    policy: Policy,
+    step: StepCost,
+    max_move_fraction: float = 0.05,
+) -> list[SimulatedWindow]:
+    """All windows but the first, which only serves to plan from.
+
+    Raises ``ConfigError`` for less than two windows or windows of different models.
+    """
+    check(len(trace) >= 2, "trace", len(trace), "must have at least 2 windows")
+    shapes = {profile.shape() for profile in trace}
+    check(len(shapes) == 1, "trace", len(shapes), "must be of one model: top_k, banks, experts")
+    replan = _replanner(policy, topology, step, max_move_fraction)
+    plan = replan(trace[0], None)
+    windows = []
+    moved = 0
+    for number, (before, now) in enumerate(itertools.pairwise(trace)):
+        if number > 0 and policy != "never":
+            plan = replan(before, plan.placement)
+            moved = len(plan.moves)
+        windows.append(window_of(now, topology, plan.placement, step, moved))
+    return windows
+
+
+def _replanner(
+    policy: Policy, topology: PlannedTopology, step: StepCost, max_move_fraction: float
+) -> Callable[[LoadProfile, ExpertPlacement | None], Plan]:
+    if policy == "eplb":
+        return lambda load, current: eplb.plan(load, topology, current)
+    rows = step.decode_tokens
+    first = PlanOptions(decode_tokens=rows)
+    later = PlanOptions(decode_tokens=rows, max_move_fraction=max_move_fraction)
+    return lambda load, current: mesh.plan(
+        load, topology, current, first if current is None else later
+    )
+
+
+def window_of(
+    load: LoadProfile,
+    topology: PlannedTopology,
+    placement: ExpertPlacement,
+    step: StepCost,
+    moved: int = 0,
+) -> SimulatedWindow:
+    """The cost of a window under a placement: the sum over banks of the slowest device.
+
+    ``moved`` is the number of slots that changed before it.
+    """
+    banks = banks_of(load, placement, "placement")
+    balance, prefill_s, decode_s = [], 0.0, 0.0
+    for bank_load in load.banks:
+        experts = len(bank_load.counts)
+        bank = banks[bank_load.bank, bank_load.layer]
+        slots, home = slot_arrays([bank], topology.capacities(experts))
+        loads = normalised([bank_load.counts])
+        masses = own_masses([bank], slots, loads)
+        speeds = topology.speeds(experts)
+        balance.append(float(cost.balancedness(masses, speeds)[0]))
+        prefill_s += _prefill_s(masses, speeds, load.top_k, step)
+        active = cost.activation(loads, load.top_k, step.decode_tokens)
+        relative = float(cost.expected_peak(active, home, speeds)[0])
+        pairs = float(np.bincount(home[0], loads[0], len(speeds)).max()) * load.top_k
+        decode_s += step.slot_s * relative + step.token_s * pairs * step.decode_tokens
+    return SimulatedWindow(
+        balancedness=sum(balance) / len(balance),
+        prefill_step_s=prefill_s,
+        decode_step_s=decode_s,
+        slots_moved=moved,
+        bytes_moved=moved * step.expert_bytes,
+    )
+
+
+def _prefill_s(masses: Floats, speeds: Floats, top_k: int, step: StepCost) -> float:
+    """Seconds of one bank: the device whose slots and tokens take longest, by its speed."""
+    chance = np.minimum(masses[0] * top_k, 1.0)
+    active = (1.0 - (1.0 - chance) ** step.prefill_tokens).sum(1)
+    tokens = masses[0].sum(1) * top_k * step.prefill_tokens
+    relative = relative_speeds(speeds)
+    return float(((step.slot_s * active + step.token_s * tokens) / relative).max())

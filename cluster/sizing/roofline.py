@@ -1,0 +1,267 @@
+"""Roofline formulas: how long one decode step takes, by model, devices and layout. Pure.
+
+    experts touched by B rows   u(B) = sum over experts of 1 - (1 - p)^B
+    expert step     max(u(B) x bytes / bandwidth, 2 x B x k x params / flops) / devices / balance
+    attention step  (weights + B x context x KV bytes) / bandwidth
+    exchange        rows x distinct devices per row x bytes / link, there and back, and latencies
+
+With m micro-batches of B / m rows the experts of two pools work on one while attention works on
+another: the step is the longest of m x attention, m x experts, and one micro-batch's way through
+everything. Full overlap needs m >= 2 (1 + Tcomm / Texpert), and each micro-batch reads its weights
+again. Colocated workers do both parts one after the other, and hide only the exchange.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+MAX_MICRO_BATCHES = 2
+"""What the engine can have in flight."""
+SUM_BYTES = 4
+"""Partial sums return in float32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceNumbers:
+    """What one worker can do. ``cluster.sizing.devices`` has values with their sources."""
+
+    name: str
+    bandwidth_bytes_s: float
+    """Weights and KV read from memory, bytes a second."""
+    flops_s: float
+    """Dense products in the model's dtype, operations a second."""
+    link_bytes_s: float
+    """Between two workers, one direction, bytes a second."""
+    latency_s: float
+    """From one worker's send to another's wake-up, seconds."""
+    message_s: float
+    """Work that one message costs each of its ends, seconds."""
+
+    def share(self, part: float) -> DeviceNumbers:
+        """What a worker has that owns ``part`` of the device; its link and latency stay."""
+        return replace(
+            self,
+            bandwidth_bytes_s=self.bandwidth_bytes_s * part,
+            flops_s=self.flops_s * part,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BankSize:
+    """The numbers of one expert bank."""
+
+    num_experts: int
+    top_k: int
+    """Experts chosen for each row."""
+    expert_values: int
+    """Weights of one expert."""
+    num_exchanges: int = 1
+    in_values: int
+    """Elements of a row on the way to the experts, over all exchanges."""
+    out_values: int
+    """Elements on the way back."""
+    activation: tuple[float, ...] = ()
+    """``[expert]`` -> share of the rows that choose it, sums to ``top_k``; empty: all alike."""
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """``activation``, with defaults where it is unknown."""
+        return self.activation or (self.top_k / self.num_experts,) * self.num_experts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSize:
+    """What the formulas need to know of a model."""
+
+    banks: tuple[BankSize, ...]
+    attention_values: int
+    """Weights that an attention rank reads in each step: all but the experts and the embedding."""
+    kv_values_per_token: int
+    """Numbers that are kept of one token, over all layers."""
+    itemsize: int
+    """Bytes of a weight, of a KV value and of a dispatched row's element."""
+
+
+Layout = Literal["disaggregated", "colocated"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """A predicted decode step; the parts are those of one micro-batch, in seconds."""
+
+    layout: str
+    """For people: ``1 attention + 2 expert workers``."""
+    num_micro_batches: int
+    """1 or 2, whichever is faster."""
+    attention_s: float
+    """Attention and everything that is not experts."""
+    experts_s: float
+    """Experts of the most loaded worker."""
+    exchange_s: float
+    """Transport of rows and outputs."""
+    step_s: float
+    """The whole step with all its micro-batches."""
+
+
+def touched_experts(probabilities: Iterable[float], batch: float) -> float:
+    """Expected number of experts that at least one of ``batch`` rows chooses.
+
+    4 experts of 0.5 each, 2 rows: 4 x (1 - 0.25) = 3
+    """
+    return sum(1.0 - math.pow(1.0 - p, batch) for p in probabilities)
+
+
+def distinct_devices(num_experts: int, top_k: int, num_devices: int) -> float:
+    """Expected number of devices that hold any of a row's experts, if they choose evenly.
+
+    64 experts, top-8, 8 devices: 8 x (1 - C(56, 8) / C(64, 8)) = 5.43
+    """
+    each = num_experts / num_devices
+    missed = 1.0
+    for i in range(top_k):
+        missed *= max(num_experts - each - i, 0.0) / (num_experts - i)
+    return num_devices * (1.0 - missed)
+
+
+def expert_step(
+    bank: BankSize,
+    batch: float,
+    *,
+    num_devices: int,
+    itemsize: int,
+    device: DeviceNumbers,
+    balancedness: float = 1.0,
+) -> float:
+    """Seconds of one bank for ``batch`` rows of all ranks, on the most loaded of the devices."""
+    touched = touched_experts(bank.probabilities, batch)
+    read_s = touched * bank.expert_values * itemsize / device.bandwidth_bytes_s
+    compute_s = 2.0 * batch * bank.top_k * bank.expert_values / device.flops_s
+    return max(read_s, compute_s) / num_devices / balancedness
+
+
+def attention_step(
+    model: ModelSize, batch: float, context_tokens: float, device: DeviceNumbers
+) -> float:
+    """Seconds of everything but experts for ``batch`` rows of one rank, over all layers."""
+    values = model.attention_values + batch * context_tokens * model.kv_values_per_token
+    return values * model.itemsize / device.bandwidth_bytes_s
+
+
+def disaggregated_step(
+    model: ModelSize,
+    batch: float,
+    context_tokens: float,
+    *,
+    num_attention: int,
+    num_experts: int,
+    device: DeviceNumbers,
+    balancedness: float = 1.0,
+) -> StepTime:
+    """A decode step of ``batch`` rows on two pools, with the better number of micro-batches."""
+
+    def micro_batches(m: int) -> StepTime:
+        rows = batch / m
+        attention_s = attention_step(model, rows / num_attention, context_tokens, device)
+        attention_s += _message_s(model, num_experts, device)
+        experts_s = _experts(model, rows, num_experts, device, balancedness)
+        experts_s += _message_s(model, num_attention, device)
+        # the busiest link is that of the smaller pool: all rows pass through each pool
+        narrow = min(num_attention, num_experts)
+        exchange_s = _exchange(model, rows / narrow, num_experts, 1.0, device)
+        return StepTime(
+            layout=f"{num_attention} attention + {num_experts} expert workers",
+            num_micro_batches=m,
+            attention_s=attention_s,
+            experts_s=experts_s,
+            exchange_s=exchange_s,
+            step_s=max(m * attention_s, m * experts_s, attention_s + experts_s + exchange_s),
+        )
+
+    return _fastest(micro_batches)
+
+
+def colocated_step(
+    model: ModelSize,
+    batch: float,
+    context_tokens: float,
+    *,
+    num_workers: int,
+    device: DeviceNumbers,
+    balancedness: float = 1.0,
+) -> StepTime:
+    """A decode step of ``batch`` rows on workers that do both; own rows need no link."""
+    others = num_workers - 1
+
+    def micro_batches(m: int) -> StepTime:
+        rows = batch / m
+        attention_s = attention_step(model, rows / num_workers, context_tokens, device)
+        attention_s += _message_s(model, others, device)
+        experts_s = _experts(model, rows, num_workers, device, balancedness)
+        experts_s += _message_s(model, others, device)
+        away = others / num_workers
+        exchange_s = _exchange(model, rows / num_workers, num_workers, away, device)
+        work_s = attention_s + experts_s
+        return StepTime(
+            layout=f"{num_workers} colocated workers",
+            num_micro_batches=m,
+            attention_s=attention_s,
+            experts_s=experts_s,
+            exchange_s=exchange_s,
+            step_s=max(m * work_s, work_s + exchange_s),
+        )
+
+    return _fastest(micro_batches)
+
+
+def _fastest(micro_batches: Callable[[int], StepTime]) -> StepTime:
+    """The step with the better number of micro-batches; equal is fewer."""
+    steps = map(micro_batches, range(1, MAX_MICRO_BATCHES + 1))
+    return min(steps, key=lambda step: step.step_s)
+
+
+def _message_s(model: ModelSize, num_peers: int, device: DeviceNumbers) -> float:
+    """Work of a micro-batch's messages to and from all peers."""
+    return 2 * num_peers * sum(b.num_exchanges for b in model.banks) * device.message_s
+
+
+def _experts(
+    model: ModelSize, batch: float, num_devices: int, device: DeviceNumbers, balancedness: float
+) -> float:
+    """All banks, one after the other."""
+    return sum(
+        expert_step(
+            bank,
+            batch,
+            num_devices=num_devices,
+            itemsize=model.itemsize,
+            device=device,
+            balancedness=balancedness,
+        )
+        for bank in model.banks
+    )
+
+
+def _exchange(
+    model: ModelSize, rows: float, num_devices: int, away: float, device: DeviceNumbers
+) -> float:
+    """Dispatch and combine of all banks over one worker's link; ``away`` is what leaves it."""
+    seconds = 0.0
+    for bank in model.banks:
+        copies = rows * distinct_devices(bank.num_experts, bank.top_k, num_devices) * away
+        row_bytes = bank.in_values * model.itemsize + bank.out_values * SUM_BYTES
+        seconds += copies * row_bytes / device.link_bytes_s
+        if away:
+            seconds += 2 * bank.num_exchanges * device.latency_s
+    return seconds
+
+
+def activation_of(counts: Sequence[float], top_k: int) -> tuple[float, ...]:
+    """``BankSize.activation`` of an expert load; empty where nothing was counted.
+
+    No expert is chosen twice for a row, so that none exceeds 1.
+    """
+    total = sum(counts)
+    return tuple(min(1.0, top_k * c / total) for c in counts) if total > 0 else ()

@@ -1,0 +1,101 @@
+"""The tracer of a process, and the export of its spans.
+
+Other folders import from here what they use of OpenTelemetry's API. Its SDK and its exporter (the
+extra ``otel``) are loaded only for an endpoint.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from opentelemetry.context import Context
+from opentelemetry.trace import (
+    Span,
+    SpanKind,
+    StatusCode,
+    Tracer,
+    set_span_in_context,
+)
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AttributeValue
+
+from cluster.core.errors import ConfigError
+from cluster.core.versions import own_version
+from cluster.tracing.names import ERROR_TYPE, PROVIDER
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+__all__ = [
+    "AttributeValue",
+    "Context",
+    "Span",
+    "SpanKind",
+    "TraceExport",
+    "Tracer",
+    "load_exporter",
+    "parent_of",
+    "set_error",
+    "set_span_in_context",
+]
+
+_STOP_S = 1.0
+
+
+class TraceExport:
+    """A tracer whose spans a thread of the SDK exports: ending a span never waits.
+
+    Args:
+        provider: the SDK's.
+    """
+
+    def __init__(self, provider: TracerProvider) -> None:
+        self.tracer = provider.get_tracer(PROVIDER, own_version())
+        self._provider = provider
+
+    def stop(self) -> None:
+        """Export what is left, for a second at most; later spans are dropped."""
+        stopper = threading.Thread(target=self._provider.shutdown, daemon=True)
+        stopper.start()
+        stopper.join(_STOP_S)
+
+
+def load_exporter(endpoint: str) -> Callable[[str], TraceExport]:
+    """The function that starts the export to ``endpoint``, given the name of this process.
+
+    Raises ``ConfigError`` where its packages are missing.
+    """
+    try:
+        from cluster.tracing.otlp import make_provider
+    except ImportError as err:
+        needs = "needs the extra otel: pip install -c constraints.txt -e '.[otel]'"
+        raise ConfigError("otlp_endpoint", endpoint, needs) from err
+
+    def start(instance: str) -> TraceExport:
+        resource = {
+            "service.name": PROVIDER,
+            "service.instance.id": instance,
+            "service.version": own_version(),
+        }
+        return TraceExport(make_provider(endpoint, resource))
+
+    return start
+
+
+def parent_of(headers: Mapping[str, Sequence[str]]) -> Context:
+    """The parent named by ``traceparent`` and ``tracestate``, each with every value that came.
+
+    An invalid one counts as absent (W3C Trace Context).
+    """
+    if len(headers.get("traceparent", ())) != 1:
+        return Context()
+    return TraceContextTextMapPropagator().extract(headers, Context())
+
+
+def set_error(span: Span, error: str) -> None:
+    """Mark a span as failed, unless ``error`` is empty."""
+    if error:
+        span.set_attribute(ERROR_TYPE, error)
+        span.set_status(StatusCode.ERROR, error)

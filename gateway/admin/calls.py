@@ -1,0 +1,216 @@
+"""The procedures of ``expertmesh.v1.Admin``, for both codecs: a message in, a message out.
+
+``gateway.admin.grpc`` and ``gateway.admin.http`` find a procedure by its name in the service's
+description.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from google.protobuf.descriptor import ServiceDescriptor
+
+from cluster.core.errors import ExpertMeshError, NotReadyError, RequestError
+from gateway.cluster.view import ControllerCalls
+from gateway.generation.gateway import Gateway
+from protos import admin_pb2 as pb
+
+SERVICE: ServiceDescriptor = pb.DESCRIPTOR.services_by_name["Admin"]
+DEFAULT_DRAIN_LIMIT_S = 120.0
+CALL_LIMIT_S = 5.0
+"""Time that the controller has to answer."""
+MAX_ABORTED = 1024
+"""Requests that one call may end."""
+_WATCH_S = 10.0
+_RETRY_S = 0.2
+
+Answer = TypeVar("Answer")
+
+
+class AdminCalls:
+    """The service. The controller does nearly all the work, on behalf of any replica."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._cluster = gateway.cluster
+
+    def find(self, name: str) -> Callable[[Any], Any]:
+        """The procedure of a name: it returns what is awaited, or an asynchronous generator."""
+        procedure: Callable[[Any], Any] = getattr(self, name)
+        return procedure
+
+    # ---- queries --------------------------------------------------------------------------
+
+    async def GetPlacement(self, request: pb.GetPlacementRequest) -> pb.Placement:
+        """The placement: which device holds which copy of which expert."""
+        found = await _answer(self._controller().placement())
+        banks = [
+            b
+            for b in found["banks"]
+            if not request.HasField("layer") or b["layer"] == request.layer
+        ]
+        if request.HasField("layer") and not banks:
+            raise RequestError(f"layer {request.layer} has no expert bank", "layer")
+        return pb.Placement(epoch=found["epoch"], banks=map(_bank_maps, banks))
+
+    async def GetExpertLoad(self, request: pb.GetExpertLoadRequest) -> pb.ExpertLoad:
+        """Tokens by layer, expert and worker."""
+        found = await _answer(self._controller().load())
+        return pb.ExpertLoad(
+            epoch=found["epoch"],
+            banks=map(_bank_load, found["banks"]),
+            model=found["model"] or "",
+            top_k=found["top_k"],
+            tokens=found["tokens"],
+            window_tokens=found.get("window_tokens", 0),
+            average_tokens=found.get("average_tokens", 0),
+            balancedness=pb.Balancedness(**found.get("balancedness", {})),
+            workers=[name or "" for name in found.get("workers", ())],
+        )
+
+    async def ListWorkers(self, request: pb.ListWorkersRequest) -> pb.ListWorkersResponse:
+        """Every worker, lost ones included."""
+        snapshot = await _answer(self._controller().snapshot())
+        return pb.ListWorkersResponse(workers=map(_worker_info, snapshot["workers"]))
+
+    async def WatchCluster(
+        self, request: pb.WatchClusterRequest
+    ) -> AsyncGenerator[pb.ClusterEvent]:
+        """The history, then every new entry. An entry that changes is sent again, whole."""
+        snapshot = await _answer(self._controller().snapshot())
+        seen = snapshot["history"] if request.only_new else []
+        while True:
+            for entry in (e for e in snapshot["history"] if e not in seen):
+                yield _event(entry)
+            seen = snapshot["history"]
+            snapshot = await self._next(int(snapshot["version"]))
+
+    async def _next(self, version: int) -> dict[str, Any]:
+        """The next snapshot, also across a restart of the controller."""
+        while True:
+            try:
+                call = self._controller().wait_snapshot(version, _WATCH_S)
+                snapshot = await _answer(call, _WATCH_S + CALL_LIMIT_S)
+            except NotReadyError:
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if int(snapshot["version"]) != version:
+                return snapshot
+
+    # ---- operations -----------------------------------------------------------------------
+
+    async def DrainWorker(self, request: pb.DrainWorkerRequest) -> pb.Operation:
+        """Drain a worker, or all workers of a node."""
+        if bool(request.worker) == bool(request.node):
+            raise RequestError("one of worker and node is required", "worker")
+        limit_s = request.deadline_s or DEFAULT_DRAIN_LIMIT_S
+        if not 0 < limit_s < float("inf"):
+            raise RequestError(f"deadline_s ({limit_s}) must be above 0", "deadline_s")
+        order = {
+            "worker": request.worker,
+            "node": request.node,
+            "limit_s": limit_s,
+            "force": request.force,
+            "request_id": request.request_id,
+            "expected_epoch": _epoch(request),
+        }
+        return _operation(await _answer(self._controller().drain(order)))
+
+    async def DrainGateway(self, request: pb.DrainGatewayRequest) -> pb.DrainGatewayResponse:
+        """Drain this replica; the controller is not involved."""
+        left = self._gateway.leave(time.monotonic())
+        return pb.DrainGatewayResponse(gateway=self._gateway.name, requests=left)
+
+    async def Rebalance(self, request: pb.RebalanceRequest) -> pb.Operation:
+        """Rebalance, or with ``dry_run`` only report what would be done."""
+        order = {
+            "dry_run": request.dry_run,
+            "request_id": request.request_id,
+            "expected_epoch": _epoch(request),
+        }
+        return _operation(await _answer(self._controller().rebalance(order)))
+
+    async def GetOperation(self, request: pb.GetOperationRequest) -> pb.Operation:
+        return _operation(await _answer(self._controller().operation(request.id)))
+
+    async def ListOperations(self, request: pb.ListOperationsRequest) -> pb.ListOperationsResponse:
+        found = await _answer(self._controller().operations())
+        return pb.ListOperationsResponse(operations=map(_operation, found))
+
+    async def CancelOperation(self, request: pb.CancelOperationRequest) -> pb.Operation:
+        """Cancel an operation that can still be undone."""
+        return _operation(await _answer(self._controller().cancel_operation(request.id)))
+
+    async def AbortRequests(self, request: pb.AbortRequestsRequest) -> pb.AbortRequestsResponse:
+        """Abort requests of clients by id, on every replica."""
+        names = list(request.request_ids)
+        if not 0 < len(names) <= MAX_ABORTED:
+            rule = f"request_ids ({len(names)} of them) must be 1 to {MAX_ABORTED}"
+            raise RequestError(rule, "request_ids")
+        return pb.AbortRequestsResponse(aborted=await self._gateway.abort_calls(names))
+
+    def _controller(self) -> ControllerCalls:
+        return self._cluster.require_controller()
+
+
+def _epoch(request: pb.DrainWorkerRequest | pb.RebalanceRequest) -> int | None:
+    return request.expected_epoch if request.HasField("expected_epoch") else None
+
+
+def _operation(found: Mapping[str, Any]) -> pb.Operation:
+    """From the controller's plain data; ``result`` goes into the field of the kind."""
+    values = {k: v for k, v in found.items() if k not in ("state", "result")}
+    message = pb.Operation(state=pb.Operation.State.Value(found["state"]), **values)
+    if found["result"]:
+        result = getattr(message, found["kind"])
+        result.CopyFrom(type(result)(**found["result"]))
+    return message
+
+
+async def _answer(call: Awaitable[Answer], limit_s: float = CALL_LIMIT_S) -> Answer:
+    """The controller's answer. Raises its errors, and ``NotReadyError`` without an answer."""
+    try:
+        return await asyncio.wait_for(call, limit_s)
+    except ExpertMeshError:
+        raise
+    except Exception as err:  # any failure of the actor or of Ray
+        raise NotReadyError("the controller does not answer", "not_ready", 2.0) from err
+
+
+def _event(entry: Mapping[str, Any]) -> pb.ClusterEvent:
+    known = pb.ClusterEvent.DESCRIPTOR.fields_by_name
+    return pb.ClusterEvent(**{k: v for k, v in entry.items() if k in known and v is not None})
+
+
+def _bank_maps(bank: Mapping[str, Any]) -> pb.BankMaps:
+    return pb.BankMaps(
+        bank=bank["bank"],
+        layer=bank["layer"],
+        physical_to_logical=(pb.ExpertSlots(experts=s) for s in bank["physical_to_logical"]),
+        load=bank["load"],
+        balancedness=pb.Balancedness(**bank["balancedness"]),
+    )
+
+
+def _bank_load(bank: Mapping[str, Any]) -> pb.BankLoad:
+    return pb.BankLoad(
+        bank=bank["bank"],
+        layer=bank["layer"],
+        load=bank["counts"],
+        balancedness=pb.Balancedness(**bank["balancedness"]),
+        prefill=bank["prefill"] or (),
+        decode=bank["decode"] or (),
+        window=bank["window"] or (),
+        average=bank["average"] or (),
+        slots=(pb.SlotTokens(tokens=tokens) for tokens in bank["slots"] or ()),
+        prefill_balancedness=pb.Balancedness(**bank["phases"]["prefill"]),
+        decode_balancedness=pb.Balancedness(**bank["phases"]["decode"]),
+    )
+
+
+def _worker_info(worker: Mapping[str, Any]) -> pb.WorkerInfo:
+    names = ("name", "role", "rank", "node", "pid", "state", "reason", "slots", "kv_usage")
+    return pb.WorkerInfo(**{n: worker[n] for n in names if worker.get(n) is not None})

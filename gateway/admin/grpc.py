@@ -1,0 +1,53 @@
+"""The admin service over gRPC, on a port of its own. Nothing here but the codec."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from google.protobuf.message import Message
+
+from gateway.admin.calls import SERVICE, AdminCalls
+from gateway.generation.gateway import Gateway
+from gateway.grpc.edge import GrpcEdge
+from gateway.grpc.handlers import Procedure
+from gateway.grpc.server import ServicePort, server_options
+
+_MAX_CALLS = 256
+
+
+class AdminGrpcServer(ServicePort):
+    """Serves ``Admin``.
+
+    Args:
+        gateway: counts calls, and knows the keys.
+        host: interface.
+        port: 0 takes a free one.
+        shared: several replicas of this host listen on the port.
+    """
+
+    def __init__(self, gateway: Gateway, host: str, port: int, *, shared: bool = False) -> None:
+        self._calls = AdminCalls(gateway)
+        super().__init__(
+            gateway,
+            SERVICE,
+            self._find,
+            gateway.admin_keys,
+            host,
+            port,
+            options=server_options(so_reuseport=shared),
+            max_calls=_MAX_CALLS,
+        )
+
+    def _find(self, name: str) -> Procedure:
+        procedure = self._calls.find(name)
+        if not SERVICE.methods_by_name[name].server_streaming:
+            return lambda request, edge: procedure(request)
+
+        async def stream(request: Message, edge: GrpcEdge) -> AsyncGenerator[Message]:
+            await edge.send_id()
+            async with aclosing(procedure(request)) as answers:
+                async for answer in answers:
+                    yield answer
+
+        return stream

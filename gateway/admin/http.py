@@ -1,0 +1,179 @@
+"""The admin service over HTTP: the messages of ``admin.proto`` as JSON, below ``/admin/v1``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from google.protobuf import json_format
+from google.protobuf.message_factory import GetMessageClass
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from cluster.core.errors import PermissionDeniedError, RequestError, StartError
+from gateway.admin.calls import SERVICE, AdminCalls
+from gateway.auth.tls import uvicorn_options
+from gateway.generation.gateway import Gateway
+from gateway.http.api import route_error
+from gateway.http.edge import HttpEdge, dump_json, read_json
+from gateway.serve_proxy.bounded_protocol import BoundedHttpProtocol
+
+ROUTES = (
+    ("POST", "/admin/v1/drain", "DrainWorker"),
+    ("POST", "/admin/v1/gateway/drain", "DrainGateway"),
+    ("POST", "/admin/v1/rebalance", "Rebalance"),
+    ("POST", "/admin/v1/requests/abort", "AbortRequests"),
+    ("GET", "/admin/v1/operations", "ListOperations"),
+    ("GET", "/admin/v1/operations/{id}", "GetOperation"),
+    ("POST", "/admin/v1/operations/{id}/cancel", "CancelOperation"),
+    ("GET", "/admin/v1/workers", "ListWorkers"),
+    ("GET", "/admin/v1/placement", "GetPlacement"),
+    ("GET", "/admin/v1/load", "GetExpertLoad"),
+)
+"""Method, path and procedure. Parts of a path and of a query are fields of the message."""
+_START_LIMIT_S = 10.0
+
+
+def build_admin_app(gateway: Gateway) -> FastAPI:
+    app = FastAPI(
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers={HTTPException: route_error},
+    )
+    calls = AdminCalls(gateway)
+    routes = [
+        Route(path, _Endpoint(gateway, calls, name).serve, methods=[method])
+        for method, path, name in ROUTES
+    ]
+    app.router.routes.extend([*routes, Route("/health", _health, methods=["GET"])])
+    app.add_middleware(HttpEdge, gateway=gateway, keys=gateway.admin_keys, routes=routes)
+    return app
+
+
+@dataclass(frozen=True, slots=True)
+class _Endpoint:
+    gateway: Gateway
+    calls: AdminCalls
+    name: str
+
+    async def serve(self, request: Request) -> Response:
+        """One call: JSON to the procedure's message, and its answer back."""
+        _check_no_web_page(request)
+        limits = self.gateway.limits
+        fields: dict[str, Any] = {**request.query_params, **request.path_params}
+        if request.method == "POST" and _has_body(request):
+            if "content-type" not in request.headers:  # what a browser may send across sites
+                raise RequestError("content-type must be application/json", "content-type")
+            body = await read_json(request, limits.max_body_bytes, limits.max_json_depth)
+            fields = {**body, **fields}
+        message = GetMessageClass(SERVICE.methods_by_name[self.name].input_type)()
+        try:
+            json_format.ParseDict(fields, message)
+        except json_format.ParseError as err:
+            raise RequestError(f"not a {message.DESCRIPTOR.name}: {err}") from err
+        answer = json_format.MessageToDict(
+            await self.calls.find(self.name)(message),
+            preserving_proto_field_name=True,
+            always_print_fields_with_no_presence=True,
+        )
+        content = dump_json({"schema": 1, **answer})
+        return Response(content, headers={"content-type": "application/json"})
+
+
+def _check_no_web_page(request: Request) -> None:
+    """Raise ``PermissionDeniedError`` for a request that a browser sends on behalf of a page.
+
+    Without a key any page that an operator opens could send orders to loopback: a POST without a
+    body needs no consent, and a page whose name points to loopback may send anything.
+    """
+    headers = request.headers
+    if "origin" in headers or headers.get("sec-fetch-site", "none") != "none":
+        raise PermissionDeniedError("web pages may not use the admin port")
+
+
+def _has_body(request: Request) -> bool:
+    headers = request.headers
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
+
+async def _health(request: Request) -> Response:
+    return Response(status_code=200)
+
+
+class AdminHttpServer:
+    """Serves the application on a port of its own.
+
+    Args:
+        gateway: as for ``build_admin_app``.
+        host: interface.
+        port: 0 takes a free one.
+        shared: several replicas of this host listen on the port.
+    """
+
+    def __init__(self, gateway: Gateway, host: str, port: int, *, shared: bool = False) -> None:
+        self._host, self._wanted_port, self._shared = host, port, shared
+        config = uvicorn.Config(
+            build_admin_app(gateway),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=1,
+            http=BoundedHttpProtocol,
+            **uvicorn_options(gateway.limits),
+        )
+        self._server = _Uvicorn(config)
+        self._task: asyncio.Task[None] | None = None
+        self.port = 0
+
+    async def start(self) -> int:
+        """Bind and serve; returns the port. Raises ``StartError``."""
+        try:
+            listener = _listen(self._host, self._wanted_port, self._shared)
+        except OSError as err:
+            address = f"{self._host}:{self._wanted_port}"
+            raise StartError("admin HTTP", f"cannot bind {address}: {err}") from err
+        self.port = int(listener.getsockname()[1])
+        self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
+        async with asyncio.timeout(_START_LIMIT_S):
+            while not self._server.started and not self._task.done():
+                await asyncio.sleep(0.01)
+        return self.port
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._server.should_exit = True
+            await self._task
+
+
+class _Uvicorn(uvicorn.Server):
+    """Signals belong to the process that hosts this server."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _listen(host: str, port: int, shared: bool) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
+    return listener

@@ -1,0 +1,63 @@
+"""The admin service of a replica: one service, two codecs, each on a port of its own."""
+
+from __future__ import annotations
+
+from cluster.config.gateway import GatewaySection, reachable_host
+from cluster.core.errors import StartError
+from gateway.admin.grpc import AdminGrpcServer
+from gateway.admin.http import AdminHttpServer
+from gateway.generation.gateway import Gateway
+
+HTTP_PORT = 8001
+GRPC_PORT = 50052
+
+
+_Server = AdminHttpServer | AdminGrpcServer
+
+
+class AdminApi:
+    """Both servers.
+
+    Args:
+        gateway: serves the calls.
+        section: interface and ports: a client of these ports can end the cluster. A configured port
+            is shared by all replicas of the host; otherwise the default port is taken if it is
+            free, else any.
+    """
+
+    def __init__(self, gateway: Gateway, section: GatewaySection) -> None:
+        self._gateway = gateway
+        self._section = section
+        self._servers: list[_Server] = []
+        self.http = ""
+        """``host:port`` of the HTTP server, once it runs."""
+        self.grpc = ""
+        """``host:port`` of the gRPC server, once it runs."""
+
+    async def start(self) -> None:
+        """Bind both ports and serve. Raises ``StartError``."""
+        section = self._section
+        host = reachable_host(section.admin_host)
+        self.http = f"{host}:{await self._open(AdminHttpServer, section.admin_port, HTTP_PORT)}"
+        self.grpc = (
+            f"{host}:{await self._open(AdminGrpcServer, section.admin_grpc_port, GRPC_PORT)}"
+        )
+
+    async def stop(self) -> None:
+        for server in self._servers:
+            await server.stop()
+
+    async def _open(self, kind: type[_Server], wanted: int | None, usual: int) -> int:
+        if wanted is not None:
+            is_shared = wanted != 0 and self._section.num_gateway_replicas > 1
+            return await self._start(kind, wanted, is_shared)
+        try:
+            return await self._start(kind, usual)
+        except StartError:
+            return await self._start(kind, 0)
+
+    async def _start(self, kind: type[_Server], port: int, is_shared: bool = False) -> int:
+        server = kind(self._gateway, self._section.admin_host, port, shared=is_shared)
+        bound = await server.start()
+        self._servers.append(server)
+        return bound

@@ -1,0 +1,4 @@
+"""API keys with their limits, and TLS.
+
+Imports ``gateway.core``.
+"""

@@ -1,0 +1,151 @@
+"""API keys: which callers may use more than ``/health`` and ``/ready``, and how much.
+
+Every edge checks its ``KeyRing`` first, and passes the caller to the rest of the gateway in
+``CALLER``.
+"""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+
+from cluster.config.api_keys import digest_of
+from cluster.config.gateway import GatewaySection
+from cluster.core.errors import AuthenticationError, PermissionDeniedError
+from gateway.auth.key_file import KeyEntry, KeyFile, KeyLimits, plain_entries
+from gateway.auth.key_limits import Account
+
+Clock = Callable[[], float]
+
+CALLER: ContextVar[Account | None] = ContextVar("CALLER", default=None)
+"""The caller of the request that the running task serves; None without keys."""
+
+
+class KeyRing:
+    """The keys of a port; without any it accepts every caller.
+
+    Args:
+        keys: as given, or as ``cluster.config.api_keys.hash_key`` makes them.
+        file: more keys, which may change.
+        limits: of keys without limits of their own.
+        others: a ring whose keys are known and do not open this port.
+        clock: ``time.monotonic``.
+    """
+
+    def __init__(
+        self,
+        keys: Iterable[str] = (),
+        *,
+        file: KeyFile | None = None,
+        limits: KeyLimits | None = None,
+        others: KeyRing | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._fixed = plain_entries(keys)
+        self._file = file
+        self._limits = limits or KeyLimits()
+        self._others = others
+        self.masters: KeyRing | None = None
+        """A ring whose keys open this port too, without its limits."""
+        self._clock = clock
+        self._accounts: dict[bytes, Account] = {}
+        self._build()
+
+    @property
+    def is_open(self) -> bool:
+        """No key is required. A file whose last key was removed closes the port."""
+        return not self._fixed and self._file is None
+
+    def check(self, authorization: str | None, api_key: str | None = None) -> Account | None:
+        """Accept a request by its ``Authorization`` header, or by its ``api-key`` header.
+
+        Returns the account; None without keys.
+
+        Raises:
+            AuthenticationError: no known key was given.
+            PermissionDeniedError: the key is for another port.
+        """
+        if self.is_open:
+            return None
+        key = _bearer(authorization) or api_key
+        if not key:
+            raise AuthenticationError("an API key is needed: Authorization: Bearer KEY")
+        digest = digest_of(key)
+        account = self._find(digest)
+        if account is None and self.masters is not None:
+            account = self.masters._find(digest)
+        if account is not None:
+            return account
+        if self._others is not None and self._others._find(digest) is not None:
+            raise PermissionDeniedError("an admin key is needed here, this is not one")
+        raise AuthenticationError("the API key is not known")
+
+    def enter(self, authorization: str | None, api_key: str | None = None) -> Account | None:
+        """Like ``check``, and the request counts as running until ``Account.leave``.
+
+        Raises:
+            KeyLimitError: the key has used up one of its limits.
+        """
+        account = self.check(authorization, api_key)
+        if account is not None:
+            account.enter(self._clock())
+        CALLER.set(account)
+        return account
+
+    def _find(self, digest: bytes) -> Account | None:
+        if self._file is not None and self._file.refresh(self._clock()):
+            self._build()
+        found = None
+        for known, account in self._accounts.items():  # all of them: the time must reveal nothing
+            if hmac.compare_digest(digest, known):
+                found = account
+        return found
+
+    def _build(self) -> None:
+        """Accounts of all keys; remaining keys keep their usage."""
+        now_s = self._clock()
+        entries = {e.digest: e for e in self._fixed}
+        entries |= {e.digest: e for e in (self._file.entries if self._file else ())}
+        old = self._accounts
+        self._accounts = {d: self._account(e, old.get(d), now_s) for d, e in entries.items()}
+
+    def _account(self, entry: KeyEntry, old: Account | None, now_s: float) -> Account:
+        limits = entry.limits.or_else(self._limits)
+        if old is None:
+            return Account(entry, limits, now_s)
+        old.change(entry, limits, now_s)
+        return old
+
+
+def make_key_rings(
+    section: GatewaySection, clock: Clock = time.monotonic
+) -> tuple[KeyRing, KeyRing]:
+    """The rings of the public ports and of the admin ports.
+
+    An admin key opens all ports. Without one, the admin ports (on loopback then) accept the public
+    keys. Raises ``ConfigError`` for an unreadable key file.
+    """
+    limits = KeyLimits(
+        requests_per_minute=section.key_requests_per_minute,
+        tokens_per_minute=section.key_tokens_per_minute,
+        max_concurrent=section.key_max_concurrent,
+    )
+    api_file = _file(section.api_key_file, "api_key_file")
+    public = KeyRing(section.api_keys, file=api_file, limits=limits, clock=clock)
+    admin_file = _file(section.admin_key_file, "admin_key_file")
+    admin = KeyRing(section.admin_keys, file=admin_file, others=public, clock=clock)
+    if admin.is_open:
+        return public, public
+    public.masters = admin
+    return public, admin
+
+
+def _file(path: str | None, setting: str) -> KeyFile | None:
+    return None if path is None else KeyFile(path, setting)
+
+
+def _bearer(authorization: str | None) -> str | None:
+    scheme, _, key = (authorization or "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else None

@@ -1,0 +1,195 @@
+"""Key files: keys with names and limits, read again when the file changes.
+
+Either one key a line (empty lines and ``#`` comments left out), or YAML or JSON::
+
+    keys:
+      - name: team-a
+        key: "a long random text"         # or sha256: its digest in hex
+        requests_per_minute: 600
+        tokens_per_minute: 100000
+        max_concurrent: 16
+
+A key may be given as ``sha256:`` and its digest in both forms.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.config.api_keys import hash_key, is_hashed, stored_digest
+from cluster.core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+MAX_FILE_BYTES = 4 * 1024 * 1024
+_POLL_S = 1.0
+_LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrent")
+_MOST = 10**12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyLimits:
+    """What one key may use of one gateway replica; None is no limit."""
+
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    """Prompt and output tokens in a minute."""
+    max_concurrent: int | None = None
+
+    def or_else(self, other: KeyLimits) -> KeyLimits:
+        """These limits, with those of ``other`` as defaults."""
+        values = {n: getattr(self, n) for n in _LIMITS}
+        return KeyLimits(**{n: getattr(other, n) if v is None else v for n, v in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyEntry:
+    """One accepted key."""
+
+    digest: bytes = field(repr=False)
+    name: str = ""
+    """For logs; empty without a name."""
+    limits: KeyLimits = KeyLimits()
+
+    @property
+    def tenant(self) -> str:
+        """The name of the key's own prefix cache."""
+        return self.name or self.digest.hex()
+
+
+def plain_entries(keys: Iterable[str]) -> tuple[KeyEntry, ...]:
+    """Entries of keys, or of what ``hash_key`` made of them, without names or limits."""
+    return tuple(KeyEntry(digest=stored_digest(hash_key(key))) for key in keys)
+
+
+class KeyFile:
+    """A key file and what is in it.
+
+    Args:
+        path: of the file.
+        setting: the option that named it, for errors.
+
+    Raises:
+        ConfigError: it cannot be read, or is not a key file.
+    """
+
+    def __init__(self, path: str, setting: str = "api_key_file") -> None:
+        self._path = Path(path)
+        self._setting = setting
+        self._seen = self._stamp()
+        self._next_look_s = 0.0
+        self.entries = read_key_file(path, setting)
+
+    def refresh(self, now_s: float) -> bool:
+        """Check the file for changes, at most once a second; whether there are new entries.
+
+        An unreadable or invalid file changes nothing, and is logged once. A file without keys
+        leaves none.
+        """
+        if now_s < self._next_look_s:
+            return False
+        self._next_look_s = now_s + _POLL_S
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return False
+        self._seen = stamp
+        try:
+            entries = read_key_file(str(self._path), self._setting)
+        except ConfigError as err:
+            logger.error("the former keys stay in force: %s", err)
+            return False
+        logger.info("%s is read again: %d keys", self._setting, len(entries))
+        self.entries = entries
+        return True
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        try:
+            found = os.stat(self._path)  # through links, which Kubernetes replaces
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_ino, found.st_size
+
+
+def read_key_file(path: str, setting: str = "api_key_file") -> tuple[KeyEntry, ...]:
+    """The keys in a file. Raises ``ConfigError``, which never shows the content."""
+    try:
+        raw = Path(path).read_bytes()[: MAX_FILE_BYTES + 1]
+        text = raw.decode()
+    except OSError as err:
+        raise ConfigError(setting, path, f"cannot be read: {err.strerror}") from err
+    except UnicodeDecodeError:
+        raise ConfigError(setting, path, "cannot be read: it is not UTF-8 text") from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise ConfigError(setting, path, f"must be at most {MAX_FILE_BYTES} bytes")
+    lines = [s for line in text.splitlines() if (s := line.strip()) and not s.startswith("#")]
+    if lines and (lines[0][0] in "{[" or lines[0].startswith("keys:")):
+        entries = _entries(text, path, setting)
+    else:
+        for line in lines:
+            _check_key(line, path, setting)
+        entries = plain_entries(lines)
+    _check_unique(entries, path, setting)
+    return entries
+
+
+def _entries(text: str, path: str, setting: str) -> tuple[KeyEntry, ...]:
+    try:
+        found = yaml.safe_load(text)  # JSON is YAML
+    except (yaml.YAMLError, RecursionError, ValueError):
+        raise ConfigError(setting, path, "is neither YAML nor JSON") from None
+    keys = found.get("keys") if isinstance(found, Mapping) else found
+    keys = [] if keys is None else keys
+    if not (isinstance(keys, list) and all(isinstance(one, Mapping) for one in keys)):
+        raise ConfigError(setting, path, "must have a list 'keys' of mappings")
+    return tuple(_entry(one, f"key {place}", path, setting) for place, one in enumerate(keys, 1))
+
+
+def _entry(found: Mapping[str, Any], what: str, path: str, setting: str) -> KeyEntry:
+    unknown = sorted(map(str, found.keys() - {"name", "key", "sha256", *_LIMITS}))
+    if unknown:
+        raise ConfigError(setting, path, f"{what}: {unknown[0][:64]} is not a known field")
+    name = found.get("name", "")
+    if not (isinstance(name, str) and len(name) <= 128 and name.isprintable()):
+        raise ConfigError(setting, path, f"{what}: name must be a text of at most 128 characters")
+    what = f"{what} ({name})" if name else what
+    key, digest = found.get("key"), found.get("sha256")
+    if (key is None) is (digest is None):
+        raise ConfigError(setting, path, f"{what}: one of key and sha256 is required")
+    if digest is not None:
+        key = f"sha256:{str(digest).lower()}"
+        if not is_hashed(key):
+            raise ConfigError(setting, path, f"{what}: sha256 must be 64 hex digits")
+    key = _check_key(key, path, setting, what)
+    limits = {n: _limit(found[n], n, what, path, setting) for n in _LIMITS if n in found}
+    return KeyEntry(digest=stored_digest(hash_key(key)), name=name, limits=KeyLimits(**limits))
+
+
+def _check_key(key: object, path: str, setting: str, what: str = "a key") -> str:
+    if isinstance(key, str) and key and key.isascii() and key.isprintable() and " " not in key:
+        return key
+    rule = f"{what}: must be a text without spaces, of printable ASCII characters"
+    raise ConfigError(setting, path, rule)
+
+
+def _limit(value: object, name: str, what: str, path: str, setting: str) -> Any:
+    kinds = (int,) if name == "max_concurrent" else (int, float)
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    if value is not None and not (is_number and math.isfinite(value) and 0 < value <= _MOST):  # type: ignore[arg-type,operator]
+        raise ConfigError(setting, path, f"{what}: {name} must be a number above 0")
+    return value
+
+
+def _check_unique(entries: Iterable[KeyEntry], path: str, setting: str) -> None:
+    for kind in ("digest", "name"):
+        values = [value for entry in entries if (value := getattr(entry, kind))]
+        if len(set(values)) < len(values):
+            word = "key" if kind == "digest" else kind
+            raise ConfigError(setting, path, f"has the same {word} twice")

@@ -1,0 +1,128 @@
+"""Usage of one key against its limits. Pure: the time is passed in.
+
+Rates are token buckets that hold a minute's worth. A request is charged when it arrives; its tokens
+when they are known, the prompt's at admission and the output's at its end. So a request is never
+too large for its key, and the next one waits until the overdraft is paid.
+"""
+
+from __future__ import annotations
+
+from cluster.core.errors import KeyLimitError
+from gateway.auth.key_file import KeyEntry, KeyLimits
+
+_UNKNOWN_RETRY_S = 1.0
+"""Retry time while none of the key's requests has ended yet."""
+_MEMORY = 0.95
+"""Weight of the past in the mean life of a request, at each end: some twenty requests."""
+
+
+class Bucket:
+    """A rate by the minute, with a minute's worth in store.
+
+    Args:
+        per_minute: inflow, and capacity.
+        now_s: the present.
+    """
+
+    def __init__(self, per_minute: float, now_s: float) -> None:
+        self.per_minute = per_minute
+        self._level = per_minute
+        self._at_s = now_s
+
+    def wait_s(self, now_s: float) -> float:
+        """Time until the bucket is positive; 0 if it is."""
+        self._fill(now_s)
+        least = min(1.0, self.per_minute)
+        return max(0.0, least - self._level) * 60.0 / self.per_minute
+
+    def spend(self, amount: float, now_s: float) -> None:
+        """Withdraw, below zero if necessary."""
+        self._fill(now_s)
+        self._level -= amount
+
+    def _fill(self, now_s: float) -> None:
+        gained = max(0.0, now_s - self._at_s) * self.per_minute / 60.0
+        self._level = min(self.per_minute, self._level + gained)
+        self._at_s = max(now_s, self._at_s)
+
+
+class Account:
+    """One key's use of one replica.
+
+    Args:
+        entry: the key.
+        limits: in force for it.
+        now_s: the present.
+    """
+
+    def __init__(self, entry: KeyEntry, limits: KeyLimits, now_s: float) -> None:
+        self.entry = entry
+        self.num_running = 0
+        self._busy_s = 0.0  # seconds of running requests, and ended requests: both decay
+        self._num_ended = 0.0
+        self._at_s = now_s
+        self._limits = KeyLimits()
+        self._requests: Bucket | None = None
+        self._tokens: Bucket | None = None
+        self.change(entry, limits, now_s)
+
+    @property
+    def tenant(self) -> str:
+        return self.entry.tenant
+
+    def change(self, entry: KeyEntry, limits: KeyLimits, now_s: float) -> None:
+        """Change the limits; unchanged ones keep their usage."""
+        old, self.entry, self._limits = self._limits, entry, limits
+        if old.requests_per_minute != limits.requests_per_minute:
+            self._requests = _bucket(limits.requests_per_minute, now_s)
+        if old.tokens_per_minute != limits.tokens_per_minute:
+            self._tokens = _bucket(limits.tokens_per_minute, now_s)
+
+    def enter(self, now_s: float) -> None:
+        """A request begins. Raises ``KeyLimitError``; nothing is counted then."""
+        most = self._limits.max_concurrent
+        if most is not None and self.num_running >= most:
+            message = f"{self.num_running} requests of this key are running, at most {most}"
+            raise KeyLimitError(message, self._end_s(now_s), "key_concurrency")
+        if self._requests is not None:
+            _check(self._requests, "requests", now_s)
+            self._requests.spend(1, now_s)
+        self._count_busy(now_s)
+        self.num_running += 1
+
+    def leave(self, now_s: float) -> None:
+        self._count_busy(now_s)
+        self.num_running -= 1
+        self._busy_s *= _MEMORY
+        self._num_ended = _MEMORY * (self._num_ended + 1)
+
+    def _count_busy(self, now_s: float) -> None:
+        self._busy_s += self.num_running * max(0.0, now_s - self._at_s)
+        self._at_s = max(now_s, self._at_s)
+
+    def _end_s(self, now_s: float) -> float:
+        """Time until one of the running requests ends: by Little's law, mean life over number."""
+        self._count_busy(now_s)
+        if not self._num_ended:
+            return _UNKNOWN_RETRY_S
+        return self._busy_s / self._num_ended / self.num_running
+
+    def check_tokens(self, now_s: float) -> None:
+        """Raise ``KeyLimitError`` while the key has overdrawn its tokens."""
+        if self._tokens is not None:
+            _check(self._tokens, "tokens", now_s)
+
+    def spend_tokens(self, count: int, now_s: float) -> None:
+        if self._tokens is not None:
+            self._tokens.spend(count, now_s)
+
+
+def _bucket(per_minute: float | None, now_s: float) -> Bucket | None:
+    return None if per_minute is None else Bucket(per_minute, now_s)
+
+
+def _check(bucket: Bucket, what: str, now_s: float) -> None:
+    wait_s = bucket.wait_s(now_s)
+    if wait_s > 0:
+        message = f"this key may use {bucket.per_minute:g} {what} a minute, and has used them"
+        raise KeyLimitError(message, wait_s, f"key_{what}")

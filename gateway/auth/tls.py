@@ -1,0 +1,41 @@
+"""TLS of every port of a gateway: one certificate and, if configured, client certificates."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+
+import grpc
+
+from cluster.config.gateway import GatewaySection
+from gateway.auth.tls_files import read_file
+
+
+def bind(server: grpc.aio.Server, address: str, section: GatewaySection) -> int:
+    """Bind a gRPC server, with TLS where there is a certificate; the port.
+
+    Raises what gRPC raises (``RuntimeError``), and ``ConfigError``.
+    """
+    if not section.has_tls:
+        return server.add_insecure_port(address)
+    pair = (read_file(section, "tls_key"), read_file(section, "tls_cert"))
+    root = read_file(section, "tls_client_ca") if section.tls_client_ca else None
+    credentials = grpc.ssl_server_credentials([pair], root, require_client_auth=root is not None)
+    return server.add_secure_port(address, credentials)
+
+
+def serve_options(section: GatewaySection) -> dict[str, str]:
+    """The HTTP options of Ray Serve."""
+    options = {
+        "ssl_keyfile": section.tls_key,
+        "ssl_certfile": section.tls_cert,
+        "ssl_ca_certs": section.tls_client_ca,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def uvicorn_options(section: GatewaySection) -> dict[str, Any]:
+    """The same for a uvicorn of our own, and what Serve leaves out: clients must have one."""
+    if section.tls_client_ca is None:
+        return dict(serve_options(section))
+    return {**serve_options(section), "ssl_cert_reqs": ssl.CERT_REQUIRED}

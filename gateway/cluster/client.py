@@ -1,0 +1,99 @@
+"""The gateway's only calls to Ray: the controller's actor, and the other replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from typing import Any, cast
+
+import ray
+from ray import serve
+from ray.exceptions import RayTaskError
+
+from cluster.core.errors import ExpertMeshError
+from gateway.cluster.serve_replicas import Question, ReplicaAnswers, own_first
+
+logger = logging.getLogger(__name__)
+
+CONTROLLER_NAME = "expertmesh-controller"
+RAY_NAMESPACE = "expertmesh"
+REPLICA_LIMIT_S = 1.0
+"""Time that replicas have to answer."""
+
+
+class RayController:
+    """Calls to the controller's actor."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def snapshot(self) -> dict[str, Any]:
+        return cast(dict[str, Any], await self._handle.snapshot.remote(True))
+
+    async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
+        answer = await self._handle.wait_snapshot.remote(known_version, timeout_s)
+        return cast(dict[str, Any], answer)
+
+    async def placement(self) -> dict[str, Any]:
+        return cast(dict[str, Any], await self._handle.placement.remote())
+
+    async def load(self) -> dict[str, Any]:
+        return cast(dict[str, Any], await self._handle.load.remote())
+
+    async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
+        return cast(dict[str, Any], await _own_words(self._handle.drain.remote(order)))
+
+    async def rebalance(self, order: dict[str, Any]) -> dict[str, Any]:
+        return cast(dict[str, Any], await _own_words(self._handle.rebalance.remote(order)))
+
+    async def operation(self, operation_id: str) -> dict[str, Any]:
+        return cast(dict[str, Any], await _own_words(self._handle.operation.remote(operation_id)))
+
+    async def operations(self) -> list[dict[str, Any]]:
+        return cast(list[dict[str, Any]], await self._handle.operations.remote())
+
+    async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
+        call = self._handle.cancel_operation.remote(operation_id)
+        return cast(dict[str, Any], await _own_words(call))
+
+
+async def _own_words(call: Awaitable[Any]) -> Any:
+    """The answer of a call; errors of ours are unwrapped from those of Ray."""
+    try:
+        return await call
+    except RayTaskError as err:
+        if isinstance(err.cause, ExpertMeshError):
+            raise err.cause from None
+        raise
+
+
+async def find_controller() -> RayController:
+    """The controller's actor. Raises ``ValueError`` if there is none."""
+    handle = await asyncio.to_thread(ray.get_actor, CONTROLLER_NAME, namespace=RAY_NAMESPACE)
+    return RayController(handle)
+
+
+class RayServeReplicas:
+    """``ServeReplicas`` through a Serve handle. Made in a replica."""
+
+    def __init__(self, answers: ReplicaAnswers) -> None:
+        self._answers = answers
+        context = serve.get_replica_context()
+        self._handle: Any = serve.get_deployment_handle(context.deployment, context.app_name)
+
+    async def ask(self, question: Question, *details: Any) -> dict[str, Any]:
+        own = self._answers.answer(question, *details)
+        try:
+            found = await asyncio.to_thread(self._broadcast, question, details)
+        except Exception as err:  # any failure of Serve: this replica still answers
+            logger.warning("the other replicas cannot be asked: %r", err)
+            found = []
+        for failed in (one for one in found if isinstance(one, BaseException)):
+            logger.warning("a replica does not answer: %r", failed)
+        answered = dict(one for one in found if not isinstance(one, BaseException))
+        return own_first(own, answered)
+
+    def _broadcast(self, question: Question, details: tuple[Any, ...]) -> list[Any]:
+        response = self._handle.broadcast("answer_replica", question, *details)
+        return list(response.results(timeout_s=REPLICA_LIMIT_S, return_exceptions=True))

@@ -1,0 +1,48 @@
+"""Changes of the cluster while requests ran, which are events in their traces. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from cluster.core.topology import holds_experts
+from cluster.tracing import names
+
+_KEPT = 256
+
+
+class Event(NamedTuple):
+    when_s: float
+    """``time.monotonic``; for changes of the cluster, when this gateway received the snapshot."""
+    name: str
+    """An event's, in ``cluster.tracing.names``."""
+    attributes: Mapping[str, str | int] | None = None
+
+
+class ClusterEvents:
+    """The latest ones, seen in the controller's snapshots."""
+
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque(maxlen=_KEPT)
+        self._epochs: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=_KEPT)
+        self._living: frozenset[str] = frozenset()
+
+    def take(self, snapshot: Mapping[str, Any], now_s: float) -> None:
+        epoch = int(snapshot.get("placement_epoch") or 0)
+        if epoch != self._epochs[-1][1]:
+            self._events.append(Event(now_s, names.EPOCH_CHANGED, {names.PLACEMENT_EPOCH: epoch}))
+            self._epochs.append((now_s, epoch))
+        workers = [w for w in snapshot.get("workers", ()) if holds_experts(w["role"])]
+        lost = {w["name"] for w in workers if w["state"] == "LOST"}
+        for name in sorted(self._living & lost):
+            self._events.append(Event(now_s, names.EXPERT_WORKER_LOST, {names.WORKER: name}))
+        self._living = frozenset(w["name"] for w in workers) - lost
+
+    def epoch_at(self, when_s: float) -> int:
+        """Epoch of the placement in force then, by the snapshots received."""
+        known = (epoch for since_s, epoch in reversed(self._epochs) if since_s <= when_s)
+        return next(known, self._epochs[0][1])
+
+    def between(self, began_s: float, ended_s: float) -> Iterator[Event]:
+        return (event for event in self._events if began_s <= event.when_s <= ended_s)

@@ -1,0 +1,43 @@
+"""Questions to all serve replicas of the gateway, and the answers of one of them.
+
+Behind one route a client reaches any replica. The replica that was reached collects what concerns
+the whole gateway: metrics, addresses, a request that must end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
+
+Question = Literal["describe", "metrics", "abort"]
+
+
+class ServeReplicas(Protocol):
+    """How a replica reaches all of them."""
+
+    async def ask(self, question: Question, *details: Any) -> dict[str, Any]:
+        """Answers by replica, this one's first; those that answer too late are left out."""
+
+
+class ReplicaAnswers:
+    """The answers of one replica; ``ServeReplicas`` of a gateway that has no other.
+
+    Args:
+        name: of the replica.
+        handlers: a function for each question; what it returns is plain data.
+    """
+
+    def __init__(self, name: str, handlers: Mapping[Question, Callable[..., Any]]) -> None:
+        self._name = name
+        self._handlers = handlers
+
+    def answer(self, question: Question, *details: Any) -> tuple[str, Any]:
+        return self._name, self._handlers[question](*details)
+
+    async def ask(self, question: Question, *details: Any) -> dict[str, Any]:
+        return dict([self.answer(question, *details)])
+
+
+def own_first(own: tuple[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Answers by replica, ``own`` in front; it may be among the others, too."""
+    return {own[0]: own[1], **{name: found for name, found in others.items() if name != own[0]}}

@@ -1,0 +1,208 @@
+"""A generate call between the codecs and the engine.
+
+``GenerateFields`` is what a client asked for, by either codec; ``GenerateCall`` has them after
+validation, with tokens, defaults and seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+from gateway.core.tool_use import AnswerForm, ToolUse
+from workers.requests.inspection import Inspection
+from workers.requests.prompt_embeds import PromptEmbeds
+from workers.requests.request import Grammar, Request, SamplingParams
+
+
+class CallKind(Enum):
+    COMPLETION = "completion"
+    CHAT = "chat"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatInput:
+    """A conversation and how to render it."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    """Messages as the chat template sees them; content is a string."""
+    add_generation_prompt: bool | None = None
+    """Open the assistant's turn (default True)."""
+    continue_final_message: bool | None = None
+    """Leave the last message open instead."""
+    template: str | None = None
+    """Jinja text in place of the model's template; None is the model's."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tools: ToolUse | None = None
+    """Tools that the model may call; None offers none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateFields:
+    """What a client asked for. Names are those of the interface; None is unset."""
+
+    kind: CallKind
+    model: str | None = None
+    """Model by name; None is the served one."""
+    prompts: tuple[str | tuple[int, ...], ...] = ()
+    """Texts or token ids (completion)."""
+    chat: ChatInput | None = None
+    embeds: PromptEmbeds | None = None
+    """Read in place of the one prompt, whose token ids are zeros."""
+    add_special_tokens: bool | None = None
+    """Let the tokenizer add its own tokens (bos)."""
+    max_tokens: int | None = None
+    max_tokens_name: str = "max_tokens"
+    """The field that ``max_tokens`` came from, for messages."""
+    prompt_name: str = field(default="prompt", compare=False)
+    """The field that the prompts came from, for messages."""
+    min_tokens: int | None = None
+    """New tokens before anything but max_tokens may end the choice."""
+    temperature: float | None = None
+    """0 is argmax."""
+    top_p: float | None = None
+    """Probability mass that is kept."""
+    top_k: int | None = None
+    min_p: float | None = None
+    """Least share of the best token's probability."""
+    frequency_penalty: float | None = None
+    """By count in the output."""
+    presence_penalty: float | None = None
+    """By presence in the output."""
+    repetition_penalty: float | None = None
+    """By presence in prompt and output."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, bias) pairs."""
+    seed: int | None = None
+    """None: one is drawn."""
+    n: int | None = None
+    best_of: int | None = None
+    """Choices a prompt that are drawn, of which the ``n`` best are returned."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None
+    """Alternatives a token; None reports none."""
+    logprobs_name: str = "logprobs"
+    """The field that ``logprobs`` came from."""
+    prompt_logprobs: int | None = None
+    """Alternatives a prompt token; None reports none."""
+    logprob_token_ids: tuple[int, ...] = ()
+    """Tokens to report in place of the most probable ones."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """Tokens that may be drawn; None allows all."""
+    bad_words: tuple[str, ...] = ()
+    grammar: Grammar | None = None
+    """What the output must follow; checked already."""
+    echo: bool = False
+    token_ids_only: bool = False
+    """No text is made."""
+    return_token_ids: bool = False
+    priority: int | None = None
+    """Lower runs first."""
+    cache_salt: str | None = None
+    """Prefixes are shared with calls of the same salt only; None is a salt of its own."""
+    return_tokens_as_token_ids: bool = False
+    """Log-probabilities name tokens by number."""
+    truncate_prompt_tokens: int | None = None
+    """Tokens of each prompt that are kept; -1 keeps what leaves room for the output."""
+    truncation_side: str | None = None
+    """left (default) or right: where tokens are dropped."""
+    tool_form: AnswerForm | None = None
+    """The form of calls in the output; set once the model's chat template is known."""
+
+    @property
+    def num_returned(self) -> int:
+        """Choices a prompt that the client gets."""
+        return self.n or 1
+
+    @property
+    def num_drawn(self) -> int:
+        """Choices a prompt that the engine draws."""
+        return self.best_of or self.num_returned
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether only the most probable of the drawn choices are returned."""
+        return self.num_drawn != self.num_returned
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives reported for each new token; None reports none."""
+        return len(self.logprob_token_ids) or self.logprobs
+
+
+FIELD_NAMES = frozenset(one.name for one in fields(GenerateFields))
+"""What a codec copies where a body or a message has it by the same name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallPrompt:
+    """One prompt of a call, ready for the engine."""
+
+    ids: tuple[int, ...]
+    """Token ids, never empty."""
+    text: str | None
+    """As the client gave it; None for token ids."""
+    params: SamplingParams
+    """With this prompt's seed and token limit."""
+    inspection: Inspection | None = None
+    """Arrays from inside the model that the engine returns."""
+    embeds: PromptEmbeds | None = None
+    """Input of the model in place of ``ids``, which are zeros then."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateCall:
+    """A validated call: its fields are within their limits, its prompts are tokens."""
+
+    fields: GenerateFields
+    model: str
+    prompts: tuple[CallPrompt, ...]
+    """At least one."""
+    cache_salt: str = ""
+    """Prefixes are shared with calls of the same salt only."""
+
+    @property
+    def n(self) -> int:
+        """Choices a prompt that are drawn; choice j of prompt i has index i * n + j."""
+        return self.fields.num_drawn
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * self.n
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+    @property
+    def num_prompt_bytes(self) -> int:
+        """Bytes of prompts that are embeddings."""
+        return sum(len(p.embeds.data) for p in self.prompts if p.embeds is not None)
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Tokens that the call may need in the engines."""
+        return sum(len(p.ids) + self.n * p.params.max_tokens for p in self.prompts)
+
+    def requests(self, call_id: str, deadline_ms: int) -> tuple[Request, ...]:
+        """The engine requests, one a prompt, named ``call_id``-i."""
+        return tuple(
+            Request(
+                request_id=f"{call_id}-{place}",
+                prompt=prompt.ids,
+                params=prompt.params,
+                n=self.n,
+                deadline_ms=deadline_ms,
+                priority=self.fields.priority or 0,
+                cache_salt=self.cache_salt,
+                inspection=prompt.inspection,
+                prompt_embeds=prompt.embeds,
+            )
+            for place, prompt in enumerate(self.prompts)
+        )

@@ -1,0 +1,218 @@
+"""The one table from exception to HTTP status, error object and gRPC status.
+
+Handlers raise; only the two edges (``http.edge``, ``grpc.edge``) map. Messages name field, value
+and limit; an exception of another kind is a bug and shows its request id only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from cluster.core.errors import (
+    AuthenticationError,
+    ConflictError,
+    ContextLengthError,
+    DeadlineExceededError,
+    ExpertMeshError,
+    KeyLimitError,
+    ModelNotFoundError,
+    NotReadyError,
+    PermissionDeniedError,
+    PoisonousRequestError,
+    QueueFullError,
+    RequestAbortedError,
+    RequestError,
+    RequestFailedError,
+    RequestTooLargeError,
+    UnknownNameError,
+    UnsupportedParameterError,
+)
+
+ERROR_DOMAIN = "expertmesh"
+"""Domain of ``google.rpc.ErrorInfo``."""
+_RETRY_LIMITS_S = (1.0, 60.0)
+
+
+class ClientGoneError(ExpertMeshError):
+    """The client closed its connection."""
+
+
+class RouteError(ExpertMeshError):
+    """No such path, or not with this method."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message, status)
+        self.message = message
+        self.status = status
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ErrorReport:
+    """An error as a client sees it."""
+
+    http_status: int
+    grpc_code: grpc.StatusCode
+    type: str
+    """``error.type`` of the body."""
+    code: str
+    """``error.code`` of the body, and the reason of ``google.rpc.ErrorInfo``."""
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+    should_retry: bool | None = None
+    """False where a retry cannot help though the status suggests it."""
+
+    def body(self) -> dict[str, Any]:
+        """The error object of the HTTP interface."""
+        error = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}
+
+    def headers(self) -> dict[str, str]:
+        """HTTP headers that belong to the error."""
+        headers = {}
+        if self.http_status == 401:
+            headers["www-authenticate"] = "Bearer"
+        if self.http_status == 413:
+            headers["connection"] = "close"  # not all of the body may have been read
+        if self.retry_after_s is not None:
+            headers["retry-after"] = str(math.ceil(self.retry_after_s))
+            headers["retry-after-ms"] = str(int(self.retry_after_s * 1000))
+        if self.should_retry is not None:
+            headers["x-should-retry"] = "true" if self.should_retry else "false"
+        return headers
+
+    def status_details(self, request_id: str) -> bytes:
+        """The value of ``grpc-status-details-bin``: a serialized ``google.rpc.Status``."""
+        details: list[Message] = [
+            error_details_pb2.ErrorInfo(reason=self.code, domain=ERROR_DOMAIN),
+            error_details_pb2.RequestInfo(request_id=request_id),
+        ]
+        if self.param is not None:
+            violation = error_details_pb2.BadRequest.FieldViolation(
+                field=self.param, description=self.message
+            )
+            details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+        if self.retry_after_s is not None:
+            delay = Duration(nanos=0)
+            delay.FromMilliseconds(int(self.retry_after_s * 1000))
+            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        status = status_pb2.Status(code=self.grpc_code.value[0], message=self.message)
+        for detail in details:
+            packed = AnyMessage()
+            packed.Pack(detail)
+            status.details.append(packed)
+        return bytes(status.SerializeToString())
+
+
+_INVALID = "invalid_request_error"
+_CODES = grpc.StatusCode
+_TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode], ...] = (
+    # exception, HTTP status, type, code unless the exception brings its own, gRPC status
+    (UnsupportedParameterError, 400, _INVALID, "", _CODES.UNIMPLEMENTED),
+    (ContextLengthError, 400, _INVALID, "", _CODES.INVALID_ARGUMENT),
+    (ModelNotFoundError, 404, _INVALID, "", _CODES.NOT_FOUND),
+    (RequestError, 400, _INVALID, "", _CODES.INVALID_ARGUMENT),
+    (AuthenticationError, 401, "authentication_error", "invalid_api_key", _CODES.UNAUTHENTICATED),
+    (PermissionDeniedError, 403, "permission_error", "permission_denied", _CODES.PERMISSION_DENIED),
+    (KeyLimitError, 429, "rate_limit_error", "rate_limit_exceeded", _CODES.RESOURCE_EXHAUSTED),
+    (RequestTooLargeError, 413, _INVALID, "request_too_large", _CODES.RESOURCE_EXHAUSTED),
+    (QueueFullError, 429, "overloaded_error", "queue_full", _CODES.RESOURCE_EXHAUSTED),
+    (NotReadyError, 503, "service_unavailable", "", _CODES.UNAVAILABLE),
+    (PoisonousRequestError, 500, "server_error", "poisonous_request", _CODES.INTERNAL),
+    (RequestFailedError, 500, "server_error", "internal_error", _CODES.INTERNAL),
+    (RequestAbortedError, 409, "conflict_error", "request_aborted", _CODES.ABORTED),
+    (ConflictError, 409, "conflict_error", "failed_precondition", _CODES.FAILED_PRECONDITION),
+    (UnknownNameError, 404, _INVALID, "not_found", _CODES.NOT_FOUND),
+    (ClientGoneError, 499, _INVALID, "client_closed_request", _CODES.CANCELLED),
+)
+
+_LAST_WORDS = (PoisonousRequestError, RequestAbortedError)
+"""Where the status suggests a retry, and none is wanted."""
+
+
+def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
+    """``error`` as the client sees it."""
+    if isinstance(error, DeadlineExceededError):
+        return ErrorReport(
+            http_status=504 if error.started else 408,
+            grpc_code=_CODES.DEADLINE_EXCEEDED,
+            type="timeout_error",
+            code="deadline_exceeded",
+            message=str(error),
+            should_retry=False if error.started else None,
+        )
+    if isinstance(error, RouteError):
+        return ErrorReport(
+            http_status=error.status,
+            grpc_code=_CODES.UNIMPLEMENTED,
+            type=_INVALID,
+            code="method_not_allowed" if error.status == 405 else "not_found",
+            message=error.message,
+        )
+    for kind, status, type_, code, grpc_code in _TABLE:
+        if isinstance(error, kind):
+            return ErrorReport(
+                http_status=status,
+                grpc_code=grpc_code,
+                type=type_,
+                code=code or getattr(error, "code", ""),
+                message=str(error),
+                param=getattr(error, "param", None),
+                retry_after_s=_retry_after(error),
+                should_retry=False if isinstance(error, _LAST_WORDS) else None,
+            )
+    return ErrorReport(
+        http_status=500,
+        grpc_code=_CODES.INTERNAL,
+        type="server_error",
+        code="internal_error",
+        message=f"internal error in request {request_id}",
+    )
+
+
+def error_from_engine(
+    message: str, code: str, started: bool, param: str | None = None
+) -> ExpertMeshError:
+    """The exception for a request that its engine ended with an error."""
+    if code == "context_length_exceeded":
+        return ContextLengthError(message, param)
+    if code in ("invalid_value", "missing_required_parameter"):
+        return RequestError(message, param, code)
+    if code == "unsupported_parameter":
+        return UnsupportedParameterError(message, param)
+    if code == "queue_full":
+        return QueueFullError(message)
+    if code in ("not_ready", "draining", "experts_unavailable"):
+        return NotReadyError(message, code)
+    if code == "deadline_exceeded":
+        return DeadlineExceededError(message, started)
+    if code == "poisonous_request":
+        return PoisonousRequestError(message)
+    return RequestFailedError(message)
+
+
+def clamp_retry_s(seconds: float) -> float:
+    """A retry time within what clients honour (1 to 60 s)."""
+    low, high = _RETRY_LIMITS_S
+    return min(max(seconds, low), high)
+
+
+def _retry_after(error: ExpertMeshError) -> float | None:
+    seconds = getattr(error, "retry_after_s", None)
+    return None if seconds is None else clamp_retry_s(seconds)

@@ -1,0 +1,253 @@
+"""Checks of the fields of a call, alone and in combination, that need no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.config.gateway import GatewaySection
+from cluster.core.errors import RequestError, UnsupportedParameterError
+from gateway.core.call import CallKind, ChatInput, GenerateFields
+
+RESERVED_VARIABLES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+)
+"""Names that ``chat_template_kwargs`` may not set."""
+MAX_CACHE_SALT_CHARS = 256
+MAX_MESSAGES = 16_384
+MAX_PARTS = 65_536
+"""Fields, content parts and calls of all messages together."""
+_CONTAINERS = (dict, list)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The values of a number."""
+
+    low: float
+    high: float | str
+    """The greatest, or the name of the limit in ``GatewaySection``."""
+    above: bool = False
+    """``low`` itself is too small."""
+
+
+RANGES: Mapping[str, Range] = {
+    "n": Range(1, "max_n"),
+    "best_of": Range(1, "max_n"),
+    "temperature": Range(0, 100),
+    "top_p": Range(0, 1, above=True),
+    "min_p": Range(0, 1),
+    "top_k": Range(-1, 2**63 - 1),
+    "frequency_penalty": Range(-2, 2),
+    "presence_penalty": Range(-2, 2),
+    "repetition_penalty": Range(0, 2, above=True),
+    "seed": Range(-(2**63), 2**63 - 1),
+    "priority": Range(-(2**31), 2**31 - 1),
+    "prompt_logprobs": Range(0, "max_logprobs"),
+}
+"""Fields of a call that are a number within two bounds. None always fits, NaN never."""
+_LOGPROBS = Range(0, "max_logprobs")
+_BIAS = Range(-100, 100)
+MAX_ENTRIES: Mapping[str, int] = {
+    "logit_bias": 1024,
+    "stop_token_ids": 1024,
+    "bad_words": 1024,
+    "logprob_token_ids": 128,
+}
+
+
+def check_fields(fields: GenerateFields, limits: GatewaySection) -> None:
+    """Check all that does not depend on the model.
+
+    Raises:
+        RequestError: names the field, its value and the limit.
+    """
+    for name, bounds in RANGES.items():
+        check_range(name, getattr(fields, name), bounds, limits)
+    for name, most in MAX_ENTRIES.items():
+        check_length(name, len(getattr(fields, name)), most)
+    for _, bias in fields.logit_bias:
+        check_range("logit_bias", bias, _BIAS)
+    check_cache_salt(fields.cache_salt)
+    _check_counts(fields)
+    if fields.kind is CallKind.COMPLETION:
+        _check_prompts(fields, limits)
+    _check_stops(fields, limits)
+    _check_logprobs(fields, limits)
+    _check_masks(fields, limits)
+    _check_truncation(fields)
+    if fields.chat is not None:
+        check_chat(fields.chat)
+
+
+def require(ok: bool, name: str, message: str) -> None:
+    """Raise ``RequestError`` about the field ``name`` unless ``ok``."""
+    if not ok:
+        raise RequestError(message, name)
+
+
+def check_length(name: str, count: int, most: int) -> None:
+    """Raise ``RequestError`` for a list of more than ``most`` entries."""
+    require(count <= most, name, f"{name} has {count} entries, at most {most} are allowed")
+
+
+def check_messages(count: int, num_parts: int) -> None:
+    """Raise ``RequestError`` for too many messages, or parts (see ``MAX_PARTS``) of them."""
+    check_length("messages", count, MAX_MESSAGES)
+    message = f"messages have {num_parts} fields, parts and calls, at most {MAX_PARTS} are allowed"
+    require(num_parts <= MAX_PARTS, "messages", message)
+
+
+def given_one(**values: object) -> str:
+    """Name of the one field of several that is set.
+
+    Raises:
+        RequestError: none is set, or more than one.
+    """
+    names, all_names = [name for name in values if values[name] is not None], " and ".join(values)
+    if not names:
+        message = f"one of {all_names} is required"
+        raise RequestError(message, next(iter(values)), "missing_required_parameter")
+    require(len(names) == 1, names[0], f"{all_names} cannot be set together")
+    return names[0]
+
+
+def _check_counts(fields: GenerateFields) -> None:
+    if fields.is_ranked and fields.kind is CallKind.CHAT:
+        raise UnsupportedParameterError("best_of is not supported", "best_of")
+    drawn, returned = fields.num_drawn, fields.num_returned
+    require(drawn >= returned, "best_of", f"best_of ({drawn}) must be at least n ({returned})")
+    name, wanted, least = fields.max_tokens_name, fields.max_tokens, fields.min_tokens
+    if wanted is not None:
+        bound = 0 if fields.echo else 1
+        note = "" if fields.echo or wanted else " (0 needs echo)"
+        require(wanted >= bound, name, f"{name} ({wanted}) must be at least {bound}{note}")
+    if least is not None:
+        require(least >= 0, "min_tokens", f"min_tokens ({least}) must not be negative")
+        message = f"min_tokens ({least}) must not exceed {name} ({wanted})"
+        require(wanted is None or least <= wanted, "min_tokens", message)
+
+
+def check_stream(fields: GenerateFields) -> None:
+    """Raise ``RequestError`` for choices that are known at the end only."""
+    is_ranked = fields.kind is CallKind.COMPLETION and fields.num_drawn > fields.num_returned
+    require(not is_ranked, "best_of", "best_of cannot go with a stream")
+
+
+def _check_prompts(fields: GenerateFields, limits: GatewaySection) -> None:
+    count, most = len(fields.prompts), min(limits.max_batch_prompts, limits.max_queue)
+    field = fields.prompt_name
+    require(count > 0, field, f"{field} must not be empty")
+    check_length(field, count, most)
+    name = "n" if fields.best_of is None else "best_of"
+    choices, most = count * fields.num_drawn, limits.max_choices
+    require(choices <= most, name, f"prompts times {name} ({choices}) must be at most {most}")
+    for prompt in fields.prompts:
+        require(len(prompt) > 0, field, f"{field} must not be empty")
+
+
+def _check_stops(fields: GenerateFields, limits: GatewaySection) -> None:
+    count, most = len(fields.stop), limits.max_stop_strings
+    require(count <= most, "stop", f"stop has {count} strings, at most {most} are allowed")
+    _check_texts("stop", "string", fields.stop, limits)
+    together = fields.stop and fields.token_ids_only
+    require(not together, "stop", "stop cannot go with token_ids_only")
+
+
+def _check_texts(name: str, noun: str, texts: Sequence[str], limits: GatewaySection) -> None:
+    most = limits.max_stop_chars
+    for text in texts:
+        size = len(text)
+        require(size > 0, name, f"{name} must not contain an empty {noun}")
+        rule = f"at most {most} are allowed"
+        require(size <= most, name, f"{name} has a {noun} of {size} characters, {rule}")
+
+
+def check_cache_salt(salt: str | None) -> None:
+    """Raise ``RequestError`` for one that is empty or too long."""
+    if salt is None:
+        return
+    name, size, most = "cache_salt", len(salt), MAX_CACHE_SALT_CHARS
+    require(size > 0, name, f"{name} must not be empty")
+    require(size <= most, name, f"{name} has {size} characters, at most {most} are allowed")
+
+
+def _check_logprobs(fields: GenerateFields, limits: GatewaySection) -> None:
+    name, wanted = fields.logprobs_name, fields.logprobs
+    field, count = "logprob_token_ids", len(fields.logprob_token_ids)
+    if not count:
+        check_range(name, wanted, _LOGPROBS, limits)
+        return
+    is_unique = len(set(fields.logprob_token_ids)) == count
+    require(is_unique, field, f"{field} must not name a token twice")
+    rule = f"{name} ({wanted}) must be the same or unset"
+    require(wanted in (None, count), field, f"{field} has {count} entries: {rule}")
+    require(not fields.echo, field, f"{field} cannot go with echo")
+
+
+def _check_masks(fields: GenerateFields, limits: GatewaySection) -> None:
+    name, allowed = "allowed_token_ids", fields.allowed_token_ids
+    require(allowed is None or len(allowed) > 0, name, f"{name} must not be empty")
+    _check_texts("bad_words", "word", fields.bad_words, limits)
+
+
+def _check_truncation(fields: GenerateFields) -> None:
+    name, wanted, side = "truncate_prompt_tokens", fields.truncate_prompt_tokens, "truncation_side"
+    require(
+        wanted is None or wanted == -1 or 1 <= wanted < 2**31,
+        name,
+        f"{name} ({wanted}) must be -1 or at least 1",
+    )
+    given = fields.truncation_side
+    require(
+        given in (None, "left", "right"),
+        side,
+        f"{side} ({str(given)[:32]!r}) must be left or right",
+    )
+    require(wanted is None or fields.embeds is None, name, f"{name} cannot go with embeddings")
+
+
+def check_chat(chat: ChatInput) -> None:
+    """Raise ``RequestError`` for a conversation that cannot be rendered."""
+    require(len(chat.messages) > 0, "messages", "messages must not be empty")
+    require(
+        not (chat.continue_final_message and chat.add_generation_prompt),
+        "continue_final_message",
+        "continue_final_message and add_generation_prompt cannot both be true",
+    )
+    reserved = sorted(RESERVED_VARIABLES.intersection(chat.template_kwargs))
+    require(
+        not reserved,
+        "chat_template_kwargs",
+        f"chat_template_kwargs must not set {', '.join(reserved)}",
+    )
+
+
+def check_range(
+    name: str, value: float | None, bounds: Range, limits: GatewaySection | None = None
+) -> None:
+    """Raise ``RequestError`` for a value outside of its bounds."""
+    if value is None:
+        return
+    low, high = bounds.low, bounds.high
+    most: float = getattr(limits, high) if isinstance(high, str) else high
+    is_inside = (value > low if bounds.above else value >= low) and value <= most
+    rule = f"{'above' if bounds.above else 'at least'} {low} and at most {most}"
+    shown = str(value) if len(str(value)) <= 32 else f"{str(value)[:32]}..."
+    require(is_inside, name, f"{name} ({shown}) must be {rule}")
+
+
+def is_deeper(data: object, max_depth: int) -> bool:
+    """Whether objects and arrays are nested in each other more than ``max_depth`` deep."""
+    level: list[Any] = [data]
+    for _ in range(max_depth):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, _CONTAINERS)
+        ]
+        if not level:
+            return False
+    return True

@@ -1,0 +1,12 @@
+"""Why a request continues at another worker."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class ReplayCause(Enum):
+    LOST = "attention_worker"
+    """Its worker was lost."""
+    HANDED_BACK = "handed_back"
+    """Its worker is drained, or had no room for it."""

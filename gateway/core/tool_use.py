@@ -1,0 +1,61 @@
+"""Tools that a request offers to the model, and the forms in which models call them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+
+class ToolForm(Enum):
+    """How a model writes a call: what stands before the first one."""
+
+    HERMES = "<tool_call>"
+    """``<tool_call>\\n{"name": "f", "arguments": {}}\\n</tool_call>`` (Qwen, Hermes)."""
+    MISTRAL = "[TOOL_CALLS]"
+    """``[TOOL_CALLS][{"name": "f", "arguments": {}}]``, a list of all calls (Mistral)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerForm:
+    """How an answer holds calls."""
+
+    calls: ToolForm
+    must_call: bool = False
+    """There is no text but calls."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tool:
+    """One function that the model may call."""
+
+    name: str
+    """Letters, digits, ``_``, ``.`` and ``-``."""
+    description: str | None = None
+    parameters: Mapping[str, Any] | None = None
+    """JSON schema of its arguments, an object; None takes none."""
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates read it: OpenAI's form."""
+        function: dict[str, Any] = {"name": self.name}
+        if self.description is not None:
+            function["description"] = self.description
+        function["parameters"] = dict(self.parameters or {"type": "object", "properties": {}})
+        return {"type": "function", "function": function}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolUse:
+    """The tools of a request; at least one."""
+
+    tools: tuple[Tool, ...]
+    must_call: bool = False
+    """The answer is a call (``tool_choice`` required, or a name)."""
+    only: str | None = None
+    """Name of the only tool that may be called."""
+    is_parallel: bool = True
+
+    def for_template(self) -> list[dict[str, Any]]:
+        """All tools as chat templates read them."""
+        return [tool.for_template() for tool in self.tools]

@@ -1,0 +1,4 @@
+"""The attention workers as the gateway sees them: streams, routing, resubmission.
+
+Imports ``gateway.core``, ``gateway.cluster`` and ``protos``.
+"""

@@ -1,0 +1,287 @@
+"""The stream to one attention worker: requests and aborts out, each step's tokens in.
+
+One ``EngineClient`` is one stream, from its hello to its end. It hands every output to the sink of
+its request, once: outputs of an older attempt and repeated indexes are dropped. How many streams
+there are, and who goes on with the requests of a lost one, is decided in ``engine_pool``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+import grpc
+from msgspec.structs import replace
+
+from cluster.core.errors import ProtocolError, RequestFailedError
+from cluster.core.release import RELEASE, check_release
+from gateway.engines.router import WorkerLoad
+from gateway.engines.submission import Submission, without_first
+from workers.requests.block_hash import KvEvents
+from workers.requests.request import StepOutput, TokenOutput, Turn
+from workers.requests.wire import (
+    ENGINE_HELLO,
+    FROM_ENGINE,
+    HELLO,
+    MAX_MESSAGE_BYTES,
+    PATH,
+    TO_ENGINE,
+    Abort,
+    EngineHello,
+    FromEngine,
+    Hello,
+    KvResync,
+    Ping,
+    ToEngine,
+)
+
+logger = logging.getLogger(__name__)
+
+PING_S = 1.0
+"""Time between two pings."""
+SILENCE_LIMIT_S = 5.0
+"""A worker that says nothing for so long, not even to pings, is dropped."""
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+_Call = grpc.aio.StreamStreamCall[bytes, bytes]
+
+
+class Owner(Protocol):
+    """Whom a stream tells of what concerns more than one request."""
+
+    def take_back(self, entry: Submission, reason: str) -> None:
+        """A worker will not finish a request that another one can."""
+
+    def take_kv(self, worker: str, events: KvEvents) -> bool:
+        """Blocks came and went; False when the whole is needed."""
+
+    def settle(self, entry: Submission, worker: str) -> None:
+        """A worker has computed a request's prompt, or will not."""
+
+
+class EngineClient:
+    """One stream to one worker.
+
+    Args:
+        worker: its name.
+        address: ``host:port`` of its engine server.
+        token: the cluster token.
+        gateway: name of this replica.
+        owner: told of requests that the worker hands back, and of its KV blocks.
+        silence_limit_s: see ``SILENCE_LIMIT_S``.
+        ping_s: see ``PING_S``.
+        engine: index of the worker among the attention workers.
+        release: of this replica; workers of another one are refused.
+    """
+
+    def __init__(
+        self,
+        worker: str,
+        address: str,
+        token: str,
+        gateway: str,
+        owner: Owner,
+        *,
+        silence_limit_s: float = SILENCE_LIMIT_S,
+        ping_s: float = PING_S,
+        engine: str = "",
+        release: str = RELEASE,
+    ) -> None:
+        self.worker = worker
+        self.hello: EngineHello | None = None
+        """What the worker said of itself; None until it has, and after the end."""
+        self.connected = asyncio.Event()
+        """Set when the hello came."""
+        self.load = WorkerLoad(name=worker)
+        """What it has to do for this gateway; ``outstanding_tokens`` apart."""
+        self._address = address
+        self._token = token
+        self._gateway = gateway
+        self._owner = owner
+        self._silence_limit_s = silence_limit_s
+        self._ping_s = ping_s
+        self._engine = engine
+        self._own_release = release
+        self._submissions: dict[str, Submission] = {}
+        self._outgoing: asyncio.Queue[ToEngine | None] = asyncio.Queue()
+        self._heard_s = time.monotonic()
+        self._is_silent = False
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Tokens that this worker's requests may still need."""
+        return sum(entry.outstanding_tokens for entry in self._submissions.values())
+
+    def submit(self, entry: Submission) -> None:
+        """Hand a request over; its outputs go to its sink."""
+        entry.home, entry.was_sent, entry.is_computing = self, True, True
+        entry.engine = self._engine
+        self._submissions[entry.request.request_id] = entry
+        self._count(entry)
+        peer = entry.kv_peer
+        request = replace(entry.request, kv_peer=peer) if peer else entry.request
+        self._outgoing.put_nowait(request)
+
+    def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
+        """End a request, or some of its choices, at once; never waits. Unknown ids are ignored."""
+        entry = self._submissions.get(request_id)
+        if entry is None:
+            return
+        entry.close(choices)
+        self._count(entry)
+        if not entry.open_choices:
+            self._release(entry)
+            choices = ()
+        self._outgoing.put_nowait(Abort(request_id=request_id, choices=tuple(choices)))
+
+    async def run(self) -> str:
+        """Keep the stream until it ends; returns why. Cancel it to end it."""
+        reason = await self._run()
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # gRPC swallows one that meets a call's end
+            raise asyncio.CancelledError
+        return reason
+
+    async def _run(self) -> str:
+        self._heard_s = time.monotonic()
+        async with grpc.aio.insecure_channel(self._address, options=_CHANNEL_OPTIONS) as channel:
+            call = channel.stream_stream(PATH, bytes, bytes)(self._messages())
+            pinger = asyncio.create_task(self._ping(call))
+            try:
+                return await self._read(call)
+            except grpc.aio.AioRpcError as err:
+                return f"{err.code().name}: {err.details()}"
+            except ProtocolError as err:
+                return str(err)
+            except asyncio.CancelledError:
+                if self._is_silent:  # read() reports our own call.cancel() in this way
+                    return f"no sign of life for {self._silence_limit_s} s"
+                raise
+            finally:
+                self.hello = None
+                pinger.cancel()
+                call.cancel()
+                self._outgoing.put_nowait(None)  # gRPC's task that waits for messages ends
+
+    def take_submissions(self) -> list[Submission]:
+        """The requests that were not finished, which are no longer this client's."""
+        taken = list(self._submissions.values())
+        for entry in taken:
+            self._release(entry)
+        return taken
+
+    def _count(self, entry: Submission) -> None:
+        """Its part in the load is what it is now."""
+        now = (0, 0)
+        if entry.home is self:
+            is_new, choices = entry.is_computing, len(entry.open_choices)
+            now = (entry.missing_tokens if is_new else 0, 0 if is_new else choices)
+        self.load.queued_tokens += now[0] - entry.counted[0]
+        self.load.num_decoding += now[1] - entry.counted[1]
+        entry.counted = now
+
+    def _end_prompt(self, entry: Submission) -> None:
+        if entry.is_computing:
+            entry.is_computing = False
+            self._owner.settle(entry, self.worker)
+
+    def _release(self, entry: Submission) -> None:
+        del self._submissions[entry.request.request_id]
+        self._end_prompt(entry)
+        entry.home, entry.last_worker = None, self.worker
+        self._count(entry)
+
+    async def _read(self, call: _Call) -> str:
+        while True:
+            data = await call.read()
+            if not isinstance(data, bytes):
+                return "the worker closed the stream"
+            self._heard_s = time.monotonic()
+            if self.hello is None:
+                self._take_hello(ENGINE_HELLO.decode(data))
+            else:
+                await self._take(FROM_ENGINE.decode(data))
+
+    def _take_hello(self, hello: EngineHello) -> None:
+        check_release(hello.release, self.worker, self._own_release, self._gateway)
+        self.hello = hello
+        self.connected.set()
+
+    async def _take(self, message: FromEngine) -> None:
+        match message:
+            case StepOutput():
+                self._take_step(message)
+                await asyncio.sleep(0)  # clients hear of it before we ask for the next one
+            case Turn():
+                self._take_turn(message)
+            case KvEvents():
+                self.load.fetch_cost = message.fetch_cost
+                if not self._owner.take_kv(self.worker, message):
+                    self._outgoing.put_nowait(KvResync())
+
+    async def _messages(self) -> AsyncIterator[bytes]:
+        yield HELLO.encode(
+            Hello(token=self._token, gateway=self._gateway, release=self._own_release)
+        )
+        while (message := await self._outgoing.get()) is not None:
+            yield TO_ENGINE.encode(message)
+
+    async def _ping(self, call: _Call) -> None:
+        number = 0
+        while True:
+            began_s = time.monotonic()
+            await asyncio.sleep(self._ping_s)
+            late_s = time.monotonic() - began_s - self._ping_s
+            if late_s > self._ping_s:  # we stood still ourselves: what came is not read yet
+                self._heard_s += late_s
+            if time.monotonic() - self._heard_s > self._silence_limit_s:
+                self._is_silent = True
+                call.cancel()
+                return
+            number += 1
+            self._outgoing.put_nowait(Ping(number=number))
+
+    def _take_turn(self, turn: Turn) -> None:
+        """A request runs a step alone: note it, and say so; or it has done so."""
+        entry = self._submissions.get(turn.request_id)
+        if entry is None or entry.request.attempt != turn.attempt:
+            return
+        if turn.is_over:
+            entry.clear()
+        else:
+            entry.is_alone = True
+            self._outgoing.put_nowait(turn)
+
+    def _take_step(self, step: StepOutput) -> None:
+        for output in step.outputs:
+            entry = self._submissions.get(output.request_id)
+            if entry is not None:
+                self._take_output(entry, output)
+
+    def _take_output(self, entry: Submission, output: TokenOutput) -> None:
+        if output.attempt != entry.request.attempt or output.choice not in entry.open_choices:
+            return  # of an older attempt, or of a choice that was ended here
+        if entry.is_handed_back(output):
+            self._outgoing.put_nowait(Abort(request_id=output.request_id))
+            self._release(entry)
+            entry.num_returns += 1
+            self._owner.take_back(entry, output.error or "the worker gave it up")
+            return
+        repeated = len(entry.outputs[output.choice]) - output.index
+        if repeated < 0:
+            self.abort(output.request_id)
+            entry.sink.fail(RequestFailedError(f"{self.worker} skipped tokens of this request"))
+            return
+        news = without_first(output, repeated) if repeated else output
+        self._end_prompt(entry)
+        entry.deliver(news)
+        self._count(entry)
+        if not entry.open_choices and entry.home is self:
+            self._release(entry)

@@ -1,0 +1,245 @@
+"""All streams of this replica: one to each attention worker of the current generation.
+
+The requests of a stream that ends continue at another worker, with their output so far. Without any
+worker they wait here, each up to its deadline: then its ``Generation`` ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Collection, Sequence
+
+from cluster.core.errors import NotReadyError, PoisonousRequestError
+from gateway.cluster.view import AttentionEndpoint
+from gateway.core.replay import ReplayCause
+from gateway.engines.engine_client import PING_S, SILENCE_LIMIT_S, EngineClient
+from gateway.engines.kv_index import KvIndex
+from gateway.engines.router import RoutingPolicy, pick_worker, route_by_kv
+from gateway.engines.submission import OutputSink, Submission
+from workers.requests.block_hash import KvEvents, prompt_hashes
+from workers.requests.request import Request
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 0.2
+_REFUSED_RETRY_S = 0.1
+"""Time before a request that a worker handed back may go to the same worker again."""
+
+
+class EnginePool:
+    """Keeps the streams and hands requests to them.
+
+    Args:
+        token: the cluster token.
+        gateway: name of this replica.
+        policy: how a worker is picked.
+        silence_limit_s: as for ``EngineClient``.
+        ping_s: as for ``EngineClient``.
+    """
+
+    def __init__(
+        self,
+        token: str,
+        gateway: str,
+        policy: RoutingPolicy = RoutingPolicy.KV,
+        *,
+        silence_limit_s: float = SILENCE_LIMIT_S,
+        ping_s: float = PING_S,
+    ) -> None:
+        self._token = token
+        self._gateway = gateway
+        self._policy = policy
+        self._silence_limit_s = silence_limit_s
+        self._ping_s = ping_s
+        self._clients: dict[str, EngineClient] = {}
+        self._keepers: dict[AttentionEndpoint, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self._turn = 0
+        self._kv = KvIndex()
+        self._waiting: list[Submission] = []
+        self._will_place = False
+        self._is_stopping = False
+        self.on_resubmit: Callable[[Submission], None] = lambda entry: None
+        """Called when a request moves to another worker."""
+
+    @property
+    def clients(self) -> list[EngineClient]:
+        """Streams that are open, by worker name."""
+        ready = (client for client in self._clients.values() if client.hello is not None)
+        return sorted(ready, key=lambda client: client.worker)
+
+    def update(self, endpoints: Sequence[AttentionEndpoint], drained: Collection[str] = ()) -> None:
+        """Open streams to new workers, and drop the streams of workers that are no longer listed.
+
+        Workers that were ``drained`` count as leaving, not as dying.
+        """
+        for gone in set(self._keepers) - set(endpoints):
+            logger.info("%s left the generation: stream dropped", gone.name)
+            self._keepers.pop(gone).cancel()
+            if (client := self._clients.pop(gone.name, None)) is not None:
+                self._lose(client, "the worker left the generation", gone.name not in drained)
+        for endpoint in endpoints:
+            if endpoint not in self._keepers:
+                self._keepers[endpoint] = asyncio.create_task(self._keep(endpoint))
+
+    def assign(self, request: Request, sink: OutputSink, deadline_s: float) -> Submission | None:
+        """Hand a request to a worker; None while no stream is open.
+
+        ``deadline_s`` is the ``time.monotonic`` at which the request is given up. Requests that
+        arrive together are routed together, the one with the fewest tokens to compute first.
+        """
+        if not self.clients:
+            return None
+        entry = Submission(request, sink, deadline_s)
+        self._waiting.append(entry)
+        if not self._will_place:
+            self._will_place = True
+            asyncio.get_running_loop().call_soon(self._place_waiting)
+        return entry
+
+    async def wait_change(self, timeout_s: float) -> None:
+        """Return when a stream opens or ends, or after ``timeout_s``."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+
+    async def stop(self) -> None:
+        """End all streams; their requests fail."""
+        self._is_stopping = True
+        keepers = list(self._keepers.values())
+        self.update([])
+        await asyncio.gather(*keepers, return_exceptions=True)
+
+    def _pick(self, entry: Submission, ready: Sequence[EngineClient]) -> EngineClient | None:
+        """The worker for a request; its last one only if there is no other."""
+        clients = {client.worker: client for client in ready}
+        if len(clients) > 1:
+            clients.pop(entry.last_worker, None)
+        if not clients:
+            return None
+        loads, tokens = [client.load for client in clients.values()], entry.num_known_tokens
+        if self._policy is RoutingPolicy.KV:
+            size = self._name_blocks(entry, ready[0])
+            hashes = entry.prompt_hashes
+            choice = route_by_kv(self._kv, hashes, loads, self._turn, tokens, size)
+        else:
+            for client in clients.values():
+                client.load.outstanding_tokens = client.outstanding_tokens
+            choice = pick_worker(loads, self._policy, self._turn)
+        assert choice is not None, "there are workers"
+        self._turn += 1
+        entry.missing_tokens = max(tokens - choice.cached_tokens, 0)
+        entry.kv_peer = choice.peer
+        self._kv.expect(choice.load.name, entry.prompt_hashes)
+        return clients[choice.load.name]
+
+    def _num_missing(self, entry: Submission, ready: Sequence[EngineClient]) -> int:
+        """Tokens of a request without a worker; sets the hashes of its blocks."""
+        tokens = entry.num_known_tokens
+        if self._policy is not RoutingPolicy.KV or not ready:
+            return tokens
+        block_size = self._name_blocks(entry, ready[0])
+        found = self._kv.matches(entry.prompt_hashes)
+        return tokens - block_size * max(found.values(), default=0)
+
+    def _name_blocks(self, entry: Submission, client: EngineClient) -> int:
+        """Set its prompt's hashes; returns the tokens of a block."""
+        hello = client.hello
+        assert hello is not None, "only workers that said hello take requests"
+        block_size = hello.kv_block_size
+        if block_size and not entry.prompt_hashes:
+            limit = hello.kv_length_matters_above
+            entry.prompt_hashes = prompt_hashes(entry.request, block_size, limit)
+        return block_size
+
+    async def _keep(self, endpoint: AttentionEndpoint) -> None:
+        """One stream after the other to the same worker, as long as it is listed."""
+        while True:
+            client = EngineClient(
+                endpoint.name,
+                endpoint.address,
+                self._token,
+                self._gateway,
+                self,
+                silence_limit_s=self._silence_limit_s,
+                ping_s=self._ping_s,
+                engine=endpoint.engine,
+            )
+            self._clients[endpoint.name] = client
+            announcer = asyncio.create_task(self._announce(client))
+            reason = "the worker left the generation"
+            try:
+                reason = await client.run()
+            finally:
+                announcer.cancel()
+                if self._clients.get(endpoint.name) is client:
+                    del self._clients[endpoint.name]
+                self._lose(client, reason)
+            logger.warning("stream to %s ended: %s", endpoint.name, reason)
+            await asyncio.sleep(_RETRY_S)
+
+    async def _announce(self, client: EngineClient) -> None:
+        await client.connected.wait()
+        self._place_waiting()
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _lose(self, client: EngineClient, reason: str, has_died: bool = True) -> None:
+        """A stream is unusable: other workers continue its requests."""
+        self._kv.drop(client.worker)
+        for entry in client.take_submissions():
+            name = entry.request.request_id
+            if self._is_stopping:
+                entry.sink.fail(NotReadyError(f"the gateway ends ({reason})", "not_ready", 1.0))
+                continue
+            logger.warning("request %s was lost with %s: %s", name, client.worker, reason)
+            if entry.is_alone and has_died:
+                error = f"a third worker in a row was lost with request {name}: {reason}"
+                entry.close()
+                entry.sink.fail(PoisonousRequestError(error))
+                continue
+            if has_died:
+                entry.lose()
+            entry.replay_cause = ReplayCause.LOST if has_died else ReplayCause.HANDED_BACK
+            entry.is_alone = False
+            self._waiting.append(entry)
+        self._place_waiting()
+        self._notify()
+
+    def take_kv(self, worker: str, events: KvEvents) -> bool:
+        return self._kv.apply(worker, events)
+
+    def settle(self, entry: Submission, worker: str) -> None:
+        self._kv.settle(worker, entry.prompt_hashes)
+
+    def take_back(self, entry: Submission, reason: str) -> None:
+        logger.info("request %s was handed back: %s", entry.request.request_id, reason)
+        entry.replay_cause = ReplayCause.HANDED_BACK
+        self._waiting.append(entry)
+        has_other = entry.num_returns == 1 and len(self.clients) > 1
+        delay_s = 0.0 if has_other else _REFUSED_RETRY_S
+        asyncio.get_running_loop().call_later(delay_s, self._place_waiting)
+
+    def _place_waiting(self) -> None:
+        """Send the requests that wait for a worker."""
+        self._will_place = False
+        waiting, self._waiting = self._waiting, []
+        now_s, ready = time.monotonic(), self.clients
+        for entry in sorted(waiting, key=lambda entry: self._num_missing(entry, ready)):
+            if not entry.is_waiting or now_s >= entry.deadline_s:
+                continue
+            client = self._pick(entry, ready)
+            if client is None:
+                self._waiting.append(entry)
+                continue
+            is_again = entry.was_sent
+            if is_again:
+                entry.again(now_s)
+            client.submit(entry)
+            if is_again:
+                self.on_resubmit(entry)

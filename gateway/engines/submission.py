@@ -1,0 +1,176 @@
+"""A request in the engines: the output so far, and the worker that runs it.
+
+A lost worker loses nothing that was delivered: ``again`` makes the next attempt, which carries the
+output so far, and tokens of older attempts, or repeated ones, are dropped. Pure apart from its own
+state; the time is passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from msgspec.structs import replace
+
+from cluster.core.errors import ExpertMeshError
+from gateway.core.replay import ReplayCause
+from workers.requests.request import FinishReason, Request, TokenOutput
+
+_HANDED_BACK = frozenset({"not_ready", "draining"})
+"""Error codes of requests that a worker hands back and another one can serve."""
+
+
+class OutputSink(Protocol):
+    """Receives the outputs of one request."""
+
+    def put(self, output: TokenOutput) -> None:
+        """An output of a choice."""
+
+    def fail(self, error: ExpertMeshError) -> None:
+        """The request failed."""
+
+
+class Home(Protocol):
+    """The stream to the worker that has a request."""
+
+    @property
+    def worker(self) -> str:
+        """The worker's name."""
+
+    def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
+        """Abort the request there, or some of its choices."""
+
+
+@dataclass(slots=True, eq=False)
+class Submission:
+    """One request from its first assignment to its end."""
+
+    request: Request
+    """The request as it was last sent, with the current attempt."""
+    sink: OutputSink
+    """Where its outputs go."""
+    deadline_s: float
+    """``time.monotonic`` of its deadline."""
+    open_choices: set[int] = field(init=False)
+    """Choices that have not ended."""
+    outputs: list[list[int]] = field(init=False)
+    """By choice, the delivered tokens, which the next attempt carries."""
+    home: Home | None = None
+    """The worker that runs it; None while it waits for one."""
+    last_worker: str = ""
+    """Its last worker, which handed it back or was lost."""
+    engine: str = ""
+    """Index of the attention worker that it was last sent to."""
+    num_deaths: int = 0
+    """Workers that died while running it since its last token."""
+    is_alone: bool = False
+    """It runs a step alone: if the worker dies now, this request is the cause."""
+    num_returns: int = 0
+    """Number of times it was handed back since its last token."""
+    replay_cause: ReplayCause = ReplayCause.LOST
+    """Why it left its last worker."""
+    was_sent: bool = False
+    """It was sent to a worker before: the next one gets a new attempt."""
+    replays_s: list[float] = field(default_factory=list)
+    """``time.monotonic`` of each attempt after the first."""
+    prompt_hashes: Sequence[bytes] = ()
+    """Names of the prompt's full KV blocks, for routing."""
+    missing_tokens: int = 0
+    """Prompt tokens that its worker must compute, by the KV index."""
+    kv_peer: str = ""
+    """Worker from which its worker may fetch blocks of the prompt; empty: none."""
+    is_computing: bool = False
+    """Its worker has sent no output yet."""
+    counted: tuple[int, int] = (0, 0)
+    """Its part of its worker's load: prompt tokens to compute, sequences that decode."""
+
+    def __post_init__(self) -> None:
+        choices = self.request.n
+        so_far = self.request.output_so_far
+        self.open_choices = set(range(choices)) - set(self.request.closed_choices)
+        self.outputs = [list(ids) for ids in so_far] or [[] for _ in range(choices)]
+
+    @property
+    def is_waiting(self) -> bool:
+        """It is not finished, and no worker runs it."""
+        return self.home is None and bool(self.open_choices)
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Tokens that this request may still need: its prompt and its remaining outputs."""
+        missing = self.request.params.max_tokens * len(self.open_choices)
+        done = sum(len(self.outputs[choice]) for choice in self.open_choices)
+        is_started = any(self.outputs)
+        return missing - done + (0 if is_started else len(self.request.prompt))
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens that another worker must recompute: each choice's output, and the prompt once."""
+        return len(self.request.prompt) + sum(len(self.outputs[c]) for c in self.open_choices)
+
+    @property
+    def worker(self) -> str:
+        """Its current or last worker; empty if none."""
+        return self.last_worker if self.home is None else self.home.worker
+
+    def abort(self, choices: Sequence[int] = ()) -> None:
+        """Abort it, or some of its choices; never waits, no effect after its end."""
+        if self.home is not None:
+            self.home.abort(self.request.request_id, choices)
+        else:
+            self.close(choices)
+
+    def close(self, choices: Sequence[int] = ()) -> None:
+        """These choices (none named: all) need no more output."""
+        self.open_choices.difference_update(choices or tuple(self.open_choices))
+
+    def deliver(self, output: TokenOutput) -> None:
+        """Pass these tokens to the sink."""
+        self.outputs[output.choice].extend(output.token_ids)
+        self.num_returns = 0
+        if output.token_ids:
+            self.clear()
+        if output.finish_reason is not None:
+            self.open_choices.discard(output.choice)
+        self.sink.put(output)
+
+    def clear(self) -> None:
+        """A step with it has committed: it did not cause earlier deaths."""
+        self.num_deaths, self.is_alone = 0, False
+
+    def lose(self) -> None:
+        """Its worker died."""
+        self.num_deaths, self.is_alone = self.num_deaths + 1, False
+
+    def is_handed_back(self, output: TokenOutput) -> bool:
+        """Whether an output says that the worker cannot continue while another one may."""
+        if output.finish_reason is FinishReason.ABORT:
+            return True
+        is_full = output.error_code == "queue_full" and self.request.attempt > 0
+        is_refused = output.finish_reason is FinishReason.ERROR
+        return is_refused and (is_full or output.error_code in _HANDED_BACK)
+
+    def again(self, now_s: float) -> Request:
+        """The next attempt, which becomes the current one."""
+        self.replays_s.append(now_s)
+        closed = set(range(self.request.n)) - self.open_choices
+        self.request = replace(
+            self.request,
+            attempt=self.request.attempt + 1,
+            output_so_far=tuple(map(tuple, self.outputs)),
+            closed_choices=tuple(sorted(closed)),
+            num_deaths=self.num_deaths,
+            deadline_ms=max(1, int((self.deadline_s - now_s) * 1000)),
+        )
+        return self.request
+
+
+def without_first(output: TokenOutput, count: int) -> TokenOutput:
+    """An output without its first ``count`` tokens, which were delivered before."""
+    return replace(
+        output,
+        index=output.index + min(count, len(output.token_ids)),
+        token_ids=output.token_ids[count:],
+        logprobs=output.logprobs[count:],
+    )

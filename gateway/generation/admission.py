@@ -1,0 +1,126 @@
+"""Admission: bounds on requests and tokens, and retry times for refused requests.
+
+Pure apart from its own counters; the time is passed in.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from cluster.core.errors import QueueFullError
+from gateway.core.errors import clamp_retry_s
+
+MAX_PROMPT_BYTES = 256 * 1024 * 1024
+"""Bytes of prompts that are embeddings, held at once."""
+_RATE_WINDOW = 64
+"""Finished requests over which the drain rate is measured."""
+_LEAST_FINISHED = 8
+"""Finished requests below which the rate is unknown."""
+_UNKNOWN_RATE_RETRY_S = 5.0
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A place in the queue; give it back with ``release``, more than once does no harm."""
+
+    admission: Admission
+    num_requests: int
+    num_tokens: int
+    num_bytes: int = 0
+    is_held: bool = True
+
+    def retry_after_s(self) -> float:
+        """Estimated time until there is room for another call of this size."""
+        return self.admission.retry_after_s(self.num_requests)
+
+    def release(self, now_s: float) -> None:
+        if self.is_held:
+            self.is_held = False
+            self.admission.num_bytes -= self.num_bytes
+            self.admission._release(self.num_requests, self.num_tokens, now_s)
+
+
+class Admission:
+    """Counts what a replica holds.
+
+    Args:
+        max_requests: engine requests (one per prompt) held at once.
+        max_tokens: prompt and output tokens that they may need together.
+        capacity: requests that the engines run at once; more of them wait. The drain rate is
+            measured only while some wait: at other times requests leave as fast as they come.
+    """
+
+    def __init__(self, max_requests: int, max_tokens: int, capacity: int) -> None:
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
+        self._capacity = capacity
+        self._saturated_s = 0.0  # time with requests waiting, in all
+        self._since_s: float | None = None  # start of the present such time
+        self._finished_s: deque[float] = deque(maxlen=_RATE_WINDOW)  # on the saturated clock
+        self.num_requests = 0
+        self.num_tokens = 0
+        """Tokens that they may need."""
+        self.num_bytes = 0
+        """Bytes of their prompts that are embeddings."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests beyond what the engines run at once."""
+        return max(0, self.num_requests - self._capacity)
+
+    def admit(self, num_requests: int, num_tokens: int, now_s: float, num_bytes: int = 0) -> Ticket:
+        """Take a place for one call. Raises ``QueueFullError`` with a retry time."""
+        over = self.num_requests + num_requests - self._max_requests
+        if over > 0:
+            raise QueueFullError(
+                f"the queue is full: {self.num_requests} requests, at most {self._max_requests} "
+                "(max_queue)",
+                self.retry_after_s(over),
+            )
+        if self.num_requests and self.num_tokens + num_tokens > self._max_tokens:
+            raise QueueFullError(
+                f"the queue is full: {self.num_tokens} tokens, and this request needs {num_tokens} "
+                f"more, at most {self._max_tokens} (max_queue_tokens)",
+                self.retry_after_s(1),
+                "queue_tokens",
+            )
+        if self.num_bytes and self.num_bytes + num_bytes > MAX_PROMPT_BYTES and num_bytes:
+            raise QueueFullError(
+                f"the queue is full: {self.num_bytes} bytes of embeddings, and this request needs "
+                f"{num_bytes} more, at most {MAX_PROMPT_BYTES}",
+                self.retry_after_s(1),
+            )
+        self._add(num_requests, num_tokens, now_s)
+        self.num_bytes += num_bytes
+        return Ticket(self, num_requests, num_tokens, num_bytes)
+
+    def retry_after_s(self, num_requests: int) -> float:
+        """Estimated time until ``num_requests`` have left."""
+        rate = self._drain_rate()
+        return clamp_retry_s(num_requests / rate if rate else _UNKNOWN_RATE_RETRY_S)
+
+    def queue_time_s(self) -> float:
+        """Time until a new request would run; 0 while it is not known."""
+        rate = self._drain_rate()
+        return self.num_waiting / rate if rate else 0.0
+
+    def _drain_rate(self) -> float | None:
+        """Requests finished per second while others waited; None while that is not known."""
+        if len(self._finished_s) < _LEAST_FINISHED:
+            return None
+        span_s = self._finished_s[-1] - self._finished_s[0]
+        return (len(self._finished_s) - 1) / span_s if span_s > 0 else None
+
+    def _release(self, num_requests: int, num_tokens: int, now_s: float) -> None:
+        was_saturated = self._since_s is not None
+        self._add(-num_requests, -num_tokens, now_s)
+        if was_saturated:
+            self._finished_s.extend([self._saturated_s] * num_requests)
+
+    def _add(self, num_requests: int, num_tokens: int, now_s: float) -> None:
+        if self._since_s is not None:
+            self._saturated_s += now_s - self._since_s
+        self.num_requests += num_requests
+        self.num_tokens += num_tokens
+        self._since_s = now_s if self.num_waiting else None

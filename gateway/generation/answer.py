@@ -1,0 +1,121 @@
+"""A generation's choices put together, and the names and log-probabilities of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from gateway.core.call import GenerateCall
+from gateway.core.delta import ChoiceDelta, Finish, TokenText
+from gateway.generation.generation import Generation
+from gateway.text.tokenizer import Tokenizer
+from gateway.text.tool_calls import ParsedPiece, ToolCall, ToolParser, parse_answer
+from workers.requests.request import TokenLogprob
+
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot say."""
+
+
+@dataclass(slots=True)
+class CollectedChoice:
+    """All pieces of one choice, put together."""
+
+    index: int
+    prompt_index: int
+    text: str = ""
+    tokens: list[TokenText] = field(default_factory=list)
+    echo_tokens: tuple[TokenText, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish: Finish | None = None
+
+
+async def collect(generation: Generation) -> list[CollectedChoice]:
+    """Run a generation to its end; its choices by index. Raises what ``next`` raises."""
+    choices: dict[int, CollectedChoice] = {}
+    while deltas := await generation.next():
+        for delta in deltas:
+            choice = choices.get(delta.index)
+            if choice is None:
+                choice = CollectedChoice(delta.index, delta.prompt_index)
+                choices[delta.index] = choice
+            choice.text += delta.text
+            choice.tokens.extend(delta.tokens)
+            choice.echo_tokens = choice.echo_tokens or delta.echo_tokens
+            choice.prompt_logprobs = choice.prompt_logprobs or delta.prompt_logprobs
+            choice.finish = delta.finish
+    found = [choices[index] for index in sorted(choices)]
+    fields = generation.call.fields
+    return _keep_best(found, fields.num_returned) if fields.is_ranked else found
+
+
+def _keep_best(choices: Sequence[CollectedChoice], count: int) -> list[CollectedChoice]:
+    """Of each prompt the choices with the greatest mean log-probability, best first."""
+    kept: list[CollectedChoice] = []
+    for _, drawn in groupby(choices, key=lambda choice: choice.prompt_index):
+        kept += sorted(drawn, key=_mean_logprob, reverse=True)[:count]
+    for index, choice in enumerate(kept):
+        choice.index = index
+    return kept
+
+
+def _mean_logprob(choice: CollectedChoice) -> float:
+    values = [token.logprob.logprob for token in choice.tokens if token.logprob is not None]
+    return math.fsum(values) / len(values) if values else 0.0
+
+
+class TextFormat:
+    """What both codecs do with a call's text before they write it down.
+
+    Args:
+        call: the call.
+        tokenizer: names tokens; None names them by number.
+    """
+
+    def __init__(self, call: GenerateCall, tokenizer: Tokenizer | None) -> None:
+        self.call = call
+        self._tokenizer = tokenizer
+        self._parsers: dict[int, ToolParser] = {}
+
+    def _parse(self, delta: ChoiceDelta) -> tuple[ParsedPiece, bool]:
+        """Text and calls in a piece of a choice, and whether the choice ends with calls."""
+        form = self.call.fields.tool_form
+        if form is None:
+            return ParsedPiece(delta.text, ()), False
+        parser = self._parsers.setdefault(delta.index, ToolParser(form))
+        parsed = parser.feed(delta.text, is_last=delta.finish is not None)
+        return parsed, parser.has_calls
+
+    def _parse_whole(self, choice: CollectedChoice) -> tuple[str, list[ToolCall], bool]:
+        """Text and calls of a whole choice, and whether it ends with calls."""
+        form = self.call.fields.tool_form
+        return (choice.text, [], False) if form is None else parse_answer(form, choice.text)
+
+    def _name(self, token_id: int) -> str:
+        """A token as log-probabilities name it."""
+        shown = None if self.call.fields.return_tokens_as_token_ids else self._tokenizer
+        return token_name(shown, token_id)
+
+
+def alternatives(entry: TokenLogprob, wanted: int) -> list[tuple[int, float]]:
+    """The ``wanted`` most probable tokens, best first, then the token itself if not among them."""
+    top = list(entry.top[:wanted])
+    if all(token_id != entry.token_id for token_id, _ in top):
+        top.append((entry.token_id, entry.logprob))
+    return top
+
+
+def clamp_logprob(value: float) -> float:
+    """A log-probability that JSON can carry."""
+    return LOWEST_LOGPROB if math.isnan(value) else min(max(value, LOWEST_LOGPROB), 0.0)
+
+
+def token_name(tokenizer: Tokenizer | None, token_id: int) -> str:
+    """A token for people to read."""
+    return f"token_id:{token_id}" if tokenizer is None else tokenizer.token_text(token_id)
+
+
+def token_bytes(tokenizer: Tokenizer | None, token_id: int) -> bytes:
+    """What a token stands for, exactly; empty without a tokenizer."""
+    return b"" if tokenizer is None else tokenizer.token_bytes(token_id)

@@ -1,0 +1,396 @@
+"""The gateway behind both codecs: validated calls in, running generations out.
+
+``Gateway.start`` is the life of a request up to the engine: validate, tokenize, admit, pick a
+worker, hand over. HTTP and gRPC are two thin codecs over it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cluster.config.cluster import ClusterConfig
+from cluster.config.gateway import EndStage
+from cluster.core.errors import (
+    DeadlineExceededError,
+    ModelNotFoundError,
+    NotReadyError,
+    QueueFullError,
+)
+from gateway.auth.auth import CALLER, make_key_rings
+from gateway.cluster.serve_replicas import ReplicaAnswers, ServeReplicas
+from gateway.cluster.view import (
+    ClusterView,
+    Snapshot,
+    attention_endpoints,
+    drained_workers,
+)
+from gateway.core.call import CallKind, GenerateCall, GenerateFields
+from gateway.core.field_checks import check_fields
+from gateway.core.model import ModelFacts, model_facts
+from gateway.core.request_id import REQUEST_ID
+from gateway.engines.engine_pool import EnginePool
+from gateway.engines.submission import Submission
+from gateway.generation.admission import Admission
+from gateway.generation.generation import Generation
+from gateway.generation.output_queue import OutputQueue
+from gateway.generation.prompts import PromptMaker
+from gateway.generation.readiness import check_serving, server_ends, unready_reasons
+from gateway.generation.request_trace import TRACE
+from gateway.generation.running_calls import RunningCalls
+from gateway.generation.tracing import start_tracing
+from gateway.generation.validate import finish_call
+from gateway.observability.metrics import GatewayMetrics
+from gateway.text.tokenizer import Tokenizer
+from workers.requests.request import Request
+from workers.requests.wire import EngineHello
+
+LEAVING_LEAD_S = 10.0
+"""Time from a gateway's not-ready answer to its last new gRPC connection, so that load balancers
+notice first."""
+_STREAM_WAIT_S = 5.0
+"""Time for a serving cluster without an open stream to open one."""
+_LOOK_S = 0.5
+"""Interval at which a request that waits for a worker checks whether its call was ended."""
+
+_PASSES_TO_SEND = 2
+"""Passes of the event loop in which a request is written to its worker's stream. The codec's next
+work takes as long as a network hop, and the engine need not wait for it."""
+
+
+class Gateway:
+    """One replica.
+
+    Args:
+        config: the cluster's configuration.
+        tokenizer: None where the checkpoint has none: prompts must be token ids then.
+        cluster: follows the controller.
+        engines: streams to the attention workers; fed from ``cluster`` here.
+        name: of this replica.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        tokenizer: Tokenizer | None,
+        cluster: ClusterView,
+        engines: EnginePool,
+        name: str = "gateway",
+    ) -> None:
+        self.config = config
+        self.limits = config.gateway
+        self.tokenizer = tokenizer
+        self.prompts = PromptMaker(tokenizer, config.gateway.trust_request_chat_template)
+        self.cluster = cluster
+        self.engines = engines
+        self.name = name
+        self.keys, self.admin_keys = make_key_rings(config.gateway)
+        self.model_name = config.model.served_model_name
+        self.created = int(time.time())
+        self.addresses: dict[str, Any] = {}
+        self.running = RunningCalls()
+        self.metrics = GatewayMetrics(
+            self.model_name,
+            lambda: self.cluster.snapshot,
+            {
+                "block_size": str(config.engine.block_size_tokens),
+                "enable_prefix_caching": str(config.engine.enable_prefix_caching),
+            },
+            lambda: self.cluster.known_load,
+            config.gateway.metrics_all_experts,
+            config.gateway.metrics_prefix,
+        )
+        self.answers = ReplicaAnswers(
+            name,
+            {
+                "describe": self.describe,
+                "metrics": self.metrics.own_families,
+                "abort": self.running.abort,
+            },
+        )
+        self.replicas: ServeReplicas = self.answers
+        self.tracing = start_tracing(
+            config.observability, name, self.model_name, lambda: self.addresses, self._to_text
+        )
+        self._leaves_since_s: float | None = None
+        self._takes_calls = True
+        self._admission: Admission | None = None
+        self._hello: EngineHello | None = None
+        self._facts: ModelFacts | None = None
+        self._draw_seed = _seed_source(config.engine.seed, name)
+        cluster.listen(self._follow)
+        if self.tracing is not None:
+            cluster.listen(self.tracing.see)
+        engines.on_resubmit = self._observe_resubmitted
+
+    @property
+    def facts(self) -> ModelFacts | None:
+        """The served model's limits; None until a worker has reported them."""
+        hello = next((client.hello for client in self.engines.clients), None)
+        if hello is not None and hello is not self._hello:
+            self._hello, self._facts = hello, model_facts(self.model_name, hello)
+        return self._facts
+
+    @property
+    def placement_epoch(self) -> int:
+        """Epoch of the placement in force, by the latest snapshot."""
+        return int((self.cluster.snapshot or {}).get("placement_epoch") or 0)
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the gateway is about to stop; it still serves requests that arrive."""
+        return self._leaves_since_s is not None
+
+    def leave(self, now_s: float) -> int:
+        """Never be ready again; returns the number of requests that still run here."""
+        if self._leaves_since_s is None:
+            self._leaves_since_s = now_s
+        return self._admission.num_requests if self._admission else 0
+
+    def end(self, stage: EndStage, now_s: float) -> int:
+        """End with the whole server, by stages; returns the number of requests that still run."""
+        left = self.leave(now_s)
+        if stage != "lead":
+            self._takes_calls = False
+        if stage == "fail":
+            self.running.fail(server_ends())
+        return left
+
+    def has_left(self, now_s: float) -> bool:
+        """Whether load balancers had ``LEAVING_LEAD_S`` to notice that the gateway leaves."""
+        return self._leaves_since_s is not None and now_s >= self._leaves_since_s + LEAVING_LEAD_S
+
+    def not_ready_reasons(self) -> list[str]:
+        """Why new requests cannot be served now; empty when they can."""
+        if self.is_leaving:
+            return ["this gateway is about to stop"]
+        reasons = unready_reasons(self.cluster.snapshot)
+        if self.cluster.snapshot is not None and not self.engines.clients:
+            reasons.append("no attention worker has an open stream")
+        return reasons
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ``ModelNotFoundError`` unless the name (None: any) is the served model's."""
+        if name is not None and name != self.model_name:
+            raise ModelNotFoundError(f"the model {name[:128]!r} does not exist")
+
+    def timeout_s(self, wanted_s: float | None) -> float:
+        most = self.limits.request_timeout_s
+        return most if wanted_s is None else min(wanted_s, most)
+
+    async def start(
+        self, fields: GenerateFields, call_id: str, wanted_timeout_s: float | None = None
+    ) -> Generation:
+        """Validate a call and hand it to the engines.
+
+        Raises:
+            RequestError: it is wrong (and its subclasses).
+            QueueFullError: too much is going on.
+            NotReadyError: the cluster cannot serve it.
+            DeadlineExceededError: its time was over before an engine had it.
+        """
+        started_s = time.monotonic()
+        deadline_s = started_s + self.timeout_s(wanted_timeout_s)
+        self.check_model(fields.model)
+        check_fields(fields, self.limits)
+        if (trace := TRACE.get()) is not None:
+            trace.fields = fields
+        facts = self.require_facts()
+        fields, prompts = await self.prompts.make(fields, facts)
+        bad_words = await self.prompts.bad_words(fields)
+        call = finish_call(fields, prompts, facts, self._draw_seed, bad_words)
+        if fields.stop:
+            self.prompts.require_tokenizer("stop")
+        if fields.grammar is not None:
+            self.prompts.require_tokenizer(fields.grammar.field)
+        return await self._begin(call, call_id, facts, started_s, deadline_s)
+
+    async def start_pooling(
+        self,
+        make: Callable[[ModelFacts], Awaitable[GenerateCall]],
+        call_id: str,
+        model: str | None,
+        wanted_timeout_s: float | None = None,
+    ) -> Generation:
+        """Hand a call over that reads prompts and draws nothing; ``make`` validates it.
+
+        Raises what ``start`` raises.
+        """
+        started_s = time.monotonic()
+        deadline_s = started_s + self.timeout_s(wanted_timeout_s)
+        self.check_model(model)
+        facts = self.require_facts()
+        return await self._begin(await make(facts), call_id, facts, started_s, deadline_s)
+
+    async def _begin(
+        self,
+        call: GenerateCall,
+        call_id: str,
+        facts: ModelFacts,
+        started_s: float,
+        deadline_s: float,
+    ) -> Generation:
+        caller = CALLER.get()
+        if caller is not None:
+            caller.check_tokens(time.monotonic())
+            call = replace(call, cache_salt=tenant_salt(caller.tenant, call.cache_salt))
+        generation = self._admit(call, call_id, facts, started_s, deadline_s)
+        if (trace := TRACE.get()) is not None:
+            trace.generation = generation
+        for name in filter(None, (call_id, REQUEST_ID.get())):
+            self.running.add(name, generation.queue)
+        try:
+            await self._hand_over(generation, deadline_s)
+        except BaseException:
+            generation.close()
+            raise
+        return generation
+
+    async def status(self) -> dict[str, Any]:
+        """The cluster's state with all replicas in it, as ``status --json`` prints it."""
+        found, replicas = await asyncio.gather(self.cluster.fresh(), self.replicas.ask("describe"))
+        snapshot = dict(found or {"state": "STARTING"})
+        snapshot["schema"] = 1
+        snapshot["gateway"] = [*snapshot.get("gateway", ()), *replicas.values()]
+        return snapshot
+
+    async def abort_calls(self, names: Sequence[str]) -> list[str]:
+        """End calls of any replica by their clients' names; returns the names that were found."""
+        answers = (await self.replicas.ask("abort", list(names))).values()
+        return [name for name in dict.fromkeys(names) if any(name in found for found in answers)]
+
+    async def render_metrics(self) -> bytes:
+        """The exposition of all replicas and workers: each number once."""
+        if self.limits.num_gateway_replicas == 1:
+            await asyncio.gather(self.cluster.fresh(), self.cluster.load())
+            return self.metrics.render()
+        replicas, _, _ = await asyncio.gather(
+            self.replicas.ask("metrics"), self.cluster.fresh(), self.cluster.load()
+        )
+        return self.metrics.render(replicas)
+
+    def _follow(self, snapshot: Snapshot) -> None:
+        endpoints = attention_endpoints(snapshot)
+        for endpoint in endpoints:
+            self.metrics.engine(endpoint.engine)  # shows as 0 from the start
+        self.engines.update(endpoints, drained_workers(snapshot))
+
+    def _to_text(self, ids: Sequence[int]) -> str:
+        if self.tokenizer is None:
+            return " ".join(map(str, ids))
+        return self.tokenizer.decode(ids, False)
+
+    def describe(self) -> dict[str, Any]:
+        """This replica's entry in the status; ``app`` fills in process id and addresses."""
+        return {"name": self.name, **self.addresses}
+
+    def require_facts(self) -> ModelFacts:
+        """The served model's limits. Raises ``NotReadyError`` where nothing can be served."""
+        if not self._takes_calls:
+            raise server_ends()
+        check_serving(self.cluster.snapshot)
+        facts = self.facts
+        if facts is None:
+            raise NotReadyError("no attention worker is ready", "not_ready", 2.0)
+        return facts
+
+    def _admit(
+        self,
+        call: GenerateCall,
+        call_id: str,
+        facts: ModelFacts,
+        started_s: float,
+        deadline_s: float,
+    ) -> Generation:
+        if self._admission is None:
+            most, workers = self.limits.max_queue, self.config.workers.num_attention_ranks
+            self._admission = Admission(
+                max_requests=most,
+                max_tokens=self.limits.max_queue_tokens or most * facts.max_model_len,
+                capacity=workers * self.config.engine.max_num_seqs,
+            )
+        now_s = time.monotonic()
+        if self._admission.queue_time_s() > deadline_s - now_s:
+            self.metrics.admission_rejections.labels("deadline").inc()
+            raise DeadlineExceededError("the queue is longer than the request's time", False)
+        try:
+            ticket = self._admission.admit(
+                len(call.prompts), call.max_total_tokens, now_s, call.num_prompt_bytes
+            )
+        except QueueFullError as err:
+            self.metrics.admission_rejections.labels(err.limit).inc()
+            raise
+        return Generation(
+            call,
+            call_id,
+            created=int(time.time()),
+            queue=OutputQueue(),
+            ticket=ticket,
+            deadline_s=deadline_s,
+            tokenizer=self.tokenizer,
+            eos_token_ids=facts.eos_token_ids,
+            metrics=self.metrics,
+            started_s=started_s,
+            admitted_s=now_s,
+            caches_prefixes=self.config.engine.enable_prefix_caching,
+            caller=CALLER.get(),
+            on_close=self.running.remove,
+        )
+
+    async def _hand_over(self, generation: Generation, deadline_s: float) -> None:
+        budget_ms = max(1, int((deadline_s - time.monotonic()) * 1000))
+        for request in generation.call.requests(generation.call_id, budget_ms):
+            await self._assign(request, generation, deadline_s)
+        for _ in range(_PASSES_TO_SEND):
+            await asyncio.sleep(0)
+        generation.handed_over()
+
+    async def _assign(self, request: Request, generation: Generation, deadline_s: float) -> None:
+        no_stream_s: float | None = None
+        while True:
+            now_s = time.monotonic()
+            generation.queue.check()
+            can_go = check_serving(self.cluster.snapshot)
+            if can_go:
+                entry = self.engines.assign(request, generation.queue, deadline_s)
+                if entry is not None:
+                    generation.assigned(request.request_id, entry)
+                    return
+            if now_s >= deadline_s:
+                if can_go:
+                    raise DeadlineExceededError("the request's time is over", False)
+                raise NotReadyError("the cluster is recovering", "not_ready", 2.0)
+            if not can_go:
+                await self.cluster.wait_change(min(_LOOK_S, deadline_s - now_s))
+                continue
+            no_stream_s = no_stream_s or now_s
+            if now_s - no_stream_s > _STREAM_WAIT_S:
+                raise NotReadyError("no attention worker is ready", "not_ready", 2.0)
+            await self.engines.wait_change(min(_LOOK_S, deadline_s - now_s))
+
+    def _observe_resubmitted(self, entry: Submission) -> None:
+        cause = entry.replay_cause.value
+        self.metrics.requests_replayed.labels(cause).inc()
+        self.metrics.tokens_recomputed.labels(cause).inc(entry.num_known_tokens)
+
+
+def new_call_id(kind: CallKind) -> str:
+    """Name of a call: ``cmpl-`` or ``chatcmpl-`` and 32 hex digits."""
+    prefix = "chatcmpl" if kind is CallKind.CHAT else "cmpl"
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def tenant_salt(tenant: str, salt: str) -> str:
+    """The salt of a tenant's cached prefixes, which no other tenant finds, or can detect."""
+    return f"{tenant}\0{salt}"
+
+
+def _seed_source(base: int, name: str) -> Callable[[], int]:
+    """Draws seeds; from a base other than 0 the same ones in every run of a replica."""
+    source = random.Random(f"{base}/{name}") if base else random.SystemRandom()
+    return lambda: source.getrandbits(63)

@@ -1,0 +1,386 @@
+"""A running call: engine outputs in, pieces of text for the client out.
+
+A ``Generation`` must be closed, best with ``with``: closing it is immediate, ends whatever still
+runs in the engines and gives its place in the queue back, whether the client got everything, left,
+or was too late.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import KW_ONLY, InitVar, dataclass
+
+from cluster.core.errors import (
+    DeadlineExceededError,
+    ExpertMeshError,
+    NotReadyError,
+    QueueFullError,
+)
+from gateway.auth.key_limits import Account
+from gateway.core.call import CallPrompt, GenerateCall
+from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
+from gateway.core.errors import error_from_engine
+from gateway.engines.submission import Submission
+from gateway.generation.admission import Ticket
+from gateway.generation.choices import Choice, Found, Prompt
+from gateway.generation.output_queue import OutputQueue
+from gateway.observability.metrics import EngineMetrics, GatewayMetrics
+from gateway.text.detokenizer import (
+    ChoiceText,
+    Detokenizer,
+    StopStrings,
+    make_detokenizer,
+    place_tokens,
+)
+from gateway.text.tokenizer import Tokenizer
+from workers.requests.request import FinishReason, Timings, TokenLogprob, TokenOutput
+
+_VERDICT_S = 0.25
+"""Time after a deadline that a worker has to say whether it had begun with the request."""
+_NO_WORKER_RETRY_S = 2.0
+"""Retry time for requests that found no worker in place of a lost one."""
+
+
+@dataclass(eq=False)
+class Generation:
+    """See the module. Made by ``Gateway.start``. Times are those of ``time.monotonic``."""
+
+    call: GenerateCall
+    call_id: str
+    """Its name, which its requests' names begin with."""
+    _: KW_ONLY
+    created: int
+    """Unix time, seconds."""
+    queue: OutputQueue
+    ticket: Ticket
+    """The place in the gateway's queue."""
+    deadline_s: float
+    tokenizer: InitVar[Tokenizer | None]
+    """None makes no text."""
+    eos_token_ids: Collection[int]
+    """The model's own ends."""
+    metrics: GatewayMetrics
+    started_s: float
+    admitted_s: float
+    closed_s: float = 0.0
+    """When it was closed; 0 before."""
+    caches_prefixes: bool = False
+    """The engines report how much of a prompt was cached."""
+    caller: Account | None = None
+    """Pays for its tokens."""
+    on_close: Callable[[OutputQueue], None] = lambda queue: None
+    """Called once, at its end."""
+
+    def __post_init__(self, tokenizer: Tokenizer | None) -> None:
+        call = self.call
+        self._tokenizer = None if call.fields.token_ids_only else tokenizer
+        self._has_token = False
+        self._changed: dict[Choice, None] = {}
+        self._prompts = {
+            f"{self.call_id}-{place}": self._make_prompt(place, prompt)
+            for place, prompt in enumerate(call.prompts)
+        }
+        self._num_running = self._num_open = call.num_choices
+        self._pay(call.num_prompt_tokens)
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def prompts(self) -> Collection[Prompt]:
+        return self._prompts.values()
+
+    @property
+    def makes_text(self) -> bool:
+        """Its tokens are made into text."""
+        return self._tokenizer is not None
+
+    @property
+    def is_finished(self) -> bool:
+        """Every choice has ended, and ``next`` has returned its end."""
+        return self._num_open == 0
+
+    @property
+    def usage(self) -> Usage:
+        completion = sum(choice.text.num_tokens for choice in self._all_choices())
+        cached = sum(prompt.cached_tokens or 0 for prompt in self._prompts.values())
+        return Usage(
+            prompt_tokens=self.call.num_prompt_tokens,
+            completion_tokens=completion,
+            cached_tokens=cached if self.caches_prefixes else None,
+        )
+
+    async def read(self) -> list[Found]:
+        """Run to the end; what was read of each prompt. Raises what ``next`` raises."""
+        while await self.next():
+            pass
+        return [prompt.found for prompt in self._prompts.values()]
+
+    def assigned(self, request_id: str, submission: Submission) -> None:
+        """Note that the engines have a request."""
+        self._prompts[request_id].submission = submission
+
+    def handed_over(self) -> None:
+        """Count what was asked for, once all requests are assigned."""
+        prompts = list(self._prompts.values())
+        self._engine(prompts[0]).observe("request_params_n", self.call.n)
+        for prompt in prompts:
+            engine, num_tokens = self._engine(prompt), len(prompt.prompt.ids)
+            engine.count("prompt_tokens", num_tokens)
+            engine.observe("request_prompt_tokens", num_tokens)
+            engine.observe("request_params_max_tokens", prompt.prompt.params.max_tokens)
+
+    async def next(self, timeout_s: float | None = None) -> list[ChoiceDelta]:
+        """The next pieces of the choices, at least one; empty after ``timeout_s``.
+
+        Raises:
+            DeadlineExceededError: the call's time is over.
+            NotReadyError: it is over, and a request waits for a worker in place of a lost one.
+            ExpertMeshError: an engine could not finish it.
+        """
+        give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self.is_finished:
+            now_s = time.monotonic()
+            deadline_s = self.deadline_s + (_VERDICT_S if self._awaits_verdict() else 0.0)
+            if now_s >= deadline_s:
+                raise self._too_late()
+            if give_up_s is not None and now_s >= give_up_s:
+                break
+            wake_s = deadline_s if give_up_s is None else min(give_up_s, deadline_s)
+            outputs = await self.queue.take(wake_s - now_s)
+            for output in outputs:
+                self._take(output)
+            deltas = self._deltas()
+            if deltas:
+                return deltas
+        return []
+
+    def _awaits_verdict(self) -> bool:
+        """Whether all requests are at workers, which alone know whether they have begun."""
+        entries = [prompt.submission for prompt in self._prompts.values()]
+        sent = all(one is not None and one.was_sent and not one.is_waiting for one in entries)
+        return sent and not self._has_token
+
+    def _too_late(self) -> ExpertMeshError:
+        entries = [prompt.submission for prompt in self._prompts.values()]
+        lost = (entry for entry in entries if entry is not None and entry.was_sent)
+        if any(entry.is_waiting for entry in lost):
+            reason = "the worker was lost, and no other came within the request's time"
+            return NotReadyError(reason, "not_ready", _NO_WORKER_RETRY_S)
+        return DeadlineExceededError("the request's time is over", self._has_token)
+
+    def sent(self) -> None:
+        """Note that the pieces of the last ``next`` are on their way to the client."""
+        self.metrics.stream_lag.observe(time.monotonic() - self.queue.oldest_s)
+
+    def close(self) -> None:
+        """End it now; never waits, and does no harm when repeated."""
+        if self.closed_s:
+            return
+        self.closed_s = time.monotonic()
+        self.on_close(self.queue)
+        for prompt in self._prompts.values():
+            if prompt.submission is not None:
+                prompt.submission.abort()
+        self.ticket.release(self.closed_s)
+        self._pay(self.usage.completion_tokens)
+
+    def _pay(self, num_tokens: int) -> None:
+        if self.caller is not None:
+            self.caller.spend_tokens(num_tokens, time.monotonic())
+
+    def _make_prompt(self, place: int, prompt: CallPrompt) -> Prompt:
+        entry = Prompt(place, prompt, 0 if self.caches_prefixes else None)
+        entry.choices = [
+            Choice(entry, number, self._make_text(prompt)) for number in range(self.call.n)
+        ]
+        return entry
+
+    def _make_text(self, prompt: CallPrompt) -> ChoiceText:
+        call = self.call
+        stop = StopStrings(call.fields.stop, call.fields.include_stop_str_in_output)
+        before = () if prompt.embeds is not None else prompt.ids
+        return ChoiceText(self._detokenizer(before), stop, prompt.params.min_tokens)
+
+    def _detokenizer(self, before: tuple[int, ...] = ()) -> Detokenizer | None:
+        if self._tokenizer is None:
+            return None
+        return make_detokenizer(self._tokenizer, self.call.fields.skip_special_tokens, before)
+
+    def _all_choices(self) -> Iterable[Choice]:
+        return (choice for prompt in self._prompts.values() for choice in prompt.choices)
+
+    def _take(self, output: TokenOutput) -> None:
+        prompt = self._prompts[output.request_id]
+        if output.prompt_logprobs is not None and prompt.logprobs is None:
+            prompt.logprobs = output.prompt_logprobs
+            self._changed.update(dict.fromkeys(prompt.choices))
+        choice = prompt.choices[output.choice]
+        is_first = not (choice.number or output.index)  # not what another worker found later
+        if self.caches_prefixes and output.num_cached_tokens and is_first:
+            prompt.cached_tokens = output.num_cached_tokens
+        if choice.finish is not None:
+            return  # overshoot after a stop string
+        if output.finish_reason is FinishReason.ERROR:
+            message = output.error or "the engine could not finish the request"
+            raise self._engine_error(message, output)
+        if output.arrays or output.class_logits:
+            prompt.found = Found(output.arrays, output.class_logits)
+        self._changed[choice] = None
+        self._observe_tokens(choice, output)
+        stopped = self._feed(choice, output)
+        if stopped is not None:
+            self._finish(choice, FinishReason.STOP, stopped, None)
+            if prompt.submission is not None:
+                prompt.submission.abort((choice.number,))
+        elif output.finish_reason is not None:
+            choice.text.finish()
+            self._finish(choice, output.finish_reason, output.stop_token_id, output.timings)
+
+    def _engine_error(self, message: str, output: TokenOutput) -> ExpertMeshError:
+        code, param = output.error_code, output.error_param
+        timings = output.timings
+        has_begun = timings is not None and timings.first_dispatch_s < timings.finished_s
+        error = error_from_engine(message, code, self._has_token or has_begun, param)
+        if not isinstance(error, QueueFullError):
+            return error
+        limit = "worker_queue_full"
+        self.metrics.admission_rejections.labels(limit).inc()
+        return QueueFullError(message, self.ticket.retry_after_s(), limit)
+
+    def _feed(self, choice: Choice, output: TokenOutput) -> str | None:
+        last = len(output.token_ids) - 1
+        ends = output.finish_reason is FinishReason.STOP
+        for place, token_id in enumerate(output.token_ids):
+            logprob = output.logprobs[place] if output.logprobs else None
+            is_end = ends and place == last and self._is_end(token_id, output)
+            hidden = is_end and not self.call.fields.include_stop_str_in_output
+            stopped = choice.text.feed(token_id, logprob, hidden)
+            if stopped is not None:
+                return stopped
+        return None
+
+    def _is_end(self, token_id: int, output: TokenOutput) -> bool:
+        return token_id == output.stop_token_id or token_id in self.eos_token_ids
+
+    def _finish(
+        self,
+        choice: Choice,
+        reason: FinishReason,
+        stop_reason: str | int | None,
+        timings: Timings | None,
+    ) -> None:
+        tokens = choice.text.num_tokens
+        usage = Usage(
+            prompt_tokens=len(choice.prompt.prompt.ids),
+            completion_tokens=tokens,
+            cached_tokens=choice.prompt.cached_tokens,
+        )
+        choice.finish = Finish(reason=reason, stop_reason=stop_reason, usage=usage, timings=timings)
+        self._observe_choice(choice, choice.finish)
+        self._num_running -= 1
+        if not self._num_running:
+            self._observe_call()
+
+    def _deltas(self) -> list[ChoiceDelta]:
+        deltas = []
+        for choice in list(self._changed):
+            if choice.prompt.waits_for_logprobs:
+                continue
+            del self._changed[choice]
+            delta = self._delta(choice)
+            if delta is not None:
+                deltas.append(delta)
+        return deltas
+
+    def _delta(self, choice: Choice) -> ChoiceDelta | None:
+        if choice.has_ended:
+            return None
+        text, tokens = choice.text.take(always=choice.finish is not None)
+        echo_text, echo_tokens = self._echo(choice.prompt)
+        if choice.is_first:
+            text = echo_text + text
+        if not (text or tokens or choice.finish):
+            return None
+        delta = ChoiceDelta(
+            index=choice.prompt.index * self.call.n + choice.number,
+            prompt_index=choice.prompt.index,
+            is_first=choice.is_first,
+            cached_tokens=choice.prompt.cached_tokens,
+            text=text,
+            tokens=tuple(
+                TokenText(token.token_id, token.text_offset + len(echo_text), token.logprob)
+                for token in tokens
+            )
+            if echo_text
+            else tokens,
+            echo_tokens=echo_tokens if choice.is_first else (),
+            prompt_logprobs=self._prompt_logprobs(choice),
+            finish=choice.finish,
+        )
+        choice.is_first = False
+        if choice.finish is not None:
+            choice.has_ended = True
+            self._num_open -= 1
+        return delta
+
+    def _prompt_logprobs(self, choice: Choice) -> tuple[TokenLogprob | None, ...] | None:
+        wants = choice.is_first and self.call.fields.prompt_logprobs is not None
+        return choice.prompt.logprobs if wants else None
+
+    def _echo(self, prompt: Prompt) -> tuple[str, tuple[TokenText, ...]]:
+        if not self.call.fields.echo:
+            return "", ()
+        if prompt.echo is None:
+            prompt.echo = self._make_echo(prompt)
+        return prompt.echo
+
+    def _make_echo(self, prompt: Prompt) -> tuple[str, tuple[TokenText, ...]]:
+        ids, given = prompt.prompt.ids, prompt.prompt.text
+        detokenizer = self._detokenizer()
+        logprobs = prompt.logprobs or ()
+        if detokenizer is None:
+            places = enumerate(ids)
+            return "", tuple(TokenText(i, 0, logprobs[p] if logprobs else None) for p, i in places)
+        text, tokens = place_tokens(detokenizer, ids, logprobs)
+        return (text if given is None else given), tokens
+
+    def _observe_tokens(self, choice: Choice, output: TokenOutput) -> None:
+        count = len(output.token_ids)
+        if not count:
+            return
+        now_s, engine = time.monotonic(), self._engine(choice.prompt)
+        if not self._has_token:
+            engine.observe("time_to_first_token_seconds", now_s - self.started_s)
+            self._has_token = True
+        if choice.last_token_s is None:
+            choice.first_token_s, choice.first_timings = now_s, output.timings
+        else:
+            engine.observe("inter_token_latency_seconds", (now_s - choice.last_token_s) / count)
+        choice.last_token_s = now_s
+
+    def _observe_choice(self, choice: Choice, finish: Finish) -> None:
+        engine, tokens = self._engine(choice.prompt), choice.text.num_tokens
+        engine.add_success(finish.reason.value)
+        engine.count("generation_tokens", tokens)
+        engine.observe("request_generation_tokens", tokens)
+        if finish.timings is not None:
+            engine.observe_timings(finish.timings)
+        if tokens > 1 and choice.first_token_s is not None and choice.last_token_s is not None:
+            mean_s = (choice.last_token_s - choice.first_token_s) / (tokens - 1)
+            engine.observe("request_time_per_output_token_seconds", mean_s)
+
+    def _observe_call(self) -> None:
+        engine = self._engine(next(iter(self._prompts.values())))
+        engine.observe("e2e_request_latency_seconds", time.monotonic() - self.started_s)
+        longest = max(choice.text.num_tokens for choice in self._all_choices())
+        engine.observe("request_max_num_generation_tokens", longest)
+
+    def _engine(self, prompt: Prompt) -> EngineMetrics:
+        """Where what concerns a prompt is counted."""
+        submission = prompt.submission
+        return self.metrics.engine("" if submission is None else submission.engine)

@@ -1,0 +1,291 @@
+"""``Inspect``: arrays from inside the model for given token ids, sized before work starts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.core.errors import QueueFullError
+from gateway.core.delta import Usage
+from gateway.core.field_checks import check_length, require
+from gateway.core.model import ModelFacts
+from gateway.generation.gateway import Gateway
+from gateway.generation.losses import aux_loss, classification_loss
+from gateway.generation.pooling import (
+    Mask,
+    PooledPrompt,
+    PoolingOptions,
+    Reader,
+    apply_mask,
+    check_classifier_batch,
+    classified_token,
+    floats,
+)
+from gateway.generation.validate import check_token_ids
+from workers.requests.inspection import (
+    IGNORED_LABEL,
+    Inspection,
+    ModelShape,
+    NamedArray,
+    check_inspection,
+    num_bytes,
+)
+
+OUTPUTS = (
+    "logits",
+    "logprobs",
+    "hidden_states",
+    "router_logits",
+    "routes",
+    "attentions",
+    "loss",
+    "aux_loss",
+)
+MAX_CALL_BYTES = 64 * 1024 * 1024
+"""Bytes of the arrays of one call."""
+MAX_JSON_BYTES = 8 * 1024 * 1024
+"""The same for an answer in JSON, which is about six times as long."""
+MAX_HELD_BYTES = 256 * 1024 * 1024
+"""Bytes of the arrays that one replica holds at a time."""
+MAX_LABEL = 1e30
+"""Largest size of a label: its square is a number still."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectFields:
+    token_ids: tuple[tuple[int, ...], ...]
+    outputs: tuple[str, ...]
+    masks: tuple[Mask, ...] = ()
+    """One a prompt, or none."""
+    logits_to_keep: int | tuple[int, ...] | None = None
+    """Logits of so many last positions, 0 and None: of all; or positions, ascending."""
+    labels: tuple[tuple[float, ...], ...] = ()
+    """One row a prompt: of a language model one label a token, of a classifier its classes."""
+
+    def wants(self, *names: str) -> bool:
+        """Whether one of these outputs is asked for."""
+        return any(name in self.outputs for name in names)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspected:
+    rows: tuple[tuple[NamedArray, ...], ...]
+    """By prompt; names and shapes are those of ``workers.requests.inspection``."""
+    num_tokens: tuple[int, ...]
+    """By prompt, those that the model saw."""
+    loss: float | None
+    """Mean over all labels that count; None where it was not asked for or none counts."""
+    aux_loss: Mapping[str, float]
+    """By spelling, where asked for."""
+    usage: Usage
+
+
+class Inspecting:
+    """Serves these calls through a gateway, within its memory."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._reader = Reader(gateway)
+        self._max_prompts = gateway.limits.max_batch_prompts
+        self._held_bytes = 0
+
+    @contextlib.asynccontextmanager
+    async def inspect(
+        self, fields: InspectFields, options: PoolingOptions, most_bytes: int
+    ) -> AsyncIterator[Inspected]:
+        """What was found, which counts as held until the block ends.
+
+        Raises what ``Gateway.start`` raises.
+        """
+        self._check(fields)
+        held = 0
+        made: tuple[ModelFacts, list[PooledPrompt]] | None = None
+
+        async def make(facts: ModelFacts) -> list[PooledPrompt]:
+            nonlocal held, made
+            assert facts.shape is not None, "reported with the other facts"
+            pooled = make_prompts(fields, facts)
+            size = _total_size(pooled, facts.shape, most_bytes)
+            self._hold(size)
+            held, made = size, (facts, pooled)
+            return pooled
+
+        try:
+            found, usage = await self._reader.read(make, "insp", "token_ids", options)
+            assert made is not None, "made before it is read"
+            yield _inspected(fields, *made, [one.arrays for one in found], usage)
+        finally:
+            self._held_bytes -= held
+
+    def _check(self, fields: InspectFields) -> None:
+        _check_outputs(fields)
+        count, most = len(fields.token_ids), self._max_prompts
+        field = "token_ids"
+        require(count > 0, field, f"{field} must not be empty")
+        check_length(field, count, most)
+
+    def _hold(self, size: int) -> None:
+        held = self._held_bytes
+        if held and held + size > MAX_HELD_BYTES:
+            raise QueueFullError(
+                f"inspections hold {held} bytes, at most {MAX_HELD_BYTES} may be held", 1.0
+            )
+        self._held_bytes += size
+
+
+def make_prompts(fields: InspectFields, facts: ModelFacts) -> list[PooledPrompt]:
+    """Checked prompts. Raises ``RequestError``."""
+    prompts = fields.token_ids
+    for ids in prompts:
+        require(len(ids) > 0, "token_ids", "token_ids must not be empty")
+        check_token_ids("token_ids", ids, facts.vocab_size)
+    _check_rows("attention_mask", fields.masks, len(prompts))
+    _check_rows("labels", fields.labels, len(prompts))
+    is_small = all(abs(label) <= MAX_LABEL for row in fields.labels for label in row)
+    require(is_small, "labels", f"labels must be at most {MAX_LABEL:g} in size")
+    if facts.labels:
+        if fields.wants("logits", "loss"):
+            check_classifier_batch(len(prompts), facts)
+        require(not fields.wants("logprobs"), "outputs", "logprobs of a classifier cannot be had")
+        require(
+            fields.logits_to_keep is None, "logits_to_keep", "logits_to_keep cannot go with classes"
+        )
+        has_labels = bool(fields.labels) or not fields.wants("loss")
+        require(has_labels, "labels", "labels is required for the loss of a classifier")
+        if fields.wants("loss"):  # of any logits: the labels are checked before work starts
+            logits = np.zeros((len(prompts), len(facts.labels)), dtype=np.float32)
+            classification_loss(logits, fields.labels, facts.problem_type)
+    masks = fields.masks or tuple((1,) * len(ids) for ids in prompts)
+    make = _class_prompt if facts.labels else _token_prompt
+    return [make(fields, i, ids, masks[i], facts) for i, ids in enumerate(prompts)]
+
+
+def _token_prompt(
+    fields: InspectFields, index: int, ids: tuple[int, ...], mask: Mask, facts: ModelFacts
+) -> PooledPrompt:
+    kept = apply_mask(ids, mask)
+    labels: tuple[int, ...] = ()
+    if fields.wants("logprobs", "loss"):
+        labels = _labels(fields.labels[index], mask) if fields.labels else kept
+    places = _positions(fields.logits_to_keep, len(kept)) if fields.wants("logits") else ()
+    return PooledPrompt(ids=kept, inspection=_insides(fields, places, labels))
+
+
+def _class_prompt(
+    fields: InspectFields, index: int, ids: tuple[int, ...], mask: Mask, facts: ModelFacts
+) -> PooledPrompt:
+    kept = apply_mask(ids, mask)
+    place = classified_token(ids, mask, facts)
+    places = (sum(mask[:place]),) if fields.wants("logits", "loss") else ()
+    return PooledPrompt(ids=kept, inspection=_insides(fields, places, ()))
+
+
+def _insides(fields: InspectFields, places: tuple[int, ...], labels: tuple[int, ...]) -> Inspection:
+    return Inspection(
+        logits=places,
+        labels=labels,
+        hidden_states=fields.wants("hidden_states"),
+        router_logits=fields.wants("router_logits"),
+        routes=fields.wants("routes"),
+        attentions=fields.wants("attentions"),
+        aux=fields.wants("aux_loss"),
+    )
+
+
+def _labels(labels: tuple[float, ...], mask: Mask) -> tuple[int, ...]:
+    field = "labels"
+    message = f"{field} has {len(labels)} entries for {len(mask)} tokens"
+    require(len(labels) == len(mask), field, message)
+    whole = [int(label) for label in labels]
+    require(whole == list(labels), field, f"{field} must be token ids or {IGNORED_LABEL}")
+    hidden = [label for label, keep in zip(whole, mask, strict=True) if not keep]
+    require(
+        set(hidden) <= {IGNORED_LABEL},
+        field,
+        f"{field} must be {IGNORED_LABEL} where attention_mask is 0",
+    )
+    return tuple(label for label, keep in zip(whole, mask, strict=True) if keep)
+
+
+def _positions(wanted: int | tuple[int, ...] | None, length: int) -> tuple[int, ...]:
+    field = "logits_to_keep"
+    if isinstance(wanted, tuple):
+        is_ascending = all(a < b for a, b in pairwise(wanted))
+        require(bool(wanted) and is_ascending, field, f"{field} must be ascending positions")
+        return wanted
+    count = wanted or 0
+    require(count >= 0, field, f"{field} ({count}) must not be negative")
+    return tuple(range(max(length - count, 0) if count else 0, length))
+
+
+def _check_outputs(fields: InspectFields) -> None:
+    names = ", ".join(OUTPUTS)
+    require(len(fields.outputs) > 0, "outputs", f"outputs must not be empty: {names}")
+    unknown = next((name for name in fields.outputs if name not in OUTPUTS), None)
+    require(unknown is None, "outputs", f"outputs has {str(unknown)[:32]!r}, it may have {names}")
+
+
+def _check_rows(field: str, rows: Sequence[object], num_prompts: int) -> None:
+    message = f"{field} has {len(rows)} entries for {num_prompts} prompts"
+    require(len(rows) in (0, num_prompts), field, message)
+
+
+def _total_size(pooled: Sequence[PooledPrompt], shape: ModelShape, most: int) -> int:
+    """Bytes of all prompts. Raises ``RequestError`` for too many."""
+    size = 0
+    for prompt in pooled:
+        assert prompt.inspection is not None, "asked for"
+        check_inspection(prompt.inspection, len(prompt.ids), shape)
+        size += num_bytes(prompt.inspection, len(prompt.ids), shape)
+    message = f"outputs of the call are {size} bytes, at most {most} are allowed"
+    require(size <= most, "outputs", message)
+    return size
+
+
+def _inspected(
+    fields: InspectFields,
+    facts: ModelFacts,
+    pooled: Sequence[PooledPrompt],
+    found: Sequence[Sequence[NamedArray]],
+    usage: Usage,
+) -> Inspected:
+    rows = [{array.name: array for array in arrays} for arrays in found]
+    lengths = tuple(len(prompt.ids) for prompt in pooled)
+    assert facts.shape is not None, "reported with the other facts"
+    return Inspected(
+        rows=tuple(tuple(a for a in arrays if _is_wanted(fields, a)) for arrays in found),
+        num_tokens=lengths,
+        loss=_loss(fields, facts, rows) if fields.wants("loss") else None,
+        aux_loss=(
+            aux_loss([_aux_sums(row) for row in rows], lengths, facts.shape.banks)
+            if fields.wants("aux_loss")
+            else {}
+        ),
+        usage=usage,
+    )
+
+
+def _is_wanted(fields: InspectFields, array: NamedArray) -> bool:
+    """Asked for, not only needed for a loss."""
+    kind = array.name.partition(":")[0]
+    return kind != "aux" and (kind not in ("logits", "logprobs") or fields.wants(kind))
+
+
+def _aux_sums(row: Mapping[str, NamedArray]) -> dict[str, NDArray[np.float32]]:
+    prefix = "aux:"
+    return {n.removeprefix(prefix): floats(a) for n, a in row.items() if n.startswith(prefix)}
+
+
+def _loss(
+    fields: InspectFields, facts: ModelFacts, rows: Sequence[Mapping[str, NamedArray]]
+) -> float | None:
+    if facts.labels:
+        logits = np.concatenate([floats(row["logits"]) for row in rows])
+        return classification_loss(logits, fields.labels, facts.problem_type)
+    values = np.concatenate([floats(row["logprobs"]) for row in rows]).astype(np.float64)
+    counted = values[~np.isnan(values)]
+    return float(-counted.mean()) if len(counted) else None

@@ -1,0 +1,66 @@
+"""Where the engines' outputs of one call wait for the codec. Bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+
+from cluster.core.errors import ExpertMeshError, RequestFailedError
+from workers.requests.request import TokenOutput
+
+MAX_WAITING_OUTPUTS = 65_536
+"""Outputs that may wait for one client; a client further behind loses its call."""
+
+
+class OutputQueue:
+    """The engines' outputs of one call that the client has not received yet."""
+
+    def __init__(self, limit: int = MAX_WAITING_OUTPUTS) -> None:
+        self._outputs: deque[TokenOutput] = deque()
+        self._limit = limit
+        self._error: ExpertMeshError | None = None
+        self._ready = asyncio.Event()
+        self.oldest_s = 0.0
+        """When the first output of the last ``take`` came (``time.monotonic``)."""
+        self._first_s = 0.0
+
+    def put(self, output: TokenOutput) -> None:
+        if not self._outputs:
+            self._first_s = time.monotonic()
+        if len(self._outputs) >= self._limit:
+            self.fail(RequestFailedError("the client reads too slowly"))
+            return
+        self._outputs.append(output)
+        self._ready.set()
+
+    def fail(self, error: ExpertMeshError) -> None:
+        """End the call with an error; only the first one counts."""
+        self._error = self._error or error
+        self._ready.set()
+
+    def check(self) -> None:
+        """Raise the error of ``fail``, if there is one."""
+        if self._error is not None:
+            raise self._error
+
+    async def take(self, timeout_s: float) -> list[TokenOutput]:
+        """All outputs that are there, after waiting for the first; none after ``timeout_s``.
+
+        Raises:
+            ExpertMeshError: the error of ``fail``, once the outputs before it are taken.
+        """
+        if not self._ready.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._ready.wait()
+        taken = list(self._outputs)
+        self._outputs.clear()
+        self._ready.clear()
+        self.oldest_s = self._first_s
+        if self._error is not None:
+            self._ready.set()
+            if not taken:
+                raise self._error
+        return taken

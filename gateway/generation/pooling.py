@@ -1,0 +1,320 @@
+"""Calls that read prompts and draw nothing: embeddings, classification, scores.
+
+They are ordinary calls for admission, deadlines and the engines; see ``Gateway.start_pooling``. A
+score is a sum or a mean of natural log-probabilities of tokens, given all tokens before them.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.core.errors import RequestError
+from gateway.core.call import CallKind, CallPrompt, GenerateCall, GenerateFields
+from gateway.core.delta import Usage
+from gateway.core.field_checks import RANGES, check_cache_salt, check_length, check_range, require
+from gateway.core.model import ModelFacts
+from gateway.generation.choices import Found
+from gateway.generation.gateway import Gateway
+from gateway.generation.validate import check_context, check_token_ids
+from workers.requests.classifier import pooled_position
+from workers.requests.inspection import IGNORED_LABEL, Inspection, NamedArray, Pooling
+from workers.requests.request import SamplingParams
+
+PromptInput = str | tuple[int, ...]
+"""A text or token ids."""
+Row = TypeVar("Row")
+Mask = tuple[int, ...]
+"""One number a token: 0 leaves the token out, 1 keeps it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolingOptions:
+    """What all these calls have in common; None is unset."""
+
+    model: str | None = None
+    add_special_tokens: bool | None = None
+    """Let the tokenizer add its own tokens (bos); default True."""
+    priority: int | None = None
+    """Lower runs first."""
+    cache_salt: str | None = None
+    """Prefixes are shared with calls of the same salt only."""
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PooledPrompt:
+    """One prompt, and the arrays to return for it."""
+
+    ids: tuple[int, ...]
+    inspection: Inspection | None = None
+    """None: a classifier's logits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassRow:
+    label: str
+    """The most probable class; the first of equals."""
+    probs: tuple[float, ...]
+    """Softmax of the logits; sigmoids where the classes do not exclude each other."""
+    logits: tuple[float, ...]
+    """By class; of a language model the log-probability of each label behind the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers(Generic[Row]):
+    """Answers to a call's prompts."""
+
+    rows: tuple[Row, ...]
+    usage: Usage
+
+
+class Reader:
+    """Serves these calls through a gateway."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    @property
+    def model_name(self) -> str:
+        return self._gateway.model_name
+
+    async def embed(
+        self, prompts: Sequence[PromptInput], pooling: str | None, options: PoolingOptions
+    ) -> Answers[NDArray[np.float32]]:
+        """Vectors of prompts, [hidden_size] each, not normalised.
+
+        Raises what ``Gateway.start`` raises.
+        """
+        kinds = {kind.value: kind for kind in Pooling}
+        wanted = pooling or Pooling.LAST.value
+        require(wanted in kinds, "pooling", f"pooling ({wanted[:32]!r}) must be last or mean")
+        inspection = Inspection(embedding=kinds[wanted])
+
+        async def make(facts: ModelFacts) -> list[PooledPrompt]:
+            ids = await self._ids(prompts, facts, options, "input")
+            return [PooledPrompt(ids=one, inspection=inspection) for one in ids]
+
+        found, usage = await self.read(make, "embd", "input", options)
+        return Answers(tuple(floats(one.arrays[0]) for one in found), usage)
+
+    async def classify(
+        self,
+        prompts: Sequence[PromptInput],
+        labels: Sequence[str],
+        masks: Sequence[Mask],
+        options: PoolingOptions,
+    ) -> Answers[ClassRow]:
+        """Classes of prompts. Raises what ``Gateway.start`` raises."""
+        names: tuple[str, ...] = ()
+        is_multi = False
+
+        async def make(facts: ModelFacts) -> list[PooledPrompt]:
+            nonlocal names, is_multi
+            ids = await self._ids(prompts, facts, options, "input")
+            ids = keep_unmasked(ids, masks, facts)
+            names = facts.labels or tuple(labels)
+            is_multi = facts.problem_type == "multi_label_classification"
+            if facts.labels:
+                require(not labels, "labels", "labels must not be set: the model has its own")
+                check_classifier_batch(len(ids), facts)
+                return [PooledPrompt(ids=one) for one in ids]
+            return await self._label_prompts(ids, labels, facts)
+
+        found, usage = await self.read(make, "cls", "input", options)
+        if labels:  # a language model: one entry for each prompt and label
+            sums = [float(np.nansum(floats(one.arrays[0]), dtype=np.float64)) for one in found]
+            logits = [tuple(sums[i : i + len(names)]) for i in range(0, len(sums), len(names))]
+        else:
+            logits = [one.class_logits for one in found]
+        return Answers(tuple(_class_row(names, one, is_multi) for one in logits), usage)
+
+    async def score(
+        self,
+        queries: Sequence[PromptInput],
+        documents: Sequence[PromptInput],
+        options: PoolingOptions,
+        names: tuple[str, str] = ("queries", "documents"),
+    ) -> Answers[float]:
+        """Mean log-probabilities of documents behind queries; ``names`` are their fields.
+
+        Raises what ``Gateway.start`` raises.
+        """
+        name, other = names
+        require(
+            len(queries) in (1, len(documents)),
+            name,
+            f"{name} ({len(queries)}) do not go with {other} ({len(documents)}): "
+            "there must be one, or as many",
+        )
+
+        async def make(facts: ModelFacts) -> list[PooledPrompt]:
+            before = await self._ids(queries, facts, options, name)
+            behind = await self._ids(documents, facts, options, other, special=False)
+            if len(before) == 1:
+                before *= len(behind)
+            return [scored_prompt(*pair, name) for pair in zip(before, behind, strict=True)]
+
+        found, usage = await self.read(make, "score", other, options)
+        rows = [floats(one.arrays[0]) for one in found]
+        return Answers(tuple(float(np.nanmean(row, dtype=np.float64)) for row in rows), usage)
+
+    async def _label_prompts(
+        self, ids: Sequence[tuple[int, ...]], labels: Sequence[str], facts: ModelFacts
+    ) -> list[PooledPrompt]:
+        if not labels:
+            message = "labels is required: the model has no classes"
+            raise RequestError(message, "labels", "missing_required_parameter")
+        limits = self._gateway.limits
+        most = limits.max_choices
+        require(
+            len(ids) * len(labels) <= most,
+            "labels",
+            f"prompts times labels ({len(ids) * len(labels)}) must be at most {most}",
+        )
+        tokens = await self._gateway.prompts.make_ids(labels, facts, False, "labels")
+        require(all(tokens), "labels", "labels must not contain an empty text")
+        return [scored_prompt(one, label, "input") for one in ids for label in tokens]
+
+    async def _ids(
+        self,
+        prompts: Sequence[PromptInput],
+        facts: ModelFacts,
+        options: PoolingOptions,
+        field: str,
+        special: bool = True,
+    ) -> list[tuple[int, ...]]:
+        """Token ids of each prompt, none of them empty."""
+        most = self._gateway.limits.max_batch_prompts
+        require(len(prompts) > 0, field, f"{field} must not be empty")
+        check_length(field, len(prompts), most)
+        special = special and options.add_special_tokens is not False
+        ids = await self._gateway.prompts.make_ids(prompts, facts, special, field)
+        for one in ids:
+            require(len(one) > 0, field, f"{field} must not be empty")
+            check_token_ids(field, one, facts.vocab_size)
+        return ids
+
+    async def read(
+        self,
+        make: Callable[[ModelFacts], Awaitable[list[PooledPrompt]]],
+        prefix: str,
+        field: str,
+        options: PoolingOptions,
+    ) -> tuple[list[Found], Usage]:
+        """Run what ``make`` validates to its end. Raises what ``Gateway.start`` raises."""
+        check_range("priority", options.priority, RANGES["priority"])
+        check_cache_salt(options.cache_salt)
+
+        async def make_call(facts: ModelFacts) -> GenerateCall:
+            pooled = await make(facts)
+            most = self._gateway.limits.max_queue
+            message = f"the call needs {len(pooled)} places in the queue, there are {most}"
+            require(len(pooled) <= most, field, message)
+            for prompt in pooled:
+                check_context(len(prompt.ids), 0, facts, field)
+            return pooling_call(pooled, options, facts)
+
+        call_id = f"{prefix}-{uuid.uuid4().hex}"
+        generation = await self._gateway.start_pooling(
+            make_call, call_id, options.model, options.timeout_s
+        )
+        with generation:
+            found = await generation.read()
+            return found, generation.usage
+
+
+def pooling_call(
+    pooled: Sequence[PooledPrompt], options: PoolingOptions, facts: ModelFacts
+) -> GenerateCall:
+    params = SamplingParams(max_tokens=0)
+    return GenerateCall(
+        fields=GenerateFields(
+            kind=CallKind.COMPLETION, token_ids_only=True, priority=options.priority
+        ),
+        model=options.model or facts.name,
+        prompts=tuple(
+            CallPrompt(ids=one.ids, text=None, params=params, inspection=one.inspection)
+            for one in pooled
+        ),
+        cache_salt=options.cache_salt or "",
+    )
+
+
+def scored_prompt(before: tuple[int, ...], behind: tuple[int, ...], field: str) -> PooledPrompt:
+    """Log-probabilities of some tokens behind others. Raises ``RequestError`` without those."""
+    if not before:
+        raise RequestError(f"{field} must not be empty", field)
+    labels = (IGNORED_LABEL,) * len(before) + behind
+    return PooledPrompt(ids=before + behind, inspection=Inspection(labels=labels))
+
+
+def keep_unmasked(
+    ids: Sequence[tuple[int, ...]], masks: Sequence[Mask], facts: ModelFacts
+) -> list[tuple[int, ...]]:
+    """Each prompt without the tokens that its mask leaves out.
+
+    A classifier looks at the last token that is not the pad token, whatever the mask says: it
+    must not be left out. Raises ``RequestError``.
+    """
+    if not masks:
+        return list(ids)
+    field = "attention_mask"
+    message = f"{field} has {len(masks)} entries for {len(ids)} prompts"
+    require(len(masks) == len(ids), field, message)
+    return [_kept(one, mask, facts) for one, mask in zip(ids, masks, strict=True)]
+
+
+def apply_mask(ids: tuple[int, ...], mask: Mask) -> tuple[int, ...]:
+    """The tokens that a mask keeps. Raises ``RequestError``."""
+    field = "attention_mask"
+    require(len(mask) == len(ids), field, f"{field} has {len(mask)} numbers for {len(ids)} tokens")
+    require(set(mask) <= {0, 1}, field, f"{field} must be made of 0 and 1")
+    require(any(mask), field, f"{field} must not leave out all tokens")
+    return tuple(token for token, keep in zip(ids, mask, strict=True) if keep)
+
+
+def _kept(ids: tuple[int, ...], mask: Mask, facts: ModelFacts) -> tuple[int, ...]:
+    kept = apply_mask(ids, mask)
+    if facts.labels:
+        place = classified_token(ids, mask, facts)
+        return apply_mask(ids[: place + 1], mask[: place + 1])
+    return kept
+
+
+def classified_token(ids: tuple[int, ...], mask: Mask, facts: ModelFacts) -> int:
+    """Position of the token that a classifier looks at. Raises ``RequestError`` if masked."""
+    field, place = "attention_mask", pooled_position(ids, facts.pad_token_id)
+    note = f"token {place}, which the classifier looks at"
+    require(bool(mask[place]), field, f"{field} must not leave out {note}")
+    return place
+
+
+def check_classifier_batch(num_prompts: int, facts: ModelFacts) -> None:
+    """Raise ``RequestError`` for several prompts of a classifier without a pad token."""
+    require(
+        num_prompts == 1 or facts.pad_token_id is not None,
+        "input",
+        f"input has {num_prompts} prompts, there must be one: the model has no pad token",
+    )
+
+
+def floats(array: NamedArray) -> NDArray[np.float32]:
+    """An array of float32 as numpy's."""
+    return np.frombuffer(array.data, dtype="<f4").reshape(array.shape)
+
+
+def _class_row(names: Sequence[str], logits: tuple[float, ...], is_multi: bool) -> ClassRow:
+    if is_multi:
+        probs = [1 / (1 + math.exp(-max(value, -700.0))) for value in logits]
+    else:
+        weights = [math.exp(value - max(logits)) for value in logits]
+        probs = [weight / sum(weights) for weight in weights]
+    best = max(range(len(logits)), key=lambda i: logits[i])
+    return ClassRow(label=names[best], probs=tuple(probs), logits=logits)

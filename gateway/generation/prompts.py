@@ -1,0 +1,233 @@
+"""Prompts from text and conversations to tokens, off the event loop where they are long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cluster.core.errors import RequestError, UnsupportedParameterError
+from gateway.core.call import ChatInput, GenerateFields
+from gateway.core.field_checks import check_chat
+from gateway.core.model import ModelFacts
+from gateway.core.tool_use import AnswerForm, ToolForm
+from gateway.generation.validate import check_context, check_token_ids, truncate
+from gateway.text.chat_template import ChatTemplate
+from gateway.text.client_templates import ClientTemplates, TemplateAnswer
+from gateway.text.render_template import PARAM
+from gateway.text.tokenizer import Tokenizer
+from gateway.text.tools import tool_grammar
+
+_INLINE_CHARS = 2048
+"""Longer texts are tokenized in a thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as a prompt."""
+
+    text: str
+    tool_form: ToolForm
+    """The form of the model's calls, where the conversation has tools."""
+
+
+class PromptMaker:
+    """Tokenizes.
+
+    Args:
+        tokenizer: None where the checkpoint has none: prompts must be token ids then.
+        trusts_templates: render chat templates that clients send.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, trusts_templates: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self._trusts_templates = trusts_templates
+        self._client_templates = ClientTemplates()
+
+    @property
+    def has_tools(self) -> bool:
+        """The model's chat template takes tools, in a form that is known."""
+        template = self.tokenizer.chat_template if self.tokenizer else None
+        return template is not None and template.tool_form is not None
+
+    def require_tokenizer(self, param: str) -> Tokenizer:
+        """The tokenizer. Raises ``RequestError`` without one."""
+        if self.tokenizer is None:
+            raise RequestError(
+                "the model has no tokenizer: only token ids can be used, not text", param
+            )
+        return self.tokenizer
+
+    async def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        return (await self._encode_all([text], add_special_tokens))[0]
+
+    async def tokenize(
+        self, text: str, chat: ChatInput | None, add_special_tokens: bool | None
+    ) -> tuple[int, ...]:
+        """Token ids of a text or of a conversation.
+
+        The tokenizer adds its own tokens to a text by default, to a conversation on demand.
+        """
+        if chat is None:
+            return await self.encode(text, add_special_tokens is not False)
+        return await self.encode((await self.render(chat)).text, bool(add_special_tokens))
+
+    async def render(self, chat: ChatInput) -> Rendered:
+        """The prompt of a conversation. Raises ``RequestError`` without a chat template."""
+        check_chat(chat)
+        opens_turn = chat.add_generation_prompt
+        options: dict[str, Any] = {
+            "add_generation_prompt": not chat.continue_final_message
+            if opens_turn is None
+            else opens_turn,
+            "continue_final_message": bool(chat.continue_final_message),
+            "variables": chat.template_kwargs,
+            "tools": None if chat.tools is None else chat.tools.for_template(),
+        }
+        own = self.require_tokenizer("messages").chat_template
+        if chat.template is not None:
+            variables = {} if own is None else own.variables
+            return await self._render_foreign(chat, chat.template, variables, options)
+        if own is None:
+            raise RequestError("the model has no chat template: use completions", "messages")
+        form = _check_tools(chat, own)
+        text = await asyncio.to_thread(own.render, chat.messages, **options)
+        return Rendered(text, form)
+
+    async def _render_foreign(
+        self,
+        chat: ChatInput,
+        source: str,
+        variables: Mapping[str, str],
+        options: Mapping[str, Any],
+    ) -> Rendered:
+        if not self._trusts_templates:
+            needs = "the server was started without --trust-request-chat-template"
+            raise UnsupportedParameterError(f"chat_template is not supported: {needs}", PARAM)
+        found = await self._client_templates.render(source, variables, chat.messages, options)
+        form = _check_tools(chat, found)
+        if found.error is not None:
+            raise found.error
+        return Rendered(found.text or "", form)
+
+    def _with_tools(self, fields: GenerateFields, form: ToolForm) -> GenerateFields:
+        """The same fields, with the grammar that calls of their tools follow."""
+        if fields.chat is None or fields.chat.tools is None:
+            return fields
+        use, special_ids = fields.chat.tools, self.require_tokenizer("tools").special_ids
+        return replace(
+            fields,
+            grammar=tool_grammar(use, form, special_ids, fields.grammar),
+            tool_form=AnswerForm(calls=form, must_call=use.must_call),
+            skip_special_tokens=False,
+        )
+
+    async def decode(self, ids: Sequence[int], facts: ModelFacts) -> str:
+        """Text of token ids. Raises ``RequestError`` for one outside the vocabulary."""
+        tokenizer = self.require_tokenizer("tokens")
+        check_token_ids("tokens", ids, facts.vocab_size)
+        return await asyncio.to_thread(tokenizer.decode, ids, False)
+
+    async def bad_words(self, fields: GenerateFields) -> tuple[tuple[int, ...], ...]:
+        """Token sequences of each bad word, at the start of a text and after a space.
+
+        A word of white space alone is taken as it is.
+
+        Raises:
+            RequestError: a word has no tokens, or there is no tokenizer.
+        """
+        if not fields.bad_words:
+            return ()
+        encode = self.require_tokenizer("bad_words").encode
+        forms: list[str] = []
+        for word in fields.bad_words:
+            forms += [word.lstrip(), f" {word.lstrip()}"] if word.strip() else [word]
+        found = await asyncio.to_thread(lambda: [encode(form, False) for form in forms])
+        if not all(found):
+            raise RequestError("bad_words has a word without tokens", "bad_words")
+        return tuple(dict.fromkeys(found))
+
+    async def make(
+        self, fields: GenerateFields, facts: ModelFacts
+    ) -> tuple[GenerateFields, list[tuple[str | None, tuple[int, ...]]]]:
+        """The fields, with the form of their tools; (text or None, token ids) of each prompt."""
+        if fields.chat is None:
+            return fields, await self._make_all(fields, facts)
+        rendered = await self.render(fields.chat)
+        if fields.truncate_prompt_tokens is None:
+            self._check_length(rendered.text, facts, "messages")
+        encoded = await self.encode(rendered.text, bool(fields.add_special_tokens))
+        if fields.chat.template is not None and not encoded:
+            raise RequestError(f"{PARAM} makes an empty prompt", PARAM)
+        fields = self._with_tools(fields, rendered.tool_form)
+        return fields, [(None, truncate(encoded, fields, facts))]
+
+    async def _make_all(
+        self, fields: GenerateFields, facts: ModelFacts
+    ) -> list[tuple[str | None, tuple[int, ...]]]:
+        cuts = fields.truncate_prompt_tokens is not None
+        special = fields.add_special_tokens is not False
+        if cuts:
+            whole = await self._encode_mixed(fields.prompts, special)
+            return [(None, truncate(one, fields, facts)) for one in whole]
+        ids = await self.make_ids(fields.prompts, facts, special, fields.prompt_name)
+        texts = (prompt if isinstance(prompt, str) else None for prompt in fields.prompts)
+        return list(zip(texts, ids, strict=True))
+
+    async def make_ids(
+        self,
+        prompts: Sequence[str | tuple[int, ...]],
+        facts: ModelFacts,
+        add_special_tokens: bool,
+        param: str,
+    ) -> list[tuple[int, ...]]:
+        """Token ids of texts and of token ids. Raises ``RequestError`` for what cannot fit."""
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                self._check_length(prompt, facts, param)
+        return await self._encode_mixed(prompts, add_special_tokens)
+
+    async def _encode_mixed(
+        self, prompts: Sequence[str | tuple[int, ...]], add_special_tokens: bool
+    ) -> list[tuple[int, ...]]:
+        """Token ids of texts; token ids stay as they are."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        encoded = iter(await self._encode_all(texts, add_special_tokens))
+        return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    async def _encode_all(
+        self, texts: Sequence[str], add_special_tokens: bool
+    ) -> list[tuple[int, ...]]:
+        if not texts:
+            return []
+        encode = self.require_tokenizer("prompt").encode
+        if sum(map(len, texts)) <= _INLINE_CHARS:
+            return [encode(text, add_special_tokens) for text in texts]
+        return await asyncio.to_thread(lambda: [encode(text, add_special_tokens) for text in texts])
+
+    def _check_length(self, text: str, facts: ModelFacts, param: str) -> None:
+        """Refuse a text that cannot fit before time is spent on it."""
+        tokenizer = self.require_tokenizer(param)
+        if tokenizer.is_surely_longer_than(text, facts.context_tokens):
+            at_least = len(text) // tokenizer.max_token_chars
+            check_context(at_least, 0, facts, param)
+
+
+def _check_tools(chat: ChatInput, template: ChatTemplate | TemplateAnswer) -> ToolForm:
+    """How the template's model calls tools (any form where the conversation has none).
+
+    Raises:
+        UnsupportedParameterError: the conversation has tools, and the template none.
+    """
+    form = template.tool_form
+    if chat.tools is not None and form is None:
+        takes = "tools in no known form" if template.has_tools else "no tools"
+        reason = f"tools is not supported: the model's chat template takes {takes}"
+        raise UnsupportedParameterError(reason, "tools")
+    for place, message in enumerate(chat.messages):
+        if not template.has_tools and message.get("tool_calls"):
+            name = f"messages[{place}].tool_calls"
+            reason = f"{name} is not supported: the model's chat template takes no tools"
+            raise UnsupportedParameterError(reason, name)
+    return form or ToolForm.HERMES

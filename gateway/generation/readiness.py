@@ -1,0 +1,48 @@
+"""Whether the cluster can serve requests, by the controller's snapshot. Pure."""
+
+from __future__ import annotations
+
+from cluster.core.errors import NotReadyError
+from gateway.cluster.view import Snapshot
+
+_SERVING = ("SERVING", "DEGRADED")
+
+
+def unready_reasons(snapshot: Snapshot | None) -> list[str]:
+    """Why the cluster cannot serve new requests now; empty when it can."""
+    if snapshot is None:
+        return ["the controller has not answered yet"]
+    reasons = [] if snapshot["state"] in _SERVING else [_state_of(snapshot)]
+    if not snapshot.get("experts_complete", True):
+        reasons.append("some experts are on no worker")
+    return reasons
+
+
+def check_serving(snapshot: Snapshot | None) -> bool:
+    """Whether requests can be handed over now; False while they should wait.
+
+    Raises:
+        NotReadyError: waiting would not help.
+    """
+    if snapshot is None:
+        raise NotReadyError("the cluster is starting", "not_ready", 2.0)
+    state = snapshot["state"]
+    if state == "RECOVERING":
+        return False
+    if state == "DRAINING":
+        raise NotReadyError("the cluster is draining", "draining", 10.0)
+    if state not in _SERVING:
+        raise NotReadyError(_state_of(snapshot), "not_ready", 2.0)
+    if not snapshot.get("experts_complete", True):
+        raise NotReadyError("some experts are on no worker", "experts_unavailable", 5.0)
+    return True
+
+
+def server_ends() -> NotReadyError:
+    """The refusal of a server that is about to stop."""
+    return NotReadyError("the server is about to stop", "draining", 10.0)
+
+
+def _state_of(snapshot: Snapshot) -> str:
+    reason = snapshot.get("error")
+    return f"the cluster is {snapshot['state']}" + (f": {reason}" if reason else "")

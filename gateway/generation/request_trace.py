@@ -1,0 +1,64 @@
+"""What is kept of a request that is traced, until it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gateway.core.call import GenerateFields
+from gateway.generation.generation import Generation
+
+CLIENT_GONE = "client_closed_request"
+"""Error of a request whose client left."""
+DEADLINE_PASSED = "deadline_exceeded"
+"""Error of a request that its client gave up at its deadline."""
+Port = Literal["http", "grpc"]
+
+
+@dataclass(slots=True)
+class RequestTrace:
+    """One request: the times that its spans are made of are in its generation."""
+
+    operation: str
+    port: Port
+    request_id: str
+    headers: Mapping[str, Sequence[str]]
+    """``traceparent`` and ``tracestate``, each with every value that came."""
+    on_end: Callable[[RequestTrace], None]
+    fields: GenerateFields | None = None
+    """What was asked for, once it is known to be within its limits; None for embeddings."""
+    generation: Generation | None = None
+    response_id: str | None = None
+    """Id of the answer, where it is not the call's."""
+    error: str = ""
+    """``code`` of the error in the answer; empty: none."""
+    began_s: float = field(default_factory=time.monotonic)
+    ended_s: float = 0.0
+
+    def end(self, error: str = "") -> None:
+        """The request is over and its generation closed; ``error`` is one that has no answer.
+
+        Its spans are made in the loop's next turn: over gRPC the answer is still to be sent.
+        """
+        self.error = error or self.error
+        self.ended_s = time.monotonic()
+        asyncio.get_running_loop().call_soon(self.on_end, self)
+
+
+TRACE: ContextVar[RequestTrace | None] = ContextVar("TRACE", default=None)
+"""Of the request that the running task serves, where it is traced."""
+
+
+def note_error(code: str) -> None:
+    if (trace := TRACE.get()) is not None:
+        trace.error = code
+
+
+def note_response_id(name: str) -> None:
+    """Note the id of the answer where the client chose it."""
+    if (trace := TRACE.get()) is not None:
+        trace.response_id = name

@@ -1,0 +1,107 @@
+"""Traces of requests: kept while a request runs, made into spans once it is over.
+
+An edge begins a ``RequestTrace`` and ends it; on the way ``Gateway`` leaves the call's fields and
+its ``Generation`` in it. The spans are made of times that are taken anyway: nothing is done for
+them before the first token is out. Off, there is one check for None a request.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from cluster.config.cluster import ObservabilitySection
+from cluster.tracing import names
+from cluster.tracing.exporter import TraceExport, load_exporter
+from gateway.cluster.events import ClusterEvents
+from gateway.generation.request_spans import Decode, record_request
+from gateway.generation.request_trace import TRACE, Port, RequestTrace
+
+logger = logging.getLogger(__name__)
+
+OPERATIONS: Mapping[str, str] = {
+    "/v1/completions": names.TEXT_COMPLETION,
+    "/v1/chat/completions": names.CHAT,
+    "/v1/embeddings": names.EMBEDDINGS,
+    "Generate": names.TEXT_COMPLETION,
+    "GenerateStream": names.TEXT_COMPLETION,
+    "Embed": names.EMBEDDINGS,
+}
+"""Paths and procedures that are traced; conversations over gRPC are chats too."""
+_HEADERS = ("traceparent", "tracestate")
+
+
+class Tracing:
+    """Traces the requests of one replica.
+
+    Args:
+        export: takes the spans.
+        model: the one that is served.
+        addresses: ``host:port`` of ``http`` and ``grpc``, when they are known.
+        decode: None keeps prompts and outputs out.
+    """
+
+    def __init__(
+        self,
+        export: TraceExport,
+        model: str,
+        addresses: Callable[[], Mapping[str, Any]],
+        decode: Decode | None,
+    ) -> None:
+        self.stop = export.stop
+        self._tracer = export.tracer
+        self._model = model
+        self._addresses = addresses
+        self._decode = decode
+        self._cluster_events = ClusterEvents()
+
+    def begin(
+        self, name: str, port: Port, request_id: str, headers: Iterable[tuple[str, str | bytes]]
+    ) -> RequestTrace | None:
+        """A request to one of ``OPERATIONS``, which the running task serves; None for others."""
+        operation = OPERATIONS.get(name)
+        if operation is None:
+            return None
+        parent: dict[str, list[str]] = {}
+        for header, value in headers:
+            if header in _HEADERS and isinstance(value, str):
+                parent.setdefault(header, []).append(value)
+        trace = RequestTrace(operation, port, request_id, parent, self._record)
+        TRACE.set(trace)
+        return trace
+
+    def see(self, snapshot: Mapping[str, Any]) -> None:
+        self._cluster_events.take(snapshot, time.monotonic())
+
+    def _record(self, trace: RequestTrace) -> None:
+        """Make the spans of a request that is over. A failure here is not the request's."""
+        try:
+            record_request(
+                self._tracer,
+                trace,
+                model=self._model,
+                address=str(self._addresses().get(trace.port, "")),
+                cluster_events=self._cluster_events,
+                decode=self._decode,
+            )
+        except Exception:
+            logger.exception("request %s has no trace", trace.request_id)
+
+
+def start_tracing(
+    section: ObservabilitySection,
+    instance: str,
+    model: str,
+    addresses: Callable[[], Mapping[str, Any]],
+    decode: Decode,
+) -> Tracing | None:
+    """What traces the requests of a replica; None where no endpoint is given.
+
+    Raises ``ConfigError`` where the packages for it are missing.
+    """
+    if section.otlp_endpoint is None:
+        return None
+    export = load_exporter(section.otlp_endpoint)(instance)
+    return Tracing(export, model, addresses, decode if section.trace_content else None)

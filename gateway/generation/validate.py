@@ -1,0 +1,209 @@
+"""From checked fields to a call: what depends on the model, defaults and seeds.
+
+``field_checks.check_fields`` runs first. Nothing is allocated for a call before both have passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from msgspec.structs import replace
+
+from cluster.core.errors import ContextLengthError, RequestError
+from gateway.core.call import CallKind, CallPrompt, GenerateCall, GenerateFields
+from gateway.core.field_checks import require
+from gateway.core.model import ModelFacts
+from workers.requests.request import SamplingParams
+
+DEFAULT_MAX_TOKENS = 16
+"""New tokens of a completion that says nothing."""
+MAX_LOGPROB_ENTRIES = 4_000_000
+"""Log-probabilities that one call may ask for in all."""
+_SAMPLED = (
+    *("min_tokens", "temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty"),
+    *("presence_penalty", "logit_bias", "stop_token_ids", "ignore_eos", "logprob_token_ids"),
+    "grammar",
+)
+"""Fields that ``SamplingParams`` has by the same name; unset ones take its defaults."""
+
+
+def finish_call(
+    fields: GenerateFields,
+    prompts: Sequence[tuple[str | None, tuple[int, ...]]],
+    model: ModelFacts,
+    draw_seed: Callable[[], int],
+    bad_words: Sequence[tuple[int, ...]] = (),
+) -> GenerateCall:
+    """The validated call.
+
+    Args:
+        fields: checked by ``check_fields``.
+        prompts: (text or None, token ids) of each prompt.
+        model: limits of the served model.
+        draw_seed: makes a seed for each prompt where the client gave none.
+        bad_words: token sequences of ``fields.bad_words``.
+
+    Raises:
+        RequestError: a token id outside the vocabulary, or a prompt without tokens.
+        ContextLengthError: prompt and output do not fit.
+    """
+    _check_ids(fields, bad_words, model)
+    field = "messages" if fields.kind is CallKind.CHAT else fields.prompt_name
+    for _, ids in prompts:
+        require(len(ids) > 0, field, f"{field} must not be empty")
+        check_token_ids(field, ids, model.vocab_size)
+    if fields.embeds is not None and model.shape is not None:
+        width, name = model.shape.hidden_size, "embeddings"
+        message = f"{name} are {fields.embeds.width} wide, the model's {width}"
+        require(fields.embeds.width == width, name, message)
+    params = _make_params(fields, tuple(bad_words))
+    finished = tuple(
+        CallPrompt(
+            ids=ids,
+            text=text,
+            embeds=fields.embeds,
+            params=replace(
+                params,
+                max_tokens=_max_tokens(fields, len(ids), model),
+                seed=draw_seed() if fields.seed is None else fields.seed,
+            ),
+        )
+        for text, ids in prompts
+    )
+    _check_logprob_entries(fields, finished)
+    return GenerateCall(
+        fields=fields,
+        model=fields.model or model.name,
+        prompts=finished,
+        cache_salt=fields.cache_salt or "",
+    )
+
+
+def truncate(ids: tuple[int, ...], fields: GenerateFields, model: ModelFacts) -> tuple[int, ...]:
+    """What ``truncate_prompt_tokens`` leaves of a prompt."""
+    wanted = fields.truncate_prompt_tokens
+    if wanted is None:
+        return ids
+    output = fields.max_tokens if fields.max_tokens is not None else max(1, fields.min_tokens or 0)
+    room = max(1, model.context_tokens - output)
+    kept = room if wanted == -1 else wanted
+    return ids[:kept] if fields.truncation_side == "right" else ids[-kept:]
+
+
+def check_token_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Raise ``RequestError`` for an id outside the vocabulary."""
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        message = f"{name}: token id {wrong} is not in the vocabulary (0 to {vocab_size - 1})"
+        raise RequestError(message, name)
+
+
+def _check_ids(
+    fields: GenerateFields, bad_words: Sequence[tuple[int, ...]], model: ModelFacts
+) -> None:
+    """All token ids but those of prompts."""
+    allowed, size = fields.allowed_token_ids or (), model.vocab_size
+    check_token_ids("stop_token_ids", fields.stop_token_ids, size)
+    require(
+        len(allowed) <= size,
+        "allowed_token_ids",
+        f"allowed_token_ids has {len(allowed)} entries, the vocabulary has {size}",
+    )
+    check_token_ids("allowed_token_ids", allowed, size)
+    check_token_ids("logprob_token_ids", fields.logprob_token_ids, size)
+    for word in bad_words:
+        check_token_ids("bad_words", word, size)
+    check_token_ids("logit_bias", [token for token, _ in fields.logit_bias], size)
+    _check_leaves_tokens(fields, model)
+
+
+def _check_leaves_tokens(fields: GenerateFields, model: ModelFacts) -> None:
+    """``min_tokens`` masks what would end the text: some other token must be there."""
+    ending = set(fields.stop_token_ids)
+    if not fields.ignore_eos:
+        ending.update(model.eos_token_ids)
+    name, left = "stop_token_ids", model.vocab_size - len(ending)
+    if fields.allowed_token_ids is not None:
+        name, left = "allowed_token_ids", len(set(fields.allowed_token_ids) - ending)
+    require(
+        not fields.min_tokens or left > 0,
+        name,
+        f"{name} leave no token of the vocabulary ({model.vocab_size}) for min_tokens",
+    )
+
+
+def check_context(num_tokens: int, max_tokens: int, model: ModelFacts, name: str) -> None:
+    """Raise ``ContextLengthError`` if a prompt with ``max_tokens`` new tokens does not fit."""
+    total = num_tokens + max_tokens
+    if total > model.max_model_len:
+        raise ContextLengthError(
+            f"This model's maximum context length is {model.max_model_len} tokens. However, you "
+            f"requested {total} tokens ({num_tokens} in the prompt, {max_tokens} for the output).",
+            name,
+        )
+    if 0 < model.max_kv_tokens < total:
+        raise ContextLengthError(
+            f"This server's maximum context length is {model.max_kv_tokens} tokens (its KV cache). "
+            f"However, you requested {total} tokens ({num_tokens} in the prompt, {max_tokens} for "
+            "the output).",
+            name,
+        )
+
+
+def _max_tokens(fields: GenerateFields, num_tokens: int, model: ModelFacts) -> int:
+    name = "messages" if fields.kind is CallKind.CHAT else fields.prompt_name
+    if fields.max_tokens is not None:
+        prompt_only = num_tokens >= model.context_tokens
+        check_context(
+            num_tokens, fields.max_tokens, model, name if prompt_only else fields.max_tokens_name
+        )
+        return fields.max_tokens
+    check_context(num_tokens, max(1, fields.min_tokens or 0), model, name)
+    room = model.context_tokens - num_tokens
+    if fields.kind is CallKind.CHAT:
+        return room
+    return min(max(DEFAULT_MAX_TOKENS, fields.min_tokens or 0), room)
+
+
+def _num_drawn_logprobs(fields: GenerateFields) -> int | None:
+    """Alternatives that the engine reports: ranking needs the drawn tokens' own."""
+    wanted = fields.num_logprobs
+    return 0 if wanted is None and fields.is_ranked else wanted
+
+
+def _num_prompt_logprobs(fields: GenerateFields) -> int | None:
+    """Alternatives that the engine reports for each prompt token."""
+    echoed = fields.logprobs if fields.echo else None
+    counts = [count for count in (echoed, fields.prompt_logprobs) if count is not None]
+    return max(counts, default=None)
+
+
+def _make_params(fields: GenerateFields, bad_words: tuple[tuple[int, ...], ...]) -> SamplingParams:
+    """What all prompts share; each has its own limit and seed."""
+    given: dict[str, Any] = {
+        name: value for name in _SAMPLED if (value := getattr(fields, name)) is not None
+    }
+    return SamplingParams(
+        **given,
+        top_k=min(max(fields.top_k or 0, 0), 2**31 - 1),
+        logprobs=_num_drawn_logprobs(fields),
+        prompt_logprobs=_num_prompt_logprobs(fields),
+        allowed_token_ids=tuple(sorted(set(fields.allowed_token_ids or ()))),
+        bad_words=bad_words,
+    )
+
+
+def _check_logprob_entries(fields: GenerateFields, prompts: Sequence[CallPrompt]) -> None:
+    new, of_prompt = _num_drawn_logprobs(fields), _num_prompt_logprobs(fields)
+    entries = fields.num_drawn * sum(
+        p.params.max_tokens * (0 if new is None else new + 1)
+        + len(p.ids) * (0 if of_prompt is None else of_prompt + 1)
+        for p in prompts
+    )
+    name = fields.logprobs_name if new is not None else "prompt_logprobs"
+    require(
+        entries <= MAX_LOGPROB_ENTRIES,
+        name,
+        f"{name} times tokens times choices ({entries}) must be at most {MAX_LOGPROB_ENTRIES}",
+    )

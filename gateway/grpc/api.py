@@ -1,0 +1,119 @@
+"""The procedures of ``expertmesh.v1.Inference``: messages in, the same calls to ``Gateway``.
+
+``gateway.grpc.handlers`` serves each of them within its ``GrpcEdge``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+from google.protobuf.descriptor import ServiceDescriptor
+
+from cluster.core.errors import RequestError
+from gateway.core.field_checks import check_stream
+from gateway.core.priority import with_header_priority
+from gateway.generation.answer import collect
+from gateway.generation.gateway import Gateway, new_call_id
+from gateway.generation.generation import Generation
+from gateway.grpc.convert import grpc_chat_input, grpc_fields, optional
+from gateway.grpc.edge import GrpcEdge
+from gateway.grpc.format import GrpcFormat
+from gateway.grpc.pooling import PoolingProcedures
+from protos import inference_pb2 as pb
+from protos import types_pb2
+
+SERVICE: ServiceDescriptor = pb.DESCRIPTOR.services_by_name["Inference"]
+
+
+class InferenceProcedures(PoolingProcedures):
+    """All procedures, by their names in the service."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        super().__init__(gateway)
+        self._gateway = gateway
+
+    async def Generate(self, request: pb.GenerateRequest, edge: GrpcEdge) -> pb.GenerateResponse:
+        with await self._start(request, edge) as generation:
+            choices = await collect(generation)
+            edge.set_usage(generation.usage)
+            formatter = GrpcFormat(generation, self._gateway.tokenizer, edge.request_id)
+            return formatter.whole(choices, generation.usage)
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, edge: GrpcEdge
+    ) -> AsyncGenerator[pb.GenerateChunk]:
+        with await self._start(request, edge, streams=True) as generation:
+            await edge.send_id()  # while the engine works at the first token
+            formatter = GrpcFormat(generation, self._gateway.tokenizer, edge.request_id)
+            while deltas := await generation.next():
+                for delta in deltas:
+                    yield formatter.chunk(delta)
+                generation.sent()
+            edge.set_usage(generation.usage)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, edge: GrpcEdge) -> pb.TokenizeResponse:
+        gateway = self._gateway
+        gateway.check_model(request.model or None)
+        source = request.WhichOneof("input")
+        if source is None:
+            message = "one of prompt and messages is required"
+            raise RequestError(message, "prompt", "missing_required_parameter")
+        chat = grpc_chat_input(request.messages) if source == "messages" else None
+        special = optional(request, "add_special_tokens")
+        ids = await gateway.prompts.tokenize(request.prompt, chat, special)
+        tokenizer = gateway.prompts.require_tokenizer("prompt")
+        names = [tokenizer.token_text(i) for i in ids] if request.return_token_strs else []
+        return pb.TokenizeResponse(
+            count=len(ids),
+            max_model_len=gateway.facts.max_model_len if gateway.facts else 0,
+            tokens=ids,
+            token_strs=names,
+        )
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, edge: GrpcEdge
+    ) -> pb.DetokenizeResponse:
+        self._gateway.check_model(request.model or None)
+        facts = self._gateway.require_facts()
+        text = await self._gateway.prompts.decode(tuple(request.tokens), facts)
+        return pb.DetokenizeResponse(prompt=text)
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, edge: GrpcEdge
+    ) -> types_pb2.ModelInfo:
+        self._gateway.check_model(request.model or None)
+        return self._model()
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, edge: GrpcEdge
+    ) -> pb.ListModelsResponse:
+        """All models: the one that is served."""
+        return pb.ListModelsResponse(models=[self._model()])
+
+    async def _start(
+        self, request: pb.GenerateRequest, edge: GrpcEdge, streams: bool = False
+    ) -> Generation:
+        fields = with_header_priority(grpc_fields(request), edge.priority_header)
+        if streams:
+            check_stream(fields)
+        return await self._gateway.start(fields, new_call_id(fields.kind), edge.time_left_s)
+
+    def _model(self) -> types_pb2.ModelInfo:
+        gateway = self._gateway
+        facts, tokenizer = gateway.facts, gateway.tokenizer
+        info = types_pb2.ModelInfo(
+            id=gateway.model_name,
+            owned_by="expertmesh",
+            created=gateway.created,
+            root=gateway.model_name,
+            has_tokenizer=tokenizer is not None,
+            has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
+            has_tools=gateway.prompts.has_tools,
+        )
+        if facts is not None:
+            info.max_model_len = facts.max_model_len
+            info.model_type = facts.model_type
+            info.dtype = facts.dtype
+            info.vocab_size = facts.vocab_size
+            info.eos_token_ids.extend(facts.eos_token_ids)
+        return info

@@ -1,0 +1,143 @@
+"""Messages to the one call type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+
+from cluster.core.errors import RequestError, UnsupportedParameterError
+from gateway.core.call import FIELD_NAMES, CallKind, ChatInput, GenerateFields
+from gateway.core.field_checks import MAX_MESSAGES, check_length, check_messages
+from gateway.core.tool_use import Tool, ToolUse
+from gateway.text.structured import make_grammar
+from gateway.text.tools import MAX_TOOLS, json_object, make_tool_use, template_call
+from protos import inference_pb2 as pb
+from protos import types_pb2
+from workers.requests.prompt_embeds import PromptEmbeds, read_embeds
+from workers.requests.request import Grammar
+
+_SCALARS = (str, int, float)
+
+
+def grpc_fields(request: pb.GenerateRequest) -> GenerateFields:
+    source = request.WhichOneof("input")
+    if source is None:
+        message = "one of text, token_ids, messages and embeddings is required"
+        raise RequestError(message, "input", "missing_required_parameter")
+    embeds = _grpc_embeds(request) if source == "embeddings" else None
+    sampling, options = request.sampling_params, request.output_options
+    is_chat = source == "messages"
+    if is_chat and options.echo:
+        raise UnsupportedParameterError("echo is not supported for chat", "echo")
+    fields = {**_given(request), **_given(sampling), **_given(options)}
+    fields["logit_bias"] = tuple(sorted(sampling.logit_bias.items()))
+    if sampling.HasField("allowed_token_ids"):
+        fields["allowed_token_ids"] = tuple(sampling.allowed_token_ids.ids)
+    return GenerateFields(
+        kind=CallKind.CHAT if is_chat else CallKind.COMPLETION,
+        prompt_name=source,
+        prompts=_grpc_prompts(request, source) if embeds is None else ((0,) * embeds.num_tokens,),
+        embeds=embeds,
+        chat=grpc_chat_input(request.messages) if is_chat else None,
+        grammar=_grpc_grammar(sampling),
+        **fields,
+    )
+
+
+def grpc_chat_input(chat: types_pb2.ChatMessages) -> ChatInput:
+    most = chat.messages[: MAX_MESSAGES + 1]
+    check_messages(len(chat.messages), sum(len(message.tool_calls) for message in most))
+    return ChatInput(
+        messages=tuple(
+            _grpc_message(message, place) for place, message in enumerate(chat.messages)
+        ),
+        add_generation_prompt=optional(chat, "add_generation_prompt"),
+        continue_final_message=optional(chat, "continue_final_message"),
+        template=optional(chat, "chat_template"),
+        template_kwargs=MessageToDict(chat.chat_template_kwargs),
+        tools=_grpc_tools(chat),
+    )
+
+
+def _grpc_tools(chat: types_pb2.ChatMessages) -> ToolUse | None:
+    check_length("tools", len(chat.tools), MAX_TOOLS)
+    tools = [
+        Tool(
+            name=tool.name,
+            description=optional(tool, "description"),
+            parameters=json_object(tool.parameters, f"tools[{place}].function.parameters")
+            if tool.HasField("parameters")
+            else None,
+        )
+        for place, tool in enumerate(chat.tools)
+    ]
+    return make_tool_use(
+        tools,
+        optional(chat, "tool_choice"),
+        optional(chat, "tool_name"),
+        optional(chat, "parallel_tool_calls"),
+    )
+
+
+def _grpc_grammar(sampling: types_pb2.SamplingParams) -> Grammar | None:
+    wanted, structured = sampling.response_format, sampling.structured_outputs
+    kind = structured.WhichOneof("constraint")
+    constraints: dict[str, Any] = {}
+    if kind is not None:
+        value = getattr(structured, kind)
+        constraints[kind] = value.texts if kind == "choice" else value
+    return make_grammar(
+        wanted.type if sampling.HasField("response_format") else None,
+        optional(wanted.json_schema, "schema"),
+        constraints,
+    )
+
+
+def _grpc_prompts(request: pb.GenerateRequest, source: str) -> tuple[str | tuple[int, ...], ...]:
+    if source == "text":
+        return (request.text,)
+    return (tuple(request.token_ids.ids),) if source == "token_ids" else ()
+
+
+def _grpc_embeds(request: pb.GenerateRequest) -> PromptEmbeds:
+    """A prompt of embeddings, which goes without what needs its tokens."""
+    options, sampling = request.output_options, request.sampling_params
+    wanted = {
+        "echo": options.echo,
+        "prompt_logprobs": options.HasField("prompt_logprobs"),
+        "return_token_ids": options.return_token_ids,
+        "repetition_penalty": optional(sampling, "repetition_penalty") not in (None, 1.0),
+    }
+    for name, is_wanted in wanted.items():
+        if is_wanted:
+            raise UnsupportedParameterError(f"{name} is not supported for embeddings", name)
+    return read_embeds(request.embeddings.shape, request.embeddings.data)
+
+
+def _grpc_message(message: types_pb2.ChatMessage, place: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    for name in ("name", "tool_call_id"):
+        if message.HasField(name):
+            fields[name] = getattr(message, name)
+    if message.tool_calls:
+        path = f"messages[{place}].tool_calls"
+        fields["tool_calls"] = [
+            template_call(optional(call, "id"), call.name, call.arguments, f"{path}[{index}]")
+            for index, call in enumerate(message.tool_calls)
+        ]
+    return fields
+
+
+def _given(message: Any) -> dict[str, Any]:
+    """The set fields of a message that a call has by the same name, but for those in messages."""
+    return {
+        field.name: value if isinstance(value, _SCALARS) else tuple(value)
+        for field, value in message.ListFields()
+        if field.name in FIELD_NAMES and field.name not in ("logit_bias", "allowed_token_ids")
+    }
+
+
+def optional(message: Any, name: str) -> Any:
+    """A field's value; None where it is not set."""
+    return getattr(message, name) if message.HasField(name) else None

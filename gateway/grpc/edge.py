@@ -1,0 +1,143 @@
+"""The steps of every gRPC request, whatever its service: an id, a count, the error table."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, NoReturn
+
+import grpc
+
+from cluster.core.errors import ExpertMeshError, KeyLimitError
+from gateway.auth.auth import KeyRing
+from gateway.auth.key_limits import Account
+from gateway.core.delta import Usage
+from gateway.core.errors import report_error
+from gateway.core.priority import PRIORITY_HEADER
+from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
+from gateway.generation.gateway import Gateway
+from gateway.generation.request_trace import CLIENT_GONE, DEADLINE_PASSED, RequestTrace, note_error
+
+logger = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_DEADLINE_SLACK_S = 0.1
+"""A client whose deadline passes ends its call. The end arrives a little before the deadline here,
+which counts from the call's arrival."""
+
+
+def text_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
+    """A client's metadata, without binary values."""
+    return {name: value for name, value in metadata or () if isinstance(value, str)}
+
+
+class GrpcEdge(AbstractContextManager["GrpcEdge"]):
+    """One gRPC request from its metadata to its status: names it, counts it, maps errors."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        service: str,
+        method: str,
+        context: Context,
+        wanted_id: str,
+        keys: KeyRing,
+    ) -> None:
+        self._metadata = text_metadata(context.invocation_metadata())
+        self.request_id = choose_request_id(wanted_id or self._metadata.get(HEADER, ""))
+        self._keys = keys
+        self._caller: Account | None = None
+        self._gateway = gateway
+        self._service = service
+        self._method = method
+        self._context = context
+        self._code = grpc.StatusCode.OK
+        self._trace: RequestTrace | None = None
+        if gateway.tracing is not None:
+            metadata = context.invocation_metadata() or ()
+            self._trace = gateway.tracing.begin(method, "grpc", self.request_id, metadata)
+        self._has_sent_id = False
+
+    @property
+    def time_left_s(self) -> float | None:
+        """Time until the client's deadline; None without one."""
+        left_s: float | None = self._context.time_remaining()
+        return left_s
+
+    @property
+    def priority_header(self) -> str | None:
+        return self._metadata.get(PRIORITY_HEADER)
+
+    def set_usage(self, usage: Usage) -> None:
+        """Send counts as trailing metadata."""
+        counts = {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens}
+        if usage.cached_tokens is not None:
+            counts["cached"] = usage.cached_tokens
+        self._context.set_trailing_metadata(
+            tuple((f"x-{name}-tokens", str(count)) for name, count in counts.items())
+        )
+
+    async def begin(self) -> None:
+        """``enter`` and ``send_id``; raises what they raise."""
+        self.enter()
+        await self.send_id()
+
+    def enter(self) -> None:
+        """Count the request for its key.
+
+        Raises ``KeyLimitError``, and what ``KeyRing.check`` raises.
+        """
+        given = self._metadata
+        self._caller = self._keys.enter(given.get("authorization"), given.get("api-key"))
+        REQUEST_ID.set(self.request_id)
+
+    async def send_id(self) -> None:
+        """Send the request's id as initial metadata, once, before any token."""
+        if self._has_sent_id:
+            return
+        self._has_sent_id = True
+        epoch = str(self._gateway.placement_epoch)
+        metadata = ((HEADER, self.request_id), ("x-placement-epoch", epoch))
+        await self._context.send_initial_metadata(metadata)
+
+    async def abort(self, error: Exception) -> NoReturn:
+        """End the request with the status that belongs to ``error``."""
+        report = report_error(error, self.request_id)
+        note_error(report.code)
+        self._code = report.grpc_code
+        if isinstance(error, KeyLimitError):
+            self._gateway.metrics.admission_rejections.labels(error.limit).inc()
+        if not isinstance(error, ExpertMeshError):
+            logger.error("request %s failed", self.request_id, exc_info=error)
+        await self.send_id()
+        details = report.status_details(self.request_id)
+        trailers = (("grpc-status-details-bin", details),)
+        await self._context.abort(report.grpc_code, report.message, trailers)
+        raise AssertionError("abort always raises")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._caller is not None:
+            self._caller.leave(time.monotonic())
+        unsent_error = ""
+        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+            left_s = self._context.time_remaining()
+            if left_s is not None and left_s < _DEADLINE_SLACK_S:
+                self._code, unsent_error = grpc.StatusCode.DEADLINE_EXCEEDED, DEADLINE_PASSED
+            else:
+                self._code, unsent_error = grpc.StatusCode.CANCELLED, CLIENT_GONE
+                self._gateway.metrics.client_disconnects.inc()
+        self._gateway.metrics.grpc_requests.labels(
+            self._service, self._method, self._code.name
+        ).inc()
+        if self._trace is not None:
+            self._trace.end(unsent_error)

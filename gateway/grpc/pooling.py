@@ -1,0 +1,159 @@
+"""Embeddings, classes, scores and inspections over gRPC: messages to calls and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncGenerator, Iterable, Iterator
+
+from cluster.core.errors import RequestError
+from gateway.core.priority import header_priority
+from gateway.generation.gateway import Gateway
+from gateway.generation.inspect import MAX_CALL_BYTES, InspectFields, Inspecting
+from gateway.generation.pooling import PoolingOptions, PromptInput, Reader
+from gateway.grpc.convert import optional
+from gateway.grpc.edge import GrpcEdge
+from gateway.grpc.format import usage_message
+from protos import inference_pb2 as pb
+from workers.requests.inspection import NamedArray
+
+PoolingRequest = pb.EmbedRequest | pb.ClassifyRequest | pb.ScoreRequest | pb.InspectRequest
+PIECE_BYTES = 1024 * 1024
+"""Largest piece of an array in one message."""
+
+
+class PoolingProcedures:
+    """The procedures that read prompts and draw nothing."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._reader = Reader(gateway)
+        self._inspecting = Inspecting(gateway)
+        self._name = gateway.model_name
+
+    async def Embed(self, request: pb.EmbedRequest, edge: GrpcEdge) -> pb.EmbedResponse:
+        options, prompts = _options(request, edge), _prompts(request.input, "input")
+        embedded = await self._reader.embed(prompts, request.pooling or None, options)
+        edge.set_usage(embedded.usage)
+        return pb.EmbedResponse(
+            model=request.model or self._name,
+            data=[
+                pb.Embedding(index=index, values=vector.tolist())
+                for index, vector in enumerate(embedded.rows)
+            ],
+            usage=usage_message(embedded.usage),
+        )
+
+    async def Classify(self, request: pb.ClassifyRequest, edge: GrpcEdge) -> pb.ClassifyResponse:
+        options = _options(request, edge)
+        masks = tuple(tuple(one.mask) for one in request.attention_mask)
+        classified = await self._reader.classify(
+            _prompts(request.input, "input"), tuple(request.labels), masks, options
+        )
+        edge.set_usage(classified.usage)
+        return pb.ClassifyResponse(
+            model=request.model or self._name,
+            data=[
+                pb.Classification(
+                    index=index,
+                    label=row.label,
+                    probs=row.probs,
+                    logits=row.logits,
+                    num_classes=len(row.logits),
+                )
+                for index, row in enumerate(classified.rows)
+            ],
+            usage=usage_message(classified.usage),
+        )
+
+    async def Score(self, request: pb.ScoreRequest, edge: GrpcEdge) -> pb.ScoreResponse:
+        options = _options(request, edge)
+        scored = await self._reader.score(
+            _prompts(request.queries, "queries"), _prompts(request.documents, "documents"), options
+        )
+        edge.set_usage(scored.usage)
+        return pb.ScoreResponse(
+            model=request.model or self._name,
+            data=[
+                pb.DocumentScore(index=index, score=score)
+                for index, score in enumerate(scored.rows)
+            ],
+            usage=usage_message(scored.usage),
+        )
+
+    async def Inspect(
+        self, request: pb.InspectRequest, edge: GrpcEdge
+    ) -> AsyncGenerator[pb.InspectChunk]:
+        """What goes on inside the model, in pieces."""
+        await edge.send_id()
+        options = _options(request, edge)
+        fields = grpc_inspect_fields(request)
+        async with self._inspecting.inspect(fields, options, MAX_CALL_BYTES) as found:
+            for index, arrays in enumerate(found.rows):
+                for array in arrays:
+                    for piece in _pieces(index, array):
+                        yield pb.InspectChunk(piece=piece)
+            edge.set_usage(found.usage)
+            yield pb.InspectChunk(
+                summary=pb.InspectSummary(
+                    model=request.model or self._name,
+                    loss=found.loss,
+                    aux_loss=found.aux_loss,
+                    usage=usage_message(found.usage),
+                )
+            )
+
+
+def grpc_inspect_fields(request: pb.InspectRequest) -> InspectFields:
+    """The fields of ``Inspect``. Raises ``RequestError``."""
+    places = tuple(request.logits_positions)
+    has_count = request.HasField("logits_to_keep")
+    if places and has_count:
+        name = "logits_positions"
+        raise RequestError(f"{name} and logits_to_keep cannot both be set", name)
+    labels = tuple(tuple(one.values) or tuple(map(float, one.ids)) for one in request.labels)
+    if not all(math.isfinite(value) for row in labels for value in row):
+        raise RequestError("labels must be finite numbers", "labels")
+    return InspectFields(
+        token_ids=tuple(tuple(one.ids) for one in request.token_ids),
+        outputs=tuple(request.outputs),
+        masks=tuple(tuple(one.mask) for one in request.attention_mask),
+        logits_to_keep=places or (request.logits_to_keep if has_count else None),
+        labels=labels,
+    )
+
+
+def _pieces(index: int, array: NamedArray) -> Iterator[pb.ArrayPiece]:
+    """An array in order; an empty one is one piece too."""
+    for offset in range(0, max(len(array.data), 1), PIECE_BYTES):
+        yield pb.ArrayPiece(
+            index=index,
+            name=array.name,
+            dtype=array.dtype,
+            shape=array.shape,
+            offset=offset,
+            data=array.data[offset : offset + PIECE_BYTES],
+        )
+
+
+def _options(request: PoolingRequest, edge: GrpcEdge) -> PoolingOptions:
+    """What all these requests have in common. Raises ``RequestError``."""
+    is_inspection = isinstance(request, pb.InspectRequest)
+    from_header = header_priority(edge.priority_header)
+    priority = optional(request, "priority")
+    return PoolingOptions(
+        model=request.model or None,
+        add_special_tokens=None if is_inspection else optional(request, "add_special_tokens"),
+        priority=from_header if priority is None else priority,
+        cache_salt=optional(request, "cache_salt"),
+        timeout_s=edge.time_left_s,
+    )
+
+
+def _prompts(inputs: Iterable[pb.Input], field: str) -> tuple[PromptInput, ...]:
+    found: list[PromptInput] = []
+    for one in inputs:
+        source = one.WhichOneof("input")
+        if source is None:
+            message = f"{field}: one of text and token_ids is required"
+            raise RequestError(message, field, "missing_required_parameter")
+        found.append(one.text if source == "text" else tuple(one.token_ids.ids))
+    return tuple(found)

@@ -1,0 +1,182 @@
+"""The gRPC servers of a replica: limits, keys, health and reflection around a service."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from cluster.core.errors import StartError
+from gateway.auth.auth import KeyRing
+from gateway.auth.tls import bind
+from gateway.generation.gateway import Gateway
+from gateway.grpc.api import SERVICE, InferenceProcedures
+from gateway.grpc.handlers import Procedure, service_handlers
+from gateway.grpc.interceptors import HEALTH_SERVICE, KeyInterceptor, MessageInterceptor
+
+_READY_POLL_S = 0.1
+_SPARE_CALLS = 64
+"""Calls beyond the queue's limit that gRPC accepts: probes pass, and admission refuses the others
+with a retry time."""
+_METADATA_BYTES = 16 * 1024
+"""Of a call, with gRPC's own; as HTTP/2 counts: names, values and 32 bytes an entry."""
+
+CONNECTION_AGE_S = 600.0
+"""Age at which a connection takes no new calls: clients reconnect, and spread over the replicas of
+that time."""
+_AGE_GRACE_S = 60.0
+"""Beyond the longest call, for those that run on a connection of that age."""
+
+
+def age_options(longest_call_s: float) -> list[tuple[str, int]]:
+    """Options of a server whose connections are renewed and whose calls end by themselves."""
+    return [
+        ("grpc.max_connection_age_ms", round(1000 * CONNECTION_AGE_S)),
+        ("grpc.max_connection_age_grace_ms", round(1000 * (longest_call_s + _AGE_GRACE_S))),
+    ]
+
+
+def server_options(so_reuseport: bool = True) -> list[tuple[str, int]]:
+    """Limits and keepalive of the server (see the interface's server options)."""
+    return [
+        ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+        ("grpc.max_send_message_length", 64 * 1024 * 1024),
+        ("grpc.max_metadata_size", _METADATA_BYTES),
+        # refused from here on; between the two chance would decide
+        ("grpc.absolute_max_metadata_size", _METADATA_BYTES + 1),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),  # closes the connection; 60 s by default
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.max_concurrent_streams", 1024),
+        ("grpc.so_reuseport", int(so_reuseport)),
+    ]
+
+
+def add_reflection(server: grpc.aio.Server, service: str, file: Any) -> None:
+    """Describe a service, the file that it is in, health and reflection: nothing else of ours."""
+    pool = DescriptorPool()
+    _add_files(pool, (file, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR), set())
+    names = (service, HEALTH_SERVICE, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server, pool)
+
+
+def _add_files(pool: DescriptorPool, files: Sequence[Any], known: set[str]) -> None:
+    """Files after those that they import."""
+    for file in files:
+        if file.name not in known:
+            known.add(file.name)
+            _add_files(pool, file.dependencies, known)
+            pool.AddSerializedFile(file.serialized_pb)
+
+
+class ServicePort:
+    """One service on a port of its own, with health and reflection.
+
+    Args:
+        gateway: what is behind it.
+        service: the service's description.
+        find: its procedures by name.
+        keys: the keys of the port.
+        host: interface.
+        port: 0 takes a free one.
+        options: gRPC's.
+        max_calls: calls at once.
+    """
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        service: ServiceDescriptor,
+        find: Callable[[str], Procedure],
+        keys: KeyRing,
+        host: str,
+        port: int,
+        *,
+        options: Sequence[tuple[str, int]],
+        max_calls: int,
+    ) -> None:
+        self._gateway = gateway
+        self._service = service.full_name
+        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._server = grpc.aio.server(
+            interceptors=[KeyInterceptor(gateway, keys), MessageInterceptor(self._service)],
+            options=options,
+            maximum_concurrent_rpcs=max_calls,
+        )
+        self._server.add_generic_rpc_handlers((service_handlers(gateway, service, find, keys),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        add_reflection(self._server, self._service, service.file)
+        self.port = 0
+
+    async def start(self, is_ready: bool = True) -> int:
+        """Bind and serve; returns the port. Raises ``StartError``."""
+        try:
+            self.port = bind(self._server, self._address, self._gateway.limits)
+        except RuntimeError as err:
+            raise StartError(
+                f"gRPC of {self._service}", f"cannot bind {self._address}: {err}"
+            ) from err
+        await self._set_health(is_ready)
+        await self._server.start()
+        return self.port
+
+    async def stop(self, grace_s: float = 0.5) -> None:
+        """Refuse new calls, end the others after ``grace_s``."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    async def _set_health(self, is_ready: bool) -> None:
+        statuses = health_pb2.HealthCheckResponse
+        status = statuses.SERVING if is_ready else statuses.NOT_SERVING
+        for service in ("", self._service):
+            await self._health.set(service, status)
+
+
+class GrpcServer(ServicePort):
+    """Serves ``Inference``; its health follows the gateway's readiness."""
+
+    def __init__(self, gateway: Gateway, host: str, port: int) -> None:
+        procedures = InferenceProcedures(gateway)
+        super().__init__(
+            gateway,
+            SERVICE,
+            lambda name: getattr(procedures, name),
+            gateway.keys,
+            host,
+            port,
+            options=[*server_options(), *age_options(gateway.limits.request_timeout_s)],
+            max_calls=gateway.limits.max_queue + _SPARE_CALLS,
+        )
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def start(self, is_ready: bool = False) -> int:
+        port = await super().start(is_ready)
+        self._watcher = asyncio.create_task(self._watch_readiness())
+        return port
+
+    async def stop(self, grace_s: float = 0.5) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+        await super().stop(grace_s)
+
+    async def _watch_readiness(self) -> None:
+        was_ready = False
+        while not self._gateway.has_left(time.monotonic()):
+            is_ready = not self._gateway.not_ready_reasons()
+            if is_ready is not was_ready:
+                await self._set_health(is_ready)
+                was_ready = is_ready
+            await asyncio.sleep(_READY_POLL_S)
+        # clients get GOAWAY and connect to another gateway
+        await self._server.stop(self._gateway.limits.request_timeout_s)

@@ -1,0 +1,249 @@
+"""What the HTTP routes answer: types of the OpenAPI document, which closes all but two of them.
+
+Handlers build plain dicts; a test fails on a field that is not here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+Count = Annotated[int, Field(ge=0)]
+Logprob = Annotated[float, Field(ge=-9999.0, le=0.0)]
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+ErrorReason = TypedDict(
+    "ErrorReason", {"message": str, "type": str, "param": str | None, "code": str | None}
+)
+Error = TypedDict("Error", {"error": ErrorReason})
+CachedTokens = TypedDict("CachedTokens", {"cached_tokens": Count})
+
+
+class PoolingUsage(TypedDict):
+    prompt_tokens: Count
+    total_tokens: Count
+    prompt_tokens_details: NotRequired[CachedTokens]
+
+
+class Usage(PoolingUsage):
+    completion_tokens: Count
+
+
+class Model(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: Literal["expertmesh"]
+    root: str
+    parent: None
+    max_model_len: Count | None
+    embedding_pooling: list[Literal["last", "mean"]]
+
+
+ModelList = TypedDict("ModelList", {"object": Literal["list"], "data": list[Model]})
+PromptLogprob = TypedDict(
+    "PromptLogprob", {"logprob": Logprob, "rank": Count, "decoded_token": str}
+)
+PromptLogprobs = list[dict[str, PromptLogprob] | None] | None
+
+
+class Finish(TypedDict):
+    finish_reason: FinishReason
+    stop_reason: str | Count | None
+
+
+class FinishSoFar(TypedDict):
+    finish_reason: FinishReason | None
+    stop_reason: str | Count | None
+
+
+class GenerationHead(TypedDict):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+class CompletionLogprobs(TypedDict):
+    text_offset: list[Count]
+    token_logprobs: list[Logprob | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, Logprob] | None]
+
+
+class CompletionText(TypedDict):
+    index: Count
+    text: str
+    logprobs: CompletionLogprobs | None
+    token_ids: NotRequired[list[Count]]
+    prompt_token_ids: NotRequired[list[Count] | None]
+    prompt_logprobs: NotRequired[PromptLogprobs]
+
+
+class CompletionChoice(CompletionText, Finish):
+    pass
+
+
+class CompletionChunkChoice(CompletionText, FinishSoFar):
+    pass
+
+
+class Completion(GenerationHead):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class CompletionChunk(GenerationHead):
+    object: Literal["text_completion"]
+    choices: list[CompletionChunkChoice]
+    usage: NotRequired[Usage]
+
+
+class NamedToken(TypedDict):
+    token: str
+    logprob: Logprob
+    bytes: list[Count]
+
+
+class ChatToken(NamedToken):
+    top_logprobs: list[NamedToken]
+
+
+ChatLogprobs = TypedDict("ChatLogprobs", {"content": list[ChatToken]})
+Function = TypedDict("Function", {"name": str, "arguments": str})
+ToolCall = TypedDict("ToolCall", {"id": str, "type": Literal["function"], "function": Function})
+FunctionDelta = TypedDict("FunctionDelta", {"arguments": str, "name": NotRequired[str]})
+
+
+class ToolCallDelta(TypedDict):
+    index: Count
+    function: FunctionDelta
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+
+
+class AssistantMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    tool_calls: NotRequired[list[ToolCall]]
+
+
+class MessageDelta(TypedDict):
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
+
+
+class ChatTokens(TypedDict):
+    index: Count
+    logprobs: ChatLogprobs | None
+    token_ids: NotRequired[list[Count]]
+
+
+class ChatChoice(ChatTokens, Finish):
+    message: AssistantMessage
+    prompt_token_ids: NotRequired[list[Count]]
+
+
+class ChatChunkChoice(ChatTokens, FinishSoFar):
+    delta: MessageDelta
+
+
+class ChatHead(GenerationHead):
+    prompt_token_ids: NotRequired[list[Count]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
+
+
+class ChatCompletion(ChatHead):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatCompletionChunk(ChatHead):
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage]
+
+
+class Tokens(TypedDict):
+    count: Count
+    max_model_len: Count | None
+    tokens: list[Count]
+    token_strs: list[str] | None
+
+
+Text = TypedDict("Text", {"prompt": str})
+Score = TypedDict("Score", {"object": Literal["score"], "index": Count, "score": float})
+Embedding = TypedDict(
+    "Embedding", {"object": Literal["embedding"], "index": Count, "embedding": list[float] | str}
+)
+
+
+class Classification(TypedDict):
+    index: Count
+    label: str
+    probs: list[float]
+    logits: list[float]
+    num_classes: Count
+
+
+class PoolingHead(TypedDict):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    usage: PoolingUsage
+
+
+class Embeddings(PoolingHead):
+    data: list[Embedding]
+
+
+class Classifications(PoolingHead):
+    data: list[Classification]
+
+
+class Scores(PoolingHead):
+    data: list[Score]
+
+
+BankRoutes = TypedDict("BankRoutes", {"bank": str, "layer": Count})  # open: docs/outputs.md
+RouterLogits = TypedDict("RouterLogits", {"bank": str, "layer": Count, "logits": list[Any]})
+
+
+class InspectedPrompt(TypedDict):
+    index: Count
+    num_tokens: Count
+    logits: NotRequired[list[Any]]
+    logprobs: NotRequired[list[Logprob | None]]
+    hidden_states: NotRequired[list[Any]]
+    attentions: NotRequired[list[Any]]
+    router_logits: NotRequired[list[RouterLogits]]
+    routes: NotRequired[list[BankRoutes]]
+
+
+class Inspection(TypedDict):
+    id: str
+    object: Literal["inspection"]
+    model: str
+    data: list[InspectedPrompt]
+    loss: float | None
+    usage: PoolingUsage
+    aux_loss: NotRequired[dict[str, float]]
+
+
+ClusterView = TypedDict("ClusterView", {"schema": Literal[1]})  # open: docs/operations.md
+Readiness = TypedDict("Readiness", {"ready": bool, "reasons": list[str]})
+
+
+class Version(TypedDict):
+    version: str
+    ray: str | None
+    torch: str | None
+    model: str
+    placement_epoch: Count

@@ -1,0 +1,316 @@
+"""The HTTP routes. Requests come in as OpenAI's bodies and leave as calls to ``Gateway``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from cluster.core import versions
+from cluster.core.errors import NotReadyError, RequestError
+from gateway.core.call import GenerateFields
+from gateway.core.errors import RouteError, report_error
+from gateway.core.field_checks import check_stream, given_one
+from gateway.core.priority import PRIORITY_HEADER, with_header_priority
+from gateway.core.request_id import HEADER as REQUEST_ID
+from gateway.core.request_id import check_request_id
+from gateway.generation.answer import collect
+from gateway.generation.gateway import Gateway, new_call_id
+from gateway.generation.request_trace import note_response_id
+from gateway.http import openapi
+from gateway.http.convert import chat_fields, chat_input, completion_fields
+from gateway.http.edge import (
+    OPEN_PATHS,
+    HttpEdge,
+    Responder,
+    WatchedEndpoint,
+    dump_json,
+    dump_long,
+    read_json,
+    timeout_header_s,
+    within_time,
+)
+from gateway.http.openai_format import AnswerFormat, ChatFormat, CompletionFormat
+from gateway.http.parse import parse_body
+from gateway.http.pooling import PoolingEndpoint
+from gateway.http.schema import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerateBody,
+    TokenizeBody,
+)
+from gateway.http.sse import SseStream, stream_generation
+from gateway.http.unsupported import check_unbuilt
+from gateway.observability.metrics import CONTENT_TYPE
+from workers.requests.inspection import Pooling
+
+logger = logging.getLogger(__name__)
+
+_EXPOSED_HEADERS = (
+    *(REQUEST_ID, "retry-after", "retry-after-ms", "x-should-retry", "openai-processing-ms"),
+    *("openai-version", "x-expertmesh-placement-epoch", "x-expertmesh-replica"),
+)
+"""Of an answer, what a web page may read."""
+
+
+def build_http_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:
+    """The ASGI application; works under ``/`` and under any prefix (``root_path``).
+
+    Args:
+        gateway: what is behind it.
+        adds_request_id: see ``HttpEdge``.
+    """
+    api = HttpApi(gateway)
+    app = FastAPI(
+        title="expertmesh",
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers={HTTPException: route_error},
+    )
+    routes = api.routes()
+    app.router.routes.extend(routes)
+    app.add_middleware(
+        HttpEdge,
+        gateway=gateway,
+        keys=gateway.keys,
+        routes=routes,
+        adds_request_id=adds_request_id,
+        open_paths=OPEN_PATHS | {"/metrics"} if gateway.limits.public_metrics else OPEN_PATHS,
+    )
+    if gateway.limits.cors_origins:  # outermost: a browser's preflight has no key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=gateway.limits.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=_EXPOSED_HEADERS,
+        )
+    return app
+
+
+class HttpApi:
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    def routes(self) -> list[BaseRoute]:
+        completions = GenerateEndpoint(self._gateway, "completion")
+        chat = GenerateEndpoint(self._gateway, "chat")
+        return [
+            Route("/v1/models", self.list_models, methods=["GET"]),
+            Route("/v1/models/{model:path}", self.get_model, methods=["GET"]),
+            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            *(
+                Route(path, endpoint, methods=["POST"])
+                for path, endpoint in PoolingEndpoint.all(self._gateway).items()
+            ),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/health", self.health, methods=["GET"]),
+            Route("/ready", self.ready, methods=["GET"]),
+            Route("/v2/health/live", self.health, methods=["GET"]),
+            Route("/v2/health/ready", self.ready, methods=["GET"]),
+            Route("/version", self.version, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
+            Route("/cluster/v1/status", self.status, methods=["GET"]),
+            Route("/cluster/v1/placement", self.placement, methods=["GET"]),
+            Route("/cluster/v1/load", self.load, methods=["GET"]),
+            Route("/cluster/v1/events", self.events, methods=["GET"]),
+            Route(openapi.PATH, self.openapi, methods=["GET"]),
+        ]
+
+    async def list_models(self, request: Request) -> Response:
+        return _answer({"object": "list", "data": [self._model()]})
+
+    async def get_model(self, request: Request) -> Response:
+        self._gateway.check_model(request.path_params["model"])
+        return _answer(self._model())
+
+    async def tokenize(self, request: Request) -> Response:
+        data = await self._read(request)
+        async with within_time(self._time_s(request)):
+            return await self._tokenize(data)
+
+    async def _tokenize(self, data: dict[str, Any]) -> Response:
+        check_unbuilt(data, "tokenize")
+        body = parse_body(TokenizeBody, data)
+        gateway = self._gateway
+        gateway.check_model(body.model)
+        given_one(prompt=body.prompt, messages=body.messages)
+        chat = chat_input(body) if body.prompt is None else None
+        ids = await gateway.prompts.tokenize(body.prompt or "", chat, body.add_special_tokens)
+        tokenizer = gateway.prompts.require_tokenizer("prompt")
+        facts = gateway.facts
+        head = {"count": len(ids), "max_model_len": facts.max_model_len if facts else None}
+
+        def render() -> bytes:
+            named = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+            return dump_long({**head, "tokens": ids, "token_strs": named})
+
+        return _json_response(await asyncio.to_thread(render))
+
+    async def detokenize(self, request: Request) -> Response:
+        data = await self._read(request)
+        async with within_time(self._time_s(request)):
+            body = parse_body(DetokenizeBody, data)
+            self._gateway.check_model(body.model)
+            facts = self._gateway.require_facts()
+            return _answer({"prompt": await self._gateway.prompts.decode(body.tokens, facts)})
+
+    async def health(self, request: Request) -> Response:
+        return Response(status_code=200)
+
+    async def ready(self, request: Request) -> Response:
+        """Whether new requests can be served."""
+        reasons = self._gateway.not_ready_reasons()
+        status = 503 if reasons else 200
+        return _answer({"ready": not reasons, "reasons": reasons}, status)
+
+    async def version(self, request: Request) -> Response:
+        gateway = self._gateway
+        return _answer(
+            {
+                "version": versions.own_version(),
+                "ray": versions.installed_version("ray"),
+                "torch": versions.installed_version("torch"),
+                "model": gateway.model_name,
+                "placement_epoch": gateway.placement_epoch,
+            }
+        )
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus metrics of all replicas and workers."""
+        content = await self._gateway.render_metrics()
+        return Response(content, headers={"content-type": CONTENT_TYPE})
+
+    async def status(self, request: Request) -> Response:
+        return _answer(await self._gateway.status())
+
+    async def placement(self, request: Request) -> Response:
+        """Which device holds which copy of which expert."""
+        return _known(await self._gateway.cluster.placement())
+
+    async def load(self, request: Request) -> Response:
+        """Tokens by expert and by copy, and what balance they made."""
+        return _known(await self._gateway.cluster.load())
+
+    async def events(self, request: Request) -> Response:
+        snapshot = await self._gateway.cluster.fresh() or {}
+        return _answer({"schema": 1, "events": snapshot.get("history", [])})
+
+    async def openapi(self, request: Request) -> Response:
+        """This interface, for machines."""
+        return _answer(openapi.document(str(request.scope.get("root_path") or "")))
+
+    async def _read(self, request: Request) -> dict[str, Any]:
+        limits = self._gateway.limits
+        return await read_json(request, limits.max_body_bytes, limits.max_json_depth)
+
+    def _time_s(self, request: Request) -> float:
+        return self._gateway.timeout_s(timeout_header_s(request))
+
+    def _model(self) -> dict[str, Any]:
+        gateway = self._gateway
+        facts = gateway.facts
+        known = (gateway.cluster.snapshot or {}).get("model") or {}
+        return {
+            "id": gateway.model_name,
+            "object": "model",
+            "created": gateway.created,
+            "owned_by": "expertmesh",
+            "root": gateway.model_name,
+            "parent": None,
+            "max_model_len": facts.max_model_len if facts else known.get("max_model_len"),
+            "embedding_pooling": [kind.value for kind in Pooling],
+        }
+
+
+class GenerateEndpoint(WatchedEndpoint):
+    def __init__(self, gateway: Gateway, kind: Literal["completion", "chat"]) -> None:
+        super().__init__(gateway)
+        self._kind = kind
+        self._format = ChatFormat if kind == "chat" else CompletionFormat
+        self._fingerprint = f"expertmesh-{versions.own_version()}-{gateway.config.fingerprint()}"
+
+    def _parse(self, data: dict[str, Any]) -> tuple[GenerateBody, GenerateFields]:
+        check_unbuilt(data, self._kind)
+        body: GenerateBody
+        if self._kind == "chat":
+            body = parse_body(ChatBody, data)
+            fields = chat_fields(body)
+        else:
+            body = parse_body(CompletionBody, data)
+            fields = completion_fields(body)
+        if body.stream_options is not None and not body.stream:
+            raise RequestError("stream_options needs stream to be true", "stream_options")
+        if body.stream:
+            check_stream(fields)
+        return body, fields
+
+    async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
+        body, fields = self._parse(data)
+        fields = with_header_priority(fields, request.headers.get(PRIORITY_HEADER))
+        timeout_s = timeout_header_s(request)
+        call_id = new_call_id(fields.kind)
+        answer_id = None
+        if body.request_id is not None:
+            answer_id = f"{call_id.partition('-')[0]}-{check_request_id(body.request_id)}"
+            note_response_id(answer_id)
+        with await self._gateway.start(fields, call_id, timeout_s) as generation:
+            for name in filter(None, (body.request_id, answer_id)):
+                self._gateway.running.add(name, generation.queue)
+            formatter: AnswerFormat = self._format(
+                generation, self._gateway.tokenizer, self._fingerprint, answer_id
+            )
+            if not body.stream:
+                choices = await collect(generation)
+                await responder.json(formatter.whole(choices, generation.usage))
+                return
+            options = body.stream_options
+            stream = SseStream(
+                responder=responder,
+                formatter=formatter,
+                metrics=self._gateway.metrics,
+                request_id=request.state.request_id,
+                include_usage=bool(options and options.include_usage),
+                continuous_usage=bool(options and options.continuous_usage_stats),
+            )
+            await stream_generation(generation, stream)
+
+
+def _answer(content: object, status: int = 200) -> Response:
+    return _json_response(dump_json(content), status)
+
+
+def _known(view: dict[str, Any] | None) -> Response:
+    if view is None:
+        raise NotReadyError("the controller does not answer", "not_ready", 2.0)
+    return _answer(view)
+
+
+def _json_response(raw: bytes, status: int = 200) -> Response:
+    return Response(raw, status, headers={"content-type": "application/json"})
+
+
+async def route_error(request: Request, error: HTTPException) -> Response:
+    """Unknown paths and methods get the error object too."""
+    path = request.url.path[:256]
+    if error.status_code == 405:
+        message = f"{request.method} is not allowed for {path}"
+    else:
+        message = f"{request.method} {path} does not exist"
+    report = report_error(RouteError(message, error.status_code))
+    headers = {**report.headers(), **(error.headers or {})}
+    content = dump_json(report.body())
+    headers["content-type"] = "application/json"
+    return Response(content, report.http_status, headers=headers)

@@ -1,0 +1,168 @@
+"""HTTP bodies to the one call type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.core.errors import RequestError, UnsupportedParameterError
+from gateway.core.call import FIELD_NAMES, CallKind, ChatInput, GenerateFields
+from gateway.core.tool_use import Tool, ToolUse
+from gateway.http.schema import (
+    ChatBody,
+    CompletionBody,
+    GenerateBody,
+    Message,
+    ResponseFormatBody,
+    StructuredOutputsBody,
+    TokenizeBody,
+    ToolChoiceBody,
+)
+from gateway.text.structured import make_grammar
+from gateway.text.tools import make_tool_use, template_call
+from workers.requests.request import Grammar
+
+
+def completion_fields(body: CompletionBody) -> GenerateFields:
+    prompts = prompt_list(body.prompt)
+    return GenerateFields(kind=CallKind.COMPLETION, prompts=prompts, **_common_fields(body))
+
+
+def chat_fields(body: ChatBody) -> GenerateFields:
+    if body.top_logprobs and not body.logprobs:
+        raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+    fields = {**_common_fields(body), "logprobs": _chat_logprobs(body)}
+    return GenerateFields(
+        kind=CallKind.CHAT, chat=chat_input(body), logprobs_name="top_logprobs", **fields
+    )
+
+
+def _chat_logprobs(body: ChatBody) -> int | None:
+    if not body.logprobs or (body.top_logprobs is None and body.logprob_token_ids):
+        return None  # logprob_token_ids alone say what is reported
+    return body.top_logprobs or 0
+
+
+def chat_input(body: ChatBody | TokenizeBody) -> ChatInput:
+    """The conversation of a body with ``messages``."""
+    return ChatInput(
+        messages=tuple(
+            _template_message(message, place) for place, message in enumerate(body.messages or ())
+        ),
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        template=body.chat_template,
+        template_kwargs=body.chat_template_kwargs or {},
+        tools=_body_tools(body),
+    )
+
+
+def _body_tools(body: ChatBody | TokenizeBody) -> ToolUse | None:
+    tools = [
+        Tool(
+            name=tool.function.name,
+            description=tool.function.description,
+            parameters=tool.function.parameters,
+        )
+        for tool in body.tools or ()
+    ]
+    if isinstance(body, TokenizeBody):
+        return make_tool_use(tools, None, None, None)
+    choice = body.tool_choice
+    if isinstance(choice, ToolChoiceBody):
+        return make_tool_use(tools, None, choice.function.name, body.parallel_tool_calls)
+    return make_tool_use(tools, choice, None, body.parallel_tool_calls)
+
+
+def _common_fields(body: GenerateBody) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in body
+        if name in FIELD_NAMES and value is not None
+    }
+    if body.max_completion_tokens is not None:
+        fields["max_tokens"] = body.max_completion_tokens
+        fields["max_tokens_name"] = "max_completion_tokens"
+    if isinstance(body.stop, str):
+        fields["stop"] = (body.stop,)
+    return {
+        **fields,
+        "logit_bias": _logit_bias(body.logit_bias or {}),
+        "grammar": _grammar(body.response_format, body.structured_outputs),
+    }
+
+
+def _grammar(
+    wanted: ResponseFormatBody | None, structured: StructuredOutputsBody | None
+) -> Grammar | None:
+    schema = wanted.json_schema.schema_ if wanted and wanted.json_schema else None
+    constraints = {name.rstrip("_"): value for name, value in structured or ()}
+    return make_grammar(wanted.type if wanted else None, schema, constraints)
+
+
+def prompt_list(
+    prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+) -> tuple[str | tuple[int, ...], ...]:
+    if isinstance(prompt, str):
+        return (prompt,)
+    if prompt and isinstance(prompt[0], int):
+        return (tuple(prompt),)  # type: ignore[arg-type]
+    return tuple(one if isinstance(one, str) else tuple(one) for one in prompt)  # type: ignore[arg-type]
+
+
+def mask_list(mask: list[int] | list[list[int]] | None) -> tuple[tuple[int, ...], ...]:
+    """Masks by prompt; one list of numbers is that of one prompt."""
+    if not mask:
+        return ()
+    if isinstance(mask[0], int):
+        return (tuple(number for number in mask if isinstance(number, int)),)
+    return tuple(tuple(one) for one in mask if isinstance(one, list))
+
+
+def _logit_bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    for key in bias:
+        if not (key.isascii() and key.isdecimal() and len(key) < 16):
+            raise RequestError(f"logit_bias: {key[:32]!r} is not a token id", "logit_bias")
+    return tuple(sorted((int(key), value) for key, value in bias.items()))
+
+
+def _template_message(message: Message, place: int) -> dict[str, Any]:
+    """A message as the chat template sees it: content is one string."""
+    path = f"messages[{place}]"
+    extra = message.model_extra or {}
+    for name in ("function_call", "audio"):
+        if extra.get(name):
+            raise UnsupportedParameterError(f"{path}.{name} is not supported", f"{path}.{name}")
+    fields = {name: value for name, value in extra.items() if value is not None}
+    if message.name is not None:
+        fields["name"] = message.name
+    if message.tool_call_id is not None:
+        fields["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        fields["tool_calls"] = [
+            template_call(
+                call.id, call.function.name, call.function.arguments, f"{path}.tool_calls[{index}]"
+            )
+            for index, call in enumerate(message.tool_calls)
+        ]
+    return {**fields, "role": message.role, "content": _content(message, path)}
+
+
+def _content(message: Message, path: str) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    if message.content is None:
+        if message.role != "assistant":
+            raise RequestError(
+                f"{path}.content is required", f"{path}.content", "missing_required_parameter"
+            )
+        return ""
+    for part in message.content:
+        if part.type != "text":
+            raise UnsupportedParameterError(
+                f"{path}.content: parts of type {part.type[:32]!r} are not supported, only text",
+                f"{path}.content",
+            )
+        if part.text is None:
+            raise RequestError(f"{path}.content: a text part needs text", f"{path}.content")
+    return "\n".join(part.text or "" for part in message.content)

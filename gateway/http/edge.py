@@ -1,0 +1,350 @@
+"""The HTTP edge: the steps of every request, whatever its route.
+
+``HttpEdge`` gives each request an id, checks its key, counts it, and turns every exception into the
+error object. ``read_json`` reads bodies within their limits; ``run_until_gone`` ends work whose
+client has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from dataclasses import InitVar, dataclass
+from typing import Any, TypeGuard
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.core.errors import (
+    DeadlineExceededError,
+    ExpertMeshError,
+    KeyLimitError,
+    RequestError,
+    RequestTooLargeError,
+    UnsupportedParameterError,
+)
+from gateway.auth.auth import KeyRing
+from gateway.auth.key_limits import Account
+from gateway.core.errors import ClientGoneError, report_error
+from gateway.core.expect import waits_to_send
+from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
+from gateway.generation.gateway import Gateway
+from gateway.generation.request_trace import CLIENT_GONE, note_error
+from gateway.http.parse import parse_json
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
+BODY_TIMEOUT_S = 60.0
+"""Time a client has to send its body."""
+MAX_TIMEOUT_MS = 99_999_999_999
+"""Longest time that a client can ask for; the server's own limit is shorter."""
+_DRAIN_FACTOR = 8
+"""A body above the limit is read up to this many times the limit, so that its sender can see the
+answer, and is cut off beyond."""
+_DRAIN_PAUSE_S = 5.0
+"""Silence after which the rest of such a body is not read."""
+_THREAD_BYTES = 65_536
+"""Larger bodies are parsed in a thread."""
+_PIECE = 4096
+"""Entries of a long list that are written at a time."""
+
+
+class Responder:
+    """Sends one response, and knows how far it has got."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.is_started = False
+        self.is_complete = False
+        self.status = 0
+        """HTTP status; 0 before the start."""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.is_started = True
+            self.status = message["status"]
+        elif message["type"] == "http.response.body":
+            self.is_complete = not message.get("more_body", False)
+        await self._send(message)
+
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await self({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def body(self, content: bytes, more: bool = False) -> None:
+        await self({"type": "http.response.body", "body": content, "more_body": more})
+
+    async def json(
+        self, content: object, status: int = 200, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Send a whole JSON response; ``content`` may be bytes that are JSON already."""
+        raw = content if isinstance(content, bytes) else dump_json(content)
+        fixed = {"content-type": "application/json", "content-length": str(len(raw))}
+        await self.start(status, {**fixed, **(headers or {})})
+        await self.body(raw)
+
+
+class RouteNames:
+    """Names of routes for metrics: as many as there are routes, whatever paths clients send."""
+
+    def __init__(self, routes: Sequence[BaseRoute]) -> None:
+        known = [route for route in routes if isinstance(route, Route)]
+        self._fixed = frozenset(route.path for route in known if not route.param_convertors)
+        self._patterns = [route for route in known if route.param_convertors]
+
+    def of(self, path: str) -> str:
+        """For example ``/v1/models/{model}``; ``other`` where there is no route."""
+        if path in self._fixed:
+            return path
+        found = (one.path_format for one in self._patterns if one.path_regex.match(path))
+        return next(found, "other")
+
+
+@dataclass
+class HttpEdge:
+    """ASGI middleware around the whole application."""
+
+    app: ASGIApp
+    gateway: Gateway
+    """Gives metrics and the placement epoch."""
+    keys: KeyRing
+    """The keys of the port."""
+    routes: InitVar[Sequence[BaseRoute]]
+    """Counted by path or pattern; any other path counts as ``other``."""
+    adds_request_id: bool = True
+    """False behind Serve, which adds the header to every answer itself."""
+    open_paths: frozenset[str] = OPEN_PATHS
+    """Served without a key."""
+
+    def __post_init__(self, routes: Sequence[BaseRoute]) -> None:
+        self._names = RouteNames(routes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = choose_request_id(headers.get(HEADER))
+        scope.setdefault("state", {})["request_id"] = request_id
+        REQUEST_ID.set(request_id)
+        responder = Responder(self._with_headers(send, request_id))
+        path = _path(scope)
+        tracing, trace = self.gateway.tracing, None
+        if tracing is not None and scope["method"] == "POST":
+            trace = tracing.begin(path, "http", request_id, headers.items())
+        status = 0
+        caller: Account | None = None
+        try:
+            if path not in self.open_paths:
+                caller = self.keys.enter(headers.get("authorization"), headers.get("api-key"))
+            await self.app(scope, receive, responder)
+        except (ClientGoneError, ClientDisconnect):
+            status = 499
+        except asyncio.CancelledError:
+            status = 499
+            raise
+        except Exception as err:
+            await self._answer_error(err, request_id, responder)
+        finally:
+            if caller is not None:
+                caller.leave(time.monotonic())
+            status = status or responder.status or 500
+            if status == 499:
+                self.gateway.metrics.client_disconnects.inc()
+            route = self._names.of(path)
+            self.gateway.metrics.http_requests.labels(route, scope["method"], str(status)).inc()
+            if trace is not None:
+                trace.end(CLIENT_GONE if status == 499 else "")
+
+    async def _answer_error(self, error: Exception, request_id: str, responder: Responder) -> None:
+        report = report_error(error, request_id)
+        note_error(report.code)
+        if isinstance(error, KeyLimitError):
+            self.gateway.metrics.admission_rejections.labels(error.limit).inc()
+        if not isinstance(error, ExpertMeshError):
+            logger.error("request %s failed", request_id, exc_info=error)
+        if responder.is_started:
+            return  # too late for a status; streams send their errors as events
+        await responder.json(report.body(), report.http_status, report.headers())
+
+    def _with_headers(self, send: Send, request_id: str) -> Send:
+        started_s = time.monotonic()
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                if self.adds_request_id:
+                    headers[HEADER] = request_id
+                headers["openai-processing-ms"] = str(int((time.monotonic() - started_s) * 1000))
+                headers["openai-version"] = "2020-10-01"
+                if self.gateway.is_leaving:
+                    headers["connection"] = "close"  # so that the client changes gateways
+                headers["x-expertmesh-placement-epoch"] = str(self.gateway.placement_epoch)
+                if self.gateway.limits.debug_headers:
+                    headers["x-expertmesh-replica"] = self.gateway.name
+            await send(message)
+
+        return send_with_headers
+
+
+async def read_json(request: Request, max_bytes: int, max_depth: int) -> dict[str, Any]:
+    """The object in a request's body.
+
+    Raises:
+        RequestError: not JSON, not declared as JSON, compressed, or nested too deeply.
+        RequestTooLargeError: above the limit.
+        DeadlineExceededError: the client sends too slowly.
+    """
+    given = request.headers.get("content-type", "application/json")
+    kind = given.partition(";")[0].strip()
+    if not (kind.lower() == "application/json" or kind.lower().endswith("+json")):
+        raise RequestError(f"content-type {kind[:64]!r} must be application/json", "content-type")
+    coding = request.headers.get("content-encoding", "identity").strip()
+    if coding.lower() not in ("", "identity"):
+        name = "content-encoding"
+        raise UnsupportedParameterError(f"{name} {coding[:64]!r} is not supported", name)
+    raw = await _read_body(request, max_bytes)
+    if len(raw) <= _THREAD_BYTES:
+        return parse_json(raw, max_depth)
+    return await asyncio.to_thread(parse_json, raw, max_depth)
+
+
+def timeout_header_s(request: Request) -> float | None:
+    """The client's own time limit. Raises ``RequestError`` for another value."""
+    name = "x-request-timeout-ms"
+    value = request.headers.get(name)
+    if value is None:
+        return None
+    is_number = value.isascii() and value.isdecimal() and len(value) <= len(str(MAX_TIMEOUT_MS))
+    if not (is_number and int(value) > 0):
+        rule = f"must be a whole number from 1 to {MAX_TIMEOUT_MS}"
+        raise RequestError(f"{name} ({value[:32]!r}) {rule}", name)
+    return int(value) / 1000
+
+
+@contextlib.asynccontextmanager
+async def within_time(limit_s: float) -> AsyncIterator[None]:
+    """Cancel what takes longer. Raises ``DeadlineExceededError`` then."""
+    try:
+        async with asyncio.timeout(limit_s):
+            yield
+    except TimeoutError as err:
+        raise DeadlineExceededError("the request's time is over", started=True) from err
+
+
+async def run_until_gone(
+    receive: Receive, responder: Responder, work: Coroutine[Any, Any, None]
+) -> None:
+    """Run ``work`` while the client is there.
+
+    Raises:
+        ClientGoneError: the client left; ``work`` was cancelled.
+    """
+    task = asyncio.create_task(work)
+    watch = asyncio.create_task(_wait_gone(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done() and not responder.is_complete:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            raise ClientGoneError("the client closed the connection")
+        await task
+    finally:  # after a cancel nothing may be awaited here: both end by themselves
+        watch.cancel()
+        task.cancel()
+
+
+class WatchedEndpoint(ABC):
+    """A POST route whose work ends when its client leaves, as an ASGI application."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request, limits = Request(scope, receive), self._gateway.limits
+        data = await read_json(request, limits.max_body_bytes, limits.max_json_depth)
+        responder = send if isinstance(send, Responder) else Responder(send)
+        await run_until_gone(receive, responder, self._answer(request, data, responder))
+
+    @abstractmethod
+    async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
+        """Serve the object in a body."""
+
+
+def dump_json(content: object) -> bytes:
+    """Compact UTF-8 JSON. Raises ``ValueError`` for NaN and infinity."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode()
+
+
+def dump_long(content: Mapping[str, object]) -> bytes:
+    """The same for an object with long lists; other threads run between pieces."""
+    members = (
+        dump_json(name) + b":" + (_dump_list(value) if _is_list(value) else dump_json(value))
+        for name, value in content.items()
+    )
+    return b"{" + b",".join(members) + b"}"
+
+
+def _dump_list(values: Sequence[object]) -> bytes:
+    starts = range(0, len(values), _PIECE)
+    return b"[" + b",".join(dump_json(values[i : i + _PIECE])[1:-1] for i in starts) + b"]"
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[object]]:
+    return isinstance(value, list | tuple)
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    length = request.headers.get("content-length", "")
+    is_too_large = length.isdecimal() and int(length) > max_bytes
+    pieces = request.stream()
+    total = 0
+    if not is_too_large:
+        chunks: list[bytes] = []
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                async for chunk in pieces:
+                    total += len(chunk)
+                    if total > max_bytes:
+                        break
+                    chunks.append(chunk)
+                else:
+                    return b"".join(chunks)
+        except TimeoutError as err:
+            raise DeadlineExceededError("the body did not come in time") from err
+    if not (is_too_large and waits_to_send(request.headers)):
+        await _drain(pieces, max_bytes * _DRAIN_FACTOR - total)
+    raise RequestTooLargeError(f"the body is above the limit of {max_bytes} bytes")
+
+
+async def _drain(pieces: AsyncIterator[bytes], max_bytes: int) -> None:
+    """Read to the end, up to a size, or until nothing more comes."""
+    now_s = asyncio.get_running_loop().time
+    end_s = now_s() + BODY_TIMEOUT_S
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_PAUSE_S) as limit:
+            async for chunk in pieces:
+                max_bytes -= len(chunk)
+                if max_bytes < 0:
+                    return
+                limit.reschedule(min(end_s, now_s() + _DRAIN_PAUSE_S))
+
+
+async def _wait_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _path(scope: Scope) -> str:
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(root) or "/"

@@ -1,0 +1,287 @@
+"""Generations as OpenAI's bodies: completions and chat, whole and in chunks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
+from gateway.generation.answer import (
+    CollectedChoice,
+    TextFormat,
+    alternatives,
+    clamp_logprob,
+    token_bytes,
+    token_name,
+)
+from gateway.generation.generation import Generation
+from gateway.text.tokenizer import Tokenizer
+from gateway.text.tool_calls import CallDelta, ParsedPiece, ToolCall
+from workers.requests.request import FinishReason, TokenLogprob
+
+
+class AnswerFormat(TextFormat, ABC):
+    """One endpoint's bodies.
+
+    Args:
+        generation: the source of the answer.
+        tokenizer: names tokens; None names them by number.
+        fingerprint: ``system_fingerprint``.
+        answer_id: ``id``; None is the generation's own.
+    """
+
+    object = ""
+    chunk_object = ""
+
+    def __init__(
+        self,
+        generation: Generation,
+        tokenizer: Tokenizer | None,
+        fingerprint: str,
+        answer_id: str | None = None,
+    ) -> None:
+        super().__init__(generation.call, tokenizer)
+        self._waiting: dict[int, list[TokenText]] = {}  # tokens that may be part of a call
+        self._head = {
+            "id": answer_id or generation.call_id,
+            "created": generation.created,
+            "model": generation.call.model,
+            "system_fingerprint": fingerprint,
+        }
+
+    @abstractmethod
+    def whole(self, choices: Sequence[CollectedChoice], usage: Usage) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+
+    @abstractmethod
+    def chunks(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        """The chunks of a choice's delta."""
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        return {**self._chunk([]), "usage": usage_body(usage)}
+
+    def _whole(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
+        body = {**self._head, "object": self.object, "choices": choices}
+        return {**body, "usage": usage_body(usage)}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": self.chunk_object, "choices": choices}
+
+    def _prompt_ids(self, prompt_index: int) -> list[int]:
+        return list(self.call.prompts[prompt_index].ids)
+
+    def _prompt_logprobs(
+        self, entries: Sequence[TokenLogprob | None] | None
+    ) -> list[dict[str, Any] | None] | None:
+        """One object a prompt token, by token id; None for the first one."""
+        wanted = self.call.fields.prompt_logprobs
+        if wanted is None or entries is None:
+            return None
+        return [None if e is None else self._by_id(e, wanted) for e in entries]
+
+    def _by_id(self, entry: TokenLogprob, wanted: int) -> dict[str, Any]:
+        entries: dict[str, Any] = {}
+        own = (entry.token_id, entry.logprob, entry.rank)
+        others = ((i, value, rank) for rank, (i, value) in enumerate(entry.top[:wanted], 1))
+        for token_id, logprob, rank in (own, *others):
+            named = {
+                "logprob": clamp_logprob(logprob),
+                "rank": rank,
+                "decoded_token": token_name(self._tokenizer, token_id),
+            }
+            entries.setdefault(str(token_id), named)
+        return entries
+
+
+class CompletionFormat(AnswerFormat):
+    """``/v1/completions``."""
+
+    object = "text_completion"
+    chunk_object = "text_completion"
+
+    def whole(self, choices: Sequence[CollectedChoice], usage: Usage) -> dict[str, Any]:
+        return self._whole([self._choice(choice, is_first=True) for choice in choices], usage)
+
+    def chunks(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        return [self._chunk([self._choice(delta, is_first=delta.is_first)])]
+
+    def _choice(self, piece: CollectedChoice | ChoiceDelta, is_first: bool) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "index": piece.index,
+            "text": piece.text,
+            "logprobs": self._logprobs((*piece.echo_tokens, *piece.tokens)),
+            **_finish_fields(piece.finish),
+        }
+        if self.call.fields.return_token_ids:
+            body["token_ids"] = [token.token_id for token in piece.tokens]
+            body["prompt_token_ids"] = self._prompt_ids(piece.prompt_index) if is_first else None
+        if is_first and self.call.fields.prompt_logprobs is not None:
+            body["prompt_logprobs"] = self._prompt_logprobs(piece.prompt_logprobs)
+        return body
+
+    def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any] | None:
+        wanted = self.call.fields.num_logprobs
+        if wanted is None:
+            return None
+        return {
+            "text_offset": [token.text_offset for token in tokens],
+            "token_logprobs": [
+                None if token.logprob is None else clamp_logprob(token.logprob.logprob)
+                for token in tokens
+            ],
+            "tokens": [self._name(token.token_id) for token in tokens],
+            "top_logprobs": [
+                None if token.logprob is None else self._top(token.logprob, wanted)
+                for token in tokens
+            ],
+        }
+
+    def _top(self, entry: TokenLogprob, wanted: int) -> dict[str, float]:
+        top: dict[str, float] = {}
+        for token_id, logprob in alternatives(entry, wanted):
+            top.setdefault(self._name(token_id), clamp_logprob(logprob))
+        return top
+
+
+class ChatFormat(AnswerFormat):
+    """``/v1/chat/completions``."""
+
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def whole(self, choices: Sequence[CollectedChoice], usage: Usage) -> dict[str, Any]:
+        body = self._whole([self._choice(choice) for choice in choices], usage)
+        if self.call.fields.return_token_ids:
+            body["prompt_token_ids"] = self._prompt_ids(0)
+        if self.call.fields.prompt_logprobs is not None:
+            body["prompt_logprobs"] = self._prompt_logprobs(choices[0].prompt_logprobs)
+        return body
+
+    def chunks(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        chunks = []
+        if delta.is_first:
+            opening = {
+                "index": delta.index,
+                "delta": {"role": "assistant", "content": ""},
+                "logprobs": None,
+                **_finish_fields(None),
+            }
+            chunks.append(self._chunk([opening]))
+            if self.call.fields.return_token_ids:
+                chunks[0]["prompt_token_ids"] = self._prompt_ids(0)
+            if delta.prompt_logprobs is not None:
+                chunks[0]["prompt_logprobs"] = self._prompt_logprobs(delta.prompt_logprobs)
+        if delta.text or delta.tokens or delta.finish:
+            parsed, is_call = self._parse(delta)
+            shown = _tool_delta(parsed)
+            waiting = self._waiting.setdefault(delta.index, [])
+            waiting.extend(delta.tokens)
+            if not (shown or delta.finish):
+                return chunks  # these tokens may be part of a call
+            choice: dict[str, Any] = {
+                "index": delta.index,
+                "delta": shown,
+                "logprobs": self._logprobs(waiting),
+                **_finish_fields(delta.finish, is_call),
+            }
+            if self.call.fields.return_token_ids:
+                choice["token_ids"] = [token.token_id for token in waiting]
+            waiting.clear()
+            chunks.append(self._chunk([choice]))
+        return chunks
+
+    def _message(self, choice: CollectedChoice) -> tuple[dict[str, Any], bool]:
+        """A choice's ``message``, and whether it ends with calls."""
+        content, calls, has_calls = self._parse_whole(choice)
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if not calls:
+            return message, False
+        named = [
+            {"id": call.call_id, "type": "function", "function": _function(call)} for call in calls
+        ]
+        return {**message, "content": content or None, "tool_calls": named}, has_calls
+
+    def _choice(self, choice: CollectedChoice) -> dict[str, Any]:
+        message, is_call = self._message(choice)
+        body: dict[str, Any] = {
+            "index": choice.index,
+            "message": message,
+            "logprobs": self._logprobs(choice.tokens),
+            **_finish_fields(choice.finish, is_call),
+        }
+        if self.call.fields.return_token_ids:
+            body["token_ids"] = [token.token_id for token in choice.tokens]
+            body["prompt_token_ids"] = self._prompt_ids(choice.prompt_index)
+        return body
+
+    def _logprobs(self, tokens: Iterable[TokenText]) -> dict[str, Any] | None:
+        wanted = self.call.fields.num_logprobs
+        if wanted is None:
+            return None
+        return {
+            "content": [self._entry(token.logprob, wanted) for token in tokens if token.logprob]
+        }
+
+    def _entry(self, entry: TokenLogprob, wanted: int) -> dict[str, Any]:
+        top = alternatives(entry, wanted) if wanted else []
+        return {
+            **self._named(entry.token_id, entry.logprob),
+            "top_logprobs": [self._named(*pair) for pair in top[:wanted]],
+        }
+
+    def _named(self, token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self._name(token_id),
+            "logprob": clamp_logprob(logprob),
+            "bytes": list(token_bytes(self._tokenizer, token_id)),
+        }
+
+
+def usage_body(usage: Usage) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+    if usage.cached_tokens is not None:
+        body["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
+    return body
+
+
+def pooling_usage(usage: Usage) -> dict[str, Any]:
+    """The ``usage`` object of a call that draws nothing."""
+    body = usage_body(usage)
+    del body["completion_tokens"]
+    return body
+
+
+def _tool_delta(parsed: ParsedPiece) -> dict[str, Any]:
+    delta: dict[str, Any] = {"content": parsed.content} if parsed.content else {}
+    if parsed.calls:
+        delta["tool_calls"] = [
+            {"index": call.index, "function": {"arguments": call.arguments}}
+            if call.name is None
+            else {
+                "index": call.index,
+                "id": call.call_id,
+                "type": "function",
+                "function": _function(call),
+            }
+            for call in parsed.calls
+        ]
+    return delta
+
+
+def _function(call: ToolCall | CallDelta) -> dict[str, str | None]:
+    return {"name": call.name, "arguments": call.arguments}
+
+
+def _finish_fields(finish: Finish | None, is_call: bool = False) -> dict[str, Any]:
+    if finish is None:
+        return {"finish_reason": None, "stop_reason": None}
+    ends_so = is_call and finish.reason is FinishReason.STOP
+    return {
+        "finish_reason": "tool_calls" if ends_so else finish.reason.value,
+        "stop_reason": finish.stop_reason,
+    }

@@ -1,0 +1,189 @@
+"""The OpenAPI document of the HTTP interface, by FastAPI from the types of bodies and answers.
+
+Served at ``/openapi.json``. Paths are relative to the route prefix, which ``servers`` names. The
+admin interface is not in it: it has a port of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from pydantic import BaseModel, TypeAdapter
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from cluster.core import versions
+from gateway.http import answers
+from gateway.http.inspect import InspectBody
+from gateway.http.pooling import ClassifyBody, EmbeddingsBody, ScoreBody
+from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+
+PATH = "/openapi.json"
+_REF = "#/components/schemas/{model}"
+_STRING = {"type": "string"}
+_OPEN = {"ClusterView", "BankRoutes"}
+"""Answers that may have further fields."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    path: str
+    """Below the route prefix."""
+    summary: str
+    answer: type | None = None
+    body: type[BaseModel] | None = None
+    """JSON of a POST; None is a GET."""
+    chunk: type | None = None
+    """One server-sent event of an answer with ``stream``."""
+    media: type[Response] = JSONResponse
+    statuses: tuple[int, ...] = ()
+    """Beside those that all routes of its method share."""
+
+    @property
+    def method(self) -> str:
+        return "get" if self.body is None else "post"
+
+
+_COMPLETION = (answers.Completion, CompletionBody, answers.CompletionChunk)
+_CHAT = (answers.ChatCompletion, ChatBody, answers.ChatCompletionChunk)
+_READY = (answers.Readiness, None, None, JSONResponse, (503,))
+_VIEW = (answers.ClusterView, None, None, JSONResponse, (503,))
+
+ENDPOINTS: tuple[Endpoint, ...] = (
+    Endpoint("/v1/models", "The served model", answers.ModelList),
+    Endpoint("/v1/models/{model}", "One model by name", answers.Model, statuses=(404,)),
+    Endpoint("/v1/completions", "Text after prompts", *_COMPLETION),
+    Endpoint("/v1/chat/completions", "The next message of a conversation", *_CHAT),
+    Endpoint("/v1/embeddings", "Vectors of prompts", answers.Embeddings, EmbeddingsBody),
+    Endpoint("/classify", "Classes of prompts", answers.Classifications, ClassifyBody),
+    Endpoint("/score", "Scores of documents", answers.Scores, ScoreBody),
+    Endpoint("/v1/score", "Scores of documents", answers.Scores, ScoreBody),
+    Endpoint("/v1/inspect", "Arrays from inside the model", answers.Inspection, InspectBody),
+    Endpoint("/tokenize", "Text to token ids", answers.Tokens, TokenizeBody),
+    Endpoint("/detokenize", "Token ids to text", answers.Text, DetokenizeBody),
+    Endpoint("/health", "The process is alive", media=Response),
+    Endpoint("/ready", "Whether requests can be served", *_READY),
+    Endpoint("/v2/health/live", "Same as /health", media=Response),
+    Endpoint("/v2/health/ready", "Same as /ready", *_READY),
+    Endpoint("/version", "Versions of the server", answers.Version),
+    Endpoint("/metrics", "Prometheus metrics", media=PlainTextResponse),
+    Endpoint("/cluster/v1/status", "The cluster's state", answers.ClusterView),
+    Endpoint("/cluster/v1/placement", "Which device holds which copy of which expert", *_VIEW),
+    Endpoint("/cluster/v1/load", "Tokens by expert", *_VIEW),
+    Endpoint("/cluster/v1/events", "What happened to the cluster", answers.ClusterView),
+    Endpoint(PATH, "This document"),
+)
+"""All routes, in the order of the interface."""
+_ERRORS = {
+    400: "The request is wrong: error.param names the field",
+    401: "No key, or one that is not known",
+    403: "The key does not allow this",
+    404: "No such model",
+    408: "The request's time was over before it began",
+    409: "An operator ended the request",
+    413: "The body is above the limit",
+    429: "The server or the key is at its limit: see Retry-After",
+    500: "A mistake of the server",
+    503: "The server cannot serve requests now: see Retry-After",
+    504: "The request's time was over while it ran",
+}
+_OF_GET = (401, 403, 500)
+_HEADERS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("x-request-id", "Names the request; one that is not fit is replaced", _STRING),
+    ("x-request-timeout-ms", "The client's time limit", {**_STRING, "pattern": "^[0-9]{1,11}$"}),
+    ("x-priority", "Lower runs first", {**_STRING, "pattern": "^[+-]?[0-9]{1,10}$"}),
+)
+_ANSWER_HEADERS = (
+    *("x-request-id", "openai-processing-ms", "openai-version"),
+    "x-expertmesh-placement-epoch",
+)
+
+
+def document(root_path: str = "") -> dict[str, Any]:
+    return {**_document(), "servers": [{"url": root_path or "/"}]}
+
+
+@cache
+def _document() -> dict[str, Any]:
+    app = FastAPI(
+        title="expertmesh",
+        version=versions.own_version(),
+        description="OpenAI's protocol for a mixture-of-experts model. Unknown fields are "
+        "ignored; known ones that are not built are refused by name.",
+        separate_input_output_schemas=False,
+    )
+    for endpoint in ENDPOINTS:
+        _add(app, endpoint)
+    found = app.openapi()
+    chunks = (answers.CompletionChunk, answers.ChatCompletionChunk, answers.Error)
+    closed = {**found["components"]["schemas"], **_schemas(chunks)}
+    for name in closed.keys() - _OPEN:
+        closed[name]["additionalProperties"] = False
+    bodies = {endpoint.body for endpoint in ENDPOINTS if endpoint.body}
+    found["components"] = {
+        "schemas": {**_schemas(bodies), **closed},
+        "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+    }
+    return {**found, "security": [{}, {"key": []}]}
+
+
+def _schemas(types: Iterable[type]) -> dict[str, Any]:
+    """Schemas of types, and of those in them, by name."""
+    adapters: list[tuple[str, Literal["validation"], TypeAdapter[Any]]] = [
+        (one.__name__, "validation", TypeAdapter(one))
+        for one in sorted(types, key=lambda one: one.__name__)
+    ]
+    defined: dict[str, Any] = TypeAdapter.json_schemas(adapters, ref_template=_REF)[1]["$defs"]
+    return defined
+
+
+def _add(app: FastAPI, endpoint: Endpoint) -> None:
+    words = endpoint.path.strip("/").translate(str.maketrans("/{}.", "____"))
+    app.add_api_route(
+        endpoint.path,
+        lambda: None,  # only described: gateway.http.api serves the route
+        methods=[endpoint.method],
+        operation_id=f"{endpoint.method}_{words}",
+        summary=endpoint.summary,
+        response_model=endpoint.answer,
+        response_class=endpoint.media,
+        responses=_responses(endpoint),
+        openapi_extra=_request(endpoint),
+    )
+
+
+def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
+    found: dict[str, Any] = {
+        "description": endpoint.summary,
+        "headers": {name: {"schema": _STRING, "required": True} for name in _ANSWER_HEADERS},
+    }
+    if endpoint.chunk is not None:  # each event but the last, [DONE]
+        event = {"anyOf": [_ref(endpoint.chunk), _ref(answers.Error)]}
+        found["content"] = {"text/event-stream": {"schema": _STRING, "x-events": event}}
+    responses: dict[int | str, dict[str, Any]] = {200: found}
+    for status in sorted({*(_OF_GET if endpoint.body is None else _ERRORS), *endpoint.statuses}):
+        is_readiness = status == 503 and endpoint.answer is answers.Readiness
+        schema = _ref(answers.Readiness if is_readiness else answers.Error)
+        content = {"application/json": {"schema": schema}}
+        responses[status] = {"description": _ERRORS[status], "content": content}
+    return responses
+
+
+def _request(endpoint: Endpoint) -> dict[str, Any]:
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "header", "required": False, "description": text, "schema": schema}
+        for name, text, schema in (_HEADERS if endpoint.body is not None else _HEADERS[:1])
+    ]
+    if "{model}" in endpoint.path:
+        parameters.append({"name": "model", "in": "path", "required": True, "schema": _STRING})
+    if endpoint.body is None:
+        return {"parameters": parameters}
+    content = {"application/json": {"schema": _ref(endpoint.body)}}
+    return {"parameters": parameters, "requestBody": {"required": True, "content": content}}
+
+
+def _ref(model: type) -> dict[str, str]:
+    return {"$ref": _REF.format(model=model.__name__)}

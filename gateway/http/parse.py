@@ -1,0 +1,153 @@
+"""JSON to the typed fields of HTTP bodies."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from cluster.core.errors import RequestError
+from gateway.core.field_checks import (
+    MAX_ENTRIES,
+    MAX_MESSAGES,
+    check_length,
+    check_messages,
+    is_deeper,
+)
+from gateway.text.tools import MAX_TOOLS
+
+Body = TypeVar("Body", bound=BaseModel)
+
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+_PROMPT_SHAPE = "must be a string, a list of strings, a list of token ids or a list of such lists"
+_SHAPES = {
+    "prompt": _PROMPT_SHAPE,
+    "stop": "must be a string or a list of strings",
+    "input": _PROMPT_SHAPE,
+    "queries": _PROMPT_SHAPE,
+    "documents": _PROMPT_SHAPE,
+    "text_1": _PROMPT_SHAPE,
+    "text_2": _PROMPT_SHAPE,
+    "attention_mask": "must be a list of 0 and 1, or a list of such lists",
+    "content": "must be a string or a list of text parts",
+    "tool_choice": "must be none, auto, required or name a function",
+    "schema": "must be a JSON schema: an object, or its JSON text",
+    "json": "must be a JSON schema: an object, or its JSON text",
+}
+"""What a field with several types may be."""
+_MOST_ENTRIES = {
+    "tools": MAX_TOOLS,
+    "logit_bias": MAX_ENTRIES["logit_bias"],
+}
+"""Lengths that are checked before the entries are."""
+
+
+class _NoCollections(contextlib.AbstractContextManager[None]):
+    """No garbage collections, each of which would go through all that was parsed so far.
+
+    Bodies are parsed in several threads: the last one to end turns collections on again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._were_on = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._num_inside:
+                self._were_on = gc.isenabled()
+                gc.disable()
+            self._num_inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if not self._num_inside and self._were_on:
+                gc.enable()
+
+
+_NO_COLLECTIONS = _NoCollections()
+
+
+def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
+    """The object in a body.
+
+    Raises:
+        RequestError: not JSON, not an object, or nested too deeply.
+    """
+    try:
+        text = raw.decode(json.detect_encoding(raw))
+        with _NO_COLLECTIONS:
+            data = json.loads(text)
+        if _SURROGATE_ESCAPE.search(text):
+            json.dumps(data, ensure_ascii=False).encode()  # half a pair is not text
+    except RecursionError as err:
+        raise _too_deep(max_depth) from err
+    except ValueError as err:  # also undecodable bytes, lone surrogates, integers without end
+        reason = getattr(err, "msg", "not readable")
+        raise RequestError(f"the body is not valid JSON: {reason}", code="json_invalid") from err
+    if not isinstance(data, dict):
+        raise RequestError("the body must be a JSON object", code="json_invalid")
+    if is_deeper(data, max_depth):
+        raise _too_deep(max_depth)
+    return data
+
+
+def parse_body(kind: type[Body], data: Mapping[str, Any]) -> Body:
+    """The typed fields of a body. Raises ``RequestError`` for the first that is wrong."""
+    for name, most in _MOST_ENTRIES.items():
+        value = data.get(name)
+        if name in kind.model_fields and isinstance(value, list | dict):
+            check_length(name, len(value), most)
+    messages = data.get("messages")
+    if "messages" in kind.model_fields and isinstance(messages, list):
+        check_messages(len(messages), _num_parts(messages[: MAX_MESSAGES + 1]))
+    try:
+        return kind.model_validate(data)
+    except ValidationError as err:
+        raise _describe(err) from err
+
+
+def _num_parts(messages: Sequence[object]) -> int:
+    """Fields of all messages, parts of their contents and calls that they made."""
+    named = [message for message in messages if isinstance(message, dict)]
+    inner = [message.get(name) for message in named for name in ("content", "tool_calls")]
+    return sum(map(len, named)) + sum(len(one) for one in inner if isinstance(one, list))
+
+
+def _too_deep(max_depth: int) -> RequestError:
+    return RequestError(
+        f"the body is nested too deeply: at most {max_depth} levels", code="json_invalid"
+    )
+
+
+def _describe(error: ValidationError) -> RequestError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    path = _field_path(first["loc"])
+    name = path.rpartition(".")[2].partition("[")[0]
+    if first["type"] == "missing":
+        return RequestError(f"{path} is required", path, "missing_required_parameter")
+    if name in _SHAPES:
+        return RequestError(f"{path} {_SHAPES[name]}", path)
+    rule = first["msg"].removeprefix("Input ").removeprefix("should ")
+    return RequestError(f"{path} must {rule}" if rule != first["msg"] else f"{path}: {rule}", path)
+
+
+def _field_path(location: Sequence[str | int]) -> str:
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part.isidentifier() and part not in ("str", "int"):
+            path += f".{part}" if path else part
+        else:
+            break  # the name of one type of several
+    return path

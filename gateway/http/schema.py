@@ -1,0 +1,226 @@
+"""The types of HTTP bodies.
+
+Types are strict (``"5"`` is not a number) and unknown fields are ignored; what the values may be is
+checked later, once for both codecs, in ``gateway/core/field_checks.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+"""JSON knows one kind of number: 5.0 is 5."""
+Item = TypeVar("Item")
+
+
+class _FirstError(FailFast):
+    """``FailFast`` that can be in a union of types."""
+
+    def __hash__(self) -> int:
+        return hash(self.fail_fast)
+
+
+Items = Annotated[list[Item], _FirstError()]
+"""A list of which the first wrong item ends the check: a body has room for millions."""
+
+
+class StrictBody(BaseModel):
+    """A JSON object: ``"5"`` is not a number, and unknown fields are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class Part(StrictBody):
+    """One part of a message's content."""
+
+    type: str
+    text: str | None = None
+
+
+class CalledFunction(StrictBody):
+    """Which function was called, and with what: JSON text."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class MessageCall(StrictBody):
+    """A call that an assistant's message made."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(StrictBody):
+    """One message; fields that are not named here go to the chat template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+    role: str
+    content: str | Items[Part] | None = None
+    name: str | None = None
+    tool_calls: Items[MessageCall] | None = None
+    tool_call_id: str | None = None
+
+
+class StreamOptions(StrictBody):
+    """What a stream carries beside the text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class JsonSchemaBody(StrictBody):
+    """``response_format.json_schema``."""
+
+    schema_: dict[str, Any] | str | None = Field(default=None, alias="schema")
+
+
+class FunctionBody(StrictBody):
+    """A function that may be called; ``strict`` is accepted: arguments always follow the schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolBody(StrictBody):
+    """One entry of ``tools``."""
+
+    type: Literal["function"]
+    function: FunctionBody
+
+
+class FunctionName(StrictBody):
+    """``tool_choice.function``."""
+
+    name: str
+
+
+class ToolChoiceBody(StrictBody):
+    """A ``tool_choice`` that names the function."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class ResponseFormatBody(StrictBody):
+    """``response_format``."""
+
+    type: str
+    json_schema: JsonSchemaBody | None = None
+
+
+class StructuredOutputsBody(StrictBody):
+    """``structured_outputs``, with the names of vLLM."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: Items[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class GenerateBody(StrictBody):
+    """Fields that completions and chat share."""
+
+    model: str | None = None
+    max_tokens: Whole | None = None
+    max_completion_tokens: Whole | None = None
+    min_tokens: Whole | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Whole | None = None
+    min_p: float | None = None
+    seed: Whole | None = None
+    n: Whole | None = None
+    stop: str | Items[str] | None = None
+    stop_token_ids: Items[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    priority: Whole | None = None
+    cache_salt: str | None = None
+    return_tokens_as_token_ids: bool | None = None
+    prompt_logprobs: Whole | None = None
+    logprob_token_ids: Items[int] | None = None
+    allowed_token_ids: Items[int] | None = None
+    bad_words: Items[str] | None = None
+    response_format: ResponseFormatBody | None = None
+    structured_outputs: StructuredOutputsBody | None = None
+    truncate_prompt_tokens: Whole | None = None
+    truncation_side: str | None = None
+    request_id: str | None = None
+
+
+class CompletionBody(GenerateBody):
+    """``POST /v1/completions``."""
+
+    prompt: str | Items[int] | Items[str] | Items[Items[int]]
+    logprobs: Whole | None = None
+    best_of: Whole | None = None
+    echo: bool | None = None
+
+
+class ChatBody(GenerateBody):
+    """``POST /v1/chat/completions``."""
+
+    messages: Items[Message]
+    logprobs: bool | None = None
+    top_logprobs: Whole | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: Items[ToolBody] | None = None
+    tool_choice: str | ToolChoiceBody | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class TokenizeBody(StrictBody):
+    """``POST /tokenize``."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Items[Message] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+    tools: Items[ToolBody] | None = None
+
+
+class DetokenizeBody(StrictBody):
+    """``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: Items[int]
+
+
+PromptField = str | Items[int] | Items[str] | Items[Items[int]]
+"""One prompt or several, as text or token ids."""
+
+
+class PoolingBody(StrictBody):
+    model: str | None = None
+    add_special_tokens: bool | None = None
+    priority: Whole | None = None
+    cache_salt: str | None = None

@@ -1,0 +1,4 @@
+"""Prometheus metrics.
+
+Imports ``gateway.core`` and ``gateway.cluster``.
+"""

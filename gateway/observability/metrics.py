@@ -1,0 +1,200 @@
+"""Prometheus metrics in a registry of our own: this replica's counts and the workers' numbers.
+
+Names and meanings follow vLLM where it has them, with the prefix ``expertmesh:``. Labels never hold
+a request id, a key or a user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from prometheus_client import Counter, Histogram, generate_latest
+
+from cluster.core.metric_families import MergedFamilies, PlainFamily, new_registry, to_plain
+from gateway.cluster.view import Snapshot
+from gateway.core.replay import ReplayCause
+from gateway.observability.cluster_metrics import ClusterCollector
+from gateway.observability.load_metrics import LoadCollector
+from workers.requests.request import Timings
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+PREFIX = "expertmesh:"
+"""In front of every name, unless the operator wants another."""
+
+_TOKEN_BUCKETS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
+_TTFT_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0),
+)
+_ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0)
+_TIME_BUCKETS = (0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_COUNT_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+
+
+class GatewayMetrics:
+    """All metrics of one replica.
+
+    Args:
+        model_name: label of every series.
+        snapshot: gives the cluster's state, with the workers' numbers, when a scrape comes.
+        cache_config: labels of ``cache_config_info``.
+        load: gives the experts' load when a scrape comes, None while it is not known.
+        all_experts: a series for each expert, not only for the busiest.
+        prefix: in front of every name.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        snapshot: Callable[[], Snapshot | None],
+        cache_config: Mapping[str, str] | None = None,
+        load: Callable[[], Mapping[str, Any] | None] = lambda: None,
+        all_experts: bool = False,
+        prefix: str = PREFIX,
+    ) -> None:
+        self._model_name = model_name
+        self._prefix = prefix
+        self._registry = registry = new_registry()
+        count, labels = partial(Counter, registry=registry), ("engine",)
+        success = count(
+            "request_success", "Choices that finished, by reason", (*labels, "finished_reason")
+        )
+        counters = {name: count(name, text, labels) for name, text in _ENGINE_COUNTERS.items()}
+        histograms = {
+            name: Histogram(name, text, labels, registry=registry, buckets=buckets)
+            for name, (text, buckets) in _ENGINE_HISTOGRAMS.items()
+        }
+        self._make_engine = partial(EngineMetrics, success, counters, histograms)
+        self._engines: dict[str, EngineMetrics] = {}
+        self.http_requests = count("http_requests", "HTTP requests", ("route", "method", "status"))
+        self.grpc_requests = count("grpc_requests", "gRPC requests", ("service", "method", "code"))
+        self.client_disconnects = count(
+            "client_disconnects", "Clients that disconnected before the response ended"
+        )
+        self.sse_events = count("sse_events", "Server-sent events")
+        self.admission_rejections = count(
+            "admission_rejections", "Requests rejected at admission, by reason", ("reason",)
+        )
+        self.requests_replayed = count(
+            "requests_replayed", "Requests replayed at another attention worker", ("cause",)
+        )
+        self.tokens_recomputed = count(
+            "tokens_recomputed",
+            "Prompt and output tokens recomputed for replayed requests",
+            ("cause",),
+        )
+        for cause in ReplayCause:  # counters begin at 0
+            self.requests_replayed.labels(cause.value)
+            self.tokens_recomputed.labels(cause.value)
+        self.stream_lag = Histogram(
+            "gateway_stream_lag_seconds",
+            "Time from a token's arrival at the gateway to its sending",
+            registry=registry,
+            buckets=_ITL_BUCKETS,
+        )
+        own = {f"{f.name}_total" if f.type == "counter" else f.name for f in registry.collect()}
+        self._cluster = new_registry()
+        self._cluster.register(
+            ClusterCollector(model_name, prefix, snapshot, frozenset(own), cache_config or {})
+        )
+        self._cluster.register(LoadCollector(model_name, prefix, load, all_experts))
+
+    def engine(self, index: str) -> EngineMetrics:
+        """What is counted of one engine: the index of an attention worker, "" before any has it."""
+        found = self._engines.get(index)
+        if found is None:
+            found = self._engines[index] = self._make_engine(index)
+        return found
+
+    def own_families(self) -> list[PlainFamily]:
+        """What this replica counts, as plain data for another one."""
+        return to_plain(self._registry)
+
+    def render(self, replicas: Mapping[str, list[PlainFamily]] | None = None) -> bytes:
+        """The exposition, in Prometheus text format.
+
+        ``replicas`` are the ``own_families`` of several, which get the label ``gateway``; None:
+        this one is alone.
+        """
+        own = MergedFamilies(self._prefix)
+        if replicas is None:
+            own.add(self.own_families(), model_name=self._model_name)
+        for name, families in (replicas or {}).items():
+            own.add(families, model_name=self._model_name, gateway=name)
+        return generate_latest(own) + generate_latest(self._cluster)
+
+
+_ENGINE_COUNTERS = {
+    "prompt_tokens": "Prompt tokens of accepted requests",
+    "generation_tokens": "Generated tokens",
+}
+_ENGINE_HISTOGRAMS = {
+    "request_prompt_tokens": ("Tokens per prompt", _TOKEN_BUCKETS),
+    "request_generation_tokens": ("Generated tokens per choice", _TOKEN_BUCKETS),
+    "request_max_num_generation_tokens": (
+        "Generated tokens of the longest choice of a request",
+        _TOKEN_BUCKETS,
+    ),
+    "request_params_n": ("Parameter n of a request", _COUNT_BUCKETS),
+    "request_params_max_tokens": ("Parameter max_tokens of a prompt", _TOKEN_BUCKETS),
+    "time_to_first_token_seconds": ("Time to first token", _TTFT_BUCKETS),
+    "inter_token_latency_seconds": ("Time between two tokens of a choice", _ITL_BUCKETS),
+    "request_time_per_output_token_seconds": (
+        "Mean time per output token of a choice",
+        _ITL_BUCKETS,
+    ),
+    "e2e_request_latency_seconds": ("End-to-end latency of a request", _TIME_BUCKETS),
+    "request_queue_time_seconds": ("Time waiting in an engine", _TIME_BUCKETS),
+    "request_inference_time_seconds": (
+        "Time from the first scheduled step to the end",
+        _TIME_BUCKETS,
+    ),
+    "request_prefill_time_seconds": (
+        "Time from the first scheduled step to the first token",
+        _TIME_BUCKETS,
+    ),
+    "request_decode_time_seconds": ("Time from the first token to the end", _TIME_BUCKETS),
+}
+"""Names with a text and buckets; see ``EngineMetrics``."""
+
+
+class EngineMetrics:
+    """What this replica counts of the calls that one engine computes, as vLLM labels it.
+
+    A call of several prompts counts where its first prompt is, a choice where its prompt is.
+    """
+
+    def __init__(
+        self,
+        success: Counter,
+        counters: Mapping[str, Counter],
+        histograms: Mapping[str, Histogram],
+        engine: str,
+    ) -> None:
+        self._success, self._engine = success, engine
+        self._counters = {name: family.labels(engine) for name, family in counters.items()}
+        self._histograms = {name: family.labels(engine) for name, family in histograms.items()}
+
+    def count(self, name: str, amount: int) -> None:
+        """Add to one of ``_ENGINE_COUNTERS``."""
+        self._counters[name].inc(amount)
+
+    def observe(self, name: str, value: float) -> None:
+        """Add a value to one of ``_ENGINE_HISTOGRAMS``."""
+        self._histograms[name].observe(value)
+
+    def add_success(self, reason: str) -> None:
+        self._success.labels(self._engine, reason).inc()
+
+    def observe_timings(self, timings: Timings) -> None:
+        begins_s, first_s, ends_s = (
+            timings.first_dispatch_s,
+            timings.first_token_s,
+            timings.finished_s,
+        )
+        self.observe("request_queue_time_seconds", max(0.0, begins_s))
+        self.observe("request_prefill_time_seconds", max(0.0, first_s - begins_s))
+        self.observe("request_decode_time_seconds", max(0.0, ends_s - first_s))
+        self.observe("request_inference_time_seconds", max(0.0, ends_s - begins_s))

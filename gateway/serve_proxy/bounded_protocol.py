@@ -1,0 +1,100 @@
+"""uvicorn's HTTP parser with a bound on request line and headers, and with our error object.
+
+Without it a client that never ends its headers fills the server's memory, and needs no key for it
+(CVE-2025-48956 in vLLM).
+
+Upstream: Kludex/uvicorn#157 and #1684, closed: the bound exists for h11 only, and Serve's proxy
+uses httptools. No issue known for Serve.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+
+import uvicorn.config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from cluster.core.errors import ExpertMeshError, RequestError, RequestTooLargeError
+from gateway.core.errors import report_error
+
+MAX_HEAD_BYTES = 16 * 1024
+"""Request line and headers together."""
+MAX_HEADERS = 256
+
+
+class BoundedHttpProtocol(HttpToolsProtocol):
+    _is_in_head = True
+    _num_unread = 0
+    _num_head_bytes = 0
+    _is_refused = False
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
+        if self._is_in_head:
+            self._num_unread += len(data)
+        super().data_received(data)
+        if self._is_in_head and self._num_unread > MAX_HEAD_BYTES:
+            self._refuse()
+
+    def on_message_begin(self) -> None:
+        self._is_in_head, self._num_head_bytes, self._num_unread = True, 0, 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._num_head_bytes += len(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._num_head_bytes += len(name) + len(value)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._is_in_head, self._num_unread = False, 0
+        if self._num_head_bytes > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
+            self._refuse()
+            return
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._is_refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._is_refused:
+            super().on_message_complete()
+            self._is_in_head = True
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse bytes that are not HTTP."""
+        self._answer(b"400 Bad Request", RequestError("the request is not valid HTTP"))
+
+    def _refuse(self) -> None:
+        if self._is_refused or self.transport.is_closing():
+            return
+        limits = f"{MAX_HEAD_BYTES} bytes, {MAX_HEADERS} lines"
+        error = RequestTooLargeError(f"the headers are above the limit of {limits}")
+        self._answer(b"431 Request Header Fields Too Large", error)
+
+    def _answer(self, status: bytes, error: ExpertMeshError) -> None:
+        """Answer in place of the application, and close the connection."""
+        self._is_refused = True
+        content = json.dumps(report_error(error).body()).encode()
+        lines = (
+            b"HTTP/1.1 " + status,
+            b"content-type: application/json",
+            b"connection: close",
+            b"x-request-id: " + uuid.uuid4().hex.encode(),
+            b"content-length: " + str(len(content)).encode(),
+            b"",
+            content,
+        )
+        self.transport.write(b"\r\n".join(lines))
+        self.transport.close()
+
+
+def bound_headers() -> None:
+    """Give the bound to all servers that this process makes from now on."""
+    name = f"{BoundedHttpProtocol.__module__}:{BoundedHttpProtocol.__name__}"
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = name

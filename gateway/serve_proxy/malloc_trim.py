@@ -1,0 +1,43 @@
+"""Return freed memory to the system, in the gateway and inside Serve's proxy.
+
+Python frees the memory of a request, and glibc keeps it: glibc returns the end of a heap only, and
+after a burst most free memory lies below. In ten minutes of mixed traffic (``benchmarks/soak.py``)
+the proxy had 35 MiB in use throughout, and 3 to 33 MiB free. ``cluster.launch.local_ray`` sets one
+heap for all threads.
+
+Upstream: ray-project/ray#50927 and #37396 were leaks of the proxy, closed since; no issue known
+for memory that glibc keeps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+import time
+from collections.abc import Callable
+
+_PERIOD_S = 30.0
+"""Time between two calls; one takes 5 to 9 ms for a heap of 100 MiB, without Python's lock."""
+
+
+@functools.cache
+def start_returning() -> threading.Thread | None:
+    """Return freed memory for the rest of this process's life; once for all callers.
+
+    None where the C library is not glibc: it has no ``malloc_trim``.
+    """
+    return_freed = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if return_freed is None:
+        return None
+    thread = threading.Thread(
+        target=_trim_forever, args=(return_freed,), name="freed-memory", daemon=True
+    )
+    thread.start()
+    return thread
+
+
+def _trim_forever(return_freed: Callable[[int], int]) -> None:
+    while True:
+        time.sleep(_PERIOD_S)
+        return_freed(0)

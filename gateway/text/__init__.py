@@ -1,0 +1,4 @@
+"""Text to tokens and back: tokenizer, chat templates, tools, structured output.
+
+Imports ``gateway.core``.
+"""

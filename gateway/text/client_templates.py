@@ -1,0 +1,106 @@
+"""Chat templates that clients send, where the server trusts them so far: each in its own process.
+
+See ``render_template`` for its limits. A process an answer also means that no template leaves
+anything behind for the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.core.errors import QueueFullError, RequestError
+from gateway.core.tool_use import ToolForm
+from gateway.text.render_template import CPU_LIMIT_S, PARAM
+
+MAX_AT_ONCE = 2
+MAX_WAITING = 16
+"""Requests that may wait for one."""
+_WALL_LIMIT_S = 20.0
+_RETRY_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TemplateAnswer:
+    has_tools: bool
+    tool_form: ToolForm | None
+    """How the model calls them; None where it has none, or the form is not known."""
+    text: str | None
+    """The prompt; None where ``error`` says why there is none."""
+    error: RequestError | None = None
+    """Why the template refuses the conversation."""
+
+
+class ClientTemplates:
+    def __init__(self) -> None:
+        self._places = asyncio.Semaphore(MAX_AT_ONCE)
+        self._num_waiting = 0
+
+    async def render(
+        self,
+        source: str,
+        variables: Mapping[str, str],
+        messages: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
+    ) -> TemplateAnswer:
+        """What the template makes of a conversation; ``options`` are those of ``ChatTemplate``.
+
+        Raises:
+            RequestError: it is no template, or needs too much time or memory.
+            QueueFullError: too many are asked for at once.
+        """
+        if self._num_waiting >= MAX_WAITING:
+            message = f"{MAX_WAITING} chat templates of clients wait"
+            raise QueueFullError(message, _RETRY_S, "chat_templates")
+        asked = {
+            "source": source,
+            "variables": dict(variables),
+            "messages": list(messages),
+            "options": dict(options),
+        }
+        self._num_waiting += 1
+        try:
+            async with self._places:
+                found = await asyncio.to_thread(_run, json.dumps(asked))
+        finally:
+            self._num_waiting -= 1
+        error = RequestError(found["error"], found["param"]) if "error" in found else None
+        if error is not None and "has_tools" not in found:
+            raise error
+        form = found["tool_form"]
+        return TemplateAnswer(
+            has_tools=found["has_tools"],
+            tool_form=None if form is None else ToolForm[form],
+            text=found.get("text"),
+            error=error,
+        )
+
+
+def _run(asked: str) -> dict[str, Any]:
+    words = [sys.executable, "-m", "gateway.text.render_template"]
+    path = os.pathsep.join(filter(None, sys.path))  # ours: the process has no environment but that
+    try:
+        done = subprocess.run(
+            words,
+            input=asked,
+            env={"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=_WALL_LIMIT_S,
+        )
+    except subprocess.TimeoutExpired as err:
+        raise _beyond_limits() from err
+    if done.returncode:
+        raise _beyond_limits()
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def _beyond_limits() -> RequestError:
+    return RequestError(f"{PARAM} needs more than {CPU_LIMIT_S} s, or too much memory", PARAM)

@@ -1,0 +1,52 @@
+"""A program that renders one chat template of a client, in a process of its own.
+
+Jinja's sandbox keeps a template from our objects, not from loops without end or texts without end:
+the process has a limit of processor time and of memory. It reads a JSON object from its standard
+input (fields of ``ask``) and writes one: ``has_tools``, ``tool_form``, and ``text`` or ``error``
+with ``param``. ``client_templates`` starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from typing import Any
+
+from cluster.core.errors import CheckpointError, RequestError
+from gateway.text.chat_template import ChatTemplate
+
+CPU_LIMIT_S = 3
+"""Processor time, the start of the interpreter included."""
+MEMORY_LIMIT_BYTES = 1024**3
+MAX_TEXT_CHARS = 16 * 1024 * 1024
+"""Longest prompt in an answer."""
+PARAM = "chat_template"
+"""The field that brings the template."""
+
+
+def answer(asked: dict[str, Any]) -> dict[str, Any]:
+    try:
+        template = ChatTemplate(asked["source"], asked["variables"], PARAM)
+    except CheckpointError as err:
+        return {"error": f"{PARAM}: {err}", "param": PARAM}
+    form = template.tool_form
+    facts = {"has_tools": template.has_tools, "tool_form": None if form is None else form.name}
+    try:
+        text = template.render(asked["messages"], **asked["options"])
+    except RequestError as err:
+        return {**facts, "error": str(err), "param": err.param}
+    if len(text) > MAX_TEXT_CHARS:
+        return {**facts, "error": f"{PARAM} makes too long a prompt", "param": PARAM}
+    return {**facts, "text": text}
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.stdout.write(json.dumps(answer(json.load(sys.stdin))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Structured output as clients ask for it, to the one ``Grammar`` that an engine follows.
+
+Both codecs come through here: ``response_format`` (OpenAI) and ``structured_outputs`` (vLLM). What
+can be checked without a vocabulary is checked now; the engine compiles the grammar and has the last
+word.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.core.errors import RequestError, UnsupportedParameterError
+from gateway.core.field_checks import is_deeper
+from workers.requests.request import Grammar, GrammarKind
+
+MAX_GRAMMAR_BYTES = 64 * 1024
+"""UTF-8 bytes of a schema (as compact JSON), regular expression, list of choices or grammar."""
+MAX_SCHEMA_DEPTH = 32
+"""Levels of objects and lists in a JSON schema."""
+_ANY_OBJECT = '{"type":"object"}'
+_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+
+
+def make_grammar(
+    format_type: str | None, format_schema: Any, constraints: Mapping[str, Any]
+) -> Grammar | None:
+    """The grammar of an output; None where its text is free.
+
+    Args:
+        format_type: ``response_format.type``; None is unset.
+        format_schema: ``response_format.json_schema.schema``: an object, or its JSON text.
+        constraints: ``structured_outputs`` by name; None is unset.
+
+    Raises:
+        RequestError: a value is wrong or too large, or several are set.
+        UnsupportedParameterError: a format that is not built.
+    """
+    found = _from_structured(constraints)
+    formatted = None if format_type is None else _from_format(format_type, format_schema)
+    if found and formatted:
+        message = "response_format and structured_outputs cannot both be set"
+        raise RequestError(message, "response_format")
+    return found or formatted
+
+
+def _from_format(kind: str, schema: Any) -> Grammar | None:
+    name = "response_format"
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return Grammar(kind=GrammarKind.JSON_SCHEMA, text=_ANY_OBJECT, field=name)
+    if kind == "json_schema":
+        field = f"{name}.json_schema.schema"
+        if schema is None:
+            message = f"{field} is required for type json_schema"
+            raise RequestError(message, field, "missing_required_parameter")
+        return _schema(schema, field)
+    if kind == "structural_tag":
+        raise UnsupportedParameterError(f"{name} of type structural_tag is not supported", name)
+    rule = "must be text, json_object or json_schema"
+    raise RequestError(f"{name}.type ({kind[:32]!r}) {rule}", f"{name}.type")
+
+
+def _from_structured(constraints: Mapping[str, Any]) -> Grammar | None:
+    prefix = "structured_outputs"
+    given = [kind for kind in _KINDS if constraints.get(kind) not in (None, False)]
+    if len(given) > 1:
+        message = f"{prefix} has {' and '.join(given)}: only one of {', '.join(_KINDS)} may be set"
+        raise RequestError(message, prefix)
+    if not given:
+        return None
+    kind = given[0]
+    value, field = constraints[kind], f"{prefix}.{kind}"
+    if kind == "json_object":
+        return Grammar(kind=GrammarKind.JSON_SCHEMA, text=_ANY_OBJECT, field=field)
+    if kind == "json":
+        return _schema(value, field)
+    if kind == "choice":
+        return _choice(value, field)
+    return _text(GrammarKind.REGEX if kind == "regex" else GrammarKind.LARK, value, field)
+
+
+def _schema(schema: Any, field: str) -> Grammar:
+    if isinstance(schema, str):
+        _check_size(schema, field)
+        schema = _parse(schema, field)
+    if not isinstance(schema, dict):
+        raise RequestError(f"{field} must be a JSON schema: an object", field)
+    if is_deeper(schema, MAX_SCHEMA_DEPTH):
+        raise _too_deep(field)
+    try:
+        text = json.dumps(schema, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except ValueError as err:
+        raise RequestError(f"{field} holds a value that JSON cannot say", field) from err
+    _check_size(text, field)
+    return Grammar(kind=GrammarKind.JSON_SCHEMA, text=text, field=field)
+
+
+def _parse(text: str, field: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as err:
+        raise _too_deep(field) from err
+    except ValueError as err:
+        reason = getattr(err, "msg", "not readable")
+        raise RequestError(f"{field} is not valid JSON: {reason}", field) from err
+
+
+def _choice(choices: Sequence[str], field: str) -> Grammar:
+    if not choices:
+        raise RequestError(f"{field} must not be empty", field)
+    text = json.dumps(list(choices), ensure_ascii=False)
+    _check_size(text, field)
+    return Grammar(kind=GrammarKind.CHOICE, text=text, field=field)
+
+
+def _text(kind: GrammarKind, text: str, field: str) -> Grammar:
+    if not text:
+        raise RequestError(f"{field} must not be empty", field)
+    _check_size(text, field)
+    return Grammar(kind=kind, text=text, field=field)
+
+
+def _check_size(text: str, field: str) -> None:
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size > MAX_GRAMMAR_BYTES:
+        message = f"{field} has {size} bytes, at most {MAX_GRAMMAR_BYTES} are allowed"
+        raise RequestError(message, field)
+
+
+def _too_deep(field: str) -> RequestError:
+    message = f"{field} is nested too deeply: at most {MAX_SCHEMA_DEPTH} levels are allowed"
+    return RequestError(message, field)

@@ -1,0 +1,179 @@
+"""The checkpoint's tokenizer, without transformers: ``tokenizer.json`` and its config file.
+
+Text to ids, ids to text, and the exact bytes that each token stands for. The chat template is in
+``gateway/text/chat_template.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from cluster.core.errors import CheckpointError
+from gateway.text.chat_template import ChatTemplate
+
+_NORMALIZER_SHRINK = 4
+"""A normalizer may shorten text (NFC); the quick length check leaves this much room for it."""
+_SHORT_CHARS = 2048
+"""Longer texts and lists go the library's way for batches, the only one that releases the lock."""
+
+
+class Tokenizer:
+    """Thread-safe; what is long is encoded and decoded without the interpreter lock.
+
+    Args:
+        backend: what ``tokenizer.json`` describes.
+        chat_template: how a conversation becomes a prompt; None if the checkpoint has none.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, chat_template: ChatTemplate | None = None
+    ) -> None:
+        self._backend = backend
+        self.chat_template = chat_template
+        description = json.loads(backend.to_str())
+        self.is_byte_level = _is_byte_level(description.get("decoder"))
+        added = backend.get_added_tokens_decoder()
+        self._added = {number: token.content for number, token in added.items()}
+        self._special = frozenset(number for number, token in added.items() if token.special)
+        self.max_token_chars = max(map(len, backend.get_vocab()), default=1)
+        self._bytes: dict[int, bytes] = {}
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Special tokens by their text."""
+        return {self._added[number]: number for number in self._special}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        if len(text) <= _SHORT_CHARS:
+            return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        found = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return tuple(found[0].ids)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of a whole list of ids; ids without a token are left out."""
+        if len(ids) <= _SHORT_CHARS:
+            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        found = self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
+        return str(found[0])
+
+    def is_surely_longer_than(self, text: str, num_tokens: int) -> bool:
+        """Whether a text cannot have as few tokens, judged by its length alone."""
+        return len(text) > num_tokens * self.max_token_chars * _NORMALIZER_SHRINK
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is one that readers do not want to see (eos, for example)."""
+        return token_id in self._special
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the text, exactly; half a character is possible."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._make_bytes(token_id)
+        return known
+
+    def token_text(self, token_id: int) -> str:
+        """A token for people to read; broken characters are U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def _make_bytes(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self.is_byte_level:
+            table = _byte_level_table()
+            if all(char in table for char in token):
+                return bytes(table[char] for char in token)
+            return token.encode()
+        if token_id in self._added:
+            return token.encode()
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode()
+
+
+def load_tokenizer(folder: str, chat_template: str | None = None) -> Tokenizer | None:
+    """The tokenizer of a checkpoint; None where the folder has no ``tokenizer.json``.
+
+    Args:
+        folder: the checkpoint.
+        chat_template: Jinja text that replaces the checkpoint's own.
+
+    Raises:
+        CheckpointError: a file is there but cannot be read.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as err:  # the library raises bare Exception
+        raise CheckpointError(f"tokenizer.json cannot be read: {err}") from err
+    return Tokenizer(backend, _load_template(Path(folder), chat_template))
+
+
+def _load_template(folder: Path, override: str | None) -> ChatTemplate | None:
+    config = _read_config(folder / "tokenizer_config.json")
+    source = override or _template_source(folder, config)
+    if source is None:
+        return None
+    names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+    variables = {name: text for name in names if (text := _token_text(config.get(name)))}
+    return ChatTemplate(source, variables)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as err:
+        raise CheckpointError(f"{path.name} is not JSON: {err}") from err
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path.name} must hold a JSON object")
+    return config
+
+
+def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _token_text(token: Any) -> str | None:
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
+    if not decoder:
+        return False
+    if decoder.get("type") == "Sequence":
+        inner = decoder.get("decoders", [])
+        return len(inner) == 1 and _is_byte_level(inner[0])
+    return decoder.get("type") == "ByteLevel"
+
+
+@lru_cache(maxsize=1)
+def _byte_level_table() -> dict[str, int]:
+    """The printable character that stands for each byte in a byte-level vocabulary.
+
+    Source: GPT-2's ``bytes_to_unicode``: printable Latin-1 bytes stand for themselves, the others
+    follow from U+0100 on. For example ``Ġ`` (U+0120) is the space.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    table.update({chr(256 + place): byte for place, byte in enumerate(others)})
+    return table

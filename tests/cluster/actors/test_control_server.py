@@ -1,0 +1,269 @@
+"""The control server against callers that are not ours, and against lost workers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from cluster.actors.control_server import MAX_STRANGERS, ControlServer
+from cluster.core.errors import ProtocolError
+from cluster.core.frames import (
+    MAX_FRAME_BYTES,
+    ControlChallenge,
+    ControlFrame,
+    ControlHello,
+    ControlProof,
+    Heartbeat,
+    HeartbeatAck,
+    decode,
+    encode,
+    proof,
+)
+from cluster.core.release import RELEASE
+
+TOKEN = "a token"
+LIMIT_S = 60.0
+BEAT = Heartbeat(progress=1, idle=True, generation=0)
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class Events:
+    """Keeps what the server tells."""
+
+    def __init__(self) -> None:
+        self.frames: asyncio.Queue[tuple[str, ControlFrame]] = asyncio.Queue()
+        self.closed: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+
+    def on_frame(self, worker: str, frame: ControlFrame) -> None:
+        if isinstance(frame, ControlProof):
+            raise ProtocolError("out of place")
+        self.frames.put_nowait((worker, frame))
+
+    def on_closed(self, worker: str, reason: str) -> None:
+        self.closed.put_nowait((worker, reason))
+
+
+class Case:
+    """A running server and its events."""
+
+    def __init__(self, server: ControlServer, events: Events, address: str) -> None:
+        self.server, self.events = server, events
+        host, _, port = address.rpartition(":")
+        self.host, self.port = host, int(port)
+
+    async def connect(self) -> Streams:
+        """A connection without handshake."""
+        return await asyncio.open_connection(self.host, self.port)
+
+    async def admit(
+        self, name: str = "expert-0", token: str = TOKEN, release: str = RELEASE
+    ) -> Streams:
+        """A connection with handshake, as a worker makes it."""
+        reader, writer = await self.connect()
+        writer.write(encode(ControlHello(worker=name, nonce="ab", release=release)))
+        challenge = await _read(reader)
+        assert isinstance(challenge, ControlChallenge)
+        assert challenge.proof == proof(TOKEN, "controller", "ab", challenge.nonce)
+        writer.write(encode(ControlProof(proof=proof(token, "worker", "ab", challenge.nonce))))
+        return reader, writer
+
+    async def still_serves(self) -> None:
+        """A worker can come and be heard."""
+        _, writer = await self.admit("attention-7")
+        writer.write(encode(BEAT))
+        assert await asyncio.wait_for(self.events.frames.get(), LIMIT_S) == ("attention-7", BEAT)
+        writer.close()
+        await self.events.closed.get()
+
+
+async def _read(reader: asyncio.StreamReader) -> ControlFrame:
+    length = int.from_bytes(await reader.readexactly(4), "big")
+    return decode(await reader.readexactly(length))
+
+
+async def _ends(reader: asyncio.StreamReader) -> bool:
+    """Whether the server closes the connection within the limit."""
+    with contextlib.suppress(ConnectionError):
+        await asyncio.wait_for(reader.read(), LIMIT_S)
+    return True
+
+
+def _run(body: Callable[[Case], Awaitable[None]], handshake_limit_s: float = LIMIT_S) -> None:
+    async def main() -> None:
+        events = Events()
+        server = ControlServer(TOKEN, events, handshake_limit_s=handshake_limit_s)
+        case = Case(server, events, await server.start("127.0.0.1"))
+        try:
+            await asyncio.wait_for(body(case), 4 * LIMIT_S)
+        finally:
+            await server.close()
+
+    asyncio.run(main())
+
+
+def test_a_worker_is_heard_answered_and_missed() -> None:
+    async def body(case: Case) -> None:
+        reader, writer = await case.admit()
+        writer.write(encode(BEAT))
+        assert await case.events.frames.get() == ("expert-0", BEAT)
+        assert case.server.is_connected("expert-0")
+        case.server.send("expert-0", HeartbeatAck(term=1))
+        case.server.send("nobody", HeartbeatAck(term=1))
+        assert await _read(reader) == HeartbeatAck(term=1)
+        writer.close()
+        assert await case.events.closed.get() == ("expert-0", "closed by the peer")
+        assert not case.server.is_connected("expert-0")
+
+    _run(body)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x00\x00\x00\x00",
+        b"\xff" * 64,
+        b"\x00\x00\x00\x01\x80",
+        b"\x00\x00\x00\x02{}",
+        b"\x00\x00\x00\x05",
+        encode(ControlProof(proof="x")),
+        encode(ControlHello(worker="../../x", nonce="ab")),
+        encode(ControlHello(worker="x" * 65, nonce="ab")),
+        encode(ControlHello(worker="expert-0", nonce="n" * 5000)),
+        encode(BEAT),
+        random.Random(3).randbytes(4096),
+    ],
+    ids=lambda data: repr(data[:12]),
+)
+def test_rubbish_ends_only_its_connection(data: bytes) -> None:
+    async def body(case: Case) -> None:
+        _, worker = await case.admit()
+        reader, writer = await case.connect()
+        writer.write(data)
+        if len(data) < 6:
+            writer.write_eof()
+        assert await _ends(reader)
+        writer.close()
+        worker.write(encode(BEAT))
+        assert await case.events.frames.get() == ("expert-0", BEAT)
+        assert case.events.closed.empty()
+        worker.close()
+        await case.events.closed.get()
+        await case.still_serves()
+
+    _run(body)
+
+
+def test_a_wrong_token_is_cut_off() -> None:
+    async def body(case: Case) -> None:
+        reader, writer = await case.admit(token="another")
+        writer.write(encode(BEAT))
+        assert await _ends(reader)
+        writer.close()
+        assert case.events.frames.empty()
+        assert case.events.closed.empty()
+        await case.still_serves()
+
+    _run(body)
+
+
+@pytest.mark.parametrize("release", ["9.9.9", ""])
+def test_a_worker_of_another_release_is_refused_by_name(
+    release: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(case: Case) -> None:
+        _, ours = await case.admit("attention-0")
+        reader, writer = await case.admit(release=release)
+        assert await _ends(reader)
+        writer.close()
+        ours.write(encode(BEAT))  # the cluster serves on
+        assert await case.events.frames.get() == ("attention-0", BEAT)
+        assert not case.server.is_connected("expert-0")
+        assert case.events.closed.empty()
+        ours.close()
+        await case.events.closed.get()
+
+    _run(body)
+    theirs = f"release {release}" if release else "no release"
+    told = f"{theirs} of expert-0, {RELEASE} of the controller: releases must be equal"
+    assert told in caplog.text
+
+
+def test_a_silent_caller_is_cut_off_in_time() -> None:
+    async def body(case: Case) -> None:
+        reader, writer = await case.connect()
+        assert await _ends(reader)
+        writer.close()
+        case.server._handshake_limit_s = LIMIT_S  # the worker's own may take longer
+        await case.still_serves()
+
+    _run(body, handshake_limit_s=0.2)
+
+
+def test_many_silent_callers_do_not_keep_workers_out() -> None:
+    async def body(case: Case) -> None:
+        callers = [await case.connect() for _ in range(MAX_STRANGERS + 5)]
+        await case.still_serves()
+        assert await _ends(callers[0][0])
+        for _, writer in callers:
+            writer.close()
+
+    _run(body)
+
+
+def test_a_proved_worker_that_sends_rubbish_is_lost() -> None:
+    async def body(case: Case) -> None:
+        _, writer = await case.admit()
+        writer.write(b"\x00\x00\x00\x03abc")
+        worker, reason = await case.events.closed.get()
+        assert worker == "expert-0"
+        assert reason.startswith("not a control frame")
+        writer.close()
+        _, writer = await case.admit()
+        writer.write((MAX_FRAME_BYTES + 1).to_bytes(4, "big"))
+        assert "must be 1 to" in (await case.events.closed.get())[1]
+        writer.close()
+        _, writer = await case.admit()
+        writer.write(encode(ControlProof(proof="again")))
+        assert await case.events.closed.get() == ("expert-0", "out of place")
+        writer.close()
+
+    _run(body)
+
+
+def test_the_newer_connection_of_a_worker_wins() -> None:
+    async def body(case: Case) -> None:
+        old_reader, old_writer = await case.admit()
+        old_writer.write(encode(BEAT))
+        await case.events.frames.get()
+        _, new_writer = await case.admit()
+        assert await _ends(old_reader)
+        old_writer.close()
+        new_writer.write(encode(BEAT))
+        assert await case.events.frames.get() == ("expert-0", BEAT)
+        assert case.events.closed.empty()
+        new_writer.close()
+        await case.events.closed.get()
+
+    _run(body)
+
+
+def test_a_dropped_worker_gets_its_last_frames_and_no_event() -> None:
+    async def body(case: Case) -> None:
+        reader, writer = await case.admit()
+        writer.write(encode(BEAT))
+        await case.events.frames.get()
+        case.server.send("expert-0", HeartbeatAck(term=5))
+        case.server.drop("expert-0")
+        assert await _read(reader) == HeartbeatAck(term=5)
+        assert await _ends(reader)
+        writer.close()
+        await asyncio.sleep(0.05)
+        assert case.events.closed.empty()
+
+    _run(body)

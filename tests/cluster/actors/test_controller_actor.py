@@ -1,0 +1,407 @@
+"""The controller actor's whole path without Ray: real sockets, workers as threads."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from cluster.actors.controller_actor import ControllerActor
+from cluster.actors.worker_group_like import FoundWorker
+from cluster.config.cluster import (
+    ClusterConfig,
+    Mode,
+    ModelSection,
+    TransportSection,
+    WorkersSection,
+)
+from cluster.config.resources import NodeResources, WorkerShare
+from cluster.core.errors import ConfigError, ConflictError, StartError, UnknownNameError
+from cluster.core.frames import (
+    ControlFrame,
+    GenerationReady,
+    Heartbeat,
+    NewGeneration,
+    Register,
+    RunGeneration,
+    StatusReply,
+    WorkerReady,
+)
+from cluster.core.load_profile import BankLoad, LoadProfile
+from cluster.core.topology import Member, Role
+from tests.cluster.controller.fakes_cluster import members_of
+from tests.cluster.controller.load_reports import load_of
+from tests.harness.members import member_of
+from workers.process.control_client import ControlClient
+
+BANKS = [{"bank": "mlp", "layer": 0, "num_experts": 8}]
+LIMIT_S = 60.0
+
+
+class ThreadWorker:
+    """A worker as far as the controller can see: its control client and prompt answers."""
+
+    def __init__(self, member: Mapping[str, Any], address: str, token: str) -> None:
+        self.name = str(member["name"])
+        self.runs: queue.Queue[int] = queue.Queue()
+        """First steps of the generations that were run."""
+        self._generation = 0
+        self.client = ControlClient(
+            address,
+            token,
+            self.name,
+            self._on_frame,
+            heartbeat=lambda: Heartbeat(progress=0, idle=True, generation=self._generation),
+            status=self._status,
+            heartbeat_s=0.1,
+        )
+
+    def start(self) -> None:
+        """Call the controller, load at once."""
+        self.client.start()
+        self.client.send(Register(member=member_of(self.name, pid=1)))
+        self.client.send(WorkerReady())
+
+    def _status(self) -> StatusReply:
+        stats = {"kv_blocks_free": 7.0, "kv_blocks_total": 8.0}
+        return StatusReply(token=0, stats=stats, expert_load=load_of(4, [1] * 8))
+
+    def _on_frame(self, frame: ControlFrame) -> None:
+        if isinstance(frame, NewGeneration):
+            self._generation = frame.generation.number
+            self.client.send(
+                GenerationReady(generation=self._generation, highest_step=10, highest_epoch=1)
+            )
+        elif isinstance(frame, RunGeneration):
+            self.runs.put(frame.first_step)
+
+
+class ThreadWorkerGroup:
+    """A worker group whose workers are threads of this process."""
+
+    def __init__(
+        self, fails: str = "", dies: str = "", room: bool = True, crashes: bool = False
+    ) -> None:
+        self.workers: dict[str, ThreadWorker] = {}
+        self.ended: list[str] = []
+        self.config: Mapping[str, Any] = {}
+        self.extras: Mapping[str, Mapping[str, Any]] = {}
+        self.all_ended = 0
+        self.on_leaving_nodes: list[str] = []
+        self._fails, self._dies, self._room = fails, dies, room
+        self._crashes = crashes
+
+    def resources(self) -> tuple[NodeResources, ...]:
+        return (NodeResources(node_id="a", address="127.0.0.1", cpus=2.0),)
+
+    def leaving(self) -> list[str]:
+        return self.on_leaving_nodes
+
+    def free_cpus(self) -> float:
+        return 2.0
+
+    def address(self) -> str:
+        return "127.0.0.1"
+
+    async def reserve(
+        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
+    ) -> tuple[Member, ...]:
+        if not self._room:
+            raise StartError("worker group", "no room")
+        return members_of(pools)
+
+    async def start(
+        self,
+        members: Sequence[Member],
+        config: Mapping[str, Any],
+        control_address: str,
+        extras: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self.config, self.extras = config, extras
+        if self._crashes:
+            raise RuntimeError("no such node")
+        for member in members:
+            await self.add(member, config, control_address, extras[member.name])
+
+    async def add(
+        self,
+        member: Member,
+        config: Mapping[str, Any],
+        control_address: str,
+        extra: Mapping[str, Any],
+    ) -> None:
+        worker = ThreadWorker({"name": member.name}, control_address, str(config["cluster_token"]))
+        self.workers[member.name] = worker
+        if member.name == self._fails:
+            raise StartError(member.name, "ValueError: no such tensor")
+        if member.name != self._dies:
+            await asyncio.to_thread(worker.start)
+
+    async def watch(
+        self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
+    ) -> None:
+        if self._dies:
+            assert not is_connected(self._dies)
+            on_died(self._dies, "its process died")
+
+    def was_restarted(self) -> bool:
+        return False
+
+    def call_back(self, method: str) -> None:
+        raise NotImplementedError
+
+    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+        raise NotImplementedError
+
+    async def redirect(self, name: str, control_address: str) -> None:
+        raise NotImplementedError
+
+    async def end(self, names: Sequence[str]) -> None:
+        self.ended.extend(names)
+        for name in names:
+            await asyncio.to_thread(self.workers[name].client.close)
+
+    async def end_others(self, names: Collection[str]) -> None:
+        await self.end([n for n in self.workers if n not in names])
+
+    async def end_all(self) -> None:
+        self.all_ended += 1
+        await self.end([n for n in self.workers if n not in self.ended])
+
+
+def _config(
+    num_experts: int = 2, num_redundant: int = 0, mode: Mode = "disaggregated"
+) -> dict[str, Any]:
+    return ClusterConfig(
+        model=ModelSection(path="somewhere", served_model_name="demo"),
+        workers=WorkersSection(
+            mode=mode, num_expert_workers=num_experts, num_redundant_experts=num_redundant
+        ),
+        transport=TransportSection(detection_limit_s=LIMIT_S, heartbeat_s=0.1),
+        cluster_token="secret",
+    ).to_dict()
+
+
+async def _until(actor: ControllerActor, *states: str) -> dict[str, Any]:
+    """Follow the snapshots until one of these states."""
+    async with asyncio.timeout(LIMIT_S):
+        snapshot = await actor.snapshot()
+        while snapshot["state"] not in states:
+            snapshot = await actor.wait_snapshot(snapshot["version"], LIMIT_S)
+        return snapshot
+
+
+def test_a_cluster_starts_answers_and_stops() -> None:
+    async def body() -> None:
+        group = ThreadWorkerGroup()
+        actor = ControllerActor(group, status_limit_s=LIMIT_S)
+        assert (await actor.snapshot())["version"] == 0
+        assert (await actor.placement())["banks"] == []
+        bank = BankLoad(bank="mlp", layer=0, counts=(2, 2, 2, 2, 1, 1, 1, 1))
+        profile = LoadProfile(model="demo", top_k=2, tokens=6, banks=(bank,))
+        assert await actor.origin() == {"asked": None, "config": None}
+        await actor.start(_config(), BANKS, profile.to_dict(), {"--port": "1"})
+        snapshot = await _until(actor, "SERVING")
+        assert (await actor.control_address()).startswith("127.0.0.1:")
+        assert snapshot["generation"] == 1
+        assert group.config["workers"]["cpus_per_worker"] == 0.6666
+        assert group.config["workers"]["device"] == "cpu"
+        assert set(group.extras["expert-1"]) == {"placement", "num_slots", "threads"}
+        report = await actor.placement()
+        assert report["banks"][0]["load"] == [3] * 8
+        assert report["banks"][0]["balancedness"] == {"predicted": 0.75, "achieved": 1.0}
+        fresh = await actor.snapshot(fresh=True)
+        assert fresh["workers"][0]["kv_blocks_free"] == 7
+        await actor.start(_config(), BANKS, None, {"--port": "2"})  # a second start does nothing
+        origin = await actor.origin()
+        assert origin["asked"] == {"--port": "1"}
+        assert origin["config"]["cluster_token"] == "secret"
+        await actor.stop()
+        assert (await actor.snapshot())["state"] == "STOPPED"
+        assert sorted(group.ended) == ["attention-0", "expert-0", "expert-1"]
+
+    asyncio.run(body())
+
+
+def test_a_dead_worker_stalls_the_others_briefly() -> None:
+    async def body() -> None:
+        group = ThreadWorkerGroup()
+        actor = ControllerActor(group)
+        await actor.start(_config(3, 5), BANKS)
+        await _until(actor, "SERVING")
+        survivors = [group.workers[n] for n in ("attention-0", "expert-0", "expert-2")]
+        await asyncio.gather(*(asyncio.to_thread(w.runs.get, timeout=LIMIT_S) for w in survivors))
+        await asyncio.to_thread(group.workers["expert-1"].client.close)
+        snapshot = await _until(actor, "DEGRADED")  # by its closed connection: silence takes longer
+        assert snapshot["experts_complete"]
+        assert snapshot["generation"] == 2
+        assert "its control connection closed" in snapshot["history"][-1]["cause"]
+        waits = [asyncio.to_thread(w.runs.get, timeout=LIMIT_S) for w in survivors]
+        assert await asyncio.gather(*waits) == [11, 11, 11]
+        await actor.stop()
+        assert group.ended[0] == "expert-1"
+
+    asyncio.run(body())
+
+
+def test_workers_of_a_node_that_is_to_go_are_drained() -> None:
+    async def body() -> None:
+        group = ThreadWorkerGroup()
+        actor = ControllerActor(group, status_limit_s=LIMIT_S)
+        await actor.start(_config(num_redundant=4), BANKS)
+        await _until(actor, "SERVING")
+        group.on_leaving_nodes = ["expert-1"]
+        async with asyncio.timeout(LIMIT_S):
+            while not (found := await actor.operations()) or found[0]["state"] == "RUNNING":
+                await asyncio.sleep(0.02)
+        assert (found[0]["state"], found[0]["target"]) == ("SUCCEEDED", "expert-1")
+        assert group.ended == ["expert-1"]
+        with pytest.raises(UnknownNameError):
+            await actor.operation("drain-9.9")
+        await actor.stop()
+
+    asyncio.run(body())
+
+
+def test_colocated_workers_share_cpus_and_experts_and_the_mode_is_told() -> None:
+    async def body() -> None:
+        group = ThreadWorkerGroup()
+        actor = ControllerActor(group)
+        config = _config(2, 1, "colocated")
+        config["workers"]["mode_reason"] = "it is faster"
+        await actor.start(config, BANKS)
+        snapshot = await _until(actor, "SERVING")
+        assert (snapshot["mode"], snapshot["mode_reason"]) == ("colocated", "it is faster")
+        workers = snapshot["workers"]
+        assert [(w["name"], w["role"]) for w in workers] == [
+            ("colocated-0", "colocated"),
+            ("colocated-1", "colocated"),
+        ]
+        assert group.config["workers"]["cpus_per_worker"] == 1.0
+        slots = [group.extras[w["name"]]["num_slots"] for w in workers]
+        assert slots == [w["slots"] for w in workers] == [5, 5]
+        await actor.stop()
+
+    asyncio.run(body())
+
+
+def test_local_mode_is_one_worker_with_all_experts() -> None:
+    async def body() -> None:
+        group = ThreadWorkerGroup()
+        actor = ControllerActor(group)
+        await actor.start(_config(mode="local"), BANKS)
+        snapshot = await _until(actor, "SERVING")
+        assert snapshot["experts_complete"]
+        assert list(group.workers) == ["attention-0"]
+        assert group.extras["attention-0"]["num_slots"] == 8
+        load = await actor.load()
+        assert load["workers"] == ["attention-0"]
+        assert [bank["at_risk"] for bank in load["banks"]] == [
+            len(b["counts"]) for b in load["banks"]
+        ]
+        await actor.stop()
+
+    asyncio.run(body())
+
+
+def test_whatever_breaks_the_creation_ends_the_start() -> None:
+    async def body() -> None:
+        actor = ControllerActor(ThreadWorkerGroup(crashes=True))
+        await actor.start(_config(), BANKS)
+        snapshot = await _until(actor, "STOPPED")
+        assert snapshot["error"] == "RuntimeError: no such node"
+        await actor.stop()
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("group", "error"),
+    [
+        (ThreadWorkerGroup(fails="expert-1"), "expert-1: ValueError: no such tensor"),
+        (ThreadWorkerGroup(dies="expert-0"), "expert-0: its process died"),
+    ],
+    ids=["fails", "dies"],
+)
+def test_a_failing_worker_ends_the_start(group: ThreadWorkerGroup, error: str) -> None:
+    async def body() -> None:
+        actor = ControllerActor(group)
+        await actor.start(_config(), BANKS)
+        snapshot = await _until(actor, "STOPPED")
+        assert snapshot["error"] == error
+        assert {w["state"] for w in snapshot["workers"]} == {"LOST"}
+        assert sorted(group.ended) == ["attention-0", "expert-0", "expert-1"]
+        await actor.stop()
+
+    asyncio.run(body())
+
+
+def test_what_cannot_begin_is_refused_and_can_be_tried_again() -> None:
+    async def body() -> None:
+        group = ThreadWorkerGroup(room=False)
+        actor = ControllerActor(group)
+        with pytest.raises(ConfigError, match="num_expert_workers"):
+            await actor.start(_config(9), BANKS)
+        with pytest.raises(StartError, match="no room"):
+            await actor.start(_config(), BANKS)
+        assert group.all_ended == 1
+        assert (await actor.snapshot())["state"] == "STARTING"
+        await actor.stop()
+
+    asyncio.run(body())
+
+
+class LateGroup(ThreadWorkerGroup):
+    """What an earlier controller left cannot be found at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_answer = asyncio.Event()
+
+    def was_restarted(self) -> bool:
+        return True
+
+    def call_back(self, method: str) -> None:
+        assert method == "adopt"
+
+    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+        if not self.may_answer.is_set():
+            raise RuntimeError("Ray does not answer")
+        return ()
+
+
+def test_a_restarted_controller_tries_again_and_says_so() -> None:
+    async def body() -> None:
+        group = LateGroup()
+        actor = ControllerActor(group)
+        snapshot = await actor.snapshot()
+        assert snapshot["state"] == "RECOVERING"
+        assert snapshot["error"].endswith("RuntimeError: Ray does not answer")
+        assert snapshot["term"] == 0  # nobody who knows the cluster follows it
+        with pytest.raises(StartError, match="Ray does not answer"):
+            await actor.start(_config(), BANKS)
+        with pytest.raises(ConflictError, match="Ray does not answer"):
+            await actor.operation("drain-1.1")
+        group.may_answer.set()
+        async with asyncio.timeout(LIMIT_S):
+            while (snapshot := await actor.wait_snapshot(0, 0.05))["state"] != "STOPPED":
+                assert group.all_ended == 0
+        assert snapshot["error"] == "the controller was lost before the cluster served"
+        await actor.stop()
+
+    asyncio.run(body())
+
+
+def test_waiting_for_a_change_ends_in_time() -> None:
+    async def body() -> None:
+        actor = ControllerActor(ThreadWorkerGroup())
+        began = time.monotonic()
+        assert (await actor.wait_snapshot(0, 0.1))["version"] == 0
+        assert 0.05 < time.monotonic() - began < LIMIT_S
+        assert (await actor.wait_snapshot(5, LIMIT_S))["version"] == 0
+
+    asyncio.run(body())

@@ -1,0 +1,308 @@
+"""Real worker actors in one local Ray cluster: start, failures of a start, kill -9, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.exceptions import RayActorError
+from ray.util.placement_group import placement_group_table
+
+from cluster.actors.controller_client import create_controller
+from cluster.actors.ray_tools import (
+    NAMESPACE,
+    cluster_nodes,
+    end_leftovers,
+    free_resources,
+    our_actors,
+)
+from cluster.actors.worker_group import WorkerGroup
+from cluster.config.cluster import ClusterConfig, ModelSection, TransportSection, WorkersSection
+from cluster.config.resources import plan_shares
+from cluster.core.errors import ConfigError
+from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS
+from cluster.core.topology import Member
+from tests.cluster.actors import ray_workers
+from tests.harness.serving_cluster import connected_ray
+
+pytestmark = pytest.mark.ray
+
+BANKS = [{"bank": "mlp", "layer": 0, "num_experts": 8}]
+LIMIT_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    with connected_ray(labels={FAILURE_DOMAIN: "rack-7", LINK_CLASS: "pod-2", DEVICE_SPEED: "0.5"}):
+        yield
+
+
+def _config(
+    num_experts: int = 2, num_redundant: int = 0, cpus: float | None = None
+) -> dict[str, Any]:
+    return ClusterConfig(
+        model=ModelSection(path="somewhere", served_model_name="demo"),
+        workers=WorkersSection(
+            num_expert_workers=num_experts,
+            num_redundant_experts=num_redundant,
+            cpus_per_worker=cpus,
+        ),
+        transport=TransportSection(detection_limit_s=LIMIT_S),
+        cluster_token="secret",
+    ).to_dict()
+
+
+@contextmanager
+def _controller(
+    expert_class: type = ray_workers.TrivialWorker,
+    attention_class: type = ray_workers.TrivialWorker,
+) -> Iterator[Any]:
+    """A controller actor that is ended with everything it started."""
+    controller = create_controller(
+        WorkerGroup({"attention": attention_class, "expert": expert_class})
+    )
+    try:
+        yield controller
+    finally:
+        ray.get(controller.stop.remote(), timeout=LIMIT_S)
+        ray.kill(controller)
+        _wait(lambda: not our_actors())
+
+
+def _until(controller: Any, *states: str) -> dict[str, Any]:
+    return _until_so(controller, lambda snapshot: snapshot["state"] in states)
+
+
+def _until_ran(controller: Any, generation: int) -> dict[str, Any]:
+    """The state once this generation has run; a later one may run by then."""
+
+    def has_run(snapshot: dict[str, Any]) -> bool:
+        return any(
+            e["generation"] >= generation and e["took_s"] is not None for e in snapshot["history"]
+        )
+
+    return _until_so(controller, has_run)
+
+
+def _until_so(controller: Any, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    deadline = time.monotonic() + LIMIT_S
+    snapshot: dict[str, Any] = ray.get(controller.snapshot.remote(), timeout=LIMIT_S)
+    while not is_so(snapshot):
+        assert time.monotonic() < deadline, snapshot
+        wait = controller.wait_snapshot.remote(snapshot["version"], 5.0)
+        snapshot = ray.get(wait, timeout=LIMIT_S)
+    return snapshot
+
+
+def _pids(snapshot: dict[str, Any]) -> dict[str, int]:
+    return {w["name"]: w["pid"] for w in snapshot["workers"]}
+
+
+def _is_gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def _nothing_is_left() -> bool:
+    groups = placement_group_table().values()
+    return not our_actors() and all(g["state"] == "REMOVED" for g in groups)
+
+
+def _wait(is_so: Callable[[], bool]) -> None:
+    """What Ray tells of itself lags behind."""
+    deadline = time.monotonic() + LIMIT_S
+    while not is_so():
+        assert time.monotonic() < deadline, "never so"
+        time.sleep(0.05)
+
+
+class Bystander:
+    """Somebody else's actor."""
+
+    def ping(self) -> str:
+        return "here"
+
+
+def _told_threads(controller: Any) -> set[float | None]:
+    """What every worker tells now; None of one that is too busy to answer."""
+    fresh = ray.get(controller.snapshot.remote(True), timeout=LIMIT_S)
+    return {w["stats"].get("threads") for w in fresh["workers"]}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_workers_start_lose_one_and_stop_without_touching_others() -> None:
+    kind: Any = ray.remote(Bystander)
+    bystander = kind.options(name="expert-1", namespace="others", num_cpus=0).remote()
+    assert ray.get(bystander.ping.remote(), timeout=LIMIT_S) == "here"
+    with _controller() as controller:
+        ray.get(controller.start.remote(_config(3, 5), BANKS), timeout=LIMIT_S)
+        snapshot = _until(controller, "SERVING", "STOPPED")
+        assert snapshot["state"] == "SERVING", snapshot["error"]
+        pids = _pids(snapshot)
+        assert sorted(pids) == ["attention-0", "expert-0", "expert-1", "expert-2"]
+        assert {w["node"] for w in snapshot["workers"]} == {cluster_nodes()[0].address}
+        _wait(lambda: _told_threads(controller) == {1.0})
+        _wait(lambda: free_resources().get("CPU", 0.0) < 0.001)  # 4 x 0.5 of 2
+        assert create_controller(WorkerGroup({}))._actor_id == controller._actor_id
+
+        os.kill(pids["expert-1"], signal.SIGKILL)
+        snapshot = _until_ran(controller, 2)
+        assert "its control connection closed" in snapshot["history"][1]["cause"]
+        assert snapshot["experts_complete"]
+        snapshot = _until_ran(controller, 3)
+        assert snapshot["state"] == "SERVING"
+        states = {w["name"]: w["state"] for w in snapshot["workers"]}
+        assert states.pop("expert-1") == "LOST"
+        assert sorted(states) == ["attention-0", "expert-0", "expert-1.2", "expert-2"]
+        assert set(states.values()) == {"SERVING"}
+        pids = _pids(snapshot)
+
+        ray.get(controller.stop.remote(), timeout=LIMIT_S)
+        assert all(_is_gone(pid) for pid in pids.values())
+        assert _until(controller, "STOPPED")["error"] is None
+    assert ray.get(bystander.ping.remote(), timeout=LIMIT_S) == "here"
+    _wait(_nothing_is_left)
+    ray.kill(bystander)
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        (ray_workers.BrokenWorker, "ValueError: the shape of lm_head is wrong"),
+        (ray_workers.BrokenStartWorker, "OSError: no free port"),
+        (ray_workers.FailingWorker, "layer 3 is missing"),
+        (ray_workers.SilentWorker, "RuntimeError: the checkpoint has no config.json"),
+        (ray_workers.DyingWorker, "The actor is dead because its worker process has died"),
+    ],
+)
+def test_one_failing_worker_ends_the_whole_start_in_its_own_words(kind: type, error: str) -> None:
+    with _controller(attention_class=kind) as controller:
+        ray.get(controller.start.remote(_config(1), BANKS), timeout=LIMIT_S)
+        snapshot = _until(controller, "STOPPED")
+        assert snapshot["error"].startswith(f"attention-0: {error}")
+        _wait(lambda: our_actors() == ["expertmesh-controller"])
+        assert all(_is_gone(pid) for pid in _pids(snapshot).values() if pid)
+    _wait(_nothing_is_left)
+
+
+def _restarted(controller: Any, pid: int) -> dict[str, Any]:
+    """The state as another process of the controller tells it."""
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(RayActorError):
+            snapshot: dict[str, Any] = ray.get(controller.snapshot.remote(), timeout=LIMIT_S)
+            if snapshot["controller_pid"] != pid:
+                return snapshot
+        time.sleep(0.05)
+    raise TimeoutError("the controller was not restarted")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_controller_comes_back_and_adopts_the_workers_that_live() -> None:
+    with _controller() as controller:
+        ray.get(controller.start.remote(_config(3, 5), BANKS), timeout=LIMIT_S)
+        before = _until(controller, "SERVING")
+        os.kill(before["controller_pid"], signal.SIGKILL)
+        after = _restarted(controller, before["controller_pid"])
+        assert (after["state"], after["generation"], after["term"]) == ("SERVING", 1, 2)
+        assert _pids(after) == _pids(before)
+        assert after["version"] > before["version"]
+        os.kill(after["controller_pid"], signal.SIGKILL)
+        os.kill(_pids(after)["expert-1"], signal.SIGKILL)
+        _restarted(controller, after["controller_pid"])
+        snapshot = _until_ran(controller, 3)
+        assert (snapshot["state"], snapshot["term"]) == ("SERVING", 3)
+        assert "expert-1.2" in {w["name"] for w in snapshot["workers"]}
+        pids = _pids(snapshot)
+        ray.get(controller.stop.remote(), timeout=LIMIT_S)
+        assert all(_is_gone(pid) for pid in pids.values())
+    _wait(_nothing_is_left)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_worker_that_stands_still_while_the_controller_comes_back_is_ended() -> None:
+    """It cannot be asked who it is: its name is enough."""
+    with _controller() as controller:
+        ray.get(controller.start.remote(_config(3, 5), BANKS), timeout=LIMIT_S)
+        before = _until(controller, "SERVING")
+        frozen = _pids(before)["expert-1"]
+        os.kill(frozen, signal.SIGSTOP)
+        os.kill(before["controller_pid"], signal.SIGKILL)
+        _restarted(controller, before["controller_pid"])
+        snapshot = _until_ran(controller, 3)
+        assert "expert-1.2" in {w["name"] for w in snapshot["workers"]}
+        _wait(lambda: _is_gone(frozen))
+        assert "expert-1" not in our_actors()
+        ray.get(controller.stop.remote(), timeout=LIMIT_S)
+    _wait(_nothing_is_left)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_controller_that_dies_before_the_cluster_serves_ends_the_start() -> None:
+    with _controller(attention_class=ray_workers.SilentWorker) as controller:
+        ray.get(controller.start.remote(_config(1), BANKS), timeout=LIMIT_S)
+        pid = ray.get(controller.snapshot.remote(), timeout=LIMIT_S)["controller_pid"]
+        os.kill(pid, signal.SIGKILL)
+        snapshot = _restarted(controller, pid)
+        assert snapshot["state"] == "STOPPED"
+        assert snapshot["error"] == "the controller was lost before the cluster served"
+    _wait(_nothing_is_left)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_stopped_and_stubborn_workers_are_ended_by_pid() -> None:
+    with _controller(expert_class=ray_workers.StubbornWorker) as controller:
+        ray.get(controller.start.remote(_config(1), BANKS), timeout=LIMIT_S)
+        pids = _pids(_until(controller, "SERVING"))
+        os.kill(pids["attention-0"], signal.SIGSTOP)
+        ray.get(controller.stop.remote(), timeout=LIMIT_S)
+        assert all(_is_gone(pid) for pid in pids.values())
+    _wait(_nothing_is_left)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_is_not_there_is_refused_before_anything_is_created() -> None:
+    with _controller() as controller:
+        with pytest.raises(ConfigError, match="cpus_per_worker") as caught:
+            ray.get(controller.start.remote(_config(cpus=1.0), BANKS), timeout=LIMIT_S)
+        assert isinstance(caught.value.cause, ConfigError)  # type: ignore[attr-defined]
+        assert our_actors() == ["expertmesh-controller"]
+    _wait(_nothing_is_left)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_members_are_where_the_labels_of_their_nodes_say() -> None:
+    async def body() -> tuple[Member, ...]:
+        group = WorkerGroup({})
+        share = plan_shares(WorkersSection(num_expert_workers=2), cluster_nodes())
+        members = await group.reserve({"attention": 1, "expert": 2}, share, LIMIT_S)
+        await group.end_all()
+        return members
+
+    members = asyncio.run(body())
+    assert [m.name for m in members] == ["attention-0", "expert-0", "expert-1"]
+    assert {(m.domain, m.link_class, m.speed) for m in members} == {("rack-7", "pod-2", 0.5)}
+    _wait(_nothing_is_left)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_leftovers_are_found_by_name() -> None:
+    worker: Any = ray.remote(ray_workers.TrivialWorker)
+    options = {"name": "expert-7", "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0}
+    kept = worker.options(**options).remote(
+        {"cluster_token": ""}, {"name": "expert-7"}, "127.0.0.1:1", {"threads": 1}
+    )
+    assert ray.get(kept.ping.remote(), timeout=LIMIT_S) == "expert-7"
+    assert end_leftovers() == ["expert-7"]
+    _wait(_nothing_is_left)

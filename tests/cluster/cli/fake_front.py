@@ -1,0 +1,60 @@
+"""A front process with a fake launcher: ``python -m tests.cluster.cli.fake_front NAME DETACH``.
+
+DETACH is ``detach`` for ``up``, ``join`` for ``up`` in a Ray that is there; ``serve`` otherwise.
+
+Prints ``ready`` on stdout, as ``serve`` does, and ends with the outcome's exit code. A cluster that
+does not end is forced to by a second signal alone: for its own limit a test would have to wait.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from cluster.cli.cluster import front as front_module
+from cluster.cli.cluster.front import Front, raise_on_signals
+from cluster.cli.terminal.output import note, out_line
+from cluster.cli.terminal.progress import Progress
+from cluster.config.cluster import ClusterConfig, ModelSection
+from cluster.config.gateway import GatewaySection
+from cluster.launch import local_ray, state_file
+from cluster.launch.plan import LaunchPlan
+
+
+def main() -> int:
+    """Run it."""
+    name, detach = sys.argv[1], sys.argv[2] in ("detach", "join")
+    raise_on_signals()
+    front_module.STOP_LIMIT_S = 600.0
+    state_file.clean_up_dead()
+    folder = local_ray.make_temp_dir()
+    late = os.environ.get("FAKE_PARTS") == "late"
+    gateway = GatewaySection(drain_lead_s=0.0, drain_timeout_s=0.0 if late else 600.0)
+    plan = LaunchPlan(
+        command="up" if detach else "serve",
+        name=name,
+        asked={},
+        config=ClusterConfig(model=ModelSection(path="/m", served_model_name="m"), gateway=gateway),
+        numbers={},
+        banks=({"bank": "mlp", "layer": 0, "num_experts": 4},),
+        profile=None,
+        address="auto" if sys.argv[2] == "join" else "",
+        temp_dir=str(folder),
+        num_cpus=2,
+        num_gpus=0,
+    )
+    log = state_file.log_path(name)
+    environment = {**os.environ, **local_ray.common_environment()}
+    module = "tests.cluster.cli.fake_launcher"
+    front = Front(log, environment, lambda *_: out_line(f"ready {folder}"), module)
+    front.begin(plan)
+    outcome = front.run(Progress(), detach)
+    if outcome.code and plan.address:  # a folder that the real one would not have made
+        local_ray.remove(folder)
+    if outcome.message:
+        note(outcome.message)
+    return outcome.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

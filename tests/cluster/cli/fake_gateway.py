@@ -1,0 +1,180 @@
+"""An HTTP server that answers like a gateway, as far as the command line asks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+STATUS: dict[str, Any] = {
+    "schema": 1,
+    "state": "SERVING",
+    "generation": 1,
+    "placement_epoch": 1,
+    "error": None,
+    "model": {"name": "demo", "model_type": "olmoe", "dtype": "bfloat16", "max_model_len": 4096},
+    "workers": [
+        {
+            "name": "attention-0",
+            "role": "attention",
+            "rank": 0,
+            "node": "here",
+            "pid": 11,
+            "state": "SERVING",
+            "kv_blocks_free": 10,
+            "kv_blocks_total": 12,
+        },
+        {
+            "name": "expert-0",
+            "role": "expert",
+            "rank": 0,
+            "node": "here",
+            "pid": 12,
+            "state": "SERVING",
+            "slots": 32,
+        },
+    ],
+    "gateway": [],
+    "history": [],
+}
+EVENTS: dict[str, Any] = {
+    "schema": 1,
+    "events": [
+        {"generation": 1, "time": 1e9, "cause": "start", "effect": "serve with 2 workers"},
+        {"generation": 2, "time": 1e9 + 5, "cause": "lost expert-1: killed", "effect": "go on"},
+    ],
+}
+PLACEMENT: dict[str, Any] = {
+    "schema": 1,
+    "epoch": 1,
+    "banks": [
+        {"bank": "mlp", "layer": layer, "physical_to_logical": [[0, 1, -1], [2, 3, 0]]}
+        for layer in (0, 1)
+    ],
+}
+_BOTH = {"predicted": 0.9, "achieved": 0.8}
+LOAD: dict[str, Any] = {
+    "schema": 1,
+    "model": "demo",
+    "top_k": 2,
+    "tokens": 5,
+    "epoch": 1,
+    "window_tokens": 2,
+    "average_tokens": 0,
+    "balancedness": _BOTH,
+    "phases": {"prefill": _BOTH, "decode": {"predicted": 0.9, "achieved": None}},
+    "workers": ["expert-0"],
+    "banks": [
+        {
+            "bank": "mlp",
+            "layer": layer,
+            "counts": [1, 2, 3, 4],
+            "window": [0, 0, 1, 3],
+            "average": None,
+            "balancedness": _BOTH,
+            "phases": {"prefill": _BOTH, "decode": {"predicted": 0.9, "achieved": None}},
+        }
+        for layer in (0, 1)
+    ],
+}
+
+
+@dataclass(slots=True)
+class FakeGateway:
+    """What to answer; tests change it while the server runs."""
+
+    url: str = ""
+    ready: tuple[int, Any] = (200, {"ready": True})
+    status: tuple[int, Any] = (200, STATUS)
+    events: list[Any] = field(default_factory=list)
+    delay_s: float = 0.0
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    admin: list[tuple[int, Any]] = field(default_factory=list)
+    admin_paths: list[str] = field(default_factory=list)
+    """What was asked for below ``/admin``."""
+    documents: dict[str, Any] = field(default_factory=dict)
+    """Answers to POST, by path; other paths are answered by ``events``."""
+    metrics: list[str] = field(default_factory=list)
+    """Expositions, the next at each scrape, the last again and again."""
+    keys: list[str | None] = field(default_factory=list)
+
+    def open_admin(self) -> None:
+        """Say in the status that the admin port is this server's."""
+        entry = {"name": "gateway-1", "admin_http": self.url.removeprefix("http://")}
+        self.status = (200, {**STATUS, "gateway": [entry]})
+
+    def answer(self, path: str) -> tuple[int, Any]:
+        """Status and document of a path; below ``/admin`` the next of ``admin``."""
+        if path.startswith("/admin/"):
+            self.admin_paths.append(path)
+            return self.admin.pop(0)
+        error = {
+            "error": {"message": f"no {path}", "type": "x", "param": None, "code": "not_found"}
+        }
+        routes = {
+            "/ready": self.ready,
+            "/cluster/v1/status": self.status,
+            "/cluster/v1/placement": (200, PLACEMENT),
+            "/cluster/v1/events": (200, EVENTS),
+            "/cluster/v1/load": (200, LOAD),
+        }
+        return routes.get(path, (404, error))
+
+
+@contextlib.contextmanager
+def fake_gateway() -> Iterator[FakeGateway]:
+    """A running one on a free port."""
+    gateway = FakeGateway()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep(gateway.delay_s)
+            gateway.keys.append(self.headers.get("Authorization"))
+            if self.path == "/metrics":
+                text = gateway.metrics.pop(0) if len(gateway.metrics) > 1 else gateway.metrics[0]
+                self._send(200, "text/plain", text.encode())
+                return
+            status, document = gateway.answer(self.path)
+            self._send(status, "application/json", json.dumps(document).encode())
+
+        def do_POST(self) -> None:
+            length = int(self.headers["Content-Length"])
+            gateway.bodies.append(json.loads(self.rfile.read(length)))
+            if self.path.startswith("/admin/"):
+                status, document = gateway.answer(self.path)
+                self._send(status, "application/json", json.dumps(document).encode())
+                return
+            if self.path in gateway.documents:
+                body = json.dumps(gateway.documents[self.path]).encode()
+                self._send(200, "application/json", body)
+                return
+            events = [f"data: {json.dumps(e)}\n\n" for e in gateway.events]
+            body = "".join([": ping\n\n", *events, "data: [DONE]\n\n"]).encode()
+            self._send(200, "text/event-stream", body)
+
+        def _send(self, status: int, kind: str, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Keep the tests' output clean."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    gateway.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield gateway
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import io
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.cli.main import main
+from cluster.cli.terminal.exit_codes import ExitCode
+from tests.cluster.cli.fake_gateway import EVENTS, PLACEMENT, STATUS, FakeGateway
+
+pytestmark = pytest.mark.usefixtures("state_home")
+
+
+def chunk(text: str, finish: str | None = None) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "text": text, "finish_reason": finish}], "usage": None}
+
+
+def error(message: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "t", "param": None, "code": "c"}}
+
+
+def test_status_of_a_ready_cluster(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--url", gateway.url, "status"]) == ExitCode.OK
+    text = capsys.readouterr().out
+    assert "SERVING" in text
+    assert "10 of 12 KV blocks free" in text
+    assert "32 expert slots" in text
+    assert "\x1b" not in text
+
+
+def test_status_json_is_the_document_alone(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", "--json", "--url", gateway.url]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out) == STATUS
+
+
+def test_status_fails_while_not_ready(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.ready = (503, {"ready": False, "reasons": ["loading"]})
+    status = {**STATUS, "state": "STARTING", "error": "slow disk", "problems": ["no room"]}
+    gateway.status = (200, status)
+    assert main(["--url", gateway.url, "status"]) == ExitCode.NOT_READY
+    told = capsys.readouterr()
+    assert "slow disk" in told.out
+    assert "no room" in told.out
+    assert told.err == "not ready; loading\n"
+
+
+def test_the_url_comes_from_the_environment(
+    gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EXPERTMESH_URL", f"{gateway.url}/")
+    assert main(["workers", "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["schema"] == 1
+
+
+def test_a_key_is_sent(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    main(["--url", gateway.url, "--api-key", "k1", "workers"])
+    monkeypatch.setenv("EXPERTMESH_API_KEY", "k2")
+    main(["--url", gateway.url, "workers"])
+    assert gateway.keys == ["Bearer k1", "Bearer k2"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(401, 6), (403, 6), (503, 4), (429, 4), (409, 5), (500, 1)]
+)
+def test_refusals_become_exit_codes(
+    gateway: FakeGateway, status: int, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.status = (status, error("says why"))
+    assert main(["--url", gateway.url, "workers"]) == code
+    assert capsys.readouterr().err == "expertmesh: says why\n"
+
+
+def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:  # bound, so that nobody listens there
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        assert main(["--url", url, "status"]) == ExitCode.UNREACHABLE
+    assert capsys.readouterr().err.startswith(f"expertmesh: cannot reach {url}")
+
+
+def test_a_slow_server_times_out(gateway: FakeGateway) -> None:
+    gateway.delay_s = 5.0
+    assert main(["--url", gateway.url, "--timeout", "0.1", "status"]) == ExitCode.NOT_READY
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["localhost", "localhost:8000", "ftp://a", "file:///x", "http://", "http://a:b", "http://["],
+)
+def test_a_url_that_is_none(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--url", url, "status"]) == ExitCode.USAGE
+    assert main(["--admin-url", url, "--url", "http://127.0.0.1:1", "rebalance"]) == ExitCode.USAGE
+    assert capsys.readouterr().err.count("is not a URL") == 2
+
+
+def test_an_unknown_cluster_name() -> None:
+    assert main(["--name", "nobody", "status"]) == ExitCode.UNREACHABLE
+
+
+def test_events_table(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--url", gateway.url, "events"]) == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["TIME", "GENERATION", "CAUSE", "EFFECT"]
+    assert lines[1].startswith(time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1e9)))
+    assert lines[2].split()[2:] == ["2", "lost", "expert-1:", "killed", "go", "on"]
+    assert main(["--url", gateway.url, "events", "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out) == EVENTS
+
+
+def test_workers_table(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--url", gateway.url, "workers"]) == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["NAME", "ROLE", "RANK", "STATE", "NODE", "PID", "HOLDS"]
+    assert [line.split()[0] for line in lines[1:]] == ["attention-0", "expert-0"]
+
+
+def test_placement_of_one_layer(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--url", gateway.url, "placement", "--layer", "1"]) == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[1].split() == ["1", "mlp", "expert-0", "0", "1", "-"]
+    assert main(["--url", gateway.url, "placement", "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out) == PLACEMENT
+
+
+def test_placement_of_a_layer_without_experts(gateway: FakeGateway) -> None:
+    assert main(["--url", gateway.url, "placement", "--layer", "9"]) == ExitCode.REFUSED
+
+
+def test_generate_streams_text(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    usage = {"prompt_tokens": 1, "completion_tokens": 2}
+    gateway.events = [chunk("to "), chunk("be", "length"), {"choices": [], "usage": usage}]
+    words = [
+        "generate",
+        "Whether",
+        "--max-tokens",
+        "2",
+        "--seed",
+        "3",
+        "--stop",
+        "a",
+        "--stop",
+        "b",
+    ]
+    assert main(["--url", gateway.url, *words]) == ExitCode.OK
+    assert capsys.readouterr().out == "to be\n"
+    body = gateway.bodies[0]
+    assert (body["prompt"], body["max_tokens"], body["seed"]) == ("Whether", 2, 3)
+    assert body["stop"] == ["a", "b"]
+    assert "temperature" not in body
+
+
+def test_generate_json(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    usage = {"prompt_tokens": 1, "completion_tokens": 2}
+    gateway.events = [chunk("x"), chunk("y", "stop"), {"choices": [], "usage": usage}]
+    assert main(["--url", gateway.url, "generate", "a", "--json"]) == ExitCode.OK
+    document = json.loads(capsys.readouterr().out)
+    assert document == {"schema": 1, "text": "xy", "finish_reason": "stop", "usage": usage}
+
+
+def test_generate_reads_stdin(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
+    gateway.events = [chunk("x", "stop")]
+    assert main(["--url", gateway.url, "generate", "-"]) == ExitCode.OK
+    assert gateway.bodies[0]["prompt"] == "from a pipe"
+
+
+def test_generate_reports_an_error_in_the_stream(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.events = [chunk("x"), error("worker lost")]
+    assert main(["--url", gateway.url, "generate", "a"]) == ExitCode.FAILED
+    assert capsys.readouterr().err == "expertmesh: worker lost\n"
+
+
+def test_generate_notices_a_cut_stream(gateway: FakeGateway) -> None:
+    gateway.events = [chunk("x")]
+    assert main(["--url", gateway.url, "generate", "a"]) == ExitCode.FAILED
+
+
+def test_down_without_a_cluster_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["down", "-y", "--json"]) == ExitCode.OK
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"schema": 1, "name": "default", "was_up": False}
+    assert "no cluster called default" in captured.err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version", "--json"]) == ExitCode.OK
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == 1
+    assert document["ray"]
+    assert main(["version"]) == ExitCode.OK
+    assert capsys.readouterr().out.startswith("expertmesh ")
+
+
+def test_doctor_looks_at_everything(state_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == ExitCode.OK
+    findings = {f["what"]: f for f in json.loads(capsys.readouterr().out)["findings"]}
+    assert set(findings) >= {"python", "packages", "model", "cpu", "memory", "shm", "ports", "gpu"}
+    assert findings["python"]["verdict"] == "ok"
+    assert str(state_home) in findings["permissions"]["text"]
+
+
+def test_reading_commands_import_neither_ray_nor_torch() -> None:
+    code = (
+        "import sys, cluster.cli.main; "
+        "print([m for m in ('ray', 'torch', 'fastapi', 'huggingface_hub') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -1,0 +1,145 @@
+"""``--dry-run``: the whole plan is shown, and nothing is started or left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.cli.main import main
+from cluster.cli.terminal.exit_codes import ExitCode
+from tests.fakes import TINY_CONFIG, tiny_tensors, write_tiny_checkpoint
+
+pytestmark = pytest.mark.usefixtures("state_home")
+PORTS = ("--port", "0", "--grpc-port", "0")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_started(monkeypatch: pytest.MonkeyPatch, state_home: Path) -> None:
+    def spawn(*arguments: object) -> None:
+        raise AssertionError("a launcher was started")
+
+    monkeypatch.setattr("cluster.cli.cluster.serve.Front", spawn)
+
+
+def test_a_plan_names_every_worker_and_its_share(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--mode", "colocated", "--num-expert-workers", "2", "--cpus-per-worker", "0.5")
+    assert main(["serve", "--dry-run", "--json", *PORTS, *words]) == ExitCode.OK
+    document = json.loads(capsys.readouterr().out)
+    assert document["workers"] == [
+        {
+            "name": f"colocated-{i}",
+            "role": "colocated",
+            "rank": i,
+            "slots": 32,
+            "weight_bytes": document["workers"][0]["weight_bytes"],
+        }
+        for i in (0, 1)
+    ]
+    assert (document["mode"], document["mode_reason"]) == ("colocated", "")
+    assert (document["cpus_per_worker"], document["threads_per_worker"]) == (0.5, 1)
+    assert document["http"].startswith("http://127.0.0.1:")
+
+
+def test_auto_says_why(capsys: pytest.CaptureFixture[str], state_home: Path) -> None:
+    assert (
+        main(["up", "--dry-run", *PORTS, "--mode", "auto", "--cpus-per-worker", "0.5"])
+        == ExitCode.OK
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("mode     colocated: a decode step of 64 rows with 2048 tokens")
+    assert "1 attention + 2 expert workers (attention " in lines[0]
+    assert [line.split()[0] for line in lines[-3:]] == [f"colocated-{i}" for i in range(3)]
+    assert not list(state_home.rglob("*.json"))
+
+
+def test_a_cluster_that_would_be_joined_decides_later(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--mode", "auto", "--address", "203.0.113.1:6379")
+    assert main(["serve", "--dry-run", "--json", *PORTS, *words]) == ExitCode.OK
+    document = json.loads(capsys.readouterr().out)
+    assert (document["mode"], document["workers"], document["device"]) == ("auto", [], None)
+    assert "once it is joined" in document["mode_reason"]
+
+
+def test_what_would_be_refused_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--mode", "colocated", "--num-expert-workers", "65")
+    assert main(["serve", "--dry-run", *PORTS, *words]) == ExitCode.REFUSED
+    assert "num_expert_workers (65) must not exceed the 64 experts" in capsys.readouterr().err
+
+
+DOTS1 = {
+    "model_type": "dots1",
+    "vocab_size": 152064,
+    "hidden_size": 4096,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 62,
+    "num_attention_heads": 32,
+    "n_routed_experts": 128,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 32768,
+    "sliding_window": None,
+    "torch_dtype": "bfloat16",
+}
+"""The full size of dots.llm1, 143 billion weights."""
+
+
+def test_a_config_without_weights_is_planned(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Sizes from the architecture: 251.6 GiB of experts, 14.3 GiB beside them, 992 KiB a token."""
+    (tmp_path / "config.json").write_text(json.dumps(DOTS1))
+    words = (str(tmp_path), "--num-expert-workers", "12", "--cpus-per-worker", "0.1")
+    kv = ("--kv-cache-bytes", str(64 << 30))
+    assert main(["serve", "--dry-run", "--json", *PORTS, *words, *kv]) == ExitCode.OK
+    document = json.loads(capsys.readouterr().out)
+    attention, *experts = document["workers"]
+    assert (attention["weight_bytes"], attention["slots"]) == (15_368_476_928, None)
+    assert {w["slots"] for w in experts} == {11}
+    expert_bytes = 3 * 4096 * 1408 * 2
+    assert sum(w["weight_bytes"] for w in experts) == 61 * 128 * expert_bytes
+    assert sum(w["weight_bytes"] == 61 * 11 * expert_bytes for w in experts) == 8
+    assert document["kv_bytes_per_token"] == 1_015_808
+    assert document["kv_cache_tokens"] == (64 << 30) // (16 * 1_015_808) * 16
+    banks = document["placement"]["banks"]
+    assert [bank["layer"] for bank in banks] == list(range(1, 62))
+    assert main(["serve", "--dry-run", *PORTS, *words]) == ExitCode.OK
+    assert "expert-0     expert     23.2 GB  11 expert slots a bank" in capsys.readouterr().out
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_tiny_checkpoint(tmp_path, {**TINY_CONFIG, "num_experts": 9}, tiny_tensors())
+    assert main(["serve", "--dry-run", *PORTS, str(tmp_path)]) == ExitCode.REFUSED
+    assert "the config asks for [9, 32]" in capsys.readouterr().err
+
+
+def test_keys_that_nobody_knows_are_told_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_tiny_checkpoint(tmp_path, {**TINY_CONFIG, "colour": "red", "use_cache": True})
+    assert main(["serve", "--dry-run", *PORTS, str(tmp_path)]) == ExitCode.OK
+    assert capsys.readouterr().err.count("config.json: ignored, not known: colour\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((), "there are no spare expert slots (--num-redundant-experts)"),
+        (("--num-redundant-experts", "1"), ""),
+    ],
+)
+def test_rebalancing_that_cannot_happen_is_said_at_the_start(
+    words: tuple[str, ...], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    share = ("--cpus-per-worker", "0.2")
+    assert main(["serve", "--dry-run", *PORTS, *share, *words, "--enable-eplb"]) == ExitCode.OK
+    said = capsys.readouterr().err
+    assert ("rebalancing is not possible" in said) is bool(reason)
+    assert reason in said

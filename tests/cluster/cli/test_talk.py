@@ -1,0 +1,185 @@
+"""``chat``, ``tokenize``, ``top``, ``logs``."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.actors.process import describe_self
+from cluster.cli.cluster import logs
+from cluster.cli.cluster.top import busy, read_numbers
+from cluster.cli.main import main
+from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.launch import state_file
+from cluster.launch.orphans import host_id
+from tests.cluster.cli.fake_gateway import STATUS, FakeGateway
+
+pytestmark = pytest.mark.usefixtures("state_home")
+
+ATTENTION = 'model_name="demo",engine="0",worker="attention-0",node="here"'
+EXPERT = 'model_name="demo",engine="",worker="expert-0",node="here"'
+
+
+def exposition(rows: int, busy: int) -> str:
+    """What Prometheus would read."""
+    return f"""\
+# TYPE expertmesh:expert_worker_tokens_total counter
+expertmesh:num_requests_running{{{ATTENTION}}} 3.0
+expertmesh:iteration_tokens_total_sum{{{ATTENTION}}} {rows}
+expertmesh:num_requests_waiting{{{ATTENTION}}} 0.0
+expertmesh:kv_cache_usage_perc{{{ATTENTION}}} 0.25
+expertmesh:expert_worker_tokens_total{{{EXPERT}}} {rows}
+expertmesh:expert_worker_busy_seconds_total{{{EXPERT}}} {busy}
+"""
+
+
+def delta(text: str, finish: str | None = None) -> dict[str, Any]:
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
+    return {"choices": [choice], "usage": None}
+
+
+def test_chat_says_one_thing(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    gateway.events = [delta("Good "), delta("day.", "stop"), {"choices": [], "usage": {"n": 1}}]
+    words = ["chat", "Hello", "--system", "Be kind.", "--max-tokens", "5", "--seed", "1"]
+    assert main(["--url", gateway.url, *words]) == ExitCode.OK
+    assert capsys.readouterr().out == "Good day.\n"
+    (body,) = gateway.bodies
+    assert [m["role"] for m in body["messages"]] == ["system", "user"]
+    assert (body["max_tokens"], body["seed"], body["stream"]) == (5, 1, True)
+
+
+def test_chat_remembers(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway.events = [delta("Yes.", "stop")]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One?\n\nTwo?\n"))
+    assert main(["--url", gateway.url, "chat", "--json"]) == ExitCode.OK
+    said = json.loads(capsys.readouterr().out)["messages"]
+    assert [m["content"] for m in said] == ["One?", "Yes.", "Two?", "Yes."]
+    assert gateway.bodies[1]["messages"] == said[:3]
+
+
+def test_an_answer_without_an_end_is_an_error(gateway: FakeGateway) -> None:
+    gateway.events = [delta("Good ")]
+    assert main(["--url", gateway.url, "chat", "Hello"]) == ExitCode.FAILED
+
+
+def test_an_error_in_the_stream_is_told(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.events = [{"error": {"message": "no template", "code": "c"}}]
+    assert main(["--url", gateway.url, "chat", "Hello"]) == ExitCode.FAILED
+    assert "no template" in capsys.readouterr().err
+
+
+def test_tokenize_there_and_back(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {"count": 2, "max_model_len": 64, "tokens": [5, 60], "token_strs": ["To", " be"]}
+    gateway.documents = {"/tokenize": found, "/detokenize": {"prompt": "To be"}}
+    assert main(["--url", gateway.url, "tokenize", "To be"]) == ExitCode.OK
+    shown = capsys.readouterr()
+    assert shown.out == "ID  TOKEN\n5   'To'\n60  ' be'\n"
+    assert "2 tokens" in shown.err
+    assert main(["--url", gateway.url, "tokenize", "--ids", "5,60"]) == ExitCode.OK
+    assert capsys.readouterr().out == "To be\n"
+    assert main(["--url", gateway.url, "tokenize", "To be", "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out) == {"schema": 1, **found}
+    assert main(["--url", gateway.url, "tokenize"]) == ExitCode.USAGE
+
+
+def test_top_shows_rates(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    gateway.metrics = [exposition(rows=10, busy=1)]
+    words = ["--url", gateway.url, "top", "--interval", "0.01"]
+    assert main([*words, "--once"]) == ExitCode.OK
+    first, _, header, attention, expert = capsys.readouterr().out.splitlines()
+    assert first == "SERVING: 0 tokens/s of prompts and answers"
+    assert header.split()[:4] == ["NAME", "STATE", "NODE", "RUNNING"]
+    assert attention.split() == ["attention-0", "SERVING", "here", "3", "0", "25%", "0", "-"]
+    assert expert.split() == ["expert-0", "SERVING", "here", "-", "-", "-", "0", "0%"]
+    assert main([*words, "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["workers"][0]["kv_usage"] == 0.25
+
+
+def test_rates_are_differences_over_time() -> None:
+    before, now = (read_numbers(exposition(rows=10 * n, busy=n)) for n in (1, 2))
+    document = busy(STATUS, before, now, 4.0)
+    assert document["tokens_per_s"] == document["workers"][0]["rows_per_s"] == 2.5
+    assert (document["workers"][1]["rows_per_s"], document["workers"][1]["busy"]) == (2.5, 0.25)
+    restarted = busy(STATUS, now, before, 4.0)
+    assert restarted["tokens_per_s"] == 0.0
+
+
+@pytest.fixture
+def ray_folder(tmp_path: Path) -> Path:
+    """The logs of a private Ray, whose cluster is recorded as ``mine``."""
+    folder = tmp_path / "em"
+    (folder / "ray" / "session_latest" / "logs").mkdir(parents=True)
+    me = describe_self()
+    state_file.write_record(
+        state_file.ClusterRecord(
+            name="mine",
+            command="up",
+            state="ready",
+            launcher=me,
+            asked={},
+            http="http://127.0.0.1:1",
+            grpc="127.0.0.1:2",
+            address="127.0.0.1:3",
+            joined=False,
+            temp_dir=str(folder),
+            host=host_id(),
+        )
+    )
+    return folder / "ray" / "session_latest" / "logs"
+
+
+def test_logs_of_a_worker(
+    gateway: FakeGateway, ray_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (ray_folder / "worker-ab-01-11.err").write_text("one\ntwo\nthree\n")
+    (ray_folder / "worker-ab-01-11.out").write_text("four\n")
+    (ray_folder / "worker-ab-01-12.out").write_text("of another\n")
+    words = ["--url", gateway.url, "logs", "attention-0", "--tail", "2"]
+    assert main(words) == ExitCode.OK
+    shown = capsys.readouterr().out
+    assert "two\nthree\n" in shown
+    assert "four\n" in shown
+    assert "one" not in shown
+    assert "another" not in shown
+    assert main([*words, "--json"]) == ExitCode.OK
+    document = json.loads(capsys.readouterr().out)
+    assert [x["lines"] for x in document["logs"]] == [["two", "three"], ["four"]]
+
+
+def test_logs_that_are_elsewhere(
+    gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(logs, "JOINED_RAY", tmp_path)
+    assert main(["--url", gateway.url, "logs", "attention-0"]) == ExitCode.REFUSED
+    assert main(["--url", gateway.url, "logs", "attention-9"]) == ExitCode.REFUSED
+
+
+def test_logs_of_the_launcher(ray_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state_file.log_path("mine").write_text("begins\nends\n")
+    assert main(["logs", "--tail", "1"]) == ExitCode.OK
+    assert capsys.readouterr().out == "ends\n"
+    assert main(["logs", "--name", "yours"]) == ExitCode.UNREACHABLE
+
+
+def test_logs_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log"
+    path.write_text("before\n")
+    written = iter(["later\n", "", "last\n"])
+
+    def write(seconds: float) -> None:
+        with path.open("a") as file:
+            file.write(next(written))
+
+    monkeypatch.setattr("cluster.cli.cluster.logs.time.sleep", write)
+    news = logs._appended({path: len("before\n")})
+    assert list(itertools.islice(news, 2)) == ["later\n", "last\n"]

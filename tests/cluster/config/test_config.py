@@ -1,0 +1,135 @@
+"""Rules of the configuration, and its way between processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from cluster.config.cluster import (
+    ClusterConfig,
+    EngineSection,
+    ModelSection,
+    TransportSection,
+    WorkersSection,
+)
+from cluster.config.gateway import GatewaySection
+from cluster.core.errors import ConfigError
+
+
+def make_config(**sections: object) -> ClusterConfig:
+    model = ModelSection(path="somewhere", served_model_name="m")
+    return ClusterConfig.from_dict(ClusterConfig(model=model).to_dict() | sections)
+
+
+BROKEN: list[tuple[str, Callable[[], object]]] = [
+    ("dtype", lambda: ModelSection(path="p", served_model_name="m", dtype="int8")),  # type: ignore[arg-type]
+    ("served_model_name", lambda: ModelSection(path="p", served_model_name="")),
+    ("max_model_len", lambda: ModelSection(path="p", served_model_name="m", max_model_len=0)),
+    ("num_attention_workers", lambda: WorkersSection(num_attention_workers=0)),
+    ("num_attention_workers", lambda: WorkersSection(mode="local", num_attention_workers=2)),
+    ("num_attention_workers", lambda: WorkersSection(mode="colocated", num_attention_workers=1)),
+    ("num_expert_workers", lambda: WorkersSection(num_expert_workers=-1)),
+    ("num_redundant_experts", lambda: WorkersSection(num_redundant_experts=-1)),
+    ("cpus_per_worker", lambda: WorkersSection(cpus_per_worker=0)),
+    ("gpus_per_worker", lambda: WorkersSection(gpus_per_worker=-0.5)),
+    ("max_num_seqs", lambda: EngineSection(max_num_seqs=0)),
+    ("max_num_batched_tokens", lambda: EngineSection(max_num_seqs=9, max_num_batched_tokens=8)),
+    ("kv_cache_bytes", lambda: EngineSection(kv_cache_bytes=0)),
+    ("itl_target_ms", lambda: EngineSection(itl_target_ms=0)),
+    ("itl_target_ms", lambda: EngineSection(itl_target_ms=float("nan"))),
+    ("max_waiting_tokens", lambda: EngineSection(max_waiting_tokens=0)),
+    ("num_micro_batches", lambda: EngineSection(num_micro_batches=3)),  # type: ignore[arg-type]
+    ("micro_batch_decode_threshold", lambda: EngineSection(micro_batch_decode_threshold=1)),
+    ("micro_batch_prefill_threshold", lambda: EngineSection(micro_batch_prefill_threshold=0)),
+    ("detection_limit_s", lambda: TransportSection(detection_limit_s=0)),
+    ("heartbeat_s", lambda: TransportSection(heartbeat_s=3)),
+    ("port", lambda: GatewaySection(port=70000)),
+    ("grpc_port", lambda: GatewaySection(port=9000, grpc_port=9000)),
+    ("max_n", lambda: GatewaySection(max_n=129)),
+    ("num_gateway_replicas", lambda: GatewaySection(num_gateway_replicas=0)),
+    ("routing_policy", lambda: GatewaySection(routing_policy="random")),  # type: ignore[arg-type]
+    ("metrics_prefix", lambda: GatewaySection(metrics_prefix="9 x")),
+    ("host", lambda: GatewaySection(host="0.0.0.0")),
+]
+
+
+@pytest.mark.parametrize(("field", "build"), BROKEN, ids=[f for f, _ in BROKEN])
+def test_broken_rules_name_the_field(field: str, build: Callable[[], object]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build()
+    assert caught.value.field == field
+
+
+def test_more_attention_workers_than_requests_are_refused() -> None:
+    with pytest.raises(ConfigError, match="more workers than can ever have work"):
+        make_config(workers={"num_attention_workers": 5000})
+
+
+def test_config_survives_json() -> None:
+    gateway = GatewaySection(api_keys=("a", "b"))
+    config = ClusterConfig(
+        model=ModelSection(path="p", served_model_name="m"), gateway=gateway, cluster_token="t"
+    )
+    assert ClusterConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("sections", [{"nonsense": 1}, {"engine": {"nonsense": 1}}])
+def test_unknown_keys_are_refused(sections: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="nonsense"):
+        make_config(**sections)
+
+
+def test_the_cluster_token_is_not_shown() -> None:
+    model = ModelSection(path="p", served_model_name="m")
+    assert "secret" not in repr(ClusterConfig(model=model, cluster_token="secret"))
+
+
+def test_public_host_needs_keys_or_consent() -> None:
+    assert GatewaySection(host="0.0.0.0", api_keys=("k",)).host == "0.0.0.0"
+    assert GatewaySection(host="0.0.0.0", allow_unauthenticated=True).host == "0.0.0.0"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "127.255.0.9", "::1", "localhost"])
+def test_any_loopback_address_needs_no_key(host: str) -> None:
+    assert GatewaySection(host=host, admin_host=host).host == host
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "128.0.0.1", "127.0.0.1.example", "local"])
+def test_any_other_address_is_public(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"^host .* is public"):
+        GatewaySection(host=host)
+    with pytest.raises(ConfigError, match=r"admin_host .* is public"):
+        GatewaySection(admin_host=host)
+
+
+def test_fingerprint_changes_with_what_workers_must_share() -> None:
+    base = make_config()
+    assert base.fingerprint() == make_config(gateway={"port": 9999}).fingerprint()
+    assert base.fingerprint() != make_config(engine={"combine_mode": "per_slot"}).fingerprint()
+    off = make_config(engine={"enable_prefix_caching": False})
+    assert base.fingerprint() != off.fingerprint()
+
+
+def test_deterministic_implies_what_it_needs() -> None:
+    config = make_config(engine={"deterministic": True})
+    assert config.engine.combine_mode == "per_slot"
+    assert config.workers.device == "cpu", "auto never takes a GPU then"
+    assert config.fingerprint() != make_config(engine={"combine_mode": "per_slot"}).fingerprint()
+    assert ClusterConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match=r"device \(cuda\) must be cpu with deterministic"):
+        make_config(engine={"deterministic": True}, workers={"device": "cuda"})
+
+
+def test_local_mode_has_no_expert_ranks() -> None:
+    section = WorkersSection(mode="local")
+    assert (section.pools, section.num_workers) == ({"attention": 1}, 1)
+
+
+def test_colocated_workers_are_both() -> None:
+    section = WorkersSection(mode="colocated", num_expert_workers=3)
+    assert (section.pools, section.num_workers) == ({"colocated": 3}, 3)
+    assert section.num_attention_ranks == 3
+    assert replace(section, num_attention_workers=3).num_attention_ranks == 3

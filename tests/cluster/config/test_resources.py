@@ -1,0 +1,178 @@
+"""CPU and GPU accounting, and what a start comes to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.actors.start_plan import plan_start
+from cluster.config.cluster import ClusterConfig, Device, ModelSection, WorkersSection
+from cluster.config.resources import NodeResources, WorkerShare, plan_shares
+from cluster.core.errors import ConfigError
+from tests.cluster.controller.fakes_cluster import make_members
+
+BANKS = [{"bank": "mlp", "layer": 0, "num_experts": 8, "top_k": 2}]
+
+
+def _nodes(*cpus: float, gpus: float = 0.0) -> list[NodeResources]:
+    return [
+        NodeResources(node_id=f"id{i}", address=f"10.0.0.{i}", cpus=c, gpus=gpus)
+        for i, c in enumerate(cpus)
+    ]
+
+
+def _workers(
+    attention: int = 1,
+    experts: int = 2,
+    *,
+    cpus: float | None = None,
+    gpus: float | None = None,
+    device: Device = "auto",
+) -> WorkersSection:
+    return WorkersSection(
+        num_attention_workers=attention,
+        num_expert_workers=experts,
+        cpus_per_worker=cpus,
+        gpus_per_worker=gpus,
+        device=device,
+    )
+
+
+def test_the_default_is_a_fraction_and_one_thread() -> None:
+    share = plan_shares(_workers(), _nodes(2))
+    assert share == WorkerShare(cpus=0.6666, gpus=0.0, device="cpu")
+    assert share.threads == 1
+
+
+def test_threads_are_whole_cores() -> None:
+    assert plan_shares(_workers(), _nodes(16)).threads == 5
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "expected"),
+    [
+        ((1, 1, 1), 3, 1.0),
+        ((1, 1, 1), 4, 0.5),  # 0.75 would leave the fourth without a node
+        ((4, 2), 3, 2.0),
+        ((3, 2), 4, 1.0),
+        ((0, 4), 3, 1.3333),
+        ((2,), 500, 0.004),
+    ],
+)
+def test_default_shares_fit_on_the_nodes(
+    cpus: tuple[float, ...], workers: int, expected: float
+) -> None:
+    share = plan_shares(_workers(1, workers - 1), _nodes(*cpus))
+    assert share.cpus == pytest.approx(expected)
+    assert sum(int(c / share.cpus + 1e-9) for c in cpus) >= workers
+    assert share.cpus <= sum(cpus) / workers
+
+
+def test_colocated_workers_count_once() -> None:
+    pair = WorkersSection(mode="colocated", num_expert_workers=2)
+    assert plan_shares(pair, _nodes(2)).cpus == 1.0
+    half = replace(pair, gpus_per_worker=0.5)
+    assert plan_shares(half, _nodes(2, gpus=1)).gpus == 0.5
+    with pytest.raises(ConfigError, match=r"3 workers ask for 1\.5 GPUs"):
+        plan_shares(replace(half, num_expert_workers=3), _nodes(2, gpus=1))
+
+
+def test_a_busy_cluster_makes_default_shares_smaller() -> None:
+    assert plan_shares(_workers(), _nodes(3), free_cpus=1.0).cpus == pytest.approx(0.3333)
+    assert plan_shares(_workers(), _nodes(3), free_cpus=0.0).cpus == 0.0
+    assert plan_shares(_workers(), _nodes(0)).cpus == 0.0
+
+
+def test_explicit_cpus_that_are_not_there_are_refused() -> None:
+    assert plan_shares(_workers(cpus=1.0), _nodes(3)).cpus == 1.0
+    with pytest.raises(ConfigError) as caught:
+        plan_shares(_workers(cpus=1.5), _nodes(2, 1))
+    assert str(caught.value) == (
+        "cpus_per_worker (1.5) does not fit: 3 workers ask for 4.5 CPUs, "
+        "the cluster has 3 (10.0.0.0: 2, 10.0.0.1: 1)"
+    )
+
+
+def test_a_worker_does_not_span_nodes() -> None:
+    with pytest.raises(ConfigError, match="does not fit"):
+        plan_shares(_workers(cpus=2.0), _nodes(3, 3))
+
+
+def test_gpus_are_taken_when_every_worker_can_have_one() -> None:
+    assert plan_shares(_workers(), _nodes(8, gpus=4)).device == "cuda"
+    assert plan_shares(_workers(), _nodes(8, gpus=2)).device == "cpu"
+    assert plan_shares(_workers(device="cpu"), _nodes(8, gpus=4)).gpus == 0.0
+
+
+def test_cuda_by_name_takes_a_fraction_where_there_are_few() -> None:
+    assert plan_shares(_workers(device="cuda"), _nodes(8, gpus=1)).gpus == 0.3333
+    assert plan_shares(_workers(device="cuda"), _nodes(8, gpus=8)).gpus == 1.0
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "words"),
+    [
+        (_workers(device="cuda"), 0, "needs GPUs in the Ray cluster, it has none"),
+        (_workers(gpus=1.0), 2, "ask for 3 GPUs, the cluster has 2"),
+        (_workers(gpus=1.5), 9, "must be a whole number above 1"),
+        (_workers(gpus=0.5, device="cpu"), 2, "must be 0 with device cpu"),
+        (_workers(gpus=0.0, device="cuda"), 2, "must be above 0 with device cuda"),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(
+    workers: WorkersSection, gpus: int, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        plan_shares(workers, _nodes(8, gpus=gpus))
+
+
+def _config(workers: WorkersSection) -> ClusterConfig:
+    return ClusterConfig(
+        model=ModelSection(path="somewhere", served_model_name="demo"), workers=workers
+    )
+
+
+def test_a_start_plan_resolves_the_configuration() -> None:
+    plan = plan_start(_config(_workers()), BANKS, _nodes(2))
+    assert plan.config.workers.device == "cpu"
+    assert plan.config.workers.cpus_per_worker == 0.6666
+    assert plan.config.workers.gpus_per_worker == 0.0
+    assert plan.num_slots == 4
+    attention, expert, _ = make_members(1, 2)
+    assert plan.extra(attention) == {"threads": 1}
+    assert plan.extra(expert)["placement"] == plan.placement.to_dict()
+    assert plan.extra(expert)["num_slots"] == 4
+
+
+def test_slots_are_apart_from_copies() -> None:
+    workers = WorkersSection(num_redundant_experts=2, recovery_slots=3)
+    assert plan_start(_config(workers), BANKS, _nodes(2)).num_slots == 4 + 2 + 3
+
+
+def test_local_mode_gives_the_experts_to_the_attention_worker() -> None:
+    plan = plan_start(_config(WorkersSection(mode="local")), BANKS, _nodes(2))
+    assert plan.share.cpus == 2.0
+    assert plan.placement.num_devices == 1
+    assert plan.extra(make_members(1, 0)[0])["num_slots"] == 8
+
+
+def test_a_placement_file_is_used(tmp_path: Path) -> None:
+    maps = [[0, 1, 2, 3], [4, 5, 6, 7]]
+    data = {
+        "schema": 1,
+        "epoch": 5,
+        "banks": [{"bank": "mlp", "layer": 0, "physical_to_logical": maps[::-1]}],
+    }
+    path = tmp_path / "placement.json"
+    path.write_text(json.dumps(data))
+    workers = WorkersSection(placement_file=str(path))
+    plan = plan_start(_config(workers), BANKS, _nodes(2))
+    assert plan.placement.banks[0].physical_to_logical == ((4, 5, 6, 7), (0, 1, 2, 3))
+
+
+def test_more_expert_workers_than_experts_are_refused() -> None:
+    with pytest.raises(ConfigError, match="more workers than can ever have work"):
+        plan_start(_config(_workers(1, 9)), BANKS, _nodes(2))

@@ -1,0 +1,431 @@
+"""A controller among workers that exist only here: their rules, without data, sockets or time.
+
+``World`` holds what lives: at most one controller (or the adoption by a restarted one) and
+workers that follow ``workers/process/runtime.py``. Frames wait in inboxes until somebody has them
+taken, so that every order of events can be made.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from msgspec.structs import replace
+
+from cluster.controller.controller import Controller
+from cluster.controller.failover.collect import ReportCollector
+from cluster.controller.parts.settings import ControllerSettings
+from cluster.core.errors import ProtocolError
+from cluster.core.frames import (
+    ControlFrame,
+    ControllerSnapshot,
+    ExpertsLoaded,
+    GenerationReady,
+    Heartbeat,
+    HeartbeatAck,
+    LoadExperts,
+    NewGeneration,
+    PeerLost,
+    Register,
+    RunGeneration,
+    Shutdown,
+    StatusReply,
+    StatusRequest,
+    WorkerReady,
+    WorkerReport,
+)
+from cluster.core.placement import ExpertPlacement, contiguous
+from cluster.core.topology import Generation, Member
+from tests.cluster.controller.fakes_cluster import BANKS, make_members
+from tests.harness.members import member_of
+from workers.process.lease import TermGuard
+
+SETTINGS = ControllerSettings()
+
+
+@dataclass(slots=True)
+class ModelWorker:
+    """One worker as the controller meets it."""
+
+    member: Member
+    inbox: deque[ControlFrame] = field(default_factory=deque)
+    """What has reached it and waits to be taken."""
+    is_dead: bool = False
+    is_frozen: bool = False
+    is_connected: bool = False
+    is_up: bool = True
+    """Its process has called a controller once."""
+    disk_error: str = ""
+    """Why it cannot read experts."""
+    is_fenced: bool = False
+    generation: Generation = field(default=Generation(number=0, members=()))
+    order: NewGeneration | None = None
+    """The newest that has reached it."""
+    joined: NewGeneration | None = None
+    """The newest that it has taken."""
+    runs: bool = False
+    epoch: int = 0
+    highest_step: int = 0
+    loss: PeerLost | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+    guard: TermGuard = field(default_factory=TermGuard)
+    epochs: list[int] = field(default_factory=list)
+    """Epochs that it has run, in order."""
+
+    @property
+    def name(self) -> str:
+        return self.member.name
+
+    @property
+    def is_awake(self) -> bool:
+        return not self.is_dead and not self.is_frozen
+
+    def standing(self) -> list[ControlFrame]:
+        """What it says on a new connection."""
+        order = self.order
+        is_newest = order is not None and order.generation.number == self.generation.number
+        frames: list[ControlFrame] = [
+            Register(member=replace(self.member, pid=7)),
+            WorkerReady(),
+            WorkerReport(
+                term=self.guard.term,
+                generation=order.generation if order is not None else None,
+                placement=order.placement if order is not None else None,
+                running=is_newest and self.runs and not self.is_fenced,
+                highest_step=self.highest_step,
+                highest_epoch=self.epoch,
+                memory=self.memory,
+            ),
+        ]
+        return frames if self.loss is None else [*frames, self.loss]
+
+    def beat(self) -> Heartbeat:
+        """Its heartbeat."""
+        number = self.generation.number
+        return Heartbeat(progress=0, idle=True, generation=number, fenced=self.is_fenced)
+
+    def receive(self, frame: ControlFrame) -> None:
+        """The control thread's part: guards, and what needs no data thread."""
+        if isinstance(frame, (HeartbeatAck, ControllerSnapshot, NewGeneration)):
+            self.guard.check(frame.term, frame.controller)
+        if isinstance(frame, NewGeneration):
+            self.order = frame
+        if isinstance(frame, ControllerSnapshot):
+            self.memory = frame.memory
+        elif not isinstance(frame, HeartbeatAck):
+            self.inbox.append(frame)
+
+    def take(self) -> list[ControlFrame]:
+        """The data thread's part: handle the next frame; returns the answers."""
+        frame = self.inbox.popleft()
+        match frame:
+            case NewGeneration():
+                return self._join(frame)
+            case RunGeneration() if frame.generation == self.generation.number:
+                assert frame.first_step > self.highest_step, "steps are numbered above all seen"
+                self.runs = True
+                self.epochs.append(self.epoch)
+            case LoadExperts():
+                return [ExpertsLoaded(order=frame.order, error=self.disk_error)]
+            case StatusRequest():
+                return [StatusReply(token=frame.token, stats={"num_requests_running": 0.0})]
+            case Shutdown():
+                self.is_dead = True
+        return []
+
+    def _join(self, frame: NewGeneration) -> list[ControlFrame]:
+        generation = frame.generation
+        if generation.number <= self.generation.number:
+            return []
+        assert self.name in {m.name for m in generation.members}
+        placement = frame.placement
+        assert placement.epoch >= self.epoch, "epochs only grow"
+        self.runs, self.is_fenced, self.loss = False, False, None
+        self.generation, self.epoch, self.joined = generation, placement.epoch, frame
+        return [
+            GenerationReady(
+                generation=generation.number,
+                highest_step=self.highest_step,
+                highest_epoch=self.epoch,
+            )
+        ]
+
+
+class World:
+    """Everything that lives, and a clock moved by hand."""
+
+    def __init__(self, num_attention: int, num_experts: int, num_redundant: int) -> None:
+        self.now = 100.0
+        self.members = make_members(num_attention, num_experts)
+        self.placement = contiguous(BANKS, num_experts, num_redundant)
+        self.workers = {m.name: ModelWorker(m) for m in self.members}
+        self.controller: Controller | None = None
+        self.collector: ReportCollector | None = None
+        self.ended: set[str] = set()
+        """Workers whose processes the controller wants to be ended."""
+        self.lost: set[str] = set()
+        """Everyone that a controller has ever called lost."""
+        self.progress = (0, 0, 0)
+        self._count = 0
+        self._expected: set[str] = set()
+        self._start()
+
+    # ---- what the controller acts through ---------------------------------------------------
+
+    def send(self, worker: str, frame: ControlFrame) -> None:
+        if isinstance(frame, NewGeneration):
+            names = {m.name for m in frame.generation.members}
+            assert not names & self.lost, "who was lost never comes back"
+        model = self.workers[worker]
+        if model.is_connected and not model.is_dead:
+            try:
+                model.receive(frame)
+            except ProtocolError:
+                self._hang_up(model)
+
+    def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
+        assert member.name not in self.workers, "a name is for one worker"
+        self.workers[member.name] = ModelWorker(member, is_up=False)
+
+    def end_workers(self, workers: Sequence[str]) -> None:
+        self.ended |= set(workers)
+        for name in workers:
+            self.workers[name].is_connected = False
+
+    def end_all(self) -> None:
+        raise AssertionError("nobody asked for the end")
+
+    # ---- what happens ---------------------------------------------------------------------
+
+    def come_up(self, name: str) -> None:
+        """A worker that was started calls the controller, with its weights in place."""
+        model = self.workers[name]
+        if model.is_up or self.controller is None or not model.is_awake:
+            return
+        model.is_up = model.is_connected = True
+        self.tell(name, Register(member=member_of(name, pid=8)))
+        self.tell(name, WorkerReady())
+
+    def crash(self, name: str) -> None:
+        """A worker's process dies."""
+        model = self.workers[name]
+        model.is_dead = True
+        if model.is_up:
+            self._hang_up(model)
+        elif self.controller is not None:
+            self.controller.lost({name: "its process died"}, self.now)
+
+    def reap(self) -> None:
+        """The processes that were to be ended are gone."""
+        for name in self.ended:
+            self.workers[name].is_dead = True
+        if self.controller is not None:
+            self.controller.draining.ended(sorted(self.ended), self.now)
+
+    def crash_controller(self, num_unsent: int) -> None:
+        """It is gone; each worker misses the last few frames that were on their way."""
+        self.controller = self.collector = None
+        for model in self.workers.values():
+            model.is_connected = False
+            model.is_dead = model.is_dead or not model.is_up  # there is nobody to call
+            for _ in range(min(num_unsent, len(model.inbox))):
+                model.inbox.pop()
+            orders = [f for f in model.inbox if isinstance(f, NewGeneration)]
+            model.order = orders[-1] if orders else model.joined
+
+    def restart_controller(self) -> None:
+        """Another one looks for workers; processes that stand still are found too."""
+        found = [n for n, w in self.workers.items() if not w.is_dead and n not in self.ended]
+        self.collector = ReportCollector(
+            found, self.now, limit_s=SETTINGS.collect_limit_s, confirm_s=SETTINGS.confirm_s
+        )
+        self._expected = set(found)
+
+    def awaits(self, model: ModelWorker) -> bool:
+        """The restarted controller has found this worker, which has not called yet."""
+        return model.is_awake and not model.is_connected and model.name in self._expected
+
+    def greet(self, name: str) -> None:
+        """A worker has been told of the new controller, and calls it."""
+        model = self.workers[name]
+        assert self.collector is not None
+        model.is_connected = True
+        for frame in model.standing():
+            self.collector.frame(name, frame, self.now)
+
+    def settle(self) -> None:
+        """The adoption ends if it can."""
+        if self.collector is None or not self.collector.is_complete(self.now):
+            return
+        collected = self.collector.result()
+        self.collector = None
+        if collected is None:
+            self.controller = None
+            return
+        self._count += 1
+        self.controller = Controller(
+            SETTINGS,
+            members=collected.members,
+            placement=collected.placement,
+            model={},
+            link=self,
+            now=self.now,
+            term=collected.term,
+            identity=str(self._count),
+        )
+        self.controller.adopt(collected, self.now)
+
+    def tell(self, name: str, frame: ControlFrame) -> None:
+        """A worker's frame arrives, if it is connected."""
+        model = self.workers[name]
+        if not model.is_connected:
+            return
+        if self.controller is not None:
+            self.controller.frame(name, frame, self.now)
+        elif self.collector is not None:
+            self.collector.frame(name, frame, self.now)
+
+    def take(self, name: str) -> None:
+        """A worker handles the next frame that has reached it."""
+        model = self.workers[name]
+        for answer in model.take():
+            self.tell(name, answer)
+        if model.is_dead:
+            self._hang_up(model)
+
+    def step(self, count: int) -> None:
+        """The generation that can runs some steps."""
+        for number in self.runnable():
+            for model in self.workers.values():
+                if model.generation.number == number and model.runs:
+                    model.highest_step += count
+
+    def tick(self, seconds: float) -> None:
+        """Time passes, in the controller's small steps."""
+        for _ in range(round(seconds * 10)):
+            self.now += 0.1
+            self.settle()
+            if self.controller is not None:
+                self.controller.tick(self.now)
+
+    def beat(self) -> None:
+        """Everyone who is awake and connected sends a heartbeat."""
+        for name, model in list(self.workers.items()):
+            if model.is_awake:
+                self.tell(name, model.beat())
+
+    def calm_down(self) -> None:
+        """Nothing more goes wrong; time enough for everything to be noticed and answered."""
+        self.reap()
+        if self.controller is None and self.collector is None:
+            self.restart_controller()
+        for _ in range(120):
+            for name in list(self.workers):
+                self.come_up(name)
+            if self.collector is not None:
+                for name, model in self.workers.items():
+                    if self.awaits(model):
+                        self.greet(name)
+            for name, model in list(self.workers.items()):
+                while model.is_awake and model.inbox:
+                    self.take(name)
+            self.beat()
+            self.tick(0.5)
+            self.reap()
+
+    # ---- what must be so ------------------------------------------------------------------
+
+    def runnable(self) -> list[int]:
+        """Generations that could commit a step: all their members are there and run them."""
+        joined = {w.generation.number: w.joined for w in self.workers.values() if w.runs}
+        return [n for n, order in joined.items() if order is not None and self._can_run(order)]
+
+    def _can_run(self, order: NewGeneration) -> bool:
+        members = [self.workers[m.name] for m in order.generation.members]
+        return all(
+            m.is_awake
+            and m.runs
+            and m.joined is not None
+            and m.joined.generation == order.generation
+            for m in members
+        )
+
+    def check(self) -> None:
+        """The invariants."""
+        assert len(self.runnable()) <= 1, "one generation at a time"
+        known: dict[int, NewGeneration] = {}
+        for model in self.workers.values():
+            assert model.epochs == sorted(model.epochs)
+            if model.joined is not None and model.is_awake and model.name not in self.lost:
+                other = known.setdefault(model.generation.number, model.joined)
+                assert other.generation == model.joined.generation
+                assert other.placement == model.joined.placement
+        controller = self.controller
+        if controller is None:
+            return
+        snapshot = controller.snapshot()
+        lost = {w["name"] for w in snapshot["workers"] if w["state"] in ("LOST", "DRAINED")}
+        assert self.lost <= lost, "who was lost stays lost"
+        self.lost = lost
+        progress = (snapshot["term"], snapshot["generation"], snapshot["placement_epoch"])
+        assert all(a >= b for a, b in zip(progress, self.progress, strict=True))
+        self.progress = progress
+        if controller.runs:
+            members = controller.generation.members
+            devices = {m.device for m in members if m.holds_experts}
+            for bank in controller.placement.banks:
+                assert set(bank.decode_device) <= devices, "each expert has a copy"
+            states = {w["name"]: w["state"] for w in snapshot["workers"]}
+            assert all(states[m.name] in ("SERVING", "DRAINING") for m in members)
+            assert snapshot["experts_complete"]
+
+    def check_calm(self) -> None:
+        """After ``calm_down``: those that live serve, or the state says what is missing."""
+        controller = self.controller
+        if controller is None:
+            return  # nobody was left to adopt
+        snapshot = controller.snapshot()
+        assert snapshot["state"] in ("SERVING", "DEGRADED"), snapshot["state"]
+        alive = {r.name for r in controller.workers.alive()}
+        assert alive == {n for n, w in self.workers.items() if w.is_awake and w.is_connected}
+        has_attention = any(self.workers[n].member.runs_attention for n in alive)
+        if snapshot["experts_complete"] and has_attention:
+            (number,) = self.runnable()
+            assert number == snapshot["generation"]
+            assert {m.name for m in controller.generation.members} == alive
+            assert {self.workers[n].epoch for n in alive} == {snapshot["placement_epoch"]}
+
+    # ---- small things ---------------------------------------------------------------------
+
+    def _hang_up(self, model: ModelWorker) -> None:
+        """Its connection closes; the controller sees it."""
+        if not model.is_connected:
+            return
+        model.is_connected = False
+        if self.controller is not None:
+            self.controller.disconnected(model.name, "reset", self.now)
+        elif self.collector is not None:
+            self.collector.gone(model.name)
+
+    def _start(self) -> None:
+        self.controller = Controller(
+            SETTINGS,
+            members=self.members,
+            placement=self.placement,
+            model={},
+            link=self,
+            now=self.now,
+            identity="0",
+        )
+        for name, model in self.workers.items():
+            model.is_connected = True
+            self.tell(name, Register(member=member_of(name, pid=7)))
+        for name in self.workers:
+            self.tell(name, WorkerReady())
+        for _ in range(2):
+            for name, model in list(self.workers.items()):
+                while model.inbox:
+                    self.take(name)
+        assert self.runnable() == [1]

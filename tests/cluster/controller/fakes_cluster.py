@@ -1,0 +1,199 @@
+"""A controller with workers that exist only as records: what is sent to them is kept."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from typing import TypeVar
+
+from cluster.config.cluster import ClusterConfig
+from cluster.controller.controller import Controller
+from cluster.controller.parts.settings import ControllerSettings
+from cluster.core.frames import (
+    ControlFrame,
+    ExpertsLoaded,
+    GenerationReady,
+    Heartbeat,
+    LoadExperts,
+    NewGeneration,
+    Register,
+    RunGeneration,
+    WorkerReady,
+)
+from cluster.core.placement import BankShape, ExpertPlacement, contiguous
+from cluster.core.topology import Member, Role, holds_experts
+from tests.harness.members import member_of
+
+FrameT = TypeVar("FrameT", bound=ControlFrame)
+
+BANKS = (
+    BankShape(bank="mlp", layer=0, num_experts=8),
+    BankShape(bank="mlp", layer=1, num_experts=8),
+)
+
+
+def make_members(num_attention: int, num_experts: int) -> tuple[Member, ...]:
+    """The members of two pools."""
+    return members_of({"attention": num_attention, "expert": num_experts})
+
+
+def members_of(pools: Mapping[Role, int]) -> tuple[Member, ...]:
+    """Members as the worker group ranks them, before they have called."""
+    return tuple(
+        Member(name=f"{role}-{i}", role=role, rank=i, device=i if holds_experts(role) else -1)
+        for role, number in pools.items()
+        for i in range(number)
+    )
+
+
+class FakeWorkerGroup:
+    """A ``WorkerLink`` that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.sent: defaultdict[str, list[ControlFrame]] = defaultdict(list)
+        self.started: list[tuple[Member, ExpertPlacement]] = []
+        self.ended: list[str] = []
+        self.all_ended_asked = 0
+
+    def send(self, worker: str, frame: ControlFrame) -> None:
+        self.sent[worker].append(frame)
+
+    def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
+        self.started.append((member, placement))
+
+    def end_workers(self, workers: Sequence[str]) -> None:
+        self.ended.extend(workers)
+
+    def end_all(self) -> None:
+        self.all_ended_asked += 1
+
+    def last(self, worker: str, kind: type[FrameT]) -> FrameT | None:
+        """The newest frame of a kind that was sent to a worker."""
+        found = [f for f in self.sent[worker] if isinstance(f, kind)]
+        return found[-1] if found else None
+
+
+class FakeCluster:
+    """A controller, its fake workers and a clock that is moved by hand."""
+
+    def __init__(
+        self,
+        num_attention: int = 1,
+        num_experts: int = 2,
+        *,
+        num_redundant: int = 0,
+        room: int | None = None,
+        settings: ControllerSettings | None = None,
+        config: ClusterConfig | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        self.now = 100.0
+        self.link = FakeWorkerGroup()
+        self.members = make_members(num_attention, num_experts)
+        self.placement: ExpertPlacement = contiguous(BANKS, num_experts, num_redundant)
+        self.controller = Controller(
+            settings or ControllerSettings(),
+            members=self.members,
+            placement=self.placement,
+            model={"name": "demo", "path": "somewhere"},
+            link=self.link,
+            now=self.now,
+            room=room,
+            config=config,
+            load=None if config is None else config.load,
+            num_slots=max(len(row) for row in self.placement.banks[0].physical_to_logical),
+            top_k=2,
+            wall_time_offset_s=1_000_000.0,
+            executor=executor,
+        )
+
+    @property
+    def state(self) -> str:
+        """The cluster's state."""
+        return self.controller.state.value
+
+    def send(self, worker: str, frame: ControlFrame) -> None:
+        """A worker sends a frame."""
+        self.controller.frame(worker, frame, self.now)
+
+    def register(self, worker: str, pid: int = 1) -> None:
+        """A worker calls for the first time."""
+        member = member_of(worker, pid=pid, data_address=f"10.0.0.1:{pid}")
+        self.send(worker, Register(member=member))
+
+    def load_all(self, infos: Mapping[str, Mapping[str, object]] | None = None) -> None:
+        """All workers register and have their weights; ``infos``: what some tell besides."""
+        for i, member in enumerate(self.members):
+            self.register(member.name, pid=1000 + i)
+        for member in self.members:
+            info = {"max_model_len": 128, "vocab_size": 50} if member.role == "attention" else {}
+            self.send(member.name, WorkerReady(info={**info, **(infos or {}).get(member.name, {})}))
+
+    def join(self, worker: str, highest_step: int = 0, highest_epoch: int = 1) -> None:
+        """A worker takes part in the newest generation it was told of."""
+        order = self.link.last(worker, NewGeneration)
+        assert order is not None
+        number = order.generation.number
+        self.send(
+            worker,
+            GenerationReady(
+                generation=number, highest_step=highest_step, highest_epoch=highest_epoch
+            ),
+        )
+
+    def join_all(self, highest_step: int = 0) -> None:
+        """All members of the newest generation take part in it."""
+        for member in self.controller.generation.members:
+            self.join(member.name, highest_step)
+
+    def answer_loads(self, worker: str, error: str = "") -> int:
+        """A worker carries out, or not, all load orders it has been given; how many experts."""
+        orders = [f for f in self.link.sent[worker] if isinstance(f, LoadExperts)]
+        for order in orders:
+            self.link.sent[worker].remove(order)
+            self.send(worker, ExpertsLoaded(order=order.order, error=error))
+        return sum(len(order.experts) for order in orders)
+
+    def started(self) -> list[str]:
+        """Names of the workers that were asked for after the start."""
+        return [member.name for member, _ in self.link.started]
+
+    def bring_up(self, worker: str) -> None:
+        """A worker that was asked for calls and loads."""
+        self.register(worker)
+        self.send(worker, WorkerReady())
+
+    def serve(self) -> None:
+        """The whole start."""
+        self.load_all()
+        self.join_all()
+        assert self.state == "SERVING"
+
+    def beat(
+        self, worker: str, progress: int = 0, idle: bool = True, waiting: bool = False
+    ) -> None:
+        """A worker's heartbeat."""
+        number = self.controller.generation.number
+        self.send(
+            worker,
+            Heartbeat(progress=progress, idle=idle, waiting=waiting, generation=number),
+        )
+
+    def beat_all(self, *but: str) -> None:
+        """Heartbeats of all workers that live, but some."""
+        for record in self.controller.workers:
+            if not record.is_lost and record.name not in but:
+                self.beat(record.name)
+
+    def tick(self, seconds: float) -> None:
+        """Time passes, in the controller's small steps."""
+        end = self.now + seconds
+        while self.now < end - 1e-9:
+            self.now += min(0.1, end - self.now)
+            self.controller.tick(self.now)
+
+    def running(self) -> dict[str, RunGeneration]:
+        """The newest run order of each worker that has one."""
+        found = {m.name: self.link.last(m.name, RunGeneration) for m in self.members}
+        return {name: order for name, order in found.items() if order is not None}

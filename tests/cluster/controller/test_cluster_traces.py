@@ -1,0 +1,95 @@
+"""Traces of what happens to the cluster."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.trace import StatusCode
+
+from cluster.actors.traces import ClusterTraces, trace_cluster
+from cluster.config.cluster import ObservabilitySection
+from tests.cluster.controller.fakes_cluster import FakeCluster
+from tests.cluster.controller.test_controller_recovery import lose
+from tests.cluster.controller.test_rebalancing import SKEWED, make, obey, status, window
+from tests.harness.kept_spans import KeptSpans, times_ns
+
+
+def followed(cluster: FakeCluster) -> KeptSpans:
+    """The spans of what happens from now on."""
+    kept = KeptSpans()
+    ClusterTraces(kept.export, cluster.controller)
+    return kept
+
+
+def length_ns(span: ReadableSpan) -> int:
+    """How long it took."""
+    began_ns, ended_ns = times_ns(span)
+    return ended_ns - began_ns
+
+
+def test_a_rebalancing_tells_what_it_moved_and_what_it_promises() -> None:
+    cluster = make()
+    kept = followed(cluster)
+    window(cluster, SKEWED)
+    obey(cluster)
+    last = status(cluster)["last"]
+    migration, rebalance = kept.spans
+    assert migration.name == "expertmesh.migration"
+    moved = {"expertmesh.slots": last["slots_moved"], "expertmesh.bytes": last["bytes"]}
+    assert migration.attributes == {"expertmesh.reason": "rebalance", **moved}
+    assert rebalance.name == "expertmesh.rebalance"
+    assert rebalance.attributes == {
+        "expertmesh.outcome": "applied",
+        "expertmesh.placement_epoch": cluster.controller.placement.epoch,
+        "expertmesh.balancedness.before": last["balancedness"]["before"],
+        "expertmesh.balancedness.predicted": last["balancedness"]["predicted"],
+        **moved,
+    }
+    assert rebalance.status.is_unset
+    assert length_ns(rebalance) == round(last["seconds"] * 1e9)
+
+
+def test_a_rebalancing_that_fails_says_so() -> None:
+    cluster = make()
+    kept = followed(cluster)
+    window(cluster, SKEWED)
+    cluster.controller.disconnected("expert-3", "reset", cluster.now)
+    cluster.tick(0.2)
+    (rebalance,) = (span for span in kept.spans if span.name == "expertmesh.rebalance")
+    assert rebalance.attributes is not None
+    assert rebalance.attributes["error.type"] == rebalance.status.description == "failed"
+    assert rebalance.status.status_code is StatusCode.ERROR
+
+
+def test_a_recovery_lasts_from_the_loss_until_steps_run_again() -> None:
+    cluster = FakeCluster(1, 3)
+    cluster.serve()
+    kept = followed(cluster)
+    lose(cluster, "expert-1")
+    cluster.join_all(highest_step=6)
+    cluster.now += 0.5
+    cluster.answer_loads("expert-0")
+    cluster.answer_loads("expert-2")
+    *migrations, recovery = kept.spans
+    reasons = [(span.attributes or {})["expertmesh.reason"] for span in migrations]
+    assert reasons == ["recovery"] * 2
+    assert recovery.name == "expertmesh.recovery"
+    assert recovery.attributes == {"expertmesh.lost_workers": ("expert-1",)}
+    assert length_ns(recovery) == 500_000_000
+
+
+def test_a_trace_that_fails_does_not_harm_the_cluster() -> None:
+    cluster = FakeCluster(1, 3)
+    cluster.serve()
+    kept = followed(cluster)
+    cluster.controller.metrics.on_moved("drain", 1, 2, float("nan"))
+    assert not kept.spans
+
+
+def test_a_controller_without_the_packages_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cluster.tracing.otlp", None)
+    section = ObservabilitySection(otlp_endpoint="http://127.0.0.1:4317")
+    assert trace_cluster(FakeCluster(1, 2).controller, section) is None
+    assert trace_cluster(FakeCluster(1, 2).controller, ObservabilitySection()) is None

@@ -1,0 +1,374 @@
+"""Losses that others make good: experts are loaded, new workers come, and what if they do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.controller.controller import Controller
+from cluster.controller.failover.collect import CollectedState, ReportCollector
+from cluster.controller.parts.settings import ControllerSettings
+from cluster.core.frames import (
+    ControllerSnapshot,
+    LoadExperts,
+    NewGeneration,
+    Register,
+    WorkerFailed,
+    WorkerReady,
+    WorkerReport,
+)
+from tests.cluster.controller.fakes_cluster import FakeCluster
+from tests.harness.metric_values import metric
+
+ENOENT = "model.safetensors: no such file"
+
+
+def lose(cluster: FakeCluster, *names: str) -> None:
+    cluster.controller.lost(dict.fromkeys(names, "killed"), cluster.now)
+
+
+def wait(cluster: FakeCluster, seconds: float) -> None:
+    """Time passes for a cluster whose workers live."""
+    for _ in range(round(seconds * 2)):
+        cluster.tick(0.5)
+        for record in cluster.controller.workers.alive():
+            if record.state.value != "STARTING":
+                cluster.beat(record.name)
+
+
+def last(cluster: FakeCluster) -> dict[str, Any]:
+    found: dict[str, Any] = cluster.controller.snapshot()["history"][-1]
+    return found
+
+
+# ---- experts are loaded by others -----------------------------------------------------------
+
+
+def test_survivors_load_the_experts_of_a_lost_worker_while_the_generation_forms() -> None:
+    cluster = FakeCluster(1, 3)
+    cluster.serve()
+    lose(cluster, "expert-1")
+    assert cluster.state == "RECOVERING"
+    orders = [cluster.link.last(n, LoadExperts) for n in ("expert-0", "expert-2")]
+    experts = [tuple(e) for order in orders if order is not None for e in order.experts]
+    assert sorted((bank, expert) for bank, _, expert in experts) == [
+        (bank, expert) for bank in (0, 1) for expert in (3, 4, 5)
+    ]
+    assert cluster.link.last("attention-0", LoadExperts) is None
+    order = cluster.link.last("attention-0", NewGeneration)
+    assert order is not None
+    assert order.placement.epoch == 2
+    cluster.join_all(highest_step=6)
+    assert cluster.state == "RECOVERING"  # all have answered, nobody has all experts
+    assert cluster.answer_loads("expert-0") > 0
+    assert cluster.state == "RECOVERING"
+    cluster.now += 0.5
+    assert cluster.answer_loads("expert-2") > 0
+    assert cluster.state == "DEGRADED"
+    assert cluster.running()["attention-0"].first_step == 7
+    assert last(cluster)["effect"] == (
+        "expert-0, expert-2 load 6 experts; go on with 1 attention and 2 expert workers, "
+        "placement epoch 2; runs from step 7 after 0.500 s"
+    )
+    assert last(cluster)["took_s"] == 0.5
+    snapshot, stall = cluster.controller.snapshot(), "recovery_stall_seconds"
+    for worker in ({}, {"cause": "expert_worker"}):
+        assert metric(snapshot, "recoveries_total", **worker) == 1
+        assert metric(snapshot, f"{stall}_count", **worker) == 1
+    assert metric(snapshot, f"{stall}_sum") == 0.5
+    assert [metric(snapshot, f"{stall}_bucket", le=le) for le in ("0.2", "0.5")] == [0, 1]
+    assert metric(snapshot, "migration_slots_moved_total", reason="recovery") == 6
+    assert metric(snapshot, "migration_seconds_count", reason="recovery") == 2
+    assert metric(snapshot, "migration_seconds_sum", reason="recovery") == pytest.approx(0.5)
+
+
+def test_loads_may_be_done_before_the_last_member_has_answered() -> None:
+    cluster = FakeCluster(1, 2)
+    cluster.serve()
+    lose(cluster, "expert-1")
+    assert cluster.answer_loads("expert-0") == 8
+    assert cluster.state == "RECOVERING"
+    cluster.join_all()
+    assert cluster.state == "DEGRADED"
+
+
+def test_a_loss_while_experts_are_loaded_adds_to_the_loads() -> None:
+    cluster = FakeCluster(1, 4)
+    cluster.serve()
+    lose(cluster, "expert-1")
+    lose(cluster, "expert-2")
+    found = [cluster.answer_loads(n) for n in ("expert-0", "expert-3")]
+    assert sum(found) == 8
+    cluster.join_all()
+    assert cluster.state == "DEGRADED"
+    devices = {m.device for m in cluster.controller.generation.experts}
+    for bank in cluster.controller.placement.banks:
+        assert set(bank.decode_device) <= devices
+
+
+def test_what_one_cannot_load_another_does() -> None:
+    cluster = FakeCluster(1, 3)
+    cluster.serve()
+    lose(cluster, "expert-1")
+    failed = cluster.answer_loads("expert-0", error="out of memory")
+    assert failed > 0
+    first = cluster.answer_loads("expert-2")
+    assert first == 6
+    cluster.join_all()
+    assert cluster.state == "DEGRADED"
+    assert cluster.controller.generation.number == 3
+    assert "expert-0 cannot load" in last(cluster)["cause"]
+    for bank in cluster.controller.placement.banks:
+        assert bank.physical_to_logical[0] == (0, 1, 2)
+
+
+def test_a_disk_that_is_gone_is_named_and_tried_again() -> None:
+    cluster = FakeCluster(1, 2)
+    cluster.serve()
+    lose(cluster, "expert-1")
+    cluster.answer_loads("expert-0", error=ENOENT)
+    snapshot = cluster.controller.snapshot()
+    assert snapshot["state"] == "RECOVERING"
+    assert not snapshot["experts_complete"]
+    assert snapshot["problems"] == [f"expert-0 cannot load experts: {ENOENT}"]
+    assert ENOENT in last(cluster)["cause"]
+    assert last(cluster)["effect"].startswith("8 experts have no copy left")
+    wait(cluster, 5.5)
+    assert cluster.answer_loads("expert-0") == 8
+    cluster.join_all()
+    assert cluster.state == "DEGRADED"
+    assert cluster.controller.snapshot()["problems"] == []
+
+
+def test_an_answer_to_an_unknown_order_changes_nothing() -> None:
+    cluster = FakeCluster(1, 3)
+    cluster.serve()
+    lose(cluster, "expert-1")
+    order = cluster.link.last("expert-2", LoadExperts)
+    assert order is not None
+    cluster.link.sent["expert-0"].insert(0, order)  # not its own
+    cluster.join_all()
+    cluster.answer_loads("expert-0")
+    assert cluster.state == "RECOVERING"
+    cluster.answer_loads("expert-2")
+    assert cluster.state == "DEGRADED"
+
+
+# ---- new workers ----------------------------------------------------------------------------
+
+
+def test_a_lost_worker_is_replaced_under_a_new_name() -> None:
+    cluster = FakeCluster(1, 3, num_redundant=3)
+    cluster.serve()
+    lose(cluster, "expert-1")
+    cluster.tick(0.2)
+    assert cluster.started() == []  # the survivors come first
+    cluster.join_all(highest_step=9)
+    assert cluster.state == "DEGRADED"
+    cluster.tick(0.2)
+    ((member, placement),) = cluster.link.started
+    assert (member.name, member.role, member.rank, member.device) == ("expert-1.2", "expert", 1, 1)
+    assert placement == cluster.placement
+    cluster.bring_up("expert-1.2")
+    assert cluster.state == "RECOVERING"
+    cluster.join_all(highest_step=30)
+    snapshot = cluster.controller.snapshot()
+    assert snapshot["state"] == "SERVING"
+    assert snapshot["generation"] == 3
+    assert cluster.controller.placement.banks == cluster.placement.banks
+    assert last(cluster)["cause"] == "expert-1.2 is ready"
+    states = {w["name"]: w["state"] for w in snapshot["workers"]}
+    assert states["expert-1"] == "LOST"
+    assert states["expert-1.2"] == "SERVING"
+
+
+def test_a_worker_that_comes_during_a_recovery_joins_after_it() -> None:
+    cluster = FakeCluster(2, 2, num_redundant=4)
+    cluster.serve()
+    lose(cluster, "attention-1")
+    cluster.join_all()
+    cluster.tick(0.2)
+    lose(cluster, "expert-0")
+    cluster.bring_up("attention-1.2")
+    assert "attention-1.2" not in {m.name for m in cluster.controller.generation.members}
+    cluster.join_all()
+    assert "attention-1.2" in {m.name for m in cluster.controller.generation.members}
+    cluster.join_all()
+    assert cluster.state == "DEGRADED"
+    cluster.tick(0.2)
+    cluster.bring_up("expert-0.2")
+    cluster.join_all()
+    assert cluster.state == "SERVING"
+
+
+def test_a_cluster_that_lost_all_its_expert_workers_comes_back() -> None:
+    cluster = FakeCluster(1, 2)
+    cluster.serve()
+    lose(cluster, "expert-0", "expert-1")
+    assert cluster.state == "RECOVERING"
+    cluster.tick(0.2)
+    assert cluster.started() == ["expert-0.2", "expert-1.2"]
+    cluster.bring_up("expert-1.2")
+    assert cluster.answer_loads("expert-1.2") == 8
+    cluster.join_all()
+    assert cluster.state == "DEGRADED"
+    cluster.bring_up("expert-0.2")
+    cluster.join_all()
+    assert cluster.state == "SERVING"
+    assert cluster.controller.placement.banks == cluster.placement.banks
+
+
+def test_the_only_attention_worker_comes_back() -> None:
+    cluster = FakeCluster(1, 2)
+    cluster.serve()
+    lose(cluster, "attention-0")
+    cluster.tick(0.2)
+    cluster.bring_up("attention-0.2")
+    cluster.join_all()
+    assert cluster.state == "SERVING"
+    assert cluster.controller.generation.leader.name == "attention-0.2"
+
+
+def test_a_worker_that_dies_three_times_while_starting_is_left_out() -> None:
+    cluster = FakeCluster(1, 3, num_redundant=3)
+    cluster.serve()
+    lose(cluster, "expert-1")
+    cluster.join_all()
+    for number in (2, 3, 4):
+        for _ in range(100):
+            if f"expert-1.{number}" in cluster.started():
+                break
+            wait(cluster, 0.5)
+        cluster.register(f"expert-1.{number}")
+        cluster.send(f"expert-1.{number}", WorkerFailed(reason=ENOENT))
+        assert cluster.state == "DEGRADED"  # a death while starting disturbs nobody
+        assert cluster.controller.generation.number == 2
+    wait(cluster, 60.0)
+    assert cluster.started() == ["expert-1.2", "expert-1.3", "expert-1.4"]
+    problem = f"expert-1 is left out: died 3 times while starting, last: {ENOENT}"
+    assert cluster.controller.snapshot()["problems"] == [problem]
+    assert last(cluster)["effect"] == "expert-1 is left out"
+
+
+def test_with_nothing_to_hope_for_the_state_is_degraded() -> None:
+    """Then the gateway refuses what it let wait before."""
+    cluster = FakeCluster(1, 2, room=4)
+    cluster.serve()
+    lose(cluster, "expert-1")
+    for number in (2, 3, 4):
+        assert cluster.state == "RECOVERING"
+        for _ in range(100):
+            if f"expert-1.{number}" in cluster.started():
+                break
+            wait(cluster, 0.5)
+        lose(cluster, f"expert-1.{number}")
+    wait(cluster, 0.5)
+    snapshot = cluster.controller.snapshot()
+    assert snapshot["state"] == "DEGRADED"
+    assert not snapshot["experts_complete"]
+
+
+def test_a_worker_that_does_not_get_ready_is_lost() -> None:
+    cluster = FakeCluster(1, 3, num_redundant=3, settings=ControllerSettings(start_limit_s=20.0))
+    cluster.serve()
+    lose(cluster, "expert-1")
+    cluster.join_all()
+    wait(cluster, 30.0)
+    assert cluster.controller.snapshot()["problems"] == ["expert-1.2 waits for room"]
+    cluster.register("expert-1.2")
+    wait(cluster, 19.0)
+    assert cluster.started() == ["expert-1.2"]
+    wait(cluster, 10.0)
+    assert "not ready within 20 s" in cluster.controller.snapshot()["history"][-1]["cause"]
+    assert cluster.started() == ["expert-1.2", "expert-1.3"]
+
+
+def test_a_starting_worker_may_be_silent_for_longer_than_a_serving_one() -> None:
+    cluster = FakeCluster(1, 3, num_redundant=3)
+    cluster.serve()
+    lose(cluster, "expert-1")
+    cluster.join_all()
+    cluster.tick(0.2)
+    cluster.register("expert-1.2")
+    for _ in range(20):
+        cluster.tick(0.5)
+        cluster.beat_all("expert-1.2")
+    assert {w["state"] for w in cluster.controller.snapshot()["workers"]} == {
+        "SERVING",
+        "LOADING",
+        "LOST",
+    }
+    assert cluster.state == "DEGRADED"
+
+
+@pytest.mark.parametrize("lost", ["expert-0", "attention-0"])
+def test_nobody_is_started_while_the_cluster_ends(lost: str) -> None:
+    cluster = FakeCluster(1, 2, num_redundant=4)
+    cluster.serve()
+    cluster.controller.stop(cluster.now)
+    lose(cluster, lost)
+    cluster.tick(5.0)
+    assert cluster.started() == []
+
+
+# ---- a restarted controller -----------------------------------------------------------------
+
+
+def test_a_restarted_controller_knows_what_the_cluster_shall_be() -> None:
+    """One place is empty, and what its experts' only copies are on now is no desired placement."""
+    old = FakeCluster(1, 3)
+    old.serve()
+    lose(old, "expert-1")
+    for name in ("expert-0", "expert-2"):
+        old.answer_loads(name)
+    old.join_all(highest_step=9)
+    assert old.state == "DEGRADED"
+    new = FakeCluster(1, 3, settings=ControllerSettings())
+    snapshot = old.link.last("attention-0", ControllerSnapshot)
+    assert snapshot is not None
+    collected = adopt(old, snapshot.memory)
+    new.controller = Controller(
+        ControllerSettings(),
+        members=collected.members,
+        placement=collected.placement,
+        model={},
+        link=new.link,
+        now=new.now,
+        term=collected.term,
+    )
+    new.controller.adopt(collected, new.now)
+    assert new.state == "DEGRADED"
+    assert new.controller.recovery.desired.banks == old.placement.banks
+    new.tick(0.2)
+    ((member, placement),) = new.link.started
+    assert member.name == "expert-1.2"
+    assert placement.banks == old.placement.banks
+    lose(new, "expert-2")
+    loaded = new.answer_loads("expert-0")
+    held = old.controller.placement.banks[0].physical_to_logical[2]
+    assert loaded == 2 * len([e for e in held if e >= 0])  # and nothing that it has already
+
+
+def adopt(old: FakeCluster, memory: dict[str, Any]) -> CollectedState:
+    """What the workers of a cluster that serves tell the next controller."""
+    collector = ReportCollector([m.name for m in old.members], 0.0, limit_s=1.0, confirm_s=0.1)
+    generation = old.controller.generation
+    for member in generation.members:
+        for frame in (
+            Register(member=member),
+            WorkerReady(),
+            WorkerReport(
+                term=1,
+                generation=generation,
+                placement=old.controller.placement,
+                running=True,
+                highest_step=10,
+                highest_epoch=old.controller.placement.epoch,
+                memory=memory,
+            ),
+        ):
+            collector.frame(member.name, frame, 0.0)
+    found = collector.result()
+    assert found is not None
+    return found

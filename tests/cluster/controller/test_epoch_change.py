@@ -1,0 +1,231 @@
+"""One change of the placement, with workers that exist only as the frames that they send."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TypeVar
+
+import pytest
+from msgspec.structs import replace
+
+from cluster.controller.parts.epoch_change import ChangeLimits, ChangeState, EpochChange
+from cluster.core.frames import (
+    ControlFrame,
+    EpochReady,
+    EpochSwitched,
+    ExpertsLoaded,
+    LoadExperts,
+    NewEpoch,
+    SwitchEpoch,
+)
+from cluster.core.placement import ExpertPlacement, contiguous
+from cluster.core.topology import Generation
+from cluster.planner.stages import Stage, next_stage
+from tests.cluster.controller.fakes_cluster import BANKS, FakeWorkerGroup, make_members
+
+FrameT = TypeVar("FrameT", bound=ControlFrame)
+NUM_SLOTS = 6
+
+
+class Host:
+    """The controller, as far as a change sees it."""
+
+    def __init__(self) -> None:
+        members = make_members(2, 3)
+        self.members = tuple(
+            replace(m, weights_address=f"10.0.0.{m.device}:7") if m.holds_experts else m
+            for m in members
+        )
+        self.generation = Generation(number=4, members=self.members)
+        self.placement = contiguous(BANKS, 3, 1, epoch=7)
+        self.link = FakeWorkerGroup()
+
+    def send(self, name: str, frame: ControlFrame) -> None:
+        self.link.send(name, frame)
+
+    def come_into_force(self, placement: ExpertPlacement) -> None:
+        self.placement = placement
+
+    def orders(self) -> list[tuple[str, LoadExperts]]:
+        """All load orders so far, with whom they were sent to."""
+        return [
+            (name, frame)
+            for name, frames in self.link.sent.items()
+            for frame in frames
+            if isinstance(frame, LoadExperts)
+        ]
+
+
+def stage(host: Host) -> Stage:
+    """Device 0 is to get an expert that 1 and 2 hold, and device 2 one that 0 holds."""
+    target = contiguous(BANKS, 3, 3)
+    found = next_stage(host.placement, target, NUM_SLOTS, frozenset({0, 1, 2}))
+    assert found is not None
+    assert found.fills
+    return found
+
+
+def begin(host: Host, limits: ChangeLimits | None = None) -> EpochChange:
+    return EpochChange(host, stage(host), itertools.count(1), limits or ChangeLimits(), 100.0)
+
+
+def state_of(change: EpochChange) -> ChangeState:
+    """Asked anew each time."""
+    return change.state
+
+
+def load_all(host: Host, change: EpochChange, error: str = "") -> None:
+    for name, order in host.orders():
+        change.loaded(name, ExpertsLoaded(order=order.order, error=error, num_bytes=10), 101.0)
+
+
+def prepare_all(host: Host, change: EpochChange) -> None:
+    for member in host.members:
+        change.ready(member.name, EpochReady(generation=4, epoch=8))
+
+
+def test_it_loads_tells_everyone_and_switches() -> None:
+    host = Host()
+    change = begin(host, ChangeLimits(limit_s=20.0, bytes_per_s=5e6))
+    assert state_of(change) is ChangeState.LOAD
+    wanted = {(f.device, f.bank, f.slot, f.expert) for f in change.stage.fills}
+    ordered = set()
+    devices = {m.name: m.device for m in host.members}
+    for name, order in host.orders():
+        assert order.source["kind"] == "peer"
+        assert (order.source["bytes_per_s"], order.source["limit_s"]) == (5e6, 20.0)
+        peer = devices[order.source["peer"]]
+        assert order.source["address"] == f"10.0.0.{peer}:7"
+        for bank, slot, expert in order.experts:
+            ordered.add((devices[name], bank, slot, expert))
+            assert expert in host.placement.banks[bank].physical_to_logical[peer]
+    assert ordered == wanted
+    assert {"worker": "expert-0", "from": "expert-1"} in change.loading
+    load_all(host, change)
+    assert state_of(change) is ChangeState.PREPARE
+    assert change.num_loaded == len(wanted)
+    assert change.num_bytes == 10 * len(host.orders())
+    for member in host.members:
+        frame = host.link.last(member.name, NewEpoch)
+        assert frame is not None
+        assert (frame.generation, frame.epoch, frame.base_epoch) == (4, 8, 7)
+        assert [place for place, _ in frame.banks] == [0, 1]
+    prepare_all(host, change)
+    assert state_of(change) is ChangeState.SWITCH
+    switch = host.link.last("attention-0", SwitchEpoch)
+    assert switch == SwitchEpoch(generation=4, epoch=8, oldest_epoch=8)
+    assert host.link.last("attention-1", SwitchEpoch) is None
+    assert host.placement.epoch == 7
+    change.switched(EpochSwitched(generation=4, epoch=8, step=31))
+    assert state_of(change) is ChangeState.DONE
+    assert host.placement == change.stage.placement
+
+
+def test_nothing_to_load_is_told_at_once() -> None:
+    host = Host()
+    same = Stage(fills=(), placement=replace(host.placement, epoch=8))
+    change = EpochChange(host, same, itertools.count(1), ChangeLimits(), 100.0)
+    assert state_of(change) is ChangeState.PREPARE
+    frame = host.link.last("expert-2", NewEpoch)
+    assert frame is not None
+    assert frame.banks == ()
+
+
+def test_another_source_is_tried_and_the_checkpoint_last() -> None:
+    host = Host()
+    change = begin(host)
+    ((name, first), *_) = host.orders()
+    tried = [first.source["peer"]]
+    order = first
+    while order.source["kind"] == "peer":
+        change.loaded(name, ExpertsLoaded(order=order.order, error="reset"), 105.0)
+        newest = host.link.last(name, LoadExperts)
+        assert newest is not None
+        assert newest.experts == first.experts
+        assert newest.source.get("peer") not in tried
+        tried.append(str(newest.source.get("peer")))
+        order = newest
+    assert order.source == {"kind": "checkpoint", "limit_s": 115.0}
+    assert state_of(change) is ChangeState.LOAD
+    change.loaded(name, ExpertsLoaded(order=order.order, error="no such file"), 106.0)
+    assert state_of(change) is ChangeState.FAILED
+    assert change.reason == f"{name}: no such file"
+    assert host.placement.epoch == 7
+
+
+@pytest.mark.parametrize("at", ["load", "prepare"])
+def test_what_takes_too_long_is_given_up(at: str) -> None:
+    host = Host()
+    change = begin(host, ChangeLimits(limit_s=5.0))
+    if at == "prepare":
+        load_all(host, change)
+    change.tick(105.0)
+    assert not change.is_over
+    change.tick(105.1)
+    assert state_of(change) is ChangeState.FAILED
+    assert "within 5 s" in change.reason
+    prepare_all(host, change)  # too late
+    assert host.link.last("attention-0", SwitchEpoch) is None
+
+
+def test_an_ordered_switch_is_waited_for() -> None:
+    host = Host()
+    change = begin(host, ChangeLimits(limit_s=5.0))
+    load_all(host, change)
+    prepare_all(host, change)
+    change.tick(900.0)
+    assert state_of(change) is ChangeState.SWITCH
+    assert not change.cancel("somebody asked")
+
+
+@pytest.mark.parametrize("at", ["load", "prepare", "switch"])
+def test_a_new_generation_ends_it(at: str) -> None:
+    host = Host()
+    change = begin(host)
+    if at != "load":
+        load_all(host, change)
+    if at == "switch":
+        prepare_all(host, change)
+    host.generation = Generation(number=5, members=host.members[:-1])
+    change.tick(101.0)
+    assert state_of(change) is ChangeState.FAILED
+    assert change.reason == "generation 5 began"
+    change.switched(EpochSwitched(generation=4, epoch=8, step=9))
+    assert host.placement.epoch == 7
+
+
+def test_a_worker_that_cannot_run_it_ends_it() -> None:
+    host = Host()
+    change = begin(host)
+    load_all(host, change)
+    change.ready("expert-1", EpochReady(generation=4, epoch=8, error="no maps"))
+    assert (state_of(change), change.reason) == (ChangeState.FAILED, "expert-1: no maps")
+
+
+def test_strangers_and_stale_answers_mean_nothing() -> None:
+    host = Host()
+    change = begin(host)
+    ((name, order), *_) = host.orders()
+    change.loaded("expert-9", ExpertsLoaded(order=order.order), 101.0)
+    change.loaded(name, ExpertsLoaded(order=999), 101.0)
+    assert change.num_loaded == 0
+    load_all(host, change)
+    for member in host.members:
+        change.ready(member.name, EpochReady(generation=3, epoch=8))
+        change.ready(member.name, EpochReady(generation=4, epoch=7))
+    assert state_of(change) is ChangeState.PREPARE
+    prepare_all(host, change)
+    change.switched(EpochSwitched(generation=4, epoch=6, step=1))
+    assert state_of(change) is ChangeState.SWITCH
+
+
+def test_it_can_be_cancelled_before_the_switch() -> None:
+    host = Host()
+    change = begin(host)
+    assert change.cancel("somebody asked")
+    assert (state_of(change), change.reason) == (ChangeState.FAILED, "somebody asked")
+    asked = {name for name, order in host.orders() if order.experts}
+    told = {name for name, order in host.orders() if order.source["kind"] == "give up"}
+    assert told == asked
+    load_all(host, change)
+    assert host.link.last("expert-0", NewEpoch) is None

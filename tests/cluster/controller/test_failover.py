@@ -1,0 +1,189 @@
+"""What a restarted controller concludes from what the workers tell it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.controller.controller import Controller
+from cluster.controller.failover.collect import CollectedState, ReportCollector
+from cluster.controller.parts.settings import ControllerSettings
+from cluster.core.codec import to_plain
+from cluster.core.errors import ProtocolError
+from cluster.core.frames import (
+    ControlFrame,
+    ControllerSnapshot,
+    Heartbeat,
+    LoadProgress,
+    NewGeneration,
+    PeerLost,
+    Register,
+    Shutdown,
+    WorkerReady,
+    WorkerReport,
+)
+from cluster.core.placement import contiguous
+from cluster.core.topology import Generation
+from tests.cluster.controller.fakes_cluster import BANKS, FakeWorkerGroup, make_members
+
+MEMBERS = make_members(1, 2)
+NAMES = [m.name for m in MEMBERS]
+PLACEMENT = contiguous(BANKS, 2, 8)
+LIMIT_S = 10.0
+CONFIRM_S = 0.2
+
+
+def standing(number: int = 3, **changes: Any) -> WorkerReport:
+    """A worker that runs a generation of all three."""
+    generation = Generation(number=number, members=MEMBERS)
+    values: dict[str, Any] = {
+        "term": 1,
+        "generation": generation,
+        "placement": PLACEMENT,
+        "running": True,
+        "highest_step": 40,
+        "highest_epoch": 1,
+    }
+    return WorkerReport(**(values | changes))
+
+
+def new_adoption() -> ReportCollector:
+    return ReportCollector(NAMES, 0.0, limit_s=LIMIT_S, confirm_s=CONFIRM_S)
+
+
+def greet(collector: ReportCollector, name: str, said: WorkerReport, *more: ControlFrame) -> None:
+    """All that a worker says when it calls."""
+    (member,) = [m for m in MEMBERS if m.name == name]
+    for frame in (Register(member=member), WorkerReady(), said, *more):
+        collector.frame(name, frame, 0.1)
+
+
+def take_over(collected: CollectedState) -> tuple[Controller, FakeWorkerGroup]:
+    """The controller that this makes."""
+    link = FakeWorkerGroup()
+    controller = Controller(
+        ControllerSettings(),
+        members=collected.members,
+        placement=collected.placement,
+        model={},
+        link=link,
+        now=1.0,
+        term=collected.term,
+    )
+    controller.adopt(collected, 1.0)
+    return controller, link
+
+
+def adopt(*said: WorkerReport) -> tuple[Controller, FakeWorkerGroup]:
+    """All workers call."""
+    collector = new_adoption()
+    for name, worker_report in zip(NAMES, said, strict=True):
+        greet(collector, name, worker_report)
+    assert collector.is_complete(0.1)
+    collected = collector.result()
+    assert collected is not None
+    return take_over(collected)
+
+
+def test_a_whole_generation_goes_on_without_an_order() -> None:
+    controller, link = adopt(standing(), standing(term=4), standing())
+    assert controller.state.value == "SERVING"
+    assert controller.generation.number == 3
+    for name in NAMES:
+        (told,) = link.sent[name]
+        assert isinstance(told, ControllerSnapshot)
+        assert told.term == 5
+
+
+def test_a_member_that_does_not_run_makes_the_next_generation() -> None:
+    controller, link = adopt(standing(), standing(running=False), standing())
+    order = link.last("expert-1", NewGeneration)
+    assert order is not None
+    assert order.generation.number == 4
+    assert len(order.generation.members) == 3
+    assert controller.state.value == "RECOVERING"
+
+
+def test_the_newest_generation_counts() -> None:
+    """The controller died before it informed the others."""
+    smaller = Generation(number=4, members=MEMBERS[:2])
+    newer = standing(4, generation=smaller, running=False)
+    controller, link = adopt(newer, standing(), standing())
+    order = link.last("expert-0", NewGeneration)
+    assert order is not None
+    assert order.generation.number == 5
+    assert [m.name for m in order.generation.members] == ["attention-0", "expert-0"]
+    assert link.last("expert-1", NewGeneration) is None
+    assert len(controller.workers) == 3
+
+
+def test_who_does_not_call_is_lost_after_the_limit() -> None:
+    collector = new_adoption()
+    for name in NAMES[:2]:
+        greet(collector, name, standing())
+    assert not collector.is_complete(LIMIT_S - 0.1)
+    assert collector.is_complete(LIMIT_S)
+    collected = collector.result()
+    assert collected is not None
+    controller, link = take_over(collected)
+    states = {w["name"]: w["state"] for w in controller.snapshot()["workers"]}
+    assert states["expert-1"] == "LOST"
+    assert link.ended == ["expert-1"]
+    order = link.last("attention-0", NewGeneration)
+    assert order is not None
+    assert order.placement.epoch == 2
+
+
+def test_whom_a_caller_has_lost_is_waited_for_shortly() -> None:
+    collector = new_adoption()
+    blame = PeerLost(worker="expert-1", generation=3, reason="reset")
+    greet(collector, "attention-0", standing(running=False), blame)
+    greet(collector, "expert-0", standing())
+    assert not collector.is_complete(0.1 + CONFIRM_S - 0.01)
+    assert collector.is_complete(0.1 + CONFIRM_S + 0.01)
+
+
+def test_whose_process_ended_is_not_waited_for() -> None:
+    collector = new_adoption()
+    greet(collector, "attention-0", standing())
+    greet(collector, "expert-0", standing())
+    greet(collector, "expert-1", standing())
+    collector.gone("expert-1")
+    assert collector.is_complete(0.1)
+    collected = collector.result()
+    assert collected is not None
+    assert not collected.is_intact
+
+
+def test_a_start_that_never_served_is_not_adopted() -> None:
+    collector = new_adoption()
+    for name in NAMES:
+        greet(collector, name, standing(generation=None, placement=None, running=False))
+    assert collector.result() is None
+
+
+def test_the_newest_memory_counts_and_brings_back_who_was_lost() -> None:
+    entry = {"generation": 3, "time": 5.0, "cause": "lost expert-9: gone", "effect": "go on"}
+    lost = make_members(1, 10)[-1]
+    memory = {
+        "version": 7,
+        "history": [entry],
+        "lost": [{"member": to_plain(lost), "state": "LOST", "reason": "gone"}],
+    }
+    old = {"version": 6, "history": [], "lost": []}
+    controller, link = adopt(standing(memory=old), standing(memory=memory), standing())
+    snapshot = controller.snapshot()
+    assert snapshot["history"][0]["cause"] == "lost expert-9: gone"
+    assert {w["name"]: w["reason"] for w in snapshot["workers"]}["expert-9"] == "gone"
+    controller.frame("expert-9", Heartbeat(progress=1, idle=True, generation=3), 2.0)
+    assert link.sent["expert-9"] == [Shutdown(reason="gone")]
+
+
+def test_strangers_are_refused_and_other_news_means_nothing() -> None:
+    collector = new_adoption()
+    with pytest.raises(ProtocolError, match="expert-7 is no worker of this cluster"):
+        collector.frame("expert-7", WorkerReady(), 0.0)
+    collector.frame("expert-0", LoadProgress(loaded_bytes=1, total_bytes=2), 0.0)
+    collector.frame("expert-0", Heartbeat(progress=1, idle=True, generation=3), 0.0)
+    assert not collector.is_complete(0.1)

@@ -1,0 +1,272 @@
+"""When the controller rebalances, what it says of it, and what comes in between."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from typing import Any
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from cluster.config.cluster import (
+    ClusterConfig,
+    LoadSection,
+    ModelSection,
+    RebalanceSection,
+    WorkersSection,
+)
+from cluster.controller.parts.operations import OperationState
+from cluster.controller.rebalance.job import RebalanceOrder
+from cluster.core.errors import ConflictError
+from cluster.core.frames import (
+    ControlFrame,
+    EpochReady,
+    EpochSwitched,
+    ExpertsLoaded,
+    Heartbeat,
+    LoadExperts,
+    NewEpoch,
+    NewGeneration,
+    SwitchEpoch,
+)
+from cluster.core.load_profile import device_loads
+from cluster.core.load_report import BankCounts, LoadReport
+from tests.cluster.controller.fakes_cluster import BANKS, FakeCluster
+from tests.harness.metric_values import decisions
+
+WINDOW_S = 10.0
+EAGER = {"enable_eplb": True, "max_move_fraction": 0.5, "interval_s": 1.0}
+SKEWED = (80, 60, 50, 40, 4, 3, 2, 1)
+EVEN = (30, 30, 30, 30, 30, 30, 30, 30)
+
+
+def make(
+    num_redundant: int = 2,
+    executor: Executor | None = None,
+    serves: bool = True,
+    **rebalance: Any,
+) -> FakeCluster:
+    """Four expert workers, that serve if they are to; ``executor`` makes the plans."""
+    config = ClusterConfig(
+        model=ModelSection(path="x", served_model_name="x"),
+        workers=WorkersSection(num_expert_workers=4, num_redundant_experts=num_redundant),
+        load=LoadSection(window_s=WINDOW_S),
+        rebalance=RebalanceSection(**{**EAGER, **rebalance}),
+    )
+    cluster = FakeCluster(1, 4, num_redundant=num_redundant, config=config, executor=executor)
+    if serves:
+        cluster.serve()
+    cluster.rows = 0  # type: ignore[attr-defined]
+    cluster.counts = np.zeros(8, dtype=np.int64)  # type: ignore[attr-defined]
+    return cluster
+
+
+def window(cluster: FakeCluster, counts: tuple[int, ...]) -> None:
+    """A window passes in which so many prompt tokens chose each expert, in both layers."""
+    cluster.rows += sum(counts) // 2  # type: ignore[attr-defined]
+    cluster.counts = cluster.counts + np.array(counts)  # type: ignore[attr-defined]
+    total = cluster.counts  # type: ignore[attr-defined]
+    bank = BankCounts(
+        prefill=total,
+        decode=np.zeros_like(total),
+        epoch_prefill=total.reshape(8, 1),
+        epoch_decode=np.zeros_like(total),
+    )
+    epoch = cluster.controller.placement.epoch
+    banks = {(b.bank, b.layer): bank for b in BANKS}
+    report = LoadReport(epoch=epoch, rows=cluster.rows, banks=banks)  # type: ignore[attr-defined]
+    for _ in range(int(WINDOW_S) + 1):
+        beat = Heartbeat(progress=0, idle=True, generation=1, expert_load=report)
+        cluster.send("attention-0", beat)
+        cluster.beat_all("attention-0")
+        cluster.tick(1.0)
+
+
+def obey(cluster: FakeCluster) -> int:
+    """Workers do what they are told, each frame once; returns the epochs that were switched."""
+    switches = 0
+    while any(cluster.link.sent.values()):
+        for name in tuple(cluster.link.sent):
+            for frame in cluster.link.sent.pop(name):
+                switches += isinstance(frame, SwitchEpoch)
+                answer(cluster, name, frame)
+    return switches
+
+
+def answer(cluster: FakeCluster, name: str, frame: ControlFrame) -> None:
+    """What a worker answers at once."""
+    match frame:
+        case LoadExperts():
+            cluster.send(name, ExpertsLoaded(order=frame.order, num_bytes=100))
+        case NewEpoch():
+            cluster.send(name, EpochReady(generation=frame.generation, epoch=frame.epoch))
+        case SwitchEpoch():
+            cluster.send(
+                name, EpochSwitched(generation=frame.generation, epoch=frame.epoch, step=5)
+            )
+
+
+def status(cluster: FakeCluster) -> dict[str, Any]:
+    found: dict[str, Any] = cluster.controller.snapshot()["rebalance"]
+    return found
+
+
+def outcomes(cluster: FakeCluster) -> dict[str, int]:
+    """Decisions by how they ended."""
+    return decisions(cluster.controller.snapshot())
+
+
+def test_a_skewed_window_is_answered_and_proved_by_the_next_one() -> None:
+    cluster = make()
+    before = cluster.controller.placement
+    window(cluster, SKEWED)
+    assert status(cluster)["phase"].startswith("stage 1")
+    assert obey(cluster) > 0
+    after = cluster.controller.placement
+    assert after.epoch > before.epoch
+    assert after.banks != before.banks
+    assert outcomes(cluster) == {"applied": 1}
+    last = status(cluster)["last"]
+    balance = last["balancedness"]
+    assert balance["predicted"] > balance["before"]
+    assert balance["achieved"] is None
+    (entry,) = [e for e in cluster.controller.snapshot()["history"] if e["cause"] == "rebalance"]
+    assert "predicted" in entry["effect"]
+    window(cluster, SKEWED)  # had begun before
+    assert status(cluster)["last"]["balancedness"]["achieved"] is None
+    window(cluster, SKEWED)
+    assert status(cluster)["last"]["balancedness"]["achieved"] is not None
+    assert "had a window of load" in cluster.controller.snapshot()["history"][-1]["cause"]
+
+
+def test_an_even_load_is_not_worth_it() -> None:
+    cluster = make()
+    window(cluster, EVEN)
+    obey(cluster)
+    window(cluster, EVEN)
+    window(cluster, EVEN)
+    assert outcomes(cluster)["skipped_gain"] >= 2
+    assert status(cluster)["phase"] == ""
+
+
+def test_an_order_that_is_not_worth_it_is_counted_and_a_dry_run_is_not() -> None:
+    cluster = make(enable_eplb=False)
+    begin = cluster.controller.rebalancing.begin
+    window(cluster, EVEN)
+    begin(RebalanceOrder(), cluster.now)
+    obey(cluster)
+    window(cluster, EVEN)
+    before = outcomes(cluster).get("skipped_gain", 0)
+    for is_dry, counted in ((True, 0), (False, 1)):
+        operation = begin(RebalanceOrder(dry_run=is_dry), cluster.now)
+        assert operation.result["action"] == "none"
+        assert operation.message.startswith("nothing")
+        assert outcomes(cluster).get("skipped_gain", 0) == before + counted
+
+
+def test_changes_keep_their_distance() -> None:
+    cluster = make(interval_s=1000.0)
+    window(cluster, SKEWED)
+    obey(cluster)
+    assert outcomes(cluster) == {"skipped_churn": 1}
+    assert cluster.controller.placement.epoch == 1
+
+
+def test_what_is_not_automatic_waits_to_be_told() -> None:
+    cluster = make(enable_eplb=False)
+    controller = cluster.controller
+    with pytest.raises(ConflictError, match="no load has been seen"):
+        controller.rebalancing.begin(RebalanceOrder(), cluster.now)
+    window(cluster, SKEWED)
+    assert outcomes(cluster) == {}
+    with pytest.raises(ConflictError, match="epoch 1 is in force, not 9"):
+        controller.rebalancing.begin(RebalanceOrder(expected_epoch=9), cluster.now)
+    dry = controller.rebalancing.begin(RebalanceOrder(dry_run=True), cluster.now)
+    assert dry.state is OperationState.SUCCEEDED
+    assert dry.result["action"] in ("split", "move")
+    assert dry.result["balancedness_predicted"] > dry.result["balancedness_now"]
+    assert controller.placement.epoch == 1
+    operation = controller.rebalancing.begin(RebalanceOrder(request_id="a"), cluster.now)
+    assert operation.is_running
+    assert controller.rebalancing.begin(RebalanceOrder(request_id="a"), cluster.now) is operation
+    other = RebalanceOrder(request_id="a", dry_run=True)
+    with pytest.raises(ConflictError, match=r"rebalance-1\.2 .* which is something else"):
+        controller.rebalancing.begin(other, cluster.now)
+    obey(cluster)
+    assert operation.state is OperationState.SUCCEEDED
+    assert controller.placement.epoch > 1
+
+
+def test_without_spare_slots_it_says_why_not() -> None:
+    cluster = make(num_redundant=0)
+    window(cluster, SKEWED)
+    assert outcomes(cluster) == {}
+    assert not status(cluster)["possible"]
+    assert "no spare expert slots" in status(cluster)["reason"]
+    with pytest.raises(ConflictError, match="no spare expert slots"):
+        cluster.controller.rebalancing.begin(RebalanceOrder(), cluster.now)
+
+
+def test_a_change_can_be_cancelled() -> None:
+    cluster = make(enable_eplb=False)
+    window(cluster, SKEWED)
+    operation = cluster.controller.rebalancing.begin(RebalanceOrder(), cluster.now)
+    cluster.controller.rebalancing.cancel(operation, cluster.now)
+    assert operation.state is OperationState.CANCELLED
+    assert outcomes(cluster) == {"cancelled": 1}
+    obey(cluster)
+    assert cluster.controller.placement.epoch == 1
+
+
+def test_a_loss_ends_a_change_and_no_epoch_number_comes_twice() -> None:
+    cluster = make()
+    window(cluster, SKEWED)
+    assert status(cluster)["phase"].startswith("stage 1")  # epoch 2
+    cluster.controller.disconnected("expert-3", "reset", cluster.now)
+    cluster.tick(0.2)
+    assert outcomes(cluster) == {"failed": 1}
+    order = cluster.link.last("expert-0", NewGeneration)
+    assert order is not None
+    placement = order.placement
+    assert placement.epoch == 3
+    history = cluster.controller.snapshot()["history"]
+    assert any("the epoch in force stays" in e["effect"] for e in history)
+
+
+def test_a_switch_that_nobody_here_ordered_leads_to_a_new_generation() -> None:
+    """An earlier controller had ordered it: the maps known here are put in force again."""
+    cluster = make(enable_eplb=False)
+    before = cluster.controller.placement
+    cluster.send("attention-0", EpochSwitched(generation=1, epoch=6, step=80))
+    order = cluster.link.last("expert-0", NewGeneration)
+    assert order is not None
+    assert order.generation.number == 2
+    assert order.placement == replace(before, epoch=7)
+
+
+def test_the_speeds_that_workers_measure_count() -> None:
+    cluster = make(1, enable_eplb=False, serves=False)
+    cluster.load_all({f"expert-{i}": {"device_speed": s} for i, s in enumerate((1.5, 1, 1, 1))})
+    cluster.join_all()
+    assert [m.speed for m in cluster.controller.generation.experts] == [
+        1.5,
+        1.0,
+        1.0,
+        1.0,
+    ]
+    window(cluster, EVEN)
+    cluster.controller.rebalancing.begin(RebalanceOrder(), cluster.now)
+    obey(cluster)
+    for bank in cluster.controller.placement.banks:
+        loads = device_loads(bank, EVEN)
+        assert loads[0] == pytest.approx(1.5 * loads[1], rel=0.1)
+        assert loads[1:] == pytest.approx((loads[1],) * 3, rel=0.1)
+
+
+@pytest.mark.parametrize("speed", [0.0, -1.0, float("nan"), "fast", None])
+def test_a_speed_that_is_none_is_not_believed(speed: object) -> None:
+    cluster = make(1, serves=False)
+    cluster.load_all({"expert-0": {"device_speed": speed}})
+    cluster.join_all()
+    assert {m.speed for m in cluster.controller.generation.experts} == {1.0}

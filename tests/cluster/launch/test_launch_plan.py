@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.actors.start_plan import plan_start
+from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
+from cluster.config.gateway import GatewaySection
+from cluster.core.codec import from_plain
+from cluster.core.errors import ConfigError
+from cluster.launch.plan import (
+    LaunchPlan,
+    check_ports,
+    count_cpus,
+    count_gpus,
+    free_port,
+)
+
+BANKS = (
+    {
+        "bank": "mlp",
+        "layer": 0,
+        "num_experts": 4,
+        "top_k": 2,
+        "expert_values": 1000,
+        "num_exchanges": 1,
+        "in_values": 16,
+        "out_values": 16,
+    },
+)
+
+
+def plan(host: str = "127.0.0.1") -> LaunchPlan:
+    gateway = GatewaySection(host=host, api_keys=("k",))
+    model = ModelSection(path="/m", served_model_name="m")
+    return LaunchPlan(
+        command="serve",
+        name="x",
+        asked={"MODEL": "m"},
+        config=ClusterConfig(model=model, gateway=gateway, cluster_token="t"),
+        banks=BANKS,
+        numbers={
+            "attention_values": 5000,
+            "kv_values_per_token": 64,
+            "itemsize": 2,
+            "max_model_len": 100,
+        },
+        profile=None,
+        address="",
+        temp_dir="/tmp/em-x",
+        num_cpus=2,
+        num_gpus=0,
+    )
+
+
+def test_the_url_tells_of_tls() -> None:
+    secure = plan().config.to_dict()
+    secure["gateway"] |= {"tls_cert": "/c", "tls_key": "/k"}
+    one = dataclasses.replace(plan(), config=ClusterConfig.from_dict(secure))
+    assert (plan().http_url, one.http_url) == ("http://127.0.0.1:8000", "https://127.0.0.1:8000")
+
+
+def test_a_plan_survives_the_pipe_to_the_launcher() -> None:
+    assert from_plain(json.loads(json.dumps(dataclasses.asdict(plan()))), LaunchPlan) == plan()
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("::", "[::1]"),
+        ("box.example", "box.example"),
+    ],
+)
+def test_the_ready_line_names_an_address_that_can_be_reached(host: str, shown: str) -> None:
+    assert plan(host).http_url == f"http://{shown}:8000"
+    assert plan(host).grpc_target == f"{shown}:50051"
+
+
+def test_a_free_port_passes_and_a_busy_one_is_named(busy_port: int) -> None:
+    check_ports("127.0.0.1", {"port": free_port("127.0.0.1"), "grpc_port": 0})
+    with pytest.raises(ConfigError, match="is in use on 127") as caught:
+        check_ports("127.0.0.1", {"grpc_port": busy_port})
+    assert (caught.value.field, caught.value.value) == ("grpc_port", busy_port)
+
+
+def test_free_ports_are_not_those_of_outgoing_connections() -> None:
+    range_file = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if not range_file.is_file() or int(range_file.read_text().split()[0]) <= 20_000:
+        pytest.skip("the range for outgoing connections is elsewhere, or takes up nearly all")
+    ports = {free_port("127.0.0.1") for _ in range(20)}
+    assert len(ports) > 10
+    assert all(20_000 <= port < int(range_file.read_text().split()[0]) for port in ports)
+
+
+def test_a_port_that_is_shared_by_others_counts_as_busy() -> None:
+    with contextlib.closing(socket.socket()) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        with pytest.raises(ConfigError, match="is in use"):
+            check_ports("127.0.0.1", {"port": server.getsockname()[1]})
+
+
+def test_a_port_with_old_connections_is_free() -> None:
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
+        client = socket.create_connection(("127.0.0.1", port))
+        server.accept()[0].close()  # we close first: this side waits in TIME_WAIT
+        client.close()
+    check_ports("127.0.0.1", {"port": port})
+
+
+def test_an_address_of_another_host_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot be opened on 203"):
+        check_ports("203.0.113.1", {"port": 8000})
+
+
+def test_what_does_not_fit_on_this_host_is_refused() -> None:
+    config, nodes = plan().config, plan().private_nodes
+    plan_start(config, BANKS, nodes)
+    with pytest.raises(ConfigError, match="num_expert_workers"):
+        plan_start(config, ({**BANKS[0], "num_experts": 1},), nodes)
+
+
+def test_auto_is_decided_once_and_says_why() -> None:
+    asked = replace(plan(), config=replace(plan().config, workers=WorkersSection(mode="auto")))
+    workers = asked.resolved(asked.private_nodes).config.workers
+    assert workers.mode in ("colocated", "disaggregated")
+    assert "a decode step of 64 rows with 50 tokens of context" in workers.mode_reason
+    assert plan().resolved(asked.private_nodes) == plan()
+
+
+def test_there_is_a_cpu() -> None:
+    assert count_cpus() >= 1
+
+
+@pytest.mark.parametrize(("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,3", 2)])
+def test_visible_devices_limit_the_gpus(
+    visible: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert count_gpus() == count

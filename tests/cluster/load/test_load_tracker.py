@@ -1,0 +1,140 @@
+"""Totals, windows and averages of the cluster's expert load, by a clock moved by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.config.cluster import LoadSection
+from cluster.core.errors import ConfigError
+from cluster.core.load_profile import BankLoad
+from cluster.load.tracker import LoadTracker
+from tests.cluster.controller.load_reports import make_report
+
+KEY = ("mlp", 0)
+
+
+def make_tracker(window_s: float = 10.0, half_life_s: float = 10.0) -> LoadTracker:
+    return LoadTracker(LoadSection(window_s=window_s, half_life_s=half_life_s, num_windows=2), 0.0)
+
+
+def test_totals_are_the_sum_of_the_workers_newest_reports() -> None:
+    load = make_tracker()
+    load.take("attention-0", make_report(1, [1, 0]))
+    load.take("attention-0", make_report(5, [4, 1]))
+    load.take("attention-1", make_report(2, [0, 2], [[1], [0]]))
+    load.take("attention-0", make_report(3, [2, 1]))  # overtaken by the newer one
+    assert load.totals().rows == 7
+    assert load.totals().counts(KEY).tolist() == [5, 3]
+    assert load.totals().counts(KEY, "prefill").tolist() == [1, 0]
+    assert load.totals().counts(KEY, "decode").tolist() == [4, 3]
+
+
+def test_a_window_is_what_came_in_its_time() -> None:
+    load = make_tracker()
+    load.take("a", make_report(4, [3, 1]))
+    assert load.tick(9.9) is None
+    first = load.tick(10.0)
+    assert first is not None
+    assert (first.began_at, first.ended_at) == (0.0, 10.0)
+    assert first.sums.counts(KEY).tolist() == [3, 1]
+    load.take("a", make_report(9, [4, 5]))
+    load.take("b", make_report(1, [0, 1]))  # a worker that came later
+    second = load.tick(20.0)
+    assert second is not None
+    assert second.sums.rows == 6
+    assert second.sums.counts(KEY).tolist() == [1, 5]
+    assert load.sums("window") is second.sums
+    assert load.num_windows == 2
+
+
+def test_only_the_newest_windows_are_kept() -> None:
+    load = make_tracker()
+    for i in range(1, 5):
+        load.take("a", make_report(i, [i, 0]))
+        load.tick(10.0 * i)
+    assert [w.ended_at for w in load.windows] == [30.0, 40.0]
+    assert load.num_windows == 4
+
+
+def test_an_average_halves_with_the_half_life() -> None:
+    load = make_tracker(window_s=10.0, half_life_s=20.0)
+    load.take("a", make_report(8, [8, 0]))
+    load.tick(10.0)
+    load.take("a", make_report(12, [8, 4]))
+    load.tick(20.0)
+    assert load.sums("average").counts(KEY) == pytest.approx([8 * 0.5**0.5, 4])
+    assert load.sums("average").rows == pytest.approx(8 * 0.5**0.5 + 4)
+
+
+def test_time_without_load_is_no_window_and_forgets_nothing() -> None:
+    load = make_tracker()
+    load.take("a", make_report(8, [6, 2]))
+    load.tick(10.0)
+    before = load.sums("average").counts(KEY).tolist()
+    for now in (20.0, 30.0, 1000.0):
+        assert load.tick(now) is None
+    assert load.sums("average").counts(KEY).tolist() == before
+    assert len(load.windows) == 1
+
+
+def test_copies_are_those_of_the_newest_epoch() -> None:
+    load = make_tracker()
+    load.take("a", make_report(4, [1, 0], [[2, 1], [0, 0]], epoch=1))
+    load.take("b", make_report(2, [0, 5], [[0], [1]], epoch=1))
+    (copies,) = load.copies().values()
+    assert copies.prefill.tolist() == [[2, 1], [1, 0]]
+    assert copies.decode.tolist() == [1, 5]
+    load.tick(10.0)
+    load.take("a", make_report(9, [3, 0], [[4, 1], [0, 0]], epoch=1))
+    window = load.tick(20.0)
+    assert window is not None
+    assert window.copies[KEY].prefill.tolist() == [[2, 0], [0, 0]]
+    assert window.copies[KEY].decode.tolist() == [2, 0]
+    load.take("a", make_report(11, [9, 9], [[0], [3]], epoch=2))
+    assert load.epoch == 2
+    assert load.copies()[KEY].prefill.tolist() == [[0], [3]]
+    window = load.tick(30.0)
+    assert window is not None
+    assert window.copies[KEY].prefill.tolist() == [[0], [3]]
+
+
+def test_each_view_is_a_profile() -> None:
+    load = make_tracker()
+    assert all(load.profile(source, "demo", 2) is None for source in ("total", "window", "average"))
+    load.take("a", make_report(4, [6, 2]))
+    total = load.profile("total", "demo", 2)
+    assert total is not None
+    assert (total.model, total.top_k, total.tokens) == ("demo", 2, 4)
+    assert total.banks == (BankLoad(bank="mlp", layer=0, counts=(6, 2)),)
+    assert load.profile("window", "demo", 2) is None
+    load.tick(10.0)
+    load.take("a", make_report(5, [6, 4]))
+    load.tick(20.0)
+    window, average = (load.profile(s, "demo", 2) for s in ("window", "average"))
+    assert window is not None
+    assert average is not None
+    assert window.counts(*KEY) == (0, 2)
+    assert average.counts(*KEY) == (3, 3)
+    prefill = load.profile("total", "demo", 2, "prefill")
+    assert prefill is not None
+    assert prefill.counts(*KEY) == (0, 0)
+
+
+def test_watched_experts_change_only_with_the_epoch() -> None:
+    load = make_tracker()
+    load.take("a", make_report(9, [*range(10), 0]))
+    assert load.watched(KEY) == ()
+    load.tick(10.0)
+    assert load.watched(KEY) == (2, 3, 4, 5, 6, 7, 8, 9)
+    load.take("a", make_report(99, [99, *range(1, 10), 0]))
+    load.tick(20.0)
+    assert load.watched(KEY) == (2, 3, 4, 5, 6, 7, 8, 9)
+    load.take("a", make_report(100, [99, *range(1, 10), 1], epoch=2))
+    load.tick(30.0)
+    assert load.watched(KEY) == (0, 3, 4, 5, 6, 7, 8, 9)
+
+
+@pytest.mark.parametrize("name", ["report_s", "window_s", "half_life_s", "num_windows"])
+def test_limits_of_the_settings(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        LoadSection(**{name: 0})

@@ -1,0 +1,160 @@
+"""Who answers for which expert when members come and go."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from msgspec import structs
+
+from cluster.core.placement import (
+    FREE_SLOT,
+    BankPlacement,
+    BankShape,
+    ExpertPlacement,
+    contiguous,
+)
+from cluster.planner.stages import SlotFill
+from cluster.policy.coverage import Coverage, Holdings, cover
+from tests.cluster.controller.fakes_cluster import BANKS
+
+
+def one_bank(*maps: tuple[int, ...], num_experts: int = 4) -> ExpertPlacement:
+    bank = BankPlacement.from_maps(
+        bank="mlp", layer=0, num_experts=num_experts, physical_to_logical=maps
+    )
+    return ExpertPlacement(epoch=1, banks=(bank,))
+
+
+def maps_of(coverage: Coverage) -> tuple[tuple[int, ...], ...]:
+    assert coverage.placement is not None
+    return coverage.placement.banks[0].physical_to_logical
+
+
+def test_the_example_of_the_module() -> None:
+    desired = one_bank((0, 1), (2, 3), (0, 2))
+    lost = cover(Holdings(current=desired, desired=desired), {0, 2}, 2)
+    assert maps_of(lost) == ((0, 1, 3), (-1, -1), (0, 2))
+    assert lost.loads == (SlotFill(device=0, bank=0, slot=2, expert=3),)
+    assert lost.placement is not None
+    assert lost.placement.epoch == 2
+    back = Holdings(current=lost.placement, desired=desired, joining={1: desired})
+    assert cover(back, {0, 1, 2}, 3).placement == structs.replace(desired, epoch=3)
+
+
+def test_copies_that_are_left_serve_without_a_load() -> None:
+    desired = contiguous(BANKS, 3, num_redundant=3)
+    found = cover(Holdings(current=desired, desired=desired), {0, 2}, 2)
+    assert found.loads == ()
+    assert found.placement is not None
+    for bank in found.placement.banks:
+        assert bank.physical_to_logical[1] == (FREE_SLOT,) * 6
+        assert set(bank.decode_device) == {0, 2}
+
+
+def test_lost_experts_are_spread_by_their_load() -> None:
+    desired = one_bank((0, 1, 2, 3, 4, 5), (6,), (7,), num_experts=8)
+    load = {("mlp", 0): [50, 10, 10, 10, 10, 10, 0, 0]}
+    found = cover(Holdings(current=desired, desired=desired), {1, 2}, 2, load)
+    assert maps_of(found) == ((FREE_SLOT,) * 6, (6, 0), (7, 1, 2, 3, 4, 5))
+    even = cover(Holdings(current=desired, desired=desired), {1, 2}, 2)
+    assert [len(row) for row in maps_of(even)[1:]] == [4, 4]
+
+
+def test_where_there_is_no_room_the_missing_experts_are_told() -> None:
+    desired = one_bank((0, 1), (2, 3))
+    holdings = Holdings(current=desired, desired=desired, room=3)
+    found = cover(holdings, {0}, 2)
+    assert found.placement is None
+    assert found.loads == ()
+    assert found.missing == ((0, 3),)
+    assert cover(replace(holdings, room=4), {0}, 2).missing == ()
+    assert cover(replace(holdings, room=2), {0}, 2).missing == ((0, 2), (0, 3))
+    assert cover(holdings, (), 2).missing == tuple((0, e) for e in range(4))
+
+
+def test_free_slots_are_used_first() -> None:
+    desired = one_bank((0, FREE_SLOT, 1), (2, 3))
+    found = cover(Holdings(current=desired, desired=desired, room=4), {0}, 2)
+    assert maps_of(found)[0] == (0, 2, 1, 3)
+
+
+def test_a_device_that_cannot_load_is_left_out() -> None:
+    desired = one_bank((0, 1), (2, 3), (0, 1))
+    first = cover(Holdings(current=desired, desired=desired), {0, 2}, 2)
+    assert {load.device for load in first.loads} == {0, 2}
+    assert first.placement is not None
+    failed = [load for load in first.loads if load.device == 0]
+    again = Holdings(current=first.placement, desired=desired, barred=frozenset({0}), failed=failed)
+    second = cover(again, {0, 2}, 3)
+    assert [load.device for load in second.loads] == [2]
+    assert sorted(maps_of(second)[2]) == [0, 1, 2, 3]
+    assert maps_of(second)[0] == (0, 1)
+    both = replace(again, barred=frozenset({0, 2}))
+    assert cover(both, {0, 2}, 3).missing == ((0, failed[0].expert),)
+
+
+def test_what_was_loaded_stays_until_a_desired_copy_is_back() -> None:
+    desired = one_bank((0, 1), (2, 3), (4, 5), num_experts=6)
+    lost = cover(Holdings(current=desired, desired=desired), {0}, 2)
+    assert maps_of(lost)[0] == (0, 1, 2, 3, 4, 5)
+    assert lost.placement is not None
+    one = cover(Holdings(current=lost.placement, desired=desired, joining={2: desired}), {0, 2}, 3)
+    assert maps_of(one) == ((0, 1, 2, 3), (-1, -1), (4, 5))
+    assert one.loads == ()
+    assert one.placement is not None
+    both = Holdings(current=one.placement, desired=desired, joining={1: desired})
+    assert cover(both, {0, 1, 2}, 4).placement == structs.replace(desired, epoch=4)
+
+
+def test_shares_and_decode_devices_come_back_with_the_copies() -> None:
+    bank = BankPlacement.from_maps(
+        bank="mlp",
+        layer=0,
+        num_experts=2,
+        physical_to_logical=((0, 1), (1, 0)),
+        split=((0.25, 0.5), (0.5, 0.75)),
+        decode_device=(1, 0),
+    )
+    desired = ExpertPlacement(epoch=1, banks=(bank,))
+    lost = cover(Holdings(current=desired, desired=desired), {0}, 2).placement
+    assert lost is not None
+    assert lost.banks[0].split == ((1.0, 1.0), (0.0, 0.0))
+    assert lost.banks[0].decode_device == (0, 0)
+    back = cover(Holdings(current=lost, desired=desired, joining={1: desired}), {0, 1}, 3)
+    assert back.placement == ExpertPlacement(epoch=3, banks=(bank,))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_coming_and_going_keeps_every_expert_somewhere(seed: int) -> None:
+    """What a step names is in memory: kept from before, joined with, or loaded by this order."""
+    draw = random.Random(seed)
+    num_devices = draw.randint(1, 5)
+    shapes = [BankShape(bank="mlp", layer=i, num_experts=draw.randint(5, 12)) for i in range(2)]
+    desired = contiguous(shapes, num_devices, draw.randint(0, 2))
+    current, present = desired, set(range(num_devices))
+    for epoch in range(2, 30):
+        joining: dict[int, ExpertPlacement] = {}
+        if draw.random() < 0.5 and len(present) > 1:
+            present.discard(draw.choice(sorted(present)))
+        elif absent := sorted(set(range(num_devices)) - present):
+            joining[draw.choice(absent)] = desired
+            present |= set(joining)
+        holdings = Holdings(current=current, desired=desired, joining=joining)
+        found = cover(holdings, present, epoch)
+        assert found.placement is not None
+        loads = {(load.device, load.bank, load.slot): load.expert for load in found.loads}
+        for b, bank in enumerate(found.placement.banks):
+            for device, row in enumerate(bank.physical_to_logical):
+                held = (joining.get(device) or current).banks[b].physical_to_logical[device]
+                for slot, expert in enumerate(row):
+                    if expert == FREE_SLOT:
+                        continue
+                    assert device in present
+                    before = held[slot] if slot < len(held) else FREE_SLOT
+                    assert loads.pop((device, b, slot), before) == expert
+        assert loads == {}
+        if present == set(range(num_devices)):
+            assert found.placement == structs.replace(desired, epoch=epoch)
+        current = found.placement

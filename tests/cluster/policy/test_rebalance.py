@@ -1,0 +1,252 @@
+"""The rebalancing policy: what it decides, and that it never decides for the worse."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from msgspec import structs
+
+from cluster.config.cluster import ClusterConfig, ModelSection, RebalanceSection, WorkersSection
+from cluster.controller.rebalance.plans import step_cost
+from cluster.core.errors import ConfigError
+from cluster.core.load_profile import BankLoad, LoadProfile
+from cluster.core.placement import FREE_SLOT, BankShape, ExpertPlacement, contiguous
+from cluster.planner.stages import held_by, with_slots
+from cluster.policy.rebalance import (
+    LoadNow,
+    RebalanceSettings,
+    decide,
+    mixed_balancedness,
+    packed_rows,
+    planned_topology,
+    resolved,
+    why_impossible,
+)
+from cluster.sizing.replay import StepCost, window_of
+from tests.cluster.controller.fakes_cluster import make_members
+
+EXPERTS = 16
+DEVICES = 4
+SHAPES = tuple(BankShape(bank="mlp", layer=i, num_experts=EXPERTS) for i in range(3))
+MEMBERS = make_members(1, DEVICES)[1:]
+SETTINGS = RebalanceSettings(
+    step=StepCost(slot_s=8e-6, token_s=1e-6, expert_bytes=1000), max_move_fraction=0.3
+)
+
+
+def profile(seed: int, skew: float = 0.8) -> LoadProfile:
+    """Zipf-like counts, shuffled for each layer."""
+    rng = random.Random(seed)
+    banks = []
+    for shape in SHAPES:
+        counts = [1000.0 / (1 + i) ** skew for i in range(EXPERTS)]
+        rng.shuffle(counts)
+        banks.append(BankLoad(bank="mlp", layer=shape.layer, counts=tuple(counts)))
+    return LoadProfile(model="demo", top_k=2, tokens=1000, banks=tuple(banks))
+
+
+def current(num_redundant: int = 1) -> ExpertPlacement:
+    return contiguous(SHAPES, DEVICES, num_redundant, epoch=5)
+
+
+def make_config(**workers: Any) -> ClusterConfig:
+    """One that follows the load."""
+    return ClusterConfig(
+        model=ModelSection(path="x", served_model_name="x"),
+        workers=WorkersSection(**workers),
+        rebalance=RebalanceSection(enable_eplb=True),
+    )
+
+
+def load(seed: int = 0, skew: float = 0.8, prefill_share: float = 0.3) -> LoadNow:
+    return LoadNow(profile=profile(seed, skew), prefill_share=prefill_share)
+
+
+def test_a_skewed_load_is_worth_a_move() -> None:
+    now = current()
+    topology = planned_topology(MEMBERS, now, 5)
+    decision = decide(load(), topology, now, SETTINGS)
+    assert decision.action == "move"
+    assert decision == decide(load(), topology, now, SETTINGS)
+    assert 0 < decision.num_moves <= 0.3 * 3 * DEVICES * 5
+    assert decision.num_bytes == 1000 * decision.num_moves
+    assert decision.time_ratio < 0.97
+    assert decision.gain_s > decision.cost_s
+    assert decision.balancedness_now is not None
+    assert decision.balancedness_then is not None
+    assert decision.balancedness_then > decision.balancedness_now + 0.05
+
+
+def test_the_time_ratio_is_that_of_a_row_of_the_mix() -> None:
+    now = current()
+    topology = planned_topology(MEMBERS, now, 5)
+    decision = decide(load(), topology, now, SETTINGS)
+    step = SETTINGS.step
+
+    def row_s(placement: ExpertPlacement) -> float:
+        window = window_of(load().profile, topology, placement, step)
+        prefill_s = window.prefill_step_s / step.prefill_tokens
+        return 0.3 * prefill_s + 0.7 * window.decode_step_s / step.decode_tokens
+
+    expected = row_s(decision.target) / row_s(packed_rows(now))
+    assert decision.time_ratio == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.05, 0.1, 0.2])
+def test_all_moves_together_keep_to_their_share_of_the_slots(fraction: float) -> None:
+    now = current()
+    topology = planned_topology(MEMBERS, now, 5)
+    limit = int(fraction * 3 * DEVICES * 5)
+    settings = replace(SETTINGS, max_move_fraction=fraction, horizon_s=1e6)
+    for seed in range(6):
+        decision = decide(load(seed, skew=1.5, prefill_share=0.1), topology, now, settings)
+        assert 0 < decision.num_moves <= limit
+
+
+def test_a_short_horizon_or_a_slow_link_is_not() -> None:
+    now = current()
+    topology = planned_topology(MEMBERS, now, 5)
+    brief = replace(SETTINGS, horizon_s=0.01)
+    decision = decide(load(), topology, now, brief)
+    assert decision.action == "none"
+    assert decision.target == now
+    assert (decision.num_moves, decision.num_bytes) == (0, 0)
+    assert "s won within 0.01 s" in decision.reason
+    slow = replace(SETTINGS, bytes_per_s=1.0)  # an expert takes a quarter of an hour
+    assert decide(load(), topology, now, slow).action != "move"
+
+
+def test_without_moves_the_shares_alone_are_weighed() -> None:
+    now = current(num_redundant=2)
+    topology = planned_topology(MEMBERS, now, 6)
+    decision = decide(
+        load(prefill_share=1.0), topology, now, replace(SETTINGS, max_move_fraction=0.0)
+    )
+    assert decision.action == "split"
+    assert decision.num_bytes == 0
+    for old, new in zip(now.banks, decision.target.banks, strict=True):
+        for device in range(DEVICES):
+            assert held_by(old, device) == held_by(new, device)
+    assert decision.target.banks != now.banks
+
+
+def test_an_even_load_is_left_alone() -> None:
+    now = current()
+    topology = planned_topology(MEMBERS, now, 5)
+    placed = decide(load(skew=0.0), topology, now, SETTINGS)
+    moved = structs.replace(now, banks=placed.target.banks)
+    assert decide(load(skew=0.0), topology, moved, SETTINGS).action == "none"
+
+
+def test_what_was_decided_is_not_decided_again() -> None:
+    now = current()
+    settings = replace(SETTINGS, max_move_fraction=1.0)
+    for _ in range(4):
+        decision = decide(load(), planned_topology(MEMBERS, now, 5), now, settings)
+        now = decision.target
+    assert decision.action == "none"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_change_is_never_predicted_to_be_worse(seed: int) -> None:
+    rng = random.Random(seed)
+    now = current(rng.randint(0, 2))
+    some = load(seed, rng.uniform(0.0, 2.0), rng.random())
+    decision = decide(some, planned_topology(MEMBERS, now, 4 + rng.randint(1, 3)), now, SETTINGS)
+    assert decision.time_ratio <= 1.0 + 1e-9 or decision.action == "none"
+
+
+def test_lost_devices_get_nothing_and_full_ones_keep_what_they_have() -> None:
+    now = current(num_redundant=4).without_devices(frozenset({1}), 6)
+    assert now is not None
+    alive = [m for m in MEMBERS if m.device != 1]
+    topology = planned_topology(alive, now, 6)
+    assert [d.num_expert_slots for d in topology.devices] == [8, 0, 8, 8]
+    decision = decide(load(), topology, now, SETTINGS)
+    for bank in decision.target.banks:
+        assert held_by(bank, 1) == frozenset()
+
+
+def test_too_few_slots_are_an_error_of_their_own() -> None:
+    now = current()
+    topology = planned_topology([], now, 5)
+    with pytest.raises(ConfigError):
+        decide(load(), topology, now, SETTINGS)
+
+
+def test_shares_are_solved_without_touching_slots() -> None:
+    now = current(num_redundant=2)
+    gaps = structs.replace(
+        now,
+        banks=tuple(
+            with_slots(b, [[*row[:2], FREE_SLOT, *row[2:]] for row in b.physical_to_logical])
+            for b in now.banks
+        ),
+    )
+    some = profile(3)
+    better = resolved(some, planned_topology(MEMBERS, gaps, 6), gaps)
+    assert better.epoch == gaps.epoch
+    for old, new in zip(gaps.banks, better.banks, strict=True):
+        assert old.physical_to_logical == new.physical_to_logical
+    before, after = mixed_balancedness(gaps, some, 1.0), mixed_balancedness(better, some, 1.0)
+    assert before is not None
+    assert after is not None
+    assert after > before
+    assert all(
+        FREE_SLOT not in row for b in packed_rows(gaps).banks for row in b.physical_to_logical
+    )
+
+
+def test_a_stage_may_hold_more_than_is_planned() -> None:
+    """On the way recovery slots are used; the shares are solved for what is there."""
+    now = current(num_redundant=1)
+    more = tuple(
+        with_slots(
+            b, [[*row, e] for row, e in zip(b.physical_to_logical, (9, 13, 1, 5), strict=True)]
+        )
+        for b in now.banks
+    )
+    stage = structs.replace(now, banks=more)
+    assert all(len(row) == 6 for b in stage.banks for row in b.physical_to_logical)
+    better = resolved(profile(2), planned_topology(MEMBERS, stage, 5), stage)
+    assert [b.physical_to_logical for b in better.banks] == [b.physical_to_logical for b in more]
+    with pytest.raises(ConfigError):
+        resolved(profile(2), planned_topology(MEMBERS, now, 5), stage)
+
+
+@pytest.mark.parametrize(
+    ("workers", "reason"),
+    [
+        ({"mode": "local"}, "one worker holds all experts"),
+        ({"num_expert_workers": 1, "num_redundant_experts": 1}, "one expert worker"),
+        ({"num_expert_workers": 3}, "no spare expert slots"),
+        ({"num_expert_workers": 3, "recovery_slots": 1}, ""),
+        ({"num_expert_workers": 3, "num_redundant_experts": 1}, ""),
+    ],
+)
+def test_what_makes_it_impossible_is_said(workers: dict[str, object], reason: str) -> None:
+    found = why_impossible(make_config(**workers))
+    assert reason in found
+    assert bool(found) is bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "pairs"),
+    [("cpu", "bfloat16", 9.1), ("cpu", "float32", 18.2), ("cuda", "bfloat16", 295.2)],
+)
+def test_a_slot_costs_by_the_roofline(device: str, dtype: str, pairs: float) -> None:
+    found = step_cost(make_config(device=device), 1 << 20, dtype)
+    assert found.slot_s / found.token_s == pytest.approx(pairs, rel=0.01)
+    assert found.expert_bytes == 1 << 20
+
+
+def test_a_slot_costs_the_pairs_that_are_configured() -> None:
+    config = replace(make_config(), rebalance=RebalanceSection(slot_cost_pairs=4.0))
+    found = step_cost(config, 1 << 20, "float32")
+    assert found.slot_s == pytest.approx(4.0 * found.token_s)
+    assert found.token_s == step_cost(make_config(), 1 << 20, "float32").token_s
+    with pytest.raises(ConfigError, match=r"slot_cost_pairs \(-1\.0\) must not be negative"):
+        RebalanceSection(slot_cost_pairs=-1.0)

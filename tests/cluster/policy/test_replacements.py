@@ -1,0 +1,90 @@
+"""Which places are empty, and when somebody is started for them."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from cluster.policy.replacement import Replacements
+from tests.cluster.controller.fakes_cluster import make_members
+
+MEMBERS = make_members(1, 2)
+
+
+def due(places: Replacements, now: float) -> list[str]:
+    return [member.name for member in places.take_due(now)]
+
+
+def test_losses_in_quick_succession_are_answered_later_and_later() -> None:
+    places = Replacements(MEMBERS)
+    assert due(places, 0.0) == []
+    name, now, delays = "expert-1", 100.0, []
+    for number in range(2, 9):
+        places.lost(name, "killed", now)
+        name = f"expert-1.{number}"
+        began = now
+        while not (found := due(places, now)):
+            now += 0.5
+        assert found == [name]
+        delays.append(now - began)
+        places.joined([replace(MEMBERS[2], name=name)])
+    assert delays == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0]
+    places.lost(name, "killed", now + 300.0)
+    assert due(places, now + 300.0) == ["expert-1.9"]
+
+
+def test_deaths_while_starting_count_until_one_serves() -> None:
+    places = Replacements(MEMBERS)
+    name, now = "expert-0", 0.0
+    for number in range(2, 8):
+        places.lost(name, "killed", now)
+        now += 100.0
+        name = f"expert-0.{number}"
+        assert due(places, now) == [name]
+        if number % 3 == 1:
+            places.joined([replace(MEMBERS[1], name=name)])
+    assert places.left_out == {}
+    for number in (8, 9, 10):
+        places.lost(name, f"killed {number}", now)
+        now += 100.0
+        name = f"expert-0.{number}"
+        assert due(places, now) == [name]
+    assert places.are_coming
+    places.lost(name, "once more", now)
+    assert due(places, now + 1000.0) == []
+    assert places.left_out == {"expert-0": "died 3 times while starting, last: once more"}
+    assert not places.are_coming
+    places.reopen("expert", 0)
+    assert due(places, now + 1000.0) == ["expert-0.11"]
+
+
+def test_a_place_that_was_left_on_purpose_stays_empty_until_it_is_reopened() -> None:
+    places = Replacements(MEMBERS)
+    places.leave("expert-1")
+    places.lost("expert-1", "ended", 1.0)
+    assert due(places, 100.0) == []
+    assert not places.are_coming
+    assert not places.is_full(MEMBERS[:2])
+    places.reopen("expert", 1)
+    assert due(places, 100.0) == ["expert-1.2"]
+    assert places.is_full([*MEMBERS[:2], replace(MEMBERS[2], name="expert-1.2")])
+
+
+def test_of_many_workers_of_a_place_the_newest_counts() -> None:
+    older = [replace(MEMBERS[1], name=name) for name in ("expert-0.10", "expert-0.2")]
+    places = Replacements([*MEMBERS, *older])
+    assert places.is_full([MEMBERS[0], MEMBERS[2], older[0]])
+    places.lost("expert-0.2", "killed", 0.0)
+    assert due(places, 0.0) == []
+    places.lost("expert-0.10", "killed", 0.0)
+    assert due(places, 0.0) == ["expert-0.11"]
+
+
+def test_a_loss_counts_as_recent_for_less_than_a_minute() -> None:
+    for pause, delay in ((59.9, 1.0), (60.0, 0.0)):
+        places = Replacements(MEMBERS)
+        places.lost("expert-1", "killed", 0.0)
+        assert due(places, 0.0) == ["expert-1.2"]
+        places.joined([replace(MEMBERS[2], name="expert-1.2")])
+        places.lost("expert-1.2", "killed", pause)
+        assert due(places, pause + delay - 0.1) == []
+        assert due(places, pause + delay) == ["expert-1.3"]

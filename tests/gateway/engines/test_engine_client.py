@@ -1,0 +1,329 @@
+"""What an engine client does with the outputs of its worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any, Self
+
+import grpc
+import pytest
+from msgspec import structs
+
+from cluster.core.errors import ExpertMeshError, RequestFailedError
+from cluster.core.release import RELEASE
+from gateway.engines.engine_client import PING_S, EngineClient
+from gateway.engines.submission import Submission
+from gateway.generation.output_queue import OutputQueue
+from tests.gateway.fakes import CLUSTER_TOKEN, ScriptedEngine
+from tests.gateway.stack import WAIT_S
+from workers.requests.block_hash import KvEvents
+from workers.requests.request import (
+    FinishReason,
+    Request,
+    SamplingParams,
+    StepOutput,
+    TokenLogprob,
+    TokenOutput,
+)
+
+
+class ListSink:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.outputs: list[TokenOutput] = []
+        self.errors: list[ExpertMeshError] = []
+
+    def put(self, output: TokenOutput) -> None:
+        self.outputs.append(output)
+
+    def fail(self, error: ExpertMeshError) -> None:
+        self.errors.append(error)
+
+
+class ListOwner:
+    """Remembers what a stream tells its owner."""
+
+    def __init__(self) -> None:
+        self.returned: list[str] = []
+        self.settled: list[str] = []
+        self.kv: list[KvEvents] = []
+        self.knows_kv = True
+
+    def take_back(self, entry: Submission, reason: str) -> None:
+        self.returned.append(reason)
+
+    def take_kv(self, worker: str, events: KvEvents) -> bool:
+        self.kv.append(events)
+        return self.knows_kv
+
+    def settle(self, entry: Submission, worker: str) -> None:
+        self.settled.append(entry.request.request_id)
+
+
+def _client(attempt: int = 1, n: int = 2) -> tuple[EngineClient, ListSink]:
+    client, sink = _client_to("nowhere:1", "t"), ListSink()
+    params = SamplingParams(max_tokens=10)
+    request = Request(request_id="r", prompt=(1, 2, 3), params=params, n=n, attempt=attempt)
+    client.submit(Submission(request, sink, 1000.0))
+    return client, sink
+
+
+def _client_to(address: str, token: str, ping_s: float = PING_S) -> EngineClient:
+    return EngineClient("attention-0", address, token, "gateway-0", ListOwner(), ping_s=ping_s)
+
+
+def _output(
+    choice: int, index: int, *tokens: int, attempt: int = 1, end: bool = False
+) -> TokenOutput:
+    return TokenOutput(
+        request_id="r",
+        attempt=attempt,
+        choice=choice,
+        index=index,
+        token_ids=tokens,
+        logprobs=tuple(TokenLogprob(token_id=token, logprob=-1.0) for token in tokens),
+        finish_reason=FinishReason.LENGTH if end else None,
+    )
+
+
+def _step(client: EngineClient, *outputs: TokenOutput) -> None:
+    client._take_step(StepOutput(outputs=outputs))
+
+
+def test_outputs_of_an_older_attempt_are_dropped() -> None:
+    client, sink = _client(attempt=1)
+    _step(client, _output(0, 0, 5, attempt=0))
+    assert not sink.outputs
+
+
+def test_repeated_tokens_are_dropped() -> None:
+    client, sink = _client()
+    _step(client, _output(0, 0, 5, 6), _output(0, 1, 6, 7), _output(0, 3, 8))
+    assert [(o.index, o.token_ids) for o in sink.outputs] == [(0, (5, 6)), (2, (7,)), (3, (8,))]
+    assert [entry.token_id for o in sink.outputs for entry in o.logprobs] == [5, 6, 7, 8]
+
+
+def test_a_gap_fails_the_request() -> None:
+    client, sink = _client()
+    _step(client, _output(0, 1, 5))
+    assert isinstance(sink.errors[0], RequestFailedError)
+    assert client.take_submissions() == []
+
+
+def test_outstanding_tokens_follow_the_work() -> None:
+    client, _ = _client()
+    assert client.outstanding_tokens == 3 + 20
+    _step(client, _output(0, 0, 5))
+    assert client.outstanding_tokens == 19
+    _step(client, _output(0, 1, 6, end=True))
+    assert client.outstanding_tokens == 10
+    _step(client, _output(1, 0, 6, end=True))
+    assert client.outstanding_tokens == 0
+    assert client.take_submissions() == []
+
+
+def test_aborted_choices_are_told_no_more() -> None:
+    client, sink = _client()
+    client.abort("r", (0,))
+    _step(client, _output(0, 0, 5), _output(1, 0, 6))
+    assert [output.choice for output in sink.outputs] == [1]
+    client.abort("r")
+    client.abort("r")
+    _step(client, _output(1, 1, 7))
+    assert len(sink.outputs) == 1
+    assert client._outgoing.qsize() == 3  # the request, and one abort each
+
+
+def test_what_was_lost_can_be_sent_again() -> None:
+    client, _ = _client()
+    _step(client, _output(0, 0, 5, 6))
+    (lost,) = client.take_submissions()
+    assert lost.outputs == [[5, 6], []]
+    assert lost.open_choices == {0, 1}
+    assert lost.is_waiting
+    again = lost.again(0.0)
+    assert (again.attempt, again.output_so_far, again.closed_choices) == (2, ((5, 6), ()), ())
+
+
+def test_choices_that_ended_are_not_asked_for_again() -> None:
+    client, sink = _client(n=3)
+    _step(client, _output(0, 0, 5, end=True), _output(1, 0, 6), _output(2, 0, 7))
+    client.abort("r", (2,))
+    (lost,) = client.take_submissions()
+    again = lost.again(0.0)
+    assert (again.output_so_far, again.closed_choices) == (((5,), (6,), (7,)), (0, 2))
+    other = _client_to("nowhere:2", "t")
+    other.submit(lost)
+    _step(client, _output(1, 1, 9))
+    _step(other, _output(1, 1, 8, attempt=1))
+    assert [o.token_ids for o in sink.outputs] == [(5,), (6,), (7,)]  # both are late
+    _step(other, _output(1, 0, 6, 10, attempt=2, end=True), _output(0, 1, 11, attempt=2))
+    assert [o.token_ids for o in sink.outputs] == [(5,), (6,), (7,), (10,)]
+    assert not lost.is_waiting
+    assert other.take_submissions() == []
+
+
+@pytest.mark.parametrize(
+    ("attempt", "code", "is_back"),
+    [
+        (0, "draining", True),
+        (0, "not_ready", True),
+        (0, "queue_full", False),
+        (1, "queue_full", True),
+        (1, "invalid_value", False),
+    ],
+)
+def test_what_another_worker_can_do_is_handed_back(attempt: int, code: str, is_back: bool) -> None:
+    owner = ListOwner()
+    client = EngineClient("a", "nowhere:1", "t", "g", owner)
+    sink = ListSink()
+    request = Request(request_id="r", prompt=(1,), params=SamplingParams(), n=2, attempt=attempt)
+    client.submit(Submission(request, sink, 1000.0))
+    error = structs.replace(
+        _output(0, 0, attempt=attempt),
+        finish_reason=FinishReason.ERROR,
+        error="in its words",
+        error_code=code,
+    )
+    _step(client, error, structs.replace(error, choice=1))
+    assert owner.returned == (["in its words"] if is_back else [])
+    assert len(sink.outputs) == (0 if is_back else 2)
+
+
+def test_a_wrong_token_is_refused() -> None:
+    async def work() -> tuple[str, str]:
+        engine = ScriptedEngine()
+        await engine.start()
+        wrong = _client_to(engine.address, "wrong")
+        refused = await asyncio.wait_for(wrong.run(), WAIT_S)
+        right = _client_to(engine.address, CLUSTER_TOKEN)
+        task = asyncio.create_task(right.run())
+        await asyncio.wait_for(right.connected.wait(), WAIT_S)
+        await engine.stop()
+        return refused, await asyncio.wait_for(task, WAIT_S)
+
+    refused, ended = asyncio.run(work())
+    assert "UNAUTHENTICATED" in refused
+    assert ended
+
+
+def test_a_worker_of_another_release_is_refused_by_name() -> None:
+    async def work() -> str:
+        engine = ScriptedEngine(release="9.9.9")
+        await engine.start()
+        client = _client_to(engine.address, CLUSTER_TOKEN)
+        reason = await asyncio.wait_for(client.run(), WAIT_S)
+        assert client.hello is None
+        assert not client.connected.is_set()
+        await engine.stop()
+        return reason
+
+    told = f"release 9.9.9 of attention-0, {RELEASE} of gateway-0: releases must be equal"
+    assert asyncio.run(work()) == told
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_bytes_that_are_no_message_end_the_stream(is_first: bool) -> None:
+    async def work() -> str:
+        engine = ScriptedEngine(spoils="hello" if is_first else "pong")
+        await engine.start()
+        client = _client_to(engine.address, CLUSTER_TOKEN, ping_s=0.01)
+        reason = await asyncio.wait_for(client.run(), WAIT_S)
+        await engine.stop()
+        return reason
+
+    what = "an engine's hello" if is_first else "a message of an engine"
+    assert asyncio.run(work()).startswith(f"not {what}")
+
+
+def test_nobody_there_ends_the_stream() -> None:
+    client = _client_to("127.0.0.1:1", CLUSTER_TOKEN)
+    assert "UNAVAILABLE" in asyncio.run(asyncio.wait_for(client.run(), WAIT_S))
+
+
+class _SwallowingCall:
+    """As gRPC's when the call ends while it is cancelled: of the two, only the end is told."""
+
+    def __init__(self, messages: object) -> None:
+        self._cancelled = asyncio.Event()
+
+    async def read(self) -> Any:
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._cancelled.wait()
+        none = grpc.aio.Metadata()
+        raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, none, none, "refused", "")
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+
+class _SwallowingChannel:
+    def __init__(self, *address_and_options: object, **options: object) -> None:
+        pass
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        pass
+
+    def stream_stream(self, path: str, *serializers: object) -> type[_SwallowingCall]:
+        return _SwallowingCall
+
+
+def test_a_cancellation_that_meets_the_end_of_the_call_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("grpc.aio.insecure_channel", _SwallowingChannel)
+
+    async def end() -> None:
+        task = asyncio.create_task(_client_to("127.0.0.1:1", "t").run())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(end())
+
+
+def test_queues_are_bounded() -> None:
+    async def work() -> None:
+        queue = OutputQueue(limit=2)
+        for index in range(3):
+            queue.put(_output(0, index, 5))
+        assert len(await queue.take(WAIT_S)) == 2
+        with pytest.raises(RequestFailedError, match="too slowly"):
+            await queue.take(WAIT_S)
+
+    asyncio.run(work())
+
+
+def test_an_empty_queue_gives_nothing_in_time() -> None:
+    async def work() -> list[TokenOutput]:
+        return await OutputQueue().take(0.01)
+
+    assert asyncio.run(work()) == []
+
+
+def test_the_load_is_what_is_under_way() -> None:
+    owner, sink = ListOwner(), ListSink()
+    client = EngineClient("a", "nowhere:1", "t", "g", owner)
+    request = Request(request_id="r", prompt=(1,) * 50, params=SamplingParams(max_tokens=9), n=2)
+    entry = Submission(request, sink, 1000.0, missing_tokens=34)
+    client.submit(entry)
+    load = client.load
+    assert (load.queued_tokens, load.num_decoding, owner.settled) == (34, 0, [])
+    _step(client, _output(0, 0, 5, attempt=0))
+    assert (load.queued_tokens, load.num_decoding, owner.settled) == (0, 2, ["r"])
+    _step(client, _output(1, 0, 5, attempt=0, end=True))
+    assert load.num_decoding == 1
+    client.abort("r")
+    assert (load.queued_tokens, load.num_decoding, owner.settled) == (0, 0, ["r"])
+    client.submit(Submission(structs.replace(request, request_id="s"), sink, 1000.0))
+    client.submit(Submission(request, sink, 1000.0, missing_tokens=7))
+    assert load.queued_tokens == 7
+    assert len(client.take_submissions()) == 2
+    assert (load.queued_tokens, load.num_decoding, owner.settled) == (0, 0, ["r", "s", "r"])

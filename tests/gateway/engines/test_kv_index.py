@@ -1,0 +1,115 @@
+"""The index of prefixes: as plain sets would say, whatever order the news come in."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from gateway.engines.kv_index import KvIndex
+from workers.kv.block_pool import BlockPool
+from workers.kv.events import KvFeed
+from workers.requests.block_hash import SHORT_BYTES, KvEvents, prompt_hashes
+from workers.requests.request import Request, SamplingParams
+
+
+def _names(first: int, count: int) -> list[bytes]:
+    return [i.to_bytes(SHORT_BYTES, "big") for i in range(first, first + count)]
+
+
+def _whole(*names: bytes) -> KvEvents:
+    return KvEvents(number=7, is_whole=True, stored=names)
+
+
+def test_each_worker_matches_as_far_as_its_blocks_go() -> None:
+    index, prompt = KvIndex(), _names(0, 100)
+    ends = {"a": 100, "b": 99, "c": 16, "d": 17, "e": 1, "f": 0}
+    for worker, end in ends.items():
+        index.apply(worker, _whole(*prompt[:end], *_names(1000, 3)))
+    assert index.matches(prompt) == {worker: end for worker, end in ends.items() if end}
+    assert index.matches([]) == index.matches(_names(500, 4)) == {}
+    assert index.num_blocks == 103
+
+
+def test_missed_news_ask_for_the_whole() -> None:
+    index, prompt = KvIndex(), _names(0, 4)
+    assert not index.apply("a", KvEvents(number=1, stored=tuple(prompt)))
+    assert index.apply("a", _whole(*prompt[:2]))
+    assert index.apply("a", KvEvents(number=8, stored=(prompt[2],)))
+    assert not index.apply("a", KvEvents(number=10, stored=(prompt[3],)))
+    assert index.matches(prompt) == {"a": 3}
+    assert index.apply("a", KvEvents(number=12, is_whole=True, stored=(prompt[0],)))
+    assert index.matches(prompt) == {"a": 1}
+    assert index.apply("a", KvEvents(number=13, removed=(prompt[0], prompt[3])))
+    assert index.matches(prompt) == {}
+    assert index.num_blocks == 0
+
+
+def test_what_was_routed_is_expected_until_it_is_settled() -> None:
+    index, prompt = KvIndex(), _names(0, 4)
+    index.expect("a", prompt)
+    assert index.matches(prompt) == {}  # nobody has heard of that worker
+    index.apply("a", _whole())
+    index.expect("a", prompt)
+    index.expect("a", prompt[:2])
+    index.settle("a", prompt)
+    assert index.matches(prompt) == {"a": 2}
+    index.apply("a", KvEvents(number=8, stored=tuple(prompt[:1])))
+    index.settle("a", prompt[:2])
+    assert index.matches(prompt) == {"a": 1}
+    index.expect("a", prompt)
+    index.apply("a", KvEvents(number=9, removed=tuple(prompt[:1])))
+    assert index.matches(prompt) == {"a": 4}
+    index.drop("a")
+    index.settle("a", prompt)
+    assert index.num_blocks == 0
+
+
+def test_the_place_of_a_lost_worker_is_taken_by_the_next_one() -> None:
+    index, prompt = KvIndex(), _names(0, 4)
+    for worker in ("a", "b"):
+        index.apply(worker, _whole(*prompt))
+    index.drop("a")
+    index.apply("c", _whole(prompt[0]))
+    assert index.matches(prompt) == {"b": 4, "c": 1}
+
+
+def test_it_follows_the_pools_of_several_workers() -> None:
+    draw = random.Random(3)
+    index = KvIndex()
+    pools = {worker: BlockPool(40) for worker in "abc"}
+    feeds = {worker: KvFeed() for worker in "abc"}
+    for worker, feed in feeds.items():
+        assert index.apply(worker, feed.whole())
+    prompts = [[f"{i}/{j}".encode().ljust(32) for j in range(12)] for i in range(10)]
+    for _ in range(400):
+        worker, prompt = draw.choice("abc"), draw.choice(prompts)
+        pool, feed = pools[worker], feeds[worker]
+        table = pool.find(prompt[: draw.randint(1, 12)])
+        pool.share(table)
+        table += pool.allocate(draw.randint(0, 12 - len(table)))
+        for block, name in zip(table, prompt, strict=False):
+            pool.store(block, name)
+        pool.release(table)
+        news = feed.change(pool.take_changes())
+        is_missed = draw.random() < 0.1
+        if is_missed or not index.apply(worker, news):
+            assert index.apply(worker, feed.whole())
+        for prompt in prompts:
+            expected = {w: len(p.find(prompt)) for w, p in pools.items() if p.find(prompt)}
+            assert index.matches([name[:SHORT_BYTES] for name in prompt]) == expected
+
+
+def test_prompts_have_blocks_in_common_as_far_as_they_are_alike() -> None:
+    def names(prompt: Sequence[int], salt: str = "") -> list[bytes]:
+        request = Request(
+            request_id="r", prompt=tuple(prompt), params=SamplingParams(), cache_salt=salt
+        )
+        return prompt_hashes(request, 4, length_matters_above=100)
+
+    first = names(range(11))
+    assert len(first) == 2
+    assert names(range(12))[:2] == first
+    assert names([*range(4), 9, 9, 9, 9])[0] == first[0]
+    assert names([*range(4), 9, 9, 9, 9])[1] != first[1]
+    assert set(names(range(11), "tenant")).isdisjoint(first)
+    assert names(range(101))[0] != names(range(102))[0] != names(range(100))[0] == first[0]

@@ -1,0 +1,120 @@
+"""Routing policies, on loads made by hand."""
+
+from __future__ import annotations
+
+from gateway.engines.router import (
+    DECODE_TOKENS,
+    FETCH_TOKENS,
+    MISSING_WEIGHT,
+    Choice,
+    Peer,
+    RoutingPolicy,
+    WorkerLoad,
+    pick_worker,
+)
+
+LOADS = [
+    WorkerLoad(name="a", outstanding_tokens=5),
+    WorkerLoad(name="b", outstanding_tokens=2),
+    WorkerLoad(name="c", outstanding_tokens=2),
+]
+
+
+def _picks(policy: RoutingPolicy, turns: int) -> list[str]:
+    picked = [pick_worker(LOADS, policy, turn) for turn in range(turns)]
+    return [choice.load.name for choice in picked if choice is not None]
+
+
+def _kv(loads: list[WorkerLoad], prompt_tokens: int, **cached: int) -> str:
+    picked = pick_worker(loads, RoutingPolicy.KV, 0, prompt_tokens, cached)
+    assert picked is not None
+    return picked.load.name
+
+
+def test_the_least_loaded_workers_take_turns() -> None:
+    assert _picks(RoutingPolicy.LEAST_LOADED, 4) == ["b", "c", "b", "c"]
+
+
+def test_round_robin_ignores_load() -> None:
+    assert _picks(RoutingPolicy.ROUND_ROBIN, 4) == ["a", "b", "c", "a"]
+
+
+def test_nobody_is_picked_from_nobody() -> None:
+    assert all(pick_worker([], policy) is None for policy in RoutingPolicy)
+
+
+def test_equals_take_turns_by_kv_too() -> None:
+    assert _picks(RoutingPolicy.KV, 4) == ["a", "b", "c", "a"]
+
+
+def test_a_cached_prefix_is_worth_waiting_for_up_to_its_price() -> None:
+    price = int(500 * MISSING_WEIGHT)
+    busy = [WorkerLoad(name="a"), WorkerLoad(name="b", queued_tokens=price - 1)]
+    assert _kv(busy, 600, b=500) == "b"
+    busy[1].queued_tokens = price + 1
+    assert _kv(busy, 600, b=500) == "a"
+
+
+def test_decoding_sequences_count() -> None:
+    loads = [WorkerLoad(name="a", num_decoding=2), WorkerLoad(name="b", num_decoding=1)]
+    assert _kv(loads, 100) == "b"
+    assert _kv(loads, 100, a=DECODE_TOKENS) == "a"
+
+
+def _fetching(loads: list[WorkerLoad], **cached: int) -> Choice:
+    peer = Peer("a", cached["a"])
+    picked = pick_worker(loads, RoutingPolicy.KV, 0, 600, cached, peer)
+    assert picked is not None
+    return picked
+
+
+def test_an_idle_worker_fetches_from_a_busy_one_where_that_costs_little() -> None:
+    busy, idle = WorkerLoad(name="a", queued_tokens=400), WorkerLoad(name="b")
+    assert _fetching([busy, idle], a=500) == Choice(busy, 500)  # it cannot
+    idle.fetch_cost = 0.1
+    assert _fetching([busy, idle], a=500) == Choice(idle, 500, "a")
+    assert _fetching([busy, idle], a=500, b=100) == Choice(idle, 500, "a")
+    assert _fetching([busy, idle], a=500, b=500) == Choice(idle, 500)
+    idle.fetch_cost = 0.5
+    assert _fetching([busy, idle], a=500) == Choice(busy, 500)
+    busy.queued_tokens = 100_000
+    assert _fetching([busy, idle], a=500) == Choice(idle, 500, "a")
+    idle.fetch_cost = 2.0  # slower than computing
+    assert _fetching([busy, idle], a=500) == Choice(idle, 0)
+
+
+def test_few_tokens_are_not_worth_a_fetch() -> None:
+    busy = WorkerLoad(name="a", queued_tokens=100_000)
+    idle = WorkerLoad(name="b", fetch_cost=0.0)
+    few = int(2 * FETCH_TOKENS / MISSING_WEIGHT)
+    assert _fetching([busy, idle], a=few) == Choice(idle, 0)
+    assert _fetching([busy, idle], a=few + 1) == Choice(idle, few + 1, "a")
+
+
+def _fetch_in_turns(loads: list[WorkerLoad], turns: int) -> list[str]:
+    peer, found = Peer("a", 500), []
+    for turn in range(turns):
+        picked = pick_worker(loads, RoutingPolicy.KV, turn, 600, {"a": 500}, peer)
+        assert picked is not None
+        assert (picked.cached_tokens, picked.peer) == (500, "a")
+        found.append(picked.load.name)
+    return found
+
+
+def test_workers_that_fetch_equally_well_take_turns() -> None:
+    busy = WorkerLoad(name="a", queued_tokens=100_000)
+    idle = [WorkerLoad(name=name, fetch_cost=0.1) for name in "bcd"]
+    assert _fetch_in_turns([busy, *idle], 4) == ["b", "c", "d", "b"]
+    idle[1].fetch_cost = 0.05
+    assert _fetch_in_turns([busy, *idle], 2) == ["c", "c"]
+    idle[1].fetch_cost = 0.2
+    assert _fetch_in_turns([busy, *idle], 2) == ["b", "d"]
+
+
+def test_a_fetch_that_gains_nothing_is_not_made() -> None:
+    """Waiting costs as much as the fetch, whose two halves cost ``FETCH_TOKENS`` each."""
+    busy = WorkerLoad(name="a", queued_tokens=2 * FETCH_TOKENS)
+    idle = WorkerLoad(name="b", fetch_cost=0.0)
+    assert _fetching([busy, idle], a=500) == Choice(busy, 500)
+    busy.queued_tokens += 1
+    assert _fetching([busy, idle], a=500) == Choice(idle, 500, "a")

@@ -1,0 +1,118 @@
+"""One request from its first assignment to its end, without a worker."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.engines.submission import Submission, without_first
+from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
+
+
+class Sink:
+    """Keeps what is delivered."""
+
+    def __init__(self) -> None:
+        self.outputs: list[TokenOutput] = []
+
+    def put(self, output: TokenOutput) -> None:
+        self.outputs.append(output)
+
+    def fail(self, error: Exception) -> None:
+        raise error
+
+
+def output(
+    choice: int, index: int, *tokens: int, reason: FinishReason | None = None, code: str = ""
+) -> TokenOutput:
+    """Tokens of one choice."""
+    return TokenOutput(
+        request_id="r",
+        attempt=0,
+        choice=choice,
+        index=index,
+        token_ids=tokens,
+        finish_reason=reason,
+        error_code=code,
+    )
+
+
+def submission(n: int = 1, deadline_s: float = 100.0, attempt: int = 0) -> Submission:
+    """A prompt of three tokens, ten at most."""
+    params = SamplingParams(max_tokens=10)
+    request = Request(request_id="r", prompt=(1, 2, 3), params=params, n=n, attempt=attempt)
+    return Submission(request, Sink(), deadline_s)
+
+
+@pytest.mark.parametrize(
+    ("now_s", "deadline_ms"), [(40.0, 60_000), (99.75, 250), (99.9995, 1), (100.0, 1), (200.0, 1)]
+)
+def test_the_next_attempt_has_the_time_that_is_left(now_s: float, deadline_ms: int) -> None:
+    entry = submission()
+    assert entry.again(now_s).deadline_ms == deadline_ms
+    assert entry.replays_s == [now_s]
+
+
+def test_the_next_attempt_carries_what_was_delivered() -> None:
+    entry = submission(n=3)
+    entry.deliver(output(0, 0, 7, 8))
+    entry.deliver(output(2, 0, 9, reason=FinishReason.STOP))
+    entry.lose()
+    request = entry.again(50.0)
+    assert request is entry.request
+    assert request.attempt == 1
+    assert request.output_so_far == ((7, 8), (), (9,))
+    assert request.closed_choices == (2,)
+    assert request.num_deaths == 1
+    assert entry.again(60.0).attempt == 2
+
+
+def test_tokens_that_are_still_needed() -> None:
+    entry = submission(n=2)
+    assert entry.outstanding_tokens == 20 + 3
+    entry.deliver(output(1, 0, 7, 8))
+    assert entry.outstanding_tokens == 18
+    assert entry.num_known_tokens == 3 + 2
+    entry.deliver(output(1, 2, 9, reason=FinishReason.LENGTH))
+    assert entry.outstanding_tokens == 10
+    assert entry.num_known_tokens == 3
+    assert entry.is_waiting
+    entry.abort()
+    assert not entry.is_waiting
+
+
+def test_a_token_clears_deaths_and_returns() -> None:
+    entry = submission()
+    entry.lose()
+    entry.num_returns, entry.is_alone = 2, True
+    entry.deliver(output(0, 0))
+    assert (entry.num_deaths, entry.num_returns, entry.is_alone) == (1, 0, True)
+    entry.deliver(output(0, 0, 7))
+    assert (entry.num_deaths, entry.is_alone) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "attempt", "is_back"),
+    [
+        (FinishReason.ABORT, "", 0, True),
+        (FinishReason.STOP, "", 1, False),
+        (FinishReason.ERROR, "queue_full", 0, False),
+        (FinishReason.ERROR, "queue_full", 1, True),
+        (FinishReason.ERROR, "internal", 1, False),
+        (None, "", 1, False),
+    ],
+)
+def test_what_a_worker_hands_back(
+    reason: FinishReason | None, code: str, attempt: int, is_back: bool
+) -> None:
+    found = submission(attempt=attempt).is_handed_back(output(0, 0, reason=reason, code=code))
+    assert found is is_back
+
+
+@pytest.mark.parametrize(
+    ("count", "index", "tokens"), [(0, 5, (7, 8)), (1, 6, (8,)), (2, 7, ()), (3, 7, ())]
+)
+def test_tokens_delivered_before_are_dropped(
+    count: int, index: int, tokens: tuple[int, ...]
+) -> None:
+    found = without_first(output(0, 5, 7, 8), count)
+    assert (found.index, found.token_ids) == (index, tokens)

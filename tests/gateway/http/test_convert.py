@@ -1,0 +1,457 @@
+"""Bodies and messages become the same call; neutral values and unbuilt fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from google.protobuf import json_format
+from pydantic import BaseModel, ValidationError
+
+from cluster.config.gateway import GatewaySection
+from cluster.core.errors import RequestError, UnsupportedParameterError
+from gateway.core.call import CallKind, GenerateFields
+from gateway.core.field_checks import MAX_MESSAGES, MAX_PARTS, check_fields
+from gateway.grpc.convert import grpc_fields
+from gateway.http.convert import chat_fields, completion_fields
+from gateway.http.inspect import InspectBody
+from gateway.http.parse import parse_body, parse_json
+from gateway.http.pooling import EmbeddingsBody
+from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody
+from gateway.http.unsupported import check_unbuilt
+from gateway.text.tools import MAX_TOOLS
+from protos import inference_pb2 as pb
+
+SAMPLING: dict[str, Any] = {
+    "max_tokens": 7,
+    "min_tokens": 2,
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 4,
+    "min_p": 0.1,
+    "frequency_penalty": -0.5,
+    "presence_penalty": 0.25,
+    "repetition_penalty": 1.5,
+    "logit_bias": {"3": -1.0, "1": 2.0},
+    "seed": -5,
+    "n": 3,
+    "stop": ["a", "bc"],
+    "stop_token_ids": [5, 6],
+    "ignore_eos": True,
+    "skip_special_tokens": False,
+    "include_stop_str_in_output": True,
+}
+UNBUILT: dict[str, Any] = {
+    "guided_json": {},
+    "guided_regex": "a",
+    "guided_choice": ["a"],
+    "guided_grammar": "a",
+    "guided_json_object": True,
+    "guided_whitespace_pattern": " ",
+    "guided_decoding_backend": "guidance",
+    "structural_tag": "{}",
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "functions": [{"name": "f"}],
+    "function_call": "auto",
+    "use_beam_search": True,
+    "length_penalty": 0.5,
+    "early_stopping": True,
+    "spaces_between_special_tokens": False,
+    "logits_processors": ["x"],
+    "suffix": "end",
+    "prompt_embeds": "AA==",
+    "audio": {"voice": "x"},
+    "modalities": ["text", "audio"],
+    "prediction": {"type": "content"},
+    "web_search_options": {},
+    "chat_template": "{{ x }}",
+    "documents": [{"text": "x"}],
+    "mm_processor_kwargs": {"a": 1},
+    "kv_transfer_params": {"a": 1},
+}
+NEUTRAL: dict[str, Any] = {
+    "best_of": 1,
+    "return_tokens_as_token_ids": False,
+    "bad_words": [],
+    "logprob_token_ids": [],
+    "response_format": {"type": "text"},
+    "structured_outputs": {},
+    "tools": [],
+    "tool_choice": "none",
+    "parallel_tool_calls": True,
+    "functions": [],
+    "function_call": "none",
+    "use_beam_search": False,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "spaces_between_special_tokens": True,
+    "suffix": "",
+    "modalities": ["text"],
+    "echo": False,
+    "user": "somebody",
+    "metadata": {"a": "b"},
+    "store": True,
+    "service_tier": "auto",
+    "reasoning_effort": "low",
+    "a field that nobody knows": [1],
+}
+
+
+OPTIONS: dict[str, Any] = {
+    "logprobs": 2,
+    "prompt_logprobs": 3,
+    "logprob_token_ids": [4, 5],
+    "echo": True,
+    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
+}
+SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "null"}}}
+SCHEMA_TEXT = '{"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "null"}}}'
+
+
+def test_a_body_and_a_message_give_the_same_call() -> None:
+    words = {"bad_words": ["x", "y z"]}
+    data = {**SAMPLING, **OPTIONS, **words, "allowed_token_ids": [7, 1], "cache_salt": "s"}
+    sampling = {**SAMPLING, **words, "allowed_token_ids": {"ids": [7, 1]}}
+    message = pb.GenerateRequest()
+    json_format.ParseDict(
+        {
+            "token_ids": {"ids": [1, 2]},
+            "sampling_params": sampling,
+            "output_options": OPTIONS,
+            "cache_salt": "s",
+        },
+        message,
+    )
+    fields = completion_fields(parse_body(CompletionBody, {**data, "prompt": [1, 2]}))
+    assert grpc_fields(message) == fields
+    for name in (*OPTIONS, *sampling):
+        assert getattr(fields, name) is not getattr(GenerateFields(kind=fields.kind), name), name
+
+
+@pytest.mark.parametrize(
+    ("http", "grpc"),
+    [
+        ({"structured_outputs": {"regex": "a+"}}, None),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, None),
+        ({"structured_outputs": {"json_object": True}}, None),
+        ({"structured_outputs": {"json": SCHEMA_TEXT}}, None),
+        (
+            {"structured_outputs": {"json": SCHEMA}},
+            {"structured_outputs": {"json": SCHEMA_TEXT}},
+        ),
+        (
+            {"structured_outputs": {"choice": ["a", "b"]}},
+            {"structured_outputs": {"choice": {"texts": ["a", "b"]}}},
+        ),
+        ({"response_format": {"type": "json_object"}}, None),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA_TEXT}}},
+        ),
+    ],
+)
+def test_structured_output_is_the_same_in_both_codecs(
+    http: dict[str, Any], grpc: dict[str, Any] | None
+) -> None:
+    fields = completion_fields(parse_body(CompletionBody, {"prompt": "a", **http}))
+    message = json_format.ParseDict(
+        {"text": "a", "sampling_params": grpc or http}, pb.GenerateRequest()
+    )
+    assert fields.grammar is not None
+    assert grpc_fields(message) == fields
+
+
+@pytest.mark.parametrize(
+    ("data", "param"),
+    [
+        ({"logprobs": False, "logprob_token_ids": [3]}, None),
+        ({"logprobs": True, "logprob_token_ids": [3]}, None),
+        ({"logprobs": True, "top_logprobs": 1, "logprob_token_ids": [3]}, 1),
+        ({"logprobs": True}, 0),
+    ],
+)
+def test_chat_logprobs_with_named_tokens(data: dict[str, Any], param: int | None) -> None:
+    body = parse_body(ChatBody, {"messages": [], **data})
+    assert chat_fields(body).logprobs == param
+
+
+def test_a_chat_body_and_a_message_give_the_same_call() -> None:
+    messages = [{"role": "user", "content": "hi", "name": "bob"}]
+    options = {
+        "add_generation_prompt": False,
+        "chat_template": "{{ a }}",
+        "chat_template_kwargs": {"a": "b"},
+    }
+    body = parse_body(ChatBody, {**SAMPLING, "messages": messages, **options})
+    message = pb.GenerateRequest()
+    chat = {"messages": messages, **options}
+    json_format.ParseDict({"messages": chat, "sampling_params": SAMPLING}, message)
+    expected = dataclasses.replace(chat_fields(body), logprobs_name="logprobs")
+    assert grpc_fields(message) == expected
+
+
+def test_unset_is_none_in_both_codecs() -> None:
+    http = completion_fields(parse_body(CompletionBody, {"prompt": "a"}))
+    grpc = grpc_fields(pb.GenerateRequest(text="a"))
+    assert http == grpc == GenerateFields(kind=CallKind.COMPLETION, prompts=("a",))
+
+
+def test_null_is_unset() -> None:
+    names = [*CompletionBody.model_fields, *UNBUILT]
+    data = {**dict.fromkeys(names), "prompt": "a"}
+    check_unbuilt(data, "completion")
+    assert completion_fields(parse_body(CompletionBody, data)).prompts == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ("a",)),
+        (["a", "b"], ("a", "b")),
+        ([1, 2], ((1, 2),)),
+        ([[1, 2], [3]], ((1, 2), (3,))),
+        ([], ()),
+        ([[]], ((),)),
+    ],
+)
+def test_prompts_of_all_forms(prompt: Any, prompts: Any) -> None:
+    assert completion_fields(parse_body(CompletionBody, {"prompt": prompt})).prompts == prompts
+
+
+def test_max_completion_tokens_wins() -> None:
+    data = {"messages": [], "max_tokens": 1, "max_completion_tokens": 2}
+    fields = chat_fields(parse_body(ChatBody, data))
+    assert (fields.max_tokens, fields.max_tokens_name) == (2, "max_completion_tokens")
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    data = {"messages": [{"role": "user", "content": parts}]}
+    chat = chat_fields(parse_body(ChatBody, data)).chat
+    assert chat is not None
+    assert chat.messages[0]["content"] == "a\nb"
+
+
+def test_an_assistant_may_have_no_content() -> None:
+    data = {"messages": [{"role": "assistant", "content": None, "tool_calls": None, "x": 1}]}
+    chat = chat_fields(parse_body(ChatBody, data)).chat
+    assert chat is not None
+    assert chat.messages == ({"role": "assistant", "content": "", "x": 1},)
+
+
+@pytest.mark.parametrize("name", UNBUILT)
+def test_fields_that_are_not_built_are_refused_by_name(name: str) -> None:
+    with pytest.raises(UnsupportedParameterError) as caught:
+        check_unbuilt({name: UNBUILT[name]}, "completion")
+    assert caught.value.param == name
+    assert name in caught.value.message
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_neutral_values_are_never_an_error(name: str) -> None:
+    check_unbuilt({name: NEUTRAL[name]}, "chat")
+
+
+def test_tools_that_may_not_be_called_are_neutral() -> None:
+    check_unbuilt({"tools": UNBUILT["tools"], "tool_choice": "none"}, "chat")
+
+
+def test_completions_have_no_tools() -> None:
+    with pytest.raises(UnsupportedParameterError, match="tool_choice"):
+        check_unbuilt({"tool_choice": "required"}, "completion")
+    for name, value in (("truncate_prompt_tokens", 5), ("truncation_side", "left")):
+        with pytest.raises(UnsupportedParameterError, match=name):
+            check_unbuilt({name: value}, "tokenize")
+
+
+def test_best_of_is_refused_for_chat_unless_it_is_n() -> None:
+    check_unbuilt({"best_of": 3, "n": 3}, "chat")
+    with pytest.raises(UnsupportedParameterError, match="best_of"):
+        check_unbuilt({"best_of": 4, "n": 3}, "chat")
+
+
+def test_echo_is_refused_for_chat_only() -> None:
+    check_unbuilt({"echo": True}, "completion")
+    with pytest.raises(UnsupportedParameterError, match="echo"):
+        check_unbuilt({"echo": True}, "chat")
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "user", "content": [{"type": "image_url"}]}, "messages[0].content"),
+        ({"role": "assistant", "function_call": {"name": "f"}}, "messages[0].function_call"),
+    ],
+)
+def test_messages_that_are_not_built_are_refused(message: dict[str, Any], param: str) -> None:
+    with pytest.raises(UnsupportedParameterError) as caught:
+        chat_fields(parse_body(ChatBody, {"messages": [message]}))
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"embeddings": {}, "output_options": {"return_token_ids": True}}, "return_token_ids"),
+        ({"embeddings": {}, "output_options": {"prompt_logprobs": 0}}, "prompt_logprobs"),
+        ({"embeddings": {}, "sampling_params": {"repetition_penalty": 1.1}}, "repetition_penalty"),
+        (
+            {"text": "a", "sampling_params": {"response_format": {"type": "structural_tag"}}},
+            "response_format",
+        ),
+        ({"messages": {}, "output_options": {"echo": True}}, "echo"),
+    ],
+)
+def test_message_fields_that_are_not_built(data: dict[str, Any], name: str) -> None:
+    message = json_format.ParseDict(data, pb.GenerateRequest())
+    with pytest.raises(UnsupportedParameterError) as caught:
+        check_fields(grpc_fields(message), GatewaySection())
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"", "JSON"),
+        (b"{", "JSON"),
+        (b"\xff\xfe", "JSON"),
+        (b'{"a": "\\ud800"}', "JSON"),
+        (b"1" * 5000, "JSON"),
+        (b"[1]", "object"),
+        (b'{"a": ' + b"[" * 64 + b"]" * 64 + b"}", "deep"),
+        (b"[" * 100_000, "deep"),
+    ],
+)
+def test_what_is_no_json_object(raw: bytes, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason) as caught:
+        parse_json(raw, 64)
+    assert caught.value.code == "json_invalid"
+
+
+def test_depth_within_the_limit_is_fine() -> None:
+    data = parse_json(b'{"a": ' + b"[" * 63 + b"]" * 63 + b"}", 64)
+    assert list(data) == ["a"]
+    assert parse_json(b'{"a": "\\ud83d\\ude00"}', 1) == {"a": "\U0001f600"}
+
+
+MANY = 20_000
+SAID = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (CompletionBody, {"prompt": ["a"] * MANY + [1]}),
+        (CompletionBody, {"prompt": [["a"]] * MANY}),
+        (CompletionBody, {"prompt": [["a"] * MANY]}),
+        (CompletionBody, {"prompt": "a", "stop": [1] * MANY}),
+        (CompletionBody, {"prompt": "a", "stop_token_ids": ["a"] * MANY}),
+        (CompletionBody, {"prompt": "a", "allowed_token_ids": [None] * MANY}),
+        (ChatBody, {"messages": [{}] * MAX_MESSAGES}),
+        (ChatBody, {"messages": [{**SAID, "content": [{}] * MANY}]}),
+        (ChatBody, {"messages": [{**SAID, "tool_calls": [{}] * MANY}]}),
+        (ChatBody, {"messages": [SAID], "structured_outputs": {"choice": [1] * MANY}}),
+        (DetokenizeBody, {"tokens": ["a"] * MANY}),
+        (EmbeddingsBody, {"input": [[1, "a"]] * MANY}),
+        (InspectBody, {"token_ids": ["a"] * MANY, "outputs": [1] * MANY}),
+    ],
+)
+def test_wrong_items_are_not_all_described(kind: type[BaseModel], fields: dict[str, Any]) -> None:
+    """One for each type that a field may have, though a body has room for millions."""
+    with pytest.raises(RequestError) as caught:
+        parse_body(kind, fields)
+    cause = caught.value.__cause__
+    assert isinstance(cause, ValidationError)
+    assert cause.error_count() <= 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"messages": [SAID] * (MAX_MESSAGES + 1)}, "messages", "16385 entries, at most 16384"),
+        ({"messages": [{"a": 1}] * MANY}, "messages", "20000 entries, at most 16384"),
+        (
+            {"messages": [{**SAID, "content": [{"type": "text", "text": "a"}] * MAX_PARTS}]},
+            "messages",
+            "65538 fields, parts and calls, at most 65536",
+        ),
+        ({"messages": [{**SAID, "tool_calls": [{}] * MAX_PARTS}]}, "messages", "65539 fields"),
+        (
+            {"messages": [SAID], "tools": [{}] * (MAX_TOOLS + 1)},
+            "tools",
+            "129 entries, at most 128",
+        ),
+        (
+            {"messages": [SAID], "logit_bias": {str(i): "x" for i in range(1025)}},
+            "logit_bias",
+            "1025 entries, at most 1024",
+        ),
+    ],
+)
+def test_entries_are_counted_before_they_are_read(
+    fields: dict[str, Any], param: str, words: str
+) -> None:
+    with pytest.raises(RequestError, match=words) as caught:
+        parse_body(ChatBody, fields)
+    assert caught.value.param == param
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    ("chat", "param", "words"),
+    [
+        ({"messages": [{}] * (MAX_MESSAGES + 1)}, "messages", "16385 entries, at most 16384"),
+        ({"messages": [{"tool_calls": [{}] * (MAX_PARTS + 1)}]}, "messages", "65537 fields"),
+        ({"messages": [{}], "tools": [{}] * (MAX_TOOLS + 1)}, "tools", "129 entries, at most 128"),
+    ],
+)
+def test_entries_of_messages_are_counted_first(
+    chat: dict[str, Any], param: str, words: str
+) -> None:
+    message = json_format.ParseDict({"messages": chat}, pb.GenerateRequest())
+    with pytest.raises(RequestError, match=words) as caught:
+        grpc_fields(message)
+    assert caught.value.param == param
+
+
+def test_a_body_is_parsed_without_collections() -> None:
+    """Each would go through all that is there: two thirds of the time of a large body."""
+    seen: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        seen.append(phase)
+
+    raw = b'{"x":[' + b",".join([b"[]"] * 100_000) + b"]}"
+    gc.callbacks.append(note)
+    try:
+        json.loads(raw)
+        usual = len(seen)
+        parse_json(raw, 64)
+        assert len(seen) - usual < usual / 10
+    finally:
+        gc.callbacks.remove(note)
+    assert gc.isenabled()
+
+
+def test_collections_come_back_after_the_last_of_several_parses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever of two that overlap ends first."""
+    inner: list[bool] = []
+
+    def parse_another(text: str) -> dict[str, Any]:
+        monkeypatch.undo()
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(parse_json, b'{"a": 1}', 64).result() == {"a": 1}
+        inner.append(gc.isenabled())
+        return {}
+
+    monkeypatch.setattr("gateway.http.parse.json.loads", parse_another)
+    assert parse_json(b"{}", 64) == {}
+    assert inner == [False]
+    assert gc.isenabled()

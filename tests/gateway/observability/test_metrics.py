@@ -1,0 +1,304 @@
+"""``/metrics``: names, labels, and what it counts."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.controller.parts.metrics import ControllerMetrics
+from gateway.observability.metrics import GatewayMetrics
+from tests.gateway.fakes import FakeController
+from tests.gateway.sse_client import read_events
+from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, post
+
+MOST_SERIES = 1500
+COUNTERS = [
+    "prompt_tokens",
+    "generation_tokens",
+    "request_success",
+    "admission_rejections",
+    "http_requests",
+    "grpc_requests",
+    "client_disconnects",
+    "sse_events",
+    "requests_replayed",
+    "tokens_recomputed",
+    "num_preemptions",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "prompt_tokens_cached",
+    "expert_worker_tokens",
+    "expert_tokens",
+    "rebalance",
+    "migration_bytes",
+    "migration_slots_moved",
+    "recoveries",
+]
+GAUGES = [
+    "num_requests_running",
+    "num_requests_waiting_by_reason",
+    "kv_cache_usage_perc",
+    "cache_config_info",
+    "placement_epoch",
+    "placement_epoch_lag",
+    "cluster_state",
+    "expert_worker_up",
+    "expert_worker_slots",
+    "expert_replicas",
+    "experts_at_risk",
+    "expert_load_balancedness_achieved",
+    "expert_load_balancedness_predicted",
+]
+OF_CALLS = [
+    "request_prompt_tokens",
+    "request_generation_tokens",
+    "request_max_num_generation_tokens",
+    "request_params_n",
+    "request_params_max_tokens",
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "request_time_per_output_token_seconds",
+    "e2e_request_latency_seconds",
+    "request_queue_time_seconds",
+    "request_inference_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+]
+OF_ENGINES = ["prompt_tokens", "generation_tokens", "request_success", *OF_CALLS]
+"""What vLLM labels with the engine."""
+HISTOGRAMS = [
+    "recovery_stall_seconds",
+    "rebalance_stall_seconds",
+    "gateway_stream_lag_seconds",
+    "migration_seconds",
+    "iteration_tokens_total",
+    *OF_CALLS,
+]
+
+
+def _scrape(stack: Stack) -> dict[str, Metric]:
+    response = stack.http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    families = list(text_string_to_metric_families(response.text))
+    names = [family.name for family in families]
+    assert len(names) == len(set(names))
+    assert all(name.startswith("expertmesh:") for name in names)
+    return {family.name.removeprefix("expertmesh:"): family for family in families}
+
+
+def _value(families: dict[str, Metric], name: str, suffix: str = "", **labels: str) -> float:
+    return sum(
+        sample.value
+        for sample in families[name].samples
+        if sample.name == f"expertmesh:{name}{suffix}"
+        and all(sample.labels[key] == value for key, value in labels.items())
+    )
+
+
+def test_names_types_and_labels(stack: Stack) -> None:
+    complete(stack, prompt="x", max_tokens=2)
+    families = _scrape(stack)
+    for names, kind in ((COUNTERS, "counter"), (GAUGES, "gauge"), (HISTOGRAMS, "histogram")):
+        for name in names:
+            assert families[name].type == kind, name
+    samples = [sample for family in families.values() for sample in family.samples]
+    assert len(samples) < MOST_SERIES
+    assert all(sample.labels["model_name"] == "tiny" for sample in samples)
+    assert not any(sample.name.endswith("_created") for sample in samples)
+    assert "bad name" not in families
+
+
+def test_calls_are_counted_by_engine(stack: Stack) -> None:
+    """At 0 from the start; afterwards nowhere else."""
+    metrics = GatewayMetrics("tiny", lambda: None)
+    metrics.engine("7")
+    families = {f.name: f for f in text_string_to_metric_families(metrics.render().decode())}
+    for name in ("prompt_tokens", "generation_tokens"):
+        (sample,) = families[f"expertmesh:{name}"].samples
+        assert (sample.labels["engine"], sample.value) == ("7", 0.0)
+    complete(stack, prompt=["x", "y"], max_tokens=2)
+    scraped = _scrape(stack)
+    for name in OF_ENGINES:
+        assert {sample.labels["engine"] for sample in scraped[name].samples} == {"0"}, name
+
+
+def test_rebalancing_is_counted_by_outcome(stack: Stack) -> None:
+    families = _scrape(stack)
+    assert _value(families, "rebalance", "_total", outcome="applied") == 2
+    assert _value(families, "rebalance", "_total", outcome="skipped_gain") == 7
+    assert _value(families, "migration_bytes", "_total", reason="rebalance") == 4096
+    assert _value(families, "migration_slots_moved", "_total", reason="rebalance") == 3
+    assert _value(families, "migration_slots_moved", "_total", reason="recovery") == 1
+    assert _value(families, "migration_seconds", "_count", reason="rebalance") == 2
+    assert _value(families, "migration_seconds", "_bucket", reason="rebalance", le="0.3") == 1
+    assert _value(families, "rebalance_stall_seconds", "_bucket", le="0.01") == 1
+    assert _value(families, "rebalance_stall_seconds", "_sum") == 0.05
+
+
+def test_every_metric_says_what_it_is(stack: Stack) -> None:
+    complete(stack, prompt="x", max_tokens=2)
+    families = _scrape(stack)
+    told = {name: family.documentation for name, family in families.items()}
+    assert [name for name, text in told.items() if name in text or len(text.split()) < 2] == []
+
+
+def test_a_number_of_blocks_is_no_counter() -> None:
+    worker = {"name": "w", "role": "attention", "rank": 0, "state": "SERVING", "node": "here"}
+    worker["stats"] = {"kv_blocks_total": 64.0, "steps_total": 3.0}
+    snapshot = {"state": "SERVING", "workers": [worker]}
+    text = GatewayMetrics("tiny", lambda: snapshot).render().decode()
+    kinds = {f.name: f.type for f in text_string_to_metric_families(text)}
+    assert kinds["expertmesh:kv_blocks_total"] == "gauge"
+    assert kinds["expertmesh:steps"] == "counter"
+
+
+def test_losses_are_counted_from_0_on() -> None:
+    workers = [
+        {"name": role, "role": role, "rank": 0, "state": "SERVING"}
+        for role in ("attention", "expert")
+    ]
+    counted = ControllerMetrics().to_plain(["attention", "expert"])
+    snapshot = {"state": "SERVING", "workers": workers, "metrics": counted}
+    text = GatewayMetrics("tiny", lambda: snapshot).render().decode()
+    for cause in ("attention_worker", "expert_worker"):
+        assert f'expertmesh:recoveries_total{{cause="{cause}",model_name="tiny"}} 0.0' in text
+    for name in ("requests_replayed", "tokens_recomputed"):
+        for cause in ("attention_worker", "handed_back"):
+            assert f'{name}_total{{cause="{cause}",model_name="tiny"}} 0.0' in text
+
+
+def test_the_state_and_what_losses_cost(stack: Stack) -> None:
+    families = _scrape(stack)
+    states = {s.labels["state"]: s.value for s in families["cluster_state"].samples}
+    assert states.pop("SERVING") == 1.0
+    assert set(states.values()) == {0.0}
+    assert "DEGRADED" in states
+    assert _value(families, "recoveries", "_total", cause="expert_worker") == 3
+    assert _value(families, "recovery_stall_seconds", "_bucket", le="0.1") == 1
+    assert _value(families, "recovery_stall_seconds", "_bucket", le="+Inf") == 3
+    assert _value(families, "recovery_stall_seconds", "_sum") == 0.75
+
+
+def test_workers_have_their_labels(stack: Stack) -> None:
+    families = _scrape(stack)
+    up = {s.labels["worker"]: s.value for s in families["expert_worker_up"].samples}
+    assert up == {"expert-0": 1.0, "expert-1": 1.0}
+    (running,) = families["num_requests_running"].samples
+    assert (running.labels["engine"], running.labels["worker"]) == ("0", "attention-0")
+    waiting = families["num_requests_waiting_by_reason"].samples
+    assert {s.labels["reason"]: s.value for s in waiting} == {"capacity": 3, "deferred": 1}
+    assert {s.labels["engine"] for s in waiting} == {"0"}
+
+
+def test_a_workers_histogram_keeps_its_buckets(stack: Stack) -> None:
+    families = _scrape(stack)
+    name = "iteration_tokens_total"
+    assert _value(families, name, "_bucket", le="8", worker="attention-0") == 4
+    assert _value(families, name, "_bucket", le="+Inf") == _value(families, name, "_count") == 5
+    assert _value(families, name, "_sum") == 77
+
+
+def test_a_workers_numbers_by_placement(stack: Stack) -> None:
+    families = _scrape(stack)
+    assert _value(families, "placement_epoch", worker="expert-0") == 3
+    (cache,) = families["cache_config_info"].samples
+    assert cache.labels["enable_prefix_caching"] == "True"
+    assert _value(families, "prefix_cache_hits", "_total", engine="0") == 20
+
+
+def test_experts_have_their_load(stack: Stack) -> None:
+    families = _scrape(stack)
+    tokens = {s.labels["expert"]: s.value for s in families["expert_tokens"].samples}
+    assert tokens == {"2": 3, "3": 4, "rest": 3}
+    assert {s.labels["layer"] for s in families["expert_tokens"].samples} == {"0"}
+    copies = {s.labels["copies"]: s.value for s in families["expert_replicas"].samples}
+    assert copies == {"1": 3, "2": 1}
+    achieved = families["expert_load_balancedness_achieved"].samples
+    assert {(s.labels["layer"], s.labels["phase"]): s.value for s in achieved} == {
+        ("all", "prefill"): 0.5,
+        ("0", "prefill"): 0.5,
+    }
+    predicted = families["expert_load_balancedness_predicted"].samples
+    assert {(s.labels["layer"], s.labels["phase"]): s.value for s in predicted} == {
+        ("all", "prefill"): 1.0,
+        ("0", "prefill"): 1.0,
+        ("all", "decode"): 0.75,
+        ("0", "decode"): 0.75,
+    }
+
+
+def test_every_expert_has_a_series_where_asked_for() -> None:
+    load = asyncio.run(FakeController().load())
+    metrics = GatewayMetrics("tiny", lambda: None, None, lambda: load, all_experts=True)
+    families = {f.name: f for f in text_string_to_metric_families(metrics.render().decode())}
+    samples = families["expertmesh:expert_tokens"].samples
+    assert {s.labels["expert"]: s.value for s in samples} == {"0": 1, "1": 2, "2": 3, "3": 4}
+
+
+def test_names_have_the_prefix_that_is_wanted() -> None:
+    controller = FakeController()
+    load = asyncio.run(controller.load())
+    metrics = GatewayMetrics("tiny", lambda: controller.state, None, lambda: load, prefix="mesh_")
+    families = list(text_string_to_metric_families(metrics.render().decode()))
+    assert len(families) > 30
+    assert all(family.name.startswith("mesh_") for family in families)
+
+
+def test_a_large_model_has_few_series_unless_asked() -> None:
+    load = asyncio.run(FakeController().load())
+    bank = load["banks"][0] | {"counts": [1] * 128, "watched": list(range(8)), "copies": [2] * 128}
+    load["banks"] = [bank | {"layer": layer} for layer in range(62)]
+    metrics = GatewayMetrics("dots", lambda: None, None, lambda: load)
+    families = text_string_to_metric_families(metrics.render().decode())
+    assert sum(len(family.samples) for family in families) < MOST_SERIES
+
+
+def test_requests_are_counted(stack: Stack) -> None:
+    before = _scrape(stack)
+    complete(stack, prompt="hello", max_tokens=5, n=2)
+    events = read_events(stack, "/v1/completions", prompt="hello", max_tokens=3)
+    post(stack, "/v1/completions", prompt="")
+    after = _scrape(stack)
+
+    def grown(name: str, suffix: str, **labels: str) -> float:
+        return _value(after, name, suffix, **labels) - _value(before, name, suffix, **labels)
+
+    assert grown("prompt_tokens", "_total") == 2
+    assert grown("generation_tokens", "_total") == 13
+    assert grown("request_success", "_total", finished_reason="length") == 3
+    assert grown("http_requests", "_total", route="/v1/completions", status="200") == 2
+    assert grown("http_requests", "_total", route="/v1/completions", status="400") == 1
+    assert grown("sse_events", "_total") == len(events)
+    assert grown("time_to_first_token_seconds", "_count") == 2
+    assert grown("inter_token_latency_seconds", "_count") == 10
+    assert grown("request_queue_time_seconds", "_count") == 3
+
+
+def test_paths_of_clients_make_no_series(stack: Stack) -> None:
+    for number in range(5):
+        stack.http.get(f"/unknown/{number}")
+    routes = {s.labels["route"] for s in _scrape(stack)["http_requests"].samples}
+    assert "other" in routes
+    assert not any("unknown" in route for route in routes)
+
+
+def test_routes_are_counted_by_their_pattern(stack: Stack) -> None:
+    model = "/v1/models/{model}"
+    before = _scrape(stack)
+    stack.http.get(f"/v1/models/{MODEL}")
+    stack.http.get("/v1/models/unknown")
+    with httpx.Client(base_url=f"http://{stack.admin.http}", timeout=WAIT_S) as admin:
+        admin.get("/admin/v1/operations/unknown")
+    after = _scrape(stack)
+    for route, status in (
+        (model, "200"),
+        (model, "404"),
+        ("/admin/v1/operations/{id}", "404"),
+    ):
+        of = {"route": route, "method": "GET", "status": status}
+        num_before = _value(before, "http_requests", "_total", **of)
+        assert _value(after, "http_requests", "_total", **of) == num_before + 1
+    assert "unknown" not in {s.labels["route"] for s in after["http_requests"].samples}

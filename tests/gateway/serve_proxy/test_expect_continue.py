@@ -1,0 +1,90 @@
+"""Refusals of long bodies before they are sent."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
+
+from cluster.config.gateway import MAX_BODY_BYTES
+from gateway.serve_proxy import expect_continue, middlewares
+from gateway.serve_proxy.expect_continue import ExpectContinueGuard
+
+REFUSAL: list[Message] = [
+    {"type": "http.response.start", "status": 413, "headers": []},
+    {"type": "http.response.body", "body": b"{}"},
+]
+WAITING = {"expect": "100-Continue", "content-length": str(MAX_BODY_BYTES + 1)}
+
+
+class FakeProxy:
+    """Asks for the body at once, as Serve's does, and refuses: before it comes, or after."""
+
+    def __init__(self, refuses_first: bool) -> None:
+        self._refuses_first = refuses_first
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        body = asyncio.ensure_future(receive())
+        await (asyncio.sleep(0) if self._refuses_first else body)
+        for message in REFUSAL:
+            await send({**message})
+        body.cancel()
+
+
+def ask(headers: dict[str, str], refuses_first: bool = True) -> tuple[bool, Headers]:
+    """Whether the client is told to send its body, and the headers that it gets."""
+    asked: list[bool] = []
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        asked.append(not sent)
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    guard = ExpectContinueGuard(FakeProxy(refuses_first))
+    asyncio.run(guard({"type": "http", "headers": raw}, receive, send))
+    assert [message["type"] for message in sent] == [message["type"] for message in REFUSAL]
+    return any(asked), Headers(scope=sent[0])
+
+
+def test_a_refused_client_that_waits_is_not_told_to_send() -> None:
+    is_asked, headers = ask(WAITING)
+    assert not is_asked
+    assert headers["connection"] == "close"
+
+
+def test_a_client_that_waits_is_told_to_send_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expect_continue, "_HOLD_S", 0.01)
+    is_asked, headers = ask(WAITING, refuses_first=False)
+    assert is_asked
+    assert "connection" not in headers
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"content-length": str(MAX_BODY_BYTES + 1)},
+        {**WAITING, "content-length": str(MAX_BODY_BYTES)},
+        {"expect": "100-continue", "transfer-encoding": "chunked"},
+    ],
+    ids=["none", "does not wait", "not long", "no length"],
+)
+def test_other_bodies_are_asked_for_at_once(
+    monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
+) -> None:
+    monkeypatch.setattr(expect_continue, "_HOLD_S", 3600.0)
+    assert ask(headers, refuses_first=False)[0]
+
+
+def test_the_proxy_has_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("demand_client_certificates", "bound_headers", "start_returning"):
+        monkeypatch.setattr(middlewares, name, lambda: None)
+    classes: list[object] = [middleware.cls for middleware in middlewares.proxy_middlewares()]
+    assert ExpectContinueGuard in classes

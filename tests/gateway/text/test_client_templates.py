@@ -1,0 +1,70 @@
+"""Chat templates of clients run in a process of their own, with limits."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from cluster.core.errors import QueueFullError, RequestError
+from gateway.core.tool_use import ToolForm
+from gateway.text.client_templates import MAX_WAITING, ClientTemplates, TemplateAnswer
+
+USER = [{"role": "user", "content": "hi"}]
+LOOP = "{% for i in range(99999) %}"
+FOREVER = f"{LOOP}{LOOP}{LOOP}{{% endfor %}}{{% endfor %}}{{% endfor %}}"
+HUGE = "{% set x = namespace(y='a' * 100) %}" + LOOP + "{% set x.y = x.y ~ x.y %}{% endfor %}"
+
+
+def render(source: str, **options: Any) -> TemplateAnswer:
+    return asyncio.run(ClientTemplates().render(source, {"eos_token": "<e>"}, USER, options))
+
+
+def test_it_sees_what_the_model_s_own_sees() -> None:
+    source = "{{ messages[0].content }}{{ word }}{{ eos_token }}"
+    answer = render(source, variables={"word": "!"}, add_generation_prompt=False)
+    assert answer == TemplateAnswer(has_tools=False, tool_form=None, text="hi!<e>")
+
+
+def test_its_form_of_tools_is_found() -> None:
+    answer = render("{% if tools %}<tool_call>{% endif %}", tools=[{"type": "function"}])
+    assert (answer.has_tools, answer.tool_form) == (True, ToolForm.HERMES)
+    assert answer.text == "<tool_call>"
+
+
+@pytest.mark.parametrize("source", [FOREVER, HUGE], ids=["time", "memory"])
+def test_what_needs_too_much_ends(source: str) -> None:
+    with pytest.raises(RequestError, match="too much memory") as caught:
+        render(source)
+    assert caught.value.param == "chat_template"
+
+
+def test_what_is_no_template_is_refused() -> None:
+    with pytest.raises(RequestError, match="not valid"):
+        render("{% if %}")
+
+
+def test_what_refuses_the_conversation_says_so() -> None:
+    error = render("{{ raise_exception('no') }}").error
+    assert error is not None
+    assert error.param == "chat_template"
+    assert str(error) == "chat_template does not fit the messages: no"
+
+
+def test_a_template_sees_nothing_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "of the server")
+    error = render("{{ cycler.__init__.__globals__.os.environ }}").error
+    assert error is not None
+    assert "unsafe" in str(error)
+
+
+def test_few_may_wait() -> None:
+    async def ask_too_many() -> list[TemplateAnswer | BaseException]:
+        templates = ClientTemplates()
+        calls = [templates.render("x", {}, USER, {}) for _ in range(MAX_WAITING + 1)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    *answered, refused = asyncio.run(ask_too_many())
+    assert all(isinstance(one, TemplateAnswer) for one in answered)
+    assert isinstance(refused, QueueFullError)

@@ -1,0 +1,116 @@
+"""Tokenizer files and chat templates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.core.errors import CheckpointError, RequestError
+from gateway.text.chat_template import ChatTemplate
+from gateway.text.tokenizer import load_tokenizer
+from tests.gateway.fakes import CHAT_TEMPLATE, EOS, tiny_backend, tiny_tokenizer
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def _checkpoint(folder: Path, config: dict[str, Any] | None) -> str:
+    tiny_backend().save(str(folder / "tokenizer.json"))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_a_folder_without_tokenizer_has_none(tmp_path: Path) -> None:
+    assert load_tokenizer(str(tmp_path)) is None
+
+
+def test_a_broken_tokenizer_is_a_checkpoint_error(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_broken_config_is_a_checkpoint_error(tmp_path: Path) -> None:
+    _checkpoint(tmp_path, None)
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "rendered"),
+    [
+        (
+            {"chat_template": "{{ messages[0].content }}{{ eos_token }}", "eos_token": EOS},
+            "hi" + EOS,
+        ),
+        ({"chat_template": "{{ eos_token }}", "eos_token": {"content": "E"}}, "E"),
+        ({"chat_template": [{"name": "default", "template": "D"}]}, "D"),
+        ({"chat_template": [{"name": "tool_use", "template": "T"}]}, None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_the_chat_template_comes_from_the_config(
+    tmp_path: Path, config: dict[str, Any] | None, rendered: str | None
+) -> None:
+    tokenizer = load_tokenizer(_checkpoint(tmp_path, config))
+    assert tokenizer is not None
+    template = tokenizer.chat_template
+    assert (template.render(MESSAGES) if template else None) == rendered
+
+
+def test_a_template_file_and_an_override_come_first(tmp_path: Path) -> None:
+    folder = _checkpoint(tmp_path, {"chat_template": "config"})
+    (tmp_path / "chat_template.jinja").write_text("file")
+    by_file, by_override = load_tokenizer(folder), load_tokenizer(folder, "override")
+    assert by_file is not None
+    assert by_file.chat_template is not None
+    assert by_file.chat_template.render(MESSAGES) == "file"
+    assert by_override is not None
+    assert by_override.chat_template is not None
+    assert by_override.chat_template.render(MESSAGES) == "override"
+
+
+def test_templates_have_the_usual_helpers() -> None:
+    template = ChatTemplate(
+        "{{ messages|tojson }}{% generation %}G{% endgeneration %}"
+        "{% for m in messages %}{% if true %}{% break %}{% endif %}{% endfor %}"
+        "{{ strftime_now('%Y')|length }}{{ flavour }}"
+    )
+    text = template.render(MESSAGES, variables={"flavour": "é"})
+    assert text == '[{"role": "user", "content": "hi"}]G4é'
+
+
+def test_a_template_cannot_leave_its_sandbox() -> None:
+    template = ChatTemplate("{{ messages.__class__.__mro__ }}")
+    with pytest.raises(RequestError, match="chat template"):
+        template.render(MESSAGES)
+
+
+def test_a_template_that_refuses_is_a_request_error() -> None:
+    with pytest.raises(RequestError, match="unknown role robot"):
+        ChatTemplate(CHAT_TEMPLATE).render([{"role": "robot", "content": "x"}])
+
+
+def test_a_template_that_is_none_is_a_checkpoint_error() -> None:
+    with pytest.raises(CheckpointError, match="chat template"):
+        ChatTemplate("{% if %}")
+
+
+def test_the_final_message_can_be_continued() -> None:
+    template = ChatTemplate(CHAT_TEMPLATE, {"eos_token": EOS})
+    messages = [*MESSAGES, {"role": "assistant", "content": "Well, "}]
+    text = template.render(messages, add_generation_prompt=False, continue_final_message=True)
+    assert text.endswith("<|assistant|>Well,")
+
+
+def test_special_tokens_in_text_are_special() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.encode(f"a{EOS}")
+    assert tokenizer.is_special(ids[-1])
+    assert tokenizer.decode(ids) == "a"
+    assert tokenizer.decode(ids, False) == f"a{EOS}"

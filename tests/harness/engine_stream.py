@@ -1,0 +1,145 @@
+"""A gateway's end of one engine stream, and what came back for each request."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from cluster.core.release import RELEASE
+from workers.requests.request import FinishReason, Request, StepOutput, TokenOutput
+from workers.requests.wire import ENGINE_HELLO, FROM_ENGINE, HELLO, PATH, TO_ENGINE, Abort, Hello
+
+TIMEOUT_S = 120.0
+"""Longest wait for an output, on a machine that is busy with other work."""
+TOKEN = "test-token"
+"""Cluster token of all clusters made in tests."""
+
+
+class EngineStream:
+    """A gateway's end of one engine stream, in a thread of its own."""
+
+    def __init__(
+        self,
+        address: str,
+        token: str = TOKEN,
+        release: str = RELEASE,
+        first: bytes | None = None,
+    ) -> None:
+        """``first`` is sent in place of the hello."""
+        self._outgoing: queue.Queue[bytes | None] = queue.Queue()
+        self._incoming: queue.Queue[TokenOutput | Exception] = queue.Queue()
+        self._put_back: deque[TokenOutput] = deque()
+        self._channel = grpc.insecure_channel(address)
+        hello = HELLO.encode(Hello(token=token, gateway="test", release=release))
+        self._outgoing.put(hello if first is None else first)
+        self._call = self._channel.stream_stream(PATH, bytes, bytes)(self._messages())
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def send(self, request: Request) -> None:
+        """Hand a request over."""
+        self._outgoing.put(TO_ENGINE.encode(request))
+
+    def abort(self, request_id: str) -> None:
+        """Give a request up."""
+        self._outgoing.put(TO_ENGINE.encode(Abort(request_id=request_id)))
+
+    def next(self, timeout_s: float = TIMEOUT_S) -> TokenOutput:
+        """The next output of any request."""
+        if self._put_back:
+            return self._put_back.popleft()
+        output = self._incoming.get(timeout=timeout_s)
+        if isinstance(output, Exception):
+            raise output
+        return output
+
+    def send_bytes(self, data: bytes) -> None:
+        """Send what may be no message."""
+        self._outgoing.put(data)
+
+    def put_back(self, outputs: Sequence[TokenOutput]) -> None:
+        """Outputs that somebody looked at and ``next`` shall return once more."""
+        self._put_back.extend(outputs)
+
+    def finish(self, requests: Sequence[Request]) -> dict[str, Result]:
+        """Send requests and collect everything until all choices have ended."""
+        for request in requests:
+            self.send(request)
+        return self.collect(requests)
+
+    def collect(self, requests: Sequence[Request]) -> dict[str, Result]:
+        """Outputs of requests that were sent, until all choices have ended.
+
+        Tokens begin with those that a request brought along.
+        """
+        results = {r.request_id: Result(r.n) for r in requests}
+        for request in requests:
+            for choice, tokens in enumerate(request.output_so_far):
+                results[request.request_id].tokens[choice].extend(tokens)
+        left = sum(r.n for r in requests)
+        while left:
+            output = self.next()
+            if output.request_id in results:
+                left -= results[output.request_id].add(output)
+        return results
+
+    def wait_ended(self) -> None:
+        """Until the other side has ended the stream."""
+        self._thread.join(TIMEOUT_S)
+        assert not self._thread.is_alive(), "the stream is still open"
+
+    def close(self) -> None:
+        """End the stream."""
+        self._outgoing.put(None)
+        self._call.cancel()  # type: ignore[no-untyped-call]
+        self._channel.close()
+        self._thread.join(TIMEOUT_S)
+
+    def _messages(self) -> Iterator[bytes]:
+        while (message := self._outgoing.get()) is not None:
+            yield message
+
+    def _read(self) -> None:
+        try:
+            answers = iter(self._call)
+            self.hello = ENGINE_HELLO.decode(next(answers))
+            for data in answers:
+                message = FROM_ENGINE.decode(data)
+                if isinstance(message, StepOutput):
+                    for output in message.outputs:
+                        self._incoming.put(output)
+        except grpc.RpcError as err:
+            self._incoming.put(ConnectionError(str(err)))
+
+
+@dataclass(slots=True)
+class Result:
+    """What came back for one request, by choice."""
+
+    n: int
+    tokens: list[list[int]]
+    outputs: list[TokenOutput]
+    reasons: list[FinishReason | None]
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.tokens = [[] for _ in range(n)]
+        self.outputs = []
+        self.reasons = [None] * n
+
+    def add(self, output: TokenOutput) -> bool:
+        """Take an output; True when it ends its choice. Tokens must come in order, once each."""
+        tokens = self.tokens[output.choice]
+        if output.token_ids:
+            assert output.index == len(tokens), (output, len(tokens))
+        tokens.extend(output.token_ids)
+        self.outputs.append(output)
+        if output.finish_reason is not None:
+            assert self.reasons[output.choice] is None, "a choice ended twice"
+            self.reasons[output.choice] = output.finish_reason
+        return output.finish_reason is not None

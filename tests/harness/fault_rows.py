@@ -1,0 +1,269 @@
+"""The rows of the table of faults: streams under way, a fault at a random moment, nobody notices.
+
+    cluster = RayCluster(row_config(1, 3, num_redundant=22))
+    with serving(cluster):
+        played = play(cluster, SMALL, random.Random(1), lambda: kill(cluster, "expert-1"))
+    assert played.num_retried > 0
+
+``play`` serves a mix of calls (greedy, sampled with seeds, penalties, stop strings, grammars)
+through a real gateway, waits until a random share of the tokens has come, does the fault, and
+compares what every client got with an undisturbed run: texts, token ids, logprobs, ends. Clusters
+compute ``--deterministic``, so that the undisturbed run may be one of another layout.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+
+from cluster.config.cluster import ClusterConfig, TransportSection
+from cluster.launch.model_source import bundled_checkpoint
+from tests.harness.cluster_gateway import Answer, gateway_of
+from tests.harness.mixed_calls import make_calls
+from tests.harness.serving_cluster import ServingCluster, ThreadCluster, make_config, serving
+from tests.harness.stalls import heartbeat
+from workers.requests.request import FinishReason
+
+DETECTION_LIMIT_S = TransportSection().detection_limit_s
+"""What the product ships."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """How much is under way."""
+
+    num_streams: int
+    """Calls at the same time."""
+    num_tokens: int
+    """Fewest tokens of each."""
+
+
+SMALL = Form(num_streams=8, num_tokens=64)
+FULL = Form(num_streams=24, num_tokens=200)
+FORMS = (
+    pytest.param(SMALL, id="small"),
+    pytest.param(FULL, id="full", marks=pytest.mark.slow),
+)
+"""For ``pytest.mark.parametrize("form", FORMS)``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Played:
+    """What a row showed beside its answers."""
+
+    num_retried: float
+    """Steps that were begun, given up and run again, on workers that live."""
+    num_resubmitted: int
+    """Requests that went on at another attention worker."""
+    stall_s: float
+    """Longest time after the fault in which a stream got nothing; ``play`` limits it."""
+
+
+RECOVERY_LIMIT_S = 13.0
+"""Longest time from the detection of a fault to the next tokens, on a machine that runs."""
+_NUM_TRIES = 8
+_STUCK_S = 3.0
+"""Time without a committed step, of some heartbeats, after which one waits for a frozen worker."""
+
+
+def row_config(
+    num_attention: int,
+    num_experts: int,
+    *,
+    num_redundant: int = 0,
+    mode: str = "disaggregated",
+    transport: str = "sockets",
+    detection_limit_s: float = DETECTION_LIMIT_S,
+    **sections: dict[str, Any],
+) -> ClusterConfig:
+    """The bundled model, deterministic; ``sections`` as for ``make_config``."""
+    own: dict[str, dict[str, Any]] = {
+        "workers": {"num_redundant_experts": num_redundant, "mode": mode},
+        "engine": {
+            "deterministic": True,
+            "kv_cache_bytes": 64 << 20,
+            "max_num_batched_tokens": 64,
+        },
+        "transport": {"transport": transport, "detection_limit_s": detection_limit_s},
+    }
+    merged = {name: {**own.get(name, {}), **sections.get(name, {})} for name in {*own, *sections}}
+    return make_config(bundled_checkpoint(), num_attention, num_experts, dtype="float32", **merged)
+
+
+@cache
+def undisturbed(form: Form) -> tuple[Answer, ...]:
+    """What the calls of a form get where nothing happens."""
+    cluster = ThreadCluster(row_config(1, 1))
+    with serving(cluster), gateway_of(cluster) as gateway:
+        return tuple(gateway.answer(make_calls(form.num_streams, form.num_tokens)))
+
+
+def play(
+    cluster: ServingCluster, form: Form, draw: random.Random, fault: Callable[[], object]
+) -> Played:
+    """See the module. ``cluster`` serves already, and stays; ``fault`` is called from this thread.
+
+    Fails when an answer differs, a call fails, a stream stands still for too long, or a worker that
+    lives holds KV blocks afterwards.
+    """
+    expected = undisturbed(form)
+    before = num_abandoned(cluster)
+    with gateway_of(cluster) as gateway:
+        streams = gateway.stream(make_calls(form.num_streams, form.num_tokens))
+        total = form.num_streams * form.num_tokens
+        streams.wait_tokens(draw.randrange(total // 8, total * 3 // 4))
+        hit_at = time.monotonic()
+        fault()
+        check_answers(streams.finish(), expected)
+        stall_s = longest_gap(streams.answers, hit_at)
+        check_stall(stall_s, heartbeat().stalled_s(hit_at), cluster.config)
+        cluster.wait(lambda snapshot: blocks_held(snapshot) == 0, fresh=True)
+    return Played(
+        num_retried=num_abandoned(cluster) - before,
+        num_resubmitted=gateway.num_resubmitted,
+        stall_s=stall_s,
+    )
+
+
+def play_until_retried(
+    cluster: ServingCluster, form: Form, draw: random.Random, fault: Callable[[], object]
+) -> Played:
+    """``play``, again when the fault fell into the time between two steps, or after a worker's
+    last part in one.
+
+    Each time the cluster is whole again before.
+    """
+    for _ in range(_NUM_TRIES):
+        cluster.wait(lambda snapshot: snapshot["state"] == "SERVING")
+        played = play(cluster, form, draw, fault)
+        if played.num_retried:
+            break
+    assert played.num_retried, "no step was run again: the fault disturbed nothing"
+    return played
+
+
+def kill(cluster: ServingCluster, name: str) -> None:
+    """``kill -9`` of a worker of a ``RayCluster``."""
+    os.kill(cluster.worker(name)["pid"], signal.SIGKILL)
+
+
+def kill_in_a_step(cluster: ServingCluster, name: str) -> None:
+    """``kill -9`` of a worker that a step waits for: it stands still before, and no step ends."""
+    pid = cluster.worker(name)["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    known, since = num_steps(cluster), time.monotonic()
+    while time.monotonic() - since < _STUCK_S:
+        cluster._call("wait_snapshot", cluster.snapshot()["version"], _STUCK_S / 10)
+        if (now := num_steps(cluster)) != known:
+            known, since = now, time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+
+
+def num_steps(cluster: ServingCluster) -> float:
+    """Steps that were committed, as the last heartbeats tell."""
+    return sum(float(w["stats"].get("steps_total", 0.0)) for w in cluster.snapshot()["workers"])
+
+
+def kill_any(cluster: ServingCluster, role: str, draw: random.Random, count: int = 1) -> None:
+    """``kill -9`` of some serving workers of a role, at the same moment."""
+    found = [
+        w["name"]
+        for w in cluster.snapshot()["workers"]
+        if w["role"] == role and w["state"] == "SERVING"
+    ]
+    for name in draw.sample(sorted(found), count):
+        kill(cluster, name)
+
+
+def check_replaced(cluster: ServingCluster) -> dict[str, Any]:
+    """The cluster becomes whole again, with every copy in its place; what it says then."""
+    snapshot = cluster.wait(lambda s: s["state"] == "SERVING")
+    assert snapshot["problems"] == []
+    assert snapshot["experts_complete"]
+    serving_now = [w for w in snapshot["workers"] if w["state"] == "SERVING"]
+    assert len(serving_now) == len({(w["role"], w["rank"]) for w in snapshot["workers"]})
+    assert {w["state"] for w in snapshot["workers"]} == {"SERVING", "LOST"}
+    return snapshot
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """SIGSTOP for the length of a ``with`` block; whoever still lives then wakes up."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def stop_until_lost(cluster: ServingCluster, name: str) -> None:
+    """Freeze a worker of a ``RayCluster`` until it is declared lost; then it wakes up."""
+    with stopped(cluster.worker(name)["pid"]):
+        cluster.wait(lambda s: state_of(s, name) == "LOST")
+
+
+def state_of(snapshot: dict[str, Any], name: str) -> str:
+    """A worker's state in a snapshot."""
+    return next(str(w["state"]) for w in snapshot["workers"] if w["name"] == name)
+
+
+def check_answers(found: Sequence[Answer], expected: Sequence[Answer]) -> None:
+    """Every client got the same, to the last bit of the logprobs."""
+    for i, (mine, other) in enumerate(zip(found, expected, strict=True)):
+        assert mine.text == other.text, f"call {i}"
+        assert mine == other, f"call {i}"
+        assert all(token.logprob is not None for token in mine.tokens)
+    assert {answer.reason for answer in found} <= {FinishReason.STOP, FinishReason.LENGTH}
+
+
+def blocks_held(snapshot: dict[str, Any]) -> int:
+    """KV blocks that somebody holds, on all workers that are not lost."""
+    return sum(
+        w["kv_blocks_total"] - w["kv_blocks_free"]
+        for w in snapshot["workers"]
+        if w["kv_blocks_total"] and w["state"] in ("READY", "SERVING")
+    )
+
+
+def num_abandoned(cluster: ServingCluster) -> float:
+    """Steps that were begun and given up, on all workers that are not lost."""
+    return sum(
+        float(w["stats"].get("steps_abandoned_total", 0.0))
+        for w in cluster.snapshot(fresh=True)["workers"]
+        if w["state"] in ("READY", "SERVING")
+    )
+
+
+def check_stall(stall_s: float, stood_still_s: float, config: ClusterConfig) -> None:
+    """The streams went on in time; ``stood_still_s`` of the machine do not count."""
+    limit_s = config.transport.detection_limit_s + RECOVERY_LIMIT_S
+    assert stall_s <= limit_s + stood_still_s, (
+        f"a stream stood still for {stall_s:.1f} s, and the machine for {stood_still_s:.1f} s: "
+        f"the limit is {limit_s:.1f} s"
+    )
+
+
+def longest_gap(answers: Sequence[Answer], since: float) -> float:
+    """Longest time in which a stream that ends after ``since`` got nothing, seconds.
+
+    All streams have begun before ``since``.
+    """
+    return max(
+        (
+            later - max(earlier, since)
+            for answer in answers
+            for earlier, later in zip([since, *answer.times], answer.times, strict=False)
+            if later > since
+        ),
+        default=0.0,
+    )

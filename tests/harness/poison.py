@@ -1,0 +1,88 @@
+"""Workers that die of a poisonous request: a hook that only tests have.
+
+A request whose prompt has the token ``POISON`` kills in every step that it is in.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from gateway.core.call import GenerateFields
+from tests.harness.mixed_calls import make_calls
+from tests.harness.serving_cluster import RUNTIMES, ThreadWorkerGroup
+from workers.engine.model_runner import StepResult
+from workers.engine.scheduler import Plan
+from workers.process.actor import AttentionWorker
+from workers.process.attention_runtime import AttentionRuntime
+from workers.process.runtime import OnDeath, WorkerRuntime
+from workers.process.worker_args import WorkerArgs
+from workers.requests.step_header import StepHeader
+
+POISON = 1020
+"""Token that no other prompt of the tests has."""
+
+
+def poisonous_call(num_tokens: int = 20) -> GenerateFields:
+    """A call that kills."""
+    (call,) = make_calls(1, num_tokens)
+    return replace(call, prompts=((5, POISON, 7),))
+
+
+class PoisonedAttention(AttentionRuntime):
+    """Calls ``kill`` before it runs a step with a poisonous request: by default it dies itself."""
+
+    def kill(self) -> None:
+        """As ``kill -9`` does."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _load(self) -> dict[str, Any]:
+        info = super()._load()
+        assert self._engine is not None
+        runner = self._engine._runner
+        run = runner.run
+
+        def run_poisoned(header: StepHeader, plan: Plan) -> StepResult | None:
+            if any(POISON in planned.sequence.request.prompt for planned in plan.rows):
+                self.kill()
+            return run(header, plan)
+
+        runner.run = run_poisoned  # type: ignore[method-assign]
+        return info
+
+
+class PoisonedWorker(AttentionWorker):
+    """Its actor."""
+
+    def _make_runtime(self, args: WorkerArgs, on_death: OnDeath) -> WorkerRuntime:
+        return PoisonedAttention(args, on_death)
+
+
+class PoisonedGroup(ThreadWorkerGroup):
+    """Threads; ``kill`` is called with the group by whoever runs a poisonous step."""
+
+    def __init__(self, kill: Callable[[ThreadWorkerGroup], None]) -> None:
+        group = self
+
+        class Attention(PoisonedAttention):
+            def kill(self) -> None:
+                kill(group)
+
+        super().__init__({**RUNTIMES, "attention": Attention})
+
+
+def raise_poison(group: ThreadWorkerGroup) -> None:
+    """The worker cannot go on."""
+    raise RuntimeError("poison")
+
+
+def stop_an_expert_worker(group: ThreadWorkerGroup) -> None:
+    """Another worker dies: the first expert worker of the start that lives.
+
+    Never one that takes the place of another: it may not be in the step yet.
+    """
+    name = min(n for n in group.runtimes if n.startswith("expert-") and "." not in n)
+    group.runtimes.pop(name).stop()

@@ -1,0 +1,105 @@
+"""A cluster of threads that notes what its attention workers run in each step.
+
+What gateways send can be given to the engines at certain steps, so that what a test says of the
+steps does not depend on how fast its own threads are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.config.cluster import ClusterConfig
+from tests.harness.engine_stream import TIMEOUT_S
+from tests.harness.serving_cluster import RUNTIMES, ThreadCluster, ThreadWorkerGroup
+from workers.engine.engine import Engine
+from workers.process.attention_runtime import AttentionRuntime
+from workers.process.intake.commands import Command
+from workers.requests.request import TokenOutput
+from workers.requests.step_header import StepHeader
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedStep:
+    """One step of the whole cluster."""
+
+    header: StepHeader
+    """What the leader granted."""
+    tokens: dict[str, int]
+    """New tokens by request, of all ranks."""
+
+
+class RecordingRuntime(AttentionRuntime):
+    """Notes header and outputs of its steps."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.steps: list[tuple[StepHeader, list[TokenOutput]]] = []
+        self.arrivals: deque[int] = deque()
+        """See ``RecordedCluster.let_in``."""
+        self._held: deque[Command] = deque()
+
+    def _between_steps(self) -> None:
+        if self.arrivals:
+            self._inbox._commands.extend(self._due())
+        super()._between_steps()
+
+    def _due(self) -> list[Command]:
+        """The commands whose step has come, after waiting for them; all others are held back."""
+        due = []
+        deadline = time.monotonic() + TIMEOUT_S
+        self._held += self._inbox.take()
+        while self.arrivals and self.arrivals[0] <= len(self.steps):
+            while not self._held:
+                assert time.monotonic() < deadline, "a command never came"
+                time.sleep(0.001)
+                self._held += self._inbox.take()
+            due.append(self._held.popleft())
+            self.arrivals.popleft()
+        if not self.arrivals:
+            due += self._held
+            self._held.clear()
+        return due
+
+    def _step(self, engine: Engine, header: StepHeader) -> list[TokenOutput]:
+        outputs = super()._step(engine, header)
+        self.steps.append((header, outputs))
+        return outputs
+
+
+class RecordedCluster(ThreadCluster):
+    """Serves as ``ThreadCluster`` does; ``steps`` tells what happened."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        super().__init__(config, ThreadWorkerGroup({**RUNTIMES, "attention": RecordingRuntime}))
+
+    def let_in(self, rank: int, num_steps: Iterable[int]) -> None:
+        """After how many steps since the start the next commands are taken, one number for each.
+
+        Requests, aborts and ends of streams are commands. The worker does not step beyond such a
+        number before its command is there. What is beyond the list is taken at once.
+        """
+        runtime = self.group.runtimes[f"attention-{rank}"]
+        assert isinstance(runtime, RecordingRuntime)
+        runtime.arrivals = deque(num_steps)
+
+    def steps(self) -> list[RecordedStep]:
+        """All steps so far that every attention worker has run."""
+        headers: dict[int, StepHeader] = {}
+        tokens: defaultdict[int, dict[str, int]] = defaultdict(dict)
+        num_ranks: defaultdict[int, int] = defaultdict(int)
+        runtimes = [r for r in self.group.runtimes.values() if isinstance(r, RecordingRuntime)]
+        for runtime in runtimes:
+            for header, outputs in tuple(runtime.steps):
+                assert headers.setdefault(header.step, header) == header
+                num_ranks[header.step] += 1
+                for output in outputs:
+                    tokens[header.step][output.request_id] = len(output.token_ids)
+        return [
+            RecordedStep(headers[step], tokens[step])
+            for step in sorted(headers)
+            if num_ranks[step] == len(runtimes)
+        ]

@@ -1,0 +1,368 @@
+"""Whole clusters for tests: in one process (threads for actors), or on a running Ray.
+
+Both use the real controller, control sockets, handshakes, edges, step headers and engine stream.
+The threads make layout matrices run in seconds; Ray adds real processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError
+
+from cluster.actors.controller_actor import ControllerActor
+from cluster.actors.controller_client import create_controller
+from cluster.actors.ray_tools import end_leftovers
+from cluster.actors.worker_group import WorkerGroup
+from cluster.actors.worker_group_like import FoundWorker
+from cluster.config.cluster import (
+    ClusterConfig,
+    EngineSection,
+    ModelSection,
+    ObservabilitySection,
+    TransportSection,
+    WorkersSection,
+)
+from cluster.config.resources import NodeResources, WorkerShare
+from cluster.core.codec import to_plain
+from cluster.core.topology import Member, Role
+from cluster.launch import local_ray
+from tests.cluster.controller.fakes_cluster import members_of
+from tests.harness.engine_stream import TIMEOUT_S, TOKEN, EngineStream, Result
+from tests.harness.loop_thread import LoopThread
+from tests.harness.stalls import Limit
+from workers.model.loading.checkpoint import Checkpoint
+from workers.process.actor import ACTOR_CLASSES, WorkerActor
+from workers.process.attention_runtime import AttentionRuntime
+from workers.process.colocated_runtime import ColocatedRuntime
+from workers.process.expert_runtime import ExpertRuntime
+from workers.process.runtime import WorkerRuntime
+from workers.process.worker_args import WorkerArgs
+from workers.requests.request import Request
+
+WAIT_LIMIT_S = 3 * TIMEOUT_S
+"""Longest wait for a state; new actors take long on a busy machine."""
+QUIET_S = 10.0
+"""Detection limit where no test causes a fault: many workers share one process."""
+
+
+def make_config(
+    checkpoint: Path,
+    num_attention: int = 1,
+    num_experts: int = 2,
+    *,
+    workers: Mapping[str, Any] | None = None,
+    engine: Mapping[str, Any] | None = None,
+    transport: Mapping[str, Any] | None = None,
+    observability: Mapping[str, Any] | None = None,
+    **model: Any,
+) -> ClusterConfig:
+    """A configuration with sections overridden by name.
+
+    In colocated mode (``workers={"mode": "colocated"}``) ``num_experts`` workers do both.
+    """
+    pools: dict[str, Any] = {"num_expert_workers": num_experts}
+    if (workers or {}).get("mode") != "colocated":
+        pools["num_attention_workers"] = num_attention
+    return ClusterConfig(
+        model=ModelSection(path=str(checkpoint), served_model_name="model", **model),
+        workers=WorkersSection(**(pools | dict(workers or {}))),
+        engine=EngineSection(**({"kv_cache_bytes": 16 << 20} | dict(engine or {}))),
+        transport=TransportSection(**({"detection_limit_s": QUIET_S} | dict(transport or {}))),
+        observability=ObservabilitySection(**(observability or {})),
+        cluster_token=TOKEN,
+    )
+
+
+class ServingCluster(ABC):
+    """One cluster, seen through its controller."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the controller actor and wait for its result."""
+
+    def start(self) -> None:
+        """Start all workers and wait until they serve. Raises ``RuntimeError`` with the error."""
+        banks = [
+            {"bank": b.bank, "layer": b.layer, "num_experts": b.num_experts}
+            for b in Checkpoint(Path(self.config.model.path)).family.banks
+        ]
+        self._call("start", self.config.to_dict(), banks)
+        self.wait(lambda s: s["state"] in ("SERVING", "STOPPED"))
+        if self.snapshot()["state"] == "STOPPED":
+            raise RuntimeError(self.snapshot()["error"])
+
+    def snapshot(self, fresh: bool = False) -> dict[str, Any]:
+        """The controller's snapshot."""
+        snapshot: dict[str, Any] = self._call("snapshot", fresh)
+        return snapshot
+
+    def wait(self, is_so: Callable[[dict[str, Any]], bool], fresh: bool = False) -> dict[str, Any]:
+        """Wait until a snapshot is as asked for."""
+        limit = Limit(WAIT_LIMIT_S)
+        snapshot = self.snapshot(fresh)
+        while not is_so(snapshot):
+            if limit.is_over():
+                raise TimeoutError(f"never so: {snapshot}")
+            known = snapshot["version"]
+            snapshot = self.snapshot(True) if fresh else self._call("wait_snapshot", known, 1.0)
+        return snapshot
+
+    def worker(self, name: str) -> dict[str, Any]:
+        """One worker's entry in the snapshot."""
+        (entry,) = [w for w in self.snapshot()["workers"] if w["name"] == name]
+        found: dict[str, Any] = entry
+        return found
+
+    def stream(self, rank: int = 0) -> EngineStream:
+        """A new engine stream to one attention rank, which may be a colocated worker."""
+        role = "colocated" if self.config.workers.mode == "colocated" else "attention"
+        return EngineStream(self.worker(f"{role}-{rank}")["engine_address"])
+
+    def answers(self, asked: Sequence[Request]) -> dict[str, Result]:
+        """Serve requests together, spread over the attention ranks."""
+        num_ranks = self.config.workers.num_attention_ranks
+        streams = [self.stream(rank) for rank in range(num_ranks)]
+        shares = [asked[rank::num_ranks] for rank in range(num_ranks)]
+        for stream, share in zip(streams, shares, strict=True):
+            for request in share:
+                stream.send(request)
+        results: dict[str, Result] = {}
+        for stream, share in zip(streams, shares, strict=True):
+            results |= stream.collect(share)
+            stream.close()
+        return results
+
+    def blocks_in_use(self) -> int:
+        """KV blocks of all workers that are not lost, that somebody holds now."""
+        found = self.snapshot(fresh=True)["workers"]
+        workers = [w for w in found if w["kv_blocks_total"] and w["state"] != "LOST"]
+        return sum(w["kv_blocks_total"] - w["kv_blocks_free"] for w in workers)
+
+    def stop(self) -> None:
+        """End everything."""
+        self._call("stop")
+
+
+class ThreadCluster(ServingCluster):
+    """The controller in an event loop of its own, workers as threads unless ``group`` differs."""
+
+    def __init__(self, config: ClusterConfig, group: ThreadWorkerGroup | None = None) -> None:
+        super().__init__(config)
+        self.group = group or ThreadWorkerGroup()
+        self._thread = LoopThread(TIMEOUT_S)
+        self._loop = self._thread.loop
+        self._actor: ControllerActor = self._thread.run(self._make_actor())
+
+    def crash_controller(self) -> None:
+        """The controller is gone without a word."""
+
+        async def crash() -> None:
+            self._actor._background.cancel()
+            if self._actor._server is not None:
+                await self._actor._server.close()
+
+        self._thread.run(crash())
+
+    def adopt(self) -> None:
+        """Another controller takes the place of the one that crashed."""
+
+        async def adopt() -> ControllerActor:
+            actor = ControllerActor(self.group, status_limit_s=TIMEOUT_S)
+            await actor.adopt()
+            return actor
+
+        self.group.restarted = True
+        self._actor = self._thread.run(adopt())
+
+    def stop(self) -> None:
+        super().stop()
+        self._thread.close()
+
+    async def _make_actor(self) -> ControllerActor:
+        return ControllerActor(self.group, status_limit_s=TIMEOUT_S)
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return self._thread.run(getattr(self._actor, method)(*arguments))
+
+
+RUNTIMES: Mapping[Role, type[WorkerRuntime]] = {
+    "attention": AttentionRuntime,
+    "expert": ExpertRuntime,
+    "colocated": ColocatedRuntime,
+}
+
+
+class ThreadWorkerGroup:
+    """``WorkerGroupLike`` whose workers are threads of this process, of the given classes."""
+
+    def __init__(self, runtimes: Mapping[Role, type[WorkerRuntime]] = RUNTIMES) -> None:
+        self._classes = runtimes
+        self.runtimes: dict[str, WorkerRuntime] = {}
+        self.deaths: list[str] = []
+        self.restarted = False
+
+    def resources(self) -> tuple[NodeResources, ...]:
+        return (NodeResources(node_id="here", address="127.0.0.1", cpus=2.0),)
+
+    def leaving(self) -> list[str]:
+        return []
+
+    def free_cpus(self) -> float:
+        return 2.0
+
+    def address(self) -> str:
+        return "127.0.0.1"
+
+    async def reserve(
+        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
+    ) -> tuple[Member, ...]:
+        return members_of(pools)
+
+    async def start(
+        self,
+        members: Sequence[Member],
+        config: Mapping[str, Any],
+        control_address: str,
+        extras: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        for member in members:
+            await self.add(member, config, control_address, extras[member.name])
+
+    async def add(
+        self,
+        member: Member,
+        config: Mapping[str, Any],
+        control_address: str,
+        extra: Mapping[str, Any],
+    ) -> None:
+        args = WorkerArgs.from_plain(config, to_plain(member), control_address, extra, "127.0.0.1")
+        runtime = self.make_runtime(member.role, args)
+        self.runtimes[member.name] = runtime
+        runtime.start()
+
+    def make_runtime(self, role: Role, args: WorkerArgs) -> WorkerRuntime:
+        """One worker; not started yet."""
+        return self._classes[role](args, self.deaths.append)
+
+    async def watch(
+        self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
+    ) -> None:
+        return None
+
+    def was_restarted(self) -> bool:
+        return self.restarted
+
+    def call_back(self, method: str) -> None:
+        return None
+
+    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+        return tuple(
+            FoundWorker(
+                name=name,
+                config=runtime.config,
+                threads=runtime.args.threads,
+                num_slots=runtime.args.num_slots,
+            )
+            for name, runtime in self.runtimes.items()
+            if runtime.is_alive
+        )
+
+    async def redirect(self, name: str, control_address: str) -> None:
+        self.runtimes[name].redirect(control_address)
+
+    async def end(self, names: Sequence[str]) -> None:
+        for name in names:
+            runtime = self.runtimes.pop(name, None)
+            if runtime is not None:
+                await asyncio.to_thread(runtime.stop)
+
+    async def end_others(self, names: Collection[str]) -> None:
+        await self.end([name for name in self.runtimes if name not in names])
+
+    async def end_all(self) -> None:
+        await self.end(list(self.runtimes))
+
+
+class RayCluster(ServingCluster):
+    """Real actors on the Ray that this process is connected to."""
+
+    def __init__(
+        self, config: ClusterConfig, classes: Mapping[Role, type[WorkerActor]] = ACTOR_CLASSES
+    ) -> None:
+        super().__init__(config)
+        self._actor = create_controller(WorkerGroup(classes), status_limit_s=TIMEOUT_S)
+
+    def stop(self) -> None:
+        super().stop()
+        end_leftovers()
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """Also through a restart of the controller, which the callers in a test do not mind."""
+        limit = Limit(TIMEOUT_S)
+        while True:
+            try:
+                call = getattr(self._actor, method).remote(*arguments)
+                return ray.get(call, timeout=TIMEOUT_S)
+            except ActorUnavailableError:
+                if limit.is_over():
+                    raise
+                time.sleep(0.05)
+
+
+_SHARED = ExitStack()
+
+
+@contextmanager
+def connected_ray(**options: Any) -> Iterator[None]:
+    """A private Ray of two CPUs for this process; ``options`` as for ``ray.init``.
+
+    Without options it is the same one for the whole session, since a start takes seconds.
+    """
+    if not options:
+        if not ray.is_initialized():
+            _begin_shared_ray()
+        try:
+            yield
+        finally:
+            end_leftovers()
+        return
+    end_shared_ray()
+    with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
+        local_ray.begin(Path(folder), num_cpus=2, **options)
+        yield
+        ray.shutdown()
+
+
+def _begin_shared_ray() -> None:
+    atexit.register(end_shared_ray)
+    folder = _SHARED.enter_context(tempfile.TemporaryDirectory(prefix="em", dir="/tmp"))
+    _SHARED.callback(ray.shutdown)
+    local_ray.begin(Path(folder), num_cpus=2)
+
+
+def end_shared_ray() -> None:
+    """End the session's Ray, if there is one; needed before a test begins another."""
+    _SHARED.close()
+
+
+@contextmanager
+def serving(cluster: ServingCluster) -> Iterator[ServingCluster]:
+    """Start a cluster, end it afterwards."""
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.harness import stalls
+from tests.harness.stalls import STALL_S, Heartbeat, Limit
+
+pytest_plugins = ["pytester"]
+
+
+class Clock:
+    """Seconds that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def beats(clock: Clock, *times: float) -> Heartbeat:
+    """A heart that has beaten at these times."""
+    heart = Heartbeat(clock)
+    for clock.now in times:
+        heart.beat()
+    return heart
+
+
+def test_a_late_beat_is_a_stall() -> None:
+    heart = beats(Clock(), STALL_S, 3.0, 3.4, 5.4)
+    assert heart.stalled_s(0.0) == pytest.approx(2.5 + 2.0)
+    assert heart.describe(0.0) == (
+        "the machine stood still for 4.5 s in 2 stalls, 2.5 s at the longest"
+    )
+
+
+def test_only_the_part_after_a_moment_counts() -> None:
+    heart = beats(Clock(), 3.0, 3.4, 5.4)
+    assert heart.stalled_s(1.0) == pytest.approx(2.0 + 2.0)
+    assert heart.stalled_s(3.2) == pytest.approx(2.0)
+    assert heart.describe(5.5) == ""
+
+
+def test_a_stall_that_is_under_way_counts() -> None:
+    clock = Clock()
+    heart = beats(clock, 0.1)
+    clock.now = 4.1
+    assert heart.stalled_s(0.0) == pytest.approx(4.0)
+
+
+def test_a_limit_does_not_count_stalls() -> None:
+    clock = Clock()
+    heart = Heartbeat(clock)
+    limit = Limit(2.0, heart)
+    clock.now = 10.0
+    heart.beat()
+    assert not limit.is_over()
+    for _ in range(5):
+        clock.now += STALL_S
+        heart.beat()
+    assert limit.is_over()
+    assert limit.stalled_s() == pytest.approx(10.0)
+
+
+CONFTEST = """
+from tests import conftest
+from tests.conftest import (
+    pytest_addoption,
+    pytest_make_collect_report,
+    pytest_runtest_makereport,
+    pytest_runtest_protocol,
+)
+from tests.harness.stalls import Heartbeat, Stall
+
+heart = Heartbeat()
+conftest.heartbeat = lambda: heart
+"""
+
+
+@pytest.fixture
+def outer(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A pytest of its own with the hooks of ``tests/conftest.py``."""
+    monkeypatch.setattr("tests.conftest.heartbeat", stalls.heartbeat)  # put back afterwards
+    pytester.makeconftest(CONFTEST)
+    return pytester
+
+
+def test_a_failed_test_says_how_long_the_machine_stood_still(outer: pytest.Pytester) -> None:
+    outer.makepyfile(
+        """
+        import time
+        import conftest
+        from tests.harness.stalls import Stall
+
+        def test_calm():
+            assert False
+
+        def test_slow():
+            now = time.monotonic()
+            conftest.heart._stalls.append(Stall(begin=now, end=now + 0.75))
+            time.sleep(1)
+            conftest.heart.beat()
+            assert False
+        """
+    )
+    result = outer.runpytest_inprocess("-p", "no:cacheprovider", "-k", "calm")
+    result.stdout.no_fnmatch_line("*stood still*")
+    result = outer.runpytest_inprocess("-p", "no:cacheprovider", "-k", "slow")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*machine*", "*the machine stood still for*"])
+
+
+SKIPS = """
+import pytest
+
+def test_no_gpu():
+    pytest.skip("needs a CUDA device")
+
+def test_no_client():
+    pytest.skip("npm is not installed")
+
+@pytest.mark.skipif(True, reason="no transformers")
+def test_no_package():
+    pass
+
+@pytest.mark.xfail
+def test_known():
+    assert False
+"""
+
+
+def test_skips_fail_where_they_are_refused(outer: pytest.Pytester) -> None:
+    outer.makepyfile(test_some=SKIPS, test_whole="import pytest\npytest.importorskip('no_such')")
+    result = outer.runpytest_inprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(skipped=4, xfailed=1)
+    result = outer.runpytest_inprocess(
+        "-p", "no:cacheprovider", "--no-skips", "--continue-on-collection-errors"
+    )
+    result.assert_outcomes(skipped=1, failed=1, errors=2, xfailed=1)
+    result.stdout.fnmatch_lines(["*npm is not installed*no skip*", "*no transformers*"])

@@ -1,0 +1,96 @@
+"""The runbooks against the code: every state, every problem, every command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from cluster.cli.main import make_parser
+from cluster.controller.parts.recovery import Problem
+from cluster.core.states import ClusterState
+from tests.paths import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = (
+    *("runbooks.md", "multi-host.md", "reliability.md", "operations.md", "sizing.md"),
+    *("adding-a-model.md", "../k8s/README.md"),
+)
+SLURM = DOCS / "examples" / "slurm.sh"
+
+
+def text_of(page: str) -> str:
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """Every whole ``expertmesh`` command in code: continued lines joined, comments cut."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
+    inline = [" ".join(c.split()) for c in re.findall(r"(?<!`)`(expertmesh [^`]+)`", text)]
+    lines = [*"\n".join(blocks).replace("\\\n", " ").splitlines(), *inline]
+    return [
+        shlex.split(line, comments=True)[1:] for line in lines if line.startswith("expertmesh ")
+    ]
+
+
+def is_whole(words: list[str]) -> bool:
+    """Whether it is meant to be typed: names of commands and forms (``ID|NAME``) are not."""
+    is_form = any(c in " ".join(words) for c in "[]|") or words[-1] == "..."
+    return len(words) > 1 and not is_form and not words[-1].startswith("--node")
+
+
+def test_every_state_has_its_section() -> None:
+    sections = re.findall(r"^### ([A-Z]+)$", text_of("runbooks.md"), re.M)
+    assert sorted(sections) == sorted(state.value for state in ClusterState)
+
+
+def test_every_problem_that_status_can_tell_has_its_section() -> None:
+    problems = text_of("runbooks.md").partition("## Problems")[2].partition("\n## ")[0]
+    sections = re.findall(r"^### (.+)$", problems, re.M)
+    assert sorted(sections) == sorted(problem.value for problem in Problem)
+
+
+def test_every_runbook_names_a_test_that_there_is() -> None:
+    text, _, table = text_of("runbooks.md").partition("## What tests these pages")
+    rows = re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", table, re.M)[1:]
+    named = {title for titles, _ in rows for title in titles.split(", ")}
+    sections = set(re.findall(r"^##+ (.+)$", text, re.M)) - {s.value for s in ClusterState}
+    assert named | {"No answer", "Problems", "Upgrade"} == sections
+    for path, _, test in (
+        name.partition("::") for _, tests in rows for name in re.findall(r"`([^`]+)`", tests)
+    ):
+        source = (ROOT / "tests" / path).read_text(encoding="utf-8")
+        assert f"def {test or 'test_'}" in source, (path, test)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_is_one(page: str) -> None:
+    found = [words for words in commands_in(text_of(page)) if is_whole(words)]
+    assert found
+    for words in found:
+        make_parser().parse_args(["1" if word == "N" else word for word in words])
+
+
+def test_every_link_leads_somewhere() -> None:
+    for page in ("runbooks.md", "multi-host.md"):
+        text = text_of(page)
+        anchors = {
+            re.sub(r"[^a-z -]", "", title.lower()).replace(" ", "-")
+            for title in re.findall(r"^#+ (.+)$", text, re.M)
+        }
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            path, _, anchor = target.partition("#")
+            assert not path or (DOCS / path).exists(), target
+            assert path or anchor in anchors, target
+
+
+def test_the_slurm_script_is_one() -> None:
+    subprocess.run(["bash", "-n", str(SLURM)], check=True)
+    text = SLURM.read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^[^#\n]*?(expertmesh (?:node|up)[^;&\n]*)", text, re.M)
+    assert len(commands) == 3
+    for command in commands:
+        shown = re.sub(r'"?\$\{?#?\w+(?:\[@\])?\}?(?::\d+)?"?', "1", command)
+        make_parser().parse_args(shlex.split(shown)[1:])

@@ -1,0 +1,230 @@
+"""The scripts behind ``make setup``: which Python, which torch, what the user is told."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.paths import ROOT
+
+SHELL = "/bin/sh"
+
+
+def load_setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / ".ci" / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["setup_script"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+setup: Any = load_setup()
+
+
+def fake_python(folder: Path, name: str, version: str, has_venv: bool = True) -> None:
+    """A program that answers the questions of find-python.sh."""
+    is_old = tuple(map(int, version.split("."))) < (3, 11)
+    script = f"""#!/bin/sh
+case "$2" in
+  *print*) echo {version} ;;
+  *exit*) exit {int(is_old)} ;;
+  *ensurepip*) exit {int(not has_venv)} ;;
+esac
+"""
+    path = folder / name
+    path.write_text(script)
+    path.chmod(0o755)
+
+
+def find_python(folder: Path) -> subprocess.CompletedProcess[str]:
+    script = str(ROOT / ".ci" / "find-python.sh")
+    environment = {"PATH": str(folder)}
+    return subprocess.run([SHELL, script], env=environment, capture_output=True, text=True)
+
+
+def test_the_first_python_that_fits_is_taken(tmp_path: Path) -> None:
+    fake_python(tmp_path, "python3.13", "3.13", has_venv=False)
+    fake_python(tmp_path, "python3.12", "3.12")
+    fake_python(tmp_path, "python3", "3.9")
+    assert find_python(tmp_path).stdout == f"{tmp_path}/python3.12\n"
+
+
+def test_too_old_a_python_gives_one_line(tmp_path: Path) -> None:
+    fake_python(tmp_path, "python3", "3.9")
+    done = find_python(tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "expertmesh setup: python3 is Python 3.9: Python 3.11 or newer is needed\n"
+    )
+
+
+def test_a_python_without_venv_gives_one_line(tmp_path: Path) -> None:
+    fake_python(tmp_path, "python3.11", "3.11", has_venv=False)
+    fake_python(tmp_path, "python3", "3.9")
+    done = find_python(tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "apt install python3.11-venv" in done.stderr
+
+
+def test_no_python_at_all_gives_one_line(tmp_path: Path) -> None:
+    done = find_python(tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("expertmesh setup: no Python was found")
+    assert done.stderr.count("\n") == 1
+
+
+@contextlib.contextmanager
+def index(body: bytes) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Keep the tests' output clean."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_index_answers_when_it_lists_wheels() -> None:
+    with index(b'<a href="torch-2.13.0+cpu-cp311-linux.whl">') as url:
+        assert setup.index_answers(url, 60.0)
+    with index(b"<html>sign in to this network</html>") as url:
+        assert not setup.index_answers(url, 60.0)
+
+
+def test_a_silent_index_is_given_up_in_time() -> None:
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        began = time.monotonic()
+        assert not setup.index_answers(f"http://127.0.0.1:{server.getsockname()[1]}", 0.3)
+        assert time.monotonic() - began < 60.0
+
+
+def test_torch_comes_from_the_cpu_index_in_a_call_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(setup, "has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(setup, "index_answers", lambda url, limit: True)
+    source = setup.find_torch(["pip"], "https://index", "torch==1")
+    assert source.pip_args == ("--no-deps", "--index-url", "https://index", "torch==1")
+    assert "CPU" in source.words
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("file:///wheels/torch-1+cpu.whl", "wheel on this machine"),
+        ("https://host/torch-1-cp311.whl", "default build"),
+        ("https://host/torch-1%2Bcpu-cp311.whl", "CPU build"),
+        ("", "default build"),
+    ],
+)
+def test_without_that_index_pip_decides(
+    url: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(setup, "index_answers", lambda url, limit: False)
+    monkeypatch.setattr(setup, "_resolved_url", lambda pip, requirement: url)
+    source = setup.find_torch(["pip"], "https://index", "torch==1")
+    assert source.pip_args is None
+    assert source.words.startswith(words)
+    assert (source.megabytes == 0) == url.startswith("file:")
+
+
+def test_with_a_gpu_the_index_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(setup, "index_answers", lambda url, limit: pytest.fail("asked"))
+    assert setup.find_torch(["pip"], "https://index", "torch==1").pip_args is None
+
+
+def test_a_failed_installation_shows_the_log_and_leaves_no_stamp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(setup, "make_venv", lambda venv: Path(sys.executable))
+    monkeypatch.setattr(
+        setup,
+        "find_torch",
+        lambda *_: setup.TorchSource(
+            megabytes=1, words="w", pip_args=("--no-index", "no-such-package-at-all")
+        ),
+    )
+    with pytest.raises(setup.SetupError, match="pip failed"):
+        setup._install_once("run", tmp_path, "https://index")
+    assert not list(tmp_path.glob(".stamp*"))
+    assert "downloading about" in capsys.readouterr().err
+
+
+def test_progress_comes_as_lines_without_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    end = tmp_path / "end"
+
+    def say(line: str) -> None:
+        told.append(line)
+        if "fetched" in line:
+            end.touch()  # pip ends when it has been told of
+
+    monkeypatch.setattr(setup, "PROGRESS_INTERVAL_S", 0.1)
+    monkeypatch.setattr(setup, "say", say)
+    script = f"""
+import os, time
+print("Downloading a-1.whl", flush=True)
+while not os.path.exists({str(end)!r}):
+    time.sleep(0.01)
+"""
+    setup.run_pip([sys.executable, "-c", script], [], tmp_path)
+    assert re.fullmatch(r"installing, \d+ s, 1 packages fetched, last a", told[-1])
+
+
+def test_every_requirement_is_pinned_once() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", pin) for pin in pins)
+    names = [re.sub(r"[-_.]+", "-", pin.partition("==")[0]).lower() for pin in pins]
+    assert len(names) == len(set(names))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
+    assert len(wanted) > 20
+    bare = {re.split(r"[^A-Za-z0-9._-]", requirement)[0] for requirement in wanted}
+    assert {re.sub(r"[-_.]+", "-", name).lower() for name in bare} - set(names) == set()
+
+
+def test_make_says_what_it_can_do() -> None:
+    done = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "make serve" in done.stdout
+    environment = {**os.environ, "MAKEFLAGS": ""}
+    dry = subprocess.run(
+        ["make", "-C", str(ROOT), "--dry-run", "serve", "ARGS=--port 1"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert "expertmesh serve --port 1" in dry.stdout

@@ -1,0 +1,1302 @@
+#!/usr/bin/env python3
+"""Tiny random checkpoints of OLMoE, dots.llm1 and JetMoE, with golden outputs.
+
+    python reference/make_goldens.py OUT_DIR                     # write every variant
+    python reference/make_goldens.py OUT_DIR --only olmoe dots1  # name prefixes
+    python reference/make_goldens.py OUT_DIR --verify            # re-check an existing directory
+    python reference/make_goldens.py OUT_DIR --list
+
+The expected outputs come from Hugging Face transformers (tested with 5.23.0) run on
+CPU, one prompt at a time, in float32 (some variants also in bfloat16).  Everything is a function
+of the constants in this file: weights are drawn tensor by tensor from numpy's frozen MT19937
+stream, seeded by (variant seed, tensor name), so they do not depend on the torch or
+transformers version.  The tensors of a golden are described in ``reference/goldens.py``.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import itertools
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+transformers.utils.logging.disable_progress_bar()
+V4 = int(transformers.__version__.split(".")[0]) < 5
+
+NEW_TOKENS = 32
+PROMPT_LENS = (1, 2, 7, 8, 16, 17, 40, 100)
+VOCAB = 512
+PAD, BOS, EOS = 0, 1, 2  # the tiny tokenizer's special ids
+FIRST_PLAIN_ID = 6  # prompts are drawn from [FIRST_PLAIN_ID, VOCAB)
+
+# --------------------------------------------------------------------------------------
+# Variants.  "config" holds exactly what is written to config.json besides the
+# boilerplate; "legacy_config" variants keep the transformers-4 spelling of config.json
+# (rope_theta, rope_scaling, torch_dtype, extra ignored keys), the others are rewritten by
+# save_pretrained of the installed transformers (rope_parameters, dtype).
+#   fused        experts on disk as one 3-D tensor per layer, the in-memory names of version 5
+#   store        dtype of the tensors on disk (default float32)
+#   bf16         also record a bfloat16 run
+#   alone        outputs depend on what else is in the batch (dynamic rope): no batched checks
+# --------------------------------------------------------------------------------------
+
+_OLMOE = {
+    "model_type": "olmoe",
+    "architectures": ["OlmoeForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
+    "clip_qkv": None,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "router_aux_loss_coef": 0.01,
+    "output_router_logits": False,
+}
+
+_DOTS = {
+    "model_type": "dots1",
+    "architectures": ["Dots1ForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 128,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000000.0,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "pad_token_id": PAD,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+}
+
+_JET = {
+    "model_type": "jetmoe",
+    "architectures": ["JetMoeForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "kv_channels": 16,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "activation_function": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "rope_theta": 10000.0,
+    "pad_token_id": EOS,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "aux_loss_coef": 0.01,
+    "output_router_logits": False,
+}
+
+_SMALL = {
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+}
+_SMALL_DOTS = {
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 2,
+    "moe_intermediate_size": 24,
+}
+
+VARIANTS: dict[str, dict] = {
+    # 64 experts, top-8, gates not renormalised; written in several shards + index
+    "olmoe-base": {"seed": 301, "config": _OLMOE, "max_shard_size": "1MB", "bf16": True},
+    # renormalised gates, grouped-query attention, clipping that really clips
+    "olmoe-norm-gqa-clip": {
+        "seed": 2,
+        "config": _OLMOE
+        | {
+            "norm_topk_prob": True,
+            "num_key_value_heads": 2,
+            "clip_qkv": 0.7,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "intermediate_size": 48,
+            "rope_theta": 500.0,
+        },
+    },
+    # attention biases, tied embeddings, single kv head
+    "olmoe-bias-tied-mqa": {
+        "seed": 3,
+        "embed_std": 0.5,
+        "config": _OLMOE
+        | {
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 1,
+            "num_experts": 16,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 2,
+        },
+    },
+    # as the official config.json is written: transformers-4 keys
+    "olmoe-legacy-config": {
+        "seed": 104,
+        "legacy_config": True,
+        "config": {k: v for k, v in _OLMOE.items() if k not in ("pad_token_id", "rms_norm_eps")}
+        | {
+            "num_experts": 32,
+            "num_hidden_layers": 2,
+            "initializer_range": 0.02,
+            "torch_dtype": "float32",
+            "transformers_version": "4.43.0.dev0",
+            "use_cache": True,
+            "attention_dropout": 0.0,
+        },
+    },
+    # as olmoe-legacy-config but two files and an index, bfloat16 on disk like the public checkpoint
+    "olmoe-bf16": {
+        "seed": 5,
+        "legacy_config": True,
+        "store": "bfloat16",
+        "bf16": True,
+        "shards": 2,
+        "config": {k: v for k, v in _OLMOE.items() if k not in ("rms_norm_eps",)}
+        | {
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "num_hidden_layers": 2,
+            "intermediate_size": 48,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.43.0.dev0",
+            "output_router_logits": True,
+        },
+    },
+    # fused expert tensors on disk
+    "olmoe-fused": {
+        "seed": 406,
+        "fused": True,
+        "legacy_config": True,
+        "config": {k: v for k, v in _OLMOE.items() if k not in ("rope_theta", "rope_scaling")}
+        | {
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0},
+            "dtype": "float32",
+        },
+    },
+    # rope variants; the first two in the transformers-4 spelling
+    "olmoe-rope-linear": {
+        "seed": 7,
+        "legacy_config": True,
+        "config": _OLMOE | _SMALL | {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    },
+    "olmoe-rope-dynamic": {
+        "seed": 8,
+        "legacy_config": True,
+        "alone": True,
+        "config": _OLMOE
+        | _SMALL
+        | {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 48},
+    },
+    "olmoe-rope-yarn": {
+        "seed": 9,
+        "config": _OLMOE
+        | _SMALL
+        | {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 4.0,
+                "beta_slow": 1.0,
+            }
+        },
+    },
+    "olmoe-rope-llama3": {
+        "seed": 10,
+        "config": _OLMOE
+        | _SMALL
+        | {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    },
+    # float16 on disk, another activation
+    "olmoe-gelu-fp16": {
+        "seed": 31,
+        "store": "float16",
+        "legacy_config": True,
+        "config": _OLMOE | _SMALL | {"hidden_act": "gelu", "torch_dtype": "float16"},
+    },
+    # group-limited routing with a selection bias
+    "dots1-groups": {
+        "seed": 211,
+        "bf16": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": _DOTS | {"n_group": 8, "topk_group": 4},
+    },
+    # official shape: no n_group/topk_group keys, extra ignored keys, transformers-4 spelling
+    "dots1-official-like": {
+        "seed": 512,
+        "legacy_config": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": {k: v for k, v in _DOTS.items() if k not in ("pad_token_id",)}
+        | {
+            "moe_layer_freq": 1,
+            "pretraining_tp": 1,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "use_sliding_window": False,
+            "torch_dtype": "float32",
+            "transformers_version": "4.46.3",
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "attention_dropout": 0.0,
+        },
+    },
+    # sliding-window layers after the first, grouped-query attention, attention biases,
+    # gates not renormalised
+    "dots1-swa": {
+        "seed": 413,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": _DOTS
+        | {
+            "sliding_window": 8,
+            "max_window_layers": 1,
+            "num_key_value_heads": 2,
+            "n_routed_experts": 16,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.0,
+            "attention_bias": True,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 1,
+            "rope_theta": 10000.0,
+        },
+    },
+    # every selection score negative: experts of unselected groups must still lose
+    # (transformers 5 masks them with -inf; transformers 4 masked with 0.0)
+    "dots1-negative-bias": {
+        "seed": 214,
+        "correction_bias": ("normal", -2.0, 0.15),
+        "v5_only": True,
+        "config": _DOTS
+        | {
+            "n_group": 4,
+            "topk_group": 2,
+            "n_routed_experts": 32,
+            "num_hidden_layers": 2,
+            "moe_intermediate_size": 32,
+        },
+    },
+    # no dense layer; head_dim given and not hidden_size / heads; one shared expert
+    "dots1-dense0-headdim": {
+        "seed": 15,
+        "correction_bias": ("normal", 0.0, 0.3),
+        "config": _DOTS
+        | _SMALL_DOTS
+        | {
+            "first_k_dense_replace": 0,
+            "head_dim": 24,
+            "num_key_value_heads": 2,
+            "n_shared_experts": 1,
+            "rms_norm_eps": 1e-6,
+        },
+    },
+    # two dense layers of three, yarn rope, tied embeddings
+    "dots1-dense2-yarn": {
+        "seed": 116,
+        "legacy_config": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "embed_std": 0.5,
+        "config": _DOTS
+        | _SMALL_DOTS
+        | {
+            "first_k_dense_replace": 2,
+            "num_hidden_layers": 3,
+            "tie_word_embeddings": True,
+            "rope_theta": 10000.0,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    },
+    # layer_types given explicitly: it overrides max_window_layers
+    "dots1-layer-types": {
+        "seed": 117,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": _DOTS
+        | _SMALL_DOTS
+        | {
+            "num_hidden_layers": 4,
+            "sliding_window": 16,
+            "max_window_layers": 0,
+            "layer_types": [
+                "sliding_attention",
+                "full_attention",
+                "sliding_attention",
+                "full_attention",
+            ],
+        },
+    },
+    # fused expert tensors, bfloat16 on disk (the correction bias stays float32)
+    "dots1-fused-bf16": {
+        "seed": 118,
+        "fused": True,
+        "store": "bfloat16",
+        "bf16": True,
+        "legacy_config": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": {k: v for k, v in _DOTS.items() if k not in ("rope_theta", "rope_scaling")}
+        | _SMALL_DOTS
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}, "dtype": "bfloat16"},
+    },
+    # the activations and rope types that the variants above leave out, in either layout
+    "dots1-gelu-tanh-llama3": {
+        "seed": 119,
+        "shards": 3,
+        "legacy_config": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": {k: v for k, v in _DOTS.items() if k not in ("rope_theta", "rope_scaling")}
+        | _SMALL_DOTS
+        | {
+            "hidden_act": "gelu_pytorch_tanh",
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    },
+    "dots1-relu-dynamic-fp16": {
+        "seed": 120,
+        "alone": True,
+        "store": "float16",
+        "legacy_config": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": _DOTS
+        | _SMALL_DOTS
+        | {
+            "hidden_act": "relu",
+            "sliding_window": 32,
+            "max_window_layers": 1,
+            "max_position_embeddings": 48,
+            "rope_theta": 10000.0,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+            "torch_dtype": "float16",
+        },
+    },
+    # tied embeddings, 2 kv heads x top-2 = 4 query heads
+    "jetmoe-tied": {"seed": 21, "config": _JET, "bf16": True},
+    # untied, top-3 of 6, kv_channels * num_key_value_heads != hidden_size, and a final-norm
+    # epsilon so large that using it in the block norms as well would show
+    "jetmoe-untied-top3-eps": {
+        "seed": 22,
+        "config": _JET
+        | {
+            "tie_word_embeddings": False,
+            "num_experts_per_tok": 3,
+            "num_local_experts": 6,
+            "num_key_value_heads": 4,
+            "kv_channels": 24,
+            "rms_norm_eps": 0.05,
+            "rope_theta": 5000.0,
+            "hidden_size": 80,
+        },
+    },
+    # historical spelling: architecture name with a capital E, tie_word_embeddings absent
+    "jetmoe-legacy-config": {
+        "seed": 23,
+        "legacy_config": True,
+        "config": {
+            k: v for k, v in _JET.items() if k not in ("tie_word_embeddings", "pad_token_id")
+        }
+        | {
+            "architectures": ["JetMoEForCausalLM"],
+            "num_hidden_layers": 2,
+            "rms_norm_eps": 1e-5,
+            "torch_dtype": "float32",
+            "transformers_version": "4.39.3",
+            "use_cache": True,
+        },
+    },
+    # one expert per token: the gates are all 1; linear rope
+    "jetmoe-top1-linear": {
+        "seed": 25,
+        "config": _JET
+        | {
+            "num_experts_per_tok": 1,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 2,
+            "tie_word_embeddings": False,
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        },
+    },
+    "jetmoe-bf16": {
+        "seed": 126,
+        "store": "bfloat16",
+        "bf16": True,
+        "legacy_config": True,
+        "config": _JET
+        | {
+            "num_hidden_layers": 2,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.39.3",
+            "output_router_logits": True,
+        },
+    },
+    "jetmoe-gelu-yarn-fp16": {
+        "seed": 28,
+        "shards": 2,
+        "store": "float16",
+        "legacy_config": True,
+        "config": _JET
+        | {
+            "num_hidden_layers": 2,
+            "activation_function": "gelu",
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+            "torch_dtype": "float16",
+        },
+    },
+    "jetmoe-relu-dynamic": {
+        "seed": 29,
+        "alone": True,
+        "config": _JET
+        | {
+            "num_hidden_layers": 2,
+            "activation_function": "relu",
+            "max_position_embeddings": 48,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+        },
+    },
+    # no pad token: the classification head reads the last position, batches are refused
+    "jetmoe-seqcls-nopad": {
+        "seed": 27,
+        "seqcls": True,
+        "legacy_config": True,
+        "config": {k: v for k, v in _JET.items() if k != "pad_token_id"}
+        | {
+            "architectures": ["JetMoeForSequenceClassification"],
+            "num_hidden_layers": 2,
+            "id2label": {"0": "score"},
+            "label2id": {"score": 0},
+            "problem_type": "regression",
+        },
+    },
+    "jetmoe-seqcls": {
+        "seed": 24,
+        "seqcls": True,
+        "config": _JET
+        | {
+            "architectures": ["JetMoeForSequenceClassification"],
+            "pad_token_id": PAD,
+            "id2label": {"0": "negative", "1": "neutral", "2": "positive"},
+            "label2id": {"negative": 0, "neutral": 1, "positive": 2},
+        },
+    },
+}
+
+CLASSES = {
+    "OlmoeForCausalLM": "OlmoeForCausalLM",
+    "Dots1ForCausalLM": "Dots1ForCausalLM",
+    "JetMoeForCausalLM": "JetMoeForCausalLM",
+    "JetMoEForCausalLM": "JetMoeForCausalLM",
+    "JetMoeForSequenceClassification": "JetMoeForSequenceClassification",
+}
+
+
+def model_class(cfg: dict):
+    return getattr(transformers, CLASSES[cfg["architectures"][0]])
+
+
+# --------------------------------------------------------------------------------------
+# Checkpoint tensors, by their on-disk names
+# --------------------------------------------------------------------------------------
+
+
+def tensor_specs(cfg: dict):
+    """Yield (name, shape, kind) for one checkpoint, one tensor per expert projection."""
+    H, V, L = cfg["hidden_size"], cfg["vocab_size"], cfg["num_hidden_layers"]
+    yield "model.embed_tokens.weight", (V, H), "embed"
+    yield "model.norm.weight", (H,), "norm"
+    seqcls = "SequenceClassification" in cfg["architectures"][0]
+    tied = cfg.get("tie_word_embeddings", cfg["model_type"] == "jetmoe")
+    if seqcls:
+        yield "score.weight", (len(cfg["id2label"]), H), "head"
+    elif not tied:
+        yield "lm_head.weight", (V, H), "head"
+
+    for i in range(L):
+        p = f"model.layers.{i}"
+        yield f"{p}.input_layernorm.weight", (H,), "norm"
+        yield f"{p}.post_attention_layernorm.weight", (H,), "norm"
+        if cfg["model_type"] == "jetmoe":
+            E, KV, D, W = (
+                cfg["num_local_experts"],
+                cfg["num_key_value_heads"],
+                cfg["kv_channels"],
+                cfg["intermediate_size"],
+            )
+            a = f"{p}.self_attention"
+            yield f"{a}.kv_proj.weight", (2 * KV * D, H), "linear"
+            yield f"{a}.experts.bias", (H,), "bias"
+            yield f"{a}.experts.input_linear.weight", (E, KV * D, H), "query"
+            yield f"{a}.experts.output_linear.weight", (E, H, KV * D), "linear"
+            yield f"{a}.experts.router.layer.weight", (E, H), "router"
+            yield f"{p}.mlp.bias", (H,), "bias"
+            yield f"{p}.mlp.input_linear.weight", (E, 2 * W, H), "linear"
+            yield f"{p}.mlp.output_linear.weight", (E, H, W), "linear"
+            yield f"{p}.mlp.router.layer.weight", (E, H), "router"
+            continue
+        A, KV = cfg["num_attention_heads"], cfg["num_key_value_heads"]
+        D = cfg.get("head_dim") or H // A
+        a = f"{p}.self_attn"
+        for name, rows in (("q", A * D), ("k", KV * D), ("v", KV * D), ("o", H)):
+            yield f"{a}.{name}_proj.weight", (rows, A * D if name == "o" else H), "linear"
+            if cfg["attention_bias"]:
+                yield f"{a}.{name}_proj.bias", (rows,), "bias"
+        whole = cfg["model_type"] == "olmoe"  # norm over all heads at once, or per head
+        yield f"{a}.q_norm.weight", (A * D if whole else D,), "norm"
+        yield f"{a}.k_norm.weight", (KV * D if whole else D,), "norm"
+
+        def mlp(prefix, inter):
+            yield f"{prefix}.gate_proj.weight", (inter, H), "linear"
+            yield f"{prefix}.up_proj.weight", (inter, H), "linear"
+            yield f"{prefix}.down_proj.weight", (H, inter), "linear"
+
+        if cfg["model_type"] == "olmoe":
+            yield f"{p}.mlp.gate.weight", (cfg["num_experts"], H), "router"
+            for e in range(cfg["num_experts"]):
+                yield from mlp(f"{p}.mlp.experts.{e}", cfg["intermediate_size"])
+        elif i < cfg["first_k_dense_replace"]:
+            yield from mlp(f"{p}.mlp", cfg["intermediate_size"])
+        else:
+            yield f"{p}.mlp.gate.weight", (cfg["n_routed_experts"], H), "router"
+            yield f"{p}.mlp.gate.e_score_correction_bias", (cfg["n_routed_experts"],), "correction"
+            for e in range(cfg["n_routed_experts"]):
+                yield from mlp(f"{p}.mlp.experts.{e}", cfg["moe_intermediate_size"])
+            yield from mlp(
+                f"{p}.mlp.shared_experts", cfg["moe_intermediate_size"] * cfg["n_shared_experts"]
+            )
+
+
+def fuse_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Per-expert names -> mlp.experts.gate_up_proj [E, 2I, H] (gate first), down_proj [E, H, I]."""
+    out, banks = {}, {}
+    for name, t in tensors.items():
+        head, sep, tail = name.partition(".mlp.experts.")
+        if not sep:
+            out[name] = t
+            continue
+        e, proj, _ = tail.split(".")
+        banks.setdefault(head, {}).setdefault(int(e), {})[proj] = t
+    for head, bank in banks.items():
+        rows = [bank[e] for e in range(len(bank))]
+        out[f"{head}.mlp.experts.gate_up_proj"] = torch.stack(
+            [torch.cat([r["gate_proj"], r["up_proj"]]) for r in rows]
+        )
+        out[f"{head}.mlp.experts.down_proj"] = torch.stack([r["down_proj"] for r in rows])
+    return out
+
+
+def draw(seed: int, name: str, shape, mean: float, std: float) -> torch.Tensor:
+    rng = np.random.RandomState((seed * 1_000_003 + zlib.crc32(name.encode())) & 0xFFFFFFFF)
+    return torch.from_numpy((mean + std * rng.standard_normal(shape)).astype(np.float32))
+
+
+def make_state_dict(variant: dict) -> dict[str, torch.Tensor]:
+    cfg, seed, out = variant["config"], variant["seed"], {}
+    router_gain = 1.0 if cfg["model_type"] == "dots1" else 2.0
+    for name, shape, kind in tensor_specs(cfg):
+        fan_in = shape[-1]
+        if kind == "norm":
+            mean, std = 1.0, 0.2
+        elif kind == "bias":
+            mean, std = 0.0, 0.2
+        elif kind == "correction":
+            _, mean, std = variant["correction_bias"]
+        elif kind == "embed":
+            mean, std = 0.0, variant.get("embed_std", 1.0)
+        elif kind == "head":
+            mean, std = 0.0, 1.0
+        elif kind == "router":
+            mean, std = 0.0, router_gain / fan_in**0.5
+        elif kind == "query":
+            mean, std = 0.0, 1.5 / fan_in**0.5
+        else:
+            mean, std = 0.0, 1.4 / fan_in**0.5
+        t = draw(seed, name, shape, mean, std)
+        if kind != "correction":
+            t = t.to(getattr(torch, variant.get("store", "float32")))
+        out[name] = t
+    return fuse_experts(out) if variant.get("fused") else out
+
+
+# --------------------------------------------------------------------------------------
+# A tiny byte-level tokenizer, so that a served checkpoint can take text
+# --------------------------------------------------------------------------------------
+
+SPECIALS = [
+    "<|padding|>",
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '\\n' }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+_CORPUS = (
+    "the quick brown fox jumps over the lazy dog and then the other fox sits down to eat "
+    "a small piece of bread while the rain falls on the roof of the old house near the river "
+    "where people walk every day to see the boats and to talk about what they have been doing "
+    "since the last time they met there was not much to say but it was good to say it anyway "
+)
+
+
+def _byte_alphabet() -> list[str]:
+    keep = list(range(33, 127)) + list(range(161, 173)) + list(range(174, 256))
+    table, extra = {}, 0
+    for b in range(256):
+        if b in keep:
+            table[b] = chr(b)
+        else:
+            table[b] = chr(256 + extra)
+            extra += 1
+    return [table[b] for b in range(256)]
+
+
+def write_tokenizer(path: Path) -> None:
+    alphabet = _byte_alphabet()
+    words: dict[tuple[str, ...], int] = {}
+    for i, w in enumerate(_CORPUS.split()):
+        key = tuple(alphabet[b] for b in ((b" " if i else b"") + w.encode()))
+        words[key] = words.get(key, 0) + 1
+    vocab = SPECIALS + alphabet
+    merges: list[list[str]] = []
+    while len(vocab) < VOCAB:
+        counts: dict[tuple[str, str], int] = {}
+        for key, n in words.items():
+            for pair in itertools.pairwise(key):
+                counts[pair] = counts.get(pair, 0) + n
+        if not counts:
+            break
+        best = max(counts, key=lambda p: (counts[p], p))
+        merged = "".join(best)
+        merges.append(list(best))
+        if merged not in vocab:
+            vocab.append(merged)
+        new_words: dict[tuple[str, ...], int] = {}
+        for key, n in words.items():
+            parts, j = [], 0
+            while j < len(key):
+                if j + 1 < len(key) and (key[j], key[j + 1]) == best:
+                    parts.append(merged)
+                    j += 2
+                else:
+                    parts.append(key[j])
+                    j += 1
+            new_words[tuple(parts)] = new_words.get(tuple(parts), 0) + n
+        words = new_words
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    tok = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": s, **flags} for i, s in enumerate(SPECIALS)],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {t: i for i, t in enumerate(vocab)},
+            "merges": merges,
+        },
+    }
+    (path / "tokenizer.json").write_text(json.dumps(tok, ensure_ascii=False))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": SPECIALS[BOS],
+                "eos_token": SPECIALS[EOS],
+                "pad_token": SPECIALS[PAD],
+                "clean_up_tokenization_spaces": False,
+                "model_max_length": 512,
+                "chat_template": CHAT_TEMPLATE,
+            },
+            indent=2,
+        )
+    )
+
+
+# --------------------------------------------------------------------------------------
+# Writing a checkpoint directory
+# --------------------------------------------------------------------------------------
+
+
+def write_checkpoint(variant: dict, path: Path) -> None:
+    cfg = variant["config"]
+    tensors = make_state_dict(variant)
+    path.mkdir(parents=True, exist_ok=True)
+    if variant.get("legacy_config"):
+        (path / "config.json").write_text(json.dumps(cfg, indent=2, sort_keys=True) + "\n")
+        n, names = variant.get("shards", 1), list(tensors)
+        if n == 1:
+            save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        else:
+            weight_map = {}
+            for i in range(n):
+                file = f"model-{i + 1:05d}-of-{n:05d}.safetensors"
+                part = names[i * len(names) // n : (i + 1) * len(names) // n]
+                save_file({k: tensors[k] for k in part}, path / file, metadata={"format": "pt"})
+                weight_map |= dict.fromkeys(part, file)
+            total = sum(t.numel() * t.element_size() for t in tensors.values())
+            (path / "model.safetensors.index.json").write_text(
+                json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+                + "\n"
+            )
+    else:
+        with tempfile.TemporaryDirectory() as tmp:
+            (Path(tmp) / "config.json").write_text(json.dumps(cfg))
+            save_file(tensors, Path(tmp) / "model.safetensors", metadata={"format": "pt"})
+            model = model_class(cfg).from_pretrained(tmp, dtype=torch.float32)
+            kwargs = (
+                {"max_shard_size": variant["max_shard_size"]} if "max_shard_size" in variant else {}
+            )
+            model.save_pretrained(path, **kwargs)
+    write_tokenizer(path)
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    out: dict[str, torch.Tensor] = {}
+    for f in sorted(path.glob("model*.safetensors")):
+        out.update(load_file(f))
+    return out
+
+
+def load_model(path: Path, cfg: dict, dtype=torch.float32):
+    cls = model_class(cfg)
+    kwargs = {}
+    if V4:
+        # config.json written by version 5 has rope_parameters, which version 4 does not read
+        config = cls.config_class.from_pretrained(path)
+        rope = dict(cfg.get("rope_parameters") or cfg.get("rope_scaling") or {})
+        config.rope_theta = rope.pop("rope_theta", None) or cfg["rope_theta"]
+        config.rope_scaling = (
+            rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
+        )
+        kwargs["config"] = config
+    return cls.from_pretrained(path, dtype=dtype, **kwargs).eval()
+
+
+# --------------------------------------------------------------------------------------
+# Recording
+# --------------------------------------------------------------------------------------
+
+
+class RouterRecorder:
+    """Collects, per routed layer, the chosen expert ids (ascending) and their weights.
+
+    gap is the smallest distance between the worst chosen and the best refused selection
+    score seen since the last reset (and, with groups, between worst kept and best refused
+    group): how far the golden is from a routing tie.
+    """
+
+    def __init__(self, model, cfg: dict):
+        self.cfg, self.layers, self.logits, self.gap = cfg, {}, {}, float("inf")
+        for name, mod in model.named_modules():
+            kind = type(mod).__name__
+            if kind == "OlmoeTopKRouter":
+                mod.register_forward_hook(self._olmoe(name))
+            elif kind == "Dots1TopkRouter":
+                mod.register_forward_hook(self._dots(name))
+            elif kind == "JetMoeTopKGating":
+                mod.register_forward_hook(self._jetmoe(name))
+
+    def reset(self):
+        self.layers, self.logits, self.gap = {}, {}, float("inf")
+
+    def _put(self, name, ids, weights, selection, logits):
+        self.logits.setdefault(name, []).append(logits.float())
+        ids, order = ids.sort(dim=-1)
+        weights = weights.float().gather(-1, order)
+        old = self.layers.setdefault(name, [])
+        old.append((ids.int(), weights))
+        k = ids.shape[-1]
+        if selection.shape[-1] > k:
+            top = selection.float().topk(k + 1, dim=-1)[0]
+            self.gap = min(self.gap, (top[:, k - 1] - top[:, k]).min().item())
+
+    def _olmoe(self, name):
+        def hook(mod, args, out):
+            logits, weights, ids = out
+            self._put(name, ids, weights, logits, logits)
+
+        return hook
+
+    def _dots(self, name):
+        def hook(mod, args, out):
+            if not isinstance(out, tuple) or len(out) != 3:  # version 4 returns (ids, weights)
+                return
+            logits, weights, ids = out
+            choice = logits.sigmoid() + mod.e_score_correction_bias
+            groups = self.cfg.get("n_group") or 1
+            keep = self.cfg.get("topk_group") or 1
+            if groups > keep:
+                per = choice.view(choice.shape[0], groups, -1)
+                score = per.topk(2, dim=-1)[0].sum(-1)
+                top, idx = score.topk(keep + 1, dim=-1)
+                self.gap = min(self.gap, (top[:, keep - 1] - top[:, keep]).min().item())
+                mask = torch.zeros_like(score).scatter_(1, idx[:, :keep], 1.0).bool()
+                choice = per.masked_fill(~mask.unsqueeze(-1), float("-inf")).flatten(1)
+            self._put(name, ids, weights, choice, logits)
+
+        return hook
+
+    def _jetmoe(self, name):
+        def hook(mod, args, out):
+            logits = out[-1]
+            top, ids = logits.topk(mod.top_k, dim=-1)
+            self._put(name, ids, torch.softmax(top, dim=-1), logits, logits)
+
+        return hook
+
+    def stacked(self) -> dict[str, torch.Tensor]:
+        """{"router": [layers, tokens, k]} or, for JetMoE, router_attn and router_mlp."""
+        out: dict[str, tuple[list, list, list]] = {}
+        for name, chunks in self.layers.items():
+            key = "router"
+            if "self_attention" in name:
+                key = "router_attn"
+            elif self.cfg["model_type"] == "jetmoe":
+                key = "router_mlp"
+            ids, weights, logits = out.setdefault(key, ([], [], []))
+            ids.append(torch.cat([c[0] for c in chunks]))
+            weights.append(torch.cat([c[1] for c in chunks]))
+            logits.append(torch.cat(self.logits[name]))
+        res = {}
+        for key, (ids, weights, logits) in out.items():
+            res[f"{key}_ids"] = torch.stack(ids)
+            res[f"{key}_weights"] = torch.stack(weights)
+            res[f"{key}_logits"] = torch.stack(logits)
+        return res
+
+
+def prompts(seed: int) -> list[torch.Tensor]:
+    rng = np.random.RandomState(seed + 77_000)
+    return [
+        torch.from_numpy(rng.randint(FIRST_PLAIN_ID, VOCAB, size=n).astype(np.int64))
+        for n in PROMPT_LENS
+    ]
+
+
+@torch.no_grad()
+def greedy(model, ids: torch.Tensor, steps: int):
+    """Cached greedy decoding that never stops at eos.  Returns first (prefill) output too."""
+    out = model(input_ids=ids[None], use_cache=True, output_hidden_states=True)
+    prefill_logits, hidden = (
+        out.logits[0].float(),
+        torch.stack([h[0] for h in out.hidden_states]).float(),
+    )
+    tokens, margins, logprobs = [], [], []
+    last = prefill_logits[-1]
+    for step in range(steps):
+        top = last.topk(2)
+        tokens.append(int(top.indices[0]))
+        margins.append(float(top.values[0] - top.values[1]))
+        logprobs.append(float(torch.log_softmax(last.double(), -1)[tokens[-1]]))
+        if step + 1 == steps:
+            break
+        out = model(
+            input_ids=torch.tensor([[tokens[-1]]]),
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+        last = out.logits[0, -1].float()
+    return (
+        prefill_logits,
+        hidden,
+        torch.tensor(tokens),
+        torch.tensor(margins),
+        torch.tensor(logprobs),
+    )
+
+
+@torch.no_grad()
+def record_batch(model, variant: dict) -> dict[str, torch.Tensor]:
+    """One right-padded batch with router outputs.  aux_loss is the version-5 value; aux_loss_v4
+    counts JetMoE's attention routers once per layer, as version 4 did (version 5 does it twice)."""
+    ids, mask = pad_rows([r for r in prompts(variant["seed"]) if len(r) in (7, 16, 40)], left=False)
+    out = {"batch.input_ids": ids, "batch.attention_mask": mask}
+    for tag, m in (("", mask), ("_nomask", None)):
+        got = model(input_ids=ids, attention_mask=m, output_router_logits=True)
+        if not tag:
+            out["batch.logits"] = got.logits.float()
+        if getattr(got, "aux_loss", None) is None:
+            continue  # dots.llm1 has no auxiliary loss
+        out[f"batch.aux_loss{tag}"] = got.aux_loss.float().reshape(1)
+        if variant["config"]["model_type"] == "jetmoe":
+            gates = got.router_logits
+            if not V4:
+                gates = tuple(g for i, g in enumerate(gates) if i % 3)
+            func = sys.modules[type(model).__module__].load_balancing_loss_func
+            out[f"batch.aux_loss_v4{tag}"] = (
+                func(gates, model.num_experts, model.num_experts_per_tok, m).float().reshape(1)
+            )
+    return out
+
+
+def pad_rows(rows, left: bool):
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), PAD)
+    mask = torch.zeros_like(ids)
+    for j, r in enumerate(rows):
+        where = slice(width - len(r), width) if left else slice(0, len(r))
+        ids[j, where], mask[j, where] = r, 1
+    return ids, mask
+
+
+def record_lm(name: str, variant: dict, path: Path) -> dict:
+    cfg = variant["config"]
+    model = load_model(path, cfg)
+    rec = RouterRecorder(model, cfg)
+    tensors: dict[str, torch.Tensor] = {}
+    stats = {
+        "min_margin": float("inf"),
+        "min_router_gap": float("inf"),
+        "distinct_tokens": 0,
+        "logit_std": 0.0,
+    }
+    seen = set()
+    for i, ids in enumerate(prompts(variant["seed"])):
+        rec.reset()
+        logits, hidden, toks, margins, logprobs = greedy(model, ids, NEW_TOKENS)
+        routed = rec.stacked()  # prompt tokens followed by the 31 fed-back tokens
+        p = f"p{i}"
+        tensors[f"{p}.prompt_ids"] = ids
+        tensors[f"{p}.logits"] = logits
+        tensors[f"{p}.hidden_states"] = hidden
+        tensors[f"{p}.greedy_ids"] = toks
+        tensors[f"{p}.greedy_margin"] = margins
+        tensors[f"{p}.greedy_logprob"] = logprobs
+        for key, value in routed.items():
+            tensors[f"{p}.{key}"] = value
+        stats["min_margin"] = min(stats["min_margin"], margins.min().item())
+        stats["min_router_gap"] = min(stats["min_router_gap"], rec.gap)
+        stats["logit_std"] = max(stats["logit_std"], logits.std().item())
+        seen.update(toks.tolist())
+    stats["distinct_tokens"] = len(seen)
+    if not variant.get("alone"):
+        tensors |= record_batch(model, variant)
+    if variant.get("bf16"):
+        half = load_model(path, cfg, torch.bfloat16)
+        worst, median, same = 0.0, [], 0
+        for i, ids in enumerate(prompts(variant["seed"])):
+            logits, hidden, toks, margins, logprobs = greedy(half, ids, NEW_TOKENS)
+            tensors[f"p{i}.logits_bf16"] = logits
+            tensors[f"p{i}.hidden_states_bf16"] = hidden
+            tensors[f"p{i}.greedy_ids_bf16"] = toks
+            tensors[f"p{i}.greedy_margin_bf16"] = margins
+            diff = (logits - tensors[f"p{i}.logits"]).abs()
+            worst, same = (
+                max(worst, diff.max().item()),
+                same + bool((toks == tensors[f"p{i}.greedy_ids"]).all()),
+            )
+            median.append(diff.flatten())
+        stats |= {
+            "bf16_max_abs_diff_to_fp32": worst,
+            "bf16_median_abs_diff_to_fp32": torch.cat(median).median().item(),
+            "bf16_same_greedy": same,
+        }
+    save_file({k: v.clone().contiguous() for k, v in tensors.items()}, path / "golden.safetensors")
+    return stats
+
+
+SEQCLS_BATCHES = ("right_padded", "left_padded", "right_padded_no_mask", "pad_as_text")
+
+
+def seqcls_inputs(
+    seed: int, padded: bool = True
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    rows = [r for r in prompts(seed) if len(r) in (1, 7, 16, 40)]
+    if not padded:
+        return {}
+    right, rmask = pad_rows(rows, left=False)
+    left, lmask = pad_rows(rows, left=True)
+    trailing = rows[2].clone()
+    trailing[-3:] = PAD  # pad id used as ordinary text: pooling moves to the last other token
+    return {
+        "right_padded": (right, rmask),
+        "left_padded": (left, lmask),
+        "right_padded_no_mask": (right, None),
+        "pad_as_text": (trailing[None], torch.ones(1, len(trailing), dtype=torch.long)),
+    }
+
+
+def margin(logits: torch.Tensor) -> torch.Tensor:
+    top = logits.topk(2, dim=-1)[0]
+    return top[..., 0] - top[..., 1]
+
+
+def record_seqcls(name: str, variant: dict, path: Path) -> dict:
+    cfg = variant["config"]
+    model = load_model(path, cfg)
+    tensors, spread = {}, float("inf")
+    for key, (ids, mask) in seqcls_inputs(
+        variant["seed"], "pad_token_id" in variant["config"]
+    ).items():
+        with torch.no_grad():
+            out = model(input_ids=ids, attention_mask=mask).logits.float()
+        tensors[f"{key}.input_ids"] = ids
+        if mask is not None:
+            tensors[f"{key}.attention_mask"] = mask
+        tensors[f"{key}.logits"] = out
+        spread = min(spread, margin(out).min().item())
+    for i, ids in enumerate(prompts(variant["seed"])):
+        with torch.no_grad():
+            out = model(input_ids=ids[None]).logits[0].float()
+        tensors[f"p{i}.prompt_ids"], tensors[f"p{i}.logits"] = ids, out
+    save_file({k: v.clone().contiguous() for k, v in tensors.items()}, path / "golden.safetensors")
+    return {"min_label_margin": spread if spread != float("inf") else None}
+
+
+# --------------------------------------------------------------------------------------
+# Verification: single vs batched, every experts/attention implementation, any version
+# --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def verify_lm(name: str, variant: dict, path: Path) -> dict:
+    cfg, want = variant["config"], load_file(path / "golden.safetensors")
+    n = len(PROMPT_LENS)
+    res = {}
+    if read_checkpoint(path).keys() != make_state_dict(variant).keys():
+        raise SystemExit(f"{name}: tensor names on disk differ from the layout in this file")
+    if V4 and (variant.get("v5_only") or variant.get("fused")):
+        return {"skipped": "differs in version 4 by design"}
+    model = load_model(path, cfg)
+
+    def diff_single():
+        worst, same = 0.0, 0
+        for i in range(n):
+            logits, _, toks, _, _ = greedy(model, want[f"p{i}.prompt_ids"], NEW_TOKENS)
+            worst = max(worst, (logits - want[f"p{i}.logits"]).abs().max().item())
+            same += bool((toks == want[f"p{i}.greedy_ids"]).all())
+        return worst, same
+
+    settings = [("default", None, None)]
+    if hasattr(model, "set_experts_implementation"):
+        if cfg["model_type"] != "jetmoe":
+            settings += [
+                (f"experts={e}", "experts", e) for e in ("eager", "batched_mm", "grouped_mm")
+            ]
+        settings += [("attn=eager", "attn", "eager")]
+    for label, what, value in settings:
+        if what == "experts":
+            model.set_experts_implementation(value)
+        elif what == "attn":
+            model.set_attn_implementation(value)
+        worst, same = diff_single()
+        res[label] = f"logits max|d|={worst:.1e} greedy {same}/{n}"
+        if same != n or worst > 1e-3:
+            raise SystemExit(f"{name}: {label}: {res[label]}")
+    if hasattr(model, "set_attn_implementation") and len(settings) > 1:
+        model.set_attn_implementation("sdpa")
+
+    rows = [want[f"p{i}.prompt_ids"] for i in range(n)]
+    ids, mask = pad_rows(rows, left=True)
+    width = ids.shape[1]
+    common = {
+        "max_new_tokens": NEW_TOKENS,
+        "min_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "pad_token_id": PAD,
+        "eos_token_id": None,
+    }
+    model.config.output_router_logits = (
+        False  # generate() of 5.23 fails on the auxiliary loss with a cache
+    )
+    batch = (
+        None
+        if variant.get("alone")
+        else model.generate(input_ids=ids, attention_mask=mask, **common)[:, width:]
+    )
+    single = torch.stack(
+        [
+            model.generate(
+                input_ids=r[None], attention_mask=torch.ones(1, len(r), dtype=torch.long), **common
+            )[0, len(r) :]
+            for r in rows
+        ]
+    )
+    gold = torch.stack([want[f"p{i}.greedy_ids"] for i in range(n)])
+    if batch is None:
+        batch = gold
+    res["generate"] = (
+        f"single {int((single == gold).all(1).sum())}/{n} "
+        f"batched {int((batch == gold).all(1).sum())}/{n}"
+    )
+    if not ((single == gold).all() and (batch == gold).all()):
+        raise SystemExit(f"{name}: generate: {res['generate']}")
+    return res
+
+
+@torch.no_grad()
+def verify_seqcls(name: str, variant: dict, path: Path) -> dict:
+    want, model, worst = (
+        load_file(path / "golden.safetensors"),
+        load_model(path, variant["config"]),
+        0.0,
+    )
+    for key, (ids, mask) in seqcls_inputs(
+        variant["seed"], "pad_token_id" in variant["config"]
+    ).items():
+        got = model(input_ids=ids, attention_mask=mask).logits.float()
+        worst = max(worst, (got - want[f"{key}.logits"]).abs().max().item())
+    rows = [f"p{i}.logits" for i, n in enumerate(PROMPT_LENS) if n in (1, 7, 16, 40)]
+    alone = torch.stack([want[k] for k in rows])
+    batches = [want[f"{k}.logits"] for k in SEQCLS_BATCHES[:3] if f"{k}.logits" in want]
+    padded = max([(b - alone).abs().max().item() for b in batches], default=0.0)
+    if worst > 1e-3 or padded > 1e-3:
+        raise SystemExit(f"{name}: {worst:.1e} {padded:.1e}")
+    return {"default": f"logits max|d|={worst:.1e}", "padded vs alone": f"max|d|={padded:.1e}"}
+
+
+# --------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    ap.add_argument("out", type=Path)
+    ap.add_argument("--only", nargs="*", help="variant name prefixes")
+    ap.add_argument(
+        "--verify", action="store_true", help="re-check an existing directory, write nothing"
+    )
+    ap.add_argument("--list", action="store_true")
+    ap.add_argument("--threads", type=int, default=1)
+    args = ap.parse_args()
+    torch.set_num_threads(args.threads)
+    names = [n for n in VARIANTS if not args.only or any(n.startswith(p) for p in args.only)]
+    if args.list:
+        print("\n".join(names))
+        return
+    summary = {}
+    for name in names:
+        variant, path, t0 = VARIANTS[name], args.out / name, time.time()
+        if args.verify:
+            res = (verify_seqcls if variant.get("seqcls") else verify_lm)(name, variant, path)
+        else:
+            if path.exists():
+                shutil.rmtree(path)
+            write_checkpoint(variant, path)
+            res = (record_seqcls if variant.get("seqcls") else record_lm)(name, variant, path)
+            size = sum(f.stat().st_size for f in path.glob("model*.safetensors"))
+            if size > 6_000_000:
+                raise SystemExit(f"{name}: checkpoint of {size} bytes is over the 6 MB limit")
+            res = {"checkpoint_bytes": size, **res}
+            meta = {
+                "variant": name,
+                "seed": variant["seed"],
+                "prompt_lens": list(PROMPT_LENS),
+                "new_tokens": NEW_TOKENS,
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+                **res,
+            }
+            (path / "golden.json").write_text(json.dumps(meta, indent=2) + "\n")
+        summary[name] = res
+        print(f"{name}: {time.time() - t0:.1f}s {json.dumps(res)}", flush=True)
+    print(
+        f"{len(summary)} variants, transformers {transformers.__version__}, "
+        f"torch {torch.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Goldens of random configs: every field of a family drawn at once, by a number.
+
+The variants of ``reference/make_goldens.py`` were chosen by hand; these are for what nobody thought
+of. python -m tests.reference.random_variants OUT --first 0 --count 6 writes ``olmoe-random-0`` and
+so on.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from tests.reference import make_goldens
+
+FAMILIES = ("olmoe", "dots1", "jetmoe")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+MIN_MARGIN = 1e-3
+"""Best logit minus the second: below it the next weights are tried."""
+MIN_ROUTER_GAP = 2e-5
+"""The same of the last chosen expert."""
+MAX_TRIES = 8
+
+
+def make_variant(family: str, number: int) -> dict:
+    """What ``make_goldens.VARIANTS`` has, drawn by ``number``; the same on every machine."""
+    rng = random.Random(f"{family}-{number}")
+    config, extra = {"olmoe": _olmoe, "dots1": _dots1, "jetmoe": _jetmoe}[family](rng)
+    layers = rng.randint(1, 3)
+    config |= {
+        "model_type": family,
+        "vocab_size": make_goldens.VOCAB,
+        "num_hidden_layers": layers,
+        "rms_norm_eps": rng.choice([1e-6, 1e-5, 1e-3, 0.05]),
+        "tie_word_embeddings": rng.random() < 0.4,
+        "pad_token_id": make_goldens.PAD,
+        "eos_token_id": rng.choice([make_goldens.EOS, [make_goldens.EOS, 3]]),
+        rng.choice(["torch_dtype", "dtype"]): rng.choice(["float32", "bfloat16"]),
+        "output_router_logits": False,
+    }
+    head_dim = config.get("head_dim") or config.get("kv_channels")
+    rope, is_dynamic = _rope(
+        rng, head_dim or config["hidden_size"] // config["num_attention_heads"]
+    )
+    store = rng.choice(["float32", "float32", "bfloat16", "float16"])
+    if family == "dots1":
+        _dots1_layers(rng, config, layers)
+    return {
+        "seed": 5000 + 100 * number + FAMILIES.index(family),
+        "config": config | rope,
+        "legacy_config": True,
+        "alone": is_dynamic,
+        "store": store,
+        "shards": rng.choice([1, 1, 3]),
+        "fused": family != "jetmoe" and rng.random() < 0.4,
+        "embed_std": 0.5 if config["tie_word_embeddings"] else 1.0,
+        **extra,
+    }
+
+
+def _olmoe(rng: random.Random) -> tuple[dict, dict]:
+    heads, head_dim, experts = rng.choice([1, 2, 4, 6]), rng.choice([8, 12, 16]), rng.randint(2, 24)
+    return {
+        "architectures": ["OlmoeForCausalLM"],
+        "hidden_size": heads * head_dim,
+        "intermediate_size": rng.choice([8, 24, 40]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": rng.choice([k for k in (1, 2, 4, 6) if heads % k == 0]),
+        "num_experts": experts,
+        "num_experts_per_tok": rng.choice([1, 2, experts, rng.randint(1, experts)]),
+        "norm_topk_prob": rng.random() < 0.5,
+        "clip_qkv": rng.choice([None, 0.6, 3.0]),
+        "attention_bias": rng.random() < 0.5,
+        "hidden_act": rng.choice(ACTIVATIONS),
+    }, {}
+
+
+def _dots1(rng: random.Random) -> tuple[dict, dict]:
+    groups, size = rng.choice([1, 1, 2, 4]), rng.randint(2, 6)
+    top_groups = rng.randint(1, groups)
+    heads = rng.choice([2, 4])
+    config = {
+        "architectures": ["Dots1ForCausalLM"],
+        "hidden_size": rng.choice([32, 48, 64]),
+        "intermediate_size": rng.choice([40, 96]),
+        "moe_intermediate_size": rng.choice([8, 24]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": rng.choice([1, 2, heads]),
+        "head_dim": rng.choice([8, 16, 20]),
+        "n_routed_experts": groups * size,
+        "n_shared_experts": rng.randint(1, 3),
+        "num_experts_per_tok": rng.randint(1, top_groups * size),
+        "n_group": groups,
+        "topk_group": top_groups,
+        "norm_topk_prob": rng.random() < 0.5,
+        "routed_scaling_factor": rng.choice([0.5, 1.0, 2.5]),
+        "attention_bias": rng.random() < 0.5,
+        "hidden_act": rng.choice(ACTIVATIONS),
+    }
+    return config, {"correction_bias": ("normal", rng.choice([0.0, -1.5]), 0.15)}
+
+
+def _dots1_layers(rng: random.Random, config: dict, layers: int) -> None:
+    """Which layers are dense, and which have a window."""
+    config["first_k_dense_replace"] = rng.randint(0, layers - 1)
+    config["sliding_window"] = rng.choice([None, 2, 5, 30])  # 1: its cache keeps all keys
+    config["max_window_layers"] = rng.randint(0, layers)
+    if config["sliding_window"] and rng.random() < 0.5:
+        kinds = ("sliding_attention", "full_attention")
+        config["layer_types"] = [rng.choice(kinds) for _ in range(layers)]
+
+
+def _jetmoe(rng: random.Random) -> tuple[dict, dict]:
+    experts = rng.randint(2, 9)
+    return {
+        "architectures": [rng.choice(["JetMoeForCausalLM", "JetMoEForCausalLM"])],
+        "hidden_size": rng.choice([32, 48, 80]),
+        "intermediate_size": rng.choice([16, 48]),
+        "num_key_value_heads": rng.randint(1, 4),
+        "kv_channels": rng.choice([8, 16, 24]),
+        "num_local_experts": experts,
+        "num_experts_per_tok": rng.choice([1, 2, experts, rng.randint(1, experts)]),
+        "activation_function": rng.choice(ACTIVATIONS),
+    }, {}
+
+
+def _rope(rng: random.Random, head_dim: int) -> tuple[dict, bool]:
+    """Config keys in either spelling, and whether positions beyond the context are stretched."""
+    kind = rng.choice(["default", "linear", "dynamic", "yarn", "llama3"])
+    context = 48 if kind == "dynamic" else 256
+    scaling: dict = {"factor": rng.choice([2.0, 4.0, 8.0])}
+    if kind == "dynamic":
+        scaling = {"factor": 4.0}
+    elif kind == "yarn":
+        scaling |= {"original_max_position_embeddings": rng.choice([32, 64])}
+        scaling |= rng.choice([{}, {"beta_fast": 4.0, "beta_slow": 0.5}])
+        scaling |= rng.choice([{}, {"truncate": False}])
+        scaling |= rng.choice(
+            [{}, {"attention_factor": 1.3}, {"mscale": 1.0, "mscale_all_dim": 0.6}]
+        )
+    elif kind == "llama3":
+        scaling |= {
+            "low_freq_factor": rng.choice([1.0, 1.5]),
+            "high_freq_factor": rng.choice([2.0, 4.0]),
+            "original_max_position_embeddings": rng.choice([16, 64]),
+        }
+    theta, found = rng.choice([500.0, 10000.0, 1e6]), {"max_position_embeddings": context}
+    if rng.random() < 0.5:
+        new = {"rope_type": kind, "rope_theta": theta}
+        return found | {"rope_parameters": new | (scaling if kind != "default" else {})}, (
+            kind == "dynamic"
+        )
+    spelling = {} if kind == "default" else {rng.choice(["type", "rope_type"]): kind, **scaling}
+    return found | {"rope_theta": theta, "rope_scaling": spelling or None}, kind == "dynamic"
+
+
+def write_golden(name: str, variant: dict, path: Path) -> None:
+    """The checkpoint and what transformers makes of it, with clear choices everywhere."""
+    for attempt in range(MAX_TRIES):
+        drawn = variant | {"seed": variant["seed"] + 10 * attempt}
+        make_goldens.write_checkpoint(drawn, path)
+        found = make_goldens.record_lm(name, drawn, path)
+        is_clear = found["min_margin"] > MIN_MARGIN and found["min_router_gap"] > MIN_ROUTER_GAP
+        if is_clear:
+            (path / "golden.json").write_text(json.dumps(found))
+            return
+    raise SystemExit(f"{name}: no clear choices in {MAX_TRIES} tries")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=6)
+    args = parser.parse_args()
+    make_goldens.torch.set_num_threads(1)
+    for number in range(args.first, args.first + args.count):
+        for family in FAMILIES:
+            name = f"{family}-random-{number}"
+            write_golden(name, make_variant(family, number), args.out / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Traces of a whole server: through Serve's proxy and over gRPC, and of its controller."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from protos import inference_pb2 as pb
+from protos.inference_pb2_grpc import InferenceStub
+from tests.gateway.generation.test_tracing import PARTS, Caller, check_tree, names, part
+from tests.harness.metric_values import metric
+from tests.harness.otlp_collector import plain, running_collector
+from tests.served.server import GOOD, WAIT_S, Served, running_server
+
+pytestmark = pytest.mark.ray
+
+
+def ask(server: Served, web: Caller, rpc: Caller) -> None:
+    """A stream over HTTP, and a call over gRPC."""
+    headers = {"traceparent": web.parent, "tracestate": "vendor=1"}
+    server.client.post("/v1/completions", json={**GOOD, "stream": True}, headers=headers)
+    request = pb.GenerateRequest(text=GOOD["prompt"])
+    metadata = (("traceparent", rpc.parent), ("tracestate", "vendor=1"))
+    with grpc.insecure_channel(server.grpc) as channel:
+        InferenceStub(channel).Generate(request, metadata=metadata, timeout=WAIT_S)
+
+
+def lose_an_expert_worker(server: Served) -> None:
+    """Kill one, and wait until requests are served again."""
+    (lost,) = (w for w in server.status()["workers"] if w["name"] == "expert-1")
+    os.kill(lost["pid"], signal.SIGKILL)
+    deadline = time.monotonic() + WAIT_S
+    while not metric(server.status(), "recovery_stall_seconds_count"):
+        assert time.monotonic() < deadline, "the loss was never made good"
+        time.sleep(0.05)
+
+
+def test_requests_and_a_recovery_are_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gateway and controller send at their end what they have kept.
+
+    They keep everything so long: variables of OpenTelemetry's SDK reach them.
+    """
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")
+    web, rpc = Caller(), Caller()
+    with running_collector() as collector:
+        with running_server(tmp_path, "--otlp-endpoint", collector.endpoint) as server:
+            ask(server, web, rpc)
+            lose_an_expert_worker(server)
+            assert not collector.spans
+        for caller, address in ((web, server.http), (rpc, server.grpc)):
+            spans = collector.trace(caller.trace_id)
+            check_tree(caller, spans)
+            assert names(spans) == PARTS
+            port = plain(spans[0].attributes)["server.port"]
+            assert port == int(address.rpartition(":")[2])
+            assert part(spans, "decode")[1]["expertmesh.worker"] == "attention-0"
+        recovery = plain(collector.named("expertmesh.recovery").attributes)
+        assert recovery == {"expertmesh.lost_workers": ["expert-1"]}

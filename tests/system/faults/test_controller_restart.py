@@ -1,0 +1,165 @@
+"""The controller dies: the workers go on, and the next controller learns the cluster from them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.harness.engine_stream import EngineStream, Result
+from tests.harness.fault_rows import DETECTION_LIMIT_S
+from tests.harness.serving_cluster import ThreadCluster, make_config, serving
+from workers.requests.request import Request, SamplingParams
+
+NUM_TOKENS = 64
+
+
+def requests(prefix: str, num_tokens: int = NUM_TOKENS) -> list[Request]:
+    """Eight, greedy and sampled."""
+    return [
+        Request(
+            request_id=f"{prefix}-{i}",
+            prompt=tuple(range(3, 6 + i)),
+            params=SamplingParams(
+                max_tokens=num_tokens, ignore_eos=True, seed=i, temperature=float(i % 2)
+            ),
+        )
+        for i in range(8)
+    ]
+
+
+LIMIT_S = 60.0
+
+
+def cluster_of(checkpoint: Path) -> ThreadCluster:
+    """One attention and two expert workers that each hold every expert."""
+    config = make_config(
+        checkpoint,
+        1,
+        2,
+        workers={"num_redundant_experts": 8},
+        engine={"deterministic": True},
+        transport={"detection_limit_s": DETECTION_LIMIT_S},
+    )
+    return ThreadCluster(config)
+
+
+def same_beginnings(calm: dict[str, Result], hit: dict[str, Result]) -> bool:
+    """The longer results begin with the shorter ones, token for token."""
+    pairs = zip(calm.values(), hit.values(), strict=True)
+    return all(h.tokens[0][: len(c.tokens[0])] == c.tokens[0] for c, h in pairs)
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    """Look until it is so."""
+    deadline = time.monotonic() + LIMIT_S
+    while not is_so():
+        assert time.monotonic() < deadline, "never so"
+        time.sleep(0.01)
+
+
+def steps(cluster: ThreadCluster) -> int:
+    """Highest step that the attention worker has seen."""
+    return cluster.group.runtimes["attention-0"].channel.highest_step
+
+
+def test_streams_do_not_notice_a_restarted_controller(tiny_checkpoint: Path) -> None:
+    cluster = cluster_of(tiny_checkpoint)
+    with serving(cluster):
+        stream = cluster.stream()
+        calm = stream.finish(requests("calm"))
+        asked = requests("hit", 200)
+        for request in asked:
+            stream.send(request)
+        stream.put_back([stream.next() for _ in range(16)])
+        cluster.crash_controller()
+        cluster.adopt()
+        snapshot = cluster.snapshot()
+        results = stream.collect(asked)
+        assert (snapshot["state"], snapshot["generation"], snapshot["term"]) == ("SERVING", 1, 2)
+        assert [w["state"] for w in snapshot["workers"]] == ["SERVING"] * 3
+        causes = [entry["cause"] for entry in snapshot["history"]]
+        assert causes == ["start", "the controller was restarted"]
+        assert same_beginnings(calm, results)
+        assert same_beginnings(calm, stream.finish(requests("again")))
+        assert cluster.blocks_in_use() == 0
+        assert cluster.snapshot()["model"]["max_model_len"] == 256
+        cluster.crash_controller()
+        cluster.adopt()
+        assert cluster.snapshot()["term"] == 3
+        stream.close()
+
+
+def test_a_worker_that_dies_with_the_controller_is_found_missing(tiny_checkpoint: Path) -> None:
+    cluster = cluster_of(tiny_checkpoint)
+    with serving(cluster):
+        stream = cluster.stream()
+        calm = stream.finish(requests("calm"))
+        asked = requests("hit", 200)
+        for request in asked:
+            stream.send(request)
+        stream.put_back([stream.next() for _ in range(16)])
+        cluster.crash_controller()
+        cluster.group.runtimes["expert-1"].stop()
+        cluster.adopt()
+        results = stream.collect(asked)
+        snapshot = cluster.wait(lambda s: s["generation"] >= 3 and s["state"] == "SERVING")
+        assert (snapshot["generation"], snapshot["placement_epoch"]) == (3, 3)
+        assert same_beginnings(calm, results)
+        assert cluster.blocks_in_use() == 0
+        cluster.crash_controller()
+        cluster.adopt()
+        again = cluster.snapshot()
+        assert (again["state"], again["generation"]) == ("SERVING", 3)
+        assert again["history"][:-1] == snapshot["history"]
+        lost = [w for w in again["workers"] if w["state"] == "LOST"]
+        assert [w["name"] for w in lost] == ["expert-1"]
+        assert lost[0]["reason"] == cluster.worker("expert-1")["reason"] != ""
+        stream.close()
+
+
+@pytest.mark.slow
+def test_an_idle_cluster_waits_for_its_controller_without_being_fenced(
+    tiny_checkpoint: Path,
+) -> None:
+    cluster = cluster_of(tiny_checkpoint)
+    with serving(cluster):
+        stream = cluster.stream()
+        calm = stream.finish(requests("calm"))
+        cluster.crash_controller()
+        before = steps(cluster)
+        until(lambda: steps(cluster) >= before + 5)  # a quarter of the lease each, or more
+        again = stream.finish(requests("alone"))
+        assert same_beginnings(calm, again)
+        cluster.adopt()
+        assert cluster.snapshot()["generation"] == 1
+        assert same_beginnings(calm, stream.finish(requests("again")))
+        stream.close()
+
+
+def test_a_worker_that_reaches_nobody_stops_by_itself_until_it_is_called(
+    tiny_checkpoint: Path,
+) -> None:
+    """Neither a controller nor the experts: its lease runs out, and its streams are closed."""
+    cluster = cluster_of(tiny_checkpoint)
+    with serving(cluster):
+        stream = cluster.stream()
+        calm = stream.finish(requests("calm"))
+        address = cluster.worker("attention-0")["engine_address"]
+        cluster.crash_controller()
+        for name in ("expert-0", "expert-1"):
+            cluster.group.runtimes[name]._fence("for this test")  # no step of it any more
+        stream.send(requests("hit")[0])
+        stream.wait_ended()
+        refused = EngineStream(address)
+        with pytest.raises(ConnectionError, match="this worker may not serve now"):
+            refused.next()
+        cluster.adopt()
+        snapshot = cluster.wait(lambda s: s["generation"] == 2 and s["state"] == "SERVING")
+        assert snapshot["history"][-1]["cause"] == "the controller was restarted"
+        stream = cluster.stream()
+        assert same_beginnings(calm, stream.finish(requests("again")))
+        assert cluster.blocks_in_use() == 0
+        stream.close()

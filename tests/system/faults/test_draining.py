@@ -1,0 +1,222 @@
+"""Workers are drained while streams are under way: no request fails, no token differs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.harness.cluster_gateway import gateway_of
+from tests.harness.engine_stream import TIMEOUT_S
+from tests.harness.fault_rows import (
+    FORMS,
+    FULL,
+    SMALL,
+    Form,
+    check_answers,
+    play,
+    row_config,
+    undisturbed,
+)
+from tests.harness.mixed_calls import make_calls
+from tests.harness.serving_cluster import (
+    RayCluster,
+    ServingCluster,
+    ThreadCluster,
+    connected_ray,
+    serving,
+)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    with connected_ray():
+        yield
+
+
+def begin_drain(cluster: ServingCluster, worker: str, limit_s: float = 120.0) -> dict[str, Any]:
+    """Order a drain; the operation."""
+    operation: dict[str, Any] = cluster._call("drain", {"worker": worker, "limit_s": limit_s})
+    return operation
+
+
+def wait_operation(cluster: ServingCluster, operation_id: str) -> dict[str, Any]:
+    """An operation once it has ended."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while (found := cluster._call("operation", operation_id))["state"] == "RUNNING":
+        assert time.monotonic() < deadline, found
+        time.sleep(0.02)
+    operation: dict[str, Any] = found
+    return operation
+
+
+def drain(cluster: ServingCluster, worker: str) -> dict[str, Any]:
+    """Drain a worker; the operation, which must succeed."""
+    cluster.snapshot(fresh=True)  # so that it knows of the requests that are to be moved
+    operation = wait_operation(cluster, begin_drain(cluster, worker)["id"])
+    assert operation["state"] == "SUCCEEDED", operation
+    assert cluster.worker(worker)["state"] == "DRAINED"
+    return operation
+
+
+def test_drained_workers_leave_no_trace_in_the_answers() -> None:
+    """One of each pool, under load, one after the other."""
+    with serving(ThreadCluster(row_config(2, 3, num_redundant=22))) as cluster:
+        done: list[dict[str, Any]] = []
+
+        def fault() -> None:
+            done.append(drain(cluster, "attention-0"))
+            done.append(drain(cluster, "expert-1"))
+
+        play(cluster, SMALL, random.Random(5), fault)
+        assert done[0]["result"]["requests_moved"] > 0
+        assert 1 < done[0]["generation"] < done[1]["generation"]
+        causes = [entry["cause"] for entry in cluster.snapshot()["history"]]
+        assert [c for c in causes if c.startswith("drained")] == [
+            "drained attention-0",
+            "drained expert-1",
+        ]
+        assert not [c for c in causes if c.startswith("lost")]
+        assert isinstance(cluster, ThreadCluster)
+        assert not {"attention-0", "expert-1"} & set(cluster.group.runtimes)
+
+
+@pytest.mark.slow
+def test_a_drain_goes_on_when_the_controller_dies() -> None:
+    """A worker of each pool; no request fails, none is moved twice."""
+    cluster = ThreadCluster(row_config(2, 3))
+    done: list[dict[str, Any]] = []
+    with serving(cluster):
+
+        def fault() -> None:
+            for worker in ("attention-0", "expert-1"):
+                begun = begin_drain(cluster, worker)
+                cluster.crash_controller()
+                cluster.adopt()
+                done.append(wait_operation(cluster, begun["id"]))
+
+        play(cluster, SMALL, random.Random(8), fault)
+        assert [operation["state"] for operation in done] == ["SUCCEEDED"] * 2, done
+        snapshot = cluster.wait(lambda s: s["state"] == "SERVING")
+        states = {w["name"]: w["state"] for w in snapshot["workers"]}
+        assert (states["attention-0"], states["expert-1"]) == ("DRAINED", "DRAINED")
+        assert (states["attention-0.2"], states["expert-1.2"]) == ("SERVING", "SERVING")
+        assert snapshot["term"] == 3
+        assert not [e for e in snapshot["history"] if e["cause"].startswith("lost")]
+
+
+def wait_gone(pid: int) -> None:
+    """Until no process of that id runs; a dead one may wait to be reaped."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while psutil.pid_exists(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return
+        assert time.monotonic() < deadline, f"{pid} lives"
+        time.sleep(0.02)
+
+
+LAYOUTS = (
+    pytest.param({}, "expert-1", id="sockets"),
+    pytest.param({"transport": "collective"}, "expert-1", id="collective", marks=pytest.mark.slow),
+    pytest.param({"mode": "colocated"}, "colocated-1", id="colocated", marks=pytest.mark.slow),
+)
+
+
+@pytest.mark.parametrize(("layout", "worker"), LAYOUTS)
+def test_only_copies_are_read_by_others_first(layout: dict[str, Any], worker: str) -> None:
+    """Two workers with experts and no spare slot: one takes all over, from the other's memory."""
+    with serving(ThreadCluster(row_config(1, 2, **layout))) as cluster:
+        done: list[dict[str, Any]] = []
+        play(cluster, SMALL, random.Random(7), lambda: done.append(drain(cluster, worker)))
+        assert done[0]["result"]["experts_copied"] == 32 * len(cluster._call("placement")["banks"])
+        assert cluster.snapshot()["experts_complete"]
+        check_memory_is_freed(cluster, worker)
+
+
+def check_memory_is_freed(cluster: ServingCluster, left: str) -> None:
+    """When another worker is in its place, the one that stayed holds no more than at the start."""
+    stayed = left.replace("-1", "-0")
+    cluster.wait(lambda s: s["state"] == "SERVING")
+    at_start = cluster.worker(stayed)["slots"]
+
+    def slots(snapshot: dict[str, Any]) -> float:
+        (stats,) = [w["stats"] for w in snapshot["workers"] if w["name"] == stayed]
+        return float(stats["expert_worker_slots"])
+
+    cluster.wait(lambda s: slots(s) == at_start, fresh=True)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("form", FORMS)
+def test_a_signal_to_a_worker_drains_it(local_ray: None, form: Form) -> None:
+    with serving(RayCluster(row_config(2, 3, num_redundant=22))) as cluster:
+        pids = [cluster.worker(name)["pid"] for name in ("attention-1", "expert-2")]
+
+        def fault() -> None:
+            for pid in pids:  # as the processes of a node get it
+                os.kill(pid, signal.SIGTERM)
+
+        play(cluster, form, random.Random(6), fault)
+        for pid in pids:
+            wait_gone(pid)
+        begun = cluster._call("operations")  # one, unless a signal was followed much later
+        ended = [wait_operation(cluster, operation["id"]) for operation in begun]
+        assert {operation["state"] for operation in ended} == {"SUCCEEDED"}, ended
+        targets = " and ".join(operation["target"] for operation in ended)
+        assert sorted(targets.split(" and ")) == ["attention-1", "expert-2"]
+        assert all(operation["generation"] > 1 for operation in ended)
+
+
+def restart_all(cluster: ServingCluster) -> list[str]:
+    """Drain every worker, one after the other, each when the last one's place is filled again."""
+    names = [w["name"] for w in cluster.snapshot()["workers"]]
+    for name in names:
+        drain(cluster, name)
+        cluster.wait(lambda s: s["state"] == "SERVING")
+    return names
+
+
+def roll(cluster: ServingCluster, form: Form) -> None:
+    """A rolling restart; clients ask again and again until it is done, and cannot tell."""
+    expected = undisturbed(form)
+    calls = make_calls(form.num_streams, form.num_tokens)
+    with ThreadPoolExecutor(1) as pool, gateway_of(cluster) as gateway:
+        restart: Future[list[str]] | None = None
+        rounds = 0
+        while restart is None or not restart.done():
+            streams = gateway.stream(calls, f"round-{rounds}")
+            streams.wait_tokens(form.num_streams)
+            restart = restart or pool.submit(restart_all, cluster)
+            check_answers(streams.finish(), expected)
+            rounds += 1
+        drained = restart.result()
+        check_answers(gateway.stream(calls, "after").finish(), expected)
+    workers = {w["name"]: w for w in cluster.snapshot()["workers"]}
+    assert {workers[name]["state"] for name in drained} == {"DRAINED"}
+    serving = [w for w in workers.values() if w["state"] == "SERVING"]
+    assert len(serving) == len(drained)
+    assert {w["role"] for w in serving} == {"attention", "expert"}
+    assert not {w["name"] for w in serving} & set(drained)
+    assert cluster.blocks_in_use() == 0
+
+
+@pytest.mark.slow
+def test_a_rolling_restart_of_every_worker() -> None:
+    with serving(ThreadCluster(row_config(2, 2))) as cluster:
+        roll(cluster, SMALL)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_rolling_restart_of_every_actor(local_ray: None) -> None:
+    with serving(RayCluster(row_config(2, 3))) as cluster:
+        roll(cluster, FULL)

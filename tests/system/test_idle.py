@@ -1,0 +1,51 @@
+"""An idle cluster does next to nothing: counted in wake-ups and steps, not in seconds.
+
+What it costs in seconds is measured by ``benchmarks.idle``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.harness.serving_cluster import ThreadCluster, make_config, serving
+from workers.process.runtime import IDLE_WAIT_S, WorkerRuntime
+from workers.requests.request import Request, SamplingParams
+
+WATCHED_S = 2.5
+NUM_REQUESTS = 3
+PAIRS = 4 * 2 * 2
+"""Of a request: rows (3 of the prompt, 1 of a token), layers, experts of a row."""
+
+
+def wakeups(runtimes: dict[str, WorkerRuntime]) -> dict[str, int]:
+    """Times that each worker's select loop has returned."""
+    return {name: runtime.connections.num_wakeups for name, runtime in runtimes.items()}
+
+
+def expert_work(cluster: ThreadCluster) -> list[float]:
+    """Rows times experts that each worker with experts has computed, for whomever."""
+    workers = cluster.snapshot(fresh=True)["workers"]
+    return [w["stats"]["expert_worker_tokens_total"] for w in workers if w["slots"] is not None]
+
+
+@pytest.mark.parametrize("mode", ["disaggregated", "colocated"])
+def test_an_idle_cluster_sleeps(tiny_checkpoint: Path, mode: str) -> None:
+    cluster = ThreadCluster(make_config(tiny_checkpoint, 2, 2, workers={"mode": mode}))
+    with serving(cluster):
+        stream = cluster.stream()
+        params = SamplingParams(max_tokens=2, ignore_eos=True)
+        for i in range(NUM_REQUESTS):
+            stream.finish([Request(request_id=f"r{i}", prompt=(5, 6, 7), params=params)])
+        cluster.wait(lambda _: sum(expert_work(cluster)) == NUM_REQUESTS * PAIRS)
+        before, started = wakeups(cluster.group.runtimes), time.monotonic()
+        threading.Event().wait(WATCHED_S)
+        after, watched_s = wakeups(cluster.group.runtimes), time.monotonic() - started
+        limit = watched_s / IDLE_WAIT_S + 4  # once a turn; the last steps' frames, and the ends
+        woken = {name: after[name] - before[name] for name in after}
+        assert all(count <= limit for count in woken.values()), woken
+        assert sum(expert_work(cluster)) == NUM_REQUESTS * PAIRS
+        stream.close()

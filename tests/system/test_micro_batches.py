@@ -1,0 +1,190 @@
+"""Two micro-batches in flight: the same results in every layout, and both pools busy at once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from cluster.launch.model_source import bundled_checkpoint
+from tests.harness.recorded_cluster import RecordedCluster
+from tests.harness.serving_cluster import ThreadCluster, make_config, serving
+from tests.harness.step_traces import Seen, read_spans
+from tests.harness.worker_processes import ProcessWorkerGroup
+from tests.reference.goldens import MAX_MODEL_LEN, Golden
+from tests.system.test_layouts import LAYOUTS, check_greedy, float32_config, requests
+from workers.requests.request import Request, SamplingParams
+
+AnyGolden = Callable[[str], Golden]
+
+
+@pytest.mark.parametrize("mode", ["disaggregated", "colocated"])
+@pytest.mark.parametrize("combine_mode", ["sum", "per_slot"])
+@pytest.mark.parametrize("transport", ["sockets", "collective"])
+def test_two_micro_batches_give_the_same_tokens(
+    golden: AnyGolden, transport: str, combine_mode: str, mode: str
+) -> None:
+    config = float32_config(
+        golden("olmoe-base"),
+        2,
+        2,
+        engine={"combine_mode": combine_mode, "num_micro_batches": 2},
+        transport={"transport": transport},
+        workers={"mode": mode, "num_redundant_experts": 8},
+    )
+    with serving(ThreadCluster(config)) as cluster:
+        check_greedy(cluster, golden("olmoe-base"))
+
+
+@pytest.mark.parametrize("transport", ["sockets", "collective"])
+@pytest.mark.parametrize("variant", ["dots1-groups", "jetmoe-tied"])
+def test_two_micro_batches_of_other_families(
+    golden: AnyGolden, variant: str, transport: str
+) -> None:
+    """Layers without experts, and three exchanges in a layer."""
+    config = float32_config(
+        golden(variant),
+        2,
+        2,
+        engine={"num_micro_batches": 2},
+        transport={"transport": transport},
+    )
+    with serving(ThreadCluster(config)) as cluster:
+        check_greedy(cluster, golden(variant))
+
+
+@pytest.mark.parametrize(
+    ("attention", "experts"),
+    [
+        pytest.param(a, e, marks=() if (a, e) in ((1, 1), (3, 4)) else pytest.mark.slow)
+        for a, e in LAYOUTS
+    ],
+    ids=[f"{a}x{e}" for a, e in LAYOUTS],
+)
+def test_two_micro_batches_in_every_layout(golden: AnyGolden, attention: int, experts: int) -> None:
+    """Also steps in which some ranks have one row, or none."""
+    engine: dict[str, object] = {"num_micro_batches": 2}
+    config = float32_config(golden("olmoe-norm-gqa-clip"), attention, experts, engine=engine)
+    with serving(ThreadCluster(config)) as cluster:
+        check_greedy(cluster, golden("olmoe-norm-gqa-clip"))
+
+
+@pytest.fixture(scope="module")
+def spans(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
+    """What 1 + 1 worker processes write of a few requests, two micro-batches in each step."""
+    folder = tmp_path_factory.mktemp("traces")
+    config = make_config(
+        bundled_checkpoint(),
+        1,
+        1,
+        engine={"num_micro_batches": 2},
+        observability={"trace_dir": str(folder)},
+    )
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    asked = [
+        Request(request_id=f"r{i}", prompt=tuple(range(10 + i, 40 + i)), params=params)
+        for i in range(16)
+    ]
+    with serving(ThreadCluster(config, ProcessWorkerGroup())) as cluster:
+        stream = cluster.stream()
+        stream.finish(asked)
+        stream.close()
+    return read_spans(folder)
+
+
+def by_step(spans: Sequence[Seen], name: str) -> dict[int, list[Seen]]:
+    found: defaultdict[int, list[Seen]] = defaultdict(list)
+    for span in spans:
+        if span.name == name:
+            found[span.args["step"]].append(span)
+    return found
+
+
+@pytest.mark.distributed
+def test_a_trace_shows_both_pools_busy_at_once(spans: list[Seen]) -> None:
+    """Experts at work on one micro-batch while the other worker is in the other's attention."""
+    attention, experts = by_step(spans, "attention"), by_step(spans, "experts")
+    split = {s.args["step"] for s in spans if s.name == "step" and s.args["micro_batches"] == 2}
+    assert len(split) >= 12
+    overlapping: defaultdict[int, set[int]] = defaultdict(set)
+    for step in split:
+        for mine in experts[step]:
+            for other in attention[step]:
+                assert mine.worker != other.worker
+                differ = mine.args["micro_batch"] != other.args["micro_batch"]
+                if differ and mine.overlap_us(other) > 0:
+                    overlapping[mine.args["micro_batch"]].add(step)
+    assert overlapping[0], "experts on the first part, attention on the second"
+    assert overlapping[1], "experts on the second part, attention on the first"
+
+
+@pytest.mark.distributed
+def test_nobody_waits_between_two_micro_batches(spans: list[Seen]) -> None:
+    """Both parts go out before one is awaited; one goes home before the other is awaited."""
+    starts = {
+        (s.name, s.args["step"], s.args["layer"], s.args["micro_batch"]): s.start_us
+        for s in spans
+        if "micro_batch" in s.args
+    }
+    places = [place[1:3] for place in starts if place[0] == "send" and place[3] == 1]
+    assert places
+    for step, layer in places:
+        assert starts["dispatch", step, layer, 1] < starts["combine", step, layer, 0]
+        assert starts["send", step, layer, 0] < starts["receive", step, layer, 1]
+        assert starts["attention", step, layer, 0] < starts["attention", step, layer, 1]
+
+
+def test_colocated_workers_show_both_kinds_of_work(golden: AnyGolden, tmp_path: Path) -> None:
+    """The experts are served within a combine; a worker without rows serves them all the same."""
+    config = make_config(
+        golden("olmoe-base").path,
+        2,
+        2,
+        workers={"mode": "colocated"},
+        observability={"trace_dir": str(tmp_path)},
+        dtype="float32",
+        max_model_len=MAX_MODEL_LEN,
+    )
+    with serving(ThreadCluster(config)) as cluster:
+        stream = cluster.stream(0)
+        stream.finish(requests(golden("olmoe-base")))
+        stream.close()
+    spans = read_spans(tmp_path)
+    busy, idle = sorted({s.worker for s in spans})
+    names = {w: {s.name for s in spans if s.worker == w} for w in (busy, idle)}
+    assert names[idle] >= {"receive", "experts", "send", "step"}
+    assert names[busy] == names[idle] | {"attention", "dispatch", "combine", "sample"}
+
+
+def test_the_leader_changes_its_mind_from_step_to_step(golden: AnyGolden, tmp_path: Path) -> None:
+    """Thresholds between the sizes of the steps; two workers have a core each here."""
+    config = make_config(
+        golden("olmoe-base").path,
+        1,
+        1,
+        engine={"micro_batch_decode_threshold": 5, "micro_batch_prefill_threshold": 32},
+        observability={"trace_dir": str(tmp_path)},
+        dtype="float32",
+        max_model_len=MAX_MODEL_LEN,
+    )
+    asked = [
+        replace(r, params=replace(r.params, max_tokens=4 * i + 2))
+        for i, r in enumerate(requests(golden("olmoe-base")))
+    ]
+    cluster = RecordedCluster(config)
+    with serving(cluster):
+        cluster.let_in(0, [0] * len(asked))
+        stream = cluster.stream()
+        results = stream.finish(asked)
+        stream.close()
+    for i, request in enumerate(asked):
+        expected = golden("olmoe-base").greedy(i)[: request.params.max_tokens]
+        assert tuple(results[request.request_id].tokens[0]) == expected
+    steps = [s.args for s in read_spans(tmp_path) if s.name == "step"]
+    decodes = {s["rows"]["0"]: s["micro_batches"] for s in steps if s["rows"]["0"] <= 8}
+    assert decodes[2] == decodes[4] == 1
+    assert decodes[5] == decodes[6] == 2
+    assert max(s["rows"]["0"] for s in steps if s["micro_batches"] == 2) >= 32

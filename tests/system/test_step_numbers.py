@@ -1,0 +1,56 @@
+"""What workers tell of the parts of their steps, from real ones to the exposition."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.launch.model_source import bundled_checkpoint
+from gateway.observability.metrics import GatewayMetrics
+from tests.harness.serving_cluster import ThreadCluster, make_config, serving
+from workers.requests.request import Request, SamplingParams
+
+OF_ATTENTION = {"attention_compute_seconds", "dispatch_seconds", "combine_seconds"}
+OF_EXPERTS = {"expert_compute_seconds", "dispatch_bytes", "dispatch_padding_ratio"}
+BUBBLE = {"bubble_seconds"}
+TYPES = {"dispatch_bytes": "counter", "dispatch_padding_ratio": "gauge"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        (
+            "disaggregated",
+            {"attention-0": OF_ATTENTION | BUBBLE, "expert-0": OF_EXPERTS | BUBBLE},
+        ),
+        ("colocated", {"colocated-0": OF_ATTENTION | OF_EXPERTS | BUBBLE}),
+        ("local", {"attention-0": OF_ATTENTION}),
+    ],
+)
+def test_every_worker_tells_its_parts_by_phase(mode: str, expected: dict[str, set[str]]) -> None:
+    pools = {"num_expert_workers": 0} if mode == "local" else {}
+    config = make_config(bundled_checkpoint(), 1, 1, workers={"mode": mode, **pools})
+    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    request = Request(request_id="r", prompt=tuple(range(10, 40)), params=params)
+    with serving(ThreadCluster(config)) as cluster:
+        cluster.answers([request])
+        snapshot = cluster.snapshot(fresh=True)
+    text = GatewayMetrics("model", lambda: snapshot).render().decode()
+    found: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(text):
+        name = family.name.removeprefix("expertmesh:")
+        assert len(family.documentation.split()) > 1, f"{name} has no help text"
+        if name not in OF_ATTENTION | OF_EXPERTS | BUBBLE:
+            continue
+        assert family.type == TYPES.get(name, "histogram")
+        for sample in family.samples:
+            found.setdefault(sample.labels["worker"], set()).add(name)
+            if sample.name.endswith("_sum"):
+                assert sample.labels["phase"] in ("prefill", "decode")
+            if name in TYPES:
+                assert sample.labels["direction"] in ("dispatch", "combine")
+            if name == "dispatch_bytes":
+                assert sample.value > 0
+            if name == "dispatch_padding_ratio":
+                assert sample.value == 0  # the only expert worker has all experts of a row
+    assert found == expected

@@ -1,0 +1,148 @@
+"""Structured output on a whole cluster: grammars are compiled beside the engine, not in it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from gateway.text.tokenizer import load_tokenizer
+from tests.harness.serving_cluster import ThreadCluster, make_config, serving
+from tests.paths import DEMO
+from workers.process.attention_runtime import AttentionRuntime
+from workers.process.intake.grammar_compilations import GrammarCompilations
+from workers.requests.request import FinishReason, Grammar, GrammarKind, Request, SamplingParams
+from workers.sampling.grammar import CompiledGrammar
+
+TOKENIZER = load_tokenizer(str(DEMO))
+assert TOKENIZER is not None
+PROMPT = TOKENIZER.encode("ROMEO:")
+WAIT_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[ThreadCluster]:
+    """1 attention and 2 expert workers with the bundled model."""
+    cluster = ThreadCluster(make_config(DEMO, dtype="float32"))
+    with serving(cluster):
+        yield cluster
+
+
+def request(name: str, text: str | None, max_tokens: int = 40) -> Request:
+    """A request that follows a regular expression, or none."""
+    grammar = None if text is None else Grammar(kind=GrammarKind.REGEX, text=text)
+    params = SamplingParams(max_tokens=max_tokens, seed=1, ignore_eos=True, grammar=grammar)
+    return Request(request_id=name, prompt=PROMPT, params=params)
+
+
+class SlowCompiler:
+    """Compiles when the test lets it; its clock stands still until the test moves it."""
+
+    def __init__(self, runtime: AttentionRuntime) -> None:
+        self._compile = runtime._grammars.compile
+        self.begun = threading.Event()
+        self.may_end = threading.Event()
+        self.now = 0.0
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """See ``GrammarCompiler``."""
+        if grammar.text.startswith("slow"):
+            self.begun.set()
+            assert self.may_end.wait(WAIT_S)
+        return self._compile(grammar)
+
+
+@pytest.fixture
+def slow(cluster: ThreadCluster) -> Iterator[SlowCompiler]:
+    """The worker's compilations with a compiler that is slow for some."""
+    runtime = cluster.group.runtimes["attention-0"]
+    assert isinstance(runtime, AttentionRuntime)
+    usual, slow = runtime._compilations, SlowCompiler(runtime)
+    runtime._compilations = GrammarCompilations(
+        slow.compile, runtime.connections.wake, clock=lambda: slow.now
+    )
+    yield slow
+    slow.may_end.set()
+    runtime._compilations = usual
+
+
+def test_streams_go_on_while_a_grammar_is_compiled(
+    cluster: ThreadCluster, slow: SlowCompiler
+) -> None:
+    stream = cluster.stream()
+    stream.send(request("hostile", "slow"))
+    assert slow.begun.wait(WAIT_S)
+    reason = 'num_requests_waiting_by_reason{reason="grammar"}'
+    snapshot = cluster.wait(lambda s: s["workers"][0]["stats"].get(reason) == 1, fresh=True)
+    assert snapshot["workers"][0]["stats"]["num_requests_waiting"] == 1
+    result = stream.finish([request("free", None), request("other", "[a-z]{3}")])
+    assert result["free"].reasons == [FinishReason.LENGTH]
+    assert result["other"].reasons == [FinishReason.STOP]
+    stream.close()
+
+
+def test_a_grammar_over_its_time_is_refused_by_name(
+    cluster: ThreadCluster, slow: SlowCompiler
+) -> None:
+    stream = cluster.stream()
+    stream.send(request("hostile", "slow and hostile"))
+    assert slow.begun.wait(WAIT_S)
+    slow.now += 2.0
+    refused = stream.next()
+    while refused.request_id != "hostile":
+        refused = stream.next()
+    assert refused.finish_reason is FinishReason.ERROR
+    assert refused.error_code == "invalid_value"
+    assert refused.error_param == "structured_outputs"
+    assert "was not compiled within 2 s" in (refused.error or "")
+    result = stream.finish([request("next", "[a-z]{3}")])
+    assert result["next"].reasons == [FinishReason.STOP]
+    stream.close()
+
+
+def test_a_request_that_is_given_up_while_it_waits_never_runs(
+    cluster: ThreadCluster, slow: SlowCompiler
+) -> None:
+    stream = cluster.stream()
+    stream.send(request("gone", "slow?"))
+    assert slow.begun.wait(WAIT_S)
+    stream.abort("gone")
+    stream.finish([request("first", None, 3)])  # the abort is through
+    slow.may_end.set()
+    result = stream.finish([request("second", "slow|quick")])
+    assert result["second"].reasons == [FinishReason.STOP]
+    left = [o for r in result.values() for o in r.outputs if o.request_id == "gone"]
+    assert left == []
+    assert cluster.blocks_in_use() == 0
+    stream.close()
+
+
+def test_every_choice_follows_the_grammar(cluster: ThreadCluster) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 999}},
+        "required": ["n"],
+        "additionalProperties": False,
+        "x-guidance": {"whitespace_flexible": False},
+    }
+    grammar = Grammar(kind=GrammarKind.JSON_SCHEMA, text=json.dumps(schema))
+    params = SamplingParams(max_tokens=200, seed=2, temperature=1.2, grammar=grammar)
+    wanted = Request(request_id="r", prompt=PROMPT, params=params, n=3)
+    stream = cluster.stream()
+    result = stream.finish([wanted])["r"]
+    assert result.reasons == [FinishReason.STOP] * 3
+    assert TOKENIZER is not None
+    for tokens in result.tokens:
+        assert isinstance(json.loads(TOKENIZER.decode(tokens))["n"], int)
+    stream.close()
+
+
+@pytest.mark.parametrize("text", ["(unclosed", r"[^\s\S]"])
+def test_a_wrong_grammar_is_refused_by_every_choice(cluster: ThreadCluster, text: str) -> None:
+    stream = cluster.stream()
+    result = stream.finish([request("r", text)])["r"]
+    assert result.reasons == [FinishReason.ERROR]
+    assert result.outputs[0].error_param == "structured_outputs"
+    stream.close()

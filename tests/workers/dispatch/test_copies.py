@@ -1,0 +1,141 @@
+"""Which copy serves a row: decode table, split weights, and the hash."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cluster.core.errors import ProtocolError
+from cluster.core.placement import BankPlacement
+from workers.dispatch.copies import CopyTables, filled_slots, mix64
+
+CPU = torch.device("cpu")
+
+
+def make_placement() -> BankPlacement:
+    """Expert 0 on three devices, expert 1 on two, expert 2 on one."""
+    return BankPlacement.from_maps(
+        bank="mlp",
+        layer=0,
+        num_experts=3,
+        physical_to_logical=[[0, 1, -1], [1, 0, -1], [2, -1, 0]],
+        split=[[0.5, 0.3, 0.0], [0.7, 0.375, 0.0], [1.0, 0.0, 0.125]],
+        decode_device=[1, 0, 2],
+    )
+
+
+def test_hash_is_fixed() -> None:
+    """These numbers are part of the protocol: a retry elsewhere must pick the same copy."""
+    values = mix64(torch.tensor([0, 1, -1, 2**62]))
+    assert values.tolist() == [
+        -2152535657050944081,
+        -7995527694508729151,
+        -1956407806741107680,
+        47939714376772075,
+    ]
+
+
+def test_decode_rows_take_the_copy_of_the_decode_table() -> None:
+    tables = CopyTables.build(make_placement(), {0: 0, 1: 1, 2: 2}, CPU)
+    ids = torch.tensor([[0, 1], [2, 0]])
+    decode = torch.zeros(2, dtype=torch.bool)
+    slots = tables.choose(ids, decode, torch.zeros(2).long(), spread=True).slots
+    assert slots.tolist() == [
+        [[-1, 1], [-1, -1]],
+        [[1, -1], [-1, 1]],
+        [[-1, -1], [0, -1]],
+    ]
+    assert slots.is_contiguous()
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_every_pair_goes_to_exactly_one_copy(spread: bool) -> None:
+    tables = CopyTables.build(make_placement(), {0: 0, 1: 1, 2: 2}, CPU)
+    ids = torch.randint(0, 3, (200, 4))
+    prefill = torch.arange(200) % 2 == 0
+    keys = torch.randint(-(2**62), 2**62, (200,))
+    slots = tables.choose(ids, prefill, keys, spread).slots
+    assert torch.equal((slots >= 0).sum(0), torch.ones_like(ids))
+    held = torch.tensor(make_placement().physical_to_logical)
+    for rank in range(3):
+        here = slots[rank] >= 0
+        assert torch.equal(held[rank][slots[rank][here].long()], ids[here])
+
+
+def test_prefill_shares_follow_the_split_within_sampling_error() -> None:
+    placement = make_placement()
+    tables = CopyTables.build(placement, {0: 0, 1: 1, 2: 2}, CPU)
+    num_rows = 40_000
+    keys = mix64(torch.arange(num_rows))
+    ids = torch.tensor([[0, 1]]).expand(num_rows, 2)
+    slots = tables.choose(ids, torch.ones(num_rows, dtype=torch.bool), keys, spread=True).slots
+    for expert in (0, 1):
+        for device, slot in placement.logical_to_physical(expert):
+            share = placement.split[device][slot]
+            found = float((slots[device, :, expert] == slot).float().mean())
+            sigma = (share * (1 - share) / num_rows) ** 0.5
+            assert abs(found - share) < 4 * sigma
+
+
+def test_the_choice_depends_on_row_and_expert_alone() -> None:
+    tables = CopyTables.build(make_placement(), {0: 0, 1: 1, 2: 2}, CPU)
+    ids = torch.randint(0, 3, (50, 2))
+    keys = torch.randint(-(2**62), 2**62, (50,))
+    prefill = torch.ones(50, dtype=torch.bool)
+    whole = tables.choose(ids, prefill, keys, spread=True).slots
+    order = torch.randperm(50)
+    again = tables.choose(ids[order], prefill, keys[order], spread=True).slots
+    assert torch.equal(whole[:, order], again)
+    swapped = tables.choose(ids.flip(1), prefill, keys, spread=True).slots
+    assert torch.equal(whole.flip(2), swapped)
+
+
+def test_devices_are_found_by_their_place_among_the_ranks() -> None:
+    lost = make_placement().without_devices(frozenset({1}))
+    assert lost is not None
+    tables = CopyTables.build(lost, {0: 0, 2: 1}, CPU)
+    ids = torch.tensor([[0, 1, 2]])
+    slots = tables.choose(ids, torch.zeros(1).bool(), torch.zeros(1).long(), spread=False).slots
+    assert slots.tolist() == [[[0, 1, -1]], [[-1, -1, 0]]]
+
+
+def test_a_device_without_a_rank_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="device 1"):
+        CopyTables.build(make_placement(), {0: 0, 2: 1}, CPU)
+
+
+def test_thresholds_are_the_sums_of_the_shares() -> None:
+    tables = CopyTables.build(make_placement(), {0: 0, 1: 1, 2: 2}, CPU)
+    whole = 1 << 32
+    assert tables.thresholds.tolist() == [
+        [whole // 2, whole * 7 // 8, whole],
+        [round(0.3 * whole), whole, whole],
+        [whole] * 3,
+    ]
+    assert tables.copy_rank.tolist() == [[0, 1, 2], [0, 1, -1], [2, -1, -1]]
+    assert tables.copy_slot.tolist() == [[0, 1, 2], [1, 0, -1], [0, -1, -1]]
+
+
+@pytest.mark.parametrize("shares", [(0.25, 0.75 - 5e-7), (0.5, 0.5 + 5e-7)])
+def test_the_last_copy_takes_what_rounding_leaves(shares: tuple[float, float]) -> None:
+    placement = BankPlacement.from_maps(
+        bank="mlp",
+        layer=0,
+        num_experts=1,
+        physical_to_logical=[[0], [0]],
+        split=[[share] for share in shares],
+    )
+    tables = CopyTables.build(placement, {0: 0, 1: 1}, CPU)
+    assert tables.thresholds.tolist()[0] == [round(shares[0] * 2**32), 2**32]
+
+
+def test_without_second_copies_there_is_no_choice() -> None:
+    single = BankPlacement.from_maps(
+        bank="mlp", layer=0, num_experts=2, physical_to_logical=[[0], [1]]
+    )
+    assert not CopyTables.build(single, {0: 0, 1: 1}, CPU).has_choice
+    assert CopyTables.build(make_placement(), {0: 0, 1: 1, 2: 2}, CPU).has_choice
+
+
+def test_filled_slots() -> None:
+    assert filled_slots(make_placement(), 2) == (True, False, True)

@@ -1,0 +1,116 @@
+"""Expert load counted from the routes of committed steps."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from cluster.core.load_report import Counts
+from tests.workers.transport.mesh import make_bank
+from workers.engine.expert_load import LoadCounter, Routed
+
+BANKS = (make_bank(0), make_bank(1))
+NUM_EXPERTS = BANKS[0].num_experts
+KEY = (BANKS[0].bank, BANKS[0].layer)
+
+
+def decodes(*rows: Sequence[int]) -> Routed:
+    return Routed(torch.tensor(rows), None, len(rows))
+
+
+def prompts(rows: Sequence[Sequence[int]], copies: Sequence[Sequence[int]] | None) -> Routed:
+    return Routed(torch.tensor(rows), None if copies is None else torch.tensor(copies), 0)
+
+
+def step(*parts: Routed) -> list[list[Routed]]:
+    """The same micro-batches in every bank."""
+    return [list(parts) for _ in BANKS]
+
+
+def counted(counts: Counts) -> dict[int, int]:
+    return {expert: int(count) for expert, count in enumerate(counts) if count}
+
+
+def test_tokens_are_counted_by_expert_and_phase() -> None:
+    load = LoadCounter(BANKS)
+    mixed = Routed(
+        torch.tensor([[0, 1], [2, 3], [0, 3]]), torch.tensor([[9, 9], [0, 1], [1, 0]]), 1
+    )
+    load.add(1, 3, step(mixed))
+    load.add(1, 1, step(decodes([3, 0])))
+    report = load.report()
+    assert report.rows == 4
+    assert list(report.banks) == [(b.bank, b.layer) for b in BANKS]
+    for counts in report.banks.values():
+        assert counted(counts.decode) == {0: 2, 1: 1, 3: 1}
+        assert counted(counts.prefill) == {0: 1, 2: 1, 3: 2}
+        assert counts.epoch_prefill.shape == (NUM_EXPERTS, 2)
+        assert counts.epoch_prefill[[0, 2, 3]].tolist() == [[0, 1], [1, 0], [1, 1]]
+        assert (counts.epoch_decode == counts.decode).all()
+
+
+def test_a_prompt_without_a_choice_takes_the_first_copy() -> None:
+    load = LoadCounter(BANKS)
+    load.add(1, 1, step(prompts([[1, 2]], None)))
+    load.add(1, 1, step(prompts([[1, 2]], [[1, 0]])))
+    assert load.report().banks[KEY].epoch_prefill[[1, 2]].tolist() == [[1, 1], [2, 0]]
+
+
+def test_a_new_epoch_counts_copies_afresh() -> None:
+    load = LoadCounter(BANKS)
+    load.add(1, 1, step(prompts([[0, 1]], [[1, 0]])))
+    load.add(2, 2, step(prompts([[0, 1]], None), decodes([2, 3])))
+    report = load.report()
+    counts = report.banks[KEY]
+    assert (report.epoch, report.rows) == (2, 3)
+    assert counted(counts.prefill) == {0: 2, 1: 2}
+    assert counts.epoch_prefill.shape == (NUM_EXPERTS, 1)
+    assert counted(counts.epoch_prefill[:, 0]) == {0: 1, 1: 1}
+    assert counted(counts.epoch_decode) == {2: 1, 3: 1}
+
+
+def test_what_a_report_was_given_does_not_change() -> None:
+    load = LoadCounter(BANKS)
+    load.add(1, 1, step(decodes([0, 1])))
+    before = load.report()
+    load.add(1, 1, step(decodes([0, 1])))
+    load.flush()
+    assert counted(before.banks[KEY].decode) == {0: 1, 1: 1}
+    assert counted(load.report().banks[KEY].decode) == {0: 2, 1: 2}
+
+
+def test_many_steps_are_not_kept_until_somebody_asks() -> None:
+    load = LoadCounter(BANKS)
+    longest = 0
+    for _ in range(1000):
+        load.add(1, 1, step(decodes([0, 1])))
+        longest = max(longest, len(load._pending))
+    assert longest < 300
+    load.flush()
+    for _ in range(10):
+        load.add(1, 3000, step(decodes([0, 1])))
+        assert len(load._pending) <= 1
+    assert counted(load.report().banks[KEY].decode) == {0: 1010, 1: 1010}
+
+
+def test_reports_beside_a_running_engine_lose_nothing() -> None:
+    load = LoadCounter(BANKS)
+    seen: list[int] = []
+    ended = threading.Event()
+
+    def read() -> None:
+        while not ended.is_set():
+            seen.append(int(load.report().banks[KEY].decode.sum()))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(3000):
+        load.add(1, 1, step(decodes([0, 1])))
+    ended.set()
+    reader.join()
+    assert seen == sorted(seen)
+    report = load.report()
+    assert report.rows == 3000
+    assert counted(report.banks[KEY].decode) == {0: 3000, 1: 3000}

@@ -1,0 +1,247 @@
+"""Which request is to blame when workers die one after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from cluster.core.errors import PeerLostError
+from cluster.core.topology import Generation
+from tests.cluster.controller.fakes_cluster import make_members
+from tests.fakes import FailingDispatcher
+from tests.workers.engine.test_scheduler import Desk
+from workers.engine.isolation import ANSWER_LIMIT_S, Companions, Isolation
+from workers.local_engine import LocalEngine
+from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput, Turn
+from workers.requests.step_header import Grant, StepHeader
+
+GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+
+
+def always(request_id: str) -> bool:
+    return True
+
+
+def twice_hit(*names: str) -> Isolation:
+    """After two deaths with these requests in the step."""
+    isolation = Isolation()
+    for name in names:
+        isolation.enter(name, 0)
+    for _ in range(2):
+        isolation.give_up(names)
+        assert isolation.die() is None
+    return isolation
+
+
+def test_two_deaths_make_a_suspect() -> None:
+    isolation = Isolation()
+    isolation.give_up(["a", "b"])
+    isolation.die()
+    assert not isolation.suspects
+    isolation.commit({"b"})
+    isolation.give_up(["a", "b"])
+    isolation.die()
+    assert isolation.suspects == {"a"}
+    isolation.enter("c", 2)
+    assert isolation.suspects == {"a", "c"}
+
+
+def test_a_step_that_broke_without_a_death_counts_nothing() -> None:
+    isolation = Isolation()
+    for _ in range(5):
+        isolation.give_up(["a"])
+        isolation.commit({"a"})
+        assert isolation.die() is None
+    assert not isolation.suspects
+
+
+def test_a_commit_clears_and_a_third_death_blames() -> None:
+    isolation = twice_hit("a", "b")
+    assert isolation.offer(always, 0.0) == "a"
+    assert isolation.is_waiting
+    assert isolation.offer(always, 0.0) is None
+    isolation.take("a")
+    assert isolation.alone == "a"
+    assert isolation.commit({"c"}) is None
+    assert isolation.commit({"a"}) == "a"
+    assert isolation.suspects == {"b"}
+    assert isolation.offer(always, 0.0) == "b"
+    isolation.take("b")
+    isolation.give_up(["b"])
+    assert isolation.die() == "b"
+    isolation.forget("b")
+    assert isolation.alone is None
+    assert not isolation.suspects
+
+
+def test_a_death_in_which_it_did_not_run_is_not_its_doing() -> None:
+    isolation = twice_hit("a")
+    assert isolation.offer(always, 0.0) == "a"
+    isolation.take("a")
+    assert isolation.die() is None
+    assert isolation.alone == "a"
+
+
+def test_what_was_given_up_before_a_generation_runs_is_not_held_against_it() -> None:
+    """Its step was given up because somebody joined, who dies later, in no step of it."""
+    isolation = twice_hit("a")
+    assert isolation.offer(always, 0.0) == "a"
+    isolation.take("a")
+    isolation.give_up(["a"])
+    isolation.begin()
+    assert isolation.die() is None
+    assert isolation.alone == "a"
+
+
+def of(number: int, *names: str) -> Generation:
+    """A generation of some of two attention and three expert workers."""
+    members = tuple(m for m in make_members(2, 3) if m.name in names)
+    return Generation(number=number, members=members)
+
+
+def test_only_members_of_a_generation_that_ran_have_died_in_its_steps() -> None:
+    both, more = ("attention-0", "expert-0"), ("attention-0", "expert-0", "expert-1")
+    companions = Companions()
+    assert companions.died(of(1, *both), ()) == frozenset()
+    companions.run(of(1, *both))
+    assert companions.died(of(2, *more), ()) == frozenset()
+    assert companions.died(of(3, *both), ()) == frozenset()  # expert-1 was only joining
+    assert companions.died(of(4, *more), ()) == frozenset()
+    companions.run(of(4, *more))
+    assert companions.died(of(5, *both), ()) == {"expert-1"}
+    assert companions.died(of(6, "attention-0"), ()) == {"expert-0"}
+    assert companions.died(of(7, "attention-0"), ()) == frozenset()  # each once
+
+
+def test_who_was_drained_has_died_of_nothing() -> None:
+    companions = Companions()
+    companions.run(of(1, "attention-0", "expert-0", "expert-1", "expert-2"))
+    assert companions.died(of(2, "attention-0", "expert-0"), ["expert-1"]) == {"expert-2"}
+
+
+def test_an_offer_that_nobody_takes_goes_to_the_end() -> None:
+    isolation = twice_hit("a", "b")
+    first = isolation.offer(always, 0.0)
+    assert first is not None
+    isolation.expire(ANSWER_LIMIT_S - 0.01)
+    assert isolation.is_waiting
+    isolation.expire(ANSWER_LIMIT_S)
+    assert not isolation.is_waiting
+    second = isolation.offer(always, 2.0)
+    assert {first, second} == {"a", "b"}
+    isolation.take(first)  # too late
+    assert isolation.alone is None
+    assert twice_hit("a").offer(lambda name: False, 0.0) is None
+
+
+def test_a_plan_leaves_out_who_is_held_back_or_not_alone() -> None:
+    desk = Desk()
+    (first,) = desk.add(5)
+    desk.step()
+    (second,) = desk.add(6)
+    (third,) = desk.add(7)
+    names = [s.request.request_id for s in (first, second, third)]
+    scheduler = desk.scheduler
+    scheduler.restrict(frozenset(names[:2]))
+    wanted = scheduler.wanted()
+    assert (wanted.decode_rows, wanted.prefill_rows, wanted.is_alone) == (0, 7, False)
+    assert [p.sequence for p in scheduler.schedule(0, 7).rows] == [third]
+    scheduler.restrict(frozenset(names), names[1])
+    wanted = scheduler.wanted()
+    assert (wanted.decode_rows, wanted.prefill_rows, wanted.is_alone) == (0, 6, True)
+    assert [p.sequence for p in scheduler.schedule(4, 32).rows] == [second]
+    scheduler.restrict(frozenset(), names[0])
+    assert scheduler.wanted().decode_rows == 1
+
+
+class Cluster:
+    """One engine whose peers die when told to."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        local = LocalEngine(checkpoint, wrap=FailingDispatcher)
+        assert isinstance(local.dispatcher, FailingDispatcher)
+        self.engine, self.peers = local.engine, local.dispatcher
+        self.number = 0
+        self.steps: list[bool] = []
+        """Of each step, whether it was for one request alone."""
+
+    def step(self, dies: bool = False) -> list[TokenOutput]:
+        """What a worker does in a turn."""
+        wanted = self.engine.wanted()
+        grant = Grant(decode_rows=wanted.decode_rows, prefill_rows=wanted.prefill_rows)
+        self.number += 1
+        header = StepHeader(
+            generation=1,
+            step=self.number,
+            epoch=1,
+            oldest_epoch=1,
+            grants=((0, grant),),
+            exact=bool(grant.prefill_rows),
+            is_alone=wanted.is_alone,
+        )
+        self.steps.append(header.is_alone)
+        if not dies:
+            return self.engine.step(header)
+        self.peers.fail_at = 0
+        with pytest.raises(PeerLostError):
+            self.engine.step(header)
+        self.engine.worker_died()
+        return self.engine.poll()
+
+    def answer(self, turns: list[Turn]) -> None:
+        """As a gateway does."""
+        for turn in turns:
+            if not turn.is_over:
+                self.engine.begin_turn(turn)
+
+
+def test_an_engine_runs_suspects_alone_and_fails_the_one_that_kills(tiny_checkpoint: Path) -> None:
+    cluster = Cluster(tiny_checkpoint)
+    engine = cluster.engine
+    for name in "ab":
+        engine.add_request(Request(request_id=name, prompt=(5, 6, 7), params=GREEDY, n=2))
+    cluster.step(dies=True)
+    assert engine.take_turns() == []
+    cluster.step(dies=True)
+    engine.add_request(Request(request_id="c", prompt=(8, 9), params=GREEDY))
+    turns = engine.take_turns()
+    assert turns == [Turn(request_id="a", attempt=0)]
+    assert engine.wanted().prefill_rows == 0  # nothing runs before it is noted
+    engine.begin_turn(replace(turns[0], attempt=1))
+    assert engine.wanted().prefill_rows == 0
+    cluster.answer(turns)
+    outputs = cluster.step()
+    assert {output.request_id for output in outputs} == {"a"}
+    turns = engine.take_turns()
+    assert turns == [Turn(request_id="a", attempt=0, is_over=True), Turn(request_id="b", attempt=0)]
+    cluster.answer(turns)
+    outputs = cluster.step(dies=True)
+    assert {output.request_id for output in outputs} == {"b"}
+    assert {output.error_code for output in outputs} == {"poisonous_request"}
+    assert [output.choice for output in outputs] == [0, 1]
+    assert cluster.steps == [False, False, True, True]
+    assert engine.take_turns() == []
+    found: list[TokenOutput] = []
+    while engine.has_work:
+        found += cluster.step()
+    assert {o.request_id for o in found if o.finish_reason is FinishReason.LENGTH} == {"a", "c"}
+    assert not any(cluster.steps[4:])
+    engine.check_integrity()
+    assert engine._pool.num_free == engine.num_blocks
+
+
+def test_a_request_brings_its_deaths_along_and_may_be_aborted_in_its_turn(
+    tiny_checkpoint: Path,
+) -> None:
+    cluster = Cluster(tiny_checkpoint)
+    engine = cluster.engine
+    request = Request(request_id="a", prompt=(5, 6), params=GREEDY, attempt=2, num_deaths=2)
+    engine.add_request(request)
+    engine.add_request(Request(request_id="b", prompt=(5, 6), params=GREEDY))
+    cluster.answer(engine.take_turns())
+    assert engine.wanted().is_alone
+    engine.abort("a")
+    assert not engine.wanted().is_alone
+    assert {output.request_id for output in cluster.step()} == {"b"}

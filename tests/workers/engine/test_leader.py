@@ -1,0 +1,233 @@
+"""Step header: what the wire refuses, and the leader's policy."""
+
+from __future__ import annotations
+
+import random
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from cluster.core.errors import ProtocolError
+from workers.engine.leader import decide_header
+from workers.engine.micro_batches import MicroBatchRule
+from workers.requests.step_header import (
+    HEADERS,
+    MAX_ROWS,
+    PROPOSALS,
+    Grant,
+    StepHeader,
+    StepProposal,
+)
+
+
+def proposals(*wanted: tuple[int, int], step: int = 5) -> dict[int, StepProposal]:
+    """(decode, prefill) by rank."""
+    return {
+        rank: StepProposal(
+            generation=2, step=step, rank=rank, decode_rows=decode, prefill_rows=prefill
+        )
+        for rank, (decode, prefill) in enumerate(wanted)
+    }
+
+
+def decide(
+    known: dict[int, StepProposal], *, num_ranks: int, step: int = 5, cap: int = 512
+) -> StepHeader | None:
+    """The policy with usual values."""
+    return decide_header(
+        known,
+        ranks=range(num_ranks),
+        generation=2,
+        step=step,
+        epoch=7,
+        oldest_epoch=6,
+        max_prefill_rows=cap,
+        micro_batches=MicroBatchRule(setting="auto", decode_threshold=4, prefill_threshold=8),
+    )
+
+
+def make_header(**changes: object) -> StepHeader:
+    values: dict[str, object] = {
+        "generation": 2,
+        "step": 1 << 40,
+        "epoch": 7,
+        "oldest_epoch": 6,
+        "grants": (
+            (0, Grant(decode_rows=3)),
+            (2, Grant(decode_rows=1, prefill_rows=6)),
+        ),
+        "num_micro_batches": 2,
+        "exact": True,
+    }
+    return StepHeader(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_proposal_survives_the_wire() -> None:
+    proposal = StepProposal(generation=1, step=1 << 50, rank=3, decode_rows=0, prefill_rows=9)
+    assert PROPOSALS.decode(PROPOSALS.encode(proposal)) == proposal
+    alone = replace(proposal, is_alone=True)
+    assert PROPOSALS.decode(PROPOSALS.encode(alone)) == alone
+    with pytest.raises(ProtocolError, match=r"not a step proposal: .*bool"):
+        PROPOSALS.decode(PROPOSALS.encode(alone)[:-1] + b"\2")
+
+
+def test_a_proposal_that_must_be_alone_gets_the_step_for_itself() -> None:
+    known = proposals((3, 100), (1, 0), (0, 40), (2, 0), (0, 0))
+    for rank in (1, 2, 4):  # rank 4 has nothing to run
+        known[rank] = replace(known[rank], is_alone=True)
+    served = []
+    for step in (5, 6, 7):
+        header = decide(known, num_ranks=5, step=step)
+        assert header is not None
+        assert header.is_alone
+        assert HEADERS.decode(HEADERS.encode(header)) == header
+        served.append([rank for rank, grant in header.grants if grant.num_rows])
+    assert served == [[2], [1], [2]]
+    header = decide(proposals((3, 100), (1, 0)), num_ranks=2)
+    assert header is not None
+    assert not header.is_alone
+
+
+def test_header_survives_the_wire() -> None:
+    header = make_header()
+    assert HEADERS.decode(HEADERS.encode(header)) == header
+
+
+def test_grant_of_an_unknown_rank_is_empty() -> None:
+    assert make_header().grant(1) == Grant()
+
+
+@pytest.mark.parametrize(("total", "first", "second"), [(0, 0, 0), (1, 1, 0), (7, 4, 3), (8, 4, 4)])
+def test_micro_batch_0_takes_the_larger_half(total: int, first: int, second: int) -> None:
+    header = make_header(grants=((0, Grant(decode_rows=total)),))
+    assert [header.rows(0, mb) for mb in (0, 1)] == [first, second]
+    whole = make_header(grants=((0, Grant(decode_rows=total)),), num_micro_batches=1)
+    assert whole.rows(0, 0) == total
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("num_micro_batches", 0, ">= 1"),
+        ("num_micro_batches", 3, "<= 2"),
+        ("is_alone", 2, "`bool`"),
+        ("exact", 2, "`bool`"),
+        ("step", -1, ">= 0"),
+        ("generation", 1 << 32, "<= 4294967295"),
+        ("oldest_epoch", 8, "oldest_epoch must not exceed epoch"),
+        ("grants", [], "must name at least one rank"),
+        ("grants", [[1, [0, 0]], [0, [0, 0]]], "sorted by rank"),
+        ("grants", [[0, [0, 0]], [0, [0, 0]]], "sorted by rank"),
+        ("grants", [[0, [MAX_ROWS + 1, 0]]], f"<= {MAX_ROWS}"),
+        ("grants", [[0, [0, MAX_ROWS + 1]]], f"<= {MAX_ROWS}"),
+    ],
+)
+def test_header_with_a_wrong_value_is_refused(field: str, value: object, rule: str) -> None:
+    values = msgspec.msgpack.decode(HEADERS.encode(make_header()))
+    values[StepHeader.__struct_fields__.index(field)] = value
+    with pytest.raises(ProtocolError, match=f"not a step header: .*{rule}"):
+        HEADERS.decode(msgspec.msgpack.encode(values))
+
+
+@pytest.mark.parametrize("field", ["decode_rows", "prefill_rows"])
+def test_proposal_of_too_many_rows_is_refused(field: str) -> None:
+    values = msgspec.msgpack.decode(PROPOSALS.encode(proposals((1, 1))[0]))
+    values[StepProposal.__struct_fields__.index(field)] = MAX_ROWS + 1
+    with pytest.raises(ProtocolError, match=f"not a step proposal: .*<= {MAX_ROWS}"):
+        PROPOSALS.decode(msgspec.msgpack.encode(values))
+
+
+def test_wrong_lengths_are_refused() -> None:
+    header, proposal = HEADERS.encode(make_header()), PROPOSALS.encode(proposals((1, 1))[0])
+    for data in (header[:-1], header + b"x", header[:5], b""):
+        with pytest.raises(ProtocolError, match="not a step header"):
+            HEADERS.decode(data)
+    for data in (proposal[:-1], proposal + b"x", b""):
+        with pytest.raises(ProtocolError, match="not a step proposal"):
+            PROPOSALS.decode(data)
+
+
+def test_random_bytes_are_refused_or_valid_but_never_crash() -> None:
+    rng = random.Random(0)
+    good = HEADERS.encode(make_header())
+    for _ in range(2000):
+        data = bytearray(good)
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        try:
+            header = HEADERS.decode(
+                bytes(data[: rng.randint(0, len(data))] if rng.random() < 0.3 else data)
+            )
+        except ProtocolError:
+            continue
+        assert HEADERS.decode(HEADERS.encode(header)) == header
+
+
+def test_no_header_before_all_ranks_have_reported() -> None:
+    known = proposals((4, 0), (0, 0), (0, 0))
+    del known[1]
+    assert decide(known, num_ranks=3) is None
+
+
+def test_no_header_when_nobody_has_work() -> None:
+    assert decide(proposals((0, 0), (0, 0)), num_ranks=2) is None
+
+
+def test_decodes_are_granted_and_split_is_static_without_prefill() -> None:
+    header = decide(proposals((5, 0), (0, 0)), num_ranks=2)
+    assert header is not None
+    assert header.grants == ((0, Grant(decode_rows=5)), (1, Grant()))
+    assert (header.exact, header.step) == (False, 5)
+    assert (header.epoch, header.oldest_epoch, header.generation) == (7, 6, 2)
+
+
+def test_prefill_is_capped_over_all_ranks_and_the_grant_rotates() -> None:
+    wanted = proposals((1, 300), (2, 300), (0, 300), (0, 300))
+    for step in (5, 6, 7, 8):
+        header = decide(wanted, num_ranks=4, step=step)
+        assert header is not None
+        grants = [g.prefill_rows for _, g in header.grants]
+        first = step % 4
+        assert grants[first] == 300
+        assert grants[(first + 1) % 4] == 212
+        assert sum(grants) == 512
+        assert header.exact
+        assert [g.decode_rows for _, g in header.grants] == [1, 2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cap", "expected"),
+    [
+        (((3, 0), (3, 0)), 512, 1),
+        (((4, 0), (0, 0)), 512, 2),
+        (((4, 0), (0, 1)), 512, 1),
+        (((4, 4), (0, 0)), 512, 2),
+        (((4, 100), (0, 0)), 3, 1),
+    ],
+    ids=["few decodes", "decodes", "any prefill", "decodes and prefill", "little granted"],
+)
+def test_the_leader_splits_by_what_it_grants_the_busiest_rank(
+    wanted: tuple[tuple[int, int], ...], cap: int, expected: int
+) -> None:
+    header = decide(proposals(*wanted), num_ranks=len(wanted), cap=cap)
+    assert header is not None
+    assert header.num_micro_batches == expected
+
+
+def test_ranks_that_want_nothing_do_not_disturb_the_rotation() -> None:
+    wanted = proposals((1, 300), (2, 0), (0, 300))
+    for step in (5, 6, 7, 8):
+        header = decide(wanted, num_ranks=3, step=step, cap=300)
+        assert header is not None
+        assert [g.prefill_rows for _, g in header.grants] == [[300, 0, 0], [0, 0, 300]][step % 2]
+        assert (header.decode_rows, header.prefill_rows) == (3, 300)
+
+
+def test_every_decided_header_survives_the_wire() -> None:
+    rng = random.Random(1)
+    for step in range(200):
+        wanted = [(rng.randint(0, 40), rng.choice((0, 0, 300))) for _ in range(rng.randint(1, 5))]
+        header = decide(proposals(*wanted, step=step), num_ranks=len(wanted), step=step)
+        if header is not None:
+            assert HEADERS.decode(HEADERS.encode(header)) == header

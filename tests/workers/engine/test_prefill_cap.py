@@ -1,0 +1,144 @@
+"""The prefill cap against pretended clusters: steps whose time is a formula."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+
+import pytest
+
+from cluster.config.cluster import EngineSection
+from workers.engine.prefill_cap import PrefillCap
+
+StepTime = Callable[[int, int], float]
+"""(decode rows, prefill rows) -> seconds."""
+
+TARGET_S = 0.05
+
+
+def make_cap() -> PrefillCap:
+    return PrefillCap(max_rows=512, min_rows=16, target_s=TARGET_S)
+
+
+def linear(fixed_ms: float, decode_ms: float, prefill_ms: float) -> StepTime:
+    """So many milliseconds a step, a decode row, a prompt row."""
+    return lambda d, p: (fixed_ms + decode_ms * d + prefill_ms * p) / 1000
+
+
+def run(
+    cap: PrefillCap, step_time: StepTime, num_steps: int, decode_rows: int = 8, wanted: int = 512
+) -> list[tuple[int, float]]:
+    """(prefill rows, seconds) of steps in which decodes go on and prompts never end."""
+    steps = []
+    for _ in range(num_steps):
+        rows = min(wanted, cap.rows(decode_rows, 1))
+        seconds = step_time(decode_rows, rows)
+        cap.observe(decode_rows, rows, seconds)
+        steps.append((rows, seconds))
+    return steps
+
+
+def settled(cap: PrefillCap, step_time: StepTime, decode_rows: int = 8) -> float:
+    """Worst time of 50 steps, after 30 to learn in."""
+    run(cap, step_time, 30, decode_rows)
+    return max(seconds for _, seconds in run(cap, step_time, 50, decode_rows))
+
+
+def test_nothing_is_capped_while_nobody_decodes() -> None:
+    assert make_cap().rows(decode_rows=0, num_ranks=3) == 3 * 512
+
+
+def test_without_a_target_all_ranks_share_one_budget() -> None:
+    cap = PrefillCap(max_rows=512)
+    cap.observe(4, 512, 10.0)
+    assert cap.rows(decode_rows=1, num_ranks=3) == 512
+
+
+def test_what_is_not_known_starts_small_and_doubles_at_most() -> None:
+    rows = [r for r, _ in run(make_cap(), linear(5, 0.5, 0.05), 8)]
+    assert rows[0] <= 32
+    assert all(after <= 2 * before for before, after in itertools.pairwise(rows))
+    assert rows[-1] == 512
+
+
+@pytest.mark.parametrize(
+    "step_time",
+    [
+        linear(5, 0.5, 0.2),
+        linear(1, 0.1, 1.0),
+        linear(30, 0.0, 0.5),
+        lambda d, p: 0.004 + 0.003 * p**0.5 + 0.0001 * p,  # experts are read once for all rows
+        lambda d, p: 0.004 + 0.0002 * p + 1e-6 * p * p,
+    ],
+    ids=["usual", "dear rows", "dear steps", "concave", "convex"],
+)
+def test_steps_come_close_to_the_target_and_stay_below(step_time: StepTime) -> None:
+    for with_decode_steps in (False, True):
+        cap = make_cap()
+        if with_decode_steps:
+            run(cap, step_time, 20, wanted=0)
+        worst = settled(cap, step_time)
+        assert 0.75 * TARGET_S < worst <= TARGET_S
+
+
+def test_a_prefill_that_nobody_waited_for_tells_what_rows_cost() -> None:
+    cap, step_time = make_cap(), linear(5, 0.5, 0.2)
+    cap.observe(0, 512, step_time(0, 512))
+    run(cap, step_time, 20, wanted=0)
+    assert all(seconds <= TARGET_S for _, seconds in run(cap, step_time, 20))
+
+
+def test_a_target_below_the_decodes_own_time_leaves_the_least() -> None:
+    cap, step_time = make_cap(), linear(80, 0, 0.1)
+    run(cap, step_time, 10, wanted=0)
+    assert {rows for rows, _ in run(cap, step_time, 50)} == {16}
+
+
+def test_the_cap_follows_a_context_that_grows() -> None:
+    cap = make_cap()
+    run(cap, linear(5, 0.5, 0.1), 50)
+    for context in range(0, 8000, 100):
+        step_time = linear(5, 0.5, 0.1 + context / 20_000)
+        assert max(s for _, s in run(cap, step_time, 1)) <= TARGET_S
+
+
+def test_the_cap_follows_the_number_of_decodes() -> None:
+    cap, step_time = make_cap(), linear(5, 0.5, 0.1)
+    for decode_rows in (1, 64, 8, 2, 40):
+        assert settled(cap, step_time, decode_rows) <= TARGET_S
+
+
+def test_a_hiccup_is_forgotten() -> None:
+    cap, step_time = make_cap(), linear(5, 0.5, 0.2)
+    usual = run(cap, step_time, 60)[-1][0]
+    rows = cap.rows(8, 1)
+    cap.observe(8, rows, 3.0)
+    assert run(cap, step_time, 12)[-1][0] > 0.9 * usual
+
+
+def test_a_slow_first_decode_step_does_not_keep_prompts_small_for_ever() -> None:
+    """Nothing but mixed steps follows, so that no step shows what decodes alone take."""
+    cap, step_time = make_cap(), linear(5, 0.5, 0.2)
+    cap.observe(8, 0, 2.0)
+    assert run(cap, step_time, 60)[-1][0] > 150
+    assert settled(cap, step_time) <= TARGET_S
+
+
+def test_noise_does_not_matter_much() -> None:
+    rng = random.Random(3)
+    quiet = linear(5, 0.5, 0.2)
+    cap = make_cap()
+    steps = run(cap, lambda d, p: quiet(d, p) * rng.uniform(0.8, 1.3), 300)[50:]
+    assert sum(seconds for _, seconds in steps) / len(steps) > 0.7 * TARGET_S
+    assert max(seconds for _, seconds in steps) < 1.5 * TARGET_S
+
+
+def test_a_configuration_gives_at_least_a_block() -> None:
+    section = EngineSection(
+        itl_target_ms=0.001, block_size_tokens=32, max_num_seqs=8, max_num_batched_tokens=64
+    )
+    cap = PrefillCap.of(section)
+    cap.observe(1, 0, 1.0)
+    assert cap.rows(decode_rows=1, num_ranks=2) == 32
+    assert cap.rows(decode_rows=0, num_ranks=2) == 128

@@ -1,0 +1,303 @@
+"""The step protocol between real hubs: headers, the doorbell, idling, nonsense."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cluster.core.errors import GenerationChangedError, PeerLostError
+from cluster.core.topology import Generation, Member
+from tests.workers.transport.mesh import make_connections
+from workers.engine.prefill_cap import PrefillCap
+from workers.engine.step_channel import StepChannel
+from workers.requests.step_header import HEADERS, PROPOSALS, Grant, StepHeader, StepProposal
+from workers.transport.frames import FrameHeader, FrameKind
+from workers.transport.peer_connections import PeerConnections
+
+LIMIT_S = 60.0
+"""Longest wait for anything, on a machine that is busy with other work."""
+
+
+class Cluster:
+    """A attention and E expert channels of one generation."""
+
+    def __init__(self, num_attention: int, num_experts: int) -> None:
+        self.all_connections = [make_connections("attention", r) for r in range(num_attention)]
+        self.all_connections += [make_connections("expert", r) for r in range(num_experts)]
+        self.pool = ThreadPoolExecutor(len(self.all_connections))
+        self.open_channels(PrefillCap(max_rows=64))
+        self.start(1, self.all_connections, first_step=1)
+
+    def open_channels(self, leaders_cap: PrefillCap) -> None:
+        """New channels on the same hubs; only the first one leads."""
+        caps = [leaders_cap, *(PrefillCap(max_rows=1) for _ in self.all_connections[1:])]
+        self.channels = [
+            StepChannel(h, prefill_cap=c) for h, c in zip(self.all_connections, caps, strict=True)
+        ]
+
+    def start(self, number: int, all_connections: list[PeerConnections], first_step: int) -> None:
+        """What NewGeneration and RunGeneration do."""
+        members = tuple(
+            Member(name=h.me.name, role=h.me.role, rank=h.me.rank, data_address=h.address)
+            for h in all_connections
+        )
+        generation = Generation(number=number, members=members)
+        for future in [self.pool.submit(h.apply_generation, generation) for h in all_connections]:
+            future.result(2 * LIMIT_S)
+        for connections, channel in zip(self.all_connections, self.channels, strict=True):
+            if connections in all_connections:
+                channel.start_generation(first_step, epoch=number)
+
+    def wait_all(self, timeout_s: float = LIMIT_S) -> list[StepHeader | None]:
+        futures = [self.pool.submit(c.wait, timeout_s) for c in self.channels]
+        return [f.result(2 * LIMIT_S) for f in futures]
+
+    def close(self) -> None:
+        for connections in self.all_connections:
+            connections.close()
+        self.pool.shutdown()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    made = Cluster(2, 2)
+    yield made
+    made.close()
+
+
+def test_everyone_gets_the_same_header_once_all_have_reported(cluster: Cluster) -> None:
+    leader, other = cluster.channels[:2]
+    assert leader.is_leader
+    assert not other.is_leader
+    leader.propose(3, 0)
+    assert leader.wait(0.05) is None
+    other.propose(1, 5)
+    headers = cluster.wait_all()
+    assert headers[0] is not None
+    assert headers.count(headers[0]) == 4
+    assert headers[0].grants == (
+        (0, Grant(decode_rows=3)),
+        (1, Grant(decode_rows=1, prefill_rows=5)),
+    )
+    assert (headers[0].step, headers[0].epoch, headers[0].exact) == (1, 1, True)
+    assert [c._next_step for c in cluster.channels] == [2, 2, 2, 2]
+
+
+def test_steps_are_numbered_on_and_on(cluster: Cluster) -> None:
+    for step in range(1, 30):
+        cluster.channels[0].propose(step % 3, 0)
+        cluster.channels[1].propose(1, 0)
+        headers = cluster.wait_all()
+        assert [h.step for h in headers if h] == [step] * 4
+    assert cluster.channels[3].highest_step == 29
+    assert cluster.channels[3].highest_epoch == 1
+
+
+def test_prompts_share_one_cap_while_any_rank_decodes(cluster: Cluster) -> None:
+    granted = []
+    for decodes in (0, 1):
+        cluster.channels[0].propose(decodes, 64)
+        cluster.channels[1].propose(0, 64)
+        (header,) = set(cluster.wait_all())
+        assert header is not None
+        granted.append(header.prefill_rows)
+    assert granted == [128, 64]
+
+
+def test_the_leader_learns_from_its_steps(cluster: Cluster) -> None:
+    """Decodes take longer than the target, so that prompts get the least from the next step on."""
+    cluster.open_channels(PrefillCap(max_rows=64, min_rows=4, target_s=1e-9))
+    for channel in cluster.channels:
+        channel.start_generation(first_step=1, epoch=1)
+    granted = []
+    for _ in range(3):
+        cluster.channels[0].propose(1, 64)
+        cluster.channels[1].propose(1, 64)
+        (header,) = set(cluster.wait_all())
+        assert header is not None
+        granted.append(header.prefill_rows)
+    assert granted == [8, 4, 4]
+
+
+def test_nobody_steps_while_nobody_has_work(cluster: Cluster) -> None:
+    cluster.channels[0].propose(0, 0)
+    cluster.channels[1].propose(0, 0)
+    before = [h.num_wakeups for h in cluster.all_connections]
+    assert cluster.wait_all(0.3) == [None] * 4
+    woken = [h.num_wakeups - b for h, b in zip(cluster.all_connections, before, strict=True)]
+    assert max(woken) <= 3
+
+
+def test_a_leader_may_have_a_step_without_rows(cluster: Cluster) -> None:
+    """It proves to all of them that their generation lives."""
+    leader, other = cluster.channels[:2]
+    other.propose(0, 0, even_empty=True)  # means nothing on a rank that does not lead
+    leader.propose(0, 0)
+    assert leader.wait(0.05) is None
+    leader.propose(0, 0, even_empty=True)
+    (header,) = set(cluster.wait_all())
+    assert header is not None
+    assert header.grants == ((0, Grant()), (1, Grant()))
+    assert (header.num_micro_batches, header.exact) == (1, False)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_doorbell_starts_a_step_at_once(cluster: Cluster, rank: int) -> None:
+    for channel in cluster.channels[:2]:
+        channel.propose(0, 0)
+    start = time.monotonic()
+
+    def attention(index: int) -> StepHeader | None:
+        channel = cluster.channels[index]
+        header = channel.wait(LIMIT_S)
+        if header is None and index == rank:
+            channel.propose(0, 7)
+            header = channel.wait(LIMIT_S)
+        return header
+
+    futures = [cluster.pool.submit(attention, i) for i in (0, 1)]
+    futures += [cluster.pool.submit(c.wait, LIMIT_S) for c in cluster.channels[2:]]
+    threading.Timer(0.2, cluster.all_connections[rank].wake).start()
+    headers = [f.result(2 * LIMIT_S) for f in futures]
+    assert all(h is not None and h.grant(rank) == Grant(prefill_rows=7) for h in headers)
+    assert time.monotonic() - start < LIMIT_S
+
+
+def test_a_proposal_that_crosses_the_header_waits_for_the_next_step(cluster: Cluster) -> None:
+    leader, other = cluster.channels[:2]
+    other.propose(0, 0)
+    leader.propose(2, 0)
+    assert leader.wait(LIMIT_S) is not None  # published with other's zero rows
+    other.propose(0, 9)  # too late for step 1
+    header = other.wait(LIMIT_S)
+    assert header is not None
+    assert header.grant(1) == Grant()
+    leader.propose(0, 0)
+    other.propose(0, 9)
+    headers = [leader.wait(LIMIT_S), other.wait(LIMIT_S)]
+    assert all(h is not None and h.grant(1) == Grant(prefill_rows=9) for h in headers)
+
+
+def test_wake_ends_a_wait_without_a_header(cluster: Cluster) -> None:
+    channel = cluster.channels[2]
+    start = time.monotonic()
+    threading.Timer(0.1, cluster.all_connections[2].wake).start()
+    assert channel.wait(LIMIT_S) is None
+    assert time.monotonic() - start < LIMIT_S
+
+
+def test_a_wake_before_the_wait_is_not_lost(cluster: Cluster) -> None:
+    cluster.all_connections[0].wake()
+    start = time.monotonic()
+    assert cluster.channels[0].wait(LIMIT_S) is None
+    assert time.monotonic() - start < LIMIT_S
+
+
+def test_interrupt_and_loss_end_a_wait(cluster: Cluster) -> None:
+    threading.Timer(0.1, cluster.all_connections[2].interrupt).start()
+    with pytest.raises(GenerationChangedError):
+        cluster.channels[2].wait(LIMIT_S)
+    cluster.all_connections[3].close()
+    with pytest.raises(PeerLostError, match="expert-1"):
+        cluster.channels[0].wait(LIMIT_S)
+
+
+def test_a_new_generation_has_a_new_leader_and_goes_on_above(cluster: Cluster) -> None:
+    for channel in cluster.channels[:2]:
+        channel.propose(1, 0)
+    assert None not in cluster.wait_all()
+    cluster.channels[1].propose(4, 0)  # of the old generation: forgotten
+    cluster.start(2, cluster.all_connections[1:], first_step=8)
+    leader = cluster.channels[1]
+    assert leader.is_leader
+    assert leader.wait(0.05) is None
+    leader.propose(2, 0)
+    headers = [c.wait(LIMIT_S) for c in cluster.channels[1:]]
+    assert all(h is not None and (h.generation, h.step, h.epoch) == (2, 8, 2) for h in headers)
+    assert headers[0] is not None
+    assert headers[0].grants == ((1, Grant(decode_rows=2)),)
+
+
+def send(
+    connections: PeerConnections, name: str, kind: FrameKind, data: bytes, step: int = 1
+) -> None:
+    connections.send(name, FrameHeader(kind, 1, step, length=len(data)), [data])
+
+
+def make_proposal(**changes: int) -> StepProposal:
+    values = {"generation": 1, "step": 1, "rank": 1, "decode_rows": 1, "prefill_rows": 0}
+    return StepProposal(**{**values, **changes}, is_alone=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "step", "reason"),
+    [
+        (b"short", 1, "not a step proposal"),
+        (PROPOSALS.encode(make_proposal(rank=0)), 1, "rank 0 from attention-1"),
+        (PROPOSALS.encode(make_proposal(step=9)), 9, "step 9: must be 1"),
+        (PROPOSALS.encode(make_proposal(step=2)), 1, "different steps"),
+    ],
+)
+def test_a_wrong_proposal_closes_the_edge(
+    cluster: Cluster, data: bytes, step: int, reason: str
+) -> None:
+    send(cluster.all_connections[1], "attention-0", FrameKind.PROPOSAL, data, step)
+    with pytest.raises(PeerLostError, match=reason):
+        cluster.channels[0].wait(LIMIT_S)
+
+
+@pytest.mark.parametrize(
+    ("sender", "ranks", "step", "reason"),
+    [
+        (1, (0, 1), 1, "from attention-1, which does not lead"),
+        (0, (0, 1), 3, "step header 3: must be 1"),
+        (0, (0, 1, 2), 1, "grants ranks"),
+    ],
+)
+def test_a_wrong_header_closes_the_edge(
+    cluster: Cluster, sender: int, ranks: tuple[int, ...], step: int, reason: str
+) -> None:
+    header = StepHeader(
+        generation=1,
+        step=step,
+        epoch=1,
+        oldest_epoch=1,
+        grants=tuple((r, Grant(decode_rows=1)) for r in ranks),
+    )
+    send(
+        cluster.all_connections[sender], "expert-0", FrameKind.HEADER, HEADERS.encode(header), step
+    )
+    with pytest.raises(PeerLostError, match=reason):
+        cluster.channels[2].wait(LIMIT_S)
+
+
+def test_a_new_epoch_begins_with_an_empty_step_when_nobody_has_work(cluster: Cluster) -> None:
+    leader, other = cluster.channels[:2]
+    leader.propose(0, 0)
+    other.propose(0, 0)
+    assert leader.wait(0.05) is None
+    leader.set_epoch(4, 4)
+    leader.propose(0, 0)
+    (header,) = set(cluster.wait_all())
+    assert header is not None
+    assert (header.step, header.epoch, header.oldest_epoch) == (1, 4, 4)
+    assert (header.decode_rows, header.prefill_rows) == (0, 0)
+    for channel in cluster.channels[:2]:
+        channel.propose(0, 0)
+    assert leader.wait(0.05) is None
+    assert [c.highest_epoch for c in cluster.channels] == [4, 4, 4, 4]
+
+
+def test_a_new_epoch_begins_with_the_next_step_of_those_who_work(cluster: Cluster) -> None:
+    for epoch in (1, 2, 2, 3):
+        cluster.channels[0].set_epoch(epoch, epoch)
+        cluster.channels[0].propose(1, 0)
+        cluster.channels[1].propose(0, 0)
+        (header,) = set(cluster.wait_all())
+        assert header is not None
+        assert header.epoch == epoch
+        assert header.decode_rows == 1

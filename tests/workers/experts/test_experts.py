@@ -1,0 +1,216 @@
+"""Expert kernels against plain products: every kernel, load and count of rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cluster.core.placement import BankShape, contiguous
+from workers.experts.bank import ExpertBank, ExpertKernel
+from workers.experts.kernels_cpu import PackedExperts, PaddedExperts
+from workers.experts.kernels_cuda import GroupedExperts
+from workers.experts.kernels_invariant import BlockExperts, LoopExperts
+from workers.experts.slots import ExpertSlots
+from workers.model.batch_invariant.invariant import LINEAR_FORMS
+from workers.model.compute_threads import ComputeThreads
+from workers.model.config import Activation, BankSpec, ExchangeSpec
+from workers.model.loading.checkpoint import Checkpoint
+
+CPU = torch.device("cpu")
+SWIGLU = ExchangeSpec(index=0, name="mlp", in_width=24, out_width=24, expert_width=16)
+GELU, TANH, RELU = (
+    replace(SWIGLU, activation=name) for name in ("gelu", "gelu_pytorch_tanh", "relu")
+)
+LINEAR = ExchangeSpec(index=0, name="q", in_width=24, out_width=40, expert_kind="linear")
+
+
+def weights(exchange: ExchangeSpec, num_slots: int, dtype: torch.dtype) -> list[list[Tensor]]:
+    """[slot][matrix]."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        [
+            (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(dtype)
+            for shape in exchange.matrix_shapes
+        ]
+        for _ in range(num_slots)
+    ]
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
+    "gelu_pytorch_tanh": (
+        lambda x: x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
+    ),
+    "relu": lambda x: x.clamp(min=0),
+}
+
+
+def reference(
+    inputs: Tensor,
+    pair_input: Tensor,
+    pair_slot: Tensor,
+    matrices: list[list[Tensor]],
+    activation: Activation = "silu",
+) -> Tensor:
+    """One pair at a time in double precision."""
+    activate = ACTIVATIONS[activation]
+    outputs = []
+    for source, slot in zip(pair_input.tolist(), pair_slot.tolist(), strict=True):
+        row = inputs[source].double()
+        first, *rest = (m.double() for m in matrices[slot])
+        row = first @ row
+        for matrix in rest:
+            gate, up = row.chunk(2)
+            row = matrix @ (activate(gate) * up)
+        outputs.append(row)
+    return torch.stack(outputs)
+
+
+def make(kind: str, exchange: ExchangeSpec, dtype: torch.dtype) -> ExpertKernel:
+    if kind == "grouped":
+        return GroupedExperts(exchange, dtype, CPU)
+    if kind == "blocks":
+        return BlockExperts(exchange, dtype)
+    if kind.startswith("loop"):
+        return LoopExperts(exchange, dtype, CPU, form=LINEAR_FORMS[int(kind[-1])])
+    kernel = PackedExperts if kind == "packed" else PaddedExperts
+    return kernel(exchange, dtype, ComputeThreads(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "exchange",
+    [SWIGLU, GELU, TANH, RELU, LINEAR],
+    ids=["silu", "gelu", "gelu_pytorch_tanh", "relu", "linear"],
+)
+@pytest.mark.parametrize(
+    "kind", ["packed", "padded", "grouped", "blocks", "loop 0", "loop 1", "loop 2"]
+)
+@pytest.mark.parametrize("load", ["one row", "spread", "one expert", "skewed", "wide"])
+def test_kernel_equals_plain_products(
+    kind: str, exchange: ExchangeSpec, dtype: torch.dtype, load: str
+) -> None:
+    num_slots = 8
+    matrices = weights(exchange, num_slots, dtype)
+    kernel = make(kind, exchange, dtype)
+    kernel.resize(num_slots)
+    for slot, own in enumerate(matrices):
+        for i, matrix in enumerate(own):
+            kernel.store(slot, i, matrix.clone())
+    generator = torch.Generator().manual_seed(2)
+    num_rows, pair_slot = {
+        "one row": (1, torch.tensor([6, 1])),
+        "spread": (9, torch.randint(0, num_slots, (27,), generator=generator)),
+        "one expert": (7, torch.full((7,), 3)),
+        "skewed": (60, torch.cat((torch.full((60,), 5), torch.tensor([0, 1, 2, 3, 4, 6, 7])))),
+        "wide": (200, torch.randint(0, 2, (200,), generator=generator)),
+    }[load]
+    inputs = torch.randn(num_rows, exchange.in_width, generator=generator).to(dtype)
+    pair_input = torch.randint(0, num_rows, pair_slot.shape, generator=generator)
+    found = kernel.compute(inputs, pair_input, pair_slot)
+    expected = reference(inputs, pair_input, pair_slot, matrices, exchange.activation)
+    assert found.dtype == dtype
+    assert found.shape == (len(pair_slot), exchange.out_width)
+    limit = 1e-5 if dtype == torch.float32 else 0.05
+    assert (found.double() - expected).abs().max() < limit
+
+
+@pytest.mark.parametrize("inner", [16, 1400], ids=["padded", "packed"])
+def test_bank_grows_and_empties(inner: int) -> None:
+    exchange = ExchangeSpec(index=0, name="mlp", in_width=24, out_width=24, expert_width=inner)
+    spec = BankSpec(index=0, bank="mlp", layer=0, num_experts=4, top_k=2, exchanges=(exchange,))
+    bank = ExpertBank(spec, 2, torch.float32, CPU)
+    matrices = weights(exchange, 4, torch.float32)
+    for i, matrix in enumerate(matrices[0]):
+        bank.store(1, 0, i, matrix.clone())
+    inputs = torch.randn(3, 24)
+    rows = torch.arange(3)
+    before = bank.compute(0, inputs, rows, torch.ones(3, dtype=torch.int64))
+    bank.resize(5)
+    for i, matrix in enumerate(matrices[3]):
+        bank.store(4, 0, i, matrix.clone())
+    assert torch.equal(bank.compute(0, inputs, rows, torch.ones(3, dtype=torch.int64)), before)
+    found = bank.compute(0, inputs, rows, torch.tensor([1, 4, 4]))
+    own = [matrices[0]] * 4 + [matrices[3]]
+    expected = reference(inputs, rows, torch.tensor([1, 4, 4]), own)
+    assert (found.double() - expected).abs().max() < 1e-5
+    bank.clear(4)
+    assert bank.num_slots == 5
+    bank.resize(2)
+    assert bank.num_slots == 2
+    assert torch.equal(bank.compute(0, inputs, rows, torch.ones(3, dtype=torch.int64)), before)
+    with pytest.raises(IndexError):
+        bank._kernels[0].read(4, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kind", ["packed", "padded", "grouped", "blocks", "loop 0", "loop 1", "loop 2"]
+)
+def test_what_is_stored_can_be_read_again(kind: str, dtype: torch.dtype) -> None:
+    wide = replace(SWIGLU, in_width=256, out_width=256, expert_width=192)
+    matrices = weights(wide, 3, dtype)
+    kernel = make(kind, wide, dtype)
+    kernel.resize(3)
+    for slot, own in enumerate(matrices):
+        for i, matrix in enumerate(own):
+            kernel.store(slot, i, matrix.clone())
+    for slot, own in enumerate(matrices):
+        for i, matrix in enumerate(own):
+            found = kernel.read(slot, i)
+            assert torch.equal(found, matrix)
+            found.zero_()
+            assert torch.equal(kernel.read(slot, i), matrix)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bank_on_a_gpu_equals_the_cpu(dtype: torch.dtype) -> None:
+    spec = BankSpec(index=0, bank="mlp", layer=0, num_experts=8, top_k=2, exchanges=(SWIGLU,))
+    banks = [ExpertBank(spec, 8, dtype, torch.device(d)) for d in ("cpu", "cuda")]
+    for slot, own in enumerate(weights(SWIGLU, 8, dtype)):
+        for i, matrix in enumerate(own):
+            for bank in banks:
+                bank.store(slot, 0, i, matrix)
+    inputs = torch.randn(9, 24).to(dtype)
+    pairs = torch.randint(0, 9, (27,)), torch.randint(0, 8, (27,))
+    on_cpu = banks[0].compute(0, inputs, *pairs)
+    on_gpu = banks[1].compute(0, inputs.cuda(), *(p.cuda() for p in pairs))
+    assert (on_gpu.cpu() - on_cpu).abs().max() < (1e-3 if dtype == torch.float32 else 0.05)
+
+
+def test_no_pairs_no_rows() -> None:
+    spec = BankSpec(index=0, bank="mlp", layer=0, num_experts=2, top_k=1, exchanges=(LINEAR,))
+    bank = ExpertBank(spec, 2, torch.float32, CPU)
+    none = torch.empty(0, dtype=torch.int64)
+    assert bank.compute(0, torch.zeros(3, 24), none, none).shape == (0, 40)
+
+
+def test_placement_fills_its_slots_only(tiny_checkpoint: Path) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint)
+    banks = checkpoint.family.banks
+    shapes = [BankShape(bank=b.bank, layer=b.layer, num_experts=b.num_experts) for b in banks]
+    placement = contiguous(shapes, num_devices=3, num_redundant=1)
+    whole = ExpertSlots(banks, 8, torch.float32, CPU)
+    whole.load_all(checkpoint)
+    inputs = torch.randn(1, 32)
+    zero = torch.zeros(1, dtype=torch.int64)
+    for device in range(3):
+        slots = ExpertSlots(banks, 2, torch.float32, CPU)  # grows to what is placed
+        slots.load_placement(placement, device, checkpoint)
+        for bank, maps in enumerate(placement.banks):
+            held = maps.physical_to_logical[device]
+            assert slots.banks[bank].num_slots == len(held)
+            for slot, expert in enumerate(held):
+                if expert < 0:
+                    continue
+                got = slots.banks[bank].compute(0, inputs, zero, zero + slot)
+                want = whole.banks[bank].compute(0, inputs, zero, zero + expert)
+                assert torch.allclose(got, want, atol=1e-6)

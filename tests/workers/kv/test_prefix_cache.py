@@ -1,0 +1,231 @@
+"""What sequences find of each other's blocks: by tokens and salt, committed ones only, exact."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.workers.engine.test_scheduler import Desk, rows
+from workers.requests.request import FinishReason, SamplingParams
+from workers.requests.sequence import SequenceState, SequenceStatus
+
+ONE = SamplingParams(max_tokens=1)
+
+
+def served(desk: Desk, prompt_length: int, **more: object) -> list[tuple[str, int, int, bool]]:
+    """Run a request of one token to its end; the rows of its first step."""
+    (sequence,) = desk.add(prompt_length, ONE, **more)  # type: ignore[arg-type]
+    plan = desk.plan()
+    found = rows(plan)
+    assert desk.commit(plan)[sequence] is FinishReason.LENGTH
+    return found
+
+
+def test_full_blocks_of_the_same_beginning_are_found() -> None:
+    desk = Desk()
+    assert served(desk, 11, first_token=100) == [("r0", 0, 11, False)]
+    assert served(desk, 30, first_token=100) == [("r1", 8, 22, False)]
+    assert served(desk, 30, first_token=101) == [("r2", 0, 30, False)]
+    assert served(desk, 26, first_token=100) == [("r3", 24, 2, False)]
+    assert desk.pool.num_free == desk.pool.num_blocks
+
+
+def test_the_last_prompt_token_is_always_computed() -> None:
+    desk = Desk()
+    served(desk, 12, first_token=100)
+    assert served(desk, 12, first_token=100) == [("r1", 8, 4, False)]
+    assert served(desk, 13, first_token=100) == [("r2", 12, 1, False)]
+
+
+def test_salts_keep_tenants_apart() -> None:
+    desk = Desk()
+    served(desk, 9, first_token=100, cache_salt="a")
+    assert served(desk, 9, first_token=100) == [("r1", 0, 9, False)]
+    assert served(desk, 9, first_token=100, cache_salt="b") == [("r2", 0, 9, False)]
+    assert served(desk, 9, first_token=100, cache_salt="a") == [("r3", 8, 1, False)]
+
+
+def test_long_prompts_share_with_their_like_where_the_length_matters() -> None:
+    desk = Desk(length_matters_above=20)
+    served(desk, 20, first_token=100)
+    assert served(desk, 18, first_token=100) == [("r1", 16, 2, False)]
+    assert served(desk, 21, first_token=100) == [("r2", 0, 21, False)]
+    assert served(desk, 22, first_token=100) == [("r3", 0, 22, False)]
+    assert served(desk, 22, first_token=100) == [("r4", 20, 2, False)]
+    assert served(desk, 20, first_token=100) == [("r5", 16, 4, False)]
+
+
+def test_output_is_found_as_well_as_prompts() -> None:
+    desk = Desk()
+    (first,) = desk.add(6, SamplingParams(max_tokens=8), first_token=100)
+    for token in range(106, 114):
+        desk.step(token)
+    assert first.status is SequenceStatus.FINISHED
+    # 13 of its 14 tokens were computed: three full blocks
+    assert served(desk, 20, first_token=100) == [("r1", 12, 8, False)]
+
+
+def test_nothing_is_found_before_its_step_is_committed() -> None:
+    desk = Desk()
+    desk.add(9, ONE, first_token=100)
+    desk.add(9, ONE, first_token=100)
+    for _ in range(2):
+        plan = desk.plan()
+        assert rows(plan) == [("r0", 0, 9, False), ("r1", 0, 9, False)]
+        assert len(desk.pool._by_hash) == 0
+        desk.scheduler.abandon(plan)
+        assert len(desk.pool._by_hash) == 0
+
+
+def test_the_same_prefix_computed_twice_at_once_is_kept_once() -> None:
+    desk = Desk(num_blocks=8)
+    (first,) = desk.add(9, SamplingParams(max_tokens=2), first_token=100)
+    desk.add(9, SamplingParams(max_tokens=3), first_token=100)
+    desk.step()
+    kept = first.blocks[:2]
+    assert len(desk.pool._by_hash) == 2
+    desk.step()
+    assert first.status is SequenceStatus.FINISHED
+    (third,) = desk.add(9, SamplingParams(max_tokens=2), first_token=100)
+    assert rows(desk.plan())[1:] == [("r2", 8, 1, False)]
+    assert third.blocks[:2] == kept
+
+
+def test_what_an_abandoned_plan_found_is_given_back() -> None:
+    desk = Desk()
+    served(desk, 9, first_token=100)
+    (again,) = desk.add(12, ONE, first_token=100)
+    before = (desk.scheduler.wanted(), desk.pool.num_free, len(desk.pool._by_hash))
+    plan = desk.plan()
+    assert desk.pool.num_free < before[1]
+    desk.scheduler.abandon(plan)
+    desk.scheduler.check_integrity()
+    assert (desk.scheduler.wanted(), desk.pool.num_free, len(desk.pool._by_hash)) == before
+    assert desk.scheduler.prefixes.num_hit_tokens == 0
+    assert rows(desk.plan()) == rows(plan) == [("r1", 8, 4, False)]
+    assert again.num_cached_tokens is None
+
+
+def test_a_chunked_prompt_is_found_as_far_as_it_came() -> None:
+    desk = Desk(max_rows=8)
+    (aborted,) = desk.add(30, first_token=100)
+    desk.step()
+    desk.step()
+    desk.scheduler.remove(aborted)
+    assert served(desk, 24, first_token=100) == [("r1", 16, 8, False)]
+
+
+def test_what_a_failed_step_of_a_sequence_computed_is_not_found() -> None:
+    desk = Desk(max_rows=8)
+    (failed,) = desk.add(20, first_token=100)
+    desk.step()
+    endings = desk.scheduler.commit(desk.plan(), {}, [failed])
+    assert endings[failed].reason is FinishReason.ERROR
+    desk.scheduler.check_integrity()
+    desk.add(20, ONE, first_token=100)
+    assert rows(desk.plan()) == [("r1", 8, 8, False)]
+
+
+@pytest.mark.parametrize(("max_tokens", "kept"), [(5, 12), (6, 8)])
+def test_a_sequence_that_gave_way_resumes_from_its_blocks(max_tokens: int, kept: int) -> None:
+    """Output blocks too; with one more token the older sequence takes the last of them."""
+    desk = Desk(num_blocks=6)
+    (older,) = desk.add(8, SamplingParams(max_tokens=max_tokens))
+    (newest,) = desk.add(11, SamplingParams(max_tokens=4))
+    while older.status is SequenceStatus.RUNNING or not desk.scheduler.num_preemptions:
+        desk.step(60 + len(older.output))
+    assert newest.output == [60, 61]
+    assert rows(desk.plan()) == [("r1", kept, 13 - kept, False)]
+    prefixes = desk.scheduler.prefixes
+    assert (prefixes.num_queried_tokens, prefixes.num_hit_tokens) == (19, 0)  # first admissions
+
+
+def test_hits_are_counted_in_tokens() -> None:
+    desk = Desk()
+    served(desk, 9, first_token=100)
+    choices = desk.add(9, ONE, first_token=100, n=2)
+    desk.step()
+    prefixes = desk.scheduler.prefixes
+    assert (prefixes.num_queried_tokens, prefixes.num_hit_tokens) == (27, 16)
+    assert prefixes.num_cached_prompt_tokens == 8  # a request's prompt counts once
+    assert [c.num_cached_tokens for c in choices] == [8, 8]
+
+
+def test_choices_of_a_known_prompt_need_not_wait_for_the_first() -> None:
+    desk = Desk()
+    served(desk, 9, first_token=100)
+    desk.add(9, first_token=100, n=3)
+    assert rows(desk.plan()) == [("r1", 8, 1, False)] * 3
+
+
+def test_a_request_that_scores_its_prompt_computes_all_of_it() -> None:
+    desk = Desk()
+    served(desk, 9, first_token=100)
+    scoring = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    desk.add(9, scoring, first_token=100, n=2)
+    assert rows(desk.plan()) == [("r1", 0, 9, False), ("r1", 8, 1, False)]
+    desk.add(9, scoring, first_token=100, output=(60,))  # scored by an earlier attempt
+    assert rows(desk.plan())[-1] == ("r2", 8, 2, False)
+
+
+def test_switched_off_nothing_is_shared_between_requests() -> None:
+    desk = Desk(enable_prefix_caching=False)
+    served(desk, 9, first_token=100)
+    assert served(desk, 9, first_token=100) == [("r1", 0, 9, False)]
+    assert len(desk.pool._by_hash) == 0
+    choices = desk.add(9, first_token=100, n=2)
+    assert rows(desk.plan()) == [("r2", 0, 9, False)]
+    desk.step()
+    assert rows(desk.plan()) == [("r2", 9, 1, True), ("r2", 8, 1, False)]
+    desk.step()
+    desk.scheduler.remove(choices[0])
+    desk.scheduler.remove(choices[1])
+    assert served(desk, 9, first_token=100) == [("r3", 0, 9, False)]
+    prefixes = desk.scheduler.prefixes
+    assert prefixes.num_queried_tokens == prefixes.num_hit_tokens == 0
+    assert prefixes.num_cached_prompt_tokens == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_life_on_few_prefixes_keeps_accounts(seed: int) -> None:
+    """Admit, chunk, preempt, fail, abandon and abort; what is found is checked after each step."""
+    rng = random.Random(seed)
+    desk = Desk(
+        num_blocks=rng.choice((10, 16)), max_num_seqs=5, max_rows=rng.choice((6, 32)), max_len=40
+    )
+    alive: list[SequenceState] = []
+    for _ in range(500):
+        if rng.random() < 0.4:
+            params = SamplingParams(
+                max_tokens=rng.randint(0, 12), prompt_logprobs=rng.choice((None, None, 1))
+            )
+            alive += desk.add(
+                rng.randint(1, 24),
+                params,
+                first_token=rng.choice((100, 200)),
+                cache_salt=rng.choice(("", "", "a")),
+                n=rng.choice((1, 1, 3)),
+                priority=rng.randint(0, 1),
+            )
+        if alive and rng.random() < 0.1:
+            desk.scheduler.remove(rng.choice(alive))
+        plan = desk.plan()
+        if rng.random() < 0.2:
+            desk.scheduler.abandon(plan)
+        else:
+            failed = [p.sequence for p in plan.rows if rng.random() < 0.03]
+            drawn = {
+                p.sequence: 50
+                for p in plan.rows
+                if p.draws_token and p.sequence.params.max_tokens and p.sequence not in failed
+            }
+            desk.scheduler.commit(plan, drawn, failed)
+        desk.scheduler.check_integrity()
+    prefixes = desk.scheduler.prefixes
+    assert 0 < prefixes.num_hit_tokens < prefixes.num_queried_tokens
+    assert desk.scheduler.num_preemptions
+    for sequence in alive:
+        desk.scheduler.remove(sequence)
+    desk.scheduler.check_integrity()
+    assert desk.pool.num_free == desk.pool.num_blocks

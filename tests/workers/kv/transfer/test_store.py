@@ -1,0 +1,185 @@
+"""Blocks that leave one engine and come into another: held while they move, the same bits there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from cluster.config.cluster import EngineSection
+from tests.harness.engine_stream import TIMEOUT_S
+from tests.reference.exact import exact
+from tests.reference.goldens import Golden
+from workers.kv.transfer.fetch_cost import FORGET_S, UNMEASURED_COST, FetchCost
+from workers.kv.transfer.store import Fetch, KvLender
+from workers.local_engine import LocalEngine
+from workers.requests.inspection import Inspection
+from workers.requests.request import Request, SamplingParams, TokenOutput
+
+PARAMS = SamplingParams(max_tokens=6, temperature=0.0, logprobs=2, ignore_eos=True)
+PROMPT = tuple(3 + i % 50 for i in range(75))
+NUM_BLOCKS = 4
+"""Full blocks of the prompt of 16 tokens, one token at least left to compute."""
+
+
+def request_of(name: str = "r", **more: object) -> Request:
+    return replace(Request(request_id=name, prompt=PROMPT, params=PARAMS), **more)
+
+
+def engine_of(path: Path, dtype: str = "float32", num_blocks: int | None = None) -> LocalEngine:
+    """A worker's engine; ``num_blocks`` of KV of the tiny model."""
+    size = None if num_blocks is None else num_blocks * 16 * 2 * 2 * 2 * 8 * 4
+    section = EngineSection(deterministic=True, kv_cache_bytes=size)
+    return LocalEngine(path, dtype=dtype, section=section, max_model_len=128)
+
+
+def serve(engine: LocalEngine, request: Request) -> list[TokenOutput]:
+    outputs = engine.run([request])[request.request_id, 0]
+    engine.engine.check_integrity()
+    return outputs
+
+
+def copy(source: LocalEngine, target: LocalEngine, request: Request) -> int:
+    """As two workers would; returns how many blocks were copied."""
+    lender, taker = source.engine.kv_store, target.engine.kv_store
+    fetch = target.engine.begin_fetch(request)
+    assert fetch is not None
+    blocks = lender.lend(fetch.wanted)
+    for place, block in enumerate(blocks):
+        taker.cache.write_block(fetch.blocks[place], lender.cache.read_block(block))
+    fetch.num_filled = len(blocks)
+    for engine in (source, target):
+        engine.engine.check_integrity()
+    taker.end(fetch)
+    if blocks:
+        lender.end_loan(blocks, len(blocks))
+    for engine in (source, target):
+        engine.engine.check_integrity()
+        assert engine.engine._pool.num_free == engine.engine.num_blocks
+    return len(blocks)
+
+
+@pytest.fixture(scope="module")
+def source(tiny_checkpoint: Path) -> LocalEngine:
+    """An engine that has computed the prompt."""
+    engine = engine_of(tiny_checkpoint)
+    serve(engine, request_of())
+    return engine
+
+
+@pytest.mark.parametrize("variant", ["olmoe-base", "dots1-groups", "jetmoe-tied"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_copied_blocks_give_the_bits_that_computing_gives(
+    golden: Callable[[str], Golden], variant: str, dtype: str
+) -> None:
+    path = golden(variant).path
+    one, other = (engine_of(path, dtype) for _ in range(2))
+    expected = exact(serve(one, request_of()))
+    assert copy(one, other, request_of()) == NUM_BLOCKS
+    outputs = serve(other, request_of())
+    assert outputs[0].num_cached_tokens == NUM_BLOCKS * 16
+    assert exact(outputs) == expected
+
+
+def test_only_what_is_missing_is_asked_for(source: LocalEngine, tiny_checkpoint: Path) -> None:
+    target = engine_of(tiny_checkpoint)
+    serve(target, replace(request_of(), prompt=PROMPT[:40]))
+    assert copy(source, target, request_of()) == NUM_BLOCKS - 2
+    assert serve(target, request_of())[0].num_cached_tokens == NUM_BLOCKS * 16
+    assert target.engine.begin_fetch(request_of()) is None
+
+
+def test_tenants_share_nothing(source: LocalEngine, tiny_checkpoint: Path) -> None:
+    target = engine_of(tiny_checkpoint)
+    assert copy(source, target, request_of(cache_salt="tenant")) == 0
+    assert serve(target, request_of())[0].num_cached_tokens == 0
+
+
+def test_what_must_be_computed_is_not_fetched(tiny_checkpoint: Path) -> None:
+    engine = engine_of(tiny_checkpoint).engine
+    scored = request_of(params=replace(PARAMS, prompt_logprobs=1))
+    assert engine.begin_fetch(scored) is None
+    assert engine.begin_fetch(request_of(inspection=Inspection(logits=(0,)))) is None
+    assert engine.begin_fetch(replace(request_of(), prompt=PROMPT[:16])) is None
+
+
+def test_what_came_of_a_prefix_is_kept_and_the_rest_is_blank(tiny_checkpoint: Path) -> None:
+    engine = engine_of(tiny_checkpoint, num_blocks=8).engine
+    fetch = engine.begin_fetch(request_of())
+    assert fetch is not None
+    assert engine._pool.num_free == 8 - NUM_BLOCKS
+    assert engine.begin_fetch(request_of(cache_salt="x")) is not None
+    assert engine.begin_fetch(request_of(cache_salt="y")) is None  # none are left
+    fetch.num_filled = 2
+    engine.kv_store.end(fetch)
+    engine.check_integrity()
+    again = engine.begin_fetch(request_of())
+    assert again is not None
+    assert (len(again.found), len(again.wanted)) == (2, 2)
+
+
+def test_lent_blocks_stay_until_they_are_returned(tiny_checkpoint: Path) -> None:
+    engine = engine_of(tiny_checkpoint, num_blocks=8)
+    serve(engine, request_of(params=replace(PARAMS, max_tokens=1)))
+    hashes = _wanted(engine_of(tiny_checkpoint)).hashes
+    lent = engine.engine.kv_store.lend(hashes)
+    assert len(lent) == NUM_BLOCKS
+    data = [engine.engine.kv_store.cache.read_block(block) for block in lent]
+    other = replace(request_of("other"), prompt=PROMPT[40:90])
+    serve(engine, other)  # takes all others
+    for block, kept in zip(lent, data, strict=True):
+        assert engine.engine.kv_store.cache.read_block(block).equal(kept)
+    engine.engine.kv_store.end_loan(lent, len(lent))
+    serve(engine, replace(request_of("third"), prompt=PROMPT[::-1]))
+    assert len(engine.engine.kv_store.lend(hashes)) < 2  # a peer has them: they went first
+    assert serve(engine, other)[0].num_cached_tokens == 32
+
+
+def _wanted(engine: LocalEngine) -> Fetch:
+    fetch = engine.engine.begin_fetch(request_of())
+    assert fetch is not None
+    return fetch
+
+
+def test_threads_borrow_between_two_turns(source: LocalEngine, tiny_checkpoint: Path) -> None:
+    asked = threading.Event()
+    lender = KvLender(source.engine.kv_store, asked.set, timeout_s=TIMEOUT_S)
+    hashes = _wanted(engine_of(tiny_checkpoint)).hashes
+    found: list[list[int]] = []
+    thread = threading.Thread(target=lambda: found.append(lender.borrow(hashes)), daemon=True)
+    thread.start()
+    assert asked.wait(TIMEOUT_S)
+    lender.answer()
+    thread.join(TIMEOUT_S)
+    assert len(found[0]) == NUM_BLOCKS
+    assert source.engine._pool.num_free == source.engine.num_blocks - NUM_BLOCKS
+    assert lender.read(found[0][0])[0].shape == source.engine.kv_store.cache.block_shape
+    lender.give_back(found[0], 0)
+    lender.answer()
+    source.engine.check_integrity()
+    assert source.engine._pool.num_free == source.engine.num_blocks
+
+
+def test_who_is_not_answered_in_time_borrows_nothing(source: LocalEngine) -> None:
+    lender = KvLender(source.engine.kv_store, lambda: None, timeout_s=0.01)
+    assert lender.borrow([bytes(32)]) == []
+    lender.answer()
+    source.engine.check_integrity()
+
+
+def test_the_cost_is_measured_and_a_slow_link_is_tried_again() -> None:
+    cost = FetchCost()
+    assert cost.ratio(0.0) == UNMEASURED_COST
+    cost.observe_prefill(1000, 1.0)
+    assert cost.ratio(0.0) == UNMEASURED_COST
+    cost.observe_fetch(8000, 1.0, now_s=100.0)
+    assert cost.ratio(100.0) == pytest.approx(0.125)
+    for _ in range(30):
+        cost.observe_fetch(0, 2.0, now_s=101.0)  # it fails
+    assert cost.ratio(101.0) > 1
+    assert cost.ratio(102.0 + FORGET_S) == UNMEASURED_COST
+    cost.observe_fetch(4000, 1.0, now_s=102.0 + FORGET_S)
+    assert cost.ratio(102.0 + FORGET_S) == pytest.approx(0.25)

@@ -1,0 +1,177 @@
+"""Configs of all families: defaults, spellings, what is refused, what is reported."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.core.errors import CheckpointError
+from tests.fakes import TINY_CONFIG, write_tiny_checkpoint
+from workers.local_engine import LocalEngine
+from workers.model.families.dots1 import Dots1Family
+from workers.model.families.jetmoe import JetMoeFamily
+from workers.model.families.olmoe import OlmoeFamily
+from workers.model.families.registry import load_family
+
+DOTS1: Mapping[str, Any] = {
+    "model_type": "dots1",
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "sliding_window": None,
+}
+JETMOE: Mapping[str, Any] = {"model_type": "jetmoe", "num_hidden_layers": 2}
+FAMILIES = {"olmoe": TINY_CONFIG, "dots1": DOTS1, "jetmoe": JETMOE}
+
+
+def test_classes_defaults_of_an_empty_file() -> None:
+    olmoe = load_family({"model_type": "olmoe"})
+    assert isinstance(olmoe, OlmoeFamily)
+    assert (olmoe.config.hidden_size, olmoe.config.num_layers) == (2048, 16)
+    assert (olmoe.config.eos_token_ids, olmoe.config.pad_token_id) == ((50279,), 1)
+    jetmoe = load_family({"model_type": "jetmoe", "num_attention_heads": 7})
+    assert isinstance(jetmoe, JetMoeFamily)
+    assert (jetmoe.config.num_heads, jetmoe.config.num_kv_heads) == (32, 16)
+    assert (jetmoe.config.head_dim, jetmoe.config.tie_word_embeddings) == (128, True)
+    with pytest.raises(CheckpointError, match="n_routed_experts is missing"):
+        load_family({"model_type": "dots1"})
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
+)
+def test_what_a_file_leaves_out_is_as_in_transformers() -> None:
+    """All defaults of a class written out mean the same as none of them."""
+    needed = {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4}
+    code = (
+        "import json, transformers as t\n"
+        f"made = [t.OlmoeConfig(), t.Dots1Config(**{needed}), t.JetMoeConfig()]\n"
+        "print(json.dumps([one.to_dict() for one in made]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=540
+    )
+    for full in json.loads(done.stdout):
+        name = full["model_type"]
+        short = {"model_type": name, **(needed if name == "dots1" else {})}
+        ours, theirs = load_family(short), load_family({**full, "architectures": None})
+        assert theirs.config == replace(ours.config, ignored_keys=theirs.config.ignored_keys)
+        assert theirs.banks == ours.banks
+        assert theirs.config.ignored_keys == ()
+        assert list(theirs.attention_tensors()) == list(ours.attention_tensors())
+
+
+def test_null_is_absent_but_for_token_ids_and_the_window() -> None:
+    config = {"rms_norm_eps": None, "eos_token_id": None, "tie_word_embeddings": None}
+    family = load_family({"model_type": "jetmoe", **config})
+    assert family.config.rms_norm_eps == 1e-6
+    assert family.config.eos_token_ids == ()
+    assert family.config.tie_word_embeddings
+    dots1 = load_family(DOTS1)
+    assert isinstance(dots1, Dots1Family)
+    assert dots1.windows == frozenset()
+    absent = {k: v for k, v in DOTS1.items() if k != "sliding_window"}
+    dots1 = load_family({**absent, "max_window_layers": 3})
+    assert isinstance(dots1, Dots1Family)
+    assert dots1.dots1.windows == (None, None, None, 4096)
+
+
+def test_both_spellings_mean_the_same() -> None:
+    old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}
+    new = {"rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 5e5}}
+    for config in FAMILIES.values():
+        first = load_family({**config, **old, "torch_dtype": "bfloat16"}).config
+        assert first == load_family({**config, **new, "dtype": "bfloat16"}).config
+    assert load_family({**DOTS1, "n_routed_experts": None, "num_local_experts": 16})
+    assert load_family({**JETMOE, "head_dim": 64}).config.head_dim == 64
+
+
+def test_explicit_layer_types_win_over_max_window_layers() -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    changes = {"sliding_window": 9, "max_window_layers": 0, "layer_types": kinds}
+    dots1 = load_family({**DOTS1, **changes})
+    assert isinstance(dots1, Dots1Family)
+    assert dots1.dots1.windows == (9, None, 9, None)
+    assert dots1.windows == {9}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("olmoe", {"architectures": ["OlmoeModel"]}, "architectures .* is not supported"),
+        ("olmoe", {"n_shared_experts": 1}, "n_shared_experts 1 is not supported for olmoe"),
+        ("olmoe", {"tie_word_embeddings": 1}, "tie_word_embeddings 1 must be true or false"),
+        ("olmoe", {"eos_token_id": "2"}, "eos_token_id '2' must be a token id"),
+        ("olmoe", {"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("olmoe", {"rope_parameters": {"full_attention": {}}}, "full_attention"),
+        ("dots1", {"hidden_act": "swish"}, "hidden_act 'swish' is not supported"),
+        ("dots1", {"clip_qkv": 3.0}, "clip_qkv 3.0 is not supported for dots1"),
+        ("dots1", {"n_group": 3}, "n_routed_experts 16 must be a multiple of n_group 3"),
+        ("dots1", {"n_group": 16}, "at least 2 experts in a group"),
+        ("dots1", {"n_group": 2, "topk_group": 3}, "topk_group 3 exceeds n_group 2"),
+        ("dots1", {"n_group": 8, "topk_group": 1}, "num_experts_per_tok 4 exceeds the 2"),
+        ("dots1", {"first_k_dense_replace": 4}, "leaves no layer with experts"),
+        ("dots1", {"n_shared_experts": None}, "n_shared_experts is missing"),
+        ("dots1", {"num_key_value_heads": 3}, "multiple of num_key_value_heads 3"),
+        ("dots1", {"head_dim": 7}, "head_dim 7 must be even"),
+        ("dots1", {"layer_types": ["full_attention"]}, "layer_types must list all 4 layers"),
+        ("dots1", {"layer_types": ["chunked_attention"] * 4}, "'chunked_attention' is not"),
+        ("dots1", {"layer_types": ["sliding_attention"] * 4}, "sliding_window is null"),
+        ("jetmoe", {"activation_function": "gelu_new"}, "activation_function 'gelu_new'"),
+        ("jetmoe", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds num_local_experts"),
+        ("jetmoe", {"attention_bias": True}, "attention_bias True is not supported for jetmoe"),
+        ("jetmoe", {"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),
+    ],
+)
+def test_what_would_change_the_result_is_refused(
+    name: str, changes: dict[str, Any], words: str
+) -> None:
+    load_family(FAMILIES[name])
+    with pytest.raises(CheckpointError, match=words):
+        load_family({**FAMILIES[name], **changes})
+
+
+def test_keys_of_public_checkpoints_are_known() -> None:
+    official = {
+        "moe_layer_freq": 1,
+        "pretraining_tp": 1,
+        "scoring_func": "noaux_tc",
+        "topk_method": "noaux_tc",
+        "use_sliding_window": False,
+        "transformers_version": "4.51.0",
+        "use_cache": True,
+    }
+    assert load_family({**DOTS1, **official}).config.ignored_keys == ()
+
+
+def test_labels_of_a_classifier() -> None:
+    head = {"architectures": ["JetMoeForSequenceClassification"]}
+    assert load_family({**JETMOE, **head}).config.labels == ("LABEL_0", "LABEL_1")
+    names = {"id2label": {"1": "good", "0": "bad"}, "num_labels": 7, "problem_type": "regression"}
+    config = load_family({**JETMOE, **head, **names}).config
+    assert (config.labels, config.problem_type) == (("bad", "good"), "regression")
+    assert load_family({**JETMOE, **names}).config.labels == ()
+    with pytest.raises(CheckpointError, match="must name the classes 0, 1"):
+        load_family({**JETMOE, **head, "id2label": {"1": "good"}})
+
+
+def test_unknown_keys_are_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tiny_checkpoint(tmp_path)
+    config = {**TINY_CONFIG, "colour": "red", "attention_dropout": 0.1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_family(config).config.ignored_keys == ("colour",)
+    with caplog.at_level(logging.WARNING):
+        LocalEngine(tmp_path)
+    assert [r.getMessage() for r in caplog.records] == ["config.json: ignored, not known: colour"]

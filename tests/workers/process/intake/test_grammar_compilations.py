@@ -1,0 +1,183 @@
+"""Requests wait for their grammar in a thread of its own; nobody else waits with them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from cluster.core.errors import RequestError, RequestFailedError
+from workers.process.intake.commands import AddRequest
+from workers.process.intake.grammar_compilations import (
+    COMPILE_LIMIT_S,
+    MAX_COMPILING,
+    GrammarCompilations,
+)
+from workers.requests.request import Grammar, GrammarKind, Request, SamplingParams
+
+WAIT_S = 60.0
+
+
+def command(name: str, text: str, gateway: str = "g") -> AddRequest:
+    params = SamplingParams(grammar=Grammar(kind=GrammarKind.REGEX, text=text))
+    request = Request(request_id=name, prompt=(1,), params=params)
+    return AddRequest(gateway, request, 0.0)
+
+
+@dataclass
+class Workshop:
+    """A compiler whose work ends when a test says so, with a clock of its own."""
+
+    now: float = 100.0
+    begun: list[str] = field(default_factory=list)
+    results: dict[str, Any] = field(default_factory=dict)
+    woken: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    started: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    _ends: dict[str, threading.Event] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def compile(self, grammar: Grammar) -> Any:
+        """Runs in threads of the compilations."""
+        self.begun.append(grammar.text)
+        self.started.release()
+        assert self._event(grammar.text).wait(WAIT_S)
+        result = self.results.get(grammar.text, f"compiled {grammar.text}")
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def finish(self, text: str, result: Any = None) -> None:
+        """Let one grammar end, and wait until ``wake`` was called."""
+        if result is not None:
+            self.results[text] = result
+        self._event(text).set()
+        assert self.woken.acquire(timeout=WAIT_S)
+
+    def wait_started(self, count: int) -> None:
+        """Wait until so many more grammars were begun."""
+        for _ in range(count):
+            assert self.started.acquire(timeout=WAIT_S)
+
+    def release_all(self) -> None:
+        """Let every thread end."""
+        for event in self._ends.values():
+            event.set()
+
+    def _event(self, text: str) -> threading.Event:
+        with self._lock:
+            return self._ends.setdefault(text, threading.Event())
+
+
+@pytest.fixture
+def workshop() -> Iterator[Workshop]:
+    workshop = Workshop()
+    yield workshop
+    workshop.release_all()
+
+
+@pytest.fixture
+def waiting(workshop: Workshop) -> Iterator[GrammarCompilations]:
+    made = GrammarCompilations(workshop.compile, workshop.woken.release, clock=lambda: workshop.now)
+    yield made
+    workshop.release_all()
+    made.close()
+
+
+def names(waiting: GrammarCompilations) -> list[str]:
+    return [done.command.request.request_id for done in waiting.take()]
+
+
+def test_a_request_comes_out_with_its_grammar(
+    workshop: Workshop, waiting: GrammarCompilations
+) -> None:
+    waiting.put(command("a", "x"))
+    assert waiting.take() == []
+    workshop.finish("x")
+    (done,) = waiting.take()
+    assert str(done.compiled) == "compiled x"
+    assert done.error is None
+    assert waiting.take() == []
+    assert waiting.num_waiting == 0
+
+
+def test_equal_grammars_are_compiled_once(workshop: Workshop, waiting: GrammarCompilations) -> None:
+    waiting.put(command("a", "x"))
+    waiting.put(command("b", "x"))
+    workshop.finish("x")
+    assert names(waiting) == ["a", "b"]
+    assert workshop.begun == ["x"]
+
+
+def test_a_slow_grammar_holds_up_nobody_else(
+    workshop: Workshop, waiting: GrammarCompilations
+) -> None:
+    waiting.put(command("slow", "x"))
+    waiting.put(command("quick", "y"))
+    workshop.finish("y")
+    assert names(waiting) == ["quick"]
+    assert waiting.num_waiting == 1
+
+
+def test_a_grammar_over_its_time_is_refused_by_name(
+    workshop: Workshop, waiting: GrammarCompilations
+) -> None:
+    waiting.put(command("a", "x"))
+    workshop.now += COMPILE_LIMIT_S / 2
+    assert waiting.take() == []
+    assert waiting.wait_s(60.0) == pytest.approx(COMPILE_LIMIT_S / 2)
+    workshop.now += COMPILE_LIMIT_S / 2
+    (done,) = waiting.take()
+    assert isinstance(done.error, RequestError)
+    assert done.error.param == "structured_outputs"
+    assert "within 2 s" in done.error.message
+    workshop.finish("x")  # the thread ends later: nobody minds
+    assert waiting.take() == []
+    assert waiting.wait_s(60.0) == 60.0
+
+
+def test_grammars_over_their_time_make_room(
+    workshop: Workshop, waiting: GrammarCompilations
+) -> None:
+    for place in range(MAX_COMPILING):
+        waiting.put(command(f"slow{place}", f"x{place}"))
+    waiting.put(command("quick", "y"))
+    workshop.wait_started(MAX_COMPILING)
+    assert sorted(workshop.begun) == [f"x{i}" for i in range(MAX_COMPILING)]
+    workshop.now += COMPILE_LIMIT_S
+    assert len(waiting.take()) == MAX_COMPILING
+    workshop.finish("y")
+    assert names(waiting) == ["quick"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [(RequestError("wrong", "f"), RequestError), (OSError("disk"), RequestFailedError)],
+)
+def test_errors_come_out_with_the_request(
+    workshop: Workshop, waiting: GrammarCompilations, failure: Exception, kind: type[Exception]
+) -> None:
+    waiting.put(command("a", "x"))
+    workshop.finish("x", failure)
+    (done,) = waiting.take()
+    assert type(done.error) is kind
+    assert done.compiled is None
+    assert "disk" not in str(done.error)
+
+
+def test_aborted_requests_and_lost_gateways_are_forgotten(
+    workshop: Workshop, waiting: GrammarCompilations
+) -> None:
+    for name, text, gateway in (("a", "x", "g"), ("b", "x", "h"), ("c", "y", "h"), ("d", "z", "h")):
+        waiting.put(command(name, text, gateway))
+    assert waiting.owner("c") == "h"
+    assert waiting.owner("nobody") is None
+    waiting.drop("c")
+    waiting.drop_gateway("h")
+    assert waiting.num_waiting == 1
+    workshop.finish("x")
+    workshop.finish("y")
+    assert names(waiting) == ["a"]
+    assert "z" not in workshop.begun

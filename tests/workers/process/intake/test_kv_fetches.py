@@ -1,0 +1,155 @@
+"""Requests wait for KV blocks of a peer; a peer that fails costs the time limit at most."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from tests.harness.engine_stream import TIMEOUT_S, TOKEN
+from tests.workers.kv.transfer.test_store import NUM_BLOCKS, PROMPT, engine_of, request_of, serve
+from workers.engine.engine import Engine
+from workers.kv.transfer.store import KvLender
+from workers.process.intake.commands import AddRequest
+from workers.process.intake.kv_fetches import MAX_FETCHING, KvFetches
+from workers.requests.block_hash import HASH_BYTES
+from workers.transport.handshake import PeerIdentity
+from workers.transport.peer_link import Peer, PeerServer
+
+LIMIT_S = 0.2
+
+
+def identity(name: str) -> PeerIdentity:
+    return PeerIdentity(name=name, role="attention", rank=0, checkpoint_id="abc", config_hash="cfg")
+
+
+def command(name: str, seed: int = 0, peer: str = "attention-0") -> AddRequest:
+    prompt = (3 + seed, *PROMPT[1:])
+    return AddRequest("g", replace(request_of(name), prompt=prompt, kv_peer=peer), 0.0)
+
+
+class Fetching:
+    """An engine that fetches from ``address``; ``wait`` returns when a fetch has ended."""
+
+    def __init__(self, engine: Engine, address: str, limit_s: float) -> None:
+        self.engine = engine
+        self._peer = Peer(
+            name="attention-0", address=address, me=identity("attention-1"), token=TOKEN
+        )
+        self._ended = threading.Semaphore(0)
+        self.fetches = KvFetches(engine, self._find, self._ended.release, limit_s)
+
+    def _find(self, name: str) -> Peer | None:
+        return self._peer if name == self._peer.name else None
+
+    def wait(self) -> None:
+        assert self._ended.acquire(timeout=TIMEOUT_S)
+
+    def check_free(self) -> None:
+        self.engine.check_integrity()
+        assert self.engine._pool.num_free == self.engine.num_blocks
+
+
+class Silent:
+    """A peer that says nothing until it hangs up."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self.address = f"127.0.0.1:{listener.getsockname()[1]}"
+
+    def hang_up(self) -> None:
+        """End one connection."""
+        self._listener.accept()[0].close()
+
+
+@pytest.fixture
+def silent() -> Iterator[Silent]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(TIMEOUT_S)
+        yield Silent(listener)
+
+
+def failures(fetches: KvFetches) -> float:
+    return fetches.stats()['kv_migration_failures_total{reason="prefix"}']
+
+
+def test_requests_with_one_prefix_share_a_fetch(tiny_checkpoint: Path, silent: Silent) -> None:
+    found = Fetching(engine_of(tiny_checkpoint).engine, silent.address, TIMEOUT_S)
+    first, second, third = command("a"), command("b"), command("c")
+    with closing(found.fetches) as fetches:
+        assert all(fetches.put(one) for one in (first, second, third))
+        fetches.drop("b")
+        assert fetches.num_waiting == 2
+        assert fetches.owner("c") == "g"
+        assert fetches.owner("b") is None
+        assert 0.0 < fetches.wait_s(2 * TIMEOUT_S) <= TIMEOUT_S
+        assert fetches.take() == []
+        silent.hang_up()
+        found.wait()
+        assert fetches.take() == [first, third]
+        assert fetches.num_waiting == 0
+        assert fetches.wait_s(60.0) == 60.0
+        assert failures(fetches) == 1
+    found.check_free()
+
+
+def test_a_silent_peer_costs_the_time_limit(tiny_checkpoint: Path, silent: Silent) -> None:
+    found = Fetching(engine_of(tiny_checkpoint).engine, silent.address, LIMIT_S)
+    only = command("a")
+    with closing(found.fetches) as fetches:
+        assert fetches.put(only)
+        found.wait()
+        assert fetches.take() == [only]
+        assert failures(fetches) == 1
+    found.check_free()
+
+
+def test_requests_without_a_known_peer_do_not_wait(tiny_checkpoint: Path, silent: Silent) -> None:
+    found = Fetching(engine_of(tiny_checkpoint).engine, silent.address, LIMIT_S)
+    with closing(found.fetches) as fetches:
+        assert not fetches.put(command("a", peer=""))
+        assert not fetches.put(command("a", peer="attention-7"))
+        none = Fetching(found.engine, silent.address, 0.0)
+        assert not none.fetches.put(command("a"))
+        assert none.fetches.fetch_cost == float("inf")
+    found.check_free()
+
+
+def test_few_prefixes_are_fetched_at_a_time(tiny_checkpoint: Path, silent: Silent) -> None:
+    found = Fetching(engine_of(tiny_checkpoint).engine, silent.address, TIMEOUT_S)
+    with closing(found.fetches) as fetches:
+        for seed in range(MAX_FETCHING):
+            assert fetches.put(command(f"r{seed}", seed))
+        assert not fetches.put(command("one more", MAX_FETCHING))
+        for _ in range(MAX_FETCHING):
+            silent.hang_up()
+            found.wait()
+        assert len(fetches.take()) == MAX_FETCHING
+    found.check_free()
+
+
+def test_blocks_that_came_are_found(tiny_checkpoint: Path) -> None:
+    source = engine_of(tiny_checkpoint)
+    serve(source, request_of("source"))
+    asked = threading.Event()
+    lender = KvLender(source.engine.kv_store, asked.set)
+    server = PeerServer(
+        identity("attention-0"), TOKEN, host="127.0.0.1", what="kv-blocks", key_bytes=HASH_BYTES
+    )
+    server.start(lender)
+    target = engine_of(tiny_checkpoint)
+    found = Fetching(target.engine, server.address, TIMEOUT_S)
+    with closing(server), closing(found.fetches) as fetches:
+        wanted = AddRequest("g", request_of("target", kv_peer="attention-0"), 0.0)
+        assert fetches.put(wanted)
+        assert asked.wait(TIMEOUT_S)
+        lender.answer()
+        found.wait()
+        assert fetches.take() == [wanted]
+    found.check_free()
+    assert serve(target, request_of("target"))[0].num_cached_tokens == NUM_BLOCKS * 16

@@ -1,0 +1,110 @@
+"""The engine stream against gateways that are not ours, and against bytes that are no message."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from cluster.core.release import RELEASE
+from tests.harness.engine_stream import TIMEOUT_S, TOKEN, EngineStream
+from tests.workers.process.test_gateway_silence import FACTS
+from workers.process.engine_server import EngineServer
+from workers.process.intake.commands import AddRequest, Command, Inbox
+from workers.requests.request import Request, SamplingParams, StepOutput, TokenOutput
+from workers.requests.wire import HELLO, TO_ENGINE, Hello, Ping
+
+REQUEST = Request(request_id="r", prompt=(1, 2), params=SamplingParams())
+
+
+@dataclass(slots=True)
+class Case:
+    """A server and a gateway that it serves throughout."""
+
+    server: EngineServer
+    address: str
+    inbox: Inbox
+    came: threading.Event
+    stream: EngineStream
+
+    def commands(self) -> list[Command]:
+        """What has come in, at least one command."""
+        assert self.came.wait(TIMEOUT_S)
+        self.came.clear()
+        return self.inbox.take()
+
+    def still_serves(self) -> None:
+        """A request goes in, and its token comes back."""
+        self.stream.send(REQUEST)
+        added = [c for c in self.commands() if isinstance(c, AddRequest)]
+        assert [c.request for c in added] == [REQUEST]
+        output = TokenOutput(request_id="r", attempt=0, choice=0, index=0, token_ids=(5,))
+        self.server.publish(added[0].gateway, StepOutput(outputs=(output,)))
+        assert self.stream.next() == output
+
+
+@pytest.fixture
+def case() -> Iterator[Case]:
+    came = threading.Event()
+    inbox = Inbox(came.set)
+    server = EngineServer("127.0.0.1", TOKEN, inbox, lambda: FACTS)
+    address = server.start()
+    stream = EngineStream(address)
+    yield Case(server, address, inbox, came, stream)
+    stream.close()
+    server.stop()
+
+
+@pytest.mark.parametrize("release", ["9.9.9", ""])
+def test_a_gateway_of_another_release_is_refused_by_name(
+    case: Case, release: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = EngineStream(case.address, release=release)
+    with pytest.raises(ConnectionError) as caught:
+        refused.next()
+    theirs = f"release {release}" if release else "no release"
+    told = f"{theirs} of test, {RELEASE} of attention-0: releases must be equal"
+    assert told in str(caught.value)
+    assert "FAILED_PRECONDITION" in str(caught.value)
+    assert told in caplog.text
+    refused.close()
+    case.still_serves()
+
+
+def test_the_hello_tells_the_release(case: Case) -> None:
+    case.still_serves()
+    assert case.stream.hello.release == RELEASE
+    assert case.stream.hello.max_model_len == FACTS.max_model_len
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"",
+        b"\xc1",
+        TO_ENGINE.encode(Ping(number=1)),
+        HELLO.encode(Hello(token="wrong", gateway="g", release=RELEASE)),
+        HELLO.encode(Hello(token="", gateway="g", release=RELEASE)),
+    ],
+)
+def test_a_stream_without_a_valid_hello_is_refused(case: Case, first: bytes) -> None:
+    refused = EngineStream(case.address, first=first)
+    with pytest.raises(ConnectionError, match="a hello must come first"):
+        refused.next()
+    refused.close()
+    case.still_serves()
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1", TO_ENGINE.encode(REQUEST)[:-1], b"\x91\xa1x"])
+def test_bytes_that_are_no_message_end_their_stream_alone(case: Case, data: bytes) -> None:
+    other = EngineStream(case.address)
+    other.send(REQUEST)
+    assert case.commands()
+    other.send_bytes(data)
+    with pytest.raises(ConnectionError, match="not a message to an engine"):
+        other.next()
+    other.close()
+    assert case.commands()  # the gateway has gone
+    case.still_serves()

@@ -1,0 +1,214 @@
+"""Sampling against plain references: distributions by chi-square, order of operations by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.workers.sampling.sampling_reference import assert_drawn_from, distribution
+from workers.requests.request import SamplingParams
+from workers.sampling.logits_processors import SamplingRow, TokenCounts
+from workers.sampling.sampler import (
+    DrawFailure,
+    draw,
+    logprob_entries,
+    logprob_entries_alone,
+    sample,
+    sample_alone,
+    uniform,
+)
+
+NUM_DRAWS = 4000
+VOCAB = 12
+
+
+def rows_of(params: SamplingParams, count: int) -> list[SamplingRow]:
+    return [SamplingRow(params, choice=0, index=i) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(seed=11),
+        SamplingParams(seed=12, temperature=0.5),
+        SamplingParams(seed=13, temperature=2.5),
+        SamplingParams(seed=14, top_k=3),
+        SamplingParams(seed=15, top_p=0.7),
+        SamplingParams(seed=16, min_p=0.15),
+        SamplingParams(seed=17, temperature=1.5, top_k=6, top_p=0.8, min_p=0.1),
+        SamplingParams(seed=18, top_k=100),
+    ],
+)
+def test_draws_follow_the_distribution(params: SamplingParams) -> None:
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(params.seed)) * 1.5
+    tokens = draw(logits.expand(NUM_DRAWS, VOCAB), rows_of(params, NUM_DRAWS))
+    assert_drawn_from(tokens.tolist(), distribution(logits.tolist(), params))
+
+
+def test_top_p_beyond_the_first_candidates() -> None:
+    size = 5000
+    logits = torch.zeros(1, size)
+    logits[0, 17] = 1e-3  # nearly flat: 90% of the mass needs thousands of tokens
+    params = SamplingParams(seed=3, top_p=0.9)
+    tokens = draw(logits.expand(200, size), rows_of(params, 200))
+    assert len(set(tokens.tolist())) > 150
+
+
+def test_limits_keep_ties() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]])
+    params = SamplingParams(seed=5, top_k=2)
+    tokens = draw(logits.expand(300, 5), rows_of(params, 300))
+    assert set(tokens.tolist()) == {1, 2, 3}
+
+
+def test_rows_do_not_depend_on_batch_mates() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(5, 700, generator=generator)
+    each = [
+        SamplingParams(seed=1, temperature=0.0),
+        SamplingParams(seed=2, temperature=0.7),
+        SamplingParams(seed=3, top_k=5),
+        SamplingParams(seed=4, top_p=0.97),
+        SamplingParams(seed=5, min_p=0.01, logit_bias=((3, 4.0),)),
+    ]
+    rows = [SamplingRow(p, choice=i, index=7 * i) for i, p in enumerate(each)]
+    together = [d.token for d in sample(logits, rows)]
+    alone = [sample(logits[i : i + 1], [row])[0].token for i, row in enumerate(rows)]
+    assert together == alone
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 15, 16, 17, 255, 256, 257, 1024, 5000])
+def test_every_token_of_any_vocabulary_can_be_drawn(vocab_size: int) -> None:
+    for token in {0, vocab_size // 2, vocab_size - 1}:
+        logits = torch.full((1, vocab_size), -1e9)
+        logits[0, token] = 3.0
+        rows = rows_of(SamplingParams(seed=token), 20)
+        assert set(draw(logits.expand(20, -1), rows).tolist()) == {token}
+
+
+def test_rounding_hardly_changes_a_draw() -> None:
+    """Rows that are served alone and in a batch differ by some 1e-6: see the module."""
+    generator = torch.Generator().manual_seed(4)
+    num_changed = 0
+    for seed in range(10):
+        logits = torch.randn(2000, 1024, generator=generator) * 3
+        noise = torch.randn(2000, 1024, generator=generator) * 2e-6
+        rows = rows_of(SamplingParams(seed=seed), 2000)
+        num_changed += int((draw(logits, rows) != draw(logits + noise, rows)).sum())
+    assert num_changed == 0  # one number for the whole distribution: 2 or 3
+
+
+def test_same_seed_same_token_and_choices_differ() -> None:
+    logits = torch.zeros(1, 1000)
+    params = SamplingParams(seed=9)
+    first = [draw(logits, [SamplingRow(params, 0, i)]).item() for i in range(20)]
+    again = [draw(logits, [SamplingRow(params, 0, i)]).item() for i in range(20)]
+    other = [draw(logits, [SamplingRow(params, 1, i)]).item() for i in range(20)]
+    assert first == again
+    assert len(set(first)) > 10
+    assert first != other
+
+
+def test_uniform_is_uniform() -> None:
+    values = [uniform(seed, choice, i) for seed in range(8) for choice in (0, 1) for i in range(64)]
+    assert all(0 <= u < 1 for u in values)
+    assert abs(sum(values) / len(values) - 0.5) < 0.03
+    bins = Counter(int(u * 8) for u in values)
+    assert min(bins.values()) > 90
+    assert uniform(-5, 0, 0) == uniform(-5, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_takes_the_lowest_id_of_a_tie(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[0.0, 2.0, 5.0, 5.0], [7.0, 7.0, 7.0, 7.0]], dtype=dtype)
+    rows = rows_of(SamplingParams(temperature=0.0), 2)
+    assert [d.token for d in sample(logits, rows)] == [2, 0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_only_the_row_with_bad_logits_fails(bad: float) -> None:
+    logits = torch.zeros(3, 8)
+    logits[1, 4] = bad
+    logits[2, 5] = 1.0
+    drawn = sample(logits, rows_of(SamplingParams(temperature=0.0), 3))
+    assert [d.failure for d in drawn] == [None, DrawFailure.NOT_FINITE, None]
+    assert drawn[2].token == 5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_without_an_allowed_token_fails_alone(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, seed=1)
+    rows = [
+        SamplingRow(params, 0, 0, banned_tokens=tuple(range(8))),
+        SamplingRow(params, 0, 0, banned_tokens=tuple(range(7))),
+    ]
+    drawn = sample(torch.randn(2, 8), rows)
+    assert [d.failure for d in drawn] == [DrawFailure.NONE_ALLOWED, None]
+    assert drawn[1].token == 7
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-5, 1.0, 100.0])
+@pytest.mark.parametrize("penalty", [1e-300, 1e-30, 2.0])
+def test_extreme_penalties_and_temperatures_draw_a_token(
+    temperature: float, penalty: float
+) -> None:
+    params = SamplingParams(temperature=temperature, repetition_penalty=penalty, seed=1)
+    counts = TokenCounts(params, prompt=[1, 2, 3], output=[3, 4])
+    (drawn,) = sample(torch.randn(1, 8) + 1, [SamplingRow(params, 0, 0, counts)])
+    assert 0 <= drawn.token < 8
+
+
+def test_weights_without_a_finite_sum_draw_nothing() -> None:
+    logits = torch.tensor([[1e38, -1e38, 0.0], [0.0, 1.0, 2.0], [float("nan"), 0.0, 0.0]])
+    rows = rows_of(SamplingParams(temperature=1e-4, seed=1), 3)
+    assert [int(token) >= 0 for token in draw(logits, rows)] == [False, True, False]
+
+
+def test_penalties_in_order() -> None:
+    params = SamplingParams(
+        repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((4, 1.0),)
+    )
+    counts = TokenCounts(params, prompt=[0, 1], output=[1, 2, 2])
+    logits = torch.tensor([4.0, 4.0, -4.0, 4.0, 4.0])
+    counts.penalize(logits, params)
+    # 0: prompt only. 1: prompt, once in the output. 2: twice in the output. 3 and 4: neither.
+    assert logits.tolist() == [2.0, 2.0 - 0.5 - 0.25, -8.0 - 1.0 - 0.25, 4.0, 4.0]
+
+
+def test_bias_and_ending_mask_steer_greedy_but_not_logprobs() -> None:
+    logits = torch.tensor([[5.0, 4.0, 3.0, 0.0]])
+    params = SamplingParams(temperature=0.0, logit_bias=((3, 4.5),), logprobs=2)
+    row = SamplingRow(params, 0, 0, banned_tokens=(0,))
+    (drawn,) = sample(logits, [row])
+    assert drawn.token == 3
+    assert drawn.logprob is not None
+    raw = torch.log_softmax(logits[0], -1)
+    assert drawn.logprob.logprob == pytest.approx(raw[3].item(), abs=1e-6)
+    assert drawn.logprob.rank == 4
+    assert [t for t, _ in drawn.logprob.top] == [0, 1]
+    assert torch.equal(logits, torch.tensor([[5.0, 4.0, 3.0, 0.0]]))
+
+
+def test_min_p_one_and_tiny_temperature_are_greedy() -> None:
+    logits = torch.tensor([[1.0, 2.0, 1.5]]).expand(50, 3)
+    for params in (SamplingParams(min_p=1.0), SamplingParams(temperature=1e-30)):
+        assert {d.token for d in sample(logits, rows_of(params, 50))} == {1}
+
+
+def test_logprob_entries_rank_and_order() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 3.0, 0.0, 0.0]])
+    first, second = logprob_entries(logits, [1, 1], [3, 0])
+    assert (first.token_id, first.rank) == (1, 3)
+    assert [t for t, _ in first.top] == [3, 2, 1]
+    assert first.top[2][1] == pytest.approx(first.logprob)
+    assert (second.rank, second.top) == (1, ())
+
+
+def test_rows_alone_are_drawn_and_scored_from_their_own_logits() -> None:
+    logits = torch.eye(VOCAB)[[3, 7, 5]] * 50.0
+    assert [d.token for d in sample_alone(logits, rows_of(SamplingParams(seed=1), 3))] == [3, 7, 5]
+    alone = logprob_entries_alone(logits, [3, 7, 0], [2, 1, 0])
+    assert alone == logprob_entries(logits, [3, 7, 0], [2, 1, 0])
+    assert [entry.rank for entry in alone] == [1, 1, 2]

@@ -1,0 +1,193 @@
+"""The handshake as a pure exchange of bytes."""
+
+from __future__ import annotations
+
+import random
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from cluster.core.errors import HandshakeError
+from cluster.core.release import RELEASE
+from workers.transport.handshake import (
+    MAX_HELLO_BYTES,
+    ConnectorHandshake,
+    ListenerHandshake,
+    PeerIdentity,
+    _pack,
+    _Refusal,
+)
+
+HOME = PeerIdentity(
+    name="attention-0", role="attention", rank=0, checkpoint_id="ck", config_hash="cf", generation=3
+)
+EXPERT = PeerIdentity(
+    name="expert-1", role="expert", rank=1, checkpoint_id="ck", config_hash="cf", generation=3
+)
+
+
+def shake(connector: ConnectorHandshake, listener: ListenerHandshake, piece: int = 10_000) -> None:
+    """Carry bytes in pieces of this size until both sides are silent."""
+    there, back = connector.start(), b""
+    while there or back:
+        chunk, there = there[:piece], there[piece:]
+        back += listener.feed(chunk) if chunk else b""
+        chunk, back = back[:piece], back[piece:]
+        there += connector.feed(chunk) if chunk else b""
+
+
+def accept(peer: PeerIdentity) -> None:
+    return None
+
+
+@pytest.mark.parametrize("piece", [1, 7, 10_000])
+def test_both_sides_learn_who_the_other_is(piece: int) -> None:
+    connector = ConnectorHandshake(HOME, "token")
+    listener = ListenerHandshake(EXPERT, "token", accept)
+    shake(connector, listener, piece)
+    assert connector.done
+    assert listener.done
+    assert connector.peer == EXPERT
+    assert listener.peer == HOME
+
+
+def test_a_wrong_token_is_told_nothing() -> None:
+    connector = ConnectorHandshake(HOME, "wrong")
+    listener = ListenerHandshake(EXPERT, "token", accept)
+    challenge = listener.feed(connector.start())
+    assert "expert-1" not in challenge.decode("latin1")
+    with pytest.raises(HandshakeError, match="token differs"):
+        listener.feed(connector.feed(challenge))
+    assert listener.peer is None
+
+
+def test_a_listener_without_the_token_is_noticed() -> None:
+    connector = ConnectorHandshake(HOME, "token")
+    listener = ListenerHandshake(EXPERT, "other", accept)
+    proof = connector.feed(listener.feed(connector.start()))
+    assert proof
+    fake = ListenerHandshake(EXPERT, "other", accept)
+    fake._nonce, fake._their_nonce = listener._nonce, connector._nonce
+    with pytest.raises(HandshakeError, match="token differs"):
+        connector.feed(fake._signed(_Refusal(reason="no")))
+    assert not connector.has_verdict
+
+
+def test_a_proof_cannot_be_reflected() -> None:
+    connector = ConnectorHandshake(HOME, "token")
+    listener = ListenerHandshake(EXPERT, "token", accept)
+    proof = connector.feed(listener.feed(connector.start()))
+    with pytest.raises(HandshakeError, match="token differs"):
+        connector.feed(proof)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "item"),
+    [
+        (replace(HOME, checkpoint_id="other"), "checkpoint of attention-0 is other"),
+        (replace(HOME, config_hash="other"), "configuration of attention-0 is other"),
+        (replace(HOME, numerics="other"), "arithmetic of attention-0 is other"),
+        (
+            replace(HOME, release="9.9.9"),
+            f"release of attention-0 is 9.9.9, expert-1 has {RELEASE}",
+        ),
+    ],
+)
+def test_the_item_that_differs_is_named_to_both(theirs: PeerIdentity, item: str) -> None:
+    connector = ConnectorHandshake(theirs, "token")
+    listener = ListenerHandshake(EXPERT, "token", accept)
+    with pytest.raises(HandshakeError, match=item):
+        shake(connector, listener)
+    assert listener.refusal is not None
+    assert item in listener.refusal
+    assert connector.has_verdict
+
+
+def test_the_owner_may_refuse() -> None:
+    connector = ConnectorHandshake(HOME, "token")
+    listener = ListenerHandshake(EXPERT, "token", lambda peer: f"no {peer.name} today")
+    with pytest.raises(HandshakeError, match="refused: no attention-0 today"):
+        shake(connector, listener)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "not the handshake"),
+        (b"EMhs\xff\xff", "at most 4096"),
+        (b"EMhs\x00\x02{]", "not a nonce"),
+        (b"EMhs\x00\x01\x90", "not a nonce"),
+        (b"EMhs\x00\x01\x80", "not a nonce"),
+        (b"EMhs\x00\x00", "not a nonce"),
+        (_pack(msgspec.msgpack.encode({"nonce": 1})), "not a nonce"),
+        (_pack(msgspec.msgpack.encode({"nonce": ""})), "not a nonce"),
+        (_pack(msgspec.msgpack.encode({"nonce": "a", "more": 1})), "not a nonce"),
+    ],
+)
+def test_rubbish_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(HandshakeError, match=message):
+        ListenerHandshake(EXPERT, "token", accept).feed(data)
+
+
+def test_random_changes_never_crash() -> None:
+    rng = random.Random(0)
+    for _ in range(500):
+        connector = ConnectorHandshake(HOME, "token")
+        listener = ListenerHandshake(EXPERT, "token", accept)
+        message = bytearray(connector.feed(listener.feed(connector.start())))
+        for _ in range(rng.randint(1, 4)):
+            message[rng.randrange(len(message))] ^= rng.randint(1, 255)
+        try:
+            listener.feed(bytes(message))
+        except HandshakeError:
+            continue
+        assert not listener.done or listener.refusal is None
+
+
+IDENTITY = msgspec.to_builtins(HOME)
+
+
+def signed(connector: ConnectorHandshake, words: object) -> bytes:
+    """What the connector says, whatever it is."""
+    data = msgspec.msgpack.encode(words)
+    proof = connector._proof("connector", data)
+    return _pack(msgspec.msgpack.encode({"words": data, "proof": proof}))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"type": "PeerIdentity", "name": "x"},
+        [],
+        "x",
+        {"name": 1},
+        IDENTITY | {"role": "cook"},
+        IDENTITY | {"rank": "0"},
+        IDENTITY | {"rank": True},
+        IDENTITY | {"type": "Somebody"},
+        {"type": "_Refusal", "reason": "no"},
+    ],
+)
+def test_an_identity_with_wrong_fields_is_refused(words: object) -> None:
+    connector = ConnectorHandshake(HOME, "token")
+    listener = ListenerHandshake(EXPERT, "token", accept)
+    connector.feed(listener.feed(connector.start()))
+    with pytest.raises(HandshakeError, match=r"identity|words"):
+        listener.feed(signed(connector, words))
+
+
+def test_a_release_with_other_fields_is_named() -> None:
+    connector = ConnectorHandshake(HOME, "token")
+    listener = ListenerHandshake(EXPERT, "token", accept)
+    connector.feed(listener.feed(connector.start()))
+    listener.feed(signed(connector, IDENTITY | {"release": "9.9.9", "color": "red"}))
+    told = f"release of attention-0 is 9.9.9, expert-1 has {RELEASE}"
+    assert listener.refusal == told
+
+
+def test_own_words_that_are_too_long_are_not_sent() -> None:
+    long = replace(HOME, name="x" * MAX_HELLO_BYTES)
+    connector = ConnectorHandshake(long, "token")
+    with pytest.raises(HandshakeError, match="at most"):
+        connector.feed(ListenerHandshake(EXPERT, "token", accept).feed(connector.start()))

@@ -1,0 +1,473 @@
+"""Edges of real hubs on loopback: opening, refusing, closing, waking, and rubbish on the port."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from cluster.core.errors import (
+    GenerationChangedError,
+    HandshakeError,
+    PeerLostError,
+)
+from cluster.core.topology import Generation, Member, Role
+from tests.workers.transport.mesh import make_connections
+from workers.transport.frames import FrameHeader, FrameKind
+from workers.transport.peer_connections import PeerConnections
+
+LIMIT_S = 60.0
+"""Longest wait for anything, on a machine that is busy with other work."""
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as executor:
+        yield executor
+
+
+class OpenPeer:
+    """Makes hubs and closes them."""
+
+    def __init__(self) -> None:
+        self.made: list[PeerConnections] = []
+
+    def __call__(self, role: Role, rank: int, **options: Any) -> PeerConnections:
+        connections = make_connections(role, rank, **options)
+        self.made.append(connections)
+        return connections
+
+
+@pytest.fixture
+def open_peer() -> Iterator[OpenPeer]:
+    made = OpenPeer()
+    yield made
+    for connections in made.made:
+        connections.close()
+
+
+def member(connections: PeerConnections) -> Member:
+    me = connections.me
+    return Member(name=me.name, role=me.role, rank=me.rank, data_address=connections.address)
+
+
+def form(pool: ThreadPoolExecutor, number: int, *all_connections: PeerConnections) -> Generation:
+    """All of them apply a generation at the same time."""
+    generation = Generation(number=number, members=tuple(member(h) for h in all_connections))
+    for future in [pool.submit(h.apply_generation, generation) for h in all_connections]:
+        future.result(LIMIT_S)
+    return generation
+
+
+def until(connections: PeerConnections, ready: Callable[[], bool]) -> None:
+    connections.wait(ready, lambda: ["nobody"], timeout_s=LIMIT_S)
+
+
+def rows_frame(generation: int = 1, step: int = 1, length: int = 0, **more: Any) -> FrameHeader:
+    return FrameHeader(FrameKind.ROWS, generation, step, length=length, **more)
+
+
+def exchange(home: PeerConnections, expert: PeerConnections, step: int, generation: int) -> None:
+    """One data frame arrives."""
+    header = rows_frame(generation, step, 3)
+    home.send(expert.me.name, header, [b"abc"])
+    frame = expert.receive(home.me.name, header, time.monotonic() + LIMIT_S)
+    assert frame.payload.tobytes() == b"abc"
+
+
+def test_attention_ranks_share_edges_with_all_and_experts_only_with_attention(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
+    everyone = [open_peer("attention", r) for r in range(3)] + [
+        open_peer("expert", r) for r in range(2)
+    ]
+    form(pool, 1, *everyone)
+    for connections in everyone[:3]:
+        assert set(connections.edges) == {h.me.name for h in everyone} - {connections.me.name}
+    for connections in everyone[3:]:
+        assert set(connections.edges) == {"attention-0", "attention-1", "attention-2"}
+
+
+def test_survivors_keep_their_edge_and_stale_frames_are_dropped(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
+    home, expert, lost = (
+        open_peer("attention", 0),
+        open_peer("expert", 0),
+        open_peer("expert", 1),
+    )
+    form(pool, 1, home, expert, lost)
+    kept = home.edges["expert-0"].sock, expert.edges["attention-0"].sock
+    home.send("expert-0", rows_frame(1, 7, 4), [b"late"])
+    until(expert, lambda: bool(expert.edges["attention-0"].inbox))
+    home.send("expert-0", rows_frame(1, 8, 5), [b"later"])
+    form(pool, 2, home, expert)
+    assert (home.edges["expert-0"].sock, expert.edges["attention-0"].sock) == kept
+    assert "expert-1" not in home.edges
+    exchange(home, expert, 9, 2)
+    assert expert._table.num_stale_frames == 2
+
+
+def test_an_edge_that_breaks_between_two_generations_is_opened_again(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    form(pool, 1, home, expert)
+    old = home.edges["expert-0"].sock
+    old.shutdown(socket.SHUT_RDWR)
+    time.sleep(0.05)
+    form(pool, 2, home, expert)
+    assert home.edges["expert-0"].sock is not old
+    exchange(home, expert, 1, 2)
+    home.check()
+
+
+def test_a_peer_that_was_held_back_is_read_again_in_a_new_generation(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    form(pool, 1, home, expert)
+    size = expert._max_data_bytes
+    for step in range(1, 12):
+        home.send("expert-0", rows_frame(1, step, size), [bytes(size)])
+        home.poll()
+        expert.poll()
+    while expert.edges["attention-0"].interest:
+        home.poll(0.01)
+        expert.poll(0.01)
+    form(pool, 2, home, expert)
+    exchange(home, expert, 20, 2)
+    assert expert._table.num_stale_frames == 11
+
+
+def test_rest_ignores_a_lost_peer_but_not_a_new_generation(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    form(pool, 1, home, expert)
+    expert.close()
+    home.rest(0.1)
+    home.rest(0.1)
+    with pytest.raises(PeerLostError):
+        home.check()
+    home.interrupt(2)
+    with pytest.raises(GenerationChangedError):
+        home.rest(0.1)
+
+
+def test_a_joining_worker_gets_its_edges(open_peer: OpenPeer, pool: ThreadPoolExecutor) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    form(pool, 1, home, expert)
+    old = home.edges["expert-0"].sock
+    other, new = open_peer("expert", 1), open_peer("attention", 1)
+    form(pool, 2, home, expert, other, new)
+    assert home.edges["expert-0"].sock is old
+    assert set(home.edges) == {"expert-0", "expert-1", "attention-1"}
+    exchange(new, other, 1, 2)
+
+
+def test_an_early_connection_waits_until_the_listener_follows(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    generation = Generation(number=5, members=(member(home), member(expert)))
+    early = pool.submit(home.apply_generation, generation)
+    deadline = time.monotonic() + LIMIT_S
+    while not early.done() and time.monotonic() < deadline:
+        expert.poll(0.01)
+    early.result(0)
+    assert not expert.edges
+    expert.apply_generation(generation)
+    exchange(home, expert, 1, 5)
+
+
+def test_frames_of_an_older_step_are_dropped(open_peer: OpenPeer, pool: ThreadPoolExecutor) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    form(pool, 1, home, expert)
+    expert.begin_step(4)
+    home.send("expert-0", rows_frame(1, 3), [])
+    exchange(home, expert, 4, 1)
+    assert expert._table.num_stale_frames == 1
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (rows_frame(generation=9), "generation 9, this is 2"),
+        (rows_frame(generation=1), "generation 1 on an edge of 2"),
+        (rows_frame(2, length=1 << 31), "at most"),
+        (FrameHeader(FrameKind.OUTPUTS, 2, 1), "OUTPUTS frame from a worker of role attention"),
+        (rows_frame(2, 1, bank=7), "bank 7 .* instead of"),
+    ],
+)
+def test_nonsense_closes_the_edge_and_names_the_reason(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor, header: FrameHeader, reason: str
+) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    form(pool, 2, home, expert)
+    home.edges["expert-0"].sock.sendall(header.encode())
+    with pytest.raises(PeerLostError, match=reason) as caught:
+        expert.receive("attention-0", rows_frame(2), time.monotonic() + LIMIT_S)
+    assert caught.value.peer == "attention-0"
+    with pytest.raises(PeerLostError, match="closed by the peer"):
+        until(home, lambda: False)
+
+
+def test_rubbish_after_the_handshake_closes_the_edge(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    form(pool, 1, home, expert)
+    home.edges["expert-0"].sock.sendall(b"\x00\xff" * 40)
+    with pytest.raises(PeerLostError, match="magic"):
+        until(expert, lambda: False)
+
+
+def test_a_truncated_frame_ends_with_the_edge(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    form(pool, 1, home, expert)
+    sock = home.edges["expert-0"].sock
+    sock.sendall(rows_frame(1, 1, 100).encode() + b"only this")
+    threading.Timer(0.1, lambda: sock.shutdown(socket.SHUT_RDWR)).start()
+    with pytest.raises(PeerLostError, match="closed by the peer"):
+        expert.receive("attention-0", rows_frame(), time.monotonic() + LIMIT_S)
+
+
+def test_a_peer_that_dies_is_noticed_at_once(open_peer: OpenPeer, pool: ThreadPoolExecutor) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    form(pool, 1, home, expert)
+    threading.Timer(0.1, expert.edges["attention-0"].sock.shutdown, (socket.SHUT_RDWR,)).start()
+    with pytest.raises(PeerLostError, match="expert-0: closed by the peer"):
+        until(home, lambda: False)
+
+
+def test_a_wait_ends_by_its_time_limit_and_names_the_peer(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    form(pool, 1, home, expert)
+    with pytest.raises(PeerLostError, match="attention-0: no ROWS of step 1 in time"):
+        expert.receive("attention-0", rows_frame(), time.monotonic() + 0.1)
+
+
+def test_an_edge_that_cannot_open_names_the_peer(open_peer: OpenPeer) -> None:
+    home = open_peer("attention", 0)
+    gone = open_peer("expert", 0)
+    nobody = replace(member(gone), name="expert-9", rank=9)
+    expert = open_peer("expert", 1, connect_timeout_s=0.2)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    nobody = replace(nobody, data_address=address)
+    with pytest.raises(PeerLostError, match="expert-9"):
+        home.apply_generation(Generation(number=1, members=(member(home), nobody)))
+    with pytest.raises(PeerLostError, match=r"attention-0: no edge within 0\.2 s"):
+        expert.apply_generation(Generation(number=1, members=(member(home), member(expert))))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"token": "wrong"}, "same cluster token"),
+        ({"checkpoint_id": "other"}, "checkpoint of attention-0 is other, expert-0 has checkpoint"),
+        ({"config_hash": "other"}, "configuration of attention-0 is other, expert-0 has config"),
+    ],
+)
+def test_a_stranger_is_refused_and_the_listener_still_serves(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor, options: dict[str, str], reason: str
+) -> None:
+    expert, stranger = open_peer("expert", 0), open_peer("attention", 0, **options)
+    home = open_peer("attention", 0)
+    generation = Generation(number=1, members=(member(home), member(expert)))
+    serving = pool.submit(expert.apply_generation, generation)
+    with pytest.raises(HandshakeError, match=reason):
+        stranger.apply_generation(generation)
+    home.apply_generation(generation)
+    serving.result(LIMIT_S)
+    assert expert._acceptor.num_refused >= 1
+    exchange(home, expert, 1, 1)
+
+
+def test_an_older_generation_is_refused(open_peer: OpenPeer, pool: ThreadPoolExecutor) -> None:
+    home, expert, late = (
+        open_peer("attention", 0),
+        open_peer("expert", 0),
+        open_peer("attention", 1),
+    )
+    form(pool, 4, home, expert)
+    joining = Generation(number=3, members=(member(late), member(expert)))
+    refused = pool.submit(late.apply_generation, joining)
+    while not refused.done():
+        expert.poll(0.01)
+    with pytest.raises(HandshakeError, match="generation of attention-1 is 3, expert-0 is in 4"):
+        refused.result(0)
+    exchange(home, expert, 1, 4)
+
+
+def test_a_worker_that_is_not_a_member_is_refused(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
+    home, expert, other = (
+        open_peer("attention", 0),
+        open_peer("expert", 0),
+        open_peer("attention", 1),
+    )
+    form(pool, 1, home, expert)
+    refused = pool.submit(
+        other.apply_generation, Generation(number=1, members=(member(other), member(expert)))
+    )
+    while not refused.done():
+        expert.poll(0.01)
+    with pytest.raises(HandshakeError, match="attention-1 rank 1 is not a member of generation 1"):
+        refused.result(0)
+
+
+def test_another_worker_at_the_address_is_refused(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    wrong = replace(member(expert), name="expert-5", rank=5)
+    trying = pool.submit(home.apply_generation, Generation(number=1, members=(member(home), wrong)))
+    while not trying.done():
+        expert.poll(0.01)
+    with pytest.raises(HandshakeError, match="expert-0 answered at the address of expert-5"):
+        trying.result(0)
+
+
+def test_rubbish_and_silence_on_the_port_end_one_connection_only(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    form(pool, 1, home, expert)
+    expert._acceptor._timeout_s = 0.4  # from now on: a busy machine may need more for an edge
+    host, port = expert.address.split(":")
+    silent = socket.create_connection((host, int(port)))
+    slow = socket.create_connection((host, int(port)))
+    slow.sendall(b"EM")
+    for rubbish in (b"\x00" * 5000, b"GET / HTTP/1.0\r\n\r\n", b"EMhs\xff\xff", b"EMdp" * 20):
+        with socket.create_connection((host, int(port))) as sock:
+            sock.sendall(rubbish)
+            until(expert, lambda: True)
+            closed = pool.submit(_read_to_end, sock)
+            while not closed.done():
+                expert.poll(0.01)
+    until(expert, lambda: expert._acceptor.num_refused >= 6)  # the silent ones by their time limit
+    exchange(home, expert, 1, 1)
+    silent.close()
+    slow.close()
+
+
+def _read_to_end(sock: socket.socket) -> None:
+    sock.settimeout(LIMIT_S)
+    try:
+        while sock.recv(4096):
+            pass
+    except ConnectionResetError:
+        return
+
+
+def test_connections_without_a_token_are_bounded(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0, max_pending=4)
+    host, port = expert.address.split(":")
+    crowd = [socket.create_connection((host, int(port))) for _ in range(20)]
+    form(pool, 1, home, expert)
+    assert expert._acceptor.num_refused >= 15
+    exchange(home, expert, 1, 1)
+    for sock in crowd:
+        sock.close()
+
+
+def test_interrupt_ends_a_wait_and_stays_until_the_generation_is_applied(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    form(pool, 1, home, expert)
+    threading.Timer(0.1, home.interrupt).start()
+    with pytest.raises(GenerationChangedError):
+        until(home, lambda: False)
+    with pytest.raises(GenerationChangedError):
+        home.check()
+    form(pool, 2, home, expert)
+    home.check()
+
+
+def test_an_interrupt_for_a_later_generation_ends_the_opening_of_edges(
+    open_peer: OpenPeer,
+) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    threading.Timer(0.1, expert.interrupt, (2,)).start()
+    with pytest.raises(GenerationChangedError, match="generation 2"):
+        expert.apply_generation(Generation(number=1, members=(member(home), member(expert))))
+
+
+def test_large_frames_cross_without_deadlock(open_peer: OpenPeer, pool: ThreadPoolExecutor) -> None:
+    first, second = open_peer("attention", 0), open_peer("expert", 0)
+    for connections in (first, second):
+        connections._max_data_bytes = 64 << 20
+    form(pool, 1, first, second)
+    payload = bytes(range(256)) * (1 << 17)  # 32 MiB
+
+    def swap(me: PeerConnections, other: PeerConnections, out: FrameKind, back: FrameKind) -> bytes:
+        deadline = time.monotonic() + LIMIT_S
+        me.send(other.me.name, FrameHeader(out, 1, 1, length=len(payload)), [payload])
+        frame = me.receive(other.me.name, FrameHeader(back, 1, 1), deadline)
+        until(me, lambda: me.edges[other.me.name].out_bytes == 0)
+        return frame.payload.tobytes()
+
+    futures: list[Future[bytes]] = [
+        pool.submit(swap, first, second, FrameKind.ROWS, FrameKind.OUTPUTS),
+        pool.submit(swap, second, first, FrameKind.OUTPUTS, FrameKind.ROWS),
+    ]
+    for future in futures:
+        assert future.result(LIMIT_S) == payload
+
+
+def test_an_unread_inbox_stops_the_reading_not_the_peer(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    form(pool, 1, home, expert)
+    size = expert._max_data_bytes
+    for step in range(1, 12):
+        home.send("expert-0", rows_frame(1, step, size), [bytes(size)])
+    for _ in range(50):
+        home.poll(0.001)
+        expert.poll(0.001)
+    edge = expert.edges["attention-0"]
+    assert edge.inbox_bytes <= 6 * size
+    for step in range(1, 12):
+        deadline = time.monotonic() + LIMIT_S
+        assert len(expert.receive("attention-0", rows_frame(1, step), deadline).payload) == size
+        home.poll()
+
+
+def test_an_idle_hub_sleeps(open_peer: OpenPeer, pool: ThreadPoolExecutor) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    form(pool, 1, home, expert)
+    for connections in (home, expert):
+        before, cpu = connections.num_wakeups, time.thread_time()
+        connections.poll(0.5)
+        assert connections.num_wakeups - before <= 2
+        assert time.thread_time() - cpu < 0.25
+
+
+def test_unknown_ranks_and_closed_edges_are_named(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    form(pool, 1, home, expert)
+    with pytest.raises(PeerLostError, match="no edge"):
+        home.send("expert-7", rows_frame(), [])
+    with pytest.raises(PeerLostError, match="nonsense"):
+        home.reject("expert-0", "nonsense")
+    with pytest.raises(PeerLostError, match="nonsense"):
+        home.check()

@@ -1,0 +1,272 @@
+"""Bulk data between two workers: real sockets, and peers that lie."""
+
+from __future__ import annotations
+
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from cluster.core.errors import HandshakeError, PeerLostError, ProtocolError, TransportError
+from tests.harness.engine_stream import TIMEOUT_S, TOKEN
+from workers.transport.handshake import ListenerHandshake, PeerIdentity
+from workers.transport.peer_link import (
+    ANSWER,
+    COUNT,
+    Peer,
+    PeerClient,
+    PeerServer,
+    checksum,
+    shake_hands,
+    view_bytes,
+)
+from workers.transport.socket_io import receive_exactly
+
+SHAPE = (3, 4, 16, 8)
+KEY_BYTES = 32
+KINDS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def identity(name: str, checkpoint: str = "abc", numerics: str = "") -> PeerIdentity:
+    return PeerIdentity(
+        name=name,
+        role="attention",
+        rank=0,
+        checkpoint_id=checkpoint,
+        config_hash="cfg",
+        numerics=numerics,
+    )
+
+
+def name(number: int) -> bytes:
+    return number.to_bytes(KEY_BYTES, "big")
+
+
+class Shelf:
+    """A lender with blocks 0, 1, 2 .. under ``name`` of their numbers."""
+
+    def __init__(self, blocks: Sequence[Tensor]) -> None:
+        self.blocks = list(blocks)
+        self.returned: list[tuple[list[int], int]] = []
+        self.is_returned = threading.Event()
+
+    def borrow(self, keys: Sequence[bytes]) -> list[int]:
+        known = [name(i) for i in range(len(self.blocks))]
+        found = []
+        for key in keys:
+            if key not in known:
+                break
+            found.append(known.index(key))
+        return found
+
+    def read(self, item: int) -> tuple[Tensor, Tensor]:
+        """In two parts."""
+        return self.blocks[item][:1], self.blocks[item][1:]
+
+    def give_back(self, items: list[int], num_kept: int) -> None:
+        self.returned.append((items, num_kept))
+        self.is_returned.set()
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def shelf(request: pytest.FixtureRequest) -> Shelf:
+    draw = torch.Generator().manual_seed(0)
+    return Shelf([torch.randn(SHAPE, generator=draw).to(request.param) for _ in range(5)])
+
+
+def new_server() -> PeerServer:
+    return PeerServer(
+        identity("attention-0"), TOKEN, host="127.0.0.1", what="blocks", key_bytes=KEY_BYTES
+    )
+
+
+@pytest.fixture
+def server(shelf: Shelf) -> Iterator[PeerServer]:
+    made = new_server()
+    made.start(shelf)
+    with closing(made):
+        yield made
+
+
+def peer_at(address: str, *, token: str = TOKEN) -> Peer:
+    return Peer(name="attention-0", address=address, me=identity("attention-1"), token=token)
+
+
+def client_of(peer: Peer, limit_s: float = TIMEOUT_S) -> PeerClient:
+    return PeerClient(peer, limit_s, deadline_s=time.monotonic() + limit_s)
+
+
+def fetch(
+    peer: Peer,
+    numbers: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    limit_s: float = TIMEOUT_S,
+) -> dict[int, Tensor]:
+    """What comes, by place."""
+    kept: dict[int, Tensor] = {}
+    buffer = torch.empty(SHAPE, dtype=dtype)
+
+    def keep(place: int) -> None:
+        kept[place] = buffer.clone()
+
+    with closing(client_of(peer, limit_s)) as client:
+        keys = [name(i) for i in numbers]
+        assert client.fetch("a block", keys, [view_bytes(buffer)], keep) == len(kept)
+    return kept
+
+
+def test_blocks_arrive_bit_for_bit_and_go_back(server: PeerServer, shelf: Shelf) -> None:
+    dtype = shelf.blocks[0].dtype
+    found = fetch(peer_at(server.address), (3, 1, 4, 9, 2), dtype)
+    assert {p: t.tolist() for p, t in found.items()} == {
+        p: shelf.blocks[b].tolist() for p, b in enumerate((3, 1, 4))
+    }
+    assert shelf.is_returned.wait(TIMEOUT_S)
+    assert shelf.returned == [([3, 1, 4], 3)]
+    assert server.num_sent_bytes == sum(shelf.blocks[b].nbytes for b in (3, 1, 4))
+
+
+def test_what_nobody_has_is_no_error(server: PeerServer, shelf: Shelf) -> None:
+    assert fetch(peer_at(server.address), (9, 1), shelf.blocks[0].dtype) == {}
+
+
+@pytest.mark.parametrize(
+    ("me", "token", "message"),
+    [
+        (identity("attention-1"), "another token", "attention-0"),
+        (identity("attention-1", "other checkpoint"), TOKEN, "checkpoint"),
+        (identity("attention-1", numerics="other"), TOKEN, "numerics|arithmetic|comput"),
+    ],
+    ids=["token", "checkpoint", "numerics"],
+)
+def test_strangers_get_nothing(me: PeerIdentity, token: str, message: str) -> None:
+    shelf = Shelf([torch.zeros(SHAPE)])
+    with closing(new_server()) as server:
+        server.start(shelf)
+        peer = replace(peer_at(server.address, token=token), me=me)
+        with pytest.raises((HandshakeError, PeerLostError), match=message):
+            fetch(peer, (0,))
+        assert server.num_sent_bytes == 0
+        assert shelf.returned == []
+
+
+def test_who_hangs_up_gives_the_blocks_back() -> None:
+    shelf = Shelf([torch.zeros(SHAPE)])
+    with closing(new_server()) as server:
+        server.start(shelf)
+
+        def keep(place: int) -> None:
+            raise ProtocolError("enough")
+
+        with (
+            closing(client_of(peer_at(server.address))) as client,
+            pytest.raises(ProtocolError, match="enough"),
+        ):
+            client.fetch("a block", [name(0)], [view_bytes(torch.empty(SHAPE))], keep)
+        assert shelf.is_returned.wait(TIMEOUT_S)
+        assert shelf.returned == [([0], 0)]
+
+
+def wait_free(server: PeerServer) -> None:
+    """Until all connections are over."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while server._open:
+        assert time.monotonic() < deadline, "a connection is held"
+        time.sleep(0.001)
+
+
+def test_rubbish_ends_one_connection_only() -> None:
+    draw = random.Random(0)
+    shelf = Shelf([torch.zeros(SHAPE)])
+    with closing(new_server()) as server:
+        server.start(shelf)
+        host, _, port = server.address.rpartition(":")
+        for _ in range(5):
+            with socket.create_connection((host, int(port)), TIMEOUT_S) as sock:
+                sock.sendall(b"GET / HTTP/1.1\r\n\r\n" + draw.randbytes(draw.randrange(100)))
+                wait_free(server)
+        for _ in range(30):  # from one that knows the token
+            with closing(client_of(peer_at(server.address))) as client:
+                client._sock.sendall(draw.randbytes(draw.randrange(1, 200)))
+            wait_free(server)
+        assert fetch(peer_at(server.address), (0,)).keys() == {0}
+
+
+class LyingServer:
+    """Passes the handshake, takes a question, and answers as it is told to."""
+
+    def __init__(self, answer: Callable[[socket.socket], None]) -> None:
+        self._answer = answer
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        sock, _ = self._listener.accept()
+        with sock:
+            handshake = ListenerHandshake(identity("attention-0"), TOKEN, lambda peer: None)
+            shake_hands(sock, handshake, TIMEOUT_S)
+            sock.settimeout(TIMEOUT_S)
+            receive_exactly(sock, memoryview(bytearray(COUNT.size + 2 * KEY_BYTES)))
+            self._answer(sock)
+            self._is_over.wait(TIMEOUT_S)
+
+    def close(self) -> None:
+        self._is_over.set()
+        self._listener.close()
+        self._thread.join(TIMEOUT_S)
+
+
+def _block(number: int, *, flips: bool = False, named: int | None = None) -> bytes:
+    data = torch.full(SHAPE, float(number))
+    digest = checksum(name(number if named is None else named), [view_bytes(data)])
+    if flips:
+        data[0, 0, 0, 0] += 1
+    return digest + bytes(view_bytes(data))
+
+
+SIZE = torch.zeros(SHAPE).nbytes
+LIES: dict[str, tuple[bytes, str, int]] = {
+    "too many": (ANSWER.pack(3, SIZE), "3 items of", 0),
+    "too long": (ANSWER.pack(2, SIZE + 1), f"of {SIZE + 1} bytes", 0),
+    "huge": (struct.pack("!HQ", 1, 2**64 - 1), "1 items of", 0),
+    "flipped": (ANSWER.pack(2, SIZE) + _block(0) + _block(1, flips=True), "is damaged", 1),
+    "another one": (ANSWER.pack(2, SIZE) + _block(1, named=1), "is damaged", 0),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_lies_are_refused_and_what_was_right_before_is_kept(lie: str) -> None:
+    answer, message, num_kept = LIES[lie]
+    kept: list[int] = []
+    keys = [name(0), name(1)]
+    server = LyingServer(lambda sock: sock.sendall(answer))
+    with (
+        closing(server),
+        closing(client_of(peer_at(server.address))) as client,
+        pytest.raises(ProtocolError, match=message),
+    ):
+        client.fetch("a block", keys, [view_bytes(torch.empty(SHAPE))], kept.append)
+    assert kept == list(range(num_kept))
+
+
+def test_a_peer_that_is_silent_or_breaks_off_is_given_up() -> None:
+    begun = ANSWER.pack(2, SIZE) + _block(0)[:100]
+    server = LyingServer(lambda sock: sock.sendall(begun))
+    with closing(server), pytest.raises(TransportError, match="attention-0"):
+        fetch(peer_at(server.address), (0, 1), limit_s=0.3)
+    server = LyingServer(lambda sock: sock.shutdown(socket.SHUT_RDWR))
+    with closing(server), pytest.raises(PeerLostError, match="attention-0"):
+        fetch(peer_at(server.address), (0, 1))
+    with pytest.raises(TransportError):  # nobody listens there any more
+        fetch(peer_at(server.address), (0, 1), limit_s=1.0)

@@ -1,0 +1,104 @@
+"""Both sides of dispatch and combine on one worker, which holds requests and experts for all ranks.
+
+The order of operations is the one global list of a step, on every rank:
+
+    for bank, exchange:   dispatch 0, dispatch 1,  expert 0, expert 1,  combine 0, combine 1
+
+with the next exchange's dispatch of a micro-batch right after its combine. The expert part runs at
+the first combine of an exchange, when all ranks have sent their rows or will do so without waiting
+for this one; a rank without rows runs only that part. Rows for a rank's own experts never leave the
+process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+from torch import Tensor
+
+from cluster.core.placement import ExpertPlacement
+from cluster.core.topology import Generation
+from workers.dispatch.dispatcher import BatchRows, DispatchHandle
+from workers.dispatch.expert_server import ExpertServer
+from workers.dispatch.remote import RemoteDispatcher
+from workers.requests.step_header import StepHeader
+from workers.transport.transport import DataTransport, Expected, Message, Tag
+
+
+class LoopbackTransport:
+    """``DataTransport`` that delivers a rank's messages to itself, and passes on all others."""
+
+    def __init__(self, inner: DataTransport, rank: int) -> None:
+        self._inner = inner
+        self._rank = rank
+        self._own: dict[Tag, tuple[Tensor, ...]] = {}
+        self.apply_generation = inner.apply_generation
+        self.close = inner.close
+
+    def begin_step(self, header: StepHeader) -> None:
+        """See ``DataTransport``; messages left from an abandoned step are dropped."""
+        self._own.clear()
+        self._inner.begin_step(header)
+
+    def post(self, tag: Tag, messages: Sequence[Message], *, sized: bool) -> None:
+        """See ``DataTransport``. Own rows are copied, as their sender may reuse them."""
+        for message in messages:
+            if message.rank == self._rank:
+                parts = message.parts
+                if tag.direction == "rows":
+                    parts = tuple(part.clone() for part in parts)
+                self._own[tag] = parts
+        others = [m for m in messages if m.rank != self._rank]
+        if others:
+            self._inner.post(tag, others, sized=sized)
+
+    def receive(
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool
+    ) -> list[tuple[Tensor, ...]]:
+        others = [e for e in expected if e.rank != self._rank]
+        received = iter(self._inner.receive(tag, others, sized=sized) if others else ())
+        return [self._own.pop(tag) if e.rank == self._rank else next(received) for e in expected]
+
+    def reject(self, rank: int, reason: str) -> NoReturn:
+        assert rank != self._rank, f"invalid data from this rank itself: {reason}"
+        self._inner.reject(rank, reason)
+
+
+class ColocatedDispatcher:
+    """``TokenDispatcher`` of a colocated worker: attention side and expert side.
+
+    Both sides must share one ``LoopbackTransport``. Data thread only.
+    """
+
+    def __init__(self, attention: RemoteDispatcher, server: ExpertServer) -> None:
+        self._attention = attention
+        self._server = server
+        self.dispatch = attention.dispatch  # rows go out as from any attention worker
+        self._served = (-1, -1)
+
+    def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
+        self._attention.set_placement(placement, generation)
+        self._server.set_placement(placement, generation)
+
+    def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
+        self._server.begin_step(header)
+        self._attention.begin_step(header, micro_batches)
+        self._served = (-1, -1)
+
+    def sit_out(self, header: StepHeader) -> None:
+        """Serve the rows of the other ranks."""
+        self._attention.sit_out(header)
+        self._server.run_step(header)
+
+    def combine(self, handle: DispatchHandle) -> Tensor:
+        """See ``TokenDispatcher``. The first one of an exchange serves all its micro-batches."""
+        timer = self._attention.timer
+        timer.mark()
+        place = (handle.bank.index, handle.exchange)
+        if place > self._served:
+            self._served = place
+            self._server.serve(*place)
+        outputs = self._attention.gather(handle)
+        timer.lap("combine", handle.bank, handle.exchange, handle.micro_batch)
+        return outputs

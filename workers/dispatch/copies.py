@@ -1,0 +1,172 @@
+"""The copy of an expert that serves a row: the placement's maps as lookup tables.
+
+Decode rows go to the copy in the epoch's decode table. Prefill rows are spread over the copies by
+the split weights of the plan: a fixed integer hash of (row, expert) picks one, so that a row picks
+the same copy again after a retry, on every platform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from cluster.core.errors import ProtocolError
+from cluster.core.placement import FREE_SLOT, BankPlacement
+from workers.requests.step_header import StepHeader
+
+Tables = TypeVar("Tables")
+
+_SCALE = 1 << 32
+"""Split weights are compared with 32 bits of the hash."""
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same bits."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+_MUL_1 = _signed(0xBF58476D1CE4E5B9)
+_MUL_2 = _signed(0x94D049BB133111EB)
+_STEP = _signed(0x9E3779B97F4A7C15)
+
+
+def mix64(values: Tensor) -> Tensor:
+    """A bijective hash of int64 values (wrapping arithmetic, the same on every device).
+
+    Source: the finaliser of splitmix64 (Steele, Lea, Flood 2014).
+    """
+    mixed = values + _STEP
+    mixed = (mixed ^ _shift_right(mixed, 30)) * _MUL_1
+    mixed = (mixed ^ _shift_right(mixed, 27)) * _MUL_2
+    return mixed ^ _shift_right(mixed, 31)
+
+
+def _shift_right(values: Tensor, bits: int) -> Tensor:
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Which copies serve the pairs of a batch."""
+
+    slots: Tensor
+    """[ranks, T, k] int32: expert slot on that rank, -1 where the pair is not for it."""
+    copies: Tensor | None
+    """[T, k] int64: place of the copy among its expert's, for prefill rows only; None where no row
+    had a choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTables:
+    """The copies of one bank's experts."""
+
+    decode_slots: Tensor
+    """[ranks, experts] int32: slot that serves decode rows on a rank, -1 for none there."""
+    copy_rank: Tensor
+    """[experts, copies] int32: place of the copy's rank in the list of ranks, -1 for none."""
+    copy_slot: Tensor
+    """[experts, copies] int32: expert slot of the copy."""
+    thresholds: Tensor
+    """[experts, copies] int64: upper ends of the copies' shares of the 32-bit hash."""
+    has_choice: bool
+    """False: every row of an expert goes to the same copy, prefill or decode."""
+
+    @classmethod
+    def build(
+        cls, bank: BankPlacement, device_index: Mapping[int, int], device: torch.device
+    ) -> CopyTables:
+        """Tables of ``bank``; ``device_index`` is placement device -> place in the list of ranks.
+
+        Raises ``ProtocolError`` when a device that holds a copy is not among the ranks.
+        """
+        copies = [bank.logical_to_physical(e) for e in range(bank.num_experts)]
+        missing = {d for c in copies for d, _ in c} - set(device_index)
+        if missing:
+            raise ProtocolError(
+                f"placement of bank {bank.bank} layer {bank.layer} uses device {min(missing)}, "
+                "which no member of the generation has"
+            )
+        width = max(len(c) for c in copies)
+        decode = torch.full((len(device_index), bank.num_experts), -1, dtype=torch.int32)
+        rank = torch.full((bank.num_experts, width), -1, dtype=torch.int32)
+        slot = torch.full((bank.num_experts, width), -1, dtype=torch.int32)
+        ends = torch.full((bank.num_experts, width), _SCALE, dtype=torch.int64)
+        has_choice = False
+        for expert, places in enumerate(copies):
+            total = 0.0
+            for i, (at, s) in enumerate(places):
+                total += bank.split[at][s]
+                rank[expert, i] = device_index[at]
+                slot[expert, i] = s
+                ends[expert, i] = _SCALE if i + 1 == len(places) else round(total * _SCALE)
+                if at == bank.decode_device[expert]:
+                    decode[device_index[at], expert] = s
+            has_choice |= len(places) > 1
+        return cls(
+            decode_slots=decode.to(device),
+            copy_rank=rank.to(device),
+            copy_slot=slot.to(device),
+            thresholds=ends.to(device),
+            has_choice=has_choice,
+        )
+
+    def choose(self, topk_ids: Tensor, is_prefill: Tensor, row_key: Tensor, spread: bool) -> Chosen:
+        """The copies that serve a batch's pairs.
+
+        topk_ids [T, k] int64, is_prefill [T] bool, row_key [T] int64. ``spread``
+        False says that no row is a prefill row.
+        """
+        fixed = self.decode_slots[:, topk_ids]
+        if not (spread and self.has_choice):
+            return Chosen(slots=fixed, copies=None)
+        share = mix64(row_key.unsqueeze(1) + topk_ids * _STEP) & (_SCALE - 1)
+        copy = (share.unsqueeze(2) >= self.thresholds[topk_ids]).sum(2)
+        rank = self.copy_rank[topk_ids, copy]
+        slot = self.copy_slot[topk_ids, copy]
+        ranks = torch.arange(len(fixed), dtype=torch.int32, device=fixed.device)
+        chosen = torch.where(rank == ranks.view(-1, 1, 1), slot, -1)
+        slots = torch.where(is_prefill.view(1, -1, 1), chosen, fixed)
+        return Chosen(slots=slots, copies=copy)
+
+
+class EpochTables(Generic[Tables]):
+    """Lookup tables of one generation by placement epoch."""
+
+    def __init__(self) -> None:
+        self._generation = 0
+        self._by_epoch: dict[int, Tables] = {}
+
+    def add(self, generation: int, epoch: int, tables: Tables) -> None:
+        """Add the tables of an epoch; those of another generation are dropped."""
+        if generation != self._generation:
+            self._by_epoch.clear()
+        self._generation = generation
+        self._by_epoch[epoch] = tables
+
+    def begin_step(self, header: StepHeader) -> Tables:
+        """The tables of a step, whose old epochs are dropped.
+
+        Raises ``ProtocolError`` for an unknown epoch.
+        """
+        tables = self._by_epoch.get(header.epoch)
+        if tables is None:
+            known = sorted(self._by_epoch)
+            raise ProtocolError(
+                f"step {header.step} runs in epoch {header.epoch}, known are {known}"
+            )
+        self.forget(header.oldest_epoch)
+        return tables
+
+    def forget(self, oldest_epoch: int) -> None:
+        """Drop the epochs before ``oldest_epoch``."""
+        for epoch in [e for e in self._by_epoch if e < oldest_epoch]:
+            del self._by_epoch[epoch]
+
+
+def filled_slots(bank: BankPlacement, device: int) -> tuple[bool, ...]:
+    """``[expert slot]`` -> whether the slot of that placement device holds an expert."""
+    return tuple(expert != FREE_SLOT for expert in bank.physical_to_logical[device])

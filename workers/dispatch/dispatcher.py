@@ -1,0 +1,123 @@
+"""The model runner's interface to the experts: rows go out, weighted sums come back.
+
+    handle = dispatcher.dispatch(rows, topk_ids, topk_weights, bank)
+    ...                                  # the other micro-batch, shared experts
+    hidden = dispatcher.combine(handle)
+
+``LocalDispatcher`` (local.py) is the reference, ``RemoteDispatcher`` (remote.py) uses a transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cluster.core.placement import ExpertPlacement
+from cluster.core.topology import Generation
+from workers.model.config import BankSpec
+from workers.requests.step_header import StepHeader
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRows:
+    """The rows of one micro-batch, as far as a dispatcher needs them."""
+
+    is_prefill: Tensor
+    """[T] bool: the row belongs to a prompt."""
+    row_key: Tensor
+    """[T] int64: hash of (request, choice, position); picks the copy for prefill rows."""
+
+    @classmethod
+    def decode(cls, num_rows: int, device: torch.device | str = "cpu") -> BatchRows:
+        """Rows that are all decode rows (their keys do not matter)."""
+        return cls(
+            is_prefill=torch.zeros(num_rows, dtype=torch.bool, device=device),
+            row_key=torch.zeros(num_rows, dtype=torch.int64, device=device),
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the micro-batch."""
+        return len(self.is_prefill)
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchHandle:
+    """What ``dispatch`` passes to ``combine``; every dispatcher has its own subclass."""
+
+    bank: BankSpec
+    """Bank that the rows went to."""
+    exchange: int
+    """Which of the bank's exchanges."""
+    micro_batch: int
+    num_rows: int
+    """Rows [T] that were dispatched."""
+    copies: Tensor | None
+    """[T, k] int64: place of the copy that serves a prefill row; None: experts have one copy."""
+
+
+class TokenDispatcher(Protocol):
+    """Sends rows to the experts that the router chose, and returns their outputs.
+
+    ``dispatch`` sends at once and does not wait; ``combine`` waits. Both must be called in the
+    global order (layer, bank and exchange, micro-batch), for every micro-batch of the header, also
+    when this rank ends up with fewer rows than it was granted, or none.
+
+    The waits raise ``PeerLostError`` when an edge breaks or times out and
+    ``GenerationChangedError`` when the controller announced a new generation.
+    """
+
+    def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
+        """Start a step with the rows that this rank runs of its grant."""
+
+    def sit_out(self, header: StepHeader) -> None:
+        """Take part in a step in which this rank was granted no row.
+
+        Called instead of all other methods. Raises as the waits do.
+        """
+
+    def dispatch(
+        self,
+        rows: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        bank: int,
+        exchange: int = 0,
+        micro_batch: int = 0,
+    ) -> DispatchHandle:
+        """Send rows to their experts.
+
+        rows [T, in_width], or [T, k, in_width] where every slot has its own input, model dtype;
+        topk_ids [T, k] int64; topk_weights [T, k] floating.
+        """
+
+    def combine(self, handle: DispatchHandle) -> Tensor:
+        """Outputs of a dispatch: [T, out_width] model dtype, [T, k, out_width] if not weighted."""
+
+    def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
+        """Take the maps of an epoch, for the members of a generation."""
+
+
+class SlotBank(Protocol):
+    """All expert slots of one bank on this device (``workers.experts.bank.ExpertBank``)."""
+
+    def compute(
+        self, exchange: int, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
+    ) -> Tensor:
+        """Run (input row, expert slot) pairs.
+
+        inputs [N, in_width] model dtype; pair_input [P] int64 row of inputs of each pair;
+        pair_slot [P] int64 expert slot -> [P, out_width] model dtype, not weighted.
+        """
+
+
+class SlotBanks(Protocol):
+    """All banks on this device (``workers.experts.slots.ExpertSlots``)."""
+
+    @property
+    def banks(self) -> Sequence[SlotBank]:
+        """By ``BankSpec.index``."""

@@ -1,0 +1,322 @@
+"""The expert side of a step: rows in, one computation for all attention ranks, outputs back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cluster.config.cluster import CombineMode
+from cluster.core.placement import ExpertPlacement
+from cluster.core.topology import Generation
+from workers.dispatch.copies import EpochTables, filled_slots
+from workers.dispatch.dispatcher import SlotBanks
+from workers.dispatch.weighting import weighted_sum
+from workers.metrics.activity import Activity
+from workers.metrics.padding import PaddingRatio
+from workers.metrics.step_metrics import SAMPLE
+from workers.metrics.step_timer import StepTimer
+from workers.model.config import BankSpec, ExchangeSpec
+from workers.requests.step_header import StepHeader
+from workers.transport.transport import DataTransport, Expected, Message, Part, Tag
+
+
+@dataclass(frozen=True, slots=True)
+class _FilledSlots:
+    """Which slots of one bank hold an expert in an epoch."""
+
+    table: Tensor
+    """[slots + 1] bool; the last entry stands for slot -1, a pair of another rank: no error."""
+    has_free: bool
+    """A slot holds no expert."""
+
+    @classmethod
+    def of(cls, filled: Sequence[bool], device: torch.device) -> _FilledSlots:
+        """Of ``[slot]`` -> whether it holds an expert."""
+        return cls(torch.tensor([*filled, True], device=device), not all(filled))
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The rows of all attention ranks in one exchange, concatenated."""
+
+    ranks: tuple[int, ...]
+    counts: tuple[int, ...]
+    """Rows of each rank."""
+    inputs: Tensor
+    """[inputs, in_width] model dtype."""
+    slots: Tensor
+    """[rows, k] int64, -1: not here."""
+    weights: Tensor | None
+    """[rows, k] float32 where the expert side sums."""
+    pairs: Tensor
+    """[P] int64: places in the flattened ``slots`` of the pairs for this rank, ascending."""
+    pair_row: Tensor
+    """[P] int64: row of each pair."""
+    pair_slot: Tensor
+    """[P] int64: expert slot of each pair."""
+    all_here: bool
+    """Every place of ``slots`` is a pair."""
+
+    def of_pairs(self, values: Tensor) -> Tensor:
+        """[rows, k] -> [P], the values of the pairs that are here."""
+        flat = values.flatten()
+        return flat if self.all_here else flat[self.pairs]
+
+
+class ExpertServer:
+    """Serves the steps of one expert rank. Data thread only."""
+
+    def __init__(
+        self,
+        transport: DataTransport,
+        slots: SlotBanks,
+        banks: Sequence[BankSpec],
+        *,
+        device_index: int,
+        combine_mode: CombineMode,
+        dtype: torch.dtype,
+        device: torch.device,
+        activity: Activity | None = None,
+        timer: StepTimer | None = None,
+    ) -> None:
+        """``device_index`` is this worker's ``Member.device`` in the placement."""
+        self.timer = timer or StepTimer()
+        """Times receive, experts and send."""
+        self.num_bytes = {"dispatch": 0, "combine": 0}
+        """Bytes of the rows received, and of the outputs sent, since the start."""
+        self._transport = transport
+        self._activity = activity or Activity()
+        self._slots = slots
+        self._banks = tuple(banks)
+        self._device_index = device_index
+        self._combine_mode = combine_mode
+        self._dtype = dtype
+        self._device = device
+        self._granted: list[dict[int, int]] = []
+        self._exact = False
+        self._epochs = EpochTables[list[_FilledSlots]]()
+        self._filled: list[_FilledSlots] = []
+        self._all_pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._is_measured = False
+        self.padding = PaddingRatio()
+        """Padding of the rows from and to the attention ranks, in one step of ``SAMPLE``."""
+        self.token_counts: list[Tensor] = []
+        """By bank, [slots] int64 on the CPU: pairs that each expert slot has computed."""
+
+    def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
+        """Learn which slots are filled in an epoch; those of an older generation are dropped.
+
+        The counters of slots continue.
+        """
+        filled = [filled_slots(bank, self._device_index) for bank in placement.banks]
+        tables = [_FilledSlots.of(f, self._device) for f in filled]
+        self._epochs.add(generation.number, placement.epoch, tables)
+        for i, held in enumerate(filled):
+            if i == len(self.token_counts):
+                self.token_counts.append(torch.zeros(0, dtype=torch.int64))
+            missing = len(held) - len(self.token_counts[i])
+            if missing > 0:
+                self.token_counts[i] = F.pad(self.token_counts[i], (0, missing))
+
+    def stats(self) -> dict[str, float]:
+        """Counters of tokens, bytes and padding by metric name without prefix.
+
+        Tokens are pairs of a row and an expert.
+        """
+        num_tokens = sum(int(counts.sum()) for counts in self.token_counts)
+        return {
+            "expert_worker_tokens_total": float(num_tokens),
+            **{
+                f'dispatch_bytes_total{{direction="{direction}"}}': float(count)
+                for direction, count in self.num_bytes.items()
+            },
+            **self.padding.stats(),
+        }
+
+    @torch.inference_mode()
+    def run_step(self, header: StepHeader) -> None:
+        """Serve all banks and exchanges of a step, in the global order.
+
+        Raises ``PeerLostError`` and ``GenerationChangedError``.
+        """
+        self.begin_step(header)
+        for bank in self._banks:
+            for exchange in bank.exchanges:
+                self.serve(bank.index, exchange.index)
+
+    def begin_step(self, header: StepHeader) -> None:
+        """Start a step whose exchanges are served one by one.
+
+        Raises ``ProtocolError`` for an unknown epoch.
+        """
+        self._filled = self._epochs.begin_step(header)
+        self.timer.begin_step(header)
+        self._transport.begin_step(header)
+        self._exact = header.exact
+        self._is_measured = header.step % SAMPLE == 0
+        self._granted = [
+            {rank: n for rank, _ in header.grants if (n := header.rows(rank, micro_batch))}
+            for micro_batch in range(header.num_micro_batches)
+        ]
+
+    def serve(self, bank: int, exchange: int) -> None:
+        """Serve the micro-batches of one exchange; raises as ``run_step``."""
+        spec = self._banks[bank]
+        for micro_batch, granted in enumerate(self._granted):
+            if granted:
+                self._serve(spec, spec.exchanges[exchange], micro_batch, granted)
+
+    def _serve(
+        self,
+        bank: BankSpec,
+        exchange: ExchangeSpec,
+        micro_batch: int,
+        granted: dict[int, int],
+    ) -> None:
+        by_pair = self._combine_mode == "per_slot" or not exchange.weighted
+        meta = Part(bank.top_k if by_pair else 2 * bank.top_k, torch.int32)
+        parts = (meta, Part(exchange.in_width, self._dtype))
+        inputs = bank.top_k if exchange.per_slot_input else 1
+        expected = [Expected(r, parts, (n, n * inputs)) for r, n in granted.items()]
+        place = (bank, exchange.index, micro_batch)
+        self.timer.mark()
+        tag = Tag(bank.index, exchange.index, micro_batch, "rows")
+        with self._activity:
+            received = self._transport.receive(tag, expected, sized=self._exact)
+        self.num_bytes["dispatch"] += sum(part.nbytes for parts in received for part in parts)
+        self.timer.lap("receive", *place)
+        batch = self._join(bank, exchange, tuple(granted), received)
+        outputs = self._compute(bank, exchange, batch)
+        if by_pair:
+            sizes = self._pairs_by_rank(batch)
+        else:
+            outputs, sizes = self._sum(bank, batch, outputs), batch.counts
+        chunks = torch.split_with_sizes(outputs, list(sizes)) if len(sizes) > 1 else (outputs,)
+        replies = [
+            Message(rank, (chunk,))
+            for rank, chunk, size in zip(batch.ranks, chunks, sizes, strict=True)
+            if size
+        ]
+        tag = Tag(bank.index, exchange.index, micro_batch, "outputs")
+        self.timer.lap("experts", *place)
+        self._transport.post(tag, replies, sized=False)
+        self.num_bytes["combine"] += sum(part.nbytes for m in replies for part in m.parts)
+        self.timer.lap("send", *place)
+        self._count(bank, batch)  # after the reply, for which others wait
+        if self._is_measured:
+            self._measure_padding(exchange, batch, by_pair)
+
+    def _join(
+        self,
+        bank: BankSpec,
+        exchange: ExchangeSpec,
+        ranks: tuple[int, ...],
+        received: Sequence[tuple[Tensor, ...]],
+    ) -> _Batch:
+        """Concatenate and check the received rows."""
+        metas = [meta for meta, _ in received]
+        meta = metas[0] if len(metas) == 1 else torch.cat(metas)
+        rows = [inputs for _, inputs in received]
+        slots = meta[:, : bank.top_k].long()
+        counts = tuple(m.shape[0] for m in metas)
+        low, high = (int(x) for x in slots.aminmax()) if slots.numel() else (0, -1)
+        # device-to-host sync
+        if not self._are_filled(bank, slots, low, high):
+            self._blame(bank, ranks, torch.split_with_sizes(slots, list(counts)))
+        pairs, pair_row = self._pairs(slots, low >= 0)
+        flat = slots.flatten()
+        batch = _Batch(
+            ranks=ranks,
+            counts=counts,
+            inputs=rows[0] if len(rows) == 1 else torch.cat(rows),
+            slots=slots,
+            weights=meta[:, bank.top_k :].view(torch.float32)
+            if meta.shape[1] > bank.top_k
+            else None,
+            pairs=pairs,
+            pair_row=pair_row,
+            pair_slot=flat if low >= 0 else flat[pairs],
+            all_here=low >= 0,
+        )
+        if self._exact:
+            wanted = self._pairs_by_rank(batch) if exchange.per_slot_input else counts
+            for rank, inputs, number in zip(ranks, rows, wanted, strict=True):
+                if inputs.shape[0] != number:
+                    self._transport.reject(rank, f"{inputs.shape[0]} input rows: must be {number}")
+        return batch
+
+    def _pairs(self, slots: Tensor, all_here: bool) -> tuple[Tensor, Tensor]:
+        """Places and rows of the pairs for this rank; those of whole batches are cached."""
+        top_k = slots.shape[1]
+        if not all_here:
+            pairs = (slots.flatten() >= 0).nonzero().squeeze(1)  # device-to-host sync
+            return pairs, pairs // top_k
+        known = self._all_pairs.get(top_k)
+        num_pairs = slots.numel()
+        if known is None or known[0].shape[0] < num_pairs:
+            pairs = torch.arange(num_pairs, device=self._device)
+            known = self._all_pairs[top_k] = (pairs, pairs // top_k)
+        return known[0][:num_pairs], known[1][:num_pairs]
+
+    def _are_filled(self, bank: BankSpec, slots: Tensor, low: int, high: int) -> bool:
+        """Whether all slots, from ``low`` to ``high``, are -1 or hold an expert."""
+        filled = self._filled[bank.index]
+        if low < -1 or high >= filled.table.shape[0] - 1:
+            return False
+        return not filled.has_free or bool(filled.table[slots].all())  # device-to-host sync
+
+    def _blame(self, bank: BankSpec, ranks: tuple[int, ...], slots: Sequence[Tensor]) -> None:
+        """Close the edge of a rank that named a missing or empty slot."""
+        filled = self._filled[bank.index].table.tolist()[:-1]
+        for rank, mine in zip(ranks, slots, strict=True):
+            for slot in mine.flatten().tolist():
+                if slot != -1 and not (0 <= slot < len(filled) and filled[slot]):
+                    self._transport.reject(rank, f"no expert in slot {slot} of bank {bank.index}")
+
+    def _compute(self, bank: BankSpec, exchange: ExchangeSpec, batch: _Batch) -> Tensor:
+        """[P, out_width] outputs of the pairs for this rank."""
+        if not batch.pairs.shape[0]:
+            return torch.empty(0, exchange.out_width, dtype=self._dtype, device=self._device)
+        if not exchange.per_slot_input:
+            pair_input = batch.pair_row
+        elif self._exact:
+            pair_input = torch.arange(batch.pairs.shape[0], device=self._device)
+        else:
+            pair_input = batch.pairs
+        return self._slots.banks[bank.index].compute(
+            exchange.index, batch.inputs, pair_input, batch.pair_slot
+        )
+
+    def _sum(self, bank: BankSpec, batch: _Batch, outputs: Tensor) -> Tensor:
+        """[rows, out_width] float32 weighted partial sums."""
+        assert batch.weights is not None
+        weights = batch.of_pairs(batch.weights)
+        num_rows = batch.slots.shape[0]
+        return weighted_sum(outputs, weights, batch.pair_row, num_rows, bank.float32_weights)
+
+    def _count(self, bank: BankSpec, batch: _Batch) -> None:
+        counts = self.token_counts[bank.index]
+        counts += torch.bincount(batch.pair_slot, minlength=counts.shape[0]).to(counts.device)
+
+    def _measure_padding(self, exchange: ExchangeSpec, batch: _Batch, by_pair: bool) -> None:
+        """Count the transferred rows without use; outputs by pair are all used."""
+        num_rows = batch.slots.shape[0]
+        # device-to-host sync unless all rows are here
+        num_here = num_rows if batch.all_here else int((batch.slots >= 0).any(1).sum())
+        num_pairs = batch.pairs.shape[0]
+        num_used = num_pairs if exchange.per_slot_input else num_here
+        self.padding.add("dispatch", batch.inputs.shape[0], num_used)
+        if by_pair:
+            self.padding.add("combine", num_pairs, num_pairs)
+        else:
+            self.padding.add("combine", num_rows, num_here)
+
+    def _pairs_by_rank(self, batch: _Batch) -> tuple[int, ...]:
+        if batch.all_here:
+            return tuple(n * batch.slots.shape[1] for n in batch.counts)
+        here = batch.slots >= 0
+        return tuple(int(part.sum()) for part in torch.split_with_sizes(here, list(batch.counts)))

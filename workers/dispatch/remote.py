@@ -1,0 +1,287 @@
+"""The attention side of dispatch and combine, over any transport.
+
+The parts of a message to an expert rank:
+
+    static split    slots [n, k] for all n granted rows (-1: another rank), the rows as they are
+    exact split     the same for the rows that have an expert there, counts first
+
+The reply in ``sum`` mode is one float32 partial sum for each row sent, else one output for each
+(row, slot) pair in row-major order. In ``sum`` mode the weights travel beside the slots, as the
+bits of float32 in the same int32 part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cluster.config.cluster import CombineMode
+from cluster.core.placement import BankPlacement, ExpertPlacement
+from cluster.core.topology import Generation
+from workers.dispatch.copies import CopyTables, EpochTables
+from workers.dispatch.dispatcher import BatchRows, DispatchHandle
+from workers.dispatch.weighting import weighted_sum
+from workers.metrics.activity import Activity
+from workers.metrics.step_timer import StepTimer
+from workers.model.config import BankSpec, ExchangeSpec
+from workers.requests.step_header import StepHeader
+from workers.transport.transport import DataTransport, Expected, Message, Part, Tag
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What one expert rank was sent, and so what it returns."""
+
+    rank: int
+    places: Tensor | None
+    """Destination of the returned rows: rows [n] in ``sum`` mode, else pairs [P] in row-major order
+    of [T, k]; None when all of them return, in order."""
+    count: int
+    """Rows that come back."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteHandle(DispatchHandle):
+    """A dispatch under way."""
+
+    sent: tuple[Sent, ...]
+    """By expert rank; ranks that return nothing are left out."""
+    topk_weights: Tensor
+    """[T, k] as dispatched."""
+
+
+class RemoteDispatcher:
+    """``TokenDispatcher`` of one attention rank. Data thread only."""
+
+    def __init__(
+        self,
+        transport: DataTransport,
+        banks: Sequence[BankSpec],
+        *,
+        rank: int,
+        combine_mode: CombineMode,
+        dtype: torch.dtype,
+        device: torch.device,
+        activity: Activity | None = None,
+        timer: StepTimer | None = None,
+    ) -> None:
+        self.timer = timer or StepTimer()
+        """Times attention, dispatch and combine."""
+        self._transport = transport
+        self._activity = activity or Activity()
+        self._banks = tuple(banks)
+        self._rank = rank
+        self._combine_mode = combine_mode
+        self._dtype = dtype
+        self._device = device
+        self._ranks: tuple[int, ...] = ()
+        self._epochs = EpochTables[list[CopyTables]]()
+        self._built: dict[int, tuple[BankPlacement, Mapping[int, int], CopyTables]] = {}
+        self._tables: list[CopyTables] = []
+        self._header: StepHeader | None = None
+        self._micro_batches: Sequence[BatchRows] = ()
+
+    def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
+        """Take the maps of an epoch and drop those of an earlier generation.
+
+        Raises ``ProtocolError`` when the maps use a device that no member has.
+        """
+        members = generation.experts
+        device_index = {m.device: i for i, m in enumerate(members)}
+        tables = [self._table(i, b, device_index) for i, b in enumerate(placement.banks)]
+        self._ranks = tuple(m.rank for m in members)
+        self._epochs.add(generation.number, placement.epoch, tables)
+
+    def _table(
+        self, index: int, bank: BankPlacement, device_index: Mapping[int, int]
+    ) -> CopyTables:
+        """The tables of a bank, reused from the last epoch where its maps have not changed."""
+        known = self._built.get(index)
+        if known is None or known[:2] != (bank, device_index):
+            tables = CopyTables.build(bank, device_index, self._device)
+            known = self._built[index] = bank, device_index, tables
+        return known[2]
+
+    def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
+        """See ``TokenDispatcher``. Raises ``ProtocolError`` for an epoch that is not known."""
+        self._tables = self._epochs.begin_step(header)
+        self.timer.begin_step(header)
+        self._header = header
+        self._micro_batches = micro_batches
+        self._transport.begin_step(header)
+
+    def sit_out(self, header: StepHeader) -> None:
+        """Drop old maps; an attention rank without rows takes no part in the exchanges."""
+        self.timer.begin_step(header)
+        self._epochs.forget(header.oldest_epoch)
+
+    def dispatch(
+        self,
+        rows: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        bank: int,
+        exchange: int = 0,
+        micro_batch: int = 0,
+    ) -> RemoteHandle:
+        """See ``TokenDispatcher``; sends at once."""
+        assert self._header is not None, "begin_step comes first"
+        spec = self._banks[bank]
+        self.timer.lap("attention", spec, exchange, micro_batch)
+        granted = self._header.rows(self._rank, micro_batch)
+        num_rows = len(topk_ids)
+        assert num_rows <= granted, f"{num_rows} rows, {granted} granted"
+        tag = Tag(bank, exchange, micro_batch, "rows")
+        sent: tuple[Sent, ...] = ()
+        copies: Tensor | None = None
+        if granted:
+            batch = self._micro_batches[micro_batch]
+            chosen = self._tables[bank].choose(
+                topk_ids, batch.is_prefill, batch.row_key, spread=self._header.exact
+            )
+            slots, copies = chosen.slots, chosen.copies
+            by_pair = self._by_pair(spec.exchanges[exchange])
+            meta = slots if by_pair else _with_weights(slots, topk_weights)
+            pick = self._pick_exact if self._header.exact else self._pick_static
+            messages, sent = pick(slots, meta, rows, spec.exchanges[exchange], granted)
+            self._transport.post(tag, messages, sized=self._header.exact)
+        self.timer.lap("dispatch", spec, exchange, micro_batch)
+        return RemoteHandle(
+            bank=spec,
+            exchange=exchange,
+            micro_batch=micro_batch,
+            num_rows=num_rows,
+            copies=copies,
+            sent=sent,
+            topk_weights=topk_weights,
+        )
+
+    def combine(self, handle: DispatchHandle) -> Tensor:
+        """See ``TokenDispatcher``; waits for the outputs."""
+        self.timer.mark()
+        outputs = self.gather(handle)
+        self.timer.lap("combine", handle.bank, handle.exchange, handle.micro_batch)
+        return outputs
+
+    def gather(self, handle: DispatchHandle) -> Tensor:
+        """``combine`` without its timing."""
+        assert isinstance(handle, RemoteHandle)
+        exchange = handle.bank.exchanges[handle.exchange]
+        by_pair = self._by_pair(exchange)
+        part = Part(exchange.out_width, self._dtype if by_pair else torch.float32)
+        tag = Tag(handle.bank.index, handle.exchange, handle.micro_batch, "outputs")
+        expected = [Expected(s.rank, (part,), (s.count,)) for s in handle.sent]
+        with self._activity:
+            received = [parts[0] for parts in self._transport.receive(tag, expected, sized=False)]
+        if not by_pair:
+            return self._add_partial_sums(handle, received, exchange.out_width)
+        pairs = self._gather_pairs(handle, received, exchange.out_width)
+        if not exchange.weighted:
+            return pairs.view(handle.num_rows, handle.bank.top_k, exchange.out_width)
+        return self._weigh(handle, pairs)
+
+    def _by_pair(self, exchange: ExchangeSpec) -> bool:
+        """Whether an output returns for every pair, not a sum for every row."""
+        return self._combine_mode == "per_slot" or not exchange.weighted
+
+    # Dispatch: what goes to which rank.
+
+    def _pick_static(
+        self, slots: Tensor, meta: Tensor, rows: Tensor, exchange: ExchangeSpec, granted: int
+    ) -> tuple[list[Message], tuple[Sent, ...]]:
+        """Every granted row to every rank: no sizes, and little to compute."""
+        missing = granted - slots.shape[1]
+        if exchange.per_slot_input:
+            rows = rows.flatten(0, 1)
+        if missing:  # a request ended between the proposal and the header
+            meta = F.pad(meta, (0, 0, 0, missing), value=-1)
+            inputs = slots.shape[2] if exchange.per_slot_input else 1
+            rows = F.pad(rows, (0, 0, 0, missing * inputs))
+        messages = [Message(r, (meta[i], rows)) for i, r in enumerate(self._ranks)]
+        if not self._by_pair(exchange):
+            return messages, tuple(Sent(rank, None, granted) for rank in self._ranks)
+        return messages, self._sent_pairs(slots)
+
+    def _pick_exact(
+        self, slots: Tensor, meta: Tensor, rows: Tensor, exchange: ExchangeSpec, granted: int
+    ) -> tuple[list[Message], tuple[Sent, ...]]:
+        """Each rank gets the rows that have an expert there, each row once."""
+        here = (slots >= 0).any(2)
+        pairs = {s.rank: s for s in self._sent_pairs(slots)}
+        messages, sent_rows = [], []
+        for i, rank in enumerate(self._ranks):
+            places = here[i].nonzero().squeeze(1)  # device-to-host sync
+            count = len(places)
+            is_all = count == len(here[i])
+            part = meta[i] if is_all else meta[i][places]
+            if not exchange.per_slot_input:
+                inputs = rows if is_all else rows[places]
+            elif (found := pairs.get(rank)) is None:
+                inputs = rows.flatten(0, 1)[:0]
+            else:
+                flat = rows.flatten(0, 1)
+                inputs = flat if found.places is None else flat[found.places]
+            messages.append(Message(rank, (part, inputs)))
+            if count:
+                sent_rows.append(Sent(rank, None if is_all else places, count))
+        return messages, tuple(pairs.values() if self._by_pair(exchange) else sent_rows)
+
+    def _sent_pairs(self, slots: Tensor) -> tuple[Sent, ...]:
+        """The pairs [T * k] that each rank computes; ranks without pairs are left out."""
+        sent = []
+        for rank, mine in zip(self._ranks, slots, strict=True):
+            places = (mine.flatten() >= 0).nonzero().squeeze(1)  # device-to-host sync
+            count = len(places)
+            if count:
+                sent.append(Sent(rank, None if count == mine.numel() else places, count))
+        return tuple(sent)
+
+    # Combine: from the replies to the result.
+
+    def _add_partial_sums(
+        self, handle: RemoteHandle, received: Sequence[Tensor], width: int
+    ) -> Tensor:
+        """Add in float32 in rank order and round once."""
+        total: Tensor | None = None
+        for sent, part in zip(handle.sent, received, strict=True):
+            if sent.places is None and total is None:
+                total = part[: handle.num_rows]
+                continue
+            if total is None:
+                total = torch.zeros(handle.num_rows, width, device=self._device)
+            if sent.places is None:
+                total += part[: handle.num_rows]
+            else:
+                total.index_add_(0, sent.places, part)
+        if total is None:
+            total = torch.zeros(handle.num_rows, width, device=self._device)
+        return total.to(self._dtype)
+
+    def _gather_pairs(self, handle: RemoteHandle, received: Sequence[Tensor], width: int) -> Tensor:
+        """Outputs of all pairs in row-major order [T * k, width]."""
+        if len(received) == 1 and handle.sent[0].places is None:
+            return received[0]
+        shape = (handle.num_rows * handle.bank.top_k, width)
+        pairs = torch.empty(shape, dtype=self._dtype, device=self._device)
+        for sent, part in zip(handle.sent, received, strict=True):
+            if sent.places is not None:
+                pairs[sent.places] = part
+        return pairs
+
+    def _weigh(self, handle: RemoteHandle, pairs: Tensor) -> Tensor:
+        """The sum of the local dispatcher, over the same pairs in the same order."""
+        weights = handle.topk_weights.float().flatten()
+        rows = torch.arange(len(pairs), device=pairs.device) // handle.bank.top_k
+        float32_weights = handle.bank.float32_weights
+        total = weighted_sum(pairs, weights, rows, handle.num_rows, float32_weights)
+        return total.to(self._dtype)
+
+
+def _with_weights(slots: Tensor, topk_weights: Tensor) -> Tensor:
+    """[ranks, T, k] int32 slots and [T, k] weights -> [ranks, T, 2k] int32."""
+    bits = topk_weights.float().contiguous().view(torch.int32)
+    return torch.cat((slots, bits.expand(slots.shape)), dim=2)

@@ -1,0 +1,52 @@
+"""The weighted sum over a token's experts: one function for all dispatchers.
+
+The order of additions is part of the result, so it is fixed: in float32, pair after pair in the
+order given (for us always row-major, slot order within a row), starting from zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PIECE_PAIRS = 512
+"""Pairs of which the products are in memory at a time: large fresh tensors cost page faults. For
+1024 rows of 512 bfloat16, top-8, one core of an AMD EPYC: 9 ms at once, 3 ms in pieces."""
+
+
+def weighted_sum(
+    outputs: Tensor,
+    weights: Tensor,
+    pair_row: Tensor,
+    num_rows: int,
+    float32_weights: bool,
+) -> Tensor:
+    """Sum of weight x output over the pairs of each row.
+
+    outputs [P, D] model dtype, weights [P] float32, pair_row [P] int64 and not decreasing
+    -> [num_rows, D] float32, zeros for a row without pairs. The product is made in the promoted
+    dtype: weights are cast to the model dtype first unless ``float32_weights``.
+    """
+    num_pairs, width = outputs.shape
+    factors = (weights if float32_weights else weights.to(outputs.dtype)).unsqueeze(1)
+    if outputs.is_cpu:
+        total = torch.zeros(num_rows, width)
+        if num_pairs <= _PIECE_PAIRS:
+            return total.index_add_(0, pair_row, (outputs * factors).float())
+        for first in range(0, num_pairs, _PIECE_PAIRS):
+            piece = slice(first, first + _PIECE_PAIRS)
+            total.index_add_(0, pair_row[piece], (outputs[piece] * factors[piece]).float())
+        return total
+    products = (outputs * factors).float()
+    return _sum_by_position(products, pair_row, num_rows)
+
+
+def _sum_by_position(products: Tensor, pair_row: Tensor, num_rows: int) -> Tensor:
+    """The same order of additions on a device whose ``index_add_`` adds in any order."""
+    total = torch.zeros(num_rows, products.shape[1], device=products.device)
+    counts = torch.bincount(pair_row, minlength=num_rows)
+    starts = counts.cumsum(0) - counts
+    for position in range(int(counts.max()) if num_rows else 0):  # device-to-host sync
+        rows = (counts > position).nonzero().squeeze(1)
+        total[rows] += products[starts[rows] + position]
+    return total

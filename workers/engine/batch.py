@@ -1,0 +1,191 @@
+"""Forms the micro-batches of a step: planned rows to the tensors that the model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from workers.dispatch.dispatcher import BatchRows
+from workers.engine.scheduler import PlannedRows
+from workers.inspection.recorder import BatchRecorder, Capture
+from workers.kv.cache import KVCache
+from workers.model.attention import (
+    AttentionBatch,
+    DecodeGroup,
+    PrefillChunk,
+    chunk_mask,
+    decode_mask,
+    group_size,
+    runs,
+)
+from workers.model.layers import ModelInputs
+from workers.requests.sequence import SequenceState
+
+_KEY_STEP = 0x9E3779B97F4A7C15
+_KEY_MASK = (1 << 63) - 1
+
+
+def batch_order(planned: PlannedRows) -> tuple[int, int]:
+    """Sort key: decodes come first, those of about the same length together."""
+    return (0, group_size(len(planned.sequence.blocks))) if planned.is_decode else (1, 0)
+
+
+def split_rows(
+    planned: Sequence[PlannedRows], num_first: int
+) -> tuple[list[PlannedRows], list[PlannedRows]]:
+    """The first ``num_first`` rows, and the rest."""
+    first: list[PlannedRows] = []
+    second: list[PlannedRows] = []
+    left = num_first
+    for rows in planned:
+        head = min(left, rows.count)
+        if head:
+            first.append(replace(rows, count=head))
+        if head < rows.count:
+            second.append(replace(rows, first=rows.first + head, count=rows.count - head))
+        left -= head
+    return first, second
+
+
+class Batch:
+    """The tensors of one micro-batch, built on the CPU and moved to the device in one copy.
+
+    Args:
+        planned: its rows in ``batch_order``.
+        cache: where their keys and values are.
+        device: where the model is.
+    """
+
+    def __init__(
+        self, planned: Sequence[PlannedRows], cache: KVCache, device: torch.device
+    ) -> None:
+        self._device = device
+        num_rows = sum(rows.count for rows in planned)
+        self.num_decodes = sum(rows.is_decode for rows in planned)
+        """Decode rows, which come first."""
+        staging = _Staging()
+        for column in _columns(planned, cache.block_size):
+            staging.add(column)
+        groups = self._stage_decodes(planned[: self.num_decodes], cache, staging)
+        chunks = planned[self.num_decodes :]
+        for rows in chunks:
+            length = rows.first + rows.count
+            staging.add(_array(rows.sequence.blocks[: -(-length // cache.block_size)]))
+        tensors = staging.to(device)
+        tokens, positions, prompt_lengths, slots, keys = (next(tensors) for _ in range(5))
+        is_prefill = torch.arange(num_rows, device=device) >= self.num_decodes
+        self.rows = BatchRows(is_prefill=is_prefill, row_key=keys)
+        """What the dispatcher must know."""
+        self.captures = _captures(planned)
+        """By sequence, what inspections record."""
+        self.recorder = BatchRecorder([c for _, c in self.captures]) if self.captures else None
+        """Fills ``captures``; None if there are none."""
+        self.inputs: ModelInputs | None = None
+        """What the model reads; None without rows."""
+        if num_rows:
+            decodes = tuple(self._decode_group(g, tensors, cache.block_size) for g in groups)
+            prefills = tuple(self._chunks(chunks, self.num_decodes, tensors))
+            attention = AttentionBatch(
+                slots, decodes, prefills, cache.workspaces, cache.compute_threads, self.recorder
+            )
+            given = tuple(_given_rows(planned, device))
+            self.inputs = ModelInputs(tokens, positions, prompt_lengths, attention, given)
+
+    def _stage_decodes(
+        self, planned: Sequence[PlannedRows], cache: KVCache, staging: _Staging
+    ) -> list[tuple[int, int]]:
+        """Add each group's padded block tables and lengths; returns the groups' row ranges."""
+        tables = [rows.sequence.blocks for rows in planned]
+        groups = runs([group_size(len(table)) for table in tables], cache.blocks_per_piece)
+        for first, last in groups:
+            width = group_size(len(tables[first]))
+            padded = np.full((last - first, width), cache.null_block, dtype=np.int64)
+            for row, table in zip(padded, tables[first:last], strict=True):
+                row[: len(table)] = table
+            staging.add(padded.reshape(-1))
+            staging.add(_array([rows.first + 1 for rows in planned[first:last]]))
+        return groups
+
+    def _decode_group(
+        self, group: tuple[int, int], tensors: Iterator[Tensor], block_size: int
+    ) -> DecodeGroup:
+        first, last = group
+        blocks, lengths = next(tensors), next(tensors)
+        width = len(blocks) // (last - first) * block_size
+        return DecodeGroup(first, last, blocks, decode_mask(lengths, width))
+
+    def _chunks(
+        self, planned: Sequence[PlannedRows], first_row: int, tensors: Iterator[Tensor]
+    ) -> Iterator[PrefillChunk]:
+        for rows in planned:
+            last_row, length = first_row + rows.count, rows.first + rows.count
+            mask = chunk_mask(rows.first, rows.count, self._device)
+            yield PrefillChunk(first_row, last_row, length, next(tensors), mask)
+            first_row = last_row
+
+
+def _given_rows(
+    planned: Sequence[PlannedRows], device: torch.device
+) -> Iterator[tuple[int, Tensor]]:
+    row = 0
+    for rows in planned:
+        embeds = rows.sequence.request.prompt_embeds
+        last = min(rows.first + rows.count, rows.sequence.prompt_length)
+        if embeds is not None and rows.first < last:
+            yield row, torch.tensor(embeds.rows(rows.first, last), device=device)
+        row += rows.count
+
+
+def _captures(planned: Sequence[PlannedRows]) -> list[tuple[SequenceState, Capture]]:
+    """One for each entry whose request inspects the inside of the model."""
+    found: list[tuple[SequenceState, Capture]] = []
+    row = 0
+    for rows in planned:
+        inspection = rows.sequence.request.inspection
+        if inspection is not None and inspection.reads_inside:
+            found.append((rows.sequence, Capture(inspection, rows.first, row, rows.count)))
+        row += rows.count
+    return found
+
+
+class _Staging:
+    """Integer arrays that are copied to the device together."""
+
+    def __init__(self) -> None:
+        self._arrays: list[NDArray[np.int64]] = []
+
+    def add(self, array: NDArray[np.int64]) -> None:
+        self._arrays.append(array)
+
+    def to(self, device: torch.device) -> Generator[Tensor]:
+        """The arrays in order, as views of one tensor."""
+        joined = torch.from_numpy(np.concatenate(self._arrays)).to(device)
+        yield from torch.split(joined, [len(a) for a in self._arrays])
+
+
+def _array(values: Sequence[int]) -> NDArray[np.int64]:
+    return np.array(values, dtype=np.int64)
+
+
+def _columns(planned: Sequence[PlannedRows], block_size: int) -> tuple[NDArray[np.int64], ...]:
+    """Token ids, positions, prompt lengths, cache slots and row keys of all rows."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    prompt_lengths: list[int] = []
+    slots: list[int] = []
+    keys: list[int] = []
+    for rows in planned:
+        sequence, first, last = rows.sequence, rows.first, rows.first + rows.count
+        tokens += sequence.tokens(first, last)
+        positions += range(first, last)
+        prompt_lengths += [sequence.prompt_length] * rows.count
+        for position in range(first, last):
+            block, offset = divmod(position, block_size)
+            slots.append(sequence.blocks[block] * block_size + offset)
+            keys.append((sequence.key ^ (position * _KEY_STEP)) & _KEY_MASK)
+    return (_array(tokens), _array(positions), _array(prompt_lengths), _array(slots), _array(keys))

@@ -1,0 +1,418 @@
+"""The engine of one attention worker: schedule, run, sample, commit, emit.
+
+A step changes no sequence before the model ran to its last layer and the tokens are drawn: when a
+peer is lost in the middle, every sequence stays as it was, and the step can run again with the same
+result. The engine belongs to one thread; other threads may only read ``stats`` and ``num_blocks``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from cluster.config.cluster import EngineSection
+from cluster.core.errors import QueueFullError, RequestError
+from workers.dispatch.dispatcher import TokenDispatcher
+from workers.engine.expert_load import LoadCounter
+from workers.engine.isolation import Isolation
+from workers.engine.model_runner import ModelRunner, StepResult
+from workers.engine.request_checks import RequestLimits, check_request
+from workers.engine.scheduler import Plan, RowsWanted, Scheduler
+from workers.engine.step_sampler import StepSampler, StepTokens
+from workers.kv.block_pool import BlockPool, HashChanges
+from workers.kv.cache import KVCache, num_kv_blocks
+from workers.kv.transfer.store import Fetch, KvTransferStore
+from workers.metrics.histogram import TOKEN_BUCKETS, Histogram
+from workers.model.compute_threads import ComputeThreads
+from workers.model.config import BankSpec, ModelConfig
+from workers.model.layers import AttentionModel
+from workers.requests.classifier import pooled
+from workers.requests.request import FinishReason, Request, TokenOutput, Turn
+from workers.requests.sequence import NOT_FINITE, Ending, Failure, SequenceState
+from workers.requests.step_header import StepHeader
+from workers.sampling.grammar import CompiledGrammar, GrammarState
+from workers.sampling.sampler import Drawn
+
+_POISONOUS = Failure(
+    "a third worker in a row was lost with this request, which was alone in its step",
+    "poisonous_request",
+)
+"""The request is at fault, as far as can be known; see ``workers.engine.isolation``."""
+
+
+class Engine:
+    """Requests in, tokens out, one step at a time."""
+
+    def __init__(
+        self,
+        *,
+        model: AttentionModel,
+        config: ModelConfig,
+        banks: Sequence[BankSpec],
+        dispatcher: TokenDispatcher,
+        section: EngineSection,
+        max_model_len: int | None = None,
+        rank: int = 0,
+        compute_threads: ComputeThreads | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Allocates the KV cache on the model's device. Raises ``ConfigError``.
+
+        ``max_model_len`` None takes the checkpoint's context. The model must have been loaded with
+        at least so many positions.
+        """
+        self._section = section
+        self._pad = config.pad_token_id
+        self._rank = rank
+        self._clock = clock
+        self.max_model_len = max_model_len or config.context_tokens
+        """Context limit in tokens."""
+        block_size = section.block_size_tokens
+        num_blocks = num_kv_blocks(config, section, self.max_model_len, model.dtype)
+        self._limits = RequestLimits(
+            vocab_size=config.vocab_size,
+            max_model_len=self.max_model_len,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            hidden_size=config.hidden_size,
+            is_classifier=bool(config.labels),
+        )
+        self._cache = KVCache(
+            config=config,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=model.dtype,
+            device=model.device,
+            compute_threads=compute_threads or ComputeThreads(),
+        )
+        self._pool = BlockPool(num_blocks)
+        self._scheduler = Scheduler(
+            self._pool,
+            block_size=block_size,
+            max_num_seqs=section.max_num_seqs,
+            max_num_batched_tokens=section.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            eos_token_ids=config.eos_token_ids,
+            enable_prefix_caching=section.enable_prefix_caching,
+            length_matters_above=config.length_matters_above,
+        )
+        self.kv_store = KvTransferStore(
+            self._pool, self._cache, length_matters_above=config.length_matters_above
+        )
+        """Blocks that other workers fetch, and that are fetched from them."""
+        self._runner = ModelRunner(
+            model=model, cache=self._cache, banks=banks, dispatcher=dispatcher, rank=rank
+        )
+        self._banks = tuple(banks)
+        self._requests: dict[str, list[SequenceState]] = {}
+        self._step_sampler = StepSampler(config, banks, self._runner.logits, section.deterministic)
+        self._isolation = Isolation()
+        self._turns: list[Turn] = []
+        self._pending: list[TokenOutput] = []
+        self._num_received = 0
+        names = ("steps_total", "steps_abandoned_total", "prompt_tokens_total")
+        self._counters = dict.fromkeys((*names, "generation_tokens_total"), 0)
+        self._iteration_tokens = Histogram(TOKEN_BUCKETS)
+        self._ended = dict.fromkeys(FinishReason, 0)
+        self.load = LoadCounter(banks)
+        """Tokens by expert and copy, of committed steps."""
+
+    # Requests
+
+    def add_request(
+        self,
+        request: Request,
+        received: float | None = None,
+        grammar: CompiledGrammar | None = None,
+    ) -> None:
+        """Queue a request received at ``received`` (on this engine's clock; None: now).
+
+        ``grammar`` is the request's own, compiled. A newer attempt at a known request replaces the
+        older one. Raises ``RequestError`` for a request that can never run and ``QueueFullError``
+        when too much waits; then nothing has changed.
+        """
+        check_request(request, self._limits)
+        if self._limits.is_classifier and request.inspection is None:
+            request = pooled(request, self._pad)
+        self._step_sampler.inspector.check(request)
+        self._check_room(request)
+        now = self._clock() if received is None else received
+        grammars = self._sequences(request, grammar, now)
+        self.abort(request.request_id)
+        self._requests[request.request_id] = list(grammars)
+        self._isolation.enter(request.request_id, request.num_deaths)
+        self._num_received += 1
+        self._counters["prompt_tokens_total"] += len(request.prompt)
+        for sequence, state in grammars.items():
+            self._step_sampler.start(sequence, state)
+            self._scheduler.add(sequence)
+            ending = self._scheduler.ending(sequence) if sequence.output else None
+            if ending is not None:  # an earlier attempt had completed it
+                self._scheduler.remove(sequence)
+                self._emit(sequence, ending, now)
+
+    def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
+        """End a request, or some of its choices, without any output; frees blocks at once."""
+        for sequence in tuple(self._requests.get(request_id, ())):
+            if not choices or sequence.choice in choices:
+                self._scheduler.remove(sequence)
+                self._forget(sequence, FinishReason.ABORT)
+
+    def has_request(self, request_id: str) -> bool:
+        """Whether a choice of this request waits or runs."""
+        return request_id in self._requests
+
+    def begin_fetch(self, request: Request) -> Fetch | None:
+        """Get ready for the blocks of a prompt that another worker has; see ``KvTransferStore``."""
+        return self.kv_store.begin(request, num_spare=self._scheduler.num_running)
+
+    def take_kv_changes(self) -> HashChanges:
+        """Changes of the blocks that can be found, since the last call."""
+        return self._pool.take_changes()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there are requests, or outputs that ``poll`` would return."""
+        return bool(self._requests or self._pending)
+
+    def _check_room(self, request: Request) -> None:
+        known = self._requests.get(request.request_id)
+        if known and known[0].request.attempt >= request.attempt:
+            raise RequestError(f"request {request.request_id} is already here", "request_id")
+        if request.attempt:
+            return  # it was let in once, by a worker that is lost
+        waiting, limit = self._scheduler.num_waiting, self._section.max_waiting
+        if waiting and waiting + request.n > limit:
+            raise QueueFullError(
+                f"{waiting} sequences are waiting, at most {limit} (max_waiting) may"
+            )
+        tokens, most = self._scheduler.num_waiting_tokens, self._section.max_waiting_tokens
+        if most is not None and tokens and tokens + len(request.prompt) > most:
+            raise QueueFullError(
+                f"{tokens} prompt tokens are waiting, at most {most} (max_waiting_tokens) may"
+            )
+
+    def _sequences(
+        self, request: Request, grammar: CompiledGrammar | None, now: float
+    ) -> dict[SequenceState, GrammarState | None]:
+        """One sequence per open choice, with its own grammar; the first leads the others."""
+        assert (grammar is None) is (request.params.grammar is None), "compiled before it is added"
+        deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf
+        leader: SequenceState | None = None
+        found: dict[SequenceState, GrammarState | None] = {}
+        for choice in sorted(set(range(request.n)) - set(request.closed_choices)):
+            has_output = choice < len(request.output_so_far)
+            output = list(request.output_so_far[choice]) if has_output else []
+            state = None if grammar is None else grammar.start(output)
+            sequence = SequenceState(
+                request=request,
+                choice=choice,
+                arrival=self._num_received,
+                deadline=deadline,
+                received=now,
+                output=output,
+                grammar=state,
+                leader=leader,
+            )
+            leader = leader or sequence
+            found[sequence] = state
+        return found
+
+    # Steps
+
+    def wanted(self) -> RowsWanted:
+        """Rows that the next step could run here."""
+        self._isolation.expire(self._clock())
+        if self._isolation.is_waiting:
+            return RowsWanted(decode_rows=0, prefill_rows=0)
+        return self._wanted(self._isolation.alone)
+
+    def _wanted(self, alone: str | None) -> RowsWanted:
+        self._scheduler.restrict(self._isolation.suspects, alone)
+        return self._scheduler.wanted()
+
+    def poll(self) -> list[TokenOutput]:
+        """Outputs that need no step: choices past their deadline, or complete at receipt."""
+        now = self._clock()
+        late = [s for found in self._requests.values() for s in found if now >= s.deadline]
+        for sequence in late:
+            self._scheduler.remove(sequence)
+            limit = sequence.request.deadline_ms
+            self._fail(sequence, Failure(f"not done within {limit} ms", "deadline_exceeded"), now)
+        outputs, self._pending = self._pending, []
+        return outputs
+
+    @torch.inference_mode()
+    def step(self, header: StepHeader) -> list[TokenOutput]:
+        """Run what the header grants this rank, and return the outputs, those of ``poll`` included.
+
+        Takes part in the exchanges of a grant also when there is nothing left to run. Raises
+        ``TransportError`` with the plan abandoned and all sequences as they were.
+        """
+        grant = header.grant(self._rank)
+        isolation = self._isolation
+        self._scheduler.restrict(isolation.suspects, isolation.alone if header.is_alone else None)
+        plan = self._scheduler.schedule(grant.decode_rows, grant.prefill_rows)
+        try:
+            result = self._runner.run(header, plan)
+            tokens = None if result is None else self._step_sampler.draw(plan, result)
+        except BaseException:
+            # A broken step may have written NaN: the blocks' next holder must not read them.
+            self._cache.clear_slots(self._slots(plan))
+            self._scheduler.abandon(plan)
+            isolation.give_up(_names(plan))
+            self._counters["steps_abandoned_total"] += 1
+            raise
+        finally:
+            self._note_dispatch(plan)
+        if result is not None and tokens is not None:
+            self._commit(header.epoch, plan, result, tokens)
+        return self.poll()
+
+    def _slots(self, plan: Plan) -> list[int]:
+        """Cache slots of all rows of a plan."""
+        size = self._section.block_size_tokens
+        return [
+            planned.sequence.blocks[position // size] * size + position % size
+            for planned in plan.rows
+            for position in range(planned.first, planned.first + planned.count)
+        ]
+
+    def _commit(self, epoch: int, plan: Plan, result: StepResult, tokens: StepTokens) -> None:
+        """Make the step count, and queue its outputs."""
+        now = self._clock()
+        broken = [s for s, failure in tokens.failed.items() if failure is NOT_FINITE]
+        dirty = {block for sequence in broken for block in sequence.blocks}
+        self._pool.forget(dirty)
+        new = {sequence: drawn.token for sequence, drawn in tokens.drawn.items()}
+        endings = self._scheduler.commit(plan, new, tokens.failed.keys())
+        # Blocks may hold NaN: their next holder must not read them.
+        self._cache.clear([block for block in dirty if self._pool.is_free(block)])
+        self.load.add(epoch, plan.num_rows, result.routed)
+        if (done := self._isolation.commit(_names(plan))) is not None:
+            self._turns.append(self._turn(done, is_over=True))
+        self._counters["steps_total"] += 1
+        self._iteration_tokens.observe(plan.num_rows)
+        self._counters["generation_tokens_total"] += len(new)
+        for sequence, entries in tokens.scored.items():
+            sequence.prompt_logprobs += entries
+        for sequence, rows_found in tokens.inspected.items():
+            self._step_sampler.inspector.add(sequence, rows_found)
+        for sequence in tokens.complete:
+            drawn, classes = tokens.drawn.get(sequence), tokens.classes.get(sequence, ())
+            self._emit(sequence, endings.get(sequence), now, drawn, classes)
+        for sequence, failure in tokens.failed.items():
+            self._fail(sequence, failure, now)
+
+    def _note_dispatch(self, plan: Plan) -> None:
+        for sequence in self._scheduler.preempted:
+            sequence.note_preemption(self._clock())
+        when = self._runner.first_dispatch
+        if when is not None:
+            for planned in plan.rows:
+                planned.sequence.note_dispatch(when)
+
+    # Workers that die
+
+    def generation_runs(self) -> None:
+        """Steps of another generation follow; call it after ``worker_died``."""
+        self._isolation.begin()
+
+    def worker_died(self) -> None:
+        """Another worker of the generation is lost; the request that ran alone then fails."""
+        culprit = self._isolation.die()
+        for sequence in tuple(self._requests[culprit]) if culprit is not None else ():
+            self._scheduler.remove(sequence)
+            self._fail(sequence, _POISONOUS, self._clock())
+
+    def take_turns(self) -> list[Turn]:
+        """Turns to report to gateways: of requests that run alone, or have done so."""
+        found = self._isolation.offer(self._could_run_alone, self._clock())
+        if found is not None:
+            self._turns.append(self._turn(found))
+        turns, self._turns = self._turns, []
+        return turns
+
+    def begin_turn(self, turn: Turn) -> None:
+        """A gateway has recorded that its request runs alone now."""
+        if turn.request_id in self._requests and turn == self._turn(turn.request_id):
+            self._isolation.take(turn.request_id)
+
+    def _could_run_alone(self, request_id: str) -> bool:
+        wanted = self._wanted(request_id)
+        return bool(wanted.decode_rows or wanted.prefill_rows)
+
+    def _turn(self, request_id: str, is_over: bool = False) -> Turn:
+        attempt = self._requests[request_id][0].request.attempt
+        return Turn(request_id=request_id, attempt=attempt, is_over=is_over)
+
+    # Outputs
+
+    def _emit(
+        self,
+        sequence: SequenceState,
+        ending: Ending | None,
+        now: float,
+        drawn: Drawn | None = None,
+        classes: tuple[float, ...] = (),
+    ) -> None:
+        token, logprob = (None, None) if drawn is None else (drawn.token, drawn.logprob)
+        arrays = self._step_sampler.inspector.arrays(sequence) if ending else ()
+        self._pending.append(sequence.take_output(now, ending, token, logprob, classes, arrays))
+        if ending is not None:
+            self._forget(sequence, ending.reason)
+
+    def _fail(self, sequence: SequenceState, failure: Failure, now: float) -> None:
+        self._pending.append(sequence.error(failure, now))
+        self._forget(sequence, FinishReason.ERROR)
+
+    def _forget(self, sequence: SequenceState, reason: FinishReason) -> None:
+        self._ended[reason] += 1
+        self._step_sampler.end(sequence)
+        request_id = sequence.request.request_id
+        left = self._requests[request_id]
+        left.remove(sequence)
+        if not left:
+            del self._requests[request_id]
+            self._isolation.forget(request_id)
+
+    # Numbers
+
+    @property
+    def num_blocks(self) -> int:
+        """All KV blocks."""
+        return self._pool.num_blocks
+
+    def stats(self) -> dict[str, float]:
+        """Gauges and counters by metric name without prefix. Any thread may call it."""
+        free, total = self._pool.num_free, self._pool.num_blocks
+        prefixes = self._scheduler.prefixes
+        waiting, deferred = self._scheduler.num_waiting, self._scheduler.num_deferred
+        return {
+            "num_requests_running": float(self._scheduler.num_running),
+            "num_requests_waiting": float(waiting),
+            'num_requests_waiting_by_reason{reason="capacity"}': float(max(waiting - deferred, 0)),
+            'num_requests_waiting_by_reason{reason="deferred"}': float(deferred),
+            **self._iteration_tokens.stats("iteration_tokens_total"),
+            "kv_cache_usage_perc": 1 - free / total,
+            "kv_blocks_free": float(free),
+            "kv_blocks_total": float(total),
+            "num_preemptions_total": float(self._scheduler.num_preemptions),
+            "prefix_cache_queries_total": float(prefixes.num_queried_tokens),
+            "prefix_cache_hits_total": float(prefixes.num_hit_tokens),
+            "prompt_tokens_cached_total": float(prefixes.num_cached_prompt_tokens),
+            **{name: float(count) for name, count in self._counters.items()},
+            **{f"choices_{r.value}_total": float(n) for r, n in self._ended.items()},
+        }
+
+    def check_integrity(self) -> None:
+        """Assert that block accounting is exact; for tests."""
+        self._scheduler.check_integrity(self.kv_store.tables)
+
+
+def _names(plan: Plan) -> dict[str, None]:
+    """Requests of a plan, in its order."""
+    return dict.fromkeys(planned.sequence.request.request_id for planned in plan.rows)

@@ -1,0 +1,134 @@
+"""Finds the request that kills workers: requests whose steps lost a worker later run alone.
+
+    two deaths with it in the step, none of its rows committed between: a suspect, held back
+      ─▶ its turn is offered to its gateway, which records it and answers
+      ─▶ one step alone, cluster-wide
+           ─▶ it commits: cleared
+           ─▶ a third worker dies: it is failed by name
+
+When an expert worker dies, the request stays here; when this worker dies, the gateway knows from
+the turn which request ran. Pure; the time is passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+from cluster.core.topology import Generation
+
+MAX_DEATHS = 2
+"""Deaths after which a request runs alone."""
+ANSWER_LIMIT_S = 1.0
+"""Time that a gateway has to take a turn; then other requests run, and it is offered again."""
+
+
+@dataclass(slots=True)
+class _Turn:
+    request_id: str
+    offered_s: float
+    is_taken: bool = False
+
+
+class Companions:
+    """The workers that share steps with this worker; others may die without a step."""
+
+    def __init__(self) -> None:
+        self._names: frozenset[str] = frozenset()
+
+    def run(self, generation: Generation) -> None:
+        """Steps of this generation run from now on."""
+        self._names = frozenset(m.name for m in generation.members)
+
+    def died(self, generation: Generation, drained: Collection[str]) -> frozenset[str]:
+        """Workers that are missing in the next generation and were not drained. Each once."""
+        kept = self._names & {m.name for m in generation.members}
+        gone, self._names = self._names - kept, kept
+        return gone - frozenset(drained)
+
+
+class Isolation:
+    """Deaths by request, and whose turn it is to run alone."""
+
+    def __init__(self) -> None:
+        self._deaths: dict[str, int] = {}  # since the last commit of its rows
+        self._hit: dict[str, None] = {}  # in a step that was given up, not committed since
+        self._turn: _Turn | None = None
+
+    @property
+    def suspects(self) -> frozenset[str]:
+        """Requests that must not run with others."""
+        return frozenset(r for r, deaths in self._deaths.items() if deaths >= MAX_DEATHS)
+
+    @property
+    def is_waiting(self) -> bool:
+        """A turn is offered: nothing runs here until it is taken."""
+        return self._turn is not None and not self._turn.is_taken
+
+    @property
+    def alone(self) -> str | None:
+        """The request whose turn it is."""
+        return self._turn.request_id if self._turn is not None and self._turn.is_taken else None
+
+    def enter(self, request_id: str, num_deaths: int) -> None:
+        """A request was received, with the deaths that its gateway has counted."""
+        self.forget(request_id)
+        if num_deaths:
+            self._deaths[request_id] = num_deaths
+
+    def forget(self, request_id: str) -> None:
+        """The request has ended here."""
+        self._deaths.pop(request_id, None)
+        self._hit.pop(request_id, None)
+        if self._turn is not None and self._turn.request_id == request_id:
+            self._turn = None
+
+    def give_up(self, request_ids: Iterable[str]) -> None:
+        """The step of these requests did not commit."""
+        self._hit.update(dict.fromkeys(request_ids))
+
+    def begin(self) -> None:
+        """A generation runs: deaths in the steps before it have been counted."""
+        self._hit.clear()
+
+    def die(self) -> str | None:
+        """Another worker died; returns the request that was alone in the step, to be failed."""
+        hit, self._hit = self._hit, {}
+        for request_id in hit:
+            self._deaths[request_id] = self._deaths.get(request_id, 0) + 1
+        alone = self.alone
+        return alone if alone in hit else None
+
+    def commit(self, request_ids: Collection[str]) -> str | None:
+        """The step of these requests committed; returns the request whose turn is over."""
+        if not (self._deaths or self._hit):
+            return None
+        alone = self.alone
+        for request_id in request_ids:
+            self._deaths.pop(request_id, None)
+            self._hit.pop(request_id, None)
+        if alone is None or alone not in request_ids:
+            return None
+        self._turn = None
+        return alone
+
+    def offer(self, can_run: Callable[[str], bool], now_s: float) -> str | None:
+        """The suspect to offer a turn now, if one can run and no turn is open."""
+        if self._turn is not None:
+            return None
+        found = next((r for r in self._deaths if r in self.suspects and can_run(r)), None)
+        if found is not None:
+            self._turn = _Turn(found, now_s)
+        return found
+
+    def take(self, request_id: str) -> None:
+        """The gateway has recorded that its request runs alone now."""
+        if self._turn is not None and self._turn.request_id == request_id:
+            self._turn.is_taken = True
+
+    def expire(self, now_s: float) -> None:
+        """Withdraw an offer without an answer; its request is offered a turn after the others."""
+        turn = self._turn
+        if turn is not None and not turn.is_taken and now_s - turn.offered_s >= ANSWER_LIMIT_S:
+            self._turn = None
+            self._deaths[turn.request_id] = self._deaths.pop(turn.request_id)

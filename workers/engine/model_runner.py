@@ -1,0 +1,181 @@
+"""One step of the model: from planned rows to the final hidden states of each of them.
+
+The runner drives one generator per micro-batch (see ``workers.model.layers``): it dispatches the
+exchanges that a layer yields, and resumes the layer with the combined outputs. It changes nothing
+but the KV of the rows it runs, which nobody reads before the step is committed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.dispatch.dispatcher import DispatchHandle, TokenDispatcher
+from workers.engine.batch import Batch, batch_order, split_rows
+from workers.engine.expert_load import Routed
+from workers.engine.scheduler import Plan
+from workers.inspection.recorder import Capture
+from workers.kv.cache import KVCache
+from workers.model.config import BankSpec
+from workers.model.layers import AttentionModel, Dispatch, LayerSteps
+from workers.requests.sequence import SequenceState
+from workers.requests.step_header import StepHeader
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """The model's outputs for a plan."""
+
+    hidden: Tensor
+    """[num_rows, hidden_size] after the final norm."""
+    first_row: tuple[int, ...]
+    """Row of ``hidden`` where each entry of ``plan.rows`` begins."""
+    finite: tuple[bool, ...]
+    """For each entry of ``plan.rows``: no NaN or infinity in its rows."""
+    routed: tuple[tuple[Routed, ...], ...]
+    """[bank][micro-batch]: the experts that were chosen."""
+    captures: Mapping[SequenceState, Sequence[Capture]]
+    """What was recorded for sequences whose requests inspect the inside of the model."""
+
+
+class ModelRunner:
+    """Runs plans on one attention rank, over any ``TokenDispatcher``."""
+
+    def __init__(
+        self,
+        *,
+        model: AttentionModel,
+        cache: KVCache,
+        banks: Sequence[BankSpec],
+        dispatcher: TokenDispatcher,
+        rank: int = 0,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._banks = tuple(banks)
+        self._dispatcher = dispatcher
+        self._rank = rank
+        self.first_dispatch: float | None = None
+        """Monotonic seconds of the latest step's first dispatch, also when the step failed."""
+
+    def run(self, header: StepHeader, plan: Plan) -> StepResult | None:
+        """Run a plan; None when it has no rows. Raises ``TransportError``.
+
+        Takes part in every exchange of a micro-batch that was granted rows, even if the plan has
+        fewer rows than granted, or none.
+        """
+        self.first_dispatch = None
+        if not header.grant(self._rank).num_rows:
+            assert not plan.rows, "rows without a grant"
+            self._dispatcher.sit_out(header)
+            return None
+        order = sorted(range(len(plan.rows)), key=lambda i: batch_order(plan.rows[i]))
+        planned = [plan.rows[i] for i in order]
+        parts = split_rows(planned, header.rows(self._rank, 0))[: header.num_micro_batches]
+        batches = [Batch(part, self._cache, self._model.device) for part in parts]
+        self._dispatcher.begin_step(header, [b.rows for b in batches])
+        routed: list[list[Routed]] = [[] for _ in self._banks]
+        hidden = self._drive(batches, routed)
+        if not plan.rows:
+            return None
+        joined = hidden[0] if len(hidden) == 1 else torch.cat([h for h in hidden if len(h)])
+        captures: dict[SequenceState, list[Capture]] = {}
+        for batch in batches:
+            for sequence, capture in batch.captures:
+                captures.setdefault(sequence, []).append(capture)
+        return self._result(joined, plan, order, routed, captures)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden_size] -> [rows, vocab_size], model dtype."""
+        return self._model.logits(hidden)
+
+    def _flow(self, batch: Batch) -> LayerSteps:
+        if batch.inputs is None:
+            return _idle(self._banks, self._model)
+        return self._model.forward(batch.inputs, self._cache.layers, batch.recorder)
+
+    def _drive(self, batches: Sequence[Batch], routed: list[list[Routed]]) -> list[Tensor]:
+        """Resume the micro-batches alternately until all have ended; returns their hidden states.
+
+        With two, the experts work on one while the other is in attention here:
+        dispatch(l, 0), dispatch(l, 1), combine(l, 0), dispatch(l+1, 0), combine(l, 1), ..
+        """
+        flows = [self._flow(batch) for batch in batches]
+        handles: list[DispatchHandle | None] = [None] * len(flows)
+        results: list[Tensor] = []
+        while len(results) < len(flows):
+            for micro_batch, flow in enumerate(flows):
+                handle = handles[micro_batch]
+                try:
+                    if handle is None:
+                        sent = next(flow)
+                    else:
+                        sent = flow.send(self._dispatcher.combine(handle))
+                except StopIteration as stop:
+                    results.append(stop.value)
+                    continue
+                assert isinstance(sent, Dispatch), "a layer waits for rows that it did not send"
+                handles[micro_batch] = handle = self._dispatch(sent, micro_batch)
+                waits = next(flow) is None  # runs the layer's overlapped computation
+                assert waits, "a layer sends rows before it took the outputs of the last ones"
+                if sent.exchange == 0:
+                    num_decodes = batches[micro_batch].num_decodes
+                    chosen = Routed(sent.topk_ids, handle.copies, num_decodes)
+                    routed[sent.bank].append(chosen)
+        return results
+
+    def _dispatch(self, sent: Dispatch, micro_batch: int) -> DispatchHandle:
+        if self.first_dispatch is None:
+            self.first_dispatch = time.monotonic()
+        return self._dispatcher.dispatch(
+            sent.rows,
+            sent.topk_ids,
+            sent.topk_weights,
+            sent.bank,
+            sent.exchange,
+            micro_batch,
+        )
+
+    def _result(
+        self,
+        hidden: Tensor,
+        plan: Plan,
+        order: Sequence[int],
+        routed: list[list[Routed]],
+        captures: Mapping[SequenceState, Sequence[Capture]],
+    ) -> StepResult:
+        bad_rows = (~torch.isfinite(hidden.sum(-1, dtype=torch.float32))).nonzero()
+        bad = set(bad_rows.flatten().tolist())  # device-to-host sync
+        first_row = [0] * len(order)
+        row = 0
+        for i in order:
+            first_row[i] = row
+            row += plan.rows[i].count
+        finite = tuple(
+            not bad or bad.isdisjoint(range(first, first + planned.count))
+            for first, planned in zip(first_row, plan.rows, strict=True)
+        )
+        return StepResult(
+            hidden=hidden,
+            first_row=tuple(first_row),
+            finite=finite,
+            routed=tuple(map(tuple, routed)),
+            captures=captures,
+        )
+
+
+def _idle(banks: Sequence[BankSpec], model: AttentionModel) -> LayerSteps:
+    """All exchanges of a step without a row: peers expect them where rows were granted."""
+    for bank in banks:
+        ids = torch.empty((0, bank.top_k), dtype=torch.int64, device=model.device)
+        weights = torch.empty((0, bank.top_k), dtype=model.dtype, device=model.device)
+        for spec in bank.exchanges:
+            shape = (0, bank.top_k, spec.in_width) if spec.per_slot_input else (0, spec.in_width)
+            rows = torch.empty(shape, dtype=model.dtype, device=model.device)
+            yield Dispatch(bank.index, spec.index, rows, ids, weights)
+            yield
+    return torch.empty((0, 0), dtype=model.dtype, device=model.device)

@@ -1,0 +1,111 @@
+"""How many prompt rows a step may have while others decode. Pure: times are passed in.
+
+A step ends for all ranks together, so a long chunk of one prompt delays every stream of the
+cluster. With a target for the inter-token latency the leader learns from its own steps what decode
+steps and prompt rows cost, and grants as many prompt rows as fit into the target. A row costs less
+the more rows there are (the experts are read anyway), and more the longer the context: the estimate
+follows the sizes that are being granted, a step at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from cluster.config.cluster import EngineSection
+
+_AIM = 0.9
+"""Part of the target: each chunk of a long prompt costs a few percent more than the last."""
+_NEW_SHARE = 0.5
+"""Weight of the newest step in an estimate."""
+_MOST_TIMES = 2.0
+"""Limit of a step's time in multiples of the expected one: one slow step is not a trend."""
+_FAR_ABOVE = 1.5
+"""A step longer than so many targets halves the cap, independent of the estimate."""
+
+
+class PrefillCap:
+    """The leader's policy, with its estimates of the time of steps.
+
+    The cap at most doubles from one step to the next.
+    """
+
+    def __init__(self, *, max_rows: int, min_rows: int = 1, target_s: float | None = None) -> None:
+        """``max_rows`` is the budget of one rank, ``min_rows`` what a step may always have.
+
+        Without ``target_s`` all ranks together get the budget of one while anyone decodes.
+        """
+        self._max_rows = max_rows
+        self._min_rows = min(min_rows, max_rows)
+        self._target_s = target_s
+        self._decode_s: dict[int, float] = {}  # time of steps by size of their decode rows
+        self._prefill_s = 0.0  # time that prompt rows took, and their number: both decay
+        self._prefill_rows = 0.0
+        self._fitting_rows = self._min_rows
+
+    @classmethod
+    def of(cls, engine: EngineSection) -> Self:
+        """What a configuration asks for: a step may always have a block of prompt rows."""
+        target_ms = engine.itl_target_ms
+        return cls(
+            max_rows=engine.max_num_batched_tokens,
+            min_rows=engine.block_size_tokens,
+            target_s=None if target_ms is None else target_ms / 1000,
+        )
+
+    def rows(self, decode_rows: int, num_ranks: int) -> int:
+        """Prompt rows of the next step over all ranks, of which ``decode_rows`` decode."""
+        if not decode_rows:
+            return self._max_rows * num_ranks
+        if self._target_s is None:
+            return self._max_rows
+        left_s = _AIM * self._target_s - self._decode_time(decode_rows)
+        most, row_s = min(self._max_rows, 2 * self._fitting_rows), self._row_time()
+        if row_s * most > left_s:
+            most = int(max(left_s, 0.0) / row_s) if row_s else 0
+        return max(self._min_rows, most)
+
+    def observe(self, decode_rows: int, prefill_rows: int, seconds: float) -> None:
+        """A step took ``seconds`` from its header to the next proposals of all ranks."""
+        if self._target_s is None or not decode_rows + prefill_rows:
+            return
+        if not prefill_rows:
+            self._learn_decode(decode_rows, seconds)
+            return
+        self._learn_prefill(decode_rows, prefill_rows, seconds)
+        if not decode_rows:
+            return
+        size = _size(decode_rows)
+        if size in self._decode_s:  # without the prompt rows it would not have taken longer
+            self._decode_s[size] = min(self._decode_s[size], seconds)
+        if seconds <= self._target_s:
+            self._fitting_rows = max(self._fitting_rows, prefill_rows)
+        elif seconds > _FAR_ABOVE * self._target_s:
+            self._fitting_rows = max(self._min_rows, prefill_rows // 4)
+
+    def _learn_decode(self, decode_rows: int, seconds: float) -> None:
+        size = _size(decode_rows)
+        known_s = self._decode_s.get(size, seconds)
+        new_s = min(seconds, _MOST_TIMES * known_s)
+        self._decode_s[size] = known_s + _NEW_SHARE * (new_s - known_s)
+
+    def _learn_prefill(self, decode_rows: int, prefill_rows: int, seconds: float) -> None:
+        decode_s = self._decode_time(decode_rows)
+        if self._prefill_rows:
+            seconds = min(seconds, _MOST_TIMES * (decode_s + self._row_time() * prefill_rows))
+        self._prefill_s = (1 - _NEW_SHARE) * self._prefill_s + max(seconds - decode_s, 0.0)
+        self._prefill_rows = (1 - _NEW_SHARE) * self._prefill_rows + prefill_rows
+
+    def _row_time(self) -> float:
+        return self._prefill_s / self._prefill_rows if self._prefill_rows else 0.0
+
+    def _decode_time(self, decode_rows: int) -> float:
+        """Expected time of a step with so many decode rows alone, from the nearest known size."""
+        if not decode_rows or not self._decode_s:
+            return 0.0
+        size = _size(decode_rows)
+        return self._decode_s[min(self._decode_s, key=lambda s: (abs(s - size), -s))]
+
+
+def _size(decode_rows: int) -> int:
+    """1, 2, 3 .. 4, 5 .. 8 rows and so on cost about the same."""
+    return (decode_rows - 1).bit_length()

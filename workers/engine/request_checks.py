@@ -1,0 +1,111 @@
+"""Checks of a request before an engine allocates anything for it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.core.errors import ContextLengthError, RequestError
+from workers.requests.prompt_embeds import PromptEmbeds
+from workers.requests.request import Request
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestLimits:
+    """Sizes of one engine."""
+
+    vocab_size: int
+    """Token ids are below it."""
+    max_model_len: int
+    """Tokens of prompt and output together."""
+    block_size: int
+    """Tokens of a KV block."""
+    num_blocks: int
+    """KV blocks of the worker."""
+    hidden_size: int = 0
+    """Elements of an embedding; 0 if not known."""
+    is_classifier: bool = False
+    """The model has no lm_head: nothing can be drawn or scored."""
+
+
+def check_request(request: Request, limits: RequestLimits) -> None:
+    """Raise ``RequestError`` naming field, value and rule for what can never run."""
+    params, length = request.params, len(request.prompt)
+    _require(length > 0, "prompt must not be empty", "prompt")
+    if request.prompt_embeds is not None:
+        _check_embeds(request, request.prompt_embeds, limits)
+    _require(request.n >= 1, f"n ({request.n}) must be at least 1", "n")
+    _require(
+        len(request.output_so_far) <= request.n,
+        f"output_so_far has {len(request.output_so_far)} choices, n is {request.n}",
+        "output_so_far",
+    )
+    closed = set(request.closed_choices)
+    _require(
+        len(closed) < request.n and closed <= set(range(request.n)),
+        f"closed_choices {sorted(closed)} must be some of the {request.n} choices, not all",
+        "closed_choices",
+    )
+    _require(
+        params.max_tokens >= 0,
+        f"max_tokens ({params.max_tokens}) must not be negative",
+        "max_tokens",
+    )
+    if limits.is_classifier:
+        _check_classification(request)
+    given = {
+        "prompt": request.prompt,
+        "output_so_far": [t for tokens in request.output_so_far for t in tokens],
+        "logit_bias": [t for t, _ in params.logit_bias],
+        "stop_token_ids": params.stop_token_ids,
+        "allowed_token_ids": params.allowed_token_ids,
+        "logprob_token_ids": params.logprob_token_ids,
+        "bad_words": [t for word in params.bad_words for t in word],
+    }
+    for name, tokens in given.items():
+        bad = next((t for t in tokens if not 0 <= t < limits.vocab_size), None)
+        _require(
+            bad is None,
+            f"{name} has token id {bad}, ids must be 0 to {limits.vocab_size - 1}",
+            name,
+        )
+    _check_length(length, params.max_tokens, limits)
+
+
+def _check_embeds(request: Request, embeds: PromptEmbeds, limits: RequestLimits) -> None:
+    name, params = "embeddings", request.params
+    width = limits.hidden_size
+    _require(embeds.width == width, f"{name} are {embeds.width} wide, the model's {width}", name)
+    is_whole = len(embeds.data) == 4 * width * len(request.prompt)
+    _require(is_whole, f"{name} must have one row for each token of the prompt", name)
+    is_plain = params.prompt_logprobs is None and params.repetition_penalty == 1.0
+    _require(is_plain, f"{name} cannot go with prompt_logprobs or repetition_penalty", name)
+
+
+def _check_classification(request: Request) -> None:
+    params, rule = request.params, "the model is a sequence classifier and has no lm_head"
+    _require(
+        params.max_tokens == 0, f"max_tokens ({params.max_tokens}) must be 0: {rule}", "max_tokens"
+    )
+    _require(params.prompt_logprobs is None, f"prompt_logprobs must not be set: {rule}", "logprobs")
+
+
+def _check_length(length: int, max_tokens: int, limits: RequestLimits) -> None:
+    if length + max_tokens > limits.max_model_len:
+        raise ContextLengthError(
+            f"the maximum context length is {limits.max_model_len} tokens, but the prompt has "
+            f"{length} and max_tokens is {max_tokens}",
+            "prompt",
+        )
+    in_cache = max(length + max_tokens - 1, length)  # the last token is never read
+    need = -(-in_cache // limits.block_size)
+    if need > limits.num_blocks:
+        raise ContextLengthError(
+            f"prompt ({length} tokens) and max_tokens ({max_tokens}) need {need} KV blocks of "
+            f"{limits.block_size} tokens, this worker has {limits.num_blocks}",
+            "prompt",
+        )
+
+
+def _require(ok: bool, message: str, param: str) -> None:
+    if not ok:
+        raise RequestError(message, param)

@@ -1,0 +1,387 @@
+"""Which rows run in the next step: continuous batching with chunked prefill. Pure, no torch.
+
+A plan is made from what the step header grants, and then either committed (the model ran to its
+last layer) or abandoned (a peer was lost): only a commit changes what sequences have computed and
+produced. Preemption is the exception: planning preempts at once, which costs a recomputation but
+never changes a token.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass
+from operator import attrgetter
+
+from workers.kv.block_pool import BlockPool
+from workers.kv.prefix_cache import PrefixCache
+from workers.requests.request import FinishReason
+from workers.requests.sequence import Ending, SequenceState, SequenceStatus
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRows:
+    """Neighbouring rows of one sequence in a plan. Its block table covers them already."""
+
+    sequence: SequenceState
+    first: int
+    """Position of the first row."""
+    count: int
+    is_decode: bool
+    """One row that continues an output."""
+    num_new_blocks: int
+    """Blocks at the end of the block table that this plan allocated."""
+    is_admitted: bool
+    """The sequence was waiting before this plan."""
+
+    @property
+    def draws_token(self) -> bool:
+        """The last row is the newest token: its logits give the next one."""
+        return self.first + self.count == self.sequence.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The rows of one step."""
+
+    rows: tuple[PlannedRows, ...]
+    """Decodes first, each part in the order of priority and arrival."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch."""
+        return sum(r.count for r in self.rows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowsWanted:
+    """What the next step could run, for the proposal to the leader."""
+
+    decode_rows: int
+    """One per decoding sequence."""
+    prefill_rows: int
+    """Prompt rows within the token budget."""
+    is_alone: bool = False
+    """They are one request's, and no other's may be in the step on any rank."""
+
+
+class Scheduler:
+    """Sequences, their blocks, and the plan of a step.
+
+    Lower priority values go first, then earlier arrivals. At admission a sequence gets the blocks
+    of all tokens it has, so only decodes can run short of blocks later; blocks that the prefix
+    cache knows are computed already. When blocks run short, the last sequence of the order is
+    preempted: it waits again, without blocks, and recomputes from prompt and output what the cache
+    has lost by then. So the first of the order always continues, and every sequence ends.
+
+    Admission leaves a free block for each running sequence that may still grow, so that a sequence
+    is not preempted in the step after its admission. A waiting sequence that does not fit preempts
+    running ones only where their priority is lower.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_token_ids: Iterable[int],
+        enable_prefix_caching: bool = True,
+        length_matters_above: int | None = None,
+    ) -> None:
+        """``length_matters_above``: see ``ModelConfig.length_matters_above``."""
+        self._pool = pool
+        self._block_size = block_size
+        self._max_num_seqs = max_num_seqs
+        self._max_rows = max_num_batched_tokens
+        self._max_model_len = max_model_len
+        self._eos = frozenset(eos_token_ids)
+        self.prefixes = PrefixCache(
+            pool,
+            block_size=block_size,
+            is_enabled=enable_prefix_caching,
+            length_matters_above=length_matters_above,
+        )
+        """Finds what was computed before; its counters are for reading."""
+        self._waiting: list[SequenceState] = []
+        self._running: list[SequenceState] = []
+        self.num_preemptions = 0
+        """Preemptions so far."""
+        self.preempted: list[SequenceState] = []
+        """Sequences that were preempted for the last plan."""
+        self._held: Set[str] = frozenset()
+        self._alone: str | None = None
+
+    @property
+    def running(self) -> list[SequenceState]:
+        """Sequences that take part in steps, in order."""
+        return list(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of waiting sequences."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Number of running sequences."""
+        return len(self._running)
+
+    @property
+    def num_deferred(self) -> int:
+        """Waiting sequences that must not be admitted yet: their leader computes the prompt."""
+        return sum(map(self._waits_for_leader, self._waiting))
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens of waiting sequences, counted once for all choices of a request."""
+        return sum(s.prompt_length for s in self._waiting if s.leader is None)
+
+    def add(self, sequence: SequenceState) -> None:
+        """Queue a sequence behind those of its priority."""
+        self._enter(self._waiting, sequence, SequenceStatus.WAITING)
+
+    def remove(self, sequence: SequenceState) -> None:
+        """End a sequence between steps; its blocks are free at once."""
+        if sequence.status is SequenceStatus.FINISHED:
+            return
+        here = self._running if sequence.status is SequenceStatus.RUNNING else self._waiting
+        here.remove(sequence)
+        self._release(sequence)
+        sequence.status = SequenceStatus.FINISHED
+
+    def ending(self, sequence: SequenceState) -> Ending | None:
+        """Why the output so far ends the sequence; None if it does not."""
+        params, output = sequence.params, sequence.output
+        if output and len(output) >= params.min_tokens:
+            if output[-1] in self._eos and not params.ignore_eos:
+                return Ending(reason=FinishReason.STOP)
+            if output[-1] in params.stop_token_ids:
+                return Ending(reason=FinishReason.STOP, stop_token_id=output[-1])
+        if sequence.grammar is not None and sequence.grammar.is_complete:
+            return Ending(reason=FinishReason.STOP)
+        if len(output) >= params.max_tokens or sequence.num_tokens >= self._max_model_len:
+            return Ending(reason=FinishReason.LENGTH)
+        return None
+
+    def restrict(self, held: Set[str] = frozenset(), alone: str | None = None) -> None:
+        """From now on plan no rows of the requests ``held``, or of all but the one ``alone``."""
+        self._held, self._alone = held, alone
+
+    def wanted(self) -> RowsWanted:
+        """Rows that the next step would run if all were granted."""
+        running = [s for s in self._running if self._may_run(s)]
+        decodes = sum(s.is_decoding for s in running)
+        missing = sum(s.num_missing for s in running if not s.is_decoding)
+        limit = self._max_rows - decodes
+        missing += sum(map(self._num_to_compute, self._admissible(limit - missing)))
+        first = self._first_in_need()
+        if first is not None:
+            missing += self._num_to_compute(first)
+        is_alone = self._alone is not None
+        prefill_rows = min(missing, limit)
+        return RowsWanted(decode_rows=decodes, prefill_rows=prefill_rows, is_alone=is_alone)
+
+    def schedule(self, decode_rows: int, prefill_rows: int) -> Plan:
+        """Choose rows within what was granted, and allocate their blocks."""
+        self.preempted.clear()
+        rows: list[PlannedRows] = []
+        admissible: list[SequenceState] = []
+        if prefill_rows > 0:
+            while self._first_in_need() is not None:
+                self._preempt_last()
+            admissible += self._admissible(prefill_rows)  # decodes leave them blocks: see _reserve
+        for sequence in self.running:  # a copy: a decode may preempt others
+            may_run = self._may_run(sequence)
+            if may_run and sequence.is_decoding and len(rows) < decode_rows:
+                self._plan_decode(sequence, rows)
+        left = min(prefill_rows, self._max_rows - len(rows))
+        prefilling = (s for s in self._running if self._may_run(s) and not s.is_decoding)
+        for sequence in sorted((*prefilling, *admissible), key=attrgetter("order")):
+            if left > 0:
+                left -= self._plan_chunk(sequence, left, rows)
+        return Plan(rows=tuple(rows))
+
+    def commit(
+        self, plan: Plan, drawn: Mapping[SequenceState, int], failed: Collection[SequenceState]
+    ) -> dict[SequenceState, Ending]:
+        """The plan ran. ``drawn`` has the token of each sequence that drew one.
+
+        Returns the sequences that ended, with the reason; their blocks are free. ``failed`` ones
+        end without a token, and the prefix cache never gets what they computed in this plan.
+        """
+        endings: dict[SequenceState, Ending] = {}
+        for planned in plan.rows:
+            sequence = planned.sequence
+            ending = self._commit_rows(planned, drawn.get(sequence), sequence in failed)
+            if ending is not None:
+                endings[sequence] = ending
+                self.remove(sequence)
+        return endings
+
+    def abandon(self, plan: Plan) -> None:
+        """The plan did not run: free its blocks, and let the sequences it admitted wait again."""
+        for planned in plan.rows:
+            sequence = planned.sequence
+            if planned.is_admitted:
+                self._running.remove(sequence)
+                self._release(sequence)
+                self._enter(self._waiting, sequence, SequenceStatus.WAITING)
+            elif planned.num_new_blocks:
+                self._pool.release(sequence.blocks[-planned.num_new_blocks :])
+                del sequence.blocks[-planned.num_new_blocks :]
+
+    def check_integrity(self, others: Iterable[list[int]] = ()) -> None:
+        """Assert that the pool's holders are exactly the block tables of all running sequences and
+        of ``others``, and that the prefix cache has the right hashes of their blocks."""
+        self._pool.check_integrity([*(s.blocks for s in self._running), *others])
+        for sequence in self._running:
+            assert sequence.num_computed <= len(sequence.blocks) * self._block_size
+            self.prefixes.check_integrity(sequence)
+        for sequence in self._waiting:
+            assert not sequence.blocks
+            assert not sequence.num_computed
+
+    def _commit_rows(
+        self, planned: PlannedRows, token: int | None, has_failed: bool
+    ) -> Ending | None:
+        """Returns how the sequence ended, if it did."""
+        sequence = planned.sequence
+        if planned.is_admitted:
+            self.prefixes.count(sequence, planned.first)
+        sequence.num_computed += planned.count
+        if has_failed:
+            return Ending(reason=FinishReason.ERROR)
+        self.prefixes.store(sequence, planned.first)
+        if not planned.draws_token:
+            return None
+        if token is not None:
+            sequence.append(token)
+        return self.ending(sequence)
+
+    # Planning
+
+    def _plan_decode(self, sequence: SequenceState, rows: list[PlannedRows]) -> None:
+        if sequence.status is not SequenceStatus.RUNNING:
+            return  # preempted for one before it
+        missing = self._blocks(sequence.num_tokens) - len(sequence.blocks)
+        while not self._pool.can_allocate(missing):
+            self._preempt_last()
+            if sequence.status is not SequenceStatus.RUNNING:
+                return  # it was the last of the order itself
+        sequence.blocks += self._pool.allocate(missing)
+        rows.append(PlannedRows(sequence, sequence.num_computed, 1, True, missing, False))
+
+    def _plan_chunk(self, sequence: SequenceState, limit: int, rows: list[PlannedRows]) -> int:
+        """Plan up to ``limit`` rows of a prompt (or of a recomputation); returns how many."""
+        is_admitted = sequence.status is SequenceStatus.WAITING
+        new_blocks = self._admit(sequence) if is_admitted else 0
+        count = min(limit, sequence.num_missing)
+        first = sequence.num_computed
+        rows.append(PlannedRows(sequence, first, count, False, new_blocks, is_admitted))
+        return count
+
+    def _admissible(self, max_rows: int) -> Iterator[SequenceState]:
+        """Waiting sequences in order, as long as seats, free blocks and rows last.
+
+        Known blocks without a holder count as taken from the free ones by each sequence that would
+        use them.
+        """
+        free = self._pool.num_free - self._reserve(self._running)
+        seats = self._max_num_seqs - len(self._running)
+        for sequence in self._waiting:
+            if seats <= 0 or max_rows <= 0:
+                return
+            if not self._may_run(sequence):
+                continue
+            found = self.prefixes.find(sequence)
+            if self._waits_for_leader(sequence) and len(found) < self._num_shared(sequence):
+                continue
+            free -= self._blocks(sequence.num_tokens)
+            free += sum(not self._pool.is_free(block) for block in found)
+            if free < 0:
+                return
+            free -= self._reserve((sequence,))
+            seats -= 1
+            max_rows -= sequence.num_tokens - len(found) * self._block_size
+            yield sequence
+
+    def _admit(self, sequence: SequenceState) -> int:
+        """Move to running with blocks for all its tokens; returns how many were allocated."""
+        sequence.blocks += self.prefixes.find(sequence)
+        self._pool.share(sequence.blocks)
+        sequence.num_computed = len(sequence.blocks) * self._block_size
+        missing = self._blocks(sequence.num_tokens) - len(sequence.blocks)
+        sequence.blocks += self._pool.allocate(missing)
+        self._waiting.remove(sequence)
+        self._enter(self._running, sequence, SequenceStatus.RUNNING)
+        return missing
+
+    # Blocks
+
+    def _blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def _num_to_compute(self, waiting: SequenceState) -> int:
+        """Rows that it would run if it were admitted now."""
+        return waiting.num_tokens - len(self.prefixes.find(waiting)) * self._block_size
+
+    def _reserve(self, sequences: Iterable[SequenceState]) -> int:
+        """Blocks to leave free at an admission: one for each sequence that may need another."""
+        return sum(map(self._may_grow, sequences))
+
+    def _may_grow(self, sequence: SequenceState) -> bool:
+        is_running = sequence.status is SequenceStatus.RUNNING
+        held = len(sequence.blocks) if is_running else self._blocks(sequence.num_tokens)
+        read = sequence.prompt_length + sequence.params.max_tokens - 1  # not the last one drawn
+        return self._blocks(min(read, self._max_model_len)) > held
+
+    def _preempt_last(self) -> None:
+        victim = self._running.pop()
+        self._release(victim)
+        self._enter(self._waiting, victim, SequenceStatus.WAITING)
+        self.num_preemptions += 1
+        self.preempted.append(victim)
+
+    def _first_in_need(self) -> SequenceState | None:
+        """The first waiting sequence, if it fits only once lower priorities are preempted."""
+        able = (s for s in self._waiting if self._may_run(s) and not self._waits_for_leader(s))
+        first = next(able, None)
+        if first is None:
+            return None
+        stay = [s for s in self._running if s.request.priority <= first.request.priority]
+        if len(stay) == len(self._running) or first in self._admissible(self._max_rows):
+            return None
+        held = {block for s in stay for block in s.blocks}
+        missing = self._blocks(first.num_tokens) - len(held.intersection(self.prefixes.find(first)))
+        free = self._pool.num_blocks - len(held) - self._reserve(stay)
+        return first if missing <= free else None
+
+    def _release(self, sequence: SequenceState) -> None:
+        self._pool.release(sequence.blocks)
+        sequence.blocks.clear()
+        sequence.num_computed = 0
+
+    def _may_run(self, sequence: SequenceState) -> bool:
+        request_id = sequence.request.request_id
+        if self._alone is not None:
+            return request_id == self._alone
+        return request_id not in self._held
+
+    def _num_shared(self, sequence: SequenceState) -> int:
+        """Full prompt blocks that choices share; at least one prompt token is left to compute."""
+        return (sequence.prompt_length - 1) // self._block_size
+
+    def _waits_for_leader(self, sequence: SequenceState) -> bool:
+        """Its leader is going to compute the prompt's full blocks."""
+        leader = sequence.leader
+        if leader is None or leader.status is SequenceStatus.FINISHED:
+            return False
+        return leader.num_computed < self._num_shared(sequence) * self._block_size
+
+    @staticmethod
+    def _enter(queue: list[SequenceState], sequence: SequenceState, status: SequenceStatus) -> None:
+        sequence.status = status
+        insort(queue, sequence, key=attrgetter("order"))

@@ -1,0 +1,237 @@
+"""Proposals to the leader and headers from it: how all ranks agree on the next step.
+
+    attention worker                          expert worker
+    channel.propose(decode, prefill)
+    header = channel.wait(timeout)            header = channel.wait(timeout)
+    run the step                              serve the step
+
+Without work, all ranks are blocked in ``wait``. A rank that receives a request calls
+``connections.wake()`` (from its other thread), leaves ``wait`` with None, and proposes again for
+the same step: the header follows at once. If the header of that step was already on its way, the
+rank runs its zero rows and proposes for the next step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from cluster.core.errors import ProtocolError
+from cluster.core.topology import Generation
+from workers.engine.leader import decide_header
+from workers.engine.micro_batches import MicroBatchRule
+from workers.engine.prefill_cap import PrefillCap
+from workers.requests.step_header import HEADERS, PROPOSALS, StepHeader, StepProposal
+from workers.transport.edge_table import StepFrame
+from workers.transport.frames import FrameHeader, FrameKind
+from workers.transport.peer_connections import PeerConnections
+
+_ONE_MICRO_BATCH = MicroBatchRule()
+
+
+class StepChannel:
+    """One worker's end of the step protocol. Data thread only."""
+
+    def __init__(
+        self,
+        connections: PeerConnections,
+        *,
+        prefill_cap: PrefillCap,
+        micro_batches: MicroBatchRule = _ONE_MICRO_BATCH,
+    ) -> None:
+        """The leader's policies: ``prefill_cap`` limits the prefill rows of a step over all ranks,
+        ``micro_batches`` decides on the split of a step.
+        """
+        self._connections = connections
+        self._prefill_cap = prefill_cap
+        self._micro_batches = micro_batches
+        self.highest_step = 0
+        """Highest step of all headers received, in any generation."""
+        self.highest_epoch = 0
+        """Highest placement epoch that a header named."""
+        self._next_step = 1
+        self._epoch = 0
+        self._oldest_epoch = 0
+        self._decided_epoch = 0
+        self._proposals: dict[int, StepProposal] = {}
+        self._headers: deque[StepHeader] = deque()
+        self._timed: tuple[StepHeader, float] | None = None  # the step under way, and its start
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this worker publishes the headers of the current generation."""
+        return self._connections.generation.leader.name == self._connections.me.name
+
+    def start_generation(
+        self, first_step: int, epoch: int, oldest_epoch: int | None = None
+    ) -> None:
+        """Drop everything of the old generation; steps go on at ``first_step``.
+
+        Call it after ``connections.apply_generation``. ``epoch`` is the authoritative placement
+        epoch; the leader puts it into its headers.
+        """
+        self._next_step = first_step
+        self._proposals.clear()
+        self._headers.clear()
+        self._timed = None
+        self._decided_epoch = epoch
+        self.set_epoch(epoch, epoch if oldest_epoch is None else oldest_epoch)
+
+    def set_epoch(self, epoch: int, oldest_epoch: int) -> None:
+        """Leader: epoch of the headers from now on.
+
+        The next header follows when all ranks have proposed, even if no rank wants a row.
+        """
+        self._epoch = epoch
+        self._oldest_epoch = oldest_epoch
+
+    def propose(
+        self,
+        decode_rows: int,
+        prefill_rows: int,
+        *,
+        is_alone: bool = False,
+        even_empty: bool = False,
+    ) -> None:
+        """Attention ranks: propose rows for the next step; replaces the proposal before.
+
+        ``is_alone`` asks for a step without rows of other requests. With ``even_empty`` the leader
+        runs a step without rows once all ranks have proposed.
+        Raises as ``connections.send`` does.
+        """
+        connections = self._connections
+        self._take_step_frames()
+        if self._headers:
+            return  # the step is already decided: propose again after it
+        proposal = StepProposal(
+            generation=connections.generation.number,
+            step=self._next_step,
+            rank=connections.me.rank,
+            decode_rows=decode_rows,
+            prefill_rows=prefill_rows,
+            is_alone=is_alone,
+        )
+        if self.is_leader:
+            self._proposals[connections.me.rank] = proposal
+            self._decide(even_empty)
+        else:
+            leader = connections.generation.leader.name
+            self._send(leader, FrameKind.PROPOSAL, proposal, PROPOSALS.encode(proposal))
+
+    def wait(self, timeout_s: float) -> StepHeader | None:
+        """The next header; None after ``timeout_s`` or when ``connections.wake`` was called.
+
+        Raises ``PeerLostError`` and ``GenerationChangedError``.
+        """
+        connections = self._connections
+        deadline = time.monotonic() + timeout_s
+        connections.check()
+        while True:
+            self._take_step_frames()
+            if self._headers:
+                return self._next_header()
+            left = deadline - time.monotonic()
+            if left <= 0 or connections.take_wake():
+                return None
+            connections.poll(left)
+
+    def _next_header(self) -> StepHeader:
+        header = self._headers.popleft()
+        self._next_step = header.step + 1
+        self.highest_step = max(self.highest_step, header.step)
+        self.highest_epoch = max(self.highest_epoch, header.epoch)
+        return header
+
+    def _take_step_frames(self) -> None:
+        while self._connections.step_frames:
+            step_frame = self._connections.step_frames.popleft()
+            try:
+                self._file(step_frame)
+            except ProtocolError as err:
+                self._connections.reject(step_frame.sender.name, str(err))
+
+    def _file(self, step_frame: StepFrame) -> None:
+        frame, sender = step_frame.frame, step_frame.sender
+        data = frame.payload.data
+        if frame.header.kind is FrameKind.PROPOSAL:
+            proposal = PROPOSALS.decode(data)
+            self._check_place(frame.header, proposal.generation, proposal.step)
+            if not self.is_leader or proposal.rank != sender.rank:
+                raise ProtocolError(f"proposal of rank {proposal.rank} from {sender.name}")
+            self._take_proposal(proposal)
+            return
+        header = HEADERS.decode(data)
+        self._check_place(frame.header, header.generation, header.step)
+        generation = self._connections.generation
+        if sender.name != generation.leader.name:
+            raise ProtocolError(f"step header from {sender.name}, which does not lead")
+        expected = self._headers[-1].step + 1 if self._headers else self._next_step
+        if header.step != expected:
+            raise ProtocolError(f"step header {header.step}: must be {expected}")
+        _check_members(header, generation)
+        self._headers.append(header)
+
+    def _check_place(self, frame: FrameHeader, generation: int, step: int) -> None:
+        if (generation, step) != (frame.generation, frame.step):
+            raise ProtocolError("step message and its frame name different steps")
+
+    def _take_proposal(self, proposal: StepProposal) -> None:
+        decided = self._headers[-1].step if self._headers else self._next_step - 1
+        if proposal.step <= decided:
+            return  # sent before the header arrived; its rank proposes again after that step
+        if proposal.step != decided + 1:
+            raise ProtocolError(f"proposal for step {proposal.step}: must be {decided + 1}")
+        self._proposals[proposal.rank] = proposal
+        if not self._headers:
+            self._decide()
+
+    def _decide(self, even_empty: bool = False) -> None:
+        """Leader: publish the header of the next step if there is one."""
+        generation = self._connections.generation
+        ranks = [m.rank for m in generation.attention]
+        if any(rank not in self._proposals for rank in ranks):
+            return
+        self._observe_step()
+        decode_rows = sum(self._proposals[rank].decode_rows for rank in ranks)
+        header = decide_header(
+            self._proposals,
+            ranks=ranks,
+            generation=generation.number,
+            step=self._next_step,
+            epoch=self._epoch,
+            oldest_epoch=self._oldest_epoch,
+            max_prefill_rows=self._prefill_cap.rows(decode_rows, len(ranks)),
+            micro_batches=self._micro_batches,
+            even_empty=even_empty or self._epoch != self._decided_epoch,
+        )
+        if header is None:
+            return
+        self._decided_epoch = header.epoch
+        self._proposals.clear()
+        data = HEADERS.encode(header)
+        for member in generation.members:
+            if member.name != self._connections.me.name:
+                self._send(member.name, FrameKind.HEADER, header, data)
+        self._headers.append(header)
+        self._timed = (header, time.monotonic())
+
+    def _observe_step(self) -> None:
+        """Leader: all ranks have proposed again, so the step before is over everywhere."""
+        if self._timed is None:
+            return
+        (header, start), self._timed = self._timed, None
+        seconds = time.monotonic() - start
+        self._prefill_cap.observe(header.decode_rows, header.prefill_rows, seconds)
+
+    def _send(
+        self, name: str, kind: FrameKind, message: StepProposal | StepHeader, data: bytes
+    ) -> None:
+        frame = FrameHeader(kind, message.generation, message.step, length=len(data))
+        self._connections.send(name, frame, [data])
+
+
+def _check_members(header: StepHeader, generation: Generation) -> None:
+    ranks = [rank for rank, _ in header.grants]
+    expected = [m.rank for m in generation.attention]
+    if ranks != expected:
+        raise ProtocolError(f"step header grants ranks {ranks}: must be {expected}")

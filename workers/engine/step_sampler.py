@@ -1,0 +1,189 @@
+"""From a step's final hidden states to tokens, prompt logprobs, classes and inspections.
+
+Nothing here changes a sequence: the engine commits the results, or drops them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from workers.engine.model_runner import StepResult
+from workers.engine.scheduler import Plan, PlannedRows
+from workers.inspection.buffers import StepRows
+from workers.inspection.inspector import Inspector
+from workers.model.config import BankSpec, ModelConfig
+from workers.requests.request import TokenLogprob
+from workers.requests.sequence import NOT_FINITE, Failure, SequenceState
+from workers.sampling.grammar import GrammarState
+from workers.sampling.logits_processors import LogitsProcessors
+from workers.sampling.sampler import (
+    DrawFailure,
+    Drawn,
+    all_finite,
+    logprob_entries,
+    logprob_entries_alone,
+    sample,
+    sample_alone,
+)
+
+_SCORED_ROWS = 64
+"""Prompt rows whose logits are made at a time: 64 x 50304 float32 are 13 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """Tokens and scores of a step, before the commit."""
+
+    complete: list[SequenceState] = field(default_factory=list)
+    """Sequences whose newest token was in the step: they draw one, or are scored only."""
+    drawn: dict[SequenceState, Drawn] = field(default_factory=dict)
+    """By sequence that drew a token."""
+    scored: dict[SequenceState, list[TokenLogprob]] = field(default_factory=dict)
+    """New prompt logprobs."""
+    failed: dict[SequenceState, Failure] = field(default_factory=dict)
+    """Sequences that cannot go on; no other field has them."""
+    classes: dict[SequenceState, tuple[float, ...]] = field(default_factory=dict)
+    """Logits by class, of prompts whose last row was in the step of a classifier."""
+    inspected: dict[SequenceState, StepRows] = field(default_factory=dict)
+    """Results for inspections."""
+
+
+class StepSampler:
+    """Samples and scores the steps of one engine.
+
+    Args:
+        config: the model's numbers.
+        banks: its expert banks.
+        logits: head of the model: [rows, H] -> [rows, V], or classes.
+        deterministic: every row in memory of its own.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        banks: Sequence[BankSpec],
+        logits: Callable[[Tensor], Tensor],
+        deterministic: bool,
+    ) -> None:
+        self._eos = config.eos_token_ids
+        self._is_classifier = bool(config.labels)
+        self._logits = logits
+        self._sample = sample_alone if deterministic else sample
+        self._score = logprob_entries_alone if deterministic else logprob_entries
+        self._processors: dict[SequenceState, LogitsProcessors] = {}
+        self.inspector = Inspector(config, banks, logits, self._score)
+        """Reads the inside of the model for inspections."""
+
+    def start(self, sequence: SequenceState, grammar: GrammarState | None) -> None:
+        """Follow a sequence until ``end``; ``grammar`` is its own."""
+        self._processors[sequence] = LogitsProcessors(sequence, self._eos, grammar)
+        self.inspector.start(sequence)
+
+    def end(self, sequence: SequenceState) -> None:
+        """Forget a sequence that was started."""
+        del self._processors[sequence]
+        self.inspector.end(sequence)
+
+    def draw(self, plan: Plan, result: StepResult) -> StepTokens:
+        """Tokens of a plan that ran to its last layer. Changes nothing."""
+        tokens = StepTokens()
+        ends: dict[SequenceState, int] = {}
+        for planned, first_row, is_finite in zip(
+            plan.rows, result.first_row, result.finite, strict=True
+        ):
+            sequence = planned.sequence
+            if not is_finite or not self._read(tokens, planned, first_row, result):
+                tokens.failed[sequence] = NOT_FINITE
+            elif planned.draws_token:
+                tokens.complete.append(sequence)
+                ends[sequence] = first_row + planned.count - 1
+        self._draw(tokens, ends, result.hidden)
+        self._classify(tokens, ends, result.hidden)
+        return tokens
+
+    def _read(
+        self, tokens: StepTokens, planned: PlannedRows, first_row: int, result: StepResult
+    ) -> bool:
+        """Score and inspect prompt rows; False when a logit is NaN or infinity."""
+        sequence = planned.sequence
+        if sequence.scores_prompt:
+            entries = self._score_prompt(planned, result.hidden, first_row)
+            if entries is None:
+                return False
+            tokens.scored[sequence] = entries
+        if sequence.request.inspection is not None:
+            hidden = result.hidden[first_row : first_row + planned.count]
+            captures = result.captures.get(sequence, ())
+            rows_found = self.inspector.read(sequence.request, planned.first, hidden, captures)
+            if rows_found is None:
+                return False
+            tokens.inspected[sequence] = rows_found
+        return True
+
+    def _score_prompt(
+        self, planned: PlannedRows, hidden: Tensor, first_row: int
+    ) -> list[TokenLogprob] | None:
+        """Logprobs of the prompt tokens behind these rows that have none yet.
+
+        None when a logit is NaN or infinity.
+        """
+        sequence = planned.sequence
+        prompt = sequence.request.prompt
+        first = max(planned.first, len(sequence.prompt_logprobs) - 1)
+        last = min(planned.first + planned.count, len(prompt) - 1)
+        offset = first_row - planned.first
+        entries: list[TokenLogprob] = []
+        for start in range(first, last, _SCORED_ROWS):
+            stop = min(start + _SCORED_ROWS, last)
+            logits = self._logits(hidden[start + offset : stop + offset])
+            if not all_finite(logits):
+                return None
+            scored = prompt[start + 1 : stop + 1]
+            num_top = [sequence.params.prompt_logprobs or 0] * len(scored)
+            entries += self._score(logits, scored, num_top)
+        return entries
+
+    def _draw(self, tokens: StepTokens, ends: Mapping[SequenceState, int], hidden: Tensor) -> None:
+        """A token for every complete sequence that may have one."""
+        sampled = [s for s in tokens.complete if s.params.max_tokens]
+        if not sampled:
+            return
+        logits = self._logits(hidden[[ends[sequence] for sequence in sampled]])
+        found = self._sample(logits, [self._processors[sequence].row() for sequence in sampled])
+        for sequence, drawn in zip(sampled, found, strict=True):
+            if drawn.failure is None:
+                tokens.drawn[sequence] = drawn
+            else:
+                self._fail(tokens, sequence, self._failure(sequence, drawn.failure))
+
+    def _classify(
+        self, tokens: StepTokens, ends: Mapping[SequenceState, int], hidden: Tensor
+    ) -> None:
+        """Logits by class of prompts at their ends."""
+        if not self._is_classifier or not ends:
+            return
+        rows: Sequence[list[float]] = self._logits(hidden[list(ends.values())]).float().tolist()
+        for sequence, row in zip(ends, rows, strict=True):
+            if not all(map(math.isfinite, row)):
+                self._fail(tokens, sequence, NOT_FINITE)
+            elif sequence.request.inspection is None:  # it runs all tokens, not those up to a pad
+                tokens.classes[sequence] = tuple(row)
+
+    def _failure(self, sequence: SequenceState, failure: DrawFailure) -> Failure:
+        """The client's error for a draw without a token."""
+        if failure is not DrawFailure.NONE_ALLOWED:
+            return NOT_FINITE
+        where = f"position {len(sequence.output)} of the output"
+        wanted, grammar = sequence.params.grammar, self._processors[sequence].grammar
+        if wanted is not None and grammar is not None and grammar.error is not None:
+            message = f"{wanted.field} cannot be followed at {where}: {grammar.error}"
+            return Failure(message, "invalid_value", wanted.field)
+        return Failure(f"no token is allowed at {where}", "invalid_value")
+
+    def _fail(self, tokens: StepTokens, sequence: SequenceState, failure: Failure) -> None:
+        tokens.complete.remove(sequence)
+        tokens.failed[sequence] = failure

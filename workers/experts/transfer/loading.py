@@ -1,0 +1,161 @@
+"""Load experts into expert slots while the worker serves, in one thread, as orders come.
+
+    controller ── LoadExperts(order, experts, source) ─▶ control thread ─▶ ExpertLoader's queue
+    controller ◀─ ExpertsLoaded(order, error, num_bytes) ─ loader thread, one matrix after another
+
+All weights after the start are loaded here: the experts of a lost worker (``source`` kind
+``checkpoint``), and those that a rebalance moves. A further kind of source is an ``ExpertSource``
+and an entry in the mapping of ``ExpertLoader``; the order's ``source`` names the kind and its
+parameters.
+
+An order fills slots that no current placement uses, so steps never read a slot that is being
+written; kernels allow that (``ExpertKernel``). On a CPU a bank grows to the slots of an order; on a
+GPU its capacity is fixed (``--recovery-slots``). Orders are carried out one after the other, and
+each is answered once. The slots of a failed order have undefined contents.
+
+When a generation runs, slots outside its maps are freed (``keep_only``), in the order of the queue:
+earlier orders were for this generation, or for one that will never run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from cluster.core.errors import ExpertMeshError, ProtocolError
+from cluster.core.frames import ExpertsLoaded, LoadExperts
+from cluster.core.placement import FREE_SLOT
+from workers.experts.slots import ExpertSlots
+from workers.experts.sources import ExpertSource
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint"
+"""Kind of the source that reads from disk; it has no parameters."""
+OpenSource = Callable[[Mapping[str, Any]], ExpertSource]
+"""Opens a source, given ``LoadExperts.source``."""
+Item = TypeVar("Item")
+
+
+class ExpertLoader:
+    """Carries out the load orders of one worker."""
+
+    def __init__(
+        self,
+        slots: ExpertSlots,
+        sources: Mapping[str, OpenSource],
+        answer: Callable[[ExpertsLoaded], None],
+        *,
+        max_slots: int | None = None,
+        min_slots: int = 0,
+    ) -> None:
+        """``sources`` by kind; ``answer`` is called on the loader's thread.
+
+        ``max_slots`` is the capacity of a bank where it cannot grow, ``min_slots`` what it keeps
+        where it can.
+        """
+        self._slots = slots
+        self._sources = sources
+        self._answer = answer
+        self._max_slots = max_slots
+        self._min_slots = min_slots
+        self._closing = False
+        use_one_core = partial(torch.set_num_threads, 1)  # the cores belong to the steps
+        self._executor = ThreadPoolExecutor(1, "expert-loader", use_one_core)
+
+    def order(self, order: LoadExperts) -> None:
+        """Queue an order; returns at once. Any thread."""
+        self._submit(self._carry_out, order)
+
+    def keep_only(self, used: Sequence[Sequence[int]]) -> None:
+        """Free slots outside ``used`` (see ``ExpertSlots``) after the orders so far. Any thread.
+
+        Banks of a fixed capacity keep their memory, so nothing happens there.
+        """
+        if self._max_slots is None:
+            self._submit(self._free, used)
+
+    def close(self) -> None:
+        """End after the matrix that is being read; remaining orders are not answered."""
+        self._closing = True
+        self._executor.shutdown(cancel_futures=True)
+
+    def _submit(self, work: Callable[[Item], None], item: Item) -> None:
+        with contextlib.suppress(RuntimeError):  # closed meanwhile
+            self._executor.submit(work, item)
+
+    # ---- the thread -------------------------------------------------------------------------
+
+    def _free(self, used: Sequence[Sequence[int]]) -> None:
+        try:
+            if num_freed := self._slots.keep_only(used, self._min_slots):
+                logger.info("freed %d unused experts", num_freed)
+        except Exception:  # out of memory, for example: the worker keeps its slots
+            logger.exception("experts that are not used cannot be freed")
+
+    def _carry_out(self, order: LoadExperts) -> None:
+        error, num_bytes = "", 0
+        try:
+            num_bytes = self._load(order)
+        except ExpertMeshError as err:
+            error = str(err)
+        except Exception as err:  # out of memory, for example: the order fails, not the worker
+            logger.exception("load order %d failed", order.order)
+            error = f"{type(err).__name__}: {err}"
+        if error:
+            logger.warning("load order %d: %s", order.order, error)
+        if not self._closing:
+            self._answer(ExpertsLoaded(order=order.order, error=error, num_bytes=num_bytes))
+
+    def _load(self, order: LoadExperts) -> int:
+        work = self._parse(order)
+        self._make_room(work)
+        open_source = self._sources.get(str(order.source.get("kind", CHECKPOINT)))
+        if open_source is None:
+            raise ProtocolError(f"no source of kind {order.source.get('kind')!r}")
+        source = open_source(order.source)
+        try:
+            for bank, slot, expert in work:
+                if expert == FREE_SLOT:
+                    self._slots.clear(bank, slot)
+                    continue
+                for _ in self._slots.load_expert(bank, slot, expert, source):
+                    if self._closing:
+                        return source.num_bytes
+            return source.num_bytes
+        finally:
+            source.close()
+
+    def _parse(self, order: LoadExperts) -> list[tuple[int, int, int]]:
+        """Checked (bank, slot, expert) of an order. Raises ``ProtocolError``."""
+        banks, work = self._slots.banks, []
+        for entry in order.experts:
+            if not (isinstance(entry, list) and [type(x) for x in entry] == [int, int, int]):
+                raise ProtocolError(f"{entry!r} is no [bank, slot, expert]")
+            bank, slot, expert = entry
+            if not 0 <= bank < len(banks):
+                raise ProtocolError(f"there is no bank {bank}")
+            if not FREE_SLOT <= expert < banks[bank].spec.num_experts:
+                raise ProtocolError(f"bank {bank} has no expert {expert}")
+            limit = 2 * banks[bank].spec.num_experts if self._max_slots is None else self._max_slots
+            if not 0 <= slot < max(limit, banks[bank].num_slots):
+                raise ProtocolError(f"bank {bank} has no room for slot {slot}")
+            work.append((bank, slot, expert))
+        return work
+
+    def _make_room(self, work: list[tuple[int, int, int]]) -> None:
+        """Grow each bank once."""
+        wanted: defaultdict[int, int] = defaultdict(int)
+        for bank, slot, expert in work:
+            if expert != FREE_SLOT:
+                wanted[bank] = max(wanted[bank], slot + 1)
+        for bank, num_slots in wanted.items():
+            if num_slots > self._slots.banks[bank].num_slots:
+                self._slots.banks[bank].resize(num_slots)

@@ -1,0 +1,119 @@
+"""Experts from the memory of another worker, and the rate limit of any source in a move.
+
+An item of the transfer (``workers.transport.peer_link``) is one expert: its matrices [out, in] in
+the model's dtype, row-major, exchange by exchange. Its key is bank and expert.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from cluster.core.errors import ProtocolError
+from workers.experts.slots import ExpertSlots
+from workers.experts.sources import ExpertSource, ExpertWeight
+from workers.experts.transfer.rate_limit import RateLimit
+from workers.model.config import BankSpec
+from workers.transport.peer_link import PeerClient, view_bytes
+
+PEER = "peer"
+"""Kind of the source; needs ``peer``, the worker's name, and ``address`` of its weights."""
+GIVE_UP = "give up"
+"""Kind of an order that loads nothing and gives up unfinished moves."""
+KEY: Final = struct.Struct("!HH")
+"""Bank and expert."""
+
+
+def expert_shapes(bank: BankSpec) -> list[tuple[int, int, tuple[int, int]]]:
+    """(exchange, matrix, [out, in]) of an expert's matrices, in the order of the transfer."""
+    return [
+        (exchange.index, i, shape)
+        for exchange in bank.exchanges
+        for i, shape in enumerate(exchange.matrix_shapes)
+    ]
+
+
+def expert_num_bytes(bank: BankSpec, dtype: torch.dtype) -> int:
+    """Bytes of one expert."""
+    return sum(out * width for _, _, (out, width) in expert_shapes(bank)) * dtype.itemsize
+
+
+class ExpertLender:
+    """``Lender`` of the experts in this worker's slots.
+
+    A slot is copied under the slots' own record of contents, so that a slot that is overwritten
+    meanwhile is never sent as its earlier contents.
+    """
+
+    def __init__(self, slots: ExpertSlots) -> None:
+        self._slots = slots
+
+    def borrow(self, keys: Sequence[bytes]) -> list[list[Tensor]]:
+        """See ``Lender``; one expert at a time, as every copy takes memory."""
+        found = [self._slots.read_expert(*KEY.unpack(key)) for key in keys[:1]]
+        return [matrices for matrices in found if matrices is not None]
+
+    def read(self, item: list[Tensor]) -> list[Tensor]:
+        return item
+
+    def give_back(self, items: list[list[Tensor]], num_kept: int) -> None:
+        """See ``Lender``; copies need not be returned."""
+
+
+class PeerSource:
+    """``ExpertSource`` over one connection, which is opened with the first expert."""
+
+    def __init__(self, connect: Callable[[], PeerClient], rate: RateLimit) -> None:
+        """``rate`` is the rate limit of the client; it is consulted before connecting."""
+        self._connect = connect
+        self._rate = rate
+        self._client: PeerClient | None = None
+        self.num_bytes = 0
+        """Bytes received."""
+
+    def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
+        """See ``ExpertSource``; an expert is yielded when all its bytes have come and are checked.
+
+        Raises as ``PeerClient`` does, ``MoveGivenUpError``, and ``ProtocolError`` when the peer
+        does not hold the expert.
+        """
+        if self._client is None:
+            self._rate.take(0)
+            self._client = self._connect()
+        shapes = expert_shapes(bank)
+        matrices = [torch.empty(shape, dtype=dtype) for _, _, shape in shapes]
+        what = f"expert {expert} of bank {bank.bank} layer {bank.layer}"
+        parts = [view_bytes(matrix) for matrix in matrices]
+        if not self._client.fetch(what, [KEY.pack(bank.index, expert)], parts):
+            raise ProtocolError(f"{self._client.peer} does not hold {what}")
+        self.num_bytes += expert_num_bytes(bank, dtype)
+        for (exchange, matrix, _), weight in zip(shapes, matrices, strict=True):
+            yield ExpertWeight(exchange, matrix, weight)
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+
+class RateLimitedSource:
+    """Another source at a limited rate. Raises ``MoveGivenUpError`` when its time is over."""
+
+    def __init__(self, inner: ExpertSource, rate: RateLimit) -> None:
+        self._inner = inner
+        self._rate = rate
+
+    @property
+    def num_bytes(self) -> int:
+        return self._inner.num_bytes
+
+    def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
+        for weight in self._inner.weights(bank, expert, dtype):
+            self._rate.take(weight.weight.nbytes)
+            yield weight
+
+    def close(self) -> None:
+        self._inner.close()

@@ -1,0 +1,49 @@
+"""The rate limit of a move of weights, and the time after which the move is given up."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from cluster.core.errors import MoveGivenUpError
+
+_BURST_S = 0.02
+"""Bytes of this time may be taken at once."""
+
+
+class RateLimit:
+    """Hands out bytes at a rate, to one thread."""
+
+    def __init__(
+        self,
+        bytes_per_s: float | None = None,
+        *,
+        limit_s: float | None = None,
+        cancelled: threading.Event | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """None means no limit; setting ``cancelled`` gives the move up."""
+        self._rate = bytes_per_s
+        self._clock = clock
+        self._cancelled = cancelled or threading.Event()
+        self._free_at = clock()
+        self._limit_s = limit_s
+        self._ends_at = float("inf") if limit_s is None else clock() + limit_s
+
+    def delay_s(self, num_bytes: int) -> float:
+        """Take bytes; returns how long to wait before they may be used."""
+        if self._rate is None:
+            return 0.0
+        now = self._clock()
+        self._free_at = max(self._free_at, now - _BURST_S) + num_bytes / self._rate
+        return max(self._free_at - now, 0.0)
+
+    def take(self, num_bytes: int) -> None:
+        """Take bytes and wait until they may be used. Raises ``MoveGivenUpError``."""
+        delay_s = self.delay_s(num_bytes)
+        left_s = self._ends_at - self._clock()
+        if self._cancelled.wait(max(min(delay_s, left_s), 0.0)):
+            raise MoveGivenUpError("it is not wanted any more")
+        if delay_s > left_s:
+            raise MoveGivenUpError(f"not done within {self._limit_s:g} s")

@@ -1,0 +1,168 @@
+"""Inspections of an engine: admission, the results of each step, buffers.
+
+Buffers change at commit only: results are read in the step, and added when the step commits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from cluster.core.errors import QueueFullError, RequestError
+from workers.inspection.buffers import InspectionBuffers, StepRows, shape_of
+from workers.inspection.recorder import Capture
+from workers.model.config import BankSpec, ModelConfig
+from workers.requests.inspection import (
+    IGNORED_LABEL,
+    Inspection,
+    NamedArray,
+    check_inspection,
+    num_bytes,
+)
+from workers.requests.request import Request, TokenLogprob
+from workers.requests.sequence import SequenceState
+from workers.sampling.sampler import all_finite
+
+MAX_HELD_BYTES = 256 * 1024 * 1024
+"""Bytes that the inspections held by an engine may return together."""
+_ROWS = 64
+"""Rows whose logits are made at a time."""
+
+Score = Callable[[Tensor, Sequence[int], Sequence[int]], list[TokenLogprob]]
+"""Like ``sampler.logprob_entries``."""
+
+
+class Inspector:
+    """Checks inspections, bounds what they hold, and reads steps for them.
+
+    Args:
+        config: the model's numbers.
+        banks: its expert banks.
+        logits: head of the model: [rows, H] -> [rows, V].
+        score: makes log-probabilities of given tokens.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        banks: Sequence[BankSpec],
+        logits: Callable[[Tensor], Tensor],
+        score: Score,
+    ) -> None:
+        self._config = config
+        self._banks = tuple(banks)
+        self._shape = shape_of(config, banks)
+        self._logits = logits
+        self._score = score
+        self._buffers: dict[SequenceState, InspectionBuffers] = {}
+
+    def check(self, request: Request) -> None:
+        """Check a request's inspection, if it has one.
+
+        Raises:
+            RequestError: it can never be served.
+            QueueFullError: the inspections held now leave no room for it.
+        """
+        inspection = request.inspection
+        if inspection is None:
+            return
+        params = request.params
+        is_plain = request.n == 1 and params.max_tokens == 0 and params.prompt_logprobs is None
+        if not is_plain:
+            raise RequestError("an inspection needs n 1, max_tokens 0 and no prompt_logprobs", "n")
+        length = len(request.prompt)
+        check_inspection(inspection, length, self._shape)
+        held = sum(self._size(sequence.request) for sequence in self._buffers)
+        if held and held + num_bytes(inspection, length, self._shape) > MAX_HELD_BYTES:
+            raise QueueFullError(
+                f"inspections hold {held} bytes, at most {MAX_HELD_BYTES} may be held"
+            )
+
+    def start(self, sequence: SequenceState) -> None:
+        """Hold buffers for a request that was checked, if it has an inspection."""
+        inspection, length = sequence.request.inspection, sequence.prompt_length
+        if inspection is not None:
+            self._buffers[sequence] = InspectionBuffers(
+                inspection, length, self._config, self._banks
+            )
+
+    def end(self, sequence: SequenceState) -> None:
+        """Drop a sequence's buffers, if it has any."""
+        self._buffers.pop(sequence, None)
+
+    def add(self, sequence: SequenceState, rows_found: StepRows) -> None:
+        """Add the results of a committed step."""
+        self._buffers[sequence].add(rows_found)
+
+    def arrays(self, sequence: SequenceState) -> tuple[NamedArray, ...]:
+        """All results, once the last row is in; empty without an inspection."""
+        buffers = self._buffers.get(sequence)
+        return () if buffers is None else buffers.arrays()
+
+    def read(
+        self, request: Request, first: int, hidden: Tensor, captures: Sequence[Capture]
+    ) -> StepRows | None:
+        """A step's results: ``hidden`` [count, H] are the final states from position ``first`` on.
+
+        None when a logit is NaN or infinity. Changes nothing.
+        """
+        inspection = request.inspection
+        assert inspection is not None, "asked for"
+        rows = _wanted_rows(inspection, first, first + len(hidden))
+        logits: dict[int, Tensor] = {}
+        logprobs: dict[int, float] = {}
+        for start in range(0, len(rows), _ROWS):
+            places = rows[start : start + _ROWS]
+            found = self._logits(hidden[torch.tensor(places) - first])
+            if not all_finite(found):
+                return None
+            logits |= self._kept(inspection, places, found)
+            logprobs |= self._scored(inspection, places, found)
+        return StepRows(
+            first=first,
+            count=len(hidden),
+            hidden=hidden,
+            logits=logits,
+            logprobs=logprobs,
+            captures=sorted(captures, key=lambda capture: capture.first),
+        )
+
+    def _size(self, request: Request) -> int:
+        assert request.inspection is not None
+        return num_bytes(request.inspection, len(request.prompt), self._shape)
+
+    def _kept(
+        self, inspection: Inspection, places: Sequence[int], found: Tensor
+    ) -> dict[int, Tensor]:
+        wanted = set(inspection.logits)
+        return {
+            place: row.to("cpu", torch.float32, copy=True)
+            for place, row in zip(places, found, strict=True)
+            if place in wanted
+        }
+
+    def _scored(
+        self, inspection: Inspection, places: Sequence[int], found: Tensor
+    ) -> dict[int, float]:
+        """Log-probability of the label behind each place, by the label's position."""
+        behind = {p: _label(inspection, p + 1) for p in places}
+        kept = [i for i, p in enumerate(places) if behind[p] != IGNORED_LABEL]
+        if not kept:
+            return {}
+        labels = [behind[places[i]] for i in kept]
+        entries = self._score(found[kept], labels, [0] * len(kept))
+        return {places[i] + 1: e.logprob for i, e in zip(kept, entries, strict=True)}
+
+
+def _label(inspection: Inspection, position: int) -> int:
+    labels = inspection.labels
+    return labels[position] if position < len(labels) else IGNORED_LABEL
+
+
+def _wanted_rows(inspection: Inspection, first: int, last: int) -> list[int]:
+    """Positions from ``first`` to ``last`` - 1 that need logits, ascending."""
+    wanted = {place for place in inspection.logits if first <= place < last}
+    wanted.update(p for p in range(first, last) if _label(inspection, p + 1) != IGNORED_LABEL)
+    return sorted(wanted)

@@ -1,0 +1,78 @@
+"""Records the inside of a forward pass for the rows whose requests ask for it.
+
+A ``BatchRecorder`` sees one micro-batch and keeps, for each ``Capture`` in it, the rows of one
+sequence. Captures are made anew in each step, so a step that fails leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from workers.model.attention import AttentionBatch, attention_map
+from workers.requests.inspection import Inspection
+
+
+@dataclass(frozen=True, slots=True)
+class RouterRows:
+    """Outputs of a bank's router for some rows."""
+
+    logits: Tensor
+    """[n, E] model dtype or float32."""
+    ids: Tensor
+    """[n, k] int32."""
+    weights: Tensor
+    """[n, k] float32."""
+
+
+@dataclass(slots=True)
+class Capture:
+    """Neighbouring rows of one sequence in one micro-batch; all on the CPU."""
+
+    inspection: Inspection
+    """What is wanted."""
+    first: int
+    """Position of the first row in its sequence."""
+    row: int
+    """Place of the first row in the micro-batch."""
+    count: int
+    hidden: list[Tensor] = field(default_factory=list)
+    """[n, H] float32, one for each state that ``Recorder.hidden`` names."""
+    routers: dict[int, RouterRows] = field(default_factory=dict)
+    maps: list[Tensor] = field(default_factory=list)
+    """[K, A / K, n, keys] float32, one a layer."""
+
+    def rows_of(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of its rows on the CPU."""
+        own = tensor[self.row : self.row + self.count]
+        return own.to("cpu", dtype or tensor.dtype, copy=True)
+
+
+class BatchRecorder:
+    """``Recorder`` and ``AttentionWatcher`` of one micro-batch."""
+
+    def __init__(self, captures: Sequence[Capture]) -> None:
+        self._captures = captures
+
+    def hidden(self, state: Tensor) -> None:
+        for capture in self._captures:
+            if capture.inspection.hidden_states:
+                capture.hidden.append(capture.rows_of(state, torch.float32))
+
+    def router(self, bank: int, logits: Tensor, ids: Tensor, weights: Tensor) -> None:
+        for capture in self._captures:
+            if capture.inspection.reads_routers:
+                capture.routers[bank] = RouterRows(
+                    capture.rows_of(logits),
+                    capture.rows_of(ids, torch.int32),
+                    capture.rows_of(weights, torch.float32),
+                )
+
+    def attending(self, queries: Tensor, cache: Tensor, batch: AttentionBatch) -> None:
+        wanted = {c.row: c for c in self._captures if c.inspection.attentions}
+        for chunk in batch.prefills:
+            if chunk.first in wanted:
+                wanted[chunk.first].maps.append(attention_map(queries, cache, chunk).cpu())

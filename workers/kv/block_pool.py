@@ -1,0 +1,195 @@
+"""Accounting of KV blocks and their contents. Pure; the tensors are in ``workers.kv.cache``.
+
+A block with known contents can be found by its hash, which covers its tokens and all tokens before
+them. It keeps its hash without a holder, until it is allocated for something else: blocks without a
+hash are allocated first, then those that ``workers.kv.eviction`` names.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from workers.kv.eviction import EvictionOrder
+from workers.requests.block_hash import BlockHash
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HashChanges:
+    """Changes of the hashes that can be found, since the last call of ``take_changes``."""
+
+    stored: tuple[BlockHash, ...]
+    """New ones, oldest first."""
+    removed: tuple[BlockHash, ...]
+    """Gone ones, oldest first."""
+
+
+class BlockPool:
+    """Reference-counted blocks 0 .. num_blocks - 1. A block without a holder is free."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._holders = [0] * num_blocks
+        self._hashes: list[BlockHash | None] = [None] * num_blocks
+        self._by_hash: dict[BlockHash, int] = {}
+        self._blank: deque[int] = deque(range(num_blocks))  # free, without a hash
+        self._num_kept = 0  # free, with a hash
+        self._order = EvictionOrder()
+        self._stored: dict[BlockHash, None] = {}
+        self._removed: dict[BlockHash, None] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks without a holder, with a hash or without."""
+        return len(self._blank) + self._num_kept
+
+    def can_allocate(self, count: int) -> bool:
+        """Whether ``allocate(count)`` would succeed."""
+        return count <= self.num_free
+
+    def is_free(self, block: int) -> bool:
+        """Whether a block has no holder."""
+        return self._holders[block] == 0
+
+    def allocate(self, count: int) -> list[int]:
+        """Take free blocks for one holder; hashes of those that had one are forgotten."""
+        assert self.can_allocate(count), f"{count} blocks of {self.num_free} free ones"
+        blocks = [self._take_free() for _ in range(count)]
+        for block in blocks:
+            self._holders[block] = 1
+        return blocks
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Add a holder to blocks that have one already, or were just found."""
+        for block in blocks:
+            self._hold(block)
+            if (block_hash := self._hashes[block]) is not None:
+                self._order.find(block_hash)
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """Add a holder to found blocks while they are copied; does not count as a use."""
+        for block in blocks:
+            self._hold(block)
+
+    def lend(self, blocks: Iterable[int]) -> None:
+        """Another worker has copies of these blocks of a prefix: they are evicted first."""
+        hashes = [self._hashes[block] for block in blocks]
+        self._order.lend([block_hash for block_hash in hashes if block_hash is not None])
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop one holder of each block of a table; blocks without holders become free.
+
+        The table's end becomes free first: a block cannot be found without those before it.
+        """
+        for block in reversed(blocks):
+            assert self._holders[block] > 0, f"block {block} is free already"
+            self._holders[block] -= 1
+            if self._holders[block]:
+                continue
+            if (block_hash := self._hashes[block]) is None:
+                self._blank.append(block)
+            else:
+                self._num_kept += 1
+                self._order.release(block_hash)
+
+    # What blocks hold
+
+    def find(self, hashes: Iterable[BlockHash]) -> list[int]:
+        """Blocks of the longest run of known hashes from the first on. Changes nothing."""
+        found: list[int] = []
+        for block_hash in hashes:
+            block = self._by_hash.get(block_hash)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def hash_of(self, block: int) -> BlockHash | None:
+        """The hash by which a block can be found."""
+        return self._hashes[block]
+
+    def store(self, block: int, block_hash: BlockHash, parent: BlockHash | None = None) -> None:
+        """A held block's contents are final: it can be found from now on.
+
+        ``parent`` is the hash of the block before it, if there is one. If another block has the
+        same contents, that one stays the one to find.
+        """
+        assert self._holders[block], f"block {block} is free"
+        assert self._hashes[block] in (None, block_hash), f"block {block} changed its contents"
+        if block_hash in self._by_hash:
+            return
+        self._by_hash[block_hash] = block
+        self._hashes[block] = block_hash
+        self._order.learn(block_hash, parent)
+        if block_hash in self._removed:
+            del self._removed[block_hash]
+        else:
+            self._stored[block_hash] = None
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """The contents of these blocks must not be found."""
+        for block in blocks:
+            if self._hashes[block] is None:
+                continue
+            self._drop_hash(block)
+            if not self._holders[block]:
+                self._num_kept -= 1
+                self._blank.append(block)
+
+    def take_changes(self) -> HashChanges:
+        """Hashes stored and removed since the last call; a hash that was both is left out.
+
+        For an index of the workers that hold a prefix. Unread changes stay within the pool's size.
+        """
+        changes = HashChanges(stored=tuple(self._stored), removed=tuple(self._removed))
+        self._stored.clear()
+        self._removed.clear()
+        return changes
+
+    def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
+        """Assert that holders are exactly the given block tables, the rest is free, and every
+        hash leads to the one block that has it."""
+        found = [0] * self.num_blocks
+        for table in tables:
+            assert len(set(table)) == len(table), "a block table names a block twice"
+            for block in table:
+                found[block] += 1
+        assert found == self._holders, "the holders differ from the block tables"
+        by_hash = {h: block for block, h in enumerate(self._hashes) if h is not None}
+        assert by_hash == self._by_hash, "hashes and blocks differ"
+        kept = [by_hash[block_hash] for block_hash in self._order.free]
+        free = sorted((*self._blank, *kept))
+        assert free == [b for b in range(self.num_blocks) if not found[b]], "free list is wrong"
+        assert all(self._hashes[b] is None for b in self._blank), "a blank block has a hash"
+        assert len(kept) == self._num_kept, "kept blocks are miscounted"
+        self._order.check_integrity([h for h, block in by_hash.items() if found[block]])
+        assert self._stored.keys() <= by_hash.keys(), "a stored hash is gone"
+        assert self._removed.keys().isdisjoint(by_hash), "a removed hash is there"
+
+    def _take_free(self) -> int:
+        if self._blank:
+            return self._blank.popleft()
+        block = self._by_hash[self._order.pop()]
+        self._num_kept -= 1
+        self._drop_hash(block)
+        return block
+
+    def _hold(self, block: int) -> None:
+        if not self._holders[block]:
+            block_hash = self._hashes[block]
+            assert block_hash is not None, f"block {block} is free"
+            self._num_kept -= 1
+            self._order.hold(block_hash)
+        self._holders[block] += 1
+
+    def _drop_hash(self, block: int) -> None:
+        block_hash = self._hashes[block]
+        assert block_hash is not None, f"block {block} has no hash"
+        self._hashes[block] = None
+        self._order.forget(block_hash)
+        del self._by_hash[block_hash]
+        if block_hash in self._stored:
+            del self._stored[block_hash]
+        else:
+            self._removed[block_hash] = None

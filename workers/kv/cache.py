@@ -1,0 +1,106 @@
+"""The paged KV cache: the tensors of all layers, and how many blocks the memory holds.
+
+``workers.kv.block_pool`` accounts for the blocks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cluster.config.cluster import EngineSection
+from workers.model.attention import PIECE_BYTES, Workspace
+from workers.model.compute_threads import ComputeThreads
+from workers.model.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of all layers. One block more than the pool knows, always zero: null."""
+
+    def __init__(
+        self,
+        *,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        compute_threads: ComputeThreads,
+    ) -> None:
+        self.block_size = block_size
+        self.null_block = num_blocks
+        """Pads block tables; never written."""
+        self.layers: tuple[Tensor, ...] = tuple(
+            torch.zeros(
+                (2 * config.num_kv_heads, num_blocks + 1, block_size, config.head_dim),
+                dtype=dtype,
+                device=device,
+            )
+            for _ in range(config.num_layers)
+        )
+        """By layer: [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before values."""
+        self.compute_threads = compute_threads
+        """Threads that attend."""
+        self.workspaces = tuple(Workspace(dtype, device) for _ in range(compute_threads.count))
+        """Scratch memory of each compute thread, for the blocks that a step gathers."""
+
+    @property
+    def blocks_per_piece(self) -> int:
+        """Blocks of decode rows to gather at a time: on GPUs all of them."""
+        layer = self.layers[0]
+        if layer.device.type != "cpu":
+            return sys.maxsize
+        return PIECE_BYTES // (layer[:, 0].numel() * layer.element_size())
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int]:
+        """Shape of one block's data: [layers, 2 * num_kv_heads, block_size, D]."""
+        layer = self.layers[0]
+        return (len(self.layers), layer.shape[0], self.block_size, layer.shape[3])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.layers[0].dtype
+
+    def read_block(self, block: int) -> Tensor:
+        """A copy of a block's data in CPU memory (any thread, while the block has a holder)."""
+        return torch.stack([layer[:, block] for layer in self.layers]).cpu()
+
+    def write_block(self, block: int, data: Tensor) -> None:
+        """Fill a block (any thread that holds it, before it can be found)."""
+        for layer, part in zip(self.layers, data, strict=True):
+            layer[:, block] = part
+
+    def clear_slots(self, slots: Sequence[int]) -> None:
+        """Zero single slots (block * block_size + offset), as ``clear`` does whole blocks."""
+        for layer in self.layers if slots else ():
+            layer.view(layer.shape[0], -1, layer.shape[3])[:, list(slots)] = 0
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zero blocks that may hold NaN or infinity: a masked value still meets 0 * NaN."""
+        for layer in self.layers if blocks else ():
+            layer[:, list(blocks)] = 0
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers."""
+    return kv_values_per_token(config) * block_size * dtype.itemsize
+
+
+def kv_values_per_token(config: ModelConfig) -> int:
+    """Elements of one token's keys and values over all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim
+
+
+def num_kv_blocks(
+    config: ModelConfig, section: EngineSection, max_model_len: int, dtype: torch.dtype
+) -> int:
+    """Blocks that the configured KV memory holds.
+
+    Raises ``ConfigError`` if that is not even one block.
+    """
+    return section.num_kv_blocks(block_bytes(config, 1, dtype), max_model_len)

@@ -1,0 +1,39 @@
+"""Messages to gateways about the blocks that can be found at a worker. Pure; single-threaded."""
+
+from __future__ import annotations
+
+import math
+
+from workers.kv.block_pool import HashChanges
+from workers.requests.block_hash import SHORT_BYTES, KvEvents
+
+
+class KvFeed:
+    """Numbers the changes, and keeps the whole for gateways that connect later or missed one."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, None] = {}
+        self._number = 0
+        self.fetch_cost = math.inf
+        """See ``KvEvents``; part of every message."""
+
+    def change(self, changes: HashChanges) -> KvEvents:
+        """The next message to all gateways that have the whole."""
+        stored = tuple(block_hash[:SHORT_BYTES] for block_hash in changes.stored)
+        removed = tuple(block_hash[:SHORT_BYTES] for block_hash in changes.removed)
+        for name in removed:
+            self._known.pop(name, None)
+        self._known.update(dict.fromkeys(stored))
+        self._number += 1
+        return KvEvents(
+            number=self._number, stored=stored, removed=removed, fetch_cost=self.fetch_cost
+        )
+
+    def whole(self) -> KvEvents:
+        """All blocks, as of the latest change."""
+        return KvEvents(
+            number=self._number,
+            is_whole=True,
+            stored=tuple(self._known),
+            fetch_cost=self.fetch_cost,
+        )

@@ -1,0 +1,4 @@
+"""KV blocks that one attention worker takes from another.
+
+Imports ``workers.kv`` and ``workers.transport``.
+"""

@@ -1,0 +1,155 @@
+"""Blocks that leave one worker's pool for another's, and blocks that come in.
+
+``KvTransferStore`` belongs to the engine's thread, like the pool. ``KvLender`` serves the threads
+of the KV server: they ask, and the engine's thread holds the blocks between two steps. A held block
+that has a hash does not change. An item of the transfer (``workers.transport.peer_link``) is one
+block: its keys and values [2 * num_kv_heads, block_size, D], layer by layer, in the model's dtype.
+Its key is the hash, which covers tokens and tenant: a worker that does not know it gets no block.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from workers.kv.block_pool import BlockPool
+from workers.kv.cache import KVCache
+from workers.requests.block_hash import BlockHash, block_hashes
+from workers.requests.request import Request
+from workers.requests.sequence import num_reusable
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Fetch:
+    """Blocks on their way in. They are held, and cannot be found before the end."""
+
+    hashes: tuple[BlockHash, ...]
+    """Hashes of the prefix, from the first block of the sequence on."""
+    found: list[int]
+    """Blocks that are here already, held meanwhile."""
+    blocks: list[int]
+    """Blocks to fill with the rest of the prefix."""
+    num_filled: int = 0
+    """How many of ``blocks`` are filled, in order; written by the thread that fills them."""
+
+    @property
+    def wanted(self) -> tuple[BlockHash, ...]:
+        """Hashes of ``blocks``."""
+        return self.hashes[len(self.found) :]
+
+
+class KvTransferStore:
+    """See the module."""
+
+    def __init__(
+        self, pool: BlockPool, cache: KVCache, *, length_matters_above: int | None = None
+    ) -> None:
+        """``length_matters_above``: see ``ModelConfig``."""
+        self.cache = cache
+        """The blocks' data."""
+        self._pool = pool
+        self._length_matters_above = length_matters_above
+        self._tables: list[list[int]] = []
+
+    @property
+    def tables(self) -> list[list[int]]:
+        """Blocks that are held here, for ``check_integrity``."""
+        return list(self._tables)
+
+    def lend(self, hashes: Sequence[BlockHash]) -> list[int]:
+        """Hold the blocks of the longest known run from the first on."""
+        blocks = self._pool.find(hashes)
+        if blocks:
+            self._pool.hold(blocks)
+            self._tables.append(blocks)
+        return blocks
+
+    def end_loan(self, blocks: list[int], num_kept: int) -> None:
+        """Release blocks; another worker has copies of the first ``num_kept`` now."""
+        self._pool.lend(blocks[:num_kept])
+        self._release(blocks)
+        broken = [b for b in blocks if self._pool.hash_of(b) is None and self._pool.is_free(b)]
+        self.cache.clear(broken)  # forgotten while on loan: they may hold NaN
+
+    def begin(self, request: Request, num_spare: int) -> Fetch | None:
+        """Hold the blocks of a prompt's prefix that are here, and blocks for the rest.
+
+        None where no usable block is missing, or fewer blocks are free than the fetch needs with
+        ``num_spare`` left to other requests.
+        """
+        size = self.cache.block_size
+        hashes = block_hashes(request, size, self._length_matters_above)
+        del hashes[max(num_reusable(request), 0) // size :]
+        found = self._pool.find(hashes)
+        count = len(hashes) - len(found)
+        num_kept = sum(self._pool.is_free(block) for block in found)
+        if not count or not self._pool.can_allocate(count + num_kept + num_spare):
+            return None
+        self._pool.hold(found)
+        fetch = Fetch(hashes=tuple(hashes), found=found, blocks=self._pool.allocate(count))
+        self._tables += [fetch.found, fetch.blocks]
+        return fetch
+
+    def end(self, fetch: Fetch) -> None:
+        """Publish the filled blocks under their hashes, and release all."""
+        parents = (None, *fetch.hashes)[len(fetch.found) :]
+        filled = fetch.blocks[: fetch.num_filled]
+        for block, name, parent in zip(filled, fetch.wanted, parents, strict=False):
+            self._pool.store(block, name, parent)
+        self._release(fetch.blocks)
+        self._release(fetch.found)
+
+    def _release(self, blocks: list[int]) -> None:
+        place = next(i for i, table in enumerate(self._tables) if table is blocks)
+        del self._tables[place]
+        self._pool.release(blocks)
+
+
+class KvLender:
+    """``Lender`` of a store. ``answer`` belongs to the engine's thread, the rest to others.
+
+    Args:
+        store: has the blocks.
+        wake: called when the engine's thread should answer.
+        timeout_s: longest wait for the engine's thread: a step may be long.
+    """
+
+    def __init__(
+        self, store: KvTransferStore, wake: Callable[[], None], timeout_s: float = 10.0
+    ) -> None:
+        self._store = store
+        self._wake = wake
+        self._timeout_s = timeout_s
+        self._asked: deque[tuple[Sequence[BlockHash], Future[list[int]]]] = deque()
+        self._returned: deque[tuple[list[int], int]] = deque()
+
+    def borrow(self, keys: Sequence[BlockHash]) -> list[int]:
+        """See ``Lender``; nothing where the engine's thread does not answer in time."""
+        blocks: Future[list[int]] = Future()
+        self._asked.append((keys, blocks))
+        self._wake()
+        try:
+            return blocks.result(self._timeout_s)
+        except TimeoutError:
+            return [] if blocks.cancel() else blocks.result()
+
+    def read(self, item: int) -> tuple[Tensor]:
+        return (self._store.cache.read_block(item),)
+
+    def give_back(self, items: list[int], num_kept: int) -> None:
+        if items:
+            self._returned.append((items, num_kept))
+            self._wake()
+
+    def answer(self) -> None:
+        """Take back what was returned, and lend what was asked for."""
+        while self._returned:
+            self._store.end_loan(*self._returned.popleft())
+        while self._asked:
+            keys, blocks = self._asked.popleft()
+            if blocks.set_running_or_notify_cancel():
+                blocks.set_result(self._store.lend(keys))

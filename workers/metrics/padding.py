@@ -1,0 +1,43 @@
+"""The share of padding in the rows that an expert worker receives and returns.
+
+The static split (``workers.dispatch.remote``) sends every granted row to every expert rank, so that
+no sizes are needed: a row without an expert at a rank is padding there, in dispatch and, where sums
+return, in combine. The exact split and outputs by pair have no padding, nor do transports add any.
+"""
+
+from __future__ import annotations
+
+MEMORY = 0.99
+"""Weight of what came before, for each exchange that is counted."""
+
+
+class PaddingRatio:
+    """Share of padding in the rows of the latest exchanges, by direction.
+
+    An exponential average over rows, of about ``1 / (1 - MEMORY)`` exchanges. The data thread adds,
+    any thread reads.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {
+            "dispatch": (0.0, 0.0),
+            "combine": (0.0, 0.0),
+        }
+
+    def add(self, direction: str, num_rows: int, num_used: int) -> None:
+        """An exchange of ``num_rows``, of which ``num_used`` were no padding."""
+        rows, padding = self._sums[direction]
+        padding = MEMORY * padding + num_rows - num_used
+        self._sums[direction] = (MEMORY * rows + num_rows, padding)
+
+    def ratio(self, direction: str) -> float:
+        """0 for no padding, and before the first exchange; less than 1."""
+        rows, padding = self._sums[direction]
+        return padding / rows if rows else 0.0
+
+    def stats(self) -> dict[str, float]:
+        """For the worker's table of stats."""
+        return {
+            f'dispatch_padding_ratio{{direction="{direction}"}}': self.ratio(direction)
+            for direction in self._sums
+        }

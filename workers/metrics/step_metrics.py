@@ -1,0 +1,70 @@
+"""What the steps of a worker are made of, as histograms: one step in ``SAMPLE`` is measured.
+
+All workers measure the same steps, with ``workers.metrics.step_timer``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from workers.metrics.histogram import Histogram
+from workers.requests.step_header import StepHeader
+
+SAMPLE = 8
+"""Steps of which one is measured."""
+BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Upper bounds, seconds."""
+_HISTOGRAMS = {
+    "attention": "attention_compute_seconds",
+    "dispatch": "dispatch_seconds",
+    "combine": "combine_seconds",
+    "experts": "expert_compute_seconds",
+}
+_BUBBLE = "bubble_seconds"
+
+
+class StepMetrics:
+    """``TimingSink`` that keeps histograms. The data thread writes, any thread reads.
+
+    Args:
+        waits: names of the timings in which the worker waits for others; their sum over a step is
+            its bubble.
+    """
+
+    def __init__(self, *waits: str) -> None:
+        self._waits = frozenset(waits)
+        self._found: dict[tuple[str, str], Histogram] = {}
+        self._phase = ""
+        self._bubble_ns = 0
+
+    def begin_step(self, header: StepHeader) -> bool:
+        """Whether this step is measured."""
+        self._phase = "prefill" if header.prefill_rows else "decode"
+        self._bubble_ns = 0
+        return header.step % SAMPLE == 0
+
+    def add(self, name: str, start_ns: int, end_ns: int, place: dict[str, Any]) -> None:
+        """Count a timing."""
+        if name in _HISTOGRAMS:
+            self._observe(_HISTOGRAMS[name], end_ns - start_ns)
+        if name in self._waits:
+            self._bubble_ns += end_ns - start_ns
+
+    def flush(self) -> None:
+        """Count the bubble of the step."""
+        if self._waits:
+            self._observe(_BUBBLE, self._bubble_ns)
+
+    def stats(self) -> dict[str, float]:
+        """All histograms by name and phase, for the worker's table of stats."""
+        return {
+            key: value
+            for (name, phase), histogram in tuple(self._found.items())
+            for key, value in histogram.stats(name, f'phase="{phase}"').items()
+        }
+
+    def _observe(self, name: str, time_ns: int) -> None:
+        key = (name, self._phase)
+        if key not in self._found:
+            self._found = {**self._found, key: Histogram(BUCKETS)}
+        self._found[key].observe(time_ns / 1e9)

@@ -1,0 +1,84 @@
+"""What one worker does in a step, timed: laps between marks, handed to sinks.
+
+    attention worker   attention, dispatch, combine; sample      (its dispatcher)
+    expert worker      receive, experts, send                    (its expert server)
+    colocated worker   all of them, those of the experts within combine
+
+``attention``, ``experts`` and ``sample`` are the time between two calls, the others are calls.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from workers.model.config import BankSpec
+from workers.requests.step_header import StepHeader
+
+
+class TimingSink(Protocol):
+    """Receives timings; ``StepTrace`` and ``StepMetrics`` are sinks."""
+
+    def begin_step(self, header: StepHeader) -> bool:
+        """Whether the sink takes the timings of this step."""
+
+    def add(self, name: str, start_ns: int, end_ns: int, place: dict[str, Any]) -> None:
+        """One timing, in ``time.monotonic_ns``; ``place`` names step, layer, bank and so on."""
+
+    def flush(self) -> None:
+        """The step has ended."""
+
+
+class StepTimer:
+    """Times the laps of a worker's steps. Without a sink that takes a step, laps read no clock."""
+
+    def __init__(self, *sinks: TimingSink, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._all = sinks
+        self._clock_ns = clock_ns
+        self._sinks: tuple[TimingSink, ...] = ()
+        self._header: StepHeader | None = None
+        self._begin_ns = 0
+        self._last_ns = 0
+
+    def begin_step(self, header: StepHeader) -> None:
+        """Start a step and its first lap."""
+        self._header = header
+        self._sinks = tuple(sink for sink in self._all if sink.begin_step(header))
+        self._begin_ns = self._last_ns = self._clock_ns()
+
+    def mark(self) -> None:
+        """Start a lap; the time since the last one is not recorded."""
+        if self._sinks:
+            self._last_ns = self._clock_ns()
+
+    def lap(self, name: str, bank: BankSpec, exchange: int, micro_batch: int) -> None:
+        """End a lap of one exchange and start the next one."""
+        if self._sinks:
+            place = {"layer": bank.layer, "bank": bank.bank}
+            self._end_lap(name, {**place, "exchange": exchange, "micro_batch": micro_batch})
+
+    def end_step(self, last: str = "") -> None:
+        """End the step, with ``last`` as the name of its last lap, and flush the sinks."""
+        header, sinks = self._header, self._sinks
+        if header is None or not sinks:
+            return
+        if last:
+            self._end_lap(last, {})
+        place = {
+            "step": header.step,
+            "generation": header.generation,
+            "micro_batches": header.num_micro_batches,
+            "rows": {str(rank): grant.num_rows for rank, grant in header.grants},
+        }
+        for sink in sinks:
+            sink.add("step", self._begin_ns, self._clock_ns(), place)
+            sink.flush()
+        self._sinks = ()
+
+    def _end_lap(self, name: str, place: dict[str, Any]) -> None:
+        assert self._header is not None, "begin_step comes first"
+        now_ns = self._clock_ns()
+        for sink in self._sinks:
+            sink.add(name, self._last_ns, now_ns, {"step": self._header.step, **place})
+        self._last_ns = now_ns

@@ -1,0 +1,281 @@
+"""Attention over paged keys and values: SDPA for prompt chunks, batched products for decodes.
+
+A layer's cache is [2 * num_kv_heads, num_blocks, block_size, D], keys before values. Gathering
+blocks along its second dim leaves each head's keys of each sequence in one piece, which is what
+makes the batched products fast. The blocks of a few sequences at a time are gathered into a
+workspace: in fresh memory, page faults cost more than the products. For 32 sequences of 192 tokens,
+8 heads of 64, bfloat16 on one busy core of an AMD EPYC: SDPA over [B, L, heads, D] 10 ms, products
+in fresh memory 15 ms, in a workspace 4.0 ms, in pieces of 3 MB 2.3 ms (1024 tokens: 83, 27 and 19
+ms).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from workers.model.compute_threads import ComputeThreads
+
+PIECE_BYTES = 3 * 1024 * 1024
+"""Keys and values that decode rows on a CPU gather at a time."""
+
+
+class Workspace:
+    """Scratch memory of one thread that grows to the largest request and is kept."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._gathered = torch.empty(0, dtype=dtype, device=device)
+        self._keys = torch.empty(0, dtype=torch.float32, device=device)
+
+    def gather(self, cache: Tensor, blocks: Tensor) -> Tensor:
+        """``cache.index_select(1, blocks)``, valid until the next call."""
+        shape = (cache.shape[0], len(blocks), *cache.shape[2:])
+        numel = math.prod(shape)
+        if self._gathered.numel() < numel:
+            self._gathered = cache.new_empty(numel)
+        return torch.index_select(cache, 1, blocks, out=self._gathered[:numel].view(shape))
+
+    def float32(self, keys: Tensor) -> Tensor:
+        """``keys.float()``, valid until the next call."""
+        if keys.dtype == torch.float32:
+            return keys
+        if self._keys.numel() < keys.numel():
+            self._keys = torch.empty(keys.numel(), dtype=torch.float32, device=keys.device)
+        return self._keys[: keys.numel()].view(keys.shape).copy_(keys)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Neighbouring decode rows whose sequences have about the same length."""
+
+    first: int
+    """First row in the batch."""
+    last: int
+    """One past the last row."""
+    blocks: Tensor
+    """[rows * blocks_per_row] int64: block tables, padded with the null block."""
+    visible: Tensor
+    """[rows, blocks_per_row * block_size] bool: True where a row attends; see ``decode_mask``."""
+    window: int | None = None
+    """Positions to which a row attends, its own and those before it; None: all."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """[rows] int64: keys up to each row's own."""
+        if self.window is None:
+            return self.visible.sum(1)
+        ends = torch.arange(1, self.visible.shape[1] + 1, device=self.visible.device)
+        return (self.visible * ends).amax(1)
+
+    def within(self, window: int) -> DecodeGroup:
+        """The same rows in a layer with a sliding window."""
+        positions = torch.arange(self.visible.shape[1], device=self.visible.device)
+        is_inside = positions >= self.lengths.unsqueeze(1) - window
+        return replace(self, visible=self.visible & is_inside, window=window)
+
+    @property
+    def cost(self) -> int:
+        """Pairs of rows and keys."""
+        return self.visible.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Neighbouring rows of one sequence."""
+
+    first: int
+    """First row in the batch."""
+    last: int
+    """One past the last row."""
+    length: int
+    """Keys that the chunk's last row attends to, its own included."""
+    blocks: Tensor
+    """[num_blocks] int64 that hold them."""
+    visible: Tensor | None
+    """[rows, length] bool: True where a row attends; None: the chunk begins its sequence, plain
+    causal. See ``chunk_mask``."""
+    window: int | None = None
+    """Positions to which a row attends, its own and those before it; None: all."""
+
+    def within(self, window: int) -> PrefillChunk:
+        """The same rows in a layer with a sliding window."""
+        if self.length <= window:
+            return replace(self, window=window)
+        start, device = self.length - (self.last - self.first), self.blocks.device
+        own = torch.arange(start, self.length, device=device).unsqueeze(1)
+        positions = torch.arange(self.length, device=device)
+        visible = (positions <= own) & (positions > own - window)
+        return replace(self, visible=visible, window=window)
+
+    @property
+    def cost(self) -> int:
+        """Pairs of rows and keys."""
+        return (self.last - self.first) * self.length
+
+
+class AttentionWatcher(Protocol):
+    """Observes the inputs of attention, once a layer."""
+
+    def attending(self, queries: Tensor, cache: Tensor, batch: AttentionBatch) -> None:
+        """The rows' queries [T, A, D]; their keys and values are in the layer's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Where the rows of a batch write, and what they read."""
+
+    slot_mapping: Tensor
+    """[T] int64: cache slot (block * block_size + offset) of each row."""
+    decodes: tuple[DecodeGroup, ...]
+    """Rows [0, d) of the batch."""
+    prefills: tuple[PrefillChunk, ...]
+    """Rows [d, T)."""
+    workspaces: tuple[Workspace, ...]
+    """Scratch memory of each compute thread."""
+    compute_threads: ComputeThreads
+    """Threads that share the work."""
+    watcher: AttentionWatcher | None = None
+    """Sees the inputs of attention."""
+
+    def within(self, window: int) -> AttentionBatch:
+        """The same rows in a layer where each attends to ``window`` positions, its own included."""
+        return replace(
+            self,
+            decodes=tuple(group.within(window) for group in self.decodes),
+            prefills=tuple(chunk.within(window) for chunk in self.prefills),
+        )
+
+
+def decode_mask(lengths: Tensor, width: int) -> Tensor:
+    """``DecodeGroup.visible`` of rows with [rows] int64 keys each, padded to ``width``."""
+    return torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def chunk_mask(start: int, num_rows: int, device: torch.device) -> Tensor | None:
+    """``PrefillChunk.visible`` of rows start .. start + num_rows - 1 of a sequence."""
+    if start == 0:
+        return None
+    rows = torch.arange(start, start + num_rows, device=device)
+    return torch.arange(start + num_rows, device=device) <= rows.unsqueeze(1)
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, cache: Tensor, batch: AttentionBatch
+) -> Tensor:
+    """Write the rows' keys and values, and attend: queries [T, A, D] -> [T, A * D].
+
+    keys and values [T, K, D]; A is a multiple of K, key head j serves query heads
+    j * (A / K) .. (j + 1) * (A / K) - 1. The scale is D ** -0.5.
+    """
+    write_rows(keys, values, cache, batch.slot_mapping)
+    if batch.watcher is not None:
+        batch.watcher.attending(queries, cache, batch)
+    pieces: tuple[DecodeGroup | PrefillChunk, ...] = (*batch.decodes, *batch.prefills)
+    if len(pieces) == 1:
+        return _attend_piece(queries, cache, pieces[0], batch.workspaces[0])
+
+    def attend_to(first: int, last: int, space: Workspace) -> list[Tensor]:
+        return [_attend_piece(queries, cache, piece, space) for piece in pieces[first:last]]
+
+    shares = batch.compute_threads.split([float(piece.cost) for piece in pieces])
+    tasks = [partial(attend_to, *share, batch.workspaces[i]) for i, share in enumerate(shares)]
+    parts = [part for share in batch.compute_threads.run(tasks) for part in share]
+    return torch.cat(parts)
+
+
+def _attend_piece(
+    queries: Tensor, cache: Tensor, piece: DecodeGroup | PrefillChunk, space: Workspace
+) -> Tensor:
+    if isinstance(piece, DecodeGroup):
+        return _decode(queries, cache, piece, space)
+    return _prefill(queries, cache, piece, space)
+
+
+def write_rows(keys: Tensor, values: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    """Put keys and values [T, K, D] into their cache slots [T]."""
+    num_kv_heads, head_dim = keys.shape[1:]
+    slots = cache.view(2 * num_kv_heads, -1, head_dim)
+    slots[:num_kv_heads].index_copy_(1, slot_mapping, keys.transpose(0, 1))
+    slots[num_kv_heads:].index_copy_(1, slot_mapping, values.transpose(0, 1))
+
+
+def _decode(queries: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace) -> Tensor:
+    """[rows, A * D]. Scores and softmax in float32, the weights rounded to the model dtype."""
+    rows = group.last - group.first
+    num_kv_heads, head_dim = cache.shape[0] // 2, cache.shape[-1]
+    found = space.gather(cache, group.blocks).view(2, num_kv_heads * rows, -1, head_dim)
+    by_head = queries[group.first : group.last].view(rows, num_kv_heads, -1, head_dim)
+    heads = by_head.transpose(0, 1).reshape(num_kv_heads * rows, -1, head_dim)
+    scores = torch.bmm(heads.float() * head_dim**-0.5, space.float32(found[0]).transpose(1, 2))
+    masked = ~group.visible.view(1, rows, 1, -1)
+    scores.view(num_kv_heads, rows, -1, scores.shape[-1]).masked_fill_(masked, float("-inf"))
+    weights = torch.softmax(scores, -1).to(cache.dtype)
+    output = torch.bmm(weights, found[1]).view(num_kv_heads, rows, -1, head_dim)
+    return output.transpose(0, 1).reshape(rows, -1)
+
+
+def _prefill(queries: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace) -> Tensor:
+    """[rows, A * D]."""
+    rows = chunk.last - chunk.first
+    two_kv_heads, head_dim = cache.shape[0], cache.shape[-1]
+    found = space.gather(cache, chunk.blocks).view(2, 1, two_kv_heads // 2, -1, head_dim)
+    keys, values = found[0, :, :, : chunk.length], found[1, :, :, : chunk.length]
+    output = functional.scaled_dot_product_attention(
+        queries[chunk.first : chunk.last].transpose(0, 1).unsqueeze(0),
+        keys,
+        values,
+        attn_mask=chunk.visible,
+        is_causal=chunk.visible is None,
+        enable_gqa=queries.shape[1] != two_kv_heads // 2,
+    )
+    return output.squeeze(0).transpose(0, 1).reshape(rows, -1)
+
+
+def attention_map(queries: Tensor, cache: Tensor, chunk: PrefillChunk) -> Tensor:
+    """Softmax of a chunk's scores: [K, A / K, rows, length] float32, 0 where a row does not attend.
+
+    queries [T, A, D]; the keys are in the cache.
+    """
+    num_kv_heads, head_dim = cache.shape[0] // 2, cache.shape[-1]
+    found = cache[:num_kv_heads].index_select(1, chunk.blocks)
+    keys = found.view(num_kv_heads, 1, -1, head_dim)[:, :, : chunk.length].float()
+    rows = queries[chunk.first : chunk.last].view(
+        chunk.last - chunk.first, num_kv_heads, -1, head_dim
+    )
+    scores = rows.permute(1, 2, 0, 3).float() @ keys.transpose(2, 3) * head_dim**-0.5
+    visible = chunk.visible
+    if visible is None:
+        visible = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    return torch.softmax(scores.masked_fill(~visible, float("-inf")), -1)
+
+
+def group_size(num_blocks: int) -> int:
+    """Blocks that a decode row of ``num_blocks`` is padded to: 1, 2, 3, 4, 6, 8, 12, 16, 24, ..
+
+    It depends on the row alone, so the shape of a row's products does not depend on the batch.
+    """
+    power = 1 << max(num_blocks - 1, 0).bit_length()
+    middle = power * 3 // 4
+    return middle if num_blocks <= middle and power >= 4 else power
+
+
+def runs(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """(first, last) of runs of equal neighbours that sum to at most ``limit``, or of a single one.
+
+    sizes [8, 8, 8, 12], limit 20 -> [(0, 2), (2, 3), (3, 4)]
+    """
+    found: list[tuple[int, int]] = []
+    first = 0
+    for i in range(1, len(sizes) + 1):
+        is_same = i < len(sizes) and sizes[i] == sizes[first]
+        if not is_same or (i - first + 1) * sizes[first] > limit:
+            found.append((first, i))
+            first = i
+    return found if sizes else []

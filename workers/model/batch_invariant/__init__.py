@@ -1,0 +1,4 @@
+"""Products and attention whose rows do not depend on the batch, for ``--deterministic``.
+
+Imports ``workers.model``.
+"""

@@ -1,0 +1,116 @@
+"""Batch-invariant attention, for ``--deterministic``.
+
+Keys and values are read in tiles of 64 positions, always from position 0 of their sequence. The
+shape of each tile's products does not depend on the batch, except for the number of query rows,
+which has no effect from four rows on (``invariant`` checks that at the start). Masked positions
+count exactly zero, and tiles are added one after the other. So a row has the same bits alone, in a
+chunk of any size and in the whole prompt, as a decode and as a prompt row, in any batch and with
+any block table. All computation is in float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from workers.model.attention import AttentionBatch, DecodeGroup, PrefillChunk, Workspace, write_rows
+from workers.model.batch_invariant.row_invariance import MAX_ROWS
+
+TILE = 64
+"""Positions of a tile."""
+_MIN_QUERIES = 4
+"""Query rows of a product; fewer are padded."""
+_PIECE_ELEMENTS = 1 << 20
+"""Queries, scores and outputs of prompt rows that are in memory at a time."""
+
+
+def attend_tiles(
+    queries: Tensor, keys: Tensor, values: Tensor, cache: Tensor, batch: AttentionBatch
+) -> Tensor:
+    """What ``attention.attend`` does, with the same arguments, up to rounding."""
+    write_rows(keys, values, cache, batch.slot_mapping)
+    if batch.watcher is not None:
+        batch.watcher.attending(queries, cache, batch)
+    num_kv_heads, head_dim = keys.shape[1:]
+    # [T, K, A / K, D]: the query heads of each key head.
+    space = batch.workspaces[0]
+    scaled = (queries.float() * head_dim**-0.5).view(len(queries), num_kv_heads, -1, head_dim)
+    parts = [_decode(scaled, cache, group, space) for group in batch.decodes]
+    for chunk in batch.prefills:
+        parts += _prefill(scaled, cache, chunk, space)
+    return torch.cat(parts).flatten(1).to(cache.dtype)
+
+
+def _decode(scaled: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace) -> Tensor:
+    """[rows, K, A / K, D] float32."""
+    rows = group.last - group.first
+    found = _gather(cache, group.blocks.view(rows, -1), space)
+    heads = scaled[group.first : group.last].transpose(0, 1)
+    lengths = group.lengths.view(rows, 1).expand(rows, heads.shape[2])
+    return _attend(heads, found, lengths, group.window).transpose(0, 1)
+
+
+def _prefill(scaled: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace) -> list[Tensor]:
+    """[rows, K, A / K, D] float32 in pieces, as memory allows."""
+    found = _gather(cache, chunk.blocks.view(1, -1), space)
+    num_kv_heads, group_size, head_dim = scaled.shape[1:]
+    per_row = num_kv_heads * group_size * found.shape[3] * (2 * head_dim + TILE)
+    height = min(max(_MIN_QUERIES, _PIECE_ELEMENTS // per_row), MAX_ROWS)
+    start = chunk.length - (chunk.last - chunk.first)
+    parts = []
+    for first in range(chunk.first, chunk.last, height):
+        last = min(first + height, chunk.last)
+        shape = (num_kv_heads, last - first, group_size, head_dim)
+        heads = scaled[first:last].transpose(0, 1)
+        end = start + last - chunk.first
+        lengths = torch.arange(end - (last - first) + 1, end + 1, device=cache.device)
+        lengths = lengths.repeat_interleave(group_size).view(1, -1)
+        tiles = found[:, :, :, : -(-end // TILE)]
+        output = _attend(heads.reshape(num_kv_heads, 1, -1, head_dim), tiles, lengths, chunk.window)
+        parts.append(output.view(shape).transpose(0, 1))
+    return parts
+
+
+def _gather(cache: Tensor, tables: Tensor, space: Workspace) -> Tensor:
+    """[2, K, rows, tiles, TILE, D] float32 of block tables [rows, blocks]."""
+    num_blocks, block_size, head_dim = cache.shape[1:]
+    per_tiles = math.lcm(block_size, TILE) // block_size
+    # The last block of the cache is the null block: zeros.
+    tables = functional.pad(tables, (0, -tables.shape[1] % per_tiles), value=num_blocks - 1)
+    found = space.float32(space.gather(cache, tables.reshape(-1)))
+    return found.view(2, cache.shape[0] // 2, len(tables), -1, TILE, head_dim)
+
+
+def _attend(heads: Tensor, found: Tensor, lengths: Tensor, window: int | None) -> Tensor:
+    """heads [K, rows, M, D] float32 over ``found`` [2, K, rows, tiles, TILE, D] -> like heads.
+
+    lengths [rows, M]: positions from 0 on to which a query attends, at least one; with a ``window``
+    the last so many of them.
+    """
+    num_kv_heads, rows, num_queries, head_dim = heads.shape
+    missing = _MIN_QUERIES - num_queries
+    if missing > 0:
+        heads = functional.pad(heads, (0, 0, 0, missing))
+        lengths = functional.pad(lengths, (0, missing), value=1)
+    height, tiles = heads.shape[2], found.shape[3]
+    shape = (num_kv_heads, rows, tiles, height)
+    repeated = heads.unsqueeze(2).expand(*shape, head_dim).reshape(-1, height, head_dim)
+    keys, values = found.reshape(2, -1, TILE, head_dim)
+    scores = torch.bmm(repeated, keys.transpose(1, 2)).view(*shape, TILE)
+    positions = torch.arange(tiles * TILE, device=heads.device).view(tiles, 1, TILE)
+    ends = lengths.reshape(rows, 1, height, 1)
+    scores.masked_fill_(positions >= ends, float("-inf"))
+    if window is not None:
+        scores.masked_fill_(positions < ends - window, float("-inf"))
+    weights = scores.sub_(scores.amax((2, 4), keepdim=True)).exp_()
+    outputs = torch.bmm(weights.view(-1, height, TILE), values).view(*shape, head_dim)
+    sums = weights.sum(-1, keepdim=True)
+    total = torch.zeros_like(heads)
+    norm = total.new_zeros((*heads.shape[:3], 1))
+    for tile in range(tiles):
+        total += outputs[:, :, tile]
+        norm += sums[:, :, tile]
+    return total.div_(norm)[:, :, :num_queries]

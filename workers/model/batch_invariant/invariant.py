@@ -1,0 +1,195 @@
+"""Batch-invariant building blocks, for ``--deterministic``.
+
+Every kind of product is tried when it is made (``row_invariance``); where a form fails, the next
+one is taken, and where all fail, the start ends with a ``ConfigError``. One compute thread only:
+with several, sums and products are split by the number of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from cluster.core.errors import ConfigError
+from workers.model.attention import (
+    AttentionBatch,
+    DecodeGroup,
+    PrefillChunk,
+    Workspace,
+    chunk_mask,
+    decode_mask,
+)
+from workers.model.batch_invariant.attention_tiles import TILE, attend_tiles
+from workers.model.batch_invariant.row_invariance import (
+    MAX_ROWS,
+    NUM_TRIED_ROWS,
+    Agree,
+    random_rows,
+    refusal,
+    rows_agree,
+)
+from workers.model.compute_threads import ComputeThreads
+from workers.model.config import ModelConfig
+from workers.model.layers import Attend, BuildingBlocks, Linear, rms_norm
+from workers.model.rope import Rope, RopeConfig
+
+MIN_ROWS = 8
+"""Rows of a product; fewer are padded."""
+MIN_PACKED_ROWS = 2
+"""The same for packed weights."""
+BLOCK_ROWS = 32
+"""Rows of all products where a minimum is not enough."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a product is made."""
+
+    may_pack: bool
+    """In oneDNN's layout, if that pays."""
+    block_rows: int = 0
+    """All products have just so many rows; 0: any number from a minimum to ``MAX_ROWS``."""
+
+
+LINEAR_FORMS = (Form(True), Form(False), Form(False, BLOCK_ROWS))
+
+
+class RowInvariantLinear(Linear):
+    """``Linear`` that pads few rows and splits many, to numbers of rows that were tried."""
+
+    __slots__ = ("_max_rows", "_min_rows")
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, form: Form, compute_threads: ComputeThreads
+    ) -> None:
+        assert compute_threads.count == 1, "rows and weights are never split"
+        super().__init__(weight, bias, form.may_pack, compute_threads)
+        least = MIN_PACKED_ROWS if self._is_packed else MIN_ROWS
+        self._min_rows = form.block_rows or least
+        self._max_rows = form.block_rows or MAX_ROWS
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out]."""
+        if len(x) <= self._max_rows:
+            return self._at_least(x, self._min_rows)
+        pieces = torch.split(x, self._max_rows)
+        return torch.cat([self._at_least(piece, self._min_rows) for piece in pieces])
+
+    def _at_least(self, x: Tensor, num_rows: int) -> Tensor:
+        rows = len(x)
+        if rows >= num_rows:
+            return super().__call__(x)
+        padded = x.new_zeros(num_rows, x.shape[1])
+        padded[:rows] = x
+        return super().__call__(padded)[:rows]
+
+
+class RowInvariantBlocks(BuildingBlocks):
+    """Building blocks in the first form that proved batch-invariant, by shape."""
+
+    def __init__(self, device: torch.device, agree: Agree = rows_agree) -> None:
+        """``agree`` tries a form. Raises ``ConfigError`` for a device that was not tested."""
+        check_device(device)
+        super().__init__()
+        self._agree = agree
+        self._forms: dict[tuple[object, ...], Form] = {}
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None, may_pack: bool = True) -> Linear:
+        """A linear product in the first form that is row-invariant. Raises ``ConfigError``."""
+        key = (weight.shape, weight.dtype, bias is None, may_pack)
+        if key in self._forms:
+            return RowInvariantLinear(weight, bias, self._forms[key], self._compute_threads)
+        rows = random_rows(NUM_TRIED_ROWS, weight.shape[1], dtype=weight.dtype)
+        for form in LINEAR_FORMS:
+            if may_pack or not form.may_pack:
+                linear = RowInvariantLinear(weight, bias, form, self._compute_threads)
+                if self._agree(linear, rows):
+                    self._forms[key] = form
+                    return linear
+        raise refusal(f"the product with a {weight.dtype} matrix {list(weight.shape)}")
+
+    def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:
+        """Attention over tiles. Raises ``ConfigError``."""
+        norm = random_rows(config.hidden_size, dtype=dtype)
+        rows = random_rows(NUM_TRIED_ROWS, config.hidden_size, dtype=dtype)
+        if not self._agree(lambda x: rms_norm(x, norm, config.rms_norm_eps), rows):
+            raise refusal("the norm")
+        if not self._agree(lambda x: torch.softmax(x, -1, dtype=torch.float32), rows):
+            raise refusal("the softmax")
+        if not tiles_agree(config.num_heads, config.num_kv_heads, config.head_dim, dtype):
+            raise refusal("attention")
+        return attend_tiles
+
+    def rope(
+        self, config: RopeConfig, max_positions: int, dtype: torch.dtype, device: torch.device
+    ) -> Rope:
+        """Rotations; those that are computed in the step, row by row."""
+        return Rope(config, max_positions, dtype, device, row_by_row=True)
+
+
+def check_device(device: torch.device) -> None:
+    """Raise ``ConfigError`` for a device whose kernels have not been tried."""
+    if device.type != "cpu":
+        raise ConfigError("deterministic", True, f"needs device cpu (is {device.type})")
+
+
+def tiles_agree(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether positions of a sequence have the same bits whole, in chunks and as decodes."""
+    trial = _AttentionTrial(num_heads, num_kv_heads, head_dim, dtype)
+    whole = trial.prefill(0, trial.length)
+    for bounds in ((0, 1, 2, 5, 12, 64, 65, 130), (0, 3, 67, 130), (0, 129, 130)):
+        parts = [trial.prefill(a, b) for a, b in pairwise(bounds)]
+        if not torch.equal(torch.cat(parts), whole):
+            return False
+    return all(
+        torch.equal(trial.decode(positions), whole[list(positions)])
+        for positions in ((0,), (63,), (64,), (129,), (0, 63, 64, 127, 128, 129), range(1, 130, 3))
+    )
+
+
+class _AttentionTrial:
+    """One random sequence of 130 tokens in blocks of 16, with all keys in the cache."""
+
+    length = 2 * TILE + 2
+    _block_size = 16
+
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        self._num_blocks = -(-self.length // self._block_size)
+        shape = (2 * num_kv_heads, self._num_blocks + 1, self._block_size, head_dim)
+        self._cache = random_rows(*shape, dtype=dtype)
+        self._cache[:, -1] = 0
+        self._queries = random_rows(self.length, num_heads, head_dim, dtype=dtype)
+        flat = self._cache[:, :-1].flatten(1, 2)[:, : self.length].transpose(0, 1)
+        self._keys, self._values = flat[:, :num_kv_heads], flat[:, num_kv_heads:]
+        self._workspace = Workspace(dtype, torch.device("cpu"))
+        self._compute_threads = ComputeThreads()
+
+    def prefill(self, first: int, last: int) -> Tensor:
+        """Outputs of positions first .. last - 1 as one chunk."""
+        cpu = torch.device("cpu")
+        blocks = torch.arange(-(-last // self._block_size))
+        chunk = PrefillChunk(0, last - first, last, blocks, chunk_mask(first, last - first, cpu))
+        return self._attend(torch.arange(first, last), (), (chunk,))
+
+    def decode(self, positions: range | tuple[int, ...]) -> Tensor:
+        """Outputs of positions as decode rows of sequences that all begin like this one."""
+        rows = torch.tensor(list(positions))
+        blocks = torch.arange(self._num_blocks).repeat(len(rows))
+        width = self._num_blocks * self._block_size
+        visible = decode_mask(rows + 1, width)
+        return self._attend(rows, (DecodeGroup(0, len(rows), blocks, visible),), ())
+
+    def _attend(
+        self,
+        rows: Tensor,
+        decodes: tuple[DecodeGroup, ...],
+        prefills: tuple[PrefillChunk, ...],
+    ) -> Tensor:
+        batch = AttentionBatch(rows, decodes, prefills, (self._workspace,), self._compute_threads)
+        keys, values = self._keys[rows], self._values[rows]
+        return attend_tiles(self._queries[rows], keys, values, self._cache, batch)

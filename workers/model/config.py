@@ -1,0 +1,163 @@
+"""What describes a model before anything is loaded: numbers, expert banks, tensors on disk.
+
+Imports no torch, so that parsing a ``config.json`` and listing the banks is cheap. The global
+order of operations of a step is: for layer; for (bank, exchange) in bank order; for micro-batch.
+``Family.banks`` is in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from workers.model.rope import RopeConfig
+
+ExpertKind = Literal["gated", "linear"]
+"""``gated``: down(activation(gate x) * up x), matrices (gate over up, down); ``linear``: one."""
+Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
+"""Activation of a gated expert or MLP, in the words of ``hidden_act``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExchangeSpec:
+    """One round trip of a bank: dispatch of rows to the experts, combine of their outputs."""
+
+    index: int
+    """Place among the bank's exchanges, from 0."""
+    name: str
+    """For people: ``mlp``, ``query``, ``output``."""
+    in_width: int
+    """Elements of a row on its way to the experts."""
+    out_width: int
+    """Elements of an output row."""
+    per_slot_input: bool = False
+    """True: every top-k slot has an input of its own, [T, k, in_width]."""
+    weighted: bool = True
+    """False: combine returns each slot's output, [T, k, out_width], without a sum."""
+    expert_kind: ExpertKind = "gated"
+    """What an expert computes in this exchange."""
+    expert_width: int = 0
+    """Inner width of a gated expert; 0 for a linear one."""
+    activation: Activation = "silu"
+    """Of a gated expert."""
+
+    @property
+    def matrix_shapes(self) -> tuple[tuple[int, int], ...]:
+        """[out, in] of an expert's matrices in the order of ``Family.expert_matrices``."""
+        if self.expert_kind == "linear":
+            return ((self.out_width, self.in_width),)
+        inner = self.expert_width
+        return ((2 * inner, self.in_width), (self.out_width, inner))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BankSpec:
+    """The routed experts behind one router."""
+
+    index: int
+    """Place in ``Family.banks``; names the bank on the wire."""
+    bank: str
+    """Kind of bank within its layer, ``mlp`` or ``attention``."""
+    layer: int
+    """Layer of the model."""
+    num_experts: int
+    top_k: int
+    """Experts chosen for each token."""
+    exchanges: tuple[ExchangeSpec, ...]
+    """Round trips in order."""
+    float32_weights: bool = False
+    """True: weights stay float32 in the product; False: they are cast to the model dtype first."""
+    aux_copies: int = 0
+    """Times that transformers 5 counts this router in the auxiliary loss (version 4: once);
+    0: the family has no such loss."""
+    aux_dtype: Literal["model", "float32"] = "model"
+    """Type of the router's softmax in the auxiliary loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorPart:
+    """A tensor of the checkpoint, or one expert's part of a tensor."""
+
+    name: str
+    """Name in the safetensors header."""
+    shape: tuple[int, ...]
+    """Shape of the whole tensor on disk."""
+    index: int | None = None
+    """Entry of the first dimension that is meant; None is the whole tensor."""
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Shape of what is read."""
+        return self.shape if self.index is None else self.shape[1:]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertMatrix:
+    """One weight matrix of one expert: parts on disk, stacked row over row."""
+
+    shape: tuple[int, int]
+    """[out, in] after stacking."""
+    parts: tuple[TensorPart, ...]
+    """For example gate rows, then up rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The numbers of ``config.json`` that all families share; a family adds its own."""
+
+    model_type: str
+    vocab_size: int
+    """Rows of the embedding and of lm_head."""
+    hidden_size: int
+    """Width of the residual stream."""
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    """Key/value heads; ``num_heads`` is a multiple."""
+    head_dim: int
+    """Elements of one head."""
+    max_position_embeddings: int
+    """Context that the model was made for, in tokens."""
+    rms_norm_eps: float
+    """Epsilon of the norms."""
+    tie_word_embeddings: bool
+    """lm_head is the embedding."""
+    eos_token_ids: tuple[int, ...]
+    """Tokens that end an output."""
+    dtype: str
+    """The checkpoint's own dtype: float32, bfloat16 or float16."""
+    rope: RopeConfig
+    activation: Activation = "silu"
+    """Of the experts and dense MLPs."""
+    pad_token_id: int | None = None
+    """Token that a classifier ignores at the end of a prompt."""
+    labels: tuple[str, ...] = ()
+    """Classes of a sequence classifier, which has no lm_head; empty for a language model."""
+    problem_type: str | None = None
+    """Kind of classifier, if the checkpoint names it."""
+    has_tiled_heads: bool = False
+    """Query head h uses key head h mod ``num_kv_heads``; else neighbours share one."""
+    ignored_keys: tuple[str, ...] = ()
+    """Unknown keys of ``config.json``."""
+
+    @property
+    def length_matters_above(self) -> int | None:
+        """Longer prompts than this have keys that depend on their length (dynamic RoPE)."""
+        return self.max_position_embeddings if self.rope.rope_type == "dynamic" else None
+
+    @property
+    def context_tokens(self) -> int:
+        """Positions that the model can distinguish: dynamic RoPE multiplies them by its factor."""
+        stretch = self.rope.factor if self.rope.rope_type == "dynamic" else 1.0
+        return int(self.max_position_embeddings * stretch)
+
+
+class WeightSource(Protocol):
+    """What a family needs of a checkpoint to build a model."""
+
+    def read_stacked(self, parts: Sequence[TensorPart], dtype: torch.dtype) -> torch.Tensor:
+        """Parts one under the other in one tensor on the CPU."""

@@ -1,0 +1,149 @@
+"""What a model family implements, and what families share: outer tensors, loading, the model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from workers.model.config import (
+    Activation,
+    BankSpec,
+    ExpertMatrix,
+    ModelConfig,
+    TensorPart,
+    WeightSource,
+)
+from workers.model.families.parts import gated_expert, part
+from workers.model.layers import Attend, AttentionModel, BuildingBlocks, GatedMlp, Layer, Linear
+
+
+class Loader:
+    """Makes building blocks of the named tensors of one layer, one tensor in memory at a time."""
+
+    def __init__(
+        self,
+        weights: WeightSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        blocks: BuildingBlocks,
+        parts: Mapping[str, TensorPart],
+    ) -> None:
+        """``parts`` by short name; biases have the name of their matrix and ``_bias``."""
+        self._weights = weights
+        self._dtype = dtype
+        self._device = device
+        self._blocks = blocks
+        self._parts = parts
+
+    def tensor(self, *names: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Tensors one under the other, in the model dtype unless another is given."""
+        parts = [self._parts[name] for name in names]
+        return self._weights.read_stacked(parts, dtype or self._dtype).to(self._device)
+
+    def linear(self, *names: str) -> Linear:
+        """One product for all these matrices, with their biases where there are any."""
+        biases = [f"{name}_bias" for name in names]
+        bias = self.tensor(*biases) if biases[0] in self._parts else None
+        return self._blocks.linear(self.tensor(*names), bias)
+
+    def float32_linear(self, name: str) -> Linear:
+        """A product in float32, without a bias; the matrix is rounded to the model dtype before."""
+        return self._blocks.linear(self.tensor(name).float(), None)
+
+    def mlp(self, gate: str, up: str, down: str, activation: Activation) -> GatedMlp:
+        """A dense gated MLP."""
+        return GatedMlp(self.linear(gate, up), self.linear(down), activation)
+
+
+class Family(ABC):
+    """One checkpoint's model, described: an embedding, layers, a final norm and one head.
+
+    Nothing is loaded until ``attention_model``.
+    """
+
+    def __init__(self, config: ModelConfig, banks: tuple[BankSpec, ...]) -> None:
+        self.config = config
+        """The numbers that all families have."""
+        self.banks = banks
+        """Expert banks in the order of their use."""
+
+    @property
+    def windows(self) -> frozenset[int]:
+        """Widths of the sliding windows in use, in tokens."""
+        return frozenset()
+
+    @abstractmethod
+    def layer_parts(self, layer: int) -> dict[str, TensorPart]:
+        """Tensors of a layer but its routed experts, by short name."""
+
+    @abstractmethod
+    def make_layer(self, layer: int, loader: Loader, attend: Attend) -> Layer:
+        """A layer of the tensors that ``layer_parts`` names."""
+
+    def expert_matrices(
+        self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
+    ) -> tuple[ExpertMatrix, ...]:
+        """Where one expert's matrices are: here, gated MLPs in the usual names.
+
+        ``names`` (all tensor names) decides between one tensor per expert and fused ones.
+        """
+        return gated_expert(f"model.layers.{bank.layer}.mlp.experts", bank, expert, names)
+
+    def attention_tensors(self) -> Iterator[TensorPart]:
+        """All tensors of an attention worker: everything but the routed experts."""
+        yield from self._outer_parts().values()
+        for layer in range(self.config.num_layers):
+            yield from self.layer_parts(layer).values()
+
+    def attention_model(
+        self,
+        weights: WeightSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_positions: int | None = None,
+        blocks: BuildingBlocks | None = None,
+    ) -> AttentionModel:
+        """Load everything but the routed experts, one tensor at a time.
+
+        None: ``max_position_embeddings`` positions, and the fast building blocks.
+        """
+        config, blocks = self.config, blocks or BuildingBlocks()
+        outer = Loader(weights, dtype, device, blocks, self._outer_parts())
+        embedding = outer.tensor("embedding")
+        attend = blocks.attention(config, dtype)
+        layers = [
+            self.make_layer(i, Loader(weights, dtype, device, blocks, self.layer_parts(i)), attend)
+            for i in range(config.num_layers)
+        ]
+        norm = outer.tensor("norm")
+        if config.labels or not config.tie_word_embeddings:
+            head = outer.linear("head")
+        else:
+            head = blocks.linear(embedding, may_pack=False)
+        limit = max_positions or config.context_tokens
+        return AttentionModel(
+            embedding=embedding,
+            layers=layers,
+            norm=norm,
+            norm_eps=config.rms_norm_eps,
+            head=head,
+            rope=blocks.rope(config.rope, limit, dtype, device),
+            windows=self.windows,
+        )
+
+    def _outer_parts(self) -> dict[str, TensorPart]:
+        """Tensors around the layers, by short name; ``head`` unless it is the embedding."""
+        config = self.config
+        width = config.hidden_size
+        parts = {
+            "embedding": part("model.embed_tokens.weight", config.vocab_size, width),
+            "norm": part("model.norm.weight", width),
+        }
+        if config.labels:
+            parts["head"] = part("score.weight", len(config.labels), width)
+        elif not config.tie_word_embeddings:
+            parts["head"] = part("lm_head.weight", config.vocab_size, width)
+        return parts

@@ -1,0 +1,260 @@
+"""JetMoE: attention and MLP are both mixtures of experts, three exchanges a layer.
+
+The attention experts hold query and output projections; a token's top-k choice is made once and
+used for both. Keys and values are shared by all of them and belong to the attention worker.
+
+Source: checkpoint layout and math as in transformers ``models/jetmoe``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cluster.core.errors import CheckpointError
+from workers.model.config import BankSpec, ExchangeSpec, ExpertMatrix, ModelConfig, TensorPart
+from workers.model.families.base import Family, Loader
+from workers.model.families.parts import mlp_exchange, part
+from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.layers import Attend, Dispatch, LayerContext, LayerSteps, Linear, rms_norm
+from workers.model.rope import rotate
+
+_DEFAULTS = Defaults(
+    vocab_size=32000,
+    hidden_size=2048,
+    num_layers=12,
+    max_positions=4096,
+    rms_norm_eps=1e-6,
+    tied=True,
+    eos=(2,),
+)
+_CLASSIFIER = "JetMoeForSequenceClassification"
+_BLOCK_EPS = 1e-6
+"""Epsilon of the norms within layers; ``rms_norm_eps`` is the final norm's."""
+_QUERY, _OUTPUT = 0, 1
+"""Exchanges of an attention bank."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JetMoeConfig:
+    """The numbers that JetMoE adds to ``ModelConfig``."""
+
+    num_experts: int
+    """E: experts of each of a layer's two banks."""
+    top_k: int
+    """Experts chosen for each token; also query heads for each key head."""
+    expert_width: int
+    """I: inner width of an MLP expert."""
+
+
+def family(config: Mapping[str, Any]) -> JetMoeFamily:
+    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    settings = Settings(config)
+    architecture = settings.architecture("JetMoeForCausalLM", "JetMoEForCausalLM", _CLASSIFIER)
+    own = JetMoeConfig(
+        num_experts=settings.integer("num_local_experts", default=8),
+        top_k=settings.integer("num_experts_per_tok", default=2),
+        expert_width=settings.integer("intermediate_size", default=5632),
+    )
+    if own.top_k > own.num_experts:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok {own.top_k} exceeds "
+            f"num_local_experts {own.num_experts}"
+        )
+    num_kv_heads = settings.integer("num_key_value_heads", default=16)
+    settings.value("num_attention_heads")  # known, but computed from the two values above
+    shared = model_config(
+        settings,
+        model_type="jetmoe",
+        heads=Heads(
+            num_heads=num_kv_heads * own.top_k,
+            num_kv_heads=num_kv_heads,
+            head_dim=settings.integer("kv_channels", "head_dim", default=128),
+            are_tiled=True,
+        ),
+        defaults=_DEFAULTS,
+        activation_keys=("activation_function",),
+        is_classifier=architecture == _CLASSIFIER,
+    )
+    return JetMoeFamily(shared, own)
+
+
+class JetMoeFamily(Family):
+    """``Family`` of a JetMoE checkpoint. Bank 2l is layer l's attention, 2l + 1 its MLP."""
+
+    def __init__(self, config: ModelConfig, jetmoe: JetMoeConfig) -> None:
+        exchanges = _attention_exchanges(config), (mlp_exchange(config, jetmoe.expert_width),)
+        banks = tuple(
+            BankSpec(
+                index=2 * layer + kind,
+                bank=name,
+                layer=layer,
+                num_experts=jetmoe.num_experts,
+                top_k=jetmoe.top_k,
+                exchanges=exchanges[kind],
+                aux_copies=2 if name == "attention" else 1,
+                aux_dtype="float32",
+            )
+            for layer in range(config.num_layers)
+            for kind, name in enumerate(("attention", "mlp"))
+        )
+        super().__init__(config, banks)
+        self.jetmoe = jetmoe
+
+    def expert_matrices(
+        self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
+    ) -> tuple[ExpertMatrix, ...]:
+        """Slices: one tensor holds all experts of a layer."""
+        spec = bank.exchanges[exchange]
+        place = "mlp" if bank.bank == "mlp" else "self_attention.experts"
+        linears = {"mlp": ("input", "output"), "query": ("input",), "output": ("output",)}
+        found = []
+        for linear, shape in zip(linears[spec.name], spec.matrix_shapes, strict=True):
+            name = f"model.layers.{bank.layer}.{place}.{linear}_linear.weight"
+            stored = part(name, bank.num_experts, *shape, index=expert)
+            found.append(ExpertMatrix(shape=shape, parts=(stored,)))
+        return tuple(found)
+
+    def layer_parts(self, layer: int) -> dict[str, TensorPart]:
+        config, prefix = self.config, f"model.layers.{layer}"
+        width, num_experts = config.hidden_size, self.jetmoe.num_experts
+        both = 2 * config.num_kv_heads * config.head_dim
+        attention, mlp = f"{prefix}.self_attention.experts", f"{prefix}.mlp"
+        return {
+            "norm1": part(f"{prefix}.input_layernorm.weight", width),
+            "norm2": part(f"{prefix}.post_attention_layernorm.weight", width),
+            "kv": part(f"{prefix}.self_attention.kv_proj.weight", both, width),
+            "attention_router": part(f"{attention}.router.layer.weight", num_experts, width),
+            "attention_bias": part(f"{attention}.bias", width),
+            "mlp_router": part(f"{mlp}.router.layer.weight", num_experts, width),
+            "mlp_bias": part(f"{mlp}.bias", width),
+        }
+
+    def make_layer(self, layer: int, loader: Loader, attend: Attend) -> JetMoeLayer:
+
+        def mixture(name: str, bank: int) -> Mixture:
+            return Mixture(
+                bank=bank,
+                top_k=self.jetmoe.top_k,
+                router=loader.linear(f"{name}_router"),
+                bias=loader.tensor(f"{name}_bias"),
+            )
+
+        return JetMoeLayer(
+            config=self.config,
+            norm1=loader.tensor("norm1"),
+            kv=loader.linear("kv"),
+            attention=mixture("attention", 2 * layer),
+            norm2=loader.tensor("norm2"),
+            mlp=mixture("mlp", 2 * layer + 1),
+            attend=attend,
+        )
+
+
+def _attention_exchanges(config: ModelConfig) -> tuple[ExchangeSpec, ...]:
+    """The query exchange returns every slot's output; the output exchange sends each slot's row."""
+    inner = config.num_kv_heads * config.head_dim
+    return (
+        ExchangeSpec(
+            index=_QUERY,
+            name="query",
+            in_width=config.hidden_size,
+            out_width=inner,
+            weighted=False,
+            expert_kind="linear",
+        ),
+        ExchangeSpec(
+            index=_OUTPUT,
+            name="output",
+            in_width=inner,
+            out_width=config.hidden_size,
+            per_slot_input=True,
+            expert_kind="linear",
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mixture:
+    """The router of one bank, and what is added to the sum of its experts."""
+
+    bank: int
+    top_k: int
+    """Experts chosen for each token."""
+    router: Linear
+    bias: Tensor
+    """[H], once for each token, not weighted."""
+
+    def route(self, rows: Tensor, context: LayerContext) -> tuple[Tensor, Tensor]:
+        """topk_ids and topk_weights [T, k]: the best logits, then a softmax over them alone."""
+        logits = self.router(rows)
+        best, ids = logits.float().topk(self.top_k, dim=-1)
+        weights = torch.softmax(best, -1).to(rows.dtype)
+        if context.recorder is not None:
+            context.recorder.router(self.bank, logits, ids, weights)
+        return ids, weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JetMoeLayer:
+    """h + mixture of attention(norm1(h)), then + mixture of MLPs(norm2(.))."""
+
+    config: ModelConfig
+    norm1: Tensor
+    """[H]."""
+    kv: Linear
+    """H -> 2K * D, rows of k before those of v."""
+    attention: Mixture
+    """Query and output projections."""
+    norm2: Tensor
+    """[H]."""
+    mlp: Mixture
+    attend: Attend
+    """Writes and reads keys and values."""
+
+    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
+        """hidden [T, H] -> [T, H], with three exchanges."""
+        normed = rms_norm(hidden, self.norm1, _BLOCK_EPS)
+        ids, weights = self.attention.route(normed, context)
+        bank = self.attention.bank
+        yield Dispatch(bank, _QUERY, normed, ids, weights)
+        keys_values = self.kv(normed)
+        queries = yield
+        attended = self._attend(queries, keys_values, cache, context)
+        yield Dispatch(bank, _OUTPUT, attended, ids, weights)
+        mixed = yield
+        hidden = hidden + (mixed + self.attention.bias)
+        normed = rms_norm(hidden, self.norm2, _BLOCK_EPS)
+        ids, weights = self.mlp.route(normed, context)
+        yield Dispatch(self.mlp.bank, 0, normed, ids, weights)
+        mixed = yield
+        return hidden + (mixed + self.mlp.bias)
+
+    def _attend(
+        self, queries: Tensor, keys_values: Tensor, cache: Tensor, context: LayerContext
+    ) -> Tensor:
+        """queries [T, k, K * D], ``keys_values`` [T, 2K * D] -> [T, k, K * D].
+
+        Head h of a slot uses key head h. Attention needs the query heads of one key head side by
+        side, so slots and heads are transposed before and after it.
+        """
+        num_rows, top_k = queries.shape[:2]
+        heads, dim = self.config.num_kv_heads, self.config.head_dim
+        keys, values = keys_values.view(num_rows, 2, heads, dim).unbind(1)
+        by_head = queries.view(num_rows, top_k, heads, dim).transpose(1, 2)
+        rotated = rotate(
+            torch.cat((by_head.reshape(num_rows, -1, dim), keys), 1), context.cos, context.sin
+        )
+        attended = self.attend(
+            rotated[:, : heads * top_k],
+            rotated[:, heads * top_k :],
+            values,
+            cache,
+            context.attention,
+        )
+        by_slot = attended.view(num_rows, heads, top_k, dim).transpose(1, 2)
+        return by_slot.reshape(num_rows, top_k, heads * dim)

@@ -1,0 +1,70 @@
+"""What families have in common: names and shapes of tensors, and the exchange of an MLP bank."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from workers.model.config import BankSpec, ExchangeSpec, ExpertMatrix, ModelConfig, TensorPart
+
+
+def part(name: str, *shape: int, index: int | None = None) -> TensorPart:
+    """A tensor, or entry ``index`` of its first dimension."""
+    return TensorPart(name=name, shape=shape, index=index)
+
+
+def mlp_exchange(config: ModelConfig, expert_width: int) -> ExchangeSpec:
+    """The one exchange of a bank of gated MLPs: hidden states in, hidden states out."""
+    return ExchangeSpec(
+        index=0,
+        name="mlp",
+        in_width=config.hidden_size,
+        out_width=config.hidden_size,
+        expert_width=expert_width,
+        activation=config.activation,
+    )
+
+
+def projection_parts(prefix: str, config: ModelConfig, has_bias: bool) -> dict[str, TensorPart]:
+    """``q``, ``k``, ``v`` and ``o`` of a layer, and ``q_bias`` and so on where there are any."""
+    width = config.hidden_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    parts = {}
+    for name, rows, columns in (
+        ("q", q, width),
+        ("k", kv, width),
+        ("v", kv, width),
+        ("o", width, q),
+    ):
+        parts[name] = part(f"{prefix}.{name}_proj.weight", rows, columns)
+        if has_bias:
+            parts[f"{name}_bias"] = part(f"{prefix}.{name}_proj.bias", rows)
+    return parts
+
+
+def mlp_parts(prefix: str, width: int, inner: int) -> dict[str, TensorPart]:
+    """``gate``, ``up`` [inner, width] and ``down`` [width, inner] of a gated MLP."""
+    return {
+        "gate": part(f"{prefix}.gate_proj.weight", inner, width),
+        "up": part(f"{prefix}.up_proj.weight", inner, width),
+        "down": part(f"{prefix}.down_proj.weight", width, inner),
+    }
+
+
+def gated_expert(
+    prefix: str, bank: BankSpec, expert: int, names: Container[str]
+) -> tuple[ExpertMatrix, ...]:
+    """gate over up [2 * inner, width], then down [width, inner]; per expert on disk, or fused."""
+    (exchange,) = bank.exchanges
+    width, inner = exchange.in_width, exchange.expert_width
+    up: tuple[TensorPart, ...]
+    if f"{prefix}.gate_up_proj" in names:
+        shape = (bank.num_experts, 2 * inner, width)
+        up = (part(f"{prefix}.gate_up_proj", *shape, index=expert),)
+        down = part(f"{prefix}.down_proj", bank.num_experts, width, inner, index=expert)
+    else:
+        own = mlp_parts(f"{prefix}.{expert}", width, inner)
+        up, down = (own["gate"], own["up"]), own["down"]
+    return (
+        ExpertMatrix(shape=(2 * inner, width), parts=up),
+        ExpertMatrix(shape=(width, inner), parts=(down,)),
+    )

@@ -1,0 +1,31 @@
+"""Finds a model's family by the ``model_type`` of its config."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.core.errors import CheckpointError
+from workers.model.families.base import Family
+
+FAMILIES = {
+    "olmoe": "workers.model.families.olmoe",
+    "dots1": "workers.model.families.dots1",
+    "jetmoe": "workers.model.families.jetmoe",
+}
+"""``model_type`` of the config -> module with a ``family(config) -> Family`` function."""
+
+
+def load_family(config: Mapping[str, Any]) -> Family:
+    """The model that a parsed ``config.json`` describes.
+
+    Raises ``CheckpointError`` for an unsupported model type or a setting that cannot be computed.
+    """
+    model_type = config.get("model_type")
+    module = FAMILIES.get(str(model_type))
+    if module is None:
+        supported = ", ".join(sorted(FAMILIES))
+        raise CheckpointError(f"model_type {model_type!r} is not supported: it is not {supported}")
+    family: Family = importlib.import_module(module).family(config)
+    return family

@@ -1,0 +1,268 @@
+"""Reading ``config.json``: typed values in both spellings, and what must not be there.
+
+A family reads its keys; ``check_rest`` then checks the keys that were not read: those that would
+change the result stop the start, unknown ones are reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast, get_args
+
+from cluster.core.errors import CheckpointError
+from workers.model.config import Activation, ModelConfig
+from workers.model.rope import parse_rope
+
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "mlp_bias": (False,),
+    "attention_bias": (False,),
+    "clip_qkv": (),
+    "use_qk_norm": (True,),
+    "sliding_window": (),
+    "layer_types": (),
+    "quantization_config": (),
+    "compression_config": (),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "partial_rotary_factor": (1, 1.0),
+    "num_shared_experts": (0,),
+    "n_shared_experts": (0,),
+    "n_group": (1,),
+    "routed_scaling_factor": (1, 1.0),
+    "first_k_dense_replace": (0,),
+    "mlp_only_layers": ([],),
+    "decoder_sparse_step": (1,),
+    "final_logit_softcapping": (),
+    "attn_logit_softcapping": (),
+    "query_pre_attn_scalar": (),
+    "logit_scale": (1, 1.0),
+    "logits_scaling": (1, 1.0),
+    "embedding_multiplier": (1, 1.0),
+    "residual_multiplier": (1, 1.0),
+    "attention_multiplier": (),
+}
+"""Keys that would change results, with the values (and null) that do not."""
+_HARMLESS_WORDS = """
+    _attn_implementation _name_or_path architectures attention_dropout attn_implementation auto_map
+    aux_loss_alpha aux_loss_coef bos_token_id chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id finetuning_task forced_bos_token_id forced_eos_token_id id2label
+    initializer_range is_decoder label2id model_type moe_layer_freq num_labels
+    original_max_position_embeddings output_attentions output_hidden_states output_router_logits
+    pad_token_id prefix pretraining_tp problem_type pruned_heads return_dict router_aux_loss_coef
+    scoring_func sep_token_id seq_aux task_specific_params tie_encoder_decoder tokenizer_class
+    topk_method torchscript transformers_version use_bfloat16 use_cache use_sliding_window
+
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty length_penalty max_length
+    min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores
+    remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens temperature
+    tf_legacy_loss top_k top_p typical_p
+"""
+_HARMLESS = frozenset(_HARMLESS_WORDS.split())
+"""Keys of transformers or public checkpoints that do not change what is computed."""
+
+
+class Settings:
+    """Values of a ``config.json``; null counts as absent, as in transformers."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._asked: set[str] = set()
+
+    def value(self, *keys: str) -> Any:
+        """The first of these keys that is there; None if none is."""
+        self._asked.update(keys)
+        return next((self._config[key] for key in keys if self._config.get(key) is not None), None)
+
+    def integer(self, *keys: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number; without a default it must be there."""
+        value = self.value(*keys)
+        value = default if value is None else value
+        if value is None:
+            raise CheckpointError(f"config.json: {keys[0]} is missing")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            rule = "must be a positive integer" if least == 1 else f"must be at least {least}"
+            raise CheckpointError(f"config.json: {keys[0]} {value!r} {rule}")
+        return value
+
+    def real(self, key: str, default: float) -> float:
+        """A positive number."""
+        value = self.value(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise CheckpointError(f"config.json: {key} {value!r} must be a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.value(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise CheckpointError(f"config.json: {key} {value!r} must be true or false")
+        return value
+
+    def activation(self, *keys: str) -> Activation:
+        """``hidden_act`` under the family's names for it."""
+        value = self.value(*keys) or "silu"
+        if value not in get_args(Activation):
+            known = ", ".join(get_args(Activation))
+            raise CheckpointError(
+                f"config.json: {keys[0]} {value!r} is not supported: it is not {known}"
+            )
+        return cast(Activation, value)
+
+    def token_ids(self, key: str, default: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+        """One id or a list; here null means none. Defaults beyond the vocabulary are dropped."""
+        self._asked.add(key)
+        if key not in self._config:
+            return tuple(token for token in default if token < vocab_size)
+        value = self._config[key]
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise CheckpointError(f"config.json: {key} {value!r} must be a token id or a list")
+        return tuple(ids)
+
+    def architecture(self, *known: str) -> str:
+        """The first of ``architectures``; absent, the first that we know."""
+        names = self.value("architectures") or [known[0]]
+        if not isinstance(names, list) or not names or names[0] not in known:
+            raise CheckpointError(
+                f"config.json: architectures {names!r} is not supported: it is not "
+                + ", ".join(known)
+            )
+        return str(names[0])
+
+    def labels(self) -> tuple[str, ...]:
+        """Names of a classifier's classes by index."""
+        names = self.value("id2label")
+        if names is None:
+            return tuple(f"LABEL_{i}" for i in range(self.integer("num_labels", default=2)))
+        try:
+            by_index = {int(index): str(name) for index, name in names.items()}
+            return tuple(by_index[i] for i in range(len(by_index)))
+        except (AttributeError, KeyError, TypeError, ValueError) as err:
+            raise CheckpointError(
+                f"config.json: id2label {names!r} must name the classes 0, 1, .."
+            ) from err
+
+    def check_rest(self, model_type: str) -> tuple[str, ...]:
+        """Unknown keys that no family has read, sorted.
+
+        Raises ``CheckpointError`` for one that would change the result.
+        """
+        rest = self._config.keys() - self._asked
+        for key in sorted(rest & _NEUTRAL.keys()):
+            value, allowed = self._config[key], _NEUTRAL[key]
+            if value is not None and value not in allowed:
+                known = " or ".join(repr(v) for v in allowed) or "null"
+                raise CheckpointError(
+                    f"config.json: {key} {value!r} is not supported for {model_type}: "
+                    f"must be {known}"
+                )
+        return tuple(sorted(rest - _NEUTRAL.keys() - _HARMLESS))
+
+    @property
+    def raw(self) -> Mapping[str, Any]:
+        """The file."""
+        return self._config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Defaults:
+    """Defaults of a family's class for keys that its file does not have."""
+
+    vocab_size: int
+    """Rows of the embedding."""
+    hidden_size: int
+    """Width of the residual stream."""
+    num_layers: int
+    max_positions: int
+    """``max_position_embeddings``."""
+    rms_norm_eps: float
+    """Epsilon of the norms."""
+    tied: bool = False
+    """``tie_word_embeddings``."""
+    eos: tuple[int, ...] = ()
+    """``eos_token_id``."""
+    pad: int | None = None
+    """``pad_token_id``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heads:
+    """The shape of attention, which every family spells in its own way."""
+
+    num_heads: int
+    num_kv_heads: int
+    """Key/value heads."""
+    head_dim: int
+    """Elements of one head."""
+    are_tiled: bool = False
+    """See ``ModelConfig.has_tiled_heads``."""
+
+    @classmethod
+    def read(cls, settings: Settings, *, default_hidden: int, default_heads: int) -> Heads:
+        """The usual keys; without ``head_dim`` the heads share the hidden size."""
+        hidden = settings.integer("hidden_size", default=default_hidden)
+        heads = settings.integer("num_attention_heads", default=default_heads)
+        return cls(
+            num_heads=heads,
+            num_kv_heads=settings.integer("num_key_value_heads", default=heads),
+            head_dim=settings.integer("head_dim", default=max(hidden // heads, 1)),
+        )
+
+    def check(self) -> None:
+        """Raise ``CheckpointError`` for what attention or the rotation cannot do."""
+        if self.num_heads % self.num_kv_heads:
+            raise CheckpointError(
+                f"config.json: num_attention_heads {self.num_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise CheckpointError(f"config.json: head_dim {self.head_dim} must be even")
+
+
+def model_config(
+    settings: Settings,
+    *,
+    model_type: str,
+    heads: Heads,
+    defaults: Defaults,
+    activation_keys: Sequence[str] = ("hidden_act",),
+    is_classifier: bool = False,
+) -> ModelConfig:
+    """The numbers that all families share. Call it last: the rest of the file is checked here.
+
+    Raises ``CheckpointError`` naming key, value and rule.
+    """
+    heads.check()
+    vocab_size = settings.integer("vocab_size", default=defaults.vocab_size)
+    max_positions = settings.integer("max_position_embeddings", default=defaults.max_positions)
+    pad = settings.token_ids(
+        "pad_token_id", () if defaults.pad is None else (defaults.pad,), vocab_size
+    )
+    for key in ("rope_theta", "rope_scaling", "rope_parameters"):
+        settings.value(key)
+    return ModelConfig(
+        model_type=model_type,
+        vocab_size=vocab_size,
+        hidden_size=settings.integer("hidden_size", default=defaults.hidden_size),
+        num_layers=settings.integer("num_hidden_layers", default=defaults.num_layers),
+        num_heads=heads.num_heads,
+        num_kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+        has_tiled_heads=heads.are_tiled,
+        max_position_embeddings=max_positions,
+        rms_norm_eps=settings.real("rms_norm_eps", defaults.rms_norm_eps),
+        tie_word_embeddings=settings.flag("tie_word_embeddings", defaults.tied),
+        eos_token_ids=settings.token_ids("eos_token_id", defaults.eos, vocab_size),
+        dtype=str(settings.value("dtype", "torch_dtype") or "float32").removeprefix("torch."),
+        rope=parse_rope(settings.raw, heads.head_dim, max_positions),
+        activation=settings.activation(*activation_keys),
+        pad_token_id=pad[0] if pad else None,
+        labels=settings.labels() if is_classifier else (),
+        problem_type=settings.value("problem_type") if is_classifier else None,
+        ignored_keys=settings.check_rest(model_type),
+    )

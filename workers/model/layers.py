@@ -1,0 +1,312 @@
+"""Building blocks of all families, and the model around their layers.
+
+A layer is a generator. It yields a ``Dispatch`` to dispatch rows to the experts and is resumed at
+once; a bare ``yield`` then waits for the experts' outputs:
+
+    yield Dispatch(bank, 0, normed, topk_ids, topk_weights)
+    shared = self.shared_experts(normed)  # overlaps with the routed experts
+    routed = yield
+
+So the model does not depend on dispatchers, and the runner keeps two micro-batches in flight by
+resuming two generators alternately.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from workers.model.attention import AttentionBatch, attend
+from workers.model.compute_threads import ComputeThreads
+from workers.model.config import Activation, ModelConfig
+from workers.model.rope import Rope, RopeConfig
+from workers.model.torch_private import pack, packed_linear, supports_packing, unpack
+
+_PACK_MIN_ELEMENTS = 64 * 1024
+"""float32 matrices from here on are packed. AMD EPYC (avx512_bf16), torch 2.13, 1 thread, 1 / 32
+rows, microseconds plain -> packed: 384 x 128 5 -> 16 / 37 -> 42, 512 x 512 23 -> 29 / 190 -> 162,
+50304 x 512 8600 -> 5460 / 30000 -> 16500. bfloat16 gains at every size: 384 x 128 18 -> 15 /
+31 -> 27, 50304 x 512 5150 -> 1960 / 12270 -> 8570, with bitwise equal results."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise the last dim in float32, round to x's dtype, multiply by weight in that dtype."""
+    return functional.rms_norm(x, (x.shape[-1],), None, eps).mul_(weight)
+
+
+_VECTORS = 32
+"""A multiple of the float32 elements that torch computes at a time; a rest is computed singly."""
+
+
+def row_sigmoid(x: Tensor) -> Tensor:
+    """Sigmoid of [rows, n] that is independent of batch composition, to the last bit.
+
+    torch computes the last few elements of a tensor with another function, so padding takes their
+    place.
+    """
+    missing = -x.shape[-1] % _VECTORS
+    return functional.pad(x, (0, missing)).sigmoid()[:, : x.shape[-1]] if missing else x.sigmoid()
+
+
+_SPLIT_MIN_ELEMENTS = 4 * 1024 * 1024
+"""Weights from here on are divided among the compute threads: reading them is the cost."""
+_SPLIT_MIN_PRODUCTS = 32 * 1024 * 1024
+"""Products (rows x weight elements) from which on the rows are divided: 0.3 ms on one core."""
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN's own weight layout is there and pays for this matrix."""
+    is_worth_it = weight.dtype == torch.bfloat16 or weight.numel() >= _PACK_MIN_ELEMENTS
+    return is_worth_it and supports_packing(weight)
+
+
+class Linear:
+    """x @ weight.T + bias. Owns the weight: the caller should drop its own reference."""
+
+    __slots__ = ("_biases", "_compute_threads", "_is_packed", "_weights")
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        may_pack: bool = True,
+        compute_threads: ComputeThreads | None = None,
+    ) -> None:
+        """weight [out, in]. ``may_pack`` False keeps a weight that is used elsewhere too."""
+        self._compute_threads = compute_threads or ComputeThreads()
+        self._is_packed = may_pack and can_pack(weight)
+        num_parts = self._compute_threads.count if weight.numel() >= _SPLIT_MIN_ELEMENTS else 1
+        parts = weight.tensor_split(num_parts)
+        self._weights = [pack(part) for part in parts] if self._is_packed else list(parts)
+        self._biases = [None] * num_parts if bias is None else list(bias.tensor_split(num_parts))
+
+    def weight(self) -> Tensor:
+        """A copy of the weight [out, in]."""
+        return torch.cat([unpack(w) if self._is_packed else w for w in self._weights])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out]."""
+        multiply = packed_linear if self._is_packed else functional.linear
+        if len(self._weights) > 1:  # each thread reads weights of its own
+            tasks = [
+                partial(multiply, x, w, b) for w, b in zip(self._weights, self._biases, strict=True)
+            ]
+            return torch.cat(self._compute_threads.run(tasks), 1)
+        weight, bias = self._weights[0], self._biases[0]
+        if self._compute_threads.count > 1 and len(x) * weight.numel() >= _SPLIT_MIN_PRODUCTS:
+            rows = x.tensor_split(self._compute_threads.count)
+            return torch.cat(
+                self._compute_threads.run([partial(multiply, r, weight, bias) for r in rows])
+            )
+        return multiply(x, weight, bias)
+
+
+GatedActivation = Callable[[Tensor], Tensor]
+"""[.., 2 * inner] -> [.., inner]: activation(first half) * second half of the last dim."""
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """``GatedActivation`` with silu."""
+    gate, up = gate_up.chunk(2, -1)
+    return functional.silu(gate).mul_(up)
+
+
+def _gelu(gate: Tensor) -> Tensor:
+    """On contiguous memory, as a single row always is: other memory takes another kernel."""
+    return functional.gelu(gate.contiguous())
+
+
+_ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": _gelu,
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+
+def gated_activation(activation: Activation) -> GatedActivation:
+    """``GatedActivation`` with this activation."""
+    if activation == "silu":
+        return swiglu
+    activate = _ACTIVATIONS[activation]
+
+    def apply(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return activate(gate).mul_(up)
+
+    return apply
+
+
+class GatedMlp:
+    """A dense MLP: down(activation(gate x) * up x)."""
+
+    __slots__ = ("_activate", "_down", "_gate_up")
+
+    def __init__(self, gate_up: Linear, down: Linear, activation: Activation) -> None:
+        """gate_up [2 * inner, H], the gate's rows first; down [H, inner]."""
+        self._gate_up = gate_up
+        self._activate = gated_activation(activation)
+        self._down = down
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, H] -> [rows, H]."""
+        return self._down(self._activate(self._gate_up(x)))
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, AttentionBatch], Tensor]
+"""A function like ``attention.attend``."""
+
+
+class BuildingBlocks:
+    """Makes the parts of a family's layers: the fast ones here, others in ``batch_invariant``."""
+
+    def __init__(self, compute_threads: ComputeThreads | None = None) -> None:
+        """``compute_threads`` share large products; None: the calling thread does them alone."""
+        self._compute_threads = compute_threads or ComputeThreads()
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None, may_pack: bool = True) -> Linear:
+        """A ``Linear`` with these arguments."""
+        return Linear(weight, bias, may_pack, self._compute_threads)
+
+    def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:
+        """The attention of all layers."""
+        return attend
+
+    def rope(
+        self, config: RopeConfig, max_positions: int, dtype: torch.dtype, device: torch.device
+    ) -> Rope:
+        """A ``Rope`` with these arguments."""
+        return Rope(config, max_positions, dtype, device)
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Rows that a layer sends to the experts of one bank, in one of the bank's exchanges."""
+
+    bank: int
+    """``BankSpec.index``."""
+    exchange: int
+    """``ExchangeSpec.index``."""
+    rows: Tensor
+    """[T, in_width] or [T, k, in_width], model dtype."""
+    topk_ids: Tensor
+    """[T, k] int64 logical experts."""
+    topk_weights: Tensor
+    """[T, k] model dtype, or float32 with ``BankSpec.float32_weights``."""
+
+
+LayerSteps = Generator[Any, Tensor, Tensor]
+"""Alternates ``yield Dispatch(..)``, resumed by ``next``, and ``yield``, resumed by ``send`` with
+their outputs. Returns hidden states [T, hidden_size]. (mypy allows a bare ``yield`` only
+where any value may be yielded; the runner checks the order.)"""
+
+
+class Recorder(Protocol):
+    """Observes the inside of a forward pass."""
+
+    def hidden(self, state: Tensor) -> None:
+        """Embeddings, then after each layer but the last, then after the final norm: [T, H]."""
+
+    def router(self, bank: int, logits: Tensor, ids: Tensor, weights: Tensor) -> None:
+        """A bank's router: logits [T, E], topk_ids [T, k], topk_weights [T, k]."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInputs:
+    """The rows of one micro-batch."""
+
+    token_ids: Tensor
+    """[T] int64."""
+    positions: Tensor
+    """[T] int64, from 0 in each sequence."""
+    prompt_lengths: Tensor
+    """[T] int64: length of the prompt of each row's request."""
+    attention: AttentionBatch
+    """Where their keys and values are, and to what they attend."""
+    given: tuple[tuple[int, Tensor], ...] = ()
+    """(first row, [n, H] float32) of rows with embeddings in place of token ids, which are 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerContext:
+    """Inputs of a layer beside the hidden states."""
+
+    cos: Tensor
+    """[T, 1, D]."""
+    sin: Tensor
+    """[T, 1, D], signed; see ``Rope.rows``."""
+    attention: AttentionBatch
+    """Keys, values, masks."""
+    windows: Mapping[int, AttentionBatch]
+    """The same with the masks of sliding windows, by their width in tokens."""
+    recorder: Recorder | None
+    """Sees hidden states and routers."""
+
+
+class Layer(Protocol):
+    """One decoder layer of a family."""
+
+    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
+        """hidden [T, H] -> [T, H]; cache is this layer's part of ``KVCache``."""
+
+
+class AttentionModel:
+    """Everything but the routed experts: embedding, layers, final norm, head."""
+
+    def __init__(
+        self,
+        *,
+        embedding: Tensor,
+        layers: Sequence[Layer],
+        norm: Tensor,
+        norm_eps: float,
+        head: Linear,
+        rope: Rope,
+        windows: Iterable[int] = (),
+    ) -> None:
+        """``head`` is lm_head, or a classifier's; ``windows`` are the widths that layers use."""
+        self._embedding = embedding
+        self._layers = tuple(layers)
+        self._norm = norm
+        self._norm_eps = norm_eps
+        self._head = head
+        self._rope = rope
+        self._windows = tuple(windows)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Model dtype."""
+        return self._embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._embedding.device
+
+    def forward(
+        self, inputs: ModelInputs, caches: Sequence[Tensor], recorder: Recorder | None = None
+    ) -> LayerSteps:
+        """Run all layers; returns the normed hidden states [T, H]. Writes the KV of its rows."""
+        cos, sin = self._rope.rows(inputs.positions, inputs.prompt_lengths)
+        windows = {width: inputs.attention.within(width) for width in self._windows}
+        context = LayerContext(cos, sin, inputs.attention, windows, recorder)
+        hidden = functional.embedding(inputs.token_ids, self._embedding)
+        for first, rows in inputs.given:
+            hidden[first : first + len(rows)] = rows
+        for layer, cache in zip(self._layers, caches, strict=True):
+            if recorder is not None:
+                recorder.hidden(hidden)
+            hidden = yield from layer.forward(hidden, cache, context)
+        hidden = rms_norm(hidden, self._norm, self._norm_eps)
+        if recorder is not None:
+            recorder.hidden(hidden)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, H] -> [rows, vocab_size or classes], model dtype."""
+        return self._head(hidden)

@@ -1,0 +1,4 @@
+"""Reading checkpoints: tensors by name and slice.
+
+Imports ``workers.model`` and ``workers.model.batch_invariant``.
+"""

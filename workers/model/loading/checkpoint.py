@@ -1,0 +1,366 @@
+"""Tensors of a Hugging Face folder by name and slice, each copied into memory of its own.
+
+Files are mapped while weights are read and closed afterwards (``Checkpoint.close``), so that peak
+memory of our own is what was loaded plus one tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cluster.core.errors import CheckpointError, ConfigError
+from workers.model.batch_invariant.invariant import RowInvariantBlocks
+from workers.model.compute_threads import ComputeThreads
+from workers.model.config import BankSpec, ModelConfig, TensorPart
+from workers.model.families.base import Family
+from workers.model.families.registry import load_family
+from workers.model.layers import AttentionModel, BuildingBlocks
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes loaded, bytes in total) after each tensor."""
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+"""Endings of checkpoints that are not opened."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorEntry:
+    """One tensor of a header."""
+
+    file: Path
+    """File that holds it."""
+    dtype: str
+    """Dtype in safetensors spelling, ``BF16`` for example."""
+    shape: tuple[int, ...]
+    """Shape on disk."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its data; 0 for a dtype that we do not read."""
+        known = _DTYPES.get(self.dtype)
+        return math.prod(self.shape) * known.itemsize if known is not None else 0
+
+
+class Checkpoint:
+    """An opened checkpoint: the parsed config and the header of each file, no tensor data."""
+
+    def __init__(self, path: Path | str, progress: Progress | None = None) -> None:
+        """Read config and headers. Raises ``CheckpointError`` naming what is wrong."""
+        self.path = Path(path)
+        self.family = load_family(read_config(self.path))
+        self.config = self.family.config
+        """Numbers of the model."""
+        self.tensors, self.checkpoint_id = _read_headers(self.path)
+        """All tensors by name; a hash of config.json and all headers (16 hex digits)."""
+        self.loaded_bytes = 0
+        """Bytes on disk of what was read so far."""
+        self._readers: dict[Path, Any] = {}
+        self._progress = progress
+        self._total_bytes = 0
+
+    def another(self) -> Checkpoint:
+        """The same checkpoint for another thread: the headers are shared, nothing else is.
+
+        It reports no progress.
+        """
+        twin = copy(self)
+        twin._readers, twin._progress = {}, None
+        return twin
+
+    def expect(self, num_bytes: int) -> None:
+        """Announce bytes that will be read, for the progress callback."""
+        self._total_bytes += num_bytes
+
+    def num_bytes(self, part: TensorPart) -> int:
+        """Bytes on disk of a part."""
+        total = self._entry(part).num_bytes
+        return total if part.index is None else total // max(part.shape[0], 1)
+
+    def expert_bytes(self, bank: BankSpec, expert: int) -> int:
+        """Bytes on disk of one expert in all exchanges of its bank."""
+        return sum(map(self.num_bytes, self._expert_parts(bank, expert)))
+
+    def _expert_parts(self, bank: BankSpec, expert: int) -> Iterator[TensorPart]:
+        for exchange in bank.exchanges:
+            for matrix in self.family.expert_matrices(bank, exchange.index, expert, self.tensors):
+                yield from matrix.parts
+
+    def read_stacked(
+        self, parts: Sequence[TensorPart], dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """Parts [rows_i, ..] one under the other: [sum of rows_i, ..], in ``out`` if given.
+
+        Converted to ``dtype``, in memory of its own on the CPU.
+        """
+        if out is None:
+            rows = sum(p.part_shape[0] for p in parts)
+            out = torch.empty((rows, *parts[0].part_shape[1:]), dtype=dtype)
+        first = 0
+        for part in parts:
+            last = first + part.part_shape[0]
+            self._read_into(part, out[first:last])
+            first = last
+        return out
+
+    def close(self) -> None:
+        """Unmap all files; a later read opens them again."""
+        self._readers.clear()
+
+    def check(self) -> None:
+        """Find every tensor of the model in the headers, with its shape and a float dtype."""
+        for part in self.family.attention_tensors():
+            self._entry(part)
+        for bank in self.family.banks:
+            for expert in range(bank.num_experts):
+                for part in self._expert_parts(bank, expert):
+                    self._entry(part)
+
+    def _entry(self, part: TensorPart) -> TensorEntry:
+        entry = self.tensors.get(part.name)
+        if entry is None:
+            raise CheckpointError(
+                f"tensor {part.name} {list(part.shape)} is missing in {self.path.name}"
+            )
+        if entry.shape != part.shape:
+            raise CheckpointError(
+                f"tensor {part.name} has shape {list(entry.shape)} on disk, "
+                f"the config asks for {list(part.shape)}"
+            )
+        if entry.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"tensor {part.name} has dtype {entry.dtype}, supported are {', '.join(_DTYPES)}"
+            )
+        return entry
+
+    def _read_into(self, part: TensorPart, out: Tensor) -> None:
+        entry = self._entry(part)
+        try:
+            reader = self._reader(entry.file)
+            if part.index is None:
+                out.copy_(reader.get_tensor(part.name))
+            else:
+                out.copy_(reader.get_slice(part.name)[part.index])
+        except (OSError, SafetensorError) as err:
+            words = str(err).replace(str(entry.file), entry.file.name)
+            raise CheckpointError(f"{entry.file.name}: tensor {part.name}: {words}") from err
+        self.loaded_bytes += self.num_bytes(part)
+        if self._progress is not None:
+            self._progress(self.loaded_bytes, max(self._total_bytes, self.loaded_bytes))
+
+    def _reader(self, file: Path) -> Any:
+        """An open file. Its header must be the one that was read at first."""
+        if file not in self._readers:
+            known = {name: entry for name, entry in self.tensors.items() if entry.file == file}
+            reader = safe_open(file, framework="pt")
+            if _entries(reader, file) != known:
+                raise CheckpointError(
+                    f"{file.name} is not the file of this checkpoint any more: its header changed"
+                )
+            self._readers[file] = reader
+        return self._readers[file]
+
+
+def load_attention_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_positions: int | None = None,
+    compute_threads: ComputeThreads | None = None,
+    deterministic: bool = False,
+) -> AttentionModel:
+    """Everything but the routed experts. ``max_positions`` bounds the table of rotations.
+
+    ``compute_threads`` share its large products; None: the calling thread does them alone, as
+    always where it is ``deterministic``.
+
+    Raises ``CheckpointError``, and ``ConfigError`` where this machine cannot be deterministic.
+    """
+    family = checkpoint.family
+    checkpoint.expect(sum(checkpoint.num_bytes(p) for p in family.attention_tensors()))
+    try:
+        blocks = RowInvariantBlocks(device) if deterministic else BuildingBlocks(compute_threads)
+        return family.attention_model(checkpoint, dtype, device, max_positions, blocks)
+    finally:
+        checkpoint.close()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSummary:
+    """What ``check_checkpoint`` found."""
+
+    family: Family
+    """The model, described."""
+    checkpoint_id: str
+    """Hash of config and headers."""
+    attention_bytes: int
+    """Bytes on disk of what each attention worker loads; 0 where nothing is on disk."""
+    expert_bytes: int
+    """Bytes on disk of all experts of all banks together."""
+    attention_weights: int
+    """Weights that an attention rank holds."""
+    attention_values: int
+    """Weights that an attention rank reads in each step: an embedding of its own is looked up."""
+    expert_values: tuple[int, ...]
+    """By bank, weights of one expert."""
+
+
+def check_checkpoint(path: Path | str) -> CheckpointSummary:
+    """Read config and headers only, and check every tensor's presence, shape and dtype.
+
+    Raises ``CheckpointError`` naming the first thing that is wrong.
+    """
+    checkpoint = Checkpoint(path)
+    checkpoint.check()
+    family = checkpoint.family
+    return replace(
+        _summary_of(family),
+        checkpoint_id=checkpoint.checkpoint_id,
+        attention_bytes=sum(checkpoint.num_bytes(p) for p in family.attention_tensors()),
+        expert_bytes=sum(
+            checkpoint.expert_bytes(bank, e)
+            for bank in family.banks
+            for e in range(bank.num_experts)
+        ),
+    )
+
+
+def plan_checkpoint(path: Path | str) -> CheckpointSummary:
+    """The same numbers from ``config.json`` alone: nothing is on disk. Raises ``CheckpointError``.
+
+    For plans of models without their weights.
+    """
+    return _summary_of(load_family(read_config(Path(path))))
+
+
+def _summary_of(family: Family) -> CheckpointSummary:
+    config = family.config
+    weights = sum(math.prod(part.part_shape) for part in family.attention_tensors())
+    is_looked_up = bool(config.labels) or not config.tie_word_embeddings
+    return CheckpointSummary(
+        family=family,
+        checkpoint_id="",
+        attention_bytes=0,
+        expert_bytes=0,
+        attention_weights=weights,
+        attention_values=weights - is_looked_up * config.vocab_size * config.hidden_size,
+        expert_values=tuple(
+            sum(math.prod(shape) for exchange in bank.exchanges for shape in exchange.matrix_shapes)
+            for bank in family.banks
+        ),
+    )
+
+
+def auto_dtype(config: ModelConfig) -> str:
+    """Compute dtype of ``--dtype auto``: the checkpoint's own, or float32 for float16."""
+    return "float32" if config.dtype == "float16" else config.dtype
+
+
+def resolve_dtype(setting: str, config: ModelConfig) -> torch.dtype:
+    """Compute dtype for ``--dtype``. Raises ``ConfigError`` for an unsupported one."""
+    name = auto_dtype(config) if setting == "auto" else setting
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in known:
+        raise ConfigError(
+            "dtype", name, f"must be one of {', '.join(known)}: choose one explicitly"
+        )
+    return known[name]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json`` of a folder, with the eos ids of ``generation_config.json`` added."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path.name}: no such folder")
+    config = _read_json(path / "config.json")
+    if (path / "generation_config.json").is_file():
+        extra = _id_list(_read_json(path / "generation_config.json").get("eos_token_id"))
+        own = _id_list(config.get("eos_token_id"))
+        config["eos_token_id"] = own + [token for token in extra if token not in own]
+    return config
+
+
+def _id_list(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return [int(v) for v in value] if isinstance(value, list) else [int(value)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError as err:
+        raise CheckpointError(f"{path.parent.name}: there is no {path.name} in the folder") from err
+    except (OSError, ValueError) as err:
+        raise CheckpointError(f"{path.name} cannot be read: {err}") from err
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path.name} must hold a JSON object")
+    return data
+
+
+def _read_headers(path: Path) -> tuple[dict[str, TensorEntry], str]:
+    """All tensors of all files, and the checkpoint id."""
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    tensors: dict[str, TensorEntry] = {}
+    for file in _weight_files(path):
+        found = _read_header(file)
+        for name, entry in sorted(found.items()):
+            digest.update(f"{file.name} {name} {entry.dtype} {entry.shape}\n".encode())
+        tensors |= found
+    return tensors, digest.hexdigest()[:16]
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    single = path / "model.safetensors"
+    if not index.is_file():
+        if not single.is_file():
+            raise CheckpointError(f"{path.name}: {_why_no_weights(path)}")
+        return [single]
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index.name} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or not (path / name).is_file():
+            raise CheckpointError(f"{index.name} names {name}, which is not in the folder")
+    return [path / name for name in names]
+
+
+def _why_no_weights(path: Path) -> str:
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES)
+    if not pickles:
+        return "there is no model.safetensors in the folder"
+    rule = "is a pickle, which can run code when it is read, and is never opened"
+    return f"{pickles[0]} {rule}: convert the checkpoint to safetensors"
+
+
+def _read_header(file: Path) -> dict[str, TensorEntry]:
+    """All tensors of one file; the library checks the file against its header."""
+    try:
+        with safe_open(file, framework="pt") as reader:
+            return _entries(reader, file)
+    except (OSError, SafetensorError) as err:
+        raise CheckpointError(
+            f"{file.name} is truncated, damaged, or not a safetensors file: {err}"
+        ) from err
+
+
+def _entries(reader: Any, file: Path) -> dict[str, TensorEntry]:
+    """All tensors of an open file."""
+    slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
+    return {
+        name: TensorEntry(file=file, dtype=part.get_dtype(), shape=tuple(part.get_shape()))
+        for name, part in slices.items()
+    }

@@ -1,0 +1,219 @@
+"""Rotary position embedding: its parameters in ``config.json``, and the cosines and sines of rows.
+
+Source: the formulas are those of transformers ``modeling_rope_utils.py``; ``dynamic``
+differs: it is defined per request (see ``RopeConfig.rope_type``), so a result depends neither on
+the batch nor on history.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from cluster.core.errors import CheckpointError
+
+RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeConfig:
+    """Parameters of the rotation; those that a type does not use keep their defaults."""
+
+    rope_type: RopeType = "default"
+    """``dynamic`` rotates position p of a request with n = max(prompt length, p + 1)."""
+    theta: float = 10000.0
+    """Base of the frequencies."""
+    head_dim: int
+    """D: elements that are rotated, all of a head."""
+    max_position_embeddings: int
+    """Context of the model in tokens."""
+    original_max_position_embeddings: int
+    """Context before scaling in tokens (yarn, llama3)."""
+    factor: float = 1.0
+    """Scale of all types but default."""
+    attention_factor: float = 1.0
+    """Multiplies cosines and sines (yarn)."""
+    beta_fast: float = 32.0
+    """Rotations above which yarn keeps a frequency."""
+    beta_slow: float = 1.0
+    """Rotations below which yarn scales a frequency by the factor."""
+    truncate: bool = True
+    """Round yarn's limits to whole dimensions."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original context / this are scaled in full."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original context / this are kept."""
+
+
+def parse_rope(config: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConfig:
+    """Read both spellings: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``.
+
+    Raises ``CheckpointError`` for a type that is not supported, longrope by name.
+    """
+    params: Mapping[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(params, Mapping):
+        raise CheckpointError(f"config.json: rope_scaling {params!r} must be an object")
+    for key, value in params.items():
+        if isinstance(value, Mapping) or (
+            key == "partial_rotary_factor" and value not in (None, 1)
+        ):
+            raise CheckpointError(
+                f"config.json: {key} {value!r} of rope_parameters is not supported"
+            )
+    theta = params.get("rope_theta") or config.get("rope_theta") or 10000.0
+    name = params.get("rope_type") or params.get("type") or "default"
+    if name not in get_args(RopeType):
+        known = ", ".join(get_args(RopeType))
+        raise CheckpointError(
+            f"config.json: rope type {name!r} is not supported: it is not {known}"
+        )
+    original = params.get("original_max_position_embeddings")
+    if original is None:
+        original = config.get("original_max_position_embeddings") or max_positions
+    factor = params.get("factor")
+    if factor is None:
+        if name in ("linear", "dynamic", "llama3"):
+            raise CheckpointError(f"config.json: rope type {name!r} needs a factor")
+        factor = max_positions / original
+    return RopeConfig(
+        rope_type=cast(RopeType, name),
+        theta=float(theta),
+        head_dim=head_dim,
+        max_position_embeddings=max_positions,
+        original_max_position_embeddings=int(original),
+        factor=float(factor),
+        attention_factor=_attention_factor(params, float(factor)) if name == "yarn" else 1.0,
+        beta_fast=float(params.get("beta_fast") or 32.0),
+        beta_slow=float(params.get("beta_slow") or 1.0),
+        truncate=bool(params.get("truncate", True)),
+        low_freq_factor=float(params.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(params.get("high_freq_factor", 4.0)),
+    )
+
+
+def _attention_factor(params: Mapping[str, Any], factor: float) -> float:
+    def scale(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    if params.get("attention_factor") is not None:
+        return float(params["attention_factor"])
+    mscale, all_dim = params.get("mscale"), params.get("mscale_all_dim")
+    if mscale and all_dim:
+        return scale(float(mscale)) / scale(float(all_dim))
+    return scale(1.0)
+
+
+def inverse_frequencies(config: RopeConfig) -> Tensor:
+    """[D/2] float32 of every type but the scaled part of ``dynamic``, on the CPU."""
+    plain = 1.0 / _powers(config)
+    match config.rope_type:
+        case "default" | "dynamic":
+            return plain
+        case "linear":
+            return plain / config.factor
+        case "yarn":
+            return _yarn(config)
+        case "llama3":
+            return _llama3(config, plain)
+
+
+def _powers(config: RopeConfig) -> Tensor:
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    return torch.pow(config.theta, exponents)
+
+
+def _yarn(config: RopeConfig) -> Tensor:
+    dim = config.head_dim
+
+    def dimension(rotations: float) -> float:
+        context = config.original_max_position_embeddings
+        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(config.theta))
+
+    low, high = dimension(config.beta_fast), dimension(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    steps = torch.arange(dim // 2, dtype=torch.float32)
+    ramp = ((steps - low) / (high - low)).clamp(0, 1)
+    powers = _powers(config)
+    return (1.0 / (config.factor * powers)) * ramp + (1.0 / powers) * (1 - ramp)
+
+
+def _llama3(config: RopeConfig, plain: Tensor) -> Tensor:
+    context = config.original_max_position_embeddings
+    low, high = config.low_freq_factor, config.high_freq_factor
+    wavelength = 2 * math.pi / plain
+    share = (context / wavelength - low) / (high - low)
+    between = plain * ((1 - share) / config.factor + share)
+    scaled = torch.where(wavelength > context / low, plain / config.factor, between)
+    return torch.where(wavelength < context / high, plain, scaled)
+
+
+class Rope:
+    """Cosines and sines for the rows of a step, in the model dtype.
+
+    Fixed types read them from a table over all positions; ``dynamic`` computes each row's own.
+    """
+
+    def __init__(
+        self,
+        config: RopeConfig,
+        max_positions: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        row_by_row: bool = False,
+    ) -> None:
+        """``row_by_row``: the bits of a row's powers and waves do not depend on other rows."""
+        self._config = config
+        self._dtype = dtype
+        self._row_by_row = row_by_row
+        self._plain = inverse_frequencies(config).to(device)
+        self._table: Tensor | None = None
+        if config.rope_type != "dynamic":
+            positions = torch.arange(max_positions, device=device)
+            self._table = self._waves(positions, self._plain)
+
+    def rows(self, positions: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines, each [T, 1, D], of positions [T] int64.
+
+        prompt_lengths [T] int64: length of the prompt of each row's request (dynamic only). The
+        sines of the first half are negated, so that ``rotate`` needs no negation.
+        """
+        if self._table is not None:
+            waves = self._table.index_select(0, positions)
+        else:
+            lengths = torch.maximum(prompt_lengths, positions + 1)
+            size = 1 if self._row_by_row else max(len(positions), 1)
+            rows = zip(torch.split(positions, size), torch.split(lengths, size), strict=True)
+            waves = torch.cat([self._waves(p, self._dynamic(n)) for p, n in rows])
+        return waves[:, 0].unsqueeze(1), waves[:, 1].unsqueeze(1)
+
+    def _dynamic(self, lengths: Tensor) -> Tensor:
+        """[T, D/2] for request lengths [T]."""
+        config = self._config
+        dim, context, factor = config.head_dim, config.max_position_embeddings, config.factor
+        n = lengths.clamp(min=context).double()
+        theta = config.theta * (factor * n / context - (factor - 1)) ** (dim / (dim - 2))
+        steps = torch.arange(0, dim, 2, device=lengths.device) / dim
+        scaled = (1.0 / theta.float().unsqueeze(1) ** steps).float()
+        return torch.where((lengths > context).unsqueeze(1), scaled, self._plain)
+
+    def _waves(self, positions: Tensor, inverse: Tensor) -> Tensor:
+        """[T, 2, D]: cosines and signed sines."""
+        angles = positions.float().unsqueeze(1) * inverse
+        cos, sin = angles.cos(), angles.sin()
+        waves = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1)
+        return (waves * self._config.attention_factor).to(self._dtype)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads [T, num_heads, D] by ``Rope.rows``."""
+    swapped = heads.roll(heads.shape[-1] // 2, -1)
+    return (heads * cos).add_(swapped.mul_(sin))

@@ -1,0 +1,115 @@
+"""All uses of torch's private API. No other module names a private function of torch.
+
+Private functions may change in any release, so torch is bounded to the releases that were tested,
+here and in ``pyproject.toml``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore, Work
+
+__all__ = [
+    "PrefixStore",
+    "Store",
+    "TCPStore",
+    "Work",
+    "check_version",
+    "coalesced",
+    "gloo_group",
+    "nccl_group",
+    "pack",
+    "packed_linear",
+    "scriptable_packed_linear",
+    "supports_packing",
+    "unpack",
+]
+
+_FIRST, _END = (2, 11), (2, 14)
+"""First release that is supported, and the first one after it that is not."""
+
+
+def check_version(version: str) -> None:
+    """Raise ``ImportError`` for a torch that was not tested."""
+    release = tuple(int(part) for part in version.split(".")[:2])
+    if not _FIRST <= release < _END:
+        first, end = (".".join(map(str, bound)) for bound in (_FIRST, _END))
+        raise ImportError(
+            f"torch {version} is not supported: must be at least {first} and below {end}"
+        )
+
+
+check_version(torch.__version__)
+
+
+# oneDNN's layout of weights
+
+
+def supports_packing(weight: Tensor) -> bool:
+    """Whether oneDNN has a layout of its own for such a matrix on this machine."""
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A copy of weight [out, in] in oneDNN's layout, only good for ``packed_linear``."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return packed
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The weight [out, in] that was packed, bit for bit, in memory of its own."""
+    return packed.to_dense()
+
+
+# With its overload named, an operator releases Python's lock.
+_linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [rows, in] times a packed weight: [rows, out]."""
+    result: Tensor = _linear_pointwise(x, packed, bias, "none", [], "")
+    return result
+
+
+def scriptable_packed_linear(x: Tensor, packed: Tensor) -> Tensor:
+    """``packed_linear`` for TorchScript, which cannot name an overload."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return result
+
+
+# Process groups without a global world
+
+
+def gloo_group(store: Store, rank: int, size: int, host: str, timeout_s: float) -> Any:
+    """Connect a gloo group whose sockets are on ``host``'s interface. Collective."""
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=host)]
+    options._timeout = timedelta(seconds=timeout_s)
+    return gloo(store, rank, size, options)
+
+
+def nccl_group(store: Store, rank: int, size: int, timeout_s: float) -> Any:
+    """An NCCL group, which connects at its first operation. Collective."""
+    nccl: Any = dist.ProcessGroupNCCL
+    options = nccl.Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    return nccl(store, rank, size, options)
+
+
+def coalesced(group: Any, device: torch.device, start: Callable[[], None]) -> Work:
+    """One handle for all the transfers that ``start`` begins on an NCCL group."""
+    group._start_coalescing(device)
+    start()
+    work: Work = group._end_coalescing(device)
+    return work

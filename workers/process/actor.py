@@ -1,0 +1,128 @@
+"""The Ray actors of the three roles. Each one hosts a worker runtime and ends with its process.
+
+SIGTERM, which the processes of a node receive when the node shuts down, asks the controller to
+drain the worker.
+
+Runtimes are imported in the worker's own process: an actor class travels as a reference to its
+module, and the launcher and the controller, which import this module, must not import torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final
+
+import ray
+
+from cluster.core.topology import Role
+
+if TYPE_CHECKING:
+    from workers.process.runtime import OnDeath, WorkerRuntime
+    from workers.process.worker_args import WorkerArgs
+
+logger = logging.getLogger(__name__)
+
+EXIT_CODE = 1
+"""Exit code of a worker that failed."""
+
+
+class WorkerActor(ABC):
+    """Ray methods around a runtime: life and introduction only, the rest goes over sockets."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        member: Mapping[str, Any],
+        control_address: str,
+        extra: Mapping[str, Any],
+    ) -> None:
+        from workers.process.worker_args import WorkerArgs
+
+        host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        args = WorkerArgs.from_plain(config, member, control_address, extra, host)
+        self._runtime = self._make_runtime(args, _die)
+        signal.signal(signal.SIGTERM, self._on_sigterm)  # Ray's own handler ends the process
+
+    @abstractmethod
+    def _make_runtime(self, args: WorkerArgs, on_death: OnDeath) -> WorkerRuntime:
+        """Import and build the runtime of this role."""
+
+    def start(self) -> None:
+        """Begin to load and to serve; returns at once."""
+        self._runtime.start()
+
+    def ping(self) -> str:
+        """The worker's name; an answer shows that the process lives."""
+        return self._runtime.member.name
+
+    def introduce(self) -> dict[str, Any]:
+        """Facts that a restarted controller needs before this worker can connect to it."""
+        return self._runtime.args.to_plain()
+
+    def redirect(self, control_address: str) -> None:
+        """Connect to a restarted controller.
+
+        Raises ``NotReadyError`` before the first connection.
+        """
+        self._runtime.redirect(control_address)
+
+    def stop(self) -> None:
+        """End serving; the caller ends the process."""
+        self._runtime.stop()
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        """Ask for a drain; with nothing to drain, or at the second signal, end at once."""
+        threading.Thread(target=self._leave, daemon=True).start()  # no lock in a handler
+
+    def _leave(self) -> None:
+        if self._runtime.request_drain():
+            logger.warning("%s got SIGTERM and asks to be drained", self.ping())
+        else:
+            _die("SIGTERM")
+
+
+class AttentionWorker(WorkerActor):
+    """Serves requests: embeddings, attention, KV cache, router, sampling."""
+
+    def _make_runtime(self, args: WorkerArgs, on_death: OnDeath) -> WorkerRuntime:
+        from workers.process.attention_runtime import AttentionRuntime
+
+        return AttentionRuntime(args, on_death)
+
+
+class ExpertWorker(WorkerActor):
+    """Computes its expert slots for the rows that attention workers dispatch."""
+
+    def _make_runtime(self, args: WorkerArgs, on_death: OnDeath) -> WorkerRuntime:
+        from workers.process.expert_runtime import ExpertRuntime
+
+        return ExpertRuntime(args, on_death)
+
+
+class ColocatedWorker(WorkerActor):
+    """Serves requests, and computes its expert slots for all ranks."""
+
+    def _make_runtime(self, args: WorkerArgs, on_death: OnDeath) -> WorkerRuntime:
+        from workers.process.colocated_runtime import ColocatedRuntime
+
+        return ColocatedRuntime(args, on_death)
+
+
+ACTOR_CLASSES: Final[Mapping[Role, type[WorkerActor]]] = {
+    "attention": AttentionWorker,
+    "expert": ExpertWorker,
+    "colocated": ColocatedWorker,
+}
+"""The classes that ``cluster.actors.worker_group.WorkerGroup`` starts, by role."""
+
+
+def _die(reason: str) -> None:
+    """End the process: peers and Ray must see at once that this worker is gone."""
+    logger.error("worker ends: %s", reason)
+    os._exit(EXIT_CODE)

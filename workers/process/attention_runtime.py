@@ -1,0 +1,356 @@
+"""The attention worker: requests, KV cache, scheduler, and the model without its experts."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Set
+from typing import Any
+
+from msgspec.structs import replace
+
+from cluster.core.errors import ExpertMeshError, NotReadyError, QueueFullError, RequestError
+from cluster.core.load_report import LoadReport
+from cluster.core.placement import ExpertPlacement
+from cluster.core.topology import Generation, Member
+from workers.dispatch.dispatcher import TokenDispatcher
+from workers.dispatch.local import LocalDispatcher
+from workers.dispatch.remote import RemoteDispatcher
+from workers.engine.engine import Engine
+from workers.inspection.buffers import shape_of
+from workers.kv.transfer.store import KvLender
+from workers.model.loading.checkpoint import load_attention_model
+from workers.process.engine_server import EngineServer
+from workers.process.gateway_silence import GATEWAY_SILENCE_LIMIT_S
+from workers.process.intake.commands import AbortRequest, AddRequest, GatewayGone, Inbox, TurnNoted
+from workers.process.intake.grammar_compilations import GrammarCompilations
+from workers.process.intake.kv_fetches import KvFetches
+from workers.process.runtime import IDLE_WAIT_S, WorkerRuntime
+from workers.requests.block_hash import HASH_BYTES
+from workers.requests.request import FinishReason, Request, StepOutput, TokenOutput
+from workers.requests.step_header import StepHeader
+from workers.requests.wire import EngineHello
+from workers.sampling.grammar import CompiledGrammar
+from workers.sampling.grammar_compiler import GrammarCompiler
+from workers.transport.peer_link import Peer
+from workers.transport.transport import DataTransport
+
+_MEASURED_ROWS = 32
+"""Prompt rows of a step from which on its time measures the speed of prefill."""
+_COMMIT_SHARE = 0.25
+"""Share of the lease after which an idle leader without a controller runs an empty step."""
+
+
+class AttentionRuntime(WorkerRuntime):
+    """An engine, its stream to the gateways, and its place in the step protocol."""
+
+    _engine: Engine | None = None
+    _stream: EngineServer | None = None
+    _has_more = False
+    """Work was left after the last step."""
+
+    # ---- start and end ----------------------------------------------------------------------
+
+    def _announce(self) -> Member:
+        self._inbox = Inbox(self.connections.wake)
+        self._owners: dict[str, str] = {}
+        self._stream = EngineServer(
+            self.args.host,
+            self.config.cluster_token,
+            self._inbox,
+            self._facts,
+            max(GATEWAY_SILENCE_LIMIT_S, self.config.transport.detection_limit_s),
+        )
+        address = self._stream.start()
+        self._cleanup.callback(self._stream.stop)
+        self._kv_server = self._peer_server("kv-blocks", HASH_BYTES)
+        return replace(self.member, engine_address=address, kv_address=self._kv_server.address)
+
+    def _load(self) -> dict[str, Any]:
+        model_len = self.config.model.max_model_len
+        model = load_attention_model(
+            self.checkpoint,
+            self.dtype,
+            self.args.device,
+            model_len,
+            self.compute_threads,
+            self.config.engine.deterministic,
+        )
+        self._timer = self._new_timer()
+        self._dispatcher = self._open_dispatcher()
+        config = self.family.config
+        self._grammars = GrammarCompiler(
+            self.checkpoint.path, config.vocab_size, config.eos_token_ids
+        )
+        self._grammars.prepare()
+        self._compilations = GrammarCompilations(self._grammars.compile, self.connections.wake)
+        self._cleanup.callback(self._compilations.close)
+        engine = Engine(
+            model=model,
+            config=self.family.config,
+            banks=self.family.banks,
+            dispatcher=self._dispatcher,
+            section=self.config.engine,
+            max_model_len=model_len,
+            rank=self.member.rank,
+            compute_threads=self.compute_threads,
+        )
+        self._lend_blocks(engine)
+        self._engine = engine
+        return {
+            "max_model_len": engine.max_model_len,
+            "vocab_size": self.family.config.vocab_size,
+            "num_kv_blocks": engine.num_blocks,
+            "model_type": self.family.config.model_type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def _lend_blocks(self, engine: Engine) -> None:
+        """Let other workers fetch blocks from here on, and this one theirs."""
+        section = self.config.engine
+        limit_s = section.kv_fetch_limit_s if section.enable_prefix_caching else 0.0
+        self._fetches = KvFetches(engine, self._kv_peer, self.connections.wake, limit_s)
+        self._cleanup.callback(self._fetches.close)
+        self._kv_lender = KvLender(engine.kv_store, self.connections.wake)
+        self._kv_server.start(self._kv_lender)
+
+    def _kv_peer(self, name: str) -> Peer | None:
+        """The KV server of another member of this generation; None for any other name."""
+        found = next((m for m in self.membership.generation.members if m.name == name), None)
+        if found is None or not found.kv_address or name == self.member.name:
+            return None
+        token = self.config.cluster_token
+        return Peer(name=name, address=found.kv_address, me=self._me, token=token)
+
+    def _open_dispatcher(self) -> TokenDispatcher:
+        """The dispatcher to the expert workers; in local mode, to all experts in this process."""
+        if self.config.workers.mode == "local":
+            slots = self._expert_slots()
+            slots.load_all(self.checkpoint)
+            return LocalDispatcher(slots, self.family.banks, self.activity, self._timer)
+        return self._remote_dispatcher(self.transport)
+
+    def _remote_dispatcher(self, transport: DataTransport) -> RemoteDispatcher:
+        return RemoteDispatcher(
+            transport,
+            self.family.banks,
+            rank=self.member.rank,
+            combine_mode=self.config.engine.combine_mode,
+            dtype=self.dtype,
+            device=self.args.device,
+            activity=self.activity,
+            timer=self._timer,
+        )
+
+    def _fence(self, reason: str) -> None:
+        """Also end the streams of clients."""
+        super()._fence(reason)
+        if self._stream is not None:
+            self._stream.close_streams()
+
+    def _facts(self) -> EngineHello:
+        engine, config, section = self._engine, self.family.config, self.config.engine
+        return EngineHello(
+            worker=self.member.name,
+            generation=self.membership.generation.number,
+            max_model_len=engine.max_model_len if engine is not None else 0,
+            vocab_size=config.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+            max_kv_tokens=(
+                engine.num_blocks * self.config.engine.block_size_tokens if engine else 0
+            ),
+            dtype=str(self.dtype).removeprefix("torch."),
+            model_type=config.model_type,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            labels=config.labels,
+            pad_token_id=config.pad_token_id,
+            problem_type=config.problem_type or "",
+            banks=shape_of(config, self.family.banks).banks,
+            kv_block_size=section.block_size_tokens if section.enable_prefix_caching else 0,
+            kv_length_matters_above=config.length_matters_above,
+        )
+
+    # ---- the loop ---------------------------------------------------------------------------
+
+    def _enter(self, generation: Generation, placement: ExpertPlacement) -> None:
+        self._dispatcher.set_placement(placement, generation)
+
+    def _lose_members(self, names: Set[str]) -> None:
+        super()._lose_members(names)
+        if self._engine is not None:
+            self._engine.worker_died()
+
+    def _begin_steps(self) -> None:
+        super()._begin_steps()
+        assert self._stream is not None, "it is open before the weights are loaded"
+        if self._engine is not None:
+            self._engine.generation_runs()
+        self._stream.admit_streams()
+
+    def _between_steps(self) -> None:
+        """Handle the gateways' commands, and send outputs that need no step."""
+        engine = self._engine
+        assert engine is not None, "the weights are loaded before the loop begins"
+        self._kv_lender.answer()
+        for command in self._inbox.take():
+            if isinstance(command, AddRequest):
+                self._receive(engine, command)
+            elif isinstance(command, AbortRequest):
+                for waiting in () if command.choices else (self._compilations, self._fetches):
+                    if waiting.owner(command.request_id) == command.gateway:
+                        waiting.drop(command.request_id)
+                if self._owners.get(command.request_id) == command.gateway:
+                    engine.abort(command.request_id, command.choices)
+                    self._forget_ended(engine, command.request_id)
+            elif isinstance(command, TurnNoted):
+                if self._owners.get(command.turn.request_id) == command.gateway:
+                    engine.begin_turn(command.turn)
+            elif isinstance(command, GatewayGone):
+                self._drop_gateway(engine, command.gateway)
+        for ready in self._fetches.take():
+            self._prepare(engine, ready)
+        for done in self._compilations.take():
+            if done.error is None:
+                self._add(engine, done.command, done.compiled)
+            else:
+                self._refuse(done.command.gateway, done.command.request, done.error)
+        self._emit(engine.poll())
+        self._report_turns(engine)
+
+    def _report_turns(self, engine: Engine) -> None:
+        """Report requests that run a step alone to their gateways, before and after."""
+        assert self._stream is not None
+        for turn in engine.take_turns():
+            if (owner := self._owners.get(turn.request_id)) is not None:
+                self._stream.publish_turn(owner, turn)
+
+    def _run_step(self) -> None:
+        engine = self._engine
+        assert engine is not None, "the weights are loaded before the loop begins"
+        wanted = engine.wanted()
+        self.activity.is_idle = not engine.has_work
+        self.channel.propose(
+            wanted.decode_rows,
+            wanted.prefill_rows,
+            is_alone=wanted.is_alone,
+            even_empty=self._needs_a_commit(),
+        )
+        idle_s = min(IDLE_WAIT_S, self.lease_s * _COMMIT_SHARE)
+        header = self.channel.wait(self._compilations.wait_s(self._fetches.wait_s(idle_s)))
+        if header is None:
+            return
+        self.activity.is_idle = False
+        stall_s = time.monotonic() - self.membership.last_commit if self._has_more else 0.0
+        self.membership.follow_epoch(header, stall_s)
+        self._has_more = False
+        outputs = self._step(engine, header)
+        self.membership.last_commit = time.monotonic()
+        self._has_more = engine.has_work
+        self._emit(outputs)
+
+    def _needs_a_commit(self) -> bool:
+        """The controller is silent: an empty step renews the leases of all workers."""
+        known = max(self.control.contact_at, self.membership.last_commit)
+        return time.monotonic() - known > self.lease_s * _COMMIT_SHARE
+
+    def _step(self, engine: Engine, header: StepHeader) -> list[TokenOutput]:
+        begin = time.monotonic()
+        outputs = engine.step(header)
+        if (rows := header.grant(self.member.rank).prefill_rows) >= _MEASURED_ROWS:
+            self._fetches.cost.observe_prefill(rows, time.monotonic() - begin)
+        self._timer.end_step("sample")
+        return outputs
+
+    def _receive(self, engine: Engine, command: AddRequest) -> None:
+        """Hand a request to the engine, or let it wait for KV blocks, then for its grammar."""
+        self._compilations.drop(command.request.request_id)
+        self._fetches.drop(command.request.request_id)
+        if not self._fetches.put(command):
+            self._prepare(engine, command)
+
+    def _prepare(self, engine: Engine, command: AddRequest) -> None:
+        grammar = command.request.params.grammar
+        compiled = None if grammar is None else self._grammars.cached(grammar)
+        if grammar is None or compiled is not None:
+            self._add(engine, command, compiled)
+        else:
+            self._compilations.put(command)
+
+    def _add(self, engine: Engine, command: AddRequest, grammar: CompiledGrammar | None) -> None:
+        request = command.request
+        try:
+            engine.add_request(request, received=command.received, grammar=grammar)
+        except (RequestError, QueueFullError, NotReadyError) as err:
+            self._refuse(command.gateway, request, err)
+            return
+        self._owners[request.request_id] = command.gateway
+
+    def _refuse(self, gateway: str, request: Request, err: ExpertMeshError) -> None:
+        """End every choice of a refused request with the error."""
+        code = "queue_full" if isinstance(err, QueueFullError) else getattr(err, "code", "")
+        outputs = tuple(
+            TokenOutput(
+                request_id=request.request_id,
+                attempt=request.attempt,
+                choice=choice,
+                index=0,
+                finish_reason=FinishReason.ERROR,
+                error=str(err),
+                error_code=code,
+                error_param=getattr(err, "param", None),
+            )
+            for choice in range(max(request.n, 1))
+        )
+        assert self._stream is not None
+        self._stream.publish(gateway, StepOutput(outputs=outputs))
+
+    def _drop_gateway(self, engine: Engine, gateway: str) -> None:
+        self._compilations.drop_gateway(gateway)
+        self._fetches.drop_gateway(gateway)
+        for request_id in [r for r, owner in self._owners.items() if owner == gateway]:
+            engine.abort(request_id)
+            del self._owners[request_id]
+
+    def _emit(self, outputs: list[TokenOutput]) -> None:
+        """Send each gateway the outputs of its requests, and all gateways the changed KV blocks."""
+        assert self._stream is not None
+        assert self._engine is not None
+        if self.config.engine.enable_prefix_caching:
+            self._stream.publish_kv(self._engine.take_kv_changes(), self._fetches.fetch_cost)
+        if not outputs:
+            return
+        by_gateway: defaultdict[str, list[TokenOutput]] = defaultdict(list)
+        for output in outputs:
+            owner = self._owners.get(output.request_id)
+            if owner is not None:
+                by_gateway[owner].append(output)
+        for gateway, mine in by_gateway.items():
+            large = [output for output in mine if output.arrays]
+            small = tuple(output for output in mine if not output.arrays)
+            for outputs_of_message in ([small] if small else []) + [(one,) for one in large]:
+                self._stream.publish(gateway, StepOutput(outputs=outputs_of_message))
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._forget_ended(self._engine, output.request_id)
+
+    def _forget_ended(self, engine: Engine, request_id: str) -> None:
+        """Drop the owner of a request that has ended."""
+        if not engine.has_request(request_id):
+            self._owners.pop(request_id, None)
+
+    # ---- numbers ----------------------------------------------------------------------------
+
+    def _stats(self) -> dict[str, float]:
+        if self._engine is None:
+            return {}
+        stats = {**self._engine.stats(), **self._fetches.stats()}
+        for reason, requests in (("grammar", self._compilations), ("kv", self._fetches)):
+            stats["num_requests_waiting"] += requests.num_waiting
+            name = f'num_requests_waiting_by_reason{{reason="{reason}"}}'
+            stats[name] = float(requests.num_waiting)
+        return stats
+
+    def _load_report(self) -> LoadReport | None:
+        return None if self._engine is None else self._engine.load.report()

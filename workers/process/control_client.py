@@ -1,0 +1,334 @@
+"""A worker's end of the control socket: one thread that talks to the controller.
+
+The thread sends queued frames and heartbeats, answers status requests, and hands everything else
+to ``on_frame``. When the connection breaks it says so once and tries again, with what a restarted
+controller must know about this worker (registration, readiness, where it stands) sent first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from msgspec.structs import replace
+
+from cluster.core.errors import HandshakeError, PeerLostError, ProtocolError
+from cluster.core.frames import (
+    MAX_HELLO_BYTES,
+    ControlChallenge,
+    ControlFrame,
+    ControlHello,
+    ControllerSnapshot,
+    ControlProof,
+    DrainRequest,
+    Heartbeat,
+    HeartbeatAck,
+    NewGeneration,
+    Register,
+    StatusReply,
+    StatusRequest,
+    WorkerFailed,
+    WorkerReady,
+    decode,
+    decode_hello,
+    encode,
+    frame_length,
+    proof,
+)
+from cluster.core.release import RELEASE, check_release
+from workers.process.lease import Lease, LeaseClock, TermGuard
+from workers.transport.socket_io import WakePipe, receive_exactly
+
+logger = logging.getLogger(__name__)
+
+CONTROLLER = "controller"
+"""Name of the peer in errors."""
+_PREFIX_BYTES = 4
+_CHUNK_BYTES = 1 << 16
+_RETRY_S = 0.5
+_RETRY_LIMIT_S = 1.0  # short, so that the lease is looked at in between
+_FLUSH_S = 1.0
+
+
+class ControlClient:
+    """Connection of one worker to the controller. ``send`` may be called from any thread.
+
+    ``on_frame`` gets every frame but acknowledgements and status requests, on the client's thread:
+    it hands over and returns. ``heartbeat`` and ``status`` are called there too, and are cheap.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        token: str,
+        worker_name: str,
+        on_frame: Callable[[ControlFrame], None],
+        *,
+        heartbeat: Callable[[], Heartbeat],
+        status: Callable[[], StatusReply],
+        heartbeat_s: float = 0.5,
+        connect_timeout_s: float = 10.0,
+        lease: Lease | None = None,
+        worker_report: Callable[[], Sequence[ControlFrame]] = tuple,
+        release: str = RELEASE,
+    ) -> None:
+        """``address`` is ``host:port``. ``worker_report`` says where this worker stands, for a new
+        connection; it is called on the client's thread.
+
+        The ``token`` of the reply that ``status`` returns is filled in here.
+        """
+        self._address = address
+        self._token = token
+        self._name = worker_name
+        self._release = release
+        self._on_frame = on_frame
+        self._heartbeat = heartbeat
+        self._status = status
+        self._heartbeat_s = heartbeat_s
+        self._connect_timeout_s = connect_timeout_s
+        self._worker_report = worker_report
+        self._lock = threading.Lock()
+        self._queue: deque[bytes] = deque()
+        self._greeting: dict[type[ControlFrame], ControlFrame] = {}
+        self._closing = False
+        self._is_redirected = False
+        self._guard = TermGuard()
+        self._lease = LeaseClock(lease)
+        self._wakeup = WakePipe()
+        self._thread = threading.Thread(target=self._run, name="control-client", daemon=True)
+        self._first: socket.socket | None = None
+
+    def start(self) -> None:
+        """Connect, prove the token, start the thread.
+
+        Raises ``PeerLostError`` when the controller cannot be reached in time, ``HandshakeError``
+        when it does not know the token or is of another release.
+        """
+        try:
+            self._first = self._connect(self._connect_timeout_s)
+        except (PeerLostError, ProtocolError):
+            self._wakeup.close()
+            raise
+        self._lease.begin(time.monotonic())
+        self._thread.start()
+
+    @property
+    def term(self) -> int:
+        """Highest term of a controller that was followed."""
+        return self._guard.term
+
+    @property
+    def contact_at(self) -> float:
+        """Monotonic time of the newest heartbeat that a controller has acknowledged."""
+        return self._lease.contact_at
+
+    def redirect(self, address: str) -> None:
+        """A new controller listens at ``address``: leave the old one for it (any thread)."""
+        with self._lock:
+            if address == self._address:
+                return
+            self._address = address
+            self._is_redirected = True
+        self._wakeup.ring()
+
+    def send(self, frame: ControlFrame) -> None:
+        """Queue a frame. What a worker is and wishes is sent again after a reconnect."""
+        with self._lock:
+            if isinstance(frame, (Register, WorkerReady, WorkerFailed, DrainRequest)):
+                self._greeting[type(frame)] = frame
+            self._queue.append(encode(frame))
+        self._wakeup.ring()
+
+    def close(self) -> None:
+        """Send what is queued, close the connection, end the thread."""
+        self._closing = True
+        self._wakeup.ring()
+        if self._first is None:
+            self._wakeup.close()
+        elif self._thread is not threading.current_thread():
+            self._thread.join(timeout=_FLUSH_S + self._heartbeat_s + 1.0)
+
+    # ---- the thread -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Talk until closed; connect again whenever the connection breaks."""
+        connected = self._first
+        try:
+            while connected is not None:
+                with connected:
+                    reason = self._talk_or_fail(connected)
+                if self._closing:
+                    return
+                logger.warning("lost the controller: %s", reason)
+                connected = self._connect_again()
+        finally:
+            self._wakeup.close()
+
+    def _talk_or_fail(self, sock: socket.socket) -> str:
+        """``_talk``, which also reports a callback's unexpected error as the worker's failure."""
+        try:
+            return self._talk(sock)
+        except Exception as err:
+            self._closing = True
+            sock.settimeout(_FLUSH_S)
+            with contextlib.suppress(OSError):
+                sock.sendall(encode(WorkerFailed(reason=f"{type(err).__name__}: {err}")))
+            raise
+
+    def _talk(self, sock: socket.socket) -> str:
+        """Exchange frames over one connection; returns why it ended."""
+        sock.setblocking(False)
+        incoming, outgoing = bytearray(), bytearray()
+        next_beat = time.monotonic()
+        flush_until = float("inf")
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wakeup, selectors.EVENT_READ)
+            selector.register(sock, selectors.EVENT_READ)
+            try:
+                while True:
+                    if self._is_redirected:
+                        return "a new controller has called"
+                    now = time.monotonic()
+                    self._lease.check(now)
+                    if now >= next_beat:
+                        beat = replace(self._heartbeat(), number=self._lease.beat(now))
+                        outgoing += encode(beat)
+                        next_beat = now + self._heartbeat_s
+                    is_closing = self._closing  # read first: all of the queue was sent before it
+                    self._take_queue(outgoing)
+                    if outgoing:
+                        _send_some(sock, outgoing)
+                    if is_closing:
+                        flush_until = min(flush_until, now + _FLUSH_S)
+                        if not outgoing or now >= flush_until:
+                            _finish(sock)
+                            return "closed"
+                    writes = selectors.EVENT_WRITE if outgoing else 0
+                    selector.modify(sock, selectors.EVENT_READ | writes)
+                    for key, events in selector.select(max(0.0, next_beat - now)):
+                        if key.fileobj is self._wakeup:
+                            self._wakeup.drain()
+                        elif events & selectors.EVENT_READ:
+                            self._receive(sock, incoming)
+            except (OSError, ProtocolError) as err:
+                return str(err) or type(err).__name__
+
+    def _receive(self, sock: socket.socket, incoming: bytearray) -> None:
+        """Read what there is, handle every whole frame. Raises ``ConnectionError`` at the end."""
+        with contextlib.suppress(BlockingIOError):
+            data = sock.recv(_CHUNK_BYTES)
+            if not data:
+                raise ConnectionError("closed by the controller")
+            incoming += data
+        while len(incoming) >= _PREFIX_BYTES:
+            end = _PREFIX_BYTES + frame_length(bytes(incoming[:_PREFIX_BYTES]))
+            if len(incoming) < end:
+                return
+            frame = decode(bytes(incoming[_PREFIX_BYTES:end]))
+            del incoming[:end]
+            self._handle(frame)
+
+    def _handle(self, frame: ControlFrame) -> None:
+        if isinstance(frame, (HeartbeatAck, ControllerSnapshot, NewGeneration)):
+            self._guard.check(frame.term, frame.controller)
+        if isinstance(frame, HeartbeatAck):
+            self._lease.acknowledged(frame.number)
+        elif isinstance(frame, StatusRequest):
+            reply = self._status()
+            self.send(
+                StatusReply(token=frame.token, stats=reply.stats, expert_load=reply.expert_load)
+            )
+        else:
+            self._on_frame(frame)
+
+    def _take_queue(self, outgoing: bytearray) -> None:
+        with self._lock:
+            while self._queue:
+                outgoing += self._queue.popleft()
+
+    # ---- connecting -----------------------------------------------------------------------
+
+    def _connect_again(self) -> socket.socket | None:
+        """A new connection, whenever there is a controller again; None when closed meanwhile."""
+        while not self._closing:
+            self._lease.check(time.monotonic())
+            try:
+                sock = self._connect(min(self._connect_timeout_s, _RETRY_LIMIT_S))
+            except PeerLostError as err:
+                logger.debug("no controller yet: %s", err)
+            except HandshakeError as err:
+                logger.warning("the controller's handshake failed: %s", err)
+            else:
+                with self._lock:  # what was queued for the old connection has lost its meaning
+                    self._queue.clear()
+                    greeting = [*self._greeting.values(), *self._worker_report()]
+                    self._queue.extend(encode(f) for f in greeting)
+                return sock
+            self._wakeup.wait(_RETRY_S)
+        return None
+
+    def _connect(self, timeout_s: float) -> socket.socket:
+        """Connect and prove the token. Raises ``PeerLostError`` and ``HandshakeError``."""
+        with self._lock:
+            address, self._is_redirected = self._address, False
+        host, _, port = address.rpartition(":")
+        deadline = time.monotonic() + timeout_s
+        try:
+            sock = socket.create_connection((host, int(port)), timeout=timeout_s)
+        except OSError as err:
+            raise PeerLostError(CONTROLLER, f"cannot connect to {address}: {err}") from err
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._handshake(sock, address, deadline)
+        except OSError as err:
+            sock.close()
+            raise PeerLostError(CONTROLLER, f"handshake with {address}: {err}") from err
+        except ProtocolError:
+            sock.close()
+            raise
+        return sock
+
+    def _handshake(self, sock: socket.socket, address: str, deadline: float) -> None:
+        """The worker's side of the mutual proof; both sides then know both releases."""
+        nonce = secrets.token_hex(16)
+        hello = ControlHello(worker=self._name, nonce=nonce, release=self._release)
+        sock.sendall(encode(hello))
+        length = frame_length(_read_exactly(sock, _PREFIX_BYTES, deadline), MAX_HELLO_BYTES)
+        challenge = decode_hello(_read_exactly(sock, length, deadline))
+        if not isinstance(challenge, ControlChallenge):
+            raise HandshakeError(f"{address} is no controller")
+        expected = proof(self._token, CONTROLLER, nonce, challenge.nonce)
+        if not hmac.compare_digest(challenge.proof.encode(), expected.encode()):
+            raise HandshakeError(f"{address} does not know the cluster token")
+        ours = proof(self._token, "worker", nonce, challenge.nonce)
+        sock.sendall(encode(ControlProof(proof=ours)))
+        check_release(challenge.release, "the controller", self._release, self._name)
+
+
+def _read_exactly(sock: socket.socket, size: int, deadline: float) -> bytes:
+    data = bytearray(size)
+    receive_exactly(sock, memoryview(data), deadline)
+    return bytes(data)
+
+
+def _send_some(sock: socket.socket, outgoing: bytearray) -> None:
+    with contextlib.suppress(BlockingIOError):
+        del outgoing[: sock.send(outgoing)]
+
+
+def _finish(sock: socket.socket) -> None:
+    """Let the peer take what was sent: a close with unread input would reset the connection."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
+        sock.settimeout(_FLUSH_S)
+        while sock.recv(_CHUNK_BYTES):
+            pass

@@ -1,0 +1,64 @@
+"""A worker's side of the data plane: identity, sockets, transport."""
+
+from __future__ import annotations
+
+import torch
+
+from workers.model.batch_invariant.numerics import numerics_digest
+from workers.model.loading.checkpoint import Checkpoint
+from workers.process.worker_args import WorkerArgs
+from workers.transport.collective import CollectiveTransport
+from workers.transport.frames import max_data_bytes
+from workers.transport.handshake import PeerIdentity
+from workers.transport.peer_connections import PeerConnections
+from workers.transport.sockets import SocketTransport
+
+
+def identify(args: WorkerArgs, checkpoint: Checkpoint) -> PeerIdentity:
+    """The identity of this worker in a handshake."""
+    return PeerIdentity(
+        name=args.member.name,
+        role=args.member.role,
+        rank=args.member.rank,
+        checkpoint_id=checkpoint.checkpoint_id,
+        config_hash=args.config.fingerprint(),
+        numerics=numerics_digest() if args.config.engine.deterministic else "",
+    )
+
+
+def open_connections(
+    args: WorkerArgs, me: PeerIdentity, checkpoint: Checkpoint, dtype: torch.dtype
+) -> PeerConnections:
+    """The worker's data-plane sockets; frames are bounded by the largest possible step."""
+    engine, transport = args.config.engine, args.config.transport
+    return PeerConnections(
+        me,
+        args.config.cluster_token,
+        max_data_bytes=max_data_bytes(
+            checkpoint.family.banks,
+            engine.max_num_batched_tokens,
+            dtype.itemsize,
+            engine.combine_mode,
+        ),
+        host=args.host,
+        connect_timeout_s=transport.connect_timeout_s,
+        step_timeout_s=transport.step_timeout_s,
+    )
+
+
+def open_transport(
+    args: WorkerArgs, connections: PeerConnections
+) -> SocketTransport | CollectiveTransport:
+    """The transport that the configuration names; ``auto`` is collective on CUDA."""
+    kind = args.config.transport.transport
+    if kind == "sockets" or (kind == "auto" and args.device.type == "cpu"):
+        return SocketTransport(
+            connections, combine_mode=args.config.engine.combine_mode, device=args.device
+        )
+    return CollectiveTransport(
+        connections,
+        backend="nccl" if args.device.type == "cuda" else "gloo",
+        device=args.device,
+        host=args.host,
+        connect_timeout_s=args.config.transport.connect_timeout_s,
+    )

@@ -1,0 +1,62 @@
+"""The placement epochs that a worker may run: the current one, and those that may follow."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from cluster.core.errors import ProtocolError
+from cluster.core.frames import NewEpoch
+from cluster.core.placement import BankPlacement, ExpertPlacement
+
+
+class EpochMaps:
+    """Placements by epoch, of one generation. Data thread only."""
+
+    def __init__(self) -> None:
+        self.current = ExpertPlacement(epoch=0, banks=())
+        self._coming: dict[int, ExpertPlacement] = {}
+
+    def start(self, placement: ExpertPlacement) -> None:
+        """Begin a generation with a placement; earlier ones are dropped."""
+        self.current = placement
+        self._coming.clear()
+
+    def learn(self, frame: NewEpoch) -> ExpertPlacement:
+        """Note a placement that may follow, and return it.
+
+        Raises ``ProtocolError`` when it does not build on a known one.
+        """
+        known = {self.current.epoch: self.current, **self._coming}
+        base = known.get(frame.base_epoch)  # a header on the way may name it
+        if base is None:
+            raise ProtocolError(
+                f"epoch {frame.epoch} follows {frame.base_epoch}, but {self.current.epoch} runs"
+            )
+        banks = list(base.banks)
+        for place, maps in frame.banks:
+            if place not in range(len(banks)):
+                raise ProtocolError(f"no maps of an epoch: there is no bank {place}")
+            _check_place(maps, banks[place])
+            banks[place] = maps
+        placement = replace(self.current, epoch=frame.epoch, banks=tuple(banks))
+        self._coming[frame.epoch] = placement
+        return placement
+
+    def reach(self, epoch: int) -> bool:
+        """Take the epoch of a step header; returns whether it is new.
+
+        Raises ``ProtocolError`` for an unknown epoch.
+        """
+        if epoch == self.current.epoch:
+            return False
+        if epoch not in self._coming:
+            raise ProtocolError(f"a step runs in epoch {epoch}, which was not announced")
+        self.current = self._coming.pop(epoch)
+        for old in [e for e in self._coming if e < epoch]:
+            del self._coming[old]
+        return True
+
+
+def _check_place(found: BankPlacement, old: BankPlacement) -> None:
+    if (found.bank, found.layer, found.num_experts) != (old.bank, old.layer, old.num_experts):
+        raise ProtocolError(f"maps of bank {found.bank} layer {found.layer} in a wrong place")

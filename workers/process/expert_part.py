@@ -1,0 +1,171 @@
+"""The experts of a worker: slots, the server of steps, the loader.
+
+Expert workers and colocated workers have one each.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from msgspec.structs import replace
+
+from cluster.core.frames import LoadExperts
+from cluster.core.placement import ExpertPlacement
+from workers.dispatch.dispatcher import SlotBanks
+from workers.dispatch.expert_server import ExpertServer
+from workers.experts.slots import ExpertSlots
+from workers.experts.sources import CheckpointSource, ExpertSource
+from workers.experts.speed import blank_bank, slots_per_second
+from workers.experts.transfer.loading import CHECKPOINT, ExpertLoader, OpenSource
+from workers.experts.transfer.peer_source import (
+    GIVE_UP,
+    PEER,
+    ExpertLender,
+    PeerSource,
+    RateLimitedSource,
+    expert_num_bytes,
+)
+from workers.experts.transfer.rate_limit import RateLimit
+from workers.metrics.activity import Activity
+from workers.metrics.step_timer import StepTimer
+from workers.model.loading.checkpoint import Checkpoint
+from workers.process.control_client import ControlClient
+from workers.process.worker_args import WorkerArgs
+from workers.transport.handshake import PeerIdentity
+from workers.transport.peer_link import Peer, PeerClient, PeerServer
+from workers.transport.transport import DataTransport
+
+BanksOf = Callable[[ExpertSlots], SlotBanks]
+"""Makes the banks that compute steps from a worker's slots. The default is the slots themselves."""
+
+
+class ExpertPart:
+    """The experts of one worker, loaded as its first placement says."""
+
+    def __init__(
+        self,
+        args: WorkerArgs,
+        slots: ExpertSlots,
+        checkpoint: Checkpoint,
+        transport: DataTransport,
+        control: ControlClient,
+        *,
+        dtype: torch.dtype,
+        activity: Activity,
+        timer: StepTimer,
+        me: PeerIdentity,
+        weights: PeerServer,
+        banks_of: BanksOf | None = None,
+    ) -> None:
+        """Fill the empty ``slots``, and serve their experts to other workers by ``weights``.
+
+        Raises ``CheckpointError``.
+        """
+        assert args.placement is not None, "a worker with experts is started with a placement"
+        slots.load_placement(args.placement, args.member.device, checkpoint)
+        self._slots = slots
+        self._args = args
+        self._me = me
+        self._checkpoint = checkpoint
+        self._given_up = threading.Event()
+        self.server = ExpertServer(
+            transport,
+            banks_of(slots) if banks_of is not None else slots,
+            checkpoint.family.banks,
+            device_index=args.member.device,
+            combine_mode=args.config.engine.combine_mode,
+            dtype=dtype,
+            device=args.device,
+            activity=activity,
+            timer=timer,
+        )
+        weights.start(ExpertLender(slots))
+        sources: dict[str, OpenSource] = {CHECKPOINT: self._open_checkpoint, PEER: self._open_peer}
+        can_grow = args.device.type == "cpu"
+        self._loader = ExpertLoader(
+            slots,
+            sources,
+            control.send,
+            max_slots=None if can_grow else args.num_slots,
+            min_slots=args.num_slots,
+        )
+
+    def order(self, order: LoadExperts) -> None:
+        """Load experts in the background. Control thread.
+
+        Orders with a ``limit_s`` are moves: unfinished moves are given up by an order of kind
+        ``give up``, or by ``give_up_moves``.
+        """
+        if order.source.get("kind") == GIVE_UP:
+            self.give_up_moves()
+            return
+        self._loader.order(replace(order, source={**order.source, GIVE_UP: self._given_up}))
+
+    def give_up_moves(self) -> None:
+        """Give up unfinished moves. Control thread."""
+        given_up, self._given_up = self._given_up, threading.Event()
+        given_up.set()
+
+    def keep_only(self, placement: ExpertPlacement) -> None:
+        """A generation runs with ``placement``: free the other slots. Control thread."""
+        device = self._args.member.device
+        self._loader.keep_only([bank.physical_to_logical[device] for bank in placement.banks])
+
+    def facts(self) -> dict[str, float]:
+        """For ``WorkerReady``: slots, bytes of an expert of the largest bank, speed if measured."""
+        sizes = (expert_num_bytes(b.spec, b.dtype) for b in self._slots.banks)
+        found: dict[str, float] = {
+            "num_slots": self._args.num_slots,
+            "expert_bytes": max(sizes, default=0),
+        }
+        if self._args.config.workers.device_speed == "measured":
+            found["device_speed"] = self._speed()
+        return found
+
+    def _speed(self) -> float:
+        """Slots a second of the first bank; the device is otherwise idle at this time."""
+        bank, filled = self._slots.banks[0], sorted(self._slots.contents(0))
+        if not filled:
+            bank, filled = blank_bank(bank), [0]
+        return slots_per_second(bank.compute, bank.spec, filled, bank.dtype, bank.device)
+
+    def stats(self) -> dict[str, float]:
+        """Gauges and counters for heartbeats; called on the control thread."""
+        return {
+            "expert_worker_slots": float(max((b.num_slots for b in self._slots.banks), default=0)),
+            **self.server.stats(),
+        }
+
+    def close(self) -> None:
+        self.give_up_moves()
+        self._loader.close()
+
+    # ---- sources of further experts ---------------------------------------------------------
+
+    def _rate(self, source: Mapping[str, Any]) -> RateLimit:
+        """The limit from an order's ``bytes_per_s`` and ``limit_s``; both may be missing."""
+        bytes_per_s, limit_s = source.get("bytes_per_s"), source.get("limit_s")
+        return RateLimit(
+            float(bytes_per_s) if bytes_per_s else None,
+            limit_s=float(limit_s) if limit_s else None,
+            cancelled=source[GIVE_UP] if limit_s else None,
+        )
+
+    def _open_checkpoint(self, source: Mapping[str, Any]) -> ExpertSource:
+        return RateLimitedSource(CheckpointSource(self._checkpoint.another()), self._rate(source))
+
+    def _open_peer(self, source: Mapping[str, Any]) -> ExpertSource:
+        rate = self._rate(source)
+        peer = Peer(
+            name=str(source["peer"]),
+            address=str(source["address"]),
+            me=self._me,
+            token=self._args.config.cluster_token,
+        )
+        timeout_s = self._args.config.transport.connect_timeout_s
+        connect = partial(PeerClient, peer, timeout_s, before_chunk=rate.take)
+        return PeerSource(connect, rate)

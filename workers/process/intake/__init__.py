@@ -1,0 +1,4 @@
+"""Requests before the engine takes them: they wait for a grammar or for KV blocks of a peer.
+
+Imports ``workers.engine`` and the floors below; never Ray or gRPC.
+"""

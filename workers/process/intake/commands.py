@@ -1,0 +1,63 @@
+"""Commands from the engine streams to the engine loop, and the inbox that carries them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from workers.requests.request import Request, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class AddRequest:
+    """A gateway submits a request."""
+
+    gateway: str
+    request: Request
+    received: float
+    """Monotonic seconds at which the stream delivered it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequest:
+    """A gateway aborts a request, or the named ones of its choices."""
+
+    gateway: str
+    request_id: str
+    choices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayGone:
+    """A gateway's stream ended: its requests are aborted."""
+
+    gateway: str
+
+
+@dataclass(frozen=True, slots=True)
+class TurnNoted:
+    """A gateway has noted which request runs the next step alone."""
+
+    gateway: str
+    turn: Turn
+
+
+Command = AddRequest | AbortRequest | GatewayGone | TurnNoted
+
+
+class Inbox:
+    """Commands from the streams to the engine loop; ``wake`` is called after each."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._commands: deque[Command] = deque()
+        self._wake = wake
+
+    def put(self, command: Command) -> None:
+        """Add a command (any thread)."""
+        self._commands.append(command)
+        self._wake()
+
+    def take(self) -> list[Command]:
+        """All commands that wait now (engine loop only)."""
+        return [self._commands.popleft() for _ in range(len(self._commands))]

@@ -1,0 +1,131 @@
+"""Requests that wait until their grammar is compiled, so that the engine never compiles.
+
+A few grammars are compiled at a time; llguidance releases the interpreter lock meanwhile. A thread
+cannot be stopped: a compilation over its time limit keeps its thread, its requests are refused and
+the next grammar starts. llguidance bounds its own work, so the thread ends by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+
+from cluster.core.errors import ExpertMeshError, RequestError, RequestFailedError
+from workers.process.intake.commands import AddRequest
+from workers.process.intake.waiting import Job, WaitingRequests
+from workers.requests.request import Grammar
+from workers.sampling.grammar import CompiledGrammar
+
+logger = logging.getLogger(__name__)
+
+COMPILE_LIMIT_S = 2.0
+"""Time that a grammar may take to compile."""
+MAX_COMPILING = 2
+"""Grammars that are compiled at the same time, those over their time limit not counted."""
+_MAX_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledRequest:
+    """A request whose wait is over."""
+
+    command: AddRequest
+    """The request as it came."""
+    compiled: CompiledGrammar | None
+    """Its grammar; None after an error."""
+    error: ExpertMeshError | None = None
+    """Why it is refused."""
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Job(Job):
+    grammar: Grammar
+    compiling: Future[CompiledGrammar] | None = None
+
+
+class GrammarCompilations(WaitingRequests):
+    """See the module. All methods belong to the engine's thread.
+
+    Args:
+        compile: makes a grammar in another thread; raises ``RequestError``.
+        wake: called, by any thread, when there is something to take.
+        clock: monotonic seconds.
+        limit_s: time that a grammar may take to compile.
+    """
+
+    def __init__(
+        self,
+        compile: Callable[[Grammar], CompiledGrammar],
+        wake: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+        limit_s: float = COMPILE_LIMIT_S,
+    ) -> None:
+        super().__init__(wake, clock, "grammar-compiler", _MAX_THREADS)
+        self._compile = compile
+        self._limit_s = limit_s
+        self._pending: deque[_Job] = deque()
+        self._running: list[_Job] = []
+
+    def put(self, command: AddRequest) -> None:
+        """Let a request with a grammar wait."""
+        grammar = command.request.params.grammar
+        assert grammar is not None, "only requests with a grammar wait"
+        job = next((job for job in self._all_jobs() if job.grammar == grammar), None)
+        if job is None:
+            job = _Job(grammar=grammar)
+            self._pending.append(job)
+        job.waiting.append(command)
+        self._start_jobs()
+        self._count()
+
+    def take(self) -> list[CompiledRequest]:
+        """Requests whose wait is over, in the order in which their compilations began."""
+        now, found = self._clock(), []
+        for job in tuple(self._running):
+            assert job.compiling is not None, "a running job has been started"
+            if job.compiling.done():
+                compiled, error = _result(job.compiling)
+            elif now >= job.deadline_s:
+                compiled, error = None, self._too_slow(job.grammar)
+            else:
+                continue
+            found += [CompiledRequest(command, compiled, error) for command in job.waiting]
+            self._running.remove(job)
+        self._start_jobs()
+        self._count()
+        return found
+
+    def _all_jobs(self) -> tuple[_Job, ...]:
+        return (*self._pending, *self._running)
+
+    def _keep(self, is_wanted: Callable[[AddRequest], bool]) -> None:
+        super()._keep(is_wanted)
+        self._pending = deque(job for job in self._pending if job.waiting)
+
+    def _start_jobs(self) -> None:
+        while self._pending and len(self._running) < MAX_COMPILING:
+            job = self._pending.popleft()
+            job.deadline_s = self._clock() + self._limit_s
+            job.compiling = self._start(partial(self._compile, job.grammar))
+            self._running.append(job)
+
+    def _too_slow(self, grammar: Grammar) -> RequestError:
+        rule = f"is too complex: it was not compiled within {self._limit_s:g} s"
+        return RequestError(f"{grammar.field} {rule}", grammar.field)
+
+
+def _result(
+    compiling: Future[CompiledGrammar],
+) -> tuple[CompiledGrammar | None, ExpertMeshError | None]:
+    try:
+        return compiling.result(), None
+    except ExpertMeshError as err:
+        return None, err
+    except Exception:
+        logger.exception("a grammar could not be compiled")
+        return None, RequestFailedError("the grammar could not be compiled")

@@ -1,0 +1,142 @@
+"""Requests that wait for KV blocks of their prompt from a peer, so that the engine never does.
+
+A few prefixes are fetched at a time, straight into blocks that are held for them. When a fetch
+fails or takes too long, the engine computes the missing blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from cluster.core.errors import TransportError
+from workers.engine.engine import Engine
+from workers.kv.transfer.fetch_cost import FetchCost
+from workers.kv.transfer.store import Fetch
+from workers.metrics.histogram import TRANSFER_BUCKETS, Histogram
+from workers.process.intake.commands import AddRequest
+from workers.process.intake.waiting import Job, WaitingRequests
+from workers.transport.peer_link import Peer, PeerClient, view_bytes
+
+logger = logging.getLogger(__name__)
+
+MAX_FETCHING = 4
+"""Prefixes that are fetched at the same time; further requests compute theirs."""
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Job(Job):
+    fetch: Fetch
+    transfer: Future[None]
+
+
+class KvFetches(WaitingRequests):
+    """See the module. All methods belong to the engine's thread.
+
+    Args:
+        engine: owns the blocks.
+        peers: how to reach the KV server of a worker by name; None for an unknown peer.
+        wake: called, by any thread, when there is something to take.
+        limit_s: longest wait; 0: nothing is fetched.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        peers: Callable[[str], Peer | None],
+        wake: Callable[[], None],
+        limit_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(wake, clock, "kv-fetcher", MAX_FETCHING)
+        self._engine = engine
+        self._peers = peers
+        self._limit_s = limit_s
+        self._jobs: list[_Job] = []
+        self.cost = FetchCost()
+        """What fetching costs, as measured."""
+        self._seconds = Histogram(TRANSFER_BUCKETS)
+        self._num_bytes = 0
+        self._num_failed = 0
+
+    @property
+    def fetch_cost(self) -> float:
+        return self.cost.ratio(self._clock()) if self._limit_s else math.inf
+
+    def put(self, command: AddRequest) -> bool:
+        """Let a request wait for blocks; False where there is nothing to wait for."""
+        request = command.request
+        if not request.kv_peer or self.fetch_cost >= 1 or len(self._jobs) >= MAX_FETCHING:
+            return False
+        peer = self._peers(request.kv_peer)
+        fetch = None if peer is None else self._engine.begin_fetch(request)
+        if peer is None or fetch is None:
+            return False
+        same = next((j for j in self._jobs if j.fetch.wanted[0] == fetch.wanted[0]), None)
+        if same is not None and not same.transfer.done():
+            self._engine.kv_store.end(fetch)  # these blocks are on their way already
+            same.waiting.append(command)
+        else:
+            deadline_s = self._clock() + self._limit_s
+            transfer = self._start(partial(self._receive, fetch, peer, deadline_s))
+            job = _Job(fetch=fetch, transfer=transfer, deadline_s=deadline_s, waiting=[command])
+            self._jobs.append(job)
+        self._count()
+        return True
+
+    def take(self) -> list[AddRequest]:
+        """Requests whose wait is over, in the order in which it began."""
+        now, found = self._clock(), []
+        for job in tuple(self._jobs):
+            if job.transfer.done():
+                self._engine.kv_store.end(job.fetch)
+                self._jobs.remove(job)
+            elif now < job.deadline_s:
+                continue
+            found += job.waiting
+            job.waiting, job.deadline_s = [], math.inf  # blocks stay held until the thread ends
+        self._count()
+        return found
+
+    def stats(self) -> dict[str, float]:
+        """Counters by metric name without prefix. Any thread may call it."""
+        return {
+            **self._seconds.stats("kv_migration_seconds", 'reason="prefix"'),
+            'kv_migration_bytes_total{reason="prefix"}': float(self._num_bytes),
+            'kv_migration_failures_total{reason="prefix"}': float(self._num_failed),
+        }
+
+    def _all_jobs(self) -> list[_Job]:
+        return self._jobs
+
+    def _receive(self, fetch: Fetch, peer: Peer, deadline_s: float) -> None:
+        """Fill the blocks of a fetch, in a thread of the executor."""
+        cache, began_s = self._engine.kv_store.cache, self._clock()
+        buffer = torch.empty(cache.block_shape, dtype=cache.dtype)
+
+        def keep(place: int) -> None:
+            cache.write_block(fetch.blocks[place], buffer)
+            fetch.num_filled = place + 1
+
+        try:
+            with closing(PeerClient(peer, deadline_s - began_s, deadline_s=deadline_s)) as client:
+                client.fetch("a KV block", fetch.wanted, [view_bytes(buffer)], keep)
+        except TransportError as err:
+            self._num_failed += 1
+            logger.warning("KV blocks of %s are computed instead: %s", peer.name, err)
+        except Exception:
+            self._num_failed += 1
+            logger.exception("KV blocks of %s are computed instead", peer.name)
+        took_s = self._clock() - began_s
+        self._seconds.observe(took_s)
+        self._num_bytes += fetch.num_filled * buffer.nbytes
+        self.cost.observe_fetch(fetch.num_filled * cache.block_size, took_s, self._clock())

@@ -1,0 +1,87 @@
+"""Requests that wait before the engine takes them: for a grammar, or for KV blocks of a peer."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from workers.process.intake.commands import AddRequest
+
+Result = TypeVar("Result")
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Job:
+    """Work in another thread, and the requests that wait for it."""
+
+    waiting: list[AddRequest] = field(default_factory=list)
+    deadline_s: float = math.inf
+    """Time on the clock at which the requests stop waiting."""
+
+
+class WaitingRequests(ABC):
+    """Requests by the job they wait for. Methods belong to the engine's thread.
+
+    Args:
+        wake: called, by any thread, when a job has ended.
+        clock: monotonic seconds.
+        name: of the threads.
+        max_threads: jobs that run at the same time.
+    """
+
+    num_waiting = 0
+    """Choices of the requests that wait here; other threads may read it."""
+
+    def __init__(
+        self, wake: Callable[[], None], clock: Callable[[], float], name: str, max_threads: int
+    ) -> None:
+        self._wake = wake
+        self._clock = clock
+        self._executor = ThreadPoolExecutor(max_threads, thread_name_prefix=name)
+
+    @abstractmethod
+    def _all_jobs(self) -> Iterable[Job]:
+        """Jobs that have not been taken."""
+
+    def wait_s(self, at_most_s: float) -> float:
+        """Seconds until a deadline, if that is sooner than ``at_most_s``."""
+        deadline_s = min((job.deadline_s for job in self._all_jobs()), default=math.inf)
+        return min(at_most_s, max(0.0, deadline_s - self._clock()))
+
+    def drop(self, request_id: str) -> None:
+        """Forget a request if it waits here."""
+        self._keep(lambda command: command.request.request_id != request_id)
+
+    def drop_gateway(self, gateway: str) -> None:
+        """Forget all requests of a gateway."""
+        self._keep(lambda command: command.gateway != gateway)
+
+    def owner(self, request_id: str) -> str | None:
+        """The gateway of a request that waits here."""
+        for job in self._all_jobs():
+            for command in job.waiting:
+                if command.request.request_id == request_id:
+                    return command.gateway
+        return None
+
+    def close(self) -> None:
+        """Start no further job; jobs that run end by themselves."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self, work: Callable[[], Result]) -> Future[Result]:
+        future = self._executor.submit(work)
+        future.add_done_callback(lambda ended: self._wake())
+        return future
+
+    def _keep(self, is_wanted: Callable[[AddRequest], bool]) -> None:
+        for job in self._all_jobs():
+            job.waiting = [command for command in job.waiting if is_wanted(command)]
+        self._count()
+
+    def _count(self) -> None:
+        """Must follow every change of the jobs."""
+        self.num_waiting = sum(c.request.n for job in self._all_jobs() for c in job.waiting)

@@ -1,0 +1,420 @@
+"""The base of all workers: start and end, control socket, listeners, the data thread.
+
+The data thread loads the weights and then runs a loop. Each iteration handles the controller's
+frames and, while a generation runs, one step. The control client's thread only queues frames and
+reads counters.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Set
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from cluster.core.errors import GenerationChangedError, NotReadyError, PeerLostError
+from cluster.core.frames import (
+    ControlFrame,
+    ControllerSnapshot,
+    DrainRequest,
+    ExpertsLoaded,
+    LoadExperts,
+    NewGeneration,
+    Register,
+    RunGeneration,
+    Shutdown,
+    WorkerFailed,
+    WorkerReady,
+)
+from cluster.core.load_report import LoadReport
+from cluster.core.placement import ExpertPlacement
+from cluster.core.topology import Generation, Member
+from workers.engine.micro_batches import MicroBatchRule
+from workers.engine.prefill_cap import PrefillCap
+from workers.engine.step_channel import StepChannel
+from workers.experts.slots import ExpertSlots
+from workers.experts.transfer.peer_source import KEY
+from workers.metrics.activity import Activity
+from workers.metrics.step_metrics import StepMetrics
+from workers.metrics.step_timer import StepTimer
+from workers.metrics.step_trace import StepTrace
+from workers.model.compute_threads import ComputeThreads
+from workers.model.huge_pages import collapse_weights
+from workers.model.loading.checkpoint import Checkpoint, resolve_dtype
+from workers.process.control_client import ControlClient
+from workers.process.data_plane import identify, open_connections, open_transport
+from workers.process.expert_part import BanksOf, ExpertPart
+from workers.process.lease import Lease
+from workers.process.membership import Membership, MembershipHooks
+from workers.process.reports import WorkerReports
+from workers.process.worker_args import WorkerArgs
+from workers.transport.collective import CollectiveTransport
+from workers.transport.peer_connections import PeerConnections
+from workers.transport.peer_link import PeerServer
+from workers.transport.transport import DataTransport
+
+logger = logging.getLogger(__name__)
+
+OnDeath = Callable[[str], None]
+"""Called with the reason, on the data thread, when a worker fails."""
+IDLE_WAIT_S = 1.0
+"""Longest sleep of the loop."""
+LEASE_LIMITS = 1.8
+"""Lease in detection limits: below two, so that a silent worker stops before it is removed."""
+_WAITS = {
+    "attention": ("combine",),
+    "expert": ("receive",),
+    "colocated": ("receive",),
+}
+"""Timings of a step in which a worker waits for others, by role."""
+STOP_TIMEOUT_S = 5.0
+"""Longest wait for the end of the data thread."""
+
+
+class WorkerRuntime(ABC):
+    """One worker without its Ray actor. Subclasses add the loading and the step of their role."""
+
+    _experts: ExpertPart | None = None
+    """Expert slots of a worker that has some, when they are filled."""
+
+    def __init__(
+        self, args: WorkerArgs, on_death: OnDeath, banks_of: BanksOf | None = None
+    ) -> None:
+        self.args = args
+        self.banks_of = banks_of
+        self.config = args.config
+        is_local = args.config.workers.mode == "local"
+        self.step_metrics = StepMetrics(*() if is_local else _WAITS[args.member.role])
+        node = args.member.node or args.host
+        self.member = replace(args.member, pid=os.getpid(), node=node)
+        self.membership = Membership(
+            self.member.name,
+            MembershipHooks(
+                send=self._send,
+                enter=self._enter,
+                lose_members=self._lose_members,
+                begin_steps=self._begin_steps,
+            ),
+        )
+        self._on_death = on_death
+        self._connections: PeerConnections | None = None
+        self._cleanup = ExitStack()
+        self._frames: deque[ControlFrame] = deque()
+        self.activity = Activity()
+        self._reports = WorkerReports(
+            self.membership,
+            self.activity,
+            stats=lambda: {**self._stats(), **self.step_metrics.stats()},
+            load=self._load_report,
+            load_every_s=self.config.load.report_s,
+            send=self._send,
+        )
+        self._stopping = False
+        self._is_connected = False
+        self._drain_requested = False
+        self._memory: dict[str, Any] = {}
+        self._thread = threading.Thread(target=self._main, name=self.member.name, daemon=True)
+
+    # ---- what a role adds -------------------------------------------------------------------
+
+    @abstractmethod
+    def _load(self) -> dict[str, Any]:
+        """Read the weights; returns the facts for ``WorkerReady``."""
+
+    @abstractmethod
+    def _enter(self, generation: Generation, placement: ExpertPlacement) -> None:
+        """Take the maps of a generation whose edges are open."""
+
+    def _begin_steps(self) -> None:
+        """A generation runs: begin steps and accept clients."""
+        number = self.membership.generation.number
+        logger.debug("%s runs generation %d", self.member.name, number)
+
+    def _lose_members(self, names: Set[str]) -> None:
+        """Members of the last generation died; the last step was given up."""
+        logger.info("%s continues without %s", self.member.name, ", ".join(sorted(names)))
+
+    @abstractmethod
+    def _run_step(self) -> None:
+        """Wait for a step and run it, or return after a wake-up."""
+
+    @abstractmethod
+    def _between_steps(self) -> None:
+        """Work at the start of every iteration, in a generation or not."""
+
+    def _stats(self) -> dict[str, float]:
+        """Gauges and counters for heartbeats; called on the control thread."""
+        return {}
+
+    def _load_report(self) -> LoadReport | None:
+        """Counted load of the experts; called on the control thread."""
+        return None
+
+    def _announce(self) -> Member:
+        """Open further listeners before registration; returns the member with their addresses."""
+        return self.member
+
+    # ---- life -------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the data thread; returns at once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the loop and wait for it."""
+        self._stopping = True
+        self._interrupt(self.membership.generation.number + 1)
+        self._thread.join(STOP_TIMEOUT_S)
+
+    def request_drain(self) -> bool:
+        """Ask for a drain; False outside a generation, or when already asked (any thread)."""
+        if not self.membership.runs or self._stopping or self._drain_requested:
+            return False
+        self._drain_requested = True
+        self.control.send(DrainRequest())
+        return True
+
+    def redirect(self, control_address: str) -> None:
+        """Connect to a restarted controller; ``NotReadyError`` before the first connection."""
+        if not self._is_connected:
+            raise NotReadyError(f"{self.member.name} has not called a controller yet")
+        self.control.redirect(control_address)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the data thread runs."""
+        return self._thread.is_alive()
+
+    def _main(self) -> None:
+        try:
+            self.compute_threads = ComputeThreads.for_threads(self.args.threads)
+            self._open()
+            info = self._load()
+            collapse_weights(
+                self.args.device.type, self.checkpoint.loaded_bytes, self.activity.advance
+            )
+            self.control.send(WorkerReady(info=info))
+            while not self._stopping:
+                self._handle_frames()
+                self._between_steps()
+                self._guarded_step()
+        except Exception as err:
+            logger.exception("%s cannot go on", self.member.name)
+            self._die(f"{type(err).__name__}: {err}")
+        finally:
+            self._cleanup.close()
+
+    def _open(self) -> None:
+        """Reach the controller, read the checkpoint's headers, open the listeners, register."""
+        self.control = self._open_control()
+        self._cleanup.callback(self.control.close)
+        self.checkpoint = Checkpoint(Path(self.config.model.path), self._reports.loading)
+        self.family = self.checkpoint.family
+        self.dtype = resolve_dtype(self.config.model.dtype, self.family.config)
+        me = self._me = identify(self.args, self.checkpoint)
+        connections = self._connections = open_connections(
+            self.args, me, self.checkpoint, self.dtype
+        )
+        self._cleanup.callback(connections.close)
+        engine = self.config.engine
+        self.channel = StepChannel(
+            connections,
+            prefill_cap=PrefillCap.of(engine),
+            micro_batches=MicroBatchRule.of(engine, self.config.workers),
+        )
+        self.transport = self._open_transport()
+        self._cleanup.callback(self.transport.close)
+        self.membership.join(connections, self.channel, self.transport)
+        trace = self._open_trace()
+        self._timing_sinks = (self.step_metrics, *(() if trace is None else (trace,)))
+        self.member = replace(self.member, data_address=connections.address)
+        if self.member.holds_experts:
+            self._weights = self._peer_server("weights", KEY.size)
+            self.member = replace(self.member, weights_address=self._weights.address)
+        self.member = self._announce()
+        info = {"threads": self.args.threads, "device": str(self.args.device)}
+        info["host"] = socket.gethostname()
+        self.control.send(Register(member=self.member, info=info))
+
+    def _peer_server(self, what: str, key_bytes: int) -> PeerServer:
+        """A listener for other workers of the cluster, open until this worker ends."""
+        token, host = self.config.cluster_token, self.args.host
+        server = PeerServer(self._me, token, host=host, what=what, key_bytes=key_bytes)
+        self._cleanup.callback(server.close)
+        return server
+
+    def _open_control(self) -> ControlClient:
+        transport = self.config.transport
+        control = ControlClient(
+            self.args.control_address,
+            self.config.cluster_token,
+            self.member.name,
+            self._on_frame,
+            heartbeat=self._reports.heartbeat,
+            status=self._reports.status,
+            heartbeat_s=transport.heartbeat_s,
+            connect_timeout_s=transport.connect_timeout_s,
+            lease=Lease(
+                limit_s=self.lease_s,
+                last_commit=lambda: self.membership.last_commit,
+                on_expired=self._fence,
+            ),
+            worker_report=self._worker_report,
+        )
+        control.start()
+        self._is_connected = True
+        return control
+
+    @property
+    def lease_s(self) -> float:
+        """Time without controller and committed step after which this worker stops."""
+        return LEASE_LIMITS * self.config.transport.detection_limit_s
+
+    @property
+    def connections(self) -> PeerConnections:
+        """The data-plane sockets. Data thread only, but for ``wake`` and ``interrupt``."""
+        assert self._connections is not None, "the connections are opened before anything uses them"
+        return self._connections
+
+    def _open_transport(self) -> DataTransport:
+        """Open the transport; the address of its store, if any, goes to the other members."""
+        transport = open_transport(self.args, self.connections)
+        if isinstance(transport, CollectiveTransport):
+            self.member = replace(self.member, store_address=transport.store_address)
+        return transport
+
+    def _load_experts(self, transport: DataTransport) -> ExpertPart:
+        part = ExpertPart(
+            self.args,
+            self._expert_slots(),
+            self.checkpoint,
+            transport,
+            self.control,
+            dtype=self.dtype,
+            activity=self.activity,
+            timer=self._new_timer(),
+            me=self._me,
+            weights=self._weights,
+            banks_of=self.banks_of,
+        )
+        self._cleanup.callback(part.close)
+        self._experts = part
+        return part
+
+    def _new_timer(self) -> StepTimer:
+        return StepTimer(*self._timing_sinks)
+
+    def _open_trace(self) -> StepTrace | None:
+        section = self.config.observability
+        if section.trace_dir is None:
+            return None
+        trace = StepTrace(Path(section.trace_dir), self.member.name, section.trace_max_bytes)
+        self._cleanup.callback(trace.close)
+        return trace
+
+    def _expert_slots(self) -> ExpertSlots:
+        return ExpertSlots(
+            self.family.banks,
+            self.args.num_slots,
+            self.dtype,
+            self.args.device,
+            self.compute_threads,
+            self.config.engine.deterministic,
+        )
+
+    def _die(self, reason: str) -> None:
+        if self._stopping:
+            return
+        if self._is_connected:
+            self.control.send(WorkerFailed(reason=reason))
+            self.control.close()
+        self._on_death(reason)
+
+    def _send(self, frame: ControlFrame) -> None:
+        self.control.send(frame)
+
+    # ---- the control thread -----------------------------------------------------------------
+
+    def _on_frame(self, frame: ControlFrame) -> None:
+        """Hand a frame to the data thread, and interrupt its wait where the frame demands it."""
+        if isinstance(frame, LoadExperts):
+            self._order_experts(frame)
+            return
+        if isinstance(frame, ControllerSnapshot):
+            self._memory = frame.memory
+            return
+        if isinstance(frame, RunGeneration):
+            self._free_experts(frame)
+        self._frames.append(frame)
+        if isinstance(frame, NewGeneration):
+            if self._experts is not None:
+                self._experts.give_up_moves()
+            self.membership.announced = frame
+            self._interrupt(frame.generation.number)
+        elif isinstance(frame, Shutdown):
+            self._interrupt(self.membership.generation.number + 1)
+        elif self._connections is not None:
+            self._connections.wake()
+
+    def _free_experts(self, frame: RunGeneration) -> None:
+        """Free experts that another worker holds in the new generation."""
+        order = self.membership.announced
+        if self._experts and order and order.generation.number == frame.generation:
+            self._experts.keep_only(order.placement)
+
+    def _order_experts(self, order: LoadExperts) -> None:
+        if self._experts is not None:
+            self._experts.order(order)
+        else:
+            error = f"{self.member.name} has no expert slots"
+            self._send(ExpertsLoaded(order=order.order, error=error))
+
+    def _interrupt(self, generation: int) -> None:
+        if self._connections is not None:
+            self._connections.interrupt(generation)
+
+    def _fence(self, reason: str) -> None:
+        """The lease ran out: leave this generation. Called on the control thread."""
+        logger.warning("%s is fenced: %s", self.member.name, reason)
+        self.membership.is_fenced = True
+        if self._connections is not None:
+            self._connections.wake()
+
+    def _worker_report(self) -> list[ControlFrame]:
+        """State of this worker, for a restarted controller."""
+        return self.membership.worker_report(self.control.term, self._memory)
+
+    # ---- the data thread --------------------------------------------------------------------
+
+    def _guarded_step(self) -> None:
+        """Run one step; a lost peer or a new generation ends this generation."""
+        self.activity.advance()
+        membership = self.membership
+        try:
+            if membership.is_fenced:
+                membership.runs = False
+            if membership.runs:
+                self._run_step()
+            else:
+                self.activity.is_idle = True
+                self.connections.rest(IDLE_WAIT_S)
+        except GenerationChangedError:
+            membership.runs = False
+        except PeerLostError as err:
+            membership.lose(err)
+
+    def _handle_frames(self) -> None:
+        while self._frames:
+            frame = self._frames.popleft()
+            if isinstance(frame, Shutdown):
+                self._stopping = True
+            else:
+                self.membership.handle(frame)

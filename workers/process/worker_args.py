@@ -1,0 +1,71 @@
+"""The arguments of a worker: plain data from ``cluster.actors.worker_group``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cluster.config.cluster import ClusterConfig
+from cluster.core.codec import from_plain, to_plain
+from cluster.core.placement import ExpertPlacement
+from cluster.core.topology import Member
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerArgs:
+    """Configuration, identity, addresses and shares of one worker."""
+
+    config: ClusterConfig
+    """The cluster's configuration, with device and shares resolved."""
+    member: Member
+    """Identity of this worker."""
+    control_address: str
+    """``host:port`` of the controller's control server."""
+    host: str
+    """Interface that this worker's sockets bind to."""
+    threads: int = 1
+    placement: ExpertPlacement | None = None
+    """First placement, where this worker holds experts."""
+    num_slots: int = 0
+    """Expert slots per bank, where this worker holds experts."""
+
+    @classmethod
+    def from_plain(
+        cls,
+        config: Mapping[str, Any],
+        member: Mapping[str, Any],
+        control_address: str,
+        extra: Mapping[str, Any],
+        host: str,
+    ) -> WorkerArgs:
+        """Build from the actor's constructor arguments. Raises ``ConfigError``."""
+        placement = extra.get("placement")
+        parsed = ClusterConfig.from_dict(config)
+        # Sums are split by the number of threads, so deterministic workers all have one.
+        threads = 1 if parsed.engine.deterministic else int(extra.get("threads", 1))
+        return cls(
+            config=parsed,
+            member=from_plain(member, Member),
+            control_address=control_address,
+            host=host,
+            threads=threads,
+            placement=None if placement is None else ExpertPlacement.from_dict(placement),
+            num_slots=int(extra.get("num_slots", 0)),
+        )
+
+    def to_plain(self) -> dict[str, Any]:
+        """The facts that a restarted controller needs (``WorkerActor.introduce``)."""
+        return {
+            "member": to_plain(self.member),
+            "config": self.config.to_dict(),
+            "threads": self.threads,
+            "num_slots": self.num_slots,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this worker. Ray shows a worker only its own GPU, which is the first."""
+        return torch.device("cuda:0" if self.config.workers.device == "cuda" else "cpu")

@@ -1,0 +1,86 @@
+"""Names of KV blocks: a hash covers a block's tokens and all that stand before them.
+
+Workers find cached blocks by them, gateways learn by them which worker has which prefix. Both ends
+must agree, so they are made here alone. Pure; no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from cluster.core.codec import Message
+from workers.requests.request import Request
+
+BlockHash = bytes
+"""32 bytes, blake2b: requests of one salt trust it not to collide."""
+HASH_BYTES = 32
+"""Bytes of a hash."""
+SHORT_BYTES = 8
+"""Bytes of a hash in ``KvEvents``: a collision costs a detour there, never a wrong block."""
+
+
+def root_hash(salt: str, owner: str = "", length: int = 0) -> BlockHash:
+    """What the first block of a sequence is chained to: its tenant, or one request (``owner``).
+
+    ``length`` is that of the prompt where keys depend on it, else 0.
+    """
+    person = b"kv owner" if owner else b"kv salt"
+    own = length.to_bytes(8, "little") if length else b""
+    name = (owner or salt).encode()
+    return blake2b(name, digest_size=HASH_BYTES, person=person, salt=own).digest()
+
+
+def chain_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
+    """Hash of a full block behind ``parent``: the root, or the block before it."""
+    data = parent + struct.pack(f"<{len(token_ids)}I", *token_ids)
+    return blake2b(data, digest_size=HASH_BYTES, person=b"kv block").digest()
+
+
+def request_root(request: Request, length_matters_above: int | None, owner: str = "") -> BlockHash:
+    """The root of a request's blocks.
+
+    ``length_matters_above``: see ``ModelConfig``; ``owner`` keeps the blocks to one request.
+    """
+    embeds, length = request.prompt_embeds, len(request.prompt)
+    matters = length_matters_above is not None and length > length_matters_above
+    salt = request.cache_salt if embeds is None else f"{request.cache_salt}\0{embeds.digest}"
+    return root_hash(salt, owner, length if matters else 0)
+
+
+def block_hashes(
+    request: Request, block_size: int, length_matters_above: int | None
+) -> list[BlockHash]:
+    """Hashes of the full blocks of a request's prompt."""
+    known: list[BlockHash] = []
+    parent = request_root(request, length_matters_above)
+    for last in range(block_size, len(request.prompt) + 1, block_size):
+        parent = chain_hash(parent, request.prompt[last - block_size : last])
+        known.append(parent)
+    return known
+
+
+def prompt_hashes(
+    request: Request, block_size: int, length_matters_above: int | None
+) -> list[bytes]:
+    """Short hashes of the full blocks of a request's prompt."""
+    known = block_hashes(request, block_size, length_matters_above)
+    return [block_hash[:SHORT_BYTES] for block_hash in known]
+
+
+class KvEvents(Message, frozen=True, kw_only=True, array_like=True, tag=True):
+    """A worker's message to gateways: changes of the blocks in its prefix cache."""
+
+    number: int
+    """One more than that of the message before; a gap means that messages were lost."""
+    is_whole: bool = False
+    """``stored`` are all blocks: the gateway drops what it knew before."""
+    stored: tuple[bytes, ...] = ()
+    """Short hashes of new blocks."""
+    removed: tuple[bytes, ...] = ()
+    """Short hashes of blocks that are gone."""
+    fetch_cost: float = math.inf
+    """Prompt tokens that the worker computes in the time in which it fetches the blocks of one from
+    a peer; infinite: it fetches none."""

@@ -1,0 +1,182 @@
+"""Which internal values of the model a request may ask for, and their size. Pure.
+
+A ``Request`` carries an ``Inspection``; its result is a tuple of ``NamedArray`` on the request's
+last output:
+
+    logits [P, V]             hidden_states [L + 1, T, H]      embedding [H]
+    logprobs [T], NaN where the label is ignored               attentions [L, A, T, T]
+    router_logits:<bank>:<layer> [T, E]                        aux:<bank>:<layer> [2, E]
+    topk_ids:<bank>:<layer> and topk_weights:<bank>:<layer> [T, k]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from cluster.core.codec import Message
+from cluster.core.errors import RequestError
+
+IGNORED_LABEL = -100
+"""A label that counts for nothing."""
+MAX_INSPECT_BYTES = 32 * 1024 * 1024
+"""Largest result of one prompt."""
+MAX_ATTENTION_TOKENS = 256
+"""Longest prompt whose attention maps can be asked for."""
+
+
+class Pooling(Enum):
+    """How final hidden states become one vector."""
+
+    LAST = "last"
+    MEAN = "mean"
+
+
+class Inspection(Message, frozen=True, kw_only=True, array_like=True):
+    """Internal values to return from one pass over a prompt."""
+
+    logits: tuple[int, ...] = ()
+    """Positions, ascending, whose logits are wanted; a classifier's prompt has one."""
+    labels: tuple[int, ...] = ()
+    """One per token: its log-probability given the tokens before it; -100 is ignored."""
+    embedding: Pooling | None = None
+    """One vector of the final hidden states."""
+    hidden_states: bool = False
+    """Embeddings, then after each layer but the last, then after the final norm."""
+    router_logits: bool = False
+    """Of every bank."""
+    routes: bool = False
+    """Chosen experts and their weights, of every bank."""
+    attentions: bool = False
+    """Softmax of the scores, of every layer and query head."""
+    aux: bool = False
+    """For each bank: tokens that chose an expert, and the sum of its probabilities."""
+
+    @property
+    def reads_routers(self) -> bool:
+        """Routers are recorded."""
+        return self.router_logits or self.routes or self.aux
+
+    @property
+    def reads_inside(self) -> bool:
+        """More is needed than the final hidden states."""
+        return self.hidden_states or self.reads_routers or self.attentions
+
+    def first_position(self, length: int) -> int:
+        """The first of ``length`` tokens that must be computed, not found in a cache."""
+        if self.reads_inside or self.embedding is Pooling.MEAN:
+            return 0
+        scored = (max(i - 1, 0) for i, label in enumerate(self.labels) if label != IGNORED_LABEL)
+        return min((*self.logits, *scored), default=length - 1)
+
+
+class NamedArray(Message, frozen=True, kw_only=True, array_like=True):
+    """Numbers in row-major order, little-endian."""
+
+    name: str
+    """See the module."""
+    dtype: str
+    """``float32`` or ``int32``."""
+    shape: tuple[int, ...]
+    data: bytes
+    """Four bytes an element."""
+
+
+class BankShape(Message, frozen=True, kw_only=True, array_like=True):
+    """The router of one bank."""
+
+    name: str
+    """``<bank>:<layer>``."""
+    num_experts: int
+    top_k: int
+    """Experts chosen for each token."""
+    aux_copies: int
+    """See ``BankSpec.aux_copies``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """The numbers of a model that sizes depend on."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    """A: query heads."""
+    vocab_size: int
+    """Token ids are below it."""
+    num_labels: int
+    """Classes of a classifier; 0 for a language model."""
+    banks: tuple[BankShape, ...]
+    """Banks in the order of their use."""
+
+    @property
+    def num_logits(self) -> int:
+        """Logits of one position."""
+        return self.num_labels or self.vocab_size
+
+    @property
+    def has_aux_loss(self) -> bool:
+        """Its family defines an auxiliary loss."""
+        return any(bank.aux_copies for bank in self.banks)
+
+
+def num_bytes(inspection: Inspection, length: int, shape: ModelShape) -> int:
+    """Bytes of the result of a prompt of ``length`` tokens."""
+    return 4 * sum(_elements(inspection, length, shape))
+
+
+def _elements(inspection: Inspection, length: int, shape: ModelShape) -> Iterator[int]:
+    yield len(inspection.logits) * shape.num_logits + len(inspection.labels)
+    if inspection.embedding is not None:
+        yield shape.hidden_size
+    if inspection.hidden_states:
+        yield (shape.num_layers + 1) * length * shape.hidden_size
+    if inspection.attentions:
+        yield shape.num_layers * shape.num_heads * length * length
+    for bank in shape.banks:
+        yield length * bank.num_experts * inspection.router_logits
+        yield length * 2 * bank.top_k * inspection.routes
+        yield 2 * bank.num_experts * inspection.aux
+
+
+def check_inspection(inspection: Inspection, length: int, shape: ModelShape) -> None:
+    """Raise ``RequestError`` naming field, value and rule for what cannot be had."""
+    if inspection.attentions and length > MAX_ATTENTION_TOKENS:
+        raise RequestError(
+            f"attentions of {length} tokens cannot be had, at most of {MAX_ATTENTION_TOKENS}",
+            "outputs",
+        )
+    if inspection.aux and not shape.has_aux_loss:
+        raise RequestError("aux_loss is not defined for this model", "outputs")
+    _check_positions(inspection, length)
+    if inspection.labels:
+        _check_labels(inspection.labels, length, shape)
+    size = num_bytes(inspection, length, shape)
+    if size > MAX_INSPECT_BYTES:
+        raise RequestError(
+            f"outputs of {length} tokens are {size} bytes, at most {MAX_INSPECT_BYTES} are allowed",
+            "outputs",
+        )
+
+
+def _check_positions(inspection: Inspection, length: int) -> None:
+    places = inspection.logits
+    if places and not 0 <= places[0] <= places[-1] < length:
+        raise RequestError(
+            f"logits of positions {places[0]} to {places[-1]} cannot be had of {length} tokens",
+            "logits_to_keep",
+        )
+
+
+def _check_labels(labels: tuple[int, ...], length: int, shape: ModelShape) -> None:
+    if shape.num_labels:
+        raise RequestError("a sequence classifier has no labels for tokens", "labels")
+    if len(labels) != length:
+        raise RequestError(f"labels has {len(labels)} entries for {length} tokens", "labels")
+    known = range(shape.vocab_size)
+    bad = next((i for i in labels if i not in known and i != IGNORED_LABEL), None)
+    if bad is not None:
+        raise RequestError(
+            f"labels has {bad}, it must be {IGNORED_LABEL} or 0 to {shape.vocab_size - 1}", "labels"
+        )

@@ -1,0 +1,59 @@
+"""A prompt of embeddings in place of tokens. Pure: bytes and a shape, nothing is unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from cluster.core.codec import Message
+from cluster.core.errors import RequestError
+
+
+class PromptEmbeds(Message, frozen=True, array_like=True):
+    """Vectors that replace the embeddings of the prompt's tokens."""
+
+    width: Annotated[int, Meta(ge=1)]
+    """Numbers a token: the model's hidden size."""
+    data: bytes
+    """[tokens, width] float32, little-endian, row-major."""
+
+    def __repr__(self) -> str:
+        return f"PromptEmbeds(width={self.width}, {len(self.data)} bytes)"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.data) // (4 * self.width)
+
+    @property
+    def digest(self) -> str:
+        """Names its content: prefixes of equal prompts only are shared."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    def rows(self, first: int, last: int) -> NDArray[np.float32]:
+        """[last - first, width] of tokens first .. last - 1."""
+        size = 4 * self.width
+        return np.frombuffer(self.data[first * size : last * size], dtype="<f4").reshape(
+            -1, self.width
+        )
+
+
+def read_embeds(shape: Sequence[int], data: bytes) -> PromptEmbeds:
+    """The prompt of a message. Raises ``RequestError`` naming value and rule."""
+    name = "embeddings"
+    given = list(shape)[:4]
+    if len(shape) != 2 or min(shape) < 1:
+        raise RequestError(f"{name}.shape ({given}) must be tokens and hidden size", name)
+    size = 4 * shape[0] * shape[1]
+    if len(data) != size:
+        raise RequestError(
+            f"{name}.data has {len(data)} bytes, {given} float32 numbers have {size}", name
+        )
+    if not np.isfinite(np.frombuffer(data, dtype="<f4")).all():
+        raise RequestError(f"{name}.data must be finite numbers", name)
+    return PromptEmbeds(shape[1], data)

@@ -1,0 +1,201 @@
+"""A request as the engine knows it, and what comes back for it.
+
+These are the core types behind both codecs (HTTP and gRPC): validation and defaults live in the
+gateway, everything from there on speaks of ``Request``, ``TokenOutput`` and ``StepOutput``.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from cluster.core.codec import Count, Message
+from workers.requests.inspection import Inspection, NamedArray
+from workers.requests.prompt_embeds import PromptEmbeds
+
+
+class FinishReason(Enum):
+    """Why a choice ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class GrammarKind(Enum):
+    """Language that a grammar is written in."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    LARK = "lark"
+
+
+class Grammar(Message, frozen=True, kw_only=True, array_like=True):
+    """What the output must follow. Hashable: equal ones are compiled once."""
+
+    kind: GrammarKind
+    """How ``text`` is read."""
+    text: str
+    """A JSON schema, a regular expression, a JSON list of strings, or a Lark grammar."""
+    field: str = "structured_outputs"
+    """The client's field that it came from, for messages."""
+
+
+class SamplingParams(Message, frozen=True, kw_only=True, array_like=True):
+    """How tokens are drawn. Values are already validated; docs/sampling.md has the order."""
+
+    max_tokens: Count = 16
+    """New tokens at most; 0 scores the prompt only."""
+    min_tokens: Count = 0
+    """New tokens before eos or a stop token id may be drawn."""
+    temperature: float = 1.0
+    """0 is argmax, ties to the lowest id."""
+    top_p: float = 1.0
+    """Smallest set of tokens with this probability mass, (0, 1]."""
+    top_k: Count = 0
+    """Most probable tokens kept; 0 is off."""
+    min_p: float = 0.0
+    """Tokens below this share of the best token's probability are dropped, [0, 1]."""
+    repetition_penalty: float = 1.0
+    """Over prompt and output tokens, (0, 2]."""
+    frequency_penalty: float = 0.0
+    """Times the token's count in the output, [-2, 2]."""
+    presence_penalty: float = 0.0
+    """Once for a token that is in the output, [-2, 2]."""
+    logit_bias: tuple[tuple[Count, float], ...] = ()
+    """(token id, bias) pairs added to the logits."""
+    stop_token_ids: tuple[Count, ...] = ()
+    """Tokens that end the choice, beside the model's eos."""
+    ignore_eos: bool = False
+    """Do not end at the model's eos."""
+    seed: int = 0
+    """Always set by the time a request reaches the engine: drawn at admission if need be."""
+    logprobs: Count | None = None
+    """Alternatives to report per new token; None reports nothing, 0 the drawn token only."""
+    prompt_logprobs: Count | None = None
+    """The same for prompt tokens."""
+    logprob_token_ids: tuple[Count, ...] = ()
+    """Tokens to report per new token in place of the most probable ones; needs ``logprobs``."""
+    allowed_token_ids: tuple[Count, ...] = ()
+    """Tokens that may be drawn; empty allows all."""
+    bad_words: tuple[tuple[Count, ...], ...] = ()
+    """Token sequences that must not be in the output; none is empty."""
+    grammar: Grammar | None = None
+    """What the output must follow."""
+
+
+class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
+    """One prompt with ``n`` choices."""
+
+    request_id: str
+    """Unique in the cluster."""
+    prompt: tuple[Count, ...]
+    """Token ids, never empty."""
+    params: SamplingParams
+    """The same for all choices; choice j draws with (seed, j, position)."""
+    n: Count = 1
+    attempt: Count = 0
+    """Grows with each resubmission; tokens of an older attempt are dropped by the gateway."""
+    output_so_far: tuple[tuple[Count, ...], ...] = ()
+    """By choice, tokens that an earlier attempt already delivered."""
+    closed_choices: tuple[Count, ...] = ()
+    """Choices that have ended in an earlier attempt; at least one of the ``n`` has not."""
+    num_deaths: Count = 0
+    """Workers that died with it since it last had a token."""
+    kv_peer: str = ""
+    """Worker from which blocks of the prompt may be fetched; empty: none."""
+    deadline_ms: Count = 0
+    """Milliseconds left to live when it was sent; 0 is no limit."""
+    priority: int = 0
+    """Lower runs first."""
+    cache_salt: str = ""
+    """Requests share cached prefixes with those of the same salt only."""
+    inspection: Inspection | None = None
+    """Internal values to return beside tokens; only with ``n`` 1 and ``max_tokens`` 0."""
+    prompt_embeds: PromptEmbeds | None = None
+    """What the model reads in place of the prompt's tokens, which are zeros then."""
+
+
+class Turn(Message, frozen=True, kw_only=True, array_like=True, tag=True):
+    """A request runs a step alone, or has done so; see ``workers.engine.isolation``."""
+
+    request_id: str
+    attempt: Count
+    """Which attempt at it."""
+    is_over: bool = False
+    """The step committed."""
+
+
+class TokenLogprob(Message, frozen=True, kw_only=True, array_like=True):
+    """Log-probabilities at one position, of the model's distribution before any processing."""
+
+    token_id: int
+    """The token that stands at the position."""
+    logprob: float
+    """Its natural log-probability."""
+    rank: int = 0
+    """1 for the most probable token."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, logprob) of the most probable tokens, best first, or of ``logprob_token_ids``."""
+
+
+MAX_NOTED = 64
+"""Most times of one kind that are reported for a choice."""
+
+
+class Timings(Message, frozen=True, kw_only=True, array_like=True):
+    """Seconds on the worker's monotonic clock, relative to ``received`` (0.0)."""
+
+    first_dispatch_s: float = 0.0
+    """From receipt to the first dispatch of rows to the experts."""
+    first_token_s: float = 0.0
+    """From receipt to the commit of the first token."""
+    finished_s: float = 0.0
+    """From receipt to the end, or to the output that carries these timings."""
+    prefill_s: tuple[float, ...] = ()
+    """From receipt to the first dispatch of each chunk of the prompt; ``MAX_NOTED`` at most."""
+    preempted_s: tuple[float, ...] = ()
+    """From receipt to each preemption; ``MAX_NOTED`` at most."""
+
+
+class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
+    """Output of one choice after one step."""
+
+    request_id: str
+    attempt: int
+    """Which attempt at it."""
+    choice: int
+    index: int
+    """Position of ``token_ids[0]`` in the choice's output, from 0."""
+    token_ids: tuple[int, ...] = ()
+    """New tokens (usually one)."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One entry per new token where asked for."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """Once, on the first output of choice 0: one per prompt token, the first is None."""
+    num_cached_tokens: int | None = None
+    """On the choice's first output: prompt tokens that were found in the prefix cache."""
+    class_logits: tuple[float, ...] = ()
+    """By class, from a sequence classifier; on the last output."""
+    finish_reason: FinishReason | None = None
+    """Set on the last output of the choice."""
+    stop_token_id: int | None = None
+    """The stop token id that ended it; None for eos or other reasons."""
+    error: str | None = None
+    """What went wrong, with finish_reason ERROR."""
+    error_code: str = ""
+    """Machine-readable reason, with finish_reason ERROR."""
+    error_param: str | None = None
+    """The request's field at fault, if one is."""
+    timings: Timings | None = None
+    """On the choice's first output and on its last one."""
+    arrays: tuple[NamedArray, ...] = ()
+    """On the last output: what the request's inspection found."""
+
+
+class StepOutput(Message, frozen=True, kw_only=True, array_like=True, tag=True):
+    """All outputs of one step for one gateway."""
+
+    outputs: tuple[TokenOutput, ...]
+    """In the order of their commit."""

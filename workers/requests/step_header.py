@@ -1,0 +1,106 @@
+"""The step header and the proposals from which it is made.
+
+After each step every attention rank proposes what it wants to run next; the leader (the lowest
+attention rank) decides (``workers.engine.leader``) and publishes one header to all ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from cluster.core.codec import Codec, Count, Message
+
+MAX_ROWS = 1 << 24
+"""Rows that one rank can name in a proposal or be granted; no worker sends more."""
+Rows = Annotated[int, Meta(ge=0, le=MAX_ROWS)]
+Step = Annotated[int, Meta(ge=0)]
+
+
+class StepProposal(Message, frozen=True, kw_only=True, array_like=True):
+    """What one attention rank wants to run in one step."""
+
+    generation: Count
+    step: Step
+    """A later proposal of a rank for the same step replaces the earlier one."""
+    rank: Count
+    decode_rows: Rows
+    """Rows of running sequences, one token each."""
+    prefill_rows: Rows
+    """Prompt rows it could run."""
+    is_alone: bool = False
+    """They are one request's, which must be in a step with no other."""
+
+    @property
+    def num_rows(self) -> int:
+        """All rows."""
+        return self.decode_rows + self.prefill_rows
+
+
+class Grant(Message, frozen=True, kw_only=True, array_like=True):
+    """Rows that one attention rank runs in a step."""
+
+    decode_rows: Rows = 0
+    """Rows of running sequences."""
+    prefill_rows: Rows = 0
+
+    @property
+    def num_rows(self) -> int:
+        """All rows."""
+        return self.decode_rows + self.prefill_rows
+
+
+_NO_GRANT = Grant()
+
+
+class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
+    """The leader's decision on one step: the same on every rank."""
+
+    generation: Count
+    step: Step
+    """Global step number: tags messages, grows over generations."""
+    epoch: Count
+    """Placement epoch that the step runs in."""
+    oldest_epoch: Count
+    """Oldest placement epoch that may still run; older weights may be overwritten."""
+    grants: tuple[tuple[Count, Grant], ...]
+    """(attention rank, rows) of all attention ranks, by rank."""
+    num_micro_batches: Annotated[int, Meta(ge=1, le=2)] = 1
+    """Micro-batch 0 of two takes the first ceil(n/2) rows of each rank."""
+    exact: bool = False
+    """True: edges carry only the rows that are needed; False: every edge carries all rows."""
+    is_alone: bool = False
+    """The step has rows of one request only."""
+
+    def __post_init__(self) -> None:
+        """Raises ``ValueError``, which the codec reports as a ``ProtocolError``."""
+        ranks = [rank for rank, _ in self.grants]
+        if not ranks or ranks != sorted(set(ranks)):
+            raise ValueError("grants must name at least one rank and be sorted by rank")
+        if self.oldest_epoch > self.epoch:
+            raise ValueError("oldest_epoch must not exceed epoch")
+
+    def grant(self, rank: int) -> Grant:
+        """Rows of one attention rank; none for a rank that the header does not name."""
+        return next((g for r, g in self.grants if r == rank), _NO_GRANT)
+
+    @property
+    def decode_rows(self) -> int:
+        """Decode rows of all ranks."""
+        return sum(g.decode_rows for _, g in self.grants)
+
+    @property
+    def prefill_rows(self) -> int:
+        """Prompt rows of all ranks."""
+        return sum(g.prefill_rows for _, g in self.grants)
+
+    def rows(self, rank: int, micro_batch: int) -> int:
+        """Rows of one attention rank in one micro-batch."""
+        total = self.grant(rank).num_rows
+        first = total if self.num_micro_batches == 1 else -(-total // 2)
+        return first if micro_batch == 0 else total - first
+
+
+PROPOSALS: Codec[StepProposal] = Codec(StepProposal, "a step proposal")
+HEADERS: Codec[StepHeader] = Codec(StepHeader, "a step header")

@@ -1,0 +1,98 @@
+"""The engine stream between a gateway replica and one attention worker.
+
+One gRPC stream ``METHOD`` of bytes in both directions, each a message of ``cluster.core.codec``:
+
+    gateway                                      attention worker
+    Hello (token, release)               ->
+                                         <-      EngineHello (release, what requests may ask for)
+    Request, Abort, Ping, Turn, KvResync ->
+                                         <-      StepOutput, Ping, Turn, KvEvents
+
+Both ends are of one release: the hellos alone can be read by another one, which is then named.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from cluster.core.codec import Codec, Message
+from workers.requests.block_hash import KvEvents
+from workers.requests.inspection import BankShape
+from workers.requests.request import Request, StepOutput, Turn
+
+SERVICE = "expertmesh.v1.Engine"
+METHOD = "Stream"
+PATH = f"/{SERVICE}/{METHOD}"
+"""Of the gRPC call; requests and answers are bytes."""
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""Longest message in either direction."""
+
+
+class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """A gateway's first message."""
+
+    token: str
+    gateway: str
+    """Name of the replica."""
+    release: str = ""
+
+
+class EngineHello(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """A worker's first message: what a gateway must know before it can validate a request."""
+
+    worker: str
+    """Name of the attention worker."""
+    release: str = ""
+    generation: int
+    """Generation it follows."""
+    max_model_len: int
+    """Context limit in tokens; 0 while the weights load."""
+    vocab_size: int
+    """Token ids are below it."""
+    eos_token_ids: tuple[int, ...]
+    """Tokens that end an output."""
+    max_kv_tokens: int
+    """Tokens that the whole KV pool holds; 0 while the weights load."""
+    dtype: str
+    model_type: str
+    hidden_size: int
+    """Width of the residual stream."""
+    num_layers: int
+    num_heads: int
+    labels: tuple[str, ...] = ()
+    """Classes of a sequence classifier."""
+    pad_token_id: int | None = None
+    """Token that a classifier does not take for the last one."""
+    problem_type: str = ""
+    """Of a classifier; empty where the checkpoint says nothing."""
+    banks: tuple[BankShape, ...] = ()
+    kv_block_size: int = 0
+    """Tokens of a KV block; 0: requests share none."""
+    kv_length_matters_above: int | None = None
+    """See ``ModelConfig.length_matters_above``."""
+
+
+class Abort(Message, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Ends a request, or some of its choices."""
+
+    request_id: str
+    choices: tuple[int, ...] = ()
+    """None named: all."""
+
+
+class Ping(Message, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Comes back as it was sent."""
+
+    number: int
+
+
+class KvResync(Message, frozen=True, kw_only=True, array_like=True, tag=True):
+    """A gateway missed ``KvEvents``: the worker answers with all blocks."""
+
+
+ToEngine: TypeAlias = Request | Abort | Ping | Turn | KvResync
+FromEngine: TypeAlias = StepOutput | Ping | Turn | KvEvents
+HELLO: Codec[Hello] = Codec(Hello, "a gateway's hello")
+ENGINE_HELLO: Codec[EngineHello] = Codec(EngineHello, "an engine's hello")
+TO_ENGINE: Codec[ToEngine] = Codec(ToEngine, "a message to an engine")
+FROM_ENGINE: Codec[FromEngine] = Codec(FromEngine, "a message of an engine")

@@ -1,0 +1,168 @@
+"""A grammar along an output: which tokens may come next, and whether any may.
+
+The parser is llguidance. A ``GrammarState`` is a function of (grammar, output tokens) alone: asking
+for a mask changes nothing, only ``advance`` does, and that is called at commit. So a step that is
+run again, a preemption or a resubmission with the output so far all find the same state.
+
+States of one compiled grammar share a lexer, which caches its states; that makes masks cheap. But a
+lexer that reached a limit, or a bug, fails for all of them: so a state that fails builds a lexer of
+its own and follows its output again. Only a failure there is due to the output itself. The compiler
+does not use the shared lexer for later requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import llguidance
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.core.errors import RequestError
+from workers.requests.request import Grammar, GrammarKind
+
+_MAX_RENEWED_CHARS = 8192
+"""Longer grammars are not compiled again: it would hold up the engine's thread."""
+_MAX_MESSAGE_CHARS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMask:
+    """Which tokens may come next."""
+
+    allowed: Tensor
+    """[V] bool on the CPU."""
+    must_end: bool
+    """Nothing but an end of the text is possible."""
+
+
+class MaskBuffer:
+    """Memory that a parser writes its mask to, one at a time.
+
+    Args:
+        vocab_size: of the model.
+        eos_token_ids: tokens that end the text.
+    """
+
+    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._vocab_size = vocab_size
+        self._eos = np.array(eos_token_ids, dtype=np.int64)
+        self._words = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+
+    def fill(self, matcher: llguidance.LLMatcher) -> TokenMask:
+        """The mask of a matcher's state; all False where it failed."""
+        matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+        bits = np.unpackbits(self._words.view(np.uint8), count=self._vocab_size, bitorder="little")
+        allowed: NDArray[np.bool_] = bits.view(np.bool_)
+        if matcher.is_error():
+            allowed[:] = False
+        count = int(np.count_nonzero(allowed))
+        must_end = 0 < count <= len(self._eos) and bool(allowed[self._eos].sum() == count)
+        return TokenMask(torch.from_numpy(allowed), must_end)
+
+
+class GrammarState:
+    """A grammar along one choice's output. Belongs to the engine's thread."""
+
+    def __init__(
+        self, compiled: CompiledGrammar, matcher: llguidance.LLMatcher, output: Sequence[int]
+    ) -> None:
+        self._compiled = compiled
+        self._matcher = matcher
+        self._output = list(output)
+        self._has_own_lexer = False
+
+    def mask(self) -> TokenMask:
+        """Which tokens may come next; changes nothing."""
+        mask = self._compiled.buffer.fill(self._matcher)
+        if self._matcher.is_error() and self._renew():
+            mask = self._compiled.buffer.fill(self._matcher)
+        return mask
+
+    def advance(self, token: int) -> None:
+        """Add an output token; called at commit only."""
+        self._output.append(token)
+        if not self._matcher.consume_token(token):
+            self._renew()
+
+    @property
+    def is_complete(self) -> bool:
+        """The output follows the grammar, and nothing can be added to it."""
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+    @property
+    def error(self) -> str | None:
+        """Why no token can follow; None without an error."""
+        return shorten(self._matcher.get_error()) if self._matcher.is_error() else None
+
+    def _renew(self) -> bool:
+        """Try once with a lexer of its own; whether that helped."""
+        if self._has_own_lexer:
+            return False
+        self._has_own_lexer = True
+        fresh = self._compiled.renew()
+        if fresh is None:
+            return False
+        self._matcher = fresh
+        return self._compiled.replay(fresh, self._output)
+
+
+class CompiledGrammar:
+    """A grammar that outputs can be started from; made by ``GrammarCompiler``.
+
+    Args:
+        grammar: what was compiled.
+        matcher: its state before any token.
+        buffer: for masks.
+        make_matcher: compiles it once more.
+    """
+
+    def __init__(
+        self,
+        grammar: Grammar,
+        matcher: llguidance.LLMatcher,
+        buffer: MaskBuffer,
+        make_matcher: Callable[[], llguidance.LLMatcher],
+    ) -> None:
+        self.grammar = grammar
+        self.buffer = buffer
+        self.is_spoiled = False
+        """The shared lexer has failed."""
+        self._matcher = matcher
+        self._make_matcher = make_matcher
+
+    def start(self, output: Sequence[int] = ()) -> GrammarState:
+        """State after the tokens ``output``. Raises ``RequestError`` if they do not follow it."""
+        state = GrammarState(self, self._matcher.deep_copy(), output)
+        if not self.replay(state._matcher, output) and not state._renew():
+            message = "output_so_far does not follow the request's grammar"
+            raise RequestError(message, "output_so_far")
+        return state
+
+    def renew(self) -> llguidance.LLMatcher | None:
+        """The state before any token, with a lexer of its own; None where that would take long."""
+        self.is_spoiled = True
+        return self._make_matcher() if len(self.grammar.text) <= _MAX_RENEWED_CHARS else None
+
+    def replay(self, matcher: llguidance.LLMatcher, output: Sequence[int]) -> bool:
+        """Add the tokens of an output; whether all could be.
+
+        Lark grammars may count tokens (``max_tokens``): masks are asked for as the first time.
+        """
+        if self.grammar.kind is not GrammarKind.LARK:
+            return not output or bool(matcher.consume_tokens(list(output)))
+        for token in output:
+            self.buffer.fill(matcher)
+            if not matcher.consume_token(token):
+                return False
+        return True
+
+
+def shorten(reason: str) -> str:
+    """A parser's message for clients: one line, which may otherwise quote a whole grammar."""
+    reason = reason.replace("<non-verbose/>", "").partition("<backtrace>")[0]
+    line = " ".join(reason.split())
+    return line if len(line) <= _MAX_MESSAGE_CHARS else f"{line[:_MAX_MESSAGE_CHARS]}..."

@@ -1,0 +1,189 @@
+"""Compiles the grammars of requests.
+
+The size of a grammar is bounded by the gateway (``gateway/text/structured.py``). llguidance
+counts its own work and gives up beyond a limit, in compiling as in masking, so that no grammar runs
+without end. ``workers/process/intake/grammar_compilations.py`` runs it outside the engine's thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import llguidance
+
+from cluster.core.errors import RequestError, UnsupportedParameterError
+from workers.requests.request import Grammar, GrammarKind
+from workers.sampling.grammar import CompiledGrammar, MaskBuffer, shorten
+
+CACHED_GRAMMARS = 64
+"""Compiled grammars that a worker keeps, the latest used."""
+_MAX_ITEMS_A_STEP = 50_000
+"""Parser items for one mask. A hostile grammar that reaches it takes up to 0.2 s, once."""
+_MAX_ITEMS_IN_ROW = 8_000
+"""Parser items at one place of the text; an object with 600 optional properties has 2400."""
+_MAX_LEXER_STATES = 30_000
+"""States of a lexer, which all outputs of a grammar share; so many took 3 MB."""
+_MAX_FIRST_MASK_S = 0.1
+"""CPU time of the first mask; 0.01 s is much."""
+_NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
+"""Lets the model choose tokens where only one text is possible. With ``%ignore``, llguidance 1.9
+looks for the end of such a text for ever, as in ``start: "x" " y"`` and ``%ignore / +/``."""
+_OPTIONS = "x-guidance"
+"""Where a schema carries options for llguidance."""
+_KNOWN_OPTIONS = ("whitespace_flexible", "coerce_one_of", "lenient")
+"""Those that clients may set; separators with blanks lead to the endless search, too."""
+_WHITE_SPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,32}"
+"""Between the parts of a JSON text, unless its schema says otherwise: blanks, or a new line."""
+
+
+class GrammarCompiler:
+    """Compiles grammars for one vocabulary, and keeps the latest ones. Any thread may call it.
+
+    Args:
+        folder: the checkpoint; its ``tokenizer.json`` is read by ``prepare``, or for the first
+            grammar.
+        vocab_size: of the model.
+        eos_token_ids: tokens that end the text.
+        cache_size: see ``CACHED_GRAMMARS``.
+        max_lexer_states: states of a grammar's lexer.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        cache_size: int = CACHED_GRAMMARS,
+        max_lexer_states: int = _MAX_LEXER_STATES,
+    ) -> None:
+        self._folder = folder
+        self._vocab_size = vocab_size
+        self._eos = tuple(eos_token_ids)
+        self._cache_size = cache_size
+        self._limits = llguidance.LLParserLimits(
+            max_items_in_row=_MAX_ITEMS_IN_ROW,
+            step_max_items=_MAX_ITEMS_A_STEP,
+            max_lexer_states=max_lexer_states,
+            verbose_errors=False,
+        )
+        self._cache: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self._lock = threading.Lock()
+        self._loading = threading.Lock()
+        self._tokenizer: llguidance.LLTokenizer | None = None
+        self._buffer = MaskBuffer(vocab_size, self._eos)
+
+    def prepare(self) -> None:
+        """Read the tokenizer now: 0.2 s for 50,000 tokens, in which no other thread can run.
+
+        If the tokenizer cannot be used, ``compile`` reports that.
+        """
+        with contextlib.suppress(UnsupportedParameterError):
+            self._load_tokenizer("structured_outputs")
+
+    def cached(self, grammar: Grammar) -> CompiledGrammar | None:
+        """A grammar that was compiled before, if it is still here and fit for use."""
+        with self._lock:
+            known = self._cache.get(grammar)
+            if known is None or known.is_spoiled:
+                return None
+            self._cache.move_to_end(grammar)
+            return known
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """Compile a grammar; may take long, and does not block other threads.
+
+        Raises:
+            RequestError: it is wrong, can never be followed, or is too complex.
+            UnsupportedParameterError: this model's tokenizer cannot be used for grammars.
+        """
+        if known := self.cached(grammar):
+            return known
+        compiled = self._compile(grammar)
+        with self._lock:
+            self._cache[grammar] = compiled
+            self._cache.move_to_end(grammar)
+            while len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
+        return compiled
+
+    def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        tokenizer = self._load_tokenizer(grammar.field)
+        try:
+            source = _to_source(grammar)
+        except ValueError as err:
+            raise _refuse(grammar, str(err)) from err
+        make = partial(llguidance.LLMatcher, tokenizer, source, log_level=0, limits=self._limits)
+        matcher = make()
+        if matcher.is_error():
+            raise _refuse(grammar, matcher.get_error())
+        self._try_first_mask(grammar, matcher)
+        return CompiledGrammar(grammar, matcher, self._buffer, make)
+
+    def _try_first_mask(self, grammar: Grammar, matcher: llguidance.LLMatcher) -> None:
+        """Refuse what cannot be followed, or would hold up the engine's thread."""
+        probe = matcher.deep_copy()
+        started_s = time.thread_time()
+        mask = MaskBuffer(self._vocab_size, self._eos).fill(probe)
+        if probe.is_error() or not bool(mask.allowed.any()):
+            raise _refuse(grammar, probe.get_error() or "no token can begin it")
+        if time.thread_time() - started_s > _MAX_FIRST_MASK_S:
+            raise _refuse(grammar, "it takes too much work to tell which tokens can begin it")
+
+    def _load_tokenizer(self, field: str) -> llguidance.LLTokenizer:
+        with self._loading:
+            if self._tokenizer is None:
+                self._tokenizer = self._read_tokenizer(field)
+            return self._tokenizer
+
+    def _read_tokenizer(self, field: str) -> llguidance.LLTokenizer:
+        try:
+            text = (self._folder / "tokenizer.json").read_text(encoding="utf-8")
+        except OSError as err:
+            message = f"{field} is not supported: the model has no tokenizer"
+            raise UnsupportedParameterError(message, field) from err
+        try:
+            return llguidance.LLTokenizer(
+                text, n_vocab=self._vocab_size, eos_token=list(self._eos) or None
+            )
+        except ValueError as err:
+            message = f"{field} is not supported with this model's tokenizer: {shorten(str(err))}"
+            raise UnsupportedParameterError(message, field) from err
+
+
+def _to_source(grammar: Grammar) -> str:
+    """What llguidance compiles. Raises ``ValueError``."""
+    matcher = llguidance.LLMatcher
+    if grammar.kind is GrammarKind.JSON_SCHEMA:
+        return _json_source(grammar.text)
+    if grammar.kind is GrammarKind.REGEX:
+        return matcher.grammar_from_regex(grammar.text)
+    if grammar.kind is GrammarKind.CHOICE:
+        quoted = (json.dumps(choice) for choice in json.loads(grammar.text))
+        return matcher.grammar_from_lark("start: " + " | ".join(quoted))
+    return matcher.grammar_from_lark(grammar.text + _NO_FORCING)
+
+
+def _json_source(schema: str) -> str:
+    """With bounded white space: a small model may otherwise write nothing else, for ever."""
+    value = json.loads(schema)
+    options = value.pop(_OPTIONS, None) or {}
+    if not isinstance(options, dict) or not all(
+        key in _KNOWN_OPTIONS and isinstance(on, bool) for key, on in options.items()
+    ):
+        raise ValueError(f"{_OPTIONS} may hold {', '.join(_KNOWN_OPTIONS)}, each true or false")
+    if "whitespace_flexible" not in options:
+        options["whitespace_pattern"] = _WHITE_SPACE
+    text = json.dumps({**value, _OPTIONS: options}, ensure_ascii=False)
+    return llguidance.LLMatcher.grammar_from_json_schema(text)
+
+
+def _refuse(grammar: Grammar, reason: str) -> RequestError:
+    field = grammar.field
+    return RequestError(f"{field} cannot be used as a grammar: {shorten(reason)}", field)

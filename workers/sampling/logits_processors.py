@@ -1,0 +1,210 @@
+"""Logits processors: penalties, bias and masks that change logits before a token is drawn.
+
+They run on float32 in this order: repetition, frequency and presence penalty, ``logit_bias``, then
+the masks. Each mask sets logits to minus infinity, so their order does not matter: all tokens but
+``allowed_token_ids``, the ends of ``bad_words``, the ending tokens below ``min_tokens``, and the
+tokens that the grammar does not allow. Where a grammar allows nothing but the end of the text, the
+text ends whatever the other masks say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.requests.request import SamplingParams
+from workers.requests.sequence import SequenceState
+from workers.sampling.grammar import GrammarState
+
+_LARGEST_LOGIT = 1e30
+"""Logits that penalties make are kept below; divided by any temperature it is still finite."""
+_MASKED = float("-inf")
+
+
+class TokenCounts:
+    """How often a sequence has each token, for penalties."""
+
+    def __init__(
+        self, params: SamplingParams, prompt: Iterable[int], output: Sequence[int]
+    ) -> None:
+        """``output`` is the sequence's own list: tokens that are added to it later count too."""
+        self._place: dict[int, int] = {}
+        self._tokens: list[int] = []
+        self._in_output: list[int] = []
+        self._output = output
+        self._num_counted = 0
+        if params.repetition_penalty != 1.0:
+            for token in prompt:
+                self._add(token, 0)
+
+    def _add(self, token: int, count: int) -> None:
+        place = self._place.setdefault(token, len(self._tokens))
+        if place == len(self._tokens):
+            self._tokens.append(token)
+            self._in_output.append(0)
+        self._in_output[place] += count
+
+    def penalize(self, logits: Tensor, params: SamplingParams) -> None:
+        """Change one row of float32 logits [V] in place."""
+        for token in self._output[self._num_counted :]:
+            self._add(token, 1)
+        self._num_counted = len(self._output)
+        if not self._tokens:
+            return
+        tokens = torch.tensor(self._tokens, device=logits.device)
+        counts = torch.tensor(self._in_output, dtype=torch.float32, device=logits.device)
+        values = logits[tokens]
+        if params.repetition_penalty != 1.0:
+            penalty = params.repetition_penalty
+            values = torch.where(values > 0, values / penalty, values * penalty)
+        values = values - params.frequency_penalty * counts
+        values = values - params.presence_penalty * (counts > 0)
+        logits[tokens] = values.clamp_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+
+
+def _needs_counts(params: SamplingParams) -> bool:
+    return (
+        params.repetition_penalty != 1.0
+        or params.frequency_penalty != 0.0
+        or params.presence_penalty != 0.0
+    )
+
+
+class BadWords:
+    """Token sequences that must not be in an output: the last token is masked after the others.
+
+    For example, with (4, 5) and (6,) token 6 is always masked, and 5 after a 4. As in vLLM, only
+    the output counts: a word that begins in the prompt may be completed.
+    """
+
+    def __init__(self, words: Iterable[tuple[int, ...]]) -> None:
+        self._alone: list[int] = []
+        self._after: dict[int, list[tuple[int, ...]]] = {}
+        for word in words:
+            if len(word) == 1:
+                self._alone.append(word[0])
+            else:
+                self._after.setdefault(word[-2], []).append(word)
+
+    def banned(self, output: Sequence[int]) -> tuple[int, ...]:
+        """Tokens that would complete a word after ``output``."""
+        found = list(self._alone)
+        for word in self._after.get(output[-1], ()) if output else ():
+            begun = len(word) - 1
+            if tuple(output[-begun:]) == word[:-1]:
+                found.append(word[-1])
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """One row of logits that a token is drawn from."""
+
+    params: SamplingParams
+    """Of its request."""
+    choice: int
+    """Index of the choice in its request."""
+    index: int
+    """Place of the new token in the choice's output."""
+    counts: TokenCounts | None = None
+    """Set where penalties are used."""
+    banned_tokens: tuple[int, ...] = ()
+    """Tokens that must not be drawn now (``min_tokens``, ``bad_words``)."""
+    grammar: GrammarState | None = None
+    """What the output must follow."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Logits are used as they are."""
+        params = self.params
+        return (
+            self.counts is None
+            and self.grammar is None
+            and not self.banned_tokens
+            and not params.logit_bias
+            and not params.allowed_token_ids
+        )
+
+
+class LogitsProcessors:
+    """The processors of one sequence, which follow its output."""
+
+    def __init__(
+        self,
+        sequence: SequenceState,
+        eos_token_ids: tuple[int, ...],
+        grammar: GrammarState | None = None,
+    ) -> None:
+        """``grammar`` is the sequence's own."""
+        params = sequence.params
+        self._sequence = sequence
+        self._eos = eos_token_ids
+        self._counts: TokenCounts | None = None
+        if _needs_counts(params):
+            self._counts = TokenCounts(params, sequence.request.prompt, sequence.output)
+        self._bad_words = BadWords(params.bad_words) if params.bad_words else None
+        self.grammar = grammar
+        """State after the output; None without a grammar."""
+
+    def row(self) -> SamplingRow:
+        """How the sequence's next token is drawn."""
+        sequence = self._sequence
+        index = len(sequence.output)
+        banned = self._banned(index)
+        return SamplingRow(
+            sequence.params, sequence.choice, index, self._counts, banned, self.grammar
+        )
+
+    def _banned(self, index: int) -> tuple[int, ...]:
+        params = self._sequence.params
+        banned: tuple[int, ...] = ()
+        if index < params.min_tokens:
+            banned = (() if params.ignore_eos else self._eos) + params.stop_token_ids
+        if params.ignore_eos and self.grammar is not None:
+            banned += self._eos  # only a grammar that is complete may end it
+        if self._bad_words is not None:
+            banned += self._bad_words.banned(self._sequence.output)
+        return banned
+
+
+def apply_processors(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Logits [rows, V] after each row's processors, float32 unless no row has any.
+
+    The given logits stay as they are.
+    """
+    if all(row.is_plain for row in rows):
+        return logits
+    logits = logits.to(torch.float32, copy=True)
+    for row, values in zip(rows, logits, strict=True):
+        if not row.is_plain:
+            _apply(row, values)
+    return logits
+
+
+def _apply(row: SamplingRow, values: Tensor) -> None:
+    """Change one row [V] in place."""
+    params = row.params
+    if row.counts is not None:
+        row.counts.penalize(values, params)
+    if params.logit_bias:
+        ids, bias = zip(*params.logit_bias, strict=True)
+        places = torch.tensor(ids, device=values.device)
+        values.index_add_(0, places, torch.tensor(bias, device=values.device))
+    mask = None if row.grammar is None else row.grammar.mask()
+    if mask is None or not mask.must_end:
+        if params.allowed_token_ids:
+            _keep_only(values, params.allowed_token_ids)
+        if row.banned_tokens:
+            values[list(row.banned_tokens)] = _MASKED
+    if mask is not None:
+        values.masked_fill_(mask.allowed.logical_not().to(values.device), _MASKED)
+
+
+def _keep_only(values: Tensor, tokens: Sequence[int]) -> None:
+    places = torch.tensor(tokens, device=values.device)
+    kept = values[places]
+    values.fill_(_MASKED)
+    values[places] = kept

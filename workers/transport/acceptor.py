@@ -1,0 +1,198 @@
+"""The listener, and connections that are no edges yet: connecting, or in the handshake."""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import socket
+import time
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from cluster.core.errors import HandshakeError, PeerLostError
+from cluster.core.topology import Member
+from workers.transport.handshake import ConnectorHandshake, ListenerHandshake, PeerIdentity
+from workers.transport.pending import Pending, start_connect
+
+logger = logging.getLogger(__name__)
+
+_CONNECT_ATTEMPTS = 3
+_RETRY_S = 0.1
+
+
+class Acceptor:
+    """Opens and accepts connections on the owner's selector. Data thread only.
+
+    Invalid data, silence or a wrong token ends one connection and nothing else. At most
+    ``max_pending`` connections that have not proved the token are kept; the oldest is closed.
+    """
+
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        me: PeerIdentity,
+        token: str,
+        *,
+        host: str,
+        port: int,
+        timeout_s: float,
+        max_pending: int,
+        refusal: Callable[[PeerIdentity], str | None],
+        opened: Callable[[socket.socket, PeerIdentity, int], None],
+    ) -> None:
+        """``refusal`` returns why a peer that knows the token cannot be accepted (None: it can);
+        ``opened`` gets the socket, the identity of the peer, and the generation of the edge.
+        """
+        self.generation = 0
+        """Generation that this worker is in."""
+        self.num_refused = 0
+        """Connections that did not become an edge."""
+        self._selector = selector
+        self._me = me
+        self._token = token
+        self._timeout_s = timeout_s
+        self._max_pending = max_pending
+        self._refusal = refusal
+        self._opened = opened
+        self._pending: dict[socket.socket, Pending] = {}
+        self._attempts: dict[str, tuple[int, float]] = {}
+        self._listener = socket.create_server((host, port), backlog=128)
+        self._listener.setblocking(False)
+        self.address = "{}:{}".format(*self._listener.getsockname()[:2])
+        """``host:port`` of the listener."""
+        selector.register(self._listener, selectors.EVENT_READ, self.accept)
+
+    @property
+    def next_deadline(self) -> float | None:
+        """Monotonic time at which ``expire`` has something to do."""
+        return min((p.deadline for p in self._pending.values()), default=None)
+
+    def begin_generation(self, number: int) -> None:
+        """Drop connections that were begun for an older generation, and reset the counts."""
+        self.generation = number
+        self._attempts.clear()
+        for pending in list(self._pending.values()):
+            if isinstance(pending.handshake, ConnectorHandshake):
+                self._drop(pending)
+
+    def connect(self, member: Member) -> None:
+        """Begin to open the edge to ``member`` unless that is under way or was just tried.
+
+        Raises ``PeerLostError`` when the address does not answer, and ``HandshakeError`` when the
+        handshake broke off too often (a wrong token ends it without an answer).
+        """
+        if any(p.member == member for p in self._pending.values()):
+            return
+        count, not_before = self._attempts.get(member.name, (0, 0.0))
+        now = time.monotonic()
+        if count >= _CONNECT_ATTEMPTS:
+            raise HandshakeError(
+                f"{member.name} breaks off the handshake: does it have the same cluster token?"
+            )
+        if now < not_before:
+            return
+        self._attempts[member.name] = (count + 1, now + _RETRY_S)
+        try:
+            sock = start_connect(member.data_address)
+        except (OSError, ValueError) as err:
+            raise PeerLostError(member.name, f"{member.data_address}: {err}") from err
+        self._add(sock, ConnectorHandshake(self._identity(), self._token), member.name, member)
+
+    def accept(self) -> None:
+        """Accept one connection."""
+        try:
+            sock, address = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as err:
+            logger.warning("%s: cannot accept: %s", self._me.name, err)
+            time.sleep(0.01)  # out of file descriptors: the listener stays ready, do not spin
+            return
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        waiting = [p for p in self._pending.values() if p.handshake.peer is None and not p.member]
+        if len(waiting) >= self._max_pending:
+            self.refuse(waiting[0].who, "too many connections without a token")
+            self._drop(waiting[0])
+        handshake = ListenerHandshake(self._identity(), self._token, self._refusal)
+        self._add(sock, handshake, f"{address[0]}:{address[1]}", None)
+
+    def refuse(self, who: str, reason: str) -> None:
+        """Count and log a connection that does not become an edge."""
+        self.num_refused += 1
+        logger.warning("%s: connection with %s refused: %s", self._me.name, who, reason)
+
+    def expire(self) -> None:
+        """Drop the connections whose deadline has passed."""
+        now = time.monotonic()
+        for pending in [p for p in self._pending.values() if p.deadline <= now]:
+            self.refuse(pending.who, "the handshake was not finished in time")
+            self._drop(pending)
+
+    def advance(self, pending: Pending) -> None:
+        """Continue with a connection whose socket is ready; raises as ``connect`` does."""
+        if pending.sock not in self._pending:
+            return
+        try:
+            pending.step()
+        except HandshakeError as err:
+            self.refuse(pending.who, str(err))
+            self._drop(pending)
+            if pending.member and pending.has_verdict:
+                raise HandshakeError(f"{pending.who}: {err}") from err
+            return
+        except OSError as err:
+            self._drop(pending)
+            raise PeerLostError(pending.who, f"cannot connect: {err.strerror}") from err
+        if pending.finished:
+            self._finish(pending)
+        else:
+            self._selector.modify(pending.sock, pending.events, pending)
+
+    def close(self) -> None:
+        """Close the listener and everything that is no edge yet."""
+        for pending in list(self._pending.values()):
+            self._drop(pending)
+        self._selector.unregister(self._listener)
+        self._listener.close()
+
+    def _identity(self) -> PeerIdentity:
+        return replace(self._me, generation=self.generation)
+
+    def _add(
+        self,
+        sock: socket.socket,
+        handshake: ListenerHandshake | ConnectorHandshake,
+        who: str,
+        member: Member | None,
+    ) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        pending = Pending(sock, handshake, deadline=deadline, who=who, member=member)
+        self._pending[sock] = pending
+        self._selector.register(sock, pending.events, pending)
+
+    def _drop(self, pending: Pending) -> None:
+        self._release(pending)
+        pending.sock.close()
+
+    def _release(self, pending: Pending) -> None:
+        self._selector.unregister(pending.sock)
+        del self._pending[pending.sock]
+
+    def _finish(self, pending: Pending) -> None:
+        peer, member, handshake = pending.handshake.peer, pending.member, pending.handshake
+        assert peer is not None
+        if isinstance(handshake, ListenerHandshake) and handshake.refusal is not None:
+            self.refuse(peer.name, handshake.refusal)
+            self._drop(pending)
+        elif member and (peer.name, peer.role, peer.rank) != (
+            member.name,
+            member.role,
+            member.rank,
+        ):
+            self._drop(pending)
+            raise HandshakeError(f"{peer.name} answered at the address of {member.name}")
+        else:
+            self._release(pending)
+            self._opened(pending.sock, peer, self.generation if member else peer.generation)

@@ -1,0 +1,127 @@
+"""One connection between two members: frames out, frames in, nothing ever blocks."""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.core.errors import ProtocolError
+from workers.transport.frames import HEADER_BYTES, Frame, FrameHeader, FrameKind
+from workers.transport.handshake import PeerIdentity
+
+
+class Edge:
+    """An authenticated TCP connection. Used by the data thread only.
+
+    A begun frame stays in the out-buffer until it is sent, even if its step is given up; the
+    receiver drops frames of an older generation. Bytes that the kernel does not take at once are
+    copied, so callers may reuse their memory when ``send`` returns.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: PeerIdentity,
+        *,
+        generation: int,
+        kinds: frozenset[FrameKind],
+        max_data_bytes: int,
+    ) -> None:
+        self.sock = sock
+        self.peer = peer
+        self.name = peer.name
+        """The peer's worker name."""
+        self.generation = generation
+        """Generation in which the edge was opened; its frames must not be older."""
+        self.inbox: deque[Frame] = deque()
+        """Data frames of the current generation, in the order of arrival."""
+        self.inbox_bytes = 0
+        """Payload bytes in ``inbox``."""
+        self.out_bytes = 0
+        """Bytes that wait to be sent."""
+        self.interest = 0
+        """Events that the selector watches."""
+        self._kinds = kinds
+        self._max_data_bytes = max_data_bytes
+        self._out: deque[memoryview] = deque()
+        self._head = memoryview(bytearray(HEADER_BYTES))
+        self._header: FrameHeader | None = None
+        self._payload: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
+        self._view = self._head
+        self._have = 0
+
+    def send(self, buffers: Sequence[memoryview | bytes]) -> None:
+        """Send what the kernel takes now and keep a copy of the rest. Raises ``OSError``."""
+        views = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        self._out += views
+        self.out_bytes += sum(map(len, views))
+        self.flush()
+        for i in range(max(len(self._out) - len(views), 0), len(self._out)):
+            self._out[i] = memoryview(bytes(self._out[i]))
+
+    def flush(self) -> None:
+        """Send waiting bytes as far as the kernel takes them. Raises ``OSError``."""
+        while self._out:
+            try:
+                sent = self.sock.sendmsg(list(self._out)[:64])
+            except BlockingIOError:
+                return
+            self.out_bytes -= sent
+            while sent:
+                head = self._out[0]
+                if sent < len(head):
+                    self._out[0] = head[sent:]
+                    break
+                sent -= len(head)
+                self._out.popleft()
+
+    def read(self) -> Frame | None:
+        """The next frame if it is complete by now; call again for more.
+
+        Raises ``ProtocolError`` on a bad header and ``OSError`` when the connection has ended.
+        """
+        while True:
+            if self._have < len(self._view):
+                try:
+                    got = self.sock.recv_into(self._view[self._have :])
+                except BlockingIOError:
+                    return None
+                if got == 0:
+                    raise ConnectionResetError("closed by the peer")
+                self._have += got
+                if self._have < len(self._view):
+                    continue
+            if self._header is not None:
+                frame = Frame(self._header, self._payload)
+                self._header = None
+                self._view, self._have = self._head, 0
+                return frame
+            self._begin_payload(FrameHeader.decode(self._head, self._max_data_bytes))
+
+    def _begin_payload(self, header: FrameHeader) -> None:
+        if header.kind not in self._kinds:
+            raise ProtocolError(f"{header.kind.name} frame from a worker of role {self.peer.role}")
+        self._header = header
+        self._payload = np.empty(header.length, dtype=np.uint8)
+        self._view, self._have = self._payload.data, 0
+
+    def put(self, frame: Frame) -> None:
+        """Queue a data frame for the data thread."""
+        self.inbox.append(frame)
+        self.inbox_bytes += frame.header.length
+
+    def pop(self) -> Frame:
+        """Take the oldest data frame."""
+        frame = self.inbox.popleft()
+        self.inbox_bytes -= frame.header.length
+        return frame
+
+    def close(self) -> None:
+        """Close the connection; the rest of a frame under way is dropped."""
+        self._out.clear()
+        self.out_bytes = 0
+        self.sock.close()

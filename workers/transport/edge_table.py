@@ -1,0 +1,172 @@
+"""The open edges of one worker: watched events, incoming frames, dropped frames, lost peers."""
+
+from __future__ import annotations
+
+import logging
+import selectors
+from collections import deque
+from typing import NamedTuple
+
+from cluster.core.errors import ProtocolError
+from workers.transport.edge import Edge
+from workers.transport.frames import DATA_KINDS, Frame, FrameHeader
+from workers.transport.handshake import PeerIdentity
+
+logger = logging.getLogger(__name__)
+
+_MAX_STEP_FRAMES = 4096
+_READ = selectors.EVENT_READ
+_WRITE = selectors.EVENT_WRITE
+
+
+class StepFrame(NamedTuple):
+    """A proposal or a header as it came in."""
+
+    sender: PeerIdentity
+    """Who sent it."""
+    frame: Frame
+
+
+class EdgeTable:
+    """All edges of one worker on its selector. Nothing here waits or raises on a bad peer.
+
+    Reading from a peer stops while more than ``max_inbox_bytes`` of its data wait to be taken.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector, owner: str, max_inbox_bytes: int) -> None:
+        self.edges: dict[str, Edge] = {}
+        """By the peer's worker name."""
+        self.lost: dict[str, str] = {}
+        """Reasons of the edges that broke in this generation, by worker name."""
+        self.step_frames: deque[StepFrame] = deque()
+        """Proposals and headers of the current generation."""
+        self.generation = 0
+        """Current generation: older frames are dropped, newer ones are a protocol error."""
+        self.current_step = 0
+        """Data frames of an earlier step are dropped."""
+        self.num_stale_frames = 0
+        """Frames that were dropped."""
+        self.max_inbox_bytes = max_inbox_bytes
+        self._selector = selector
+        self._owner = owner
+
+    def begin_generation(self, number: int, members: frozenset[str]) -> None:
+        """Close edges to all but ``members``, and drop all frames received so far."""
+        self.generation = number
+        self.lost.clear()
+        self.step_frames.clear()
+        for edge in list(self.edges.values()):
+            self._clear_inbox(edge)
+            if edge.name in members:
+                self.watch(edge)
+            else:
+                self.close(edge)
+
+    def add(self, edge: Edge) -> None:
+        """Take a new edge; it replaces an older one to the same peer."""
+        old = self.edges.get(edge.name)
+        if old is not None:
+            self.close(old)
+        self.lost.pop(edge.name, None)
+        self.edges[edge.name] = edge
+        self.watch(edge)
+
+    def watch(self, edge: Edge) -> None:
+        """Update the events that the selector watches for an edge."""
+        wanted = _READ if edge.inbox_bytes <= self.max_inbox_bytes else 0
+        if edge.out_bytes:
+            wanted |= _WRITE
+        if wanted == edge.interest:
+            return
+        if not edge.interest:
+            self._selector.register(edge.sock, wanted, edge)
+        elif not wanted:
+            self._selector.unregister(edge.sock)
+        else:
+            self._selector.modify(edge.sock, wanted, edge)
+        edge.interest = wanted
+
+    def close(self, edge: Edge) -> None:
+        """Close an edge on purpose."""
+        if edge.interest:
+            self._selector.unregister(edge.sock)
+            edge.interest = 0
+        self._clear_inbox(edge)
+        edge.close()
+        if self.edges.get(edge.name) is edge:
+            del self.edges[edge.name]
+
+    def lose(self, edge: Edge, reason: str) -> None:
+        """Close an edge that broke, or whose peer sent invalid data."""
+        logger.warning("%s: edge to %s closed: %s", self._owner, edge.name, reason)
+        self.close(edge)
+        self.lost.setdefault(edge.name, reason)
+
+    def serve(self, edge: Edge, events: int) -> None:
+        """The selector says that the edge is ready."""
+        if events & _WRITE and edge.interest:
+            try:
+                edge.flush()
+            except OSError as err:
+                self.lose(edge, f"cannot send: {err.strerror or err}")
+                return
+            self.watch(edge)
+        if events & _READ and edge.interest:
+            self.read(edge)
+
+    def read(self, edge: Edge) -> None:
+        """Read one frame if it is complete."""
+        try:
+            frame = edge.read()
+            if frame is not None:
+                self._file(edge, frame)
+        except ProtocolError as err:
+            self.lose(edge, f"protocol error: {err}")
+        except OSError as err:
+            self.lose(edge, str(err.strerror or err))
+        else:
+            self.watch(edge)
+
+    def take(self, edge: Edge, want: FrameHeader) -> Frame | None:
+        """The next data frame if it has come; a wrong one closes the edge."""
+        while edge.inbox:
+            frame = edge.pop()
+            self.watch(edge)
+            got = frame.header
+            if got.step < want.step:
+                self.num_stale_frames += 1
+                continue
+            if (got.kind, got.step, *got[3:7]) == (want.kind, want.step, *want[3:7]):
+                return frame
+            self.lose(edge, f"protocol error: {_place(got)} came instead of {_place(want)}")
+        return None
+
+    def _file(self, edge: Edge, frame: Frame) -> None:
+        number, header = self.generation, frame.header
+        if header.generation > number:
+            raise ProtocolError(f"frame of generation {header.generation}, this is {number}")
+        if header.generation < edge.generation:
+            raise ProtocolError(
+                f"frame of generation {header.generation} on an edge of {edge.generation}"
+            )
+        is_data = header.kind in DATA_KINDS
+        if header.generation < number or (is_data and header.step < self.current_step):
+            self.num_stale_frames += 1
+        elif is_data:
+            edge.put(frame)
+        elif len(self.step_frames) >= _MAX_STEP_FRAMES:
+            raise ProtocolError(f"more than {_MAX_STEP_FRAMES} step frames wait")
+        else:
+            self.step_frames.append(StepFrame(edge.peer, frame))
+
+    def _clear_inbox(self, edge: Edge) -> None:
+        self.num_stale_frames += len(edge.inbox)
+        edge.inbox.clear()
+        edge.inbox_bytes = 0
+
+
+def _place(header: FrameHeader) -> str:
+    return (
+        f"{header.kind.name} of step {header.step} bank {header.bank} exchange {header.exchange} "
+        f"micro-batch {header.micro_batch} flags {header.flags}"
+    )

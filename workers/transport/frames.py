@@ -1,0 +1,144 @@
+"""Frames on an edge: a fixed header of 36 bytes, then a payload of bounded length.
+
+A data frame (ROWS, OUTPUTS) carries up to two parts one after the other, 4-byte items first; the
+header counts the rows of each. Step frames carry ``StepProposal`` or ``StepHeader``. Every field
+is checked before a byte of the payload is read.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.config.cluster import CombineMode
+from cluster.core.errors import ProtocolError
+from workers.model.config import BankSpec
+
+MAGIC: Final = b"EMdp"
+VERSION: Final = 1
+_HEADER: Final = struct.Struct("!4sBBBBIQHBxIII")
+HEADER_BYTES: Final = _HEADER.size
+MAX_STEP_FRAME_BYTES: Final = 1 << 20
+"""Payload limit of step frames: a header of 65535 ranks fits."""
+
+
+class FrameKind(IntEnum):
+    """What a frame is."""
+
+    PROPOSAL = 1
+    """Attention rank -> leader."""
+    HEADER = 2
+    ROWS = 3
+    """Attention rank -> expert rank: dispatch."""
+    OUTPUTS = 4
+    """Expert rank -> attention rank: combine."""
+
+
+DATA_KINDS: Final = frozenset({FrameKind.ROWS, FrameKind.OUTPUTS})
+EXACT: Final = 1
+"""Flag: the step uses the exact split."""
+PER_SLOT: Final = 2
+"""Flag: the cluster combines in ``per_slot`` mode."""
+_KINDS: Final = {int(kind): kind for kind in FrameKind}
+
+
+class FrameHeader(NamedTuple):
+    """The fixed part of a frame."""
+
+    kind: FrameKind
+    generation: int
+    """Sender's generation."""
+    step: int
+    """Step that it belongs to."""
+    flags: int = 0
+    """EXACT, PER_SLOT."""
+    bank: int = 0
+    """``BankSpec.index`` (it names the layer too)."""
+    exchange: int = 0
+    """``ExchangeSpec.index``."""
+    micro_batch: int = 0
+    """0 or 1."""
+    counts: tuple[int, int] = (0, 0)
+    """Rows of each part of a data frame."""
+    length: int = 0
+    """Bytes of the payload."""
+
+    def encode(self) -> bytes:
+        """The 36 bytes on the wire."""
+        return _HEADER.pack(
+            MAGIC,
+            VERSION,
+            self.kind,
+            self.flags,
+            self.exchange,
+            self.generation,
+            self.step,
+            self.bank,
+            self.micro_batch,
+            *self.counts,
+            self.length,
+        )
+
+    @classmethod
+    def decode(cls, data: bytes | bytearray | memoryview, max_data_bytes: int) -> FrameHeader:
+        """Inverse of ``encode``. Raises ``ProtocolError`` naming the field that is wrong."""
+        fields = _HEADER.unpack(data)
+        magic, version, number, flags, exchange = fields[:5]
+        generation, step, bank, micro_batch, first, second, length = fields[5:]
+        if magic != MAGIC:
+            raise ProtocolError(f"frame magic {magic!r}: must be {MAGIC!r}")
+        if version != VERSION:
+            raise ProtocolError(f"frame version {version}: must be {VERSION}")
+        kind = _KINDS.get(number)
+        if kind is None:
+            raise ProtocolError(f"frame kind {number} is not known")
+        if flags & ~(EXACT | PER_SLOT):
+            raise ProtocolError(f"frame flags {flags:#x} are not known")
+        if micro_batch > 1:
+            raise ProtocolError(f"frame micro-batch {micro_batch}: must be 0 or 1")
+        limit = max_data_bytes if kind in DATA_KINDS else MAX_STEP_FRAME_BYTES
+        if length > limit:
+            raise ProtocolError(f"frame of {length} bytes: at most {limit}")
+        return cls(
+            kind,
+            generation,
+            step,
+            flags,
+            bank,
+            exchange,
+            micro_batch,
+            (first, second),
+            length,
+        )
+
+
+class Frame(NamedTuple):
+    """A whole frame as received."""
+
+    header: FrameHeader
+    """Its fixed part."""
+    payload: NDArray[np.uint8]
+    """Its bytes, in memory of their own."""
+
+
+def max_data_bytes(
+    banks: Sequence[BankSpec], max_rows: int, itemsize: int, combine_mode: CombineMode
+) -> int:
+    """Largest payload of a data frame: ``max_rows`` rows of one rank through the widest bank.
+
+    ``itemsize`` is that of the model dtype in bytes.
+    """
+    largest = 0
+    for bank in banks:
+        for exchange in bank.exchanges:
+            inputs = bank.top_k if exchange.per_slot_input else 1
+            rows = 8 * bank.top_k + inputs * exchange.in_width * itemsize
+            by_pair = combine_mode == "per_slot" or not exchange.weighted
+            row_bytes = bank.top_k * itemsize if by_pair else 4
+            largest = max(largest, rows, exchange.out_width * row_bytes)
+    return max_rows * largest

@@ -1,0 +1,231 @@
+"""How two workers authenticate: the cluster token first, then identity and configuration.
+
+    connector                                   listener
+    hello(nonce)                        ->
+                                        <-      challenge(nonce)
+    proof, who I am                     ->
+                                        <-      proof, who I am   |   refusal: a short reason
+
+A proof is HMAC-SHA256 under the token over both nonces and the sender's own words, with the
+sender's side in it, so that no proof can be reflected. Until the connector has proved the token it
+learns only a random nonce. Each message: 4 bytes magic, 2 bytes length, then a message of
+``cluster.core.codec``.
+
+Both classes are plain state machines, bytes in and bytes out; ``pending`` moves the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import struct
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from cluster.core.codec import Codec, Message
+from cluster.core.errors import HandshakeError, ProtocolError
+from cluster.core.release import RELEASE
+from cluster.core.topology import Role
+
+MAX_HELLO_BYTES: Final = 4096
+"""Most bytes of one handshake message."""
+_PREFIX: Final = struct.Struct("!4sH")
+_MAGIC: Final = b"EMhs"
+
+
+class PeerIdentity(Message, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=False):
+    """The identity of a worker in a handshake.
+
+    Fields of another release are ignored, so that it can be named.
+    """
+
+    name: str
+    """Worker name, never reused."""
+    role: Role
+    rank: int
+    """Rank in its pool."""
+    checkpoint_id: str
+    """Identity of the checkpoint it serves."""
+    config_hash: str
+    """``ClusterConfig.fingerprint``."""
+    numerics: str = ""
+    """In a deterministic cluster: hash of the numerics."""
+    generation: int = 0
+    """Generation that it is in, or that it connects for."""
+    release: str = RELEASE
+    """Release of expertmesh."""
+
+
+class _Refusal(Message, frozen=True, kw_only=True, tag=True):
+    reason: str
+
+
+class _Nonce(Message, frozen=True, kw_only=True):
+    nonce: str
+
+
+class _Signed(Message, frozen=True, kw_only=True):
+    words: bytes
+    """A ``PeerIdentity`` or a ``_Refusal``."""
+    proof: str
+
+
+_NONCE: Codec[_Nonce] = Codec(_Nonce, "a nonce")
+_SIGNED: Codec[_Signed] = Codec(_Signed, "a proof")
+_WORDS: Codec[PeerIdentity | _Refusal] = Codec(PeerIdentity | _Refusal, "the words of a handshake")
+_T = TypeVar("_T")
+
+
+class _Handshake:
+    """What both sides share: framing, nonces, proofs."""
+
+    side: str
+    other_side: str
+
+    def __init__(self, me: PeerIdentity, token: str) -> None:
+        self._me = me
+        self._key = token.encode()
+        self._nonce = secrets.token_hex(16)
+        self._their_nonce = ""
+        self._received = bytearray()
+        self.peer: PeerIdentity | None = None
+        """Set as soon as the peer has proved the token."""
+        self.done = False
+        """True when both sides have agreed."""
+
+    def feed(self, data: bytes) -> bytes:
+        """Take received bytes, return bytes to send. Raises ``HandshakeError``."""
+        self._received += data
+        answer = b""
+        while not self.done and (message := self._next_message()) is not None:
+            answer += self._handle(message)
+        if self.done and self._received:
+            raise HandshakeError("bytes after the end of the handshake")
+        return answer
+
+    def _handle(self, message: bytes) -> bytes:
+        raise NotImplementedError
+
+    def _hello(self) -> bytes:
+        return _pack(_NONCE.encode(_Nonce(nonce=self._nonce)))
+
+    def _next_message(self) -> bytes | None:
+        if not _MAGIC.startswith(bytes(self._received[:4])):
+            raise HandshakeError("this is not the handshake of an expertmesh worker")
+        if len(self._received) < _PREFIX.size:
+            return None
+        length = _PREFIX.unpack_from(self._received)[1]
+        if length > MAX_HELLO_BYTES:
+            raise HandshakeError(f"handshake message of {length} bytes: at most {MAX_HELLO_BYTES}")
+        if len(self._received) < _PREFIX.size + length:
+            return None
+        body = bytes(self._received[_PREFIX.size : _PREFIX.size + length])
+        del self._received[: _PREFIX.size + length]
+        return body
+
+    def _proof(self, side: str, words: bytes) -> str:
+        nonces = (self._nonce, self._their_nonce)
+        first, second = nonces if self.side == "connector" else nonces[::-1]
+        text = "|".join(("expertmesh-data", side, first, second, ""))
+        return hmac.new(self._key, text.encode() + words, hashlib.sha256).hexdigest()
+
+    def _signed(self, words: PeerIdentity | _Refusal) -> bytes:
+        data = _WORDS.encode(words)
+        return _pack(_SIGNED.encode(_Signed(words=data, proof=self._proof(self.side, data))))
+
+    def _verified(self, message: bytes) -> PeerIdentity | _Refusal:
+        signed = _decoded(_SIGNED, message)
+        expected = self._proof(self.other_side, signed.words)
+        if not hmac.compare_digest(expected.encode(), signed.proof.encode()):
+            raise HandshakeError("the cluster token differs")
+        return _decoded(_WORDS, signed.words)
+
+
+class ListenerHandshake(_Handshake):
+    """The side that accepted the connection."""
+
+    side = "listener"
+    other_side = "connector"
+
+    def __init__(
+        self, me: PeerIdentity, token: str, refuse: Callable[[PeerIdentity], str | None]
+    ) -> None:
+        """``refuse`` returns why a peer that knows the token cannot be accepted, None if it can."""
+        super().__init__(me, token)
+        self._refuse = refuse
+        self.refusal: str | None = None
+        """Why the peer was refused; the answer to it is still to be sent."""
+
+    def _handle(self, message: bytes) -> bytes:
+        if not self._their_nonce:
+            self._their_nonce = _nonce(message)
+            return self._hello()
+        peer = self._verified(message)
+        if not isinstance(peer, PeerIdentity):
+            raise HandshakeError("the connector sends no identity")
+        self.done, self.peer = True, peer
+        self.refusal = differences(self._me, peer) or self._refuse(peer)
+        return self._signed(self._me if self.refusal is None else _Refusal(reason=self.refusal))
+
+
+class ConnectorHandshake(_Handshake):
+    """The side that opened the connection."""
+
+    side = "connector"
+    other_side = "listener"
+    has_verdict = False
+    """The listener has proved the token, and the two do not match: a retry is useless."""
+
+    def start(self) -> bytes:
+        """The first bytes to send."""
+        return self._hello()
+
+    def _handle(self, message: bytes) -> bytes:
+        if not self._their_nonce:
+            self._their_nonce = _nonce(message)
+            return self._signed(self._me)
+        words = self._verified(message)
+        self.has_verdict = True
+        if isinstance(words, _Refusal):
+            raise HandshakeError(f"refused: {words.reason}")
+        self.peer = words
+        reason = differences(self._me, words)
+        if reason is not None:
+            raise HandshakeError(reason)
+        self.done = True
+        return b""
+
+
+def differences(mine: PeerIdentity, theirs: PeerIdentity) -> str | None:
+    """The item that must be equal on all workers and differs; None if all agree."""
+    items = (
+        ("release", mine.release, theirs.release),
+        ("checkpoint", mine.checkpoint_id, theirs.checkpoint_id),
+        ("configuration", mine.config_hash, theirs.config_hash),
+        ("arithmetic", mine.numerics, theirs.numerics),
+    )
+    for item, here, there in items:
+        if here != there:
+            return f"{item} of {theirs.name} is {there}, {mine.name} has {here}"
+    return None
+
+
+def _pack(body: bytes) -> bytes:
+    if len(body) > MAX_HELLO_BYTES:
+        raise HandshakeError(f"handshake message of {len(body)} bytes: at most {MAX_HELLO_BYTES}")
+    return _PREFIX.pack(_MAGIC, len(body)) + body
+
+
+def _nonce(message: bytes) -> str:
+    nonce = _decoded(_NONCE, message).nonce
+    if not nonce:
+        raise HandshakeError("not a nonce: it is empty")
+    return nonce
+
+
+def _decoded(codec: Codec[_T], data: bytes) -> _T:
+    try:
+        return codec.decode(data)
+    except ProtocolError as err:
+        raise HandshakeError(str(err)) from err

@@ -1,0 +1,335 @@
+"""Bulk data between two workers, beside the data plane: no step waits for it.
+
+    client                                      server
+    handshake (cluster token, checkpoint, configuration), then for every question:
+    u16 count, the keys of items          ->
+                                          <-    u16 count of items from the first on that are held,
+                                                u64 bytes of each, for each of them 16 bytes
+                                                checksum and the data
+    u16 count of the items that were kept ->
+
+All keys of a server have one length, and so have all items of an answer. The checksum covers key
+and data, so that a flipped bit or a wrong item is detected. Both sides know the size of an item,
+and nothing is unpickled. A server serves a few connections at a time, each in its own thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from cluster.core.errors import HandshakeError, PeerLostError, ProtocolError
+from workers.transport.handshake import ConnectorHandshake, ListenerHandshake, PeerIdentity
+from workers.transport.socket_io import receive_bytes, receive_exactly, time_left
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 8
+"""Connections that a server serves at the same time."""
+COUNT: Final = struct.Struct("!H")
+"""Items asked for, and items kept."""
+ANSWER: Final = struct.Struct("!HQ")
+"""Items that follow, bytes of each."""
+CHECKSUM_BYTES: Final = 16
+CHUNK_BYTES: Final = 256 * 1024
+"""Bytes that are sent or received at once."""
+_IDLE_S = 30.0
+"""Longest silence of a client between two messages, and longest time for a chunk of an answer."""
+_READ_BYTES = 4096
+
+
+def checksum(key: bytes, parts: Sequence[memoryview]) -> bytes:
+    """16 bytes over an item's key and data."""
+    digest = hashlib.blake2b(key, digest_size=CHECKSUM_BYTES)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
+def view_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, without a copy."""
+    return tensor.view(torch.uint8).flatten().numpy().data
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """A server of another worker, and how to prove that we belong to its cluster."""
+
+    name: str
+    address: str
+    """``host:port``, from its ``Member``."""
+    me: PeerIdentity
+    """Identity of the worker that connects."""
+    token: str
+
+
+class PeerClient:
+    """A connection to the server of one peer. One thread uses it; every wait has a limit.
+
+    An exception of ``fetch`` leaves the connection unusable.
+    """
+
+    def __init__(
+        self,
+        peer: Peer,
+        timeout_s: float,
+        *,
+        deadline_s: float | None = None,
+        before_chunk: Callable[[int], None] = lambda num_bytes: None,
+    ) -> None:
+        """Connect and prove the token.
+
+        ``timeout_s`` limits the connecting and every wait for bytes; ``deadline_s`` is the
+        ``time.monotonic`` at which everything must be done. ``before_chunk`` is called with the
+        size of a chunk before it is received, and may raise.
+
+        Raises ``PeerLostError`` when the peer cannot be reached, ``HandshakeError`` when it belongs
+        to another cluster.
+        """
+        self.peer = peer.name
+        """Name of the peer."""
+        self._deadline_s = deadline_s
+        self._before_chunk = before_chunk
+        host, _, port = peer.address.rpartition(":")
+        try:
+            self._sock = socket.create_connection((host.strip("[]"), int(port)), timeout_s)
+        except (OSError, ValueError) as err:
+            raise PeerLostError(peer.name, f"cannot connect to {peer.address}: {err}") from err
+        try:
+            shake_hands(self._sock, ConnectorHandshake(peer.me, peer.token), timeout_s)
+        except OSError as err:
+            self._sock.close()
+            raise self._lost(err) from err
+        except ProtocolError:
+            self._sock.close()
+            raise
+        self._sock.settimeout(timeout_s)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._sock.close()
+
+    def fetch(
+        self,
+        what: str,
+        keys: Sequence[bytes],
+        parts: Sequence[memoryview],
+        keep: Callable[[int], None] = lambda place: None,
+    ) -> int:
+        """Receive the longest run of items that the peer holds; returns how many came.
+
+        Each item is received into ``parts``, checked, and given to ``keep`` by its place in
+        ``keys``. ``what`` names the items in errors.
+
+        Raises ``PeerLostError`` when the connection breaks or is too slow, and ``ProtocolError``
+        when an item is damaged or not what was asked for; earlier items were kept.
+        """
+        try:
+            self._sock.sendall(COUNT.pack(len(keys)) + b"".join(keys))
+            count = self._receive_head(what, len(keys), sum(map(len, parts)))
+            for place, key in enumerate(keys[:count]):
+                self._receive_item(what, key, parts)
+                keep(place)
+            self._sock.sendall(COUNT.pack(count))
+        except OSError as err:
+            raise self._lost(err) from err
+        return count
+
+    def _receive_head(self, what: str, max_items: int, size: int) -> int:
+        head = receive_bytes(self._sock, ANSWER.size, self._deadline_s)
+        count, length = ANSWER.unpack(head)
+        if count > max_items or (count and length != size):
+            raise ProtocolError(
+                f"{what} from {self.peer}: {count} items of {length} bytes are announced, must be "
+                f"at most {max_items} of {size}"
+            )
+        return int(count)
+
+    def _receive_item(self, what: str, key: bytes, parts: Sequence[memoryview]) -> None:
+        expected = receive_bytes(self._sock, CHECKSUM_BYTES, self._deadline_s)
+        for chunk in _chunks(parts):
+            self._before_chunk(len(chunk))
+            receive_exactly(self._sock, chunk, self._deadline_s)
+        if checksum(key, parts) != expected:
+            raise ProtocolError(f"{what} from {self.peer} is damaged: its checksum differs")
+
+    def _lost(self, err: OSError) -> PeerLostError:
+        return PeerLostError(self.peer, str(err) or type(err).__name__)
+
+
+Item = TypeVar("Item")
+
+
+class Lender(Protocol[Item]):
+    """Holds what a ``PeerServer`` serves. Any thread may call it."""
+
+    def borrow(self, keys: Sequence[bytes]) -> list[Item]:
+        """Items of the longest run of keys from the first on; they do not change meanwhile."""
+
+    def read(self, item: Item) -> Sequence[Tensor]:
+        """The data of a borrowed item, contiguous in CPU memory."""
+
+    def give_back(self, items: list[Item], num_kept: int) -> None:
+        """Return what was borrowed; the other worker has copies of the first ``num_kept`` items."""
+
+
+class PeerServer:
+    """One listener on a free port, open from the start; it serves from ``start`` on."""
+
+    def __init__(
+        self,
+        me: PeerIdentity,
+        token: str,
+        *,
+        host: str,
+        what: str,
+        key_bytes: int,
+        handshake_timeout_s: float = 10.0,
+    ) -> None:
+        """``what`` names the items in threads and log lines; ``key_bytes`` is the size of a key."""
+        self._me = me
+        self._token = token
+        self._what = what
+        self._key_bytes = key_bytes
+        self._timeout_s = handshake_timeout_s
+        self._lender: Lender[Any] | None = None
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._listener = socket.create_server((host, 0), backlog=MAX_CONNECTIONS)
+        self.address = "{}:{}".format(*self._listener.getsockname()[:2])
+        """``host:port`` of the listener."""
+        self._thread = threading.Thread(target=self._accept, name=f"{what}-server", daemon=True)
+        self.num_sent_bytes = 0
+        """Bytes of items that were sent."""
+        self.num_refused = 0
+        """Connections that were refused."""
+
+    def start(self, lender: Lender[Any]) -> None:
+        """Begin to accept connections, and to serve the items of ``lender``."""
+        self._lender = lender
+        self._thread.start()
+
+    def close(self) -> None:
+        """Close the listener and every connection."""
+        self._closing.set()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with self._lock:
+            for sock in self._open:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+        if self._thread.is_alive():
+            self._thread.join(self._timeout_s)
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                sock, address = self._listener.accept()
+            except OSError:
+                self._closing.wait(0.05)  # closed, or out of descriptors: do not spin
+                continue
+            with self._lock:
+                is_full = len(self._open) >= MAX_CONNECTIONS
+                if not is_full:
+                    self._open.add(sock)
+            if is_full:
+                self._refuse(f"{address[0]}:{address[1]}", "too many connections")
+                sock.close()
+                continue
+            threading.Thread(
+                target=self._serve, args=(sock, address), name=f"{self._what}-sender", daemon=True
+            ).start()
+
+    def _serve(self, sock: socket.socket, address: tuple[str, int]) -> None:
+        who = f"{address[0]}:{address[1]}"
+        with sock:
+            try:
+                handshake = ListenerHandshake(self._me, self._token, lambda peer: None)
+                shake_hands(sock, handshake, self._timeout_s)
+                if handshake.refusal is not None:
+                    raise HandshakeError(handshake.refusal)
+                sock.settimeout(_IDLE_S)
+                while not self._closing.is_set():
+                    self._answer(sock)
+            except ProtocolError as err:
+                self._refuse(who, str(err))
+            except OSError as err:
+                logger.debug("%s for %s: %s", self._what, who, err)
+            finally:
+                with self._lock:
+                    self._open.discard(sock)
+
+    def _answer(self, sock: socket.socket) -> None:
+        """Serve one question. Raises ``OSError`` when the connection is over."""
+        assert self._lender is not None, "start comes first"
+        keys = self._read_keys(sock)
+        items, num_kept = self._lender.borrow(keys), 0
+        try:
+            if not items:
+                sock.sendall(ANSWER.pack(0, 0))
+            for place, item in enumerate(items):
+                parts = [view_bytes(tensor) for tensor in self._lender.read(item)]
+                if not place:
+                    sock.sendall(ANSWER.pack(len(items), sum(map(len, parts))))
+                self._send(sock, keys[place], parts)
+            num_kept = min(_receive_count(sock), len(items))
+        finally:
+            self._lender.give_back(items, num_kept)
+
+    def _read_keys(self, sock: socket.socket) -> list[bytes]:
+        size = self._key_bytes
+        joined = receive_bytes(sock, _receive_count(sock) * size)
+        return [bytes(joined[i : i + size]) for i in range(0, len(joined), size)]
+
+    def _send(self, sock: socket.socket, key: bytes, parts: Sequence[memoryview]) -> None:
+        sock.sendall(checksum(key, parts))
+        for chunk in _chunks(parts):
+            sock.sendall(chunk)
+            self.num_sent_bytes += len(chunk)
+
+    def _refuse(self, who: str, reason: str) -> None:
+        self.num_refused += 1
+        logger.warning("%s: %s refused to %s: %s", self._me.name, self._what, who, reason)
+
+
+def shake_hands(
+    sock: socket.socket, handshake: ConnectorHandshake | ListenerHandshake, timeout_s: float
+) -> None:
+    """Run a handshake on a blocking socket.
+
+    Raises ``HandshakeError`` when the peer is not one of ours, ``OSError`` when it is gone or slow.
+    """
+    deadline = time.monotonic() + timeout_s
+    if isinstance(handshake, ConnectorHandshake):
+        sock.sendall(handshake.start())
+    while not handshake.done:
+        sock.settimeout(time_left(deadline))
+        data = sock.recv(_READ_BYTES)
+        if not data:
+            raise ConnectionError("closed the connection during the handshake")
+        answer = handshake.feed(data)
+        if answer:
+            sock.sendall(answer)
+
+
+def _receive_count(sock: socket.socket) -> int:
+    return int(COUNT.unpack(receive_bytes(sock, COUNT.size))[0])
+
+
+def _chunks(parts: Sequence[memoryview]) -> Iterator[memoryview]:
+    for part in parts:
+        for first in range(0, len(part), CHUNK_BYTES):
+            yield part[first : first + CHUNK_BYTES]

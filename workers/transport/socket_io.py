@@ -1,0 +1,75 @@
+"""What every socket loop here needs: reads of an exact size, and a wake-up from other threads."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+
+_DRAIN_BYTES = 4096
+
+
+def receive_exactly(sock: socket.socket, view: memoryview, deadline_s: float | None = None) -> None:
+    """Fill ``view`` from a blocking socket, by ``deadline_s`` (``time.monotonic``) if there is one.
+
+    Raises ``ConnectionError`` at the end of the stream and ``TimeoutError``, both ``OSError``.
+    """
+    done = 0
+    while done < len(view):
+        if deadline_s is not None:
+            sock.settimeout(time_left(deadline_s))
+        count = sock.recv_into(view[done:])
+        if not count:
+            raise ConnectionError("closed the connection")
+        done += count
+
+
+def receive_bytes(sock: socket.socket, size: int, deadline_s: float | None = None) -> bytearray:
+    """``size`` bytes, as ``receive_exactly`` receives them."""
+    data = bytearray(size)
+    receive_exactly(sock, memoryview(data), deadline_s)
+    return data
+
+
+def time_left(deadline_s: float) -> float:
+    """Seconds until a monotonic time. Raises ``TimeoutError`` when it has passed."""
+    left = deadline_s - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left
+
+
+class WakePipe:
+    """Ends the select of the thread that watches it; any thread may ring it."""
+
+    def __init__(self) -> None:
+        self._read, self._write = socket.socketpair()
+        self._read.setblocking(False)
+        self._write.setblocking(False)
+
+    def fileno(self) -> int:
+        """What a selector watches for reading."""
+        return self._read.fileno()
+
+    def ring(self) -> None:
+        """Wake the watching thread; does nothing after ``close``."""
+        with contextlib.suppress(OSError):  # full: it wakes anyway; closed: nobody watches
+            self._write.send(b"w")
+
+    def drain(self) -> None:
+        """Forget the rings so far."""
+        with contextlib.suppress(BlockingIOError):
+            while self._read.recv(_DRAIN_BYTES):
+                pass
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until it rings, for at most ``timeout_s``."""
+        self._read.settimeout(timeout_s)
+        with contextlib.suppress(TimeoutError):
+            self._read.recv(_DRAIN_BYTES)
+        self._read.setblocking(False)
+
+    def close(self) -> None:
+        """Close both ends."""
+        self._read.close()
+        self._write.close()

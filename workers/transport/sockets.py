@@ -1,0 +1,126 @@
+"""The transport over the worker's own TCP connections: the default on CPUs.
+
+Closing a connection aborts its messages, a reset reveals a lost peer, and the edges between
+survivors outlive a generation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from cluster.config.cluster import CombineMode
+from cluster.core.topology import Generation
+from workers.requests.step_header import StepHeader
+from workers.transport.frames import EXACT, PER_SLOT, Frame, FrameHeader, FrameKind
+from workers.transport.peer_connections import PeerConnections
+from workers.transport.transport import Expected, Message, Tag
+
+_KINDS = {"rows": FrameKind.ROWS, "outputs": FrameKind.OUTPUTS}
+
+
+class SocketTransport:
+    """Messages as frames on the peer connections. Tensors of a GPU go through host memory."""
+
+    def __init__(
+        self, connections: PeerConnections, *, combine_mode: CombineMode, device: torch.device
+    ) -> None:
+        self._connections = connections
+        self._device = device
+        self._mode_flag = PER_SLOT if combine_mode == "per_slot" else 0
+        self._flags = 0
+        self._generation = 0
+        self._step = 0
+        self._names: dict[int, str] = {}
+
+    def apply_generation(self, generation: Generation) -> None:
+        """Learn the names of the other pool; the edges are open already."""
+        self._names = {m.rank: m.name for m in generation.facing(self._connections.me.role)}
+        self._generation = generation.number
+
+    def begin_step(self, header: StepHeader) -> None:
+        """See ``DataTransport``; frames of earlier steps are dropped from now on."""
+        self._step = header.step
+        self._connections.begin_step(header.step)
+        self._flags = self._mode_flag | (EXACT if header.exact else 0)
+
+    def post(self, tag: Tag, messages: Sequence[Message], *, sized: bool) -> None:
+        """See ``DataTransport``. A frame always carries its counts."""
+        for message in messages:
+            buffers = [_bytes_of(part) for part in message.parts]
+            counts = [part.shape[0] for part in message.parts]
+            header = self._header(tag, counts, sum(map(len, buffers)))
+            self._connections.send(self._names[message.rank], header, buffers)
+
+    def receive(
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool
+    ) -> list[tuple[Tensor, ...]]:
+        deadline = time.monotonic() + self._connections.step_timeout_s
+        want = self._header(tag, (), 0)
+        received = []
+        names = [self._names[item.rank] for item in expected]
+        for i, item in enumerate(expected):
+            frame = self._connections.receive(names[i], want, deadline, names[i + 1 :])
+            self._check(item, frame.header, sized)
+            received.append(self._tensors(item, frame))
+        return received
+
+    def reject(self, rank: int, reason: str) -> NoReturn:
+        self._connections.reject(self._names[rank], reason)
+
+    def close(self) -> None:
+        """There is nothing to close: the connections belong to ``PeerConnections``."""
+
+    def _header(self, tag: Tag, counts: Sequence[int], length: int) -> FrameHeader:
+        first, second = (*counts, 0, 0)[:2]
+        return FrameHeader(
+            _KINDS[tag.direction],
+            self._generation,
+            self._step,
+            self._flags,
+            tag.bank,
+            tag.exchange,
+            tag.micro_batch,
+            (first, second),
+            length,
+        )
+
+    def _check(self, item: Expected, header: FrameHeader, sized: bool) -> None:
+        """Compare counts and length with what is expected, before anything is allocated."""
+        counts = header.counts[: len(item.parts)]
+        length = 0
+        for part, count, limit in zip(item.parts, counts, item.counts, strict=True):
+            if count > limit or (count != limit and not sized):
+                rule = "at most" if sized else "exactly"
+                self.reject(item.rank, f"{count} rows in a part, {rule} {limit} expected")
+            length += count * part.row_bytes
+        if length != header.length or any(header.counts[len(item.parts) :]):
+            self.reject(item.rank, f"frame of {header.length} bytes: must be {length}")
+
+    def _tensors(self, item: Expected, frame: Frame) -> tuple[Tensor, ...]:
+        tensors = []
+        offset = 0
+        for part, count in zip(item.parts, frame.header.counts, strict=False):
+            size = count * part.width
+            if size:
+                tensor = torch.frombuffer(
+                    frame.payload, dtype=part.dtype, count=size, offset=offset
+                ).view(count, part.width)
+            else:
+                tensor = torch.empty(count, part.width, dtype=part.dtype)
+            offset += count * part.row_bytes
+            tensors.append(tensor if self._device.type == "cpu" else tensor.to(self._device))
+        return tuple(tensors)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy if it is contiguous and on the CPU."""
+    if not tensor.is_cpu:
+        tensor = tensor.cpu()  # device-to-host sync
+    if not tensor.numel():
+        return memoryview(b"")
+    return tensor.detach().contiguous().view(torch.uint8).numpy().data.cast("B")

@@ -1,0 +1,99 @@
+"""The interface of a transport: messages between the two pools.
+
+A message has one or two two-dimensional tensors (parts), 4-byte items first. A ``Tag`` is its place
+in the step; between two ranks, messages follow the global order of the step. Ranks in this
+interface are ranks in the *other* pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from cluster.core.topology import Generation
+from workers.requests.step_header import StepHeader
+
+Direction = Literal["rows", "outputs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """Place of a message in a step."""
+
+    bank: int
+    """``BankSpec.index``."""
+    exchange: int
+    """``ExchangeSpec.index``."""
+    micro_batch: int
+    """0 or 1."""
+    direction: Direction
+    """``rows`` to the experts (dispatch), ``outputs`` back (combine)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Shape of one part: rows of ``width`` elements."""
+
+    width: int
+    """Elements of a row."""
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.width * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message to one rank."""
+
+    rank: int
+    parts: tuple[Tensor, ...]
+    """One or two tensors [rows, width]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A message that one rank is to send."""
+
+    rank: int
+    parts: tuple[Part, ...]
+    """Shapes of its parts."""
+    counts: tuple[int, ...]
+    """Rows of each part; where the message is ``sized``, the most rows."""
+
+
+class DataTransport(Protocol):
+    """Moves messages between attention and expert ranks.
+
+    Waits raise ``PeerLostError`` (edge broken, invalid data received, or ``step_timeout_s`` passed)
+    and ``GenerationChangedError``. Received tensors own their memory.
+    """
+
+    def begin_step(self, header: StepHeader) -> None:
+        """Start a step, to which the messages that follow belong."""
+
+    def post(self, tag: Tag, messages: Sequence[Message], *, sized: bool) -> None:
+        """Send at once and do not wait; the tensors may be reused afterwards.
+
+        ``sized``: the receivers do not know the counts, so they travel along.
+        """
+
+    def receive(
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool
+    ) -> list[tuple[Tensor, ...]]:
+        """Wait for one message from each of the ranks; the parts are on the transport's device."""
+
+    def reject(self, rank: int, reason: str) -> NoReturn:
+        """Close the edge to a rank that sent invalid data. Raises ``PeerLostError``."""
+
+    def apply_generation(self, generation: Generation) -> None:
+        """Follow a new membership, after the peer connections. Raises as the waits do."""
+
+    def close(self) -> None:
+        """Release everything; the transport is not used again."""
