@@ -69,12 +69,11 @@ class _Endpoint:
     async def serve(self, request: Request) -> Response:
         """One call: JSON to the procedure's message, and its answer back."""
         _check_no_web_page(request)
-        limits = self.gateway.limits
         fields: dict[str, Any] = {**request.query_params, **request.path_params}
         if request.method == "POST" and _has_body(request):
             if "content-type" not in request.headers:  # what a browser may send across sites
                 raise RequestError("content-type must be application/json", "content-type")
-            body = await read_json(request, limits.max_body_bytes, limits.max_json_depth)
+            body = await read_json(request, self.gateway)
             fields = {**body, **fields}
         message = GetMessageClass(SERVICE.methods_by_name[self.name].input_type)()
         try:

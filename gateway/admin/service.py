@@ -11,7 +11,6 @@ from gateway.generation.gateway import Gateway
 HTTP_PORT = 8001
 GRPC_PORT = 50052
 
-
 _Server = AdminHttpServer | AdminGrpcServer
 
 
@@ -23,11 +22,21 @@ class AdminApi:
         section: interface and ports: a client of these ports can end the cluster. A configured port
             is shared by all replicas of the host; otherwise the default port is taken if it is
             free, else any.
+        http_port: default port of HTTP.
+        grpc_port: default port of gRPC.
     """
 
-    def __init__(self, gateway: Gateway, section: GatewaySection) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        section: GatewaySection,
+        *,
+        http_port: int = HTTP_PORT,
+        grpc_port: int = GRPC_PORT,
+    ) -> None:
         self._gateway = gateway
         self._section = section
+        self._http_port, self._grpc_port = http_port, grpc_port
         self._servers: list[_Server] = []
         self.http = ""
         """``host:port`` of the HTTP server, once it runs."""
@@ -38,10 +47,9 @@ class AdminApi:
         """Bind both ports and serve. Raises ``StartError``."""
         section = self._section
         host = reachable_host(section.admin_host)
-        self.http = f"{host}:{await self._open(AdminHttpServer, section.admin_port, HTTP_PORT)}"
-        self.grpc = (
-            f"{host}:{await self._open(AdminGrpcServer, section.admin_grpc_port, GRPC_PORT)}"
-        )
+        http = await self._open(AdminHttpServer, section.admin_port, self._http_port)
+        grpc = await self._open(AdminGrpcServer, section.admin_grpc_port, self._grpc_port)
+        self.http, self.grpc = f"{host}:{http}", f"{host}:{grpc}"
 
     async def stop(self) -> None:
         for server in self._servers:

@@ -116,10 +116,9 @@ class ClusterView:
         if self._controller is not None:
             try:
                 snapshot = await asyncio.wait_for(self._controller.snapshot(), CALL_TIMEOUT_S)
+                self._accept(snapshot)
             except Exception as err:  # any failure of the actor or of Ray
                 logger.warning("no fresh snapshot: %s", err)
-            else:
-                self._accept(snapshot)
         return self.snapshot
 
     async def placement(self) -> dict[str, Any] | None:
@@ -169,8 +168,9 @@ class ClusterView:
     def _accept(self, snapshot: Snapshot) -> None:
         known = -1 if self.snapshot is None else int(self.snapshot.get("term", 0))
         if int(snapshot.get("term", 0)) < known:
-            logger.warning("a controller of the older term %s is not followed", snapshot["term"])
-            return
+            raise NotReadyError(
+                f"a controller of the older term {snapshot['term']} is not followed"
+            )
         self.snapshot = snapshot
         self._changed.set()
         self._changed = asyncio.Event()

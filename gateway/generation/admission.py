@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from cluster.core.errors import QueueFullError
 from gateway.core.errors import clamp_retry_s
 
-MAX_PROMPT_BYTES = 256 * 1024 * 1024
-"""Bytes of prompts that are embeddings, held at once."""
 _RATE_WINDOW = 64
 """Finished requests over which the drain rate is measured."""
 _LEAST_FINISHED = 8
@@ -49,12 +47,20 @@ class Admission:
         max_tokens: prompt and output tokens that they may need together.
         capacity: requests that the engines run at once; more of them wait. The drain rate is
             measured only while some wait: at other times requests leave as fast as they come.
+        max_prompt_bytes: bytes of prompts that are embeddings, held at once.
     """
 
-    def __init__(self, max_requests: int, max_tokens: int, capacity: int) -> None:
+    def __init__(
+        self,
+        max_requests: int,
+        max_tokens: int,
+        capacity: int,
+        max_prompt_bytes: int = 256 * 1024 * 1024,
+    ) -> None:
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._capacity = capacity
+        self._max_prompt_bytes = max_prompt_bytes
         self._saturated_s = 0.0  # time with requests waiting, in all
         self._since_s: float | None = None  # start of the present such time
         self._finished_s: deque[float] = deque(maxlen=_RATE_WINDOW)  # on the saturated clock
@@ -85,10 +91,10 @@ class Admission:
                 self.retry_after_s(1),
                 "queue_tokens",
             )
-        if self.num_bytes and self.num_bytes + num_bytes > MAX_PROMPT_BYTES and num_bytes:
+        if self.num_bytes and self.num_bytes + num_bytes > self._max_prompt_bytes and num_bytes:
             raise QueueFullError(
                 f"the queue is full: {self.num_bytes} bytes of embeddings, and this request needs "
-                f"{num_bytes} more, at most {MAX_PROMPT_BYTES}",
+                f"{num_bytes} more, at most {self._max_prompt_bytes}",
                 self.retry_after_s(1),
             )
         self._add(num_requests, num_tokens, now_s)

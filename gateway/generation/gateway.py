@@ -34,6 +34,7 @@ from gateway.core.call import CallKind, GenerateCall, GenerateFields
 from gateway.core.field_checks import check_fields
 from gateway.core.model import ModelFacts, model_facts
 from gateway.core.request_id import REQUEST_ID
+from gateway.core.tuning import GatewayTuning
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.submission import Submission
 from gateway.generation.admission import Admission
@@ -50,11 +51,6 @@ from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import Request
 from workers.requests.wire import EngineHello
 
-LEAVING_LEAD_S = 10.0
-"""Time from a gateway's not-ready answer to its last new gRPC connection, so that load balancers
-notice first."""
-_STREAM_WAIT_S = 5.0
-"""Time for a serving cluster without an open stream to open one."""
 _LOOK_S = 0.5
 """Interval at which a request that waits for a worker checks whether its call was ended."""
 
@@ -72,6 +68,7 @@ class Gateway:
         cluster: follows the controller.
         engines: streams to the attention workers; fed from ``cluster`` here.
         name: of this replica.
+        tuning: limits and waits that no option sets.
     """
 
     def __init__(
@@ -81,6 +78,7 @@ class Gateway:
         cluster: ClusterView,
         engines: EnginePool,
         name: str = "gateway",
+        tuning: GatewayTuning | None = None,
     ) -> None:
         self.config = config
         self.limits = config.gateway
@@ -89,6 +87,7 @@ class Gateway:
         self.cluster = cluster
         self.engines = engines
         self.name = name
+        self.tuning = tuning or GatewayTuning()
         self.keys, self.admin_keys = make_key_rings(config.gateway)
         self.model_name = config.model.served_model_name
         self.created = int(time.time())
@@ -119,7 +118,8 @@ class Gateway:
         )
         self._leaves_since_s: float | None = None
         self._takes_calls = True
-        self._admission: Admission | None = None
+        self.admission: Admission | None = None
+        """None before the first call."""
         self._hello: EngineHello | None = None
         self._facts: ModelFacts | None = None
         self._draw_seed = _seed_source(config.engine.seed, name)
@@ -150,7 +150,7 @@ class Gateway:
         """Never be ready again; returns the number of requests that still run here."""
         if self._leaves_since_s is None:
             self._leaves_since_s = now_s
-        return self._admission.num_requests if self._admission else 0
+        return self.admission.num_requests if self.admission else 0
 
     def end(self, stage: EndStage, now_s: float) -> int:
         """End with the whole server, by stages; returns the number of requests that still run."""
@@ -162,8 +162,9 @@ class Gateway:
         return left
 
     def has_left(self, now_s: float) -> bool:
-        """Whether load balancers had ``LEAVING_LEAD_S`` to notice that the gateway leaves."""
-        return self._leaves_since_s is not None and now_s >= self._leaves_since_s + LEAVING_LEAD_S
+        """Whether load balancers had ``leaving_lead_s`` to notice that the gateway leaves."""
+        since_s = self._leaves_since_s
+        return since_s is not None and now_s >= since_s + self.tuning.leaving_lead_s
 
     def not_ready_reasons(self) -> list[str]:
         """Why new requests cannot be served now; empty when they can."""
@@ -307,19 +308,19 @@ class Gateway:
         started_s: float,
         deadline_s: float,
     ) -> Generation:
-        if self._admission is None:
+        if self.admission is None:
             most, workers = self.limits.max_queue, self.config.workers.num_attention_ranks
-            self._admission = Admission(
+            self.admission = Admission(
                 max_requests=most,
                 max_tokens=self.limits.max_queue_tokens or most * facts.max_model_len,
                 capacity=workers * self.config.engine.max_num_seqs,
             )
         now_s = time.monotonic()
-        if self._admission.queue_time_s() > deadline_s - now_s:
+        if self.admission.queue_time_s() > deadline_s - now_s:
             self.metrics.admission_rejections.labels("deadline").inc()
             raise DeadlineExceededError("the queue is longer than the request's time", False)
         try:
-            ticket = self._admission.admit(
+            ticket = self.admission.admit(
                 len(call.prompts), call.max_total_tokens, now_s, call.num_prompt_bytes
             )
         except QueueFullError as err:
@@ -369,7 +370,7 @@ class Gateway:
                 await self.cluster.wait_change(min(_LOOK_S, deadline_s - now_s))
                 continue
             no_stream_s = no_stream_s or now_s
-            if now_s - no_stream_s > _STREAM_WAIT_S:
+            if now_s - no_stream_s > self.tuning.stream_wait_s:
                 raise NotReadyError("no attention worker is ready", "not_ready", 2.0)
             await self.engines.wait_change(min(_LOOK_S, deadline_s - now_s))
 

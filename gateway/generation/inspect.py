@@ -50,8 +50,6 @@ MAX_CALL_BYTES = 64 * 1024 * 1024
 """Bytes of the arrays of one call."""
 MAX_JSON_BYTES = 8 * 1024 * 1024
 """The same for an answer in JSON, which is about six times as long."""
-MAX_HELD_BYTES = 256 * 1024 * 1024
-"""Bytes of the arrays that one replica holds at a time."""
 MAX_LABEL = 1e30
 """Largest size of a label: its square is a number still."""
 
@@ -91,6 +89,7 @@ class Inspecting:
     def __init__(self, gateway: Gateway) -> None:
         self._reader = Reader(gateway)
         self._max_prompts = gateway.limits.max_batch_prompts
+        self._max_held_bytes = gateway.tuning.max_inspection_bytes
         self._held_bytes = 0
 
     @contextlib.asynccontextmanager
@@ -129,11 +128,9 @@ class Inspecting:
         check_length(field, count, most)
 
     def _hold(self, size: int) -> None:
-        held = self._held_bytes
-        if held and held + size > MAX_HELD_BYTES:
-            raise QueueFullError(
-                f"inspections hold {held} bytes, at most {MAX_HELD_BYTES} may be held", 1.0
-            )
+        held, most = self._held_bytes, self._max_held_bytes
+        if held and held + size > most:
+            raise QueueFullError(f"inspections hold {held} bytes, at most {most} may be held", 1.0)
         self._held_bytes += size
 
 

@@ -28,17 +28,14 @@ with a retry time."""
 _METADATA_BYTES = 16 * 1024
 """Of a call, with gRPC's own; as HTTP/2 counts: names, values and 32 bytes an entry."""
 
-CONNECTION_AGE_S = 600.0
-"""Age at which a connection takes no new calls: clients reconnect, and spread over the replicas of
-that time."""
 _AGE_GRACE_S = 60.0
 """Beyond the longest call, for those that run on a connection of that age."""
 
 
-def age_options(longest_call_s: float) -> list[tuple[str, int]]:
+def age_options(longest_call_s: float, connection_age_s: float) -> list[tuple[str, int]]:
     """Options of a server whose connections are renewed and whose calls end by themselves."""
     return [
-        ("grpc.max_connection_age_ms", round(1000 * CONNECTION_AGE_S)),
+        ("grpc.max_connection_age_ms", round(1000 * connection_age_s)),
         ("grpc.max_connection_age_grace_ms", round(1000 * (longest_call_s + _AGE_GRACE_S))),
     ]
 
@@ -148,6 +145,7 @@ class GrpcServer(ServicePort):
 
     def __init__(self, gateway: Gateway, host: str, port: int) -> None:
         procedures = InferenceProcedures(gateway)
+        age_s = gateway.tuning.connection_age_s
         super().__init__(
             gateway,
             SERVICE,
@@ -155,7 +153,7 @@ class GrpcServer(ServicePort):
             gateway.keys,
             host,
             port,
-            options=[*server_options(), *age_options(gateway.limits.request_timeout_s)],
+            options=[*server_options(), *age_options(gateway.limits.request_timeout_s, age_s)],
             max_calls=gateway.limits.max_queue + _SPARE_CALLS,
         )
         self._watcher: asyncio.Task[None] | None = None

@@ -137,7 +137,7 @@ class HttpApi:
         return _answer(self._model())
 
     async def tokenize(self, request: Request) -> Response:
-        data = await self._read(request)
+        data = await read_json(request, self._gateway)
         async with within_time(self._time_s(request)):
             return await self._tokenize(data)
 
@@ -160,7 +160,7 @@ class HttpApi:
         return _json_response(await asyncio.to_thread(render))
 
     async def detokenize(self, request: Request) -> Response:
-        data = await self._read(request)
+        data = await read_json(request, self._gateway)
         async with within_time(self._time_s(request)):
             body = parse_body(DetokenizeBody, data)
             self._gateway.check_model(body.model)
@@ -211,10 +211,6 @@ class HttpApi:
     async def openapi(self, request: Request) -> Response:
         """This interface, for machines."""
         return _answer(openapi.document(str(request.scope.get("root_path") or "")))
-
-    async def _read(self, request: Request) -> dict[str, Any]:
-        limits = self._gateway.limits
-        return await read_json(request, limits.max_body_bytes, limits.max_json_depth)
 
     def _time_s(self, request: Request) -> float:
         return self._gateway.timeout_s(timeout_header_s(request))
@@ -284,6 +280,7 @@ class GenerateEndpoint(WatchedEndpoint):
                 request_id=request.state.request_id,
                 include_usage=bool(options and options.include_usage),
                 continuous_usage=bool(options and options.continuous_usage_stats),
+                ping_after_s=self._gateway.tuning.ping_after_s,
             )
             await stream_generation(generation, stream)
 

@@ -35,6 +35,7 @@ from gateway.auth.key_limits import Account
 from gateway.core.errors import ClientGoneError, report_error
 from gateway.core.expect import waits_to_send
 from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
+from gateway.core.tuning import GatewayTuning
 from gateway.generation.gateway import Gateway
 from gateway.generation.request_trace import CLIENT_GONE, note_error
 from gateway.http.parse import parse_json
@@ -42,15 +43,11 @@ from gateway.http.parse import parse_json
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
-BODY_TIMEOUT_S = 60.0
-"""Time a client has to send its body."""
 MAX_TIMEOUT_MS = 99_999_999_999
 """Longest time that a client can ask for; the server's own limit is shorter."""
 _DRAIN_FACTOR = 8
 """A body above the limit is read up to this many times the limit, so that its sender can see the
 answer, and is cut off beyond."""
-_DRAIN_PAUSE_S = 5.0
-"""Silence after which the rest of such a body is not read."""
 _THREAD_BYTES = 65_536
 """Larger bodies are parsed in a thread."""
 _PIECE = 4096
@@ -195,8 +192,8 @@ class HttpEdge:
         return send_with_headers
 
 
-async def read_json(request: Request, max_bytes: int, max_depth: int) -> dict[str, Any]:
-    """The object in a request's body.
+async def read_json(request: Request, gateway: Gateway) -> dict[str, Any]:
+    """The object in a request's body, within the gateway's limits.
 
     Raises:
         RequestError: not JSON, not declared as JSON, compressed, or nested too deeply.
@@ -211,7 +208,8 @@ async def read_json(request: Request, max_bytes: int, max_depth: int) -> dict[st
     if coding.lower() not in ("", "identity"):
         name = "content-encoding"
         raise UnsupportedParameterError(f"{name} {coding[:64]!r} is not supported", name)
-    raw = await _read_body(request, max_bytes)
+    raw = await _read_body(request, gateway.limits.max_body_bytes, gateway.tuning)
+    max_depth = gateway.limits.max_json_depth
     if len(raw) <= _THREAD_BYTES:
         return parse_json(raw, max_depth)
     return await asyncio.to_thread(parse_json, raw, max_depth)
@@ -270,8 +268,8 @@ class WatchedEndpoint(ABC):
         self._gateway = gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request, limits = Request(scope, receive), self._gateway.limits
-        data = await read_json(request, limits.max_body_bytes, limits.max_json_depth)
+        request = Request(scope, receive)
+        data = await read_json(request, self._gateway)
         responder = send if isinstance(send, Responder) else Responder(send)
         await run_until_gone(receive, responder, self._answer(request, data, responder))
 
@@ -304,7 +302,7 @@ def _is_list(value: object) -> TypeGuard[Sequence[object]]:
     return isinstance(value, list | tuple)
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
+async def _read_body(request: Request, max_bytes: int, tuning: GatewayTuning) -> bytes:
     length = request.headers.get("content-length", "")
     is_too_large = length.isdecimal() and int(length) > max_bytes
     pieces = request.stream()
@@ -312,7 +310,7 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     if not is_too_large:
         chunks: list[bytes] = []
         try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
+            async with asyncio.timeout(tuning.body_timeout_s):
                 async for chunk in pieces:
                     total += len(chunk)
                     if total > max_bytes:
@@ -323,21 +321,21 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
         except TimeoutError as err:
             raise DeadlineExceededError("the body did not come in time") from err
     if not (is_too_large and waits_to_send(request.headers)):
-        await _drain(pieces, max_bytes * _DRAIN_FACTOR - total)
+        await _drain(pieces, max_bytes * _DRAIN_FACTOR - total, tuning)
     raise RequestTooLargeError(f"the body is above the limit of {max_bytes} bytes")
 
 
-async def _drain(pieces: AsyncIterator[bytes], max_bytes: int) -> None:
+async def _drain(pieces: AsyncIterator[bytes], max_bytes: int, tuning: GatewayTuning) -> None:
     """Read to the end, up to a size, or until nothing more comes."""
     now_s = asyncio.get_running_loop().time
-    end_s = now_s() + BODY_TIMEOUT_S
+    end_s = now_s() + tuning.body_timeout_s
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_DRAIN_PAUSE_S) as limit:
+        async with asyncio.timeout(tuning.drain_pause_s) as limit:
             async for chunk in pieces:
                 max_bytes -= len(chunk)
                 if max_bytes < 0:
                     return
-                limit.reschedule(min(end_s, now_s() + _DRAIN_PAUSE_S))
+                limit.reschedule(min(end_s, now_s() + tuning.drain_pause_s))
 
 
 async def _wait_gone(receive: Receive) -> None:

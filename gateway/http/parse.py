@@ -49,7 +49,7 @@ _MOST_ENTRIES = {
 """Lengths that are checked before the entries are."""
 
 
-class _NoCollections(contextlib.AbstractContextManager[None]):
+class NoCollections(contextlib.AbstractContextManager[None]):
     """No garbage collections, each of which would go through all that was parsed so far.
 
     Bodies are parsed in several threads: the last one to end turns collections on again.
@@ -74,7 +74,7 @@ class _NoCollections(contextlib.AbstractContextManager[None]):
                 gc.enable()
 
 
-_NO_COLLECTIONS = _NoCollections()
+_NO_COLLECTIONS = NoCollections()
 
 
 def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:

@@ -16,8 +16,6 @@ from gateway.observability.metrics import GatewayMetrics
 
 logger = logging.getLogger(__name__)
 
-PING_AFTER_S = 15.0
-"""Silence after which a comment is sent, so that proxies keep the connection."""
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -35,11 +33,11 @@ class SseStream:
     formatter: AnswerFormat
     metrics: GatewayMetrics
     request_id: str
+    ping_after_s: float
     include_usage: bool = False
     """A chunk with the usage comes last."""
     continuous_usage: bool = False
     """Every chunk carries the usage so far."""
-    ping_after_s: float = PING_AFTER_S
 
 
 async def stream_generation(generation: Generation, stream: SseStream) -> None:

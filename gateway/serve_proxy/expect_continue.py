@@ -18,23 +18,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.config.gateway import MAX_BODY_BYTES
 from gateway.core.expect import waits_to_send
 
-_HOLD_S = 1.0
-"""Time that the application has to refuse; curl waits as long, then sends its body anyway."""
-
 
 class ExpectContinueGuard:
     """ASGI middleware for Serve's proxy: waiting clients with long bodies get a refusal at once.
 
     Only lengths above the default limit are held back. Where the configured limit is higher, an
-    accepted body begins ``_HOLD_S`` later; where it is lower, the client sends a refused body.
+    accepted body begins ``hold_s`` later; where it is lower, the client sends a refused body.
+
+    Args:
+        app: serves the requests.
+        hold_s: time to refuse; curl waits 1 s for ``100 Continue``, then sends its body anyway.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, hold_s: float = 1.0) -> None:
         self._app = app
+        self._hold_s = hold_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and _is_held(Headers(scope=scope)):
-            held = _HeldBody(receive, send)
+            held = _HeldBody(receive, send, self._hold_s)
             receive, send = held.receive, held.send
         await self._app(scope, receive, send)
 
@@ -42,9 +44,10 @@ class ExpectContinueGuard:
 class _HeldBody:
     """One request, whose body is read late or never."""
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, receive: Receive, send: Send, hold_s: float) -> None:
         self._receive = receive
         self._send = send
+        self._hold_s = hold_s
         self._is_asked = False
         self._started = asyncio.Event()
 
@@ -52,7 +55,7 @@ class _HeldBody:
         """The next part of the body, or that the client has gone."""
         if not self._is_asked:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_HOLD_S):
+                async with asyncio.timeout(self._hold_s):
                     await self._started.wait()
         self._is_asked = True
         return await self._receive()

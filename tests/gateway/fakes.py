@@ -352,6 +352,8 @@ class FakeController:
         }
         self.known_operations: list[dict[str, Any]] = []
         self.drain_orders: list[dict[str, Any]] = []
+        self.error: Exception | None = None
+        """Raised in place of the list of operations."""
         self._changed = asyncio.Event()
 
     def change(self, **values: Any) -> None:
@@ -447,6 +449,8 @@ class FakeController:
 
     async def operations(self) -> list[dict[str, Any]]:
         """See ``Controller``."""
+        if self.error is not None:
+            raise self.error
         return self.known_operations
 
     async def cancel_operation(self, operation_id: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection, O
 from cluster.config.gateway import GatewaySection
 from gateway.admin.service import AdminApi
 from gateway.cluster.view import ClusterView, ControllerCalls
+from gateway.core.tuning import GatewayTuning
 from gateway.engines.engine_pool import EnginePool
 from gateway.generation.gateway import Gateway
 from gateway.grpc.server import GrpcServer
@@ -50,6 +51,7 @@ class Stack:
         engine_section: EngineSection | None = None,
         silence_limit_s: float = WAIT_S,
         observability: ObservabilitySection | None = None,
+        tuning: GatewayTuning | None = None,
     ) -> None:
         self.config = ClusterConfig(
             model=ModelSection(path="/nowhere", served_model_name=MODEL),
@@ -59,6 +61,7 @@ class Stack:
             cluster_token=CLUSTER_TOKEN,
         )
         self._tokenizer = tokenizer
+        self._tuning = tuning
         self._silence_limit_s = silence_limit_s
         self._thread = LoopThread(WAIT_S)
         self.engine = ScriptedEngine()
@@ -113,6 +116,12 @@ class Stack:
         self.call(lambda: self.controller.change(state="SERVING", workers=workers))
         self.wait_for(lambda: not self.gateway.not_ready_reasons(), "readiness")
 
+    def wait_no_requests(self) -> None:
+        """Wait until every request has given its place in the queue back."""
+        admission = self.gateway.admission
+        assert admission is not None
+        self.wait_for(lambda: admission.num_requests == 0, "free places in the queue")
+
     def stop(self) -> None:
         """End it all."""
         self.http.close()
@@ -132,7 +141,9 @@ class Stack:
         self.engines = EnginePool(
             CLUSTER_TOKEN, "gateway-test", silence_limit_s=self._silence_limit_s, ping_s=0.1
         )
-        self.gateway = Gateway(self.config, self._tokenizer, cluster, self.engines, "gateway-test")
+        self.gateway = Gateway(
+            self.config, self._tokenizer, cluster, self.engines, "gateway-test", self._tuning
+        )
         if self.gateway.tracing is not None:
             tracing = self.gateway.tracing
             self._closers.append(lambda: asyncio.to_thread(tracing.stop))
@@ -195,12 +206,13 @@ def running_stack(
     serving: bool = True,
     silence_limit_s: float = WAIT_S,
     observability: ObservabilitySection | None = None,
+    tuning: GatewayTuning | None = None,
 ) -> Iterator[Stack]:
     """A gateway that runs for the length of a ``with`` block."""
     if tokenizer is None and has_tokenizer:
         tokenizer = tiny_tokenizer()
     section = section or GatewaySection(request_timeout_s=WAIT_S)
-    stack = Stack(section, tokenizer, engine, silence_limit_s, observability)
+    stack = Stack(section, tokenizer, engine, silence_limit_s, observability, tuning)
     stack.start(serving)
     try:
         yield stack

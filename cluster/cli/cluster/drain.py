@@ -19,7 +19,7 @@ from cluster.cli.terminal.output import out_json, out_line
 DEFAULT_LIMIT_S = 120.0
 POLL_S = 0.1
 _QUIET_S = 12.0
-"""Time without a request after which a gateway is done; longer than its ``LEAVING_LEAD_S``."""
+"""Time without a request after which a gateway is done; longer than its ``leaving_lead_s``."""
 _GRACE_S = 10.0
 """Time past its own deadline in which an operation must have ended."""
 

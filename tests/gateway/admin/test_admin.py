@@ -201,14 +201,10 @@ def test_events_are_told_as_they_happen(stack: Stack, stub: AdminStub) -> None:
     stack.call(lambda: stack.controller.change(history=history))
 
 
-def test_a_controller_that_fails_is_not_ready(
-    stack: Stack, stub: AdminStub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def fail() -> Any:
-        raise ConnectionError("the actor died")
-
-    monkeypatch.setattr(stack.controller, "operations", fail)
+def test_a_controller_that_fails_is_not_ready(stack: Stack, stub: AdminStub) -> None:
+    stack.controller.error = ConnectionError("the actor died")
     code, words = refusal(lambda: stub.ListOperations(pb.ListOperationsRequest()))
+    stack.controller.error = None
     assert (code, words) == (grpc.StatusCode.UNAVAILABLE, "the controller does not answer")
 
 
@@ -236,26 +232,21 @@ def test_admin_calls_are_not_on_the_public_ports(stack: Stack) -> None:
     assert stack.controller.drain_orders == []
 
 
-def test_a_taken_usual_port_gives_way_and_a_taken_wanted_one_is_an_error(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_taken_usual_port_gives_way_and_a_taken_wanted_one_is_an_error(stack: Stack) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen(1)
         port = taken.getsockname()[1]
-        monkeypatch.setattr("gateway.admin.service.HTTP_PORT", port)
-        monkeypatch.setattr("gateway.admin.service.GRPC_PORT", port)
-        section = GatewaySection()
 
         async def start(section: GatewaySection) -> tuple[str, str]:
-            api = AdminApi(stack.gateway, section)
+            api = AdminApi(stack.gateway, section, http_port=port, grpc_port=port)
             try:
                 await api.start()
                 return api.http, api.grpc
             finally:
                 await api.stop()
 
-        found = stack.run(start(section))
+        found = stack.run(start(GatewaySection()))
         assert str(port) not in "".join(found)
         for name in ("admin_port", "admin_grpc_port"):
             with pytest.raises(Exception, match="cannot bind"):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import hmac as hmac_module
+import hmac
 import json
 import logging
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -159,9 +158,9 @@ def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch)
 
     def compare(one: bytes, other: bytes) -> bool:
         compared.append((one, other))
-        return hmac_module.compare_digest(one, other)
+        return one == other
 
-    monkeypatch.setattr("gateway.auth.auth.hmac", SimpleNamespace(compare_digest=compare))
+    monkeypatch.setattr(hmac, "compare_digest", compare)
     ring = KeyRing(["first", "second", "third"])
     for key, is_known in (("first", True), ("third", True), ("fir", False), ("", False)):
         compared.clear()

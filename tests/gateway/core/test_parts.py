@@ -33,9 +33,8 @@ def test_admission_bounds_requests_and_gives_places_back_once() -> None:
     assert (admission.num_requests, admission.num_tokens) == (0, 0)
 
 
-def test_admission_bounds_bytes_of_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.generation.admission.MAX_PROMPT_BYTES", 100)
-    admission = Admission(max_requests=8, max_tokens=100, capacity=8)
+def test_admission_bounds_bytes_of_embeddings() -> None:
+    admission = Admission(max_requests=8, max_tokens=100, capacity=8, max_prompt_bytes=100)
     first = admission.admit(1, 1, 0.0, num_bytes=150)  # alone, however large
     admission.admit(1, 1, 0.0)
     with pytest.raises(errors.QueueFullError, match=r"150 bytes of embeddings, .* needs 10"):

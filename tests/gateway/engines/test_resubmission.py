@@ -256,9 +256,7 @@ def test_a_client_that_leaves_while_its_request_waits(workers: Workers) -> None:
     workers.stop(engine)
     workers.stack.wait_for(lambda: not workers.stack.engines.clients, "the loss")
     connection.close()
-    admission = workers.stack.gateway._admission
-    assert admission is not None
-    workers.stack.wait_for(lambda: admission.num_requests == 0, "its place to be free")
+    workers.stack.wait_no_requests()
     second = workers.add(script=ALPHABET)
     complete(workers.stack, prompt="y", max_tokens=1)
     assert [request.attempt for request in second.requests] == [0]

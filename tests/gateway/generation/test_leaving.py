@@ -14,6 +14,7 @@ import pytest
 from google.protobuf import json_format
 
 from cluster.config.gateway import EndStage
+from gateway.core.tuning import GatewayTuning
 from protos import admin_pb2
 from protos import inference_pb2 as pb
 from protos.admin_pb2_grpc import AdminStub
@@ -31,10 +32,9 @@ BODIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
+def stack() -> Iterator[Stack]:
     """A gateway of its own: there is no way back."""
-    monkeypatch.setattr("gateway.generation.gateway.LEAVING_LEAD_S", 0.0)
-    with running_stack() as stack:
+    with running_stack(tuning=GatewayTuning(leaving_lead_s=0.0)) as stack:
         yield stack
 
 

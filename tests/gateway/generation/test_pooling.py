@@ -10,13 +10,14 @@ from typing import Any
 import grpc
 import pytest
 
+from gateway.core.tuning import GatewayTuning
 from gateway.generation.inspect import MAX_JSON_BYTES
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.fakes import MAX_MODEL_LEN, VOCAB_SIZE
 from tests.gateway.grpc.test_grpc import failure
-from tests.gateway.stack import MODEL, Stack, post
+from tests.gateway.stack import MODEL, Stack, post, running_stack
 
 INVALID, CONTEXT, UNBUILT = "invalid_value", "context_length_exceeded", "unsupported_parameter"
 MISSING = "missing_required_parameter"
@@ -256,13 +257,13 @@ def test_an_answer_in_json_is_smaller(stack: Stack) -> None:
     assert not stack.engine.requests
 
 
-def test_inspections_hold_a_bounded_number_of_bytes(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stack.engine.is_paused = True
-    monkeypatch.setattr("gateway.generation.inspect.MAX_HELD_BYTES", 100_000)
+def test_inspections_hold_a_bounded_number_of_bytes() -> None:
     request = _inspect([5] * 60, "logits")  # about 65 000 bytes
-    with grpc.insecure_channel(stack.grpc_target) as channel:
+    with (
+        running_stack(tuning=GatewayTuning(max_inspection_bytes=100_000)) as stack,
+        grpc.insecure_channel(stack.grpc_target) as channel,
+    ):
+        stack.engine.is_paused = True
         stub = InferenceStub(channel)
         first: Any = stub.Inspect(request)
         stack.wait_for(lambda: bool(stack.engine.requests), "the first one")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.config.gateway import GatewaySection
+from gateway.core.tuning import GatewayTuning
 from gateway.text.tokenizer import Tokenizer
 from tests.gateway.fakes import ScriptedEngine, attention_entry, tiny_backend
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
@@ -19,7 +20,7 @@ from workers.requests.request import Timings
 @pytest.fixture(scope="module")
 def module_stack() -> Iterator[Stack]:
     """A gateway whose cluster these tests may change."""
-    with running_stack() as stack:
+    with running_stack(tuning=GatewayTuning(stream_wait_s=0.1)) as stack:
         yield stack
 
 
@@ -77,10 +78,7 @@ def test_nothing_is_served_before_the_cluster_is_there() -> None:
         ({"workers": []}, "not_ready"),
     ],
 )
-def test_states_that_serve_nothing(
-    moody: Stack, values: dict[str, Any], code: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gateway.generation.gateway._STREAM_WAIT_S", 0.1)
+def test_states_that_serve_nothing(moody: Stack, values: dict[str, Any], code: str) -> None:
     _change(moody, **values)
     if values.get("workers") == []:
         moody.wait_for(lambda: not moody.engines.clients, "the streams to end")
@@ -93,12 +91,17 @@ def test_a_degraded_cluster_with_all_experts_serves(moody: Stack) -> None:
     complete(moody, prompt="x", max_tokens=1)
 
 
-def test_a_controller_of_an_older_term_is_not_followed(moody: Stack) -> None:
+def test_a_controller_of_an_older_term_is_not_followed(
+    moody: Stack, caplog: pytest.LogCaptureFixture
+) -> None:
     _change(moody, term=3)
     before = moody.gateway.cluster.snapshot
-    moody.call(lambda: moody.gateway.cluster._accept({**(before or {}), "term": 2, "workers": []}))
+    workers = moody.controller.state["workers"]
+    moody.call(lambda: moody.controller.change(term=2, workers=[]))
+    moody.wait_for(lambda: "controller of the older term 2" in caplog.text, "the refusal")
     assert moody.gateway.cluster.snapshot is before
     assert complete(moody, prompt="x")["choices"]
+    _change(moody, term=3, workers=workers)
 
 
 def test_requests_wait_for_a_recovery(moody: Stack) -> None:
@@ -296,15 +299,31 @@ def test_a_gateway_that_stood_still_blames_no_worker() -> None:
         assert stack.engine.num_hellos == 1
 
 
-def test_a_queue_that_is_longer_than_the_time_refuses_at_once(
-    moody: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_queue_that_is_longer_than_the_time_refuses_at_once(moody: Stack) -> None:
     complete(moody, prompt="x", max_tokens=1)
-    monkeypatch.setattr("gateway.generation.admission.Admission.queue_time_s", lambda self: 3.0)
+    admission = moody.gateway.admission
+    assert admission is not None
+    waiting = []
+
+    def fill() -> None:
+        """More than run at once; one of them ends every second."""
+        now_s = time.monotonic()
+        capacity = moody.config.workers.num_attention_ranks * moody.config.engine.max_num_seqs
+        waiting.append(admission.admit(capacity, 1, now_s - 10.0))
+        waiting.extend(admission.admit(1, 1, now_s - 10.0) for _ in range(12))
+        for age_s in range(8):
+            waiting.pop().release(now_s - 9.0 + age_s)
+
+    def empty() -> None:
+        for ticket in waiting:
+            ticket.release(time.monotonic())
+
+    moody.call(fill)
     headers = {"x-request-timeout-ms": "2000"}
     response = moody.http.post("/v1/completions", json={"prompt": "x"}, headers=headers)
     assert response.status_code == 408
     assert "queue" in response.json()["error"]["message"]
+    moody.call(empty)
     complete(moody, prompt="x", max_tokens=1)
 
 

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config.gateway import GatewaySection
+from gateway.core.tuning import GatewayTuning
 from gateway.grpc.server import server_options
 from protos import inference_pb2 as pb
 from protos import types_pb2
@@ -354,9 +355,7 @@ def test_a_deadline_is_not_a_client_that_left(stack: Stack, stub: InferenceStub)
             assert late.code() is CODES.DEADLINE_EXCEEDED
         if limit_s >= 1.0 and len(stack.engine.requests) >= 2:
             break
-    admission = stack.gateway._admission
-    assert admission is not None
-    stack.wait_for(lambda: admission.num_requests == 0, "the ends")
+    stack.wait_no_requests()
     stack.wait_for(lambda: counts() != before, "the counts")
     assert counts() == before | {"DEADLINE_EXCEEDED": counts()["DEADLINE_EXCEEDED"]}
 
@@ -465,9 +464,9 @@ def test_what_a_key_would_open_is_refused_by_name_and_counted() -> None:
     assert "secret" not in metrics
 
 
-def test_an_old_connection_is_renewed_and_breaks_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client is told to come again (GOAWAY); what runs on the old connection runs on."""
-    monkeypatch.setattr("gateway.grpc.server.CONNECTION_AGE_S", 0.1)
+def test_an_old_connection_is_renewed_and_breaks_no_call() -> None:
+    """The client gets GOAWAY and connects again; what runs on the old connection runs on."""
+    tuning = GatewayTuning(connection_age_s=0.1)
     states: list[grpc.ChannelConnectivity] = []
     is_renewed = threading.Event()
 
@@ -476,7 +475,10 @@ def test_an_old_connection_is_renewed_and_breaks_no_call(monkeypatch: pytest.Mon
         if states.count(grpc.ChannelConnectivity.READY) >= 2:
             is_renewed.set()
 
-    with running_stack() as stack, grpc.insecure_channel(stack.grpc_target) as channel:
+    with (
+        running_stack(tuning=tuning) as stack,
+        grpc.insecure_channel(stack.grpc_target) as channel,
+    ):
         channel.subscribe(follow, try_to_connect=True)
         stack.engine.step_s = 0.02
         stub = InferenceStub(channel)

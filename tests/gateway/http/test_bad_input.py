@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from cluster.config.gateway import GatewaySection
-from gateway.http import edge
+from gateway.core.tuning import GatewayTuning
 from gateway.http.parse import parse_body
 from gateway.http.schema import PoolingBody
 from tests.gateway.fakes import EOS_ID, MAX_MODEL_LEN, VOCAB_SIZE
@@ -287,20 +287,22 @@ def test_a_client_that_waits_is_not_told_to_send_too_much(stack: Stack) -> None:
     assert json.loads(body)["error"]["code"] == "request_too_large"
 
 
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[Stack]:
+    """A gateway that waits for no body."""
+    with running_stack(tuning=GatewayTuning(body_timeout_s=0.02, drain_pause_s=0.02)) as stack:
+        yield stack
+
+
 @pytest.mark.parametrize("body", [b"", b"{"])
-def test_a_large_body_that_stops_is_too_large_not_late(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch, body: bytes
-) -> None:
-    monkeypatch.setattr(edge, "BODY_TIMEOUT_S", 0.02)
-    monkeypatch.setattr(edge, "_DRAIN_PAUSE_S", 0.02)
-    received = _announce(stack, body=body)
+def test_a_large_body_that_stops_is_too_large_not_late(hasty: Stack, body: bytes) -> None:
+    received = _announce(hasty, body=body)
     assert received.startswith(b"HTTP/1.1 413")
     assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_too_large"
 
 
-def test_a_body_that_stops_is_late(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edge, "BODY_TIMEOUT_S", 0.02)
-    received = _announce(stack, "connection: close", body=b"{", length=9)
+def test_a_body_that_stops_is_late(hasty: Stack) -> None:
+    received = _announce(hasty, "connection: close", body=b"{", length=9)
     assert received.startswith(b"HTTP/1.1 408")
 
 

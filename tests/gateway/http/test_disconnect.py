@@ -48,9 +48,7 @@ def test_a_closed_socket_aborts_the_work(stack: Stack, stream: bool, chat: bool)
     aborted = {request_id for request_id, choices in stack.engine.aborts if not choices}
     assert aborted == {request.request_id for request in stack.engine.requests}
     stack.wait_for(lambda: _disconnects(stack) == before + 1, "the count")
-    admission = stack.gateway._admission
-    assert admission is not None
-    stack.wait_for(lambda: admission.num_requests == 0, "the place in the queue")
+    stack.wait_no_requests()
 
 
 def test_a_client_that_leaves_before_its_body_is_there(stack: Stack) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from gateway.http import api, sse
+from gateway.core.tuning import GatewayTuning
 from tests.gateway.fakes import counting_script, saying
 from tests.gateway.sse_client import by_choice, parse_events, read_events
-from tests.gateway.stack import Stack, complete, post
+from tests.gateway.stack import Stack, complete, post, running_stack
 
 CASES: list[dict[str, Any]] = [
     {"max_tokens": 12},
@@ -130,18 +130,15 @@ def test_an_error_before_the_first_byte_has_a_status(stack: Stack) -> None:
     assert response.json()["error"]["code"] == "queue_full"
 
 
-def test_a_comment_is_sent_in_silence(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    def quick(**values: Any) -> sse.SseStream:
-        return sse.SseStream(**values, ping_after_s=0.05)
-
-    monkeypatch.setattr(api, "SseStream", quick)
-    stack.engine.is_paused = True
+def test_a_comment_is_sent_in_silence() -> None:
     fields = {"prompt": "x", "max_tokens": 2, "stream": True}
-    with stack.http.stream("POST", "/v1/completions", json=fields) as answer:
-        text = ""
-        for piece in answer.iter_text():
-            text += piece
-            stack.engine.is_paused = False
+    text = ""
+    with running_stack(tuning=GatewayTuning(ping_after_s=0.05)) as stack:
+        stack.engine.is_paused = True
+        with stack.http.stream("POST", "/v1/completions", json=fields) as answer:
+            for piece in answer.iter_text():
+                text += piece
+                stack.engine.is_paused = False
     assert text.startswith(": ping\n\n")
     assert by_choice(parse_events(text))
 

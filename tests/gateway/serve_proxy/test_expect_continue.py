@@ -9,7 +9,6 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
 from cluster.config.gateway import MAX_BODY_BYTES
-from gateway.serve_proxy import expect_continue, middlewares
 from gateway.serve_proxy.expect_continue import ExpectContinueGuard
 
 REFUSAL: list[Message] = [
@@ -34,8 +33,10 @@ class FakeProxy:
         body.cancel()
 
 
-def ask(headers: dict[str, str], refuses_first: bool = True) -> tuple[bool, Headers]:
-    """Whether the client is told to send its body, and the headers that it gets."""
+def ask(
+    headers: dict[str, str], refuses_first: bool = True, hold_s: float = 3600.0
+) -> tuple[bool, Headers]:
+    """Whether the client is asked for its body, and the headers that it gets."""
     asked: list[bool] = []
     sent: list[Message] = []
 
@@ -47,7 +48,7 @@ def ask(headers: dict[str, str], refuses_first: bool = True) -> tuple[bool, Head
         sent.append(message)
 
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    guard = ExpectContinueGuard(FakeProxy(refuses_first))
+    guard = ExpectContinueGuard(FakeProxy(refuses_first), hold_s)
     asyncio.run(guard({"type": "http", "headers": raw}, receive, send))
     assert [message["type"] for message in sent] == [message["type"] for message in REFUSAL]
     return any(asked), Headers(scope=sent[0])
@@ -59,9 +60,8 @@ def test_a_refused_client_that_waits_is_not_told_to_send() -> None:
     assert headers["connection"] == "close"
 
 
-def test_a_client_that_waits_is_told_to_send_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expect_continue, "_HOLD_S", 0.01)
-    is_asked, headers = ask(WAITING, refuses_first=False)
+def test_a_client_that_waits_is_told_to_send_after_a_while() -> None:
+    is_asked, headers = ask(WAITING, refuses_first=False, hold_s=0.01)
     assert is_asked
     assert "connection" not in headers
 
@@ -76,15 +76,5 @@ def test_a_client_that_waits_is_told_to_send_after_a_while(monkeypatch: pytest.M
     ],
     ids=["none", "does not wait", "not long", "no length"],
 )
-def test_other_bodies_are_asked_for_at_once(
-    monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
-) -> None:
-    monkeypatch.setattr(expect_continue, "_HOLD_S", 3600.0)
+def test_other_bodies_are_asked_for_at_once(headers: dict[str, str]) -> None:
     assert ask(headers, refuses_first=False)[0]
-
-
-def test_the_proxy_has_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("demand_client_certificates", "bound_headers", "start_returning"):
-        monkeypatch.setattr(middlewares, name, lambda: None)
-    classes: list[object] = [middleware.cls for middleware in middlewares.proxy_middlewares()]
-    assert ExpectContinueGuard in classes

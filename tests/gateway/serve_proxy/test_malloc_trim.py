@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from gateway.serve_proxy import malloc_trim, middlewares
+from gateway.serve_proxy import malloc_trim
 
 _HOLD_AND_FREE = """
 import ctypes, time
@@ -24,9 +24,8 @@ for block in blocks:
 for block in blocks[:-1]:
     libc.free(ctypes.c_void_p(block))
 assert memory().rss - before > BLOCK * COUNT * 0.9, "the last block keeps what was freed below it"
-malloc_trim._PERIOD_S = 0.01
-thread = malloc_trim.start_returning()
-assert thread is malloc_trim.start_returning()
+thread = malloc_trim.start_returning(0.01)
+assert thread is malloc_trim.start_returning(0.01)
 while memory().rss - before > BLOCK * COUNT * 0.1:
     time.sleep(0.01)
 """
@@ -40,12 +39,3 @@ def test_memory_freed_below_a_block_in_use_is_returned() -> None:
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert malloc_trim.start_returning.__wrapped__() is None
-
-
-def test_serves_proxy_returns_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    started = []
-    for name in ("demand_client_certificates", "bound_headers"):
-        monkeypatch.setattr(middlewares, name, lambda: None)
-    monkeypatch.setattr(middlewares, "start_returning", lambda: started.append(True))
-    middlewares.proxy_middlewares()
-    assert started

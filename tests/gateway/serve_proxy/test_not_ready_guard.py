@@ -9,7 +9,6 @@ import pytest
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.serve_proxy import middlewares
 from gateway.serve_proxy.not_ready_guard import NotReadyGuard
 
 PLAIN = "text/plain; charset=utf-8"
@@ -121,10 +120,3 @@ def test_other_answers_pass_as_they_are(messages: list[Message]) -> None:
 )
 def test_the_proxy_s_own_paths_pass_as_they_are(messages: list[Message]) -> None:
     assert ask(FakeProxy(messages, not_found()), "/-/routes") == messages
-
-
-def test_the_proxy_has_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("demand_client_certificates", "bound_headers", "start_returning"):
-        monkeypatch.setattr(middlewares, name, lambda: None)
-    classes: list[object] = [middleware.cls for middleware in middlewares.proxy_middlewares()]
-    assert NotReadyGuard in classes

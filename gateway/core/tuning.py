@@ -1,0 +1,27 @@
+"""Limits and waits of a gateway that no option sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayTuning:
+    """Arguments for programs that embed a gateway."""
+
+    leaving_lead_s: float = 10.0
+    """Time from a gateway's not-ready answer to its last new gRPC connection, so that load
+    balancers notice first."""
+    stream_wait_s: float = 5.0
+    """Time for a serving cluster without an open stream to open one."""
+    connection_age_s: float = 600.0
+    """Age at which a gRPC connection takes no new calls: clients reconnect, and spread over the
+    replicas of that time."""
+    body_timeout_s: float = 60.0
+    """Time a client has to send its body."""
+    drain_pause_s: float = 5.0
+    """Silence after which the rest of a body above the limit is not read."""
+    ping_after_s: float = 15.0
+    """Silence after which an event stream gets a comment, so that proxies keep the connection."""
+    max_inspection_bytes: int = 256 * 1024 * 1024
+    """Bytes of the arrays of inspections that one replica holds at a time."""
