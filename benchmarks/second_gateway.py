@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from cluster.config.cluster import ClusterConfig
-from gateway.cluster.view import ClusterView
+from gateway.cluster.view import ClusterView, ControllerCall
 from gateway.engines.engine_pool import EnginePool
 from gateway.generation.gateway import Gateway
 from gateway.text.tokenizer import load_tokenizer
@@ -32,22 +32,18 @@ class Standstill:
     def __init__(self, snapshot: dict[str, Any]) -> None:
         self._snapshot = snapshot
 
-    async def snapshot(self) -> dict[str, Any]:
-        """See ``gateway.cluster.view.Controller``."""
-        return self._snapshot
-
-    async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
-        """See ``gateway.cluster.view.Controller``."""
-        if known_version == self._snapshot["version"]:
-            await asyncio.sleep(timeout_s)
+    async def ask(self, call: ControllerCall, *details: Any) -> dict[str, Any]:
+        """See ``gateway.cluster.view.ControllerCalls``."""
+        if call == "wait_snapshot" and details[0] == self._snapshot["version"]:
+            await asyncio.sleep(details[1])
         return self._snapshot
 
 
 async def serve(config: ClusterConfig, snapshot: dict[str, Any]) -> None:
     """Clients without end."""
-    controller: Any = Standstill(snapshot)
+    controller = Standstill(snapshot)
 
-    async def find() -> Any:
+    async def find() -> Standstill:
         return controller
 
     view = ClusterView(find)

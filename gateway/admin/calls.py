@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import Message
 
 from cluster.core.errors import ExpertMeshError, NotReadyError, RequestError
-from gateway.cluster.view import ControllerCalls
+from gateway.cluster.view import ControllerCall
 from gateway.generation.gateway import Gateway
 from protos import admin_pb2 as pb
 
@@ -27,7 +28,7 @@ MAX_ABORTED = 1024
 _WATCH_S = 10.0
 _RETRY_S = 0.2
 
-Answer = TypeVar("Answer")
+AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 
 class AdminCalls:
@@ -46,7 +47,7 @@ class AdminCalls:
 
     async def GetPlacement(self, request: pb.GetPlacementRequest) -> pb.Placement:
         """The placement: which device holds which copy of which expert."""
-        found = await _answer(self._controller().placement())
+        found = await self._ask("placement")
         banks = [
             b
             for b in found["banks"]
@@ -58,7 +59,7 @@ class AdminCalls:
 
     async def GetExpertLoad(self, request: pb.GetExpertLoadRequest) -> pb.ExpertLoad:
         """Tokens by layer, expert and worker."""
-        found = await _answer(self._controller().load())
+        found = await self._ask("load")
         return pb.ExpertLoad(
             epoch=found["epoch"],
             banks=map(_bank_load, found["banks"]),
@@ -73,18 +74,19 @@ class AdminCalls:
 
     async def ListWorkers(self, request: pb.ListWorkersRequest) -> pb.ListWorkersResponse:
         """Every worker, lost ones included."""
-        snapshot = await _answer(self._controller().snapshot())
-        return pb.ListWorkersResponse(workers=map(_worker_info, snapshot["workers"]))
+        snapshot = await self._ask("snapshot", True)
+        workers = (_message(pb.WorkerInfo, worker) for worker in snapshot["workers"])
+        return pb.ListWorkersResponse(workers=workers)
 
     async def WatchCluster(
         self, request: pb.WatchClusterRequest
     ) -> AsyncGenerator[pb.ClusterEvent]:
         """The history, then every new entry. An entry that changes is sent again, whole."""
-        snapshot = await _answer(self._controller().snapshot())
+        snapshot = await self._ask("snapshot", True)
         seen = snapshot["history"] if request.only_new else []
         while True:
             for entry in (e for e in snapshot["history"] if e not in seen):
-                yield _event(entry)
+                yield _message(pb.ClusterEvent, entry)
             seen = snapshot["history"]
             snapshot = await self._next(int(snapshot["version"]))
 
@@ -92,8 +94,9 @@ class AdminCalls:
         """The next snapshot, also across a restart of the controller."""
         while True:
             try:
-                call = self._controller().wait_snapshot(version, _WATCH_S)
-                snapshot = await _answer(call, _WATCH_S + CALL_LIMIT_S)
+                snapshot: dict[str, Any] = await self._ask(
+                    "wait_snapshot", version, _WATCH_S, limit_s=_WATCH_S + CALL_LIMIT_S
+                )
             except NotReadyError:
                 await asyncio.sleep(_RETRY_S)
                 continue
@@ -117,7 +120,7 @@ class AdminCalls:
             "request_id": request.request_id,
             "expected_epoch": _epoch(request),
         }
-        return _operation(await _answer(self._controller().drain(order)))
+        return _operation(await self._ask("drain", order))
 
     async def DrainGateway(self, request: pb.DrainGatewayRequest) -> pb.DrainGatewayResponse:
         """Drain this replica; the controller is not involved."""
@@ -131,18 +134,18 @@ class AdminCalls:
             "request_id": request.request_id,
             "expected_epoch": _epoch(request),
         }
-        return _operation(await _answer(self._controller().rebalance(order)))
+        return _operation(await self._ask("rebalance", order))
 
     async def GetOperation(self, request: pb.GetOperationRequest) -> pb.Operation:
-        return _operation(await _answer(self._controller().operation(request.id)))
+        return _operation(await self._ask("operation", request.id))
 
     async def ListOperations(self, request: pb.ListOperationsRequest) -> pb.ListOperationsResponse:
-        found = await _answer(self._controller().operations())
+        found = await self._ask("operations")
         return pb.ListOperationsResponse(operations=map(_operation, found))
 
     async def CancelOperation(self, request: pb.CancelOperationRequest) -> pb.Operation:
         """Cancel an operation that can still be undone."""
-        return _operation(await _answer(self._controller().cancel_operation(request.id)))
+        return _operation(await self._ask("cancel_operation", request.id))
 
     async def AbortRequests(self, request: pb.AbortRequestsRequest) -> pb.AbortRequestsResponse:
         """Abort requests of clients by id, on every replica."""
@@ -152,8 +155,15 @@ class AdminCalls:
             raise RequestError(rule, "request_ids")
         return pb.AbortRequestsResponse(aborted=await self._gateway.abort_calls(names))
 
-    def _controller(self) -> ControllerCalls:
-        return self._cluster.require_controller()
+    async def _ask(self, call: ControllerCall, *details: Any, limit_s: float = CALL_LIMIT_S) -> Any:
+        """The controller's answer. Raises its errors, and ``NotReadyError`` without an answer."""
+        controller = self._cluster.require_controller()
+        try:
+            return await asyncio.wait_for(controller.ask(call, *details), limit_s)
+        except ExpertMeshError:
+            raise
+        except Exception as err:  # any failure of the actor or of Ray
+            raise NotReadyError("the controller does not answer", "not_ready", 2.0) from err
 
 
 def _epoch(request: pb.DrainWorkerRequest | pb.RebalanceRequest) -> int | None:
@@ -170,19 +180,10 @@ def _operation(found: Mapping[str, Any]) -> pb.Operation:
     return message
 
 
-async def _answer(call: Awaitable[Answer], limit_s: float = CALL_LIMIT_S) -> Answer:
-    """The controller's answer. Raises its errors, and ``NotReadyError`` without an answer."""
-    try:
-        return await asyncio.wait_for(call, limit_s)
-    except ExpertMeshError:
-        raise
-    except Exception as err:  # any failure of the actor or of Ray
-        raise NotReadyError("the controller does not answer", "not_ready", 2.0) from err
-
-
-def _event(entry: Mapping[str, Any]) -> pb.ClusterEvent:
-    known = pb.ClusterEvent.DESCRIPTOR.fields_by_name
-    return pb.ClusterEvent(**{k: v for k, v in entry.items() if k in known and v is not None})
+def _message(kind: type[AnyMessage], values: Mapping[str, Any]) -> AnyMessage:
+    """A message of the values that it has a field for."""
+    names = kind.DESCRIPTOR.fields_by_name
+    return kind(**{k: v for k, v in values.items() if k in names and v is not None})
 
 
 def _bank_maps(bank: Mapping[str, Any]) -> pb.BankMaps:
@@ -209,8 +210,3 @@ def _bank_load(bank: Mapping[str, Any]) -> pb.BankLoad:
         prefill_balancedness=pb.Balancedness(**bank["phases"]["prefill"]),
         decode_balancedness=pb.Balancedness(**bank["phases"]["decode"]),
     )
-
-
-def _worker_info(worker: Mapping[str, Any]) -> pb.WorkerInfo:
-    names = ("name", "role", "rank", "node", "pid", "state", "reason", "slots", "kv_usage")
-    return pb.WorkerInfo(**{n: worker[n] for n in names if worker.get(n) is not None})

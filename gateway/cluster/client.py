@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
-from typing import Any, cast
+from typing import Any
 
 import ray
 from ray import serve
@@ -13,6 +12,7 @@ from ray.exceptions import RayTaskError
 
 from cluster.core.errors import ExpertMeshError
 from gateway.cluster.serve_replicas import Question, ReplicaAnswers, own_first
+from gateway.cluster.view import ControllerCall
 
 logger = logging.getLogger(__name__)
 
@@ -23,49 +23,19 @@ REPLICA_LIMIT_S = 1.0
 
 
 class RayController:
-    """Calls to the controller's actor."""
+    """``ControllerCalls`` through the handle of the controller's actor."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def snapshot(self) -> dict[str, Any]:
-        return cast(dict[str, Any], await self._handle.snapshot.remote(True))
-
-    async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
-        answer = await self._handle.wait_snapshot.remote(known_version, timeout_s)
-        return cast(dict[str, Any], answer)
-
-    async def placement(self) -> dict[str, Any]:
-        return cast(dict[str, Any], await self._handle.placement.remote())
-
-    async def load(self) -> dict[str, Any]:
-        return cast(dict[str, Any], await self._handle.load.remote())
-
-    async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
-        return cast(dict[str, Any], await _own_words(self._handle.drain.remote(order)))
-
-    async def rebalance(self, order: dict[str, Any]) -> dict[str, Any]:
-        return cast(dict[str, Any], await _own_words(self._handle.rebalance.remote(order)))
-
-    async def operation(self, operation_id: str) -> dict[str, Any]:
-        return cast(dict[str, Any], await _own_words(self._handle.operation.remote(operation_id)))
-
-    async def operations(self) -> list[dict[str, Any]]:
-        return cast(list[dict[str, Any]], await self._handle.operations.remote())
-
-    async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
-        call = self._handle.cancel_operation.remote(operation_id)
-        return cast(dict[str, Any], await _own_words(call))
-
-
-async def _own_words(call: Awaitable[Any]) -> Any:
-    """The answer of a call; errors of ours are unwrapped from those of Ray."""
-    try:
-        return await call
-    except RayTaskError as err:
-        if isinstance(err.cause, ExpertMeshError):
-            raise err.cause from None
-        raise
+    async def ask(self, call: ControllerCall, *details: Any) -> Any:
+        """The answer; errors of ours are unwrapped from those of Ray."""
+        try:
+            return await getattr(self._handle, call).remote(*details)
+        except RayTaskError as err:
+            if isinstance(err.cause, ExpertMeshError):
+                raise err.cause from None
+            raise
 
 
 async def find_controller() -> RayController:

@@ -1,7 +1,6 @@
 """The cluster as the gateway sees it: the controller's latest snapshot, followed by long-polling.
 
-Without Ray: the controller is anything with the methods of ``ControllerCalls``;
-``gateway.cluster.client`` finds the Ray actor.
+Without Ray: ``gateway.cluster.client`` finds the actor that is behind ``ControllerCalls``.
 """
 
 from __future__ import annotations
@@ -25,44 +24,29 @@ CALL_TIMEOUT_S = 2.0
 _RETRY_S = 0.2
 
 Snapshot = Mapping[str, Any]
-"""What ``ControllerCalls.snapshot`` returns."""
+"""The controller's answer to ``snapshot``."""
+
+
+ControllerCall = Literal[
+    "snapshot",
+    "wait_snapshot",
+    "placement",
+    "load",
+    "drain",
+    "rebalance",
+    "operation",
+    "operations",
+    "cancel_operation",
+]
+"""Methods of ``cluster.actors.controller_actor.ControllerActor`` that a gateway calls."""
 
 
 class ControllerCalls(Protocol):
-    """The controller's calls that a gateway needs."""
+    """How a gateway reaches the controller."""
 
-    async def snapshot(self) -> dict[str, Any]:
-        """The state now."""
-
-    async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
-        """The state once its version differs from ``known_version``, or after ``timeout_s``."""
-
-    async def placement(self) -> dict[str, Any]:
-        """The placement, as ``placement --json`` prints it."""
-
-    async def load(self) -> dict[str, Any]:
-        """The experts' load, as ``load --json`` prints it."""
-
-    async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Begin to drain: the fields of ``DrainOrder``; the operation.
-
-        Raises ``ConflictError`` and ``UnknownNameError``.
-        """
-
-    async def rebalance(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Begin to rebalance: the fields of ``RebalanceOrder``; the operation.
-
-        Raises ``ConflictError``.
-        """
-
-    async def operation(self, operation_id: str) -> dict[str, Any]:
-        """One operation. Raises ``UnknownNameError``."""
-
-    async def operations(self) -> list[dict[str, Any]]:
-        """The recorded operations, newest last."""
-
-    async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
-        """Cancel an operation. Raises ``UnknownNameError`` and ``ConflictError``."""
+    async def ask(self, call: ControllerCall, *details: Any) -> Any:
+        """The answer of a method, plain data. Raises its ``ConflictError``, ``UnknownNameError``
+        and so on, or any error of a controller that cannot be reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +97,12 @@ class ClusterView:
 
     async def fresh(self) -> Snapshot | None:
         """The state now, or the last known one if the controller does not answer."""
-        if self._controller is not None:
-            try:
-                snapshot = await asyncio.wait_for(self._controller.snapshot(), CALL_TIMEOUT_S)
+        snapshot = await self._ask("snapshot", True)
+        try:
+            if snapshot is not None:
                 self._accept(snapshot)
-            except Exception as err:  # any failure of the actor or of Ray
-                logger.warning("no fresh snapshot: %s", err)
+        except NotReadyError as err:
+            logger.warning("no fresh snapshot: %s", err)
         return self.snapshot
 
     async def placement(self) -> dict[str, Any] | None:
@@ -131,16 +115,15 @@ class ClusterView:
         self.known_load = load or self.known_load
         return load
 
-    async def _ask(self, what: Literal["placement", "load"]) -> dict[str, Any] | None:
-        controller = self._controller
-        if controller is None:
+    async def _ask(self, call: ControllerCall, *details: Any) -> dict[str, Any] | None:
+        if self._controller is None:
             return None
-        call = controller.placement if what == "placement" else controller.load
         try:
-            return await asyncio.wait_for(call(), CALL_TIMEOUT_S)
+            answer = await asyncio.wait_for(self._controller.ask(call, *details), CALL_TIMEOUT_S)
         except Exception as err:  # any failure of the actor or of Ray
-            logger.warning("no %s: %s", what, err)
+            logger.warning("the controller gives no %s: %s", call, err)
             return None
+        return dict(answer)
 
     def require_controller(self) -> ControllerCalls:
         """The controller. Raises ``NotReadyError`` while there is none."""
@@ -155,7 +138,7 @@ class ClusterView:
                     self._controller = await asyncio.wait_for(self.find(), CALL_TIMEOUT_S)
                 version = -1 if self.snapshot is None else int(self.snapshot["version"])
                 snapshot = await asyncio.wait_for(
-                    self._controller.wait_snapshot(version, POLL_TIMEOUT_S),
+                    self._controller.ask("wait_snapshot", version, POLL_TIMEOUT_S),
                     POLL_TIMEOUT_S + CALL_TIMEOUT_S,
                 )
                 self._accept(snapshot)

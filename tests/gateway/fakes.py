@@ -362,7 +362,11 @@ class FakeController:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def snapshot(self) -> dict[str, Any]:
+    async def ask(self, call: str, *details: Any) -> Any:
+        """``ControllerCalls`` without Ray."""
+        return await getattr(self, call)(*details)
+
+    async def snapshot(self, fresh: bool = False) -> dict[str, Any]:
         """See ``Controller``."""
         return copy.deepcopy(self.state)
 

@@ -12,7 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from gateway.cluster.client import find_controller
-from gateway.cluster.view import ClusterView, attention_endpoints
+from gateway.cluster.view import (
+    ClusterView,
+    ControllerCall,
+    ControllerCalls,
+    attention_endpoints,
+)
 from gateway.core.call import GenerateFields
 from gateway.core.delta import ChoiceDelta, TokenText
 from gateway.engines.engine_pool import EnginePool
@@ -53,6 +58,17 @@ class Answer:
             self.num_tokens = delta.finish.usage.completion_tokens
 
 
+class _LocalController:
+    """``ControllerCalls`` of a cluster within this process."""
+
+    def __init__(self, cluster: ThreadCluster) -> None:
+        self._cluster = cluster
+
+    async def ask(self, call: ControllerCall, *details: Any) -> Any:
+        """The answer of the controller's method."""
+        return await getattr(self._cluster._actor, call)(*details)
+
+
 class ClusterGateway:
     """Calls in, answers out; everything runs on one event loop, that of a ``ThreadCluster``."""
 
@@ -66,9 +82,9 @@ class ClusterGateway:
         """Follow the controller, and open the streams."""
         config = self._cluster.config
 
-        async def find() -> Any:
+        async def find() -> ControllerCalls:
             if isinstance(self._cluster, ThreadCluster):
-                return self._cluster._actor
+                return _LocalController(self._cluster)
             return await find_controller()
 
         self._view = ClusterView(find)
