@@ -65,6 +65,7 @@ class ClassRow:
     """Softmax of the logits; sigmoids where the classes do not exclude each other."""
     logits: tuple[float, ...]
     """By class; of a language model the log-probability of each label behind the prompt."""
+    num_classes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,4 +318,4 @@ def _class_row(names: Sequence[str], logits: tuple[float, ...], is_multi: bool) 
         weights = [math.exp(value - max(logits)) for value in logits]
         probs = [weight / sum(weights) for weight in weights]
     best = max(range(len(logits)), key=lambda i: logits[i])
-    return ClassRow(label=names[best], probs=tuple(probs), logits=logits)
+    return ClassRow(label=names[best], probs=tuple(probs), logits=logits, num_classes=len(logits))

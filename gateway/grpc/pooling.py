@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
 
 from cluster.core.errors import RequestError
+from gateway.core.delta import Usage
 from gateway.core.priority import header_priority
 from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import MAX_CALL_BYTES, InspectFields, Inspecting
@@ -31,53 +34,28 @@ class PoolingProcedures:
 
     async def Embed(self, request: pb.EmbedRequest, edge: GrpcEdge) -> pb.EmbedResponse:
         options, prompts = _options(request, edge), _prompts(request.input, "input")
-        embedded = await self._reader.embed(prompts, request.pooling or None, options)
-        edge.set_usage(embedded.usage)
-        return pb.EmbedResponse(
-            model=request.model or self._name,
-            data=[
-                pb.Embedding(index=index, values=vector.tolist())
-                for index, vector in enumerate(embedded.rows)
-            ],
-            usage=usage_message(embedded.usage),
+        found = await self._reader.embed(prompts, request.pooling or None, options)
+        vectors = (
+            pb.Embedding(index=index, values=vector.tolist())
+            for index, vector in enumerate(found.rows)
         )
+        return pb.EmbedResponse(data=vectors, **self._head(request, edge, found.usage))
 
     async def Classify(self, request: pb.ClassifyRequest, edge: GrpcEdge) -> pb.ClassifyResponse:
-        options = _options(request, edge)
+        options, prompts = _options(request, edge), _prompts(request.input, "input")
         masks = tuple(tuple(one.mask) for one in request.attention_mask)
-        classified = await self._reader.classify(
-            _prompts(request.input, "input"), tuple(request.labels), masks, options
+        found = await self._reader.classify(prompts, tuple(request.labels), masks, options)
+        rows = (
+            pb.Classification(index=index, **asdict(row)) for index, row in enumerate(found.rows)
         )
-        edge.set_usage(classified.usage)
-        return pb.ClassifyResponse(
-            model=request.model or self._name,
-            data=[
-                pb.Classification(
-                    index=index,
-                    label=row.label,
-                    probs=row.probs,
-                    logits=row.logits,
-                    num_classes=len(row.logits),
-                )
-                for index, row in enumerate(classified.rows)
-            ],
-            usage=usage_message(classified.usage),
-        )
+        return pb.ClassifyResponse(data=rows, **self._head(request, edge, found.usage))
 
     async def Score(self, request: pb.ScoreRequest, edge: GrpcEdge) -> pb.ScoreResponse:
-        options = _options(request, edge)
-        scored = await self._reader.score(
-            _prompts(request.queries, "queries"), _prompts(request.documents, "documents"), options
-        )
-        edge.set_usage(scored.usage)
-        return pb.ScoreResponse(
-            model=request.model or self._name,
-            data=[
-                pb.DocumentScore(index=index, score=score)
-                for index, score in enumerate(scored.rows)
-            ],
-            usage=usage_message(scored.usage),
-        )
+        options, queries = _options(request, edge), _prompts(request.queries, "queries")
+        documents = _prompts(request.documents, "documents")
+        found = await self._reader.score(queries, documents, options)
+        rows = (pb.DocumentScore(index=i, score=score) for i, score in enumerate(found.rows))
+        return pb.ScoreResponse(data=rows, **self._head(request, edge, found.usage))
 
     async def Inspect(
         self, request: pb.InspectRequest, edge: GrpcEdge
@@ -91,15 +69,14 @@ class PoolingProcedures:
                 for array in arrays:
                     for piece in _pieces(index, array):
                         yield pb.InspectChunk(piece=piece)
-            edge.set_usage(found.usage)
-            yield pb.InspectChunk(
-                summary=pb.InspectSummary(
-                    model=request.model or self._name,
-                    loss=found.loss,
-                    aux_loss=found.aux_loss,
-                    usage=usage_message(found.usage),
-                )
-            )
+            head = self._head(request, edge, found.usage)
+            summary = pb.InspectSummary(loss=found.loss, aux_loss=found.aux_loss, **head)
+            yield pb.InspectChunk(summary=summary)
+
+    def _head(self, request: PoolingRequest, edge: GrpcEdge, usage: Usage) -> dict[str, Any]:
+        """What all answers have; sends the usage as trailing metadata, too."""
+        edge.set_usage(usage)
+        return {"model": request.model or self._name, "usage": usage_message(usage)}
 
 
 def grpc_inspect_fields(request: pb.InspectRequest) -> InspectFields:

@@ -6,13 +6,13 @@ import asyncio
 import base64
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from starlette.requests import Request
 
-from cluster.core.errors import UnsupportedParameterError
 from gateway.core.delta import Usage
 from gateway.core.field_checks import given_one
 from gateway.core.priority import PRIORITY_HEADER, header_priority
@@ -25,6 +25,7 @@ from gateway.http.inspect import InspectBody, inspect_answer, inspect_fields
 from gateway.http.openai_format import pooling_usage
 from gateway.http.parse import parse_body
 from gateway.http.schema import Items, PoolingBody, PromptField
+from gateway.http.unsupported import check_unbuilt
 
 
 class EmbeddingsBody(PoolingBody):
@@ -52,149 +53,89 @@ class ScoreBody(PoolingBody):
     text_2: PromptField | None = None
 
 
-REFUSED_FIELDS: Mapping[str, tuple[object, ...]] = {
-    "dimensions": (),
-    "normalize": (False,),
-    "embed_dtype": ("float32",),
-    "endianness": ("native", "little"),
-    "use_activation": (True,),
-    "activation": (True,),
-    "messages": (),
-    "instruction": (),
-    "truncate_prompt_tokens": (),
-    "truncation_side": (),
-    "prompt_embeds": (),
-    "mm_processor_kwargs": ({},),
-}
-"""Known fields that are not built, each with the values that change nothing."""
-
-Kind = TypeVar("Kind", bound=PoolingBody)
-Serve = Callable[[Mapping[str, Any], PoolingOptions], Awaitable[dict[str, Any] | bytes]]
-"""Serves one body; ``PoolingOptions`` has what the headers say."""
+Serve = Callable[[Any, PoolingOptions], Awaitable[dict[str, Any] | bytes]]
+"""Serves a body."""
 
 
 class PoolingEndpoint(WatchedEndpoint):
-    def __init__(self, gateway: Gateway, serve: Serve) -> None:
+    def __init__(self, gateway: Gateway, kind: type[PoolingBody], serve: Serve) -> None:
         super().__init__(gateway)
+        self._kind = kind
         self._serve = serve
 
     async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
+        priority = header_priority(request.headers.get(PRIORITY_HEADER))
+        timeout_s = timeout_header_s(request)
+        check_unbuilt(data, "pooling")
+        body = parse_body(self._kind, data)
         options = PoolingOptions(
-            priority=header_priority(request.headers.get(PRIORITY_HEADER)),
-            timeout_s=timeout_header_s(request),
+            model=body.model,
+            add_special_tokens=body.add_special_tokens,
+            priority=priority if body.priority is None else body.priority,
+            cache_salt=body.cache_salt,
+            timeout_s=timeout_s,
         )
-        await responder.json(await self._serve(data, options))
+        await responder.json(await self._serve(body, options))
 
     @classmethod
     def all(cls, gateway: Gateway) -> dict[str, PoolingEndpoint]:
-        served = {
-            "/v1/embeddings": _embeddings,
-            "/classify": _classify,
-            "/score": _score,
-            "/v1/score": _score,
+        reader, inspecting = Reader(gateway), Inspecting(gateway)
+        served: dict[str, tuple[type[PoolingBody], Serve]] = {
+            "/v1/embeddings": (EmbeddingsBody, partial(_embeddings, reader)),
+            "/classify": (ClassifyBody, partial(_classify, reader)),
+            "/score": (ScoreBody, partial(_score, reader)),
+            "/v1/score": (ScoreBody, partial(_score, reader)),
+            "/v1/inspect": (InspectBody, partial(_inspect, inspecting, gateway.model_name)),
         }
-        reader = Reader(gateway)
-        found = {path: cls(gateway, partial(serve, reader)) for path, serve in served.items()}
-        inspect = partial(_inspect, Inspecting(gateway), gateway.model_name)
-        return found | {"/v1/inspect": cls(gateway, inspect)}
+        return {path: cls(gateway, *one) for path, one in served.items()}
 
 
 async def _inspect(
-    inspecting: Inspecting, model_name: str, data: Mapping[str, Any], options: PoolingOptions
+    inspecting: Inspecting, model_name: str, body: InspectBody, options: PoolingOptions
 ) -> bytes:
-    body, options = parse_pooling(InspectBody, data, options)
     async with inspecting.inspect(inspect_fields(body), options, MAX_JSON_BYTES) as found:
         name = body.model or model_name
         return await asyncio.to_thread(lambda: dump_json(inspect_answer(found, name)))
 
 
 async def _embeddings(
-    reader: Reader, data: Mapping[str, Any], options: PoolingOptions
+    reader: Reader, body: EmbeddingsBody, options: PoolingOptions
 ) -> dict[str, Any]:
-    body, options = parse_pooling(EmbeddingsBody, data, options)
-    embedded = await reader.embed(prompt_list(body.input), body.pooling, options)
+    found = await reader.embed(prompt_list(body.input), body.pooling, options)
     is_text = body.encoding_format == "base64"
-    rows = [
-        {
-            "object": "embedding",
-            "index": index,
-            "embedding": base64.b64encode(vector.tobytes()).decode()
-            if is_text
-            else vector.tolist(),
-        }
-        for index, vector in enumerate(embedded.rows)
-    ]
-    return _list("embd", rows, body, reader, embedded.usage)
-
-
-async def _classify(
-    reader: Reader, data: Mapping[str, Any], options: PoolingOptions
-) -> dict[str, Any]:
-    body, options = parse_pooling(ClassifyBody, data, options)
-    masks = mask_list(body.attention_mask)
-    classified = await reader.classify(
-        prompt_list(body.input), tuple(body.labels or ()), masks, options
+    vectors = (
+        base64.b64encode(vector.tobytes()).decode() if is_text else vector.tolist()
+        for vector in found.rows
     )
-    rows = [
-        {
-            "index": index,
-            "label": row.label,
-            "probs": list(row.probs),
-            "logits": list(row.logits),
-            "num_classes": len(row.logits),
-        }
-        for index, row in enumerate(classified.rows)
-    ]
-    return _list("classify", rows, body, reader, classified.usage)
+    rows = [{"object": "embedding", "embedding": vector} for vector in vectors]
+    return _list("embd", rows, body, reader, found.usage)
 
 
-async def _score(
-    reader: Reader, data: Mapping[str, Any], options: PoolingOptions
-) -> dict[str, Any]:
-    body, options = parse_pooling(ScoreBody, data, options)
+async def _classify(reader: Reader, body: ClassifyBody, options: PoolingOptions) -> dict[str, Any]:
+    prompts, masks = prompt_list(body.input), mask_list(body.attention_mask)
+    found = await reader.classify(prompts, tuple(body.labels or ()), masks, options)
+    return _list("classify", map(asdict, found.rows), body, reader, found.usage)
+
+
+async def _score(reader: Reader, body: ScoreBody, options: PoolingOptions) -> dict[str, Any]:
     names = (
         given_one(queries=body.queries, text_1=body.text_1),
         given_one(documents=body.documents, text_2=body.text_2),
     )
     queries, documents = (prompt_list(getattr(body, name)) for name in names)
-    scored = await reader.score(queries, documents, options, names)
-    rows = [
-        {"object": "score", "index": index, "score": score}
-        for index, score in enumerate(scored.rows)
-    ]
-    return _list("score", rows, body, reader, scored.usage)
-
-
-def parse_pooling(
-    kind: type[Kind], data: Mapping[str, Any], options: PoolingOptions
-) -> tuple[Kind, PoolingOptions]:
-    """A body's fields, and the options with what the body says.
-
-    Raises:
-        RequestError: a field is wrong.
-        UnsupportedParameterError: a field is known, and not built.
-    """
-    for name, neutral in REFUSED_FIELDS.items():
-        if data.get(name) is not None and data[name] not in neutral:
-            raise UnsupportedParameterError(f"{name} is not supported", name)
-    body = parse_body(kind, data)
-    return body, PoolingOptions(
-        model=body.model,
-        add_special_tokens=body.add_special_tokens,
-        priority=options.priority if body.priority is None else body.priority,
-        cache_salt=body.cache_salt,
-        timeout_s=options.timeout_s,
-    )
+    found = await reader.score(queries, documents, options, names)
+    rows = [{"object": "score", "score": score} for score in found.rows]
+    return _list("score", rows, body, reader, found.usage)
 
 
 def _list(
-    prefix: str, rows: list[dict[str, Any]], body: PoolingBody, reader: Reader, usage: Usage
+    prefix: str, rows: Iterable[dict[str, Any]], body: PoolingBody, reader: Reader, usage: Usage
 ) -> dict[str, Any]:
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "object": "list",
         "created": int(time.time()),
         "model": body.model or reader.model_name,
-        "data": rows,
+        "data": [{"index": index, **row} for index, row in enumerate(rows)],
         "usage": pooling_usage(usage),
     }

@@ -2,100 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from cluster.core.errors import UnsupportedParameterError
 
+Endpoint = Literal["completion", "chat", "tokenize", "pooling"]
+_Neutral = Mapping[str, tuple[object, ...]]
 
-def refused_fields(kind: Literal["completion", "chat", "tokenize"]) -> frozenset[str]:
-    """Known fields that are refused by name unless their value changes nothing."""
-    return frozenset(_UNBUILT | _UNBUILT_BY_KIND[kind])
+_GENERATE: _Neutral = {
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json_object": (False,),
+    "guided_whitespace_pattern": (),
+    "guided_decoding_backend": (),
+    "structural_tag": (),
+    "functions": ([],),
+    "function_call": ("none",),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "early_stopping": (False,),
+    "spaces_between_special_tokens": (True,),
+    "logits_processors": ([],),
+    "suffix": ("",),
+    "prompt_embeds": (),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "web_search_options": (),
+    "documents": ([],),
+    "mm_processor_kwargs": ({},),
+    "kv_transfer_params": ({},),
+}
+_TRUNCATION: _Neutral = {"truncate_prompt_tokens": (), "truncation_side": ()}
+UNBUILT: Mapping[Endpoint, _Neutral] = {
+    "completion": {**_GENERATE, "tools": ([],), "tool_choice": ("none", "auto")},
+    "chat": {**_GENERATE, "best_of": ()},
+    "tokenize": {**_GENERATE, "best_of": (), **_TRUNCATION},
+    "pooling": {
+        "dimensions": (),
+        "normalize": (False,),
+        "embed_dtype": ("float32",),
+        "endianness": ("native", "little"),
+        "use_activation": (True,),
+        "activation": (True,),
+        "messages": (),
+        "instruction": (),
+        **_TRUNCATION,
+        "prompt_embeds": (),
+        "mm_processor_kwargs": ({},),
+    },
+}
+"""Known fields that are not built, each with the values that change nothing; null never does."""
+_UNBUILT_STRUCTURED: _Neutral = {
+    "structural_tag": (False,),
+    "whitespace_pattern": (False,),
+    "disable_any_whitespace": (False,),
+    "disable_additional_properties": (False,),
+}
+"""The same within ``structured_outputs``."""
+_MISPLACED: Mapping[Endpoint, str] = {"chat": "echo", "completion": "chat_template"}
 
 
-def check_unbuilt(data: Mapping[str, Any], kind: Literal["completion", "chat", "tokenize"]) -> None:
+def check_unbuilt(data: Mapping[str, Any], endpoint: Endpoint) -> None:
     """Refuse known fields that are not built, unless their value changes nothing.
 
     Raises:
         UnsupportedParameterError: with the field's name.
     """
-    for name, is_neutral in (_UNBUILT | _UNBUILT_BY_KIND[kind]).items():
-        if data.get(name) is not None and not is_neutral(data[name], data):
-            raise UnsupportedParameterError(f"{name} is not supported", name)
+    unbuilt = dict(UNBUILT[endpoint])
+    if data.get("tool_choice") == "none":
+        unbuilt.pop("tools", None)
+    if "best_of" in unbuilt:
+        unbuilt["best_of"] = (data.get("n") or 1,)
+    _check(data, unbuilt)
     structured = data.get("structured_outputs")
-    inner = structured if isinstance(structured, dict) else {}
-    for name in _UNBUILT_STRUCTURED:
-        if inner.get(name) not in (None, False):
-            path = f"structured_outputs.{name}"
-            raise UnsupportedParameterError(f"{path} is not supported", path)
-    misplaced = {"chat": "echo", "completion": "chat_template"}.get(kind)
+    if endpoint != "pooling" and isinstance(structured, dict):
+        _check(structured, _UNBUILT_STRUCTURED, "structured_outputs.")
+    misplaced = _MISPLACED.get(endpoint)
     if misplaced is not None and data.get(misplaced):
-        raise UnsupportedParameterError(f"{misplaced} is not supported for {kind}", misplaced)
+        raise UnsupportedParameterError(f"{misplaced} is not supported for {endpoint}", misplaced)
 
 
-_IsNeutral = Callable[[Any, Mapping[str, Any]], bool]
-
-
-def _never(value: Any, data: Mapping[str, Any]) -> bool:
-    return False
-
-
-def _only(*neutral: Any) -> Callable[[Any, Mapping[str, Any]], bool]:
-    def is_neutral(value: Any, data: Mapping[str, Any]) -> bool:
-        return any(type(value) is type(one) and value == one for one in neutral)
-
-    return is_neutral
-
-
-def _best_of(value: Any, data: Mapping[str, Any]) -> bool:
-    return bool(value == (data.get("n") or 1)) and not isinstance(value, bool)
-
-
-def _tools(value: Any, data: Mapping[str, Any]) -> bool:
-    return value == [] or data.get("tool_choice") == "none"
-
-
-_UNBUILT: dict[str, _IsNeutral] = {
-    "guided_json": _never,
-    "guided_regex": _never,
-    "guided_choice": _never,
-    "guided_grammar": _never,
-    "guided_json_object": _only(False),
-    "guided_whitespace_pattern": _never,
-    "guided_decoding_backend": _never,
-    "structural_tag": _never,
-    "functions": _only([]),
-    "function_call": _only("none"),
-    "use_beam_search": _only(False),
-    "length_penalty": _only(1, 1.0),
-    "early_stopping": _only(False),
-    "spaces_between_special_tokens": _only(True),
-    "logits_processors": _only([]),
-    "suffix": _only(""),
-    "prompt_embeds": _never,
-    "audio": _never,
-    "modalities": _only(["text"]),
-    "prediction": _never,
-    "web_search_options": _never,
-    "documents": _only([]),
-    "mm_processor_kwargs": _only({}),
-    "kv_transfer_params": _only({}),
-}
-"""Known fields that are not built, each with the test for a value that changes nothing."""
-_NO_TRUNCATION: dict[str, _IsNeutral] = {
-    "truncate_prompt_tokens": _never,
-    "truncation_side": _never,
-}
-_UNBUILT_BY_KIND: dict[str, dict[str, _IsNeutral]] = {
-    "completion": {"tools": _tools, "tool_choice": _only("none", "auto")},
-    "chat": {"best_of": _best_of},
-    "tokenize": {"best_of": _best_of, **_NO_TRUNCATION},
-}
-"""The same for one route each."""
-_UNBUILT_STRUCTURED = (
-    "structural_tag",
-    "whitespace_pattern",
-    "disable_any_whitespace",
-    "disable_additional_properties",
-)
-"""The same within ``structured_outputs``; null and false change nothing."""
+def _check(data: Mapping[str, Any], unbuilt: _Neutral, path: str = "") -> None:
+    for name, neutral in unbuilt.items():
+        value = data.get(name)
+        if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
+            raise UnsupportedParameterError(f"{path}{name} is not supported", path + name)

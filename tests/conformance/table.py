@@ -12,14 +12,14 @@ from pydantic import BaseModel
 
 from gateway.http.inspect import InspectBody
 from gateway.http.openapi import ENDPOINTS
-from gateway.http.pooling import REFUSED_FIELDS, ClassifyBody, EmbeddingsBody, ScoreBody
+from gateway.http.pooling import ClassifyBody, EmbeddingsBody, ScoreBody
 from gateway.http.schema import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
     TokenizeBody,
 )
-from gateway.http.unsupported import refused_fields
+from gateway.http.unsupported import UNBUILT
 from tests.paths import ROOT
 
 DOCUMENT = ROOT / "docs" / "conformance.md"
@@ -28,15 +28,15 @@ SENT_BY_CLIENTS = Path(__file__).parent / "clients" / "fields.json"
 BEGIN, END = "<!-- begin: tables -->", "<!-- end: tables -->"
 NO_EFFECT = ("user", "metadata", "store", "service_tier", "reasoning_effort")
 """Known fields that are taken and change nothing; so are all fields that nobody knows."""
-_OF_POOLING = frozenset(REFUSED_FIELDS)
+_OF_POOLING = frozenset(UNBUILT["pooling"])
 _COLUMNS: dict[str, tuple[type[BaseModel], frozenset[str]]] = {
-    "completions": (CompletionBody, refused_fields("completion") | {"chat_template"}),
-    "chat": (ChatBody, refused_fields("chat") | {"echo"}),
+    "completions": (CompletionBody, frozenset({*UNBUILT["completion"], "chat_template"})),
+    "chat": (ChatBody, frozenset({*UNBUILT["chat"], "echo"})),
     "embeddings": (EmbeddingsBody, _OF_POOLING),
     "classify": (ClassifyBody, _OF_POOLING),
     "score": (ScoreBody, _OF_POOLING),
     "inspect": (InspectBody, _OF_POOLING),
-    "tokenize": (TokenizeBody, refused_fields("tokenize")),
+    "tokenize": (TokenizeBody, frozenset(UNBUILT["tokenize"])),
     "detokenize": (DetokenizeBody, frozenset()),
 }
 
