@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from itertools import groupby
 
 from gateway.core.call import GenerateCall
-from gateway.core.delta import ChoiceDelta, Finish, TokenText
+from gateway.core.delta import ChoiceDelta
 from gateway.generation.generation import Generation
 from gateway.text.tokenizer import Tokenizer
 from gateway.text.tool_calls import ParsedPiece, ToolCall, ToolParser, parse_answer
@@ -18,49 +18,36 @@ LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say."""
 
 
-@dataclass(slots=True)
-class CollectedChoice:
-    """All pieces of one choice, put together."""
-
-    index: int
-    prompt_index: int
-    text: str = ""
-    tokens: list[TokenText] = field(default_factory=list)
-    echo_tokens: tuple[TokenText, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-    finish: Finish | None = None
-
-
-async def collect(generation: Generation) -> list[CollectedChoice]:
+async def collect(generation: Generation) -> list[ChoiceDelta]:
     """Run a generation to its end; its choices by index. Raises what ``next`` raises."""
-    choices: dict[int, CollectedChoice] = {}
+    pieces: dict[int, list[ChoiceDelta]] = {}
     while deltas := await generation.next():
         for delta in deltas:
-            choice = choices.get(delta.index)
-            if choice is None:
-                choice = CollectedChoice(delta.index, delta.prompt_index)
-                choices[delta.index] = choice
-            choice.text += delta.text
-            choice.tokens.extend(delta.tokens)
-            choice.echo_tokens = choice.echo_tokens or delta.echo_tokens
-            choice.prompt_logprobs = choice.prompt_logprobs or delta.prompt_logprobs
-            choice.finish = delta.finish
-    found = [choices[index] for index in sorted(choices)]
+            pieces.setdefault(delta.index, []).append(delta)
+    choices = [_join(pieces[index]) for index in sorted(pieces)]
     fields = generation.call.fields
-    return _keep_best(found, fields.num_returned) if fields.is_ranked else found
+    return _keep_best(choices, fields.num_returned) if fields.is_ranked else choices
 
 
-def _keep_best(choices: Sequence[CollectedChoice], count: int) -> list[CollectedChoice]:
+def _join(pieces: Sequence[ChoiceDelta]) -> ChoiceDelta:
+    """One choice as a single piece."""
+    return replace(
+        pieces[0],
+        text="".join(piece.text for piece in pieces),
+        tokens=tuple(token for piece in pieces for token in piece.tokens),
+        finish=pieces[-1].finish,
+    )
+
+
+def _keep_best(choices: Sequence[ChoiceDelta], count: int) -> list[ChoiceDelta]:
     """Of each prompt the choices with the greatest mean log-probability, best first."""
-    kept: list[CollectedChoice] = []
+    kept: list[ChoiceDelta] = []
     for _, drawn in groupby(choices, key=lambda choice: choice.prompt_index):
         kept += sorted(drawn, key=_mean_logprob, reverse=True)[:count]
-    for index, choice in enumerate(kept):
-        choice.index = index
-    return kept
+    return [replace(choice, index=index) for index, choice in enumerate(kept)]
 
 
-def _mean_logprob(choice: CollectedChoice) -> float:
+def _mean_logprob(choice: ChoiceDelta) -> float:
     values = [token.logprob.logprob for token in choice.tokens if token.logprob is not None]
     return math.fsum(values) / len(values) if values else 0.0
 
@@ -87,7 +74,7 @@ class TextFormat:
         parsed = parser.feed(delta.text, is_last=delta.finish is not None)
         return parsed, parser.has_calls
 
-    def _parse_whole(self, choice: CollectedChoice) -> tuple[str, list[ToolCall], bool]:
+    def _parse_whole(self, choice: ChoiceDelta) -> tuple[str, list[ToolCall], bool]:
         """Text and calls of a whole choice, and whether it ends with calls."""
         form = self.call.fields.tool_form
         return (choice.text, [], False) if form is None else parse_answer(form, choice.text)

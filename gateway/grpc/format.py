@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
 from gateway.generation.answer import (
-    CollectedChoice,
     TextFormat,
     alternatives,
     clamp_logprob,
@@ -39,7 +38,7 @@ class GrpcFormat(TextFormat):
         super().__init__(generation.call, tokenizer)
         self._request_id = request_id
 
-    def whole(self, choices: Sequence[CollectedChoice], usage: Usage) -> pb.GenerateResponse:
+    def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> pb.GenerateResponse:
         return pb.GenerateResponse(
             request_id=self._request_id,
             model=self.call.model,
@@ -49,7 +48,7 @@ class GrpcFormat(TextFormat):
             prompt_logprobs=self._prompt_logprobs(choices[0].prompt_logprobs),
         )
 
-    def _choice(self, choice: CollectedChoice) -> pb.GenerateChoice:
+    def _choice(self, choice: ChoiceDelta) -> pb.GenerateChoice:
         text, calls, is_call = self._parse_whole(choice)
         return pb.GenerateChoice(
             index=choice.index,

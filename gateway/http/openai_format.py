@@ -8,7 +8,6 @@ from typing import Any
 
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
 from gateway.generation.answer import (
-    CollectedChoice,
     TextFormat,
     alternatives,
     clamp_logprob,
@@ -51,7 +50,7 @@ class AnswerFormat(TextFormat, ABC):
         }
 
     @abstractmethod
-    def whole(self, choices: Sequence[CollectedChoice], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
 
     @abstractmethod
@@ -100,13 +99,13 @@ class CompletionFormat(AnswerFormat):
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def whole(self, choices: Sequence[CollectedChoice], usage: Usage) -> dict[str, Any]:
-        return self._whole([self._choice(choice, is_first=True) for choice in choices], usage)
+    def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> dict[str, Any]:
+        return self._whole([self._choice(choice) for choice in choices], usage)
 
     def chunks(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
-        return [self._chunk([self._choice(delta, is_first=delta.is_first)])]
+        return [self._chunk([self._choice(delta)])]
 
-    def _choice(self, piece: CollectedChoice | ChoiceDelta, is_first: bool) -> dict[str, Any]:
+    def _choice(self, piece: ChoiceDelta) -> dict[str, Any]:
         body: dict[str, Any] = {
             "index": piece.index,
             "text": piece.text,
@@ -115,8 +114,10 @@ class CompletionFormat(AnswerFormat):
         }
         if self.call.fields.return_token_ids:
             body["token_ids"] = [token.token_id for token in piece.tokens]
-            body["prompt_token_ids"] = self._prompt_ids(piece.prompt_index) if is_first else None
-        if is_first and self.call.fields.prompt_logprobs is not None:
+            body["prompt_token_ids"] = (
+                self._prompt_ids(piece.prompt_index) if piece.is_first else None
+            )
+        if piece.is_first and self.call.fields.prompt_logprobs is not None:
             body["prompt_logprobs"] = self._prompt_logprobs(piece.prompt_logprobs)
         return body
 
@@ -150,7 +151,7 @@ class ChatFormat(AnswerFormat):
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def whole(self, choices: Sequence[CollectedChoice], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> dict[str, Any]:
         body = self._whole([self._choice(choice) for choice in choices], usage)
         if self.call.fields.return_token_ids:
             body["prompt_token_ids"] = self._prompt_ids(0)
@@ -191,7 +192,7 @@ class ChatFormat(AnswerFormat):
             chunks.append(self._chunk([choice]))
         return chunks
 
-    def _message(self, choice: CollectedChoice) -> tuple[dict[str, Any], bool]:
+    def _message(self, choice: ChoiceDelta) -> tuple[dict[str, Any], bool]:
         """A choice's ``message``, and whether it ends with calls."""
         content, calls, has_calls = self._parse_whole(choice)
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
@@ -202,7 +203,7 @@ class ChatFormat(AnswerFormat):
         ]
         return {**message, "content": content or None, "tool_calls": named}, has_calls
 
-    def _choice(self, choice: CollectedChoice) -> dict[str, Any]:
+    def _choice(self, choice: ChoiceDelta) -> dict[str, Any]:
         message, is_call = self._message(choice)
         body: dict[str, Any] = {
             "index": choice.index,

@@ -15,6 +15,7 @@ from cluster.core.errors import DeadlineExceededError, NotReadyError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from gateway.core.call import CallKind, GenerateFields
+from gateway.core.delta import ChoiceDelta
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import InspectFields, Inspecting
@@ -59,11 +60,13 @@ GENERATED: dict[str, dict[str, Any]] = {
 async def generate(gateway: Gateway, name: str, fields: GenerateFields) -> Any:
     """Everything that a client is told, and the usage."""
     with await gateway.start(fields, name, LIMIT_S) as generation:
-        choices = await collect(generation)
-    for choice in choices:
-        assert choice.finish is not None
-        choice.finish = dataclasses.replace(choice.finish, timings=None)
+        choices = [_untimed(choice) for choice in await collect(generation)]
     return choices, generation.usage
+
+
+def _untimed(choice: ChoiceDelta) -> ChoiceDelta:
+    assert choice.finish is not None
+    return dataclasses.replace(choice, finish=dataclasses.replace(choice.finish, timings=None))
 
 
 async def read(gateway: Gateway) -> Any:
