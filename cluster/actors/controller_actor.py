@@ -1,8 +1,8 @@
 """The controller as a Ray actor: connects the state machine with its sockets and the worker actors.
 
 ``Controller`` decides, ``ControlServer`` carries frames, ``WorkerGroup`` starts and ends processes.
-All three run on the actor's event loop. An actor that Ray has restarted takes over the workers of
-the one before: they serve meanwhile, and calls wait until their state is collected.
+All three run on the actor's event loop. An actor that Ray has restarted continues with the workers
+of the one before: they serve meanwhile, and calls wait until their state is collected.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class ControllerActor:
         Raises ``ConfigError`` or ``StartError``, after everything is released, if it cannot even
         begin.
         """
-        await self.adopt()
+        await self.restore()
         if self._handoff.is_under_way:
             raise StartError("controller", self._handoff.failure)
         async with self._starting:
@@ -134,13 +134,13 @@ class ControllerActor:
         self._background.spawn(self._bring_up(start, self._start_failed))
         self._run(controller)
 
-    async def adopt(self) -> None:
-        """Take over the cluster of an earlier controller, if there was one.
+    async def restore(self) -> None:
+        """Continue the cluster of an earlier controller, if there was one.
 
         Returns when that is done, or after a first failure, while retries continue. A restarted
         actor calls this itself, and every call to it waits for it first.
         """
-        await self._handoff.adopt()
+        await self._handoff.restore()
 
     async def origin(self) -> dict[str, Any]:
         """What the cluster was started with: ``asked`` and the whole ``config``, with its token.
@@ -148,7 +148,7 @@ class ControllerActor:
         Both are None if nothing was started. Raises ``NotReadyError`` while the workers of an
         earlier controller cannot be reached.
         """
-        await self.adopt()
+        await self.restore()
         if self._handoff.is_under_way:
             raise NotReadyError(self._handoff.failure)
         async with self._starting:
@@ -157,20 +157,20 @@ class ControllerActor:
 
     async def snapshot(self, fresh: bool = False) -> dict[str, Any]:
         """The cluster's state; ``fresh`` requests the current numbers of every worker first."""
-        await self.adopt()
+        await self.restore()
         if fresh and self._controller is not None:
             await self._ask_workers(self._controller)
         return self._snapshot()
 
     async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
         """The state once its version differs from ``known_version``, or after the time limit."""
-        await self.adopt()
+        await self.restore()
         await self._background.wait(lambda: self._version() != known_version, timeout_s)
         return self._snapshot()
 
     async def placement(self) -> dict[str, Any]:
         """Maps, current load and balancedness of all banks (``placement --json``)."""
-        await self.adopt()
+        await self.restore()
         if self._controller is None:
             return {"schema": 1, "epoch": 0, "banks": []}
         await self._ask_workers(self._controller)
@@ -179,7 +179,7 @@ class ControllerActor:
 
     async def load(self) -> dict[str, Any]:
         """Tokens by expert and by copy, and the resulting balance (``load --json``)."""
-        await self.adopt()
+        await self.restore()
         if self._controller is None:
             return load_before_start()
         await self._ask_workers(self._controller)
@@ -224,7 +224,7 @@ class ControllerActor:
 
     async def operations(self) -> list[dict[str, Any]]:
         """The recorded operations, newest last."""
-        await self.adopt()
+        await self.restore()
         return self._controller.operations.to_list() if self._controller else []
 
     async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
@@ -242,7 +242,7 @@ class ControllerActor:
 
     async def stop(self) -> None:
         """End all workers and return when they have ended. The caller ends this actor."""
-        await self.adopt()
+        await self.restore()
         if self._controller is not None and self._server is not None:
             controller = self._controller
             controller.stop(time.monotonic())
@@ -311,7 +311,7 @@ class ControllerActor:
     def is_connected(self, worker: str) -> bool:
         return self._server is not None and self._server.is_connected(worker)
 
-    def take_over(self, found: Sequence[FoundWorker], collected: CollectedState) -> None:
+    def continue_with(self, found: Sequence[FoundWorker], collected: CollectedState) -> None:
         plan = StartPlan(
             config=found[0].config,
             placement=collected.placement,
@@ -322,9 +322,9 @@ class ControllerActor:
         controller = self._make_controller(
             plan, collected.members, notes=notes, term=collected.term
         )
-        controller.adopt(collected, time.monotonic())
+        controller.restore(collected, time.monotonic())
         self._background.spawn(self._group.end_others([r.name for r in controller.workers.alive()]))
-        logger.info("term %d: %d workers adopted", collected.term, len(collected.greetings))
+        logger.info("term %d: %d workers found", collected.term, len(collected.greetings))
         self._run(controller)
 
     # ---- tasks ----------------------------------------------------------------------------
@@ -426,7 +426,7 @@ class ControllerActor:
 
     async def _serving_controller(self) -> Controller:
         """Raises ``ConflictError`` before the start."""
-        await self.adopt()
+        await self.restore()
         if self._controller is None:
             raise ConflictError(self._handoff.failure or "the cluster has not been started")
         return self._controller

@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.1
 _FIND_LIMIT_S = 10.0
 _REDIRECT_S = 0.5
-_ADOPT_LIMIT_S = 60.0
-_ADOPT_PAUSE_S = 1.0
-_MAX_ADOPT_PAUSE_S = 10.0
+_RESTORE_LIMIT_S = 60.0
+_RESTORE_PAUSE_S = 1.0
+_MAX_RESTORE_PAUSE_S = 10.0
 
 
 class HandoffHost(Protocol):
@@ -42,7 +42,7 @@ class HandoffHost(Protocol):
     def is_connected(self, worker: str) -> bool:
         """Whether a worker has called there."""
 
-    def take_over(self, found: Sequence[FoundWorker], collected: CollectedState) -> None:
+    def continue_with(self, found: Sequence[FoundWorker], collected: CollectedState) -> None:
         """Continue with the workers' state."""
 
 
@@ -50,7 +50,7 @@ class Handoff:
     """Finds and collects. Event loop of the actor only."""
 
     def __init__(self, host: HandoffHost, group: WorkerGroupLike, background: Background) -> None:
-        """Does nothing unless the actor was restarted; then Ray calls ``adopt``."""
+        """Does nothing unless the actor was restarted; then Ray calls ``restore``."""
         self.failure = ""
         """Why the earlier cluster is unknown; empty if it is known or never existed."""
         self._host = host
@@ -62,34 +62,34 @@ class Handoff:
         self.is_under_way = self._may_begin = group.was_restarted()
         """Workers may live that this actor does not know yet."""
         if self._may_begin:
-            group.call_back("adopt")
+            group.call_back("restore")
         else:
             self._is_settled.set()
 
-    async def adopt(self) -> None:
-        """Take over the cluster of an earlier controller, if there was one.
+    async def restore(self) -> None:
+        """Continue the cluster of an earlier controller, if there was one.
 
         Returns when that is done, or after a first failure, while retries continue.
         """
         if self._may_begin:
             self._may_begin = False
-            self._background.spawn(self._adopt())
+            self._background.spawn(self._restore())
         await self._is_settled.wait()
 
-    async def _adopt(self) -> None:
+    async def _restore(self) -> None:
         """Repeat until it succeeds: the workers serve meanwhile."""
-        pause_s = _ADOPT_PAUSE_S
+        pause_s = _RESTORE_PAUSE_S
         while True:
             try:
-                async with asyncio.timeout(_ADOPT_LIMIT_S):
-                    await self._find_and_adopt()
+                async with asyncio.timeout(_RESTORE_LIMIT_S):
+                    await self._find_and_restore()
                 break
             except Exception as err:  # any error of Ray
-                logger.exception("the workers could not be adopted, try again")
+                logger.exception("the workers could not be found, trying again")
                 self.failure = f"the restarted controller failed: {type(err).__name__}: {err}"
                 self._settle()  # waiting calls get the failure
             await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _MAX_ADOPT_PAUSE_S)
+            pause_s = min(2 * pause_s, _MAX_RESTORE_PAUSE_S)
         self.is_under_way = False
         self._settle()
 
@@ -97,7 +97,7 @@ class Handoff:
         self._is_settled.set()
         self._background.notify()
 
-    async def _find_and_adopt(self) -> None:
+    async def _find_and_restore(self) -> None:
         try:
             found = await self._group.find(_FIND_LIMIT_S)
             collected = await self._call_workers(found) if found else None
@@ -108,7 +108,7 @@ class Handoff:
             await self._group.end_all()
         else:
             self.failure = ""
-            self._host.take_over(found, collected)
+            self._host.continue_with(found, collected)
 
     async def _call_workers(self, found: Sequence[FoundWorker]) -> CollectedState | None:
         """Make all found workers connect here and report."""

@@ -287,10 +287,10 @@ class Controller:
 
     # ---- a restarted controller -----------------------------------------------------------
 
-    def adopt(self, collected: CollectedState, now: float) -> None:
-        """Take over workers that run; the first call to a restarted controller."""
+    def restore(self, collected: CollectedState, now: float) -> None:
+        """Continue with running workers; the first call to a restarted controller."""
         self.state = ClusterState.RECOVERING
-        self._restorer.adopt(collected, now)
+        self._restorer.restore(collected, now)
 
     def show_running(self) -> None:
         is_full = self.recovery.replacements.is_full(self.round.members)

@@ -176,16 +176,16 @@ class ThreadCluster(ServingCluster):
 
         self._thread.run(crash())
 
-    def adopt(self) -> None:
+    def restore(self) -> None:
         """Another controller takes the place of the one that crashed."""
 
-        async def adopt() -> ControllerActor:
+        async def restore() -> ControllerActor:
             actor = ControllerActor(self.group, status_limit_s=TIMEOUT_S)
-            await actor.adopt()
+            await actor.restore()
             return actor
 
         self.group.restarted = True
-        self._actor = self._thread.run(adopt())
+        self._actor = self._thread.run(restore())
 
     def stop(self) -> None:
         super().stop()

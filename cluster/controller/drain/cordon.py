@@ -54,5 +54,5 @@ class Cordon:
         return plain
 
     def restore(self, memory: Mapping[str, Any]) -> None:
-        """Take over the list of an earlier controller."""
+        """Continue the list of an earlier controller."""
         self._kept = {name: from_plain(kept, _Kept) for name, kept in memory.items()}

@@ -1,4 +1,4 @@
-"""How a restarted controller takes over running workers: it collects reports, restores state.
+"""Controller failover: a restarted controller collects reports and restores its state from them.
 
 Imports ``cluster.controller.parts``, ``cluster.controller.drain`` and the floors below.
 """

@@ -73,12 +73,12 @@ class StateRestorer:
         for record in host.workers.alive():
             self._link.send(record.name, snapshot)
 
-    def adopt(self, collected: CollectedState, now: float) -> None:
-        """Take over running workers."""
+    def restore(self, collected: CollectedState, now: float) -> None:
+        """Continue with running workers."""
         host = self._host
         host.history.restore(collected.memory.get("history", ()))
         restore_workers(host.workers, collected)
-        host.generations.adopt(collected.generation, now)
+        host.generations.restore(collected.generation, now)
         host.recovery.restore(collected.memory.get("recovery", {}), now)
         for name, answer in reported_answers(collected):
             host.generations.round.answer(name, answer)

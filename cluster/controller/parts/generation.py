@@ -82,12 +82,12 @@ class Generations:
         self.round = GenerationRound(survivors, now, Phase.STALLED)
         self._stand_by(members)
 
-    def adopt(self, generation: Generation, now: float) -> None:
+    def restore(self, generation: Generation, now: float) -> None:
         """A restarted controller found workers of this generation."""
         self.round = GenerationRound(generation, now)
 
     def go_on(self) -> None:
-        """All members of the adopted generation run it."""
+        """All members of the restored generation run it."""
         self.experts_complete = True
         self.round.phase = Phase.RUNNING
 

@@ -158,7 +158,7 @@ class Operations:
     def restore(
         self, memory: Iterable[Mapping[str, Any]], now: float, goes_on: str | None = None
     ) -> None:
-        """Take over operations; of the running ones only ``goes_on`` (an id) continues."""
+        """Continue operations; of the running ones only ``goes_on`` (an id) continues."""
         for data in memory:
             operation = from_plain(data, Operation)
             self._kept.append(operation)

@@ -366,7 +366,7 @@ class LateGroup(ThreadWorkerGroup):
         return True
 
     def call_back(self, method: str) -> None:
-        assert method == "adopt"
+        assert method == "restore"
 
     async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
         if not self.may_answer.is_set():

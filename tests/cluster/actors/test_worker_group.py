@@ -207,7 +207,7 @@ def _restarted(controller: Any, pid: int) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_killed_controller_comes_back_and_adopts_the_workers_that_live() -> None:
+def test_a_killed_controller_comes_back_and_keeps_the_workers_that_live() -> None:
     with _controller() as controller:
         ray.get(controller.start.remote(_config(3, 5), BANKS), timeout=LIMIT_S)
         before = _until(controller, "SERVING")

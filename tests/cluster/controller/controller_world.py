@@ -1,6 +1,6 @@
 """A controller among workers that exist only here: their rules, without data, sockets or time.
 
-``World`` holds what lives: at most one controller (or the adoption by a restarted one) and
+``World`` holds what lives: at most one controller (or the failover to a restarted one) and
 workers that follow ``workers/process/runtime.py``. Frames wait in inboxes until somebody has them
 taken, so that every order of events can be made.
 """
@@ -256,7 +256,7 @@ class World:
             self.collector.frame(name, frame, self.now)
 
     def settle(self) -> None:
-        """The adoption ends if it can."""
+        """The failover ends if it can."""
         if self.collector is None or not self.collector.is_complete(self.now):
             return
         collected = self.collector.result()
@@ -275,7 +275,7 @@ class World:
             term=collected.term,
             identity=str(self._count),
         )
-        self.controller.adopt(collected, self.now)
+        self.controller.restore(collected, self.now)
 
     def tell(self, name: str, frame: ControlFrame) -> None:
         """A worker's frame arrives, if it is connected."""
@@ -385,7 +385,7 @@ class World:
         """After ``calm_down``: those that live serve, or the state says what is missing."""
         controller = self.controller
         if controller is None:
-            return  # nobody was left to adopt
+            return  # no worker was left
         snapshot = controller.snapshot()
         assert snapshot["state"] in ("SERVING", "DEGRADED"), snapshot["state"]
         alive = {r.name for r in controller.workers.alive()}

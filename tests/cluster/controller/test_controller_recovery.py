@@ -327,7 +327,7 @@ def test_a_restarted_controller_knows_what_the_cluster_shall_be() -> None:
     new = FakeCluster(1, 3, settings=ControllerSettings())
     snapshot = old.link.last("attention-0", ControllerSnapshot)
     assert snapshot is not None
-    collected = adopt(old, snapshot.memory)
+    collected = restore(old, snapshot.memory)
     new.controller = Controller(
         ControllerSettings(),
         members=collected.members,
@@ -337,7 +337,7 @@ def test_a_restarted_controller_knows_what_the_cluster_shall_be() -> None:
         now=new.now,
         term=collected.term,
     )
-    new.controller.adopt(collected, new.now)
+    new.controller.restore(collected, new.now)
     assert new.state == "DEGRADED"
     assert new.controller.recovery.desired.banks == old.placement.banks
     new.tick(0.2)
@@ -350,7 +350,7 @@ def test_a_restarted_controller_knows_what_the_cluster_shall_be() -> None:
     assert loaded == 2 * len([e for e in held if e >= 0])  # and nothing that it has already
 
 
-def adopt(old: FakeCluster, memory: dict[str, Any]) -> CollectedState:
+def restore(old: FakeCluster, memory: dict[str, Any]) -> CollectedState:
     """What the workers of a cluster that serves tell the next controller."""
     collector = ReportCollector([m.name for m in old.members], 0.0, limit_s=1.0, confirm_s=0.1)
     generation = old.controller.generation

@@ -48,7 +48,7 @@ def standing(number: int = 3, **changes: Any) -> WorkerReport:
     return WorkerReport(**(values | changes))
 
 
-def new_adoption() -> ReportCollector:
+def new_collector() -> ReportCollector:
     return ReportCollector(NAMES, 0.0, limit_s=LIMIT_S, confirm_s=CONFIRM_S)
 
 
@@ -59,7 +59,7 @@ def greet(collector: ReportCollector, name: str, said: WorkerReport, *more: Cont
         collector.frame(name, frame, 0.1)
 
 
-def take_over(collected: CollectedState) -> tuple[Controller, FakeWorkerGroup]:
+def restored(collected: CollectedState) -> tuple[Controller, FakeWorkerGroup]:
     """The controller that this makes."""
     link = FakeWorkerGroup()
     controller = Controller(
@@ -71,23 +71,23 @@ def take_over(collected: CollectedState) -> tuple[Controller, FakeWorkerGroup]:
         now=1.0,
         term=collected.term,
     )
-    controller.adopt(collected, 1.0)
+    controller.restore(collected, 1.0)
     return controller, link
 
 
-def adopt(*said: WorkerReport) -> tuple[Controller, FakeWorkerGroup]:
+def restore(*said: WorkerReport) -> tuple[Controller, FakeWorkerGroup]:
     """All workers call."""
-    collector = new_adoption()
+    collector = new_collector()
     for name, worker_report in zip(NAMES, said, strict=True):
         greet(collector, name, worker_report)
     assert collector.is_complete(0.1)
     collected = collector.result()
     assert collected is not None
-    return take_over(collected)
+    return restored(collected)
 
 
 def test_a_whole_generation_goes_on_without_an_order() -> None:
-    controller, link = adopt(standing(), standing(term=4), standing())
+    controller, link = restore(standing(), standing(term=4), standing())
     assert controller.state.value == "SERVING"
     assert controller.generation.number == 3
     for name in NAMES:
@@ -97,7 +97,7 @@ def test_a_whole_generation_goes_on_without_an_order() -> None:
 
 
 def test_a_member_that_does_not_run_makes_the_next_generation() -> None:
-    controller, link = adopt(standing(), standing(running=False), standing())
+    controller, link = restore(standing(), standing(running=False), standing())
     order = link.last("expert-1", NewGeneration)
     assert order is not None
     assert order.generation.number == 4
@@ -109,7 +109,7 @@ def test_the_newest_generation_counts() -> None:
     """The controller died before it informed the others."""
     smaller = Generation(number=4, members=MEMBERS[:2])
     newer = standing(4, generation=smaller, running=False)
-    controller, link = adopt(newer, standing(), standing())
+    controller, link = restore(newer, standing(), standing())
     order = link.last("expert-0", NewGeneration)
     assert order is not None
     assert order.generation.number == 5
@@ -119,14 +119,14 @@ def test_the_newest_generation_counts() -> None:
 
 
 def test_who_does_not_call_is_lost_after_the_limit() -> None:
-    collector = new_adoption()
+    collector = new_collector()
     for name in NAMES[:2]:
         greet(collector, name, standing())
     assert not collector.is_complete(LIMIT_S - 0.1)
     assert collector.is_complete(LIMIT_S)
     collected = collector.result()
     assert collected is not None
-    controller, link = take_over(collected)
+    controller, link = restored(collected)
     states = {w["name"]: w["state"] for w in controller.snapshot()["workers"]}
     assert states["expert-1"] == "LOST"
     assert link.ended == ["expert-1"]
@@ -136,7 +136,7 @@ def test_who_does_not_call_is_lost_after_the_limit() -> None:
 
 
 def test_whom_a_caller_has_lost_is_waited_for_shortly() -> None:
-    collector = new_adoption()
+    collector = new_collector()
     blame = PeerLost(worker="expert-1", generation=3, reason="reset")
     greet(collector, "attention-0", standing(running=False), blame)
     greet(collector, "expert-0", standing())
@@ -145,7 +145,7 @@ def test_whom_a_caller_has_lost_is_waited_for_shortly() -> None:
 
 
 def test_whose_process_ended_is_not_waited_for() -> None:
-    collector = new_adoption()
+    collector = new_collector()
     greet(collector, "attention-0", standing())
     greet(collector, "expert-0", standing())
     greet(collector, "expert-1", standing())
@@ -156,8 +156,8 @@ def test_whose_process_ended_is_not_waited_for() -> None:
     assert not collected.is_intact
 
 
-def test_a_start_that_never_served_is_not_adopted() -> None:
-    collector = new_adoption()
+def test_a_start_that_never_served_is_not_restored() -> None:
+    collector = new_collector()
     for name in NAMES:
         greet(collector, name, standing(generation=None, placement=None, running=False))
     assert collector.result() is None
@@ -172,7 +172,7 @@ def test_the_newest_memory_counts_and_brings_back_who_was_lost() -> None:
         "lost": [{"member": to_plain(lost), "state": "LOST", "reason": "gone"}],
     }
     old = {"version": 6, "history": [], "lost": []}
-    controller, link = adopt(standing(memory=old), standing(memory=memory), standing())
+    controller, link = restore(standing(memory=old), standing(memory=memory), standing())
     snapshot = controller.snapshot()
     assert snapshot["history"][0]["cause"] == "lost expert-9: gone"
     assert {w["name"]: w["reason"] for w in snapshot["workers"]}["expert-9"] == "gone"
@@ -181,7 +181,7 @@ def test_the_newest_memory_counts_and_brings_back_who_was_lost() -> None:
 
 
 def test_strangers_are_refused_and_other_news_means_nothing() -> None:
-    collector = new_adoption()
+    collector = new_collector()
     with pytest.raises(ProtocolError, match="expert-7 is no worker of this cluster"):
         collector.frame("expert-7", WorkerReady(), 0.0)
     collector.frame("expert-0", LoadProgress(loaded_bytes=1, total_bytes=2), 0.0)

@@ -75,7 +75,7 @@ def test_streams_do_not_notice_a_restarted_controller(tiny_checkpoint: Path) -> 
             stream.send(request)
         stream.put_back([stream.next() for _ in range(16)])
         cluster.crash_controller()
-        cluster.adopt()
+        cluster.restore()
         snapshot = cluster.snapshot()
         results = stream.collect(asked)
         assert (snapshot["state"], snapshot["generation"], snapshot["term"]) == ("SERVING", 1, 2)
@@ -87,7 +87,7 @@ def test_streams_do_not_notice_a_restarted_controller(tiny_checkpoint: Path) -> 
         assert cluster.blocks_in_use() == 0
         assert cluster.snapshot()["model"]["max_model_len"] == 256
         cluster.crash_controller()
-        cluster.adopt()
+        cluster.restore()
         assert cluster.snapshot()["term"] == 3
         stream.close()
 
@@ -103,14 +103,14 @@ def test_a_worker_that_dies_with_the_controller_is_found_missing(tiny_checkpoint
         stream.put_back([stream.next() for _ in range(16)])
         cluster.crash_controller()
         cluster.group.runtimes["expert-1"].stop()
-        cluster.adopt()
+        cluster.restore()
         results = stream.collect(asked)
         snapshot = cluster.wait(lambda s: s["generation"] >= 3 and s["state"] == "SERVING")
         assert (snapshot["generation"], snapshot["placement_epoch"]) == (3, 3)
         assert same_beginnings(calm, results)
         assert cluster.blocks_in_use() == 0
         cluster.crash_controller()
-        cluster.adopt()
+        cluster.restore()
         again = cluster.snapshot()
         assert (again["state"], again["generation"]) == ("SERVING", 3)
         assert again["history"][:-1] == snapshot["history"]
@@ -133,7 +133,7 @@ def test_an_idle_cluster_waits_for_its_controller_without_being_fenced(
         until(lambda: steps(cluster) >= before + 5)  # a quarter of the lease each, or more
         again = stream.finish(requests("alone"))
         assert same_beginnings(calm, again)
-        cluster.adopt()
+        cluster.restore()
         assert cluster.snapshot()["generation"] == 1
         assert same_beginnings(calm, stream.finish(requests("again")))
         stream.close()
@@ -156,7 +156,7 @@ def test_a_worker_that_reaches_nobody_stops_by_itself_until_it_is_called(
         refused = EngineStream(address)
         with pytest.raises(ConnectionError, match="this worker may not serve now"):
             refused.next()
-        cluster.adopt()
+        cluster.restore()
         snapshot = cluster.wait(lambda s: s["generation"] == 2 and s["state"] == "SERVING")
         assert snapshot["history"][-1]["cause"] == "the controller was restarted"
         stream = cluster.stream()

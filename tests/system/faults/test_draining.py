@@ -100,7 +100,7 @@ def test_a_drain_goes_on_when_the_controller_dies() -> None:
             for worker in ("attention-0", "expert-1"):
                 begun = begin_drain(cluster, worker)
                 cluster.crash_controller()
-                cluster.adopt()
+                cluster.restore()
                 done.append(wait_operation(cluster, begun["id"]))
 
         play(cluster, SMALL, random.Random(8), fault)
