@@ -1,6 +1,6 @@
 """Two cores, three layouts: 2 colocated workers, 1 attention + 1 expert worker, one process.
 
-All are loaded at once and take turns, so that other load on the machine hits them alike.
+All are loaded at once and alternate, so that other load on the machine hits them alike.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def _words(case: Case) -> str:
         "## Colocated workers\n\nThe same two cores as 2 colocated workers, as 1 attention + 1 "
         "expert worker (one compute thread each), and as one process with two threads. Prompts of "
         f"{case.prompt_tokens} random tokens, {case.new_tokens} new tokens, greedy; the colocated "
-        f"workers get the sequences in turn. Medians of {case.repeats} turns; ratios are medians "
-        "of the ratios within a turn; `others` are the cores that other processes used meanwhile."
+        f"workers get the sequences round-robin. Medians of {case.repeats} runs; ratios are "
+        "medians of the ratios within a run; `others` are the cores that other processes used "
+        "meanwhile."
     )
 
 

@@ -1,6 +1,6 @@
 """What ``--deterministic`` costs: one process and 1 + 1 workers with it and without.
 
-All are loaded at once and take turns, so that other load on the machine hits them alike. A
+All are loaded at once and alternate, so that other load on the machine hits them alike. A
 deterministic worker has one compute thread, so one process is measured with one thread too.
 """
 
@@ -53,7 +53,7 @@ def _words(case: Case) -> str:
         "## Deterministic\n\nOne process, and 1 attention + 1 expert worker, with and without "
         "`--deterministic`, bfloat16, one compute thread each. Prompts of "
         f"{case.prompt_tokens} random tokens, {case.new_tokens} new tokens, greedy. Medians of "
-        f"{case.repeats} turns; ratios are medians of the ratios within a turn."
+        f"{case.repeats} runs; ratios are medians of the ratios within a run."
     )
 
 

@@ -89,13 +89,13 @@ def measure(plan: Plan, deadline_s: float = LIMIT_S) -> dict[str, dict[str, Any]
 
 def of_size(size: int, attention: Sequence[Sizes], experts: Sequence[Sizes]) -> dict[str, Any]:
     """One size of all ranks."""
-    spans = {
+    times = {
         name: [us for rank in attention for us in rank.us[size][name]]
         for name in ("wire", "dispatch", "combine")
     }
-    spans["exchange"] = [a + b for a, b in zip(spans["dispatch"], spans["combine"], strict=True)]
+    times["exchange"] = [a + b for a, b in zip(times["dispatch"], times["combine"], strict=True)]
     return {
-        **{f"{name}_us": _summary(values) for name, values in spans.items()},
+        **{f"{name}_us": _summary(values) for name, values in times.items()},
         **{
             f"{name}_bytes": sum(rank.num_bytes[size][name] for rank in experts)
             for name in ("dispatch", "combine")
@@ -293,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _text(found: Mapping[str, Any]) -> str:
-    spans = ("wire", "dispatch", "combine", "exchange")
+    times = ("wire", "dispatch", "combine", "exchange")
     times = ("WIRE US", "DISPATCH US", "COMBINE US", "BOTH US")
     rows = [
         (
@@ -301,7 +301,7 @@ def _text(found: Mapping[str, Any]) -> str:
             *(
                 f"{shown(numbers[f'{name}_us']['median'], 0)} "
                 f"({shown(numbers[f'{name}_us']['p99'], 0)})"
-                for name in spans
+                for name in times
             ),
             *(shown(numbers[f"{name}_bytes"], 0) for name in ("dispatch", "combine")),
         )

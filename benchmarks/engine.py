@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks import local_runs
 from benchmarks.options import add_output, counts
-from benchmarks.timing import decode_span_of
+from benchmarks.timing import decode_interval_of
 from cluster.cli.bench.document import document_of, shown, tell
 from cluster.cli.terminal.arguments import count
 from cluster.cli.terminal.output import note, table
@@ -55,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _rates(times: Sequence[Sequence[float]], input_len: int) -> dict[str, float | None]:
     """Of one run: prompts by the time to the last first token; then while all decode."""
-    span = decode_span_of(times)
-    prefill = len(times) * input_len / span.begin_s
-    return dict(zip(NUMBERS, (prefill, span.tokens_per_s, span.median_gap_ms), strict=True))
+    interval = decode_interval_of(times)
+    prefill = len(times) * input_len / interval.begin_s
+    return dict(zip(NUMBERS, (prefill, interval.tokens_per_s, interval.median_gap_ms), strict=True))
 
 
 def _medians(runs: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:

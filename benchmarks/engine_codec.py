@@ -1,6 +1,6 @@
 """Time to encode and decode engine stream messages: ``python -m benchmarks.engine_codec``.
 
-Processor time of one core, best of several turns.
+Processor time of one core, best of several runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from workers.requests.wire import FROM_ENGINE, TO_ENGINE
 
 NUM_SEQUENCES = 32
 PROMPT_TOKENS = 512
-TURNS = 9
+RUNS = 9
 REPEATS = 300
 
 
@@ -50,10 +50,10 @@ def request() -> Request:
     return Request(request_id="cmpl-" + "0" * 32, prompt=prompt, params=params, deadline_ms=60_000)
 
 
-def microseconds(work: Callable[[], object], turns: int = TURNS, repeats: int = REPEATS) -> float:
+def microseconds(work: Callable[[], object], runs: int = RUNS, repeats: int = REPEATS) -> float:
     """Processor time of one call."""
     times = []
-    for _ in range(turns):
+    for _ in range(runs):
         began = time.process_time()
         for _ in range(repeats):
             work()
@@ -61,14 +61,14 @@ def microseconds(work: Callable[[], object], turns: int = TURNS, repeats: int = 
     return min(times) / repeats * 1e6
 
 
-def rows(turns: int = TURNS, repeats: int = REPEATS) -> list[str]:
+def rows(runs: int = RUNS, repeats: int = REPEATS) -> list[str]:
     """A row of Markdown for each message: bytes, time to encode and to decode."""
     steps = {"step": step(0), "step with 5 log-probabilities": step(5)}
     lines = [
-        _row(name, FROM_ENGINE.encode, FROM_ENGINE.decode, message, turns, repeats)
+        _row(name, FROM_ENGINE.encode, FROM_ENGINE.decode, message, runs, repeats)
         for name, message in steps.items()
     ]
-    return [*lines, _row("request", TO_ENGINE.encode, TO_ENGINE.decode, request(), turns, repeats)]
+    return [*lines, _row("request", TO_ENGINE.encode, TO_ENGINE.decode, request(), runs, repeats)]
 
 
 def _row(
@@ -76,13 +76,13 @@ def _row(
     encode: Callable[[Any], bytes],
     decode: Callable[[bytes], object],
     message: object,
-    turns: int,
+    runs: int,
     repeats: int,
 ) -> str:
     data = encode(message)
     assert decode(data) == message
-    there = microseconds(lambda: encode(message), turns, repeats)
-    back = microseconds(lambda: decode(data), turns, repeats)
+    there = microseconds(lambda: encode(message), runs, repeats)
+    back = microseconds(lambda: decode(data), runs, repeats)
     return f"| {name} | {len(data)} | {there:.1f} | {back:.1f} |"
 
 

@@ -38,12 +38,12 @@ class Quiet:
 
     minutes: float
     """How long the load ran."""
-    num_news: int
-    """Pieces of news that the clients got."""
+    num_deltas: int
+    """Deltas that the clients got."""
     longest_pause_s: float
     """Longest time between two of them on one stream."""
     alarms: tuple[str, ...]
-    """Who was lost, and calls that failed; empty when all is well."""
+    """Lost workers and failed calls; empty when all is well."""
 
 
 def watch(cluster: ServingCluster, num_clients: int, minutes: float) -> Quiet:
@@ -64,7 +64,7 @@ def watch(cluster: ServingCluster, num_clients: int, minutes: float) -> Quiet:
                         alarms.append(f"{key} is {snapshot[key]}, not {before[key]}")
         return Quiet(
             minutes=round((time.monotonic() - began) / 60, 2),
-            num_news=sum(line.num_news for line in load.lines),
+            num_deltas=sum(line.num_deltas for line in load.lines),
             longest_pause_s=round(load.longest_pause(began), 3),
             alarms=(*alarms, *load.failures),
         )

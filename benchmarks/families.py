@@ -48,7 +48,7 @@ def _words(case: Case) -> str:
     return (
         "## Model families\n\nAs in *Serving*, with prompts of "
         f"{case.prompt_tokens} random tokens and {case.new_tokens} new ones; medians of "
-        f"{case.repeats} turns."
+        f"{case.repeats} runs."
     )
 
 

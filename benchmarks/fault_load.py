@@ -15,7 +15,7 @@ from gateway.core.call import GenerateFields
 from tests.harness.cluster_gateway import ClusterGateway
 
 LIMIT_S = 60.0
-"""Longest wait for news."""
+"""Longest wait for deltas."""
 _POLL_S = 0.005
 
 
@@ -24,11 +24,11 @@ class Line:
     """What one client sees: one call after the other."""
 
     calls: list[list[float]] = field(default_factory=list)
-    """By call, the monotonic times at which something of it came."""
+    """By call, the monotonic times at which its deltas came."""
 
     @property
-    def num_news(self) -> int:
-        """All that came."""
+    def num_deltas(self) -> int:
+        """Deltas of all calls."""
         return sum(map(len, self.calls))
 
 
@@ -55,16 +55,16 @@ class FaultLoad:
             work.cancel()
             self._gateway.run(asyncio.sleep(0))
 
-    def wait_news(self, count: int) -> None:
-        """Until every client has got so many more. Raises ``TimeoutError``."""
-        wanted = [line.num_news + count for line in self.lines]
+    def wait_deltas(self, count: int) -> None:
+        """Wait until every client has ``count`` more deltas. Raises ``TimeoutError``."""
+        wanted = [line.num_deltas + count for line in self.lines]
         wait(
-            lambda: all(n.num_news >= w for n, w in zip(self.lines, wanted, strict=True)),
-            "news for all clients",
+            lambda: all(line.num_deltas >= w for line, w in zip(self.lines, wanted, strict=True)),
+            "deltas for all clients",
         )
 
     def longest_pause(self, since: float, until: float = float("inf")) -> float:
-        """Longest time between two news of one call that lies, in part, between these times."""
+        """Longest time between two deltas of one call that lies, in part, between these times."""
         return max(
             (
                 later - earlier
@@ -95,7 +95,7 @@ class FaultLoad:
 
 
 def wait(is_so: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
-    """Until it is so. Raises ``TimeoutError``."""
+    """Wait until ``is_so()``. Raises ``TimeoutError``."""
     deadline = time.monotonic() + limit_s
     while not is_so():
         if time.monotonic() > deadline:

@@ -21,7 +21,7 @@ from google.protobuf import json_format
 from protos import inference_pb2 as pb
 
 MAX_TOKENS = 2
-"""New tokens that a request may ask for: it is the reading that is tried, not the drawing."""
+"""New tokens that a request may ask for: few, as the parsers are under test, not the sampler."""
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2**31, 2**63, -(2**63), 10**40, 0.5, -1e308, 1e308),
     *("", "a", "\u0000", "\ud7ff", "é" * 50, "x" * 5000, "-1", "NaN", "../../etc/passwd", "%s%n"),

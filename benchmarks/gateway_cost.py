@@ -3,8 +3,8 @@
 python -m benchmarks.gateway_cost [--proxy default|haproxy]  prints one proxy's numbers as JSON
 
 One attention and two expert workers with the bundled model, one client process, all on the same
-cores. The ways take turns: the engine stream itself, gRPC, HTTP through Serve's proxy; single
-requests in an order drawn anew for each, so that what one leaves behind to be done falls on all
+cores. The ways alternate: the engine stream itself, gRPC, HTTP through Serve's proxy; single
+requests in an order drawn anew for each, so that work which one request leaves behind falls on all
 ways alike. Serve's default proxy and HAProxy run one after the other, each beside the engine of its
 own run.
 
@@ -65,7 +65,7 @@ class Case:
     """Streams at once, for throughput."""
     new_tokens: int = 128
     """Tokens of each."""
-    turns: int = 5
+    runs: int = 5
     """Batches of each way."""
     num_single: int = 600
     """Single requests of each way on an idle cluster, for the time to the first token."""
@@ -73,7 +73,7 @@ class Case:
     """While others use the machine, longest wait before a batch."""
 
 
-QUICK = Case(num_streams=2, new_tokens=4, turns=1, num_single=3, patience_s=0.0)
+QUICK = Case(num_streams=2, new_tokens=4, runs=1, num_single=3, patience_s=0.0)
 """Enough to see that everything runs."""
 
 WAYS = {"engine": "engine stream", "grpc": "gRPC", "http": "HTTP"}
@@ -84,7 +84,7 @@ _LEAST_CPU_MS = 10.0
 """Processes that never use as much for 1,000 tokens are not shown."""
 
 Times = list[list[float]]
-"""By sequence the seconds to each piece of news, the last one at its end."""
+"""By sequence the seconds to each delta, the last one at its end."""
 Numbers = dict[str, dict[str, float]]
 """By way and name."""
 
@@ -118,7 +118,7 @@ def section(quick: bool) -> str:
     found = {proxy: _in_a_process(proxy, quick) for proxy in PROXIES}
     about, where = (" ".join(part.split()) for part in (__doc__ or "").split("\n\n")[2:4])
     words = (
-        f"{case.num_streams} streams of {case.new_tokens} tokens, median of {case.turns} batches; "
+        f"{case.num_streams} streams of {case.new_tokens} tokens, median of {case.runs} batches; "
         f"first token of {case.num_single} single requests on an idle cluster."
     )
     parts = ["## Cost of the gateway", f"{about} {words}", _costs(found), where]
@@ -174,14 +174,14 @@ def measure(proxy: str, case: Case) -> Found:
     firsts: defaultdict[str, list[float]] = defaultdict(list)
     cpu: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     with _ways(proxy) as (ways, scrape):
-        for turn in range(case.turns + 1):
+        for run in range(case.runs + 1):
             for name, way in ways.items():
                 wait_until_quiet(time.monotonic() + case.patience_s)
-                prompts = [_prompt(turn, i) for i in range(case.num_streams)]
+                prompts = [_prompt(run, i) for i in range(case.num_streams)]
                 before, start = cpu_seconds(), perf_counter()
                 way.together(prompts, case.new_tokens)
                 seconds = perf_counter() - start
-                if turn:  # the first one warms up
+                if run:  # the first one warms up
                     speeds[name].append(case.num_streams * case.new_tokens / seconds)
                     for process, used in cpu_seconds().items():
                         cpu[name][process] += used - before.get(process, 0.0)
@@ -195,7 +195,7 @@ def measure(proxy: str, case: Case) -> Found:
             for name, way in ways.items()
             if name != "engine"
         }
-    thousands = case.turns * case.num_streams * case.new_tokens / 1e3
+    thousands = case.runs * case.num_streams * case.new_tokens / 1e3
     return Found(
         ways={
             name: {
@@ -230,9 +230,9 @@ def _where_it_goes(
     return dict(zip(STAGES, (engine, gateway - engine, total - gateway), strict=True))
 
 
-def _prompt(turn: int, number: int) -> list[int]:
+def _prompt(run: int, number: int) -> list[int]:
     """Token ids of the bundled model, none the beginning of another."""
-    seed = (turn * 1009 + number * 31) % 65521
+    seed = (run * 1009 + number * 31) % 65521
     return [4 + (seed * (k + 3) + k * k) % 200 for k in range(_PROMPT_TOKENS)]
 
 

@@ -1,6 +1,6 @@
 """What ``--itl-target-ms`` does to the streams of others when one long prompt arrives.
 
-One local engine, whose policy for prompt rows is exchanged between the turns. Each policy keeps
+One local engine, whose policy for prompt rows is replaced between the runs. Each policy keeps
 what it has learned, as the leader of a cluster does.
 """
 
@@ -51,11 +51,11 @@ class Case:
     long_tokens: int = 2000
     """Its length."""
     repeats: int = 3
-    """Turns of each target."""
+    """Runs of each target."""
     num_threads: int | None = 2
     """Compute threads; None leaves them as they are."""
     patience_s: float = 10.0
-    """Longest wait for a quiet machine before a turn."""
+    """Longest wait for a quiet machine before a run."""
 
 
 QUICK = Case(
@@ -72,8 +72,8 @@ QUICK = Case(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Turn:
-    """Numbers of one turn."""
+class Run:
+    """Numbers of one run."""
 
     itl_ms: float
     """Median time between two tokens of a decoding stream."""
@@ -84,7 +84,7 @@ class Turn:
     ttft_ms: float
     """From the long prompt's arrival to its first token."""
     tokens_per_s: float
-    """Tokens of the streams by the time of the turn."""
+    """Tokens of the streams by the time of the run."""
 
 
 def section(quick: bool) -> str:
@@ -94,24 +94,24 @@ def section(quick: bool) -> str:
         return f"{_words(case)}\n\n{report(measure(checkpoint, case))}"
 
 
-def measure(checkpoint: Path, case: Case) -> Mapping[float | None, Sequence[Turn]]:
-    """Turns by target."""
+def measure(checkpoint: Path, case: Case) -> Mapping[float | None, Sequence[Run]]:
+    """Runs by target."""
     plain = EngineSection(enable_prefix_caching=False)
     engine = LocalEngine(checkpoint, dtype="bfloat16", section=plain, num_threads=case.num_threads)
     caps = {t: PrefillCap.of(replace(plain, itl_target_ms=t)) for t in case.targets_ms}
-    found: dict[float | None, list[Turn]] = {target: [] for target in caps}
+    found: dict[float | None, list[Run]] = {target: [] for target in caps}
     for repeat in range(case.repeats + 1):
         for target, cap in caps.items():
             wait_until_quiet(time.monotonic() + case.patience_s)
             engine.prefill_cap = cap
-            turn = run_turn(engine, case, seed=repeat)
-            logger.info("turn %d, target %s ms: %s", repeat, target, turn)
+            run = run_once(engine, case, seed=repeat)
+            logger.info("run %d, target %s ms: %s", repeat, target, run)
             if repeat:  # the first one warms up
-                found[target].append(turn)
+                found[target].append(run)
     return found
 
 
-def run_turn(engine: LocalEngine, case: Case, seed: int) -> Turn:
+def run_once(engine: LocalEngine, case: Case, seed: int) -> Run:
     """Let streams decode, and a long prompt arrive among them."""
     *streams, long = _requests(case, seed)
     for request in streams:
@@ -129,7 +129,7 @@ def run_turn(engine: LocalEngine, case: Case, seed: int) -> Turn:
     (first,) = times.pop(LONG)
     gaps = sorted((b - a) * 1000 for mine in times.values() for a, b in pairwise(mine))
     took = max(mine[-1] for mine in times.values()) - begin
-    return Turn(
+    return Run(
         itl_ms=statistics.median(gaps),
         slow_itl_ms=gaps[len(gaps) * 99 // 100],
         slowest_itl_ms=gaps[-1],
@@ -138,20 +138,20 @@ def run_turn(engine: LocalEngine, case: Case, seed: int) -> Turn:
     )
 
 
-def report(found: Mapping[float | None, Sequence[Turn]]) -> str:
+def report(found: Mapping[float | None, Sequence[Run]]) -> str:
     """One row for each target."""
     head = ["target ms", "ITL ms", "ITL ms, 99 of 100", "longest ITL ms"]
     head += ["TTFT of the long prompt ms", "tokens/s of the others"]
     return table(head, [["off" if t is None else f"{t:g}", *_cells(s)] for t, s in found.items()])
 
 
-def _cells(turns: Sequence[Turn]) -> list[str]:
+def _cells(runs: Sequence[Run]) -> list[str]:
     columns = (
-        [t.itl_ms for t in turns],
-        [t.slow_itl_ms for t in turns],
-        [t.slowest_itl_ms for t in turns],
-        [t.ttft_ms for t in turns],
-        [t.tokens_per_s for t in turns],
+        [t.itl_ms for t in runs],
+        [t.slow_itl_ms for t in runs],
+        [t.slowest_itl_ms for t in runs],
+        [t.ttft_ms for t in runs],
+        [t.tokens_per_s for t in runs],
     )
     return [f"{statistics.median(column):.1f}" for column in columns]
 
@@ -178,7 +178,7 @@ def _words(case: Case) -> str:
         f"tokens each; after {case.steps_before} steps a prompt of {case.long_tokens} tokens "
         "arrives. The local engine with two compute threads and `--itl-target-ms` off and on, the "
         "random model of the serving section in bfloat16, greedy. Times between two tokens of a "
-        f"stream over the whole turn; medians of {case.repeats} turns."
+        f"stream over the whole run; medians of {case.repeats} runs."
     )
 
 

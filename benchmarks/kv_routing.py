@@ -1,9 +1,9 @@
-"""Chats of several turns on two attention workers: requests routed by prefix, and in turn.
+"""Multi-turn chats on two attention workers: requests routed by prefix, and round-robin.
 
 Two clusters of 2 attention workers and 1 expert worker, each behind the gateway's pool of engine
-streams, take turns. A chat's context grows with each of its turns; all chats take a turn together.
-The first turn, which nobody has cached, is left out. The KV memory of a worker (128 MiB) holds
-8,000 tokens of the random model: its share of the chats, but not all of them.
+streams, run alternately. A chat's context grows with each turn; all chats send a turn together. The
+first turn, which no worker has cached, is left out. The KV memory of a worker (128 MiB) holds 8,000
+tokens of the random model: its share of the chats, but not all of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Case:
     turns: int = 4
     """Turns of a chat."""
     num_chats: int = 5
-    """Chats at once: an odd number, so that going in turn means to change workers."""
+    """Chats at once: an odd number, so that round-robin changes their workers."""
     rounds: int = 4
     """Sets of chats of each system."""
     new_tokens: int = 8
@@ -68,7 +68,7 @@ def section(quick: bool) -> str:
         f"OLMoE (hidden {model.hidden}, {model.layers} layers, {model.experts} experts); "
         f"{case.rounds} sets of chats each."
     )
-    head = ["policy", "median TTFT ms", "9 of 10 within ms", "times as fast as in turn"]
+    head = ["policy", "median TTFT ms", "9 of 10 within ms", "speed-up over round-robin"]
     about = " ".join((__doc__ or "").split())
     return "\n\n".join(["## Routing by prefix", f"{about} {words}", table(head, rows)])
 

@@ -1,6 +1,6 @@
 """What two micro-batches gain: 1 attention + 1 expert worker with one and with two in each step.
 
-Both clusters are loaded at once and take turns, so that other load on the machine hits them alike.
+Both clusters are loaded at once and alternate, so that other load on the machine hits them alike.
 The thresholds of ``--num-micro-batches auto`` come from here:
 ``cluster.config.cluster.EngineSection``.
 """
@@ -54,7 +54,7 @@ def _words(case: Case) -> str:
         "## Two micro-batches\n\n1 attention and 1 expert worker with one compute thread each, "
         "`--num-micro-batches 1` against `2` in all steps. Prompts of "
         f"{case.prompt_tokens} random tokens, {case.new_tokens} new tokens, greedy. Medians of "
-        f"{case.repeats} turns; ratios are medians of the ratios within a turn. `others` are the "
+        f"{case.repeats} runs; ratios are medians of the ratios within a run. `others` are the "
         "cores that other processes used meanwhile: where a worker has no core of its own, two "
         "parts only cost."
     )

@@ -1,8 +1,8 @@
 """What the prefix cache saves where many requests begin with the same system prompt.
 
-The local engine with the cache on and off, both loaded in one process, taking turns. A fixed number
-of clients send one request after the other; each turn has a system prompt of its own, so that the
-first requests of a turn compute it in any case.
+The local engine with the cache on and off, both loaded in one process, alternating. A fixed number
+of clients send one request after the other; each run has a system prompt of its own, so that the
+first requests of a run compute it in any case.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Case:
     """What is measured."""
 
     num_requests: int = 48
-    """Requests of a turn."""
+    """Requests of a run."""
     num_clients: int = 8
     """Requests under way at once."""
     shared_tokens: int = 512
@@ -46,11 +46,11 @@ class Case:
     new_tokens: int = 32
     """Tokens that each request gets."""
     repeats: int = 3
-    """Turns of each engine."""
+    """Runs of each engine."""
     num_threads: int | None = 2
     """Compute threads; None leaves them as they are."""
     patience_s: float = 10.0
-    """While others use the machine, longest wait before a turn, and for its repetition after it."""
+    """While others use the machine, longest wait before a run, and for its repetition after it."""
 
 
 QUICK = Case(
@@ -67,8 +67,8 @@ QUICK = Case(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Turn:
-    """Numbers of one turn."""
+class Run:
+    """Numbers of one run."""
 
     ttft_ms: float
     """Median time from a request's start to its first token."""
@@ -98,8 +98,8 @@ def rows(case: Case, quick: bool) -> Iterator[list[str]]:
         yield from rows_of("random", measure(checkpoint, case))
 
 
-def measure(checkpoint: Path, case: Case) -> Mapping[bool, Sequence[Turn]]:
-    """Turns with the cache off and on."""
+def measure(checkpoint: Path, case: Case) -> Mapping[bool, Sequence[Run]]:
+    """Runs with the cache off and on."""
     section = EngineSection(max_num_seqs=case.num_clients)
     engines = {
         is_on: LocalEngine(
@@ -113,28 +113,28 @@ def measure(checkpoint: Path, case: Case) -> Mapping[bool, Sequence[Turn]]:
     seeds = itertools.count()
     for engine in engines.values():
         warm_up = replace(case, num_requests=case.num_clients)
-        run_turn(engine, _requests(warm_up, next(seeds)), case.num_clients)
-    found: dict[bool, list[Turn]] = {is_on: [] for is_on in LABELS}
+        run_once(engine, _requests(warm_up, next(seeds)), case.num_clients)
+    found: dict[bool, list[Run]] = {is_on: [] for is_on in LABELS}
     for _ in range(case.repeats):
         for is_on, engine in engines.items():
-            found[is_on].append(_quiet_turn(engine, case, seeds))
+            found[is_on].append(_quiet_run(engine, case, seeds))
             logger.info("cache %s: %s", LABELS[is_on], found[is_on][-1])
     return found
 
 
-def _quiet_turn(engine: LocalEngine, case: Case, seeds: Iterator[int]) -> Turn:
-    """A turn; as long as there is patience, one that nobody disturbs."""
+def _quiet_run(engine: LocalEngine, case: Case, seeds: Iterator[int]) -> Run:
+    """A run; as long as there is patience, one that nobody disturbs."""
     deadline = time.monotonic() + case.patience_s
     while True:
         wait_until_quiet(deadline)
         before = CpuClock.now()
-        turn = run_turn(engine, _requests(case, next(seeds)), case.num_clients)
+        run = run_once(engine, _requests(case, next(seeds)), case.num_clients)
         others = before.others(CpuClock.now())
         if others < QUIET_CORES or time.monotonic() > deadline:
-            return replace(turn, others_cores=others)
+            return replace(run, others_cores=others)
 
 
-def run_turn(engine: LocalEngine, waiting: Sequence[Request], num_clients: int) -> Turn:
+def run_once(engine: LocalEngine, waiting: Sequence[Request], num_clients: int) -> Run:
     """Serve requests, ``num_clients`` of them at once."""
     left, started, first = list(waiting), dict[str, float](), dict[str, float]()
     before, begin = engine.engine.stats(), time.perf_counter()
@@ -153,7 +153,7 @@ def run_turn(engine: LocalEngine, waiting: Sequence[Request], num_clients: int) 
     ttft = sorted((first[name] - start) * 1000 for name, start in started.items())
     names = ("prompt_tokens_cached_total", "prompt_tokens_total")
     cached, prompt = (engine.engine.stats()[name] - before[name] for name in names)
-    return Turn(
+    return Run(
         ttft_ms=statistics.median(ttft),
         slow_ttft_ms=ttft[len(ttft) * 9 // 10],
         tokens_per_s=num_tokens / took,
@@ -176,16 +176,16 @@ def _requests(case: Case, seed: int) -> list[Request]:
     ]
 
 
-def rows_of(model: str, found: Mapping[bool, Sequence[Turn]]) -> Iterator[list[str]]:
+def rows_of(model: str, found: Mapping[bool, Sequence[Run]]) -> Iterator[list[str]]:
     """Off, on, and how they compare."""
-    for is_on, turns in found.items():
+    for is_on, runs in found.items():
         yield [
             f"{model}, {LABELS[is_on]}",
-            f"{statistics.median(t.ttft_ms for t in turns):.1f}",
-            f"{statistics.median(t.slow_ttft_ms for t in turns):.1f}",
-            f"{statistics.median(t.tokens_per_s for t in turns):.1f}",
-            f"{statistics.median(t.hit_rate for t in turns):.0%}",
-            f"{statistics.median(t.others_cores for t in turns):.1f}",
+            f"{statistics.median(t.ttft_ms for t in runs):.1f}",
+            f"{statistics.median(t.slow_ttft_ms for t in runs):.1f}",
+            f"{statistics.median(t.tokens_per_s for t in runs):.1f}",
+            f"{statistics.median(t.hit_rate for t in runs):.0%}",
+            f"{statistics.median(t.others_cores for t in runs):.1f}",
         ]
     pairs = list(zip(found[True], found[False], strict=True))
     ttft = statistics.median(on.ttft_ms / off.ttft_ms for on, off in pairs)
@@ -198,6 +198,6 @@ def _words(case: Case) -> str:
         f"## Prefix cache\n\n{case.num_requests} requests, {case.num_clients} at a time, with "
         f"prompts of {case.shared_tokens} tokens that all have in common and {case.own_tokens} of "
         f"their own, {case.new_tokens} new tokens each, greedy, bfloat16. The local engine with "
-        f"two compute threads, the models of the serving section; medians of {case.repeats} turns, "
-        "ratios within a turn; `others` are the cores that other processes used meanwhile."
+        f"two compute threads, the models of the serving section; medians of {case.repeats} runs, "
+        "ratios within a run; `others` are the cores that other processes used meanwhile."
     )

@@ -29,7 +29,7 @@ STAGES = {
     "attention": "attention and routers, of all layers",
     "dispatch": "the experts: here they compute at once, nothing is sent",
     "combine": "nothing more to do here",
-    "sample": "final norm, logits, drawing of tokens, commit",
+    "sample": "final norm, logits, sampling, commit",
     "rest": "between these",
 }
 

@@ -116,7 +116,7 @@ def engine_addresses(controller: Any) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class Received:
     """A message of an engine, or the end of its stream."""
 
     at: float
@@ -128,12 +128,12 @@ class News:
 class Stream:
     """One engine stream, read by a thread of its own."""
 
-    def __init__(self, address: str, news: queue.SimpleQueue[News]) -> None:
+    def __init__(self, address: str, received: queue.SimpleQueue[Received]) -> None:
         self.outgoing: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
         """What is sent; None ends it."""
         self._channel = grpc.insecure_channel(address)
         self._call = self._channel.stream_stream(PATH, bytes, bytes)(self._messages())
-        self._thread = threading.Thread(target=self._read, args=(news,), daemon=True)
+        self._thread = threading.Thread(target=self._read, args=(received,), daemon=True)
         self._thread.start()
 
     def _messages(self) -> Iterator[bytes]:
@@ -141,15 +141,15 @@ class Stream:
         while (message := self.outgoing.get()) is not None:
             yield TO_ENGINE.encode(message)
 
-    def _read(self, news: queue.SimpleQueue[News]) -> None:
+    def _read(self, received: queue.SimpleQueue[Received]) -> None:
         try:
             answers = iter(self._call)
             ENGINE_HELLO.decode(next(answers))
             for data in answers:
-                news.put(News(perf_counter(), FROM_ENGINE.decode(data)))
+                received.put(Received(perf_counter(), FROM_ENGINE.decode(data)))
         except grpc.RpcError:
             pass  # cancelled, or the engine is gone: an end either way
-        news.put(News(perf_counter(), None))
+        received.put(Received(perf_counter(), None))
 
     def close(self) -> None:
         """End it."""
@@ -160,11 +160,11 @@ class Stream:
 
 
 class EngineClient:
-    """What a gateway is to the engines; notes when tokens come. Requests go to them in turn."""
+    """What a gateway is to the engines; notes when tokens come. Requests go to them round-robin."""
 
     def __init__(self, addresses: Sequence[str]) -> None:
-        self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
-        self._streams = [Stream(address, self._news) for address in addresses]
+        self._received: queue.SimpleQueue[Received] = queue.SimpleQueue()
+        self._streams = [Stream(address, self._received) for address in addresses]
         self._num_batches = 0
 
     def __enter__(self) -> Self:
@@ -192,14 +192,14 @@ class EngineClient:
             stream.outgoing.put(request)
         left = len(prompts)
         while left:
-            news = self._news.get(timeout=_ANSWER_LIMIT_S)
-            if news.message is None:
+            received = self._received.get(timeout=_ANSWER_LIMIT_S)
+            if received.message is None:
                 raise RuntimeError("the engine stream ended")
-            if not isinstance(news.message, StepOutput):
+            if not isinstance(received.message, StepOutput):
                 continue
-            for output in news.message.outputs:
+            for output in received.message.outputs:
                 if output.error:
                     raise RuntimeError(output.error)
-                times[places[output.request_id]] += [news.at - start] * len(output.token_ids)
+                times[places[output.request_id]] += [received.at - start] * len(output.token_ids)
                 left -= output.finish_reason is not None
         return times

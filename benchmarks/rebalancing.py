@@ -89,8 +89,8 @@ QUICK = Case(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
-    """What clients saw in a span of time."""
+class Interval:
+    """What clients saw in an interval."""
 
     tokens_per_s: float
     itl_ms: float
@@ -100,12 +100,12 @@ class Span:
 
     @classmethod
     def of(
-        cls, tokens: Sequence[Sequence[float | None]], spans: Sequence[tuple[float, float]]
-    ) -> Span | None:
-        """Tokens of all the spans together; None where there are too few."""
-        mine = [t for t in tokens if any(a <= (t[0] or 0.0) < b for a, b in spans)]
+        cls, tokens: Sequence[Sequence[float | None]], intervals: Sequence[tuple[float, float]]
+    ) -> Interval | None:
+        """Numbers of all intervals together; None where there are too few tokens."""
+        mine = [t for t in tokens if any(a <= (t[0] or 0.0) < b for a, b in intervals)]
         gaps = sorted(1e3 * t[1] for t in mine if t[1] is not None)
-        seconds = sum(b - a for a, b in spans)
+        seconds = sum(b - a for a, b in intervals)
         if len(gaps) < 2 or seconds <= 0:
             return None
         return cls(
@@ -190,8 +190,8 @@ def _run(
     return found
 
 
-def spans_of(case: Case, shift: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """Spans of time by what went on in them."""
+def intervals_of(case: Case, shift: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Intervals by what went on in them."""
     began = shift["marks"][1]
     end = began + case.after_s
     busy: list[tuple[float, float]] = []
@@ -200,7 +200,7 @@ def spans_of(case: Case, shift: Mapping[str, Any]) -> dict[str, list[tuple[float
         if event["phase"] and following["at"] > began:
             busy.append((max(event["at"], began), following["at"]))
     first = min((a for a, _ in busy), default=end)
-    edges = [began, *(at for span in busy for at in span), end]
+    edges = [began, *(at for interval in busy for at in interval), end]
     still = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b > a]
     return {
         "before": [(began / 2, began)],
@@ -224,9 +224,9 @@ def section(quick: bool) -> str:
 def report(case: Case, found: Mapping[str, Any]) -> str:
     """The table and what it comes to."""
     shift, fresh = found["shift"], found["fresh"]
-    spans = spans_of(case, shift)
-    span = {name: Span.of(shift["tokens"], own) for name, own in spans.items()}
-    span["fresh"] = Span.of(fresh["tokens"], [(case.fresh_s / 3, case.fresh_s)])
+    intervals = intervals_of(case, shift)
+    interval = {name: Interval.of(shift["tokens"], own) for name, own in intervals.items()}
+    interval["fresh"] = Interval.of(fresh["tokens"], [(case.fresh_s / 3, case.fresh_s)])
     names = {
         "before": "first domain, the best placement for it",
         "unbalanced": "second domain, before the first change",
@@ -235,9 +235,9 @@ def report(case: Case, found: Mapping[str, Any]) -> str:
         "settled": f"second domain, the last {case.settled_s:g} s",
         "fresh": "second domain, a new cluster with the best placement for it",
     }
-    rows = [[words, *_cells(span[name])] for name, words in names.items()]
+    rows = [[words, *_cells(interval[name])] for name, words in names.items()]
     lines = [_words(case), table(["", "tokens/s", "ITL ms", "p99 ITL ms"], rows)]
-    settled, ideal, moving, still = (span[n] for n in ("settled", "fresh", "moving", "still"))
+    settled, ideal, moving, still = (interval[n] for n in ("settled", "fresh", "moving", "still"))
     if settled and ideal:
         lines.append(
             f"Recovered to {settled.tokens_per_s / ideal.tokens_per_s:.3f} of the new cluster's "
@@ -253,10 +253,10 @@ def report(case: Case, found: Mapping[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
-def _cells(span: Span | None) -> list[str]:
-    if span is None:
+def _cells(interval: Interval | None) -> list[str]:
+    if interval is None:
         return ["-"] * 3
-    return [f"{span.tokens_per_s:.0f}", f"{span.itl_ms:.1f}", f"{span.slow_itl_ms:.1f}"]
+    return [f"{interval.tokens_per_s:.0f}", f"{interval.itl_ms:.1f}", f"{interval.slow_itl_ms:.1f}"]
 
 
 def _words(case: Case) -> str:
@@ -284,14 +284,14 @@ def plot(case: Case, found: Mapping[str, Any]) -> str:
             counts[int(at / _BIN_S)] += 1
     rates = tuple(((i + 0.5) * _BIN_S, c / _BIN_S) for i, c in enumerate(counts[:-1]))
     lines = [Line("the cluster that rebalances", rates)]
-    if ideal := Span.of(found["fresh"]["tokens"], [(case.fresh_s / 3, case.fresh_s)]):
+    if ideal := Interval.of(found["fresh"]["tokens"], [(case.fresh_s / 3, case.fresh_s)]):
         level = ((0.0, ideal.tokens_per_s), (end, ideal.tokens_per_s))
         lines.append(Line("a new one, best placement", level))
     return line_chart(
         lines,
         "seconds",
         "tokens/s; shaded: a change of the placement is under way",
-        bands=spans_of(case, shift)["moving"],
+        bands=intervals_of(case, shift)["moving"],
         marks=[Mark("the load shifts", shift["marks"][1])],
     )
 

@@ -22,7 +22,7 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks.paced import ComputeTime, paced_worker
-from benchmarks.ray_serving import FOLDER_VARIABLE, News, Stream, controlled, engine_addresses
+from benchmarks.ray_serving import FOLDER_VARIABLE, Received, Stream, controlled, engine_addresses
 from cluster.core.topology import Role
 from cluster.launch.local_ray import PrivateRay
 from workers.process.actor import WorkerActor
@@ -53,14 +53,14 @@ class Watch:
 
         while not self._ends.wait(_POLL_S):
             snapshot = ray.get(self._controller.snapshot.remote())
-            news = {
+            state = {
                 "epoch": snapshot["placement_epoch"],
                 "phase": snapshot["rebalance"]["phase"],
                 "moves": bool(snapshot["rebalance"]["loading"]),
                 "last": snapshot["rebalance"]["last"],
             }
-            if not self.events or {**self.events[-1], "at": 0} != {**news, "at": 0}:
-                self.events.append({**news, "at": perf_counter() - self._began})
+            if not self.events or {**self.events[-1], "at": 0} != {**state, "at": 0}:
+                self.events.append({**state, "at": perf_counter() - self._began})
 
 
 class ClosedLoop:
@@ -69,8 +69,8 @@ class ClosedLoop:
     def __init__(self, address: str, job: Mapping[str, Any], began: float) -> None:
         self._job = job
         self._began = began
-        self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
-        self._stream = Stream(address, self._news)
+        self._received: queue.SimpleQueue[Received] = queue.SimpleQueue()
+        self._stream = Stream(address, self._received)
         self._rng = random.Random(1)
         self._count = 0
         self._running: dict[str, float | None] = {}
@@ -82,15 +82,15 @@ class ClosedLoop:
         while perf_counter() < until:
             while len(self._running) < self._job["streams"]:
                 self._begin(domain)
-            news = self._news.get(timeout=_ANSWER_LIMIT_S)
-            if news.message is None:
+            received = self._received.get(timeout=_ANSWER_LIMIT_S)
+            if received.message is None:
                 raise RuntimeError("the engine stream ended")
-            if not isinstance(news.message, StepOutput):
+            if not isinstance(received.message, StepOutput):
                 continue
-            for output in news.message.outputs:
+            for output in received.message.outputs:
                 if output.error:
                     raise RuntimeError(output.error)
-                self._note(output.request_id, news.at, len(output.token_ids))
+                self._note(output.request_id, received.at, len(output.token_ids))
                 if output.finish_reason is not None:
                     del self._running[output.request_id]
 

@@ -4,7 +4,7 @@ python -m benchmarks.reliability [--rows expert-copies,attention] [--repetitions
 
 24 clients on a private Ray with the bundled model, default settings, detection limit 2 s. Each
 repetition waits for full flow, does the fault at a random moment, and takes the longest time
-between two pieces of news of any stream from then until all flow again. Then the load stops until
+between two deltas of any stream from then until all flow again. Then the load stops until
 the cluster has replaced what it lost; a cluster that does not is started anew.
 """
 
@@ -340,7 +340,7 @@ def measure(row: Row, size: Size, seed: int = 1) -> Found:
 
 
 def _repetitions(row: Row, size: Size, draw: random.Random, found: Found) -> Iterator[None]:
-    """One cluster: a turn for each repetition, until it does not come back to full size."""
+    """One cluster: a run for each repetition, until it does not come back to full size."""
     config = make_config(
         bundled_checkpoint(),
         row.attention,
@@ -368,7 +368,7 @@ def _repetitions(row: Row, size: Size, draw: random.Random, found: Found) -> Ite
 def _one(row: Row, site: Site, load: FaultLoad, draw: random.Random, found: Found) -> None:
     """One fault."""
     row.prepare(site)
-    load.wait_news(3)
+    load.wait_deltas(3)
     time.sleep(_CALM_S + draw.uniform(0.0, 0.3))
     before = site.snapshot()
     hit_at = time.monotonic()
@@ -381,7 +381,7 @@ def _one(row: Row, site: Site, load: FaultLoad, draw: random.Random, found: Foun
             ),
             "the cluster to go on",
         )
-    load.wait_news(3)
+    load.wait_deltas(3)
     found.stalls_s.append(load.longest_pause(hit_at))
     found.calm_s.append(load.longest_pause(hit_at - _CALM_S, hit_at - 0.1))
     logger.info("%s: %.3f s", row.name, found.stalls_s[-1])
@@ -432,7 +432,7 @@ def section(quick: bool, rows: Sequence[Row] = ROWS, size: Size | None = None) -
         "penalties, stop strings and grammars, of at least "
         f"{size.num_tokens} tokens; bundled model, default settings, detection limit "
         f"{DETECTION_LIMIT_S:g} s, everything on the same cores. A stall is the longest time "
-        "between two pieces of news of any stream around the fault; `calm` is the same in the "
+        "between two deltas of any stream around the fault; `calm` is the same in the "
         "second before it (median)."
     )
     return f"{words}\n\n{report(found)}"

@@ -14,7 +14,7 @@ FILE = Path(__file__).with_name("RESULTS.md")
 """Where ``make bench`` writes."""
 _HEAD = """# Benchmark results
 
-`make bench` replaces what stands between the markers; notes outside of them stay.
+`make bench` replaces the sections between the markers; notes outside the markers stay.
 """
 
 

@@ -3,11 +3,12 @@
 python -m benchmarks.run --only routing
 
 The model: 8 workers compute 8,000 prompt tokens a second each, one prompt after the other, and keep
-2,500 blocks of 512 tokens each; decoding costs nothing. The gateway expects what it has just routed
-and hears of it when it is computed. Routing alone gives up the blocks least recently used. With
-fetches, a worker gets 100,000 prompt tokens a second from one peer that has computed them, while
-other prompts are computed. With eviction across workers, what was lent goes first, and what was
-found again counts as half as old.
+2,500 blocks of 512 tokens each; decoding costs nothing. The gateway counts a prompt's blocks as
+expected from the moment it routes the prompt, and as cached once the worker has computed them.
+Routing alone evicts the least recently used blocks. With fetches, a worker gets 100,000 prompt
+tokens a second from one peer that has computed them, while it computes other prompts. With eviction
+across workers, copies that a peer has fetched are evicted first, and a block that was found again
+counts as half as old.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ TOGETHER = Rules(fetch_tokens_per_s=FETCHED_PER_S, evicts_together=True)
 
 
 @dataclass(frozen=True, slots=True)
-class _News:
-    """What the gateway hears when a prompt is computed."""
+class _Computed:
+    """A computed prompt, as its worker reports it to the gateway."""
 
     time_s: float
     names: Sequence[bytes]
@@ -94,7 +95,7 @@ class _News:
 
 
 class Worker:
-    """One attention worker: a queue of prompts, and a cache that tells of its blocks."""
+    """One attention worker: a queue of prompts, and a cache that reports its blocks."""
 
     def __init__(self, name: str, index: KvIndex, rules: Rules) -> None:
         self.load = WorkerLoad(name=name)
@@ -107,7 +108,7 @@ class Worker:
         self._index = index
         self._order = EvictionOrder(USED_AGE if rules.evicts_together else 1.0)
         self._number = 0
-        self._news: deque[_News] = deque()
+        self._reports: deque[_Computed] = deque()
         index.apply(name, KvEvents(number=0, is_whole=True))
 
     def wait_s(self, now_s: float) -> float:
@@ -115,11 +116,11 @@ class Worker:
         return max(self.free_s - now_s, 0.0)
 
     def tell(self, now_s: float) -> None:
-        """The gateway hears of the prompts that were computed up to now."""
-        while self._news and self._news[0].time_s <= now_s:
-            news = self._news.popleft()
-            assert self._index.apply(self.load.name, news.events), "no message is lost here"
-            self._index.settle(self.load.name, news.names)
+        """Report the prompts that were computed up to now to the gateway."""
+        while self._reports and self._reports[0].time_s <= now_s:
+            report = self._reports.popleft()
+            assert self._index.apply(self.load.name, report.events), "no message is lost here"
+            self._index.settle(self.load.name, report.names)
 
     def num_cached(self, names: Sequence[bytes]) -> int:
         """Blocks of a prompt that are here."""
@@ -171,7 +172,7 @@ class Worker:
         kept = tuple(name for name in stored if name not in gone)
         old = tuple(name for name in removed if name not in set(stored))
         events = KvEvents(number=self._number, stored=kept, removed=old)
-        self._news.append(_News(self.free_s, names, events))
+        self._reports.append(_Computed(self.free_s, names, events))
 
 
 def replay(

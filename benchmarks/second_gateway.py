@@ -23,7 +23,7 @@ from tests.harness.mixed_calls import make_calls
 
 NUM_STREAMS = 8
 NUM_TOKENS = 200
-_NEWS = 3
+_NUM_DELTAS = 3
 
 
 class Standstill:
@@ -56,12 +56,12 @@ async def serve(config: ClusterConfig, snapshot: dict[str, Any]) -> None:
 
     async def ask(number: int) -> None:
         call = make_calls(NUM_STREAMS, NUM_TOKENS)[number]
-        news = 0
-        for turn in range(1_000_000):
-            with await gateway.start(call, f"second-{number}-{turn}", 600.0) as generation:
+        num_deltas = 0
+        for repeat in range(1_000_000):
+            with await gateway.start(call, f"second-{number}-{repeat}", 600.0) as generation:
                 while not generation.is_finished:
-                    news += bool(await generation.next())
-                    if news == _NEWS and number in waiting:
+                    num_deltas += bool(await generation.next())
+                    if num_deltas == _NUM_DELTAS and number in waiting:
                         waiting.discard(number)
                         if not waiting:
                             sys.stdout.write("flowing\n")

@@ -1,7 +1,7 @@
 """Tokens per second of one process and of one attention and one expert worker.
 
 Three systems with as many threads each: (a) transformers, (b) our engine in one process with two
-threads, (c) two workers with one thread each. They are all loaded at once and take turns, so that
+threads, (c) two workers with one thread each. They are all loaded at once and alternate, so that
 other load on the machine hits them alike.
 """
 
@@ -53,11 +53,11 @@ class Case:
     new_tokens: int = 64
     """Tokens that each sequence gets."""
     repeats: int = 3
-    """Turns of every system at every batch size."""
+    """Runs of every system at every batch size."""
     systems: tuple[str, ...] = ("transformers", "local", "ray")
     """Names in ``child.SYSTEMS``."""
     patience_s: float = 10.0
-    """While others use the machine, longest wait before a turn, and for its repetition after it."""
+    """While others use the machine, longest wait before a run, and for its repetition after it."""
 
 
 QUICK = Case(batches=(2,), prompt_tokens=8, new_tokens=4, repeats=1, patience_s=0.0)
@@ -103,7 +103,7 @@ def measure(checkpoint: Path, case: Case) -> Results:
                     sample = _run(systems[name], case, batch, seed=repeat + 1)
                     found[batch][name].append(sample)
                     logger.info(
-                        "turn %d, batch %d, %s: %.1f tokens/s, ITL %.2f ms, others %.1f cores",
+                        "run %d, batch %d, %s: %.1f tokens/s, ITL %.2f ms, others %.1f cores",
                         repeat + 1,
                         batch,
                         LABELS.get(name, name),
@@ -115,7 +115,7 @@ def measure(checkpoint: Path, case: Case) -> Results:
 
 
 def _run(system: System, case: Case, batch: int, seed: int) -> Sample:
-    """One turn; as long as there is patience, one that nobody disturbs."""
+    """One run; as long as there is patience, one that nobody disturbs."""
     prompts = _prompts(case, batch, seed)
     deadline = time.monotonic() + case.patience_s
     while True:
@@ -169,5 +169,5 @@ def _words(case: Case) -> str:
         "process, (c) one in each worker, seen by a client of the engine stream. `tokens/s` "
         "includes the prefill; decode and ITL (median) are of the time in which all sequences "
         "decode; `others` are the cores that other processes used meanwhile. Medians of "
-        f"{case.repeats} turns; ratios are medians of the ratios within a turn."
+        f"{case.repeats} runs; ratios are medians of the ratios within a run."
     )

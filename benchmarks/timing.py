@@ -12,7 +12,7 @@ Times = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DecodeSpan:
+class DecodeInterval:
     """What happened while all sequences decoded."""
 
     begin_s: float
@@ -35,11 +35,11 @@ class DecodeSpan:
         return 1e3 * statistics.median(self.gaps_s) if self.gaps_s else None
 
 
-def decode_span_of(times: Times) -> DecodeSpan:
-    """The span of one batch.
+def decode_interval_of(times: Times) -> DecodeInterval:
+    """The interval of one batch.
 
     A sequence that got its first token early has already decoded by the end of the prefill; these
-    tokens do not count. Where nothing is left of the span in which all decode (few tokens, long
+    tokens do not count. Where nothing is left of the interval in which all decode (few tokens, long
     prefill), it is everything after the prefill.
     """
     begin = max(t[0] for t in times)
@@ -49,7 +49,7 @@ def decode_span_of(times: Times) -> DecodeSpan:
     inside = [[t for t in mine if begin <= t <= end] for mine in times]
     gaps = tuple(b - a for mine in inside for a, b in pairwise(mine))
     new = sum(sum(t > begin for t in mine) for mine in inside)
-    return DecodeSpan(begin_s=begin, end_s=end, tokens=new, gaps_s=gaps)
+    return DecodeInterval(begin_s=begin, end_s=end, tokens=new, gaps_s=gaps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,20 +63,20 @@ class Sample:
     decode_tokens_per_s: float
     """Rate while all sequences decode: from then until the first one has all its tokens."""
     itl_ms: float
-    """Median time between two tokens of a sequence in that span (inter-token latency)."""
+    """Median time between two tokens of a sequence in that interval (inter-token latency)."""
     others_cores: float
     """CPU cores that other processes used meanwhile."""
 
 
 def sample_of(times: Times, others_cores: float = 0.0) -> Sample:
     """Numbers of one batch; at least two tokens each."""
-    last, span = max(t[-1] for t in times), decode_span_of(times)
-    assert span.tokens_per_s is not None, "something was decoded"
+    last, interval = max(t[-1] for t in times), decode_interval_of(times)
+    assert interval.tokens_per_s is not None, "something was decoded"
     return Sample(
         tokens_per_s=sum(map(len, times)) / last,
-        prefill_s=span.begin_s,
-        decode_tokens_per_s=span.tokens_per_s,
-        itl_ms=statistics.median(span.gaps_s) * 1e3,
+        prefill_s=interval.begin_s,
+        decode_tokens_per_s=interval.tokens_per_s,
+        itl_ms=statistics.median(interval.gaps_s) * 1e3,
         others_cores=others_cores,
     )
 

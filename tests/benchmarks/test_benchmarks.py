@@ -39,9 +39,9 @@ def test_rebalancing_tells_what_clients_saw() -> None:
     case = rebalancing.Case(before_s=10.0, after_s=20.0, settled_s=5.0, fresh_s=9.0)
     last = {"epoch": 3, "text": "filled 4 slots"}
 
-    def tokens(*spans: tuple[float, float, float]) -> list[list[float | None]]:
+    def tokens(*intervals: tuple[float, float, float]) -> list[list[float | None]]:
         """A token each so many seconds."""
-        return [[a + i * gap, gap] for a, b, gap in spans for i in range(round((b - a) / gap))]
+        return [[a + i * gap, gap] for a, b, gap in intervals for i in range(round((b - a) / gap))]
 
     events = [
         {"at": 0.0, "epoch": 1, "phase": "", "moves": False, "last": None},
@@ -53,7 +53,7 @@ def test_rebalancing_tells_what_clients_saw() -> None:
         "shift": {"tokens": shifted, "marks": [0.0, 10.0], "events": events},
         "fresh": {"tokens": tokens((0, 9, 0.1)), "marks": [0.0], "events": []},
     }
-    assert rebalancing.spans_of(case, found["shift"])["moving"] == [(12.0, 14.0)]
+    assert rebalancing.intervals_of(case, found["shift"])["moving"] == [(12.0, 14.0)]
     text = rebalancing.report(case, found)
     assert "| second domain, before the first change | 5 | 200.0 | 200.0 |" in text
     assert "| second domain, while a change is under way | 4 | 250.0 | 250.0 |" in text
@@ -90,7 +90,7 @@ def test_a_batch_without_such_a_span_counts_what_follows_the_prefill() -> None:
     assert (found.decode_tokens_per_s, found.itl_ms) == (1.0, 1000.0)
 
 
-def test_median_and_ratio_go_over_the_turns() -> None:
+def test_median_and_ratio_go_over_the_runs() -> None:
     samples = [_sample(1.0), _sample(100.0), _sample(3.0)]
     assert median_of(samples).tokens_per_s == 3.0
     base = [_sample(1.0), _sample(50.0), _sample(1.0)]
@@ -112,8 +112,8 @@ def test_a_section_is_added_then_replaced_and_notes_survive(tmp_path: Path) -> N
 
 
 def test_the_report_has_a_row_per_system_and_the_ratios() -> None:
-    turns = {"transformers": [_sample(10.0)], "local": [_sample(20.0)], "ray": [_sample(15.0)]}
-    lines = report("Model", QUICK, {1: turns, 8: turns}).splitlines()
+    runs = {"transformers": [_sample(10.0)], "local": [_sample(20.0)], "ray": [_sample(15.0)]}
+    lines = report("Model", QUICK, {1: runs, 8: runs}).splitlines()
     assert lines[0] == "### Model"
     assert "| 8, (b) local engine | 20.0 | 0.500 | 40.0 | 1.00 | 0.0 |" in lines
     assert lines[-1] == "| 8 | 2.00 | 2.00 | 0.75 | 0.75 |"
@@ -161,10 +161,10 @@ def test_the_prefix_cache_is_measured_on_and_off() -> None:
     case = replace(prefix_cache.QUICK, repeats=2)
     with random_model(TINY) as checkpoint:
         found = prefix_cache.measure(checkpoint, case)
-    assert [turn.hit_rate for turn in found[False]] == [0, 0]
+    assert [run.hit_rate for run in found[False]] == [0, 0]
     # two at a time: all but the first two find the two full blocks among the 40 common tokens
-    assert [turn.hit_rate for turn in found[True]] == [pytest.approx(2 * 32 / (4 * 44))] * 2
-    assert all(turn.tokens_per_s > 0 for turns in found.values() for turn in turns)
+    assert [run.hit_rate for run in found[True]] == [pytest.approx(2 * 32 / (4 * 44))] * 2
+    assert all(run.tokens_per_s > 0 for runs in found.values() for run in runs)
     lines = list(prefix_cache.rows_of("tiny", found))
     assert [line[0] for line in lines] == ["tiny, off", "tiny, on", "tiny, on / off"]
     assert {len(line) for line in lines} == {6}
@@ -173,10 +173,10 @@ def test_the_prefix_cache_is_measured_on_and_off() -> None:
 def test_the_latency_target_has_a_row_on_and_off() -> None:
     with random_model(TINY) as checkpoint:
         found = itl_target.measure(checkpoint, itl_target.QUICK)
-    assert [len(turns) for turns in found.values()] == [1, 1]
-    (turn,) = found[1.0]
-    assert 0 < turn.itl_ms <= turn.slow_itl_ms <= turn.slowest_itl_ms
-    assert turn.ttft_ms > 0
+    assert [len(runs) for runs in found.values()] == [1, 1]
+    (run,) = found[1.0]
+    assert 0 < run.itl_ms <= run.slow_itl_ms <= run.slowest_itl_ms
+    assert run.ttft_ms > 0
     lines = itl_target.report(found).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| off", "| 1"]
 
@@ -207,7 +207,7 @@ def test_processes_with_the_whole_model_are_measured(model: RandomModel) -> None
     case = replace(QUICK, systems=("transformers", "local"))
     with random_model(model) as checkpoint:
         found = measure(checkpoint, case)
-    assert {name: len(turns) for name, turns in found[2].items()} == {"transformers": 1, "local": 1}
+    assert {name: len(runs) for name, runs in found[2].items()} == {"transformers": 1, "local": 1}
     assert "local engine" in report("Tiny", case, found)
 
 
@@ -230,8 +230,8 @@ def test_colocated_workers_are_measured() -> None:
 
 
 def test_the_colocated_report_compares_three_layouts() -> None:
-    turns = {"local": [_sample(10.0)], "ray": [_sample(20.0)], "ray-colocated": [_sample(30.0)]}
-    lines = colocated.report("Model", {8: turns}).splitlines()
+    runs = {"local": [_sample(10.0)], "ray": [_sample(20.0)], "ray-colocated": [_sample(30.0)]}
+    lines = colocated.report("Model", {8: runs}).splitlines()
     assert (
         lines[-1] == "| 8, 2 colocated workers | 30.0 | 0.500 | 60.0 | 1.00 | 3.00 | 1.50 | 0.0 |"
     )

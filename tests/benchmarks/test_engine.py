@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import engine, profile
 from benchmarks.profile import STAGES, StepSums
-from benchmarks.timing import decode_span_of
+from benchmarks.timing import decode_interval_of
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 from tests.harness.step_traces import read_spans
@@ -113,9 +113,9 @@ def test_spans_are_added_up_by_phase() -> None:
     assert sums.results() == {}
 
 
-def test_a_span_of_few_tokens_is_all_that_follows_the_prefill() -> None:
-    span = decode_span_of([[1.0, 2.0], [3.0, 4.0]])
-    assert (span.begin_s, span.end_s, span.tokens, span.gaps_s) == (3.0, 4.0, 1, (1.0,))
-    assert (span.tokens_per_s, span.median_gap_ms) == (1.0, 1000.0)
-    single = decode_span_of([[1.0], [2.0]])
+def test_an_interval_of_few_tokens_is_all_that_follows_the_prefill() -> None:
+    found = decode_interval_of([[1.0, 2.0], [3.0, 4.0]])
+    assert (found.begin_s, found.end_s, found.tokens, found.gaps_s) == (3.0, 4.0, 1, (1.0,))
+    assert (found.tokens_per_s, found.median_gap_ms) == (1.0, 1000.0)
+    single = decode_interval_of([[1.0], [2.0]])
     assert (single.tokens_per_s, single.median_gap_ms) == (None, None)
