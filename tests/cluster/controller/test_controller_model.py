@@ -114,7 +114,7 @@ class ControllerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.world.collector is not None)
     @rule()
-    def crash_failover(self) -> None:
+    def crash_collector(self) -> None:
         self.world.crash_controller(0)
 
     @precondition(lambda self: self.world.controller is None and self.world.collector is None)
