@@ -17,6 +17,7 @@ import pytest
 from cluster.config.cluster import EngineSection
 from cluster.launch.model_source import bundled_checkpoint
 from tests.harness.fault_rows import FORMS, FULL, Form
+from tests.harness.local_engine import LocalEngine
 from tests.pretend_hosts.hosts import (
     TIMEOUT_S,
     NodeHosts,
@@ -26,7 +27,6 @@ from tests.pretend_hosts.hosts import (
     wait_until,
     why_not,
 )
-from workers.local_engine import LocalEngine
 from workers.requests.request import SamplingParams
 
 pytestmark = pytest.mark.ray

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cluster.config.cluster import ClusterConfig
+from tests.harness.local_engine import LocalEngine
 from tests.harness.serving_cluster import (
     RayCluster,
     ServingCluster,
@@ -27,7 +28,6 @@ from tests.reference.goldens import (
     OTHER_VARIANTS,
     Golden,
 )
-from workers.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams
 
 LAYOUTS = [(attention, experts) for attention in (1, 2, 3) for experts in (1, 2, 3, 4)]
