@@ -35,6 +35,7 @@ from cluster.cli.terminal.arguments import count
 from cluster.cli.terminal.output import note, table
 from tests.distributed import run_ranks
 from workers.dispatch.dispatcher import BatchRows
+from workers.model.layers import Dispatch
 from workers.transport.transport import DataTransport, Expected, Message, Part, Tag
 
 LEFT_OUT = 5
@@ -147,7 +148,7 @@ def _send(connected: Connected, rank: int, plan: Plan) -> Sizes:
         for step in plan.steps(2 * size + 1):
             dispatcher.begin_step(shape.header(step, num_rows, plan.is_prefill), [batch])
             start = perf_counter()
-            handle = dispatcher.dispatch(rows, ids, weights, 0)
+            handle = dispatcher.dispatch(Dispatch(0, 0, rows, ids, weights))
             between = perf_counter()
             dispatcher.combine(handle)
             us["dispatch"].append(1e6 * (between - start))

@@ -16,6 +16,7 @@ from cluster.core.errors import PeerLostError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TokenDispatcher
+from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
 
 TINY_CONFIG: Mapping[str, Any] = {
@@ -109,17 +110,9 @@ class FailingDispatcher:
     def sit_out(self, header: StepHeader) -> None:
         self._inner.sit_out(header)
 
-    def dispatch(
-        self,
-        rows: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        bank: int,
-        exchange: int = 0,
-        micro_batch: int = 0,
-    ) -> DispatchHandle:
+    def dispatch(self, sent: Dispatch, micro_batch: int = 0) -> DispatchHandle:
         self._count()
-        return self._inner.dispatch(rows, topk_ids, topk_weights, bank, exchange, micro_batch)
+        return self._inner.dispatch(sent, micro_batch)
 
     def combine(self, handle: DispatchHandle) -> Tensor:
         self._count()

@@ -1,6 +1,6 @@
 """The model runner's interface to the experts: rows go out, weighted sums come back.
 
-    handle = dispatcher.dispatch(rows, topk_ids, topk_weights, bank)
+    handle = dispatcher.dispatch(sent)
     ...                                  # the other micro-batch, shared experts
     hidden = dispatcher.combine(handle)
 
@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
+from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec
+from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
 
 
@@ -80,26 +83,46 @@ class TokenDispatcher(Protocol):
         Called instead of all other methods. Raises as the waits do.
         """
 
-    def dispatch(
-        self,
-        rows: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        bank: int,
-        exchange: int = 0,
-        micro_batch: int = 0,
-    ) -> DispatchHandle:
-        """Send rows to their experts.
-
-        rows [T, in_width], or [T, k, in_width] where every slot has its own input, model dtype;
-        topk_ids [T, k] int64; topk_weights [T, k] floating.
-        """
+    def dispatch(self, sent: Dispatch, micro_batch: int = 0) -> DispatchHandle:
+        """Send rows to their experts."""
 
     def combine(self, handle: DispatchHandle) -> Tensor:
         """Outputs of a dispatch: [T, out_width] model dtype, [T, k, out_width] if not weighted."""
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Take the maps of an epoch, for the members of a generation."""
+
+
+class TimedDispatcher(ABC):
+    """The part that all dispatchers of an attention rank share: the timing of their calls."""
+
+    def __init__(self, banks: Sequence[BankSpec], timer: StepTimer | None) -> None:
+        self.timer = timer or StepTimer()
+        """Times attention, dispatch and combine."""
+        self._banks = tuple(banks)
+
+    def dispatch(self, sent: Dispatch, micro_batch: int = 0) -> DispatchHandle:
+        """See ``TokenDispatcher``; sends at once."""
+        bank = self._banks[sent.bank]
+        self.timer.lap("attention", bank, sent.exchange, micro_batch)
+        handle = self._dispatch(bank, sent, micro_batch)
+        self.timer.lap("dispatch", bank, sent.exchange, micro_batch)
+        return handle
+
+    def combine(self, handle: DispatchHandle) -> Tensor:
+        """See ``TokenDispatcher``; waits for the outputs."""
+        self.timer.mark()
+        outputs = self.gather(handle)
+        self.timer.lap("combine", handle.bank, handle.exchange, handle.micro_batch)
+        return outputs
+
+    @abstractmethod
+    def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> DispatchHandle:
+        """``dispatch`` without its timing."""
+
+    @abstractmethod
+    def gather(self, handle: DispatchHandle) -> Tensor:
+        """``combine`` without its timing."""
 
 
 class SlotBank(Protocol):

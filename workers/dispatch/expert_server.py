@@ -177,7 +177,7 @@ class ExpertServer:
         micro_batch: int,
         granted: dict[int, int],
     ) -> None:
-        by_pair = self._combine_mode == "per_slot" or not exchange.weighted
+        by_pair = exchange.returns_pairs(self._combine_mode)
         meta = Part(bank.top_k if by_pair else 2 * bank.top_k, torch.int32)
         parts = (meta, Part(exchange.in_width, self._dtype))
         inputs = bank.top_k if exchange.per_slot_input else 1

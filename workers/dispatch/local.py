@@ -11,11 +11,17 @@ from torch import Tensor
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.copies import CopyTables
-from workers.dispatch.dispatcher import BatchRows, DispatchHandle, SlotBanks
+from workers.dispatch.dispatcher import (
+    BatchRows,
+    DispatchHandle,
+    SlotBanks,
+    TimedDispatcher,
+)
 from workers.dispatch.weighting import weighted_sum
 from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec
+from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
 
 
@@ -27,7 +33,7 @@ class LocalHandle(DispatchHandle):
     """What ``combine`` returns."""
 
 
-class LocalDispatcher:
+class LocalDispatcher(TimedDispatcher):
     """Computes every pair on this device's own expert slots.
 
     The weighted sum adds in slot order in float32 and rounds once. That is what the remote
@@ -42,11 +48,9 @@ class LocalDispatcher:
         timer: StepTimer | None = None,
     ) -> None:
         """Until ``set_placement``, expert e is in slot e."""
-        self.timer = timer or StepTimer()
-        """Times attention, dispatch and combine."""
+        super().__init__(banks, timer)
         self._slots = slots
         self._activity = activity or Activity()
-        self._banks = tuple(banks)
         self._slot_of: list[Tensor | None] = [None] * len(self._banks)
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
@@ -65,50 +69,30 @@ class LocalDispatcher:
         """There are no other ranks to serve."""
         self.timer.begin_step(header)
 
-    def dispatch(
-        self,
-        rows: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        bank: int,
-        exchange: int = 0,
-        micro_batch: int = 0,
-    ) -> LocalHandle:
-        """Compute at once; see ``TokenDispatcher.dispatch`` for the shapes."""
+    def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> LocalHandle:
+        """Compute at once."""
         self._activity.advance()
-        spec = self._banks[bank]
-        self.timer.lap("attention", spec, exchange, micro_batch)
-        num_rows, top_k = topk_ids.shape
-        experts = topk_ids.flatten()
+        exchange = bank.exchanges[sent.exchange]
+        num_rows, top_k = sent.topk_ids.shape
+        experts = sent.topk_ids.flatten()
         pairs = torch.arange(len(experts), device=experts.device)
         pair_row = pairs // top_k
-        per_slot = spec.exchanges[exchange].per_slot_input
-        inputs = rows.flatten(0, 1) if per_slot else rows
-        slot_of = self._slot_of[bank]
+        per_slot = exchange.per_slot_input
+        inputs = sent.rows.flatten(0, 1) if per_slot else sent.rows
+        slot_of = self._slot_of[sent.bank]
         slots = experts if slot_of is None else slot_of.to(experts.device)[experts]
-        outputs = rows.new_empty(0, spec.exchanges[exchange].out_width)
+        outputs = sent.rows.new_empty(0, exchange.out_width)
         if len(pairs):
-            outputs = self._slots.banks[bank].compute(
-                exchange, inputs, pairs if per_slot else pair_row, slots
-            )
-        if spec.exchanges[exchange].weighted:
-            weights = topk_weights.float().flatten()
-            total = weighted_sum(outputs, weights, pair_row, num_rows, spec.float32_weights)
+            pair_input = pairs if per_slot else pair_row
+            outputs = self._slots.banks[sent.bank].compute(sent.exchange, inputs, pair_input, slots)
+        if exchange.weighted:
+            weights = sent.topk_weights.float().flatten()
+            total = weighted_sum(outputs, weights, pair_row, num_rows, bank.float32_weights)
             result = total.to(outputs.dtype)
         else:
             result = outputs.view(num_rows, top_k, outputs.shape[1])
-        self.timer.lap("dispatch", spec, exchange, micro_batch)
-        return LocalHandle(
-            bank=spec,
-            exchange=exchange,
-            micro_batch=micro_batch,
-            num_rows=num_rows,
-            copies=None,
-            result=result,
-        )
+        return LocalHandle(bank, sent.exchange, micro_batch, num_rows, None, result)
 
-    def combine(self, handle: DispatchHandle) -> Tensor:
+    def gather(self, handle: DispatchHandle) -> Tensor:
         assert isinstance(handle, LocalHandle)
-        self.timer.mark()
-        self.timer.lap("combine", handle.bank, handle.exchange, handle.micro_batch)
         return handle.result

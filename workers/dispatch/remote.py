@@ -23,11 +23,12 @@ from cluster.config.cluster import CombineMode
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.copies import CopyTables, EpochTables
-from workers.dispatch.dispatcher import BatchRows, DispatchHandle
+from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TimedDispatcher
 from workers.dispatch.weighting import weighted_sum
 from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
-from workers.model.config import BankSpec, ExchangeSpec
+from workers.model.config import BankSpec
+from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport, Expected, Message, Part, Tag
 
@@ -54,7 +55,7 @@ class RemoteHandle(DispatchHandle):
     """[T, k] as dispatched."""
 
 
-class RemoteDispatcher:
+class RemoteDispatcher(TimedDispatcher):
     """``TokenDispatcher`` of one attention rank. Data thread only."""
 
     def __init__(
@@ -69,11 +70,9 @@ class RemoteDispatcher:
         activity: Activity | None = None,
         timer: StepTimer | None = None,
     ) -> None:
-        self.timer = timer or StepTimer()
-        """Times attention, dispatch and combine."""
+        super().__init__(banks, timer)
         self._transport = transport
         self._activity = activity or Activity()
-        self._banks = tuple(banks)
         self._rank = rank
         self._combine_mode = combine_mode
         self._dtype = dtype
@@ -119,59 +118,39 @@ class RemoteDispatcher:
         self.timer.begin_step(header)
         self._epochs.forget(header.oldest_epoch)
 
-    def dispatch(
-        self,
-        rows: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        bank: int,
-        exchange: int = 0,
-        micro_batch: int = 0,
-    ) -> RemoteHandle:
-        """See ``TokenDispatcher``; sends at once."""
+    def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
         assert self._header is not None, "begin_step comes first"
-        spec = self._banks[bank]
-        self.timer.lap("attention", spec, exchange, micro_batch)
         granted = self._header.rows(self._rank, micro_batch)
-        num_rows = len(topk_ids)
+        num_rows = len(sent.topk_ids)
         assert num_rows <= granted, f"{num_rows} rows, {granted} granted"
-        tag = Tag(bank, exchange, micro_batch, "rows")
-        sent: tuple[Sent, ...] = ()
+        by_rank: tuple[Sent, ...] = ()
         copies: Tensor | None = None
         if granted:
+            exchange, is_exact = bank.exchanges[sent.exchange], self._header.exact
             batch = self._micro_batches[micro_batch]
-            chosen = self._tables[bank].choose(
-                topk_ids, batch.is_prefill, batch.row_key, spread=self._header.exact
+            chosen = self._tables[sent.bank].choose(
+                sent.topk_ids, batch.is_prefill, batch.row_key, spread=is_exact
             )
             slots, copies = chosen.slots, chosen.copies
-            by_pair = self._by_pair(spec.exchanges[exchange])
-            meta = slots if by_pair else _with_weights(slots, topk_weights)
-            pick = self._pick_exact if self._header.exact else self._pick_static
-            messages, sent = pick(slots, meta, rows, spec.exchanges[exchange], granted)
-            self._transport.post(tag, messages, sized=self._header.exact)
-        self.timer.lap("dispatch", spec, exchange, micro_batch)
+            by_pair = exchange.returns_pairs(self._combine_mode)
+            meta = slots if by_pair else _with_weights(slots, sent.topk_weights)
+            per_slot = exchange.per_slot_input
+            pairs = self._sent_pairs(slots) if by_pair or (is_exact and per_slot) else ()
+            if is_exact:
+                messages, by_rank = self._pick_exact(slots, meta, sent.rows, per_slot, pairs)
+            else:
+                messages, by_rank = self._pick_static(slots, meta, sent.rows, per_slot, granted)
+            by_rank = pairs if by_pair else by_rank
+            tag = Tag(sent.bank, sent.exchange, micro_batch, "rows")
+            self._transport.post(tag, messages, sized=is_exact)
         return RemoteHandle(
-            bank=spec,
-            exchange=exchange,
-            micro_batch=micro_batch,
-            num_rows=num_rows,
-            copies=copies,
-            sent=sent,
-            topk_weights=topk_weights,
+            bank, sent.exchange, micro_batch, num_rows, copies, by_rank, sent.topk_weights
         )
 
-    def combine(self, handle: DispatchHandle) -> Tensor:
-        """See ``TokenDispatcher``; waits for the outputs."""
-        self.timer.mark()
-        outputs = self.gather(handle)
-        self.timer.lap("combine", handle.bank, handle.exchange, handle.micro_batch)
-        return outputs
-
     def gather(self, handle: DispatchHandle) -> Tensor:
-        """``combine`` without its timing."""
         assert isinstance(handle, RemoteHandle)
         exchange = handle.bank.exchanges[handle.exchange]
-        by_pair = self._by_pair(exchange)
+        by_pair = exchange.returns_pairs(self._combine_mode)
         part = Part(exchange.out_width, self._dtype if by_pair else torch.float32)
         tag = Tag(handle.bank.index, handle.exchange, handle.micro_batch, "outputs")
         expected = [Expected(s.rank, (part,), (s.count,)) for s in handle.sent]
@@ -184,51 +163,53 @@ class RemoteDispatcher:
             return pairs.view(handle.num_rows, handle.bank.top_k, exchange.out_width)
         return self._weigh(handle, pairs)
 
-    def _by_pair(self, exchange: ExchangeSpec) -> bool:
-        """Whether an output returns for every pair, not a sum for every row."""
-        return self._combine_mode == "per_slot" or not exchange.weighted
-
     # Dispatch: what goes to which rank.
 
     def _pick_static(
-        self, slots: Tensor, meta: Tensor, rows: Tensor, exchange: ExchangeSpec, granted: int
+        self, slots: Tensor, meta: Tensor, rows: Tensor, per_slot_input: bool, granted: int
     ) -> tuple[list[Message], tuple[Sent, ...]]:
         """Every granted row to every rank: no sizes, and little to compute."""
         missing = granted - slots.shape[1]
-        if exchange.per_slot_input:
+        if per_slot_input:
             rows = rows.flatten(0, 1)
         if missing:  # a request ended between the proposal and the header
             meta = F.pad(meta, (0, 0, 0, missing), value=-1)
-            inputs = slots.shape[2] if exchange.per_slot_input else 1
+            inputs = slots.shape[2] if per_slot_input else 1
             rows = F.pad(rows, (0, 0, 0, missing * inputs))
         messages = [Message(r, (meta[i], rows)) for i, r in enumerate(self._ranks)]
-        if not self._by_pair(exchange):
-            return messages, tuple(Sent(rank, None, granted) for rank in self._ranks)
-        return messages, self._sent_pairs(slots)
+        return messages, tuple(Sent(rank, None, granted) for rank in self._ranks)
 
     def _pick_exact(
-        self, slots: Tensor, meta: Tensor, rows: Tensor, exchange: ExchangeSpec, granted: int
+        self,
+        slots: Tensor,
+        meta: Tensor,
+        rows: Tensor,
+        per_slot_input: bool,
+        pairs: Sequence[Sent],
     ) -> tuple[list[Message], tuple[Sent, ...]]:
-        """Each rank gets the rows that have an expert there, each row once."""
+        """Each rank gets the rows that have an expert there, each row once.
+
+        With an input per slot it gets the inputs of its ``pairs``.
+        """
         here = (slots >= 0).any(2)
-        pairs = {s.rank: s for s in self._sent_pairs(slots)}
+        flat = rows.flatten(0, 1) if per_slot_input else rows
+        own_pairs = {sent.rank: sent.places for sent in pairs}
         messages, sent_rows = [], []
         for i, rank in enumerate(self._ranks):
             places = here[i].nonzero().squeeze(1)  # device-to-host sync
             count = len(places)
             is_all = count == len(here[i])
             part = meta[i] if is_all else meta[i][places]
-            if not exchange.per_slot_input:
+            inputs = flat[:0]
+            if not per_slot_input:
                 inputs = rows if is_all else rows[places]
-            elif (found := pairs.get(rank)) is None:
-                inputs = rows.flatten(0, 1)[:0]
-            else:
-                flat = rows.flatten(0, 1)
-                inputs = flat if found.places is None else flat[found.places]
+            elif rank in own_pairs:
+                own = own_pairs[rank]
+                inputs = flat if own is None else flat[own]
             messages.append(Message(rank, (part, inputs)))
             if count:
                 sent_rows.append(Sent(rank, None if is_all else places, count))
-        return messages, tuple(pairs.values() if self._by_pair(exchange) else sent_rows)
+        return messages, tuple(sent_rows)
 
     def _sent_pairs(self, slots: Tensor) -> tuple[Sent, ...]:
         """The pairs [T * k] that each rank computes; ranks without pairs are left out."""

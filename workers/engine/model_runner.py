@@ -131,14 +131,7 @@ class ModelRunner:
     def _dispatch(self, sent: Dispatch, micro_batch: int) -> DispatchHandle:
         if self.first_dispatch is None:
             self.first_dispatch = time.monotonic()
-        return self._dispatcher.dispatch(
-            sent.rows,
-            sent.topk_ids,
-            sent.topk_weights,
-            sent.bank,
-            sent.exchange,
-            micro_batch,
-        )
+        return self._dispatcher.dispatch(sent, micro_batch)
 
     def _result(
         self,

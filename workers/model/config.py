@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from cluster.config.cluster import CombineMode
     from workers.model.rope import RopeConfig
 
 ExpertKind = Literal["gated", "linear"]
@@ -44,6 +45,10 @@ class ExchangeSpec:
     """Inner width of a gated expert; 0 for a linear one."""
     activation: Activation = "silu"
     """Of a gated expert."""
+
+    def returns_pairs(self, combine_mode: CombineMode) -> bool:
+        """Whether an output returns for every (row, slot) pair, not a sum for every row."""
+        return combine_mode == "per_slot" or not self.weighted
 
     @property
     def matrix_shapes(self) -> tuple[tuple[int, int], ...]:

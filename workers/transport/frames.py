@@ -138,7 +138,7 @@ def max_data_bytes(
         for exchange in bank.exchanges:
             inputs = bank.top_k if exchange.per_slot_input else 1
             rows = 8 * bank.top_k + inputs * exchange.in_width * itemsize
-            by_pair = combine_mode == "per_slot" or not exchange.weighted
+            by_pair = exchange.returns_pairs(combine_mode)
             row_bytes = bank.top_k * itemsize if by_pair else 4
             largest = max(largest, rows, exchange.out_width * row_bytes)
     return max_rows * largest

@@ -25,6 +25,7 @@ from tests.workers.transport.mesh import (
 )
 from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TokenDispatcher
 from workers.model.config import BankSpec
+from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
 
 BANKS = (make_bank(0), make_attention_bank(1), make_bank(2, num_experts=6, top_k=3, width=24))
@@ -81,7 +82,7 @@ def overlapping(
 
         def dispatch(bank: int, micro_batch: int) -> DispatchHandle:
             rows, ids, weights = (x[parts[micro_batch]] for x in inputs[bank])
-            return dispatcher.dispatch(rows, ids, weights, bank, 0, micro_batch)
+            return dispatcher.dispatch(Dispatch(bank, 0, rows, ids, weights), micro_batch)
 
         handles = [dispatch(0, micro_batch) for micro_batch in (0, 1)]
         for bank in range(1, len(banks) + 1):
@@ -170,12 +171,12 @@ def test_rows_may_be_overwritten_after_dispatch() -> None:
     banks = (make_bank(),)
     rows, ids, weights = make_rows(banks[0], 4, seed=1)
     expected = local_dispatcher(banks)
-    right = expected.combine(expected.dispatch(rows, ids, weights, 0))
+    right = expected.combine(expected.dispatch(Dispatch(0, 0, rows, ids, weights)))
 
     def home(rank: int, dispatcher: TokenDispatcher) -> Tensor:
         own = rows.clone()
         dispatcher.begin_step(header, [BatchRows.decode(4)])
-        handle = dispatcher.dispatch(own, ids, weights, 0)
+        handle = dispatcher.dispatch(Dispatch(0, 0, own, ids, weights))
         own.zero_()
         return dispatcher.combine(handle)
 

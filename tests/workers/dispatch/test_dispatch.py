@@ -29,6 +29,7 @@ from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TokenDispatch
 from workers.dispatch.expert_server import ExpertServer
 from workers.metrics.step_metrics import SAMPLE
 from workers.model.config import BankSpec
+from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
 
 BANKS = (make_bank(0), make_attention_bank(1), make_bank(2, num_experts=6, top_k=3, width=24))
@@ -70,7 +71,8 @@ class Work:
             for exchange in bank.exchanges:
                 handles = [
                     dispatcher.dispatch(
-                        rows[part], ids[part], weights[part], bank.index, exchange.index, mb
+                        Dispatch(bank.index, exchange.index, rows[part], ids[part], weights[part]),
+                        mb,
                     )
                     for mb, part in enumerate(parts)
                 ]
@@ -270,7 +272,7 @@ def test_a_row_goes_once_to_each_rank_with_the_exact_split() -> None:
 
         def home(rank: int, dispatcher: TokenDispatcher) -> Tensor:
             dispatcher.begin_step(header, [prefill(3)])
-            handle = dispatcher.dispatch(torch.ones(3, 16), ids, torch.ones(3, 2), 0)
+            handle = dispatcher.dispatch(Dispatch(0, 0, torch.ones(3, 16), ids, torch.ones(3, 2)))
             return dispatcher.combine(handle)
 
         header = make_header((3,), exact=True)
@@ -302,7 +304,7 @@ def test_rows_without_an_expert_here_are_padding(
 
     def home(rank: int, dispatcher: TokenDispatcher) -> Tensor:
         dispatcher.begin_step(header, [prefill(4)])
-        handle = dispatcher.dispatch(torch.ones(4, 16), ids, torch.ones(4, 2), 0)
+        handle = dispatcher.dispatch(Dispatch(0, 0, torch.ones(4, 16), ids, torch.ones(4, 2)))
         return dispatcher.combine(handle)
 
     with Mesh(1, 2, (bank,), mode, transport) as mesh:
@@ -322,7 +324,7 @@ def test_input_rows_of_other_ranks_pairs_are_padding() -> None:
     def home(rank: int, dispatcher: TokenDispatcher) -> Tensor:
         dispatcher.begin_step(header, [BatchRows.decode(2)])
         weights = torch.ones(2, 2)
-        handle = dispatcher.dispatch(torch.ones(2, 2, 6), ids, weights, 0, exchange=1)
+        handle = dispatcher.dispatch(Dispatch(0, 1, torch.ones(2, 2, 6), ids, weights))
         return dispatcher.combine(handle)
 
     header = make_header((2,), step=SAMPLE)
@@ -394,7 +396,7 @@ def test_micro_batches_overlap_across_layers(transport: TransportName) -> None:
 
         def dispatch(bank: int, micro_batch: int) -> DispatchHandle:
             rows, ids, weights = (x[parts[micro_batch]] for x in inputs[bank])
-            return dispatcher.dispatch(rows, ids, weights, bank, 0, micro_batch)
+            return dispatcher.dispatch(Dispatch(bank, 0, rows, ids, weights), micro_batch)
 
         handles = [dispatch(0, micro_batch) for micro_batch in (0, 1)]
         for bank in range(1, 5):

@@ -18,6 +18,7 @@ from tests.workers.transport.mesh import (
 )
 from workers.dispatch.local import LocalDispatcher
 from workers.model.config import BankSpec
+from workers.model.layers import Dispatch
 
 
 def one_output(spec: BankSpec, exchange: int, row: Tensor, expert: int) -> Tensor:
@@ -31,7 +32,7 @@ def test_equals_a_loop_over_tokens_and_slots(num_experts: int, top_k: int) -> No
     spec = make_bank(num_experts=num_experts, top_k=top_k)
     rows, ids, weights = make_rows(spec, 7, seed=0)
     dispatcher = local_dispatcher([spec])
-    got = dispatcher.combine(dispatcher.dispatch(rows, ids, weights, 0))
+    got = dispatcher.combine(dispatcher.dispatch(Dispatch(0, 0, rows, ids, weights)))
     for t in range(7):
         total = torch.zeros(16)
         for expert, weight in zip(ids[t].tolist(), weights[t], strict=True):
@@ -43,11 +44,11 @@ def test_unweighted_and_per_slot_exchanges() -> None:
     spec = make_attention_bank()
     rows, ids, weights = make_rows(spec, 5, seed=1)
     dispatcher = local_dispatcher([spec])
-    query = dispatcher.combine(dispatcher.dispatch(rows, ids, weights, 0, 0))
+    query = dispatcher.combine(dispatcher.dispatch(Dispatch(0, 0, rows, ids, weights)))
     assert query.shape == (5, 2, 6)
     assert torch.equal(query[0, 1], one_output(spec, 0, rows[0], int(ids[0, 1])))
     assert torch.equal(query[1, 0], one_output(spec, 0, rows[1], int(ids[1, 0])))
-    output = dispatcher.combine(dispatcher.dispatch(query, ids, weights, 0, 1))
+    output = dispatcher.combine(dispatcher.dispatch(Dispatch(0, 1, query, ids, weights)))
     expected = torch.zeros(16)
     for slot, expert in enumerate(ids[0].tolist()):
         expected = expected + one_output(spec, 1, query[0, slot], expert) * weights[0, slot]
@@ -57,9 +58,9 @@ def test_unweighted_and_per_slot_exchanges() -> None:
 
 def test_zero_rows_work() -> None:
     spec = make_bank()
-    rows, ids, weights = make_rows(spec, 0, seed=2)
     dispatcher = local_dispatcher([spec])
-    assert dispatcher.combine(dispatcher.dispatch(rows, ids, weights, 0)).shape == (0, 16)
+    handle = dispatcher.dispatch(Dispatch(0, 0, *make_rows(spec, 0, seed=2)))
+    assert dispatcher.combine(handle).shape == (0, 16)
 
 
 def test_experts_are_found_by_the_placement() -> None:
@@ -72,6 +73,6 @@ def test_experts_are_found_by_the_placement() -> None:
     rows, ids, weights = make_rows(spec, 9, seed=3)
     expected = local_dispatcher([spec])
     assert torch.equal(
-        moved.combine(moved.dispatch(rows, ids, weights, 0)),
-        expected.combine(expected.dispatch(rows, ids, weights, 0)),
+        moved.combine(moved.dispatch(Dispatch(0, 0, rows, ids, weights))),
+        expected.combine(expected.dispatch(Dispatch(0, 0, rows, ids, weights))),
     )

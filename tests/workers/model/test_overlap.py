@@ -31,17 +31,9 @@ class Diary:
     def sit_out(self, header: StepHeader) -> None:
         self._inner.sit_out(header)
 
-    def dispatch(
-        self,
-        rows: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        bank: int,
-        exchange: int = 0,
-        micro_batch: int = 0,
-    ) -> DispatchHandle:
+    def dispatch(self, sent: Dispatch, micro_batch: int = 0) -> DispatchHandle:
         self.entries.append("dispatch")
-        return self._inner.dispatch(rows, topk_ids, topk_weights, bank, exchange, micro_batch)
+        return self._inner.dispatch(sent, micro_batch)
 
     def combine(self, handle: DispatchHandle) -> Tensor:
         self.entries.append("combine")

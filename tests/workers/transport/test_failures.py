@@ -27,6 +27,7 @@ from tests.workers.transport.mesh import (
     prefill,
 )
 from workers.dispatch.dispatcher import BatchRows, TokenDispatcher
+from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
 from workers.transport.transport import Message, Tag
 
@@ -47,8 +48,8 @@ def home(header: StepHeader) -> Callable[[int, TokenDispatcher], list[Tensor]]:
         dispatcher.begin_step(header, [batch])
         results = []
         for bank in BANKS:
-            rows, ids, weights = make_rows(bank, NUM_ROWS, rank)
-            results.append(dispatcher.combine(dispatcher.dispatch(rows, ids, weights, bank.index)))
+            sent = Dispatch(bank.index, 0, *make_rows(bank, NUM_ROWS, rank))
+            results.append(dispatcher.combine(dispatcher.dispatch(sent)))
         return results
 
     return run
@@ -203,7 +204,7 @@ def test_nonsense_from_a_peer_closes_its_edge(change: Change, exact: bool, reaso
         def send(rank: int, dispatcher: TokenDispatcher) -> None:
             dispatcher.begin_step(header, [prefill(4) if exact else BatchRows.decode(4)])
             rows, ids, weights = make_rows(banks[0], 4, 0)
-            dispatcher.dispatch(rows, ids, weights, 0)
+            dispatcher.dispatch(Dispatch(0, 0, rows, ids, weights))
 
         dispatcher, server = mesh["attention-0"].dispatcher, mesh["expert-1"].server
         assert dispatcher is not None
@@ -223,7 +224,7 @@ def test_too_many_rows_are_refused() -> None:
         assert server is not None
         dispatcher.begin_step(make_header((8,), exact=True), [prefill(8)])
         rows, ids, weights = make_rows(BANKS[0], 8, 0)
-        dispatcher.dispatch(rows, ids, weights, 0)
+        dispatcher.dispatch(Dispatch(0, 0, rows, ids, weights))
         with pytest.raises(PeerLostError, match="8 rows in a part, at most 4 expected"):
             server.run_step(make_header((4,), exact=True))
 

@@ -26,6 +26,7 @@ from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel
+from workers.model.layers import Dispatch
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes
 from workers.transport.handshake import PeerIdentity
@@ -117,9 +118,9 @@ def run_home(
             assert header is not None
             dispatcher.begin_step(header, [BatchRows.decode(NUM_ROWS)])
             for bank in BANKS:
-                rows, ids, weights = make_rows(bank, NUM_ROWS, header.step)
-                got = dispatcher.combine(dispatcher.dispatch(rows, ids, weights, bank.index))
-                expected = reference.combine(reference.dispatch(rows, ids, weights, bank.index))
+                sent = Dispatch(bank.index, 0, *make_rows(bank, NUM_ROWS, header.step))
+                got = dispatcher.combine(dispatcher.dispatch(sent))
+                expected = reference.combine(reference.dispatch(sent))
                 torch.testing.assert_close(got, expected)
     except PeerLostError as err:
         if not dies or err.peer != "expert-1":
