@@ -225,13 +225,13 @@ def _route(
     index: KvIndex,
     workers: Sequence[Worker],
     policy: RoutingPolicy,
-    turn: int,
+    num_routed: int,
 ) -> Choice:
     loads = [worker.load for worker in workers]
     if policy is not RoutingPolicy.KV:
-        choice = pick_worker(loads, policy, turn)
+        choice = pick_worker(loads, policy, num_routed)
     else:
-        choice = route_by_kv(index, prompt.names, loads, turn, prompt.tokens, BLOCK_TOKENS)
+        choice = route_by_kv(index, prompt.names, loads, num_routed, prompt.tokens, BLOCK_TOKENS)
     assert choice is not None, "there are workers"
     return choice
 
@@ -249,9 +249,9 @@ def decision_s(num_workers: int, num_blocks: int, repeats: int) -> float:
             WorkerLoad(name=f"w{i}", queued_tokens=draw.randrange(1000), fetch_cost=draw.random())
         )
     times = []
-    for turn in range(repeats):
+    for num_routed in range(repeats):
         start = time.perf_counter()
-        route_by_kv(index, prompt, loads, turn, 128 * 16, 16)
+        route_by_kv(index, prompt, loads, num_routed, 128 * 16, 16)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 

@@ -57,7 +57,7 @@ class EnginePool:
         self._clients: dict[str, EngineClient] = {}
         self._keepers: dict[AttentionEndpoint, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
-        self._turn = 0
+        self._num_routed = 0
         self._kv = KvIndex()
         self._waiting: list[Submission] = []
         self._will_place = False
@@ -123,13 +123,13 @@ class EnginePool:
         if self._policy is RoutingPolicy.KV:
             size = self._name_blocks(entry, ready[0])
             hashes = entry.prompt_hashes
-            choice = route_by_kv(self._kv, hashes, loads, self._turn, tokens, size)
+            choice = route_by_kv(self._kv, hashes, loads, self._num_routed, tokens, size)
         else:
             for client in clients.values():
                 client.load.outstanding_tokens = client.outstanding_tokens
-            choice = pick_worker(loads, self._policy, self._turn)
+            choice = pick_worker(loads, self._policy, self._num_routed)
         assert choice is not None, "there are workers"
-        self._turn += 1
+        self._num_routed += 1
         entry.missing_tokens = max(tokens - choice.cached_tokens, 0)
         entry.kv_peer = choice.peer
         self._kv.expect(choice.load.name, entry.prompt_hashes)

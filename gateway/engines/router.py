@@ -18,7 +18,7 @@ class RoutingPolicy(Enum):
     LEAST_LOADED = "least-loaded"
     """Fewest outstanding tokens."""
     ROUND_ROBIN = "round-robin"
-    """Workers in turn."""
+    """One worker after the other."""
 
 
 MISSING_WEIGHT = 1.25
@@ -71,7 +71,7 @@ class Choice:
 def pick_worker(
     loads: Sequence[WorkerLoad],
     policy: RoutingPolicy,
-    turn: int = 0,
+    num_routed: int = 0,
     prompt_tokens: int = 0,
     cached_tokens: Mapping[str, int] | None = None,
     peer: Peer | None = None,
@@ -81,7 +81,7 @@ def pick_worker(
     Args:
         loads: the workers that can take requests, in a fixed order.
         policy: how to choose.
-        turn: number of requests routed so far; decides round-robin and equal loads.
+        num_routed: number of requests routed so far; decides round-robin and equal loads.
         prompt_tokens: length of the request's prompt.
         cached_tokens: by worker, the cached prompt tokens (workers without any may be left out).
         peer: from which another worker could fetch a part of the prompt.
@@ -90,14 +90,14 @@ def pick_worker(
     worker may fetch from the peer while it computes others, so that only the longer of both delays
     the request; but the time of fetching is added as well, since it keeps links and memory busy.
 
-    Example: loads a=5, b=2, c=2 and turn 3 give c with least-loaded (b and c take turns) and
+    Example: loads a=5, b=2, c=2 and num_routed 3 give c with least-loaded (b and c alternate) and
     a with round-robin (3 mod 3 = 0).
     """
     if not loads:
         return None
     known = cached_tokens or {}
     if policy is RoutingPolicy.ROUND_ROBIN:
-        return _choice(loads[turn % len(loads)], known)
+        return _choice(loads[num_routed % len(loads)], known)
     if policy is RoutingPolicy.LEAST_LOADED:
         costs: list[float] = [load.outstanding_tokens for load in loads]
     else:
@@ -108,15 +108,15 @@ def pick_worker(
             for x, wait in zip(loads, waits, strict=True)
         ]
         if peer is not None:
-            return _best_with_fetches(loads, waits, costs, turn, prompt_tokens, known, peer)
-    return _choice(_best(loads, costs, turn), known)
+            return _best_with_fetches(loads, waits, costs, num_routed, prompt_tokens, known, peer)
+    return _choice(_best(loads, costs, num_routed), known)
 
 
 def route_by_kv(
     index: KvIndex,
     hashes: Sequence[bytes],
     loads: Sequence[WorkerLoad],
-    turn: int,
+    num_routed: int,
     prompt_tokens: int,
     block_size: int,
 ) -> Choice | None:
@@ -127,14 +127,14 @@ def route_by_kv(
     if matches and any(load.fetch_cost < math.inf for load in loads):
         holder, count = index.best_holder(hashes, matches)
         peer = Peer(holder, count * block_size) if count else None
-    return pick_worker(loads, RoutingPolicy.KV, turn, prompt_tokens, cached, peer)
+    return pick_worker(loads, RoutingPolicy.KV, num_routed, prompt_tokens, cached, peer)
 
 
 def _best_with_fetches(
     loads: Sequence[WorkerLoad],
     waits: Sequence[float],
     costs: Sequence[float],
-    turn: int,
+    num_routed: int,
     prompt_tokens: int,
     known: Mapping[str, int],
     peer: Peer,
@@ -155,18 +155,18 @@ def _best_with_fetches(
             best = [*best, loads[i]] if cost == least else [loads[i]]
             least = cost
     if best:
-        return Choice(best[turn % len(best)], peer.tokens, peer.name)
-    return _choice(_best(loads, costs, turn), known)
+        return Choice(best[num_routed % len(best)], peer.tokens, peer.name)
+    return _choice(_best(loads, costs, num_routed), known)
 
 
 def _choice(load: WorkerLoad, known: Mapping[str, int]) -> Choice:
     return Choice(load, known.get(load.name, 0))
 
 
-def _best(loads: Sequence[WorkerLoad], costs: Sequence[float], turn: int) -> WorkerLoad:
-    """The one with the least cost; equal ones take turns."""
+def _best(loads: Sequence[WorkerLoad], costs: Sequence[float], num_routed: int) -> WorkerLoad:
+    """The one with the least cost; equal ones alternate."""
     least = min(costs)
     if costs.count(least) == 1:
         return loads[costs.index(least)]
     best = [load for load, own in zip(loads, costs, strict=True) if own == least]
-    return best[turn % len(best)]
+    return best[num_routed % len(best)]

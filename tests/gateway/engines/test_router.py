@@ -20,8 +20,8 @@ LOADS = [
 ]
 
 
-def _picks(policy: RoutingPolicy, turns: int) -> list[str]:
-    picked = [pick_worker(LOADS, policy, turn) for turn in range(turns)]
+def _picks(policy: RoutingPolicy, count: int) -> list[str]:
+    picked = [pick_worker(LOADS, policy, number) for number in range(count)]
     return [choice.load.name for choice in picked if choice is not None]
 
 
@@ -31,7 +31,7 @@ def _kv(loads: list[WorkerLoad], prompt_tokens: int, **cached: int) -> str:
     return picked.load.name
 
 
-def test_the_least_loaded_workers_take_turns() -> None:
+def test_the_least_loaded_workers_alternate() -> None:
     assert _picks(RoutingPolicy.LEAST_LOADED, 4) == ["b", "c", "b", "c"]
 
 
@@ -43,7 +43,7 @@ def test_nobody_is_picked_from_nobody() -> None:
     assert all(pick_worker([], policy) is None for policy in RoutingPolicy)
 
 
-def test_equals_take_turns_by_kv_too() -> None:
+def test_equals_alternate_by_kv_too() -> None:
     assert _picks(RoutingPolicy.KV, 4) == ["a", "b", "c", "a"]
 
 
@@ -91,24 +91,24 @@ def test_few_tokens_are_not_worth_a_fetch() -> None:
     assert _fetching([busy, idle], a=few + 1) == Choice(idle, few + 1, "a")
 
 
-def _fetch_in_turns(loads: list[WorkerLoad], turns: int) -> list[str]:
+def _fetch_repeatedly(loads: list[WorkerLoad], count: int) -> list[str]:
     peer, found = Peer("a", 500), []
-    for turn in range(turns):
-        picked = pick_worker(loads, RoutingPolicy.KV, turn, 600, {"a": 500}, peer)
+    for number in range(count):
+        picked = pick_worker(loads, RoutingPolicy.KV, number, 600, {"a": 500}, peer)
         assert picked is not None
         assert (picked.cached_tokens, picked.peer) == (500, "a")
         found.append(picked.load.name)
     return found
 
 
-def test_workers_that_fetch_equally_well_take_turns() -> None:
+def test_workers_that_fetch_equally_well_alternate() -> None:
     busy = WorkerLoad(name="a", queued_tokens=100_000)
     idle = [WorkerLoad(name=name, fetch_cost=0.1) for name in "bcd"]
-    assert _fetch_in_turns([busy, *idle], 4) == ["b", "c", "d", "b"]
+    assert _fetch_repeatedly([busy, *idle], 4) == ["b", "c", "d", "b"]
     idle[1].fetch_cost = 0.05
-    assert _fetch_in_turns([busy, *idle], 2) == ["c", "c"]
+    assert _fetch_repeatedly([busy, *idle], 2) == ["c", "c"]
     idle[1].fetch_cost = 0.2
-    assert _fetch_in_turns([busy, *idle], 2) == ["b", "d"]
+    assert _fetch_repeatedly([busy, *idle], 2) == ["b", "d"]
 
 
 def test_a_fetch_that_gains_nothing_is_not_made() -> None:
