@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from cluster.core.checks import check
-from cluster.core.load_profile import LoadProfile
+from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.planner import cost
 from cluster.planner.base import (
@@ -16,6 +17,7 @@ from cluster.planner.base import (
     Move,
     Plan,
     PlannedTopology,
+    equally_large,
     normalised,
     slot_arrays,
 )
@@ -23,6 +25,47 @@ from cluster.planner.moves import find_moves
 
 PREDICTED_ROWS = (16, 64, 256)
 """Rows of the decode steps that a plan makes a prediction for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlacedGroup:
+    """A placement's banks with equally many experts, under a load; arrays as in ``base``."""
+
+    loads: tuple[BankLoad, ...]
+    banks: tuple[BankPlacement, ...]
+    load: Floats
+    """``loads``, normalised."""
+    slots: Ints
+    home: Ints
+    masses: Floats
+    """By the placement's own split weights."""
+    speeds: Floats
+    """[num_devices]."""
+
+
+def placed_groups(
+    profile: LoadProfile, topology: PlannedTopology, placement: ExpertPlacement, name: str
+) -> Iterator[PlacedGroup]:
+    """All banks of a placement, those with equally many experts at once.
+
+    Raises ``ConfigError``, which calls the placement ``name``, where placement, load and devices do
+    not fit together.
+    """
+    placed = banks_of(profile, placement, name)
+    for loads in equally_large(profile):
+        experts = len(loads[0].counts)
+        banks = tuple(placed[b.bank, b.layer] for b in loads)
+        slots, home = slot_arrays(banks, topology.capacities(experts))
+        load = normalised([b.counts for b in loads])
+        yield PlacedGroup(
+            loads=loads,
+            banks=banks,
+            load=load,
+            slots=slots,
+            home=home,
+            masses=_own_masses(banks, slots, load),
+            speeds=topology.speeds(experts),
+        )
 
 
 def assess(
@@ -35,29 +78,25 @@ def assess(
 
     Raises ``ConfigError`` where placement, load and devices do not fit together.
     """
-    after = banks_of(profile, placement, "placement")
-    before = None if current is None else banks_of(profile, current, "current placement")
-    balance: list[float] = []
+    groups = list(placed_groups(profile, topology, placement, "placement"))
+    balance: dict[tuple[str, int], float] = {}
+    peaks = dict.fromkeys(PREDICTED_ROWS, 0.0)
+    for group in groups:
+        found = cost.balancedness(group.masses, group.speeds).tolist()
+        balance |= {(b.bank, b.layer): value for b, value in zip(group.loads, found, strict=True)}
+        for rows in PREDICTED_ROWS:
+            over = cost.slots_over_floor(group.load, group.home, group.speeds, profile.top_k, rows)
+            peaks[rows] += over * len(group.loads) / len(profile.banks)
     moves: list[Move] = []
-    peaks: dict[int, list[float]] = {rows: [] for rows in PREDICTED_ROWS}
-    for load in profile.banks:
-        experts = len(load.counts)
-        bank = after[load.bank, load.layer]
-        capacities, speeds = topology.capacities(experts), topology.speeds(experts)
-        slots, home = slot_arrays([bank], capacities)
-        loads = normalised([load.counts])
-        masses = own_masses([bank], slots, loads)
-        balance.append(float(cost.balancedness(masses, speeds)[0]))
-        for rows, found in peaks.items():
-            found.append(cost.slots_over_floor(loads, home, speeds, profile.top_k, rows))
-        if before is not None:
-            old, _ = slot_arrays([before[load.bank, load.layer]], capacities)
-            moves += find_moves([load], old, slots, topology.nearness)
+    if current is not None:
+        before = placed_groups(profile, topology, current, "current placement")
+        for old, new in zip(before, groups, strict=True):
+            moves += find_moves(new.loads, old.slots, new.slots, topology.nearness)
     return Plan(
         placement=placement,
         moves=tuple(moves),
-        balancedness=tuple(balance),
-        decode_slots_over_floor={rows: float(np.mean(found)) for rows, found in peaks.items()},
+        balancedness=tuple(balance[b.bank, b.layer] for b in profile.banks),
+        decode_slots_over_floor=peaks,
     )
 
 
@@ -78,7 +117,7 @@ def banks_of(
     return dict(banks)
 
 
-def own_masses(banks: Sequence[BankPlacement], slots: Ints, loads: Floats) -> Floats:
+def _own_masses(banks: Sequence[BankPlacement], slots: Ints, loads: Floats) -> Floats:
     """Masses by the placements' own split weights."""
     width = slots.shape[2]
     shares = np.zeros(slots.shape)

@@ -10,7 +10,7 @@ The algorithms work on all banks with equally many experts at once, as arrays:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from cluster.core.checks import check
 from cluster.core.errors import ConfigError
-from cluster.core.load_profile import BankLoad
+from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.core.topology import Member
 
@@ -216,6 +216,12 @@ def planned_device(member: Member, num_slots: int | None = None) -> PlannedDevic
         domain=member.domain,
         link_class=member.link_class,
     )
+
+
+def equally_large(profile: LoadProfile) -> Iterator[tuple[BankLoad, ...]]:
+    """The banks of a profile in groups with equally many experts."""
+    for experts in dict.fromkeys(len(b.counts) for b in profile.banks):
+        yield tuple(b for b in profile.banks if len(b.counts) == experts)
 
 
 def normalised(counts: Sequence[Sequence[float]]) -> Floats:

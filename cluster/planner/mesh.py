@@ -12,31 +12,30 @@ have a table of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from cluster.core.checks import check
 from cluster.core.load_profile import BankLoad, LoadProfile
-from cluster.core.placement import BankPlacement, ExpertPlacement
+from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.planner import cost, decode, split
 from cluster.planner.arrange import arrange
-from cluster.planner.assess import PREDICTED_ROWS, banks_of, own_masses
+from cluster.planner.assess import PlacedGroup, assess, placed_groups
 from cluster.planner.base import (
     Bools,
     Floats,
     Ints,
-    Move,
     Plan,
     PlannedTopology,
     PlanOptions,
+    equally_large,
     normalised,
     placed,
-    slot_arrays,
 )
 from cluster.planner.fill import can_use_two_nodes, fill
-from cluster.planner.moves import aligned, find_moves
+from cluster.planner.moves import aligned
 from cluster.planner.peak import lower_peaks
 from cluster.planner.proposals import Limits
 from cluster.planner.search import Placed, SearchGoal, lacks_nodes, search, solve, spread_over_nodes
@@ -71,20 +70,6 @@ class _Group:
     """Experts a token chooses."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Part:
-    """The plan of one group."""
-
-    banks: tuple[BankPlacement, ...]
-    """Maps, in the group's order."""
-    balancedness: tuple[float, ...]
-    """Of each bank."""
-    peaks: Mapping[int, float]
-    """Rows of a decode step -> slots over the least, mean over the banks."""
-    moves: tuple[Move, ...]
-    """From the current placement."""
-
-
 def plan(
     profile: LoadProfile,
     topology: PlannedTopology,
@@ -99,73 +84,36 @@ def plan(
     """
     options = options or PlanOptions()
     check(bool(profile.banks), "load_profile.banks", "none", "must name at least one bank")
-    old = None if current is None else banks_of(profile, current, "current placement")
-    budget = _budget(old, options)
-    parts = []
-    for group in _groups(profile, topology):
-        part = _planned(group, old, options, budget, coactivation, topology.nearness)
-        budget -= len(part.moves)
-        parts.append(part)
-    return _joined(profile, 1 if current is None else current.epoch + 1, parts)
+    old = None
+    if current is not None:
+        old = list(placed_groups(profile, topology, current, "current placement"))
+    budget = _budget(current, options)
+    found: dict[tuple[str, int], BankPlacement] = {}
+    for index, group in enumerate(_groups(profile, topology)):
+        if old is None:
+            result = _from_scratch(group, options, coactivation)
+        else:
+            result = _from_current(group, old[index], options, budget)
+            is_new = (result.slots != old[index].slots) & (result.slots != FREE_SLOT)
+            budget -= int(is_new.sum())
+        shares = split.shares(result.slots, result.masses, group.load.shape[1])
+        maps = placed(group.loads, result.slots, shares, result.home, group.capacities)
+        found |= {(bank.bank, bank.layer): bank for bank in maps}
+    banks = tuple(found[b.bank, b.layer] for b in profile.banks)
+    epoch = 1 if current is None else current.epoch + 1
+    return assess(profile, topology, ExpertPlacement(epoch=epoch, banks=banks), current)
 
 
-def _planned(
-    group: _Group,
-    old: Mapping[tuple[str, int], BankPlacement] | None,
-    options: PlanOptions,
-    budget: int,
-    coactivation: Coactivation | None,
-    nearness: Ints,
-) -> _Part:
-    moves: tuple[Move, ...] = ()
-    if old is None:
-        result = _from_scratch(group, options, coactivation)
-    else:
-        banks = [old[b.bank, b.layer] for b in group.loads]
-        before = slot_arrays(banks, group.capacities)
-        result = _from_current(group, banks, before, options, budget)
-        moves = find_moves(group.loads, before[0], result.slots, nearness)
-    balance = cost.balancedness(result.masses, group.limits.speeds)
-    shares = split.shares(result.slots, result.masses, group.load.shape[1])
-    maps = placed(group.loads, result.slots, shares, result.home, group.capacities)
-    return _Part(
-        banks=tuple(maps),
-        balancedness=tuple(balance.tolist()),
-        peaks=_peaks(group, result.home),
-        moves=moves,
-    )
-
-
-def _joined(profile: LoadProfile, epoch: int, parts: Sequence[_Part]) -> Plan:
-    """All banks in the profile's order."""
-    found = {
-        (bank.bank, bank.layer): (bank, value)
-        for part in parts
-        for bank, value in zip(part.banks, part.balancedness, strict=True)
-    }
-    in_order = [found[b.bank, b.layer] for b in profile.banks]
-    return Plan(
-        placement=ExpertPlacement(epoch=epoch, banks=tuple(bank for bank, _ in in_order)),
-        moves=tuple(move for part in parts for move in part.moves),
-        balancedness=tuple(value for _, value in in_order),
-        decode_slots_over_floor={
-            rows: sum(len(p.banks) * p.peaks[rows] for p in parts) / len(in_order)
-            for rows in PREDICTED_ROWS
-        },
-    )
-
-
-def _budget(old: Mapping[tuple[str, int], BankPlacement] | None, options: PlanOptions) -> int:
-    if old is None or options.max_move_fraction is None:
+def _budget(current: ExpertPlacement | None, options: PlanOptions) -> int:
+    if current is None or options.max_move_fraction is None:
         return _NO_LIMIT
-    slots = sum(len(s) for bank in old.values() for s in bank.physical_to_logical)
+    slots = sum(len(s) for bank in current.banks for s in bank.physical_to_logical)
     return int(slots * options.max_move_fraction + 1e-9)
 
 
 def _groups(profile: LoadProfile, topology: PlannedTopology) -> Iterator[_Group]:
-    sizes = dict.fromkeys(len(b.counts) for b in profile.banks)
-    for experts in sizes:
-        banks = tuple(b for b in profile.banks if len(b.counts) == experts)
+    for banks in equally_large(profile):
+        experts = len(banks[0].counts)
         capacities = topology.capacities(experts)
         limits = Limits(
             usable=np.arange(int(capacities.max()))[None, :] < capacities[:, None],
@@ -214,16 +162,9 @@ def _affinity(group: _Group, coactivation: Coactivation | None) -> Floats | None
     return result
 
 
-def _from_current(
-    group: _Group,
-    banks: Sequence[BankPlacement],
-    before: tuple[Ints, Ints],
-    options: PlanOptions,
-    budget: int,
-) -> Placed:
-    limits = group.limits
-    slots, home = before
-    old = Placed(slots=slots, home=home, masses=own_masses(banks, slots, group.load))
+def _from_current(group: _Group, before: PlacedGroup, options: PlanOptions, budget: int) -> Placed:
+    limits, slots, home = group.limits, before.slots, before.home
+    old = Placed(slots=slots, home=home, masses=before.masses)
     start = _better(group, Placed(slots=slots, home=home, masses=_solved(group, slots)), old)
     start, used = spread_over_nodes(start, group.load, limits, budget)
     is_free = options.max_move_fraction is None
@@ -274,11 +215,3 @@ def _finished(group: _Group, found: Placed, options: PlanOptions) -> Placed:
         options.decode_tokens,
     )
     return result
-
-
-def _peaks(group: _Group, home: Ints) -> dict[int, float]:
-    speeds = group.limits.speeds
-    return {
-        rows: cost.slots_over_floor(group.load, home, speeds, group.top_k, rows)
-        for rows in PREDICTED_ROWS
-    }

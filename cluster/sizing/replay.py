@@ -21,16 +21,8 @@ from cluster.core.errors import ConfigError
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
 from cluster.planner import cost, eplb, mesh
-from cluster.planner.assess import banks_of, own_masses
-from cluster.planner.base import (
-    Floats,
-    Plan,
-    PlannedTopology,
-    PlanOptions,
-    normalised,
-    relative_speeds,
-    slot_arrays,
-)
+from cluster.planner.assess import placed_groups
+from cluster.planner.base import Floats, Plan, PlannedTopology, PlanOptions, relative_speeds
 
 Policy = Literal["never", "eplb", "mesh"]
 """``never`` keeps the plan (by mesh) for the first window; the others re-plan each time."""
@@ -142,23 +134,19 @@ def window_of(
 
     ``moved`` is the number of slots that changed before it.
     """
-    banks = banks_of(load, placement, "placement")
-    balance, prefill_s, decode_s = [], 0.0, 0.0
-    for bank_load in load.banks:
-        experts = len(bank_load.counts)
-        bank = banks[bank_load.bank, bank_load.layer]
-        slots, home = slot_arrays([bank], topology.capacities(experts))
-        loads = normalised([bank_load.counts])
-        masses = own_masses([bank], slots, loads)
-        speeds = topology.speeds(experts)
-        balance.append(float(cost.balancedness(masses, speeds)[0]))
-        prefill_s += _prefill_s(masses, speeds, load.top_k, step)
-        active = cost.activation(loads, load.top_k, step.decode_tokens)
-        relative = float(cost.expected_peak(active, home, speeds)[0])
-        pairs = float(np.bincount(home[0], loads[0], len(speeds)).max()) * load.top_k
-        decode_s += step.slot_s * relative + step.token_s * pairs * step.decode_tokens
+    balance, prefill_s, decode_s = 0.0, 0.0, 0.0
+    for group in placed_groups(load, topology, placement, "placement"):
+        speeds = group.speeds
+        balance += float(cost.balancedness(group.masses, speeds).sum())
+        prefill_s += _prefill_s(group.masses, speeds, load.top_k, step)
+        active = cost.activation(group.load, load.top_k, step.decode_tokens)
+        peaks = cost.expected_peak(active, group.home, speeds)
+        tokens = np.zeros((len(group.loads), len(speeds)))
+        np.add.at(tokens, (np.arange(len(tokens))[:, None], group.home), group.load)
+        pairs = float(tokens.max(1).sum()) * load.top_k * step.decode_tokens
+        decode_s += step.slot_s * float(peaks.sum()) + step.token_s * pairs
     return SimulatedWindow(
-        balancedness=sum(balance) / len(balance),
+        balancedness=balance / len(load.banks),
         prefill_step_s=prefill_s,
         decode_step_s=decode_s,
         slots_moved=moved,
@@ -167,9 +155,8 @@ def window_of(
 
 
 def _prefill_s(masses: Floats, speeds: Floats, top_k: int, step: StepCost) -> float:
-    """Seconds of one bank: the device whose slots and tokens take longest, by its speed."""
-    chance = np.minimum(masses[0] * top_k, 1.0)
-    active = (1.0 - (1.0 - chance) ** step.prefill_tokens).sum(1)
-    tokens = masses[0].sum(1) * top_k * step.prefill_tokens
-    relative = relative_speeds(speeds)
-    return float(((step.slot_s * active + step.token_s * tokens) / relative).max())
+    """Seconds of some banks: in each the device whose slots and tokens take longest, by speed."""
+    active = (1.0 - (1.0 - np.minimum(masses * top_k, 1.0)) ** step.prefill_tokens).sum(2)
+    tokens = masses.sum(2) * top_k * step.prefill_tokens
+    seconds = (step.slot_s * active + step.token_s * tokens) / relative_speeds(speeds)
+    return float(seconds.max(1).sum())

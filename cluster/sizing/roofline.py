@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 MAX_MICRO_BATCHES = 2
 """What the engine can have in flight."""
@@ -83,9 +82,6 @@ class ModelSize:
     """Numbers that are kept of one token, over all layers."""
     itemsize: int
     """Bytes of a weight, of a KV value and of a dispatched row's element."""
-
-
-Layout = Literal["disaggregated", "colocated"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
