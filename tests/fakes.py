@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from selectors import SelectorKey
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from cluster.core.topology import Generation
 from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TokenDispatcher
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
+from workers.transport.peer_connections import PeerConnections
 
 TINY_CONFIG: Mapping[str, Any] = {
     "model_type": "olmoe",
@@ -128,3 +130,17 @@ class FailingDispatcher:
             raise PeerLostError("expert-0", "reset in a test")
         self._calls += 1
         self.num_calls += 1
+
+
+class Wakeups:
+    """Counts how often the select loop of a worker's connections wakes up."""
+
+    def __init__(self, connections: PeerConnections) -> None:
+        self.count = 0
+        self._select = connections._selector.select
+        connections._selector.select = self._counted  # type: ignore[method-assign]
+
+    def _counted(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
+        events = self._select(timeout)
+        self.count += 1
+        return events

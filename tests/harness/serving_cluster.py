@@ -277,7 +277,7 @@ class ThreadWorkerGroup:
                 num_slots=runtime.args.num_slots,
             )
             for name, runtime in self.runtimes.items()
-            if runtime.is_alive
+            if runtime._thread.is_alive()
         )
 
     async def redirect(self, name: str, control_address: str) -> None:

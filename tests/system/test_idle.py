@@ -11,19 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes import Wakeups
 from tests.harness.serving_cluster import ThreadCluster, make_config, serving
-from workers.process.runtime import IDLE_WAIT_S, WorkerRuntime
+from workers.process.runtime import IDLE_WAIT_S
 from workers.requests.request import Request, SamplingParams
 
 WATCHED_S = 2.5
 NUM_REQUESTS = 3
 PAIRS = 4 * 2 * 2
 """Of a request: rows (3 of the prompt, 1 of a token), layers, experts of a row."""
-
-
-def wakeups(runtimes: dict[str, WorkerRuntime]) -> dict[str, int]:
-    """Times that each worker's select loop has returned."""
-    return {name: runtime.connections.num_wakeups for name, runtime in runtimes.items()}
 
 
 def expert_work(cluster: ThreadCluster) -> list[float]:
@@ -41,11 +37,12 @@ def test_an_idle_cluster_sleeps(tiny_checkpoint: Path, mode: str) -> None:
         for i in range(NUM_REQUESTS):
             stream.finish([Request(request_id=f"r{i}", prompt=(5, 6, 7), params=params)])
         cluster.wait(lambda _: sum(expert_work(cluster)) == NUM_REQUESTS * PAIRS)
-        before, started = wakeups(cluster.group.runtimes), time.monotonic()
+        runtimes, started = cluster.group.runtimes, time.monotonic()
+        wakeups = {name: Wakeups(runtime.connections) for name, runtime in runtimes.items()}
         threading.Event().wait(WATCHED_S)
-        after, watched_s = wakeups(cluster.group.runtimes), time.monotonic() - started
+        woken = {name: found.count for name, found in wakeups.items()}
+        watched_s = time.monotonic() - started
         limit = watched_s / IDLE_WAIT_S + 4  # once a turn; the last steps' frames, and the ends
-        woken = {name: after[name] - before[name] for name in after}
         assert all(count <= limit for count in woken.values()), woken
         assert sum(expert_work(cluster)) == NUM_REQUESTS * PAIRS
         stream.close()

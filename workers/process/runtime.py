@@ -188,11 +188,6 @@ class WorkerRuntime(ABC):
             raise NotReadyError(f"{self.member.name} has not called a controller yet")
         self.control.redirect(control_address)
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether the data thread runs."""
-        return self._thread.is_alive()
-
     def _main(self) -> None:
         try:
             self.compute_threads = ComputeThreads.for_threads(self.args.threads)

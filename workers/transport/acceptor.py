@@ -46,8 +46,6 @@ class Acceptor:
         """
         self.generation = 0
         """Generation that this worker is in."""
-        self.num_refused = 0
-        """Connections that did not become an edge."""
         self._selector = selector
         self._me = me
         self._token = token
@@ -119,8 +117,7 @@ class Acceptor:
         self._add(sock, handshake, f"{address[0]}:{address[1]}", None)
 
     def refuse(self, who: str, reason: str) -> None:
-        """Count and log a connection that does not become an edge."""
-        self.num_refused += 1
+        """Log a connection that does not become an edge."""
         logger.warning("%s: connection with %s refused: %s", self._me.name, who, reason)
 
     def expire(self) -> None:

@@ -44,8 +44,6 @@ class EdgeTable:
         """Current generation: older frames are dropped, newer ones are a protocol error."""
         self.current_step = 0
         """Data frames of an earlier step are dropped."""
-        self.num_stale_frames = 0
-        """Frames that were dropped."""
         self.max_inbox_bytes = max_inbox_bytes
         self._selector = selector
         self._owner = owner
@@ -134,7 +132,6 @@ class EdgeTable:
             self.watch(edge)
             got = frame.header
             if got.step < want.step:
-                self.num_stale_frames += 1
                 continue
             if (got.kind, got.step, *got[3:7]) == (want.kind, want.step, *want[3:7]):
                 return frame
@@ -151,8 +148,8 @@ class EdgeTable:
             )
         is_data = header.kind in DATA_KINDS
         if header.generation < number or (is_data and header.step < self.current_step):
-            self.num_stale_frames += 1
-        elif is_data:
+            return
+        if is_data:
             edge.put(frame)
         elif len(self.step_frames) >= _MAX_STEP_FRAMES:
             raise ProtocolError(f"more than {_MAX_STEP_FRAMES} step frames wait")
@@ -160,7 +157,6 @@ class EdgeTable:
             self.step_frames.append(StepFrame(edge.peer, frame))
 
     def _clear_inbox(self, edge: Edge) -> None:
-        self.num_stale_frames += len(edge.inbox)
         edge.inbox.clear()
         edge.inbox_bytes = 0
 

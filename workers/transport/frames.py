@@ -21,7 +21,7 @@ from workers.model.config import BankSpec
 
 MAGIC: Final = b"EMdp"
 VERSION: Final = 1
-_HEADER: Final = struct.Struct("!4sBBBBIQHBxIII")
+_HEADER: Final = struct.Struct("!4sBBIQBHBBIIIx")
 HEADER_BYTES: Final = _HEADER.size
 MAX_STEP_FRAME_BYTES: Final = 1 << 20
 """Payload limit of step frames: a header of 65535 ranks fits."""
@@ -70,26 +70,14 @@ class FrameHeader(NamedTuple):
 
     def encode(self) -> bytes:
         """The 36 bytes on the wire."""
-        return _HEADER.pack(
-            MAGIC,
-            VERSION,
-            self.kind,
-            self.flags,
-            self.exchange,
-            self.generation,
-            self.step,
-            self.bank,
-            self.micro_batch,
-            *self.counts,
-            self.length,
-        )
+        return _HEADER.pack(MAGIC, VERSION, *self[:7], *self.counts, self.length)
 
     @classmethod
     def decode(cls, data: bytes | bytearray | memoryview, max_data_bytes: int) -> FrameHeader:
         """Inverse of ``encode``. Raises ``ProtocolError`` naming the field that is wrong."""
         fields = _HEADER.unpack(data)
-        magic, version, number, flags, exchange = fields[:5]
-        generation, step, bank, micro_batch, first, second, length = fields[5:]
+        magic, version, number, generation, step, flags = fields[:6]
+        bank, exchange, micro_batch, first, second, length = fields[6:]
         if magic != MAGIC:
             raise ProtocolError(f"frame magic {magic!r}: must be {MAGIC!r}")
         if version != VERSION:
@@ -104,17 +92,8 @@ class FrameHeader(NamedTuple):
         limit = max_data_bytes if kind in DATA_KINDS else MAX_STEP_FRAME_BYTES
         if length > limit:
             raise ProtocolError(f"frame of {length} bytes: at most {limit}")
-        return cls(
-            kind,
-            generation,
-            step,
-            flags,
-            bank,
-            exchange,
-            micro_batch,
-            (first, second),
-            length,
-        )
+        counts = (first, second)
+        return cls(kind, generation, step, flags, bank, exchange, micro_batch, counts, length)
 
 
 class Frame(NamedTuple):

@@ -53,8 +53,6 @@ class PeerConnections:
         self.me = me
         self.step_timeout_s = step_timeout_s
         self.generation = Generation(number=0, members=())
-        self.num_wakeups = 0
-        """Times that the select loop woke up."""
         self._max_data_bytes = max_data_bytes
         self._connect_timeout_s = connect_timeout_s
         self._members: dict[str, Member] = {}
@@ -287,7 +285,6 @@ class PeerConnections:
         if deadline is not None:
             timeout_s = min(timeout_s, max(deadline - time.monotonic(), 0.0))
         events = self._selector.select(timeout_s)
-        self.num_wakeups += 1
         for key, mask in events:
             if isinstance(key.data, Edge):
                 self._table.serve(key.data, mask)

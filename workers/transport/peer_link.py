@@ -211,10 +211,6 @@ class PeerServer:
         self.address = "{}:{}".format(*self._listener.getsockname()[:2])
         """``host:port`` of the listener."""
         self._thread = threading.Thread(target=self._accept, name=f"{what}-server", daemon=True)
-        self.num_sent_bytes = 0
-        """Bytes of items that were sent."""
-        self.num_refused = 0
-        """Connections that were refused."""
 
     def start(self, lender: Lender[Any]) -> None:
         """Begin to accept connections, and to serve the items of ``lender``."""
@@ -298,10 +294,8 @@ class PeerServer:
         sock.sendall(checksum(key, parts))
         for chunk in _chunks(parts):
             sock.sendall(chunk)
-            self.num_sent_bytes += len(chunk)
 
     def _refuse(self, who: str, reason: str) -> None:
-        self.num_refused += 1
         logger.warning("%s: %s refused to %s: %s", self._me.name, self._what, who, reason)
 
 

@@ -77,17 +77,8 @@ class SocketTransport:
 
     def _header(self, tag: Tag, counts: Sequence[int], length: int) -> FrameHeader:
         first, second = (*counts, 0, 0)[:2]
-        return FrameHeader(
-            _KINDS[tag.direction],
-            self._generation,
-            self._step,
-            self._flags,
-            tag.bank,
-            tag.exchange,
-            tag.micro_batch,
-            (first, second),
-            length,
-        )
+        place = (self._generation, self._step, self._flags, *tag[:3])
+        return FrameHeader(_KINDS[tag.direction], *place, (first, second), length)
 
     def _check(self, item: Expected, header: FrameHeader, sized: bool) -> None:
         """Compare counts and length with what is expected, before anything is allocated."""

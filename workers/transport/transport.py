@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn, Protocol
+from typing import Literal, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ from workers.requests.step_header import StepHeader
 Direction = Literal["rows", "outputs"]
 
 
-@dataclass(frozen=True, slots=True)
-class Tag:
+class Tag(NamedTuple):
     """Place of a message in a step."""
 
     bank: int

@@ -50,7 +50,7 @@ def test_header_survives_the_wire() -> None:
         (4, 9, "version"),
         (5, 0, "kind 0"),
         (5, 5, "kind 5"),
-        (6, 4, "flags"),
+        (18, 4, "flags"),
         (22, 2, "micro-batch"),
     ],
 )

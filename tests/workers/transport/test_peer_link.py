@@ -131,7 +131,6 @@ def test_blocks_arrive_bit_for_bit_and_go_back(server: PeerServer, shelf: Shelf)
     }
     assert shelf.is_returned.wait(TIMEOUT_S)
     assert shelf.returned == [([3, 1, 4], 3)]
-    assert server.num_sent_bytes == sum(shelf.blocks[b].nbytes for b in (3, 1, 4))
 
 
 def test_what_nobody_has_is_no_error(server: PeerServer, shelf: Shelf) -> None:
@@ -154,7 +153,6 @@ def test_strangers_get_nothing(me: PeerIdentity, token: str, message: str) -> No
         peer = replace(peer_at(server.address, token=token), me=me)
         with pytest.raises((HandshakeError, PeerLostError), match=message):
             fetch(peer, (0,))
-        assert server.num_sent_bytes == 0
         assert shelf.returned == []
 
 
