@@ -6,6 +6,8 @@ endif
 
 VENV := .venv
 BIN := $(VENV)/bin
+# The clients of other projects that part 6 of `make test-long` drives, with their own versions.
+CLIENTS := .venv-clients
 # Where the CPU build of torch comes from on a machine without an NVIDIA GPU, when it answers.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Arguments for `make serve` and `make bench`, for example ARGS="--port 8080".
@@ -18,10 +20,12 @@ MUTANTS ?= 80
 SEED ?= 1
 
 INPUTS := pyproject.toml constraints.txt .ci/setup.py
+CLIENT_INPUTS := $(addprefix tests/conformance/clients/,requirements.txt constraints.txt package.json) \
+	docs/node-client/package.json .ci/setup.py
 INSTALL = python=$$(sh .ci/find-python.sh) && \
 	"$$python" .ci/setup.py --venv $(VENV) --torch-cpu-index "$(TORCH_CPU_INDEX)"
 
-.PHONY: help setup setup-test serve check test test-long lint types units audit bench release protos clean
+.PHONY: help setup setup-test setup-clients serve check test test-long lint types units audit bench release protos clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +34,7 @@ help:
 	@echo "make check    ruff, import contracts, mypy, tests without processes (minutes)"
 	@echo "make test     make check, and tests with processes (PYTEST_ARGS=\"-k name\")"
 	@echo "make test-long  everything but GPU tests, for hours, or a part of it (PART=1)"
+	@echo "make setup-clients  .venv-clients with the clients of other projects, for part 6"
 	@echo "make audit    look for known holes in the pinned packages"
 	@echo "make bench    measure, and write benchmarks/RESULTS.md"
 	@echo "make release  build and test wheel and image of the version"
@@ -42,9 +47,15 @@ $(VENV)/.stamp-run: $(INPUTS)
 $(VENV)/.stamp-test: $(INPUTS)
 	@$(INSTALL) test
 
+$(CLIENTS)/.stamp-clients: $(CLIENT_INPUTS)
+	@python=$$(sh .ci/find-python.sh) && \
+		"$$python" .ci/setup.py --venv $(CLIENTS) --torch-cpu-index "$(TORCH_CPU_INDEX)" clients
+
 setup: $(VENV)/.stamp-run
 
 setup-test: $(VENV)/.stamp-test
+
+setup-clients: $(CLIENTS)/.stamp-clients
 
 serve: $(VENV)/.stamp-run
 	@EXPERTMESH_PARENT=$$PPID exec $(BIN)/expertmesh serve $(ARGS)
@@ -94,6 +105,8 @@ test-long: $(addprefix test-long-,$(if $(filter all,$(PART)),1 2 3 4 5 6 7,$(PAR
 test-long-7: $(VENV)/.stamp-test
 	$(BIN)/python -m tests.mutation --num $(MUTANTS) --seed $(SEED)
 
+test-long-6: $(CLIENTS)/.stamp-clients
+
 test-long-%: $(VENV)/.stamp-test
 	$(LONG) $(PART_$*) $(PYTEST_ARGS)
 
@@ -110,4 +123,4 @@ protos: $(VENV)/.stamp-test
 	$(BIN)/python protos/generate.py
 
 clean:
-	rm -rf $(VENV) .venv-audit build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache
+	rm -rf $(VENV) $(CLIENTS) .venv-audit build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache

@@ -2,7 +2,8 @@
 
 Standard library only. Installs the pinned packages of constraints.txt with pip, the CPU build of
 torch where there is no NVIDIA GPU, and expertmesh itself in editable form. A stamp file is written
-last, so that a failed or interrupted run is simply begun again.
+last, so that a failed or interrupted run is simply begun again. ``clients`` makes the environment
+of the programs that tests/conformance drives against a server, npm packages included.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CLIENTS = ROOT / "tests" / "conformance" / "clients"
+NODE_PACKAGES = (CLIENTS / "package.json", ROOT / "docs" / "node-client" / "package.json")
 INDEX_TIMEOUT_S = 3.0
 PROGRESS_INTERVAL_S = 5.0
 # Megabytes of the pinned wheels for Linux on x86-64, without torch.
-PACKAGES_MB = {"run": 160, "test": 240}
+PACKAGES_MB = {"run": 160, "test": 240, "clients": 330}
 TORCH_CPU_MB = 190
 TORCH_CUDA_MB = 2720
 LOG_LINES_ON_FAILURE = 15
@@ -157,36 +160,73 @@ def make_venv(venv: Path) -> Path:
     return python
 
 
+def inputs(extra: str) -> tuple[Path, Path]:
+    """The files that name the packages of an environment, and the version of each."""
+    if extra == "clients":
+        return CLIENTS / "requirements.txt", CLIENTS / "constraints.txt"
+    return ROOT / "pyproject.toml", ROOT / "constraints.txt"
+
+
 def digest(extra: str) -> str:
     """What the stamp of a finished installation holds."""
     content = hashlib.sha256(f"{extra} {ROOT}".encode())
-    for name in ("pyproject.toml", "constraints.txt"):
-        content.update((ROOT / name).read_bytes())
+    for path in (*inputs(extra), *(NODE_PACKAGES if extra == "clients" else ())):
+        content.update(path.read_bytes())
     return content.hexdigest()
 
 
-def install(extra: str, venv: Path, index: str) -> None:
-    """Bring ``venv`` up to date for ``extra`` (``run``, or ``test`` for everything)."""
-    pip = [str(make_venv(venv)), "-m", "pip", "--disable-pip-version-check"]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    pinned = (ROOT / "constraints.txt").read_text().split()
-    torch = next(line for line in pinned if line.startswith("torch=="))
+def requirements(extra: str) -> list[str]:
+    """The packages that pip is asked for, without those that they need."""
+    text = inputs(extra)[0].read_text()
+    if extra == "clients":
+        lines = (line.partition("#")[0].strip() for line in text.splitlines())
+        return [line for line in lines if line]
+    project = tomllib.loads(text)
     wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
     if extra == "test":
         wanted += project["project"]["optional-dependencies"]["test"]
+    return wanted
+
+
+def install(extra: str, venv: Path, index: str) -> None:
+    """Bring ``venv`` up to date for ``extra``: ``run``, ``test`` for everything, or ``clients``."""
+    pip = [str(make_venv(venv)), "-m", "pip", "--disable-pip-version-check"]
+    constraints = inputs(extra)[1]
+    pinned = constraints.read_text().split()
+    torch = next(line for line in pinned if line.startswith("torch=="))
     source = find_torch(pip, index, torch)
     total = PACKAGES_MB[extra] + source.megabytes
     say(f"downloading about {total} MB, of that torch {source.megabytes} MB ({source.words})")
     if source.pip_args is not None:
         run_pip(pip, source.pip_args, venv)
-    run_pip(pip, ["--constraint", str(ROOT / "constraints.txt"), *wanted], venv)
-    run_pip(pip, ["--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)], venv)
+    run_pip(pip, ["--constraint", str(constraints), *requirements(extra)], venv)
+    if extra == "clients":
+        install_npm(venv)
+    else:
+        run_pip(
+            pip, ["--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)], venv
+        )
+
+
+def install_npm(folder: Path) -> None:
+    """Install the npm packages of all clients into ``node_modules`` of a folder."""
+    if shutil.which("npm") is None:
+        raise SetupError("npm was not found: Node.js 20 or newer is needed for its clients")
+    wanted: dict[str, str] = {}
+    for path in NODE_PACKAGES:
+        wanted |= json.loads(path.read_text())["dependencies"]
+    (folder / "package.json").write_text(json.dumps({"private": True, "dependencies": wanted}))
+    command = ["npm", "install", "--no-audit", "--no-fund"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode != 0:
+        last = "\n".join(done.stderr.splitlines()[-LOG_LINES_ON_FAILURE:])
+        raise SetupError(f"{last}\nnpm failed, see above")
 
 
 def main() -> int:
     """Entry point; the exit status."""
     parser = argparse.ArgumentParser(description="Make the virtual environment.")
-    parser.add_argument("extra", choices=("run", "test"))
+    parser.add_argument("extra", choices=("run", "test", "clients"))
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     parser.add_argument("--torch-cpu-index", required=True)
     args = parser.parse_args()
@@ -213,7 +253,7 @@ def _install_once(extra: str, venv: Path, index: str) -> None:
         started = time.monotonic()
         install(extra, venv, index)
         say(f"ready after {time.monotonic() - started:.0f} s")
-    for name in ("run", "test") if extra == "test" else ("run",):
+    for name in ("run", "test") if extra == "test" else (extra,):
         (venv / f".stamp-{name}").write_text(digest(name))
 
 

@@ -1,11 +1,9 @@
 """Clients of other projects, unchanged, against ``expertmesh serve``: see docs/conformance.md.
 
-They live in an environment of their own, which ``EXPERTMESH_CLIENTS`` names (a virtual one
-with ``clients/requirements.txt``); without it that of the tests is taken. The npm packages are in
-``EXPERTMESH_NODE_MODULES``, or are installed for the run. What is not there is skipped. A recorder
-between them and the server notes what they send, for the table in docs/conformance.md; with
-``EXPERTMESH_WRITE_FIELDS`` set it is written anew. ``EXPERTMESH_URL`` takes a server that runs
-already, whose chat template must have tools.
+They live in an environment of their own, see ``tests/harness/clients.py``. What is not there is
+skipped. A recorder between them and the server notes what they send, for the table in
+docs/conformance.md; with ``EXPERTMESH_WRITE_FIELDS`` set it is written anew. ``EXPERTMESH_URL``
+takes a server that runs already, whose chat template must have tools.
 """
 
 from __future__ import annotations
@@ -14,9 +12,7 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 
 import httpx
@@ -25,6 +21,7 @@ import pytest
 from tests.conformance.conftest import TOOL_TEMPLATE
 from tests.conformance.recorder import Recorder, recording
 from tests.conformance.table import SENT_BY_CLIENTS
+from tests.harness.clients import node_modules, program
 from tests.paths import DEMO
 from tests.served.server import running_server
 
@@ -77,25 +74,6 @@ def _route(path: str) -> str:
     return "/v1/models/{model}" if path.startswith("/v1/models/") else path
 
 
-def binaries() -> Path:
-    """Where the clients' programs are."""
-    home = os.environ.get("EXPERTMESH_CLIENTS")
-    return Path(home) / "bin" if home else Path(sys.executable).parent
-
-
-@cache
-def has(module: str) -> bool:
-    """Whether the clients' environment has a package."""
-    code = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
-    return subprocess.run([binaries() / "python", "-c", code], timeout=60).returncode == 0
-
-
-def needs(module: str) -> None:
-    """Skip without a package."""
-    if not has(module):
-        pytest.skip(f"{module} is not installed: set EXPERTMESH_CLIENTS")
-
-
 def run(words: list[str], folder: Path, more: Mapping[str, str] | None = None) -> str:
     """What a client's program says; it must end well."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "RAY_"))}
@@ -113,37 +91,23 @@ def run(words: list[str], folder: Path, more: Mapping[str, str] | None = None) -
 
 
 @pytest.mark.parametrize(
-    ("program", "module"),
+    ("client", "module"),
     [("openai", "openai"), ("langchain", "langchain_openai"), ("litellm", "litellm")],
 )
 def test_python_clients(
-    recorder: Recorder, model: str, tmp_path: Path, program: str, module: str
+    recorder: Recorder, model: str, tmp_path: Path, client: str, module: str
 ) -> None:
-    needs(module)
-    script = str(PROGRAMS / f"use_{program}.py")
-    run([str(binaries() / "python"), script, recorder.url, model], tmp_path)
+    script = str(PROGRAMS / f"use_{client}.py")
+    run([program("python", module), script, recorder.url, model], tmp_path)
 
 
 @pytest.fixture(scope="module")
 def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the npm packages, and the program that uses them."""
-    if shutil.which("node") is None:
-        pytest.skip("node is not installed")
+    packages = node_modules()
     folder = tmp_path_factory.mktemp("node")
-    for name in ("package.json", "use_ai.mjs"):
-        shutil.copy(PROGRAMS / name, folder)
-    if known := os.environ.get("EXPERTMESH_NODE_MODULES"):
-        (folder / "node_modules").symlink_to(known)
-        return folder
-    if shutil.which("npm") is None:
-        pytest.skip("npm is not installed: set EXPERTMESH_NODE_MODULES")
-    command = ["npm", "install", "--no-audit", "--no-fund"]
-    try:
-        done = subprocess.run(command, cwd=folder, timeout=300, capture_output=True, text=True)
-    except subprocess.TimeoutExpired:
-        pytest.skip("npm cannot install in time: set EXPERTMESH_NODE_MODULES")
-    if done.returncode:
-        pytest.skip(f"npm cannot install: {done.stderr[-200:]}")
+    (folder / "node_modules").symlink_to(packages)
+    shutil.copy(PROGRAMS / "use_ai.mjs", folder)
     return folder
 
 
@@ -167,14 +131,13 @@ def test_curl(recorder: Recorder, model: str, tmp_path: Path) -> None:
 
 
 def test_guidellm(recorder: Recorder, tmp_path: Path) -> None:
-    needs("guidellm")
     report = tmp_path / "report.json"
     words = ["run", "--backend", f"kind=openai_http,target={recorder.url}"]
     words += ["--profile", "kind=concurrent,streams=2", "--constraint", "kind=max_requests,count=4"]
     words += ["--tokenizer", f"kind=huggingface_auto,model={DEMO}"]
     words += ["--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=16"]
     words += ["--output", f"kind=json,path={report}", "--disable-progress"]
-    run([str(binaries() / "guidellm"), *words], tmp_path)
+    run([program("guidellm", "guidellm"), *words], tmp_path)
     metrics = json.loads(report.read_text())["benchmarks"][0]["metrics"]
     totals = metrics["request_totals"]
     assert (totals["successful"], totals["errored"], totals["incomplete"]) == (4, 0, 0)
@@ -183,15 +146,13 @@ def test_guidellm(recorder: Recorder, tmp_path: Path) -> None:
 
 
 def test_locust(recorder: Recorder, model: str, tmp_path: Path) -> None:
-    needs("locust")
     file = str(PROGRAMS / "locustfile.py")
     words = ["-f", file, "--headless", "-u", "4", "-r", "4", "-H", recorder.url, "--only-summary"]
-    run([str(binaries() / "locust"), *words], tmp_path, {"MODEL": model})
+    run([program("locust", "locust"), *words], tmp_path, {"MODEL": model})
 
 
 def test_lm_eval(recorder: Recorder, model: str, tmp_path: Path) -> None:
     """``local-completions`` scores echoed prompts, and generates."""
-    needs("lm_eval")
     rows = [
         {"question": f"Who is there? {i}\n", "choices": [" The king", " It"], "label": i % 2}
         for i in range(4)
@@ -213,7 +174,7 @@ def test_lm_eval(recorder: Recorder, model: str, tmp_path: Path) -> None:
     words = ["run", "--model", "local-completions", "--tasks", "choose,write"]
     words += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
     words += ["--model_args", f"{settings},num_concurrent=2,max_retries=1"]
-    run([str(binaries() / "lm_eval"), *words], tmp_path)
+    run([program("lm_eval", "lm_eval"), *words], tmp_path)
     (found,) = (tmp_path / "out").rglob("results_*.json")
     results = json.loads(found.read_text())["results"]
     assert 0 <= results["choose"]["acc,none"] <= 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.gateway.stack import Stack
+from tests.harness.clients import node_modules
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -20,22 +20,21 @@ LIMIT_S = 300
 
 
 def test_the_generated_client_streams(stack: Stack, tmp_path: Path) -> None:
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("node and npm are not installed")
+    packages = node_modules()
     folder = tmp_path / "docs" / "node-client"
     ignored = shutil.ignore_patterns("generated", "node_modules")
     shutil.copytree(ROOT / "docs" / "node-client", folder, ignore=ignored)
     (tmp_path / "protos").symlink_to(ROOT / "protos")
-    wanted = json.loads((folder / "package.json").read_text())["dependencies"]
-    known = Path(os.environ.get("EXPERTMESH_NODE_MODULES", "/nowhere"))
-    if all((known / name).is_dir() for name in wanted):
-        (folder / "node_modules").symlink_to(known)
-    else:
-        done = npm(folder, "install", "--no-audit", "--no-fund")
-        if done is None or done.returncode:
-            pytest.skip("npm cannot install: set EXPERTMESH_NODE_MODULES")
-    made = npm(folder, "run", "generate")
-    assert made is not None
+    (folder / "node_modules").symlink_to(packages)
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    made = subprocess.run(
+        ["npm", "run", "generate"],  # with this Python's grpc_tools
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        timeout=LIMIT_S,
+        capture_output=True,
+        text=True,
+    )
     assert made.returncode == 0, made.stderr
     command = ["node", "example.js", stack.grpc_target]
     done = subprocess.run(command, cwd=folder, timeout=LIMIT_S, capture_output=True, text=True)
@@ -44,19 +43,3 @@ def test_the_generated_client_streams(stack: Stack, tmp_path: Path) -> None:
     assert "".join(text)
     assert ended == "ended after 24 tokens"
     assert error.startswith("NOT_FOUND: the model 'other' does not exist")
-
-
-def npm(folder: Path, *words: str) -> subprocess.CompletedProcess[str] | None:
-    """Run npm with this Python's grpc_tools; None where it takes too long."""
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    try:
-        return subprocess.run(
-            ["npm", *words],
-            cwd=folder,
-            env={**os.environ, "PATH": path},
-            timeout=LIMIT_S,
-            capture_output=True,
-            text=True,
-        )
-    except subprocess.TimeoutExpired:
-        return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.harness.clients import NO_REDIS, redis_server
 from tests.harness.fault_rows import Form
 from tests.pretend_hosts.hosts import (
     TIMEOUT_S,
@@ -90,26 +90,21 @@ class RoleHosts(NodeHosts):
 
 
 @pytest.fixture(scope="module")
-def redis_server() -> str:
-    """Path of a redis-server; empty without one."""
-    return shutil.which("redis-server") or ""
-
-
-@pytest.fixture(scope="module")
-def hosts(redis_server: str) -> Iterator[RoleHosts]:
+def hosts() -> Iterator[RoleHosts]:
     """The five hosts, with a cluster that ``up`` has started. With Redis it keeps Ray's state."""
     if reason := why_not():
         pytest.skip(reason)
-    state = f"{GATEWAY}:{REDIS_PORT}" if redis_server else ""
+    server = redis_server()
+    state = f"{GATEWAY}:{REDIS_PORT}" if server else ""
     with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
         made = RoleHosts(Path(folder), state)
         redis = None
         try:
             made.run("up", str(NUM_HOSTS))
-            if redis_server:
+            if server:
                 words = ["--port", str(REDIS_PORT), "--requirepass", REDIS_PASSWORD, "--save", ""]
                 log = Path(folder) / "redis.log"
-                redis = made.start("h1", redis_server, *words, log=log)
+                redis = made.start("h1", server, *words, log=log)
             for host in ("h0", *ROLES):
                 made.begin_node(host)
             made.up()
@@ -181,10 +176,10 @@ def test_a_host_that_is_killed_costs_no_stream(hosts: RoleHosts, tmp_path: Path)
     wait_serving(hosts)
 
 
-def test_streams_outlive_the_head(hosts: RoleHosts, tmp_path: Path, redis_server: str) -> None:
+def test_streams_outlive_the_head(hosts: RoleHosts, tmp_path: Path) -> None:
     """With Ray's state in Redis; the head comes back and the cluster answers orders again."""
-    if not redis_server:
-        pytest.skip("needs redis-server on PATH (Debian: apt-get install redis-server)")
+    if not redis_server():
+        pytest.skip(NO_REDIS)
     wait_serving(hosts)
     log = tmp_path / "clients.log"
     calm = stream(hosts, URL, log, FORM, lambda: None)

@@ -16,7 +16,7 @@ import pytest
 
 from cluster.config.cluster import EngineSection
 from cluster.launch.model_source import bundled_checkpoint
-from tests.harness.fault_rows import FORMS, FULL, Form
+from tests.harness.fault_rows import FORMS, FULL, Form, state_of
 from tests.harness.local_engine import LocalEngine
 from tests.pretend_hosts.hosts import (
     TIMEOUT_S,
@@ -66,6 +66,18 @@ def begin_node(hosts: NodeHosts, host: str) -> None:
         hosts.begin(host, *CLI, *words, "--join", HEAD)
 
 
+def come_back(hosts: NodeHosts, host: str) -> None:
+    """Boot a dead host once it is quite gone, and have it join."""
+    wait_until(lambda: hosts.boots(host), f"{host} is quite gone")
+    begin_node(hosts, host)
+
+
+def expert_beside_the_head(status: dict[str, Any]) -> dict[str, Any]:
+    """An expert worker that serves on another host than Ray's head."""
+    serving = [w for w in status["workers"] if w["state"] == "SERVING"]
+    return next(w for w in serving if w["role"] == "expert" and w["node"] != HEAD)
+
+
 @contextmanager
 def served_on(hosts: NodeHosts, log: Path) -> Iterator[str]:
     """A served cluster with a worker on each host, where each expert has two copies; its URL."""
@@ -108,18 +120,17 @@ def test_a_host_that_is_powered_off_costs_no_stream_and_is_made_good(tmp_path: P
         def status() -> dict[str, Any]:
             return hosts.fetch("h0", f"{url}/cluster/v1/status")
 
-        gone = next(w for w in status()["workers"] if w["role"] == "expert" and w["node"] != HEAD)
+        gone = expert_beside_the_head(status())
         host = host_of(gone["node"])
         calm = stream(hosts, url, log, FULL, lambda: None)
         hit = stream(hosts, url, log, FULL, lambda: hosts.power_off(host))
         assert hit.tokens == calm.tokens
         print(f"longest gap {hit.longest_gap_s:.2f} s, limit {DETECTION_LIMIT_S:g} s")
         found = status()
-        assert {w["name"]: w["state"] for w in found["workers"]}[gone["name"]] == "LOST"
+        assert state_of(found, gone["name"]) == "LOST"
         assert found["state"] == "DEGRADED"
         assert found["experts_complete"]
-        wait_until(lambda: hosts.boots(host), "it is quite gone")
-        begin_node(hosts, host)
+        come_back(hosts, host)
         wait_until(lambda: status()["state"] == "SERVING", "whole again")
         assert stream(hosts, url, log, FULL, lambda: None).tokens == calm.tokens
 
@@ -142,19 +153,21 @@ def test_a_silenced_host_with_experts_costs_no_stream(
     hosts: NodeHosts, url: str, tmp_path: Path, form: Form
 ) -> None:
     """Frames to and from it are dropped; after its healing it disturbs nobody."""
-    workers = hosts.fetch("h0", f"{url}/cluster/v1/status")["workers"]
-    serving = [w for w in workers if w["role"] == "expert" and w["state"] == "SERVING"]
-    elsewhere = [w for w in serving if w["node"] != HEAD]
-    if len(serving) < 2 or not elsewhere:
-        pytest.skip("the hosts were used up by another form")
-    silenced = elsewhere[0]
+
+    def status() -> dict[str, Any]:
+        return hosts.fetch("h0", f"{url}/cluster/v1/status")
+
+    for lost in (w for w in status()["workers"] if w["state"] == "LOST"):  # by another form
+        hosts.kill(host_of(lost["node"]))
+        come_back(hosts, host_of(lost["node"]))
+    wait_until(lambda: status()["state"] == "SERVING", "whole")
+    silenced = expert_beside_the_head(status())
     host = host_of(silenced["node"])
     log = tmp_path / "clients.log"
     calm = stream(hosts, url, log, form, lambda: None)
     hit = stream(hosts, url, log, form, lambda: hosts.mute(host))
     assert hit.tokens == calm.tokens
     print(f"longest gap {hit.longest_gap_s:.2f} s, limit {DETECTION_LIMIT_S:g} s")
-    workers = hosts.fetch("h0", f"{url}/cluster/v1/status")["workers"]
-    assert {w["name"]: w["state"] for w in workers}[silenced["name"]] == "LOST"
+    assert state_of(status(), silenced["name"]) == "LOST"
     hosts.run("heal", host)
     assert stream(hosts, url, log, form, lambda: None).tokens == calm.tokens

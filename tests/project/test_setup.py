@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import socket
@@ -11,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -180,6 +180,34 @@ def test_a_failed_installation_shows_the_log_and_leaves_no_stamp(
     assert "downloading about" in capsys.readouterr().err
 
 
+def fake_npm(folder: Path, status: int) -> None:
+    path = folder / "npm"
+    path.write_text(f"#!/bin/sh\necho no such package >&2\nexit {status}\n")
+    path.chmod(0o755)
+
+
+def test_the_clients_get_the_npm_packages_of_every_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_npm(tmp_path, 0)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    setup.install_npm(tmp_path)
+    wanted = json.loads((tmp_path / "package.json").read_text())["dependencies"]
+    assert {"ai", "openai", "@grpc/grpc-js"} <= set(wanted)
+    assert all(re.fullmatch(r"[0-9.]+", version) for version in wanted.values())
+
+
+def test_without_npm_or_with_a_failed_one_the_user_reads_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(setup.SetupError, match=r"npm was not found: Node\.js 20"):
+        setup.install_npm(tmp_path)
+    fake_npm(tmp_path, 1)
+    with pytest.raises(setup.SetupError, match="no such package\nnpm failed"):
+        setup.install_npm(tmp_path)
+
+
 def test_progress_comes_as_lines_without_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,15 +231,15 @@ while not os.path.exists({str(end)!r}):
     assert re.fullmatch(r"installing, \d+ s, 1 packages fetched, last a", told[-1])
 
 
-def test_every_requirement_is_pinned_once() -> None:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+@pytest.mark.parametrize(("extra", "fewest"), [("test", 20), ("clients", 8)])
+def test_every_requirement_is_pinned_once(extra: str, fewest: int) -> None:
+    lines = setup.inputs(extra)[1].read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", pin) for pin in pins)
     names = [re.sub(r"[-_.]+", "-", pin.partition("==")[0]).lower() for pin in pins]
     assert len(names) == len(set(names))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
-    assert len(wanted) > 20
+    wanted = setup.requirements(extra)
+    assert len(wanted) > fewest
     bare = {re.split(r"[^A-Za-z0-9._-]", requirement)[0] for requirement in wanted}
     assert {re.sub(r"[-_.]+", "-", name).lower() for name in bare} - set(names) == set()
 
