@@ -15,6 +15,7 @@ import socket
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ def _forget(err: Exception) -> None:
         gc.collect()
 
 
-def join(address: str, patience_s: float = 0.0) -> str:
+def join(address: str, patience_s: float = 0.0, sleep: Callable[[float], None] = time.sleep) -> str:
     """Connect to an existing Ray; its address.
 
     Raises ``ConnectionError`` if nothing has listened there for ``patience_s``, or if Ray refuses.
@@ -196,7 +197,7 @@ def join(address: str, patience_s: float = 0.0) -> str:
 
     from cluster.actors.ray_tools import NAMESPACE
 
-    _knock(address, time.monotonic() + patience_s)
+    _knock(address, time.monotonic() + patience_s, sleep)
     try:
         context: Any = ray.init(
             address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
@@ -207,7 +208,7 @@ def join(address: str, patience_s: float = 0.0) -> str:
     return str(context.address_info["gcs_address"])
 
 
-def _knock(address: str, deadline: float) -> None:
+def _knock(address: str, deadline: float, sleep: Callable[[float], None]) -> None:
     """Wait until the address accepts connections; Ray itself would retry for minutes."""
     host, _, port = address.rpartition(":")
     if not port.isdigit() or "/" in host:
@@ -219,7 +220,7 @@ def _knock(address: str, deadline: float) -> None:
         except OSError as err:
             if time.monotonic() >= deadline:
                 raise ConnectionError(f"{err.strerror or err}") from err
-        time.sleep(_KNOCK_AGAIN_S)
+        sleep(_KNOCK_AGAIN_S)
 
 
 def remove(folder: Path) -> None:

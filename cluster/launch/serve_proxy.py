@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import ConfigError, StartError
 
-READY_LIMIT_S = 60.0
-"""Time for the gateway to become ready after everything else."""
 HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 """Switches Serve's HAProxy mode on."""
 _POLL_S = 0.1
@@ -27,17 +25,20 @@ def check_haproxy(section: GatewaySection, environment: Mapping[str, str]) -> No
         raise ConfigError("tls_cert", section.tls_cert, f"{rule} with TLS in front, or unset it")
 
 
-def wait_ready(url: str, section: GatewaySection, ask: Callable[[], list[str]]) -> None:
+def wait_ready(
+    url: str, section: GatewaySection, ask: Callable[[], list[str]], limit_s: float = 60.0
+) -> None:
     """Wait until the gateway is ready and reachable through the proxy.
 
     Args:
         url: the gateway's, without a path.
         section: what the proxy requires of clients.
         ask: why the gateway is not ready; used if this process has no client certificate.
+        limit_s: time for the gateway to become ready after everything else.
 
     Raises ``StartError`` after the limit, or if the proxy accepts clients that it must refuse.
     """
-    deadline = time.monotonic() + READY_LIMIT_S
+    deadline = time.monotonic() + limit_s
     while True:
         if section.tls_client_ca is None:
             reasons = _ask_ready(url, section.has_tls)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from cluster.launch.local_ray import make_temp_dir
 from tests.cluster.cli.fake_gateway import FakeGateway, fake_gateway
 
 
@@ -38,12 +37,15 @@ def gateway() -> Iterator[FakeGateway]:
 def temp_dirs(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Every folder for a private Ray that is made in this test."""
     made: list[Path] = []
+    make = tempfile.mkdtemp
 
-    def make() -> Path:
-        made.append(make_temp_dir())
-        return made[-1]
+    def make_noted(suffix: str | None = None, prefix: str | None = None, dir: str = "") -> str:
+        path = make(suffix, prefix, dir or None)
+        if prefix == "em-":
+            made.append(Path(path))
+        return path
 
-    monkeypatch.setattr("cluster.launch.local_ray.make_temp_dir", make)
+    monkeypatch.setattr(tempfile, "mkdtemp", make_noted)
     return made
 
 

@@ -17,9 +17,7 @@ from cluster.cli.terminal.orders import find_admin, orders_for
 from cluster.cli.terminal.output import out_json, out_line
 
 DEFAULT_LIMIT_S = 120.0
-POLL_S = 0.1
-_QUIET_S = 12.0
-"""Time without a request after which a gateway is done; longer than its ``leaving_lead_s``."""
+_POLL_S = 0.1
 _GRACE_S = 10.0
 """Time past its own deadline in which an operation must have ended."""
 
@@ -58,8 +56,10 @@ def run_drain(args: argparse.Namespace) -> int:
         return follow_operation(args, orders, orders.drain(order), wait_s)
 
 
-def drain_gateway(args: argparse.Namespace) -> int:
-    """Ask a gateway to leave until it has no request. Raises ``CommandError``."""
+def drain_gateway(args: argparse.Namespace, quiet_s: float = 12.0) -> int:
+    """Ask a gateway to leave until it has had no request for ``quiet_s``, which is longer than its
+    ``leaving_lead_s``. Raises ``CommandError``.
+    """
     admin = find_admin(args, args.gateway)
     if admin is None:
         raise CommandError(ExitCode.UNREACHABLE, "no admin port in reach: --admin-url")
@@ -69,10 +69,10 @@ def drain_gateway(args: argparse.Namespace) -> int:
         left = admin.post("/admin/v1/gateway/drain", {})
         now = time.monotonic()
         quiet_since = (quiet_since or now) if left["requests"] == 0 else None
-        is_done = quiet_since is not None and now >= quiet_since + _QUIET_S
+        is_done = quiet_since is not None and now >= quiet_since + quiet_s
         if is_done or now >= give_up:
             break
-        time.sleep(POLL_S)
+        time.sleep(_POLL_S)
     if args.json:
         out_json(left)
     else:

@@ -28,8 +28,6 @@ from cluster.launch.launch import DETACH, DRAIN
 from cluster.launch.orphans import sweep
 from cluster.launch.plan import LaunchPlan
 
-STOP_LIMIT_S = 9.0
-"""From the first signal, or from the end of the running requests, to force."""
 PARENT_VARIABLE = "EXPERTMESH_PARENT"
 """Process id that ``make serve`` passes down: a killed make must not leave a server behind."""
 _TICK_S = 0.25
@@ -85,13 +83,16 @@ class Front:
         environment: Mapping[str, str],
         on_ready: Callable[[str, str], None],
         module: str = "cluster.launch.launch",
+        stop_limit_s: float = 9.0,
     ) -> None:
         """Spawn it; it imports what it needs and waits for ``begin``.
 
-        ``on_ready`` is called with the URL of HTTP and the ``host:port`` of gRPC.
+        ``on_ready`` is called with the URL of HTTP and the ``host:port`` of gRPC. Force follows
+        ``stop_limit_s`` after the first signal, or after the end of the running requests.
         """
         self._on_ready = on_ready
         self._log = log
+        self._stop_limit_s = stop_limit_s
         with log.open("wb") as errors:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", module],
@@ -210,7 +211,7 @@ class Front:
             self._stop()
 
     def _stop(self) -> None:
-        self._deadline = time.monotonic() + STOP_LIMIT_S
+        self._deadline = time.monotonic() + self._stop_limit_s
         note("stopping")
         with contextlib.suppress(ProcessLookupError):
             self._child.send_signal(signal.SIGTERM)
@@ -219,7 +220,7 @@ class Front:
         assert self._plan is not None
         section = self._plan.config.gateway
         drain_s = section.drain_lead_s + section.drain_timeout_s
-        self._deadline = time.monotonic() + drain_s + STOP_LIMIT_S
+        self._deadline = time.monotonic() + drain_s + self._stop_limit_s
         note("stopping once the running requests have ended")
         self._tell(DRAIN)
 

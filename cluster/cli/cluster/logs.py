@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,15 @@ def run(args: argparse.Namespace) -> int:
         out(f"==> {path} <==\n" if len(lines) > 1 else "")
         out("".join(f"{line}\n" for line in found))
     if args.follow:
-        for more in _appended({path: len(text.encode()) for path, text in texts.items()}):
+        for more in appended({path: len(text.encode()) for path, text in texts.items()}):
             out(more)
     return ExitCode.OK
 
 
-def _appended(sizes: dict[Path, int]) -> Iterator[str]:
+def appended(sizes: dict[Path, int], sleep: Callable[[float], None] = time.sleep) -> Iterator[str]:
     """Text added to files after these sizes in bytes, without end."""
     while True:
-        time.sleep(_TICK_S)
+        sleep(_TICK_S)
         for path, size in sizes.items():
             with path.open("rb") as file:
                 file.seek(size)

@@ -199,10 +199,9 @@ def test_a_silent_caller_is_cut_off_in_time() -> None:
         reader, writer = await case.connect()
         assert await _ends(reader)
         writer.close()
-        case.server._handshake_limit_s = LIMIT_S  # the worker's own may take longer
         await case.still_serves()
 
-    _run(body, handshake_limit_s=0.2)
+    _run(body, handshake_limit_s=0.5)
 
 
 def test_many_silent_callers_do_not_keep_workers_out() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import sys
 
-from cluster.cli.cluster import front as front_module
 from cluster.cli.cluster.front import Front, raise_on_signals
 from cluster.cli.terminal.output import note, out_line
 from cluster.cli.terminal.progress import Progress
@@ -25,7 +24,6 @@ def main() -> int:
     """Run it."""
     name, detach = sys.argv[1], sys.argv[2] in ("detach", "join")
     raise_on_signals()
-    front_module.STOP_LIMIT_S = 600.0
     state_file.clean_up_dead()
     folder = local_ray.make_temp_dir()
     late = os.environ.get("FAKE_PARTS") == "late"
@@ -46,7 +44,7 @@ def main() -> int:
     log = state_file.log_path(name)
     environment = {**os.environ, **local_ray.common_environment()}
     module = "tests.cluster.cli.fake_launcher"
-    front = Front(log, environment, lambda *_: out_line(f"ready {folder}"), module)
+    front = Front(log, environment, lambda *_: out_line(f"ready {folder}"), module, 600.0)
     front.begin(plan)
     outcome = front.run(Progress(), detach)
     if outcome.code and plan.address:  # a folder that the real one would not have made

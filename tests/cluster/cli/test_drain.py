@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cluster.cli.cluster.drain import drain_gateway
 from cluster.cli.main import main, make_parser
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.orders import find_admin
@@ -128,9 +129,8 @@ def test_an_operation_is_shown_and_waited_for(
 
 
 def test_an_operation_that_takes_too_long(
-    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("cluster.cli.cluster.drain.POLL_S", 0.01)
     gateway.admin = [(200, operation("RUNNING"))] * 999
     words = ["operations", "wait", "drain-1.1", "--wait", "0.05"]
     assert main(["--url", gateway.url, *words]) == ExitCode.NOT_READY
@@ -188,13 +188,11 @@ def left(num_requests: int) -> tuple[int, dict[str, Any]]:
 
 
 def test_a_gateway_is_asked_until_it_has_nothing_left(
-    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("cluster.cli.cluster.drain.POLL_S", 0.01)
-    monkeypatch.setattr("cluster.cli.cluster.drain._QUIET_S", 0.0)
     gateway.admin = [left(2), left(1), left(0)]
     words = ["drain", "gateway", "--admin-url", gateway.url]
-    assert main(words) == ExitCode.OK
+    assert drain_gateway(make_parser().parse_args(words), quiet_s=0.0) == ExitCode.OK
     assert gateway.admin == []
     assert capsys.readouterr().out == "gateway-1 serves 0 requests and takes no more clients\n"
     gateway.admin = [left(2)]

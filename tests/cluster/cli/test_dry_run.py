@@ -9,6 +9,7 @@ import pytest
 
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.launch.state_file import log_path
 from tests.fakes import TINY_CONFIG, tiny_tensors, write_tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("state_home")
@@ -17,10 +18,9 @@ PORTS = ("--port", "0", "--grpc-port", "0")
 
 @pytest.fixture(autouse=True)
 def nothing_is_started(monkeypatch: pytest.MonkeyPatch, state_home: Path) -> None:
-    def spawn(*arguments: object) -> None:
-        raise AssertionError("a launcher was started")
-
-    monkeypatch.setattr("cluster.cli.cluster.serve.Front", spawn)
+    """A launcher could not be started: its log cannot be opened."""
+    monkeypatch.setenv("EXPERTMESH_NAME", "planned")
+    log_path("planned").mkdir()
 
 
 def test_a_plan_names_every_worker_and_its_share(capsys: pytest.CaptureFixture[str]) -> None:

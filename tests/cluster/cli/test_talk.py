@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.actors.process import describe_self
-from cluster.cli.cluster import logs
+from cluster.cli.cluster.logs import appended
 from cluster.cli.cluster.top import busy, read_numbers
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
@@ -156,10 +156,11 @@ def test_logs_of_a_worker(
     assert [x["lines"] for x in document["logs"]] == [["two", "three"], ["four"]]
 
 
-def test_logs_that_are_elsewhere(
-    gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(logs, "JOINED_RAY", tmp_path)
+def test_logs_that_are_elsewhere(gateway: FakeGateway) -> None:
+    code, status = gateway.status
+    above_all_pids = 2**22 + 1
+    workers = [{**worker, "pid": above_all_pids} for worker in status["workers"]]
+    gateway.status = (code, {**status, "workers": workers})
     assert main(["--url", gateway.url, "logs", "attention-0"]) == ExitCode.REFUSED
     assert main(["--url", gateway.url, "logs", "attention-9"]) == ExitCode.REFUSED
 
@@ -171,7 +172,7 @@ def test_logs_of_the_launcher(ray_folder: Path, capsys: pytest.CaptureFixture[st
     assert main(["logs", "--name", "yours"]) == ExitCode.UNREACHABLE
 
 
-def test_logs_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logs_go_on(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text("before\n")
     written = iter(["later\n", "", "last\n"])
@@ -180,6 +181,5 @@ def test_logs_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with path.open("a") as file:
             file.write(next(written))
 
-    monkeypatch.setattr("cluster.cli.cluster.logs.time.sleep", write)
-    news = logs._appended({path: len("before\n")})
-    assert list(itertools.islice(news, 2)) == ["later\n", "last\n"]
+    found = appended({path: len("before\n")}, write)
+    assert list(itertools.islice(found, 2)) == ["later\n", "last\n"]

@@ -197,15 +197,16 @@ def test_a_drain_is_plain_data_and_back() -> None:
 
 def test_a_drain_that_was_being_taken_back_ends_as_it_should() -> None:
     world = World(2, 3, NUM_SPARE)
-    controller = running(world)
-    operation_id = begin(world, "attention-1")
-    drain = controller.draining._drain
-    assert drain is not None
-    drain.outcome = (OperationState.CANCELLED, "cancelled")
-    drain.enter(DrainStep.BACK)
-    controller.remember()
-    restart(world)
+    operation = running(world).operations.find(begin(world, "attention-1"))
+    known = Drain(
+        operation=operation,
+        names=("attention-1",),
+        order=DrainOrder(worker="attention-1", limit_s=60.0),
+        deadline=world.now + 60.0,
+        step=DrainStep.BACK,
+        outcome=(OperationState.CANCELLED, "cancelled"),
+    )
+    running(world).draining.restore({"drain": to_plain(known.saved())}, world.now)
     world.tick(0.1)
-    operation = running(world).operations.find(operation_id)
     assert (operation.state, operation.message) == (OperationState.CANCELLED, "cancelled")
     assert state_of(world, "attention-1") == "SERVING"

@@ -137,8 +137,7 @@ def test_a_ray_that_is_being_started_is_waited_for(monkeypatch: pytest.MonkeyPat
             waits.append(seconds)
             taken.listen(1)
 
-        monkeypatch.setattr("cluster.launch.local_ray.time.sleep", listen_now)
         context = SimpleNamespace(address_info={"gcs_address": address})
         monkeypatch.setattr("ray.init", lambda **options: context)
-        assert join(address, patience_s=60.0) == address
+        assert join(address, patience_s=60.0, sleep=listen_now) == address
     assert len(waits) == 1

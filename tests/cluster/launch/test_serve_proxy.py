@@ -6,7 +6,6 @@ import pytest
 
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import StartError
-from cluster.launch import serve_proxy
 from cluster.launch.serve_proxy import wait_ready
 from tests.cluster.cli.fake_gateway import fake_gateway
 
@@ -22,12 +21,11 @@ def test_it_ends_when_the_gateway_is_ready() -> None:
         wait_ready(gateway.url, PLAIN, never)
 
 
-def test_it_gives_up_with_the_gateway_s_own_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve_proxy, "READY_LIMIT_S", 0.0)
+def test_it_gives_up_with_the_gateway_s_own_reasons() -> None:
     with fake_gateway() as gateway:
         gateway.ready = (503, {"ready": False, "reasons": ["loading"]})
         with pytest.raises(StartError, match="loading"):
-            wait_ready(gateway.url, PLAIN, never)
+            wait_ready(gateway.url, PLAIN, never, limit_s=0.0)
         url = gateway.url
     with pytest.raises(StartError, match="refused"):
-        wait_ready(url, PLAIN, never)
+        wait_ready(url, PLAIN, never, limit_s=0.0)
