@@ -108,7 +108,7 @@ def _check_room(args: argparse.Namespace, engine: LocalEngine, batch: int, block
     if tokens > limit:
         message = f"{tokens} tokens of prompt and answer are above the model's limit of {limit}"
         raise SystemExit(message)
-    needed, there = batch * -(-tokens // block), engine.engine.num_blocks
+    needed, there = batch * -(-tokens // block), engine.engine.pool.num_blocks
     if needed > there:
         message = f"batch {batch} needs {needed} KV blocks, there are {there}: --kv-cache-bytes"
         raise SystemExit(message)

@@ -42,7 +42,7 @@ class PoisonedAttention(AttentionRuntime):
     def _load(self) -> dict[str, Any]:
         info = super()._load()
         assert self._engine is not None
-        runner = self._engine._runner
+        runner = self._engine.runner
         run = runner.run
 
         def run_poisoned(header: StepHeader, plan: Plan) -> StepResult | None:

@@ -65,11 +65,11 @@ class RecordedModel(AttentionModel):
 
 def record(engine: LocalEngine, prompt: tuple[int, ...], params: SamplingParams) -> RowRecorder:
     """Serve one prompt and keep what the layers saw."""
-    recorder, runner = RowRecorder(engine.config.num_layers), engine.engine._runner
-    model = runner._model
-    runner._model = RecordedModel(model, recorder)
+    recorder, runner = RowRecorder(engine.config.num_layers), engine.engine.runner
+    model = runner.model
+    runner.model = RecordedModel(model, recorder)
     engine.generate([prompt], params)
-    runner._model = model
+    runner.model = model
     return recorder
 
 

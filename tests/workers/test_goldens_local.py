@@ -34,7 +34,7 @@ def test_float32_equals_golden(golden: Callable[[str], Golden], variant: str) ->
     together = engine.generate(expected.prompts, GREEDY)
     for i, result in enumerate(together):
         assert result.token_ids == expected.greedy(i), f"greedy tokens of p{i} in a batch"
-    assert engine.engine._pool.num_free == engine.engine.num_blocks
+    assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
 
 
 @pytest.mark.slow

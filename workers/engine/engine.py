@@ -2,7 +2,8 @@
 
 A step changes no sequence before the model ran to its last layer and the tokens are drawn: when a
 peer is lost in the middle, every sequence stays as it was, and the step can run again with the same
-result. The engine belongs to one thread; other threads may only read ``stats`` and ``num_blocks``.
+result. The engine belongs to one thread; other threads may only read ``stats`` and the number of
+blocks.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Engine:
             hidden_size=config.hidden_size,
             is_classifier=bool(config.labels),
         )
-        self._cache = KVCache(
+        self.cache = KVCache(
             config=config,
             num_blocks=num_blocks,
             block_size=block_size,
@@ -88,9 +89,10 @@ class Engine:
             device=model.device,
             compute_threads=compute_threads or ComputeThreads(),
         )
-        self._pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks)
+        """Which KV blocks are free, and what the others hold."""
         self._scheduler = Scheduler(
-            self._pool,
+            self.pool,
             block_size=block_size,
             max_num_seqs=section.max_num_seqs,
             max_num_batched_tokens=section.max_num_batched_tokens,
@@ -100,15 +102,15 @@ class Engine:
             length_matters_above=config.length_matters_above,
         )
         self.kv_store = KvTransferStore(
-            self._pool, self._cache, length_matters_above=config.length_matters_above
+            self.pool, self.cache, length_matters_above=config.length_matters_above
         )
         """Blocks that other workers fetch, and that are fetched from them."""
-        self._runner = ModelRunner(
-            model=model, cache=self._cache, banks=banks, dispatcher=dispatcher, rank=rank
+        self.runner = ModelRunner(
+            model=model, cache=self.cache, banks=banks, dispatcher=dispatcher, rank=rank
         )
         self._banks = tuple(banks)
         self._requests: dict[str, list[SequenceState]] = {}
-        self._step_sampler = StepSampler(config, banks, self._runner.logits, section.deterministic)
+        self._step_sampler = StepSampler(config, banks, self.runner.logits, section.deterministic)
         self._isolation = Isolation()
         self._turns: list[Turn] = []
         self._pending: list[TokenOutput] = []
@@ -171,7 +173,7 @@ class Engine:
 
     def take_kv_changes(self) -> HashChanges:
         """Changes of the blocks that can be found, since the last call."""
-        return self._pool.take_changes()
+        return self.pool.take_changes()
 
     @property
     def has_work(self) -> bool:
@@ -257,11 +259,11 @@ class Engine:
         self._scheduler.restrict(isolation.suspects, isolation.alone if header.is_alone else None)
         plan = self._scheduler.schedule(grant.decode_rows, grant.prefill_rows)
         try:
-            result = self._runner.run(header, plan)
+            result = self.runner.run(header, plan)
             tokens = None if result is None else self._step_sampler.draw(plan, result)
         except BaseException:
             # A broken step may have written NaN: the blocks' next holder must not read them.
-            self._cache.clear_slots(self._slots(plan))
+            self.cache.clear_slots(self._slots(plan))
             self._scheduler.abandon(plan)
             isolation.give_up(_names(plan))
             self._counters["steps_abandoned_total"] += 1
@@ -286,11 +288,11 @@ class Engine:
         now = self._clock()
         broken = [s for s, failure in tokens.failed.items() if failure is NOT_FINITE]
         dirty = {block for sequence in broken for block in sequence.blocks}
-        self._pool.forget(dirty)
+        self.pool.forget(dirty)
         new = {sequence: drawn.token for sequence, drawn in tokens.drawn.items()}
         endings = self._scheduler.commit(plan, new, tokens.failed.keys())
         # Blocks may hold NaN: their next holder must not read them.
-        self._cache.clear([block for block in dirty if self._pool.is_free(block)])
+        self.cache.clear([block for block in dirty if self.pool.is_free(block)])
         self.load.add(epoch, plan.num_rows, result.routed)
         if (done := self._isolation.commit(_names(plan))) is not None:
             self._turns.append(self._turn(done, is_over=True))
@@ -310,7 +312,7 @@ class Engine:
     def _note_dispatch(self, plan: Plan) -> None:
         for sequence in self._scheduler.preempted:
             sequence.note_preemption(self._clock())
-        when = self._runner.first_dispatch
+        when = self.runner.first_dispatch
         if when is not None:
             for planned in plan.rows:
                 planned.sequence.note_dispatch(when)
@@ -381,14 +383,9 @@ class Engine:
 
     # Numbers
 
-    @property
-    def num_blocks(self) -> int:
-        """All KV blocks."""
-        return self._pool.num_blocks
-
     def stats(self) -> dict[str, float]:
         """Gauges and counters by metric name without prefix. Any thread may call it."""
-        free, total = self._pool.num_free, self._pool.num_blocks
+        free, total = self.pool.num_free, self.pool.num_blocks
         prefixes = self._scheduler.prefixes
         waiting, deferred = self._scheduler.num_waiting, self._scheduler.num_deferred
         return {

@@ -54,7 +54,8 @@ class ModelRunner:
         dispatcher: TokenDispatcher,
         rank: int = 0,
     ) -> None:
-        self._model = model
+        self.model = model
+        """May be replaced."""
         self._cache = cache
         self._banks = tuple(banks)
         self._dispatcher = dispatcher
@@ -76,7 +77,7 @@ class ModelRunner:
         order = sorted(range(len(plan.rows)), key=lambda i: batch_order(plan.rows[i]))
         planned = [plan.rows[i] for i in order]
         parts = split_rows(planned, header.rows(self._rank, 0))[: header.num_micro_batches]
-        batches = [Batch(part, self._cache, self._model.device) for part in parts]
+        batches = [Batch(part, self._cache, self.model.device) for part in parts]
         self._dispatcher.begin_step(header, [b.rows for b in batches])
         routed: list[list[Routed]] = [[] for _ in self._banks]
         hidden = self._drive(batches, routed)
@@ -91,12 +92,12 @@ class ModelRunner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden_size] -> [rows, vocab_size], model dtype."""
-        return self._model.logits(hidden)
+        return self.model.logits(hidden)
 
     def _flow(self, batch: Batch) -> LayerSteps:
         if batch.inputs is None:
-            return _idle(self._banks, self._model)
-        return self._model.forward(batch.inputs, self._cache.layers, batch.recorder)
+            return _idle(self._banks, self.model)
+        return self.model.forward(batch.inputs, self._cache.layers, batch.recorder)
 
     def _drive(self, batches: Sequence[Batch], routed: list[list[Routed]]) -> list[Tensor]:
         """Resume the micro-batches alternately until all have ended; returns their hidden states.

@@ -25,8 +25,6 @@ from workers.requests.request import Request, TokenLogprob
 from workers.requests.sequence import SequenceState
 from workers.sampling.sampler import all_finite
 
-MAX_HELD_BYTES = 256 * 1024 * 1024
-"""Bytes that the inspections held by an engine may return together."""
 _ROWS = 64
 """Rows whose logits are made at a time."""
 
@@ -42,6 +40,7 @@ class Inspector:
         banks: its expert banks.
         logits: head of the model: [rows, H] -> [rows, V].
         score: makes log-probabilities of given tokens.
+        max_held_bytes: that the inspections held by an engine may return together.
     """
 
     def __init__(
@@ -50,12 +49,14 @@ class Inspector:
         banks: Sequence[BankSpec],
         logits: Callable[[Tensor], Tensor],
         score: Score,
+        max_held_bytes: int = 256 * 1024 * 1024,
     ) -> None:
         self._config = config
         self._banks = tuple(banks)
         self._shape = shape_of(config, banks)
         self._logits = logits
         self._score = score
+        self._max_held_bytes = max_held_bytes
         self._buffers: dict[SequenceState, InspectionBuffers] = {}
 
     def check(self, request: Request) -> None:
@@ -75,10 +76,9 @@ class Inspector:
         length = len(request.prompt)
         check_inspection(inspection, length, self._shape)
         held = sum(self._size(sequence.request) for sequence in self._buffers)
-        if held and held + num_bytes(inspection, length, self._shape) > MAX_HELD_BYTES:
-            raise QueueFullError(
-                f"inspections hold {held} bytes, at most {MAX_HELD_BYTES} may be held"
-            )
+        most = self._max_held_bytes
+        if held and held + num_bytes(inspection, length, self._shape) > most:
+            raise QueueFullError(f"inspections hold {held} bytes, at most {most} may be held")
 
     def start(self, sequence: SequenceState) -> None:
         """Hold buffers for a request that was checked, if it has an inspection."""

@@ -75,7 +75,8 @@ class StepTrace:
                 self._begin_file()
         except OSError as err:
             logger.warning("%s: the trace ends: %s", self._worker, err)
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
             self._file = None
 
     def close(self) -> None:

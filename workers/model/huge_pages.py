@@ -21,7 +21,8 @@ MIN_BYTES = 64 * 1024 * 1024
 """Weights from which on huge pages are worth the time."""
 LIMIT_S = 2.0
 """Limit of the time: about 0.8 GB where memory is not fragmented."""
-_SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
+SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
+"""Where the administrator enables them."""
 _MADV_COLLAPSE = 25
 _MIN_PRESENT = 0.95
 """Share of a huge page that is in use already: the process hardly grows."""
@@ -42,13 +43,14 @@ def collapse(
     limit_s: float = LIMIT_S,
     advance: Callable[[], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
+    settings: Path = SETTINGS,
 ) -> int:
     """Collapse this process's own memory for about ``limit_s``; returns the bytes in huge pages.
 
     Calls ``advance`` for every page. Does nothing where the system has no such call, or its
     administrator has disabled huge pages.
     """
-    huge_bytes = _huge_page_bytes()
+    huge_bytes = _huge_page_bytes(settings)
     if not huge_bytes:
         return 0
     madvise = ctypes.CDLL(None).madvise
@@ -65,12 +67,12 @@ def collapse(
     return collapsed
 
 
-def _huge_page_bytes() -> int:
+def _huge_page_bytes(settings: Path) -> int:
     """Size of a huge page; 0 where they are not to be used."""
     try:
-        if "[never]" in (_SETTINGS / "enabled").read_text():
+        if "[never]" in (settings / "enabled").read_text():
             return 0
-        return int((_SETTINGS / "hpage_pmd_size").read_text())
+        return int((settings / "hpage_pmd_size").read_text())
     except OSError:
         return 0
 

@@ -271,7 +271,8 @@ class AttentionModel:
     ) -> None:
         """``head`` is lm_head, or a classifier's; ``windows`` are the widths that layers use."""
         self._embedding = embedding
-        self._layers = tuple(layers)
+        self.layers = tuple(layers)
+        """May be replaced."""
         self._norm = norm
         self._norm_eps = norm_eps
         self._head = head
@@ -298,7 +299,7 @@ class AttentionModel:
         hidden = functional.embedding(inputs.token_ids, self._embedding)
         for first, rows in inputs.given:
             hidden[first : first + len(rows)] = rows
-        for layer, cache in zip(self._layers, caches, strict=True):
+        for layer, cache in zip(self.layers, caches, strict=True):
             if recorder is not None:
                 recorder.hidden(hidden)
             hidden = yield from layer.forward(hidden, cache, context)

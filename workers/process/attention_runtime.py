@@ -100,7 +100,7 @@ class AttentionRuntime(WorkerRuntime):
         return {
             "max_model_len": engine.max_model_len,
             "vocab_size": self.family.config.vocab_size,
-            "num_kv_blocks": engine.num_blocks,
+            "num_kv_blocks": engine.pool.num_blocks,
             "model_type": self.family.config.model_type,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
@@ -157,7 +157,7 @@ class AttentionRuntime(WorkerRuntime):
             vocab_size=config.vocab_size,
             eos_token_ids=config.eos_token_ids,
             max_kv_tokens=(
-                engine.num_blocks * self.config.engine.block_size_tokens if engine else 0
+                engine.pool.num_blocks * self.config.engine.block_size_tokens if engine else 0
             ),
             dtype=str(self.dtype).removeprefix("torch."),
             model_type=config.model_type,

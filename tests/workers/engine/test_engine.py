@@ -85,7 +85,7 @@ def test_batching_chunking_and_micro_batches_change_nothing(
     engine = LocalEngine(tiny_checkpoint, section=section, num_micro_batches=num_micro_batches)
     results = engine.generate(prompts(8), GREEDY)
     assert [r.token_ids for r in results] == reference
-    assert engine.engine._pool.num_free == engine.engine.num_blocks
+    assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
 
 
 def test_preemption_changes_nothing(
@@ -96,7 +96,7 @@ def test_preemption_changes_nothing(
     results = engine.generate(prompts(8), GREEDY)
     assert [r.token_ids for r in results] == reference
     assert engine.engine.stats()["num_preemptions_total"] > 0
-    assert engine.engine._pool.num_free == engine.engine.num_blocks == 16
+    assert engine.engine.pool.num_free == engine.engine.pool.num_blocks == 16
 
 
 def test_timings_have_every_chunk_and_preemption(tiny_checkpoint: Path) -> None:
@@ -231,7 +231,7 @@ def test_choices_differ_only_by_their_randomness(tiny_checkpoint: Path) -> None:
     greedy = engine.run([Request(request_id="c", prompt=prompt, params=GREEDY, n=3)])
     assert len({tokens(greedy["c", choice]) for choice in range(3)}) == 1
     engine.engine.check_integrity()
-    assert engine.engine._pool.num_free == engine.engine.num_blocks
+    assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
 
 
 def test_resubmission_goes_on_where_the_output_ended(tiny_checkpoint: Path) -> None:
@@ -284,7 +284,7 @@ def test_closed_choices_do_not_run_again(tiny_checkpoint: Path) -> None:
         assert tokens(outputs["a", choice]) == tokens(whole["a", choice])[3:]
         assert outputs["a", choice][0].prompt_logprobs is None
     engine.engine.check_integrity()
-    assert engine.engine._pool.num_free == engine.engine.num_blocks
+    assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
 
 
 def test_newer_attempt_replaces_the_older(tiny_checkpoint: Path) -> None:
@@ -307,7 +307,7 @@ def test_scoring_only_ends_without_a_token(tiny_checkpoint: Path) -> None:
     assert result.finish_reason is FinishReason.LENGTH
     assert result.prompt_logprobs is not None
     assert len(result.prompt_logprobs) == 3
-    assert engine.engine._pool.num_free == engine.engine.num_blocks
+    assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
 
 
 def test_stop_tokens_eos_and_min_tokens(tiny_checkpoint: Path) -> None:
@@ -339,7 +339,7 @@ def test_deadline_ends_a_request_with_its_own_code(tiny_checkpoint: Path) -> Non
     assert last.timings is not None
     assert last.timings.finished_s == pytest.approx(1.5)
     assert not engine.engine.has_work
-    assert engine.engine._pool.num_free == engine.engine.num_blocks
+    assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
 
 
 def test_abort_of_one_choice_and_of_all(tiny_checkpoint: Path) -> None:
@@ -352,7 +352,7 @@ def test_abort_of_one_choice_and_of_all(tiny_checkpoint: Path) -> None:
     engine.engine.abort("a")
     engine.engine.abort("unknown")
     assert not engine.engine.has_work
-    assert engine.engine._pool.num_free == engine.engine.num_blocks
+    assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
     assert engine.engine.stats()["choices_abort_total"] == 3
 
 
@@ -373,7 +373,7 @@ def test_not_a_number_fails_that_request_alone(tmp_path: Path) -> None:
         assert last.error_code == "internal_error"
         assert "not finite" in (last.error or "")
     assert tokens(outputs["good", 0]) == expected
-    for layer in engine.engine._cache.layers:
+    for layer in engine.engine.cache.layers:
         assert torch.isfinite(layer).all(), "no trace is left for the next holder of a block"
     assert engine.generate([healthy], GREEDY)[0].token_ids == expected
 
@@ -428,7 +428,7 @@ def test_what_can_never_run_is_refused_at_once(
     with pytest.raises(error, match=words):
         engine.engine.add_request(request_)
     assert not engine.engine.has_work
-    assert engine.engine._pool.num_free == 20
+    assert engine.engine.pool.num_free == 20
 
 
 def test_full_queue_refuses_more(tiny_checkpoint: Path) -> None:
@@ -480,7 +480,7 @@ def test_numbers_and_timings(tiny_checkpoint: Path) -> None:
     assert stats['iteration_tokens_total_bucket{le="8"}'] == stats["iteration_tokens_total_count"]
     assert stats["iteration_tokens_total_sum"] == 3 + 11
     assert stats["kv_cache_usage_perc"] == 0
-    assert stats["kv_blocks_free"] == stats["kv_blocks_total"] == engine.engine.num_blocks
+    assert stats["kv_blocks_free"] == stats["kv_blocks_total"] == engine.engine.pool.num_blocks
     load = load_of(engine)
     assert set(load) == {("mlp", 0), ("mlp", 1)}
     assert all(counts.sum() == (3 + 11) * 2 for counts in load.values())

@@ -16,6 +16,7 @@ from tests.fakes import TINY_CONFIG, FailingDispatcher, tiny_tensors, write_tiny
 from tests.harness.local_engine import LocalEngine
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from tests.workers.engine.test_engine import GREEDY, prompts, section_with_blocks, tokens
+from tests.workers.kv.hashes import hashes_of
 from workers.engine.engine import Engine
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
 
@@ -68,7 +69,7 @@ def test_tokens_are_the_same_with_and_without(tiny_checkpoint: Path) -> None:
     assert stats["prompt_tokens_cached_total"] == stats["prefix_cache_hits_total"]
     assert stats["prompt_tokens_total"] == 2 * num_tokens
     assert stats["kv_cache_usage_perc"] == 0
-    assert engine.engine._pool.num_free == engine.engine.num_blocks
+    assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
 
 
 def test_golden_tokens_come_from_cached_prompts_and_outputs(
@@ -82,9 +83,8 @@ def test_golden_tokens_come_from_cached_prompts_and_outputs(
         found = engine.generate(longer, params)
         for i, result in enumerate(found if cut < 32 else ()):
             assert result.token_ids == expected.greedy(i)[cut:]
-    prefixes = engine.engine._scheduler.prefixes
     hits = sum((len(p) + cut - 1) // 4 * 4 for p in expected.prompts for cut in (8, 32))
-    assert prefixes.num_hit_tokens == hits
+    assert engine.engine.stats()["prefix_cache_hits_total"] == hits
 
 
 def test_choices_draw_the_same_from_a_cached_prompt(tiny_checkpoint: Path) -> None:
@@ -144,7 +144,7 @@ def state(engine: Engine) -> tuple[set[bytes], int, dict[str, float]]:
     """What a step that is given up must not change: all but the count of such steps."""
     stats = engine.stats()
     del stats["steps_abandoned_total"]
-    return set(engine._pool._by_hash), engine._pool.num_free, stats
+    return hashes_of(engine.pool), engine.pool.num_free, stats
 
 
 def test_a_lost_step_leaves_the_cache_as_it_was(tiny_checkpoint: Path) -> None:
@@ -181,7 +181,7 @@ def test_blocks_with_not_a_number_never_enter_the_cache(tmp_path: Path) -> None:
     bad = Request(request_id="bad", prompt=(*SYSTEM, 95, *range(10, 20)), params=GREEDY, n=2)
     outputs = run_to_the_end(engine, bad)
     assert {o.finish_reason for o in outputs} == {FinishReason.ERROR}
-    assert len(engine.engine._pool._by_hash) == 0
+    assert not hashes_of(engine.engine.pool)
     assert engine.generate([healthy], GREEDY)[0].token_ids == expected
     # Of a request that fails on top of what another computed nothing is kept either
     assert {o.finish_reason for o in run_to_the_end(engine, structs.replace(bad, attempt=1))} == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -83,15 +84,19 @@ def test_what_a_report_was_given_does_not_change() -> None:
 
 def test_many_steps_are_not_kept_until_somebody_asks() -> None:
     load = LoadCounter(BANKS)
-    longest = 0
-    for _ in range(1000):
-        load.add(1, 1, step(decodes([0, 1])))
-        longest = max(longest, len(load._pending))
-    assert longest < 300
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def add(num_rows: int) -> int:
+        """Count one step; the number of steps that are kept."""
+        routed = decodes([0, 1])
+        seen.append(weakref.ref(routed.topk_ids))
+        load.add(1, num_rows, step(routed))
+        del routed
+        return sum(kept() is not None for kept in seen)
+
+    assert max(add(1) for _ in range(1000)) < 300
     load.flush()
-    for _ in range(10):
-        load.add(1, 3000, step(decodes([0, 1])))
-        assert len(load._pending) <= 1
+    assert max(add(3000) for _ in range(10)) <= 1
     assert counted(load.report().banks[KEY].decode) == {0: 1010, 1: 1010}
 
 

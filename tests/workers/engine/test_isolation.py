@@ -229,7 +229,7 @@ def test_an_engine_runs_suspects_alone_and_fails_the_one_that_kills(tiny_checkpo
     assert {o.request_id for o in found if o.finish_reason is FinishReason.LENGTH} == {"a", "c"}
     assert not any(cluster.steps[4:])
     engine.check_integrity()
-    assert engine._pool.num_free == engine.num_blocks
+    assert engine.pool.num_free == engine.pool.num_blocks
 
 
 def test_a_request_brings_its_deaths_along_and_may_be_aborted_in_its_turn(

@@ -87,10 +87,10 @@ def check_failed(outputs: Sequence[TokenOutput]) -> None:
 
 def check_clean(engine: LocalEngine) -> None:
     """No trace is left for the next holder of a block."""
-    for layer in engine.engine._cache.layers:
+    for layer in engine.engine.cache.layers:
         assert torch.isfinite(layer).all()
     engine.engine.check_integrity()
-    assert engine.engine._pool.num_free == engine.engine.num_blocks
+    assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2])

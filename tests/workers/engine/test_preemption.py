@@ -72,4 +72,4 @@ def test_200_requests_through_a_pool_of_ten_equal_their_solo_runs(
         ((name, alone),) = solo.run([request]).items()
         assert exact(together[name]) == exact(alone), request
     crowded.engine.check_integrity()
-    assert crowded.engine._pool.num_free == crowded.engine.num_blocks == 10 * FULL_LENGTH // 2
+    assert crowded.engine.pool.num_free == crowded.engine.pool.num_blocks == 10 * FULL_LENGTH // 2

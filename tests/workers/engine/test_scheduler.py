@@ -276,7 +276,8 @@ def test_abort_frees_blocks_at_once() -> None:
     desk.scheduler.remove(running)
     desk.scheduler.remove(running)
     assert desk.pool.num_free == desk.pool.num_blocks
-    assert not list(desk.scheduler.running + desk.scheduler._waiting)
+    assert not desk.scheduler.running
+    assert desk.scheduler.num_waiting == 0
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tests.harness.local_engine import LocalEngine
 from tests.reference.goldens import BF16_VARIANTS, MAX_MODEL_LEN, Golden
 from tests.reference.parity import router_kinds
 from workers.inspection.buffers import shape_of
+from workers.inspection.inspector import Inspector
 from workers.requests.inspection import (
     IGNORED_LABEL,
     MAX_ATTENTION_TOKENS,
@@ -29,6 +30,8 @@ from workers.requests.inspection import (
     num_bytes,
 )
 from workers.requests.request import Request, SamplingParams
+from workers.requests.sequence import SequenceState
+from workers.sampling.sampler import logprob_entries
 
 VARIANTS = (
     "olmoe-base",
@@ -97,7 +100,7 @@ def test_equals_golden_in_chunks_beside_others(
             assert torch.equal(ids, tensors[f"p{i}.{kind}_ids"][:, :length])
             weights = torch.stack([arrays[f"topk_weights:{n}"] for n in names]).gather(-1, order)
             assert (weights - tensors[f"p{i}.{kind}_weights"][:, :length]).abs().max() < 1e-4
-    assert engine.engine._pool.num_free == engine.engine.num_blocks
+    assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
 
 
 @pytest.mark.parametrize("variant", BF16_VARIANTS)
@@ -329,15 +332,19 @@ def test_what_cannot_be_had_is_refused(tiny_checkpoint: Path) -> None:
     assert not engine.engine.has_work
 
 
-def test_sizes_are_bounded_together(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_are_bounded_together(tiny_checkpoint: Path) -> None:
     engine = LocalEngine(tiny_checkpoint)
-    monkeypatch.setattr("workers.inspection.inspector.MAX_HELD_BYTES", 50_000)
-    wanted = Inspection(hidden_states=True)
-    engine.add_request(_request("a", (5,) * 100, wanted))
+    inspector = Inspector(
+        engine.config, engine.banks, engine.logits, logprob_entries, max_held_bytes=50_000
+    )
+    request = _request("a", (5,) * 100, Inspection(hidden_states=True))
+    sequence = SequenceState(request, choice=0, arrival=0, deadline=0.0)
+    inspector.check(request)
+    inspector.start(sequence)
     with pytest.raises(QueueFullError, match="inspections hold 38400 bytes, at most 50000"):
-        engine.add_request(_request("b", (5,) * 100, wanted))
-    engine.engine.abort("a")
-    engine.add_request(_request("b", (5,) * 100, wanted))
+        inspector.check(request)
+    inspector.end(sequence)
+    inspector.check(request)
 
 
 def test_sizes() -> None:

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from tests.workers.kv.hashes import hashes_of
 from workers.kv.block_pool import BlockPool
 from workers.requests.block_hash import chain_hash, root_hash
 
@@ -60,7 +61,7 @@ def test_blocks_are_counted_through_a_random_run() -> None:
             assert known.issuperset(changes.removed)
             known = known - set(changes.removed) | set(changes.stored)
             assert {name(i) for i in range(60) if pool.find([name(i)])} == known
-            assert len(known) == len(pool._by_hash)
+            assert len(known) == len(hashes_of(pool))
         pool.check_integrity(tables)
         held = {block for table in tables for block in table}
         assert pool.num_free == pool.num_blocks - len(held)
@@ -126,7 +127,7 @@ def test_blank_blocks_go_first_then_the_end_of_what_was_held_longest_ago() -> No
     pool.release(first)  # now the second was held longest ago
     assert pool.allocate(3) == [second[1], second[0], first[1]]
     assert pool.find([name(1)]) == [first[0]]
-    assert len(pool._by_hash) == 1
+    assert len(hashes_of(pool)) == 1
 
 
 def test_the_same_contents_computed_twice_are_found_once() -> None:

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from tests.workers.engine.test_scheduler import Desk, rows
+from tests.workers.kv.hashes import hashes_of
 from workers.requests.request import FinishReason, SamplingParams
 from workers.requests.sequence import SequenceState, SequenceStatus
 
@@ -73,9 +74,9 @@ def test_nothing_is_found_before_its_step_is_committed() -> None:
     for _ in range(2):
         plan = desk.plan()
         assert rows(plan) == [("r0", 0, 9, False), ("r1", 0, 9, False)]
-        assert len(desk.pool._by_hash) == 0
+        assert len(hashes_of(desk.pool)) == 0
         desk.scheduler.abandon(plan)
-        assert len(desk.pool._by_hash) == 0
+        assert len(hashes_of(desk.pool)) == 0
 
 
 def test_the_same_prefix_computed_twice_at_once_is_kept_once() -> None:
@@ -84,7 +85,7 @@ def test_the_same_prefix_computed_twice_at_once_is_kept_once() -> None:
     desk.add(9, SamplingParams(max_tokens=3), first_token=100)
     desk.step()
     kept = first.blocks[:2]
-    assert len(desk.pool._by_hash) == 2
+    assert len(hashes_of(desk.pool)) == 2
     desk.step()
     assert first.status is SequenceStatus.FINISHED
     (third,) = desk.add(9, SamplingParams(max_tokens=2), first_token=100)
@@ -96,12 +97,12 @@ def test_what_an_abandoned_plan_found_is_given_back() -> None:
     desk = Desk()
     served(desk, 9, first_token=100)
     (again,) = desk.add(12, ONE, first_token=100)
-    before = (desk.scheduler.wanted(), desk.pool.num_free, len(desk.pool._by_hash))
+    before = (desk.scheduler.wanted(), desk.pool.num_free, len(hashes_of(desk.pool)))
     plan = desk.plan()
     assert desk.pool.num_free < before[1]
     desk.scheduler.abandon(plan)
     desk.scheduler.check_integrity()
-    assert (desk.scheduler.wanted(), desk.pool.num_free, len(desk.pool._by_hash)) == before
+    assert (desk.scheduler.wanted(), desk.pool.num_free, len(hashes_of(desk.pool))) == before
     assert desk.scheduler.prefixes.num_hit_tokens == 0
     assert rows(desk.plan()) == rows(plan) == [("r1", 8, 4, False)]
     assert again.num_cached_tokens is None
@@ -173,7 +174,7 @@ def test_switched_off_nothing_is_shared_between_requests() -> None:
     desk = Desk(enable_prefix_caching=False)
     served(desk, 9, first_token=100)
     assert served(desk, 9, first_token=100) == [("r1", 0, 9, False)]
-    assert len(desk.pool._by_hash) == 0
+    assert len(hashes_of(desk.pool)) == 0
     choices = desk.add(9, first_token=100, n=2)
     assert rows(desk.plan()) == [("r2", 0, 9, False)]
     desk.step()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from benchmarks.request_trace import conversations
+from tests.workers.kv.hashes import hashes_of
 from workers.kv.block_pool import BlockPool
 
 MAX_LOSS = 0.001
@@ -34,7 +35,7 @@ def pool_hits(requests: Sequence[Sequence[int]], num_blocks: int) -> int:
             pool.store(block, block_hash, parent)
         pool.release(table)
     pool.check_integrity([])
-    assert len(pool._by_hash) == min(num_blocks, len({i for ids in requests for i in ids}))
+    assert len(hashes_of(pool)) == min(num_blocks, len({i for ids in requests for i in ids}))
     return hits
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -59,11 +59,25 @@ def test_a_full_disk_ends_the_trace_and_nothing_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trace = StepTrace(tmp_path, "expert-0", 1 << 20)
-    assert trace._file is not None
-    trace._file.close()
-    trace._file = io.FileIO("/dev/full", "w")
+    trace.add("send", 0, 1, {"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        trace.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "the trace ends: " in caplog.text
+    trace.add("send", 0, 1, {"step": 2})
+    trace.close()
+
+
+def test_a_file_that_cannot_be_kept_ends_the_trace_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trace = StepTrace(tmp_path, "expert-0", 10)
+    (file,) = tmp_path.iterdir()
+    (tmp_path / f"previous-{file.name}").mkdir()
     trace.add("send", 0, 1, {"step": 1})
     trace.flush()
     assert "the trace ends: " in caplog.text
-    trace.add("send", 0, 1, {"step": 2})
     trace.close()

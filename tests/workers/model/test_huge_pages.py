@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from workers.model import huge_pages
 from workers.model.huge_pages import collapse
 
 MIB = 1024**2
@@ -59,10 +58,7 @@ def test_it_ends_when_the_time_is_up() -> None:
 
 
 @pytest.mark.parametrize("setting", ["always madvise [never]", None])
-def test_nothing_happens_where_huge_pages_are_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None
-) -> None:
-    monkeypatch.setattr(huge_pages, "_SETTINGS", tmp_path)
+def test_nothing_happens_where_huge_pages_are_off(tmp_path: Path, setting: str | None) -> None:
     if setting is not None:
         (tmp_path / "enabled").write_text(setting)
-    assert collapse(limit_s=60.0) == 0
+    assert collapse(limit_s=60.0, settings=tmp_path) == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from cluster.core.topology import Generation
 from tests.harness.local_engine import LocalEngine
 from tests.reference.goldens import Golden
 from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TokenDispatcher
-from workers.model.layers import Dispatch, LayerSteps
+from workers.model.layers import Dispatch, Layer, LayerContext, LayerSteps
 from workers.requests.request import SamplingParams
 from workers.requests.step_header import StepHeader
 
@@ -47,25 +49,28 @@ OVERLAPPED = {"dots1-groups": "mlp", "jetmoe-tied": "kv"}
 """By variant, the field of a layer that is computed while the experts work."""
 
 
-def note_overlapped(
-    engine: LocalEngine, diary: Diary, name: str, monkeypatch: pytest.MonkeyPatch
-) -> int:
+class Noted:
+    """A part of a layer, whose calls are written down."""
+
+    def __init__(self, part: Callable[[Tensor], Tensor], diary: Diary) -> None:
+        self._part = part
+        self._diary = diary
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        self._diary.entries.append("compute")
+        return self._part(rows)
+
+
+def note_overlapped(engine: LocalEngine, diary: Diary, name: str) -> int:
     """Write down every call of that field in layers with experts; returns how many layers."""
-    parts = [
-        getattr(layer, name)
-        for layer in engine._model._layers
-        if getattr(layer, "router", True) is not None
-    ]
-    kind = type(parts[0])
-    call: Callable[[object, Tensor], Tensor] = kind.__call__
-
-    def noted(part: object, rows: Tensor) -> Tensor:
-        if any(part is one for one in parts):
-            diary.entries.append("compute")
-        return call(part, rows)
-
-    monkeypatch.setattr(kind, "__call__", noted)
-    return len(parts)
+    model, count = engine.engine.runner.model, 0
+    layers: list[Any] = list(model.layers)
+    for i, layer in enumerate(layers):
+        if getattr(layer, "router", True) is not None:
+            layers[i] = replace(layer, **{name: Noted(getattr(layer, name), diary)})
+            count += 1
+    model.layers = tuple(layers)
+    return count
 
 
 @pytest.mark.parametrize(
@@ -78,7 +83,6 @@ def note_overlapped(
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
 def test_families_use_the_time_of_an_exchange(
     golden: Callable[[str], Golden],
-    monkeypatch: pytest.MonkeyPatch,
     variant: str,
     layer: list[str],
     num_micro_batches: int,
@@ -90,7 +94,7 @@ def test_families_use_the_time_of_an_exchange(
         return diaries[-1]
 
     engine = LocalEngine(golden(variant).path, wrap=wrap, num_micro_batches=num_micro_batches)
-    num_layers = note_overlapped(engine, diaries[0], OVERLAPPED[variant], monkeypatch)
+    num_layers = note_overlapped(engine, diaries[0], OVERLAPPED[variant])
     engine.generate([golden(variant).prompt(2)], SamplingParams(max_tokens=1))
     assert num_layers == len({bank.layer for bank in engine.banks})
     assert diaries[0].entries == interleaved(layer * num_layers, num_micro_batches)
@@ -106,28 +110,31 @@ def interleaved(entries: list[str], num_micro_batches: int) -> list[str]:
     return [entry for part in parts for entry in part * num_micro_batches]
 
 
-def sends_twice() -> LayerSteps:
-    rows = torch.zeros(0, 1)
-    yield Dispatch(0, 0, rows, rows, rows)
-    yield Dispatch(0, 0, rows, rows, rows)
-    return rows
+class SendsTwice:
+    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
+        rows = torch.zeros(0, 1)
+        yield Dispatch(0, 0, rows, rows, rows)
+        yield Dispatch(0, 0, rows, rows, rows)
+        return rows
 
 
-def waits_for_nothing() -> LayerSteps:
-    return (yield)
+class WaitsForNothing:
+    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
+        return (yield)
 
 
 @pytest.mark.parametrize(
     ("layer", "message"),
-    [(sends_twice, "before it took the outputs"), (waits_for_nothing, "rows that it did not send")],
+    [
+        (SendsTwice(), "before it took the outputs"),
+        (WaitsForNothing(), "rows that it did not send"),
+    ],
 )
 def test_a_layer_that_breaks_the_order_is_a_mistake(
-    golden: Callable[[str], Golden],
-    monkeypatch: pytest.MonkeyPatch,
-    layer: Callable[[], LayerSteps],
-    message: str,
+    golden: Callable[[str], Golden], layer: Layer, message: str
 ) -> None:
     engine = LocalEngine(golden("olmoe-base").path)
-    monkeypatch.setattr(engine._model, "forward", lambda *_: layer())
+    model = engine.engine.runner.model
+    model.layers = (layer,) * len(model.layers)
     with pytest.raises(AssertionError, match=message):
         engine.generate([(1, 2)], SamplingParams(max_tokens=1))

@@ -56,7 +56,7 @@ def test_draws_what_the_tokens_draw(
     assert tokens_of(engine, request_of(embeds, n=2)) == [want, want]
     resumed = request_of(embeds, "resumed", output_so_far=(want[:9],))
     assert tokens_of(engine, resumed) == [want[9:]]
-    assert engine.engine._pool.num_free == engine.engine.num_blocks
+    assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
 
 
 def test_prefixes_are_shared_by_content(tiny_checkpoint: Path) -> None:

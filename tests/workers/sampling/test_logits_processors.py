@@ -131,6 +131,12 @@ def test_random_rules_give_the_logits_of_the_reference(seed: int) -> None:
     assert torch.equal(logits, before)
 
 
+def test_rows_without_rules_do_not_even_copy_the_logits() -> None:
+    logits = torch.stack([logits_of(1), logits_of(2)])
+    plain = SamplingParams(seed=1, top_p=0.9, top_k=3, temperature=0.5, logprobs=1)
+    assert apply_processors(logits, [row_of(plain), row_of(SamplingParams())]) is logits
+
+
 def test_rules_of_one_row_leave_the_others_alone() -> None:
     logits = torch.stack([logits_of(1), logits_of(2)])
     rows = [row_of(NO_PENALTY), row_of(ALONE["allowed"])]

@@ -58,7 +58,7 @@ def copy(source: LocalEngine, target: LocalEngine, request: Request) -> int:
         lender.end_loan(blocks, len(blocks))
     for engine in (source, target):
         engine.engine.check_integrity()
-        assert engine.engine._pool.num_free == engine.engine.num_blocks
+        assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
     return len(blocks)
 
 
@@ -110,7 +110,7 @@ def test_what_came_of_a_prefix_is_kept_and_the_rest_is_blank(tiny_checkpoint: Pa
     engine = engine_of(tiny_checkpoint, num_blocks=8).engine
     fetch = engine.begin_fetch(request_of())
     assert fetch is not None
-    assert engine._pool.num_free == 8 - NUM_BLOCKS
+    assert engine.pool.num_free == 8 - NUM_BLOCKS
     assert engine.begin_fetch(request_of(cache_salt="x")) is not None
     assert engine.begin_fetch(request_of(cache_salt="y")) is None  # none are left
     fetch.num_filled = 2
@@ -155,12 +155,12 @@ def test_threads_borrow_between_two_turns(source: LocalEngine, tiny_checkpoint: 
     lender.answer()
     thread.join(TIMEOUT_S)
     assert len(found[0]) == NUM_BLOCKS
-    assert source.engine._pool.num_free == source.engine.num_blocks - NUM_BLOCKS
+    assert source.engine.pool.num_free == source.engine.pool.num_blocks - NUM_BLOCKS
     assert lender.read(found[0][0])[0].shape == source.engine.kv_store.cache.block_shape
     lender.give_back(found[0], 0)
     lender.answer()
     source.engine.check_integrity()
-    assert source.engine._pool.num_free == source.engine.num_blocks
+    assert source.engine.pool.num_free == source.engine.pool.num_blocks
 
 
 def test_who_is_not_answered_in_time_borrows_nothing(source: LocalEngine) -> None:

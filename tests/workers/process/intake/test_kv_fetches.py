@@ -52,7 +52,7 @@ class Fetching:
 
     def check_free(self) -> None:
         self.engine.check_integrity()
-        assert self.engine._pool.num_free == self.engine.num_blocks
+        assert self.engine.pool.num_free == self.engine.pool.num_blocks
 
 
 class Silent:
