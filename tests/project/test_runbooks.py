@@ -73,19 +73,6 @@ def test_every_command_of_a_page_is_one(page: str) -> None:
         make_parser().parse_args(["1" if word == "N" else word for word in words])
 
 
-def test_every_link_leads_somewhere() -> None:
-    for page in ("runbooks.md", "multi-host.md"):
-        text = text_of(page)
-        anchors = {
-            re.sub(r"[^a-z -]", "", title.lower()).replace(" ", "-")
-            for title in re.findall(r"^#+ (.+)$", text, re.M)
-        }
-        for target in re.findall(r"\]\(([^)]+)\)", text):
-            path, _, anchor = target.partition("#")
-            assert not path or (DOCS / path).exists(), target
-            assert path or anchor in anchors, target
-
-
 def test_the_slurm_script_is_one() -> None:
     subprocess.run(["bash", "-n", str(SLURM)], check=True)
     text = SLURM.read_text(encoding="utf-8").replace("\\\n", " ")
