@@ -16,6 +16,8 @@ from workers.requests.inspection import Inspection
 from workers.requests.prompt_embeds import PromptEmbeds
 from workers.requests.request import Grammar, Request, SamplingParams
 
+_READ_ONLY = SamplingParams(max_tokens=0)
+
 
 class CallKind(Enum):
     COMPLETION = "completion"
@@ -146,10 +148,10 @@ class CallPrompt:
 
     ids: tuple[int, ...]
     """Token ids, never empty."""
-    text: str | None
+    text: str | None = None
     """As the client gave it; None for token ids."""
-    params: SamplingParams
-    """With this prompt's seed and token limit."""
+    params: SamplingParams = _READ_ONLY
+    """With this prompt's seed and token limit; by default the prompt is only read."""
     inspection: Inspection | None = None
     """Arrays from inside the model that the engine returns."""
     embeds: PromptEmbeds | None = None

@@ -56,6 +56,11 @@ class RouteError(ExpertMeshError):
     def __str__(self) -> str:
         return self.message
 
+    @property
+    def code(self) -> str:
+        """``error.code`` of the answer."""
+        return "method_not_allowed" if self.status == 405 else "not_found"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ErrorReport:
@@ -139,6 +144,8 @@ _TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode], ...]
     (RequestAbortedError, 409, "conflict_error", "request_aborted", _CODES.ABORTED),
     (ConflictError, 409, "conflict_error", "failed_precondition", _CODES.FAILED_PRECONDITION),
     (UnknownNameError, 404, _INVALID, "not_found", _CODES.NOT_FOUND),
+    (DeadlineExceededError, 408, "timeout_error", "deadline_exceeded", _CODES.DEADLINE_EXCEEDED),
+    (RouteError, 404, _INVALID, "", _CODES.UNIMPLEMENTED),
     (ClientGoneError, 499, _INVALID, "client_closed_request", _CODES.CANCELLED),
 )
 
@@ -148,41 +155,30 @@ _LAST_WORDS = (PoisonousRequestError, RequestAbortedError)
 
 def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
     """``error`` as the client sees it."""
-    if isinstance(error, DeadlineExceededError):
+    row = next((row for row in _TABLE if isinstance(error, row[0])), None)
+    if row is None:
         return ErrorReport(
-            http_status=504 if error.started else 408,
-            grpc_code=_CODES.DEADLINE_EXCEEDED,
-            type="timeout_error",
-            code="deadline_exceeded",
-            message=str(error),
-            should_retry=False if error.started else None,
+            http_status=500,
+            grpc_code=_CODES.INTERNAL,
+            type="server_error",
+            code="internal_error",
+            message=f"internal error in request {request_id}",
         )
+    _, status, type_, code, grpc_code = row
+    is_last = isinstance(error, _LAST_WORDS)
     if isinstance(error, RouteError):
-        return ErrorReport(
-            http_status=error.status,
-            grpc_code=_CODES.UNIMPLEMENTED,
-            type=_INVALID,
-            code="method_not_allowed" if error.status == 405 else "not_found",
-            message=error.message,
-        )
-    for kind, status, type_, code, grpc_code in _TABLE:
-        if isinstance(error, kind):
-            return ErrorReport(
-                http_status=status,
-                grpc_code=grpc_code,
-                type=type_,
-                code=code or getattr(error, "code", ""),
-                message=str(error),
-                param=getattr(error, "param", None),
-                retry_after_s=_retry_after(error),
-                should_retry=False if isinstance(error, _LAST_WORDS) else None,
-            )
+        status = error.status
+    elif isinstance(error, DeadlineExceededError) and error.started:
+        status, is_last = 504, True
     return ErrorReport(
-        http_status=500,
-        grpc_code=_CODES.INTERNAL,
-        type="server_error",
-        code="internal_error",
-        message=f"internal error in request {request_id}",
+        http_status=status,
+        grpc_code=grpc_code,
+        type=type_,
+        code=code or getattr(error, "code", ""),
+        message=str(error),
+        param=getattr(error, "param", None),
+        retry_after_s=_retry_after(error),
+        should_retry=False if is_last else None,
     )
 
 
@@ -213,6 +209,6 @@ def clamp_retry_s(seconds: float) -> float:
     return min(max(seconds, low), high)
 
 
-def _retry_after(error: ExpertMeshError) -> float | None:
+def _retry_after(error: BaseException) -> float | None:
     seconds = getattr(error, "retry_after_s", None)
     return None if seconds is None else clamp_retry_s(seconds)

@@ -7,6 +7,7 @@ worker, hand over. HTTP and gRPC are two thin codecs over it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 import uuid
@@ -18,6 +19,8 @@ from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import EndStage
 from cluster.core.errors import (
     DeadlineExceededError,
+    ExpertMeshError,
+    KeyLimitError,
     ModelNotFoundError,
     NotReadyError,
     QueueFullError,
@@ -31,18 +34,19 @@ from gateway.cluster.view import (
     drained_workers,
 )
 from gateway.core.call import CallKind, GenerateCall, GenerateFields
+from gateway.core.errors import ErrorReport, report_error
 from gateway.core.field_checks import check_fields
 from gateway.core.model import ModelFacts, model_facts
 from gateway.core.request_id import REQUEST_ID
 from gateway.core.tuning import GatewayTuning
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.submission import Submission
-from gateway.generation.admission import Admission
+from gateway.generation.admission import Admission, Ticket
 from gateway.generation.generation import Generation
 from gateway.generation.output_queue import OutputQueue
 from gateway.generation.prompts import PromptMaker
 from gateway.generation.readiness import check_serving, server_ends, unready_reasons
-from gateway.generation.request_trace import TRACE
+from gateway.generation.request_trace import TRACE, note_error
 from gateway.generation.running_calls import RunningCalls
 from gateway.generation.tracing import start_tracing
 from gateway.generation.validate import finish_call
@@ -50,6 +54,8 @@ from gateway.observability.metrics import GatewayMetrics
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import Request
 from workers.requests.wire import EngineHello
+
+logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.5
 """Interval at which a request that waits for a worker checks whether its call was ended."""
@@ -195,62 +201,75 @@ class Gateway:
             NotReadyError: the cluster cannot serve it.
             DeadlineExceededError: its time was over before an engine had it.
         """
-        started_s = time.monotonic()
-        deadline_s = started_s + self.timeout_s(wanted_timeout_s)
         self.check_model(fields.model)
         check_fields(fields, self.limits)
         if (trace := TRACE.get()) is not None:
             trace.fields = fields
-        facts = self.require_facts()
-        fields, prompts = await self.prompts.make(fields, facts)
-        bad_words = await self.prompts.bad_words(fields)
-        call = finish_call(fields, prompts, facts, self._draw_seed, bad_words)
-        if fields.stop:
-            self.prompts.require_tokenizer("stop")
-        if fields.grammar is not None:
-            self.prompts.require_tokenizer(fields.grammar.field)
-        return await self._begin(call, call_id, facts, started_s, deadline_s)
 
-    async def start_pooling(
+        async def make(facts: ModelFacts) -> GenerateCall:
+            complete, prompts = await self.prompts.make(fields, facts)
+            bad_words = await self.prompts.bad_words(complete)
+            call = finish_call(complete, prompts, facts, self._draw_seed, bad_words)
+            if complete.stop:
+                self.prompts.require_tokenizer("stop")
+            if complete.grammar is not None:
+                self.prompts.require_tokenizer(complete.grammar.field)
+            return call
+
+        return await self.start_call(make, call_id, fields.model, wanted_timeout_s)
+
+    async def start_call(
         self,
         make: Callable[[ModelFacts], Awaitable[GenerateCall]],
         call_id: str,
         model: str | None,
         wanted_timeout_s: float | None = None,
     ) -> Generation:
-        """Hand a call over that reads prompts and draws nothing; ``make`` validates it.
-
-        Raises what ``start`` raises.
-        """
+        """Hand a call to the engines that ``make`` validates. Raises what ``start`` raises."""
         started_s = time.monotonic()
         deadline_s = started_s + self.timeout_s(wanted_timeout_s)
         self.check_model(model)
         facts = self.require_facts()
-        return await self._begin(await make(facts), call_id, facts, started_s, deadline_s)
-
-    async def _begin(
-        self,
-        call: GenerateCall,
-        call_id: str,
-        facts: ModelFacts,
-        started_s: float,
-        deadline_s: float,
-    ) -> Generation:
-        caller = CALLER.get()
+        call, caller = await make(facts), CALLER.get()
         if caller is not None:
             caller.check_tokens(time.monotonic())
             call = replace(call, cache_salt=tenant_salt(caller.tenant, call.cache_salt))
-        generation = self._admit(call, call_id, facts, started_s, deadline_s)
+        generation = Generation(
+            call,
+            call_id,
+            created=int(time.time()),
+            queue=OutputQueue(),
+            ticket=self._admit(call, facts, deadline_s),
+            deadline_s=deadline_s,
+            tokenizer=self.tokenizer,
+            eos_token_ids=facts.eos_token_ids,
+            metrics=self.metrics,
+            started_s=started_s,
+            admitted_s=time.monotonic(),
+            caches_prefixes=self.config.engine.enable_prefix_caching,
+            caller=caller,
+            on_close=self.running.remove,
+        )
         if (trace := TRACE.get()) is not None:
             trace.generation = generation
         for name in filter(None, (call_id, REQUEST_ID.get())):
             self.running.add(name, generation.queue)
         try:
-            await self._hand_over(generation, deadline_s)
+            await self._hand_over(generation)
         except BaseException:
             generation.close()
             raise
         return generation
+
+    def report_error(self, error: Exception, request_id: str) -> ErrorReport:
+        """``error`` as the client sees it: counted, logged and noted in the request's trace."""
+        report = report_error(error, request_id)
+        note_error(report.code)
+        if isinstance(error, KeyLimitError):
+            self.metrics.admission_rejections.labels(error.limit).inc()
+        if not isinstance(error, ExpertMeshError):
+            logger.error("request %s failed", request_id, exc_info=error)
+        return report
 
     async def status(self) -> dict[str, Any]:
         """The cluster's state with all replicas in it, as ``status --json`` prints it."""
@@ -300,14 +319,7 @@ class Gateway:
             raise NotReadyError("no attention worker is ready", "not_ready", 2.0)
         return facts
 
-    def _admit(
-        self,
-        call: GenerateCall,
-        call_id: str,
-        facts: ModelFacts,
-        started_s: float,
-        deadline_s: float,
-    ) -> Generation:
+    def _admit(self, call: GenerateCall, facts: ModelFacts, deadline_s: float) -> Ticket:
         if self.admission is None:
             most, workers = self.limits.max_queue, self.config.workers.num_attention_ranks
             self.admission = Admission(
@@ -320,38 +332,23 @@ class Gateway:
             self.metrics.admission_rejections.labels("deadline").inc()
             raise DeadlineExceededError("the queue is longer than the request's time", False)
         try:
-            ticket = self.admission.admit(
+            return self.admission.admit(
                 len(call.prompts), call.max_total_tokens, now_s, call.num_prompt_bytes
             )
         except QueueFullError as err:
             self.metrics.admission_rejections.labels(err.limit).inc()
             raise
-        return Generation(
-            call,
-            call_id,
-            created=int(time.time()),
-            queue=OutputQueue(),
-            ticket=ticket,
-            deadline_s=deadline_s,
-            tokenizer=self.tokenizer,
-            eos_token_ids=facts.eos_token_ids,
-            metrics=self.metrics,
-            started_s=started_s,
-            admitted_s=now_s,
-            caches_prefixes=self.config.engine.enable_prefix_caching,
-            caller=CALLER.get(),
-            on_close=self.running.remove,
-        )
 
-    async def _hand_over(self, generation: Generation, deadline_s: float) -> None:
-        budget_ms = max(1, int((deadline_s - time.monotonic()) * 1000))
+    async def _hand_over(self, generation: Generation) -> None:
+        budget_ms = max(1, int((generation.deadline_s - time.monotonic()) * 1000))
         for request in generation.call.requests(generation.call_id, budget_ms):
-            await self._assign(request, generation, deadline_s)
+            await self._assign(request, generation)
         for _ in range(_PASSES_TO_SEND):
             await asyncio.sleep(0)
         generation.handed_over()
 
-    async def _assign(self, request: Request, generation: Generation, deadline_s: float) -> None:
+    async def _assign(self, request: Request, generation: Generation) -> None:
+        deadline_s = generation.deadline_s
         no_stream_s: float | None = None
         while True:
             now_s = time.monotonic()

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.core.errors import QueueFullError
+from gateway.core.call import CallPrompt
 from gateway.core.delta import Usage
 from gateway.core.field_checks import check_length, require
 from gateway.core.model import ModelFacts
@@ -18,7 +19,6 @@ from gateway.generation.gateway import Gateway
 from gateway.generation.losses import aux_loss, classification_loss
 from gateway.generation.pooling import (
     Mask,
-    PooledPrompt,
     PoolingOptions,
     Reader,
     apply_mask,
@@ -102,9 +102,9 @@ class Inspecting:
         """
         self._check(fields)
         held = 0
-        made: tuple[ModelFacts, list[PooledPrompt]] | None = None
+        made: tuple[ModelFacts, list[CallPrompt]] | None = None
 
-        async def make(facts: ModelFacts) -> list[PooledPrompt]:
+        async def make(facts: ModelFacts) -> list[CallPrompt]:
             nonlocal held, made
             assert facts.shape is not None, "reported with the other facts"
             pooled = make_prompts(fields, facts)
@@ -134,7 +134,7 @@ class Inspecting:
         self._held_bytes += size
 
 
-def make_prompts(fields: InspectFields, facts: ModelFacts) -> list[PooledPrompt]:
+def make_prompts(fields: InspectFields, facts: ModelFacts) -> list[CallPrompt]:
     """Checked prompts. Raises ``RequestError``."""
     prompts = fields.token_ids
     for ids in prompts:
@@ -163,22 +163,22 @@ def make_prompts(fields: InspectFields, facts: ModelFacts) -> list[PooledPrompt]
 
 def _token_prompt(
     fields: InspectFields, index: int, ids: tuple[int, ...], mask: Mask, facts: ModelFacts
-) -> PooledPrompt:
+) -> CallPrompt:
     kept = apply_mask(ids, mask)
     labels: tuple[int, ...] = ()
     if fields.wants("logprobs", "loss"):
         labels = _labels(fields.labels[index], mask) if fields.labels else kept
     places = _positions(fields.logits_to_keep, len(kept)) if fields.wants("logits") else ()
-    return PooledPrompt(ids=kept, inspection=_insides(fields, places, labels))
+    return CallPrompt(ids=kept, inspection=_insides(fields, places, labels))
 
 
 def _class_prompt(
     fields: InspectFields, index: int, ids: tuple[int, ...], mask: Mask, facts: ModelFacts
-) -> PooledPrompt:
+) -> CallPrompt:
     kept = apply_mask(ids, mask)
     place = classified_token(ids, mask, facts)
     places = (sum(mask[:place]),) if fields.wants("logits", "loss") else ()
-    return PooledPrompt(ids=kept, inspection=_insides(fields, places, ()))
+    return CallPrompt(ids=kept, inspection=_insides(fields, places, ()))
 
 
 def _insides(fields: InspectFields, places: tuple[int, ...], labels: tuple[int, ...]) -> Inspection:
@@ -231,7 +231,7 @@ def _check_rows(field: str, rows: Sequence[object], num_prompts: int) -> None:
     require(len(rows) in (0, num_prompts), field, message)
 
 
-def _total_size(pooled: Sequence[PooledPrompt], shape: ModelShape, most: int) -> int:
+def _total_size(pooled: Sequence[CallPrompt], shape: ModelShape, most: int) -> int:
     """Bytes of all prompts. Raises ``RequestError`` for too many."""
     size = 0
     for prompt in pooled:
@@ -246,7 +246,7 @@ def _total_size(pooled: Sequence[PooledPrompt], shape: ModelShape, most: int) ->
 def _inspected(
     fields: InspectFields,
     facts: ModelFacts,
-    pooled: Sequence[PooledPrompt],
+    pooled: Sequence[CallPrompt],
     found: Sequence[Sequence[NamedArray]],
     usage: Usage,
 ) -> Inspected:

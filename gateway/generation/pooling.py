@@ -1,6 +1,6 @@
 """Calls that read prompts and draw nothing: embeddings, classification, scores.
 
-They are ordinary calls for admission, deadlines and the engines; see ``Gateway.start_pooling``. A
+They are ordinary calls for admission, deadlines and the engines; see ``Gateway.start_call``. A
 score is a sum or a mean of natural log-probabilities of tokens, given all tokens before them.
 """
 
@@ -25,7 +25,6 @@ from gateway.generation.gateway import Gateway
 from gateway.generation.validate import check_context, check_token_ids
 from workers.requests.classifier import pooled_position
 from workers.requests.inspection import IGNORED_LABEL, Inspection, NamedArray, Pooling
-from workers.requests.request import SamplingParams
 
 PromptInput = str | tuple[int, ...]
 """A text or token ids."""
@@ -46,15 +45,6 @@ class PoolingOptions:
     cache_salt: str | None = None
     """Prefixes are shared with calls of the same salt only."""
     timeout_s: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PooledPrompt:
-    """One prompt, and the arrays to return for it."""
-
-    ids: tuple[int, ...]
-    inspection: Inspection | None = None
-    """None: a classifier's logits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,9 +88,9 @@ class Reader:
         require(wanted in kinds, "pooling", f"pooling ({wanted[:32]!r}) must be last or mean")
         inspection = Inspection(embedding=kinds[wanted])
 
-        async def make(facts: ModelFacts) -> list[PooledPrompt]:
+        async def make(facts: ModelFacts) -> list[CallPrompt]:
             ids = await self._ids(prompts, facts, options, "input")
-            return [PooledPrompt(ids=one, inspection=inspection) for one in ids]
+            return [CallPrompt(ids=one, inspection=inspection) for one in ids]
 
         found, usage = await self.read(make, "embd", "input", options)
         return Answers(tuple(floats(one.arrays[0]) for one in found), usage)
@@ -116,7 +106,7 @@ class Reader:
         names: tuple[str, ...] = ()
         is_multi = False
 
-        async def make(facts: ModelFacts) -> list[PooledPrompt]:
+        async def make(facts: ModelFacts) -> list[CallPrompt]:
             nonlocal names, is_multi
             ids = await self._ids(prompts, facts, options, "input")
             ids = keep_unmasked(ids, masks, facts)
@@ -125,7 +115,7 @@ class Reader:
             if facts.labels:
                 require(not labels, "labels", "labels must not be set: the model has its own")
                 check_classifier_batch(len(ids), facts)
-                return [PooledPrompt(ids=one) for one in ids]
+                return [CallPrompt(ids=one) for one in ids]  # for a classifier's logits
             return await self._label_prompts(ids, labels, facts)
 
         found, usage = await self.read(make, "cls", "input", options)
@@ -155,7 +145,7 @@ class Reader:
             "there must be one, or as many",
         )
 
-        async def make(facts: ModelFacts) -> list[PooledPrompt]:
+        async def make(facts: ModelFacts) -> list[CallPrompt]:
             before = await self._ids(queries, facts, options, name)
             behind = await self._ids(documents, facts, options, other, special=False)
             if len(before) == 1:
@@ -168,7 +158,7 @@ class Reader:
 
     async def _label_prompts(
         self, ids: Sequence[tuple[int, ...]], labels: Sequence[str], facts: ModelFacts
-    ) -> list[PooledPrompt]:
+    ) -> list[CallPrompt]:
         if not labels:
             message = "labels is required: the model has no classes"
             raise RequestError(message, "labels", "missing_required_parameter")
@@ -204,7 +194,7 @@ class Reader:
 
     async def read(
         self,
-        make: Callable[[ModelFacts], Awaitable[list[PooledPrompt]]],
+        make: Callable[[ModelFacts], Awaitable[list[CallPrompt]]],
         prefix: str,
         field: str,
         options: PoolingOptions,
@@ -220,10 +210,18 @@ class Reader:
             require(len(pooled) <= most, field, message)
             for prompt in pooled:
                 check_context(len(prompt.ids), 0, facts, field)
-            return pooling_call(pooled, options, facts)
+            fields = GenerateFields(
+                kind=CallKind.COMPLETION, token_ids_only=True, priority=options.priority
+            )
+            return GenerateCall(
+                fields=fields,
+                model=options.model or facts.name,
+                prompts=tuple(pooled),
+                cache_salt=options.cache_salt or "",
+            )
 
         call_id = f"{prefix}-{uuid.uuid4().hex}"
-        generation = await self._gateway.start_pooling(
+        generation = await self._gateway.start_call(
             make_call, call_id, options.model, options.timeout_s
         )
         with generation:
@@ -231,29 +229,12 @@ class Reader:
             return found, generation.usage
 
 
-def pooling_call(
-    pooled: Sequence[PooledPrompt], options: PoolingOptions, facts: ModelFacts
-) -> GenerateCall:
-    params = SamplingParams(max_tokens=0)
-    return GenerateCall(
-        fields=GenerateFields(
-            kind=CallKind.COMPLETION, token_ids_only=True, priority=options.priority
-        ),
-        model=options.model or facts.name,
-        prompts=tuple(
-            CallPrompt(ids=one.ids, text=None, params=params, inspection=one.inspection)
-            for one in pooled
-        ),
-        cache_salt=options.cache_salt or "",
-    )
-
-
-def scored_prompt(before: tuple[int, ...], behind: tuple[int, ...], field: str) -> PooledPrompt:
+def scored_prompt(before: tuple[int, ...], behind: tuple[int, ...], field: str) -> CallPrompt:
     """Log-probabilities of some tokens behind others. Raises ``RequestError`` without those."""
     if not before:
         raise RequestError(f"{field} must not be empty", field)
     labels = (IGNORED_LABEL,) * len(before) + behind
-    return PooledPrompt(ids=before + behind, inspection=Inspection(labels=labels))
+    return CallPrompt(ids=before + behind, inspection=Inspection(labels=labels))
 
 
 def keep_unmasked(

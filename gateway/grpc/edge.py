@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -12,17 +11,13 @@ from typing import Any, NoReturn
 
 import grpc
 
-from cluster.core.errors import ExpertMeshError, KeyLimitError
 from gateway.auth.auth import KeyRing
 from gateway.auth.key_limits import Account
 from gateway.core.delta import Usage
-from gateway.core.errors import report_error
 from gateway.core.priority import PRIORITY_HEADER
 from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
 from gateway.generation.gateway import Gateway
-from gateway.generation.request_trace import CLIENT_GONE, DEADLINE_PASSED, RequestTrace, note_error
-
-logger = logging.getLogger(__name__)
+from gateway.generation.request_trace import CLIENT_GONE, DEADLINE_PASSED, RequestTrace
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -107,13 +102,8 @@ class GrpcEdge(AbstractContextManager["GrpcEdge"]):
 
     async def abort(self, error: Exception) -> NoReturn:
         """End the request with the status that belongs to ``error``."""
-        report = report_error(error, self.request_id)
-        note_error(report.code)
+        report = self._gateway.report_error(error, self.request_id)
         self._code = report.grpc_code
-        if isinstance(error, KeyLimitError):
-            self._gateway.metrics.admission_rejections.labels(error.limit).inc()
-        if not isinstance(error, ExpertMeshError):
-            logger.error("request %s failed", self.request_id, exc_info=error)
         await self.send_id()
         details = report.status_details(self.request_id)
         trailers = (("grpc-status-details-bin", details),)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any, Literal
 
 from fastapi import FastAPI
@@ -45,14 +44,13 @@ from gateway.http.schema import (
     CompletionBody,
     DetokenizeBody,
     GenerateBody,
+    StreamOptions,
     TokenizeBody,
 )
-from gateway.http.sse import SseStream, stream_generation
+from gateway.http.sse import SseStream
 from gateway.http.unsupported import check_unbuilt
 from gateway.observability.metrics import CONTENT_TYPE
 from workers.requests.inspection import Pooling
-
-logger = logging.getLogger(__name__)
 
 _EXPOSED_HEADERS = (
     *(REQUEST_ID, "retry-after", "retry-after-ms", "x-should-retry", "openai-processing-ms"),
@@ -272,17 +270,14 @@ class GenerateEndpoint(WatchedEndpoint):
                 choices = await collect(generation)
                 await responder.json(formatter.whole(choices, generation.usage))
                 return
-            options = body.stream_options
             stream = SseStream(
+                gateway=self._gateway,
                 responder=responder,
                 formatter=formatter,
-                metrics=self._gateway.metrics,
                 request_id=request.state.request_id,
-                include_usage=bool(options and options.include_usage),
-                continuous_usage=bool(options and options.continuous_usage_stats),
-                ping_after_s=self._gateway.tuning.ping_after_s,
+                options=body.stream_options or StreamOptions(),
             )
-            await stream_generation(generation, stream)
+            await stream.send(generation)
 
 
 def _answer(content: object, status: int = 200) -> Response:

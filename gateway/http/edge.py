@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
@@ -24,23 +23,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.core.errors import (
     DeadlineExceededError,
-    ExpertMeshError,
-    KeyLimitError,
     RequestError,
     RequestTooLargeError,
     UnsupportedParameterError,
 )
 from gateway.auth.auth import KeyRing
 from gateway.auth.key_limits import Account
-from gateway.core.errors import ClientGoneError, report_error
+from gateway.core.errors import ClientGoneError
 from gateway.core.expect import waits_to_send
 from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
 from gateway.core.tuning import GatewayTuning
 from gateway.generation.gateway import Gateway
-from gateway.generation.request_trace import CLIENT_GONE, note_error
+from gateway.generation.request_trace import CLIENT_GONE
 from gateway.http.parse import parse_json
-
-logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
 MAX_TIMEOUT_MS = 99_999_999_999
@@ -162,15 +157,9 @@ class HttpEdge:
                 trace.end(CLIENT_GONE if status == 499 else "")
 
     async def _answer_error(self, error: Exception, request_id: str, responder: Responder) -> None:
-        report = report_error(error, request_id)
-        note_error(report.code)
-        if isinstance(error, KeyLimitError):
-            self.gateway.metrics.admission_rejections.labels(error.limit).inc()
-        if not isinstance(error, ExpertMeshError):
-            logger.error("request %s failed", request_id, exc_info=error)
-        if responder.is_started:
-            return  # too late for a status; streams send their errors as events
-        await responder.json(report.body(), report.http_status, report.headers())
+        report = self.gateway.report_error(error, request_id)
+        if not responder.is_started:  # else too late: streams send their errors as events
+            await responder.json(report.body(), report.http_status, report.headers())
 
     def _with_headers(self, send: Send, request_id: str) -> Send:
         started_s = time.monotonic()
