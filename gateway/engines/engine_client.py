@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from cluster.core.errors import ProtocolError, RequestFailedError
 from cluster.core.release import RELEASE, check_release
+from gateway.cluster.view import AttentionEndpoint
 from gateway.engines.router import WorkerLoad
 from gateway.engines.submission import Submission, without_first
 from workers.requests.block_hash import KvEvents
@@ -70,45 +71,38 @@ class EngineClient:
     """One stream to one worker.
 
     Args:
-        worker: its name.
-        address: ``host:port`` of its engine server.
+        endpoint: the worker.
         token: the cluster token.
         gateway: name of this replica.
         owner: told of requests that the worker hands back, and of its KV blocks.
         silence_limit_s: see ``SILENCE_LIMIT_S``.
         ping_s: see ``PING_S``.
-        engine: index of the worker among the attention workers.
         release: of this replica; workers of another one are refused.
     """
 
     def __init__(
         self,
-        worker: str,
-        address: str,
+        endpoint: AttentionEndpoint,
+        *,
         token: str,
         gateway: str,
         owner: Owner,
-        *,
         silence_limit_s: float = SILENCE_LIMIT_S,
         ping_s: float = PING_S,
-        engine: str = "",
         release: str = RELEASE,
     ) -> None:
-        self.worker = worker
+        self.worker = endpoint.name
         self.hello: EngineHello | None = None
         """What the worker said of itself; None until it has, and after the end."""
         self.connected = asyncio.Event()
         """Set when the hello came."""
-        self.load = WorkerLoad(name=worker)
+        self.load = WorkerLoad(name=endpoint.name)
         """What it has to do for this gateway; ``outstanding_tokens`` apart."""
-        self._address = address
-        self._token = token
-        self._gateway = gateway
+        self._endpoint = endpoint
+        self._own_hello = Hello(token=token, gateway=gateway, release=release)
         self._owner = owner
         self._silence_limit_s = silence_limit_s
         self._ping_s = ping_s
-        self._engine = engine
-        self._own_release = release
         self._submissions: dict[str, Submission] = {}
         self._outgoing: asyncio.Queue[ToEngine | None] = asyncio.Queue()
         self._heard_s = time.monotonic()
@@ -122,7 +116,7 @@ class EngineClient:
     def submit(self, entry: Submission) -> None:
         """Hand a request over; its outputs go to its sink."""
         entry.home, entry.was_sent, entry.is_computing = self, True, True
-        entry.engine = self._engine
+        entry.engine = self._endpoint.engine
         self._submissions[entry.request.request_id] = entry
         self._count(entry)
         peer = entry.kv_peer
@@ -151,7 +145,9 @@ class EngineClient:
 
     async def _run(self) -> str:
         self._heard_s = time.monotonic()
-        async with grpc.aio.insecure_channel(self._address, options=_CHANNEL_OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(
+            self._endpoint.address, options=_CHANNEL_OPTIONS
+        ) as channel:
             call = channel.stream_stream(PATH, bytes, bytes)(self._messages())
             pinger = asyncio.create_task(self._ping(call))
             try:
@@ -210,7 +206,7 @@ class EngineClient:
                 await self._take(FROM_ENGINE.decode(data))
 
     def _take_hello(self, hello: EngineHello) -> None:
-        check_release(hello.release, self.worker, self._own_release, self._gateway)
+        check_release(hello.release, self.worker, self._own_hello.release, self._own_hello.gateway)
         self.hello = hello
         self.connected.set()
 
@@ -227,9 +223,7 @@ class EngineClient:
                     self._outgoing.put_nowait(KvResync())
 
     async def _messages(self) -> AsyncIterator[bytes]:
-        yield HELLO.encode(
-            Hello(token=self._token, gateway=self._gateway, release=self._own_release)
-        )
+        yield HELLO.encode(self._own_hello)
         while (message := await self._outgoing.get()) is not None:
             yield TO_ENGINE.encode(message)
 

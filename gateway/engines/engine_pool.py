@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 from cluster.core.errors import NotReadyError, PoisonousRequestError
 from gateway.cluster.view import AttentionEndpoint
@@ -49,11 +50,15 @@ class EnginePool:
         silence_limit_s: float = SILENCE_LIMIT_S,
         ping_s: float = PING_S,
     ) -> None:
-        self._token = token
-        self._gateway = gateway
+        self._connect = partial(
+            EngineClient,
+            token=token,
+            gateway=gateway,
+            owner=self,
+            silence_limit_s=silence_limit_s,
+            ping_s=ping_s,
+        )
         self._policy = policy
-        self._silence_limit_s = silence_limit_s
-        self._ping_s = ping_s
         self._clients: dict[str, EngineClient] = {}
         self._keepers: dict[AttentionEndpoint, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -157,17 +162,7 @@ class EnginePool:
     async def _keep(self, endpoint: AttentionEndpoint) -> None:
         """One stream after the other to the same worker, as long as it is listed."""
         while True:
-            client = EngineClient(
-                endpoint.name,
-                endpoint.address,
-                self._token,
-                self._gateway,
-                self,
-                silence_limit_s=self._silence_limit_s,
-                ping_s=self._ping_s,
-                engine=endpoint.engine,
-            )
-            self._clients[endpoint.name] = client
+            client = self._clients[endpoint.name] = self._connect(endpoint)
             announcer = asyncio.create_task(self._announce(client))
             reason = "the worker left the generation"
             try:

@@ -12,6 +12,7 @@ from msgspec import structs
 
 from cluster.core.errors import ExpertMeshError, RequestFailedError
 from cluster.core.release import RELEASE
+from gateway.cluster.view import AttentionEndpoint
 from gateway.engines.engine_client import PING_S, EngineClient
 from gateway.engines.submission import Submission
 from gateway.generation.output_queue import OutputQueue
@@ -71,7 +72,14 @@ def _client(attempt: int = 1, n: int = 2) -> tuple[EngineClient, ListSink]:
 
 
 def _client_to(address: str, token: str, ping_s: float = PING_S) -> EngineClient:
-    return EngineClient("attention-0", address, token, "gateway-0", ListOwner(), ping_s=ping_s)
+    return _new_client(ListOwner(), address, token, ping_s)
+
+
+def _new_client(
+    owner: ListOwner, address: str = "nowhere:1", token: str = "t", ping_s: float = PING_S
+) -> EngineClient:
+    endpoint = AttentionEndpoint("attention-0", address, 1)
+    return EngineClient(endpoint, token=token, gateway="gateway-0", owner=owner, ping_s=ping_s)
 
 
 def _output(
@@ -177,7 +185,7 @@ def test_choices_that_ended_are_not_asked_for_again() -> None:
 )
 def test_what_another_worker_can_do_is_handed_back(attempt: int, code: str, is_back: bool) -> None:
     owner = ListOwner()
-    client = EngineClient("a", "nowhere:1", "t", "g", owner)
+    client = _new_client(owner)
     sink = ListSink()
     request = Request(request_id="r", prompt=(1,), params=SamplingParams(), n=2, attempt=attempt)
     client.submit(Submission(request, sink, 1000.0))
@@ -310,7 +318,7 @@ def test_an_empty_queue_gives_nothing_in_time() -> None:
 
 def test_the_load_is_what_is_under_way() -> None:
     owner, sink = ListOwner(), ListSink()
-    client = EngineClient("a", "nowhere:1", "t", "g", owner)
+    client = _new_client(owner)
     request = Request(request_id="r", prompt=(1,) * 50, params=SamplingParams(max_tokens=9), n=2)
     entry = Submission(request, sink, 1000.0, missing_tokens=34)
     client.submit(entry)
