@@ -8,9 +8,10 @@ from typing import Any
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from cluster.core.errors import RequestError
 from gateway.auth.auth import KeyRing
 from gateway.generation.gateway import Gateway
 from gateway.grpc.edge import Context, GrpcEdge
@@ -35,32 +36,36 @@ def service_handlers(
         keys: the keys of the port.
     """
 
-    def edge(name: str, request: Any, context: Context) -> GrpcEdge:
+    def edge(
+        method: MethodDescriptor, request: Message | RequestError, context: Context
+    ) -> GrpcEdge:
         wanted_id = str(getattr(request, "request_id", ""))
-        return GrpcEdge(gateway, service.full_name, name, context, wanted_id, keys)
+        return GrpcEdge(gateway, service.full_name, method.name, context, wanted_id, keys)
 
-    def unary(name: str) -> Any:
-        procedure = find(name)
+    def unary(method: MethodDescriptor) -> Any:
+        procedure, kind = find(method.name), GetMessageClass(method.input_type)
 
-        async def serve(request: Any, context: Context) -> Message:
-            with edge(name, request, context) as call:
+        async def serve(data: bytes, context: Context) -> Message:
+            request = _decode(kind, data)
+            with edge(method, request, context) as call:
                 try:
                     await call.begin()
-                    answer: Message = await procedure(request, call)
+                    answer: Message = await procedure(_checked(request), call)
                     return answer
                 except Exception as err:
                     await call.abort(err)
 
         return serve
 
-    def streaming(name: str) -> Any:
-        procedure = find(name)
+    def streaming(method: MethodDescriptor) -> Any:
+        procedure, kind = find(method.name), GetMessageClass(method.input_type)
 
-        async def serve(request: Any, context: Context) -> AsyncIterator[Message]:
-            with edge(name, request, context) as call:
+        async def serve(data: bytes, context: Context) -> AsyncIterator[Message]:
+            request = _decode(kind, data)
+            with edge(method, request, context) as call:
                 try:
                     call.enter()
-                    async with aclosing(procedure(request, call)) as answers:
+                    async with aclosing(procedure(_checked(request), call)) as answers:
                         async for answer in answers:
                             yield answer
                 except Exception as err:
@@ -72,12 +77,24 @@ def service_handlers(
         make: Any = grpc.unary_unary_rpc_method_handler
         if method.server_streaming:
             make = grpc.unary_stream_rpc_method_handler
-        made: grpc.RpcMethodHandler[Any, Any] = make(
-            (streaming if method.server_streaming else unary)(method.name),
-            request_deserializer=GetMessageClass(method.input_type).FromString,
-            response_serializer=GetMessageClass(method.output_type).SerializeToString,
-        )
+        serve = (streaming if method.server_streaming else unary)(method)
+        encode = GetMessageClass(method.output_type).SerializeToString
+        made: grpc.RpcMethodHandler[Any, Any] = make(serve, response_serializer=encode)
         return made
 
     handlers = {method.name: handler(method) for method in service.methods}
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
+
+
+def _decode(kind: type[Message], data: bytes) -> Message | RequestError:
+    """The message, or why there is none: gRPC would say UNKNOWN where a deserializer fails."""
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        return RequestError("the message cannot be decoded as the procedure's request")
+
+
+def _checked(request: Message | RequestError) -> Message:
+    if isinstance(request, RequestError):
+        raise request
+    return request

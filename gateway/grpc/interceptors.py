@@ -1,15 +1,13 @@
-"""Steps of every gRPC call before its handler: the key, and a readable message."""
+"""A step of every gRPC call before its handler: the key."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import grpc
-from google.protobuf.message import DecodeError
 
-from cluster.core.errors import AuthenticationError, PermissionDeniedError, RequestError
+from cluster.core.errors import ExpertMeshError
 from gateway.auth.auth import KeyRing
 from gateway.core.errors import RouteError
 from gateway.generation.gateway import Gateway
@@ -52,75 +50,33 @@ class KeyInterceptor(_Interceptor):
         names = (_UNKNOWN, _UNKNOWN) if handler is None else _names(path)
         try:
             self._keys.check(given.get("authorization"), given.get("api-key"))
-        except (AuthenticationError, PermissionDeniedError) as err:
-            return _Refusal(self._gateway, self._keys, names, err).handler()
-        if handler is None:
-            absent = RouteError(f"there is no procedure {path[:_MOST_SHOWN]!r} on this port", 404)
-            return _Refusal(self._gateway, self._keys, names, absent).handler()
+            if handler is None:
+                raise RouteError(f"there is no procedure {path[:_MOST_SHOWN]!r} on this port", 404)
+        except ExpertMeshError as err:
+            return _refusal(self._gateway, self._keys, names, err)
         return handler
 
 
-class MessageInterceptor(_Interceptor):
-    """Lets one service refuse messages that cannot be decoded; gRPC would say UNKNOWN."""
+def _refusal(
+    gateway: Gateway, keys: KeyRing, names: tuple[str, str], error: ExpertMeshError
+) -> grpc.RpcMethodHandler[Any, Any]:
+    """Handler of any kind of procedure that waits for no message.
 
-    def __init__(self, service: str) -> None:
-        self._prefix = f"/{service}/"
+    It names and counts a call, and ends it with the error, or with that of its key.
+    """
 
-    async def intercept_service(
-        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(self._prefix):
-            return handler
-        decode = handler.request_deserializer
-
-        def decode_or_stand_in(data: bytes) -> object:
-            try:
-                return decode(data)
-            except DecodeError:
-                return UndecodableMessage()
-
-        return handler._replace(request_deserializer=decode_or_stand_in)
-
-
-class UndecodableMessage:
-    """Stands in for a message that cannot be decoded: reading any field of it is a bad request."""
-
-    request_id = ""
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise RequestError("the message cannot be decoded as the procedure's request")
-
-
-@dataclass(frozen=True, slots=True)
-class _Refusal:
-    """Ends a call before its handler: names and counts it, and sends the error's status."""
-
-    gateway: Gateway
-    keys: KeyRing
-    names: tuple[str, str]
-    error: Exception
-
-    async def end(self, context: Context) -> NoReturn:
-        """End the call with the error, or with that of its key."""
-        service, method = self.names
-        with GrpcEdge(self.gateway, service, method, context, "", self.keys) as edge:
+    async def refuse(requests: Any, context: Context) -> AsyncIterator[Any]:
+        with GrpcEdge(gateway, *names, context, "", keys) as edge:
             try:
                 await edge.begin()
-                raise self.error
+                raise error
             except Exception as err:
                 await edge.abort(err)
+        yield
 
-    def handler(self) -> grpc.RpcMethodHandler[Any, Any]:
-        """For any kind of procedure: it waits for no message."""
-
-        async def refuse(requests: Any, context: Context) -> AsyncIterator[Any]:
-            await self.end(context)
-            yield
-
-        make: Any = grpc.stream_stream_rpc_method_handler
-        handler: grpc.RpcMethodHandler[Any, Any] = make(refuse)
-        return handler
+    make: Any = grpc.stream_stream_rpc_method_handler
+    handler: grpc.RpcMethodHandler[Any, Any] = make(refuse)
+    return handler
 
 
 def _names(path: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from gateway.auth.tls import bind
 from gateway.generation.gateway import Gateway
 from gateway.grpc.api import SERVICE, InferenceProcedures
 from gateway.grpc.handlers import Procedure, service_handlers
-from gateway.grpc.interceptors import HEALTH_SERVICE, KeyInterceptor, MessageInterceptor
+from gateway.grpc.interceptors import HEALTH_SERVICE, KeyInterceptor
 
 _READY_POLL_S = 0.1
 _SPARE_CALLS = 64
@@ -107,7 +107,7 @@ class ServicePort:
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server = grpc.aio.server(
-            interceptors=[KeyInterceptor(gateway, keys), MessageInterceptor(self._service)],
+            interceptors=[KeyInterceptor(gateway, keys)],
             options=options,
             maximum_concurrent_rpcs=max_calls,
         )

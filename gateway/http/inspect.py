@@ -14,11 +14,11 @@ from gateway.generation.answer import clamp_logprob
 from gateway.generation.inspect import Inspected, InspectFields
 from gateway.http.convert import mask_list
 from gateway.http.openai_format import pooling_usage
-from gateway.http.schema import Items, PoolingBody
+from gateway.http.schema import CallBody, Items
 from workers.requests.inspection import NamedArray
 
 
-class InspectBody(PoolingBody):
+class InspectBody(CallBody):
     """``POST /v1/inspect``."""
 
     token_ids: Items[int] | Items[Items[int]]

@@ -24,11 +24,11 @@ from gateway.http.edge import Responder, WatchedEndpoint, dump_json, timeout_hea
 from gateway.http.inspect import InspectBody, inspect_answer, inspect_fields
 from gateway.http.openai_format import pooling_usage
 from gateway.http.parse import parse_body
-from gateway.http.schema import Items, PoolingBody, PromptField
+from gateway.http.schema import CallBody, Items, PromptField
 from gateway.http.unsupported import check_unbuilt
 
 
-class EmbeddingsBody(PoolingBody):
+class EmbeddingsBody(CallBody):
     """``POST /v1/embeddings``."""
 
     input: PromptField
@@ -36,7 +36,7 @@ class EmbeddingsBody(PoolingBody):
     pooling: str | None = None
 
 
-class ClassifyBody(PoolingBody):
+class ClassifyBody(CallBody):
     """``POST /classify``."""
 
     input: PromptField
@@ -44,7 +44,7 @@ class ClassifyBody(PoolingBody):
     attention_mask: Items[int] | Items[Items[int]] | None = None
 
 
-class ScoreBody(PoolingBody):
+class ScoreBody(CallBody):
     """``POST /score`` and ``/v1/score``."""
 
     queries: PromptField | None = None
@@ -58,7 +58,7 @@ Serve = Callable[[Any, PoolingOptions], Awaitable[dict[str, Any] | bytes]]
 
 
 class PoolingEndpoint(WatchedEndpoint):
-    def __init__(self, gateway: Gateway, kind: type[PoolingBody], serve: Serve) -> None:
+    def __init__(self, gateway: Gateway, kind: type[CallBody], serve: Serve) -> None:
         super().__init__(gateway)
         self._kind = kind
         self._serve = serve
@@ -80,7 +80,7 @@ class PoolingEndpoint(WatchedEndpoint):
     @classmethod
     def all(cls, gateway: Gateway) -> dict[str, PoolingEndpoint]:
         reader, inspecting = Reader(gateway), Inspecting(gateway)
-        served: dict[str, tuple[type[PoolingBody], Serve]] = {
+        served: dict[str, tuple[type[CallBody], Serve]] = {
             "/v1/embeddings": (EmbeddingsBody, partial(_embeddings, reader)),
             "/classify": (ClassifyBody, partial(_classify, reader)),
             "/score": (ScoreBody, partial(_score, reader)),
@@ -129,7 +129,7 @@ async def _score(reader: Reader, body: ScoreBody, options: PoolingOptions) -> di
 
 
 def _list(
-    prefix: str, rows: Iterable[dict[str, Any]], body: PoolingBody, reader: Reader, usage: Usage
+    prefix: str, rows: Iterable[dict[str, Any]], body: CallBody, reader: Reader, usage: Usage
 ) -> dict[str, Any]:
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",

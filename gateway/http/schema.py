@@ -30,6 +30,9 @@ class _FirstError(FailFast):
 Items = Annotated[list[Item], _FirstError()]
 """A list of which the first wrong item ends the check: a body has room for millions."""
 
+PromptField = str | Items[int] | Items[str] | Items[Items[int]]
+"""One prompt or several, as text or token ids."""
+
 
 class StrictBody(BaseModel):
     """A JSON object: ``"5"`` is not a number, and unknown fields are ignored."""
@@ -129,10 +132,28 @@ class StructuredOutputsBody(StrictBody):
     json_object: bool | None = None
 
 
-class GenerateBody(StrictBody):
-    """Fields that completions and chat share."""
+class CallBody(StrictBody):
+    """What every call to the model may say."""
 
     model: str | None = None
+    add_special_tokens: bool | None = None
+    priority: Whole | None = None
+    cache_salt: str | None = None
+
+
+class ConversationBody(StrictBody):
+    """How messages are rendered."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: Items[ToolBody] | None = None
+
+
+class GenerateBody(CallBody):
+    """Fields that completions and chat share."""
+
     max_tokens: Whole | None = None
     max_completion_tokens: Whole | None = None
     min_tokens: Whole | None = None
@@ -153,10 +174,7 @@ class GenerateBody(StrictBody):
     logit_bias: dict[str, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
-    priority: Whole | None = None
-    cache_salt: str | None = None
     return_tokens_as_token_ids: bool | None = None
     prompt_logprobs: Whole | None = None
     logprob_token_ids: Items[int] | None = None
@@ -172,40 +190,30 @@ class GenerateBody(StrictBody):
 class CompletionBody(GenerateBody):
     """``POST /v1/completions``."""
 
-    prompt: str | Items[int] | Items[str] | Items[Items[int]]
+    prompt: PromptField
     logprobs: Whole | None = None
     best_of: Whole | None = None
     echo: bool | None = None
 
 
-class ChatBody(GenerateBody):
+class ChatBody(ConversationBody, GenerateBody):
     """``POST /v1/chat/completions``."""
 
     messages: Items[Message]
     logprobs: bool | None = None
     top_logprobs: Whole | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    tools: Items[ToolBody] | None = None
     tool_choice: str | ToolChoiceBody | None = None
     parallel_tool_calls: bool | None = None
 
 
-class TokenizeBody(StrictBody):
+class TokenizeBody(ConversationBody):
     """``POST /tokenize``."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Items[Message] | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
-    tools: Items[ToolBody] | None = None
 
 
 class DetokenizeBody(StrictBody):
@@ -213,14 +221,3 @@ class DetokenizeBody(StrictBody):
 
     model: str | None = None
     tokens: Items[int]
-
-
-PromptField = str | Items[int] | Items[str] | Items[Items[int]]
-"""One prompt or several, as text or token ids."""
-
-
-class PoolingBody(StrictBody):
-    model: str | None = None
-    add_special_tokens: bool | None = None
-    priority: Whole | None = None
-    cache_salt: str | None = None

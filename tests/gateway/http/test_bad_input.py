@@ -15,7 +15,7 @@ import pytest
 from cluster.config.gateway import GatewaySection
 from gateway.core.tuning import GatewayTuning
 from gateway.http.parse import parse_body
-from gateway.http.schema import PoolingBody
+from gateway.http.schema import CallBody
 from tests.gateway.fakes import EOS_ID, MAX_MODEL_LEN, VOCAB_SIZE
 from tests.gateway.http.test_convert import NEUTRAL, UNBUILT
 from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, post, running_stack
@@ -226,7 +226,7 @@ def test_whole_numbers_in_any_spelling(stack: Stack) -> None:
     choices = stack.http.post(COMPLETIONS, content=raw, headers=headers).json()["choices"]
     assert len(choices) == 3
     assert {len(choice["logprobs"]["tokens"]) for choice in choices} == {2}
-    assert parse_body(PoolingBody, {"priority": -3.0}).priority == -3
+    assert parse_body(CallBody, {"priority": -3.0}).priority == -3
 
 
 def test_a_compressed_body_is_refused_by_name(stack: Stack) -> None:
