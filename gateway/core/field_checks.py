@@ -47,7 +47,6 @@ RANGES: Mapping[str, Range] = {
     "prompt_logprobs": Range(0, "max_logprobs"),
 }
 """Fields of a call that are a number within two bounds. None always fits, NaN never."""
-_LOGPROBS = Range(0, "max_logprobs")
 _BIAS = Range(-100, 100)
 MAX_ENTRIES: Mapping[str, int] = {
     "logit_bias": 1024,
@@ -81,22 +80,28 @@ def check_fields(fields: GenerateFields, limits: GatewaySection) -> None:
         check_chat(fields.chat)
 
 
-def require(ok: bool, name: str, message: str) -> None:
-    """Raise ``RequestError`` about the field ``name`` unless ``ok``."""
+def require(ok: bool, name: str, rule: str) -> None:
+    """Raise ``RequestError`` about the field ``name`` unless ``ok``: its name and the rule."""
     if not ok:
-        raise RequestError(message, name)
+        raise RequestError(f"{name} {rule}", name)
 
 
-def check_length(name: str, count: int, most: int) -> None:
-    """Raise ``RequestError`` for a list of more than ``most`` entries."""
-    require(count <= most, name, f"{name} has {count} entries, at most {most} are allowed")
+def check_length(name: str, count: int, most: int, noun: str = "entries") -> None:
+    """Raise ``RequestError`` for more than ``most`` entries, or others of their kind."""
+    require(count <= most, name, f"has {count} {noun}, at most {most} are allowed")
+
+
+def check_batch(name: str, count: int, most: int) -> None:
+    """Raise ``RequestError`` for no prompts, or more than ``most``."""
+    require(count > 0, name, "must not be empty")
+    check_length(name, count, most)
 
 
 def check_messages(count: int, num_parts: int) -> None:
     """Raise ``RequestError`` for too many messages, or parts (see ``MAX_PARTS``) of them."""
     check_length("messages", count, MAX_MESSAGES)
-    message = f"messages have {num_parts} fields, parts and calls, at most {MAX_PARTS} are allowed"
-    require(num_parts <= MAX_PARTS, "messages", message)
+    rule = f"have {num_parts} fields, parts and calls, at most {MAX_PARTS} are allowed"
+    require(num_parts <= MAX_PARTS, "messages", rule)
 
 
 def given_one(**values: object) -> str:
@@ -109,7 +114,8 @@ def given_one(**values: object) -> str:
     if not names:
         message = f"one of {all_names} is required"
         raise RequestError(message, next(iter(values)), "missing_required_parameter")
-    require(len(names) == 1, names[0], f"{all_names} cannot be set together")
+    if len(names) > 1:
+        raise RequestError(f"{all_names} cannot be set together", names[0])
     return names[0]
 
 
@@ -117,111 +123,94 @@ def _check_counts(fields: GenerateFields) -> None:
     if fields.is_ranked and fields.kind is CallKind.CHAT:
         raise UnsupportedParameterError("best_of is not supported", "best_of")
     drawn, returned = fields.num_drawn, fields.num_returned
-    require(drawn >= returned, "best_of", f"best_of ({drawn}) must be at least n ({returned})")
+    require(drawn >= returned, "best_of", f"({drawn}) must be at least n ({returned})")
     name, wanted, least = fields.max_tokens_name, fields.max_tokens, fields.min_tokens
     if wanted is not None:
         bound = 0 if fields.echo else 1
         note = "" if fields.echo or wanted else " (0 needs echo)"
-        require(wanted >= bound, name, f"{name} ({wanted}) must be at least {bound}{note}")
+        require(wanted >= bound, name, f"({wanted}) must be at least {bound}{note}")
     if least is not None:
-        require(least >= 0, "min_tokens", f"min_tokens ({least}) must not be negative")
-        message = f"min_tokens ({least}) must not exceed {name} ({wanted})"
-        require(wanted is None or least <= wanted, "min_tokens", message)
+        require(least >= 0, "min_tokens", f"({least}) must not be negative")
+        rule = f"({least}) must not exceed {name} ({wanted})"
+        require(wanted is None or least <= wanted, "min_tokens", rule)
 
 
 def check_stream(fields: GenerateFields) -> None:
     """Raise ``RequestError`` for choices that are known at the end only."""
     is_ranked = fields.kind is CallKind.COMPLETION and fields.num_drawn > fields.num_returned
-    require(not is_ranked, "best_of", "best_of cannot go with a stream")
+    require(not is_ranked, "best_of", "cannot go with a stream")
 
 
 def _check_prompts(fields: GenerateFields, limits: GatewaySection) -> None:
     count, most = len(fields.prompts), min(limits.max_batch_prompts, limits.max_queue)
     field = fields.prompt_name
-    require(count > 0, field, f"{field} must not be empty")
-    check_length(field, count, most)
+    check_batch(field, count, most)
     name = "n" if fields.best_of is None else "best_of"
     choices, most = count * fields.num_drawn, limits.max_choices
-    require(choices <= most, name, f"prompts times {name} ({choices}) must be at most {most}")
+    if choices > most:
+        raise RequestError(f"prompts times {name} ({choices}) must be at most {most}", name)
     for prompt in fields.prompts:
-        require(len(prompt) > 0, field, f"{field} must not be empty")
+        require(len(prompt) > 0, field, "must not be empty")
 
 
 def _check_stops(fields: GenerateFields, limits: GatewaySection) -> None:
-    count, most = len(fields.stop), limits.max_stop_strings
-    require(count <= most, "stop", f"stop has {count} strings, at most {most} are allowed")
+    check_length("stop", len(fields.stop), limits.max_stop_strings, "strings")
     _check_texts("stop", "string", fields.stop, limits)
-    together = fields.stop and fields.token_ids_only
-    require(not together, "stop", "stop cannot go with token_ids_only")
+    require(not (fields.stop and fields.token_ids_only), "stop", "cannot go with token_ids_only")
 
 
 def _check_texts(name: str, noun: str, texts: Sequence[str], limits: GatewaySection) -> None:
     most = limits.max_stop_chars
     for text in texts:
-        size = len(text)
-        require(size > 0, name, f"{name} must not contain an empty {noun}")
-        rule = f"at most {most} are allowed"
-        require(size <= most, name, f"{name} has a {noun} of {size} characters, {rule}")
+        rule = f"has a {noun} of {len(text)} characters, at most {most} are allowed"
+        require(len(text) > 0, name, f"must not contain an empty {noun}")
+        require(len(text) <= most, name, rule)
 
 
 def check_cache_salt(salt: str | None) -> None:
     """Raise ``RequestError`` for one that is empty or too long."""
     if salt is None:
         return
-    name, size, most = "cache_salt", len(salt), MAX_CACHE_SALT_CHARS
-    require(size > 0, name, f"{name} must not be empty")
-    require(size <= most, name, f"{name} has {size} characters, at most {most} are allowed")
+    require(len(salt) > 0, "cache_salt", "must not be empty")
+    check_length("cache_salt", len(salt), MAX_CACHE_SALT_CHARS, "characters")
 
 
 def _check_logprobs(fields: GenerateFields, limits: GatewaySection) -> None:
     name, wanted = fields.logprobs_name, fields.logprobs
     field, count = "logprob_token_ids", len(fields.logprob_token_ids)
     if not count:
-        check_range(name, wanted, _LOGPROBS, limits)
+        check_range(name, wanted, RANGES["prompt_logprobs"], limits)
         return
     is_unique = len(set(fields.logprob_token_ids)) == count
-    require(is_unique, field, f"{field} must not name a token twice")
+    require(is_unique, field, "must not name a token twice")
     rule = f"{name} ({wanted}) must be the same or unset"
-    require(wanted in (None, count), field, f"{field} has {count} entries: {rule}")
-    require(not fields.echo, field, f"{field} cannot go with echo")
+    require(wanted in (None, count), field, f"has {count} entries: {rule}")
+    require(not fields.echo, field, "cannot go with echo")
 
 
 def _check_masks(fields: GenerateFields, limits: GatewaySection) -> None:
     name, allowed = "allowed_token_ids", fields.allowed_token_ids
-    require(allowed is None or len(allowed) > 0, name, f"{name} must not be empty")
+    require(allowed is None or len(allowed) > 0, name, "must not be empty")
     _check_texts("bad_words", "word", fields.bad_words, limits)
 
 
 def _check_truncation(fields: GenerateFields) -> None:
     name, wanted, side = "truncate_prompt_tokens", fields.truncate_prompt_tokens, "truncation_side"
-    require(
-        wanted is None or wanted == -1 or 1 <= wanted < 2**31,
-        name,
-        f"{name} ({wanted}) must be -1 or at least 1",
-    )
+    fits = wanted is None or wanted == -1 or 1 <= wanted < 2**31
+    require(fits, name, f"({wanted}) must be -1 or at least 1")
     given = fields.truncation_side
-    require(
-        given in (None, "left", "right"),
-        side,
-        f"{side} ({str(given)[:32]!r}) must be left or right",
-    )
-    require(wanted is None or fields.embeds is None, name, f"{name} cannot go with embeddings")
+    require(given in (None, "left", "right"), side, f"({str(given)[:32]!r}) must be left or right")
+    require(wanted is None or fields.embeds is None, name, "cannot go with embeddings")
 
 
 def check_chat(chat: ChatInput) -> None:
     """Raise ``RequestError`` for a conversation that cannot be rendered."""
-    require(len(chat.messages) > 0, "messages", "messages must not be empty")
-    require(
-        not (chat.continue_final_message and chat.add_generation_prompt),
-        "continue_final_message",
-        "continue_final_message and add_generation_prompt cannot both be true",
-    )
+    require(len(chat.messages) > 0, "messages", "must not be empty")
+    both = chat.continue_final_message and chat.add_generation_prompt
+    rule = "and add_generation_prompt cannot both be true"
+    require(not both, "continue_final_message", rule)
     reserved = sorted(RESERVED_VARIABLES.intersection(chat.template_kwargs))
-    require(
-        not reserved,
-        "chat_template_kwargs",
-        f"chat_template_kwargs must not set {', '.join(reserved)}",
-    )
+    require(not reserved, "chat_template_kwargs", f"must not set {', '.join(reserved)}")
 
 
 def check_range(
@@ -235,7 +224,7 @@ def check_range(
     is_inside = (value > low if bounds.above else value >= low) and value <= most
     rule = f"{'above' if bounds.above else 'at least'} {low} and at most {most}"
     shown = str(value) if len(str(value)) <= 32 else f"{str(value)[:32]}..."
-    require(is_inside, name, f"{name} ({shown}) must be {rule}")
+    require(is_inside, name, f"({shown}) must be {rule}")
 
 
 def is_deeper(data: object, max_depth: int) -> bool:

@@ -10,10 +10,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.core.errors import QueueFullError
+from cluster.core.errors import QueueFullError, RequestError
 from gateway.core.call import CallPrompt
 from gateway.core.delta import Usage
-from gateway.core.field_checks import check_length, require
+from gateway.core.field_checks import check_batch, require
 from gateway.core.model import ModelFacts
 from gateway.generation.gateway import Gateway
 from gateway.generation.losses import aux_loss, classification_loss
@@ -26,7 +26,7 @@ from gateway.generation.pooling import (
     classified_token,
     floats,
 )
-from gateway.generation.validate import check_token_ids
+from gateway.generation.validate import check_prompts
 from workers.requests.inspection import (
     IGNORED_LABEL,
     Inspection,
@@ -122,10 +122,7 @@ class Inspecting:
 
     def _check(self, fields: InspectFields) -> None:
         _check_outputs(fields)
-        count, most = len(fields.token_ids), self._max_prompts
-        field = "token_ids"
-        require(count > 0, field, f"{field} must not be empty")
-        check_length(field, count, most)
+        check_batch("token_ids", len(fields.token_ids), self._max_prompts)
 
     def _hold(self, size: int) -> None:
         held, most = self._held_bytes, self._max_held_bytes
@@ -137,22 +134,19 @@ class Inspecting:
 def make_prompts(fields: InspectFields, facts: ModelFacts) -> list[CallPrompt]:
     """Checked prompts. Raises ``RequestError``."""
     prompts = fields.token_ids
-    for ids in prompts:
-        require(len(ids) > 0, "token_ids", "token_ids must not be empty")
-        check_token_ids("token_ids", ids, facts.vocab_size)
+    check_prompts("token_ids", prompts, facts)
     _check_rows("attention_mask", fields.masks, len(prompts))
     _check_rows("labels", fields.labels, len(prompts))
     is_small = all(abs(label) <= MAX_LABEL for row in fields.labels for label in row)
-    require(is_small, "labels", f"labels must be at most {MAX_LABEL:g} in size")
+    require(is_small, "labels", f"must be at most {MAX_LABEL:g} in size")
     if facts.labels:
         if fields.wants("logits", "loss"):
             check_classifier_batch(len(prompts), facts)
-        require(not fields.wants("logprobs"), "outputs", "logprobs of a classifier cannot be had")
-        require(
-            fields.logits_to_keep is None, "logits_to_keep", "logits_to_keep cannot go with classes"
-        )
+        if fields.wants("logprobs"):
+            raise RequestError("logprobs of a classifier cannot be had", "outputs")
+        require(fields.logits_to_keep is None, "logits_to_keep", "cannot go with classes")
         has_labels = bool(fields.labels) or not fields.wants("loss")
-        require(has_labels, "labels", "labels is required for the loss of a classifier")
+        require(has_labels, "labels", "is required for the loss of a classifier")
         if fields.wants("loss"):  # of any logits: the labels are checked before work starts
             logits = np.zeros((len(prompts), len(facts.labels)), dtype=np.float32)
             classification_loss(logits, fields.labels, facts.problem_type)
@@ -195,15 +189,14 @@ def _insides(fields: InspectFields, places: tuple[int, ...], labels: tuple[int, 
 
 def _labels(labels: tuple[float, ...], mask: Mask) -> tuple[int, ...]:
     field = "labels"
-    message = f"{field} has {len(labels)} entries for {len(mask)} tokens"
-    require(len(labels) == len(mask), field, message)
+    require(len(labels) == len(mask), field, f"has {len(labels)} entries for {len(mask)} tokens")
     whole = [int(label) for label in labels]
-    require(whole == list(labels), field, f"{field} must be token ids or {IGNORED_LABEL}")
+    require(whole == list(labels), field, f"must be token ids or {IGNORED_LABEL}")
     hidden = [label for label, keep in zip(whole, mask, strict=True) if not keep]
     require(
         set(hidden) <= {IGNORED_LABEL},
         field,
-        f"{field} must be {IGNORED_LABEL} where attention_mask is 0",
+        f"must be {IGNORED_LABEL} where attention_mask is 0",
     )
     return tuple(label for label, keep in zip(whole, mask, strict=True) if keep)
 
@@ -212,23 +205,23 @@ def _positions(wanted: int | tuple[int, ...] | None, length: int) -> tuple[int, 
     field = "logits_to_keep"
     if isinstance(wanted, tuple):
         is_ascending = all(a < b for a, b in pairwise(wanted))
-        require(bool(wanted) and is_ascending, field, f"{field} must be ascending positions")
+        require(bool(wanted) and is_ascending, field, "must be ascending positions")
         return wanted
     count = wanted or 0
-    require(count >= 0, field, f"{field} ({count}) must not be negative")
+    require(count >= 0, field, f"({count}) must not be negative")
     return tuple(range(max(length - count, 0) if count else 0, length))
 
 
 def _check_outputs(fields: InspectFields) -> None:
     names = ", ".join(OUTPUTS)
-    require(len(fields.outputs) > 0, "outputs", f"outputs must not be empty: {names}")
+    require(len(fields.outputs) > 0, "outputs", f"must not be empty: {names}")
     unknown = next((name for name in fields.outputs if name not in OUTPUTS), None)
-    require(unknown is None, "outputs", f"outputs has {str(unknown)[:32]!r}, it may have {names}")
+    require(unknown is None, "outputs", f"has {str(unknown)[:32]!r}, it may have {names}")
 
 
 def _check_rows(field: str, rows: Sequence[object], num_prompts: int) -> None:
-    message = f"{field} has {len(rows)} entries for {num_prompts} prompts"
-    require(len(rows) in (0, num_prompts), field, message)
+    rule = f"has {len(rows)} entries for {num_prompts} prompts"
+    require(len(rows) in (0, num_prompts), field, rule)
 
 
 def _total_size(pooled: Sequence[CallPrompt], shape: ModelShape, most: int) -> int:
@@ -238,8 +231,7 @@ def _total_size(pooled: Sequence[CallPrompt], shape: ModelShape, most: int) -> i
         assert prompt.inspection is not None, "asked for"
         check_inspection(prompt.inspection, len(prompt.ids), shape)
         size += num_bytes(prompt.inspection, len(prompt.ids), shape)
-    message = f"outputs of the call are {size} bytes, at most {most} are allowed"
-    require(size <= most, "outputs", message)
+    require(size <= most, "outputs", f"of the call are {size} bytes, at most {most} are allowed")
     return size
 
 

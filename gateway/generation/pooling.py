@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from cluster.core.errors import RequestError
 from gateway.core.call import CallKind, CallPrompt, GenerateCall, GenerateFields
 from gateway.core.delta import Usage
-from gateway.core.field_checks import RANGES, check_cache_salt, check_length, check_range, require
+from gateway.core.field_checks import RANGES, check_batch, check_cache_salt, check_range, require
 from gateway.core.model import ModelFacts
 from gateway.generation.choices import Found
 from gateway.generation.gateway import Gateway
-from gateway.generation.validate import check_context, check_token_ids
+from gateway.generation.validate import check_context, check_prompts
 from workers.requests.classifier import pooled_position
 from workers.requests.inspection import IGNORED_LABEL, Inspection, NamedArray, Pooling
 
@@ -85,7 +85,7 @@ class Reader:
         """
         kinds = {kind.value: kind for kind in Pooling}
         wanted = pooling or Pooling.LAST.value
-        require(wanted in kinds, "pooling", f"pooling ({wanted[:32]!r}) must be last or mean")
+        require(wanted in kinds, "pooling", f"({wanted[:32]!r}) must be last or mean")
         inspection = Inspection(embedding=kinds[wanted])
 
         async def make(facts: ModelFacts) -> list[CallPrompt]:
@@ -113,7 +113,7 @@ class Reader:
             names = facts.labels or tuple(labels)
             is_multi = facts.problem_type == "multi_label_classification"
             if facts.labels:
-                require(not labels, "labels", "labels must not be set: the model has its own")
+                require(not labels, "labels", "must not be set: the model has its own")
                 check_classifier_batch(len(ids), facts)
                 return [CallPrompt(ids=one) for one in ids]  # for a classifier's logits
             return await self._label_prompts(ids, labels, facts)
@@ -141,7 +141,7 @@ class Reader:
         require(
             len(queries) in (1, len(documents)),
             name,
-            f"{name} ({len(queries)}) do not go with {other} ({len(documents)}): "
+            f"({len(queries)}) do not go with {other} ({len(documents)}): "
             "there must be one, or as many",
         )
 
@@ -164,13 +164,10 @@ class Reader:
             raise RequestError(message, "labels", "missing_required_parameter")
         limits = self._gateway.limits
         most = limits.max_choices
-        require(
-            len(ids) * len(labels) <= most,
-            "labels",
-            f"prompts times labels ({len(ids) * len(labels)}) must be at most {most}",
-        )
+        if (count := len(ids) * len(labels)) > most:
+            raise RequestError(f"prompts times labels ({count}) must be at most {most}", "labels")
         tokens = await self._gateway.prompts.make_ids(labels, facts, False, "labels")
-        require(all(tokens), "labels", "labels must not contain an empty text")
+        require(all(tokens), "labels", "must not contain an empty text")
         return [scored_prompt(one, label, "input") for one in ids for label in tokens]
 
     async def _ids(
@@ -183,13 +180,10 @@ class Reader:
     ) -> list[tuple[int, ...]]:
         """Token ids of each prompt, none of them empty."""
         most = self._gateway.limits.max_batch_prompts
-        require(len(prompts) > 0, field, f"{field} must not be empty")
-        check_length(field, len(prompts), most)
+        check_batch(field, len(prompts), most)
         special = special and options.add_special_tokens is not False
         ids = await self._gateway.prompts.make_ids(prompts, facts, special, field)
-        for one in ids:
-            require(len(one) > 0, field, f"{field} must not be empty")
-            check_token_ids(field, one, facts.vocab_size)
+        check_prompts(field, ids, facts)
         return ids
 
     async def read(
@@ -206,8 +200,9 @@ class Reader:
         async def make_call(facts: ModelFacts) -> GenerateCall:
             pooled = await make(facts)
             most = self._gateway.limits.max_queue
-            message = f"the call needs {len(pooled)} places in the queue, there are {most}"
-            require(len(pooled) <= most, field, message)
+            if len(pooled) > most:
+                message = f"the call needs {len(pooled)} places in the queue, there are {most}"
+                raise RequestError(message, field)
             for prompt in pooled:
                 check_context(len(prompt.ids), 0, facts, field)
             fields = GenerateFields(
@@ -247,18 +242,17 @@ def keep_unmasked(
     """
     if not masks:
         return list(ids)
-    field = "attention_mask"
-    message = f"{field} has {len(masks)} entries for {len(ids)} prompts"
-    require(len(masks) == len(ids), field, message)
+    rule = f"has {len(masks)} entries for {len(ids)} prompts"
+    require(len(masks) == len(ids), "attention_mask", rule)
     return [_kept(one, mask, facts) for one, mask in zip(ids, masks, strict=True)]
 
 
 def apply_mask(ids: tuple[int, ...], mask: Mask) -> tuple[int, ...]:
     """The tokens that a mask keeps. Raises ``RequestError``."""
     field = "attention_mask"
-    require(len(mask) == len(ids), field, f"{field} has {len(mask)} numbers for {len(ids)} tokens")
-    require(set(mask) <= {0, 1}, field, f"{field} must be made of 0 and 1")
-    require(any(mask), field, f"{field} must not leave out all tokens")
+    require(len(mask) == len(ids), field, f"has {len(mask)} numbers for {len(ids)} tokens")
+    require(set(mask) <= {0, 1}, field, "must be made of 0 and 1")
+    require(any(mask), field, "must not leave out all tokens")
     return tuple(token for token, keep in zip(ids, mask, strict=True) if keep)
 
 
@@ -274,7 +268,7 @@ def classified_token(ids: tuple[int, ...], mask: Mask, facts: ModelFacts) -> int
     """Position of the token that a classifier looks at. Raises ``RequestError`` if masked."""
     field, place = "attention_mask", pooled_position(ids, facts.pad_token_id)
     note = f"token {place}, which the classifier looks at"
-    require(bool(mask[place]), field, f"{field} must not leave out {note}")
+    require(bool(mask[place]), field, f"must not leave out {note}")
     return place
 
 
@@ -283,7 +277,7 @@ def check_classifier_batch(num_prompts: int, facts: ModelFacts) -> None:
     require(
         num_prompts == 1 or facts.pad_token_id is not None,
         "input",
-        f"input has {num_prompts} prompts, there must be one: the model has no pad token",
+        f"has {num_prompts} prompts, there must be one: the model has no pad token",
     )
 
 

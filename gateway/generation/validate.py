@@ -50,13 +50,11 @@ def finish_call(
     """
     _check_ids(fields, bad_words, model)
     field = "messages" if fields.kind is CallKind.CHAT else fields.prompt_name
-    for _, ids in prompts:
-        require(len(ids) > 0, field, f"{field} must not be empty")
-        check_token_ids(field, ids, model.vocab_size)
+    check_prompts(field, [ids for _, ids in prompts], model)
     if fields.embeds is not None and model.shape is not None:
         width, name = model.shape.hidden_size, "embeddings"
-        message = f"{name} are {fields.embeds.width} wide, the model's {width}"
-        require(fields.embeds.width == width, name, message)
+        rule = f"are {fields.embeds.width} wide, the model's {width}"
+        require(fields.embeds.width == width, name, rule)
     params = _make_params(fields, tuple(bad_words))
     finished = tuple(
         CallPrompt(
@@ -91,6 +89,13 @@ def truncate(ids: tuple[int, ...], fields: GenerateFields, model: ModelFacts) ->
     return ids[:kept] if fields.truncation_side == "right" else ids[-kept:]
 
 
+def check_prompts(name: str, prompts: Sequence[Sequence[int]], model: ModelFacts) -> None:
+    """Raise ``RequestError`` for a prompt without tokens, or with one outside the vocabulary."""
+    for ids in prompts:
+        require(len(ids) > 0, name, "must not be empty")
+        check_token_ids(name, ids, model.vocab_size)
+
+
 def check_token_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
     """Raise ``RequestError`` for an id outside the vocabulary."""
     if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
@@ -105,11 +110,8 @@ def _check_ids(
     """All token ids but those of prompts."""
     allowed, size = fields.allowed_token_ids or (), model.vocab_size
     check_token_ids("stop_token_ids", fields.stop_token_ids, size)
-    require(
-        len(allowed) <= size,
-        "allowed_token_ids",
-        f"allowed_token_ids has {len(allowed)} entries, the vocabulary has {size}",
-    )
+    rule = f"has {len(allowed)} entries, the vocabulary has {size}"
+    require(len(allowed) <= size, "allowed_token_ids", rule)
     check_token_ids("allowed_token_ids", allowed, size)
     check_token_ids("logprob_token_ids", fields.logprob_token_ids, size)
     for word in bad_words:
@@ -126,29 +128,25 @@ def _check_leaves_tokens(fields: GenerateFields, model: ModelFacts) -> None:
     name, left = "stop_token_ids", model.vocab_size - len(ending)
     if fields.allowed_token_ids is not None:
         name, left = "allowed_token_ids", len(set(fields.allowed_token_ids) - ending)
-    require(
-        not fields.min_tokens or left > 0,
-        name,
-        f"{name} leave no token of the vocabulary ({model.vocab_size}) for min_tokens",
-    )
+    rule = f"leave no token of the vocabulary ({model.vocab_size}) for min_tokens"
+    require(not fields.min_tokens or left > 0, name, rule)
 
 
 def check_context(num_tokens: int, max_tokens: int, model: ModelFacts, name: str) -> None:
     """Raise ``ContextLengthError`` if a prompt with ``max_tokens`` new tokens does not fit."""
     total = num_tokens + max_tokens
-    if total > model.max_model_len:
-        raise ContextLengthError(
-            f"This model's maximum context length is {model.max_model_len} tokens. However, you "
-            f"requested {total} tokens ({num_tokens} in the prompt, {max_tokens} for the output).",
-            name,
+    if total <= model.max_model_len and not 0 < model.max_kv_tokens < total:
+        return
+    limit = f"This model's maximum context length is {model.max_model_len} tokens"
+    if total <= model.max_model_len:
+        limit = (
+            f"This server's maximum context length is {model.max_kv_tokens} tokens (its KV cache)"
         )
-    if 0 < model.max_kv_tokens < total:
-        raise ContextLengthError(
-            f"This server's maximum context length is {model.max_kv_tokens} tokens (its KV cache). "
-            f"However, you requested {total} tokens ({num_tokens} in the prompt, {max_tokens} for "
-            "the output).",
-            name,
-        )
+    raise ContextLengthError(
+        f"{limit}. However, you requested {total} tokens ({num_tokens} in the prompt, "
+        f"{max_tokens} for the output).",
+        name,
+    )
 
 
 def _max_tokens(fields: GenerateFields, num_tokens: int, model: ModelFacts) -> int:
@@ -202,8 +200,5 @@ def _check_logprob_entries(fields: GenerateFields, prompts: Sequence[CallPrompt]
         for p in prompts
     )
     name = fields.logprobs_name if new is not None else "prompt_logprobs"
-    require(
-        entries <= MAX_LOGPROB_ENTRIES,
-        name,
-        f"{name} times tokens times choices ({entries}) must be at most {MAX_LOGPROB_ENTRIES}",
-    )
+    rule = f"times tokens times choices ({entries}) must be at most {MAX_LOGPROB_ENTRIES}"
+    require(entries <= MAX_LOGPROB_ENTRIES, name, rule)

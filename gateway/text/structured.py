@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
-from gateway.core.field_checks import is_deeper
+from gateway.core.field_checks import check_length, is_deeper, require
 from workers.requests.request import Grammar, GrammarKind
 
 MAX_GRAMMAR_BYTES = 64 * 1024
@@ -86,8 +86,7 @@ def _schema(schema: Any, field: str) -> Grammar:
     if isinstance(schema, str):
         _check_size(schema, field)
         schema = _parse(schema, field)
-    if not isinstance(schema, dict):
-        raise RequestError(f"{field} must be a JSON schema: an object", field)
+    require(isinstance(schema, dict), field, "must be a JSON schema: an object")
     if is_deeper(schema, MAX_SCHEMA_DEPTH):
         raise _too_deep(field)
     try:
@@ -110,25 +109,20 @@ def _parse(text: str, field: str) -> Any:
 
 
 def _choice(choices: Sequence[str], field: str) -> Grammar:
-    if not choices:
-        raise RequestError(f"{field} must not be empty", field)
+    require(len(choices) > 0, field, "must not be empty")
     text = json.dumps(list(choices), ensure_ascii=False)
     _check_size(text, field)
     return Grammar(kind=GrammarKind.CHOICE, text=text, field=field)
 
 
 def _text(kind: GrammarKind, text: str, field: str) -> Grammar:
-    if not text:
-        raise RequestError(f"{field} must not be empty", field)
+    require(len(text) > 0, field, "must not be empty")
     _check_size(text, field)
     return Grammar(kind=kind, text=text, field=field)
 
 
 def _check_size(text: str, field: str) -> None:
-    size = len(text.encode("utf-8", "surrogatepass"))
-    if size > MAX_GRAMMAR_BYTES:
-        message = f"{field} has {size} bytes, at most {MAX_GRAMMAR_BYTES} are allowed"
-        raise RequestError(message, field)
+    check_length(field, len(text.encode("utf-8", "surrogatepass")), MAX_GRAMMAR_BYTES, "bytes")
 
 
 def _too_deep(field: str) -> RequestError:

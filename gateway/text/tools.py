@@ -52,17 +52,17 @@ def make_tool_use(
     require(
         choice is None or choice in known,
         field,
-        f"{field} ({str(choice)[:32]!r}) must be {', '.join(known)} or name a function",
+        f"({str(choice)[:32]!r}) must be {', '.join(known)} or name a function",
     )
     needs = name is not None or choice == "required"
-    require(bool(tools) or not needs, field, f"{field} needs tools")
+    require(bool(tools) or not needs, field, "needs tools")
     _check(tools)
     if not tools or (choice == "none" and name is None):
         return None
     require(
         name is None or any(tool.name == name for tool in tools),
         field,
-        f"{field} names {str(name)[:64]!r}, which is not among tools",
+        f"names {str(name)[:64]!r}, which is not among tools",
     )
     return ToolUse(
         tools=tuple(tools), must_call=needs, only=name, is_parallel=is_parallel is not False
@@ -76,15 +76,16 @@ def _check(tools: Sequence[Tool]) -> None:
         path = f"tools[{place}].function"
         rule = "must be 1 to 64 letters, digits, _, . or -"
         fits = _NAME.fullmatch(tool.name) is not None
-        require(fits, f"{path}.name", f"{path}.name ({tool.name[:64]!r}) {rule}")
-        require(tool.name not in seen, f"{path}.name", f"tools has {tool.name!r} twice")
+        require(fits, f"{path}.name", f"({tool.name[:64]!r}) {rule}")
+        if tool.name in seen:
+            raise RequestError(f"tools has {tool.name!r} twice", f"{path}.name")
         seen.add(tool.name)
         schema = tool.parameters or {}
         kind = schema.get("type", "object")
         name = f"{path}.parameters"
-        require(kind == "object", name, f"{name} must be a JSON schema of an object")
+        require(kind == "object", name, "must be a JSON schema of an object")
         deep = is_deeper(schema, MAX_SCHEMA_DEPTH)
-        require(not deep, name, f"{name} is nested too deeply: at most {MAX_SCHEMA_DEPTH} levels")
+        require(not deep, name, f"is nested too deeply: at most {MAX_SCHEMA_DEPTH} levels")
 
 
 def tool_grammar(
@@ -111,7 +112,7 @@ def tool_grammar(
     require(
         size <= MAX_GRAMMAR_BYTES,
         "tools",
-        f"tools have {size} bytes of schemas, at most {MAX_GRAMMAR_BYTES} are allowed",
+        f"have {size} bytes of schemas, at most {MAX_GRAMMAR_BYTES} are allowed",
     )
     return Grammar(kind=GrammarKind.LARK, text=text, field="tools")
 
