@@ -386,7 +386,7 @@ class SamplingParams(_message.Message):
     """default true"""
     include_stop_str_in_output: _builtins.bool
     best_of: _builtins.int
-    """so many are drawn, the n best told; not for messages"""
+    """choices to draw; the n best are returned; not for messages"""
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
         """token id -> [-100, 100]"""

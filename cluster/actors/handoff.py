@@ -57,7 +57,7 @@ class Handoff:
         self._group = group
         self._background = background
         self.collector: ReportCollector | None = None
-        """Gets the frames of the workers while it is there."""
+        """Gets the workers' frames during a collection; None otherwise."""
         self._is_settled = asyncio.Event()  # the cluster is known, or why it is not
         self.is_under_way = self._may_begin = group.was_restarted()
         """Workers may live that this actor does not know yet."""

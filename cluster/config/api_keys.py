@@ -1,6 +1,6 @@
 """API keys are kept as SHA-256 digests. The keys themselves leave no command line or file.
 
-Keys are random and long, so a plain hash is enough: nobody can try them out one after the other.
+Keys are random and long, so a plain hash is enough: they cannot be found by trial.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ EndStage = Literal["lead", "refuse", "fail"]
 """Stages of a gateway's end: not ready but serving, then refusing new requests, then failing those
 that still run."""
 MAX_BODY_BYTES = 8 * 1024 * 1024
-"""Largest HTTP body unless told."""
+"""Default limit of an HTTP body."""
 RoutingPolicyName = Literal["kv", "least-loaded", "round-robin"]
 
 

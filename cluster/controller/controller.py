@@ -93,7 +93,7 @@ class Controller:
         computes its plans (None: the caller does).
 
         ``model`` holds name and path; the workers add the rest. Snapshots show ``mode`` and
-        ``mode_reason``, why it was chosen. ``identity`` tells controllers of one ``term`` apart;
+        ``mode_reason``, why it was chosen. ``identity`` distinguishes controllers of one ``term``;
         ``notes`` are for the next controller (``collector.CollectedState.memory``).
         ``room`` as for ``Recovery``.
 

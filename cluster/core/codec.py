@@ -1,7 +1,7 @@
 """The one codec: messages are ``msgspec`` structs, on a socket they are msgpack.
 
 A decoder is made for the types that it may meet, so a message has the fields and types of its
-class or is refused, and nothing is ever unpickled. Whoever reads a socket bounds the length first.
+class or is refused, and nothing is ever unpickled. Readers of sockets bound the length first.
 
     class Ping(Message, frozen=True, kw_only=True):
         number: int

@@ -78,7 +78,7 @@ class WorkerReady(ControlFrame, frozen=True, kw_only=True):
 
 
 class WorkerFailed(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller: it cannot go on, in its own words."""
+    """Worker -> controller: it cannot continue, with the reason."""
 
     reason: str
 
@@ -87,9 +87,9 @@ class Heartbeat(ControlFrame, frozen=True, kw_only=True):
     """Worker -> controller, every ``heartbeat_s``."""
 
     progress: int
-    """Grows whenever the worker's loop turns; standing still with work in hand is a stuck loop."""
+    """Grows with every iteration of the worker's loop; constant with work in hand: a stuck loop."""
     idle: bool
-    """The loop waits for work, so that a standing ``progress`` is no failure."""
+    """The loop waits for work, so that a constant ``progress`` is no failure."""
     generation: int
     """Newest generation it follows."""
     waiting: bool = False
@@ -154,7 +154,7 @@ class NewGeneration(ControlFrame, frozen=True, kw_only=True):
 
 
 class ControllerSnapshot(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> worker: what a restarted controller is to be told in ``WorkerReport``.
+    """Controller -> worker: state that a restarted controller gets back (``WorkerReport``).
 
     It is also the first thing that a restarted controller says: from then on its term is known.
     """

@@ -1,6 +1,6 @@
 """What a launcher finds in an existing Ray: its nodes, its Serve, a cluster of ours.
 
-Whatever the joined Ray makes impossible is refused here, before anything is created.
+Options that the joined Ray makes impossible are refused here, before anything is created.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ANSWER_LIMIT_S = 60.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class JoinedRay:
-    """The findings, and the plan adapted to them."""
+    """What was found, and the plan adapted to it."""
 
     plan: LaunchPlan
     """The plan with mode and addresses resolved."""

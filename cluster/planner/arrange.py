@@ -1,10 +1,10 @@
-"""Which experts share a device: exchange homes of experts that have no second copy.
+"""Which experts share a device: swap homes of experts that have no second copy.
 
 Where spare copies exist, split weights even out the load that a device gets, so homes are free to
 serve other ends within limits: decode steps whose worst device activates few slots, and experts
 that fire together on one device, so that a token goes to fewer devices.
 
-Every round takes one device of each bank and makes its best exchange with any other device.
+Every round takes one device of each bank and makes its best swap with any other device.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Arrangement:
         return np.asarray(np.exp(spread) + self._load_price * (level / relative - 1.0) ** 2)
 
     def improve(self, device: Ints) -> Bools:
-        """The best exchange of each bank's ``device``; whether there was one that helps."""
+        """The best swap of each bank's ``device``; whether there was one that helps."""
         rows = self._rows
         mine = (self.home == device[:, None]) & self.is_single
         width = max(int(mine.sum(1).max()), 1)
@@ -86,7 +86,7 @@ class Arrangement:
         return np.asarray(helps)
 
     def _gain(self, device: Ints, own: Ints, other: Ints) -> Floats:
-        """[banks, own, experts] how much exchanging the homes of two experts helps."""
+        """[banks, own, experts] how much swapping the homes of two experts helps."""
         rows = self._rows[:, None]
         here_level = self._level[rows, device[:, None]][:, :, None]
         here_decode = self._decode[rows, device[:, None]][:, :, None]
@@ -105,7 +105,7 @@ class Arrangement:
         return np.asarray(gain)
 
     def _joined(self, device: Ints, own: Ints, other: Ints) -> Floats:
-        """[banks, own, experts] how much more two exchanged experts have in common with theirs."""
+        """[banks, own, experts] how much more two swapped experts have in common with theirs."""
         assert self._affinity is not None
         rows = self._rows
         experts = np.arange(other.shape[1])
@@ -145,7 +145,7 @@ def arrange(
     affinity: Floats | None = None,
     rounds: int = 40,
 ) -> tuple[Ints, Ints]:
-    """Slots and home after exchanges; every device keeps its number of slots and of homes."""
+    """Slots and home after swaps; every device keeps its number of slots and of homes."""
     state = Arrangement(slots, home, loads, weight, speeds, affinity)
     tried = np.zeros(slots.shape[:2], dtype=bool)
     tried[:, speeds == 0] = True

@@ -2,8 +2,8 @@
 
 ``mesh`` moves copies for prompts, whose tokens the copies share. A decode row has one copy of each
 expert, so that its balance needs other moves. Here each bank's busiest device gives an expert to
-another one, which takes it into a free slot, into that of a copy that others can do without, or in
-exchange for a lighter expert; as long as the busiest device gains, and within a budget.
+another one, which takes it into a free slot, into that of a copy that others can do without, or
+in return for a lighter expert; as long as the busiest device gains, and within a budget.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class _Bank:
                     yield from self._swaps(busiest, to, expert)
 
     def _swaps(self, busiest: int, to: int, expert: int) -> Iterator[_Trade]:
-        """Slots are exchanged, so that every expert has as many copies as before."""
+        """Slots are swapped, so that every expert has as many copies as before."""
         for slot, other in enumerate(self._rows[to]):
             less = self._work[expert] - self._work[other]
             if other == FREE_SLOT or self._home[other] != to or less <= 0:

@@ -141,7 +141,7 @@ def _from_scratch(group: _Group, options: PlanOptions, coactivation: Coactivatio
         target=_FULL_TARGET, least_gain=_LEAST_GAIN_FULL, budget=_NO_LIMIT, per_move=False
     )
     found = _finished(group, search(start, group.load, limits, goal), options)
-    if affinity is not None:  # exchanges would part them again
+    if affinity is not None:  # swaps would part them again
         return found
     return lower_peaks(found, group.load, limits, group.top_k, options.decode_tokens)
 

@@ -1,4 +1,4 @@
-"""Exchanges that make the busiest device of decode steps less busy: by its exact expectation.
+"""Swaps that make the busiest device of decode steps less busy: by its exact expectation.
 
 ``decode`` balances a bound of the expected peak, which is quick, but does not see that it pays to
 keep chance together: some devices with few experts that are nearly always activated, others with
@@ -6,8 +6,8 @@ more that are not. With F_d(t) the chance that device d serves at most t slots' 
 
     expected peak = sum over t of 1 - prod_d F_d(t)
 
-and an exchange changes two of the factors, each by one coin toss less and one more. Every round
-takes the device of each bank that raises the peak most, and makes the best exchange of one of its
+and a swap changes two of the factors, each by one coin toss less and one more. Every round
+takes the device of each bank that raises the peak most, and makes the best swap of one of its
 slots for a slot elsewhere, or of a home for another copy's, that leaves the load balanced and
 larger batches about as they were.
 """
@@ -25,17 +25,17 @@ from cluster.planner.proposals import Limits
 from cluster.planner.search import Placed, solve
 
 _LEAST_GAIN = 1e-4
-"""Slots of the expected peak that an exchange must gain."""
+"""Slots of the expected peak that a swap must gain."""
 _BALANCED = 0.998
-"""Balancedness that an exchange must leave, where there was as much."""
+"""Balancedness that a swap must leave, where there was as much."""
 _SLACK = 0.01
 """Share by which batches of other sizes may get worse."""
 _LARGER = (4, 16)
 """Those sizes, in times the one that is made better."""
 _TRIES = 6
-"""Exchanges of a device that are looked at more closely."""
+"""Swaps of a device that are looked at more closely."""
 _FAILURES = 8
-"""Devices of a bank in a row without a good exchange, after which it is left alone."""
+"""Devices of a bank in a row without a good swap, after which it is left alone."""
 _ROUNDS = 150
 _MOST_WORK = 20_000_000
 """Numbers that may be made on the way: some tenths of a second of a core."""
@@ -47,7 +47,7 @@ _TINY = 1e-12
 
 
 def lower_peaks(start: Placed, loads: Floats, limits: Limits, top_k: int, rows: int) -> Placed:
-    """The placement after exchanges for decode steps of ``rows`` rows; no bank gets worse there.
+    """The placement after swaps for decode steps of ``rows`` rows; no bank gets worse there.
 
     Every device keeps its number of copies, every expert its own.
     """
@@ -60,12 +60,12 @@ def lower_peaks(start: Placed, loads: Floats, limits: Limits, top_k: int, rows: 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Offers:
-    """Exchanges of one device in each open bank."""
+    """Swaps of one device in each open bank."""
 
     device: Ints
     """[open banks] that device."""
     gain: Floats
-    """[open banks, slots of the device, all slots] what exchanging two slots takes off the peak."""
+    """[open banks, slots of the device, all slots] what swapping two slots takes off the peak."""
     gain_by_home: Floats
     """[open banks, slots of the device, devices] the same when only the home moves."""
 
@@ -92,7 +92,7 @@ class _Search:
         self._work = 0
 
     def round(self) -> bool:
-        """One exchange in each open bank that has a good one; False when none is open."""
+        """One swap in each open bank that has a good one; False when none is open."""
         is_open = (self._failures < _FAILURES) & ~self._tried.all(1)
         banks = np.nonzero(is_open)[0]
         if not len(banks) or self._work > _MOST_WORK:
@@ -123,7 +123,7 @@ class _Search:
         )
 
     def _take(self, banks: Ints, offers: _Offers) -> Bools:
-        """Make the best exchange that passes; whether there was one. [open banks]"""
+        """Make the best swap that passes; whether there was one. [open banks]"""
         gain = np.concatenate(
             [offers.gain.reshape(len(banks), -1), offers.gain_by_home.reshape(len(banks), -1)], 1
         )
@@ -147,10 +147,10 @@ class _Search:
         """These banks, each with one of the offers taken; the masses are those of before."""
         _, devices, width = self.now.slots.shape
         slots, home = self.now.slots[banks], self.now.home[banks]
-        exchanges = width * devices * width
+        swaps = width * devices * width
         for b, (here, choice) in enumerate(zip(device.tolist(), chosen.tolist(), strict=True)):
-            if choice >= exchanges:
-                slot, there = divmod(choice - exchanges, devices)
+            if choice >= swaps:
+                slot, there = divmod(choice - swaps, devices)
                 home[b, slots[b, here, slot]] = there
                 continue
             slot, other = divmod(choice, devices * width)
@@ -201,12 +201,12 @@ class Grid:
 
 
 class Tosses:
-    """Distributions of what devices serve, and what exchanges make of them."""
+    """Distributions of what devices serve, and what swaps make of them."""
 
     def __init__(
         self, *, slots: Ints, home: Ints, active: Floats, grid: Grid, nodes: Ints | None
     ) -> None:
-        """``nodes``: [num_devices], slots are exchanged within a node only; None: anywhere."""
+        """``nodes``: [num_devices], slots are swapped within a node only; None: anywhere."""
         banks, devices, width = slots.shape
         self._slots = slots.reshape(banks, -1)
         self._grid = grid
@@ -238,7 +238,7 @@ class Tosses:
         return np.asarray(np.where(skipped, -np.inf, share).argmax(1))
 
     def gain_of_slots(self, device: Ints) -> Floats:
-        """[banks, slots of the device, all slots] what exchanging two slots gains."""
+        """[banks, slots of the device, all slots] what swapping two slots gains."""
         rows, own, there = self._rows[:, None], self._own(device), self._device
         here_count = self._grid.count[device][:, None]
         mine = self._cdf_without[rows, own]

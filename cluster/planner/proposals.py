@@ -1,7 +1,7 @@
 """Which few slots of one bank to change next: candidates for the local search.
 
 Two kinds. A *copy*: a busy expert gets one more copy on a light device, in a free slot or in place
-of a copy that its expert can spare. An *exchange*: two devices swap experts, two moves. Copies are
+of a copy that its expert can spare. A *swap*: two devices trade experts, two moves. Copies are
 proposed as one list in the order of the light devices, each entry reckoning with those before it,
 so that its beginnings of any length are sensible sets of changes too.
 """
@@ -24,7 +24,7 @@ _NUM_SINGLES = 4
 _NUM_EXCHANGES = 4
 _NUM_INSTEAD = 2
 _EXCHANGE_FROM, _EXCHANGE_TO = 4, 6
-"""Heavy and light devices that are looked at for exchanges."""
+"""Heavy and light devices that are looked at for swaps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,7 +34,7 @@ _MAX_BATCH = 1 << 22
 
 @dataclass(kw_only=True, slots=True)
 class Placed:
-    """Banks with their split and decode homes."""
+    """Banks with their split and decode devices."""
 
     slots: Ints
     """[num_banks, num_devices, num_slots] experts."""

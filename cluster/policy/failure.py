@@ -56,7 +56,7 @@ class Pulse:
     waiting: bool
     """Its loop waits for a peer within a step."""
     running: bool
-    """It takes part in a running generation, so that its loop must turn."""
+    """It takes part in a running generation, so that its loop must progress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,9 +134,9 @@ def describe_members(members: Sequence[Member]) -> str:
 def find_silent(now: float, pulses: Sequence[Pulse], limit_s: float) -> dict[str, str]:
     """Workers to declare lost (name -> reason).
 
-    A worker without heartbeat is lost. A loop that stands still with work in hand is lost too,
+    A worker without heartbeat is lost. A loop that stalls with work in hand is lost too,
     unless it waits for a peer, or some worker is without heartbeat: a worker that waits for a lost
-    peer stands still through no fault of its own.
+    peer stalls through no fault of its own.
     """
     silent = {
         p.name: f"no heartbeat for {now - p.heard_at:.1f} s (limit {limit_s:g} s)"
@@ -146,7 +146,7 @@ def find_silent(now: float, pulses: Sequence[Pulse], limit_s: float) -> dict[str
     if silent:
         return silent
     return {
-        p.name: f"its loop stands still for {now - p.progress_at:.1f} s (limit {limit_s:g} s)"
+        p.name: f"its loop has stalled for {now - p.progress_at:.1f} s (limit {limit_s:g} s)"
         for p in pulses
         if p.running and not p.waiting and now - p.progress_at > limit_s
     }

@@ -1,6 +1,6 @@
 """Rebalancing policy: whether to change the placement, to what, and the predicted effect. Pure.
 
-Two changes compete: new shares and decode homes alone, which move no weights, and single moves
+Two changes compete: new shares and decode devices alone, which move no weights, and single moves
 within the budget. With the experts' part of the step times from ``cluster.sizing.replay``,
 
     gain of a second  = (1 - time after / time now) x share of the time that the experts work
@@ -75,7 +75,7 @@ class RebalanceDecision:
     """The decision; the controller carries it out."""
 
     action: Action
-    """``none``; ``split``: other shares and decode homes only; ``move``: weights too."""
+    """``none``; ``split``: other shares and decode devices only; ``move``: weights too."""
     reason: str
     """Reason, for people."""
     target: ExpertPlacement
@@ -169,14 +169,14 @@ def packed_rows(placement: ExpertPlacement) -> ExpertPlacement:
 def resolved(
     profile: LoadProfile, topology: PlannedTopology, placement: ExpertPlacement
 ) -> ExpertPlacement:
-    """The same slots with the best shares and decode homes for a load; the epoch stays."""
+    """The same slots with the best shares and decode devices for a load; the epoch stays."""
     options = PlanOptions(max_move_fraction=0.0)
     plan = mesh.plan(profile, topology, packed_rows(placement), options)
     return with_shares(placement, plan.placement)
 
 
 def with_shares(placement: ExpertPlacement, other: ExpertPlacement) -> ExpertPlacement:
-    """The slots of one placement with the shares and decode homes of another."""
+    """The slots of one placement with the shares and decode devices of another."""
     by_key = {(b.bank, b.layer): b for b in other.banks}
     banks = (with_slots(by_key[b.bank, b.layer], b.physical_to_logical) for b in placement.banks)
     return structs.replace(placement, banks=tuple(banks))

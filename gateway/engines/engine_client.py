@@ -1,8 +1,8 @@
 """The stream to one attention worker: requests and aborts out, each step's tokens in.
 
 One ``EngineClient`` is one stream, from its hello to its end. It hands every output to the sink of
-its request, once: outputs of an older attempt and repeated indexes are dropped. How many streams
-there are, and who goes on with the requests of a lost one, is decided in ``engine_pool``.
+its request, once: outputs of an older attempt and repeated indexes are dropped. ``engine_pool``
+decides how many streams there are, and which worker continues the requests of a lost stream.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 PING_S = 1.0
 """Time between two pings."""
 SILENCE_LIMIT_S = 5.0
-"""A worker that says nothing for so long, not even to pings, is dropped."""
+"""Time without a message, answers to pings included, after which a worker is dropped."""
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -55,7 +55,7 @@ _Call = grpc.aio.StreamStreamCall[bytes, bytes]
 
 
 class Owner(Protocol):
-    """Whom a stream tells of what concerns more than one request."""
+    """Receives the events of a stream that concern more than one request."""
 
     def take_back(self, entry: Submission, reason: str) -> None:
         """A worker will not finish a request that another one can."""
@@ -74,7 +74,7 @@ class EngineClient:
         endpoint: the worker.
         token: the cluster token.
         gateway: name of this replica.
-        owner: told of requests that the worker hands back, and of its KV blocks.
+        owner: gets requests that the worker hands back, and changes of its KV blocks.
         silence_limit_s: see ``SILENCE_LIMIT_S``.
         ping_s: see ``PING_S``.
         release: of this replica; workers of another one are refused.
@@ -214,7 +214,7 @@ class EngineClient:
         match message:
             case StepOutput():
                 self._take_step(message)
-                await asyncio.sleep(0)  # clients hear of it before we ask for the next one
+                await asyncio.sleep(0)  # clients get these outputs before the next message
             case Turn():
                 self._take_turn(message)
             case KvEvents():
@@ -233,7 +233,7 @@ class EngineClient:
             began_s = time.monotonic()
             await asyncio.sleep(self._ping_s)
             late_s = time.monotonic() - began_s - self._ping_s
-            if late_s > self._ping_s:  # we stood still ourselves: what came is not read yet
+            if late_s > self._ping_s:  # this process stalled: messages may wait unread
                 self._heard_s += late_s
             if time.monotonic() - self._heard_s > self._silence_limit_s:
                 self._is_silent = True
@@ -243,7 +243,7 @@ class EngineClient:
             self._outgoing.put_nowait(Ping(number=number))
 
     def _take_turn(self, turn: Turn) -> None:
-        """A request runs a step alone: note it, and say so; or it has done so."""
+        """Record that a request runs a step alone, and answer; or that this step is over."""
         entry = self._submissions.get(turn.request_id)
         if entry is None or entry.request.attempt != turn.attempt:
             return

@@ -69,7 +69,7 @@ class KvIndex:
             self._hold(known, hashes)
 
     def settle(self, worker: str, hashes: Sequence[bytes]) -> None:
-        """The blocks are computed, or never will be: events have told."""
+        """The blocks are computed, or never will be; events have reported them."""
         if (known := self._workers.get(worker)) is None:
             return
         for name in hashes:

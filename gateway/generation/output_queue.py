@@ -46,7 +46,7 @@ class OutputQueue:
             raise self._error
 
     async def take(self, timeout_s: float) -> list[TokenOutput]:
-        """All outputs that are there, after waiting for the first; none after ``timeout_s``.
+        """All queued outputs, after waiting for the first; none after ``timeout_s``.
 
         Raises:
             ExpertMeshError: the error of ``fail``, once the outputs before it are taken.

@@ -230,7 +230,7 @@ async def within_time(limit_s: float) -> AsyncIterator[None]:
 async def run_until_gone(
     receive: Receive, responder: Responder, work: Coroutine[Any, Any, None]
 ) -> None:
-    """Run ``work`` while the client is there.
+    """Run ``work`` while the client is connected.
 
     Raises:
         ClientGoneError: the client left; ``work`` was cancelled.

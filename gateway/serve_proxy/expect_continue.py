@@ -1,8 +1,8 @@
 """Refusals before a body: Serve's proxy reads every body at once, wanted or not.
 
 A client with ``Expect: 100-continue`` sends its body after ``100 Continue``, which uvicorn sends
-when the body is first read. So the proxy must not read a body before the application has had time
-to refuse its declared length.
+when the body is first read. So the proxy must not read a body before the application has refused
+or accepted its declared length.
 
 Upstream: Kludex/uvicorn#166 has the rule; no issue known for Serve's proxy.
 """

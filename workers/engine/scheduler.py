@@ -104,7 +104,7 @@ class Scheduler:
             is_enabled=enable_prefix_caching,
             length_matters_above=length_matters_above,
         )
-        """Finds what was computed before; its counters are for reading."""
+        """Finds tokens that were computed before. Other modules read its counters."""
         self._waiting: list[SequenceState] = []
         self._running: list[SequenceState] = []
         self.num_preemptions = 0

@@ -1,8 +1,8 @@
 """A worker's end of the control socket: one thread that talks to the controller.
 
 The thread sends queued frames and heartbeats, answers status requests, and hands everything else
-to ``on_frame``. When the connection breaks it says so once and tries again, with what a restarted
-controller must know about this worker (registration, readiness, where it stands) sent first.
+to ``on_frame``. When the connection breaks, the client reports it once and reconnects; it then
+first sends what a restarted controller needs: registration, readiness, report.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class ControlClient:
         self._wakeup.ring()
 
     def send(self, frame: ControlFrame) -> None:
-        """Queue a frame. What a worker is and wishes is sent again after a reconnect."""
+        """Queue a frame. Registration and requests are sent again after a reconnect."""
         with self._lock:
             if isinstance(frame, (Register, WorkerReady, WorkerFailed, DrainRequest)):
                 self._greeting[type(frame)] = frame

@@ -51,7 +51,7 @@ HELLO_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 10.0
 """Time that the server thread has to come up or to end."""
 _ABORT_LIMIT_S = 1.0
-"""Time to tell a gateway that it is dropped; its connection may take nothing any more."""
+"""Limit for sending a gateway that it is dropped; its connection may be blocked."""
 _Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
@@ -91,8 +91,8 @@ class EngineServer:
         host: interface to bind to.
         token: cluster token that every stream must open with.
         inbox: where requests and aborts go.
-        facts: tells the model's limits, for the answer to a gateway's hello.
-        silence_limit_s: a gateway that pings, and then says nothing for so long, is dropped.
+        facts: returns the model's limits, for the answer to a gateway's hello.
+        silence_limit_s: a gateway that has pinged and then sends nothing for this time is dropped.
         release: of this worker; gateways of another one are refused.
     """
 
@@ -180,7 +180,7 @@ class EngineServer:
             if stream.error:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, stream.error)
         except asyncio.CancelledError:
-            if stream.is_dropped:  # say so: to be cancelled here tells the other side nothing
+            if stream.is_dropped:  # with a status: a cancelled handler sends none
                 with contextlib.suppress(TimeoutError):
                     end = context.abort(grpc.StatusCode.UNAVAILABLE, "too long without a ping")
                     await asyncio.wait_for(end, _ABORT_LIMIT_S)

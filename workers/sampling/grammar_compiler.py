@@ -134,7 +134,7 @@ class GrammarCompiler:
         if probe.is_error() or not bool(mask.allowed.any()):
             raise _refuse(grammar, probe.get_error() or "no token can begin it")
         if time.thread_time() - started_s > _MAX_FIRST_MASK_S:
-            raise _refuse(grammar, "it takes too much work to tell which tokens can begin it")
+            raise _refuse(grammar, "finding the tokens that can begin it takes too much work")
 
     def _load_tokenizer(self, field: str) -> llguidance.LLTokenizer:
         with self._loading:

@@ -167,7 +167,7 @@ class PeerConnections:
 
         Only kind, step, bank, exchange, micro-batch and flags are compared. Raises
         ``PeerLostError`` when the edge breaks, carries something else, or ``deadline`` passes;
-        the reason then tells which of ``others`` are missing too.
+        the reason then names those of ``others`` that are missing too.
         """
         edge = self._edge(name)
         frame = self._table.take(edge, want)

@@ -52,7 +52,7 @@ def shown(value: float | None, digits: int = 2) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Six digits of every measured number: more than any clock tells."""
+    """Six digits of every measured number: more than any clock resolves."""
     if isinstance(value, Mapping):
         return {key: _rounded(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

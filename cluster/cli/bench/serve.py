@@ -78,7 +78,7 @@ class _Measured:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and tell; exits with 1 if a request failed, with 130 after a ctrl-C."""
+    """Measure and print; exits with 1 if a request failed, with 130 after a ctrl-C."""
     found = _Measured(Tally(dict(args.goodput)), protocol="http" if args.grpc is None else "grpc")
     is_interrupted = False
     progress = Progress()
@@ -142,7 +142,7 @@ async def _open(args: argparse.Namespace, timeout_s: float) -> tuple[Target, int
     told = [each["grpc"] for each in status.get("gateway", ()) if "grpc" in each]
     address = args.grpc or next(iter(told), "")
     if not address:
-        raise CommandError(ExitCode.REFUSED, "the server tells no gRPC address: give --grpc one")
+        raise CommandError(ExitCode.REFUSED, "the server has no gRPC address: give one with --grpc")
     from cluster.cli.bench.grpc_target import GrpcTarget  # slow to import
 
     files = tls_files(args)

@@ -167,7 +167,7 @@ class Draining:
     # ---- which workers ----------------------------------------------------------------------
 
     def _begin_requested(self, now: float) -> None:
-        """The next drain that workers requested, once all workers of their node had time to."""
+        """Begin the next drain that workers requested, ``GATHER_S`` after the first request."""
         if not self._requested or now - min(self._requested.values()) < GATHER_S:
             return
         if self._operations.running is not None or not self._host.runs:

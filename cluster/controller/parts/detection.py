@@ -1,6 +1,6 @@
 """Detection: which workers are lost, judged by the last sign of life of each.
 
-Signs are silence, loops that stand still, members that do not answer, starts that take too long,
+Signs are silence, stalled loops, members that do not answer, starts that take too long,
 and reports of peers. ``Detection`` only reports to the controller; it does not act.
 """
 

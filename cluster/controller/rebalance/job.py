@@ -143,7 +143,7 @@ def result_of(decision: RebalanceDecision, dry_run: bool) -> dict[str, Any]:
 def describe(decision: RebalanceDecision) -> str:
     """Description of a decision, for people."""
     moves = f"{decision.num_moves} slots ({decision.num_bytes} bytes)"
-    what = moves if decision.action == "move" else "shares and decode homes only"
+    what = moves if decision.action == "move" else "shares and decode devices only"
     return (
         f"{what}, balancedness {percent(decision.balancedness_now)} to "
         f"{percent(decision.balancedness_then)}"

@@ -2,8 +2,8 @@
 
 When a window of load has ended, or when a client asks, the policy (``cluster.policy.rebalance``)
 decides. A decision is carried out in stages (``cluster.planner.stages``), each a change of the
-placement epoch (``EpochChange``) with the best shares and decode homes for its slots. A stage that
-fails leaves the placement of the stages before it. The first whole window afterwards shows the
+placement epoch (``EpochChange``) with the best shares and decode devices for its slots. A failed
+stage leaves the placement of the stages before it. The first whole window afterwards shows the
 achieved effect. Planning runs in the planner thread, and its result is dropped if the cluster has
 changed meanwhile. ``Rebalancing`` decides the next step; the controller acts.
 """
@@ -335,7 +335,7 @@ class Rebalancing:
         if stage is None and job.num_stages == 0 and is_reached(host.placement, target):
             shared = with_shares(
                 host.placement, target
-            )  # no weights move: shares and decode homes only
+            )  # no weights move: shares and decode devices only
             self._begin_stage(job, Stage(fills=(), placement=shared), now)
         elif stage is None or job.num_stages >= MAX_STAGES:
             self._finish(job, now)

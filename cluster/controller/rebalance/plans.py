@@ -90,7 +90,7 @@ class Plans(Computations):
         then: Callable[[Future[ExpertPlacement], float], None],
         now: float,
     ) -> Future[ExpertPlacement]:
-        """The best shares and decode homes of a stage, for a load."""
+        """The best shares and decode devices of a stage, for a load."""
         work = partial(resolved, profile, self._topology(placement), placement)
         return self.begin(work, then, now)
 

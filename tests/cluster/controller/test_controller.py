@@ -267,7 +267,7 @@ def test_without_copies_and_room_nothing_runs_and_the_state_says_so() -> None:
     assert snapshot["generation"] == 1
     assert snapshot["history"][-1]["effect"].startswith("8 experts have no copy left")
     assert _states(cluster)["attention-0"] == "READY"
-    for _ in range(60):  # the survivors stand still, and that is no failure
+    for _ in range(60):  # the survivors stall, which is no failure
         cluster.tick(0.5)
         for name in ("attention-0", "expert-1"):
             cluster.beat(name, idle=False)
@@ -322,7 +322,7 @@ def test_a_stuck_loop_under_a_live_heartbeat_is_lost() -> None:
         cluster.beat("expert-2", progress=0, idle=True)
     cluster.tick(0.1)
     reasons = {w["name"]: w["reason"] for w in cluster.controller.snapshot()["workers"]}
-    assert reasons.pop("expert-1").startswith("its loop stands still for 2.1 s")
+    assert reasons.pop("expert-1").startswith("its loop has stalled for 2.1 s")
     assert set(reasons.values()) == {""}
 
 

@@ -1,4 +1,4 @@
-"""Exchanges for decode steps: what they are said to gain, and what they leave alone."""
+"""Swaps for decode steps: what they are said to gain, and what they leave alone."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_silence_beyond_the_limit_is_a_loss() -> None:
 def test_a_standing_loop_under_a_live_heartbeat_is_a_loss() -> None:
     pulses = [_pulse("a", 10.0, 9.9), _pulse("b", 10.0, 7.0)]
     assert find_silent(10.0, pulses, 2.0) == {
-        "b": "its loop stands still for 3.0 s (limit 2 s)",
+        "b": "its loop has stalled for 3.0 s (limit 2 s)",
     }
 
 

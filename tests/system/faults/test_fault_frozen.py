@@ -1,4 +1,4 @@
-"""A worker that holds requests stands still, is declared lost, and wakes up later."""
+"""A worker that holds requests freezes, is declared lost, and wakes up later."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def test_a_worker_with_requests_that_wakes_up_late_disturbs_nobody(
         assert snapshot["generation"] > 1
         # Whichever of the two rules of silence comes first: see cluster/policy/failure.py.
         reason = cluster.worker(name)["reason"]
-        assert "no heartbeat" in reason or "stands still" in reason
+        assert "no heartbeat" in reason or "has stalled" in reason
         psutil.wait_procs([process], LIMIT_S)
         assert not process.is_running()
