@@ -38,10 +38,10 @@ def weighted_sum(
             total.index_add_(0, pair_row[piece], (outputs[piece] * factors[piece]).float())
         return total
     products = (outputs * factors).float()
-    return _sum_by_position(products, pair_row, num_rows)
+    return sum_by_position(products, pair_row, num_rows)
 
 
-def _sum_by_position(products: Tensor, pair_row: Tensor, num_rows: int) -> Tensor:
+def sum_by_position(products: Tensor, pair_row: Tensor, num_rows: int) -> Tensor:
     """The same order of additions on a device whose ``index_add_`` adds in any order."""
     total = torch.zeros(num_rows, products.shape[1], device=products.device)
     counts = torch.bincount(pair_row, minlength=num_rows)

@@ -195,7 +195,7 @@ def test_survivors_run_the_step_again_with_the_copies(transport: TransportName) 
         calm = check(mesh, Work(banks, rows, make_header(rows)), bitwise=True)
         header = make_header(rows, step=2)
         broken = [
-            mesh._pool.submit(Work(banks, rows, header), rank, dispatcher)
+            mesh.pool.submit(Work(banks, rows, header), rank, dispatcher)
             for rank in (0, 2)
             if (dispatcher := mesh[f"colocated-{rank}"].dispatcher) is not None
         ]

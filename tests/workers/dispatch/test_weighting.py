@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.dispatch.weighting import _sum_by_position, weighted_sum
+from workers.dispatch.weighting import sum_by_position, weighted_sum
 
 
 def in_a_loop(
@@ -41,13 +41,13 @@ def test_the_way_of_other_devices_adds_in_the_same_order() -> None:
     products = 10 * torch.randn(100, 16)
     rows = torch.randint(0, 20, (100,)).sort().values
     expected = torch.zeros(20, 16).index_add_(0, rows, products)
-    assert torch.equal(_sum_by_position(products, rows, 20), expected)
+    assert torch.equal(sum_by_position(products, rows, 20), expected)
 
 
 def test_rows_without_pairs_are_zero() -> None:
     empty = weighted_sum(torch.empty(0, 4), torch.empty(0), torch.empty(0).long(), 3, False)
     assert torch.equal(empty, torch.zeros(3, 4))
-    assert _sum_by_position(torch.empty(0, 4), torch.empty(0).long(), 0).shape == (0, 4)
+    assert sum_by_position(torch.empty(0, 4), torch.empty(0).long(), 0).shape == (0, 4)
 
 
 def test_a_sum_is_never_negative_zero() -> None:

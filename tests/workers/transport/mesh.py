@@ -161,7 +161,7 @@ class Mesh:
         if self.colocated:
             pools = {"colocated": self.num_experts}
         members = [self._start(r, rank) for r, number in pools.items() for rank in range(number)]
-        self._pool = ThreadPoolExecutor(len(members))
+        self.pool = ThreadPoolExecutor(len(members))
         self.apply(Generation(number=1, members=tuple(members)))
         return self
 
@@ -169,7 +169,7 @@ class Mesh:
         for worker in self.workers.values():
             worker.transport.close()
             worker.connections.close()
-        self._pool.shutdown()
+        self.pool.shutdown()
 
     def __getitem__(self, name: str) -> Worker:
         return self.workers[name]
@@ -192,7 +192,7 @@ class Mesh:
 
     def each(self, calls: dict[str, Callable[[], T]]) -> dict[str, T]:
         """Run one call per worker, each in its thread; the first failure is raised."""
-        futures = {name: self._pool.submit(call) for name, call in calls.items()}
+        futures = {name: self.pool.submit(call) for name, call in calls.items()}
         return {name: future.result(TIMEOUT_S) for name, future in futures.items()}
 
     def step(self, header: StepHeader, home: Callable[[int, TokenDispatcher], T]) -> list[T]:
@@ -208,11 +208,11 @@ class Mesh:
             worker.server.run_step(header)
 
         served = [
-            self._pool.submit(expert, self.workers[m.name])
+            self.pool.submit(expert, self.workers[m.name])
             for m in self.generation.experts
             if not m.runs_attention
         ]
-        homes = [self._pool.submit(attention, m) for m in self.generation.attention]
+        homes = [self.pool.submit(attention, m) for m in self.generation.attention]
         results = [future.result(TIMEOUT_S) for future in homes]
         for future in served:
             future.result(TIMEOUT_S)
@@ -289,8 +289,10 @@ def make_connections(
     config_hash: str = "config",
     connect_timeout_s: float = 30.0,
     max_pending: int = 16,
+    frame_bytes: int | None = None,
 ) -> PeerConnections:
     """Peer connections on loopback."""
+    limit = max_data_bytes(banks or [make_bank()], MAX_ROWS, 4, combine_mode)
     identity = PeerIdentity(
         name=f"{role}-{rank}",
         role=role,
@@ -301,7 +303,7 @@ def make_connections(
     return PeerConnections(
         identity,
         token,
-        max_data_bytes=max_data_bytes(banks or [make_bank()], MAX_ROWS, 4, combine_mode),
+        max_data_bytes=frame_bytes or limit,
         connect_timeout_s=connect_timeout_s,
         step_timeout_s=step_timeout_s,
         max_pending=max_pending,

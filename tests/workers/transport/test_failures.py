@@ -59,7 +59,7 @@ def start_home(mesh: Mesh, header: StepHeader) -> Future[list[Tensor]]:
     """Attention rank 0 runs a step that nobody serves yet."""
     dispatcher = mesh["attention-0"].dispatcher
     assert dispatcher is not None
-    return mesh._pool.submit(home(header), 0, dispatcher)
+    return mesh.pool.submit(home(header), 0, dispatcher)
 
 
 def run_step_ok(mesh: Mesh, step: int, num_attention: int = 1, generation: int = 1) -> None:
@@ -98,7 +98,7 @@ def test_an_interrupt_leaves_a_blocked_wait_quickly(transport: TransportName) ->
         running = start_home(mesh, make_header((NUM_ROWS,), step=2))
         server = mesh["expert-0"].server
         assert server is not None
-        serving = mesh._pool.submit(server.run_step, make_header((NUM_ROWS,), step=3))
+        serving = mesh.pool.submit(server.run_step, make_header((NUM_ROWS,), step=3))
         time.sleep(0.1)
         mesh["attention-0"].connections.interrupt(2)
         mesh["expert-0"].connections.interrupt(2)
@@ -119,11 +119,11 @@ def test_survivors_go_on_in_a_new_generation(transport: TransportName) -> None:
         for rank in (0, 1):
             dispatcher = mesh[f"attention-{rank}"].dispatcher
             assert dispatcher is not None
-            futures.append(mesh._pool.submit(home(header), rank, dispatcher))
+            futures.append(mesh.pool.submit(home(header), rank, dispatcher))
         for rank in (0, 2):
             server = mesh[f"expert-{rank}"].server
             assert server is not None
-            futures.append(mesh._pool.submit(server.run_step, header))
+            futures.append(mesh.pool.submit(server.run_step, header))
         time.sleep(0.2)
         survivors = [m for m in mesh.generation.members if m.name != "expert-1"]
         for member in survivors:
@@ -153,7 +153,7 @@ def test_every_wait_ends_by_its_time_limit(transport: TransportName, exact: bool
     with Mesh(1, 2, BANKS, transport=transport, step_timeout_s=0.3) as mesh:
         server = mesh["expert-1"].server
         assert server is not None
-        serving = mesh._pool.submit(server.run_step, header)
+        serving = mesh.pool.submit(server.run_step, header)
         with pytest.raises(PeerLostError, match="attention-0"):
             serving.result(LIMIT_S)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import random
 
 import msgspec
@@ -15,8 +17,6 @@ from workers.transport.handshake import (
     ConnectorHandshake,
     ListenerHandshake,
     PeerIdentity,
-    _pack,
-    _Refusal,
 )
 
 HOME = PeerIdentity(
@@ -39,6 +39,24 @@ def shake(connector: ConnectorHandshake, listener: ListenerHandshake, piece: int
 
 def accept(peer: PeerIdentity) -> None:
     return None
+
+
+def pack(body: object) -> bytes:
+    """A message as it is sent."""
+    data = msgspec.msgpack.encode(body)
+    return b"EMhs" + len(data).to_bytes(2, "big") + data
+
+
+def nonce_of(hello: bytes) -> str:
+    return str(msgspec.msgpack.decode(hello[6:])["nonce"])
+
+
+def signed(token: str, side: str, nonces: tuple[str, str], words: object) -> bytes:
+    """Words with their proof, as ``side`` sends them; the connector's nonce is first."""
+    data = msgspec.msgpack.encode(words)
+    text = "|".join(("expertmesh-data", side, *nonces, "")).encode()
+    proof = hmac.new(token.encode(), text + data, hashlib.sha256).hexdigest()
+    return pack({"words": data, "proof": proof})
 
 
 @pytest.mark.parametrize("piece", [1, 7, 10_000])
@@ -65,13 +83,15 @@ def test_a_wrong_token_is_told_nothing() -> None:
 def test_a_listener_without_the_token_is_noticed() -> None:
     connector = ConnectorHandshake(HOME, "token")
     listener = ListenerHandshake(EXPERT, "other", accept)
-    proof = connector.feed(listener.feed(connector.start()))
-    assert proof
-    fake = ListenerHandshake(EXPERT, "other", accept)
-    fake._nonce, fake._their_nonce = listener._nonce, connector._nonce
+    hello = connector.start()
+    answer = listener.feed(hello)
+    assert connector.feed(answer)
+    nonces, refusal = (nonce_of(hello), nonce_of(answer)), {"type": "_Refusal", "reason": "no"}
     with pytest.raises(HandshakeError, match="token differs"):
-        connector.feed(fake._signed(_Refusal(reason="no")))
+        connector.feed(signed("other", "listener", nonces, refusal))
     assert not connector.has_verdict
+    with pytest.raises(HandshakeError, match="refused: no"):
+        connector.feed(signed("token", "listener", nonces, refusal))
 
 
 def test_a_proof_cannot_be_reflected() -> None:
@@ -120,9 +140,9 @@ def test_the_owner_may_refuse() -> None:
         (b"EMhs\x00\x01\x90", "not a nonce"),
         (b"EMhs\x00\x01\x80", "not a nonce"),
         (b"EMhs\x00\x00", "not a nonce"),
-        (_pack(msgspec.msgpack.encode({"nonce": 1})), "not a nonce"),
-        (_pack(msgspec.msgpack.encode({"nonce": ""})), "not a nonce"),
-        (_pack(msgspec.msgpack.encode({"nonce": "a", "more": 1})), "not a nonce"),
+        (pack({"nonce": 1}), "not a nonce"),
+        (pack({"nonce": ""}), "not a nonce"),
+        (pack({"nonce": "a", "more": 1}), "not a nonce"),
     ],
 )
 def test_rubbish_is_refused(data: bytes, message: str) -> None:
@@ -148,11 +168,14 @@ def test_random_changes_never_crash() -> None:
 IDENTITY = msgspec.to_builtins(HOME)
 
 
-def signed(connector: ConnectorHandshake, words: object) -> bytes:
-    """What the connector says, whatever it is."""
-    data = msgspec.msgpack.encode(words)
-    proof = connector._proof("connector", data)
-    return _pack(msgspec.msgpack.encode({"words": data, "proof": proof}))
+def listen_to(words: object) -> ListenerHandshake:
+    """A listener that got these words from a connector with the token."""
+    connector = ConnectorHandshake(HOME, "token")
+    listener = ListenerHandshake(EXPERT, "token", accept)
+    hello = connector.start()
+    nonces = nonce_of(hello), nonce_of(listener.feed(hello))
+    listener.feed(signed("token", "connector", nonces, words))
+    return listener
 
 
 @pytest.mark.parametrize(
@@ -170,18 +193,12 @@ def signed(connector: ConnectorHandshake, words: object) -> bytes:
     ],
 )
 def test_an_identity_with_wrong_fields_is_refused(words: object) -> None:
-    connector = ConnectorHandshake(HOME, "token")
-    listener = ListenerHandshake(EXPERT, "token", accept)
-    connector.feed(listener.feed(connector.start()))
     with pytest.raises(HandshakeError, match=r"identity|words"):
-        listener.feed(signed(connector, words))
+        listen_to(words)
 
 
 def test_a_release_with_other_fields_is_named() -> None:
-    connector = ConnectorHandshake(HOME, "token")
-    listener = ListenerHandshake(EXPERT, "token", accept)
-    connector.feed(listener.feed(connector.start()))
-    listener.feed(signed(connector, IDENTITY | {"release": "9.9.9", "color": "red"}))
+    listener = listen_to(IDENTITY | {"release": "9.9.9", "color": "red"})
     told = f"release of attention-0 is 9.9.9, expert-1 has {RELEASE}"
     assert listener.refusal == told
 

@@ -19,12 +19,14 @@ from cluster.core.errors import (
 )
 from cluster.core.topology import Generation, Member, Role
 from tests.fakes import Wakeups
-from tests.workers.transport.mesh import make_connections
-from workers.transport.frames import FrameHeader, FrameKind
+from tests.workers.transport.mesh import MAX_ROWS, make_bank, make_connections
+from workers.transport.frames import FrameHeader, FrameKind, max_data_bytes
 from workers.transport.peer_connections import PeerConnections
 
 LIMIT_S = 60.0
 """Longest wait for anything, on a machine that is busy with other work."""
+MAX_BYTES = max_data_bytes([make_bank()], MAX_ROWS, 4, "sum")
+"""Of a data frame, unless a test says otherwise."""
 
 
 @pytest.fixture
@@ -138,9 +140,8 @@ def test_a_peer_that_was_held_back_is_read_again_in_a_new_generation(
 ) -> None:
     home, expert = open_peer("attention", 0), open_peer("expert", 0)
     form(pool, 1, home, expert)
-    size = expert._max_data_bytes
     for step in range(1, 12):
-        home.send("expert-0", rows_frame(1, step, size), [bytes(size)])
+        home.send("expert-0", rows_frame(1, step, MAX_BYTES), [bytes(MAX_BYTES)])
         home.poll()
         expert.poll()
     while expert.edges["attention-0"].interest:
@@ -354,9 +355,8 @@ def test_another_worker_at_the_address_is_refused(
 def test_rubbish_and_silence_on_the_port_end_one_connection_only(
     open_peer: OpenPeer, pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    home, expert = open_peer("attention", 0), open_peer("expert", 0, connect_timeout_s=1.0)
     form(pool, 1, home, expert)
-    expert._acceptor._timeout_s = 0.4  # from now on: a busy machine may need more for an edge
     host, port = expert.address.split(":")
     silent = socket.create_connection((host, int(port)))
     slow = socket.create_connection((host, int(port)))
@@ -420,9 +420,8 @@ def test_an_interrupt_for_a_later_generation_ends_the_opening_of_edges(
 
 
 def test_large_frames_cross_without_deadlock(open_peer: OpenPeer, pool: ThreadPoolExecutor) -> None:
-    first, second = open_peer("attention", 0), open_peer("expert", 0)
-    for connections in (first, second):
-        connections._max_data_bytes = 64 << 20
+    first = open_peer("attention", 0, frame_bytes=64 << 20)
+    second = open_peer("expert", 0, frame_bytes=64 << 20)
     form(pool, 1, first, second)
     payload = bytes(range(256)) * (1 << 17)  # 32 MiB
 
@@ -446,17 +445,17 @@ def test_an_unread_inbox_stops_the_reading_not_the_peer(
 ) -> None:
     home, expert = open_peer("attention", 0), open_peer("expert", 0)
     form(pool, 1, home, expert)
-    size = expert._max_data_bytes
     for step in range(1, 12):
-        home.send("expert-0", rows_frame(1, step, size), [bytes(size)])
+        home.send("expert-0", rows_frame(1, step, MAX_BYTES), [bytes(MAX_BYTES)])
     for _ in range(50):
         home.poll(0.001)
         expert.poll(0.001)
     edge = expert.edges["attention-0"]
-    assert edge.inbox_bytes <= 6 * size
+    assert edge.inbox_bytes <= 6 * MAX_BYTES
     for step in range(1, 12):
         deadline = time.monotonic() + LIMIT_S
-        assert len(expert.receive("attention-0", rows_frame(1, step), deadline).payload) == size
+        frame = expert.receive("attention-0", rows_frame(1, step), deadline)
+        assert len(frame.payload) == MAX_BYTES
         home.poll()
 
 
