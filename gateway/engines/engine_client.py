@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 import grpc
@@ -148,7 +148,7 @@ class EngineClient:
         async with grpc.aio.insecure_channel(
             self._endpoint.address, options=_CHANNEL_OPTIONS
         ) as channel:
-            call = channel.stream_stream(PATH, bytes, bytes)(self._messages())
+            call = channel.stream_stream(PATH, bytes, bytes)(self.messages())
             pinger = asyncio.create_task(self._ping(call))
             try:
                 return await self._read(call)
@@ -213,7 +213,7 @@ class EngineClient:
     async def _take(self, message: FromEngine) -> None:
         match message:
             case StepOutput():
-                self._take_step(message)
+                self.take_step(message)
                 await asyncio.sleep(0)  # clients get these outputs before the next message
             case Turn():
                 self._take_turn(message)
@@ -222,7 +222,8 @@ class EngineClient:
                 if not self._owner.take_kv(self.worker, message):
                     self._outgoing.put_nowait(KvResync())
 
-    async def _messages(self) -> AsyncIterator[bytes]:
+    async def messages(self) -> AsyncGenerator[bytes]:
+        """What the worker gets, as it is sent."""
         yield HELLO.encode(self._own_hello)
         while (message := await self._outgoing.get()) is not None:
             yield TO_ENGINE.encode(message)
@@ -253,7 +254,8 @@ class EngineClient:
             entry.is_alone = True
             self._outgoing.put_nowait(turn)
 
-    def _take_step(self, step: StepOutput) -> None:
+    def take_step(self, step: StepOutput) -> None:
+        """Hand the outputs of a step to their sinks."""
         for output in step.outputs:
             entry = self._submissions.get(output.request_id)
             if entry is not None:

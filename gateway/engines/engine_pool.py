@@ -63,7 +63,8 @@ class EnginePool:
         self._keepers: dict[AttentionEndpoint, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._num_routed = 0
-        self._kv = KvIndex()
+        self.kv = KvIndex()
+        """Which worker has which blocks."""
         self._waiting: list[Submission] = []
         self._will_place = False
         self._is_stopping = False
@@ -128,7 +129,7 @@ class EnginePool:
         if self._policy is RoutingPolicy.KV:
             size = self._name_blocks(entry, ready[0])
             hashes = entry.prompt_hashes
-            choice = route_by_kv(self._kv, hashes, loads, self._num_routed, tokens, size)
+            choice = route_by_kv(self.kv, hashes, loads, self._num_routed, tokens, size)
         else:
             for client in clients.values():
                 client.load.outstanding_tokens = client.outstanding_tokens
@@ -137,7 +138,7 @@ class EnginePool:
         self._num_routed += 1
         entry.missing_tokens = max(tokens - choice.cached_tokens, 0)
         entry.kv_peer = choice.peer
-        self._kv.expect(choice.load.name, entry.prompt_hashes)
+        self.kv.expect(choice.load.name, entry.prompt_hashes)
         return clients[choice.load.name]
 
     def _num_missing(self, entry: Submission, ready: Sequence[EngineClient]) -> int:
@@ -146,7 +147,7 @@ class EnginePool:
         if self._policy is not RoutingPolicy.KV or not ready:
             return tokens
         block_size = self._name_blocks(entry, ready[0])
-        found = self._kv.matches(entry.prompt_hashes)
+        found = self.kv.matches(entry.prompt_hashes)
         return tokens - block_size * max(found.values(), default=0)
 
     def _name_blocks(self, entry: Submission, client: EngineClient) -> int:
@@ -186,7 +187,7 @@ class EnginePool:
 
     def _lose(self, client: EngineClient, reason: str, has_died: bool = True) -> None:
         """A stream is unusable: other workers continue its requests."""
-        self._kv.drop(client.worker)
+        self.kv.drop(client.worker)
         for entry in client.take_submissions():
             name = entry.request.request_id
             if self._is_stopping:
@@ -207,10 +208,10 @@ class EnginePool:
         self._notify()
 
     def take_kv(self, worker: str, events: KvEvents) -> bool:
-        return self._kv.apply(worker, events)
+        return self.kv.apply(worker, events)
 
     def settle(self, entry: Submission, worker: str) -> None:
-        self._kv.settle(worker, entry.prompt_hashes)
+        self.kv.settle(worker, entry.prompt_hashes)
 
     def take_back(self, entry: Submission, reason: str) -> None:
         logger.info("request %s was handed back: %s", entry.request.request_id, reason)

@@ -184,7 +184,7 @@ async def start_http(app: FastAPI) -> tuple[str, Callable[[], Coroutine[Any, Any
         timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
-    task = asyncio.create_task(server._serve())
+    task = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]

@@ -66,7 +66,7 @@ class _LocalController:
 
     async def ask(self, call: ControllerCall, *details: Any) -> Any:
         """The answer of the controller's method."""
-        return await getattr(self._cluster._actor, call)(*details)
+        return await getattr(self._cluster.actor, call)(*details)
 
 
 class ClusterGateway:
@@ -211,7 +211,7 @@ class Streams:
 def gateway_of(cluster: ServingCluster) -> Iterator[ClusterGateway]:
     """A gateway for the length of a ``with`` block."""
     if isinstance(cluster, ThreadCluster):
-        with _running_gateway(cluster, cluster._loop) as gateway:
+        with _running_gateway(cluster, cluster.loop) as gateway:
             yield gateway
         return
     thread = LoopThread(LIMIT_S)

@@ -156,15 +156,14 @@ def renew_on_fault(cluster: ThreadCluster, faults: Faults) -> None:
     """From now on every fault ends in a new generation of the same members."""
 
     def renew(generation: int) -> None:
-        controller = cluster._actor._controller
-        assert controller is not None
+        controller = cluster.controller
         if controller.state is ClusterState.SERVING and controller.generation.number == generation:
             controller._enter(ClusterState.RECOVERING)
             members = controller.generation.members
             controller.generations.begin(members, controller.placement, time.monotonic())
-            cluster._actor._background.notify()
+            cluster.actor._background.notify()
 
     def on_fault(generation: int) -> None:
-        cluster._loop.call_soon_threadsafe(renew, generation)
+        cluster.loop.call_soon_threadsafe(renew, generation)
 
     faults.on_fault = on_fault

@@ -162,7 +162,7 @@ def kill_in_a_step(cluster: ServingCluster, name: str) -> None:
     os.kill(pid, signal.SIGSTOP)
     known, since = num_steps(cluster), time.monotonic()
     while time.monotonic() - since < _STUCK_S:
-        cluster._call("wait_snapshot", cluster.snapshot()["version"], _STUCK_S / 10)
+        cluster.call("wait_snapshot", cluster.snapshot()["version"], _STUCK_S / 10)
         if (now := num_steps(cluster)) != known:
             known, since = now, time.monotonic()
     os.kill(pid, signal.SIGKILL)

@@ -33,6 +33,7 @@ from cluster.config.cluster import (
     WorkersSection,
 )
 from cluster.config.resources import NodeResources, WorkerShare
+from cluster.controller.controller import Controller
 from cluster.core.codec import to_plain
 from cluster.core.topology import Member, Role
 from cluster.launch import local_ray
@@ -90,7 +91,7 @@ class ServingCluster(ABC):
         self.config = config
 
     @abstractmethod
-    def _call(self, method: str, *arguments: Any) -> Any:
+    def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the controller actor and wait for its result."""
 
     def start(self) -> None:
@@ -99,14 +100,14 @@ class ServingCluster(ABC):
             {"bank": b.bank, "layer": b.layer, "num_experts": b.num_experts}
             for b in Checkpoint(Path(self.config.model.path)).family.banks
         ]
-        self._call("start", self.config.to_dict(), banks)
+        self.call("start", self.config.to_dict(), banks)
         self.wait(lambda s: s["state"] in ("SERVING", "STOPPED"))
         if self.snapshot()["state"] == "STOPPED":
             raise RuntimeError(self.snapshot()["error"])
 
     def snapshot(self, fresh: bool = False) -> dict[str, Any]:
         """The controller's snapshot."""
-        snapshot: dict[str, Any] = self._call("snapshot", fresh)
+        snapshot: dict[str, Any] = self.call("snapshot", fresh)
         return snapshot
 
     def wait(self, is_so: Callable[[dict[str, Any]], bool], fresh: bool = False) -> dict[str, Any]:
@@ -117,7 +118,7 @@ class ServingCluster(ABC):
             if limit.is_over():
                 raise TimeoutError(f"never so: {snapshot}")
             known = snapshot["version"]
-            snapshot = self.snapshot(True) if fresh else self._call("wait_snapshot", known, 1.0)
+            snapshot = self.snapshot(True) if fresh else self.call("wait_snapshot", known, 1.0)
         return snapshot
 
     def worker(self, name: str) -> dict[str, Any]:
@@ -153,7 +154,7 @@ class ServingCluster(ABC):
 
     def stop(self) -> None:
         """End everything."""
-        self._call("stop")
+        self.call("stop")
 
 
 class ThreadCluster(ServingCluster):
@@ -162,19 +163,25 @@ class ThreadCluster(ServingCluster):
     def __init__(self, config: ClusterConfig, group: ThreadWorkerGroup | None = None) -> None:
         super().__init__(config)
         self.group = group or ThreadWorkerGroup()
-        self._thread = LoopThread(TIMEOUT_S)
-        self._loop = self._thread.loop
-        self._actor: ControllerActor = self._thread.run(self._make_actor())
+        self.thread = LoopThread(TIMEOUT_S)
+        self.loop = self.thread.loop
+        self.actor: ControllerActor = self.thread.run(self._make_actor())
+
+    @property
+    def controller(self) -> Controller:
+        """The one that runs now; only for the event loop, but for reads."""
+        assert self.actor._controller is not None
+        return self.actor._controller
 
     def crash_controller(self) -> None:
         """The controller is gone without a word."""
 
         async def crash() -> None:
-            self._actor._background.cancel()
-            if self._actor._server is not None:
-                await self._actor._server.close()
+            self.actor._background.cancel()
+            if self.actor._server is not None:
+                await self.actor._server.close()
 
-        self._thread.run(crash())
+        self.thread.run(crash())
 
     def restore(self) -> None:
         """Another controller takes the place of the one that crashed."""
@@ -185,17 +192,17 @@ class ThreadCluster(ServingCluster):
             return actor
 
         self.group.restarted = True
-        self._actor = self._thread.run(restore())
+        self.actor = self.thread.run(restore())
 
     def stop(self) -> None:
         super().stop()
-        self._thread.close()
+        self.thread.close()
 
     async def _make_actor(self) -> ControllerActor:
         return ControllerActor(self.group, status_limit_s=TIMEOUT_S)
 
-    def _call(self, method: str, *arguments: Any) -> Any:
-        return self._thread.run(getattr(self._actor, method)(*arguments))
+    def call(self, method: str, *arguments: Any) -> Any:
+        return self.thread.run(getattr(self.actor, method)(*arguments))
 
 
 RUNTIMES: Mapping[Role, type[WorkerRuntime]] = {
@@ -303,18 +310,18 @@ class RayCluster(ServingCluster):
         self, config: ClusterConfig, classes: Mapping[Role, type[WorkerActor]] = ACTOR_CLASSES
     ) -> None:
         super().__init__(config)
-        self._actor = create_controller(WorkerGroup(classes), status_limit_s=TIMEOUT_S)
+        self.actor = create_controller(WorkerGroup(classes), status_limit_s=TIMEOUT_S)
 
     def stop(self) -> None:
         super().stop()
         end_leftovers()
 
-    def _call(self, method: str, *arguments: Any) -> Any:
+    def call(self, method: str, *arguments: Any) -> Any:
         """Also through a restart of the controller, which the callers in a test do not mind."""
         limit = Limit(TIMEOUT_S)
         while True:
             try:
-                call = getattr(self._actor, method).remote(*arguments)
+                call = getattr(self.actor, method).remote(*arguments)
                 return ray.get(call, timeout=TIMEOUT_S)
             except ActorUnavailableError:
                 if limit.is_over():

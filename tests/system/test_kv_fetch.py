@@ -161,7 +161,7 @@ def test_the_gateway_sends_to_an_idle_worker_which_fetches(cluster: ThreadCluste
         assert cached == CACHED
         await front.pool.stop()
 
-    cluster._thread.run(work())
+    cluster.thread.run(work())
     wait_idle(cluster)
 
 

@@ -12,10 +12,11 @@ import pytest
 from cluster.core.errors import ExpertMeshError
 from gateway.cluster.view import AttentionEndpoint
 from gateway.engines.engine_pool import EnginePool
+from gateway.engines.kv_index import KvIndex
 from gateway.engines.router import RoutingPolicy
 from tests.harness.engine_stream import TIMEOUT_S, TOKEN
 from tests.harness.serving_cluster import ThreadCluster, make_config, serving
-from workers.requests.block_hash import prompt_hashes
+from workers.requests.block_hash import KvEvents, prompt_hashes
 from workers.requests.request import Request, SamplingParams, TokenOutput
 
 NUM_BLOCKS = 6
@@ -74,7 +75,7 @@ class Front:
         request = Request(request_id="", prompt=tuple(prompt), params=PARAMS)
         names = prompt_hashes(request, BLOCK, None)
         end = asyncio.get_running_loop().time() + TIMEOUT_S
-        while max(self.pool._kv.matches(names).values(), default=0) < count:
+        while max(self.pool.kv.matches(names).values(), default=0) < count:
             assert asyncio.get_running_loop().time() < end, "the news never came"
             await asyncio.sleep(0.005)
 
@@ -126,7 +127,7 @@ def test_a_chat_stays_where_its_prefix_is(cluster: ThreadCluster) -> None:
                 assert cached >= NUM_BLOCKS * BLOCK
         await front.pool.stop()
 
-    cluster._thread.run(work())
+    cluster.thread.run(work())
     assert cluster.blocks_in_use() == 0
 
 
@@ -146,7 +147,14 @@ def test_a_gateway_that_comes_later_knows_the_prefixes_and_tenants_share_none(
             assert (await second.serve([*prompt, 5], salt="tenant"))[1] == 0
         await second.pool.stop()
 
-    cluster._thread.run(work())
+    cluster.thread.run(work())
+
+
+def skip_messages(index: KvIndex, worker: str, count: int) -> None:
+    """As if so many of its next messages had come, and they say nothing."""
+    for number in range(1, 1000):
+        if count:
+            count -= index.apply(worker, KvEvents(number=number))
 
 
 def test_missed_events_are_asked_for(cluster: ThreadCluster) -> None:
@@ -156,14 +164,14 @@ def test_missed_events_are_asked_for(cluster: ThreadCluster) -> None:
         await front.start()
         prompts = chats(2)
         homes = [(await front.serve(prompts[0]))[0]]
-        for known in front.pool._kv._workers.values():
-            known.number += 5  # as if messages had been lost
+        for worker in front.pool.clients:
+            skip_messages(front.pool.kv, worker.worker, 5)
         homes += [(await front.serve(prompt))[0] for prompt in prompts[1:]]
         for prompt, home in zip(prompts, homes, strict=True):
             assert await front.serve([*prompt, 5]) == (home, NUM_BLOCKS * BLOCK)
         await front.pool.stop()
 
-    cluster._thread.run(work())
+    cluster.thread.run(work())
 
 
 def test_replicas_know_what_was_computed_for_others(cluster: ThreadCluster) -> None:
@@ -184,7 +192,7 @@ def test_replicas_know_what_was_computed_for_others(cluster: ThreadCluster) -> N
         for front in fronts:
             await front.pool.stop()
 
-    cluster._thread.run(work())
+    cluster.thread.run(work())
 
 
 def test_blocks_of_a_worker_that_left_are_forgotten(cluster: ThreadCluster) -> None:
@@ -203,7 +211,7 @@ def test_blocks_of_a_worker_that_left_are_forgotten(cluster: ThreadCluster) -> N
         assert (await front.serve([*prompt, 6]))[1] == NUM_BLOCKS * BLOCK
         await front.pool.stop()
 
-    cluster._thread.run(work())
+    cluster.thread.run(work())
 
 
 def test_requests_of_one_moment_are_spread_by_what_was_just_routed(cluster: ThreadCluster) -> None:
@@ -217,6 +225,6 @@ def test_requests_of_one_moment_are_spread_by_what_was_just_routed(cluster: Thre
         await front.pool.stop()
         return found
 
-    workers = [worker for worker, _ in cluster._thread.run(work())]
+    workers = [worker for worker, _ in cluster.thread.run(work())]
     assert workers[0] != workers[1]
     assert workers[2:] == workers[:2]

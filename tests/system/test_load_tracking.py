@@ -11,7 +11,6 @@ import pytest
 
 from cluster.config.cluster import ClusterConfig
 from cluster.core.load_profile import LoadProfile
-from cluster.core.placement import ExpertPlacement
 from tests.harness.failing_steps import FailingWorkerGroup, Faults, renew_on_fault
 from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from workers.model.loading.checkpoint import Checkpoint
@@ -60,7 +59,7 @@ def serve(checkpoint: Path, fault_rate: float) -> tuple[dict[str, Any], int]:
         faults.is_armed = True
         cluster.answers(make_requests())
         faults.is_armed = False
-        return cluster._call("load"), len(faults.steps)
+        return cluster.call("load"), len(faults.steps)
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +115,10 @@ def test_copies_take_their_shares_and_decodes_one_copy(cluster: ThreadCluster) -
         )
         for i in range(40)
     ]
-    before = cluster._call("load")
+    before = cluster.call("load")
     cluster.answers(requests)
-    after = cluster._call("load")
-    placement = cluster._actor._controller.placement  # type: ignore[union-attr]
-    assert isinstance(placement, ExpertPlacement)
+    after = cluster.call("load")
+    placement = cluster.controller.placement
     for bank, old, new in zip(placement.banks, before["banks"], after["banks"], strict=True):
         decoded, prompts = (
             [b - a for a, b in zip(old[what] or [0] * NUM_EXPERTS, new[what], strict=True)]
@@ -140,13 +138,12 @@ def test_copies_take_their_shares_and_decodes_one_copy(cluster: ThreadCluster) -
 
 
 def test_reports_come_by_themselves(cluster: ThreadCluster) -> None:
-    controller = cluster._actor._controller
-    assert controller is not None
-    cluster._call("load")
+    controller = cluster.controller
+    cluster.call("load")
     known = controller.load.totals().rows
     cluster.answers(make_requests(2))
     cluster.wait(lambda _: controller.load.totals().rows > known)
-    document = cluster._call("load")
+    document = cluster.call("load")
     profile = LoadProfile.from_dict(document)
     assert profile.tokens == document["tokens"] > 0
     assert document["model"] == "model"

@@ -130,7 +130,7 @@ def changing(number: int) -> int:
 
 def check_placement(cluster: ServingCluster) -> None:
     """Every expert has a copy, no device two of one, and none more than it has slots."""
-    document = cluster._call("placement")
+    document = cluster.call("placement")
     assert len(document["banks"]) == MODEL.layers
     for bank in document["banks"]:
         rows = [[e for e in row if e >= 0] for row in bank["physical_to_logical"]]
@@ -316,16 +316,16 @@ def test_an_idle_cluster_rebalances_on_request(checkpoint: Path, tmp_path: Path)
         domains = Domains(stream)
         domains.serve(0)
         cluster.wait(lambda s: s["rebalance"]["last"] is None, fresh=True)
-        planned = cluster._call("rebalance", {"dry_run": True})
+        planned = cluster.call("rebalance", {"dry_run": True})
         assert planned["state"] == "SUCCEEDED"
         assert planned["result"]["action"] == "move"
         assert planned["result"]["slots_to_move"] > 0
         assert cluster.snapshot()["placement_epoch"] == 1
         order = {"request_id": "mine", "expected_epoch": 1}
-        operation = cluster._call("rebalance", order)
-        assert cluster._call("rebalance", order)["id"] == operation["id"]
+        operation = cluster.call("rebalance", order)
+        assert cluster.call("rebalance", order)["id"] == operation["id"]
         cluster.wait(lambda s: s["rebalance"]["last"] is not None, fresh=True)
-        done = cluster._call("operation", operation["id"])
+        done = cluster.call("operation", operation["id"])
         assert done["state"] == "SUCCEEDED"
         assert "filled" in done["message"]
         assert cluster.snapshot()["placement_epoch"] > 1

@@ -128,7 +128,7 @@ def try_proxy(config: uvicorn.Config, section: GatewaySection) -> None:
 
     async def work() -> None:
         server = uvicorn.Server(config)
-        task = asyncio.create_task(server._serve())
+        task = asyncio.create_task(server.serve())
         while not server.started:
             await asyncio.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]

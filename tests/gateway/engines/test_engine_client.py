@@ -27,6 +27,7 @@ from workers.requests.request import (
     TokenLogprob,
     TokenOutput,
 )
+from workers.requests.wire import HELLO, TO_ENGINE, Abort, Hello, ToEngine
 
 
 class ListSink:
@@ -97,7 +98,14 @@ def _output(
 
 
 def _step(client: EngineClient, *outputs: TokenOutput) -> None:
-    client._take_step(StepOutput(outputs=outputs))
+    client.take_step(StepOutput(outputs=outputs))
+
+
+async def _sent(client: EngineClient, count: int) -> list[ToEngine | Hello]:
+    """The first messages to the worker."""
+    messages = client.messages()
+    first = HELLO.decode(await anext(messages))
+    return [first, *[TO_ENGINE.decode(await anext(messages)) for _ in range(count - 1)]]
 
 
 def test_outputs_of_an_older_attempt_are_dropped() -> None:
@@ -141,7 +149,10 @@ def test_aborted_choices_are_told_no_more() -> None:
     client.abort("r")
     _step(client, _output(1, 1, 7))
     assert len(sink.outputs) == 1
-    assert client._outgoing.qsize() == 3  # the request, and one abort each
+    last = Request(request_id="last", prompt=(1,), params=SamplingParams(max_tokens=1))
+    client.submit(Submission(last, sink, 1000.0))
+    sent = asyncio.run(_sent(client, 5))
+    assert [type(message) for message in sent[1:]] == [Request, Abort, Abort, Request]
 
 
 def test_what_was_lost_can_be_sent_again() -> None:

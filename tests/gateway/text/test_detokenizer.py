@@ -27,8 +27,8 @@ def _byte_ids(text: str) -> list[int]:
     return [by_byte[bytes([byte])] for byte in text.encode()]
 
 
-def sentencepiece_like() -> Tokenizer:
-    """A vocabulary with byte fallback and a leading space, as Llama's."""
+def sentencepiece_like() -> tuple[Tokenizer, dict[str, int]]:
+    """A tokenizer with byte fallback and a leading space, as Llama's, and its tokens."""
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += ["\u2581", "\u2581hello", "\u2581world", "ly", "h"]
     vocab = {piece: number for number, piece in enumerate(pieces)}
@@ -42,7 +42,7 @@ def sentencepiece_like() -> Tokenizer:
         ]
     )
     backend.add_special_tokens(["<s>"])
-    return Tokenizer(backend)
+    return Tokenizer(backend), backend.get_vocab()
 
 
 @pytest.mark.parametrize("skip_special_tokens", [True, False])
@@ -73,8 +73,7 @@ def test_a_tail_that_stays_incomplete_is_one_broken_character_at_the_end() -> No
 
 
 def test_other_vocabularies_decode_through_a_window() -> None:
-    tokenizer = sentencepiece_like()
-    vocab = tokenizer._backend.get_vocab()
+    tokenizer, vocab = sentencepiece_like()
     assert not tokenizer.is_byte_level
     ids = [vocab["\u2581hello"], vocab["\u2581world"], vocab["ly"], vocab["\u2581"]]
     ids += [1 + byte for byte in "é世".encode()] + [vocab["\u2581hello"]]
@@ -86,16 +85,14 @@ def test_other_vocabularies_decode_through_a_window() -> None:
 
 
 def test_a_window_keeps_the_space_after_the_prompt() -> None:
-    tokenizer = sentencepiece_like()
-    vocab = tokenizer._backend.get_vocab()
+    tokenizer, vocab = sentencepiece_like()
     detokenizer = make_detokenizer(tokenizer, before=[vocab["\u2581hello"]])
     assert detokenizer.feed(vocab["<s>"]) == ""
     assert detokenizer.feed(vocab["\u2581world"]) == " world"
 
 
 def test_token_bytes_of_a_vocabulary_with_byte_fallback() -> None:
-    tokenizer = sentencepiece_like()
-    vocab = tokenizer._backend.get_vocab()
+    tokenizer, vocab = sentencepiece_like()
     assert tokenizer.token_bytes(vocab["<0xE4>"]) == b"\xe4"
     assert tokenizer.token_bytes(vocab["\u2581hello"]) == b" hello"
     assert tokenizer.token_bytes(10_000) == b""

@@ -44,14 +44,14 @@ def local_ray() -> Iterator[None]:
 
 def begin_drain(cluster: ServingCluster, worker: str, limit_s: float = 120.0) -> dict[str, Any]:
     """Order a drain; the operation."""
-    operation: dict[str, Any] = cluster._call("drain", {"worker": worker, "limit_s": limit_s})
+    operation: dict[str, Any] = cluster.call("drain", {"worker": worker, "limit_s": limit_s})
     return operation
 
 
 def wait_operation(cluster: ServingCluster, operation_id: str) -> dict[str, Any]:
     """An operation once it has ended."""
     deadline = time.monotonic() + TIMEOUT_S
-    while (found := cluster._call("operation", operation_id))["state"] == "RUNNING":
+    while (found := cluster.call("operation", operation_id))["state"] == "RUNNING":
         assert time.monotonic() < deadline, found
         time.sleep(0.02)
     operation: dict[str, Any] = found
@@ -137,7 +137,7 @@ def test_only_copies_are_read_by_others_first(layout: dict[str, Any], worker: st
     with serving(ThreadCluster(row_config(1, 2, **layout))) as cluster:
         done: list[dict[str, Any]] = []
         play(cluster, SMALL, random.Random(7), lambda: done.append(drain(cluster, worker)))
-        assert done[0]["result"]["experts_copied"] == 32 * len(cluster._call("placement")["banks"])
+        assert done[0]["result"]["experts_copied"] == 32 * len(cluster.call("placement")["banks"])
         assert cluster.snapshot()["experts_complete"]
         check_memory_is_freed(cluster, worker)
 
@@ -168,7 +168,7 @@ def test_a_signal_to_a_worker_drains_it(local_ray: None, form: Form) -> None:
         play(cluster, form, random.Random(6), fault)
         for pid in pids:
             wait_gone(pid)
-        begun = cluster._call("operations")  # one, unless a signal was followed much later
+        begun = cluster.call("operations")  # one, unless a signal was followed much later
         ended = [wait_operation(cluster, operation["id"]) for operation in begun]
         assert {operation["state"] for operation in ended} == {"SUCCEEDED"}, ended
         targets = " and ".join(operation["target"] for operation in ended)

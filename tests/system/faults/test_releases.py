@@ -42,7 +42,7 @@ def come_as_worker(cluster: ThreadCluster) -> str:
         raise AssertionError(f"{frame} was sent to a worker that was refused")
 
     client = ControlClient(
-        cluster._call("control_address"),
+        cluster.call("control_address"),
         TOKEN,
         "expert-0",
         nothing,
