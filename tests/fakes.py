@@ -93,7 +93,7 @@ def write_tiny_checkpoint(
 
 
 class FailingDispatcher:
-    """Passes everything on to another dispatcher, and loses a peer when told to."""
+    """Passes everything on to another dispatcher, and loses a peer at the test's order."""
 
     def __init__(self, inner: TokenDispatcher) -> None:
         self._inner = inner

@@ -40,7 +40,7 @@ def test_rebalancing_tells_what_clients_saw() -> None:
     last = {"epoch": 3, "text": "filled 4 slots"}
 
     def tokens(*intervals: tuple[float, float, float]) -> list[list[float | None]]:
-        """A token each so many seconds."""
+        """Tokens at a fixed interval, in each part of the time."""
         return [[a + i * gap, gap] for a, b, gap in intervals for i in range(round((b - a) / gap))]
 
     events = [

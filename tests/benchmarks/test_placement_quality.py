@@ -1,4 +1,4 @@
-"""The planner reaches what it is for on real loads; `benchmarks/placement.py` has all of it."""
+"""The planner reaches its targets on real loads; `benchmarks/placement.py` measures all cases."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ SMALL = SizedModel(
 
 
 def _times(model: SizedModel, factor: int) -> SizedModel:
-    """The model with so many times the layers of experts."""
+    """The model with ``times`` as many layers of experts."""
     size = replace(model.size, banks=model.size.banks * factor)
     return replace(model, size=size)
 

@@ -29,7 +29,7 @@ def test_every_field_of_every_body_is_in_the_table() -> None:
 
 
 def test_clients_send_only_what_is_known() -> None:
-    """A field that a client sends and nobody knows would be ignored: that must be meant."""
+    """An unknown field of a client is ignored: each such field must be listed."""
     known = {name.strip("`") for line in parameter_table().splitlines() for name in _names(line)}
     for client, routes in json.loads(SENT_BY_CLIENTS.read_text()).items():
         for path, fields in routes.items():

@@ -465,7 +465,7 @@ class FakeController:
 
 
 def fake_operation(operation_id: str, target: str) -> dict[str, Any]:
-    """A drain that runs, as the controller tells it."""
+    """A drain that runs, as the controller reports it."""
     return {
         "id": operation_id,
         "kind": "drain",

@@ -45,11 +45,11 @@ class Answer:
     stop_reason: str | int | None = None
     num_tokens: int = 0
     times: list[float] = field(default_factory=list, compare=False)
-    """Monotonic times of the news."""
+    """Monotonic times of the deltas."""
 
     def add(self, delta: ChoiceDelta) -> None:
-        """Take the next news in."""
-        assert self.reason is None, "news after the end"
+        """Take the next delta."""
+        assert self.reason is None, "a delta after the end"
         self.times.append(time.monotonic())
         self.text += delta.text
         self.tokens += delta.tokens
@@ -165,7 +165,7 @@ class Streams:
         """What came so far; the event loop adds to it."""
         self.ends: Future[None] | None = None
         """Done when all have ended, with the first error."""
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
 
     @property
     def num_tokens(self) -> int:
@@ -173,9 +173,9 @@ class Streams:
         return sum(len(answer.tokens) for answer in self.answers)
 
     def wait_tokens(self, count: int) -> None:
-        """Return when so many tokens have come in all. Raises what ends a stream before."""
-        with self._news:
-            is_there = self._news.wait_for(
+        """Return when this number of tokens has come. Raises what ends a stream before."""
+        with self._changed:
+            is_there = self._changed.wait_for(
                 lambda: self.num_tokens >= count or (self.ends is not None and self.ends.done()),
                 LIMIT_S,
             )
@@ -195,16 +195,16 @@ class Streams:
         try:
             await asyncio.gather(*(self._collect(*pair) for pair in pairs))
         finally:
-            with self._news:
-                self._news.notify_all()
+            with self._changed:
+                self._changed.notify_all()
 
     async def _collect(self, generation: Generation, answer: Answer) -> None:
         with generation:
             while not generation.is_finished:
                 for delta in await generation.next():
                     answer.add(delta)
-                with self._news:
-                    self._news.notify_all()
+                with self._changed:
+                    self._changed.notify_all()
 
 
 @contextmanager

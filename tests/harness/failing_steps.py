@@ -1,8 +1,8 @@
 """Steps that fail at random places of the transport, and the new generation that each one causes.
 
-A failing call raises what a broken edge raises. The worker tells the controller, and the members
-stay the same: before the controller would declare the named peer lost it is made to begin a new
-generation with all of them, which takes the whole road of a recovery.
+A failing call raises what a broken edge raises. The worker reports it to the controller, and the
+members stay the same: before the controller would declare the named peer lost, the test makes it
+begin a new generation with all of them, as in a recovery.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rows of the table of faults: streams under way, a fault at a random moment, nobody notices.
+"""The rows of the table of faults: a fault at a random moment of streams, no client notices.
 
     cluster = RayCluster(row_config(1, 3, num_redundant=22))
     with serving(cluster):
@@ -112,7 +112,7 @@ def play(
 ) -> Played:
     """See the module. ``cluster`` serves already, and stays; ``fault`` is called from this thread.
 
-    Fails when an answer differs, a call fails, a stream stands still for too long, or a worker that
+    Fails when an answer differs, a call fails, a stream stalls for too long, or a worker that
     lives holds KV blocks afterwards.
     """
     expected = undisturbed(form)
@@ -157,7 +157,7 @@ def kill(cluster: ServingCluster, name: str) -> None:
 
 
 def kill_in_a_step(cluster: ServingCluster, name: str) -> None:
-    """``kill -9`` of a worker that a step waits for: it stands still before, and no step ends."""
+    """``kill -9`` of a worker that a step waits for: it is stopped before, and no step ends."""
     pid = cluster.worker(name)["pid"]
     os.kill(pid, signal.SIGSTOP)
     known, since = num_steps(cluster), time.monotonic()
@@ -169,7 +169,7 @@ def kill_in_a_step(cluster: ServingCluster, name: str) -> None:
 
 
 def num_steps(cluster: ServingCluster) -> float:
-    """Steps that were committed, as the last heartbeats tell."""
+    """Steps that were committed, by the last heartbeats."""
     return sum(float(w["stats"].get("steps_total", 0.0)) for w in cluster.snapshot()["workers"])
 
 
@@ -197,7 +197,7 @@ def check_replaced(cluster: ServingCluster) -> dict[str, Any]:
 
 @contextmanager
 def stopped(pid: int) -> Iterator[None]:
-    """SIGSTOP for the length of a ``with`` block; whoever still lives then wakes up."""
+    """SIGSTOP for the length of a ``with`` block; processes that still live then wake up."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield

@@ -23,7 +23,7 @@ class LoopThread:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, Result], limit_s: float | None = None) -> Result:
-        """Run a coroutine, from another thread; its result. Late, it tells what all tasks do."""
+        """Run a coroutine, from another thread; a time-out shows what all tasks do."""
         limit_s = self._limit_s if limit_s is None else limit_s
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         if not wait([future], limit_s).done:

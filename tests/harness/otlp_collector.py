@@ -26,32 +26,32 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         self.spans: list[Span] = []
         self.resource: dict[str, Any] = {}
         self.endpoint = ""
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
 
     def Export(
         self, request: pb.ExportTraceServiceRequest, context: Any
     ) -> pb.ExportTraceServiceResponse:
         """See ``TraceService``."""
-        with self._news:
+        with self._changed:
             for group in request.resource_spans:
                 self.resource = plain(group.resource.attributes)
                 for scope in group.scope_spans:
                     self.spans.extend(scope.spans)
-            self._news.notify_all()
+            self._changed.notify_all()
         return pb.ExportTraceServiceResponse()
 
     def trace(self, trace_id: str) -> list[Span]:
         """The spans of a trace whose outermost span has come, that one first."""
-        with self._news:
-            self._news.wait_for(lambda: self._has_root(trace_id), WAIT_S)
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_root(trace_id), WAIT_S)
             found = [span for span in self.spans if span.trace_id.hex() == trace_id]
         assert any(span.kind == SERVER for span in found), f"no trace {trace_id}"
         return sorted(found, key=lambda span: span.kind != SERVER)
 
     def named(self, name: str) -> Span:
         """The one span of this name, once it has come."""
-        with self._news:
-            self._news.wait_for(lambda: any(s.name == name for s in self.spans), WAIT_S)
+        with self._changed:
+            self._changed.wait_for(lambda: any(s.name == name for s in self.spans), WAIT_S)
             (span,) = (span for span in self.spans if span.name == name)
             return span
 
@@ -62,8 +62,8 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
             by_id = ((plain(s.attributes).get("gen_ai.response.id"), s) for s in self.spans)
             return [span for other, span in by_id if other == name]
 
-        with self._news:
-            self._news.wait_for(lambda: bool(found()), WAIT_S)
+        with self._changed:
+            self._changed.wait_for(lambda: bool(found()), WAIT_S)
             (span,) = found()
             return span
 

@@ -62,7 +62,7 @@ class PoisonedWorker(AttentionWorker):
 
 
 class PoisonedGroup(ThreadWorkerGroup):
-    """Threads; ``kill`` is called with the group by whoever runs a poisonous step."""
+    """Threads; ``kill`` is called with the group by the worker that runs a poisonous step."""
 
     def __init__(self, kill: Callable[[ThreadWorkerGroup], None]) -> None:
         group = self

@@ -71,7 +71,7 @@ class RecordingRuntime(AttentionRuntime):
 
 
 class RecordedCluster(ThreadCluster):
-    """Serves as ``ThreadCluster`` does; ``steps`` tells what happened."""
+    """Serves as ``ThreadCluster`` does; ``steps`` records what happened."""
 
     def __init__(self, config: ClusterConfig) -> None:
         super().__init__(config, ThreadWorkerGroup({**RUNTIMES, "attention": RecordingRuntime}))

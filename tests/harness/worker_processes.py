@@ -1,4 +1,4 @@
-"""Workers as processes without Ray around them, held after their imports until told to go on.
+"""Workers as processes without Ray around them, held after their imports until the test goes on.
 
 The parent reads what their memory comes to. ``python -m tests.harness.worker_processes`` is one
 worker: a line of JSON on stdin starts it, the end of stdin ends it.

@@ -233,7 +233,7 @@ def _limits(group: Group) -> dict[str, Any]:
 
 
 def labels(m: Manifests) -> Iterator[str]:
-    """What is ours can be told from what is not."""
+    """Labels distinguish our objects from others."""
     pods = [(g.name, g.spec["template"]) for g in m.groups]
     pods += [("up", j["spec"]["template"]) for j in m.kind("Job")]
     named = [(f"{d['kind']}/{d['metadata']['name']}", d) for d in m.objects]

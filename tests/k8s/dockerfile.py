@@ -1,4 +1,4 @@
-"""The Dockerfile's instructions, and a build of it without a container engine.
+"""The Dockerfile's instructions, and their build without a container engine.
 
 ``Build`` does what ``docker build`` does with ARG, ENV, WORKDIR, COPY and RUN, in a folder that
 stands for the image's root, with a virtual environment in place of the base image's Python.

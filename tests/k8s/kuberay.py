@@ -1,4 +1,4 @@
-"""A rendered overlay, and the pods that the KubeRay operator makes of it (v1.7).
+"""A rendered overlay, and the pods that the KubeRay operator (v1.7) creates from it.
 
 ``pods()`` has a pod for each replica with the labels that selectors see; ``start_command`` is the
 ``ray start`` that the operator writes into its container.

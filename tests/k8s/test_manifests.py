@@ -87,7 +87,7 @@ def test_every_check_has_a_change_that_it_sees() -> None:
 
 @pytest.mark.parametrize("overlay", ["cpu-kind", "gpu-multi-node"])
 def test_a_second_cluster_has_objects_of_its_own(overlay: str, tmp_path: Path) -> None:
-    """Blue and green, as the README tells: only what clients know is the same."""
+    """Blue and green, as in the README: only what clients use is the same."""
     first = rendered(overlay)
     second = _renamed(overlay, tmp_path / "beside", {"cluster": "expertmesh-b"})
     same = {(d["kind"], d["metadata"]["name"]) for d in first.objects}

@@ -234,7 +234,7 @@ def test_the_job_may_be_applied_again(pods: Pods) -> None:
 def test_a_pod_that_is_to_stop_drains_without_a_failed_request(
     pods: Pods, tmp_path: Path, group: str
 ) -> None:
-    """The drain of the only pod of a role is refused: nobody could take its requests."""
+    """The drain of the only pod of a role is refused: no other pod could take its requests."""
     *others, host = pods.of(group)
     hook = pods.group(host).container["lifecycle"]["preStop"]["exec"]["command"]
     done: list[bool] = []

@@ -6,7 +6,7 @@ hosts.begin("h0", "ray", "start", "--head", "--block")
 hosts.fetch("h1", "http://10.77.0.10:8000/ready")
 hosts.close()
 
-``cluster.sh`` beside this file makes the namespaces and tells all its commands.
+``cluster.sh`` beside this file makes the namespaces and lists all its commands.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Hosts:
         return done.stdout
 
     def boots(self, host: str) -> bool:
-        """Boot a host that was killed; False while the last of it is not gone."""
+        """Boot a host that was killed; False while some of its processes still exist."""
         try:
             self.run("boot", host)
         except AssertionError as err:
@@ -133,7 +133,7 @@ class Hosts:
         self.run("mute", host)
 
     def power_off(self, host: str) -> None:
-        """All its processes are gone, and no frame tells anybody."""
+        """All its processes end, and no frame announces it."""
         self.run("poweroff", host)
 
     def kill(self, host: str) -> None:
@@ -197,7 +197,7 @@ class Streams:
     tokens: dict[int, list[int]]
     reasons: dict[int, str]
     longest_gap_s: float = 0.0
-    """Longest time in which one stream had no news."""
+    """Longest time in which one stream had no event."""
 
 
 def stream(

@@ -41,7 +41,7 @@ DETECTION_LIMIT_S = 4.0
 
 @contextmanager
 def three_hosts() -> Iterator[NodeHosts]:
-    """With Ray on each, as ``expertmesh node`` starts it: whoever talks to it shows a token."""
+    """With Ray on each, as ``expertmesh node`` starts it: its clients show a token."""
     if reason := why_not():
         pytest.skip(reason)
     with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
@@ -110,7 +110,7 @@ def url(hosts: NodeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.mark.slow
 def test_a_host_that_is_powered_off_costs_no_stream_and_is_made_good(tmp_path: Path) -> None:
-    """Nobody is told of its end. When it is back, a new worker takes the empty place.
+    """No process learns of its end. When it is back, a new worker takes the empty place.
 
     First of all: hosts of its own, before those that the others share.
     """
@@ -152,7 +152,7 @@ def test_three_hosts_answer_with_the_local_engines_tokens(hosts: NodeHosts, url:
 def test_a_silenced_host_with_experts_costs_no_stream(
     hosts: NodeHosts, url: str, tmp_path: Path, form: Form
 ) -> None:
-    """Frames to and from it are dropped; after its healing it disturbs nobody."""
+    """Frames to and from it are dropped; once healed, it disturbs no other host."""
 
     def status() -> dict[str, Any]:
         return hosts.fetch("h0", f"{url}/cluster/v1/status")

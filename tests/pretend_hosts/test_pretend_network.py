@@ -35,5 +35,5 @@ def test_a_host_dies_and_comes_back_and_all_of_it_ends(tmp_path: Path) -> None:
         assert started_with(state)
     finally:
         hosts.close()
-    wait_until(lambda: not started_with(state), "all of it has ended")
+    wait_until(lambda: not started_with(state), "all processes have ended")
     assert not state.exists()

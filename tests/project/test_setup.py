@@ -1,4 +1,4 @@
-"""The scripts behind ``make setup``: which Python, which torch, what the user is told."""
+"""The scripts behind ``make setup``: which Python, which torch, what the user sees."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_progress_comes_as_lines_without_a_terminal(
     def say(line: str) -> None:
         told.append(line)
         if "fetched" in line:
-            end.touch()  # pip ends when it has been told of
+            end.touch()  # pip ends once its line was printed
 
     monkeypatch.setattr(setup, "PROGRESS_INTERVAL_S", 0.1)
     monkeypatch.setattr(setup, "say", say)

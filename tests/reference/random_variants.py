@@ -158,7 +158,7 @@ def _rope(rng: random.Random, head_dim: int) -> tuple[dict, bool]:
 
 
 def write_golden(name: str, variant: dict, path: Path) -> None:
-    """The checkpoint and what transformers makes of it, with clear choices everywhere."""
+    """The checkpoint and the results of transformers, with clear choices everywhere."""
     for attempt in range(MAX_TRIES):
         drawn = variant | {"seed": variant["seed"] + 10 * attempt}
         make_goldens.write_checkpoint(drawn, path)

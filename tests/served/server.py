@@ -63,7 +63,7 @@ def environment(state_home: Path) -> dict[str, str]:
 
 @dataclass(slots=True)
 class Served:
-    """A server that runs, and a client of it."""
+    """A server that runs, and its client."""
 
     http: str
     """URL."""
@@ -117,7 +117,7 @@ class Served:
         return stats
 
     def wait_idle(self) -> dict[str, float]:
-        """Wait until nobody holds a KV block and nothing runs or waits; the engine's numbers."""
+        """Wait until nothing runs or waits and all KV blocks are free; the engine's numbers."""
         deadline = time.monotonic() + WAIT_S
         while not _is_idle(stats := self.engine()):
             assert time.monotonic() < deadline, f"never idle: {stats}"

@@ -1,4 +1,4 @@
-"""The controller of a served cluster is killed: clients, probes, commands and the end of it all."""
+"""The controller of a served cluster is killed: clients, probes, commands, the cluster's end."""
 
 from __future__ import annotations
 

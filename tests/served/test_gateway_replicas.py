@@ -1,4 +1,4 @@
-"""Two gateway replicas behind one port each for HTTP and gRPC: one dies, or stands still."""
+"""Two gateway replicas behind one port each for HTTP and gRPC: one dies, or freezes."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ class Clients:
         self._threads: list[Future[None]] = []
 
     def begin(self, pids: list[int]) -> None:
-        """Open them, so many that each of these replicas has some; returns when all flow."""
+        """Open streams until each of these replicas has some; returns when all flow."""
         for _ in range(NUM_STREAMS):
             self._open(read_http, self.http)
             self._open(read_grpc, self.grpc)

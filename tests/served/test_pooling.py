@@ -82,7 +82,7 @@ def test_inspections(server: Served, stub: InferenceStub, local: LocalEngine) ->
 
 
 def test_what_is_too_large_is_refused_with_its_size(server: Served) -> None:
-    """Nothing of it reaches a worker."""
+    """No part of the request reaches a worker."""
     steps = server.engine()["steps_total"]
     asked = {"token_ids": [IDS * 500], "outputs": ["hidden_states", "logits"]}
     response = server.client.post("/v1/inspect", json=asked)

@@ -26,7 +26,7 @@ print(json.dumps([ray.cluster_resources(), ray.available_resources()]))
 
 
 def resources(server: Served) -> tuple[dict[str, float], dict[str, float]]:
-    """What the server's Ray has in total, and what nobody holds."""
+    """What the server's Ray has in total, and what is free."""
     settings = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(server.folder / "token"),

@@ -82,7 +82,7 @@ def test_a_stream_under_rubbish_and_silence_is_the_same(
 
 
 def _storm(addresses: list[Address], stop: threading.Event) -> None:
-    """Rubbish on all ports in turn until told to stop."""
+    """Rubbish on all ports, one after the other, until the test ends it."""
     noise = random.Random(21)
     while not stop.is_set():
         for address in addresses:

@@ -193,7 +193,7 @@ def test_a_layout_changes_no_bit_of_other_families(
 
 
 def pool_bytes(golden: Golden, dtype: str, num_tokens: int) -> int:
-    """Memory for the keys and values of so many tokens."""
+    """Memory for the keys and values of this number of tokens."""
     config = LocalEngine(golden.path).config
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     return num_tokens * per_token * (4 if dtype == "float32" else 2)

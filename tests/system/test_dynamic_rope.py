@@ -121,7 +121,7 @@ def moved(expected: Golden) -> list[Request]:
 
 @each_family
 def test_a_request_that_was_sent_again_goes_on_as_before(golden: AnyGolden, variant: str) -> None:
-    """Its prompt is what it was; the output so far is not a part of it."""
+    """Its prompt is what it was; the output so far does not belong to the prompt."""
     expected = golden(variant)
     engine = make_engine(expected, replace(BLOCKS, max_num_batched_tokens=16, max_num_seqs=4))
     found = engine.run(moved(expected))

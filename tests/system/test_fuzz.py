@@ -23,7 +23,7 @@ NUM_INPUTS = 2000
 
 
 class Silent:
-    """Nobody may get this far without the token."""
+    """No peer may get this far without the token."""
 
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
         raise AssertionError(f"{worker} sent {frame} without the token")

@@ -40,7 +40,7 @@ ENGINE = {"deterministic": True, "kv_fetch_limit_s": TIMEOUT_S}
 
 
 class CheapFetches(FetchCost):
-    """Fetching pays, whatever this machine is busy with."""
+    """Fetching pays, however busy this machine is."""
 
     def ratio(self, now_s: float) -> float:
         return 0.01
@@ -88,7 +88,7 @@ def answer(cluster: ServingCluster, rank: int, request: Request) -> list[TokenOu
 
 
 def wait_idle(cluster: ServingCluster) -> None:
-    """Until nobody holds a block: loans end a moment after they are used."""
+    """Wait until no request holds a block: loans end a moment after they are used."""
     deadline = time.monotonic() + TIMEOUT_S
     while cluster.blocks_in_use():
         assert time.monotonic() < deadline, "blocks leak"

@@ -28,19 +28,19 @@ class QueueSink:
     """One request's outputs."""
 
     def __init__(self) -> None:
-        self.news: asyncio.Queue[TokenOutput | ExpertMeshError] = asyncio.Queue()
+        self.outputs: asyncio.Queue[TokenOutput | ExpertMeshError] = asyncio.Queue()
 
     def put(self, output: TokenOutput) -> None:
-        self.news.put_nowait(output)
+        self.outputs.put_nowait(output)
 
     def fail(self, error: ExpertMeshError) -> None:
-        self.news.put_nowait(error)
+        self.outputs.put_nowait(error)
 
     async def finish(self) -> int:
         """Wait for the end; returns the cached tokens."""
         cached = 0
         while True:
-            output = await asyncio.wait_for(self.news.get(), TIMEOUT_S)
+            output = await asyncio.wait_for(self.outputs.get(), TIMEOUT_S)
             assert isinstance(output, TokenOutput), output
             assert not output.error, output.error
             cached += output.num_cached_tokens or 0
@@ -71,12 +71,12 @@ class Front:
             await self.pool.wait_change(TIMEOUT_S)
 
     async def learn(self, prompt: list[int], count: int) -> None:
-        """Wait until the index has this many blocks of a prompt: news may come after an answer."""
+        """Wait until the index has this many blocks of a prompt: events may follow an answer."""
         request = Request(request_id="", prompt=tuple(prompt), params=PARAMS)
         names = prompt_hashes(request, BLOCK, None)
         end = asyncio.get_running_loop().time() + TIMEOUT_S
         while max(self.pool.kv.matches(names).values(), default=0) < count:
-            assert asyncio.get_running_loop().time() < end, "the news never came"
+            assert asyncio.get_running_loop().time() < end, "the events never came"
             await asyncio.sleep(0.005)
 
     async def serve(self, prompt: list[int], salt: str = "") -> tuple[str, int]:

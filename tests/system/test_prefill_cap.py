@@ -1,4 +1,4 @@
-"""A long prompt on one attention worker holds up nobody's decodes for longer than a capped chunk.
+"""A long prompt on one attention worker holds up no decode for longer than a capped chunk.
 
 Counted in steps: how long a step takes is not looked at.
 """

@@ -139,7 +139,7 @@ def check_placement(cluster: ServingCluster) -> None:
 
 
 def follow(cluster: ServingCluster, num_changes: int, num_tokens: int = 60) -> dict[str, Any]:
-    """Shift the load until so many changes were made; the last snapshot."""
+    """Shift the load until this number of changes was made; the last snapshot."""
     stream = cluster.stream()
     domains = Domains(stream, num_tokens)
 
@@ -309,7 +309,7 @@ def test_a_move_that_takes_too_long_is_given_up(checkpoint: Path) -> None:
 
 
 def test_an_idle_cluster_rebalances_on_request(checkpoint: Path, tmp_path: Path) -> None:
-    """Nobody has work: the switch is an empty step."""
+    """No worker has work: the switch is an empty step."""
     manual = poorly_placed(config(checkpoint, redundant=4, enable_eplb=False), tmp_path)
     with serving(ThreadCluster(manual)) as cluster:
         stream = cluster.stream()

@@ -1,4 +1,4 @@
-"""What workers tell of the parts of their steps, from real ones to the exposition."""
+"""Timings of the parts of steps, from real workers to the exposition."""
 
 from __future__ import annotations
 

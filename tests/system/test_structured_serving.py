@@ -38,7 +38,7 @@ def request(name: str, text: str | None, max_tokens: int = 40) -> Request:
 
 
 class SlowCompiler:
-    """Compiles when the test lets it; its clock stands still until the test moves it."""
+    """Compiles when the test lets it; its clock moves only when the test moves it."""
 
     def __init__(self, runtime: AttentionRuntime) -> None:
         self._compile = runtime._grammars.compile

@@ -143,7 +143,7 @@ class SilentWorker(TrivialWorker):
 
 
 class StubbornWorker(TrivialWorker):
-    """Does not stop when told to."""
+    """Ignores the order to stop."""
 
     def stop(self) -> None:
         time.sleep(60)

@@ -33,7 +33,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Events:
-    """Keeps what the server tells."""
+    """Keeps the server's events."""
 
     def __init__(self) -> None:
         self.frames: asyncio.Queue[tuple[str, ControlFrame]] = asyncio.Queue()

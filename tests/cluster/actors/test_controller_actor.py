@@ -381,7 +381,7 @@ def test_a_restarted_controller_tries_again_and_says_so() -> None:
         snapshot = await actor.snapshot()
         assert snapshot["state"] == "RECOVERING"
         assert snapshot["error"].endswith("RuntimeError: Ray does not answer")
-        assert snapshot["term"] == 0  # nobody who knows the cluster follows it
+        assert snapshot["term"] == 0  # no worker of the cluster follows it
         with pytest.raises(StartError, match="Ray does not answer"):
             await actor.start(_config(), BANKS)
         with pytest.raises(ConflictError, match="Ray does not answer"):

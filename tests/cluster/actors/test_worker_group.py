@@ -117,7 +117,7 @@ def _nothing_is_left() -> bool:
 
 
 def _wait(is_so: Callable[[], bool]) -> None:
-    """What Ray tells of itself lags behind."""
+    """Ray's own reports lag behind."""
     deadline = time.monotonic() + LIMIT_S
     while not is_so():
         assert time.monotonic() < deadline, "never so"
@@ -132,7 +132,7 @@ class Bystander:
 
 
 def _told_threads(controller: Any) -> set[float | None]:
-    """What every worker tells now; None of one that is too busy to answer."""
+    """The current report of every worker; None where one is too busy to answer."""
     fresh = ray.get(controller.snapshot.remote(True), timeout=LIMIT_S)
     return {w["stats"].get("threads") for w in fresh["workers"]}
 
@@ -195,7 +195,7 @@ def test_one_failing_worker_ends_the_whole_start_in_its_own_words(kind: type, er
 
 
 def _restarted(controller: Any, pid: int) -> dict[str, Any]:
-    """The state as another process of the controller tells it."""
+    """The state as another process of the controller reports it."""
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
         with contextlib.suppress(RayActorError):

@@ -25,7 +25,7 @@ from cluster.launch.state_file import log_path
 
 
 def stages_path(name: str) -> Path:
-    """Where the stages are noted that the gateway was told of."""
+    """File for the stages that the gateway was sent."""
     return log_path(name).with_suffix(".stages")
 
 

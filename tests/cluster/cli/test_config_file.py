@@ -102,7 +102,7 @@ def test_what_differs_between_two_starts_is_told_by_flag() -> None:
 
 
 def origins(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, tuple[Any, str]]:
-    """What ``config`` says of each option."""
+    """The line of ``config`` for each option."""
     assert main(["config", "--json", *words]) == ExitCode.OK
     options = json.loads(capsys.readouterr().out)["options"]
     return {o["option"]: (o["value"], o["origin"]) for o in options}

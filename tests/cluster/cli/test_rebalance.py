@@ -1,4 +1,4 @@
-"""``rebalance``, and what ``status`` says of it."""
+"""``rebalance``, and its part of ``status``."""
 
 from __future__ import annotations
 

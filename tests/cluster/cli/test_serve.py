@@ -1,4 +1,4 @@
-"""What ``serve`` tells when it is ready."""
+"""What ``serve`` prints when it is ready."""
 
 from __future__ import annotations
 

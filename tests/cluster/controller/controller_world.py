@@ -236,7 +236,7 @@ class World:
             model.order = orders[-1] if orders else model.joined
 
     def restart_controller(self) -> None:
-        """Another one looks for workers; processes that stand still are found too."""
+        """Another one looks for workers; frozen processes are found too."""
         found = [n for n, w in self.workers.items() if not w.is_dead and n not in self.ended]
         self.collector = ReportCollector(
             found, self.now, limit_s=SETTINGS.collect_limit_s, confirm_s=SETTINGS.confirm_s
@@ -248,7 +248,7 @@ class World:
         return model.is_awake and not model.is_connected and model.name in self._expected
 
     def greet(self, name: str) -> None:
-        """A worker has been told of the new controller, and calls it."""
+        """A worker has got the address of the new controller, and calls it."""
         model = self.workers[name]
         assert self.collector is not None
         model.is_connected = True

@@ -48,7 +48,7 @@ def members_of(pools: Mapping[Role, int]) -> tuple[Member, ...]:
 
 
 class FakeWorkerGroup:
-    """A ``WorkerLink`` that keeps what it is told."""
+    """A ``WorkerLink`` that keeps its orders."""
 
     def __init__(self) -> None:
         self.sent: defaultdict[str, list[ControlFrame]] = defaultdict(list)
@@ -123,7 +123,7 @@ class FakeCluster:
         self.send(worker, Register(member=member))
 
     def load_all(self, infos: Mapping[str, Mapping[str, object]] | None = None) -> None:
-        """All workers register and have their weights; ``infos``: what some tell besides."""
+        """All workers register and have their weights; ``infos``: further facts of some."""
         for i, member in enumerate(self.members):
             self.register(member.name, pid=1000 + i)
         for member in self.members:
@@ -131,7 +131,7 @@ class FakeCluster:
             self.send(member.name, WorkerReady(info={**info, **(infos or {}).get(member.name, {})}))
 
     def join(self, worker: str, highest_step: int = 0, highest_epoch: int = 1) -> None:
-        """A worker takes part in the newest generation it was told of."""
+        """A worker takes part in the newest generation that it was sent."""
         order = self.link.last(worker, NewGeneration)
         assert order is not None
         number = order.generation.number

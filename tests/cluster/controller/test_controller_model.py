@@ -23,7 +23,7 @@ NUMBERS = st.integers(0, 9)
 
 
 class ControllerMachine(RuleBasedStateMachine):
-    """Workers die, stand still, wake up, blame each other; the controller dies and comes back."""
+    """Workers die, freeze, wake up, blame each other; the controller dies and comes back."""
 
     @initialize(
         num_attention=st.integers(1, 3), num_experts=st.integers(1, 4), spare=st.integers(0, 12)
@@ -92,7 +92,7 @@ class ControllerMachine(RuleBasedStateMachine):
 
     @rule(number=NUMBERS, other=NUMBERS)
     def blame(self, number: int, other: int) -> None:
-        """A worker that runs a generation has lost a peer of it."""
+        """A worker that runs a generation has lost a peer in this generation."""
         model, peer = self.world.workers[self._name(number)], self._name(other)
         members = {m.name for m in model.generation.members} - {model.name}
         if model.is_awake and model.runs and peer in members:
@@ -102,7 +102,7 @@ class ControllerMachine(RuleBasedStateMachine):
 
     @rule(number=NUMBERS)
     def fence(self, number: int) -> None:
-        """Nobody has renewed a worker's lease."""
+        """A worker's lease has expired."""
         model = self.world.workers[self._name(number)]
         if model.is_awake and model.generation.number:
             model.is_fenced, model.runs = True, False

@@ -60,7 +60,7 @@ def test_survivors_load_the_experts_of_a_lost_worker_while_the_generation_forms(
     assert order is not None
     assert order.placement.epoch == 2
     cluster.join_all(highest_step=6)
-    assert cluster.state == "RECOVERING"  # all have answered, nobody has all experts
+    assert cluster.state == "RECOVERING"  # all have answered, none has all experts
     assert cluster.answer_loads("expert-0") > 0
     assert cluster.state == "RECOVERING"
     cluster.now += 0.5
@@ -242,7 +242,7 @@ def test_a_worker_that_dies_three_times_while_starting_is_left_out() -> None:
             wait(cluster, 0.5)
         cluster.register(f"expert-1.{number}")
         cluster.send(f"expert-1.{number}", WorkerFailed(reason=ENOENT))
-        assert cluster.state == "DEGRADED"  # a death while starting disturbs nobody
+        assert cluster.state == "DEGRADED"  # a death while starting disturbs no other worker
         assert cluster.controller.generation.number == 2
     wait(cluster, 60.0)
     assert cluster.started() == ["expert-1.2", "expert-1.3", "expert-1.4"]
@@ -351,7 +351,7 @@ def test_a_restarted_controller_knows_what_the_cluster_shall_be() -> None:
 
 
 def restore(old: FakeCluster, memory: dict[str, Any]) -> CollectedState:
-    """What the workers of a cluster that serves tell the next controller."""
+    """What the workers of a cluster that serves report to the next controller."""
     collector = ReportCollector([m.name for m in old.members], 0.0, limit_s=1.0, confirm_s=0.1)
     generation = old.controller.generation
     for member in generation.members:

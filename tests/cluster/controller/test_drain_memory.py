@@ -83,7 +83,7 @@ def test_a_drain_goes_on_under_the_next_controller() -> None:
 
 
 def test_a_worker_that_had_left_is_ended_and_its_place_filled_again() -> None:
-    for num_unsent in (0, 9):  # the others have, or have not, been told of the new generation
+    for num_unsent in (0, 9):  # the others have, or have not, got the new generation
         world = World(2, 3, NUM_SPARE)
         operation_id = begin(world, "expert-2")
         world.tick(0.1)

@@ -72,7 +72,7 @@ def on_gpus(cluster: FakeCluster) -> FakeCluster:
 
 
 def load_all(cluster: FakeCluster, error: str = "") -> int:
-    """All workers have loaded what they were told to; the number of experts."""
+    """All workers have loaded as ordered; the number of experts."""
     num = 0
     for member in cluster.controller.generation.members:
         order = cluster.link.last(member.name, LoadExperts)

@@ -1,4 +1,4 @@
-"""What a restarted controller concludes from what the workers tell it."""
+"""What a restarted controller concludes from the workers' reports."""
 
 from __future__ import annotations
 

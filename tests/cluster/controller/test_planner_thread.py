@@ -31,7 +31,7 @@ LIMIT_S = 120.0
 
 
 class LaterExecutor(Executor):
-    """Does its work when it is told to."""
+    """Does its work when the test says so."""
 
     def __init__(self) -> None:
         self.waiting: list[tuple[Future[Any], Callable[[], Any]]] = []

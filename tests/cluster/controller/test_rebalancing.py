@@ -1,4 +1,4 @@
-"""When the controller rebalances, what it says of it, and what comes in between."""
+"""When the controller rebalances, what it reports, and what interrupts it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def make(
 
 
 def window(cluster: FakeCluster, counts: tuple[int, ...]) -> None:
-    """A window passes in which so many prompt tokens chose each expert, in both layers."""
+    """A window passes with these numbers of prompt tokens for each expert, in both layers."""
     cluster.rows += sum(counts) // 2  # type: ignore[attr-defined]
     cluster.counts = cluster.counts + np.array(counts)  # type: ignore[attr-defined]
     total = cluster.counts  # type: ignore[attr-defined]
@@ -84,7 +84,7 @@ def window(cluster: FakeCluster, counts: tuple[int, ...]) -> None:
 
 
 def obey(cluster: FakeCluster) -> int:
-    """Workers do what they are told, each frame once; returns the epochs that were switched."""
+    """Workers follow their orders, each frame once; returns the epochs that were switched."""
     switches = 0
     while any(cluster.link.sent.values()):
         for name in tuple(cluster.link.sent):

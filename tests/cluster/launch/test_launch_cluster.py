@@ -62,7 +62,7 @@ def run(*words: str, limit_s: float = START_LIMIT_S) -> subprocess.CompletedProc
 
 
 def shared_memory() -> set[str]:
-    """Files in shared memory that no process has mapped or open: nobody will remove them."""
+    """Files in shared memory that no process has mapped or open: no process will remove them."""
     files = {p.name for p in SHM.iterdir()} if SHM.is_dir() else set()
     return files - (_used_shared_memory() if files else set())
 
@@ -131,7 +131,7 @@ class Server:
 
 @pytest.fixture
 def servers(state_home: Path) -> Iterator[list[Server]]:
-    """Servers of a test; whatever is left of them is ended."""
+    """Servers of a test; those that still run are ended."""
     started: list[Server] = []
     yield started
     for server in started:
@@ -246,7 +246,7 @@ def test_sigterm_lets_a_stream_end(servers: list[Server]) -> None:
 
 
 def status_of(url: str, path: str) -> int:
-    """Of a GET; 0 where nobody answers."""
+    """Status of a GET; 0 where no server answers."""
     try:
         with urllib.request.urlopen(f"{url}{path}", timeout=120) as reply:
             return int(reply.status)

@@ -1,4 +1,4 @@
-"""What is told of the experts' load."""
+"""Reports of the experts' load."""
 
 from __future__ import annotations
 

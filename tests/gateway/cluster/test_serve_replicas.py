@@ -1,4 +1,4 @@
-"""Several replicas behind one route: whoever is asked tells of all of them."""
+"""Several replicas behind one route: each one reports all of them."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from workers.requests.wire import HELLO, TO_ENGINE, Abort, Hello, ToEngine
 
 
 class ListSink:
-    """Keeps what it is told."""
+    """Keeps its calls."""
 
     def __init__(self) -> None:
         self.outputs: list[TokenOutput] = []
@@ -45,7 +45,7 @@ class ListSink:
 
 
 class ListOwner:
-    """Remembers what a stream tells its owner."""
+    """Keeps the calls of a stream to its owner."""
 
     def __init__(self) -> None:
         self.returned: list[str] = []
@@ -263,7 +263,7 @@ def test_nobody_there_ends_the_stream() -> None:
 
 
 class _SwallowingCall:
-    """As gRPC's when the call ends while it is cancelled: of the two, only the end is told."""
+    """As gRPC's when the call ends while it is cancelled: of the two, only the end is reported."""
 
     def __init__(self, messages: object) -> None:
         self._cancelled = asyncio.Event()

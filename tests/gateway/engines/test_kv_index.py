@@ -1,4 +1,4 @@
-"""The index of prefixes: as plain sets would say, whatever order the news come in."""
+"""The index of prefixes: equal to plain sets, in any order of events."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_missed_news_ask_for_the_whole() -> None:
 def test_what_was_routed_is_expected_until_it_is_settled() -> None:
     index, prompt = KvIndex(), _names(0, 4)
     index.expect("a", prompt)
-    assert index.matches(prompt) == {}  # nobody has heard of that worker
+    assert index.matches(prompt) == {}  # an unknown worker
     index.apply("a", _whole())
     index.expect("a", prompt)
     index.expect("a", prompt[:2])
@@ -90,9 +90,9 @@ def test_it_follows_the_pools_of_several_workers() -> None:
         for block, name in zip(table, prompt, strict=False):
             pool.store(block, name)
         pool.release(table)
-        news = feed.change(pool.take_changes())
+        events = feed.change(pool.take_changes())
         is_missed = draw.random() < 0.1
-        if is_missed or not index.apply(worker, news):
+        if is_missed or not index.apply(worker, events):
             assert index.apply(worker, feed.whole())
         for prompt in prompts:
             expected = {w: len(p.find(prompt)) for w, p in pools.items() if p.find(prompt)}

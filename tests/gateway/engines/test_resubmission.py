@@ -1,4 +1,4 @@
-"""A worker goes, its requests go on at another one: nobody sees more than a pause."""
+"""A worker is lost, its requests continue at another one: clients see a pause at most."""
 
 from __future__ import annotations
 

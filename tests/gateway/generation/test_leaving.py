@@ -85,7 +85,7 @@ def takes_grpc(stack: Stack) -> bool:
 
 
 def test_the_end_of_the_server_comes_in_stages(stack: Stack) -> None:
-    """Not ready but serving; then nobody else; then not even those that run."""
+    """Not ready but serving; then no new requests; then not even running ones."""
     stack.engine.pause_after = 2
     with stack.http.stream("POST", "/v1/completions", json=ENDLESS | {"stream": True}) as running:
         lines = (line for line in running.iter_lines() if line)
@@ -110,7 +110,7 @@ def test_the_end_of_the_server_comes_in_stages(stack: Stack) -> None:
 
 
 def end(stack: Stack, stage: EndStage) -> int:
-    """Tell the gateway how far the end is; the requests that run."""
+    """Send the gateway a stage of the end; returns the requests that run."""
 
     async def tell() -> int:
         return stack.gateway.end(stage, time.monotonic())

@@ -246,7 +246,7 @@ def test_both_codecs_refuse_inspections_alike(
 
 
 def test_an_answer_in_json_is_smaller(stack: Stack) -> None:
-    """The size is told before work starts, with the limit."""
+    """The size is reported before work starts, with the limit."""
     prompts = [[5] * MAX_MODEL_LEN] * 20
     response = post(stack, "/v1/inspect", token_ids=prompts, outputs=["logits"])
     size = 4 * 20 * MAX_MODEL_LEN * VOCAB_SIZE

@@ -160,7 +160,7 @@ def test_time_limits(moody: Stack, is_started: bool, status: int) -> None:
 
 
 class _StuckTokenizer(Tokenizer):
-    """Goes on when it is told to."""
+    """Continues when the test says so."""
 
     def __init__(self) -> None:
         super().__init__(tiny_backend())
@@ -328,7 +328,7 @@ def test_a_queue_that_is_longer_than_the_time_refuses_at_once(moody: Stack) -> N
 
 
 def test_a_time_limit_of_nothing_is_no_lost_worker(stack: Stack) -> None:
-    """It may be over before a worker was even picked; nobody was lost then."""
+    """It may be over before a worker was even picked; no worker was lost then."""
     for limit_ms in (1, 1, 1, 2, 3) * 6:
         headers = {"x-request-timeout-ms": str(limit_ms)}
         body = {"prompt": "x", "max_tokens": 400}

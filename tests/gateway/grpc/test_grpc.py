@@ -332,7 +332,7 @@ def test_a_deadline_ends_the_work(stack: Stack, stub: InferenceStub) -> None:
 
 
 def test_a_deadline_is_not_a_client_that_left(stack: Stack, stub: InferenceStub) -> None:
-    """Whether its end is heard of before the deadline has passed here or after."""
+    """Whether its end arrives before the deadline has passed here or after."""
     metrics = stack.gateway.metrics
 
     def counts() -> dict[str, float]:
@@ -442,7 +442,7 @@ def test_what_a_key_would_open_is_refused_by_name_and_counted() -> None:
         _, _, details = failure(lambda: list(call))
         assert details["RequestInfo"].request_id == "mine"
         assert dict(call.initial_metadata())["x-request-id"] == "mine"
-        for name in ("a", "b"):  # as HTTP asks for a key at paths that there are not
+        for name in ("a", "b"):  # as HTTP asks for a key at unknown paths
             unknown: Any = channel.unary_unary(f"/secret.v1.Things/{name}", bytes, bytes)
             code, _, details = failure(lambda unknown=unknown: unknown(b""))
             assert code is CODES.UNAUTHENTICATED

@@ -43,7 +43,7 @@ def test_a_silent_connection_is_closed_after_its_ping() -> None:
 
 
 def refusals(stub: InferenceStub, num_bytes: int) -> list[str]:
-    """What the server says to calls with a value of so many bytes in their metadata."""
+    """What the server says to calls with a metadata value of this size."""
     metadata = (("x-pad", "x" * num_bytes),)
     calls = [  # without a time limit, which is metadata too
         stub.ListModels.future(pb.ListModelsRequest(), metadata=metadata) for _ in range(NUM_TRIES)

@@ -26,7 +26,7 @@ COMPLETIONS = "/v1/completions"
 
 @pytest.fixture(autouse=True)
 def _goes_on_serving(stack: Stack) -> Iterator[None]:
-    """Whatever a test sends: nothing but good requests reached the engine, and it still serves."""
+    """After each test: only good requests have reached the engine, and it still serves."""
     yield
     for task in stack.engine.running:
         raise AssertionError(f"{task} was left running")

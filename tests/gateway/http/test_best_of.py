@@ -1,4 +1,4 @@
-"""``best_of``: more choices are drawn than told, and those of the most probable tokens are told."""
+"""``best_of``: more choices are drawn than returned: those with the most probable tokens."""
 
 from __future__ import annotations
 

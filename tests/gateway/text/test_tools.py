@@ -160,7 +160,7 @@ def test_answers_follow_the_tools(
 
 
 def test_arguments_that_a_schema_does_not_name(compiler: GrammarCompiler) -> None:
-    """JSON schema allows them unless told not to; functions do not have them."""
+    """JSON schema allows them by default; functions do not have them."""
     text = '<tool_call>\n{"name": "f", "arguments": {"city": 1, "more": 2}}\n</tool_call>'
     schema: dict[str, Any] = {"properties": {"city": {"type": "integer"}}}
     for parameters, is_open in (

@@ -106,14 +106,14 @@ class Clients:
     url: str
     answers: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
-    _news: threading.Condition = field(default_factory=threading.Condition)
+    _added: threading.Condition = field(default_factory=threading.Condition)
     _is_over: threading.Event = field(default_factory=threading.Event)
 
     def wait_for(self, number: int) -> None:
-        """Until there are so many answers more."""
-        with self._news:
+        """Wait for this number of further answers."""
+        with self._added:
             wanted = len(self.answers) + number
-            assert self._news.wait_for(lambda: len(self.answers) >= wanted or self.errors, LIMIT_S)
+            assert self._added.wait_for(lambda: len(self.answers) >= wanted or self.errors, LIMIT_S)
 
     def _ask(self) -> None:
         while not self._is_over.is_set():
@@ -124,8 +124,8 @@ class Clients:
                 self._is_over.set()
             else:
                 self.answers.append(answer)
-            with self._news:
-                self._news.notify_all()
+            with self._added:
+                self._added.notify_all()
 
     @contextmanager
     def asking(self) -> Iterator[None]:

@@ -150,7 +150,7 @@ def test_a_worker_that_reaches_nobody_stops_by_itself_until_it_is_called(
         address = cluster.worker("attention-0")["engine_address"]
         cluster.crash_controller()
         for name in ("expert-0", "expert-1"):
-            cluster.group.runtimes[name]._fence("for this test")  # no step of it any more
+            cluster.group.runtimes[name]._fence("for this test")  # it runs no further step
         stream.send(requests("hit")[0])
         stream.wait_ended()
         refused = EngineStream(address)

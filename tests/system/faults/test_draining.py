@@ -186,7 +186,7 @@ def restart_all(cluster: ServingCluster) -> list[str]:
 
 
 def roll(cluster: ServingCluster, form: Form) -> None:
-    """A rolling restart; clients ask again and again until it is done, and cannot tell."""
+    """A rolling restart; clients ask again and again until it is done, and notice nothing."""
     expected = undisturbed(form)
     calls = make_calls(form.num_streams, form.num_tokens)
     with ThreadPoolExecutor(1) as pool, gateway_of(cluster) as gateway:

@@ -1,4 +1,4 @@
-"""The controller dies or stands still, alone or with a worker, while streams are under way."""
+"""The controller dies or freezes, alone or with a worker, while streams are under way."""
 
 from __future__ import annotations
 

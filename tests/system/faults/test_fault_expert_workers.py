@@ -1,4 +1,4 @@
-"""Workers with experts are killed while streams are under way: nobody notices, others take over.
+"""Workers with experts are killed while streams are under way: no client notices, others take over.
 
 One cluster of real actors for each layout plays several rows, each from a whole cluster on: so
 every row also shows that the one before was made good.

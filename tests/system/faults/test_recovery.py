@@ -66,7 +66,7 @@ def requests(num_tokens: int, prefix: str) -> list[Request]:
 
 
 def wait_for_tokens(stream: EngineStream, count: int) -> None:
-    """Until so many outputs came; they are put back for the collector."""
+    """Wait for this number of outputs; they are put back for the collector."""
     seen = [stream.next() for _ in range(count)]
     stream.put_back(seen)
 
@@ -116,7 +116,7 @@ def three_colocated_workers() -> ClusterConfig:
 def lose_one_of_three(
     cluster: ServingCluster, lost: int, num_tokens: int, kill: Callable[[str], None]
 ) -> None:
-    """Both survivors' streams go on as undisturbed, whoever led."""
+    """Both survivors' streams continue as undisturbed, with either leader."""
     ranks = [rank for rank in range(3) if rank != lost]
     streams = {rank: cluster.stream(rank) for rank in ranks}
     asked = {r: requests(num_tokens, f"calm-{r}")[r::3] for r in ranks}

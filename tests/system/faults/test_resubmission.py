@@ -1,4 +1,4 @@
-"""An attention worker dies in the middle of requests of every kind: their answers tell nothing."""
+"""An attention worker dies in the middle of requests of every kind: their answers show nothing."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ GENERATED: dict[str, dict[str, Any]] = {
 
 
 async def generate(gateway: Gateway, name: str, fields: GenerateFields) -> Any:
-    """Everything that a client is told, and the usage."""
+    """Everything that a client gets, and the usage."""
     with await gateway.start(fields, name, LIMIT_S) as generation:
         choices = [_untimed(choice) for choice in await collect(generation)]
     return choices, generation.usage
@@ -70,7 +70,7 @@ def _untimed(choice: ChoiceDelta) -> ChoiceDelta:
 
 
 async def read(gateway: Gateway) -> Any:
-    """Readings of every kind, of prompts of several steps."""
+    """Pooling calls of every kind, with prompts of several steps."""
     reader, options = Reader(gateway), PoolingOptions(timeout_s=LIMIT_S)
     long, other = prompt(400, 1), prompt(300, 2)
     fields = InspectFields(
@@ -96,7 +96,7 @@ async def read(gateway: Gateway) -> Any:
 
 
 async def ask_everything(gateway: Gateway) -> list[Any]:
-    """All of it at once, twice, so that each worker has some of each kind."""
+    """All calls at once, twice, so that each worker has some of each kind."""
     asked = [
         generate(gateway, f"{name}-{i}", fields)
         for i in range(2)
@@ -149,7 +149,7 @@ def test_every_kind_of_request_goes_on_as_if_nothing_had_been() -> None:
 
 
 def is_undisturbed(gateway: Gateway) -> bool:
-    """Whether it has heard of no loss; a busy one may hear of the recovery's end first."""
+    """Whether it knows of no loss; a busy gateway may see the recovery's end first."""
     snapshot = gateway.cluster.snapshot or {}
     return (snapshot["generation"], snapshot["state"] == "RECOVERING") == (1, False)
 

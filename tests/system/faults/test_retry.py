@@ -1,4 +1,4 @@
-"""A step that fails anywhere runs again, and nobody can tell: not by a token, not by a bit."""
+"""A step that fails anywhere runs again, and no token and no bit differs."""
 
 from __future__ import annotations
 

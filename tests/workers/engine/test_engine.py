@@ -37,7 +37,7 @@ def prompts(count: int, longest: int = 40, seed: int = 0) -> list[tuple[int, ...
 
 
 def section_with_blocks(path: Path, num_blocks: int) -> EngineSection:
-    """An engine section whose KV memory holds exactly so many blocks (float32)."""
+    """An engine section whose KV memory holds exactly this number of blocks (float32)."""
     probe = LocalEngine(path)
     section = EngineSection(block_size_tokens=4, max_num_seqs=8)
     each = block_bytes(probe.config, section.block_size_tokens, torch.float32)

@@ -1,4 +1,4 @@
-"""Grammars and masks in the engine: outputs that follow them, whatever happens to the steps."""
+"""Grammars and masks in the engine: outputs that follow them, also where steps fail."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_a_death_in_which_it_did_not_run_is_not_its_doing() -> None:
 
 
 def test_what_was_given_up_before_a_generation_runs_is_not_held_against_it() -> None:
-    """Its step was given up because somebody joined, who dies later, in no step of it."""
+    """Its step was abandoned because a worker joined, which dies later, outside its steps."""
     isolation = twice_hit("a")
     assert isolation.offer(always, 0.0) == "a"
     isolation.take("a")
@@ -157,7 +157,7 @@ def test_a_plan_leaves_out_who_is_held_back_or_not_alone() -> None:
 
 
 class Cluster:
-    """One engine whose peers die when told to."""
+    """One engine whose peers die at the test's order."""
 
     def __init__(self, checkpoint: Path) -> None:
         local = LocalEngine(checkpoint, wrap=FailingDispatcher)

@@ -47,7 +47,7 @@ def poisoned(kind: str) -> dict[str, Tensor]:
             tensor[-1] = 0
     if kind == "embedding":
         embedding[BAD] = float("nan")
-    elif kind == "expert":  # nobody else goes to the first expert of the second layer
+    elif kind == "expert":  # no other row goes to the first expert of the second layer
         tensors["model.layers.1.mlp.gate.weight"][0] = 0
         tensors["model.layers.1.mlp.gate.weight"][0, -1] = 1e4
         tensors["model.layers.1.mlp.experts.0.up_proj.weight"][3] = float("nan")

@@ -1,4 +1,4 @@
-"""200 requests through a KV pool that holds ten: many give way, and nobody can tell."""
+"""200 requests through a KV pool that holds ten: many are preempted, and no output differs."""
 
 from __future__ import annotations
 

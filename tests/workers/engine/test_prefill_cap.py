@@ -22,7 +22,7 @@ def make_cap() -> PrefillCap:
 
 
 def linear(fixed_ms: float, decode_ms: float, prefill_ms: float) -> StepTime:
-    """So many milliseconds a step, a decode row, a prompt row."""
+    """Milliseconds of a step, a decode row, a prompt row."""
     return lambda d, p: (fixed_ms + decode_ms * d + prefill_ms * p) / 1000
 
 

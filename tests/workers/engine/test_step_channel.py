@@ -1,4 +1,4 @@
-"""The step protocol between real hubs: headers, the doorbell, idling, nonsense."""
+"""The step protocol between real peer connections: headers, the doorbell, idling, nonsense."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Cluster:
         self.start(1, self.all_connections, first_step=1)
 
     def open_channels(self, leaders_cap: PrefillCap) -> None:
-        """New channels on the same hubs; only the first one leads."""
+        """New channels on the same connections; only the first one leads."""
         caps = [leaders_cap, *(PrefillCap(max_rows=1) for _ in self.all_connections[1:])]
         self.channels = [
             StepChannel(h, prefill_cap=c) for h, c in zip(self.all_connections, caps, strict=True)

@@ -138,7 +138,7 @@ def test_bfloat16_is_near_golden(golden: Callable[[str], Golden], variant: str) 
 
 
 def bits_of(arrays: dict[str, Tensor]) -> dict[str, bytes]:
-    """All but attention maps, which are told up to rounding."""
+    """All but attention maps, which vary within rounding."""
     return {
         name: array.numpy().tobytes()
         for name, array in arrays.items()

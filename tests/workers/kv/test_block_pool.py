@@ -164,7 +164,7 @@ def test_changes_tell_what_is_new_and_what_is_gone() -> None:
     assert (changes.stored, changes.removed) == ((name(1), name(2)), ())
     fill(pool, 3)  # 2 goes, the end of the first table
     fill(pool, 4)  # 1 goes
-    fill(pool, 1)  # 3 goes, which nobody was told of; 1 is back
+    fill(pool, 1)  # 3 goes, which was never reported; 1 is back
     changes = pool.take_changes()
     assert (changes.stored, changes.removed) == ((name(4),), (name(2),))
     assert pool.take_changes().stored == ()
@@ -182,6 +182,6 @@ def test_hashes_cover_salt_position_and_every_token() -> None:
 
 
 def test_hashes_are_the_same_in_every_process() -> None:
-    """An index of prefixes holds what several workers tell."""
+    """An index of prefixes holds the reports of several workers."""
     known = chain_hash(root_hash("tenant"), (1, 2, 50303))
     assert known.hex() == "a937842d78963777663658bfbefd89c1a3e9007e1135957d27bdb05e9e0a5681"

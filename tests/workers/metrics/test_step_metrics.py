@@ -1,4 +1,4 @@
-"""Spans of steps as histograms: which steps, which phase, what a bubble is."""
+"""Laps of steps as histograms: which steps, which phase, what a bubble is."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def header_of(step: int, prefill_rows: int = 0) -> StepHeader:
     )
 
 
-def measure(metrics: StepMetrics, header: StepHeader, *spans: tuple[str, int]) -> bool:
-    """One step with spans of so many milliseconds."""
+def measure(metrics: StepMetrics, header: StepHeader, *laps: tuple[str, int]) -> bool:
+    """One step with laps of these lengths in milliseconds."""
     wanted = metrics.begin_step(header)
     if wanted:
-        for name, length in spans:
+        for name, length in laps:
             metrics.add(name, 0, length * MS, {})
         metrics.flush()
     return wanted

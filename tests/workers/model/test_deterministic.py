@@ -79,7 +79,7 @@ def alone(golden: AnyGolden) -> Callable[[str, str], Bits]:
 
 
 def kv_bytes(config: ModelConfig, num_tokens: int, dtype: str) -> int:
-    """Memory for the keys and values of so many tokens."""
+    """Memory for the keys and values of this number of tokens."""
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     return num_tokens * per_token * (4 if dtype == "float32" else 2)
 
@@ -116,7 +116,7 @@ def test_company_and_history_change_no_bit(
 def test_dynamic_rotation_depends_on_the_row_alone(
     golden: AnyGolden, alone: Callable[[str, str], Bits]
 ) -> None:
-    """Powers and cosines of a row are computed in the step, for all rows of it."""
+    """Powers and cosines of a row are computed in the step, for all its rows."""
     engine = make_engine(golden("olmoe-rope-dynamic"), "float32", max_num_batched_tokens=300)
     found = bits_of(engine, mixed_requests(engine.config.vocab_size))
     assert found == alone("olmoe-rope-dynamic", "float32")

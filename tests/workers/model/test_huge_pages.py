@@ -34,7 +34,7 @@ def anonymous_bytes() -> int:
 def collapse_here(rank: int, size: int, ports: list[int]) -> tuple[int, int, bool]:
     """Collapsed bytes, how much more memory is in use, and whether it has its contents."""
     used = torch.arange(NUM_BYTES // 8)
-    empty = torch.empty(8 * NUM_BYTES, dtype=torch.uint8)  # no page of it was touched
+    empty = torch.empty(8 * NUM_BYTES, dtype=torch.uint8)  # none of its pages was touched
     before = anonymous_bytes()
     collapsed = collapse(limit_s=60.0)
     grown = anonymous_bytes() - before

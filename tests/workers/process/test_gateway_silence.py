@@ -1,4 +1,4 @@
-"""Gateways that stand still with their streams open."""
+"""Frozen gateways with their streams open."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_gateway_that_falls_silent_is_dropped_with_its_stream_open(inbox: Inbo
 
         reader = threading.Thread(target=read)
         reader.start()
-        assert said.wait(TIMEOUT_S)  # it hears of it, should it still live
+        assert said.wait(TIMEOUT_S)  # it learns that, should it still live
         outgoing.put(None)
         reader.join(TIMEOUT_S)
     taken: list[Command] = inbox.take()

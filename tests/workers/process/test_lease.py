@@ -9,7 +9,7 @@ from workers.process.lease import Lease, LeaseClock, TermGuard
 
 
 class Owner:
-    """A worker's commits, and what its lease told it."""
+    """A worker's commits, and the calls of its lease."""
 
     def __init__(self) -> None:
         self.committed = 0.0

@@ -101,7 +101,7 @@ class Vocabulary:
 def vocabulary(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Vocabulary:
-    """Both vocabularies; special tokens stand for nothing."""
+    """Both vocabularies; special tokens have no text."""
     folder, size, eos = DEMO, VOCAB, EOS
     if request.param == "olmoe":
         folder, size, eos = tmp_path_factory.mktemp("olmoe"), 50304, 50279

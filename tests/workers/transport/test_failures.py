@@ -56,7 +56,7 @@ def home(header: StepHeader) -> Callable[[int, TokenDispatcher], list[Tensor]]:
 
 
 def start_home(mesh: Mesh, header: StepHeader) -> Future[list[Tensor]]:
-    """Attention rank 0 runs a step that nobody serves yet."""
+    """Attention rank 0 runs a step that no worker serves yet."""
     dispatcher = mesh["attention-0"].dispatcher
     assert dispatcher is not None
     return mesh.pool.submit(home(header), 0, dispatcher)

@@ -1,4 +1,4 @@
-"""Edges of real hubs on loopback: opening, refusing, closing, waking, and rubbish on the port."""
+"""Edges of real peer connections: opening, refusing, closing, waking, rubbish on the port."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 class OpenPeer:
-    """Makes hubs and closes them."""
+    """Makes peer connections and closes them."""
 
     def __init__(self) -> None:
         self.made: list[PeerConnections] = []

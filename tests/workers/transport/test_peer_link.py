@@ -202,7 +202,7 @@ def test_rubbish_ends_one_connection_only() -> None:
 
 
 class LyingServer:
-    """Passes the handshake, takes a question, and answers as it is told to."""
+    """Passes the handshake, takes a question, and answers as the test says."""
 
     def __init__(self, answer: Callable[[socket.socket], None]) -> None:
         self._answer = answer
@@ -269,5 +269,5 @@ def test_a_peer_that_is_silent_or_breaks_off_is_given_up() -> None:
     server = LyingServer(lambda sock: sock.shutdown(socket.SHUT_RDWR))
     with closing(server), pytest.raises(PeerLostError, match="attention-0"):
         fetch(peer_at(server.address), (0, 1))
-    with pytest.raises(TransportError):  # nobody listens there any more
+    with pytest.raises(TransportError):  # no process listens there any more
         fetch(peer_at(server.address), (0, 1), limit_s=1.0)

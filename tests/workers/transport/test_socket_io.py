@@ -78,4 +78,4 @@ def test_a_wait_ends_with_a_ring_or_its_time() -> None:
     assert time.monotonic() - began < TIMEOUT_S
     ringer.join(TIMEOUT_S)
     pipe.close()
-    pipe.ring()  # nobody watches any more
+    pipe.ring()  # no thread watches any more

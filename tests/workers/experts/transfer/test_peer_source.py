@@ -172,7 +172,7 @@ def test_rubbish_ends_one_connection_only(
 
 
 class LyingServer:
-    """Passes the handshake, then answers every question as it is told to."""
+    """Passes the handshake, then answers every question as the test says."""
 
     def __init__(self, answer: Callable[[socket.socket, int, int], None]) -> None:
         self._answer = answer

@@ -1,4 +1,4 @@
-"""What families tell the rest of the system: banks, exchanges, expert matrices, cached heads."""
+"""What other modules read of families: banks, exchanges, expert matrices, cached heads."""
 
 from __future__ import annotations
 

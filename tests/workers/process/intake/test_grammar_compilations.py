@@ -1,4 +1,4 @@
-"""Requests wait for their grammar in a thread of its own; nobody else waits with them."""
+"""Requests wait for their grammar in a thread of its own; no other request waits with them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Workshop:
         assert self.woken.acquire(timeout=WAIT_S)
 
     def wait_started(self, count: int) -> None:
-        """Wait until so many more grammars were begun."""
+        """Wait until this number of further grammars was begun."""
         for _ in range(count):
             assert self.started.acquire(timeout=WAIT_S)
 
@@ -133,7 +133,7 @@ def test_a_grammar_over_its_time_is_refused_by_name(
     assert isinstance(done.error, RequestError)
     assert done.error.param == "structured_outputs"
     assert "within 2 s" in done.error.message
-    workshop.finish("x")  # the thread ends later: nobody minds
+    workshop.finish("x")  # the thread ends later, without effect
     assert waiting.take() == []
     assert waiting.wait_s(60.0) == 60.0
 
