@@ -60,17 +60,9 @@ class AdminCalls:
     async def GetExpertLoad(self, request: pb.GetExpertLoadRequest) -> pb.ExpertLoad:
         """Tokens by layer, expert and worker."""
         found = await self._ask("load")
-        return pb.ExpertLoad(
-            epoch=found["epoch"],
-            banks=map(_bank_load, found["banks"]),
-            model=found["model"] or "",
-            top_k=found["top_k"],
-            tokens=found["tokens"],
-            window_tokens=found.get("window_tokens", 0),
-            average_tokens=found.get("average_tokens", 0),
-            balancedness=pb.Balancedness(**found.get("balancedness", {})),
-            workers=[name or "" for name in found.get("workers", ())],
-        )
+        workers = [name or "" for name in found.get("workers", ())]
+        banks = [_bank_load(bank) for bank in found["banks"]]
+        return _message(pb.ExpertLoad, {**found, "banks": banks, "workers": workers})
 
     async def ListWorkers(self, request: pb.ListWorkersRequest) -> pb.ListWorkersResponse:
         """Every worker, lost ones included."""
@@ -187,26 +179,16 @@ def _message(kind: type[AnyMessage], values: Mapping[str, Any]) -> AnyMessage:
 
 
 def _bank_maps(bank: Mapping[str, Any]) -> pb.BankMaps:
-    return pb.BankMaps(
-        bank=bank["bank"],
-        layer=bank["layer"],
-        physical_to_logical=(pb.ExpertSlots(experts=s) for s in bank["physical_to_logical"]),
-        load=bank["load"],
-        balancedness=pb.Balancedness(**bank["balancedness"]),
-    )
+    slots = [pb.ExpertSlots(experts=experts) for experts in bank["physical_to_logical"]]
+    return _message(pb.BankMaps, {**bank, "physical_to_logical": slots})
 
 
 def _bank_load(bank: Mapping[str, Any]) -> pb.BankLoad:
-    return pb.BankLoad(
-        bank=bank["bank"],
-        layer=bank["layer"],
-        load=bank["counts"],
-        balancedness=pb.Balancedness(**bank["balancedness"]),
-        prefill=bank["prefill"] or (),
-        decode=bank["decode"] or (),
-        window=bank["window"] or (),
-        average=bank["average"] or (),
-        slots=(pb.SlotTokens(tokens=tokens) for tokens in bank["slots"] or ()),
-        prefill_balancedness=pb.Balancedness(**bank["phases"]["prefill"]),
-        decode_balancedness=pb.Balancedness(**bank["phases"]["decode"]),
-    )
+    values = {
+        **bank,
+        "load": bank["counts"],
+        "slots": [pb.SlotTokens(tokens=tokens) for tokens in bank["slots"] or ()],
+        "prefill_balancedness": bank["phases"]["prefill"],
+        "decode_balancedness": bank["phases"]["decode"],
+    }
+    return _message(pb.BankLoad, values)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
-from gateway.core.tool_use import AnswerForm, ToolUse
+from gateway.core.tool_use import ToolForm, ToolUse
 from workers.requests.inspection import Inspection
 from workers.requests.prompt_embeds import PromptEmbeds
 from workers.requests.request import Grammar, Request, SamplingParams
@@ -114,8 +114,12 @@ class GenerateFields:
     """Tokens of each prompt that are kept; -1 keeps what leaves room for the output."""
     truncation_side: str | None = None
     """left (default) or right: where tokens are dropped."""
-    tool_form: AnswerForm | None = None
+    tool_form: ToolForm | None = None
     """The form of calls in the output; set once the model's chat template is known."""
+
+    @property
+    def tools(self) -> ToolUse | None:
+        return self.chat.tools if self.chat is not None else None
 
     @property
     def num_returned(self) -> int:

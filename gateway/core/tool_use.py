@@ -18,15 +18,6 @@ class ToolForm(Enum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AnswerForm:
-    """How an answer holds calls."""
-
-    calls: ToolForm
-    must_call: bool = False
-    """There is no text but calls."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Tool:
     """One function that the model may call."""
 

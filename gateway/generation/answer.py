@@ -11,7 +11,7 @@ from gateway.core.call import GenerateCall
 from gateway.core.delta import ChoiceDelta
 from gateway.generation.generation import Generation
 from gateway.text.tokenizer import Tokenizer
-from gateway.text.tool_calls import ParsedPiece, ToolCall, ToolParser, parse_answer
+from gateway.text.tool_calls import ParsedPiece, ToolParser
 from workers.requests.request import TokenLogprob
 
 LOWEST_LOGPROB = -9999.0
@@ -67,17 +67,12 @@ class TextFormat:
 
     def _parse(self, delta: ChoiceDelta) -> tuple[ParsedPiece, bool]:
         """Text and calls in a piece of a choice, and whether the choice ends with calls."""
-        form = self.call.fields.tool_form
-        if form is None:
-            return ParsedPiece(delta.text, ()), False
-        parser = self._parsers.setdefault(delta.index, ToolParser(form))
+        form, tools = self.call.fields.tool_form, self.call.fields.tools
+        if form is None or tools is None:
+            return ParsedPiece(delta.text), False
+        parser = self._parsers.setdefault(delta.index, ToolParser(form, tools.must_call))
         parsed = parser.feed(delta.text, is_last=delta.finish is not None)
         return parsed, parser.has_calls
-
-    def _parse_whole(self, choice: ChoiceDelta) -> tuple[str, list[ToolCall], bool]:
-        """Text and calls of a whole choice, and whether it ends with calls."""
-        form = self.call.fields.tool_form
-        return (choice.text, [], False) if form is None else parse_answer(form, choice.text)
 
     def _name(self, token_id: int) -> str:
         """A token as log-probabilities name it."""

@@ -11,7 +11,7 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import ChatInput, GenerateFields
 from gateway.core.field_checks import check_chat
 from gateway.core.model import ModelFacts
-from gateway.core.tool_use import AnswerForm, ToolForm
+from gateway.core.tool_use import ToolForm
 from gateway.generation.validate import check_context, check_token_ids, truncate
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.client_templates import ClientTemplates, TemplateAnswer
@@ -113,13 +113,13 @@ class PromptMaker:
 
     def _with_tools(self, fields: GenerateFields, form: ToolForm) -> GenerateFields:
         """The same fields, with the grammar that calls of their tools follow."""
-        if fields.chat is None or fields.chat.tools is None:
+        if (use := fields.tools) is None:
             return fields
-        use, special_ids = fields.chat.tools, self.require_tokenizer("tools").special_ids
+        special_ids = self.require_tokenizer("tools").special_ids
         return replace(
             fields,
             grammar=tool_grammar(use, form, special_ids, fields.grammar),
-            tool_form=AnswerForm(calls=form, must_call=use.must_call),
+            tool_form=form,
             skip_special_tokens=False,
         )
 

@@ -49,16 +49,16 @@ class GrpcFormat(TextFormat):
         )
 
     def _choice(self, choice: ChoiceDelta) -> pb.GenerateChoice:
-        text, calls, is_call = self._parse_whole(choice)
+        parsed, is_call = self._parse(choice)
         return pb.GenerateChoice(
             index=choice.index,
-            text=text,
+            text=parsed.content,
             token_ids=[token.token_id for token in choice.tokens],
             logprobs=self._logprobs((*choice.echo_tokens, *choice.tokens)),
             finish_info=finish_message(choice.finish, is_call),
             tool_calls=[
                 types_pb2.ToolCall(id=call.call_id, name=call.name, arguments=call.arguments)
-                for call in calls
+                for call in parsed.joined().calls
             ],
         )
 

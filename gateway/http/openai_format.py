@@ -16,7 +16,7 @@ from gateway.generation.answer import (
 )
 from gateway.generation.generation import Generation
 from gateway.text.tokenizer import Tokenizer
-from gateway.text.tool_calls import CallDelta, ParsedPiece, ToolCall
+from gateway.text.tool_calls import CallDelta, ParsedPiece
 from workers.requests.request import FinishReason, TokenLogprob
 
 
@@ -194,14 +194,13 @@ class ChatFormat(AnswerFormat):
 
     def _message(self, choice: ChoiceDelta) -> tuple[dict[str, Any], bool]:
         """A choice's ``message``, and whether it ends with calls."""
-        content, calls, has_calls = self._parse_whole(choice)
+        parsed, is_call = self._parse(choice)
+        content = parsed.content
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if not calls:
-            return message, False
-        named = [
-            {"id": call.call_id, "type": "function", "function": _function(call)} for call in calls
-        ]
-        return {**message, "content": content or None, "tool_calls": named}, has_calls
+        if parsed.calls:
+            named = [_named_call(call) for call in parsed.joined().calls]
+            message |= {"content": content or None, "tool_calls": named}
+        return message, is_call
 
     def _choice(self, choice: ChoiceDelta) -> dict[str, Any]:
         message, is_call = self._message(choice)
@@ -263,19 +262,15 @@ def _tool_delta(parsed: ParsedPiece) -> dict[str, Any]:
         delta["tool_calls"] = [
             {"index": call.index, "function": {"arguments": call.arguments}}
             if call.name is None
-            else {
-                "index": call.index,
-                "id": call.call_id,
-                "type": "function",
-                "function": _function(call),
-            }
+            else {"index": call.index, **_named_call(call)}
             for call in parsed.calls
         ]
     return delta
 
 
-def _function(call: ToolCall | CallDelta) -> dict[str, str | None]:
-    return {"name": call.name, "arguments": call.arguments}
+def _named_call(call: CallDelta) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.call_id, "type": "function", "function": function}
 
 
 def _finish_fields(finish: Finish | None, is_call: bool = False) -> dict[str, Any]:

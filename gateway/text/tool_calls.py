@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
+from itertools import groupby
 
-from gateway.core.tool_use import AnswerForm
+from gateway.core.tool_use import ToolForm
 
 _NAME = '{"name": "'
 _ARGUMENTS = '"arguments": '
@@ -31,16 +32,15 @@ class ParsedPiece:
     """What a piece of text turned out to be."""
 
     content: str
-    calls: tuple[CallDelta, ...]
+    calls: tuple[CallDelta, ...] = ()
 
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    call_id: str
-    """Names it in the conversation."""
-    name: str
-    arguments: str
-    """JSON text; cut short where the answer was."""
+    def joined(self) -> ParsedPiece:
+        """The same of a whole answer, with one piece for each call."""
+        calls: list[CallDelta] = []
+        for _, pieces in groupby(self.calls, key=lambda call: call.index):
+            first, *rest = pieces
+            calls.append(replace(first, arguments="".join(piece.arguments for piece in rest)))
+        return ParsedPiece(self.content, tuple(calls))
 
 
 class _State(Enum):
@@ -60,9 +60,9 @@ class ToolParser:
     must be a call.
     """
 
-    def __init__(self, form: AnswerForm) -> None:
-        self._mark = form.calls.value
-        self._must_call = form.must_call
+    def __init__(self, form: ToolForm, must_call: bool = False) -> None:
+        self._mark = form.value
+        self._must_call = must_call
         self._state = _State.TEXT
         self._waiting = ""
         self._depth = 0
@@ -150,18 +150,3 @@ class ToolParser:
                     return piece, True
         piece, self._waiting = self._waiting, ""
         return piece, False
-
-
-def parse_answer(form: AnswerForm, text: str) -> tuple[str, list[ToolCall], bool]:
-    """Content and calls of a whole answer, and whether the last call is complete."""
-    parser = ToolParser(form)
-    parsed = parser.feed(text, is_last=True)
-    calls: list[ToolCall] = []
-    for delta in parsed.calls:
-        if delta.name is not None:
-            calls.append(ToolCall(delta.call_id or "", delta.name, ""))
-        else:
-            last = calls[-1]
-            arguments = last.arguments + delta.arguments
-            calls[-1] = ToolCall(last.call_id, last.name, arguments)
-    return parsed.content, calls, parser.has_calls

@@ -12,9 +12,9 @@ import openai
 import pytest
 
 from cluster.core.errors import RequestError
-from gateway.core.tool_use import AnswerForm, Tool, ToolForm, ToolUse
+from gateway.core.tool_use import Tool, ToolForm, ToolUse
 from gateway.text.chat_template import ChatTemplate
-from gateway.text.tool_calls import ToolParser, parse_answer
+from gateway.text.tool_calls import ParsedPiece, ToolParser
 from gateway.text.tools import make_tool_use, tool_grammar
 from protos import inference_pb2 as pb
 from protos import types_pb2
@@ -80,7 +80,7 @@ def test_calls_are_found_however_the_text_is_cut(
     is_complete: bool,
     size: int,
 ) -> None:
-    parser = ToolParser(AnswerForm(calls=form))
+    parser = ToolParser(form)
     pieces = [text[start : start + size] for start in range(0, len(text), size)]
     news = [parser.feed(piece) for piece in pieces]
     news.append(parser.feed("", is_last=True))
@@ -92,16 +92,18 @@ def test_calls_are_found_however_the_text_is_cut(
     for place, (_, arguments) in enumerate(calls):
         assert "".join(d.arguments for d in deltas if d.index == place) == arguments
     assert parser.has_calls is is_complete
-    whole, found, complete = parse_answer(AnswerForm(calls=form), text)
-    assert (whole, complete) == (content, is_complete)
-    assert [(call.name, call.arguments) for call in found] == calls
-    assert len({call.call_id for call in found}) == len(found)
+    parser = ToolParser(form)
+    whole = parser.feed(text, is_last=True).joined()
+    assert (whole.content, parser.has_calls) == (content, is_complete)
+    assert [(call.name, call.arguments) for call in whole.calls] == calls
+    assert len({call.call_id for call in whole.calls}) == len(whole.calls)
 
 
 def test_a_cut_mark_is_no_text_where_the_answer_must_be_a_call() -> None:
-    form = AnswerForm(calls=ToolForm.HERMES, must_call=True)
-    assert parse_answer(form, "<tool_cal") == ("", [], False)
-    parser = ToolParser(form)
+    whole = ToolParser(ToolForm.HERMES, must_call=True)
+    assert whole.feed("<tool_cal", is_last=True) == ParsedPiece("")
+    assert not whole.has_calls
+    parser = ToolParser(ToolForm.HERMES, must_call=True)
     news = [parser.feed("<to"), parser.feed("ol"), parser.feed("", is_last=True)]
     assert [one.content for one in news] == ["", "", ""]
 
