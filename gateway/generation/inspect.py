@@ -193,11 +193,8 @@ def _labels(labels: tuple[float, ...], mask: Mask) -> tuple[int, ...]:
     whole = [int(label) for label in labels]
     require(whole == list(labels), field, f"must be token ids or {IGNORED_LABEL}")
     hidden = [label for label, keep in zip(whole, mask, strict=True) if not keep]
-    require(
-        set(hidden) <= {IGNORED_LABEL},
-        field,
-        f"must be {IGNORED_LABEL} where attention_mask is 0",
-    )
+    rule = f"must be {IGNORED_LABEL} where attention_mask is 0"
+    require(set(hidden) <= {IGNORED_LABEL}, field, rule)
     return tuple(label for label, keep in zip(whole, mask, strict=True) if keep)
 
 

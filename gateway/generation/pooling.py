@@ -274,11 +274,8 @@ def classified_token(ids: tuple[int, ...], mask: Mask, facts: ModelFacts) -> int
 
 def check_classifier_batch(num_prompts: int, facts: ModelFacts) -> None:
     """Raise ``RequestError`` for several prompts of a classifier without a pad token."""
-    require(
-        num_prompts == 1 or facts.pad_token_id is not None,
-        "input",
-        f"has {num_prompts} prompts, there must be one: the model has no pad token",
-    )
+    rule = f"has {num_prompts} prompts, there must be one: the model has no pad token"
+    require(num_prompts == 1 or facts.pad_token_id is not None, "input", rule)
 
 
 def floats(array: NamedArray) -> NDArray[np.float32]:

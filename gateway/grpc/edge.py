@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from dataclasses import InitVar, dataclass
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -31,37 +32,35 @@ def text_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[st
     return {name: value for name, value in metadata or () if isinstance(value, str)}
 
 
+@dataclass(eq=False)
 class GrpcEdge(AbstractContextManager["GrpcEdge"]):
     """One gRPC request from its metadata to its status: names it, counts it, maps errors."""
 
-    def __init__(
-        self,
-        gateway: Gateway,
-        service: str,
-        method: str,
-        context: Context,
-        wanted_id: str,
-        keys: KeyRing,
-    ) -> None:
-        self._metadata = text_metadata(context.invocation_metadata())
+    gateway: Gateway
+    service: str
+    method: str
+    context: Context
+    wanted_id: InitVar[str]
+    """What the message calls the request; empty: nothing."""
+    keys: KeyRing
+    """The keys of the port."""
+    _caller: Account | None = None
+    _code: grpc.StatusCode = grpc.StatusCode.OK
+    _trace: RequestTrace | None = None
+    _has_sent_id: bool = False
+
+    def __post_init__(self, wanted_id: str) -> None:
+        metadata = self.context.invocation_metadata() or ()
+        self._metadata = text_metadata(metadata)
         self.request_id = choose_request_id(wanted_id or self._metadata.get(HEADER, ""))
-        self._keys = keys
-        self._caller: Account | None = None
-        self._gateway = gateway
-        self._service = service
-        self._method = method
-        self._context = context
-        self._code = grpc.StatusCode.OK
-        self._trace: RequestTrace | None = None
-        if gateway.tracing is not None:
-            metadata = context.invocation_metadata() or ()
-            self._trace = gateway.tracing.begin(method, "grpc", self.request_id, metadata)
-        self._has_sent_id = False
+        if self.gateway.tracing is not None:
+            begin = self.gateway.tracing.begin
+            self._trace = begin(self.method, "grpc", self.request_id, metadata)
 
     @property
     def time_left_s(self) -> float | None:
         """Time until the client's deadline; None without one."""
-        left_s: float | None = self._context.time_remaining()
+        left_s: float | None = self.context.time_remaining()
         return left_s
 
     @property
@@ -73,7 +72,7 @@ class GrpcEdge(AbstractContextManager["GrpcEdge"]):
         counts = {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens}
         if usage.cached_tokens is not None:
             counts["cached"] = usage.cached_tokens
-        self._context.set_trailing_metadata(
+        self.context.set_trailing_metadata(
             tuple((f"x-{name}-tokens", str(count)) for name, count in counts.items())
         )
 
@@ -88,7 +87,7 @@ class GrpcEdge(AbstractContextManager["GrpcEdge"]):
         Raises ``KeyLimitError``, and what ``KeyRing.check`` raises.
         """
         given = self._metadata
-        self._caller = self._keys.enter(given.get("authorization"), given.get("api-key"))
+        self._caller = self.keys.enter(given.get("authorization"), given.get("api-key"))
         REQUEST_ID.set(self.request_id)
 
     async def send_id(self) -> None:
@@ -96,18 +95,18 @@ class GrpcEdge(AbstractContextManager["GrpcEdge"]):
         if self._has_sent_id:
             return
         self._has_sent_id = True
-        epoch = str(self._gateway.placement_epoch)
+        epoch = str(self.gateway.placement_epoch)
         metadata = ((HEADER, self.request_id), ("x-placement-epoch", epoch))
-        await self._context.send_initial_metadata(metadata)
+        await self.context.send_initial_metadata(metadata)
 
     async def abort(self, error: Exception) -> NoReturn:
         """End the request with the status that belongs to ``error``."""
-        report = self._gateway.report_error(error, self.request_id)
+        report = self.gateway.report_error(error, self.request_id)
         self._code = report.grpc_code
         await self.send_id()
         details = report.status_details(self.request_id)
         trailers = (("grpc-status-details-bin", details),)
-        await self._context.abort(report.grpc_code, report.message, trailers)
+        await self.context.abort(report.grpc_code, report.message, trailers)
         raise AssertionError("abort always raises")
 
     def __exit__(
@@ -120,14 +119,12 @@ class GrpcEdge(AbstractContextManager["GrpcEdge"]):
             self._caller.leave(time.monotonic())
         unsent_error = ""
         if isinstance(error, asyncio.CancelledError | GeneratorExit):
-            left_s = self._context.time_remaining()
+            left_s = self.context.time_remaining()
             if left_s is not None and left_s < _DEADLINE_SLACK_S:
                 self._code, unsent_error = grpc.StatusCode.DEADLINE_EXCEEDED, DEADLINE_PASSED
             else:
                 self._code, unsent_error = grpc.StatusCode.CANCELLED, CLIENT_GONE
-                self._gateway.metrics.client_disconnects.inc()
-        self._gateway.metrics.grpc_requests.labels(
-            self._service, self._method, self._code.name
-        ).inc()
+                self.gateway.metrics.client_disconnects.inc()
+        self.gateway.metrics.grpc_requests.labels(self.service, self.method, self._code.name).inc()
         if self._trace is not None:
             self._trace.end(unsent_error)

@@ -58,20 +58,17 @@ def chat_input(body: ChatBody | TokenizeBody) -> ChatInput:
 
 
 def _body_tools(body: ChatBody | TokenizeBody) -> ToolUse | None:
+    functions = [tool.function for tool in body.tools or ()]
     tools = [
-        Tool(
-            name=tool.function.name,
-            description=tool.function.description,
-            parameters=tool.function.parameters,
-        )
-        for tool in body.tools or ()
+        Tool(name=one.name, description=one.description, parameters=one.parameters)
+        for one in functions
     ]
     if isinstance(body, TokenizeBody):
-        return make_tool_use(tools, None, None, None)
-    choice = body.tool_choice
+        return make_tool_use(tools)
+    choice, name = body.tool_choice, None
     if isinstance(choice, ToolChoiceBody):
-        return make_tool_use(tools, None, choice.function.name, body.parallel_tool_calls)
-    return make_tool_use(tools, choice, None, body.parallel_tool_calls)
+        choice, name = None, choice.function.name
+    return make_tool_use(tools, choice, name, body.parallel_tool_calls)
 
 
 def _common_fields(body: GenerateBody) -> dict[str, Any]:
@@ -133,11 +130,8 @@ def _template_message(message: Message, place: int) -> dict[str, Any]:
     for name in ("function_call", "audio"):
         if extra.get(name):
             raise UnsupportedParameterError(f"{path}.{name} is not supported", f"{path}.{name}")
-    fields = {name: value for name, value in extra.items() if value is not None}
-    if message.name is not None:
-        fields["name"] = message.name
-    if message.tool_call_id is not None:
-        fields["tool_call_id"] = message.tool_call_id
+    named = {**extra, "name": message.name, "tool_call_id": message.tool_call_id}
+    fields = {name: value for name, value in named.items() if value is not None}
     if message.tool_calls:
         fields["tool_calls"] = [
             template_call(

@@ -32,9 +32,9 @@ _ANY_TEXT = r"/(.|\n)*/"
 
 def make_tool_use(
     tools: Sequence[Tool],
-    choice: str | None,
-    name: str | None,
-    is_parallel: bool | None,
+    choice: str | None = None,
+    name: str | None = None,
+    is_parallel: bool | None = None,
 ) -> ToolUse | None:
     """What was asked for, checked; None where the model is to know of no tool.
 
@@ -49,21 +49,15 @@ def make_tool_use(
     """
     field = "tool_choice"
     known = ("none", "auto", "required")
-    require(
-        choice is None or choice in known,
-        field,
-        f"({str(choice)[:32]!r}) must be {', '.join(known)} or name a function",
-    )
+    rule = f"({str(choice)[:32]!r}) must be {', '.join(known)} or name a function"
+    require(choice is None or choice in known, field, rule)
     needs = name is not None or choice == "required"
     require(bool(tools) or not needs, field, "needs tools")
     _check(tools)
     if not tools or (choice == "none" and name is None):
         return None
-    require(
-        name is None or any(tool.name == name for tool in tools),
-        field,
-        f"names {str(name)[:64]!r}, which is not among tools",
-    )
+    is_known = name is None or any(tool.name == name for tool in tools)
+    require(is_known, field, f"names {str(name)[:64]!r}, which is not among tools")
     return ToolUse(
         tools=tuple(tools), must_call=needs, only=name, is_parallel=is_parallel is not False
     )
@@ -109,11 +103,8 @@ def tool_grammar(
     lines = [_start(use, form, special_ids, schema), *_calls(called)]
     text = "\n".join(lines) + "\n"
     size = len(text.encode("utf-8", "surrogatepass"))
-    require(
-        size <= MAX_GRAMMAR_BYTES,
-        "tools",
-        f"have {size} bytes of schemas, at most {MAX_GRAMMAR_BYTES} are allowed",
-    )
+    rule = f"have {size} bytes of schemas, at most {MAX_GRAMMAR_BYTES} are allowed"
+    require(size <= MAX_GRAMMAR_BYTES, "tools", rule)
     return Grammar(kind=GrammarKind.LARK, text=text, field="tools")
 
 
