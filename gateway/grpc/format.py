@@ -57,7 +57,9 @@ class GrpcFormat(TextFormat):
             logprobs=self._logprobs((*choice.echo_tokens, *choice.tokens)),
             finish_info=finish_message(choice.finish, is_call),
             tool_calls=[
-                types_pb2.ToolCall(id=call.call_id, name=call.name, arguments=call.arguments)
+                types_pb2.ToolCall(
+                    id=call.call_id or "", name=call.name or "", arguments=call.arguments
+                )
                 for call in parsed.joined().calls
             ],
         )

@@ -65,10 +65,10 @@ def _body_tools(body: ChatBody | TokenizeBody) -> ToolUse | None:
     ]
     if isinstance(body, TokenizeBody):
         return make_tool_use(tools)
-    choice, name = body.tool_choice, None
+    choice, is_parallel = body.tool_choice, body.parallel_tool_calls
     if isinstance(choice, ToolChoiceBody):
-        choice, name = None, choice.function.name
-    return make_tool_use(tools, choice, name, body.parallel_tool_calls)
+        return make_tool_use(tools, name=choice.function.name, is_parallel=is_parallel)
+    return make_tool_use(tools, choice, is_parallel=is_parallel)
 
 
 def _common_fields(body: GenerateBody) -> dict[str, Any]:
