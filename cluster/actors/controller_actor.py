@@ -174,8 +174,8 @@ class ControllerActor:
         if self._controller is None:
             return {"schema": 1, "epoch": 0, "banks": []}
         await self._ask_workers(self._controller)
-        controller = self._controller
-        return placement_report(controller.placement, controller.load, self._profile)
+        cluster = self._controller.cluster
+        return placement_report(cluster.placement, cluster.load, self._profile)
 
     async def load(self) -> dict[str, Any]:
         """Tokens by expert and by copy, and the resulting balance (``load --json``)."""
@@ -183,15 +183,13 @@ class ControllerActor:
         if self._controller is None:
             return load_before_start()
         await self._ask_workers(self._controller)
-        controller = self._controller
-        model = str(controller.workers.model.get("name"))
-        document = load_document(
-            controller.placement, controller.load, self._profile, model, self._top_k
-        )
-        domains = controller.workers.domains()
-        for bank, entry in zip(controller.placement.banks, document["banks"], strict=True):
+        cluster = self._controller.cluster
+        model = str(cluster.workers.model.get("name"))
+        document = load_document(cluster.placement, cluster.load, self._profile, model, self._top_k)
+        domains = cluster.workers.domains()
+        for bank, entry in zip(cluster.placement.banks, document["banks"], strict=True):
             entry["at_risk"] = num_at_risk(bank, domains)
-        return {**document, "workers": controller.workers.holders()}
+        return {**document, "workers": cluster.workers.holders()}
 
     async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
         """Begin to drain (fields of ``DrainOrder``); the operation.
@@ -248,7 +246,7 @@ class ControllerActor:
             controller.stop(time.monotonic())
             self._background.notify()
             await self._background.wait(
-                lambda: controller.state is ClusterState.STOPPED, _STOP_LIMIT_S
+                lambda: controller.cluster.state is ClusterState.STOPPED, _STOP_LIMIT_S
             )
             await self._server.close()
         if self._traces is not None:
@@ -323,7 +321,9 @@ class ControllerActor:
             plan, collected.members, notes=notes, term=collected.term
         )
         controller.restore(collected, time.monotonic())
-        self._background.spawn(self._group.end_others([r.name for r in controller.workers.alive()]))
+        self._background.spawn(
+            self._group.end_others([r.name for r in controller.cluster.workers.alive()])
+        )
         logger.info("term %d: %d workers found", collected.term, len(collected.greetings))
         self._run(controller)
 
@@ -387,20 +387,20 @@ class ControllerActor:
             self._background.notify()
 
     async def _tick_forever(self, controller: Controller) -> None:
-        while controller.state is not ClusterState.STOPPED:
+        while controller.cluster.state is not ClusterState.STOPPED:
             await asyncio.sleep(_TICK_S)
-            version = controller.version
+            version = controller.cluster.version
             try:
                 controller.tick(time.monotonic())
             except Exception:  # detection must continue
                 logger.exception("a tick of the controller failed")
-            if controller.version != version:
+            if controller.cluster.version != version:
                 self._background.notify()
 
     async def _watch_nodes(self, controller: Controller) -> None:
         """Drain the workers of nodes that will leave; fill their places afterwards."""
         asked: set[str] = set()
-        while controller.state is not ClusterState.STOPPED:
+        while controller.cluster.state is not ClusterState.STOPPED:
             await asyncio.sleep(_NODES_S)
             try:
                 leaving = await asyncio.to_thread(self._group.leaving)
@@ -414,14 +414,14 @@ class ControllerActor:
             controller.draining.nodes_alive(ids_by_address(nodes))
 
     def _died(self, name: str, reason: str) -> None:
-        if self._controller is not None and name in self._controller.workers:
+        if self._controller is not None and name in self._controller.cluster.workers:
             self._controller.lost({name: reason}, time.monotonic())
             self._background.notify()
 
     async def _ask_workers(self, controller: Controller) -> None:
         controller.request_status()
         await self._background.wait(
-            lambda: controller.workers.status_complete, self._status_limit_s
+            lambda: controller.cluster.workers.status_complete, self._status_limit_s
         )
 
     async def _serving_controller(self) -> Controller:
@@ -457,11 +457,8 @@ class ControllerActor:
             now=now,
             num_slots=plan.num_slots,
             room=None if can_grow else plan.num_slots,
-            load=config.load,
             config=config,
             top_k=self._top_k,
-            mode=config.workers.mode,
-            mode_reason=config.workers.mode_reason,
             term=term,
             identity=secrets.token_hex(8),
             notes=notes,
@@ -482,7 +479,7 @@ class ControllerActor:
         return _snapshot_before_start() | mine
 
     def _version(self) -> int:
-        return self._controller.version if self._controller else 0
+        return self._controller.cluster.version if self._controller else 0
 
 
 def _snapshot_before_start() -> dict[str, Any]:

@@ -27,8 +27,8 @@ class ClusterTraces:
     def __init__(self, export: TraceExport, controller: Controller) -> None:
         self.stop = export.stop
         self._tracer = export.tracer
-        controller.metrics.on_moved = self._moved
-        controller.metrics.on_recovered = self._recovered
+        controller.cluster.metrics.on_moved = self._moved
+        controller.cluster.metrics.on_recovered = self._recovered
         controller.rebalancing.on_end = self._rebalanced
 
     def _moved(self, reason: MoveReason, num_slots: int, num_bytes: int, seconds: float) -> None:

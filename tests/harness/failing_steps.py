@@ -156,11 +156,9 @@ def renew_on_fault(cluster: ThreadCluster, faults: Faults) -> None:
     """From now on every fault ends in a new generation of the same members."""
 
     def renew(generation: int) -> None:
-        controller = cluster.controller
-        if controller.state is ClusterState.SERVING and controller.generation.number == generation:
-            controller._enter(ClusterState.RECOVERING)
-            members = controller.generation.members
-            controller.generations.begin(members, controller.placement, time.monotonic())
+        known = cluster.controller.cluster
+        if known.state is ClusterState.SERVING and known.generation.number == generation:
+            cluster.controller.recovery.reform("a fault", time.monotonic())
             cluster.actor._background.notify()
 
     def on_fault(generation: int) -> None:

@@ -118,7 +118,7 @@ def test_copies_take_their_shares_and_decodes_one_copy(cluster: ThreadCluster) -
     before = cluster.call("load")
     cluster.answers(requests)
     after = cluster.call("load")
-    placement = cluster.controller.placement
+    placement = cluster.controller.cluster.placement
     for bank, old, new in zip(placement.banks, before["banks"], after["banks"], strict=True):
         decoded, prompts = (
             [b - a for a, b in zip(old[what] or [0] * NUM_EXPERTS, new[what], strict=True)]
@@ -140,9 +140,9 @@ def test_copies_take_their_shares_and_decodes_one_copy(cluster: ThreadCluster) -
 def test_reports_come_by_themselves(cluster: ThreadCluster) -> None:
     controller = cluster.controller
     cluster.call("load")
-    known = controller.load.totals().rows
+    known = controller.cluster.load.totals().rows
     cluster.answers(make_requests(2))
-    cluster.wait(lambda _: controller.load.totals().rows > known)
+    cluster.wait(lambda _: controller.cluster.load.totals().rows > known)
     document = cluster.call("load")
     profile = LoadProfile.from_dict(document)
     assert profile.tokens == document["tokens"] > 0

@@ -13,20 +13,23 @@ restarted controller continues the drain of an earlier one: the workers keep ``m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from cluster.controller.drain.cordon import Cordon, NodeIds
 from cluster.controller.drain.order import Drain, DrainOrder, DrainStep, SavedDrain
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.epoch_change import ChangeLimits, ChangeState
-from cluster.controller.parts.host import ControllerHost
 from cluster.controller.parts.operations import Operation, Operations, OperationState
+from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.worker_record import WorkerRecord
 from cluster.controller.rebalance.loop import Rebalancing
 from cluster.core.codec import from_plain, to_plain
 from cluster.core.errors import ConflictError, UnknownNameError
-from cluster.core.frames import ControlFrame, StatusRequest
+from cluster.core.frames import ControlFrame, Shutdown, StatusRequest
 from cluster.core.states import WorkerState
+from cluster.planner.stages import Stage
+from cluster.policy.coverage import stage_on
 
 SIGNAL_LIMIT_S = 120.0
 """Limit of a drain that a worker requested after SIGTERM."""
@@ -40,10 +43,15 @@ class Draining:
     """The drains of a cluster, one after the other. Owned by the controller."""
 
     def __init__(
-        self, host: ControllerHost, operations: Operations, rebalancing: Rebalancing
+        self,
+        cluster: Cluster,
+        operations: Operations,
+        recovery: Recovery,
+        rebalancing: Rebalancing,
     ) -> None:
         """No change of ``rebalancing`` begins or continues while a drain runs."""
-        self._host = host
+        self._cluster = cluster
+        self._recovery = recovery
         self._rebalancing = rebalancing
         self._operations = operations
         self._drain: Drain | None = None
@@ -70,7 +78,7 @@ class Draining:
         operation = self._operations.find(saved.operation)
         deadline = self._operations.deadline(operation, saved.order.limit_s)
         drain = self._drain = saved.restored(operation, deadline)
-        table = self._host.workers
+        table = self._cluster.workers
         states = {table[n].state if n in table else WorkerState.LOST for n in drain.names}
         if states == {WorkerState.DRAINED}:
             drain.enter(DrainStep.LEAVE)
@@ -79,7 +87,7 @@ class Draining:
             self._end(drain, OperationState.FAILED, text, now)
         elif drain.step is not DrainStep.BACK:
             held = [r.name for r in self._records(drain) if r.member.runs_attention]
-            self._host.hold_back(held, drain.step is DrainStep.MOVE)
+            self._hold_back(held, drain.step is DrainStep.MOVE)
             drain.enter(DrainStep.SETTLE)
 
     # ---- orders ---------------------------------------------------------------------------
@@ -92,7 +100,7 @@ class Draining:
         before = self._operations.asked_before(order.request_id, order.asked)
         if before is not None:
             return before
-        epoch = self._host.placement.epoch
+        epoch = self._cluster.placement.epoch
         if order.expected_epoch not in (None, epoch):
             text = f"placement epoch {epoch} is in force, not {order.expected_epoch}"
             raise ConflictError(text)
@@ -146,9 +154,9 @@ class Draining:
     def nodes_alive(self, nodes: NodeIds) -> None:
         """The living nodes: fill the places of nodes that have left."""
         gone = self._cordon.take_gone(nodes)
-        self._host.refill(gone)
+        self._recovery.refill(gone)
         if gone:
-            self._host.remember()
+            self._cluster.remember()
 
     def tick(self, now: float) -> None:
         """Time has passed: take the next step if the last one is done."""
@@ -157,7 +165,7 @@ class Draining:
         drain = self._drain
         if drain is None:
             return
-        if not self._host.takes_orders:
+        if not self._cluster.takes_orders:
             self._end(drain, OperationState.FAILED, "the cluster is ending", now)
             return
         self._advance(drain, now)
@@ -170,18 +178,18 @@ class Draining:
         """Begin the next drain that workers requested, ``GATHER_S`` after the first request."""
         if not self._requested or now - min(self._requested.values()) < GATHER_S:
             return
-        if self._operations.running is not None or not self._host.runs:
+        if self._operations.running is not None or not self._cluster.runs:
             return
         names = tuple(sorted(self._requested))
         self._requested.clear()
         try:
             self._begin(names, DrainOrder(limit_s=SIGNAL_LIMIT_S), now)
         except ConflictError as err:
-            self._host.note(f"{' and '.join(names)} got a signal to end", f"go on: {err}", now)
+            self._cluster.note(f"{' and '.join(names)} got a signal to end", f"go on: {err}", now)
 
     def _begin(self, names: tuple[str, ...], order: DrainOrder, now: float) -> Operation:
         self._operations.check_free()
-        if not self._host.takes_orders:
+        if not self._cluster.takes_orders:
             raise ConflictError("the cluster is starting or ending")
         self._check(names)
         operation = self._operations.begin(
@@ -196,7 +204,7 @@ class Draining:
 
     def _named(self, order: DrainOrder) -> tuple[str, ...]:
         """The workers that an order names. Raises ``UnknownNameError`` and ``ConflictError``."""
-        workers = self._host.workers
+        workers = self._cluster.workers
         if order.worker:
             if order.worker not in workers:
                 raise UnknownNameError(f"there is no worker {order.worker[:64]!r}")
@@ -211,51 +219,63 @@ class Draining:
 
     def _check(self, names: Sequence[str]) -> None:
         """Raise ``ConflictError`` if the cluster cannot do without these workers."""
-        host = self._host
+        cluster = self._cluster
         for name in names:
-            record = host.workers[name]
+            record = cluster.workers[name]
             if record.state not in (WorkerState.SERVING, WorkerState.READY):
                 raise ConflictError(f"{name} is {record.state.value}")
-        members = host.generation.members
+        members = cluster.generation.members
         if not any(m.runs_attention for m in members if m.name not in names):
-            last = [n for n in names if host.workers[n].member.runs_attention]
+            last = [n for n in names if cluster.workers[n].member.runs_attention]
             if not last:
                 raise ConflictError("no attention worker is left: nothing runs without it")
             raise ConflictError(f"{last[0]} is the last attention worker: start another one first")
         if devices := self._devices(names):
-            host.stage_without(devices)
+            self._stage_without(devices)
 
     def _devices(self, names: Sequence[str]) -> frozenset[int]:
         """Devices of those workers that hold experts."""
-        members = self._host.generation.members
+        members = self._cluster.generation.members
         return frozenset(m.device for m in members if m.name in names and m.holds_experts)
+
+    def _stage_without(self, devices: Collection[int]) -> Stage:
+        """A placement without these devices, and what the others must load for it.
+
+        Raises ``ConflictError`` if the others have no room.
+        """
+        cluster = self._cluster
+        others = {m.device for m in cluster.generation.experts} - set(devices)
+        grows = all(str(r.info.get("device", "cpu")) == "cpu" for r in cluster.workers.alive())
+        return stage_on(others, cluster.placement, None if grows else cluster.num_slots)
 
     def _is_under_way(self, name: str) -> bool:
         return self._drain is not None and name in self._drain.names
 
     def _records(self, drain: Drain) -> list[WorkerRecord]:
-        return [self._host.workers[name] for name in drain.names]
+        return [self._cluster.workers[name] for name in drain.names]
 
     # ---- steps ----------------------------------------------------------------------------
 
     def _advance(self, drain: Drain, now: float) -> None:
-        host = self._host
-        if drain.step is DrainStep.SETTLE and host.runs and self._rebalancing.is_idle:
+        cluster = self._cluster
+        if drain.step is DrainStep.SETTLE and cluster.runs and self._rebalancing.is_idle:
             self._check_again(drain, now)
         elif drain.step is DrainStep.COPY:
             self._watch_copies(drain, now)
         elif drain.step is DrainStep.MOVE:
-            if host.runs and all(map(self._is_empty, self._records(drain))):
+            if cluster.runs and all(map(self._is_empty, self._records(drain))):
                 self._leave(drain, now)
             else:
                 for name in drain.names:
-                    host.send(name, StatusRequest(token=0))
+                    cluster.link.send(name, StatusRequest(token=0))
         elif drain.step is DrainStep.BACK:
             self._watch_return(drain, now)
-        elif drain.step is DrainStep.LEAVE and host.runs:
-            drain.operation.generation = host.generation.number
+        elif drain.step is DrainStep.LEAVE and cluster.runs:
+            drain.operation.generation = cluster.generation.number
             self._enter(drain, DrainStep.END)
-            host.end(drain.names)
+            for name in drain.names:
+                cluster.link.send(name, Shutdown(reason="drained"))
+            cluster.link.end_workers(drain.names)
 
     def _check_again(self, drain: Drain, now: float) -> None:
         """Begin to copy or to move; the cluster may have changed since the order."""
@@ -265,12 +285,12 @@ class Draining:
             self._undo(drain, OperationState.FAILED, str(err), now)
             return
         devices = self._devices(drain.names)
-        stage = self._host.stage_without(devices) if devices else None
+        stage = self._stage_without(devices) if devices else None
         if stage is None or not stage.fills:
             self._move(drain, now)
             return
         if drain.before is None:
-            drain.before, drain.copied_in = self._host.placement, self._host.generation.number
+            drain.before, drain.copied_in = self._cluster.placement, self._cluster.generation.number
         self._enter(drain, DrainStep.COPY)
         drain.operation.result["experts_copied"] = len(stage.fills)
         limits = ChangeLimits(limit_s=max(drain.deadline - now, 0.1))
@@ -281,16 +301,16 @@ class Draining:
         """Continue when the others have the experts; begin again after a generation change."""
         change = drain.change
         assert change is not None, "copying is a change of the placement"
-        generation = self._host.generation.number
+        generation = self._cluster.generation.number
         change.tick(now)
         if not change.is_over:
             return
         drain.change = None
         moved, took_s = len(change.stage.fills), now - change.began_at
         if change.state is ChangeState.DONE:
-            self._host.metrics.moved("drain", moved, change.num_bytes, took_s)
+            self._cluster.metrics.moved("drain", moved, change.num_bytes, took_s)
             self._move(drain, now)
-        elif change.generation.number != generation or not self._host.runs:
+        elif change.generation.number != generation or not self._cluster.runs:
             self._enter(drain, DrainStep.SETTLE)
         else:
             text = f"the experts could not be copied: {change.reason}"
@@ -301,7 +321,7 @@ class Draining:
         drain.operation.result["requests_moved"] = sum(map(_num_requests, held))
         for record in held:
             record.stats.clear()  # only later numbers count
-        self._host.hold_back([r.name for r in held], True)
+        self._hold_back([r.name for r in held], True)
         self._enter(drain, DrainStep.MOVE)
 
     def _is_empty(self, record: WorkerRecord) -> bool:
@@ -316,11 +336,11 @@ class Draining:
             self._undo(drain, OperationState.FAILED, str(err), now)
             return
         devices = self._devices(drain.names)
-        if devices and self._host.stage_without(devices).fills:
+        if devices and self._stage_without(devices).fills:
             drain.enter(DrainStep.SETTLE)  # copies were lost meanwhile
             return
         drain.enter(DrainStep.LEAVE)
-        self._host.leave(drain.names, f"drained {' and '.join(drain.names)}", now)
+        self._recovery.leave(drain.names, f"drained {' and '.join(drain.names)}", now)
 
     def _past_limit(self, drain: Drain, now: float) -> None:
         if drain.step in _TOO_LATE:
@@ -328,7 +348,7 @@ class Draining:
         if not (drain.order.force and drain.step is DrainStep.MOVE):
             text = f"could not {drain.step.value} within {drain.order.limit_s:g} s"
             self._undo(drain, OperationState.FAILED, text, now)
-        elif self._host.runs:
+        elif self._cluster.runs:
             self._leave(drain, now)
 
     def _finish(self, drain: Drain, now: float) -> None:
@@ -336,18 +356,18 @@ class Draining:
         if drain.order.node:  # the node will be taken down, see ``nodes_alive``
             self._cordon.add(drain.names, drain.order.node)
         else:
-            self._host.refill(drain.names)
+            self._recovery.refill(drain.names)
         self._end(drain, OperationState.SUCCEEDED, f"{drain.operation.target} is drained", now)
 
     def _undo(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
         """Take requests again, and restore the maps from before the drain if it changed them."""
-        host = self._host
+        cluster = self._cluster
         alive = [r.name for r in self._records(drain) if not r.is_lost]
-        host.hold_back(alive, False)
+        self._hold_back(alive, False)
         if drain.change is not None:
             drain.change.cancel("the drain was given up")
-        back = drain.way_back(host.placement, host.generation)
-        is_whole = host.runs and len(alive) == len(drain.names)
+        back = drain.way_back(cluster.placement, cluster.generation)
+        is_whole = cluster.runs and len(alive) == len(drain.names)
         if drain.change is not None or back is None or not is_whole:
             self._end(drain, state, text, now)
             return
@@ -362,12 +382,18 @@ class Draining:
             drain.change.tick(now)
             if drain.change.is_over:
                 self._end(drain, *drain.outcome, now)
-        elif (self._host.runs and self._rebalancing.is_idle) or now > drain.deadline:
+        elif (self._cluster.runs and self._rebalancing.is_idle) or now > drain.deadline:
             self._undo(drain, *drain.outcome, now)  # an earlier controller began it
+
+    def _hold_back(self, names: Sequence[str], drains: bool) -> None:
+        """Tell the gateways whether these workers take requests."""
+        for name in names:
+            self._cluster.workers[name].drains = drains
+        self._cluster.touch()
 
     def _enter(self, drain: Drain, step: DrainStep) -> None:
         drain.enter(step)
-        self._host.remember()
+        self._cluster.remember()
 
     def _end(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
         self._drain = None

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.controller.parts.event_log import History
 from cluster.controller.parts.worker_record import WorkerRecord
 from cluster.controller.parts.worker_table import WorkerTable
 from cluster.core.codec import Message, from_plain, to_plain
@@ -34,7 +33,6 @@ from cluster.core.placement import ExpertPlacement
 from cluster.core.states import WorkerState
 from cluster.core.topology import Generation, Member
 
-_KEPT_ENTRIES = 64
 _NO_GENERATION = Generation(number=0, members=())
 
 
@@ -187,18 +185,11 @@ class ReportCollector:
         return suspected_at is None or now - suspected_at < self._confirm_s
 
 
-def make_memory(
-    history: History, workers: Iterable[WorkerRecord], notes: Mapping[str, Any]
-) -> dict[str, Any]:
-    """State for the next controller that workers do not know themselves."""
-    lost = [
-        LostWorker(member=r.member, state=r.state, reason=r.reason) for r in workers if r.is_lost
-    ]
-    return {
-        "history": history.to_list()[-_KEPT_ENTRIES:],
-        "lost": to_plain(lost),
-        "notes": dict(notes),
-    }
+def lost_workers(workers: Iterable[WorkerRecord]) -> Any:
+    """Plain data of the lost ones, for ``CollectedState.lost``."""
+    return to_plain(
+        [LostWorker(member=r.member, state=r.state, reason=r.reason) for r in workers if r.is_lost]
+    )
 
 
 def restore_workers(table: WorkerTable, collected: CollectedState) -> None:

@@ -7,8 +7,9 @@ and reports of peers. ``Detection`` only reports to the controller; it does not 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping
 
-from cluster.controller.parts.host import ControllerHost
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.controller.parts.worker_record import WorkerRecord
 from cluster.core.frames import PeerLost
@@ -21,21 +22,21 @@ logger = logging.getLogger(__name__)
 class Detection:
     """Watches all workers. Owned by the controller; ``now`` is in monotonic seconds."""
 
-    def __init__(self, host: ControllerHost, limits: ControllerSettings, now: float) -> None:
-        self._host = host
+    def __init__(self, cluster: Cluster, limits: ControllerSettings, now: float) -> None:
+        self._cluster = cluster
         self._limits = limits
         self.last_tick = now
         """Time of the last call of ``credit_own_pause``."""
 
     def peer_lost(self, name: str, frame: PeerLost, now: float) -> None:
         """A worker reports that it lost another. Raises ``ProtocolError`` for a stranger."""
-        host = self._host
-        suspect = host.workers.find(frame.worker)
-        runs = host.is_forming or host.workers[name].state is WorkerState.SERVING
-        if suspect.is_lost or frame.generation != host.round.number or not runs:
+        cluster = self._cluster
+        suspect = cluster.workers.find(frame.worker)
+        runs = cluster.is_forming or cluster.workers[name].state is WorkerState.SERVING
+        if suspect.is_lost or frame.generation != cluster.round.number or not runs:
             return
         logger.warning("%s has lost %s: %s", name, frame.worker, frame.reason)
-        host.round.report(
+        cluster.round.report(
             PeerReport(reporter=name, suspect=frame.worker, reason=frame.reason, at=now)
         )
 
@@ -44,45 +45,50 @@ class Detection:
         paused = now - self.last_tick
         if paused > self._limits.detection_limit_s / 2:
             logger.warning("the controller did not run for %.1f s", paused)
-            for record in self._host.workers.alive():
+            for record in self._cluster.workers.alive():
                 record.credit(paused, now)
         self.last_tick = now
 
-    def tick(self, now: float) -> None:
-        """Check all limits."""
-        self._check_start(now)
-        self._check_silence(now)
-        self._check_answers(now)
-        self._check_reports(now)
+    def find_lost(self, now: float) -> Iterator[Mapping[str, str]]:
+        """Workers to declare lost (name -> reason), by one limit after the other.
 
-    def _check_start(self, now: float) -> None:
-        host, limit = self._host, self._limits.start_limit_s
-        if host.state is not ClusterState.STARTING or host.round.number > 0:
-            return
-        if now - host.round.began_at > limit:
-            late = [r for r in host.workers.alive() if r.state is not WorkerState.READY]
-            host.lost({r.name: _late_text(r, limit) for r in late}, now)
-
-    def _check_silence(self, now: float) -> None:
+        The state is read again for each, so that the caller can act in between.
+        """
         limit = self._limits.detection_limit_s
+        yield self._late_starts(now)
         early = max(limit, self._limits.start_silence_s)
-        starts = self._host.state is ClusterState.STARTING
+        starts = self._cluster.state is ClusterState.STARTING
         for loading, most in ((True, early), (False, early if starts else limit)):
-            self._host.lost(find_silent(now, self._host.workers.pulses(loading), most), now)
+            yield find_silent(now, self._cluster.workers.pulses(loading), most)
+        yield self._late_answers(now)
+        yield self._confirmed_reports(now)
 
-    def _check_answers(self, now: float) -> None:
-        host, limit = self._host, self._limits.generation_limit_s
-        if not host.is_forming or now - host.round.began_at <= limit:
-            return
-        reason = f"did not join generation {host.round.number} within {limit:g} s"
-        host.lost(dict.fromkeys(host.round.late(), reason), now)
+    def _late_starts(self, now: float) -> dict[str, str]:
+        """Workers that are not ready in time; a new one that waits for room may wait."""
+        cluster, limit = self._cluster, self._limits.start_limit_s
+        if cluster.takes_orders:
+            known = {m.name for m in cluster.round.members}
+            return {
+                r.name: f"not ready within {limit:g} s"
+                for r in cluster.workers.alive()
+                if r.name not in known and r.state is WorkerState.LOADING and now - r.since > limit
+            }
+        if cluster.round.number > 0 or now - cluster.round.began_at <= limit:
+            return {}
+        late = [r for r in cluster.workers.alive() if r.state is not WorkerState.READY]
+        return {r.name: _late_text(r, limit) for r in late}
 
-    def _check_reports(self, now: float) -> None:
-        host = self._host
-        roles = {r.name: r.member.role for r in host.workers.alive()}
-        found = host.round.suspect(now, roles, self._limits.confirm_s)
-        if found is not None:
-            host.lost({found.suspect: f"{found.reporter} reports: {found.reason}"}, now)
+    def _late_answers(self, now: float) -> dict[str, str]:
+        cluster, limit = self._cluster, self._limits.generation_limit_s
+        if not cluster.is_forming or now - cluster.round.began_at <= limit:
+            return {}
+        reason = f"did not join generation {cluster.round.number} within {limit:g} s"
+        return dict.fromkeys(cluster.round.late(), reason)
+
+    def _confirmed_reports(self, now: float) -> dict[str, str]:
+        roles = {r.name: r.member.role for r in self._cluster.workers.alive()}
+        found = self._cluster.round.suspect(now, roles, self._limits.confirm_s)
+        return {} if found is None else {found.suspect: f"{found.reporter} reports: {found.reason}"}
 
 
 def _late_text(record: WorkerRecord, limit_s: float) -> str:

@@ -13,11 +13,11 @@ old one needs. ``EpochChange`` decides the next step; its owner acts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
 
+from cluster.controller.parts.cluster import Cluster
 from cluster.core.frames import (
     ControlFrame,
     EpochReady,
@@ -28,7 +28,7 @@ from cluster.core.frames import (
     SwitchEpoch,
 )
 from cluster.core.placement import ExpertPlacement
-from cluster.core.topology import Generation, Member
+from cluster.core.topology import Member
 from cluster.planner.stages import SlotFill, Stage
 
 CHECKPOINT = -1
@@ -43,22 +43,6 @@ class ChangeState(Enum):
     SWITCH = "switch at one step"
     DONE = "done"
     FAILED = "failed"
-
-
-class ChangeHost(Protocol):
-    """What a change needs of the controller."""
-
-    placement: ExpertPlacement
-
-    @property
-    def generation(self) -> Generation:
-        """The newest generation."""
-
-    def send(self, name: str, frame: ControlFrame) -> None:
-        """Send to a worker."""
-
-    def come_into_force(self, placement: ExpertPlacement) -> None:
-        """A step runs in this placement."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,13 +70,17 @@ class EpochChange:
 
     def __init__(
         self,
-        host: ChangeHost,
+        cluster: Cluster,
         stage: Stage,
         numbers: Iterator[int],
         limits: ChangeLimits,
+        come_into_force: Callable[[ExpertPlacement], None],
         now: float,
     ) -> None:
-        """``numbers`` yields numbers of load orders, each used once in the life of the cluster."""
+        """``numbers`` yields numbers of load orders, each used once in the life of the cluster.
+
+        ``come_into_force`` is called with the stage's placement once a step runs in it.
+        """
         self.state = ChangeState.LOAD
         self.reason = ""
         """Why it failed."""
@@ -101,22 +89,19 @@ class EpochChange:
         self.num_loaded = 0
         """Experts that are in their slots."""
         self.stage = stage
-        self._host = host
+        self._cluster = cluster
+        self._come_into_force = come_into_force
         self._numbers = numbers
         self._limits = limits
-        self._generation = host.generation
-        self._base = host.placement
+        self.generation = cluster.generation
+        """The generation in which the change began."""
+        self._base = cluster.placement
         self.began_at = now
         """Monotonic seconds."""
         self._deadline = now + limits.limit_s
         self._orders: dict[int, _Order] = {}
         self._unready: set[str] = set()
         self._start(now)
-
-    @property
-    def generation(self) -> Generation:
-        """The generation in which the change began."""
-        return self._generation
 
     @property
     def is_over(self) -> bool:
@@ -126,7 +111,7 @@ class EpochChange:
     @property
     def loading(self) -> list[dict[str, str]]:
         """The transfers under way: ``worker`` and ``from``, both by name."""
-        names = {m.device: m.name for m in self._generation.experts}
+        names = {m.device: m.name for m in self.generation.experts}
         return [
             {"worker": o.member.name, "from": names.get(o.source, "checkpoint")}
             for o in self._orders.values()
@@ -138,8 +123,8 @@ class EpochChange:
         """Time has passed."""
         if self.is_over:
             return
-        if self._host.generation.number != self._generation.number:
-            self._fail(f"generation {self._host.generation.number} began")
+        if self._cluster.generation.number != self.generation.number:
+            self._fail(f"generation {self._cluster.generation.number} began")
         elif now > self._deadline and self.state is not ChangeState.SWITCH:
             self._fail(f"could not {self.state.value} within {self._limits.limit_s:g} s")
 
@@ -180,7 +165,7 @@ class EpochChange:
     def ready(self, name: str, frame: EpochReady) -> None:
         """A worker can run the new epoch, or reports why not."""
         is_ours = (frame.generation, frame.epoch) == (
-            self._generation.number,
+            self.generation.number,
             self.stage.placement.epoch,
         )
         if self.state is not ChangeState.PREPARE or not is_ours:
@@ -195,17 +180,17 @@ class EpochChange:
     def switched(self, frame: EpochSwitched) -> None:
         """The leader's header names the new epoch."""
         is_ours = (frame.generation, frame.epoch) == (
-            self._host.generation.number,
+            self._cluster.generation.number,
             self.stage.placement.epoch,
         )
         if self.state is ChangeState.SWITCH and is_ours:
             self.state = ChangeState.DONE
-            self._host.come_into_force(self.stage.placement)
+            self._come_into_force(self.stage.placement)
 
     # ---- steps ----------------------------------------------------------------------------
 
     def _start(self, now: float) -> None:
-        for member in self._generation.experts:
+        for member in self.generation.experts:
             fills = [f for f in self.stage.fills if f.device == member.device]
             self._order_all(member, fills, frozenset(), now)
         if not self._orders:
@@ -217,7 +202,7 @@ class EpochChange:
         """One order for each source, with sources used as evenly as possible."""
         by_source: dict[int, list[SlotFill]] = {}
         used = Counter({o.source: len(o.fills) for o in self._orders.values()})
-        alive = {m.device for m in self._generation.experts}
+        alive = {m.device for m in self.generation.experts}
         for fill in fills:
             able = [d for d in fill.sources if d in alive and d not in tried]
             source = min(able, key=lambda d: (used[d], d), default=CHECKPOINT)
@@ -228,7 +213,7 @@ class EpochChange:
             self._orders[number] = _Order(member=member, source=source, fills=own, tried=tried)
             experts = [[f.bank, f.slot, f.expert] for f in own]
             order = LoadExperts(order=number, experts=experts, source=self._source(source, now))
-            self._host.send(member.name, order)
+            self._cluster.link.send(member.name, order)
 
     def _source(self, device: int, now: float) -> dict[str, object]:
         limits: dict[str, object] = {"limit_s": max(self._deadline - now, 0.1)}
@@ -236,7 +221,7 @@ class EpochChange:
             limits["bytes_per_s"] = self._limits.bytes_per_s
         if device == CHECKPOINT:
             return {"kind": "checkpoint", **limits}
-        peer = next(m for m in self._generation.experts if m.device == device)
+        peer = next(m for m in self.generation.experts if m.device == device)
         return {"kind": "peer", "peer": peer.name, "address": peer.weights_address, **limits}
 
     def _prepare(self) -> None:
@@ -248,25 +233,25 @@ class EpochChange:
             if old != new
         )
         frame = NewEpoch(
-            generation=self._generation.number,
+            generation=self.generation.number,
             epoch=self.stage.placement.epoch,
             base_epoch=self._base.epoch,
             banks=changed,
         )
-        self._unready = {m.name for m in self._generation.members}
-        for member in self._generation.members:
-            self._host.send(member.name, frame)
+        self._unready = {m.name for m in self.generation.members}
+        for member in self.generation.members:
+            self._cluster.link.send(member.name, frame)
 
     def _switch(self) -> None:
         self.state = ChangeState.SWITCH
         epoch = self.stage.placement.epoch
-        order = SwitchEpoch(generation=self._generation.number, epoch=epoch, oldest_epoch=epoch)
-        self._host.send(self._generation.leader.name, order)
+        order = SwitchEpoch(generation=self.generation.number, epoch=epoch, oldest_epoch=epoch)
+        self._cluster.link.send(self.generation.leader.name, order)
 
     def _fail(self, reason: str) -> None:
         self.state = ChangeState.FAILED
         self.reason = reason
         for name in sorted({o.member.name for o in self._orders.values()}):
             order = LoadExperts(order=next(self._numbers), experts=[], source={"kind": "give up"})
-            self._host.send(name, order)
+            self._cluster.link.send(name, order)
         self._orders.clear()

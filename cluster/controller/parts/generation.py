@@ -3,7 +3,7 @@
     begin ─▶ NewGeneration to every member ─▶ GenerationReady from all, and all experts in memory
         ─▶ RunGeneration(first step above the highest step of any member)
 
-The controller decides on members and placement.
+``Recovery`` decides on members and placement.
 """
 
 from __future__ import annotations
@@ -12,99 +12,66 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.generation_round import GenerationRound, Phase
-from cluster.controller.parts.host import ControllerHost
-from cluster.core.frames import GenerationReady, NewGeneration, RunGeneration
+from cluster.core.frames import NewGeneration, RunGeneration
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import WorkerState
 from cluster.core.topology import Generation, Member
 
 
-class Generations:
-    """The generations of one cluster. Owned by the controller; one thread, time passed in."""
+def begin(
+    cluster: Cluster, members: Sequence[Member], placement: ExpertPlacement, now: float
+) -> None:
+    """Announce the next generation to all its members."""
+    fresh = tuple(cluster.workers[m.name].member for m in members)
+    generation = Generation(number=cluster.round.number + 1, members=fresh)
+    cluster.round = GenerationRound(generation, now)
+    cluster.placement = cluster.above(placement)
+    cluster.touch()
+    _stand_by(cluster)
+    order = NewGeneration(
+        term=cluster.term,
+        controller=cluster.identity,
+        generation=generation,
+        placement=cluster.placement,
+        drained=[r.name for r in cluster.workers if r.state is WorkerState.DRAINED],
+    )
+    for member in fresh:
+        cluster.link.send(member.name, order)
 
-    def __init__(self, host: ControllerHost, *, term: int, identity: str, now: float) -> None:
-        """``term`` and ``identity`` are the controller's."""
-        self.round = GenerationRound(Generation(number=0, members=()), now, Phase.STALLED)
-        """The newest generation; number 0 before the first."""
-        self.experts_complete = False
-        """Every expert had a slot when the newest generation was formed."""
-        self._host = host
-        self._term = term
-        self._identity = identity
 
-    @property
-    def is_forming(self) -> bool:
-        """A generation is announced but does not run yet."""
-        return self.round.phase is Phase.FORMING and self._host.is_up
+def run_if_complete(cluster: Cluster, now: float) -> bool:
+    """Run the generation that is being formed if every member has answered; whether it runs now."""
+    formed = cluster.round
+    if not cluster.is_forming or not formed.is_complete:
+        return False
+    if formed.highest_epoch > cluster.placement.epoch:
+        # a survivor ran a later epoch than the controller knew; the new one must be higher
+        placement = replace(cluster.placement, epoch=formed.highest_epoch + 1)
+        begin(cluster, formed.members, placement, now)
+        return False
+    cluster.experts_complete = True
+    formed.phase = Phase.RUNNING
+    order = RunGeneration(generation=formed.number, first_step=formed.first_step)
+    for member in formed.members:
+        record = cluster.workers[member.name]
+        record.progress_at = now
+        record.enter(WorkerState.SERVING)
+        cluster.link.send(member.name, order)
+    return True
 
-    def begin(self, members: Sequence[Member], placement: ExpertPlacement, now: float) -> None:
-        """Announce the next generation to all its members."""
-        host = self._host
-        fresh = tuple(host.workers[m.name].member for m in members)
-        generation = Generation(number=self.round.number + 1, members=fresh)
-        self.round = GenerationRound(generation, now)
-        host.placement = placement = host.above(placement)
-        host.touch()
-        self._stand_by(fresh)
-        order = NewGeneration(
-            term=self._term,
-            controller=self._identity,
-            generation=generation,
-            placement=placement,
-            drained=[r.name for r in host.workers if r.state is WorkerState.DRAINED],
-        )
-        for member in fresh:
-            host.send(member.name, order)
 
-    def answer(self, name: str, frame: GenerationReady, now: float) -> None:
-        """A member has opened its edges."""
-        if frame.generation != self.round.number or not self.is_forming:
-            return  # an answer to an older generation, overtaken by a newer one
-        self.round.answer(name, frame)
-        self.run_if_ready(now)
+def stall(cluster: Cluster, members: Sequence[Member], now: float) -> None:
+    """No generation can run: keep these members for a later one."""
+    survivors = Generation(number=cluster.round.number, members=tuple(members))
+    cluster.round = GenerationRound(survivors, now, Phase.STALLED)
+    _stand_by(cluster)
 
-    def run_if_ready(self, now: float) -> None:
-        """Run the generation that is being formed if it is complete."""
-        host = self._host
-        if not self.is_forming or not self.round.is_complete or host.awaits_experts:
-            return
-        highest = self.round.highest_epoch
-        if highest > host.placement.epoch:
-            # a survivor ran a later epoch than the controller knew; the new one must be higher
-            self.begin(self.round.members, replace(host.placement, epoch=highest + 1), now)
-            return
-        self._run(now)
 
-    def stall(self, members: Sequence[Member], now: float) -> None:
-        """No generation can run: keep these members for a later one."""
-        survivors = Generation(number=self.round.number, members=tuple(members))
-        self.round = GenerationRound(survivors, now, Phase.STALLED)
-        self._stand_by(members)
-
-    def restore(self, generation: Generation, now: float) -> None:
-        """A restarted controller found workers of this generation."""
-        self.round = GenerationRound(generation, now)
-
-    def go_on(self) -> None:
-        """All members of the restored generation run it."""
-        self.experts_complete = True
-        self.round.phase = Phase.RUNNING
-
-    def _stand_by(self, members: Sequence[Member]) -> None:
-        """Serving members become ready: they run no steps until the next RunGeneration."""
-        for member in members:
-            record = self._host.workers[member.name]
-            if record.state is WorkerState.SERVING:
-                record.enter(WorkerState.READY)
-
-    def _run(self, now: float) -> None:
-        first_step = self.round.first_step
-        order = RunGeneration(generation=self.round.number, first_step=first_step)
-        self.go_on()
-        for member in self.round.members:
-            record = self._host.workers[member.name]
-            record.progress_at = now
-            record.enter(WorkerState.SERVING)
-            self._host.send(member.name, order)
-        self._host.ran(first_step, now)
+def _stand_by(cluster: Cluster) -> None:
+    """Serving members become ready: they run no steps until the next RunGeneration."""
+    for member in cluster.round.members:
+        record = cluster.workers[member.name]
+        if record.state is WorkerState.SERVING:
+            record.enter(WorkerState.READY)

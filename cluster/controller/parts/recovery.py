@@ -3,8 +3,8 @@
     a member is lost ──▶ the others continue, and load the experts without a copy
         ──▶ a new worker starts in its place ──▶ it is ready ──▶ a generation with it
 
-``decide`` (failure policy) and ``Replacements`` decide; ``Recovery`` makes the controller act.
-Loading and the forming of the generation run at the same time.
+``decide`` (failure policy) and ``Replacements`` decide; ``Recovery`` acts. Loading and the forming
+of the generation run at the same time.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
+from cluster.controller.parts import generation
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.generation_round import Phase
-from cluster.controller.parts.host import ControllerHost
 from cluster.controller.parts.reloads import Reload, Reloads
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.core.frames import ExpertsLoaded
+from cluster.core.frames import ExpertsLoaded, GenerationReady
 from cluster.core.placement import FREE_SLOT, ExpertPlacement
-from cluster.core.states import WorkerState
+from cluster.core.states import ClusterState, WorkerState
 from cluster.core.topology import Member
 from cluster.planner.stages import SlotFill
 from cluster.policy.coverage import Holdings
-from cluster.policy.failure import Outcome, decide, describe_losses
+from cluster.policy.failure import Outcome, decide, describe_losses, describe_members
 from cluster.policy.replacement import Replacements
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class Recovery:
 
     def __init__(
         self,
-        host: ControllerHost,
+        cluster: Cluster,
         members: Sequence[Member],
         desired: ExpertPlacement,
         *,
@@ -59,13 +60,13 @@ class Recovery:
         ``room`` is the number of expert slots of a device in each bank if banks do not grow; load
         orders are numbered from ``first_order``.
         """
-        self._host = host
+        self._cluster = cluster
         self._room = room
         self._limits = limits
         self._started_with: dict[str, ExpertPlacement] = {}
         self._failed: list[SlotFill] = []
         self._barred: dict[int, str] = {}
-        self._retry_s = self._limits.retry_s
+        self._retry_s = limits.retry_s
         self._retry_at = 0.0
         self.desired = desired
         """The placement of the whole cluster; rebalancing changes it."""
@@ -76,7 +77,7 @@ class Recovery:
 
     def problems(self, now: float) -> list[str]:
         """What keeps the cluster from being whole, for people."""
-        names = {r.member.device: r.name for r in self._host.workers.alive()}
+        names = {r.member.device: r.name for r in self._cluster.workers.alive()}
         found = [
             f"{names.get(device, f'device {device}')} {Problem.CANNOT_LOAD}: {error}"
             for device, error in sorted(self._barred.items())
@@ -85,17 +86,64 @@ class Recovery:
             f"{place} {Problem.LEFT_OUT}: {why}"
             for place, why in self.replacements.left_out.items()
         ]
-        for record in self._host.workers.alive():
+        for record in self._cluster.workers.alive():
             waits = record.state is WorkerState.STARTING and record.name in self._started_with
             if waits and now - record.since > _ROOM_WAIT_S:
                 found.append(f"{record.name} {Problem.WAITS_FOR_ROOM}")
         return found
 
+    # ---- orders ---------------------------------------------------------------------------
+
+    def reform(self, cause: str, now: float) -> None:
+        """Have all members form a generation with the placement in force."""
+        cluster = self._cluster
+        self._form(cluster.round.members, cluster.placement, now)
+        cluster.note(cause, f"go on with {describe_members(cluster.round.members)}", now)
+
+    def leave(self, names: Sequence[str], why: str, now: float) -> None:
+        """Form a generation without these workers, which leave the cluster."""
+        cluster = self._cluster
+        leaving = {m.device for m in cluster.round.members if m.name in names and m.holds_experts}
+        members = tuple(m for m in cluster.round.members if m.name not in names)
+        placement = cluster.placement
+        if leaving:
+            kept = placement.without_devices(frozenset(leaving), placement.epoch + 1)
+            assert kept is not None, "a drain leaves every expert a copy"
+            placement = kept
+        for name in names:
+            cluster.workers.lose(name, why, WorkerState.DRAINED)
+            self.replacements.leave(name)
+            cluster.round.drop_reports(name)
+        cluster.enter(ClusterState.RECOVERING)
+        cluster.remember()
+        self._form(members, placement, now)
+        effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
+        cluster.note(why, effect, now)
+
+    def refill(self, names: Sequence[str]) -> None:
+        """Start new workers in the places of these, which have left."""
+        for name in names:
+            member = self._cluster.workers[name].member
+            self.replacements.reopen(member.role, member.rank)
+
+    def come_into_force(self, placement: ExpertPlacement) -> None:
+        """A step of the running generation names the placement's epoch.
+
+        A whole cluster keeps it as the desired one; a placement made by a drain is temporary.
+        """
+        self._cluster.placement = placement
+        rows = [bank.physical_to_logical for bank in placement.banks]
+        devices = range(placement.num_devices)
+        uses_all = all(any(set(row[d]) - {FREE_SLOT} for row in rows) for d in devices)
+        if uses_all and self.replacements.is_full(self._cluster.round.members):
+            self.desired = placement
+        self._cluster.touch()
+
     # ---- a restarted controller -----------------------------------------------------------
 
     def memory(self) -> dict[str, Any]:
         """Plain data for the next controller; ``restore`` takes it."""
-        is_whole = self.desired.banks == self._host.placement.banks
+        is_whole = self.desired.banks == self._cluster.placement.banks
         return {
             "desired": None if is_whole else self.desired.to_dict(),
             "left_out": self.replacements.left_out,
@@ -105,8 +153,8 @@ class Recovery:
         """Continue what an earlier controller began; the table has all workers already."""
         if memory.get("desired"):
             self.desired = ExpertPlacement.from_dict(memory["desired"])
-        members = {m.name for m in self._host.round.members}
-        for record in self._host.workers:
+        members = {m.name for m in self._cluster.round.members}
+        for record in self._cluster.workers:
             if record.state is WorkerState.DRAINED:
                 self.replacements.leave(record.name)
             elif record.is_lost:
@@ -123,26 +171,26 @@ class Recovery:
             self.replacements.lost(name, reason, now)
             self.reloads.drop(name)
             self._started_with.pop(name, None)
-        members = self._host.round.members
+        members = self._cluster.round.members
         gone = {m.name: reasons[m.name] for m in members if m.name in reasons}
         others = {n: r for n, r in reasons.items() if n not in gone}
         if others:
             left_out = "; ".join(f"{n} is left out" for n in self.replacements.left_out)
-            self._host.note(describe_losses(others), left_out or "start another one", now)
+            self._cluster.note(describe_losses(others), left_out or "start another one", now)
         if gone:
-            self._host.metrics.lost([m for m in members if m.name in gone], now)
+            self._cluster.metrics.lost([m for m in members if m.name in gone], now)
             survivors = [m for m in members if m.name not in gone]
             self._go_on(survivors, describe_losses(gone), now)
 
     def ready(self, now: float) -> None:
         """Workers are ready: those outside the generation join, unless one is forming."""
-        if not self._host.takes_orders or self._host.round.phase is Phase.FORMING:
+        if not self._cluster.takes_orders or self._cluster.round.phase is Phase.FORMING:
             return
-        members = self._host.round.members
+        members = self._cluster.round.members
         known = {m.name for m in members}
         fresh = [
             r.member
-            for r in self._host.workers.alive()
+            for r in self._cluster.workers.alive()
             if r.state is WorkerState.READY and r.name not in known
         ]
         if fresh:
@@ -159,68 +207,91 @@ class Recovery:
             self._cannot_load(reload, frame.error, now)
         else:
             took_s, moved = now - reload.began_at, len(reload.loads)
-            self._host.metrics.moved("recovery", moved, frame.num_bytes, took_s)
-            self._host.run_if_ready(now)
+            self._cluster.metrics.moved("recovery", moved, frame.num_bytes, took_s)
+            self._run_if_complete(now)
         return True
 
-    def moved(self, placement: ExpertPlacement) -> None:
-        """A whole cluster has moved to this placement; one made by a drain is temporary."""
-        rows = [bank.physical_to_logical for bank in placement.banks]
-        devices = range(placement.num_devices)
-        uses_all = all(any(set(row[d]) - {FREE_SLOT} for row in rows) for d in devices)
-        if uses_all and self.replacements.is_full(self._host.round.members):
-            self.desired = placement
+    def answered(self, name: str, frame: GenerationReady, now: float) -> None:
+        """A member has opened its edges for the generation that is being formed."""
+        cluster = self._cluster
+        if frame.generation == cluster.round.number and cluster.is_forming:
+            cluster.round.answer(name, frame)
+            self._run_if_complete(now)
 
-    def ran(self, now: float) -> None:
-        """The generation that was formed runs."""
-        self.replacements.joined(self._host.round.members)
-        self._host.metrics.recovered(now)
-        self._barred.clear()
-        self._retry_s = self._limits.retry_s
-        self.ready(now)
+    def show_running(self) -> None:
+        """Enter the state of a cluster whose newest generation runs."""
+        is_full = self.replacements.is_full(self._cluster.round.members)
+        self._cluster.enter(ClusterState.SERVING if is_full else ClusterState.DEGRADED)
 
     def tick(self, now: float) -> None:
         """Time has passed: start workers, check limits, retry."""
-        if not self._host.takes_orders:
+        if not self._cluster.takes_orders:
             return
         for reload in self.reloads.overdue(now, self._limits.load_limit_s):
             self.reloads.answered(reload.worker, reload.order)
             limit = f"no answer within {self._limits.load_limit_s:g} s"
             self._cannot_load(reload, limit, now)
-        self._check_starting(now)
-        if self._host.round.phase is not Phase.FORMING:
+        if self._cluster.round.phase is not Phase.FORMING:
             self._start_workers(now)
-        if self._host.round.phase is Phase.STALLED:
+        if self._cluster.round.phase is Phase.STALLED:
             if self._barred and now >= self._retry_at:
                 self._try_again(now)
-            self._host.settle()
+            self._settle()
 
     # ---- actions --------------------------------------------------------------------------
 
     def _go_on(self, members: Sequence[Member], cause: str, now: float) -> None:
         """Form a generation of these members, or stall."""
-        host = self._host
+        cluster, load = self._cluster, self._cluster.load.totals()
         decision = decide(
             members,
             cause,
             self._holdings(members),
-            highest_epoch=host.round.highest_epoch,
-            expert_load=host.expert_load(),
+            highest_epoch=cluster.round.highest_epoch,
+            expert_load={key: load.counts(key).tolist() for key in load.prefill},
         )
+        cluster.experts_complete = decision.experts_complete
         if decision.outcome is not Outcome.CONTINUE:
-            host.stall(decision, now)
+            generation.stall(cluster, decision.members, now)
+            cluster.note(decision.cause, decision.effect, now)
+            self._settle()
+            cluster.remember()
             return
         workers = {m.device: m.name for m in members if m.holds_experts}
         for name, order in self.reloads.order(decision.loads, workers, now).items():
-            host.send(name, order)
+            cluster.link.send(name, order)
         self._failed.clear()
         for member in members:
             self._started_with.pop(member.name, None)
-        host.form(decision, now)
+        self._form(decision.members, decision.placement, now)
+        cluster.note(decision.cause, decision.effect, now)
+
+    def _form(self, members: Sequence[Member], placement: ExpertPlacement, now: float) -> None:
+        self._cluster.enter(ClusterState.RECOVERING)
+        generation.begin(self._cluster, members, placement, now)
+
+    def _run_if_complete(self, now: float) -> None:
+        """Run the generation that is being formed, once all its experts are in memory, too."""
+        cluster = self._cluster
+        if self.reloads.is_pending or not generation.run_if_complete(cluster, now):
+            return
+        self.show_running()
+        cluster.history.runs(cluster.round.number, cluster.round.first_step, now)
+        cluster.remember()
+        self.replacements.joined(cluster.round.members)
+        cluster.metrics.recovered(now)
+        self._barred.clear()
+        self._retry_s = self._limits.retry_s
+        self.ready(now)
+
+    def _settle(self) -> None:
+        """Enter the state of a stalled cluster: RECOVERING while workers are coming."""
+        is_hopeful = self.replacements.are_coming
+        self._cluster.enter(ClusterState.RECOVERING if is_hopeful else ClusterState.DEGRADED)
 
     def _holdings(self, members: Sequence[Member]) -> Holdings:
         return Holdings(
-            current=self._host.placement,
+            current=self._cluster.placement,
             desired=self.desired,
             joining={
                 m.device: self._started_with[m.name]
@@ -239,28 +310,19 @@ class Recovery:
         self._barred[reload.loads[0].device] = error
         self._retry_at = now + self._retry_s
         cause = f"{reload.worker} cannot load {len(reload.loads)} experts: {error}"
-        self._go_on(self._host.round.members, cause, now)
+        self._go_on(self._cluster.round.members, cause, now)
 
     def _try_again(self, now: float) -> None:
         """A worker may be able to load by now."""
         self._retry_s = min(2 * self._retry_s, _MAX_RETRY_S)
         self._retry_at = now + self._retry_s
         self._barred.clear()
-        self._go_on(self._host.round.members, "try again to load experts", now)
+        self._go_on(self._cluster.round.members, "try again to load experts", now)
 
     def _start_workers(self, now: float) -> None:
         for member in self.replacements.take_due(now):
-            self._host.workers.add(member, now)
+            self._cluster.workers.add(member, now)
             self._started_with[member.name] = self.desired
-            self._host.start_worker(member, self.desired)
-
-    def _check_starting(self, now: float) -> None:
-        """New workers that miss their limit; those that wait for room may wait."""
-        limit = self._limits.start_limit_s
-        known = {m.name for m in self._host.round.members}
-        late = [
-            r.name
-            for r in self._host.workers.alive()
-            if r.name not in known and r.state is WorkerState.LOADING and now - r.since > limit
-        ]
-        self._host.lost(dict.fromkeys(late, f"not ready within {limit:g} s"), now)
+            logger.info("start %s", member.name)
+            self._cluster.touch()
+            self._cluster.link.start_worker(member, self.desired)

@@ -21,10 +21,11 @@ from typing import Any
 from msgspec import structs
 
 from cluster.config.cluster import ClusterConfig, RebalanceSection
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.epoch_change import ChangeLimits, ChangeState, EpochChange
-from cluster.controller.parts.host import ControllerHost
 from cluster.controller.parts.metrics import Outcome
 from cluster.controller.parts.operations import Operation, Operations, OperationState
+from cluster.controller.parts.recovery import Recovery
 from cluster.controller.rebalance.job import (
     Promise,
     RebalanceJob,
@@ -69,30 +70,29 @@ class Rebalancing:
 
     def __init__(
         self,
-        host: ControllerHost,
+        cluster: Cluster,
         operations: Operations,
+        recovery: Recovery,
         config: ClusterConfig | None,
         *,
-        num_slots: int,
         top_k: int,
         now: float,
         executor: Executor | None = None,
     ) -> None:
-        """``num_slots`` is the capacity of each expert worker. No ``config`` turns it off.
+        """No ``config`` turns it off.
 
         ``executor`` runs the planning; None runs it in the caller.
         """
-        self._host = host
+        self._cluster = cluster
         self._operations = operations
+        self._recovery = recovery
         self._section = config.rebalance if config is not None else RebalanceSection()
-        self._num_slots = num_slots
-        self._plans = Plans(host, config, num_slots=num_slots, top_k=top_k, executor=executor)
+        self._plans = Plans(cluster, config, top_k=top_k, executor=executor)
         self.impossible = "there is no configuration" if config is None else why_impossible(config)
         """Why rebalancing is impossible in this cluster; empty if it is possible."""
         self.profile: LoadProfile | None = None
         """Load that the placement in force was made for; None for the first placement."""
         self._numbers = itertools.count(_FIRST_ORDER + (operations.term << 32))
-        self._highest_epoch = 0
         self._considered: Future[RebalanceDecision] | None = None
         self._asked: tuple[Operation, Future[RebalanceDecision]] | None = None
         self._job: RebalanceJob | None = None
@@ -114,12 +114,12 @@ class Rebalancing:
         before = self._operations.asked_before(order.request_id, order.asked)
         if before is not None:
             return before
-        epoch = self._host.placement.epoch
+        epoch = self._cluster.placement.epoch
         if order.expected_epoch not in (None, epoch):
             raise ConflictError(f"placement epoch {epoch} is in force, not {order.expected_epoch}")
         if self.impossible:
             raise ConflictError(f"rebalancing is not possible: {self.impossible}")
-        if not self._host.runs:
+        if not self._cluster.runs:
             raise ConflictError("no generation runs")
         self._operations.check_free()
         if self._job is not None and not order.dry_run:
@@ -144,7 +144,7 @@ class Rebalancing:
         pending, job = self._pending_decision(operation), self._job
         if pending is not None:
             self._plans.drop(pending)
-            self._host.metrics.decided("cancelled")
+            self._cluster.metrics.decided("cancelled")
             self._operations.end(operation, OperationState.CANCELLED, "cancelled", now)
             return
         if job is None or job.operation is not operation:
@@ -164,7 +164,7 @@ class Rebalancing:
             return
         job.change.frame(name, frame, now)
         if isinstance(frame, EpochSwitched) and job.change.state is ChangeState.DONE:
-            self._host.metrics.switched(frame.stall_s)
+            self._cluster.metrics.switched(frame.stall_s)
         self._advance(job, now)
 
     def tick(self, now: float) -> None:
@@ -173,7 +173,7 @@ class Rebalancing:
         if self._job is not None:
             self._watch(self._job, now)
             return
-        windows = self._host.load
+        windows = self._cluster.load
         if windows.num_windows == self._seen_windows:
             return
         self._seen_windows = windows.num_windows
@@ -182,12 +182,6 @@ class Rebalancing:
         if load is not None and self._section.enable_eplb and not self.impossible:
             self._consider(load, now)
 
-    def above(self, placement: ExpertPlacement) -> ExpertPlacement:
-        """The placement with an epoch above every epoch that a worker knows."""
-        if self._highest_epoch <= self._host.placement.epoch:
-            return placement
-        return structs.replace(placement, epoch=max(self._highest_epoch + 1, placement.epoch))
-
     @property
     def is_idle(self) -> bool:
         """No change is under way."""
@@ -195,10 +189,11 @@ class Rebalancing:
 
     def begin_change(self, stage: Stage, limits: ChangeLimits, now: float) -> EpochChange:
         """A change of the placement, with an epoch and order numbers new to all workers."""
-        epoch = max(self._host.placement.epoch, self._highest_epoch) + 1
-        self._highest_epoch = epoch
+        cluster = self._cluster
+        cluster.highest_epoch = epoch = max(cluster.placement.epoch, cluster.highest_epoch) + 1
         stage = replace(stage, placement=structs.replace(stage.placement, epoch=epoch))
-        return EpochChange(self._host, stage, self._numbers, limits, now)
+        come_into_force = self._recovery.come_into_force
+        return EpochChange(cluster, stage, self._numbers, limits, come_into_force, now)
 
     # ---- questions ------------------------------------------------------------------------
 
@@ -220,7 +215,7 @@ class Rebalancing:
 
     def _consider(self, load: LoadNow, now: float) -> None:
         """A window has ended: change the placement if that pays."""
-        if not self._host.runs or self._operations.running is not None:
+        if not self._cluster.runs or self._operations.running is not None:
             return
         if self._considered is None or not self._plans.waits(self._considered):
             then = partial(self._considered_now, load, self._plans.basis())
@@ -275,9 +270,9 @@ class Rebalancing:
     ) -> bool:
         """Start a change, or count why there is none; an order does not wait for the interval."""
         if decision.action == "none":
-            self._host.metrics.decided("skipped_gain")
+            self._cluster.metrics.decided("skipped_gain")
         elif operation is None and now - self._rested_at < self._section.interval_s:
-            self._host.metrics.decided("skipped_churn")
+            self._cluster.metrics.decided("skipped_churn")
         else:
             self._start(decision, profile, operation, now)
             return True
@@ -329,13 +324,11 @@ class Rebalancing:
 
     def _next(self, job: RebalanceJob, now: float) -> None:
         """Begin the next stage, or end."""
-        host, target = self._host, job.decision.target
-        devices = frozenset(m.device for m in host.generation.experts)
-        stage = next_stage(host.placement, target, self._num_slots, devices)
-        if stage is None and job.num_stages == 0 and is_reached(host.placement, target):
-            shared = with_shares(
-                host.placement, target
-            )  # no weights move: shares and decode devices only
+        cluster, target = self._cluster, job.decision.target
+        devices = frozenset(m.device for m in cluster.generation.experts)
+        stage = next_stage(cluster.placement, target, cluster.num_slots, devices)
+        if stage is None and job.num_stages == 0 and is_reached(cluster.placement, target):
+            shared = with_shares(cluster.placement, target)  # shares and decode devices only
             self._begin_stage(job, Stage(fills=(), placement=shared), now)
         elif stage is None or job.num_stages >= MAX_STAGES:
             self._finish(job, now)
@@ -366,7 +359,7 @@ class Rebalancing:
         self._advance(job, now)
 
     def _finish(self, job: RebalanceJob, now: float) -> None:
-        placement, decision = self._host.placement, job.decision
+        placement, decision = self._cluster.placement, job.decision
         self._promise = Promise(
             epoch=placement.epoch, since=now, predicted=decision.balancedness_then
         )
@@ -381,12 +374,12 @@ class Rebalancing:
             job.stage_over()
         self._job = None
         self._rested_at = now
-        self._host.metrics.decided(outcome)
-        self._host.metrics.moved("rebalance", job.num_moved, job.num_bytes, now - job.began_at)
-        self._last = job.report(outcome, text, self._host.placement.epoch, now)
+        self._cluster.metrics.decided(outcome)
+        self._cluster.metrics.moved("rebalance", job.num_moved, job.num_bytes, now - job.began_at)
+        self._last = job.report(outcome, text, self._cluster.placement.epoch, now)
         self.on_end(self._last)
         effect = text if outcome == "applied" else f"{outcome}: {text}; the epoch in force stays"
-        self._host.note("rebalance", effect, now)
+        self._cluster.note("rebalance", effect, now)
         if job.operation is not None:
             states = {"applied": OperationState.SUCCEEDED, "cancelled": OperationState.CANCELLED}
             state = states.get(outcome, OperationState.FAILED)
@@ -398,22 +391,22 @@ class Rebalancing:
         if promise is None or not promise.is_due(window):
             return
         self._promise = None
-        found = promise.achieved(window, self._host.placement, self._host.load)
+        found = promise.achieved(window, self._cluster.placement, self._cluster.load)
         if found is None:
             return  # the placement changed again before a window ended
         if self._last is not None:
             self._last["balancedness"]["achieved"] = found[0]
-        self._host.note(f"epoch {promise.epoch} had a window of load", found[1], now)
+        self._cluster.note(f"epoch {promise.epoch} had a window of load", found[1], now)
 
     def _unknown_epoch(self, frame: EpochSwitched, now: float) -> None:
         """Switch to an epoch that an earlier controller ordered, with the maps known here.
 
         Their weights are still in place, since only a later change overwrites them.
         """
-        host = self._host
-        is_newer = frame.epoch > host.placement.epoch
-        if host.runs and is_newer and frame.generation == host.generation.number:
-            self._highest_epoch = frame.epoch
-            host.reform(
+        cluster = self._cluster
+        is_newer = frame.epoch > cluster.placement.epoch
+        if cluster.runs and is_newer and frame.generation == cluster.generation.number:
+            cluster.highest_epoch = frame.epoch
+            self._recovery.reform(
                 f"a step ran in epoch {frame.epoch}, which this controller did not order", now
             )

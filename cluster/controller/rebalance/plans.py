@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from cluster.config.cluster import ClusterConfig, RebalanceSection
-from cluster.controller.parts.host import ControllerHost
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.rebalance.planner_thread import Computations
 from cluster.core.errors import ConfigError
 from cluster.core.load_profile import LoadProfile
@@ -54,26 +54,24 @@ class Plans(Computations):
 
     def __init__(
         self,
-        host: ControllerHost,
+        cluster: Cluster,
         config: ClusterConfig | None,
         *,
-        num_slots: int,
         top_k: int,
         executor: Executor | None,
     ) -> None:
         """Arguments as for ``Rebalancing``."""
         super().__init__(executor)
-        self._host = host
+        self._cluster = cluster
         self._config = config
         self._section = config.rebalance if config is not None else RebalanceSection()
-        self._num_slots = num_slots
         self._top_k = max(top_k, 1)
 
     def decide(
         self, load: LoadNow, then: Callable[[Future[RebalanceDecision], float], None], now: float
     ) -> Future[RebalanceDecision]:
         """Decide whether to change the placement, and to what."""
-        section, placement = self._section, self._host.placement
+        section, placement = self._section, self._cluster.placement
         settings = RebalanceSettings(
             horizon_s=section.horizon_s,
             max_move_fraction=section.max_move_fraction,
@@ -99,14 +97,14 @@ class Plans(Computations):
 
         ``has_ended``: a window has just ended; otherwise all load so far is accepted, too.
         """
-        tracker, banks = self._host.load, self._host.placement.banks
+        tracker, banks = self._cluster.load, self._cluster.placement.banks
         newest = tracker.windows[-1] if tracker.windows else None
         needed = _TOKENS_PER_EXPERT * max((b.num_experts for b in banks), default=0)
         enough = newest is not None and newest.sums.rows * self._top_k >= needed
         source: Source = "window" if enough else "average"
         if not has_ended and newest is None:
             source = "total"
-        model = str(self._host.workers.model.get("name"))
+        model = str(self._cluster.workers.model.get("name"))
         profile = tracker.profile(source, model, self._top_k)
         if profile is None or len(profile.banks) != len(banks):
             return None
@@ -118,11 +116,11 @@ class Plans(Computations):
 
     def basis(self) -> Basis:
         """The state from which a plan is computed now."""
-        return Basis(placement=self._host.placement, generation=self._host.generation.number)
+        return Basis(placement=self._cluster.placement, generation=self._cluster.generation.number)
 
     def has_changed(self, basis: Basis) -> bool:
         """A plan from this state is stale."""
-        return not self._host.runs or self.basis() != basis
+        return not self._cluster.runs or self.basis() != basis
 
     def error_of(self, future: Future[Any], basis: Basis) -> str:
         """Why a plan cannot be carried out; empty if it can."""
@@ -136,10 +134,12 @@ class Plans(Computations):
     def _topology(self, placement: ExpertPlacement) -> PlannedTopology:
         """The living devices; during a change they may hold more than is planned for them."""
         spare = self._config.workers.recovery_slots if self._config is not None else 0
-        return planned_topology(self._host.generation.experts, placement, self._num_slots - spare)
+        return planned_topology(
+            self._cluster.generation.experts, placement, self._cluster.num_slots - spare
+        )
 
     def _step_cost(self) -> StepCost:
-        infos = [record.info for record in self._host.workers]
+        infos = [record.info for record in self._cluster.workers]
         sizes = [int(info.get("expert_bytes", 0)) for info in infos]
         dtype = next((str(info["dtype"]) for info in infos if "dtype" in info), "float32")
         return step_cost(self._config, max([1, *sizes]), dtype)

@@ -372,10 +372,10 @@ class World:
         progress = (snapshot["term"], snapshot["generation"], snapshot["placement_epoch"])
         assert all(a >= b for a, b in zip(progress, self.progress, strict=True))
         self.progress = progress
-        if controller.runs:
-            members = controller.generation.members
+        if controller.cluster.runs:
+            members = controller.cluster.generation.members
             devices = {m.device for m in members if m.holds_experts}
-            for bank in controller.placement.banks:
+            for bank in controller.cluster.placement.banks:
                 assert set(bank.decode_device) <= devices, "each expert has a copy"
             states = {w["name"]: w["state"] for w in snapshot["workers"]}
             assert all(states[m.name] in ("SERVING", "DRAINING") for m in members)
@@ -388,13 +388,13 @@ class World:
             return  # no worker was left
         snapshot = controller.snapshot()
         assert snapshot["state"] in ("SERVING", "DEGRADED"), snapshot["state"]
-        alive = {r.name for r in controller.workers.alive()}
+        alive = {r.name for r in controller.cluster.workers.alive()}
         assert alive == {n for n, w in self.workers.items() if w.is_awake and w.is_connected}
         has_attention = any(self.workers[n].member.runs_attention for n in alive)
         if snapshot["experts_complete"] and has_attention:
             (number,) = self.runnable()
             assert number == snapshot["generation"]
-            assert {m.name for m in controller.generation.members} == alive
+            assert {m.name for m in controller.cluster.generation.members} == alive
             assert {self.workers[n].epoch for n in alive} == {snapshot["placement_epoch"]}
 
     # ---- small things ---------------------------------------------------------------------

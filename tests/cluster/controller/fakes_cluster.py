@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.controller import Controller
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import (
     ControlFrame,
@@ -101,7 +102,6 @@ class FakeCluster:
             now=self.now,
             room=room,
             config=config,
-            load=None if config is None else config.load,
             num_slots=max(len(row) for row in self.placement.banks[0].physical_to_logical),
             top_k=2,
             wall_time_offset_s=1_000_000.0,
@@ -109,9 +109,14 @@ class FakeCluster:
         )
 
     @property
+    def known(self) -> Cluster:
+        """What the controller knows."""
+        return self.controller.cluster
+
+    @property
     def state(self) -> str:
         """The cluster's state."""
-        return self.controller.state.value
+        return self.known.state.value
 
     def send(self, worker: str, frame: ControlFrame) -> None:
         """A worker sends a frame."""
@@ -144,7 +149,7 @@ class FakeCluster:
 
     def join_all(self, highest_step: int = 0) -> None:
         """All members of the newest generation take part in it."""
-        for member in self.controller.generation.members:
+        for member in self.known.generation.members:
             self.join(member.name, highest_step)
 
     def answer_loads(self, worker: str, error: str = "") -> int:
@@ -174,7 +179,7 @@ class FakeCluster:
         self, worker: str, progress: int = 0, idle: bool = True, waiting: bool = False
     ) -> None:
         """A worker's heartbeat."""
-        number = self.controller.generation.number
+        number = self.known.generation.number
         self.send(
             worker,
             Heartbeat(progress=progress, idle=idle, waiting=waiting, generation=number),
@@ -182,7 +187,7 @@ class FakeCluster:
 
     def beat_all(self, *but: str) -> None:
         """Heartbeats of all workers that live, but some."""
-        for record in self.controller.workers:
+        for record in self.known.workers:
             if not record.is_lost and record.name not in but:
                 self.beat(record.name)
 

@@ -42,7 +42,7 @@ def test_a_rebalancing_tells_what_it_moved_and_what_it_promises() -> None:
     assert rebalance.name == "expertmesh.rebalance"
     assert rebalance.attributes == {
         "expertmesh.outcome": "applied",
-        "expertmesh.placement_epoch": cluster.controller.placement.epoch,
+        "expertmesh.placement_epoch": cluster.known.placement.epoch,
         "expertmesh.balancedness.before": last["balancedness"]["before"],
         "expertmesh.balancedness.predicted": last["balancedness"]["predicted"],
         **moved,
@@ -84,7 +84,7 @@ def test_a_trace_that_fails_does_not_harm_the_cluster() -> None:
     cluster = FakeCluster(1, 3)
     cluster.serve()
     kept = followed(cluster)
-    cluster.controller.metrics.on_moved("drain", 1, 2, float("nan"))
+    cluster.known.metrics.on_moved("drain", 1, 2, float("nan"))
     assert not kept.spans
 
 

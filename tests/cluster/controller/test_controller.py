@@ -123,7 +123,7 @@ def test_the_first_error_of_a_start_is_kept() -> None:
     cluster = FakeCluster()
     cluster.controller.lost({"expert-0": "out of memory"}, cluster.now)
     cluster.controller.disconnected("attention-0", "reset", cluster.now)
-    assert cluster.controller.error == "expert-0: out of memory"
+    assert cluster.known.error == "expert-0: out of memory"
     assert cluster.link.all_ended_asked == 1
 
 
@@ -134,7 +134,7 @@ def test_a_start_has_a_limit() -> None:
     cluster.tick(2.9)
     assert cluster.state == "STARTING"
     cluster.tick(0.3)
-    assert cluster.controller.error == (
+    assert cluster.known.error == (
         "attention-0: not ready within 3 s (STARTING, 0 of 0 bytes); "
         "expert-1: not ready within 3 s (STARTING, 0 of 0 bytes)"
     )
@@ -148,7 +148,7 @@ def test_loading_workers_may_be_silent_for_longer() -> None:
     cluster = FakeCluster()
     cluster.register("expert-0")
     cluster.tick(31.0)
-    assert cluster.controller.error == "expert-0: no heartbeat for 30.1 s (limit 30 s)"
+    assert cluster.known.error == "expert-0: no heartbeat for 30.1 s (limit 30 s)"
 
 
 def test_a_member_that_does_not_join_the_first_generation_fails_the_start() -> None:
@@ -157,7 +157,7 @@ def test_a_member_that_does_not_join_the_first_generation_fails_the_start() -> N
     cluster.join("attention-0")
     cluster.join("expert-0")
     cluster.tick(5.2)
-    assert cluster.controller.error == "expert-1: did not join generation 1 within 5 s"
+    assert cluster.known.error == "expert-1: did not join generation 1 within 5 s"
 
 
 def test_an_edge_that_cannot_be_opened_fails_the_start() -> None:
@@ -166,7 +166,7 @@ def test_an_edge_that_cannot_be_opened_fails_the_start() -> None:
     lost = PeerLost(worker="expert-1", generation=1, reason="connection refused")
     cluster.send("attention-0", lost)
     cluster.tick(0.3)
-    assert cluster.controller.error == "expert-1: attention-0 reports: connection refused"
+    assert cluster.known.error == "expert-1: attention-0 reports: connection refused"
 
 
 # ---- losses ---------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_a_killed_expert_worker_costs_one_generation() -> None:
     assert order.generation.number == 2
     assert order.placement.epoch == 2
     cluster.now += 0.03
-    for step, member in enumerate(cluster.controller.generation.members, start=40):
+    for step, member in enumerate(cluster.known.generation.members, start=40):
         cluster.join(member.name, highest_step=step)
     assert cluster.state == "DEGRADED"
     running = cluster.running()
@@ -254,7 +254,7 @@ def test_a_lost_attention_worker_keeps_the_epoch() -> None:
     snapshot = cluster.controller.snapshot()
     assert snapshot["state"] == "DEGRADED"
     assert snapshot["placement_epoch"] == 1
-    assert cluster.controller.generation.leader.name == "attention-1"
+    assert cluster.known.generation.leader.name == "attention-1"
 
 
 def test_without_copies_and_room_nothing_runs_and_the_state_says_so() -> None:
@@ -433,15 +433,15 @@ def test_a_fresh_status_asks_every_worker() -> None:
     stats = {"kv_blocks_free": 30.0, "kv_blocks_total": 40.0, "odd": math.nan}
     reply = StatusReply(token=request.token, stats=stats, expert_load=load_of(1, [1, 2]))
     cluster.send("attention-0", reply)
-    assert not cluster.controller.workers.status_complete
+    assert not cluster.known.workers.status_complete
     cluster.send("attention-1", StatusReply(token=request.token, expert_load=load_of(5, [5, 5])))
     cluster.send("expert-0", StatusReply(token=request.token))
-    assert cluster.controller.workers.status_complete
+    assert cluster.known.workers.status_complete
     worker = cluster.controller.snapshot()["workers"][0]
     assert (worker["kv_blocks_free"], worker["kv_blocks_total"]) == (30, 40)
     assert worker["kv_usage"] == 0.25
     assert worker["stats"] == {"kv_blocks_free": 30.0, "kv_blocks_total": 40.0}
-    totals = cluster.controller.load.totals()
+    totals = cluster.known.load.totals()
     assert totals.rows == 6
     assert totals.counts(("mlp", 0)).tolist() == [6, 7]
 
@@ -452,22 +452,22 @@ def test_a_lost_worker_is_not_waited_for() -> None:
     cluster.controller.request_status()
     cluster.send("attention-0", StatusReply(token=1))
     cluster.controller.disconnected("expert-0", "reset", cluster.now)
-    assert cluster.controller.workers.status_complete
+    assert cluster.known.workers.status_complete
 
 
 def test_stop_ends_everything_once() -> None:
     cluster = FakeCluster()
     cluster.serve()
-    version = cluster.controller.version
+    version = cluster.known.version
     cluster.controller.stop(cluster.now)
     cluster.controller.stop(cluster.now)
     assert cluster.state == "DRAINING"
-    assert cluster.controller.version > version
+    assert cluster.known.version > version
     assert cluster.link.all_ended_asked == 1
     cluster.controller.disconnected("expert-0", "closed", cluster.now)
     cluster.controller.all_ended(cluster.now)
     assert cluster.state == "STOPPED"
-    assert cluster.controller.error is None
+    assert cluster.known.error is None
     cluster.tick(10.0)
     assert cluster.state == "STOPPED"
 
@@ -477,7 +477,7 @@ def test_stop_ends_everything_once() -> None:
 
 def _random_event(cluster: FakeCluster, draw: random.Random) -> None:
     name = draw.choice(cluster.members).name
-    number = cluster.controller.generation.number + draw.choice([-1, 0, 0, 0, 0])
+    number = cluster.known.generation.number + draw.choice([-1, 0, 0, 0, 0])
     other = draw.choice(cluster.members).name
     frames: list[ControlFrame] = [
         WorkerReady(),
@@ -511,7 +511,7 @@ def _check_consistent(cluster: FakeCluster, before: tuple[int, int, int]) -> tup
     snapshot = cluster.controller.snapshot()
     workers = {w["name"]: w["state"] for w in snapshot["workers"]}
     serving = {n for n, s in workers.items() if s == "SERVING"}
-    members = {m.name for m in cluster.controller.generation.members}
+    members = {m.name for m in cluster.known.generation.members}
     assert snapshot["state"] in STATES
     if snapshot["state"] == "SERVING":
         assert serving == set(workers)
@@ -524,8 +524,8 @@ def _check_consistent(cluster: FakeCluster, before: tuple[int, int, int]) -> tup
         assert set(workers.values()) == {"LOST"}
     if serving and snapshot["state"] != "DRAINING":
         assert snapshot["experts_complete"]
-        devices = {m.device for m in cluster.controller.generation.experts}
-        for bank in cluster.controller.placement.banks:
+        devices = {m.device for m in cluster.known.generation.experts}
+        for bank in cluster.known.placement.banks:
             assert set(bank.decode_device) <= devices
     now = (snapshot["version"], snapshot["generation"], snapshot["placement_epoch"])
     assert all(new >= old for new, old in zip(now, before, strict=True))

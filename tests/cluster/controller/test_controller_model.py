@@ -135,7 +135,7 @@ class ControllerMachine(RuleBasedStateMachine):
     @rule(number=NUMBERS)
     def drain(self, number: int) -> None:
         controller, name = self.world.controller, self._name(number)
-        if controller is None or name not in controller.workers:
+        if controller is None or name not in controller.cluster.workers:
             return
         with suppress(ConflictError):  # refused by name
             controller.draining.begin(DrainOrder(worker=name, limit_s=5.0), self.world.now)

@@ -32,7 +32,7 @@ def wait(cluster: FakeCluster, seconds: float) -> None:
     """Time passes for a cluster whose workers live."""
     for _ in range(round(seconds * 2)):
         cluster.tick(0.5)
-        for record in cluster.controller.workers.alive():
+        for record in cluster.known.workers.alive():
             if record.state.value != "STARTING":
                 cluster.beat(record.name)
 
@@ -102,8 +102,8 @@ def test_a_loss_while_experts_are_loaded_adds_to_the_loads() -> None:
     assert sum(found) == 8
     cluster.join_all()
     assert cluster.state == "DEGRADED"
-    devices = {m.device for m in cluster.controller.generation.experts}
-    for bank in cluster.controller.placement.banks:
+    devices = {m.device for m in cluster.known.generation.experts}
+    for bank in cluster.known.placement.banks:
         assert set(bank.decode_device) <= devices
 
 
@@ -117,9 +117,9 @@ def test_what_one_cannot_load_another_does() -> None:
     assert first == 6
     cluster.join_all()
     assert cluster.state == "DEGRADED"
-    assert cluster.controller.generation.number == 3
+    assert cluster.known.generation.number == 3
     assert "expert-0 cannot load" in last(cluster)["cause"]
-    for bank in cluster.controller.placement.banks:
+    for bank in cluster.known.placement.banks:
         assert bank.physical_to_logical[0] == (0, 1, 2)
 
 
@@ -176,7 +176,7 @@ def test_a_lost_worker_is_replaced_under_a_new_name() -> None:
     snapshot = cluster.controller.snapshot()
     assert snapshot["state"] == "SERVING"
     assert snapshot["generation"] == 3
-    assert cluster.controller.placement.banks == cluster.placement.banks
+    assert cluster.known.placement.banks == cluster.placement.banks
     assert last(cluster)["cause"] == "expert-1.2 is ready"
     states = {w["name"]: w["state"] for w in snapshot["workers"]}
     assert states["expert-1"] == "LOST"
@@ -191,9 +191,9 @@ def test_a_worker_that_comes_during_a_recovery_joins_after_it() -> None:
     cluster.tick(0.2)
     lose(cluster, "expert-0")
     cluster.bring_up("attention-1.2")
-    assert "attention-1.2" not in {m.name for m in cluster.controller.generation.members}
+    assert "attention-1.2" not in {m.name for m in cluster.known.generation.members}
     cluster.join_all()
-    assert "attention-1.2" in {m.name for m in cluster.controller.generation.members}
+    assert "attention-1.2" in {m.name for m in cluster.known.generation.members}
     cluster.join_all()
     assert cluster.state == "DEGRADED"
     cluster.tick(0.2)
@@ -216,7 +216,7 @@ def test_a_cluster_that_lost_all_its_expert_workers_comes_back() -> None:
     cluster.bring_up("expert-0.2")
     cluster.join_all()
     assert cluster.state == "SERVING"
-    assert cluster.controller.placement.banks == cluster.placement.banks
+    assert cluster.known.placement.banks == cluster.placement.banks
 
 
 def test_the_only_attention_worker_comes_back() -> None:
@@ -227,7 +227,7 @@ def test_the_only_attention_worker_comes_back() -> None:
     cluster.bring_up("attention-0.2")
     cluster.join_all()
     assert cluster.state == "SERVING"
-    assert cluster.controller.generation.leader.name == "attention-0.2"
+    assert cluster.known.generation.leader.name == "attention-0.2"
 
 
 def test_a_worker_that_dies_three_times_while_starting_is_left_out() -> None:
@@ -243,7 +243,7 @@ def test_a_worker_that_dies_three_times_while_starting_is_left_out() -> None:
         cluster.register(f"expert-1.{number}")
         cluster.send(f"expert-1.{number}", WorkerFailed(reason=ENOENT))
         assert cluster.state == "DEGRADED"  # a death while starting disturbs no other worker
-        assert cluster.controller.generation.number == 2
+        assert cluster.known.generation.number == 2
     wait(cluster, 60.0)
     assert cluster.started() == ["expert-1.2", "expert-1.3", "expert-1.4"]
     problem = f"expert-1 is left out: died 3 times while starting, last: {ENOENT}"
@@ -346,14 +346,14 @@ def test_a_restarted_controller_knows_what_the_cluster_shall_be() -> None:
     assert placement.banks == old.placement.banks
     lose(new, "expert-2")
     loaded = new.answer_loads("expert-0")
-    held = old.controller.placement.banks[0].physical_to_logical[2]
+    held = old.known.placement.banks[0].physical_to_logical[2]
     assert loaded == 2 * len([e for e in held if e >= 0])  # and nothing that it has already
 
 
 def restore(old: FakeCluster, memory: dict[str, Any]) -> CollectedState:
     """What the workers of a cluster that serves report to the next controller."""
     collector = ReportCollector([m.name for m in old.members], 0.0, limit_s=1.0, confirm_s=0.1)
-    generation = old.controller.generation
+    generation = old.known.generation
     for member in generation.members:
         for frame in (
             Register(member=member),
@@ -361,10 +361,10 @@ def restore(old: FakeCluster, memory: dict[str, Any]) -> CollectedState:
             WorkerReport(
                 term=1,
                 generation=generation,
-                placement=old.controller.placement,
+                placement=old.known.placement,
                 running=True,
                 highest_step=10,
-                highest_epoch=old.controller.placement.epoch,
+                highest_epoch=old.known.placement.epoch,
                 memory=memory,
             ),
         ):

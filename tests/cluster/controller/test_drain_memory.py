@@ -70,7 +70,7 @@ def test_a_drain_goes_on_under_the_next_controller() -> None:
     assert operation.is_running
     take_all(world)
     assert state_of(world, "attention-1") == "DRAINED"
-    assert {m.name for m in running(world).generation.members} == {
+    assert {m.name for m in running(world).cluster.generation.members} == {
         "attention-0",
         "expert-0",
         "expert-1",
@@ -114,7 +114,7 @@ def test_a_place_that_was_opened_again_is_filled_by_the_next_controller() -> Non
 def test_the_place_of_a_node_that_is_to_go_stays_empty() -> None:
     world = World(2, 3, NUM_SPARE)
     controller = running(world)
-    record = controller.workers["expert-2"]
+    record = controller.cluster.workers["expert-2"]
     record.member = replace(record.member, node="host-b")
     controller.draining.nodes_alive({"host-b": frozenset("b")})
     order = DrainOrder(node="host-b", limit_s=60.0)

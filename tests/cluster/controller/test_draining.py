@@ -66,7 +66,7 @@ def newest(cluster: FakeCluster, worker: str) -> Generation:
 
 def on_gpus(cluster: FakeCluster) -> FakeCluster:
     """Expert banks cannot grow."""
-    for record in cluster.controller.workers:
+    for record in cluster.known.workers:
         record.info["device"] = "cuda"
     return cluster
 
@@ -74,7 +74,7 @@ def on_gpus(cluster: FakeCluster) -> FakeCluster:
 def load_all(cluster: FakeCluster, error: str = "") -> int:
     """All workers have loaded as ordered; the number of experts."""
     num = 0
-    for member in cluster.controller.generation.members:
+    for member in cluster.known.generation.members:
         order = cluster.link.last(member.name, LoadExperts)
         if order is not None:
             num += len(order.experts)
@@ -84,10 +84,10 @@ def load_all(cluster: FakeCluster, error: str = "") -> int:
 
 def switch(cluster: FakeCluster) -> dict[str, Any]:
     """All workers learn the newest epoch, and the leader switches; its frame."""
-    leader = cluster.controller.generation.leader.name
+    leader = cluster.known.generation.leader.name
     frame = cluster.link.last(leader, NewEpoch)
     assert frame is not None
-    for member in cluster.controller.generation.members:
+    for member in cluster.known.generation.members:
         cluster.send(member.name, EpochReady(generation=frame.generation, epoch=frame.epoch))
     order = cluster.link.last(leader, SwitchEpoch)
     assert order is not None
@@ -106,7 +106,7 @@ def test_only_copies_are_read_by_others_before_their_worker_leaves() -> None:
     assert load_all(cluster) == 4  # 2 of 8 experts in 2 layers
     told = switch(cluster)
     assert set(told["banks"][0].physical_to_logical[2]) == {-1}
-    assert cluster.controller.placement.epoch == told["epoch"] == 2
+    assert cluster.known.placement.epoch == told["epoch"] == 2
     cluster.tick(0.1)
     assert {m.name for m in newest(cluster, "expert-0").members} == {
         "attention-0",
@@ -151,16 +151,16 @@ def test_experts_that_cannot_be_copied_fail_the_drain() -> None:
     assert operation.state is OperationState.FAILED
     assert "could not be copied" in operation.message
     assert "no such file" in operation.message
-    assert cluster.controller.placement.epoch == 1
+    assert cluster.known.placement.epoch == 1
     assert state_of(cluster, "expert-2") == "SERVING"
 
 
 def test_a_drain_that_is_given_up_brings_the_maps_back() -> None:
     cluster = serving(2, 3, 0)
-    before = cluster.controller.placement.banks
+    before = cluster.known.placement.banks
     names = ("attention-1", "expert-2")
     for name in names:
-        record = cluster.controller.workers[name]
+        record = cluster.known.workers[name]
         record.member = replace(record.member, node="host-b")
     say_requests(cluster, "attention-1", 2)
     operation = drain(cluster, "", node="host-b", limit_s=2.0)
@@ -175,16 +175,16 @@ def test_a_drain_that_is_given_up_brings_the_maps_back() -> None:
         cluster.controller.draining.cancel(operation, cluster.now)
     switch(cluster)
     assert operation.state is OperationState.FAILED
-    assert cluster.controller.placement.banks == before
+    assert cluster.known.placement.banks == before
     assert [state_of(cluster, name) for name in names] == ["SERVING", "SERVING"]
 
 
 def test_after_another_generation_what_was_freed_is_loaded_again() -> None:
     """A generation that runs frees what its maps do not name."""
     cluster = serving(3, 3, 0)
-    before = cluster.controller.placement.banks
+    before = cluster.known.placement.banks
     for name in ("attention-1", "expert-2"):
-        record = cluster.controller.workers[name]
+        record = cluster.known.workers[name]
         record.member = replace(record.member, node="host-b")
     operation = drain(cluster, "", node="host-b", limit_s=60.0)
     load_all(cluster)
@@ -196,25 +196,25 @@ def test_after_another_generation_what_was_freed_is_loaded_again() -> None:
     assert cluster.answer_loads("expert-2") == 4  # 2 experts in 2 layers
     switch(cluster)
     assert operation.state is OperationState.CANCELLED
-    assert cluster.controller.placement.banks == before
+    assert cluster.known.placement.banks == before
 
 
 def test_maps_that_name_a_worker_that_has_gone_are_not_brought_back() -> None:
     cluster = serving(3, 4, 0)
     for name in ("attention-1", "expert-2"):
-        record = cluster.controller.workers[name]
+        record = cluster.known.workers[name]
         record.member = replace(record.member, node="host-b")
     operation = drain(cluster, "", node="host-b", limit_s=60.0)
     load_all(cluster)
     switch(cluster)
     assert operation.phase == "move requests to other workers"
     cluster.controller.lost({"expert-0": "killed"}, cluster.now)
-    for member in cluster.controller.generation.members:
+    for member in cluster.known.generation.members:
         cluster.answer_loads(member.name)
     cluster.join_all()
     cluster.controller.draining.cancel(operation, cluster.now)
     assert operation.state is OperationState.CANCELLED
-    for bank in cluster.controller.placement.banks:
+    for bank in cluster.known.placement.banks:
         assert set(bank.physical_to_logical[0]) == {-1}
 
 
@@ -286,14 +286,14 @@ def test_the_late_closing_of_a_drained_worker_is_no_loss() -> None:
     cluster.tick(0.1)
     cluster.controller.disconnected("expert-1", "closed by the peer", cluster.now)
     cluster.join_all()
-    assert cluster.controller.generation.number == 2
+    assert cluster.known.generation.number == 2
     assert cluster.state == "DEGRADED"
 
 
 def test_a_whole_node_leaves_at_once() -> None:
     cluster = serving(2, 4)
     for name in ("attention-1", "expert-3"):
-        record = cluster.controller.workers[name]
+        record = cluster.known.workers[name]
         record.member = replace(record.member, node="host-b")
     operation = drain(cluster, "", node="host-b")
     say_requests(cluster, "attention-1", 0)
@@ -307,7 +307,7 @@ def test_a_whole_node_leaves_at_once() -> None:
     draining = cluster.controller.draining
     draining.nodes_alive({"host-a": frozenset("a"), "host-b": frozenset("b")})
     cluster.tick(1.0)
-    assert "attention-1.2" not in cluster.controller.workers
+    assert "attention-1.2" not in cluster.known.workers
     draining.nodes_alive({"host-a": frozenset("a")})
     cluster.tick(1.0)
     assert state_of(cluster, "attention-1.2") == "STARTING"

@@ -8,7 +8,10 @@ from typing import TypeVar
 import pytest
 from msgspec.structs import replace
 
+from cluster.config.cluster import LoadSection
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.epoch_change import ChangeLimits, ChangeState, EpochChange
+from cluster.controller.parts.generation_round import GenerationRound
 from cluster.core.frames import (
     ControlFrame,
     EpochReady,
@@ -19,7 +22,7 @@ from cluster.core.frames import (
     SwitchEpoch,
 )
 from cluster.core.placement import ExpertPlacement, contiguous
-from cluster.core.topology import Generation
+from cluster.core.topology import Generation, Member
 from cluster.planner.stages import Stage, next_stage
 from tests.cluster.controller.fakes_cluster import BANKS, FakeWorkerGroup, make_members
 
@@ -27,21 +30,35 @@ FrameT = TypeVar("FrameT", bound=ControlFrame)
 NUM_SLOTS = 6
 
 
-class Host:
-    """The controller, as far as a change sees it."""
+class Host(Cluster):
+    """A cluster of which a generation and a placement are known."""
+
+    link: FakeWorkerGroup
 
     def __init__(self) -> None:
-        members = make_members(2, 3)
-        self.members = tuple(
-            replace(m, weights_address=f"10.0.0.{m.device}:7") if m.holds_experts else m
-            for m in members
+        super().__init__(
+            make_members(2, 3),
+            contiguous(BANKS, 3, 1, epoch=7),
+            FakeWorkerGroup(),
+            model={},
+            num_slots=NUM_SLOTS,
+            load=LoadSection(),
+            term=1,
+            identity="",
+            wall_time_offset_s=0.0,
+            now=100.0,
         )
-        self.generation = Generation(number=4, members=self.members)
-        self.placement = contiguous(BANKS, 3, 1, epoch=7)
-        self.link = FakeWorkerGroup()
+        self.members = tuple(
+            replace(r.member, weights_address=f"10.0.0.{r.member.device}:7")
+            if r.member.holds_experts
+            else r.member
+            for r in self.workers
+        )
+        self.form(4, self.members)
 
-    def send(self, name: str, frame: ControlFrame) -> None:
-        self.link.send(name, frame)
+    def form(self, number: int, members: tuple[Member, ...]) -> None:
+        """A generation begins."""
+        self.round = GenerationRound(Generation(number=number, members=members), 100.0)
 
     def come_into_force(self, placement: ExpertPlacement) -> None:
         self.placement = placement
@@ -66,7 +83,11 @@ def stage(host: Host) -> Stage:
 
 
 def begin(host: Host, limits: ChangeLimits | None = None) -> EpochChange:
-    return EpochChange(host, stage(host), itertools.count(1), limits or ChangeLimits(), 100.0)
+    return begin_stage(host, stage(host), limits or ChangeLimits())
+
+
+def begin_stage(host: Host, wanted: Stage, limits: ChangeLimits) -> EpochChange:
+    return EpochChange(host, wanted, itertools.count(1), limits, host.come_into_force, 100.0)
 
 
 def state_of(change: EpochChange) -> ChangeState:
@@ -124,7 +145,7 @@ def test_it_loads_tells_everyone_and_switches() -> None:
 def test_nothing_to_load_is_told_at_once() -> None:
     host = Host()
     same = Stage(fills=(), placement=replace(host.placement, epoch=8))
-    change = EpochChange(host, same, itertools.count(1), ChangeLimits(), 100.0)
+    change = begin_stage(host, same, ChangeLimits())
     assert state_of(change) is ChangeState.PREPARE
     frame = host.link.last("expert-2", NewEpoch)
     assert frame is not None
@@ -186,7 +207,7 @@ def test_a_new_generation_ends_it(at: str) -> None:
         load_all(host, change)
     if at == "switch":
         prepare_all(host, change)
-    host.generation = Generation(number=5, members=host.members[:-1])
+    host.form(5, host.members[:-1])
     change.tick(101.0)
     assert state_of(change) is ChangeState.FAILED
     assert change.reason == "generation 5 began"

@@ -88,8 +88,8 @@ def restore(*said: WorkerReport) -> tuple[Controller, FakeWorkerGroup]:
 
 def test_a_whole_generation_goes_on_without_an_order() -> None:
     controller, link = restore(standing(), standing(term=4), standing())
-    assert controller.state.value == "SERVING"
-    assert controller.generation.number == 3
+    assert controller.cluster.state.value == "SERVING"
+    assert controller.cluster.generation.number == 3
     for name in NAMES:
         (told,) = link.sent[name]
         assert isinstance(told, ControllerSnapshot)
@@ -102,7 +102,7 @@ def test_a_member_that_does_not_run_makes_the_next_generation() -> None:
     assert order is not None
     assert order.generation.number == 4
     assert len(order.generation.members) == 3
-    assert controller.state.value == "RECOVERING"
+    assert controller.cluster.state.value == "RECOVERING"
 
 
 def test_the_newest_generation_counts() -> None:
@@ -115,7 +115,7 @@ def test_the_newest_generation_counts() -> None:
     assert order.generation.number == 5
     assert [m.name for m in order.generation.members] == ["attention-0", "expert-0"]
     assert link.last("expert-1", NewGeneration) is None
-    assert len(controller.workers) == 3
+    assert len(controller.cluster.workers) == 3
 
 
 def test_who_does_not_call_is_lost_after_the_limit() -> None:

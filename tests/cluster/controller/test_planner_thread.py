@@ -75,7 +75,7 @@ def test_the_controller_goes_on_while_a_plan_is_made(later: LaterExecutor) -> No
     assert status(cluster)["phase"] == ""
     work_and_obey(cluster, later)
     assert outcomes(cluster)["applied"] == 1
-    assert cluster.controller.placement.epoch > 1
+    assert cluster.known.placement.epoch > 1
 
 
 def test_a_plan_for_a_cluster_that_has_changed_is_forgotten(later: LaterExecutor) -> None:
@@ -106,7 +106,7 @@ def test_an_order_waits_for_its_plan(later: LaterExecutor) -> None:
     real = rebalancing.begin(RebalanceOrder(), cluster.now)
     work_and_obey(cluster, later)
     assert real.state is OperationState.SUCCEEDED
-    assert cluster.controller.placement.epoch > 1
+    assert cluster.known.placement.epoch > 1
 
 
 def test_an_order_is_cancelled_while_it_is_planned(later: LaterExecutor) -> None:
@@ -119,7 +119,7 @@ def test_an_order_is_cancelled_while_it_is_planned(later: LaterExecutor) -> None
     assert outcomes(cluster) == {"cancelled": 1}
     later.work()
     cluster.tick(0.2)
-    assert cluster.controller.placement.epoch == 1
+    assert cluster.known.placement.epoch == 1
     assert rebalancing.is_idle
     with pytest.raises(ConflictError, match="has ended"):
         rebalancing.cancel(operation, cluster.now)
@@ -137,7 +137,7 @@ def test_a_stage_is_cancelled_while_its_shares_are_solved(later: LaterExecutor) 
     later.work()
     cluster.tick(0.2)
     assert operation.state is OperationState.CANCELLED
-    assert cluster.controller.placement.epoch == 1
+    assert cluster.known.placement.epoch == 1
 
 
 def test_an_order_for_a_cluster_that_has_changed_fails(later: LaterExecutor) -> None:

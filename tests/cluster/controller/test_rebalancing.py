@@ -73,7 +73,7 @@ def window(cluster: FakeCluster, counts: tuple[int, ...]) -> None:
         epoch_prefill=total.reshape(8, 1),
         epoch_decode=np.zeros_like(total),
     )
-    epoch = cluster.controller.placement.epoch
+    epoch = cluster.known.placement.epoch
     banks = {(b.bank, b.layer): bank for b in BANKS}
     report = LoadReport(epoch=epoch, rows=cluster.rows, banks=banks)  # type: ignore[attr-defined]
     for _ in range(int(WINDOW_S) + 1):
@@ -119,11 +119,11 @@ def outcomes(cluster: FakeCluster) -> dict[str, int]:
 
 def test_a_skewed_window_is_answered_and_proved_by_the_next_one() -> None:
     cluster = make()
-    before = cluster.controller.placement
+    before = cluster.known.placement
     window(cluster, SKEWED)
     assert status(cluster)["phase"].startswith("stage 1")
     assert obey(cluster) > 0
-    after = cluster.controller.placement
+    after = cluster.known.placement
     assert after.epoch > before.epoch
     assert after.banks != before.banks
     assert outcomes(cluster) == {"applied": 1}
@@ -170,7 +170,7 @@ def test_changes_keep_their_distance() -> None:
     window(cluster, SKEWED)
     obey(cluster)
     assert outcomes(cluster) == {"skipped_churn": 1}
-    assert cluster.controller.placement.epoch == 1
+    assert cluster.known.placement.epoch == 1
 
 
 def test_what_is_not_automatic_waits_to_be_told() -> None:
@@ -186,7 +186,7 @@ def test_what_is_not_automatic_waits_to_be_told() -> None:
     assert dry.state is OperationState.SUCCEEDED
     assert dry.result["action"] in ("split", "move")
     assert dry.result["balancedness_predicted"] > dry.result["balancedness_now"]
-    assert controller.placement.epoch == 1
+    assert controller.cluster.placement.epoch == 1
     operation = controller.rebalancing.begin(RebalanceOrder(request_id="a"), cluster.now)
     assert operation.is_running
     assert controller.rebalancing.begin(RebalanceOrder(request_id="a"), cluster.now) is operation
@@ -195,7 +195,7 @@ def test_what_is_not_automatic_waits_to_be_told() -> None:
         controller.rebalancing.begin(other, cluster.now)
     obey(cluster)
     assert operation.state is OperationState.SUCCEEDED
-    assert controller.placement.epoch > 1
+    assert controller.cluster.placement.epoch > 1
 
 
 def test_without_spare_slots_it_says_why_not() -> None:
@@ -216,7 +216,7 @@ def test_a_change_can_be_cancelled() -> None:
     assert operation.state is OperationState.CANCELLED
     assert outcomes(cluster) == {"cancelled": 1}
     obey(cluster)
-    assert cluster.controller.placement.epoch == 1
+    assert cluster.known.placement.epoch == 1
 
 
 def test_a_loss_ends_a_change_and_no_epoch_number_comes_twice() -> None:
@@ -237,7 +237,7 @@ def test_a_loss_ends_a_change_and_no_epoch_number_comes_twice() -> None:
 def test_a_switch_that_nobody_here_ordered_leads_to_a_new_generation() -> None:
     """An earlier controller had ordered it: the maps known here are put in force again."""
     cluster = make(enable_eplb=False)
-    before = cluster.controller.placement
+    before = cluster.known.placement
     cluster.send("attention-0", EpochSwitched(generation=1, epoch=6, step=80))
     order = cluster.link.last("expert-0", NewGeneration)
     assert order is not None
@@ -249,7 +249,7 @@ def test_the_speeds_that_workers_measure_count() -> None:
     cluster = make(1, enable_eplb=False, serves=False)
     cluster.load_all({f"expert-{i}": {"device_speed": s} for i, s in enumerate((1.5, 1, 1, 1))})
     cluster.join_all()
-    assert [m.speed for m in cluster.controller.generation.experts] == [
+    assert [m.speed for m in cluster.known.generation.experts] == [
         1.5,
         1.0,
         1.0,
@@ -258,7 +258,7 @@ def test_the_speeds_that_workers_measure_count() -> None:
     window(cluster, EVEN)
     cluster.controller.rebalancing.begin(RebalanceOrder(), cluster.now)
     obey(cluster)
-    for bank in cluster.controller.placement.banks:
+    for bank in cluster.known.placement.banks:
         loads = device_loads(bank, EVEN)
         assert loads[0] == pytest.approx(1.5 * loads[1], rel=0.1)
         assert loads[1:] == pytest.approx((loads[1],) * 3, rel=0.1)
@@ -269,4 +269,4 @@ def test_a_speed_that_is_none_is_not_believed(speed: object) -> None:
     cluster = make(1, serves=False)
     cluster.load_all({"expert-0": {"device_speed": speed}})
     cluster.join_all()
-    assert {m.speed for m in cluster.controller.generation.experts} == {1.0}
+    assert {m.speed for m in cluster.known.generation.experts} == {1.0}
