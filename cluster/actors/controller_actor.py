@@ -107,26 +107,15 @@ class ControllerActor:
             raise StartError("controller", self._handoff.failure)
         async with self._starting:
             if self._controller is None:
-                await self._begin(config, banks, profile, asked)
+                nodes, free_cpus = self._group.resources(), self._group.free_cpus()
+                known = ClusterConfig.from_dict(config)
+                plan = plan_start(known, banks, nodes, free_cpus, profile)
+                top_k = max((int(b.get("top_k", 1)) for b in banks), default=1)
+                await self._begin(plan, {"profile": profile, "top_k": top_k, "asked": asked})
 
-    async def _begin(
-        self,
-        config: dict[str, Any],
-        banks: list[dict[str, Any]],
-        profile: dict[str, Any] | None,
-        asked: dict[str, str] | None,
-    ) -> None:
-        plan = plan_start(
-            ClusterConfig.from_dict(config),
-            banks,
-            self._group.resources(),
-            self._group.free_cpus(),
-            profile,
-        )
+    async def _begin(self, plan: StartPlan, notes: Mapping[str, Any]) -> None:
         members = await self._reserve(plan)
         plan = plan.on(members)
-        top_k = max((int(b.get("top_k", 1)) for b in banks), default=1)
-        notes = {"profile": profile, "top_k": top_k, "asked": asked}
         controller = self._make_controller(plan, members, notes=notes)
         extras = {m.name: plan.extra(m) for m in members}
         config = plan.config.to_dict()
@@ -264,8 +253,9 @@ class ControllerActor:
         assert self._plan is not None
         extra = replace(self._plan, placement=placement).extra(member)
         config = self._plan.config.to_dict()
-        addition = partial(self._group.add, member, config, self._address, extra)
-        self._background.spawn(self._bring_up(addition, partial(self._died, member.name)))
+        name = member.name
+        addition = partial(self._group.start, [member], config, self._address, {name: extra})
+        self._background.spawn(self._bring_up(addition, partial(self._died, name)))
 
     def end_workers(self, workers: Sequence[str]) -> None:
         if self._server is not None:
@@ -446,7 +436,6 @@ class ControllerActor:
         self._profile = LoadProfile.from_dict(profile) if profile else None
         self._top_k = int(notes.get("top_k", 1))
         self._asked = notes.get("asked")
-        can_grow = plan.share.device == "cpu"
         now = time.monotonic()
         controller = Controller(
             self.limits(config),
@@ -456,7 +445,7 @@ class ControllerActor:
             link=self,
             now=now,
             num_slots=plan.num_slots,
-            room=None if can_grow else plan.num_slots,
+            can_grow=plan.share.device == "cpu",
             config=config,
             top_k=self._top_k,
             term=term,

@@ -138,36 +138,25 @@ class WorkerGroup:
         control_address: str,
         extras: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """Create all actors and call their ``start``. The caller undoes a failure by ``end_all``.
+        """Create actors and call their ``start``. The caller undoes a failure by ``end_all``.
 
-        Raises ``StartError`` with the first failing worker's own words.
+        Those that have no reserved place get the room of a lost one, once that is free. Raises
+        ``StartError`` with the first failing worker's own words.
         """
         await _free_names([m.name for m in members])
-        bundles = self._bundles_by_node()
+        has_places = any(m.name in self._nodes for m in members)
+        bundles = self._bundles_by_node() if has_places else {}
+        created = []
         for member in members:
-            node_id = self._nodes[member.name]
-            extra = extras[member.name]
-            bundle = bundles[node_id].pop(0)
-            handle = self._create(member, bundle, config, control_address, extra)
-            self._actors[member.name] = _Actor(member, handle, node_id, bundle)
-        await _all_or_first_error([self._bring_up(a) for a in self._actors.values()])
-
-    async def add(
-        self,
-        member: Member,
-        config: Mapping[str, Any],
-        control_address: str,
-        extra: Mapping[str, Any],
-    ) -> None:
-        """Create one more actor in the room of a lost one, once that is free.
-
-        Raises ``StartError`` with the worker's own words.
-        """
-        await _free_names([member.name])
-        bundle = self._free_bundle(member.role)
-        handle = self._create(member, bundle, config, control_address, extra)
-        actor = self._actors[member.name] = _Actor(member, handle, "", bundle)
-        await self._bring_up(actor)
+            node_id = self._nodes.get(member.name, "")
+            bundle = bundles[node_id].pop(0) if node_id else self._free_bundle(member.role)
+            args = (dict(config), to_plain(member), control_address, dict(extras[member.name]))
+            kind = self.classes[member.role]
+            remote = kind if hasattr(kind, "remote") else ray.remote(kind)
+            handle = remote.options(**self._options(member, bundle)).remote(*args)
+            actor = self._actors[member.name] = _Actor(member, handle, node_id, bundle)
+            created.append(self._bring_up(actor))
+        await _all_or_first_error(created)
 
     async def watch(
         self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
@@ -259,21 +248,6 @@ class WorkerGroup:
         return found
 
     # ---- placing --------------------------------------------------------------------------
-
-    def _create(
-        self,
-        member: Member,
-        bundle: int,
-        config: Mapping[str, Any],
-        control_address: str,
-        extra: Mapping[str, Any],
-    ) -> Any:
-        """The handle of a new actor."""
-        kind = self.classes[member.role]
-        remote = kind if hasattr(kind, "remote") else ray.remote(kind)
-        return remote.options(**self._options(member, bundle)).remote(
-            dict(config), to_plain(member), control_address, dict(extra)
-        )
 
     def _options(self, member: Member, bundle: int) -> dict[str, Any]:
         assert self._share is not None

@@ -50,16 +50,7 @@ class WorkerGroupLike(Protocol):
         control_address: str,
         extras: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """Create all workers."""
-
-    async def add(
-        self,
-        member: Member,
-        config: Mapping[str, Any],
-        control_address: str,
-        extra: Mapping[str, Any],
-    ) -> None:
-        """Create one more worker in the room of a lost one."""
+        """Create workers: those of a start, later some in the room of lost ones."""
 
     async def watch(
         self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]

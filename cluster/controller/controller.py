@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
-from cluster.config.cluster import ClusterConfig, LoadSection, WorkersSection
+from cluster.config.cluster import ClusterConfig
 from cluster.controller.drain.drain import Draining
 from cluster.controller.failover.collect import CollectedState
 from cluster.controller.failover.restore import StateRestorer
@@ -66,24 +66,22 @@ class Controller:
         placement: ExpertPlacement,
         model: Mapping[str, Any],
         link: WorkerLink,
+        config: ClusterConfig,
+        executor: Executor,
         now: float,
         num_slots: int = 0,
-        room: int | None = None,
-        config: ClusterConfig | None = None,
+        can_grow: bool = True,
         top_k: int = 1,
         term: int = 1,
         identity: str = "",
         notes: Mapping[str, Any] | None = None,
         wall_time_offset_s: float = 0.0,
-        executor: Executor | None = None,
     ) -> None:
-        """``config`` and ``top_k`` are for rebalancing, which is off without them; ``executor``
-        computes its plans (None: the caller does).
+        """``executor`` computes the plans of rebalancing.
 
-        ``model`` holds name and path; the workers add the rest. ``identity`` distinguishes controllers
-        of one ``term``; ``notes`` are for the next controller
-        (``collector.CollectedState.memory``). ``room`` as for ``Recovery``.
-
+        ``model`` holds name and path; the workers add the rest. ``can_grow``: an expert worker may
+        hold more than its ``num_slots`` expert slots a bank. ``identity`` tells controllers of one
+        ``term`` apart; ``notes`` are for the next controller (``collector.CollectedState.memory``).
         ``wall_time_offset_s`` added to ``now`` is the time of day.
         """
         self.cluster = Cluster(
@@ -92,27 +90,25 @@ class Controller:
             link,
             model=model,
             num_slots=num_slots,
-            load=config.load if config is not None else LoadSection(),
+            can_grow=can_grow,
+            load=config.load,
             term=term,
             identity=identity,
             wall_time_offset_s=wall_time_offset_s,
             now=now,
         )
-        self._workers_section = config.workers if config is not None else WorkersSection()
+        self._config = config.workers
         self.detection = Detection(self.cluster, settings, now)
-        first_order = (term << 32) + 1
-        self.recovery = Recovery(
-            self.cluster, members, placement, room=room, limits=settings, first_order=first_order
-        )
+        self.recovery = Recovery(self.cluster, members, settings)
         self.operations = Operations(term, wall_time_offset_s, self.cluster.remember)
         self.rebalancing = Rebalancing(
             self.cluster,
             self.operations,
             self.recovery,
             config,
+            executor,
             top_k=top_k,
             now=now,
-            executor=executor,
         )
         self.draining = Draining(self.cluster, self.operations, self.recovery, self.rebalancing)
         self._restorer = StateRestorer(
@@ -247,8 +243,8 @@ class Controller:
             "schema": 1,
             "state": cluster.state.value,
             "error": cluster.error,
-            "mode": self._workers_section.mode,
-            "mode_reason": self._workers_section.mode_reason,
+            "mode": self._config.mode,
+            "mode_reason": self._config.mode_reason,
             "term": cluster.term,
             "generation": cluster.round.number,
             "placement_epoch": cluster.placement.epoch,

@@ -113,11 +113,6 @@ def load_profile(path: Path) -> LoadProfile:
     return LoadProfile.from_dict(data)
 
 
-def save_profile(profile: LoadProfile, path: Path) -> None:
-    """Write a profile to a file."""
-    path.write_text(json.dumps(profile.to_dict()) + "\n")
-
-
 def device_loads(placement: BankPlacement, counts: Sequence[float]) -> tuple[float, ...]:
     """``[device]`` -> tokens it takes when each copy takes its share of its expert's tokens.
 

@@ -246,19 +246,10 @@ class ThreadWorkerGroup:
         extras: Mapping[str, Mapping[str, Any]],
     ) -> None:
         for member in members:
-            await self.add(member, config, control_address, extras[member.name])
-
-    async def add(
-        self,
-        member: Member,
-        config: Mapping[str, Any],
-        control_address: str,
-        extra: Mapping[str, Any],
-    ) -> None:
-        args = WorkerArgs.from_plain(config, to_plain(member), control_address, extra, "127.0.0.1")
-        runtime = self.make_runtime(member.role, args)
-        self.runtimes[member.name] = runtime
-        runtime.start()
+            given = (config, to_plain(member), control_address, extras[member.name], "127.0.0.1")
+            runtime = self.make_runtime(member.role, WorkerArgs.from_plain(*given))
+            self.runtimes[member.name] = runtime
+            runtime.start()
 
     def make_runtime(self, role: Role, args: WorkerArgs) -> WorkerRuntime:
         """One worker; not started yet."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import note, out_json, out_line, table
+from cluster.cli.terminal.output import note, show, table
 
 _HIGHER = ("_per_s", "successful")
 _LOWER = ("_ms", "_us", "_s", "failed", "failures", "unfinished", "_bytes")
@@ -78,10 +78,9 @@ def run(args: argparse.Namespace) -> int:
     _note_differences(before["options"], after["options"])
     found = changes(before["results"], after["results"])
     worse = [change.name for change in found if change.is_worse(args.threshold)]
-    if args.json:
-        out_json(_document(before["command"], found, args.threshold))
-    else:
-        out_line(_text(found, args.threshold))
+    document = _document(before["command"], found, args.threshold)
+    show(args, document, _text(found, args.threshold))
+    if not args.json:
         note(f"worse by more than {args.threshold:g}: {', '.join(worse) or 'nothing'}")
     return ExitCode.FAILED if worse else ExitCode.OK
 

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import note, out_json, out_line
+from cluster.cli.terminal.output import save, show
 
 
 def add_save(parser: argparse.ArgumentParser) -> None:
@@ -32,18 +31,9 @@ def document_of(
 
 def tell(args: argparse.Namespace, document: Mapping[str, Any], text: str) -> None:
     """Print the document or the text, and save the document where that is asked for."""
-    if args.json:
-        out_json(document)
-    else:
-        out_line(text)
-    if args.save is None:
-        return
-    try:
-        args.save.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    except OSError as err:
-        message = f"cannot write {args.save}: {err.strerror}"
-        raise CommandError(ExitCode.FAILED, message) from err
-    note(f"wrote {args.save}")
+    show(args, document, text)
+    if args.save is not None:
+        save(args.save, json.dumps(document, indent=1) + "\n")
 
 
 def shown(value: float | None, digits: int = 2) -> str:

@@ -14,7 +14,7 @@ from cluster.cli.terminal.arguments import Commands, add_address_option, add_wai
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.operations import follow_operation
 from cluster.cli.terminal.orders import find_admin, orders_for
-from cluster.cli.terminal.output import out_json, out_line
+from cluster.cli.terminal.output import show
 
 DEFAULT_LIMIT_S = 120.0
 _POLL_S = 0.1
@@ -73,8 +73,6 @@ def drain_gateway(args: argparse.Namespace, quiet_s: float = 12.0) -> int:
         if is_done or now >= give_up:
             break
         time.sleep(_POLL_S)
-    if args.json:
-        out_json(left)
-    else:
-        out_line(f"{left['gateway']} serves {left['requests']} requests and takes no more clients")
+    text = f"{left['gateway']} serves {left['requests']} requests and takes no more clients"
+    show(args, left, text)
     return ExitCode.OK if is_done or not args.wait else ExitCode.FAILED

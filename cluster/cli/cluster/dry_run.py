@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.actors.start_plan import StartPlan, plan_start
 from cluster.cli.options.serve_config import itemsize, num_kv_blocks
-from cluster.cli.terminal.output import out_json, out_line, table
+from cluster.cli.terminal.output import table
 from cluster.core.placement import FREE_SLOT
 from cluster.core.topology import Role, holds_experts
 from cluster.launch.checkpoint_check import CheckpointFacts
@@ -74,32 +75,31 @@ def _weights(role: Role, rank: int, start: StartPlan, facts: CheckpointFacts) ->
     return held + (0 if role == "expert" else facts.attention_weights)
 
 
-def show(plan: LaunchPlan, facts: CheckpointFacts, as_json: bool) -> None:
-    """Print it."""
-    document = describe(plan, facts)
-    if as_json:
-        out_json(document)
-        return
+def text(document: Mapping[str, Any], address: str) -> str:
+    """The document for people; ``address`` is that of the Ray to join."""
     reason = document["mode_reason"]
-    out_line(f"mode     {document['mode']}{f': {reason}' if reason else ''}")
-    out_line(f"model    {document['model']['name']} ({document['model']['path']})")
-    out_line(f"http     {document['http']}")
-    out_line(f"grpc     {document['grpc']}")
-    if document["device"] is None:
-        out_line(f"shares   as the nodes of {plan.address} allow, once it is joined")
-    else:
-        out_line(
-            f"shares   {document['cpus_per_worker']:g} CPUs, {document['gpus_per_worker']:g} GPUs, "
+    shares = f"as the nodes of {address} allow, once it is joined"
+    if document["device"] is not None:
+        shares = (
+            f"{document['cpus_per_worker']:g} CPUs, {document['gpus_per_worker']:g} GPUs, "
             f"{document['threads_per_worker']} compute threads a worker, on {document['device']}"
         )
     tokens, each = document["kv_cache_tokens"], document["kv_bytes_per_token"]
-    out_line(f"kv       {tokens} tokens of {each} bytes in each attention worker")
+    lines = [
+        f"mode     {document['mode']}{f': {reason}' if reason else ''}",
+        f"model    {document['model']['name']} ({document['model']['path']})",
+        f"http     {document['http']}",
+        f"grpc     {document['grpc']}",
+        f"shares   {shares}",
+        f"kv       {tokens} tokens of {each} bytes in each attention worker",
+    ]
     rows = [
         (w["name"], w["role"], _gigabytes(w["weight_bytes"]), _holds(w["slots"]))
         for w in document["workers"]
     ]
     if rows:
-        out_line(table(("WORKER", "ROLE", "WEIGHTS", "HOLDS"), rows))
+        lines.append(table(("WORKER", "ROLE", "WEIGHTS", "HOLDS"), rows))
+    return "\n".join(lines)
 
 
 def _gigabytes(num_bytes: int | None) -> str:

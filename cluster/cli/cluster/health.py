@@ -9,7 +9,7 @@ from typing import Any
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
-from cluster.cli.terminal.output import out_json, out_line
+from cluster.cli.terminal.output import show
 from cluster.core.states import WorkerState
 
 _GONE = (WorkerState.LOST.value, WorkerState.DRAINED.value)
@@ -32,10 +32,8 @@ def run_health(args: argparse.Namespace) -> int:
     else:
         workers = client.get("/cluster/v1/status")["workers"]
         reasons = why_not(args.node, workers)
-    if args.json:
-        out_json({"schema": 1, "healthy": not reasons, "reasons": reasons})
-    else:
-        out_line("; ".join(reasons) or "ok")
+    document = {"schema": 1, "healthy": not reasons, "reasons": reasons}
+    show(args, document, "; ".join(reasons) or "ok")
     return ExitCode.NOT_READY if reasons else ExitCode.OK
 
 

@@ -11,7 +11,7 @@ from cluster.cli.experts.rebalance import describe
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
-from cluster.cli.terminal.output import colour, note, out, out_json, out_line, table, time_of_day
+from cluster.cli.terminal.output import colour, note, show, table, time_of_day
 
 WATCH_INTERVAL_S = 1.0
 _COLOURS = {"SERVING": "green", "DEGRADED": "yellow", "RECOVERING": "yellow", "STOPPED": "red"}
@@ -31,10 +31,7 @@ def run_status(args: argparse.Namespace) -> int:
         status: dict[str, Any] = client.get("/cluster/v1/status")
         ready: dict[str, Any] = client.get("/ready", any_status=True)
         is_ready = bool(ready.get("ready")) and not ready.get("error")
-        if args.json:
-            out_json(status)
-        else:
-            out(_status_text(status, colours=not args.no_color))
+        show(args, status, _status_text(status, colours=not args.no_color))
         if not is_ready:
             note("; ".join(["not ready", *map(str, ready.get("reasons") or ())]))
         if not args.watch:
@@ -59,17 +56,14 @@ def _status_text(status: Mapping[str, Any], colours: bool) -> str:
     if status.get("error"):
         lines.append(f"error       {status['error']}")
     lines += [f"problem     {problem}" for problem in status.get("problems") or ()]
-    return "\n".join([*lines, "", _workers_text(status), ""])
+    return "\n".join([*lines, "", _workers_text(status)])
 
 
 def run_workers(args: argparse.Namespace) -> int:
     """Print the workers."""
     status = Client(args).get("/cluster/v1/status")
-    if args.json:
-        out_json({"schema": 1, "workers": status["workers"]})
-    else:
-        out_line(_workers_text(status))
-    return ExitCode.OK
+    document = {"schema": 1, "workers": status["workers"]}
+    return show(args, document, _workers_text(status))
 
 
 def _workers_text(status: Mapping[str, Any]) -> str:
@@ -91,12 +85,9 @@ def _holds(worker: Mapping[str, Any]) -> str:
 def run_events(args: argparse.Namespace) -> int:
     """Print the history, newest last."""
     document = Client(args).get("/cluster/v1/events")
-    if args.json:
-        out_json(document)
-        return ExitCode.OK
     rows = [
         (time_of_day(e["time"]), e["generation"], e["cause"], e["effect"])
         for e in document["events"]
     ]
-    out_line(table(("TIME", "GENERATION", "CAUSE", "EFFECT"), rows))
-    return ExitCode.OK
+    header = ("TIME", "GENERATION", "CAUSE", "EFFECT")
+    return show(args, document, table(header, rows))

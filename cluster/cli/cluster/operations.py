@@ -9,7 +9,7 @@ from cluster.cli.terminal.arguments import Commands, add_address_option, add_wai
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.operations import follow_operation, show_operation
 from cluster.cli.terminal.orders import orders_for
-from cluster.cli.terminal.output import out_json, out_line, table, time_of_day
+from cluster.cli.terminal.output import show, table, time_of_day
 
 
 def add_commands(commands: Commands) -> None:
@@ -29,15 +29,12 @@ def run_list(args: argparse.Namespace) -> int:
     """Print a line for each operation."""
     with orders_for(args) as orders:
         operations = orders.operations()
-    if args.json:
-        out_json({"schema": 1, "operations": operations})
-        return ExitCode.OK
     rows = [
         (o["id"], o["target"], o["state"], time_of_day(o["started"]), o["message"] or o["phase"])
         for o in operations
     ]
-    out_line(table(("ID", "TARGET", "STATE", "STARTED", "PHASE OR END"), rows))
-    return ExitCode.OK
+    header = ("ID", "TARGET", "STATE", "STARTED", "PHASE OR END")
+    return show(args, {"schema": 1, "operations": operations}, table(header, rows))
 
 
 def run_get(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.cluster.dry_run import show
+from cluster.cli.cluster import dry_run
 from cluster.cli.cluster.front import Front, Outcome, raise_on_signals
 from cluster.cli.options.keys import without_keys
 from cluster.cli.options.serve_config import asked_for, build_config, make_plan
@@ -23,7 +23,7 @@ from cluster.cli.options.serve_options import (
 )
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import note, out_json, out_line
+from cluster.cli.terminal.output import note, show
 from cluster.cli.terminal.progress import Progress
 from cluster.config.cluster import ClusterConfig
 from cluster.core.errors import CheckpointError, ConfigError, StartError
@@ -149,7 +149,8 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
         if front is None:
             progress.clear()
             _tell_rebalancing(plan)
-            show(plan, facts, args.json)
+            document = dry_run.describe(plan, facts)
+            show(args, document, dry_run.text(document, plan.address))
             return Outcome(code=ExitCode.OK)
         _tell_mode(plan)
         _tell_rebalancing(plan)
@@ -235,7 +236,5 @@ def call_hints(config: ClusterConfig, url: str, grpc: str) -> tuple[str, ...]:
 
 
 def _print_ready(args: argparse.Namespace, name: str, http: str, grpc: str) -> None:
-    if args.json:
-        out_json({"schema": 1, "name": name, "http": http, "grpc": grpc})
-    else:
-        out_line(f"expertmesh ready http={http} grpc={grpc}")
+    document = {"schema": 1, "name": name, "http": http, "grpc": grpc}
+    show(args, document, f"expertmesh ready http={http} grpc={grpc}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import note, out_json, out_line, table
+from cluster.cli.terminal.output import save, show, table
 from cluster.core.errors import ConfigError
-from cluster.core.load_profile import LoadProfile, load_profile, save_profile
+from cluster.core.load_profile import LoadProfile, load_profile
 
 VIEWS = ("total", "window", "average")
 DEFAULT_TOP = 4
@@ -34,15 +35,11 @@ def run_load(args: argparse.Namespace) -> int:
     document = Client(args).get("/cluster/v1/load")
     if args.save is not None:
         _save(profile_of(document, args.of), args.save, args.merge)
-    if args.json:
-        out_json(document)
-        return ExitCode.OK
-    note(
+    heading = (
         f"{document['tokens']} tokens since the start, {document.get('window_tokens', 0)} in the "
         f"newest window; placement epoch {document['epoch']}"
     )
-    out_line(_text(document, args.of, args.top))
-    return ExitCode.OK
+    return show(args, document, lambda: _text(document, args.of, args.top), heading)
 
 
 def profile_of(document: Mapping[str, Any], view: str) -> LoadProfile:
@@ -67,12 +64,9 @@ def _save(profile: LoadProfile, path: Path, merge: bool) -> None:
     try:
         if merge and path.exists():
             profile = load_profile(path).merge(profile)
-        save_profile(profile, path)
     except ConfigError as err:
         raise CommandError(ExitCode.REFUSED, str(err)) from err
-    except OSError as err:
-        raise CommandError(ExitCode.FAILED, f"cannot write {path}: {err.strerror}") from err
-    note(f"wrote {path}: {profile.tokens} tokens")
+    save(path, json.dumps(profile.to_dict()) + "\n", f": {profile.tokens} tokens")
 
 
 def _text(document: Mapping[str, Any], view: str, top: int) -> str:

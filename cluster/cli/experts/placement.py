@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import note, out_json, out_line, table
+from cluster.cli.terminal.output import show, table
 
 
 def add_commands(commands: Commands) -> None:
@@ -23,10 +25,11 @@ def run_placement(args: argparse.Namespace) -> int:
         document["banks"] = [b for b in document["banks"] if b["layer"] == args.layer]
         if not document["banks"]:
             raise CommandError(ExitCode.REFUSED, f"layer {args.layer} has no expert bank")
-    if args.json:
-        out_json(document)
-        return ExitCode.OK
-    note(f"placement epoch {document['epoch']}")
+    heading = f"placement epoch {document['epoch']}"
+    return show(args, document, lambda: _text(client, document), heading)
+
+
+def _text(client: Client, document: Mapping[str, Any]) -> str:
     workers = client.get("/cluster/v1/status")["workers"]
     holders = {w["rank"]: w["name"] for w in workers if w.get("slots") is not None}
     rows = [
@@ -34,8 +37,7 @@ def run_placement(args: argparse.Namespace) -> int:
         for bank in document["banks"]
         for device, slots in enumerate(bank["physical_to_logical"])
     ]
-    out_line(table(("LAYER", "BANK", "WORKER", "EXPERTS BY SLOT"), rows))
-    return ExitCode.OK
+    return table(("LAYER", "BANK", "WORKER", "EXPERTS BY SLOT"), rows)
 
 
 def _slot(expert: int) -> str:

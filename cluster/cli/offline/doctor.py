@@ -15,7 +15,7 @@ from typing import Literal
 from cluster.cli.offline.version import versions
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.exit_codes import ExitCode
-from cluster.cli.terminal.output import colour, out_json, out_line
+from cluster.cli.terminal.output import colour, show
 from cluster.core.errors import CheckpointError, ConfigError, StartError
 from cluster.launch import state_file
 from cluster.launch.local_ray import OBJECT_STORE_BYTES, make_temp_dir, remove
@@ -51,14 +51,15 @@ def run(args: argparse.Namespace) -> int:
     """Print all findings; ``FAILED`` when one is bad."""
     findings = [examine() for examine in EXAMINATIONS]
     is_fine = all(f.verdict != "bad" for f in findings)
-    if args.json:
-        out_json({"schema": 1, "ok": is_fine, "findings": [asdict(f) for f in findings]})
-        return ExitCode.OK if is_fine else ExitCode.FAILED
-    colours = {"ok": "green", "warn": "yellow", "bad": "red"}
-    for f in findings:
-        mark = colour(f.verdict.ljust(4), colours[f.verdict], not args.no_color)
-        out_line(f"{mark} {f.what.ljust(12)} {f.text}")
+    document = {"schema": 1, "ok": is_fine, "findings": [asdict(f) for f in findings]}
+    show(args, document, "\n".join(_line(f, not args.no_color) for f in findings))
     return ExitCode.OK if is_fine else ExitCode.FAILED
+
+
+def _line(finding: Finding, colours: bool) -> str:
+    name = {"ok": "green", "warn": "yellow", "bad": "red"}[finding.verdict]
+    mark = colour(finding.verdict.ljust(4), name, colours)
+    return f"{mark} {finding.what.ljust(12)} {finding.text}"
 
 
 def _finding(what: str, is_ok: bool, text: str, otherwise: Verdict = "bad") -> Finding:

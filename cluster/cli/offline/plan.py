@@ -13,8 +13,7 @@ from cluster.cli.offline import plan_page
 from cluster.cli.offline.plan_simulate import add_devices, add_simulate
 from cluster.cli.offline.plan_size import add_size
 from cluster.cli.terminal.arguments import Commands
-from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import note, out_json, out_line, table
+from cluster.cli.terminal.output import save, show, table
 from cluster.core.checks import check
 from cluster.core.load_profile import LoadProfile, load_profile
 from cluster.core.placement import BankShape, ExpertPlacement, load_placement
@@ -73,18 +72,13 @@ def run_placement(args: argparse.Namespace) -> int:
     compared = compare(question, {args.algorithm: plan}) if args.compare else {}
     if args.plot is not None:
         draw(args.plot, question, plan, args.algorithm)
-    if args.json:
-        document = plan.to_dict()
-        if compared:
-            document["compare"] = {name: summary(p) for name, p in compared.items()}
-        out_json(document)
-        return ExitCode.OK
+    document = plan.to_dict()
+    if compared:
+        document["compare"] = {name: summary(p) for name, p in compared.items()}
     rows = compared or {args.algorithm: plan}
     if not compared and question.current is not None:
         rows = {"current": before(question), **rows}
-    note(_headline(question))
-    out_line(_text(rows))
-    return ExitCode.OK
+    return show(args, document, lambda: _text(rows), _headline(question))
 
 
 def ask(args: argparse.Namespace) -> Question:
@@ -142,18 +136,14 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 
 def draw(path: Path, question: Question, plan: Plan, algorithm: str) -> None:
-    """Write the page. Raises ``CommandError`` where the file cannot be written."""
+    """Write the page. Raises ``CommandError``."""
     name = "contiguous" if question.current is None else "current"
     page = plan_page.page(
         question.profile,
         plan_page.Side(name=name, plan=before(question)),
         plan_page.Side(name=algorithm, plan=plan),
     )
-    try:
-        path.write_text(page)
-    except OSError as err:
-        raise CommandError(ExitCode.FAILED, f"cannot write {path}: {err.strerror}") from err
-    note(f"wrote {path}")
+    save(path, page)
 
 
 def _headline(question: Question) -> str:

@@ -9,8 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 from cluster.cli.terminal.arguments import Commands
-from cluster.cli.terminal.exit_codes import ExitCode
-from cluster.cli.terminal.output import note, out_json, out_line, table
+from cluster.cli.terminal.output import show, table
 from cluster.planner.base import PlannedTopology
 from cluster.sizing.replay import POLICIES, Policy, SimulatedWindow, StepCost, load_trace, simulate
 
@@ -60,13 +59,12 @@ def run_simulate(args: argparse.Namespace) -> int:
     topology = PlannedTopology.uniform(args.devices, args.redundant, args.nodes)
     policies: Sequence[Policy] = (args.policy,) if args.policy else POLICIES
     found = {p: simulate(trace, topology, p, step, args.max_move_fraction) for p in policies}
-    if args.json:
-        windows = {name: [asdict(w) for w in each] for name, each in found.items()}
-        out_json({"schema": 1, "devices": args.devices, "policies": windows})
-        return ExitCode.OK
-    note(f"{len(trace) - 1} windows on {args.devices} devices; each runs what the last one taught")
-    out_line(_text(found))
-    return ExitCode.OK
+    windows = {name: [asdict(w) for w in each] for name, each in found.items()}
+    document = {"schema": 1, "devices": args.devices, "policies": windows}
+    heading = (
+        f"{len(trace) - 1} windows on {args.devices} devices; each runs what the last one taught"
+    )
+    return show(args, document, lambda: _text(found), heading)
 
 
 def _text(found: Mapping[Policy, Sequence[SimulatedWindow]]) -> str:

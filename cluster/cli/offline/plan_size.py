@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import note, out_json, out_line, table
+from cluster.cli.terminal.output import note, show, table
 from cluster.config.resources import WorkerShare
 from cluster.core.checks import check
 from cluster.core.errors import CheckpointError
@@ -75,19 +75,16 @@ def run_size(args: argparse.Namespace) -> int:
         device=device,
         balancedness=args.balancedness,
     )
-    if args.json:
-        out_json(
-            {
-                "schema": 1,
-                "model": source.name,
-                "device": asdict(device),
-                "batches": [_document(choice) for choice in found],
-            }
-        )
-        return ExitCode.OK
-    note(f"{source.name} on {args.workers} workers, each a {device.name}: {_numbers_of(device)}")
-    out_line(_text(found))
-    return ExitCode.OK
+    document = {
+        "schema": 1,
+        "model": source.name,
+        "device": asdict(device),
+        "batches": [_document(choice) for choice in found],
+    }
+    heading = (
+        f"{source.name} on {args.workers} workers, each a {device.name}: {_numbers_of(device)}"
+    )
+    return show(args, document, lambda: _text(found), heading)
 
 
 def device_of(args: argparse.Namespace) -> DeviceNumbers:

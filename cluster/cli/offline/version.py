@@ -6,8 +6,7 @@ import argparse
 import platform
 
 from cluster.cli.terminal.arguments import Commands
-from cluster.cli.terminal.exit_codes import ExitCode
-from cluster.cli.terminal.output import out_json, out_line
+from cluster.cli.terminal.output import show
 from cluster.core.versions import installed_version, own_version
 
 PACKAGES = ("ray", "torch", "grpcio", "fastapi")
@@ -25,10 +24,7 @@ def versions() -> dict[str, str | None]:
 
 def run(args: argparse.Namespace) -> int:
     """Print the versions."""
-    if args.json:
-        out_json({"schema": 1, "version": own_version(), **versions()})
-    else:
-        out_line(f"expertmesh {own_version()}")
-        for name, number in versions().items():
-            out_line(f"{name} {number or 'missing'}")
-    return ExitCode.OK
+    found = versions()
+    lines = [f"{n} {v or 'missing'}" for n, v in {"expertmesh": own_version(), **found}.items()]
+    document = {"schema": 1, "version": own_version(), **found}
+    return show(args, document, "\n".join(lines))

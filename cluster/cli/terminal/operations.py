@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.orders import Orders
-from cluster.cli.terminal.output import note, out_json, out_line
+from cluster.cli.terminal.output import note, show
 
 POLL_S = 0.1
 
@@ -37,10 +37,7 @@ def follow_operation(
 
 
 def show_operation(args: argparse.Namespace, operation: dict[str, Any]) -> int:
-    if args.json:
-        out_json({"schema": 1, **operation})
-    else:
-        out_line(_text(operation))
+    show(args, {"schema": 1, **operation}, _text(operation))
     ended_well = operation["state"] in ("RUNNING", "SUCCEEDED")
     return ExitCode.OK if ended_well else ExitCode.FAILED
 

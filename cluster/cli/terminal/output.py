@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 
 _CODES = {"red": 31, "green": 32, "yellow": 33, "dim": 2}
 
@@ -26,6 +30,31 @@ def out_line(text: str) -> None:
 def out_json(document: Any) -> None:
     """The result as one JSON document."""
     out_line(json.dumps(document, indent=1))
+
+
+def show(
+    args: argparse.Namespace, document: Any, text: str | Callable[[], str], heading: str = ""
+) -> ExitCode:
+    """The result: the document with ``--json``, else the text, after ``heading`` on stderr.
+
+    A text that takes time is a function. Returns ``OK``.
+    """
+    if args.json:
+        out_json(document)
+    else:
+        if heading:
+            note(heading)
+        out_line(text if isinstance(text, str) else text())
+    return ExitCode.OK
+
+
+def save(path: Path, text: str, what: str = "") -> None:
+    """Write a file, and say so; ``what`` describes it. Raises ``CommandError``."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as err:
+        raise CommandError(ExitCode.FAILED, f"cannot write {path}: {err.strerror}") from err
+    note(f"wrote {path}{what}")
 
 
 def note(text: str) -> None:

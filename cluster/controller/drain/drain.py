@@ -17,9 +17,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from cluster.controller.drain.cordon import Cordon, NodeIds
-from cluster.controller.drain.order import Drain, DrainOrder, DrainStep, SavedDrain
+from cluster.controller.drain.order import Drain, DrainOrder, DrainStep
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.epoch_change import ChangeLimits, ChangeState
+from cluster.controller.parts.epoch_change import ChangeLimits, ChangeState, EpochChange
 from cluster.controller.parts.operations import Operation, Operations, OperationState
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.worker_record import WorkerRecord
@@ -55,6 +55,8 @@ class Draining:
         self._rebalancing = rebalancing
         self._operations = operations
         self._drain: Drain | None = None
+        self._change: EpochChange | None = None
+        """The change of the maps that the drain has under way."""
         self._requested: dict[str, float] = {}
         self._cordon = Cordon()
 
@@ -62,8 +64,7 @@ class Draining:
 
     def memory(self) -> dict[str, Any]:
         """Plain data for the next controller; ``restore`` takes it."""
-        drain = None if self._drain is None else to_plain(self._drain.saved())
-        return {"drain": drain, "cordon": self._cordon.memory()}
+        return {"drain": to_plain(self._drain), "cordon": self._cordon.memory()}
 
     def restore(self, memory: Mapping[str, Any], now: float) -> None:
         """Continue the drain of an earlier controller; the table has all workers already.
@@ -74,10 +75,9 @@ class Draining:
         known = memory.get("drain")
         if not known:
             return
-        saved = from_plain(known, SavedDrain)
-        operation = self._operations.find(saved.operation)
-        deadline = self._operations.deadline(operation, saved.order.limit_s)
-        drain = self._drain = saved.restored(operation, deadline)
+        drain = self._drain = from_plain(known, Drain)
+        drain.operation = self._operations.find(drain.operation.id)
+        drain.deadline = self._operations.deadline(drain.operation, drain.order.limit_s)
         table = self._cluster.workers
         states = {table[n].state if n in table else WorkerState.LOST for n in drain.names}
         if states == {WorkerState.DRAINED}:
@@ -97,14 +97,8 @@ class Draining:
 
         Raises ``UnknownNameError`` and ``ConflictError``; nothing has changed then.
         """
-        before = self._operations.asked_before(order.request_id, order.asked)
-        if before is not None:
-            return before
-        epoch = self._cluster.placement.epoch
-        if order.expected_epoch not in (None, epoch):
-            text = f"placement epoch {epoch} is in force, not {order.expected_epoch}"
-            raise ConflictError(text)
-        return self._begin(self._named(order), order, now)
+        before = self._operations.asked_before(order, self._cluster.placement.epoch)
+        return before or self._begin(self._named(order), order, now)
 
     def requested(self, name: str, now: float) -> None:
         """A worker received SIGTERM and requests a drain."""
@@ -127,9 +121,9 @@ class Draining:
     def frame(self, name: str, frame: ControlFrame, now: float) -> bool:
         """A frame about a change of the placement; False if it is about another change."""
         drain = self._drain
-        if drain is None or drain.change is None:
+        if drain is None or self._change is None:
             return False
-        drain.change.frame(name, frame, now)
+        self._change.frame(name, frame, now)
         self._advance(drain, now)
         return True
 
@@ -192,9 +186,7 @@ class Draining:
         if not self._cluster.takes_orders:
             raise ConflictError("the cluster is starting or ending")
         self._check(names)
-        operation = self._operations.begin(
-            "drain", " and ".join(names), now, order.request_id, order.asked
-        )
+        operation = self._operations.begin("drain", " and ".join(names), order, now)
         self._drain = Drain(
             operation=operation, names=names, order=order, deadline=now + order.limit_s
         )
@@ -245,8 +237,7 @@ class Draining:
         """
         cluster = self._cluster
         others = {m.device for m in cluster.generation.experts} - set(devices)
-        grows = all(str(r.info.get("device", "cpu")) == "cpu" for r in cluster.workers.alive())
-        return stage_on(others, cluster.placement, None if grows else cluster.num_slots)
+        return stage_on(others, cluster.placement, cluster.room)
 
     def _is_under_way(self, name: str) -> bool:
         return self._drain is not None and name in self._drain.names
@@ -294,18 +285,18 @@ class Draining:
         self._enter(drain, DrainStep.COPY)
         drain.operation.result["experts_copied"] = len(stage.fills)
         limits = ChangeLimits(limit_s=max(drain.deadline - now, 0.1))
-        drain.change = self._rebalancing.begin_change(stage, limits, now)
+        self._change = self._rebalancing.begin_change(stage, limits, now)
         self._watch_copies(drain, now)
 
     def _watch_copies(self, drain: Drain, now: float) -> None:
         """Continue when the others have the experts; begin again after a generation change."""
-        change = drain.change
+        change = self._change
         assert change is not None, "copying is a change of the placement"
         generation = self._cluster.generation.number
         change.tick(now)
         if not change.is_over:
             return
-        drain.change = None
+        self._change = None
         moved, took_s = len(change.stage.fills), now - change.began_at
         if change.state is ChangeState.DONE:
             self._cluster.metrics.moved("drain", moved, change.num_bytes, took_s)
@@ -364,23 +355,23 @@ class Draining:
         cluster = self._cluster
         alive = [r.name for r in self._records(drain) if not r.is_lost]
         self._hold_back(alive, False)
-        if drain.change is not None:
-            drain.change.cancel("the drain was given up")
+        if self._change is not None:
+            self._change.cancel("the drain was given up")
         back = drain.way_back(cluster.placement, cluster.generation)
         is_whole = cluster.runs and len(alive) == len(drain.names)
-        if drain.change is not None or back is None or not is_whole:
+        if self._change is not None or back is None or not is_whole:
             self._end(drain, state, text, now)
             return
         drain.outcome = (state, text)
         self._enter(drain, DrainStep.BACK)
-        drain.change = self._rebalancing.begin_change(back, ChangeLimits(), now)
+        self._change = self._rebalancing.begin_change(back, ChangeLimits(), now)
 
     def _watch_return(self, drain: Drain, now: float) -> None:
         """End when the old maps are in force; a new generation ends it, too."""
         assert drain.outcome is not None, "it is taken back for a reason"
-        if drain.change is not None:
-            drain.change.tick(now)
-            if drain.change.is_over:
+        if self._change is not None:
+            self._change.tick(now)
+            if self._change.is_over:
                 self._end(drain, *drain.outcome, now)
         elif (self._cluster.runs and self._rebalancing.is_idle) or now > drain.deadline:
             self._undo(drain, *drain.outcome, now)  # an earlier controller began it
@@ -396,7 +387,7 @@ class Draining:
         self._cluster.remember()
 
     def _end(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
-        self._drain = None
+        self._drain = self._change = None
         self._operations.end(drain.operation, state, text, now)
 
 

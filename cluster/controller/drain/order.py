@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from cluster.controller.parts.epoch_change import EpochChange
-from cluster.controller.parts.operations import Operation, OperationState
-from cluster.core.codec import Message
+from cluster.controller.parts.operations import Operation, OperationState, Order
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from cluster.planner.stages import SlotFill, Stage
 
 
-class DrainOrder(Message, frozen=True, kw_only=True):
+class DrainOrder(Order, frozen=True, kw_only=True):
     """Which workers to drain."""
 
     worker: str = ""
@@ -24,14 +22,9 @@ class DrainOrder(Message, frozen=True, kw_only=True):
     """Time in which the workers must have left."""
     force: bool = False
     """After the limit the workers leave in any case."""
-    request_id: str = ""
-    """Begins one operation, however often it is sent."""
-    expected_epoch: int | None = None
-    """Placement epoch that must be in force."""
 
     @property
     def asked(self) -> str:
-        """Content of the request, for ``Operation.asked``."""
         return f"worker {self.worker}, node {self.node}, force {self.force}"
 
 
@@ -48,20 +41,18 @@ class DrainStep(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class Drain:
-    """A running drain."""
+    """A running drain, as the workers keep it for the next controller."""
 
     operation: Operation
     names: tuple[str, ...]
     order: DrainOrder
     deadline: float
-    """Monotonic time at which the drain is undone."""
+    """Monotonic time at which the drain is undone; of one controller only."""
     step: DrainStep = DrainStep.SETTLE
     before: ExpertPlacement | None = None
     """The maps from before the drain; None if it has changed none."""
     copied_in: int = 0
     """Generation of those maps: until it ends the workers hold what they name."""
-    change: EpochChange | None = None
-    """The change of the maps under way."""
     outcome: tuple[OperationState, str] | None = None
     """How and why the drain ends once it is undone."""
 
@@ -91,31 +82,6 @@ class Drain:
             for bank, device, slot, expert in sorted(wanted - kept)
         ]
         return Stage(fills=tuple(fills), placement=before)
-
-    def saved(self) -> SavedDrain:
-        """The values for the next controller, which computes the deadline from the operation."""
-        names = (f for f in SavedDrain.__struct_fields__ if f != "operation")
-        values = {name: getattr(self, name) for name in names}
-        return SavedDrain(operation=self.operation.id, **values)
-
-
-class SavedDrain(Message, frozen=True, kw_only=True):
-    """A ``Drain`` without the change under way."""
-
-    operation: str
-    """Its id."""
-    names: tuple[str, ...]
-    order: DrainOrder
-    step: DrainStep
-    copied_in: int
-    before: ExpertPlacement | None
-    outcome: tuple[OperationState, str] | None
-
-    def restored(self, operation: Operation, deadline: float) -> Drain:
-        """The drain, with no change under way."""
-        names = (f for f in self.__struct_fields__ if f != "operation")
-        values = {name: getattr(self, name) for name in names}
-        return Drain(operation=operation, deadline=deadline, **values)
 
 
 def _slots(placement: ExpertPlacement) -> set[tuple[int, int, int, int]]:

@@ -92,7 +92,8 @@ class StateRestorer:
     def _go_on_draining(self, collected: CollectedState, now: float) -> None:
         """Continue the drain that was under way, and add drains that workers requested."""
         memory = collected.memory.get("draining", {})
-        goes_on = (memory.get("drain") or {}).get("operation")
+        drain = memory.get("drain")
+        goes_on = drain["operation"]["id"] if drain else None
         self._operations.restore(collected.memory.get("operations", ()), now, goes_on)
         self._draining.restore(memory, now)
         for name, greeting in collected.greetings.items():

@@ -41,6 +41,7 @@ class Cluster:
         *,
         model: Mapping[str, Any],
         num_slots: int,
+        can_grow: bool,
         load: LoadSection,
         term: int,
         identity: str,
@@ -53,6 +54,8 @@ class Cluster:
         self.identity = identity
         self.num_slots = num_slots
         """Expert slots per bank of each expert worker."""
+        self.room = None if can_grow else num_slots
+        """The same as a limit; None where banks grow."""
         self.state = ClusterState.STARTING
         self.error: str | None = None
         """Why the start failed."""

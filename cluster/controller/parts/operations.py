@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from cluster.core.codec import from_plain, to_plain
+from cluster.core.codec import Message, from_plain, to_plain
 from cluster.core.errors import ConflictError, UnknownNameError
 
 _KEPT = 64
@@ -67,6 +67,20 @@ class Operation:
         return {name: value for name, value in to_plain(self).items() if name not in hidden}
 
 
+class Order(Message, frozen=True, kw_only=True):
+    """A client's order to begin an operation."""
+
+    request_id: str = ""
+    """Begins one operation, however often it is sent."""
+    expected_epoch: int | None = None
+    """Placement epoch that must be in force."""
+
+    @property
+    def asked(self) -> str:
+        """Content of the order, for ``Operation.asked``."""
+        raise NotImplementedError
+
+
 class Operations:
     """The last operations, of which the newest may run. ``now`` is in monotonic seconds."""
 
@@ -92,15 +106,19 @@ class Operations:
         """The running operation."""
         return self._kept[-1] if self._kept and self._kept[-1].is_running else None
 
-    def asked_before(self, request_id: str, asked: str) -> Operation | None:
-        """The operation that a request with this id began.
+    def asked_before(self, order: Order, epoch: int) -> Operation | None:
+        """The operation that the same order began. ``epoch`` is the placement's in force.
 
-        Raises ``ConflictError`` if the id belongs to a request with other content.
+        Raises ``ConflictError`` if the order's id belongs to another one, or if it expects another
+        epoch.
         """
-        found = next((o for o in self._kept if request_id and o.request_id == request_id), None)
-        if found is not None and found.asked != asked:
-            known = f"{found.id} ({found.kind} of {found.target})"
-            raise ConflictError(f"request_id is that of {known}, which is something else")
+        known = order.request_id
+        found = next((o for o in self._kept if known and o.request_id == known), None)
+        if found is None and order.expected_epoch not in (None, epoch):
+            raise ConflictError(f"placement epoch {epoch} is in force, not {order.expected_epoch}")
+        if found is not None and found.asked != order.asked:
+            what = f"{found.id} ({found.kind} of {found.target})"
+            raise ConflictError(f"request_id is that of {what}, which is something else")
         return found
 
     def find(self, operation_id: str) -> Operation:
@@ -117,9 +135,7 @@ class Operations:
             about = f"{running.id} ({running.kind} of {running.target})"
             raise ConflictError(f"{about} is under way: one operation at a time")
 
-    def begin(
-        self, kind: str, target: str, now: float, request_id: str = "", asked: str = ""
-    ) -> Operation:
+    def begin(self, kind: str, target: str, order: Order, now: float) -> Operation:
         """A new one that runs. Raises ``ConflictError`` while another does."""
         self.check_free()
         self._count += 1
@@ -127,8 +143,8 @@ class Operations:
             id=f"{kind}-{self.term}.{self._count}",
             kind=kind,
             target=target,
-            request_id=request_id,
-            asked=asked,
+            request_id=order.request_id,
+            asked=order.asked,
             started=self._time(now),
         )
         self._kept.append(operation)

@@ -49,30 +49,21 @@ class Recovery:
         self,
         cluster: Cluster,
         members: Sequence[Member],
-        desired: ExpertPlacement,
-        *,
-        room: int | None = None,
         limits: ControllerSettings,
-        first_order: int = 1,
     ) -> None:
-        """``members`` and ``desired`` describe the whole cluster.
-
-        ``room`` is the number of expert slots of a device in each bank if banks do not grow; load
-        orders are numbered from ``first_order``.
-        """
+        """``members`` are those of the whole cluster, and its placement is the desired one."""
         self._cluster = cluster
-        self._room = room
         self._limits = limits
         self._started_with: dict[str, ExpertPlacement] = {}
         self._failed: list[SlotFill] = []
         self._barred: dict[int, str] = {}
         self._retry_s = limits.retry_s
         self._retry_at = 0.0
-        self.desired = desired
+        self.desired = cluster.placement
         """The placement of the whole cluster; rebalancing changes it."""
         self.replacements = Replacements(members)
         """The places of the cluster."""
-        self.reloads = Reloads(first_order)
+        self.reloads = Reloads((cluster.term << 32) + 1)
         """Load orders under way."""
 
     def problems(self, now: float) -> list[str]:
@@ -298,7 +289,7 @@ class Recovery:
                 for m in members
                 if m.holds_experts and m.name in self._started_with
             },
-            room=self._room,
+            room=self._cluster.room,
             barred=frozenset(self._barred),
             failed=tuple(self._failed),
         )

@@ -25,7 +25,7 @@ class Reload:
 class Reloads:
     """One controller's orders."""
 
-    def __init__(self, first_order: int = 1) -> None:
+    def __init__(self, first_order: int) -> None:
         """Orders are numbered from ``first_order``, which tells apart answers to other orders."""
         self._numbers = count(first_order)
         self._pending: dict[int, Reload] = {}

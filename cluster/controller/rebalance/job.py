@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
-from cluster.controller.parts.operations import Operation
-from cluster.core.codec import Message
+from cluster.controller.parts.operations import Operation, Order
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
 from cluster.load.tracker import LoadTracker, LoadWindow
@@ -17,19 +16,14 @@ from cluster.planner.stages import is_reached
 from cluster.policy.rebalance import RebalanceDecision
 
 
-class RebalanceOrder(Message, frozen=True, kw_only=True):
+class RebalanceOrder(Order, frozen=True, kw_only=True):
     """A client asks for it."""
 
     dry_run: bool = False
     """Only report what would be done."""
-    request_id: str = ""
-    """Begins one operation, however often it is sent."""
-    expected_epoch: int | None = None
-    """Placement epoch that must be in force."""
 
     @property
     def asked(self) -> str:
-        """Content of the request, for ``Operation.asked``."""
         return "dry run" if self.dry_run else "rebalance"
 
 

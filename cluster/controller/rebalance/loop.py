@@ -20,7 +20,7 @@ from typing import Any
 
 from msgspec import structs
 
-from cluster.config.cluster import ClusterConfig, RebalanceSection
+from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.epoch_change import ChangeLimits, ChangeState, EpochChange
 from cluster.controller.parts.metrics import Outcome
@@ -73,22 +73,19 @@ class Rebalancing:
         cluster: Cluster,
         operations: Operations,
         recovery: Recovery,
-        config: ClusterConfig | None,
+        config: ClusterConfig,
+        executor: Executor,
         *,
         top_k: int,
         now: float,
-        executor: Executor | None = None,
     ) -> None:
-        """No ``config`` turns it off.
-
-        ``executor`` runs the planning; None runs it in the caller.
-        """
+        """``executor`` runs the planning."""
         self._cluster = cluster
         self._operations = operations
         self._recovery = recovery
-        self._section = config.rebalance if config is not None else RebalanceSection()
-        self._plans = Plans(cluster, config, top_k=top_k, executor=executor)
-        self.impossible = "there is no configuration" if config is None else why_impossible(config)
+        self._section = config.rebalance
+        self._plans = Plans(cluster, config, executor, top_k)
+        self.impossible = why_impossible(config)
         """Why rebalancing is impossible in this cluster; empty if it is possible."""
         self.profile: LoadProfile | None = None
         """Load that the placement in force was made for; None for the first placement."""
@@ -111,12 +108,9 @@ class Rebalancing:
 
         Raises ``ConflictError`` if that is impossible now; nothing has changed then.
         """
-        before = self._operations.asked_before(order.request_id, order.asked)
+        before = self._operations.asked_before(order, self._cluster.placement.epoch)
         if before is not None:
             return before
-        epoch = self._cluster.placement.epoch
-        if order.expected_epoch not in (None, epoch):
-            raise ConflictError(f"placement epoch {epoch} is in force, not {order.expected_epoch}")
         if self.impossible:
             raise ConflictError(f"rebalancing is not possible: {self.impossible}")
         if not self._cluster.runs:
@@ -127,9 +121,7 @@ class Rebalancing:
         load = self._plans.load_now(has_ended=False)
         if load is None:
             raise ConflictError("no load has been seen yet")
-        operation = self._operations.begin(
-            "rebalance", "experts", now, order.request_id, order.asked
-        )
+        operation = self._operations.begin("rebalance", "experts", order, now)
         operation.phase = "plan"
         asked = _Asked(order=order, operation=operation, load=load, basis=self._plans.basis())
         self._asked = operation, self._plans.decide(load, partial(self._answer, asked), now)

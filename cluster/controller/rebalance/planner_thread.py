@@ -9,30 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
-P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class AtOnce(Executor):
-    """Computes in the caller: the result is there when ``submit`` returns."""
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        future: Future[T] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as err:  # the caller raises it when it takes the result
-            future.set_exception(err)
-        return future
 
 
 class Computations:
     """The computations under way. One thread calls; ``now`` is in seconds."""
 
-    def __init__(self, executor: Executor | None = None) -> None:
-        """None computes in the caller."""
-        self._executor = executor or AtOnce()
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
         self._pending: dict[Future[Any], Callable[[Future[Any], float], None]] = {}
 
     def begin(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from cluster.config.cluster import ClusterConfig, RebalanceSection
+from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.rebalance.planner_thread import Computations
 from cluster.core.errors import ConfigError
@@ -53,18 +53,13 @@ class Plans(Computations):
     """Decisions and shares, computed in the planner thread."""
 
     def __init__(
-        self,
-        cluster: Cluster,
-        config: ClusterConfig | None,
-        *,
-        top_k: int,
-        executor: Executor | None,
+        self, cluster: Cluster, config: ClusterConfig, executor: Executor, top_k: int
     ) -> None:
         """Arguments as for ``Rebalancing``."""
         super().__init__(executor)
         self._cluster = cluster
         self._config = config
-        self._section = config.rebalance if config is not None else RebalanceSection()
+        self._section = config.rebalance
         self._top_k = max(top_k, 1)
 
     def decide(
@@ -133,7 +128,7 @@ class Plans(Computations):
 
     def _topology(self, placement: ExpertPlacement) -> PlannedTopology:
         """The living devices; during a change they may hold more than is planned for them."""
-        spare = self._config.workers.recovery_slots if self._config is not None else 0
+        spare = self._config.workers.recovery_slots
         return planned_topology(
             self._cluster.generation.experts, placement, self._cluster.num_slots - spare
         )
@@ -145,21 +140,19 @@ class Plans(Computations):
         return step_cost(self._config, max([1, *sizes]), dtype)
 
 
-def step_cost(config: ClusterConfig | None, expert_bytes: int, dtype: str) -> StepCost:
+def step_cost(config: ClusterConfig, expert_bytes: int, dtype: str) -> StepCost:
     """By the roofline of the device (``devices``): a slot's weights are read, each pair is two
     operations a weight. ``rebalance.slot_cost_pairs`` replaces the time of a slot. The policy uses
     ratios only, so that a part of a device counts as a whole one.
 
     ``expert_bytes``: of the largest expert; ``dtype``: as workers name it.
     """
-    workers = config.workers if config is not None else None
-    slot_cost_pairs = config.rebalance.slot_cost_pairs if config is not None else None
-    device = GPU if workers is not None and workers.device == "cuda" else CPU_CORE
+    device = GPU if config.workers.device == "cuda" else CPU_CORE
     weights = expert_bytes / (4 if dtype == "float32" else 2)
     token_s = 2.0 * weights / device.flops_s
     slot_s = expert_bytes / device.bandwidth_bytes_s
-    if slot_cost_pairs is not None:
-        slot_s = slot_cost_pairs * token_s
+    if config.rebalance.slot_cost_pairs is not None:
+        slot_s = config.rebalance.slot_cost_pairs * token_s
     return StepCost(
         slot_s=slot_s, token_s=token_s, expert_bytes=expert_bytes, decode_tokens=_DECODE_ROWS
     )

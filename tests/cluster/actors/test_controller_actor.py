@@ -125,21 +125,13 @@ class ThreadWorkerGroup:
         if self._crashes:
             raise RuntimeError("no such node")
         for member in members:
-            await self.add(member, config, control_address, extras[member.name])
-
-    async def add(
-        self,
-        member: Member,
-        config: Mapping[str, Any],
-        control_address: str,
-        extra: Mapping[str, Any],
-    ) -> None:
-        worker = ThreadWorker({"name": member.name}, control_address, str(config["cluster_token"]))
-        self.workers[member.name] = worker
-        if member.name == self._fails:
-            raise StartError(member.name, "ValueError: no such tensor")
-        if member.name != self._dies:
-            await asyncio.to_thread(worker.start)
+            token = str(config["cluster_token"])
+            worker = ThreadWorker({"name": member.name}, control_address, token)
+            self.workers[member.name] = worker
+            if member.name == self._fails:
+                raise StartError(member.name, "ValueError: no such tensor")
+            if member.name != self._dies:
+                await asyncio.to_thread(worker.start)
 
     async def watch(
         self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]

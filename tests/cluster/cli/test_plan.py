@@ -12,7 +12,7 @@ import pytest
 
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
-from cluster.core.load_profile import LoadProfile, save_profile
+from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import BankShape, load_placement
 from tests.cluster.planner.planner_cases import make_profile
 
@@ -26,14 +26,14 @@ def skewed(seed: int) -> LoadProfile:
 @pytest.fixture
 def profile(tmp_path: Path) -> Path:
     path = tmp_path / "profile.json"
-    save_profile(skewed(0), path)
+    path.write_text(json.dumps(skewed(0).to_dict()))
     return path
 
 
 @pytest.fixture
 def later(tmp_path: Path) -> Path:
     path = tmp_path / "later.json"
-    save_profile(skewed(1), path)
+    path.write_text(json.dumps(skewed(1).to_dict()))
     return path
 
 
@@ -61,7 +61,7 @@ def test_profiles_are_added_up(
 ) -> None:
     options = ("--devices", 4, "--redundant", 1)
     sum_of_both = tmp_path / "sum.json"
-    save_profile(skewed(0).merge(skewed(1)), sum_of_both)
+    sum_of_both.write_text(json.dumps(skewed(0).merge(skewed(1)).to_dict()))
     added = document(capsys, "--profile", profile, "--profile", later, *options)
     assert added == document(capsys, "--profile", sum_of_both, *options)
     assert added["banks"] != document(capsys, "--profile", profile, *options)["banks"]

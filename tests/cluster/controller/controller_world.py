@@ -38,7 +38,7 @@ from cluster.core.frames import (
 )
 from cluster.core.placement import ExpertPlacement, contiguous
 from cluster.core.topology import Generation, Member
-from tests.cluster.controller.fakes_cluster import BANKS, make_members
+from tests.cluster.controller.fakes_cluster import BANKS, CONFIG, AtOnce, make_members
 from tests.harness.members import member_of
 from workers.process.lease import TermGuard
 
@@ -271,6 +271,8 @@ class World:
             placement=collected.placement,
             model={},
             link=self,
+            config=CONFIG,
+            executor=AtOnce(),
             now=self.now,
             term=collected.term,
             identity=str(self._count),
@@ -416,6 +418,8 @@ class World:
             placement=self.placement,
             model={},
             link=self,
+            config=CONFIG,
+            executor=AtOnce(),
             now=self.now,
             identity="0",
         )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from typing import ParamSpec, TypeVar
 
-from cluster.config.cluster import ClusterConfig
+from cluster.config.cluster import ClusterConfig, ModelSection
 from cluster.controller.controller import Controller
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.settings import ControllerSettings
@@ -27,7 +27,10 @@ from cluster.core.topology import Member, Role, holds_experts
 from tests.harness.members import member_of
 
 FrameT = TypeVar("FrameT", bound=ControlFrame)
+P = ParamSpec("P")
+T = TypeVar("T")
 
+CONFIG = ClusterConfig(model=ModelSection(path="somewhere", served_model_name="demo"))
 BANKS = (
     BankShape(bank="mlp", layer=0, num_experts=8),
     BankShape(bank="mlp", layer=1, num_experts=8),
@@ -75,6 +78,18 @@ class FakeWorkerGroup:
         return found[-1] if found else None
 
 
+class AtOnce(Executor):
+    """Computes in the caller: the result is there when ``submit`` returns."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as err:  # the caller raises it when it takes the result
+            future.set_exception(err)
+        return future
+
+
 class FakeCluster:
     """A controller, its fake workers and a clock that is moved by hand."""
 
@@ -84,7 +99,7 @@ class FakeCluster:
         num_experts: int = 2,
         *,
         num_redundant: int = 0,
-        room: int | None = None,
+        can_grow: bool = True,
         settings: ControllerSettings | None = None,
         config: ClusterConfig | None = None,
         executor: Executor | None = None,
@@ -100,12 +115,12 @@ class FakeCluster:
             model={"name": "demo", "path": "somewhere"},
             link=self.link,
             now=self.now,
-            room=room,
-            config=config,
+            can_grow=can_grow,
+            config=config or CONFIG,
             num_slots=max(len(row) for row in self.placement.banks[0].physical_to_logical),
             top_k=2,
             wall_time_offset_s=1_000_000.0,
-            executor=executor,
+            executor=executor or AtOnce(),
         )
 
     @property

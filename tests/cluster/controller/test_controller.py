@@ -258,7 +258,7 @@ def test_a_lost_attention_worker_keeps_the_epoch() -> None:
 
 
 def test_without_copies_and_room_nothing_runs_and_the_state_says_so() -> None:
-    cluster = FakeCluster(1, 2, room=4)
+    cluster = FakeCluster(1, 2, can_grow=False)
     cluster.serve()
     cluster.controller.disconnected("expert-0", "reset", cluster.now)
     snapshot = cluster.controller.snapshot()
@@ -275,7 +275,7 @@ def test_without_copies_and_room_nothing_runs_and_the_state_says_so() -> None:
 
 
 def test_a_second_loss_while_incomplete_stays_incomplete() -> None:
-    cluster = FakeCluster(1, 4, num_redundant=2, room=4)
+    cluster = FakeCluster(1, 4, num_redundant=2, can_grow=False)
     cluster.serve()
     cluster.controller.lost({"expert-0": "gone", "expert-1": "gone"}, cluster.now)
     assert not cluster.controller.snapshot()["experts_complete"]

@@ -18,7 +18,7 @@ from cluster.core.frames import (
     WorkerReady,
     WorkerReport,
 )
-from tests.cluster.controller.fakes_cluster import FakeCluster
+from tests.cluster.controller.fakes_cluster import CONFIG, AtOnce, FakeCluster
 from tests.harness.metric_values import metric
 
 ENOENT = "model.safetensors: no such file"
@@ -253,7 +253,7 @@ def test_a_worker_that_dies_three_times_while_starting_is_left_out() -> None:
 
 def test_with_nothing_to_hope_for_the_state_is_degraded() -> None:
     """Then the gateway refuses what it let wait before."""
-    cluster = FakeCluster(1, 2, room=4)
+    cluster = FakeCluster(1, 2, can_grow=False)
     cluster.serve()
     lose(cluster, "expert-1")
     for number in (2, 3, 4):
@@ -334,6 +334,8 @@ def test_a_restarted_controller_knows_what_the_cluster_shall_be() -> None:
         placement=collected.placement,
         model={},
         link=new.link,
+        config=CONFIG,
+        executor=AtOnce(),
         now=new.now,
         term=collected.term,
     )

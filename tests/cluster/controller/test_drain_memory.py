@@ -6,8 +6,9 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.controller.controller import Controller
-from cluster.controller.drain.order import Drain, DrainOrder, DrainStep, SavedDrain
+from cluster.controller.drain.order import Drain, DrainOrder, DrainStep
 from cluster.controller.parts.operations import Operation, Operations, OperationState
+from cluster.controller.rebalance.job import RebalanceOrder
 from cluster.core.codec import from_plain, to_plain
 from cluster.core.errors import ConflictError
 from cluster.core.frames import ControlFrame, DrainRequest
@@ -168,15 +169,16 @@ def test_a_signal_that_came_before_is_followed() -> None:
 def test_what_else_was_under_way_has_failed() -> None:
     forgotten = Operations(2, 0.0)
     first = Operations(1, 0.0)
-    first.begin("rebalance", "placement epoch 4", 10.0, "a", "dry run")
+    order = RebalanceOrder(request_id="a", dry_run=True)
+    first.begin("rebalance", "placement epoch 4", order, 10.0)
     forgotten.restore(first.memory(), 20.0)
     operation = forgotten.find("rebalance-1.1")
     assert operation.state is OperationState.FAILED
     assert operation.message == "the controller was restarted"
     assert operation.ended == 20.0
-    assert forgotten.asked_before("a", "dry run") is operation
+    assert forgotten.asked_before(order, 1) is operation
     with pytest.raises(ConflictError, match="something else"):
-        forgotten.asked_before("a", "rebalance")
+        forgotten.asked_before(RebalanceOrder(request_id="a"), 1)
     forgotten.check_free()
 
 
@@ -191,8 +193,7 @@ def test_a_drain_is_plain_data_and_back() -> None:
         before=contiguous(BANKS, 3, 4),
         outcome=(OperationState.CANCELLED, "cancelled"),
     )
-    saved = from_plain(to_plain(drain.saved()), SavedDrain)
-    assert saved.restored(operation, 8.0) == drain
+    assert from_plain(to_plain(drain), Drain) == drain
 
 
 def test_a_drain_that_was_being_taken_back_ends_as_it_should() -> None:

@@ -66,8 +66,7 @@ def newest(cluster: FakeCluster, worker: str) -> Generation:
 
 def on_gpus(cluster: FakeCluster) -> FakeCluster:
     """Expert banks cannot grow."""
-    for record in cluster.known.workers:
-        record.info["device"] = "cuda"
+    cluster.known.room = cluster.known.num_slots
     return cluster
 
 

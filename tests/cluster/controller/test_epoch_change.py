@@ -42,6 +42,7 @@ class Host(Cluster):
             FakeWorkerGroup(),
             model={},
             num_slots=NUM_SLOTS,
+            can_grow=True,
             load=LoadSection(),
             term=1,
             identity="",

@@ -25,7 +25,13 @@ from cluster.core.frames import (
 )
 from cluster.core.placement import contiguous
 from cluster.core.topology import Generation
-from tests.cluster.controller.fakes_cluster import BANKS, FakeWorkerGroup, make_members
+from tests.cluster.controller.fakes_cluster import (
+    BANKS,
+    CONFIG,
+    AtOnce,
+    FakeWorkerGroup,
+    make_members,
+)
 
 MEMBERS = make_members(1, 2)
 NAMES = [m.name for m in MEMBERS]
@@ -68,6 +74,8 @@ def restored(collected: CollectedState) -> tuple[Controller, FakeWorkerGroup]:
         placement=collected.placement,
         model={},
         link=link,
+        config=CONFIG,
+        executor=AtOnce(),
         now=1.0,
         term=collected.term,
     )

@@ -14,7 +14,7 @@ from cluster.controller.rebalance.job import RebalanceOrder
 from cluster.controller.rebalance.planner_thread import Computations
 from cluster.core.errors import ConfigError, ConflictError
 from cluster.core.frames import EpochSwitched, SwitchEpoch
-from tests.cluster.controller.fakes_cluster import FakeCluster
+from tests.cluster.controller.fakes_cluster import AtOnce, FakeCluster
 from tests.cluster.controller.test_rebalancing import (
     SKEWED,
     answer,
@@ -185,7 +185,7 @@ def test_a_real_thread_may_take_its_time(thread: ThreadPoolExecutor) -> None:
 
 
 def test_a_failed_computation_hands_its_error_to_the_continuation() -> None:
-    computations, seen = Computations(), []
+    computations, seen = Computations(AtOnce()), []
     computations.begin(
         lambda: 1 // 0, lambda future, now: seen.append((future.exception(), now)), 3.0
     )
