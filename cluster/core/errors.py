@@ -68,41 +68,47 @@ class StartError(ExpertMeshError):
         return f"{self.part} did not start: {self.reason}"
 
 
-class RequestError(ExpertMeshError):
-    """The request is wrong: ``param`` names the field, ``code`` is the machine-readable reason."""
+class MessageError(ExpertMeshError):
+    """Base of errors whose text is their first argument, ``message``."""
 
-    def __init__(self, message: str, param: str | None = None, code: str = "invalid_value") -> None:
-        super().__init__(message, param, code)
+    def __init__(self, message: str, *more: object) -> None:
+        super().__init__(message, *more)
         self.message = message
-        self.param = param
-        self.code = code
 
     def __str__(self) -> str:
         return self.message
 
 
+class RequestError(MessageError):
+    """The request is wrong: ``param`` names the field, ``code`` is the machine-readable reason."""
+
+    default_code = "invalid_value"
+
+    def __init__(self, message: str, param: str | None = None, code: str = "") -> None:
+        super().__init__(message, param, code)
+        self.param = param
+        self.code = code or self.default_code
+
+
 class UnsupportedParameterError(RequestError):
     """A field that clients of other servers know, and that is not built here."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message, param, "unsupported_parameter")
-        self.args = (message, param)
+    default_code = "unsupported_parameter"
 
 
 class ContextLengthError(RequestError):
     """Prompt and requested output together exceed the model's context."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message, param, "context_length_exceeded")
-        self.args = (message, param)
+    default_code = "context_length_exceeded"
 
 
 class ModelNotFoundError(RequestError):
     """The named model is not served here."""
 
-    def __init__(self, message: str, param: str | None = "model") -> None:
-        super().__init__(message, param, "model_not_found")
-        self.args = (message, param)
+    default_code = "model_not_found"
+
+    def __init__(self, message: str, param: str | None = "model", code: str = "") -> None:
+        super().__init__(message, param, code)
 
 
 class AuthenticationError(ExpertMeshError):
@@ -117,17 +123,13 @@ class RequestTooLargeError(ExpertMeshError):
     """The body is larger than the limit."""
 
 
-class LimitReachedError(ExpertMeshError):
+class LimitReachedError(MessageError):
     """Too much at once; ``retry_after_s`` tells when to come back, ``limit`` (for counting) why."""
 
     def __init__(self, message: str, retry_after_s: float, limit: str) -> None:
         super().__init__(message, retry_after_s, limit)
-        self.message = message
         self.retry_after_s = retry_after_s
         self.limit = limit
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class KeyLimitError(LimitReachedError):
@@ -145,29 +147,21 @@ class QueueFullError(LimitReachedError):
         super().__init__(message, retry_after_s, limit)
 
 
-class NotReadyError(ExpertMeshError):
+class NotReadyError(MessageError):
     """The cluster cannot serve now; ``code`` is not_ready, draining or experts_unavailable."""
 
     def __init__(self, message: str, code: str = "not_ready", retry_after_s: float = 1.0) -> None:
         super().__init__(message, code, retry_after_s)
-        self.message = message
         self.code = code
         self.retry_after_s = retry_after_s
 
-    def __str__(self) -> str:
-        return self.message
 
-
-class DeadlineExceededError(ExpertMeshError):
+class DeadlineExceededError(MessageError):
     """A time limit passed; ``started`` tells whether the request was already running."""
 
     def __init__(self, message: str, started: bool = False) -> None:
         super().__init__(message, started)
-        self.message = message
         self.started = started
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class RequestFailedError(ExpertMeshError):
@@ -220,3 +214,9 @@ class MoveGivenUpError(TransportError):
 
 class GenerationChangedError(TransportError):
     """The controller announced a new generation: the current step is abandoned and run again."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, of errors that are pages long; without text its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from cluster.core.codec import from_plain
-from cluster.core.errors import ConfigError, ExpertMeshError
+from cluster.core.errors import ConfigError, ExpertMeshError, first_line
 from cluster.launch.orphans import host_id, identify
 from cluster.launch.parts import ClusterParts, warm_up
 from cluster.launch.plan import LaunchPlan
@@ -100,9 +100,8 @@ class Launcher:
             self._events.send("failed", message=str(err), refused=refused)
         except Exception as err:
             logger.exception("start failed")
-            words = str(err).strip() or "no reason given"
-            first_line = words.splitlines()[0]  # Ray's errors are pages long
-            message = f"{type(err).__name__}: {first_line}, see {log_path(self._plan.name)}"
+            words = f"{type(err).__name__}: {first_line(err)}"  # Ray's errors are pages long
+            message = f"{words}, see {log_path(self._plan.name)}"
             self._events.send("failed", message=message, refused=False)
         finally:
             self._is_starting = False

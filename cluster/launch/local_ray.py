@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.actors.process import ProcessIdentity
-from cluster.core.errors import StartError
+from cluster.core.addresses import split_address
+from cluster.core.errors import StartError, first_line
 from cluster.launch.orphans import end_all, find_by_files, sweep
 
 logger = logging.getLogger(__name__)
@@ -203,19 +204,17 @@ def join(address: str, patience_s: float = 0.0, sleep: Callable[[float], None] =
             address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
         )
     except (ConnectionError, RuntimeError, ValueError) as err:
-        words = str(err).strip().splitlines() or [type(err).__name__]
-        raise ConnectionError(words[0]) from err
+        raise ConnectionError(first_line(err)) from err
     return str(context.address_info["gcs_address"])
 
 
 def _knock(address: str, deadline: float, sleep: Callable[[float], None]) -> None:
     """Wait until the address accepts connections; Ray itself would retry for minutes."""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit() or "/" in host:
+    if "/" in address or not address.rpartition(":")[2].isdigit():
         return  # auto: Ray finds it by its processes
     while True:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), _KNOCK_LIMIT_S).close()
+            socket.create_connection(split_address(address), _KNOCK_LIMIT_S).close()
             return
         except OSError as err:
             if time.monotonic() >= deadline:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from cluster.core.errors import CheckpointError
+from cluster.core.errors import CheckpointError, first_line
 
 BUNDLED_NAME = "expertmesh-demo"
 """Name of the checkpoint that comes with the package."""
@@ -72,7 +72,9 @@ def download(hub_id: str, say: Callable[[str], None]) -> Path:
         api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
         return Path(api.snapshot_download(hub_id, allow_patterns=list(PATTERNS)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as err:
-        raise CheckpointError(f"{hub_id} is no folder, and the hub says: {_words(err)}") from err
+        raise CheckpointError(
+            f"{hub_id} is no folder, and the hub says: {first_line(err)}"
+        ) from err
     finally:
         done.set()
 
@@ -82,8 +84,3 @@ def _report(hub_id: str, say: Callable[[str], None], done: threading.Event) -> N
     while not done.wait(PROGRESS_INTERVAL_S):
         seconds += PROGRESS_INTERVAL_S
         say(f"fetching {hub_id}, {seconds:.0f} s")
-
-
-def _words(err: BaseException) -> str:
-    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
-    return lines[0] if lines else type(err).__name__

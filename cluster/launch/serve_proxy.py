@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 
 from cluster.config.gateway import GatewaySection
+from cluster.core.addresses import split_address
 from cluster.core.errors import ConfigError, StartError
 
 HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
@@ -70,9 +71,9 @@ def _try_without_certificate(url: str) -> str:
 
     Raises ``StartError`` if it does not.
     """
-    host, _, port = url.partition("://")[2].rpartition(":")
     try:
-        plain = socket.create_connection((host.strip("[]"), int(port)), _CALL_LIMIT_S)
+        address = split_address(url.partition("://")[2])
+        plain = socket.create_connection(address, _CALL_LIMIT_S)
     except OSError as err:
         return str(err)
     with plain:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.actors.process import ProcessIdentity, is_running
+from cluster.core.addresses import split_address
 from cluster.core.codec import from_plain
 from cluster.core.errors import ConfigError, ProtocolError
 from cluster.launch.orphans import host_id, sweep
@@ -69,13 +70,9 @@ class ClusterRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the file: the fields, with those that people and scripts read first."""
-        ports = {"http": _port(self.http), "grpc": _port(self.grpc)}
+        ports = {"http": split_address(self.http)[1], "grpc": split_address(self.grpc)[1]}
         pids = {"launcher": self.launcher.pid, "others": [p.pid for p in self.processes]}
         return {**asdict(self), "ports": ports, "pids": pids}
-
-
-def _port(address: str) -> int:
-    return int(address.rsplit(":", 1)[1])
 
 
 def state_dir() -> Path:

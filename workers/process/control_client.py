@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
+from cluster.core.addresses import split_address
 from cluster.core.errors import HandshakeError, PeerLostError, ProtocolError
 from cluster.core.frames import (
     MAX_HELLO_BYTES,
@@ -279,10 +280,9 @@ class ControlClient:
         """Connect and prove the token. Raises ``PeerLostError`` and ``HandshakeError``."""
         with self._lock:
             address, self._is_redirected = self._address, False
-        host, _, port = address.rpartition(":")
         deadline = time.monotonic() + timeout_s
         try:
-            sock = socket.create_connection((host, int(port)), timeout=timeout_s)
+            sock = socket.create_connection(split_address(address), timeout=timeout_s)
         except OSError as err:
             raise PeerLostError(CONTROLLER, f"cannot connect to {address}: {err}") from err
         try:

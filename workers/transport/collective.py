@@ -16,7 +16,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from cluster.core.errors import PeerLostError, ProtocolError, TransportError
+from cluster.core.addresses import split_address
+from cluster.core.errors import PeerLostError, ProtocolError, TransportError, first_line
 from cluster.core.topology import Generation, runs_attention
 from workers.model.torch_private import Store, TCPStore
 from workers.requests.step_header import StepHeader
@@ -117,7 +118,7 @@ class CollectiveTransport:
                 if given_up.is_set():
                     world.abandon()
             except (RuntimeError, ValueError) as err:  # torch's own errors: DistError and others
-                failures.append(str(err).splitlines()[0])
+                failures.append(first_line(err))
             finished.set()
 
         threading.Thread(target=build, daemon=True, name="world-build").start()
@@ -135,9 +136,9 @@ class CollectiveTransport:
     def _open_store(self, address: str) -> Store:
         if self._store is not None and address == self.store_address:
             return self._store
-        host, _, port = address.rpartition(":")
+        host, port = split_address(address)
         return TCPStore(
-            host, int(port), is_master=False, timeout=timedelta(seconds=self._connect_timeout_s)
+            host, port, is_master=False, timeout=timedelta(seconds=self._connect_timeout_s)
         )
 
     def begin_step(self, header: StepHeader) -> None:
@@ -228,7 +229,7 @@ class CollectiveTransport:
         try:
             return world.transfer(tag.direction, is_send, items)
         except RuntimeError as err:
-            self._fail(items[0][0], str(err).splitlines()[0])
+            self._fail(items[0][0], first_line(err))
 
     def _wait(self, transfers: Sequence[Transfer]) -> None:
         world = self._live_world()

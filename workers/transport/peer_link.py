@@ -29,6 +29,7 @@ from typing import Any, Final, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from cluster.core.addresses import split_address
 from cluster.core.errors import HandshakeError, PeerLostError, ProtocolError
 from workers.transport.handshake import ConnectorHandshake, ListenerHandshake, PeerIdentity
 from workers.transport.socket_io import receive_bytes, receive_exactly, time_left
@@ -101,9 +102,8 @@ class PeerClient:
         """Name of the peer."""
         self._deadline_s = deadline_s
         self._before_chunk = before_chunk
-        host, _, port = peer.address.rpartition(":")
         try:
-            self._sock = socket.create_connection((host.strip("[]"), int(port)), timeout_s)
+            self._sock = socket.create_connection(split_address(peer.address), timeout_s)
         except (OSError, ValueError) as err:
             raise PeerLostError(peer.name, f"cannot connect to {peer.address}: {err}") from err
         try:

@@ -7,6 +7,7 @@ import os
 import selectors
 import socket
 
+from cluster.core.addresses import split_address
 from cluster.core.errors import HandshakeError
 from cluster.core.topology import Member
 from workers.transport.handshake import ConnectorHandshake, ListenerHandshake
@@ -93,8 +94,7 @@ class Pending:
 
 def start_connect(address: str) -> socket.socket:
     """Begin to connect to ``host:port`` without waiting. Raises ``OSError``."""
-    host, _, port = address.rpartition(":")
-    info = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+    info = socket.getaddrinfo(*split_address(address), type=socket.SOCK_STREAM)[0]
     sock = socket.socket(info[0], info[1])
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

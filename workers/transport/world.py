@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cluster.core.errors import first_line
 from workers.model.torch_private import (
     PrefixStore,
     Store,
@@ -161,7 +162,7 @@ class World:
                     transfer.work.wait(self._timeout)
                     ticket.num_done += 1
             except RuntimeError as err:
-                ticket.error = str(err).splitlines()[0]
+                ticket.error = first_line(err)
             ticket.finished.set()
 
 

@@ -10,22 +10,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.cli.bench.tally import Answer, Tally
-from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 
 
-class RequestFailed(Exception):
-    """A request without a complete answer."""
+class RequestFailed(CommandError):
+    """A request without a complete answer; it ends the command where nothing can be measured."""
 
     def __init__(self, reason: str, message: str, code: ExitCode = ExitCode.FAILED) -> None:
-        super().__init__(reason, message, code)
+        super().__init__(code, message)
         self.reason = reason
         """What failures are counted by."""
-        self.message = message
-        self.code = code
-        """The command's end where nothing can be measured."""
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class Target(Protocol):

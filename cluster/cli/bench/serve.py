@@ -84,8 +84,6 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress()
     try:
         asyncio.run(_measure(args, found, progress))
-    except RequestFailed as err:
-        raise CommandError(err.code, err.message) from err
     except KeyboardInterrupt:
         is_interrupted = True
     finally:

@@ -15,12 +15,7 @@ from cluster.cli.cluster import dry_run
 from cluster.cli.cluster.front import Front, Outcome, raise_on_signals
 from cluster.cli.options.keys import without_keys
 from cluster.cli.options.serve_config import asked_for, build_config, make_plan
-from cluster.cli.options.serve_options import (
-    StartOptions,
-    add_serve_options,
-    collect,
-    wanted_model,
-)
+from cluster.cli.options.serve_options import StartOptions, add_serve_options, read_given
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, show
@@ -70,8 +65,8 @@ def _is_up(record: state_file.ClusterRecord, args: argparse.Namespace) -> bool:
 
     Raises ``CommandError`` where it is another one.
     """
-    values = collect(args, os.environ)
-    address = _start_options(values).address
+    given = read_given(args, os.environ)
+    address = _start_options(given.values).address
     if address and not record.is_alive:
         return False  # Ray is asked what runs there
     if not address and record.is_on_its_own:
@@ -79,8 +74,7 @@ def _is_up(record: state_file.ClusterRecord, args: argparse.Namespace) -> bool:
     elif not record.is_alive:
         return False
     else:
-        asked = asked_for(values, wanted_model(args, os.environ))
-        differences = tell_differences(record.asked, asked)
+        differences = tell_differences(record.asked, asked_for(given))
         if address and not record.joined:
             differences.append(f"--address: a Ray of its own, not {address}")
     if differences:
@@ -112,14 +106,13 @@ def _start(args: argparse.Namespace, command: state_file.Command, name: str) -> 
 
 
 def _launch(args: argparse.Namespace, command: state_file.Command, name: str) -> Outcome:
-    values = collect(args, os.environ)
-    asked = asked_for(values, wanted_model(args, os.environ))
-    start = _start_options(values)
+    given = read_given(args, os.environ)
+    start = _start_options(given.values)
     address = start.address or ""
-    _check_early(values, is_private=not address)
+    _check_early(given.values, is_private=not address)
     progress = Progress()
-    model = find_model(wanted_model(args, os.environ), note)
-    config = build_config(values, model)
+    model = find_model(given.model.value, note)
+    config = build_config(given.values, model)
     with contextlib.ExitStack() as undo:  # of what exists before the plan is sent
         log = state_file.log_path(name)
         temp_dir, environment = _make_environment(undo, is_private=not address)
@@ -145,7 +138,7 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
             "wait_nodes": start.wait_nodes,
             "start_limit_s": start.start_timeout,
         }
-        plan = make_plan(config, facts, temp_dir, asked, plan_values)
+        plan = make_plan(config, facts, temp_dir, asked_for(given), plan_values)
         if front is None:
             progress.clear()
             _tell_rebalancing(plan)

@@ -9,14 +9,7 @@ from typing import Any
 
 from cluster.cli.options.option import ServeOption, parse_bytes
 from cluster.cli.options.serve_config import build_config
-from cluster.cli.options.serve_options import (
-    OPTIONS,
-    Setting,
-    add_settings,
-    collect,
-    find_settings,
-    wanted_model,
-)
+from cluster.cli.options.serve_options import OPTIONS, Setting, add_settings, read_given
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import out, out_json, out_line, table
@@ -41,13 +34,12 @@ def run(args: argparse.Namespace) -> int:
 
     Raises ``CommandError`` where ``serve`` would.
     """
-    values = collect(args, os.environ)
-    build_config(values, ModelSource(folder=Path(), name="model"))
-    found = find_settings(args, os.environ)
-    given = {o: _shown(o, found.get(o) or Setting(o.default, _NOBODY)) for o in OPTIONS}
-    model = wanted_model(args, os.environ)
-    rows = [("model", model, _origin_of_model(args)), *((o.dest, *v) for o, v in given.items())]
-    rows = [(name.replace("_", "-"), value, origin) for name, value, origin in rows]
+    given = read_given(args, os.environ)
+    build_config(given.values, ModelSource(folder=Path(), name="model"))
+    rows = [("model", given.model.value, given.model.origin)]
+    for option in OPTIONS:
+        setting = given.settings.get(option, Setting(option.default, _NOBODY))
+        rows.append((option.dest.replace("_", "-"), _shown(option, setting), setting.origin))
     if args.json:
         keys = ("option", "value", "origin")
         options = [dict(zip(keys, row, strict=True)) for row in rows]
@@ -62,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-def _shown(option: ServeOption, setting: Setting) -> tuple[Any, str]:
-    """Value and origin, fit to be shown."""
+def _shown(option: ServeOption, setting: Setting) -> Any:
+    """Its value, fit to be shown."""
     value = setting.value
     if option.is_secret:
         value = _HIDDEN if value else None
@@ -71,15 +63,7 @@ def _shown(option: ServeOption, setting: Setting) -> tuple[Any, str]:
         value = int(value)
     if isinstance(value, tuple):
         value = ",".join(map(str, value)) or None
-    return value, setting.origin
-
-
-def _origin_of_model(args: argparse.Namespace) -> str:
-    if args.model:
-        return "MODEL"
-    if os.environ.get("EXPERTMESH_MODEL"):
-        return "EXPERTMESH_MODEL"
-    return args.config if wanted_model(args, {}) else "default: the bundled checkpoint"
+    return value
 
 
 def _text(value: Any) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.actors.start_plan import fits, plan_start
-from cluster.cli.options.serve_options import OPTIONS, read_template
+from cluster.cli.options.serve_options import OPTIONS, Given, read_template
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.config.cluster import ClusterConfig, section_types
 from cluster.core.checks import check
@@ -51,15 +51,15 @@ def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig
         raise CommandError(code, str(err)) from err
 
 
-def asked_for(values: Mapping[str, Any], model: str | None) -> dict[str, str]:
+def asked_for(given: Given) -> dict[str, str]:
     """What a user asked for, by flag: two starts that ask for the same are for the same cluster.
 
     Keys are compared by their fingerprints.
     """
-    asked = {"MODEL": model or ""}
+    asked = {"MODEL": given.model.value or ""}
     for option in OPTIONS:
-        if option.section and option.target in values:
-            text = str(values[option.target])
+        if option.section and option.target in given.values:
+            text = str(given.values[option.target])
             asked[option.flag] = _fingerprint(text) if option.is_secret else text
     return asked
 

@@ -87,13 +87,20 @@ class Setting:
     """The flag, the variable or the file."""
 
 
-def find_settings(
-    args: argparse.Namespace, environment: Mapping[str, str]
-) -> dict[ServeOption, Setting]:
-    """What is given: by the flag, else by the environment, else by the file.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Given:
+    """What is given for a start: by the flag, else by the environment, else by the file."""
 
-    Where there is none of them it is left out. Raises ``CommandError`` (usage).
-    """
+    model: Setting
+    """MODEL; None for the bundled one."""
+    settings: Mapping[ServeOption, Setting]
+    """Without the options that none of the three sets."""
+    values: dict[str, Any]
+    """Their values by target, and keys."""
+
+
+def read_given(args: argparse.Namespace, environment: Mapping[str, str]) -> Given:
+    """All that is given. Raises ``CommandError`` (usage)."""
     file = _read_file(args)
     found: dict[ServeOption, Setting] = {}
     for option in OPTIONS:
@@ -105,20 +112,18 @@ def find_settings(
         elif option.dest in file:
             value = _parse(option, file[option.dest], f"{option.dest} in {args.config}")
             found[option] = Setting(value, args.config)
-    return found
-
-
-def collect(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Values of ``find_settings`` by target, and keys. Raises ``CommandError`` (usage)."""
-    found = find_settings(args, environment)
+    models = (
+        Setting(args.model, "MODEL"),
+        Setting(environment.get("EXPERTMESH_MODEL"), "EXPERTMESH_MODEL"),
+        Setting(file.get("model"), args.config),
+    )
+    bundled = Setting(None, "default: the bundled checkpoint")
     values = {option.target: setting.value for option, setting in found.items()}
-    return {**values, **collect_keys(values, environment)}
-
-
-def wanted_model(args: argparse.Namespace, environment: Mapping[str, str]) -> str | None:
-    """MODEL, of the command line, the environment or the file; None for the bundled one."""
-    given = args.model or environment.get("EXPERTMESH_MODEL")
-    return given or _read_file(args).get("model")
+    return Given(
+        model=next((m for m in models if m.value), bundled),
+        settings=found,
+        values={**values, **collect_keys(values, environment)},
+    )
 
 
 def _read_file(args: argparse.Namespace) -> dict[str, str]:

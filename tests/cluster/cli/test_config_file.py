@@ -11,7 +11,7 @@ import pytest
 
 from cluster.cli.main import main, make_parser
 from cluster.cli.options.serve_config import asked_for
-from cluster.cli.options.serve_options import collect, wanted_model
+from cluster.cli.options.serve_options import read_given
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.launch.plan import tell_differences
 
@@ -32,7 +32,8 @@ def values_of(
     path = folder / "engine.yaml"
     path.write_text(text)
     args = make_parser().parse_args(["up", "--config", str(path), *words])
-    return collect(args, environment or {}) | {"MODEL": wanted_model(args, environment or {})}
+    given = read_given(args, environment or {})
+    return given.values | {"MODEL": given.model.value}
 
 
 def test_options_come_from_the_file(tmp_path: Path) -> None:
@@ -79,12 +80,12 @@ def test_what_is_wrong_in_the_file_is_told(tmp_path: Path, text: str, words: str
 def test_a_file_that_is_not_there() -> None:
     args = make_parser().parse_args(["up", "--config", "/nowhere/engine.yaml"])
     with pytest.raises(CommandError, match="nowhere"):
-        collect(args, {})
+        read_given(args, {})
 
 
 def asked(*words: str) -> dict[str, str]:
     args = make_parser().parse_args(["up", *words])
-    return asked_for(collect(args, {}), wanted_model(args, {}))
+    return asked_for(read_given(args, {}))
 
 
 def test_what_differs_between_two_starts_is_told_by_flag() -> None:

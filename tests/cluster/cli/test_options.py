@@ -14,7 +14,7 @@ from cluster.cli.main import main, make_parser
 from cluster.cli.options.keys import without_keys
 from cluster.cli.options.option import parse_bytes
 from cluster.cli.options.serve_config import build_config
-from cluster.cli.options.serve_options import OPTIONS, collect, read_template
+from cluster.cli.options.serve_options import OPTIONS, read_given, read_template
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.config.api_keys import hash_key
 from cluster.config.cluster import ClusterConfig, section_types
@@ -31,11 +31,11 @@ def parse(*words: str) -> argparse.Namespace:
 
 
 def config_of(*words: str, environment: dict[str, str] | None = None) -> ClusterConfig:
-    return build_config(collect(parse(*words), environment or {}), MODEL)
+    return build_config(read_given(parse(*words), environment or {}).values, MODEL)
 
 
 def collect_of(environment: dict[str, str]) -> dict[str, Any]:
-    return collect(parse(), environment)
+    return read_given(parse(), environment).values
 
 
 def test_without_options_the_defaults_of_the_configuration_hold() -> None:
