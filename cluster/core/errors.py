@@ -68,18 +68,20 @@ class StartError(ExpertMeshError):
         return f"{self.part} did not start: {self.reason}"
 
 
-class MessageError(ExpertMeshError):
-    """Base of errors whose text is their first argument, ``message``."""
+class _Worded:
+    """An error whose text is its first argument."""
 
-    def __init__(self, message: str, *more: object) -> None:
-        super().__init__(message, *more)
-        self.message = message
+    args: tuple[object, ...]
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0])
 
     def __str__(self) -> str:
         return self.message
 
 
-class RequestError(MessageError):
+class RequestError(_Worded, ExpertMeshError):
     """The request is wrong: ``param`` names the field, ``code`` is the machine-readable reason."""
 
     default_code = "invalid_value"
@@ -123,7 +125,7 @@ class RequestTooLargeError(ExpertMeshError):
     """The body is larger than the limit."""
 
 
-class LimitReachedError(MessageError):
+class LimitReachedError(_Worded, ExpertMeshError):
     """Too much at once; ``retry_after_s`` tells when to come back, ``limit`` (for counting) why."""
 
     def __init__(self, message: str, retry_after_s: float, limit: str) -> None:
@@ -147,7 +149,7 @@ class QueueFullError(LimitReachedError):
         super().__init__(message, retry_after_s, limit)
 
 
-class NotReadyError(MessageError):
+class NotReadyError(_Worded, ExpertMeshError):
     """The cluster cannot serve now; ``code`` is not_ready, draining or experts_unavailable."""
 
     def __init__(self, message: str, code: str = "not_ready", retry_after_s: float = 1.0) -> None:
@@ -156,7 +158,7 @@ class NotReadyError(MessageError):
         self.retry_after_s = retry_after_s
 
 
-class DeadlineExceededError(MessageError):
+class DeadlineExceededError(_Worded, ExpertMeshError):
     """A time limit passed; ``started`` tells whether the request was already running."""
 
     def __init__(self, message: str, started: bool = False) -> None:

@@ -207,7 +207,7 @@ def test_a_drain_that_was_being_taken_back_ends_as_it_should() -> None:
         step=DrainStep.BACK,
         outcome=(OperationState.CANCELLED, "cancelled"),
     )
-    running(world).draining.restore({"drain": to_plain(known.saved())}, world.now)
+    running(world).draining.restore({"drain": to_plain(known)}, world.now)
     world.tick(0.1)
     assert (operation.state, operation.message) == (OperationState.CANCELLED, "cancelled")
     assert state_of(world, "attention-1") == "SERVING"
