@@ -47,7 +47,7 @@ def served_load(checkpoint: Path, text: str) -> ExpertLoad:
     engine = LocalEngine(checkpoint, section=section)
     engine.run(requests)
     report = engine.engine.load.report()
-    counts = [torch.from_numpy(bank.total) for bank in report.banks.values()]
+    counts = [torch.from_numpy(bank.prefill + bank.decode) for bank in report.banks.values()]
     return ExpertLoad(
         num_tokens=report.rows, top_k=engine.banks[0].top_k, counts=torch.stack(counts)
     )

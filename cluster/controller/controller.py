@@ -80,8 +80,8 @@ class Controller:
         """``executor`` computes the plans of rebalancing.
 
         ``model`` holds name and path; the workers add the rest. ``can_grow``: an expert worker may
-        hold more than its ``num_slots`` expert slots a bank. ``identity`` tells controllers of one
-        ``term`` apart; ``notes`` are for the next controller (``collector.CollectedState.memory``).
+        hold more than its ``num_slots`` expert slots a bank. ``identity`` distinguishes controllers
+        of one ``term``; ``notes`` are for the next controller (see ``CollectedState.memory``).
         ``wall_time_offset_s`` added to ``now`` is the time of day.
         """
         self.cluster = Cluster(

@@ -127,12 +127,3 @@ def device_loads(placement: BankPlacement, counts: Sequence[float]) -> tuple[flo
         for slots, shares in zip(placement.physical_to_logical, placement.split, strict=True)
         if any(expert != FREE_SLOT for expert in slots)
     )
-
-
-def balancedness(placement: BankPlacement, counts: Sequence[float]) -> float | None:
-    """Mean over maximum of the devices' loads (1.0 is ideal); None without load."""
-    if len(counts) != placement.num_experts:
-        return None
-    loads = device_loads(placement, counts)
-    peak = max(loads, default=0.0)
-    return sum(loads) / len(loads) / peak if peak > 0 else None

@@ -43,11 +43,6 @@ class BankCounts(Message, frozen=True, kw_only=True):
         """Logical experts."""
         return len(self.prefill)
 
-    @property
-    def total(self) -> Counts:
-        """[num_experts] all rows, since the worker's start."""
-        return self.prefill + self.decode
-
     @classmethod
     def zeros(cls, num_experts: int, num_copies: int = 1) -> BankCounts:
         """Nothing counted yet."""

@@ -38,10 +38,8 @@ class LoadSums:
     decode: Mapping[BankKey, Floats]
     """[num_experts] tokens of decode rows, by bank."""
 
-    def counts(self, key: BankKey, phase: Phase | None = None) -> Floats:
-        """[num_experts] tokens of a bank; of both phases if none is given."""
-        if phase is not None:
-            return (self.prefill if phase == "prefill" else self.decode)[key]
+    def counts(self, key: BankKey) -> Floats:
+        """[num_experts] tokens of a bank, of both phases."""
         return self.prefill[key] + self.decode[key]
 
     def combined(self, factor: float, other: LoadSums, other_factor: float) -> LoadSums:
@@ -73,8 +71,6 @@ class LoadWindow:
     """The load of a span of time."""
 
     began_at: float
-    """Monotonic seconds."""
-    ended_at: float
     """Monotonic seconds."""
     sums: LoadSums
     epoch: int
@@ -124,7 +120,7 @@ class LoadTracker:
             since = {key: _less(load, self._base_copies.get(key)) for key, load in copies.items()}
         else:
             since = copies
-        window = LoadWindow(began_at=began, ended_at=now, sums=sums, epoch=epoch, copies=since)
+        window = LoadWindow(began_at=began, sums=sums, epoch=epoch, copies=since)
         self._base, self._base_epoch, self._base_copies = totals, epoch, copies
         keep = 0.5 ** (self._section.window_s / self._section.half_life_s)
         self._average = self._average.combined(keep, sums, 1.0)
@@ -165,15 +161,13 @@ class LoadTracker:
             return self._average
         return self.windows[-1].sums if self.windows else LoadSums.nothing()
 
-    def profile(
-        self, source: Source, model: str, top_k: int, phase: Phase | None = None
-    ) -> LoadProfile | None:
+    def profile(self, source: Source, model: str, top_k: int) -> LoadProfile | None:
         """A view as a load profile; None while it has no load."""
         sums = self.sums(source)
         if sums.rows <= 0:
             return None
         banks = tuple(
-            BankLoad(bank=key[0], layer=key[1], counts=_numbers(sums.counts(key, phase)))
+            BankLoad(bank=key[0], layer=key[1], counts=_numbers(sums.counts(key)))
             for key in sums.prefill
         )
         return LoadProfile(model=model, top_k=top_k, tokens=round(sums.rows), banks=banks)

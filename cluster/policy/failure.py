@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 from msgspec.structs import replace
 
@@ -15,25 +14,17 @@ from cluster.planner.stages import SlotFill
 from cluster.policy.coverage import Holdings, cover
 
 
-class Outcome(Enum):
-    """Effect of a change of members on serving."""
-
-    CONTINUE = "continue"
-    """The members form a new generation and repeat the failed step."""
-    INCOMPLETE = "incomplete"
-    """No generation can run: an expert has no copy, or no attention worker is left."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailureDecision:
     """What to do after members left or joined; the controller carries it out."""
 
-    outcome: Outcome
-    """Whether a new generation runs."""
+    can_run: bool
+    """A generation of the members runs; else an expert has no copy, or no attention worker is left.
+    """
     members: tuple[Member, ...]
     """Its members, or the workers that wait for one."""
     placement: ExpertPlacement
-    """Maps of the new generation; the old ones when the outcome is ``INCOMPLETE``."""
+    """Maps of the new generation; the old ones where none can run."""
     loads: tuple[SlotFill, ...]
     """What members must load before it runs."""
     experts_complete: bool
@@ -73,7 +64,7 @@ class PeerReport:
     """Time at which the controller received it."""
 
 
-def decide(
+def decide_members(
     members: Sequence[Member],
     cause: str,
     holdings: Holdings,
@@ -86,30 +77,29 @@ def decide(
     ``highest_epoch`` is the highest placement epoch that any worker ran: new maps are above it.
     ``expert_load`` as for ``cover``.
     """
-    members = tuple(members)
-    devices = {m.device for m in members if m.holds_experts}
     current = holdings.current
     epoch = max(highest_epoch, current.epoch)
+    devices = {m.device for m in members if m.holds_experts}
     covered = cover(holdings, devices, epoch + 1, expert_load)
     placement, loads = covered.placement, covered.loads
-    if placement is not None and placement.banks == current.banks:
+    can_run = placement is not None and any(m.runs_attention for m in members)
+    if placement is None:
+        placement = current
+    elif placement.banks == current.banks:
         placement = replace(placement, epoch=epoch)
-    if not any(m.runs_attention for m in members):
-        outcome, effect = Outcome.INCOMPLETE, "no attention worker is left"
-    elif placement is None:
-        outcome, effect = Outcome.INCOMPLETE, _missing_text(current, covered.missing)
-    else:
-        outcome = Outcome.CONTINUE
+    if can_run:
         effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
-        if loads:
-            effect = f"{_loads_text(loads, members)}; {effect}"
-    goes_on = outcome is Outcome.CONTINUE and placement is not None
+        effect = f"{_loads_text(loads, members)}; {effect}" if loads else effect
+    elif any(m.runs_attention for m in members):
+        effect = _missing_text(current, covered.missing)
+    else:
+        effect = "no attention worker is left"
     return FailureDecision(
-        outcome=outcome,
-        members=members,
-        placement=placement if goes_on and placement is not None else current,
-        loads=loads if goes_on else (),
-        experts_complete=placement is not None and (goes_on or not loads),
+        can_run=can_run,
+        members=tuple(members),
+        placement=placement if can_run else current,
+        loads=loads if can_run else (),
+        experts_complete=covered.placement is not None and (can_run or not loads),
         cause=cause,
         effect=effect,
     )

@@ -3,7 +3,7 @@
 Two changes compete: new shares and decode devices alone, which move no weights, and single moves
 within the budget. With the experts' part of the step times from ``cluster.sizing.replay``,
 
-    gain of a second  = (1 - time after / time now) x share of the time that the experts work
+    gain of a second  = 1 - time after / time now
     cost              = bytes to move / rate x _MOVE_SLOWDOWN + stages x _SWITCH_S
 
 The change with the largest ``gain x horizon - cost`` is made if that is positive.
@@ -66,8 +66,6 @@ class LoadNow:
     """Tokens by logical expert."""
     prefill_share: float
     """Share of the rows that belong to prompts, 0 to 1."""
-    busy: float = 1.0
-    """Share of the time that the experts work, 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,7 +249,7 @@ def _weighed(
         balancedness_now=mixed_balancedness(current, load.profile, load.prefill_share),
         balancedness_then=mixed_balancedness(plan.placement, load.profile, load.prefill_share),
         time_ratio=ratio,
-        gain_s=max(1.0 - ratio, 0.0) * load.busy * settings.horizon_s,
+        gain_s=max(1.0 - ratio, 0.0) * settings.horizon_s,
         cost_s=most_bytes / settings.bytes_per_s * _MOVE_SLOWDOWN + stages * _SWITCH_S,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import Counter, Histogram
 
@@ -12,9 +12,9 @@ from cluster.core.topology import Member, Role
 
 MoveReason = Literal["rebalance", "recovery", "drain"]
 """The load asked for it; a lost worker's experts are loaded again; a worker is drained."""
-Outcome = Literal["applied", "skipped_gain", "skipped_churn", "failed", "cancelled"]
+RebalanceOutcome = Literal["applied", "skipped_gain", "skipped_churn", "failed", "cancelled"]
 """How a decision to rebalance ends."""
-_OUTCOMES: tuple[Outcome, ...] = ("applied", "skipped_gain", "skipped_churn", "failed", "cancelled")
+_OUTCOMES: tuple[RebalanceOutcome, ...] = get_args(RebalanceOutcome)
 _SWITCH_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _MIGRATION_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 _RECOVERY_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -68,7 +68,7 @@ class ControllerMetrics:
         self._lost: dict[str, Role] = {}
         self._lost_at = 0.0
 
-    def decided(self, outcome: Outcome) -> None:
+    def decided(self, outcome: RebalanceOutcome) -> None:
         """A decision to rebalance has ended."""
         self._decisions.labels(outcome).inc()
 

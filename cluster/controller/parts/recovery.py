@@ -3,7 +3,7 @@
     a member is lost ──▶ the others continue, and load the experts without a copy
         ──▶ a new worker starts in its place ──▶ it is ready ──▶ a generation with it
 
-``decide`` (failure policy) and ``Replacements`` decide; ``Recovery`` acts. Loading and the forming
+The failure policy and ``Replacements`` decide; ``Recovery`` acts. Loading and the forming
 of the generation run at the same time.
 """
 
@@ -25,7 +25,7 @@ from cluster.core.states import ClusterState, WorkerState
 from cluster.core.topology import Member
 from cluster.planner.stages import SlotFill
 from cluster.policy.coverage import Holdings
-from cluster.policy.failure import Outcome, decide, describe_losses, describe_members
+from cluster.policy.failure import decide_members, describe_losses, describe_members
 from cluster.policy.replacement import Replacements
 
 logger = logging.getLogger(__name__)
@@ -234,7 +234,7 @@ class Recovery:
     def _go_on(self, members: Sequence[Member], cause: str, now: float) -> None:
         """Form a generation of these members, or stall."""
         cluster, load = self._cluster, self._cluster.load.totals()
-        decision = decide(
+        decision = decide_members(
             members,
             cause,
             self._holdings(members),
@@ -242,7 +242,7 @@ class Recovery:
             expert_load={key: load.counts(key).tolist() for key in load.prefill},
         )
         cluster.experts_complete = decision.experts_complete
-        if decision.outcome is not Outcome.CONTINUE:
+        if not decision.can_run:
             generation.stall(cluster, decision.members, now)
             cluster.note(decision.cause, decision.effect, now)
             self._settle()

@@ -23,7 +23,7 @@ from msgspec import structs
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.epoch_change import ChangeLimits, ChangeState, EpochChange
-from cluster.controller.parts.metrics import Outcome
+from cluster.controller.parts.metrics import RebalanceOutcome
 from cluster.controller.parts.operations import Operation, Operations, OperationState
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.rebalance.job import (
@@ -361,7 +361,7 @@ class Rebalancing:
         else:
             self._end(job, "failed", "no slot is free to begin with", now)
 
-    def _end(self, job: RebalanceJob, outcome: Outcome, text: str, now: float) -> None:
+    def _end(self, job: RebalanceJob, outcome: RebalanceOutcome, text: str, now: float) -> None:
         if job.change is not None:
             job.stage_over()
         self._job = None

@@ -14,10 +14,11 @@ from cluster.actors.start_plan import StartPlan, fits, plan_start
 from cluster.config.cluster import ClusterConfig, ModelSection, RebalanceSection, WorkersSection
 from cluster.config.resources import NodeResources
 from cluster.core.errors import ConfigError
-from cluster.core.load_profile import BankLoad, LoadProfile, balancedness, device_loads
+from cluster.core.load_profile import BankLoad, LoadProfile, device_loads
 from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS, Place
 from cluster.core.placement import BankShape, contiguous
 from cluster.core.topology import Member
+from cluster.load.view import balancedness_of
 from tests.cluster.controller.fakes_cluster import make_members
 
 BANKS: list[dict[str, Any]] = [
@@ -78,7 +79,7 @@ def test_a_given_profile_is_planned_for(tmp_path: Path) -> None:
     plan = make_plan(num_redundant_experts=1, load_profile=path).on(members_on(ONE_NODE))
     for bank, load in zip(plan.placement.banks, PROFILE.banks, strict=True):
         before = contiguous(SHAPES, 4, 1).banks[load.layer]
-        planned, plain = balancedness(bank, load.counts), balancedness(before, load.counts)
+        planned, plain = (balancedness_of([device_loads(b, load.counts)]) for b in (bank, before))
         assert planned is not None
         assert plain is not None
         assert planned > 0.99 > 0.7 > plain
@@ -92,7 +93,7 @@ def test_with_rebalancing_on_the_models_own_profile_is_planned_for() -> None:
         rebalance=RebalanceSection(enable_eplb=True),
     )
     warm = plan_start(config, BANKS, NODES, profile=PROFILE.to_dict()).placement
-    balance = balancedness(warm.banks[0], PROFILE.banks[0].counts)
+    balance = balancedness_of([device_loads(warm.banks[0], PROFILE.banks[0].counts)])
     assert balance is not None
     assert balance > 0.99
     assert plan_start(config, BANKS, NODES).placement == contiguous(SHAPES, 4, 1)

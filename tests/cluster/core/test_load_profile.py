@@ -1,4 +1,4 @@
-"""The load profile file, and balancedness."""
+"""The load profile file, and the loads of devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from cluster.core.errors import ConfigError
 from cluster.core.load_profile import (
     BankLoad,
     LoadProfile,
-    balancedness,
     device_loads,
     load_profile,
 )
@@ -87,6 +86,3 @@ def test_load_follows_the_copies_shares() -> None:
         split=[[1.0, 0.25], [0.75, 1.0], [0.0, 0.0]],
     )
     assert device_loads(bank, [10, 40, 30]) == (20, 60)
-    assert balancedness(bank, [10, 40, 30]) == pytest.approx(40 / 60)
-    assert balancedness(bank, [0, 0, 0]) is None
-    assert balancedness(bank, []) is None

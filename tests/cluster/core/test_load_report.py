@@ -27,7 +27,7 @@ def test_a_report_survives_the_wire(largest: int) -> None:
     found = CODEC.decode(CODEC.encode(sent))
     assert (found.epoch, found.rows) == (3, 7)
     counts = found.banks["mlp", 0]
-    assert counts.total.tolist() == [4, 6, 11 + largest]
+    assert (counts.prefill + counts.decode).tolist() == [4, 6, 11 + largest]
     assert counts.epoch_prefill.tolist() == [[3, 0], [0, 4], [5, 6]]
     assert counts.epoch_decode.tolist() == [1, 2, largest]
     assert same(sent, found)

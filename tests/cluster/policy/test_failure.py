@@ -11,11 +11,10 @@ from cluster.core.topology import Generation, Member
 from cluster.policy.coverage import Holdings
 from cluster.policy.failure import (
     FailureDecision,
-    Outcome,
     PeerReport,
     Pulse,
     confirm_suspect,
-    decide,
+    decide_members,
     describe_losses,
     find_silent,
 )
@@ -36,12 +35,12 @@ def without(
     survivors = [m for m in members if m.name not in lost]
     held = Holdings(current=placement, desired=placement, **holdings)
     cause = describe_losses(dict.fromkeys(lost, "closed"))
-    return decide(survivors, cause, held, highest_epoch=highest_epoch)
+    return decide_members(survivors, cause, held, highest_epoch=highest_epoch)
 
 
 def test_experts_with_copies_elsewhere_go_on_in_a_new_epoch() -> None:
     decision = without(make_members(1, 3), REDUNDANT, "expert-1", highest_epoch=7)
-    assert decision.outcome is Outcome.CONTINUE
+    assert decision.can_run
     assert [m.name for m in decision.members] == ["attention-0", "expert-0", "expert-2"]
     assert decision.loads == ()
     assert decision.placement.epoch == 8
@@ -52,7 +51,7 @@ def test_experts_with_copies_elsewhere_go_on_in_a_new_epoch() -> None:
 
 def test_a_colocated_worker_takes_its_experts_and_its_rank_along() -> None:
     decision = without(members_of({"colocated": 3}), REDUNDANT, "colocated-0")
-    assert decision.outcome is Outcome.CONTINUE
+    assert decision.can_run
     left = Generation(number=2, members=decision.members)
     assert [m.rank for m in left.attention] == [m.rank for m in left.experts] == [1, 2]
     assert left.leader.name == "colocated-1"
@@ -67,7 +66,7 @@ def test_the_epoch_is_above_all_that_any_survivor_ran() -> None:
 
 def test_experts_without_copy_are_loaded_by_the_others() -> None:
     decision = without(make_members(1, 3), contiguous(BANKS, 3), "expert-0")
-    assert decision.outcome is Outcome.CONTINUE
+    assert decision.can_run
     assert decision.experts_complete
     assert sorted({load.device for load in decision.loads}) == [1, 2]
     assert len(decision.loads) == 6
@@ -87,7 +86,7 @@ def test_the_last_colocated_worker_goes_on_alone() -> None:
 def test_an_expert_without_copy_and_without_room_is_named() -> None:
     placement = contiguous(BANKS, 3)
     decision = without(make_members(1, 3), placement, "expert-0", room=3)
-    assert decision.outcome is Outcome.INCOMPLETE
+    assert not decision.can_run
     assert not decision.experts_complete
     assert decision.placement == placement
     assert decision.loads == ()
@@ -99,14 +98,14 @@ def test_an_expert_without_copy_and_without_room_is_named() -> None:
 def test_a_lost_attention_worker_leaves_the_maps_alone() -> None:
     placement = contiguous(BANKS, 3)
     decision = without(make_members(2, 3), placement, "attention-0")
-    assert decision.outcome is Outcome.CONTINUE
+    assert decision.can_run
     assert decision.placement == placement
     assert decision.members[0].name == "attention-1"
 
 
 def test_without_attention_worker_nothing_runs() -> None:
     decision = without(make_members(1, 3), contiguous(BANKS, 3), "attention-0")
-    assert decision.outcome is Outcome.INCOMPLETE
+    assert not decision.can_run
     assert decision.experts_complete
     assert decision.effect == "no attention worker is left"
 
@@ -128,7 +127,7 @@ def test_two_workers_lost_at_once_are_both_in_the_cause() -> None:
 def test_a_new_worker_brings_its_copies_back() -> None:
     less = without(make_members(1, 3), REDUNDANT, "expert-1", highest_epoch=7).placement
     holdings = Holdings(current=less, desired=REDUNDANT, joining={1: REDUNDANT})
-    decision = decide(make_members(1, 3), "expert-1.2 is ready", holdings, highest_epoch=8)
+    decision = decide_members(make_members(1, 3), "expert-1.2 is ready", holdings, highest_epoch=8)
     assert decision.placement == replace(REDUNDANT, epoch=9)
     assert decision.loads == ()
 

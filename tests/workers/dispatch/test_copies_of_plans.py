@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.core.load_profile import BankLoad, LoadProfile, balancedness
+from cluster.core.load_profile import BankLoad, LoadProfile, device_loads
+from cluster.load.view import balancedness_of
 from cluster.planner import mesh
 from cluster.planner.base import PlannedTopology
 from workers.dispatch.copies import CopyTables, mix64
@@ -70,7 +71,7 @@ def test_prefill_rows_balance_the_devices_as_predicted(
     achieved = float(per_device.mean() / per_device.max())
     seen = _seen(profile, topk_ids)
     plan = mesh.plan(seen, _TOPOLOGY)
-    predicted = balancedness(plan.placement.banks[0], seen.banks[0].counts)
+    predicted = balancedness_of([device_loads(plan.placement.banks[0], seen.banks[0].counts)])
     assert predicted is not None
     assert predicted > 0.99
     assert achieved == pytest.approx(predicted, abs=0.015)

@@ -56,7 +56,10 @@ def tokens(outputs: Sequence[TokenOutput]) -> tuple[int, ...]:
 
 def load_of(engine: LocalEngine) -> dict[tuple[str, int], NDArray[np.int64]]:
     """Rows routed to each logical expert since the start, by (bank, layer)."""
-    return {key: counts.total for key, counts in engine.engine.load.report().banks.items()}
+    return {
+        key: counts.prefill + counts.decode
+        for key, counts in engine.engine.load.report().banks.items()
+    }
 
 
 @pytest.fixture(scope="module")
