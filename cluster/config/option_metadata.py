@@ -8,9 +8,9 @@ from types import MappingProxyType
 FLAG = "flag"
 """Key of the metadata."""
 INTERNAL: Mapping[str, str] = MappingProxyType({FLAG: ""})
-"""Of fields without an option."""
+"""Metadata of a field without an option."""
 
 
 def flag(name: str) -> Mapping[str, str]:
-    """Of fields whose option has another name, with its dashes."""
+    """Metadata of a field whose option has another name; ``name`` has its dashes."""
     return MappingProxyType({FLAG: name})

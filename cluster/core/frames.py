@@ -162,7 +162,7 @@ class ControllerSnapshot(ControlFrame, frozen=True, kw_only=True):
     term: int
     """As in ``NewGeneration``."""
     memory: dict[str, Any]
-    """As ``cluster.controller.failover.collect`` makes and reads it; nothing to the worker."""
+    """Plain data of ``cluster.controller.failover.collect``; workers only keep it."""
     controller: str = ""
     """As in ``NewGeneration``."""
 
@@ -186,7 +186,7 @@ class WorkerReport(ControlFrame, frozen=True, kw_only=True):
     highest_epoch: int
     """Highest placement epoch it has run."""
     memory: dict[str, Any] = field(default_factory=dict)
-    """Of the last ``ControllerSnapshot``."""
+    """Memory of the last ``ControllerSnapshot``."""
 
 
 class GenerationReady(ControlFrame, frozen=True, kw_only=True):
@@ -265,7 +265,7 @@ class SwitchEpoch(ControlFrame, frozen=True, kw_only=True):
     generation: int
     epoch: int
     oldest_epoch: int
-    """As in the header: no step runs in an older one any more."""
+    """Oldest epoch of the header: no step runs in an older one any more."""
 
 
 class EpochSwitched(ControlFrame, frozen=True, kw_only=True):

@@ -82,7 +82,7 @@ class Generation(Message, frozen=True, kw_only=True):
         return tuple(sorted((m for m in self.members if m.holds_experts), key=_rank))
 
     def facing(self, role: Role) -> tuple[Member, ...]:
-        """Whom a worker of that role exchanges rows with, by rank: the other pool, or all."""
+        """Peers of a worker of that role, by rank: the other pool, or all."""
         return self.experts if runs_attention(role) else self.attention
 
     @property

@@ -89,7 +89,7 @@ def expected_loads(
 
 
 def balancedness_of(loads: Sequence[Sequence[float]]) -> float | None:
-    """Of some layers together: mean over maximum of the devices' loads; None without load."""
+    """Mean over maximum of the devices' loads, layers added up; None without load."""
     peaks = sum(max(each, default=0.0) for each in loads)
     means = sum(sum(each) / max(len(each), 1) for each in loads)
     return means / peaks if peaks > 0 else None

@@ -31,7 +31,7 @@ class ModelFacts:
     pad_token_id: int | None = None
     """Token that a classifier does not take for the last one."""
     problem_type: str = ""
-    """Of a classifier; empty where the checkpoint says nothing."""
+    """A classifier's kind of labels; empty where the checkpoint names none."""
 
     @property
     def context_tokens(self) -> int:

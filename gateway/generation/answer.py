@@ -40,7 +40,7 @@ def _join(pieces: Sequence[ChoiceDelta]) -> ChoiceDelta:
 
 
 def _keep_best(choices: Sequence[ChoiceDelta], count: int) -> list[ChoiceDelta]:
-    """Of each prompt the choices with the greatest mean log-probability, best first."""
+    """The choices of each prompt with the greatest mean log-probability, best first."""
     kept: list[ChoiceDelta] = []
     for _, drawn in groupby(choices, key=lambda choice: choice.prompt_index):
         kept += sorted(drawn, key=_mean_logprob, reverse=True)[:count]

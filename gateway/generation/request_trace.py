@@ -50,7 +50,7 @@ class RequestTrace:
 
 
 TRACE: ContextVar[RequestTrace | None] = ContextVar("TRACE", default=None)
-"""Of the request that the running task serves, where it is traced."""
+"""Trace of the request that the running task serves; None without a trace."""
 
 
 def note_error(code: str) -> None:

@@ -26,7 +26,7 @@ _SPARE_CALLS = 64
 """Calls beyond the queue's limit that gRPC accepts: probes pass, and admission refuses the others
 with a retry time."""
 _METADATA_BYTES = 16 * 1024
-"""Of a call, with gRPC's own; as HTTP/2 counts: names, values and 32 bytes an entry."""
+"""Limit of a call's metadata: names, values and 32 bytes per entry, gRPC's own included."""
 
 _AGE_GRACE_S = 60.0
 """Beyond the longest call, for those that run on a connection of that age."""

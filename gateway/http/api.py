@@ -56,7 +56,7 @@ _EXPOSED_HEADERS = (
     *(REQUEST_ID, "retry-after", "retry-after-ms", "x-should-retry", "openai-processing-ms"),
     *("openai-version", "x-expertmesh-placement-epoch", "x-expertmesh-replica"),
 )
-"""Of an answer, what a web page may read."""
+"""Headers of an answer that a web page may read."""
 
 
 def build_http_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:

@@ -23,7 +23,7 @@ from gateway.observability.metric_texts import GAUGES, TEXTS
 
 _LABEL = r'[a-z_]+="[^"\\\n]*"'
 _LEGAL_NAME = re.compile(rf"([a-zA-Z_][a-zA-Z0-9_]*)(?:\{{({_LABEL}(?:,{_LABEL})*)\}})?")
-"""Of a worker's number: a name, perhaps with labels."""
+"""The name of a worker's number, with or without labels."""
 _WORKER_HISTOGRAMS = (
     "iteration_tokens_total",
     "kv_migration_seconds",

@@ -35,7 +35,7 @@ class _FilledSlots:
 
     @classmethod
     def of(cls, filled: Sequence[bool], device: torch.device) -> _FilledSlots:
-        """Of ``[slot]`` -> whether it holds an expert."""
+        """Make it of ``filled``: by slot, whether the slot holds an expert."""
         return cls(torch.tensor([*filled, True], device=device), not all(filled))
 
 

@@ -2,7 +2,7 @@
 
 The runner drives one generator per micro-batch (see ``workers.model.layers``): it dispatches the
 exchanges that a layer yields, and resumes the layer with the combined outputs. It changes nothing
-but the KV of the rows it runs, which nobody reads before the step is committed.
+but the KV of the rows it runs, which no step reads before this one is committed.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class KVCache:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys and values."""
+        """Type of keys and values."""
         return self.layers[0].dtype
 
     def read_block(self, block: int) -> Tensor:

@@ -44,7 +44,7 @@ class ExchangeSpec:
     expert_width: int = 0
     """Inner width of a gated expert; 0 for a linear one."""
     activation: Activation = "silu"
-    """Of a gated expert."""
+    """Activation of a gated expert."""
 
     def returns_pairs(self, combine_mode: CombineMode) -> bool:
         """Whether an output returns for every (row, slot) pair, not a sum for every row."""
@@ -137,7 +137,7 @@ class ModelConfig:
     """The checkpoint's own dtype: float32, bfloat16 or float16."""
     rope: RopeConfig
     activation: Activation = "silu"
-    """Of the experts and dense MLPs."""
+    """Activation of the experts and dense MLPs."""
     pad_token_id: int | None = None
     """Token that a classifier ignores at the end of a prompt."""
     labels: tuple[str, ...] = ()

@@ -28,7 +28,7 @@ _MIN_PRESENT = 0.95
 """Share of a huge page that is in use already: the process hardly grows."""
 _PRESENT_BIT = 0x80
 _ENTRY_BYTES = 8
-"""Of ``/proc/self/pagemap``, one a page; the last byte has the bit of a page that is present."""
+"""Entry of ``/proc/self/pagemap``, one a page; its last byte has the bit of a present page."""
 
 
 def collapse_weights(

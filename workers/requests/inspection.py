@@ -45,7 +45,7 @@ class Inspection(Message, frozen=True, kw_only=True, array_like=True):
     hidden_states: bool = False
     """Embeddings, then after each layer but the last, then after the final norm."""
     router_logits: bool = False
-    """Of every bank."""
+    """Logits of every bank's router."""
     routes: bool = False
     """Chosen experts and their weights, of every bank."""
     attentions: bool = False

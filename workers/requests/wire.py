@@ -23,7 +23,7 @@ from workers.requests.request import Request, StepOutput, Turn
 SERVICE = "expertmesh.v1.Engine"
 METHOD = "Stream"
 PATH = f"/{SERVICE}/{METHOD}"
-"""Of the gRPC call; requests and answers are bytes."""
+"""Path of the gRPC call; requests and answers are bytes."""
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Longest message in either direction."""
 
@@ -64,7 +64,7 @@ class EngineHello(Message, frozen=True, kw_only=True, forbid_unknown_fields=Fals
     pad_token_id: int | None = None
     """Token that a classifier does not take for the last one."""
     problem_type: str = ""
-    """Of a classifier; empty where the checkpoint says nothing."""
+    """A classifier's kind of labels; empty where the checkpoint names none."""
     banks: tuple[BankShape, ...] = ()
     kv_block_size: int = 0
     """Tokens of a KV block; 0: requests share none."""

@@ -104,7 +104,7 @@ class SamplingRow:
     """One row of logits that a token is drawn from."""
 
     params: SamplingParams
-    """Of its request."""
+    """Parameters of its request."""
     choice: int
     """Index of the choice in its request."""
     index: int

@@ -23,7 +23,7 @@ class StepFrame(NamedTuple):
     """A proposal or a header as it came in."""
 
     sender: PeerIdentity
-    """Who sent it."""
+    """Name of its sender."""
     frame: Frame
 
 

@@ -53,7 +53,7 @@ class WakePipe:
 
     def ring(self) -> None:
         """Wake the watching thread; does nothing after ``close``."""
-        with contextlib.suppress(OSError):  # full: it wakes anyway; closed: nobody watches
+        with contextlib.suppress(OSError):  # full: it wakes anyway; closed: no thread watches
             self._write.send(b"w")
 
     def drain(self) -> None:

@@ -21,7 +21,7 @@ from cluster.cli.terminal.output import table
 from cluster.cli.terminal.progress import Progress
 
 LIMIT_S = 600.0
-"""Of one request, where ``--timeout`` sets none."""
+"""Limit of one request without ``--timeout``."""
 _NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "E2E latency"}
 _TICK_S = 0.2
 

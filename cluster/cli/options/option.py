@@ -69,13 +69,13 @@ class ServeOption:
     flag: str
     """With its dashes."""
     section: str
-    """Of the configuration; empty for what is the launcher's alone."""
+    """Section of the configuration; empty for options of the launcher alone."""
     field: str
-    """Of the section."""
+    """Name of the section's field."""
     help: str
     """Docstring of the field."""
     default: Any
-    """Of the field; None where there is none."""
+    """Default of the field; None for a required one."""
     kind: Callable[[str], Any]
     """From text to value; raises ``ValueError``."""
     choices: tuple[str, ...]

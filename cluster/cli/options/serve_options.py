@@ -39,7 +39,7 @@ class StartOptions:
 
 _SECTIONS: dict[str, type] = {**section_types(), "": StartOptions}
 OPTIONS = tuple(option for name, kind in _SECTIONS.items() for option in options_of(name, kind))
-"""Of all sections."""
+"""Options of all sections."""
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:

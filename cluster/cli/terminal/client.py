@@ -61,7 +61,7 @@ class Client:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of every request, with the key."""
+        """Headers of every request, with the key."""
         key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         return {"Content-Type": "application/json", **key}
 

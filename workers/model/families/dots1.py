@@ -278,7 +278,7 @@ class Dots1Layer:
     norm2: Tensor
     """[H]."""
     mlp: GatedMlp
-    """Of a dense layer, or the shared experts."""
+    """MLP of a dense layer, or the shared experts."""
     router: Dots1Router | None
     """None in a dense layer."""
     attend: Attend
