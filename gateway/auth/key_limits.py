@@ -17,7 +17,7 @@ _MEMORY = 0.95
 
 
 class Bucket:
-    """A rate by the minute, with a minute's worth in store.
+    """A token bucket: a rate per minute, and the budget of a minute.
 
     Args:
         per_minute: inflow, and capacity.

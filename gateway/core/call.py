@@ -61,7 +61,7 @@ class GenerateFields:
     prompt_name: str = field(default="prompt", compare=False)
     """The field that the prompts came from, for messages."""
     min_tokens: int | None = None
-    """New tokens before anything but max_tokens may end the choice."""
+    """Number of new tokens before which only ``max_tokens`` may end the choice."""
     temperature: float | None = None
     """0 is argmax."""
     top_p: float | None = None
@@ -111,7 +111,7 @@ class GenerateFields:
     return_tokens_as_token_ids: bool = False
     """Log-probabilities name tokens by number."""
     truncate_prompt_tokens: int | None = None
-    """Tokens of each prompt that are kept; -1 keeps what leaves room for the output."""
+    """Tokens of each prompt that are kept; -1 keeps as many as leave room for the output."""
     truncation_side: str | None = None
     """left (default) or right: where tokens are dropped."""
     tool_form: ToolForm | None = None
@@ -143,7 +143,7 @@ class GenerateFields:
 
 
 FIELD_NAMES = frozenset(one.name for one in fields(GenerateFields))
-"""What a codec copies where a body or a message has it by the same name."""
+"""Fields that a codec copies from fields of the same name in a body or a message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

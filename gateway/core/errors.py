@@ -150,7 +150,7 @@ _TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode], ...]
 )
 
 _LAST_WORDS = (PoisonousRequestError, RequestAbortedError)
-"""Where the status suggests a retry, and none is wanted."""
+"""Sent where the status suggests a retry that cannot help."""
 
 
 def report_error(error: BaseException, request_id: str = "") -> ErrorReport:

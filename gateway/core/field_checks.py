@@ -27,7 +27,7 @@ class Range:
 
     low: float
     high: float | str
-    """The greatest, or the name of the limit in ``GatewaySection``."""
+    """Greatest value, or the name of the limit in ``GatewaySection``."""
     above: bool = False
     """``low`` itself is too small."""
 

@@ -35,7 +35,7 @@ class ModelFacts:
 
     @property
     def context_tokens(self) -> int:
-        """Tokens that one sequence can really have here."""
+        """Context limit in force: the model's, or what the KV cache holds."""
         limits = [limit for limit in (self.max_model_len, self.max_kv_tokens) if limit > 0]
         return min(limits, default=0)
 

@@ -9,9 +9,9 @@ from contextvars import ContextVar
 from cluster.core.errors import RequestError
 
 HEADER = "x-request-id"
-"""Where a request's name travels, both ways."""
+"""HTTP header and gRPC metadata with the id, in requests and answers."""
 REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="")
-"""Name of the request that the running task serves; empty outside of one."""
+"""Id of the request that the running task serves; empty outside a request."""
 _FIT = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 

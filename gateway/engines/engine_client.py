@@ -61,7 +61,7 @@ class Owner(Protocol):
         """A worker will not finish a request that another one can."""
 
     def take_kv(self, worker: str, events: KvEvents) -> bool:
-        """Blocks came and went; False when the whole is needed."""
+        """Apply changes of blocks; False if the complete list is needed."""
 
     def settle(self, entry: Submission, worker: str) -> None:
         """A worker has computed a request's prompt, or will not."""
@@ -93,7 +93,7 @@ class EngineClient:
     ) -> None:
         self.worker = endpoint.name
         self.hello: EngineHello | None = None
-        """What the worker said of itself; None until it has, and after the end."""
+        """The worker's hello; None before it, and after the end."""
         self.connected = asyncio.Event()
         """Set when the hello came."""
         self.load = WorkerLoad(name=endpoint.name)
@@ -174,7 +174,7 @@ class EngineClient:
         return taken
 
     def _count(self, entry: Submission) -> None:
-        """Its part in the load is what it is now."""
+        """Update the request's part in the load."""
         now = (0, 0)
         if entry.home is self:
             is_new, choices = entry.is_computing, len(entry.open_choices)
@@ -223,7 +223,7 @@ class EngineClient:
                     self._outgoing.put_nowait(KvResync())
 
     async def messages(self) -> AsyncGenerator[bytes]:
-        """What the worker gets, as it is sent."""
+        """Messages to the worker, encoded."""
         yield HELLO.encode(self._own_hello)
         while (message := await self._outgoing.get()) is not None:
             yield TO_ENGINE.encode(message)

@@ -46,9 +46,9 @@ class KvIndex:
         return len(self._holders)
 
     def apply(self, worker: str, events: KvEvents) -> bool:
-        """Apply a message; False if messages before it were missed and the whole is needed.
+        """Apply a message; False if messages before it were missed: the complete list is needed.
 
-        Until the whole arrives, the old knowledge stays.
+        Until the complete list arrives, the old entries stay.
         """
         known = self._workers.get(worker)
         if events.is_whole:

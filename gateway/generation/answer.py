@@ -15,7 +15,7 @@ from gateway.text.tool_calls import ParsedPiece, ToolParser
 from workers.requests.request import TokenLogprob
 
 LOWEST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON cannot say."""
+"""Stands for minus infinity, which JSON cannot express."""
 
 
 async def collect(generation: Generation) -> list[ChoiceDelta]:

@@ -48,7 +48,7 @@ class Generation:
 
     call: GenerateCall
     call_id: str
-    """Its name, which its requests' names begin with."""
+    """Its name, with which the names of its requests begin."""
     _: KW_ONLY
     created: int
     """Unix time, seconds."""
@@ -381,6 +381,6 @@ class Generation:
         engine.observe("request_max_num_generation_tokens", longest)
 
     def _engine(self, prompt: Prompt) -> EngineMetrics:
-        """Where what concerns a prompt is counted."""
+        """Metrics of the engine that has a prompt."""
         submission = prompt.submission
         return self.metrics.engine("" if submission is None else submission.engine)

@@ -61,7 +61,7 @@ class InspectFields:
     masks: tuple[Mask, ...] = ()
     """One a prompt, or none."""
     logits_to_keep: int | tuple[int, ...] | None = None
-    """Logits of so many last positions, 0 and None: of all; or positions, ascending."""
+    """Number of last positions with logits (0 and None: all), or positions, ascending."""
     labels: tuple[tuple[float, ...], ...] = ()
     """One row a prompt: of a language model one label a token, of a classifier its classes."""
 

@@ -237,8 +237,8 @@ def keep_unmasked(
 ) -> list[tuple[int, ...]]:
     """Each prompt without the tokens that its mask leaves out.
 
-    A classifier looks at the last token that is not the pad token, whatever the mask says: it
-    must not be left out. Raises ``RequestError``.
+    A classifier looks at the last token that is not the pad token, in spite of the mask: it must
+    not be left out. Raises ``RequestError``.
     """
     if not masks:
         return list(ids)

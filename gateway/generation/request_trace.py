@@ -42,7 +42,7 @@ class RequestTrace:
     def end(self, error: str = "") -> None:
         """The request is over and its generation closed; ``error`` is one that has no answer.
 
-        Its spans are made in the loop's next turn: over gRPC the answer is still to be sent.
+        Its spans are made in the loop's next iteration: over gRPC the answer is still to be sent.
         """
         self.error = error or self.error
         self.ended_s = time.monotonic()

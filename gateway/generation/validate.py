@@ -17,7 +17,7 @@ from gateway.core.model import ModelFacts
 from workers.requests.request import SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
-"""New tokens of a completion that says nothing."""
+"""Default ``max_tokens`` of a completion."""
 MAX_LOGPROB_ENTRIES = 4_000_000
 """Log-probabilities that one call may ask for in all."""
 _SAMPLED = (

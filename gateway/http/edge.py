@@ -85,7 +85,7 @@ class Responder:
 
 
 class RouteNames:
-    """Names of routes for metrics: as many as there are routes, whatever paths clients send."""
+    """Names of routes for metrics: as many as there are routes, for any paths of clients."""
 
     def __init__(self, routes: Sequence[BaseRoute]) -> None:
         known = [route for route in routes if isinstance(route, Route)]
@@ -205,7 +205,7 @@ async def read_json(request: Request, gateway: Gateway) -> dict[str, Any]:
 
 
 def timeout_header_s(request: Request) -> float | None:
-    """The client's own time limit. Raises ``RequestError`` for another value."""
+    """The client's own time limit. Raises ``RequestError`` for an invalid value."""
     name = "x-request-timeout-ms"
     value = request.headers.get(name)
     if value is None:

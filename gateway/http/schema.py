@@ -1,7 +1,7 @@
 """The types of HTTP bodies.
 
-Types are strict (``"5"`` is not a number) and unknown fields are ignored; what the values may be is
-checked later, once for both codecs, in ``gateway/core/field_checks.py``.
+Types are strict (``"5"`` is not a number) and unknown fields are ignored; values are checked later,
+once for both codecs, in ``gateway/core/field_checks.py``.
 """
 
 from __future__ import annotations

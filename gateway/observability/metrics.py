@@ -21,7 +21,7 @@ from workers.requests.request import Timings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "expertmesh:"
-"""In front of every name, unless the operator wants another."""
+"""Default prefix of every name."""
 
 _TOKEN_BUCKETS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
 _TTFT_BUCKETS = (

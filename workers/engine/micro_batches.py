@@ -41,7 +41,7 @@ class MicroBatchRule:
         )
 
     def choose(self, rows: Collection[int], has_prefill: bool) -> int:
-        """Number of micro-batches of a step with so many rows on each attention rank.
+        """Number of micro-batches of a step with these numbers of rows on the attention ranks.
 
         One row cannot be split: no rank would have rows in the second part.
         """

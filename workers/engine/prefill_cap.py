@@ -20,7 +20,7 @@ _NEW_SHARE = 0.5
 _MOST_TIMES = 2.0
 """Limit of a step's time in multiples of the expected one: one slow step is not a trend."""
 _FAR_ABOVE = 1.5
-"""A step longer than so many targets halves the cap, independent of the estimate."""
+"""In targets: a longer step halves the cap, independent of the estimate."""
 
 
 class PrefillCap:
@@ -32,7 +32,7 @@ class PrefillCap:
     def __init__(self, *, max_rows: int, min_rows: int = 1, target_s: float | None = None) -> None:
         """``max_rows`` is the budget of one rank, ``min_rows`` what a step may always have.
 
-        Without ``target_s`` all ranks together get the budget of one while anyone decodes.
+        Without ``target_s`` all ranks together get the budget of one while any sequence decodes.
         """
         self._max_rows = max_rows
         self._min_rows = min(min_rows, max_rows)
@@ -99,7 +99,7 @@ class PrefillCap:
         return self._prefill_s / self._prefill_rows if self._prefill_rows else 0.0
 
     def _decode_time(self, decode_rows: int) -> float:
-        """Expected time of a step with so many decode rows alone, from the nearest known size."""
+        """Expected time of a step of these decode rows alone, from the nearest known size."""
         if not decode_rows or not self._decode_s:
             return 0.0
         size = _size(decode_rows)

@@ -9,7 +9,7 @@ from workers.requests.block_hash import SHORT_BYTES, KvEvents
 
 
 class KvFeed:
-    """Numbers the changes, and keeps the whole for gateways that connect later or missed one."""
+    """Numbers the changes, and keeps the complete list for new gateways and missed messages."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, None] = {}
@@ -18,7 +18,7 @@ class KvFeed:
         """See ``KvEvents``; part of every message."""
 
     def change(self, changes: HashChanges) -> KvEvents:
-        """The next message to all gateways that have the whole."""
+        """The next message to all gateways that have the complete list."""
         stored = tuple(block_hash[:SHORT_BYTES] for block_hash in changes.stored)
         removed = tuple(block_hash[:SHORT_BYTES] for block_hash in changes.removed)
         for name in removed:

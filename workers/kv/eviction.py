@@ -125,5 +125,5 @@ class EvictionOrder:
         return self._used if name in self._was_found else self._new
 
     def _age(self, queue: OrderedDict[bytes, int]) -> float:
-        """Age of a queue's oldest; less than nothing where it is empty."""
+        """Age of a queue's oldest; negative where it is empty."""
         return self._clock - next(iter(queue.values())) if queue else -1.0

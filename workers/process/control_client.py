@@ -223,7 +223,7 @@ class ControlClient:
                 return str(err) or type(err).__name__
 
     def _receive(self, sock: socket.socket, incoming: bytearray) -> None:
-        """Read what there is, handle every whole frame. Raises ``ConnectionError`` at the end."""
+        """Read available bytes, handle complete frames. Raises ``ConnectionError`` at the end."""
         with contextlib.suppress(BlockingIOError):
             data = sock.recv(_CHUNK_BYTES)
             if not data:

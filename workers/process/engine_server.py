@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 MAX_STEPS_BEHIND = 4096
 """Step messages that may wait for one gateway; a gateway further behind loses its stream."""
 HELLO_TIMEOUT_S = 5.0
-"""Time that a new stream has to say who it is."""
+"""Limit for the hello of a new stream."""
 START_TIMEOUT_S = 10.0
 """Time that the server thread has to come up or to end."""
 _ABORT_LIMIT_S = 1.0
@@ -64,7 +64,7 @@ class _GatewayStream:
         self.queue: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_STEPS_BEHIND)
         self.is_dropped = False
         self.error = ""
-        """What the gateway sent that is no message."""
+        """Why bytes of the gateway were no message; empty if all were."""
 
     def put(self, message: bytes) -> bool:
         """Queue a message; False when the gateway is too far behind."""
@@ -151,7 +151,7 @@ class EngineServer:
         self._call_soon(self._set_closed, True)
 
     def admit_streams(self) -> None:
-        """Gateways may come again (any thread)."""
+        """Accept streams again (any thread)."""
         self._call_soon(self._set_closed, False)
 
     def stop(self) -> None:

@@ -1,7 +1,7 @@
 """Names of KV blocks: a hash covers a block's tokens and all that stand before them.
 
 Workers find cached blocks by them, gateways learn by them which worker has which prefix. Both ends
-must agree, so they are made here alone. Pure; no torch.
+need the same names, so only this module makes them. Pure; no torch.
 """
 
 from __future__ import annotations

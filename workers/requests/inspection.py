@@ -141,7 +141,7 @@ def _elements(inspection: Inspection, length: int, shape: ModelShape) -> Iterato
 
 
 def check_inspection(inspection: Inspection, length: int, shape: ModelShape) -> None:
-    """Raise ``RequestError`` naming field, value and rule for what cannot be had."""
+    """Raise ``RequestError`` naming field, value and rule for impossible outputs."""
     if inspection.attentions and length > MAX_ATTENTION_TOKENS:
         raise RequestError(
             f"attentions of {length} tokens cannot be had, at most of {MAX_ATTENTION_TOKENS}",

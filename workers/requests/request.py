@@ -1,7 +1,7 @@
 """A request as the engine knows it, and what comes back for it.
 
 These are the core types behind both codecs (HTTP and gRPC): validation and defaults live in the
-gateway, everything from there on speaks of ``Request``, ``TokenOutput`` and ``StepOutput``.
+gateway, all later code uses ``Request``, ``TokenOutput`` and ``StepOutput``.
 """
 
 from __future__ import annotations
