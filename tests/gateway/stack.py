@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
@@ -33,6 +32,7 @@ from tests.gateway.fakes import (
     tiny_tokenizer,
 )
 from tests.harness.loop_thread import LoopThread
+from tests.harness.stalls import wait_until
 
 MODEL = "tiny"
 WAIT_S = 60.0
@@ -98,10 +98,7 @@ class Stack:
 
     def wait_for(self, condition: Callable[[], bool], what: str = "a condition") -> None:
         """Wait until it holds."""
-        deadline_s = time.monotonic() + WAIT_S
-        while not condition():
-            assert time.monotonic() < deadline_s, f"gave up waiting for {what}"
-            time.sleep(0.002)
+        wait_until(condition, what, WAIT_S)
 
     def start(self, serving: bool = True) -> None:
         """Start it all; with ``serving`` wait until it is ready."""

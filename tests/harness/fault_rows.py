@@ -2,8 +2,9 @@
 
     cluster = RayCluster(row_config(1, 3, num_redundant=22))
     with serving(cluster):
-        played = play(cluster, SMALL, random.Random(1), lambda: kill(cluster, "expert-1"))
-    assert played.num_retried > 0
+        draw = random.Random(1)
+        play_until(cluster, SMALL, draw, lambda: kill_any(cluster, "expert", draw), was_retried)
+        whole(cluster)
 
 ``play`` serves a mix of calls (greedy, sampled with seeds, penalties, stop strings, grammars)
 through a real gateway, waits until a random share of the tokens has come, does the fault, and
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import psutil
 import pytest
 
 from cluster.config.cluster import ClusterConfig, TransportSection
@@ -30,7 +32,7 @@ from cluster.launch.model_source import bundled_checkpoint
 from tests.harness.cluster_gateway import Answer, gateway_of
 from tests.harness.mixed_calls import make_calls
 from tests.harness.serving_cluster import ServingCluster, ThreadCluster, make_config, serving
-from tests.harness.stalls import heartbeat
+from tests.harness.stalls import heartbeat, wait_until
 from workers.requests.request import FinishReason
 
 DETECTION_LIMIT_S = TransportSection().detection_limit_s
@@ -134,21 +136,28 @@ def play(
     )
 
 
-def play_until_retried(
-    cluster: ServingCluster, form: Form, draw: random.Random, fault: Callable[[], object]
-) -> Played:
-    """``play``, again when the fault fell into the time between two steps, or after a worker's
-    last part in one.
+def play_until(
+    cluster: ServingCluster,
+    form: Form,
+    draw: random.Random,
+    fault: Callable[[], object],
+    is_hit: Callable[[Played], bool],
+) -> None:
+    """``play``, again when the fault disturbed nothing: it fell between two steps, or this process
+    did not run before the streams had ended.
 
     Each time the cluster is whole again before.
     """
     for _ in range(_NUM_TRIES):
-        cluster.wait(lambda snapshot: snapshot["state"] == "SERVING")
-        played = play(cluster, form, draw, fault)
-        if played.num_retried:
-            break
-    assert played.num_retried, "no step was run again: the fault disturbed nothing"
-    return played
+        whole(cluster)
+        if is_hit(play(cluster, form, draw, fault)):
+            return
+    raise AssertionError("the fault disturbed nothing")
+
+
+def was_retried(played: Played) -> bool:
+    """A step was run again."""
+    return played.num_retried > 0
 
 
 def kill(cluster: ServingCluster, name: str) -> None:
@@ -184,15 +193,53 @@ def kill_any(cluster: ServingCluster, role: str, draw: random.Random, count: int
         kill(cluster, name)
 
 
-def check_replaced(cluster: ServingCluster) -> dict[str, Any]:
-    """The cluster becomes whole again, with every copy in its place; what it says then."""
+def whole(cluster: ServingCluster) -> dict[str, Any]:
+    """The cluster becomes whole, with every copy in its place; what it says then."""
     snapshot = cluster.wait(lambda s: s["state"] == "SERVING")
     assert snapshot["problems"] == []
     assert snapshot["experts_complete"]
     serving_now = [w for w in snapshot["workers"] if w["state"] == "SERVING"]
     assert len(serving_now) == len({(w["role"], w["rank"]) for w in snapshot["workers"]})
-    assert {w["state"] for w in snapshot["workers"]} == {"SERVING", "LOST"}
+    assert {w["state"] for w in snapshot["workers"]} <= {"SERVING", "LOST", "DRAINED"}
     return snapshot
+
+
+def serving_name(cluster: ServingCluster, role: str, rank: int) -> str:
+    """The worker that serves in a place; its first one may have been lost."""
+    (name,) = (
+        str(w["name"])
+        for w in cluster.snapshot()["workers"]
+        if (w["role"], w["rank"], w["state"]) == (role, rank, "SERVING")
+    )
+    return name
+
+
+def entries_since(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
+    """History of ``after`` beyond the generation of ``before``."""
+    return [e for e in after["history"] if e["generation"] > before["generation"]]
+
+
+def wait_operation(cluster: ServingCluster, operation_id: str) -> dict[str, Any]:
+    """An operation once it has ended."""
+    found: list[dict[str, Any]] = []
+
+    def has_ended() -> bool:
+        found[:] = [cluster.call("operation", operation_id)]
+        return bool(found[0]["state"] != "RUNNING")
+
+    wait_until(has_ended, f"the end of operation {operation_id}")
+    return found[0]
+
+
+def check_gone(pid: int) -> None:
+    """Wait until no process of that id runs; a dead one may wait to be reaped."""
+
+    def is_gone() -> bool:
+        with suppress(psutil.NoSuchProcess):
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        return True
+
+    wait_until(is_gone, f"the end of process {pid}")
 
 
 @contextmanager

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tests.harness import stalls
-from tests.harness.stalls import STALL_S, Heartbeat, Limit
+from tests.harness.stalls import STALL_S, Heartbeat, Limit, crowding, wait_until
 
 pytest_plugins = ["pytester"]
 
@@ -62,7 +62,35 @@ def test_a_limit_does_not_count_stalls() -> None:
     assert limit.stalled_s() == pytest.approx(10.0)
 
 
+def test_a_crowded_machine_gives_us_our_share() -> None:
+    clock, crowds = Clock(), [1.0]
+    heart = Heartbeat(clock, lambda: crowds[0])
+    limit = Limit(3.0, heart)
+    for crowd, until in ((1.0, 1), (4.0, 5), (1.0, 6)):
+        crowds[0] = crowd
+        while clock.now < until:
+            clock.now += STALL_S
+            heart.beat()
+    assert heart.stalled_s(0.0) == pytest.approx(4.0 * 3 / 4)
+    assert heart.stalled_s(3.0) == pytest.approx(2.0 * 3 / 4)
+    assert heart.describe(0.0) == "other work took 3.0 s"
+    assert heart.describe(4.75) == ""
+    assert not limit.is_over()
+    clock.now += STALL_S / 2
+    assert limit.is_over()
+    assert crowding() >= 1.0
+
+
+def test_a_wait_ends_beyond_its_limit() -> None:
+    looks = iter([False, True])
+    wait_until(lambda: next(looks), "the second look")
+    with pytest.raises(AssertionError, match="gave up waiting for nothing"):
+        wait_until(lambda: False, "nothing", limit_s=0.0)
+
+
 CONFTEST = """
+import time
+
 from tests import conftest
 from tests.conftest import (
     pytest_addoption,
@@ -70,9 +98,9 @@ from tests.conftest import (
     pytest_runtest_makereport,
     pytest_runtest_protocol,
 )
-from tests.harness.stalls import Heartbeat, Stall
+from tests.harness.stalls import Heartbeat
 
-heart = Heartbeat()
+heart = Heartbeat(lambda now=time.monotonic(): now)
 conftest.heartbeat = lambda: heart
 """
 
@@ -90,16 +118,14 @@ def test_a_failed_test_says_how_long_the_machine_stood_still(outer: pytest.Pytes
         """
         import time
         import conftest
-        from tests.harness.stalls import Stall
+        from tests.harness.stalls import Gap
 
         def test_calm():
             assert False
 
         def test_slow():
             now = time.monotonic()
-            conftest.heart._stalls.append(Stall(begin=now, end=now + 0.75))
-            time.sleep(1)
-            conftest.heart.beat()
+            conftest.heart._gaps.append(Gap(begin=now, end=now + 0.75, lost=1.0))
             assert False
         """
     )

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tests.harness.fault_rows import Form
+from tests.harness.stalls import Limit
 
 SCRIPT = Path(__file__).parent / "cluster.sh"
 TIMEOUT_S = 240.0
@@ -85,9 +86,9 @@ def host_of(address: str) -> str:
 
 def wait_until(is_true: Callable[[], bool], what: str) -> None:
     """Ask until it is so; ``what`` is for the failure."""
-    deadline = time.monotonic() + TIMEOUT_S
+    limit = Limit(TIMEOUT_S)
     while not is_true():
-        assert time.monotonic() < deadline, f"gave up waiting: {what}"
+        assert not limit.is_over(), f"gave up waiting: {what}"
         time.sleep(_POLL_S)
 
 

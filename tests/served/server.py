@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,8 @@ import psutil
 from cluster.core.codec import from_plain
 from cluster.launch.orphans import find_by_files, sweep
 from cluster.launch.state_file import ClusterRecord
+from tests.harness.serving_cluster import QUIET_S
+from tests.harness.stalls import wait_until
 
 START_LIMIT_S = 240.0
 """Longest start, on a machine that is busy with other tests."""
@@ -33,11 +34,10 @@ STOP_LIMIT_S = 60.0
 """Longest time until a server has ended after SIGTERM."""
 WAIT_S = 120.0
 """Longest wait for an answer, or for a state."""
-_POLL_S = 0.02
 
 OPTIONS = (
     *("--port", "0", "--grpc-port", "0", "--dtype", "float32", "--drain-lead-s", "0"),
-    *("--detection-limit-s", "60"),  # of silence, which a busy machine causes too
+    *("--detection-limit-s", f"{QUIET_S:g}"),  # of silence, which a busy machine causes too
 )
 GOOD: Mapping[str, Any] = {
     "prompt": "ROMEO:",
@@ -103,26 +103,27 @@ class Served:
 
     def engine(self) -> dict[str, float]:
         """Gauges and counters of the one attention worker."""
-        (worker,) = [w for w in self.status()["workers"] if w["role"] == "attention"]
+        worker: dict[str, Any] = {}
+
+        def has_told() -> bool:  # a busy one may miss the time for its first answer
+            (found,) = [w for w in self.status()["workers"] if w["role"] == "attention"]
+            worker.update(found)
+            return bool(found["stats"])
+
+        wait_until(has_told, "the numbers of the attention worker")
         assert worker["kv_blocks_free"] == worker["stats"]["kv_blocks_free"]
         stats: dict[str, float] = worker["stats"]
         return stats
 
     def wait_engine(self, name: str, at_least: float) -> dict[str, float]:
         """Wait until a number of the engine has grown so far."""
-        deadline = time.monotonic() + WAIT_S
-        while (stats := self.engine())[name] < at_least:
-            assert time.monotonic() < deadline, f"{name} never came to {at_least}: {stats}"
-            time.sleep(_POLL_S)
-        return stats
+        wait_until(lambda: self.engine()[name] >= at_least, f"{name} to come to {at_least}")
+        return self.engine()
 
     def wait_idle(self) -> dict[str, float]:
         """Wait until nothing runs or waits and all KV blocks are free; the engine's numbers."""
-        deadline = time.monotonic() + WAIT_S
-        while not _is_idle(stats := self.engine()):
-            assert time.monotonic() < deadline, f"never idle: {stats}"
-            time.sleep(_POLL_S)
-        return stats
+        wait_until(lambda: _is_idle(self.engine()), "an idle engine")
+        return self.engine()
 
     def listeners(self) -> dict[str, Address]:
         """Every port that a process of ours listens on, but for Ray's own."""

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from cluster.config.cluster import EngineSection
 from cluster.launch.model_source import bundled_checkpoint
 from cluster.launch.plan import count_cpus
 from tests.harness.local_engine import LocalEngine
+from tests.harness.stalls import Limit
 from tests.served.server import WAIT_S, Served, command, running_server
 from workers.requests.request import SamplingParams
 
@@ -104,9 +104,9 @@ def together(server: Served, num_tokens: int, meanwhile: Callable[[], None]) -> 
 
 def wait_for(server: Served, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """The status as soon as it is as asked for."""
-    deadline = time.monotonic() + WAIT_S
+    limit = Limit(WAIT_S)
     while not is_so(status := server.status()):
-        assert time.monotonic() < deadline, f"never so: {status}"
+        assert not limit.is_over(), f"never so: {status}"
     return status
 
 

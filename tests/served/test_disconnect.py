@@ -8,7 +8,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.grpc.test_grpc import request_of
+from tests.harness.stalls import wait_until
 from tests.served.server import WAIT_S, Served
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("unharmed")]
@@ -50,7 +50,7 @@ def given_up(server: Served, num_choices: int = 1) -> Iterator[None]:
     assert after["choices_abort_total"] == before["choices_abort_total"] + num_choices
     assert after["choices_length_total"] == before["choices_length_total"]
     generated = after["generation_tokens_total"] - before["generation_tokens_total"]
-    assert 0 < generated < num_choices * NUM_TOKENS / 2
+    assert 0 < generated < num_choices * NUM_TOKENS
     looks = (server.engine()["steps_total"] for _ in range(50))
     assert any(one == other for one, other in pairwise(looks)), "an idle server goes on stepping"
 
@@ -90,9 +90,7 @@ def test_a_socket_that_closes(server: Served, stream: bool, reset: bool) -> None
         if reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         connection.close()
-    deadline = time.monotonic() + WAIT_S
-    while disconnects(server) != before + 1:
-        assert time.monotonic() < deadline
+    wait_until(lambda: disconnects(server) == before + 1, "the count of clients that left")
 
 
 def test_a_client_that_is_killed_in_mid_stream(server: Served) -> None:

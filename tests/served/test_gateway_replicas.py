@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from protos.inference_pb2_grpc import InferenceStub
 from tests.distributed import free_ports
 from tests.gateway.grpc.test_grpc import request_of
 from tests.harness.fault_rows import stopped
+from tests.harness.stalls import wait_until
 from tests.served.server import WAIT_S, Served, parse_address, running_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -35,7 +35,6 @@ NUM_STREAMS = 6
 MOST_CHANNELS = 60
 """Until both replicas have some: the kernel gives out connections at random."""
 DETECTION_LIMIT_S = 10.0
-_POLL_S = 0.05
 
 
 @dataclass(slots=True)
@@ -71,16 +70,16 @@ def replicas(server: Served) -> list[int]:
 
 def wait_replicas(server: Served, without: int = 0) -> list[int]:
     """Until two replicas live and answer, none of them the given process."""
-    deadline = time.monotonic() + WAIT_S
     seen: set[int] = set()
-    while True:
-        pids = [pid for pid in replicas(server) if pid != without]
-        gateways = server.status()["gateway"]
-        seen |= {int(g["pid"]) for g in gateways}
-        if len(pids) == 2 and set(pids) <= seen:
-            return pids
-        assert time.monotonic() < deadline, (pids, seen)
-        time.sleep(_POLL_S)
+    pids: list[int] = []
+
+    def are_here() -> bool:
+        pids[:] = [pid for pid in replicas(server) if pid != without]
+        seen.update(int(g["pid"]) for g in server.status()["gateway"])
+        return len(pids) == 2 and set(pids) <= seen
+
+    wait_until(are_here, "two replicas")
+    return pids
 
 
 def test_replicas_share_their_ports(server: Served) -> None:
@@ -112,9 +111,7 @@ def test_replicas_share_their_ports(server: Served) -> None:
 def test_any_replica_tells_of_both_and_ends_requests_of_both(server: Served) -> None:
     pids = wait_replicas(server)
     admin_grpc = server.status()["gateway"][0]["admin_grpc"]
-    deadline = time.monotonic() + WAIT_S
-    while {int(g["pid"]) for g in server.status()["gateway"]} != set(pids):
-        assert time.monotonic() < deadline
+    wait_until(lambda: {int(g["pid"]) for g in server.status()["gateway"]} == set(pids), "both")
     text = httpx.get(f"{server.http}/metrics", timeout=WAIT_S).text
     lines = [n for n in text.splitlines() if n.startswith("expertmesh:generation_tokens_total{")]
     assert len(lines) == 2, lines
@@ -291,10 +288,7 @@ def test_a_replica_that_stands_still_holds_up_nobody_else(
         server.wait_engine("choices_abort_total", before + 1)
         server.wait_idle()
         streams = (*clients.http, *clients.grpc)
-        deadline = time.monotonic() + WAIT_S
-        while not any(stream.is_done for stream in streams):
-            assert time.monotonic() < deadline
-            time.sleep(_POLL_S)
+        wait_until(lambda: any(stream.is_done for stream in streams), "the end of a stream")
         assert not all(stream.is_done for stream in streams)
     clients.finish()
     check(clients, expected)

@@ -83,10 +83,10 @@ def test_inspections(server: Served, stub: InferenceStub, local: LocalEngine) ->
 
 def test_what_is_too_large_is_refused_with_its_size(server: Served) -> None:
     """No part of the request reaches a worker."""
-    steps = server.engine()["steps_total"]
+    before = server.wait_idle()["prompt_tokens_total"]
     asked = {"token_ids": [IDS * 500], "outputs": ["hidden_states", "logits"]}
     response = server.client.post("/v1/inspect", json=asked)
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, "outputs")
     assert "bytes, at most" in error["message"]
-    assert server.engine()["steps_total"] == steps
+    assert server.wait_idle()["prompt_tokens_total"] == before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import grpc
@@ -15,6 +14,7 @@ from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.generation.test_tracing import PARTS, Caller, check_tree, names, part
 from tests.harness.metric_values import metric
 from tests.harness.otlp_collector import plain, running_collector
+from tests.harness.stalls import wait_until
 from tests.served.server import GOOD, WAIT_S, Served, running_server
 
 pytestmark = pytest.mark.ray
@@ -34,10 +34,9 @@ def lose_an_expert_worker(server: Served) -> None:
     """Kill one, and wait until requests are served again."""
     (lost,) = (w for w in server.status()["workers"] if w["name"] == "expert-1")
     os.kill(lost["pid"], signal.SIGKILL)
-    deadline = time.monotonic() + WAIT_S
-    while not metric(server.status(), "recovery_stall_seconds_count"):
-        assert time.monotonic() < deadline, "the loss was never made good"
-        time.sleep(0.05)
+    wait_until(
+        lambda: metric(server.status(), "recovery_stall_seconds_count"), "the loss to be made good"
+    )
 
 
 def test_requests_and_a_recovery_are_traced(

@@ -29,6 +29,7 @@ from tests.harness.serving_cluster import (
     make_config,
     serving,
 )
+from tests.harness.stalls import Limit
 from workers.requests.request import FinishReason, Request, SamplingParams
 
 MODEL = DomainModel(skew=1.3)
@@ -117,9 +118,9 @@ class Domains:
 
     def serve_until(self, is_so: Callable[[], bool], domain: Callable[[int], int]) -> None:
         """Round after round, of a domain chosen by the number of the round."""
-        deadline = time.monotonic() + LIMIT_S
+        limit = Limit(LIMIT_S)
         while not is_so():
-            assert time.monotonic() < deadline, "never so"
+            assert not limit.is_over(), "never so"
             self.serve(domain(self.num_rounds))
 
 
@@ -213,8 +214,8 @@ def wait_loading(
 
     Returns who from whom, and the round that is under way: its domain and its requests.
     """
-    deadline = time.monotonic() + LIMIT_S
-    while time.monotonic() < deadline:
+    limit = Limit(LIMIT_S)
+    while not limit.is_over():
         domain = changing(domains.num_rounds)
         asked = domains.send(domain)
         until = time.monotonic() + 1.0

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from typing import Any
+
 import pytest
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.launch.model_source import bundled_checkpoint
@@ -14,6 +18,22 @@ OF_ATTENTION = {"attention_compute_seconds", "dispatch_seconds", "combine_second
 OF_EXPERTS = {"expert_compute_seconds", "dispatch_bytes", "dispatch_padding_ratio"}
 BUBBLE = {"bubble_seconds"}
 TYPES = {"dispatch_bytes": "counter", "dispatch_padding_ratio": "gauge"}
+
+
+def families(snapshot: dict[str, Any]) -> list[Metric]:
+    text = GatewayMetrics("model", lambda: snapshot).render().decode()
+    return list(text_string_to_metric_families(text))
+
+
+def told(snapshot: dict[str, Any]) -> dict[str, set[str]]:
+    """Names of the parts' families that a worker has, by worker."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for family in families(snapshot):
+        name = family.name.removeprefix("expertmesh:")
+        if name in OF_ATTENTION | OF_EXPERTS | BUBBLE:
+            for sample in family.samples:
+                found[sample.labels["worker"]].add(name)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -34,17 +54,15 @@ def test_every_worker_tells_its_parts_by_phase(mode: str, expected: dict[str, se
     request = Request(request_id="r", prompt=tuple(range(10, 40)), params=params)
     with serving(ThreadCluster(config)) as cluster:
         cluster.answers([request])
-        snapshot = cluster.snapshot(fresh=True)
-    text = GatewayMetrics("model", lambda: snapshot).render().decode()
-    found: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(text):
+        snapshot = cluster.wait(lambda snapshot: told(snapshot) == expected, fresh=True)
+        assert len(snapshot["history"]) == 1, "a worker was lost"
+    for family in families(snapshot):
         name = family.name.removeprefix("expertmesh:")
         assert len(family.documentation.split()) > 1, f"{name} has no help text"
         if name not in OF_ATTENTION | OF_EXPERTS | BUBBLE:
             continue
         assert family.type == TYPES.get(name, "histogram")
         for sample in family.samples:
-            found.setdefault(sample.labels["worker"], set()).add(name)
             if sample.name.endswith("_sum"):
                 assert sample.labels["phase"] in ("prefill", "decode")
             if name in TYPES:
@@ -53,4 +71,3 @@ def test_every_worker_tells_its_parts_by_phase(mode: str, expected: dict[str, se
                 assert sample.value > 0
             if name == "dispatch_padding_ratio":
                 assert sample.value == 0  # the only expert worker has all experts of a row
-    assert found == expected

@@ -32,7 +32,8 @@ from cluster.core.errors import ConfigError
 from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS
 from cluster.core.topology import Member
 from tests.cluster.actors import ray_workers
-from tests.harness.serving_cluster import connected_ray
+from tests.harness.serving_cluster import QUIET_S, connected_ray
+from tests.harness.stalls import Limit, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -56,7 +57,7 @@ def _config(
             num_redundant_experts=num_redundant,
             cpus_per_worker=cpus,
         ),
-        transport=TransportSection(detection_limit_s=LIMIT_S),
+        transport=TransportSection(detection_limit_s=QUIET_S),
         cluster_token="secret",
     ).to_dict()
 
@@ -75,7 +76,7 @@ def _controller(
     finally:
         ray.get(controller.stop.remote(), timeout=LIMIT_S)
         ray.kill(controller)
-        _wait(lambda: not our_actors())
+        wait_until(lambda: not our_actors(), "the end of all actors")
 
 
 def _until(controller: Any, *states: str) -> dict[str, Any]:
@@ -94,10 +95,10 @@ def _until_ran(controller: Any, generation: int) -> dict[str, Any]:
 
 
 def _until_so(controller: Any, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    deadline = time.monotonic() + LIMIT_S
+    limit = Limit(LIMIT_S)
     snapshot: dict[str, Any] = ray.get(controller.snapshot.remote(), timeout=LIMIT_S)
     while not is_so(snapshot):
-        assert time.monotonic() < deadline, snapshot
+        assert not limit.is_over(), snapshot
         wait = controller.wait_snapshot.remote(snapshot["version"], 5.0)
         snapshot = ray.get(wait, timeout=LIMIT_S)
     return snapshot
@@ -114,14 +115,6 @@ def _is_gone(pid: int) -> bool:
 def _nothing_is_left() -> bool:
     groups = placement_group_table().values()
     return not our_actors() and all(g["state"] == "REMOVED" for g in groups)
-
-
-def _wait(is_so: Callable[[], bool]) -> None:
-    """Ray's own reports lag behind."""
-    deadline = time.monotonic() + LIMIT_S
-    while not is_so():
-        assert time.monotonic() < deadline, "never so"
-        time.sleep(0.05)
 
 
 class Bystander:
@@ -149,8 +142,8 @@ def test_workers_start_lose_one_and_stop_without_touching_others() -> None:
         pids = _pids(snapshot)
         assert sorted(pids) == ["attention-0", "expert-0", "expert-1", "expert-2"]
         assert {w["node"] for w in snapshot["workers"]} == {cluster_nodes()[0].address}
-        _wait(lambda: _told_threads(controller) == {1.0})
-        _wait(lambda: free_resources().get("CPU", 0.0) < 0.001)  # 4 x 0.5 of 2
+        wait_until(lambda: _told_threads(controller) == {1.0}, "threads")
+        wait_until(lambda: free_resources().get("CPU", 0.0) < 0.001, "4 shares of 0.5 of 2")
         assert create_controller(WorkerGroup({})) == controller
 
         os.kill(pids["expert-1"], signal.SIGKILL)
@@ -169,7 +162,7 @@ def test_workers_start_lose_one_and_stop_without_touching_others() -> None:
         assert all(_is_gone(pid) for pid in pids.values())
         assert _until(controller, "STOPPED")["error"] is None
     assert ray.get(bystander.ping.remote(), timeout=LIMIT_S) == "here"
-    _wait(_nothing_is_left)
+    wait_until(_nothing_is_left, "the end of all actors")
     ray.kill(bystander)
 
 
@@ -189,15 +182,15 @@ def test_one_failing_worker_ends_the_whole_start_in_its_own_words(kind: type, er
         ray.get(controller.start.remote(_config(1), BANKS), timeout=LIMIT_S)
         snapshot = _until(controller, "STOPPED")
         assert snapshot["error"].startswith(f"attention-0: {error}")
-        _wait(lambda: our_actors() == ["expertmesh-controller"])
+        wait_until(lambda: our_actors() == ["expertmesh-controller"], "the end of workers")
         assert all(_is_gone(pid) for pid in _pids(snapshot).values() if pid)
-    _wait(_nothing_is_left)
+    wait_until(_nothing_is_left, "the end of all actors")
 
 
 def _restarted(controller: Any, pid: int) -> dict[str, Any]:
     """The state as another process of the controller reports it."""
-    deadline = time.monotonic() + LIMIT_S
-    while time.monotonic() < deadline:
+    limit = Limit(LIMIT_S)
+    while not limit.is_over():
         with contextlib.suppress(RayActorError):
             snapshot: dict[str, Any] = ray.get(controller.snapshot.remote(), timeout=LIMIT_S)
             if snapshot["controller_pid"] != pid:
@@ -225,7 +218,7 @@ def test_a_killed_controller_comes_back_and_keeps_the_workers_that_live() -> Non
         pids = _pids(snapshot)
         ray.get(controller.stop.remote(), timeout=LIMIT_S)
         assert all(_is_gone(pid) for pid in pids.values())
-    _wait(_nothing_is_left)
+    wait_until(_nothing_is_left, "the end of all actors")
 
 
 @pytest.mark.slow
@@ -241,10 +234,10 @@ def test_a_worker_that_stands_still_while_the_controller_comes_back_is_ended() -
         _restarted(controller, before["controller_pid"])
         snapshot = _until_ran(controller, 3)
         assert "expert-1.2" in {w["name"] for w in snapshot["workers"]}
-        _wait(lambda: _is_gone(frozen))
+        wait_until(lambda: _is_gone(frozen), "its end")
         assert "expert-1" not in our_actors()
         ray.get(controller.stop.remote(), timeout=LIMIT_S)
-    _wait(_nothing_is_left)
+    wait_until(_nothing_is_left, "the end of all actors")
 
 
 @pytest.mark.slow
@@ -257,7 +250,7 @@ def test_a_controller_that_dies_before_the_cluster_serves_ends_the_start() -> No
         snapshot = _restarted(controller, pid)
         assert snapshot["state"] == "STOPPED"
         assert snapshot["error"] == "the controller was lost before the cluster served"
-    _wait(_nothing_is_left)
+    wait_until(_nothing_is_left, "the end of all actors")
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -268,7 +261,7 @@ def test_stopped_and_stubborn_workers_are_ended_by_pid() -> None:
         os.kill(pids["attention-0"], signal.SIGSTOP)
         ray.get(controller.stop.remote(), timeout=LIMIT_S)
         assert all(_is_gone(pid) for pid in pids.values())
-    _wait(_nothing_is_left)
+    wait_until(_nothing_is_left, "the end of all actors")
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -278,7 +271,7 @@ def test_what_is_not_there_is_refused_before_anything_is_created() -> None:
             ray.get(controller.start.remote(_config(cpus=1.0), BANKS), timeout=LIMIT_S)
         assert isinstance(caught.value.cause, ConfigError)  # type: ignore[attr-defined]
         assert our_actors() == ["expertmesh-controller"]
-    _wait(_nothing_is_left)
+    wait_until(_nothing_is_left, "the end of all actors")
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -293,7 +286,7 @@ def test_members_are_where_the_labels_of_their_nodes_say() -> None:
     members = asyncio.run(body())
     assert [m.name for m in members] == ["attention-0", "expert-0", "expert-1"]
     assert {(m.domain, m.link_class, m.speed) for m in members} == {("rack-7", "pod-2", 0.5)}
-    _wait(_nothing_is_left)
+    wait_until(_nothing_is_left, "the end of all actors")
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -305,4 +298,4 @@ def test_leftovers_are_found_by_name() -> None:
     )
     assert ray.get(kept.ping.remote(), timeout=LIMIT_S) == "expert-7"
     assert end_leftovers() == ["expert-7"]
-    _wait(_nothing_is_left)
+    wait_until(_nothing_is_left, "the end of all actors")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from cluster.core.topology import Member
 from cluster.launch import local_ray
 from tests.cluster.actors.ray_workers import StubbornWorker, TrivialWorker
 from tests.harness.serving_cluster import end_shared_ray
+from tests.harness.stalls import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -49,9 +49,7 @@ def three_nodes() -> Iterator[None]:
                     env=os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},
                 )
             )
-            deadline = time.monotonic() + LIMIT_S
-            while len(cluster_nodes()) < count and time.monotonic() < deadline:
-                time.sleep(0.1)
+            wait_until(lambda: len(cluster_nodes()) == count, "the node", LIMIT_S)  # noqa: B023
         yield
         for other in others:
             other.terminate()
@@ -88,10 +86,7 @@ def test_the_workers_of_a_node_that_got_a_signal_are_leaving() -> None:
             group._actors["expert-0"] = _Actor(member, guest, node)
             assert group.leaving() == []
             other.send_signal(signal.SIGTERM)
-            deadline = time.monotonic() + LIMIT_S
-            while group.leaving() != ["expert-0"]:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+            wait_until(lambda: group.leaving() == ["expert-0"], "the worker to leave", LIMIT_S)
             ray.kill(guest)
             other.wait(LIMIT_S)  # the node is idle: it ends by itself
         finally:

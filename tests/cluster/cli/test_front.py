@@ -20,6 +20,7 @@ from cluster.cli.cluster.down import end_cluster
 from cluster.launch import state_file
 from cluster.launch.orphans import find_by_files, sweep
 from tests.cluster.cli.fake_launcher import stages_path
+from tests.harness.stalls import wait_until
 
 pytestmark = pytest.mark.distributed
 
@@ -73,13 +74,6 @@ def start_front(state_home: Path) -> Iterator[StartFront]:
         front.child.communicate()
     for record in state_file.all_records():
         end_cluster(record, LIMIT_S)
-
-
-def wait_until(is_true: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
-    deadline = time.monotonic() + limit_s
-    while not is_true():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.05)
 
 
 def is_clean(folder: Path) -> bool:

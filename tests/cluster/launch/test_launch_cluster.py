@@ -24,13 +24,15 @@ from cluster.cli.cluster.down import end_cluster
 from cluster.launch import state_file
 from cluster.launch.orphans import find_by_files
 from cluster.launch.plan import free_port
+from tests.harness.serving_cluster import QUIET_S
+from tests.harness.stalls import wait_until
 
 pytestmark = pytest.mark.ray
 
 START_LIMIT_S = 240.0
 STOP_LIMIT_S = 120.0
 SHM = Path("/dev/shm")
-SAME = ("--deterministic", "--detection-limit-s", "60")
+SAME = ("--deterministic", "--detection-limit-s", f"{QUIET_S:g}")
 """Servers of different layouts give the same answers, and go on on a busy machine."""
 
 FOREIGN_RAY = """
@@ -151,7 +153,7 @@ def assert_nothing_left(server: Server, memory_before: set[str]) -> None:
     assert not server.folder.exists()
     assert is_free(server.http)
     assert is_free(server.grpc)
-    assert shared_memory() <= memory_before
+    wait_until(lambda: shared_memory() <= memory_before, "the end of its shared memory")
 
 
 def generate(url: str, *words: str) -> str:
@@ -220,17 +222,15 @@ def test_a_killed_front_process_leaves_nothing(servers: list[Server]) -> None:
     server.wait_ready()
     assert generate(server.http)
     server.child.kill()
-    deadline = time.monotonic() + STOP_LIMIT_S
-    while server.folder.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: not server.folder.exists(), "the end of its folder")
     assert_nothing_left(server, memory_before)
 
 
 def test_sigterm_lets_a_stream_end(servers: list[Server]) -> None:
-    servers.append(Server.start("--mode", "local"))
+    servers.append(Server.start("--mode", "local", "--drain-timeout-s", f"{START_LIMIT_S:g}"))
     server = servers[0]
     server.wait_ready()
-    asked = {"prompt": "ROMEO:", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    asked = {"prompt": "ROMEO:", "max_tokens": 1000, "ignore_eos": True, "stream": True}
     body, headers = json.dumps(asked).encode(), {"content-type": "application/json"}
     url = f"{server.http}/v1/completions"
     with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=120) as stream:
@@ -260,10 +260,14 @@ def test_a_signal_while_starting_leaves_nothing(servers: list[Server]) -> None:
     servers.append(Server.start())
     server = servers[0]
     name = f"serve-{server.child.pid}"
-    deadline = time.monotonic() + START_LIMIT_S
-    while (record := state_file.read_record(name)) is None or not record.address:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+
+    def has_address() -> bool:
+        known = state_file.read_record(name)
+        return known is not None and bool(known.address)
+
+    wait_until(has_address, "the address of its Ray")
+    record = state_file.read_record(name)
+    assert record is not None
     server.folder = Path(record.temp_dir)
     server.http, server.grpc = record.http, record.grpc
     assert server.stop(signal.SIGTERM) == (130, "")

@@ -256,10 +256,13 @@ def test_a_taken_usual_port_gives_way_and_a_taken_wanted_one_is_an_error(stack: 
 def test_keys_guard_it() -> None:
     with running_stack(GatewaySection(api_keys=("secret",))) as stack:
         url = f"http://{stack.admin.http}"
-        assert httpx.get(f"{url}/admin/v1/operations").status_code == 401
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/admin/v1/operations", timeout=WAIT_S).status_code == 401
+        assert httpx.get(f"{url}/health", timeout=WAIT_S).status_code == 200
         headers = {"authorization": "Bearer secret"}
-        assert httpx.get(f"{url}/admin/v1/operations", headers=headers).status_code == 200
+        assert (
+            httpx.get(f"{url}/admin/v1/operations", headers=headers, timeout=WAIT_S).status_code
+            == 200
+        )
         with grpc.insecure_channel(stack.admin.grpc) as channel:
             stub = AdminStub(channel)
             asked = pb.ListOperationsRequest()

@@ -155,11 +155,11 @@ def test_tenants_share_no_prefix(keyed: Stack, stub: InferenceStub) -> None:
 
 def test_the_admin_key_is_one_of_its_own(keyed: Stack) -> None:
     url = f"http://{keyed.admin.http}/admin/v1/operations"
-    assert httpx.get(url).status_code == 401
-    denied = httpx.get(url, headers=header("free"))
+    assert httpx.get(url, timeout=WAIT_S).status_code == 401
+    denied = httpx.get(url, headers=header("free"), timeout=WAIT_S)
     assert denied.status_code == 403
     assert denied.json()["error"]["type"] == "permission_error"
-    assert httpx.get(url, headers=header("root")).status_code == 200
+    assert httpx.get(url, headers=header("root"), timeout=WAIT_S).status_code == 200
     assert keyed.http.get("/cluster/v1/status", headers=header("root")).status_code == 200
     with grpc.insecure_channel(keyed.admin.grpc) as channel:
         admin, asked = AdminStub(channel), admin_pb2.ListOperationsRequest()

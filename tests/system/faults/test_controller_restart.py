@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from tests.harness.engine_stream import EngineStream, Result
 from tests.harness.fault_rows import DETECTION_LIMIT_S
 from tests.harness.serving_cluster import ThreadCluster, make_config, serving
+from tests.harness.stalls import wait_until
 from workers.requests.request import Request, SamplingParams
 
 NUM_TOKENS = 64
@@ -30,9 +29,6 @@ def requests(prefix: str, num_tokens: int = NUM_TOKENS) -> list[Request]:
     ]
 
 
-LIMIT_S = 60.0
-
-
 def cluster_of(checkpoint: Path) -> ThreadCluster:
     """One attention and two expert workers that each hold every expert."""
     config = make_config(
@@ -50,14 +46,6 @@ def same_beginnings(calm: dict[str, Result], hit: dict[str, Result]) -> bool:
     """The longer results begin with the shorter ones, token for token."""
     pairs = zip(calm.values(), hit.values(), strict=True)
     return all(h.tokens[0][: len(c.tokens[0])] == c.tokens[0] for c, h in pairs)
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    """Look until it is so."""
-    deadline = time.monotonic() + LIMIT_S
-    while not is_so():
-        assert time.monotonic() < deadline, "never so"
-        time.sleep(0.01)
 
 
 def steps(cluster: ThreadCluster) -> int:
@@ -130,7 +118,8 @@ def test_an_idle_cluster_waits_for_its_controller_without_being_fenced(
         calm = stream.finish(requests("calm"))
         cluster.crash_controller()
         before = steps(cluster)
-        until(lambda: steps(cluster) >= before + 5)  # a quarter of the lease each, or more
+        # a quarter of the lease each, or more
+        wait_until(lambda: steps(cluster) >= before + 5, "steps without a controller")
         again = stream.finish(requests("alone"))
         assert same_beginnings(calm, again)
         cluster.restore()

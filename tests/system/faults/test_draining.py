@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
-import signal
-import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.harness.cluster_gateway import gateway_of
-from tests.harness.engine_stream import TIMEOUT_S
 from tests.harness.fault_rows import (
-    FORMS,
     FULL,
     SMALL,
     Form,
@@ -25,6 +17,7 @@ from tests.harness.fault_rows import (
     play,
     row_config,
     undisturbed,
+    wait_operation,
 )
 from tests.harness.mixed_calls import make_calls
 from tests.harness.serving_cluster import (
@@ -36,25 +29,9 @@ from tests.harness.serving_cluster import (
 )
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    with connected_ray():
-        yield
-
-
 def begin_drain(cluster: ServingCluster, worker: str, limit_s: float = 120.0) -> dict[str, Any]:
     """Order a drain; the operation."""
     operation: dict[str, Any] = cluster.call("drain", {"worker": worker, "limit_s": limit_s})
-    return operation
-
-
-def wait_operation(cluster: ServingCluster, operation_id: str) -> dict[str, Any]:
-    """An operation once it has ended."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while (found := cluster.call("operation", operation_id))["state"] == "RUNNING":
-        assert time.monotonic() < deadline, found
-        time.sleep(0.02)
-    operation: dict[str, Any] = found
     return operation
 
 
@@ -113,17 +90,6 @@ def test_a_drain_goes_on_when_the_controller_dies() -> None:
         assert not [e for e in snapshot["history"] if e["cause"].startswith("lost")]
 
 
-def wait_gone(pid: int) -> None:
-    """Until no process of that id runs; a dead one may wait to be reaped."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while psutil.pid_exists(pid):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return
-        assert time.monotonic() < deadline, f"{pid} lives"
-        time.sleep(0.02)
-
-
 LAYOUTS = (
     pytest.param({}, "expert-1", id="sockets"),
     pytest.param({"transport": "collective"}, "expert-1", id="collective", marks=pytest.mark.slow),
@@ -153,27 +119,6 @@ def check_memory_is_freed(cluster: ServingCluster, left: str) -> None:
         return float(stats["expert_worker_slots"])
 
     cluster.wait(lambda s: slots(s) == at_start, fresh=True)
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("form", FORMS)
-def test_a_signal_to_a_worker_drains_it(local_ray: None, form: Form) -> None:
-    with serving(RayCluster(row_config(2, 3, num_redundant=22))) as cluster:
-        pids = [cluster.worker(name)["pid"] for name in ("attention-1", "expert-2")]
-
-        def fault() -> None:
-            for pid in pids:  # as the processes of a node get it
-                os.kill(pid, signal.SIGTERM)
-
-        play(cluster, form, random.Random(6), fault)
-        for pid in pids:
-            wait_gone(pid)
-        begun = cluster.call("operations")  # one, unless a signal was followed much later
-        ended = [wait_operation(cluster, operation["id"]) for operation in begun]
-        assert {operation["state"] for operation in ended} == {"SUCCEEDED"}, ended
-        targets = " and ".join(operation["target"] for operation in ended)
-        assert sorted(targets.split(" and ")) == ["attention-1", "expert-2"]
-        assert all(operation["generation"] > 1 for operation in ended)
 
 
 def restart_all(cluster: ServingCluster) -> list[str]:
@@ -217,6 +162,6 @@ def test_a_rolling_restart_of_every_worker() -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_rolling_restart_of_every_actor(local_ray: None) -> None:
-    with serving(RayCluster(row_config(2, 3))) as cluster:
+def test_a_rolling_restart_of_every_actor() -> None:
+    with connected_ray(), serving(RayCluster(row_config(2, 3))) as cluster:
         roll(cluster, FULL)

@@ -1,0 +1,159 @@
+"""Every expert has a copy elsewhere: whoever dies, stands still or leaves, nobody notices.
+
+One cluster of real actors plays all rows, each from a whole cluster on: so every row also shows
+that the one before was made good.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness.fault_rows import (
+    DETECTION_LIMIT_S,
+    FORMS,
+    Form,
+    check_gone,
+    entries_since,
+    kill,
+    play,
+    play_until,
+    row_config,
+    serving_name,
+    stop_until_lost,
+    wait_operation,
+    whole,
+)
+from tests.harness.serving_cluster import RayCluster, ServingCluster, connected_ray, serving
+
+pytestmark = [pytest.mark.ray, pytest.mark.parametrize("form", FORMS)]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[ServingCluster]:
+    with connected_ray(), serving(RayCluster(row_config(2, 3, num_redundant=22))) as made:
+        yield made
+
+
+@pytest.fixture
+def cluster(shared: ServingCluster) -> ServingCluster:
+    """Whole."""
+    whole(shared)
+    return shared
+
+
+def kill_controller(cluster: ServingCluster) -> None:
+    """``kill -9``."""
+    os.kill(cluster.snapshot()["controller_pid"], signal.SIGKILL)
+
+
+def test_nobody_misses_a_killed_controller(cluster: ServingCluster, form: Form) -> None:
+    before = cluster.snapshot()
+    play(cluster, form, random.Random(1), lambda: kill_controller(cluster))
+    after = cluster.wait(lambda s: s["term"] > before["term"])
+    assert after["generation"] == before["generation"]
+    assert after["state"] == before["state"]
+    assert after["history"][-1]["effect"] == "all members went on"
+
+
+def test_a_controller_that_wakes_up_blames_nobody(cluster: ServingCluster, form: Form) -> None:
+    before = cluster.snapshot()
+    pid = before["controller_pid"]
+    wake = threading.Timer(DETECTION_LIMIT_S + 1.0, os.kill, (pid, signal.SIGCONT))
+
+    def freeze() -> None:
+        os.kill(pid, signal.SIGSTOP)
+        wake.start()
+
+    play(cluster, form, random.Random(2), freeze)
+    wake.join()
+    after = cluster.snapshot(fresh=True)
+    for key in ("controller_pid", "term", "generation", "state"):
+        assert after[key] == before[key], key
+
+
+def test_a_worker_with_experts_is_killed(cluster: ServingCluster, form: Form) -> None:
+    """Its steps are run again with the copies; no weight is read for that."""
+    before = cluster.snapshot()
+    draw = random.Random(3)
+
+    def fault() -> None:
+        kill(cluster, serving_name(cluster, "expert", draw.randrange(3)))
+
+    play_until(cluster, form, draw, fault, lambda played: played.num_retried > 0)
+    history = entries_since(before, whole(cluster))
+    loss = next(entry for entry in history if entry["cause"].startswith("lost expert"))
+    assert loss["effect"].startswith("go on with 2 attention and 2 expert workers")
+    assert any("is ready" in entry["cause"] for entry in history)
+
+
+@pytest.mark.parametrize(
+    "rank",
+    [pytest.param(0, id="leader"), pytest.param(1, id="other", marks=pytest.mark.slow)],
+)
+def test_an_attention_worker_is_killed(cluster: ServingCluster, form: Form, rank: int) -> None:
+    """Its requests go on elsewhere."""
+    before = cluster.snapshot()
+
+    def fault() -> None:
+        kill(cluster, serving_name(cluster, "attention", rank))
+
+    play_until(cluster, form, random.Random(rank), fault, lambda played: played.num_resubmitted > 0)
+    history = entries_since(before, whole(cluster))
+    assert any("lost attention" in entry["cause"] for entry in history)
+
+
+def test_a_controller_and_a_worker_die_together(cluster: ServingCluster, form: Form) -> None:
+    before, name = cluster.snapshot(), serving_name(cluster, "expert", 2)
+
+    def kill_both() -> None:
+        pids = [before["controller_pid"], cluster.worker(name)["pid"]]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    play(cluster, form, random.Random(4), kill_both)
+    after = cluster.wait(lambda s: s["generation"] > before["generation"])
+    assert after["term"] > before["term"]
+    assert cluster.worker(name)["state"] == "LOST"
+    assert whole(cluster)["experts_complete"]
+
+
+@pytest.mark.parametrize("role", ["attention", "expert"])
+def test_a_worker_that_wakes_up_late_disturbs_nobody(
+    cluster: ServingCluster, form: Form, role: str
+) -> None:
+    before, name = cluster.snapshot(), serving_name(cluster, role, 0)
+    pid = cluster.worker(name)["pid"]
+    play(cluster, form, random.Random(5), lambda: stop_until_lost(cluster, name))
+    cluster.wait(lambda s: s["generation"] > before["generation"])
+    # Whichever of the two rules of silence comes first: see cluster/policy/failure.py.
+    reason = cluster.worker(name)["reason"]
+    assert "no heartbeat" in reason or "stands still" in reason
+    check_gone(pid)
+
+
+def test_a_signal_to_a_worker_drains_it(cluster: ServingCluster, form: Form) -> None:
+    names = [serving_name(cluster, "attention", 1), serving_name(cluster, "expert", 2)]
+    known = {operation["id"] for operation in cluster.call("operations")}
+    before = cluster.snapshot()["generation"]
+    pids = [cluster.worker(name)["pid"] for name in names]
+
+    def fault() -> None:
+        for pid in pids:  # as the processes of a node get it
+            os.kill(pid, signal.SIGTERM)
+
+    play(cluster, form, random.Random(6), fault)
+    for pid in pids:
+        check_gone(pid)
+    # one, unless a signal was followed much later
+    begun = [o["id"] for o in cluster.call("operations") if o["id"] not in known]
+    ended = [wait_operation(cluster, operation) for operation in begun]
+    assert {operation["state"] for operation in ended} == {"SUCCEEDED"}, ended
+    targets = " and ".join(operation["target"] for operation in ended)
+    assert sorted(targets.split(" and ")) == names
+    assert all(operation["generation"] > before for operation in ended)
