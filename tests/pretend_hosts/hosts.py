@@ -92,6 +92,14 @@ def wait_until(is_true: Callable[[], bool], what: str) -> None:
         time.sleep(_POLL_S)
 
 
+def wait_serving(status: Callable[[], dict[str, Any]]) -> None:
+    """Ask for the cluster's status until the cluster is whole."""
+    limit = Limit(TIMEOUT_S)
+    while (found := status())["state"] != "SERVING":
+        assert not limit.is_over(), f"{found['state']}: {found['problems']}, {found['workers']}"
+        time.sleep(_POLL_S)
+
+
 class Hosts:
     """Hosts that are namespaces of this machine; ``more`` is for their environment."""
 

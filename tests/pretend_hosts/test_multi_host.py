@@ -23,6 +23,7 @@ from tests.pretend_hosts.hosts import (
     NodeHosts,
     address_of,
     stream,
+    wait_serving,
     wait_until,
     why_not,
 )
@@ -119,10 +120,6 @@ def redis_variables(address: str) -> list[str]:
     return [f"RAY_REDIS_ADDRESS={address}", f"RAY_REDIS_PASSWORD={REDIS_PASSWORD}"]
 
 
-def wait_serving(hosts: RoleHosts) -> None:
-    wait_until(lambda: hosts.status()["state"] == "SERVING", "the cluster is whole")
-
-
 def test_every_role_is_where_it_is_wanted(hosts: RoleHosts) -> None:
     status = hosts.status()
     where = {w["name"]: w["node"] for w in status["workers"]}
@@ -161,7 +158,7 @@ def test_a_host_is_drained_by_itself_and_comes_back(hosts: RoleHosts, tmp_path: 
     hosts.kill("h4")
     hosts.come_back("h4")
     wait_until(lambda: hosts.asks("h4", "health", "--node", SPARE), "its worker serves")
-    wait_serving(hosts)
+    wait_serving(hosts.status)
     assert stream(hosts, URL, log, FORM, lambda: None).tokens == calm.tokens
 
 
@@ -173,14 +170,14 @@ def test_a_host_that_is_killed_costs_no_stream(hosts: RoleHosts, tmp_path: Path)
     assert hit.tokens == calm.tokens
     hosts.come_back("h4")
     wait_until(lambda: hosts.asks("h4", "health", "--node", SPARE), "its worker serves")
-    wait_serving(hosts)
+    wait_serving(hosts.status)
 
 
 def test_streams_outlive_the_head(hosts: RoleHosts, tmp_path: Path) -> None:
     """With Ray's state in Redis; the head comes back and the cluster answers orders again."""
     if not redis_server():
         pytest.skip(NO_REDIS)
-    wait_serving(hosts)
+    wait_serving(hosts.status)
     log = tmp_path / "clients.log"
     calm = stream(hosts, URL, log, FORM, lambda: None)
     workers = {w["name"]: w["pid"] for w in hosts.status()["workers"] if w["state"] == "SERVING"}

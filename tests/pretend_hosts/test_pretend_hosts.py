@@ -24,6 +24,7 @@ from tests.pretend_hosts.hosts import (
     address_of,
     host_of,
     stream,
+    wait_serving,
     wait_until,
     why_not,
 )
@@ -131,7 +132,7 @@ def test_a_host_that_is_powered_off_costs_no_stream_and_is_made_good(tmp_path: P
         assert found["state"] == "DEGRADED"
         assert found["experts_complete"]
         come_back(hosts, host)
-        wait_until(lambda: status()["state"] == "SERVING", "whole again")
+        wait_serving(status)
         assert stream(hosts, url, log, FULL, lambda: None).tokens == calm.tokens
 
 
@@ -160,7 +161,7 @@ def test_a_silenced_host_with_experts_costs_no_stream(
     for lost in (w for w in status()["workers"] if w["state"] == "LOST"):  # by another form
         hosts.kill(host_of(lost["node"]))
         come_back(hosts, host_of(lost["node"]))
-    wait_until(lambda: status()["state"] == "SERVING", "whole")
+    wait_serving(status)
     silenced = expert_beside_the_head(status())
     host = host_of(silenced["node"])
     log = tmp_path / "clients.log"
