@@ -53,7 +53,7 @@ def cluster_nodes() -> tuple[NodeResources, ...]:
 def takes_strangers(address: str) -> bool:
     """Whether a Ray accepts calls without a token, judged by its GCS at ``address``.
 
-    Our own environment does not tell: a Ray without tokens accepts a client with one.
+    This process cannot know it: a Ray without tokens accepts a client with one.
     """
     import grpc
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc

@@ -69,7 +69,7 @@ def resolved_share(workers: WorkersSection) -> WorkerShare:
 def nodes_for(role: str, nodes: Sequence[NodeResources]) -> tuple[NodeResources, ...]:
     """Nodes that a role may run on: those labelled for it, else those that are labelled for none.
 
-    The same as ``node_labels.selector_for`` tells Ray.
+    Equal to the selector of ``node_labels.selector_for``.
     """
     mine = tuple(n for n in nodes if n.place.role == role)
     return mine or tuple(n for n in nodes if not n.place.role)
@@ -98,7 +98,7 @@ def plan_shares(
     """Each worker's share; defaults are made to fit, explicit values are checked.
 
     ``free_cpus`` is what other users of a joined cluster leave; None when all is ours. Raises
-    ``ConfigError`` naming field, value and what there is.
+    ``ConfigError`` naming field, value and the available amount.
     """
     pools = _pools(workers, nodes)
     gpus = _gpu_share(workers, pools)

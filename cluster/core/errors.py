@@ -93,7 +93,7 @@ class RequestError(_Worded, ExpertMeshError):
 
 
 class UnsupportedParameterError(RequestError):
-    """A field that clients of other servers know, and that is not built here."""
+    """A known field of other servers that is not supported here."""
 
     default_code = "unsupported_parameter"
 
@@ -126,7 +126,7 @@ class RequestTooLargeError(ExpertMeshError):
 
 
 class LimitReachedError(_Worded, ExpertMeshError):
-    """Too much at once; ``retry_after_s`` tells when to come back, ``limit`` (for counting) why."""
+    """A limit is exceeded; ``limit`` names it in metrics; retry after ``retry_after_s``."""
 
     def __init__(self, message: str, retry_after_s: float, limit: str) -> None:
         super().__init__(message, retry_after_s, limit)
@@ -191,7 +191,7 @@ class TransportError(ExpertMeshError):
 
 
 class ProtocolError(TransportError):
-    """A peer sent what does not belong on the wire; its edge is closed."""
+    """A peer sent invalid or unexpected data; its edge is closed."""
 
 
 class HandshakeError(ProtocolError):

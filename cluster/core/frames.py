@@ -93,11 +93,11 @@ class Heartbeat(ControlFrame, frozen=True, kw_only=True):
     generation: int
     """Newest generation it follows."""
     waiting: bool = False
-    """The loop waits for a peer within a step: a standing ``progress`` is the peer's doing."""
+    """The loop waits for a peer within a step: a constant ``progress`` is the peer's fault."""
     fenced: bool = False
     """Its lease ran out: it has left the generation and waits for the next one."""
     number: int = 0
-    """Counts this worker's heartbeats; the acknowledgement brings it back."""
+    """Counts this worker's heartbeats; the acknowledgement repeats it."""
     stats: dict[str, float] = field(default_factory=dict)
     """Gauges and counters by metric name; attention workers: kv_blocks_free, kv_blocks_total."""
     expert_load: LoadReport | None = None
@@ -116,7 +116,7 @@ class HeartbeatAck(ControlFrame, frozen=True, kw_only=True):
 
 
 class StatusRequest(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> worker: answer with a heartbeat now (``token`` comes back in StatusReply)."""
+    """Controller -> worker: answer with a heartbeat now (``StatusReply`` repeats ``token``)."""
 
     token: int
 
@@ -213,7 +213,7 @@ class LoadExperts(ControlFrame, frozen=True, kw_only=True):
     """
 
     order: int
-    """Number of the order; comes back in ``ExpertsLoaded``."""
+    """Number of the order; ``ExpertsLoaded`` repeats it."""
     experts: list[list[int]]
     """``[bank, expert slot, logical expert]``; ``FREE_SLOT`` for the expert empties the slot."""
     source: dict[str, Any] = field(default_factory=dict)
@@ -225,7 +225,7 @@ class ExpertsLoaded(ControlFrame, frozen=True, kw_only=True):
 
     order: int
     error: str = ""
-    """What is in the way, in the worker's words; empty when all experts are in their slots."""
+    """Why it cannot be carried out; empty when all experts are in their slots."""
     num_bytes: int = 0
     """Bytes that were read."""
 
@@ -242,7 +242,7 @@ class NewEpoch(ControlFrame, frozen=True, kw_only=True):
     """
 
     generation: int
-    """Generation that it is for; in any other it means nothing."""
+    """Generation that it is for; in any other the frame is ignored."""
     epoch: int
     """The epoch, above all before it."""
     base_epoch: int
@@ -252,7 +252,7 @@ class NewEpoch(ControlFrame, frozen=True, kw_only=True):
 
 
 class EpochReady(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller: it could run steps in the epoch, or what is in the way."""
+    """Worker -> controller: it could run steps in the epoch, or why not."""
 
     generation: int
     epoch: int

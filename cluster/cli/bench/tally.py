@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _GROWTH = math.log(1.01)
-"""Buckets grow by one percent: so exact is a quantile."""
+"""Growth of the buckets: quantiles are exact to half of it."""
 MEASURES = ("ttft", "tpot", "itl", "e2e")
 """First token, each token after it, gaps between pieces of a stream, the whole request."""
 
@@ -29,7 +29,7 @@ class Distribution:
         self._buckets[math.floor(math.log(max(value, 1e-9)) / _GROWTH)] += 1
 
     def quantile(self, part: float) -> float | None:
-        """The least number that ``part`` of all do not exceed; None of none."""
+        """The least number that ``part`` of all do not exceed; None without numbers."""
         left = max(1, math.ceil(part * self.count))
         for bucket in sorted(self._buckets):
             left -= self._buckets[bucket]

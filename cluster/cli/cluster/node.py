@@ -1,4 +1,4 @@
-"""``node``: one host of a cluster of several: ``ray start`` as expertmesh wants it.
+"""``node``: makes this host a part of a Ray cluster: ``ray start`` with expertmesh's settings.
 
 expertmesh node --head --role gateway             on the first host
 expertmesh node --join HOST --role expert         on every other

@@ -50,7 +50,7 @@ def run_wait(args: argparse.Namespace) -> int:
 
 
 def run_cancel(args: argparse.Namespace) -> int:
-    """Give an operation up; it is no failure of this command that the operation has none."""
+    """Cancel an operation; the command succeeds although the operation does not."""
     with orders_for(args) as orders:
         show_operation(args, orders.cancel(args.id))
     return ExitCode.OK

@@ -34,7 +34,7 @@ class Commands:
         self._subparsers = subparsers
         self._common = common
         self.lines: list[str] = []
-        """A line of help for each command that is there."""
+        """A line of help for each registered command."""
 
     def add(
         self, name: str, run: Callable[[argparse.Namespace], int], text: str

@@ -90,7 +90,7 @@ class ControllerMetrics:
         self._lost |= {member.name: member.role for member in members}
 
     def recovered(self, now: float) -> None:
-        """A generation runs: the workers that were lost before are made good."""
+        """A generation runs: the loss of workers before it is recovered."""
         if not self._lost:
             return
         names, roles, took_s = sorted(self._lost), set(self._lost.values()), now - self._lost_at

@@ -10,13 +10,13 @@ class ControllerSettings:
     """Limits of the controller."""
 
     detection_limit_s: float = 2.0
-    """Silence or standstill after which a worker is lost."""
+    """Time without heartbeat or progress after which a worker is lost."""
     confirm_s: float = 0.2
     """Time in which another cause may show up for a worker that a peer reported as lost."""
     start_limit_s: float = 600.0
     """Limit for the whole start, and later for a new worker from its first call."""
     start_silence_s: float = 30.0
-    """As ``detection_limit_s``, while workers start: importing and loading starve other threads."""
+    """``detection_limit_s`` while workers start: importing and loading starve other threads."""
     load_limit_s: float = 600.0
     """Limit for a running worker that loads experts."""
     retry_s: float = 5.0
