@@ -22,7 +22,7 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CLIENTS = ROOT / "tests" / "conformance" / "clients"
 NODE_PACKAGES = (CLIENTS / "package.json", ROOT / "docs" / "node-client" / "package.json")
 INDEX_TIMEOUT_S = 3.0
-PROGRESS_INTERVAL_S = 5.0
 # Megabytes of the pinned wheels for Linux on x86-64, without torch.
 PACKAGES_MB = {"run": 160, "test": 240, "clients": 330}
 TORCH_CPU_MB = 190
@@ -82,14 +81,21 @@ def index_answers(url: str, timeout_s: float) -> bool:
     return answers == [True]
 
 
-def find_torch(pip: Sequence[str], index: str, requirement: str) -> TorchSource:
-    """Decide between PyTorch's CPU index and what pip resolves."""
-    if has_nvidia_gpu():
+def find_torch(
+    index: str,
+    requirement: str,
+    *,
+    has_gpu: bool,
+    answers: Callable[[], bool],
+    resolve: Callable[[], str],
+) -> TorchSource:
+    """Decide between PyTorch's CPU index, if it answers, and the URL that pip resolves."""
+    if has_gpu:
         return TorchSource(megabytes=TORCH_CUDA_MB, words="CUDA build", pip_args=None)
-    if sys.platform == "linux" and index_answers(index, INDEX_TIMEOUT_S):
+    if sys.platform == "linux" and answers():
         args = ("--no-deps", "--index-url", index, requirement)
         return TorchSource(megabytes=TORCH_CPU_MB, words="CPU build", pip_args=args)
-    url = _resolved_url(pip, requirement)
+    url = resolve()
     if url.startswith("file:"):
         return TorchSource(megabytes=0, words="wheel on this machine", pip_args=None)
     if sys.platform == "linux" and "cpu" not in url:
@@ -107,7 +113,13 @@ def _resolved_url(pip: Sequence[str], requirement: str) -> str:
         return ""
 
 
-def run_pip(pip: Sequence[str], args: Sequence[str], venv: Path) -> None:
+def run_pip(
+    pip: Sequence[str],
+    args: Sequence[str],
+    venv: Path,
+    tell: Callable[[str], None] = say,
+    interval_s: float = 5.0,
+) -> None:
     """Install, with pip's own bars on a terminal, else with a line every few seconds.
 
     Raises ``SetupError`` with the last lines of the log.
@@ -119,7 +131,7 @@ def run_pip(pip: Sequence[str], args: Sequence[str], venv: Path) -> None:
         output = sys.stderr.fileno() if on_terminal else sink.fileno()
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
-            status = child.wait() if on_terminal else _wait_with_lines(child, log)
+            status = child.wait() if on_terminal else _wait(child, log, tell, interval_s)
         except BaseException:
             child.terminate()
             raise
@@ -128,13 +140,15 @@ def run_pip(pip: Sequence[str], args: Sequence[str], venv: Path) -> None:
         raise SetupError("\n".join([*lines[-LOG_LINES_ON_FAILURE:], "pip failed, see above"]))
 
 
-def _wait_with_lines(child: subprocess.Popen[bytes], log: Path) -> int:
+def _wait(
+    child: subprocess.Popen[bytes], log: Path, tell: Callable[[str], None], interval_s: float
+) -> int:
     started = time.monotonic()
     while True:
         try:
-            return child.wait(timeout=PROGRESS_INTERVAL_S)
+            return child.wait(timeout=interval_s)
         except subprocess.TimeoutExpired:
-            say(f"installing, {time.monotonic() - started:.0f} s{_last_download(log)}")
+            tell(f"installing, {time.monotonic() - started:.0f} s{_last_download(log)}")
 
 
 def _last_download(log: Path) -> str:
@@ -194,7 +208,13 @@ def install(extra: str, venv: Path, index: str) -> None:
     constraints = inputs(extra)[1]
     pinned = constraints.read_text().split()
     torch = next(line for line in pinned if line.startswith("torch=="))
-    source = find_torch(pip, index, torch)
+    source = find_torch(
+        index,
+        torch,
+        has_gpu=has_nvidia_gpu(),
+        answers=lambda: index_answers(index, INDEX_TIMEOUT_S),
+        resolve=lambda: _resolved_url(pip, torch),
+    )
     total = PACKAGES_MB[extra] + source.megabytes
     say(f"downloading about {total} MB, of that torch {source.megabytes} MB ({source.words})")
     if source.pip_args is not None:
@@ -236,7 +256,7 @@ def main() -> int:
     with Path(__file__).open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two makes at once: the second finds the work done
         try:
-            _install_once(args.extra, venv, args.torch_cpu_index)
+            install_once(args.extra, venv, args.torch_cpu_index)
         except SetupError as err:
             say(str(err))
             return 1
@@ -246,7 +266,8 @@ def main() -> int:
     return 0
 
 
-def _install_once(extra: str, venv: Path, index: str) -> None:
+def install_once(extra: str, venv: Path, index: str) -> None:
+    """Install unless the stamp of a finished run is there. Raises ``SetupError``."""
     stamp = venv / f".stamp-{extra}"
     if not stamp.exists() or stamp.read_text() != digest(extra):
         stamp.unlink(missing_ok=True)

@@ -126,12 +126,20 @@ def test_a_silent_index_is_given_up_in_time() -> None:
         assert time.monotonic() - began < 60.0
 
 
-def test_torch_comes_from_the_cpu_index_in_a_call_of_its_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(setup, "has_nvidia_gpu", lambda: False)
-    monkeypatch.setattr(setup, "index_answers", lambda url, limit: True)
-    source = setup.find_torch(["pip"], "https://index", "torch==1")
+def find_torch(*, has_gpu: bool = False, answers: bool | None = None, url: str = "") -> Any:
+    """The source of torch; an index whose answer is None must not be asked."""
+
+    def ask() -> bool:
+        assert answers is not None, "asked"
+        return answers
+
+    return setup.find_torch(
+        "https://index", "torch==1", has_gpu=has_gpu, answers=ask, resolve=lambda: url
+    )
+
+
+def test_torch_comes_from_the_cpu_index_in_a_call_of_its_own() -> None:
+    source = find_torch(answers=True)
     assert source.pip_args == ("--no-deps", "--index-url", "https://index", "torch==1")
     assert "CPU" in source.words
 
@@ -145,37 +153,26 @@ def test_torch_comes_from_the_cpu_index_in_a_call_of_its_own(
         ("", "default build"),
     ],
 )
-def test_without_that_index_pip_decides(
-    url: str, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(setup, "has_nvidia_gpu", lambda: False)
-    monkeypatch.setattr(setup, "index_answers", lambda url, limit: False)
-    monkeypatch.setattr(setup, "_resolved_url", lambda pip, requirement: url)
-    source = setup.find_torch(["pip"], "https://index", "torch==1")
+def test_without_that_index_pip_decides(url: str, words: str) -> None:
+    source = find_torch(answers=False, url=url)
     assert source.pip_args is None
     assert source.words.startswith(words)
     assert (source.megabytes == 0) == url.startswith("file:")
 
 
-def test_with_a_gpu_the_index_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup, "has_nvidia_gpu", lambda: True)
-    monkeypatch.setattr(setup, "index_answers", lambda url, limit: pytest.fail("asked"))
-    assert setup.find_torch(["pip"], "https://index", "torch==1").pip_args is None
+def test_with_a_gpu_the_index_is_not_asked() -> None:
+    assert find_torch(has_gpu=True).pip_args is None
 
 
 def test_a_failed_installation_shows_the_log_and_leaves_no_stamp(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(setup, "make_venv", lambda venv: Path(sys.executable))
-    monkeypatch.setattr(
-        setup,
-        "find_torch",
-        lambda *_: setup.TorchSource(
-            megabytes=1, words="w", pip_args=("--no-index", "no-such-package-at-all")
-        ),
-    )
-    with pytest.raises(setup.SetupError, match="pip failed"):
-        setup._install_once("run", tmp_path, "https://index")
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || { echo no such package; exit 1; }\n')
+    python.chmod(0o755)
+    with pytest.raises(setup.SetupError, match="no such package\npip failed"):
+        setup.install_once("run", tmp_path, "http://127.0.0.1:1")
     assert not list(tmp_path.glob(".stamp*"))
     assert "downloading about" in capsys.readouterr().err
 
@@ -208,26 +205,22 @@ def test_without_npm_or_with_a_failed_one_the_user_reads_why(
         setup.install_npm(tmp_path)
 
 
-def test_progress_comes_as_lines_without_a_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_comes_as_lines_without_a_terminal(tmp_path: Path) -> None:
     told: list[str] = []
     end = tmp_path / "end"
 
-    def say(line: str) -> None:
+    def tell(line: str) -> None:
         told.append(line)
         if "fetched" in line:
             end.touch()  # pip ends once its line was printed
 
-    monkeypatch.setattr(setup, "PROGRESS_INTERVAL_S", 0.1)
-    monkeypatch.setattr(setup, "say", say)
     script = f"""
 import os, time
 print("Downloading a-1.whl", flush=True)
 while not os.path.exists({str(end)!r}):
     time.sleep(0.01)
 """
-    setup.run_pip([sys.executable, "-c", script], [], tmp_path)
+    setup.run_pip([sys.executable, "-c", script], [], tmp_path, tell, 0.1)
     assert re.fullmatch(r"installing, \d+ s, 1 packages fetched, last a", told[-1])
 
 
