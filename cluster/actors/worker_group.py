@@ -75,10 +75,11 @@ class WorkerGroup:
     """Actor classes of the roles, plain or made with ``ray.remote``."""
     stop_limit_s: float = 2.0
     """Time that a worker's own ``stop`` may take."""
+    nodes: dict[str, str] = field(default_factory=dict)
+    """Worker name -> id of its node."""
     _actors: dict[str, _Actor] = field(default_factory=dict)
     _ending: set[asyncio.Future[None]] = field(default_factory=set)
     _group: PlacementGroup | None = None
-    _nodes: dict[str, str] = field(default_factory=dict)
     _share: WorkerShare | None = None
     _bundles: dict[Role, range] = field(default_factory=dict)
     """If nodes are labelled for roles: bundles of each role."""
@@ -128,7 +129,7 @@ class WorkerGroup:
             for role, number in pools.items()
             for ranked in _rank(role, list(islice(nodes, number)))
         ]
-        self._nodes = {m.name: node for m, node in members}
+        self.nodes = {m.name: node for m, node in members}
         return tuple(m for m, _ in members)
 
     async def start(
@@ -144,11 +145,11 @@ class WorkerGroup:
         ``StartError`` with the first failing worker's own words.
         """
         await _free_names([m.name for m in members])
-        has_places = any(m.name in self._nodes for m in members)
+        has_places = any(m.name in self.nodes for m in members)
         bundles = self._bundles_by_node() if has_places else {}
         created = []
         for member in members:
-            node_id = self._nodes.get(member.name, "")
+            node_id = self.nodes.get(member.name, "")
             bundle = bundles[node_id].pop(0) if node_id else self._free_bundle(member.role)
             args = (dict(config), to_plain(member), control_address, dict(extras[member.name]))
             kind = self.classes[member.role]
@@ -197,7 +198,7 @@ class WorkerGroup:
             async with asyncio.timeout(limit_s):
                 get = ray.util.get_placement_group
                 self._group = await asyncio.to_thread(get, WORKERS_GROUP)
-            self._nodes = {name: actor.node_id for name, actor in self._actors.items()}
+            self.nodes = {name: actor.node_id for name, actor in self._actors.items()}
         return found
 
     async def redirect(self, name: str, control_address: str) -> None:

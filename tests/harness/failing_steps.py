@@ -20,8 +20,11 @@ from torch import Tensor
 from cluster.core.errors import PeerLostError
 from cluster.core.states import ClusterState
 from cluster.core.topology import Generation, Member, Role
-from tests.harness.serving_cluster import ThreadCluster, ThreadWorkerGroup
+from tests.harness.serving_cluster import RUNTIMES, ThreadCluster, ThreadWorkerGroup
 from workers.model.config import BankSpec
+from workers.process.attention_runtime import AttentionRuntime
+from workers.process.colocated_runtime import ColocatedRuntime
+from workers.process.expert_runtime import ExpertRuntime
 from workers.process.runtime import WorkerRuntime
 from workers.process.worker_args import WorkerArgs
 from workers.requests.step_header import StepHeader
@@ -134,21 +137,40 @@ class FailingTransport:
         raise PeerLostError(peer, f"injected at {fault}")
 
 
+class Failing(WorkerRuntime):
+    """A worker whose transport fails."""
+
+    faults: Faults
+    """Set before the start."""
+
+    def _open_transport(self) -> DataTransport:
+        return FailingTransport(super()._open_transport(), self.member.name, self.faults)
+
+
+class FailingAttention(Failing, AttentionRuntime):
+    """Of this role."""
+
+
+class FailingExpert(Failing, ExpertRuntime):
+    """Of this role."""
+
+
+class FailingColocated(Failing, ColocatedRuntime):
+    """Of this role."""
+
+
 class FailingWorkerGroup(ThreadWorkerGroup):
     """Threads whose transports fail."""
 
     def __init__(self, faults: Faults) -> None:
-        super().__init__()
+        kinds = (FailingAttention, FailingExpert, FailingColocated)
+        super().__init__(dict(zip(RUNTIMES, kinds, strict=True)))
         self._faults = faults
 
     def make_runtime(self, role: Role, args: WorkerArgs) -> WorkerRuntime:
         runtime = super().make_runtime(role, args)
-        open_transport = runtime._open_transport
-
-        def open_failing() -> DataTransport:
-            return FailingTransport(open_transport(), args.member.name, self._faults)
-
-        runtime._open_transport = open_failing  # type: ignore[method-assign]
+        assert isinstance(runtime, Failing)
+        runtime.faults = self._faults
         return runtime
 
 

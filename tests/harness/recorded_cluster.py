@@ -44,7 +44,8 @@ class RecordingRuntime(AttentionRuntime):
 
     def _between_steps(self) -> None:
         if self.arrivals:
-            self._inbox._commands.extend(self._due())
+            for command in self._due():
+                self._inbox.put(command)
         super()._between_steps()
 
     def _due(self) -> list[Command]:

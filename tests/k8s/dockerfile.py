@@ -63,7 +63,7 @@ def context(root: Path) -> list[Path]:
     """Files that ``docker build`` would send, by ``.dockerignore``: the last fitting rule wins."""
     lines = (root / ".dockerignore").read_text().splitlines()
     rules = [x.strip() for x in lines if x.strip() and not x.startswith("#")]
-    return sorted(p for p in _files(root) if not _is_ignored(p.relative_to(root), rules))
+    return sorted(p for p in _files(root) if not is_ignored(p.relative_to(root), rules))
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -72,7 +72,7 @@ def _files(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in files)
 
 
-def _is_ignored(path: Path, rules: list[str]) -> bool:
+def is_ignored(path: Path, rules: list[str]) -> bool:
     ignored = False
     for rule in rules:
         pattern = rule.removeprefix("!")

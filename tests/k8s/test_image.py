@@ -88,7 +88,7 @@ def test_the_context_is_what_the_package_is_built_of() -> None:
 def test_ignore_rules_are_read_as_docker_does(path: str, ignored: bool) -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
-    assert dockerfile._is_ignored(Path(path), rules) is ignored
+    assert dockerfile.is_ignored(Path(path), rules) is ignored
 
 
 def test_hadolint_finds_nothing() -> None:

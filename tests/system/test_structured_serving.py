@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from gateway.text.tokenizer import load_tokenizer
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
+from tests.harness.serving_cluster import (
+    RUNTIMES,
+    ThreadCluster,
+    ThreadWorkerGroup,
+    make_config,
+    serving,
+)
 from tests.paths import DEMO
 from workers.process.attention_runtime import AttentionRuntime
 from workers.process.intake.grammar_compilations import GrammarCompilations
@@ -25,7 +32,8 @@ WAIT_S = 120.0
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[ThreadCluster]:
     """1 attention and 2 expert workers with the bundled model."""
-    cluster = ThreadCluster(make_config(DEMO, dtype="float32"))
+    group = ThreadWorkerGroup({**RUNTIMES, "attention": CompilingRuntime})
+    cluster = ThreadCluster(make_config(DEMO, dtype="float32"), group)
     with serving(cluster):
         yield cluster
 
@@ -40,8 +48,8 @@ def request(name: str, text: str | None, max_tokens: int = 40) -> Request:
 class SlowCompiler:
     """Compiles when the test lets it; its clock moves only when the test moves it."""
 
-    def __init__(self, runtime: AttentionRuntime) -> None:
-        self._compile = runtime._grammars.compile
+    def __init__(self, usual: Callable[[Grammar], CompiledGrammar]) -> None:
+        self._compile = usual
         self.begun = threading.Event()
         self.may_end = threading.Event()
         self.now = 0.0
@@ -54,18 +62,27 @@ class SlowCompiler:
         return self._compile(grammar)
 
 
+class CompilingRuntime(AttentionRuntime):
+    """Its compiler can be slow for a time."""
+
+    @contextmanager
+    def slowed(self) -> Iterator[SlowCompiler]:
+        usual, slow = self._compilations, SlowCompiler(self._grammars.compile)
+        self._compilations = GrammarCompilations(
+            slow.compile, self.connections.wake, clock=lambda: slow.now
+        )
+        yield slow
+        slow.may_end.set()
+        self._compilations = usual
+
+
 @pytest.fixture
 def slow(cluster: ThreadCluster) -> Iterator[SlowCompiler]:
     """The worker's compilations with a compiler that is slow for some."""
     runtime = cluster.group.runtimes["attention-0"]
-    assert isinstance(runtime, AttentionRuntime)
-    usual, slow = runtime._compilations, SlowCompiler(runtime)
-    runtime._compilations = GrammarCompilations(
-        slow.compile, runtime.connections.wake, clock=lambda: slow.now
-    )
-    yield slow
-    slow.may_end.set()
-    runtime._compilations = usual
+    assert isinstance(runtime, CompilingRuntime)
+    with runtime.slowed() as slow:
+        yield slow
 
 
 def test_streams_go_on_while_a_grammar_is_compiled(

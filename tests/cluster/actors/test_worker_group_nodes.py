@@ -8,16 +8,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import ray
 
-from cluster.actors.ray_tools import cluster_nodes, our_actors
-from cluster.actors.worker_group import WorkerGroup, _Actor
+from cluster.actors.ray_tools import NAMESPACE, cluster_nodes, our_actors
+from cluster.actors.worker_group import WorkerGroup
 from cluster.config.cluster import WorkersSection
 from cluster.config.resources import plan_shares
 from cluster.core.errors import StartError
@@ -58,13 +58,6 @@ def three_nodes() -> Iterator[None]:
         ray.shutdown()
 
 
-class Guest:
-    """Keeps its node from being idle."""
-
-    def where(self) -> str:
-        return str(ray.get_runtime_context().get_node_id())
-
-
 def test_the_workers_of_a_node_that_got_a_signal_are_leaving() -> None:
     """Ray empties a node whose ``ray start`` got SIGTERM before it ends it."""
     end_shared_ray()
@@ -73,25 +66,47 @@ def test_the_workers_of_a_node_that_got_a_signal_are_leaving() -> None:
         address = context.address_info["gcs_address"]
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1"]
         other = subprocess.Popen(
-            [*command, '--resources={"other": 1}', f"--address={address}"],
+            [*command, f"--address={address}"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "60"},
         )
         try:
-            guest: Any = ray.remote(Guest).options(resources={"other": 1}).remote()
-            node = str(ray.get(guest.where.remote(), timeout=LIMIT_S))
-            group = WorkerGroup({})
-            member = Member(name="expert-0", role="expert", rank=0, device=0)
-            group._actors["expert-0"] = _Actor(member, guest, node)
-            assert group.leaving() == []
-            other.send_signal(signal.SIGTERM)
-            wait_until(lambda: group.leaving() == ["expert-0"], "the worker to leave", LIMIT_S)
-            ray.kill(guest)
+            wait_until(lambda: len(cluster_nodes()) == 2, "the other node", LIMIT_S)
+            asyncio.run(_leave(other))
             other.wait(LIMIT_S)  # the node is idle: it ends by itself
         finally:
             other.kill()
             ray.shutdown()
+
+
+async def _leave(node: subprocess.Popen[bytes]) -> None:
+    """Start a worker on each of two nodes, and end one of the nodes."""
+    group = WorkerGroup({"attention": TrivialWorker, "expert": TrivialWorker})
+    share = plan_shares(WorkersSection(num_expert_workers=1), cluster_nodes())
+    members = await group.reserve({"attention": 1, "expert": 1}, share, LIMIT_S)
+    await _start(group, members)
+    assert group.leaving() == []
+    node.send_signal(signal.SIGTERM)
+    here = ray.get_runtime_context().get_node_id()
+    (away,) = (name for name, node_id in group.nodes.items() if node_id != here)
+    deadline = time.monotonic() + LIMIT_S
+    while group.leaving() != [away]:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
+    await group.end_all()
+
+
+async def _start(group: WorkerGroup, members: Sequence[Member]) -> None:
+    """Start workers that find no controller, and live."""
+    extras = {m.name: {"threads": 1} for m in members}
+    with pytest.raises(StartError, match="cannot connect to"):
+        await group.start(members, {"cluster_token": ""}, "127.0.0.1:1", extras)
+
+
+def _pid(actor: object) -> int:
+    """Runs in a worker."""
+    return os.getpid()
 
 
 @pytest.mark.usefixtures("three_nodes")
@@ -103,15 +118,13 @@ def test_workers_are_spread_ranked_by_node_and_ended_on_theirs() -> None:
         members = await group.reserve({"attention": 1, "expert": 3}, share, LIMIT_S)
         assert [m.name for m in members] == ["attention-0", "expert-0", "expert-1", "expert-2"]
         order = [n.node_id for n in cluster_nodes()]
-        nodes = [group._nodes[f"expert-{i}"] for i in range(3)]
-        assert len(set(group._nodes.values())) == 3
+        nodes = [group.nodes[f"expert-{i}"] for i in range(3)]
+        assert len(set(group.nodes.values())) == 3
         assert [order.index(n) for n in nodes] == sorted(order.index(n) for n in nodes)
 
-        extras = {m.name: {"threads": 1} for m in members}
-        with pytest.raises(StartError, match="cannot connect to"):
-            await group.start(members, {"cluster_token": ""}, "127.0.0.1:1", extras)
-        processes = [a.process for a in group._actors.values()]
-        pids = [p.pid for p in processes if p is not None]
+        await _start(group, members)
+        actors = [ray.get_actor(m.name, namespace=NAMESPACE) for m in members]
+        pids: list[int] = ray.get([actor.__ray_call__.remote(_pid) for actor in actors])
         os.kill(pids[-1], signal.SIGSTOP)
         await group.end_all()
         assert our_actors() == []

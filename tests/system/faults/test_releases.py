@@ -15,6 +15,7 @@ from cluster.core.release import RELEASE
 from tests.harness.engine_stream import TOKEN, EngineStream
 from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from workers.process.control_client import ControlClient
+from workers.process.data_plane import identify
 from workers.requests.request import Request, SamplingParams
 from workers.transport.handshake import ConnectorHandshake
 
@@ -58,7 +59,7 @@ def come_as_worker(cluster: ThreadCluster) -> str:
 def come_as_peer(cluster: ThreadCluster) -> str:
     """A worker of another release opens an edge to a worker; its error."""
     there, here = cluster.group.runtimes["expert-0"], cluster.group.runtimes["attention-0"]
-    me = replace(here._me, release=OTHER)
+    me = replace(identify(here.args, here.checkpoint), release=OTHER)
     handshake = ConnectorHandshake(me, TOKEN)
     host, _, port = there.member.data_address.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=10.0) as sock:

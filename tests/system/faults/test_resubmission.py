@@ -25,7 +25,6 @@ from tests.harness.fault_rows import blocks_held, row_config
 from tests.harness.mixed_calls import WORDS
 from tests.harness.poison import POISON, PoisonedGroup
 from tests.harness.serving_cluster import ThreadCluster, ThreadWorkerGroup, serving
-from workers.process.attention_runtime import AttentionRuntime
 from workers.process.expert_runtime import ExpertRuntime
 
 LIMIT_S = 120.0
@@ -204,6 +203,14 @@ def test_deadlines_and_cancellation_hold_while_recovering() -> None:
         cluster.wait(lambda snapshot: blocks_held(snapshot) == 0, fresh=True)
 
 
+async def num_requests(cluster: ThreadCluster) -> int:
+    """Requests that workers hold."""
+    workers = (await cluster.actor.snapshot(True))["workers"]
+    names = ("num_requests_running", "num_requests_waiting")
+    alive = [worker["stats"] for worker in workers if worker["state"] != "LOST"]
+    return int(sum(stats.get(name, 0.0) for stats in alive for name in names))
+
+
 async def recover_slowly(gateway: Gateway, cluster: ThreadCluster, group: HeldGroup) -> None:
     plain = dataclasses.replace(PLAIN, min_tokens=100, max_tokens=120)
     fields = [dataclasses.replace(plain, prompts=(prompt(40, i),)) for i in range(6)]
@@ -219,10 +226,7 @@ async def recover_slowly(gateway: Gateway, cluster: ThreadCluster, group: HeldGr
             await collect(generation)
     with pytest.raises(NotReadyError, match="recovering"):
         await gateway.start(fields[0], "new", 0.3)
-    (survivor,) = (r for r in group.runtimes.values() if isinstance(r, AttentionRuntime))
-    engine = survivor._engine
-    assert engine is not None
-    while engine._requests.keys() != {"patient-0-0", "patient-1-0"}:
+    while await num_requests(cluster) != len(patient):
         await asyncio.sleep(0.01)
     assert (gateway.cluster.snapshot or {})["state"] == "RECOVERING"
     group.let_go.set()

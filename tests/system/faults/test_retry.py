@@ -67,7 +67,7 @@ def serve(config: ClusterConfig, asked: Sequence[GenerateFields], faults: Faults
         faults.is_armed = False
         assert cluster.blocks_in_use() == 0
         assert cluster.group.deaths == []
-        stats = [runtime._stats() for runtime in cluster.group.runtimes.values()]
+        stats = [worker["stats"] for worker in cluster.snapshot(fresh=True)["workers"]]
     return Run(answers, sum(s.get("num_preemptions_total", 0.0) for s in stats))
 
 
