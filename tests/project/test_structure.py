@@ -58,13 +58,6 @@ def test_every_package_is_listed_for_installation() -> None:
             assert f'"{".".join(parts)}"' in listed
 
 
-def test_sources_do_not_print() -> None:
-    for module, path in modules():
-        for node in ast.walk(parsed(path)):
-            is_print = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
-            assert not is_print, f"{module} line {getattr(node, 'lineno', 0)}"
-
-
 def test_only_family_modules_know_families() -> None:
     for module, path in modules():
         if module.startswith("workers.model.families"):
