@@ -70,12 +70,12 @@ class StateRestorer:
             cluster.round.phase = Phase.RUNNING
             self._recovery.show_running()
             cluster.history.add(number, now, cause, "all members went on")
-            self._recovery.ready(now)
         elif missing:
             cluster.history.add(number, now, cause, "not all members have called")
             self._lose_missing(missing, now)
         else:
             self._recovery.reform(cause, now)
+        self._recovery.ready(now)
         self._go_on_draining(collected, now)
         cluster.remember()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from cluster.controller.controller import Controller
 from cluster.controller.failover.collect import CollectedState, ReportCollector
@@ -195,3 +196,21 @@ def test_strangers_are_refused_and_other_news_means_nothing() -> None:
     collector.frame("expert-0", LoadProgress(loaded_bytes=1, total_bytes=2), 0.0)
     collector.frame("expert-0", Heartbeat(progress=1, idle=True, generation=3), 0.0)
     assert not collector.is_complete(0.1)
+
+
+def test_a_replacement_that_became_ready_meanwhile_joins_a_stalled_cluster() -> None:
+    """The only attention worker was lost; its replacement loaded while no controller was there."""
+    replacement = replace(MEMBERS[0], name="attention-0.2")
+    names = ["attention-0.2", *NAMES[1:]]
+    collector = ReportCollector(names, 0.0, limit_s=LIMIT_S, confirm_s=CONFIRM_S)
+    fresh = standing(generation=None, placement=None, running=False, highest_step=0)
+    for frame in (Register(member=replacement), WorkerReady(), fresh):
+        collector.frame(replacement.name, frame, 0.1)
+    for name in NAMES[1:]:
+        greet(collector, name, standing(running=False))
+    collected = collector.result()
+    assert collected is not None
+    _, link = restored(collected)
+    order = link.last("expert-0", NewGeneration)
+    assert order is not None
+    assert {m.name for m in order.generation.members} == set(names)
