@@ -84,7 +84,6 @@ class PlannedTopology:
 
     @property
     def num_devices(self) -> int:
-        """Devices, those without slots included."""
         return len(self.devices)
 
     @property
@@ -147,15 +146,10 @@ class Move:
     """One slot that gets another expert."""
 
     bank: str
-    """Kind of bank."""
     layer: int
-    """Layer of the model."""
     device: int
-    """Device that gets the expert."""
     slot: int
-    """Expert slot on that device."""
     expert: int
-    """Expert that it gets."""
     source: int
     """Device that holds the expert now, on the same node where there is one; -1 for none."""
 

@@ -65,9 +65,7 @@ class _Group:
     capacities: Ints
     """[num_devices] slots."""
     limits: Limits
-    """Rules to keep."""
     top_k: int
-    """Experts a token chooses."""
 
 
 def plan(

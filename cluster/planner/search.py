@@ -44,7 +44,6 @@ class Placed:
     """[num_banks, num_devices, num_slots] load that each slot takes."""
 
     def copy(self) -> Placed:
-        """Independent arrays."""
         return Placed(slots=self.slots.copy(), home=self.home.copy(), masses=self.masses.copy())
 
     def where(self, chosen: Bools, other: Placed) -> Placed:

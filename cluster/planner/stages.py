@@ -31,7 +31,6 @@ class SlotFill:
     bank: int
     """Place of the bank in the placement."""
     device: int
-    """Device that gets it."""
     slot: int
     """Expert slot, free in the placement in force; perhaps behind the last one of the maps."""
     expert: int

@@ -45,7 +45,6 @@ class PoolChoice:
 
     @property
     def colocated_wins(self) -> bool:
-        """Whether one pool is faster."""
         return self.best is self.colocated
 
     @property

@@ -38,7 +38,6 @@ class StepCost:
     token_s: float = 35e-9
     """Seconds for each (token, expert) pair: computing it."""
     expert_bytes: int = 34_603_008
-    """Weights of one expert."""
     prefill_tokens: int = 8192
     """Tokens of a prefill step, over all attention ranks."""
     decode_tokens: int = 256

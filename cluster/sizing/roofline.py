@@ -54,9 +54,7 @@ class BankSize:
 
     num_experts: int
     top_k: int
-    """Experts chosen for each row."""
     expert_values: int
-    """Weights of one expert."""
     num_exchanges: int = 1
     in_values: int
     """Elements of a row on the way to the experts, over all exchanges."""

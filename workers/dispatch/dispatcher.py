@@ -44,7 +44,6 @@ class BatchRows:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the micro-batch."""
         return len(self.is_prefill)
 
 
@@ -53,9 +52,7 @@ class DispatchHandle:
     """What ``dispatch`` passes to ``combine``; every dispatcher has its own subclass."""
 
     bank: BankSpec
-    """Bank that the rows went to."""
     exchange: int
-    """Which of the bank's exchanges."""
     micro_batch: int
     num_rows: int
     """Rows [T] that were dispatched."""

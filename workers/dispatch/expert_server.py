@@ -31,7 +31,6 @@ class _FilledSlots:
     table: Tensor
     """[slots + 1] bool; the last entry stands for slot -1, a pair of another rank: no error."""
     has_free: bool
-    """A slot holds no expert."""
 
     @classmethod
     def of(cls, filled: Sequence[bool], device: torch.device) -> _FilledSlots:
@@ -45,7 +44,6 @@ class _Batch:
 
     ranks: tuple[int, ...]
     counts: tuple[int, ...]
-    """Rows of each rank."""
     inputs: Tensor
     """[inputs, in_width] model dtype."""
     slots: Tensor

@@ -70,7 +70,6 @@ class LocalDispatcher(TimedDispatcher):
         self.timer.begin_step(header)
 
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> LocalHandle:
-        """Compute at once."""
         self._activity.advance()
         exchange = bank.exchanges[sent.exchange]
         num_rows, top_k = sent.topk_ids.shape

@@ -20,7 +20,6 @@ class RequestLimits:
     block_size: int
     """Tokens of a KV block."""
     num_blocks: int
-    """KV blocks of the worker."""
     hidden_size: int = 0
     """Elements of an embedding; 0 if not known."""
     is_classifier: bool = False

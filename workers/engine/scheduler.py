@@ -25,7 +25,6 @@ class PlannedRows:
 
     sequence: SequenceState
     first: int
-    """Position of the first row."""
     count: int
     is_decode: bool
     """One row that continues an output."""
@@ -49,7 +48,6 @@ class Plan:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the batch."""
         return sum(r.count for r in self.rows)
 
 
@@ -108,7 +106,6 @@ class Scheduler:
         self._waiting: list[SequenceState] = []
         self._running: list[SequenceState] = []
         self.num_preemptions = 0
-        """Preemptions so far."""
         self.preempted: list[SequenceState] = []
         """Sequences that were preempted for the last plan."""
         self._held: Set[str] = frozenset()
@@ -121,12 +118,10 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Number of waiting sequences."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """Number of running sequences."""
         return len(self._running)
 
     @property

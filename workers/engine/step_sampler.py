@@ -41,15 +41,12 @@ class StepTokens:
     complete: list[SequenceState] = field(default_factory=list)
     """Sequences whose newest token was in the step: they draw one, or are scored only."""
     drawn: dict[SequenceState, Drawn] = field(default_factory=dict)
-    """By sequence that drew a token."""
     scored: dict[SequenceState, list[TokenLogprob]] = field(default_factory=dict)
-    """New prompt logprobs."""
     failed: dict[SequenceState, Failure] = field(default_factory=dict)
     """Sequences that cannot go on; no other field has them."""
     classes: dict[SequenceState, tuple[float, ...]] = field(default_factory=dict)
     """Logits by class, of prompts whose last row was in the step of a classifier."""
     inspected: dict[SequenceState, StepRows] = field(default_factory=dict)
-    """Results for inspections."""
 
 
 class StepSampler:
@@ -84,7 +81,6 @@ class StepSampler:
         self.inspector.start(sequence)
 
     def end(self, sequence: SequenceState) -> None:
-        """Forget a sequence that was started."""
         del self._processors[sequence]
         self.inspector.end(sequence)
 

@@ -91,7 +91,6 @@ class ExpertBank:
         return self._kernels[exchange].read(slot, matrix)
 
     def clear(self, slot: int) -> None:
-        """Empty a slot."""
         for kernel in self._kernels:
             kernel.clear(slot)
 

@@ -146,7 +146,6 @@ class _Products:
     activate: GatedActivation
     """Between the first matrix and the second."""
     is_packed: bool
-    """The weights are in oneDNN's layout."""
     compute_threads: ComputeThreads
 
     def of_pairs(self, rows: Tensor, slots: list[int]) -> Tensor:

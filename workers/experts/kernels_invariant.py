@@ -35,7 +35,6 @@ _GROUPS = ((0, 1), (5, 6), (0, 2), (7, 10), (1, 8), (3, 12), (11, 41), (0, NUM_T
 _MAX_HEIGHT = 64
 """Rows of a block: of a slot that has more, some blocks."""
 _TRIED_SLOTS = 6
-"""Slots of a trial."""
 
 
 class BlockExperts(StackedWeights):

@@ -33,7 +33,6 @@ class Capture:
     """Neighbouring rows of one sequence in one micro-batch; all on the CPU."""
 
     inspection: Inspection
-    """What is wanted."""
     first: int
     """Position of the first row in its sequence."""
     row: int

@@ -45,11 +45,9 @@ class BlockPool:
         return len(self._blank) + self._num_kept
 
     def can_allocate(self, count: int) -> bool:
-        """Whether ``allocate(count)`` would succeed."""
         return count <= self.num_free
 
     def is_free(self, block: int) -> bool:
-        """Whether a block has no holder."""
         return self._holders[block] == 0
 
     def allocate(self, count: int) -> list[int]:

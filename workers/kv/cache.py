@@ -43,7 +43,6 @@ class KVCache:
         )
         """By layer: [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before values."""
         self.compute_threads = compute_threads
-        """Threads that attend."""
         self.workspaces = tuple(Workspace(dtype, device) for _ in range(compute_threads.count))
         """Scratch memory of each compute thread, for the blocks that a step gathers."""
 

@@ -36,7 +36,6 @@ class PaddingRatio:
         return padding / rows if rows else 0.0
 
     def stats(self) -> dict[str, float]:
-        """For the worker's table of stats."""
         return {
             f'dispatch_padding_ratio{{direction="{direction}"}}': self.ratio(direction)
             for direction in self._sums

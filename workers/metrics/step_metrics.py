@@ -38,20 +38,17 @@ class StepMetrics:
         self._bubble_ns = 0
 
     def begin_step(self, header: StepHeader) -> bool:
-        """Whether this step is measured."""
         self._phase = "prefill" if header.prefill_rows else "decode"
         self._bubble_ns = 0
         return header.step % SAMPLE == 0
 
     def add(self, name: str, start_ns: int, end_ns: int, place: dict[str, Any]) -> None:
-        """Count a timing."""
         if name in _HISTOGRAMS:
             self._observe(_HISTOGRAMS[name], end_ns - start_ns)
         if name in self._waits:
             self._bubble_ns += end_ns - start_ns
 
     def flush(self) -> None:
-        """Count the bubble of the step."""
         if self._waits:
             self._observe(_BUBBLE, self._bubble_ns)
 

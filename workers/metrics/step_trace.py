@@ -21,7 +21,6 @@ from workers.requests.step_header import StepHeader
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".trace.json"
-"""End of the files' names."""
 
 
 class StepTrace:
@@ -45,7 +44,6 @@ class StepTrace:
             raise ConfigError("trace_dir", str(folder), f"must be writable ({err})") from err
 
     def begin_step(self, header: StepHeader) -> bool:
-        """Take every step."""
         return True
 
     def add(self, name: str, start_ns: int, end_ns: int, place: dict[str, Any]) -> None:
@@ -80,7 +78,6 @@ class StepTrace:
             self._file = None
 
     def close(self) -> None:
-        """Flush, and close the file."""
         self.flush()
         if self._file is not None:
             self._end_file()

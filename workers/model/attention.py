@@ -56,7 +56,6 @@ class DecodeGroup:
     """Neighbouring decode rows whose sequences have about the same length."""
 
     first: int
-    """First row in the batch."""
     last: int
     """One past the last row."""
     blocks: Tensor
@@ -91,7 +90,6 @@ class PrefillChunk:
     """Neighbouring rows of one sequence."""
 
     first: int
-    """First row in the batch."""
     last: int
     """One past the last row."""
     length: int
@@ -140,9 +138,7 @@ class AttentionBatch:
     workspaces: tuple[Workspace, ...]
     """Scratch memory of each compute thread."""
     compute_threads: ComputeThreads
-    """Threads that share the work."""
     watcher: AttentionWatcher | None = None
-    """Sees the inputs of attention."""
 
     def within(self, window: int) -> AttentionBatch:
         """The same rows in a layer where each attends to ``window`` positions, its own included."""

@@ -34,7 +34,6 @@ class ExchangeSpec:
     in_width: int
     """Elements of a row on its way to the experts."""
     out_width: int
-    """Elements of an output row."""
     per_slot_input: bool = False
     """True: every top-k slot has an input of its own, [T, k, in_width]."""
     weighted: bool = True
@@ -68,10 +67,8 @@ class BankSpec:
     bank: str
     """Kind of bank within its layer, ``mlp`` or ``attention``."""
     layer: int
-    """Layer of the model."""
     num_experts: int
     top_k: int
-    """Experts chosen for each token."""
     exchanges: tuple[ExchangeSpec, ...]
     """Round trips in order."""
     float32_weights: bool = False
@@ -96,7 +93,6 @@ class TensorPart:
 
     @property
     def part_shape(self) -> tuple[int, ...]:
-        """Shape of what is read."""
         return self.shape if self.index is None else self.shape[1:]
 
 
@@ -124,11 +120,9 @@ class ModelConfig:
     num_kv_heads: int
     """Key/value heads; ``num_heads`` is a multiple."""
     head_dim: int
-    """Elements of one head."""
     max_position_embeddings: int
     """Context that the model was made for, in tokens."""
     rms_norm_eps: float
-    """Epsilon of the norms."""
     tie_word_embeddings: bool
     """lm_head is the embedding."""
     eos_token_ids: tuple[int, ...]
@@ -147,7 +141,6 @@ class ModelConfig:
     has_tiled_heads: bool = False
     """Query head h uses key head h mod ``num_kv_heads``; else neighbours share one."""
     ignored_keys: tuple[str, ...] = ()
-    """Unknown keys of ``config.json``."""
 
     @property
     def length_matters_above(self) -> int | None:

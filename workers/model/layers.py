@@ -130,7 +130,6 @@ _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def gated_activation(activation: Activation) -> GatedActivation:
-    """``GatedActivation`` with this activation."""
     if activation == "silu":
         return swiglu
     activate = _ACTIVATIONS[activation]
@@ -170,7 +169,6 @@ class BuildingBlocks:
         self._compute_threads = compute_threads or ComputeThreads()
 
     def linear(self, weight: Tensor, bias: Tensor | None = None, may_pack: bool = True) -> Linear:
-        """A ``Linear`` with these arguments."""
         return Linear(weight, bias, may_pack, self._compute_threads)
 
     def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:
@@ -180,7 +178,6 @@ class BuildingBlocks:
     def rope(
         self, config: RopeConfig, max_positions: int, dtype: torch.dtype, device: torch.device
     ) -> Rope:
-        """A ``Rope`` with these arguments."""
         return Rope(config, max_positions, dtype, device)
 
 
@@ -241,7 +238,6 @@ class LayerContext:
     sin: Tensor
     """[T, 1, D], signed; see ``Rope.rows``."""
     attention: AttentionBatch
-    """Keys, values, masks."""
     windows: Mapping[int, AttentionBatch]
     """The same with the masks of sliding windows, by their width in tokens."""
     recorder: Recorder | None
@@ -281,12 +277,10 @@ class AttentionModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Model dtype."""
         return self._embedding.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return self._embedding.device
 
     def forward(

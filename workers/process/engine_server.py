@@ -56,8 +56,6 @@ _Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
 class _GatewayStream:
-    """Messages that wait for one gateway."""
-
     def __init__(self, name: str, task: asyncio.Task[object] | None) -> None:
         self.name = name
         self.task = task
@@ -155,7 +153,6 @@ class EngineServer:
         self._call_soon(self._set_closed, False)
 
     def stop(self) -> None:
-        """End the server and its thread."""
         self._call_soon(self._stopping.set)
         self._thread.join(START_TIMEOUT_S)
 

@@ -58,15 +58,12 @@ class Membership:
     """See the module. ``join`` comes before the first frame."""
 
     def __init__(self, name: str, hooks: MembershipHooks) -> None:
-        """``name`` is the worker's."""
         self.generation = Generation(number=0, members=())
         """Newest generation that this worker has taken."""
         self.announced: NewGeneration | None = None
         """Newest announced generation; set by the control thread."""
         self.epochs = EpochMaps()
-        """Placements of the generation."""
         self.runs = False
-        """Steps of the generation run."""
         self.is_fenced = False
         """The lease ran out in this generation; set by the control thread."""
         self.last_commit = time.monotonic()

@@ -21,7 +21,6 @@ class WorkerArgs:
     config: ClusterConfig
     """The cluster's configuration, with device and shares resolved."""
     member: Member
-    """Identity of this worker."""
     control_address: str
     """``host:port`` of the controller's control server."""
     host: str

@@ -17,7 +17,6 @@ from workers.requests.request import Request
 BlockHash = bytes
 """32 bytes, blake2b: requests of one salt trust it not to collide."""
 HASH_BYTES = 32
-"""Bytes of a hash."""
 SHORT_BYTES = 8
 """Bytes of a hash in ``KvEvents``: a collision costs a detour there, never a wrong block."""
 

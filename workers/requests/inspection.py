@@ -55,7 +55,6 @@ class Inspection(Message, frozen=True, kw_only=True, array_like=True):
 
     @property
     def reads_routers(self) -> bool:
-        """Routers are recorded."""
         return self.router_logits or self.routes or self.aux
 
     @property
@@ -75,7 +74,6 @@ class NamedArray(Message, frozen=True, kw_only=True, array_like=True):
     """Numbers in row-major order, little-endian."""
 
     name: str
-    """See the module."""
     dtype: str
     """``float32`` or ``int32``."""
     shape: tuple[int, ...]
@@ -90,9 +88,7 @@ class BankShape(Message, frozen=True, kw_only=True, array_like=True):
     """``<bank>:<layer>``."""
     num_experts: int
     top_k: int
-    """Experts chosen for each token."""
     aux_copies: int
-    """See ``BankSpec.aux_copies``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +100,6 @@ class ModelShape:
     num_heads: int
     """A: query heads."""
     vocab_size: int
-    """Token ids are below it."""
     num_labels: int
     """Classes of a classifier; 0 for a language model."""
     banks: tuple[BankShape, ...]
@@ -112,7 +107,6 @@ class ModelShape:
 
     @property
     def num_logits(self) -> int:
-        """Logits of one position."""
         return self.num_labels or self.vocab_size
 
     @property

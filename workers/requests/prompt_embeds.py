@@ -27,7 +27,6 @@ class PromptEmbeds(Message, frozen=True, array_like=True):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompt."""
         return len(self.data) // (4 * self.width)
 
     @property

@@ -35,7 +35,6 @@ class Grammar(Message, frozen=True, kw_only=True, array_like=True):
     """What the output must follow. Hashable: equal ones are compiled once."""
 
     kind: GrammarKind
-    """How ``text`` is read."""
     text: str
     """A JSON schema, a regular expression, a JSON list of strings, or a Lark grammar."""
     field: str = "structured_outputs"
@@ -82,7 +81,6 @@ class SamplingParams(Message, frozen=True, kw_only=True, array_like=True):
     bad_words: tuple[tuple[Count, ...], ...] = ()
     """Token sequences that must not be in the output; none is empty."""
     grammar: Grammar | None = None
-    """What the output must follow."""
 
 
 class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
@@ -122,7 +120,6 @@ class Turn(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
     request_id: str
     attempt: Count
-    """Which attempt at it."""
     is_over: bool = False
     """The step committed."""
 
@@ -164,7 +161,6 @@ class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
 
     request_id: str
     attempt: int
-    """Which attempt at it."""
     choice: int
     index: int
     """Position of ``token_ids[0]`` in the choice's output, from 0."""

@@ -88,7 +88,6 @@ class SequenceState:
     blocks: list[int] = field(default_factory=list)
     """Block table; this sequence is one holder of each block."""
     status: SequenceStatus = SequenceStatus.WAITING
-    """Where the scheduler has it."""
     leader: SequenceState | None = None
     """First open choice of the same request, which shares its full prompt blocks; None for it."""
     block_hashes: list[bytes] = field(default_factory=list)
@@ -116,7 +115,6 @@ class SequenceState:
 
     @property
     def params(self) -> SamplingParams:
-        """Sampling parameters."""
         return self.request.params
 
     @property
@@ -126,7 +124,6 @@ class SequenceState:
 
     @property
     def prompt_length(self) -> int:
-        """Tokens of the prompt."""
         return len(self.request.prompt)
 
     @property
@@ -176,7 +173,6 @@ class SequenceState:
             self.prefills.append(when)
 
     def note_preemption(self, when: float) -> None:
-        """The scheduler preempted it."""
         if len(self.preemptions) < MAX_NOTED:
             self.preemptions.append(when)
 

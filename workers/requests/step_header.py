@@ -28,13 +28,11 @@ class StepProposal(Message, frozen=True, kw_only=True, array_like=True):
     decode_rows: Rows
     """Rows of running sequences, one token each."""
     prefill_rows: Rows
-    """Prompt rows it could run."""
     is_alone: bool = False
     """They are one request's, which must be in a step with no other."""
 
     @property
     def num_rows(self) -> int:
-        """All rows."""
         return self.decode_rows + self.prefill_rows
 
 
@@ -42,12 +40,10 @@ class Grant(Message, frozen=True, kw_only=True, array_like=True):
     """Rows that one attention rank runs in a step."""
 
     decode_rows: Rows = 0
-    """Rows of running sequences."""
     prefill_rows: Rows = 0
 
     @property
     def num_rows(self) -> int:
-        """All rows."""
         return self.decode_rows + self.prefill_rows
 
 

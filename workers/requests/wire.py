@@ -33,7 +33,6 @@ class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
 
     token: str
     gateway: str
-    """Name of the replica."""
     release: str = ""
 
 
@@ -41,26 +40,20 @@ class EngineHello(Message, frozen=True, kw_only=True, forbid_unknown_fields=Fals
     """A worker's first message: what a gateway must know before it can validate a request."""
 
     worker: str
-    """Name of the attention worker."""
     release: str = ""
     generation: int
-    """Generation it follows."""
     max_model_len: int
     """Context limit in tokens; 0 while the weights load."""
     vocab_size: int
-    """Token ids are below it."""
     eos_token_ids: tuple[int, ...]
-    """Tokens that end an output."""
     max_kv_tokens: int
     """Tokens that the whole KV pool holds; 0 while the weights load."""
     dtype: str
     model_type: str
     hidden_size: int
-    """Width of the residual stream."""
     num_layers: int
     num_heads: int
     labels: tuple[str, ...] = ()
-    """Classes of a sequence classifier."""
     pad_token_id: int | None = None
     """Token that a classifier does not take for the last one."""
     problem_type: str = ""

@@ -104,7 +104,6 @@ class SamplingRow:
     """One row of logits that a token is drawn from."""
 
     params: SamplingParams
-    """Parameters of its request."""
     choice: int
     """Index of the choice in its request."""
     index: int
@@ -114,7 +113,6 @@ class SamplingRow:
     banned_tokens: tuple[int, ...] = ()
     """Tokens that must not be drawn now (``min_tokens``, ``bad_words``)."""
     grammar: GrammarState | None = None
-    """What the output must follow."""
 
     @property
     def is_plain(self) -> bool:

@@ -58,7 +58,6 @@ class Acceptor:
         self._listener = socket.create_server((host, port), backlog=128)
         self._listener.setblocking(False)
         self.address = "{}:{}".format(*self._listener.getsockname()[:2])
-        """``host:port`` of the listener."""
         selector.register(self._listener, selectors.EVENT_READ, self.accept)
 
     @property
@@ -98,7 +97,6 @@ class Acceptor:
         self._add(sock, ConnectorHandshake(self._identity(), self._token), member.name, member)
 
     def accept(self) -> None:
-        """Accept one connection."""
         try:
             sock, address = self._listener.accept()
         except BlockingIOError:

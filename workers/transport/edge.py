@@ -34,13 +34,11 @@ class Edge:
         self.sock = sock
         self.peer = peer
         self.name = peer.name
-        """The peer's worker name."""
         self.generation = generation
         """Generation in which the edge was opened; its frames must not be older."""
         self.inbox: deque[Frame] = deque()
         """Data frames of the current generation, in the order of arrival."""
         self.inbox_bytes = 0
-        """Payload bytes in ``inbox``."""
         self.out_bytes = 0
         """Bytes that wait to be sent."""
         self.interest = 0

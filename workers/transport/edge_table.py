@@ -23,7 +23,6 @@ class StepFrame(NamedTuple):
     """A proposal or a header as it came in."""
 
     sender: PeerIdentity
-    """Name of its sender."""
     frame: Frame
 
 

@@ -28,8 +28,6 @@ MAX_STEP_FRAME_BYTES: Final = 1 << 20
 
 
 class FrameKind(IntEnum):
-    """What a frame is."""
-
     PROPOSAL = 1
     """Attention rank -> leader."""
     HEADER = 2
@@ -48,13 +46,9 @@ _KINDS: Final = {int(kind): kind for kind in FrameKind}
 
 
 class FrameHeader(NamedTuple):
-    """The fixed part of a frame."""
-
     kind: FrameKind
     generation: int
-    """Sender's generation."""
     step: int
-    """Step that it belongs to."""
     flags: int = 0
     """EXACT, PER_SLOT."""
     bank: int = 0
@@ -100,7 +94,6 @@ class Frame(NamedTuple):
     """A whole frame as received."""
 
     header: FrameHeader
-    """Its fixed part."""
     payload: NDArray[np.uint8]
     """Its bytes, in memory of their own."""
 

@@ -46,7 +46,6 @@ class PeerIdentity(Message, frozen=True, kw_only=True, tag=True, forbid_unknown_
     rank: int
     """Rank in its pool."""
     checkpoint_id: str
-    """Identity of the checkpoint it serves."""
     config_hash: str
     """``ClusterConfig.fingerprint``."""
     numerics: str = ""
@@ -54,7 +53,6 @@ class PeerIdentity(Message, frozen=True, kw_only=True, tag=True, forbid_unknown_
     generation: int = 0
     """Generation that it is in, or that it connects for."""
     release: str = RELEASE
-    """Release of expertmesh."""
 
 
 class _Refusal(Message, frozen=True, kw_only=True, tag=True):

@@ -99,7 +99,6 @@ class PeerClient:
         to another cluster.
         """
         self.peer = peer.name
-        """Name of the peer."""
         self._deadline_s = deadline_s
         self._before_chunk = before_chunk
         try:
@@ -117,7 +116,6 @@ class PeerClient:
         self._sock.settimeout(timeout_s)
 
     def close(self) -> None:
-        """Close the connection."""
         self._sock.close()
 
     def fetch(
@@ -218,7 +216,6 @@ class PeerServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Close the listener and every connection."""
         self._closing.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)

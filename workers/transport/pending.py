@@ -44,7 +44,6 @@ class Pending:
 
     @property
     def events(self) -> int:
-        """What to wait for."""
         return selectors.EVENT_WRITE if self._out else selectors.EVENT_READ
 
     @property

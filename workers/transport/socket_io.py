@@ -70,6 +70,5 @@ class WakePipe:
         self._read.setblocking(False)
 
     def close(self) -> None:
-        """Close both ends."""
         self._read.close()
         self._write.close()

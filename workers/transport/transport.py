@@ -43,7 +43,6 @@ class Part:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row."""
         return self.width * self.dtype.itemsize
 
 
@@ -62,7 +61,6 @@ class Expected:
 
     rank: int
     parts: tuple[Part, ...]
-    """Shapes of its parts."""
     counts: tuple[int, ...]
     """Rows of each part; where the message is ``sized``, the most rows."""
 

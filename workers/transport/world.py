@@ -50,7 +50,6 @@ class Transfer:
     rank: int
     """Rank in the other pool."""
     work: Work
-    """torch's handle."""
     tensor: Tensor
     """Kept alive until the end."""
 
@@ -60,7 +59,6 @@ class Ticket:
     """A wait for transfers."""
 
     transfers: Sequence[Transfer]
-    """Transfers to wait for, in order."""
     num_done: int = 0
     """Transfers that are complete."""
     error: str = ""

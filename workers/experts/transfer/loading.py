@@ -151,7 +151,6 @@ class ExpertLoader:
         return work
 
     def _make_room(self, work: list[tuple[int, int, int]]) -> None:
-        """Grow each bank once."""
         wanted: defaultdict[int, int] = defaultdict(int)
         for bank, slot, expert in work:
             if expert != FREE_SLOT:

@@ -38,7 +38,6 @@ def expert_shapes(bank: BankSpec) -> list[tuple[int, int, tuple[int, int]]]:
 
 
 def expert_num_bytes(bank: BankSpec, dtype: torch.dtype) -> int:
-    """Bytes of one expert."""
     return sum(out * width for _, _, (out, width) in expert_shapes(bank)) * dtype.itemsize
 
 
@@ -73,7 +72,6 @@ class PeerSource:
         self._rate = rate
         self._client: PeerClient | None = None
         self.num_bytes = 0
-        """Bytes received."""
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
         """See ``ExpertSource``; an expert is yielded when all its bytes have come and are checked.

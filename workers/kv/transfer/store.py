@@ -38,7 +38,6 @@ class Fetch:
 
     @property
     def wanted(self) -> tuple[BlockHash, ...]:
-        """Hashes of ``blocks``."""
         return self.hashes[len(self.found) :]
 
 
@@ -50,7 +49,6 @@ class KvTransferStore:
     ) -> None:
         """``length_matters_above``: see ``ModelConfig``."""
         self.cache = cache
-        """The blocks' data."""
         self._pool = pool
         self._length_matters_above = length_matters_above
         self._tables: list[list[int]] = []

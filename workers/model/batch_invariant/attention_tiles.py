@@ -20,7 +20,6 @@ from workers.model.attention import AttentionBatch, DecodeGroup, PrefillChunk, W
 from workers.model.batch_invariant.row_invariance import MAX_ROWS
 
 TILE = 64
-"""Positions of a tile."""
 _MIN_QUERIES = 4
 """Query rows of a product; fewer are padded."""
 _PIECE_ELEMENTS = 1 << 20

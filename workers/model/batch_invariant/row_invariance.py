@@ -22,7 +22,6 @@ Agree = Callable[[Callable[[Tensor], Tensor], Tensor], bool]
 MAX_ROWS = 128
 """Most rows of a trial's parts; products that must be row-invariant never have more."""
 NUM_TRIED_ROWS = MAX_ROWS + 12
-"""Rows that a trial needs."""
 _FEW = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17)
 _MANY = (24, 31, 33, 48, 65, 96, 127, MAX_ROWS)
 _PARTS = (*((first, n) for n in _FEW for first in (0, 3, 7)), *((5, n) for n in _MANY))

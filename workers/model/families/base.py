@@ -54,7 +54,6 @@ class Loader:
         return self._blocks.linear(self.tensor(name).float(), None)
 
     def mlp(self, gate: str, up: str, down: str, activation: Activation) -> GatedMlp:
-        """A dense gated MLP."""
         return GatedMlp(self.linear(gate, up), self.linear(down), activation)
 
 
@@ -66,7 +65,6 @@ class Family(ABC):
 
     def __init__(self, config: ModelConfig, banks: tuple[BankSpec, ...]) -> None:
         self.config = config
-        """The numbers that all families have."""
         self.banks = banks
         """Expert banks in the order of their use."""
 

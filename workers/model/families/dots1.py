@@ -49,7 +49,6 @@ class Dots1Config:
     num_experts: int
     """E: routed experts of a layer."""
     top_k: int
-    """Experts chosen for each token."""
     expert_width: int
     """I: inner width of a routed expert."""
     num_shared_experts: int
@@ -143,8 +142,6 @@ def _check_groups(own: Dots1Config) -> None:
 
 
 class Dots1Family(Family):
-    """``Family`` of a dots.llm1 checkpoint."""
-
     def __init__(self, config: ModelConfig, dots1: Dots1Config) -> None:
         exchange = mlp_exchange(config, dots1.expert_width)
         banks = tuple(
@@ -226,9 +223,7 @@ class Dots1Router:
     """Chooses experts, in float32."""
 
     config: Dots1Config
-    """Numbers of experts and groups."""
     bank: int
-    """Bank that it leads to."""
     linear: Linear
     """H -> E, float32."""
     correction: Tensor
@@ -282,7 +277,6 @@ class Dots1Layer:
     router: Dots1Router | None
     """None in a dense layer."""
     attend: Attend
-    """Writes and reads keys and values."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
         """hidden [T, H] -> [T, H], with one exchange unless the layer is dense."""

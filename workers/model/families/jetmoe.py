@@ -184,7 +184,6 @@ class Mixture:
 
     bank: int
     top_k: int
-    """Experts chosen for each token."""
     router: Linear
     bias: Tensor
     """[H], once for each token, not weighted."""
@@ -214,7 +213,6 @@ class JetMoeLayer:
     """[H]."""
     mlp: Mixture
     attend: Attend
-    """Writes and reads keys and values."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
         """hidden [T, H] -> [T, H], with three exchanges."""

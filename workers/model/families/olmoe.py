@@ -38,7 +38,6 @@ class OlmoeConfig:
     num_experts: int
     """E: routed experts of a layer."""
     top_k: int
-    """Experts chosen for each token."""
     expert_width: int
     """I: inner width of an expert."""
     norm_topk_prob: bool
@@ -83,8 +82,6 @@ def _heads(settings: Settings) -> Heads:
 
 
 class OlmoeFamily(Family):
-    """``Family`` of an OLMoE checkpoint."""
-
     def __init__(self, config: ModelConfig, olmoe: OlmoeConfig) -> None:
         exchange = mlp_exchange(config, olmoe.expert_width)
         banks = tuple(
@@ -133,9 +130,7 @@ class OlmoeRouter:
     """Chooses experts by their probabilities among all."""
 
     config: OlmoeConfig
-    """Numbers of experts."""
     bank: int
-    """Bank that it leads to."""
     linear: Linear
 
     def route(self, rows: Tensor, context: LayerContext) -> tuple[Tensor, Tensor]:
@@ -170,7 +165,6 @@ class OlmoeLayer:
     """[H]."""
     router: OlmoeRouter
     attend: Attend
-    """Writes and reads keys and values."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
         """hidden [T, H] -> [T, H], with one exchange."""

@@ -96,7 +96,6 @@ class Settings:
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
         value = self.value(key)
         value = default if value is None else value
         if not isinstance(value, bool):
@@ -165,7 +164,6 @@ class Settings:
 
     @property
     def raw(self) -> Mapping[str, Any]:
-        """The file."""
         return self._config
 
 
@@ -174,20 +172,15 @@ class Defaults:
     """Defaults of a family's class for keys that its file does not have."""
 
     vocab_size: int
-    """Rows of the embedding."""
     hidden_size: int
-    """Width of the residual stream."""
     num_layers: int
     max_positions: int
     """``max_position_embeddings``."""
     rms_norm_eps: float
-    """Epsilon of the norms."""
     tied: bool = False
     """``tie_word_embeddings``."""
     eos: tuple[int, ...] = ()
-    """``eos_token_id``."""
     pad: int | None = None
-    """``pad_token_id``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,9 +189,7 @@ class Heads:
 
     num_heads: int
     num_kv_heads: int
-    """Key/value heads."""
     head_dim: int
-    """Elements of one head."""
     are_tiled: bool = False
     """See ``ModelConfig.has_tiled_heads``."""
 

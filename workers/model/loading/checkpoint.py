@@ -41,11 +41,9 @@ class TensorEntry:
     """One tensor of a header."""
 
     file: Path
-    """File that holds it."""
     dtype: str
     """Dtype in safetensors spelling, ``BF16`` for example."""
     shape: tuple[int, ...]
-    """Shape on disk."""
 
     @property
     def num_bytes(self) -> int:
@@ -62,7 +60,6 @@ class Checkpoint:
         self.path = Path(path)
         self.family = load_family(read_config(self.path))
         self.config = self.family.config
-        """Numbers of the model."""
         self.tensors, self.checkpoint_id = _read_headers(self.path)
         """All tensors by name; a hash of config.json and all headers (16 hex digits)."""
         self.loaded_bytes = 0
@@ -202,9 +199,7 @@ class CheckpointSummary:
     """What ``check_checkpoint`` found."""
 
     family: Family
-    """The model, described."""
     checkpoint_id: str
-    """Hash of config and headers."""
     attention_bytes: int
     """Bytes on disk of what each attention worker loads; 0 where nothing is on disk."""
     expert_bytes: int

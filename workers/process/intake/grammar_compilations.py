@@ -35,11 +35,9 @@ class CompiledRequest:
     """A request whose wait is over."""
 
     command: AddRequest
-    """The request as it came."""
     compiled: CompiledGrammar | None
     """Its grammar; None after an error."""
     error: ExpertMeshError | None = None
-    """Why it is refused."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

@@ -57,7 +57,6 @@ class WaitingRequests(ABC):
         self._keep(lambda command: command.request.request_id != request_id)
 
     def drop_gateway(self, gateway: str) -> None:
-        """Forget all requests of a gateway."""
         self._keep(lambda command: command.gateway != gateway)
 
     def owner(self, request_id: str) -> str | None:
