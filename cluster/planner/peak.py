@@ -58,18 +58,6 @@ def lower_peaks(start: Placed, loads: Floats, limits: Limits, top_k: int, rows: 
     return search.now
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Offers:
-    """Swaps of one device in each open bank."""
-
-    device: Ints
-    """[open banks] that device."""
-    gain: Floats
-    """[open banks, slots of the device, all slots] what swapping two slots takes off the peak."""
-    gain_by_home: Floats
-    """[open banks, slots of the device, devices] the same when only the home moves."""
-
-
 class _Search:
     """The placement while it is searched. ``now`` is valid at any time."""
 
@@ -97,43 +85,40 @@ class _Search:
         banks = np.nonzero(is_open)[0]
         if not len(banks) or self._work > _MOST_WORK:
             return False
-        offers = self._offers(banks)
-        self._work += offers.gain.size * len(self._grid.width)
-        is_done = self._take(banks, offers)
+        tosses = self._tosses(banks)
+        device = tosses.worst(self._tried[banks])
+        by_slot, by_home = tosses.gain_of_slots(device), tosses.gain_of_homes(device)
+        self._work += by_slot.size * len(self._grid.width)
+        gain = np.concatenate([g.reshape(len(banks), -1) for g in (by_slot, by_home)], 1)
+        is_done = self._take(banks, device, gain)
         failed = banks[~is_done]
-        self._tried[failed, offers.device[~is_done]] = True
+        self._tried[failed, device[~is_done]] = True
         self._failures[failed] += 1
         self._tried[banks[is_done]] = self._limits.speeds == 0
         self._failures[banks[is_done]] = 0
         return True
 
-    def _offers(self, banks: Ints) -> _Offers:
-        tosses = Tosses(
+    def _tosses(self, banks: Ints) -> Tosses:
+        return Tosses(
             slots=self.now.slots[banks],
             home=self.now.home[banks],
             active=self._active[banks],
             grid=self._grid,
             nodes=self._limits.nodes if self._limits.two_nodes else None,
         )
-        device = tosses.worst(self._tried[banks])
-        return _Offers(
-            device=device,
-            gain=tosses.gain_of_slots(device),
-            gain_by_home=tosses.gain_of_homes(device),
-        )
 
-    def _take(self, banks: Ints, offers: _Offers) -> Bools:
-        """Make the best swap that passes; whether there was one. [open banks]"""
-        gain = np.concatenate(
-            [offers.gain.reshape(len(banks), -1), offers.gain_by_home.reshape(len(banks), -1)], 1
-        )
+    def _take(self, banks: Ints, device: Ints, gain: Floats) -> Bools:
+        """Make the best swap that passes; whether there was one. [open banks]
+
+        ``gain`` [open banks, swaps of two slots, then of homes] of each bank's ``device``.
+        """
         is_done = np.zeros(len(banks), dtype=bool)
         for _ in range(_TRIES):
             best = gain.argmax(1)
             tried = np.nonzero(~is_done & (gain[np.arange(len(banks)), best] > _LEAST_GAIN))[0]
             if not len(tried):
                 break
-            found = self._exchanged(banks[tried], offers.device[tried], best[tried])
+            found = self._exchanged(banks[tried], device[tried], best[tried])
             passes = self._passes(banks[tried], found)
             chosen = banks[tried[passes]]
             self.now.slots[chosen] = found.slots[passes]
@@ -144,7 +129,7 @@ class _Search:
         return is_done
 
     def _exchanged(self, banks: Ints, device: Ints, chosen: Ints) -> Placed:
-        """These banks, each with one of the offers taken; the masses are those of before."""
+        """These banks, each with one swap made; the masses are those of before."""
         _, devices, width = self.now.slots.shape
         slots, home = self.now.slots[banks], self.now.home[banks]
         swaps = width * devices * width

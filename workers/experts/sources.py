@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -43,9 +43,15 @@ class ExpertSource(Protocol):
 class CheckpointSource:
     """Reads the checkpoint's files. Raises ``CheckpointError`` with the name of the file."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        """``checkpoint`` is this thread's own (``Checkpoint.another``)."""
+    def __init__(
+        self, checkpoint: Checkpoint, take: Callable[[int], None] = lambda num_bytes: None
+    ) -> None:
+        """``checkpoint`` is this thread's own (``Checkpoint.another``).
+
+        ``take`` is called with the size of a matrix that was read; it may wait, and raise.
+        """
         self._checkpoint = checkpoint
+        self._take = take
         self._first_bytes = checkpoint.loaded_bytes
         self._buffers: dict[tuple[int, int], Tensor] = {}
 
@@ -61,6 +67,7 @@ class CheckpointSource:
             for i, matrix in enumerate(matrices):
                 out = self._buffer(matrix.shape, dtype)
                 weight = self._checkpoint.read_stacked(matrix.parts, dtype, out)
+                self._take(weight.nbytes)
                 yield ExpertWeight(exchange.index, i, weight)
 
     def close(self) -> None:

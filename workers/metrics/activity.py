@@ -6,8 +6,6 @@ also counted within steps, at each exchange with the experts.
 
 from __future__ import annotations
 
-from types import TracebackType
-
 
 class Activity:
     """Counters of one data thread, read by the control thread."""
@@ -26,11 +24,6 @@ class Activity:
     def __enter__(self) -> None:
         self.is_waiting = True
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.is_waiting = False
         self.progress += 1

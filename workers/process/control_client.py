@@ -46,7 +46,7 @@ from cluster.core.frames import (
 )
 from cluster.core.release import RELEASE, check_release
 from workers.process.lease import Lease, LeaseClock, TermGuard
-from workers.transport.socket_io import WakePipe, receive_exactly
+from workers.transport.socket_io import WakePipe, receive_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,8 @@ class ControlClient:
                     is_closing = self._closing  # read first: all of the queue was sent before it
                     self._take_queue(outgoing)
                     if outgoing:
-                        _send_some(sock, outgoing)
+                        with contextlib.suppress(BlockingIOError):
+                            del outgoing[: sock.send(outgoing)]
                     if is_closing:
                         flush_until = min(flush_until, now + _FLUSH_S)
                         if not outgoing or now >= flush_until:
@@ -302,8 +303,8 @@ class ControlClient:
         nonce = secrets.token_hex(16)
         hello = ControlHello(worker=self._name, nonce=nonce, release=self._release)
         sock.sendall(encode(hello))
-        length = frame_length(_read_exactly(sock, _PREFIX_BYTES, deadline), MAX_HELLO_BYTES)
-        challenge = decode_hello(_read_exactly(sock, length, deadline))
+        length = frame_length(bytes(receive_bytes(sock, _PREFIX_BYTES, deadline)), MAX_HELLO_BYTES)
+        challenge = decode_hello(bytes(receive_bytes(sock, length, deadline)))
         if not isinstance(challenge, ControlChallenge):
             raise HandshakeError(f"{address} is no controller")
         expected = proof(self._token, CONTROLLER, nonce, challenge.nonce)
@@ -312,17 +313,6 @@ class ControlClient:
         ours = proof(self._token, "worker", nonce, challenge.nonce)
         sock.sendall(encode(ControlProof(proof=ours)))
         check_release(challenge.release, "the controller", self._release, self._name)
-
-
-def _read_exactly(sock: socket.socket, size: int, deadline: float) -> bytes:
-    data = bytearray(size)
-    receive_exactly(sock, memoryview(data), deadline)
-    return bytes(data)
-
-
-def _send_some(sock: socket.socket, outgoing: bytearray) -> None:
-    with contextlib.suppress(BlockingIOError):
-        del outgoing[: sock.send(outgoing)]
 
 
 def _finish(sock: socket.socket) -> None:

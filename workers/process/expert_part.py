@@ -26,7 +26,6 @@ from workers.experts.transfer.peer_source import (
     PEER,
     ExpertLender,
     PeerSource,
-    RateLimitedSource,
     expert_num_bytes,
 )
 from workers.experts.transfer.rate_limit import RateLimit
@@ -156,7 +155,7 @@ class ExpertPart:
         )
 
     def _open_checkpoint(self, source: Mapping[str, Any]) -> ExpertSource:
-        return RateLimitedSource(CheckpointSource(self._checkpoint.another()), self._rate(source))
+        return CheckpointSource(self._checkpoint.another(), self._rate(source).take)
 
     def _open_peer(self, source: Mapping[str, Any]) -> ExpertSource:
         rate = self._rate(source)

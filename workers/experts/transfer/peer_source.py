@@ -1,4 +1,4 @@
-"""Experts from the memory of another worker, and the rate limit of any source in a move.
+"""Experts from the memory of another worker.
 
 An item of the transfer (``workers.transport.peer_link``) is one expert: its matrices [out, in] in
 the model's dtype, row-major, exchange by exchange. Its key is bank and expert.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cluster.core.errors import ProtocolError
 from workers.experts.slots import ExpertSlots
-from workers.experts.sources import ExpertSource, ExpertWeight
+from workers.experts.sources import ExpertWeight
 from workers.experts.transfer.rate_limit import RateLimit
 from workers.model.config import BankSpec
 from workers.transport.peer_link import PeerClient, view_bytes
@@ -95,23 +95,3 @@ class PeerSource:
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
-
-
-class RateLimitedSource:
-    """Another source at a limited rate. Raises ``MoveGivenUpError`` when its time is over."""
-
-    def __init__(self, inner: ExpertSource, rate: RateLimit) -> None:
-        self._inner = inner
-        self._rate = rate
-
-    @property
-    def num_bytes(self) -> int:
-        return self._inner.num_bytes
-
-    def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
-        for weight in self._inner.weights(bank, expert, dtype):
-            self._rate.take(weight.weight.nbytes)
-            yield weight
-
-    def close(self) -> None:
-        self._inner.close()

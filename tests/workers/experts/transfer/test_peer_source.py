@@ -23,7 +23,6 @@ from workers.experts.transfer.peer_source import (
     KEY,
     ExpertLender,
     PeerSource,
-    RateLimitedSource,
     expert_num_bytes,
 )
 from workers.experts.transfer.rate_limit import RateLimit
@@ -300,10 +299,10 @@ def test_bytes_are_handed_out_at_the_rate() -> None:
 
 def test_any_source_keeps_to_the_rate(checkpoint: Checkpoint) -> None:
     bank = checkpoint.family.banks[0]
-    paced = RateLimitedSource(CheckpointSource(checkpoint), RateLimit(1e12, limit_s=TIMEOUT_S))
+    paced = CheckpointSource(checkpoint, RateLimit(1e12, limit_s=TIMEOUT_S).take)
     with closing(paced):
         assert len(list(paced.weights(bank, 1, torch.float32))) == 2
         assert paced.num_bytes == expert_num_bytes(bank, torch.float32)
-    given_up = RateLimitedSource(CheckpointSource(checkpoint), RateLimit(1.0, limit_s=0.01))
+    given_up = CheckpointSource(checkpoint, RateLimit(1.0, limit_s=0.01).take)
     with closing(given_up), pytest.raises(MoveGivenUpError):
         list(given_up.weights(bank, 1, torch.float32))
