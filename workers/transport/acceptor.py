@@ -2,23 +2,87 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import selectors
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from msgspec.structs import replace
 
+from cluster.core.addresses import split_address
 from cluster.core.errors import HandshakeError, PeerLostError
 from cluster.core.topology import Member
 from workers.transport.handshake import ConnectorHandshake, ListenerHandshake, PeerIdentity
-from workers.transport.pending import Pending, start_connect
 
 logger = logging.getLogger(__name__)
 
 _CONNECT_ATTEMPTS = 3
 _RETRY_S = 0.1
+_READ_BYTES = 4096
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A connection that is connecting, or in the handshake. Nothing here blocks.
+
+    The owner watches ``sock`` for ``events``, calls ``step`` when it is ready, and drops the
+    connection at ``deadline``.
+    """
+
+    sock: socket.socket
+    handshake: ListenerHandshake | ConnectorHandshake
+    who: str
+    """The peer's name, or its address until the name is known."""
+    member: Member | None
+    """The member to connect to; None for an accepted connection."""
+    deadline: float
+    """Monotonic time by which it must be an edge."""
+    out: bytes
+    """To be sent."""
+    is_connecting: bool
+
+    @property
+    def events(self) -> int:
+        return selectors.EVENT_WRITE if self.out else selectors.EVENT_READ
+
+    def step(self) -> bool:
+        """Continue as far as the socket allows; whether the handshake is over and all is sent.
+
+        Raises ``OSError`` when the address does not answer, ``HandshakeError`` otherwise.
+        """
+        if self.is_connecting:
+            code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, os.strerror(code))
+            self.is_connecting = False
+        try:
+            self._exchange()
+        except OSError as err:
+            raise HandshakeError(f"the connection broke in the handshake: {err}") from err
+        return self.handshake.done and not self.out
+
+    def _exchange(self) -> None:
+        self._send()
+        while not self.handshake.done:
+            try:
+                data = self.sock.recv(_READ_BYTES)
+            except BlockingIOError:
+                return
+            if not data:
+                raise HandshakeError("closed the connection during the handshake")
+            self.out += self.handshake.feed(data)
+            self._send()
+
+    def _send(self) -> None:
+        try:
+            while self.out:
+                self.out = self.out[self.sock.send(self.out) :]
+        except BlockingIOError:
+            return
 
 
 class Acceptor:
@@ -91,7 +155,7 @@ class Acceptor:
             return
         self._attempts[member.name] = (count + 1, now + _RETRY_S)
         try:
-            sock = start_connect(member.data_address)
+            sock = _start_connect(member.data_address)
         except (OSError, ValueError) as err:
             raise PeerLostError(member.name, f"{member.data_address}: {err}") from err
         self._add(sock, ConnectorHandshake(self._identity(), self._token), member.name, member)
@@ -130,17 +194,18 @@ class Acceptor:
         if pending.sock not in self._pending:
             return
         try:
-            pending.step()
+            is_finished = pending.step()
         except HandshakeError as err:
             self.refuse(pending.who, str(err))
             self._drop(pending)
-            if pending.member and pending.has_verdict:
+            handshake = pending.handshake
+            if isinstance(handshake, ConnectorHandshake) and handshake.has_verdict:
                 raise HandshakeError(f"{pending.who}: {err}") from err
             return
         except OSError as err:
             self._drop(pending)
             raise PeerLostError(pending.who, f"cannot connect: {err.strerror}") from err
-        if pending.finished:
+        if is_finished:
             self._finish(pending)
         else:
             self._selector.modify(pending.sock, pending.events, pending)
@@ -162,8 +227,9 @@ class Acceptor:
         who: str,
         member: Member | None,
     ) -> None:
+        out = handshake.start() if isinstance(handshake, ConnectorHandshake) else b""
         deadline = time.monotonic() + self._timeout_s
-        pending = Pending(sock, handshake, deadline=deadline, who=who, member=member)
+        pending = Pending(sock, handshake, who, member, deadline, out, member is not None)
         self._pending[sock] = pending
         self._selector.register(sock, pending.events, pending)
 
@@ -191,3 +257,16 @@ class Acceptor:
         else:
             self._release(pending)
             self._opened(pending.sock, peer, self.generation if member else peer.generation)
+
+
+def _start_connect(address: str) -> socket.socket:
+    """Begin to connect to ``host:port`` without waiting. Raises ``OSError``."""
+    info = socket.getaddrinfo(*split_address(address), type=socket.SOCK_STREAM)[0]
+    sock = socket.socket(info[0], info[1])
+    sock.setblocking(False)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    code = sock.connect_ex(info[4])
+    if code not in (0, errno.EINPROGRESS):
+        sock.close()
+        raise OSError(code, os.strerror(code))
+    return sock

@@ -11,7 +11,8 @@ sender's side in it, so that no proof can be reflected. Until the connector has 
 learns only a random nonce. Each message: 4 bytes magic, 2 bytes length, then a message of
 ``cluster.core.codec``.
 
-Both classes are plain state machines, bytes in and bytes out; ``pending`` moves the bytes.
+Both classes are plain state machines, bytes in and bytes out: ``acceptor`` and ``peer_link`` move
+the bytes.
 """
 
 from __future__ import annotations

@@ -16,12 +16,11 @@ from typing import NoReturn
 
 from cluster.core.errors import GenerationChangedError, PeerLostError
 from cluster.core.topology import Generation, Member, Role, holds_experts, runs_attention
-from workers.transport.acceptor import Acceptor
+from workers.transport.acceptor import Acceptor, Pending
 from workers.transport.edge import Edge
 from workers.transport.edge_table import EdgeTable
 from workers.transport.frames import Frame, FrameHeader, FrameKind
 from workers.transport.handshake import PeerIdentity
-from workers.transport.pending import Pending
 from workers.transport.socket_io import WakePipe
 
 _OPEN_SLICE_S = 0.1
