@@ -42,26 +42,18 @@ class StepResult:
     """What was recorded for sequences whose requests inspect the inside of the model."""
 
 
+@dataclass(kw_only=True, slots=True)
 class ModelRunner:
     """Runs plans on one attention rank, over any ``TokenDispatcher``."""
 
-    def __init__(
-        self,
-        *,
-        model: AttentionModel,
-        cache: KVCache,
-        banks: Sequence[BankSpec],
-        dispatcher: TokenDispatcher,
-        rank: int = 0,
-    ) -> None:
-        self.model = model
-        """May be replaced."""
-        self._cache = cache
-        self._banks = tuple(banks)
-        self._dispatcher = dispatcher
-        self._rank = rank
-        self.first_dispatch: float | None = None
-        """Monotonic seconds of the latest step's first dispatch, also when the step failed."""
+    model: AttentionModel
+    """May be replaced."""
+    cache: KVCache
+    banks: Sequence[BankSpec]
+    dispatcher: TokenDispatcher
+    rank: int = 0
+    first_dispatch: float | None = None
+    """Monotonic seconds of the latest step's first dispatch, also when the step failed."""
 
     def run(self, header: StepHeader, plan: Plan) -> StepResult | None:
         """Run a plan; None when it has no rows. Raises ``TransportError``.
@@ -70,16 +62,16 @@ class ModelRunner:
         fewer rows than granted, or none.
         """
         self.first_dispatch = None
-        if not header.grant(self._rank).num_rows:
+        if not header.grant(self.rank).num_rows:
             assert not plan.rows, "rows without a grant"
-            self._dispatcher.sit_out(header)
+            self.dispatcher.sit_out(header)
             return None
         order = sorted(range(len(plan.rows)), key=lambda i: batch_order(plan.rows[i]))
         planned = [plan.rows[i] for i in order]
-        parts = split_rows(planned, header.rows(self._rank, 0))[: header.num_micro_batches]
-        batches = [Batch(part, self._cache, self.model.device) for part in parts]
-        self._dispatcher.begin_step(header, [b.rows for b in batches])
-        routed: list[list[Routed]] = [[] for _ in self._banks]
+        parts = split_rows(planned, header.rows(self.rank, 0))[: header.num_micro_batches]
+        batches = [Batch(part, self.cache, self.model.device) for part in parts]
+        self.dispatcher.begin_step(header, [b.rows for b in batches])
+        routed: list[list[Routed]] = [[] for _ in self.banks]
         hidden = self._drive(batches, routed)
         if not plan.rows:
             return None
@@ -96,8 +88,8 @@ class ModelRunner:
 
     def _flow(self, batch: Batch) -> LayerSteps:
         if batch.inputs is None:
-            return _idle(self._banks, self.model)
-        return self.model.forward(batch.inputs, self._cache.layers, batch.recorder)
+            return _idle(self.banks, self.model)
+        return self.model.forward(batch.inputs, self.cache.layers, batch.recorder)
 
     def _drive(self, batches: Sequence[Batch], routed: list[list[Routed]]) -> list[Tensor]:
         """Resume the micro-batches alternately until all have ended; returns their hidden states.
@@ -115,7 +107,7 @@ class ModelRunner:
                     if handle is None:
                         sent = next(flow)
                     else:
-                        sent = flow.send(self._dispatcher.combine(handle))
+                        sent = flow.send(self.dispatcher.combine(handle))
                 except StopIteration as stop:
                     results.append(stop.value)
                     continue
@@ -132,7 +124,7 @@ class ModelRunner:
     def _dispatch(self, sent: Dispatch, micro_batch: int) -> DispatchHandle:
         if self.first_dispatch is None:
             self.first_dispatch = time.monotonic()
-        return self._dispatcher.dispatch(sent, micro_batch)
+        return self.dispatcher.dispatch(sent, micro_batch)
 
     def _result(
         self,

@@ -13,7 +13,7 @@ resuming two generators alternately.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -251,57 +251,48 @@ class Layer(Protocol):
         """hidden [T, H] -> [T, H]; cache is this layer's part of ``KVCache``."""
 
 
+@dataclass(kw_only=True)
 class AttentionModel:
     """Everything but the routed experts: embedding, layers, final norm, head."""
 
-    def __init__(
-        self,
-        *,
-        embedding: Tensor,
-        layers: Sequence[Layer],
-        norm: Tensor,
-        norm_eps: float,
-        head: Linear,
-        rope: Rope,
-        windows: Iterable[int] = (),
-    ) -> None:
-        """``head`` is lm_head, or a classifier's; ``windows`` are the widths that layers use."""
-        self._embedding = embedding
-        self.layers = tuple(layers)
-        """May be replaced."""
-        self._norm = norm
-        self._norm_eps = norm_eps
-        self._head = head
-        self._rope = rope
-        self._windows = tuple(windows)
+    embedding: Tensor
+    layers: Sequence[Layer]
+    """May be replaced."""
+    norm: Tensor
+    norm_eps: float
+    head: Linear
+    """lm_head, or a classifier's."""
+    rope: Rope
+    windows: Collection[int] = ()
+    """Widths that layers use."""
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._embedding.dtype
+        return self.embedding.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._embedding.device
+        return self.embedding.device
 
     def forward(
         self, inputs: ModelInputs, caches: Sequence[Tensor], recorder: Recorder | None = None
     ) -> LayerSteps:
         """Run all layers; returns the normed hidden states [T, H]. Writes the KV of its rows."""
-        cos, sin = self._rope.rows(inputs.positions, inputs.prompt_lengths)
-        windows = {width: inputs.attention.within(width) for width in self._windows}
+        cos, sin = self.rope.rows(inputs.positions, inputs.prompt_lengths)
+        windows = {width: inputs.attention.within(width) for width in self.windows}
         context = LayerContext(cos, sin, inputs.attention, windows, recorder)
-        hidden = functional.embedding(inputs.token_ids, self._embedding)
+        hidden = functional.embedding(inputs.token_ids, self.embedding)
         for first, rows in inputs.given:
             hidden[first : first + len(rows)] = rows
         for layer, cache in zip(self.layers, caches, strict=True):
             if recorder is not None:
                 recorder.hidden(hidden)
             hidden = yield from layer.forward(hidden, cache, context)
-        hidden = rms_norm(hidden, self._norm, self._norm_eps)
+        hidden = rms_norm(hidden, self.norm, self.norm_eps)
         if recorder is not None:
             recorder.hidden(hidden)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, H] -> [rows, vocab_size or classes], model dtype."""
-        return self._head(hidden)
+        return self.head(hidden)

@@ -110,8 +110,8 @@ class WorkerRuntime(ABC):
         self._frames: deque[ControlFrame] = deque()
         self.activity = Activity()
         self._reports = WorkerReports(
-            self.membership,
-            self.activity,
+            membership=self.membership,
+            activity=self.activity,
             stats=lambda: {**self._stats(), **self.step_metrics.stats()},
             load=self._load_report,
             load_every_s=self.config.load.report_s,

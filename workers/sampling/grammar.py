@@ -110,33 +110,22 @@ class GrammarState:
         return self._compiled.replay(fresh, self._output)
 
 
+@dataclass(slots=True, eq=False)
 class CompiledGrammar:
-    """A grammar that outputs can be started from; made by ``GrammarCompiler``.
+    """A grammar that outputs can be started from; made by ``GrammarCompiler``."""
 
-    Args:
-        grammar: what was compiled.
-        matcher: its state before any token.
-        buffer: for masks.
-        make_matcher: compiles it once more.
-    """
-
-    def __init__(
-        self,
-        grammar: Grammar,
-        matcher: llguidance.LLMatcher,
-        buffer: MaskBuffer,
-        make_matcher: Callable[[], llguidance.LLMatcher],
-    ) -> None:
-        self.grammar = grammar
-        self.buffer = buffer
-        self.is_spoiled = False
-        """The shared lexer has failed."""
-        self._matcher = matcher
-        self._make_matcher = make_matcher
+    grammar: Grammar
+    matcher: llguidance.LLMatcher
+    """The state before any token."""
+    buffer: MaskBuffer
+    make_matcher: Callable[[], llguidance.LLMatcher]
+    """Compiles the grammar once more."""
+    is_spoiled: bool = False
+    """The shared lexer has failed."""
 
     def start(self, output: Sequence[int] = ()) -> GrammarState:
         """State after the tokens ``output``. Raises ``RequestError`` if they do not follow it."""
-        state = GrammarState(self, self._matcher.deep_copy(), output)
+        state = GrammarState(self, self.matcher.deep_copy(), output)
         if not self.replay(state._matcher, output) and not state._renew():
             message = "output_so_far does not follow the request's grammar"
             raise RequestError(message, "output_so_far")
@@ -145,7 +134,7 @@ class CompiledGrammar:
     def renew(self) -> llguidance.LLMatcher | None:
         """The state before any token, with a lexer of its own; None where that would take long."""
         self.is_spoiled = True
-        return self._make_matcher() if len(self.grammar.text) <= _MAX_RENEWED_CHARS else None
+        return self.make_matcher() if len(self.grammar.text) <= _MAX_RENEWED_CHARS else None
 
     def replay(self, matcher: llguidance.LLMatcher, output: Sequence[int]) -> bool:
         """Add the tokens of an output; whether all could be.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,38 +21,31 @@ from workers.model.families.parts import gated_expert, part
 from workers.model.layers import Attend, AttentionModel, BuildingBlocks, GatedMlp, Layer, Linear
 
 
+@dataclass(frozen=True, slots=True)
 class Loader:
     """Makes building blocks of the named tensors of one layer, one tensor in memory at a time."""
 
-    def __init__(
-        self,
-        weights: WeightSource,
-        dtype: torch.dtype,
-        device: torch.device,
-        blocks: BuildingBlocks,
-        parts: Mapping[str, TensorPart],
-    ) -> None:
-        """``parts`` by short name; biases have the name of their matrix and ``_bias``."""
-        self._weights = weights
-        self._dtype = dtype
-        self._device = device
-        self._blocks = blocks
-        self._parts = parts
+    weights: WeightSource
+    dtype: torch.dtype
+    device: torch.device
+    blocks: BuildingBlocks
+    parts: Mapping[str, TensorPart]
+    """By short name; biases have the name of their matrix and ``_bias``."""
 
     def tensor(self, *names: str, dtype: torch.dtype | None = None) -> Tensor:
         """Tensors one under the other, in the model dtype unless another is given."""
-        parts = [self._parts[name] for name in names]
-        return self._weights.read_stacked(parts, dtype or self._dtype).to(self._device)
+        parts = [self.parts[name] for name in names]
+        return self.weights.read_stacked(parts, dtype or self.dtype).to(self.device)
 
     def linear(self, *names: str) -> Linear:
         """One product for all these matrices, with their biases where there are any."""
         biases = [f"{name}_bias" for name in names]
-        bias = self.tensor(*biases) if biases[0] in self._parts else None
-        return self._blocks.linear(self.tensor(*names), bias)
+        bias = self.tensor(*biases) if biases[0] in self.parts else None
+        return self.blocks.linear(self.tensor(*names), bias)
 
     def float32_linear(self, name: str) -> Linear:
         """A product in float32, without a bias; the matrix is rounded to the model dtype before."""
-        return self._blocks.linear(self.tensor(name).float(), None)
+        return self.blocks.linear(self.tensor(name).float(), None)
 
     def mlp(self, gate: str, up: str, down: str, activation: Activation) -> GatedMlp:
         return GatedMlp(self.linear(gate, up), self.linear(down), activation)
