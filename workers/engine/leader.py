@@ -40,7 +40,8 @@ def decide_header(
     alone = [r for r in order if proposals[r].is_alone and proposals[r].num_rows]
     if alone:
         chosen = alone[step % len(alone)]
-        proposals = {r: proposals[r] if r == chosen else _without_rows(proposals[r]) for r in order}
+        idle = {r: replace(p, decode_rows=0, prefill_rows=0) for r, p in proposals.items()}
+        proposals = {**idle, chosen: proposals[chosen]}
     left = max_prefill_rows
     prefill = dict.fromkeys(order, 0)
     wanting = [rank for rank in order if proposals[rank].prefill_rows]
@@ -63,7 +64,3 @@ def decide_header(
         exact=has_prefill,
         is_alone=bool(alone),
     )
-
-
-def _without_rows(proposal: StepProposal) -> StepProposal:
-    return replace(proposal, decode_rows=0, prefill_rows=0)

@@ -224,7 +224,7 @@ class AttentionRuntime(WorkerRuntime):
         assert self._stream is not None
         for turn in engine.take_turns():
             if (owner := self._owners.get(turn.request_id)) is not None:
-                self._stream.publish_turn(owner, turn)
+                self._stream.publish(owner, turn)
 
     def _run_step(self) -> None:
         engine = self._engine

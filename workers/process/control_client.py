@@ -204,7 +204,8 @@ class ControlClient:
                         outgoing += encode(beat)
                         next_beat = now + self._heartbeat_s
                     is_closing = self._closing  # read first: all of the queue was sent before it
-                    self._take_queue(outgoing)
+                    while self._queue:
+                        outgoing += self._queue.popleft()
                     if outgoing:
                         with contextlib.suppress(BlockingIOError):
                             del outgoing[: sock.send(outgoing)]
@@ -250,11 +251,6 @@ class ControlClient:
             )
         else:
             self._on_frame(frame)
-
-    def _take_queue(self, outgoing: bytearray) -> None:
-        with self._lock:
-            while self._queue:
-                outgoing += self._queue.popleft()
 
     # ---- connecting -----------------------------------------------------------------------
 

@@ -126,13 +126,9 @@ class EngineServer:
             raise OSError(f"the engine stream could not be served on {self._host}")
         return f"{self._host}:{self._port}"
 
-    def publish(self, gateway: str, step: StepOutput) -> None:
-        """Send a step's output to one gateway (any thread). A closed stream is ignored."""
-        self._call_soon(self._put, gateway, FROM_ENGINE.encode(step))
-
-    def publish_turn(self, gateway: str, turn: Turn) -> None:
-        """Tell a gateway that its request runs alone, or has done so (any thread)."""
-        self._call_soon(self._put, gateway, FROM_ENGINE.encode(turn))
+    def publish(self, gateway: str, message: StepOutput | Turn) -> None:
+        """Send an output or a turn to one gateway (any thread). A closed stream is ignored."""
+        self._call_soon(self._put, gateway, FROM_ENGINE.encode(message))
 
     def publish_kv(self, changes: HashChanges, fetch_cost: float) -> None:
         """Publish the cached blocks and the fetch cost to all gateways (any thread).
@@ -161,8 +157,6 @@ class EngineServer:
     ) -> AsyncIterator[bytes]:
         """One gateway's stream, from its hello to its end."""
         hello = await self._authenticate(messages, context)
-        facts = self._facts()
-        await self._check_release(hello, facts.worker, context)
         if self._is_closed:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker may not serve now")
         name = f"{hello.gateway}#{next(self._numbers)}"
@@ -171,7 +165,7 @@ class EngineServer:
         stream.put(self._all_kv())
         reader = asyncio.create_task(self._read(messages, stream))
         try:
-            yield ENGINE_HELLO.encode(replace(facts, release=self._release))
+            yield ENGINE_HELLO.encode(replace(self._facts(), release=self._release))
             while (message := await stream.queue.get()) is not None:
                 yield message
             if stream.error:
@@ -186,11 +180,8 @@ class EngineServer:
             reader.cancel()
             self._forget(stream)
 
-    async def _authenticate(
-        self,
-        messages: AsyncIterator[bytes],
-        context: _Context,
-    ) -> Hello:
+    async def _authenticate(self, messages: AsyncIterator[bytes], context: _Context) -> Hello:
+        """The hello of a gateway that knows the token and is of this release; else it aborts."""
         try:
             hello = HELLO.decode(await asyncio.wait_for(anext(messages), HELLO_TIMEOUT_S))
         except (TimeoutError, StopAsyncIteration, ProtocolError):
@@ -198,14 +189,12 @@ class EngineServer:
         if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
             logger.warning("engine stream from %s refused: no valid hello", context.peer())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a hello must come first")
-        return hello
-
-    async def _check_release(self, hello: Hello, worker: str, context: _Context) -> None:
         try:
-            check_release(hello.release, hello.gateway, self._release, worker)
+            check_release(hello.release, hello.gateway, self._release, self._facts().worker)
         except HandshakeError as err:
             logger.warning("engine stream refused: %s", err)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(err))
+        return hello
 
     async def _read(self, messages: AsyncIterator[bytes], stream: _GatewayStream) -> None:
         try:

@@ -341,7 +341,11 @@ class WorkerRuntime(ABC):
     def _on_frame(self, frame: ControlFrame) -> None:
         """Hand a frame to the data thread, and interrupt its wait where the frame demands it."""
         if isinstance(frame, LoadExperts):
-            self._order_experts(frame)
+            if self._experts is not None:
+                self._experts.order(frame)
+            else:
+                error = f"{self.member.name} has no expert slots"
+                self._send(ExpertsLoaded(order=frame.order, error=error))
             return
         if isinstance(frame, ControllerSnapshot):
             self._memory = frame.memory
@@ -364,13 +368,6 @@ class WorkerRuntime(ABC):
         order = self.membership.announced
         if self._experts and order and order.generation.number == frame.generation:
             self._experts.keep_only(order.placement)
-
-    def _order_experts(self, order: LoadExperts) -> None:
-        if self._experts is not None:
-            self._experts.order(order)
-        else:
-            error = f"{self.member.name} has no expert slots"
-            self._send(ExpertsLoaded(order=order.order, error=error))
 
     def _interrupt(self, generation: int) -> None:
         if self._connections is not None:

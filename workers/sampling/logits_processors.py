@@ -65,14 +65,6 @@ class TokenCounts:
         logits[tokens] = values.clamp_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
 
 
-def _needs_counts(params: SamplingParams) -> bool:
-    return (
-        params.repetition_penalty != 1.0
-        or params.frequency_penalty != 0.0
-        or params.presence_penalty != 0.0
-    )
-
-
 class BadWords:
     """Token sequences that must not be in an output: the last token is masked after the others.
 
@@ -141,7 +133,7 @@ class LogitsProcessors:
         self._sequence = sequence
         self._eos = eos_token_ids
         self._counts: TokenCounts | None = None
-        if _needs_counts(params):
+        if params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty:
             self._counts = TokenCounts(params, sequence.request.prompt, sequence.output)
         self._bad_words = BadWords(params.bad_words) if params.bad_words else None
         self.grammar = grammar

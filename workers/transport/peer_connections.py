@@ -250,11 +250,6 @@ class PeerConnections:
         has_attention = member.runs_attention or runs_attention(self.me.role)
         return member.name != self.me.name and has_attention
 
-    def _connects_to(self, member: Member) -> bool:
-        return runs_attention(self.me.role) and (
-            not member.runs_attention or member.rank < self.me.rank
-        )
-
     def _edge(self, name: str) -> Edge:
         self.check()
         edge = self.edges.get(name)
@@ -313,8 +308,8 @@ class PeerConnections:
     def _open_missing(self) -> bool:
         """Open the edges that this side must open; True when all edges are open."""
         missing = [m for m in self._members.values() if m.name not in self.edges]
-        for member in missing:
-            if self._connects_to(member):
+        for member in missing if runs_attention(self.me.role) else ():
+            if not member.runs_attention or member.rank < self.me.rank:
                 self._acceptor.connect(member)
         return not missing
 
