@@ -1,8 +1,8 @@
-"""Which experts share a device: swap homes of experts that have no second copy.
+"""Which experts share a device: swap primary copies of experts that have no second copy.
 
-Where spare copies exist, split weights even out the load that a device gets, so homes are free to
-serve other ends within limits: decode steps whose worst device activates few slots, and experts
-that fire together on one device, so that a token goes to fewer devices.
+Where spare copies exist, split weights even out the load that a device gets, so primary copies are
+free to serve other ends within limits: decode steps whose worst device activates few slots, and
+experts that fire together on one device, so that a token goes to fewer devices.
 
 Every round takes one device of each bank and makes its best swap with any other device.
 """
@@ -23,12 +23,12 @@ AFFINITY_PRICE = 60.0
 
 
 class Arrangement:
-    """Homes of all banks, and what they cost."""
+    """Primary copies of all banks, and what they cost."""
 
     def __init__(
         self,
         slots: Ints,
-        home: Ints,
+        primary: Ints,
         loads: Floats,
         weight: Floats,
         speeds: Floats,
@@ -42,17 +42,17 @@ class Arrangement:
         expert = slots[bank, device, slot]
         count = np.zeros((banks, experts))
         np.add.at(count, (bank, expert), 1.0)
-        self.home = home.copy()
+        self.primary = primary.copy()
         self.is_single: Bools = count == 1
         self._rows = np.arange(banks)
         self._relative = relative_speeds(speeds)
         self._load = loads * (speeds > 0).sum()
         self._weight = weight
         self._affinity = affinity
-        self._level = np.zeros((banks, devices))
-        np.add.at(self._level, (bank, device), (self._load / count)[bank, expert])
+        self._utilization = np.zeros((banks, devices))
+        np.add.at(self._utilization, (bank, device), (self._load / count)[bank, expert])
         self._decode = np.zeros((banks, devices))
-        np.add.at(self._decode, (self._rows[:, None], home), weight)
+        np.add.at(self._decode, (self._rows[:, None], primary), weight)
         self._top = self._decode.mean(1, keepdims=True)
         has_spares = bool((count > 1).any())
         self._load_price = LOAD_PRICE if has_spares else LOAD_PRICE_WITHOUT_SPARES
@@ -63,18 +63,18 @@ class Arrangement:
                 here[expert[bank == b], device[bank == b]] = 1.0
                 self._near[b] = affinity[b] @ here
 
-    def _cost(self, level: Floats, decode: Floats, relative: Floats) -> Floats:
+    def _cost(self, utilization: Floats, decode: Floats, relative: Floats) -> Floats:
         spread = decode / relative - self._top[:, :, None]
-        return np.asarray(np.exp(spread) + self._load_price * (level / relative - 1.0) ** 2)
+        return np.asarray(np.exp(spread) + self._load_price * (utilization / relative - 1.0) ** 2)
 
     def improve(self, device: Ints) -> Bools:
         """The best swap of each bank's ``device``; whether there was one that helps."""
         rows = self._rows
-        mine = (self.home == device[:, None]) & self.is_single
+        mine = (self.primary == device[:, None]) & self.is_single
         width = max(int(mine.sum(1).max()), 1)
         own = np.argsort(~mine, axis=1, kind="stable")[:, :width]
         is_own = mine[rows[:, None], own]
-        other = self.home
+        other = self.primary
         gain = self._gain(device, own, other)
         allowed = is_own[:, :, None] & (self.is_single & (other != device[:, None]))[:, None, :]
         gain = np.where(allowed, gain, -np.inf).reshape(len(rows), -1)
@@ -86,20 +86,20 @@ class Arrangement:
         return np.asarray(helps)
 
     def _gain(self, device: Ints, own: Ints, other: Ints) -> Floats:
-        """[banks, own, experts] how much swapping the homes of two experts helps."""
+        """[banks, own, experts] how much swapping the primary copies of two experts helps."""
         rows = self._rows[:, None]
-        here_level = self._level[rows, device[:, None]][:, :, None]
+        here_utilization = self._utilization[rows, device[:, None]][:, :, None]
         here_decode = self._decode[rows, device[:, None]][:, :, None]
-        there_level = self._level[rows, other][:, None, :]
+        there_utilization = self._utilization[rows, other][:, None, :]
         there_decode = self._decode[rows, other][:, None, :]
         moved = self._load[rows, own][:, :, None] - self._load[:, None, :]
         weight = self._weight[rows, own][:, :, None] - self._weight[:, None, :]
         here = self._relative[device][:, None, None]
         there = self._relative[other][:, None, :]
-        gain = self._cost(here_level, here_decode, here)
-        gain = gain + self._cost(there_level, there_decode, there)
-        gain = gain - self._cost(here_level - moved, here_decode - weight, here)
-        gain = gain - self._cost(there_level + moved, there_decode + weight, there)
+        gain = self._cost(here_utilization, here_decode, here)
+        gain = gain + self._cost(there_utilization, there_decode, there)
+        gain = gain - self._cost(here_utilization - moved, here_decode - weight, here)
+        gain = gain - self._cost(there_utilization + moved, there_decode + weight, there)
         if self._affinity is not None:
             gain = gain + AFFINITY_PRICE * self._joined(device, own, other)
         return np.asarray(gain)
@@ -117,9 +117,9 @@ class Arrangement:
         return np.asarray(arrive - stay - 2.0 * pair)
 
     def _swap(self, rows: Ints, first: Ints, second: Ints) -> None:
-        here, there = self.home[rows, first], self.home[rows, second]
-        self.home[rows, first], self.home[rows, second] = there, here
-        for values, sums in ((self._load, self._level), (self._weight, self._decode)):
+        here, there = self.primary[rows, first], self.primary[rows, second]
+        self.primary[rows, first], self.primary[rows, second] = there, here
+        for values, sums in ((self._load, self._utilization), (self._weight, self._decode)):
             difference = values[rows, first] - values[rows, second]
             sums[rows, here] -= difference
             sums[rows, there] += difference
@@ -131,22 +131,22 @@ class Arrangement:
     def costliest(self, skipped: Bools) -> Ints:
         """The device of each bank with the largest cost, but for ``skipped``."""
         cost = self._cost(
-            self._level[:, :, None], self._decode[:, :, None], self._relative[None, :, None]
+            self._utilization[:, :, None], self._decode[:, :, None], self._relative[None, :, None]
         )
         return np.asarray(np.where(skipped, -np.inf, cost[:, :, 0]).argmax(1))
 
 
 def arrange(
     slots: Ints,
-    home: Ints,
+    primary: Ints,
     loads: Floats,
     weight: Floats,
     speeds: Floats,
     affinity: Floats | None = None,
     rounds: int = 40,
 ) -> tuple[Ints, Ints]:
-    """Slots and home after swaps; every device keeps its number of slots and of homes."""
-    state = Arrangement(slots, home, loads, weight, speeds, affinity)
+    """Slots and primary copies after swaps; every device keeps its number of both."""
+    state = Arrangement(slots, primary, loads, weight, speeds, affinity)
     tried = np.zeros(slots.shape[:2], dtype=bool)
     tried[:, speeds == 0] = True
     idle = tried.copy()
@@ -161,11 +161,11 @@ def arrange(
         tried[helped] = idle[helped]
         if tried.all():
             break
-    return _moved(slots, home, state.home, state.is_single), state.home
+    return _moved(slots, primary, state.primary, state.is_single), state.primary
 
 
 def _moved(slots: Ints, before: Ints, after: Ints, is_single: Bools) -> Ints:
-    """The slots with the single copies where their new homes are."""
+    """The slots with the single copies where they are now."""
     slots = slots.copy()
     for b in np.nonzero((before != after).any(1))[0]:
         gone = is_single[b] & (before[b] != after[b])

@@ -36,8 +36,8 @@ class PlacedGroup:
     load: Floats
     """``loads``, normalised."""
     slots: Ints
-    home: Ints
-    masses: Floats
+    primary: Ints
+    slot_loads: Floats
     """By the placement's own split weights."""
     speeds: Floats
     """[num_devices]."""
@@ -55,15 +55,15 @@ def placed_groups(
     for loads in equally_large(profile):
         experts = len(loads[0].counts)
         banks = tuple(placed[b.bank, b.layer] for b in loads)
-        slots, home = slot_arrays(banks, topology.capacities(experts))
+        slots, primary = slot_arrays(banks, topology.capacities(experts))
         load = normalised([b.counts for b in loads])
         yield PlacedGroup(
             loads=loads,
             banks=banks,
             load=load,
             slots=slots,
-            home=home,
-            masses=_own_masses(banks, slots, load),
+            primary=primary,
+            slot_loads=_slot_loads(banks, slots, load),
             speeds=topology.speeds(experts),
         )
 
@@ -82,10 +82,12 @@ def assess(
     balance: dict[tuple[str, int], float] = {}
     peaks = dict.fromkeys(PREDICTED_ROWS, 0.0)
     for group in groups:
-        found = cost.balancedness(group.masses, group.speeds).tolist()
+        found = cost.balancedness(group.slot_loads, group.speeds).tolist()
         balance |= {(b.bank, b.layer): value for b, value in zip(group.loads, found, strict=True)}
         for rows in PREDICTED_ROWS:
-            over = cost.slots_over_floor(group.load, group.home, group.speeds, profile.top_k, rows)
+            over = cost.slots_over_floor(
+                group.load, group.primary, group.speeds, profile.top_k, rows
+            )
             peaks[rows] += over * len(group.loads) / len(profile.banks)
     moves: list[Move] = []
     if current is not None:
@@ -117,8 +119,8 @@ def banks_of(
     return dict(banks)
 
 
-def _own_masses(banks: Sequence[BankPlacement], slots: Ints, loads: Floats) -> Floats:
-    """Masses by the placements' own split weights."""
+def _slot_loads(banks: Sequence[BankPlacement], slots: Ints, loads: Floats) -> Floats:
+    """Slot loads by the placements' own split weights."""
     width = slots.shape[2]
     shares = np.zeros(slots.shape)
     for b, bank in enumerate(banks):

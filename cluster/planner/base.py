@@ -2,10 +2,12 @@
 
 The algorithms work on all banks with equally many experts at once, as arrays:
 
-    slots  [num_banks, num_devices, num_slots] int64, expert in each slot, ``FREE_SLOT`` for none
-    loads  [num_banks, num_experts] float64, each bank's loads divided by their sum
-    masses [num_banks, num_devices, num_slots] float64, the share of the bank's load a slot takes
-    home   [num_banks, num_experts] int64, the device that serves the expert in decode steps
+    slots       [num_banks, num_devices, num_slots] int64, expert in a slot, ``FREE_SLOT`` for none
+    loads       [num_banks, num_experts] float64, each bank's loads divided by their sum
+    slot_loads  [num_banks, num_devices, num_slots] float64, share of the bank's load in a slot
+    primary     [num_banks, num_experts] int64, the decode device: that of the primary copy
+
+The utilization of a device is its load over its speed.
 """
 
 from __future__ import annotations
@@ -232,7 +234,10 @@ def relative_speeds(speeds: Floats) -> Floats:
 
 
 def slot_arrays(banks: Sequence[BankPlacement], capacities: Ints) -> tuple[Ints, Ints]:
-    """Slots and home of placed banks. Raises ``ConfigError`` where a device has too few slots."""
+    """Slots and primary copies of placed banks.
+
+    Raises ``ConfigError`` where a device has too few slots.
+    """
     width = int(capacities.max())
     slots = np.full((len(banks), len(capacities), width), FREE_SLOT)
     for b, bank in enumerate(banks):
@@ -247,7 +252,7 @@ def slot_arrays(banks: Sequence[BankPlacement], capacities: Ints) -> tuple[Ints,
 
 
 def placed(
-    loads: Sequence[BankLoad], slots: Ints, shares: Floats, home: Ints, capacities: Ints
+    loads: Sequence[BankLoad], slots: Ints, shares: Floats, primary: Ints, capacities: Ints
 ) -> list[BankPlacement]:
     """Arrays as maps, every device with its own number of slots."""
     banks = []
@@ -262,7 +267,7 @@ def placed(
                     tuple(s[:n]) for s, n in zip(maps, capacities, strict=True)
                 ),
                 split=tuple(tuple(s[:n]) for s, n in zip(split, capacities, strict=True)),
-                decode_device=tuple(home[b].tolist()),
+                decode_device=tuple(primary[b].tolist()),
             )
         )
     return banks

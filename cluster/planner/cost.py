@@ -1,4 +1,4 @@
-"""What a placement costs: the levels of its devices in prefill, activated slots in decode.
+"""What a placement costs: the utilization of its devices in prefill, activated slots in decode.
 
 Layers run in lockstep, so the cost of a placement is the sum over banks of the busiest device.
 """
@@ -13,14 +13,14 @@ import numpy as np
 from cluster.planner.base import Floats, Ints, relative_speeds
 
 
-def levels(masses: Floats, speeds: Floats) -> Floats:
+def utilization(slot_loads: Floats, speeds: Floats) -> Floats:
     """[num_banks, num_devices] load over speed; 1 everywhere is perfect balance."""
-    return np.asarray(masses.sum(-1) / np.maximum(speeds, 1e-9))
+    return np.asarray(slot_loads.sum(-1) / np.maximum(speeds, 1e-9))
 
 
-def balancedness(masses: Floats, speeds: Floats) -> Floats:
+def balancedness(slot_loads: Floats, speeds: Floats) -> Floats:
     """[num_banks] mean over maximum of load over speed, the mean weighted by speed."""
-    return np.asarray(1.0 / levels(masses, speeds).max(1))
+    return np.asarray(1.0 / utilization(slot_loads, speeds).max(1))
 
 
 def activation(loads: Floats, top_k: int, rows: int) -> Floats:
@@ -28,13 +28,13 @@ def activation(loads: Floats, top_k: int, rows: int) -> Floats:
     return np.asarray(1.0 - (1.0 - np.minimum(loads * top_k, 1.0)) ** rows)
 
 
-def expected_peak(active: Floats, home: Ints, speeds: Floats) -> Floats:
+def expected_peak(active: Floats, primary: Ints, speeds: Floats) -> Floats:
     """[num_banks] expected activated slots of the worst device, in slots of a device of mean speed.
 
     active [num_banks, num_experts]: independent probabilities; the distribution of each device's
     sum is exact, devices count as independent.
     """
-    chance = _by_device(active, home, len(speeds))
+    chance = _by_device(active, primary, len(speeds))
     below = np.minimum(sum_distribution(chance).cumsum(2), 1.0)
     relative = relative_speeds(speeds)
     if np.allclose(relative, 1.0):
@@ -42,10 +42,10 @@ def expected_peak(active: Floats, home: Ints, speeds: Floats) -> Floats:
     return _weighted_peak(below, relative)
 
 
-def _by_device(active: Floats, home: Ints, devices: int) -> Floats:
-    """[num_banks, num_devices, most homes on one] probabilities, 0 where a device has fewer."""
+def _by_device(active: Floats, primary: Ints, devices: int) -> Floats:
+    """[num_banks, num_devices, most primary copies on one] probabilities, 0 where it has fewer."""
     banks = len(active)
-    row = (home + devices * np.arange(banks)[:, None]).ravel()
+    row = (primary + devices * np.arange(banks)[:, None]).ravel()
     order = np.argsort(row, kind="stable")
     row = row[order]
     place = np.arange(len(row)) - np.searchsorted(row, row)
@@ -75,9 +75,9 @@ def _weighted_peak(below: Floats, relative: Floats) -> Floats:
     return total
 
 
-def slots_over_floor(loads: Floats, home: Ints, speeds: Floats, top_k: int, rows: int) -> float:
+def slots_over_floor(loads: Floats, primary: Ints, speeds: Floats, top_k: int, rows: int) -> float:
     """Mean over banks of the expected peak over the least, ``ceil(distinct experts / devices)``."""
     active = activation(loads, top_k, rows)
     devices = int((speeds > 0).sum())
     floor = [math.ceil(round(float(u) / devices, 9)) for u in active.sum(1)]
-    return float((expected_peak(active, home, speeds) / floor).mean())
+    return float((expected_peak(active, primary, speeds) / floor).mean())

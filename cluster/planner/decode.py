@@ -32,20 +32,22 @@ def weights(loads: Floats, top_k: int, rows: int) -> Floats:
     return np.asarray(np.log1p(activation(loads, top_k, rows) * (math.exp(_S) - 1.0)))
 
 
-def assign(slots: Ints, loads: Floats, speeds: Floats, home: Ints, top_k: int, rows: int) -> Ints:
-    """A table for batches of ``rows``, by the expected peak no worse than ``home`` for any more."""
+def assign(
+    slots: Ints, loads: Floats, speeds: Floats, primary: Ints, top_k: int, rows: int
+) -> Ints:
+    """Primary copies for batches of ``rows``, by the expected peak no worse for any more rows."""
     weight = weights(loads, top_k, rows)
     relative = relative_speeds(speeds)
     copies = _copy_table(slots, loads.shape[1])
-    table = _swept(copies, weight, relative, home)
+    table = _swept(copies, weight, relative, primary)
     for b in range(len(table)):
         _exchange_along_paths(copies[b], weight[b], relative, table[b])
     is_better = np.ones(len(table), dtype=bool)
     for batch in (rows, 4 * rows, 16 * rows):
         active = activation(loads, top_k, batch)
-        before = expected_peak(active, home, speeds)
+        before = expected_peak(active, primary, speeds)
         is_better &= expected_peak(active, table, speeds) <= before + 1e-9
-    return np.where(is_better[:, None], table, home)
+    return np.where(is_better[:, None], table, primary)
 
 
 def _copy_table(slots: Ints, num_experts: int) -> Ints:
@@ -61,11 +63,11 @@ def _copy_table(slots: Ints, num_experts: int) -> Ints:
     return table.reshape(banks, num_experts, -1)
 
 
-def _swept(copies: Ints, weight: Floats, relative: Floats, home: Ints) -> Ints:
+def _swept(copies: Ints, weight: Floats, relative: Floats, primary: Ints) -> Ints:
     """Give each expert with several copies, busiest first, to its lightest device; some sweeps."""
     banks = len(copies)
     rows = np.arange(banks)
-    table = home.copy()
+    table = primary.copy()
     load = np.zeros((banks, len(relative)))
     np.add.at(load, (rows[:, None], table), weight)
     several = (copies >= 0).sum(2) > 1
@@ -116,8 +118,8 @@ def _better_path(
     load: Floats,
 ) -> list[tuple[int, int]] | None:
     """Breadth-first from the heaviest device; the shortest path that lowers the sum of peaks."""
-    level = load / relative
-    start = int(level.argmax())
+    utilization = load / relative
+    start = int(utilization.argmax())
     leaving: dict[int, list[int]] = {}
     for e in several:
         leaving.setdefault(int(table[e]), []).append(e)
@@ -130,7 +132,7 @@ def _better_path(
                 if device < 0 or device in path:
                     continue
                 path[device] = [*path[at], (e, device)]
-                fits = (load[device] + weight[e]) / relative[device] < level[start]
+                fits = (load[device] + weight[e]) / relative[device] < utilization[start]
                 if fits and _gain(path[device], start, weight, relative, load) > 1e-9:
                     return path[device]
                 queue.append(device)

@@ -54,7 +54,8 @@ def improved(
     zero: they are to be solved afterwards.
     """
     work = [
-        _Bank(bank, topology, _work(profile, bank, rows, slot_tokens)) for bank in placement.banks
+        _BankTrades(bank, topology, _work(profile, bank, rows, slot_tokens))
+        for bank in placement.banks
     ]
     is_open = [True] * len(work)
     while budget > 0 and any(is_open):
@@ -73,7 +74,7 @@ def _work(profile: LoadProfile, bank: BankPlacement, rows: int, slot_tokens: flo
     return work
 
 
-class _Bank:
+class _BankTrades:
     """One bank while it is improved."""
 
     def __init__(
@@ -85,7 +86,7 @@ class _Bank:
         capacities = topology.capacities(bank.num_experts)
         for row, capacity in zip(self._rows, capacities.tolist(), strict=True):
             row += [FREE_SLOT] * (capacity - len(row))
-        self._home = list(bank.decode_device)
+        self._primary = list(bank.decode_device)
         self._copies = Counter(e for row in self._rows for e in row if e != FREE_SLOT)
         self._least = max(1, min(2, *self._copies.values()))
         speeds = topology.speeds(bank.num_experts)
@@ -93,11 +94,11 @@ class _Bank:
 
     def step(self, budget: int) -> int | None:
         """The best trade; slots that it changed, None where there is none."""
-        level = [self._level(device) for device in range(len(self._rows))]
-        busiest = max(range(len(level)), key=lambda d: level[d])
-        trades = (t for t in self._trades(busiest, level) if self._cost(t) <= budget)
+        utilization = [self._utilization(device) for device in range(len(self._rows))]
+        busiest = max(range(len(utilization)), key=lambda d: utilization[d])
+        trades = (t for t in self._trades(busiest, utilization) if self._cost(t) <= budget)
         best = min(trades, key=lambda t: (t.peak, t.to, t.gives, t.takes), default=None)
-        if best is None or best.peak > level[busiest] * (1.0 - _LEAST_GAIN):
+        if best is None or best.peak > utilization[busiest] * (1.0 - _LEAST_GAIN):
             return None
         used = self._cost(best)
         self._apply(best, busiest)
@@ -105,23 +106,23 @@ class _Bank:
 
     def result(self) -> BankPlacement:
         """The maps now."""
-        return replace(with_slots(self._bank, self._rows), decode_device=tuple(self._home))
+        return replace(with_slots(self._bank, self._rows), decode_device=tuple(self._primary))
 
-    def _level(self, device: int, change: float = 0.0) -> float:
-        own = sum(self._work[e] for e, home in enumerate(self._home) if home == device)
+    def _utilization(self, device: int, change: float = 0.0) -> float:
+        own = sum(self._work[e] for e, primary in enumerate(self._primary) if primary == device)
         return (own + change) / self._speed[device] if self._speed[device] > _EPS else 0.0
 
-    def _trades(self, busiest: int, level: Sequence[float]) -> Iterator[_Trade]:
-        gives = [e for e, home in enumerate(self._home) if home == busiest]
+    def _trades(self, busiest: int, utilization: Sequence[float]) -> Iterator[_Trade]:
+        gives = [e for e, primary in enumerate(self._primary) if primary == busiest]
         for to in range(len(self._rows)):
-            if to == busiest or self._speed[to] <= _EPS or level[to] >= level[busiest]:
+            if to == busiest or self._speed[to] <= _EPS or utilization[to] >= utilization[busiest]:
                 continue
             room = self._room(to)
             for expert in gives:
                 work = self._work[expert]
                 slot = -1 if expert in self._rows[to] else room
                 if slot is not None:
-                    peak = max(self._level(busiest, -work), self._level(to, work))
+                    peak = max(self._utilization(busiest, -work), self._utilization(to, work))
                     yield _Trade(peak, expert, to, slot)
                 if slot != -1:
                     yield from self._swaps(busiest, to, expert)
@@ -130,10 +131,10 @@ class _Bank:
         """Slots are swapped, so that every expert has as many copies as before."""
         for slot, other in enumerate(self._rows[to]):
             less = self._work[expert] - self._work[other]
-            if other == FREE_SLOT or self._home[other] != to or less <= 0:
+            if other == FREE_SLOT or self._primary[other] != to or less <= 0:
                 continue
             if other not in self._rows[busiest]:
-                peak = max(self._level(busiest, -less), self._level(to, less))
+                peak = max(self._utilization(busiest, -less), self._utilization(to, less))
                 yield _Trade(peak, expert, to, slot, other)
 
     def _room(self, device: int) -> int | None:
@@ -144,7 +145,7 @@ class _Bank:
         spare = [
             (self._work[e], s)
             for s, e in enumerate(row)
-            if self._copies[e] > self._least and self._home[e] != device
+            if self._copies[e] > self._least and self._primary[e] != device
         ]
         return min(spare)[1] if spare else None
 
@@ -152,7 +153,7 @@ class _Bank:
         return 0 if trade.slot == -1 else 1 if trade.takes == FREE_SLOT else 2
 
     def _apply(self, trade: _Trade, busiest: int) -> None:
-        self._home[trade.gives] = trade.to
+        self._primary[trade.gives] = trade.to
         if trade.slot == -1:
             return
         self._copies[self._rows[trade.to][trade.slot]] -= 1
@@ -162,4 +163,4 @@ class _Bank:
             self._rows[busiest][self._rows[busiest].index(trade.gives)] = trade.takes
             self._copies[trade.gives] -= 1
             self._copies[trade.takes] += 1
-            self._home[trade.takes] = busiest
+            self._primary[trade.takes] = busiest

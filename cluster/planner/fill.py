@@ -1,10 +1,10 @@
 """A placement from scratch: how many copies each expert has, and where.
 
-Every device first gets its part of the experts (their homes, which serve decode steps), then its
-spare slots get second copies. What makes a placement good is not only that the loads balance now:
-the copies should join all devices into one connected whole, so that shares alone can carry load
-from any device to any other later. So a spare copy goes to a device that is not yet connected with
-the expert's home; the busiest experts, which carry most, are the ones that are copied.
+Every device first gets its part of the experts (their primary copies, which serve decode steps),
+then its spare slots get redundant copies. What makes a placement good is not only that the loads
+balance now: the copies should join all devices into one connected whole, so that shares alone can
+carry load from any device to any other later. So a redundant copy goes to a device that is not yet
+connected with the primary copy's; the busiest experts, which carry most, are the ones copied.
 
 All banks are filled at once, one copy of each bank per round.
 """
@@ -20,24 +20,24 @@ from cluster.planner.base import Bools, Floats, Ints
 def fill(
     loads: Floats, capacities: Ints, speeds: Floats, nodes: Ints, two_nodes: bool
 ) -> tuple[Ints, Ints]:
-    """Slots and home for all banks. ``two_nodes``: every expert gets copies on two nodes."""
+    """Slots and primary copies of all banks. ``two_nodes``: each expert has copies on two nodes."""
     width = int(capacities.max())
-    quota = home_quota(capacities, speeds, loads.shape[1])
+    quota = primary_quota(capacities, speeds, loads.shape[1])
     capacities = np.minimum(capacities, loads.shape[1])
     replicas = _replicas(loads, int(capacities.sum()), capacities, two_nodes)
     board = _Board(loads, quota, capacities, speeds, nodes)
-    expert, is_home = _copies(loads, replicas)
+    expert, is_primary = _copies(loads, replicas)
     for step in range(expert.shape[1]):
-        board.put(expert[:, step], is_home[:, step], loads, replicas)
+        board.put(expert[:, step], is_primary[:, step], loads, replicas)
     if two_nodes:
         for b in np.nonzero((board.num_nodes() < 2).any(1))[0]:
-            board.held[b], board.home[b] = _wrapped(loads[b], capacities, nodes)
+            board.held[b], board.primary[b] = _wrapped(loads[b], capacities, nodes)
     board.use_leftovers(loads)
-    return board.slots(width), board.home
+    return board.slots(width), board.primary
 
 
-def home_quota(capacities: Ints, speeds: Floats, num_experts: int) -> Ints:
-    """[num_devices] experts that have their home on a device: by speed, within the slots."""
+def primary_quota(capacities: Ints, speeds: Floats, num_experts: int) -> Ints:
+    """[num_devices] primary copies that a device gets: by speed, within the slots."""
     capacities = np.minimum(capacities, num_experts)
     quota = np.zeros(len(capacities), dtype=np.int64)
     for _ in range(num_experts):
@@ -65,16 +65,16 @@ def _replicas(loads: Floats, total: int, capacities: Ints, two_nodes: bool) -> I
 
 
 def _copies(loads: Floats, replicas: Ints) -> tuple[Ints, Bools]:
-    """[num_banks, num_copies] experts in the order they are placed, and whether it is the home.
+    """[num_banks, num_copies] experts in the order they are placed, and which copies are primary.
 
     Experts with several copies come first, then by falling load.
     """
     order = np.lexsort((-loads, replicas == 1), axis=1)
     rows = [np.repeat(o, r[o]) for o, r in zip(order, replicas, strict=True)]
     expert = np.array(rows)
-    is_home = np.ones(expert.shape, dtype=bool)
-    is_home[:, 1:] = expert[:, 1:] != expert[:, :-1]
-    return expert, is_home
+    is_primary = np.ones(expert.shape, dtype=bool)
+    is_primary[:, 1:] = expert[:, 1:] != expert[:, :-1]
+    return expert, is_primary
 
 
 class _Board:
@@ -86,52 +86,52 @@ class _Board:
         banks, experts = loads.shape
         devices = len(quota)
         self.held = np.zeros((banks, experts, devices), dtype=bool)
-        self.home = np.full((banks, experts), -1)
-        self._homes_left = np.tile(quota, (banks, 1))
+        self.primary = np.full((banks, experts), -1)
+        self._primaries_left = np.tile(quota, (banks, 1))
         self._spares_left = np.tile(capacities - quota, (banks, 1))
         self._capacities = capacities
         self._spares = np.maximum(capacities - quota, 1)
         self._quota = np.maximum(quota, 1)
-        self._shared_homes = np.zeros((banks, devices))
-        self._level = np.zeros((banks, devices))
+        self._shared_primaries = np.zeros((banks, devices))
+        self._utilization = np.zeros((banks, devices))
         self._speeds = np.maximum(speeds, 1e-12)
         self._nodes = nodes
         self._part = np.tile(np.arange(devices), (banks, 1))
         self._rows = np.arange(banks)
 
-    def put(self, expert: Ints, is_home: Bools, loads: Floats, replicas: Ints) -> None:
+    def put(self, expert: Ints, is_primary: Bools, loads: Floats, replicas: Ints) -> None:
         """Place one copy in each bank, where there is a device for it."""
         rows = self._rows
-        home = self.home[rows, expert]
+        primary = self.primary[rows, expert]
         held = self.held[rows, expert]
-        room = np.where(is_home[:, None], self._homes_left, self._spares_left) > 0
+        room = np.where(is_primary[:, None], self._primaries_left, self._spares_left) > 0
         several = replicas[rows, expert] > 1
-        as_home = 10.0 * several[:, None] * self._shared_homes / self._quota
-        part = self._part[rows, home][:, None]
-        same_node = self._nodes[None, :] == self._nodes[home][:, None]
+        as_primary = 10.0 * several[:, None] * self._shared_primaries / self._quota
+        part = self._part[rows, primary][:, None]
+        same_node = self._nodes[None, :] == self._nodes[primary][:, None]
         used = 1.0 - self._spares_left / self._spares
         as_spare = 100.0 * (self._part == part) + 20.0 * same_node + 10.0 * used
-        cost = np.where(is_home[:, None], as_home, as_spare) + self._level
+        cost = np.where(is_primary[:, None], as_primary, as_spare) + self._utilization
         cost = np.where(room & ~held, cost, np.inf)
         device = cost.argmin(1)
         fits = np.isfinite(cost[rows, device])
         row, device, expert = rows[fits], device[fits], expert[fits]
-        is_home, several = is_home[fits], several[fits]
+        is_primary, several = is_primary[fits], several[fits]
         self.held[row, expert, device] = True
-        self._level[row, device] += (
+        self._utilization[row, device] += (
             loads[row, expert] / replicas[row, expert] / self._speeds[device]
         )
-        first, second = row[is_home], row[~is_home]
-        self.home[first, expert[is_home]] = device[is_home]
-        self._homes_left[first, device[is_home]] -= 1
-        self._shared_homes[first, device[is_home]] += several[is_home]
-        self._spares_left[second, device[~is_home]] -= 1
-        joined = self._part[second] == self._part[second, device[~is_home]][:, None]
-        self._part[second] = np.where(joined, part[fits][~is_home], self._part[second])
+        first, second = row[is_primary], row[~is_primary]
+        self.primary[first, expert[is_primary]] = device[is_primary]
+        self._primaries_left[first, device[is_primary]] -= 1
+        self._shared_primaries[first, device[is_primary]] += several[is_primary]
+        self._spares_left[second, device[~is_primary]] -= 1
+        joined = self._part[second] == self._part[second, device[~is_primary]][:, None]
+        self._part[second] = np.where(joined, part[fits][~is_primary], self._part[second])
 
     def num_nodes(self) -> Ints:
         """[num_banks, num_experts] nodes that hold a copy."""
-        count = np.zeros(self.home.shape, dtype=np.int64)
+        count = np.zeros(self.primary.shape, dtype=np.int64)
         for node in range(int(self._nodes.max()) + 1):
             count += self.held[:, :, self._nodes == node].any(2)
         return count
@@ -167,17 +167,17 @@ def _wrapped(loads: Floats, capacities: Ints, nodes: Ints) -> tuple[Bools, Ints]
     order = np.argsort(-loads, kind="stable")
     order = np.concatenate([order[::2], order[1::2][::-1]])
     held = np.zeros((experts, len(nodes)), dtype=bool)
-    home = np.full(experts, -1)
+    primary = np.full(experts, -1)
     at = 0
     for node in np.argsort(-room, kind="stable"):
         chosen = order[np.arange(at, at + room[node]) % experts]
         at += int(room[node])
         left = np.where(nodes == node, capacities, 0)
-        level = np.zeros(len(nodes))
+        utilization = np.zeros(len(nodes))
         for e in chosen[np.argsort(-loads[chosen], kind="stable")]:
-            device = int(np.where(left > 0, level, np.inf).argmin())
+            device = int(np.where(left > 0, utilization, np.inf).argmin())
             held[e, device] = True
             left[device] -= 1
-            level[device] += loads[e]
-            home[e] = device if home[e] < 0 else home[e]
-    return held, home
+            utilization[device] += loads[e]
+            primary[e] = device if primary[e] < 0 else primary[e]
+    return held, primary

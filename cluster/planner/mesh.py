@@ -1,9 +1,9 @@
 """Our planner: expert load, devices and the current placement in, a placement out.
 
-Without a current placement it fills from scratch (``fill``), arranges homes (``arrange``) and
-searches until every bank is balanced (``search``). With one it changes as few slots as do: first
-the shares alone (``split``), then single moves within the budget. Decode tables come last, from
-the copies that are there (``decode``).
+Without a current placement it fills from scratch (``fill``), arranges primary copies (``arrange``)
+and searches until every bank is balanced (``search``). With one it changes as few slots as do:
+first the shares alone (``split``), then single moves within the budget. Decode tables come last,
+from the copies that are there (``decode``).
 
 Where it differs from the public algorithm (``eplb``): copies take solved shares and not equal ones,
 it starts from what is placed, no two copies share a device, devices may differ, and decode steps
@@ -94,8 +94,8 @@ def plan(
             result = _from_current(group, old[index], options, budget)
             is_new = (result.slots != old[index].slots) & (result.slots != FREE_SLOT)
             budget -= int(is_new.sum())
-        shares = split.shares(result.slots, result.masses, group.load.shape[1])
-        maps = placed(group.loads, result.slots, shares, result.home, group.capacities)
+        shares = split.shares(result.slots, result.slot_loads, group.load.shape[1])
+        maps = placed(group.loads, result.slots, shares, result.primary, group.capacities)
         found |= {(bank.bank, bank.layer): bank for bank in maps}
     banks = tuple(found[b.bank, b.layer] for b in profile.banks)
     epoch = 1 if current is None else current.epoch + 1
@@ -130,11 +130,13 @@ def _groups(profile: LoadProfile, topology: PlannedTopology) -> Iterator[_Group]
 
 def _from_scratch(group: _Group, options: PlanOptions, coactivation: Coactivation | None) -> Placed:
     limits = group.limits
-    slots, home = fill(group.load, group.capacities, limits.speeds, limits.nodes, limits.two_nodes)
+    slots, primary = fill(
+        group.load, group.capacities, limits.speeds, limits.nodes, limits.two_nodes
+    )
     weight = decode.weights(group.load, group.top_k, options.decode_tokens)
     affinity = _affinity(group, coactivation)
-    slots, home = arrange(slots, home, group.load, weight, limits.speeds, affinity)
-    start = Placed(slots=slots, home=home, masses=solve(slots, group.load, limits.speeds))
+    slots, primary = arrange(slots, primary, group.load, weight, limits.speeds, affinity)
+    start = Placed(slots=slots, primary=primary, slot_loads=solve(slots, group.load, limits.speeds))
     goal = SearchGoal(
         target=_FULL_TARGET, least_gain=_LEAST_GAIN_FULL, budget=_NO_LIMIT, per_move=False
     )
@@ -161,9 +163,11 @@ def _affinity(group: _Group, coactivation: Coactivation | None) -> Floats | None
 
 
 def _from_current(group: _Group, before: PlacedGroup, options: PlanOptions, budget: int) -> Placed:
-    limits, slots, home = group.limits, before.slots, before.home
-    old = Placed(slots=slots, home=home, masses=before.masses)
-    start = _better(group, Placed(slots=slots, home=home, masses=_solved(group, slots)), old)
+    limits, slots, primary = group.limits, before.slots, before.primary
+    old = Placed(slots=slots, primary=primary, slot_loads=before.slot_loads)
+    start = _better(
+        group, Placed(slots=slots, primary=primary, slot_loads=_solved(group, slots)), old
+    )
     start, used = spread_over_nodes(start, group.load, limits, budget)
     is_free = options.max_move_fraction is None
     goal = SearchGoal(
@@ -175,8 +179,8 @@ def _from_current(group: _Group, before: PlacedGroup, options: PlanOptions, budg
     result = search(start, group.load, limits, goal)
     if is_free:
         fresh = _from_scratch(group, options, None)
-        gain = cost.balancedness(fresh.masses, limits.speeds)
-        gain = gain - cost.balancedness(result.masses, limits.speeds)
+        gain = cost.balancedness(fresh.slot_loads, limits.speeds)
+        gain = gain - cost.balancedness(result.slot_loads, limits.speeds)
         lacks = lacks_nodes(result.slots, limits, group.load.shape[1])
         result = _mixed(group, result, fresh, (gain > _WORTH_A_NEW_PLAN) | lacks, slots)
     return _finished(group, result, options)
@@ -189,26 +193,28 @@ def _solved(group: _Group, slots: Ints) -> Floats:
 def _better(group: _Group, new: Placed, old: Placed) -> Placed:
     """For each bank the better balanced one."""
     speeds = group.limits.speeds
-    is_new = cost.balancedness(new.masses, speeds) >= cost.balancedness(old.masses, speeds)
+    is_new = cost.balancedness(new.slot_loads, speeds) >= cost.balancedness(old.slot_loads, speeds)
     return new.where(is_new, old)
 
 
 def _mixed(group: _Group, result: Placed, fresh: Placed, is_fresh: Bools, before: Ints) -> Placed:
     """Fresh plans for some banks, in the slots that their experts have now."""
     slots = aligned(before, fresh.slots)
-    fresh = Placed(slots=slots, home=fresh.home, masses=_solved(group, slots))
+    fresh = Placed(slots=slots, primary=fresh.primary, slot_loads=_solved(group, slots))
     return fresh.where(is_fresh, result)
 
 
 def _finished(group: _Group, found: Placed, options: PlanOptions) -> Placed:
     """With shares solved to the end, and a decode table."""
     exact = solve(found.slots, group.load, group.limits.speeds, _EXACT)
-    result = _better(group, Placed(slots=found.slots, home=found.home, masses=exact), found)
-    result.home = decode.assign(
+    result = _better(
+        group, Placed(slots=found.slots, primary=found.primary, slot_loads=exact), found
+    )
+    result.primary = decode.assign(
         result.slots,
         group.load,
         group.limits.speeds,
-        result.home,
+        result.primary,
         group.top_k,
         options.decode_tokens,
     )

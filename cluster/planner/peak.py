@@ -8,8 +8,8 @@ more that are not. With F_d(t) the chance that device d serves at most t slots' 
 
 and a swap changes two of the factors, each by one coin toss less and one more. Every round
 takes the device of each bank that raises the peak most, and makes the best swap of one of its
-slots for a slot elsewhere, or of a home for another copy's, that leaves the load balanced and
-larger batches about as they were.
+slots for a slot elsewhere, or of a primary copy for a redundant one, that leaves the load balanced
+and larger batches about as they were.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class _Search:
         self._watched = [(self._active, 0.0)]
         self._watched += [(activation(loads, top_k, rows * n), _SLACK) for n in _LARGER]
         self._most = [
-            expected_peak(active, start.home, speeds) * (1.0 + slack) + 1e-9
+            expected_peak(active, start.primary, speeds) * (1.0 + slack) + 1e-9
             for active, slack in self._watched
         ]
-        self._least = np.minimum(balancedness(start.masses, speeds), _BALANCED)
+        self._least = np.minimum(balancedness(start.slot_loads, speeds), _BALANCED)
         self._grid = Grid.of(speeds, start.slots.shape[2] + 1)
         self._tried = np.tile(speeds == 0, (len(loads), 1))
         self._failures = np.zeros(len(loads), dtype=np.int64)
@@ -87,9 +87,9 @@ class _Search:
             return False
         tosses = self._tosses(banks)
         device = tosses.worst(self._tried[banks])
-        by_slot, by_home = tosses.gain_of_slots(device), tosses.gain_of_homes(device)
+        by_slot, by_primary = tosses.gain_of_slots(device), tosses.gain_of_primaries(device)
         self._work += by_slot.size * len(self._grid.width)
-        gain = np.concatenate([g.reshape(len(banks), -1) for g in (by_slot, by_home)], 1)
+        gain = np.concatenate([g.reshape(len(banks), -1) for g in (by_slot, by_primary)], 1)
         is_done = self._take(banks, device, gain)
         failed = banks[~is_done]
         self._tried[failed, device[~is_done]] = True
@@ -101,7 +101,7 @@ class _Search:
     def _tosses(self, banks: Ints) -> Tosses:
         return Tosses(
             slots=self.now.slots[banks],
-            home=self.now.home[banks],
+            primary=self.now.primary[banks],
             active=self._active[banks],
             grid=self._grid,
             nodes=self._limits.nodes if self._limits.two_nodes else None,
@@ -110,7 +110,7 @@ class _Search:
     def _take(self, banks: Ints, device: Ints, gain: Floats) -> Bools:
         """Make the best swap that passes; whether there was one. [open banks]
 
-        ``gain`` [open banks, swaps of two slots, then of homes] of each bank's ``device``.
+        ``gain`` [open banks, swaps of two slots, then of primaries] of each bank's ``device``.
         """
         is_done = np.zeros(len(banks), dtype=bool)
         for _ in range(_TRIES):
@@ -122,44 +122,46 @@ class _Search:
             passes = self._passes(banks[tried], found)
             chosen = banks[tried[passes]]
             self.now.slots[chosen] = found.slots[passes]
-            self.now.home[chosen] = found.home[passes]
-            self.now.masses[chosen] = found.masses[passes]
+            self.now.primary[chosen] = found.primary[passes]
+            self.now.slot_loads[chosen] = found.slot_loads[passes]
             is_done[tried[passes]] = True
             gain[tried, best[tried]] = -np.inf
         return is_done
 
     def _exchanged(self, banks: Ints, device: Ints, chosen: Ints) -> Placed:
-        """These banks, each with one swap made; the masses are those of before."""
+        """These banks, each with one swap made; the slot loads are those of before."""
         _, devices, width = self.now.slots.shape
-        slots, home = self.now.slots[banks], self.now.home[banks]
+        slots, primary = self.now.slots[banks], self.now.primary[banks]
         swaps = width * devices * width
         for b, (here, choice) in enumerate(zip(device.tolist(), chosen.tolist(), strict=True)):
             if choice >= swaps:
                 slot, there = divmod(choice - swaps, devices)
-                home[b, slots[b, here, slot]] = there
+                primary[b, slots[b, here, slot]] = there
                 continue
             slot, other = divmod(choice, devices * width)
             there, place = divmod(other, width)
             gives, takes = int(slots[b, here, slot]), int(slots[b, there, place])
             slots[b, here, slot], slots[b, there, place] = takes, gives
-            if home[b, gives] == here:
-                home[b, gives] = there
-            if home[b, takes] == there:
-                home[b, takes] = here
-        return Placed(slots=slots, home=home, masses=self.now.masses[banks])
+            if primary[b, gives] == here:
+                primary[b, gives] = there
+            if primary[b, takes] == there:
+                primary[b, takes] = here
+        return Placed(slots=slots, primary=primary, slot_loads=self.now.slot_loads[banks])
 
     def _passes(self, banks: Ints, found: Placed) -> Bools:
-        """[banks] whether no batch size is much worse than at first; solves the masses."""
+        """[banks] whether no batch size is much worse than at first; solves the slot loads."""
         speeds = self._limits.speeds
         passes = np.ones(len(banks), dtype=bool)
         for (active, _), most in zip(self._watched, self._most, strict=True):
-            passes &= expected_peak(active[banks], found.home, speeds) <= most[banks]
+            passes &= expected_peak(active[banks], found.primary, speeds) <= most[banks]
         has_moved = (found.slots != self.now.slots[banks]).any((1, 2))
         solved = np.nonzero(passes & has_moved)[0]
         if len(solved):
             self._work += len(solved) * _SOLVING * len(speeds) ** 2
-            found.masses[solved] = solve(found.slots[solved], self._loads[banks[solved]], speeds)
-        return passes & (balancedness(found.masses, speeds) >= self._least[banks])
+            found.slot_loads[solved] = solve(
+                found.slots[solved], self._loads[banks[solved]], speeds
+            )
+        return passes & (balancedness(found.slot_loads, speeds) >= self._least[banks])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,7 +191,7 @@ class Tosses:
     """Distributions of what devices serve, and what swaps make of them."""
 
     def __init__(
-        self, *, slots: Ints, home: Ints, active: Floats, grid: Grid, nodes: Ints | None
+        self, *, slots: Ints, primary: Ints, active: Floats, grid: Grid, nodes: Ints | None
     ) -> None:
         """``nodes``: [num_devices], slots are swapped within a node only; None: anywhere."""
         banks, devices, width = slots.shape
@@ -201,8 +203,8 @@ class Tosses:
         self._is_held = self._slots != FREE_SLOT
         expert = np.maximum(self._slots, 0)
         row = self._rows[:, None]
-        is_home = self._is_held & (home[row, expert] == self._device)
-        self._chance = np.where(is_home, active[row, expert], 0.0)
+        is_primary = self._is_held & (primary[row, expert] == self._device)
+        self._chance = np.where(is_primary, active[row, expert], 0.0)
         found = sum_distribution(self._chance.reshape(banks, devices, width))
         each = np.broadcast_to(found[:, :, None], (banks, devices, width, width + 1))
         without = _without(each.reshape(banks, -1, width + 1), self._chance)
@@ -238,7 +240,7 @@ class Tosses:
         may = self._may_exchange(device, own)
         return np.where(may, gain - self._value[:, None, None], -np.inf)
 
-    def gain_of_homes(self, device: Ints) -> Floats:
+    def gain_of_primaries(self, device: Ints) -> Floats:
         """[banks, slots of the device, devices] what it gains that another copy serves decodes."""
         rows, own, count = self._rows[:, None], self._own(device), self._grid.count
         chance = self._chance[rows, own]

@@ -44,40 +44,40 @@ class Limits:
 class BankView:
     """One bank as the proposals need it."""
 
-    def __init__(self, slots: Ints, home: Ints, masses: Floats, limits: Limits) -> None:
-        num_experts = len(home)
+    def __init__(self, slots: Ints, primary: Ints, slot_loads: Floats, limits: Limits) -> None:
+        num_experts = len(primary)
         self.slots = slots
-        self.home = home
-        self.masses = masses
+        self.primary = primary
+        self.slot_loads = slot_loads
         self.limits = limits
-        self.load = masses.sum(1)
+        self.load = slot_loads.sum(1)
         self.is_there = limits.speeds > 0
-        self.level = np.where(self.is_there, self.load / np.maximum(limits.speeds, 1e-9), 1.0)
+        self.utilization = np.where(self.is_there, self.load / np.maximum(limits.speeds, 1e-9), 1.0)
         devices = np.arange(len(slots))[:, None]
         held = np.zeros((num_experts + 1, len(slots)), dtype=bool)
         held[slots, devices] = True
-        mass = np.zeros((num_experts + 1, len(slots)))
-        mass[slots, devices] = masses
+        slot_load = np.zeros((num_experts + 1, len(slots)))
+        slot_load[slots, devices] = slot_loads
         self.held: Bools = held[:num_experts]
-        self.mass: Floats = mass[:num_experts]
+        self.slot_load: Floats = slot_load[:num_experts]
         self.count = self.held.sum(1)
-        self.expert_level = np.where(self.held, self.level[None], np.inf).min(1)
+        self.expert_utilization = np.where(self.held, self.utilization[None], np.inf).min(1)
 
     @property
     def peak(self) -> float:
-        """The highest level."""
-        return float(self.level[self.is_there].max())
+        """The highest utilization."""
+        return float(self.utilization[self.is_there].max())
 
     def peaks(self) -> Bools:
-        """[num_devices] whether a device has the highest level."""
-        return np.asarray(self.is_there & (self.level >= self.peak - 1e-3))
+        """[num_devices] whether a device has the highest utilization."""
+        return np.asarray(self.is_there & (self.utilization >= self.peak - 1e-3))
 
     def spare(self, device: int, slot: int) -> bool:
         """Whether the copy in a slot may go: not the one for decode steps."""
         expert = int(self.slots[device, slot])
         if expert == FREE_SLOT:
             return bool(self.limits.usable[device, slot])
-        return int(self.home[expert]) != device and self.keeps_nodes(expert, device)
+        return int(self.primary[expert]) != device and self.keeps_nodes(expert, device)
 
     def keeps_nodes(self, expert: int, gone: int) -> bool:
         """Whether the expert stays on as many nodes as it must without its copy on ``gone``."""
@@ -126,23 +126,23 @@ def _are_apart(view: BankView, one: Edit, other: Edit) -> bool:
 def _copies(view: BankView, tolerance: float) -> list[Edit]:
     """New copies of experts of heavy devices on light ones, lightest first."""
     speeds, peaks = view.limits.speeds, view.peaks()
-    heavy = view.level > 1 + tolerance
-    left = view.mass[:, heavy].sum(1)
-    at_peak = view.mass[:, peaks].sum(1)
-    excess = float(((view.level - 1) * speeds)[heavy].sum())
+    heavy = view.utilization > 1 + tolerance
+    left = view.slot_load[:, heavy].sum(1)
+    at_peak = view.slot_load[:, peaks].sum(1)
+    excess = float(((view.utilization - 1) * speeds)[heavy].sum())
     found: list[Edit] = []
     taken: set[int] = set()
-    for device in np.argsort(view.level, kind="stable").tolist():
-        is_light = view.level[device] < 1 - tolerance or len(found) < 2
-        if view.level[device] >= 1 + tolerance or not is_light or excess <= 0:
+    for device in np.argsort(view.utilization, kind="stable").tolist():
+        is_light = view.utilization[device] < 1 - tolerance or len(found) < 2
+        if view.utilization[device] >= 1 + tolerance or not is_light or excess <= 0:
             break
         slot = _least_slot(view, device, taken)
         if slot is None:
             continue
         old = int(view.slots[device, slot])
-        lack = max((1 - view.level[device]) * speeds[device], 0.0)
-        lack += 0.7 * float(view.masses[device, slot])
-        gap = np.maximum(view.expert_level - view.level[device], 0.0)
+        lack = max((1 - view.utilization[device]) * speeds[device], 0.0)
+        lack += 0.7 * float(view.slot_loads[device, slot])
+        gap = np.maximum(view.expert_utilization - view.utilization[device], 0.0)
         score = np.minimum(left + 0.1 * at_peak, 1.3 * lack) * gap * ~view.held[:, device]
         if not found:
             score = score * (at_peak > 0)
@@ -162,7 +162,7 @@ def _copies(view: BankView, tolerance: float) -> list[Edit]:
 
 
 def _least_slot(view: BankView, device: int, taken: set[int]) -> int | None:
-    """The slot whose copy is missed least: free, or with the least mass among the spare ones.
+    """The slot whose copy is missed least: free, or with the least slot load among the spare ones.
 
     An expert loses one copy in a set of edits at most.
     """
@@ -172,33 +172,35 @@ def _least_slot(view: BankView, device: int, taken: set[int]) -> int | None:
         if (int(view.slots[device, s]) == FREE_SLOT or int(view.slots[device, s]) not in taken)
         and view.spare(device, s)
     ]
-    return min(slots, key=lambda s: float(view.masses[device, s]), default=None)
+    return min(slots, key=lambda s: float(view.slot_loads[device, s]), default=None)
 
 
 def _exchanges(view: BankView) -> list[list[Edit]]:
     """Swaps of an expert of a heavy device against a smaller one of a light device.
 
     Those come first that can move what both devices are off by: at the least what the heavy
-    device's own copy takes, at most all that heavy devices take of the expert. Homes are swapped
-    against homes, so that every device keeps its number of them.
+    device's own copy takes, at most all that heavy devices take of the expert. Primaries are
+    swapped against primaries, so that every device keeps its number of them.
     """
-    speeds, level = view.limits.speeds, view.level
+    speeds, utilization = view.limits.speeds, view.utilization
     here = np.nonzero(view.peaks())[0][:_EXCHANGE_FROM]
-    there = np.argsort(level, kind="stable")[:_EXCHANGE_TO]
-    excess = ((level[here] - 1) * speeds[here])[:, None]
-    lack = np.maximum((1 - level[there]) * speeds[there], 1e-3 * speeds[there])
+    there = np.argsort(utilization, kind="stable")[:_EXCHANGE_TO]
+    excess = ((utilization[here] - 1) * speeds[here])[:, None]
+    lack = np.maximum((1 - utilization[there]) * speeds[there], 1e-3 * speeds[there])
     wanted = np.minimum(excess, lack)
     own, other = view.slots[here], view.slots[there]
     known_own, known_other = np.maximum(own, 0), np.maximum(other, 0)
     fits_there = (own != FREE_SLOT)[:, :, None] & ~view.held[known_own][:, :, there]
     fits_here = (other != FREE_SLOT)[:, :, None] & ~view.held[known_other][:, :, here]
     allowed = fits_there[:, :, :, None] & fits_here.transpose(2, 0, 1)[:, None]
-    is_home = view.home[known_own] == here[:, None]
-    allowed &= is_home[:, :, None, None] == (view.home[known_other] == there[:, None])[None, None]
-    allowed &= (level[here][:, None] > level[there])[:, None, :, None]
-    back = view.masses[there][None, None]
-    most = (view.mass[:, view.level > 1].sum(1)[known_own])[:, :, None, None] - back
-    least = np.minimum(view.masses[here][:, :, None, None] - back, most)
+    is_primary = view.primary[known_own] == here[:, None]
+    allowed &= (
+        is_primary[:, :, None, None] == (view.primary[known_other] == there[:, None])[None, None]
+    )
+    allowed &= (utilization[here][:, None] > utilization[there])[:, None, :, None]
+    back = view.slot_loads[there][None, None]
+    most = (view.slot_load[:, view.utilization > 1].sum(1)[known_own])[:, :, None, None] - back
+    least = np.minimum(view.slot_loads[here][:, :, None, None] - back, most)
     wanted = wanted[:, None, :, None]
     misfit = np.maximum(np.maximum(least - wanted, wanted - most), 0.0) - 0.01 * (most - least)
     misfit = np.where(allowed & (most > 0), misfit, np.inf)

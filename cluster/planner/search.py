@@ -5,7 +5,7 @@ split weights of all of them at once, and takes for each bank the set that gains
 banks share one move budget, spent where it gains most.
 
 A single hot expert hides what other moves gain in the maximum, so half of the measure is a power
-mean of the device levels, which sees all heavy devices.
+mean of the utilization, which sees all heavy devices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from cluster.core.placement import FREE_SLOT
 from cluster.planner import split
 from cluster.planner.base import Bools, Floats, Ints
-from cluster.planner.cost import balancedness, levels
+from cluster.planner.cost import balancedness, utilization
 from cluster.planner.proposals import BankView, Edit, Limits, proposals, returns
 
 _POWER = 8
@@ -38,20 +38,22 @@ class Placed:
 
     slots: Ints
     """[num_banks, num_devices, num_slots] experts."""
-    home: Ints
+    primary: Ints
     """[num_banks, num_experts] device for decode steps."""
-    masses: Floats
+    slot_loads: Floats
     """[num_banks, num_devices, num_slots] load that each slot takes."""
 
     def copy(self) -> Placed:
-        return Placed(slots=self.slots.copy(), home=self.home.copy(), masses=self.masses.copy())
+        return Placed(
+            slots=self.slots.copy(), primary=self.primary.copy(), slot_loads=self.slot_loads.copy()
+        )
 
     def where(self, chosen: Bools, other: Placed) -> Placed:
         """The banks that are ``chosen`` [num_banks] from here, the rest from ``other``."""
         return Placed(
             slots=np.where(chosen[:, None, None], self.slots, other.slots),
-            home=np.where(chosen[:, None], self.home, other.home),
-            masses=np.where(chosen[:, None, None], self.masses, other.masses),
+            primary=np.where(chosen[:, None], self.primary, other.primary),
+            slot_loads=np.where(chosen[:, None, None], self.slot_loads, other.slot_loads),
         )
 
 
@@ -73,7 +75,7 @@ class SearchGoal:
 class _Candidate:
     bank: int
     slots: Ints
-    home: Ints
+    primary: Ints
     moves: int
     """Moves that it adds to those made so far; below 0 where slots get their old expert back."""
 
@@ -91,8 +93,8 @@ def solve(slots: Ints, loads: Floats, speeds: Floats, tolerance: float = 1e-4) -
 def search(placed: Placed, loads: Floats, limits: Limits, goal: SearchGoal) -> Placed:
     """A placement at most ``budget`` moves away, no worse in balancedness in any bank."""
     now = placed.copy()
-    balance = balancedness(now.masses, limits.speeds)
-    measure = _measure(now.masses, limits.speeds)
+    balance = balancedness(now.slot_loads, limits.speeds)
+    measure = _measure(now.slot_loads, limits.speeds)
     effort = np.where(balance < _FAR_OFF, _FULL, _BRIEF)
     for _ in range(_MAX_ROUNDS):
         left = goal.budget - _num_moves(placed.slots, now.slots)
@@ -104,30 +106,34 @@ def search(placed: Placed, loads: Floats, limits: Limits, goal: SearchGoal) -> P
         if not found:
             continue
         owner = np.array([c.bank for c in found])
-        masses = solve(np.array([c.slots for c in found]), loads[owner], limits.speeds)
-        after = np.minimum(balancedness(masses, limits.speeds), goal.target + 0.002)
+        slot_loads = solve(np.array([c.slots for c in found]), loads[owner], limits.speeds)
+        after = np.minimum(balancedness(slot_loads, limits.speeds), goal.target + 0.002)
         gains = 0.5 * (after - balance[owner])
-        gains += 0.5 * (_measure(masses, limits.speeds) - measure[owner])
+        gains += 0.5 * (_measure(slot_loads, limits.speeds) - measure[owner])
         for i in _chosen(found, gains, goal):
             candidate = found[i]
             if candidate.moves > left:
                 continue
             b = candidate.bank
             left -= candidate.moves
-            now.slots[b], now.home[b], now.masses[b] = candidate.slots, candidate.home, masses[i]
+            now.slots[b], now.primary[b], now.slot_loads[b] = (
+                candidate.slots,
+                candidate.primary,
+                slot_loads[i],
+            )
             effort[b] = _BRIEF if balance[b] > _FAR_OFF else _FULL
-        balance = balancedness(now.masses, limits.speeds)
-        measure = _measure(now.masses, limits.speeds)
-    return now.where(balance >= balancedness(placed.masses, limits.speeds), placed)
+        balance = balancedness(now.slot_loads, limits.speeds)
+        measure = _measure(now.slot_loads, limits.speeds)
+    return now.where(balance >= balancedness(placed.slot_loads, limits.speeds), placed)
 
 
 def _num_moves(before: Ints, after: Ints) -> int:
     return int((before != after).sum())
 
 
-def _measure(masses: Floats, speeds: Floats) -> Floats:
-    """[num_banks] reciprocal of the power mean of the levels, weighted by speed."""
-    mean = (speeds * levels(masses, speeds) ** _POWER).sum(1)
+def _measure(slot_loads: Floats, speeds: Floats) -> Floats:
+    """[num_banks] reciprocal of the power mean of the utilization, weighted by speed."""
+    mean = (speeds * utilization(slot_loads, speeds) ** _POWER).sum(1)
     return np.asarray(mean ** (-1.0 / _POWER))
 
 
@@ -143,17 +149,17 @@ def _candidates(
     """Sets of edits within what is left of the budget; when that is little also returns."""
     found = []
     for b in active.tolist():
-        view = BankView(now.slots[b], now.home[b], now.masses[b], limits)
+        view = BankView(now.slots[b], now.primary[b], now.slot_loads[b], limits)
         tolerance = 0.125 * max(1 - goal.target, 1 - 1 / float(view.peak))
         made = _num_moves(start[b], now.slots[b])
         proposed = proposals(view, tolerance, is_brief=effort[b] == _BRIEF)
         if effort[b] == _FULL and left < _SCARCE * len(active):
             proposed += returns(view, start[b], tolerance)
         for edits in proposed:
-            slots, home = edited(now.slots[b], now.home[b], edits)
+            slots, primary = edited(now.slots[b], now.primary[b], edits)
             moves = _num_moves(start[b], slots) - made
             if moves <= left:
-                found.append(_Candidate(bank=b, slots=slots, home=home, moves=moves))
+                found.append(_Candidate(bank=b, slots=slots, primary=primary, moves=moves))
     return found
 
 
@@ -170,17 +176,17 @@ def _chosen(found: list[_Candidate], gains: Floats, goal: SearchGoal) -> list[in
     return [i for _, i in sorted(best.values(), key=lambda pair: (-pair[0], pair[1]))]
 
 
-def edited(slots: Ints, home: Ints, edits: list[Edit]) -> tuple[Ints, Ints]:
-    """One bank's slots and homes after edits; a home goes with its copy."""
-    slots, home = slots.copy(), home.copy()
+def edited(slots: Ints, primary: Ints, edits: list[Edit]) -> tuple[Ints, Ints]:
+    """One bank's slots and primary copies after edits; a primary copy that moves stays primary."""
+    slots, primary = slots.copy(), primary.copy()
     gone = [(device, int(slots[device, slot])) for device, slot, _ in edits]
     for device, slot, expert in edits:
         slots[device, slot] = expert
     came = {expert: device for device, _, expert in edits}
     for device, expert in gone:
-        if expert != FREE_SLOT and home[expert] == device:
-            home[expert] = came[expert]
-    return slots, home
+        if expert != FREE_SLOT and primary[expert] == device:
+            primary[expert] = came[expert]
+    return slots, primary
 
 
 def spread_over_nodes(
@@ -194,8 +200,8 @@ def spread_over_nodes(
         for expert in sorted(missing, key=lambda e: (-loads[b, e], e)):
             edit = _second_copy(now, b, expert, limits) if used < budget else None
             if edit is not None:
-                now.slots[b], now.home[b] = edited(now.slots[b], now.home[b], [edit])
-                now.masses[b] = solve(now.slots[b : b + 1], loads[b : b + 1], limits.speeds)[0]
+                now.slots[b], now.primary[b] = edited(now.slots[b], now.primary[b], [edit])
+                now.slot_loads[b] = solve(now.slots[b : b + 1], loads[b : b + 1], limits.speeds)[0]
                 used += 1
     return now, used
 
@@ -217,10 +223,10 @@ def _on_one_node(slots: Ints, limits: Limits, num_experts: int) -> list[int]:
 
 
 def _second_copy(now: Placed, bank: int, expert: int, limits: Limits) -> Edit | None:
-    view = BankView(now.slots[bank], now.home[bank], now.masses[bank], limits)
+    view = BankView(now.slots[bank], now.primary[bank], now.slot_loads[bank], limits)
     taken = set(limits.nodes[view.held[expert]].tolist())
     places = [
-        (float(view.masses[d, s]), d, s)
+        (float(view.slot_loads[d, s]), d, s)
         for d in range(len(view.slots))
         if int(limits.nodes[d]) not in taken
         for s in range(view.slots.shape[1])

@@ -7,7 +7,7 @@ Each iteration is one linear system of the size of the devices, and 4-8 iteratio
 splits are equally good, an interior one comes out, which leaves every copy room in both directions.
 
 Example: experts 0, 1, 2 with loads 0.5, 0.3, 0.2 on two equal devices that hold (0, 1) and (0, 2):
-the masses are 0.2 + 0.3 and 0.3 + 0.2, so expert 0 is split 0.4 : 0.6.
+the slot loads are 0.2 + 0.3 and 0.3 + 0.2, so expert 0 is split 0.4 : 0.6.
 """
 
 from __future__ import annotations
@@ -67,36 +67,36 @@ class _Copies:
 
 
 def solve(slots: Ints, loads: Floats, speeds: Floats, tolerance: float = 1e-6) -> Floats:
-    """Masses [num_banks, num_devices, num_slots] of best balance.
+    """Slot loads [num_banks, num_devices, num_slots] of best balance.
 
-    ``loads`` sum to 1 in each bank, ``speeds`` to 1. The masses of an expert's copies sum to its
-    load (an expert without load counts as a tiny one). ``tolerance`` bounds the gap to the optimum
+    ``loads`` sum to 1 in each bank, ``speeds`` to 1. The loads of an expert's copies sum to its
+    own (an expert without load counts as a tiny one). ``tolerance`` bounds the gap to the optimum
     of the quadratic program.
     """
     loads = np.maximum(loads, _TINY / loads.shape[1])
     loads = loads / loads.sum(1, keepdims=True)
-    masses, copies = _index(slots, loads, speeds)
+    slot_loads, copies = _index(slots, loads, speeds)
     if len(copies.bank):
-        masses[copies.position] = _interior_point(copies, tolerance)
-    return masses.reshape(slots.shape)
+        slot_loads[copies.position] = _interior_point(copies, tolerance)
+    return slot_loads.reshape(slots.shape)
 
 
-def shares(slots: Ints, masses: Floats, num_experts: int) -> Floats:
-    """Split weights: masses over the load of their expert; 0 in free slots.
+def shares(slots: Ints, slot_loads: Floats, num_experts: int) -> Floats:
+    """Split weights: slot loads over the load of their expert; 0 in free slots.
 
     The copies of an expert without any load share it equally.
     """
     banks = len(slots)
     expert = np.where(slots == FREE_SLOT, num_experts, slots)
     flat = (expert + (num_experts + 1) * np.arange(banks)[:, None, None]).reshape(-1)
-    totals = np.bincount(flat, masses.reshape(-1), banks * (num_experts + 1))[flat]
+    totals = np.bincount(flat, slot_loads.reshape(-1), banks * (num_experts + 1))[flat]
     equal = 1.0 / np.bincount(flat, minlength=banks * (num_experts + 1))[flat]
-    own = np.where(totals > 0, masses.reshape(-1) / np.maximum(totals, 1e-300), equal)
+    own = np.where(totals > 0, slot_loads.reshape(-1) / np.maximum(totals, 1e-300), equal)
     return np.where(slots == FREE_SLOT, 0.0, own.reshape(slots.shape))
 
 
 def _index(slots: Ints, loads: Floats, speeds: Floats) -> tuple[Floats, _Copies]:
-    """Masses with the single copies filled in, flattened, and the copies that are to be solved."""
+    """Slot loads, flattened, with single copies filled in, and the copies that are to be solved."""
     banks, devices, width = slots.shape
     experts = loads.shape[1]
     position = np.nonzero(slots.reshape(-1) != FREE_SLOT)[0]
@@ -105,15 +105,15 @@ def _index(slots: Ints, loads: Floats, speeds: Floats) -> tuple[Floats, _Copies]
     device = position // width
     count = np.bincount(expert, minlength=banks * experts)
     is_single = count[expert] == 1
-    masses = np.zeros(slots.size)
+    slot_loads = np.zeros(slots.size)
     single = position[is_single]
-    masses[single] = loads.reshape(-1)[expert[is_single]]
-    base = np.bincount(device[is_single], masses[single], banks * devices).astype(
+    slot_loads[single] = loads.reshape(-1)[expert[is_single]]
+    base = np.bincount(device[is_single], slot_loads[single], banks * devices).astype(
         np.float64, copy=False
     )
     several = np.nonzero(~is_single)[0]
     several = several[np.argsort(expert[several], kind="stable")]
-    return masses, _Copies(
+    return slot_loads, _Copies(
         bank=bank[several],
         expert=expert[several],
         device=device[several],
@@ -140,40 +140,42 @@ def _pairs(expert: Ints) -> tuple[Ints, Ints]:
 
 
 def _interior_point(copies: _Copies, tolerance: float) -> Floats:
-    """[num_copies] masses; all positive, and the sums over experts exact."""
+    """[num_copies] slot loads; all positive, and the sums over experts exact."""
     banks, _, experts = copies.shape
-    mass = copies.load / copies.over_experts(np.ones(len(copies.load)))
-    level = (copies.base + copies.over_devices(mass)) / copies.target
+    slot_load = copies.load / copies.over_experts(np.ones(len(copies.load)))
+    utilization = (copies.base + copies.over_devices(slot_load)) / copies.target
     lowest = np.full(banks * experts, np.inf)
-    np.minimum.at(lowest, copies.expert, level[copies.device])
-    slack = level[copies.device] - lowest[copies.expert] + 0.1
+    np.minimum.at(lowest, copies.expert, utilization[copies.device])
+    slack = utilization[copies.device] - lowest[copies.expert] + 0.1
     num_copies = np.maximum(np.bincount(copies.bank, minlength=banks), 1)
     for _ in range(_MAX_ITERATIONS):
-        gap = copies.over_banks(mass * slack)
+        gap = copies.over_banks(slot_load * slack)
         if gap.max() < tolerance:
             break
         centre = (_CENTERING * gap / num_copies)[copies.bank]
         is_open = gap >= tolerance
-        change = _newton(copies, mass, slack, centre, is_open)
-        slack_change = (centre - slack * change) / mass - slack
+        change = _newton(copies, slot_load, slack, centre, is_open)
+        slack_change = (centre - slack * change) / slot_load - slack
         moves = is_open[copies.bank]
-        mass = mass + moves * _step(copies, mass, change) * change
+        slot_load = slot_load + moves * _step(copies, slot_load, change) * change
         slack = slack + moves * _step(copies, slack, slack_change) * slack_change
-    return mass * (copies.load / copies.over_experts(mass))
+    return slot_load * (copies.load / copies.over_experts(slot_load))
 
 
-def _newton(copies: _Copies, mass: Floats, slack: Floats, centre: Floats, is_open: Bools) -> Floats:
-    """The Newton direction of the masses of open banks; it keeps every expert's sum.
+def _newton(
+    copies: _Copies, slot_load: Floats, slack: Floats, centre: Floats, is_open: Bools
+) -> Floats:
+    """The Newton direction of the slot loads of open banks; it keeps every expert's sum.
 
-    With D = mass / slack and v the change of the devices' levels: change = D (r - v) minus D times
-    the D-weighted mean of (r - v) over the expert, and ``(T + Laplacian(D)) v`` = what r sends to
-    the devices.
+    With D = slot load / slack and v the change of the devices' utilization: change = D (r - v)
+    minus D times the D-weighted mean of (r - v) over the expert, and ``(T + Laplacian(D)) v`` =
+    what r sends to the devices.
     """
     banks, devices, _ = copies.shape
-    level = (copies.base + copies.over_devices(mass)) / copies.target
-    weight = mass / slack
+    utilization = (copies.base + copies.over_devices(slot_load)) / copies.target
+    weight = slot_load / slack
     total = copies.over_experts(weight)
-    push = centre / mass - level[copies.device]
+    push = centre / slot_load - utilization[copies.device]
     push = push - copies.over_experts(weight * push) / total
     first, second = copies.pairs
     coupling = -weight[first] * weight[second] / total[first]
@@ -185,9 +187,9 @@ def _newton(copies: _Copies, mass: Floats, slack: Floats, centre: Floats, is_ope
     matrix = flat.astype(np.float64, copy=False).reshape(banks, devices, devices)
     matrix[:, np.arange(devices), np.arange(devices)] += diagonal.reshape(banks, devices)
     right = copies.over_devices(weight * push).reshape(banks, devices, 1)
-    levels = np.zeros((banks, devices, 1))
-    levels[is_open] = np.linalg.solve(matrix[is_open], right[is_open])
-    change = levels.reshape(-1)[copies.device]
+    utilization = np.zeros((banks, devices, 1))
+    utilization[is_open] = np.linalg.solve(matrix[is_open], right[is_open])
+    change = utilization.reshape(-1)[copies.device]
     return np.asarray(
         weight * (push - change + copies.over_experts(weight * change) / total), dtype=np.float64
     )

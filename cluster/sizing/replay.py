@@ -136,12 +136,12 @@ def window_of(
     balance, prefill_s, decode_s = 0.0, 0.0, 0.0
     for group in placed_groups(load, topology, placement, "placement"):
         speeds = group.speeds
-        balance += float(cost.balancedness(group.masses, speeds).sum())
-        prefill_s += _prefill_s(group.masses, speeds, load.top_k, step)
+        balance += float(cost.balancedness(group.slot_loads, speeds).sum())
+        prefill_s += _prefill_s(group.slot_loads, speeds, load.top_k, step)
         active = cost.activation(group.load, load.top_k, step.decode_tokens)
-        peaks = cost.expected_peak(active, group.home, speeds)
+        peaks = cost.expected_peak(active, group.primary, speeds)
         tokens = np.zeros((len(group.loads), len(speeds)))
-        np.add.at(tokens, (np.arange(len(tokens))[:, None], group.home), group.load)
+        np.add.at(tokens, (np.arange(len(tokens))[:, None], group.primary), group.load)
         pairs = float(tokens.max(1).sum()) * load.top_k * step.decode_tokens
         decode_s += step.slot_s * float(peaks.sum()) + step.token_s * pairs
     return SimulatedWindow(
@@ -153,9 +153,9 @@ def window_of(
     )
 
 
-def _prefill_s(masses: Floats, speeds: Floats, top_k: int, step: StepCost) -> float:
+def _prefill_s(slot_loads: Floats, speeds: Floats, top_k: int, step: StepCost) -> float:
     """Seconds of some banks: in each the device whose slots and tokens take longest, by speed."""
-    active = (1.0 - (1.0 - np.minimum(masses * top_k, 1.0)) ** step.prefill_tokens).sum(2)
-    tokens = masses.sum(2) * top_k * step.prefill_tokens
+    active = (1.0 - (1.0 - np.minimum(slot_loads * top_k, 1.0)) ** step.prefill_tokens).sum(2)
+    tokens = slot_loads.sum(2) * top_k * step.prefill_tokens
     seconds = (step.slot_s * active + step.token_s * tokens) / relative_speeds(speeds)
     return float(seconds.max(1).sum())

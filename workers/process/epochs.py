@@ -9,7 +9,7 @@ from cluster.core.frames import NewEpoch
 from cluster.core.placement import BankPlacement, ExpertPlacement
 
 
-class EpochMaps:
+class EpochPlacements:
     """Placements by epoch, of one generation. Data thread only."""
 
     def __init__(self) -> None:

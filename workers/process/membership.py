@@ -32,7 +32,7 @@ from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from workers.engine.isolation import Companions
 from workers.engine.step_channel import StepChannel
-from workers.process.epochs import EpochMaps
+from workers.process.epochs import EpochPlacements
 from workers.requests.step_header import StepHeader
 from workers.transport.peer_connections import PeerConnections
 from workers.transport.transport import DataTransport
@@ -62,7 +62,7 @@ class Membership:
         """Newest generation that this worker has taken."""
         self.announced: NewGeneration | None = None
         """Newest announced generation; set by the control thread."""
-        self.epochs = EpochMaps()
+        self.epochs = EpochPlacements()
         self.runs = False
         self.is_fenced = False
         """The lease ran out in this generation; set by the control thread."""

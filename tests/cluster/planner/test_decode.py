@@ -16,13 +16,13 @@ from tests.cluster.planner.planner_cases import Problem, make_profile, problems
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 
-def brute_force_peak(active: Floats, home: list[int], speeds: Floats) -> float:
+def brute_force_peak(active: Floats, primary: list[int], speeds: Floats) -> float:
     """Over all sets of active experts."""
     relative = speeds * (speeds > 0).sum()
     total = 0.0
     for chosen in itertools.product([0, 1], repeat=len(active)):
         chance = np.where(np.array(chosen) == 1, active, 1 - active).prod()
-        count = np.bincount(home, weights=chosen, minlength=len(speeds))
+        count = np.bincount(primary, weights=chosen, minlength=len(speeds))
         total += chance * (count[speeds > 0] / relative[speeds > 0]).max()
     return total
 
@@ -33,10 +33,10 @@ def brute_force_peak(active: Floats, home: list[int], speeds: Floats) -> float:
 def test_the_expected_peak_is_exact(speeds: list[float]) -> None:
     generator = np.random.default_rng(2)
     active = generator.random((2, 7))
-    home = np.array([[1, 2, 1, 2, 1, 1, 2], [1, 1, 2, 2, 2, 1, 2]])
-    found = cost.expected_peak(active, home, np.array(speeds))
+    primary = np.array([[1, 2, 1, 2, 1, 1, 2], [1, 1, 2, 2, 2, 1, 2]])
+    found = cost.expected_peak(active, primary, np.array(speeds))
     for b in range(2):
-        expected = brute_force_peak(active[b], home[b].tolist(), np.array(speeds))
+        expected = brute_force_peak(active[b], primary[b].tolist(), np.array(speeds))
         assert found[b] == pytest.approx(expected)
 
 
@@ -51,23 +51,23 @@ def test_a_table_is_on_copies_and_no_worse(problem: Problem) -> None:
     profile, topology = problem.profile, problem.topology
     experts = len(profile.banks[0].counts)
     speeds = topology.speeds(experts)
-    slots, home = slot_arrays(
+    slots, primary = slot_arrays(
         random_plan(profile, topology).placement.banks, topology.capacities(experts)
     )
     loads = normalised([b.counts for b in profile.banks])
-    table = decode.assign(slots, loads, speeds, home, profile.top_k, rows=4)
+    table = decode.assign(slots, loads, speeds, primary, profile.top_k, rows=4)
     for b, row in enumerate(table.tolist()):
         assert all(e in slots[b, device] for e, device in enumerate(row))
     for rows in (4, 16, 64):
         active = cost.activation(loads, profile.top_k, rows)
-        before = cost.expected_peak(active, home, speeds)
+        before = cost.expected_peak(active, primary, speeds)
         assert (cost.expected_peak(active, table, speeds) <= before + 1e-9).all()
 
 
 def test_an_expert_is_passed_on_where_the_lightest_device_has_no_copy_of_it() -> None:
     slots = np.array([[[0, 1, 2], [1, 3, -1], [3, -1, -1]]])
-    home = np.array([[0, 0, 0, 1]])
-    table = decode.assign(slots, np.full((1, 4), 0.25), np.full(3, 1 / 3), home, 4, rows=64)
+    primary = np.array([[0, 0, 0, 1]])
+    table = decode.assign(slots, np.full((1, 4), 0.25), np.full(3, 1 / 3), primary, 4, rows=64)
     assert np.bincount(table[0]).tolist() == [2, 1, 1]
 
 

@@ -35,10 +35,14 @@ def start_of(problem: Problem) -> tuple[Placed, Floats, Limits]:
     limits = limits_of(topology, len(profile.banks[0].counts))
     loads = normalised([b.counts for b in profile.banks])
     plan = random_plan(profile, topology)
-    slots, home = slot_arrays(
+    slots, primary = slot_arrays(
         plan.placement.banks, topology.capacities(len(profile.banks[0].counts))
     )
-    return Placed(slots=slots, home=home, masses=solve(slots, loads, limits.speeds)), loads, limits
+    return (
+        Placed(slots=slots, primary=primary, slot_loads=solve(slots, loads, limits.speeds)),
+        loads,
+        limits,
+    )
 
 
 def test_a_gain_is_what_the_expected_peak_loses() -> None:
@@ -47,26 +51,26 @@ def test_a_gain_is_what_the_expected_peak_loses() -> None:
     start, loads, limits = start_of(problem)
     active = activation(loads, 2, 4)
     grid = Grid.of(limits.speeds, start.slots.shape[2] + 1)
-    tosses = Tosses(slots=start.slots, home=start.home, active=active, grid=grid, nodes=None)
+    tosses = Tosses(slots=start.slots, primary=start.primary, active=active, grid=grid, nodes=None)
     device = tosses.worst(np.zeros((2, 3), dtype=bool))
-    before = expected_peak(active, start.home, limits.speeds)
+    before = expected_peak(active, start.primary, limits.speeds)
     width, found = start.slots.shape[2], 0
     for b in range(2):
         for slot, other in np.argwhere(np.isfinite(tosses.gain_of_slots(device)[b])).tolist():
-            home = start.home[b : b + 1].copy()
+            primary = start.primary[b : b + 1].copy()
             there = other // width
             gives, takes = start.slots[b, device[b], slot], start.slots[b, there, other % width]
-            home[0, gives] = there if home[0, gives] == device[b] else home[0, gives]
-            home[0, takes] = device[b] if start.home[b, takes] == there else home[0, takes]
-            after = expected_peak(active[b : b + 1], home, limits.speeds)[0]
+            primary[0, gives] = there if primary[0, gives] == device[b] else primary[0, gives]
+            primary[0, takes] = device[b] if start.primary[b, takes] == there else primary[0, takes]
+            after = expected_peak(active[b : b + 1], primary, limits.speeds)[0]
             gain = tosses.gain_of_slots(device)[b, slot, other]
             assert gain == pytest.approx(before[b] - after, abs=1e-9)
             found += 1
-        for slot, there in np.argwhere(np.isfinite(tosses.gain_of_homes(device)[b])).tolist():
-            home = start.home[b : b + 1].copy()
-            home[0, start.slots[b, device[b], slot]] = there
-            after = expected_peak(active[b : b + 1], home, limits.speeds)[0]
-            gain = tosses.gain_of_homes(device)[b, slot, there]
+        for slot, there in np.argwhere(np.isfinite(tosses.gain_of_primaries(device)[b])).tolist():
+            primary = start.primary[b : b + 1].copy()
+            primary[0, start.slots[b, device[b], slot]] = there
+            after = expected_peak(active[b : b + 1], primary, limits.speeds)[0]
+            gain = tosses.gain_of_primaries(device)[b, slot, there]
             assert gain == pytest.approx(before[b] - after, abs=1e-9)
             found += 1
     assert found > 20
@@ -80,10 +84,10 @@ def test_no_bank_gets_worse_and_copies_keep_their_number(problem: Problem) -> No
     speeds = limits.speeds
     for rows, slack in ((4, 1e-8), (16, 0.0101), (64, 0.0101)):
         active = activation(loads, problem.profile.top_k, rows)
-        before = expected_peak(active, start.home, speeds)
-        assert (expected_peak(active, found.home, speeds) <= before * (1 + slack)).all()
-    kept = np.minimum(balancedness(start.masses, speeds), 0.998)
-    assert (balancedness(found.masses, speeds) >= kept - 1e-12).all()
+        before = expected_peak(active, start.primary, speeds)
+        assert (expected_peak(active, found.primary, speeds) <= before * (1 + slack)).all()
+    kept = np.minimum(balancedness(start.slot_loads, speeds), 0.998)
+    assert (balancedness(found.slot_loads, speeds) >= kept - 1e-12).all()
     for b in range(len(loads)):
         for d in range(len(speeds)):
             held = [e for e in found.slots[b, d].tolist() if e >= 0]
@@ -91,7 +95,7 @@ def test_no_bank_gets_worse_and_copies_keep_their_number(problem: Problem) -> No
         count = np.bincount(found.slots[b][found.slots[b] >= 0], minlength=loads.shape[1])
         before_count = np.bincount(start.slots[b][start.slots[b] >= 0], minlength=loads.shape[1])
         assert (count == before_count).all()
-        assert all(e in found.slots[b, d] for e, d in enumerate(found.home[b].tolist()))
+        assert all(e in found.slots[b, d] for e, d in enumerate(found.primary[b].tolist()))
 
 
 @pytest.mark.parametrize("kind", ["lognormal", "zipf", "dirichlet"])

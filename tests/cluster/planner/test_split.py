@@ -12,14 +12,14 @@ from benchmarks.random_plan import random_plan
 from cluster.core.placement import FREE_SLOT
 from cluster.planner import split
 from cluster.planner.base import Floats, Ints, normalised, slot_arrays
-from cluster.planner.cost import balancedness, levels
+from cluster.planner.cost import balancedness, utilization
 from tests.cluster.planner.planner_cases import Problem, problems
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 
 def least_peak(slots: Ints, loads: Floats, speeds: Floats) -> float:
-    """The lowest possible highest level: the densest set of experts over all their devices."""
+    """The lowest possible peak utilization: the densest set of experts over all their devices."""
     holders = [frozenset(np.nonzero((slots == e).any(1))[0].tolist()) for e in range(len(loads))]
     return max(
         float(loads[list(chosen)].sum())
@@ -31,9 +31,9 @@ def least_peak(slots: Ints, loads: Floats, speeds: Floats) -> float:
 
 def test_two_devices_share_what_both_hold() -> None:
     slots = np.array([[[0, 1], [0, 2]]])
-    masses = split.solve(slots, np.array([[0.5, 0.3, 0.2]]), np.array([0.5, 0.5]))
-    assert masses[0] == pytest.approx(np.array([[0.2, 0.3], [0.3, 0.2]]), abs=1e-3)
-    assert split.shares(slots, masses, 3)[0] == pytest.approx(
+    slot_loads = split.solve(slots, np.array([[0.5, 0.3, 0.2]]), np.array([0.5, 0.5]))
+    assert slot_loads[0] == pytest.approx(np.array([[0.2, 0.3], [0.3, 0.2]]), abs=1e-3)
+    assert split.shares(slots, slot_loads, 3)[0] == pytest.approx(
         np.array([[0.4, 1.0], [0.6, 1.0]]), abs=2e-3
     )
 
@@ -47,27 +47,27 @@ def test_no_split_is_better(problem: Problem) -> None:
     placement = random_plan(profile, topology).placement
     slots, _ = slot_arrays(placement.banks, topology.capacities(experts))
     loads = normalised([b.counts for b in profile.banks])
-    masses = split.solve(slots, loads, speeds, tolerance=1e-9)
-    assert (masses >= 0).all()
+    slot_loads = split.solve(slots, loads, speeds, tolerance=1e-9)
+    assert (slot_loads >= 0).all()
     for b in range(len(loads)):
-        taken = [masses[b][slots[b] == e].sum() for e in range(experts)]
+        taken = [slot_loads[b][slots[b] == e].sum() for e in range(experts)]
         assert np.array(taken) == pytest.approx(loads[b], abs=1e-6)
-        assert masses[b][slots[b] == FREE_SLOT].sum() == 0.0
-        peak = levels(masses, speeds)[b].max()
+        assert slot_loads[b][slots[b] == FREE_SLOT].sum() == 0.0
+        peak = utilization(slot_loads, speeds)[b].max()
         assert peak == pytest.approx(least_peak(slots[b], loads[b], speeds), rel=1e-3)
 
 
 def test_an_expert_without_load_has_shares_too() -> None:
     slots = np.array([[[0, 1], [0, 2], [2, FREE_SLOT]]])
-    masses = np.array([[[0.0, 0.5], [0.0, 0.25], [0.25, 0.0]]])
+    slot_loads = np.array([[[0.0, 0.5], [0.0, 0.25], [0.25, 0.0]]])
     expected = np.array([[0.5, 1.0], [0.5, 0.5], [0.5, 0.0]])
-    assert split.shares(slots, masses, 3)[0] == pytest.approx(expected)
+    assert split.shares(slots, slot_loads, 3)[0] == pytest.approx(expected)
 
 
 def test_without_second_copies_there_is_nothing_to_solve() -> None:
     slots = np.array([[[0, 1], [2, FREE_SLOT]]])
-    masses = split.solve(slots, np.array([[0.2, 0.3, 0.5]]), np.array([0.5, 0.5]))
-    assert balancedness(masses, np.array([0.5, 0.5]))[0] == pytest.approx(1.0, abs=1e-5)
+    slot_loads = split.solve(slots, np.array([[0.2, 0.3, 0.5]]), np.array([0.5, 0.5]))
+    assert balancedness(slot_loads, np.array([0.5, 0.5]))[0] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_banks_are_solved_as_if_alone() -> None:

@@ -9,7 +9,7 @@ from cluster.core.errors import ProtocolError
 from cluster.core.frames import NewEpoch, decode, encode
 from cluster.core.placement import ExpertPlacement, contiguous
 from tests.cluster.controller.fakes_cluster import BANKS
-from workers.process.epochs import EpochMaps
+from workers.process.epochs import EpochPlacements
 
 FIRST = contiguous(BANKS, 2, 1)
 MOVED = replace(FIRST.banks[1], decode_device=(1, *FIRST.banks[1].decode_device[1:]))
@@ -25,13 +25,13 @@ def frame(epoch: int, base: int = 1, place: int = 1) -> NewEpoch:
 
 
 @pytest.fixture
-def maps() -> EpochMaps:
-    made = EpochMaps()
+def maps() -> EpochPlacements:
+    made = EpochPlacements()
     made.start(FIRST)
     return made
 
 
-def test_an_epoch_changes_the_banks_it_names(maps: EpochMaps) -> None:
+def test_an_epoch_changes_the_banks_it_names(maps: EpochPlacements) -> None:
     assert maps.learn(frame(2)) == ExpertPlacement(epoch=2, banks=(FIRST.banks[0], MOVED))
     assert maps.current == FIRST
     assert not maps.reach(1)
@@ -40,7 +40,7 @@ def test_an_epoch_changes_the_banks_it_names(maps: EpochMaps) -> None:
     assert maps.current.banks[1] == MOVED
 
 
-def test_an_epoch_that_was_given_up_never_runs(maps: EpochMaps) -> None:
+def test_an_epoch_that_was_given_up_never_runs(maps: EpochPlacements) -> None:
     maps.learn(frame(2))
     maps.learn(frame(3))
     assert maps.reach(3)
@@ -48,14 +48,14 @@ def test_an_epoch_that_was_given_up_never_runs(maps: EpochMaps) -> None:
         maps.reach(2)
 
 
-def test_an_epoch_may_follow_one_whose_header_is_on_the_way(maps: EpochMaps) -> None:
+def test_an_epoch_may_follow_one_whose_header_is_on_the_way(maps: EpochPlacements) -> None:
     maps.learn(frame(2))
     assert maps.learn(frame(3, base=2, place=1)).epoch == 3
     assert maps.reach(2)
     assert maps.reach(3)
 
 
-def test_a_generation_begins_anew(maps: EpochMaps) -> None:
+def test_a_generation_begins_anew(maps: EpochPlacements) -> None:
     maps.learn(frame(2))
     maps.start(replace(FIRST, epoch=7))
     assert maps.current.epoch == 7
@@ -72,7 +72,7 @@ def test_a_generation_begins_anew(maps: EpochMaps) -> None:
         (frame(4, place=-1), "no maps"),
     ],
 )
-def test_nonsense_is_refused(maps: EpochMaps, bad: NewEpoch, message: str) -> None:
+def test_nonsense_is_refused(maps: EpochPlacements, bad: NewEpoch, message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
         maps.learn(bad)
     assert maps.current == FIRST
