@@ -51,7 +51,7 @@ class Plan:
         return sum(r.count for r in self.rows)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class RowsWanted:
     """What the next step could run, for the proposal to the leader."""
 

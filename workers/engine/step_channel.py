@@ -21,6 +21,7 @@ from cluster.core.topology import Generation
 from workers.engine.leader import decide_header
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
+from workers.engine.scheduler import RowsWanted
 from workers.requests.step_header import HEADERS, PROPOSALS, StepHeader, StepProposal
 from workers.transport.edge_table import StepFrame
 from workers.transport.frames import FrameHeader, FrameKind
@@ -85,18 +86,10 @@ class StepChannel:
         self._epoch = epoch
         self._oldest_epoch = oldest_epoch
 
-    def propose(
-        self,
-        decode_rows: int,
-        prefill_rows: int,
-        *,
-        is_alone: bool = False,
-        even_empty: bool = False,
-    ) -> None:
+    def propose(self, wanted: RowsWanted, *, even_empty: bool = False) -> None:
         """Attention ranks: propose rows for the next step; replaces the proposal before.
 
-        ``is_alone`` asks for a step without rows of other requests. With ``even_empty`` the leader
-        runs a step without rows once all ranks have proposed.
+        With ``even_empty`` the leader runs a step without rows once all ranks have proposed.
         Raises as ``connections.send`` does.
         """
         connections = self._connections
@@ -107,9 +100,9 @@ class StepChannel:
             generation=connections.generation.number,
             step=self._next_step,
             rank=connections.me.rank,
-            decode_rows=decode_rows,
-            prefill_rows=prefill_rows,
-            is_alone=is_alone,
+            decode_rows=wanted.decode_rows,
+            prefill_rows=wanted.prefill_rows,
+            is_alone=wanted.is_alone,
         )
         if self.is_leader:
             self._proposals[connections.me.rank] = proposal

@@ -231,12 +231,7 @@ class AttentionRuntime(WorkerRuntime):
         assert engine is not None, "the weights are loaded before the loop begins"
         wanted = engine.wanted()
         self.activity.is_idle = not engine.has_work
-        self.channel.propose(
-            wanted.decode_rows,
-            wanted.prefill_rows,
-            is_alone=wanted.is_alone,
-            even_empty=self._needs_a_commit(),
-        )
+        self.channel.propose(wanted, even_empty=self._needs_a_commit())
         idle_s = min(IDLE_WAIT_S, self.lease_s * _COMMIT_SHARE)
         header = self.channel.wait(self._compilations.wait_s(self._fetches.wait_s(idle_s)))
         if header is None:

@@ -14,6 +14,7 @@ from cluster.core.topology import Generation, Member
 from tests.fakes import Wakeups
 from tests.workers.transport.mesh import make_connections
 from workers.engine.prefill_cap import PrefillCap
+from workers.engine.scheduler import RowsWanted
 from workers.engine.step_channel import StepChannel
 from workers.requests.step_header import HEADERS, PROPOSALS, Grant, StepHeader, StepProposal
 from workers.transport.frames import FrameHeader, FrameKind
@@ -74,9 +75,9 @@ def test_everyone_gets_the_same_header_once_all_have_reported(cluster: Cluster) 
     leader, other = cluster.channels[:2]
     assert leader.is_leader
     assert not other.is_leader
-    leader.propose(3, 0)
+    leader.propose(RowsWanted(3, 0))
     assert leader.wait(0.05) is None
-    other.propose(1, 5)
+    other.propose(RowsWanted(1, 5))
     headers = cluster.wait_all()
     assert headers[0] is not None
     assert headers.count(headers[0]) == 4
@@ -89,8 +90,8 @@ def test_everyone_gets_the_same_header_once_all_have_reported(cluster: Cluster) 
 
 def test_steps_are_numbered_on_and_on(cluster: Cluster) -> None:
     for step in range(1, 30):
-        cluster.channels[0].propose(step % 3, 0)
-        cluster.channels[1].propose(1, 0)
+        cluster.channels[0].propose(RowsWanted(step % 3, 0))
+        cluster.channels[1].propose(RowsWanted(1, 0))
         headers = cluster.wait_all()
         assert [h.step for h in headers if h] == [step] * 4
     assert cluster.channels[3].highest_step == 29
@@ -100,8 +101,8 @@ def test_steps_are_numbered_on_and_on(cluster: Cluster) -> None:
 def test_prompts_share_one_cap_while_any_rank_decodes(cluster: Cluster) -> None:
     granted = []
     for decodes in (0, 1):
-        cluster.channels[0].propose(decodes, 64)
-        cluster.channels[1].propose(0, 64)
+        cluster.channels[0].propose(RowsWanted(decodes, 64))
+        cluster.channels[1].propose(RowsWanted(0, 64))
         (header,) = set(cluster.wait_all())
         assert header is not None
         granted.append(header.prefill_rows)
@@ -115,8 +116,8 @@ def test_the_leader_learns_from_its_steps(cluster: Cluster) -> None:
         channel.start_generation(first_step=1, epoch=1)
     granted = []
     for _ in range(3):
-        cluster.channels[0].propose(1, 64)
-        cluster.channels[1].propose(1, 64)
+        cluster.channels[0].propose(RowsWanted(1, 64))
+        cluster.channels[1].propose(RowsWanted(1, 64))
         (header,) = set(cluster.wait_all())
         assert header is not None
         granted.append(header.prefill_rows)
@@ -124,8 +125,8 @@ def test_the_leader_learns_from_its_steps(cluster: Cluster) -> None:
 
 
 def test_nobody_steps_while_nobody_has_work(cluster: Cluster) -> None:
-    cluster.channels[0].propose(0, 0)
-    cluster.channels[1].propose(0, 0)
+    cluster.channels[0].propose(RowsWanted(0, 0))
+    cluster.channels[1].propose(RowsWanted(0, 0))
     wakeups = [Wakeups(connections) for connections in cluster.all_connections]
     assert cluster.wait_all(0.3) == [None] * 4
     assert max(w.count for w in wakeups) <= 3
@@ -134,10 +135,10 @@ def test_nobody_steps_while_nobody_has_work(cluster: Cluster) -> None:
 def test_a_leader_may_have_a_step_without_rows(cluster: Cluster) -> None:
     """It proves to all of them that their generation lives."""
     leader, other = cluster.channels[:2]
-    other.propose(0, 0, even_empty=True)  # means nothing on a rank that does not lead
-    leader.propose(0, 0)
+    other.propose(RowsWanted(0, 0), even_empty=True)  # means nothing on a rank that does not lead
+    leader.propose(RowsWanted(0, 0))
     assert leader.wait(0.05) is None
-    leader.propose(0, 0, even_empty=True)
+    leader.propose(RowsWanted(0, 0), even_empty=True)
     (header,) = set(cluster.wait_all())
     assert header is not None
     assert header.grants == ((0, Grant()), (1, Grant()))
@@ -147,14 +148,14 @@ def test_a_leader_may_have_a_step_without_rows(cluster: Cluster) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_doorbell_starts_a_step_at_once(cluster: Cluster, rank: int) -> None:
     for channel in cluster.channels[:2]:
-        channel.propose(0, 0)
+        channel.propose(RowsWanted(0, 0))
     start = time.monotonic()
 
     def attention(index: int) -> StepHeader | None:
         channel = cluster.channels[index]
         header = channel.wait(LIMIT_S)
         if header is None and index == rank:
-            channel.propose(0, 7)
+            channel.propose(RowsWanted(0, 7))
             header = channel.wait(LIMIT_S)
         return header
 
@@ -168,15 +169,15 @@ def test_the_doorbell_starts_a_step_at_once(cluster: Cluster, rank: int) -> None
 
 def test_a_proposal_that_crosses_the_header_waits_for_the_next_step(cluster: Cluster) -> None:
     leader, other = cluster.channels[:2]
-    other.propose(0, 0)
-    leader.propose(2, 0)
+    other.propose(RowsWanted(0, 0))
+    leader.propose(RowsWanted(2, 0))
     assert leader.wait(LIMIT_S) is not None  # published with other's zero rows
-    other.propose(0, 9)  # too late for step 1
+    other.propose(RowsWanted(0, 9))  # too late for step 1
     header = other.wait(LIMIT_S)
     assert header is not None
     assert header.grant(1) == Grant()
-    leader.propose(0, 0)
-    other.propose(0, 9)
+    leader.propose(RowsWanted(0, 0))
+    other.propose(RowsWanted(0, 9))
     headers = [leader.wait(LIMIT_S), other.wait(LIMIT_S)]
     assert all(h is not None and h.grant(1) == Grant(prefill_rows=9) for h in headers)
 
@@ -207,14 +208,14 @@ def test_interrupt_and_loss_end_a_wait(cluster: Cluster) -> None:
 
 def test_a_new_generation_has_a_new_leader_and_goes_on_above(cluster: Cluster) -> None:
     for channel in cluster.channels[:2]:
-        channel.propose(1, 0)
+        channel.propose(RowsWanted(1, 0))
     assert None not in cluster.wait_all()
-    cluster.channels[1].propose(4, 0)  # of the old generation: forgotten
+    cluster.channels[1].propose(RowsWanted(4, 0))  # of the old generation: forgotten
     cluster.start(2, cluster.all_connections[1:], first_step=8)
     leader = cluster.channels[1]
     assert leader.is_leader
     assert leader.wait(0.05) is None
-    leader.propose(2, 0)
+    leader.propose(RowsWanted(2, 0))
     headers = [c.wait(LIMIT_S) for c in cluster.channels[1:]]
     assert all(h is not None and (h.generation, h.step, h.epoch) == (2, 8, 2) for h in headers)
     assert headers[0] is not None
@@ -276,17 +277,17 @@ def test_a_wrong_header_closes_the_edge(
 
 def test_a_new_epoch_begins_with_an_empty_step_when_nobody_has_work(cluster: Cluster) -> None:
     leader, other = cluster.channels[:2]
-    leader.propose(0, 0)
-    other.propose(0, 0)
+    leader.propose(RowsWanted(0, 0))
+    other.propose(RowsWanted(0, 0))
     assert leader.wait(0.05) is None
     leader.set_epoch(4, 4)
-    leader.propose(0, 0)
+    leader.propose(RowsWanted(0, 0))
     (header,) = set(cluster.wait_all())
     assert header is not None
     assert (header.step, header.epoch, header.oldest_epoch) == (1, 4, 4)
     assert (header.decode_rows, header.prefill_rows) == (0, 0)
     for channel in cluster.channels[:2]:
-        channel.propose(0, 0)
+        channel.propose(RowsWanted(0, 0))
     assert leader.wait(0.05) is None
     assert [c.highest_epoch for c in cluster.channels] == [4, 4, 4, 4]
 
@@ -294,8 +295,8 @@ def test_a_new_epoch_begins_with_an_empty_step_when_nobody_has_work(cluster: Clu
 def test_a_new_epoch_begins_with_the_next_step_of_those_who_work(cluster: Cluster) -> None:
     for epoch in (1, 2, 2, 3):
         cluster.channels[0].set_epoch(epoch, epoch)
-        cluster.channels[0].propose(1, 0)
-        cluster.channels[1].propose(0, 0)
+        cluster.channels[0].propose(RowsWanted(1, 0))
+        cluster.channels[1].propose(RowsWanted(0, 0))
         (header,) = set(cluster.wait_all())
         assert header is not None
         assert header.epoch == epoch

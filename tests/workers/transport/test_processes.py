@@ -25,6 +25,7 @@ from workers.dispatch.dispatcher import BatchRows
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
 from workers.engine.prefill_cap import PrefillCap
+from workers.engine.scheduler import RowsWanted
 from workers.engine.step_channel import StepChannel
 from workers.model.layers import Dispatch
 from workers.transport.collective import CollectiveTransport
@@ -113,7 +114,7 @@ def run_home(
     try:
         while channel.highest_step < NUM_STEPS:
             start = time.monotonic()
-            channel.propose(NUM_ROWS, 0)
+            channel.propose(RowsWanted(NUM_ROWS, 0))
             header = channel.wait(LIMIT_S)
             assert header is not None
             dispatcher.begin_step(header, [BatchRows.decode(NUM_ROWS)])
