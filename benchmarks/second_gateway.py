@@ -58,7 +58,7 @@ async def serve(config: ClusterConfig, snapshot: dict[str, Any]) -> None:
         call = make_calls(NUM_STREAMS, NUM_TOKENS)[number]
         num_deltas = 0
         for repeat in range(1_000_000):
-            with await gateway.start(call, f"second-{number}-{repeat}", 600.0) as generation:
+            with await gateway.start(call, f"second-{number}-{repeat}") as generation:
                 while not generation.is_finished:
                     num_deltas += bool(await generation.next())
                     if num_deltas == _NUM_DELTAS and number in waiting:

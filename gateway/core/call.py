@@ -114,6 +114,8 @@ class GenerateFields:
     """Tokens of each prompt that are kept; -1 keeps as many as leave room for the output."""
     truncation_side: str | None = None
     """left (default) or right: where tokens are dropped."""
+    timeout_s: float | None = None
+    """The client's own limit for the whole request."""
     tool_form: ToolForm | None = None
     """The form of calls in the output; set once the model's chat template is known."""
 

@@ -190,9 +190,7 @@ class Gateway:
         most = self.limits.request_timeout_s
         return most if wanted_s is None else min(wanted_s, most)
 
-    async def start(
-        self, fields: GenerateFields, call_id: str, wanted_timeout_s: float | None = None
-    ) -> Generation:
+    async def start(self, fields: GenerateFields, call_id: str) -> Generation:
         """Validate a call and hand it to the engines.
 
         Raises:
@@ -216,19 +214,18 @@ class Gateway:
                 self.prompts.require_tokenizer(complete.grammar.field)
             return call
 
-        return await self.start_call(make, call_id, fields.model, wanted_timeout_s)
+        return await self.start_call(fields, call_id, make)
 
     async def start_call(
         self,
-        make: Callable[[ModelFacts], Awaitable[GenerateCall]],
+        fields: GenerateFields,
         call_id: str,
-        model: str | None,
-        wanted_timeout_s: float | None = None,
+        make: Callable[[ModelFacts], Awaitable[GenerateCall]],
     ) -> Generation:
         """Hand a call to the engines that ``make`` validates. Raises what ``start`` raises."""
         started_s = time.monotonic()
-        deadline_s = started_s + self.timeout_s(wanted_timeout_s)
-        self.check_model(model)
+        deadline_s = started_s + self.timeout_s(fields.timeout_s)
+        self.check_model(fields.model)
         facts = self.require_facts()
         call, caller = await make(facts), CALLER.get()
         if caller is not None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.core.errors import QueueFullError, RequestError
-from gateway.core.call import CallPrompt
+from gateway.core.call import CallPrompt, GenerateFields
 from gateway.core.delta import Usage
 from gateway.core.field_checks import check_batch, require
 from gateway.core.model import ModelFacts
@@ -19,7 +19,6 @@ from gateway.generation.gateway import Gateway
 from gateway.generation.losses import aux_loss, classification_loss
 from gateway.generation.pooling import (
     Mask,
-    PoolingOptions,
     Reader,
     apply_mask,
     check_classifier_batch,
@@ -94,7 +93,7 @@ class Inspecting:
 
     @contextlib.asynccontextmanager
     async def inspect(
-        self, fields: InspectFields, options: PoolingOptions, most_bytes: int
+        self, fields: InspectFields, wanted: GenerateFields, most_bytes: int
     ) -> AsyncIterator[Inspected]:
         """What was found, which counts as held until the block ends.
 
@@ -114,7 +113,7 @@ class Inspecting:
             return pooled
 
         try:
-            found, usage = await self._reader.read(make, "insp", "token_ids", options)
+            found, usage = await self._reader.read(make, "insp", "token_ids", wanted)
             assert made is not None, "made before it is read"
             yield _inspected(fields, *made, [one.arrays for one in found], usage)
         finally:

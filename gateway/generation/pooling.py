@@ -10,7 +10,7 @@ import math
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,20 +34,6 @@ Mask = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PoolingOptions:
-    """What all these calls have in common; None is unset."""
-
-    model: str | None = None
-    add_special_tokens: bool | None = None
-    """Let the tokenizer add its own tokens (bos); default True."""
-    priority: int | None = None
-    """Lower runs first."""
-    cache_salt: str | None = None
-    """Prefixes are shared with calls of the same salt only."""
-    timeout_s: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ClassRow:
     label: str
     """The most probable class; the first of equals."""
@@ -66,6 +52,11 @@ class Answers(Generic[Row]):
     usage: Usage
 
 
+def reading_fields(**given: Any) -> GenerateFields:
+    """What a client asked for of all these calls: model, priority, cache salt and so on."""
+    return GenerateFields(kind=CallKind.COMPLETION, token_ids_only=True, **given)
+
+
 class Reader:
     """Serves these calls through a gateway."""
 
@@ -77,7 +68,7 @@ class Reader:
         return self._gateway.model_name
 
     async def embed(
-        self, prompts: Sequence[PromptInput], pooling: str | None, options: PoolingOptions
+        self, prompts: Sequence[PromptInput], pooling: str | None, fields: GenerateFields
     ) -> Answers[NDArray[np.float32]]:
         """Vectors of prompts, [hidden_size] each, not normalised.
 
@@ -89,10 +80,10 @@ class Reader:
         inspection = Inspection(embedding=kinds[wanted])
 
         async def make(facts: ModelFacts) -> list[CallPrompt]:
-            ids = await self._ids(prompts, facts, options, "input")
+            ids = await self._ids(prompts, facts, fields, "input")
             return [CallPrompt(ids=one, inspection=inspection) for one in ids]
 
-        found, usage = await self.read(make, "embd", "input", options)
+        found, usage = await self.read(make, "embd", "input", fields)
         return Answers(tuple(floats(one.arrays[0]) for one in found), usage)
 
     async def classify(
@@ -100,7 +91,7 @@ class Reader:
         prompts: Sequence[PromptInput],
         labels: Sequence[str],
         masks: Sequence[Mask],
-        options: PoolingOptions,
+        fields: GenerateFields,
     ) -> Answers[ClassRow]:
         """Classes of prompts. Raises what ``Gateway.start`` raises."""
         names: tuple[str, ...] = ()
@@ -108,7 +99,7 @@ class Reader:
 
         async def make(facts: ModelFacts) -> list[CallPrompt]:
             nonlocal names, is_multi
-            ids = await self._ids(prompts, facts, options, "input")
+            ids = await self._ids(prompts, facts, fields, "input")
             ids = keep_unmasked(ids, masks, facts)
             names = facts.labels or tuple(labels)
             is_multi = facts.problem_type == "multi_label_classification"
@@ -118,7 +109,7 @@ class Reader:
                 return [CallPrompt(ids=one) for one in ids]  # for a classifier's logits
             return await self._label_prompts(ids, labels, facts)
 
-        found, usage = await self.read(make, "cls", "input", options)
+        found, usage = await self.read(make, "cls", "input", fields)
         if labels:  # a language model: one entry for each prompt and label
             sums = [float(np.nansum(floats(one.arrays[0]), dtype=np.float64)) for one in found]
             logits = [tuple(sums[i : i + len(names)]) for i in range(0, len(sums), len(names))]
@@ -130,7 +121,7 @@ class Reader:
         self,
         queries: Sequence[PromptInput],
         documents: Sequence[PromptInput],
-        options: PoolingOptions,
+        fields: GenerateFields,
         names: tuple[str, str] = ("queries", "documents"),
     ) -> Answers[float]:
         """Mean log-probabilities of documents behind queries; ``names`` are their fields.
@@ -146,13 +137,13 @@ class Reader:
         )
 
         async def make(facts: ModelFacts) -> list[CallPrompt]:
-            before = await self._ids(queries, facts, options, name)
-            behind = await self._ids(documents, facts, options, other, special=False)
+            before = await self._ids(queries, facts, fields, name)
+            behind = await self._ids(documents, facts, fields, other, special=False)
             if len(before) == 1:
                 before *= len(behind)
             return [scored_prompt(*pair, name) for pair in zip(before, behind, strict=True)]
 
-        found, usage = await self.read(make, "score", other, options)
+        found, usage = await self.read(make, "score", other, fields)
         rows = [floats(one.arrays[0]) for one in found]
         return Answers(tuple(float(np.nanmean(row, dtype=np.float64)) for row in rows), usage)
 
@@ -174,14 +165,14 @@ class Reader:
         self,
         prompts: Sequence[PromptInput],
         facts: ModelFacts,
-        options: PoolingOptions,
+        fields: GenerateFields,
         field: str,
         special: bool = True,
     ) -> list[tuple[int, ...]]:
         """Token ids of each prompt, none of them empty."""
         most = self._gateway.limits.max_batch_prompts
         check_batch(field, len(prompts), most)
-        special = special and options.add_special_tokens is not False
+        special = special and fields.add_special_tokens is not False
         ids = await self._gateway.prompts.make_ids(prompts, facts, special, field)
         check_prompts(field, ids, facts)
         return ids
@@ -191,11 +182,11 @@ class Reader:
         make: Callable[[ModelFacts], Awaitable[list[CallPrompt]]],
         prefix: str,
         field: str,
-        options: PoolingOptions,
+        fields: GenerateFields,
     ) -> tuple[list[Found], Usage]:
         """Run what ``make`` validates to its end. Raises what ``Gateway.start`` raises."""
-        check_range("priority", options.priority, RANGES["priority"])
-        check_cache_salt(options.cache_salt)
+        check_range("priority", fields.priority, RANGES["priority"])
+        check_cache_salt(fields.cache_salt)
 
         async def make_call(facts: ModelFacts) -> GenerateCall:
             pooled = await make(facts)
@@ -205,21 +196,15 @@ class Reader:
                 raise RequestError(message, field)
             for prompt in pooled:
                 check_context(len(prompt.ids), 0, facts, field)
-            fields = GenerateFields(
-                kind=CallKind.COMPLETION, token_ids_only=True, priority=options.priority
-            )
             return GenerateCall(
                 fields=fields,
-                model=options.model or facts.name,
+                model=fields.model or facts.name,
                 prompts=tuple(pooled),
-                cache_salt=options.cache_salt or "",
+                cache_salt=fields.cache_salt or "",
             )
 
         call_id = f"{prefix}-{uuid.uuid4().hex}"
-        generation = await self._gateway.start_call(
-            make_call, call_id, options.model, options.timeout_s
-        )
-        with generation:
+        with await self._gateway.start_call(fields, call_id, make_call) as generation:
             found = await generation.read()
             return found, generation.usage
 

@@ -11,7 +11,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from cluster.core.errors import RequestError
 from gateway.core.field_checks import check_stream
-from gateway.core.priority import with_header_priority
+from gateway.core.headers import with_headers
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway, new_call_id
 from gateway.generation.generation import Generation
@@ -93,10 +93,10 @@ class InferenceProcedures(PoolingProcedures):
     async def _start(
         self, request: pb.GenerateRequest, edge: GrpcEdge, streams: bool = False
     ) -> Generation:
-        fields = with_header_priority(grpc_fields(request), edge.priority_header)
+        fields = with_headers(grpc_fields(request), edge.priority_header, edge.time_left_s)
         if streams:
             check_stream(fields)
-        return await self._gateway.start(fields, new_call_id(fields.kind), edge.time_left_s)
+        return await self._gateway.start(fields, new_call_id(fields.kind))
 
     def _model(self) -> types_pb2.ModelInfo:
         gateway = self._gateway

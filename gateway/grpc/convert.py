@@ -30,7 +30,7 @@ def grpc_fields(request: pb.GenerateRequest) -> GenerateFields:
     is_chat = source == "messages"
     if is_chat and options.echo:
         raise UnsupportedParameterError("echo is not supported for chat", "echo")
-    fields = {**_given(request), **_given(sampling), **_given(options)}
+    fields = {**given_fields(request), **given_fields(sampling), **given_fields(options)}
     fields["logit_bias"] = tuple(sorted(sampling.logit_bias.items()))
     if sampling.HasField("allowed_token_ids"):
         fields["allowed_token_ids"] = tuple(sampling.allowed_token_ids.ids)
@@ -129,7 +129,7 @@ def _grpc_message(message: types_pb2.ChatMessage, place: int) -> dict[str, Any]:
     return fields
 
 
-def _given(message: Any) -> dict[str, Any]:
+def given_fields(message: Any) -> dict[str, Any]:
     """The set fields of a message that a call has by the same name, but for those in messages."""
     return {
         field.name: value if isinstance(value, _SCALARS) else tuple(value)

@@ -15,7 +15,7 @@ import grpc
 from gateway.auth.auth import KeyRing
 from gateway.auth.key_limits import Account
 from gateway.core.delta import Usage
-from gateway.core.priority import PRIORITY_HEADER
+from gateway.core.headers import PRIORITY_HEADER
 from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
 from gateway.generation.gateway import Gateway
 from gateway.generation.request_trace import CLIENT_GONE, DEADLINE_PASSED, RequestTrace

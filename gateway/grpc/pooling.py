@@ -8,12 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster.core.errors import RequestError
+from gateway.core.call import GenerateFields
 from gateway.core.delta import Usage
-from gateway.core.priority import header_priority
+from gateway.core.headers import with_headers
 from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import MAX_CALL_BYTES, InspectFields, Inspecting
-from gateway.generation.pooling import PoolingOptions, PromptInput, Reader
-from gateway.grpc.convert import optional
+from gateway.generation.pooling import PromptInput, Reader, reading_fields
+from gateway.grpc.convert import given_fields
 from gateway.grpc.edge import GrpcEdge
 from gateway.grpc.format import usage_message
 from protos import inference_pb2 as pb
@@ -33,8 +34,8 @@ class PoolingProcedures:
         self._name = gateway.model_name
 
     async def Embed(self, request: pb.EmbedRequest, edge: GrpcEdge) -> pb.EmbedResponse:
-        options, prompts = _options(request, edge), _prompts(request.input, "input")
-        found = await self._reader.embed(prompts, request.pooling or None, options)
+        fields, prompts = _fields(request, edge), _prompts(request.input, "input")
+        found = await self._reader.embed(prompts, request.pooling or None, fields)
         vectors = (
             pb.Embedding(index=index, values=vector.tolist())
             for index, vector in enumerate(found.rows)
@@ -42,18 +43,18 @@ class PoolingProcedures:
         return pb.EmbedResponse(data=vectors, **self._head(request, edge, found.usage))
 
     async def Classify(self, request: pb.ClassifyRequest, edge: GrpcEdge) -> pb.ClassifyResponse:
-        options, prompts = _options(request, edge), _prompts(request.input, "input")
+        fields, prompts = _fields(request, edge), _prompts(request.input, "input")
         masks = tuple(tuple(one.mask) for one in request.attention_mask)
-        found = await self._reader.classify(prompts, tuple(request.labels), masks, options)
+        found = await self._reader.classify(prompts, tuple(request.labels), masks, fields)
         rows = (
             pb.Classification(index=index, **asdict(row)) for index, row in enumerate(found.rows)
         )
         return pb.ClassifyResponse(data=rows, **self._head(request, edge, found.usage))
 
     async def Score(self, request: pb.ScoreRequest, edge: GrpcEdge) -> pb.ScoreResponse:
-        options, queries = _options(request, edge), _prompts(request.queries, "queries")
+        fields, queries = _fields(request, edge), _prompts(request.queries, "queries")
         documents = _prompts(request.documents, "documents")
-        found = await self._reader.score(queries, documents, options)
+        found = await self._reader.score(queries, documents, fields)
         rows = (pb.DocumentScore(index=i, score=score) for i, score in enumerate(found.rows))
         return pb.ScoreResponse(data=rows, **self._head(request, edge, found.usage))
 
@@ -62,9 +63,8 @@ class PoolingProcedures:
     ) -> AsyncGenerator[pb.InspectChunk]:
         """What goes on inside the model, in pieces."""
         await edge.send_id()
-        options = _options(request, edge)
-        fields = grpc_inspect_fields(request)
-        async with self._inspecting.inspect(fields, options, MAX_CALL_BYTES) as found:
+        wanted, fields = _fields(request, edge), grpc_inspect_fields(request)
+        async with self._inspecting.inspect(fields, wanted, MAX_CALL_BYTES) as found:
             for index, arrays in enumerate(found.rows):
                 for array in arrays:
                     for piece in _pieces(index, array):
@@ -111,18 +111,10 @@ def _pieces(index: int, array: NamedArray) -> Iterator[pb.ArrayPiece]:
         )
 
 
-def _options(request: PoolingRequest, edge: GrpcEdge) -> PoolingOptions:
+def _fields(request: PoolingRequest, edge: GrpcEdge) -> GenerateFields:
     """What all these requests have in common. Raises ``RequestError``."""
-    is_inspection = isinstance(request, pb.InspectRequest)
-    from_header = header_priority(edge.priority_header)
-    priority = optional(request, "priority")
-    return PoolingOptions(
-        model=request.model or None,
-        add_special_tokens=None if is_inspection else optional(request, "add_special_tokens"),
-        priority=from_header if priority is None else priority,
-        cache_salt=optional(request, "cache_salt"),
-        timeout_s=edge.time_left_s,
-    )
+    fields = reading_fields(**given_fields(request))
+    return with_headers(fields, edge.priority_header, edge.time_left_s)
 
 
 def _prompts(inputs: Iterable[pb.Input], field: str) -> tuple[PromptInput, ...]:

@@ -17,7 +17,7 @@ from cluster.core.errors import NotReadyError, RequestError
 from gateway.core.call import GenerateFields
 from gateway.core.errors import RouteError, report_error
 from gateway.core.field_checks import check_stream, given_one
-from gateway.core.priority import PRIORITY_HEADER, with_header_priority
+from gateway.core.headers import PRIORITY_HEADER, with_headers
 from gateway.core.request_id import HEADER as REQUEST_ID
 from gateway.core.request_id import check_request_id
 from gateway.generation.answer import collect
@@ -253,14 +253,14 @@ class GenerateEndpoint(WatchedEndpoint):
 
     async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
         body, fields = self._parse(data)
-        fields = with_header_priority(fields, request.headers.get(PRIORITY_HEADER))
-        timeout_s = timeout_header_s(request)
+        priority, timeout_s = request.headers.get(PRIORITY_HEADER), timeout_header_s(request)
+        fields = with_headers(fields, priority, timeout_s)
         call_id = new_call_id(fields.kind)
         answer_id = None
         if body.request_id is not None:
             answer_id = f"{call_id.partition('-')[0]}-{check_request_id(body.request_id)}"
             note_response_id(answer_id)
-        with await self._gateway.start(fields, call_id, timeout_s) as generation:
+        with await self._gateway.start(fields, call_id) as generation:
             for name in filter(None, (body.request_id, answer_id)):
                 self._gateway.running.add(name, generation.queue)
             formatter: AnswerFormat = self._format(

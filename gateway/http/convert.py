@@ -9,6 +9,7 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import FIELD_NAMES, CallKind, ChatInput, GenerateFields
 from gateway.core.tool_use import Tool, ToolUse
 from gateway.http.schema import (
+    CallBody,
     ChatBody,
     CompletionBody,
     GenerateBody,
@@ -72,11 +73,7 @@ def _body_tools(body: ChatBody | TokenizeBody) -> ToolUse | None:
 
 
 def _common_fields(body: GenerateBody) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in body
-        if name in FIELD_NAMES and value is not None
-    }
+    fields = given_fields(body)
     if body.max_completion_tokens is not None:
         fields["max_tokens"] = body.max_completion_tokens
         fields["max_tokens_name"] = "max_completion_tokens"
@@ -86,6 +83,15 @@ def _common_fields(body: GenerateBody) -> dict[str, Any]:
         **fields,
         "logit_bias": _logit_bias(body.logit_bias or {}),
         "grammar": _grammar(body.response_format, body.structured_outputs),
+    }
+
+
+def given_fields(body: CallBody) -> dict[str, Any]:
+    """The set fields of a body that a call has by the same name."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in body
+        if name in FIELD_NAMES and value is not None
     }
 
 

@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 from starlette.requests import Request
 
+from gateway.core.call import GenerateFields
 from gateway.core.delta import Usage
 from gateway.core.field_checks import given_one
-from gateway.core.priority import PRIORITY_HEADER, header_priority
+from gateway.core.headers import PRIORITY_HEADER, with_headers
 from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import MAX_JSON_BYTES, Inspecting
-from gateway.generation.pooling import PoolingOptions, Reader
-from gateway.http.convert import mask_list, prompt_list
+from gateway.generation.pooling import Reader, reading_fields
+from gateway.http.convert import given_fields, mask_list, prompt_list
 from gateway.http.edge import Responder, WatchedEndpoint, dump_json, timeout_header_s
 from gateway.http.inspect import InspectBody, inspect_answer, inspect_fields
 from gateway.http.openai_format import pooling_usage
@@ -53,7 +54,7 @@ class ScoreBody(CallBody):
     text_2: PromptField | None = None
 
 
-Serve = Callable[[Any, PoolingOptions], Awaitable[dict[str, Any] | bytes]]
+Serve = Callable[[Any, GenerateFields], Awaitable[dict[str, Any] | bytes]]
 """Serves a body."""
 
 
@@ -64,18 +65,11 @@ class PoolingEndpoint(WatchedEndpoint):
         self._serve = serve
 
     async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
-        priority = header_priority(request.headers.get(PRIORITY_HEADER))
-        timeout_s = timeout_header_s(request)
         check_unbuilt(data, "pooling")
         body = parse_body(self._kind, data)
-        options = PoolingOptions(
-            model=body.model,
-            add_special_tokens=body.add_special_tokens,
-            priority=priority if body.priority is None else body.priority,
-            cache_salt=body.cache_salt,
-            timeout_s=timeout_s,
-        )
-        await responder.json(await self._serve(body, options))
+        fields = reading_fields(**given_fields(body))
+        priority, timeout_s = request.headers.get(PRIORITY_HEADER), timeout_header_s(request)
+        await responder.json(await self._serve(body, with_headers(fields, priority, timeout_s)))
 
     @classmethod
     def all(cls, gateway: Gateway) -> dict[str, PoolingEndpoint]:
@@ -91,17 +85,17 @@ class PoolingEndpoint(WatchedEndpoint):
 
 
 async def _inspect(
-    inspecting: Inspecting, model_name: str, body: InspectBody, options: PoolingOptions
+    inspecting: Inspecting, model_name: str, body: InspectBody, fields: GenerateFields
 ) -> bytes:
-    async with inspecting.inspect(inspect_fields(body), options, MAX_JSON_BYTES) as found:
+    async with inspecting.inspect(inspect_fields(body), fields, MAX_JSON_BYTES) as found:
         name = body.model or model_name
         return await asyncio.to_thread(lambda: dump_json(inspect_answer(found, name)))
 
 
 async def _embeddings(
-    reader: Reader, body: EmbeddingsBody, options: PoolingOptions
+    reader: Reader, body: EmbeddingsBody, fields: GenerateFields
 ) -> dict[str, Any]:
-    found = await reader.embed(prompt_list(body.input), body.pooling, options)
+    found = await reader.embed(prompt_list(body.input), body.pooling, fields)
     is_text = body.encoding_format == "base64"
     vectors = (
         base64.b64encode(vector.tobytes()).decode() if is_text else vector.tolist()
@@ -111,19 +105,19 @@ async def _embeddings(
     return _list("embd", rows, body, reader, found.usage)
 
 
-async def _classify(reader: Reader, body: ClassifyBody, options: PoolingOptions) -> dict[str, Any]:
+async def _classify(reader: Reader, body: ClassifyBody, fields: GenerateFields) -> dict[str, Any]:
     prompts, masks = prompt_list(body.input), mask_list(body.attention_mask)
-    found = await reader.classify(prompts, tuple(body.labels or ()), masks, options)
+    found = await reader.classify(prompts, tuple(body.labels or ()), masks, fields)
     return _list("classify", map(asdict, found.rows), body, reader, found.usage)
 
 
-async def _score(reader: Reader, body: ScoreBody, options: PoolingOptions) -> dict[str, Any]:
+async def _score(reader: Reader, body: ScoreBody, fields: GenerateFields) -> dict[str, Any]:
     names = (
         given_one(queries=body.queries, text_1=body.text_1),
         given_one(documents=body.documents, text_2=body.text_2),
     )
     queries, documents = (prompt_list(getattr(body, name)) for name in names)
-    found = await reader.score(queries, documents, options, names)
+    found = await reader.score(queries, documents, fields, names)
     rows = [{"object": "score", "score": score} for score in found.rows]
     return _list("score", rows, body, reader, found.usage)
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from gateway.cluster.client import find_controller
@@ -132,7 +132,7 @@ class ClusterGateway:
 
     async def begin(self, call: GenerateFields, name: str) -> Generation:
         """Begin a call of one prompt and one choice (on the event loop)."""
-        return await self._gateway.start(call, name, LIMIT_S)
+        return await self._gateway.start(replace(call, timeout_s=LIMIT_S), name)
 
     def spawn(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
         """Begin to run a coroutine on the loop, from another thread."""

@@ -19,7 +19,7 @@ from gateway.core.delta import ChoiceDelta
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import InspectFields, Inspecting
-from gateway.generation.pooling import PoolingOptions, Reader
+from gateway.generation.pooling import Reader, reading_fields
 from tests.harness.cluster_gateway import gateway_of
 from tests.harness.fault_rows import blocks_held, row_config
 from tests.harness.mixed_calls import WORDS
@@ -58,9 +58,13 @@ GENERATED: dict[str, dict[str, Any]] = {
 
 async def generate(gateway: Gateway, name: str, fields: GenerateFields) -> Any:
     """Everything that a client gets, and the usage."""
-    with await gateway.start(fields, name, LIMIT_S) as generation:
+    with await gateway.start(_timed(fields, LIMIT_S), name) as generation:
         choices = [_untimed(choice) for choice in await collect(generation)]
     return choices, generation.usage
+
+
+def _timed(fields: GenerateFields, timeout_s: float) -> GenerateFields:
+    return dataclasses.replace(fields, timeout_s=timeout_s)
 
 
 def _untimed(choice: ChoiceDelta) -> ChoiceDelta:
@@ -70,7 +74,7 @@ def _untimed(choice: ChoiceDelta) -> ChoiceDelta:
 
 async def read(gateway: Gateway) -> Any:
     """Pooling calls of every kind, with prompts of several steps."""
-    reader, options = Reader(gateway), PoolingOptions(timeout_s=LIMIT_S)
+    reader, options = Reader(gateway), reading_fields(timeout_s=LIMIT_S)
     long, other = prompt(400, 1), prompt(300, 2)
     fields = InspectFields(
         token_ids=(long[:90], other[:70]),
@@ -216,7 +220,7 @@ async def recover_slowly(gateway: Gateway, cluster: ThreadCluster, group: HeldGr
     fields = [dataclasses.replace(plain, prompts=(prompt(40, i),)) for i in range(6)]
     patient = [asyncio.create_task(generate(gateway, f"patient-{i}", fields[i])) for i in (0, 1)]
     cancelled = [asyncio.create_task(generate(gateway, f"gone-{i}", fields[i])) for i in (2, 3)]
-    hasty = [await gateway.start(fields[i], f"hasty-{i}", 3.0) for i in (4, 5)]
+    hasty = [await gateway.start(_timed(fields[i], 3.0), f"hasty-{i}") for i in (4, 5)]
     while (gateway.cluster.snapshot or {})["state"] != "RECOVERING":
         await asyncio.sleep(0.01)
     for task in cancelled:
@@ -225,7 +229,7 @@ async def recover_slowly(gateway: Gateway, cluster: ThreadCluster, group: HeldGr
         with generation, pytest.raises(DeadlineExceededError):
             await collect(generation)
     with pytest.raises(NotReadyError, match="recovering"):
-        await gateway.start(fields[0], "new", 0.3)
+        await gateway.start(_timed(fields[0], 0.3), "new")
     while await num_requests(cluster) != len(patient):
         await asyncio.sleep(0.01)
     assert (gateway.cluster.snapshot or {})["state"] == "RECOVERING"

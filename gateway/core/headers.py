@@ -1,4 +1,4 @@
-"""The priority of a request whose client can set headers only."""
+"""The priority and the time limit of a request, which HTTP headers and gRPC metadata may say."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ PRIORITY_HEADER = "x-priority"
 _PRIORITY_DIGITS = 10
 
 
-def with_header_priority(fields: GenerateFields, header: str | None) -> GenerateFields:
-    """The same fields, with the priority of ``PRIORITY_HEADER`` where they have none.
+def with_headers(
+    fields: GenerateFields, priority: str | None, timeout_s: float | None
+) -> GenerateFields:
+    """The same fields, with what headers say: ``PRIORITY_HEADER`` is for fields without priority.
 
     Raises ``RequestError`` if it is not a whole number.
     """
-    given = header_priority(header)
-    return (
-        fields if given is None or fields.priority is not None else replace(fields, priority=given)
-    )
+    given = _read_priority(priority)
+    wanted = given if fields.priority is None else fields.priority
+    return replace(fields, priority=wanted, timeout_s=timeout_s)
 
 
-def header_priority(header: str | None) -> int | None:
+def _read_priority(header: str | None) -> int | None:
     """The number in ``PRIORITY_HEADER``.
 
     Raises ``RequestError`` if it is not a whole number, or one of more digits than any that fits.
