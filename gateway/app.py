@@ -117,7 +117,7 @@ class GatewayReplica:
 
     async def _stop_tracing(self) -> None:
         if self._gateway.tracing is not None:
-            await asyncio.to_thread(self._gateway.tracing.stop)
+            await asyncio.to_thread(self._gateway.tracing.export.stop)
 
 
 def _node_address() -> str:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
@@ -80,13 +78,8 @@ class ErrorReport:
 
     def body(self) -> dict[str, Any]:
         """The error object of the HTTP interface."""
-        error = {
-            "message": self.message,
-            "type": self.type,
-            "param": self.param,
-            "code": self.code,
-        }
-        return {"error": error}
+        error = {"message": self.message, "type": self.type, "param": self.param}
+        return {"error": {**error, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
         """HTTP headers that belong to the error."""
@@ -109,19 +102,16 @@ class ErrorReport:
             error_details_pb2.RequestInfo(request_id=request_id),
         ]
         if self.param is not None:
-            violation = error_details_pb2.BadRequest.FieldViolation(
-                field=self.param, description=self.message
-            )
-            details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+            request = error_details_pb2.BadRequest()
+            request.field_violations.add(field=self.param, description=self.message)
+            details.append(request)
         if self.retry_after_s is not None:
-            delay = Duration(nanos=0)
-            delay.FromMilliseconds(int(self.retry_after_s * 1000))
-            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+            retry = error_details_pb2.RetryInfo()
+            retry.retry_delay.FromMilliseconds(int(self.retry_after_s * 1000))
+            details.append(retry)
         status = status_pb2.Status(code=self.grpc_code.value[0], message=self.message)
         for detail in details:
-            packed = AnyMessage()
-            packed.Pack(detail)
-            status.details.append(packed)
+            status.details.add().Pack(detail)
         return bytes(status.SerializeToString())
 
 

@@ -60,7 +60,7 @@ class PromptMaker:
         return self.tokenizer
 
     async def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        return (await self._encode_all([text], add_special_tokens))[0]
+        return (await self._encode([text], add_special_tokens))[0]
 
     async def tokenize(
         self, text: str, chat: ChatInput | None, add_special_tokens: bool | None
@@ -166,10 +166,9 @@ class PromptMaker:
     async def _make_all(
         self, fields: GenerateFields, facts: ModelFacts
     ) -> list[tuple[str | None, tuple[int, ...]]]:
-        cuts = fields.truncate_prompt_tokens is not None
         special = fields.add_special_tokens is not False
-        if cuts:
-            whole = await self._encode_mixed(fields.prompts, special)
+        if fields.truncate_prompt_tokens is not None:
+            whole = await self._encode(fields.prompts, special)
             return [(None, truncate(one, fields, facts)) for one in whole]
         ids = await self.make_ids(fields.prompts, facts, special, fields.prompt_name)
         texts = (prompt if isinstance(prompt, str) else None for prompt in fields.prompts)
@@ -186,25 +185,23 @@ class PromptMaker:
         for prompt in prompts:
             if isinstance(prompt, str):
                 self._check_length(prompt, facts, param)
-        return await self._encode_mixed(prompts, add_special_tokens)
+        return await self._encode(prompts, add_special_tokens)
 
-    async def _encode_mixed(
+    async def _encode(
         self, prompts: Sequence[str | tuple[int, ...]], add_special_tokens: bool
     ) -> list[tuple[int, ...]]:
         """Token ids of texts; token ids stay as they are."""
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        encoded = iter(await self._encode_all(texts, add_special_tokens))
-        return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+        num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
 
-    async def _encode_all(
-        self, texts: Sequence[str], add_special_tokens: bool
-    ) -> list[tuple[int, ...]]:
-        if not texts:
-            return []
-        encode = self.require_tokenizer("prompt").encode
-        if sum(map(len, texts)) <= _INLINE_CHARS:
-            return [encode(text, add_special_tokens) for text in texts]
-        return await asyncio.to_thread(lambda: [encode(text, add_special_tokens) for text in texts])
+        def make() -> list[tuple[int, ...]]:
+            return [self._ids(prompt, add_special_tokens) for prompt in prompts]
+
+        return make() if num_chars <= _INLINE_CHARS else await asyncio.to_thread(make)
+
+    def _ids(self, prompt: str | tuple[int, ...], add_special_tokens: bool) -> tuple[int, ...]:
+        if isinstance(prompt, tuple):
+            return prompt
+        return self.require_tokenizer("prompt").encode(prompt, add_special_tokens)
 
     def _check_length(self, text: str, facts: ModelFacts, param: str) -> None:
         """Refuse a text that cannot fit before time is spent on it."""

@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 from cluster.tracing import names
 from cluster.tracing.exporter import (
     AttributeValue,
-    Span,
+    Context,
     SpanKind,
     Tracer,
     parent_of,
@@ -90,20 +91,20 @@ def record_request(
         return  # not sampled
     set_error(root, trace.error)
     if generation is not None:
-        _Children(tracer, root, day_ns, cluster_events).record(trace, generation)
+        children = _Children(tracer, set_span_in_context(root), day_ns, cluster_events)
+        children.record(trace, generation)
     root.end(day_ns + round(trace.ended_s * 1e9))
 
 
+@dataclass(frozen=True, slots=True)
 class _Children:
-    """Makes the children of a request's span; ``day_ns`` is the time of day at 0.0 s."""
+    """Makes the children of a request's span."""
 
-    def __init__(
-        self, tracer: Tracer, root: Span, day_ns: int, cluster_events: ClusterEvents
-    ) -> None:
-        self._tracer = tracer
-        self._parent = set_span_in_context(root)
-        self._day_ns = day_ns
-        self._cluster_events = cluster_events
+    tracer: Tracer
+    parent: Context
+    day_ns: int
+    """The time of day at 0.0 s."""
+    cluster_events: ClusterEvents
 
     def record(self, trace: RequestTrace, generation: Generation) -> None:
         """Prompt by prompt, each in the order of time."""
@@ -122,7 +123,7 @@ class _Children:
         attributes = {
             **request,
             names.WORKER: prompt.submission.worker if prompt.submission else "",
-            names.PLACEMENT_EPOCH: self._cluster_events.epoch_at(admitted_s),
+            names.PLACEMENT_EPOCH: self.cluster_events.epoch_at(admitted_s),
         }
         chunks = _chunks(prompt.choices[0], admitted_s)
         self._span(names.QUEUE, admitted_s, chunks[0][0] if chunks else closed_s, attributes)
@@ -145,7 +146,7 @@ class _Children:
             Event(began_s, names.FIRST_TOKEN),
             *(Event(when_s, names.PREEMPTED) for when_s in preempted_s),
             *(Event(when_s, names.REPLAYED) for when_s in replays_s),
-            *self._cluster_events.between(began_s, ended_s),
+            *self.cluster_events.between(began_s, ended_s),
         ]
         preemptions = {names.PREEMPTIONS: len(preempted_s)}
         self._span(names.DECODE, began_s, ended_s, attributes | preemptions, events)
@@ -158,15 +159,15 @@ class _Children:
         attributes: Attributes,
         events: Iterable[Event] = (),
     ) -> None:
-        span = self._tracer.start_span(
-            name, self._parent, attributes=attributes, start_time=self._ns(began_s)
+        span = self.tracer.start_span(
+            name, self.parent, attributes=attributes, start_time=self._ns(began_s)
         )
         for event in sorted(events, key=lambda event: event.when_s):
             span.add_event(event.name, event.attributes, self._ns(event.when_s))
         span.end(self._ns(max(began_s, ended_s)))
 
     def _ns(self, when_s: float) -> int:
-        return self._day_ns + round(when_s * 1e9)
+        return self.day_ns + round(when_s * 1e9)
 
 
 def _operation(trace: RequestTrace) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.config.cluster import ObservabilitySection
@@ -33,29 +34,19 @@ OPERATIONS: Mapping[str, str] = {
 _HEADERS = ("traceparent", "tracestate")
 
 
+@dataclass(frozen=True, slots=True)
 class Tracing:
-    """Traces the requests of one replica.
+    """Traces the requests of one replica."""
 
-    Args:
-        export: takes the spans.
-        model: the one that is served.
-        addresses: ``host:port`` of ``http`` and ``grpc``, when they are known.
-        decode: None keeps prompts and outputs out.
-    """
-
-    def __init__(
-        self,
-        export: TraceExport,
-        model: str,
-        addresses: Callable[[], Mapping[str, Any]],
-        decode: Decode | None,
-    ) -> None:
-        self.stop = export.stop
-        self._tracer = export.tracer
-        self._model = model
-        self._addresses = addresses
-        self._decode = decode
-        self._cluster_events = ClusterEvents()
+    export: TraceExport
+    """Takes the spans."""
+    model: str
+    """The one that is served."""
+    addresses: Callable[[], Mapping[str, Any]]
+    """``host:port`` of ``http`` and ``grpc``, when they are known."""
+    decode: Decode | None
+    """None keeps prompts and outputs out."""
+    cluster_events: ClusterEvents = field(default_factory=ClusterEvents)
 
     def begin(
         self, name: str, port: Port, request_id: str, headers: Iterable[tuple[str, str | bytes]]
@@ -73,18 +64,18 @@ class Tracing:
         return trace
 
     def see(self, snapshot: Mapping[str, Any]) -> None:
-        self._cluster_events.take(snapshot, time.monotonic())
+        self.cluster_events.take(snapshot, time.monotonic())
 
     def _record(self, trace: RequestTrace) -> None:
         """Make the spans of a request that is over. A failure here is not the request's."""
         try:
             record_request(
-                self._tracer,
+                self.export.tracer,
                 trace,
-                model=self._model,
-                address=str(self._addresses().get(trace.port, "")),
-                cluster_events=self._cluster_events,
-                decode=self._decode,
+                model=self.model,
+                address=str(self.addresses().get(trace.port, "")),
+                cluster_events=self.cluster_events,
+                decode=self.decode,
             )
         except Exception:
             logger.exception("request %s has no trace", trace.request_id)

@@ -24,16 +24,8 @@ from gateway.observability.metric_texts import GAUGES, TEXTS
 _LABEL = r'[a-z_]+="[^"\\\n]*"'
 _LEGAL_NAME = re.compile(rf"([a-zA-Z_][a-zA-Z0-9_]*)(?:\{{({_LABEL}(?:,{_LABEL})*)\}})?")
 """The name of a worker's number, with or without labels."""
-_WORKER_HISTOGRAMS = (
-    "iteration_tokens_total",
-    "kv_migration_seconds",
-    "attention_compute_seconds",
-    "bubble_seconds",
-    "combine_seconds",
-    "dispatch_seconds",
-    "expert_compute_seconds",
-)
-"""Numbers of workers that are buckets, count and sum of a histogram."""
+_HISTOGRAM = re.compile("(.+)_(?:bucket|count|sum)")
+"""A number that belongs to a histogram of the first group's name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +107,7 @@ class ClusterCollector(Collector):
     def _family(self, name: str) -> Metric:
         family = _family_name(name)
         text = TEXTS.get(family, family)
-        if family in _WORKER_HISTOGRAMS:
+        if family != name:
             return HistogramMetricFamily(self.prefix + family, text, labels=())
         if name.endswith("_total") and name not in GAUGES:
             return CounterMetricFamily(self.prefix + name.removesuffix("_total"), text, labels=())
@@ -130,4 +122,5 @@ def _labels_of(text: str) -> dict[str, str]:
 
 def _family_name(name: str) -> str:
     """Samples of a histogram have its name and an ending."""
-    return next((h for h in _WORKER_HISTOGRAMS if name.startswith(f"{h}_")), name)
+    histogram = _HISTOGRAM.fullmatch(name)
+    return name if histogram is None else histogram[1]

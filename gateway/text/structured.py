@@ -8,7 +8,7 @@ word.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
@@ -78,8 +78,9 @@ def _from_structured(constraints: Mapping[str, Any]) -> Grammar | None:
     if kind == "json":
         return _schema(value, field)
     if kind == "choice":
-        return _choice(value, field)
-    return _text(GrammarKind.REGEX if kind == "regex" else GrammarKind.LARK, value, field)
+        text = json.dumps(list(value), ensure_ascii=False) if value else ""
+        return _grammar(GrammarKind.CHOICE, text, field)
+    return _grammar(GrammarKind.REGEX if kind == "regex" else GrammarKind.LARK, value, field)
 
 
 def _schema(schema: Any, field: str) -> Grammar:
@@ -94,8 +95,7 @@ def _schema(schema: Any, field: str) -> Grammar:
         text.encode()
     except ValueError as err:
         raise RequestError(f"{field} holds a value that JSON cannot say", field) from err
-    _check_size(text, field)
-    return Grammar(kind=GrammarKind.JSON_SCHEMA, text=text, field=field)
+    return _grammar(GrammarKind.JSON_SCHEMA, text, field)
 
 
 def _parse(text: str, field: str) -> Any:
@@ -108,14 +108,7 @@ def _parse(text: str, field: str) -> Any:
         raise RequestError(f"{field} is not valid JSON: {reason}", field) from err
 
 
-def _choice(choices: Sequence[str], field: str) -> Grammar:
-    require(len(choices) > 0, field, "must not be empty")
-    text = json.dumps(list(choices), ensure_ascii=False)
-    _check_size(text, field)
-    return Grammar(kind=GrammarKind.CHOICE, text=text, field=field)
-
-
-def _text(kind: GrammarKind, text: str, field: str) -> Grammar:
+def _grammar(kind: GrammarKind, text: str, field: str) -> Grammar:
     require(len(text) > 0, field, "must not be empty")
     _check_size(text, field)
     return Grammar(kind=kind, text=text, field=field)

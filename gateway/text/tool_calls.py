@@ -94,11 +94,11 @@ class ToolParser:
     def _step(self, content: list[str], calls: list[CallDelta]) -> bool:
         """Read on; whether the state changed, so that there may be more."""
         if self._state is _State.TEXT:
-            content.append(self._until(self._mark, _State.BEFORE))
-            return self._state is not _State.TEXT
+            text, is_found = self._until(self._mark, _State.BEFORE)
+            content.append(text)
+            return is_found
         if self._state is _State.BEFORE:
-            self._until(_NAME, _State.NAME)
-            return self._state is not _State.BEFORE
+            return self._until(_NAME, _State.NAME)[1]
         if self._state is _State.NAME:
             name, found, rest = self._waiting.partition('"')
             if not found:
@@ -109,8 +109,7 @@ class ToolParser:
             self._waiting, self._state = rest, _State.GAP
             return True
         if self._state is _State.GAP:
-            self._until(_ARGUMENTS, _State.ARGUMENTS)
-            return self._state is not _State.GAP
+            return self._until(_ARGUMENTS, _State.ARGUMENTS)[1]
         piece, is_end = self._arguments()
         if piece:
             calls.append(CallDelta(self.num_begun - 1, piece))
@@ -119,15 +118,15 @@ class ToolParser:
             self._state = _State.BEFORE
         return is_end
 
-    def _until(self, mark: str, then: _State) -> str:
-        """Text before ``mark``, which is dropped; without it all that cannot begin it."""
+    def _until(self, mark: str, then: _State) -> tuple[str, bool]:
+        """Text before ``mark``, which is dropped, or all that cannot begin it; and which it is."""
         before, found, rest = self._waiting.partition(mark)
         if found:
             self._waiting, self._state = rest, then
-            return before
+            return before, True
         kept = next(n for n in range(len(mark) - 1, -1, -1) if before.endswith(mark[:n]))
         self._waiting = before[len(before) - kept :]
-        return before[: len(before) - kept]
+        return before[: len(before) - kept], False
 
     def _arguments(self) -> tuple[str, bool]:
         """The next piece of an object, and whether it ends there."""

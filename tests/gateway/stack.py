@@ -143,7 +143,7 @@ class Stack:
         )
         if self.gateway.tracing is not None:
             tracing = self.gateway.tracing
-            self._closers.append(lambda: asyncio.to_thread(tracing.stop))
+            self._closers.append(lambda: asyncio.to_thread(tracing.export.stop))
         self._closers.append(self.engines.stop)
         await self._start_grpc()
         cluster.start()
