@@ -35,7 +35,7 @@ from workers.requests.request import SamplingParams
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 
 
-def test_rebalancing_tells_what_clients_saw() -> None:
+def test_rebalancing_reports_what_clients_saw() -> None:
     case = rebalancing.Case(before_s=10.0, after_s=20.0, settled_s=5.0, fresh_s=9.0)
     last = {"epoch": 3, "text": "filled 4 slots"}
 

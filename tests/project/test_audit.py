@@ -34,7 +34,7 @@ def report(*holes: Mapping[str, object]) -> str:
     return json.dumps({"dependencies": packages, "fixes": []})
 
 
-def test_known_holes_are_told(audit: ModuleType) -> None:
+def test_known_holes_are_reported(audit: ModuleType) -> None:
     lines = audit.read_report(report(HOLE, {**HOLE, "id": "PYSEC-2026-2", "fix_versions": []}), "")
     assert lines == [
         "holed 1.1: PYSEC-2026-1, repaired in 1.2",

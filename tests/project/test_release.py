@@ -83,7 +83,7 @@ def test_a_wheel_holds_the_tracked_files_of_the_packages(release: ModuleType) ->
     ]
 
 
-def test_a_command_that_fails_is_told_with_its_last_lines(release: ModuleType) -> None:
+def test_a_command_that_fails_is_shown_with_its_last_lines(release: ModuleType) -> None:
     code = "import sys; [print(i, file=sys.stderr) for i in range(50)]; sys.exit(3)"
     with pytest.raises(release.ReleaseError) as failed:
         release.call([sys.executable, "-c", code])

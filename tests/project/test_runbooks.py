@@ -46,7 +46,7 @@ def test_every_state_has_its_section() -> None:
     assert sorted(sections) == sorted(state.value for state in ClusterState)
 
 
-def test_every_problem_that_status_can_tell_has_its_section() -> None:
+def test_every_problem_of_status_has_its_section() -> None:
     problems = text_of("runbooks.md").partition("## Problems")[2].partition("\n## ")[0]
     sections = re.findall(r"^### (.+)$", problems, re.M)
     assert sorted(sections) == sorted(problem.value for problem in Problem)

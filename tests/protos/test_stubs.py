@@ -39,7 +39,7 @@ def test_enum_zero_is_unspecified() -> None:
         assert enum.values_by_number[0].name.endswith("_UNSPECIFIED"), name
 
 
-def test_sampling_scalars_tell_unset_from_zero() -> None:
+def test_sampling_scalars_distinguish_unset_from_zero() -> None:
     fields = types_pb2.SamplingParams.DESCRIPTOR.fields
     plain = [f.name for f in fields if not f.is_repeated and not f.has_presence]
     assert plain == []

@@ -149,7 +149,7 @@ def test_a_grpc_channel_that_is_closed(server: Served) -> None:
         channel.close()
 
 
-def test_those_who_stay_notice_nothing(server: Served, stub: InferenceStub) -> None:
+def test_clients_that_stay_notice_nothing(server: Served, stub: InferenceStub) -> None:
     """A stream whose neighbours leave says what it says alone."""
     message = request_of(
         text="ROMEO:", sampling_params={"max_tokens": 100, "temperature": 1.0, "seed": 9}

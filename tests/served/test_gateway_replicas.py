@@ -108,7 +108,7 @@ def test_replicas_share_their_ports(server: Served) -> None:
     assert not missing
 
 
-def test_any_replica_tells_of_both_and_ends_requests_of_both(server: Served) -> None:
+def test_any_replica_reports_both_and_ends_requests_of_both(server: Served) -> None:
     pids = wait_replicas(server)
     admin_grpc = server.status()["gateway"][0]["admin_grpc"]
     wait_until(lambda: {int(g["pid"]) for g in server.status()["gateway"]} == set(pids), "both")
@@ -276,7 +276,7 @@ def test_a_killed_replica_breaks_its_streams_and_no_others(
     assert server.status()["generation"] == 1
 
 
-def test_a_replica_that_stands_still_holds_up_nobody_else(
+def test_a_frozen_replica_holds_up_no_other(
     server: Served, pool: ThreadPoolExecutor, expected: list[int]
 ) -> None:
     """The engine gives its requests up; when it wakes up, it goes on with them, or is gone."""

@@ -44,7 +44,7 @@ def resources(server: Served) -> tuple[dict[str, float], dict[str, float]]:
     return answer[0], answer[1]
 
 
-def test_workers_share_the_cpus_and_nobody_else_takes_any(server: Served) -> None:
+def test_workers_share_the_cpus_and_no_other_process_takes_any(server: Served) -> None:
     total, free = resources(server)
     cpus = count_cpus()
     share = math.floor(cpus / 3 * 10_000) / 10_000

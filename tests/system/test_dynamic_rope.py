@@ -95,7 +95,9 @@ def test_cached_prefixes_are_shared_by_equal_rotations_only(
 
 @each_family
 @pytest.mark.parametrize("has_cache", [False, True])
-def test_who_gave_way_goes_on_as_before(golden: AnyGolden, variant: str, has_cache: bool) -> None:
+def test_a_preempted_sequence_continues_as_before(
+    golden: AnyGolden, variant: str, has_cache: bool
+) -> None:
     expected = golden(variant)
     config = make_engine(expected, BLOCKS).config
     section = replace(

@@ -102,7 +102,7 @@ def test_inputs_are_the_same_for_a_seed() -> None:
     assert some("a") != some("b")
 
 
-def test_the_report_tells_what_is_wrong() -> None:
+def test_the_report_names_what_is_wrong() -> None:
     outcomes: Counter[Outcome] = Counter({"accepted": 3, "refused": 5})
     counts = {"HTTP bodies": outcomes}
     tally = Tally(counts=counts, seconds=2.0)

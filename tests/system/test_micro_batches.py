@@ -122,7 +122,7 @@ def test_a_trace_shows_both_pools_busy_at_once(spans: list[Seen]) -> None:
 
 
 @pytest.mark.distributed
-def test_nobody_waits_between_two_micro_batches(spans: list[Seen]) -> None:
+def test_no_worker_waits_between_two_micro_batches(spans: list[Seen]) -> None:
     """Both parts go out before one is awaited; one goes home before the other is awaited."""
     starts = {
         (s.name, s.args["step"], s.args["layer"], s.args["micro_batch"]): s.start_us

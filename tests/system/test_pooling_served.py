@@ -87,7 +87,7 @@ def test_embeddings(stack: Stack, stub: InferenceStub, local: LocalEngine, pooli
     assert message.usage.prompt_tokens == count
 
 
-def test_models_tell_what_embeddings_are(stack: Stack) -> None:
+def test_models_name_the_kinds_of_embeddings(stack: Stack) -> None:
     (model,) = stack.http.get("/v1/models").json()["data"]
     assert model["embedding_pooling"] == ["last", "mean"]
     default = answer(stack, "/v1/embeddings", input=IDS[0])["data"][0]["embedding"]
@@ -128,7 +128,7 @@ def test_score_is_the_mean_log_probability_of_the_document(
     assert [row.score for row in message.data] == pytest.approx(want, abs=1e-4)
 
 
-def test_trailing_metadata_tells_the_usage(stub: InferenceStub) -> None:
+def test_trailing_metadata_has_the_usage(stub: InferenceStub) -> None:
     prompts = inputs(*TEXTS)
     calls: list[tuple[Any, Any]] = [
         (stub.Embed, pb.EmbedRequest(input=prompts)),

@@ -47,7 +47,7 @@ def told(snapshot: dict[str, Any]) -> dict[str, set[str]]:
         ("local", {"attention-0": OF_ATTENTION}),
     ],
 )
-def test_every_worker_tells_its_parts_by_phase(mode: str, expected: dict[str, set[str]]) -> None:
+def test_every_worker_reports_its_parts_by_phase(mode: str, expected: dict[str, set[str]]) -> None:
     pools = {"num_expert_workers": 0} if mode == "local" else {}
     config = make_config(bundled_checkpoint(), 1, 1, workers={"mode": mode, **pools})
     params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)

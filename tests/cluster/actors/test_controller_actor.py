@@ -259,7 +259,7 @@ def test_workers_of_a_node_that_is_to_go_are_drained() -> None:
     asyncio.run(body())
 
 
-def test_colocated_workers_share_cpus_and_experts_and_the_mode_is_told() -> None:
+def test_colocated_workers_share_cpus_and_experts_and_the_mode_is_reported() -> None:
     async def body() -> None:
         group = ThreadWorkerGroup()
         actor = ControllerActor(group)
@@ -300,7 +300,7 @@ def test_local_mode_is_one_worker_with_all_experts() -> None:
     asyncio.run(body())
 
 
-def test_whatever_breaks_the_creation_ends_the_start() -> None:
+def test_any_error_of_the_creation_ends_the_start() -> None:
     async def body() -> None:
         actor = ControllerActor(ThreadWorkerGroup(crashes=True))
         await actor.start(_config(), BANKS)

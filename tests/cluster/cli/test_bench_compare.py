@@ -115,7 +115,7 @@ def test_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
-def test_other_settings_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_settings_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = write(tmp_path / "a.json"), tmp_path / "b.json"
     document = {**json.loads(Path(before).read_text()), "options": {"seed": 5}}
     after.write_text(json.dumps(document))

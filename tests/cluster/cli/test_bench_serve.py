@@ -146,7 +146,9 @@ def heeds_interrupts() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("heeds_interrupts")
-def test_an_interrupt_tells_what_there_is(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_prints_the_results_so_far(
+    stack: Stack, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupt() -> None:
         stack.engine.is_paused = True
         os.kill(os.getpid(), signal.SIGINT)
@@ -174,14 +176,14 @@ def test_what_the_server_refuses_ends_it(
     assert stack.engine.requests == []
 
 
-def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_server_there(capsys: pytest.CaptureFixture[str]) -> None:
     nowhere = ["--url", "http://127.0.0.1:1", "bench", "serve"]
     assert main(nowhere) == ExitCode.UNREACHABLE
     assert main([*nowhere, "--grpc", "127.0.0.1:1"]) == ExitCode.UNREACHABLE
     assert capsys.readouterr().out == ""
 
 
-def test_a_server_that_tells_too_little(gateway: FakeGateway) -> None:
+def test_a_server_that_reports_too_little(gateway: FakeGateway) -> None:
     asked = ["--url", gateway.url, "bench", "serve"]
     assert main(asked) == ExitCode.NOT_READY
     assert main([*asked, "--grpc"]) == ExitCode.REFUSED

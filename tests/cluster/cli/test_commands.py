@@ -83,7 +83,7 @@ def test_refusals_become_exit_codes(
     assert capsys.readouterr().err == "expertmesh: says why\n"
 
 
-def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_server_there(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:  # bound, so that nobody listens there
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"

@@ -71,7 +71,7 @@ def test_flag_and_environment_win_over_the_file(tmp_path: Path) -> None:
         ("a: b: c", "cannot be read"),
     ],
 )
-def test_what_is_wrong_in_the_file_is_told(tmp_path: Path, text: str, words: str) -> None:
+def test_errors_in_the_file_are_reported(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(CommandError, match=words) as caught:
         values_of(tmp_path, text)
     assert caught.value.code == ExitCode.USAGE
@@ -88,7 +88,7 @@ def asked(*words: str) -> dict[str, str]:
     return asked_for(read_given(args, {}))
 
 
-def test_what_differs_between_two_starts_is_told_by_flag() -> None:
+def test_differences_of_two_starts_are_named_by_flag() -> None:
     one = asked("m", "--num-expert-workers", "2", "--address", "auto", "--api-key", "secret")
     same = asked("m", "--num-expert-workers", "2", "--api-key", "secret", "--wait-nodes", "3")
     assert tell_differences(one, same) == []

@@ -120,9 +120,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(
     assert "the config asks for [9, 32]" in capsys.readouterr().err
 
 
-def test_keys_that_nobody_knows_are_told_once(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_unknown_keys_are_reported_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path, {**TINY_CONFIG, "colour": "red", "use_cache": True})
     assert main(["serve", "--dry-run", *PORTS, str(tmp_path)]) == ExitCode.OK
     assert capsys.readouterr().err.count("config.json: ignored, not known: colour\n") == 1

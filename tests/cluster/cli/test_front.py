@@ -232,7 +232,7 @@ def test_a_refusal_of_the_launcher_keeps_its_exit_code(start_front: StartFront) 
     assert start_front(how="refuse").end() == (5, "port (1) differs\n")
 
 
-def test_an_error_that_nobody_foresaw_takes_one_line(start_front: StartFront) -> None:
+def test_an_unforeseen_error_takes_one_line(start_front: StartFront) -> None:
     log = state_file.log_path("one")
     assert start_front(how="bug").end() == (1, f"RuntimeError: the actor died, see {log}\n")
     assert "and a page more" in log.read_text()
@@ -291,7 +291,7 @@ def test_two_side_by_side(start_front: StartFront) -> None:
     assert find_by_files(two.folder)
 
 
-def test_nobody_owns_what_up_starts_in_a_joined_ray(start_front: StartFront) -> None:
+def test_what_up_starts_in_a_joined_ray_has_no_owner(start_front: StartFront) -> None:
     """The launcher goes with its front; the record stays, also when a later start fails."""
     front = start_front(join=True)
     front.wait_ready()

@@ -42,5 +42,5 @@ def test_a_node_is_healthy_when_its_workers_serve(
     ]
 
 
-def test_who_cannot_be_reached_is_not_healthy() -> None:
+def test_an_unreachable_cluster_is_not_healthy() -> None:
     assert main(["--url", "http://127.0.0.1:1", "health"]) == ExitCode.UNREACHABLE

@@ -70,7 +70,7 @@ def test_an_answer_without_an_end_is_an_error(gateway: FakeGateway) -> None:
     assert main(["--url", gateway.url, "chat", "Hello"]) == ExitCode.FAILED
 
 
-def test_an_error_in_the_stream_is_told(
+def test_an_error_in_the_stream_is_reported(
     gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gateway.events = [{"error": {"message": "no template", "code": "c"}}]

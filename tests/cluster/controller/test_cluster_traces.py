@@ -29,7 +29,7 @@ def length_ns(span: ReadableSpan) -> int:
     return ended_ns - began_ns
 
 
-def test_a_rebalancing_tells_what_it_moved_and_what_it_promises() -> None:
+def test_a_rebalancing_reports_what_it_moved_and_predicts() -> None:
     cluster = make()
     kept = followed(cluster)
     window(cluster, SKEWED)

@@ -326,7 +326,7 @@ def test_a_stuck_loop_under_a_live_heartbeat_is_lost() -> None:
     assert set(reasons.values()) == {""}
 
 
-def test_a_paused_controller_blames_nobody() -> None:
+def test_a_paused_controller_declares_no_worker_lost() -> None:
     cluster = FakeCluster()
     cluster.serve()
     cluster.beat_all()
@@ -379,7 +379,7 @@ def test_a_report_of_an_older_generation_is_dropped() -> None:
     assert _states(cluster)["expert-1"] == "SERVING"
 
 
-def test_a_lost_worker_that_speaks_again_is_told_to_end() -> None:
+def test_a_lost_worker_that_speaks_again_is_ordered_to_end() -> None:
     cluster = FakeCluster(1, 3, num_redundant=5)
     cluster.serve()
     cluster.controller.lost({"expert-0": "no heartbeat"}, cluster.now)

@@ -303,7 +303,7 @@ def test_a_starting_worker_may_be_silent_for_longer_than_a_serving_one() -> None
 
 
 @pytest.mark.parametrize("lost", ["expert-0", "attention-0"])
-def test_nobody_is_started_while_the_cluster_ends(lost: str) -> None:
+def test_no_worker_is_started_while_the_cluster_ends(lost: str) -> None:
     cluster = FakeCluster(1, 2, num_redundant=4)
     cluster.serve()
     cluster.controller.stop(cluster.now)

@@ -106,7 +106,7 @@ def prepare_all(host: Host, change: EpochChange) -> None:
         change.ready(member.name, EpochReady(generation=4, epoch=8))
 
 
-def test_it_loads_tells_everyone_and_switches() -> None:
+def test_it_loads_informs_all_members_and_switches() -> None:
     host = Host()
     change = begin(host, ChangeLimits(limit_s=20.0, bytes_per_s=5e6))
     assert state_of(change) is ChangeState.LOAD
@@ -143,7 +143,7 @@ def test_it_loads_tells_everyone_and_switches() -> None:
     assert host.placement == change.stage.placement
 
 
-def test_nothing_to_load_is_told_at_once() -> None:
+def test_nothing_to_load_is_reported_at_once() -> None:
     host = Host()
     same = Stage(fills=(), placement=replace(host.placement, epoch=8))
     change = begin_stage(host, same, ChangeLimits())

@@ -127,7 +127,7 @@ def test_the_newest_generation_counts() -> None:
     assert len(controller.cluster.workers) == 3
 
 
-def test_who_does_not_call_is_lost_after_the_limit() -> None:
+def test_a_worker_that_does_not_call_is_lost_after_the_limit() -> None:
     collector = new_collector()
     for name in NAMES[:2]:
         greet(collector, name, standing())
@@ -172,7 +172,7 @@ def test_a_start_that_never_served_is_not_restored() -> None:
     assert collector.result() is None
 
 
-def test_the_newest_memory_counts_and_brings_back_who_was_lost() -> None:
+def test_the_newest_memory_counts_and_names_the_lost_workers() -> None:
     entry = {"generation": 3, "time": 5.0, "cause": "lost expert-9: gone", "effect": "go on"}
     lost = make_members(1, 10)[-1]
     memory = {
@@ -189,7 +189,7 @@ def test_the_newest_memory_counts_and_brings_back_who_was_lost() -> None:
     assert link.sent["expert-9"] == [Shutdown(reason="gone")]
 
 
-def test_strangers_are_refused_and_other_news_means_nothing() -> None:
+def test_strangers_are_refused_and_other_frames_ignored() -> None:
     collector = new_collector()
     with pytest.raises(ProtocolError, match="expert-7 is no worker of this cluster"):
         collector.frame("expert-7", WorkerReady(), 0.0)

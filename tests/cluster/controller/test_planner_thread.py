@@ -251,7 +251,7 @@ class RefusingExecutor(Executor):
         return future
 
 
-def test_what_cannot_be_planned_is_told_until_it_can() -> None:
+def test_a_load_that_cannot_be_planned_is_reported_until_it_can() -> None:
     refusing = RefusingExecutor()
     cluster = make(1, executor=refusing)
     window(cluster, SKEWED)

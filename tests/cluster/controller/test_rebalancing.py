@@ -173,7 +173,7 @@ def test_changes_keep_their_distance() -> None:
     assert cluster.known.placement.epoch == 1
 
 
-def test_what_is_not_automatic_waits_to_be_told() -> None:
+def test_without_automation_a_change_waits_for_an_order() -> None:
     cluster = make(enable_eplb=False)
     controller = cluster.controller
     with pytest.raises(ConflictError, match="no load has been seen"):
@@ -234,7 +234,7 @@ def test_a_loss_ends_a_change_and_no_epoch_number_comes_twice() -> None:
     assert any("the epoch in force stays" in e["effect"] for e in history)
 
 
-def test_a_switch_that_nobody_here_ordered_leads_to_a_new_generation() -> None:
+def test_a_switch_without_an_order_leads_to_a_new_generation() -> None:
     """An earlier controller had ordered it: the maps known here are put in force again."""
     cluster = make(enable_eplb=False)
     before = cluster.known.placement

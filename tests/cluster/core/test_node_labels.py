@@ -35,7 +35,7 @@ def test_a_role_runs_on_the_nodes_that_are_labelled_for_it() -> None:
     assert nodes_for("expert", [HEAD]) == (HEAD,)
 
 
-def test_ray_is_told_the_same() -> None:
+def test_ray_gets_the_same_selector() -> None:
     places = [n.place for n in ALL]
     assert selector_for("expert", places) == {ROLE: "expert"}
     assert selector_for("colocated", places)[ROLE].startswith("!in(attention,")

@@ -59,7 +59,7 @@ def plan(host: str = "127.0.0.1") -> LaunchPlan:
     )
 
 
-def test_the_url_tells_of_tls() -> None:
+def test_the_url_shows_tls() -> None:
     secure = plan().config.to_dict()
     secure["gateway"] |= {"tls_cert": "/c", "tls_key": "/k"}
     one = dataclasses.replace(plan(), config=ClusterConfig.from_dict(secure))

@@ -118,7 +118,7 @@ def test_a_start_that_cannot_succeed_ends(
     assert ray.num_calls == num_calls
 
 
-def test_a_ray_where_nobody_listens_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_without_a_listener_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.init", lambda **options: pytest.fail("Ray would wait for minutes"))
     with socket.socket() as taken:  # bound, so that nobody listens there
         taken.bind(("127.0.0.1", 0))

@@ -62,7 +62,7 @@ def test_lost_experts_are_spread_by_their_load() -> None:
     assert [len(row) for row in maps_of(even)[1:]] == [4, 4]
 
 
-def test_where_there_is_no_room_the_missing_experts_are_told() -> None:
+def test_without_room_the_missing_experts_are_named() -> None:
     desired = one_bank((0, 1), (2, 3))
     holdings = Holdings(current=desired, desired=desired, room=3)
     found = cover(holdings, {0}, 2)

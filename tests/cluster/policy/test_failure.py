@@ -161,7 +161,7 @@ def test_a_loop_that_is_in_no_running_generation_may_stand() -> None:
     assert find_silent(10.0, [_pulse("a", 10.0, 1.0, running=False)], 2.0) == {}
 
 
-def test_who_waits_for_a_silent_peer_is_not_blamed() -> None:
+def test_a_worker_that_waits_for_a_silent_peer_is_not_blamed() -> None:
     pulses = [_pulse("waits", 10.0, 6.0, waiting=True), _pulse("frozen", 7.0, 6.0)]
     assert set(find_silent(10.0, pulses, 2.0)) == {"frozen"}
     pulses = [_pulse("waits", 10.0, 6.0, waiting=True), _pulse("stuck", 10.0, 6.0)]

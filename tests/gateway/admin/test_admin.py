@@ -188,7 +188,7 @@ def test_reads_agree_with_the_public_port(
     assert names == [w["name"] for w in stack.http.get("/cluster/v1/status").json()["workers"]]
 
 
-def test_events_are_told_as_they_happen(stack: Stack, stub: AdminStub) -> None:
+def test_events_are_sent_as_they_happen(stack: Stack, stub: AdminStub) -> None:
     events: Any = stub.WatchCluster(pb.WatchClusterRequest())
     assert next(events).cause == "start"
     entry = {"generation": 7, "time": 5.0, "cause": "drained expert-1", "effect": "go on"}

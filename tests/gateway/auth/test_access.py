@@ -235,7 +235,7 @@ def test_no_spelling_of_a_path_goes_around_the_keys(keyed: Stack, path: str) -> 
     assert answer.status in ((200,) if is_health else (400, 401)), path
 
 
-def test_metrics_are_open_only_when_told() -> None:
+def test_metrics_are_open_only_by_option() -> None:
     section = GatewaySection(api_keys=("k",), public_metrics=True)
     with running_stack(section) as stack:
         assert stack.http.get("/metrics").status_code == 200

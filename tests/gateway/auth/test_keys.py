@@ -201,7 +201,7 @@ def test_requests_at_once_are_limited() -> None:
     account.enter(0.0)
 
 
-def test_who_waits_for_requests_of_its_key_is_told_how_long_they_take() -> None:
+def test_the_retry_time_of_a_busy_key_follows_its_requests() -> None:
     """Two at a time, of 20 s each, one beginning 10 s after the other: one ends every 10 s."""
     account = Account(KeyEntry(digest=b"a"), KeyLimits(max_concurrent=2), 0.0)
     account.enter(0.0)

@@ -50,7 +50,7 @@ def test_the_status_lists_all_with_the_one_that_answers_first(
     assert [replica["name"] for replica in found] == ["gateway-test", OTHER]
 
 
-def test_every_number_is_told_once(pair: tuple[Stack, TwoReplicas]) -> None:
+def test_every_number_is_reported_once(pair: tuple[Stack, TwoReplicas]) -> None:
     stack, _ = pair
     complete(stack, prompt="hello", max_tokens=4)
     text = stack.http.get("/metrics").text

@@ -63,7 +63,7 @@ def test_the_retry_time_follows_the_drain() -> None:
     assert admission.queue_time_s() == pytest.approx(25.0)
 
 
-def test_quiet_times_tell_nothing_about_the_drain() -> None:
+def test_quiet_times_do_not_count_for_the_drain_rate() -> None:
     admission = Admission(max_requests=100, max_tokens=10**6, capacity=10)
     for hour in range(20):
         admission.admit(1, 1, hour * 3600.0).release(hour * 3600.0 + 1)

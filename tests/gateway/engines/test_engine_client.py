@@ -140,7 +140,7 @@ def test_outstanding_tokens_follow_the_work() -> None:
     assert client.take_submissions() == []
 
 
-def test_aborted_choices_are_told_no_more() -> None:
+def test_aborted_choices_get_no_more_output() -> None:
     client, sink = _client()
     client.abort("r", (0,))
     _step(client, _output(0, 0, 5), _output(1, 0, 6))
@@ -257,7 +257,7 @@ def test_bytes_that_are_no_message_end_the_stream(is_first: bool) -> None:
     assert asyncio.run(work()).startswith(f"not {what}")
 
 
-def test_nobody_there_ends_the_stream() -> None:
+def test_an_unreachable_worker_ends_the_stream() -> None:
     client = _client_to("127.0.0.1:1", CLUSTER_TOKEN)
     assert "UNAVAILABLE" in asyncio.run(asyncio.wait_for(client.run(), WAIT_S))
 

@@ -30,7 +30,7 @@ def test_each_worker_matches_as_far_as_its_blocks_go() -> None:
     assert index.num_blocks == 103
 
 
-def test_missed_news_ask_for_the_whole() -> None:
+def test_missed_messages_ask_for_the_complete_list() -> None:
     index, prompt = KvIndex(), _names(0, 4)
     assert not index.apply("a", KvEvents(number=1, stored=tuple(prompt)))
     assert index.apply("a", _whole(*prompt[:2]))

@@ -39,7 +39,7 @@ def test_round_robin_ignores_load() -> None:
     assert _picks(RoutingPolicy.ROUND_ROBIN, 4) == ["a", "b", "c", "a"]
 
 
-def test_nobody_is_picked_from_nobody() -> None:
+def test_no_worker_is_picked_from_none() -> None:
     assert all(pick_worker([], policy) is None for policy in RoutingPolicy)
 
 

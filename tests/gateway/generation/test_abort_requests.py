@@ -51,7 +51,7 @@ def abort(admin: AdminStub, *names: str) -> list[str]:
     return list(admin.AbortRequests(pb.AbortRequestsRequest(request_ids=names)).aborted)
 
 
-def test_a_request_is_ended_and_told_so(
+def test_a_request_is_ended_with_its_error(
     stack: Stack, admin: AdminStub, pool: ThreadPoolExecutor
 ) -> None:
     ended, other = begin(stack, pool, "mine-1"), begin(stack, pool, "mine-2", max_tokens=40)
@@ -74,7 +74,7 @@ def test_the_ids_of_answers_are_names_too(
     assert answer.result(WAIT_S).status_code == 409
 
 
-def test_a_stream_tells_it_in_an_event(stack: Stack, admin: AdminStub) -> None:
+def test_a_stream_reports_it_in_an_event(stack: Stack, admin: AdminStub) -> None:
     stack.engine.step_s = 0.02
     body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
     with stack.http.stream("POST", "/v1/completions", json=body) as response:

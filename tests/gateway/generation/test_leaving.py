@@ -46,7 +46,7 @@ def leave(stack: Stack) -> dict[str, Any]:
     return found
 
 
-def test_requests_end_well_and_nobody_else_is_wanted(stack: Stack) -> None:
+def test_requests_end_well_and_new_ones_are_refused(stack: Stack) -> None:
     assert leave_and_read(stack) == NUM_TOKENS
     stack.wait_for(lambda: leave(stack)["requests"] == 0, "the ticket to be given back")
     with grpc.insecure_channel(stack.admin.grpc) as channel:

@@ -47,7 +47,7 @@ def _generate(stack: Stack, **fields: Any) -> Answers:
         return Answers(whole=stub.Generate(request), chunks=chunks, trailing=trailing)
 
 
-def test_usage_tells_what_was_cached_of_each_prompt_once(stack: Stack) -> None:
+def test_usage_counts_the_cached_tokens_of_each_prompt_once(stack: Stack) -> None:
     stack.engine.num_cached_tokens = 4
     answer = complete(stack, prompt=["hello", "x"], max_tokens=3, n=2)
     assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 8}
@@ -55,14 +55,14 @@ def test_usage_tells_what_was_cached_of_each_prompt_once(stack: Stack) -> None:
     assert chat.json()["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
 
 
-def test_the_usage_of_a_stream_tells_it_too(stack: Stack) -> None:
+def test_the_usage_of_a_stream_has_it_too(stack: Stack) -> None:
     stack.engine.num_cached_tokens = 4
     options = {"include_usage": True}
     chunks = read_events(stack, "/v1/completions", prompt="a", n=2, stream_options=options)
     assert chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
 
 
-def test_grpc_tells_it_in_the_first_chunk_and_at_the_end(stack: Stack) -> None:
+def test_grpc_has_it_in_the_first_chunk_and_at_the_end(stack: Stack) -> None:
     stack.engine.num_cached_tokens = 4
     answers = _generate(stack)
     assert answers.whole.usage.cached_tokens == 4
@@ -73,7 +73,7 @@ def test_grpc_tells_it_in_the_first_chunk_and_at_the_end(stack: Stack) -> None:
     assert answers.trailing["x-cached-tokens"] == "4"
 
 
-def test_without_the_cache_nothing_is_told(stack_without: Stack) -> None:
+def test_without_the_cache_nothing_is_reported(stack_without: Stack) -> None:
     stack_without.engine.num_cached_tokens = 4
     answer = complete(stack_without, prompt="hello", max_tokens=3)
     assert "prompt_tokens_details" not in answer["usage"]

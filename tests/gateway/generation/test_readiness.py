@@ -196,7 +196,7 @@ def test_time_limits_of_the_tokenizer() -> None:
 
 
 @pytest.mark.parametrize(("begun_s", "status"), [(0.2, 408), (0.1, 504)])
-def test_a_worker_tells_whether_it_had_begun(moody: Stack, begun_s: float, status: int) -> None:
+def test_a_worker_reports_whether_it_had_begun(moody: Stack, begun_s: float, status: int) -> None:
     """Of a long prompt the gateway has seen no token yet."""
     moody.engine.error = ("not done within 200 ms", "deadline_exceeded")
     moody.engine.error_timings = Timings(

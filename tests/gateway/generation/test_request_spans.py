@@ -145,7 +145,7 @@ def test_parts_follow_each_other() -> None:
     }
 
 
-def test_a_request_that_nobody_worked_on_waited() -> None:
+def test_a_request_without_work_waited() -> None:
     found = {part.name: part.seconds for part in parts(lambda call: None, error="not_ready")}
     assert found == {"expertmesh.tokenize": (0.0, 1.0), "expertmesh.queue": (1.0, 5.0)}
 
@@ -187,7 +187,7 @@ def test_events_are_in_the_order_of_time() -> None:
     assert decode.attributes["expertmesh.placement_epoch"] == 3
 
 
-def test_a_large_batch_tells_of_its_first_prompts() -> None:
+def test_a_large_batch_has_spans_of_its_first_prompts() -> None:
     names = [part.name for part in parts(num_prompts=MAX_PROMPTS + 1)]
     assert names.count("expertmesh.decode") == MAX_PROMPTS
 

@@ -175,7 +175,7 @@ def test_a_chat_is_one_trace(stack: Stack, collector: Collector, stream: bool) -
     assert "gen_ai.request.temperature" not in attributes
 
 
-def test_chunks_and_preemptions_are_told(stack: Stack, collector: Collector) -> None:
+def test_chunks_and_preemptions_are_recorded(stack: Stack, collector: Collector) -> None:
     stack.engine.timings = replace(
         TIMINGS,
         first_token_s=0.004,
@@ -263,7 +263,7 @@ def test_a_refusal_is_an_error_without_parts(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_engines_error_is_told(stack: Stack, collector: Collector, stream: bool) -> None:
+def test_an_engines_error_is_recorded(stack: Stack, collector: Collector, stream: bool) -> None:
     stack.engine.error = ("the experts are gone", "experts_unavailable")
     caller = Caller()
     caller.post(stack, "/v1/completions", prompt="x", stream=stream)
@@ -272,7 +272,7 @@ def test_an_engines_error_is_told(stack: Stack, collector: Collector, stream: bo
     assert names(spans) == ["tokenize", "queue"]
 
 
-def test_an_error_within_a_stream_is_told(stack: Stack, collector: Collector) -> None:
+def test_an_error_within_a_stream_is_recorded(stack: Stack, collector: Collector) -> None:
     stack.engine.step_s = 0.02
     caller = Caller()
     headers = {"traceparent": caller.parent}
@@ -287,7 +287,7 @@ def test_an_error_within_a_stream_is_told(stack: Stack, collector: Collector) ->
     assert names(spans) == PARTS[:-1]
 
 
-def test_a_client_that_leaves_is_told(stack: Stack, collector: Collector) -> None:
+def test_a_client_that_leaves_is_recorded(stack: Stack, collector: Collector) -> None:
     stack.engine.step_s = 0.02
     connection = send_raw(stack, "/v1/completions", {"prompt": "x", "max_tokens": 400, "n": 3})
     stack.wait_for(lambda: bool(stack.engine.running), "the request")
@@ -299,7 +299,7 @@ def test_a_client_that_leaves_is_told(stack: Stack, collector: Collector) -> Non
     assert not root.parent_span_id, "a trace of its own"
 
 
-def test_a_grpc_client_that_leaves_is_told(stack: Stack, collector: Collector) -> None:
+def test_a_grpc_client_that_leaves_is_recorded(stack: Stack, collector: Collector) -> None:
     stack.engine.step_s = 0.02
     caller = Caller()
     request = pb.GenerateRequest(text="x")
@@ -363,7 +363,7 @@ def test_an_invalid_parent_counts_as_absent(
     assert not root.trace_state
 
 
-def test_who_is_not_sampled_is_not_told_of(stack: Stack, collector: Collector) -> None:
+def test_an_unsampled_trace_is_not_sent(stack: Stack, collector: Collector) -> None:
     silent, loud = Caller(flags="00"), Caller()
     for caller in (silent, loud):
         caller.post(stack, "/v1/completions", prompt="x", max_tokens=1)

@@ -279,7 +279,7 @@ def _announce(stack: Stack, *lines: str, body: bytes = b"", length: int = 9_000_
     return received
 
 
-def test_a_client_that_waits_is_not_told_to_send_too_much(stack: Stack) -> None:
+def test_a_waiting_client_is_not_asked_for_too_much(stack: Stack) -> None:
     received = _announce(stack, "expect: 100-continue")
     head, _, body = received.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 413")

@@ -21,7 +21,7 @@ def mean(choice: dict[str, Any]) -> float:
     return fsum(values) / len(values)
 
 
-def test_the_best_are_told_best_first(stack: Stack) -> None:
+def test_the_best_are_returned_best_first(stack: Stack) -> None:
     drawn = complete(stack, **CALL, n=5, logprobs=0)["choices"]
     answer = complete(stack, **CALL, n=2, best_of=5, logprobs=0)
     expected = []
@@ -35,7 +35,7 @@ def test_the_best_are_told_best_first(stack: Stack) -> None:
     assert answer["usage"]["completion_tokens"] == 2 * 5 * 5
 
 
-def test_no_log_probability_is_told_unasked(stack: Stack) -> None:
+def test_no_log_probability_is_returned_unasked(stack: Stack) -> None:
     ranked = complete(stack, **CALL, best_of=5)["choices"]
     told = complete(stack, **CALL, best_of=5, logprobs=0)["choices"]
     assert [choice["logprobs"] for choice in ranked] == [None, None]

@@ -102,7 +102,7 @@ def test_what_is_no_priority(
 
 
 @pytest.mark.parametrize("digits", [10, 23, 5000])
-def test_a_priority_of_many_digits_is_told_its_range(stack: Stack, digits: int) -> None:
+def test_a_priority_of_many_digits_gets_the_range(stack: Stack, digits: int) -> None:
     response = stack.http.post(COMPLETIONS, json=PLAIN, headers={"x-priority": "9" * digits})
     assert response.status_code == 400
     bounds = "must be at least -2147483648 and at most 2147483647"

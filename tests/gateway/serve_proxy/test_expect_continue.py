@@ -54,13 +54,13 @@ def ask(
     return any(asked), Headers(scope=sent[0])
 
 
-def test_a_refused_client_that_waits_is_not_told_to_send() -> None:
+def test_a_refused_client_that_waits_is_not_asked_to_send() -> None:
     is_asked, headers = ask(WAITING)
     assert not is_asked
     assert headers["connection"] == "close"
 
 
-def test_a_client_that_waits_is_told_to_send_after_a_while() -> None:
+def test_a_client_that_waits_is_asked_to_send_after_a_while() -> None:
     is_asked, headers = ask(WAITING, refuses_first=False, hold_s=0.01)
     assert is_asked
     assert "connection" not in headers

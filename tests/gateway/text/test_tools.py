@@ -283,7 +283,7 @@ def test_openai_gets_calls_whole_and_streamed(tool_stack: Stack, client: openai.
     ]
 
 
-def test_the_prompt_tells_of_tools_and_of_earlier_calls(tool_stack: Stack) -> None:
+def test_the_prompt_has_tools_and_earlier_calls(tool_stack: Stack) -> None:
     engine = tool_stack.engine
     engine.script = saying("fine")
     engine.requests.clear()

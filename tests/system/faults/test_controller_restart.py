@@ -128,7 +128,7 @@ def test_an_idle_cluster_waits_for_its_controller_without_being_fenced(
         stream.close()
 
 
-def test_a_worker_that_reaches_nobody_stops_by_itself_until_it_is_called(
+def test_an_isolated_worker_stops_by_itself_until_it_is_called(
     tiny_checkpoint: Path,
 ) -> None:
     """Neither a controller nor the experts: its lease runs out, and its streams are closed."""

@@ -52,7 +52,7 @@ def kill_controller(cluster: ServingCluster) -> None:
     os.kill(cluster.snapshot()["controller_pid"], signal.SIGKILL)
 
 
-def test_nobody_misses_a_killed_controller(cluster: ServingCluster, form: Form) -> None:
+def test_no_stream_notices_a_killed_controller(cluster: ServingCluster, form: Form) -> None:
     before = cluster.snapshot()
     play(cluster, form, random.Random(1), lambda: kill_controller(cluster))
     after = cluster.wait(lambda s: s["term"] > before["term"])
@@ -61,7 +61,9 @@ def test_nobody_misses_a_killed_controller(cluster: ServingCluster, form: Form) 
     assert after["history"][-1]["effect"] == "all members went on"
 
 
-def test_a_controller_that_wakes_up_blames_nobody(cluster: ServingCluster, form: Form) -> None:
+def test_a_controller_that_wakes_up_declares_no_worker_lost(
+    cluster: ServingCluster, form: Form
+) -> None:
     before = cluster.snapshot()
     pid = before["controller_pid"]
     wake = threading.Timer(DETECTION_LIMIT_S + 1.0, os.kill, (pid, signal.SIGCONT))
@@ -124,7 +126,7 @@ def test_a_controller_and_a_worker_die_together(cluster: ServingCluster, form: F
 
 
 @pytest.mark.parametrize("role", ["attention", "expert"])
-def test_a_worker_that_wakes_up_late_disturbs_nobody(
+def test_a_worker_that_wakes_up_late_disturbs_no_stream(
     cluster: ServingCluster, form: Form, role: str
 ) -> None:
     before, name = cluster.snapshot(), serving_name(cluster, role, 0)

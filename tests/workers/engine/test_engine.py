@@ -489,7 +489,7 @@ def test_numbers_and_timings(tiny_checkpoint: Path) -> None:
     assert all(counts.sum() == (3 + 11) * 2 for counts in load.values())
 
 
-def test_who_waits_for_room_and_who_for_its_prompt(tiny_checkpoint: Path) -> None:
+def test_waiting_for_room_and_for_the_prompt_are_counted_apart(tiny_checkpoint: Path) -> None:
     section = EngineSection(block_size_tokens=4, max_num_seqs=1)
     engine = LocalEngine(tiny_checkpoint, section=section).engine
     engine.add_request(Request(request_id="a", prompt=(5,) * 9, params=GREEDY))

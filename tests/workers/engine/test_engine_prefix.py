@@ -95,7 +95,7 @@ def test_choices_draw_the_same_from_a_cached_prompt(tiny_checkpoint: Path) -> No
     assert run(engine, requests("b", params, n=3)) == expected
 
 
-def test_outputs_tell_what_was_cached(tiny_checkpoint: Path) -> None:
+def test_outputs_report_what_was_cached(tiny_checkpoint: Path) -> None:
     engine = LocalEngine(tiny_checkpoint, section=ON)
     for name, found in (("a", (0, 32)), ("b", (32, 32))):
         wanted = Request(request_id=name, prompt=SYSTEM, params=GREEDY, n=2)
@@ -116,7 +116,7 @@ def test_salts_keep_requests_apart(tiny_checkpoint: Path) -> None:
         assert engine.run([wanted])[name, 0][0].num_cached_tokens == cached
 
 
-def test_who_gave_way_goes_on_from_cached_blocks(tiny_checkpoint: Path) -> None:
+def test_a_preempted_sequence_continues_from_cached_blocks(tiny_checkpoint: Path) -> None:
     expected = run(LocalEngine(tiny_checkpoint, section=OFF), requests("a"))
     computed = {}
     for is_on in (True, False):
@@ -192,7 +192,7 @@ def test_blocks_with_not_a_number_never_enter_the_cache(tmp_path: Path) -> None:
     engine.engine.check_integrity()
 
 
-def test_a_request_that_fails_by_its_own_fault_costs_nobody_the_cache(
+def test_a_request_that_fails_by_its_own_fault_costs_no_other_the_cache(
     tiny_checkpoint: Path,
 ) -> None:
     engine = LocalEngine(tiny_checkpoint, section=ON)

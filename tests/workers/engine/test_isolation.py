@@ -115,13 +115,13 @@ def test_only_members_of_a_generation_that_ran_have_died_in_its_steps() -> None:
     assert companions.died(of(7, "attention-0"), ()) == frozenset()  # each once
 
 
-def test_who_was_drained_has_died_of_nothing() -> None:
+def test_a_drained_worker_is_no_death() -> None:
     companions = Companions()
     companions.run(of(1, "attention-0", "expert-0", "expert-1", "expert-2"))
     assert companions.died(of(2, "attention-0", "expert-0"), ["expert-1"]) == {"expert-2"}
 
 
-def test_an_offer_that_nobody_takes_goes_to_the_end() -> None:
+def test_an_offer_without_an_answer_goes_to_the_end() -> None:
     isolation = twice_hit("a", "b")
     first = isolation.offer(always, 0.0)
     assert first is not None
@@ -136,7 +136,7 @@ def test_an_offer_that_nobody_takes_goes_to_the_end() -> None:
     assert twice_hit("a").offer(lambda name: False, 0.0) is None
 
 
-def test_a_plan_leaves_out_who_is_held_back_or_not_alone() -> None:
+def test_a_plan_leaves_out_requests_held_back_or_not_alone() -> None:
     desk = Desk()
     (first,) = desk.add(5)
     desk.step()

@@ -170,7 +170,7 @@ def test_no_header_before_all_ranks_have_reported() -> None:
     assert decide(known, num_ranks=3) is None
 
 
-def test_no_header_when_nobody_has_work() -> None:
+def test_no_header_without_work() -> None:
     assert decide(proposals((0, 0), (0, 0)), num_ranks=2) is None
 
 

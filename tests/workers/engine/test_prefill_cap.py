@@ -45,7 +45,7 @@ def settled(cap: PrefillCap, step_time: StepTime, decode_rows: int = 8) -> float
     return max(seconds for _, seconds in run(cap, step_time, 50, decode_rows))
 
 
-def test_nothing_is_capped_while_nobody_decodes() -> None:
+def test_nothing_is_capped_without_decodes() -> None:
     assert make_cap().rows(decode_rows=0, num_ranks=3) == 3 * 512
 
 
@@ -82,7 +82,7 @@ def test_steps_come_close_to_the_target_and_stay_below(step_time: StepTime) -> N
         assert 0.75 * TARGET_S < worst <= TARGET_S
 
 
-def test_a_prefill_that_nobody_waited_for_tells_what_rows_cost() -> None:
+def test_a_prefill_without_decodes_shows_what_rows_cost() -> None:
     cap, step_time = make_cap(), linear(5, 0.5, 0.2)
     cap.observe(0, 512, step_time(0, 512))
     run(cap, step_time, 20, wanted=0)

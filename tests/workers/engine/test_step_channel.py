@@ -124,7 +124,7 @@ def test_the_leader_learns_from_its_steps(cluster: Cluster) -> None:
     assert granted == [8, 4, 4]
 
 
-def test_nobody_steps_while_nobody_has_work(cluster: Cluster) -> None:
+def test_no_step_runs_without_work(cluster: Cluster) -> None:
     cluster.channels[0].propose(RowsWanted(0, 0))
     cluster.channels[1].propose(RowsWanted(0, 0))
     wakeups = [Wakeups(connections) for connections in cluster.all_connections]
@@ -275,7 +275,7 @@ def test_a_wrong_header_closes_the_edge(
         cluster.channels[2].wait(LIMIT_S)
 
 
-def test_a_new_epoch_begins_with_an_empty_step_when_nobody_has_work(cluster: Cluster) -> None:
+def test_a_new_epoch_begins_with_an_empty_step_without_work(cluster: Cluster) -> None:
     leader, other = cluster.channels[:2]
     leader.propose(RowsWanted(0, 0))
     other.propose(RowsWanted(0, 0))
@@ -292,7 +292,7 @@ def test_a_new_epoch_begins_with_an_empty_step_when_nobody_has_work(cluster: Clu
     assert [c.highest_epoch for c in cluster.channels] == [4, 4, 4, 4]
 
 
-def test_a_new_epoch_begins_with_the_next_step_of_those_who_work(cluster: Cluster) -> None:
+def test_a_new_epoch_begins_with_the_next_step_with_work(cluster: Cluster) -> None:
     for epoch in (1, 2, 2, 3):
         cluster.channels[0].set_epoch(epoch, epoch)
         cluster.channels[0].propose(RowsWanted(1, 0))

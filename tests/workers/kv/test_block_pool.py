@@ -157,7 +157,7 @@ def test_forgotten_blocks_are_not_found_but_stay_with_their_holders() -> None:
     assert pool.find([name(3)]) == table
 
 
-def test_changes_tell_what_is_new_and_what_is_gone() -> None:
+def test_changes_name_what_is_new_and_what_is_gone() -> None:
     pool = BlockPool(2)
     fill(pool, 1, 2)
     changes = pool.take_changes()

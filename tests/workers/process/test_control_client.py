@@ -201,7 +201,7 @@ def test_no_controller_is_an_error_in_time() -> None:
         client.start()
 
 
-def test_a_broken_callback_is_told_to_the_controller(
+def test_a_broken_callback_is_reported_to_the_controller(
     server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crashed = threading.Event()
@@ -244,7 +244,7 @@ def _standing() -> WorkerReport:
 
 
 @pytest.mark.parametrize("is_first_gone", [True, False], ids=["gone", "still there"])
-def test_a_new_controller_that_calls_is_told_everything(
+def test_a_new_controller_that_calls_gets_everything(
     lost: queue.Queue[str], is_first_gone: bool
 ) -> None:
     first, second = ServerThread(), ServerThread()

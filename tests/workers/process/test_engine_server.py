@@ -73,7 +73,7 @@ def test_a_gateway_of_another_release_is_refused_by_name(
     case.still_serves()
 
 
-def test_the_hello_tells_the_release(case: Case) -> None:
+def test_the_hello_has_the_release(case: Case) -> None:
     case.still_serves()
     assert case.stream.hello.release == RELEASE
     assert case.stream.hello.max_model_len == FACTS.max_model_len

@@ -37,7 +37,7 @@ FACTS = EngineHello(
 )
 
 
-def test_who_pinged_once_must_not_fall_silent() -> None:
+def test_a_gateway_that_pinged_once_must_not_fall_silent() -> None:
     silence = GatewaySilence(5.0)
     silence.heard("a", 10.0, is_ping=True)
     silence.heard("b", 10.0, is_ping=False)  # it never pings

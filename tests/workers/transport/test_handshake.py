@@ -60,7 +60,7 @@ def signed(token: str, side: str, nonces: tuple[str, str], words: object) -> byt
 
 
 @pytest.mark.parametrize("piece", [1, 7, 10_000])
-def test_both_sides_learn_who_the_other_is(piece: int) -> None:
+def test_both_sides_learn_the_name_of_the_other(piece: int) -> None:
     connector = ConnectorHandshake(HOME, "token")
     listener = ListenerHandshake(EXPERT, "token", accept)
     shake(connector, listener, piece)
@@ -70,7 +70,7 @@ def test_both_sides_learn_who_the_other_is(piece: int) -> None:
     assert listener.peer == HOME
 
 
-def test_a_wrong_token_is_told_nothing() -> None:
+def test_a_wrong_token_learns_nothing() -> None:
     connector = ConnectorHandshake(HOME, "wrong")
     listener = ListenerHandshake(EXPERT, "token", accept)
     challenge = listener.feed(connector.start())

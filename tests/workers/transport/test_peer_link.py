@@ -133,7 +133,7 @@ def test_blocks_arrive_bit_for_bit_and_go_back(server: PeerServer, shelf: Shelf)
     assert shelf.returned == [([3, 1, 4], 3)]
 
 
-def test_what_nobody_has_is_no_error(server: PeerServer, shelf: Shelf) -> None:
+def test_a_missing_item_is_no_error(server: PeerServer, shelf: Shelf) -> None:
     assert fetch(peer_at(server.address), (9, 1), shelf.blocks[0].dtype) == {}
 
 
@@ -156,7 +156,7 @@ def test_strangers_get_nothing(me: PeerIdentity, token: str, message: str) -> No
         assert shelf.returned == []
 
 
-def test_who_hangs_up_gives_the_blocks_back() -> None:
+def test_a_peer_that_hangs_up_gives_the_blocks_back() -> None:
     shelf = Shelf([torch.zeros(SHAPE)])
     with closing(new_server()) as server:
         server.start(shelf)

@@ -181,7 +181,7 @@ def test_another_checkpoint_in_the_same_place_is_refused(tmp_path: Path) -> None
         )
 
 
-def test_a_source_that_breaks_is_told_in_its_words(tiny_checkpoint: Path) -> None:
+def test_a_source_that_breaks_is_reported_in_its_words(tiny_checkpoint: Path) -> None:
     with loading(tiny_checkpoint) as found:
         answer = found.load([0, 4, 5], kind="broken", peer="expert-2")
         assert "expert-2" in answer.error

@@ -261,7 +261,7 @@ def test_a_move_that_is_given_up_ends_within_a_chunk(
         fetch(client, checkpoint.family.banks[0], 0)
 
 
-def test_a_move_that_was_given_up_before_it_began_connects_to_nobody(
+def test_a_move_that_was_given_up_before_it_began_opens_no_connection(
     checkpoint: Checkpoint,
 ) -> None:
     given_up = threading.Event()

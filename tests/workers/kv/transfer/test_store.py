@@ -163,7 +163,7 @@ def test_threads_borrow_between_two_turns(source: LocalEngine, tiny_checkpoint: 
     assert source.engine.pool.num_free == source.engine.pool.num_blocks
 
 
-def test_who_is_not_answered_in_time_borrows_nothing(source: LocalEngine) -> None:
+def test_a_borrower_without_an_answer_in_time_gets_nothing(source: LocalEngine) -> None:
     lender = KvLender(source.engine.kv_store, lambda: None, timeout_s=0.01)
     assert lender.borrow([bytes(32)]) == []
     lender.answer()

@@ -111,9 +111,7 @@ def test_equal_grammars_are_compiled_once(workshop: Workshop, waiting: GrammarCo
     assert workshop.begun == ["x"]
 
 
-def test_a_slow_grammar_holds_up_nobody_else(
-    workshop: Workshop, waiting: GrammarCompilations
-) -> None:
+def test_a_slow_grammar_holds_up_no_other(workshop: Workshop, waiting: GrammarCompilations) -> None:
     waiting.put(command("slow", "x"))
     waiting.put(command("quick", "y"))
     workshop.finish("y")
