@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from selectors import SelectorKey
 from typing import Any
@@ -13,9 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cluster.actors.worker_group_like import FoundWorker
+from cluster.config.resources import NodeResources, WorkerShare
 from cluster.core.errors import PeerLostError
 from cluster.core.placement import ExpertPlacement
-from cluster.core.topology import Generation
+from cluster.core.topology import Generation, Member, Role
+from tests.cluster.controller.fakes_cluster import members_of
 from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TokenDispatcher
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
@@ -130,6 +134,72 @@ class FailingDispatcher:
             raise PeerLostError("expert-0", "reset in a test")
         self._calls += 1
         self.num_calls += 1
+
+
+class FakeWorkerGroup(ABC):
+    """``WorkerGroupLike`` on this host without Ray; subclasses start and end the workers."""
+
+    def __init__(self) -> None:
+        self.restarted = False
+        self.on_leaving_nodes: list[str] = []
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Workers that were started and not ended."""
+
+    def resources(self) -> tuple[NodeResources, ...]:
+        return (NodeResources(node_id="here", address="127.0.0.1", cpus=2.0),)
+
+    def leaving(self) -> list[str]:
+        return self.on_leaving_nodes
+
+    def free_cpus(self) -> float:
+        return 2.0
+
+    def address(self) -> str:
+        return "127.0.0.1"
+
+    async def reserve(
+        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
+    ) -> tuple[Member, ...]:
+        return members_of(pools)
+
+    @abstractmethod
+    async def start(
+        self,
+        members: Sequence[Member],
+        config: Mapping[str, Any],
+        control_address: str,
+        extras: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """See ``WorkerGroupLike``."""
+
+    async def watch(
+        self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
+    ) -> None:
+        return None
+
+    def was_restarted(self) -> bool:
+        return self.restarted
+
+    def call_back(self, method: str) -> None:
+        return None
+
+    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+        raise NotImplementedError
+
+    async def redirect(self, name: str, control_address: str) -> None:
+        raise NotImplementedError
+
+    @abstractmethod
+    async def end(self, names: Sequence[str]) -> None:
+        """See ``WorkerGroupLike``."""
+
+    async def end_others(self, names: Collection[str]) -> None:
+        await self.end([name for name in self.names() if name not in names])
+
+    async def end_all(self) -> None:
+        await self.end(self.names())
 
 
 class Wakeups:

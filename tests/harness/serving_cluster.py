@@ -11,7 +11,7 @@ import atexit
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,11 @@ from cluster.config.cluster import (
     TransportSection,
     WorkersSection,
 )
-from cluster.config.resources import NodeResources, WorkerShare
 from cluster.controller.controller import Controller
 from cluster.core.codec import to_plain
 from cluster.core.topology import Member, Role
 from cluster.launch import local_ray
-from tests.cluster.controller.fakes_cluster import members_of
+from tests.fakes import FakeWorkerGroup
 from tests.harness.engine_stream import TIMEOUT_S, TOKEN, EngineStream, Result
 from tests.harness.loop_thread import LoopThread
 from tests.harness.stalls import Limit
@@ -212,31 +211,17 @@ RUNTIMES: Mapping[Role, type[WorkerRuntime]] = {
 }
 
 
-class ThreadWorkerGroup:
-    """``WorkerGroupLike`` whose workers are threads of this process, of the given classes."""
+class ThreadWorkerGroup(FakeWorkerGroup):
+    """Workers are threads of this process, of the given classes."""
 
     def __init__(self, runtimes: Mapping[Role, type[WorkerRuntime]] = RUNTIMES) -> None:
+        super().__init__()
         self._classes = runtimes
         self.runtimes: dict[str, WorkerRuntime] = {}
         self.deaths: list[str] = []
-        self.restarted = False
 
-    def resources(self) -> tuple[NodeResources, ...]:
-        return (NodeResources(node_id="here", address="127.0.0.1", cpus=2.0),)
-
-    def leaving(self) -> list[str]:
-        return []
-
-    def free_cpus(self) -> float:
-        return 2.0
-
-    def address(self) -> str:
-        return "127.0.0.1"
-
-    async def reserve(
-        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
-    ) -> tuple[Member, ...]:
-        return members_of(pools)
+    def names(self) -> list[str]:
+        return list(self.runtimes)
 
     async def start(
         self,
@@ -254,17 +239,6 @@ class ThreadWorkerGroup:
     def make_runtime(self, role: Role, args: WorkerArgs) -> WorkerRuntime:
         """One worker; not started yet."""
         return self._classes[role](args, self.deaths.append)
-
-    async def watch(
-        self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
-    ) -> None:
-        return None
-
-    def was_restarted(self) -> bool:
-        return self.restarted
-
-    def call_back(self, method: str) -> None:
-        return None
 
     async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
         return tuple(
@@ -286,12 +260,6 @@ class ThreadWorkerGroup:
             runtime = self.runtimes.pop(name, None)
             if runtime is not None:
                 await asyncio.to_thread(runtime.stop)
-
-    async def end_others(self, names: Collection[str]) -> None:
-        await self.end([name for name in self.runtimes if name not in names])
-
-    async def end_all(self) -> None:
-        await self.end(list(self.runtimes))
 
 
 class RayCluster(ServingCluster):

@@ -31,6 +31,9 @@ class PooledWorkerGroup(ThreadWorkerGroup):
         self._busy: dict[str, subprocess.Popen[str]] = {}
         self._free: list[subprocess.Popen[str]] = []
 
+    def names(self) -> list[str]:
+        return list(self._busy)
+
     async def start(
         self,
         members: Sequence[Member],
@@ -56,9 +59,6 @@ class PooledWorkerGroup(ThreadWorkerGroup):
             else:
                 child.kill()
                 child.communicate()
-
-    async def end_all(self) -> None:
-        await self.end(list(self._busy))
 
     def close(self) -> None:
         """End all processes."""

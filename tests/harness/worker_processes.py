@@ -58,6 +58,9 @@ class ProcessWorkerGroup(ThreadWorkerGroup):
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch_memory, daemon=True)
 
+    def names(self) -> list[str]:
+        return list(self._children)
+
     async def start(
         self,
         members: Sequence[Member],
@@ -90,9 +93,6 @@ class ProcessWorkerGroup(ThreadWorkerGroup):
         children = [self._children.pop(name) for name in names if name in self._children]
         for child in children:
             await asyncio.to_thread(_end, child)
-
-    async def end_all(self) -> None:
-        await self.end(list(self._children))
 
     def finish_watching(self) -> dict[str, Memory]:
         """Stop the watch; what every worker's memory came to."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import tarfile
@@ -13,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from tests.paths import ROOT
+from tests.project.scripts import load_script
 
 CHANGELOG = """# Changelog
 
@@ -36,12 +36,7 @@ CHANGELOG = """# Changelog
 
 @pytest.fixture(scope="module")
 def release() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("release", ROOT / ".ci" / "release.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("release")
 
 
 def test_the_section_of_a_version(release: ModuleType) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -15,27 +14,17 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from tests.paths import ROOT
+from tests.project.scripts import load_script
 
 SHELL = "/bin/sh"
 
 
-def load_setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("setup_script", ROOT / ".ci" / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["setup_script"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-setup: Any = load_setup()
+setup: Any = load_script("setup")
 
 
 def fake_python(folder: Path, name: str, version: str, has_venv: bool = True) -> None:

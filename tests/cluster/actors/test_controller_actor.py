@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from cluster.config.cluster import (
     TransportSection,
     WorkersSection,
 )
-from cluster.config.resources import NodeResources, WorkerShare
+from cluster.config.resources import WorkerShare
 from cluster.core.errors import ConfigError, ConflictError, StartError, UnknownNameError
 from cluster.core.frames import (
     ControlFrame,
@@ -33,8 +33,8 @@ from cluster.core.frames import (
 )
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.topology import Member, Role
-from tests.cluster.controller.fakes_cluster import members_of
 from tests.cluster.controller.load_reports import load_of
+from tests.fakes import FakeWorkerGroup
 from tests.harness.members import member_of
 from workers.process.control_client import ControlClient
 
@@ -80,39 +80,30 @@ class ThreadWorker:
             self.runs.put(frame.first_step)
 
 
-class ThreadWorkerGroup:
+class ThreadWorkerGroup(FakeWorkerGroup):
     """A worker group whose workers are threads of this process."""
 
     def __init__(
         self, fails: str = "", dies: str = "", room: bool = True, crashes: bool = False
     ) -> None:
+        super().__init__()
         self.workers: dict[str, ThreadWorker] = {}
         self.ended: list[str] = []
         self.config: Mapping[str, Any] = {}
         self.extras: Mapping[str, Mapping[str, Any]] = {}
         self.all_ended = 0
-        self.on_leaving_nodes: list[str] = []
         self._fails, self._dies, self._room = fails, dies, room
         self._crashes = crashes
 
-    def resources(self) -> tuple[NodeResources, ...]:
-        return (NodeResources(node_id="a", address="127.0.0.1", cpus=2.0),)
-
-    def leaving(self) -> list[str]:
-        return self.on_leaving_nodes
-
-    def free_cpus(self) -> float:
-        return 2.0
-
-    def address(self) -> str:
-        return "127.0.0.1"
+    def names(self) -> list[str]:
+        return [name for name in self.workers if name not in self.ended]
 
     async def reserve(
         self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
     ) -> tuple[Member, ...]:
         if not self._room:
             raise StartError("worker group", "no room")
-        return members_of(pools)
+        return await super().reserve(pools, share, limit_s)
 
     async def start(
         self,
@@ -140,29 +131,14 @@ class ThreadWorkerGroup:
             assert not is_connected(self._dies)
             on_died(self._dies, "its process died")
 
-    def was_restarted(self) -> bool:
-        return False
-
-    def call_back(self, method: str) -> None:
-        raise NotImplementedError
-
-    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
-        raise NotImplementedError
-
-    async def redirect(self, name: str, control_address: str) -> None:
-        raise NotImplementedError
-
     async def end(self, names: Sequence[str]) -> None:
         self.ended.extend(names)
         for name in names:
             await asyncio.to_thread(self.workers[name].client.close)
 
-    async def end_others(self, names: Collection[str]) -> None:
-        await self.end([n for n in self.workers if n not in names])
-
     async def end_all(self) -> None:
         self.all_ended += 1
-        await self.end([n for n in self.workers if n not in self.ended])
+        await super().end_all()
 
 
 def _config(

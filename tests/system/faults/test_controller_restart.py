@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -53,16 +54,30 @@ def steps(cluster: ThreadCluster) -> int:
     return cluster.group.runtimes["attention-0"].channel.highest_step
 
 
+class Amid(NamedTuple):
+    """A controller that is gone while requests run."""
+
+    stream: EngineStream
+    calm: dict[str, Result]
+    """Shorter answers to the same requests."""
+    asked: list[Request]
+
+
+def crash_amid_requests(cluster: ThreadCluster) -> Amid:
+    stream = cluster.stream()
+    calm = stream.finish(requests("calm"))
+    asked = requests("hit", 200)
+    for request in asked:
+        stream.send(request)
+    stream.put_back([stream.next() for _ in range(16)])
+    cluster.crash_controller()
+    return Amid(stream, calm, asked)
+
+
 def test_streams_do_not_notice_a_restarted_controller(tiny_checkpoint: Path) -> None:
     cluster = cluster_of(tiny_checkpoint)
     with serving(cluster):
-        stream = cluster.stream()
-        calm = stream.finish(requests("calm"))
-        asked = requests("hit", 200)
-        for request in asked:
-            stream.send(request)
-        stream.put_back([stream.next() for _ in range(16)])
-        cluster.crash_controller()
+        stream, calm, asked = crash_amid_requests(cluster)
         cluster.restore()
         snapshot = cluster.snapshot()
         results = stream.collect(asked)
@@ -83,13 +98,7 @@ def test_streams_do_not_notice_a_restarted_controller(tiny_checkpoint: Path) -> 
 def test_a_worker_that_dies_with_the_controller_is_found_missing(tiny_checkpoint: Path) -> None:
     cluster = cluster_of(tiny_checkpoint)
     with serving(cluster):
-        stream = cluster.stream()
-        calm = stream.finish(requests("calm"))
-        asked = requests("hit", 200)
-        for request in asked:
-            stream.send(request)
-        stream.put_back([stream.next() for _ in range(16)])
-        cluster.crash_controller()
+        stream, calm, asked = crash_amid_requests(cluster)
         cluster.group.runtimes["expert-1"].stop()
         cluster.restore()
         results = stream.collect(asked)

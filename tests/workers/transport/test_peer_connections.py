@@ -68,6 +68,28 @@ def form(pool: ThreadPoolExecutor, number: int, *all_connections: PeerConnection
     return generation
 
 
+def apply(
+    pool: ThreadPoolExecutor, one: PeerConnections, generation: Generation, other: PeerConnections
+) -> None:
+    """One worker applies a generation while the loop of the other one runs."""
+    applied = pool.submit(one.apply_generation, generation)
+    deadline = time.monotonic() + LIMIT_S
+    while not applied.done() and time.monotonic() < deadline:
+        other.poll(0.01)
+    applied.result(0)
+
+
+Pair = tuple[PeerConnections, PeerConnections]
+
+
+@pytest.fixture
+def pair(open_peer: OpenPeer, pool: ThreadPoolExecutor) -> Pair:
+    """An attention worker and an expert worker in generation 1."""
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
+    form(pool, 1, home, expert)
+    return home, expert
+
+
 def until(connections: PeerConnections, ready: Callable[[], bool]) -> None:
     connections.wait(ready, lambda: ["nobody"], timeout_s=LIMIT_S)
 
@@ -122,10 +144,9 @@ def test_survivors_keep_their_edge_and_stale_frames_are_dropped(
 
 
 def test_an_edge_that_breaks_between_two_generations_is_opened_again(
-    open_peer: OpenPeer, pool: ThreadPoolExecutor
+    pair: Pair, pool: ThreadPoolExecutor
 ) -> None:
-    home, expert = open_peer("attention", 0), open_peer("expert", 0)
-    form(pool, 1, home, expert)
+    home, expert = pair
     old = home.edges["expert-0"].sock
     old.shutdown(socket.SHUT_RDWR)
     time.sleep(0.05)
@@ -136,10 +157,9 @@ def test_an_edge_that_breaks_between_two_generations_is_opened_again(
 
 
 def test_a_peer_that_was_held_back_is_read_again_in_a_new_generation(
-    open_peer: OpenPeer, pool: ThreadPoolExecutor
+    pair: Pair, pool: ThreadPoolExecutor
 ) -> None:
-    home, expert = open_peer("attention", 0), open_peer("expert", 0)
-    form(pool, 1, home, expert)
+    home, expert = pair
     for step in range(1, 12):
         home.send("expert-0", rows_frame(1, step, MAX_BYTES), [bytes(MAX_BYTES)])
         home.poll()
@@ -151,11 +171,8 @@ def test_a_peer_that_was_held_back_is_read_again_in_a_new_generation(
     exchange(home, expert, 0, 2)  # before the steps of the dropped frames
 
 
-def test_rest_ignores_a_lost_peer_but_not_a_new_generation(
-    open_peer: OpenPeer, pool: ThreadPoolExecutor
-) -> None:
-    home, expert = open_peer("attention", 0), open_peer("expert", 0)
-    form(pool, 1, home, expert)
+def test_rest_ignores_a_lost_peer_but_not_a_new_generation(pair: Pair) -> None:
+    home, expert = pair
     expert.close()
     home.rest(0.1)
     home.rest(0.1)
@@ -166,9 +183,10 @@ def test_rest_ignores_a_lost_peer_but_not_a_new_generation(
         home.rest(0.1)
 
 
-def test_a_joining_worker_gets_its_edges(open_peer: OpenPeer, pool: ThreadPoolExecutor) -> None:
-    home, expert = open_peer("attention", 0), open_peer("expert", 0)
-    form(pool, 1, home, expert)
+def test_a_joining_worker_gets_its_edges(
+    pair: Pair, open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = pair
     old = home.edges["expert-0"].sock
     other, new = open_peer("expert", 1), open_peer("attention", 1)
     form(pool, 2, home, expert, other, new)
@@ -182,19 +200,14 @@ def test_an_early_connection_waits_until_the_listener_follows(
 ) -> None:
     home, expert = open_peer("attention", 0), open_peer("expert", 0)
     generation = Generation(number=5, members=(member(home), member(expert)))
-    early = pool.submit(home.apply_generation, generation)
-    deadline = time.monotonic() + LIMIT_S
-    while not early.done() and time.monotonic() < deadline:
-        expert.poll(0.01)
-    early.result(0)
+    apply(pool, home, generation, expert)
     assert not expert.edges
     expert.apply_generation(generation)
     exchange(home, expert, 1, 5)
 
 
-def test_frames_of_an_older_step_are_dropped(open_peer: OpenPeer, pool: ThreadPoolExecutor) -> None:
-    home, expert = open_peer("attention", 0), open_peer("expert", 0)
-    form(pool, 1, home, expert)
+def test_frames_of_an_older_step_are_dropped(pair: Pair) -> None:
+    home, expert = pair
     expert.begin_step(4)
     for step in (3, 4):
         home.send("expert-0", rows_frame(1, step), [])
@@ -226,21 +239,15 @@ def test_nonsense_closes_the_edge_and_names_the_reason(
         until(home, lambda: False)
 
 
-def test_rubbish_after_the_handshake_closes_the_edge(
-    open_peer: OpenPeer, pool: ThreadPoolExecutor
-) -> None:
-    home, expert = open_peer("attention", 0), open_peer("expert", 0)
-    form(pool, 1, home, expert)
+def test_rubbish_after_the_handshake_closes_the_edge(pair: Pair) -> None:
+    home, expert = pair
     home.edges["expert-0"].sock.sendall(b"\x00\xff" * 40)
     with pytest.raises(PeerLostError, match="magic"):
         until(expert, lambda: False)
 
 
-def test_a_truncated_frame_ends_with_the_edge(
-    open_peer: OpenPeer, pool: ThreadPoolExecutor
-) -> None:
-    home, expert = open_peer("attention", 0), open_peer("expert", 0)
-    form(pool, 1, home, expert)
+def test_a_truncated_frame_ends_with_the_edge(pair: Pair) -> None:
+    home, expert = pair
     sock = home.edges["expert-0"].sock
     sock.sendall(rows_frame(1, 1, 100).encode() + b"only this")
     threading.Timer(0.1, lambda: sock.shutdown(socket.SHUT_RDWR)).start()
@@ -248,19 +255,15 @@ def test_a_truncated_frame_ends_with_the_edge(
         expert.receive("attention-0", rows_frame(), time.monotonic() + LIMIT_S)
 
 
-def test_a_peer_that_dies_is_noticed_at_once(open_peer: OpenPeer, pool: ThreadPoolExecutor) -> None:
-    home, expert = open_peer("attention", 0), open_peer("expert", 0)
-    form(pool, 1, home, expert)
+def test_a_peer_that_dies_is_noticed_at_once(pair: Pair) -> None:
+    home, expert = pair
     threading.Timer(0.1, expert.edges["attention-0"].sock.shutdown, (socket.SHUT_RDWR,)).start()
     with pytest.raises(PeerLostError, match="expert-0: closed by the peer"):
         until(home, lambda: False)
 
 
-def test_a_wait_ends_by_its_time_limit_and_names_the_peer(
-    open_peer: OpenPeer, pool: ThreadPoolExecutor
-) -> None:
-    home, expert = open_peer("attention", 0), open_peer("expert", 0)
-    form(pool, 1, home, expert)
+def test_a_wait_ends_by_its_time_limit_and_names_the_peer(pair: Pair) -> None:
+    _, expert = pair
     with pytest.raises(PeerLostError, match="attention-0: no ROWS of step 1 in time"):
         expert.receive("attention-0", rows_frame(), time.monotonic() + 0.1)
 
@@ -314,11 +317,8 @@ def test_an_older_generation_is_refused(open_peer: OpenPeer, pool: ThreadPoolExe
     )
     form(pool, 4, home, expert)
     joining = Generation(number=3, members=(member(late), member(expert)))
-    refused = pool.submit(late.apply_generation, joining)
-    while not refused.done():
-        expert.poll(0.01)
     with pytest.raises(HandshakeError, match="generation of attention-1 is 3, expert-0 is in 4"):
-        refused.result(0)
+        apply(pool, late, joining, expert)
     exchange(home, expert, 1, 4)
 
 
@@ -331,13 +331,9 @@ def test_a_worker_that_is_not_a_member_is_refused(
         open_peer("attention", 1),
     )
     form(pool, 1, home, expert)
-    refused = pool.submit(
-        other.apply_generation, Generation(number=1, members=(member(other), member(expert)))
-    )
-    while not refused.done():
-        expert.poll(0.01)
+    joining = Generation(number=1, members=(member(other), member(expert)))
     with pytest.raises(HandshakeError, match="attention-1 rank 1 is not a member of generation 1"):
-        refused.result(0)
+        apply(pool, other, joining, expert)
 
 
 def test_another_worker_at_the_address_is_refused(
@@ -345,11 +341,9 @@ def test_another_worker_at_the_address_is_refused(
 ) -> None:
     home, expert = open_peer("attention", 0), open_peer("expert", 0)
     wrong = replace(member(expert), name="expert-5", rank=5)
-    trying = pool.submit(home.apply_generation, Generation(number=1, members=(member(home), wrong)))
-    while not trying.done():
-        expert.poll(0.01)
+    generation = Generation(number=1, members=(member(home), wrong))
     with pytest.raises(HandshakeError, match="expert-0 answered at the address of expert-5"):
-        trying.result(0)
+        apply(pool, home, generation, expert)
 
 
 def test_rubbish_and_silence_on_the_port_end_one_connection_only(
@@ -397,10 +391,9 @@ def test_connections_without_a_token_are_bounded(
 
 
 def test_interrupt_ends_a_wait_and_stays_until_the_generation_is_applied(
-    open_peer: OpenPeer, pool: ThreadPoolExecutor
+    pair: Pair, pool: ThreadPoolExecutor
 ) -> None:
-    home, expert = open_peer("attention", 0), open_peer("expert", 0)
-    form(pool, 1, home, expert)
+    home, expert = pair
     threading.Timer(0.1, home.interrupt).start()
     with pytest.raises(GenerationChangedError):
         until(home, lambda: False)
@@ -440,11 +433,8 @@ def test_large_frames_cross_without_deadlock(open_peer: OpenPeer, pool: ThreadPo
         assert future.result(LIMIT_S) == payload
 
 
-def test_an_unread_inbox_stops_the_reading_not_the_peer(
-    open_peer: OpenPeer, pool: ThreadPoolExecutor
-) -> None:
-    home, expert = open_peer("attention", 0), open_peer("expert", 0)
-    form(pool, 1, home, expert)
+def test_an_unread_inbox_stops_the_reading_not_the_peer(pair: Pair) -> None:
+    home, expert = pair
     for step in range(1, 12):
         home.send("expert-0", rows_frame(1, step, MAX_BYTES), [bytes(MAX_BYTES)])
     for _ in range(50):
@@ -459,9 +449,8 @@ def test_an_unread_inbox_stops_the_reading_not_the_peer(
         home.poll()
 
 
-def test_an_idle_hub_sleeps(open_peer: OpenPeer, pool: ThreadPoolExecutor) -> None:
-    home, expert = open_peer("attention", 0), open_peer("expert", 0)
-    form(pool, 1, home, expert)
+def test_an_idle_hub_sleeps(pair: Pair) -> None:
+    home, expert = pair
     for connections in (home, expert):
         wakeups, cpu = Wakeups(connections), time.thread_time()
         connections.poll(0.5)
@@ -469,11 +458,8 @@ def test_an_idle_hub_sleeps(open_peer: OpenPeer, pool: ThreadPoolExecutor) -> No
         assert time.thread_time() - cpu < 0.25
 
 
-def test_unknown_ranks_and_closed_edges_are_named(
-    open_peer: OpenPeer, pool: ThreadPoolExecutor
-) -> None:
-    home, expert = open_peer("attention", 0), open_peer("expert", 0)
-    form(pool, 1, home, expert)
+def test_unknown_ranks_and_closed_edges_are_named(pair: Pair) -> None:
+    home, _ = pair
     with pytest.raises(PeerLostError, match="no edge"):
         home.send("expert-7", rows_frame(), [])
     with pytest.raises(PeerLostError, match="nonsense"):
