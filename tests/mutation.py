@@ -2,37 +2,46 @@
 
     python -m tests.mutation --seed 7 --num 80      # names the mutants that survive
 
-A mutant is one changed operator, constant or condition. It exists in the memory of its process
-only: an import hook compiles the changed tree, and no file is written.
+A mutant is one changed operator, constant or condition in a function. Tests and module are imported
+once; for each mutant a forked process exchanges the code of the functions, and runs the tests.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import gc
+import multiprocessing
+import os
 import random
-import subprocess
+import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from pathlib import Path
+from types import CodeType, FunctionType
+
+import pytest
 
 from tests.paths import ROOT
 
 TESTS: Mapping[str, tuple[str, ...]] = {
-    "cluster/core/placement.py": ("cluster/core", "cluster/planner"),
-    "cluster/load/tracker.py": ("cluster/load",),
-    "cluster/policy/coverage.py": ("cluster/policy", "cluster/controller"),
-    "cluster/policy/failure.py": ("cluster/policy", "cluster/controller"),
-    "cluster/policy/rebalance.py": ("cluster/policy", "cluster/controller"),
-    "cluster/policy/replacement.py": ("cluster/policy", "cluster/controller"),
-    "gateway/engines/kv_index.py": ("gateway/engines",),
+    "cluster/core/placement.py": ("cluster/core/test_placement.py",),
+    "cluster/load/tracker.py": (
+        "cluster/load/test_load_tracker.py",
+        "cluster/load/test_load_view.py",
+    ),
+    "cluster/policy/coverage.py": ("cluster/policy/test_coverage.py",),
+    "cluster/policy/failure.py": ("cluster/policy/test_failure.py",),
+    "cluster/policy/rebalance.py": ("cluster/policy/test_rebalance.py",),
+    "cluster/policy/replacement.py": ("cluster/policy/test_replacements.py",),
+    "gateway/engines/kv_index.py": ("gateway/engines/test_kv_index.py",),
     "gateway/engines/router.py": ("gateway/engines/test_router.py",),
-    "gateway/engines/submission.py": ("gateway/engines",),
-    "gateway/text/detokenizer.py": ("gateway/text",),
+    "gateway/engines/submission.py": ("gateway/engines/test_submission.py",),
+    "gateway/text/detokenizer.py": ("gateway/text/test_detokenizer.py",),
     "workers/dispatch/copies.py": (
         "workers/dispatch/test_copies.py",
         "workers/dispatch/test_random_copies.py",
@@ -40,16 +49,17 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     ),
     "workers/engine/scheduler.py": (
         "workers/engine/test_scheduler.py",
-        "workers/engine/test_isolation.py",
         "workers/engine/test_prefill_cap.py",
+        "workers/engine/test_isolation.py",
     ),
-    "workers/kv/block_pool.py": ("workers/kv",),
-    "workers/sampling/logits_processors.py": ("workers/sampling",),
-    "workers/sampling/sampler.py": ("workers/sampling",),
+    "workers/kv/block_pool.py": ("workers/kv/test_block_pool.py",),
+    "workers/sampling/logits_processors.py": ("workers/sampling/test_logits_processors.py",),
+    "workers/sampling/sampler.py": ("workers/sampling/test_sampling.py",),
 }
 """Module -> its unit tests, under ``tests/``."""
-LIMIT_S = 300.0
-"""A mutant that runs for longer is killed: it waits for ever."""
+LIMIT_S = 120
+"""CPU seconds of a mutant, and seconds of one of its tests; then it counts as killed."""
+LIMIT_BYTES = 8 << 30
 NUM_PROCESSES = 2
 _COMPARE: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -149,44 +159,86 @@ def change(node: Place) -> None:
             node.value = value + 1
 
 
-class _Importer(MetaPathFinder, Loader):
-    """Imports one module with a change."""
-
-    def __init__(self, mutant: Mutant) -> None:
-        self._mutant = mutant
-        self._name = mutant.path.removesuffix(".py").replace("/", ".")
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        file = str(ROOT / self._mutant.path)
-        return ModuleSpec(name, self, origin=file) if name == self._name else None
-
-    def exec_module(self, module: ModuleType) -> None:
-        file = ROOT / self._mutant.path
-        tree = ast.parse(file.read_text())
-        change(places(tree)[self._mutant.number])
-        module.__file__ = str(file)
-        exec(compile(ast.fix_missing_locations(tree), str(file), "exec"), module.__dict__)
+def functions_of(path: str) -> list[FunctionType]:
+    """All functions of an imported module, methods included."""
+    name = path.removesuffix(".py").replace("/", ".")
+    every = (one for one in gc.get_objects() if type(one) is FunctionType)
+    return [function for function in every if function.__module__ == name]
 
 
-def run_tests(mutant: Mutant) -> int:
-    """Run a mutant's unit tests in this process; pytest's exit status."""
-    sys.meta_path.insert(0, _Importer(mutant))
-    import pytest
+def apply(mutant: Mutant, functions: Iterable[FunctionType]) -> None:
+    """Give the functions of a module the code of its mutant."""
+    tree = ast.parse((ROOT / mutant.path).read_text())
+    change(places(tree)[mutant.number])
+    module = compile(ast.fix_missing_locations(tree), mutant.path, "exec", dont_inherit=True)
+    codes = {(code.co_qualname, code.co_firstlineno): code for code in _codes(module)}
+    for function in functions:
+        code = function.__code__
+        function.__code__ = codes.get((code.co_qualname, code.co_firstlineno), code)
 
-    paths = [str(ROOT / "tests" / path) for path in TESTS[mutant.path]]
-    return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *paths]))
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """The code of a module or function, and of the functions within."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
 
 
-def survives(mutant: Mutant) -> bool:
-    """Whether no unit test of its module fails, in a process of its own."""
-    words = [sys.executable, "-m", "tests.mutation", "--one", mutant.path, str(mutant.number)]
-    try:
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, timeout=LIMIT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return False
-    return done.returncode == 0
+class _Forks:
+    """A plugin of pytest: after the collection, a forked process runs the tests of each mutant."""
+
+    def __init__(self, mutants: Sequence[Mutant]) -> None:
+        self._mutants = mutants
+        self.alive: list[Mutant] = []
+        self.is_child = False
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        paths = list(dict.fromkeys(mutant.path for mutant in self._mutants))
+        functions = {path: functions_of(path) for path in paths}
+        gc.freeze()  # else each process copies most of the memory
+        for path in paths:
+            tests = {ROOT / "tests" / name for name in TESTS[path]}
+            items = [item for item in session.items if item.path in tests]
+            for mutant in (None, *(one for one in self._mutants if one.path == path)):
+                process = os.fork()
+                if process == 0:
+                    self.is_child = True
+                    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S))
+                    resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_BYTES, LIMIT_BYTES))
+                    if mutant is not None:
+                        apply(mutant, functions[path])
+                    session.items = items
+                    return None  # on to the tests
+                is_alive = _passes(os.waitpid(process, 0)[1])
+                if mutant is None and not is_alive:
+                    raise RuntimeError(f"without a mutant, too, the tests of {path} fail")
+                self.alive += [mutant] if mutant is not None and is_alive else []
+        return True
+
+
+def _passes(status: int) -> bool:
+    """Whether all tests passed; the status is that of the ended process."""
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) > pytest.ExitCode.TESTS_FAILED:
+        raise RuntimeError(f"pytest ended with status {os.WEXITSTATUS(status)}")
+    return status == 0
+
+
+def survivors(mutants: Sequence[Mutant]) -> list[Mutant]:
+    """The mutants that fail no test; for a process of its own."""
+    forks = _Forks(mutants)
+    names = dict.fromkeys(name for mutant in mutants for name in TESTS[mutant.path])
+    tests = [str(ROOT / "tests" / name) for name in names]
+    options = ["-q", "-x", "-p", "no:cacheprovider", f"--timeout={LIMIT_S}"]
+    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/report", "w") as report:
+        with contextlib.redirect_stdout(report):
+            status = pytest.main([*options, f"--basetemp={folder}/tests", *tests], [forks])
+        if forks.is_child:
+            os._exit(status)
+        if status != pytest.ExitCode.OK:
+            raise RuntimeError(Path(report.name).read_text())
+    return forks.alive
 
 
 def draw(seed: int, num: int, modules: Sequence[str]) -> list[Mutant]:
@@ -199,28 +251,27 @@ def draw(seed: int, num: int, modules: Sequence[str]) -> list[Mutant]:
     return random.Random(seed).sample(every, min(num, len(every)))
 
 
-def trial(seed: int, num: int, modules: Sequence[str] = tuple(TESTS)) -> list[Mutant]:
-    """The mutants of a trial that survive."""
-    mutants = draw(seed, num, modules)
-    with ThreadPoolExecutor(NUM_PROCESSES) as pool:
-        alive = pool.map(survives, mutants)
-        return [mutant for mutant, is_alive in zip(mutants, alive, strict=True) if is_alive]
+def trial(mutants: Sequence[Mutant]) -> list[Mutant]:
+    """The mutants that survive."""
+    paths = list(dict.fromkeys(mutant.path for mutant in mutants))
+    parts = [paths[number::NUM_PROCESSES] for number in range(NUM_PROCESSES)]
+    groups = [[one for one in mutants if one.path in part] for part in parts]
+    with ProcessPoolExecutor(NUM_PROCESSES, multiprocessing.get_context("spawn")) as pool:
+        return [one for alive in pool.map(survivors, filter(None, groups)) for one in alive]
 
 
 def main() -> int:
-    """A trial, or one mutant's tests."""
+    """A trial: name the survivors, and fail if they are more than one in twenty."""
     parser = argparse.ArgumentParser(description="Random mutants against unit tests.")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--num", type=int, default=60, help="mutants")
-    parser.add_argument("--module", action="append", choices=TESTS, help="only of this one")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--module", action="append", choices=TESTS, help="only of these")
     asked = parser.parse_args()
-    if asked.one:
-        return run_tests(Mutant(asked.one[0], int(asked.one[1])))
-    alive = trial(asked.seed, asked.num, asked.module or tuple(TESTS))
+    mutants = draw(asked.seed, asked.num, asked.module or tuple(TESTS))
+    alive = trial(mutants)
     sys.stdout.writelines(f"survives: {mutant}\n" for mutant in alive)
-    sys.stdout.write(f"{asked.num - len(alive)} of {asked.num} mutants were killed\n")
-    return 1 if len(alive) > asked.num // 20 else 0
+    sys.stdout.write(f"{len(mutants) - len(alive)} of {len(mutants)} mutants were killed\n")
+    return 1 if len(alive) > len(mutants) // 20 else 0
 
 
 if __name__ == "__main__":

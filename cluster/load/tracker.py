@@ -87,11 +87,11 @@ class LoadTracker:
         self._reports: dict[str, LoadReport] = {}
         self._began_at = now
         self._base = LoadSums.nothing()
-        self._base_epoch = 0
+        self._base_epoch: int | None = None
         self._base_copies: dict[BankKey, CopyLoad] = {}
         self._average = LoadSums.nothing()
         self._watched: dict[BankKey, tuple[int, ...]] = {}
-        self._watched_epoch = 0
+        self._watched_epoch: int | None = None
         self.num_windows = 0
         """Windows with load that have ended so far."""
         self.windows: deque[LoadWindow] = deque(maxlen=section.num_windows)
@@ -180,7 +180,7 @@ class LoadTracker:
         return self._watched.get(key, ())
 
     def _watch(self, totals: LoadSums, epoch: int) -> None:
-        if self._watched and epoch == self._watched_epoch:
+        if epoch == self._watched_epoch:
             return
         self._watched_epoch = epoch
         for key in totals.prefill:

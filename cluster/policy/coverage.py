@@ -110,28 +110,19 @@ class _Bank:
         self._weights = weights
         self._room = self._desired.num_experts if holdings.room is None else holdings.room
         self._loaders = sorted(present - holdings.barred)
-        held = [self._held(holdings, device, present) for device in self._devices]
+        devices = range(self._desired.num_devices)
+        held = [self._held(holdings, device, present) for device in devices]
         wanted = {
             expert
             for device, row in enumerate(held)
             for expert in row
-            if expert in self._desired_row(device)
+            if expert in self._desired.physical_to_logical[device]
         }
         self._rows = [self._used(device, row, wanted) for device, row in enumerate(held)]
 
-    @property
-    def _devices(self) -> range:
-        return range(max(self._desired.num_devices, self._current.num_devices))
-
-    def _desired_row(self, device: int) -> tuple[int, ...]:
-        """What the desired placement assigns to a device."""
-        maps = self._desired.physical_to_logical
-        return maps[device] if device < len(maps) else ()
-
     def _held(self, holdings: Holdings, device: int, present: frozenset[int]) -> list[int]:
         joined = holdings.joining.get(device)
-        source = (joined or holdings.current).banks[self._index].physical_to_logical
-        row = list(source[device]) if device < len(source) else []
+        row = list((joined or holdings.current).banks[self._index].physical_to_logical[device])
         if device not in present:
             return [FREE_SLOT] * len(row)
         for load in holdings.failed:
@@ -141,7 +132,7 @@ class _Bank:
 
     def _used(self, device: int, row: list[int], wanted: set[int]) -> list[int]:
         """The row without superfluous copies, and as short as possible."""
-        desired = self._desired_row(device)
+        desired = self._desired.physical_to_logical[device]
         used = [e if e in desired or e not in wanted else FREE_SLOT for e in row]
         while len(used) > len(desired) and used[-1] == FREE_SLOT:
             used.pop()
@@ -193,14 +184,12 @@ class _Bank:
             for slot, expert in enumerate(row):
                 if expert != FREE_SLOT:
                     holders[expert].append((device, slot))
-        num_decoded = [0] * len(self._rows)
-        decode = []
+        decode: list[int] = []
         for expert, places in enumerate(holders):
             total = sum(shares[d][s] for d, s in places)
             for d, s in places:
                 shares[d][s] = shares[d][s] / total if total > 0 else 1.0 / len(places)
-            decode.append(self._decode_device([d for d, _ in places], expert, num_decoded))
-            num_decoded[decode[-1]] += 1
+            decode.append(self._decode_device([d for d, _ in places], expert, decode))
         return BankPlacement(
             bank=self._desired.bank,
             layer=self._desired.layer,
@@ -212,13 +201,14 @@ class _Bank:
 
     def _share(self, device: int, expert: int) -> float:
         """Desired share of a copy; 0 for a copy that was never desired."""
-        desired = self._desired_row(device)
+        desired = self._desired.physical_to_logical[device]
         if expert == FREE_SLOT or expert not in desired:
             return 0.0
         return self._desired.split[device][desired.index(expert)]
 
-    def _decode_device(self, places: Sequence[int], expert: int, num_decoded: Sequence[int]) -> int:
+    def _decode_device(self, places: Sequence[int], expert: int, others: Sequence[int]) -> int:
+        """Among equals, the one that decodes the fewest of the ``others``, those before it."""
         for device in (self._desired.decode_device[expert], self._current.decode_device[expert]):
             if device in places:
                 return device
-        return min(places, key=lambda d: (num_decoded[d], d))
+        return min(places, key=lambda d: (others.count(d), d))

@@ -128,8 +128,7 @@ class KvIndex:
             if depth <= most:
                 break
             told = self._workers[worker].told
-            if hashes[depth - 1] not in told:
-                depth = bisect_left(hashes, True, 0, depth, key=lambda name: name not in told)
+            depth = bisect_left(hashes, True, 0, depth, key=lambda name: name not in told)
             if depth > most:
                 best, most = worker, depth
         return best, most

@@ -124,7 +124,7 @@ def route_by_kv(
     matches = index.matches(hashes)
     cached = {worker: count * block_size for worker, count in matches.items()}
     peer = None
-    if matches and any(load.fetch_cost < math.inf for load in loads):
+    if any(load.fetch_cost < math.inf for load in loads):
         holder, count = index.best_holder(hashes, matches)
         peer = Peer(holder, count * block_size) if count else None
     return pick_worker(loads, RoutingPolicy.KV, num_routed, prompt_tokens, cached, peer)
@@ -144,10 +144,8 @@ def _best_with_fetches(
     least = min(costs)
     best: list[WorkerLoad] = []
     limit = least - missing
-    able = [i for i, wait in enumerate(waits) if wait <= limit]  # no other worker can be better
-    for i in sorted(able, key=waits.__getitem__):
-        if waits[i] + missing > least:
-            break  # so are all that follow
+    able = [i for i, wait in enumerate(waits) if wait < limit]  # no other worker can be better
+    for i in able:
         own = known.get(loads[i].name, 0)
         took = FETCH_TOKENS + (peer.tokens - own) * loads[i].fetch_cost
         cost = max(waits[i], took) + took + missing

@@ -137,7 +137,7 @@ class EpochTables(Generic[Tables]):
     """Lookup tables of one generation by placement epoch."""
 
     def __init__(self) -> None:
-        self._generation = 0
+        self._generation: int | None = None
         self._by_epoch: dict[int, Tables] = {}
 
     def add(self, generation: int, epoch: int, tables: Tables) -> None:

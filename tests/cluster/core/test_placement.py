@@ -44,7 +44,9 @@ def test_contiguous_plan_places_every_expert(devices: int, redundant: int) -> No
 
 
 def test_contiguous_plan_of_four_experts_on_two_devices() -> None:
-    (bank,) = contiguous([BankShape(bank="mlp", layer=0, num_experts=4)], 2, 1).banks
+    placement = contiguous([BankShape(bank="mlp", layer=0, num_experts=4)], 2, 1)
+    assert placement.num_devices == 2
+    (bank,) = placement.banks
     assert bank.physical_to_logical == ((0, 1, 2), (2, 3, 0))
     assert bank.logical_to_physical(2) == ((0, 2), (1, 0))
     assert bank.replica_count == (2, 1, 2, 1)
@@ -54,6 +56,7 @@ def test_contiguous_plan_of_four_experts_on_two_devices() -> None:
 def test_spare_slots_without_a_new_expert_stay_free() -> None:
     (bank,) = contiguous([BankShape(bank="mlp", layer=0, num_experts=2)], 2, 4).banks
     assert bank.physical_to_logical == ((0, 1, -1, -1, -1), (1, 0, -1, -1, -1))
+    assert list(bank.copies()) == [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)]
 
 
 def test_more_devices_than_experts_is_refused() -> None:
@@ -167,3 +170,38 @@ def test_survivors_of_copies_without_a_share_get_equal_shares() -> None:
     left = bank.without_devices(frozenset({0}))
     assert left is not None
     assert left.split == ((0.0,), (0.5,), (0.5,))
+
+
+def test_the_lowest_devices_take_the_experts_that_are_left_over() -> None:
+    (bank,) = contiguous([BankShape(bank="mlp", layer=0, num_experts=5)], 3, 2).banks
+    assert bank.physical_to_logical == ((0, 1, 2, 3), (2, 3, 4, 0), (4, 0, 1, FREE_SLOT))
+    assert bank.decode_device == (0, 0, 1, 1, 2)
+
+
+def test_a_file_without_an_epoch_is_the_first(tmp_path: Path) -> None:
+    path = placement_file(tmp_path / "p.json")
+    data = json.loads(path.read_text())
+    del data["epoch"]
+    path.write_text(json.dumps(data))
+    assert load_placement(path, BANKS, 2).epoch == 1
+
+
+def test_survivors_divide_the_lost_share_in_proportion() -> None:
+    bank = BankPlacement.from_maps(
+        bank="mlp",
+        layer=0,
+        num_experts=2,
+        physical_to_logical=[[0, 1], [1, 0], [FREE_SLOT, 1], [0, 1]],
+        split=[[0.5, 0.1], [0.4, 0.4], [0.0, 0.1], [0.1, 0.4]],
+        decode_device=[0, 3],
+    )
+    left = bank.without_devices(frozenset({0}))
+    assert left is not None
+    assert left.physical_to_logical == ((FREE_SLOT, FREE_SLOT), (1, 0), (FREE_SLOT, 1), (0, 1))
+    assert [list(map(pytest.approx, row)) for row in left.split] == [
+        [0.0, 0.0],
+        [0.4 / 0.9, 0.8],
+        [0.0, 0.1 / 0.9],
+        [0.2, 0.4 / 0.9],
+    ]
+    assert left.decode_device == (1, 3)

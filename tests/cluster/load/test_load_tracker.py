@@ -29,6 +29,14 @@ def test_totals_are_the_sum_of_the_workers_newest_reports() -> None:
     assert load.totals().decode[KEY].tolist() == [4, 3]
 
 
+def test_a_report_with_the_rows_of_the_last_one_may_be_newer() -> None:
+    load = make_tracker()
+    assert load.epoch == 0
+    load.take("a", make_report(5, [4, 1], epoch=1))
+    load.take("a", make_report(5, [4, 1], epoch=2))
+    assert load.epoch == 2
+
+
 def test_a_window_is_what_came_in_its_time() -> None:
     load = make_tracker()
     load.take("a", make_report(4, [3, 1]))
@@ -39,6 +47,7 @@ def test_a_window_is_what_came_in_its_time() -> None:
     assert first.sums.counts(KEY).tolist() == [3, 1]
     load.take("a", make_report(9, [4, 5]))
     load.take("b", make_report(1, [0, 1]))  # a worker that came later
+    assert load.tick(19.9) is None
     second = load.tick(20.0)
     assert second is not None
     assert second.sums.rows == 6

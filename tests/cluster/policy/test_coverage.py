@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from msgspec import structs
 
+from cluster.core.errors import ConflictError
 from cluster.core.placement import (
     FREE_SLOT,
     BankPlacement,
@@ -16,7 +17,7 @@ from cluster.core.placement import (
     contiguous,
 )
 from cluster.planner.stages import SlotFill
-from cluster.policy.coverage import Coverage, Holdings, cover
+from cluster.policy.coverage import Coverage, Holdings, cover, stage_on
 from tests.cluster.controller.fakes_cluster import BANKS
 
 
@@ -60,6 +61,67 @@ def test_lost_experts_are_spread_by_their_load() -> None:
     assert maps_of(found) == ((FREE_SLOT,) * 6, (6, 0), (7, 1, 2, 3, 4, 5))
     even = cover(Holdings(current=desired, desired=desired), {1, 2}, 2)
     assert [len(row) for row in maps_of(even)[1:]] == [4, 4]
+
+
+def test_a_shared_expert_is_a_part_of_the_work() -> None:
+    """Device 0 has half of experts 0 and 1, device 1 all of expert 2, which weighs more."""
+    desired = one_bank((0, 1, FREE_SLOT), (2, FREE_SLOT), (0, 1), (3,))
+    load = {("mlp", 0): [10, 10, 14, 2]}
+    found = cover(Holdings(current=desired, desired=desired), {0, 1, 2}, 2, load)
+    assert maps_of(found) == ((0, 1, 3), (2, FREE_SLOT), (0, 1), (FREE_SLOT,))
+
+
+def test_free_slots_are_no_work() -> None:
+    desired = one_bank((FREE_SLOT, 0), (1,), (2,), num_experts=3)
+    load = {("mlp", 0): [1, 2, 9]}
+    found = cover(Holdings(current=desired, desired=desired), {0, 1}, 2, load)
+    assert maps_of(found)[:2] == ((2, 0), (1,))
+
+
+def test_experts_that_lose_their_decode_device_are_divided_evenly() -> None:
+    bank = BankPlacement.from_maps(
+        bank="mlp",
+        layer=0,
+        num_experts=4,
+        physical_to_logical=((0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3)),
+        decode_device=(2, 2, 1, 2),
+    )
+    desired = ExpertPlacement(epoch=1, banks=(bank,))
+    found = cover(Holdings(current=desired, desired=desired), {0, 1}, 2).placement
+    assert found is not None
+    assert found.banks[0].decode_device == (0, 1, 1, 0)
+
+
+def test_copies_that_were_never_desired_share_equally() -> None:
+    desired = one_bank((0, 1), (2, 3), (0, 2))
+    current = one_bank((0, 1, 3), (FREE_SLOT, FREE_SLOT), (0, 2, 3))
+    joining = {1: one_bank((0, 1, 3), (2, FREE_SLOT), (0, 2, 3))}
+    holdings = Holdings(current=current, desired=desired, joining=joining)
+    found = cover(holdings, {0, 1, 2}, 2).placement
+    assert found is not None
+    assert found.banks[0].physical_to_logical == ((0, 1, 3), (2, FREE_SLOT), (0, 2, 3))
+    assert found.banks[0].split == ((0.5, 1.0, 0.5), (0.5, 0.0), (0.5, 0.5, 0.5))
+
+
+def test_a_failed_load_into_a_slot_that_the_new_worker_lacks_changes_nothing() -> None:
+    desired = one_bank((0, 1), (2, 3))
+    current = one_bank((0, 1), (2, 3, 0))
+    failed = [SlotFill(device=1, bank=0, slot=2, expert=0)]
+    holdings = Holdings(current=current, desired=desired, joining={1: desired}, failed=failed)
+    assert maps_of(cover(holdings, {0, 1}, 2)) == ((0, 1), (2, 3))
+
+
+def test_a_stage_names_what_the_others_must_load_and_from_whom() -> None:
+    current = one_bank((0, 1), (2, 3))
+    stage = stage_on({0}, current, room=None)
+    assert stage.placement.epoch == 2
+    assert stage.placement.banks[0].physical_to_logical == ((0, 1, 2, 3), (-1, -1))
+    assert [(load.slot, load.expert, load.sources) for load in stage.fills] == [
+        (2, 2, (1,)),
+        (3, 3, (1,)),
+    ]
+    with pytest.raises(ConflictError, match="no room for 1 experts that only they hold"):
+        stage_on({0}, current, room=3)
 
 
 def test_without_room_the_missing_experts_are_named() -> None:

@@ -95,6 +95,12 @@ def test_an_expert_without_copy_and_without_room_is_named() -> None:
     )
 
 
+def test_one_expert_without_copy_is_named_alone() -> None:
+    placement = contiguous(BANKS[:1], 2)
+    decision = without(make_members(1, 2), placement, "expert-0", room=7)
+    assert decision.effect == "1 expert has no copy left, the first is expert 3 of bank mlp layer 0"
+
+
 def test_a_lost_attention_worker_leaves_the_maps_alone() -> None:
     placement = contiguous(BANKS, 3)
     decision = without(make_members(2, 3), placement, "attention-0")
@@ -150,6 +156,10 @@ def test_silence_beyond_the_limit_is_a_loss() -> None:
     assert find_silent(10.0, pulses, 2.0) == {"b": "no heartbeat for 2.5 s (limit 2 s)"}
 
 
+def test_silence_up_to_the_limit_is_no_loss() -> None:
+    assert find_silent(10.0, [_pulse("a", 8.0, 8.0)], 2.0) == {}
+
+
 def test_a_standing_loop_under_a_live_heartbeat_is_a_loss() -> None:
     pulses = [_pulse("a", 10.0, 9.9), _pulse("b", 10.0, 7.0)]
     assert find_silent(10.0, pulses, 2.0) == {
@@ -174,8 +184,8 @@ def _report(reporter: str, suspect: str, at: float) -> PeerReport:
 
 def test_a_report_waits_for_its_confirmation() -> None:
     reports = [_report("attention-0", "expert-1", 10.0)]
-    assert confirm_suspect(10.1, reports, ROLES, 0.2) is None
-    found = confirm_suspect(10.25, reports, ROLES, 0.2)
+    assert confirm_suspect(10.125, reports, ROLES, 0.25) is None
+    found = confirm_suspect(10.25, reports, ROLES, 0.25)
     assert found is not None
     assert found.suspect == "expert-1"
 

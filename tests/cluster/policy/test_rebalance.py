@@ -170,6 +170,21 @@ def test_lost_devices_get_nothing_and_full_ones_keep_what_they_have() -> None:
         assert held_by(bank, 1) == frozenset()
 
 
+def test_workers_of_one_failure_domain_count_as_domains_of_their_own() -> None:
+    def domains(*places: tuple[str, str]) -> list[int]:
+        members = [
+            structs.replace(member, node=node, domain=domain)
+            for member, (node, domain) in zip(MEMBERS[: len(places)], places, strict=True)
+        ]
+        found: list[int] = planned_topology(members, current(), 5).domains.tolist()
+        return found[: len(places)]
+
+    assert domains(("n0", ""), ("n0", ""), ("n0", "")) == [0, 1, 2]
+    assert domains(("n0", ""), ("n0", ""), ("n1", "")) == [0, 0, 1]
+    assert domains(("n0", "rack-a"), ("n0", "rack-a"), ("n1", "rack-a")) == [0, 1, 2]
+    assert domains(("n0", "rack-a"), ("n1", "rack-b"), ("n2", "rack-b")) == [0, 1, 1]
+
+
 def test_too_few_slots_are_an_error_of_their_own() -> None:
     now = current()
     topology = planned_topology([], now, 5)
@@ -223,7 +238,8 @@ def test_a_stage_may_hold_more_than_is_planned() -> None:
         ({"mode": "local"}, "one worker holds all experts"),
         ({"num_expert_workers": 1, "num_redundant_experts": 1}, "one expert worker"),
         ({"num_expert_workers": 3}, "no spare expert slots"),
-        ({"num_expert_workers": 3, "recovery_slots": 1}, ""),
+        ({"num_expert_workers": 2, "recovery_slots": 1}, ""),
+        ({"num_expert_workers": 3, "recovery_slots": 2, "num_redundant_experts": 2}, ""),
         ({"num_expert_workers": 3, "num_redundant_experts": 1}, ""),
     ],
 )

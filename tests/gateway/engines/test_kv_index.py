@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import pytest
+
 from gateway.engines.kv_index import KvIndex
 from workers.kv.block_pool import BlockPool
 from workers.kv.events import KvFeed
@@ -62,6 +64,51 @@ def test_what_was_routed_is_expected_until_it_is_settled() -> None:
     index.drop("a")
     index.settle("a", prompt)
     assert index.num_blocks == 0
+
+
+def test_each_expectation_is_settled_once() -> None:
+    index, prompt = KvIndex(), _names(0, 4)
+    index.apply("a", _whole())
+    for _ in range(3):
+        index.expect("a", prompt)
+    index.settle("a", prompt)
+    index.settle("a", prompt)
+    assert index.matches(prompt) == {"a": 4}
+    index.settle("a", prompt)
+    assert index.matches(prompt) == {}
+
+
+def test_settling_at_a_worker_that_left_and_came_back_changes_nothing() -> None:
+    index, prompt = KvIndex(), _names(0, 4)
+    for worker in ("a", "b"):
+        index.apply(worker, _whole())
+    index.expect("b", prompt)
+    index.drop("b")
+    index.apply("b", _whole())
+    index.settle("b", prompt)
+    assert index.num_blocks == 0
+
+
+@pytest.mark.parametrize(
+    ("reported", "expected", "best"),
+    [
+        ({"a": 2, "b": 1}, {"a": 3}, ("a", 2)),
+        ({"a": 0, "b": 1}, {"a": 3}, ("b", 1)),
+        ({"a": 1, "b": 3}, {"a": 4}, ("b", 3)),
+        ({"a": 2, "b": 2}, {"a": 3}, ("a", 2)),  # and will soon have a third
+        ({"a": 0}, {"a": 3}, ("", 0)),
+        ({"a": 0}, {}, ("", 0)),
+    ],
+)
+def test_the_best_holder_has_reported_the_longest_prefix(
+    reported: dict[str, int], expected: dict[str, int], best: tuple[str, int]
+) -> None:
+    index, prompt = KvIndex(), _names(0, 4)
+    for worker, depth in reported.items():
+        index.apply(worker, _whole(*prompt[:depth]))
+    for worker, depth in expected.items():
+        index.expect(worker, prompt[:depth])
+    assert index.best_holder(prompt, index.matches(prompt)) == best
 
 
 def test_the_place_of_a_lost_worker_is_taken_by_the_next_one() -> None:

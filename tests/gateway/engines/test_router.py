@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
+
+from gateway.engines.kv_index import KvIndex
 from gateway.engines.router import (
     DECODE_TOKENS,
     FETCH_TOKENS,
@@ -11,7 +16,9 @@ from gateway.engines.router import (
     RoutingPolicy,
     WorkerLoad,
     pick_worker,
+    route_by_kv,
 )
+from workers.requests.block_hash import KvEvents
 
 LOADS = [
     WorkerLoad(name="a", outstanding_tokens=5),
@@ -118,3 +125,36 @@ def test_a_fetch_that_gains_nothing_is_not_made() -> None:
     assert _fetching([busy, idle], a=500) == Choice(busy, 500)
     busy.queued_tokens += 1
     assert _fetching([busy, idle], a=500) == Choice(idle, 500, "a")
+
+
+BLOCKS = [bytes([i] * 8) for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("fetch_cost", "reported", "expected", "choice"),
+    [
+        (0.1, 5, 5, ("b", 500, "a")),
+        (math.inf, 5, 5, ("a", 500, "")),
+        (0.1, 4, 5, ("b", 400, "a")),  # the fifth is not there yet
+        (0.1, 0, 5, ("a", 500, "")),
+        (0.1, 0, 0, ("b", 0, "")),
+    ],
+)
+def test_a_prompt_is_routed_by_the_blocks_that_workers_report(
+    fetch_cost: float, reported: int, expected: int, choice: tuple[str, int, str]
+) -> None:
+    index = KvIndex()
+    index.apply("a", KvEvents(number=1, is_whole=True, stored=tuple(BLOCKS[:reported])))
+    index.expect("a", BLOCKS[:expected])
+    loads = [
+        WorkerLoad(name="a", queued_tokens=400),
+        WorkerLoad(name="b", fetch_cost=fetch_cost),
+    ]
+    found = route_by_kv(index, BLOCKS, loads, 0, 650, 100)
+    assert found is not None
+    assert (found.load.name, found.cached_tokens, found.peer) == choice
+
+
+def test_a_worker_with_more_than_the_peer_does_not_fetch() -> None:
+    loads = [WorkerLoad(name="a", queued_tokens=100_000), WorkerLoad(name="b")]
+    assert _fetching(loads, a=500, b=501) == Choice(loads[1], 501)

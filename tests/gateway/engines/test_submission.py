@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
+from msgspec.structs import replace
 
 from gateway.engines.submission import Submission, without_first
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
@@ -116,3 +119,46 @@ def test_tokens_delivered_before_are_dropped(
 ) -> None:
     found = without_first(output(0, 5, 7, 8), count)
     assert (found.index, found.token_ids) == (index, tokens)
+
+
+class Stream:
+    """Keeps what is aborted."""
+
+    worker = "attention-1"
+
+    def __init__(self) -> None:
+        self.aborted: list[tuple[str, Sequence[int]]] = []
+
+    def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
+        self.aborted.append((request_id, choices))
+
+
+def test_its_worker_is_the_current_one_or_the_last() -> None:
+    entry = submission()
+    assert entry.worker == ""
+    entry.home = Stream()
+    assert entry.worker == "attention-1"
+    assert not entry.is_waiting
+    entry.home, entry.last_worker = None, "attention-0"
+    assert entry.worker == "attention-0"
+
+
+def test_a_running_request_is_aborted_at_its_worker() -> None:
+    entry, stream = submission(n=3), Stream()
+    entry.home = stream
+    entry.abort((1,))
+    assert stream.aborted == [("r", (1,))]
+    assert entry.open_choices == {0, 1, 2}  # until the worker says so
+    entry.home = None
+    entry.abort((1,))
+    assert entry.open_choices == {0, 2}
+
+
+def test_a_request_with_output_goes_on_where_it_ended() -> None:
+    request = replace(
+        submission(n=2).request, output_so_far=((7, 8), (9,)), closed_choices=(1,), attempt=2
+    )
+    entry = Submission(request, Sink(), 100.0)
+    assert entry.open_choices == {0}
+    assert entry.outputs == [[7, 8], [9]]
+    assert entry.outstanding_tokens == 8

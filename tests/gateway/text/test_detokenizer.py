@@ -91,6 +91,14 @@ def test_a_window_keeps_the_space_after_the_prompt() -> None:
     assert detokenizer.feed(vocab["\u2581world"]) == " world"
 
 
+def test_a_window_waits_for_a_character_for_eight_tokens_at_most() -> None:
+    tokenizer, vocab = sentencepiece_like()
+    detokenizer = make_detokenizer(tokenizer)
+    pieces = [detokenizer.feed(vocab["<0x80>"]) for _ in range(8)]
+    assert pieces[:7] == [""] * 7
+    assert set(pieces[7]) == {"\ufffd"}
+
+
 def test_token_bytes_of_a_vocabulary_with_byte_fallback() -> None:
     tokenizer, vocab = sentencepiece_like()
     assert tokenizer.token_bytes(vocab["<0xE4>"]) == b"\xe4"
@@ -135,6 +143,15 @@ def test_text_that_may_become_a_stop_string_is_held_back() -> None:
     assert stop.feed("d") == ("ENd", None)
     assert stop.feed("EN") == ("", None)
     assert stop.flush() == "EN"
+
+
+def test_text_that_could_not_stop_does_not_stop_later() -> None:
+    stop = StopStrings(["abc", "b"])
+    assert stop.feed("ab", can_stop=False) == ("", None)
+    assert stop.feed("x") == ("abx", None)
+    assert stop.feed("ab", can_stop=False) == ("", None)
+    assert stop.feed("c") == ("", "abc")
+    assert StopStrings(["ab"]).feed("xab", can_stop=False) == ("xab", None)
 
 
 def test_a_stop_string_before_min_tokens_is_ordinary_text() -> None:

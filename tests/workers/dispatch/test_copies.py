@@ -7,7 +7,8 @@ import torch
 
 from cluster.core.errors import ProtocolError
 from cluster.core.placement import BankPlacement
-from workers.dispatch.copies import CopyTables, filled_slots, mix64
+from workers.dispatch.copies import CopyTables, EpochTables, filled_slots, mix64
+from workers.requests.step_header import Grant, StepHeader
 
 CPU = torch.device("cpu")
 
@@ -129,6 +130,23 @@ def test_the_last_copy_takes_what_rounding_leaves(shares: tuple[float, float]) -
     assert tables.thresholds.tolist()[0] == [round(shares[0] * 2**32), 2**32]
 
 
+def test_a_hash_at_the_end_of_a_share_goes_to_the_next_copy() -> None:
+    key = torch.tensor([5])
+    share = int(mix64(key)) % 2**32  # of expert 0
+    ids, prefill = torch.tensor([[0]]), torch.tensor([True])
+    for end, copy in ((share, 1), (share + 1, 0)):
+        first = end / 2**32
+        placement = BankPlacement.from_maps(
+            bank="mlp",
+            layer=0,
+            num_experts=1,
+            physical_to_logical=[[0], [0]],
+            split=[[first], [1.0 - first]],
+        )
+        tables = CopyTables.build(placement, {0: 0, 1: 1}, CPU)
+        assert tables.choose(ids, prefill, key, spread=True).copies == torch.tensor([[copy]])
+
+
 def test_without_second_copies_there_is_no_choice() -> None:
     single = BankPlacement.from_maps(
         bank="mlp", layer=0, num_experts=2, physical_to_logical=[[0], [1]]
@@ -139,3 +157,28 @@ def test_without_second_copies_there_is_no_choice() -> None:
 
 def test_filled_slots() -> None:
     assert filled_slots(make_placement(), 2) == (True, False, True)
+
+
+def make_header(epoch: int, oldest_epoch: int) -> StepHeader:
+    return StepHeader(
+        generation=1, step=9, epoch=epoch, oldest_epoch=oldest_epoch, grants=((0, Grant()),)
+    )
+
+
+def test_a_step_drops_the_tables_of_older_epochs() -> None:
+    tables = EpochTables[str]()
+    for epoch in (4, 5, 6):
+        tables.add(1, epoch, f"of {epoch}")
+    assert tables.begin_step(make_header(6, 5)) == "of 6"
+    assert tables.begin_step(make_header(5, 5)) == "of 5"
+    with pytest.raises(ProtocolError, match=r"step 9 runs in epoch 4, known are \[5, 6\]"):
+        tables.begin_step(make_header(4, 4))
+
+
+def test_another_generation_has_tables_of_its_own() -> None:
+    tables = EpochTables[str]()
+    tables.add(1, 5, "of 5")
+    tables.add(2, 6, "of 6")
+    assert tables.begin_step(make_header(6, 1)) == "of 6"
+    with pytest.raises(ProtocolError, match="known are"):
+        tables.begin_step(make_header(5, 1))

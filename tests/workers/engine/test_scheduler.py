@@ -119,6 +119,7 @@ def test_long_prompt_goes_in_chunks_beside_decodes() -> None:
     desk.add(20)
     counts = []
     for _ in range(3):
+        assert desk.scheduler.wanted().prefill_rows <= 7
         plan = desk.plan()
         counts.append(rows(plan))
         desk.commit(plan)
@@ -140,6 +141,47 @@ def test_grant_may_be_smaller_than_wanted() -> None:
     plan = desk.scheduler.schedule(0, 0)
     assert plan.num_rows == 0
     desk.commit(plan)
+
+
+def test_a_grant_above_the_budget_of_a_rank_is_cut() -> None:
+    desk = Desk(max_rows=8)
+    desk.add(3)
+    desk.add(3)
+    desk.step()
+    desk.add(20)
+    assert rows(desk.scheduler.schedule(2, 100)) == [
+        ("r0", 3, 1, True),
+        ("r1", 3, 1, True),
+        ("r2", 0, 6, False),
+    ]
+
+
+def test_a_prompt_for_which_no_row_is_left_is_not_in_the_plan() -> None:
+    desk = Desk(max_rows=8)
+    desk.add(20)
+    desk.add(4)
+    desk.step()
+    assert rows(desk.plan()) == [("r0", 8, 8, False)]
+    assert desk.scheduler.num_waiting == 1
+
+
+def test_nobody_gives_way_while_no_prompt_row_is_granted() -> None:
+    desk = Desk(max_num_seqs=1)
+    desk.add(4, priority=1)
+    desk.step()
+    desk.add(4)
+    assert rows(desk.scheduler.schedule(1, 0)) == [("r0", 4, 1, True)]
+    assert desk.scheduler.num_preemptions == 0
+
+
+def test_nobody_gives_way_to_a_request_that_may_not_run() -> None:
+    desk = Desk(max_num_seqs=1)
+    desk.add(4, priority=1)
+    desk.step()
+    desk.add(4)
+    desk.scheduler.restrict(held={"r1"})
+    assert desk.scheduler.wanted().prefill_rows == 0
+    assert rows(desk.scheduler.schedule(1, 8)) == [("r0", 4, 1, True)]
 
 
 def test_lower_priority_value_runs_first() -> None:
@@ -219,6 +261,17 @@ def test_urgent_request_takes_blocks_only_if_that_is_enough_for_it() -> None:
     assert low.status is SequenceStatus.WAITING
 
 
+def test_urgent_request_needs_no_blocks_for_what_it_shares_with_those_that_stay() -> None:
+    desk = Desk(num_blocks=8)
+    (equal,) = desk.add(12, SamplingParams(max_tokens=9), first_token=10)
+    (low,) = desk.add(8, SamplingParams(max_tokens=9), priority=1)
+    desk.step()
+    (urgent,) = desk.add(24, SamplingParams(max_tokens=1), first_token=10)
+    assert rows(desk.plan()) == [("r0", 12, 1, True), ("r2", 12, 12, False)]
+    assert low.status is SequenceStatus.WAITING
+    assert urgent.blocks[:3] == equal.blocks[:3]
+
+
 def test_urgent_prompt_goes_before_the_rest_of_a_long_one() -> None:
     desk = Desk(max_rows=8)
     desk.add(20)
@@ -237,6 +290,14 @@ def test_admission_leaves_blocks_for_those_that_grow() -> None:
     desk.commit(plan)
     assert rows(desk.plan()) == [("r0", 8, 1, True), ("r2", 0, 8, False)]
     assert desk.scheduler.num_preemptions == 0
+
+
+def test_admission_leaves_no_block_for_a_sequence_that_ends_within_its_own() -> None:
+    """The last token of an output is not read, so it needs no place in a block."""
+    desk = Desk(num_blocks=4)
+    desk.add(8, SamplingParams(max_tokens=1))
+    desk.add(7, SamplingParams(max_tokens=2))
+    assert len(desk.plan().rows) == 2
 
 
 def test_the_first_is_never_sent_away_and_everyone_ends() -> None:
@@ -303,6 +364,13 @@ def test_endings(
     assert (sequence.status is SequenceStatus.FINISHED) == (reason is not None)
 
 
+def test_a_sequence_may_end_with_its_last_required_token() -> None:
+    desk = Desk()
+    (sequence,) = desk.add(4, SamplingParams(max_tokens=9, min_tokens=2))
+    assert not desk.step(EOS)
+    assert desk.step(EOS) == {sequence: FinishReason.STOP}
+
+
 def test_context_limit_ends_a_sequence() -> None:
     desk = Desk(max_len=6)
     (sequence,) = desk.add(4, SamplingParams(max_tokens=50))
@@ -324,6 +392,36 @@ def test_choices_share_the_full_blocks_of_their_prompt(enable_prefix_caching: bo
     assert all(c.blocks[:2] == shared for c in choices)
     assert len({c.blocks[2] for c in choices}) == 3
     assert desk.pool.num_blocks - desk.pool.num_free == 5
+
+
+def test_the_prompt_of_waiting_choices_counts_once() -> None:
+    desk = Desk()
+    desk.add(10, n=3)
+    assert desk.scheduler.num_waiting == 3
+    assert desk.scheduler.num_deferred == 2
+    assert desk.scheduler.num_waiting_tokens == 10
+
+
+@pytest.mark.parametrize(("prompt_length", "num_computed"), [(8, 4), (9, 8), (12, 8), (13, 12)])
+def test_choices_wait_until_all_blocks_that_they_share_are_computed(
+    prompt_length: int, num_computed: int
+) -> None:
+    """Full blocks of the prompt, but one prompt token is left to compute for each choice."""
+    desk = Desk()
+    desk.add(prompt_length, n=2)
+    for _ in range(num_computed // 4):
+        assert desk.scheduler.num_deferred == 1
+        desk.commit(desk.scheduler.schedule(0, 4))
+    assert desk.scheduler.num_deferred == 0
+
+
+def test_choices_of_a_cached_prompt_need_not_wait() -> None:
+    desk = Desk()
+    desk.add(9, SamplingParams(max_tokens=1), first_token=10)
+    desk.step()
+    desk.add(10, first_token=10, n=2)
+    assert desk.scheduler.wanted().prefill_rows == 4
+    assert rows(desk.plan()) == [("r1", 8, 2, False), ("r1", 8, 2, False)]
 
 
 @pytest.mark.parametrize("enable_prefix_caching", [True, False])

@@ -120,6 +120,15 @@ def test_uniform_is_uniform() -> None:
     assert uniform(-5, 0, 0) == uniform(-5, 0, 0)
 
 
+def test_a_seed_gives_the_same_numbers_and_tokens_in_every_release() -> None:
+    assert uniform(0, 0, 0) == 0.1296456182997474
+    assert uniform(7, 1, 2, 3) == uniform(7 + 2**64, 1, 2, 3) == 0.10123025561781762
+    assert uniform(-5, 0, 1) == 0.16513138876770495
+    logits = torch.arange(5000).remainder(61).expand(8, -1) / 8
+    rows = [SamplingRow(SamplingParams(seed=3), choice=i % 2, index=i) for i in range(8)]
+    assert draw(logits, rows).tolist() == [4445, 602, 2923, 4265, 3827, 4940, 3778, 2682]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_greedy_takes_the_lowest_id_of_a_tie(dtype: torch.dtype) -> None:
     logits = torch.tensor([[0.0, 2.0, 5.0, 5.0], [7.0, 7.0, 7.0, 7.0]], dtype=dtype)
@@ -146,7 +155,14 @@ def test_a_row_without_an_allowed_token_fails_alone(temperature: float) -> None:
     ]
     drawn = sample(torch.randn(2, 8), rows)
     assert [d.failure for d in drawn] == [DrawFailure.NONE_ALLOWED, None]
-    assert drawn[1].token == 7
+    assert [d.token for d in drawn] == [-1, 7]
+
+
+def test_only_temperatures_below_a_hundred_thousandth_are_greedy() -> None:
+    logits = torch.zeros(50, 8)
+    tiny, small = (SamplingParams(temperature=t, seed=1) for t in (0.99e-5, 1e-5))
+    assert {d.token for d in sample(logits, rows_of(tiny, 50))} == {0}
+    assert len({d.token for d in sample(logits, rows_of(small, 50))}) > 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-5, 1.0, 100.0])

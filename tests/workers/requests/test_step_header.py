@@ -1,0 +1,48 @@
+"""What a step header says of its rows, and what it must not say."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.core.errors import ProtocolError
+from workers.requests.step_header import HEADERS, Grant, StepHeader, StepProposal
+
+
+def header(num_micro_batches: int = 1, oldest_epoch: int = 5) -> StepHeader:
+    return StepHeader(
+        generation=1,
+        step=9,
+        epoch=5,
+        oldest_epoch=oldest_epoch,
+        grants=((0, Grant(decode_rows=3, prefill_rows=4)), (2, Grant(decode_rows=1))),
+        num_micro_batches=num_micro_batches,
+    )
+
+
+def test_rows_are_those_of_all_ranks() -> None:
+    assert (header().decode_rows, header().prefill_rows) == (4, 4)
+    assert header().grant(0).num_rows == 7
+    assert header().grant(1) == Grant(decode_rows=0, prefill_rows=0)
+    proposal = StepProposal(generation=1, step=9, rank=0, decode_rows=3, prefill_rows=4)
+    assert proposal.num_rows == 7
+
+
+def test_the_first_of_two_micro_batches_has_the_larger_half() -> None:
+    assert header().rows(0, 0) == 7
+    two = header(num_micro_batches=2)
+    assert [two.rows(0, 0), two.rows(0, 1)] == [4, 3]
+    assert [two.rows(2, 0), two.rows(2, 1)] == [1, 0]
+    assert [two.rows(1, 0), two.rows(1, 1)] == [0, 0]
+
+
+@pytest.mark.parametrize("grants", [(), ((1, Grant()), (0, Grant())), ((0, Grant()), (0, Grant()))])
+def test_ranks_are_named_once_and_in_order(grants: tuple[tuple[int, Grant], ...]) -> None:
+    with pytest.raises(ValueError, match="sorted by rank"):
+        StepHeader(generation=1, step=9, epoch=5, oldest_epoch=5, grants=grants)
+
+
+def test_a_step_runs_in_no_epoch_that_may_be_overwritten() -> None:
+    with pytest.raises(ValueError, match="oldest_epoch must not exceed epoch"):
+        header(oldest_epoch=6)
+    with pytest.raises(ProtocolError, match="a step header"):
+        HEADERS.decode(HEADERS.encode(header()).replace(b"\x05\x05", b"\x05\x06"))
