@@ -97,7 +97,7 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
         self.prefixes = PrefixCache(
-            pool,
+            pool=pool,
             block_size=block_size,
             is_enabled=enable_prefix_caching,
             length_matters_above=length_matters_above,

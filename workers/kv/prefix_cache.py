@@ -7,33 +7,28 @@ prompt.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from workers.kv.block_pool import BlockPool
 from workers.requests.block_hash import BlockHash, chain_hash, request_root
 from workers.requests.sequence import SequenceState
 
 
+@dataclass(kw_only=True, slots=True)
 class PrefixCache:
     """Finds and stores the blocks of sequences in a pool, and counts what that saved."""
 
-    def __init__(
-        self,
-        pool: BlockPool,
-        *,
-        block_size: int,
-        is_enabled: bool,
-        length_matters_above: int | None = None,
-    ) -> None:
-        """``length_matters_above``: see ``ModelConfig.length_matters_above``."""
-        self._length_matters_above = length_matters_above
-        self._pool = pool
-        self._block_size = block_size
-        self._is_enabled = is_enabled
-        self.num_queried_tokens = 0
-        """Tokens of sequences at their first admission."""
-        self.num_hit_tokens = 0
-        """Those of them that were found."""
-        self.num_cached_prompt_tokens = 0
-        """Prompt tokens that were found, counted once a request."""
+    pool: BlockPool
+    block_size: int
+    is_enabled: bool
+    length_matters_above: int | None = None
+    """See ``ModelConfig.length_matters_above``."""
+    num_queried_tokens: int = 0
+    """Tokens of sequences at their first admission."""
+    num_hit_tokens: int = 0
+    """Those of them that were found."""
+    num_cached_prompt_tokens: int = 0
+    """Prompt tokens that were found, counted once a request."""
 
     def find(self, sequence: SequenceState) -> list[int]:
         """Known blocks from its first token on. Changes nothing.
@@ -41,30 +36,30 @@ class PrefixCache:
         Leaves out tokens that it must compute itself: see ``SequenceState.num_reusable``.
         """
         tokens = min(sequence.num_reusable, self._num_shared_tokens(sequence))
-        return self._pool.find(self._hashes(sequence, tokens // self._block_size))
+        return self.pool.find(self._hashes(sequence, tokens // self.block_size))
 
     def store(self, sequence: SequenceState, first: int) -> None:
         """Positions ``first`` to ``num_computed`` - 1 were committed: their full blocks are known.
 
         A first block that was only partly full before is among them.
         """
-        begin, end = first // self._block_size, sequence.num_computed // self._block_size
+        begin, end = first // self.block_size, sequence.num_computed // self.block_size
         if begin == end:
             return  # most decodes
-        end = min(end, self._num_shared_tokens(sequence) // self._block_size)
+        end = min(end, self._num_shared_tokens(sequence) // self.block_size)
         hashes = self._hashes(sequence, end)
         for block in range(begin, end):
             parent = hashes[block - 1] if block else None
-            self._pool.store(sequence.blocks[block], hashes[block], parent)
+            self.pool.store(sequence.blocks[block], hashes[block], parent)
 
     def count(self, sequence: SequenceState, num_found: int) -> None:
         """Count the tokens found for a sequence at its first admission."""
         if sequence.num_cached_tokens is not None:
             return  # admitted again after a preemption
-        if not self._is_enabled:
+        if not self.is_enabled:
             num_found = 0
         sequence.num_cached_tokens = min(num_found, sequence.prompt_length)
-        if self._is_enabled:
+        if self.is_enabled:
             self.num_queried_tokens += sequence.num_tokens
             self.num_hit_tokens += num_found
         if sequence.leader is None:
@@ -73,20 +68,20 @@ class PrefixCache:
     def check_integrity(self, sequence: SequenceState) -> None:
         """Assert that each of its blocks that can be found has the hash of its tokens."""
         for place, block in enumerate(sequence.blocks):
-            known = self._pool.hash_of(block)
+            known = self.pool.hash_of(block)
             if known is not None:
-                assert (place + 1) * self._block_size <= sequence.num_computed
+                assert (place + 1) * self.block_size <= sequence.num_computed
                 assert known == self._hashes(sequence, place + 1)[place]
 
     def _num_shared_tokens(self, sequence: SequenceState) -> int:
         """Tokens from the first on that others may share."""
-        if self._is_enabled:
+        if self.is_enabled:
             return sequence.num_tokens
         return sequence.prompt_length if sequence.request.n > 1 else 0
 
     def _hashes(self, sequence: SequenceState, count: int) -> list[BlockHash]:
         """Hashes of the first ``count`` blocks; cached, as known tokens never change."""
-        known, size = sequence.block_hashes, self._block_size
+        known, size = sequence.block_hashes, self.block_size
         if not known and sequence.leader is not None:
             known += sequence.leader.block_hashes[: sequence.prompt_length // size]
         for first in range(len(known) * size, count * size, size):
@@ -96,5 +91,5 @@ class PrefixCache:
 
     def _root(self, sequence: SequenceState) -> BlockHash:
         request = sequence.request
-        owner = "" if self._is_enabled else request.request_id
-        return request_root(request, self._length_matters_above, owner)
+        owner = "" if self.is_enabled else request.request_id
+        return request_root(request, self.length_matters_above, owner)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -41,36 +41,30 @@ class Fetch:
         return self.hashes[len(self.found) :]
 
 
+@dataclass(slots=True)
 class KvTransferStore:
     """See the module."""
 
-    def __init__(
-        self, pool: BlockPool, cache: KVCache, *, length_matters_above: int | None = None
-    ) -> None:
-        """``length_matters_above``: see ``ModelConfig``."""
-        self.cache = cache
-        self._pool = pool
-        self._length_matters_above = length_matters_above
-        self._tables: list[list[int]] = []
-
-    @property
-    def tables(self) -> list[list[int]]:
-        """Blocks that are held here, for ``check_integrity``."""
-        return list(self._tables)
+    pool: BlockPool
+    cache: KVCache
+    length_matters_above: int | None = None
+    """See ``ModelConfig``."""
+    tables: list[list[int]] = field(default_factory=list)
+    """Blocks that are held here."""
 
     def lend(self, hashes: Sequence[BlockHash]) -> list[int]:
         """Hold the blocks of the longest known run from the first on."""
-        blocks = self._pool.find(hashes)
+        blocks = self.pool.find(hashes)
         if blocks:
-            self._pool.hold(blocks)
-            self._tables.append(blocks)
+            self.pool.hold(blocks)
+            self.tables.append(blocks)
         return blocks
 
     def end_loan(self, blocks: list[int], num_kept: int) -> None:
         """Release blocks; another worker has copies of the first ``num_kept`` now."""
-        self._pool.lend(blocks[:num_kept])
+        self.pool.lend(blocks[:num_kept])
         self._release(blocks)
-        broken = [b for b in blocks if self._pool.hash_of(b) is None and self._pool.is_free(b)]
+        broken = [b for b in blocks if self.pool.hash_of(b) is None and self.pool.is_free(b)]
         self.cache.clear(broken)  # forgotten while on loan: they may hold NaN
 
     def begin(self, request: Request, num_spare: int) -> Fetch | None:
@@ -80,16 +74,16 @@ class KvTransferStore:
         ``num_spare`` left to other requests.
         """
         size = self.cache.block_size
-        hashes = block_hashes(request, size, self._length_matters_above)
+        hashes = block_hashes(request, size, self.length_matters_above)
         del hashes[max(num_reusable(request), 0) // size :]
-        found = self._pool.find(hashes)
+        found = self.pool.find(hashes)
         count = len(hashes) - len(found)
-        num_kept = sum(self._pool.is_free(block) for block in found)
-        if not count or not self._pool.can_allocate(count + num_kept + num_spare):
+        num_kept = sum(self.pool.is_free(block) for block in found)
+        if not count or not self.pool.can_allocate(count + num_kept + num_spare):
             return None
-        self._pool.hold(found)
-        fetch = Fetch(hashes=tuple(hashes), found=found, blocks=self._pool.allocate(count))
-        self._tables += [fetch.found, fetch.blocks]
+        self.pool.hold(found)
+        fetch = Fetch(hashes=tuple(hashes), found=found, blocks=self.pool.allocate(count))
+        self.tables += [fetch.found, fetch.blocks]
         return fetch
 
     def end(self, fetch: Fetch) -> None:
@@ -97,57 +91,51 @@ class KvTransferStore:
         parents = (None, *fetch.hashes)[len(fetch.found) :]
         filled = fetch.blocks[: fetch.num_filled]
         for block, name, parent in zip(filled, fetch.wanted, parents, strict=False):
-            self._pool.store(block, name, parent)
+            self.pool.store(block, name, parent)
         self._release(fetch.blocks)
         self._release(fetch.found)
 
     def _release(self, blocks: list[int]) -> None:
-        place = next(i for i, table in enumerate(self._tables) if table is blocks)
-        del self._tables[place]
-        self._pool.release(blocks)
+        place = next(i for i, table in enumerate(self.tables) if table is blocks)
+        del self.tables[place]
+        self.pool.release(blocks)
 
 
+@dataclass(slots=True)
 class KvLender:
-    """``Lender`` of a store. ``answer`` belongs to the engine's thread, the rest to others.
+    """``Lender`` of a store. ``answer`` belongs to the engine's thread, the rest to others."""
 
-    Args:
-        store: has the blocks.
-        wake: called when the engine's thread should answer.
-        timeout_s: longest wait for the engine's thread: a step may be long.
-    """
-
-    def __init__(
-        self, store: KvTransferStore, wake: Callable[[], None], timeout_s: float = 10.0
-    ) -> None:
-        self._store = store
-        self._wake = wake
-        self._timeout_s = timeout_s
-        self._asked: deque[tuple[Sequence[BlockHash], Future[list[int]]]] = deque()
-        self._returned: deque[tuple[list[int], int]] = deque()
+    store: KvTransferStore
+    wake: Callable[[], None]
+    """Called when the engine's thread should answer."""
+    timeout_s: float = 10.0
+    """Longest wait for the engine's thread: a step may be long."""
+    _asked: deque[tuple[Sequence[BlockHash], Future[list[int]]]] = field(default_factory=deque)
+    _returned: deque[tuple[list[int], int]] = field(default_factory=deque)
 
     def borrow(self, keys: Sequence[BlockHash]) -> list[int]:
         """See ``Lender``; nothing where the engine's thread does not answer in time."""
         blocks: Future[list[int]] = Future()
         self._asked.append((keys, blocks))
-        self._wake()
+        self.wake()
         try:
-            return blocks.result(self._timeout_s)
+            return blocks.result(self.timeout_s)
         except TimeoutError:
             return [] if blocks.cancel() else blocks.result()
 
     def read(self, item: int) -> tuple[Tensor]:
-        return (self._store.cache.read_block(item),)
+        return (self.store.cache.read_block(item),)
 
     def give_back(self, items: list[int], num_kept: int) -> None:
         if items:
             self._returned.append((items, num_kept))
-            self._wake()
+            self.wake()
 
     def answer(self) -> None:
         """Take back what was returned, and lend what was asked for."""
         while self._returned:
-            self._store.end_loan(*self._returned.popleft())
+            self.store.end_loan(*self._returned.popleft())
         while self._asked:
             keys, blocks = self._asked.popleft()
             if blocks.set_running_or_notify_cancel():
-                blocks.set_result(self._store.lend(keys))
+                blocks.set_result(self.store.lend(keys))
