@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 
-from cluster.core.errors import ExpertMeshError, NotReadyError, RequestError
-from gateway.cluster.view import ControllerCall
+from cluster.core.errors import NotReadyError, RequestError
 from gateway.generation.gateway import Gateway
 from protos import admin_pb2 as pb
 
@@ -36,7 +36,7 @@ class AdminCalls:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._cluster = gateway.cluster
+        self._ask = partial(gateway.cluster.ask, limit_s=CALL_LIMIT_S)
 
     def find(self, name: str) -> Callable[[Any], Any]:
         """The procedure of a name: it returns what is awaited, or an asynchronous generator."""
@@ -146,16 +146,6 @@ class AdminCalls:
             rule = f"request_ids ({len(names)} of them) must be 1 to {MAX_ABORTED}"
             raise RequestError(rule, "request_ids")
         return pb.AbortRequestsResponse(aborted=await self._gateway.abort_calls(names))
-
-    async def _ask(self, call: ControllerCall, *details: Any, limit_s: float = CALL_LIMIT_S) -> Any:
-        """The controller's answer. Raises its errors, and ``NotReadyError`` without an answer."""
-        controller = self._cluster.require_controller()
-        try:
-            return await asyncio.wait_for(controller.ask(call, *details), limit_s)
-        except ExpertMeshError:
-            raise
-        except Exception as err:  # any failure of the actor or of Ray
-            raise NotReadyError("the controller does not answer", "not_ready", 2.0) from err
 
 
 def _epoch(request: pb.DrainWorkerRequest | pb.RebalanceRequest) -> int | None:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from cluster.core.errors import NotReadyError
+from cluster.core.errors import ExpertMeshError, NotReadyError
 from cluster.core.topology import runs_attention
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class ClusterView:
 
     async def fresh(self) -> Snapshot | None:
         """The state now, or the last known one if the controller does not answer."""
-        snapshot = await self._ask("snapshot", True)
+        snapshot = await self._try("snapshot", True)
         try:
             if snapshot is not None:
                 self._accept(snapshot)
@@ -105,31 +105,33 @@ class ClusterView:
             logger.warning("no fresh snapshot: %s", err)
         return self.snapshot
 
-    async def placement(self) -> dict[str, Any] | None:
-        """The placement; None while the controller does not answer."""
-        return await self._ask("placement")
+    async def load(self) -> None:
+        """Update ``known_load``; it stays as it is if the controller does not answer."""
+        self.known_load = await self._try("load") or self.known_load
 
-    async def load(self) -> dict[str, Any] | None:
-        """The experts' load; None while the controller does not answer."""
-        load = await self._ask("load")
-        self.known_load = load or self.known_load
-        return load
-
-    async def _ask(self, call: ControllerCall, *details: Any) -> dict[str, Any] | None:
-        if self._controller is None:
-            return None
-        try:
-            answer = await asyncio.wait_for(self._controller.ask(call, *details), CALL_TIMEOUT_S)
-        except Exception as err:  # any failure of the actor or of Ray
-            logger.warning("the controller gives no %s: %s", call, err)
-            return None
-        return dict(answer)
-
-    def require_controller(self) -> ControllerCalls:
-        """The controller. Raises ``NotReadyError`` while there is none."""
+    async def ask(
+        self, call: ControllerCall, *details: Any, limit_s: float = CALL_TIMEOUT_S
+    ) -> Any:
+        """The controller's answer. Raises its errors, and ``NotReadyError`` without an answer."""
         if self._controller is None:
             raise NotReadyError("the controller does not answer", "not_ready", 2.0)
-        return self._controller
+        try:
+            return await asyncio.wait_for(self._controller.ask(call, *details), limit_s)
+        except ExpertMeshError:
+            raise
+        except Exception as err:  # any failure of the actor or of Ray
+            raise NotReadyError("the controller does not answer", "not_ready", 2.0) from err
+
+    async def _try(self, call: ControllerCall, *details: Any) -> dict[str, Any] | None:
+        try:
+            return dict(await self.ask(call, *details))
+        except ExpertMeshError as err:
+            logger.log(self._level(), "no %s: %r", call, err)
+            return None
+
+    def _level(self) -> int:
+        """Of a failure: it is expected while there is no controller."""
+        return logging.DEBUG if self._controller is None else logging.WARNING
 
     async def _follow(self) -> None:
         while True:
@@ -143,8 +145,7 @@ class ClusterView:
                 )
                 self._accept(snapshot)
             except Exception as err:  # the controller may restart; serving continues meanwhile
-                level = logging.DEBUG if self._controller is None else logging.WARNING
-                logger.log(level, "the controller does not answer: %r", err)
+                logger.log(self._level(), "the controller does not answer: %r", err)
                 self._controller = None
                 await asyncio.sleep(_RETRY_S)
 

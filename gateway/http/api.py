@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from cluster.core import versions
-from cluster.core.errors import NotReadyError, RequestError
+from cluster.core.errors import RequestError
 from gateway.core.call import GenerateFields
 from gateway.core.errors import RouteError, report_error
 from gateway.core.field_checks import check_stream, given_one
@@ -196,11 +196,11 @@ class HttpApi:
 
     async def placement(self, request: Request) -> Response:
         """Which device holds which copy of which expert."""
-        return _known(await self._gateway.cluster.placement())
+        return _answer(await self._gateway.cluster.ask("placement"))
 
     async def load(self, request: Request) -> Response:
         """Tokens by expert and by copy, and what balance they made."""
-        return _known(await self._gateway.cluster.load())
+        return _answer(await self._gateway.cluster.ask("load"))
 
     async def events(self, request: Request) -> Response:
         snapshot = await self._gateway.cluster.fresh() or {}
@@ -282,12 +282,6 @@ class GenerateEndpoint(WatchedEndpoint):
 
 def _answer(content: object, status: int = 200) -> Response:
     return _json_response(dump_json(content), status)
-
-
-def _known(view: dict[str, Any] | None) -> Response:
-    if view is None:
-        raise NotReadyError("the controller does not answer", "not_ready", 2.0)
-    return _answer(view)
 
 
 def _json_response(raw: bytes, status: int = 200) -> Response:
