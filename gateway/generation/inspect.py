@@ -21,9 +21,9 @@ from gateway.generation.pooling import (
     Mask,
     Reader,
     apply_mask,
+    as_numpy,
     check_classifier_batch,
     classified_token,
-    floats,
 )
 from gateway.generation.validate import check_prompts
 from workers.requests.inspection import (
@@ -262,15 +262,15 @@ def _is_wanted(fields: InspectFields, array: NamedArray) -> bool:
 
 def _aux_sums(row: Mapping[str, NamedArray]) -> dict[str, NDArray[np.float32]]:
     prefix = "aux:"
-    return {n.removeprefix(prefix): floats(a) for n, a in row.items() if n.startswith(prefix)}
+    return {n.removeprefix(prefix): as_numpy(a) for n, a in row.items() if n.startswith(prefix)}
 
 
 def _loss(
     fields: InspectFields, facts: ModelFacts, rows: Sequence[Mapping[str, NamedArray]]
 ) -> float | None:
     if facts.labels:
-        logits = np.concatenate([floats(row["logits"]) for row in rows])
+        logits = np.concatenate([as_numpy(row["logits"]) for row in rows])
         return classification_loss(logits, fields.labels, facts.problem_type)
-    values = np.concatenate([floats(row["logprobs"]) for row in rows]).astype(np.float64)
+    values = np.concatenate([as_numpy(row["logprobs"]) for row in rows]).astype(np.float64)
     counted = values[~np.isnan(values)]
     return float(-counted.mean()) if len(counted) else None

@@ -84,7 +84,7 @@ class Reader:
             return [CallPrompt(ids=one, inspection=inspection) for one in ids]
 
         found, usage = await self.read(make, "embd", "input", fields)
-        return Answers(tuple(floats(one.arrays[0]) for one in found), usage)
+        return Answers(tuple(as_numpy(one.arrays[0]) for one in found), usage)
 
     async def classify(
         self,
@@ -111,7 +111,7 @@ class Reader:
 
         found, usage = await self.read(make, "cls", "input", fields)
         if labels:  # a language model: one entry for each prompt and label
-            sums = [float(np.nansum(floats(one.arrays[0]), dtype=np.float64)) for one in found]
+            sums = [float(np.nansum(as_numpy(one.arrays[0]), dtype=np.float64)) for one in found]
             logits = [tuple(sums[i : i + len(names)]) for i in range(0, len(sums), len(names))]
         else:
             logits = [one.class_logits for one in found]
@@ -144,7 +144,7 @@ class Reader:
             return [scored_prompt(*pair, name) for pair in zip(before, behind, strict=True)]
 
         found, usage = await self.read(make, "score", other, fields)
-        rows = [floats(one.arrays[0]) for one in found]
+        rows = [as_numpy(one.arrays[0]) for one in found]
         return Answers(tuple(float(np.nanmean(row, dtype=np.float64)) for row in rows), usage)
 
     async def _label_prompts(
@@ -263,9 +263,10 @@ def check_classifier_batch(num_prompts: int, facts: ModelFacts) -> None:
     require(num_prompts == 1 or facts.pad_token_id is not None, "input", rule)
 
 
-def floats(array: NamedArray) -> NDArray[np.float32]:
-    """An array of float32 as numpy's."""
-    return np.frombuffer(array.data, dtype="<f4").reshape(array.shape)
+def as_numpy(array: NamedArray) -> NDArray[Any]:
+    """An array as numpy's."""
+    kind = "<i4" if array.dtype == "int32" else "<f4"
+    return np.frombuffer(array.data, dtype=kind).reshape(array.shape)
 
 
 def _class_row(names: Sequence[str], logits: tuple[float, ...], is_multi: bool) -> ClassRow:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
@@ -21,15 +21,6 @@ from gateway.text.tools import tool_grammar
 
 _INLINE_CHARS = 2048
 """Longer texts are tokenized in a thread."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A conversation as a prompt."""
-
-    text: str
-    tool_form: ToolForm
-    """The form of the model's calls, where the conversation has tools."""
 
 
 class PromptMaker:
@@ -71,10 +62,14 @@ class PromptMaker:
         """
         if chat is None:
             return await self.encode(text, add_special_tokens is not False)
-        return await self.encode((await self.render(chat)).text, bool(add_special_tokens))
+        text, _ = await self.render(chat)
+        return await self.encode(text, bool(add_special_tokens))
 
-    async def render(self, chat: ChatInput) -> Rendered:
-        """The prompt of a conversation. Raises ``RequestError`` without a chat template."""
+    async def render(self, chat: ChatInput) -> tuple[str, ToolForm]:
+        """The prompt of a conversation, and the form of the model's calls in its answer.
+
+        Raises ``RequestError`` without a chat template.
+        """
         check_chat(chat)
         opens_turn = chat.add_generation_prompt
         options: dict[str, Any] = {
@@ -93,7 +88,7 @@ class PromptMaker:
             raise RequestError("the model has no chat template: use completions", "messages")
         form = _check_tools(chat, own)
         text = await asyncio.to_thread(own.render, chat.messages, **options)
-        return Rendered(text, form)
+        return text, form
 
     async def _render_foreign(
         self,
@@ -101,7 +96,7 @@ class PromptMaker:
         source: str,
         variables: Mapping[str, str],
         options: Mapping[str, Any],
-    ) -> Rendered:
+    ) -> tuple[str, ToolForm]:
         if not self._trusts_templates:
             needs = "the server was started without --trust-request-chat-template"
             raise UnsupportedParameterError(f"chat_template is not supported: {needs}", PARAM)
@@ -109,7 +104,7 @@ class PromptMaker:
         form = _check_tools(chat, found)
         if found.error is not None:
             raise found.error
-        return Rendered(found.text or "", form)
+        return found.text or "", form
 
     def _with_tools(self, fields: GenerateFields, form: ToolForm) -> GenerateFields:
         """The same fields, with the grammar that calls of their tools follow."""
@@ -154,13 +149,13 @@ class PromptMaker:
         """The fields, with the form of their tools; (text or None, token ids) of each prompt."""
         if fields.chat is None:
             return fields, await self._make_all(fields, facts)
-        rendered = await self.render(fields.chat)
+        text, form = await self.render(fields.chat)
         if fields.truncate_prompt_tokens is None:
-            self._check_length(rendered.text, facts, "messages")
-        encoded = await self.encode(rendered.text, bool(fields.add_special_tokens))
+            self._check_length(text, facts, "messages")
+        encoded = await self.encode(text, bool(fields.add_special_tokens))
         if fields.chat.template is not None and not encoded:
             raise RequestError(f"{PARAM} makes an empty prompt", PARAM)
-        fields = self._with_tools(fields, rendered.tool_form)
+        fields = self._with_tools(fields, form)
         return fields, [(None, truncate(encoded, fields, facts))]
 
     async def _make_all(

@@ -9,13 +9,12 @@ from collections.abc import AsyncGenerator
 
 from google.protobuf.descriptor import ServiceDescriptor
 
-from cluster.core.errors import RequestError
 from gateway.core.field_checks import check_stream
 from gateway.core.headers import with_headers
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway, new_call_id
 from gateway.generation.generation import Generation
-from gateway.grpc.convert import grpc_chat_input, grpc_fields, optional
+from gateway.grpc.convert import grpc_chat_input, grpc_fields, input_of, optional
 from gateway.grpc.edge import GrpcEdge
 from gateway.grpc.format import GrpcFormat
 from gateway.grpc.pooling import PoolingProcedures
@@ -54,11 +53,8 @@ class InferenceProcedures(PoolingProcedures):
     async def Tokenize(self, request: pb.TokenizeRequest, edge: GrpcEdge) -> pb.TokenizeResponse:
         gateway = self._gateway
         gateway.check_model(request.model or None)
-        source = request.WhichOneof("input")
-        if source is None:
-            message = "one of prompt and messages is required"
-            raise RequestError(message, "prompt", "missing_required_parameter")
-        chat = grpc_chat_input(request.messages) if source == "messages" else None
+        is_chat = input_of(request, "prompt") == "messages"
+        chat = grpc_chat_input(request.messages) if is_chat else None
         special = optional(request, "add_special_tokens")
         ids = await gateway.prompts.tokenize(request.prompt, chat, special)
         tokenizer = gateway.prompts.require_tokenizer("prompt")

@@ -21,10 +21,7 @@ _SCALARS = (str, int, float)
 
 
 def grpc_fields(request: pb.GenerateRequest) -> GenerateFields:
-    source = request.WhichOneof("input")
-    if source is None:
-        message = "one of text, token_ids, messages and embeddings is required"
-        raise RequestError(message, "input", "missing_required_parameter")
+    source = input_of(request, "input")
     embeds = _grpc_embeds(request) if source == "embeddings" else None
     sampling, options = request.sampling_params, request.output_options
     is_chat = source == "messages"
@@ -136,6 +133,16 @@ def given_fields(message: Any) -> dict[str, Any]:
         for field, value in message.ListFields()
         if field.name in FIELD_NAMES and field.name not in ("logit_bias", "allowed_token_ids")
     }
+
+
+def input_of(message: Any, param: str, path: str = "") -> str:
+    """Name of the input that a message has. Raises ``RequestError`` about ``param`` without one."""
+    source: str | None = message.WhichOneof("input")
+    if source is None:
+        *names, last = (field.name for field in message.DESCRIPTOR.oneofs_by_name["input"].fields)
+        text = f"{path}one of {', '.join(names)} and {last} is required"
+        raise RequestError(text, param, "missing_required_parameter")
+    return source
 
 
 def optional(message: Any, name: str) -> Any:

@@ -14,7 +14,7 @@ from gateway.core.headers import with_headers
 from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import MAX_CALL_BYTES, InspectFields, Inspecting
 from gateway.generation.pooling import PromptInput, Reader, reading_fields
-from gateway.grpc.convert import given_fields
+from gateway.grpc.convert import given_fields, input_of
 from gateway.grpc.edge import GrpcEdge
 from gateway.grpc.format import usage_message
 from protos import inference_pb2 as pb
@@ -118,11 +118,7 @@ def _fields(request: PoolingRequest, edge: GrpcEdge) -> GenerateFields:
 
 
 def _prompts(inputs: Iterable[pb.Input], field: str) -> tuple[PromptInput, ...]:
-    found: list[PromptInput] = []
-    for one in inputs:
-        source = one.WhichOneof("input")
-        if source is None:
-            message = f"{field}: one of text and token_ids is required"
-            raise RequestError(message, field, "missing_required_parameter")
-        found.append(one.text if source == "text" else tuple(one.token_ids.ids))
-    return tuple(found)
+    return tuple(
+        one.text if input_of(one, field, f"{field}: ") == "text" else tuple(one.token_ids.ids)
+        for one in inputs
+    )

@@ -7,11 +7,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from gateway.generation.answer import clamp_logprob
 from gateway.generation.inspect import Inspected, InspectFields
+from gateway.generation.pooling import as_numpy
 from gateway.http.convert import mask_list
 from gateway.http.openai_format import pooling_usage
 from gateway.http.schema import CallBody, Items
@@ -71,7 +69,7 @@ def _row(arrays: Sequence[NamedArray]) -> dict[str, Any]:
     routes: dict[str, dict[str, Any]] = {}
     for array in arrays:
         kind, _, bank = array.name.partition(":")
-        values = _numbers(array).tolist()
+        values = as_numpy(array).tolist()
         if kind == "logprobs":
             row[kind] = [None if math.isnan(value) else clamp_logprob(value) for value in values]
         elif kind == "router_logits":
@@ -86,8 +84,3 @@ def _row(arrays: Sequence[NamedArray]) -> dict[str, Any]:
 def _bank(name: str) -> dict[str, Any]:
     bank, _, layer = name.rpartition(":")
     return {"bank": bank, "layer": int(layer)}
-
-
-def _numbers(array: NamedArray) -> NDArray[Any]:
-    kind = "<i4" if array.dtype == "int32" else "<f4"
-    return np.frombuffer(array.data, dtype=kind).reshape(array.shape)
