@@ -149,41 +149,50 @@ class BankPlacement(Message, frozen=True, kw_only=True):
             decode_device=tuple(int(d) for d in decode_device),
         )
 
+    def with_slots(self, rows: Sequence[Sequence[int]]) -> BankPlacement:
+        """The bank with other slots: shares and decode devices stay with the copies that stay.
+
+        ``rows`` is ``[device][slot]`` -> expert, and has every expert. The shares of copies that
+        are gone fall to the others of their expert in proportion; an expert whose decode device is
+        gone moves to the lowest one that holds it.
+        """
+        share = {(d, expert): self.split[d][slot] for d, slot, expert in self.copies()}
+        totals = [0.0] * self.num_experts
+        copies = [0] * self.num_experts
+        for device, row in enumerate(rows):
+            for expert in row:
+                if expert != FREE_SLOT:
+                    totals[expert] += share.get((device, expert), 0.0)
+                    copies[expert] += 1
+
+        def part(device: int, expert: int) -> float:
+            if expert == FREE_SLOT:
+                return 0.0
+            total = totals[expert]
+            return share.get((device, expert), 0.0) / total if total > 0 else 1.0 / copies[expert]
+
+        decode = [
+            d if expert in rows[d] else next(i for i, row in enumerate(rows) if expert in row)
+            for expert, d in enumerate(self.decode_device)
+        ]
+        return replace(
+            self,
+            physical_to_logical=tuple(tuple(map(int, row)) for row in rows),
+            split=tuple(tuple(part(d, expert) for expert in row) for d, row in enumerate(rows)),
+            decode_device=tuple(decode),
+        )
+
     def without_devices(self, lost: frozenset[int]) -> BankPlacement | None:
         """The same maps after ``lost`` devices emptied; None when an expert has no copy left.
 
-        Shares of lost copies go to the surviving ones in proportion; an expert that was decoded
-        on a lost device moves to its lowest surviving one. Device indices stay as they are.
+        See ``with_slots``. Device indices stay as they are.
         """
-        maps = [
-            tuple(FREE_SLOT for _ in slots) if d in lost else slots
+        rows = [
+            (FREE_SLOT,) * len(slots) if d in lost else slots
             for d, slots in enumerate(self.physical_to_logical)
         ]
-        totals = [0.0] * self.num_experts
-        copies = [0] * self.num_experts
-        for d, slots in enumerate(maps):
-            for s, e in enumerate(slots):
-                if e != FREE_SLOT:
-                    totals[e] += self.split[d][s]
-                    copies[e] += 1
-        if not all(copies):
-            return None
-        split = [
-            tuple(
-                0.0
-                if e == FREE_SLOT
-                else (self.split[d][s] / totals[e] if totals[e] > 0 else 1.0 / copies[e])
-                for s, e in enumerate(slots)
-            )
-            for d, slots in enumerate(maps)
-        ]
-        decode = [
-            d if e in maps[d] else next(i for i, slots in enumerate(maps) if e in slots)
-            for e, d in enumerate(self.decode_device)
-        ]
-        return replace(
-            self, physical_to_logical=tuple(maps), split=tuple(split), decode_device=tuple(decode)
-        )
+        is_whole = len(set().union(*rows) - {FREE_SLOT}) == self.num_experts
+        return self.with_slots(rows) if is_whole else None
 
 
 class ExpertPlacement(Message, frozen=True, kw_only=True):

@@ -19,7 +19,6 @@ from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.planner import cost
 from cluster.planner.base import PlannedTopology, normalised
-from cluster.planner.stages import with_slots
 
 _LEAST_GAIN = 0.005
 """Share of the busiest device's work that a move must take off."""
@@ -106,7 +105,7 @@ class _BankTrades:
 
     def result(self) -> BankPlacement:
         """The maps now."""
-        return replace(with_slots(self._bank, self._rows), decode_device=tuple(self._primary))
+        return replace(self._bank.with_slots(self._rows), decode_device=tuple(self._primary))
 
     def _utilization(self, device: int, change: float = 0.0) -> float:
         own = sum(self._work[e] for e, primary in enumerate(self._primary) if primary == device)

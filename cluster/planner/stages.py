@@ -15,8 +15,7 @@ stay makes room for one stage.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -172,43 +171,4 @@ class _BankChange:
 
     def result(self) -> BankPlacement:
         """The maps as they are now; the very same object where nothing changed."""
-        return with_slots(self._now, self._rows) if self.is_changed else self._now
-
-
-def with_slots(bank: BankPlacement, rows: Sequence[Sequence[int]]) -> BankPlacement:
-    """The bank with other slots: shares and decode devices stay with the copies that stay.
-
-    ``rows`` is ``[device][slot]`` -> expert. The shares of copies that are gone fall to the others
-    of their expert in proportion.
-    """
-    share: Mapping[tuple[int, int], float] = {
-        (device, expert): bank.split[device][slot] for device, slot, expert in bank.copies()
-    }
-    held = [(d, e) for d, row in enumerate(rows) for e in row if e != FREE_SLOT]
-    totals: defaultdict[int, float] = defaultdict(float)
-    copies = Counter(e for _, e in held)
-    for key in held:
-        totals[key[1]] += share.get(key, 0.0)
-    split = [
-        [
-            0.0
-            if e == FREE_SLOT
-            else share.get((d, e), 0.0) / totals[e]
-            if totals[e] > 0
-            else 1.0 / copies[e]
-            for e in row
-        ]
-        for d, row in enumerate(rows)
-    ]
-    decode = [
-        device if expert in rows[device] else next(d for d, row in enumerate(rows) if expert in row)
-        for expert, device in enumerate(bank.decode_device)
-    ]
-    return BankPlacement.from_maps(
-        bank=bank.bank,
-        layer=bank.layer,
-        num_experts=bank.num_experts,
-        physical_to_logical=rows,
-        split=split,
-        decode_device=decode,
-    )
+        return self._now.with_slots(self._rows) if self.is_changed else self._now

@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from msgspec import structs
+
 from cluster.core.errors import ConflictError
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.planner.stages import SlotFill, Stage
@@ -178,33 +180,14 @@ class _Bank:
         """The maps, with the desired shares and decode devices as far as possible."""
         if tuple(map(tuple, self._rows)) == self._current.physical_to_logical:
             return self._current
-        shares = [[self._share(d, e) for e in row] for d, row in enumerate(self._rows)]
-        holders: list[list[tuple[int, int]]] = [[] for _ in range(self._desired.num_experts)]
-        for device, row in enumerate(self._rows):
-            for slot, expert in enumerate(row):
-                if expert != FREE_SLOT:
-                    holders[expert].append((device, slot))
+        placed = self._desired.with_slots(self._rows)
+        holders: list[list[int]] = [[] for _ in range(placed.num_experts)]
+        for device, _, expert in placed.copies():
+            holders[expert].append(device)
         decode: list[int] = []
-        for expert, places in enumerate(holders):
-            total = sum(shares[d][s] for d, s in places)
-            for d, s in places:
-                shares[d][s] = shares[d][s] / total if total > 0 else 1.0 / len(places)
-            decode.append(self._decode_device([d for d, _ in places], expert, decode))
-        return BankPlacement(
-            bank=self._desired.bank,
-            layer=self._desired.layer,
-            num_experts=self._desired.num_experts,
-            physical_to_logical=tuple(tuple(row) for row in self._rows),
-            split=tuple(tuple(row) for row in shares),
-            decode_device=tuple(decode),
-        )
-
-    def _share(self, device: int, expert: int) -> float:
-        """Desired share of a copy; 0 for a copy that was never desired."""
-        desired = self._desired.physical_to_logical[device]
-        if expert == FREE_SLOT or expert not in desired:
-            return 0.0
-        return self._desired.split[device][desired.index(expert)]
+        for expert, devices in enumerate(holders):
+            decode.append(self._decode_device(devices, expert, decode))
+        return structs.replace(placed, decode_device=tuple(decode))
 
     def _decode_device(self, places: Sequence[int], expert: int, others: Sequence[int]) -> int:
         """Among equals, the one that decodes the fewest of the ``others``, those before it."""

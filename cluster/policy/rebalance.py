@@ -32,7 +32,7 @@ from cluster.planner.base import (
     PlanOptions,
     planned_device,
 )
-from cluster.planner.stages import held_by, with_slots
+from cluster.planner.stages import held_by
 from cluster.sizing.replay import StepCost, window_of
 
 Action = Literal["none", "split", "move"]
@@ -158,7 +158,7 @@ def decide(
 def packed_rows(placement: ExpertPlacement) -> ExpertPlacement:
     """The same experts on every device, without the free slots between them, as planners expect."""
     banks = (
-        with_slots(b, [[e for e in row if e != FREE_SLOT] for row in b.physical_to_logical])
+        b.with_slots([[e for e in row if e != FREE_SLOT] for row in b.physical_to_logical])
         for b in placement.banks
     )
     return structs.replace(placement, banks=tuple(banks))
@@ -176,7 +176,7 @@ def resolved(
 def with_shares(placement: ExpertPlacement, other: ExpertPlacement) -> ExpertPlacement:
     """The slots of one placement with the shares and decode devices of another."""
     by_key = {(b.bank, b.layer): b for b in other.banks}
-    banks = (with_slots(by_key[b.bank, b.layer], b.physical_to_logical) for b in placement.banks)
+    banks = (by_key[b.bank, b.layer].with_slots(b.physical_to_logical) for b in placement.banks)
     return structs.replace(placement, banks=tuple(banks))
 
 

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
-from cluster.planner.stages import held_by, is_reached, next_stage, with_slots
+from cluster.planner.stages import held_by, is_reached, next_stage
 
 MAX_STAGES = 200
 
@@ -155,6 +155,6 @@ def test_shares_follow_the_copies_that_stay() -> None:
         split=[[0.5, 1.0], [0.3, 0.0], [0.2, 0.0]],
         decode_device=[1, 0],
     )
-    fewer = with_slots(bank, [[0, 1], [-1, -1], [0, 1]])
+    fewer = bank.with_slots([[0, 1], [-1, -1], [0, 1]])
     assert fewer.split == ((0.5 / 0.7, 1.0), (0.0, 0.0), (0.2 / 0.7, 0.0))
     assert fewer.decode_device == (0, 0)

@@ -14,7 +14,7 @@ from cluster.controller.rebalance.plans import step_cost
 from cluster.core.errors import ConfigError
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.placement import FREE_SLOT, BankShape, ExpertPlacement, contiguous
-from cluster.planner.stages import held_by, with_slots
+from cluster.planner.stages import held_by
 from cluster.policy.rebalance import (
     LoadNow,
     RebalanceSettings,
@@ -197,7 +197,7 @@ def test_shares_are_solved_without_touching_slots() -> None:
     gaps = structs.replace(
         now,
         banks=tuple(
-            with_slots(b, [[*row[:2], FREE_SLOT, *row[2:]] for row in b.physical_to_logical])
+            b.with_slots([[*row[:2], FREE_SLOT, *row[2:]] for row in b.physical_to_logical])
             for b in now.banks
         ),
     )
@@ -219,8 +219,8 @@ def test_a_stage_may_hold_more_than_is_planned() -> None:
     """On the way recovery slots are used; the shares are solved for what is there."""
     now = current(num_redundant=1)
     more = tuple(
-        with_slots(
-            b, [[*row, e] for row, e in zip(b.physical_to_logical, (9, 13, 1, 5), strict=True)]
+        b.with_slots(
+            [[*row, e] for row, e in zip(b.physical_to_logical, (9, 13, 1, 5), strict=True)]
         )
         for b in now.banks
     )
