@@ -130,13 +130,13 @@ def planned_topology(
     return PlannedTopology(devices=devices)
 
 
-def decide(
+def decide_placement(
     load: LoadNow,
     topology: PlannedTopology,
     current: ExpertPlacement,
     settings: RebalanceSettings,
 ) -> RebalanceDecision:
-    """Decide. The same input gives the same decision.
+    """Whether to change the placement, and to what. The same input gives the same decision.
 
     Raises ``ConfigError`` if load, devices and placement do not match.
     """

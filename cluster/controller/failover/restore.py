@@ -57,8 +57,7 @@ class StateRestorer:
         restore_workers(cluster.workers, collected)
         cluster.round = GenerationRound(collected.generation, now)
         self._recovery.restore(collected.memory.get("recovery", {}), now)
-        for name, answer in reported_answers(collected):
-            cluster.round.answer(name, answer)
+        cluster.round.answers.update(reported_answers(collected))
         missing = [
             m.name
             for m in collected.generation.members

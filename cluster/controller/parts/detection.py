@@ -14,7 +14,7 @@ from cluster.controller.parts.settings import ControllerSettings
 from cluster.controller.parts.worker_record import WorkerRecord
 from cluster.core.frames import PeerLost
 from cluster.core.states import ClusterState, WorkerState
-from cluster.policy.failure import PeerReport, find_silent
+from cluster.policy.failure import PeerReport, confirm_suspect, find_silent
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +36,8 @@ class Detection:
         if suspect.is_lost or frame.generation != cluster.round.number or not runs:
             return
         logger.warning("%s has lost %s: %s", name, frame.worker, frame.reason)
-        cluster.round.report(
-            PeerReport(reporter=name, suspect=frame.worker, reason=frame.reason, at=now)
-        )
+        report = PeerReport(reporter=name, suspect=frame.worker, reason=frame.reason, at=now)
+        cluster.round.reports.append(report)
 
     def credit_own_pause(self, now: float) -> None:
         """Do not blame workers for a silence in which the controller itself was paused."""
@@ -87,7 +86,7 @@ class Detection:
 
     def _confirmed_reports(self, now: float) -> dict[str, str]:
         roles = {r.name: r.member.role for r in self._cluster.workers.alive()}
-        found = self._cluster.round.suspect(now, roles, self._limits.confirm_s)
+        found = confirm_suspect(now, self._cluster.round.reports, roles, self._limits.confirm_s)
         return {} if found is None else {found.suspect: f"{found.reporter} reports: {found.reason}"}
 
 

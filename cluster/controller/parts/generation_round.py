@@ -6,12 +6,11 @@ FORMING ──▶ RUNNING        every member has answered, and every expert is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import Enum
 
 from cluster.core.frames import GenerationReady
 from cluster.core.topology import Generation, Member
-from cluster.policy.failure import PeerReport, confirm_suspect
+from cluster.policy.failure import PeerReport
 
 
 class Phase(Enum):
@@ -35,8 +34,10 @@ class GenerationRound:
         self.generation = generation
         self.phase = phase
         self.began_at = began_at
-        self._answers: dict[str, GenerationReady] = {}
-        self._reports: list[PeerReport] = []
+        self.answers: dict[str, GenerationReady] = {}
+        """By name, of the members that have opened their edges."""
+        self.reports: list[PeerReport] = []
+        """Of members that lost another."""
 
     @property
     def number(self) -> int:
@@ -47,37 +48,25 @@ class GenerationRound:
         """All workers that take part."""
         return self.generation.members
 
-    def answer(self, name: str, frame: GenerationReady) -> None:
-        """A member has opened its edges."""
-        self._answers[name] = frame
-
     @property
     def is_complete(self) -> bool:
         """Every member has answered."""
-        return all(m.name in self._answers for m in self.members)
+        return not self.late()
 
     def late(self) -> list[str]:
         """Members that have not answered."""
-        return [m.name for m in self.members if m.name not in self._answers]
+        return [m.name for m in self.members if m.name not in self.answers]
 
     @property
     def first_step(self) -> int:
         """The step number after the highest that any member has seen."""
-        return max((a.highest_step for a in self._answers.values()), default=0) + 1
+        return max((a.highest_step for a in self.answers.values()), default=0) + 1
 
     @property
     def highest_epoch(self) -> int:
         """Highest placement epoch in the answers so far."""
-        return max((a.highest_epoch for a in self._answers.values()), default=0)
-
-    def report(self, report: PeerReport) -> None:
-        """A member reports that it lost another."""
-        self._reports.append(report)
+        return max((a.highest_epoch for a in self.answers.values()), default=0)
 
     def drop_reports(self, name: str) -> None:
         """Forget reports by and about a lost worker."""
-        self._reports = [r for r in self._reports if name not in (r.reporter, r.suspect)]
-
-    def suspect(self, now: float, roles: Mapping[str, str], confirm_s: float) -> PeerReport | None:
-        """The report whose suspect must be declared lost now, if any."""
-        return confirm_suspect(now, self._reports, roles, confirm_s)
+        self.reports = [r for r in self.reports if name not in (r.reporter, r.suspect)]

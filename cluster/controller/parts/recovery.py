@@ -206,7 +206,7 @@ class Recovery:
         """A member has opened its edges for the generation that is being formed."""
         cluster = self._cluster
         if frame.generation == cluster.round.number and cluster.is_forming:
-            cluster.round.answer(name, frame)
+            cluster.round.answers[name] = frame
             self._run_if_complete(now)
 
     def show_running(self) -> None:

@@ -14,7 +14,7 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,8 +33,8 @@ from cluster.controller.rebalance.job import (
     describe,
     result_of,
 )
-from cluster.controller.rebalance.plans import Basis, Plans
-from cluster.core.errors import ConfigError, ConflictError
+from cluster.controller.rebalance.plans import CHANGED, Plans
+from cluster.core.errors import ConflictError
 from cluster.core.frames import ControlFrame, EpochSwitched
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
@@ -50,16 +50,6 @@ _FIRST_ORDER = 1 << 52
 """Number of the first load order of a change, apart from the numbers of recoveries. Each
 controller starts again from here.
 """
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Asked:
-    """An order that is being decided."""
-
-    order: RebalanceOrder
-    operation: Operation
-    load: LoadNow
-    basis: Basis
 
 
 class Rebalancing:
@@ -123,8 +113,8 @@ class Rebalancing:
             raise ConflictError("no load has been seen yet")
         operation = self._operations.begin("rebalance", "experts", order, now)
         operation.phase = "plan"
-        asked = _Asked(order=order, operation=operation, load=load, basis=self._plans.basis())
-        self._asked = operation, self._plans.decide(load, partial(self._answer, asked), now)
+        then = partial(self._answer, order, operation, load)
+        self._asked = operation, self._plans.decide(load, then, now)
         return operation
 
     def is_deciding(self, operation: Operation) -> bool:
@@ -210,37 +200,40 @@ class Rebalancing:
         if not self._cluster.runs or self._operations.running is not None:
             return
         if self._considered is None or not self._plans.waits(self._considered):
-            then = partial(self._considered_now, load, self._plans.basis())
+            then = partial(self._considered_now, load)
             self._considered = self._plans.decide(load, then, now)
 
     def _considered_now(
-        self, load: LoadNow, basis: Basis, future: Future[RebalanceDecision], now: float
+        self, load: LoadNow, future: Future[RebalanceDecision], error: str, now: float
     ) -> None:
         is_busy = self._job is not None or self._operations.running is not None
-        if is_busy or self._plans.has_changed(basis):
+        if is_busy or error == CHANGED:
             return  # the next window is checked again
-        try:
-            decision = future.result()
-        except ConfigError as err:
-            self._problem = f"no placement can be planned: {err}"
+        self._problem = f"no placement can be planned: {error}" if error else ""
+        if error:
             logger.warning("no rebalancing: %s", self._problem)
-            return
-        self._problem = ""
-        self._follow(decision, load.profile, None, now)
+        else:
+            self._follow(future.result(), load.profile, None, now)
 
-    def _answer(self, asked: _Asked, future: Future[RebalanceDecision], now: float) -> None:
+    def _answer(
+        self,
+        order: RebalanceOrder,
+        operation: Operation,
+        load: LoadNow,
+        future: Future[RebalanceDecision],
+        error: str,
+        now: float,
+    ) -> None:
         """An order has been decided."""
-        operation, is_dry = asked.operation, asked.order.dry_run
-        error = self._plans.error_of(future, asked.basis)
         if error:
             text = f"no placement can be planned: {error}"
             self._operations.end(operation, OperationState.FAILED, text, now)
             return
         decision = future.result()
-        operation.result = result_of(decision, is_dry)
-        if not is_dry and self._follow(decision, asked.load.profile, operation, now):
+        operation.result = result_of(decision, order.dry_run)
+        if not order.dry_run and self._follow(decision, load.profile, operation, now):
             return
-        verb = "would be done" if is_dry else "is done"
+        verb = "would be done" if order.dry_run else "is done"
         text = describe(decision) if decision.action != "none" else f"nothing {verb}"
         done = OperationState.SUCCEEDED
         self._operations.end(operation, done, f"{text}: {decision.reason}", now)
@@ -325,7 +318,7 @@ class Rebalancing:
         elif stage is None or job.num_stages >= MAX_STAGES:
             self._finish(job, now)
         else:
-            then = partial(self._stage_shared, job, stage, self._plans.basis())
+            then = partial(self._stage_shared, job, stage)
             shares = self._plans.share(job.profile, stage.placement, then, now)
             job.shares = shares if self._plans.waits(shares) else None
 
@@ -333,13 +326,12 @@ class Rebalancing:
         self,
         job: RebalanceJob,
         stage: Stage,
-        basis: Basis,
         future: Future[ExpertPlacement],
+        error: str,
         now: float,
     ) -> None:
         """The shares of a stage are solved."""
         job.shares = None
-        error = self._plans.error_of(future, basis)
         if error:
             self._end(job, "failed", f"no shares can be planned: {error}", now)
         else:

@@ -9,13 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.rebalance.planner_thread import Computations
+from cluster.controller.rebalance.planner_thread import Computations, T
 from cluster.core.errors import ConfigError
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
@@ -25,7 +23,7 @@ from cluster.policy.rebalance import (
     LoadNow,
     RebalanceDecision,
     RebalanceSettings,
-    decide,
+    decide_placement,
     planned_topology,
     resolved,
 )
@@ -40,13 +38,10 @@ _DECODE_ROWS = 16
 """Rows of a decode step, unless the configuration says otherwise."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Basis:
-    """The state of the cluster when a plan was begun."""
-
-    placement: ExpertPlacement
-    """Placement in force."""
-    generation: int
+CHANGED = "the cluster changed meanwhile"
+"""Error of a plan that is stale."""
+Then = Callable[[Future[T], str, float], None]
+"""Gets a plan, why it cannot be carried out (empty if it can), and the time."""
 
 
 class Plans(Computations):
@@ -63,7 +58,7 @@ class Plans(Computations):
         self._top_k = max(top_k, 1)
 
     def decide(
-        self, load: LoadNow, then: Callable[[Future[RebalanceDecision], float], None], now: float
+        self, load: LoadNow, then: Then[RebalanceDecision], now: float
     ) -> Future[RebalanceDecision]:
         """Decide whether to change the placement, and to what."""
         section, placement = self._section, self._cluster.placement
@@ -73,19 +68,19 @@ class Plans(Computations):
             bytes_per_s=section.bytes_per_s,
             step=self._step_cost(),
         )
-        work = partial(decide, load, self._topology(placement), placement, settings)
-        return self.begin(work, then, now)
+        work = partial(decide_placement, load, self._topology(placement), placement, settings)
+        return self._plan(work, then, now)
 
     def share(
         self,
         profile: LoadProfile,
         placement: ExpertPlacement,
-        then: Callable[[Future[ExpertPlacement], float], None],
+        then: Then[ExpertPlacement],
         now: float,
     ) -> Future[ExpertPlacement]:
         """The best shares and decode devices of a stage, for a load."""
         work = partial(resolved, profile, self._topology(placement), placement)
-        return self.begin(work, then, now)
+        return self._plan(work, then, now)
 
     def load_now(self, has_ended: bool) -> LoadNow | None:
         """The newest window if it has enough rows, else the average; None without load.
@@ -109,22 +104,22 @@ class Plans(Computations):
         total = prefill + decode
         return LoadNow(profile=profile, prefill_share=prefill / total if total > 0 else 0.0)
 
-    def basis(self) -> Basis:
-        """The state from which a plan is computed now."""
-        return Basis(placement=self._cluster.placement, generation=self._cluster.generation.number)
+    def _plan(self, work: Callable[[], T], then: Then[T], now: float) -> Future[T]:
+        """Begin to plan from the present state of the cluster."""
+        basis = self._basis()
 
-    def has_changed(self, basis: Basis) -> bool:
-        """A plan from this state is stale."""
-        return not self._cluster.runs or self.basis() != basis
+        def finish(future: Future[T], now: float) -> None:
+            err = future.exception()
+            if err is not None and not isinstance(err, ConfigError):
+                logger.error("planning failed", exc_info=err)
+            error = (str(err) or type(err).__name__) if err is not None else ""
+            is_stale = not self._cluster.runs or self._basis() != basis
+            then(future, CHANGED if is_stale else error, now)
 
-    def error_of(self, future: Future[Any], basis: Basis) -> str:
-        """Why a plan cannot be carried out; empty if it can."""
-        err = future.exception()
-        if err is not None and not isinstance(err, ConfigError):
-            logger.error("planning failed", exc_info=err)
-        if err is not None:
-            return str(err) or type(err).__name__
-        return "the cluster changed meanwhile" if self.has_changed(basis) else ""
+        return self.begin(work, finish, now)
+
+    def _basis(self) -> tuple[ExpertPlacement, int]:
+        return self._cluster.placement, self._cluster.generation.number
 
     def _topology(self, placement: ExpertPlacement) -> PlannedTopology:
         """The living devices; during a change they may hold more than is planned for them."""

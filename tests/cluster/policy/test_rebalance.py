@@ -18,7 +18,7 @@ from cluster.planner.stages import held_by
 from cluster.policy.rebalance import (
     LoadNow,
     RebalanceSettings,
-    decide,
+    decide_placement,
     mixed_balancedness,
     packed_rows,
     planned_topology,
@@ -68,9 +68,9 @@ def load(seed: int = 0, skew: float = 0.8, prefill_share: float = 0.3) -> LoadNo
 def test_a_skewed_load_is_worth_a_move() -> None:
     now = current()
     topology = planned_topology(MEMBERS, now, 5)
-    decision = decide(load(), topology, now, SETTINGS)
+    decision = decide_placement(load(), topology, now, SETTINGS)
     assert decision.action == "move"
-    assert decision == decide(load(), topology, now, SETTINGS)
+    assert decision == decide_placement(load(), topology, now, SETTINGS)
     assert 0 < decision.num_moves <= 0.3 * 3 * DEVICES * 5
     assert decision.num_bytes == 1000 * decision.num_moves
     assert decision.time_ratio < 0.97
@@ -83,7 +83,7 @@ def test_a_skewed_load_is_worth_a_move() -> None:
 def test_the_time_ratio_is_that_of_a_row_of_the_mix() -> None:
     now = current()
     topology = planned_topology(MEMBERS, now, 5)
-    decision = decide(load(), topology, now, SETTINGS)
+    decision = decide_placement(load(), topology, now, SETTINGS)
     step = SETTINGS.step
 
     def row_s(placement: ExpertPlacement) -> float:
@@ -102,7 +102,9 @@ def test_all_moves_together_keep_to_their_share_of_the_slots(fraction: float) ->
     limit = int(fraction * 3 * DEVICES * 5)
     settings = replace(SETTINGS, max_move_fraction=fraction, horizon_s=1e6)
     for seed in range(6):
-        decision = decide(load(seed, skew=1.5, prefill_share=0.1), topology, now, settings)
+        decision = decide_placement(
+            load(seed, skew=1.5, prefill_share=0.1), topology, now, settings
+        )
         assert 0 < decision.num_moves <= limit
 
 
@@ -110,19 +112,19 @@ def test_a_short_horizon_or_a_slow_link_is_not() -> None:
     now = current()
     topology = planned_topology(MEMBERS, now, 5)
     brief = replace(SETTINGS, horizon_s=0.01)
-    decision = decide(load(), topology, now, brief)
+    decision = decide_placement(load(), topology, now, brief)
     assert decision.action == "none"
     assert decision.target == now
     assert (decision.num_moves, decision.num_bytes) == (0, 0)
     assert "s won within 0.01 s" in decision.reason
     slow = replace(SETTINGS, bytes_per_s=1.0)  # an expert takes a quarter of an hour
-    assert decide(load(), topology, now, slow).action != "move"
+    assert decide_placement(load(), topology, now, slow).action != "move"
 
 
 def test_without_moves_the_shares_alone_are_weighed() -> None:
     now = current(num_redundant=2)
     topology = planned_topology(MEMBERS, now, 6)
-    decision = decide(
+    decision = decide_placement(
         load(prefill_share=1.0), topology, now, replace(SETTINGS, max_move_fraction=0.0)
     )
     assert decision.action == "split"
@@ -136,16 +138,16 @@ def test_without_moves_the_shares_alone_are_weighed() -> None:
 def test_an_even_load_is_left_alone() -> None:
     now = current()
     topology = planned_topology(MEMBERS, now, 5)
-    placed = decide(load(skew=0.0), topology, now, SETTINGS)
+    placed = decide_placement(load(skew=0.0), topology, now, SETTINGS)
     moved = structs.replace(now, banks=placed.target.banks)
-    assert decide(load(skew=0.0), topology, moved, SETTINGS).action == "none"
+    assert decide_placement(load(skew=0.0), topology, moved, SETTINGS).action == "none"
 
 
 def test_what_was_decided_is_not_decided_again() -> None:
     now = current()
     settings = replace(SETTINGS, max_move_fraction=1.0)
     for _ in range(4):
-        decision = decide(load(), planned_topology(MEMBERS, now, 5), now, settings)
+        decision = decide_placement(load(), planned_topology(MEMBERS, now, 5), now, settings)
         now = decision.target
     assert decision.action == "none"
 
@@ -155,7 +157,9 @@ def test_a_change_is_never_predicted_to_be_worse(seed: int) -> None:
     rng = random.Random(seed)
     now = current(rng.randint(0, 2))
     some = load(seed, rng.uniform(0.0, 2.0), rng.random())
-    decision = decide(some, planned_topology(MEMBERS, now, 4 + rng.randint(1, 3)), now, SETTINGS)
+    decision = decide_placement(
+        some, planned_topology(MEMBERS, now, 4 + rng.randint(1, 3)), now, SETTINGS
+    )
     assert decision.time_ratio <= 1.0 + 1e-9 or decision.action == "none"
 
 
@@ -165,7 +169,7 @@ def test_lost_devices_get_nothing_and_full_ones_keep_what_they_have() -> None:
     alive = [m for m in MEMBERS if m.device != 1]
     topology = planned_topology(alive, now, 6)
     assert [d.num_expert_slots for d in topology.devices] == [8, 0, 8, 8]
-    decision = decide(load(), topology, now, SETTINGS)
+    decision = decide_placement(load(), topology, now, SETTINGS)
     for bank in decision.target.banks:
         assert held_by(bank, 1) == frozenset()
 
@@ -189,7 +193,7 @@ def test_too_few_slots_are_an_error_of_their_own() -> None:
     now = current()
     topology = planned_topology([], now, 5)
     with pytest.raises(ConfigError):
-        decide(load(), topology, now, SETTINGS)
+        decide_placement(load(), topology, now, SETTINGS)
 
 
 def test_shares_are_solved_without_touching_slots() -> None:
