@@ -225,6 +225,8 @@ class Recovery:
         if self._cluster.round.phase is not Phase.FORMING:
             self._start_workers(now)
         if self._cluster.round.phase is Phase.STALLED:
+            self.ready(now)  # those that came while a generation was formed that could not run
+        if self._cluster.round.phase is Phase.STALLED:
             if self._barred and now >= self._retry_at:
                 self._try_again(now)
             self._settle()

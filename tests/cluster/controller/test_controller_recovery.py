@@ -374,3 +374,22 @@ def restore(old: FakeCluster, memory: dict[str, Any]) -> CollectedState:
     found = collector.result()
     assert found is not None
     return found
+
+
+def test_workers_that_come_while_a_generation_fails_join_the_next_one() -> None:
+    cluster = FakeCluster(1, 3)
+    cluster.serve()
+    lose(cluster, "expert-0", "expert-1", "expert-2")
+    cluster.tick(0.2)
+    cluster.bring_up("expert-0.2")  # loads what the others had
+    for name in ("expert-1.2", "expert-2.2"):
+        cluster.bring_up(name)  # too late for the generation that is being formed
+    assert cluster.answer_loads("expert-0.2", error=ENOENT)
+    cluster.tick(0.1)
+    assert {m.name for m in cluster.known.generation.experts} == {
+        "expert-0.2",
+        "expert-1.2",
+        "expert-2.2",
+    }
+    cluster.join_all()
+    assert cluster.state == "SERVING"
