@@ -102,7 +102,8 @@ class Pods(NodeHosts):
         return True
 
     def is_ready(self, host: str) -> bool:
-        """The readiness probe's answer."""
+        """The readiness probe's answer; fails once the container's command has ended."""
+        self.check_running(host)
         probe = self.group(host).container["readinessProbe"]
         return self.hook(host, probe["exec"]["command"])
 

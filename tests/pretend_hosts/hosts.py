@@ -189,6 +189,14 @@ class NodeHosts(Hosts):
             log = self.folder / f"{host}.log"
             self._programs[host] = self.start(host, *words, log=log, output=output)
 
+    def check_running(self, host: str) -> None:
+        """Fail with the last output of a host's program if it has ended by itself."""
+        status = self._programs[host].poll()
+        if status is not None:
+            files = (self.folder / f"{host}.{end}" for end in ("out", "log"))
+            text = "".join(path.read_text(errors="replace")[-3000:] for path in files)
+            raise AssertionError(f"the program of {host} ended with {status}: {text}")
+
     def close(self) -> None:
         """End all that was started here."""
         with suppress(AssertionError):
