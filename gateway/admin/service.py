@@ -56,12 +56,12 @@ class AdminApi:
             await server.stop()
 
     async def _open(self, kind: type[_Server], wanted: int | None, usual: int) -> int:
-        if wanted is not None:
-            is_shared = wanted != 0 and self._section.num_gateway_replicas > 1
-            return await self._start(kind, wanted, is_shared)
+        is_shared = bool(wanted) and self._section.num_gateway_replicas > 1
         try:
-            return await self._start(kind, usual)
+            return await self._start(kind, usual if wanted is None else wanted, is_shared)
         except StartError:
+            if wanted is not None:
+                raise
             return await self._start(kind, 0)
 
     async def _start(self, kind: type[_Server], port: int, is_shared: bool = False) -> int:

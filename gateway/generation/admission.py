@@ -39,62 +39,55 @@ class Ticket:
             self.admission._release(self.num_requests, self.num_tokens, now_s)
 
 
+@dataclass(eq=False)
 class Admission:
-    """Counts what a replica holds.
+    """Counts what a replica holds."""
 
-    Args:
-        max_requests: engine requests (one per prompt) held at once.
-        max_tokens: prompt and output tokens that they may need together.
-        capacity: requests that the engines run at once; more of them wait. The drain rate is
-            measured only while some wait: at other times requests leave as fast as they come.
-        max_prompt_bytes: bytes of prompts that are embeddings, held at once.
-    """
+    max_requests: int
+    """Engine requests (one per prompt) held at once."""
+    max_tokens: int
+    """Prompt and output tokens that they may need together."""
+    capacity: int
+    """Requests that the engines run at once; more of them wait. The drain rate is measured only
+    while some wait: at other times requests leave as fast as they come."""
+    max_prompt_bytes: int = 256 * 1024 * 1024
+    """Bytes of prompts that are embeddings, held at once."""
+    num_requests: int = 0
+    num_tokens: int = 0
+    """Tokens that they may need."""
+    num_bytes: int = 0
+    """Bytes of their prompts that are embeddings."""
 
-    def __init__(
-        self,
-        max_requests: int,
-        max_tokens: int,
-        capacity: int,
-        max_prompt_bytes: int = 256 * 1024 * 1024,
-    ) -> None:
-        self._max_requests = max_requests
-        self._max_tokens = max_tokens
-        self._capacity = capacity
-        self._max_prompt_bytes = max_prompt_bytes
+    def __post_init__(self) -> None:
         self._saturated_s = 0.0  # time with requests waiting, in all
         self._since_s: float | None = None  # start of the present such time
         self._finished_s: deque[float] = deque(maxlen=_RATE_WINDOW)  # on the saturated clock
-        self.num_requests = 0
-        self.num_tokens = 0
-        """Tokens that they may need."""
-        self.num_bytes = 0
-        """Bytes of their prompts that are embeddings."""
 
     @property
     def num_waiting(self) -> int:
         """Requests beyond what the engines run at once."""
-        return max(0, self.num_requests - self._capacity)
+        return max(0, self.num_requests - self.capacity)
 
     def admit(self, num_requests: int, num_tokens: int, now_s: float, num_bytes: int = 0) -> Ticket:
         """Take a place for one call. Raises ``QueueFullError`` with a retry time."""
-        over = self.num_requests + num_requests - self._max_requests
+        over = self.num_requests + num_requests - self.max_requests
         if over > 0:
             raise QueueFullError(
-                f"the queue is full: {self.num_requests} requests, at most {self._max_requests} "
+                f"the queue is full: {self.num_requests} requests, at most {self.max_requests} "
                 "(max_queue)",
                 self.retry_after_s(over),
             )
-        if self.num_requests and self.num_tokens + num_tokens > self._max_tokens:
+        if self.num_requests and self.num_tokens + num_tokens > self.max_tokens:
             raise QueueFullError(
                 f"the queue is full: {self.num_tokens} tokens, and this request needs {num_tokens} "
-                f"more, at most {self._max_tokens} (max_queue_tokens)",
+                f"more, at most {self.max_tokens} (max_queue_tokens)",
                 self.retry_after_s(1),
                 "queue_tokens",
             )
-        if self.num_bytes and self.num_bytes + num_bytes > self._max_prompt_bytes and num_bytes:
+        if self.num_bytes and self.num_bytes + num_bytes > self.max_prompt_bytes and num_bytes:
             raise QueueFullError(
                 f"the queue is full: {self.num_bytes} bytes of embeddings, and this request needs "
-                f"{num_bytes} more, at most {self._max_prompt_bytes}",
+                f"{num_bytes} more, at most {self.max_prompt_bytes}",
                 self.retry_after_s(1),
             )
         self._add(num_requests, num_tokens, now_s)

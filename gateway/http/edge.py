@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import InitVar, dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
@@ -275,20 +275,15 @@ def dump_json(content: object) -> bytes:
 
 def dump_long(content: Mapping[str, object]) -> bytes:
     """The same for an object with long lists; other threads run between pieces."""
-    members = (
-        dump_json(name) + b":" + (_dump_list(value) if _is_list(value) else dump_json(value))
-        for name, value in content.items()
-    )
+    members = (dump_json(name) + b":" + _dump_value(value) for name, value in content.items())
     return b"{" + b",".join(members) + b"}"
 
 
-def _dump_list(values: Sequence[object]) -> bytes:
-    starts = range(0, len(values), _PIECE)
-    return b"[" + b",".join(dump_json(values[i : i + _PIECE])[1:-1] for i in starts) + b"]"
-
-
-def _is_list(value: object) -> TypeGuard[Sequence[object]]:
-    return isinstance(value, list | tuple)
+def _dump_value(value: object) -> bytes:
+    if not isinstance(value, list | tuple):
+        return dump_json(value)
+    starts = range(0, len(value), _PIECE)
+    return b"[" + b",".join(dump_json(value[i : i + _PIECE])[1:-1] for i in starts) + b"]"
 
 
 async def _read_body(request: Request, max_bytes: int, tuning: GatewayTuning) -> bytes:

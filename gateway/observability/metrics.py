@@ -189,11 +189,8 @@ class EngineMetrics:
         self._success.labels(self._engine, reason).inc()
 
     def observe_timings(self, timings: Timings) -> None:
-        begins_s, first_s, ends_s = (
-            timings.first_dispatch_s,
-            timings.first_token_s,
-            timings.finished_s,
-        )
+        begins_s, first_s = timings.first_dispatch_s, timings.first_token_s
+        ends_s = timings.finished_s
         self.observe("request_queue_time_seconds", max(0.0, begins_s))
         self.observe("request_prefill_time_seconds", max(0.0, first_s - begins_s))
         self.observe("request_decode_time_seconds", max(0.0, ends_s - first_s))
