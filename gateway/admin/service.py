@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from cluster.config.gateway import GatewaySection, reachable_host
 from cluster.core.errors import StartError
 from gateway.admin.grpc import AdminGrpcServer
@@ -14,41 +16,31 @@ GRPC_PORT = 50052
 _Server = AdminHttpServer | AdminGrpcServer
 
 
+@dataclass(eq=False)
 class AdminApi:
-    """Both servers.
+    """Both servers."""
 
-    Args:
-        gateway: serves the calls.
-        section: interface and ports: a client of these ports can end the cluster. A configured port
-            is shared by all replicas of the host; otherwise the default port is taken if it is
-            free, else any.
-        http_port: default port of HTTP.
-        grpc_port: default port of gRPC.
-    """
-
-    def __init__(
-        self,
-        gateway: Gateway,
-        section: GatewaySection,
-        *,
-        http_port: int = HTTP_PORT,
-        grpc_port: int = GRPC_PORT,
-    ) -> None:
-        self._gateway = gateway
-        self._section = section
-        self._http_port, self._grpc_port = http_port, grpc_port
-        self._servers: list[_Server] = []
-        self.http = ""
-        """``host:port`` of the HTTP server, once it runs."""
-        self.grpc = ""
-        """``host:port`` of the gRPC server, once it runs."""
+    gateway: Gateway
+    """Serves the calls."""
+    section: GatewaySection
+    """Interface and ports: a client of these ports can end the cluster. A configured port is shared
+    by all replicas of the host; otherwise the default port is taken if it is free, else any."""
+    http_port: int = field(default=HTTP_PORT, kw_only=True)
+    """Default port of HTTP."""
+    grpc_port: int = field(default=GRPC_PORT, kw_only=True)
+    """Default port of gRPC."""
+    http: str = field(default="", init=False)
+    """``host:port`` of the HTTP server, once it runs."""
+    grpc: str = field(default="", init=False)
+    """``host:port`` of the gRPC server, once it runs."""
+    _servers: list[_Server] = field(default_factory=list, init=False)
 
     async def start(self) -> None:
         """Bind both ports and serve. Raises ``StartError``."""
-        section = self._section
+        section = self.section
         host = reachable_host(section.admin_host)
-        http = await self._open(AdminHttpServer, section.admin_port, self._http_port)
-        grpc = await self._open(AdminGrpcServer, section.admin_grpc_port, self._grpc_port)
+        http = await self._open(AdminHttpServer, section.admin_port, self.http_port)
+        grpc = await self._open(AdminGrpcServer, section.admin_grpc_port, self.grpc_port)
         self.http, self.grpc = f"{host}:{http}", f"{host}:{grpc}"
 
     async def stop(self) -> None:
@@ -56,16 +48,16 @@ class AdminApi:
             await server.stop()
 
     async def _open(self, kind: type[_Server], wanted: int | None, usual: int) -> int:
-        is_shared = bool(wanted) and self._section.num_gateway_replicas > 1
+        is_shared = bool(wanted) and self.section.num_gateway_replicas > 1
         try:
             return await self._start(kind, usual if wanted is None else wanted, is_shared)
         except StartError:
             if wanted is not None:
                 raise
-            return await self._start(kind, 0)
+            return await self._start(kind, 0, is_shared)
 
-    async def _start(self, kind: type[_Server], port: int, is_shared: bool = False) -> int:
-        server = kind(self._gateway, self._section.admin_host, port, shared=is_shared)
+    async def _start(self, kind: type[_Server], port: int, is_shared: bool) -> int:
+        server = kind(self.gateway, self.section.admin_host, port, shared=is_shared)
         bound = await server.start()
         self._servers.append(server)
         return bound
