@@ -36,6 +36,11 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     }
 
 
+def test_a_profile_may_be_without_load() -> None:
+    bank = BankLoad(bank="mlp", layer=0, counts=(0, 0.0))
+    assert LoadProfile(model="demo", top_k=1, tokens=0, banks=(bank,)).counts("mlp", 0) == (0, 0)
+
+
 def test_merging_adds_counts_and_tokens() -> None:
     merged = _profile(1, 2).merge(_profile(10, 20))
     assert merged.tokens == 20

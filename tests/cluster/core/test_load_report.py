@@ -95,3 +95,10 @@ def test_copies_are_added_whatever_their_number() -> None:
     one, other = np.array([[1], [2]]), np.array([[1, 5], [0, 7]])
     assert sum_by_copy(one, other).tolist() == [[2, 5], [2, 7]]
     assert sum_by_copy(other, -one).tolist() == [[0, 5], [-2, 7]]
+
+
+def test_a_bank_has_an_expert_and_each_expert_a_copy() -> None:
+    assert BankCounts.zeros(1, 1).num_experts == 1
+    for experts, copies in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match="counts of shapes"):
+            BankCounts.zeros(experts, copies)

@@ -88,3 +88,40 @@ def test_a_loss_counts_as_recent_for_less_than_a_minute() -> None:
         places.lost("expert-1.2", "killed", pause)
         assert due(places, pause + delay - 0.1) == []
         assert due(places, pause + delay) == ["expert-1.3"]
+
+
+def test_a_place_is_empty_as_soon_as_its_worker_leaves() -> None:
+    places = Replacements(MEMBERS)
+    places.leave("expert-1")
+    places.reopen("expert", 1)
+    assert due(places, 0.0) == ["expert-1.2"]
+
+
+def test_a_reopened_place_has_all_its_tries_again() -> None:
+    places = Replacements(MEMBERS)
+    for name in ("expert-0", "expert-0.2", "expert-0.3", "expert-0.4"):
+        places.lost(name, "killed", 0.0)
+        places.take_due(1000.0)
+    assert list(places.left_out) == ["expert-0"]
+    places.reopen("expert", 0)
+    for name in ("expert-0.5", "expert-0.6"):
+        assert due(places, 1000.0) == [name]
+        places.lost(name, "killed", 0.0)
+    assert places.left_out == {}
+
+
+def test_a_replacement_reports_its_own_addresses() -> None:
+    lost = replace(MEMBERS[1], node="n0", pid=77, data_address="n0:1", kv_address="n0:2")
+    places = Replacements([MEMBERS[0], lost, MEMBERS[2]])
+    places.lost("expert-0", "killed", 0.0)
+    assert places.take_due(0.0) == [replace(MEMBERS[1], name="expert-0.2")]
+
+
+def test_a_worker_without_a_place_changes_nothing() -> None:
+    places = Replacements(MEMBERS)
+    stranger = replace(MEMBERS[1], name="expert-9")
+    places.joined([stranger])
+    places.lost("expert-9", "killed", 0.0)
+    places.leave("expert-9")
+    assert due(places, 1000.0) == []
+    assert places.is_full(MEMBERS)
