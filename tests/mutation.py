@@ -30,10 +30,13 @@ from tests.paths import ROOT
 
 TESTS: Mapping[str, tuple[str, ...]] = {
     "cluster/core/placement.py": ("cluster/core/test_placement.py",),
+    "cluster/core/load_profile.py": ("cluster/core/test_load_profile.py",),
+    "cluster/core/load_report.py": ("cluster/core/test_load_report.py",),
     "cluster/load/tracker.py": (
         "cluster/load/test_load_tracker.py",
         "cluster/load/test_load_view.py",
     ),
+    "cluster/load/view.py": ("cluster/load/test_load_view.py",),
     "cluster/policy/coverage.py": ("cluster/policy/test_coverage.py",),
     "cluster/policy/failure.py": ("cluster/policy/test_failure.py",),
     "cluster/policy/rebalance.py": ("cluster/policy/test_rebalance.py",),
@@ -47,12 +50,17 @@ TESTS: Mapping[str, tuple[str, ...]] = {
         "workers/dispatch/test_random_copies.py",
         "workers/dispatch/test_copies_of_plans.py",
     ),
+    "workers/engine/leader.py": ("workers/engine/test_leader.py",),
+    "workers/engine/micro_batches.py": ("workers/engine/test_micro_batches.py",),
     "workers/engine/scheduler.py": (
         "workers/engine/test_scheduler.py",
         "workers/engine/test_prefill_cap.py",
         "workers/engine/test_isolation.py",
     ),
     "workers/kv/block_pool.py": ("workers/kv/test_block_pool.py",),
+    "workers/kv/eviction.py": ("workers/kv/test_eviction.py",),
+    "workers/kv/prefix_cache.py": ("workers/kv/test_prefix_cache.py",),
+    "workers/requests/step_header.py": ("workers/requests/test_step_header.py",),
     "workers/sampling/logits_processors.py": ("workers/sampling/test_logits_processors.py",),
     "workers/sampling/sampler.py": ("workers/sampling/test_sampling.py",),
 }

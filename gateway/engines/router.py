@@ -143,14 +143,12 @@ def _best_with_fetches(
     missing = MISSING_WEIGHT * (prompt_tokens - peer.tokens)
     least = min(costs)
     best: list[WorkerLoad] = []
-    limit = least - missing
-    able = [i for i, wait in enumerate(waits) if wait < limit]  # no other worker can be better
-    for i in able:
-        own = known.get(loads[i].name, 0)
-        took = FETCH_TOKENS + (peer.tokens - own) * loads[i].fetch_cost
-        cost = max(waits[i], took) + took + missing
+    for load, wait in zip(loads, waits, strict=True):
+        own = known.get(load.name, 0)
+        took = FETCH_TOKENS + (peer.tokens - own) * load.fetch_cost
+        cost = max(wait, took) + took + missing
         if own < peer.tokens and (cost < least or (best and cost == least)):
-            best = [*best, loads[i]] if cost == least else [loads[i]]
+            best = [*best, load] if cost == least else [load]
             least = cost
     if best:
         return Choice(best[num_routed % len(best)], peer.tokens, peer.name)

@@ -56,6 +56,8 @@ def test_experts_in_one_failure_domain_are_at_risk() -> None:
 def test_layers_run_in_lockstep() -> None:
     assert balancedness_of([[1, 3]]) == pytest.approx(2 / 3)
     assert balancedness_of([[1, 3], [4, 2]]) == pytest.approx(5 / 7)
+    assert balancedness_of([[0.25, 0.75]]) == pytest.approx(0.5 / 0.75)
+    assert balancedness_of([[3], [4]]) == 1.0
     assert balancedness_of([[0, 0]]) is None
     assert balancedness_of([]) is None
 
@@ -119,3 +121,28 @@ def test_the_load_document_is_a_profile_with_more_beside_it() -> None:
     for what in ("balancedness", "phases"):
         assert document[what] == bank[what]
     assert set(load_before_start()) <= set(document)
+
+
+def test_the_load_document_before_the_first_report() -> None:
+    document = load_document(PLACEMENT, LoadTracker(LoadSection(), 0.0), None, "demo", 2)
+    (bank,) = document["banks"]
+    assert bank["counts"] == [0, 0, 0]
+    assert bank["prefill"] is bank["window"] is bank["slots"] is None
+    assert load_before_start() == {
+        "schema": 1,
+        "model": None,
+        "top_k": 0,
+        "tokens": 0,
+        "epoch": 0,
+        "banks": [],
+    }
+
+
+def test_averages_are_rounded_to_a_tenth_of_a_token() -> None:
+    load = LoadTracker(LoadSection(window_s=10.0, half_life_s=20.0), 0.0)
+    load.take("a", make_report(9, [2, 4, 6], [[3, 0], [1, 5], [7, 0]]))
+    load.end_window(10.0)
+    load.take("a", make_report(10, [3, 4, 6], [[3, 0], [1, 5], [7, 0]]))
+    load.end_window(20.0)
+    (bank,) = load_document(PLACEMENT, load, PROFILE, "demo", 2)["banks"]
+    assert bank["average"] == [4.5, 7.1, 9.2]

@@ -155,6 +155,19 @@ def test_a_prompt_is_routed_by_the_blocks_that_workers_report(
     assert (found.load.name, found.cached_tokens, found.peer) == choice
 
 
+@pytest.mark.parametrize(
+    ("own", "queued_tokens", "fetches"),
+    [(0, 163.9, False), (0, 164.1, True), (100, 143.9, False), (100, 144.1, True)],
+)
+def test_a_fetch_costs_what_the_worker_lacks(own: int, queued_tokens: float, fetches: bool) -> None:
+    """32 and a tenth of the missing blocks' tokens, while it waits and once more."""
+    busy = WorkerLoad(name="a", queued_tokens=queued_tokens)
+    idle = WorkerLoad(name="b", fetch_cost=0.1)
+    cached = {"a": 500} | ({"b": own} if own else {})
+    expected = Choice(idle, 500, "a") if fetches else Choice(busy, 500)
+    assert _fetching([busy, idle], **cached) == expected
+
+
 def test_a_worker_with_more_than_the_peer_does_not_fetch() -> None:
     loads = [WorkerLoad(name="a", queued_tokens=100_000), WorkerLoad(name="b")]
     assert _fetching(loads, a=500, b=501) == Choice(loads[1], 501)

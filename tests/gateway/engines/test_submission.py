@@ -85,7 +85,9 @@ def test_tokens_that_are_still_needed() -> None:
 
 def test_a_token_clears_deaths_and_returns() -> None:
     entry = submission()
+    entry.is_alone = True
     entry.lose()
+    assert not entry.is_alone
     entry.num_returns, entry.is_alone = 2, True
     entry.deliver(output(0, 0))
     assert (entry.num_deaths, entry.num_returns, entry.is_alone) == (1, 0, True)
