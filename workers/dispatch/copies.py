@@ -24,14 +24,9 @@ _SCALE = 1 << 32
 """Split weights are compared with 32 bits of the hash."""
 
 
-def _signed(value: int) -> int:
-    """The int64 with the same bits."""
-    return value - (1 << 64) if value >> 63 else value
-
-
-_MUL_1 = _signed(0xBF58476D1CE4E5B9)
-_MUL_2 = _signed(0x94D049BB133111EB)
-_STEP = _signed(0x9E3779B97F4A7C15)
+_MUL_1 = 0xBF58476D1CE4E5B9 - (1 << 64)  # the int64 with the same bits, as those below
+_MUL_2 = 0x94D049BB133111EB - (1 << 64)
+_STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 def mix64(values: Tensor) -> Tensor:

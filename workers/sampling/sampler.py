@@ -42,6 +42,10 @@ class DrawFailure(Enum):
     NONE_ALLOWED = "none_allowed"
 
 
+_NOT_FINITE, _NONE_ALLOWED = -1, -2
+_FAILURES = {_NOT_FINITE: DrawFailure.NOT_FINITE, _NONE_ALLOWED: DrawFailure.NONE_ALLOWED}
+
+
 @dataclass(frozen=True, slots=True)
 class Drawn:
     """The result of one row."""
@@ -67,14 +71,11 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:
         picked = processed if len(random) == len(rows) else processed[random]
         drawn = draw(picked.float(), [rows[i] for i in random])
         tokens[torch.tensor(random, device=tokens.device)] = drawn
-    tokens = torch.where(usable, tokens, -1)
+    tokens = torch.where(usable, tokens, torch.where(finite, _NONE_ALLOWED, _NOT_FINITE))
     ids: list[int] = tokens.tolist()  # device-to-host sync
     entries = _entries(logits, rows, ids)
-    if all(token >= 0 for token in ids):
-        return [Drawn(token, entries.get(i)) for i, token in enumerate(ids)]
-    is_masked = (finite & ~usable).tolist()
     return [
-        Drawn(token, entries.get(i), _failure(token, is_masked[i])) for i, token in enumerate(ids)
+        Drawn(max(token, -1), entries.get(i), _FAILURES.get(token)) for i, token in enumerate(ids)
     ]
 
 
@@ -86,12 +87,6 @@ def all_finite(logits: Tensor) -> bool:
 def _finite(logits: Tensor) -> Tensor:
     """[rows] bool. A sum is finite only if all its terms are; float32 has room for large sums."""
     return torch.isfinite(logits.sum(-1, dtype=torch.float32))
-
-
-def _failure(token: int, is_masked: bool) -> DrawFailure | None:
-    if token >= 0:
-        return None
-    return DrawFailure.NONE_ALLOWED if is_masked else DrawFailure.NOT_FINITE
 
 
 def _entries(
@@ -138,7 +133,8 @@ def draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     if floor is not None:
         weights = weights.masked_fill_(scaled < floor, 0.0)
     cumulative = weights.cumsum(-1, dtype=torch.float64)
-    return torch.where(torch.isfinite(cumulative[:, -1]), _descend(cumulative, rows), -1)
+    is_finite = torch.isfinite(cumulative[:, -1])
+    return torch.where(is_finite, _descend(cumulative, rows), _NOT_FINITE)
 
 
 def _descend(cumulative: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
