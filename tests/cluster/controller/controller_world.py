@@ -376,8 +376,8 @@ class World:
         self.lost = lost
         progress = (snapshot["term"], snapshot["generation"], snapshot["placement_epoch"])
         if progress[0] > self.progress[0]:  # frames of the earlier controller may be lost
-            known = [w.generation.number for w in self.workers.values() if w.is_connected]
-            assert progress[1] >= max(known, default=0)
+            numbers = [w.generation.number for w in self.workers.values() if w.is_connected]
+            assert progress[1] >= max(numbers, default=0)
         else:
             assert all(a >= b for a, b in zip(progress, self.progress, strict=True))
         self.progress = progress
