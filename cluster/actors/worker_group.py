@@ -241,7 +241,6 @@ class WorkerGroup:
         found = FoundWorker(
             name=name,
             config=ClusterConfig.from_dict(answer["config"]),
-            threads=int(answer["threads"]),
             num_slots=int(answer["num_slots"]),
         )
         member = from_plain(answer["member"], Member)

@@ -18,7 +18,6 @@ class FoundWorker:
     name: str
     config: ClusterConfig
     """The cluster's configuration, shares resolved."""
-    threads: int
     num_slots: int
     """Expert slots per bank; 0 where it holds no experts."""
 

@@ -105,18 +105,6 @@ class BankPlacement(Message, frozen=True, kw_only=True):
         )
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> BankPlacement:
-        """One bank of a placement file. Raises ``ConfigError`` for maps that break a rule."""
-        return cls.from_maps(
-            bank=str(data["bank"]),
-            layer=int(data["layer"]),
-            num_experts=int(data["num_experts"]),
-            physical_to_logical=data["physical_to_logical"],
-            split=data.get("split"),
-            decode_device=data.get("decode_device"),
-        )
-
-    @classmethod
     def from_maps(
         cls,
         *,
@@ -234,7 +222,15 @@ class ExpertPlacement(Message, frozen=True, kw_only=True):
             total = entry.get("num_experts") or (num_experts or {}).get(key)
             if total is None:
                 raise ConfigError("placement.banks", key, "is not a bank of this model")
-            banks.append(BankPlacement.from_dict({**entry, "num_experts": total}))
+            bank = BankPlacement.from_maps(
+                bank=key[0],
+                layer=key[1],
+                num_experts=int(total),
+                physical_to_logical=entry["physical_to_logical"],
+                split=entry.get("split"),
+                decode_device=entry.get("decode_device"),
+            )
+            banks.append(bank)
         return cls(epoch=int(data.get("epoch", 1)), banks=tuple(banks))
 
 

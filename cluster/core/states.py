@@ -12,6 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
+from typing import TypeVar
+
+StateT = TypeVar("StateT", "ClusterState", "WorkerState")
 
 
 class ClusterState(Enum):
@@ -48,7 +51,7 @@ class WorkerState(Enum):
     """It was emptied and ended on purpose; it never comes back under this name."""
 
 
-_CLUSTER_NEXT: Mapping[ClusterState, frozenset[ClusterState]] = {
+_NEXT: Mapping[Enum, frozenset[Enum]] = {
     ClusterState.STARTING: frozenset({ClusterState.SERVING, ClusterState.DRAINING}),
     ClusterState.SERVING: frozenset(
         {ClusterState.RECOVERING, ClusterState.DEGRADED, ClusterState.DRAINING}
@@ -59,9 +62,6 @@ _CLUSTER_NEXT: Mapping[ClusterState, frozenset[ClusterState]] = {
     ),
     ClusterState.DRAINING: frozenset({ClusterState.STOPPED}),
     ClusterState.STOPPED: frozenset(),
-}
-
-_WORKER_NEXT: Mapping[WorkerState, frozenset[WorkerState]] = {
     WorkerState.STARTING: frozenset({WorkerState.LOADING, WorkerState.LOST}),
     WorkerState.LOADING: frozenset({WorkerState.READY, WorkerState.LOST}),
     WorkerState.READY: frozenset({WorkerState.SERVING, WorkerState.LOST, WorkerState.DRAINED}),
@@ -75,15 +75,8 @@ class IllegalTransitionError(AssertionError):
     """A state was to follow one that it cannot follow: a mistake in our own code."""
 
 
-def next_cluster_state(old: ClusterState, new: ClusterState) -> ClusterState:
+def next_state(old: StateT, new: StateT) -> StateT:
     """``new``, when it may follow ``old``. Raises ``IllegalTransitionError``."""
-    if new not in _CLUSTER_NEXT[old]:
-        raise IllegalTransitionError(f"cluster: {old.value} -> {new.value}")
-    return new
-
-
-def next_worker_state(old: WorkerState, new: WorkerState) -> WorkerState:
-    """``new``, when it may follow ``old``. Raises ``IllegalTransitionError``."""
-    if new not in _WORKER_NEXT[old]:
-        raise IllegalTransitionError(f"worker: {old.value} -> {new.value}")
+    if new not in _NEXT[old]:
+        raise IllegalTransitionError(f"{type(old).__name__}: {old.value} -> {new.value}")
     return new

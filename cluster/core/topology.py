@@ -91,5 +91,9 @@ class Generation(Message, frozen=True, kw_only=True):
         return self.attention[0]
 
 
+ADDRESS_FIELDS = tuple(name for name in Member.__struct_fields__ if name.endswith("_address"))
+"""Fields of the addresses that a worker itself reports."""
+
+
 def _rank(member: Member) -> int:
     return member.rank

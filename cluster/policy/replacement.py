@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from cluster.core.topology import Member, Role
+from cluster.core.topology import ADDRESS_FIELDS, Member, Role
 
 MAX_START_DEATHS = 3
 """Consecutive deaths while starting after which a place is left out."""
@@ -103,17 +103,9 @@ class Replacements:
                 continue
             old = place.member
             place.number += 1
-            place.member = replace(
-                old,
-                name=f"{old.role}-{old.rank}.{place.number}",
-                node="",
-                pid=0,
-                data_address="",
-                engine_address="",
-                store_address="",
-                weights_address="",
-                kv_address="",
-            )
+            name = f"{old.role}-{old.rank}.{place.number}"
+            unknown = dict.fromkeys(ADDRESS_FIELDS, "")
+            place.member = replace(old, name=name, node="", pid=0, **unknown)
             place.is_empty, place.is_starting = False, True
             due.append(place.member)
         return due

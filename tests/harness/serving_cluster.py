@@ -245,7 +245,6 @@ class ThreadWorkerGroup(FakeWorkerGroup):
             FoundWorker(
                 name=name,
                 config=runtime.config,
-                threads=runtime.args.threads,
                 num_slots=runtime.args.num_slots,
             )
             for name, runtime in self.runtimes.items()

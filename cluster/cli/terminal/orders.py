@@ -34,16 +34,20 @@ class Orders:
     def drain(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """Begin the operation of a ``DrainWorkerRequest`` with these fields."""
         fields = {k: v for k, v in order.items() if k != "deadline_s"}
-        return self._change("drain", order, "drain", {**fields, "limit_s": order["deadline_s"]})
+        return self._call("drain", {**fields, "limit_s": order["deadline_s"]}, "drain", order)
 
     def rebalance(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """Begin the operation of a ``RebalanceRequest`` with these fields."""
-        return self._change("rebalance", order, "rebalance", dict(order))
+        return self._call("rebalance", dict(order), "rebalance", order)
 
     def cancel(self, operation_id: str) -> dict[str, Any]:
         """Cancel an operation."""
         path = f"operations/{_quoted(operation_id)}/cancel"
-        return self._change(path, {}, "cancel_operation", operation_id)
+        return self._call("cancel_operation", operation_id, path, {})
+
+    def operation(self, operation_id: str) -> dict[str, Any]:
+        """One operation."""
+        return self._call("operation", operation_id, f"operations/{_quoted(operation_id)}")
 
     def operations(self) -> list[dict[str, Any]]:
         """The recorded operations, newest last."""
@@ -52,20 +56,15 @@ class Orders:
         found: list[dict[str, Any]] = self._admin.get("/admin/v1/operations")["operations"]
         return found
 
-    def operation(self, operation_id: str) -> dict[str, Any]:
-        """One operation."""
-        if self._admin is None:
-            return _document(_ask("operation", operation_id))
-        answer: dict[str, Any] = self._admin.get(f"/admin/v1/operations/{_quoted(operation_id)}")
-        return answer
-
-    def _change(
-        self, path: str, body: Mapping[str, Any], method: str, argument: Any
+    def _call(
+        self, method: str, argument: Any, path: str, body: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """POST to the admin port, or call the controller's method."""
+        """Call the controller's method, or the admin port: POST with a body, else GET."""
         if self._admin is None:
             return _document(_ask(method, argument))
-        answer: dict[str, Any] = self._admin.post(f"/admin/v1/{path}", dict(body))
+        url = f"/admin/v1/{path}"
+        answer: dict[str, Any]
+        answer = self._admin.get(url) if body is None else self._admin.post(url, dict(body))
         return answer
 
 

@@ -20,7 +20,7 @@ from cluster.controller.parts.worker_link import WorkerLink
 from cluster.controller.parts.worker_table import WorkerTable
 from cluster.core.frames import ControllerSnapshot
 from cluster.core.placement import ExpertPlacement
-from cluster.core.states import ClusterState, next_cluster_state
+from cluster.core.states import ClusterState, next_state
 from cluster.core.topology import Generation, Member
 from cluster.load.tracker import LoadTracker
 
@@ -117,7 +117,7 @@ class Cluster:
         if self.state is state:
             return
         logger.info("%s -> %s", self.state.value, state.value)
-        self.state = next_cluster_state(self.state, state)
+        self.state = next_state(self.state, state)
         self.touch()
 
     def touch(self) -> None:

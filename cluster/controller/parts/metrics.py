@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Literal, get_args
 
 from prometheus_client import Counter, Histogram
@@ -28,43 +29,36 @@ class ControllerMetrics:
         """Called with the arguments of ``moved``."""
         self.on_recovered: Callable[[list[str], float], None] = lambda *recovered: None
         """Called with the workers that were lost, and the seconds until steps ran again."""
-        self._registry = registry = new_registry()
-        self._decisions = Counter(
-            "rebalance", "Decisions on the placement, by outcome", ["outcome"], registry=registry
+        self._registry = new_registry()
+        counter = partial(Counter, registry=self._registry)
+        histogram = partial(Histogram, registry=self._registry)
+        self._decisions = counter(
+            "rebalance", "Decisions on the placement, by outcome", ["outcome"]
         )
-        self._switches = Histogram(
+        self._switches = histogram(
             "rebalance_stall_seconds",
             "Time that steps with work waited for the first header of a new placement epoch",
-            registry=registry,
             buckets=_SWITCH_S,
         )
-        self._bytes = Counter(
-            "migration_bytes", "Bytes of weights that moved", ["reason"], registry=registry
-        )
-        self._slots = Counter(
-            "migration_slots_moved", "Expert slots that were filled", ["reason"], registry=registry
-        )
-        self._seconds = Histogram(
+        self._bytes = counter("migration_bytes", "Bytes of weights that moved", ["reason"])
+        self._slots = counter("migration_slots_moved", "Expert slots that were filled", ["reason"])
+        self._seconds = histogram(
             "migration_seconds",
             "Time from the decision, or the order to load, to the end of a migration",
             ["reason"],
-            registry=registry,
             buckets=_MIGRATION_S,
         )
-        self._recoveries = Counter(
-            "recoveries", "Recoveries from lost workers", ["cause"], registry=registry
-        )
-        self._stalls = Histogram(
+        self._recoveries = counter("recoveries", "Recoveries from lost workers", ["cause"])
+        self._stalls = histogram(
             "recovery_stall_seconds",
             "Time from the detection of a loss to the next generation that runs",
             ["cause"],
-            registry=registry,
             buckets=_RECOVERY_S,
         )
         for outcome in _OUTCOMES:  # counters begin at 0
             self._decisions.labels(outcome)
-        for counter in (self._bytes, self._slots):
-            counter.labels("rebalance")
+        for moved in (self._bytes, self._slots):
+            moved.labels("rebalance")
         self._lost: dict[str, Role] = {}
         self._lost_at = 0.0
 

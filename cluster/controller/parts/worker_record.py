@@ -11,17 +11,9 @@ from msgspec.structs import replace
 
 from cluster.core.errors import ProtocolError
 from cluster.core.frames import Heartbeat, LoadProgress, Register, StatusReply, WorkerReady
-from cluster.core.states import WorkerState, next_worker_state
-from cluster.core.topology import Member
+from cluster.core.states import WorkerState, next_state
+from cluster.core.topology import ADDRESS_FIELDS, Member
 from cluster.policy.failure import Pulse
-
-_ADDRESS_FIELDS = (
-    "data_address",
-    "engine_address",
-    "kv_address",
-    "store_address",
-    "weights_address",
-)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,7 +57,7 @@ class WorkerRecord:
 
     def enter(self, state: WorkerState, reason: str = "") -> None:
         """Change the state. Raises ``IllegalTransitionError``."""
-        self.state = next_worker_state(self.state, state)
+        self.state = next_state(self.state, state)
         self.reason = reason or self.reason
 
     def register(self, frame: Register) -> None:
@@ -78,7 +70,7 @@ class WorkerRecord:
             raise ProtocolError(f"{self.name} registers as {claimed.name!r}")
         if self.state is not WorkerState.STARTING:
             raise ProtocolError(f"{self.name} registers again ({self.state.value})")
-        addresses = {key: getattr(claimed, key) for key in _ADDRESS_FIELDS}
+        addresses = {key: getattr(claimed, key) for key in ADDRESS_FIELDS}
         node = self.member.node or claimed.node
         self.member = replace(self.member, node=node, pid=claimed.pid, **addresses)
         self.info.update(frame.info)

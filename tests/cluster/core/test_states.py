@@ -10,8 +10,7 @@ from cluster.core.states import (
     ClusterState,
     IllegalTransitionError,
     WorkerState,
-    next_cluster_state,
-    next_worker_state,
+    next_state,
 )
 
 
@@ -19,7 +18,7 @@ def _next(state: ClusterState) -> set[str]:
     found = set()
     for other in ClusterState:
         try:
-            found.add(next_cluster_state(state, other).value)
+            found.add(next_state(state, other).value)
         except IllegalTransitionError:
             continue
     return found
@@ -44,18 +43,18 @@ def test_draining_only_ends() -> None:
 
 
 def test_an_illegal_transition_names_both_states() -> None:
-    with pytest.raises(IllegalTransitionError, match="cluster: STOPPED -> SERVING"):
-        next_cluster_state(ClusterState.STOPPED, ClusterState.SERVING)
+    with pytest.raises(IllegalTransitionError, match="ClusterState: STOPPED -> SERVING"):
+        next_state(ClusterState.STOPPED, ClusterState.SERVING)
 
 
 def test_a_worker_goes_through_its_life_in_order() -> None:
     life = [WorkerState.STARTING, WorkerState.LOADING, WorkerState.READY, WorkerState.SERVING]
     for old, new in itertools.pairwise(life):
-        assert next_worker_state(old, new) is new
-        assert next_worker_state(old, WorkerState.LOST) is WorkerState.LOST
+        assert next_state(old, new) is new
+        assert next_state(old, WorkerState.LOST) is WorkerState.LOST
 
 
 def test_a_lost_worker_never_comes_back() -> None:
     for state in WorkerState:
         with pytest.raises(IllegalTransitionError):
-            next_worker_state(WorkerState.LOST, state)
+            next_state(WorkerState.LOST, state)
