@@ -275,9 +275,9 @@ class EngineClient:
             self.abort(output.request_id)
             entry.sink.fail(RequestFailedError(f"{self.worker} skipped tokens of this request"))
             return
-        news = without_first(output, repeated) if repeated else output
+        fresh = without_first(output, repeated) if repeated else output
         self._end_prompt(entry)
-        entry.deliver(news)
+        entry.deliver(fresh)
         self._count(entry)
         if not entry.open_choices and entry.home is self:
             self._release(entry)

@@ -1,1 +1,1 @@
-"""The bundled demo checkpoint, as data. ``benchmarks/demo_model`` trained it."""
+"""The bundled demo checkpoint, as data without imports. ``benchmarks/demo_model`` trained it."""

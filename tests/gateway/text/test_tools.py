@@ -82,10 +82,10 @@ def test_calls_are_found_however_the_text_is_cut(
 ) -> None:
     parser = ToolParser(form)
     pieces = [text[start : start + size] for start in range(0, len(text), size)]
-    news = [parser.feed(piece) for piece in pieces]
-    news.append(parser.feed("", is_last=True))
-    assert "".join(one.content for one in news) == content
-    deltas = [delta for one in news for delta in one.calls]
+    parsed = [parser.feed(piece) for piece in pieces]
+    parsed.append(parser.feed("", is_last=True))
+    assert "".join(one.content for one in parsed) == content
+    deltas = [delta for one in parsed for delta in one.calls]
     opened = [(delta.index, delta.name) for delta in deltas if delta.name]
     assert opened == [(place, name) for place, (name, _) in enumerate(calls)]
     assert all((delta.call_id is None) is (delta.name is None) for delta in deltas)
@@ -104,8 +104,8 @@ def test_a_cut_mark_is_no_text_where_the_answer_must_be_a_call() -> None:
     assert whole.feed("<tool_cal", is_last=True) == ParsedPiece("")
     assert not whole.has_calls
     parser = ToolParser(ToolForm.HERMES, must_call=True)
-    news = [parser.feed("<to"), parser.feed("ol"), parser.feed("", is_last=True)]
-    assert [one.content for one in news] == ["", "", ""]
+    parsed = [parser.feed("<to"), parser.feed("ol"), parser.feed("", is_last=True)]
+    assert [one.content for one in parsed] == ["", "", ""]
 
 
 # ---- the grammar ----------------------------------------------------------------------------
