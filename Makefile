@@ -90,7 +90,7 @@ test: $(VENV)/.stamp-test
 # served clusters and the command line; real clients, pretended hosts and pods; mutants of units.
 LONG := $(PYTEST) --no-skips --hypothesis-profile=long
 TWO := -n 2 --dist worksteal
-LAYOUTS := tests/system/test_deterministic.py tests/system/test_layouts.py
+LAYOUTS := $(addprefix tests/system/,test_deterministic.py test_family_pairs.py test_layouts.py)
 FOREIGN := tests/conformance tests/pretend_hosts tests/k8s/test_pretend_pods.py
 NOT_FOREIGN := $(addprefix --ignore=,$(FOREIGN))
 PART_1 := $(TWO) -m "not gpu and not ray and not distributed" $(NOT_FOREIGN)

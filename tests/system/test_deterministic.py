@@ -48,25 +48,26 @@ LAYOUTS = tuple(
     for dtype in DTYPES
     for m in (1, 2)
 )
-QUICK = ("2x3-bfloat16-1", "3x2-float32-2")
-"""Both dtypes, one and two micro-batches, two sizes of the attention pool."""
+
+
+Alone = Callable[..., Bits]
 
 
 @pytest.fixture(scope="module")
-def alone(golden: AnyGolden) -> Callable[[str, str], Bits]:
-    """By variant and dtype what each request gives alone in one process, then each follow-up."""
+def alone(golden: AnyGolden) -> Alone:
+    """What each of the first ``count`` requests gives alone in one process, then each follow-up."""
 
     @cache
-    def find(variant: str, dtype: str) -> Bits:
+    def find(variant: str, dtype: str, count: int = 32, has_follow_ups: bool = False) -> Bits:
         engine = LocalEngine(
             golden(variant).path,
             dtype=dtype,
             section=EngineSection(deterministic=True, enable_prefix_caching=False),
             max_model_len=MAX_MODEL_LEN,
         )
-        first = mixed_requests(engine.config.vocab_size)
+        first = mixed_requests(engine.config.vocab_size)[:count]
         found = one_by_one(engine, first)
-        return found | one_by_one(engine, follow_ups(first, found))
+        return found | (one_by_one(engine, follow_ups(first, found)) if has_follow_ups else {})
 
     return find
 
@@ -133,16 +134,11 @@ def check(found: Bits, expected: Bits) -> None:
         assert bits == expected[name], name
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [pytest.param(x, marks=() if str(x) in QUICK else pytest.mark.slow) for x in LAYOUTS],
-    ids=str,
-)
-def test_a_layout_changes_no_bit(
-    golden: AnyGolden, alone: Callable[[str, str], Bits], layout: Layout
-) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_layout_changes_no_bit(golden: AnyGolden, alone: Alone, layout: Layout) -> None:
     """32 requests at once; then second turns, which find what decodes wrote."""
-    expected = alone(VARIANT, layout.dtype)
+    expected = alone(VARIANT, layout.dtype, has_follow_ups=True)
     with deterministic(golden(VARIANT), layout) as cluster:
         asked = mixed_requests(cluster.snapshot()["model"]["vocab_size"])
         found = answers(cluster, asked)
@@ -152,6 +148,8 @@ def test_a_layout_changes_no_bit(
         assert cluster.blocks_in_use() == 0
 
 
+NUM_OTHER = 12
+"""Requests of each other family."""
 OTHER_VARIANTS = ("dots1-swa", "dots1-groups", "jetmoe-untied-top3-eps", "jetmoe-tied")
 OTHER_QUICK = {
     ("dots1-swa", "2x3-bfloat16-2"),
@@ -175,10 +173,10 @@ def other_cases() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("variant", "layout"), list(other_cases()))
 def test_a_layout_changes_no_bit_of_other_families(
-    golden: AnyGolden, alone: Callable[[str, str], Bits], variant: str, layout: Layout
+    golden: AnyGolden, alone: Alone, variant: str, layout: Layout
 ) -> None:
     """The same requests with few blocks, in short chunks and beside copies of some experts."""
-    expected = alone(variant, layout.dtype)
+    expected = alone(variant, layout.dtype, NUM_OTHER)
     engine = {
         "kv_cache_bytes": pool_bytes(golden(variant), layout.dtype, num_tokens=220),
         "block_size_tokens": 4,
@@ -187,7 +185,7 @@ def test_a_layout_changes_no_bit_of_other_families(
     }
     copies = {"num_redundant_experts": 1 if layout.experts > 1 else 0}
     with deterministic(golden(variant), layout, engine, copies) as cluster:
-        asked = mixed_requests(cluster.snapshot()["model"]["vocab_size"])[:20]
+        asked = mixed_requests(cluster.snapshot()["model"]["vocab_size"])[:NUM_OTHER]
         check(answers(cluster, asked), expected)
         assert cluster.blocks_in_use() == 0
 
@@ -242,7 +240,7 @@ def test_a_layout_changes_no_bit_of_inspections(
     ],
 )
 def test_preemption_and_copies_of_experts_change_no_bit(
-    golden: AnyGolden, alone: Callable[[str, str], Bits], dtype: str, transport: str
+    golden: AnyGolden, alone: Alone, dtype: str, transport: str
 ) -> None:
     """Pools of few blocks, short chunks, and experts whose copies share the prompt rows."""
     engine = {

@@ -1,24 +1,26 @@
-"""All families in few clusters that have every pair of values of the options which move rows.
+"""The law of clusters: whatever moves rows between workers, the tokens are transformers' own.
 
-Layout, mode, exchange, micro-batches, spare slots and combine mode: each pair of values occurs, in
-every family, and the tokens are transformers' own. ``benchmarks/parity.py`` has the full layouts.
+Layout, mode, transport, micro-batches, spare slots and combine mode: few clusters have every pair
+of their values, and each variant of each family runs in one of them. All variants run in all of
+them in the long tier, and ``benchmarks/parity.py`` has all layouts. Options of the engine
+and bfloat16 are the law of ``test_option_pairs``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import product
+from itertools import product, zip_longest
 from typing import Any
 
 import pytest
 
+from tests.harness.golden_clusters import check_greedy, float32_config
 from tests.harness.option_matrix import Choice, pairs_of, pairwise
 from tests.harness.serving_cluster import ThreadCluster, serving
 from tests.reference.goldens import DOTS1_VARIANTS, JETMOE_VARIANTS, OLMOE_VARIANTS, Golden
-from tests.system.test_layouts import check_greedy, float32_config
 
 OPTIONS: Mapping[str, tuple[Any, ...]] = {
-    "layout": ((1, 1), (1, 3), (2, 2), (3, 4)),
+    "layout": ((1, 1), (1, 3), (2, 2), (2, 3), (3, 4)),
     "mode": ("disaggregated", "colocated"),
     "transport": ("sockets", "collective"),
     "num_micro_batches": (1, 2),
@@ -37,14 +39,16 @@ PICKED = pairwise(CHOICES)
 
 
 def cases() -> Iterator[Any]:
-    """(variant, choice): every picked choice with the next variant of each family.
+    """(variant, choice): each variant with one of the choices; the others are slow.
 
-    By default each choice has one of the families, by turns.
+    As many as there are choices run with the tests of no processes, the families by turns.
     """
-    for place, family in enumerate(FAMILIES):
+    by_turns = [v for turn in zip_longest(*FAMILIES) for v in turn if v is not None]
+    for place, variant in enumerate(by_turns):
         for number, choice in enumerate(PICKED):
-            variant = family[number % len(family)]
-            marks = () if number % len(FAMILIES) == place else pytest.mark.slow
+            marks = [pytest.mark.distributed] if place >= len(PICKED) else []
+            if number != place % len(PICKED):
+                marks = [pytest.mark.distributed, pytest.mark.slow]
             yield pytest.param(variant, choice, marks=marks, id=f"{variant}-{describe(choice)}")
 
 
@@ -77,7 +81,7 @@ def test_tokens_are_those_of_transformers(
 
 def test_every_pair_and_every_variant_occurs() -> None:
     assert set().union(*map(pairs_of, PICKED)) == set().union(*map(pairs_of, CHOICES))
-    assert len(PICKED) <= 12
-    seen = {variant for variant, _ in (case.values for case in cases())}
-    for family in FAMILIES:
-        assert len(seen & set(family)) == min(len(family), len(PICKED))
+    assert len(PICKED) <= 14
+    default = [case.values for case in cases() if pytest.mark.slow not in case.marks]
+    assert sorted(variant for variant, _ in default) == sorted(sum(FAMILIES, ()))
+    assert all(choice in [chosen for _, chosen in default] for choice in PICKED)

@@ -1,4 +1,4 @@
-"""Two micro-batches in flight: the same results in every layout, and both pools busy at once."""
+"""Two micro-batches in flight: both pools are busy at once."""
 
 from __future__ import annotations
 
@@ -10,66 +10,15 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.launch.model_source import bundled_checkpoint
+from tests.harness.golden_clusters import requests
 from tests.harness.recorded_cluster import RecordedCluster
 from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.harness.step_traces import Seen, read_spans
 from tests.harness.worker_processes import ProcessWorkerGroup
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from tests.system.test_layouts import LAYOUTS, check_greedy, float32_config, requests
 from workers.requests.request import Request, SamplingParams
 
 AnyGolden = Callable[[str], Golden]
-
-
-@pytest.mark.parametrize("mode", ["disaggregated", "colocated"])
-@pytest.mark.parametrize("combine_mode", ["sum", "per_slot"])
-@pytest.mark.parametrize("transport", ["sockets", "collective"])
-def test_two_micro_batches_give_the_same_tokens(
-    golden: AnyGolden, transport: str, combine_mode: str, mode: str
-) -> None:
-    config = float32_config(
-        golden("olmoe-base"),
-        2,
-        2,
-        engine={"combine_mode": combine_mode, "num_micro_batches": 2},
-        transport={"transport": transport},
-        workers={"mode": mode, "num_redundant_experts": 8},
-    )
-    with serving(ThreadCluster(config)) as cluster:
-        check_greedy(cluster, golden("olmoe-base"))
-
-
-@pytest.mark.parametrize("transport", ["sockets", "collective"])
-@pytest.mark.parametrize("variant", ["dots1-groups", "jetmoe-tied"])
-def test_two_micro_batches_of_other_families(
-    golden: AnyGolden, variant: str, transport: str
-) -> None:
-    """Layers without experts, and three exchanges in a layer."""
-    config = float32_config(
-        golden(variant),
-        2,
-        2,
-        engine={"num_micro_batches": 2},
-        transport={"transport": transport},
-    )
-    with serving(ThreadCluster(config)) as cluster:
-        check_greedy(cluster, golden(variant))
-
-
-@pytest.mark.parametrize(
-    ("attention", "experts"),
-    [
-        pytest.param(a, e, marks=() if (a, e) in ((1, 1), (3, 4)) else pytest.mark.slow)
-        for a, e in LAYOUTS
-    ],
-    ids=[f"{a}x{e}" for a, e in LAYOUTS],
-)
-def test_two_micro_batches_in_every_layout(golden: AnyGolden, attention: int, experts: int) -> None:
-    """Also steps in which some ranks have one row, or none."""
-    engine: dict[str, object] = {"num_micro_batches": 2}
-    config = float32_config(golden("olmoe-norm-gqa-clip"), attention, experts, engine=engine)
-    with serving(ThreadCluster(config)) as cluster:
-        check_greedy(cluster, golden("olmoe-norm-gqa-clip"))
 
 
 @pytest.fixture(scope="module")

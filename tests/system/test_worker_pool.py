@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.harness.golden_clusters import check_greedy, float32_config
 from tests.harness.serving_cluster import ThreadCluster, serving
 from tests.harness.worker_pool import PooledWorkerGroup
 from tests.reference.goldens import Golden
-from tests.system.test_layouts import check_greedy, float32_config
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_processes_serve_one_model_after_the_other(golden: Callable[[str], Golden]) -> None:
     group = PooledWorkerGroup()
     seen = []
