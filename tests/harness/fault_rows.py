@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import psutil
@@ -31,7 +31,13 @@ from cluster.config.cluster import ClusterConfig, TransportSection
 from cluster.launch.model_source import bundled_checkpoint
 from tests.harness.cluster_gateway import Answer, gateway_of
 from tests.harness.mixed_calls import make_calls
-from tests.harness.serving_cluster import ServingCluster, ThreadCluster, make_config, serving
+from tests.harness.serving_cluster import (
+    QUIET_S,
+    ServingCluster,
+    ThreadCluster,
+    make_config,
+    serving,
+)
 from tests.harness.stalls import heartbeat, wait_until
 from workers.requests.request import FinishReason
 
@@ -68,6 +74,8 @@ class Played:
     """Requests that went on at another attention worker."""
     stall_s: float
     """Longest time after the fault in which a stream got nothing; ``play`` limits it."""
+    is_calm: bool
+    """The machine never stood still for long enough to make a living worker look dead."""
 
 
 RECOVERY_LIMIT_S = 13.0
@@ -101,10 +109,14 @@ def row_config(
     return make_config(bundled_checkpoint(), num_attention, num_experts, dtype="float32", **merged)
 
 
+quiet_config = partial(row_config, detection_limit_s=QUIET_S)
+"""For clusters of threads, where one stall silences all workers, and faults that are no silence."""
+
+
 @cache
 def undisturbed(form: Form) -> tuple[Answer, ...]:
     """What the calls of a form get where nothing happens."""
-    cluster = ThreadCluster(row_config(1, 1))
+    cluster = ThreadCluster(quiet_config(1, 1))
     with serving(cluster), gateway_of(cluster) as gateway:
         return tuple(gateway.answer(make_calls(form.num_streams, form.num_tokens)))
 
@@ -118,7 +130,7 @@ def play(
     lives holds KV blocks afterwards.
     """
     expected = undisturbed(form)
-    before = num_abandoned(cluster)
+    before, began = num_abandoned(cluster), time.monotonic()
     with gateway_of(cluster) as gateway:
         streams = gateway.stream(make_calls(form.num_streams, form.num_tokens))
         total = form.num_streams * form.num_tokens
@@ -133,6 +145,7 @@ def play(
         num_retried=num_abandoned(cluster) - before,
         num_resubmitted=gateway.num_resubmitted,
         stall_s=stall_s,
+        is_calm=heartbeat().longest_stall_s(began) < DETECTION_LIMIT_S / 2,
     )
 
 

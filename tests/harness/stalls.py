@@ -76,6 +76,11 @@ class Heartbeat:
         """Seconds after ``since`` in which the machine stood still or ran others."""
         return sum(gap.lost * gap.within(since) for gap in self._after(since))
 
+    def longest_stall_s(self, since: float) -> float:
+        """Length of the longest stall after ``since``; 0 without any."""
+        stalls = [gap.within(since) for gap in self._after(since) if gap.is_stall]
+        return max(stalls, default=0.0)
+
     def describe(self, since: float) -> str:
         """One line about what was lost after ``since``; empty if that was next to nothing."""
         gaps = self._after(since)

@@ -38,6 +38,9 @@ def test_only_the_part_after_a_moment_counts() -> None:
     heart = beats(Clock(), 3.0, 3.4, 5.4)
     assert heart.stalled_s(1.0) == pytest.approx(2.0 + 2.0)
     assert heart.stalled_s(3.2) == pytest.approx(2.0)
+    assert heart.longest_stall_s(0.0) == pytest.approx(3.0)
+    assert heart.longest_stall_s(3.2) == pytest.approx(2.0)
+    assert heart.longest_stall_s(5.5) == 0.0
     assert heart.describe(5.5) == ""
 
 

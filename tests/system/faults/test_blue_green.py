@@ -20,7 +20,7 @@ import pytest
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 from tests.harness.cluster_gateway import LIMIT_S, gateway_of
-from tests.harness.fault_rows import row_config
+from tests.harness.fault_rows import quiet_config
 from tests.harness.serving_cluster import ThreadCluster, serving
 from tests.system.faults.test_drain_command import ports_of
 
@@ -143,7 +143,7 @@ class Clients:
 
 def start(stack: ExitStack) -> str:
     """A cluster with a gateway; the URL of its HTTP port."""
-    cluster = stack.enter_context(serving(ThreadCluster(row_config(1, 1))))
+    cluster = stack.enter_context(serving(ThreadCluster(quiet_config(1, 1))))
     gateway = stack.enter_context(gateway_of(cluster))
     url, _ = stack.enter_context(ports_of(gateway))
     return url

@@ -9,7 +9,7 @@ import pytest
 
 from tests.harness.engine_stream import EngineStream, Result
 from tests.harness.fault_rows import DETECTION_LIMIT_S
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
+from tests.harness.serving_cluster import QUIET_S, ThreadCluster, make_config, serving
 from tests.harness.stalls import wait_until
 from workers.requests.request import Request, SamplingParams
 
@@ -30,7 +30,7 @@ def requests(prefix: str, num_tokens: int = NUM_TOKENS) -> list[Request]:
     ]
 
 
-def cluster_of(checkpoint: Path) -> ThreadCluster:
+def cluster_of(checkpoint: Path, detection_limit_s: float = QUIET_S) -> ThreadCluster:
     """One attention and two expert workers that each hold every expert."""
     config = make_config(
         checkpoint,
@@ -38,7 +38,7 @@ def cluster_of(checkpoint: Path) -> ThreadCluster:
         2,
         workers={"num_redundant_experts": 8},
         engine={"deterministic": True},
-        transport={"detection_limit_s": DETECTION_LIMIT_S},
+        transport={"detection_limit_s": detection_limit_s},
     )
     return ThreadCluster(config)
 
@@ -121,7 +121,7 @@ def test_a_worker_that_dies_with_the_controller_is_found_missing(tiny_checkpoint
 def test_an_idle_cluster_waits_for_its_controller_without_being_fenced(
     tiny_checkpoint: Path,
 ) -> None:
-    cluster = cluster_of(tiny_checkpoint)
+    cluster = cluster_of(tiny_checkpoint, DETECTION_LIMIT_S)
     with serving(cluster):
         stream = cluster.stream()
         calm = stream.finish(requests("calm"))
@@ -141,7 +141,7 @@ def test_an_isolated_worker_stops_by_itself_until_it_is_called(
     tiny_checkpoint: Path,
 ) -> None:
     """Neither a controller nor the experts: its lease runs out, and its streams are closed."""
-    cluster = cluster_of(tiny_checkpoint)
+    cluster = cluster_of(tiny_checkpoint, DETECTION_LIMIT_S)
     with serving(cluster):
         stream = cluster.stream()
         calm = stream.finish(requests("calm"))

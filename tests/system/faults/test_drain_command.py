@@ -18,7 +18,7 @@ from protos import admin_pb2 as pb
 from protos.admin_pb2_grpc import AdminStub
 from tests.gateway.stack import start_http
 from tests.harness.cluster_gateway import ClusterGateway, gateway_of
-from tests.harness.fault_rows import SMALL, check_answers, row_config, undisturbed
+from tests.harness.fault_rows import SMALL, check_answers, quiet_config, undisturbed
 from tests.harness.mixed_calls import make_calls
 from tests.harness.serving_cluster import ThreadCluster, serving
 
@@ -42,7 +42,7 @@ def test_streams_go_on_while_a_worker_is_drained_by_command(
 ) -> None:
     expected = undisturbed(SMALL)
     with (
-        serving(ThreadCluster(row_config(2, 1))) as cluster,
+        serving(ThreadCluster(quiet_config(2, 1))) as cluster,
         gateway_of(cluster) as gateway,
         ports_of(gateway) as (url, admin),
     ):

@@ -15,6 +15,7 @@ from tests.harness.fault_rows import (
     Form,
     check_answers,
     play,
+    quiet_config,
     row_config,
     undisturbed,
     wait_operation,
@@ -46,7 +47,7 @@ def drain(cluster: ServingCluster, worker: str) -> dict[str, Any]:
 
 def test_drained_workers_leave_no_trace_in_the_answers() -> None:
     """One of each pool, under load, one after the other."""
-    with serving(ThreadCluster(row_config(2, 3, num_redundant=22))) as cluster:
+    with serving(ThreadCluster(quiet_config(2, 3, num_redundant=22))) as cluster:
         done: list[dict[str, Any]] = []
 
         def fault() -> None:
@@ -69,7 +70,7 @@ def test_drained_workers_leave_no_trace_in_the_answers() -> None:
 @pytest.mark.slow
 def test_a_drain_goes_on_when_the_controller_dies() -> None:
     """A worker of each pool; no request fails, none is moved twice."""
-    cluster = ThreadCluster(row_config(2, 3))
+    cluster = ThreadCluster(quiet_config(2, 3))
     done: list[dict[str, Any]] = []
     with serving(cluster):
 
@@ -100,7 +101,7 @@ LAYOUTS = (
 @pytest.mark.parametrize(("layout", "worker"), LAYOUTS)
 def test_only_copies_are_read_by_others_first(layout: dict[str, Any], worker: str) -> None:
     """Two workers with experts and no spare slot: one takes all over, from the other's memory."""
-    with serving(ThreadCluster(row_config(1, 2, **layout))) as cluster:
+    with serving(ThreadCluster(quiet_config(1, 2, **layout))) as cluster:
         done: list[dict[str, Any]] = []
         play(cluster, SMALL, random.Random(7), lambda: done.append(drain(cluster, worker)))
         assert done[0]["result"]["experts_copied"] == 32 * len(cluster.call("placement")["banks"])
@@ -156,7 +157,7 @@ def roll(cluster: ServingCluster, form: Form) -> None:
 
 @pytest.mark.slow
 def test_a_rolling_restart_of_every_worker() -> None:
-    with serving(ThreadCluster(row_config(2, 2))) as cluster:
+    with serving(ThreadCluster(quiet_config(2, 2))) as cluster:
         roll(cluster, SMALL)
 
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tests.harness.fault_rows import FORMS, Form, play, row_config
+from tests.harness.fault_rows import FORMS, Form, play, quiet_config
 from tests.harness.other_gateway import other_gateway
 from tests.harness.serving_cluster import ThreadCluster, serving
 
@@ -14,7 +14,7 @@ from tests.harness.serving_cluster import ThreadCluster, serving
 @pytest.mark.parametrize("form", FORMS)
 def test_killing_a_gateway_ends_its_requests_and_no_others(form: Form) -> None:
     """Its clients never stop asking: that no KV block is held afterwards is the engines' doing."""
-    with serving(ThreadCluster(row_config(2, 1))) as cluster, other_gateway(cluster) as other:
+    with serving(ThreadCluster(quiet_config(2, 1))) as cluster, other_gateway(cluster) as other:
         played = play(cluster, form, random.Random(5), other.kill)
         assert played.num_resubmitted == 0
         assert played.num_retried == 0

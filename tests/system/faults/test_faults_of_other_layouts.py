@@ -23,6 +23,7 @@ from tests.harness.fault_rows import (
     kill_in_a_step,
     play,
     play_until,
+    quiet_config,
     row_config,
     serving_name,
     stop_until_lost,
@@ -33,7 +34,7 @@ from tests.harness.serving_cluster import RayCluster, ThreadCluster, connected_r
 
 
 def test_a_colocated_worker_of_threads_that_leads() -> None:
-    cluster = ThreadCluster(row_config(0, 3, mode="colocated", num_redundant=22))
+    cluster = ThreadCluster(quiet_config(0, 3, mode="colocated", num_redundant=22))
     with serving(cluster):
         played = play(cluster, SMALL, random.Random(0), cluster.group.runtimes["colocated-0"].stop)
         assert played.num_resubmitted > 0

@@ -11,6 +11,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.harness.fault_rows import (
     DETECTION_LIMIT_S,
     FORMS,
     Form,
+    Played,
     check_gone,
     entries_since,
     kill,
@@ -47,14 +49,19 @@ def cluster(shared: ServingCluster) -> ServingCluster:
     return shared
 
 
-def kill_controller(cluster: ServingCluster) -> None:
-    """``kill -9``."""
-    os.kill(cluster.snapshot()["controller_pid"], signal.SIGKILL)
+def is_calm(played: Played) -> bool:
+    """No other worker may have been lost."""
+    return played.is_calm
 
 
 def test_no_stream_notices_a_killed_controller(cluster: ServingCluster, form: Form) -> None:
-    before = cluster.snapshot()
-    play(cluster, form, random.Random(1), lambda: kill_controller(cluster))
+    before: dict[str, Any] = {}
+
+    def fault() -> None:
+        before.update(cluster.snapshot())
+        os.kill(before["controller_pid"], signal.SIGKILL)
+
+    play_until(cluster, form, random.Random(1), fault, is_calm)
     after = cluster.wait(lambda s: s["term"] > before["term"])
     assert after["generation"] == before["generation"]
     assert after["state"] == before["state"]
@@ -64,17 +71,17 @@ def test_no_stream_notices_a_killed_controller(cluster: ServingCluster, form: Fo
 def test_a_controller_that_wakes_up_declares_no_worker_lost(
     cluster: ServingCluster, form: Form
 ) -> None:
-    before = cluster.snapshot()
-    pid = before["controller_pid"]
-    wake = threading.Timer(DETECTION_LIMIT_S + 1.0, os.kill, (pid, signal.SIGCONT))
+    before: dict[str, Any] = {}
 
     def freeze() -> None:
+        before.update(cluster.snapshot())
+        pid = before["controller_pid"]
+        wake = threading.Timer(DETECTION_LIMIT_S + 1.0, os.kill, (pid, signal.SIGCONT))
         os.kill(pid, signal.SIGSTOP)
         wake.start()
 
-    play(cluster, form, random.Random(2), freeze)
-    wake.join()
-    after = cluster.snapshot(fresh=True)
+    play_until(cluster, form, random.Random(2), freeze, is_calm)
+    after = cluster.snapshot(fresh=True)  # answers once it has woken up
     for key in ("controller_pid", "term", "generation", "state"):
         assert after[key] == before[key], key
 
@@ -87,7 +94,7 @@ def test_a_worker_with_experts_is_killed(cluster: ServingCluster, form: Form) ->
     def fault() -> None:
         kill(cluster, serving_name(cluster, "expert", draw.randrange(3)))
 
-    play_until(cluster, form, draw, fault, lambda played: played.num_retried > 0)
+    play_until(cluster, form, draw, fault, lambda p: p.is_calm and p.num_retried > 0)
     history = entries_since(before, whole(cluster))
     loss = next(entry for entry in history if entry["cause"].startswith("lost expert"))
     assert loss["effect"].startswith("go on with 2 attention and 2 expert workers")
@@ -140,18 +147,19 @@ def test_a_worker_that_wakes_up_late_disturbs_no_stream(
 
 
 def test_a_signal_to_a_worker_drains_it(cluster: ServingCluster, form: Form) -> None:
-    names = [serving_name(cluster, "attention", 1), serving_name(cluster, "expert", 2)]
-    known = {operation["id"] for operation in cluster.call("operations")}
-    before = cluster.snapshot()["generation"]
-    pids = [cluster.worker(name)["pid"] for name in names]
+    names: list[str] = []
+    known: set[str] = set()
 
     def fault() -> None:
-        for pid in pids:  # as the processes of a node get it
-            os.kill(pid, signal.SIGTERM)
+        names[:] = [serving_name(cluster, "attention", 1), serving_name(cluster, "expert", 2)]
+        known.update(operation["id"] for operation in cluster.call("operations"))
+        for name in names:  # as the processes of a node get it
+            os.kill(cluster.worker(name)["pid"], signal.SIGTERM)
 
-    play(cluster, form, random.Random(6), fault)
-    for pid in pids:
-        check_gone(pid)
+    before = cluster.snapshot()["generation"]
+    play_until(cluster, form, random.Random(6), fault, is_calm)
+    for name in names:
+        check_gone(cluster.worker(name)["pid"])
     # one, unless a signal was followed much later
     begun = [o["id"] for o in cluster.call("operations") if o["id"] not in known]
     ended = [wait_operation(cluster, operation) for operation in begun]

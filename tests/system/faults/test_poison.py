@@ -17,6 +17,7 @@ from tests.harness.fault_rows import (
     Form,
     blocks_held,
     check_answers,
+    quiet_config,
     row_config,
     undisturbed,
 )
@@ -52,8 +53,8 @@ def find_the_poison(cluster: ServingCluster, form: Form) -> None:
 
 
 KILLS: dict[str, tuple[ClusterConfig, Callable[[ThreadWorkerGroup], None]]] = {
-    "attention": (row_config(4, 1), raise_poison),
-    "expert": (row_config(2, 4, num_redundant=48), stop_an_expert_worker),
+    "attention": (quiet_config(4, 1), raise_poison),
+    "expert": (quiet_config(2, 4, num_redundant=48), stop_an_expert_worker),
 }
 
 

@@ -21,7 +21,7 @@ from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import InspectFields, Inspecting
 from gateway.generation.pooling import Reader, reading_fields
 from tests.harness.cluster_gateway import gateway_of
-from tests.harness.fault_rows import blocks_held, row_config
+from tests.harness.fault_rows import blocks_held, quiet_config
 from tests.harness.mixed_calls import WORDS
 from tests.harness.poison import POISON, PoisonedGroup
 from tests.harness.serving_cluster import ThreadCluster, ThreadWorkerGroup, serving
@@ -132,7 +132,7 @@ class DieAt:
 
 def answers(number: int) -> tuple[list[Any], int]:
     """What came of all requests, and how many of them went on elsewhere."""
-    cluster = ThreadCluster(row_config(2, 1), PoisonedGroup(DieAt(number)))
+    cluster = ThreadCluster(quiet_config(2, 1), PoisonedGroup(DieAt(number)))
     with serving(cluster), gateway_of(cluster) as gateway:
         found = gateway.run(ask_everything(gateway.gateway))
         cluster.wait(lambda snapshot: blocks_held(snapshot) == 0, fresh=True)
@@ -173,7 +173,7 @@ def test_requests_of_the_only_worker_wait_for_the_one_in_its_place() -> None:
     found = []
     for number in (0, 20):
         died = DieAt(number)
-        cluster = ThreadCluster(row_config(1, 1), PoisonedGroup(died))
+        cluster = ThreadCluster(quiet_config(1, 1), PoisonedGroup(died))
         with serving(cluster), gateway_of(cluster) as gateway:
             found.append(gateway.run(ask_some(gateway.gateway, died)))
             assert (gateway.num_resubmitted > 0) is (number > 0)
@@ -199,7 +199,7 @@ class HeldGroup(PoisonedGroup):
 
 def test_deadlines_and_cancellation_hold_while_recovering() -> None:
     group = HeldGroup(20)
-    config = row_config(2, 1)
+    config = quiet_config(2, 1)
     patience = dataclasses.replace(config.transport, connect_timeout_s=LIMIT_S)
     cluster = ThreadCluster(dataclasses.replace(config, transport=patience), group)
     with serving(cluster), gateway_of(cluster) as gateway:

@@ -14,7 +14,6 @@ from cluster.launch.model_source import bundled_checkpoint
 from gateway.core.call import GenerateFields
 from tests.harness.cluster_gateway import Answer, gateway_of
 from tests.harness.failing_steps import FailingWorkerGroup, Faults, renew_on_fault
-from tests.harness.fault_rows import DETECTION_LIMIT_S
 from tests.harness.mixed_calls import make_calls
 from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.workers.transport.mesh import make_header
@@ -41,7 +40,7 @@ def make_config_of(
             "max_num_batched_tokens": 64,
             **engine,
         },
-        transport={"transport": transport, "detection_limit_s": DETECTION_LIMIT_S},
+        transport={"transport": transport},
     )
 
 
