@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import httpx
 import pytest
 
 from protos import inference_pb2 as pb
@@ -39,7 +43,20 @@ def lose_an_expert_worker(server: Served) -> None:
     )
 
 
-def test_requests_and_a_recovery_are_traced(
+def read_stream(server: Served, began: threading.Event) -> list[str]:
+    """All lines of a long stream after its first token."""
+    body = {**GOOD, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with (
+        httpx.Client(base_url=server.http, timeout=WAIT_S) as client,
+        client.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: {")
+        began.set()
+        return [line for line in lines if line]
+
+
+def test_requests_and_a_recovery_are_traced_and_a_stream_outlasts_the_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gateway and controller send at their end what they have kept.
@@ -48,11 +65,17 @@ def test_requests_and_a_recovery_are_traced(
     """
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")
     web, rpc = Caller(), Caller()
-    with running_collector() as collector:
+    began = threading.Event()
+    with ThreadPoolExecutor(1) as pool, running_collector() as collector:
         with running_server(tmp_path, "--otlp-endpoint", collector.endpoint) as server:
             ask(server, web, rpc)
             lose_an_expert_worker(server)
             assert not collector.spans
+            stream = pool.submit(read_stream, server, began)
+            assert began.wait(WAIT_S)
+        *_, last, done = stream.result(WAIT_S)
+        assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert done == "data: [DONE]"
         for caller, address in ((web, server.http), (rpc, server.grpc)):
             spans = collector.trace(caller.trace_id)
             check_tree(caller, spans)

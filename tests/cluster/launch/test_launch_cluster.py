@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -224,36 +223,6 @@ def test_a_killed_front_process_leaves_nothing(servers: list[Server]) -> None:
     server.child.kill()
     wait_until(lambda: not server.folder.exists(), "the end of its folder")
     assert_nothing_left(server, memory_before)
-
-
-def test_sigterm_lets_a_stream_end(servers: list[Server]) -> None:
-    servers.append(Server.start("--mode", "local", "--drain-timeout-s", f"{START_LIMIT_S:g}"))
-    server = servers[0]
-    server.wait_ready()
-    asked = {"prompt": "ROMEO:", "max_tokens": 1000, "ignore_eos": True, "stream": True}
-    body, headers = json.dumps(asked).encode(), {"content-type": "application/json"}
-    url = f"{server.http}/v1/completions"
-    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=120) as stream:
-        stream.readline()
-        server.child.send_signal(signal.SIGTERM)
-        while status_of(server.http, "/ready") == 200:
-            time.sleep(0.05)
-        events = stream.read().split(b"\n\n")
-    assert events[-2:] == [b"data: [DONE]", b""]
-    assert json.loads(events[-3].removeprefix(b"data: "))["choices"][0]["finish_reason"] == "length"
-    output, _ = server.child.communicate(timeout=STOP_LIMIT_S)
-    assert (server.child.returncode, output) == (0, "")
-
-
-def status_of(url: str, path: str) -> int:
-    """Status of a GET; 0 where no server answers."""
-    try:
-        with urllib.request.urlopen(f"{url}{path}", timeout=120) as reply:
-            return int(reply.status)
-    except urllib.error.HTTPError as err:
-        return err.code
-    except OSError:
-        return 0
 
 
 def test_a_signal_while_starting_leaves_nothing(servers: list[Server]) -> None:
