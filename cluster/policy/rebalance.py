@@ -118,8 +118,7 @@ def planned_topology(
     is_spread = len({m.domain or m.node for m in experts}) > 1
     domains = {m.device: m.domain if is_spread else m.name for m in experts}
     held = [
-        max((len(held_by(bank, d)) for bank in placement.banks), default=0)
-        for d in range(placement.num_devices)
+        max(len(held_by(bank, d)) for bank in placement.banks) for d in range(placement.num_devices)
     ]
     devices = tuple(
         replace(planned_device(by_device[d], max(num_slots, held[d])), domain=domains[d])

@@ -170,13 +170,11 @@ def _floors(
 ) -> Tensor | None:
     """[rows, 1]: tokens below this scaled logit (best is 0) are dropped; None: no row drops any."""
     params = [row.params for row in rows]
-    floor: Tensor | None = None
-    if any(p.min_p > 0 for p in params):
-        floor = column(p.min_p for p in params).log()
     limited = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
+    if not limited and not any(p.min_p for p in params):
+        return None
+    floor = column(p.min_p for p in params).log()  # minus infinity for 0
     if limited:
-        if floor is None:
-            floor = scaled.new_full((len(rows), 1), float("-inf"))
         part = scaled if len(limited) == len(rows) else scaled[limited]
         cut = _truncations(part, [params[i] for i in limited])
         floor[limited] = torch.maximum(floor[limited], cut)
@@ -267,7 +265,8 @@ def sample_alone(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:
     Some functions of torch compute the last elements of a tensor with another formula than the
     others, so a row must not share its tensor with other rows.
     """
-    return [sample(logits[i : i + 1].clone(), [row])[0] for i, row in enumerate(rows)]
+    each = zip(logits, rows, strict=True)
+    return [sample(values.clone().unsqueeze(0), [row])[0] for values, row in each]
 
 
 def logprob_entries_alone(
@@ -275,6 +274,6 @@ def logprob_entries_alone(
 ) -> list[TokenLogprob]:
     """``logprob_entries`` with each row in memory of its own; see ``sample_alone``."""
     return [
-        logprob_entries(logits[i : i + 1].clone(), [token], [count])[0]
-        for i, (token, count) in enumerate(zip(tokens, num_top, strict=True))
+        logprob_entries(values.clone().unsqueeze(0), [token], [count])[0]
+        for values, token, count in zip(logits, tokens, num_top, strict=True)
     ]

@@ -185,3 +185,16 @@ def test_hashes_are_the_same_in_every_process() -> None:
     """An index of prefixes holds the reports of several workers."""
     known = chain_hash(root_hash("tenant"), (1, 2, 50303))
     assert known.hex() == "a937842d78963777663658bfbefd89c1a3e9007e1135957d27bdb05e9e0a5681"
+
+
+def test_a_block_that_was_shared_is_kept_for_twice_as_long() -> None:
+    pool = BlockPool(6)
+    a, b, c, d, e, f = blocks = pool.allocate(6)
+    for block in blocks:
+        pool.store(block, bytes([block]) * 32)
+    for block in (a, b, c, d):
+        pool.release([block])
+    pool.share([a])
+    for block in (a, e, f):
+        pool.release([block])
+    assert pool.allocate(6) == [b, c, d, e, a, f]

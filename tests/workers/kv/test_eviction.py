@@ -104,6 +104,14 @@ def test_a_held_block_that_is_lent_goes_first_when_it_is_free() -> None:
     assert given_up(order) == "baq"
 
 
+def test_a_beginning_with_another_end_is_kept_after_one_end_is_forgotten() -> None:
+    order = order_of("ab", "ac", "q")
+    order.forget(b"b")
+    order.check_integrity([])
+    order.lend(names("a"))
+    assert given_up(order) == "caq"
+
+
 def test_the_check_sees_a_block_that_is_held_and_free() -> None:
     order = order_of("ab")
     order.check_integrity([])

@@ -56,6 +56,13 @@ def test_top_p_beyond_the_first_candidates() -> None:
     assert len(set(tokens.tolist())) > 150
 
 
+def test_top_p_keeps_no_token_beyond_its_share() -> None:
+    logits = torch.tensor([[4.0, 2.0, 1.0, 1.0]]).log().expand(100, 4)  # shares 1/2, 1/4, 1/8
+    half, most = (SamplingParams(seed=5, top_p=share) for share in (0.5, 0.75))
+    assert set(draw(logits, rows_of(half, 100)).tolist()) == {0}
+    assert set(draw(logits, rows_of(most, 100)).tolist()) == {0, 1}
+
+
 def test_limits_keep_ties() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]])
     params = SamplingParams(seed=5, top_k=2)
@@ -127,6 +134,51 @@ def test_a_seed_gives_the_same_numbers_and_tokens_in_every_release() -> None:
     logits = torch.arange(5000).remainder(61).expand(8, -1) / 8
     rows = [SamplingRow(SamplingParams(seed=3), choice=i % 2, index=i) for i in range(8)]
     assert draw(logits, rows).tolist() == [4445, 602, 2923, 4265, 3827, 4940, 3778, 2682]
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tokens"),
+    [
+        (12, [10, 8, 5, 10, 6, 2, 6, 7]),
+        (16, [13, 12, 6, 13, 10, 3, 10, 11]),
+        (256, [212, 178, 108, 220, 159, 34, 159, 164]),
+    ],
+)
+def test_a_walk_has_as_many_levels_as_the_vocabulary_needs(
+    vocab_size: int, tokens: list[int]
+) -> None:
+    logits = (torch.arange(vocab_size).remainder(7) / 4).expand(8, -1)
+    assert draw(logits, rows_of(SamplingParams(seed=3), 8)).tolist() == tokens
+
+
+def test_logprobs_are_those_of_drawn_tokens_where_asked_for() -> None:
+    logits = torch.tensor([[3.0, 1.0], [3.0, 1.0], [float("nan"), 0.0], [3.0, 1.0]])
+    numbers = (0, None, 1, 1)
+    rows = [
+        SamplingRow(SamplingParams(temperature=0.0, logprobs=number), 0, 0) for number in numbers
+    ]
+    drawn = sample(logits, rows)
+    assert [d.token for d in drawn] == [0, 0, -1, 0]
+    assert [None if d.logprob is None else len(d.logprob.top) for d in drawn] == [0, None, None, 1]
+
+
+def test_top_k_keeps_the_best_of_few_and_of_many_tokens() -> None:
+    logits = torch.arange(600.0).expand(400, -1) / 1000
+    for top_k in (1, 2, 255, 256, 257, 599):
+        tokens = draw(logits, rows_of(SamplingParams(seed=1, top_k=top_k), 400)).tolist()
+        assert min(tokens) >= 600 - top_k
+        assert len(set(tokens)) > min(top_k, 200) / 2
+
+
+def test_limits_of_one_row_leave_the_others_alone() -> None:
+    logits = torch.zeros(200, 8)
+    for limited in (
+        SamplingParams(top_k=1),
+        SamplingParams(top_p=0.1),
+        SamplingParams(min_p=0.5),
+    ):
+        rows = [*rows_of(SamplingParams(seed=1), 199), SamplingRow(limited, 0, 0)]
+        assert set(draw(logits, rows)[:199].tolist()) == set(range(8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
