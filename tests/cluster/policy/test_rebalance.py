@@ -135,6 +135,15 @@ def test_without_moves_the_shares_alone_are_weighed() -> None:
     assert decision.target.banks != now.banks
 
 
+def test_where_moves_cost_too_much_the_shares_alone_change() -> None:
+    now = current(num_redundant=2)
+    topology = planned_topology(MEMBERS, now, 6)
+    slow = replace(SETTINGS, bytes_per_s=1.0)
+    decision = decide_placement(load(prefill_share=1.0), topology, now, slow)
+    assert decision.action == "split"
+    assert decision.gain_s > decision.cost_s
+
+
 def test_an_even_load_is_left_alone() -> None:
     now = current()
     topology = planned_topology(MEMBERS, now, 5)
