@@ -159,6 +159,5 @@ TestController = ControllerMachine.TestCase
 TestController.settings = settings(
     max_examples=100,
     stateful_step_count=40,
-    derandomize=True,
     suppress_health_check=list(HealthCheck),
 )

@@ -13,7 +13,7 @@ from cluster.planner import cost, decode, mesh
 from cluster.planner.base import Floats, PlannedTopology, normalised, slot_arrays
 from tests.cluster.planner.planner_cases import Problem, make_profile, problems
 
-PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(max_examples=25, deadline=None)
 
 
 def brute_force_peak(active: Floats, primary: list[int], speeds: Floats) -> float:

@@ -14,7 +14,7 @@ from cluster.planner.base import PlannedDevice, PlannedTopology
 from cluster.planner.simple import contiguous_plan
 from tests.cluster.planner.planner_cases import Problem, check_bank, make_profile, problems
 
-PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(max_examples=25, deadline=None)
 PUBLISHED_LOADS = np.array(
     [
         [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],

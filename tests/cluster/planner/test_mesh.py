@@ -27,7 +27,7 @@ from tests.cluster.planner.planner_cases import (
     problems,
 )
 
-PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(max_examples=25, deadline=None)
 BUDGETS = st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0])
 
 

@@ -15,7 +15,7 @@ from cluster.planner.proposals import Limits
 from cluster.planner.search import Placed, solve
 from tests.cluster.planner.planner_cases import Problem, make_profile, problems
 
-PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(max_examples=25, deadline=None)
 
 
 def limits_of(topology: PlannedTopology, experts: int) -> Limits:

@@ -15,7 +15,7 @@ from cluster.planner.base import Floats, Ints, normalised, slot_arrays
 from cluster.planner.cost import balancedness, utilization
 from tests.cluster.planner.planner_cases import Problem, problems
 
-PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(max_examples=25, deadline=None)
 
 
 def least_peak(slots: Ints, loads: Floats, speeds: Floats) -> float:
