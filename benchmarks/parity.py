@@ -26,7 +26,6 @@ from msgspec.structs import replace
 from benchmarks.results import table
 from cluster.config.cluster import ClusterConfig, EngineSection
 from tests.harness.golden_clusters import check_greedy, colocated_config, float32_config, requests
-from tests.harness.local_engine import LocalEngine
 from tests.harness.serving_cluster import ServingCluster, ThreadCluster, serving
 from tests.harness.worker_pool import PooledWorkerGroup
 from tests.reference.exact import exact
@@ -40,6 +39,7 @@ from tests.reference.goldens import (
     make_random,
 )
 from tests.reference.parity import GREEDY, check_bfloat16, check_float32
+from workers.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams
 
 logger = logging.getLogger(__name__)

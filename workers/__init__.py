@@ -1,4 +1,4 @@
-"""The engine and the Ray actors that run it.
+"""The engine and the Ray actors that run it. No module lives here directly but the local engine.
 
 Floors, from the ground up: ``requests``; ``model``, ``transport``, ``metrics``; ``kv``,
 ``sampling``, ``experts``, ``dispatch``, ``inspection``; ``engine``; ``process``. Ray and gRPC are

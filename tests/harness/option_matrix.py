@@ -15,9 +15,9 @@ from typing import Any
 from msgspec.structs import replace
 
 from cluster.config.cluster import ClusterConfig, EngineSection
-from tests.harness.local_engine import LocalEngine
 from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.reference.exact import exact, mixed_requests
+from workers.local_engine import LocalEngine
 from workers.requests.request import Request, TokenOutput
 
 OPTIONS: Mapping[str, tuple[Any, ...]] = {

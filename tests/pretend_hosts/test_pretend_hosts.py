@@ -17,7 +17,6 @@ import pytest
 from cluster.config.cluster import EngineSection
 from cluster.launch.model_source import bundled_checkpoint
 from tests.harness.fault_rows import FORMS, FULL, Form, state_of
-from tests.harness.local_engine import LocalEngine
 from tests.pretend_hosts.hosts import (
     TIMEOUT_S,
     NodeHosts,
@@ -28,6 +27,7 @@ from tests.pretend_hosts.hosts import (
     wait_until,
     why_not,
 )
+from workers.local_engine import LocalEngine
 from workers.requests.request import SamplingParams
 
 pytestmark = pytest.mark.ray

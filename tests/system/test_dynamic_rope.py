@@ -16,10 +16,10 @@ from msgspec import structs
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import ContextLengthError
 from tests.harness.golden_clusters import GREEDY, requests
-from tests.harness.local_engine import LocalEngine
 from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.reference.goldens import NUM_PROMPTS, Golden
 from workers.kv.cache import block_bytes
+from workers.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams
 
 AnyGolden = Callable[[str], Golden]

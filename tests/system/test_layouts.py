@@ -11,7 +11,6 @@ import torch
 
 from cluster.config.cluster import ClusterConfig
 from tests.harness.golden_clusters import check_greedy, colocated_config, float32_config, requests
-from tests.harness.local_engine import LocalEngine
 from tests.harness.serving_cluster import (
     RayCluster,
     ServingCluster,
@@ -21,6 +20,7 @@ from tests.harness.serving_cluster import (
     serving,
 )
 from tests.reference.goldens import BF16_VARIANTS, NUM_PROMPTS, Golden
+from workers.local_engine import LocalEngine
 from workers.requests.request import SamplingParams
 
 LAYOUTS = [(attention, experts) for attention in (0, 1, 2, 3) for experts in (1, 2, 3, 4)]

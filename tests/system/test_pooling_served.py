@@ -22,10 +22,10 @@ from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.stack import MODEL, Stack, post
-from tests.harness.local_engine import LocalEngine
 from tests.harness.served_stack import stack_over
 from tests.paths import DEMO
 from tests.reference.goldens import load_golden
+from workers.local_engine import LocalEngine
 from workers.requests.inspection import Inspection, Pooling
 
 _LOADED = load_tokenizer(str(DEMO))

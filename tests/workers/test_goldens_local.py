@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cluster.config.cluster import EngineSection
-from tests.harness.local_engine import LocalEngine
 from tests.reference.goldens import (
     ALL_VARIANTS,
     BF16_VARIANTS,
@@ -23,6 +22,7 @@ from tests.reference.goldens import (
 )
 from tests.reference.parity import GREEDY, check_bfloat16, check_float32
 from workers.kv.cache import block_bytes
+from workers.local_engine import LocalEngine
 from workers.requests.inspection import Inspection
 
 

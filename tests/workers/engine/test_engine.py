@@ -22,9 +22,9 @@ from cluster.core.errors import (
     RequestError,
 )
 from tests.fakes import TINY_CONFIG, FailingDispatcher, tiny_tensors, write_tiny_checkpoint
-from tests.harness.local_engine import LocalEngine
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from workers.kv.cache import block_bytes
+from workers.local_engine import LocalEngine
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
 from workers.requests.step_header import Grant, StepHeader
 

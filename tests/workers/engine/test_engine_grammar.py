@@ -15,9 +15,9 @@ from cluster.config.cluster import EngineSection
 from cluster.core.errors import PeerLostError
 from gateway.text.tokenizer import load_tokenizer
 from tests.fakes import FailingDispatcher
-from tests.harness.local_engine import LocalEngine
 from tests.paths import DEMO
 from workers.kv.cache import block_bytes
+from workers.local_engine import LocalEngine
 from workers.requests.request import (
     FinishReason,
     Grammar,

@@ -10,9 +10,9 @@ import pytest
 from msgspec import structs
 
 from cluster.config.cluster import EngineSection
-from tests.harness.local_engine import LocalEngine
 from tests.reference.exact import exact
 from workers.kv.cache import block_bytes
+from workers.local_engine import LocalEngine
 from workers.model.loading.checkpoint import resolve_dtype
 from workers.requests.request import Request, SamplingParams
 
