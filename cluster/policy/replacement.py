@@ -116,9 +116,9 @@ class Replacements:
         return all(p.member.name in names for p in self._places.values())
 
     @property
-    def are_coming(self) -> bool:
-        """A worker is starting, or will be started, for some place."""
-        return any((p.is_empty and not p.left_out) or p.is_starting for p in self._places.values())
+    def are_due(self) -> bool:
+        """A worker will be started for some place, now or later."""
+        return any(p.is_empty and not p.left_out for p in self._places.values())
 
     @property
     def left_out(self) -> dict[str, str]:

@@ -279,7 +279,9 @@ class Recovery:
 
     def _settle(self) -> None:
         """Enter the state of a stalled cluster: RECOVERING while workers are coming."""
-        is_hopeful = self.replacements.are_coming
+        early = (WorkerState.STARTING, WorkerState.LOADING)
+        are_coming = any(r.state in early for r in self._cluster.workers.alive())
+        is_hopeful = are_coming or self.replacements.are_due
         self._cluster.enter(ClusterState.RECOVERING if is_hopeful else ClusterState.DEGRADED)
 
     def _holdings(self, members: Sequence[Member]) -> Holdings:

@@ -269,6 +269,23 @@ def test_with_nothing_to_hope_for_the_state_is_degraded() -> None:
     assert not snapshot["experts_complete"]
 
 
+def test_a_ready_worker_with_nobody_left_to_wait_for_leaves_the_state_degraded() -> None:
+    cluster = FakeCluster(1, 1)
+    cluster.serve()
+    lose(cluster, "attention-0", "expert-0")
+    cluster.tick(0.2)
+    cluster.bring_up("expert-0.2")
+    for number in (2, 3, 4):
+        for _ in range(100):
+            if f"attention-0.{number}" in cluster.started():
+                break
+            wait(cluster, 0.5)
+        assert cluster.state == "RECOVERING"
+        lose(cluster, f"attention-0.{number}")
+    wait(cluster, 0.5)
+    assert cluster.state == "DEGRADED"
+
+
 def test_a_worker_that_does_not_get_ready_is_lost() -> None:
     cluster = FakeCluster(1, 3, num_redundant=3, settings=ControllerSettings(start_limit_s=20.0))
     cluster.serve()

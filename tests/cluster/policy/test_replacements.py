@@ -45,14 +45,15 @@ def test_deaths_while_starting_count_until_one_serves() -> None:
     assert places.left_out == {}
     for number in (8, 9, 10):
         places.lost(name, f"killed {number}", now)
+        assert places.are_due
         now += 100.0
         name = f"expert-0.{number}"
         assert due(places, now) == [name]
-    assert places.are_coming
+    assert not places.are_due
     places.lost(name, "once more", now)
     assert due(places, now + 1000.0) == []
     assert places.left_out == {"expert-0": "died 3 times while starting, last: once more"}
-    assert not places.are_coming
+    assert not places.are_due
     places.reopen("expert", 0)
     assert due(places, now + 1000.0) == ["expert-0.11"]
 
@@ -62,7 +63,7 @@ def test_a_place_that_was_left_on_purpose_stays_empty_until_it_is_reopened() -> 
     places.leave("expert-1")
     places.lost("expert-1", "ended", 1.0)
     assert due(places, 100.0) == []
-    assert not places.are_coming
+    assert not places.are_due
     assert not places.is_full(MEMBERS[:2])
     places.reopen("expert", 1)
     assert due(places, 100.0) == ["expert-1.2"]
