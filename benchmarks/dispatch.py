@@ -289,13 +289,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     document = document_of("benchmarks.dispatch", options, {"tokens": found})
     tell(args, document, _text(document["results"]["tokens"]))
     if not args.json:
-        note("MICROSECONDS: median (p99); combine waits for the experts. BYTES: of all workers.")
+        note("US: microseconds, median (p99); combine waits for the experts.")
+        note("BYTES: sums over all workers.")
     return 0
 
 
 def _text(found: Mapping[str, Any]) -> str:
-    times = ("wire", "dispatch", "combine", "exchange")
-    times = ("WIRE US", "DISPATCH US", "COMBINE US", "BOTH US")
+    times = {"wire": "WIRE US", "dispatch": "DISPATCH US", "combine": "COMBINE US"}
+    times |= {"exchange": "BOTH US"}
     rows = [
         (
             tokens,
@@ -308,7 +309,7 @@ def _text(found: Mapping[str, Any]) -> str:
         )
         for tokens, numbers in found.items()
     ]
-    return table(("TOKENS", *times, "BYTES OUT", "BYTES BACK"), rows)
+    return table(("TOKENS", *times.values(), "BYTES OUT", "BYTES BACK"), rows)
 
 
 if __name__ == "__main__":

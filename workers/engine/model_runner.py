@@ -42,7 +42,7 @@ class StepResult:
     """What was recorded for sequences whose requests inspect the inside of the model."""
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True)
 class ModelRunner:
     """Runs plans on one attention rank, over any ``TokenDispatcher``."""
 

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec.structs import replace
+
 from cluster.controller.parts.worker_record import WorkerRecord
 from cluster.controller.parts.worker_table import WorkerTable
 from cluster.core.codec import Message, from_plain, to_plain
@@ -58,6 +60,8 @@ class Greeting:
                 self.ready = frame
             case WorkerReport():
                 self.report = frame
+            case PeerLost() if self.report and frame.generation == self.generation.number:
+                self.report = replace(self.report, running=False)
             case DrainRequest():
                 self.asks_for_drain = True
 

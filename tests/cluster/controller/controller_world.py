@@ -187,9 +187,8 @@ class World:
 
     def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
         earlier = self.workers.get(member.name)
-        never_called = earlier is not None and earlier.is_dead and not earlier.is_up
-        assert earlier is None or never_called, "a name is for one worker"
-        self.lost.discard(member.name)  # no worker had called under the name
+        assert earlier is None or earlier.is_dead, "a name is for one living worker"
+        assert earlier is None or member.name not in self.lost, "who was lost never comes back"
         self.workers[member.name] = ModelWorker(member, is_up=False)
 
     def end_workers(self, workers: Sequence[str]) -> None:
@@ -268,6 +267,10 @@ class World:
             self.controller = None
             return
         self._count += 1
+        # What only the dead knew is forgotten.
+        living = [w for w in self.workers.values() if w.is_connected]
+        known = {lost["member"]["name"] for w in living for lost in w.memory.get("lost", ())}
+        self.lost &= known
         self.controller = Controller(
             SETTINGS,
             members=collected.members,

@@ -153,6 +153,18 @@ def test_whom_a_caller_has_lost_is_waited_for_shortly() -> None:
     assert collector.is_complete(0.1 + CONFIRM_S + 0.01)
 
 
+def test_a_member_that_loses_a_peer_after_its_report_makes_the_next_generation() -> None:
+    collector = new_collector()
+    for name in NAMES:
+        greet(collector, name, standing())
+    blame = PeerLost(worker="expert-1", generation=3, reason="reset")
+    collector.frame("attention-0", blame, 0.2)
+    collected = collector.result()
+    assert collected is not None
+    controller, _ = restored(collected)
+    assert controller.cluster.generation.number == 4
+
+
 def test_whose_process_ended_is_not_waited_for() -> None:
     collector = new_collector()
     greet(collector, "attention-0", standing())
