@@ -121,6 +121,16 @@ def test_a_short_horizon_or_a_slow_link_is_not() -> None:
     assert decide_placement(load(), topology, now, slow).action != "move"
 
 
+@pytest.mark.parametrize("skew", [0.02, 0.05])
+def test_a_gain_of_one_percent_is_noise_however_long_it_lasts(skew: float) -> None:
+    now = current()
+    topology = planned_topology(MEMBERS, now, 5)
+    decision = decide_placement(load(skew=skew), topology, now, replace(SETTINGS, horizon_s=1e6))
+    assert decision.action == "none"
+    assert decision.gain_s > decision.cost_s
+    assert 0.985 < decision.time_ratio < 1.0
+
+
 def test_without_moves_the_shares_alone_are_weighed() -> None:
     now = current(num_redundant=2)
     topology = planned_topology(MEMBERS, now, 6)
