@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 
 import pytest
 import torch
 
+from cluster.core.addresses import split_address
 from cluster.core.errors import PeerLostError
 from cluster.core.topology import Generation, Member
 from tests.distributed import RankError, run_ranks
@@ -57,17 +59,22 @@ def make_member(index: int, ports: list[int]) -> Member:
 
 
 def join(connections: PeerConnections, generation: Generation) -> None:
-    """Processes start at different times."""
+    """Processes start at different times; a second try would close the edges of the first."""
     deadline = time.monotonic() + LIMIT_S
-    while True:
-        try:
-            connections.apply_generation(generation)
-        except PeerLostError:
-            if time.monotonic() > deadline:
-                raise
+    for member in generation.members:
+        while not listens(member.data_address):
+            assert time.monotonic() < deadline, f"{member.name} does not listen"
             time.sleep(0.05)
-        else:
-            return
+    connections.apply_generation(generation)
+
+
+def listens(address: str) -> bool:
+    host, port = split_address(address)
+    try:
+        socket.create_connection((host, port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 def work(rank: int, size: int, ports: list[int], transport_name: str, dies: bool) -> float:
