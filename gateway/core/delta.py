@@ -43,7 +43,7 @@ class Finish:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChoiceDelta:
-    """The next piece of one choice, or all of it: text that is certain, with its tokens."""
+    """The next piece of one choice, or the whole choice: text that is final, with its tokens."""
 
     index: int
     """prompt * n + choice."""

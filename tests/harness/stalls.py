@@ -1,7 +1,7 @@
 """How long this machine did not run us: a thread beats, and every late beat is a stall.
 
 A test that waits has a limit for a machine of its own. ``Limit`` does not count the time in which
-the machine stood still, nor the part of it that went to other work: with 8 processes that want to
+the machine stood still, nor the share that went to other work: with 8 processes that want to
 run on 2 cores, three quarters. The report of a failed test says how long that was.
 """
 
@@ -35,12 +35,12 @@ def crowding() -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gap:
-    """The time between two beats, in seconds of ``time.monotonic``, if any of it was lost."""
+    """The time between two beats, in seconds of ``time.monotonic``, if a part was lost."""
 
     begin: float
     end: float
     lost: float
-    """Share of it that was not ours."""
+    """Share of the gap in which other processes ran."""
 
     @property
     def is_stall(self) -> bool:
@@ -66,7 +66,7 @@ class Heartbeat:
         self._gaps: list[Gap] = []
 
     def beat(self) -> None:
-        """Record the gap since the last beat when something of it was lost."""
+        """Record the gap since the last beat if a part of the gap was lost."""
         gap = self._gap_until(self.clock())
         if gap.lost:
             self._gaps.append(gap)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _GROWTH = math.log(1.01)
-"""Growth of the buckets: quantiles are exact to half of it."""
+"""Growth of the buckets: quantiles are exact to half a bucket."""
 MEASURES = ("ttft", "tpot", "itl", "e2e")
 """First token, each token after it, gaps between pieces of a stream, the whole request."""
 

@@ -279,8 +279,7 @@ class Recovery:
 
     def _settle(self) -> None:
         """Enter the state of a stalled cluster: RECOVERING while workers are coming."""
-        early = (WorkerState.STARTING, WorkerState.LOADING)
-        are_coming = any(r.state in early for r in self._cluster.workers.alive())
+        are_coming = any(r.is_coming for r in self._cluster.workers)
         is_hopeful = are_coming or self.replacements.are_due
         self._cluster.enter(ClusterState.RECOVERING if is_hopeful else ClusterState.DEGRADED)
 

@@ -51,6 +51,11 @@ class WorkerRecord:
         return self.member.name
 
     @property
+    def is_coming(self) -> bool:
+        """Asked for or loading: it has never been ready."""
+        return self.state in (WorkerState.STARTING, WorkerState.LOADING)
+
+    @property
     def is_lost(self) -> bool:
         """Lost or drained: the controller expects nothing more from it."""
         return self.state in (WorkerState.LOST, WorkerState.DRAINED)

@@ -68,9 +68,9 @@ class WorkerTable:
 
     def pulses(self, loading: bool) -> list[Pulse]:
         """The last load progress of the workers that load or have loaded."""
-        early = (WorkerState.STARTING, WorkerState.LOADING)
-        states = (WorkerState.LOADING,) if loading else tuple(set(WorkerState) - set(early))
-        return [r.pulse() for r in self.alive() if r.state in states]
+        if loading:
+            return [r.pulse() for r in self.alive() if r.state is WorkerState.LOADING]
+        return [r.pulse() for r in self.alive() if not r.is_coming]
 
     def lose(self, name: str, reason: str, state: WorkerState = WorkerState.LOST) -> None:
         """A worker is lost; the controller expects nothing more from it."""

@@ -1,4 +1,4 @@
-"""What Serve's proxy gets, in a process of its own: some of it changes uvicorn for good."""
+"""The middlewares of Serve's proxy, in a process of their own: some change uvicorn for good."""
 
 from __future__ import annotations
 
