@@ -42,14 +42,10 @@ class RecordingRuntime(AttentionRuntime):
         """See ``RecordedCluster.let_in``."""
         self._held: deque[Command] = deque()
 
-    def _between_steps(self) -> None:
-        if self.arrivals:
-            for command in self._due():
-                self._inbox.put(command)
-        super()._between_steps()
-
-    def _due(self) -> list[Command]:
-        """The commands whose step has come, after waiting for them; all others are held back."""
+    def _take_commands(self) -> list[Command]:
+        """Those whose step has come, after waiting for them; all others are held back."""
+        if not self.arrivals:
+            return super()._take_commands()
         due = []
         deadline = time.monotonic() + TIMEOUT_S
         self._held += self._inbox.take()

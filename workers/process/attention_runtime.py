@@ -22,7 +22,14 @@ from workers.kv.transfer.store import KvLender
 from workers.model.loading.checkpoint import load_attention_model
 from workers.process.engine_server import EngineServer
 from workers.process.gateway_silence import GATEWAY_SILENCE_LIMIT_S
-from workers.process.intake.commands import AbortRequest, AddRequest, GatewayGone, Inbox, TurnNoted
+from workers.process.intake.commands import (
+    AbortRequest,
+    AddRequest,
+    Command,
+    GatewayGone,
+    Inbox,
+    TurnNoted,
+)
 from workers.process.intake.grammar_compilations import GrammarCompilations
 from workers.process.intake.kv_fetches import KvFetches
 from workers.process.runtime import IDLE_WAIT_S, WorkerRuntime
@@ -194,21 +201,8 @@ class AttentionRuntime(WorkerRuntime):
         engine = self._engine
         assert engine is not None, "the weights are loaded before the loop begins"
         self._kv_lender.answer()
-        for command in self._inbox.take():
-            if isinstance(command, AddRequest):
-                self._receive(engine, command)
-            elif isinstance(command, AbortRequest):
-                for waiting in () if command.choices else (self._compilations, self._fetches):
-                    if waiting.owner(command.request_id) == command.gateway:
-                        waiting.drop(command.request_id)
-                if self._owners.get(command.request_id) == command.gateway:
-                    engine.abort(command.request_id, command.choices)
-                    self._forget_ended(engine, command.request_id)
-            elif isinstance(command, TurnNoted):
-                if self._owners.get(command.turn.request_id) == command.gateway:
-                    engine.begin_turn(command.turn)
-            elif isinstance(command, GatewayGone):
-                self._drop_gateway(engine, command.gateway)
+        for command in self._take_commands():
+            self._handle(engine, command)
         for ready in self._fetches.take():
             self._prepare(engine, ready)
         for done in self._compilations.take():
@@ -218,6 +212,26 @@ class AttentionRuntime(WorkerRuntime):
                 self._refuse(done.command.gateway, done.command.request, done.error)
         self._emit(engine.poll())
         self._report_turns(engine)
+
+    def _take_commands(self) -> list[Command]:
+        """What gateways have asked for since the last call."""
+        return self._inbox.take()
+
+    def _handle(self, engine: Engine, command: Command) -> None:
+        if isinstance(command, AddRequest):
+            self._receive(engine, command)
+        elif isinstance(command, AbortRequest):
+            for waiting in () if command.choices else (self._compilations, self._fetches):
+                if waiting.owner(command.request_id) == command.gateway:
+                    waiting.drop(command.request_id)
+            if self._owners.get(command.request_id) == command.gateway:
+                engine.abort(command.request_id, command.choices)
+                self._forget_ended(engine, command.request_id)
+        elif isinstance(command, TurnNoted):
+            if self._owners.get(command.turn.request_id) == command.gateway:
+                engine.begin_turn(command.turn)
+        elif isinstance(command, GatewayGone):
+            self._drop_gateway(engine, command.gateway)
 
     def _report_turns(self, engine: Engine) -> None:
         """Report requests that run a step alone to their gateways, before and after."""
