@@ -24,6 +24,8 @@ MAX_FRAME_BYTES = 32 * 1024 * 1024
 MAX_HELLO_BYTES = 4096
 """Largest frame before the peer has proved that it knows the token."""
 _LENGTH = struct.Struct(">I")
+SlotContents = tuple[tuple[int, ...], ...]
+"""``[bank][expert slot]``: the logical expert that is complete there, or ``FREE_SLOT``."""
 
 
 class ControlFrame(Message, frozen=True, kw_only=True, tag_field="kind", tag=True):
@@ -92,6 +94,10 @@ class Heartbeat(ControlFrame, frozen=True, kw_only=True):
     """The loop waits for work, so that a constant ``progress`` is no failure."""
     generation: int
     """Newest generation it follows."""
+    running: bool = False
+    """It runs steps of that generation."""
+    epoch: int = 0
+    """Placement epoch of its steps."""
     waiting: bool = False
     """The loop waits for a peer within a step: a constant ``progress`` is the peer's fault."""
     fenced: bool = False
@@ -187,6 +193,8 @@ class WorkerReport(ControlFrame, frozen=True, kw_only=True):
     """Highest placement epoch it has run."""
     memory: dict[str, Any] = field(default_factory=dict)
     """Memory of the last ``ControllerSnapshot``."""
+    slots: SlotContents = ()
+    """What its expert slots hold now."""
 
 
 class GenerationReady(ControlFrame, frozen=True, kw_only=True):
@@ -197,6 +205,8 @@ class GenerationReady(ControlFrame, frozen=True, kw_only=True):
     """Highest step number it has seen."""
     highest_epoch: int
     """Highest placement epoch it has run."""
+    slots: SlotContents = ()
+    """What its expert slots hold now; an order under way may still fill others."""
 
 
 class RunGeneration(ControlFrame, frozen=True, kw_only=True):
@@ -214,6 +224,8 @@ class LoadExperts(ControlFrame, frozen=True, kw_only=True):
 
     order: int
     """Number of the order; ``ExpertsLoaded`` repeats it."""
+    epoch: int = 0
+    """The placement epoch that the controller believes to be in force."""
     experts: list[list[int]]
     """``[bank, expert slot, logical expert]``; ``FREE_SLOT`` for the expert empties the slot."""
     source: dict[str, Any] = field(default_factory=dict)

@@ -51,6 +51,15 @@ class ExpertSlots:
         """Slot -> logical expert whose weights are complete there."""
         return {slot: held.expert for slot, held in self._contents[bank].copy().items()}
 
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """``[bank][slot]``: the logical expert that is complete there, or ``FREE_SLOT``."""
+        found = []
+        for bank in range(len(self.banks)):
+            held = self.contents(bank)
+            num_slots = max(held, default=-1) + 1
+            found.append(tuple(held.get(slot, FREE_SLOT) for slot in range(num_slots)))
+        return tuple(found)
+
     def read_expert(self, bank: int, expert: int) -> list[Tensor] | None:
         """Copies of an expert's matrices, exchange by exchange; None when no slot holds it.
 

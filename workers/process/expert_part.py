@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 
-from cluster.core.frames import LoadExperts
+from cluster.core.frames import LoadExperts, SlotContents
 from cluster.core.placement import ExpertPlacement
 from workers.dispatch.dispatcher import SlotBanks
 from workers.dispatch.expert_server import ExpertServer
@@ -113,6 +113,10 @@ class ExpertPart:
         """A generation runs with ``placement``: free the other slots. Control thread."""
         device = self._args.member.device
         self._loader.keep_only([bank.physical_to_logical[device] for bank in placement.banks])
+
+    def contents(self) -> SlotContents:
+        """What the slots hold now. Any thread."""
+        return self._slots.rows()
 
     def facts(self) -> dict[str, float]:
         """For ``WorkerReady``: slots, bytes of an expert of the largest bank, speed if measured."""

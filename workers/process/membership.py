@@ -25,6 +25,7 @@ from cluster.core.frames import (
     NewGeneration,
     PeerLost,
     RunGeneration,
+    SlotContents,
     SwitchEpoch,
     WorkerReport,
 )
@@ -52,6 +53,8 @@ class MembershipHooks:
     """Members of the last generation died; the last step was given up."""
     begin_steps: Callable[[], None]
     """A generation runs."""
+    slots: Callable[[], SlotContents] = tuple
+    """What the expert slots hold; any thread."""
 
 
 class Membership:
@@ -104,6 +107,7 @@ class Membership:
             if number
             else 0,
             memory=memory,
+            slots=self._hooks.slots(),
         )
         return [report] if loss is None else [report, loss]
 
@@ -168,6 +172,7 @@ class Membership:
                 generation=generation.number,
                 highest_step=self._channel.highest_step,
                 highest_epoch=max(self._channel.highest_epoch, frame.placement.epoch),
+                slots=self._hooks.slots(),
             )
         )
 

@@ -49,6 +49,8 @@ class WorkerReports:
             progress=activity.progress,
             idle=activity.is_idle,
             generation=membership.generation.number,
+            running=membership.runs and not membership.is_fenced,
+            epoch=membership.epochs.current.epoch,
             waiting=activity.is_waiting,
             fenced=membership.is_fenced,
             stats={**self.stats(), "placement_epoch": epoch},

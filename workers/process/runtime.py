@@ -31,6 +31,7 @@ from cluster.core.frames import (
     Register,
     RunGeneration,
     Shutdown,
+    SlotContents,
     WorkerFailed,
     WorkerReady,
 )
@@ -102,6 +103,7 @@ class WorkerRuntime(ABC):
                 enter=self._enter,
                 lose_members=self._lose_members,
                 begin_steps=self._begin_steps,
+                slots=self._slot_contents,
             ),
         )
         self._on_death = on_death
@@ -149,6 +151,10 @@ class WorkerRuntime(ABC):
     @abstractmethod
     def _between_steps(self) -> None:
         """Work at the start of every iteration, in a generation or not."""
+
+    def _slot_contents(self) -> SlotContents:
+        """What the expert slots hold; none where there are none, or while they are filled."""
+        return self._experts.contents() if self._experts is not None else ()
 
     def _stats(self) -> dict[str, float]:
         """Gauges and counters for heartbeats; called on the control thread."""

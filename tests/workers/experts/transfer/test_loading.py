@@ -148,6 +148,7 @@ def test_what_is_not_used_any_more_is_freed(tiny_checkpoint: Path) -> None:
         assert [bank.num_slots for bank in found.slots.banks] == [5, 4]
         assert found.slots.contents(0) == {0: 0, 2: 2, 3: 3, 4: 7}
         assert found.slots.contents(1) == {0: 0, 1: 1, 3: 6}
+        assert found.slots.rows() == ((0, -1, 2, 3, 7), (0, 1, -1, 6))
         assert found.slots.read_expert(0, 1) is None
         found.check(0, 4, 7)
         found.check(1, 3, 6)
