@@ -16,7 +16,7 @@ from typing import Protocol
 import grpc
 from msgspec.structs import replace
 
-from cluster.core.errors import ProtocolError, RequestFailedError
+from cluster.core.errors import ProtocolError
 from cluster.core.release import RELEASE, check_release
 from gateway.cluster.view import AttentionEndpoint
 from gateway.engines.router import WorkerLoad
@@ -264,16 +264,14 @@ class EngineClient:
     def _take_output(self, entry: Submission, output: TokenOutput) -> None:
         if output.attempt != entry.request.attempt or output.choice not in entry.open_choices:
             return  # of an older attempt, or of a choice that was ended here
-        if entry.is_handed_back(output):
+        repeated = len(entry.outputs[output.choice]) - output.index
+        is_gap = repeated < 0  # outputs were lost on the way
+        if is_gap or entry.is_handed_back(output):
+            reason = "outputs are missing" if is_gap else output.error or "the worker gave it up"
             self._outgoing.put_nowait(Abort(request_id=output.request_id))
             self._release(entry)
             entry.num_returns += 1
-            self._owner.take_back(entry, output.error or "the worker gave it up")
-            return
-        repeated = len(entry.outputs[output.choice]) - output.index
-        if repeated < 0:
-            self.abort(output.request_id)
-            entry.sink.fail(RequestFailedError(f"{self.worker} skipped tokens of this request"))
+            self._owner.take_back(entry, reason)
             return
         fresh = without_first(output, repeated) if repeated else output
         self._end_prompt(entry)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import itertools
 import logging
 import threading
 import time
@@ -23,9 +22,10 @@ from cluster.core.errors import HandshakeError, ProtocolError
 from cluster.core.release import RELEASE, check_release
 from workers.kv.block_pool import HashChanges
 from workers.kv.events import KvFeed
-from workers.process.gateway_silence import GATEWAY_SILENCE_LIMIT_S, GatewaySilence
-from workers.process.intake.commands import AbortRequest, AddRequest, GatewayGone, Inbox, TurnNoted
-from workers.requests.request import Request, StepOutput, Turn
+from workers.process.gateway_silence import GATEWAY_SILENCE_LIMIT_S
+from workers.process.gateway_streams import GatewayStream, GatewayStreams
+from workers.process.intake.commands import Inbox
+from workers.requests.request import StepOutput, Turn
 from workers.requests.wire import (
     ENGINE_HELLO,
     FROM_ENGINE,
@@ -34,52 +34,21 @@ from workers.requests.wire import (
     METHOD,
     SERVICE,
     TO_ENGINE,
-    Abort,
     EngineHello,
     Hello,
     KvResync,
-    Ping,
-    ToEngine,
 )
 
 logger = logging.getLogger(__name__)
 
-MAX_STEPS_BEHIND = 4096
-"""Step messages that may wait for one gateway; a gateway further behind loses its stream."""
 HELLO_TIMEOUT_S = 5.0
 """Limit for the hello of a new stream."""
 START_TIMEOUT_S = 10.0
 """Time that the server thread has to come up or to end."""
 _ABORT_LIMIT_S = 1.0
 """Limit for sending a gateway that it is dropped; its connection may be blocked."""
+_MAY_NOT_SERVE = "this worker may not serve now"
 _Context = grpc.aio.ServicerContext[bytes, bytes]
-
-
-class _GatewayStream:
-    def __init__(self, name: str, task: asyncio.Task[object] | None) -> None:
-        self.name = name
-        self.task = task
-        self.queue: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_STEPS_BEHIND)
-        self.is_dropped = False
-        self.error = ""
-        """Why bytes of the gateway were no message; empty if all were."""
-
-    def put(self, message: bytes) -> bool:
-        """Queue a message; False when the gateway is too far behind."""
-        try:
-            self.queue.put_nowait(message)
-        except asyncio.QueueFull:
-            return False
-        return True
-
-    def close(self) -> None:
-        """End the stream after what is queued; what does not fit any more is dropped with it."""
-        while True:
-            try:
-                self.queue.put_nowait(None)
-                return
-            except asyncio.QueueFull:
-                self.queue.get_nowait()
 
 
 class EngineServer:
@@ -105,14 +74,11 @@ class EngineServer:
     ) -> None:
         self._host = host
         self._token = token
-        self._inbox = inbox
         self._facts = facts
         self._release = release
-        self._streams: dict[str, _GatewayStream] = {}
-        self._silence = GatewaySilence(silence_limit_s)
+        self._streams = GatewayStreams(inbox, silence_limit_s)
         self._kv = KvFeed()
         self._is_closed = False
-        self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
         self._port = 0
@@ -128,7 +94,7 @@ class EngineServer:
 
     def publish(self, gateway: str, message: StepOutput | Turn) -> None:
         """Send an output or a turn to one gateway (any thread). A closed stream is ignored."""
-        self._call_soon(self._put, gateway, FROM_ENGINE.encode(message))
+        self._call_soon(self._streams.put, gateway, FROM_ENGINE.encode(message))
 
     def publish_kv(self, changes: HashChanges, fetch_cost: float) -> None:
         """Publish the cached blocks and the fetch cost to all gateways (any thread).
@@ -158,27 +124,27 @@ class EngineServer:
         """One gateway's stream, from its hello to its end."""
         hello = await self._authenticate(messages, context)
         if self._is_closed:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker may not serve now")
-        name = f"{hello.gateway}#{next(self._numbers)}"
-        stream = _GatewayStream(name, asyncio.current_task())
-        self._streams[name] = stream
+            await context.abort(grpc.StatusCode.ABORTED, _MAY_NOT_SERVE)
+        task = asyncio.current_task()
+        assert task is not None, "gRPC runs every handler in a task"
+        stream = self._streams.open(hello.gateway, task.cancel)
         stream.put(self._all_kv())
         reader = asyncio.create_task(self._read(messages, stream))
         try:
             yield ENGINE_HELLO.encode(replace(self._facts(), release=self._release))
-            while (message := await stream.queue.get()) is not None:
+            while (message := await stream.next()) is not None:
                 yield message
             if stream.error:
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, stream.error)
+                await context.abort(grpc.StatusCode.ABORTED, stream.error)
         except asyncio.CancelledError:
-            if stream.is_dropped:  # with a status: a cancelled handler sends none
+            if stream.error:  # dropped: a cancelled handler sends no status
                 with contextlib.suppress(TimeoutError):
-                    end = context.abort(grpc.StatusCode.UNAVAILABLE, "too long without a ping")
+                    end = context.abort(grpc.StatusCode.ABORTED, stream.error)
                     await asyncio.wait_for(end, _ABORT_LIMIT_S)
             raise
         finally:
             reader.cancel()
-            self._forget(stream)
+            self._streams.forget(stream)
 
     async def _authenticate(self, messages: AsyncIterator[bytes], context: _Context) -> Hello:
         """The hello of a gateway that knows the token and is of this release; else it aborts."""
@@ -196,57 +162,28 @@ class EngineServer:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(err))
         return hello
 
-    async def _read(self, messages: AsyncIterator[bytes], stream: _GatewayStream) -> None:
+    async def _read(self, messages: AsyncIterator[bytes], stream: GatewayStream) -> None:
+        error = ""
         try:
             async for data in messages:
-                self._take(TO_ENGINE.decode(data), stream)
+                message = TO_ENGINE.decode(data)
+                if isinstance(message, KvResync):
+                    self._streams.put(stream.name, self._all_kv())
+                else:
+                    self._streams.take(message, stream, time.monotonic())
         except ProtocolError as err:
             logger.warning("%s: %s: stream closed", stream.name, err)
-            stream.error = str(err)
+            error = str(err)
         finally:
-            stream.close()
-
-    def _take(self, message: ToEngine, stream: _GatewayStream) -> None:
-        now = time.monotonic()
-        self._silence.heard(stream.name, now, is_ping=isinstance(message, Ping))
-        match message:
-            case Request():
-                self._inbox.put(AddRequest(stream.name, message, now))
-            case Abort():
-                self._inbox.put(AbortRequest(stream.name, message.request_id, message.choices))
-            case Turn():
-                self._inbox.put(TurnNoted(stream.name, message))
-            case Ping():
-                stream.put(FROM_ENGINE.encode(message))
-            case KvResync():
-                stream.put(self._all_kv())
-
-    def _forget(self, stream: _GatewayStream) -> None:
-        """Its requests end, once."""
-        self._silence.forget(stream.name)
-        if self._streams.pop(stream.name, None) is not None:
-            self._inbox.put(GatewayGone(stream.name))
+            stream.close(error)
 
     async def _watch_gateways(self) -> None:
-        """Drop silent gateways; a message to one could block its stream for ever."""
         looked_at = time.monotonic()
         while True:
-            await asyncio.sleep(self._silence.pause_s)
+            await asyncio.sleep(self._streams.pause_s)
             now = time.monotonic()
-            for name in self._silence.look(now, looked_at):
-                logger.warning("%s is silent for %g s: dropped", name, self._silence.limit_s)
-                stream = self._streams[name]
-                self._forget(stream)
-                stream.is_dropped = True
-                if stream.task is not None:
-                    stream.task.cancel()
+            self._streams.drop_silent(now, looked_at)
             looked_at = now
-
-    def _put(self, gateway: str, message: bytes) -> None:
-        stream = self._streams.get(gateway)
-        if stream is not None and not stream.put(message):
-            logger.warning("%s is %d steps behind: stream closed", gateway, MAX_STEPS_BEHIND)
-            stream.close()
 
     def _all_kv(self) -> bytes:
         return FROM_ENGINE.encode(self._kv.whole())
@@ -256,18 +193,12 @@ class EngineServer:
 
     def _tell_kv(self, changes: HashChanges, fetch_cost: float) -> None:
         self._kv.fetch_cost = fetch_cost
-        message = FROM_ENGINE.encode(self._kv.change(changes))
-        for name in tuple(self._streams):
-            self._put(name, message)
+        self._streams.put_all(FROM_ENGINE.encode(self._kv.change(changes)))
 
     def _set_closed(self, is_closed: bool) -> None:
         self._is_closed = is_closed
         if is_closed:
-            self._close_all()
-
-    def _close_all(self) -> None:
-        for stream in self._streams.values():
-            stream.close()
+            self._streams.close_all(_MAY_NOT_SERVE)
 
     def _call_soon(self, function: Callable[..., object], *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -297,5 +228,5 @@ class EngineServer:
         watcher = asyncio.create_task(self._watch_gateways())
         await self._stopping.wait()
         watcher.cancel()
-        self._close_all()
+        self._streams.close_all()
         await server.stop(grace=0.5)

@@ -121,11 +121,25 @@ def test_repeated_tokens_are_dropped() -> None:
     assert [entry.token_id for o in sink.outputs for entry in o.logprobs] == [5, 6, 7, 8]
 
 
-def test_a_gap_fails_the_request() -> None:
-    client, sink = _client()
-    _step(client, _output(0, 1, 5))
-    assert isinstance(sink.errors[0], RequestFailedError)
+def test_a_gap_means_another_attempt() -> None:
+    owner, sink = ListOwner(), ListSink()
+    client = _new_client(owner)
+    params = SamplingParams(max_tokens=10)
+    request = Request(request_id="r", prompt=(1, 2, 3), params=params, n=2, attempt=1)
+    entry = Submission(request, sink, 1000.0)
+    client.submit(entry)
+    _step(client, _output(0, 0, 5), _output(1, 0, 6))
+    _step(client, _output(0, 2, 7), _output(1, 1, 8))  # index 1 of choice 0 is missing
+    assert owner.returned == ["outputs are missing"]
     assert client.take_submissions() == []
+    assert not sink.errors
+    sent = asyncio.run(_sent(client, 3))
+    assert sent[2] == Abort(request_id="r")
+    assert entry.is_waiting
+    assert entry.again(0.0).output_so_far == ((5,), (6,))
+    client.submit(entry)
+    _step(client, _output(0, 1, 9, attempt=2), _output(0, 3, 7))
+    assert [output.token_ids for output in sink.outputs] == [(5,), (6,), (9,)]
 
 
 def test_outstanding_tokens_follow_the_work() -> None:

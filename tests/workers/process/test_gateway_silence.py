@@ -81,7 +81,7 @@ def test_a_gateway_that_falls_silent_is_dropped_with_its_stream_open(inbox: Inbo
             with pytest.raises(grpc.RpcError) as caught:
                 for _ in call:
                     pass
-            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert caught.value.code() is grpc.StatusCode.ABORTED
             said.set()
 
         reader = threading.Thread(target=read)
