@@ -141,6 +141,7 @@ class FakeWorkerGroup(ABC):
 
     def __init__(self) -> None:
         self.restarted = False
+        self.silent: Collection[str] = ()
         self.on_leaving_nodes: list[str] = []
 
     @abstractmethod

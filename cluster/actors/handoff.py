@@ -119,6 +119,7 @@ class Handoff:
             time.monotonic(),
             limit_s=limits.collect_limit_s,
             confirm_s=limits.confirm_s,
+            silent=self._group.silent,
         )
         for worker in found:
             self._background.spawn(self._redirect(worker.name, address, collector))

@@ -77,6 +77,7 @@ class WorkerGroup:
     """Time that a worker's own ``stop`` may take."""
     nodes: dict[str, str] = field(default_factory=dict)
     """Worker name -> id of its node."""
+    silent: Collection[str] = ()
     _actors: dict[str, _Actor] = field(default_factory=dict)
     _ending: set[asyncio.Future[None]] = field(default_factory=set)
     _group: PlacementGroup | None = None
@@ -191,8 +192,9 @@ class WorkerGroup:
         names = [n for n in names if n.partition("-")[0] in self.classes]
         asked = await asyncio.gather(*(self._find(name, limit_s) for name in names))
         found = tuple(f for f in asked if f is not None)
-        if self._actors and not found:
-            raise TimeoutError(f"no answer from {', '.join(self._actors)}")
+        self.silent = self._actors.keys() - {f.name for f in found}
+        if self.silent and not found:
+            raise TimeoutError(f"no answer from {', '.join(self.silent)}")
         if found:
             self._share = resolved_share(found[0].config.workers)
             async with asyncio.timeout(limit_s):

@@ -25,6 +25,9 @@ class FoundWorker:
 class WorkerGroupLike(Protocol):
     """The interface of ``cluster.actors.worker_group.WorkerGroup``."""
 
+    silent: Collection[str]
+    """Workers of an earlier controller that live, or may live, and did not answer ``find``."""
+
     def resources(self) -> tuple[NodeResources, ...]:
         """Live nodes."""
 

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from cluster.controller.parts.worker_record import WorkerRecord
 from cluster.controller.parts.worker_table import WorkerTable
 from cluster.core.codec import Message, from_plain, to_plain
-from cluster.core.errors import ProtocolError
+from cluster.core.errors import NotReadyError, ProtocolError
 from cluster.core.frames import (
     ControlFrame,
     DrainRequest,
@@ -132,12 +132,20 @@ class ReportCollector:
     """Collects frames of workers. Times are monotonic seconds, one thread only."""
 
     def __init__(
-        self, expected: Iterable[str], now: float, *, limit_s: float, confirm_s: float
+        self,
+        expected: Iterable[str],
+        now: float,
+        *,
+        limit_s: float,
+        confirm_s: float,
+        silent: Iterable[str] = (),
     ) -> None:
-        """``expected`` are workers whose processes were found. The wait for a worker that a peer
-        reported as lost ends after ``confirm_s``, for any other after ``limit_s``.
+        """``expected`` are workers that were found; ``silent`` ones are not waited for. The wait
+        for a worker that a peer reported as lost ends after ``confirm_s``, for others after
+        ``limit_s``.
         """
         self._expected = set(expected)
+        self._found = self._expected | set(silent)
         self._greetings: dict[str, Greeting] = {}
         self._deadline = now + limit_s
         self._confirm_s = confirm_s
@@ -161,7 +169,10 @@ class ReportCollector:
         return now >= self._deadline or not any(self._is_awaited(n, now) for n in self._expected)
 
     def result(self) -> CollectedState | None:
-        """The state in the reports; None if no generation was ever formed."""
+        """The state in the reports; None if no worker ever had a generation.
+
+        Raises ``NotReadyError`` while a worker that has not reported may have had one.
+        """
         whole = {n: g for n, g in self._greetings.items() if g.is_whole}
         reports = [g.report for g in whole.values() if g.report is not None]
         formed = [
@@ -169,6 +180,8 @@ class ReportCollector:
             for generation, placement in ((r.generation, r.placement) for r in reports)
             if placement is not None
         ]
+        if not formed and (unknown := sorted(self._found - set(whole))):
+            raise NotReadyError(f"no report of {', '.join(unknown)}")
         if not formed:
             return None
         generation, placement = max(

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from cluster.controller.controller import Controller
 from cluster.controller.failover.collect import ReportCollector
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.core.errors import ProtocolError
+from cluster.core.errors import NotReadyError, ProtocolError
 from cluster.core.frames import (
     ControlFrame,
     ControllerSnapshot,
@@ -261,8 +261,14 @@ class World:
         """The failover ends if it can."""
         if self.collector is None or not self.collector.is_complete(self.now):
             return
-        collected = self.collector.result()
-        self.collector = None
+        collector, self.collector = self.collector, None
+        try:
+            collected = collector.result()
+        except NotReadyError:  # it begins again, at another address
+            for model in self.workers.values():
+                model.is_connected = False
+            self.restart_controller()
+            return
         if collected is None:
             self.controller = None
             return

@@ -11,7 +11,7 @@ from cluster.controller.controller import Controller
 from cluster.controller.failover.collect import CollectedState, ReportCollector
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.codec import to_plain
-from cluster.core.errors import ProtocolError
+from cluster.core.errors import NotReadyError, ProtocolError
 from cluster.core.frames import (
     ControlFrame,
     ControllerSnapshot,
@@ -182,6 +182,23 @@ def test_a_start_that_never_served_is_not_restored() -> None:
     for name in NAMES:
         greet(collector, name, standing(generation=None, placement=None, running=False))
     assert collector.result() is None
+
+
+def test_workers_that_nobody_has_heard_in_time_may_serve() -> None:
+    assert new_collector().is_complete(LIMIT_S)
+    with pytest.raises(NotReadyError, match="no report of attention-0, expert-0, expert-1"):
+        new_collector().result()
+
+
+def test_a_worker_that_was_never_in_a_generation_says_nothing_about_the_others() -> None:
+    fresh = standing(generation=None, placement=None, running=False)
+    collector = ReportCollector(
+        NAMES[2:], 0.0, limit_s=LIMIT_S, confirm_s=CONFIRM_S, silent=NAMES[:2]
+    )
+    greet(collector, "expert-1", fresh)
+    assert collector.is_complete(0.1)
+    with pytest.raises(NotReadyError, match="no report of attention-0, expert-0"):
+        collector.result()
 
 
 def test_the_newest_memory_counts_and_names_the_lost_workers() -> None:
