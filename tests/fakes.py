@@ -160,6 +160,9 @@ class FakeWorkerGroup(ABC):
     def address(self) -> str:
         return "127.0.0.1"
 
+    async def claim(self, term: int, identity: str) -> int:
+        return term
+
     async def reserve(
         self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
     ) -> tuple[Member, ...]:

@@ -39,8 +39,9 @@ from cluster.core.errors import (
     NotReadyError,
     RequestError,
     StartError,
+    SupersededError,
 )
-from cluster.core.frames import ControlFrame
+from cluster.core.frames import ControlFrame, Superseded
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import ClusterState
@@ -58,6 +59,7 @@ _RESERVE_LIMIT_S = 30.0
 STATUS_LIMIT_S = 1.0
 """Longest wait for the numbers of the workers."""
 _STOP_LIMIT_S = 20.0
+_END_AGAIN_S = 1.0
 
 
 class ControllerActor:
@@ -72,6 +74,7 @@ class ControllerActor:
         """``settings`` replaces the limits that follow from the configuration (in tests)."""
         self._group = group
         self._settings = settings
+        self.identity = secrets.token_hex(8)
         self._status_limit_s = status_limit_s
         self._controller: Controller | None = None
         self._server: ControlServer | None = None
@@ -114,9 +117,9 @@ class ControllerActor:
                 await self._begin(plan, {"profile": profile, "top_k": top_k, "asked": asked})
 
     async def _begin(self, plan: StartPlan, notes: Mapping[str, Any]) -> None:
-        members = await self._reserve(plan)
+        members, term = await self._reserve(plan)
         plan = plan.on(members)
-        controller = self._make_controller(plan, members, notes=notes)
+        controller = self._make_controller(plan, members, notes=notes, term=term)
         extras = {m.name: plan.extra(m) for m in members}
         config = plan.config.to_dict()
         start = partial(self._group.start, members, config, self._address, extras)
@@ -270,7 +273,9 @@ class ControllerActor:
 
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
         target = self._handoff.collector or self._controller
-        if target is not None:
+        if isinstance(frame, Superseded) and self._controller is not None:
+            self._retire(f"{worker} follows another controller")
+        elif target is not None:
             target.frame(worker, frame, time.monotonic())
             self._background.notify()
 
@@ -319,13 +324,13 @@ class ControllerActor:
 
     # ---- tasks ----------------------------------------------------------------------------
 
-    async def _reserve(self, plan: StartPlan) -> tuple[Member, ...]:
-        """Open the control server and reserve room; release both after an error."""
+    async def _reserve(self, plan: StartPlan) -> tuple[tuple[Member, ...], int]:
+        """Open the control server, reserve room, claim a term; release all after an error."""
         try:
             await self.open_server(plan.config.cluster_token)
-            return await self._group.reserve(
-                plan.config.workers.pools, plan.share, _RESERVE_LIMIT_S
-            )
+            pools = plan.config.workers.pools
+            members = await self._group.reserve(pools, plan.share, _RESERVE_LIMIT_S)
+            return members, await self._group.claim(1, self.identity)
         except (ExpertMeshError, OSError):
             assert self._server is not None, "it is there before it is opened"
             await self._server.close()
@@ -360,24 +365,45 @@ class ControllerActor:
         self._controller.fail_start(error, time.monotonic())
         self._background.notify()
 
+    def _retire(self, reason: str) -> None:
+        """Another controller leads the workers: let go of them."""
+        logger.warning("superseded: %s", reason)
+        self._handoff.failure = f"superseded: {reason}"
+        self._controller = None
+        if self._server is not None:
+            self._background.spawn(self._server.close())
+        self._background.notify()
+
     async def _end_workers(self, workers: list[str]) -> None:
-        assert self._controller is not None
-        try:
-            await self._group.end(workers)
-        finally:
-            self._controller.draining.ended(workers, time.monotonic())
-            self._background.notify()
+        await self._end(
+            partial(self._group.end, workers), lambda c, now: c.draining.ended(workers, now)
+        )
 
     async def _end_all(self) -> None:
-        assert self._controller is not None
-        try:
-            await self._group.end_all()
-        finally:
-            self._controller.all_ended(time.monotonic())
-            self._background.notify()
+        await self._end(self._group.end_all, Controller.all_ended)
+
+    async def _end(
+        self,
+        end: Callable[[], Awaitable[None]],
+        ended: Callable[[Controller, float], None],
+    ) -> None:
+        """End workers, again after each error, until they have ended; then call ``ended``."""
+        while self._controller is not None:
+            try:
+                await end()
+            except SupersededError as err:
+                self._retire(str(err))
+            except Exception:  # any error of Ray
+                logger.exception("workers could not be ended, trying again")
+                await asyncio.sleep(_END_AGAIN_S)
+            else:
+                if self._controller is not None:
+                    ended(self._controller, time.monotonic())
+                break
+        self._background.notify()
 
     async def _tick_forever(self, controller: Controller) -> None:
-        while controller.cluster.state is not ClusterState.STOPPED:
+        while self._leads(controller):
             await asyncio.sleep(_TICK_S)
             version = controller.cluster.version
             try:
@@ -390,7 +416,7 @@ class ControllerActor:
     async def _watch_nodes(self, controller: Controller) -> None:
         """Drain the workers of nodes that will leave; fill their places afterwards."""
         asked: set[str] = set()
-        while controller.cluster.state is not ClusterState.STOPPED:
+        while self._leads(controller):
             await asyncio.sleep(_NODES_S)
             try:
                 leaving = await asyncio.to_thread(self._group.leaving)
@@ -402,6 +428,10 @@ class ControllerActor:
                 controller.draining.requested(name, time.monotonic())
             asked |= set(leaving)
             controller.draining.nodes_alive(ids_by_address(nodes))
+
+    def _leads(self, controller: Controller) -> bool:
+        is_over = controller.cluster.state is ClusterState.STOPPED
+        return self._controller is controller and not is_over
 
     def _died(self, name: str, reason: str) -> None:
         if self._controller is not None and name in self._controller.cluster.workers:
@@ -429,7 +459,7 @@ class ControllerActor:
         members: Sequence[Member],
         *,
         notes: Mapping[str, Any],
-        term: int = 1,
+        term: int,
     ) -> Controller:
         profile, config = notes.get("profile"), plan.config
         self._plan = plan
@@ -449,7 +479,7 @@ class ControllerActor:
             config=config,
             top_k=self._top_k,
             term=term,
-            identity=secrets.token_hex(8),
+            identity=self.identity,
             notes=notes,
             wall_time_offset_s=time.time() - now,
             executor=self._planner,

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from cluster.actors.tasks import Background
@@ -32,6 +33,9 @@ _MAX_RESTORE_PAUSE_S = 10.0
 
 class HandoffHost(Protocol):
     """What a handoff needs of the controller actor."""
+
+    identity: str
+    """Distinguishes controllers of one term."""
 
     def limits(self, config: ClusterConfig) -> ControllerSettings:
         """Limits of a controller with this configuration."""
@@ -103,12 +107,13 @@ class Handoff:
             collected = await self._call_workers(found) if found else None
         finally:
             self.collector = None
+        term = await self._group.claim(collected.term if collected else 1, self._host.identity)
         if collected is None:
             self.failure = "the controller was lost before the cluster served"
             await self._group.end_all()
         else:
             self.failure = ""
-            self._host.continue_with(found, collected)
+            self._host.continue_with(found, replace(collected, term=term))
 
     async def _call_workers(self, found: Sequence[FoundWorker]) -> CollectedState | None:
         """Make all found workers connect here and report."""

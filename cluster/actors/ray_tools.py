@@ -12,6 +12,11 @@ from typing import Any, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.experimental.internal_kv import (
+    _internal_kv_del,
+    _internal_kv_list,
+    _internal_kv_put,
+)
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from cluster.config.resources import NodeResources
@@ -25,6 +30,7 @@ HEAD_NODE = "node:__internal_head__"
 """Ray's own resource of the head node."""
 WORKERS_GROUP = "expertmesh-workers"
 """Name of the placement group that reserves room for the workers."""
+_TERM = "term-"
 _NUM_TRIES = 20
 _PAUSE_S = 0.2
 _CALL_LIMIT_S = 10.0
@@ -151,6 +157,23 @@ def our_actors() -> list[str]:
     return sorted(str(e["name"]) for e in entries if e["namespace"] == NAMESPACE)
 
 
+def claim_term(term: int, identity: str) -> int:
+    """Claim, for one controller, a term from ``term`` on that is above every claimed one.
+
+    A remote call; use a thread. Ray keeps each term for its first claimant.
+    """
+    while True:
+        term = max(term, newest_term() + 1)
+        if not _internal_kv_put(f"{_TERM}{term}", identity, overwrite=False, namespace=NAMESPACE):
+            return term
+
+
+def newest_term() -> int:
+    """The highest claimed term; 0 without one. A remote call; use a thread."""
+    keys = _internal_kv_list(_TERM, namespace=NAMESPACE)
+    return max((int(key.removeprefix(_TERM.encode())) for key in keys), default=0)
+
+
 def kill_actors(names: Sequence[str]) -> None:
     """Kill these actors of our namespace; unknown names are ignored."""
     for name in names:
@@ -159,10 +182,14 @@ def kill_actors(names: Sequence[str]) -> None:
 
 
 def free_reserved_room() -> None:
-    """Remove our placement groups, also those of an earlier run; their actors end with them."""
+    """Remove our placement groups, also those of an earlier run; their actors end with them.
+
+    The terms of that run are free again.
+    """
     for group_id, entry in placement_group_table().items():
         if entry["name"] == WORKERS_GROUP and entry["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
+    _internal_kv_del(_TERM, del_by_prefix=True, namespace=NAMESPACE)
 
 
 def end_leftovers() -> list[str]:

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
@@ -28,12 +28,14 @@ from cluster.actors.ray_tools import (
     NAMESPACE,
     WORKERS_GROUP,
     call_this_actor,
+    claim_term,
     cluster_nodes,
     draining_nodes,
     free_reserved_room,
     free_resources,
     is_this_node,
     kill_actors,
+    newest_term,
     node_address,
     our_actors,
     this_actor_was_restarted,
@@ -44,12 +46,14 @@ from cluster.actors.worker_group_like import FoundWorker
 from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import NodeResources, WorkerShare, resolved_share
 from cluster.core.codec import from_plain, to_plain
-from cluster.core.errors import StartError
+from cluster.core.errors import StartError, SupersededError
 from cluster.core.node_labels import selector_for
 from cluster.core.topology import Member, Role, holds_experts
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _PING_S = 0.5
 _POLL_S = 0.05
 _CALL_LIMIT_S = 5.0
@@ -82,6 +86,8 @@ class WorkerGroup:
     _ending: set[asyncio.Future[None]] = field(default_factory=set)
     _group: PlacementGroup | None = None
     _share: WorkerShare | None = None
+    _term: int = 0
+    _identity: str = ""
     _bundles: dict[Role, range] = field(default_factory=dict)
     """If nodes are labelled for roles: bundles of each role."""
 
@@ -98,6 +104,12 @@ class WorkerGroup:
 
     def address(self) -> str:
         return node_address()
+
+    async def claim(self, term: int, identity: str) -> int:
+        """As in ``claim_term``. Raises ``TimeoutError`` if Ray does not answer."""
+        self._term = await _in_time(claim_term, term, identity)
+        self._identity = identity
+        return self._term
 
     async def reserve(
         self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
@@ -209,19 +221,25 @@ class WorkerGroup:
         await asyncio.wait_for(call, _CALL_LIMIT_S)
 
     async def end(self, names: Sequence[str]) -> None:
-        """End these workers: by their own ``stop``, then by process id, then by Ray."""
+        """End these workers: by their own ``stop``, then by process id, then by Ray.
+
+        Raises ``SupersededError``, and ``TimeoutError`` if Ray does not say whether that is so.
+        """
         actors = [self._actors.pop(n) for n in names if n in self._actors]
         tasks = {asyncio.ensure_future(self._end_one(a)) for a in actors}
         self._ending |= tasks
-        await asyncio.gather(*tasks)
+        found = await asyncio.gather(*tasks, return_exceptions=True)
         self._ending -= tasks
+        for error in (e for e in found if e is not None):
+            raise error
 
     async def end_others(self, names: Collection[str]) -> None:
         """End all workers but these, including those that were not found."""
         await self.end([name for name in self._actors if name not in names])
 
     async def end_all(self) -> None:
-        """End every worker and release the reserved room."""
+        """End every worker and release the reserved room. Raises ``SupersededError``."""
+        await self._check_term()
         await self.end(list(self._actors))
         await asyncio.gather(*self._ending)
         free_reserved_room()
@@ -304,19 +322,36 @@ class WorkerGroup:
     # ---- ending ---------------------------------------------------------------------------
 
     async def _end_one(self, actor: _Actor) -> None:
+        try:
+            await self._end_process(actor)
+        except BaseException:
+            self._actors[actor.member.name] = actor  # it may live: another call tries again
+            raise
+
+    async def _end_process(self, actor: _Actor) -> None:
         name = actor.member.name
         stopped = False
         try:
-            await asyncio.wait_for(actor.handle.stop.remote(), self.stop_limit_s)
+            call = actor.handle.stop.remote(self._term, self._identity)
+            await asyncio.wait_for(call, self.stop_limit_s)
             stopped = True
         except (RayError, TimeoutError) as err:
+            if isinstance(err, RayTaskError) and isinstance(err.cause, SupersededError):
+                raise err.cause from err
             logger.info("%s did not stop by itself: %s", name, type(err).__name__)
+        await self._check_term()
         if not stopped:
             await self._kill_by_pid(actor)
         with contextlib.suppress(RayError, ValueError):
             ray.kill(actor.handle, no_restart=True)
         if stopped and not await self._is_gone(actor):
             await self._kill_by_pid(actor)
+
+    async def _check_term(self) -> None:
+        """Raise ``SupersededError`` if another controller has a newer term."""
+        newest = await _in_time(newest_term)
+        if newest > self._term:
+            raise SupersededError(f"term {newest} is claimed, this controller has {self._term}")
 
     async def _is_gone(self, actor: _Actor) -> bool:
         """Whether the process ended; for a remote one its own ``stop`` is trusted."""
@@ -336,6 +371,11 @@ class WorkerGroup:
         task = ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=where)
         with contextlib.suppress(RayError, TimeoutError):
             await asyncio.wait_for(task.remote(actor.process), _CALL_LIMIT_S)
+
+
+async def _in_time(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """A blocking call of Ray, in a thread. Raises ``TimeoutError``."""
+    return await asyncio.wait_for(asyncio.to_thread(call, *args, **kwargs), _CALL_LIMIT_S)
 
 
 def _member_of(name: str) -> Member:

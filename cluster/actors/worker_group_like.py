@@ -40,6 +40,9 @@ class WorkerGroupLike(Protocol):
     def address(self) -> str:
         """Interface that the control server binds to."""
 
+    async def claim(self, term: int, identity: str) -> int:
+        """Claim a term from ``term`` on for this controller; workers are ended in its name."""
+
     async def reserve(
         self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
     ) -> tuple[Member, ...]:
@@ -72,7 +75,7 @@ class WorkerGroupLike(Protocol):
         """Send a found worker the controller's new address."""
 
     async def end(self, names: Sequence[str]) -> None:
-        """End these workers."""
+        """End these workers. Raises ``SupersededError``."""
 
     async def end_others(self, names: Collection[str]) -> None:
         """End all workers but these."""

@@ -23,7 +23,8 @@
     ├── UnknownNameError          no worker, node or operation of that name
     └── TransportError            the data or control plane
         ├── ProtocolError         a peer sent what does not belong on the wire
-        │   └── HandshakeError    a peer is not one of ours, or was started differently
+        │   ├── HandshakeError    a peer is not one of ours, or was started differently
+        │   └── SupersededError   a controller that another one has replaced
         ├── PeerLostError         an edge was reset, closed or timed out
         ├── MoveGivenUpError      weights on their way to another worker took too long
         └── GenerationChangedError   a new generation interrupts the current step
@@ -192,6 +193,10 @@ class TransportError(ExpertMeshError):
 
 class ProtocolError(TransportError):
     """A peer sent invalid or unexpected data; its edge is closed."""
+
+
+class SupersededError(ProtocolError):
+    """The workers follow another controller; this one must neither order nor end anything."""
 
 
 class HandshakeError(ProtocolError):

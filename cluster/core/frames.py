@@ -246,6 +246,13 @@ class DrainRequest(ControlFrame, frozen=True, kw_only=True):
     """Worker -> controller: its process received SIGTERM; drain it first."""
 
 
+class Superseded(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller, the last frame: it follows another controller from now on."""
+
+    term: int
+    """Highest term that it has followed."""
+
+
 class NewEpoch(ControlFrame, frozen=True, kw_only=True):
     """Controller -> worker: maps of a placement epoch that may come into force.
 

@@ -72,8 +72,9 @@ class WorkerActor(ABC):
         """
         self._runtime.redirect(control_address)
 
-    def stop(self) -> None:
-        """End serving; the caller ends the process."""
+    def stop(self, term: int, controller: str) -> None:
+        """End serving; the caller ends the process. Raises ``SupersededError``."""
+        self._runtime.follow(term, controller)
         self._runtime.stop()
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:

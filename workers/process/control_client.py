@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from msgspec.structs import replace
 
 from cluster.core.addresses import split_address
-from cluster.core.errors import HandshakeError, PeerLostError, ProtocolError
+from cluster.core.errors import HandshakeError, PeerLostError, ProtocolError, SupersededError
 from cluster.core.frames import (
     MAX_HELLO_BYTES,
     ControlChallenge,
@@ -36,6 +36,7 @@ from cluster.core.frames import (
     Register,
     StatusReply,
     StatusRequest,
+    Superseded,
     WorkerFailed,
     WorkerReady,
     decode,
@@ -131,6 +132,10 @@ class ControlClient:
         """Monotonic time of the newest heartbeat that a controller has acknowledged."""
         return self._lease.contact_at
 
+    def follow(self, term: int, controller: str) -> None:
+        """Obey a controller by another way (any thread). Raises ``SupersededError``."""
+        self._guard.check(term, controller)
+
     def redirect(self, address: str) -> None:
         """A new controller listens at ``address``: leave the old one for it (any thread)."""
         with self._lock:
@@ -196,7 +201,7 @@ class ControlClient:
             try:
                 while True:
                     if self._is_redirected:
-                        return "a new controller has called"
+                        raise SupersededError("a new controller has called")
                     now = time.monotonic()
                     self._lease.check(now)
                     if now >= next_beat:
@@ -221,6 +226,13 @@ class ControlClient:
                             self._wakeup.drain()
                         elif events & selectors.EVENT_READ:
                             self._receive(sock, incoming)
+            except SupersededError as err:
+                outgoing += encode(Superseded(term=self.term))
+                sock.settimeout(_FLUSH_S)
+                with contextlib.suppress(OSError):
+                    sock.sendall(outgoing)
+                    _finish(sock)
+                return str(err)
             except (OSError, ProtocolError) as err:
                 return str(err) or type(err).__name__
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cluster.core.errors import ProtocolError
+from cluster.core.errors import SupersededError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,17 +67,22 @@ class LeaseClock:
 
 
 class TermGuard:
-    """Accepts only the newest controller: the highest term, and one controller a term."""
+    """Accepts only the newest controller: the highest term, and one controller a term.
+
+    Any thread.
+    """
 
     def __init__(self) -> None:
         self.term = 0
         """Highest term seen."""
         self._controller = ""
+        self._lock = threading.Lock()
 
     def check(self, term: int, controller: str) -> None:
-        """Note a controller. Raises ``ProtocolError`` when it is not the newest."""
-        if term < self.term:
-            raise ProtocolError(f"a controller of the older term {term}")
-        if term == self.term and controller != self._controller:
-            raise ProtocolError(f"another controller of the same term {term}")
-        self.term, self._controller = term, controller
+        """Note a controller. Raises ``SupersededError`` when it is not the newest."""
+        with self._lock:
+            if term < self.term:
+                raise SupersededError(f"a controller of the older term {term}")
+            if term == self.term and controller != self._controller:
+                raise SupersededError(f"another controller of the same term {term}")
+            self.term, self._controller = term, controller

@@ -180,6 +180,11 @@ class WorkerRuntime(ABC):
         self._interrupt(self.membership.generation.number + 1)
         self._thread.join(STOP_TIMEOUT_S)
 
+    def follow(self, term: int, controller: str) -> None:
+        """A controller orders by a call of Ray. Raises ``SupersededError``."""
+        if self._is_connected:
+            self.control.follow(term, controller)
+
     def request_drain(self) -> bool:
         """Ask for a drain; False outside a generation, or when already asked (any thread)."""
         if not self.membership.runs or self._stopping or self._drain_requested:

@@ -72,7 +72,8 @@ class TrivialWorker:
     def ping(self) -> str:
         return self.name
 
-    def stop(self) -> None:
+    def stop(self, term: int, controller: str) -> None:
+        self._client.follow(term, controller)
         self._client.close()
 
     def _heartbeat(self) -> Heartbeat:
@@ -145,5 +146,5 @@ class SilentWorker(TrivialWorker):
 class StubbornWorker(TrivialWorker):
     """Ignores the order to stop."""
 
-    def stop(self) -> None:
+    def stop(self, term: int, controller: str) -> None:
         time.sleep(60)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from cluster.actors import controller_actor
+from cluster.actors.control_server import ControlServer
 from cluster.actors.controller_actor import ControllerActor
 from cluster.actors.worker_group_like import FoundWorker
 from cluster.config.cluster import (
@@ -20,7 +22,13 @@ from cluster.config.cluster import (
     WorkersSection,
 )
 from cluster.config.resources import WorkerShare
-from cluster.core.errors import ConfigError, ConflictError, StartError, UnknownNameError
+from cluster.core.errors import (
+    ConfigError,
+    ConflictError,
+    StartError,
+    SupersededError,
+    UnknownNameError,
+)
 from cluster.core.frames import (
     ControlFrame,
     GenerationReady,
@@ -360,6 +368,88 @@ def test_a_restarted_controller_tries_again_and_says_so() -> None:
                 assert group.all_ended == 0
         assert snapshot["error"] == "the controller was lost before the cluster served"
         await actor.stop()
+
+    asyncio.run(body())
+
+
+class NewController:
+    """Another controller's socket events."""
+
+    def on_frame(self, worker: str, frame: ControlFrame) -> None:
+        return None
+
+    def on_closed(self, worker: str, reason: str) -> None:
+        return None
+
+
+def test_a_controller_whose_workers_follow_another_one_ends_nobody() -> None:
+    async def body() -> None:
+        group = ThreadWorkerGroup()
+        actor = ControllerActor(group)
+        await actor.start(_config(), BANKS)
+        await _until(actor, "SERVING")
+        newer = ControlServer("secret", NewController())
+        address = await newer.start("127.0.0.1")
+        for worker in group.workers.values():
+            worker.client.redirect(address)
+        snapshot = await _until(actor, "STOPPED")
+        assert snapshot["error"].startswith("superseded: ")
+        async with asyncio.timeout(LIMIT_S):
+            while not all(map(newer.is_connected, group.workers)):
+                await asyncio.sleep(0.02)
+        await actor.stop()
+        assert (group.ended, group.all_ended) == ([], 0)
+        for worker in group.workers.values():
+            await asyncio.to_thread(worker.client.close)
+        await newer.close()
+
+    asyncio.run(body())
+
+
+class UnwillingGroup(ThreadWorkerGroup):
+    """Cannot end workers at first, or finds that another controller leads them."""
+
+    def __init__(self, *errors: Exception) -> None:
+        super().__init__()
+        self.errors = list(errors)
+
+    async def end(self, names: Sequence[str]) -> None:
+        if self.errors:
+            raise self.errors.pop()
+        await super().end(names)
+
+
+def test_a_drain_ends_once_the_worker_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_actor, "_END_AGAIN_S", 0.0)
+
+    async def body() -> None:
+        group = UnwillingGroup(TimeoutError(), RuntimeError("Ray does not answer"))
+        actor = ControllerActor(group, status_limit_s=LIMIT_S)
+        await actor.start(_config(num_redundant=4), BANKS)
+        await _until(actor, "SERVING")
+        await actor.drain({"worker": "expert-1", "limit_s": LIMIT_S})
+        async with asyncio.timeout(LIMIT_S):
+            while (await actor.operations())[0]["state"] == "RUNNING":
+                await asyncio.sleep(0.02)
+        assert (group.errors, group.ended) == ([], ["expert-1"])
+        await actor.stop()
+
+    asyncio.run(body())
+
+
+def test_a_controller_with_an_older_term_stops_when_it_would_end_a_worker() -> None:
+    async def body() -> None:
+        group = UnwillingGroup(SupersededError("term 2 is claimed, this controller has 1"))
+        actor = ControllerActor(group)
+        await actor.start(_config(3, 5), BANKS)
+        await _until(actor, "SERVING")
+        await asyncio.to_thread(group.workers["expert-1"].client.close)
+        snapshot = await _until(actor, "STOPPED")
+        assert snapshot["error"] == "superseded: term 2 is claimed, this controller has 1"
+        await actor.stop()
+        assert group.ended == []
+        for worker in group.workers.values():
+            await asyncio.to_thread(worker.client.close)
 
     asyncio.run(body())
 

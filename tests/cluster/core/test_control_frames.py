@@ -33,6 +33,7 @@ from cluster.core.frames import (
     Shutdown,
     StatusReply,
     StatusRequest,
+    Superseded,
     SwitchEpoch,
     WorkerFailed,
     WorkerReady,
@@ -97,6 +98,7 @@ SAMPLES: tuple[ControlFrame, ...] = (
     ExpertsLoaded(order=3, error="model.safetensors: no such file", num_bytes=7),
     DrainRequest(),
     Shutdown(reason="stopped"),
+    Superseded(term=3),
 )
 
 

@@ -29,6 +29,7 @@ EXAMPLES = [
     errors.ConflictError("drain-1.1 is under way"),
     errors.UnknownNameError("there is no worker 'x'"),
     errors.ProtocolError("bad magic"),
+    errors.SupersededError("a controller of the older term 2"),
     errors.HandshakeError("another checkpoint"),
     errors.PeerLostError("expert-1", "reset"),
     errors.MoveGivenUpError("not done within 3 s"),

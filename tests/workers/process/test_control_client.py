@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cluster.actors.control_server import ControlServer
-from cluster.core.errors import HandshakeError, PeerLostError
+from cluster.core.errors import HandshakeError, PeerLostError, SupersededError
 from cluster.core.frames import (
     ControlFrame,
     Heartbeat,
@@ -24,6 +24,7 @@ from cluster.core.frames import (
     Shutdown,
     StatusReply,
     StatusRequest,
+    Superseded,
     WorkerFailed,
     WorkerReady,
     WorkerReport,
@@ -262,6 +263,7 @@ def test_a_new_controller_that_calls_gets_everything(
     assert second.next(WorkerReady) == WorkerReady(info={"bytes": 5})
     assert second.next(WorkerReport) == _standing()
     if not is_first_gone:
+        assert first.next(Superseded) == Superseded(term=1)
         assert first.closed.get(timeout=LIMIT_S)[0] == "expert-0"
         assert lost.get(timeout=LIMIT_S) == "a new controller has called"
         first.close()
@@ -295,8 +297,11 @@ def test_an_older_term_is_not_followed(server: ServerThread) -> None:
     server.send("expert-0", NewGeneration(term=3, generation=LARGE, placement=NO_MAPS))
     assert isinstance(got.get(timeout=LIMIT_S), NewGeneration)
     server.send("expert-0", NewGeneration(term=2, generation=LARGE, placement=NO_MAPS))
+    assert server.next(Superseded) == Superseded(term=3)
     assert server.closed.get(timeout=LIMIT_S)[0] == "expert-0"
     assert got.empty()
+    with pytest.raises(SupersededError, match="a controller of the older term 2"):
+        client.follow(2, "")
     client.close()
 
 

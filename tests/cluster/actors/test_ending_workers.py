@@ -1,0 +1,118 @@
+"""Which processes a worker group ends, and which it must not: handles without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import RayTaskError
+
+from cluster.actors import worker_group
+from cluster.actors.process import ProcessIdentity
+from cluster.actors.worker_group import WorkerGroup
+from cluster.core.errors import SupersededError
+from tests.harness.members import member_of
+from workers.process.lease import TermGuard
+
+PROCESS = ProcessIdentity(pid=7, started_at=0.0)
+
+
+@dataclass
+class Handle:
+    """The handle of a worker that follows the newest term; a frozen one never answers."""
+
+    is_frozen: bool = False
+    guard: TermGuard = field(default_factory=TermGuard)
+    is_stopped: bool = False
+
+    @property
+    def stop(self) -> Any:
+        return self
+
+    def remote(self, term: int, controller: str) -> asyncio.Future[None]:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self.is_frozen:
+            future.set_exception(TimeoutError())
+            return future
+        try:
+            self.guard.check(term, controller)
+        except SupersededError as err:
+            told: Any = RayTaskError
+            future.set_exception(told("stop", "", err))
+        else:
+            self.is_stopped = True
+            future.set_result(None)
+        return future
+
+
+@dataclass
+class Killed:
+    """The kills that were asked of Ray and of the kernel."""
+
+    actors: list[Any] = field(default_factory=list)
+    processes: list[ProcessIdentity] = field(default_factory=list)
+    newest_term: int = 1
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> Killed:
+    found = Killed()
+
+    def kill(handle: Any, no_restart: bool) -> None:
+        found.actors.append(handle)
+
+    monkeypatch.setattr(worker_group, "newest_term", lambda: found.newest_term)
+    monkeypatch.setattr(worker_group, "claim_term", lambda term, identity: term)
+    monkeypatch.setattr(worker_group, "is_this_node", lambda node_id: True)
+    monkeypatch.setattr(worker_group, "wait_gone", lambda process, limit_s: True)
+    monkeypatch.setattr(worker_group, "kill_process", found.processes.append)
+    monkeypatch.setattr(ray, "kill", kill)
+    return found
+
+
+async def _group(handle: Handle) -> WorkerGroup:
+    group = WorkerGroup({})
+    actor = worker_group._Actor(member_of("expert-0"), handle, "here", process=PROCESS)
+    group._actors["expert-0"] = actor
+    await group.claim(1, "a controller")
+    return group
+
+
+def test_a_worker_is_ended_by_its_own_controller(killed: Killed) -> None:
+    async def body() -> None:
+        handle = Handle()
+        await (await _group(handle)).end(["expert-0"])
+        assert handle.is_stopped
+        assert (killed.actors, killed.processes) == ([handle], [])
+
+    asyncio.run(body())
+
+
+def test_a_worker_that_follows_a_newer_controller_lives(killed: Killed) -> None:
+    """Ray's tables cannot be reached by the older one."""
+
+    async def body() -> None:
+        handle = Handle()
+        handle.guard.check(2, "another one")
+        with pytest.raises(SupersededError, match="the older term 1"):
+            await (await _group(handle)).end(["expert-0"])
+        assert (killed.actors, killed.processes) == ([], [])
+
+    asyncio.run(body())
+
+
+def test_a_frozen_worker_is_killed_by_the_newest_controller_only(killed: Killed) -> None:
+    async def body() -> None:
+        group = await _group(Handle(is_frozen=True))
+        killed.newest_term = 2
+        with pytest.raises(SupersededError, match="term 2 is claimed"):
+            await group.end(["expert-0"])
+        assert (killed.actors, killed.processes) == ([], [])
+        killed.newest_term = 1
+        await group.end(["expert-0"])
+        assert killed.processes == [PROCESS]
+
+    asyncio.run(body())
