@@ -149,11 +149,10 @@ class AttentionRuntime(WorkerRuntime):
             timer=self._timer,
         )
 
-    def _fence(self, reason: str) -> None:
-        """Also end the streams of clients."""
-        super()._fence(reason)
+    def _close_gates(self, fence: int) -> None:
+        super()._close_gates(fence)
         if self._stream is not None:
-            self._stream.close_streams()
+            self._stream.close_streams(fence)
 
     def _facts(self) -> EngineHello:
         engine, config, section = self._engine, self.family.config, self.config.engine
@@ -194,7 +193,7 @@ class AttentionRuntime(WorkerRuntime):
         assert self._stream is not None, "it is open before the weights are loaded"
         if self._engine is not None:
             self._engine.generation_runs()
-        self._stream.admit_streams()
+        self._stream.admit_streams(self.membership.generation.number)
 
     def _between_steps(self) -> None:
         """Handle the gateways' commands, and send outputs that need no step."""

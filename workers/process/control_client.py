@@ -3,6 +3,9 @@
 The thread sends queued frames and heartbeats, answers status requests, and hands everything else
 to ``on_frame``. When the connection breaks, the client reports it once and reconnects; it then
 first sends what a restarted controller needs: registration, readiness, report.
+
+The thread also watches the lease, so a worker cannot outlive it: when it fails, ``on_failed`` ends
+the worker.
 """
 
 from __future__ import annotations
@@ -80,10 +83,12 @@ class ControlClient:
         connect_timeout_s: float = 10.0,
         lease: Lease | None = None,
         worker_report: Callable[[], Sequence[ControlFrame]] = tuple,
+        on_failed: Callable[[str], None] = lambda reason: None,
         release: str = RELEASE,
     ) -> None:
         """``address`` is ``host:port``. ``worker_report`` says where this worker stands, for a new
-        connection; it is called on the client's thread.
+        connection; it is called on the client's thread. ``on_failed`` gets the reason when that
+        thread ends by an error.
 
         The ``token`` of the reply that ``status`` returns is filled in here.
         """
@@ -97,6 +102,7 @@ class ControlClient:
         self._heartbeat_s = heartbeat_s
         self._connect_timeout_s = connect_timeout_s
         self._worker_report = worker_report
+        self._on_failed = on_failed
         self._lock = threading.Lock()
         self._queue: deque[bytes] = deque()
         self._greeting: dict[type[ControlFrame], ControlFrame] = {}
@@ -166,24 +172,32 @@ class ControlClient:
 
     def _run(self) -> None:
         """Talk until closed; connect again whenever the connection breaks."""
-        connected = self._first
         try:
-            while connected is not None:
-                with connected:
-                    reason = self._talk_or_fail(connected)
-                if self._closing:
-                    return
-                logger.warning("lost the controller: %s", reason)
-                connected = self._connect_again()
+            self._serve()
+        except Exception as err:
+            logger.exception("the control thread of %s cannot go on", self._name)
+            self._closing = True
+            self._on_failed(f"{type(err).__name__}: {err}")
         finally:
             self._wakeup.close()
+
+    def _serve(self) -> None:
+        connected = self._first
+        while connected is not None:
+            with connected:
+                reason = self._talk_or_fail(connected)
+            if self._closing:
+                return
+            logger.warning("lost the controller: %s", reason)
+            connected = self._connect_again()
 
     def _talk_or_fail(self, sock: socket.socket) -> str:
         """``_talk``, which also reports a callback's unexpected error as the worker's failure."""
         try:
+            if sock is not self._first:
+                self._greet()
             return self._talk(sock)
         except Exception as err:
-            self._closing = True
             sock.settimeout(_FLUSH_S)
             with contextlib.suppress(OSError):
                 sock.sendall(encode(WorkerFailed(reason=f"{type(err).__name__}: {err}")))
@@ -274,16 +288,19 @@ class ControlClient:
                 sock = self._connect(min(self._connect_timeout_s, _RETRY_LIMIT_S))
             except PeerLostError as err:
                 logger.debug("no controller yet: %s", err)
-            except HandshakeError as err:
+            except ProtocolError as err:  # another program may have the port by now
                 logger.warning("the controller's handshake failed: %s", err)
             else:
-                with self._lock:  # what was queued for the old connection has lost its meaning
-                    self._queue.clear()
-                    greeting = [*self._greeting.values(), *self._worker_report()]
-                    self._queue.extend(encode(f) for f in greeting)
                 return sock
             self._wakeup.wait(_RETRY_S)
         return None
+
+    def _greet(self) -> None:
+        """Queue what a restarted controller needs first."""
+        with self._lock:  # what was queued for the old connection has lost its meaning
+            self._queue.clear()
+            greeting = [*self._greeting.values(), *self._worker_report()]
+            self._queue.extend(encode(f) for f in greeting)
 
     def _connect(self, timeout_s: float) -> socket.socket:
         """Connect and prove the token. Raises ``PeerLostError`` and ``HandshakeError``."""

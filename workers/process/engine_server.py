@@ -78,7 +78,8 @@ class EngineServer:
         self._release = release
         self._streams = GatewayStreams(inbox, silence_limit_s)
         self._kv = KvFeed()
-        self._is_closed = False
+        self._admitted = 0
+        self._fence = -1
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
         self._port = 0
@@ -106,13 +107,16 @@ class EngineServer:
         elif fetch_cost != self._kv.fetch_cost:
             self._call_soon(self._set_fetch_cost, fetch_cost)
 
-    def close_streams(self) -> None:
-        """End every gateway's stream and refuse new ones (any thread): it may no longer serve."""
-        self._call_soon(self._set_closed, True)
+    def close_streams(self, fence: int) -> None:
+        """Generations up to ``fence`` may no longer serve (any thread).
 
-    def admit_streams(self) -> None:
-        """Accept streams again (any thread)."""
-        self._call_soon(self._set_closed, False)
+        Every gateway's stream ends, and new ones are refused until a later generation is admitted.
+        """
+        self._call_soon(self._raise_fence, fence)
+
+    def admit_streams(self, generation: int) -> None:
+        """Accept streams if this generation is above the fence (any thread)."""
+        self._call_soon(self._admit, generation)
 
     def stop(self) -> None:
         self._call_soon(self._stopping.set)
@@ -123,7 +127,7 @@ class EngineServer:
     ) -> AsyncIterator[bytes]:
         """One gateway's stream, from its hello to its end."""
         hello = await self._authenticate(messages, context)
-        if self._is_closed:
+        if self._admitted <= self._fence:
             await context.abort(grpc.StatusCode.ABORTED, _MAY_NOT_SERVE)
         task = asyncio.current_task()
         assert task is not None, "gRPC runs every handler in a task"
@@ -195,9 +199,12 @@ class EngineServer:
         self._kv.fetch_cost = fetch_cost
         self._streams.put_all(FROM_ENGINE.encode(self._kv.change(changes)))
 
-    def _set_closed(self, is_closed: bool) -> None:
-        self._is_closed = is_closed
-        if is_closed:
+    def _admit(self, generation: int) -> None:
+        self._admitted = max(self._admitted, generation)
+
+    def _raise_fence(self, fence: int) -> None:
+        self._fence = max(self._fence, fence)
+        if self._admitted <= self._fence:
             self._streams.close_all(_MAY_NOT_SERVE)
 
     def _call_soon(self, function: Callable[..., object], *arguments: object) -> None:

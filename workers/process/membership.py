@@ -4,7 +4,9 @@
         ─▶ RunGeneration ─▶ steps; epochs follow one another
         ─▶ a peer is lost, the lease runs out, or the next generation is announced
 
-The data thread does all of this; the control thread reports the state to a controller.
+The data thread does all of this. The control thread reports the state to a controller, and raises
+the fence: the highest generation that the worker may not run (any more). As the fence only grows,
+and a generation runs only above it, the two threads need no order.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Set
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from cluster.core.errors import GenerationChangedError, PeerLostError, ProtocolError
@@ -41,6 +44,25 @@ from workers.transport.transport import DataTransport
 logger = logging.getLogger(__name__)
 
 
+class Standing(Enum):
+    """Where a worker stands in its newest generation. The value is for people."""
+
+    OUTSIDE = "outside"
+    """No steps: before the first generation, after a loss, behind the fence."""
+    OPENING = "opens its edges"
+    READY = "ready"
+    """``GenerationReady`` is sent."""
+    RUNNING = "runs"
+
+
+_NEXT = {
+    Standing.OUTSIDE: {Standing.OPENING, Standing.OUTSIDE},
+    Standing.OPENING: {Standing.READY, Standing.OUTSIDE},
+    Standing.READY: {Standing.RUNNING, Standing.OPENING, Standing.OUTSIDE},
+    Standing.RUNNING: {Standing.OPENING, Standing.OUTSIDE},
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MembershipHooks:
     """Actions of the worker; all but ``send`` run on the data thread."""
@@ -66,9 +88,11 @@ class Membership:
         self.announced: NewGeneration | None = None
         """Newest announced generation; set by the control thread."""
         self.epochs = EpochPlacements()
-        self.runs = False
-        self.is_fenced = False
-        """The lease ran out in this generation; set by the control thread."""
+        self.standing = Standing.OUTSIDE
+        """Written by the data thread alone."""
+        self.fence = -1
+        """Highest generation that must not run: the lease ran out in it. Written by the control
+        thread alone, and never lowered."""
         self.last_commit = time.monotonic()
         """Monotonic time of the last committed step."""
         self._name = name
@@ -84,7 +108,24 @@ class Membership:
         self._channel = channel
         self._transport = transport
 
+    @property
+    def is_fenced(self) -> bool:
+        """The lease ran out in this generation or later."""
+        return self.generation.number <= self.fence
+
+    @property
+    def runs(self) -> bool:
+        """Steps of the newest generation run."""
+        return self.standing is Standing.RUNNING and not self.is_fenced
+
     # ---- the control thread -----------------------------------------------------------------
+
+    def raise_fence(self) -> int:
+        """The lease ran out: no generation that is known here runs; returns the fence."""
+        order = self.announced
+        announced = order.generation.number if order is not None else 0
+        self.fence = max(self.fence, self.generation.number, announced)
+        return self.fence
 
     def worker_report(self, term: int, memory: dict[str, Any]) -> list[ControlFrame]:
         """State of this worker, for a restarted controller.
@@ -101,7 +142,7 @@ class Membership:
             term=term,
             generation=order.generation if order is not None else None,
             placement=placement,
-            running=here and self.runs and not self.is_fenced,
+            running=here and self.runs,
             highest_step=self._channel.highest_step if number else 0,
             highest_epoch=max(self._channel.highest_epoch, self.epochs.current.epoch)
             if number
@@ -142,18 +183,27 @@ class Membership:
 
     def lose(self, err: PeerLostError) -> None:
         """Stop the steps and report the lost peer to the controller, which decides what follows."""
-        self.runs = False
+        self._enter(Standing.OUTSIDE)
         number = self.generation.number
         logger.warning("%s: generation %d stops: %s", self._name, number, err)
         self._loss = PeerLost(worker=err.peer, generation=number, reason=err.reason)
         self._hooks.send(self._loss)
+
+    def leave(self) -> None:
+        """The steps end: a new generation is announced, or the fence was raised."""
+        self._enter(Standing.OUTSIDE)
+
+    def _enter(self, standing: Standing) -> None:
+        assert standing in _NEXT[self.standing], f"{self.standing.value} -> {standing.value}"
+        self.standing = standing
 
     def _take_generation(self, frame: NewGeneration) -> None:
         """Abandon the step under way, open the edges of the new generation, report readiness."""
         generation = frame.generation
         if generation.number <= self.generation.number:
             return
-        self.runs, self._loss = False, None
+        self._enter(Standing.OPENING)
+        self._loss = None
         if dead := self._companions.died(generation, frame.drained):
             self._hooks.lose_members(dead)
         self.generation = generation
@@ -162,11 +212,13 @@ class Membership:
             self._transport.apply_generation(generation)
             self._hooks.enter(generation, frame.placement)
         except GenerationChangedError:
+            self.leave()
             return
         except PeerLostError as err:
             self.lose(err)
             return
         self.epochs.start(frame.placement)
+        self._enter(Standing.READY)
         self._hooks.send(
             GenerationReady(
                 generation=generation.number,
@@ -177,13 +229,17 @@ class Membership:
         )
 
     def _run_generation(self, frame: RunGeneration) -> None:
-        if frame.generation == self.generation.number:
+        if frame.generation != self.generation.number or self.standing is not Standing.READY:
+            return
+        if self.is_fenced:
+            logger.warning("%s may not run generation %d any more", self._name, frame.generation)
+            self.leave()
+        else:
             self._channel.start_generation(frame.first_step, self.epochs.current.epoch)
             self.last_commit = time.monotonic()
-            self.is_fenced = False
             self._companions.run(self.generation)
             self._hooks.begin_steps()
-            self.runs = True
+            self._enter(Standing.RUNNING)
 
     def _learn_epoch(self, frame: NewEpoch) -> None:
         """Prepare the maps of an epoch that may follow."""

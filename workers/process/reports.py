@@ -49,7 +49,7 @@ class WorkerReports:
             progress=activity.progress,
             idle=activity.is_idle,
             generation=membership.generation.number,
-            running=membership.runs and not membership.is_fenced,
+            running=membership.runs,
             epoch=membership.epochs.current.epoch,
             waiting=activity.is_waiting,
             fenced=membership.is_fenced,

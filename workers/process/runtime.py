@@ -274,6 +274,7 @@ class WorkerRuntime(ABC):
                 on_expired=self._fence,
             ),
             worker_report=self._worker_report,
+            on_failed=self._die,
         )
         control.start()
         self._is_connected = True
@@ -387,9 +388,14 @@ class WorkerRuntime(ABC):
     def _fence(self, reason: str) -> None:
         """The lease ran out: leave this generation. Called on the control thread."""
         logger.warning("%s is fenced: %s", self.member.name, reason)
-        self.membership.is_fenced = True
+        fence = self.membership.raise_fence()
+        self._close_gates(fence)
         if self._connections is not None:
-            self._connections.wake()
+            self._connections.leave(fence)
+
+    def _close_gates(self, fence: int) -> None:
+        """Refuse clients until a generation above the fence runs. Called on the control thread."""
+        logger.debug("%s runs no generation up to %d", self.member.name, fence)
 
     def _worker_report(self) -> list[ControlFrame]:
         """State of this worker, for a restarted controller."""
@@ -402,15 +408,13 @@ class WorkerRuntime(ABC):
         self.activity.advance()
         membership = self.membership
         try:
-            if membership.is_fenced:
-                membership.runs = False
             if membership.runs:
                 self._run_step()
             else:
                 self.activity.is_idle = True
                 self.connections.rest(IDLE_WAIT_S)
         except GenerationChangedError:
-            membership.runs = False
+            membership.leave()
         except PeerLostError as err:
             membership.lose(err)
 

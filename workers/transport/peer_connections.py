@@ -1,7 +1,7 @@
 """All data-plane sockets of a worker: listener, edges, wake-up, one select loop.
 
-There is no I/O thread: the data thread runs the loop whenever it waits. Only ``wake`` and
-``interrupt`` may be called by other threads. An attention rank i opens
+There is no I/O thread: the data thread runs the loop whenever it waits. Only ``wake``,
+``interrupt`` and ``leave`` may be called by other threads. An attention rank i opens
 the connections to every expert worker and to the attention ranks below i (colocated workers are
 attention ranks); one TCP connection a pair carries step frames and data frames, both ways.
 """
@@ -59,6 +59,7 @@ class PeerConnections:
         self._opening = False
         self._closed = False
         self._announced = 0
+        self._left = -1
         self._woken = False
         self._selector = selectors.DefaultSelector()
         self._table = EdgeTable(self._selector, me.name, _INBOX_FRAMES * max_data_bytes)
@@ -95,6 +96,11 @@ class PeerConnections:
         self._announced = max(self._announced, number)
         self._wakeup.ring()
 
+    def leave(self, generation: int) -> None:
+        """Make the waits of steps raise until a later generation is applied."""
+        self._left = max(self._left, generation)
+        self._wakeup.ring()
+
     # Everything below: data thread only.
 
     def take_wake(self) -> bool:
@@ -106,6 +112,8 @@ class PeerConnections:
         """Raise ``GenerationChangedError`` or ``PeerLostError`` if there is a reason to."""
         if self._announced > self.generation.number:
             raise GenerationChangedError(f"generation {self._announced} was announced")
+        if self._left >= self.generation.number and not self._opening:
+            raise GenerationChangedError(f"generation {self.generation.number} was left")
         for name, reason in self._table.lost.items():
             if not self._opening:
                 raise PeerLostError(name, reason)

@@ -202,19 +202,16 @@ def test_no_controller_is_an_error_in_time() -> None:
         client.start()
 
 
-def test_a_broken_callback_is_reported_to_the_controller(
-    server: ServerThread, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    crashed = threading.Event()
-    monkeypatch.setattr(threading, "excepthook", lambda args: crashed.set())
+def test_a_broken_callback_is_reported_to_the_controller(server: ServerThread) -> None:
+    failed: queue.Queue[str] = queue.Queue()
 
     def fail() -> Heartbeat:
         raise ValueError("no engine")
 
-    client = _client(server.address, heartbeat=fail)
+    client = _client(server.address, heartbeat=fail, on_failed=failed.put)
     client.start()
     assert server.next(WorkerFailed) == WorkerFailed(reason="ValueError: no engine")
-    assert crashed.wait(LIMIT_S)
+    assert failed.get(timeout=LIMIT_S) == "ValueError: no engine"
     client.close()
 
 
@@ -319,3 +316,41 @@ def test_acknowledged_heartbeats_renew_the_lease_and_nothing_else(server: Server
         server.next(Heartbeat)
     assert "no contact with the controller" in fenced.get()
     client.close()
+
+
+def test_what_answers_without_being_a_controller_is_passed_over(
+    server: ServerThread, lost: queue.Queue[str]
+) -> None:
+    """Another program may listen on the port of a controller that has gone."""
+    client = _client(server.address)
+    client.start()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        client.redirect(f"127.0.0.1:{other.getsockname()[1]}")
+        connection, _ = other.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.1 400 Bad Request")
+            client.redirect(server.address)
+            assert lost.get(timeout=LIMIT_S) == "a new controller has called"
+    while not server.frames.empty():
+        server.frames.get()
+    server.next(Heartbeat)
+    client.close()
+
+
+def test_the_thread_does_not_end_in_silence(server: ServerThread, lost: queue.Queue[str]) -> None:
+    failed: queue.Queue[str] = queue.Queue()
+
+    def report() -> list[ControlFrame]:
+        raise ValueError("no maps")
+
+    client = _client(server.address, worker_report=report, on_failed=failed.put)
+    client.start()
+    server.next(Heartbeat)
+    server.run(_drop(server.server))
+    assert server.next(WorkerFailed) == WorkerFailed(reason="ValueError: no maps")
+    assert failed.get(timeout=LIMIT_S) == "ValueError: no maps"
+    client.close()
+
+
+async def _drop(server: ControlServer) -> None:
+    server.drop("expert-0")

@@ -108,3 +108,26 @@ def test_bytes_that_are_no_message_end_their_stream_alone(case: Case, data: byte
     other.close()
     assert case.commands()  # the gateway has gone
     case.still_serves()
+
+
+@pytest.mark.parametrize("is_fenced_first", [True, False])
+def test_the_order_of_fence_and_admission_does_not_matter(
+    case: Case, is_fenced_first: bool
+) -> None:
+    """A later generation serves, whichever thread comes first; an earlier one does not."""
+    if is_fenced_first:
+        case.server.close_streams(1)
+    case.server.admit_streams(2)
+    if not is_fenced_first:
+        case.server.close_streams(1)
+    admitted = EngineStream(case.address)
+    admitted.send(REQUEST)
+    assert case.commands()
+    case.server.close_streams(3)
+    case.server.admit_streams(3)
+    admitted.wait_ended()
+    refused = EngineStream(case.address)
+    with pytest.raises(ConnectionError, match="may not serve now"):
+        refused.next()
+    for stream in (admitted, refused):
+        stream.close()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cluster.core.errors import TransportError
+from cluster.core.errors import GenerationChangedError, PeerLostError, TransportError
 from cluster.core.frames import (
     ControlFrame,
     GenerationReady,
     NewGeneration,
+    RunGeneration,
     SlotContents,
     WorkerReport,
 )
@@ -16,7 +17,7 @@ from cluster.core.placement import contiguous
 from cluster.core.topology import Generation
 from tests.cluster.controller.fakes_cluster import BANKS
 from tests.harness.members import member_of
-from workers.process.membership import Membership, MembershipHooks
+from workers.process.membership import Membership, MembershipHooks, Standing
 
 MAPS = contiguous(BANKS, 1, 1)
 MEMBERS = (member_of("attention-0"), member_of("expert-0", device=0))
@@ -82,3 +83,70 @@ def test_an_answer_and_a_report_name_what_the_slots_hold() -> None:
     (report,) = world.membership.worker_report(1, {})
     assert isinstance(report, WorkerReport)
     assert report.slots == ((0, 1, 2),)
+
+
+def run(number: int) -> RunGeneration:
+    return RunGeneration(generation=number, first_step=1)
+
+
+def test_a_generation_runs_once_it_is_ready_and_ordered() -> None:
+    world = World()
+    world.announce(1)
+    assert not world.membership.runs
+    world.membership.handle(run(2))
+    assert not world.membership.runs
+    world.membership.handle(run(1))
+    assert world.membership.runs
+    assert world.data.started == [(1, MAPS.epoch)]
+
+
+def test_a_generation_that_lost_a_peer_does_not_run_again() -> None:
+    world = World()
+    world.announce(1)
+    world.membership.handle(run(1))
+    world.membership.lose(PeerLostError("attention-0", "reset"))
+    world.membership.handle(run(1))
+    assert not world.membership.runs
+
+
+def test_the_fence_stops_what_runs_until_the_next_generation() -> None:
+    world = World()
+    world.announce(1)
+    world.membership.handle(run(1))
+    assert world.membership.raise_fence() == 1
+    assert world.membership.is_fenced
+    assert not world.membership.runs
+    world.membership.leave()
+    world.membership.handle(run(1))
+    assert not world.membership.runs
+    world.announce(2)
+    world.membership.handle(run(2))
+    assert world.membership.runs
+    assert not world.membership.is_fenced
+
+
+def test_orders_from_before_the_fence_do_not_open_it() -> None:
+    """They waited in the queue of a process that was stopped until its lease had run out."""
+    world = World()
+    world.announce(1)
+    world.membership.handle(run(1))
+    order = NewGeneration(term=1, generation=Generation(number=2, members=MEMBERS), placement=MAPS)
+    world.membership.announced = order
+    assert world.membership.raise_fence() == 2
+    world.membership.handle(order)
+    world.membership.handle(run(2))
+    assert world.membership.generation.number == 2
+    assert not world.membership.runs
+    assert world.membership.is_fenced
+    assert world.data.started == [(1, MAPS.epoch)]
+
+
+def test_a_generation_that_is_interrupted_while_it_opens_can_be_followed_by_another() -> None:
+    world = World()
+    world.data.failure = GenerationChangedError("generation 2 was announced")
+    world.announce(1)
+    standings = [world.membership.standing]
+    world.data.failure = None
+    world.announce(2)
+    standings.append(world.membership.standing)
+    assert standings == [Standing.OUTSIDE, Standing.READY]

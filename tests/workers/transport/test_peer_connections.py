@@ -466,3 +466,17 @@ def test_unknown_ranks_and_closed_edges_are_named(pair: Pair) -> None:
         home.reject("expert-0", "nonsense")
     with pytest.raises(PeerLostError, match="nonsense"):
         home.check()
+
+
+def test_a_generation_that_was_left_ends_all_waits_until_the_next(
+    pair: Pair, pool: ThreadPoolExecutor
+) -> None:
+    home, expert = pair
+    home.leave(1)
+    with pytest.raises(GenerationChangedError, match="generation 1 was left"):
+        home.poll()
+    home.rest(0.0)
+    form(pool, 2, home, expert)
+    home.poll()
+    home.leave(1)
+    home.poll()
