@@ -162,9 +162,10 @@ class ClusterView:
             listener(snapshot)
 
 
-def drained_workers(snapshot: Snapshot) -> frozenset[str]:
+def living_workers(snapshot: Snapshot) -> frozenset[str]:
+    """Workers that are not lost; those that were drained, or are being drained, among them."""
     workers = snapshot.get("workers", ())
-    return frozenset(worker["name"] for worker in workers if worker["state"] == "DRAINED")
+    return frozenset(worker["name"] for worker in workers if worker["state"] != "LOST")
 
 
 def attention_endpoints(snapshot: Snapshot) -> list[AttentionEndpoint]:

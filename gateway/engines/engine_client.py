@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import grpc
@@ -22,7 +23,7 @@ from gateway.cluster.view import AttentionEndpoint
 from gateway.engines.router import WorkerLoad
 from gateway.engines.submission import Submission, without_first
 from workers.requests.block_hash import KvEvents
-from workers.requests.request import StepOutput, TokenOutput, Turn
+from workers.requests.request import Reached, RequestStage, StepOutput, TokenOutput, Turn
 from workers.requests.wire import (
     ENGINE_HELLO,
     FROM_ENGINE,
@@ -54,6 +55,26 @@ _CHANNEL_OPTIONS = (
 _Call = grpc.aio.StreamStreamCall[bytes, bytes]
 
 
+_OWN_END = frozenset(
+    {
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.UNAUTHENTICATED,
+    }
+)
+"""Status of a stream that a living worker has ended: it may not serve, or drops this gateway."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnd:
+    """Why a stream ended."""
+
+    reason: str
+    has_died: bool
+    """For all that is known, the worker is gone."""
+
+
 class Owner(Protocol):
     """Receives the events of a stream that concern more than one request."""
 
@@ -65,6 +86,9 @@ class Owner(Protocol):
 
     def settle(self, entry: Submission, worker: str) -> None:
         """A worker has computed a request's prompt, or will not."""
+
+    def place_waiting(self) -> None:
+        """A request that had to be sent alone is no longer on its way."""
 
 
 class EngineClient:
@@ -113,6 +137,10 @@ class EngineClient:
         """Tokens that this worker's requests may still need."""
         return sum(entry.outstanding_tokens for entry in self._submissions.values())
 
+    def requests_at(self, stage: RequestStage) -> list[Submission]:
+        """Requests of this worker that are so far, as it has said."""
+        return [entry for entry in self._submissions.values() if entry.stage is stage]
+
     def submit(self, entry: Submission) -> None:
         """Hand a request over; its outputs go to its sink."""
         entry.home, entry.was_sent, entry.is_computing = self, True, True
@@ -135,15 +163,15 @@ class EngineClient:
             choices = ()
         self._outgoing.put_nowait(Abort(request_id=request_id, choices=tuple(choices)))
 
-    async def run(self) -> str:
+    async def run(self) -> StreamEnd:
         """Keep the stream until it ends; returns why. Cancel it to end it."""
-        reason = await self._run()
+        end = await self._run()
         task = asyncio.current_task()
         if task is not None and task.cancelling():  # gRPC swallows one that meets a call's end
             raise asyncio.CancelledError
-        return reason
+        return end
 
-    async def _run(self) -> str:
+    async def _run(self) -> StreamEnd:
         self._heard_s = time.monotonic()
         async with grpc.aio.insecure_channel(
             self._endpoint.address, options=_CHANNEL_OPTIONS
@@ -151,14 +179,17 @@ class EngineClient:
             call = channel.stream_stream(PATH, bytes, bytes)(self.messages())
             pinger = asyncio.create_task(self._ping(call))
             try:
-                return await self._read(call)
+                await self._read(call)
+                return StreamEnd("the worker closed the stream", has_died=True)
             except grpc.aio.AioRpcError as err:
-                return f"{err.code().name}: {err.details()}"
+                reason = f"{err.code().name}: {err.details()}"
+                return StreamEnd(reason, has_died=err.code() not in _OWN_END)
             except ProtocolError as err:
-                return str(err)
+                return StreamEnd(str(err), has_died=False)
             except asyncio.CancelledError:
                 if self._is_silent:  # read() reports our own call.cancel() in this way
-                    return f"no sign of life for {self._silence_limit_s} s"
+                    reason = f"no sign of life for {self._silence_limit_s} s"
+                    return StreamEnd(reason, has_died=True)
                 raise
             finally:
                 self.hello = None
@@ -194,11 +225,8 @@ class EngineClient:
         entry.home, entry.last_worker = None, self.worker
         self._count(entry)
 
-    async def _read(self, call: _Call) -> str:
-        while True:
-            data = await call.read()
-            if not isinstance(data, bytes):
-                return "the worker closed the stream"
+    async def _read(self, call: _Call) -> None:
+        while isinstance(data := await call.read(), bytes):
             self._heard_s = time.monotonic()
             if self.hello is None:
                 self._take_hello(ENGINE_HELLO.decode(data))
@@ -215,6 +243,8 @@ class EngineClient:
             case StepOutput():
                 self.take_step(message)
                 await asyncio.sleep(0)  # clients get these outputs before the next message
+            case Reached():
+                self.take_reached(message)
             case Turn():
                 self._take_turn(message)
             case KvEvents():
@@ -251,8 +281,18 @@ class EngineClient:
         if turn.is_over:
             entry.clear()
         else:
-            entry.is_alone = True
+            entry.reach(RequestStage.ALONE)
             self._outgoing.put_nowait(turn)
+
+    def take_reached(self, reached: Reached) -> None:
+        """Record how far requests are at the worker."""
+        for request_id, attempt in reached.requests:
+            entry = self._submissions.get(request_id)
+            if entry is not None and entry.request.attempt == attempt:
+                was_alone = entry.must_be_sent_alone
+                entry.reach(reached.stage)
+                if was_alone:
+                    self._owner.place_waiting()
 
     def take_step(self, step: StepOutput) -> None:
         """Hand the outputs of a step to their sinks."""

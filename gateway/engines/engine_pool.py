@@ -16,12 +16,12 @@ from functools import partial
 from cluster.core.errors import NotReadyError, PoisonousRequestError
 from gateway.cluster.view import AttentionEndpoint
 from gateway.core.replay import ReplayCause
-from gateway.engines.engine_client import PING_S, SILENCE_LIMIT_S, EngineClient
+from gateway.engines.engine_client import PING_S, SILENCE_LIMIT_S, EngineClient, StreamEnd
 from gateway.engines.kv_index import KvIndex
 from gateway.engines.router import RoutingPolicy, pick_worker, route_by_kv
 from gateway.engines.submission import OutputSink, Submission
 from workers.requests.block_hash import KvEvents, prompt_hashes
-from workers.requests.request import Request
+from workers.requests.request import Request, RequestStage
 
 logger = logging.getLogger(__name__)
 
@@ -77,16 +77,17 @@ class EnginePool:
         ready = (client for client in self._clients.values() if client.hello is not None)
         return sorted(ready, key=lambda client: client.worker)
 
-    def update(self, endpoints: Sequence[AttentionEndpoint], drained: Collection[str] = ()) -> None:
+    def update(self, endpoints: Sequence[AttentionEndpoint], living: Collection[str] = ()) -> None:
         """Open streams to new workers, and drop the streams of workers that are no longer listed.
 
-        Workers that were ``drained`` count as leaving, not as dying.
+        Those among them that are ``living`` count as leaving, not as dying.
         """
         for gone in set(self._keepers) - set(endpoints):
             logger.info("%s left the generation: stream dropped", gone.name)
             self._keepers.pop(gone).cancel()
             if (client := self._clients.pop(gone.name, None)) is not None:
-                self._lose(client, "the worker left the generation", gone.name not in drained)
+                has_died = gone.name not in living
+                self._lose(client, StreamEnd("the worker left the generation", has_died))
         for endpoint in endpoints:
             if endpoint not in self._keepers:
                 self._keepers[endpoint] = asyncio.create_task(self._keep(endpoint))
@@ -103,7 +104,7 @@ class EnginePool:
         self._waiting.append(entry)
         if not self._will_place:
             self._will_place = True
-            asyncio.get_running_loop().call_soon(self._place_waiting)
+            asyncio.get_running_loop().call_soon(self.place_waiting)
         return entry
 
     async def wait_change(self, timeout_s: float) -> None:
@@ -165,46 +166,43 @@ class EnginePool:
         while True:
             client = self._clients[endpoint.name] = self._connect(endpoint)
             announcer = asyncio.create_task(self._announce(client))
-            reason = "the worker left the generation"
+            end = StreamEnd("the worker left the generation", has_died=False)
             try:
-                reason = await client.run()
+                end = await client.run()
             finally:
                 announcer.cancel()
                 if self._clients.get(endpoint.name) is client:
                     del self._clients[endpoint.name]
-                self._lose(client, reason)
-            logger.warning("stream to %s ended: %s", endpoint.name, reason)
+                self._lose(client, end)
+            logger.warning("stream to %s ended: %s", endpoint.name, end.reason)
             await asyncio.sleep(_RETRY_S)
 
     async def _announce(self, client: EngineClient) -> None:
         await client.connected.wait()
-        self._place_waiting()
+        self.place_waiting()
         self._notify()
 
     def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _lose(self, client: EngineClient, reason: str, has_died: bool = True) -> None:
+    def _lose(self, client: EngineClient, end: StreamEnd) -> None:
         """A stream is unusable: other workers continue its requests."""
         self.kv.drop(client.worker)
+        reason = end.reason
         for entry in client.take_submissions():
             name = entry.request.request_id
             if self._is_stopping:
                 entry.sink.fail(NotReadyError(f"the gateway ends ({reason})", "not_ready", 1.0))
                 continue
             logger.warning("request %s was lost with %s: %s", name, client.worker, reason)
-            if entry.is_alone and has_died:
-                error = f"a third worker in a row was lost with request {name}: {reason}"
+            if (cause := entry.lose() if end.has_died else None) is not None:
                 entry.close()
-                entry.sink.fail(PoisonousRequestError(error))
+                entry.sink.fail(PoisonousRequestError(f"request {name}: {cause}: {reason}"))
                 continue
-            if has_died:
-                entry.lose()
-            entry.replay_cause = ReplayCause.LOST if has_died else ReplayCause.HANDED_BACK
-            entry.is_alone = False
+            entry.replay_cause = ReplayCause.LOST if end.has_died else ReplayCause.HANDED_BACK
             self._waiting.append(entry)
-        self._place_waiting()
+        self.place_waiting()
         self._notify()
 
     def take_kv(self, worker: str, events: KvEvents) -> bool:
@@ -212,6 +210,8 @@ class EnginePool:
 
     def settle(self, entry: Submission, worker: str) -> None:
         self.kv.settle(worker, entry.prompt_hashes)
+        if entry.must_be_sent_alone:  # it ended
+            asyncio.get_running_loop().call_soon(self.place_waiting)
 
     def take_back(self, entry: Submission, reason: str) -> None:
         logger.info("request %s was handed back: %s", entry.request.request_id, reason)
@@ -219,20 +219,24 @@ class EnginePool:
         self._waiting.append(entry)
         has_other = entry.num_returns == 1 and len(self.clients) > 1
         delay_s = 0.0 if has_other else _REFUSED_RETRY_S
-        asyncio.get_running_loop().call_later(delay_s, self._place_waiting)
+        asyncio.get_running_loop().call_later(delay_s, self.place_waiting)
 
-    def _place_waiting(self) -> None:
-        """Send the requests that wait for a worker."""
+    def place_waiting(self) -> None:
+        """Send the requests that wait for a worker, and may be sent now."""
         self._will_place = False
         waiting, self._waiting = self._waiting, []
         now_s, ready = time.monotonic(), self.clients
+        sent = [e for c in self._clients.values() for e in c.requests_at(RequestStage.SENT)]
+        has_lone_request = any(entry.must_be_sent_alone for entry in sent)
         for entry in sorted(waiting, key=lambda entry: self._num_missing(entry, ready)):
             if not entry.is_waiting or now_s >= entry.deadline_s:
                 continue
-            client = self._pick(entry, ready)
+            has_to_wait = entry.must_be_sent_alone and has_lone_request
+            client = None if has_to_wait else self._pick(entry, ready)
             if client is None:
                 self._waiting.append(entry)
                 continue
+            has_lone_request = has_lone_request or entry.must_be_sent_alone
             is_again = entry.was_sent
             if is_again:
                 entry.again(now_s)

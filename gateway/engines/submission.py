@@ -15,10 +15,14 @@ from msgspec.structs import replace
 
 from cluster.core.errors import ExpertMeshError
 from gateway.core.replay import ReplayCause
-from workers.requests.request import FinishReason, Request, TokenOutput
+from workers.requests.request import FinishReason, Request, RequestStage, TokenOutput
 
 _HANDED_BACK = frozenset({"not_ready", "draining"})
 """Error codes of requests that a worker hands back and another one can serve."""
+MAX_SILENT_DEATHS = 2
+"""Deaths before a worker has said that it has the request, after which it is sent alone."""
+MAX_SILENT_DEATHS_IN_ALL = 5
+"""Such deaths after which a request fails."""
 
 
 class OutputSink(Protocol):
@@ -62,10 +66,12 @@ class Submission:
     """Its last worker, which handed it back or was lost."""
     engine: str = ""
     """Index of the attention worker that it was last sent to."""
+    stage: RequestStage = RequestStage.SENT
+    """How far it is at its worker, as the worker has said."""
     num_deaths: int = 0
-    """Workers that died while running it since its last token."""
-    is_alone: bool = False
-    """It runs a step alone: if the worker dies now, this request is the cause."""
+    """Workers that died while a step with it ran, since its last token."""
+    num_silent_deaths: int = 0
+    """Workers that died before they said that they had it, since one has said so."""
     num_returns: int = 0
     """Number of times it was handed back since its last token."""
     replay_cause: ReplayCause = ReplayCause.LOST
@@ -135,13 +141,33 @@ class Submission:
             self.open_choices.discard(output.choice)
         self.sink.put(output)
 
+    @property
+    def must_be_sent_alone(self) -> bool:
+        """It may kill workers on receipt: no other such request is on its way meanwhile."""
+        return self.num_silent_deaths >= MAX_SILENT_DEATHS
+
+    def reach(self, stage: RequestStage) -> None:
+        """Its worker says how far it is; a step alone is over when it is cleared."""
+        self.num_silent_deaths = 0
+        if self.stage is not RequestStage.ALONE:
+            self.stage = stage
+
     def clear(self) -> None:
         """A step with it has committed: it did not cause earlier deaths."""
-        self.num_deaths, self.is_alone = 0, False
+        self.stage, self.num_deaths, self.num_silent_deaths = RequestStage.RUNNING, 0, 0
 
-    def lose(self) -> None:
-        """Its worker died."""
-        self.num_deaths, self.is_alone = self.num_deaths + 1, False
+    def lose(self) -> str | None:
+        """Its worker died; why this request is the cause, None if it may run again.
+
+        A request that waits in an engine cannot be the cause.
+        """
+        self.num_deaths += self.stage is RequestStage.RUNNING
+        self.num_silent_deaths += self.stage is RequestStage.SENT
+        if self.stage is RequestStage.ALONE:
+            return "a third worker in a row was lost with it"
+        if self.num_silent_deaths < MAX_SILENT_DEATHS_IN_ALL:
+            return None
+        return f"{self.num_silent_deaths} workers in a row were lost when they received it"
 
     def is_handed_back(self, output: TokenOutput) -> bool:
         """Whether an output says that the worker cannot continue while another one may."""
@@ -154,6 +180,7 @@ class Submission:
     def again(self, now_s: float) -> Request:
         """The next attempt, which becomes the current one."""
         self.replays_s.append(now_s)
+        self.stage = RequestStage.SENT
         closed = set(range(self.request.n)) - self.open_choices
         self.request = replace(
             self.request,

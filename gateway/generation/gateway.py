@@ -31,7 +31,7 @@ from gateway.cluster.view import (
     ClusterView,
     Snapshot,
     attention_endpoints,
-    drained_workers,
+    living_workers,
 )
 from gateway.core.call import CallKind, GenerateCall, GenerateFields
 from gateway.core.errors import ErrorReport, report_error
@@ -295,7 +295,7 @@ class Gateway:
         endpoints = attention_endpoints(snapshot)
         for endpoint in endpoints:
             self.metrics.engine(endpoint.engine)  # shows as 0 from the start
-        self.engines.update(endpoints, drained_workers(snapshot))
+        self.engines.update(endpoints, living_workers(snapshot))
 
     def _to_text(self, ids: Sequence[int]) -> str:
         if self.tokenizer is None:

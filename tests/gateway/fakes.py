@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import grpc
 import tokenizers
@@ -24,7 +24,9 @@ from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import (
     FinishReason,
+    Reached,
     Request,
+    RequestStage,
     StepOutput,
     Timings,
     TokenLogprob,
@@ -44,6 +46,7 @@ from workers.requests.wire import (
     Ping,
 )
 
+Outgoing: TypeAlias = asyncio.Queue[FromEngine | None]
 CLUSTER_TOKEN = "token of the test cluster"
 MAX_MODEL_LEN = 512
 EOS = "<|endoftext|>"
@@ -126,12 +129,15 @@ class ScriptedEngine:
     num_cached_tokens: int = 0
     timings: Timings = TIMINGS
     answers_pings: bool = True
+    reports: Callable[[Request, RequestStage], bool] = lambda request, stage: True
+    """Whether it reports that a request is at a stage."""
     num_streams: int = 0
     num_hellos: int = 0
     num_pings: int = 0
     address: str = ""
     _server: Any = None
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _queues: list[Outgoing] = field(default_factory=list)
 
     async def start(self) -> None:
         """Serve on a free loopback port."""
@@ -150,11 +156,17 @@ class ScriptedEngine:
         if self._server is not None:
             await self._server.stop(0)
 
+    async def close_streams(self) -> None:
+        """As a worker that may not serve now."""
+        for queue in self._queues:
+            queue.put_nowait(None)
+
     async def _stream(self, messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         hello = HELLO.decode(await anext(messages))
         if hello.token != CLUSTER_TOKEN:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong token")
-        queue: asyncio.Queue[FromEngine] = asyncio.Queue()
+        queue: Outgoing = asyncio.Queue()
+        self._queues.append(queue)
         self.num_streams += 1
         self.num_hellos += 1
         reader = asyncio.create_task(self._read(messages, queue))
@@ -162,6 +174,9 @@ class ScriptedEngine:
             yield b"\xc1" if self.spoils == "hello" else ENGINE_HELLO.encode(self._hello())
             while True:
                 message = await queue.get()
+                if message is None:
+                    await context.abort(grpc.StatusCode.ABORTED, "this worker may not serve now")
+                    return
                 is_spoilt = self.spoils == "pong" and isinstance(message, Ping)
                 yield b"\xc1" if is_spoilt else FROM_ENGINE.encode(message)
         finally:
@@ -184,7 +199,7 @@ class ScriptedEngine:
             num_heads=2,
         )
 
-    async def _read(self, messages: AsyncIterator[bytes], queue: asyncio.Queue[FromEngine]) -> None:
+    async def _read(self, messages: AsyncIterator[bytes], queue: Outgoing) -> None:
         async for data in messages:
             message = TO_ENGINE.decode(data)
             if isinstance(message, Ping):
@@ -198,6 +213,7 @@ class ScriptedEngine:
             elif isinstance(message, Request):
                 request = message
                 self.requests.append(request)
+                self._report(RequestStage.QUEUED, request, queue)
                 open_choices = set(range(request.n)) - set(request.closed_choices)
                 self.running[request.request_id] = open_choices
                 task = asyncio.create_task(self._run(request, queue))
@@ -211,12 +227,13 @@ class ScriptedEngine:
         if not open_choices:
             self.running.pop(abort.request_id, None)
 
-    async def _run(self, request: Request, queue: asyncio.Queue[FromEngine]) -> None:
+    async def _run(self, request: Request, queue: Outgoing) -> None:
         scripts = {choice: self.script(request, choice) for choice in range(request.n)}
         so_far = request.output_so_far or ((),) * request.n
         at, width = [len(ids) for ids in so_far], self.tokens_per_output
         num_steps = 0
         await self._wait_for_turn(request, queue)
+        self._report(RequestStage.RUNNING, request, queue)
         while open_choices := self.running.get(request.request_id):
             await asyncio.sleep(self.step_s)
             if num_steps == self.pause_after:
@@ -236,7 +253,12 @@ class ScriptedEngine:
                 queue.put_nowait(step)
         self.running.pop(request.request_id, None)
 
-    async def _wait_for_turn(self, request: Request, queue: asyncio.Queue[FromEngine]) -> None:
+    def _report(self, stage: RequestStage, request: Request, queue: Outgoing) -> None:
+        if self.reports(request, stage):
+            names = ((request.request_id, request.attempt),)
+            queue.put_nowait(Reached(stage=stage, requests=names))
+
+    async def _wait_for_turn(self, request: Request, queue: Outgoing) -> None:
         """As an engine does with a request that two workers died with."""
         if request.num_deaths >= 2:
             turn = Turn(request_id=request.request_id, attempt=request.attempt)

@@ -25,7 +25,7 @@ from workers.kv.events import KvFeed
 from workers.process.gateway_silence import GATEWAY_SILENCE_LIMIT_S
 from workers.process.gateway_streams import GatewayStream, GatewayStreams
 from workers.process.intake.commands import Inbox
-from workers.requests.request import StepOutput, Turn
+from workers.requests.request import Reached, StepOutput, Turn
 from workers.requests.wire import (
     ENGINE_HELLO,
     FROM_ENGINE,
@@ -93,8 +93,8 @@ class EngineServer:
             raise OSError(f"the engine stream could not be served on {self._host}")
         return f"{self._host}:{self._port}"
 
-    def publish(self, gateway: str, message: StepOutput | Turn) -> None:
-        """Send an output or a turn to one gateway (any thread). A closed stream is ignored."""
+    def publish(self, gateway: str, message: StepOutput | Turn | Reached) -> None:
+        """Send a message to one gateway (any thread). A closed stream is ignored."""
         self._call_soon(self._streams.put, gateway, FROM_ENGINE.encode(message))
 
     def publish_kv(self, changes: HashChanges, fetch_cost: float) -> None:

@@ -124,6 +124,27 @@ class Turn(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """The step committed."""
 
 
+class RequestStage(Enum):
+    """How far a request is at its worker."""
+
+    SENT = "sent"
+    """It is on its way, or waits for its grammar or for KV blocks; the worker never says so."""
+    QUEUED = "queued"
+    """The engine has it."""
+    RUNNING = "running"
+    """A step with its rows begins, or has begun."""
+    ALONE = "alone"
+    """It runs a step alone; the worker says so with a ``Turn``."""
+
+
+class Reached(Message, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Requests of one gateway are at a stage; a worker that dies may be lost with these."""
+
+    stage: RequestStage
+    requests: tuple[tuple[str, Count], ...]
+    """(request id, attempt)"""
+
+
 class TokenLogprob(Message, frozen=True, kw_only=True, array_like=True):
     """Log-probabilities at one position, of the model's distribution before any processing."""
 

@@ -13,7 +13,7 @@ from msgspec import structs
 from cluster.core.errors import ExpertMeshError, RequestFailedError
 from cluster.core.release import RELEASE
 from gateway.cluster.view import AttentionEndpoint
-from gateway.engines.engine_client import PING_S, EngineClient
+from gateway.engines.engine_client import PING_S, EngineClient, StreamEnd
 from gateway.engines.submission import Submission
 from gateway.generation.output_queue import OutputQueue
 from tests.gateway.fakes import CLUSTER_TOKEN, ScriptedEngine
@@ -52,6 +52,7 @@ class ListOwner:
         self.settled: list[str] = []
         self.kv: list[KvEvents] = []
         self.knows_kv = True
+        self.num_places = 0
 
     def take_back(self, entry: Submission, reason: str) -> None:
         self.returned.append(reason)
@@ -62,6 +63,9 @@ class ListOwner:
 
     def settle(self, entry: Submission, worker: str) -> None:
         self.settled.append(entry.request.request_id)
+
+    def place_waiting(self) -> None:
+        self.num_places += 1
 
 
 def _client(attempt: int = 1, n: int = 2) -> tuple[EngineClient, ListSink]:
@@ -226,7 +230,7 @@ def test_what_another_worker_can_do_is_handed_back(attempt: int, code: str, is_b
 
 
 def test_a_wrong_token_is_refused() -> None:
-    async def work() -> tuple[str, str]:
+    async def work() -> tuple[StreamEnd, StreamEnd]:
         engine = ScriptedEngine()
         await engine.start()
         wrong = _client_to(engine.address, "wrong")
@@ -238,8 +242,9 @@ def test_a_wrong_token_is_refused() -> None:
         return refused, await asyncio.wait_for(task, WAIT_S)
 
     refused, ended = asyncio.run(work())
-    assert "UNAUTHENTICATED" in refused
-    assert ended
+    assert "UNAUTHENTICATED" in refused.reason
+    assert not refused.has_died
+    assert ended.has_died
 
 
 def test_a_worker_of_another_release_is_refused_by_name() -> None:
@@ -247,11 +252,12 @@ def test_a_worker_of_another_release_is_refused_by_name() -> None:
         engine = ScriptedEngine(release="9.9.9")
         await engine.start()
         client = _client_to(engine.address, CLUSTER_TOKEN)
-        reason = await asyncio.wait_for(client.run(), WAIT_S)
+        end = await asyncio.wait_for(client.run(), WAIT_S)
         assert client.hello is None
         assert not client.connected.is_set()
         await engine.stop()
-        return reason
+        assert not end.has_died
+        return end.reason
 
     told = f"release 9.9.9 of attention-0, {RELEASE} of gateway-0: releases must be equal"
     assert asyncio.run(work()) == told
@@ -263,9 +269,10 @@ def test_bytes_that_are_no_message_end_the_stream(is_first: bool) -> None:
         engine = ScriptedEngine(spoils="hello" if is_first else "pong")
         await engine.start()
         client = _client_to(engine.address, CLUSTER_TOKEN, ping_s=0.01)
-        reason = await asyncio.wait_for(client.run(), WAIT_S)
+        end = await asyncio.wait_for(client.run(), WAIT_S)
         await engine.stop()
-        return reason
+        assert not end.has_died
+        return end.reason
 
     what = "an engine's hello" if is_first else "a message of an engine"
     assert asyncio.run(work()).startswith(f"not {what}")
@@ -273,7 +280,9 @@ def test_bytes_that_are_no_message_end_the_stream(is_first: bool) -> None:
 
 def test_an_unreachable_worker_ends_the_stream() -> None:
     client = _client_to("127.0.0.1:1", CLUSTER_TOKEN)
-    assert "UNAVAILABLE" in asyncio.run(asyncio.wait_for(client.run(), WAIT_S))
+    end = asyncio.run(asyncio.wait_for(client.run(), WAIT_S))
+    assert "UNAVAILABLE" in end.reason
+    assert end.has_died
 
 
 class _SwallowingCall:

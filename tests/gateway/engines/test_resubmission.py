@@ -13,6 +13,7 @@ import pytest
 
 from cluster.config.cluster import EngineSection
 from cluster.config.gateway import GatewaySection
+from gateway.engines.submission import MAX_SILENT_DEATHS_IN_ALL
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.fakes import (
@@ -24,6 +25,7 @@ from tests.gateway.grpc.test_grpc import failure, request_of
 from tests.gateway.http.test_disconnect import send_raw
 from tests.gateway.sse_client import by_choice, read_events
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
+from workers.requests.request import RequestStage
 
 
 class Workers:
@@ -44,16 +46,15 @@ class Workers:
         )
         return engine
 
-    def publish(self, state: str, without: str = "", drained: str = "") -> None:
-        """A snapshot with all workers that were not stopped."""
+    def publish(self, state: str, without: str = "", **states: str) -> None:
+        """A snapshot with all workers that were not stopped; ``states`` of some of them."""
         entries = [
             attention_entry(engine, rank)
             for rank, engine in enumerate(self.engines.values())
             if engine.name != without and engine.address
         ]
         for entry in entries:
-            if entry["name"] == drained:
-                entry["state"] = "DRAINED"
+            entry["state"] = states.get(entry["name"].replace("-", "_"), entry["state"])
         self.stack.call(lambda: self.stack.controller.change(state=state, workers=entries))
         wanted = self.stack.controller.state["version"]
         view = self.stack.gateway.cluster
@@ -289,12 +290,75 @@ def test_what_a_draining_worker_hands_back_goes_on_elsewhere(workers: Workers) -
     assert 'requests_replayed_total{cause="handed_back",model_name="tiny"} 1.0' in metrics
 
 
-def test_a_drained_worker_has_not_died_with_its_requests(workers: Workers) -> None:
+@pytest.mark.parametrize(
+    ("state", "num_deaths"), [("DRAINED", 0), ("DRAINING", 0), ("LOADING", 0), ("LOST", 1)]
+)
+def test_only_a_lost_worker_has_died_with_its_requests(
+    workers: Workers, state: str, num_deaths: int
+) -> None:
+    _, answer = _pause(workers)
+    other = workers.add(script=ALPHABET)
+    workers.publish("DEGRADED", attention_0=state)
+    assert answer.result(WAIT_S)["choices"][0]["text"] == "0abcdefghijk"
+    assert [request.num_deaths for request in other.requests] == [num_deaths]
+
+
+def test_a_worker_that_ends_its_streams_has_not_died(workers: Workers) -> None:
     engine, answer = _pause(workers)
     other = workers.add(script=ALPHABET)
-    workers.publish("DEGRADED", drained=engine.name)
+    workers.stack.run(engine.close_streams())
     assert answer.result(WAIT_S)["choices"][0]["text"] == "0abcdefghijk"
     assert [request.num_deaths for request in other.requests] == [0]
+
+
+def _lose(workers: Workers, engine: ScriptedEngine, num_requests: int = 1) -> None:
+    """It dies when it has this number of requests."""
+    workers.stack.wait_for(lambda: len(engine.requests) == num_requests, "the requests")
+    workers.stop(engine)
+    workers.stack.wait_for(lambda: not workers.stack.engines.clients, "the loss")
+
+
+def test_a_request_that_waits_in_an_engine_has_not_killed_it(workers: Workers) -> None:
+    def add() -> ScriptedEngine:
+        return workers.add(pause_after=0, reports=lambda r, stage: stage is RequestStage.QUEUED)
+
+    def has_it() -> bool:
+        (client,) = workers.stack.engines.clients
+        return len(client.requests_at(RequestStage.QUEUED)) == 1
+
+    engine = add()
+    answer = start(lambda: complete(workers.stack, prompt="x", max_tokens=4))
+    for _ in range(MAX_SILENT_DEATHS_IN_ALL + 1):
+        workers.stack.wait_for(has_it, "the word of the engine")
+        _lose(workers, engine)
+        engine = add()
+    workers.stack.wait_for(has_it, "the word of the last one")
+    assert [request.num_deaths for request in engine.requests] == [0]
+    engine.pause_after = None
+    assert answer.result(WAIT_S)["choices"][0]["finish_reason"] == "length"
+
+
+def _wait_for_prompt(workers: Workers, engine: ScriptedEngine, prompt: tuple[int, ...]) -> None:
+    workers.stack.wait_for(lambda: prompt in [r.prompt for r in engine.requests], "the prompt")
+
+
+def test_a_request_that_kills_on_receipt_fails_and_no_other(workers: Workers) -> None:
+    killer = (7,)
+    first = workers.add(pause_after=0, reports=lambda request, stage: False)
+    poison = start(lambda: post(workers.stack, "/v1/completions", prompt=list(killer)))
+    innocent = start(lambda: complete(workers.stack, prompt="x", max_tokens=4))
+    _lose(workers, first, 2)
+    second = workers.add(pause_after=0, reports=lambda request, stage: False)
+    _lose(workers, second, 2)  # from now on one of them is sent at a time
+    for _ in range(MAX_SILENT_DEATHS_IN_ALL - 2):
+        engine = workers.add(pause_after=0, reports=lambda r, _: r.prompt != killer)
+        _wait_for_prompt(workers, engine, killer)
+        workers.stop(engine)
+        workers.stack.wait_for(lambda: not workers.stack.engines.clients, "the loss")
+    assert poison.result(WAIT_S).json()["error"]["code"] == "poisonous_request"
+    last = workers.add(script=ALPHABET)
+    assert innocent.result(WAIT_S)["choices"][0]["text"] == "0abc"
+    assert killer not in [request.prompt for request in last.requests]
 
 
 def test_a_refused_request_comes_back_until_it_is_taken(workers: Workers) -> None:

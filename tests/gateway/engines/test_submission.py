@@ -7,8 +7,19 @@ from collections.abc import Sequence
 import pytest
 from msgspec.structs import replace
 
-from gateway.engines.submission import Submission, without_first
-from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
+from gateway.engines.submission import (
+    MAX_SILENT_DEATHS,
+    MAX_SILENT_DEATHS_IN_ALL,
+    Submission,
+    without_first,
+)
+from workers.requests.request import (
+    FinishReason,
+    Request,
+    RequestStage,
+    SamplingParams,
+    TokenOutput,
+)
 
 
 class Sink:
@@ -59,7 +70,8 @@ def test_the_next_attempt_carries_what_was_delivered() -> None:
     entry = submission(n=3)
     entry.deliver(output(0, 0, 7, 8))
     entry.deliver(output(2, 0, 9, reason=FinishReason.STOP))
-    entry.lose()
+    entry.reach(RequestStage.RUNNING)
+    assert entry.lose() is None
     request = entry.again(50.0)
     assert request is entry.request
     assert request.attempt == 1
@@ -85,14 +97,49 @@ def test_tokens_that_are_still_needed() -> None:
 
 def test_a_token_clears_deaths_and_returns() -> None:
     entry = submission()
-    entry.is_alone = True
-    entry.lose()
-    assert not entry.is_alone
-    entry.num_returns, entry.is_alone = 2, True
+    entry.reach(RequestStage.RUNNING)
+    assert entry.lose() is None
+    assert entry.again(0.0).num_deaths == 1
+    entry.num_returns = 2
+    entry.reach(RequestStage.ALONE)
+    entry.reach(RequestStage.RUNNING)  # the step alone begins
     entry.deliver(output(0, 0))
-    assert (entry.num_deaths, entry.num_returns, entry.is_alone) == (1, 0, True)
+    assert (entry.num_deaths, entry.num_returns, entry.stage) == (1, 0, RequestStage.ALONE)
     entry.deliver(output(0, 0, 7))
-    assert (entry.num_deaths, entry.is_alone) == (0, False)
+    assert (entry.num_deaths, entry.stage) == (0, RequestStage.RUNNING)
+
+
+@pytest.mark.parametrize(
+    ("stage", "num_deaths", "num_silent", "is_cause"),
+    [
+        (RequestStage.SENT, 0, 1, False),
+        (RequestStage.QUEUED, 0, 0, False),
+        (RequestStage.RUNNING, 1, 0, False),
+        (RequestStage.ALONE, 0, 0, True),
+    ],
+)
+def test_a_death_counts_by_how_far_the_request_was(
+    stage: RequestStage, num_deaths: int, num_silent: int, is_cause: bool
+) -> None:
+    entry = submission()
+    if stage is not RequestStage.SENT:
+        entry.reach(stage)
+    assert (entry.lose() is not None) is is_cause
+    assert (entry.num_deaths, entry.num_silent_deaths) == (num_deaths, num_silent)
+
+
+def test_a_worker_that_has_the_request_ends_the_count_of_silent_deaths() -> None:
+    entry = submission()
+    for number in range(1, MAX_SILENT_DEATHS_IN_ALL):
+        assert entry.lose() is None
+        assert entry.must_be_sent_alone is (number >= MAX_SILENT_DEATHS)
+        entry.again(0.0)
+    entry.reach(RequestStage.QUEUED)
+    assert not entry.must_be_sent_alone
+    entry.again(0.0)
+    for _ in range(1, MAX_SILENT_DEATHS_IN_ALL):
+        assert entry.lose() is None
+    assert entry.lose() == "5 workers in a row were lost when they received it"
 
 
 @pytest.mark.parametrize(

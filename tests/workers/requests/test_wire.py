@@ -16,7 +16,9 @@ from workers.requests.request import (
     FinishReason,
     Grammar,
     GrammarKind,
+    Reached,
     Request,
+    RequestStage,
     SamplingParams,
     StepOutput,
     Timings,
@@ -168,7 +170,15 @@ def test_a_gateways_small_messages_survive_the_wire(message: ToEngine) -> None:
     assert TO_ENGINE.decode(TO_ENGINE.encode(message)) == message
 
 
-@pytest.mark.parametrize("message", [Ping(number=7), Turn(request_id="r", attempt=1)], ids=repr)
+@pytest.mark.parametrize(
+    "message",
+    [
+        Ping(number=7),
+        Turn(request_id="r", attempt=1),
+        Reached(stage=RequestStage.RUNNING, requests=(("r", 1), ("s", 0))),
+    ],
+    ids=repr,
+)
 def test_a_workers_small_messages_survive_the_wire(message: FromEngine) -> None:
     assert FROM_ENGINE.decode(FROM_ENGINE.encode(message)) == message
 
