@@ -1,6 +1,6 @@
 """Forms and runs generations: a generation is announced, and runs when it is complete.
 
-    begin ─▶ NewGeneration to every member ─▶ GenerationReady from all, and all experts in memory
+    begin ─▶ NewGeneration to every member ─▶ GenerationReady from all, their slots hold the maps'
         ─▶ RunGeneration(first step above the highest step of any member)
 
 ``Recovery`` decides on members and placement.
@@ -41,11 +41,9 @@ def begin(
         cluster.link.send(member.name, order)
 
 
-def run_if_complete(cluster: Cluster, now: float) -> bool:
-    """Run the generation that is being formed if every member has answered; whether it runs now."""
+def run(cluster: Cluster, now: float) -> bool:
+    """Run the generation, whose members have all answered; whether it runs now."""
     formed = cluster.round
-    if not cluster.is_forming or not formed.is_complete:
-        return False
     if formed.highest_epoch > cluster.placement.epoch:
         # a survivor ran a later epoch than the controller knew; the new one must be higher
         placement = replace(cluster.placement, epoch=formed.highest_epoch + 1)

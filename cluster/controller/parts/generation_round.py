@@ -9,7 +9,9 @@ from __future__ import annotations
 from enum import Enum
 
 from cluster.core.frames import GenerationReady
+from cluster.core.placement import FREE_SLOT, ExpertPlacement
 from cluster.core.topology import Generation, Member
+from cluster.planner.stages import SlotFill
 from cluster.policy.failure import PeerReport
 
 
@@ -38,6 +40,8 @@ class GenerationRound:
         """By name, of the members that have opened their edges."""
         self.reports: list[PeerReport] = []
         """Of members that lost another."""
+        self.loaded: list[SlotFill] = []
+        """What members have loaded since it began."""
 
     @property
     def number(self) -> int:
@@ -56,6 +60,25 @@ class GenerationRound:
     def late(self) -> list[str]:
         """Members that have not answered."""
         return [m.name for m in self.members if m.name not in self.answers]
+
+    def missing(self, placement: ExpertPlacement) -> list[SlotFill]:
+        """Experts that the maps name, and that are not where they should be by the answers."""
+        loaded = {(f.bank, f.device, f.slot, f.expert) for f in self.loaded}
+        found = []
+        for member in self.generation.experts:
+            held = self.answers[member.name].slots
+            for bank, maps in enumerate(placement.banks):
+                row, wanted = held[bank : bank + 1], maps.physical_to_logical[member.device]
+                if row and row[0] == wanted:
+                    continue
+                have = dict(enumerate(row[0] if row else ()))
+                found += [
+                    SlotFill(bank=bank, device=member.device, slot=slot, expert=expert)
+                    for slot, expert in enumerate(wanted)
+                    if expert not in (FREE_SLOT, have.get(slot))
+                    and (bank, member.device, slot, expert) not in loaded
+                ]
+        return found
 
     @property
     def first_step(self) -> int:

@@ -199,6 +199,7 @@ class Recovery:
         else:
             took_s, moved = now - reload.began_at, len(reload.loads)
             self._cluster.metrics.moved("recovery", moved, frame.num_bytes, took_s)
+            self._cluster.round.loaded += reload.loads
             self._run_if_complete(now)
         return True
 
@@ -250,23 +251,36 @@ class Recovery:
             self._settle()
             cluster.remember()
             return
-        workers = {m.device: m.name for m in members if m.holds_experts}
-        for name, order in self.reloads.order(decision.loads, workers, now).items():
-            cluster.link.send(name, order)
+        self._order(decision.loads, members, now)
         self._failed.clear()
         for member in members:
             self._started_with.pop(member.name, None)
         self._form(decision.members, decision.placement, now)
         cluster.note(decision.cause, decision.effect, now)
 
+    def _order(self, loads: Sequence[SlotFill], members: Sequence[Member], now: float) -> None:
+        workers = {m.device: m.name for m in members if m.holds_experts}
+        for name, order in self.reloads.order(loads, workers, now).items():
+            self._cluster.link.send(name, order)
+
     def _form(self, members: Sequence[Member], placement: ExpertPlacement, now: float) -> None:
         self._cluster.enter(ClusterState.RECOVERING)
         generation.begin(self._cluster, members, placement, now)
 
     def _run_if_complete(self, now: float) -> None:
-        """Run the generation that is being formed, once all its experts are in memory, too."""
+        """Run the generation that is being formed, once all its experts are in memory, too.
+
+        An order of an earlier controller to load experts may not have been carried out.
+        """
         cluster = self._cluster
-        if self.reloads.is_pending or not generation.run_if_complete(cluster, now):
+        if self.reloads.is_pending or not (cluster.is_forming and cluster.round.is_complete):
+            return
+        if missing := cluster.round.missing(cluster.placement):
+            self._order(missing, cluster.round.members, now)
+            cause = f"{len(missing)} experts are not where the maps name them"
+            cluster.note(cause, "load them", now)
+            return
+        if not generation.run(cluster, now):
             return
         self.show_running()
         cluster.history.runs(cluster.round.number, cluster.round.first_step, now)

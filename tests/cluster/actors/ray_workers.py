@@ -22,6 +22,7 @@ from cluster.core.frames import (
     WorkerReport,
 )
 from cluster.core.topology import Member
+from tests.cluster.controller.fakes_cluster import slots_of
 from tests.harness.members import member_of
 from workers.process.control_client import ControlClient
 
@@ -99,7 +100,12 @@ class TrivialWorker:
             self._order, self._runs = frame, False
             self._generation = frame.generation.number
             self._client.send(
-                GenerationReady(generation=self._generation, highest_step=0, highest_epoch=1)
+                GenerationReady(
+                    generation=self._generation,
+                    highest_step=0,
+                    highest_epoch=1,
+                    slots=slots_of(frame, self.name),
+                )
             )
 
 

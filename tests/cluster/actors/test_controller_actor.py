@@ -41,6 +41,7 @@ from cluster.core.frames import (
 )
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.topology import Member, Role
+from tests.cluster.controller.fakes_cluster import slots_of
 from tests.cluster.controller.load_reports import load_of
 from tests.fakes import FakeWorkerGroup
 from tests.harness.members import member_of
@@ -82,7 +83,12 @@ class ThreadWorker:
         if isinstance(frame, NewGeneration):
             self._generation = frame.generation.number
             self.client.send(
-                GenerationReady(generation=self._generation, highest_step=10, highest_epoch=1)
+                GenerationReady(
+                    generation=self._generation,
+                    highest_step=10,
+                    highest_epoch=1,
+                    slots=slots_of(frame, self.name),
+                )
             )
         elif isinstance(frame, RunGeneration):
             self.runs.put(frame.first_step)

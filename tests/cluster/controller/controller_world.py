@@ -31,12 +31,13 @@ from cluster.core.frames import (
     Register,
     RunGeneration,
     Shutdown,
+    SlotContents,
     StatusReply,
     StatusRequest,
     WorkerReady,
     WorkerReport,
 )
-from cluster.core.placement import ExpertPlacement, contiguous
+from cluster.core.placement import FREE_SLOT, ExpertPlacement, contiguous
 from cluster.core.topology import Generation, Member
 from tests.cluster.controller.fakes_cluster import BANKS, CONFIG, AtOnce, make_members
 from tests.harness.members import member_of
@@ -52,6 +53,10 @@ class ModelWorker:
     member: Member
     inbox: deque[ControlFrame] = field(default_factory=deque)
     """What has reached it and waits to be taken."""
+    loads: deque[LoadExperts] = field(default_factory=deque)
+    """Orders of its loader, which works in the background."""
+    contents: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(bank, expert slot) -> the expert that is complete there."""
     is_dead: bool = False
     is_frozen: bool = False
     is_connected: bool = False
@@ -78,6 +83,36 @@ class ModelWorker:
     def name(self) -> str:
         return self.member.name
 
+    def hold(self, placement: ExpertPlacement) -> ModelWorker:
+        """It is started with its part of a placement."""
+        self.contents = dict(self._row(placement))
+        return self
+
+    def _row(self, placement: ExpertPlacement) -> list[tuple[tuple[int, int], int]]:
+        device = self.member.device
+        return [
+            ((place, slot), expert)
+            for place, bank in enumerate(placement.banks if device >= 0 else ())
+            for slot, expert in enumerate(bank.physical_to_logical[device])
+            if expert != FREE_SLOT
+        ]
+
+    @property
+    def slots(self) -> SlotContents:
+        """As a worker reports them."""
+        sizes = [max((s + 1 for b, s in self.contents if b == k), default=0) for k in range(2)]
+        return tuple(
+            tuple(self.contents.get((bank, slot), FREE_SLOT) for slot in range(size))
+            for bank, size in enumerate(sizes)
+        )
+
+    def load(self) -> ExpertsLoaded:
+        """Its loader carries out the next order."""
+        order = self.loads.popleft()
+        if not self.disk_error:
+            self.contents |= {(bank, slot): expert for bank, slot, expert in order.experts}
+        return ExpertsLoaded(order=order.order, error=self.disk_error)
+
     @property
     def is_awake(self) -> bool:
         return not self.is_dead and not self.is_frozen
@@ -97,6 +132,7 @@ class ModelWorker:
                 highest_step=self.highest_step,
                 highest_epoch=self.epoch,
                 memory=self.memory,
+                slots=self.slots,
             ),
         ]
         return frames if self.loss is None else [*frames, self.loss]
@@ -114,6 +150,8 @@ class ModelWorker:
             self.order = frame
         if isinstance(frame, ControllerSnapshot):
             self.memory = frame.memory
+        elif isinstance(frame, LoadExperts):
+            self.loads.append(frame)
         elif not isinstance(frame, HeartbeatAck):
             self.inbox.append(frame)
 
@@ -127,8 +165,9 @@ class ModelWorker:
                 assert frame.first_step > self.highest_step, "steps are numbered above all seen"
                 self.runs = True
                 self.epochs.append(self.epoch)
-            case LoadExperts():
-                return [ExpertsLoaded(order=frame.order, error=self.disk_error)]
+                assert self.joined is not None
+                row = self._row(self.joined.placement)
+                assert dict(row).items() <= self.contents.items(), "no step in an empty slot"
             case StatusRequest():
                 return [StatusReply(token=frame.token, stats={"num_requests_running": 0.0})]
             case Shutdown():
@@ -149,6 +188,7 @@ class ModelWorker:
                 generation=generation.number,
                 highest_step=self.highest_step,
                 highest_epoch=self.epoch,
+                slots=self.slots,
             )
         ]
 
@@ -160,7 +200,7 @@ class World:
         self.now = 100.0
         self.members = make_members(num_attention, num_experts)
         self.placement = contiguous(BANKS, num_experts, num_redundant)
-        self.workers = {m.name: ModelWorker(m) for m in self.members}
+        self.workers = {m.name: ModelWorker(m).hold(self.placement) for m in self.members}
         self.controller: Controller | None = None
         self.collector: ReportCollector | None = None
         self.ended: set[str] = set()
@@ -189,7 +229,7 @@ class World:
         earlier = self.workers.get(member.name)
         assert earlier is None or earlier.is_dead, "a name is for one living worker"
         assert earlier is None or member.name not in self.lost, "who was lost never comes back"
-        self.workers[member.name] = ModelWorker(member, is_up=False)
+        self.workers[member.name] = ModelWorker(member, is_up=False).hold(placement)
 
     def end_workers(self, workers: Sequence[str]) -> None:
         self.ended |= set(workers)
@@ -309,6 +349,12 @@ class World:
         if model.is_dead:
             self._hang_up(model)
 
+    def load(self, name: str) -> None:
+        """A worker's loader carries out all its orders."""
+        model = self.workers[name]
+        while model.is_awake and model.loads:
+            self.tell(name, model.load())
+
     def step(self, count: int) -> None:
         """The generation that can runs some steps."""
         for number in self.runnable():
@@ -345,6 +391,7 @@ class World:
             for name, model in list(self.workers.items()):
                 while model.is_awake and model.inbox:
                     self.take(name)
+                self.load(name)
             self.beat()
             self.tick(0.5)
             self.reap()

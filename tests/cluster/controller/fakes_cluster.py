@@ -20,6 +20,7 @@ from cluster.core.frames import (
     NewGeneration,
     Register,
     RunGeneration,
+    SlotContents,
     WorkerReady,
 )
 from cluster.core.placement import BankShape, ExpertPlacement, contiguous
@@ -49,6 +50,12 @@ def members_of(pools: Mapping[Role, int]) -> tuple[Member, ...]:
         for role, number in pools.items()
         for i in range(number)
     )
+
+
+def slots_of(order: NewGeneration, worker: str) -> SlotContents:
+    """Contents of a worker that holds what the maps name."""
+    devices = [m.device for m in order.generation.experts if m.name == worker]
+    return tuple(b.physical_to_logical[d] for d in devices for b in order.placement.banks)
 
 
 class FakeWorkerGroup:
@@ -154,11 +161,13 @@ class FakeCluster:
         """A worker takes part in the newest generation that it was sent."""
         order = self.link.last(worker, NewGeneration)
         assert order is not None
-        number = order.generation.number
         self.send(
             worker,
             GenerationReady(
-                generation=number, highest_step=highest_step, highest_epoch=highest_epoch
+                generation=order.generation.number,
+                highest_step=highest_step,
+                highest_epoch=highest_epoch,
+                slots=slots_of(order, worker),
             ),
         )
 

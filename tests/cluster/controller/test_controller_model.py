@@ -51,6 +51,11 @@ class ControllerMachine(RuleBasedStateMachine):
                 self.world.take(name)
 
     @rule()
+    def load_all(self) -> None:
+        for name in list(self.world.workers):
+            self.world.load(name)
+
+    @rule()
     def come_up(self) -> None:
         for name in list(self.world.workers):
             self.world.come_up(name)

@@ -18,6 +18,7 @@ from cluster.core.frames import (
     WorkerReady,
     WorkerReport,
 )
+from tests.cluster.controller.controller_world import World
 from tests.cluster.controller.fakes_cluster import CONFIG, AtOnce, FakeCluster
 from tests.harness.metric_values import metric
 
@@ -410,3 +411,25 @@ def test_workers_that_come_while_a_generation_fails_join_the_next_one() -> None:
     }
     cluster.join_all()
     assert cluster.state == "SERVING"
+
+
+def test_experts_that_an_earlier_controller_ordered_are_in_their_slots_before_steps_run() -> None:
+    """It dies after its orders; its successor's generation names slots that are still empty."""
+    world = World(1, 3, 0)
+    world.crash("expert-1")
+    assert any(model.loads for model in world.workers.values())
+    world.crash_controller(num_unsent=0)
+    for model in world.workers.values():
+        model.loads.clear()  # the loader gives the order up, or is slow
+    world.restart_controller()
+    for name in ("attention-0", "expert-0", "expert-2"):
+        world.greet(name)
+    world.tick(0.1)
+    for name in ("attention-0", "expert-0", "expert-2"):
+        world.take(name)
+        world.take(name)
+    assert world.controller is not None
+    assert world.controller.cluster.is_forming
+    assert world.controller.snapshot()["history"][-1]["effect"] == "load them"
+    world.calm_down()
+    world.check_calm()
