@@ -3,11 +3,15 @@
 A few grammars are compiled at a time; llguidance releases the interpreter lock meanwhile. A thread
 cannot be stopped: a compilation over its time limit keeps its thread, its requests are refused and
 the next grammar starts. llguidance bounds its own work, so the thread ends by itself.
+
+Grammars of resumed requests (attempt above 0) were compiled in time at another worker. They have no
+limit: many are compiled again at once, while prompts are computed.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -45,6 +49,11 @@ class _Job(Job):
     grammar: Grammar
     compiling: Future[CompiledGrammar] | None = None
 
+    @property
+    def is_late(self) -> bool:
+        """Its time is over; only resumed requests wait for it."""
+        return self.compiling is not None and self.deadline_s == math.inf
+
 
 class GrammarCompilations(WaitingRequests):
     """See the module. All methods belong to the engine's thread.
@@ -73,7 +82,9 @@ class GrammarCompilations(WaitingRequests):
         """Let a request with a grammar wait."""
         grammar = command.request.params.grammar
         assert grammar is not None, "only requests with a grammar wait"
-        job = next((job for job in self._all_jobs() if job.grammar == grammar), None)
+        is_new = not command.request.attempt
+        same = (job for job in self._all_jobs() if job.grammar == grammar)
+        job = next((job for job in same if not (is_new and job.is_late)), None)
         if job is None:
             job = _Job(grammar=grammar)
             self._pending.append(job)
@@ -88,12 +99,17 @@ class GrammarCompilations(WaitingRequests):
             assert job.compiling is not None, "a running job has been started"
             if job.compiling.done():
                 compiled, error = _result(job.compiling)
+                ended, job.waiting = job.waiting, []
             elif now >= job.deadline_s:
                 compiled, error = None, self._too_slow(job.grammar)
+                ended = [command for command in job.waiting if not command.request.attempt]
+                job.waiting = [command for command in job.waiting if command.request.attempt]
+                job.deadline_s = math.inf
             else:
                 continue
-            found += [CompiledRequest(command, compiled, error) for command in job.waiting]
-            self._running.remove(job)
+            found += [CompiledRequest(command, compiled, error) for command in ended]
+            if not job.waiting:
+                self._running.remove(job)
         self._start_jobs()
         self._count()
         return found
@@ -106,7 +122,7 @@ class GrammarCompilations(WaitingRequests):
         self._pending = deque(job for job in self._pending if job.waiting)
 
     def _start_jobs(self) -> None:
-        while self._pending and len(self._running) < MAX_COMPILING:
+        while self._pending and sum(not job.is_late for job in self._running) < MAX_COMPILING:
             job = self._pending.popleft()
             job.deadline_s = self._clock() + self._limit_s
             job.compiling = self._start(partial(self._compile, job.grammar))

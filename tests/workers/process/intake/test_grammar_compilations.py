@@ -21,9 +21,9 @@ from workers.requests.request import Grammar, GrammarKind, Request, SamplingPara
 WAIT_S = 60.0
 
 
-def command(name: str, text: str, gateway: str = "g") -> AddRequest:
+def command(name: str, text: str, gateway: str = "g", attempt: int = 0) -> AddRequest:
     params = SamplingParams(grammar=Grammar(kind=GrammarKind.REGEX, text=text))
-    request = Request(request_id=name, prompt=(1,), params=params)
+    request = Request(request_id=name, prompt=(1,), params=params, attempt=attempt)
     return AddRequest(gateway, request, 0.0)
 
 
@@ -134,6 +134,26 @@ def test_a_grammar_over_its_time_is_refused_by_name(
     workshop.finish("x")  # the thread ends later, without effect
     assert waiting.take() == []
     assert waiting.wait_s(60.0) == 60.0
+
+
+def test_a_resumed_request_waits_as_long_as_its_grammar_takes(
+    workshop: Workshop, waiting: GrammarCompilations
+) -> None:
+    waiting.put(command("new", "x"))
+    waiting.put(command("resumed", "x", attempt=1))
+    workshop.now += COMPILE_LIMIT_S
+    assert names(waiting) == ["new"]
+    assert waiting.wait_s(60.0) == 60.0
+    waiting.put(command("newer", "x"))  # its own limit begins now
+    waiting.put(command("late", "x", attempt=2))
+    workshop.wait_started(2)
+    workshop.now += COMPILE_LIMIT_S
+    assert names(waiting) == ["newer"]
+    assert waiting.num_waiting == 2
+    workshop.finish("x")
+    assert workshop.woken.acquire(timeout=WAIT_S)
+    assert names(waiting) == ["resumed", "late"]
+    assert waiting.take() == []
 
 
 def test_grammars_over_their_time_make_room(
