@@ -143,6 +143,7 @@ class Controller:
                 record.register(frame)
                 record.since = now
                 cluster.touch()
+                self._check_builds([name], now)
             case LoadProgress():
                 record.load(frame)
                 cluster.touch()
@@ -264,6 +265,7 @@ class Controller:
         """Continue with running workers; the first call to a restarted controller."""
         self.cluster.state = ClusterState.RECOVERING
         self._restorer.restore(collected, now)
+        self._check_builds([r.name for r in self.cluster.workers.alive()], now)
 
     # ---- start ----------------------------------------------------------------------------
 
@@ -279,6 +281,11 @@ class Controller:
             generation.begin(cluster, members, cluster.placement, now)
 
     # ---- small things ---------------------------------------------------------------------
+
+    def _check_builds(self, names: Sequence[str], now: float) -> None:
+        """Workers that cannot serve with the others are lost before they meet."""
+        workers, members = self.cluster.workers, self.cluster.generation.members
+        self.lost({n: why for n in names if (why := workers.misfit(n, members))}, now)
 
     def _take_load(self, name: str, frame: Heartbeat | StatusReply) -> None:
         if frame.expert_load is not None:

@@ -17,6 +17,7 @@ from cluster.core.codec import Codec, Message
 from cluster.core.errors import ProtocolError
 from cluster.core.load_report import LoadReport
 from cluster.core.placement import BankPlacement, ExpertPlacement
+from cluster.core.release import Build
 from cluster.core.topology import Generation, Member
 
 MAX_FRAME_BYTES = 32 * 1024 * 1024
@@ -61,6 +62,8 @@ class Register(ControlFrame, frozen=True, kw_only=True):
     """Worker -> controller: it listens, and has begun to load."""
 
     member: Member
+    build: Build = Build()
+    """Must be that of the other workers."""
     info: dict[str, Any] = field(default_factory=dict)
     """Facts for people: threads, device, host."""
 

@@ -1,7 +1,8 @@
-"""The release of this program, which both ends of every connection must share."""
+"""The release of this program, and what else must be equal on all workers of a cluster."""
 
 from __future__ import annotations
 
+from cluster.core.codec import Message
 from cluster.core.errors import HandshakeError
 from cluster.core.versions import own_version
 
@@ -14,3 +15,29 @@ def check_release(theirs: str, peer: str, ours: str, me: str) -> None:
     if theirs != ours:
         known = f"release {theirs[:64]}" if theirs else "no release"
         raise HandshakeError(f"{known} of {peer}, {ours} of {me}: releases must be equal")
+
+
+class Build(Message, frozen=True, kw_only=True):
+    """What must be equal on all workers besides the release."""
+
+    checkpoint_id: str = ""
+    config_hash: str = ""
+    """``ClusterConfig.fingerprint``."""
+    numerics: str = ""
+    """In a deterministic cluster: hash of the numerics."""
+
+
+_BUILD_ITEMS = {
+    "checkpoint": "checkpoint_id",
+    "configuration": "config_hash",
+    "arithmetic": "numerics",
+}
+
+
+def differing_item(name: str, mine: Build, peer: str, theirs: Build) -> str | None:
+    """The first item of two builds that differs, with both names; None if all agree."""
+    for item, field in _BUILD_ITEMS.items():
+        here, there = getattr(mine, field), getattr(theirs, field)
+        if here != there:
+            return f"{item} of {peer} is {there}, {name} has {here}"
+    return None

@@ -248,7 +248,7 @@ class WorkerRuntime(ABC):
         self.member = self._announce()
         info = {"threads": self.args.threads, "device": str(self.args.device)}
         info["host"] = socket.gethostname()
-        self.control.send(Register(member=self.member, info=info))
+        self.control.send(Register(member=self.member, build=me.build, info=info))
 
     def _peer_server(self, what: str, key_bytes: int) -> PeerServer:
         """A listener for other workers of the cluster, open until this worker ends."""

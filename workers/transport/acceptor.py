@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from cluster.core.addresses import split_address
-from cluster.core.errors import HandshakeError, PeerLostError
+from cluster.core.errors import GenerationChangedError, HandshakeError, PeerLostError
 from cluster.core.topology import Member
 from workers.transport.handshake import ConnectorHandshake, ListenerHandshake, PeerIdentity
 
@@ -140,17 +140,16 @@ class Acceptor:
     def connect(self, member: Member) -> None:
         """Begin to open the edge to ``member`` unless that is under way or was just tried.
 
-        Raises ``PeerLostError`` when the address does not answer, and ``HandshakeError`` when the
-        handshake broke off too often (a wrong token ends it without an answer).
+        Raises ``PeerLostError`` when the address does not answer, and when the handshake broke off
+        too often (a wrong token ends it without an answer).
         """
         if any(p.member == member for p in self._pending.values()):
             return
         count, not_before = self._attempts.get(member.name, (0, 0.0))
         now = time.monotonic()
         if count >= _CONNECT_ATTEMPTS:
-            raise HandshakeError(
-                f"{member.name} breaks off the handshake: does it have the same cluster token?"
-            )
+            reason = "it breaks off the handshake: does it have the same cluster token?"
+            raise PeerLostError(member.name, reason)
         if now < not_before:
             return
         self._attempts[member.name] = (count + 1, now + _RETRY_S)
@@ -190,7 +189,11 @@ class Acceptor:
             self._drop(pending)
 
     def advance(self, pending: Pending) -> None:
-        """Continue with a connection whose socket is ready; raises as ``connect`` does."""
+        """Continue with a connection whose socket is ready.
+
+        Raises as ``connect`` does, ``PeerLostError`` also when the peer refuses this worker, and
+        ``GenerationChangedError`` when it does so in a later generation.
+        """
         if pending.sock not in self._pending:
             return
         try:
@@ -199,9 +202,11 @@ class Acceptor:
             self.refuse(pending.who, str(err))
             self._drop(pending)
             handshake = pending.handshake
-            if isinstance(handshake, ConnectorHandshake) and handshake.has_verdict:
-                raise HandshakeError(f"{pending.who}: {err}") from err
-            return
+            if not isinstance(handshake, ConnectorHandshake) or not handshake.has_verdict:
+                return
+            if handshake.is_outdated:
+                raise GenerationChangedError(f"{pending.who}: {err}") from err
+            raise PeerLostError(pending.who, str(err)) from err
         except OSError as err:
             self._drop(pending)
             raise PeerLostError(pending.who, f"cannot connect: {err.strerror}") from err
@@ -253,7 +258,7 @@ class Acceptor:
             member.rank,
         ):
             self._drop(pending)
-            raise HandshakeError(f"{peer.name} answered at the address of {member.name}")
+            raise PeerLostError(member.name, f"{peer.name} answered at its address")
         else:
             self._release(pending)
             self._opened(pending.sock, peer, self.generation if member else peer.generation)

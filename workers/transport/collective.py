@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cluster.core.addresses import split_address
-from cluster.core.errors import PeerLostError, ProtocolError, TransportError, first_line
+from cluster.core.errors import PeerLostError, TransportError, first_line
 from cluster.core.topology import Generation, runs_attention
 from workers.model.torch_private import Store, TCPStore
 from workers.requests.step_header import StepHeader
@@ -86,7 +86,7 @@ class CollectiveTransport:
         channels = BOTH_WAYS if self._connections.me.role == "colocated" else ONE_WAY
         address = generation.leader.store_address
         if not address:
-            raise ProtocolError(f"{generation.leader.name} announces no rendezvous store")
+            raise PeerLostError(generation.leader.name, "it announces no rendezvous store")
         self._world = self._build(
             address, f"generation-{generation.number}", me, len(names), channels
         )
@@ -129,9 +129,21 @@ class CollectiveTransport:
             given_up.set()
             raise
         if failures:
-            self._connections.poll()
-            raise TransportError(f"no process group {prefix}: {failures[0]}")
+            self._await_cause(f"no process group {prefix}: {failures[0]}")
         return built[0]
+
+    def _await_cause(self, reason: str) -> NoReturn:
+        """A member has gone, most likely: the edges, or the controller, soon say which.
+
+        Raises as the waits do, at last for the first peer.
+        """
+        self._connections.wait(
+            lambda: False,
+            lambda: list(self._names.values())[:1],
+            timeout_s=self._connect_timeout_s,
+            what=reason + ": no cause",
+        )
+        raise AssertionError("the wait has ended by raising")
 
     def _open_store(self, address: str) -> Store:
         if self._store is not None and address == self.store_address:

@@ -26,7 +26,7 @@ from typing import Final, TypeVar
 
 from cluster.core.codec import Codec, Message
 from cluster.core.errors import HandshakeError, ProtocolError
-from cluster.core.release import RELEASE
+from cluster.core.release import RELEASE, Build, differing_item
 from cluster.core.topology import Role
 
 MAX_HELLO_BYTES: Final = 4096
@@ -55,9 +55,18 @@ class PeerIdentity(Message, frozen=True, kw_only=True, tag=True, forbid_unknown_
     """Generation that it is in, or that it connects for."""
     release: str = RELEASE
 
+    @property
+    def build(self) -> Build:
+        """What else must be equal on all workers."""
+        return Build(
+            checkpoint_id=self.checkpoint_id, config_hash=self.config_hash, numerics=self.numerics
+        )
+
 
 class _Refusal(Message, frozen=True, kw_only=True, tag=True):
     reason: str
+    generation: int = 0
+    """Generation of the listener."""
 
 
 class _Nonce(Message, frozen=True, kw_only=True):
@@ -165,7 +174,9 @@ class ListenerHandshake(_Handshake):
             raise HandshakeError("the connector sends no identity")
         self.done, self.peer = True, peer
         self.refusal = differences(self._me, peer) or self._refuse(peer)
-        return self._signed(self._me if self.refusal is None else _Refusal(reason=self.refusal))
+        if self.refusal is None:
+            return self._signed(self._me)
+        return self._signed(_Refusal(reason=self.refusal, generation=self._me.generation))
 
 
 class ConnectorHandshake(_Handshake):
@@ -175,6 +186,8 @@ class ConnectorHandshake(_Handshake):
     other_side = "listener"
     has_verdict = False
     """The listener has proved the token, and the two do not match: a retry is useless."""
+    is_outdated = False
+    """The listener has refused, and is in a later generation."""
 
     def start(self) -> bytes:
         """The first bytes to send."""
@@ -187,6 +200,7 @@ class ConnectorHandshake(_Handshake):
         words = self._verified(message)
         self.has_verdict = True
         if isinstance(words, _Refusal):
+            self.is_outdated = words.generation > self._me.generation
             raise HandshakeError(f"refused: {words.reason}")
         self.peer = words
         reason = differences(self._me, words)
@@ -198,16 +212,9 @@ class ConnectorHandshake(_Handshake):
 
 def differences(mine: PeerIdentity, theirs: PeerIdentity) -> str | None:
     """The item that must be equal on all workers and differs; None if all agree."""
-    items = (
-        ("release", mine.release, theirs.release),
-        ("checkpoint", mine.checkpoint_id, theirs.checkpoint_id),
-        ("configuration", mine.config_hash, theirs.config_hash),
-        ("arithmetic", mine.numerics, theirs.numerics),
-    )
-    for item, here, there in items:
-        if here != there:
-            return f"{item} of {theirs.name} is {there}, {mine.name} has {here}"
-    return None
+    if mine.release != theirs.release:
+        return f"release of {theirs.name} is {theirs.release}, {mine.name} has {mine.release}"
+    return differing_item(mine.name, mine.build, theirs.name, theirs.build)
 
 
 def _pack(body: bytes) -> bytes:

@@ -121,9 +121,9 @@ class PeerConnections:
     def apply_generation(self, generation: Generation) -> None:
         """Follow a membership: close edges to former members, keep the others, open missing ones.
 
-        Returns when every edge is open. Raises ``PeerLostError`` if one does not open in time,
-        ``HandshakeError`` if a peer refuses us, ``GenerationChangedError`` if a newer generation
-        is announced meanwhile.
+        Returns when every edge is open. Raises ``PeerLostError`` if one does not open in time or a
+        peer refuses us, ``GenerationChangedError`` if a newer generation is announced meanwhile,
+        or a peer is in one already.
         """
         self.generation = generation
         self._members = {m.name: m for m in generation.members if self._shares_edge(m)}

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from cluster.core.errors import ProtocolError
 from cluster.core.frames import Heartbeat, LoadProgress, Register, StatusReply, WorkerReady
+from cluster.core.release import Build
 from cluster.core.states import WorkerState, next_state
 from cluster.core.topology import ADDRESS_FIELDS, Member
 from cluster.policy.failure import Pulse
@@ -39,6 +40,8 @@ class WorkerRecord:
     """Weights read so far."""
     total_bytes: int = 0
     """Weights to read; 0 while unknown."""
+    build: Build | None = None
+    """None before ``Register``."""
     info: dict[str, Any] = field(default_factory=dict)
     """Facts from ``Register`` and ``WorkerReady``."""
     stats: dict[str, float] = field(default_factory=dict)
@@ -78,6 +81,7 @@ class WorkerRecord:
         addresses = {key: getattr(claimed, key) for key in ADDRESS_FIELDS}
         node = self.member.node or claimed.node
         self.member = replace(self.member, node=node, pid=claimed.pid, **addresses)
+        self.build = frame.build
         self.info.update(frame.info)
         self.enter(WorkerState.LOADING)
 

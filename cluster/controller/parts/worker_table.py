@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster.controller.parts.worker_record import WorkerRecord
 from cluster.core.errors import ProtocolError
 from cluster.core.frames import StatusReply, StatusRequest
+from cluster.core.release import differing_item
 from cluster.core.states import WorkerState
 from cluster.core.topology import Member
 from cluster.policy.failure import Pulse
@@ -71,6 +72,19 @@ class WorkerTable:
         if loading:
             return [r.pulse() for r in self.alive() if r.state is WorkerState.LOADING]
         return [r.pulse() for r in self.alive() if not r.is_coming]
+
+    def misfit(self, name: str, members: Collection[Member]) -> str | None:
+        """Why a worker that has registered cannot serve with the others, if it cannot.
+
+        The members of the newest generation are the measure; before the first, all workers.
+        """
+        names = {m.name for m in members}
+        others = [r for r in self.alive() if r.build is not None and r.name != name]
+        measure = [r for r in others if r.name in names] or others
+        build = self._records[name].build
+        if not measure or build is None or measure[0].build is None or name in names:
+            return None
+        return differing_item(measure[0].name, measure[0].build, name, build)
 
     def lose(self, name: str, reason: str, state: WorkerState = WorkerState.LOST) -> None:
         """A worker is lost; the controller expects nothing more from it."""

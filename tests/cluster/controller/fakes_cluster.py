@@ -24,6 +24,7 @@ from cluster.core.frames import (
     WorkerReady,
 )
 from cluster.core.placement import BankShape, ExpertPlacement, contiguous
+from cluster.core.release import Build
 from cluster.core.topology import Member, Role, holds_experts
 from tests.harness.members import member_of
 
@@ -31,6 +32,7 @@ FrameT = TypeVar("FrameT", bound=ControlFrame)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+BUILD = Build(checkpoint_id="demo", config_hash="settings", numerics="avx2")
 CONFIG = ClusterConfig(model=ModelSection(path="somewhere", served_model_name="demo"))
 BANKS = (
     BankShape(bank="mlp", layer=0, num_experts=8),
@@ -144,10 +146,10 @@ class FakeCluster:
         """A worker sends a frame."""
         self.controller.frame(worker, frame, self.now)
 
-    def register(self, worker: str, pid: int = 1) -> None:
+    def register(self, worker: str, pid: int = 1, build: Build = BUILD) -> None:
         """A worker calls for the first time."""
         member = member_of(worker, pid=pid, data_address=f"10.0.0.1:{pid}")
-        self.send(worker, Register(member=member))
+        self.send(worker, Register(member=member, build=build))
 
     def load_all(self, infos: Mapping[str, Mapping[str, object]] | None = None) -> None:
         """All workers register and have their weights; ``infos``: further facts of some."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from cluster.controller.controller import Controller
 from cluster.controller.failover.collect import CollectedState, ReportCollector
@@ -19,7 +20,7 @@ from cluster.core.frames import (
     WorkerReport,
 )
 from tests.cluster.controller.controller_world import World
-from tests.cluster.controller.fakes_cluster import CONFIG, AtOnce, FakeCluster
+from tests.cluster.controller.fakes_cluster import BUILD, CONFIG, AtOnce, FakeCluster
 from tests.harness.metric_values import metric
 
 ENOENT = "model.safetensors: no such file"
@@ -229,6 +230,37 @@ def test_the_only_attention_worker_comes_back() -> None:
     cluster.join_all()
     assert cluster.state == "SERVING"
     assert cluster.known.generation.leader.name == "attention-0.2"
+
+
+@pytest.mark.parametrize(
+    ("item", "word"),
+    [("checkpoint_id", "checkpoint"), ("config_hash", "configuration"), ("numerics", "arithmetic")],
+)
+def test_a_replacement_that_does_not_fit_never_meets_the_others(item: str, word: str) -> None:
+    cluster = FakeCluster(1, 3, num_redundant=4)
+    cluster.serve()
+    lose(cluster, "expert-1")
+    for name in ("expert-0", "expert-2"):
+        cluster.answer_loads(name)
+    cluster.join_all()
+    number = cluster.known.generation.number
+    cluster.tick(0.2)
+    cluster.register("expert-1.2", build=replace(BUILD, **{item: "other"}))
+    record = cluster.known.workers["expert-1.2"]
+    was = getattr(BUILD, item)
+    assert record.is_lost
+    assert record.reason == f"{word} of expert-1.2 is other, attention-0 has {was}"
+    assert cluster.link.ended == ["expert-1", "expert-1.2"]
+    assert cluster.known.generation.number == number
+
+
+def test_a_start_with_two_checkpoints_fails_by_name() -> None:
+    cluster = FakeCluster(1, 2)
+    cluster.register("attention-0")
+    cluster.register("expert-0")
+    cluster.register("expert-1", build=replace(BUILD, checkpoint_id="other"))
+    words = "expert-1: checkpoint of expert-1 is other, attention-0 has demo"
+    assert cluster.known.error == words
 
 
 def test_a_worker_that_dies_three_times_while_starting_is_left_out() -> None:

@@ -45,6 +45,7 @@ from cluster.core.frames import (
     proof,
 )
 from cluster.core.placement import BankShape, contiguous
+from cluster.core.release import Build
 from cluster.core.topology import Generation
 from tests.cluster.controller.load_reports import make_report
 from tests.harness.members import member_of
@@ -56,7 +57,11 @@ SAMPLES: tuple[ControlFrame, ...] = (
     ControlHello(worker="expert-0", nonce="ab", release="1.0"),
     ControlChallenge(nonce="cd", proof="ef", release="1.0"),
     ControlProof(proof="01"),
-    Register(member=MEMBER, info={"threads": 2}),
+    Register(
+        member=MEMBER,
+        build=Build(checkpoint_id="c", config_hash="f", numerics="n"),
+        info={"threads": 2},
+    ),
     LoadProgress(loaded_bytes=3, total_bytes=10),
     WorkerReady(info={"vocab_size": 50}),
     WorkerFailed(reason="tensor x: shapes differ, \u00e4"),

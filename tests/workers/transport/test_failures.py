@@ -18,6 +18,7 @@ from torch import Tensor
 from cluster.core.errors import GenerationChangedError, PeerLostError, TransportError
 from cluster.core.topology import Generation
 from tests.workers.transport.mesh import (
+    CPU,
     Mesh,
     TransportName,
     local_dispatcher,
@@ -29,6 +30,7 @@ from tests.workers.transport.mesh import (
 from workers.dispatch.dispatcher import BatchRows, TokenDispatcher
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
+from workers.transport.collective import CollectiveTransport
 from workers.transport.transport import Message, Tag
 
 BANKS = (make_bank(0), make_bank(1))
@@ -247,3 +249,22 @@ def test_a_generation_without_its_members_names_the_loss() -> None:
         threading.Timer(0.2, worker.connections.interrupt, (3,)).start()
         with pytest.raises(GenerationChangedError):
             worker.transport.apply_generation(structs.replace(mesh.generation, number=2))
+
+
+def test_a_process_group_that_cannot_be_built_is_a_lost_peer() -> None:
+    """Another member died meanwhile; without a better cause the leader is named, whose store it is.
+
+    A ``TransportError`` would end this worker, too.
+    """
+    with Mesh(1, 1, BANKS, transport="collective") as mesh:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            address = f"127.0.0.1:{closed.getsockname()[1]}"
+        members = [structs.replace(m, store_address=address) for m in mesh.generation.members]
+        broken = Generation(number=1, members=tuple(members))
+        connections = mesh["expert-0"].connections
+        transport = CollectiveTransport(
+            connections, backend="gloo", device=CPU, connect_timeout_s=0.1
+        )
+        with pytest.raises(PeerLostError, match="attention-0: no process group generation-1: "):
+            transport.apply_generation(broken)
+        transport.close()

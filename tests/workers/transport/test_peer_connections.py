@@ -12,11 +12,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from cluster.core.errors import (
-    GenerationChangedError,
-    HandshakeError,
-    PeerLostError,
-)
+from cluster.core.errors import GenerationChangedError, PeerLostError
 from cluster.core.topology import Generation, Member, Role
 from tests.fakes import Wakeups
 from tests.workers.transport.mesh import MAX_ROWS, make_bank, make_connections
@@ -285,7 +281,7 @@ def test_an_edge_that_cannot_open_names_the_peer(open_peer: OpenPeer) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"token": "wrong"}, "same cluster token"),
+        ({"token": "wrong"}, "lost expert-0: .* same cluster token"),
         ({"checkpoint_id": "other"}, "checkpoint of attention-0 is other, expert-0 has checkpoint"),
         ({"config_hash": "other"}, "configuration of attention-0 is other, expert-0 has config"),
     ],
@@ -301,7 +297,7 @@ def test_a_stranger_is_refused_and_the_listener_still_serves(
     home = open_peer("attention", 0)
     generation = Generation(number=1, members=(member(home), member(expert)))
     serving = pool.submit(expert.apply_generation, generation)
-    with pytest.raises(HandshakeError, match=reason):
+    with pytest.raises(PeerLostError, match=reason):
         stranger.apply_generation(generation)
     home.apply_generation(generation)
     serving.result(LIMIT_S)
@@ -309,7 +305,9 @@ def test_a_stranger_is_refused_and_the_listener_still_serves(
     exchange(home, expert, 1, 1)
 
 
-def test_an_older_generation_is_refused(open_peer: OpenPeer, pool: ThreadPoolExecutor) -> None:
+def test_a_worker_of_an_older_generation_waits_for_the_next(
+    open_peer: OpenPeer, pool: ThreadPoolExecutor
+) -> None:
     home, expert, late = (
         open_peer("attention", 0),
         open_peer("expert", 0),
@@ -317,7 +315,8 @@ def test_an_older_generation_is_refused(open_peer: OpenPeer, pool: ThreadPoolExe
     )
     form(pool, 4, home, expert)
     joining = Generation(number=3, members=(member(late), member(expert)))
-    with pytest.raises(HandshakeError, match="generation of attention-1 is 3, expert-0 is in 4"):
+    words = "generation of attention-1 is 3, expert-0 is in 4"
+    with pytest.raises(GenerationChangedError, match=words):
         apply(pool, late, joining, expert)
     exchange(home, expert, 1, 4)
 
@@ -332,7 +331,8 @@ def test_a_worker_that_is_not_a_member_is_refused(
     )
     form(pool, 1, home, expert)
     joining = Generation(number=1, members=(member(other), member(expert)))
-    with pytest.raises(HandshakeError, match="attention-1 rank 1 is not a member of generation 1"):
+    words = "lost expert-0: .* attention-1 rank 1 is not a member of generation 1"
+    with pytest.raises(PeerLostError, match=words):
         apply(pool, other, joining, expert)
 
 
@@ -342,7 +342,7 @@ def test_another_worker_at_the_address_is_refused(
     home, expert = open_peer("attention", 0), open_peer("expert", 0)
     wrong = replace(member(expert), name="expert-5", rank=5)
     generation = Generation(number=1, members=(member(home), wrong))
-    with pytest.raises(HandshakeError, match="expert-0 answered at the address of expert-5"):
+    with pytest.raises(PeerLostError, match="lost expert-5: expert-0 answered at its address"):
         apply(pool, home, generation, expert)
 
 
