@@ -13,9 +13,9 @@ import hmac
 import logging
 import re
 import secrets
-import socket
 from typing import Protocol
 
+from cluster.core.addresses import tune_socket
 from cluster.core.errors import HandshakeError, ProtocolError
 from cluster.core.frames import (
     MAX_FRAME_BYTES,
@@ -213,8 +213,7 @@ class ControlServer:
 def _tune(writer: asyncio.StreamWriter) -> None:
     """Small frames go out at once; a silent host is noticed by TCP in the end."""
     sock = writer.get_extra_info("socket")
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    tune_socket(sock)
 
 
 def _caller(connection: _Connection) -> str:

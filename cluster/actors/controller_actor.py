@@ -480,6 +480,7 @@ class ControllerActor:
             top_k=self._top_k,
             term=term,
             identity=self.identity,
+            host=self._address.rpartition(":")[0],
             notes=notes,
             wall_time_offset_s=time.time() - now,
             executor=self._planner,

@@ -74,6 +74,7 @@ class Controller:
         top_k: int = 1,
         term: int = 1,
         identity: str = "",
+        host: str = "",
         notes: Mapping[str, Any] | None = None,
         wall_time_offset_s: float = 0.0,
     ) -> None:
@@ -81,7 +82,8 @@ class Controller:
 
         ``model`` holds name and path; the workers add the rest. ``can_grow``: an expert worker may
         hold more than its ``num_slots`` expert slots a bank. ``identity`` distinguishes controllers
-        of one ``term``; ``notes`` are for the next controller (see ``CollectedState.memory``).
+        of one ``term``; ``host`` is this one's. ``notes`` are for the next controller (see
+        ``CollectedState.memory``).
         ``wall_time_offset_s`` added to ``now`` is the time of day.
         """
         self.cluster = Cluster(
@@ -94,6 +96,7 @@ class Controller:
             load=config.load,
             term=term,
             identity=identity,
+            host=host,
             wall_time_offset_s=wall_time_offset_s,
             now=now,
         )
@@ -205,6 +208,8 @@ class Controller:
             return
         self.cluster.load.tick(now)
         self.rebalancing.tick(now)
+        if cause := self.detection.end_hold(now):
+            self.recovery.reform(cause, now)
         for lost in self.detection.find_lost(now):
             self.lost(lost, now)
         self.recovery.tick(now)

@@ -48,6 +48,7 @@ class Pulse:
     """Its loop waits for a peer within a step."""
     running: bool
     """It takes part in a running generation, so that its loop must progress."""
+    host: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +141,23 @@ def find_silent(now: float, pulses: Sequence[Pulse], limit_s: float) -> dict[str
         for p in pulses
         if p.running and not p.waiting and now - p.progress_at > limit_s
     }
+
+
+def silent_hosts(
+    now: float, pulses: Sequence[Pulse], own_host: str, limit_s: float
+) -> frozenset[str]:
+    """Workers whose silence may be that of the controller's own host, ``own_host``.
+
+    Most of the other hosts are silent at once, with two workers or more: none of a host's workers
+    was heard for half of ``limit_s``.
+    """
+    heard: dict[str, float] = {}
+    for pulse in pulses:
+        if pulse.host not in ("", own_host):
+            heard[pulse.host] = max(heard.get(pulse.host, 0.0), pulse.heard_at)
+    silent = {host for host, at in heard.items() if now - at > limit_s / 2}
+    names = frozenset(p.name for p in pulses if p.host in silent)
+    return names if len(names) > 1 and 2 * len(silent) > len(heard) else frozenset()
 
 
 def confirm_suspect(

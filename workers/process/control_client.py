@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
-from cluster.core.addresses import split_address
+from cluster.core.addresses import split_address, tune_socket
 from cluster.core.errors import HandshakeError, PeerLostError, ProtocolError, SupersededError
 from cluster.core.frames import (
     MAX_HELLO_BYTES,
@@ -312,8 +312,7 @@ class ControlClient:
         except OSError as err:
             raise PeerLostError(CONTROLLER, f"cannot connect to {address}: {err}") from err
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            tune_socket(sock)
             self._handshake(sock, address, deadline)
         except OSError as err:
             sock.close()

@@ -9,12 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.controller.parts.cluster import NodeIds
 from cluster.core.codec import Message, from_plain, to_plain
-
-NodeIds = Mapping[str, frozenset[str]]
-"""Address of a host -> ids of the living nodes there; more than one while an earlier node
-has left unnoticed.
-"""
 
 
 class _Kept(Message, frozen=True, kw_only=True):

@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from cluster.controller.drain.cordon import Cordon, NodeIds
+from cluster.controller.drain.cordon import Cordon
 from cluster.controller.drain.order import Drain, DrainOrder, DrainStep
-from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.cluster import Cluster, NodeIds
 from cluster.controller.parts.epoch_change import ChangeLimits, ChangeState, EpochChange
 from cluster.controller.parts.operations import Operation, Operations, OperationState
 from cluster.controller.parts.recovery import Recovery
@@ -147,6 +147,7 @@ class Draining:
 
     def nodes_alive(self, nodes: NodeIds) -> None:
         """The living nodes: fill the places of nodes that have left."""
+        self._cluster.nodes = nodes
         gone = self._cordon.take_gone(nodes)
         self._recovery.refill(gone)
         if gone:

@@ -26,6 +26,10 @@ from cluster.load.tracker import LoadTracker
 
 logger = logging.getLogger(__name__)
 
+NodeIds = Mapping[str, frozenset[str]]
+"""Address of a host -> ids of the living nodes there; more than one while an earlier node
+has left unnoticed.
+"""
 _VERSIONS_OF_A_TERM = 1_000_000
 """Distance between the terms, so that a restarted controller never repeats a version."""
 
@@ -45,6 +49,7 @@ class Cluster:
         load: LoadSection,
         term: int,
         identity: str,
+        host: str,
         wall_time_offset_s: float,
         now: float,
     ) -> None:
@@ -52,6 +57,10 @@ class Cluster:
         self.link = link
         self.term = term
         self.identity = identity
+        self.host = host
+        """The controller's own."""
+        self.nodes: NodeIds | None = None
+        """The living nodes; None before the first look."""
         self.num_slots = num_slots
         """Expert slots per bank of each expert worker."""
         self.room = None if can_grow else num_slots

@@ -10,11 +10,12 @@ import logging
 from collections.abc import Iterator, Mapping
 
 from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.generation_round import Phase
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.controller.parts.worker_record import WorkerRecord
 from cluster.core.frames import PeerLost
 from cluster.core.states import ClusterState, WorkerState
-from cluster.policy.failure import PeerReport, confirm_suspect, find_silent
+from cluster.policy.failure import PeerReport, confirm_suspect, find_silent, silent_hosts
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ class Detection:
         self._limits = limits
         self.last_tick = now
         """Time of the last call of ``credit_own_pause``."""
+        self._held: frozenset[str] = frozenset()
+        self._held_at = now
 
     def peer_lost(self, name: str, frame: PeerLost, now: float) -> None:
         """A worker reports that it lost another. Raises ``ProtocolError`` for a stranger."""
@@ -48,11 +51,42 @@ class Detection:
                 record.credit(paused, now)
         self.last_tick = now
 
+    def end_hold(self, now: float) -> str:
+        """Look for a silence that may be of the controller's own host, and hold the silent workers.
+
+        Returns why all must form a generation again once they are back, else an empty text: steps
+        may have stopped, and what workers have reported of each other is void.
+        """
+        cluster, limit, before = self._cluster, self._limits.detection_limit_s, self._held
+        silent = silent_hosts(now, cluster.workers.pulses(False), cluster.host, limit)
+        self._held = frozenset(
+            name
+            for name in (silent if cluster.takes_orders else ())
+            if cluster.nodes is None or cluster.workers[name].member.node in cluster.nodes
+        )
+        if self._held and not before:
+            self._held_at = now - limit / 2
+            logger.warning("most other hosts are silent: %s", ", ".join(sorted(self._held)))
+        silence = now - self._held_at
+        if self._held or not before:
+            return ""
+        for record in cluster.workers.alive():
+            record.credit(silence, now)
+        if cluster.round.phase is Phase.STALLED or (silence < limit and not cluster.round.reports):
+            return ""
+        return f"most other hosts were silent for {silence:.1f} s"
+
     def find_lost(self, now: float) -> Iterator[Mapping[str, str]]:
         """Workers to declare lost (name -> reason), by one limit after the other.
 
         The state is read again for each, so that the caller can act in between.
         """
+        is_late = now - self._held_at > self._limits.hold_limit_s
+        held = frozenset() if is_late else self._held
+        for lost in self._find_lost(now, held):
+            yield {name: reason for name, reason in lost.items() if name not in held}
+
+    def _find_lost(self, now: float, held: frozenset[str]) -> Iterator[Mapping[str, str]]:
         limit = self._limits.detection_limit_s
         yield self._late_starts(now)
         early = max(limit, self._limits.start_silence_s)
@@ -60,7 +94,8 @@ class Detection:
         for loading, most in ((True, early), (False, early if starts else limit)):
             yield find_silent(now, self._cluster.workers.pulses(loading), most)
         yield self._late_answers(now)
-        yield self._confirmed_reports(now)
+        if not held:
+            yield self._confirmed_reports(now)
 
     def _late_starts(self, now: float) -> dict[str, str]:
         """Workers that are not ready in time; a new one that waits for room may wait."""

@@ -11,6 +11,10 @@ class ControllerSettings:
 
     detection_limit_s: float = 2.0
     """Time without heartbeat or progress after which a worker is lost."""
+    hold_limit_s: float = 30.0
+    """Longest silence of most other hosts at once in which their workers are not lost: it may be
+    that of the controller's own host.
+    """
     confirm_s: float = 0.2
     """Time in which another cause may show up for a worker that a peer reported as lost."""
     start_limit_s: float = 600.0

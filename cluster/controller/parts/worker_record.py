@@ -131,6 +131,7 @@ class WorkerRecord:
             progress_at=self.progress_at,
             waiting=self._waiting,
             running=self.state is WorkerState.SERVING,
+            host=self.member.node,
         )
 
     def to_dict(self) -> dict[str, Any]:

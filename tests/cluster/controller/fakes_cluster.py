@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from typing import ParamSpec, TypeVar
 
+from msgspec.structs import replace
+
 from cluster.config.cluster import ClusterConfig, ModelSection
 from cluster.controller.controller import Controller
 from cluster.controller.parts.cluster import Cluster
@@ -112,10 +114,15 @@ class FakeCluster:
         settings: ControllerSettings | None = None,
         config: ClusterConfig | None = None,
         executor: Executor | None = None,
+        hosts: Mapping[str, str] | None = None,
     ) -> None:
+        """``hosts``: the hosts of the workers by name; the controller is on ``head``."""
         self.now = 100.0
         self.link = FakeWorkerGroup()
-        self.members = make_members(num_attention, num_experts)
+        self.members = tuple(
+            replace(member, node=(hosts or {}).get(member.name, ""))
+            for member in make_members(num_attention, num_experts)
+        )
         self.placement: ExpertPlacement = contiguous(BANKS, num_experts, num_redundant)
         self.controller = Controller(
             settings or ControllerSettings(),
@@ -126,6 +133,7 @@ class FakeCluster:
             now=self.now,
             can_grow=can_grow,
             config=config or CONFIG,
+            host="head",
             num_slots=max(len(row) for row in self.placement.banks[0].physical_to_logical),
             top_k=2,
             wall_time_offset_s=1_000_000.0,

@@ -547,3 +547,61 @@ def test_random_events_keep_the_state_legal_and_consistent(seed: int) -> None:
         except IllegalTransitionError as err:
             pytest.fail(f"seed {seed}: {err}")
         before = _check_consistent(cluster, before)
+
+
+HOSTS = {"attention-0": "head", "expert-0": "h-1", "expert-1": "h-2", "expert-2": "h-3"}
+
+
+def silent_cluster(seconds: float, num_redundant: int = 4) -> FakeCluster:
+    """A cluster in which only the worker at the controller's host is heard."""
+    cluster = FakeCluster(1, 3, num_redundant=num_redundant, hosts=HOSTS)
+    cluster.serve()
+    cluster.beat_all()
+    for _ in range(round(2 * seconds)):
+        cluster.tick(0.5)
+        cluster.beat("attention-0")
+    return cluster
+
+
+def test_a_pause_of_the_controllers_host_replaces_no_worker() -> None:
+    cluster = silent_cluster(3.5)
+    loss = PeerLost(worker="expert-1", generation=1, reason="silent")
+    cluster.send("attention-0", loss)
+    cluster.tick(0.4)
+    assert cluster.link.ended == []
+    cluster.beat_all("expert-2")  # the last one is back a moment later
+    cluster.send("expert-0", PeerLost(worker="attention-0", generation=1, reason="silent"))
+    cluster.tick(0.1)
+    assert cluster.known.generation.number == 2
+    cluster.beat_all()
+    cluster.tick(0.5)
+    cluster.join_all(highest_step=7)
+    assert (cluster.state, cluster.known.term) == ("SERVING", 1)
+    assert cluster.link.ended == []
+    assert cluster.started() == []
+    last = cluster.controller.snapshot()["history"][-1]
+    assert last["cause"].startswith("most other hosts were silent for ")
+
+
+def test_hosts_that_stay_silent_are_lost() -> None:
+    cluster = silent_cluster(29.0)
+    assert cluster.link.ended == []
+    cluster.tick(0.5)
+    cluster.beat("attention-0")
+    cluster.tick(1.5)
+    assert cluster.link.ended == ["expert-0", "expert-1", "expert-2"]
+
+
+def test_a_silent_host_that_ray_has_lost_is_not_waited_for() -> None:
+    cluster = silent_cluster(2.0)
+    here = frozenset({"id"})
+    cluster.controller.draining.nodes_alive({"head": here, "h-1": here, "h-3": here})
+    cluster.tick(0.1)
+    assert cluster.link.ended == ["expert-1"]
+
+
+def test_a_short_silence_of_most_hosts_changes_nothing() -> None:
+    cluster = silent_cluster(1.5)
+    cluster.beat_all()
+    cluster.tick(0.1)
+    assert (cluster.known.generation.number, cluster.link.ended) == (1, [])

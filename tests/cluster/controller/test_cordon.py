@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cluster.controller.drain.cordon import Cordon, NodeIds
+from cluster.controller.drain.cordon import Cordon
+from cluster.controller.parts.cluster import NodeIds
 
 
 def nodes(**ids: str) -> NodeIds:

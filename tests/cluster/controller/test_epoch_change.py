@@ -46,6 +46,7 @@ class Host(Cluster):
             load=LoadSection(),
             term=1,
             identity="",
+            host="",
             wall_time_offset_s=0.0,
             now=100.0,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from msgspec.structs import replace
 
 from cluster.core.placement import ExpertPlacement, contiguous
@@ -17,6 +18,7 @@ from cluster.policy.failure import (
     decide_members,
     describe_losses,
     find_silent,
+    silent_hosts,
 )
 from tests.cluster.controller.fakes_cluster import BANKS, make_members, members_of
 
@@ -210,3 +212,31 @@ def test_the_one_that_most_name_is_lost() -> None:
     found = confirm_suspect(10.3, reports, ROLES, 0.2)
     assert found is not None
     assert found.suspect == "attention-0"
+
+
+@pytest.mark.parametrize(
+    ("heard", "expected"),
+    [
+        ({"a": [9.0], "b": [9.0], "c": [10.9]}, "a-0 b-0"),
+        ({"a": [9.0], "b": [10.9], "c": [10.9]}, ""),  # one host of three
+        ({"a": [9.0], "b": [10.9]}, ""),  # half of the hosts
+        ({"a": [9.0, 9.0]}, "a-0 a-1"),  # the only one, with two workers
+        ({"a": [9.0]}, ""),  # one worker may just be frozen
+        ({"a": [9.0, 10.9], "b": [9.0]}, ""),  # a host that is heard of is not silent
+        ({"head": [9.0, 9.0]}, ""),  # the controller's own host
+        ({"": [9.0, 9.0]}, ""),  # unknown
+        ({"a": [10.1], "b": [10.1]}, ""),  # not for long
+    ],
+)
+def test_the_controllers_own_host_is_in_doubt_when_most_others_are_silent(
+    heard: dict[str, list[float]], expected: str
+) -> None:
+    pulses = [
+        Pulse(
+            name=f"{host}-{i}", heard_at=at, progress_at=at, waiting=False, running=True, host=host
+        )
+        for host, times in heard.items()
+        for i, at in enumerate(times)
+    ]
+    found = silent_hosts(11.0, pulses, "head", 2.0)
+    assert sorted(found) == expected.split()
