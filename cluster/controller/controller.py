@@ -139,6 +139,8 @@ class Controller:
                 if frame.fenced and frame.generation == cluster.round.number and is_member:
                     # it has stopped serving, while this controller was away
                     self.recovery.reform(f"the lease of {name} ran out", now)
+                elif (cause := self.detection.mismatch(name, frame, now)) is not None:
+                    self.recovery.reform(cause, now)
             case StatusReply():
                 self._take_load(name, frame)
                 cluster.workers.take_status(name, frame)

@@ -189,11 +189,13 @@ class WorkerReport(ControlFrame, frozen=True, kw_only=True):
     placement: ExpertPlacement | None
     """The maps announced with it."""
     running: bool
-    """It runs that generation now."""
+    """It runs that generation now, with these maps."""
     highest_step: int
     """Highest step number it has seen."""
     highest_epoch: int
     """Highest placement epoch it has run."""
+    known_epoch: int = 0
+    """Highest placement epoch of any order it has received: a new epoch must be above it."""
     memory: dict[str, Any] = field(default_factory=dict)
     """Memory of the last ``ControllerSnapshot``."""
     slots: SlotContents = ()

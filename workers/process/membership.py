@@ -86,13 +86,15 @@ class Membership:
         self.generation = Generation(number=0, members=())
         """Newest generation that this worker has taken."""
         self.announced: NewGeneration | None = None
-        """Newest announced generation; set by the control thread."""
+        """Newest announced generation; set by ``announce``."""
         self.epochs = EpochPlacements()
         self.standing = Standing.OUTSIDE
         """Written by the data thread alone."""
         self.fence = -1
         """Highest generation that must not run: the lease ran out in it. Written by the control
         thread alone, and never lowered."""
+        self._known_epoch = 0
+        self._switch: SwitchEpoch | None = None
         self.last_commit = time.monotonic()
         """Monotonic time of the last committed step."""
         self._name = name
@@ -120,6 +122,17 @@ class Membership:
 
     # ---- the control thread -----------------------------------------------------------------
 
+    def announce(self, frame: ControlFrame) -> None:
+        """An order has arrived, which the data thread will handle."""
+        match frame:
+            case NewGeneration():
+                self.announced = frame
+                self._known_epoch = max(self._known_epoch, frame.placement.epoch)
+            case NewEpoch():
+                self._known_epoch = max(self._known_epoch, frame.epoch)
+            case SwitchEpoch():
+                self._switch = frame
+
     def raise_fence(self) -> int:
         """The lease ran out: no generation that is known here runs; returns the fence."""
         order = self.announced
@@ -130,7 +143,9 @@ class Membership:
     def worker_report(self, term: int, memory: dict[str, Any]) -> list[ControlFrame]:
         """State of this worker, for a restarted controller.
 
-        ``term`` is the term of the previous controller, ``memory`` is the snapshot that it left.
+        A leader that was ordered to switch the epoch, and has not done so yet, does not count as
+        running: the new controller knows nothing of that order. ``term`` is the term of the
+        previous controller, ``memory`` is the snapshot that it left.
         """
         order, loss = self.announced, self._loss
         number = self.generation.number
@@ -138,15 +153,20 @@ class Membership:
         placement = order.placement if order is not None else None
         if here and placement is not None and self.epochs.current.epoch > placement.epoch:
             placement = self.epochs.current  # a step header has switched to it since
+        switch = self._switch
+        will_switch = switch is not None and (
+            switch.generation == number and switch.epoch > self.epochs.current.epoch
+        )
         report = WorkerReport(
             term=term,
             generation=order.generation if order is not None else None,
             placement=placement,
-            running=here and self.runs,
+            running=here and self.runs and not will_switch,
             highest_step=self._channel.highest_step if number else 0,
             highest_epoch=max(self._channel.highest_epoch, self.epochs.current.epoch)
             if number
             else 0,
+            known_epoch=self._known_epoch,
             memory=memory,
             slots=self._hooks.slots(),
         )

@@ -364,11 +364,11 @@ class WorkerRuntime(ABC):
             return
         if isinstance(frame, RunGeneration):
             self._free_experts(frame)
+        self.membership.announce(frame)
         self._frames.append(frame)
         if isinstance(frame, NewGeneration):
             if self._experts is not None:
                 self._experts.give_up_moves()
-            self.membership.announced = frame
             self._interrupt(frame.generation.number)
         elif isinstance(frame, Shutdown):
             self._interrupt(self.membership.generation.number + 1)

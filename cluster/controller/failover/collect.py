@@ -113,6 +113,12 @@ class CollectedState:
         return all(n in self.greetings and self.greetings[n].runs(number) for n in names)
 
     @property
+    def highest_epoch(self) -> int:
+        """Highest placement epoch that any worker knows, whether or not it ran."""
+        reports = [g.report for g in self.greetings.values() if g.report is not None]
+        return max((r.known_epoch for r in reports), default=0)
+
+    @property
     def members(self) -> tuple[Member, ...]:
         """All workers that are known, lost ones included: attention first, then by rank."""
         known = {w.member.name: w.member for w in self.lost}

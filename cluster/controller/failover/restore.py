@@ -58,6 +58,7 @@ class StateRestorer:
         cluster.round = GenerationRound(collected.generation, now)
         self._recovery.restore(collected.memory.get("recovery", {}), now)
         cluster.round.answers.update(reported_answers(collected))
+        cluster.highest_epoch = collected.highest_epoch
         missing = [
             m.name
             for m in collected.generation.members

@@ -13,7 +13,7 @@ from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.generation_round import Phase
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.controller.parts.worker_record import WorkerRecord
-from cluster.core.frames import PeerLost
+from cluster.core.frames import Heartbeat, PeerLost
 from cluster.core.states import ClusterState, WorkerState
 from cluster.policy.failure import PeerReport, confirm_suspect, find_silent, silent_hosts
 
@@ -41,6 +41,22 @@ class Detection:
         logger.warning("%s has lost %s: %s", name, frame.worker, frame.reason)
         report = PeerReport(reporter=name, suspect=frame.worker, reason=frame.reason, at=now)
         cluster.round.reports.append(report)
+
+    def mismatch(self, name: str, frame: Heartbeat, now: float) -> str | None:
+        """Why the members must form a new generation: what a member runs has differed too long from
+        what this controller knows. A frame that would have explained it was lost.
+        """
+        cluster, record = self._cluster, self._cluster.workers[name]
+        number, found = cluster.round.number, None
+        if cluster.runs and record.state is WorkerState.SERVING and not cluster.round.reports:
+            found = _difference(frame, number, cluster.placement.epoch)
+        if found is None:
+            record.mismatch = None
+        elif record.mismatch is None or record.mismatch[0] != number:
+            record.mismatch = number, now
+        elif now - record.mismatch[1] > self._limits.mismatch_s:
+            return f"{name} {found}"
+        return None
 
     def credit_own_pause(self, now: float) -> None:
         """Do not blame workers for a silence in which the controller itself was paused."""
@@ -123,6 +139,15 @@ class Detection:
         roles = {r.name: r.member.role for r in self._cluster.workers.alive()}
         found = confirm_suspect(now, self._cluster.round.reports, roles, self._limits.confirm_s)
         return {} if found is None else {found.suspect: f"{found.reporter} reports: {found.reason}"}
+
+
+def _difference(frame: Heartbeat, number: int, epoch: int) -> str | None:
+    """How a member differs from a running generation; None if it does not."""
+    if frame.generation != number or not frame.running:
+        return f"does not run generation {number}"
+    if frame.epoch != epoch:
+        return f"runs placement epoch {frame.epoch}, not {epoch}"
+    return None
 
 
 def _late_text(record: WorkerRecord, limit_s: float) -> str:

@@ -17,6 +17,8 @@ class ControllerSettings:
     """
     confirm_s: float = 0.2
     """Time in which another cause may show up for a worker that a peer reported as lost."""
+    mismatch_s: float = 1.0
+    """Time for which a member may report another generation or epoch than the controller knows."""
     start_limit_s: float = 600.0
     """Limit for the whole start, and later for a new worker from its first call."""
     start_silence_s: float = 30.0

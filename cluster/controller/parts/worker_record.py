@@ -46,6 +46,8 @@ class WorkerRecord:
     """Facts from ``Register`` and ``WorkerReady``."""
     stats: dict[str, float] = field(default_factory=dict)
     """Numbers of its last heartbeat or status reply."""
+    mismatch: tuple[int, float] | None = None
+    """Generation in which its heartbeats differ from what the controller knows, and since when."""
     _progress: int = -1
     _waiting: bool = False
 

@@ -78,7 +78,14 @@ class TrivialWorker:
         self._client.close()
 
     def _heartbeat(self) -> Heartbeat:
-        return Heartbeat(progress=0, idle=True, generation=self._generation)
+        epoch = self._order.placement.epoch if self._order is not None else 0
+        return Heartbeat(
+            progress=0,
+            idle=True,
+            generation=self._generation,
+            running=self._runs,
+            epoch=epoch,
+        )
 
     def _worker_report(self) -> list[ControlFrame]:
         order = self._order

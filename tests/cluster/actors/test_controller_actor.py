@@ -58,13 +58,14 @@ class ThreadWorker:
         self.name = str(member["name"])
         self.runs: queue.Queue[int] = queue.Queue()
         """First steps of the generations that were run."""
-        self._generation = 0
+        self._generation = self._epoch = 0
+        self._is_running = False
         self.client = ControlClient(
             address,
             token,
             self.name,
             self._on_frame,
-            heartbeat=lambda: Heartbeat(progress=0, idle=True, generation=self._generation),
+            heartbeat=self._heartbeat,
             status=self._status,
             heartbeat_s=0.1,
         )
@@ -75,6 +76,15 @@ class ThreadWorker:
         self.client.send(Register(member=member_of(self.name, pid=1)))
         self.client.send(WorkerReady())
 
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(
+            progress=0,
+            idle=True,
+            generation=self._generation,
+            running=self._is_running,
+            epoch=self._epoch,
+        )
+
     def _status(self) -> StatusReply:
         stats = {"kv_blocks_free": 7.0, "kv_blocks_total": 8.0}
         return StatusReply(token=0, stats=stats, expert_load=load_of(4, [1] * 8))
@@ -82,6 +92,7 @@ class ThreadWorker:
     def _on_frame(self, frame: ControlFrame) -> None:
         if isinstance(frame, NewGeneration):
             self._generation = frame.generation.number
+            self._epoch, self._is_running = frame.placement.epoch, False
             self.client.send(
                 GenerationReady(
                     generation=self._generation,
@@ -91,6 +102,7 @@ class ThreadWorker:
                 )
             )
         elif isinstance(frame, RunGeneration):
+            self._is_running = True
             self.runs.put(frame.first_step)
 
 

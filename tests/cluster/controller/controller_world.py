@@ -140,7 +140,14 @@ class ModelWorker:
     def beat(self) -> Heartbeat:
         """Its heartbeat."""
         number = self.generation.number
-        return Heartbeat(progress=0, idle=True, generation=number, fenced=self.is_fenced)
+        return Heartbeat(
+            progress=0,
+            idle=True,
+            generation=number,
+            running=self.runs and not self.is_fenced,
+            epoch=self.epoch,
+            fenced=self.is_fenced,
+        )
 
     def receive(self, frame: ControlFrame) -> None:
         """The control thread's part: guards, and what needs no data thread."""

@@ -213,10 +213,16 @@ class FakeCluster:
         self, worker: str, progress: int = 0, idle: bool = True, waiting: bool = False
     ) -> None:
         """A worker's heartbeat."""
-        number = self.known.generation.number
         self.send(
             worker,
-            Heartbeat(progress=progress, idle=idle, waiting=waiting, generation=number),
+            Heartbeat(
+                progress=progress,
+                idle=idle,
+                waiting=waiting,
+                generation=self.known.generation.number,
+                running=self.known.runs,
+                epoch=self.known.placement.epoch,
+            ),
         )
 
     def beat_all(self, *but: str) -> None:

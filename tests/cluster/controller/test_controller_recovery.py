@@ -12,6 +12,7 @@ from cluster.controller.failover.collect import CollectedState, ReportCollector
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import (
     ControllerSnapshot,
+    Heartbeat,
     LoadExperts,
     NewGeneration,
     Register,
@@ -465,3 +466,49 @@ def test_experts_that_an_earlier_controller_ordered_are_in_their_slots_before_st
     assert world.controller.snapshot()["history"][-1]["effect"] == "load them"
     world.calm_down()
     world.check_calm()
+
+
+# ---- what the workers run is not what the controller knows -----------------------------------
+
+
+def beat_of(cluster: FakeCluster, **differs: Any) -> Heartbeat:
+    known = cluster.known
+    facts = {"generation": known.generation.number, "epoch": known.placement.epoch}
+    return Heartbeat(**({"progress": 0, "idle": True, "running": True} | facts | differs))
+
+
+@pytest.mark.parametrize(
+    ("differs", "cause"),
+    [
+        ({"running": False}, "expert-0 does not run generation 1"),
+        ({"generation": 0}, "expert-0 does not run generation 1"),
+        ({"epoch": 2}, "expert-0 runs placement epoch 2, not 1"),
+    ],
+)
+def test_a_member_that_runs_something_else_makes_the_next_generation(
+    differs: dict[str, Any], cause: str
+) -> None:
+    """The frame that told why was lost with an earlier controller, for example."""
+    cluster = FakeCluster()
+    cluster.serve()
+    for _ in range(3):
+        cluster.send("expert-0", beat_of(cluster, **differs))
+        assert cluster.known.generation.number == 1
+        cluster.tick(0.5)
+    cluster.send("expert-0", beat_of(cluster, **differs))
+    assert cluster.known.generation.number == 2
+    assert last(cluster)["cause"] == cause
+    cluster.join_all()
+    assert cluster.state == "SERVING"
+
+
+def test_a_short_difference_means_nothing() -> None:
+    """Heartbeats and orders cross each other on the way."""
+    cluster = FakeCluster()
+    cluster.serve()
+    for _ in range(4):
+        cluster.send("expert-0", beat_of(cluster, running=False))
+        cluster.tick(0.5)
+        cluster.send("expert-0", beat_of(cluster))
+        cluster.tick(0.5)
+    assert cluster.known.generation.number == 1

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from cluster.controller.controller import Controller
 from cluster.controller.failover.collect import CollectedState, ReportCollector
+from cluster.controller.parts.epoch_change import ChangeLimits
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.codec import to_plain
 from cluster.core.errors import NotReadyError, ProtocolError
@@ -26,6 +27,7 @@ from cluster.core.frames import (
 )
 from cluster.core.placement import contiguous
 from cluster.core.topology import Generation
+from cluster.planner.stages import Stage
 from tests.cluster.controller.fakes_cluster import (
     BANKS,
     CONFIG,
@@ -243,3 +245,11 @@ def test_a_replacement_that_became_ready_meanwhile_joins_a_stalled_cluster() -> 
     order = link.last("expert-0", NewGeneration)
     assert order is not None
     assert {m.name for m in order.generation.members} == set(names)
+
+
+def test_a_new_term_numbers_its_epochs_above_all_that_workers_know() -> None:
+    """An epoch that was announced and never ran has maps of its own at the workers."""
+    controller, _ = restore(standing(), standing(known_epoch=7), standing())
+    stage = Stage(fills=(), placement=controller.cluster.placement)
+    change = controller.rebalancing.begin_change(stage, ChangeLimits(), 1.0)
+    assert change.stage.placement.epoch == 8

@@ -77,7 +77,9 @@ def window(cluster: FakeCluster, counts: tuple[int, ...]) -> None:
     banks = {(b.bank, b.layer): bank for b in BANKS}
     report = LoadReport(epoch=epoch, rows=cluster.rows, banks=banks)  # type: ignore[attr-defined]
     for _ in range(int(WINDOW_S) + 1):
-        beat = Heartbeat(progress=0, idle=True, generation=1, expert_load=report)
+        beat = Heartbeat(
+            progress=0, idle=True, generation=1, running=True, epoch=epoch, expert_load=report
+        )
         cluster.send("attention-0", beat)
         cluster.beat_all("attention-0")
         cluster.tick(1.0)

@@ -90,6 +90,7 @@ SAMPLES: tuple[ControlFrame, ...] = (
         running=True,
         highest_step=9,
         highest_epoch=3,
+        known_epoch=4,
         memory={"history": []},
         slots=((0, -1), (2, 3)),
     ),

@@ -8,9 +8,11 @@ from cluster.core.errors import GenerationChangedError, PeerLostError, Transport
 from cluster.core.frames import (
     ControlFrame,
     GenerationReady,
+    NewEpoch,
     NewGeneration,
     RunGeneration,
     SlotContents,
+    SwitchEpoch,
     WorkerReport,
 )
 from cluster.core.placement import contiguous
@@ -64,12 +66,18 @@ class World:
         )
         self.membership.join(self.data, self.data, self.data)  # type: ignore[arg-type]
 
+    def report(self) -> WorkerReport:
+        """What it says to a new controller."""
+        (found,) = self.membership.worker_report(1, {})
+        assert isinstance(found, WorkerReport)
+        return found
+
     def announce(self, number: int) -> None:
         """The controller announces a generation of all members."""
         frame = NewGeneration(
             term=1, generation=Generation(number=number, members=MEMBERS), placement=MAPS
         )
-        self.membership.announced = frame
+        self.membership.announce(frame)
         self.membership.handle(frame)
 
 
@@ -80,9 +88,7 @@ def test_an_answer_and_a_report_name_what_the_slots_hold() -> None:
         GenerationReady(generation=1, highest_step=0, highest_epoch=1, slots=((0, -1, 2),))
     ]
     world.slots = ((0, 1, 2),)
-    (report,) = world.membership.worker_report(1, {})
-    assert isinstance(report, WorkerReport)
-    assert report.slots == ((0, 1, 2),)
+    assert world.report().slots == ((0, 1, 2),)
 
 
 def run(number: int) -> RunGeneration:
@@ -131,7 +137,7 @@ def test_orders_from_before_the_fence_do_not_open_it() -> None:
     world.announce(1)
     world.membership.handle(run(1))
     order = NewGeneration(term=1, generation=Generation(number=2, members=MEMBERS), placement=MAPS)
-    world.membership.announced = order
+    world.membership.announce(order)
     assert world.membership.raise_fence() == 2
     world.membership.handle(order)
     world.membership.handle(run(2))
@@ -150,3 +156,19 @@ def test_a_generation_that_is_interrupted_while_it_opens_can_be_followed_by_anot
     world.announce(2)
     standings.append(world.membership.standing)
     assert standings == [Standing.OUTSIDE, Standing.READY]
+
+
+def test_a_leader_that_will_switch_the_epoch_does_not_count_as_running() -> None:
+    """The order of the old controller waits; the new one must not take the old epoch for true."""
+    world = World()
+    world.announce(1)
+    world.membership.handle(run(1))
+    assert world.report().running
+    world.membership.announce(NewEpoch(generation=1, epoch=2, base_epoch=1, banks=()))
+    assert world.report().running
+    assert world.report().known_epoch == 2
+    world.membership.announce(SwitchEpoch(generation=1, epoch=2, oldest_epoch=2))
+    assert not world.report().running
+    world.announce(2)
+    world.membership.handle(run(2))
+    assert world.report().running
