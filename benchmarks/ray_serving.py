@@ -27,14 +27,12 @@ from cluster.core.topology import Role
 from cluster.launch.local_ray import PrivateRay
 from workers.process.actor import ACTOR_CLASSES, WorkerActor
 from workers.requests.request import Request, SamplingParams, StepOutput
+from workers.requests.stream_handshake import GatewayHandshake
 from workers.requests.wire import (
-    ENGINE_HELLO,
     FROM_ENGINE,
-    HELLO,
     PATH,
     TO_ENGINE,
     FromEngine,
-    Hello,
     ToEngine,
 )
 
@@ -131,20 +129,24 @@ class Stream:
     def __init__(self, address: str, received: queue.SimpleQueue[Received]) -> None:
         self.outgoing: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
         """What is sent; None ends it."""
+        self._handshake = GatewayHandshake(TOKEN, "bench", RELEASE)
+        self._proof: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._channel = grpc.insecure_channel(address)
         self._call = self._channel.stream_stream(PATH, bytes, bytes)(self._messages())
         self._thread = threading.Thread(target=self._read, args=(received,), daemon=True)
         self._thread.start()
 
     def _messages(self) -> Iterator[bytes]:
-        yield HELLO.encode(Hello(token=TOKEN, gateway="bench", release=RELEASE))
+        yield self._handshake.start()
+        yield self._proof.get()
         while (message := self.outgoing.get()) is not None:
             yield TO_ENGINE.encode(message)
 
     def _read(self, received: queue.SimpleQueue[Received]) -> None:
         try:
             answers = iter(self._call)
-            ENGINE_HELLO.decode(next(answers))
+            self._proof.put(self._handshake.answer(next(answers)))
+            self._handshake.finish(next(answers))
             for data in answers:
                 received.put(Received(perf_counter(), FROM_ENGINE.decode(data)))
         except grpc.RpcError:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import re
-import secrets
 from typing import Protocol
 
 from cluster.core.addresses import tune_socket
@@ -30,6 +28,7 @@ from cluster.core.frames import (
     frame_length,
     proof,
 )
+from cluster.core.proof import is_proof, new_nonce
 from cluster.core.release import RELEASE, check_release
 
 logger = logging.getLogger(__name__)
@@ -186,14 +185,12 @@ class ControlServer:
         hello = await connection.read_hello()
         if not isinstance(hello, ControlHello) or not _NAME.fullmatch(hello.worker):
             raise HandshakeError("the first frame is no proper ControlHello")
-        nonce = secrets.token_hex(16)
+        nonce = new_nonce()
         ours = proof(self._token, "controller", hello.nonce, nonce)
         connection.write(ControlChallenge(nonce=nonce, proof=ours, release=self._release))
         answer = await connection.read_hello()
         theirs = proof(self._token, "worker", hello.nonce, nonce)
-        if not isinstance(answer, ControlProof) or not hmac.compare_digest(
-            answer.proof.encode(), theirs.encode()
-        ):
+        if not isinstance(answer, ControlProof) or not is_proof(answer.proof, theirs):
             raise HandshakeError(f"{hello.worker} does not know the cluster token")
         check_release(hello.release, hello.worker, self._release, "the controller")
         return hello.worker

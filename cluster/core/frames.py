@@ -1,13 +1,11 @@
 """Messages on the control sockets between the controller and every worker.
 
 Frame: 4 bytes big-endian length, then that many bytes of ``cluster.core.codec``. The first exchange
-is a mutual proof of the cluster token (``hmac`` over both nonces), and names both releases.
+is a mutual proof of the cluster token (``cluster.core.proof``), and names both releases.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import struct
 from typing import Any, Union
 
@@ -17,6 +15,7 @@ from cluster.core.codec import Codec, Message
 from cluster.core.errors import ProtocolError
 from cluster.core.load_report import LoadReport
 from cluster.core.placement import BankPlacement, ExpertPlacement
+from cluster.core.proof import make_proof
 from cluster.core.release import Build
 from cluster.core.topology import Generation, Member
 
@@ -344,5 +343,4 @@ def decode_hello(data: bytes) -> ControlFrame:
 
 def proof(token: str, side: str, worker_nonce: str, controller_nonce: str) -> str:
     """What a side (``worker`` or ``controller``) sends to show that it knows the token."""
-    text = f"expertmesh-control|{side}|{worker_nonce}|{controller_nonce}"
-    return hmac.new(token.encode(), text.encode(), hashlib.sha256).hexdigest()
+    return make_proof(token, "control", side, (worker_nonce, controller_nonce))

@@ -18,23 +18,21 @@ import grpc
 from msgspec.structs import replace
 
 from cluster.core.errors import ProtocolError
-from cluster.core.release import RELEASE, check_release
+from cluster.core.release import RELEASE
 from gateway.cluster.view import AttentionEndpoint
 from gateway.engines.router import WorkerLoad
 from gateway.engines.submission import Submission, without_first
 from workers.requests.block_hash import KvEvents
 from workers.requests.request import Reached, RequestStage, StepOutput, TokenOutput, Turn
+from workers.requests.stream_handshake import GatewayHandshake
 from workers.requests.wire import (
-    ENGINE_HELLO,
     FROM_ENGINE,
-    HELLO,
     MAX_MESSAGE_BYTES,
     PATH,
     TO_ENGINE,
     Abort,
     EngineHello,
     FromEngine,
-    Hello,
     KvResync,
     Ping,
     ToEngine,
@@ -123,7 +121,8 @@ class EngineClient:
         self.load = WorkerLoad(name=endpoint.name)
         """What it has to do for this gateway; ``outstanding_tokens`` apart."""
         self._endpoint = endpoint
-        self._own_hello = Hello(token=token, gateway=gateway, release=release)
+        self._handshake = GatewayHandshake(token, gateway, release)
+        self._proof: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._owner = owner
         self._silence_limit_s = silence_limit_s
         self._ping_s = ping_s
@@ -195,7 +194,8 @@ class EngineClient:
                 self.hello = None
                 pinger.cancel()
                 call.cancel()
-                self._outgoing.put_nowait(None)  # gRPC's task that waits for messages ends
+                self._proof.put_nowait(None)  # gRPC's task that waits for messages ends
+                self._outgoing.put_nowait(None)
 
     def take_submissions(self) -> list[Submission]:
         """The requests that were not finished, which are no longer this client's."""
@@ -226,17 +226,18 @@ class EngineClient:
         self._count(entry)
 
     async def _read(self, call: _Call) -> None:
+        if isinstance(data := await call.read(), bytes):
+            self.take_challenge(data)
+        if isinstance(data := await call.read(), bytes):
+            self.hello = self._handshake.finish(data)
+            self.connected.set()
         while isinstance(data := await call.read(), bytes):
             self._heard_s = time.monotonic()
-            if self.hello is None:
-                self._take_hello(ENGINE_HELLO.decode(data))
-            else:
-                await self._take(FROM_ENGINE.decode(data))
+            await self._take(FROM_ENGINE.decode(data))
 
-    def _take_hello(self, hello: EngineHello) -> None:
-        check_release(hello.release, self.worker, self._own_hello.release, self._own_hello.gateway)
-        self.hello = hello
-        self.connected.set()
+    def take_challenge(self, challenge: bytes) -> None:
+        """Prove the token. Raises ``HandshakeError``."""
+        self._proof.put_nowait(self._handshake.answer(challenge))
 
     async def _take(self, message: FromEngine) -> None:
         match message:
@@ -254,7 +255,9 @@ class EngineClient:
 
     async def messages(self) -> AsyncGenerator[bytes]:
         """Messages to the worker, encoded."""
-        yield HELLO.encode(self._own_hello)
+        yield self._handshake.start()
+        if (proof := await self._proof.get()) is not None:
+            yield proof
         while (message := await self._outgoing.get()) is not None:
             yield TO_ENGINE.encode(message)
 

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from cluster.controller.parts.metrics import ControllerMetrics
-from cluster.core.errors import ConflictError, UnknownNameError
+from cluster.core.errors import ConflictError, HandshakeError, UnknownNameError
 from cluster.core.metric_families import PlainFamily
 from cluster.core.release import RELEASE
 from cluster.core.topology import Member
@@ -33,10 +33,9 @@ from workers.requests.request import (
     TokenOutput,
     Turn,
 )
+from workers.requests.stream_handshake import WorkerHandshake
 from workers.requests.wire import (
-    ENGINE_HELLO,
     FROM_ENGINE,
-    HELLO,
     METHOD,
     SERVICE,
     TO_ENGINE,
@@ -162,16 +161,19 @@ class ScriptedEngine:
             queue.put_nowait(None)
 
     async def _stream(self, messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-        hello = HELLO.decode(await anext(messages))
-        if hello.token != CLUSTER_TOKEN:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong token")
+        handshake = WorkerHandshake(CLUSTER_TOKEN, self.name, self.release)
+        try:
+            yield handshake.challenge(await anext(messages))
+            hello = handshake.finish(await anext(messages), self._hello())
+        except HandshakeError as err:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(err))
         queue: Outgoing = asyncio.Queue()
         self._queues.append(queue)
         self.num_streams += 1
         self.num_hellos += 1
         reader = asyncio.create_task(self._read(messages, queue))
         try:
-            yield b"\xc1" if self.spoils == "hello" else ENGINE_HELLO.encode(self._hello())
+            yield b"\xc1" if self.spoils == "hello" else hello
             while True:
                 message = await queue.get()
                 if message is None:
@@ -186,7 +188,6 @@ class ScriptedEngine:
     def _hello(self) -> EngineHello:
         return EngineHello(
             worker=self.name,
-            release=self.release,
             generation=1,
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB_SIZE,

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import grpc
 
+from cluster.core.errors import HandshakeError
 from cluster.core.release import RELEASE
 from workers.requests.request import FinishReason, Request, StepOutput, TokenOutput
-from workers.requests.wire import ENGINE_HELLO, FROM_ENGINE, HELLO, PATH, TO_ENGINE, Abort, Hello
+from workers.requests.stream_handshake import GatewayHandshake
+from workers.requests.wire import FROM_ENGINE, PATH, TO_ENGINE, Abort
 
 TIMEOUT_S = 120.0
 """Longest wait for an output, on a machine that is busy with other work."""
@@ -35,8 +37,9 @@ class EngineStream:
         self._incoming: queue.Queue[TokenOutput | Exception] = queue.Queue()
         self._put_back: deque[TokenOutput] = deque()
         self._channel = grpc.insecure_channel(address)
-        hello = HELLO.encode(Hello(token=token, gateway="test", release=release))
-        self._outgoing.put(hello if first is None else first)
+        self._handshake = GatewayHandshake(token, "test", release)
+        self._first = self._handshake.start() if first is None else first
+        self._proof: queue.Queue[bytes | None] = queue.Queue()
         self._call = self._channel.stream_stream(PATH, bytes, bytes)(self._messages())
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -101,20 +104,26 @@ class EngineStream:
         self._thread.join(TIMEOUT_S)
 
     def _messages(self) -> Iterator[bytes]:
+        yield self._first
+        if (proof := self._proof.get()) is not None:
+            yield proof
         while (message := self._outgoing.get()) is not None:
             yield message
 
     def _read(self) -> None:
         try:
             answers = iter(self._call)
-            self.hello = ENGINE_HELLO.decode(next(answers))
+            self._proof.put(self._handshake.answer(next(answers)))
+            self.hello = self._handshake.finish(next(answers))
             for data in answers:
                 message = FROM_ENGINE.decode(data)
                 if isinstance(message, StepOutput):
                     for output in message.outputs:
                         self._incoming.put(output)
-        except grpc.RpcError as err:
+        except (grpc.RpcError, HandshakeError) as err:
             self._incoming.put(ConnectionError(str(err)))
+        finally:
+            self._proof.put(None)
 
 
 @dataclass(slots=True)

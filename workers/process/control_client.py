@@ -11,9 +11,7 @@ the worker.
 from __future__ import annotations
 
 import contextlib
-import hmac
 import logging
-import secrets
 import selectors
 import socket
 import threading
@@ -48,6 +46,7 @@ from cluster.core.frames import (
     frame_length,
     proof,
 )
+from cluster.core.proof import is_proof, new_nonce
 from cluster.core.release import RELEASE, check_release
 from workers.process.lease import Lease, LeaseClock, TermGuard
 from workers.transport.socket_io import WakePipe, receive_bytes
@@ -324,7 +323,7 @@ class ControlClient:
 
     def _handshake(self, sock: socket.socket, address: str, deadline: float) -> None:
         """The worker's side of the mutual proof; both sides then know both releases."""
-        nonce = secrets.token_hex(16)
+        nonce = new_nonce()
         hello = ControlHello(worker=self._name, nonce=nonce, release=self._release)
         sock.sendall(encode(hello))
         length = frame_length(bytes(receive_bytes(sock, _PREFIX_BYTES, deadline)), MAX_HELLO_BYTES)
@@ -332,7 +331,7 @@ class ControlClient:
         if not isinstance(challenge, ControlChallenge):
             raise HandshakeError(f"{address} is no controller")
         expected = proof(self._token, CONTROLLER, nonce, challenge.nonce)
-        if not hmac.compare_digest(challenge.proof.encode(), expected.encode()):
+        if not is_proof(challenge.proof, expected):
             raise HandshakeError(f"{address} does not know the cluster token")
         ours = proof(self._token, "worker", nonce, challenge.nonce)
         sock.sendall(encode(ControlProof(proof=ours)))

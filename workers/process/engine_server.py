@@ -9,40 +9,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
 
 import grpc
-from msgspec.structs import replace
 
 from cluster.core.errors import HandshakeError, ProtocolError
-from cluster.core.release import RELEASE, check_release
+from cluster.core.release import RELEASE
 from workers.kv.block_pool import HashChanges
 from workers.kv.events import KvFeed
 from workers.process.gateway_silence import GATEWAY_SILENCE_LIMIT_S
 from workers.process.gateway_streams import GatewayStream, GatewayStreams
 from workers.process.intake.commands import Inbox
 from workers.requests.request import Reached, StepOutput, Turn
+from workers.requests.stream_handshake import WorkerHandshake
 from workers.requests.wire import (
-    ENGINE_HELLO,
     FROM_ENGINE,
-    HELLO,
     MAX_MESSAGE_BYTES,
     METHOD,
     SERVICE,
     TO_ENGINE,
     EngineHello,
-    Hello,
     KvResync,
 )
 
 logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 5.0
-"""Limit for the hello of a new stream."""
+"""Limit for each message of the handshake."""
 START_TIMEOUT_S = 10.0
 """Time that the server thread has to come up or to end."""
 _ABORT_LIMIT_S = 1.0
@@ -56,7 +52,7 @@ class EngineServer:
 
     Args:
         host: interface to bind to.
-        token: cluster token that every stream must open with.
+        token: cluster token that both sides prove.
         inbox: where requests and aborts go.
         facts: returns the model's limits, for the answer to a gateway's hello.
         silence_limit_s: a gateway that has pinged and then sends nothing for this time is dropped.
@@ -126,16 +122,22 @@ class EngineServer:
         self, messages: AsyncIterator[bytes], context: _Context
     ) -> AsyncIterator[bytes]:
         """One gateway's stream, from its hello to its end."""
-        hello = await self._authenticate(messages, context)
+        handshake = WorkerHandshake(self._token, self._facts().worker, self._release)
+        try:
+            yield handshake.challenge(await _next(messages))
+            hello = handshake.finish(await _next(messages), self._facts())
+        except HandshakeError as err:
+            logger.warning("engine stream from %s refused: %s", context.peer(), err)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(err))
         if self._admitted <= self._fence:
             await context.abort(grpc.StatusCode.ABORTED, _MAY_NOT_SERVE)
         task = asyncio.current_task()
         assert task is not None, "gRPC runs every handler in a task"
-        stream = self._streams.open(hello.gateway, task.cancel)
+        stream = self._streams.open(handshake.gateway, task.cancel)
         stream.put(self._all_kv())
         reader = asyncio.create_task(self._read(messages, stream))
         try:
-            yield ENGINE_HELLO.encode(replace(self._facts(), release=self._release))
+            yield hello
             while (message := await stream.next()) is not None:
                 yield message
             if stream.error:
@@ -149,22 +151,6 @@ class EngineServer:
         finally:
             reader.cancel()
             self._streams.forget(stream)
-
-    async def _authenticate(self, messages: AsyncIterator[bytes], context: _Context) -> Hello:
-        """The hello of a gateway that knows the token and is of this release; else it aborts."""
-        try:
-            hello = HELLO.decode(await asyncio.wait_for(anext(messages), HELLO_TIMEOUT_S))
-        except (TimeoutError, StopAsyncIteration, ProtocolError):
-            hello = Hello(token="", gateway="")
-        if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
-            logger.warning("engine stream from %s refused: no valid hello", context.peer())
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a hello must come first")
-        try:
-            check_release(hello.release, hello.gateway, self._release, self._facts().worker)
-        except HandshakeError as err:
-            logger.warning("engine stream refused: %s", err)
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(err))
-        return hello
 
     async def _read(self, messages: AsyncIterator[bytes], stream: GatewayStream) -> None:
         error = ""
@@ -237,3 +223,11 @@ class EngineServer:
         watcher.cancel()
         self._streams.close_all()
         await server.stop(grace=0.5)
+
+
+async def _next(messages: AsyncIterator[bytes]) -> bytes:
+    """The next message of a handshake."""
+    try:
+        return await asyncio.wait_for(anext(messages), HELLO_TIMEOUT_S)
+    except (TimeoutError, StopAsyncIteration) as err:
+        raise HandshakeError("a hello must come first") from err

@@ -3,12 +3,12 @@
 One gRPC stream ``METHOD`` of bytes in both directions, each a message of ``cluster.core.codec``:
 
     gateway                                      attention worker
-    Hello (token, release)               ->
-                                         <-      EngineHello (release, what requests may ask for)
+    (see ``workers.requests.stream_handshake``)
+                                         <-      EngineHello (what requests may ask for)
     Request, Abort, Ping, Turn, KvResync ->
                                          <-      Reached, StepOutput, Ping, Turn, KvEvents
 
-Both ends are of one release: the hellos alone can be read by another one, which is then named.
+Both ends are of one release.
 """
 
 from __future__ import annotations
@@ -28,19 +28,12 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Longest message in either direction."""
 
 
-class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
-    """A gateway's first message."""
-
-    token: str
-    gateway: str
-    release: str = ""
-
-
-class EngineHello(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
-    """A worker's first message: what a gateway must know before it can validate a request."""
+class EngineHello(Message, frozen=True, kw_only=True):
+    """What a gateway must know before it can validate a request."""
 
     worker: str
-    release: str = ""
+    proof: str = ""
+    """See ``workers.requests.stream_handshake``."""
     generation: int
     max_model_len: int
     """Context limit in tokens; 0 while the weights load."""
@@ -85,7 +78,6 @@ class KvResync(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
 ToEngine: TypeAlias = Request | Abort | Ping | Turn | KvResync
 FromEngine: TypeAlias = Reached | StepOutput | Ping | Turn | KvEvents
-HELLO: Codec[Hello] = Codec(Hello, "a gateway's hello")
 ENGINE_HELLO: Codec[EngineHello] = Codec(EngineHello, "an engine's hello")
 TO_ENGINE: Codec[ToEngine] = Codec(ToEngine, "a message to an engine")
 FROM_ENGINE: Codec[FromEngine] = Codec(FromEngine, "a message of an engine")

@@ -17,15 +17,13 @@ the bytes.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import secrets
 import struct
 from collections.abc import Callable
 from typing import Final, TypeVar
 
 from cluster.core.codec import Codec, Message
 from cluster.core.errors import HandshakeError, ProtocolError
+from cluster.core.proof import is_proof, make_proof, new_nonce
 from cluster.core.release import RELEASE, Build, differing_item
 from cluster.core.topology import Role
 
@@ -93,8 +91,8 @@ class _Handshake:
 
     def __init__(self, me: PeerIdentity, token: str) -> None:
         self._me = me
-        self._key = token.encode()
-        self._nonce = secrets.token_hex(16)
+        self._token = token
+        self._nonce = new_nonce()
         self._their_nonce = ""
         self._received = bytearray()
         self.peer: PeerIdentity | None = None
@@ -135,8 +133,7 @@ class _Handshake:
     def _proof(self, side: str, words: bytes) -> str:
         nonces = (self._nonce, self._their_nonce)
         first, second = nonces if self.side == "connector" else nonces[::-1]
-        text = "|".join(("expertmesh-data", side, first, second, ""))
-        return hmac.new(self._key, text.encode() + words, hashlib.sha256).hexdigest()
+        return make_proof(self._token, "data", side, (first, second), words)
 
     def _signed(self, words: PeerIdentity | _Refusal) -> bytes:
         data = _WORDS.encode(words)
@@ -145,7 +142,7 @@ class _Handshake:
     def _verified(self, message: bytes) -> PeerIdentity | _Refusal:
         signed = _decoded(_SIGNED, message)
         expected = self._proof(self.other_side, signed.words)
-        if not hmac.compare_digest(expected.encode(), signed.proof.encode()):
+        if not is_proof(signed.proof, expected):
             raise HandshakeError("the cluster token differs")
         return _decoded(_WORDS, signed.words)
 

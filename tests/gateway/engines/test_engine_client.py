@@ -18,6 +18,7 @@ from gateway.engines.submission import Submission
 from gateway.generation.output_queue import OutputQueue
 from tests.gateway.fakes import CLUSTER_TOKEN, ScriptedEngine
 from tests.gateway.stack import WAIT_S
+from tests.workers.process.test_gateway_silence import FACTS
 from workers.requests.block_hash import KvEvents
 from workers.requests.request import (
     FinishReason,
@@ -27,7 +28,8 @@ from workers.requests.request import (
     TokenLogprob,
     TokenOutput,
 )
-from workers.requests.wire import HELLO, TO_ENGINE, Abort, Hello, ToEngine
+from workers.requests.stream_handshake import WorkerHandshake
+from workers.requests.wire import TO_ENGINE, Abort, ToEngine
 
 
 class ListSink:
@@ -105,11 +107,12 @@ def _step(client: EngineClient, *outputs: TokenOutput) -> None:
     client.take_step(StepOutput(outputs=outputs))
 
 
-async def _sent(client: EngineClient, count: int) -> list[ToEngine | Hello]:
-    """The first messages to the worker."""
-    messages = client.messages()
-    first = HELLO.decode(await anext(messages))
-    return [first, *[TO_ENGINE.decode(await anext(messages)) for _ in range(count - 1)]]
+async def _sent(client: EngineClient, count: int) -> list[ToEngine]:
+    """The first messages to the worker after the handshake."""
+    messages, worker = client.messages(), WorkerHandshake("t", "attention-0", RELEASE)
+    client.take_challenge(worker.challenge(await anext(messages)))
+    worker.finish(await anext(messages), FACTS)
+    return [TO_ENGINE.decode(await anext(messages)) for _ in range(count)]
 
 
 def test_outputs_of_an_older_attempt_are_dropped() -> None:
@@ -137,8 +140,8 @@ def test_a_gap_means_another_attempt() -> None:
     assert owner.returned == ["outputs are missing"]
     assert client.take_submissions() == []
     assert not sink.errors
-    sent = asyncio.run(_sent(client, 3))
-    assert sent[2] == Abort(request_id="r")
+    sent = asyncio.run(_sent(client, 2))
+    assert sent[1] == Abort(request_id="r")
     assert entry.is_waiting
     assert entry.again(0.0).output_so_far == ((5,), (6,))
     client.submit(entry)
@@ -169,8 +172,8 @@ def test_aborted_choices_get_no_more_output() -> None:
     assert len(sink.outputs) == 1
     last = Request(request_id="last", prompt=(1,), params=SamplingParams(max_tokens=1))
     client.submit(Submission(last, sink, 1000.0))
-    sent = asyncio.run(_sent(client, 5))
-    assert [type(message) for message in sent[1:]] == [Request, Abort, Abort, Request]
+    sent = asyncio.run(_sent(client, 4))
+    assert [type(message) for message in sent] == [Request, Abort, Abort, Request]
 
 
 def test_what_was_lost_can_be_sent_again() -> None:
@@ -259,8 +262,8 @@ def test_a_worker_of_another_release_is_refused_by_name() -> None:
         assert not end.has_died
         return end.reason
 
-    told = f"release 9.9.9 of attention-0, {RELEASE} of gateway-0: releases must be equal"
-    assert asyncio.run(work()) == told
+    told = f"release {RELEASE} of gateway-0, 9.9.9 of attention-0: releases must be equal"
+    assert asyncio.run(work()) == f"UNAUTHENTICATED: {told}"
 
 
 @pytest.mark.parametrize("is_first", [True, False])

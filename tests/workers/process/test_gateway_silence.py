@@ -14,7 +14,8 @@ from tests.harness.engine_stream import TIMEOUT_S, TOKEN
 from workers.process.engine_server import EngineServer
 from workers.process.gateway_silence import GatewaySilence
 from workers.process.intake.commands import Command, GatewayGone, Inbox
-from workers.requests.wire import HELLO, PATH, TO_ENGINE, EngineHello, Hello, Ping
+from workers.requests.stream_handshake import GatewayHandshake
+from workers.requests.wire import PATH, TO_ENGINE, EngineHello, Ping
 
 FACTS = EngineHello(
     worker="attention-0",
@@ -67,8 +68,8 @@ def test_a_gateway_that_falls_silent_is_dropped_with_its_stream_open(inbox: Inbo
     server = EngineServer("127.0.0.1", TOKEN, inbox, lambda: FACTS, silence_limit_s=0.5)
     address = server.start()
     outgoing: queue.Queue[bytes | None] = queue.Queue()
-    outgoing.put(HELLO.encode(Hello(token=TOKEN, gateway="gateway-7", release=RELEASE)))
-    outgoing.put(TO_ENGINE.encode(Ping(number=1)))
+    handshake = GatewayHandshake(TOKEN, "gateway-7", RELEASE)
+    outgoing.put(handshake.start())
 
     def messages() -> Iterator[bytes]:
         while (message := outgoing.get()) is not None:
@@ -78,6 +79,10 @@ def test_a_gateway_that_falls_silent_is_dropped_with_its_stream_open(inbox: Inbo
         call = channel.stream_stream(PATH, bytes, bytes)(messages(), timeout=TIMEOUT_S)
 
         def read() -> None:
+            answers = iter(call)
+            outgoing.put(handshake.answer(next(answers)))
+            handshake.finish(next(answers))
+            outgoing.put(TO_ENGINE.encode(Ping(number=1)))
             with pytest.raises(grpc.RpcError) as caught:
                 for _ in call:
                     pass
