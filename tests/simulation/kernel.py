@@ -1,0 +1,268 @@
+"""Virtual time, processes and threads: one event queue, whose order the seed decides.
+
+A ``Fiber`` is a thread of a simulated process. It runs until it blocks in a simulated call (a
+select, a sleep, a lock); now and then the kernel also takes the processor from it in a call that
+does not block, as the operating system may do anywhere.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from greenlet import GreenletExit, getcurrent, greenlet
+
+if TYPE_CHECKING:
+    from tests.simulation.loops import SimLoop
+    from tests.simulation.sockets import SimSocket
+
+_START_S = 1000.0
+_SWITCH_S = 40e-6
+"""Mean time until a thread that can run does run."""
+_SLOW_SWITCH_S = 5e-3
+"""The same on a machine that is busy, now and then."""
+
+
+class Kernel:
+    """The simulated machines' time and processors."""
+
+    current: Kernel | None = None
+    """The kernel of the simulation that runs in this Python process."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.now = _START_S
+        self.process: Process | None = None
+        """The process whose code runs now; None for the simulation's own."""
+        self.fiber: Fiber | None = None
+        """The thread that runs now; None in event loops and in the simulation's own code."""
+        self.is_over = False
+        self.preemption = 0.01
+        """Chance that a call which does not block takes the processor from its thread."""
+        self.num_events = 0
+        self.failures: list[str] = []
+        """What product code must never do: unexpected errors of loops and threads."""
+        self.on_log: Callable[[str], None] | None = None
+        self.slowness = 1.0
+        """Factor on the time of all computation."""
+        self.deaths: dict[str, str] = {}
+        """Workers that have ended themselves, and why."""
+        self.disk: Any = None
+        self._events: list[tuple[float, float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._numbers = itertools.count()
+        self._fibers: list[Fiber] = []
+        self._main = getcurrent()
+
+    def at(self, when: float, call: Callable[..., None], *args: Any) -> None:
+        """Call at a time; the seed orders what happens at the same time."""
+        entry = (when, self.rng.random(), next(self._numbers), call, args)
+        heapq.heappush(self._events, entry)
+
+    def after(self, delay_s: float, call: Callable[..., None], *args: Any) -> None:
+        self.at(self.now + delay_s, call, *args)
+
+    def run(self, until: float, is_done: Callable[[], bool] = lambda: False) -> bool:
+        """Let time pass; whether ``is_done`` before ``until``."""
+        while self._events and self._events[0][0] <= until:
+            self.now, _, _, call, args = heapq.heappop(self._events)
+            self.num_events += 1
+            call(*args)
+            if is_done():
+                return True
+        self.now = until
+        return False
+
+    def close(self) -> None:
+        """End all threads."""
+        self.is_over = True
+        self._events.clear()
+        for fiber in self._fibers:
+            fiber.end()
+
+    def log(self, text: str, *args: object) -> None:
+        """Note an event of the simulation, for people."""
+        if self.on_log is not None:
+            who = self.process.name if self.process else "-"
+            self.on_log(f"{self.now - _START_S:9.4f} {who}: {text % args if args else text}")
+
+    def switch_delay_s(self) -> float:
+        """Time until a thread or loop that can run gets a processor."""
+        rng = self.rng
+        return rng.expovariate(1 / (_SLOW_SWITCH_S if rng.random() < 0.005 else _SWITCH_S))
+
+    def maybe_preempt(self) -> None:
+        """Take the processor from the running thread, perhaps."""
+        fiber = self.fiber
+        if fiber is not None and not self.is_over and self.rng.random() < self.preemption:
+            fiber.park(self.switch_delay_s())
+
+    # ---- what product code calls in place of the module ``time`` -----------------------------
+
+    def monotonic(self) -> float:
+        self.maybe_preempt()
+        return self.now + (self.process.clock_offset_s if self.process else 0.0)
+
+    def time(self) -> float:
+        return self.now + 1.7e9
+
+    def sleep(self, seconds: float) -> None:
+        self.this_fiber().park(seconds)
+
+    def this_fiber(self) -> Fiber:
+        """The running thread; an event loop must not block."""
+        if self.fiber is None:
+            raise AssertionError("an event loop would block here")
+        return self.fiber
+
+    def register(self, fiber: Fiber) -> None:
+        self._fibers.append(fiber)
+
+    def enter(self, fiber: Fiber, value: bool) -> None:
+        """Run a thread until it parks or ends."""
+        before = self.process, self.fiber
+        self.process, self.fiber = fiber.process, fiber
+        try:
+            fiber.greenlet.switch(value)
+        finally:
+            self.process, self.fiber = before
+
+    def leave(self) -> bool:
+        """Return from the running thread to the event queue, until ``enter``."""
+        return bool(self._main.switch())
+
+
+class Process:
+    """A simulated process: its threads, event loops and sockets live and die together."""
+
+    def __init__(self, kernel: Kernel, name: str, host: str, pid: int) -> None:
+        self.kernel, self.name, self.host, self.pid = kernel, name, host, pid
+        self.clock_offset_s = kernel.rng.uniform(0, 1e5)
+        """Monotonic clocks of hosts have nothing in common."""
+        self.is_dead = False
+        self.is_paused = False
+        self.sockets: dict[SimSocket, None] = {}
+        self.on_death: list[Callable[[], None]] = []
+        self._deferred: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        self._loop: SimLoop | None = None
+
+    @property
+    def loop(self) -> SimLoop:
+        """The event loop of its main thread."""
+        from tests.simulation.loops import SimLoop
+
+        if self._loop is None:
+            self._loop = SimLoop(self)
+        return self._loop
+
+    def run(self, call: Callable[..., object], *args: Any) -> None:
+        """Run code of this process now, or when it is awake; never when it is dead."""
+        if self.is_dead:
+            return
+        if self.is_paused:
+            self._deferred.append((call, args))
+            return
+        before = self.kernel.process
+        self.kernel.process = self
+        try:
+            call(*args)
+        finally:
+            self.kernel.process = before
+
+    def pause(self) -> None:
+        """SIGSTOP."""
+        self.kernel.log("pause %s", self.name)
+        self.is_paused = True
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        if self.is_dead or not self.is_paused:
+            return
+        self.kernel.log("resume %s", self.name)
+        self.is_paused = False
+        deferred, self._deferred = self._deferred, []
+        for call, args in deferred:
+            self.kernel.after(self.kernel.switch_delay_s(), self.run, call, *args)
+
+    def kill(self, why: str = "killed") -> None:
+        """SIGKILL: nothing of it runs again, and the kernel closes its sockets."""
+        if self.is_dead:
+            return
+        self.kernel.log("%s ends: %s", self.name, why)
+        self.is_dead = True
+        for sock in list(self.sockets):
+            sock.close()
+        for call in self.on_death:
+            call()
+
+
+class Fiber:
+    """One thread of a process."""
+
+    def __init__(self, process: Process, target: Callable[[], object], name: str) -> None:
+        self.process, self.name = process, name
+        self.is_finished = False
+        self._target = target
+        self._ticket = 0
+        self._waiting_for_end: list[Fiber] = []
+        self._kernel = process.kernel
+        self.greenlet = greenlet(self._main)
+        self._kernel.register(self)
+
+    def start(self) -> None:
+        self._kernel.after(self._kernel.switch_delay_s(), self._resume, self._ticket, True)
+
+    def park(self, timeout_s: float | None = None) -> bool:
+        """Wait for ``wake``; False when it was not called in time. Called by the thread itself."""
+        if self._kernel.is_over:
+            raise GreenletExit
+        self._ticket += 1
+        if timeout_s is not None:
+            self._kernel.after(max(timeout_s, 0.0), self._resume, self._ticket, False)
+        return self._kernel.leave()
+
+    def wake(self) -> None:
+        """End its ``park`` soon."""
+        if not self.is_finished:
+            self._kernel.after(self._kernel.switch_delay_s(), self._resume, self._ticket, True)
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Another thread waits for the end of this one."""
+        if not self.is_finished:
+            caller = self._kernel.this_fiber()
+            self._waiting_for_end.append(caller)
+            caller.park(timeout_s)
+
+    def end(self) -> None:
+        """The simulation is over: unwind the thread, whose calls have no effect any more."""
+        if not self.is_finished and self.greenlet:
+            self.process.is_dead = True
+            with suppress(Exception, GreenletExit):
+                self.greenlet.throw(GreenletExit)
+
+    def _resume(self, ticket: int, is_woken: bool) -> None:
+        if ticket != self._ticket or self.is_finished or self.process.is_dead:
+            return
+        if self.process.is_paused:
+            self.process.run(self._resume, ticket, is_woken)
+            return
+        self._ticket += 1
+        self._kernel.enter(self, is_woken)
+
+    def _main(self, _: bool) -> None:
+        try:
+            self._target()
+        except GreenletExit:
+            pass
+        except Exception as err:
+            if not self._kernel.is_over and not self.process.is_dead:
+                self._kernel.failures.append(
+                    f"thread {self.name} of {self.process.name} ended: {type(err).__name__}: {err}"
+                )
+        finally:
+            self.is_finished = True
+            for other in self._waiting_for_end:
+                other.wake()

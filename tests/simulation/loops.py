@@ -1,0 +1,268 @@
+"""An asyncio event loop of a simulated process, and what asyncio's servers need of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from asyncio import events
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+from tests.simulation.kernel import Fiber, Kernel
+from tests.simulation.sockets import SimSocket
+
+if TYPE_CHECKING:
+    from tests.simulation.kernel import Process
+
+
+_AnyLoop: Any = asyncio.AbstractEventLoop  # most of its methods are for no code here
+
+
+class SimLoop(_AnyLoop):  # type: ignore[misc]
+    """Runs callbacks in the order in which they were scheduled, in virtual time."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._kernel = process.kernel
+        self._ready: deque[asyncio.Handle] = deque()
+        self._is_scheduled = False
+
+    def call_soon(
+        self,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)
+        self._schedule()
+        return handle
+
+    call_soon_threadsafe = call_soon
+
+    def call_later(
+        self,
+        delay: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        return self.call_at(self.time() + delay, callback, *args, context=context)
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        handle = asyncio.TimerHandle(when, callback, args, self, context)
+        at = when - self._process.clock_offset_s
+        self._kernel.at(max(at, self._kernel.now), self._process.run, self._expire, handle)
+        return handle
+
+    def time(self) -> float:
+        return self._kernel.now + self._process.clock_offset_s
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)
+
+    def create_task(
+        self,
+        coro: Coroutine[Any, Any, Any],
+        *,
+        name: str | None = None,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.Task[Any]:
+        return asyncio.Task(coro, loop=self, name=name, context=context)
+
+    def run_in_executor(
+        self, executor: object, func: Callable[..., Any], *args: Any
+    ) -> asyncio.Future[Any]:
+        future = self.create_future()
+
+        def work() -> None:
+            try:
+                result, error = func(*args), None
+            except Exception as err:
+                result, error = None, err
+            self.call_soon(self._settle, future, result, error)
+
+        Fiber(self._process, work, "executor").start()
+        return future
+
+    def get_debug(self) -> bool:
+        return False
+
+    def is_running(self) -> bool:
+        return True
+
+    def is_closed(self) -> bool:
+        return self._process.is_dead
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        if self._kernel.is_over or self._process.is_dead:
+            return
+        error = context.get("exception")
+        what = f"{type(error).__name__}: {error}" if error else context.get("message")
+        self._kernel.failures.append(f"event loop of {self._process.name}: {what}")
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        pass
+
+    @staticmethod
+    def _settle(future: asyncio.Future[Any], result: object, error: Exception | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def _expire(self, handle: asyncio.TimerHandle) -> None:
+        if not handle.cancelled():
+            self._ready.append(handle)
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            delay_s = self._kernel.switch_delay_s()
+            self._kernel.after(delay_s, self._process.run, self._run_ready)
+
+    def _run_ready(self) -> None:
+        self._is_scheduled = False
+        kernel = self._kernel
+        before, kernel.fiber = kernel.fiber, None
+        events._set_running_loop(self)
+        try:
+            for _ in range(len(self._ready)):
+                if self._process.is_dead:
+                    return
+                handle = self._ready.popleft()
+                if not handle.cancelled():
+                    handle._run()
+        finally:
+            events._set_running_loop(None)
+            kernel.fiber = before
+        if self._ready:
+            self._schedule()
+
+
+class SimWriter:
+    """``asyncio.StreamWriter`` and its transport."""
+
+    def __init__(self, sock: SimSocket) -> None:
+        self._sock = sock
+        self._unsent = bytearray()
+        self._is_closing = False
+        self.transport = self
+
+    def write(self, data: bytes) -> None:
+        if not self._is_closing:
+            self._unsent += data
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what the socket takes."""
+        try:
+            while self._unsent:
+                del self._unsent[: self._sock.send(self._unsent)]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._unsent.clear()
+        if self._is_closing and not self._unsent:
+            self._sock.close()
+
+    def get_write_buffer_size(self) -> int:
+        return len(self._unsent)
+
+    def is_closing(self) -> bool:
+        return self._is_closing
+
+    def close(self) -> None:
+        self._is_closing = True
+        self.flush()
+
+    def abort(self) -> None:
+        self._is_closing = True
+        self._unsent.clear()
+        self._sock.close()
+
+    def get_extra_info(self, name: str) -> Any:
+        return self._sock if name == "socket" else (self._sock.host, 0)
+
+
+class SimServer:
+    """``asyncio.Server``: each connection gets a task."""
+
+    def __init__(self, handler: Any, sock: SimSocket) -> None:
+        self.sockets = [sock]
+        self._handler = handler
+        self._tasks: dict[asyncio.Task[None], None] = {}
+        sock.setblocking(False)
+        sock.on_change = self._accept
+
+    def close(self) -> None:
+        self.sockets[0].close()
+
+    def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self.sockets[0].accepted:
+            sock, _ = self.sockets[0].accept()
+            sock.setblocking(False)
+            reader, writer = asyncio.StreamReader(loop=loop), SimWriter(sock)
+            reader_end = _ReaderEnd(sock, reader, writer)
+            sock.on_change = reader_end.pump
+            reader_end.pump()
+            task = loop.create_task(self._handler(reader, writer))
+            self._tasks[task] = None
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._tasks[task]
+
+
+class _ReaderEnd:
+    """Moves bytes from a socket to its reader."""
+
+    def __init__(self, sock: SimSocket, reader: asyncio.StreamReader, writer: SimWriter) -> None:
+        self._sock, self._reader, self._writer = sock, reader, writer
+        self._is_over = False
+
+    def pump(self) -> None:
+        self._writer.flush()
+        while not self._is_over:
+            try:
+                data = self._sock.recv(1 << 16)
+            except BlockingIOError:
+                return
+            except OSError as err:
+                self._is_over = True
+                if self._writer.is_closing():
+                    self._reader.feed_eof()
+                else:
+                    self._reader.set_exception(err)
+                return
+            if data:
+                self._reader.feed_data(data)
+            else:
+                self._is_over = True
+                self._reader.feed_eof()
+
+
+async def start_server(handler: Any, host: str, port: int) -> SimServer:
+    """``asyncio.start_server``."""
+    sock = SimSocket()
+    sock.listen_at(host)
+    return SimServer(handler, sock)
+
+
+def new_event_loop() -> SimLoop:
+    """``asyncio.new_event_loop``: another loop of the same process."""
+    kernel = Kernel.current
+    assert kernel is not None
+    assert kernel.process is not None, "loops belong to processes"
+    return SimLoop(kernel.process)

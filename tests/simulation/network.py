@@ -1,0 +1,133 @@
+"""The virtual network: hosts, directed links with faults, and the order of what travels.
+
+Everything that travels between two ends of one connection keeps its order, as in TCP: a link that
+loses packets delays, it never drops a byte. A blackholed link keeps what is sent until it heals.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tests.simulation.kernel import Kernel
+
+if TYPE_CHECKING:
+    from tests.simulation.sockets import SimSocket
+
+_LATENCY_S = 80e-6
+_LOCAL_S = 15e-6
+
+
+@dataclass(slots=True)
+class Link:
+    """One direction between two hosts."""
+
+    is_blocked: bool = False
+    delay_s: float = 0.0
+    """More than the usual latency."""
+    waiting: dict[Pipe, None] = field(default_factory=dict)
+    """Pipes that hold something until the link heals."""
+
+
+class Pipe:
+    """One direction of one connection."""
+
+    def __init__(self, network: Network, source: str, target: str) -> None:
+        self._network = network
+        self._link = network.link(source, target)
+        self._latency_s = _LOCAL_S if source == target else _LATENCY_S
+        self._held: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._last_arrival = 0.0
+        self.num_healed = 0
+        """Times that the link has healed with something to send."""
+
+    @property
+    def is_held(self) -> bool:
+        """Something waits for the link to heal."""
+        return bool(self._held)
+
+    def send(self, deliver: Callable[..., None], *args: Any) -> None:
+        """Call ``deliver`` at the other end, after what was sent before."""
+        if self._link.is_blocked or self._held:
+            self._held.append((deliver, args))
+            self._link.waiting[self] = None
+        else:
+            self._post(deliver, args)
+
+    def flush(self) -> None:
+        """The link has healed."""
+        self.num_healed += 1
+        while self._held:
+            self._post(*self._held.popleft())
+
+    def _post(self, deliver: Callable[..., None], args: tuple[Any, ...]) -> None:
+        kernel, link = self._network.kernel, self._link
+        latency_s = self._latency_s * kernel.rng.uniform(0.5, 2.0) + link.delay_s
+        # The next one never overtakes: equal times would be ordered by chance.
+        self._last_arrival = max(kernel.now + latency_s, self._last_arrival + 1e-9)
+        kernel.at(self._last_arrival, deliver, *args)
+
+
+class Network:
+    """All links and listeners."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.listeners: dict[str, SimSocket] = {}
+        """By ``host:port``."""
+        self.services: dict[str, Any] = {}
+        """Engine servers by ``host:port``."""
+        self.by_fd: dict[int, SimSocket] = {}
+        self.connections: dict[SimSocket, None] = {}
+        """Connected ends of streams."""
+        self._links: dict[tuple[str, str], Link] = {}
+        self._next_port = 20_000
+        self._next_fd = 10
+
+    def link(self, source: str, target: str) -> Link:
+        found = self._links.get((source, target))
+        if found is None:
+            found = self._links[source, target] = Link()
+        return found
+
+    def new_address(self, host: str) -> str:
+        self._next_port += 1
+        return f"{host}:{self._next_port}"
+
+    def new_fd(self) -> int:
+        self._next_fd += 1
+        return self._next_fd
+
+    # ---- faults -----------------------------------------------------------------------------
+
+    def block(self, source: str, target: str) -> None:
+        """Blackhole one direction."""
+        self.kernel.log("blackhole %s -> %s", source, target)
+        self.link(source, target).is_blocked = True
+
+    def slow(self, source: str, target: str, delay_s: float) -> None:
+        self.kernel.log("delay %s -> %s by %.3f s", source, target, delay_s)
+        self.link(source, target).delay_s = delay_s
+
+    def heal(self, source: str, target: str) -> None:
+        """End blackhole and delay of one direction; what waits arrives."""
+        link = self.link(source, target)
+        if link.is_blocked or link.delay_s:
+            self.kernel.log("heal %s -> %s", source, target)
+        link.is_blocked, link.delay_s = False, 0.0
+        waiting, link.waiting = link.waiting, {}
+        for pipe in waiting:
+            pipe.flush()
+
+    def heal_all(self) -> None:
+        for source, target in list(self._links):
+            self.heal(source, target)
+
+    def reset(self, host: str, other: str) -> None:
+        """Break all connections between two hosts, as a firewall that forgets them does."""
+        self.kernel.log("reset %s - %s", host, other)
+        for sock in list(self.connections):
+            if sock.peer is not None and {sock.host, sock.peer.host} == {host, other}:
+                sock.break_off()

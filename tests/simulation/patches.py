@@ -1,0 +1,167 @@
+"""What product modules get in place of the operating system, gRPC and the model, in one table."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import FunctionType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import grpc
+import torch
+
+import workers.dispatch.expert_server
+import workers.experts.transfer.loading
+import workers.experts.transfer.rate_limit
+import workers.kv.transfer.store
+import workers.process.attention_runtime
+import workers.process.control_client
+import workers.process.engine_server
+import workers.process.expert_part
+import workers.process.expert_runtime
+import workers.process.intake.waiting
+import workers.process.runtime
+import workers.transport.acceptor
+import workers.transport.peer_connections
+import workers.transport.peer_link
+import workers.transport.socket_io  # noqa: F401
+from tests.simulation.kernel import Kernel
+from tests.simulation.loops import new_event_loop, start_server
+from tests.simulation.network import Network
+from tests.simulation.sockets import SimSelectors, SimSockets
+from tests.simulation.streams import SimChannel, SimGrpcServer, SimRunner
+from tests.simulation.threads import SimExecutor, SimFuture, SimThreading
+from tests.simulation.toy_model import ToyCheckpoint
+from tests.simulation.toy_steps import ToyEngine, ToyExpertServer
+from tests.simulation.worker import ToyGrammars, ToyModel
+from workers.model.compute_threads import ComputeThreads
+from workers.transport.handshake import PeerIdentity
+from workers.transport.peer_link import PeerServer
+
+_PRODUCT = ("cluster.", "workers.", "gateway.")
+_BY_MODULE: dict[str, Any] = {
+    "socket": SimSockets,
+    "selectors": SimSelectors,
+    "threading": SimThreading,
+    "ThreadPoolExecutor": SimExecutor,
+}
+"""Names that any product module may import, and what they become."""
+_THREADS_STAY = ("workers.model.",)
+"""Modules with threads of their own that no simulated code starts."""
+
+
+def _identify(args: Any, checkpoint: Any) -> PeerIdentity:
+    return PeerIdentity(
+        name=args.member.name,
+        role=args.member.role,
+        rank=args.member.rank,
+        checkpoint_id=checkpoint.checkpoint_id,
+        config_hash=args.config.fingerprint(),
+    )
+
+
+def _getpid() -> int:
+    kernel = Kernel.current
+    assert kernel is not None
+    return kernel.process.pid if kernel.process else 0
+
+
+_SINGLE: list[tuple[str, str, Any]] = [
+    ("workers.process.runtime", "Checkpoint", ToyCheckpoint),
+    ("workers.process.runtime", "resolve_dtype", lambda *args: torch.float32),
+    ("workers.process.runtime", "identify", _identify),
+    ("workers.process.runtime", "collapse_weights", lambda *args: None),
+    ("workers.process.runtime", "ComputeThreads", SimpleNamespace(for_threads=ComputeThreads)),
+    ("workers.process.runtime", "os", SimpleNamespace(getpid=_getpid)),
+    ("workers.process.attention_runtime", "load_attention_model", lambda *args: ToyModel()),
+    ("workers.process.attention_runtime", "GrammarCompiler", ToyGrammars),
+    ("workers.process.attention_runtime", "Engine", ToyEngine),
+    ("workers.process.expert_part", "ExpertServer", ToyExpertServer),
+    ("workers.experts.transfer.loading", "torch", SimpleNamespace(set_num_threads=int)),
+    ("workers.kv.transfer.store", "Future", SimFuture),
+]
+"""(module, name, replacement) of the model, the disk and the process."""
+
+
+@contextmanager
+def replaced(kernel: Kernel, net: Network) -> Iterator[None]:
+    """Product code runs on the simulation inside."""
+    monotonic = time.monotonic
+    with ExitStack() as stack:
+        put = stack.enter_context
+        for name, module in list(sys.modules.items()):
+            if not name.startswith(_PRODUCT) or name.startswith(_THREADS_STAY):
+                continue
+            for attribute, stand_in in _BY_MODULE.items():
+                if attribute in vars(module):
+                    put(mock.patch.object(module, attribute, stand_in))
+        for where, attribute, stand_in in _SINGLE:
+            put(mock.patch.object(sys.modules[where], attribute, stand_in))
+        for function in _with_default(monotonic):
+            _swap_defaults(function, monotonic, kernel.monotonic)
+            stack.callback(_swap_defaults, function, kernel.monotonic, monotonic)
+        put(mock.patch.object(time, "monotonic", kernel.monotonic))
+        put(mock.patch.object(time, "time", kernel.time))
+        put(mock.patch.object(time, "sleep", kernel.sleep))
+        put(mock.patch.object(secrets, "token_hex", lambda n: f"{kernel.rng.getrandbits(8 * n):x}"))
+        put(mock.patch.object(asyncio, "new_event_loop", new_event_loop))
+        put(mock.patch.object(asyncio, "start_server", start_server))
+        put(mock.patch.object(asyncio, "Runner", SimRunner))
+        put(mock.patch.object(grpc.aio, "insecure_channel", SimChannel))
+        put(mock.patch.object(grpc.aio, "server", SimGrpcServer))
+        SimSockets.networks[kernel] = net
+        Kernel.current = kernel
+        level = logging.root.manager.disable
+        logging.disable(logging.CRITICAL if kernel.on_log is None else logging.NOTSET)
+        gc.freeze()
+        gc.disable()  # what it ends would run, and draw random numbers, at any time
+        try:
+            yield
+        finally:
+            logging.disable(logging.CRITICAL)
+            kernel.close()
+            gc.collect()
+            gc.enable()
+            logging.disable(level)
+            Kernel.current = None
+            del SimSockets.networks[kernel]
+
+
+def _with_default(value: object) -> list[FunctionType]:
+    """Functions of the product whose defaults contain a value."""
+    found = []
+    for name, module in list(sys.modules.items()):
+        if name.startswith(_PRODUCT):
+            for item in vars(module).values():
+                kinds = vars(item).values() if isinstance(item, type) else (item,)
+                for function in kinds:
+                    if isinstance(function, FunctionType) and _has_default(function, value):
+                        found.append(function)
+    return found
+
+
+def _has_default(function: FunctionType, value: object) -> bool:
+    given = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    return any(default is value for default in given)
+
+
+def _swap_defaults(function: FunctionType, old: object, new: object) -> None:
+    if function.__defaults__:
+        function.__defaults__ = tuple(
+            new if default == old else default for default in function.__defaults__
+        )
+    if function.__kwdefaults__:
+        function.__kwdefaults__ = {
+            name: new if default == old else default
+            for name, default in function.__kwdefaults__.items()
+        }
+
+
+__all__ = ["PeerServer", "replaced"]

@@ -1,0 +1,112 @@
+"""What one seed means: the cluster's size, the requests of the clients, and the faults."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from tests.simulation.gateways import Ask
+from tests.simulation.toy_model import VOCAB
+
+SPAN_S = 12.0
+"""Time in which requests come and faults happen."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """Something that goes wrong."""
+
+    at_s: float
+    kind: str
+    """Name of a method of ``faults.Faults``."""
+    where: int = 0
+    """Which worker, gateway or link: a number that the kind interprets."""
+    other: int = 0
+    lasts_s: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.at_s:.3f} s: {self.kind}({self.where}, {self.other}) {self.lasts_s:.2f} s"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scenario:
+    """Everything of a seed but the order of events."""
+
+    seed: int
+    num_attention: int
+    num_experts: int
+    num_redundant: int
+    num_gateways: int
+    num_kv_blocks: int
+    slowness: float
+    preemption: float
+    asks: tuple[Ask, ...]
+    faults: tuple[Fault, ...]
+
+
+def draw_scenario(seed: int, kinds: tuple[str, ...]) -> Scenario:
+    """The scenario of a seed, with faults of the ``kinds``."""
+    rng = random.Random(f"scenario {seed}")
+    num_gateways = rng.choice((2, 2, 3))
+    return Scenario(
+        seed=seed,
+        num_attention=rng.choice((2, 2, 3)),
+        num_experts=rng.choice((3, 3, 4)),
+        num_redundant=rng.choice((0, 1, 3)),
+        num_gateways=num_gateways,
+        num_kv_blocks=rng.choice((24, 64, 256)),
+        slowness=rng.choice((1.0, 2.0, 4.0)),
+        preemption=rng.choice((0.0, 0.01, 0.05)),
+        asks=_draw_asks(rng, num_gateways),
+        faults=tuple(_draw_faults(rng, kinds)),
+    )
+
+
+def _draw_asks(rng: random.Random, num_gateways: int) -> tuple[Ask, ...]:
+    stems = [tuple(rng.randrange(VOCAB) for _ in range(24)) for _ in range(3)]
+    asks = []
+    for i in range(rng.randint(20, 26)):
+        stem = rng.choice(stems)[: rng.choice((0, 8, 16, 24))]
+        own = tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 12)))
+        asks.append(
+            Ask(
+                name=f"r{i}",
+                gateway=rng.randrange(num_gateways),
+                at_s=rng.uniform(0, SPAN_S),
+                prompt=stem + own,
+                max_tokens=rng.randint(8, 40),
+                seed=rng.getrandbits(32),
+                cache_salt=rng.choice(("", "", "tenant")),
+                abort_after=rng.randint(1, 8) if rng.random() < 0.1 else None,
+            )
+        )
+    return tuple(asks)
+
+
+def _draw_faults(rng: random.Random, kinds: tuple[str, ...]) -> list[Fault]:
+    count = rng.choice((3, 3, 4, 5))
+    if not kinds:
+        return []
+    found = [
+        Fault(
+            at_s=rng.uniform(0.2, SPAN_S),
+            kind=rng.choice(kinds),
+            where=rng.randrange(1000),
+            other=rng.randrange(1000),
+            lasts_s=rng.choice((0.05, 0.5, 1.5, 3.0, 8.0)) * rng.uniform(0.5, 1.5),
+        )
+        for _ in range(count)
+    ]
+    if rng.random() < 0.5:  # faults that come together find more
+        first = found[0].at_s
+        found = [
+            Fault(
+                at_s=first + rng.expovariate(1 / 0.5),
+                kind=f.kind,
+                where=f.where,
+                other=f.other,
+                lasts_s=f.lasts_s,
+            )
+            for f in found
+        ]
+    return sorted(found, key=lambda fault: fault.at_s)

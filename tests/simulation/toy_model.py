@@ -1,0 +1,247 @@
+"""The toy model: what a token must be, and the parts that compute it from what really is there.
+
+The state after a token is a hash of the state before, of the token, and of the *contents* of all
+expert slots that served its row; the next token is a hash of the newest state. So a slot that is
+empty, half written or another expert's, or a KV block of another prompt, changes all tokens after
+it, and ``right_tokens`` says what they must be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.model.config import BankSpec, ExchangeSpec, ExpertMatrix, ModelConfig, TensorPart
+
+VOCAB = 997
+TOP_K = 2
+NUM_EXPERTS = 8
+MATRICES = 2
+"""Matrices of an expert: between two of them it is half loaded."""
+BANKS = tuple(
+    BankSpec(
+        index=layer,
+        bank="mlp",
+        layer=layer,
+        num_experts=NUM_EXPERTS,
+        top_k=TOP_K,
+        exchanges=(ExchangeSpec(index=0, name="mlp", in_width=1, out_width=1, expert_width=1),),
+    )
+    for layer in range(2)
+)
+CONFIG = ModelConfig(
+    model_type="toy",
+    vocab_size=VOCAB,
+    hidden_size=1,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=1,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    eos_token_ids=(),
+    dtype="float32",
+    rope=SimpleNamespace(rope_type="default", factor=1.0),  # type: ignore[arg-type]
+)
+FIRST_STATE = 17
+
+
+def chosen_experts(token: int, position: int, bank: int) -> tuple[int, int]:
+    """The router: experts of one row."""
+    first = hash((token, position, bank)) % NUM_EXPERTS
+    other = (first + 1 + hash((position, bank, token)) % (NUM_EXPERTS - 1)) % NUM_EXPERTS
+    return first, other
+
+
+def matrix_value(bank: int, expert: int, matrix: int) -> int:
+    """What a matrix of an expert holds in the checkpoint."""
+    return 1 + bank * 1000 + expert * 10 + matrix
+
+
+def expert_value(bank: int, expert: int) -> int:
+    """What an expert contributes to the state of a row: a digest of its matrices."""
+    return digest([matrix_value(bank, expert, m) for m in range(MATRICES)])
+
+
+def digest(matrices: Sequence[int]) -> int:
+    """Of the matrices in a slot, below 2 ** 31."""
+    return hash(tuple(matrices)) & 0x7FFFFFFF
+
+
+def next_state(state: int, token: int, contents: Sequence[int]) -> int:
+    """State after a token, below 2 ** 62."""
+    return hash((state, token, *contents)) & ((1 << 62) - 1)
+
+
+def next_token(state: int, seed: int, index: int) -> int:
+    return hash((state, seed, index)) % VOCAB
+
+
+_VALUES = tuple(tuple(expert_value(b, e) for e in range(NUM_EXPERTS)) for b in range(len(BANKS)))
+
+
+def right_tokens(prompt: Sequence[int], seed: int, count: int) -> list[int]:
+    """The oracle: what a request must get, whatever happens."""
+    state, output = FIRST_STATE, list[int]()
+    tokens = list(prompt)
+    for position in range(len(prompt) + count):
+        if position >= len(prompt):
+            tokens.append(next_token(state, seed, len(output)))
+            output.append(tokens[-1])
+        token = tokens[position]
+        contents = [
+            _VALUES[bank][expert]
+            for bank in range(len(BANKS))
+            for expert in chosen_experts(token, position, bank)
+        ]
+        state = next_state(state, token, contents)
+    return output
+
+
+class ToyFamily:
+    """In place of ``workers.model.families``."""
+
+    banks = BANKS
+    config = CONFIG
+
+    def expert_matrices(
+        self, bank: BankSpec, exchange: int, expert: int, tensors: object
+    ) -> list[ExpertMatrix]:
+        name = f"{bank.index}.{expert}"
+        return [
+            ExpertMatrix(shape=(1, 1), parts=(TensorPart(name=f"{name}.{m}", shape=(1, 1)),))
+            for m in range(MATRICES)
+        ]
+
+
+class ToyCheckpoint:
+    """In place of ``Checkpoint``: files on a disk that may be slow, or fail."""
+
+    def __init__(self, path: Path, progress: Any = None) -> None:
+        self.path = path
+        self.family = ToyFamily()
+        self.config = CONFIG
+        self.tensors: Mapping[str, object] = {}
+        self.checkpoint_id = "toy"
+        self.loaded_bytes = 0
+
+    def another(self) -> ToyCheckpoint:
+        return ToyCheckpoint(self.path)
+
+    def expect(self, num_bytes: int) -> None:
+        pass
+
+    def expert_bytes(self, bank: BankSpec, expert: int) -> int:
+        return 4 * MATRICES
+
+    def read_stacked(
+        self, parts: Sequence[TensorPart], dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        from tests.simulation.worker import disk
+
+        disk().read()
+        bank, expert, matrix = map(int, parts[0].name.split("."))
+        self.loaded_bytes += 4
+        found = torch.empty((1, 1), dtype=dtype) if out is None else out
+        found[0, 0] = matrix_value(bank, expert, matrix)
+        return found
+
+    def close(self) -> None:
+        pass
+
+
+class ToyBank:
+    """In place of ``ExpertBank``: the numbers in the slots."""
+
+    def __init__(self, spec: BankSpec, num_slots: int, on_write: Any) -> None:
+        self.spec = spec
+        self.dtype = torch.float32
+        self.device = torch.device("cpu")
+        self.num_slots = 0
+        self.slots: list[list[int]] = []
+        self._on_write = on_write
+        self.resize(num_slots)
+
+    def resize(self, num_slots: int) -> None:
+        for slot in range(num_slots, self.num_slots):
+            self._on_write(self.spec.index, slot)
+        self.slots = [
+            *self.slots[:num_slots],
+            *([0] * MATRICES for _ in range(self.num_slots, num_slots)),
+        ]
+        self.num_slots = num_slots
+
+    def store(self, slot: int, exchange: int, matrix: int, weight: Tensor) -> None:
+        self._on_write(self.spec.index, slot)
+        self.slots[slot][matrix] = int(weight.item())
+
+    def read(self, slot: int, exchange: int, matrix: int) -> Tensor:
+        return torch.full((1, 1), float(self.slots[slot][matrix]))
+
+    def clear(self, slot: int) -> None:
+        self._on_write(self.spec.index, slot)
+        self.slots[slot] = [0] * MATRICES
+
+    def value(self, slot: int) -> int:
+        """What a row gets from the slot."""
+        return digest(self.slots[slot])
+
+
+class ToyCache:
+    """In place of ``KVCache``: the state after each token."""
+
+    compute_threads: Any = None
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.null_block = num_blocks
+        self.states = [0] * ((num_blocks + 1) * block_size)
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        return (self.block_size,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int64
+
+    def read_block(self, block: int) -> Tensor:
+        first = block * self.block_size
+        return torch.tensor(self.states[first : first + self.block_size], dtype=torch.int64)
+
+    def write_block(self, block: int, data: Tensor) -> None:
+        first = block * self.block_size
+        self.states[first : first + self.block_size] = data.tolist()
+
+    def clear_slots(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self.states[slot] = 0
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.clear_slots(range(block * self.block_size, (block + 1) * self.block_size))
+
+
+@dataclass(frozen=True, slots=True)
+class ToyResult:
+    """In place of ``StepResult``."""
+
+    states: tuple[int, ...]
+    """After the last row of each entry of the plan."""
+    routed: Sequence[Sequence[Any]]
+
+
+def rows_of(plan_rows: Sequence[Any]) -> Iterator[tuple[Any, int, int]]:
+    """(entry, token, position) of every row."""
+    for planned in plan_rows:
+        last = planned.first + planned.count
+        tokens = planned.sequence.tokens(planned.first, last)
+        for position, token in zip(range(planned.first, last), tokens, strict=True):
+            yield planned, token, position

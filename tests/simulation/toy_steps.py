@@ -1,0 +1,244 @@
+"""A step of the toy model over the real data plane: rows to the experts, values back.
+
+The two sides exchange frames as the real dispatcher and expert server do, in the same order, to the
+same ranks, with the same waits. A ROWS frame names one expert slot for each (row, choice) that is
+for this rank; the OUTPUTS frame returns the value of each.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from cluster.core.placement import BankPlacement, ExpertPlacement
+from cluster.core.topology import Generation
+from tests.simulation.kernel import Kernel
+from tests.simulation.toy_model import (
+    BANKS,
+    FIRST_STATE,
+    ToyBank,
+    ToyCache,
+    ToyResult,
+    chosen_experts,
+    next_state,
+    next_token,
+    rows_of,
+)
+from workers.dispatch.copies import EpochTables
+from workers.dispatch.expert_server import ExpertServer
+from workers.engine.engine import Engine
+from workers.engine.expert_load import Routed
+from workers.engine.scheduler import Plan
+from workers.engine.step_sampler import StepTokens
+from workers.requests.step_header import StepHeader
+from workers.sampling.sampler import Drawn
+from workers.transport.frames import FrameHeader, FrameKind
+from workers.transport.sockets import SocketTransport
+from workers.transport.transport import Tag
+
+Places = Mapping[int, Sequence[tuple[int, int]]]
+"""Expert -> (rank, slot) of its copies; the first serves decodes."""
+
+
+def work(mean_s: float) -> None:
+    """Computation that takes time."""
+    kernel = Kernel.current
+    assert kernel is not None
+    kernel.sleep(kernel.rng.uniform(0.5, 1.5) * mean_s * kernel.slowness)
+
+
+class ToyTransport(SocketTransport):
+    """Frames of plain bytes."""
+
+    def post_bytes(self, tag: Tag, rank: int, count: int, data: bytes) -> None:
+        header = self._header(tag, (count,), len(data))
+        self._connections.send(self._names[rank], header, [data])
+
+    def receive_bytes(self, tag: Tag, ranks: Sequence[int]) -> list[tuple[int, bytes]]:
+        """(count, bytes) of each rank."""
+        deadline = time.monotonic() + self._connections.step_timeout_s
+        want = self._header(tag, (), 0)
+        names = [self._names[rank] for rank in ranks]
+        found = []
+        for i, name in enumerate(names):
+            frame = self._connections.receive(name, want, deadline, names[i + 1 :])
+            found.append((frame.header.counts[0], bytes(frame.payload.data)))
+        return found
+
+
+class ToyDispatcher:
+    """In place of ``RemoteDispatcher``."""
+
+    def __init__(self, transport: ToyTransport, rank: int, activity: Any, timer: Any) -> None:
+        self._transport, self._rank, self._activity = transport, rank, activity
+        self._timer = timer
+        self._epochs = EpochTables[list[Places]]()
+        self._tables: list[Places] = []
+        self._ranks: tuple[int, ...] = ()
+        self._header: StepHeader | None = None
+
+    def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
+        members = generation.experts
+        rank_of = {m.device: m.rank for m in members}
+        self._ranks = tuple(m.rank for m in members)
+        tables = [_places(bank, rank_of) for bank in placement.banks]
+        self._epochs.add(generation.number, placement.epoch, tables)
+
+    def begin_step(self, header: StepHeader) -> None:
+        self._tables = self._epochs.begin_step(header)
+        self._timer.begin_step(header)
+        self._header = header
+        self._transport.begin_step(header)
+
+    def sit_out(self, header: StepHeader) -> None:
+        self._timer.begin_step(header)
+        self._epochs.forget(header.oldest_epoch)
+
+    def exchange(self, bank: int, rows: Sequence[tuple[tuple[int, ...], int]]) -> list[list[int]]:
+        """Values of the experts of each row; a row is (experts, its key, -1 for a decode)."""
+        table = self._tables[bank]
+        wanted: dict[int, list[int]] = {rank: [] for rank in self._ranks}
+        places: list[list[tuple[int, int]]] = []
+        for experts, key in rows:
+            mine = []
+            for expert in experts:
+                copies = table[expert]
+                rank, slot = copies[0] if key < 0 else copies[key % len(copies)]
+                mine.append((rank, len(wanted[rank])))
+                wanted[rank].append(slot)
+            places.append(mine)
+        for rank in self._ranks:
+            data = struct.pack(f"!{len(wanted[rank])}H", *wanted[rank])
+            tag = Tag(bank, 0, 0, "rows")
+            self._transport.post_bytes(tag, rank, len(wanted[rank]), data)
+        with self._activity:
+            received = self._transport.receive_bytes(Tag(bank, 0, 0, "outputs"), self._ranks)
+        values = {
+            rank: struct.unpack(f"!{count}I", data)
+            for rank, (count, data) in zip(self._ranks, received, strict=True)
+        }
+        return [[values[rank][i] for rank, i in mine] for mine in places]
+
+
+def _places(bank: BankPlacement, rank_of: Mapping[int, int]) -> Places:
+    found = {}
+    for expert in range(bank.num_experts):
+        first = bank.decode_device[expert]
+        copies = sorted(bank.logical_to_physical(expert), key=lambda place: place[0] != first)
+        found[expert] = [(rank_of[device], slot) for device, slot in copies]
+    return found
+
+
+class ToyRunner:
+    """In place of ``ModelRunner``."""
+
+    first_dispatch: float | None = None
+
+    def __init__(self, cache: ToyCache, dispatcher: ToyDispatcher, rank: int) -> None:
+        self._cache, self._dispatcher, self._rank = cache, dispatcher, rank
+
+    def run(self, header: StepHeader, plan: Plan) -> ToyResult | None:
+        self.first_dispatch = None
+        if not header.grant(self._rank).num_rows:
+            assert not plan.rows, "rows without a grant"
+            self._dispatcher.sit_out(header)
+            return None
+        self._dispatcher.begin_step(header)
+        rows = list(rows_of(plan.rows))
+        contents: list[list[int]] = [[] for _ in rows]
+        routed = []
+        for bank in range(len(BANKS)):
+            work(0.004)
+            self.first_dispatch = self.first_dispatch or time.monotonic()
+            wanted = [
+                (chosen_experts(token, position, bank), -1 if p.is_decode else token + position)
+                for p, token, position in rows
+            ]
+            for mine, values in zip(contents, self._dispatcher.exchange(bank, wanted), strict=True):
+                mine += values
+            ids = torch.tensor([experts for experts, _ in wanted]).view(-1, 2)
+            num_decodes = sum(p.is_decode for p in plan.rows)
+            routed.append([Routed(ids, None, num_decodes)])
+        if not plan.rows:
+            return None
+        return ToyResult(self._advance(rows, contents), routed)
+
+    def _advance(
+        self, rows: Sequence[tuple[Any, int, int]], contents: Sequence[Sequence[int]]
+    ) -> tuple[int, ...]:
+        """Write the state after each row; the last one of each entry."""
+        states: dict[int, int] = {}
+        cache, size = self._cache, self._cache.block_size
+        for (planned, token, position), values in zip(rows, contents, strict=True):
+            blocks = planned.sequence.blocks
+            state = FIRST_STATE
+            if position:
+                before = position - 1
+                state = cache.states[blocks[before // size] * size + before % size]
+            state = next_state(state, token, values)
+            cache.states[blocks[position // size] * size + position % size] = state
+            states[id(planned)] = state
+        return tuple(states.values())
+
+
+class ToySampler:
+    """In place of ``StepSampler``."""
+
+    def __init__(self, inspector: Any) -> None:
+        self.inspector = inspector
+
+    def start(self, sequence: Any, grammar: object) -> None:
+        pass
+
+    def end(self, sequence: Any) -> None:
+        pass
+
+    def draw(self, plan: Plan, result: ToyResult) -> StepTokens:
+        tokens = StepTokens()
+        for planned, state in zip(plan.rows, result.states, strict=True):
+            sequence = planned.sequence
+            if planned.draws_token:
+                token = next_token(state, sequence.params.seed, len(sequence.output))
+                tokens.complete.append(sequence)
+                tokens.drawn[sequence] = Drawn(token)
+        return tokens
+
+
+class ToyEngine(Engine):
+    """The engine, with the toy in place of model, cache and sampler."""
+
+    def __init__(self, *, dispatcher: ToyDispatcher, rank: int = 0, **more: Any) -> None:
+        more["clock"] = time.monotonic
+        super().__init__(dispatcher=dispatcher, rank=rank, **more)  # type: ignore[arg-type]
+        cache: Any = ToyCache(self.pool.num_blocks, self.cache.block_size)
+        self.cache = self.kv_store.cache = cache
+        self.runner = ToyRunner(cache, dispatcher, rank)  # type: ignore[assignment]
+        self._step_sampler = ToySampler(self._step_sampler.inspector)  # type: ignore[assignment]
+
+
+class ToyExpertServer(ExpertServer):
+    """The expert server, with the toy's exchange."""
+
+    _transport: ToyTransport
+
+    def _serve(self, bank: Any, exchange: Any, micro_batch: int, granted: Any) -> None:
+        ranks = list(granted)
+        with self._activity:
+            received = self._transport.receive_bytes(Tag(bank.index, 0, 0, "rows"), ranks)
+        work(0.003)
+        slots: ToyBank = self._slots.banks[bank.index]
+        filled = self._filled[bank.index].table.tolist()[:-1]
+        for rank, (count, data) in zip(ranks, received, strict=True):
+            wanted = struct.unpack(f"!{count}H", data)
+            for slot in wanted:
+                if not (slot < len(filled) and filled[slot]):
+                    self._transport.reject(rank, f"no expert in slot {slot} of bank {bank.index}")
+            values = struct.pack(f"!{count}I", *(slots.value(slot) for slot in wanted))
+            self._transport.post_bytes(Tag(bank.index, 0, 0, "outputs"), rank, count, values)
+
+
+__all__ = ["FrameHeader", "FrameKind", "ToyDispatcher", "ToyEngine", "ToyExpertServer", "work"]

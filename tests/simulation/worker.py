@@ -1,0 +1,171 @@
+"""Worker processes: the product's runtimes, with the toy model behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from cluster.core.topology import Member
+from tests.simulation.kernel import Kernel, Process
+from tests.simulation.sockets import network
+from tests.simulation.toy_model import BANKS, ToyBank
+from tests.simulation.toy_steps import ToyDispatcher, ToyTransport
+from workers.experts.slots import ExpertSlots
+from workers.process.attention_runtime import AttentionRuntime
+from workers.process.expert_runtime import ExpertRuntime
+from workers.process.runtime import WorkerRuntime
+from workers.process.worker_args import WorkerArgs
+from workers.transport.transport import DataTransport
+
+
+class Disk:
+    """The disk with the checkpoint, as one simulation has it."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self.read_s = 0.002
+        self.broken_hosts: set[str] = set()
+
+    def read(self) -> None:
+        """Read one matrix. Raises ``OSError``."""
+        kernel = self._kernel
+        kernel.sleep(kernel.rng.uniform(0.5, 1.5) * self.read_s)
+        if kernel.process is not None and kernel.process.host in self.broken_hosts:
+            raise OSError("input/output error")
+
+
+def disk() -> Disk:
+    """The disk of the simulation that runs."""
+    kernel = Kernel.current
+    assert kernel is not None
+    found: Disk = kernel.disk
+    return found
+
+
+class ToySlots(ExpertSlots):
+    """Slots of numbers, which report a write to a slot that a step may read."""
+
+    def __init__(self, num_slots: int, runtime: WorkerRuntime) -> None:
+        self._runtime = runtime
+        banks: Any = tuple(ToyBank(spec, num_slots, self._written) for spec in BANKS)
+        self.banks = banks
+        self._contents = [{} for _ in BANKS]
+
+    def _written(self, bank: int, slot: int) -> None:
+        """A matrix is stored in a slot, or a slot is given back."""
+        membership, kernel = self._runtime.membership, Kernel.current
+        if not membership.runs or kernel is None or kernel.is_over:
+            return
+        slots = membership.epochs.current.banks[bank].physical_to_logical
+        device = self._runtime.member.device
+        if slot < len(slots[device]) and slots[device][slot] >= 0:
+            kernel.failures.append(
+                f"{self._runtime.member.name} writes slot {slot} of bank {bank}, which is in force"
+            )
+
+
+class _Toy:
+    """What both roles replace of their runtime."""
+
+    def _open_transport(self: Any) -> DataTransport:
+        args = self.args
+        return ToyTransport(
+            self.connections, combine_mode=args.config.engine.combine_mode, device=args.device
+        )
+
+    def _expert_slots(self: Any) -> ExpertSlots:
+        return ToySlots(self.args.num_slots, self)
+
+
+class SimAttention(_Toy, AttentionRuntime):
+    """An attention worker."""
+
+    def _remote_dispatcher(self, transport: Any) -> Any:
+        return ToyDispatcher(transport, self.member.rank, self.activity, self._timer)
+
+
+class SimExpert(_Toy, ExpertRuntime):
+    """An expert worker."""
+
+
+class SimWorker:
+    """A Ray actor that hosts a worker: its process and its runtime."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        host: str,
+        pid: int,
+        config: Mapping[str, Any],
+        member: Member,
+        control_address: str,
+        extra: Mapping[str, Any],
+    ) -> None:
+        from cluster.core.codec import to_plain
+
+        self.name = member.name
+        self.process = Process(kernel, member.name, host, pid)
+        self.args = WorkerArgs.from_plain(config, to_plain(member), control_address, extra, host)
+        role = SimAttention if member.role == "attention" else SimExpert
+        before, kernel.process = kernel.process, self.process
+        self.runtime: WorkerRuntime = role(self.args, self._die)
+        kernel.process = before
+
+    @property
+    def is_dead(self) -> bool:
+        return self.process.is_dead
+
+    def call(self, method: str, *args: Any) -> Any:
+        """A method of the actor, run in its process."""
+        kernel = self.process.kernel
+        before, kernel.process = kernel.process, self.process
+        try:
+            if method == "introduce":
+                return self.args.to_plain()
+            if method == "stop":
+                self.runtime.follow(*args)
+                return self.runtime.stop()
+            return getattr(self.runtime, method)(*args)
+        finally:
+            kernel.process = before
+
+    def _die(self, reason: str) -> None:
+        """The worker ends itself."""
+        kernel = self.process.kernel
+        kernel.deaths[self.name] = reason
+        self.process.kill(f"its own end: {reason}")
+        kernel.this_fiber().park()
+
+
+class ToyModel:
+    """What the engine asks of a model."""
+
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def logits(self, hidden: object) -> Any:
+        raise AssertionError("the toy draws from states")
+
+
+class ToyGrammars:
+    """In place of ``GrammarCompiler``."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def prepare(self) -> None:
+        pass
+
+    def cached(self, grammar: object) -> None:
+        return None
+
+    def compile(self, grammar: object) -> Any:
+        raise AssertionError("no request has a grammar")
+
+
+def listening_hosts() -> Iterator[str]:
+    """Hosts with a listener, for tests."""
+    for address in network().listeners:
+        yield address.rpartition(":")[0]

@@ -1,0 +1,177 @@
+"""One simulated cluster, from its start to its judgement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cluster.config.cluster import (
+    ClusterConfig,
+    EngineSection,
+    ModelSection,
+    WorkersSection,
+)
+from cluster.core.states import ClusterState
+from tests.simulation.faults import Faults
+from tests.simulation.gateways import Outcome, SimGateway
+from tests.simulation.kernel import Kernel
+from tests.simulation.network import Network
+from tests.simulation.patches import replaced
+from tests.simulation.ray import HEAD, SimController, SimRay
+from tests.simulation.scenario import SPAN_S, Scenario
+from tests.simulation.toy_model import BANKS
+from tests.simulation.worker import Disk
+
+_START_LIMIT_S = 60.0
+_BLOCK_TOKENS = 4
+HEAL_S = 90.0
+"""Virtual time after the last fault in which everything must serve."""
+_CHECK_S = 0.05
+
+
+class Broken(Exception):
+    """A property does not hold."""
+
+
+class World:
+    """See the module."""
+
+    def __init__(self, scenario: Scenario, on_log: Callable[[str], None] | None = None) -> None:
+        self.scenario = scenario
+        self.kernel = Kernel(scenario.seed)
+        self.kernel.on_log = on_log
+        self.kernel.preemption = scenario.preemption
+        self.kernel.slowness = scenario.slowness
+        self.kernel.disk = Disk(self.kernel)
+        self.net = Network(self.kernel)
+        self.ray = SimRay(self.kernel, self.net)
+        self.gateways: list[SimGateway] = []
+        self.outcomes: list[Outcome] = []
+        self.faults = Faults(self)
+        self.highest_step = 0
+
+    def run(self) -> None:
+        """Live through the scenario. Raises ``Broken``."""
+        with replaced(self.kernel, self.net):
+            self._start()
+            for fault in self.scenario.faults:
+                self.kernel.after(fault.at_s, self.faults.begin, fault)
+            for ask in self.scenario.asks:
+                self.outcomes.append(self.gateways[ask.gateway].ask(ask))
+            began_at = self.kernel.now
+            self.kernel.after(_CHECK_S, self._check_often)
+            self._run_until(began_at + SPAN_S)
+            self.kernel.log("heal")
+            self.faults.heal()
+            self._run_until(self.kernel.now + HEAL_S, self._is_calm)
+            self._check_in_the_end()
+
+    # ---- life -------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        config = self._config()
+        first = self.ray.start_controller(was_restarted=False)
+        banks = [
+            {"bank": b.bank, "layer": b.layer, "num_experts": b.num_experts, "top_k": b.top_k}
+            for b in BANKS
+        ]
+        loop = first.process.loop
+        first.process.run(
+            loop.call_soon,
+            lambda: loop.create_task(first.actor.start(config.to_dict(), banks)),
+        )
+        for number in range(self.scenario.num_gateways):
+            host = HEAD if not number else f"gateway-{number}"
+            self.gateways.append(SimGateway(self.ray, number, host, config.cluster_token))
+        if not self._run_until(self.kernel.now + _START_LIMIT_S, lambda: self._serves(first)):
+            raise Broken(f"the cluster does not start: {self._state(first)}")
+
+    def _config(self) -> ClusterConfig:
+        scenario = self.scenario
+        return ClusterConfig(
+            model=ModelSection(path="toy", served_model_name="toy"),
+            cluster_token="secret",
+            workers=WorkersSection(
+                num_attention_workers=scenario.num_attention,
+                num_expert_workers=scenario.num_experts,
+                num_redundant_experts=scenario.num_redundant,
+                cpus_per_worker=1.0,
+                device="cpu",
+            ),
+            engine=EngineSection(
+                block_size_tokens=_BLOCK_TOKENS,
+                kv_cache_bytes=8 * _BLOCK_TOKENS * scenario.num_kv_blocks,
+                max_num_seqs=8,
+                max_num_batched_tokens=64,
+                num_micro_batches=1,
+            ),
+        )
+
+    def _run_until(self, when: float, is_done: Callable[[], bool] = lambda: False) -> bool:
+        done = self.kernel.run(when, is_done)
+        self._check()
+        return done
+
+    # ---- properties -------------------------------------------------------------------------
+
+    def _check_often(self) -> None:
+        self._check()
+        self.kernel.after(_CHECK_S, self._check_often)
+
+    def _check(self) -> None:
+        """Safety: what must hold at every moment."""
+        if self.kernel.failures:
+            raise Broken("; ".join(self.kernel.failures))
+        for outcome in self.outcomes:
+            if outcome.problem:
+                raise Broken(outcome.problem)
+        runnable = self._runnable()
+        if len(runnable) > 1:
+            raise Broken(f"generations {sorted(runnable)} can all run")
+
+    def _runnable(self) -> set[tuple[int, tuple[str, ...]]]:
+        """Generations that could commit a step: all their members live and run them."""
+        running: dict[tuple[int, tuple[str, ...]], int] = {}
+        for worker in self.ray.workers.values():
+            membership = worker.runtime.membership
+            if membership.runs and not worker.is_dead:
+                generation = membership.generation
+                key = generation.number, tuple(m.name for m in generation.members)
+                running[key] = running.get(key, 0) + 1
+                self.highest_step = max(self.highest_step, worker.runtime.channel.highest_step)
+        return {key for key, count in running.items() if count == len(key[1])}
+
+    def _is_calm(self) -> bool:
+        controller = self.ray.controller
+        return (
+            controller is not None
+            and self._serves(controller)
+            and all(o.is_over for o in self._living_outcomes())
+        )
+
+    def _living_outcomes(self) -> list[Outcome]:
+        """Requests whose gateway lives."""
+        return [o for g in self.gateways if not g.process.is_dead for o in g.outcomes]
+
+    def _check_in_the_end(self) -> None:
+        """Liveness: healed, and time enough."""
+        controller = self.ray.controller
+        if controller is None or not self._serves(controller):
+            raise Broken(f"the cluster does not serve again: {self._state(controller)}")
+        for outcome in self._living_outcomes():
+            if not outcome.is_over:
+                raise Broken(f"{outcome.ask.name} does not end ({len(outcome.tokens)} tokens)")
+            if not outcome.has_left and outcome.ends != ["length"]:
+                raise Broken(
+                    f"{outcome.ask.name} ends with {outcome.ends}: {outcome.code} {outcome.error}"
+                )
+
+    def _serves(self, controller: SimController) -> bool:
+        found = controller.actor._controller
+        return found is not None and found.cluster.state is ClusterState.SERVING
+
+    def _state(self, controller: SimController | None) -> Any:
+        if controller is None or controller.actor._controller is None:
+            return "no controller"
+        found = controller.actor._controller
+        return found.cluster.state.value, found.cluster.error, found.recovery.problems(0.0)
