@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 
 from cluster.config.api_keys import digest_of
@@ -43,20 +43,27 @@ class KeyRing:
         others: KeyRing | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._fixed = plain_entries(keys)
+        self._fixed = {entry.digest: entry for entry in plain_entries(keys)}
         self._file = file
+        self._followed = self._listed()
         self._limits = limits or KeyLimits()
         self._others = others
         self.masters: KeyRing | None = None
         """A ring whose keys open this port too, without its limits."""
         self._clock = clock
-        self._accounts: dict[bytes, Account] = {}
-        self._build()
+        self._accounts: dict[bytes, Account] = {}  # of keys that were used
 
     @property
     def is_open(self) -> bool:
         """No key is required. A file whose last key was removed closes the port."""
         return not self._fixed and self._file is None
+
+    async def read_changes(self) -> None:
+        """Follow the files of this port; call it before ``check`` and ``enter``."""
+        for ring in (self, self.masters, self._others):
+            if ring is not None and ring._file is not None:
+                await ring._file.refresh(ring._clock())
+                ring._follow_file()
 
     def check(self, authorization: str | None, api_key: str | None = None) -> Account | None:
         """Accept a request by its ``Authorization`` header, or by its ``api-key`` header.
@@ -95,28 +102,33 @@ class KeyRing:
         return account
 
     def _find(self, digest: bytes) -> Account | None:
-        if self._file is not None and self._file.refresh(self._clock()):
-            self._build()
-        found = None
-        for known, account in self._accounts.items():  # all of them: the time must reveal nothing
-            if hmac.compare_digest(digest, known):
-                found = account
-        return found
+        entry = self._entry(digest)  # how long this takes depends on digests alone
+        known = digest if entry is None else entry.digest
+        if not hmac.compare_digest(digest, known) or entry is None:
+            return None
+        if digest not in self._accounts:
+            self._accounts[digest] = Account(entry, self._limits_of(entry), self._clock())
+        return self._accounts[digest]
 
-    def _build(self) -> None:
-        """Accounts of all keys; remaining keys keep their usage."""
-        now_s = self._clock()
-        entries = {e.digest: e for e in self._fixed}
-        entries |= {e.digest: e for e in (self._file.entries if self._file else ())}
-        old = self._accounts
-        self._accounts = {d: self._account(e, old.get(d), now_s) for d, e in entries.items()}
+    def _follow_file(self) -> None:
+        """Take the entries of the file; keys that remain keep their usage."""
+        if self._followed is self._listed():
+            return
+        self._followed = self._listed()
+        now_s, old, self._accounts = self._clock(), self._accounts, {}
+        for digest, account in old.items():
+            if (entry := self._entry(digest)) is not None:
+                account.change(entry, self._limits_of(entry), now_s)
+                self._accounts[digest] = account
 
-    def _account(self, entry: KeyEntry, old: Account | None, now_s: float) -> Account:
-        limits = entry.limits.or_else(self._limits)
-        if old is None:
-            return Account(entry, limits, now_s)
-        old.change(entry, limits, now_s)
-        return old
+    def _listed(self) -> Mapping[bytes, KeyEntry]:
+        return self._fixed if self._file is None else self._file.entries
+
+    def _entry(self, digest: bytes) -> KeyEntry | None:
+        return self._followed.get(digest) or self._fixed.get(digest)
+
+    def _limits_of(self, entry: KeyEntry) -> KeyLimits:
+        return entry.limits.or_else(self._limits)
 
 
 def make_key_rings(

@@ -14,10 +14,12 @@ A key may be given as ``sha256:`` and its digest in both forms.
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 4 * 1024 * 1024
 _POLL_S = 1.0
+_READ_LIMIT_S = 2.0
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrent")
 _MOST = 10**12
 
@@ -70,54 +73,6 @@ def plain_entries(keys: Iterable[str]) -> tuple[KeyEntry, ...]:
     return tuple(KeyEntry(digest=stored_digest(hash_key(key))) for key in keys)
 
 
-class KeyFile:
-    """A key file and what is in it.
-
-    Args:
-        path: of the file.
-        setting: the option that named it, for errors.
-
-    Raises:
-        ConfigError: it cannot be read, or is not a key file.
-    """
-
-    def __init__(self, path: str, setting: str = "api_key_file") -> None:
-        self._path = Path(path)
-        self._setting = setting
-        self._seen = self._stamp()
-        self._next_look_s = 0.0
-        self.entries = read_key_file(path, setting)
-
-    def refresh(self, now_s: float) -> bool:
-        """Check the file for changes, at most once a second; whether there are new entries.
-
-        An unreadable or invalid file changes nothing, and is logged once. A file without keys
-        leaves none.
-        """
-        if now_s < self._next_look_s:
-            return False
-        self._next_look_s = now_s + _POLL_S
-        stamp = self._stamp()
-        if stamp == self._seen:
-            return False
-        self._seen = stamp
-        try:
-            entries = read_key_file(str(self._path), self._setting)
-        except ConfigError as err:
-            logger.error("the former keys stay in force: %s", err)
-            return False
-        logger.info("%s is read again: %d keys", self._setting, len(entries))
-        self.entries = entries
-        return True
-
-    def _stamp(self) -> tuple[int, int, int] | None:
-        try:
-            found = os.stat(self._path)  # through links, which Kubernetes replaces
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_ino, found.st_size
-
-
 def read_key_file(path: str, setting: str = "api_key_file") -> tuple[KeyEntry, ...]:
     """The keys in a file. Raises ``ConfigError``, which never shows the content."""
     try:
@@ -142,7 +97,7 @@ def read_key_file(path: str, setting: str = "api_key_file") -> tuple[KeyEntry, .
 
 def _entries(text: str, path: str, setting: str) -> tuple[KeyEntry, ...]:
     try:
-        found = yaml.safe_load(text)  # JSON is YAML
+        found = _load(text)
     except (yaml.YAMLError, RecursionError, ValueError):
         raise ConfigError(setting, path, "is neither YAML nor JSON") from None
     keys = found.get("keys") if isinstance(found, Mapping) else found
@@ -150,6 +105,13 @@ def _entries(text: str, path: str, setting: str) -> tuple[KeyEntry, ...]:
     if not (isinstance(keys, list) and all(isinstance(one, Mapping) for one in keys)):
         raise ConfigError(setting, path, "must have a list 'keys' of mappings")
     return tuple(_entry(one, f"key {place}", path, setting) for place, one in enumerate(keys, 1))
+
+
+def _load(text: str) -> Any:
+    try:
+        return json.loads(text)  # in a hundredth of the time
+    except ValueError:
+        return yaml.safe_load(text)
 
 
 def _entry(found: Mapping[str, Any], what: str, path: str, setting: str) -> KeyEntry:
@@ -193,3 +155,72 @@ def _check_unique(entries: Iterable[KeyEntry], path: str, setting: str) -> None:
         if len(set(values)) < len(values):
             word = "key" if kind == "digest" else kind
             raise ConfigError(setting, path, f"has the same {word} twice")
+
+
+class KeyFile:
+    """A key file and what is in it.
+
+    Args:
+        path: of the file.
+        setting: the option that named it, for errors.
+        read: reads it.
+        limit_s: longest wait for a changed file, which may be large.
+
+    Raises:
+        ConfigError: it cannot be read, or is not a key file.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        setting: str = "api_key_file",
+        read: Callable[[str, str], tuple[KeyEntry, ...]] = read_key_file,
+        limit_s: float = _READ_LIMIT_S,
+    ) -> None:
+        self._path = Path(path)
+        self._setting = setting
+        self._read = read
+        self._limit_s = limit_s
+        self._seen = self._stamp()
+        self._next_look_s = 0.0
+        self._reading: asyncio.Future[None] | None = None
+        self.entries = self._by_digest()
+        """By digest; replaced as a whole."""
+
+    async def refresh(self, now_s: float) -> None:
+        """Check the file for changes, at most once a second, and read it in a thread.
+
+        All requests wait until it is read, ``limit_s`` at most: then the former keys stay in force
+        until it is. An unreadable or invalid file changes nothing, and is logged once. A file
+        without keys leaves none.
+        """
+        if self._reading is None and now_s >= self._next_look_s:
+            self._next_look_s = now_s + _POLL_S
+            stamp = self._stamp()
+            if stamp != self._seen:
+                self._seen = stamp
+                self._reading = asyncio.ensure_future(asyncio.to_thread(self._read_again))
+                self._reading.add_done_callback(self._end_reading)
+        if self._reading is not None:
+            await asyncio.wait({self._reading}, timeout=self._limit_s)
+
+    def _end_reading(self, reading: asyncio.Future[None]) -> None:
+        self._reading = None
+
+    def _read_again(self) -> None:
+        try:
+            self.entries = self._by_digest()
+        except ConfigError as err:
+            logger.error("the former keys stay in force: %s", err)
+        else:
+            logger.info("%s is read again: %d keys", self._setting, len(self.entries))
+
+    def _by_digest(self) -> Mapping[bytes, KeyEntry]:
+        return {entry.digest: entry for entry in self._read(str(self._path), self._setting)}
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        try:
+            found = os.stat(self._path)  # through links, which Kubernetes replaces
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_ino, found.st_size

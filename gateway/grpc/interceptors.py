@@ -48,6 +48,7 @@ class KeyInterceptor(_Interceptor):
             return handler
         given = text_metadata(handler_call_details.invocation_metadata)
         names = (_UNKNOWN, _UNKNOWN) if handler is None else _names(path)
+        await self._keys.read_changes()
         try:
             self._keys.check(given.get("authorization"), given.get("api-key"))
             if handler is None:

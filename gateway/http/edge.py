@@ -136,6 +136,7 @@ class HttpEdge:
         caller: Account | None = None
         try:
             if path not in self.open_paths:
+                await self.keys.read_changes()
                 caller = self.keys.enter(headers.get("authorization"), headers.get("api-key"))
             await self.app(scope, receive, responder)
         except (ClientGoneError, ClientDisconnect):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
 import logging
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,7 @@ def write(path: Path, text: str) -> str:
 
 
 def refused(ring: KeyRing, key: str) -> bool:
+    asyncio.run(ring.read_changes())
     try:
         ring.check(f"Bearer {key}")
     except AuthenticationError:
@@ -153,7 +156,10 @@ def test_a_digest_is_no_key() -> None:
     assert refused(KeyRing([hash_key("secret")]), hash_key("secret"))
 
 
-def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_keys", [1, 1000])
+def test_a_key_is_found_by_its_digest_and_compared_in_constant_time(
+    num_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compared: list[tuple[bytes, bytes]] = []
 
     def compare(one: bytes, other: bytes) -> bool:
@@ -161,12 +167,43 @@ def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch)
         return one == other
 
     monkeypatch.setattr(hmac, "compare_digest", compare)
-    ring = KeyRing(["first", "second", "third"])
-    for key, is_known in (("first", True), ("third", True), ("fir", False), ("", False)):
+    ring = KeyRing(["first", *(f"key-{number}" for number in range(1, num_keys))])
+    for key, is_known in (("first", True), ("fir", False), ("", False)):
         compared.clear()
         assert refused(ring, key) is not is_known
-        assert len(compared) == (3 if key else 0), "as many for a known key as for a wrong one"
+        assert len(compared) == (1 if key else 0), "as many for a known key as for a wrong one"
         assert all(len(one) == len(other) == 32 for one, other in compared)
+
+
+def test_a_large_file_is_read_beside_the_loop(tmp_path: Path) -> None:
+    path, clock = tmp_path / "keys", Clock()
+    may_end = threading.Event()
+    may_end.set()
+
+    def read(name: str, setting: str) -> tuple[KeyEntry, ...]:
+        assert may_end.wait(60.0)
+        return read_key_file(name, setting)
+
+    file = KeyFile(write(path, "one"), read=read, limit_s=0.0)
+    ring = KeyRing(file=file, clock=clock)
+
+    async def work() -> None:
+        may_end.clear()
+        write(path, "two-two")
+        clock.now_s += 1.5
+        for _ in range(3):
+            await ring.read_changes()  # returns at once
+            clock.now_s += 1.5
+            assert ring.check("Bearer one") is not None, "the former keys are in force"
+        may_end.set()
+        while file.entries.keys() == {hashlib.sha256(b"one").digest()}:
+            await asyncio.sleep(0)
+        await ring.read_changes()
+        with pytest.raises(AuthenticationError):
+            ring.check("Bearer one")
+        assert ring.check("Bearer two-two") is not None
+
+    asyncio.run(work())
 
 
 def test_requests_of_a_key_are_limited_by_the_minute() -> None:
@@ -237,10 +274,12 @@ def test_a_changed_file_keeps_what_was_used(tmp_path: Path) -> None:
     ring.enter("Bearer one")
     write(path, text(1) + "\n")
     clock.now_s += 1.5
+    asyncio.run(ring.read_changes())
     with pytest.raises(KeyLimitError):
         ring.enter("Bearer one")
     write(path, text(2))
     clock.now_s += 1.5
+    asyncio.run(ring.read_changes())
     ring.enter("Bearer one")
 
 
