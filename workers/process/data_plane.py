@@ -43,6 +43,7 @@ def open_connections(
         host=args.host,
         connect_timeout_s=transport.connect_timeout_s,
         step_timeout_s=transport.step_timeout_s,
+        path_limit_s=transport.detection_limit_s,
     )
 
 

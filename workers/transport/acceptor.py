@@ -101,12 +101,15 @@ class Acceptor:
         host: str,
         port: int,
         timeout_s: float,
+        answer_limit_s: float,
         max_pending: int,
         refusal: Callable[[PeerIdentity], str | None],
         opened: Callable[[socket.socket, PeerIdentity, int], None],
     ) -> None:
         """``refusal`` returns why a peer that knows the token cannot be accepted (None: it can);
-        ``opened`` gets the socket, the identity of the peer, and the generation of the edge.
+        ``opened`` gets the socket, the identity of the peer, and the generation of the edge. A
+        connection must be an edge within ``timeout_s``; another host answers within
+        ``answer_limit_s``.
         """
         self.generation = 0
         """Generation that this worker is in."""
@@ -114,6 +117,7 @@ class Acceptor:
         self._me = me
         self._token = token
         self._timeout_s = timeout_s
+        self._answer_limit_s = answer_limit_s
         self._max_pending = max_pending
         self._refusal = refusal
         self._opened = opened
@@ -182,9 +186,16 @@ class Acceptor:
         logger.warning("%s: connection with %s refused: %s", self._me.name, who, reason)
 
     def expire(self) -> None:
-        """Drop the connections whose deadline has passed."""
+        """Drop the connections whose deadline has passed.
+
+        Raises ``PeerLostError`` when the other host does not answer.
+        """
         now = time.monotonic()
         for pending in [p for p in self._pending.values() if p.deadline <= now]:
+            if pending.is_connecting:
+                self._drop(pending)
+                limit = f"no answer within {self._answer_limit_s:g} s"
+                raise PeerLostError(pending.who, f"cannot connect: {limit}")
             self.refuse(pending.who, "the handshake was not finished in time")
             self._drop(pending)
 
@@ -196,6 +207,8 @@ class Acceptor:
         """
         if pending.sock not in self._pending:
             return
+        if pending.is_connecting:
+            pending.deadline = time.monotonic() + self._timeout_s
         try:
             is_finished = pending.step()
         except HandshakeError as err:
@@ -233,7 +246,8 @@ class Acceptor:
         member: Member | None,
     ) -> None:
         out = handshake.start() if isinstance(handshake, ConnectorHandshake) else b""
-        deadline = time.monotonic() + self._timeout_s
+        limit_s = self._timeout_s if member is None else self._answer_limit_s
+        deadline = time.monotonic() + limit_s
         pending = Pending(sock, handshake, who, member, deadline, out, member is not None)
         self._pending[sock] = pending
         self._selector.register(sock, pending.events, pending)

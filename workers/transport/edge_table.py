@@ -11,6 +11,7 @@ from cluster.core.errors import ProtocolError
 from workers.transport.edge import Edge
 from workers.transport.frames import DATA_KINDS, Frame, FrameHeader
 from workers.transport.handshake import PeerIdentity
+from workers.transport.path_watch import PathWatch, path_state
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +31,16 @@ class EdgeTable:
     """All edges of one worker on its selector. Nothing here waits or raises on a bad peer.
 
     Reading from a peer stops while more than ``max_inbox_bytes`` of its data wait to be taken.
+    An edge is lost when its peer's host acknowledges nothing for ``path_limit_s``.
     """
 
-    def __init__(self, selector: selectors.BaseSelector, owner: str, max_inbox_bytes: int) -> None:
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        owner: str,
+        max_inbox_bytes: int,
+        path_limit_s: float,
+    ) -> None:
         self.edges: dict[str, Edge] = {}
         """By the peer's worker name."""
         self.lost: dict[str, str] = {}
@@ -44,6 +52,8 @@ class EdgeTable:
         self.current_step = 0
         """Data frames of an earlier step are dropped."""
         self.max_inbox_bytes = max_inbox_bytes
+        self._path_limit_s = path_limit_s
+        self._paths: dict[Edge, PathWatch] = {}
         self._selector = selector
         self._owner = owner
 
@@ -89,6 +99,7 @@ class EdgeTable:
             self._selector.unregister(edge.sock)
             edge.interest = 0
         self._clear_inbox(edge)
+        self._paths.pop(edge, None)
         edge.close()
         if self.edges.get(edge.name) is edge:
             del self.edges[edge.name]
@@ -98,6 +109,26 @@ class EdgeTable:
         logger.warning("%s: edge to %s closed: %s", self._owner, edge.name, reason)
         self.close(edge)
         self.lost.setdefault(edge.name, reason)
+
+    @property
+    def is_settled(self) -> bool:
+        """No edge has bytes that were not acknowledged when it was looked at."""
+        return not self._paths
+
+    def sent(self, edge: Edge) -> None:
+        """Bytes were sent on an edge: its path is looked at from now on."""
+        self._paths.setdefault(edge, PathWatch(self._path_limit_s))
+        self.watch(edge)
+
+    def look(self, now: float) -> None:
+        """Lose the edges whose path is dead, and stop looking at those without bytes under way."""
+        for edge, path in list(self._paths.items()):
+            state = path_state(edge.sock)
+            reason = path.look(state, now) if state is not None else None
+            if reason is not None:
+                self.lose(edge, reason)
+            elif path.is_settled and not edge.out_bytes:
+                self._paths.pop(edge, None)
 
     def serve(self, edge: Edge, events: int) -> None:
         """The selector says that the edge is ready."""

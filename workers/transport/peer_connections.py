@@ -21,6 +21,7 @@ from workers.transport.edge import Edge
 from workers.transport.edge_table import EdgeTable
 from workers.transport.frames import Frame, FrameHeader, FrameKind
 from workers.transport.handshake import PeerIdentity
+from workers.transport.path_watch import LOOK_S
 from workers.transport.socket_io import WakePipe
 
 _OPEN_SLICE_S = 0.1
@@ -42,12 +43,14 @@ class PeerConnections:
         port: int = 0,
         connect_timeout_s: float = 10.0,
         step_timeout_s: float = 60.0,
+        path_limit_s: float = 2.0,
         max_pending: int = 16,
     ) -> None:
         """Open the listener on ``host`` (the cluster interface), by default on a free port.
 
         ``max_data_bytes`` bounds a data frame (``frames.max_data_bytes``); at most ``max_pending``
-        connections that have not proved the token are kept, the oldest gives way.
+        connections that have not proved the token are kept, the oldest gives way. A peer whose host
+        acknowledges nothing for ``path_limit_s`` is lost.
         """
         self.me = me
         self.step_timeout_s = step_timeout_s
@@ -62,7 +65,10 @@ class PeerConnections:
         self._left = -1
         self._woken = False
         self._selector = selectors.DefaultSelector()
-        self._table = EdgeTable(self._selector, me.name, _INBOX_FRAMES * max_data_bytes)
+        self._table = EdgeTable(
+            self._selector, me.name, _INBOX_FRAMES * max_data_bytes, path_limit_s
+        )
+        self._look_at = 0.0
         self._acceptor = Acceptor(
             self._selector,
             me,
@@ -70,6 +76,7 @@ class PeerConnections:
             host=host,
             port=port,
             timeout_s=connect_timeout_s,
+            answer_limit_s=min(path_limit_s, connect_timeout_s),
             max_pending=max_pending,
             refusal=self._refusal,
             opened=self._opened,
@@ -158,7 +165,7 @@ class PeerConnections:
         except OSError as err:
             self._table.lose(edge, f"cannot send: {err.strerror or err}")
             self.check()
-        self._table.watch(edge)
+        self._table.sent(edge)
         limit = self._table.max_inbox_bytes
         if edge.out_bytes > limit:
             self.wait(
@@ -286,6 +293,8 @@ class PeerConnections:
         deadline = self._acceptor.next_deadline
         if deadline is not None:
             timeout_s = min(timeout_s, max(deadline - time.monotonic(), 0.0))
+        if not self._table.is_settled:
+            timeout_s = min(timeout_s, LOOK_S)
         events = self._selector.select(timeout_s)
         for key, mask in events:
             if isinstance(key.data, Edge):
@@ -296,6 +305,9 @@ class PeerConnections:
                 key.data()
         if deadline is not None:
             self._acceptor.expire()
+        if not self._table.is_settled and (now := time.monotonic()) >= self._look_at:
+            self._look_at = now + LOOK_S
+            self._table.look(now)
         return len(events)
 
     def _refusal(self, peer: PeerIdentity) -> str | None:

@@ -288,6 +288,7 @@ def make_connections(
     checkpoint_id: str = "checkpoint",
     config_hash: str = "config",
     connect_timeout_s: float = 30.0,
+    path_limit_s: float = 60.0,
     max_pending: int = 16,
     frame_bytes: int | None = None,
 ) -> PeerConnections:
@@ -306,6 +307,7 @@ def make_connections(
         max_data_bytes=frame_bytes or limit,
         connect_timeout_s=connect_timeout_s,
         step_timeout_s=step_timeout_s,
+        path_limit_s=path_limit_s,
         max_pending=max_pending,
     )
 
