@@ -154,7 +154,7 @@ class ControlServer:
             await self._admit(connection)
             while True:
                 frame = await connection.read()
-                self._events.on_frame(connection.worker, frame)
+                self._hand_over(connection.worker, frame)
         except asyncio.IncompleteReadError:
             pass  # the peer closed
         except (ProtocolError, OSError, TimeoutError) as err:
@@ -162,6 +162,15 @@ class ControlServer:
             logger.warning("control connection of %s: %s", _caller(connection), reason)
         finally:
             self._forget(connection, reason)
+
+    def _hand_over(self, worker: str, frame: ControlFrame) -> None:
+        """An error of ours is no reason to lose the sender. Raises ``ProtocolError``."""
+        try:
+            self._events.on_frame(worker, frame)
+        except ProtocolError:
+            raise
+        except Exception:
+            logger.exception("%s of %s was not handled", type(frame).__name__, worker)
 
     async def _admit(self, connection: _Connection) -> None:
         """Handshake within its time limit; then the connection is a worker's."""

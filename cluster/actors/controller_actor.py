@@ -258,7 +258,8 @@ class ControllerActor:
         config = self._plan.config.to_dict()
         name = member.name
         addition = partial(self._group.start, [member], config, self._address, {name: extra})
-        self._background.spawn(self._bring_up(addition, partial(self._died, name)))
+        created = partial(self._created, name)
+        self._background.spawn(self._bring_up(addition, partial(self._died, name), created))
 
     def end_workers(self, workers: Sequence[str]) -> None:
         if self._server is not None:
@@ -344,7 +345,10 @@ class ControllerActor:
         self._background.spawn(self._watch_nodes(controller))
 
     async def _bring_up(
-        self, create: Callable[[], Awaitable[None]], failed: Callable[[str], None]
+        self,
+        create: Callable[[], Awaitable[None]],
+        failed: Callable[[str], None],
+        created: Callable[[], None] = lambda: None,
     ) -> None:
         """Create actors, and watch them until they have called.
 
@@ -353,12 +357,17 @@ class ControllerActor:
         assert self._server is not None
         try:
             await create()
+            created()
             await self._group.watch(self._server.is_connected, self._died)
         except StartError as err:
             self._died(err.part, err.reason)
         except Exception as err:  # any error of Ray must be reported: the start must not hang
             logger.exception("workers could not be created")
             failed(f"{type(err).__name__}: {err}")
+
+    def _created(self, name: str) -> None:
+        if self._controller is not None:
+            self._controller.created(name, time.monotonic())
 
     def _start_failed(self, error: str) -> None:
         assert self._controller is not None
@@ -415,7 +424,6 @@ class ControllerActor:
 
     async def _watch_nodes(self, controller: Controller) -> None:
         """Drain the workers of nodes that will leave; fill their places afterwards."""
-        asked: set[str] = set()
         while self._leads(controller):
             await asyncio.sleep(_NODES_S)
             try:
@@ -424,9 +432,8 @@ class ControllerActor:
             except Exception as err:  # any error of Ray: the next round asks again
                 logger.debug("the nodes cannot be listed: %s", err)
                 continue
-            for name in sorted(set(leaving) - asked):
+            for name in sorted(leaving):
                 controller.draining.requested(name, time.monotonic())
-            asked |= set(leaving)
             controller.draining.nodes_alive(ids_by_address(nodes))
 
     def _leads(self, controller: Controller) -> bool:

@@ -176,6 +176,11 @@ class Controller:
         if name in self.cluster.workers:
             self.lost({name: f"its control connection closed ({reason})"}, now)
 
+    def created(self, name: str, now: float) -> None:
+        """The process of a new worker runs; from now on it must be ready within the limit."""
+        record = self.cluster.workers.find(name)
+        record.has_process, record.since = True, now
+
     def lost(self, reasons: Mapping[str, str], now: float) -> None:
         """Declare workers (name -> reason) lost."""
         cluster = self.cluster

@@ -155,6 +155,8 @@ class ClusterView:
             raise NotReadyError(
                 f"a controller of the older term {snapshot['term']} is not followed"
             )
+        if self.snapshot is not None and int(snapshot["version"]) < int(self.snapshot["version"]):
+            return  # an answer that was overtaken by a newer one
         self.snapshot = snapshot
         self._changed.set()
         self._changed = asyncio.Event()

@@ -33,8 +33,12 @@ from cluster.policy.coverage import stage_on
 
 SIGNAL_LIMIT_S = 120.0
 """Limit of a drain that a worker requested after SIGTERM."""
+RETRY_S = 5.0
+"""Pause after a drain that was refused or undone before its workers can request another."""
 GATHER_S = 0.3
 """Time in which signals to the workers of one node count as one drain."""
+_TOLD_S = 1.0
+"""Precision with which the next controller knows the time that is left."""
 _TOO_LATE = (DrainStep.LEAVE, DrainStep.END, DrainStep.BACK)
 """Steps after which a drain can no longer be undone."""
 
@@ -58,6 +62,8 @@ class Draining:
         self._change: EpochChange | None = None
         """The change of the maps that the drain has under way."""
         self._requested: dict[str, float] = {}
+        self._not_before: dict[str, float] = {}
+        self._refusal = ""
         self._cordon = Cordon()
 
     # ---- a restarted controller -----------------------------------------------------------
@@ -77,7 +83,7 @@ class Draining:
             return
         drain = self._drain = from_plain(known, Drain)
         drain.operation = self._operations.find(drain.operation.id)
-        drain.deadline = self._operations.deadline(drain.operation, drain.order.limit_s)
+        drain.deadline = now + drain.left_s
         table = self._cluster.workers
         states = {table[n].state if n in table else WorkerState.LOST for n in drain.names}
         if states == {WorkerState.DRAINED}:
@@ -101,8 +107,9 @@ class Draining:
         return before or self._begin(self._named(order), order, now)
 
     def requested(self, name: str, now: float) -> None:
-        """A worker received SIGTERM and requests a drain."""
-        if name not in self._requested and not self._is_under_way(name):
+        """A worker received SIGTERM, or its node will leave (then it requests again and again)."""
+        waits = now < self._not_before.get(name, now)
+        if not (waits or name in self._requested or self._is_under_way(name)):
             self._requested[name] = now
 
     def cancel(self, operation: Operation, now: float) -> None:
@@ -163,6 +170,9 @@ class Draining:
         if not self._cluster.takes_orders:
             self._end(drain, OperationState.FAILED, "the cluster is ending", now)
             return
+        if drain.left_s - (left_s := max(drain.deadline - now, 0.0)) >= _TOLD_S:
+            drain.left_s = left_s
+            self._cluster.remember()
         self._advance(drain, now)
         if self._drain is drain and now > drain.deadline:
             self._past_limit(drain, now)
@@ -180,7 +190,11 @@ class Draining:
         try:
             self._begin(names, DrainOrder(limit_s=SIGNAL_LIMIT_S), now)
         except ConflictError as err:
-            self._cluster.note(f"{' and '.join(names)} got a signal to end", f"go on: {err}", now)
+            self._not_before |= dict.fromkeys(names, now + RETRY_S)
+            cause, effect = f"{' and '.join(names)} got a signal to end", f"go on: {err}"
+            if self._refusal != cause + effect:
+                self._cluster.note(cause, effect, now)
+            self._refusal = cause + effect
 
     def _begin(self, names: tuple[str, ...], order: DrainOrder, now: float) -> Operation:
         self._operations.check_free()
@@ -189,7 +203,11 @@ class Draining:
         self._check(names)
         operation = self._operations.begin("drain", " and ".join(names), order, now)
         self._drain = Drain(
-            operation=operation, names=names, order=order, deadline=now + order.limit_s
+            operation=operation,
+            names=names,
+            order=order,
+            deadline=now + order.limit_s,
+            left_s=order.limit_s,
         )
         self._enter(self._drain, DrainStep.SETTLE)
         self._advance(self._drain, now)
@@ -389,6 +407,7 @@ class Draining:
 
     def _end(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
         self._drain = self._change = None
+        self._not_before |= dict.fromkeys(drain.names, now + RETRY_S)
         self._operations.end(drain.operation, state, text, now)
 
 

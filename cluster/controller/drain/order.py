@@ -48,6 +48,8 @@ class Drain:
     order: DrainOrder
     deadline: float
     """Monotonic time at which the drain is undone; of one controller only."""
+    left_s: float
+    """Time left until then, as no two hosts have one clock."""
     step: DrainStep = DrainStep.SETTLE
     before: ExpertPlacement | None = None
     """The maps from before the drain; None if it has changed none."""

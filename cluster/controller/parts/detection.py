@@ -118,10 +118,11 @@ class Detection:
         cluster, limit = self._cluster, self._limits.start_limit_s
         if cluster.takes_orders:
             known = {m.name for m in cluster.round.members}
+            coming = (r for r in cluster.workers.alive() if r.is_coming and r.name not in known)
             return {
                 r.name: f"not ready within {limit:g} s"
-                for r in cluster.workers.alive()
-                if r.name not in known and r.state is WorkerState.LOADING and now - r.since > limit
+                for r in coming
+                if (r.has_process or r.state is WorkerState.LOADING) and now - r.since > limit
             }
         if cluster.round.number > 0 or now - cluster.round.began_at <= limit:
             return {}

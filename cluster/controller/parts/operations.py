@@ -160,10 +160,6 @@ class Operations:
             operation.progress = 1.0
         self._on_change()
 
-    def deadline(self, operation: Operation, limit_s: float) -> float:
-        """Monotonic time at which an operation has run for ``limit_s``."""
-        return operation.started + limit_s - self._offset_s
-
     # ---- a restarted controller -----------------------------------------------------------
 
     def memory(self) -> list[dict[str, Any]]:

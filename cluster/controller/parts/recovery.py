@@ -78,8 +78,8 @@ class Recovery:
             for place, why in self.replacements.left_out.items()
         ]
         for record in self._cluster.workers.alive():
-            waits = record.state is WorkerState.STARTING and record.name in self._started_with
-            if waits and now - record.since > _ROOM_WAIT_S:
+            waits = record.state is WorkerState.STARTING and not record.has_process
+            if waits and record.name in self._started_with and now - record.since > _ROOM_WAIT_S:
                 found.append(f"{record.name} {Problem.WAITS_FOR_ROOM}")
         return found
 

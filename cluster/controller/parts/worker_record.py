@@ -29,6 +29,8 @@ class WorkerRecord:
     """Monotonic time at which its loop last made progress or was idle."""
     since: float = 0.0
     """Monotonic time of the order to start it, later of its first call."""
+    has_process: bool = False
+    """Its process runs, while it has not called yet."""
     num_slots: int = 0
     """Expert slots per bank, where it holds experts."""
     state: WorkerState = WorkerState.STARTING

@@ -19,6 +19,7 @@ from cluster.core.frames import (
     ControlProof,
     Heartbeat,
     HeartbeatAck,
+    WorkerReady,
     decode,
     encode,
     proof,
@@ -42,6 +43,8 @@ class Events:
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
         if isinstance(frame, ControlProof):
             raise ProtocolError("out of place")
+        if isinstance(frame, WorkerReady):
+            raise KeyError("a mistake of ours")
         self.frames.put_nowait((worker, frame))
 
     def on_closed(self, worker: str, reason: str) -> None:
@@ -230,6 +233,17 @@ def test_a_proved_worker_that_sends_rubbish_is_lost() -> None:
         _, writer = await case.admit()
         writer.write(encode(ControlProof(proof="again")))
         assert await case.events.closed.get() == ("expert-0", "out of place")
+        writer.close()
+
+    _run(body)
+
+
+def test_a_mistake_of_the_controller_does_not_lose_the_sender() -> None:
+    async def body(case: Case) -> None:
+        _, writer = await case.admit()
+        writer.write(encode(WorkerReady()) + encode(BEAT))
+        assert await case.events.frames.get() == ("expert-0", BEAT)
+        assert case.events.closed.empty()
         writer.close()
 
     _run(body)

@@ -335,6 +335,21 @@ def test_a_worker_that_does_not_get_ready_is_lost() -> None:
     assert cluster.started() == ["expert-1.2", "expert-1.3"]
 
 
+def test_a_worker_whose_process_runs_and_never_calls_is_lost() -> None:
+    cluster = FakeCluster(1, 3, num_redundant=3, settings=ControllerSettings(start_limit_s=20.0))
+    cluster.serve()
+    lose(cluster, "expert-1")
+    cluster.join_all()
+    wait(cluster, 30.0)
+    cluster.controller.created("expert-1.2", cluster.now)
+    assert cluster.controller.snapshot()["problems"] == []
+    wait(cluster, 19.0)
+    assert cluster.started() == ["expert-1.2"]
+    wait(cluster, 10.0)
+    assert "not ready within 20 s" in cluster.controller.snapshot()["history"][-1]["cause"]
+    assert cluster.started() == ["expert-1.2", "expert-1.3"]
+
+
 def test_a_starting_worker_may_be_silent_for_longer_than_a_serving_one() -> None:
     cluster = FakeCluster(1, 3, num_redundant=3)
     cluster.serve()

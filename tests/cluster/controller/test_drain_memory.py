@@ -147,12 +147,15 @@ def test_a_worker_that_died_meanwhile_ends_its_drain() -> None:
 def test_the_limit_counts_from_when_the_drain_began() -> None:
     world = World(2, 3, NUM_SPARE)
     operation_id = begin(world, "attention-1", limit_s=5.0)
-    world.now += 4.0
+    for _ in range(4):
+        world.tick(1.0)
+        world.beat()
+    running(world).operations.find(operation_id).started += 3600.0  # another host's clock
+    running(world).cluster.remember()
     restart(world)
-    world.now += 2.0
-    world.beat()
-    world.tick(0.1)
     operation = running(world).operations.find(operation_id)
+    assert operation.is_running
+    world.tick(1.9)
     assert operation.state is OperationState.FAILED
     assert "within 5 s" in operation.message
     assert state_of(world, "attention-1") == "SERVING"
@@ -189,6 +192,7 @@ def test_a_drain_is_plain_data_and_back() -> None:
         names=("expert-1", "attention-1"),
         order=DrainOrder(node="host-b", limit_s=7.0, force=True),
         deadline=8.0,
+        left_s=7.0,
         step=DrainStep.BACK,
         before=contiguous(BANKS, 3, 4),
         outcome=(OperationState.CANCELLED, "cancelled"),
@@ -204,6 +208,7 @@ def test_a_drain_that_was_being_taken_back_ends_as_it_should() -> None:
         names=("attention-1",),
         order=DrainOrder(worker="attention-1", limit_s=60.0),
         deadline=world.now + 60.0,
+        left_s=60.0,
         step=DrainStep.BACK,
         outcome=(OperationState.CANCELLED, "cancelled"),
     )

@@ -444,6 +444,28 @@ def test_a_signal_that_cannot_be_followed_is_noted() -> None:
     assert state_of(cluster, "attention-0") == "SERVING"
 
 
+def test_a_drain_of_a_node_is_tried_again_after_a_refusal() -> None:
+    cluster = serving(2, 4)
+    draining = cluster.controller.draining
+    cluster.controller.lost({"attention-0": "closed"}, cluster.now)
+    cluster.join_all()
+    for _ in range(12):  # the node's end is announced again and again
+        draining.requested("attention-1", cluster.now)
+        cluster.tick(0.5)
+        cluster.beat_all()
+    assert cluster.controller.operations.to_list() == []
+    causes = [e["cause"] for e in cluster.controller.snapshot()["history"]]
+    assert causes.count("attention-1 got a signal to end") == 1
+    cluster.bring_up("attention-0.2")
+    cluster.join_all()
+    for _ in range(12):
+        draining.requested("attention-1", cluster.now)
+        cluster.tick(0.5)
+        cluster.beat_all()
+    (operation,) = cluster.controller.operations.to_list()
+    assert operation["target"] == "attention-1"
+
+
 def test_the_end_of_the_cluster_ends_a_drain() -> None:
     cluster = serving()
     operation = drain(cluster, "attention-1")
