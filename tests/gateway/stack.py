@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import httpx
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection, ObservabilitySection
 from cluster.config.gateway import GatewaySection
@@ -168,7 +168,7 @@ class Stack:
         self._closers.append(stop)
 
 
-async def start_http(app: FastAPI) -> tuple[str, Callable[[], Coroutine[Any, Any, None]]]:
+async def start_http(app: ASGIApp) -> tuple[str, Callable[[], Coroutine[Any, Any, None]]]:
     """Serve an application on a free loopback port; its URL, and what ends it."""
     config = uvicorn.Config(
         app,

@@ -164,7 +164,7 @@ def read_http(server: Served, stream: Stream) -> None:
 def take_event(stream: Stream, line: str) -> None:
     """A line of server-sent events."""
     if line == "data: [DONE]":
-        stream.is_done = True
+        stream.is_done = not stream.error
     elif line.startswith("data: "):
         event: dict[str, Any] = json.loads(line[6:])
         if "error" in event:
@@ -267,6 +267,7 @@ def test_a_killed_replica_breaks_its_streams_and_no_others(
     os.kill(pids[0], signal.SIGKILL)
     clients.finish()
     assert check(clients, expected) > 0
+    assert {stream.error for stream in clients.http if not stream.is_done} <= {"not_ready"}
     server.wait_idle()
     again = Clients(server, pool)
     again.begin(wait_replicas(server, pids[0]))  # another one has come in its place
