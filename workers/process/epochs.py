@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from msgspec.structs import replace
 
 from cluster.core.errors import ProtocolError
 from cluster.core.frames import NewEpoch
-from cluster.core.placement import BankPlacement, ExpertPlacement
+from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+from workers.experts.transfer.obstacle import Obstacle, SlotOrder
 
 
 class EpochPlacements:
-    """Placements by epoch, of one generation. Data thread only."""
+    """Placements by epoch, of one generation. Data thread, but for ``obstacle``."""
 
     def __init__(self) -> None:
         self.current = ExpertPlacement(epoch=0, banks=())
@@ -55,6 +58,27 @@ class EpochPlacements:
         for old in [e for e in self._coming if e < epoch]:
             del self._coming[old]
         return True
+
+    def obstacle(
+        self, device: int, orders: Iterable[SlotOrder], epoch: int, announced: int
+    ) -> Obstacle | None:
+        """What keeps these slots from being written, by an order of a controller that believes
+        ``epoch`` to be in force. ``announced`` is the newest epoch of a generation. Any thread.
+
+        A step may read every slot that the current epoch names, or one that may follow by then.
+        """
+        current, coming = self.current, dict(self._coming)
+        if epoch < current.epoch:
+            return Obstacle(f"ordered in epoch {epoch}, {current.epoch} is in force", False)
+        work = tuple(orders)
+        for maps in (current, *(m for e, m in coming.items() if e <= epoch)):
+            for bank, slot, expert in work:
+                row = maps.banks[bank].physical_to_logical[device] if maps.banks else ()
+                held = row[slot] if slot < len(row) else FREE_SLOT
+                if held not in (FREE_SLOT, expert):
+                    text = f"slot {slot} of bank {bank} has expert {held} in epoch {maps.epoch}"
+                    return Obstacle(text, max(epoch, announced) > current.epoch)
+        return None
 
 
 def _check_place(found: BankPlacement, old: BankPlacement) -> None:

@@ -6,7 +6,7 @@ Expert workers and colocated workers have one each.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from workers.experts.slots import ExpertSlots
 from workers.experts.sources import CheckpointSource, ExpertSource
 from workers.experts.speed import blank_bank, slots_per_second
 from workers.experts.transfer.loading import CHECKPOINT, ExpertLoader, OpenSource
+from workers.experts.transfer.obstacle import Obstacle, SlotOrder
 from workers.experts.transfer.peer_source import (
     GIVE_UP,
     PEER,
@@ -58,6 +59,7 @@ class ExpertPart:
         timer: StepTimer,
         me: PeerIdentity,
         weights: PeerServer,
+        obstacle: Callable[[Sequence[SlotOrder], int], Obstacle | None],
         banks_of: BanksOf | None = None,
     ) -> None:
         """Fill the empty ``slots``, and serve their experts to other workers by ``weights``.
@@ -89,6 +91,7 @@ class ExpertPart:
             slots,
             sources,
             control.send,
+            obstacle=obstacle,
             max_slots=None if can_grow else args.num_slots,
             min_slots=args.num_slots,
         )

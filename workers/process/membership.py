@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -36,6 +36,7 @@ from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from workers.engine.isolation import Companions
 from workers.engine.step_channel import StepChannel
+from workers.experts.transfer.obstacle import Obstacle, SlotOrder
 from workers.process.epochs import EpochPlacements
 from workers.requests.step_header import StepHeader
 from workers.transport.peer_connections import PeerConnections
@@ -171,6 +172,14 @@ class Membership:
             slots=self._hooks.slots(),
         )
         return [report] if loss is None else [report, loss]
+
+    # ---- the loader's thread ------------------------------------------------------------------
+
+    def obstacle(self, device: int, orders: Iterable[SlotOrder], epoch: int) -> Obstacle | None:
+        """What keeps expert slots from being written; see ``EpochPlacements``."""
+        order = self.announced
+        announced = order.placement.epoch if order is not None else 0
+        return self.epochs.obstacle(device, orders, epoch, announced)
 
     # ---- the data thread --------------------------------------------------------------------
 

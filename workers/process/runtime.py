@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Set
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,7 @@ class WorkerRuntime(ABC):
             timer=self._new_timer(),
             me=self._me,
             weights=self._weights,
+            obstacle=partial(self.membership.obstacle, self.member.device),
             banks_of=self.banks_of,
         )
         self._cleanup.callback(part.close)

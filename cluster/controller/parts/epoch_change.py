@@ -212,7 +212,12 @@ class EpochChange:
             number = next(self._numbers)
             self._orders[number] = _Order(member=member, source=source, fills=own, tried=tried)
             experts = [[f.bank, f.slot, f.expert] for f in own]
-            order = LoadExperts(order=number, experts=experts, source=self._source(source, now))
+            order = LoadExperts(
+                order=number,
+                epoch=self._base.epoch,
+                experts=experts,
+                source=self._source(source, now),
+            )
             self._cluster.link.send(member.name, order)
 
     def _source(self, device: int, now: float) -> dict[str, object]:

@@ -251,16 +251,17 @@ class Recovery:
             self._settle()
             cluster.remember()
             return
-        self._order(decision.loads, members, now)
         self._failed.clear()
         for member in members:
             self._started_with.pop(member.name, None)
         self._form(decision.members, decision.placement, now)
+        self._order(decision.loads, members, now)  # workers write no slot of maps in force
         cluster.note(decision.cause, decision.effect, now)
 
     def _order(self, loads: Sequence[SlotFill], members: Sequence[Member], now: float) -> None:
         workers = {m.device: m.name for m in members if m.holds_experts}
-        for name, order in self.reloads.order(loads, workers, now).items():
+        epoch = self._cluster.placement.epoch
+        for name, order in self.reloads.order(loads, workers, epoch, now).items():
             self._cluster.link.send(name, order)
 
     def _form(self, members: Sequence[Member], placement: ExpertPlacement, now: float) -> None:

@@ -31,9 +31,9 @@ class Reloads:
         self._pending: dict[int, Reload] = {}
 
     def order(
-        self, loads: Sequence[SlotFill], workers: Mapping[int, str], now: float
+        self, loads: Sequence[SlotFill], workers: Mapping[int, str], epoch: int, now: float
     ) -> dict[str, LoadExperts]:
-        """New orders by worker; ``workers`` is device -> worker."""
+        """New orders by worker, for the placement ``epoch``; ``workers`` is device -> worker."""
         by_worker: defaultdict[str, list[SlotFill]] = defaultdict(list)
         for load in loads:
             by_worker[workers[load.device]].append(load)
@@ -44,7 +44,7 @@ class Reloads:
                 order=number, worker=worker, loads=tuple(own), began_at=now
             )
             experts = [[load.bank, load.slot, load.expert] for load in own]
-            orders[worker] = LoadExperts(order=number, experts=experts)
+            orders[worker] = LoadExperts(order=number, epoch=epoch, experts=experts)
         return orders
 
     def answered(self, worker: str, order: int) -> Reload | None:

@@ -59,6 +59,9 @@ def test_survivors_load_the_experts_of_a_lost_worker_while_the_generation_forms(
         (bank, expert) for bank in (0, 1) for expert in (3, 4, 5)
     ]
     assert cluster.link.last("attention-0", LoadExperts) is None
+    kinds = [type(frame) for frame in cluster.link.sent["expert-0"]]
+    assert NewGeneration not in kinds[kinds.index(LoadExperts) :]  # they judge by its maps
+    assert [order.epoch for order in orders if order is not None] == [2, 2]
     order = cluster.link.last("attention-0", NewGeneration)
     assert order is not None
     assert order.placement.epoch == 2

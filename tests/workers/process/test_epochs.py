@@ -9,6 +9,7 @@ from cluster.core.errors import ProtocolError
 from cluster.core.frames import NewEpoch, decode, encode
 from cluster.core.placement import ExpertPlacement, contiguous
 from tests.cluster.controller.fakes_cluster import BANKS
+from workers.experts.transfer.obstacle import Obstacle
 from workers.process.epochs import EpochPlacements
 
 FIRST = contiguous(BANKS, 2, 1)
@@ -76,3 +77,53 @@ def test_nonsense_is_refused(maps: EpochPlacements, bad: NewEpoch, message: str)
     with pytest.raises(ProtocolError, match=message):
         maps.learn(bad)
     assert maps.current == FIRST
+
+
+# ---- orders to write expert slots -------------------------------------------------------------
+
+HELD, SLOT = FIRST.banks[1].physical_to_logical[0][0], 0
+FREE = len(FIRST.banks[1].physical_to_logical[0])
+"""A slot that the maps do not name."""
+
+
+def moved_to(slot: int, expert: int, epoch: int) -> NewEpoch:
+    """An epoch in which one slot of device 0 has another expert."""
+    rows = [list(row) for row in FIRST.banks[1].physical_to_logical]
+    rows[0] += [-1] * (slot + 1 - len(rows[0]))
+    rows[0][slot] = expert
+    banks = ((1, FIRST.banks[1].with_slots(rows)),)
+    return NewEpoch(generation=3, epoch=epoch, base_epoch=1, banks=banks)
+
+
+def test_slots_outside_the_maps_may_be_written(maps: EpochPlacements) -> None:
+    assert maps.obstacle(0, [(1, FREE, 5)], 1, 1) is None
+    assert maps.obstacle(0, [(1, SLOT, HELD)], 1, 1) is None  # its expert never came
+
+
+def test_an_order_of_who_does_not_know_the_epoch_in_force_is_refused(
+    maps: EpochPlacements,
+) -> None:
+    """An earlier controller ordered the switch, and this one does not know of it yet."""
+    maps.learn(moved_to(FREE, 5, 2))
+    assert maps.reach(2)
+    found = maps.obstacle(0, [(1, FREE, 6)], 1, 1)
+    assert found == Obstacle("ordered in epoch 1, 2 is in force", passes=False)
+
+
+@pytest.mark.parametrize("expert", [(HELD + 1) % 8, -1])
+def test_a_slot_in_force_is_neither_overwritten_nor_emptied(
+    maps: EpochPlacements, expert: int
+) -> None:
+    words = f"slot {SLOT} of bank 1 has expert {HELD} in epoch 1"
+    work = [(1, FREE, 5), (1, SLOT, expert)]
+    assert maps.obstacle(0, work, 1, 1) == Obstacle(words, passes=False)
+    assert maps.obstacle(0, work, 1, 4) == Obstacle(words, passes=True)  # new maps will come
+    assert maps.obstacle(0, work, 2, 1) == Obstacle(words, passes=True)  # the header will
+
+
+def test_an_epoch_that_may_follow_by_then_protects_its_slots(maps: EpochPlacements) -> None:
+    maps.learn(moved_to(FREE, 5, 2))
+    assert maps.obstacle(0, [(1, FREE, 6)], 1, 1) is None  # it was given up, its controller knows
+    found = maps.obstacle(0, [(1, FREE, 6)], 2, 1)
+    assert found is not None
+    assert found.passes

@@ -9,9 +9,11 @@ and an entry in the mapping of ``ExpertLoader``; the order's ``source`` names th
 parameters.
 
 An order fills slots that no current placement uses, so steps never read a slot that is being
-written; kernels allow that (``ExpertKernel``). On a CPU a bank grows to the slots of an order; on a
-GPU its capacity is fixed (``--recovery-slots``). Orders are carried out one after the other, and
-each is answered once. The slots of a failed order have undefined contents.
+written; kernels allow that (``ExpertKernel``). An order that would break this is refused: its
+controller does not know the placement in force. An expert that is in its slot is not read again. On
+a CPU a bank grows to the slots of an order; on a GPU its capacity is fixed (``--recovery-slots``).
+Orders are carried out one after the other, and each is answered once. The slots of a failed order
+have undefined contents.
 
 When a generation runs, slots outside its maps are freed (``keep_only``), in the order of the queue:
 earlier orders were for this generation, or for one that will never run.
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +37,7 @@ from cluster.core.frames import ExpertsLoaded, LoadExperts
 from cluster.core.placement import FREE_SLOT
 from workers.experts.slots import ExpertSlots
 from workers.experts.sources import ExpertSource
+from workers.experts.transfer.obstacle import Obstacle, SlotOrder, no_obstacle
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,8 @@ CHECKPOINT = "checkpoint"
 OpenSource = Callable[[Mapping[str, Any]], ExpertSource]
 """Opens a source, given ``LoadExperts.source``."""
 Item = TypeVar("Item")
+_LOOK_S = 0.02
+"""Time between two looks at an obstacle."""
 
 
 class ExpertLoader:
@@ -53,10 +59,15 @@ class ExpertLoader:
         sources: Mapping[str, OpenSource],
         answer: Callable[[ExpertsLoaded], None],
         *,
+        obstacle: Callable[[Sequence[SlotOrder], int], Obstacle | None] = no_obstacle,
+        wait_limit_s: float = 5.0,
         max_slots: int | None = None,
         min_slots: int = 0,
     ) -> None:
         """``sources`` by kind; ``answer`` is called on the loader's thread.
+
+        ``obstacle`` gets slots to be written and the epoch of their order; the loader waits for one
+        that passes, for at most ``wait_limit_s``.
 
         ``max_slots`` is the capacity of a bank where it cannot grow, ``min_slots`` what it keeps
         where it can.
@@ -64,6 +75,8 @@ class ExpertLoader:
         self._slots = slots
         self._sources = sources
         self._answer = answer
+        self._obstacle = obstacle
+        self._wait_limit_s = wait_limit_s
         self._max_slots = max_slots
         self._min_slots = min_slots
         self._closing = False
@@ -115,7 +128,7 @@ class ExpertLoader:
             self._answer(ExpertsLoaded(order=order.order, error=error, num_bytes=num_bytes))
 
     def _load(self, order: LoadExperts) -> int:
-        work = self._parse(order)
+        work = self._to_do(order)
         self._make_room(work)
         open_source = self._sources.get(str(order.source.get("kind", CHECKPOINT)))
         if open_source is None:
@@ -133,7 +146,21 @@ class ExpertLoader:
         finally:
             source.close()
 
-    def _parse(self, order: LoadExperts) -> list[tuple[int, int, int]]:
+    def _to_do(self, order: LoadExperts) -> list[SlotOrder]:
+        """The slots that are still to be written. Raises ``ProtocolError`` if they must not be."""
+        work = self._parse(order)
+        deadline = time.monotonic() + self._wait_limit_s
+        while (obstacle := self._obstacle(work, order.epoch)) is not None:
+            if not obstacle.passes or self._closing or time.monotonic() > deadline:
+                raise ProtocolError(obstacle.reason)
+            time.sleep(_LOOK_S)
+        return [
+            (bank, slot, expert)
+            for bank, slot, expert in work
+            if expert == FREE_SLOT or self._slots.contents(bank).get(slot) != expert
+        ]
+
+    def _parse(self, order: LoadExperts) -> list[SlotOrder]:
         """Checked (bank, slot, expert) of an order. Raises ``ProtocolError``."""
         banks, work = self._slots.banks, []
         for entry in order.experts:
@@ -150,7 +177,7 @@ class ExpertLoader:
             work.append((bank, slot, expert))
         return work
 
-    def _make_room(self, work: list[tuple[int, int, int]]) -> None:
+    def _make_room(self, work: Sequence[SlotOrder]) -> None:
         wanted: defaultdict[int, int] = defaultdict(int)
         for bank, slot, expert in work:
             if expert != FREE_SLOT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import shutil
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.harness.engine_stream import TIMEOUT_S
 from workers.experts.slots import ExpertSlots
 from workers.experts.sources import CheckpointSource, ExpertSource, ExpertWeight
 from workers.experts.transfer.loading import CHECKPOINT, ExpertLoader
+from workers.experts.transfer.obstacle import Obstacle
 from workers.model.config import BankSpec
 from workers.model.loading.checkpoint import Checkpoint
 
@@ -41,10 +43,13 @@ class Loading:
         shapes = [BankShape(bank=b.bank, layer=b.layer, num_experts=b.num_experts) for b in banks]
         self.slots.load_placement(contiguous(shapes, 2), 0, self.checkpoint)
         self.answers: queue.Queue[ExpertsLoaded] = queue.Queue()
+        self.obstacles: deque[Obstacle] = deque()
+        """What the next looks find in the way of an order."""
         self.loader = ExpertLoader(
             self.slots,
             {CHECKPOINT: self._open_checkpoint, "broken": self._open_broken},
             self.answers.put,
+            obstacle=lambda work, epoch: self.obstacles.popleft() if self.obstacles else None,
             max_slots=max_slots,
             min_slots=4,
         )
@@ -229,3 +234,24 @@ def test_an_order_is_given_up_at_the_end(tiny_checkpoint: Path) -> None:
     found.loader.order(LoadExperts(order=1, experts=[[0, 4, 5]]))
     assert found.answers.empty()
     assert found.slots.banks[0].num_slots == 4
+
+
+def test_an_order_waits_for_an_obstacle_that_passes(tiny_checkpoint: Path) -> None:
+    with loading(tiny_checkpoint) as found:
+        found.obstacles += [Obstacle("the header comes", True), Obstacle("and comes", True)]
+        assert found.load([0, 4, 5]).error == ""
+        assert not found.obstacles
+        found.check(0, 4, 5)
+
+
+def test_an_order_that_would_overwrite_a_slot_in_force_is_refused(tiny_checkpoint: Path) -> None:
+    with loading(tiny_checkpoint) as found:
+        found.obstacles += [Obstacle("the header comes", True), Obstacle("slot 0 is used", False)]
+        assert found.load([0, 0, 5]).error == "slot 0 is used"
+        assert found.slots.contents(0)[0] == 0
+
+
+def test_what_is_in_its_slot_is_not_read_again(tiny_checkpoint: Path) -> None:
+    """A step may read it at this moment."""
+    with loading(tiny_checkpoint) as found:
+        assert found.load([0, 0, 0], [1, 2, 2]) == ExpertsLoaded(order=7, num_bytes=0)

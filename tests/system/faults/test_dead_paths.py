@@ -1,0 +1,41 @@
+"""A network path between two workers loses everything in one direction; both workers live."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.harness.serving_cluster import ThreadCluster, make_config, serving
+from tests.workers.transport.blackhole import lose_all_to
+from workers.requests.request import Request, SamplingParams
+
+NUM_TOKENS = 60
+REQUEST = Request(
+    request_id="r",
+    prompt=(5, 6, 7),
+    params=SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True),
+)
+
+
+@pytest.mark.parametrize(
+    ("sender", "receiver"),
+    [
+        ("attention-0", "expert-1"),
+        ("expert-1", "attention-0"),
+        ("attention-0", "attention-1"),
+        ("attention-1", "attention-0"),
+    ],
+)
+def test_streams_go_on_without_the_path(tiny_checkpoint: Path, sender: str, receiver: str) -> None:
+    config = make_config(tiny_checkpoint, 2, 3, transport={"detection_limit_s": 2.0})
+    cluster = ThreadCluster(config)
+    with serving(cluster):
+        stream = cluster.stream()
+        expected = stream.finish([REQUEST])["r"].tokens
+        edges = cluster.group.runtimes[receiver].connections.edges
+        lose_all_to(edges[sender].sock)
+        assert stream.finish([REQUEST])["r"].tokens == expected
+        causes = [entry["cause"] for entry in cluster.snapshot()["history"]]
+        assert any("no acknowledgement for" in cause for cause in causes), causes
+        stream.close()
