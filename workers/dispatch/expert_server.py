@@ -153,7 +153,8 @@ class ExpertServer:
         """
         self._filled = self._epochs.begin_step(header)
         self.timer.begin_step(header)
-        self._transport.begin_step(header)
+        with self._activity:
+            self._transport.begin_step(header)
         self._exact = header.exact
         self._is_measured = header.step % SAMPLE == 0
         self._granted = [
@@ -201,7 +202,8 @@ class ExpertServer:
         ]
         tag = Tag(bank.index, exchange.index, micro_batch, "outputs")
         self.timer.lap("experts", *place)
-        self._transport.post(tag, replies, sized=False)
+        with self._activity:  # the buffers may be full
+            self._transport.post(tag, replies, sized=False)
         self.num_bytes["combine"] += sum(part.nbytes for m in replies for part in m.parts)
         self.timer.lap("send", *place)
         self._count(bank, batch)  # after the reply, for which others wait

@@ -111,7 +111,8 @@ class RemoteDispatcher(TimedDispatcher):
         self.timer.begin_step(header)
         self._header = header
         self._micro_batches = micro_batches
-        self._transport.begin_step(header)
+        with self._activity:
+            self._transport.begin_step(header)
 
     def sit_out(self, header: StepHeader) -> None:
         """Drop old maps; an attention rank without rows takes no part in the exchanges."""
@@ -142,7 +143,8 @@ class RemoteDispatcher(TimedDispatcher):
                 messages, by_rank = self._pick_static(slots, meta, sent.rows, per_slot, granted)
             by_rank = pairs if by_pair else by_rank
             tag = Tag(sent.bank, sent.exchange, micro_batch, "rows")
-            self._transport.post(tag, messages, sized=is_exact)
+            with self._activity:  # the buffers may be full
+                self._transport.post(tag, messages, sized=is_exact)
         return RemoteHandle(
             bank, sent.exchange, micro_batch, num_rows, copies, by_rank, sent.topk_weights
         )

@@ -1,25 +1,67 @@
 """What a heartbeat reports of the data thread: its progress, and whether it waits for a peer.
 
 A step may take longer than the detection limit (a long prefill on a cold cache), so progress is
-also counted within steps, at each exchange with the experts.
+also counted within steps, at each exchange with the experts. One exchange may take longer, too:
+in a step, CPU time of the data thread counts as progress, for a time that grows with the rows.
 """
 
 from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+ROW_LIMIT_S = 0.25
+"""Time between two exchanges that each row of a step may take: large experts on a slow CPU."""
+_MIN_CPU_S = 0.001
+"""CPU time between two heartbeats from which on the data thread computes."""
 
 
 class Activity:
     """Counters of one data thread, read by the control thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpu_s: Callable[[], float] | None = None) -> None:
+        """``cpu_s`` returns the CPU time of the data thread; ``bind`` sets it, too."""
         self.progress = 0
         """Grows with every iteration of the loop and every exchange of a step."""
         self.is_waiting = False
         """The data thread waits for a peer within a step (``with activity:``)."""
         self.is_idle = True
         """The data thread has no work."""
+        self.rows = 0
+        """Rows of the step under way; 0 outside a step."""
+        self._cpu_s = cpu_s
+        self._cpu_seen_s = 0.0
+        self._seen = -1
+        self._seen_at = 0.0
+        self._computed = 0
+
+    def bind(self) -> None:
+        """This thread is the data thread."""
+        clock = time.pthread_getcpuclockid(threading.get_ident())
+        self._cpu_s = lambda: time.clock_gettime(clock)
 
     def advance(self) -> None:
         self.progress += 1
+
+    def observe(self, now: float) -> int:
+        """The progress for a heartbeat, which counts computing, too. Control thread."""
+        cpu_s = self._read_cpu_s()
+        computes = cpu_s - self._cpu_seen_s >= _MIN_CPU_S
+        self._cpu_seen_s = cpu_s
+        if self.progress != self._seen:
+            self._seen, self._seen_at = self.progress, now
+        elif computes and now - self._seen_at <= self.rows * ROW_LIMIT_S:
+            self._computed += 1
+        return self.progress + self._computed
+
+    def _read_cpu_s(self) -> float:
+        if self._cpu_s is None:
+            return 0.0
+        try:
+            return self._cpu_s()
+        except OSError:  # the thread has ended
+            return self._cpu_seen_s
 
     def __enter__(self) -> None:
         self.is_waiting = True

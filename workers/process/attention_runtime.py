@@ -258,6 +258,7 @@ class AttentionRuntime(WorkerRuntime):
         if header is None:
             return
         self.activity.is_idle = False
+        self.activity.rows = header.decode_rows + header.prefill_rows
         stall_s = time.monotonic() - self.membership.last_commit if self._has_more else 0.0
         self.membership.follow_epoch(header, stall_s)
         self._has_more = False

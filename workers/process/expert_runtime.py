@@ -34,6 +34,7 @@ class ExpertRuntime(WorkerRuntime):
         self.activity.is_idle = False
         if header is None:
             return
+        self.activity.rows = header.decode_rows + header.prefill_rows
         self.membership.follow_epoch(header)
         started = time.monotonic()
         self._experts.server.run_step(header)

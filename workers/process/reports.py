@@ -43,10 +43,11 @@ class WorkerReports:
     def heartbeat(self) -> Heartbeat:
         """State of the data thread, statistics, and the load report when it is due."""
         membership, activity = self.membership, self.activity
-        due = time.monotonic() - self._load_sent_at >= self.load_every_s
+        now = time.monotonic()
+        due = now - self._load_sent_at >= self.load_every_s
         epoch = float(membership.epochs.current.epoch)
         return Heartbeat(
-            progress=activity.progress,
+            progress=activity.observe(now),
             idle=activity.is_idle,
             generation=membership.generation.number,
             running=membership.runs,

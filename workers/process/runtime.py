@@ -201,6 +201,7 @@ class WorkerRuntime(ABC):
         self.control.redirect(control_address)
 
     def _main(self) -> None:
+        self.activity.bind()
         try:
             self.compute_threads = ComputeThreads.for_threads(self.args.threads)
             self._open()
@@ -408,6 +409,7 @@ class WorkerRuntime(ABC):
     def _guarded_step(self) -> None:
         """Run one step; a lost peer or a new generation ends this generation."""
         self.activity.advance()
+        self.activity.rows = 0
         membership = self.membership
         try:
             if membership.runs:

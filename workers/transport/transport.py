@@ -76,7 +76,7 @@ class DataTransport(Protocol):
         """Start a step, to which the messages that follow belong."""
 
     def post(self, tag: Tag, messages: Sequence[Message], *, sized: bool) -> None:
-        """Send at once and do not wait; the tensors may be reused afterwards.
+        """Send at once, and wait only where buffers are full; the tensors may be reused afterwards.
 
         ``sized``: the receivers do not know the counts, so they travel along.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from workers.dispatch.dispatcher import BatchRows, TokenDispatcher
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.local import LocalDispatcher
 from workers.dispatch.remote import RemoteDispatcher
+from workers.metrics.activity import Activity
 from workers.model.config import BankSpec, ExchangeSpec
 from workers.requests.step_header import Grant, StepHeader
 from workers.transport.collective import CollectiveTransport
@@ -152,6 +154,8 @@ class Mesh:
     step_timeout_s: float = 60.0
     colocated: bool = False
     workers: dict[str, Worker] = field(default_factory=dict)
+    activities: defaultdict[str, Activity] = field(default_factory=lambda: defaultdict(Activity))
+    """Of the data threads, by worker."""
     generation: Generation = field(default_factory=lambda: Generation(number=0, members=()))
 
     def __enter__(self) -> Mesh:
@@ -256,6 +260,7 @@ class Mesh:
             combine_mode=self.combine_mode,
             dtype=self.dtype,
             device=CPU,
+            activity=self.activities[f"attention-{rank}"],
         )
 
     def _expert_side(self, transport: DataTransport, rank: int) -> ExpertServer:
@@ -267,6 +272,7 @@ class Mesh:
             combine_mode=self.combine_mode,
             dtype=self.dtype,
             device=CPU,
+            activity=self.activities[f"expert-{rank}"],
         )
 
     def _slots(self, device: int) -> FakeSlots:

@@ -268,3 +268,21 @@ def test_a_process_group_that_cannot_be_built_is_a_lost_peer() -> None:
         with pytest.raises(PeerLostError, match="attention-0: no process group generation-1: "):
             transport.apply_generation(broken)
         transport.close()
+
+
+@pytest.mark.parametrize("sender", ["attention-0", "expert-0"])
+def test_a_blocked_send_is_a_wait_for_a_peer(sender: str) -> None:
+    """Its worker does not stand still by its own fault."""
+    with Mesh(1, 1, BANKS) as mesh:
+        waits: list[bool] = []
+        transport, activity = mesh[sender].transport, mesh.activities[sender]
+        post = transport.post
+
+        def spy(tag: Tag, messages: list[Message], *, sized: bool) -> None:
+            waits.append(activity.is_waiting)
+            post(tag, messages, sized=sized)
+
+        transport.post = spy  # type: ignore[method-assign,assignment]
+        run_step_ok(mesh, 1)
+        assert waits == [True] * len(BANKS)
+        assert not activity.is_waiting
