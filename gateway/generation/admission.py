@@ -16,6 +16,7 @@ _RATE_WINDOW = 64
 _LEAST_FINISHED = 8
 """Finished requests below which the rate is unknown."""
 _UNKNOWN_RATE_RETRY_S = 5.0
+"""Before the first request has finished."""
 
 
 @dataclass(slots=True)
@@ -25,6 +26,7 @@ class Ticket:
     admission: Admission
     num_requests: int
     num_tokens: int
+    since_s: float
     num_bytes: int = 0
     is_held: bool = True
 
@@ -36,7 +38,8 @@ class Ticket:
         if self.is_held:
             self.is_held = False
             self.admission.num_bytes -= self.num_bytes
-            self.admission._release(self.num_requests, self.num_tokens, now_s)
+            held_s = now_s - self.since_s
+            self.admission._release(self.num_requests, self.num_tokens, now_s, held_s)
 
 
 @dataclass(eq=False)
@@ -49,7 +52,7 @@ class Admission:
     """Prompt and output tokens that they may need together."""
     capacity: int
     """Requests that the engines run at once; more of them wait. The drain rate is measured only
-    while some wait: at other times requests leave as fast as they come."""
+    while some wait or the queue is full: at other times requests leave as fast as they come."""
     max_prompt_bytes: int = 256 * 1024 * 1024
     """Bytes of prompts that are embeddings, held at once."""
     num_requests: int = 0
@@ -59,9 +62,10 @@ class Admission:
     """Bytes of their prompts that are embeddings."""
 
     def __post_init__(self) -> None:
-        self._saturated_s = 0.0  # time with requests waiting, in all
+        self._saturated_s = 0.0  # time with requests waiting or a full queue, in all
         self._since_s: float | None = None  # start of the present such time
         self._finished_s: deque[float] = deque(maxlen=_RATE_WINDOW)  # on the saturated clock
+        self._held_s: deque[float] = deque(maxlen=_RATE_WINDOW)  # by finished request
 
     @property
     def num_waiting(self) -> int:
@@ -92,11 +96,11 @@ class Admission:
             )
         self._add(num_requests, num_tokens, now_s)
         self.num_bytes += num_bytes
-        return Ticket(self, num_requests, num_tokens, num_bytes)
+        return Ticket(self, num_requests, num_tokens, now_s, num_bytes)
 
     def retry_after_s(self, num_requests: int) -> float:
         """Estimated time until ``num_requests`` have left."""
-        rate = self._drain_rate()
+        rate = self._drain_rate() or self._usual_rate()
         return clamp_retry_s(num_requests / rate if rate else _UNKNOWN_RATE_RETRY_S)
 
     def queue_time_s(self) -> float:
@@ -105,13 +109,19 @@ class Admission:
         return self.num_waiting / rate if rate else 0.0
 
     def _drain_rate(self) -> float | None:
-        """Requests finished per second while others waited; None while that is not known."""
+        """Requests finished per second while saturated; None while that is not known."""
         if len(self._finished_s) < _LEAST_FINISHED:
             return None
         span_s = self._finished_s[-1] - self._finished_s[0]
         return (len(self._finished_s) - 1) / span_s if span_s > 0 else None
 
-    def _release(self, num_requests: int, num_tokens: int, now_s: float) -> None:
+    def _usual_rate(self) -> float | None:
+        """Requests finished per second if those held now take as long as others before did."""
+        held_s = sum(self._held_s)
+        return self.num_requests * len(self._held_s) / held_s if held_s > 0 else None
+
+    def _release(self, num_requests: int, num_tokens: int, now_s: float, held_s: float) -> None:
+        self._held_s.extend([held_s] * num_requests)
         was_saturated = self._since_s is not None
         self._add(-num_requests, -num_tokens, now_s)
         if was_saturated:
@@ -122,4 +132,5 @@ class Admission:
             self._saturated_s += now_s - self._since_s
         self.num_requests += num_requests
         self.num_tokens += num_tokens
-        self._since_s = now_s if self.num_waiting else None
+        is_full = self.num_requests >= self.max_requests
+        self._since_s = now_s if self.num_waiting or is_full else None

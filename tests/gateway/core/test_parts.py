@@ -63,6 +63,34 @@ def test_the_retry_time_follows_the_drain() -> None:
     assert admission.queue_time_s() == pytest.approx(25.0)
 
 
+@pytest.mark.parametrize("capacity", [4, 16])
+def test_the_retry_time_follows_the_drain_of_a_full_queue(capacity: int) -> None:
+    """Whether or not the engines could run more than the queue holds."""
+    admission = Admission(max_requests=4, max_tokens=10**6, capacity=capacity)
+    tickets = [admission.admit(1, 1, 0.0) for _ in range(4)]
+    for second in range(0, 400, 10):  # each takes 40 s: one leaves every 10 s
+        tickets.pop(0).release(second + 10.0)
+        tickets.append(admission.admit(1, 1, second + 10.0))
+    for num_requests in (1, 3):
+        with pytest.raises(errors.QueueFullError) as caught:
+            admission.admit(num_requests, 1, 405.0)
+        assert caught.value.retry_after_s == pytest.approx(10.0 * num_requests)
+
+
+def test_the_retry_time_of_a_queue_full_of_tokens_follows_its_requests() -> None:
+    admission = Admission(max_requests=100, max_tokens=30, capacity=16)
+    tickets = [admission.admit(1, 10, 0.0) for _ in range(3)]
+    with pytest.raises(errors.QueueFullError) as caught:
+        admission.admit(1, 10, 5.0)
+    assert caught.value.retry_after_s == 5.0  # nothing has finished
+    for second in range(10, 1000, 10):  # each takes 30 s: one leaves every 10 s
+        tickets.pop(0).release(float(second))
+        tickets.append(admission.admit(1, 10, float(second)))
+    with pytest.raises(errors.QueueFullError) as caught:
+        admission.admit(1, 10, 995.0)
+    assert caught.value.retry_after_s == pytest.approx(10.0, rel=0.05)
+
+
 def test_quiet_times_do_not_count_for_the_drain_rate() -> None:
     admission = Admission(max_requests=100, max_tokens=10**6, capacity=10)
     for hour in range(20):
