@@ -20,6 +20,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from cluster.core.errors import CheckpointError, RequestError
 from gateway.core.tool_use import ToolForm
 
+_RENDER_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    RecursionError,
+)
+_PROBE = "expertmesh-probe"
+_USUAL_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+_MOST_SHOWN = 64
+
 
 class _GenerationTag(Extension):
     """``{% generation %}`` marks the assistant's words for training; here it is transparent."""
@@ -61,6 +73,8 @@ class ChatTemplate:
         except jinja2.TemplateError as err:
             raise CheckpointError(f"the chat template is not valid: {err}") from err
         self._field = field
+        self._source = source
+        self._roles: dict[tuple[str, bool], bool] = {}
         self.variables = dict(variables or {})
         """Special tokens by name."""
         self.has_tools = "tools" in names
@@ -81,27 +95,46 @@ class ChatTemplate:
         Raises:
             RequestError: the template refuses the conversation.
         """
-        values = {**self.variables, **(variables or {})}
+        values = {**self.variables, **(variables or {}), "documents": None, "tools": tools}
+        values["add_generation_prompt"] = add_generation_prompt
         try:
-            text = self._template.render(
-                **values,
-                messages=[dict(message) for message in messages],
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            LookupError,
-            RecursionError,
-        ) as err:
+            text = self._template.render(values, messages=[dict(message) for message in messages])
+        except _RENDER_ERRORS as err:
             raise self._misfit(err) from err
+        for place, message in enumerate(messages):
+            if not self._knows_role(str(message.get("role")), tools):
+                role = str(message.get("role"))[:_MOST_SHOWN]
+                raise self._misfit(f"it has no role {role!r} (messages[{place}])")
         return _cut_at_end_of(text, messages[-1]) if continue_final_message else text
 
-    def _misfit(self, reason: Exception) -> RequestError:
+    def _knows_role(self, role: str, tools: Sequence[Mapping[str, Any]] | None) -> bool:
+        """Whether the template has this role; a template may also refuse it itself.
+
+        Roles beyond the usual ones must be named in the template. Since many templates leave out
+        what they do not know, a message with the role must show in the prompt, if messages do.
+        """
+        if role not in _USUAL_ROLES and f"'{role}'" not in self._source.replace('"', "'"):
+            return False
+        key = (role, bool(tools))
+        if key not in self._roles:
+            self._roles[key] = self._shows(role, tools) or not self._shows("user", tools)
+        return self._roles[key]
+
+    def _shows(self, role: str, tools: Sequence[Mapping[str, Any]] | None) -> bool:
+        probe = {"role": role, "content": _PROBE, "name": "x", "tool_call_id": "x"}
+        user, assistant = ({"role": who, "content": "x"} for who in ("user", "assistant"))
+        found = []
+        for messages in ([probe, user], [user, probe], [user, assistant, probe]):
+            try:
+                text = self._template.render(
+                    self.variables, messages=messages, tools=tools, documents=None
+                )
+            except _RENDER_ERRORS:
+                continue  # it has spoken for itself, and does so for the client's messages
+            found.append(_PROBE in text)
+        return any(found) or not found
+
+    def _misfit(self, reason: Exception | str) -> RequestError:
         if self._field is not None:
             return RequestError(f"{self._field} does not fit the messages: {reason}", self._field)
         message = f"messages do not fit the model's chat template: {reason}"

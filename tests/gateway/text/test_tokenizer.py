@@ -96,6 +96,46 @@ def test_a_template_that_refuses_is_a_request_error() -> None:
         ChatTemplate(CHAT_TEMPLATE).render([{"role": "robot", "content": "x"}])
 
 
+ANY_ROLE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+FIRST_SYSTEM = (
+    "{% if messages[0].role == 'system' %}<<{{ messages[0].content }}>>{% endif %}"
+    "{% for m in messages %}"
+    "{% if m.role == 'user' %}U{{ m.content }}{% elif m.role == \"assistant\" %}A{{ m.content }}"
+    "{% elif m.role == 'observation' %}O{{ m.content }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "role", "is_known"),
+    [
+        (ANY_ROLE, "system", True),
+        (ANY_ROLE, "tool", True),
+        (ANY_ROLE, "wizard", False),
+        (ANY_ROLE, "", False),
+        (FIRST_SYSTEM, "system", True),
+        (FIRST_SYSTEM, "assistant", True),
+        (FIRST_SYSTEM, "observation", True),
+        (FIRST_SYSTEM, "developer", False),
+        (FIRST_SYSTEM, "tool", False),
+        (FIRST_SYSTEM, "wizard", False),
+        ("{{ messages|length }}", "tool", True),  # it shows no message
+    ],
+)
+def test_a_role_that_the_template_does_not_know_is_refused_by_name(
+    source: str, role: str, is_known: bool
+) -> None:
+    template = ChatTemplate(source)
+    messages = [*MESSAGES, {"role": role, "content": "x"}]
+    if is_known:
+        assert template.render(messages)
+        return
+    with pytest.raises(RequestError, match="it has no role") as caught:
+        template.render(messages)
+    assert f"{role!r} (messages[1])" in str(caught.value)
+    assert caught.value.param == "messages"
+
+
 def test_a_template_that_is_none_is_a_checkpoint_error() -> None:
     with pytest.raises(CheckpointError, match="chat template"):
         ChatTemplate("{% if %}")
