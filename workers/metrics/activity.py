@@ -17,11 +17,17 @@ _MIN_CPU_S = 0.001
 """CPU time between two heartbeats from which on the data thread computes."""
 
 
+def thread_cpu_clock() -> Callable[[], float]:
+    """The CPU time of this thread, for any thread to ask. Raises ``OSError`` after its end."""
+    clock = time.pthread_getcpuclockid(threading.get_ident())
+    return lambda: time.clock_gettime(clock)
+
+
 class Activity:
     """Counters of one data thread, read by the control thread."""
 
     def __init__(self, cpu_s: Callable[[], float] | None = None) -> None:
-        """``cpu_s`` returns the CPU time of the data thread; ``bind`` sets it, too."""
+        """``cpu_s`` returns the CPU time of the data thread; ``bind`` sets it later."""
         self.progress = 0
         """Grows with every iteration of the loop and every exchange of a step."""
         self.is_waiting = False
@@ -36,10 +42,9 @@ class Activity:
         self._seen_at = 0.0
         self._computed = 0
 
-    def bind(self) -> None:
-        """This thread is the data thread."""
-        clock = time.pthread_getcpuclockid(threading.get_ident())
-        self._cpu_s = lambda: time.clock_gettime(clock)
+    def bind(self, cpu_s: Callable[[], float]) -> None:
+        """The data thread has begun."""
+        self._cpu_s = cpu_s
 
     def advance(self) -> None:
         self.progress += 1

@@ -44,7 +44,7 @@ from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel
 from workers.experts.slots import ExpertSlots
 from workers.experts.transfer.peer_source import KEY
-from workers.metrics.activity import Activity
+from workers.metrics.activity import Activity, thread_cpu_clock
 from workers.metrics.step_metrics import StepMetrics
 from workers.metrics.step_timer import StepTimer
 from workers.metrics.step_trace import StepTrace
@@ -201,7 +201,7 @@ class WorkerRuntime(ABC):
         self.control.redirect(control_address)
 
     def _main(self) -> None:
-        self.activity.bind()
+        self.activity.bind(thread_cpu_clock())
         try:
             self.compute_threads = ComputeThreads.for_threads(self.args.threads)
             self._open()

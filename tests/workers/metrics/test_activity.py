@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from workers.metrics.activity import ROW_LIMIT_S, Activity
+from workers.metrics.activity import ROW_LIMIT_S, Activity, thread_cpu_clock
 
 
 class Thread:
@@ -45,7 +45,7 @@ def test_outside_a_step_only_counted_progress_is_progress() -> None:
 
 def test_a_thread_is_bound_to_its_own_clock_and_may_end() -> None:
     activity = Activity()
-    thread = threading.Thread(target=activity.bind)
+    thread = threading.Thread(target=lambda: activity.bind(thread_cpu_clock()))
     thread.start()
     thread.join()
     activity.rows = 1
