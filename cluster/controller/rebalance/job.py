@@ -72,6 +72,8 @@ class RebalanceJob:
         """Summary for people; ``placement`` is the result."""
         decision = self.decision
         whole = "" if is_reached(placement, decision.target) else ", as far as the slots allow"
+        if self.num_moved > decision.num_moves:  # stages may use a slot before its last expert
+            whole += f", {self.num_moved - decision.num_moves} of them on the way"
         return (
             f"filled {self.num_moved} slots in {self.num_stages} epochs ({self.num_bytes} bytes, "
             f"{now - self.began_at:.1f} s){whole}; balancedness "
@@ -142,6 +144,11 @@ def describe(decision: RebalanceDecision) -> str:
         f"{what}, balancedness {percent(decision.balancedness_now)} to "
         f"{percent(decision.balancedness_then)}"
     )
+
+
+def by_load(profile: LoadProfile) -> str:
+    """The load that a plan is for: another load is a reason for another plan."""
+    return f"by the load of {profile.tokens} rows"
 
 
 def percent(value: float | None) -> str:

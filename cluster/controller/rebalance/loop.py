@@ -30,6 +30,7 @@ from cluster.controller.rebalance.job import (
     Promise,
     RebalanceJob,
     RebalanceOrder,
+    by_load,
     describe,
     result_of,
 )
@@ -82,6 +83,7 @@ class Rebalancing:
         self._numbers = itertools.count(_FIRST_ORDER + (operations.term << 32))
         self._considered: Future[RebalanceDecision] | None = None
         self._asked: tuple[Operation, Future[RebalanceDecision]] | None = None
+        self._looked: tuple[float, LoadNow] | None = None  # rows at the last dry run, and its load
         self._job: RebalanceJob | None = None
         self._promise: Promise | None = None
         self._problem = ""
@@ -108,7 +110,7 @@ class Rebalancing:
         self._operations.check_free()
         if self._job is not None and not order.dry_run:
             raise ConflictError("the cluster is rebalancing automatically just now")
-        load = self._plans.load_now(has_ended=False)
+        load = self._load_for(order)
         if load is None:
             raise ConflictError("no load has been seen yet")
         operation = self._operations.begin("rebalance", "experts", order, now)
@@ -116,6 +118,20 @@ class Rebalancing:
         then = partial(self._answer, order, operation, load)
         self._asked = operation, self._plans.decide(load, then, now)
         return operation
+
+    def _load_for(self, order: RebalanceOrder) -> LoadNow | None:
+        """Load now; that of the last dry run as long as no step has been counted since.
+
+        So an order does what the dry run before it has shown, though a window may have ended.
+        """
+        rows = self._cluster.load.totals().rows
+        if self._looked is None or self._looked[0] != rows:
+            self._looked = None
+            load = self._plans.load_now(has_ended=False)
+            if order.dry_run and load is not None:
+                self._looked = rows, load
+            return load
+        return self._looked[1]
 
     def is_deciding(self, operation: Operation) -> bool:
         """An order is being decided."""
@@ -236,7 +252,8 @@ class Rebalancing:
         verb = "would be done" if order.dry_run else "is done"
         text = describe(decision) if decision.action != "none" else f"nothing {verb}"
         done = OperationState.SUCCEEDED
-        self._operations.end(operation, done, f"{text}: {decision.reason}", now)
+        by = by_load(load.profile)
+        self._operations.end(operation, done, f"{text}: {decision.reason}, {by}", now)
 
     def _pending_decision(self, operation: Operation) -> Future[RebalanceDecision] | None:
         """The pending decision on an order."""
@@ -349,7 +366,8 @@ class Rebalancing:
         )
         self.profile = job.profile
         if job.num_stages:
-            self._end(job, "applied", job.summary(placement, now), now)
+            text = f"{job.summary(placement, now)}, {by_load(job.profile)}"
+            self._end(job, "applied", text, now)
         else:
             self._end(job, "failed", "no slot is free to begin with", now)
 

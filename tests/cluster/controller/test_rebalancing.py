@@ -64,6 +64,15 @@ def make(
 
 def window(cluster: FakeCluster, counts: tuple[int, ...]) -> None:
     """A window passes with these numbers of prompt tokens for each expert, in both layers."""
+    beat = report(cluster, counts)
+    for _ in range(int(WINDOW_S) + 1):
+        cluster.send("attention-0", beat)
+        cluster.beat_all("attention-0")
+        cluster.tick(1.0)
+
+
+def report(cluster: FakeCluster, counts: tuple[int, ...]) -> Heartbeat:
+    """A worker reports these tokens beside those before; its heartbeat."""
     cluster.rows += sum(counts) // 2  # type: ignore[attr-defined]
     cluster.counts = cluster.counts + np.array(counts)  # type: ignore[attr-defined]
     total = cluster.counts  # type: ignore[attr-defined]
@@ -75,14 +84,12 @@ def window(cluster: FakeCluster, counts: tuple[int, ...]) -> None:
     )
     epoch = cluster.known.placement.epoch
     banks = {(b.bank, b.layer): bank for b in BANKS}
-    report = LoadReport(epoch=epoch, rows=cluster.rows, banks=banks)  # type: ignore[attr-defined]
-    for _ in range(int(WINDOW_S) + 1):
-        beat = Heartbeat(
-            progress=0, idle=True, generation=1, running=True, epoch=epoch, expert_load=report
-        )
-        cluster.send("attention-0", beat)
-        cluster.beat_all("attention-0")
-        cluster.tick(1.0)
+    load = LoadReport(epoch=epoch, rows=cluster.rows, banks=banks)  # type: ignore[attr-defined]
+    beat = Heartbeat(
+        progress=0, idle=True, generation=1, running=True, epoch=epoch, expert_load=load
+    )
+    cluster.send("attention-0", beat)
+    return beat
 
 
 def obey(cluster: FakeCluster) -> int:
@@ -198,6 +205,27 @@ def test_without_automation_a_change_waits_for_an_order() -> None:
     obey(cluster)
     assert operation.state is OperationState.SUCCEEDED
     assert controller.cluster.placement.epoch > 1
+
+
+def test_an_order_does_what_the_dry_run_before_it_has_shown() -> None:
+    """A window that ends between them is another load, though no step has run."""
+    cluster = make(enable_eplb=False)
+    rebalancing = cluster.controller.rebalancing
+    window(cluster, SKEWED)
+    report(cluster, (1, 1, 2, 3, 4, 40, 60, 80))
+    dry = rebalancing.begin(RebalanceOrder(dry_run=True), cluster.now)
+    for _ in range(int(WINDOW_S) + 1):
+        cluster.beat_all()
+        cluster.tick(1.0)
+    order = rebalancing.begin(RebalanceOrder(), cluster.now)
+    planned = {**order.result, "dry_run": True}
+    assert planned == dry.result
+    obey(cluster)
+    assert f"by the load of {sum(SKEWED) // 2} rows" in dry.message
+    assert f"by the load of {sum(SKEWED) // 2} rows" in order.message
+    report(cluster, (1, 1, 2, 3, 4, 40, 60, 80))
+    again = rebalancing.begin(RebalanceOrder(dry_run=True), cluster.now)
+    assert f"by the load of {sum(SKEWED) // 2} rows" not in again.message
 
 
 def test_without_spare_slots_it_says_why_not() -> None:
