@@ -34,10 +34,10 @@ from cluster.planner.base import (
     normalised,
     placed,
 )
+from cluster.planner.edits import Limits
 from cluster.planner.fill import can_use_two_nodes, fill
 from cluster.planner.moves import aligned
 from cluster.planner.peak import lower_peaks
-from cluster.planner.proposals import Limits
 from cluster.planner.search import Placed, SearchGoal, lacks_nodes, search, solve, spread_over_nodes
 
 Coactivation = Mapping[tuple[str, int], Floats]
