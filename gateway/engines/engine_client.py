@@ -22,7 +22,7 @@ from gateway.cluster.view import AttentionEndpoint
 from gateway.engines.router import WorkerLoad
 from gateway.engines.submission import Submission, without_first
 from workers.requests.block_hash import KvEvents
-from workers.requests.request import StepOutput, TokenOutput, Turn
+from workers.requests.request import SoloStep, StepOutput, TokenOutput
 from workers.requests.wire import (
     ENGINE_HELLO,
     FROM_ENGINE,
@@ -215,8 +215,8 @@ class EngineClient:
             case StepOutput():
                 self.take_step(message)
                 await asyncio.sleep(0)  # clients get these outputs before the next message
-            case Turn():
-                self._take_turn(message)
+            case SoloStep():
+                self._note_solo_step(message)
             case KvEvents():
                 self.load.fetch_cost = message.fetch_cost
                 if not self._owner.take_kv(self.worker, message):
@@ -243,16 +243,16 @@ class EngineClient:
             number += 1
             self._outgoing.put_nowait(Ping(number=number))
 
-    def _take_turn(self, turn: Turn) -> None:
+    def _note_solo_step(self, solo_step: SoloStep) -> None:
         """Record that a request runs a step alone, and answer; or that this step is over."""
-        entry = self._submissions.get(turn.request_id)
-        if entry is None or entry.request.attempt != turn.attempt:
+        entry = self._submissions.get(solo_step.request_id)
+        if entry is None or entry.request.attempt != solo_step.attempt:
             return
-        if turn.is_over:
+        if solo_step.is_over:
             entry.clear()
         else:
             entry.is_alone = True
-            self._outgoing.put_nowait(turn)
+            self._outgoing.put_nowait(solo_step)
 
     def take_step(self, step: StepOutput) -> None:
         """Hand the outputs of a step to their sinks."""

@@ -25,11 +25,11 @@ from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import (
     FinishReason,
     Request,
+    SoloStep,
     StepOutput,
     Timings,
     TokenLogprob,
     TokenOutput,
-    Turn,
 )
 from workers.requests.wire import (
     ENGINE_HELLO,
@@ -121,7 +121,7 @@ class ScriptedEngine:
     aborts: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     running: dict[str, set[int]] = field(default_factory=dict)
     stuck: set[str] = field(default_factory=set)
-    turns: list[str] = field(default_factory=list)
+    solo_steps: list[str] = field(default_factory=list)
     repeat_outputs: bool = False
     num_cached_tokens: int = 0
     timings: Timings = TIMINGS
@@ -191,8 +191,8 @@ class ScriptedEngine:
                 self.num_pings += 1
                 if self.answers_pings:
                     queue.put_nowait(message)
-            elif isinstance(message, Turn):
-                self.turns.append(message.request_id)
+            elif isinstance(message, SoloStep):
+                self.solo_steps.append(message.request_id)
             elif isinstance(message, Abort):
                 self._abort(message)
             elif isinstance(message, Request):
@@ -216,7 +216,7 @@ class ScriptedEngine:
         so_far = request.output_so_far or ((),) * request.n
         at, width = [len(ids) for ids in so_far], self.tokens_per_output
         num_steps = 0
-        await self._wait_for_turn(request, queue)
+        await self._wait_to_run_alone(request, queue)
         while open_choices := self.running.get(request.request_id):
             await asyncio.sleep(self.step_s)
             if num_steps == self.pause_after:
@@ -236,12 +236,12 @@ class ScriptedEngine:
                 queue.put_nowait(step)
         self.running.pop(request.request_id, None)
 
-    async def _wait_for_turn(self, request: Request, queue: asyncio.Queue[FromEngine]) -> None:
+    async def _wait_to_run_alone(self, request: Request, queue: asyncio.Queue[FromEngine]) -> None:
         """As an engine does with a request that two workers died with."""
         if request.num_deaths >= 2:
-            turn = Turn(request_id=request.request_id, attempt=request.attempt)
-            queue.put_nowait(turn)
-            while request.request_id not in self.turns:
+            solo_step = SoloStep(request_id=request.request_id, attempt=request.attempt)
+            queue.put_nowait(solo_step)
+            while request.request_id not in self.solo_steps:
                 await asyncio.sleep(0.002)
 
     def _output(

@@ -31,7 +31,7 @@ from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ModelConfig
 from workers.model.layers import AttentionModel
 from workers.requests.classifier import pooled
-from workers.requests.request import FinishReason, Request, TokenOutput, Turn
+from workers.requests.request import FinishReason, Request, SoloStep, TokenOutput
 from workers.requests.sequence import NOT_FINITE, Ending, Failure, SequenceState
 from workers.requests.step_header import StepHeader
 from workers.sampling.grammar import CompiledGrammar, GrammarState
@@ -112,7 +112,7 @@ class Engine:
         self._requests: dict[str, list[SequenceState]] = {}
         self._step_sampler = StepSampler(config, banks, self.runner.logits, section.deterministic)
         self._isolation = Isolation()
-        self._turns: list[Turn] = []
+        self._solo_steps: list[SoloStep] = []
         self._pending: list[TokenOutput] = []
         self._num_received = 0
         names = ("steps_total", "steps_abandoned_total", "prompt_tokens_total")
@@ -200,10 +200,10 @@ class Engine:
     def _sequences(
         self, request: Request, grammar: CompiledGrammar | None, now: float
     ) -> dict[SequenceState, GrammarState | None]:
-        """One sequence per open choice, with its own grammar; the first leads the others."""
+        """One sequence per open choice, with its own grammar; the others wait for the first."""
         assert (grammar is None) is (request.params.grammar is None), "compiled before it is added"
         deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf
-        leader: SequenceState | None = None
+        first_choice: SequenceState | None = None
         found: dict[SequenceState, GrammarState | None] = {}
         for choice in sorted(set(range(request.n)) - set(request.closed_choices)):
             has_output = choice < len(request.output_so_far)
@@ -217,9 +217,9 @@ class Engine:
                 received=now,
                 output=output,
                 grammar=state,
-                leader=leader,
+                first_choice=first_choice,
             )
-            leader = leader or sequence
+            first_choice = first_choice or sequence
             found[sequence] = state
         return found
 
@@ -295,7 +295,7 @@ class Engine:
         self.cache.clear([block for block in dirty if self.pool.is_free(block)])
         self.load.add(epoch, plan.num_rows, result.routed)
         if (done := self._isolation.commit(_names(plan))) is not None:
-            self._turns.append(self._turn(done, is_over=True))
+            self._solo_steps.append(self._solo_step(done, is_over=True))
         self._counters["steps_total"] += 1
         self._iteration_tokens.observe(plan.num_rows)
         self._counters["generation_tokens_total"] += len(new)
@@ -330,26 +330,27 @@ class Engine:
             self._scheduler.remove(sequence)
             self._fail(sequence, _POISONOUS, self._clock())
 
-    def take_turns(self) -> list[Turn]:
-        """Turns to report to gateways: of requests that run alone, or have done so."""
+    def take_solo_steps(self) -> list[SoloStep]:
+        """Solo steps to report to gateways: offered ones, and ones that committed."""
         found = self._isolation.offer(self._could_run_alone, self._clock())
         if found is not None:
-            self._turns.append(self._turn(found))
-        turns, self._turns = self._turns, []
-        return turns
+            self._solo_steps.append(self._solo_step(found))
+        solo_steps, self._solo_steps = self._solo_steps, []
+        return solo_steps
 
-    def begin_turn(self, turn: Turn) -> None:
+    def begin_solo_step(self, solo_step: SoloStep) -> None:
         """A gateway has recorded that its request runs alone now."""
-        if turn.request_id in self._requests and turn == self._turn(turn.request_id):
-            self._isolation.take(turn.request_id)
+        name = solo_step.request_id
+        if name in self._requests and solo_step == self._solo_step(name):
+            self._isolation.take(name)
 
     def _could_run_alone(self, request_id: str) -> bool:
         wanted = self._wanted(request_id)
         return bool(wanted.decode_rows or wanted.prefill_rows)
 
-    def _turn(self, request_id: str, is_over: bool = False) -> Turn:
+    def _solo_step(self, request_id: str, is_over: bool = False) -> SoloStep:
         attempt = self._requests[request_id][0].request.attempt
-        return Turn(request_id=request_id, attempt=attempt, is_over=is_over)
+        return SoloStep(request_id=request_id, attempt=attempt, is_over=is_over)
 
     # Outputs
 

@@ -126,13 +126,13 @@ class Scheduler:
 
     @property
     def num_deferred(self) -> int:
-        """Waiting sequences that must not be admitted yet: their leader computes the prompt."""
-        return sum(map(self._waits_for_leader, self._waiting))
+        """Waiting sequences that wait until the first choice of their request has its prompt."""
+        return sum(map(self._waits_for_first_choice, self._waiting))
 
     @property
     def num_waiting_tokens(self) -> int:
         """Prompt tokens of waiting sequences, counted once for all choices of a request."""
-        return sum(s.prompt_length for s in self._waiting if s.leader is None)
+        return sum(s.prompt_length for s in self._waiting if s.first_choice is None)
 
     def add(self, sequence: SequenceState) -> None:
         """Queue a sequence behind those of its priority."""
@@ -292,7 +292,7 @@ class Scheduler:
             if not self._may_run(sequence):
                 continue
             found = self.prefixes.find(sequence)
-            if self._waits_for_leader(sequence) and len(found) < self._num_shared(sequence):
+            if self._waits_for_first_choice(sequence) and len(found) < self._num_shared(sequence):
                 continue
             free -= self._blocks(sequence.num_tokens)
             free += sum(not self._pool.is_free(block) for block in found)
@@ -342,7 +342,9 @@ class Scheduler:
 
     def _first_in_need(self) -> SequenceState | None:
         """The first waiting sequence, if it fits only once lower priorities are preempted."""
-        able = (s for s in self._waiting if self._may_run(s) and not self._waits_for_leader(s))
+        able = (
+            s for s in self._waiting if self._may_run(s) and not self._waits_for_first_choice(s)
+        )
         first = next(able, None)
         if first is None:
             return None
@@ -369,12 +371,12 @@ class Scheduler:
         """Full prompt blocks that choices share; at least one prompt token is left to compute."""
         return (sequence.prompt_length - 1) // self._block_size
 
-    def _waits_for_leader(self, sequence: SequenceState) -> bool:
-        """Its leader is going to compute the prompt's full blocks."""
-        leader = sequence.leader
-        if leader is None or leader.status is SequenceStatus.FINISHED:
+    def _waits_for_first_choice(self, sequence: SequenceState) -> bool:
+        """The first choice of its request is going to compute the prompt's full blocks."""
+        first = sequence.first_choice
+        if first is None or first.status is SequenceStatus.FINISHED:
             return False
-        return leader.num_computed < self._num_shared(sequence) * self._block_size
+        return first.num_computed < self._num_shared(sequence) * self._block_size
 
     @staticmethod
     def _enter(queue: list[SequenceState], sequence: SequenceState, status: SequenceStatus) -> None:

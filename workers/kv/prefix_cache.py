@@ -62,7 +62,7 @@ class PrefixCache:
         if self.is_enabled:
             self.num_queried_tokens += sequence.num_tokens
             self.num_hit_tokens += num_found
-        if sequence.leader is None:
+        if sequence.first_choice is None:
             self.num_cached_prompt_tokens += sequence.num_cached_tokens
 
     def check_integrity(self, sequence: SequenceState) -> None:
@@ -82,8 +82,8 @@ class PrefixCache:
     def _hashes(self, sequence: SequenceState, count: int) -> list[BlockHash]:
         """Hashes of the first ``count`` blocks; cached, as known tokens never change."""
         known, size = sequence.block_hashes, self.block_size
-        if not known and sequence.leader is not None:
-            known += sequence.leader.block_hashes[: sequence.prompt_length // size]
+        if not known and sequence.first_choice is not None:
+            known += sequence.first_choice.block_hashes[: sequence.prompt_length // size]
         for first in range(len(known) * size, count * size, size):
             parent = known[-1] if known else self._root(sequence)
             known.append(chain_hash(parent, sequence.tokens(first, first + size)))

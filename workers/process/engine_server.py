@@ -2,7 +2,8 @@
 
 The server runs an asyncio loop in its own thread; the engine loop runs in another one. Commands go
 to the engine loop through ``Inbox``. The engine loop calls the ``publish`` methods of
-``EngineServer`` with outputs, turns and changes of KV blocks, and opens and closes the streams.
+``EngineServer`` with outputs, solo steps and changes of KV blocks, and opens and closes the
+streams.
 """
 
 from __future__ import annotations
@@ -24,8 +25,14 @@ from cluster.core.release import RELEASE, check_release
 from workers.kv.block_pool import HashChanges
 from workers.kv.events import KvFeed
 from workers.process.gateway_silence import GATEWAY_SILENCE_LIMIT_S, GatewaySilence
-from workers.process.intake.commands import AbortRequest, AddRequest, GatewayGone, Inbox, TurnNoted
-from workers.requests.request import Request, StepOutput, Turn
+from workers.process.intake.commands import (
+    AbortRequest,
+    AddRequest,
+    GatewayGone,
+    Inbox,
+    SoloStepNoted,
+)
+from workers.requests.request import Request, SoloStep, StepOutput
 from workers.requests.wire import (
     ENGINE_HELLO,
     FROM_ENGINE,
@@ -126,8 +133,8 @@ class EngineServer:
             raise OSError(f"the engine stream could not be served on {self._host}")
         return f"{self._host}:{self._port}"
 
-    def publish(self, gateway: str, message: StepOutput | Turn) -> None:
-        """Send an output or a turn to one gateway (any thread). A closed stream is ignored."""
+    def publish(self, gateway: str, message: StepOutput | SoloStep) -> None:
+        """Send an output or a solo step to one gateway (any thread). A closed stream is ignored."""
         self._call_soon(self._put, gateway, FROM_ENGINE.encode(message))
 
     def publish_kv(self, changes: HashChanges, fetch_cost: float) -> None:
@@ -214,8 +221,8 @@ class EngineServer:
                 self._inbox.put(AddRequest(stream.name, message, now))
             case Abort():
                 self._inbox.put(AbortRequest(stream.name, message.request_id, message.choices))
-            case Turn():
-                self._inbox.put(TurnNoted(stream.name, message))
+            case SoloStep():
+                self._inbox.put(SoloStepNoted(stream.name, message))
             case Ping():
                 stream.put(FROM_ENGINE.encode(message))
             case KvResync():

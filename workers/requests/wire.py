@@ -5,8 +5,8 @@ One gRPC stream ``METHOD`` of bytes in both directions, each a message of ``clus
     gateway                                      attention worker
     Hello (token, release)               ->
                                          <-      EngineHello (release, what requests may ask for)
-    Request, Abort, Ping, Turn, KvResync ->
-                                         <-      StepOutput, Ping, Turn, KvEvents
+    Request, Abort, Ping, SoloStep, KvResync ->
+                                         <-      StepOutput, Ping, SoloStep, KvEvents
 
 Both ends are of one release: the hellos alone can be read by another one, which is then named.
 """
@@ -18,7 +18,7 @@ from typing import TypeAlias
 from cluster.core.codec import Codec, Message
 from workers.requests.block_hash import KvEvents
 from workers.requests.inspection import BankShape
-from workers.requests.request import Request, StepOutput, Turn
+from workers.requests.request import Request, SoloStep, StepOutput
 
 SERVICE = "expertmesh.v1.Engine"
 METHOD = "Stream"
@@ -83,8 +83,8 @@ class KvResync(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """A gateway missed ``KvEvents``: the worker answers with all blocks."""
 
 
-ToEngine: TypeAlias = Request | Abort | Ping | Turn | KvResync
-FromEngine: TypeAlias = StepOutput | Ping | Turn | KvEvents
+ToEngine: TypeAlias = Request | Abort | Ping | SoloStep | KvResync
+FromEngine: TypeAlias = StepOutput | Ping | SoloStep | KvEvents
 HELLO: Codec[Hello] = Codec(Hello, "a gateway's hello")
 ENGINE_HELLO: Codec[EngineHello] = Codec(EngineHello, "an engine's hello")
 TO_ENGINE: Codec[ToEngine] = Codec(ToEngine, "a message to an engine")

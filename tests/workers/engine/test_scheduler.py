@@ -69,7 +69,7 @@ class Desk:
                 self._arrivals,
                 math.inf,
                 output=list(output),
-                leader=found[0] if found else None,
+                first_choice=found[0] if found else None,
             )
             self.scheduler.add(sequence)
             found.append(sequence)

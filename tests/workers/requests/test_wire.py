@@ -18,11 +18,11 @@ from workers.requests.request import (
     GrammarKind,
     Request,
     SamplingParams,
+    SoloStep,
     StepOutput,
     Timings,
     TokenLogprob,
     TokenOutput,
-    Turn,
 )
 from workers.requests.wire import (
     ENGINE_HELLO,
@@ -160,7 +160,7 @@ def test_kv_events_survive_the_wire() -> None:
         Abort(request_id="r", choices=(0, 2)),
         Ping(number=7),
         KvResync(),
-        Turn(request_id="r", attempt=1, is_over=True),
+        SoloStep(request_id="r", attempt=1, is_over=True),
     ],
     ids=repr,
 )
@@ -168,7 +168,7 @@ def test_a_gateways_small_messages_survive_the_wire(message: ToEngine) -> None:
     assert TO_ENGINE.decode(TO_ENGINE.encode(message)) == message
 
 
-@pytest.mark.parametrize("message", [Ping(number=7), Turn(request_id="r", attempt=1)], ids=repr)
+@pytest.mark.parametrize("message", [Ping(number=7), SoloStep(request_id="r", attempt=1)], ids=repr)
 def test_a_workers_small_messages_survive_the_wire(message: FromEngine) -> None:
     assert FROM_ENGINE.decode(FROM_ENGINE.encode(message)) == message
 
