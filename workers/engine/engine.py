@@ -21,7 +21,7 @@ from workers.engine.expert_load import LoadCounter
 from workers.engine.isolation import Isolation
 from workers.engine.model_runner import ModelRunner, StepResult
 from workers.engine.request_checks import RequestLimits, check_request
-from workers.engine.scheduler import Plan, RowsWanted, Scheduler
+from workers.engine.scheduler import RowsWanted, Scheduler, StepPlan
 from workers.engine.step_sampler import StepSampler, StepTokens
 from workers.kv.block_pool import BlockPool, HashChanges
 from workers.kv.cache import KVCache, num_kv_blocks
@@ -274,7 +274,7 @@ class Engine:
             self._commit(header.epoch, plan, result, tokens)
         return self.poll()
 
-    def _slots(self, plan: Plan) -> list[int]:
+    def _slots(self, plan: StepPlan) -> list[int]:
         """Cache slots of all rows of a plan."""
         size = self._section.block_size_tokens
         return [
@@ -283,7 +283,7 @@ class Engine:
             for position in range(planned.first, planned.first + planned.count)
         ]
 
-    def _commit(self, epoch: int, plan: Plan, result: StepResult, tokens: StepTokens) -> None:
+    def _commit(self, epoch: int, plan: StepPlan, result: StepResult, tokens: StepTokens) -> None:
         """Make the step count, and queue its outputs."""
         now = self._clock()
         broken = [s for s, failure in tokens.failed.items() if failure is NOT_FINITE]
@@ -309,7 +309,7 @@ class Engine:
         for sequence, failure in tokens.failed.items():
             self._fail(sequence, failure, now)
 
-    def _note_dispatch(self, plan: Plan) -> None:
+    def _note_dispatch(self, plan: StepPlan) -> None:
         for sequence in self._scheduler.preempted:
             sequence.note_preemption(self._clock())
         when = self.runner.first_dispatch
@@ -411,6 +411,6 @@ class Engine:
         self._scheduler.check_integrity(self.kv_store.tables)
 
 
-def _names(plan: Plan) -> dict[str, None]:
+def _names(plan: StepPlan) -> dict[str, None]:
     """Requests of a plan, in its order."""
     return dict.fromkeys(planned.sequence.request.request_id for planned in plan.rows)

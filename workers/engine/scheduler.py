@@ -40,7 +40,7 @@ class PlannedRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StepPlan:
     """The rows of one step."""
 
     rows: tuple[PlannedRows, ...]
@@ -179,7 +179,7 @@ class Scheduler:
         prefill_rows = min(missing, limit)
         return RowsWanted(decode_rows=decodes, prefill_rows=prefill_rows, is_alone=is_alone)
 
-    def schedule(self, decode_rows: int, prefill_rows: int) -> Plan:
+    def schedule(self, decode_rows: int, prefill_rows: int) -> StepPlan:
         """Choose rows within what was granted, and allocate their blocks."""
         self.preempted.clear()
         rows: list[PlannedRows] = []
@@ -197,10 +197,10 @@ class Scheduler:
         for sequence in sorted((*prefilling, *admissible), key=attrgetter("order")):
             if left > 0:
                 left -= self._plan_chunk(sequence, left, rows)
-        return Plan(rows=tuple(rows))
+        return StepPlan(rows=tuple(rows))
 
     def commit(
-        self, plan: Plan, drawn: Mapping[SequenceState, int], failed: Collection[SequenceState]
+        self, plan: StepPlan, drawn: Mapping[SequenceState, int], failed: Collection[SequenceState]
     ) -> dict[SequenceState, Ending]:
         """The plan ran. ``drawn`` has the token of each sequence that drew one.
 
@@ -216,7 +216,7 @@ class Scheduler:
                 self.remove(sequence)
         return endings
 
-    def abandon(self, plan: Plan) -> None:
+    def abandon(self, plan: StepPlan) -> None:
         """The plan did not run: free its blocks, and let the sequences it admitted wait again."""
         for planned in plan.rows:
             sequence = planned.sequence
@@ -270,7 +270,7 @@ class Scheduler:
         rows.append(PlannedRows(sequence, sequence.num_computed, 1, True, missing, False))
 
     def _plan_chunk(self, sequence: SequenceState, limit: int, rows: list[PlannedRows]) -> int:
-        """Plan up to ``limit`` rows of a prompt (or of a recomputation); returns how many."""
+        """StepPlan up to ``limit`` rows of a prompt (or of a recomputation); returns how many."""
         is_admitted = sequence.status is SequenceStatus.WAITING
         new_blocks = self._admit(sequence) if is_admitted else 0
         count = min(limit, sequence.num_missing)

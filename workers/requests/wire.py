@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 from cluster.core.codec import Codec, Message
 from workers.requests.block_hash import KvEvents
-from workers.requests.inspection import BankShape
+from workers.requests.inspection import RouterShape
 from workers.requests.request import Request, SoloStep, StepOutput
 
 SERVICE = "expertmesh.v1.Engine"
@@ -58,7 +58,7 @@ class EngineHello(Message, frozen=True, kw_only=True, forbid_unknown_fields=Fals
     """Token that a classifier does not take for the last one."""
     problem_type: str = ""
     """A classifier's kind of labels; empty where the checkpoint names none."""
-    banks: tuple[BankShape, ...] = ()
+    banks: tuple[RouterShape, ...] = ()
     kv_block_size: int = 0
     """Tokens of a KV block; 0: requests share none."""
     kv_length_matters_above: int | None = None

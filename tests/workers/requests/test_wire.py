@@ -10,7 +10,7 @@ import pytest
 
 from cluster.core.errors import ProtocolError
 from workers.requests.block_hash import KvEvents
-from workers.requests.inspection import BankShape, Inspection, NamedArray, Pooling
+from workers.requests.inspection import Inspection, NamedArray, Pooling, RouterShape
 from workers.requests.prompt_embeds import PromptEmbeds
 from workers.requests.request import (
     FinishReason,
@@ -189,7 +189,7 @@ FACTS = EngineHello(
     labels=("good", "bad"),
     pad_token_id=0,
     problem_type="single_label_classification",
-    banks=(BankShape(name="mlp:0", num_experts=8, top_k=2, aux_copies=1),),
+    banks=(RouterShape(name="mlp:0", num_experts=8, top_k=2, aux_copies=1),),
     kv_block_size=16,
     kv_length_matters_above=48,
 )

@@ -29,7 +29,7 @@ from tests.workers.transport.mesh import (
 from workers.dispatch.dispatcher import BatchRows, TokenDispatcher
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import Message, Tag
+from workers.transport.transport import RowMessage, Tag
 
 BANKS = (make_bank(0), make_bank(1))
 TRANSPORTS: tuple[TransportName, ...] = ("sockets", "collective")
@@ -158,11 +158,11 @@ def test_every_wait_ends_by_its_time_limit(transport: TransportName, exact: bool
             serving.result(LIMIT_S)
 
 
-Change = Callable[[Message], Message]
+Change = Callable[[RowMessage], RowMessage]
 
 
 def with_slot(slot: int) -> Change:
-    def change(message: Message) -> Message:
+    def change(message: RowMessage) -> RowMessage:
         meta = message.parts[0].clone()
         meta[0, 0] = slot
         return replace(message, parts=(meta, message.parts[1]))
@@ -170,11 +170,11 @@ def with_slot(slot: int) -> Change:
     return change
 
 
-def one_row_less(message: Message) -> Message:
+def one_row_less(message: RowMessage) -> RowMessage:
     return replace(message, parts=(message.parts[0], message.parts[1][1:]))
 
 
-def wider(message: Message) -> Message:
+def wider(message: RowMessage) -> RowMessage:
     return replace(message, parts=(message.parts[0], message.parts[1].repeat(1, 2)))
 
 
@@ -196,7 +196,7 @@ def test_nonsense_from_a_peer_closes_its_edge(change: Change, exact: bool, reaso
         sender = mesh["attention-0"].transport
         post = sender.post
 
-        def lie(tag: Tag, messages: list[Message], *, sized: bool) -> None:
+        def lie(tag: Tag, messages: list[RowMessage], *, sized: bool) -> None:
             post(tag, [change(m) for m in messages], sized=sized)
 
         sender.post = lie  # type: ignore[method-assign,assignment]
