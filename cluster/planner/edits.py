@@ -2,8 +2,8 @@
 
 Two kinds. A *copy*: a busy expert gets one more copy on a light device, in a free slot or in place
 of a copy that its expert can spare. A *swap*: two devices trade experts, two moves. Copies are
-offered as one list in the order of the light devices, each entry reckoning with those before it,
-so that its beginnings of any length are sensible sets of changes too.
+offered as one list in the order of the light devices. Each entry builds on those before it,
+so every prefix of the list is a sensible set of edits.
 """
 
 from __future__ import annotations
@@ -178,9 +178,9 @@ def _least_slot(view: BankView, device: int, taken: set[int]) -> int | None:
 def _swaps(view: BankView) -> list[list[Edit]]:
     """Swaps of an expert of a heavy device against a smaller one of a light device.
 
-    Those come first that can move what both devices are off by: at the least what the heavy
-    device's own copy takes, at most all that heavy devices take of the expert. Primaries are
-    swapped against primaries, so that every device keeps its number of them.
+    Swaps come first that can move the excess of one device into the lack of the other: at least the
+    load of the heavy device's own copy, at most all load of the expert on heavy devices. Primary
+    copies are swapped for primary copies, so that every device keeps its number of them.
     """
     speeds, utilization = view.limits.speeds, view.utilization
     here = np.nonzero(view.peaks())[0][:_SWAP_FROM]

@@ -115,7 +115,7 @@ class EngineClient:
 
     def submit(self, entry: Submission) -> None:
         """Hand a request over; its outputs go to its sink."""
-        entry.home, entry.was_sent, entry.is_computing = self, True, True
+        entry.stream, entry.was_sent, entry.is_computing = self, True, True
         entry.engine = self._endpoint.engine
         self._submissions[entry.request.request_id] = entry
         self._count(entry)
@@ -176,7 +176,7 @@ class EngineClient:
     def _count(self, entry: Submission) -> None:
         """Update the request's part in the load."""
         now = (0, 0)
-        if entry.home is self:
+        if entry.stream is self:
             is_new, choices = entry.is_computing, len(entry.open_choices)
             now = (entry.missing_tokens if is_new else 0, 0 if is_new else choices)
         self.load.queued_tokens += now[0] - entry.counted[0]
@@ -191,7 +191,7 @@ class EngineClient:
     def _release(self, entry: Submission) -> None:
         del self._submissions[entry.request.request_id]
         self._end_prompt(entry)
-        entry.home, entry.last_worker = None, self.worker
+        entry.stream, entry.last_worker = None, self.worker
         self._count(entry)
 
     async def _read(self, call: _Call) -> str:
@@ -279,5 +279,5 @@ class EngineClient:
         self._end_prompt(entry)
         entry.deliver(fresh)
         self._count(entry)
-        if not entry.open_choices and entry.home is self:
+        if not entry.open_choices and entry.stream is self:
             self._release(entry)

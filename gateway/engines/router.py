@@ -11,8 +11,6 @@ from gateway.engines.kv_index import KvIndex
 
 
 class RoutingPolicy(Enum):
-    """Routing policy."""
-
     KV = "kv"
     """The worker that computes the prompt soonest, given its cached prefixes."""
     LEAST_LOADED = "least-loaded"

@@ -67,7 +67,7 @@ class Tracing:
         self.cluster_events.take(snapshot, time.monotonic())
 
     def _record(self, trace: RequestTrace) -> None:
-        """Make the spans of a request that is over. A failure here is not the request's."""
+        """Make the spans of a request that is over; logs every error and raises none."""
         try:
             record_request(
                 self.export.tracer,

@@ -61,7 +61,7 @@ class PoolingProcedures:
     async def Inspect(
         self, request: pb.InspectRequest, call: GrpcCall
     ) -> AsyncGenerator[pb.InspectChunk]:
-        """What goes on inside the model, in pieces."""
+        """Arrays from inside the model, in pieces."""
         await call.send_id()
         wanted, fields = _fields(request, call), grpc_inspect_fields(request)
         async with self._inspecting.inspect(fields, wanted, MAX_CALL_BYTES) as found:

@@ -30,8 +30,8 @@ class _Offer:
     is_taken: bool = False
 
 
-class Companions:
-    """The workers that share steps with this worker; others may die without a step."""
+class StepMembers:
+    """The members of the last generation that ran: no step ran with other workers."""
 
     def __init__(self) -> None:
         self._names: frozenset[str] = frozenset()

@@ -270,7 +270,7 @@ class Scheduler:
         rows.append(PlannedRows(sequence, sequence.num_computed, 1, True, missing, False))
 
     def _plan_chunk(self, sequence: SequenceState, limit: int, rows: list[PlannedRows]) -> int:
-        """StepPlan up to ``limit`` rows of a prompt (or of a recomputation); returns how many."""
+        """Plan up to ``limit`` rows of a prompt (or of a recomputation); returns how many."""
         is_admitted = sequence.status is SequenceStatus.WAITING
         new_blocks = self._admit(sequence) if is_admitted else 0
         count = min(limit, sequence.num_missing)

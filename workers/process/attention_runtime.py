@@ -113,7 +113,7 @@ class AttentionRuntime(WorkerRuntime):
         }
 
     def _lend_blocks(self, engine: Engine) -> None:
-        """Let other workers fetch blocks from here on, and this one theirs."""
+        """Begin to lend blocks to other workers, and to fetch theirs."""
         section = self.config.engine
         limit_s = section.kv_fetch_limit_s if section.enable_prefix_caching else 0.0
         self._fetches = KvFetches(engine, self._kv_peer, self.connections.wake, limit_s)
@@ -214,7 +214,7 @@ class AttentionRuntime(WorkerRuntime):
         self._report_solo_steps(engine)
 
     def _take_commands(self) -> list[Command]:
-        """What gateways have asked for since the last call."""
+        """Commands of gateways since the last call."""
         return self._inbox.take()
 
     def _handle(self, engine: Engine, command: Command) -> None:

@@ -81,10 +81,10 @@ class ControlClient:
         worker_report: Callable[[], Sequence[ControlFrame]] = tuple,
         release: str = RELEASE,
     ) -> None:
-        """``address`` is ``host:port``. ``worker_report`` says where this worker stands, for a new
-        connection; it is called on the client's thread.
+        """``address`` is ``host:port``. ``worker_report`` returns the state of this worker for
+        a new connection; it is called on the client's thread.
 
-        The ``token`` of the reply that ``status`` returns is filled in here.
+        The client sets the ``token`` of the reply that ``status`` returns.
         """
         self._address = address
         self._token = token
@@ -132,7 +132,7 @@ class ControlClient:
         return self._lease.contact_at
 
     def redirect(self, address: str) -> None:
-        """A new controller listens at ``address``: leave the old one for it (any thread)."""
+        """A new controller listens at ``address``: connect there instead (any thread)."""
         with self._lock:
             if address == self._address:
                 return
@@ -160,7 +160,7 @@ class ControlClient:
     # ---- the thread -----------------------------------------------------------------------
 
     def _run(self) -> None:
-        """Talk until closed; connect again whenever the connection breaks."""
+        """Exchange frames until closed; connect again whenever the connection breaks."""
         connected = self._first
         try:
             while connected is not None:

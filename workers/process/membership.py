@@ -30,7 +30,7 @@ from cluster.core.frames import (
 )
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
-from workers.engine.isolation import Companions
+from workers.engine.isolation import StepMembers
 from workers.engine.step_channel import StepChannel
 from workers.process.epochs import EpochPlacements
 from workers.requests.step_header import StepHeader
@@ -71,7 +71,7 @@ class Membership:
         self._name = name
         self._hooks = hooks
         self._loss: PeerLost | None = None
-        self._companions = Companions()
+        self._step_members = StepMembers()
 
     def join(
         self, connections: PeerConnections, channel: StepChannel, transport: DataTransport
@@ -150,7 +150,7 @@ class Membership:
         if generation.number <= self.generation.number:
             return
         self.runs, self._loss = False, None
-        if dead := self._companions.died(generation, frame.drained):
+        if dead := self._step_members.died(generation, frame.drained):
             self._hooks.lose_members(dead)
         self.generation = generation
         try:
@@ -176,7 +176,7 @@ class Membership:
             self._channel.start_generation(frame.first_step, self.epochs.current.epoch)
             self.last_commit = time.monotonic()
             self.is_fenced = False
-            self._companions.run(self.generation)
+            self._step_members.run(self.generation)
             self._hooks.begin_steps()
             self.runs = True
 

@@ -202,7 +202,7 @@ def build_world(
         for direction, is_up in channels:
             name = f"{prefix}/{direction}-{'up' if is_up else 'down'}"
             group = nccl_group(PrefixStore(name, store), rank, size, step_timeout_s)
-            # Connect now, with everyone: the first transfer may be between two ranks only.
+            # All ranks connect now: the first transfer may be between two ranks only.
             group.allreduce([torch.zeros(1, device=device)]).wait()
             torch.cuda.synchronize(device)
             groups[direction, is_up] = group

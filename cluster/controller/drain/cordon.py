@@ -20,7 +20,7 @@ has left unnoticed.
 class _Kept(Message, frozen=True, kw_only=True):
     node: str
     ids: frozenset[str]
-    """Ids of the nodes that were there; empty before the first look."""
+    """Ids of the nodes at this address; empty until they are known."""
 
 
 class Cordon:
