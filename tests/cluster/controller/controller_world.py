@@ -166,7 +166,7 @@ class World:
         self.ended: set[str] = set()
         """Workers whose processes the controller wants to be ended."""
         self.lost: set[str] = set()
-        """Everyone that a controller has ever called lost."""
+        """Workers that any controller has declared lost."""
         self.progress = (0, 0, 0)
         self._count = 0
         self._expected: set[str] = set()
@@ -177,7 +177,7 @@ class World:
     def send(self, worker: str, frame: ControlFrame) -> None:
         if isinstance(frame, NewGeneration):
             names = {m.name for m in frame.generation.members}
-            assert not names & self.lost, "who was lost never comes back"
+            assert not names & self.lost, "a lost worker never comes back"
         model = self.workers[worker]
         if model.is_connected and not model.is_dead:
             try:
@@ -188,7 +188,7 @@ class World:
     def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
         earlier = self.workers.get(member.name)
         assert earlier is None or earlier.is_dead, "a name is for one living worker"
-        assert earlier is None or member.name not in self.lost, "who was lost never comes back"
+        assert earlier is None or member.name not in self.lost, "a lost worker never comes back"
         self.workers[member.name] = ModelWorker(member, is_up=False)
 
     def end_workers(self, workers: Sequence[str]) -> None:
@@ -197,7 +197,7 @@ class World:
             self.workers[name].is_connected = False
 
     def end_all(self) -> None:
-        raise AssertionError("nobody asked for the end")
+        raise AssertionError("no test ends the cluster")
 
     # ---- what happens ---------------------------------------------------------------------
 
@@ -319,7 +319,7 @@ class World:
                 self.controller.tick(self.now)
 
     def beat(self) -> None:
-        """Everyone who is awake and connected sends a heartbeat."""
+        """Every worker that is awake and connected sends a heartbeat."""
         for name, model in list(self.workers.items()):
             if model.is_awake:
                 self.tell(name, model.beat())
@@ -375,7 +375,7 @@ class World:
             return
         snapshot = controller.snapshot()
         lost = {w["name"] for w in snapshot["workers"] if w["state"] in ("LOST", "DRAINED")}
-        assert self.lost <= lost, "who was lost stays lost"
+        assert self.lost <= lost, "a lost worker stays lost"
         self.lost = lost
         progress = (snapshot["term"], snapshot["generation"], snapshot["placement_epoch"])
         if progress[0] > self.progress[0]:  # frames of the earlier controller may be lost

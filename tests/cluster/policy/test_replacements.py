@@ -1,4 +1,4 @@
-"""Which places are empty, and when somebody is started for them."""
+"""Which places are empty, and when a worker is started for them."""
 
 from __future__ import annotations
 

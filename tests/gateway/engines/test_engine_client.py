@@ -239,8 +239,8 @@ def test_a_worker_of_another_release_is_refused_by_name() -> None:
         await engine.stop()
         return reason
 
-    told = f"release 9.9.9 of attention-0, {RELEASE} of gateway-0: releases must be equal"
-    assert asyncio.run(work()) == told
+    expected = f"release 9.9.9 of attention-0, {RELEASE} of gateway-0: releases must be equal"
+    assert asyncio.run(work()) == expected
 
 
 @pytest.mark.parametrize("is_first", [True, False])

@@ -1,4 +1,4 @@
-"""Expert workers that hold the only copies are killed: survivors load them, and nobody notices.
+"""Expert workers that hold the only copies are killed: survivors load them, and no client notices.
 
 One cluster of real actors plays all rows, as in ``test_faults_with_copies``.
 """

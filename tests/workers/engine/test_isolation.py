@@ -12,7 +12,7 @@ from cluster.core.topology import Generation
 from tests.cluster.controller.fakes_cluster import make_members
 from tests.fakes import FailingDispatcher
 from tests.workers.engine.test_scheduler import Desk
-from workers.engine.isolation import ANSWER_LIMIT_S, Companions, Isolation
+from workers.engine.isolation import ANSWER_LIMIT_S, Isolation, StepMembers
 from workers.local_engine import LocalEngine
 from workers.requests.request import FinishReason, Request, SamplingParams, SoloStep, TokenOutput
 from workers.requests.step_header import Grant, StepHeader
@@ -103,22 +103,22 @@ def of(number: int, *names: str) -> Generation:
 
 def test_only_members_of_a_generation_that_ran_have_died_in_its_steps() -> None:
     both, more = ("attention-0", "expert-0"), ("attention-0", "expert-0", "expert-1")
-    companions = Companions()
-    assert companions.died(of(1, *both), ()) == frozenset()
-    companions.run(of(1, *both))
-    assert companions.died(of(2, *more), ()) == frozenset()
-    assert companions.died(of(3, *both), ()) == frozenset()  # expert-1 was only joining
-    assert companions.died(of(4, *more), ()) == frozenset()
-    companions.run(of(4, *more))
-    assert companions.died(of(5, *both), ()) == {"expert-1"}
-    assert companions.died(of(6, "attention-0"), ()) == {"expert-0"}
-    assert companions.died(of(7, "attention-0"), ()) == frozenset()  # each once
+    members = StepMembers()
+    assert members.died(of(1, *both), ()) == frozenset()
+    members.run(of(1, *both))
+    assert members.died(of(2, *more), ()) == frozenset()
+    assert members.died(of(3, *both), ()) == frozenset()  # expert-1 was only joining
+    assert members.died(of(4, *more), ()) == frozenset()
+    members.run(of(4, *more))
+    assert members.died(of(5, *both), ()) == {"expert-1"}
+    assert members.died(of(6, "attention-0"), ()) == {"expert-0"}
+    assert members.died(of(7, "attention-0"), ()) == frozenset()  # each once
 
 
 def test_a_drained_worker_is_no_death() -> None:
-    companions = Companions()
-    companions.run(of(1, "attention-0", "expert-0", "expert-1", "expert-2"))
-    assert companions.died(of(2, "attention-0", "expert-0"), ["expert-1"]) == {"expert-2"}
+    members = StepMembers()
+    members.run(of(1, "attention-0", "expert-0", "expert-1", "expert-2"))
+    assert members.died(of(2, "attention-0", "expert-0"), ["expert-1"]) == {"expert-2"}
 
 
 def test_an_offer_without_an_answer_goes_to_the_end() -> None:

@@ -1,4 +1,4 @@
-"""The scheduler alone: who runs, who waits, who gives way, and what an abandoned plan leaves."""
+"""The scheduler alone: which sequences run, wait or are preempted, and abandoned plans."""
 
 from __future__ import annotations
 

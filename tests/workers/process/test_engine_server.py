@@ -65,10 +65,10 @@ def test_a_gateway_of_another_release_is_refused_by_name(
     with pytest.raises(ConnectionError) as caught:
         refused.next()
     theirs = f"release {release}" if release else "no release"
-    told = f"{theirs} of test, {RELEASE} of attention-0: releases must be equal"
-    assert told in str(caught.value)
+    refusal = f"{theirs} of test, {RELEASE} of attention-0: releases must be equal"
+    assert refusal in str(caught.value)
     assert "FAILED_PRECONDITION" in str(caught.value)
-    assert told in caplog.text
+    assert refusal in caplog.text
     refused.close()
     case.still_serves()
 

@@ -241,7 +241,7 @@ def test_a_split_that_differs_from_the_headers_is_refused() -> None:
 
 
 def test_a_generation_without_its_members_names_the_loss() -> None:
-    """The process group of a generation needs everyone: an interrupt ends the wait for it."""
+    """The process group of a generation needs all members: an interrupt ends the wait for it."""
     with Mesh(1, 2, BANKS, transport="collective") as mesh:
         worker = mesh["attention-0"]
         threading.Timer(0.2, worker.connections.interrupt, (3,)).start()
