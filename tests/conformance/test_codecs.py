@@ -296,8 +296,8 @@ def test_deadlines_are_the_same_error(stack: Stack, stub: InferenceStub) -> None
 
 def test_the_served_model_is_the_same(stack: Stack, stub: InferenceStub) -> None:
     (over_http,) = stack.http.get("/v1/models").json()["data"]
-    over_http = stub.ListModels(pb.ListModelsRequest(), timeout=WAIT_S).models
-    assert [(m.id, m.created, m.max_model_len) for m in over_http] == [
+    listed = stub.ListModels(pb.ListModelsRequest(), timeout=WAIT_S).models
+    assert [(m.id, m.created, m.max_model_len) for m in listed] == [
         (over_http["id"], over_http["created"], over_http["max_model_len"])
     ]
     assert over_http["id"] == MODEL
