@@ -111,9 +111,11 @@ def test_attention_workers_share_the_context() -> None:
     """4 rows of 500 tokens: one worker of two has 2 of them, or 1 in each micro-batch."""
     free = replace(DEVICE, link_bytes_s=1e15)
     apart = disaggregated_step(MODEL, 4, 500, num_attention=2, num_experts=2, device=free)
-    assert (apart.num_micro_batches, apart.attention_s) == (2, pytest.approx(7e-3))
+    assert apart.num_micro_batches == 2
+    assert apart.attention_s == pytest.approx(7e-3)
     together = colocated_step(MODEL, 4, 500, num_workers=2, device=free)
-    assert (together.num_micro_batches, together.attention_s) == (1, pytest.approx(8e-3))
+    assert together.num_micro_batches == 1
+    assert together.attention_s == pytest.approx(8e-3)
 
 
 def test_a_slow_link_is_worth_two_micro_batches_and_there_are_no_more() -> None:
