@@ -69,7 +69,7 @@ types: $(VENV)/.stamp-test
 	$(BIN)/mypy
 
 MARKS := not distributed and not ray and not gpu and not slow
-PYTEST := $(BIN)/python -m pytest
+PYTEST := PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest
 # Two processes with a compute thread each; the tests of a file stay together.
 PYTEST_TWO := $(PYTEST) -n 2 --dist loadfile
 # Tests that PYTEST_ARGS selects may all be on one side of a division.

@@ -36,7 +36,7 @@ from cluster.cli.terminal.output import note, table
 from tests.distributed import run_ranks
 from workers.dispatch.dispatcher import BatchRows
 from workers.model.layers import Dispatch
-from workers.transport.transport import DataTransport, Expected, Message, Part, Tag
+from workers.transport.transport import DataTransport, Expected, Part, RowMessage, Tag
 
 LEFT_OUT = 5
 """One in so many steps comes first and does not count."""
@@ -134,7 +134,7 @@ def _send(connected: Connected, rank: int, plan: Plan) -> Sizes:
         rows = torch.randn(num_rows, shape.width, generator=draw).to(DTYPE)
         weights, ids = torch.rand(num_rows, shape.num_experts, generator=draw).topk(shape.top_k)
         us: dict[str, list[float]] = {"wire": [], "dispatch": [], "combine": []}
-        messages = [Message(r, (ids.to(torch.int32), rows)) for r in range(shape.expert_ranks)]
+        messages = [RowMessage(r, (ids.to(torch.int32), rows)) for r in range(shape.expert_ranks)]
         part = (Part(shape.width, DTYPE),)
         expected = [Expected(r, part, (num_rows,)) for r in range(shape.expert_ranks)]
         for step in plan.steps(2 * size):
@@ -185,7 +185,7 @@ def _echo(transport: DataTransport, shape: Shape, num_rows: int) -> Callable[[in
     def step(number: int) -> None:
         transport.begin_step(shape.header(number, num_rows))
         transport.receive(Tag(0, 0, 0, "rows"), expected, sized=False)
-        messages = [Message(rank, (outputs,)) for rank in ranks]
+        messages = [RowMessage(rank, (outputs,)) for rank in ranks]
         transport.post(Tag(0, 0, 0, "outputs"), messages, sized=False)
 
     return step

@@ -1,10 +1,10 @@
-"""Whether anybody is called lost who only is busy: full load, and no fault at all.
+"""Whether a worker that is only busy is declared lost: full load, and no fault at all.
 
 python -m benchmarks.false_alarms [--minutes 10] [--num-clients 24] [--detection-limit-s 2]
 
 One attention and two expert workers with the bundled model on a private Ray of two CPUs, default
-settings; clients that ask again as soon as they have their answer. Ends with status 1, and says
-who was lost, when the generation, the controller's term or a worker's state changes, or a call
+settings; clients that ask again as soon as they have their answer. Ends with status 1, and names
+the lost worker, when the generation, the controller's term or a worker's state changes, or a call
 fails.
 """
 

@@ -33,7 +33,7 @@ _SECRET = "bench"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """Who exchanges what."""
+    """Which ranks exchange what."""
 
     attention_ranks: int
     expert_ranks: int
@@ -130,11 +130,11 @@ class Meetings:
         self._served = context.Barrier(shape.attention_ranks)
 
     def all_listen(self) -> None:
-        """All ranks: nobody opens a connection before everybody listens."""
+        """All ranks: no rank opens a connection before all of them listen."""
         self._listening.wait(_MEET_LIMIT_S)
 
     def all_served(self) -> None:
-        """Attention ranks: nobody closes before everybody has its last outputs."""
+        """Attention ranks: no rank closes before all of them have their last outputs."""
         self._served.wait(_MEET_LIMIT_S)
 
 

@@ -123,7 +123,7 @@ def measure(checkpoint: Path, case: Case) -> Mapping[bool, Sequence[Run]]:
 
 
 def _quiet_run(engine: LocalEngine, case: Case, seeds: Iterator[int]) -> Run:
-    """A run; as long as there is patience, one that nobody disturbs."""
+    """A run; repeated for a while if other load disturbs it."""
     deadline = time.monotonic() + case.patience_s
     while True:
         wait_until_quiet(deadline)

@@ -26,7 +26,7 @@ from benchmarks.results import table
 from gateway.engines.kv_index import KvIndex
 from gateway.engines.router import (
     FETCH_TOKENS,
-    Choice,
+    Route,
     RoutingPolicy,
     WorkerLoad,
     pick_worker,
@@ -226,7 +226,7 @@ def _route(
     workers: Sequence[Worker],
     policy: RoutingPolicy,
     num_routed: int,
-) -> Choice:
+) -> Route:
     loads = [worker.load for worker in workers]
     if policy is not RoutingPolicy.KV:
         choice = pick_worker(loads, policy, num_routed)

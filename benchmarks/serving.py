@@ -115,7 +115,7 @@ def measure(checkpoint: Path, case: Case) -> Results:
 
 
 def _run(system: System, case: Case, batch: int, seed: int) -> Sample:
-    """One run; as long as there is patience, one that nobody disturbs."""
+    """One run; repeated for a while if other load disturbs it."""
     prompts = _prompts(case, batch, seed)
     deadline = time.monotonic() + case.patience_s
     while True:

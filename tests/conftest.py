@@ -9,6 +9,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tests.harness import ending
+
+# isort: split
 import re
 import threading
 import time
@@ -54,7 +57,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_sessionstart() -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
+    ending.note(session)
     heartbeat()
 
 

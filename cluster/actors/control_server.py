@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 HANDSHAKE_LIMIT_S = 5.0
 """Time in which a caller must prove that it knows the token."""
-MAX_STRANGERS = 32
+MAX_UNPROVED = 32
 """Connections without proof at one time; one more closes the oldest."""
 MAX_BACKLOG_BYTES = 2 * MAX_FRAME_BYTES
 """Unread bytes after which a worker counts as not reading."""
@@ -101,7 +101,7 @@ class ControlServer:
         self._events = events
         self._handshake_limit_s = handshake_limit_s
         self._server: asyncio.Server | None = None
-        self._strangers: list[_Connection] = []
+        self._unproved: list[_Connection] = []
         self._workers: dict[str, _Connection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -115,8 +115,8 @@ class ControlServer:
         """Close the listener and all connections."""
         if self._server is not None:
             self._server.close()
-        everyone = [*self._strangers, *self._workers.values()]
-        for connection in everyone:
+        connections = [*self._unproved, *self._workers.values()]
+        for connection in connections:
             connection.is_replaced = True
             connection.writer.close()
         if self._tasks:
@@ -174,14 +174,14 @@ class ControlServer:
 
     async def _admit(self, connection: _Connection) -> None:
         """Handshake within its time limit; then the connection is a worker's."""
-        self._strangers.append(connection)
-        if len(self._strangers) > MAX_STRANGERS:
-            self._strangers.pop(0).writer.transport.abort()
+        self._unproved.append(connection)
+        if len(self._unproved) > MAX_UNPROVED:
+            self._unproved.pop(0).writer.transport.abort()
         _tune(connection.writer)
         async with asyncio.timeout(self._handshake_limit_s):
             worker = await self._handshake(connection)
-        if connection in self._strangers:
-            self._strangers.remove(connection)
+        if connection in self._unproved:
+            self._unproved.remove(connection)
         connection.worker = worker
         self.drop(worker)  # the newer connection wins: the worker saw the old one break
         self._workers[worker] = connection
@@ -206,8 +206,8 @@ class ControlServer:
 
     def _forget(self, connection: _Connection, reason: str) -> None:
         """The connection ended: free it, and report the end unless the server caused it."""
-        if connection in self._strangers:
-            self._strangers.remove(connection)
+        if connection in self._unproved:
+            self._unproved.remove(connection)
         with contextlib.suppress(OSError):
             connection.writer.close()
         if self._workers.get(connection.worker) is connection:
@@ -217,7 +217,7 @@ class ControlServer:
 
 
 def _tune(writer: asyncio.StreamWriter) -> None:
-    """Small frames go out at once; a silent host is noticed by TCP in the end."""
+    """Send small frames at once; let TCP detect a silent host."""
     sock = writer.get_extra_info("socket")
     tune_socket(sock)
 

@@ -56,7 +56,7 @@ def cluster_nodes() -> tuple[NodeResources, ...]:
     return tuple(sorted(nodes, key=lambda n: (n.address, n.node_id)))
 
 
-def takes_strangers(address: str) -> bool:
+def allows_unauthenticated(address: str) -> bool:
     """Whether a Ray accepts calls without a token, judged by its GCS at ``address``.
 
     This process cannot know it: a Ray without tokens accepts a client with one.

@@ -55,7 +55,7 @@ class ClusterTraces:
     def _record(
         self, name: str, seconds: float, attributes: Mapping[str, Any], error: str = ""
     ) -> None:
-        """Record a change that has ended just now. A failure here is not the cluster's."""
+        """Record a change that has ended just now; logs every error and raises none."""
         now_ns = time.time_ns()
         try:
             began_ns = now_ns - round(seconds * 1e9)
@@ -69,7 +69,7 @@ class ClusterTraces:
 
 
 def trace_cluster(controller: Controller, section: ObservabilitySection) -> ClusterTraces | None:
-    """Follow a controller, where an endpoint is given and its packages are here."""
+    """Traces of a controller; None without an endpoint, or without the packages for it."""
     endpoint = section.otlp_endpoint
     if endpoint is None:
         return None

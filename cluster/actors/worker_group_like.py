@@ -1,4 +1,4 @@
-"""What the controller needs of ``worker_group``, which has all calls of Ray for it."""
+"""The interface of ``worker_group`` to the controller actor, which tests replace by a fake."""
 
 from __future__ import annotations
 

@@ -136,7 +136,6 @@ class WorkersSection:
 
     @property
     def num_workers(self) -> int:
-        """All workers."""
         return sum(self.pools.values())
 
 

@@ -1,4 +1,4 @@
-"""What a field of the configuration says about its command line option, as field metadata."""
+"""Metadata of configuration fields: whether a field has a command line option, and its name."""
 
 from __future__ import annotations
 

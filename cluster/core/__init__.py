@@ -1,4 +1,4 @@
 """Values that every package shares: errors, ranks, placements, states, control frames.
 
-Imports the standard library, numpy and, in ``metric_families``, ``prometheus_client``.
+Imports the standard library, numpy, msgspec and, in ``metric_families``, ``prometheus_client``.
 """

@@ -1,4 +1,4 @@
-"""What the sections of the configuration check their values with."""
+"""Checks of values that the sections of the configuration share."""
 
 from __future__ import annotations
 

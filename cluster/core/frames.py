@@ -164,7 +164,7 @@ class NewGeneration(ControlFrame, frozen=True, kw_only=True):
 class ControllerSnapshot(ControlFrame, frozen=True, kw_only=True):
     """Controller -> worker: state that a restarted controller gets back (``WorkerReport``).
 
-    It is also the first thing that a restarted controller says: from then on its term is known.
+    It is also a restarted controller's first message: workers know its term from then on.
     """
 
     term: int

@@ -263,12 +263,14 @@ def contiguous(
                 "more workers than can ever have work",
             )
         base, extra = divmod(shape.num_experts, num_devices)
-        starts = [d * base + min(d, extra) for d in range(num_devices + 1)]
         slots_each = base + (1 if extra else 0) + num_redundant
-        maps = []
+        maps: list[list[int]] = []
+        owners: list[int] = []
         for d in range(num_devices):
-            own = list(range(starts[d], starts[d + 1]))
-            ring = [(starts[d + 1] + i) % shape.num_experts for i in range(shape.num_experts)]
+            start = len(owners)
+            owners += [d] * (base + (d < extra))
+            own = list(range(start, len(owners)))
+            ring = [(len(owners) + i) % shape.num_experts for i in range(shape.num_experts)]
             spare = [e for e in ring if e not in own][:num_redundant]
             slots = own + spare
             maps.append(slots + [FREE_SLOT] * (slots_each - len(slots)))
@@ -278,9 +280,7 @@ def contiguous(
                 layer=shape.layer,
                 num_experts=shape.num_experts,
                 physical_to_logical=maps,
-                decode_device=[
-                    d for d in range(num_devices) for _ in range(starts[d], starts[d + 1])
-                ],
+                decode_device=owners,
             )
         )
     return ExpertPlacement(epoch=epoch, banks=tuple(placed))

@@ -1,4 +1,4 @@
-"""Who takes part: workers, their ranks and addresses, and the generation they form."""
+"""Members of a cluster: workers, their ranks and addresses, and the generation they form."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Member(Message, frozen=True, kw_only=True):
 
 
 class Generation(Message, frozen=True, kw_only=True):
-    """A membership. ``number`` only grows; a message of another generation is not for us."""
+    """A membership. ``number`` only grows; messages of another generation are ignored."""
 
     number: int
     """Generation number, 1 for the first."""

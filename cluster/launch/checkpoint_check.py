@@ -81,7 +81,6 @@ class CheckpointCheck:
         return from_plain(answer, CheckpointFacts)
 
     def cancel(self) -> None:
-        """End it."""
         self._child.kill()
         self._child.communicate()
 

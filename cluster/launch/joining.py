@@ -65,7 +65,7 @@ def examine(plan: LaunchPlan, address: str) -> JoinedRay:
     if actors and our_actors():
         raise ConfigError("address", plan.address, "already runs an expertmesh cluster")
     _check_ports(plan, is_here=not gateways)
-    check_strangers(plan, nodes, address)
+    check_ray_token(plan, nodes, address)
     return dataclasses.replace(joined, plan=_resolve(plan, nodes, free_resources()))
 
 
@@ -175,12 +175,12 @@ def running_serve() -> Mapping[str, Any] | None:
     return found
 
 
-def check_strangers(plan: LaunchPlan, nodes: Sequence[NodeResources], address: str) -> None:
+def check_ray_token(plan: LaunchPlan, nodes: Sequence[NodeResources], address: str) -> None:
     """Refuse a Ray of several hosts without authentication."""
-    from cluster.actors.ray_tools import takes_strangers
+    from cluster.actors.ray_tools import allows_unauthenticated
 
     is_lax = plan.config.gateway.allow_unauthenticated or len({n.address for n in nodes}) < 2
-    if not is_lax and takes_strangers(address):
+    if not is_lax and allows_unauthenticated(address):
         rule = "lets anybody on the network run code: start Ray on every host with token "
         rule += "authentication (RAY_AUTH_MODE=token), or say --allow-unauthenticated"
         raise ConfigError("address", address, rule)

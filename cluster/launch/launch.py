@@ -58,13 +58,12 @@ class EventSink:
         self._lock = threading.Lock()
 
     def send(self, event: str, **fields: Any) -> None:
-        """Write one event."""
         with self._lock:
             try:
                 self._stream.write(json.dumps({"event": event, **fields}) + "\n")
                 self._stream.flush()
             except (OSError, ValueError):
-                logger.info("nobody listens to event %s", event)
+                logger.info("the front process does not read event %s", event)
 
 
 class Launcher:

@@ -1,4 +1,4 @@
 """Expert load over time: counted tokens, windows, averages and the balance they give.
 
-Imports ``cluster.core`` and ``cluster.config``; pure.
+Imports ``cluster.core``, ``cluster.config`` and numpy; pure.
 """

@@ -2,7 +2,7 @@
 
 Attention workers report what they have counted since their start (``cluster.core.load_report``);
 here it is summed, and the differences between moments are windows. The average halves the weight of
-a window every ``half_life_s`` in which there was load: an idle night is not forgetting.
+a window every ``half_life_s`` of time with load: idle time does not change it.
 """
 
 from __future__ import annotations
@@ -173,9 +173,9 @@ class LoadTracker:
         return LoadProfile(model=model, top_k=top_k, tokens=round(sums.rows), banks=banks)
 
     def watched(self, key: BankKey) -> tuple[int, ...]:
-        """The busiest experts of a bank, chosen again only with a placement epoch.
+        """The busiest experts of a bank, chosen again at each placement epoch.
 
-        So the counters of the metrics, and the rest, grow steadily.
+        Between epochs they stay the same, so that the metrics' counters never fall.
         """
         return self._watched.get(key, ())
 

@@ -1,4 +1,4 @@
 """Pure placement planners: expert load in, placement out.
 
-Imports the cluster leaves and numpy only.
+Imports ``cluster.core`` and numpy.
 """

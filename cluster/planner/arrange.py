@@ -105,7 +105,7 @@ class Arrangement:
         return np.asarray(gain)
 
     def _joined(self, device: Ints, own: Ints, other: Ints) -> Floats:
-        """[banks, own, experts] how much more two swapped experts have in common with theirs."""
+        """[banks, own, experts] affinity that two experts gain with their devices by a swap."""
         assert self._affinity is not None
         rows = self._rows
         experts = np.arange(other.shape[1])

@@ -34,10 +34,10 @@ from cluster.planner.base import (
     normalised,
     placed,
 )
+from cluster.planner.edits import Limits
 from cluster.planner.fill import can_use_two_nodes, fill
 from cluster.planner.moves import aligned
 from cluster.planner.peak import lower_peaks
-from cluster.planner.proposals import Limits
 from cluster.planner.search import Placed, SearchGoal, lacks_nodes, search, solve, spread_over_nodes
 
 Coactivation = Mapping[tuple[str, int], Floats]
@@ -85,7 +85,7 @@ def plan(
     old = None
     if current is not None:
         old = list(placed_groups(profile, topology, current, "current placement"))
-    budget = _budget(current, options)
+    budget = move_budget(current, options)
     found: dict[tuple[str, int], BankPlacement] = {}
     for index, group in enumerate(_groups(profile, topology)):
         if old is None:
@@ -102,7 +102,8 @@ def plan(
     return assess(profile, topology, ExpertPlacement(epoch=epoch, banks=banks), current)
 
 
-def _budget(current: ExpertPlacement | None, options: PlanOptions) -> int:
+def move_budget(current: ExpertPlacement | None, options: PlanOptions) -> int:
+    """Slots that a plan may fill anew."""
     if current is None or options.max_move_fraction is None:
         return _NO_LIMIT
     slots = sum(len(s) for bank in current.banks for s in bank.physical_to_logical)

@@ -21,7 +21,7 @@ import numpy as np
 from cluster.core.placement import FREE_SLOT
 from cluster.planner.base import Bools, Floats, Ints, relative_speeds
 from cluster.planner.cost import activation, balancedness, expected_peak, sum_distribution
-from cluster.planner.proposals import Limits
+from cluster.planner.edits import Limits
 from cluster.planner.search import Placed, solve
 
 _LEAST_GAIN = 1e-4

@@ -1,6 +1,6 @@
 """Local search from a placement: few moves, each worth it.
 
-Every round proposes some sets of edits for each bank that is not balanced well enough, solves the
+Every round tries some sets of edits for each bank that is not balanced well enough, solves the
 split weights of all of them at once, and takes for each bank the set that gains most per move. The
 banks share one move budget, spent where it gains most.
 
@@ -18,16 +18,16 @@ from cluster.core.placement import FREE_SLOT
 from cluster.planner import split
 from cluster.planner.base import Bools, Floats, Ints
 from cluster.planner.cost import balancedness, utilization
-from cluster.planner.proposals import BankView, Edit, Limits, proposals, returns
+from cluster.planner.edits import BankView, Edit, Limits, edit_sets, returns
 
 _POWER = 8
 _MAX_ROUNDS = 60
 _SCARCE = 1.0
 """Moves left per active bank below which made moves are looked at again."""
 _BRIEF, _FULL, _STUCK = 0, 1, 2
-"""What is tried for a bank: a few proposals first, all of them when none of those helped."""
+"""What is tried for a bank: a few sets of edits first, all of them when none of those helped."""
 _FAR_OFF = 0.95
-"""Balancedness below which all proposals are tried at once."""
+"""Balancedness below which all sets are tried at once."""
 _MAX_BATCH = 1 << 22
 """Numbers in the linear systems that are solved at once."""
 
@@ -152,10 +152,10 @@ def _candidates(
         view = BankView(now.slots[b], now.primary[b], now.slot_loads[b], limits)
         tolerance = 0.125 * max(1 - goal.target, 1 - 1 / float(view.peak))
         made = _num_moves(start[b], now.slots[b])
-        proposed = proposals(view, tolerance, is_brief=effort[b] == _BRIEF)
+        tried = edit_sets(view, tolerance, is_brief=effort[b] == _BRIEF)
         if effort[b] == _FULL and left < _SCARCE * len(active):
-            proposed += returns(view, start[b], tolerance)
-        for edits in proposed:
+            tried += returns(view, start[b], tolerance)
+        for edits in tried:
             slots, primary = edited(now.slots[b], now.primary[b], edits)
             moves = _num_moves(start[b], slots) - made
             if moves <= left:

@@ -12,7 +12,7 @@ from cluster.planner.base import Plan, PlannedTopology
 def contiguous_plan(
     profile: LoadProfile, topology: PlannedTopology, current: ExpertPlacement | None = None
 ) -> Plan:
-    """Experts in order, a block on each device; what a cluster starts with that knows no load.
+    """Experts in order, a block on each device: the first placement where no load is known.
 
     Raises ``ConfigError`` for devices that say their number of slots: blocks are equal.
     """

@@ -103,9 +103,9 @@ class _BankChange:
         """Some slot has another content than before."""
 
     def fill(self, index: int) -> list[SlotFill]:
-        """Put what is new into free slots, as far as there are any.
+        """Load missing experts into free slots, as far as there are any.
 
-        First what others are to lose: its arrival here is what lets it go there.
+        Experts come first whose unwanted copies on other devices can be dropped afterwards.
         """
         fills = []
         displaced = self._displaced()
@@ -125,15 +125,15 @@ class _BankChange:
         return fills
 
     def drop_replaced(self) -> None:
-        """Empty the slots of copies that are not wanted, of experts that are where they should be.
+        """Empty the slots of unwanted copies, of experts whose wanted copies are all in place.
 
-        So an expert has never fewer copies on the way than before or after.
+        So an expert never has fewer copies during the change than before or after it.
         """
         missing = {e for d in self._devices for e in self._wanted[d] - set(self._rows[d])}
         self._drop(missing)
 
     def drop_unwanted(self) -> None:
-        """Nothing moves: empty those of others too, as long as one copy stays."""
+        """No slot changed: empty unwanted copies of all experts, as long as one copy stays."""
         self._drop(set())
 
     def _drop(self, kept: set[int]) -> None:
@@ -143,9 +143,9 @@ class _BankChange:
                     self._empty(device, slot)
 
     def make_room(self) -> None:
-        """Still nothing moves: empty a copy that will come back, where it lets others in.
+        """Still no slot changed: empty a wanted copy for a stage, to make room for an expert.
 
-        Each time an expert gets away from where it is not wanted, so that this comes to an end.
+        This expert can then leave a device where it is not wanted, so the stages come to an end.
         """
         displaced = self._displaced()
         for device in self._devices:

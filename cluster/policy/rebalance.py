@@ -202,10 +202,10 @@ def _candidates(
     rows, profile = settings.step.decode_tokens, load.profile
     still = PlanOptions(max_move_fraction=0.0, decode_tokens=rows)
     plans = [mesh.plan(profile, topology, current, still)]
-    budget = int(settings.max_move_fraction * _num_slots(current) + 1e-9)
+    moving = replace(still, max_move_fraction=settings.max_move_fraction)
+    budget = mesh.move_budget(current, moving)
     if not budget:
         return plans
-    moving = replace(still, max_move_fraction=settings.max_move_fraction)
     plans.append(mesh.plan(profile, topology, current, moving))
     for plan in tuple(plans):
         moved = decode_moves.improved(
@@ -219,10 +219,6 @@ def _candidates(
         solved = mesh.plan(profile, topology, moved, still).placement
         plans.append(assess(profile, topology, solved, current))
     return plans
-
-
-def _num_slots(placement: ExpertPlacement) -> int:
-    return sum(len(row) for bank in placement.banks for row in bank.physical_to_logical)
 
 
 def _weighed(

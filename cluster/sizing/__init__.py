@@ -1,4 +1,4 @@
 """Predictions without a cluster: roofline, pool sizes, replays of a changing load.
 
-Imports ``cluster.core``, ``cluster.config`` and ``cluster.planner``; pure.
+Imports ``cluster.core``, ``cluster.config``, ``cluster.planner`` and numpy; pure.
 """

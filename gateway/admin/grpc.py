@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 
 from gateway.admin.calls import SERVICE, AdminCalls
 from gateway.generation.gateway import Gateway
-from gateway.grpc.edge import GrpcEdge
+from gateway.grpc.call import GrpcCall
 from gateway.grpc.handlers import Procedure
 from gateway.grpc.server import ServicePort, server_options
 
@@ -42,10 +42,10 @@ class AdminGrpcServer(ServicePort):
     def _find(self, name: str) -> Procedure:
         procedure = self._calls.find(name)
         if not SERVICE.methods_by_name[name].server_streaming:
-            return lambda request, edge: procedure(request)
+            return lambda request, call: procedure(request)
 
-        async def stream(request: Message, edge: GrpcEdge) -> AsyncGenerator[Message]:
-            await edge.send_id()
+        async def stream(request: Message, call: GrpcCall) -> AsyncGenerator[Message]:
+            await call.send_id()
             async with aclosing(procedure(request)) as answers:
                 async for answer in answers:
                     yield answer

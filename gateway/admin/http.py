@@ -23,7 +23,7 @@ from gateway.admin.calls import SERVICE, AdminCalls
 from gateway.auth.tls import uvicorn_options
 from gateway.generation.gateway import Gateway
 from gateway.http.api import route_error
-from gateway.http.edge import HttpEdge, dump_json, read_json
+from gateway.http.middleware import HttpMiddleware, dump_json, read_json
 from gateway.serve_proxy.bounded_protocol import BoundedHttpProtocol
 
 ROUTES = (
@@ -56,7 +56,7 @@ def build_admin_app(gateway: Gateway) -> FastAPI:
         for method, path, name in ROUTES
     ]
     app.router.routes.extend([*routes, Route("/health", _health, methods=["GET"])])
-    app.add_middleware(HttpEdge, gateway=gateway, keys=gateway.admin_keys, routes=routes)
+    app.add_middleware(HttpMiddleware, gateway=gateway, keys=gateway.admin_keys, routes=routes)
     return app
 
 

@@ -1,4 +1,4 @@
 """API keys with their limits, and TLS.
 
-Imports ``gateway.core``.
+Imports ``cluster.core`` and ``cluster.config``.
 """

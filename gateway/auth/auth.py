@@ -1,6 +1,6 @@
 """API keys: which callers may use more than ``/health`` and ``/ready``, and how much.
 
-Every edge checks its ``KeyRing`` first, and passes the caller to the rest of the gateway in
+HTTP and gRPC check the ``KeyRing`` of their port before anything else, and leave the caller in
 ``CALLER``.
 """
 

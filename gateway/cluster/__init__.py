@@ -1,4 +1,4 @@
 """The cluster as the gateway sees it: the controller's snapshot and the other serve replicas.
 
-Imports ``gateway.core``; Ray in ``client`` only.
+Imports ``cluster.core`` and ``cluster.tracing``; Ray in ``client`` only.
 """

@@ -1,6 +1,6 @@
 """Questions to all serve replicas of the gateway, and the answers of one of them.
 
-Behind one route a client reaches any replica. The replica that was reached collects what concerns
+Behind one route a client reaches any replica. That replica collects what concerns
 the whole gateway: metrics, addresses, a request that must end.
 """
 

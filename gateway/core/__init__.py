@@ -1,4 +1,4 @@
-"""What all of the gateway shares: a call, its answer's pieces, checks of fields, the error table.
+"""What the whole gateway shares: a call, pieces of its answer, checks of fields, the error table.
 
 Imports ``workers.requests``, ``cluster.core`` and ``cluster.config``.
 """

@@ -1,7 +1,7 @@
 """The one table from exception to HTTP status, error object and gRPC status.
 
-Handlers raise; only the two edges (``http.edge``, ``grpc.edge``) map. Messages name field, value
-and limit; an exception of another kind is a bug and shows its request id only.
+Handlers raise; only ``http.middleware`` and ``grpc.call`` map. Messages name field, value and
+limit; an exception of another kind is a bug, and the client sees the request's id only.
 """
 
 from __future__ import annotations

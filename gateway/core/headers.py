@@ -1,4 +1,4 @@
-"""The priority and the time limit of a request, which HTTP headers and gRPC metadata may say."""
+"""The priority and the time limit of a request in HTTP headers and gRPC metadata."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class ToolForm(Enum):
-    """How a model writes a call: what stands before the first one."""
+    """How a model writes a call; the value is the text before the first call."""
 
     HERMES = "<tool_call>"
     """``<tool_call>\\n{"name": "f", "arguments": {}}\\n</tool_call>`` (Qwen, Hermes)."""

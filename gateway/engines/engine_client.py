@@ -23,7 +23,7 @@ from gateway.cluster.view import AttentionEndpoint
 from gateway.engines.router import WorkerLoad
 from gateway.engines.submission import Submission, without_first
 from workers.requests.block_hash import KvEvents
-from workers.requests.request import Reached, RequestStage, StepOutput, TokenOutput, Turn
+from workers.requests.request import Reached, RequestStage, SoloStep, StepOutput, TokenOutput
 from workers.requests.stream_handshake import GatewayHandshake
 from workers.requests.wire import (
     FROM_ENGINE,
@@ -142,7 +142,7 @@ class EngineClient:
 
     def submit(self, entry: Submission) -> None:
         """Hand a request over; its outputs go to its sink."""
-        entry.home, entry.was_sent, entry.is_computing = self, True, True
+        entry.stream, entry.was_sent, entry.is_computing = self, True, True
         entry.engine = self._endpoint.engine
         self._submissions[entry.request.request_id] = entry
         self._count(entry)
@@ -207,7 +207,7 @@ class EngineClient:
     def _count(self, entry: Submission) -> None:
         """Update the request's part in the load."""
         now = (0, 0)
-        if entry.home is self:
+        if entry.stream is self:
             is_new, choices = entry.is_computing, len(entry.open_choices)
             now = (entry.missing_tokens if is_new else 0, 0 if is_new else choices)
         self.load.queued_tokens += now[0] - entry.counted[0]
@@ -222,7 +222,7 @@ class EngineClient:
     def _release(self, entry: Submission) -> None:
         del self._submissions[entry.request.request_id]
         self._end_prompt(entry)
-        entry.home, entry.last_worker = None, self.worker
+        entry.stream, entry.last_worker = None, self.worker
         self._count(entry)
 
     async def _read(self, call: _Call) -> None:
@@ -246,8 +246,8 @@ class EngineClient:
                 await asyncio.sleep(0)  # clients get these outputs before the next message
             case Reached():
                 self.take_reached(message)
-            case Turn():
-                self._take_turn(message)
+            case SoloStep():
+                self._note_solo_step(message)
             case KvEvents():
                 self.load.fetch_cost = message.fetch_cost
                 if not self._owner.take_kv(self.worker, message):
@@ -276,16 +276,16 @@ class EngineClient:
             number += 1
             self._outgoing.put_nowait(Ping(number=number))
 
-    def _take_turn(self, turn: Turn) -> None:
+    def _note_solo_step(self, solo_step: SoloStep) -> None:
         """Record that a request runs a step alone, and answer; or that this step is over."""
-        entry = self._submissions.get(turn.request_id)
-        if entry is None or entry.request.attempt != turn.attempt:
+        entry = self._submissions.get(solo_step.request_id)
+        if entry is None or entry.request.attempt != solo_step.attempt:
             return
-        if turn.is_over:
+        if solo_step.is_over:
             entry.clear()
         else:
             entry.reach(RequestStage.ALONE)
-            self._outgoing.put_nowait(turn)
+            self._outgoing.put_nowait(solo_step)
 
     def take_reached(self, reached: Reached) -> None:
         """Record how far requests are at the worker."""
@@ -320,5 +320,5 @@ class EngineClient:
         self._end_prompt(entry)
         entry.deliver(fresh)
         self._count(entry)
-        if not entry.open_choices and entry.home is self:
+        if not entry.open_choices and entry.stream is self:
             self._release(entry)

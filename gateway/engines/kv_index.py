@@ -27,12 +27,12 @@ class _Worker:
 
     bit: int
     number: int = 0
-    told: set[bytes] = field(default_factory=set)
+    reported: set[bytes] = field(default_factory=set)
     expected: Counter[bytes] = field(default_factory=Counter)
 
 
 class KvIndex:
-    """The blocks of all workers. Hashes are the short ones of ``prefix_hash``."""
+    """The blocks of all workers. Hashes are the short ones of ``block_hash``."""
 
     def __init__(self) -> None:
         self._holders: dict[bytes, int] = {}
@@ -53,12 +53,12 @@ class KvIndex:
         known = self._workers.get(worker)
         if events.is_whole:
             known = known or self._add(worker)
-            self._forget(known, known.told - set(events.stored))
+            self._forget(known, known.reported - set(events.stored))
         elif known is None or events.number != known.number + 1:
             return False
         known.number = events.number
         self._forget(known, events.removed)
-        known.told.update(events.stored)
+        known.reported.update(events.stored)
         self._hold(known, events.stored)
         return True
 
@@ -75,7 +75,7 @@ class KvIndex:
         for name in hashes:
             if known.expected[name] <= 1:
                 del known.expected[name]
-                if name not in known.told:
+                if name not in known.reported:
                     self._clear(name, known.bit)
             else:
                 known.expected[name] -= 1
@@ -84,7 +84,7 @@ class KvIndex:
         """A worker has left, with its blocks."""
         if (known := self._workers.pop(worker, None)) is not None:
             self._everyone &= ~known.bit
-            for name in known.told | known.expected.keys():
+            for name in known.reported | known.expected.keys():
                 self._clear(name, known.bit)
 
     def matches(self, hashes: Sequence[bytes]) -> dict[str, int]:
@@ -127,8 +127,8 @@ class KvIndex:
         for worker, depth in reversed(matches.items()):
             if depth <= most:
                 break
-            told = self._workers[worker].told
-            depth = bisect_left(hashes, True, 0, depth, key=lambda name: name not in told)
+            reported = self._workers[worker].reported
+            depth = bisect_left(hashes, True, 0, depth, key=lambda name: name not in reported)
             if depth > most:
                 best, most = worker, depth
         return best, most
@@ -155,8 +155,8 @@ class KvIndex:
 
     def _forget(self, known: _Worker, hashes: Iterable[bytes]) -> None:
         for name in hashes:
-            if name in known.told:
-                known.told.discard(name)
+            if name in known.reported:
+                known.reported.discard(name)
                 if name not in known.expected:
                     self._clear(name, known.bit)
 

@@ -11,8 +11,6 @@ from gateway.engines.kv_index import KvIndex
 
 
 class RoutingPolicy(Enum):
-    """Routing policy."""
-
     KV = "kv"
     """The worker that computes the prompt soonest, given its cached prefixes."""
     LEAST_LOADED = "least-loaded"
@@ -49,7 +47,7 @@ class WorkerLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class Peer:
+class KvPeer:
     """The worker with the longest cached part of a prompt."""
 
     name: str
@@ -58,7 +56,7 @@ class Peer:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Route:
     """The route of a request."""
 
     load: WorkerLoad
@@ -74,8 +72,8 @@ def pick_worker(
     num_routed: int = 0,
     prompt_tokens: int = 0,
     cached_tokens: Mapping[str, int] | None = None,
-    peer: Peer | None = None,
-) -> Choice | None:
+    peer: KvPeer | None = None,
+) -> Route | None:
     """The worker for the next request; None if there is none.
 
     Args:
@@ -97,7 +95,7 @@ def pick_worker(
         return None
     known = cached_tokens or {}
     if policy is RoutingPolicy.ROUND_ROBIN:
-        return _choice(loads[num_routed % len(loads)], known)
+        return _route(loads[num_routed % len(loads)], known)
     if policy is RoutingPolicy.LEAST_LOADED:
         costs: list[float] = [load.outstanding_tokens for load in loads]
     else:
@@ -109,7 +107,7 @@ def pick_worker(
         ]
         if peer is not None:
             return _best_with_fetches(loads, waits, costs, num_routed, prompt_tokens, known, peer)
-    return _choice(_best(loads, costs, num_routed), known)
+    return _route(_best(loads, costs, num_routed), known)
 
 
 def route_by_kv(
@@ -119,14 +117,14 @@ def route_by_kv(
     num_routed: int,
     prompt_tokens: int,
     block_size: int,
-) -> Choice | None:
+) -> Route | None:
     """``pick_worker`` by ``kv``, for a prompt whose full blocks have these (short) hashes."""
     matches = index.matches(hashes)
     cached = {worker: count * block_size for worker, count in matches.items()}
     peer = None
     if any(load.fetch_cost < math.inf for load in loads):
         holder, count = index.best_holder(hashes, matches)
-        peer = Peer(holder, count * block_size) if count else None
+        peer = KvPeer(holder, count * block_size) if count else None
     return pick_worker(loads, RoutingPolicy.KV, num_routed, prompt_tokens, cached, peer)
 
 
@@ -137,8 +135,8 @@ def _best_with_fetches(
     num_routed: int,
     prompt_tokens: int,
     known: Mapping[str, int],
-    peer: Peer,
-) -> Choice:
+    peer: KvPeer,
+) -> Route:
     """The result without fetches, or that of a worker which is better off with one."""
     missing = MISSING_WEIGHT * (prompt_tokens - peer.tokens)
     least = min(costs)
@@ -151,12 +149,12 @@ def _best_with_fetches(
             best = [*best, load] if cost == least else [load]
             least = cost
     if best:
-        return Choice(best[num_routed % len(best)], peer.tokens, peer.name)
-    return _choice(_best(loads, costs, num_routed), known)
+        return Route(best[num_routed % len(best)], peer.tokens, peer.name)
+    return _route(_best(loads, costs, num_routed), known)
 
 
-def _choice(load: WorkerLoad, known: Mapping[str, int]) -> Choice:
-    return Choice(load, known.get(load.name, 0))
+def _route(load: WorkerLoad, known: Mapping[str, int]) -> Route:
+    return Route(load, known.get(load.name, 0))
 
 
 def _best(loads: Sequence[WorkerLoad], costs: Sequence[float], num_routed: int) -> WorkerLoad:

@@ -35,7 +35,7 @@ class OutputSink(Protocol):
         """The request failed."""
 
 
-class Home(Protocol):
+class AssignedStream(Protocol):
     """The stream to the worker that has a request."""
 
     @property
@@ -60,7 +60,7 @@ class Submission:
     """Choices that have not ended."""
     outputs: list[list[int]] = field(init=False)
     """By choice, the delivered tokens, which the next attempt carries."""
-    home: Home | None = None
+    stream: AssignedStream | None = None
     """The worker that runs it; None while it waits for one."""
     last_worker: str = ""
     """Its last worker, which handed it back or was lost."""
@@ -100,7 +100,7 @@ class Submission:
     @property
     def is_waiting(self) -> bool:
         """It is not finished, and no worker runs it."""
-        return self.home is None and bool(self.open_choices)
+        return self.stream is None and bool(self.open_choices)
 
     @property
     def outstanding_tokens(self) -> int:
@@ -118,12 +118,12 @@ class Submission:
     @property
     def worker(self) -> str:
         """Its current or last worker; empty if none."""
-        return self.last_worker if self.home is None else self.home.worker
+        return self.last_worker if self.stream is None else self.stream.worker
 
     def abort(self, choices: Sequence[int] = ()) -> None:
         """Abort it, or some of its choices; never waits, no effect after its end."""
-        if self.home is not None:
-            self.home.abort(self.request.request_id, choices)
+        if self.stream is not None:
+            self.stream.abort(self.request.request_id, choices)
         else:
             self.close(choices)
 

@@ -1,4 +1,4 @@
 """From a validated call to a running generation, and its trace.
 
-Imports ``gateway.core``, ``text``, ``auth``, ``cluster``, ``engines`` and ``observability``.
+Imports ``gateway.engines``, ``observability`` and the floors below, and ``cluster.tracing``.
 """

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.core.errors import RequestError
-from workers.requests.inspection import IGNORED_LABEL, BankShape
+from workers.requests.inspection import IGNORED_LABEL, RouterShape
 
 
 def aux_loss(
     prompts: Sequence[Mapping[str, NDArray[np.float32]]],
     lengths: Sequence[int],
-    banks: Sequence[BankShape],
+    banks: Sequence[RouterShape],
 ) -> dict[str, float]:
     """The auxiliary loss over all tokens of all prompts, as each version of transformers counts.
 

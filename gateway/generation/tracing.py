@@ -1,8 +1,8 @@
 """Traces of requests: kept while a request runs, made into spans once it is over.
 
-An edge begins a ``RequestTrace`` and ends it; on the way ``Gateway`` leaves the call's fields and
-its ``Generation`` in it. The spans are made of times that are taken anyway: nothing is done for
-them before the first token is out. Off, there is one check for None a request.
+``HttpMiddleware`` and ``GrpcCall`` begin a ``RequestTrace`` and end it; ``Gateway`` adds the call's
+fields and its ``Generation``. The spans are made of times that are measured anyway, and nothing is
+computed for them before the first token is sent. Without tracing a request costs one check.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Tracing:
         self.cluster_events.take(snapshot, time.monotonic())
 
     def _record(self, trace: RequestTrace) -> None:
-        """Make the spans of a request that is over. A failure here is not the request's."""
+        """Make the spans of a request that is over; logs every error and raises none."""
         try:
             record_request(
                 self.export.tracer,

@@ -1,6 +1,6 @@
 """The procedures of ``expertmesh.v1.Inference``: messages in, the same calls to ``Gateway``.
 
-``gateway.grpc.handlers`` serves each of them within its ``GrpcEdge``.
+``gateway.grpc.handlers`` serves each of them within its ``GrpcCall``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from gateway.core.headers import with_headers
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway, new_call_id
 from gateway.generation.generation import Generation
+from gateway.grpc.call import GrpcCall
 from gateway.grpc.convert import grpc_chat_input, grpc_fields, input_of, optional
-from gateway.grpc.edge import GrpcEdge
 from gateway.grpc.format import GrpcFormat
 from gateway.grpc.pooling import PoolingProcedures
 from protos import inference_pb2 as pb
@@ -31,26 +31,26 @@ class InferenceProcedures(PoolingProcedures):
         super().__init__(gateway)
         self._gateway = gateway
 
-    async def Generate(self, request: pb.GenerateRequest, edge: GrpcEdge) -> pb.GenerateResponse:
-        with await self._start(request, edge) as generation:
+    async def Generate(self, request: pb.GenerateRequest, call: GrpcCall) -> pb.GenerateResponse:
+        with await self._start(request, call) as generation:
             choices = await collect(generation)
-            edge.set_usage(generation.usage)
-            formatter = GrpcFormat(generation, self._gateway.tokenizer, edge.request_id)
+            call.set_usage(generation.usage)
+            formatter = GrpcFormat(generation, self._gateway.tokenizer, call.request_id)
             return formatter.whole(choices, generation.usage)
 
     async def GenerateStream(
-        self, request: pb.GenerateRequest, edge: GrpcEdge
+        self, request: pb.GenerateRequest, call: GrpcCall
     ) -> AsyncGenerator[pb.GenerateChunk]:
-        with await self._start(request, edge, streams=True) as generation:
-            await edge.send_id()  # while the engine works at the first token
-            formatter = GrpcFormat(generation, self._gateway.tokenizer, edge.request_id)
+        with await self._start(request, call, streams=True) as generation:
+            await call.send_id()  # while the engine works at the first token
+            formatter = GrpcFormat(generation, self._gateway.tokenizer, call.request_id)
             while deltas := await generation.next():
                 for delta in deltas:
                     yield formatter.chunk(delta)
                 generation.sent()
-            edge.set_usage(generation.usage)
+            call.set_usage(generation.usage)
 
-    async def Tokenize(self, request: pb.TokenizeRequest, edge: GrpcEdge) -> pb.TokenizeResponse:
+    async def Tokenize(self, request: pb.TokenizeRequest, call: GrpcCall) -> pb.TokenizeResponse:
         gateway = self._gateway
         gateway.check_model(request.model or None)
         is_chat = input_of(request, "prompt") == "messages"
@@ -67,7 +67,7 @@ class InferenceProcedures(PoolingProcedures):
         )
 
     async def Detokenize(
-        self, request: pb.DetokenizeRequest, edge: GrpcEdge
+        self, request: pb.DetokenizeRequest, call: GrpcCall
     ) -> pb.DetokenizeResponse:
         self._gateway.check_model(request.model or None)
         facts = self._gateway.require_facts()
@@ -75,21 +75,21 @@ class InferenceProcedures(PoolingProcedures):
         return pb.DetokenizeResponse(prompt=text)
 
     async def GetModelInfo(
-        self, request: pb.GetModelInfoRequest, edge: GrpcEdge
+        self, request: pb.GetModelInfoRequest, call: GrpcCall
     ) -> types_pb2.ModelInfo:
         self._gateway.check_model(request.model or None)
         return self._model()
 
     async def ListModels(
-        self, request: pb.ListModelsRequest, edge: GrpcEdge
+        self, request: pb.ListModelsRequest, call: GrpcCall
     ) -> pb.ListModelsResponse:
         """All models: the one that is served."""
         return pb.ListModelsResponse(models=[self._model()])
 
     async def _start(
-        self, request: pb.GenerateRequest, edge: GrpcEdge, streams: bool = False
+        self, request: pb.GenerateRequest, call: GrpcCall, streams: bool = False
     ) -> Generation:
-        fields = with_headers(grpc_fields(request), edge.priority_header, edge.time_left_s)
+        fields = with_headers(grpc_fields(request), call.priority_header, call.time_left_s)
         if streams:
             check_stream(fields)
         return await self._gateway.start(fields, new_call_id(fields.kind))

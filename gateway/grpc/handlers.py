@@ -1,4 +1,4 @@
-"""The gRPC handlers of a service: every procedure runs within its ``GrpcEdge``."""
+"""The gRPC handlers of a service: every procedure runs within its ``GrpcCall``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from google.protobuf.message_factory import GetMessageClass
 from cluster.core.errors import RequestError
 from gateway.auth.auth import KeyRing
 from gateway.generation.gateway import Gateway
-from gateway.grpc.edge import Context, GrpcEdge
+from gateway.grpc.call import Context, GrpcCall
 
-Procedure = Callable[[Any, GrpcEdge], Any]
+Procedure = Callable[[Any, GrpcCall], Any]
 """A request message to its answer, awaited; or to an asynchronous generator of answers, which
-calls ``GrpcEdge.send_id`` before the first."""
+calls ``GrpcCall.send_id`` before the first."""
 
 
 def service_handlers(
@@ -36,18 +36,18 @@ def service_handlers(
         keys: the keys of the port.
     """
 
-    def edge(
+    def call_of(
         method: MethodDescriptor, request: Message | RequestError, context: Context
-    ) -> GrpcEdge:
+    ) -> GrpcCall:
         wanted_id = str(getattr(request, "request_id", ""))
-        return GrpcEdge(gateway, service.full_name, method.name, context, wanted_id, keys)
+        return GrpcCall(gateway, service.full_name, method.name, context, wanted_id, keys)
 
     def unary(method: MethodDescriptor) -> Any:
         procedure, kind = find(method.name), GetMessageClass(method.input_type)
 
         async def serve(data: bytes, context: Context) -> Message:
             request = _decode(kind, data)
-            with edge(method, request, context) as call:
+            with call_of(method, request, context) as call:
                 try:
                     await call.begin()
                     answer: Message = await procedure(_checked(request), call)
@@ -62,7 +62,7 @@ def service_handlers(
 
         async def serve(data: bytes, context: Context) -> AsyncIterator[Message]:
             request = _decode(kind, data)
-            with edge(method, request, context) as call:
+            with call_of(method, request, context) as call:
                 try:
                     call.enter()
                     async with aclosing(procedure(_checked(request), call)) as answers:

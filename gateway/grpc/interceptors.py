@@ -11,7 +11,7 @@ from cluster.core.errors import ExpertMeshError
 from gateway.auth.auth import KeyRing
 from gateway.core.errors import RouteError
 from gateway.generation.gateway import Gateway
-from gateway.grpc.edge import Context, GrpcEdge, text_metadata
+from gateway.grpc.call import Context, GrpcCall, text_metadata
 
 if TYPE_CHECKING:
     _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
@@ -67,12 +67,12 @@ def _refusal(
     """
 
     async def refuse(requests: Any, context: Context) -> AsyncIterator[Any]:
-        with GrpcEdge(gateway, *names, context, "", keys) as edge:
+        with GrpcCall(gateway, *names, context, "", keys) as call:
             try:
-                await edge.begin()
+                await call.begin()
                 raise error
             except Exception as err:
-                await edge.abort(err)
+                await call.abort(err)
         yield
 
     make: Any = grpc.stream_stream_rpc_method_handler

@@ -14,8 +14,8 @@ from gateway.core.headers import with_headers
 from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import MAX_CALL_BYTES, InspectFields, Inspecting
 from gateway.generation.pooling import PromptInput, Reader, reading_fields
+from gateway.grpc.call import GrpcCall
 from gateway.grpc.convert import given_fields, input_of
-from gateway.grpc.edge import GrpcEdge
 from gateway.grpc.format import usage_message
 from protos import inference_pb2 as pb
 from workers.requests.inspection import NamedArray
@@ -33,49 +33,49 @@ class PoolingProcedures:
         self._inspecting = Inspecting(gateway)
         self._name = gateway.model_name
 
-    async def Embed(self, request: pb.EmbedRequest, edge: GrpcEdge) -> pb.EmbedResponse:
-        fields, prompts = _fields(request, edge), _prompts(request.input, "input")
+    async def Embed(self, request: pb.EmbedRequest, call: GrpcCall) -> pb.EmbedResponse:
+        fields, prompts = _fields(request, call), _prompts(request.input, "input")
         found = await self._reader.embed(prompts, request.pooling or None, fields)
         vectors = (
             pb.Embedding(index=index, values=vector.tolist())
             for index, vector in enumerate(found.rows)
         )
-        return pb.EmbedResponse(data=vectors, **self._head(request, edge, found.usage))
+        return pb.EmbedResponse(data=vectors, **self._head(request, call, found.usage))
 
-    async def Classify(self, request: pb.ClassifyRequest, edge: GrpcEdge) -> pb.ClassifyResponse:
-        fields, prompts = _fields(request, edge), _prompts(request.input, "input")
+    async def Classify(self, request: pb.ClassifyRequest, call: GrpcCall) -> pb.ClassifyResponse:
+        fields, prompts = _fields(request, call), _prompts(request.input, "input")
         masks = tuple(tuple(one.mask) for one in request.attention_mask)
         found = await self._reader.classify(prompts, tuple(request.labels), masks, fields)
         rows = (
             pb.Classification(index=index, **asdict(row)) for index, row in enumerate(found.rows)
         )
-        return pb.ClassifyResponse(data=rows, **self._head(request, edge, found.usage))
+        return pb.ClassifyResponse(data=rows, **self._head(request, call, found.usage))
 
-    async def Score(self, request: pb.ScoreRequest, edge: GrpcEdge) -> pb.ScoreResponse:
-        fields, queries = _fields(request, edge), _prompts(request.queries, "queries")
+    async def Score(self, request: pb.ScoreRequest, call: GrpcCall) -> pb.ScoreResponse:
+        fields, queries = _fields(request, call), _prompts(request.queries, "queries")
         documents = _prompts(request.documents, "documents")
         found = await self._reader.score(queries, documents, fields)
         rows = (pb.DocumentScore(index=i, score=score) for i, score in enumerate(found.rows))
-        return pb.ScoreResponse(data=rows, **self._head(request, edge, found.usage))
+        return pb.ScoreResponse(data=rows, **self._head(request, call, found.usage))
 
     async def Inspect(
-        self, request: pb.InspectRequest, edge: GrpcEdge
+        self, request: pb.InspectRequest, call: GrpcCall
     ) -> AsyncGenerator[pb.InspectChunk]:
-        """What goes on inside the model, in pieces."""
-        await edge.send_id()
-        wanted, fields = _fields(request, edge), grpc_inspect_fields(request)
+        """Arrays from inside the model, in pieces."""
+        await call.send_id()
+        wanted, fields = _fields(request, call), grpc_inspect_fields(request)
         async with self._inspecting.inspect(fields, wanted, MAX_CALL_BYTES) as found:
             for index, arrays in enumerate(found.rows):
                 for array in arrays:
                     for piece in _pieces(index, array):
                         yield pb.InspectChunk(piece=piece)
-            head = self._head(request, edge, found.usage)
+            head = self._head(request, call, found.usage)
             summary = pb.InspectSummary(loss=found.loss, aux_loss=found.aux_loss, **head)
             yield pb.InspectChunk(summary=summary)
 
-    def _head(self, request: PoolingRequest, edge: GrpcEdge, usage: Usage) -> dict[str, Any]:
+    def _head(self, request: PoolingRequest, call: GrpcCall, usage: Usage) -> dict[str, Any]:
         """What all answers have; sends the usage as trailing metadata, too."""
-        edge.set_usage(usage)
+        call.set_usage(usage)
         return {"model": request.model or self._name, "usage": usage_message(usage)}
 
 
@@ -111,10 +111,10 @@ def _pieces(index: int, array: NamedArray) -> Iterator[pb.ArrayPiece]:
         )
 
 
-def _fields(request: PoolingRequest, edge: GrpcEdge) -> GenerateFields:
+def _fields(request: PoolingRequest, call: GrpcCall) -> GenerateFields:
     """What all these requests have in common. Raises ``RequestError``."""
     fields = reading_fields(**given_fields(request))
-    return with_headers(fields, edge.priority_header, edge.time_left_s)
+    return with_headers(fields, call.priority_header, call.time_left_s)
 
 
 def _prompts(inputs: Iterable[pb.Input], field: str) -> tuple[PromptInput, ...]:

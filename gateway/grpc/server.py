@@ -46,7 +46,7 @@ def server_options(so_reuseport: bool = True) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", 16 * 1024 * 1024),
         ("grpc.max_send_message_length", 64 * 1024 * 1024),
         ("grpc.max_metadata_size", _METADATA_BYTES),
-        # refused from here on; between the two chance would decide
+        # hard limit: between it and the limit above gRPC refuses calls at random
         ("grpc.absolute_max_metadata_size", _METADATA_BYTES + 1),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),

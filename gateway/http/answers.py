@@ -1,4 +1,4 @@
-"""What the HTTP routes answer: types of the OpenAPI document, which closes all but two of them.
+"""Types of HTTP answers, for the OpenAPI document; all but two allow no other fields.
 
 Handlers build plain dicts; a test fails on a field that is not here.
 """

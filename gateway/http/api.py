@@ -25,9 +25,9 @@ from gateway.generation.gateway import Gateway, new_call_id
 from gateway.generation.request_trace import note_response_id
 from gateway.http import openapi
 from gateway.http.convert import chat_fields, chat_input, completion_fields
-from gateway.http.edge import (
+from gateway.http.middleware import (
     OPEN_PATHS,
-    HttpEdge,
+    HttpMiddleware,
     Responder,
     WatchedEndpoint,
     dump_json,
@@ -64,7 +64,7 @@ def build_http_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:
 
     Args:
         gateway: what is behind it.
-        adds_request_id: see ``HttpEdge``.
+        adds_request_id: see ``HttpMiddleware``.
     """
     api = HttpApi(gateway)
     app = FastAPI(
@@ -78,7 +78,7 @@ def build_http_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:
     routes = api.routes()
     app.router.routes.extend(routes)
     app.add_middleware(
-        HttpEdge,
+        HttpMiddleware,
         gateway=gateway,
         keys=gateway.keys,
         routes=routes,

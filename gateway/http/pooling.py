@@ -21,8 +21,8 @@ from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import MAX_JSON_BYTES, Inspecting
 from gateway.generation.pooling import Reader, reading_fields
 from gateway.http.convert import given_fields, mask_list, prompt_list
-from gateway.http.edge import Responder, WatchedEndpoint, dump_json, timeout_header_s
 from gateway.http.inspect import InspectBody, inspect_answer, inspect_fields
+from gateway.http.middleware import Responder, WatchedEndpoint, dump_json, timeout_header_s
 from gateway.http.openai_format import pooling_usage
 from gateway.http.parse import parse_body
 from gateway.http.schema import CallBody, Items, PromptField

@@ -133,7 +133,7 @@ class StructuredOutputsBody(StrictBody):
 
 
 class CallBody(StrictBody):
-    """What every call to the model may say."""
+    """Fields of every call to the model."""
 
     model: str | None = None
     add_special_tokens: bool | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gateway.core.delta import ChoiceDelta
 from gateway.generation.gateway import Gateway
 from gateway.generation.generation import Generation
-from gateway.http.edge import Responder, dump_json
+from gateway.http.middleware import Responder, dump_json
 from gateway.http.openai_format import AnswerFormat, usage_body
 from gateway.http.schema import StreamOptions
 

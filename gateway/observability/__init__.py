@@ -1,4 +1,4 @@
 """Prometheus metrics.
 
-Imports ``gateway.core`` and ``gateway.cluster``.
+Imports ``gateway.core``, ``gateway.cluster`` and ``prometheus_client``.
 """

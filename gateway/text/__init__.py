@@ -1,4 +1,4 @@
 """Text to tokens and back: tokenizer, chat templates, tools, structured output.
 
-Imports ``gateway.core``.
+Imports ``gateway.core``, ``workers.requests``, tokenizers and jinja2.
 """

@@ -1,4 +1,4 @@
-"""Chat templates that clients send, where the server trusts them so far: each in its own process.
+"""Chat templates that clients send, if the server allows them: each runs in its own process.
 
 See ``render_template`` for its limits. A process an answer also means that no template leaves
 anything behind for the next.

@@ -1,8 +1,8 @@
 """Structured output as clients ask for it, to the one ``Grammar`` that an engine follows.
 
 Both codecs come through here: ``response_format`` (OpenAI) and ``structured_outputs`` (vLLM). What
-can be checked without a vocabulary is checked now; the engine compiles the grammar and has the last
-word.
+can be checked without a vocabulary is checked now; the engine compiles the grammar, and may still
+refuse it.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ SPEC = BankSpec(
 
 
 class SlowClock:
-    """Time passes when somebody sleeps, a little more than asked for."""
+    """Time passes in sleeps, a little more than asked for."""
 
     def __init__(self, too_long: float = 0.0) -> None:
         self.now = 50.0

@@ -50,15 +50,15 @@ class Recorder:
         headers = {k: v for k, v in request.headers.items() if k.lower() not in _OWN_HOP}
         url = f"{self._target}{request.path_qs}"
         async with self._session.request(request.method, url, data=raw, headers=headers) as answer:
-            told = web.StreamResponse(status=answer.status)
+            copied = web.StreamResponse(status=answer.status)
             for name, value in answer.headers.items():
                 if name.lower() not in _OWN_HOP:
-                    told.headers[name] = value
-            await told.prepare(request)
+                    copied.headers[name] = value
+            await copied.prepare(request)
             async for piece in answer.content.iter_any():
-                await told.write(piece)
-            await told.write_eof()
-            return told
+                await copied.write(piece)
+            await copied.write_eof()
+            return copied
 
     def _note(self, path: str, raw: bytes) -> None:
         fields = self.sent.setdefault(path, set())

@@ -125,8 +125,8 @@ def test_curl(recorder: Recorder, model: str, tmp_path: Path) -> None:
     assert answer["usage"]["completion_tokens"] <= 4
     streamed = run([*plain, "-N", "-d", json.dumps({**body, "stream": True}), url], tmp_path)
     assert streamed.endswith("data: [DONE]\n\n")
-    told = run(["curl", "-sS", "-d", json.dumps(body), "-w", "%{http_code}", url], tmp_path)
-    error, status = told[:-3], told[-3:]  # curl names a form as the type unless told otherwise
+    output = run(["curl", "-sS", "-d", json.dumps(body), "-w", "%{http_code}", url], tmp_path)
+    error, status = output[:-3], output[-3:]  # without a header curl calls it a form
     assert (status, json.loads(error)["error"]["param"]) == ("400", "content-type")
 
 

@@ -206,8 +206,8 @@ def same_choice(ours: Any, theirs: dict[str, Any]) -> None:
     assert (ours.index, ours.text) == (theirs["index"], message["content"] or "")
     assert list(ours.token_ids) == theirs["token_ids"]
     calls = [(c.name, c.arguments) for c in ours.tool_calls]
-    told = [call["function"] for call in message.get("tool_calls") or ()]
-    assert calls == [(function["name"], function["arguments"]) for function in told]
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    assert calls == [(function["name"], function["arguments"]) for function in functions]
     reason = types_pb2.FinishReason.Name(ours.finish_info.reason)
     assert reason == f"FINISH_REASON_{theirs['finish_reason'].upper()}"
     kind = ours.finish_info.WhichOneof("stop_reason")
@@ -229,10 +229,10 @@ def same_choice(ours: Any, theirs: dict[str, Any]) -> None:
 def same_prompt_logprobs(answer: Any, theirs: list[dict[str, Any] | None] | None) -> None:
     """Those of the prompt's tokens, by token."""
     assert len(answer.prompt_logprobs) == len(theirs or ())
-    for entry, told in zip(answer.prompt_logprobs, theirs or (), strict=True):
-        assert entry.HasField("logprob") is (told is not None)
-        if told is not None:
-            assert told[str(entry.token_id)]["logprob"] == entry.logprob
+    for entry, reported in zip(answer.prompt_logprobs, theirs or (), strict=True):
+        assert entry.HasField("logprob") is (reported is not None)
+        if reported is not None:
+            assert reported[str(entry.token_id)]["logprob"] == entry.logprob
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -245,10 +245,10 @@ def test_bad_requests(stack: Stack, stub: InferenceStub, name: str) -> None:
         assert response.status_code == status, response.text
         error = response.json()["error"]
     assert error is not None
-    param, told = error["param"], error["message"]
+    param, reported = error["param"], error["message"]
     if param == "prompt":  # the message has several fields for what is one over HTTP
         param = str(message.WhichOneof("input"))
-        told = re.sub("^prompt", param, told)
+        reported = re.sub("^prompt", param, reported)
     for call in (
         stub.Generate,
         lambda message, timeout: list(stub.GenerateStream(message, timeout)),
@@ -260,7 +260,7 @@ def test_bad_requests(stack: Stack, stub: InferenceStub, name: str) -> None:
         assert details["RequestInfo"].request_id
         violations = details["BadRequest"].field_violations
         assert [v.field for v in violations] == [param]
-        assert text == told
+        assert text == reported
 
 
 def test_metadata_goes_both_ways(stack: Stack, stub: InferenceStub) -> None:
@@ -295,10 +295,10 @@ def test_deadlines_are_the_same_error(stack: Stack, stub: InferenceStub) -> None
 
 
 def test_the_served_model_is_the_same(stack: Stack, stub: InferenceStub) -> None:
-    (told,) = stack.http.get("/v1/models").json()["data"]
+    (over_http,) = stack.http.get("/v1/models").json()["data"]
     listed = stub.ListModels(pb.ListModelsRequest(), timeout=WAIT_S).models
     assert [(m.id, m.created, m.max_model_len) for m in listed] == [
-        (told["id"], told["created"], told["max_model_len"])
+        (over_http["id"], over_http["created"], over_http["max_model_len"])
     ]
-    assert told["id"] == MODEL
+    assert over_http["id"] == MODEL
     assert listed[0].has_tools

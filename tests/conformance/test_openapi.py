@@ -31,14 +31,17 @@ TOOLS = [
     }
 ]
 SHORT = {"max_tokens": 4}
-TOLD = {"return_token_ids": True, "prompt_logprobs": 1}
+REPORTS = {"return_token_ids": True, "prompt_logprobs": 1}
 GOOD: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": "ROMEO:", **SHORT}),
     ("/v1/completions", {"prompt": ["a", "b"], "n": 2, "logprobs": 2, "echo": True, **SHORT}),
-    ("/v1/completions", {"prompt": [5, 6], "stop_token_ids": list(range(1024)), **TOLD, **SHORT}),
+    (
+        "/v1/completions",
+        {"prompt": [5, 6], "stop_token_ids": list(range(1024)), **REPORTS, **SHORT},
+    ),
     ("/v1/chat/completions", {"messages": USER, **SHORT}),
     ("/v1/chat/completions", {"messages": USER, "logprobs": True, "top_logprobs": 2, **SHORT}),
-    ("/v1/chat/completions", {"messages": USER, **TOLD, **SHORT}),
+    ("/v1/chat/completions", {"messages": USER, **REPORTS, **SHORT}),
     (
         "/v1/chat/completions",
         {"messages": USER, "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False},
@@ -62,11 +65,11 @@ BAD: list[dict[str, Any]] = [
 
 def schema_of(path: str, method: str, status: int, kind: str = "application/json") -> Any:
     """The document's schema of an answer; the components are in it."""
-    told = document()
-    answer = told["paths"][path][method]["responses"][str(status)]
+    described = document()
+    answer = described["paths"][path][method]["responses"][str(status)]
     content = answer.get("content", {}).get(kind, {})
     schema = content.get("x-events") or content.get("schema")
-    return schema and {**schema, "components": told["components"]}
+    return schema and {**schema, "components": described["components"]}
 
 
 def check(value: object, schema: Any) -> None:

@@ -25,6 +25,6 @@ def test_what_the_document_allows_is_answered_as_it_says(stack: Stack, tmp_path:
     words = [program("python", "schemathesis"), str(PROGRAM), stack.url, EXAMPLES, str(kept)]
     done = subprocess.run(words, cwd=tmp_path, timeout=LIMIT_S, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-9000:] + done.stderr[-9000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["operations"] == len(stack.http.get("/openapi.json").json()["paths"])
-    assert {200, 400} <= set(told["statuses"])
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["operations"] == len(stack.http.get("/openapi.json").json()["paths"])
+    assert {200, 400} <= set(summary["statuses"])

@@ -27,11 +27,11 @@ from workers.requests.request import (
     Reached,
     Request,
     RequestStage,
+    SoloStep,
     StepOutput,
     Timings,
     TokenLogprob,
     TokenOutput,
-    Turn,
 )
 from workers.requests.stream_handshake import WorkerHandshake
 from workers.requests.wire import (
@@ -123,7 +123,7 @@ class ScriptedEngine:
     aborts: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     running: dict[str, set[int]] = field(default_factory=dict)
     stuck: set[str] = field(default_factory=set)
-    turns: list[str] = field(default_factory=list)
+    solo_steps: list[str] = field(default_factory=list)
     repeat_outputs: bool = False
     num_cached_tokens: int = 0
     timings: Timings = TIMINGS
@@ -207,8 +207,8 @@ class ScriptedEngine:
                 self.num_pings += 1
                 if self.answers_pings:
                     queue.put_nowait(message)
-            elif isinstance(message, Turn):
-                self.turns.append(message.request_id)
+            elif isinstance(message, SoloStep):
+                self.solo_steps.append(message.request_id)
             elif isinstance(message, Abort):
                 self._abort(message)
             elif isinstance(message, Request):
@@ -233,7 +233,7 @@ class ScriptedEngine:
         so_far = request.output_so_far or ((),) * request.n
         at, width = [len(ids) for ids in so_far], self.tokens_per_output
         num_steps = 0
-        await self._wait_for_turn(request, queue)
+        await self._wait_to_run_alone(request, queue)
         self._report(RequestStage.RUNNING, request, queue)
         while open_choices := self.running.get(request.request_id):
             await asyncio.sleep(self.step_s)
@@ -259,12 +259,12 @@ class ScriptedEngine:
             names = ((request.request_id, request.attempt),)
             queue.put_nowait(Reached(stage=stage, requests=names))
 
-    async def _wait_for_turn(self, request: Request, queue: Outgoing) -> None:
+    async def _wait_to_run_alone(self, request: Request, queue: Outgoing) -> None:
         """As an engine does with a request that two workers died with."""
         if request.num_deaths >= 2:
-            turn = Turn(request_id=request.request_id, attempt=request.attempt)
-            queue.put_nowait(turn)
-            while request.request_id not in self.turns:
+            solo_step = SoloStep(request_id=request.request_id, attempt=request.attempt)
+            queue.put_nowait(solo_step)
+            while request.request_id not in self.solo_steps:
                 await asyncio.sleep(0.002)
 
     def _output(

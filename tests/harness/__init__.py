@@ -1,1 +1,1 @@
-"""Tests of ``harness``."""
+"""What several test modules share: clusters, clients and faults that tests control."""

@@ -1,4 +1,4 @@
-"""Certificates made for a test: a server's, a client's, and those who signed them."""
+"""Certificates made for a test: a server's, a client's, and those of their authorities."""
 
 from __future__ import annotations
 

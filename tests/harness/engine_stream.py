@@ -66,7 +66,7 @@ class EngineStream:
         self._outgoing.put(data)
 
     def put_back(self, outputs: Sequence[TokenOutput]) -> None:
-        """Outputs that somebody looked at and ``next`` shall return once more."""
+        """Outputs that were peeked at and that ``next`` returns once more."""
         self._put_back.extend(outputs)
 
     def finish(self, requests: Sequence[Request]) -> dict[str, Result]:

@@ -28,7 +28,7 @@ from workers.process.expert_runtime import ExpertRuntime
 from workers.process.runtime import WorkerRuntime
 from workers.process.worker_args import WorkerArgs
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import DataTransport, Expected, Message, Tag
+from workers.transport.transport import DataTransport, Expected, RowMessage, Tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class FailingTransport:
         self._fault = fault if fault is not None and fault.worker == self._me else None
         self._inner.begin_step(header)
 
-    def post(self, tag: Tag, messages: Sequence[Message], *, sized: bool) -> None:
+    def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
         self._fail(tag, "post", True)
         self._inner.post(tag, messages, sized=sized)
         self._fail(tag, "post", False)

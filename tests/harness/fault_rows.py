@@ -287,7 +287,7 @@ def check_answers(found: Sequence[Answer], expected: Sequence[Answer]) -> None:
 
 
 def blocks_held(snapshot: dict[str, Any]) -> int:
-    """KV blocks that somebody holds, on all workers that are not lost."""
+    """KV blocks with a holder, on all workers that are not lost."""
     return sum(
         w["kv_blocks_total"] - w["kv_blocks_free"]
         for w in snapshot["workers"]

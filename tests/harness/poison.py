@@ -15,7 +15,7 @@ from gateway.core.call import GenerateFields
 from tests.harness.mixed_calls import make_calls
 from tests.harness.serving_cluster import RUNTIMES, ThreadWorkerGroup
 from workers.engine.model_runner import StepResult
-from workers.engine.scheduler import Plan
+from workers.engine.scheduler import StepPlan
 from workers.process.actor import AttentionWorker
 from workers.process.attention_runtime import AttentionRuntime
 from workers.process.runtime import OnDeath, WorkerRuntime
@@ -45,7 +45,7 @@ class PoisonedAttention(AttentionRuntime):
         runner = self._engine.runner
         run = runner.run
 
-        def run_poisoned(header: StepHeader, plan: Plan) -> StepResult | None:
+        def run_poisoned(header: StepHeader, plan: StepPlan) -> StepResult | None:
             if any(POISON in planned.sequence.request.prompt for planned in plan.rows):
                 self.kill()
             return run(header, plan)

@@ -146,7 +146,7 @@ class ServingCluster(ABC):
         return results
 
     def blocks_in_use(self) -> int:
-        """KV blocks of all workers that are not lost, that somebody holds now."""
+        """KV blocks with a holder, on all workers that are not lost."""
         found = self.snapshot(fresh=True)["workers"]
         workers = [w for w in found if w["kv_blocks_total"] and w["state"] != "LOST"]
         return sum(w["kv_blocks_total"] - w["kv_blocks_free"] for w in workers)

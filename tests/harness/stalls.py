@@ -24,7 +24,7 @@ _POLL_S = 0.02
 
 
 def crowding() -> float:
-    """Processes that want to run now for each core; at least 1, and 1 where nobody tells."""
+    """Processes that want to run now for each core; at least 1, and 1 where that is unknown."""
     try:
         lines = Path("/proc/stat").read_text().splitlines()
     except OSError:
@@ -44,7 +44,7 @@ class Gap:
 
     @property
     def is_stall(self) -> bool:
-        """Nobody ran."""
+        """No process ran."""
         return self.end - self.begin > STALL_S
 
     def within(self, since: float) -> float:

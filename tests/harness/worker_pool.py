@@ -44,8 +44,8 @@ class PooledWorkerGroup(ThreadWorkerGroup):
         for member in members:
             child = self._free.pop() if self._free else _start_process()
             self._busy[member.name] = child
-            told = [dict(config), to_plain(member), control_address, dict(extras[member.name])]
-            _tell(child, told)
+            arguments = [dict(config), to_plain(member), control_address, dict(extras[member.name])]
+            _tell(child, arguments)
 
     async def end(self, names: Sequence[str]) -> None:
         children = [self._busy.pop(name) for name in names if name in self._busy]

@@ -85,8 +85,8 @@ class ProcessWorkerGroup(ThreadWorkerGroup):
         for member in members:
             stdin = self._children[member.name].stdin
             assert stdin is not None
-            told = [dict(config), to_plain(member), control_address, dict(extras[member.name])]
-            stdin.write(json.dumps(told) + "\n")
+            arguments = [dict(config), to_plain(member), control_address, dict(extras[member.name])]
+            stdin.write(json.dumps(arguments) + "\n")
             stdin.flush()
 
     async def end(self, names: Sequence[str]) -> None:

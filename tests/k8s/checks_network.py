@@ -1,4 +1,4 @@
-"""Who reaches whom: selectors, affinities, NetworkPolicies, ports.
+"""Which pods reach which: selectors, affinities, NetworkPolicies, ports.
 
 A check yields what is wrong in a rendered overlay, nothing if all is well.
 """
@@ -86,7 +86,7 @@ def terms(affinity: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 
 
 def reach(m: Manifests) -> Iterator[str]:
-    """The NetworkPolicies leave open what is public, and to whom."""
+    """The NetworkPolicies open public ports to all pods, and other ports to their clients only."""
     public = (_DEFAULTS.port, _DEFAULTS.grpc_port)
     has_metrics = bool(m.kind("PodMonitor"))
     for group in GROUPS:
@@ -105,7 +105,7 @@ def reach(m: Manifests) -> Iterator[str]:
 
 
 def _open_ports(m: Manifests, group: str) -> dict[str, set[int | None]]:
-    """From whom -> ports of a group's pods, None for all."""
+    """Caller -> ports of a group's pods that it reaches, None for all."""
     pods = m.pod_labels()
     labels: dict[str, dict[str, str]] = {
         **pods,

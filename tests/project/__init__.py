@@ -1,1 +1,1 @@
-"""Tests of ``project``."""
+"""Tests of the repository: documents, README, release, layout, setup."""

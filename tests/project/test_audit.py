@@ -57,8 +57,8 @@ def test_without_network_it_is_skipped_in_one_line(
 ) -> None:
     fake_python(tmp_path, "echo trying >&2; echo no index >&2; exit 1")
     assert audit.main(["--venv", str(tmp_path)]) == 0
-    told = "expertmesh audit: skipped, pip-audit cannot be installed: no index\n"
-    assert capsys.readouterr().err == told
+    expected = "expertmesh audit: skipped, pip-audit cannot be installed: no index\n"
+    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize(("holes", "status"), [((HOLE,), 1), ((), 0)])

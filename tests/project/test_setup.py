@@ -195,11 +195,11 @@ def test_without_npm_or_with_a_failed_one_the_user_reads_why(
 
 
 def test_progress_comes_as_lines_without_a_terminal(tmp_path: Path) -> None:
-    told: list[str] = []
+    lines: list[str] = []
     end = tmp_path / "end"
 
     def tell(line: str) -> None:
-        told.append(line)
+        lines.append(line)
         if "fetched" in line:
             end.touch()  # pip ends once its line was printed
 
@@ -210,7 +210,7 @@ while not os.path.exists({str(end)!r}):
     time.sleep(0.01)
 """
     setup.run_pip([sys.executable, "-c", script], [], tmp_path, tell, 0.1)
-    assert re.fullmatch(r"installing, \d+ s, 1 packages fetched, last a", told[-1])
+    assert re.fullmatch(r"installing, \d+ s, 1 packages fetched, last a", lines[-1])
 
 
 @pytest.mark.parametrize(("extra", "fewest"), [("test", 20), ("clients", 8)])

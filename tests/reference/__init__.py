@@ -1,1 +1,1 @@
-"""Tests of ``reference``."""
+"""What answers are compared with: goldens that transformers made, random configs, exact bits."""

@@ -1,7 +1,7 @@
 """Goldens of random configs: every field of a family drawn at once, by a number.
 
-The variants of ``reference/make_goldens.py`` were chosen by hand; these are for what nobody thought
-of. python -m tests.reference.random_variants OUT --first 0 --count 6 writes ``olmoe-random-0`` and
+The variants of ``reference/make_goldens.py`` are chosen by hand; these cover other combinations.
+``python -m tests.reference.random_variants OUT --first 0 --count 6`` writes ``olmoe-random-0`` and
 so on.
 """
 

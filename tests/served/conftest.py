@@ -12,7 +12,7 @@ from tests.served.server import GOOD, Served, running_server
 
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One ``expertmesh serve`` for all tests of this folder; who else asks changes no answer."""
+    """One ``expertmesh serve`` for all tests of this folder; requests do not affect each other."""
     with running_server(tmp_path_factory.mktemp("state"), "--deterministic") as server:
         yield server
         server.wait_idle()
@@ -33,7 +33,7 @@ def stub(channel: grpc.Channel) -> InferenceStub:
 
 @pytest.fixture(scope="package")
 def calm(server: Served) -> Any:
-    """What the server answers and who serves, before anything happened to it."""
+    """The server's answers and its workers, before the tests change anything."""
     return answer_of(server), workers_of(server)
 
 
@@ -51,7 +51,7 @@ def answer_of(server: Served) -> Any:
 
 
 def workers_of(server: Served) -> Any:
-    """Generation, and who serves in it."""
+    """Generation, and the workers that serve in it."""
     status = server.status()
     serving = [(w["name"], w["pid"], w["state"]) for w in status["workers"]]
     return status["state"], status["generation"], len(status["history"]), serving

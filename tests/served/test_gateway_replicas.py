@@ -130,8 +130,8 @@ def test_any_replica_reports_both_and_ends_requests_of_both(server: Served) -> N
         request = admin_pb2.AbortRequestsRequest(request_ids=names)
         assert list(stub.AbortRequests(request, timeout=WAIT_S).aborted) == names
         for lines_left in streams:
-            *_, told, done = [line for line in lines_left if line]
-            assert "request_aborted" in told
+            *_, error, done = [line for line in lines_left if line]
+            assert "request_aborted" in error
             assert done == "data: [DONE]"
 
 

@@ -10,7 +10,7 @@ import grpc
 import psutil
 import pytest
 
-from cluster.actors.ray_tools import takes_strangers
+from cluster.actors.ray_tools import allows_unauthenticated
 from cluster.launch.orphans import find_by_files
 from tests.gateway.generation.test_secrecy import KEY, MARK, ask_everything
 from tests.served.server import WAIT_S, Served
@@ -49,7 +49,7 @@ def test_everything_listens_on_loopback(server: Served) -> None:
 
 
 def asks_for_token(port: int) -> bool:
-    """Whether the server between Serve's parts, which unpickles, refuses who has no token."""
+    """Whether the server between Serve's parts, which unpickles, refuses calls without a token."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         for method in ("HandleRequest", "HandleRequestWithRejection"):
             call = channel.unary_unary(f"/ray.serve.ASGIService/{method}", bytes, bytes)
@@ -61,7 +61,7 @@ def asks_for_token(port: int) -> bool:
 
 
 def test_ray_asks_everybody_for_its_token(server: Served) -> None:
-    assert not takes_strangers(server.record.address)
+    assert not allows_unauthenticated(server.record.address)
 
 
 def test_no_log_has_a_prompt_or_a_key(server: Served) -> None:

@@ -32,7 +32,7 @@ from workers.dispatch.copies import EpochTables
 from workers.dispatch.expert_server import ExpertServer
 from workers.engine.engine import Engine
 from workers.engine.expert_load import Routed
-from workers.engine.scheduler import Plan
+from workers.engine.scheduler import StepPlan
 from workers.engine.step_sampler import StepTokens
 from workers.requests.step_header import StepHeader
 from workers.sampling.sampler import Drawn
@@ -141,7 +141,7 @@ class ToyRunner:
     def __init__(self, cache: ToyCache, dispatcher: ToyDispatcher, rank: int) -> None:
         self._cache, self._dispatcher, self._rank = cache, dispatcher, rank
 
-    def run(self, header: StepHeader, plan: Plan) -> ToyResult | None:
+    def run(self, header: StepHeader, plan: StepPlan) -> ToyResult | None:
         self.first_dispatch = None
         if not header.grant(self._rank).num_rows:
             assert not plan.rows, "rows without a grant"
@@ -197,7 +197,7 @@ class ToySampler:
     def end(self, sequence: Any) -> None:
         pass
 
-    def draw(self, plan: Plan, result: ToyResult) -> StepTokens:
+    def draw(self, plan: StepPlan, result: ToyResult) -> StepTokens:
         tokens = StepTokens()
         for planned, state in zip(plan.rows, result.states, strict=True):
             sequence = planned.sequence

@@ -84,8 +84,8 @@ def test_cached_prefixes_are_shared_by_equal_rotations_only(
         (len(prompt) - 1) // 4 * 4 for prompt in expected.prompts
     )
     # What decodes wrote was rotated for their own positions: a longer prompt must not find it.
-    told = expected.greedy(LONGEST)
-    turn = (*longest, *told[:20])
+    output = expected.greedy(LONGEST)
+    turn = (*longest, *output[:20])
     without = make_engine(expected, replace(BLOCKS, enable_prefix_caching=False))
     assert (
         engine.generate([turn], GREEDY)[0].token_ids

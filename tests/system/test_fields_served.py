@@ -178,12 +178,12 @@ def _check_prompt(
         return
     assert expected[0] is None
     assert not entries[0].HasField("logprob")
-    for told, entry in zip(expected[1:], entries[1:], strict=True):
-        assert told is not None
-        own = told[str(entry.token_id)]
+    for wanted, entry in zip(expected[1:], entries[1:], strict=True):
+        assert wanted is not None
+        own = wanted[str(entry.token_id)]
         assert (own["logprob"], own["rank"]) == (entry.logprob, entry.rank)
         others = {str(t.token_id): t.logprob for t in entry.top_logprobs}
-        assert {key: value["logprob"] for key, value in told.items()} == others
+        assert {key: value["logprob"] for key, value in wanted.items()} == others
 
 
 def test_what_the_fields_do(stack: Stack) -> None:
@@ -237,9 +237,9 @@ def test_chat_streams_the_same(stack: Stack, name: str) -> None:
         if expected["logprobs"] is not None:
             entries = [e for p in parts[1:] for e in p["logprobs"]["content"]]
             assert entries == expected["logprobs"]["content"]
-    told = [event["prompt_logprobs"] for event in events if "prompt_logprobs" in event]
-    assert all(entries == whole["prompt_logprobs"] for entries in told)
-    assert bool(told) is ("prompt_logprobs" in whole)
+    found = [event["prompt_logprobs"] for event in events if "prompt_logprobs" in event]
+    assert all(entries == whole["prompt_logprobs"] for entries in found)
+    assert bool(found) is ("prompt_logprobs" in whole)
 
 
 class Trade(BaseModel):

@@ -80,7 +80,7 @@ class Front:
             await asyncio.sleep(0.005)
 
     async def serve(self, prompt: list[int], salt: str = "") -> tuple[str, int]:
-        """Serve one request: who did, and how many tokens were cached there."""
+        """Serve one request; returns the worker, and how many tokens were cached there."""
         self._number += 1
         request = Request(
             request_id=f"{self._name}-{self._number}",

@@ -72,7 +72,7 @@ def test_a_trace_shows_both_pools_busy_at_once(spans: list[Seen]) -> None:
 
 @pytest.mark.distributed
 def test_no_worker_waits_between_two_micro_batches(spans: list[Seen]) -> None:
-    """Both parts go out before one is awaited; one goes home before the other is awaited."""
+    """Both parts are sent before a wait for one; one reply is sent before a wait for the other."""
     starts = {
         (s.name, s.args["step"], s.args["layer"], s.args["micro_batch"]): s.start_us
         for s in spans

@@ -137,9 +137,9 @@ def test_trailing_metadata_has_the_usage(stub: InferenceStub) -> None:
     ]
     for procedure, request in calls:
         message, call = procedure.with_call(request, timeout=240)
-        told = dict(call.trailing_metadata())
-        assert int(told["x-prompt-tokens"]) == message.usage.prompt_tokens > 0
-        assert told["x-completion-tokens"] == "0"
+        reported = dict(call.trailing_metadata())
+        assert int(reported["x-prompt-tokens"]) == message.usage.prompt_tokens > 0
+        assert reported["x-completion-tokens"] == "0"
     ids = [types_pb2.TokenIds(ids=IDS[0])]
     stream = stub.Inspect(pb.InspectRequest(token_ids=ids, outputs=["loss"]), timeout=240)
     assert list(stream)[-1].summary.usage.prompt_tokens == len(IDS[0])
@@ -261,10 +261,10 @@ def test_inspect_keeps_logits_and_labels_as_asked(stack: Stack, local: LocalEngi
         assert (torch.tensor(row["logits"]) - whole[list(places)]).abs().max() < 1e-3
     labels = [-100, -100, 7, 9, *[-100] * (len(ids) - 4)]
     body = answer(stack, "/v1/inspect", token_ids=ids, outputs=["loss", "logprobs"], labels=labels)
-    told = body["data"][0]["logprobs"]
-    assert [i for i, value in enumerate(told) if value is not None] == [2, 3]
+    reported = body["data"][0]["logprobs"]
+    assert [i for i, value in enumerate(reported) if value is not None] == [2, 3]
     want = [whole[1].log_softmax(-1)[7].item(), whole[2].log_softmax(-1)[9].item()]
-    assert told[2:4] == pytest.approx(want, abs=1e-3)
+    assert reported[2:4] == pytest.approx(want, abs=1e-3)
     assert body["loss"] == pytest.approx(-sum(want) / 2, abs=1e-3)
     none = answer(stack, "/v1/inspect", token_ids=ids, outputs=["loss"], labels=[-100] * len(ids))
     assert none["loss"] is None

@@ -212,7 +212,7 @@ def wait_loading(
 ) -> tuple[dict[str, str], int, list[Request]]:
     """Shift the load until a worker has just begun to take experts from another.
 
-    Returns who from whom, and the round that is under way: its domain and its requests.
+    Returns the worker and its source, and the round that is under way: its domain and requests.
     """
     limit = Limit(LIMIT_S)
     while not limit.is_over():

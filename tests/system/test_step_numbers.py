@@ -25,7 +25,7 @@ def families(snapshot: dict[str, Any]) -> list[Metric]:
     return list(text_string_to_metric_families(text))
 
 
-def told(snapshot: dict[str, Any]) -> dict[str, set[str]]:
+def reported(snapshot: dict[str, Any]) -> dict[str, set[str]]:
     """Names of the parts' families that a worker has, by worker."""
     found: defaultdict[str, set[str]] = defaultdict(set)
     for family in families(snapshot):
@@ -54,7 +54,7 @@ def test_every_worker_reports_its_parts_by_phase(mode: str, expected: dict[str, 
     request = Request(request_id="r", prompt=tuple(range(10, 40)), params=params)
     with serving(ThreadCluster(config)) as cluster:
         cluster.answers([request])
-        snapshot = cluster.wait(lambda snapshot: told(snapshot) == expected, fresh=True)
+        snapshot = cluster.wait(lambda snapshot: reported(snapshot) == expected, fresh=True)
         assert len(snapshot["history"]) == 1, "a worker was lost"
     for family in families(snapshot):
         name = family.name.removeprefix("expertmesh:")

@@ -23,7 +23,7 @@ from workers.dispatch.dispatcher import BatchRows, DispatchHandle
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import DataTransport, Expected, Message, Tag
+from workers.transport.transport import DataTransport, Expected, RowMessage, Tag
 
 
 class LoopbackTransport:
@@ -41,7 +41,7 @@ class LoopbackTransport:
         self._own.clear()
         self._inner.begin_step(header)
 
-    def post(self, tag: Tag, messages: Sequence[Message], *, sized: bool) -> None:
+    def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
         """See ``DataTransport``. Own rows are copied, as their sender may reuse them."""
         for message in messages:
             if message.rank == self._rank:

@@ -21,7 +21,7 @@ from workers.metrics.step_metrics import SAMPLE
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, ExchangeSpec
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import DataTransport, Expected, Message, Part, Tag
+from workers.transport.transport import DataTransport, Expected, Part, RowMessage, Tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,7 @@ class ExpertServer:
             outputs, sizes = self._sum(bank, batch, outputs), batch.counts
         chunks = torch.split_with_sizes(outputs, list(sizes)) if len(sizes) > 1 else (outputs,)
         replies = [
-            Message(rank, (chunk,))
+            RowMessage(rank, (chunk,))
             for rank, chunk, size in zip(batch.ranks, chunks, sizes, strict=True)
             if size
         ]

@@ -30,7 +30,7 @@ from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import DataTransport, Expected, Message, Part, Tag
+from workers.transport.transport import DataTransport, Expected, Part, RowMessage, Tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ class RemoteDispatcher(TimedDispatcher):
 
     def _pick_static(
         self, slots: Tensor, meta: Tensor, rows: Tensor, per_slot_input: bool, granted: int
-    ) -> tuple[list[Message], tuple[Sent, ...]]:
+    ) -> tuple[list[RowMessage], tuple[Sent, ...]]:
         """Every granted row to every rank: no sizes, and little to compute."""
         missing = granted - slots.shape[1]
         if per_slot_input:
@@ -178,7 +178,7 @@ class RemoteDispatcher(TimedDispatcher):
             meta = F.pad(meta, (0, 0, 0, missing), value=-1)
             inputs = slots.shape[2] if per_slot_input else 1
             rows = F.pad(rows, (0, 0, 0, missing * inputs))
-        messages = [Message(r, (meta[i], rows)) for i, r in enumerate(self._ranks)]
+        messages = [RowMessage(r, (meta[i], rows)) for i, r in enumerate(self._ranks)]
         return messages, tuple(Sent(rank, None, granted) for rank in self._ranks)
 
     def _pick_exact(
@@ -188,7 +188,7 @@ class RemoteDispatcher(TimedDispatcher):
         rows: Tensor,
         per_slot_input: bool,
         pairs: Sequence[Sent],
-    ) -> tuple[list[Message], tuple[Sent, ...]]:
+    ) -> tuple[list[RowMessage], tuple[Sent, ...]]:
         """Each rank gets the rows that have an expert there, each row once.
 
         With an input per slot it gets the inputs of its ``pairs``.
@@ -208,7 +208,7 @@ class RemoteDispatcher(TimedDispatcher):
             elif rank in own_pairs:
                 own = own_pairs[rank]
                 inputs = flat if own is None else flat[own]
-            messages.append(Message(rank, (part, inputs)))
+            messages.append(RowMessage(rank, (part, inputs)))
             if count:
                 sent_rows.append(Sent(rank, None if is_all else places, count))
         return messages, tuple(sent_rows)

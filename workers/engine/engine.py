@@ -21,7 +21,7 @@ from workers.engine.expert_load import LoadCounter
 from workers.engine.isolation import Isolation
 from workers.engine.model_runner import ModelRunner, StepResult
 from workers.engine.request_checks import RequestLimits, check_request
-from workers.engine.scheduler import Plan, RowsWanted, Scheduler
+from workers.engine.scheduler import RowsWanted, Scheduler, StepPlan
 from workers.engine.step_sampler import StepSampler, StepTokens
 from workers.kv.block_pool import BlockPool, HashChanges
 from workers.kv.cache import KVCache, num_kv_blocks
@@ -31,7 +31,7 @@ from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ModelConfig
 from workers.model.layers import AttentionModel
 from workers.requests.classifier import pooled
-from workers.requests.request import FinishReason, Request, TokenOutput, Turn
+from workers.requests.request import FinishReason, Request, SoloStep, TokenOutput
 from workers.requests.sequence import NOT_FINITE, Ending, Failure, SequenceState
 from workers.requests.step_header import StepHeader
 from workers.sampling.grammar import CompiledGrammar, GrammarState
@@ -115,7 +115,7 @@ class Engine:
         self._requests: dict[str, list[SequenceState]] = {}
         self._step_sampler = StepSampler(config, banks, self.runner.logits, section.deterministic)
         self._isolation = Isolation()
-        self._turns: list[Turn] = []
+        self._solo_steps: list[SoloStep] = []
         self._pending: list[TokenOutput] = []
         self._num_received = 0
         names = ("steps_total", "steps_abandoned_total", "prompt_tokens_total")
@@ -203,10 +203,10 @@ class Engine:
     def _sequences(
         self, request: Request, grammar: CompiledGrammar | None, now: float
     ) -> dict[SequenceState, GrammarState | None]:
-        """One sequence per open choice, with its own grammar; the first leads the others."""
+        """One sequence per open choice, with its own grammar; the others wait for the first."""
         assert (grammar is None) is (request.params.grammar is None), "compiled before it is added"
         deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf
-        leader: SequenceState | None = None
+        first_choice: SequenceState | None = None
         found: dict[SequenceState, GrammarState | None] = {}
         for choice in sorted(set(range(request.n)) - set(request.closed_choices)):
             has_output = choice < len(request.output_so_far)
@@ -220,9 +220,9 @@ class Engine:
                 received=now,
                 output=output,
                 grammar=state,
-                leader=leader,
+                first_choice=first_choice,
             )
-            leader = leader or sequence
+            first_choice = first_choice or sequence
             found[sequence] = state
         return found
 
@@ -278,13 +278,13 @@ class Engine:
             self._commit(header.epoch, plan, result, tokens)
         return self.poll()
 
-    def _report_start(self, plan: Plan) -> None:
+    def _report_start(self, plan: StepPlan) -> None:
         new = [name for name in _names(plan) if name not in self._started]
         if new:
             self._started.update(new)
             self.on_start([self._requests[name][0].request for name in new])
 
-    def _slots(self, plan: Plan) -> list[int]:
+    def _slots(self, plan: StepPlan) -> list[int]:
         """Cache slots of all rows of a plan."""
         size = self._section.block_size_tokens
         return [
@@ -293,7 +293,7 @@ class Engine:
             for position in range(planned.first, planned.first + planned.count)
         ]
 
-    def _commit(self, epoch: int, plan: Plan, result: StepResult, tokens: StepTokens) -> None:
+    def _commit(self, epoch: int, plan: StepPlan, result: StepResult, tokens: StepTokens) -> None:
         """Make the step count, and queue its outputs."""
         now = self._clock()
         broken = [s for s, failure in tokens.failed.items() if failure is NOT_FINITE]
@@ -305,7 +305,7 @@ class Engine:
         self.cache.clear([block for block in dirty if self.pool.is_free(block)])
         self.load.add(epoch, plan.num_rows, result.routed)
         if (done := self._isolation.commit(_names(plan))) is not None:
-            self._turns.append(self._turn(done, is_over=True))
+            self._solo_steps.append(self._solo_step(done, is_over=True))
         self._counters["steps_total"] += 1
         self._iteration_tokens.observe(plan.num_rows)
         self._counters["generation_tokens_total"] += len(new)
@@ -319,7 +319,7 @@ class Engine:
         for sequence, failure in tokens.failed.items():
             self._fail(sequence, failure, now)
 
-    def _note_dispatch(self, plan: Plan) -> None:
+    def _note_dispatch(self, plan: StepPlan) -> None:
         for sequence in self._scheduler.preempted:
             sequence.note_preemption(self._clock())
         when = self.runner.first_dispatch
@@ -340,26 +340,27 @@ class Engine:
             self._scheduler.remove(sequence)
             self._fail(sequence, _POISONOUS, self._clock())
 
-    def take_turns(self) -> list[Turn]:
-        """Turns to report to gateways: of requests that run alone, or have done so."""
+    def take_solo_steps(self) -> list[SoloStep]:
+        """Solo steps to report to gateways: offered ones, and ones that committed."""
         found = self._isolation.offer(self._could_run_alone, self._clock())
         if found is not None:
-            self._turns.append(self._turn(found))
-        turns, self._turns = self._turns, []
-        return turns
+            self._solo_steps.append(self._solo_step(found))
+        solo_steps, self._solo_steps = self._solo_steps, []
+        return solo_steps
 
-    def begin_turn(self, turn: Turn) -> None:
+    def begin_solo_step(self, solo_step: SoloStep) -> None:
         """A gateway has recorded that its request runs alone now."""
-        if turn.request_id in self._requests and turn == self._turn(turn.request_id):
-            self._isolation.take(turn.request_id)
+        name = solo_step.request_id
+        if name in self._requests and solo_step == self._solo_step(name):
+            self._isolation.take(name)
 
     def _could_run_alone(self, request_id: str) -> bool:
         wanted = self._wanted(request_id)
         return bool(wanted.decode_rows or wanted.prefill_rows)
 
-    def _turn(self, request_id: str, is_over: bool = False) -> Turn:
+    def _solo_step(self, request_id: str, is_over: bool = False) -> SoloStep:
         attempt = self._requests[request_id][0].request.attempt
-        return Turn(request_id=request_id, attempt=attempt, is_over=is_over)
+        return SoloStep(request_id=request_id, attempt=attempt, is_over=is_over)
 
     # Outputs
 
@@ -421,6 +422,6 @@ class Engine:
         self._scheduler.check_integrity(self.kv_store.tables)
 
 
-def _names(plan: Plan) -> dict[str, None]:
+def _names(plan: StepPlan) -> dict[str, None]:
     """Requests of a plan, in its order."""
     return dict.fromkeys(planned.sequence.request.request_id for planned in plan.rows)

@@ -1,13 +1,13 @@
 """Finds the request that kills workers: requests whose steps lost a worker later run alone.
 
     two deaths with it in the step, none of its rows committed between: a suspect, held back
-      ─▶ its turn is offered to its gateway, which records it and answers
+      ─▶ a solo step is offered to its gateway, which records the offer and answers
       ─▶ one step alone, cluster-wide
            ─▶ it commits: cleared
            ─▶ a third worker dies: it is failed by name
 
 When an expert worker dies, the request stays here; when this worker dies, the gateway knows from
-the turn which request ran. Pure; the time is passed in.
+the accepted offer which request ran. Pure; the time is passed in.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from cluster.core.topology import Generation
 MAX_DEATHS = 2
 """Deaths after which a request runs alone."""
 ANSWER_LIMIT_S = 1.0
-"""Time that a gateway has to take a turn; then other requests run, and it is offered again."""
+"""Time that a gateway has to accept an offer; then other requests run, and it is repeated."""
 
 
 @dataclass(slots=True)
-class _Turn:
+class _Offer:
     request_id: str
     offered_s: float
     is_taken: bool = False
 
 
-class Companions:
-    """The workers that share steps with this worker; others may die without a step."""
+class StepMembers:
+    """The members of the last generation that ran: no step ran with other workers."""
 
     def __init__(self) -> None:
         self._names: frozenset[str] = frozenset()
@@ -48,12 +48,12 @@ class Companions:
 
 
 class Isolation:
-    """Deaths by request, and whose turn it is to run alone."""
+    """Deaths by request, and which request runs alone."""
 
     def __init__(self) -> None:
         self._deaths: dict[str, int] = {}  # since the last commit of its rows
         self._hit: dict[str, None] = {}  # in a step that was given up, not committed since
-        self._turn: _Turn | None = None
+        self._offer: _Offer | None = None
 
     @property
     def suspects(self) -> frozenset[str]:
@@ -62,13 +62,13 @@ class Isolation:
 
     @property
     def is_waiting(self) -> bool:
-        """A turn is offered: nothing runs here until it is taken."""
-        return self._turn is not None and not self._turn.is_taken
+        """A solo step is offered: nothing runs here until the gateway accepts."""
+        return self._offer is not None and not self._offer.is_taken
 
     @property
     def alone(self) -> str | None:
-        """The request whose turn it is."""
-        return self._turn.request_id if self._turn is not None and self._turn.is_taken else None
+        """The request that runs alone."""
+        return self._offer.request_id if self._offer is not None and self._offer.is_taken else None
 
     def enter(self, request_id: str, num_deaths: int) -> None:
         """A request was received, with the deaths that its gateway has counted."""
@@ -80,8 +80,8 @@ class Isolation:
         """The request has ended here."""
         self._deaths.pop(request_id, None)
         self._hit.pop(request_id, None)
-        if self._turn is not None and self._turn.request_id == request_id:
-            self._turn = None
+        if self._offer is not None and self._offer.request_id == request_id:
+            self._offer = None
 
     def give_up(self, request_ids: Iterable[str]) -> None:
         """The step of these requests did not commit."""
@@ -100,7 +100,7 @@ class Isolation:
         return alone if alone in hit else None
 
     def commit(self, request_ids: Collection[str]) -> str | None:
-        """The step of these requests committed; returns the request whose turn is over."""
+        """The step of these requests committed; returns the request that ran alone in it."""
         if not (self._deaths or self._hit):
             return None
         alone = self.alone
@@ -109,26 +109,26 @@ class Isolation:
             self._hit.pop(request_id, None)
         if alone is None or alone not in request_ids:
             return None
-        self._turn = None
+        self._offer = None
         return alone
 
     def offer(self, can_run: Callable[[str], bool], now_s: float) -> str | None:
-        """The suspect to offer a turn now, if one can run and no turn is open."""
-        if self._turn is not None:
+        """The suspect to offer a solo step now, if one can run and no offer is open."""
+        if self._offer is not None:
             return None
         found = next((r for r in self._deaths if r in self.suspects and can_run(r)), None)
         if found is not None:
-            self._turn = _Turn(found, now_s)
+            self._offer = _Offer(found, now_s)
         return found
 
     def take(self, request_id: str) -> None:
         """The gateway has recorded that its request runs alone now."""
-        if self._turn is not None and self._turn.request_id == request_id:
-            self._turn.is_taken = True
+        if self._offer is not None and self._offer.request_id == request_id:
+            self._offer.is_taken = True
 
     def expire(self, now_s: float) -> None:
-        """Withdraw an offer without an answer; its request is offered a turn after the others."""
-        turn = self._turn
-        if turn is not None and not turn.is_taken and now_s - turn.offered_s >= ANSWER_LIMIT_S:
-            self._turn = None
-            self._deaths[turn.request_id] = self._deaths.pop(turn.request_id)
+        """Withdraw an offer without an answer; its request has the next offer after the others."""
+        offer = self._offer
+        if offer is not None and not offer.is_taken and now_s - offer.offered_s >= ANSWER_LIMIT_S:
+            self._offer = None
+            self._deaths[offer.request_id] = self._deaths.pop(offer.request_id)

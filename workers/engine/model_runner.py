@@ -17,7 +17,7 @@ from torch import Tensor
 from workers.dispatch.dispatcher import DispatchHandle, TokenDispatcher
 from workers.engine.batch import Batch, batch_order, split_rows
 from workers.engine.expert_load import Routed
-from workers.engine.scheduler import Plan
+from workers.engine.scheduler import StepPlan
 from workers.inspection.recorder import Capture
 from workers.kv.cache import KVCache
 from workers.model.config import BankSpec
@@ -55,7 +55,7 @@ class ModelRunner:
     first_dispatch: float | None = None
     """Monotonic seconds of the latest step's first dispatch, also when the step failed."""
 
-    def run(self, header: StepHeader, plan: Plan) -> StepResult | None:
+    def run(self, header: StepHeader, plan: StepPlan) -> StepResult | None:
         """Run a plan; None when it has no rows. Raises ``TransportError``.
 
         Takes part in every exchange of a micro-batch that was granted rows, even if the plan has
@@ -129,7 +129,7 @@ class ModelRunner:
     def _result(
         self,
         hidden: Tensor,
-        plan: Plan,
+        plan: StepPlan,
         order: Sequence[int],
         routed: list[list[Routed]],
         captures: Mapping[SequenceState, Sequence[Capture]],

@@ -59,9 +59,11 @@ class PrefillCap:
         if self._target_s is None:
             return self._max_rows
         left_s = _AIM * self._target_s - self._decode_time(decode_rows)
+        if left_s <= 0:
+            return self._min_rows
         most, row_s = min(self._max_rows, 2 * self._fitting_rows), self._row_time()
-        if row_s * most > left_s:
-            most = int(max(left_s, 0.0) / row_s) if row_s else 0
+        if row_s:
+            most = min(most, int(left_s / row_s))
         return max(self._min_rows, most)
 
     def observe(self, decode_rows: int, prefill_rows: int, seconds: float) -> None:

@@ -40,7 +40,7 @@ class PlannedRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StepPlan:
     """The rows of one step."""
 
     rows: tuple[PlannedRows, ...]
@@ -126,13 +126,13 @@ class Scheduler:
 
     @property
     def num_deferred(self) -> int:
-        """Waiting sequences that must not be admitted yet: their leader computes the prompt."""
-        return sum(map(self._waits_for_leader, self._waiting))
+        """Waiting sequences that wait until the first choice of their request has its prompt."""
+        return sum(map(self._waits_for_first_choice, self._waiting))
 
     @property
     def num_waiting_tokens(self) -> int:
         """Prompt tokens of waiting sequences, counted once for all choices of a request."""
-        return sum(s.prompt_length for s in self._waiting if s.leader is None)
+        return sum(s.prompt_length for s in self._waiting if s.first_choice is None)
 
     def add(self, sequence: SequenceState) -> None:
         """Queue a sequence behind those of its priority."""
@@ -179,7 +179,7 @@ class Scheduler:
         prefill_rows = min(missing, limit)
         return RowsWanted(decode_rows=decodes, prefill_rows=prefill_rows, is_alone=is_alone)
 
-    def schedule(self, decode_rows: int, prefill_rows: int) -> Plan:
+    def schedule(self, decode_rows: int, prefill_rows: int) -> StepPlan:
         """Choose rows within what was granted, and allocate their blocks."""
         self.preempted.clear()
         rows: list[PlannedRows] = []
@@ -197,10 +197,10 @@ class Scheduler:
         for sequence in sorted((*prefilling, *admissible), key=attrgetter("order")):
             if left > 0:
                 left -= self._plan_chunk(sequence, left, rows)
-        return Plan(rows=tuple(rows))
+        return StepPlan(rows=tuple(rows))
 
     def commit(
-        self, plan: Plan, drawn: Mapping[SequenceState, int], failed: Collection[SequenceState]
+        self, plan: StepPlan, drawn: Mapping[SequenceState, int], failed: Collection[SequenceState]
     ) -> dict[SequenceState, Ending]:
         """The plan ran. ``drawn`` has the token of each sequence that drew one.
 
@@ -216,7 +216,7 @@ class Scheduler:
                 self.remove(sequence)
         return endings
 
-    def abandon(self, plan: Plan) -> None:
+    def abandon(self, plan: StepPlan) -> None:
         """The plan did not run: free its blocks, and let the sequences it admitted wait again."""
         for planned in plan.rows:
             sequence = planned.sequence
@@ -292,7 +292,7 @@ class Scheduler:
             if not self._may_run(sequence):
                 continue
             found = self.prefixes.find(sequence)
-            if self._waits_for_leader(sequence) and len(found) < self._num_shared(sequence):
+            if self._waits_for_first_choice(sequence) and len(found) < self._num_shared(sequence):
                 continue
             free -= self._blocks(sequence.num_tokens)
             free += sum(not self._pool.is_free(block) for block in found)
@@ -342,7 +342,9 @@ class Scheduler:
 
     def _first_in_need(self) -> SequenceState | None:
         """The first waiting sequence, if it fits only once lower priorities are preempted."""
-        able = (s for s in self._waiting if self._may_run(s) and not self._waits_for_leader(s))
+        able = (
+            s for s in self._waiting if self._may_run(s) and not self._waits_for_first_choice(s)
+        )
         first = next(able, None)
         if first is None:
             return None
@@ -369,12 +371,12 @@ class Scheduler:
         """Full prompt blocks that choices share; at least one prompt token is left to compute."""
         return (sequence.prompt_length - 1) // self._block_size
 
-    def _waits_for_leader(self, sequence: SequenceState) -> bool:
-        """Its leader is going to compute the prompt's full blocks."""
-        leader = sequence.leader
-        if leader is None or leader.status is SequenceStatus.FINISHED:
+    def _waits_for_first_choice(self, sequence: SequenceState) -> bool:
+        """The first choice of its request is going to compute the prompt's full blocks."""
+        first = sequence.first_choice
+        if first is None or first.status is SequenceStatus.FINISHED:
             return False
-        return leader.num_computed < self._num_shared(sequence) * self._block_size
+        return first.num_computed < self._num_shared(sequence) * self._block_size
 
     @staticmethod
     def _enter(queue: list[SequenceState], sequence: SequenceState, status: SequenceStatus) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from workers.engine.model_runner import StepResult
-from workers.engine.scheduler import Plan, PlannedRows
+from workers.engine.scheduler import PlannedRows, StepPlan
 from workers.inspection.buffers import StepRows
 from workers.inspection.inspector import Inspector
 from workers.model.config import BankSpec, ModelConfig
@@ -84,7 +84,7 @@ class StepSampler:
         del self._processors[sequence]
         self.inspector.end(sequence)
 
-    def draw(self, plan: Plan, result: StepResult) -> StepTokens:
+    def draw(self, plan: StepPlan, result: StepResult) -> StepTokens:
         """Tokens of a plan that ran to its last layer. Changes nothing."""
         tokens = StepTokens()
         ends: dict[SequenceState, int] = {}

@@ -14,7 +14,7 @@ _CPU = torch.device("cpu")
 
 
 class StackedWeights:
-    """The part of an ``ExpertKernel`` that keeps weights; kernels add what they compute."""
+    """The part of an ``ExpertKernel`` that keeps weights; subclasses compute."""
 
     def __init__(
         self, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device = _CPU

@@ -1,4 +1,4 @@
-"""Recording the inside of a forward pass for requests that ask for it.
+"""Records values inside a forward pass for requests that ask for them.
 
 Imports ``workers.model``, ``workers.sampling`` and ``workers.requests``.
 """

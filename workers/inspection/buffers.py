@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workers.inspection.recorder import Capture, RouterRows
 from workers.model.config import BankSpec, ModelConfig
-from workers.requests.inspection import BankShape, Inspection, ModelShape, NamedArray, Pooling
+from workers.requests.inspection import Inspection, ModelShape, NamedArray, Pooling, RouterShape
 
 
 def shape_of(config: ModelConfig, banks: Sequence[BankSpec]) -> ModelShape:
@@ -28,7 +28,7 @@ def shape_of(config: ModelConfig, banks: Sequence[BankSpec]) -> ModelShape:
         vocab_size=config.vocab_size,
         num_labels=len(config.labels),
         banks=tuple(
-            BankShape(
+            RouterShape(
                 name=f"{bank.bank}:{bank.layer}",
                 num_experts=bank.num_experts,
                 top_k=bank.top_k,

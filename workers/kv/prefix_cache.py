@@ -35,8 +35,8 @@ class PrefixCache:
 
         Leaves out tokens that it must compute itself: see ``SequenceState.num_reusable``.
         """
-        tokens = min(sequence.num_reusable, self._num_shared_tokens(sequence))
-        return self.pool.find(self._hashes(sequence, tokens // self.block_size))
+        count = min(sequence.num_reusable // self.block_size, self._num_shared(sequence))
+        return self.pool.find(self._hashes(sequence, count))
 
     def store(self, sequence: SequenceState, first: int) -> None:
         """Positions ``first`` to ``num_computed`` - 1 were committed: their full blocks are known.
@@ -46,7 +46,7 @@ class PrefixCache:
         begin, end = first // self.block_size, sequence.num_computed // self.block_size
         if begin == end:
             return  # most decodes
-        end = min(end, self._num_shared_tokens(sequence) // self.block_size)
+        end = min(end, self._num_shared(sequence))
         hashes = self._hashes(sequence, end)
         for block in range(begin, end):
             parent = hashes[block - 1] if block else None
@@ -62,7 +62,7 @@ class PrefixCache:
         if self.is_enabled:
             self.num_queried_tokens += sequence.num_tokens
             self.num_hit_tokens += num_found
-        if sequence.leader is None:
+        if sequence.first_choice is None:
             self.num_cached_prompt_tokens += sequence.num_cached_tokens
 
     def check_integrity(self, sequence: SequenceState) -> None:
@@ -73,17 +73,18 @@ class PrefixCache:
                 assert (place + 1) * self.block_size <= sequence.num_computed
                 assert known == self._hashes(sequence, place + 1)[place]
 
-    def _num_shared_tokens(self, sequence: SequenceState) -> int:
-        """Tokens from the first on that others may share."""
-        if self.is_enabled:
-            return sequence.num_tokens
-        return sequence.prompt_length if sequence.request.n > 1 else 0
+    def _num_shared(self, sequence: SequenceState) -> int:
+        """Full blocks from the first on that others may share."""
+        if not self.is_enabled and sequence.request.n == 1:
+            return 0
+        tokens = sequence.num_tokens if self.is_enabled else sequence.prompt_length
+        return tokens // self.block_size
 
     def _hashes(self, sequence: SequenceState, count: int) -> list[BlockHash]:
         """Hashes of the first ``count`` blocks; cached, as known tokens never change."""
         known, size = sequence.block_hashes, self.block_size
-        if not known and sequence.leader is not None:
-            known += sequence.leader.block_hashes[: sequence.prompt_length // size]
+        if not known and sequence.first_choice is not None:
+            known += sequence.first_choice.block_hashes[: sequence.prompt_length // size]
         for first in range(len(known) * size, count * size, size):
             parent = known[-1] if known else self._root(sequence)
             known.append(chain_hash(parent, sequence.tokens(first, first + size)))

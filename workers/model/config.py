@@ -1,4 +1,4 @@
-"""What describes a model before anything is loaded: numbers, expert banks, tensors on disk.
+"""Description of a model before anything is loaded: numbers, expert banks, tensors on disk.
 
 Imports no torch, so that parsing a ``config.json`` and listing the banks is cheap. The global
 order of operations of a step is: for layer; for (bank, exchange) in bank order; for micro-batch.

@@ -33,7 +33,7 @@ EXIT_CODE = 1
 
 
 class WorkerActor(ABC):
-    """Ray methods around a runtime: life and introduction only, the rest goes over sockets."""
+    """Ray methods around a runtime: to start, find and end it; all else goes over sockets."""
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ from workers.process.intake.commands import (
     Command,
     GatewayGone,
     Inbox,
-    TurnNoted,
+    SoloStepNoted,
 )
 from workers.process.intake.grammar_compilations import GrammarCompilations
 from workers.process.intake.kv_fetches import KvFetches
@@ -121,7 +121,7 @@ class AttentionRuntime(WorkerRuntime):
         }
 
     def _lend_blocks(self, engine: Engine) -> None:
-        """Let other workers fetch blocks from here on, and this one theirs."""
+        """Begin to lend blocks to other workers, and to fetch theirs."""
         section = self.config.engine
         limit_s = section.kv_fetch_limit_s if section.enable_prefix_caching else 0.0
         self._fetches = KvFetches(engine, self._kv_peer, self.connections.wake, limit_s)
@@ -218,10 +218,10 @@ class AttentionRuntime(WorkerRuntime):
             else:
                 self._refuse(done.command.gateway, done.command.request, done.error)
         self._emit(engine.poll())
-        self._report_turns(engine)
+        self._report_solo_steps(engine)
 
     def _take_commands(self) -> list[Command]:
-        """What gateways have asked for since the last call."""
+        """Commands of gateways since the last call."""
         return self._inbox.take()
 
     def _handle(self, engine: Engine, command: Command) -> None:
@@ -234,18 +234,18 @@ class AttentionRuntime(WorkerRuntime):
             if self._owners.get(command.request_id) == command.gateway:
                 engine.abort(command.request_id, command.choices)
                 self._forget_ended(engine, command.request_id)
-        elif isinstance(command, TurnNoted):
-            if self._owners.get(command.turn.request_id) == command.gateway:
-                engine.begin_turn(command.turn)
+        elif isinstance(command, SoloStepNoted):
+            if self._owners.get(command.solo_step.request_id) == command.gateway:
+                engine.begin_solo_step(command.solo_step)
         elif isinstance(command, GatewayGone):
             self._drop_gateway(engine, command.gateway)
 
-    def _report_turns(self, engine: Engine) -> None:
+    def _report_solo_steps(self, engine: Engine) -> None:
         """Report requests that run a step alone to their gateways, before and after."""
         assert self._stream is not None
-        for turn in engine.take_turns():
-            if (owner := self._owners.get(turn.request_id)) is not None:
-                self._stream.publish(owner, turn)
+        for solo_step in engine.take_solo_steps():
+            if (owner := self._owners.get(solo_step.request_id)) is not None:
+                self._stream.publish(owner, solo_step)
 
     def _run_step(self) -> None:
         engine = self._engine

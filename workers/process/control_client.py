@@ -89,7 +89,7 @@ class ControlClient:
         connection; it is called on the client's thread. ``on_failed`` gets the reason when that
         thread ends by an error.
 
-        The ``token`` of the reply that ``status`` returns is filled in here.
+        The client sets the ``token`` of the reply that ``status`` returns.
         """
         self._address = address
         self._token = token
@@ -142,7 +142,7 @@ class ControlClient:
         self._guard.check(term, controller)
 
     def redirect(self, address: str) -> None:
-        """A new controller listens at ``address``: leave the old one for it (any thread)."""
+        """A new controller listens at ``address``: connect there instead (any thread)."""
         with self._lock:
             if address == self._address:
                 return

@@ -2,7 +2,8 @@
 
 The server runs an asyncio loop in its own thread; the engine loop runs in another one. Commands go
 to the engine loop through ``Inbox``. The engine loop calls the ``publish`` methods of
-``EngineServer`` with outputs, turns and changes of KV blocks, and opens and closes the streams.
+``EngineServer`` with outputs, solo steps and changes of KV blocks, and opens and closes the
+streams.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from workers.kv.events import KvFeed
 from workers.process.gateway_silence import GATEWAY_SILENCE_LIMIT_S
 from workers.process.gateway_streams import GatewayStream, GatewayStreams
 from workers.process.intake.commands import Inbox
-from workers.requests.request import Reached, StepOutput, Turn
+from workers.requests.request import Reached, SoloStep, StepOutput
 from workers.requests.stream_handshake import WorkerHandshake
 from workers.requests.wire import (
     FROM_ENGINE,
@@ -89,7 +90,7 @@ class EngineServer:
             raise OSError(f"the engine stream could not be served on {self._host}")
         return f"{self._host}:{self._port}"
 
-    def publish(self, gateway: str, message: StepOutput | Turn | Reached) -> None:
+    def publish(self, gateway: str, message: StepOutput | SoloStep | Reached) -> None:
         """Send a message to one gateway (any thread). A closed stream is ignored."""
         self._call_soon(self._streams.put, gateway, FROM_ENGINE.encode(message))
 

@@ -18,9 +18,9 @@ from workers.process.intake.commands import (
     AddRequest,
     GatewayGone,
     Inbox,
-    TurnNoted,
+    SoloStepNoted,
 )
-from workers.requests.request import Request, Turn
+from workers.requests.request import Request, SoloStep
 from workers.requests.wire import FROM_ENGINE, Abort, Ping, ToEngine
 
 logger = logging.getLogger(__name__)
@@ -96,8 +96,8 @@ class GatewayStreams:
                 self._inbox.put(AddRequest(stream.name, message, now))
             case Abort():
                 self._inbox.put(AbortRequest(stream.name, message.request_id, message.choices))
-            case Turn():
-                self._inbox.put(TurnNoted(stream.name, message))
+            case SoloStep():
+                self._inbox.put(SoloStepNoted(stream.name, message))
             case Ping():
                 self.put(stream.name, FROM_ENGINE.encode(message))
 

@@ -11,7 +11,7 @@ from cluster.core.errors import SupersededError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lease:
-    """A worker that can neither reach the controller nor commit a step must stop."""
+    """When a worker stops that can neither reach the controller nor commit a step."""
 
     limit_s: float
     """Longest time without controller and commit; below twice the detection limit."""

@@ -34,7 +34,7 @@ from cluster.core.frames import (
 )
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
-from workers.engine.isolation import Companions
+from workers.engine.isolation import StepMembers
 from workers.engine.step_channel import StepChannel
 from workers.experts.transfer.obstacle import Obstacle, SlotOrder
 from workers.process.epochs import EpochPlacements
@@ -101,7 +101,7 @@ class Membership:
         self._name = name
         self._hooks = hooks
         self._loss: PeerLost | None = None
-        self._companions = Companions()
+        self._step_members = StepMembers()
 
     def join(
         self, connections: PeerConnections, channel: StepChannel, transport: DataTransport
@@ -233,7 +233,7 @@ class Membership:
             return
         self._enter(Standing.OPENING)
         self._loss = None
-        if dead := self._companions.died(generation, frame.drained):
+        if dead := self._step_members.died(generation, frame.drained):
             self._hooks.lose_members(dead)
         self.generation = generation
         try:
@@ -266,7 +266,7 @@ class Membership:
         else:
             self._channel.start_generation(frame.first_step, self.epochs.current.epoch)
             self.last_commit = time.monotonic()
-            self._companions.run(self.generation)
+            self._step_members.run(self.generation)
             self._hooks.begin_steps()
             self._enter(Standing.RUNNING)
 

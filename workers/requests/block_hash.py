@@ -15,7 +15,7 @@ from cluster.core.codec import Message
 from workers.requests.request import Request
 
 BlockHash = bytes
-"""32 bytes, blake2b: requests of one salt trust it not to collide."""
+"""32 bytes, blake2b: equal hashes count as equal tokens, so collisions must not occur."""
 HASH_BYTES = 32
 SHORT_BYTES = 8
 """Bytes of a hash in ``KvEvents``: a collision costs a detour there, never a wrong block."""

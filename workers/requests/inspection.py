@@ -81,7 +81,7 @@ class NamedArray(Message, frozen=True, kw_only=True, array_like=True):
     """Four bytes an element."""
 
 
-class BankShape(Message, frozen=True, kw_only=True, array_like=True):
+class RouterShape(Message, frozen=True, kw_only=True, array_like=True):
     """The router of one bank."""
 
     name: str
@@ -102,7 +102,7 @@ class ModelShape:
     vocab_size: int
     num_labels: int
     """Classes of a classifier; 0 for a language model."""
-    banks: tuple[BankShape, ...]
+    banks: tuple[RouterShape, ...]
     """Banks in the order of their use."""
 
     @property

@@ -115,8 +115,11 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """What the model reads in place of the prompt's tokens, which are zeros then."""
 
 
-class Turn(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """A request runs a step alone, or has done so; see ``workers.engine.isolation``."""
+class SoloStep(Message, frozen=True, kw_only=True, array_like=True, tag=True):
+    """A step with the rows of one request alone: offered, accepted, or over.
+
+    See ``workers.engine.isolation``.
+    """
 
     request_id: str
     attempt: Count

@@ -88,8 +88,8 @@ class SequenceState:
     blocks: list[int] = field(default_factory=list)
     """Block table; this sequence is one holder of each block."""
     status: SequenceStatus = SequenceStatus.WAITING
-    leader: SequenceState | None = None
-    """First open choice of the same request, which shares its full prompt blocks; None for it."""
+    first_choice: SequenceState | None = None
+    """First open choice of the request, which shares its full prompt blocks; None for itself."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of its first full blocks; extended as needed."""
     num_cached_tokens: int | None = None

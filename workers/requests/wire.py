@@ -5,8 +5,8 @@ One gRPC stream ``METHOD`` of bytes in both directions, each a message of ``clus
     gateway                                      attention worker
     (see ``workers.requests.stream_handshake``)
                                          <-      EngineHello (what requests may ask for)
-    Request, Abort, Ping, Turn, KvResync ->
-                                         <-      Reached, StepOutput, Ping, Turn, KvEvents
+    Request, Abort, Ping, SoloStep, KvResync ->
+                                         <-      Reached, StepOutput, Ping, SoloStep, KvEvents
 
 Both ends are of one release.
 """
@@ -17,8 +17,8 @@ from typing import TypeAlias
 
 from cluster.core.codec import Codec, Message
 from workers.requests.block_hash import KvEvents
-from workers.requests.inspection import BankShape
-from workers.requests.request import Reached, Request, StepOutput, Turn
+from workers.requests.inspection import RouterShape
+from workers.requests.request import Reached, Request, SoloStep, StepOutput
 
 SERVICE = "expertmesh.v1.Engine"
 METHOD = "Stream"
@@ -51,7 +51,7 @@ class EngineHello(Message, frozen=True, kw_only=True):
     """Token that a classifier does not take for the last one."""
     problem_type: str = ""
     """A classifier's kind of labels; empty where the checkpoint names none."""
-    banks: tuple[BankShape, ...] = ()
+    banks: tuple[RouterShape, ...] = ()
     kv_block_size: int = 0
     """Tokens of a KV block; 0: requests share none."""
     kv_length_matters_above: int | None = None
@@ -76,8 +76,8 @@ class KvResync(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """A gateway missed ``KvEvents``: the worker answers with all blocks."""
 
 
-ToEngine: TypeAlias = Request | Abort | Ping | Turn | KvResync
-FromEngine: TypeAlias = Reached | StepOutput | Ping | Turn | KvEvents
+ToEngine: TypeAlias = Request | Abort | Ping | SoloStep | KvResync
+FromEngine: TypeAlias = Reached | StepOutput | Ping | SoloStep | KvEvents
 ENGINE_HELLO: Codec[EngineHello] = Codec(EngineHello, "an engine's hello")
 TO_ENGINE: Codec[ToEngine] = Codec(ToEngine, "a message to an engine")
 FROM_ENGINE: Codec[FromEngine] = Codec(FromEngine, "a message of an engine")

@@ -1,4 +1,4 @@
 """From logits to tokens: logits processors, grammars, the sampler.
 
-Imports torch and ``workers.requests``.
+Imports ``workers.requests``, torch and llguidance.
 """

@@ -20,7 +20,7 @@ from workers.requests.sequence import SequenceState
 from workers.sampling.grammar import GrammarState
 
 _LARGEST_LOGIT = 1e30
-"""Logits that penalties make are kept below; divided by any temperature it is still finite."""
+"""Bound of logits after penalties; divided by any temperature it is still finite."""
 _MASKED = float("-inf")
 
 

@@ -183,27 +183,26 @@ def _floors(
 
 def _truncations(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """[rows, 1]: the lowest scaled logit that top_k, then top_p keep."""
-    vocab_size = scaled.shape[1]
-    top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
-    limits = [k for k in top_k if k < vocab_size]
-    width = min(vocab_size, max([_FIRST_CANDIDATES, *limits]))
-    ks = torch.tensor(top_k, device=scaled.device).unsqueeze(1)
+    device, vocab_size = scaled.device, scaled.shape[1]
+    top_k = [p.top_k if 0 < p.top_k < vocab_size else 0 for p in params]  # 0: no limit
+    ks = torch.tensor(top_k, device=device).unsqueeze(1)
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device).unsqueeze(1)
+    is_off = top_p >= 1
+    width = min(vocab_size, max(_FIRST_CANDIDATES, *top_k))
     while True:
         best = scaled.topk(width, -1).values
-        kth = best.gather(1, ks.clamp(max=width) - 1)
-        by_k = torch.where(ks < vocab_size, kth, float("-inf"))
+        kth = best.gather(1, (ks - 1).clamp(min=0))
+        by_k = torch.where(ks > 0, kth, float("-inf"))
         mass = scaled.exp().masked_fill_(scaled < by_k, 0.0).sum(-1, True, dtype=torch.float64)
-        share = best.exp().masked_fill_(best < by_k, 0.0).cumsum(-1, dtype=torch.float64) / mass
-        top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=scaled.device)
-        enough = share >= top_p.unsqueeze(1)
-        reached = enough.any(-1) | (ks.squeeze(1) <= width) | (top_p >= 1)
-        if width == vocab_size or bool(reached.all()):  # device-to-host sync
+        enough = best.exp().cumsum(-1, dtype=torch.float64) / mass >= top_p
+        reached = enough.any(-1, True)
+        is_last = width == vocab_size
+        if bool((reached | is_off | is_last).all()):  # device-to-host sync
             break
         width = min(vocab_size, width * 16)
     last = enough.long().argmax(-1, keepdim=True)
-    by_p = torch.where(enough.any(-1, True), best.gather(1, last), float("-inf"))
-    is_off = (top_p >= 1).unsqueeze(1)
-    return torch.maximum(by_k, by_p.masked_fill(is_off, float("-inf")))
+    by_p = torch.where(reached & ~is_off, best.gather(1, last), float("-inf"))
+    return torch.maximum(by_k, by_p)
 
 
 def uniform(seed: int, choice: int, index: int, level: int = 0) -> float:

@@ -1,4 +1,4 @@
 """Connections between workers: sockets or torch.distributed, frames, handshakes.
 
-Imports ``cluster.core``, ``cluster.config`` and ``workers.requests``.
+Imports ``cluster.core``, ``cluster.config``, ``workers.requests`` and ``workers.model``.
 """

@@ -35,7 +35,7 @@ class Pending:
 
     sock: socket.socket
     handshake: ListenerHandshake | ConnectorHandshake
-    who: str
+    name: str
     """The peer's name, or its address until the name is known."""
     member: Member | None
     """The member to connect to; None for an accepted connection."""
@@ -176,14 +176,14 @@ class Acceptor:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         waiting = [p for p in self._pending.values() if p.handshake.peer is None and not p.member]
         if len(waiting) >= self._max_pending:
-            self.refuse(waiting[0].who, "too many connections without a token")
+            self.refuse(waiting[0].name, "too many connections without a token")
             self._drop(waiting[0])
         handshake = ListenerHandshake(self._identity(), self._token, self._refusal)
         self._add(sock, handshake, f"{address[0]}:{address[1]}", None)
 
-    def refuse(self, who: str, reason: str) -> None:
+    def refuse(self, name: str, reason: str) -> None:
         """Log a connection that does not become an edge."""
-        logger.warning("%s: connection with %s refused: %s", self._me.name, who, reason)
+        logger.warning("%s: connection with %s refused: %s", self._me.name, name, reason)
 
     def expire(self) -> None:
         """Drop the connections whose deadline has passed.
@@ -195,8 +195,8 @@ class Acceptor:
             if pending.is_connecting:
                 self._drop(pending)
                 limit = f"no answer within {self._answer_limit_s:g} s"
-                raise PeerLostError(pending.who, f"cannot connect: {limit}")
-            self.refuse(pending.who, "the handshake was not finished in time")
+                raise PeerLostError(pending.name, f"cannot connect: {limit}")
+            self.refuse(pending.name, "the handshake was not finished in time")
             self._drop(pending)
 
     def advance(self, pending: Pending) -> None:
@@ -212,17 +212,17 @@ class Acceptor:
         try:
             is_finished = pending.step()
         except HandshakeError as err:
-            self.refuse(pending.who, str(err))
+            self.refuse(pending.name, str(err))
             self._drop(pending)
             handshake = pending.handshake
             if not isinstance(handshake, ConnectorHandshake) or not handshake.has_verdict:
                 return
             if handshake.is_outdated:
-                raise GenerationChangedError(f"{pending.who}: {err}") from err
-            raise PeerLostError(pending.who, str(err)) from err
+                raise GenerationChangedError(f"{pending.name}: {err}") from err
+            raise PeerLostError(pending.name, str(err)) from err
         except OSError as err:
             self._drop(pending)
-            raise PeerLostError(pending.who, f"cannot connect: {err.strerror}") from err
+            raise PeerLostError(pending.name, f"cannot connect: {err.strerror}") from err
         if is_finished:
             self._finish(pending)
         else:
@@ -242,13 +242,13 @@ class Acceptor:
         self,
         sock: socket.socket,
         handshake: ListenerHandshake | ConnectorHandshake,
-        who: str,
+        name: str,
         member: Member | None,
     ) -> None:
         out = handshake.start() if isinstance(handshake, ConnectorHandshake) else b""
         limit_s = self._timeout_s if member is None else self._answer_limit_s
         deadline = time.monotonic() + limit_s
-        pending = Pending(sock, handshake, who, member, deadline, out, member is not None)
+        pending = Pending(sock, handshake, name, member, deadline, out, member is not None)
         self._pending[sock] = pending
         self._selector.register(sock, pending.events, pending)
 

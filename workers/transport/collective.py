@@ -22,14 +22,14 @@ from cluster.core.topology import Generation, runs_attention
 from workers.model.torch_private import Store, TCPStore
 from workers.requests.step_header import StepHeader
 from workers.transport.peer_connections import PeerConnections
-from workers.transport.transport import Expected, Message, Tag
+from workers.transport.transport import Expected, RowMessage, Tag
 from workers.transport.world import (
     BOTH_WAYS,
     ONE_WAY,
     Backend,
     Channel,
-    Ticket,
     Transfer,
+    TransferWait,
     World,
     build_world,
     listen_store,
@@ -159,7 +159,7 @@ class CollectiveTransport:
         if sends:
             self._wait(sends)
 
-    def post(self, tag: Tag, messages: Sequence[Message], *, sized: bool) -> None:
+    def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
         """See ``DataTransport``. Counts go first where ``sized``; empty parts are not sent."""
         items = []
         for message in messages:
@@ -245,7 +245,7 @@ class CollectiveTransport:
 
     def _wait(self, transfers: Sequence[Transfer]) -> None:
         world = self._live_world()
-        ticket = Ticket(transfers)
+        ticket = TransferWait(transfers)
         limit = self._connections.step_timeout_s
         deadline = time.monotonic() + limit
 

@@ -3,8 +3,8 @@
     connector                                   listener
     hello(nonce)                        ->
                                         <-      challenge(nonce)
-    proof, who I am                     ->
-                                        <-      proof, who I am   |   refusal: a short reason
+    proof, identity                     ->
+                                        <-      proof, identity   |   refusal: a short reason
 
 A proof is HMAC-SHA256 under the token over both nonces and the sender's own words, with the
 sender's side in it, so that no proof can be reflected. Until the connector has proved the token it

@@ -247,7 +247,7 @@ class PeerServer:
             ).start()
 
     def _serve(self, sock: socket.socket, address: tuple[str, int]) -> None:
-        who = f"{address[0]}:{address[1]}"
+        caller = f"{address[0]}:{address[1]}"
         with sock:
             try:
                 handshake = ListenerHandshake(self._me, self._token, lambda peer: None)
@@ -258,9 +258,9 @@ class PeerServer:
                 while not self._closing.is_set():
                     self._answer(sock)
             except ProtocolError as err:
-                self._refuse(who, str(err))
+                self._refuse(caller, str(err))
             except OSError as err:
-                logger.debug("%s for %s: %s", self._what, who, err)
+                logger.debug("%s for %s: %s", self._what, caller, err)
             finally:
                 with self._lock:
                     self._open.discard(sock)
@@ -292,8 +292,8 @@ class PeerServer:
         for chunk in _chunks(parts):
             sock.sendall(chunk)
 
-    def _refuse(self, who: str, reason: str) -> None:
-        logger.warning("%s: %s refused to %s: %s", self._me.name, self._what, who, reason)
+    def _refuse(self, caller: str, reason: str) -> None:
+        logger.warning("%s: %s refused to %s: %s", self._me.name, self._what, caller, reason)
 
 
 def shake_hands(

@@ -1,4 +1,4 @@
-"""What every socket loop here needs: reads of an exact size, and a wake-up from other threads."""
+"""Helpers of all socket loops: reads of an exact size, and a wake-up from other threads."""
 
 from __future__ import annotations
 

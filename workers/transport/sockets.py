@@ -18,7 +18,7 @@ from cluster.core.topology import Generation
 from workers.requests.step_header import StepHeader
 from workers.transport.frames import EXACT, PER_SLOT, Frame, FrameHeader, FrameKind
 from workers.transport.peer_connections import PeerConnections
-from workers.transport.transport import Expected, Message, Tag
+from workers.transport.transport import Expected, RowMessage, Tag
 
 _KINDS = {"rows": FrameKind.ROWS, "outputs": FrameKind.OUTPUTS}
 
@@ -48,7 +48,7 @@ class SocketTransport:
         self._connections.begin_step(header.step)
         self._flags = self._mode_flag | (EXACT if header.exact else 0)
 
-    def post(self, tag: Tag, messages: Sequence[Message], *, sized: bool) -> None:
+    def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
         """See ``DataTransport``. A frame always carries its counts."""
         for message in messages:
             buffers = [_bytes_of(part) for part in message.parts]

@@ -47,7 +47,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class RowMessage:
     """A message to one rank."""
 
     rank: int
@@ -75,7 +75,7 @@ class DataTransport(Protocol):
     def begin_step(self, header: StepHeader) -> None:
         """Start a step, to which the messages that follow belong."""
 
-    def post(self, tag: Tag, messages: Sequence[Message], *, sized: bool) -> None:
+    def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
         """Send at once, and wait only where buffers are full; the tensors may be reused afterwards.
 
         ``sized``: the receivers do not know the counts, so they travel along.

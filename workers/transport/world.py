@@ -55,7 +55,7 @@ class Transfer:
 
 
 @dataclass(slots=True)
-class Ticket:
+class TransferWait:
     """A wait for transfers."""
 
     transfers: Sequence[Transfer]
@@ -88,7 +88,7 @@ class World:
         self._backend = backend
         self._device = device
         self._timeout = timedelta(seconds=timeout_s)
-        self._queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[TransferWait | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if backend == "gloo":
             self._thread = threading.Thread(target=self._wait_all, daemon=True, name="gloo-wait")
@@ -121,7 +121,7 @@ class World:
         work = coalesced(group, self._device, start)
         return [Transfer(r, work, tensor) for r, _, _, tensor in items]
 
-    def wait(self, ticket: Ticket, watch: Callable[[], None]) -> None:
+    def wait(self, ticket: TransferWait, watch: Callable[[], None]) -> None:
         """Wait for transfers; ``watch`` is called every 50 ms and ends the wait by raising."""
         if self._backend == "gloo":
             self._queue.put(ticket)
@@ -202,7 +202,7 @@ def build_world(
         for direction, is_up in channels:
             name = f"{prefix}/{direction}-{'up' if is_up else 'down'}"
             group = nccl_group(PrefixStore(name, store), rank, size, step_timeout_s)
-            # Connect now, with everyone: the first transfer may be between two ranks only.
+            # All ranks connect now: the first transfer may be between two ranks only.
             group.allreduce([torch.zeros(1, device=device)]).wait()
             torch.cuda.synchronize(device)
             groups[direction, is_up] = group

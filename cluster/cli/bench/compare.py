@@ -16,7 +16,7 @@ from cluster.cli.terminal.output import note, show, table
 
 _HIGHER = ("_per_s", "successful")
 _LOWER = ("_ms", "_us", "_s", "failed", "failures", "unfinished", "_bytes")
-"""Ends of the names of numbers by what is better; all others are only shown."""
+"""Endings of names of which the higher or the lower number is better; others are only shown."""
 _COMMANDS = ("bench ", "benchmarks.")
 """First part of the names of commands that write documents."""
 
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """All numbers of both; one that only one of them has is 0 in the other."""
+    """All numbers of both documents; a number that one of them lacks counts as 0 there."""
     old, new = dict(_numbers(before)), dict(_numbers(after))
     counter = "failures."  # by code: a missing one is 0
     shared = [n for n in {**old, **new} if n.startswith(counter) or (n in old and n in new)]

@@ -19,7 +19,7 @@ def add_save(parser: argparse.ArgumentParser) -> None:
 def document_of(
     command: str, options: Mapping[str, Any], results: Mapping[str, Any], **more: Any
 ) -> dict[str, Any]:
-    """A document: ``options`` are what was asked for, ``results`` what was measured."""
+    """A document: ``options`` of the command, and measured ``results``."""
     return {
         "schema": 1,
         "command": command,

@@ -28,7 +28,7 @@ class Target(Protocol):
     async def complete(
         self, prompt: Sequence[int], max_tokens: int, saw: Callable[[], None]
     ) -> int:
-        """Stream a completion, ``saw`` is called for each piece; how many tokens it had.
+        """Stream a completion and call ``saw`` for each piece; returns the number of tokens.
 
         Raises ``RequestFailed``, ``TimeoutError`` and ``OSError``.
         """

@@ -137,8 +137,8 @@ async def _open(args: argparse.Namespace, timeout_s: float) -> tuple[Target, int
 
         vocab_size = _vocab_size(status)
         return HttpTarget(client, args.model, salt), vocab_size
-    told = [each["grpc"] for each in status.get("gateway", ()) if "grpc" in each]
-    address = args.grpc or next(iter(told), "")
+    found = [each["grpc"] for each in status.get("gateway", ()) if "grpc" in each]
+    address = args.grpc or next(iter(found), "")
     if not address:
         raise CommandError(ExitCode.REFUSED, "the server has no gRPC address: give one with --grpc")
     from cluster.cli.bench.grpc_target import GrpcTarget  # slow to import

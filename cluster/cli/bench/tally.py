@@ -23,7 +23,6 @@ class Distribution:
         self._buckets: Counter[int] = Counter()
 
     def add(self, value: float) -> None:
-        """One more."""
         self.count += 1
         self._sum += value
         self._buckets[math.floor(math.log(max(value, 1e-9)) / _GROWTH)] += 1

@@ -1,4 +1,4 @@
 """Commands that start, stop, watch and change a cluster.
 
-Imports ``cluster.cli.terminal``, ``cluster.cli.options`` and ``cluster.launch``.
+Imports ``terminal``, ``options`` and ``experts`` beside it, ``cluster.launch`` and floors below.
 """

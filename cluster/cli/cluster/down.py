@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 def _end_in(
     args: argparse.Namespace, address: str, record: state_file.ClusterRecord | None
 ) -> bool:
-    """End what runs in a Ray; whether there was anything."""
+    """End the cluster in a Ray; False if there was none."""
     _confirm(args, f"the cluster in Ray at {address}")
     names = end_by_name(address)
     if record is not None and record.is_on_its_own:

@@ -63,7 +63,7 @@ def _signals() -> list[signal.Signals]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ending:
+class LauncherExit:
     """How the launcher's part ended."""
 
     code: ExitCode
@@ -107,7 +107,7 @@ class Front:
         self._deadline: float | None = None
         self._stopped = False
         self._buffer = b""
-        self._failure: Ending | None = None
+        self._failure: LauncherExit | None = None
         self._was_ready = False
         self._detaches = False
 
@@ -124,7 +124,7 @@ class Front:
         self._close_pipes()
         self._child.wait()
 
-    def run(self, progress: Progress, detach: bool) -> Ending:
+    def run(self, progress: Progress, detach: bool) -> LauncherExit:
         """Show progress until ready; then follow the cluster to its end, or ``detach`` from it.
 
         A signal is handled at once; the deadline that it sets is looked at every tick.
@@ -142,7 +142,7 @@ class Front:
                 self._take(data, progress)
             if self._was_ready and detach and self._signal_count == 0:
                 self._leave()
-                return Ending(code=ExitCode.OK)
+                return LauncherExit(code=ExitCode.OK)
             if not self._was_ready and self._signal_count == 0:
                 progress.tick()
             self._enforce_deadline()
@@ -161,11 +161,11 @@ class Front:
                 self._on_ready(event["http"], event["grpc"])
             elif kind == "failed":
                 code = ExitCode.REFUSED if event["refused"] else ExitCode.FAILED
-                self._failure = Ending(code=code, message=event["message"])
+                self._failure = LauncherExit(code=code, message=event["message"])
             elif kind == "stopped":
                 self._stopped = True
 
-    def _ended(self) -> Ending:
+    def _ended(self) -> LauncherExit:
         """The launcher is gone; what it could not end itself is ended here."""
         assert self._plan is not None
         self._child.wait()
@@ -175,9 +175,9 @@ class Front:
         if self._signal_count:
             self._log.unlink(missing_ok=True)
             is_clean_end = self._first_signal != signal.SIGINT and self._was_ready
-            return Ending(code=ExitCode.OK if is_clean_end else ExitCode.INTERRUPTED)
+            return LauncherExit(code=ExitCode.OK if is_clean_end else ExitCode.INTERRUPTED)
         message = f"the launcher ended unexpectedly, see {self._log}"
-        return self._failure or Ending(code=ExitCode.FAILED, message=message)
+        return self._failure or LauncherExit(code=ExitCode.FAILED, message=message)
 
     def _clean_up(self) -> None:
         assert self._plan is not None

@@ -60,7 +60,6 @@ def _status_text(status: Mapping[str, Any], colours: bool) -> str:
 
 
 def run_workers(args: argparse.Namespace) -> int:
-    """Print the workers."""
     status = Client(args).get("/cluster/v1/status")
     document = {"schema": 1, "workers": status["workers"]}
     return show(args, document, _workers_text(status))

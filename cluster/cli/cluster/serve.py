@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli.cluster import dry_run
-from cluster.cli.cluster.front import Ending, Front, raise_on_signals
+from cluster.cli.cluster.front import Front, LauncherExit, raise_on_signals
 from cluster.cli.options.keys import without_keys
 from cluster.cli.options.serve_config import asked_for, build_config, make_plan
 from cluster.cli.options.serve_options import StartOptions, add_serve_options, read_given
@@ -105,7 +105,7 @@ def _start(args: argparse.Namespace, command: state_file.Command, name: str) -> 
     return ending.code
 
 
-def _launch(args: argparse.Namespace, command: state_file.Command, name: str) -> Ending:
+def _launch(args: argparse.Namespace, command: state_file.Command, name: str) -> LauncherExit:
     given = read_given(args, os.environ)
     start = _start_options(given.values)
     address = start.address or ""
@@ -144,7 +144,7 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
             _tell_rebalancing(plan)
             document = dry_run.describe(plan, facts)
             show(args, document, dry_run.text(document, plan.address))
-            return Ending(code=ExitCode.OK)
+            return LauncherExit(code=ExitCode.OK)
         _tell_mode(plan)
         _tell_rebalancing(plan)
         front.begin(plan)

@@ -1,4 +1,4 @@
 """Commands about experts: their load, their placement, rebalancing.
 
-Imports ``cluster.cli.terminal`` and ``cluster.cli.cluster``.
+Imports ``cluster.cli.terminal`` and ``cluster.core``.
 """

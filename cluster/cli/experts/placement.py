@@ -18,7 +18,6 @@ def add_commands(commands: Commands) -> None:
 
 
 def run_placement(args: argparse.Namespace) -> int:
-    """Print the expert maps."""
     client = Client(args)
     document = client.get("/cluster/v1/placement")
     if args.layer is not None:

@@ -19,7 +19,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add what says how text is drawn."""
+    """Add the options of sampling."""
     add_model_option(parser)
     parser.add_argument("--max-tokens", type=int, default=64, help="longest answer")
     parser.add_argument("--temperature", type=float, help="0 takes the most probable token")

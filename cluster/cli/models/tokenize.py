@@ -18,7 +18,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def add_text_or_ids(parser: argparse.ArgumentParser) -> None:
-    """Add what the tokens of a command are given by, and ``--model``."""
+    """Add the arguments that give a command its tokens, and ``--model``."""
     parser.add_argument("text", nargs="?", help="text, - reads it from stdin")
     parser.add_argument("--ids", type=_ids, metavar="5,6,7", help="token ids in place of a text")
     add_model_option(parser)

@@ -115,7 +115,7 @@ def make(algorithm: str, question: Question) -> Plan:
 
 
 def compare(question: Question, made: Mapping[str, Plan]) -> dict[str, Plan]:
-    """All algorithms, and what is placed now; ``made`` are plans that are there already."""
+    """Plans by every algorithm, and the current one; ``made`` are plans computed before."""
     plans = {"current": before(question)} if question.current is not None else {}
     for name in reversed(ALGORITHMS):
         plans[name] = made[name] if name in made else make(name, question)
@@ -123,7 +123,7 @@ def compare(question: Question, made: Mapping[str, Plan]) -> dict[str, Plan]:
 
 
 def before(question: Question) -> Plan:
-    """What is placed now; a contiguous plan where that is not known."""
+    """The current placement as a plan; the contiguous one if it is unknown."""
     profile, topology = question.profile, question.topology
     if question.current is None:
         return contiguous_plan(profile, topology)
@@ -131,7 +131,7 @@ def before(question: Question) -> Plan:
 
 
 def summary(plan: Plan) -> dict[str, Any]:
-    """What a plan is worth, for ``--json``."""
+    """Predicted numbers of a plan, for ``--json``."""
     return {**plan.to_dict()["predicted"], "move_fraction": plan.move_fraction}
 
 

@@ -20,7 +20,7 @@ class Side:
     """One of the two placements that are drawn."""
 
     name: str
-    """What it is called on the page."""
+    """Its title on the page."""
     plan: Plan
     """Maps and predictions."""
 

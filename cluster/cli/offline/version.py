@@ -23,7 +23,6 @@ def versions() -> dict[str, str | None]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the versions."""
     found = versions()
     lines = [f"{n} {v or 'missing'}" for n, v in {"expertmesh": own_version(), **found}.items()]
     document = {"schema": 1, "version": own_version(), **found}

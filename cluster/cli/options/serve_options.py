@@ -164,7 +164,7 @@ def _refusal(path: str, rule: str) -> CommandError:
 
 
 def _parse(option: ServeOption, text: str, origin: str) -> Any:
-    """The value of a text that is no flag's; ``origin`` says whose."""
+    """A value given by a variable or the file; ``origin`` names this source in errors."""
     try:
         value = option.kind(text)
     except ValueError as err:

@@ -45,7 +45,7 @@ class Commands:
         return parser
 
     def add_group(self, name: str, text: str) -> Commands:
-        """A command that is followed by one of several others."""
+        """Add a command that has subcommands; returns their registry."""
         parser = self._add(name, text)
         return Commands(parser.add_subparsers(metavar="WHAT", required=True), self._common)
 

@@ -41,12 +41,10 @@ class Orders:
         return self._call("rebalance", dict(order), "rebalance", order)
 
     def cancel(self, operation_id: str) -> dict[str, Any]:
-        """Cancel an operation."""
         path = f"operations/{_quoted(operation_id)}/cancel"
         return self._call("cancel_operation", operation_id, path, {})
 
     def operation(self, operation_id: str) -> dict[str, Any]:
-        """One operation."""
         return self._call("operation", operation_id, f"operations/{_quoted(operation_id)}")
 
     def operations(self) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from cluster.core.codec import Message, from_plain, to_plain
 class _Kept(Message, frozen=True, kw_only=True):
     node: str
     ids: frozenset[str]
-    """Ids of the nodes that were there; empty before the first look."""
+    """Ids of the nodes at this address; empty until they are known."""
 
 
 class Cordon:

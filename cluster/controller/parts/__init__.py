@@ -1,4 +1,4 @@
 """What the controller consists of: its table of workers, generations, detection, recovery, epochs.
 
-Imports ``cluster.core``, ``config``, ``planner`` and ``policy``.
+Imports ``cluster.policy`` and the floors below, and ``prometheus_client``.
 """

@@ -47,8 +47,6 @@ class ChangeState(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChangeLimits:
-    """Limits of a change."""
-
     limit_s: float = 120.0
     """Time until the switch."""
     bytes_per_s: float | None = None

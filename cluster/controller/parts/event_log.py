@@ -37,7 +37,6 @@ class History:
         self._entries.extend(HistoryEntry(**entry) for entry in entries)
 
     def add(self, generation: int, now: float, cause: str, effect: str) -> None:
-        """Record a change."""
         time = round(now + self._offset_s, 3)
         self._entries.append(
             HistoryEntry(generation=generation, time=time, cause=cause, effect=effect)

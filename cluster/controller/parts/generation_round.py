@@ -16,8 +16,6 @@ from cluster.policy.failure import PeerReport
 
 
 class Phase(Enum):
-    """Phases of a generation."""
-
     FORMING = "forming"
     """Announced to its members."""
     RUNNING = "running"

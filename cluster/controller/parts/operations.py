@@ -103,7 +103,6 @@ class Operations:
 
     @property
     def running(self) -> Operation | None:
-        """The running operation."""
         return self._kept[-1] if self._kept and self._kept[-1].is_running else None
 
     def asked_before(self, order: Order, epoch: int) -> Operation | None:
@@ -152,7 +151,6 @@ class Operations:
         return operation
 
     def end(self, operation: Operation, state: OperationState, message: str, now: float) -> None:
-        """End the operation."""
         assert operation.is_running, f"{operation.id} ends twice"
         operation.state, operation.message = state, message
         operation.ended, operation.phase = self._time(now), ""

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControllerSettings:
-    """Limits of the controller."""
-
     detection_limit_s: float = 2.0
     """Time without heartbeat or progress after which a worker is lost."""
     hold_limit_s: float = 30.0

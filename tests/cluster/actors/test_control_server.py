@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from cluster.actors.control_server import MAX_STRANGERS, ControlServer
+from cluster.actors.control_server import MAX_UNPROVED, ControlServer
 from cluster.core.errors import ProtocolError
 from cluster.core.frames import (
     MAX_FRAME_BYTES,
@@ -193,8 +193,8 @@ def test_a_worker_of_another_release_is_refused_by_name(
 
     _run(body)
     theirs = f"release {release}" if release else "no release"
-    told = f"{theirs} of expert-0, {RELEASE} of the controller: releases must be equal"
-    assert told in caplog.text
+    expected = f"{theirs} of expert-0, {RELEASE} of the controller: releases must be equal"
+    assert expected in caplog.text
 
 
 def test_a_silent_caller_is_cut_off_in_time() -> None:
@@ -209,7 +209,7 @@ def test_a_silent_caller_is_cut_off_in_time() -> None:
 
 def test_many_silent_callers_do_not_keep_workers_out() -> None:
     async def body(case: Case) -> None:
-        callers = [await case.connect() for _ in range(MAX_STRANGERS + 5)]
+        callers = [await case.connect() for _ in range(MAX_UNPROVED + 5)]
         await case.still_serves()
         assert await _ends(callers[0][0])
         for _, writer in callers:

@@ -45,18 +45,18 @@ def gcs() -> Iterator[tuple[str, Gcs]]:
 
 def test_a_ray_is_asked_without_a_token(gcs: tuple[str, Gcs]) -> None:
     address, servicer = gcs
-    assert ray_tools.takes_strangers(address)
+    assert ray_tools.allows_unauthenticated(address)
     servicer.asks_for_token = True
-    assert not ray_tools.takes_strangers(address)
+    assert not ray_tools.allows_unauthenticated(address)
 
 
 @pytest.mark.parametrize("num_hosts", [1, 2])
-@pytest.mark.parametrize("is_told", [False, True], ids=["", "told"])
+@pytest.mark.parametrize("is_allowed", [False, True], ids=["", "allowed"])
 @pytest.mark.parametrize("asks", [False, True], ids=["no token", "token"])
 def test_several_hosts_need_a_token_or_a_word(
     gcs: tuple[str, Gcs],
     num_hosts: int,
-    is_told: bool,
+    is_allowed: bool,
     asks: bool,
 ) -> None:
     address, gcs[1].asks_for_token = gcs[0], asks
@@ -65,10 +65,10 @@ def test_several_hosts_need_a_token_or_a_word(
         for n in range(num_hosts)
     )
     data = plan().config.to_dict()
-    data["gateway"]["allow_unauthenticated"] = is_told
+    data["gateway"]["allow_unauthenticated"] = is_allowed
     one = dataclasses.replace(plan(), config=ClusterConfig.from_dict(data))
-    if num_hosts > 1 and not asks and not is_told:
+    if num_hosts > 1 and not asks and not is_allowed:
         with pytest.raises(ConfigError, match="RAY_AUTH_MODE=token"):
-            joining.check_strangers(one, nodes, address)
+            joining.check_ray_token(one, nodes, address)
         return
-    joining.check_strangers(one, nodes, address)
+    joining.check_ray_token(one, nodes, address)

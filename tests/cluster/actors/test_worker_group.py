@@ -224,7 +224,7 @@ def test_a_killed_controller_comes_back_and_keeps_the_workers_that_live() -> Non
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_worker_that_is_frozen_while_the_controller_restarts_is_ended() -> None:
-    """It cannot be asked who it is: its name is enough."""
+    """It does not answer: its name is enough to end it."""
     with _controller() as controller:
         ray.get(controller.start.remote(_config(3, 5), BANKS), timeout=LIMIT_S)
         before = _until(controller, "SERVING")

@@ -65,8 +65,8 @@ class FakeParts(ClusterParts):
         return find_by_files(self._folder)
 
     def tell_gateway(self, stage: EndStage) -> int:
-        with stages_path(self.plan.name).open("a") as told:
-            print(stage, file=told)
+        with stages_path(self.plan.name).open("a") as file:
+            print(stage, file=file)
         self._num_running -= 1
         return max(0, self._num_running)
 

@@ -51,10 +51,10 @@ def test_status_fails_while_not_ready(
     status = {**STATUS, "state": "STARTING", "error": "slow disk", "problems": ["no room"]}
     gateway.status = (200, status)
     assert main(["--url", gateway.url, "status"]) == ExitCode.NOT_READY
-    told = capsys.readouterr()
-    assert "slow disk" in told.out
-    assert "no room" in told.out
-    assert told.err == "not ready; loading\n"
+    output = capsys.readouterr()
+    assert "slow disk" in output.out
+    assert "no room" in output.out
+    assert output.err == "not ready; loading\n"
 
 
 def test_the_url_comes_from_the_environment(

@@ -213,7 +213,7 @@ class World:
         self.ended: set[str] = set()
         """Workers whose processes the controller wants to be ended."""
         self.lost: set[str] = set()
-        """Everyone that a controller has ever called lost."""
+        """Workers that any controller has declared lost."""
         self.progress = (0, 0, 0)
         self._count = 0
         self._expected: set[str] = set()
@@ -224,7 +224,7 @@ class World:
     def send(self, worker: str, frame: ControlFrame) -> None:
         if isinstance(frame, NewGeneration):
             names = {m.name for m in frame.generation.members}
-            assert not names & self.lost, "who was lost never comes back"
+            assert not names & self.lost, "a lost worker never comes back"
         model = self.workers[worker]
         if model.is_connected and not model.is_dead:
             try:
@@ -244,7 +244,7 @@ class World:
             self.workers[name].is_connected = False
 
     def end_all(self) -> None:
-        raise AssertionError("nobody asked for the end")
+        raise AssertionError("no test ends the cluster")
 
     # ---- what happens ---------------------------------------------------------------------
 
@@ -378,7 +378,7 @@ class World:
                 self.controller.tick(self.now)
 
     def beat(self) -> None:
-        """Everyone who is awake and connected sends a heartbeat."""
+        """Every worker that is awake and connected sends a heartbeat."""
         for name, model in list(self.workers.items()):
             if model.is_awake:
                 self.tell(name, model.beat())
@@ -435,7 +435,7 @@ class World:
             return
         snapshot = controller.snapshot()
         lost = {w["name"] for w in snapshot["workers"] if w["state"] in ("LOST", "DRAINED")}
-        assert self.lost <= lost, "who was lost stays lost"
+        assert self.lost <= lost, "a lost worker stays lost"
         self.lost = lost
         progress = (snapshot["term"], snapshot["generation"], snapshot["placement_epoch"])
         if progress[0] > self.progress[0]:  # frames of the earlier controller may be lost

@@ -1,4 +1,4 @@
-"""Labels of Ray nodes: what they say, and who may run where."""
+"""Labels of Ray nodes: how they are read, and which roles a node may run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Roles, pools, and who exchanges rows with whom."""
+"""Roles, pools, and which workers exchange rows."""
 
 from __future__ import annotations
 

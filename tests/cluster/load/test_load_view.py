@@ -48,6 +48,13 @@ def test_tokens_are_found_in_the_slots_of_their_copies() -> None:
     assert tokens.slots == [[5, 1], [13, 9], [0, 0]]
 
 
+def test_copies_beyond_those_that_were_ever_chosen_have_no_prompt_tokens() -> None:
+    load = LoadTracker(LoadSection(), 0.0)
+    load.take("a", make_report(9, [2, 4, 6], [[3], [1], [7]]))
+    tokens = SlotTokens.of(BANK, load.copies()["mlp", 0])
+    assert tokens.prefill == ((3, 1), (7, 0), (0, 0))
+
+
 def test_experts_in_one_failure_domain_are_at_risk() -> None:
     assert num_at_risk(BANK, ["a", "b", "c"]) == 2
     assert num_at_risk(BANK, ["a", "a", "a"]) == 3

@@ -10,8 +10,8 @@ from benchmarks.random_plan import random_plan
 from cluster.planner import mesh
 from cluster.planner.base import Floats, PlannedDevice, PlannedTopology, normalised, slot_arrays
 from cluster.planner.cost import activation, balancedness, expected_peak
+from cluster.planner.edits import Limits
 from cluster.planner.peak import Grid, Tosses, lower_peaks
-from cluster.planner.proposals import Limits
 from cluster.planner.search import Placed, solve
 from tests.cluster.planner.planner_cases import Problem, make_profile, problems
 

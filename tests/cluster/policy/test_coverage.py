@@ -1,4 +1,4 @@
-"""Who answers for which expert when members come and go."""
+"""Which device serves which expert when members leave and join."""
 
 from __future__ import annotations
 

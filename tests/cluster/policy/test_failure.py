@@ -1,4 +1,4 @@
-"""The failure policy: who is lost, and what the survivors do."""
+"""The failure policy: which workers are lost, and what the survivors do."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def without(
     highest_epoch: int = 1,
     **holdings: Any,
 ) -> FailureDecision:
-    """What those do who are left."""
+    """The decision for the workers that are left."""
     survivors = [m for m in members if m.name not in lost]
     held = Holdings(current=placement, desired=placement, **holdings)
     cause = describe_losses(dict.fromkeys(lost, "closed"))

@@ -13,7 +13,13 @@ from cluster.config.cluster import ClusterConfig, ModelSection, RebalanceSection
 from cluster.controller.rebalance.plans import step_cost
 from cluster.core.errors import ConfigError
 from cluster.core.load_profile import BankLoad, LoadProfile
-from cluster.core.placement import FREE_SLOT, BankShape, ExpertPlacement, contiguous
+from cluster.core.placement import (
+    FREE_SLOT,
+    BankPlacement,
+    BankShape,
+    ExpertPlacement,
+    contiguous,
+)
 from cluster.planner.stages import held_by
 from cluster.policy.rebalance import (
     LoadNow,
@@ -152,6 +158,77 @@ def test_where_moves_cost_too_much_the_shares_alone_change() -> None:
     decision = decide_placement(load(prefill_share=1.0), topology, now, slow)
     assert decision.action == "split"
     assert decision.gain_s > decision.cost_s
+
+
+def test_a_gain_that_equals_its_cost_is_not_worth_a_change() -> None:
+    now = current(num_redundant=2)
+    topology = planned_topology(MEMBERS, now, 6)
+    settings = replace(SETTINGS, max_move_fraction=0.0)
+    some = load(prefill_share=1.0)
+    first = decide_placement(some, topology, now, settings)
+    even_s = first.cost_s / (1.0 - first.time_ratio)
+    even = decide_placement(some, topology, now, replace(settings, horizon_s=even_s))
+    assert even.gain_s == even.cost_s
+    assert even.action == "none"
+    longer = replace(settings, horizon_s=1.01 * even_s)
+    assert decide_placement(some, topology, now, longer).action == "split"
+
+
+def test_where_experts_take_no_time_nothing_changes() -> None:
+    now, step = current(), replace(SETTINGS.step, slot_s=0.0, token_s=0.0)
+    topology = planned_topology(MEMBERS, now, 5)
+    decision = decide_placement(load(), topology, now, replace(SETTINGS, step=step))
+    assert (decision.action, decision.time_ratio) == ("none", 1.0)
+
+
+def test_a_move_costs_a_tenth_of_its_time_and_three_switches_and_shares_cost_one() -> None:
+    now = current()
+    topology = planned_topology(MEMBERS, now, 5)
+    decision = decide_placement(load(), topology, now, replace(SETTINGS, bytes_per_s=10_000.0))
+    assert decision.action == "move"
+    into = [
+        sum(
+            len(held_by(new, device) - held_by(old, device))
+            for old, new in zip(now.banks, decision.target.banks, strict=True)
+        )
+        for device in range(DEVICES)
+    ]
+    assert sum(into) == decision.num_moves > max(into)
+    assert decision.cost_s == pytest.approx(0.1 * max(into) * 1000 / 10_000.0 + 3 * 0.05)
+    still = replace(SETTINGS, max_move_fraction=0.0)
+    assert decide_placement(load(), topology, now, still).cost_s == 0.05
+
+
+def test_moves_for_decodes_weigh_a_slot_against_its_tokens() -> None:
+    """Reading an expert's weights takes as long as computing 8 of a step's 32 pairs."""
+    now = current()
+    step = replace(SETTINGS.step, decode_tokens=16)
+    decision = decide_placement(
+        load(1, skew=1.2, prefill_share=0.0),
+        planned_topology(MEMBERS, now, 5),
+        now,
+        replace(SETTINGS, step=step),
+    )
+    assert decision.action == "move"
+    assert decision.time_ratio < 0.98
+
+
+def test_balancedness_mixes_the_loads_of_prompts_and_decodes() -> None:
+    bank = BankPlacement.from_maps(
+        bank="mlp",
+        layer=0,
+        num_experts=2,
+        physical_to_logical=[[0, 1], [0]],
+        split=[[0.5, 1.0], [0.5]],
+        decode_device=[0, 0],
+    )
+    placement = ExpertPlacement(epoch=1, banks=(bank,))
+    banks = (BankLoad(bank="mlp", layer=0, counts=(8, 0)),)
+    some = LoadProfile(model="demo", top_k=1, tokens=8, banks=banks)
+    # prompts put 4 tokens on each device, decodes all 8 on the first: 3/4 and 1/4 of both are 5, 3
+    assert mixed_balancedness(placement, some, 1.0) == 1.0
+    assert mixed_balancedness(placement, some, 0.75) == pytest.approx(4 / 5)
+    assert mixed_balancedness(placement, some, 0.0) == 0.5
 
 
 def test_an_even_load_is_left_alone() -> None:

@@ -1,4 +1,4 @@
-"""Which places are empty, and when somebody is started for them."""
+"""Which places are empty, and when a worker is started for them."""
 
 from __future__ import annotations
 
@@ -56,6 +56,15 @@ def test_deaths_while_starting_count_until_one_serves() -> None:
     assert not places.are_due
     places.reopen("expert", 0)
     assert due(places, now + 1000.0) == ["expert-0.11"]
+
+
+def test_a_worker_that_died_while_starting_never_counts_as_joined() -> None:
+    places = Replacements(MEMBERS)
+    for name in ("expert-0", "expert-0.2", "expert-0.3", "expert-0.4"):
+        places.lost(name, "killed", 0.0)
+        places.joined([replace(MEMBERS[1], name=name)])
+        places.take_due(1000.0)
+    assert list(places.left_out) == ["expert-0"]
 
 
 def test_a_place_that_was_left_on_purpose_stays_empty_until_it_is_reopened() -> None:

@@ -1,4 +1,4 @@
-"""``--mode auto``: who wins, what keeps it from being compared, and what it says."""
+"""``--mode auto``: which layout wins, what prevents the comparison, and the reason it gives."""
 
 from __future__ import annotations
 

@@ -70,6 +70,7 @@ def test_an_expert_step_reads_what_is_touched_or_computes() -> None:
     assert step(2, devices=2) == pytest.approx(3e-3)
     assert step(2, devices=2, balancedness=0.5) == pytest.approx(6e-3)
     assert step(2, flops=1e9) == pytest.approx(8e-3)  # 2 x 2 rows x 2 experts x 1e6 operations
+    assert step(3, flops=1e9) == pytest.approx(12e-3)
 
 
 def test_skewed_experts_are_touched_less() -> None:
@@ -104,6 +105,24 @@ def test_two_micro_batches_overlap_where_the_context_outweighs_the_weights() -> 
     assert step.attention_s == pytest.approx(70e-3)
     assert step.experts_s == pytest.approx(8e-3)
     assert step.step_s == pytest.approx(140e-3)  # one: 134 ms + 8 ms
+
+
+def test_attention_workers_share_the_context() -> None:
+    """4 rows of 500 tokens: one worker of two has 2 of them, or 1 in each micro-batch."""
+    free = replace(DEVICE, link_bytes_s=1e15)
+    apart = disaggregated_step(MODEL, 4, 500, num_attention=2, num_experts=2, device=free)
+    assert apart.num_micro_batches == 2
+    assert apart.attention_s == pytest.approx(7e-3)
+    together = colocated_step(MODEL, 4, 500, num_workers=2, device=free)
+    assert together.num_micro_batches == 1
+    assert together.attention_s == pytest.approx(8e-3)
+
+
+def test_a_slow_link_is_worth_two_micro_batches_and_there_are_no_more() -> None:
+    slow = replace(DEVICE, link_bytes_s=1e5)
+    step = colocated_step(MODEL, 4, 500, num_workers=2, device=slow)
+    assert step.num_micro_batches == 2
+    assert step.exchange_s == pytest.approx(2 * (5 / 3) / 2 * 4000 / 1e5)  # of 2 rows
 
 
 def test_the_narrow_pool_is_where_the_rows_queue() -> None:
@@ -148,6 +167,7 @@ def test_latencies_count_for_every_exchange() -> None:
 def test_expert_load_becomes_probabilities() -> None:
     assert activation_of((30, 10, 0, 0), 1) == (0.75, 0.25, 0.0, 0.0)
     assert activation_of((30, 10, 0, 0), 2) == (1.0, 0.5, 0.0, 0.0)
+    assert activation_of((0.5, 0.5), 1) == (0.5, 0.5)
     assert activation_of((0, 0), 1) == activation_of((), 1) == ()
 
 

@@ -75,8 +75,8 @@ for fields, error in (
     try:
         client.completions.create(**{"model": model, "prompt": "x", **fields})
     except error as caught:
-        told = (caught.request_id, caught.code)
-        if not all(told):
-            raise AssertionError(f"{fields}: {told}") from caught
+        details = (caught.request_id, caught.code)
+        if not all(details):
+            raise AssertionError(f"{fields}: {details}") from caught
     else:
         raise AssertionError(f"{fields} was not refused")

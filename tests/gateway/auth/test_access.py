@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from cluster.config.gateway import GatewaySection
 from gateway.http.api import build_http_app
-from gateway.http.edge import OPEN_PATHS
+from gateway.http.middleware import OPEN_PATHS
 from protos import admin_pb2
 from protos import inference_pb2 as pb
 from protos.admin_pb2_grpc import AdminStub

@@ -381,7 +381,7 @@ def _lose_twice(workers: Workers) -> tuple[ScriptedEngine, Future[Any]]:
     workers.stop(second)
     workers.stack.wait_for(lambda: bool(third.stuck), "the third attempt")
     assert [request.num_deaths for request in third.requests] == [2]
-    assert len(third.turns) == 1
+    assert len(third.solo_steps) == 1
     return third, answer
 
 
@@ -394,7 +394,7 @@ def test_the_request_that_was_alone_at_the_third_death_fails(workers: Workers) -
     assert response.headers["x-should-retry"] == "false"
     error = response.json()["error"]
     assert (error["type"], error["code"]) == ("server_error", "poisonous_request")
-    assert third.turns[0] in error["message"]
+    assert third.solo_steps[0] in error["message"]
     assert complete(workers.stack, prompt="y", max_tokens=1)
     assert len(fourth.requests) == 1
 

@@ -11,8 +11,8 @@ from gateway.engines.router import (
     DECODE_TOKENS,
     FETCH_TOKENS,
     MISSING_WEIGHT,
-    Choice,
-    Peer,
+    KvPeer,
+    Route,
     RoutingPolicy,
     WorkerLoad,
     pick_worker,
@@ -68,8 +68,8 @@ def test_decoding_sequences_count() -> None:
     assert _kv(loads, 100, a=DECODE_TOKENS) == "a"
 
 
-def _fetching(loads: list[WorkerLoad], **cached: int) -> Choice:
-    peer = Peer("a", cached["a"])
+def _fetching(loads: list[WorkerLoad], **cached: int) -> Route:
+    peer = KvPeer("a", cached["a"])
     picked = pick_worker(loads, RoutingPolicy.KV, 0, 600, cached, peer)
     assert picked is not None
     return picked
@@ -77,29 +77,29 @@ def _fetching(loads: list[WorkerLoad], **cached: int) -> Choice:
 
 def test_an_idle_worker_fetches_from_a_busy_one_where_that_costs_little() -> None:
     busy, idle = WorkerLoad(name="a", queued_tokens=400), WorkerLoad(name="b")
-    assert _fetching([busy, idle], a=500) == Choice(busy, 500)  # it cannot
+    assert _fetching([busy, idle], a=500) == Route(busy, 500)  # it cannot
     idle.fetch_cost = 0.1
-    assert _fetching([busy, idle], a=500) == Choice(idle, 500, "a")
-    assert _fetching([busy, idle], a=500, b=100) == Choice(idle, 500, "a")
-    assert _fetching([busy, idle], a=500, b=500) == Choice(idle, 500)
+    assert _fetching([busy, idle], a=500) == Route(idle, 500, "a")
+    assert _fetching([busy, idle], a=500, b=100) == Route(idle, 500, "a")
+    assert _fetching([busy, idle], a=500, b=500) == Route(idle, 500)
     idle.fetch_cost = 0.5
-    assert _fetching([busy, idle], a=500) == Choice(busy, 500)
+    assert _fetching([busy, idle], a=500) == Route(busy, 500)
     busy.queued_tokens = 100_000
-    assert _fetching([busy, idle], a=500) == Choice(idle, 500, "a")
+    assert _fetching([busy, idle], a=500) == Route(idle, 500, "a")
     idle.fetch_cost = 2.0  # slower than computing
-    assert _fetching([busy, idle], a=500) == Choice(idle, 0)
+    assert _fetching([busy, idle], a=500) == Route(idle, 0)
 
 
 def test_few_tokens_are_not_worth_a_fetch() -> None:
     busy = WorkerLoad(name="a", queued_tokens=100_000)
     idle = WorkerLoad(name="b", fetch_cost=0.0)
     few = int(2 * FETCH_TOKENS / MISSING_WEIGHT)
-    assert _fetching([busy, idle], a=few) == Choice(idle, 0)
-    assert _fetching([busy, idle], a=few + 1) == Choice(idle, few + 1, "a")
+    assert _fetching([busy, idle], a=few) == Route(idle, 0)
+    assert _fetching([busy, idle], a=few + 1) == Route(idle, few + 1, "a")
 
 
 def _fetch_repeatedly(loads: list[WorkerLoad], count: int) -> list[str]:
-    peer, found = Peer("a", 500), []
+    peer, found = KvPeer("a", 500), []
     for number in range(count):
         picked = pick_worker(loads, RoutingPolicy.KV, number, 600, {"a": 500}, peer)
         assert picked is not None
@@ -122,9 +122,9 @@ def test_a_fetch_that_gains_nothing_is_not_made() -> None:
     """Waiting costs as much as the fetch, whose two halves cost ``FETCH_TOKENS`` each."""
     busy = WorkerLoad(name="a", queued_tokens=2 * FETCH_TOKENS)
     idle = WorkerLoad(name="b", fetch_cost=0.0)
-    assert _fetching([busy, idle], a=500) == Choice(busy, 500)
+    assert _fetching([busy, idle], a=500) == Route(busy, 500)
     busy.queued_tokens += 1
-    assert _fetching([busy, idle], a=500) == Choice(idle, 500, "a")
+    assert _fetching([busy, idle], a=500) == Route(idle, 500, "a")
 
 
 BLOCKS = [bytes([i] * 8) for i in range(6)]
@@ -164,10 +164,10 @@ def test_a_fetch_costs_what_the_worker_lacks(own: int, queued_tokens: float, fet
     busy = WorkerLoad(name="a", queued_tokens=queued_tokens)
     idle = WorkerLoad(name="b", fetch_cost=0.1)
     cached = {"a": 500} | ({"b": own} if own else {})
-    expected = Choice(idle, 500, "a") if fetches else Choice(busy, 500)
+    expected = Route(idle, 500, "a") if fetches else Route(busy, 500)
     assert _fetching([busy, idle], **cached) == expected
 
 
 def test_a_worker_with_more_than_the_peer_does_not_fetch() -> None:
     loads = [WorkerLoad(name="a", queued_tokens=100_000), WorkerLoad(name="b")]
-    assert _fetching(loads, a=500, b=501) == Choice(loads[1], 501)
+    assert _fetching(loads, a=500, b=501) == Route(loads[1], 501)

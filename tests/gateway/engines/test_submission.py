@@ -185,20 +185,20 @@ class Stream:
 def test_its_worker_is_the_current_one_or_the_last() -> None:
     entry = submission()
     assert entry.worker == ""
-    entry.home = Stream()
+    entry.stream = Stream()
     assert entry.worker == "attention-1"
     assert not entry.is_waiting
-    entry.home, entry.last_worker = None, "attention-0"
+    entry.stream, entry.last_worker = None, "attention-0"
     assert entry.worker == "attention-0"
 
 
 def test_a_running_request_is_aborted_at_its_worker() -> None:
     entry, stream = submission(n=3), Stream()
-    entry.home = stream
+    entry.stream = stream
     entry.abort((1,))
     assert stream.aborted == [("r", (1,))]
     assert entry.open_choices == {0, 1, 2}  # until the worker says so
-    entry.home = None
+    entry.stream = None
     entry.abort((1,))
     assert entry.open_choices == {0, 2}
 

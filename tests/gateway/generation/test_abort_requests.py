@@ -81,8 +81,8 @@ def test_a_stream_reports_it_in_an_event(stack: Stack, admin: AdminStub) -> None
         lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
         name = json.loads(next(lines))["id"]
         assert abort(admin, name) == [name]
-        *_, told, done = lines
-    assert (json.loads(told)["error"]["code"], done) == (CODE, "[DONE]")
+        *_, error, done = lines
+    assert (json.loads(error)["error"]["code"], done) == (CODE, "[DONE]")
 
 
 def test_the_same_over_grpc_and_by_the_other_admin_port(stack: Stack) -> None:

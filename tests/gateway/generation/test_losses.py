@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from cluster.core.errors import RequestError
 from gateway.generation.losses import aux_loss, classification_loss
-from workers.requests.inspection import BankShape
+from workers.requests.inspection import RouterShape
 
 SCORES = torch.tensor([[0.5, -2.0, 3.0], [1.0, 1.0, -40.0], [-7.0, 2.5, 0.0]])
 
@@ -56,8 +56,8 @@ def test_labels_of_another_shape(rows: list[tuple[float, ...]], kind: str, text:
 def test_balanced_routers_lose_top_k() -> None:
     """E * sum f * p is k where all experts are chosen alike, in both spellings."""
     banks = [
-        BankShape(name="attention:0", num_experts=4, top_k=2, aux_copies=2),
-        BankShape(name="mlp:0", num_experts=4, top_k=2, aux_copies=1),
+        RouterShape(name="attention:0", num_experts=4, top_k=2, aux_copies=2),
+        RouterShape(name="mlp:0", num_experts=4, top_k=2, aux_copies=1),
     ]
     even = np.array([[4.0] * 4, [2.0] * 4], dtype=np.float32)
     found = aux_loss([{"attention:0": even, "mlp:0": even}], [8], banks)

@@ -240,8 +240,8 @@ def test_both_codecs_refuse_inspections_alike(
     assert (error["param"], error["code"]) == (param, INVALID)
     assert text in error["message"]
     with grpc.insecure_channel(stack.grpc_target) as channel:
-        status, told, _ = failure(lambda: list(InferenceStub(channel).Inspect(message)))
-    assert (status, told) == (grpc.StatusCode.INVALID_ARGUMENT, error["message"])
+        status, refusal, _ = failure(lambda: list(InferenceStub(channel).Inspect(message)))
+    assert (status, refusal) == (grpc.StatusCode.INVALID_ARGUMENT, error["message"])
     assert not stack.engine.requests
 
 
@@ -267,15 +267,15 @@ def test_inspections_hold_a_bounded_number_of_bytes() -> None:
         stub = InferenceStub(channel)
         first: Any = stub.Inspect(request)
         stack.wait_for(lambda: bool(stack.engine.requests), "the first one")
-        status, told, _ = failure(lambda: list(stub.Inspect(request)))
+        status, refusal, _ = failure(lambda: list(stub.Inspect(request)))
         assert status is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "at most 100000 may be held" in told
+        assert "at most 100000 may be held" in refusal
         first.cancel()
         stack.wait_for(lambda: bool(stack.engine.aborts), "the abort")
         stack.engine.error = ("no room", "queue_full")
         stack.engine.is_paused = False
-        status, told, _ = failure(lambda: list(stub.Inspect(request)))
-        assert told == "no room"  # of the engine: the first one's bytes are free again
+        status, refusal, _ = failure(lambda: list(stub.Inspect(request)))
+        assert refusal == "no room"  # of the engine: the first one's bytes are free again
 
 
 @pytest.mark.parametrize(("path", "fields", "message", "param", "code"), BOTH)
@@ -382,9 +382,9 @@ def test_numbers_that_are_none(stack: Stack, field: str, number: str) -> None:
 def test_labels_that_are_no_numbers_are_refused_in_grpc(stack: Stack) -> None:
     request = _inspect([5, 6], "loss", labels=[pb.Labels(values=[5, math.nan])])
     with grpc.insecure_channel(stack.grpc_target) as channel:
-        status, told, _ = failure(lambda: list(InferenceStub(channel).Inspect(request)))
+        status, refusal, _ = failure(lambda: list(InferenceStub(channel).Inspect(request)))
     assert status is grpc.StatusCode.INVALID_ARGUMENT
-    assert told == "labels must be finite numbers"
+    assert refusal == "labels must be finite numbers"
 
 
 @pytest.mark.parametrize(
@@ -402,9 +402,9 @@ def test_embeddings_that_are_wrong(stack: Stack, shape: list[int], data: bytes, 
     given = types_pb2.Embeddings(shape=shape, data=data)
     with grpc.insecure_channel(stack.grpc_target) as channel:
         request = pb.GenerateRequest(embeddings=given)
-        status, told, _ = failure(lambda: InferenceStub(channel).Generate(request))
+        status, refusal, _ = failure(lambda: InferenceStub(channel).Generate(request))
     assert status is grpc.StatusCode.INVALID_ARGUMENT
-    assert text in told
+    assert text in refusal
     assert not stack.engine.requests
 
 

@@ -67,8 +67,8 @@ def test_grpc_has_it_in_the_first_chunk_and_at_the_end(stack: Stack) -> None:
     answers = _generate(stack)
     assert answers.whole.usage.cached_tokens == 4
     assert [c.finish_info.usage.cached_tokens for c in answers.whole.choices] == [4, 4]
-    told = [c for c in answers.chunks if c.HasField("cached_tokens")]
-    assert [(c.choice_index, c.cached_tokens) for c in told] == [(0, 4), (1, 4)]
+    reported = [c for c in answers.chunks if c.HasField("cached_tokens")]
+    assert [(c.choice_index, c.cached_tokens) for c in reported] == [(0, 4), (1, 4)]
     assert answers.chunks[-1].finish_info.usage.cached_tokens == 4
     assert answers.trailing["x-cached-tokens"] == "4"
 

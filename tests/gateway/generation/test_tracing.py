@@ -407,9 +407,9 @@ def test_content_is_recorded_on_request(collector: Collector) -> None:
         for caller in (chat, text):
             attributes = plain(collector.trace(caller.trace_id)[0].attributes)
             assert json.loads(attributes["gen_ai.input.messages"]) == asked
-            (told,) = json.loads(attributes["gen_ai.output.messages"])
-            assert told["role"] == "assistant"
-            assert told["parts"][0]["content"].startswith("the")
+            (reported,) = json.loads(attributes["gen_ai.output.messages"])
+            assert reported["role"] == "assistant"
+            assert reported["parts"][0]["content"].startswith("the")
 
 
 def test_a_dead_collector_changes_nothing() -> None:

@@ -284,7 +284,7 @@ def test_messages_that_cannot_be_decoded(stack: Stack, method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "expected"),
     [
         ({"text": ""}, "text must not be empty"),
         ({"token_ids": {}}, "token_ids must not be empty"),
@@ -292,11 +292,11 @@ def test_messages_that_cannot_be_decoded(stack: Stack, method: str) -> None:
     ],
 )
 def test_an_empty_input_is_called_by_its_field(
-    stub: InferenceStub, fields: dict[str, Any], told: str
+    stub: InferenceStub, fields: dict[str, Any], expected: str
 ) -> None:
     _, message, details = failure(lambda: stub.Generate(request_of(**fields)))
-    assert message == told
-    assert details["BadRequest"].field_violations[0].description == told
+    assert message == expected
+    assert details["BadRequest"].field_violations[0].description == expected
 
 
 def test_large_messages(stub: InferenceStub) -> None:

@@ -363,8 +363,8 @@ def test_bad_time_limits(stack: Stack, value: str) -> None:
     headers = {"x-request-timeout-ms": value}
     for path in (COMPLETIONS, "/tokenize", "/detokenize"):
         response = stack.http.post(path, json={"prompt": "x", "tokens": [5]}, headers=headers)
-        told = _check(response, 400, "invalid_value", "x-request-timeout-ms")
-        assert "must be a whole number from 1 to 99999999999" in told
+        reported = _check(response, 400, "invalid_value", "x-request-timeout-ms")
+        assert "must be a whole number from 1 to 99999999999" in reported
 
 
 @pytest.mark.parametrize(

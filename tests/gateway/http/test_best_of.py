@@ -28,18 +28,18 @@ def test_the_best_are_returned_best_first(stack: Stack) -> None:
     for place in range(2):
         ranked = sorted(drawn[5 * place : 5 * place + 5], key=mean, reverse=True)
         expected += ranked[:2]
-    told = answer["choices"]
-    assert [choice["index"] for choice in told] == [0, 1, 2, 3]
-    assert [choice["text"] for choice in told] == [choice["text"] for choice in expected]
-    assert [choice["logprobs"] for choice in told] == [choice["logprobs"] for choice in expected]
+    chosen = answer["choices"]
+    assert [choice["index"] for choice in chosen] == [0, 1, 2, 3]
+    assert [choice["text"] for choice in chosen] == [choice["text"] for choice in expected]
+    assert [choice["logprobs"] for choice in chosen] == [choice["logprobs"] for choice in expected]
     assert answer["usage"]["completion_tokens"] == 2 * 5 * 5
 
 
 def test_no_log_probability_is_returned_unasked(stack: Stack) -> None:
     ranked = complete(stack, **CALL, best_of=5)["choices"]
-    told = complete(stack, **CALL, best_of=5, logprobs=0)["choices"]
+    chosen = complete(stack, **CALL, best_of=5, logprobs=0)["choices"]
     assert [choice["logprobs"] for choice in ranked] == [None, None]
-    assert [choice["text"] for choice in ranked] == [choice["text"] for choice in told]
+    assert [choice["text"] for choice in ranked] == [choice["text"] for choice in chosen]
 
 
 def test_best_of_n_draws_no_more(stack: Stack) -> None:

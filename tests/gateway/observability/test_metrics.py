@@ -145,8 +145,8 @@ def test_rebalancing_is_counted_by_outcome(stack: Stack) -> None:
 def test_every_metric_says_what_it_is(stack: Stack) -> None:
     complete(stack, prompt="x", max_tokens=2)
     families = _scrape(stack)
-    told = {name: family.documentation for name, family in families.items()}
-    assert [name for name, text in told.items() if name in text or len(text.split()) < 2] == []
+    helps = {name: family.documentation for name, family in families.items()}
+    assert [name for name, text in helps.items() if name in text or len(text.split()) < 2] == []
 
 
 def test_a_number_of_blocks_is_no_counter() -> None:

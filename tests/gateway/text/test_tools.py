@@ -329,8 +329,8 @@ def test_both_codecs_give_the_same_calls(tool_stack: Stack, stub: InferenceStub)
     assert choice.finish_info.reason == types_pb2.FINISH_REASON_TOOL_CALLS
     assert over_http["finish_reason"] == "tool_calls"
     assert choice.text == over_http["message"]["content"]
-    told = [call["function"] for call in over_http["message"]["tool_calls"]]
-    assert [{"name": c.name, "arguments": c.arguments} for c in choice.tool_calls] == told
+    reported = [call["function"] for call in over_http["message"]["tool_calls"]]
+    assert [{"name": c.name, "arguments": c.arguments} for c in choice.tool_calls] == reported
     http_request, grpc_request = tool_stack.engine.requests[-2:]
     assert http_request.params.grammar == grpc_request.params.grammar
     assert http_request.prompt == grpc_request.prompt
@@ -340,7 +340,7 @@ def test_both_codecs_give_the_same_calls(tool_stack: Stack, stub: InferenceStub)
     body = {"messages": USER, "tools": TOOLS, "stream": True, "logprobs": True}
     entries = by_choice(parse_events(post(tool_stack, CHAT, **body).text))[0]
     pieces = [call for entry in entries for call in entry["delta"].get("tool_calls") or ()]
-    for place, function in enumerate(told):
+    for place, function in enumerate(reported):
         own = [delta for delta in deltas if delta.index == place]
         assert [delta.name for delta in own if delta.HasField("name")] == [function["name"]]
         assert "".join(delta.arguments for delta in own) == function["arguments"]
@@ -363,8 +363,8 @@ def test_no_chunk_of_a_call_is_empty(tool_stack: Stack, fields: dict[str, Any]) 
         assert opening["delta"] == {"role": "assistant", "content": ""}
         assert [e for e in entries if not (e["delta"] or e["finish_reason"])] == []
         if "logprobs" in fields:
-            told = [one["bytes"] for e in entries for one in e["logprobs"]["content"]]
-            assert told == [list(tiny_tokenizer().token_bytes(token)) for token in expected]
+            reported = [one["bytes"] for e in entries for one in e["logprobs"]["content"]]
+            assert reported == [list(tiny_tokenizer().token_bytes(token)) for token in expected]
         else:
             assert [token for e in entries for token in e["token_ids"]] == expected
 
@@ -447,8 +447,8 @@ def test_both_codecs_name_the_call_with_wrong_arguments(
     assert error["param"] == path
     assert error["message"].startswith(f"{path} {rule}")
     message = request_of(messages={"messages": [*USER, {**earlier, "tool_calls": called}]})
-    _, told, details = failure(lambda: stub.Generate(message, timeout=WAIT_S))
-    assert told == error["message"]
+    _, reported, details = failure(lambda: stub.Generate(message, timeout=WAIT_S))
+    assert reported == error["message"]
     assert details["BadRequest"].field_violations[0].field == path
 
 

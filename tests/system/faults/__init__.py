@@ -1,1 +1,1 @@
-"""Tests of ``system.faults``."""
+"""Tests of clusters that lose parts: no client notices, or each gets one named error."""

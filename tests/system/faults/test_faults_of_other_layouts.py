@@ -1,4 +1,4 @@
-"""Workers die in colocated clusters and over collectives, and nobody notices."""
+"""Workers die in colocated clusters and over collectives, and no client notices."""
 
 from __future__ import annotations
 

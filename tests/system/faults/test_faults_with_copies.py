@@ -1,4 +1,4 @@
-"""Every expert has a copy elsewhere: whoever dies, stands still or leaves, nobody notices.
+"""Every expert has a second copy: workers die, stop or leave, and no client notices.
 
 One cluster of real actors plays all rows, each from a whole cluster on: so every row also shows
 that the one before was made good.

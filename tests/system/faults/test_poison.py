@@ -1,4 +1,4 @@
-"""A request that kills the workers that run it is found, and everyone else goes on."""
+"""A request that kills the workers that run it is found, and all other requests continue."""
 
 from __future__ import annotations
 

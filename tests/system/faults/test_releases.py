@@ -75,7 +75,7 @@ def _finish(handshake: ConnectorHandshake, sock: socket.socket) -> None:
 
 
 @pytest.mark.parametrize(
-    ("come", "told"),
+    ("come", "refusal"),
     [
         (come_as_gateway, f"release {OTHER} of test, {RELEASE} of attention-0"),
         (come_as_worker, f"release {RELEASE} of the controller, {OTHER} of expert-0"),
@@ -83,7 +83,7 @@ def _finish(handshake: ConnectorHandshake, sock: socket.socket) -> None:
     ],
 )
 def test_another_release_is_refused_by_name_while_the_cluster_serves(
-    come: Callable[[ThreadCluster], str], told: str, tiny_checkpoint: Path
+    come: Callable[[ThreadCluster], str], refusal: str, tiny_checkpoint: Path
 ) -> None:
     cluster = ThreadCluster(make_config(tiny_checkpoint, 1, 1))
     with serving(cluster):
@@ -91,7 +91,7 @@ def test_another_release_is_refused_by_name_while_the_cluster_serves(
         calm = stream.finish([request("calm")])["calm"].tokens
         stream.send(request("during"))
         assert stream.next().request_id == "during"
-        assert told in come(cluster)
+        assert refusal in come(cluster)
         after = stream.finish([request("after")])["after"].tokens
         assert after == calm
         snapshot = cluster.snapshot()

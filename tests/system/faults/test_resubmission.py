@@ -93,9 +93,9 @@ async def read(gateway: Gateway) -> Any:
         inspect(),
     )
     vectors = [v.tobytes() for v in (*embedded.rows, *mean.rows)]
-    told = (embedded, mean, scored, classified, inspected)
-    counts = [one.usage.prompt_tokens for one in told]  # what was cached depends on the others
-    return vectors, counts, [dataclasses.replace(one, usage=None) for one in told[2:]]
+    answers = (embedded, mean, scored, classified, inspected)
+    counts = [one.usage.prompt_tokens for one in answers]  # what was cached depends on the others
+    return vectors, counts, [dataclasses.replace(one, usage=None) for one in answers[2:]]
 
 
 async def ask_everything(gateway: Gateway) -> list[Any]:

@@ -130,8 +130,9 @@ def test_the_last_copy_takes_what_rounding_leaves(shares: tuple[float, float]) -
     assert tables.thresholds.tolist()[0] == [round(shares[0] * 2**32), 2**32]
 
 
-def test_a_hash_at_the_end_of_a_share_goes_to_the_next_copy() -> None:
-    key = torch.tensor([5])
+@pytest.mark.parametrize("row_key", [5, 7])  # an even and an odd hash
+def test_a_hash_at_the_end_of_a_share_goes_to_the_next_copy(row_key: int) -> None:
+    key = torch.tensor([row_key])
     share = int(mix64(key)) % 2**32  # of expert 0
     ids, prefill = torch.tensor([[0]]), torch.tensor([True])
     for end, copy in ((share, 1), (share + 1, 0)):
@@ -145,6 +146,13 @@ def test_a_hash_at_the_end_of_a_share_goes_to_the_next_copy() -> None:
         )
         tables = CopyTables.build(placement, {0: 0, 1: 1}, CPU)
         assert tables.choose(ids, prefill, key, spread=True).copies == torch.tensor([[copy]])
+
+
+def test_without_prefill_rows_no_copy_is_chosen() -> None:
+    tables = CopyTables.build(make_placement(), {0: 0, 1: 1, 2: 2}, CPU)
+    ids, key = torch.tensor([[0, 1]]), torch.tensor([5])
+    assert tables.choose(ids, torch.tensor([False]), key, spread=False).copies is None
+    assert tables.choose(ids, torch.tensor([False]), key, spread=True).copies is not None
 
 
 def test_without_second_copies_there_is_no_choice() -> None:

@@ -1,4 +1,4 @@
-"""Dispatch metadata of random placements against plain Python: who computes which pair."""
+"""Dispatch metadata of random placements against plain Python: which worker computes which pair."""
 
 from __future__ import annotations
 

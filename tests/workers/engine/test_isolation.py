@@ -12,9 +12,9 @@ from cluster.core.topology import Generation
 from tests.cluster.controller.fakes_cluster import make_members
 from tests.fakes import FailingDispatcher
 from tests.workers.engine.test_scheduler import Desk
-from workers.engine.isolation import ANSWER_LIMIT_S, Companions, Isolation
+from workers.engine.isolation import ANSWER_LIMIT_S, Isolation, StepMembers
 from workers.local_engine import LocalEngine
-from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput, Turn
+from workers.requests.request import FinishReason, Request, SamplingParams, SoloStep, TokenOutput
 from workers.requests.step_header import Grant, StepHeader
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
@@ -103,22 +103,22 @@ def of(number: int, *names: str) -> Generation:
 
 def test_only_members_of_a_generation_that_ran_have_died_in_its_steps() -> None:
     both, more = ("attention-0", "expert-0"), ("attention-0", "expert-0", "expert-1")
-    companions = Companions()
-    assert companions.died(of(1, *both), ()) == frozenset()
-    companions.run(of(1, *both))
-    assert companions.died(of(2, *more), ()) == frozenset()
-    assert companions.died(of(3, *both), ()) == frozenset()  # expert-1 was only joining
-    assert companions.died(of(4, *more), ()) == frozenset()
-    companions.run(of(4, *more))
-    assert companions.died(of(5, *both), ()) == {"expert-1"}
-    assert companions.died(of(6, "attention-0"), ()) == {"expert-0"}
-    assert companions.died(of(7, "attention-0"), ()) == frozenset()  # each once
+    members = StepMembers()
+    assert members.died(of(1, *both), ()) == frozenset()
+    members.run(of(1, *both))
+    assert members.died(of(2, *more), ()) == frozenset()
+    assert members.died(of(3, *both), ()) == frozenset()  # expert-1 was only joining
+    assert members.died(of(4, *more), ()) == frozenset()
+    members.run(of(4, *more))
+    assert members.died(of(5, *both), ()) == {"expert-1"}
+    assert members.died(of(6, "attention-0"), ()) == {"expert-0"}
+    assert members.died(of(7, "attention-0"), ()) == frozenset()  # each once
 
 
 def test_a_drained_worker_is_no_death() -> None:
-    companions = Companions()
-    companions.run(of(1, "attention-0", "expert-0", "expert-1", "expert-2"))
-    assert companions.died(of(2, "attention-0", "expert-0"), ["expert-1"]) == {"expert-2"}
+    members = StepMembers()
+    members.run(of(1, "attention-0", "expert-0", "expert-1", "expert-2"))
+    assert members.died(of(2, "attention-0", "expert-0"), ["expert-1"]) == {"expert-2"}
 
 
 def test_an_offer_without_an_answer_goes_to_the_end() -> None:
@@ -168,7 +168,7 @@ class Cluster:
         """Of each step, whether it was for one request alone."""
 
     def step(self, dies: bool = False) -> list[TokenOutput]:
-        """What a worker does in a turn."""
+        """What a worker does in one pass of its loop."""
         wanted = self.engine.wanted()
         grant = Grant(decode_rows=wanted.decode_rows, prefill_rows=wanted.prefill_rows)
         self.number += 1
@@ -190,11 +190,11 @@ class Cluster:
         self.engine.worker_died()
         return self.engine.poll()
 
-    def answer(self, turns: list[Turn]) -> None:
+    def answer(self, solo_steps: list[SoloStep]) -> None:
         """As a gateway does."""
-        for turn in turns:
-            if not turn.is_over:
-                self.engine.begin_turn(turn)
+        for solo_step in solo_steps:
+            if not solo_step.is_over:
+                self.engine.begin_solo_step(solo_step)
 
 
 def test_an_engine_runs_suspects_alone_and_fails_the_one_that_kills(tiny_checkpoint: Path) -> None:
@@ -203,26 +203,29 @@ def test_an_engine_runs_suspects_alone_and_fails_the_one_that_kills(tiny_checkpo
     for name in "ab":
         engine.add_request(Request(request_id=name, prompt=(5, 6, 7), params=GREEDY, n=2))
     cluster.step(dies=True)
-    assert engine.take_turns() == []
+    assert engine.take_solo_steps() == []
     cluster.step(dies=True)
     engine.add_request(Request(request_id="c", prompt=(8, 9), params=GREEDY))
-    turns = engine.take_turns()
-    assert turns == [Turn(request_id="a", attempt=0)]
+    solo_steps = engine.take_solo_steps()
+    assert solo_steps == [SoloStep(request_id="a", attempt=0)]
     assert engine.wanted().prefill_rows == 0  # nothing runs before it is noted
-    engine.begin_turn(replace(turns[0], attempt=1))
+    engine.begin_solo_step(replace(solo_steps[0], attempt=1))
     assert engine.wanted().prefill_rows == 0
-    cluster.answer(turns)
+    cluster.answer(solo_steps)
     outputs = cluster.step()
     assert {output.request_id for output in outputs} == {"a"}
-    turns = engine.take_turns()
-    assert turns == [Turn(request_id="a", attempt=0, is_over=True), Turn(request_id="b", attempt=0)]
-    cluster.answer(turns)
+    solo_steps = engine.take_solo_steps()
+    assert solo_steps == [
+        SoloStep(request_id="a", attempt=0, is_over=True),
+        SoloStep(request_id="b", attempt=0),
+    ]
+    cluster.answer(solo_steps)
     outputs = cluster.step(dies=True)
     assert {output.request_id for output in outputs} == {"b"}
     assert {output.error_code for output in outputs} == {"poisonous_request"}
     assert [output.choice for output in outputs] == [0, 1]
     assert cluster.steps == [False, False, True, True]
-    assert engine.take_turns() == []
+    assert engine.take_solo_steps() == []
     found: list[TokenOutput] = []
     while engine.has_work:
         found += cluster.step()
@@ -249,7 +252,7 @@ def test_new_requests_are_reported_before_their_first_step(tiny_checkpoint: Path
     assert told[1:] == [[("c", 0), ("a", 1)]]
 
 
-def test_a_request_brings_its_deaths_along_and_may_be_aborted_in_its_turn(
+def test_a_request_brings_its_deaths_along_and_may_be_aborted_in_its_solo_step(
     tiny_checkpoint: Path,
 ) -> None:
     cluster = Cluster(tiny_checkpoint)
@@ -257,7 +260,7 @@ def test_a_request_brings_its_deaths_along_and_may_be_aborted_in_its_turn(
     request = Request(request_id="a", prompt=(5, 6), params=GREEDY, attempt=2, num_deaths=2)
     engine.add_request(request)
     engine.add_request(Request(request_id="b", prompt=(5, 6), params=GREEDY))
-    cluster.answer(engine.take_turns())
+    cluster.answer(engine.take_solo_steps())
     assert engine.wanted().is_alone
     engine.abort("a")
     assert not engine.wanted().is_alone

@@ -142,3 +142,74 @@ def test_a_configuration_gives_at_least_a_block() -> None:
     cap.observe(1, 0, 1.0)
     assert cap.rows(decode_rows=1, num_ranks=2) == 32
     assert cap.rows(decode_rows=0, num_ranks=2) == 128
+
+
+def make_known_cap(decode_s: float = 0.010, decode_rows: int = 8) -> PrefillCap:
+    """A cap that knows the time of a decode step, and that a prompt row takes 20 us."""
+    cap = PrefillCap(max_rows=10_000, min_rows=500, target_s=TARGET_S)
+    cap.observe(0, 10_000, 0.2)
+    cap.observe(8, 2000, 0.04)  # shows that 2000 rows fit
+    cap.observe(decode_rows, 0, decode_s)
+    return cap
+
+
+def test_the_milliseconds_of_a_configuration_are_its_target() -> None:
+    section = EngineSection(
+        itl_target_ms=50.0, block_size_tokens=16, max_num_seqs=8, max_num_batched_tokens=1 << 20
+    )
+    cap = PrefillCap(max_rows=1 << 20, min_rows=16, target_s=0.05)
+    step_time = linear(5, 0.5, 0.0005)
+    wanted = 1 << 20
+    steps = run(PrefillCap.of(section), step_time, 40, wanted=wanted)
+    assert steps == run(cap, step_time, 40, wanted=wanted)
+    assert 50_000 < steps[-1][0] < wanted
+
+
+def test_prompts_get_what_decodes_leave_of_nine_tenths_of_the_target() -> None:
+    assert make_known_cap(decode_s=0.010).rows(8, 1) == pytest.approx(0.035 / 20e-6, abs=1)
+    assert make_known_cap(decode_s=0.0449).rows(8, 1) == 500
+    assert make_known_cap(decode_s=0.9 * TARGET_S).rows(8, 1) == 500
+
+
+def test_decodes_that_leave_no_time_leave_the_least_before_any_prompt_was_seen() -> None:
+    for decode_s, rows in ((0.9 * TARGET_S, 16), (0.89 * TARGET_S, 32)):
+        cap = make_cap()
+        cap.observe(8, 0, decode_s)
+        assert cap.rows(8, 1) == rows
+
+
+def test_an_estimate_of_decodes_moves_half_way_and_a_slow_step_counts_as_twice_as_long() -> None:
+    cap = make_known_cap(decode_s=0.010)
+    cap.observe(8, 0, 0.014)
+    assert cap.rows(8, 1) == pytest.approx((0.045 - 0.012) / 20e-6, abs=1)
+    cap.observe(8, 0, 1.0)
+    assert cap.rows(8, 1) == pytest.approx((0.045 - 0.018) / 20e-6, abs=1)
+
+
+def test_decodes_of_about_the_same_number_share_an_estimate() -> None:
+    cap = make_known_cap(decode_s=0.010, decode_rows=4)
+    cap.observe(5, 0, 0.020)
+    assert cap.rows(3, 1) == cap.rows(4, 1) == pytest.approx(0.035 / 20e-6, abs=1)
+    assert cap.rows(5, 1) == cap.rows(8, 1) == pytest.approx(0.025 / 20e-6, abs=1)
+    cap.observe(64, 0, 0.030)
+    assert cap.rows(32, 1) == cap.rows(64, 1) == pytest.approx(0.015 / 20e-6, abs=1)
+    assert cap.rows(1, 1) == cap.rows(4, 1)
+
+
+@pytest.mark.parametrize(("seconds", "rows"), [(0.05, 512), (0.0501, 32), (1.5 * TARGET_S, 32)])
+def test_as_many_rows_fit_as_a_step_within_the_target_had(seconds: float, rows: int) -> None:
+    cap = PrefillCap(max_rows=1024, min_rows=16, target_s=0.05)
+    cap.observe(256, 256, seconds)
+    cap.observe(0, 10**9, 0.0)  # rows cost nothing: only what fitted counts
+    cap.observe(1, 0, 0.001)
+    assert cap.rows(1, 1) == rows
+
+
+def test_a_step_far_above_the_target_halves_the_cap() -> None:
+    cap = PrefillCap(max_rows=4096, min_rows=16, target_s=0.05)
+    cap.observe(1, 1000, 0.05)
+    cap.observe(1, 1000, 0.0751)
+    cap.observe(1, 0, 0.001)
+    for _ in range(60):
+        cap.observe(0, 10**9, 0.0)
+    assert cap.rows(1, 1) == 500

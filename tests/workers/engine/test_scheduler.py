@@ -1,4 +1,4 @@
-"""The scheduler alone: who runs, who waits, who gives way, and what an abandoned plan leaves."""
+"""The scheduler alone: which sequences run, wait or are preempted, and abandoned plans."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from workers.engine.scheduler import Plan, Scheduler
+from workers.engine.scheduler import Scheduler, StepPlan
 from workers.kv.block_pool import BlockPool
 from workers.requests.request import FinishReason, Request, SamplingParams
 from workers.requests.sequence import SequenceState, SequenceStatus
@@ -69,20 +69,20 @@ class Desk:
                 self._arrivals,
                 math.inf,
                 output=list(output),
-                leader=found[0] if found else None,
+                first_choice=found[0] if found else None,
             )
             self.scheduler.add(sequence)
             found.append(sequence)
         self._arrivals += 1
         return found
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepPlan:
         wanted = self.scheduler.wanted()
         plan = self.scheduler.schedule(wanted.decode_rows, wanted.prefill_rows)
         self.scheduler.check_integrity()
         return plan
 
-    def commit(self, plan: Plan, token: int = 50) -> dict[SequenceState, FinishReason]:
+    def commit(self, plan: StepPlan, token: int = 50) -> dict[SequenceState, FinishReason]:
         drawn = {p.sequence: token for p in plan.rows if p.draws_token}
         endings = self.scheduler.commit(plan, drawn, ())
         self.scheduler.check_integrity()
@@ -92,7 +92,7 @@ class Desk:
         return self.commit(self.plan(), token)
 
 
-def rows(plan: Plan) -> list[tuple[str, int, int, bool]]:
+def rows(plan: StepPlan) -> list[tuple[str, int, int, bool]]:
     """(request, first, count, is decode) of each entry."""
     return [(p.sequence.request.request_id, p.first, p.count, p.is_decode) for p in plan.rows]
 

@@ -8,7 +8,8 @@ import pytest
 
 from tests.workers.kv.hashes import hashes_of
 from workers.kv.block_pool import BlockPool
-from workers.requests.block_hash import chain_hash, root_hash
+from workers.requests.block_hash import chain_hash, request_root, root_hash
+from workers.requests.request import Request, SamplingParams
 
 
 def name(number: int) -> bytes:
@@ -130,6 +131,18 @@ def test_blank_blocks_go_first_then_the_end_of_what_was_held_longest_ago() -> No
     assert len(hashes_of(pool)) == 1
 
 
+def test_blocks_that_another_worker_has_too_go_first() -> None:
+    pool = BlockPool(5)
+    table = pool.allocate(3)
+    for block, number in zip(table[:2], (1, 2), strict=True):  # the third is not full
+        pool.store(block, name(number))
+    fill(pool, 3, 4)
+    pool.lend(table)
+    pool.release(table)
+    assert pool.allocate(3) == [table[2], table[1], table[0]]
+    assert len(pool.find([name(3), name(4)])) == 2
+
+
 def test_the_same_contents_computed_twice_are_found_once() -> None:
     pool = BlockPool(4)
     one, other = pool.allocate(2), pool.allocate(2)
@@ -185,6 +198,12 @@ def test_hashes_are_the_same_in_every_process() -> None:
     """An index of prefixes holds the reports of several workers."""
     known = chain_hash(root_hash("tenant"), (1, 2, 50303))
     assert known.hex() == "a937842d78963777663658bfbefd89c1a3e9007e1135957d27bdb05e9e0a5681"
+    request = Request(request_id="r", prompt=(1, 2, 3), params=SamplingParams(), cache_salt="s")
+    assert request_root(request, None) == request_root(request, 3) == root_hash("s")
+    assert request_root(request, 2) == root_hash("s", length=3)
+    assert root_hash("s", length=3).hex() == (
+        "8f8e23e3312598319462105803ef6cde40336669814b9ae0bc8da80360e33c9c"
+    )
 
 
 def test_a_block_that_was_shared_is_kept_for_twice_as_long() -> None:

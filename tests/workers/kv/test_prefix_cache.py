@@ -145,12 +145,12 @@ def test_a_sequence_that_gave_way_resumes_from_its_blocks(max_tokens: int, kept:
 def test_hits_are_counted_in_tokens() -> None:
     desk = Desk()
     served(desk, 9, first_token=100)
-    choices = desk.add(9, ONE, first_token=100, n=2)
+    choices = desk.add(9, ONE, first_token=100, n=3)
     desk.step()
     prefixes = desk.scheduler.prefixes
-    assert (prefixes.num_queried_tokens, prefixes.num_hit_tokens) == (27, 16)
+    assert (prefixes.num_queried_tokens, prefixes.num_hit_tokens) == (36, 24)
     assert prefixes.num_cached_prompt_tokens == 8  # a request's prompt counts once
-    assert [c.num_cached_tokens for c in choices] == [8, 8]
+    assert [c.num_cached_tokens for c in choices] == [8, 8, 8]
 
 
 def test_choices_of_a_known_prompt_need_not_wait_for_the_first() -> None:
@@ -186,6 +186,37 @@ def test_switched_off_nothing_is_shared_between_requests() -> None:
     prefixes = desk.scheduler.prefixes
     assert prefixes.num_queried_tokens == prefixes.num_hit_tokens == 0
     assert prefixes.num_cached_prompt_tokens == 0
+
+
+def test_switched_off_choices_share_their_prompt_but_no_output() -> None:
+    desk = Desk(enable_prefix_caching=False)
+    desk.add(9, SamplingParams(max_tokens=8), first_token=100, n=2)
+    for _ in range(6):
+        desk.step()
+    assert len(hashes_of(desk.pool)) == 2
+
+
+def test_a_choice_that_starts_late_has_the_hashes_of_its_own_output() -> None:
+    desk = Desk(max_num_seqs=1)
+    choices = desk.add(4, SamplingParams(max_tokens=5), first_token=100, n=2)
+    for choice, token in zip(choices, (60, 70), strict=True):
+        while choice.status is not SequenceStatus.FINISHED:
+            desk.step(token)
+    for number, token in enumerate((60, 70), 1):
+        (again,) = desk.add(4, first_token=100, output=(*[token] * 4, 1))
+        assert rows(desk.plan()) == [(f"r{number}", 8, 1, False)]
+        desk.scheduler.remove(again)
+
+
+def test_a_block_is_linked_to_the_one_before_it() -> None:
+    """So a beginning that was lent does not go before the end that builds on it."""
+    desk = Desk(num_blocks=5)
+    (sequence,) = desk.add(17, ONE)
+    plan = desk.plan()
+    blocks = list(sequence.blocks)
+    desk.commit(plan)
+    desk.pool.lend(blocks[:3])
+    assert desk.pool.allocate(5) == blocks[::-1]
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -8,7 +8,7 @@ import pytest
 
 from workers.process.gateway_streams import MAX_STEPS_BEHIND, GatewayStream, GatewayStreams
 from workers.process.intake.commands import AddRequest, Command, GatewayGone, Inbox
-from workers.requests.request import Request, SamplingParams, Turn
+from workers.requests.request import Request, SamplingParams, SoloStep
 from workers.requests.wire import FROM_ENGINE, Abort, Ping, ToEngine
 
 REQUEST = Request(request_id="r", prompt=(1, 2), params=SamplingParams())
@@ -78,7 +78,7 @@ def test_what_is_read_after_the_end_is_for_nobody(message: ToEngine, is_dropped:
 def test_messages_become_commands_under_the_name_of_their_stream() -> None:
     case = Case()
     first, second = case.open("g"), case.open("g")
-    turn = Turn(request_id="r", attempt=1)
+    turn = SoloStep(request_id="r", attempt=1)
     case.streams.take(REQUEST, first, 10.0)
     case.streams.take(turn, second, 11.0)
     case.streams.take(Ping(number=7), second, 12.0)

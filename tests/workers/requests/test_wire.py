@@ -10,7 +10,7 @@ import pytest
 
 from cluster.core.errors import ProtocolError
 from workers.requests.block_hash import KvEvents
-from workers.requests.inspection import BankShape, Inspection, NamedArray, Pooling
+from workers.requests.inspection import Inspection, NamedArray, Pooling, RouterShape
 from workers.requests.prompt_embeds import PromptEmbeds
 from workers.requests.request import (
     FinishReason,
@@ -20,11 +20,11 @@ from workers.requests.request import (
     Request,
     RequestStage,
     SamplingParams,
+    SoloStep,
     StepOutput,
     Timings,
     TokenLogprob,
     TokenOutput,
-    Turn,
 )
 from workers.requests.stream_handshake import HELLO, Hello
 from workers.requests.wire import (
@@ -161,7 +161,7 @@ def test_kv_events_survive_the_wire() -> None:
         Abort(request_id="r", choices=(0, 2)),
         Ping(number=7),
         KvResync(),
-        Turn(request_id="r", attempt=1, is_over=True),
+        SoloStep(request_id="r", attempt=1, is_over=True),
     ],
     ids=repr,
 )
@@ -173,7 +173,7 @@ def test_a_gateways_small_messages_survive_the_wire(message: ToEngine) -> None:
     "message",
     [
         Ping(number=7),
-        Turn(request_id="r", attempt=1),
+        SoloStep(request_id="r", attempt=1),
         Reached(stage=RequestStage.RUNNING, requests=(("r", 1), ("s", 0))),
     ],
     ids=repr,
@@ -198,7 +198,7 @@ FACTS = EngineHello(
     labels=("good", "bad"),
     pad_token_id=0,
     problem_type="single_label_classification",
-    banks=(BankShape(name="mlp:0", num_experts=8, top_k=2, aux_copies=1),),
+    banks=(RouterShape(name="mlp:0", num_experts=8, top_k=2, aux_copies=1),),
     kv_block_size=16,
     kv_length_matters_above=48,
 )

@@ -56,11 +56,28 @@ def test_top_p_beyond_the_first_candidates() -> None:
     assert len(set(tokens.tolist())) > 150
 
 
+@pytest.mark.parametrize("size", [300, 5000])
+def test_top_p_finds_its_last_token_among_thousands(size: int) -> None:
+    logits = -torch.arange(float(size)) / size  # 90% of the mass is in the first 84% of the tokens
+    weights = logits.double().exp()
+    num_kept = int((weights.cumsum(0) < 0.9 * weights.sum()).sum()) + 1
+    params = SamplingParams(seed=3, top_p=0.9)
+    tokens = draw(logits.expand(3000, size), rows_of(params, 3000))
+    assert 0.99 * num_kept < int(tokens.max()) < num_kept
+
+
 def test_top_p_keeps_no_token_beyond_its_share() -> None:
     logits = torch.tensor([[4.0, 2.0, 1.0, 1.0]]).log().expand(100, 4)  # shares 1/2, 1/4, 1/8
     half, most = (SamplingParams(seed=5, top_p=share) for share in (0.5, 0.75))
     assert set(draw(logits, rows_of(half, 100)).tolist()) == {0}
     assert set(draw(logits, rows_of(most, 100)).tolist()) == {0, 1}
+
+
+def test_top_p_is_a_share_of_what_top_k_keeps() -> None:
+    logits = torch.tensor([[4.0, 2.0, 1.0, 1.0]]).log().expand(100, 4)  # of two: 2/3, 1/3
+    two_thirds, more = (SamplingParams(seed=5, top_k=2, top_p=share) for share in (0.66, 0.67))
+    assert set(draw(logits, rows_of(two_thirds, 100)).tolist()) == {0}
+    assert set(draw(logits, rows_of(more, 100)).tolist()) == {0, 1}
 
 
 def test_limits_keep_ties() -> None:
@@ -134,6 +151,13 @@ def test_a_seed_gives_the_same_numbers_and_tokens_in_every_release() -> None:
     logits = torch.arange(5000).remainder(61).expand(8, -1) / 8
     rows = [SamplingRow(SamplingParams(seed=3), choice=i % 2, index=i) for i in range(8)]
     assert draw(logits, rows).tolist() == [4445, 602, 2923, 4265, 3827, 4940, 3778, 2682]
+
+
+def test_even_the_lowest_random_number_draws_a_token_that_has_weight() -> None:
+    params = SamplingParams(seed=-7763575511391931962)
+    assert uniform(params.seed, 0, 0) == 0.0
+    logits = torch.tensor([[-1e9, -1e9, 0.0, 1.0]])
+    assert draw(logits, rows_of(params, 1)).tolist() == [2]
 
 
 @pytest.mark.parametrize(
@@ -272,6 +296,15 @@ def test_logprob_entries_rank_and_order() -> None:
     assert [t for t, _ in first.top] == [3, 2, 1]
     assert first.top[2][1] == pytest.approx(first.logprob)
     assert (second.rank, second.top) == (1, ())
+
+
+def test_named_tokens_are_reported_in_their_order_in_place_of_the_best() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.0]])
+    logprobs = torch.log_softmax(logits, -1)
+    first, second = logprob_entries(logits, [1, 1], [2, 1], [[2, 0], []])
+    assert [token for token, _ in first.top] == [2, 0]
+    assert [value for _, value in first.top] == pytest.approx(logprobs[0, [2, 0]].tolist())
+    assert [token for token, _ in second.top] == [0]
 
 
 def test_rows_alone_are_drawn_and_scored_from_their_own_logits() -> None:

@@ -31,7 +31,7 @@ from workers.dispatch.dispatcher import BatchRows, TokenDispatcher
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
 from workers.transport.collective import CollectiveTransport
-from workers.transport.transport import Message, Tag
+from workers.transport.transport import RowMessage, Tag
 
 BANKS = (make_bank(0), make_bank(1))
 TRANSPORTS: tuple[TransportName, ...] = ("sockets", "collective")
@@ -160,11 +160,11 @@ def test_every_wait_ends_by_its_time_limit(transport: TransportName, exact: bool
             serving.result(LIMIT_S)
 
 
-Change = Callable[[Message], Message]
+Change = Callable[[RowMessage], RowMessage]
 
 
 def with_slot(slot: int) -> Change:
-    def change(message: Message) -> Message:
+    def change(message: RowMessage) -> RowMessage:
         meta = message.parts[0].clone()
         meta[0, 0] = slot
         return replace(message, parts=(meta, message.parts[1]))
@@ -172,11 +172,11 @@ def with_slot(slot: int) -> Change:
     return change
 
 
-def one_row_less(message: Message) -> Message:
+def one_row_less(message: RowMessage) -> RowMessage:
     return replace(message, parts=(message.parts[0], message.parts[1][1:]))
 
 
-def wider(message: Message) -> Message:
+def wider(message: RowMessage) -> RowMessage:
     return replace(message, parts=(message.parts[0], message.parts[1].repeat(1, 2)))
 
 
@@ -198,7 +198,7 @@ def test_nonsense_from_a_peer_closes_its_edge(change: Change, exact: bool, reaso
         sender = mesh["attention-0"].transport
         post = sender.post
 
-        def lie(tag: Tag, messages: list[Message], *, sized: bool) -> None:
+        def lie(tag: Tag, messages: list[RowMessage], *, sized: bool) -> None:
             post(tag, [change(m) for m in messages], sized=sized)
 
         sender.post = lie  # type: ignore[method-assign,assignment]
@@ -243,7 +243,7 @@ def test_a_split_that_differs_from_the_headers_is_refused() -> None:
 
 
 def test_a_generation_without_its_members_names_the_loss() -> None:
-    """The process group of a generation needs everyone: an interrupt ends the wait for it."""
+    """The process group of a generation needs all members: an interrupt ends the wait for it."""
     with Mesh(1, 2, BANKS, transport="collective") as mesh:
         worker = mesh["attention-0"]
         threading.Timer(0.2, worker.connections.interrupt, (3,)).start()
@@ -278,7 +278,7 @@ def test_a_blocked_send_is_a_wait_for_a_peer(sender: str) -> None:
         transport, activity = mesh[sender].transport, mesh.activities[sender]
         post = transport.post
 
-        def spy(tag: Tag, messages: list[Message], *, sized: bool) -> None:
+        def spy(tag: Tag, messages: list[RowMessage], *, sized: bool) -> None:
             waits.append(activity.is_waiting)
             post(tag, messages, sized=sized)
 

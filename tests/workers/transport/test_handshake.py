@@ -199,8 +199,8 @@ def test_an_identity_with_wrong_fields_is_refused(words: object) -> None:
 
 def test_a_release_with_other_fields_is_named() -> None:
     listener = listen_to(IDENTITY | {"release": "9.9.9", "color": "red"})
-    told = f"release of attention-0 is 9.9.9, expert-1 has {RELEASE}"
-    assert listener.refusal == told
+    refusal = f"release of attention-0 is 9.9.9, expert-1 has {RELEASE}"
+    assert listener.refusal == refusal
 
 
 def test_own_words_that_are_too_long_are_not_sent() -> None:

@@ -1,4 +1,4 @@
 """KV blocks that one attention worker takes from another.
 
-Imports ``workers.kv`` and ``workers.transport``.
+Imports ``workers.kv`` and ``workers.requests``. ``workers.process.intake`` makes the connections.
 """

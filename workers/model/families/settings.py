@@ -205,7 +205,7 @@ class Heads:
         )
 
     def check(self) -> None:
-        """Raise ``CheckpointError`` for what attention or the rotation cannot do."""
+        """Raise ``CheckpointError`` for shapes that attention or the rotation do not support."""
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
                 f"config.json: num_attention_heads {self.num_heads} must be a multiple of "

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from workers.requests.request import Request, Turn
+from workers.requests.request import Request, SoloStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +36,14 @@ class GatewayGone:
 
 
 @dataclass(frozen=True, slots=True)
-class TurnNoted:
+class SoloStepNoted:
     """A gateway has noted which request runs the next step alone."""
 
     gateway: str
-    turn: Turn
+    solo_step: SoloStep
 
 
-Command = AddRequest | AbortRequest | GatewayGone | TurnNoted
+Command = AddRequest | AbortRequest | GatewayGone | SoloStepNoted
 
 
 class Inbox:

@@ -43,7 +43,7 @@ LIMIT_S = 10.0
 CONFIRM_S = 0.2
 
 
-def standing(number: int = 3, **changes: Any) -> WorkerReport:
+def report_of(number: int = 3, **changes: Any) -> WorkerReport:
     """A worker that runs a generation of all three."""
     generation = Generation(number=number, members=MEMBERS)
     values: dict[str, Any] = {
@@ -61,10 +61,10 @@ def new_collector() -> ReportCollector:
     return ReportCollector(NAMES, 0.0, limit_s=LIMIT_S, confirm_s=CONFIRM_S)
 
 
-def greet(collector: ReportCollector, name: str, said: WorkerReport, *more: ControlFrame) -> None:
-    """All that a worker says when it calls."""
+def call(collector: ReportCollector, name: str, report: WorkerReport, *more: ControlFrame) -> None:
+    """Deliver all frames of a worker that calls."""
     (member,) = [m for m in MEMBERS if m.name == name]
-    for frame in (Register(member=member), WorkerReady(), said, *more):
+    for frame in (Register(member=member), WorkerReady(), report, *more):
         collector.frame(name, frame, 0.1)
 
 
@@ -86,11 +86,11 @@ def restored(collected: CollectedState) -> tuple[Controller, FakeWorkerGroup]:
     return controller, link
 
 
-def restore(*said: WorkerReport) -> tuple[Controller, FakeWorkerGroup]:
+def restore(*reports: WorkerReport) -> tuple[Controller, FakeWorkerGroup]:
     """All workers call."""
     collector = new_collector()
-    for name, worker_report in zip(NAMES, said, strict=True):
-        greet(collector, name, worker_report)
+    for name, worker_report in zip(NAMES, reports, strict=True):
+        call(collector, name, worker_report)
     assert collector.is_complete(0.1)
     collected = collector.result()
     assert collected is not None
@@ -98,17 +98,17 @@ def restore(*said: WorkerReport) -> tuple[Controller, FakeWorkerGroup]:
 
 
 def test_a_whole_generation_goes_on_without_an_order() -> None:
-    controller, link = restore(standing(), standing(term=4), standing())
+    controller, link = restore(report_of(), report_of(term=4), report_of())
     assert controller.cluster.state.value == "SERVING"
     assert controller.cluster.generation.number == 3
     for name in NAMES:
-        (told,) = link.sent[name]
-        assert isinstance(told, ControllerSnapshot)
-        assert told.term == 5
+        (frame,) = link.sent[name]
+        assert isinstance(frame, ControllerSnapshot)
+        assert frame.term == 5
 
 
 def test_a_member_that_does_not_run_makes_the_next_generation() -> None:
-    controller, link = restore(standing(), standing(running=False), standing())
+    controller, link = restore(report_of(), report_of(running=False), report_of())
     order = link.last("expert-1", NewGeneration)
     assert order is not None
     assert order.generation.number == 4
@@ -119,8 +119,8 @@ def test_a_member_that_does_not_run_makes_the_next_generation() -> None:
 def test_the_newest_generation_counts() -> None:
     """The controller died before it informed the others."""
     smaller = Generation(number=4, members=MEMBERS[:2])
-    newer = standing(4, generation=smaller, running=False)
-    controller, link = restore(newer, standing(), standing())
+    newer = report_of(4, generation=smaller, running=False)
+    controller, link = restore(newer, report_of(), report_of())
     order = link.last("expert-0", NewGeneration)
     assert order is not None
     assert order.generation.number == 5
@@ -132,7 +132,7 @@ def test_the_newest_generation_counts() -> None:
 def test_a_worker_that_does_not_call_is_lost_after_the_limit() -> None:
     collector = new_collector()
     for name in NAMES[:2]:
-        greet(collector, name, standing())
+        call(collector, name, report_of())
     assert not collector.is_complete(LIMIT_S - 0.1)
     assert collector.is_complete(LIMIT_S)
     collected = collector.result()
@@ -146,11 +146,11 @@ def test_a_worker_that_does_not_call_is_lost_after_the_limit() -> None:
     assert order.placement.epoch == 2
 
 
-def test_whom_a_caller_has_lost_is_waited_for_shortly() -> None:
+def test_the_wait_for_a_worker_that_a_peer_lost_is_short() -> None:
     collector = new_collector()
     blame = PeerLost(worker="expert-1", generation=3, reason="reset")
-    greet(collector, "attention-0", standing(running=False), blame)
-    greet(collector, "expert-0", standing())
+    call(collector, "attention-0", report_of(running=False), blame)
+    call(collector, "expert-0", report_of())
     assert not collector.is_complete(0.1 + CONFIRM_S - 0.01)
     assert collector.is_complete(0.1 + CONFIRM_S + 0.01)
 
@@ -158,7 +158,7 @@ def test_whom_a_caller_has_lost_is_waited_for_shortly() -> None:
 def test_a_member_that_loses_a_peer_after_its_report_makes_the_next_generation() -> None:
     collector = new_collector()
     for name in NAMES:
-        greet(collector, name, standing())
+        call(collector, name, report_of())
     blame = PeerLost(worker="expert-1", generation=3, reason="reset")
     collector.frame("attention-0", blame, 0.2)
     collected = collector.result()
@@ -169,9 +169,9 @@ def test_a_member_that_loses_a_peer_after_its_report_makes_the_next_generation()
 
 def test_whose_process_ended_is_not_waited_for() -> None:
     collector = new_collector()
-    greet(collector, "attention-0", standing())
-    greet(collector, "expert-0", standing())
-    greet(collector, "expert-1", standing())
+    call(collector, "attention-0", report_of())
+    call(collector, "expert-0", report_of())
+    call(collector, "expert-1", report_of())
     collector.gone("expert-1")
     assert collector.is_complete(0.1)
     collected = collector.result()
@@ -182,7 +182,7 @@ def test_whose_process_ended_is_not_waited_for() -> None:
 def test_a_start_that_never_served_is_not_restored() -> None:
     collector = new_collector()
     for name in NAMES:
-        greet(collector, name, standing(generation=None, placement=None, running=False))
+        call(collector, name, report_of(generation=None, placement=None, running=False))
     assert collector.result() is None
 
 
@@ -193,11 +193,11 @@ def test_workers_that_nobody_has_heard_in_time_may_serve() -> None:
 
 
 def test_a_worker_that_was_never_in_a_generation_says_nothing_about_the_others() -> None:
-    fresh = standing(generation=None, placement=None, running=False)
+    fresh = report_of(generation=None, placement=None, running=False)
     collector = ReportCollector(
         NAMES[2:], 0.0, limit_s=LIMIT_S, confirm_s=CONFIRM_S, silent=NAMES[:2]
     )
-    greet(collector, "expert-1", fresh)
+    call(collector, "expert-1", fresh)
     assert collector.is_complete(0.1)
     with pytest.raises(NotReadyError, match="no report of attention-0, expert-0"):
         collector.result()
@@ -212,7 +212,7 @@ def test_the_newest_memory_counts_and_names_the_lost_workers() -> None:
         "lost": [{"member": to_plain(lost), "state": "LOST", "reason": "gone"}],
     }
     old = {"version": 6, "history": [], "lost": []}
-    controller, link = restore(standing(memory=old), standing(memory=memory), standing())
+    controller, link = restore(report_of(memory=old), report_of(memory=memory), report_of())
     snapshot = controller.snapshot()
     assert snapshot["history"][0]["cause"] == "lost expert-9: gone"
     assert {w["name"]: w["reason"] for w in snapshot["workers"]}["expert-9"] == "gone"
@@ -234,11 +234,11 @@ def test_a_replacement_that_became_ready_meanwhile_joins_a_stalled_cluster() -> 
     replacement = replace(MEMBERS[0], name="attention-0.2")
     names = ["attention-0.2", *NAMES[1:]]
     collector = ReportCollector(names, 0.0, limit_s=LIMIT_S, confirm_s=CONFIRM_S)
-    fresh = standing(generation=None, placement=None, running=False, highest_step=0)
+    fresh = report_of(generation=None, placement=None, running=False, highest_step=0)
     for frame in (Register(member=replacement), WorkerReady(), fresh):
         collector.frame(replacement.name, frame, 0.1)
     for name in NAMES[1:]:
-        greet(collector, name, standing(running=False))
+        call(collector, name, report_of(running=False))
     collected = collector.result()
     assert collected is not None
     _, link = restored(collected)
@@ -249,7 +249,7 @@ def test_a_replacement_that_became_ready_meanwhile_joins_a_stalled_cluster() -> 
 
 def test_a_new_term_numbers_its_epochs_above_all_that_workers_know() -> None:
     """An epoch that was announced and never ran has maps of its own at the workers."""
-    controller, _ = restore(standing(), standing(known_epoch=7), standing())
+    controller, _ = restore(report_of(), report_of(known_epoch=7), report_of())
     stage = Stage(fills=(), placement=controller.cluster.placement)
     change = controller.rebalancing.begin_change(stage, ChangeLimits(), 1.0)
     assert change.stage.placement.epoch == 8

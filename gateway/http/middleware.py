@@ -1,8 +1,8 @@
-"""The HTTP edge: the steps of every request, whatever its route.
+"""The steps of every HTTP request, whatever its route.
 
-``HttpEdge`` gives each request an id, checks its key, counts it, and turns every exception into the
-error object. ``read_json`` reads bodies within their limits; ``run_until_gone`` ends work whose
-client has left.
+``HttpMiddleware`` gives each request an id, checks its key, counts it, and turns every exception
+into the error object. ``read_json`` reads bodies within their limits; ``run_until_gone`` ends work
+whose client has left.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class RouteNames:
 
 
 @dataclass
-class HttpEdge:
+class HttpMiddleware:
     """ASGI middleware around the whole application."""
 
     app: ASGIApp

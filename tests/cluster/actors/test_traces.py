@@ -11,8 +11,8 @@ from opentelemetry.trace import StatusCode
 from cluster.actors.traces import ClusterTraces, trace_cluster
 from cluster.config.cluster import ObservabilitySection
 from tests.cluster.controller.fakes_cluster import FakeCluster
+from tests.cluster.controller.rebalance.test_rebalancing import SKEWED, make, obey, status, window
 from tests.cluster.controller.test_controller_recovery import lose
-from tests.cluster.controller.test_rebalancing import SKEWED, make, obey, status, window
 from tests.harness.kept_spans import KeptSpans, times_ns
 
 

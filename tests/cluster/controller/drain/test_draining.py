@@ -103,9 +103,9 @@ def test_only_copies_are_read_by_others_before_their_worker_leaves() -> None:
     assert order is not None
     assert order.source["peer"] == "expert-2"
     assert load_all(cluster) == 4  # 2 of 8 experts in 2 layers
-    told = switch(cluster)
-    assert set(told["banks"][0].physical_to_logical[2]) == {-1}
-    assert cluster.known.placement.epoch == told["epoch"] == 2
+    switched = switch(cluster)
+    assert set(switched["banks"][0].physical_to_logical[2]) == {-1}
+    assert cluster.known.placement.epoch == switched["epoch"] == 2
     cluster.tick(0.1)
     assert {m.name for m in newest(cluster, "expert-0").members} == {
         "attention-0",

@@ -2,8 +2,8 @@
 
 Two kinds. A *copy*: a busy expert gets one more copy on a light device, in a free slot or in place
 of a copy that its expert can spare. A *swap*: two devices trade experts, two moves. Copies are
-proposed as one list in the order of the light devices, each entry reckoning with those before it,
-so that its beginnings of any length are sensible sets of changes too.
+offered as one list in the order of the light devices. Each entry builds on those before it,
+so every prefix of the list is a sensible set of edits.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Edit = tuple[int, int, int]
 _MAX_COPIES = 16
 _BEGINNINGS = (1, 2, 3, 4, 6, 8, 16)
 _NUM_SINGLES = 4
-_NUM_EXCHANGES = 4
+_NUM_SWAPS = 4
 _NUM_INSTEAD = 2
-_EXCHANGE_FROM, _EXCHANGE_TO = 4, 6
+_SWAP_FROM, _SWAP_TO = 4, 6
 """Heavy and light devices that are looked at for swaps."""
 
 
@@ -42,7 +42,7 @@ class Limits:
 
 
 class BankView:
-    """One bank as the proposals need it."""
+    """One bank as the choice of edits needs it."""
 
     def __init__(self, slots: Ints, primary: Ints, slot_loads: Floats, limits: Limits) -> None:
         num_experts = len(primary)
@@ -89,7 +89,7 @@ class BankView:
         return before < 2 or len(set(self.limits.nodes[here].tolist())) >= 2
 
 
-def proposals(view: BankView, tolerance: float, is_brief: bool) -> list[list[Edit]]:
+def edit_sets(view: BankView, tolerance: float, is_brief: bool) -> list[list[Edit]]:
     """Sets of edits worth a try; a device counts as light below ``1 - tolerance``.
 
     ``is_brief``: only the few that are best most often.
@@ -97,12 +97,12 @@ def proposals(view: BankView, tolerance: float, is_brief: bool) -> list[list[Edi
     copies = _copies(view, tolerance)
     if is_brief:
         found = [copies[:n] for n in (1, 2) if n <= len(copies)]
-        return found + _exchanges(view)[:1]
+        return found + _swaps(view)[:1]
     found = [copies[:n] for n in _BEGINNINGS if n <= len(copies)]
     found += [[edit] for edit in copies[1:_NUM_SINGLES]]
     if len(copies) > 2:
         found.append(copies[1:3])
-    return found + _exchanges(view)
+    return found + _swaps(view)
 
 
 def returns(view: BankView, start: Ints, tolerance: float) -> list[list[Edit]]:
@@ -175,16 +175,16 @@ def _least_slot(view: BankView, device: int, taken: set[int]) -> int | None:
     return min(slots, key=lambda s: float(view.slot_loads[device, s]), default=None)
 
 
-def _exchanges(view: BankView) -> list[list[Edit]]:
+def _swaps(view: BankView) -> list[list[Edit]]:
     """Swaps of an expert of a heavy device against a smaller one of a light device.
 
-    Those come first that can move what both devices are off by: at the least what the heavy
-    device's own copy takes, at most all that heavy devices take of the expert. Primaries are
-    swapped against primaries, so that every device keeps its number of them.
+    Swaps come first that can move the excess of one device into the lack of the other: at least the
+    load of the heavy device's own copy, at most all load of the expert on heavy devices. Primary
+    copies are swapped for primary copies, so that every device keeps its number of them.
     """
     speeds, utilization = view.limits.speeds, view.utilization
-    here = np.nonzero(view.peaks())[0][:_EXCHANGE_FROM]
-    there = np.argsort(utilization, kind="stable")[:_EXCHANGE_TO]
+    here = np.nonzero(view.peaks())[0][:_SWAP_FROM]
+    there = np.argsort(utilization, kind="stable")[:_SWAP_TO]
     excess = ((utilization[here] - 1) * speeds[here])[:, None]
     lack = np.maximum((1 - utilization[there]) * speeds[there], 1e-3 * speeds[there])
     wanted = np.minimum(excess, lack)
@@ -204,17 +204,17 @@ def _exchanges(view: BankView) -> list[list[Edit]]:
     wanted = wanted[:, None, :, None]
     misfit = np.maximum(np.maximum(least - wanted, wanted - most), 0.0) - 0.01 * (most - least)
     misfit = np.where(allowed & (most > 0), misfit, np.inf)
-    return _best_exchanges(view, here, there, misfit)
+    return _best_swaps(view, here, there, misfit)
 
 
-def _best_exchanges(view: BankView, here: Ints, there: Ints, misfit: Floats) -> list[list[Edit]]:
+def _best_swaps(view: BankView, here: Ints, there: Ints, misfit: Floats) -> list[list[Edit]]:
     """The swaps of least misfit [heavy, slots, light, slots], at most one for each own copy."""
     devices, width = misfit.shape[0], misfit.shape[1]
     flat = misfit.reshape(devices * width, -1)
     best = flat.argmin(1)
     found: list[list[Edit]] = []
     for row in np.argsort(flat.min(1), kind="stable").tolist():
-        if len(found) == _NUM_EXCHANGES or not np.isfinite(flat[row, best[row]]):
+        if len(found) == _NUM_SWAPS or not np.isfinite(flat[row, best[row]]):
             break
         one, slot = int(here[row // width]), row % width
         two, place = int(there[best[row] // width]), int(best[row] % width)

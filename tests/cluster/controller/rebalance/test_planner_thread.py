@@ -15,7 +15,7 @@ from cluster.controller.rebalance.planner_thread import Computations
 from cluster.core.errors import ConfigError, ConflictError
 from cluster.core.frames import EpochSwitched, SwitchEpoch
 from tests.cluster.controller.fakes_cluster import AtOnce, FakeCluster
-from tests.cluster.controller.test_rebalancing import (
+from tests.cluster.controller.rebalance.test_rebalancing import (
     SKEWED,
     answer,
     make,

@@ -66,7 +66,7 @@ class Host(Cluster):
         self.placement = placement
 
     def orders(self) -> list[tuple[str, LoadExperts]]:
-        """All load orders so far, with whom they were sent to."""
+        """All load orders so far, each with the worker that it was sent to."""
         return [
             (name, frame)
             for name, frames in self.link.sent.items()
@@ -248,7 +248,7 @@ def test_it_can_be_cancelled_before_the_switch() -> None:
     assert change.cancel("somebody asked")
     assert (state_of(change), change.reason) == (ChangeState.FAILED, "somebody asked")
     asked = {name for name, order in host.orders() if order.experts}
-    told = {name for name, order in host.orders() if order.source["kind"] == "give up"}
-    assert told == asked
+    given_up = {name for name, order in host.orders() if order.source["kind"] == "give up"}
+    assert given_up == asked
     load_all(host, change)
     assert host.link.last("expert-0", NewEpoch) is None

@@ -33,7 +33,7 @@ def text_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[st
 
 
 @dataclass(eq=False)
-class GrpcEdge(AbstractContextManager["GrpcEdge"]):
+class GrpcCall(AbstractContextManager["GrpcCall"]):
     """One gRPC request from its metadata to its status: names it, counts it, maps errors."""
 
     gateway: Gateway

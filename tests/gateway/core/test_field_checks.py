@@ -1,0 +1,146 @@
+"""Checks of fields that need no model: what they refuse, by which name, and what still passes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from cluster.config.gateway import GatewaySection
+from cluster.core.errors import RequestError, UnsupportedParameterError
+from gateway.core.call import CallKind, ChatInput, GenerateFields
+from gateway.core.field_checks import (
+    MAX_PARTS,
+    Range,
+    check_fields,
+    check_messages,
+    check_range,
+    check_stream,
+    given_one,
+    is_deeper,
+)
+from workers.requests.prompt_embeds import read_embeds
+
+LIMITS = dataclasses.replace(GatewaySection(), max_choices=4)
+PLAIN = GenerateFields(kind=CallKind.COMPLETION, prompts=("x",))
+CHAT = GenerateFields(kind=CallKind.CHAT, chat=ChatInput(messages=({"role": "user"},)))
+
+
+def check(fields: GenerateFields = PLAIN, **values: Any) -> None:
+    check_fields(dataclasses.replace(fields, **values), LIMITS)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"min_tokens": 0},
+        {"min_tokens": 5},
+        {"min_tokens": 4, "max_tokens": 4},
+        {"min_tokens": 3, "max_tokens": 4},
+        {"prompts": ("x", "y"), "n": 2},
+        {"stop": ("x",)},
+        {"cache_salt": "x"},
+        {"logprob_token_ids": (4, 7)},
+        {"logprob_token_ids": (4, 7), "logprobs": 2},
+        {"allowed_token_ids": (7,)},
+        {"truncate_prompt_tokens": -1},
+        {"truncate_prompt_tokens": 1},
+        {"truncate_prompt_tokens": 2**31 - 1},
+        {"truncation_side": "left"},
+    ],
+)
+def test_what_is_within_the_rules_passes(values: dict[str, Any]) -> None:
+    check(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_tokens": 0}, r"max_tokens \(0\) must be at least 1 \(0 needs echo\)$"),
+        ({"max_tokens": -1}, r"max_tokens \(-1\) must be at least 1$"),
+        ({"max_tokens": -1, "echo": True}, r"max_tokens \(-1\) must be at least 0$"),
+        ({"prompts": ("x",) * 3, "n": 2}, r"prompts times n \(6\) must be at most 4"),
+        ({"prompts": ("x",) * 3, "best_of": 2}, r"prompts times best_of \(6\) must be at most 4"),
+        ({"logprob_token_ids": (4, 4)}, "logprob_token_ids must not name a token twice"),
+        ({"logprob_token_ids": (4, 7), "logprobs": 1}, r"logprobs \(1\) must be the same or unset"),
+        ({"logprob_token_ids": (4,), "echo": True}, "logprob_token_ids cannot go with echo"),
+        ({"allowed_token_ids": ()}, "allowed_token_ids must not be empty"),
+        ({"truncate_prompt_tokens": 0}, r"truncate_prompt_tokens \(0\) must be -1 or at least 1"),
+        ({"truncate_prompt_tokens": -2}, r"truncate_prompt_tokens \(-2\)"),
+        ({"truncate_prompt_tokens": 2**31}, r"truncate_prompt_tokens \(2147483648\)"),
+        ({"truncation_side": "middle"}, r"truncation_side \('middle'\) must be left or right"),
+    ],
+)
+def test_what_breaks_a_rule_is_refused_by_name(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        check(**values)
+
+
+def test_embeddings_are_not_truncated() -> None:
+    embeds = read_embeds((1, 2), bytes(8))
+    check(embeds=embeds)
+    with pytest.raises(RequestError, match="truncate_prompt_tokens cannot go with embeddings"):
+        check(embeds=embeds, truncate_prompt_tokens=5)
+
+
+def test_a_chat_has_no_ranked_choices() -> None:
+    check(n=2, best_of=3)
+    check(CHAT, n=2, best_of=2)
+    with pytest.raises(UnsupportedParameterError, match="best_of is not supported"):
+        check(CHAT, n=2, best_of=3)
+
+
+def test_ranked_choices_are_not_streamed() -> None:
+    check_stream(PLAIN)
+    check_stream(dataclasses.replace(PLAIN, n=2))
+    check_stream(dataclasses.replace(PLAIN, n=2, best_of=2))
+    check_stream(dataclasses.replace(CHAT, best_of=3))  # refused as a whole
+    with pytest.raises(RequestError, match="best_of cannot go with a stream"):
+        check_stream(dataclasses.replace(PLAIN, n=2, best_of=3))
+
+
+def test_a_conversation_either_continues_or_begins_an_answer() -> None:
+    for continues, begins in ((True, False), (False, True), (False, False)):
+        check(CHAT, chat=_chat(continues, begins))
+    with pytest.raises(RequestError, match="cannot both be true"):
+        check(CHAT, chat=_chat(True, True))
+
+
+def _chat(continues: bool, begins: bool) -> ChatInput:
+    return ChatInput(
+        messages=({"role": "user"},),
+        continue_final_message=continues,
+        add_generation_prompt=begins,
+    )
+
+
+def test_messages_may_have_so_many_parts() -> None:
+    check_messages(1, MAX_PARTS)
+    with pytest.raises(RequestError, match=f"messages have {MAX_PARTS + 1} fields"):
+        check_messages(1, MAX_PARTS + 1)
+
+
+def test_one_of_several_fields_is_given() -> None:
+    assert given_one(input=None, inputs=0) == "inputs"
+    with pytest.raises(RequestError, match="one of input and inputs is required") as caught:
+        given_one(input=None, inputs=None)
+    assert (caught.value.param, caught.value.code) == ("input", "missing_required_parameter")
+    with pytest.raises(RequestError, match="a and b and c cannot be set together") as caught:
+        given_one(a=None, b=1, c=2)
+    assert caught.value.param == "b"
+
+
+def test_a_long_number_is_shown_by_its_beginning() -> None:
+    for digits, shown in ((32, "9" * 32), (33, f"{'9' * 32}...")):
+        with pytest.raises(RequestError) as caught:
+            check_range("seed", int("9" * digits), Range(0, 1))
+        assert str(caught.value) == f"seed ({shown}) must be at least 0 and at most 1"
+
+
+@pytest.mark.parametrize(
+    ("data", "depth"), [([], 1), ([1, "x"], 1), ({"a": []}, 2), ([1, {"a": [[2]]}], 4)]
+)
+def test_depth_counts_containers_within_containers(data: object, depth: int) -> None:
+    for most in range(1, 6):
+        assert is_deeper(data, most) == (depth > most)
