@@ -110,7 +110,8 @@ class ControllerActor:
             raise StartError("controller", self._handoff.failure)
         async with self._starting:
             if self._controller is None:
-                nodes, free_cpus = self._group.resources(), self._group.free_cpus()
+                nodes = await asyncio.to_thread(self._group.resources)
+                free_cpus = await asyncio.to_thread(self._group.free_cpus)
                 known = ClusterConfig.from_dict(config)
                 plan = plan_start(known, banks, nodes, free_cpus, profile)
                 top_k = max((int(b.get("top_k", 1)) for b in banks), default=1)
@@ -427,8 +428,9 @@ class ControllerActor:
         while self._leads(controller):
             await asyncio.sleep(_NODES_S)
             try:
-                leaving = await asyncio.to_thread(self._group.leaving)
-                nodes = await asyncio.to_thread(self._group.resources)
+                leaving, nodes = await asyncio.to_thread(
+                    lambda: (self._group.leaving(), self._group.resources())
+                )
             except Exception as err:  # any error of Ray: the next round asks again
                 logger.debug("the nodes cannot be listed: %s", err)
                 continue
