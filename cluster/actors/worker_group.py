@@ -172,7 +172,7 @@ class WorkerGroup:
             args = (dict(config), to_plain(member), control_address, dict(extras[member.name]))
             kind = self.classes[member.role]
             remote = kind if hasattr(kind, "remote") else ray.remote(kind)
-            create = remote.options(**self._options(member, bundle)).remote
+            create: Any = remote.options(**self._options(member, bundle)).remote
             handle = await asyncio.to_thread(create, *args)  # registers the name at Ray's head
             actor = self._actors[member.name] = _Actor(member, handle, node_id, bundle)
             created.append(self._bring_up(actor))
