@@ -29,6 +29,7 @@ from cluster.config.resources import ids_by_address, resolved_share
 from cluster.controller.controller import Controller
 from cluster.controller.drain.order import DrainOrder
 from cluster.controller.failover.collect import CollectedState
+from cluster.controller.parts.gateway_polls import GatewayPolls
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.controller.parts.worker_table import MODEL_FACTS
 from cluster.controller.rebalance.job import RebalanceOrder
@@ -84,6 +85,7 @@ class ControllerActor:
         self._top_k = 1
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._background = Background()
+        self._polls = GatewayPolls()
         self._handoff = Handoff(self, group, self._background)
         self._asked: dict[str, str] | None = None
         self._traces: ClusterTraces | None = None
@@ -155,11 +157,31 @@ class ControllerActor:
             await self._ask_workers(self._controller)
         return self._snapshot()
 
-    async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
-        """The state once its version differs from ``known_version``, or after the time limit."""
+    async def wait_snapshot(
+        self, known_version: int, timeout_s: float, gateway: str = ""
+    ) -> dict[str, Any]:
+        """The state once its version differs from ``known_version``, or after the time limit.
+
+        ``gateway`` is the caller's name if it is one, which asks again at once.
+        """
         await self.restore()
-        await self._background.wait(lambda: self._version() != known_version, timeout_s)
+        if gateway and self._polls.begin(gateway):
+            self._note(f"{gateway} is back", "it serves again")
+        try:
+            await self._background.wait(lambda: self._version() != known_version, timeout_s)
+        finally:
+            self._polls.end(gateway, time.monotonic())
         return self._snapshot()
+
+    async def gateway_leaves(self, gateway: str) -> None:
+        """A gateway ends in order."""
+        if self._polls.leave(gateway):
+            self._note(f"{gateway} has left", "its requests have ended")
+
+    def _note(self, cause: str, effect: str) -> None:
+        if self._controller is not None:
+            self._controller.cluster.note(cause, effect, time.monotonic())
+            self._background.notify()
 
     async def placement(self) -> dict[str, Any]:
         """Maps, current load and balancedness of all banks (``placement --json``)."""
@@ -420,6 +442,8 @@ class ControllerActor:
                 controller.tick(time.monotonic())
             except Exception:  # detection must continue
                 logger.exception("a tick of the controller failed")
+            for gateway in self._polls.take_gone(time.monotonic()):
+                self._note(f"{gateway} is gone: it no longer asks", "its requests end")
             if controller.cluster.version != version:
                 self._background.notify()
 
