@@ -169,7 +169,12 @@ class WorkerGroup:
         for member in members:
             node_id = self.nodes.get(member.name, "")
             bundle = bundles[node_id].pop(0) if node_id else self._free_bundle(member.role)
-            args = (dict(config), to_plain(member), control_address, dict(extras[member.name]))
+            args: tuple[Any, ...] = (
+                dict(config),
+                to_plain(member),
+                control_address,
+                dict(extras[member.name]),
+            )
             kind = self.classes[member.role]
             remote = kind if hasattr(kind, "remote") else ray.remote(kind)
             create: Any = remote.options(**self._options(member, bundle)).remote
