@@ -62,7 +62,7 @@ class GatewayReplica:
         tokenizer = await asyncio.to_thread(
             load_tokenizer, settings.model.path, settings.model.chat_template
         )
-        self._cluster = ClusterView(find_controller)
+        self._cluster = ClusterView(find_controller, name)
         policy = RoutingPolicy(settings.gateway.routing_policy)
         self._engines = EnginePool(settings.cluster_token, name, policy)
         self._gateway = Gateway(settings, tokenizer, self._cluster, self._engines, name)
@@ -108,7 +108,7 @@ class GatewayReplica:
         """Called by Serve when the replica ends."""
         if not hasattr(self, "_grpc"):
             return  # the constructor failed
-        self._cluster.stop()
+        await self._cluster.leave()
         if hasattr(self, "_admin"):
             await self._admin.stop()
         await self._grpc.stop()

@@ -75,10 +75,14 @@ class _Connection:
         return await self.reader.readexactly(length)
 
     def write(self, frame: ControlFrame) -> None:
-        """Queue a frame; a peer that does not read is cut off."""
+        """``send`` of a frame for this peer alone."""
+        self.send(encode(frame))
+
+    def send(self, data: bytes) -> None:
+        """Queue an encoded frame; a peer that does not read is cut off."""
         if self.writer.is_closing():
             return
-        self.writer.write(encode(frame))
+        self.writer.write(data)
         if self.writer.transport.get_write_buffer_size() > MAX_BACKLOG_BYTES:
             logger.warning("%s does not read its control socket: closed", self.worker)
             self.writer.transport.abort()
@@ -101,6 +105,7 @@ class ControlServer:
         self._events = events
         self._handshake_limit_s = handshake_limit_s
         self._server: asyncio.Server | None = None
+        self._last: tuple[ControlFrame, bytes] | None = None
         self._unproved: list[_Connection] = []
         self._workers: dict[str, _Connection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -130,10 +135,16 @@ class ControlServer:
         return worker in self._workers
 
     def send(self, worker: str, frame: ControlFrame) -> None:
-        """Send to one worker; nothing happens when it is not connected."""
+        """Send to one worker; nothing happens when it is not connected.
+
+        A frame for many workers is encoded once, if they get it one after the other.
+        """
         connection = self._workers.get(worker)
-        if connection is not None:
-            connection.write(frame)
+        if connection is None:
+            return
+        if self._last is None or self._last[0] is not frame:
+            self._last = frame, encode(frame)
+        connection.send(self._last[1])
 
     def drop(self, worker: str) -> None:
         """Close a worker's connection after what was sent to it, without an event."""

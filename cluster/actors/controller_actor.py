@@ -29,6 +29,7 @@ from cluster.config.resources import ids_by_address, resolved_share
 from cluster.controller.controller import Controller
 from cluster.controller.drain.order import DrainOrder
 from cluster.controller.failover.collect import CollectedState
+from cluster.controller.parts.gateway_polls import GatewayPolls
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.controller.parts.worker_table import MODEL_FACTS
 from cluster.controller.rebalance.job import RebalanceOrder
@@ -84,6 +85,7 @@ class ControllerActor:
         self._top_k = 1
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._background = Background()
+        self._polls = GatewayPolls()
         self._handoff = Handoff(self, group, self._background)
         self._asked: dict[str, str] | None = None
         self._traces: ClusterTraces | None = None
@@ -110,7 +112,8 @@ class ControllerActor:
             raise StartError("controller", self._handoff.failure)
         async with self._starting:
             if self._controller is None:
-                nodes, free_cpus = self._group.resources(), self._group.free_cpus()
+                nodes = await asyncio.to_thread(self._group.resources)
+                free_cpus = await asyncio.to_thread(self._group.free_cpus)
                 known = ClusterConfig.from_dict(config)
                 plan = plan_start(known, banks, nodes, free_cpus, profile)
                 top_k = max((int(b.get("top_k", 1)) for b in banks), default=1)
@@ -154,11 +157,31 @@ class ControllerActor:
             await self._ask_workers(self._controller)
         return self._snapshot()
 
-    async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
-        """The state once its version differs from ``known_version``, or after the time limit."""
+    async def wait_snapshot(
+        self, known_version: int, timeout_s: float, gateway: str = ""
+    ) -> dict[str, Any]:
+        """The state once its version differs from ``known_version``, or after the time limit.
+
+        ``gateway`` is the caller's name if it is one, which asks again at once.
+        """
         await self.restore()
-        await self._background.wait(lambda: self._version() != known_version, timeout_s)
+        if gateway and self._polls.begin(gateway):
+            self._note(f"{gateway} is back", "it serves again")
+        try:
+            await self._background.wait(lambda: self._version() != known_version, timeout_s)
+        finally:
+            self._polls.end(gateway, time.monotonic())
         return self._snapshot()
+
+    async def gateway_leaves(self, gateway: str) -> None:
+        """A gateway ends in order."""
+        if self._polls.leave(gateway):
+            self._note(f"{gateway} has left", "its requests have ended")
+
+    def _note(self, cause: str, effect: str) -> None:
+        if self._controller is not None:
+            self._controller.cluster.note(cause, effect, time.monotonic())
+            self._background.notify()
 
     async def placement(self) -> dict[str, Any]:
         """Maps, current load and balancedness of all banks (``placement --json``)."""
@@ -419,6 +442,8 @@ class ControllerActor:
                 controller.tick(time.monotonic())
             except Exception:  # detection must continue
                 logger.exception("a tick of the controller failed")
+            for gateway in self._polls.take_gone(time.monotonic()):
+                self._note(f"{gateway} is gone: it no longer asks", "its requests end")
             if controller.cluster.version != version:
                 self._background.notify()
 
@@ -427,8 +452,9 @@ class ControllerActor:
         while self._leads(controller):
             await asyncio.sleep(_NODES_S)
             try:
-                leaving = await asyncio.to_thread(self._group.leaving)
-                nodes = await asyncio.to_thread(self._group.resources)
+                leaving, nodes = await asyncio.to_thread(
+                    lambda: (self._group.leaving(), self._group.resources())
+                )
             except Exception as err:  # any error of Ray: the next round asks again
                 logger.debug("the nodes cannot be listed: %s", err)
                 continue

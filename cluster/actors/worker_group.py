@@ -119,6 +119,11 @@ class WorkerGroup:
         Ranks are ordered by node, then index. Raises ``StartError`` if there is no room within
         ``limit_s``.
         """
+        return await asyncio.to_thread(self._reserve, pools, share, limit_s)
+
+    def _reserve(
+        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
+    ) -> tuple[Member, ...]:
         free_reserved_room()
         wanted = {"CPU": share.cpus, "GPU": share.gpus}
         bundle = {k: v for k, v in wanted.items() if v > 0} or {"memory": 1.0}
@@ -133,7 +138,7 @@ class WorkerGroup:
             bundle_label_selector=selectors or None,
         )
         self._bundles = _ranges(pools) if selectors else {}
-        if not await asyncio.to_thread(self._group.wait, limit_s):
+        if not self._group.wait(limit_s):
             free_reserved_room()
             raise StartError("worker group", _no_room_text(count, share, limit_s))
         nodes = iter(self._bundle_nodes())
@@ -159,15 +164,21 @@ class WorkerGroup:
         """
         await _free_names([m.name for m in members])
         has_places = any(m.name in self.nodes for m in members)
-        bundles = self._bundles_by_node() if has_places else {}
+        bundles = await asyncio.to_thread(self._bundles_by_node) if has_places else {}
         created = []
         for member in members:
             node_id = self.nodes.get(member.name, "")
             bundle = bundles[node_id].pop(0) if node_id else self._free_bundle(member.role)
-            args = (dict(config), to_plain(member), control_address, dict(extras[member.name]))
+            args: tuple[Any, ...] = (
+                dict(config),
+                to_plain(member),
+                control_address,
+                dict(extras[member.name]),
+            )
             kind = self.classes[member.role]
             remote = kind if hasattr(kind, "remote") else ray.remote(kind)
-            handle = remote.options(**self._options(member, bundle)).remote(*args)
+            create: Any = remote.options(**self._options(member, bundle)).remote
+            handle = await asyncio.to_thread(create, *args)  # registers the name at Ray's head
             actor = self._actors[member.name] = _Actor(member, handle, node_id, bundle)
             created.append(self._bring_up(actor))
         await _all_or_first_error(created)
@@ -242,7 +253,7 @@ class WorkerGroup:
         await self._check_term()
         await self.end(list(self._actors))
         await asyncio.gather(*self._ending)
-        free_reserved_room()
+        await _in_time(free_reserved_room)
 
     async def _find(self, name: str, limit_s: float) -> FoundWorker | None:
         try:
@@ -342,8 +353,8 @@ class WorkerGroup:
         await self._check_term()
         if not stopped:
             await self._kill_by_pid(actor)
-        with contextlib.suppress(RayError, ValueError):
-            ray.kill(actor.handle, no_restart=True)
+        with contextlib.suppress(RayError, ValueError, TimeoutError):
+            await _in_time(ray.kill, actor.handle, no_restart=True)
         if stopped and not await self._is_gone(actor):
             await self._kill_by_pid(actor)
 
@@ -415,10 +426,10 @@ def _find_self(actor: Any) -> tuple[ProcessIdentity, str]:
 async def _free_names(names: Sequence[str]) -> None:
     """Kill actors of an earlier run with these names. Raises ``StartError`` if one stays."""
     deadline = asyncio.get_running_loop().time() + _CALL_LIMIT_S
-    while taken := sorted(set(names) & set(our_actors())):
+    while taken := sorted(set(names) & set(await asyncio.to_thread(our_actors))):
         if asyncio.get_running_loop().time() > deadline:
             raise StartError(taken[0], "an actor of that name lives and does not end")
-        kill_actors(taken)
+        await asyncio.to_thread(kill_actors, taken)
         await asyncio.sleep(_POLL_S)
 
 

@@ -137,12 +137,14 @@ class BankPlacement(Message, frozen=True, kw_only=True):
             decode_device=tuple(int(d) for d in decode_device),
         )
 
-    def with_slots(self, rows: Sequence[Sequence[int]]) -> BankPlacement:
+    def with_slots(
+        self, rows: Sequence[Sequence[int]], decode_device: Sequence[int] | None = None
+    ) -> BankPlacement:
         """The bank with other slots: shares and decode devices stay with the copies that stay.
 
         ``rows`` is ``[device][slot]`` -> expert, and has every expert. The shares of copies that
         are gone fall to the others of their expert in proportion; an expert whose decode device is
-        gone moves to the lowest one that holds it.
+        gone moves to the lowest one that holds it, unless ``decode_device`` names them all.
         """
         share = {(d, expert): self.split[d][slot] for d, slot, expert in self.copies()}
         totals = [0.0] * self.num_experts
@@ -159,7 +161,7 @@ class BankPlacement(Message, frozen=True, kw_only=True):
             total = totals[expert]
             return share.get((device, expert), 0.0) / total if total > 0 else 1.0 / copies[expert]
 
-        decode = [
+        decode = decode_device or [
             d if expert in rows[d] else next(i for i, row in enumerate(rows) if expert in row)
             for expert, d in enumerate(self.decode_device)
         ]

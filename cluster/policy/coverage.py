@@ -18,8 +18,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from msgspec import structs
-
 from cluster.core.errors import ConflictError
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.planner.stages import SlotFill, Stage
@@ -180,14 +178,15 @@ class _Bank:
         """The maps, with the desired shares and decode devices as far as possible."""
         if tuple(map(tuple, self._rows)) == self._current.physical_to_logical:
             return self._current
-        placed = self._desired.with_slots(self._rows)
-        holders: list[list[int]] = [[] for _ in range(placed.num_experts)]
-        for device, _, expert in placed.copies():
-            holders[expert].append(device)
+        holders: list[list[int]] = [[] for _ in range(self._desired.num_experts)]
+        for device, row in enumerate(self._rows):
+            for expert in row:
+                if expert != FREE_SLOT:
+                    holders[expert].append(device)
         decode: list[int] = []
         for expert, devices in enumerate(holders):
             decode.append(self._decode_device(devices, expert, decode))
-        return structs.replace(placed, decode_device=tuple(decode))
+        return self._desired.with_slots(self._rows, decode)
 
     def _decode_device(self, places: Sequence[int], expert: int, others: Sequence[int]) -> int:
         """Among equals, the one that decodes the fewest of the ``others``, those before it."""

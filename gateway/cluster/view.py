@@ -21,6 +21,7 @@ POLL_TIMEOUT_S = 10.0
 """How long the controller may hold one long-poll."""
 CALL_TIMEOUT_S = 2.0
 """Limit for a fresh answer; after that the last known one is used."""
+_LEAVE_LIMIT_S = 0.5
 _RETRY_S = 0.2
 
 Snapshot = Mapping[str, Any]
@@ -30,6 +31,7 @@ Snapshot = Mapping[str, Any]
 ControllerCall = Literal[
     "snapshot",
     "wait_snapshot",
+    "gateway_leaves",
     "placement",
     "load",
     "drain",
@@ -68,9 +70,11 @@ class ClusterView:
 
     Args:
         find: finds the controller; called again after each loss. Raises if there is none.
+        name: of this gateway; the controller records when it stops asking. Empty: it does not.
     """
 
     find: Callable[[], Awaitable[ControllerCalls]]
+    name: str = ""
     snapshot: Snapshot | None = None
     """The latest known state; None before the first."""
     known_load: Mapping[str, Any] | None = None
@@ -89,6 +93,12 @@ class ClusterView:
     def stop(self) -> None:
         if self._task is not None:
             self._task.cancel()
+
+    async def leave(self) -> None:
+        """Stop, and let the controller know."""
+        self.stop()
+        with contextlib.suppress(ExpertMeshError):
+            await self.ask("gateway_leaves", self.name, limit_s=_LEAVE_LIMIT_S)
 
     async def wait_change(self, timeout_s: float) -> None:
         """Return at the next new snapshot, or after ``timeout_s``."""
@@ -140,7 +150,7 @@ class ClusterView:
                     self._controller = await asyncio.wait_for(self.find(), CALL_TIMEOUT_S)
                 version = -1 if self.snapshot is None else int(self.snapshot["version"])
                 snapshot = await asyncio.wait_for(
-                    self._controller.ask("wait_snapshot", version, POLL_TIMEOUT_S),
+                    self._controller.ask("wait_snapshot", version, POLL_TIMEOUT_S, self.name),
                     POLL_TIMEOUT_S + CALL_TIMEOUT_S,
                 )
                 self._accept(snapshot)

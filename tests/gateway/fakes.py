@@ -393,7 +393,9 @@ class FakeController:
         """See ``Controller``."""
         return copy.deepcopy(self.state)
 
-    async def wait_snapshot(self, known_version: int, timeout_s: float) -> dict[str, Any]:
+    async def wait_snapshot(
+        self, known_version: int, timeout_s: float, gateway: str = ""
+    ) -> dict[str, Any]:
         """See ``Controller``."""
         if known_version == self.state["version"]:
             with contextlib.suppress(TimeoutError):

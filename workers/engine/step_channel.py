@@ -48,6 +48,8 @@ class StepChannel:
         self._micro_batches = micro_batches
         self.highest_step = 0
         """Highest step of all headers received, in any generation."""
+        self.last_rows = 0
+        """Rows of all ranks in the newest header."""
         self.highest_epoch = 0
         """Highest placement epoch that a header named."""
         self._next_step = 1
@@ -63,6 +65,13 @@ class StepChannel:
         """Whether this worker publishes the headers of the current generation."""
         return self._connections.generation.leader.name == self._connections.me.name
 
+    def missing(self) -> list[str]:
+        """The workers for which the next header waits: ranks without a proposal, or the leader."""
+        generation = self._connections.generation
+        if not self.is_leader:
+            return [generation.leader.name]
+        return [m.name for m in generation.attention if m.rank not in self._proposals]
+
     def start_generation(
         self, first_step: int, epoch: int, oldest_epoch: int | None = None
     ) -> None:
@@ -72,6 +81,7 @@ class StepChannel:
         epoch; the leader puts it into its headers.
         """
         self._next_step = first_step
+        self.last_rows = 0
         self._proposals.clear()
         self._headers.clear()
         self._timed = None
@@ -131,6 +141,7 @@ class StepChannel:
     def _next_header(self) -> StepHeader:
         header = self._headers.popleft()
         self._next_step = header.step + 1
+        self.last_rows = header.decode_rows + header.prefill_rows
         self.highest_step = max(self.highest_step, header.step)
         self.highest_epoch = max(self.highest_epoch, header.epoch)
         return header

@@ -9,7 +9,13 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from cluster.core.errors import ExpertMeshError, NotReadyError, QueueFullError, RequestError
+from cluster.core.errors import (
+    ExpertMeshError,
+    NotReadyError,
+    PeerLostError,
+    QueueFullError,
+    RequestError,
+)
 from cluster.core.load_report import LoadReport
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation, Member
@@ -17,6 +23,8 @@ from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.local import LocalDispatcher
 from workers.dispatch.remote import RemoteDispatcher
 from workers.engine.engine import Engine
+from workers.engine.scheduler import RowsWanted
+from workers.engine.step_watchdog import StepWatchdog
 from workers.inspection.buffers import shape_of
 from workers.kv.transfer.store import KvLender
 from workers.model.loading.checkpoint import load_attention_model
@@ -68,6 +76,7 @@ class AttentionRuntime(WorkerRuntime):
     def _announce(self) -> Member:
         self._inbox = Inbox(self.connections.wake)
         self._owners: dict[str, str] = {}
+        self._watchdog = StepWatchdog(self.config.transport.detection_limit_s)
         self._stream = EngineServer(
             self.args.host,
             self.config.cluster_token,
@@ -201,6 +210,7 @@ class AttentionRuntime(WorkerRuntime):
         assert self._stream is not None, "it is open before the weights are loaded"
         if self._engine is not None:
             self._engine.generation_runs()
+        self._watchdog.begin()
         self._stream.admit_streams(self.membership.generation.number)
 
     def _between_steps(self) -> None:
@@ -256,6 +266,7 @@ class AttentionRuntime(WorkerRuntime):
         idle_s = min(IDLE_WAIT_S, self.lease_s * _COMMIT_SHARE)
         header = self.channel.wait(self._compilations.wait_s(self._fetches.wait_s(idle_s)))
         if header is None:
+            self._check_overdue(wanted)
             return
         self.activity.is_idle = False
         self.activity.rows = header.decode_rows + header.prefill_rows
@@ -266,6 +277,22 @@ class AttentionRuntime(WorkerRuntime):
         self.membership.last_commit = time.monotonic()
         self._has_more = engine.has_work
         self._emit(outputs)
+
+    def _check_overdue(self, wanted: RowsWanted) -> None:
+        """Raises ``PeerLostError`` when no step has come for too long, although rows are wanted."""
+        waited_s = self._watchdog.overdue_s(
+            wants=wanted.decode_rows + wanted.prefill_rows > 0,
+            leads=self.channel.is_leader,
+            last_rows=self.channel.last_rows,
+            last_commit=self.membership.last_commit,
+            now=time.monotonic(),
+        )
+        missing = self.channel.missing()
+        if waited_s is None or not missing:
+            return
+        raise PeerLostError(
+            missing[0], f"no step for {waited_s:.1f} s, waits for {', '.join(missing)}"
+        )
 
     def _needs_a_commit(self) -> bool:
         """The controller is silent: an empty step renews the leases of all workers."""

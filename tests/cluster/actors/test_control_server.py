@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from cluster.actors import control_server
 from cluster.actors.control_server import MAX_UNPROVED, ControlServer
 from cluster.core.errors import ProtocolError
 from cluster.core.frames import (
@@ -278,5 +279,30 @@ def test_a_dropped_worker_gets_its_last_frames_and_no_event() -> None:
         writer.close()
         await asyncio.sleep(0.05)
         assert case.events.closed.empty()
+
+    _run(body)
+
+
+def test_a_frame_for_many_workers_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[ControlFrame] = []
+
+    def counted(frame: ControlFrame) -> bytes:
+        encoded.append(frame)
+        return encode(frame)
+
+    async def body(case: Case) -> None:
+        callers = [await case.admit(name) for name in ("expert-0", "expert-1", "expert-2")]
+        for _, writer in callers:
+            writer.write(encode(BEAT))
+            await case.events.frames.get()
+        monkeypatch.setattr(control_server, "encode", counted)
+        first, second = HeartbeatAck(term=1), HeartbeatAck(term=2)
+        for frame in (first, second):
+            for number in range(3):
+                case.server.send(f"expert-{number}", frame)
+        for reader, writer in callers:
+            assert [await _read(reader), await _read(reader)] == [first, second]
+            writer.close()
+        assert encoded == [first, second]
 
     _run(body)

@@ -214,6 +214,11 @@ def test_a_cluster_starts_answers_and_stops() -> None:
         origin = await actor.origin()
         assert origin["asked"] == {"--port": "1"}
         assert origin["config"]["cluster_token"] == "secret"
+        await actor.wait_snapshot(-1, 0.0, "gateway-7")
+        await actor.gateway_leaves("gateway-7")
+        await actor.gateway_leaves("gateway-8")  # it has never asked
+        causes = [entry["cause"] for entry in (await actor.snapshot())["history"]]
+        assert [cause for cause in causes if "gateway" in cause] == ["gateway-7 has left"]
         await actor.stop()
         assert (await actor.snapshot())["state"] == "STOPPED"
         assert sorted(group.ended) == ["attention-0", "expert-0", "expert-1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,3 +117,27 @@ def test_a_frozen_worker_is_killed_by_the_newest_controller_only(killed: Killed)
         assert killed.processes == [PROCESS]
 
     asyncio.run(body())
+
+
+def test_a_head_that_does_not_answer_holds_nobody_up(
+    killed: Killed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's calls wait for its head for minutes; frames are handled meanwhile."""
+    called, handled = threading.Event(), threading.Event()
+    waited_with_others: list[bool] = []
+
+    def kill(handle: Any, no_restart: bool) -> None:
+        called.set()
+        waited_with_others.append(handled.wait(5.0))
+
+    monkeypatch.setattr(ray, "kill", kill)
+
+    async def body() -> None:
+        end = asyncio.ensure_future((await _group(Handle())).end(["expert-0"]))
+        while not called.is_set():
+            await asyncio.sleep(0)
+        handled.set()
+        await end
+
+    asyncio.run(body())
+    assert waited_with_others == [True]

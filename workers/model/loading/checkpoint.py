@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ Progress = Callable[[int, int], None]
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
+_NUM_SAMPLES, _SAMPLE_BYTES = 32, 4096
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 """Endings of checkpoints that are not opened."""
 
@@ -52,6 +54,34 @@ class TensorEntry:
         return math.prod(self.shape) * known.itemsize if known is not None else 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stamp:
+    """What shows that a file was replaced in place."""
+
+    num_bytes: int
+    modified_ns: int
+    """Of this host's copy: no part of the checkpoint's id."""
+    samples: str
+    """Hash of pieces from all over the file."""
+
+    @classmethod
+    def of(cls, file: Path) -> _Stamp:
+        """Raises ``CheckpointError``."""
+        digest = hashlib.sha256()
+        try:
+            with file.open("rb") as data:
+                known = os.fstat(data.fileno())
+                for number in range(_NUM_SAMPLES + 1):
+                    last = max(known.st_size - _SAMPLE_BYTES, 0)
+                    data.seek(last * number // _NUM_SAMPLES)
+                    digest.update(data.read(_SAMPLE_BYTES))
+        except OSError as err:
+            raise CheckpointError(f"{file.name} cannot be read: {err.strerror}") from err
+        return cls(
+            num_bytes=known.st_size, modified_ns=known.st_mtime_ns, samples=digest.hexdigest()
+        )
+
+
 class Checkpoint:
     """An opened checkpoint: the parsed config and the header of each file, no tensor data."""
 
@@ -60,8 +90,11 @@ class Checkpoint:
         self.path = Path(path)
         self.family = load_family(read_config(self.path))
         self.config = self.family.config
-        self.tensors, self.checkpoint_id = _read_headers(self.path)
-        """All tensors by name; a hash of config.json and all headers (16 hex digits)."""
+        self._stamps = {file: _Stamp.of(file) for file in _weight_files(self.path)}
+        self.tensors, self.checkpoint_id = _read_headers(self.path, self._stamps)
+        """All tensors by name; a hash of config.json, all headers, sizes and samples of the data
+        (16 hex digits).
+        """
         self.loaded_bytes = 0
         """Bytes on disk of what was read so far."""
         self._readers: dict[Path, Any] = {}
@@ -158,13 +191,15 @@ class Checkpoint:
             self._progress(self.loaded_bytes, max(self._total_bytes, self.loaded_bytes))
 
     def _reader(self, file: Path) -> Any:
-        """An open file. Its header must be the one that was read at first."""
+        """An open file. Header, size, time and samples must be those that were read at first."""
         if file not in self._readers:
             known = {name: entry for name, entry in self.tensors.items() if entry.file == file}
             reader = safe_open(file, framework="pt")
-            if _entries(reader, file) != known:
+            is_same = _entries(reader, file) == known
+            if not is_same or _Stamp.of(file) != self._stamps[file]:
+                what = "data" if is_same else "header"
                 raise CheckpointError(
-                    f"{file.name} is not the file of this checkpoint any more: its header changed"
+                    f"{file.name} is not the file of this checkpoint any more: its {what} changed"
                 )
             self._readers[file] = reader
         return self._readers[file]
@@ -304,12 +339,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read_headers(path: Path) -> tuple[dict[str, TensorEntry], str]:
+def _read_headers(path: Path, stamps: Mapping[Path, _Stamp]) -> tuple[dict[str, TensorEntry], str]:
     """All tensors of all files, and the checkpoint id."""
     digest = hashlib.sha256((path / "config.json").read_bytes())
     tensors: dict[str, TensorEntry] = {}
-    for file in _weight_files(path):
+    for file, stamp in stamps.items():
         found = _read_header(file)
+        digest.update(f"{stamp.num_bytes} {stamp.samples}\n".encode())
         for name, entry in sorted(found.items()):
             digest.update(f"{file.name} {name} {entry.dtype} {entry.shape}\n".encode())
         tensors |= found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,6 +113,29 @@ def test_id_depends_on_config_and_headers(tmp_path: Path, tiny_checkpoint: Path)
     write_tiny_checkpoint(tmp_path / "same")
     assert Checkpoint(tmp_path / "same").checkpoint_id == first
     assert Checkpoint(write(tmp_path / "other", {"rope_theta": 5.0})).checkpoint_id != first
+
+
+def test_weights_that_are_replaced_in_place_are_another_checkpoint(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path)
+    old = Checkpoint(tmp_path)
+    part = next(old.family.attention_tensors())
+    old.read_stacked([part], torch.float32)
+    old.close()
+    write_tiny_checkpoint(tmp_path, tensors=tiny_tensors(seed=1))
+    with pytest.raises(CheckpointError, match="any more: its data changed"):
+        old.another().read_stacked([part], torch.float32)
+    assert Checkpoint(tmp_path).checkpoint_id != old.checkpoint_id
+
+
+def test_a_file_that_was_written_again_is_not_read_on(tmp_path: Path) -> None:
+    """The samples cannot show every change."""
+    write_tiny_checkpoint(tmp_path)
+    old = Checkpoint(tmp_path)
+    file = tmp_path / "model.safetensors"
+    os.utime(file, ns=(0, 0))
+    with pytest.raises(CheckpointError, match="any more: its data changed"):
+        old.read_stacked([next(old.family.attention_tensors())], torch.float32)
+    assert Checkpoint(tmp_path).checkpoint_id == old.checkpoint_id
 
 
 def test_eos_ids_of_both_files(tmp_path: Path) -> None:

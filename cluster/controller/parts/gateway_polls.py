@@ -1,0 +1,57 @@
+"""Which gateways follow the controller: each asks for the next snapshot as soon as it has one.
+
+Nobody tells the controller that a gateway is gone; it stops asking. Pure; times are monotonic
+seconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+SILENCE_LIMIT_S = 5.0
+"""Time without a question after an answer; a gateway asks again within milliseconds."""
+_KEPT = 64
+
+
+@dataclass(slots=True)
+class _Poll:
+    num_open: int = 0
+    answered_at: float = 0.0
+
+
+class GatewayPolls:
+    """Questions by gateway."""
+
+    def __init__(self) -> None:
+        self._polls: dict[str, _Poll] = {}
+        self._gone: deque[str] = deque(maxlen=_KEPT)
+
+    def begin(self, gateway: str) -> bool:
+        """A gateway asks; whether it was taken for gone."""
+        self._polls.setdefault(gateway, _Poll()).num_open += 1
+        if gateway not in self._gone:
+            return False
+        self._gone.remove(gateway)
+        return True
+
+    def end(self, gateway: str, now: float) -> None:
+        """It is answered."""
+        if (poll := self._polls.get(gateway)) is not None:
+            poll.num_open, poll.answered_at = poll.num_open - 1, now
+
+    def leave(self, gateway: str) -> bool:
+        """It ends in order; whether it was known."""
+        return self._polls.pop(gateway, None) is not None
+
+    def take_gone(self, now: float) -> list[str]:
+        """Gateways that have stopped asking, each once."""
+        gone = [
+            name
+            for name, poll in self._polls.items()
+            if not poll.num_open and now - poll.answered_at > SILENCE_LIMIT_S
+        ]
+        for name in gone:
+            del self._polls[name]
+            self._gone.append(name)
+        return gone
