@@ -13,9 +13,9 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Arguments for `make serve` and `make bench`, for example ARGS="--port 8080".
 ARGS ?=
 PYTEST_ARGS ?=
-# Which part of `make test-long` to run: 1 to 7, or all of them.
+# Which part of `make test-long` to run: 1 to 8, or all of them.
 PART ?= all
-# Mutants of pure modules in part 7, of which 95% must fail the unit tests, and what draws them.
+# Mutants of pure modules in part 8, of which 95% must fail the unit tests, and what draws them.
 MUTANTS ?= 80
 SEED ?= 1
 
@@ -87,22 +87,25 @@ test: $(VENV)/.stamp-test
 
 # The long tier: all tests but those for a GPU, and a skip fails. Each part takes under 30 minutes
 # on two cores: units; layouts; other clusters of threads; clusters of processes;
-# served clusters and the command line; real clients, pretended hosts and pods; mutants of units.
+# served clusters and the command line; real clients; pretended hosts and pods; mutants of units.
 LONG := $(PYTEST) --no-skips --hypothesis-profile=long
 TWO := -n 2 --dist worksteal
 LAYOUTS := $(addprefix tests/system/,test_deterministic.py test_family_pairs.py test_layouts.py)
-FOREIGN := tests/conformance tests/pretend_hosts tests/k8s/test_pretend_pods.py
-NOT_FOREIGN := $(addprefix --ignore=,$(FOREIGN))
+CLIENT_TESTS := tests/conformance
+HOSTS := tests/pretend_hosts tests/k8s/test_pretend_pods.py
+NOT_FOREIGN := $(addprefix --ignore=,$(CLIENT_TESTS) $(HOSTS))
 PART_1 := $(TWO) -m "not gpu and not ray and not distributed" $(NOT_FOREIGN)
 PART_2 := $(TWO) -m "not gpu and not ray" $(LAYOUTS)
-PART_3 := $(TWO) -m "distributed and not gpu and not ray" $(addprefix --ignore=,$(LAYOUTS) $(FOREIGN))
+PART_3 := $(TWO) -m "distributed and not gpu and not ray" $(addprefix --ignore=,$(LAYOUTS)) \
+	$(NOT_FOREIGN)
 PART_4 := -m "ray and not gpu" tests/system
 PART_5 := -m "ray and not gpu" --ignore=tests/system $(NOT_FOREIGN)
-PART_6 := -m "not gpu" $(FOREIGN)
+PART_6 := -m "not gpu" $(CLIENT_TESTS)
+PART_7 := -m "not gpu" $(HOSTS)
 
-test-long: $(addprefix test-long-,$(if $(filter all,$(PART)),1 2 3 4 5 6 7,$(PART)))
+test-long: $(addprefix test-long-,$(if $(filter all,$(PART)),1 2 3 4 5 6 7 8,$(PART)))
 
-test-long-7: $(VENV)/.stamp-test
+test-long-8: $(VENV)/.stamp-test
 	$(BIN)/python -m tests.mutation --num $(MUTANTS) --seed $(SEED)
 
 test-long-6: $(CLIENTS)/.stamp-clients
