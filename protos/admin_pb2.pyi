@@ -831,7 +831,7 @@ class ClusterEvent(_message.Message):
     cause: _builtins.str
     effect: _builtins.str
     took_s: _builtins.float
-    """until the generation ran"""
+    """that streams stood still; without streams, until it ran"""
     def __init__(
         self,
         *,

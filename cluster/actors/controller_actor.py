@@ -178,6 +178,12 @@ class ControllerActor:
         if self._polls.leave(gateway):
             self._note(f"{gateway} has left", "its requests have ended")
 
+    async def streams_paused(self, generation: int, pause_s: float) -> None:
+        """A gateway's streams stood still for this time when the generation formed."""
+        if self._controller is not None:
+            self._controller.cluster.paused(generation, pause_s)
+            self._background.notify()
+
     def _note(self, cause: str, effect: str) -> None:
         if self._controller is not None:
             self._controller.cluster.note(cause, effect, time.monotonic())

@@ -125,6 +125,7 @@ class Handoff:
             limit_s=limits.collect_limit_s,
             confirm_s=limits.confirm_s,
             silent=self._group.silent,
+            fresh=[f.name for f in found if not f.has_called],
         )
         for worker in found:
             self._background.spawn(self._redirect(worker.name, address, collector))

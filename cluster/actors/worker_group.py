@@ -273,6 +273,7 @@ class WorkerGroup:
             name=name,
             config=ClusterConfig.from_dict(answer["config"]),
             num_slots=int(answer["num_slots"]),
+            has_called=bool(answer["has_called"]),
         )
         member = from_plain(answer["member"], Member)
         self._actors[name] = _Actor(member, handle, node_id, process=process)

@@ -20,6 +20,8 @@ class FoundWorker:
     """The cluster's configuration, shares resolved."""
     num_slots: int
     """Expert slots per bank; 0 where it holds no experts."""
+    has_called: bool = True
+    """It has called a controller, and so may have been in a generation."""
 
 
 class WorkerGroupLike(Protocol):

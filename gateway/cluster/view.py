@@ -32,6 +32,7 @@ ControllerCall = Literal[
     "snapshot",
     "wait_snapshot",
     "gateway_leaves",
+    "streams_paused",
     "placement",
     "load",
     "drain",

@@ -85,6 +85,9 @@ class Owner(Protocol):
     def settle(self, entry: Submission, worker: str) -> None:
         """A worker has computed a request's prompt, or will not."""
 
+    def note_token(self, entry: Submission, now_s: float) -> None:
+        """A worker has sent tokens of a request."""
+
     def place_waiting(self) -> None:
         """A request that had to be sent alone is no longer on its way."""
 
@@ -318,6 +321,8 @@ class EngineClient:
             return
         fresh = without_first(output, repeated) if repeated else output
         self._end_prompt(entry)
+        if fresh.token_ids:
+            self._owner.note_token(entry, time.monotonic())
         entry.deliver(fresh)
         self._count(entry)
         if not entry.open_choices and entry.stream is self:

@@ -18,6 +18,7 @@ from gateway.cluster.view import AttentionEndpoint
 from gateway.core.replay import ReplayCause
 from gateway.engines.engine_client import PING_S, SILENCE_LIMIT_S, EngineClient, StreamEnd
 from gateway.engines.kv_index import KvIndex
+from gateway.engines.pauses import Pauses
 from gateway.engines.router import RoutingPolicy, pick_worker, route_by_kv
 from gateway.engines.submission import OutputSink, Submission
 from workers.requests.block_hash import KvEvents, prompt_hashes
@@ -65,6 +66,8 @@ class EnginePool:
         self._num_routed = 0
         self.kv = KvIndex()
         """Which worker has which blocks."""
+        self.pauses = Pauses()
+        """How long streams stood still at changes of the generation."""
         self._waiting: list[Submission] = []
         self._will_place = False
         self._is_stopping = False
@@ -204,6 +207,11 @@ class EnginePool:
             self._waiting.append(entry)
         self.place_waiting()
         self._notify()
+
+    def note_token(self, entry: Submission, now_s: float) -> None:
+        if entry.last_token_s:
+            self.pauses.token(entry.last_token_s, now_s)
+        entry.last_token_s = now_s
 
     def take_kv(self, worker: str, events: KvEvents) -> bool:
         return self.kv.apply(worker, events)

@@ -80,6 +80,8 @@ class Submission:
     """It was sent to a worker before: the next one gets a new attempt."""
     replays_s: list[float] = field(default_factory=list)
     """``time.monotonic`` of each attempt after the first."""
+    last_token_s: float = 0.0
+    """``time.monotonic`` of its last token; 0 before the first."""
     prompt_hashes: Sequence[bytes] = ()
     """Names of the prompt's full KV blocks, for routing."""
     missing_tokens: int = 0

@@ -375,6 +375,7 @@ class FakeController:
         }
         self.known_operations: list[dict[str, Any]] = []
         self.drain_orders: list[dict[str, Any]] = []
+        self.pauses: list[tuple[int, float]] = []
         self.error: Exception | None = None
         """Raised in place of the list of operations."""
         self._changed = asyncio.Event()
@@ -401,6 +402,10 @@ class FakeController:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), timeout_s)
         return copy.deepcopy(self.state)
+
+    async def streams_paused(self, generation: int, pause_s: float) -> None:
+        """See ``Controller``."""
+        self.pauses.append((generation, pause_s))
 
     async def placement(self) -> dict[str, Any]:
         """See ``Controller``."""

@@ -8,11 +8,14 @@ import os
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 
+from tests.simulation.bugs import BUGS
 from tests.simulation.faults import KINDS
 from tests.simulation.kernel import Kernel
 from tests.simulation.scenario import draw_scenario
-from tests.simulation.world import Broken, World
+from tests.simulation.shrinking import describe, outcome_of, shrink
+from tests.simulation.world import World
 
 
 class _VirtualTime(logging.Handler):
@@ -22,7 +25,7 @@ class _VirtualTime(logging.Handler):
         if Kernel.current is not None:
             text = record.getMessage()
             if record.exc_info is not None and record.exc_info[1] is not None:
-                text += f": {record.exc_info[1]!r}"
+                text += "\n" + "".join(traceback.format_exception(record.exc_info[1]))
             Kernel.current.log("%s", text)
 
 
@@ -31,6 +34,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num", type=int, default=1)
+    parser.add_argument("--kinds", default="", help="faults to draw from, by default all")
+    parser.add_argument("--bug", default="", choices=["", *BUGS], help="a planted bug")
+    parser.add_argument("--shrink", action="store_true", help="drop what a failure does not need")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
     if options.verbose:
@@ -39,17 +45,19 @@ def main() -> int:
     began = time.process_time()
     steps = events = 0
     for seed in range(options.seed, options.seed + options.num):
-        scenario = draw_scenario(seed, KINDS)
+        kinds = tuple(options.kinds.split(",")) if options.kinds else KINDS
+        scenario = draw_scenario(seed, kinds)
         world = World(scenario, print if options.verbose else None)
-        try:
-            world.run()
-        except Broken as err:
+        with BUGS[options.bug]() if options.bug else nullcontext():
+            found = outcome_of(world)
+            if found and options.shrink:
+                scenario, found = shrink(scenario, found)
+                found += "\n" + describe(scenario)
+        if found:
             failed += 1
-            print(f"seed {seed}: {err}")
-        except Exception:
-            failed += 1
-            print(f"seed {seed}:")
-            traceback.print_exc()
+            print(f"seed {seed}: {found}", flush=True)
+        if found and options.bug:
+            return 0
         steps += world.highest_step
         events += world.kernel.num_events
     took = time.process_time() - began
@@ -57,7 +65,7 @@ def main() -> int:
         f"{options.num} seeds, {failed} failed, {took / options.num:.3f} CPU seconds, "
         f"{steps / options.num:.0f} steps and {events / options.num:.0f} events each"
     )
-    return 1 if failed else 0
+    return 1 if failed or options.bug else 0
 
 
 if __name__ == "__main__":

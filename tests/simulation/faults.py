@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
+from cluster.core.errors import ExpertMeshError
 from tests.simulation.kernel import Process
 from tests.simulation.ray import HEAD
 
@@ -11,15 +13,36 @@ if TYPE_CHECKING:
     from tests.simulation.scenario import Fault
     from tests.simulation.world import World
 
-KINDS = (
+PROCESS_FAULTS = (
+    "kill_worker",
     "kill_worker",
     "kill_worker",
     "kill_two_workers",
     "pause_worker",
+    "pause_worker",
     "kill_controller",
+    "kill_controller",
+    "pause_controller",
+    "supersede_controller",
     "kill_gateway",
+    "pause_gateway",
+    "slow_disk",
+    "break_disk",
+    "slow_machine",
 )
+LINK_FAULTS = (
+    "reset_link",
+    "blackhole_link",
+    "blackhole_link",
+    "slow_link",
+    "isolate_worker",
+    "isolate_head",
+)
+ORDERS = ("drain_worker", "rebalance")
+KINDS = (*PROCESS_FAULTS, *LINK_FAULTS, *ORDERS)
 """Faults that scenarios draw from; those named twice come more often."""
+_SHORT_S = 1.0
+"""A pause of this time is no reason to end a worker."""
 
 
 class Faults:
@@ -30,6 +53,8 @@ class Faults:
         self._paused: list[Process] = []
         self.guilty: dict[str, str] = {}
         """Workers that a fault has touched, and how: the controller may end them."""
+        self.bad_hosts: set[str] = set()
+        """Hosts that a fault has touched: all their workers, later ones included, may end."""
 
     def begin(self, fault: Fault) -> None:
         """A fault happens; one that lasts ends by itself."""
@@ -41,7 +66,9 @@ class Faults:
         self._world.net.heal_all()
         for process in self._paused:
             process.resume()
+        self._world.kernel.disk.recover()
         self._world.kernel.disk.broken_hosts.clear()
+        self._world.kernel.slowness = self._world.scenario.slowness
 
     # ---- processes ----------------------------------------------------------------------------
 
@@ -61,7 +88,8 @@ class Faults:
     def pause_worker(self, fault: Fault) -> None:
         worker = self._worker(fault.where)
         if worker is not None:
-            self.guilty[worker.name] = "paused"
+            if fault.lasts_s > _SHORT_S:
+                self.guilty[worker.name] = "paused"
             self._pause(worker, fault.lasts_s)
 
     def kill_controller(self, fault: Fault) -> None:
@@ -73,6 +101,89 @@ class Faults:
         living = [g for g in self._world.gateways if not g.process.is_dead]
         if len(living) > 1:
             living[fault.where % len(living)].process.kill()
+
+    def pause_controller(self, fault: Fault) -> None:
+        controller = self._world.ray.controller
+        if controller is not None:
+            self._pause(controller.process, fault.lasts_s)
+
+    def supersede_controller(self, fault: Fault) -> None:
+        """Ray takes a living controller for dead."""
+        if self._world.ray.controller is not None:
+            self._world.ray.supersede()
+
+    def pause_gateway(self, fault: Fault) -> None:
+        gateways = self._world.gateways
+        self._pause(gateways[fault.where % len(gateways)].process, fault.lasts_s)
+
+    # ---- machines -----------------------------------------------------------------------------
+
+    def slow_disk(self, fault: Fault) -> None:
+        disk = self._world.kernel.disk
+        disk.read_s *= 100
+        self._world.kernel.after(fault.lasts_s, disk.recover)
+
+    def break_disk(self, fault: Fault) -> None:
+        """Nothing can be read on a host for a while."""
+        worker, disk = self._worker(fault.where), self._world.kernel.disk
+        if worker is not None:
+            self._blame(worker.host)
+            disk.broken_hosts.add(worker.host)
+            self._world.kernel.after(fault.lasts_s, disk.broken_hosts.discard, worker.host)
+
+    def slow_machine(self, fault: Fault) -> None:
+        """Everything takes ten times as long to compute."""
+        kernel = self._world.kernel
+        usual = self._world.scenario.slowness
+        kernel.slowness = 10 * usual
+
+        def end() -> None:
+            kernel.slowness = usual
+
+        kernel.after(fault.lasts_s, end)
+
+    # ---- links --------------------------------------------------------------------------------
+
+    def reset_link(self, fault: Fault) -> None:
+        first, second = self._two_hosts(fault)
+        self._blame(first, second)
+        self._world.net.reset(first, second)
+
+    def blackhole_link(self, fault: Fault) -> None:
+        """One direction; the other one as well at every second number."""
+        net, (first, second) = self._world.net, self._two_hosts(fault)
+        self._blame(first, second)
+        pairs = [(first, second)] if fault.where % 2 else [(first, second), (second, first)]
+        for pair in pairs:
+            net.block(*pair)
+            self._world.kernel.after(fault.lasts_s, net.heal, *pair)
+
+    def slow_link(self, fault: Fault) -> None:
+        net, (first, second) = self._world.net, self._two_hosts(fault)
+        net.slow(first, second, min(fault.lasts_s, 0.3) / 2)
+        self._world.kernel.after(fault.lasts_s, net.heal, first, second)
+
+    def isolate_worker(self, fault: Fault) -> None:
+        """A host neither sends nor receives."""
+        worker = self._worker(fault.where)
+        if worker is not None:
+            self._blame(worker.host)
+            self._isolate(worker.host, fault.lasts_s)
+
+    def isolate_head(self, fault: Fault) -> None:
+        """A blip at the host of the controller and of Ray: most workers are not at fault."""
+        self._isolate(HEAD, fault.lasts_s)
+
+    # ---- orders of operators ------------------------------------------------------------------
+
+    def drain_worker(self, fault: Fault) -> None:
+        worker = self._worker(fault.where)
+        if worker is not None:
+            self.guilty[worker.name] = "drained"
+            self._order("drain", {"worker": worker.name, "limit_s": max(fault.lasts_s, 1.0)})
+
+    def rebalance(self, fault: Fault) -> None:
+        self._order("rebalance", {})
 
     # ---- small things -------------------------------------------------------------------------
 
@@ -86,6 +197,38 @@ class Faults:
         self._paused.append(process)
         self._world.kernel.after(lasts_s, process.resume)
 
+    def _isolate(self, host: str, lasts_s: float) -> None:
+        net = self._world.net
+        for other in self._hosts():
+            if other != host:
+                for pair in ((host, other), (other, host)):
+                    net.block(*pair)
+                    self._world.kernel.after(lasts_s, net.heal, *pair)
+
+    def _two_hosts(self, fault: Fault) -> tuple[str, str]:
+        hosts = self._hosts()
+        first = hosts[fault.where % len(hosts)]
+        others = [host for host in hosts if host != first]
+        return first, others[fault.other % len(others)]
+
+    def _blame(self, *hosts: str) -> None:
+        self.bad_hosts |= set(hosts)
+
+    def _order(self, method: str, order: dict[str, Any]) -> None:
+        """An operator's call of the controller."""
+        controller = self._world.ray.controller
+        if controller is None or controller.process.is_dead:
+            return
+        loop = controller.process.loop
+
+        async def call() -> None:
+            with suppress(ExpertMeshError):  # refused by name
+                await getattr(controller.actor, method)(order)
+
+        controller.process.run(loop.call_soon, lambda: loop.create_task(call()))
+
     def _hosts(self) -> list[str]:
         workers = self._world.ray.workers.values()
-        return [HEAD, *dict.fromkeys(w.process.host for w in workers)]
+        gateways = self._world.gateways
+        hosts = [HEAD, *(w.process.host for w in workers), *(g.process.host for g in gateways)]
+        return list(dict.fromkeys(hosts))

@@ -48,6 +48,10 @@ class Pipe:
         """Something waits for the link to heal."""
         return bool(self._held)
 
+    @property
+    def is_blocked(self) -> bool:
+        return self._link.is_blocked
+
     def send(self, deliver: Callable[..., None], *args: Any) -> None:
         """Call ``deliver`` at the other end, after what was sent before."""
         if self._link.is_blocked or self._held:

@@ -158,7 +158,8 @@ class SimGroup:
         self.silent: tuple[str, ...] = ()
 
     def resources(self) -> tuple[NodeResources, ...]:
-        return (NodeResources(node_id="n", address=HEAD, cpus=64.0),)
+        hosts = [HEAD, *(f"{r}-{i}" for r in ("attention", "expert") for i in range(8))]
+        return tuple(NodeResources(node_id=h, address=h, cpus=8.0) for h in hosts)
 
     def leaving(self) -> list[str]:
         return []

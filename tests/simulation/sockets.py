@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import math
 import selectors
 import socket as real
+import struct
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,6 +16,8 @@ from tests.simulation.network import Network, Pipe
 
 _BUFFER_BYTES = 1 << 18
 """Bytes that may be on their way, or unread, in one direction."""
+_RETRANSMIT_S = 0.2
+_INFO_BYTES = 128
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
@@ -46,6 +50,8 @@ class SimSocket:
         self._out: Pipe | None = None
         self._num_out = 0
         self._unsent_limit_s = 0.0
+        self._sent = self._delivered = self._acknowledged = 0
+        self._unacknowledged_at: float | None = None
         self._at_end = self._is_closed = self._sent_end = self._is_connecting = False
         self._is_timed = False
         self._error = 0
@@ -73,7 +79,31 @@ class SimSocket:
                 self._out.send(self.peer.break_off)
             return
         self._received += data
+        self.peer._delivered += len(data)
+        self.peer._acknowledge()
         self._changed()
+
+    def _acknowledge(self) -> None:
+        """What was delivered is acknowledged, if the other direction works."""
+        peer = self.peer
+        if peer is not None and peer._out is not None and not peer._out.is_blocked:
+            self._acknowledged = self._delivered
+            if self._acknowledged == self._sent:
+                self._unacknowledged_at = None
+            elif self._unacknowledged_at is not None:
+                self._unacknowledged_at = self._kernel.now
+
+    def _tcp_info(self) -> bytes:
+        """``struct tcp_info``: retransmissions, segments under way, acknowledged bytes."""
+        self._acknowledge()
+        since = self._unacknowledged_at
+        silence_s = 0.0 if since is None else self._kernel.now - since
+        retransmits = int(math.log2(silence_s / _RETRANSMIT_S + 1))
+        info = bytearray(_INFO_BYTES)
+        info[2] = min(retransmits, 255)
+        struct.pack_into("I", info, 24, int(self._sent > self._acknowledged))
+        struct.pack_into("Q", info, 120, self._acknowledged)
+        return bytes(info)
 
     def _take_end(self) -> None:
         self._at_end = True
@@ -122,8 +152,10 @@ class SimSocket:
         if (level, option) == (real.IPPROTO_TCP, real.TCP_USER_TIMEOUT):
             self._unsent_limit_s = value / 1000
 
-    def getsockopt(self, *option: int) -> int:
-        """SO_ERROR alone."""
+    def getsockopt(self, level: int, option: int, size: int = 0) -> Any:
+        """SO_ERROR and TCP_INFO."""
+        if option == real.TCP_INFO:
+            return self._tcp_info()
         error, self._error = self._error, 0
         if error:
             self._at_end = True
@@ -156,7 +188,7 @@ class SimSocket:
         self.connect_ex(address)
         self._wait(lambda: not self._is_connecting)
         if self._error:
-            raise OSError(self.getsockopt(), "cannot connect")
+            raise OSError(self.getsockopt(real.SOL_SOCKET, real.SO_ERROR), "cannot connect")
 
     def send(self, data: Any) -> int:
         self._check()
@@ -170,6 +202,9 @@ class SimSocket:
         if len(sent) > 1 and self._kernel.rng.random() < 0.01:
             sent = sent[: self._kernel.rng.randrange(1, len(sent))]  # the kernel takes a part
         self._num_out += len(sent)
+        self._sent += len(sent)
+        if self._unacknowledged_at is None:
+            self._unacknowledged_at = self._kernel.now
         self._out.send(self.peer._take, sent)
         if self._unsent_limit_s and self._out.is_held and not self._is_timed:
             self._is_timed = True

@@ -116,8 +116,8 @@ class ToyFamily:
     ) -> list[ExpertMatrix]:
         name = f"{bank.index}.{expert}"
         return [
-            ExpertMatrix(shape=(1, 1), parts=(TensorPart(name=f"{name}.{m}", shape=(1, 1)),))
-            for m in range(MATRICES)
+            ExpertMatrix(shape=shape, parts=(TensorPart(name=f"{name}.{m}", shape=shape),))
+            for m, shape in enumerate(bank.exchanges[exchange].matrix_shapes)
         ]
 
 
@@ -149,9 +149,8 @@ class ToyCheckpoint:
         disk().read()
         bank, expert, matrix = map(int, parts[0].name.split("."))
         self.loaded_bytes += 4
-        found = torch.empty((1, 1), dtype=dtype) if out is None else out
-        found[0, 0] = matrix_value(bank, expert, matrix)
-        return found
+        found = torch.empty(parts[0].shape, dtype=dtype) if out is None else out
+        return found.fill_(matrix_value(bank, expert, matrix))
 
     def close(self) -> None:
         pass
@@ -180,10 +179,11 @@ class ToyBank:
 
     def store(self, slot: int, exchange: int, matrix: int, weight: Tensor) -> None:
         self._on_write(self.spec.index, slot)
-        self.slots[slot][matrix] = int(weight.item())
+        self.slots[slot][matrix] = int(weight[0, 0])
 
     def read(self, slot: int, exchange: int, matrix: int) -> Tensor:
-        return torch.full((1, 1), float(self.slots[slot][matrix]))
+        shape = self.spec.exchanges[exchange].matrix_shapes[matrix]
+        return torch.full(shape, float(self.slots[slot][matrix]))
 
     def clear(self, slot: int) -> None:
         self._on_write(self.spec.index, slot)

@@ -19,14 +19,21 @@ from workers.process.runtime import WorkerRuntime
 from workers.process.worker_args import WorkerArgs
 from workers.transport.transport import DataTransport
 
+_READ_S = 0.002
+"""Mean time to read one matrix."""
+
 
 class Disk:
     """The disk with the checkpoint, as one simulation has it."""
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self.read_s = 0.002
+        self.read_s = _READ_S
         self.broken_hosts: set[str] = set()
+
+    def recover(self) -> None:
+        """As fast as usual."""
+        self.read_s = _READ_S
 
     def read(self) -> None:
         """Read one matrix. Raises ``OSError``."""

@@ -158,6 +158,7 @@ class World:
         controller = self.ray.controller
         if controller is None or not self._serves(controller):
             raise Broken(f"the cluster does not serve again: {self._state(controller)}")
+        self._check_ends()
         for outcome in self._living_outcomes():
             if not outcome.is_over:
                 raise Broken(f"{outcome.ask.name} does not end ({len(outcome.tokens)} tokens)")
@@ -165,6 +166,21 @@ class World:
                 raise Broken(
                     f"{outcome.ask.name} ends with {outcome.ends}: {outcome.code} {outcome.error}"
                 )
+
+    def _check_ends(self) -> None:
+        """No living worker was ended that no fault has touched."""
+        for term, name, _ in self.ray.ends.asked:
+            if not self._is_touched(name) and name not in self.kernel.deaths:
+                raise Broken(f"term {term} ends {name}, which no fault has touched")
+        for name, why in self.kernel.deaths.items():
+            # One that is started while there is no controller to call ends again.
+            has_called = self.ray.ever[name].runtime._is_connected
+            if has_called and not self._is_touched(name):
+                raise Broken(f"{name} ends itself: {why}")
+
+    def _is_touched(self, name: str) -> bool:
+        host = self.ray.ever[name].process.host
+        return name in self.faults.guilty or host in self.faults.bad_hosts
 
     def _serves(self, controller: SimController) -> bool:
         found = controller.actor._controller

@@ -283,6 +283,11 @@ class WorkerRuntime(ABC):
         return control
 
     @property
+    def has_called(self) -> bool:
+        """It has reached a controller once."""
+        return self._is_connected
+
+    @property
     def lease_s(self) -> float:
         """Time without controller and committed step after which this worker stops."""
         return LEASE_LIMITS * self.config.transport.detection_limit_s

@@ -145,13 +145,14 @@ class ReportCollector:
         limit_s: float,
         confirm_s: float,
         silent: Iterable[str] = (),
+        fresh: Iterable[str] = (),
     ) -> None:
         """``expected`` are workers that were found; ``silent`` ones are not waited for. The wait
         for a worker that a peer reported as lost ends after ``confirm_s``, for others after
-        ``limit_s``.
+        ``limit_s``. ``fresh`` ones have never called a controller: they had no generation.
         """
         self._expected = set(expected)
-        self._found = self._expected | set(silent)
+        self._found = (self._expected | set(silent)) - set(fresh)
         self._greetings: dict[str, Greeting] = {}
         self._deadline = now + limit_s
         self._confirm_s = confirm_s

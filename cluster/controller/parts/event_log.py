@@ -21,7 +21,10 @@ class HistoryEntry:
     cause: str
     effect: str
     took_s: float | None = None
-    """Seconds until the generation ran; None if none resulted."""
+    """Seconds that streams stood still, as gateways report; without streams, until the generation
+    ran. None if none resulted."""
+    is_felt: bool = False
+    """``took_s`` is of streams."""
 
 
 class History:
@@ -54,6 +57,15 @@ class History:
             took_s=took_s,
             effect=f"{entry.effect}; runs from step {first_step} after {took_s:.3f} s",
         )
+
+    def paused(self, generation: int, pause_s: float) -> None:
+        """A gateway reports how long its streams stood still at this generation."""
+        for place, entry in enumerate(self._entries):
+            if entry.generation == generation and entry.took_s is not None:
+                longest_s = max(pause_s, entry.took_s if entry.is_felt else 0.0)
+                felt = replace(entry, took_s=round(longest_s, 3), is_felt=True)
+                self._entries[place] = felt
+                return
 
     def to_list(self) -> list[dict[str, Any]]:
         """All kept entries, oldest first, fit for JSON."""

@@ -65,6 +65,7 @@ class TrivialWorker:
             "config": self._config,
             "threads": self.threads,
             "num_slots": 0,
+            "has_called": True,
         }
 
     def redirect(self, control_address: str) -> None:
@@ -151,6 +152,9 @@ class SilentWorker(TrivialWorker):
 
     def start(self) -> None:
         pass
+
+    def introduce(self) -> dict[str, Any]:
+        return {**super().introduce(), "has_called": False}
 
     def ping(self) -> str:
         raise RuntimeError("the checkpoint has no config.json")

@@ -66,6 +66,9 @@ class ListOwner:
     def settle(self, entry: Submission, worker: str) -> None:
         self.settled.append(entry.request.request_id)
 
+    def note_token(self, entry: Submission, now_s: float) -> None:
+        pass
+
     def place_waiting(self) -> None:
         self.num_places += 1
 

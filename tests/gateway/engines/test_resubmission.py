@@ -413,3 +413,17 @@ def _is_decoding(workers: Workers, engine: ScriptedEngine) -> bool:
     """Whether a token of a request came from a worker."""
     (client,) = [c for c in workers.stack.engines.clients if c.worker == engine.name]
     return client.load.num_decoding > 0
+
+
+def test_the_pause_of_streams_is_reported(workers: Workers) -> None:
+    engine, answer = _pause(workers)
+    controller = workers.stack.controller
+    other = workers.add(script=ALPHABET)
+    workers.stop(engine)
+    workers.stack.call(lambda: controller.change(generation=2))
+    assert answer.result(WAIT_S)["choices"][0]["text"] == "0abcdefghijk"
+    assert len(other.requests) == 1
+    workers.stack.wait_for(lambda: bool(controller.pauses), "the report")
+    ((generation, pause_s),) = controller.pauses
+    assert generation == 2
+    assert pause_s > 0

@@ -315,7 +315,7 @@ def test_errors_of_engines(stack: Stack, stub: InferenceStub) -> None:
     stack.engine.error = ("no room", "queue_full")
     code, _, details = failure(lambda: stub.Generate(request_of(text="x")))
     assert code is CODES.RESOURCE_EXHAUSTED
-    assert details["RetryInfo"].retry_delay.seconds == 5  # nothing is known of the drain
+    assert 1 <= details["RetryInfo"].retry_delay.seconds <= 60
 
 
 def test_a_deadline_ends_the_work(stack: Stack, stub: InferenceStub) -> None:

@@ -126,7 +126,7 @@ def test_an_error_before_the_first_byte_has_a_status(stack: Stack) -> None:
     stack.engine.error = ("no room", "queue_full")
     response = post(stack, "/v1/completions", prompt="x", stream=True)
     assert response.status_code == 429
-    assert response.headers["retry-after"] == "5"  # nothing is known of the drain
+    assert 1 <= int(response.headers["retry-after"]) <= 60
     assert response.json()["error"]["code"] == "queue_full"
 
 

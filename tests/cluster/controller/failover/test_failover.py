@@ -192,6 +192,17 @@ def test_workers_that_nobody_has_heard_in_time_may_serve() -> None:
         new_collector().result()
 
 
+def test_a_worker_that_never_called_a_controller_had_no_generation() -> None:
+    fresh = standing(generation=None, placement=None, running=False)
+    collector = ReportCollector(
+        NAMES, 0.0, limit_s=LIMIT_S, confirm_s=CONFIRM_S, fresh=["attention-0"]
+    )
+    for name in NAMES[1:]:
+        greet(collector, name, fresh)
+    assert collector.is_complete(LIMIT_S)
+    assert collector.result() is None
+
+
 def test_a_worker_that_was_never_in_a_generation_says_nothing_about_the_others() -> None:
     fresh = report_of(generation=None, placement=None, running=False)
     collector = ReportCollector(

@@ -1,0 +1,49 @@
+"""How long streams stood still when the cluster changed, by the times of their tokens. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+
+LEAST_S = 0.02
+"""Gaps between a stream's tokens that are looked at."""
+LATE_S = 1.0
+"""A change may become known here only after streams have gone on."""
+_KEPT = 1024
+
+
+class Pauses:
+    """The longest gap around the newest change of the generation. Times are monotonic seconds."""
+
+    def __init__(self) -> None:
+        self._generation = 0
+        self._since_s = 0.0
+        self._recent: deque[tuple[float, float]] = deque(maxlen=_KEPT)  # (end, length)
+        self._longest_s = 0.0
+        self._is_told = True
+
+    def change(self, generation: int, now_s: float) -> bool:
+        """A snapshot names this generation; whether there may be a pause to report."""
+        if generation <= self._generation:
+            return False
+        is_first = not self._generation
+        self._generation, self._since_s = generation, now_s
+        recent = (length for end_s, length in self._recent if now_s - end_s <= LATE_S)
+        self._longest_s = 0.0 if is_first else max(recent, default=0.0)
+        self._is_told = not self._longest_s
+        return not is_first
+
+    def token(self, last_s: float, now_s: float) -> None:
+        """A stream got a token, after its last one."""
+        length = now_s - last_s
+        if length < LEAST_S:
+            return
+        self._recent.append((now_s, length))
+        if last_s <= self._since_s and length > self._longest_s:
+            self._longest_s, self._is_told = length, False
+
+    def take(self) -> tuple[int, float] | None:
+        """Generation and pause to report, each longer pause once."""
+        if self._is_told or not self._generation:
+            return None
+        self._is_told = True
+        return self._generation, self._longest_s
