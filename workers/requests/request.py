@@ -137,7 +137,7 @@ class RequestStage(Enum):
     RUNNING = "running"
     """A step with its rows begins, or has begun."""
     ALONE = "alone"
-    """It runs a step alone; the worker says so with a ``Turn``."""
+    """It runs a step alone; the worker says so with a ``SoloStep``."""
 
 
 class Reached(Message, frozen=True, kw_only=True, array_like=True, tag=True):

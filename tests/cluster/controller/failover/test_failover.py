@@ -193,12 +193,12 @@ def test_workers_that_nobody_has_heard_in_time_may_serve() -> None:
 
 
 def test_a_worker_that_never_called_a_controller_had_no_generation() -> None:
-    fresh = standing(generation=None, placement=None, running=False)
+    fresh = report_of(generation=None, placement=None, running=False)
     collector = ReportCollector(
         NAMES, 0.0, limit_s=LIMIT_S, confirm_s=CONFIRM_S, fresh=["attention-0"]
     )
     for name in NAMES[1:]:
-        greet(collector, name, fresh)
+        call(collector, name, fresh)
     assert collector.is_complete(LIMIT_S)
     assert collector.result() is None
 
