@@ -42,13 +42,16 @@ def main() -> int:
     if options.verbose:
         logging.basicConfig(level=logging.INFO, handlers=[_VirtualTime()])
     failed = 0
+    bug = BUGS.get(options.bug)
     began = time.process_time()
     steps = events = 0
     for seed in range(options.seed, options.seed + options.num):
         kinds = tuple(options.kinds.split(",")) if options.kinds else KINDS
+        if bug is not None and not options.kinds:
+            kinds = bug.kinds
         scenario = draw_scenario(seed, kinds)
         world = World(scenario, print if options.verbose else None)
-        with BUGS[options.bug]() if options.bug else nullcontext():
+        with bug.plant() if bug is not None else nullcontext():
             found = outcome_of(world)
             if found and options.shrink:
                 scenario, found = shrink(scenario, found)

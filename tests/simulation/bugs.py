@@ -1,12 +1,13 @@
 """Planted bugs: each removes one guard of the product, and the simulation must find it.
 
-python -m tests.simulation --bug stale_frames --seed 0 --num 100
+python -m tests.simulation --bug early_run --seed 0 --num 20
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -18,19 +19,20 @@ from cluster.controller.parts.reloads import Reloads
 from gateway.engines import engine_client
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.engine_pool import EnginePool
-from workers.engine.engine import Engine
+from tests.simulation.ray import SimGroup
 from workers.engine.scheduler import Scheduler
 from workers.kv import prefix_cache
-from workers.kv.block_pool import BlockPool
 from workers.process.membership import Membership
-from workers.transport.edge_table import EdgeTable
+from workers.process.runtime import WorkerRuntime
+from workers.requests.block_hash import chain_hash
 
-Plant = Callable[[], AbstractContextManager[object]]
 
+@dataclass(frozen=True, slots=True)
+class Bug:
+    """A planted bug, and the faults that bring it to light."""
 
-def _kept_tokens() -> AbstractContextManager[object]:
-    """The gateway does not cut tokens that it has delivered already."""
-    return mock.patch.object(engine_client, "without_first", lambda output, count: output)
+    plant: Callable[[], AbstractContextManager[object]]
+    kinds: tuple[str, ...]
 
 
 def _no_resubmission() -> AbstractContextManager[object]:
@@ -38,55 +40,45 @@ def _no_resubmission() -> AbstractContextManager[object]:
     return mock.patch.object(EngineClient, "take_submissions", return_value=[])
 
 
-def _no_output_so_far() -> AbstractContextManager[object]:
-    """A request is sent again without the tokens that its client has."""
+@contextmanager
+def _twice_told() -> Iterator[None]:
+    """A request is sent again without its output, and the gateway delivers that again."""
     real = EngineClient.submit
 
     def submit(self: EngineClient, entry: Any) -> None:
         entry.request = replace(entry.request, output_so_far=())
         real(self, entry)
 
-    return mock.patch.object(EngineClient, "submit", submit)
+    uncut = mock.patch.object(engine_client, "without_first", new=_as_it_is)
+    with uncut, mock.patch.object(EngineClient, "submit", submit):
+        yield
 
 
-def _no_abandon() -> AbstractContextManager[object]:
-    """A step that was given up keeps what its plan has changed."""
-    return mock.patch.object(Scheduler, "abandon", return_value=None)
+def _as_it_is(output: Any, count: int) -> Any:
+    return output
 
 
 def _half_step() -> AbstractContextManager[object]:
-    """A step that was given up counts as committed in the cache."""
+    """A step that was given up counts as computed."""
     real = Scheduler.abandon
 
     def abandon(self: Scheduler, plan: Any) -> None:
         real(self, plan)
         for planned in plan.rows:
             sequence = planned.sequence
-            if planned.num_new_blocks == 0 and not planned.is_admitted:
-                sequence.num_computed = planned.first + planned.count
-        for planned in plan.rows:
-            sequence = planned.sequence
-            sequence.num_computed = min(sequence.num_computed, sequence.num_tokens - 1)
+            if sequence.blocks:
+                last = min(planned.first + planned.count, sequence.num_tokens - 1)
+                sequence.num_computed = max(sequence.num_computed, last)
 
     return mock.patch.object(Scheduler, "abandon", abandon)
 
 
-def _early_run() -> AbstractContextManager[object]:
+@contextmanager
+def _early_run() -> Iterator[None]:
     """A generation runs although its experts are still being loaded, and nobody compares."""
-    return _both(
-        mock.patch.object(Reloads, "is_pending", False),
-        mock.patch.object(GenerationRound, "missing", return_value=[]),
-    )
-
-
-def _same_step_numbers() -> AbstractContextManager[object]:
-    """A new generation begins at step 1 again."""
-    return mock.patch.object(GenerationRound, "first_step", 1)
-
-
-def _kept_frames() -> AbstractContextManager[object]:
-    """What was received in an older generation stays in the inbox."""
-    return mock.patch.object(EdgeTable, "_clear_inbox", return_value=None)
+    unchecked = mock.patch.object(GenerationRound, "missing", return_value=[])
+    with unchecked, mock.patch.object(Reloads, "is_pending", new=False):
+        yield
 
 
 def _no_credit() -> AbstractContextManager[object]:
@@ -103,7 +95,7 @@ def _no_hold() -> AbstractContextManager[object]:
     return mock.patch.object(Detection, "end_hold", return_value="")
 
 
-def _no_stall_reform() -> AbstractContextManager[object]:
+def _silent_loss() -> AbstractContextManager[object]:
     """A worker keeps to itself that it has lost a peer."""
 
     def lose(self: Membership, err: Any) -> None:
@@ -112,34 +104,14 @@ def _no_stall_reform() -> AbstractContextManager[object]:
     return mock.patch.object(Membership, "lose", lose)
 
 
-def _blocks_of_all() -> AbstractContextManager[object]:
-    """A cached block is found by its own tokens alone."""
-    return mock.patch.object(
-        prefix_cache, "chain_hash", lambda parent, ids: repr(tuple(ids)).encode().ljust(32)
-    )
-
-
-def _reused_blocks() -> AbstractContextManager[object]:
-    """A block that is given back can still be found after it was written again."""
-    real = BlockPool.allocate
-
-    def allocate(self: BlockPool, count: int) -> list[int]:
-        kept = dict(self._by_hash) if hasattr(self, "_by_hash") else {}
-        found = real(self, count)
-        for name, block in kept.items():
-            self._by_hash.setdefault(name, block)
-        return found
-
-    return mock.patch.object(BlockPool, "allocate", allocate)
-
-
-def _twice_aborted() -> AbstractContextManager[object]:
-    """The engine takes a newer attempt beside the older one."""
-    return mock.patch.object(Engine, "abort", return_value=None)
+def _short_names() -> AbstractContextManager[object]:
+    """A cached block is named by its first token and what stands before it."""
+    real = chain_hash
+    return mock.patch.object(prefix_cache, "chain_hash", lambda p, ids: real(p, ids[:1]))
 
 
 def _no_retry() -> AbstractContextManager[object]:
-    """Requests that wait for a worker are not placed when a stream opens."""
+    """Requests that wait for a worker stay where they are when a stream opens."""
 
     async def announce(self: EnginePool, client: EngineClient) -> None:
         await client.connected.wait()
@@ -149,27 +121,28 @@ def _no_retry() -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _both(*plants: AbstractContextManager[object]) -> Iterator[None]:
-    first, second = plants
-    with first, second:
+def _stale_end() -> Iterator[None]:
+    """A superseded controller may end processes."""
+
+    async def check(self: SimGroup) -> None:
+        pass
+
+    unguarded = mock.patch.object(WorkerRuntime, "follow", return_value=None)
+    with unguarded, mock.patch.object(SimGroup, "_check_term", check):
         yield
 
 
-BUGS: dict[str, Plant] = {
-    "kept_tokens": _kept_tokens,
-    "no_resubmission": _no_resubmission,
-    "no_output_so_far": _no_output_so_far,
-    "no_abandon": _no_abandon,
-    "half_step": _half_step,
-    "early_run": _early_run,
-    "same_step_numbers": _same_step_numbers,
-    "kept_frames": _kept_frames,
-    "no_credit": _no_credit,
-    "no_hold": _no_hold,
-    "silent_loss": _no_stall_reform,
-    "blocks_of_all": _blocks_of_all,
-    "reused_blocks": _reused_blocks,
-    "kept_requests": _twice_aborted,
-    "no_retry": _no_retry,
+_KILLS = ("kill_worker", "kill_two_workers")
+BUGS: dict[str, Bug] = {
+    "early_run": Bug(_early_run, ("kill_worker",)),
+    "half_step": Bug(_half_step, ("kill_worker",)),
+    "no_credit": Bug(_no_credit, ("pause_controller",)),
+    "no_hold": Bug(_no_hold, ("isolate_head",)),
+    "no_resubmission": Bug(_no_resubmission, ("kill_worker",)),
+    "no_retry": Bug(_no_retry, _KILLS),
+    "short_names": Bug(_short_names, ("kill_worker",)),
+    "silent_loss": Bug(_silent_loss, ("reset_link",)),
+    "stale_end": Bug(_stale_end, ("supersede_controller", "kill_worker")),
+    "twice_told": Bug(_twice_told, ("kill_worker",)),
 }
 """By name."""

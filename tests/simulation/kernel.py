@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _START_S = 1000.0
 _SWITCH_S = 40e-6
 """Mean time until a thread that can run does run."""
+_LOOK_EVENTS = 32
+"""Events between two looks whether a run is done."""
 _SLOW_SWITCH_S = 5e-3
 """The same on a machine that is busy, now and then."""
 
@@ -71,10 +73,10 @@ class Kernel:
             self.now, _, _, call, args = heapq.heappop(self._events)
             self.num_events += 1
             call(*args)
-            if is_done():
+            if not self.num_events % _LOOK_EVENTS and is_done():
                 return True
         self.now = until
-        return False
+        return is_done()
 
     def close(self) -> None:
         """End all threads."""

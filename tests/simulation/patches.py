@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from types import FunctionType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -135,8 +136,9 @@ def replaced(kernel: Kernel, net: Network) -> Iterator[None]:
             del SimSockets.networks[kernel]
 
 
+@cache
 def _with_default(value: object) -> list[FunctionType]:
-    """Functions of the product whose defaults contain a value."""
+    """Functions of the product whose defaults contain a value: the same in every simulation."""
     found = []
     for name, module in list(sys.modules.items()):
         if name.startswith(_PRODUCT):

@@ -66,7 +66,7 @@ def _draw_asks(rng: random.Random, num_gateways: int) -> tuple[Ask, ...]:
     stems = [tuple(rng.randrange(VOCAB) for _ in range(24)) for _ in range(3)]
     asks = []
     for i in range(rng.randint(20, 26)):
-        stem = rng.choice(stems)[: rng.choice((0, 8, 16, 24))]
+        stem = rng.choice(stems)[: rng.choice((0, 7, 14, 22))]
         own = tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 12)))
         asks.append(
             Ask(

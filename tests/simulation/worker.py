@@ -141,7 +141,8 @@ class SimWorker:
     def _die(self, reason: str) -> None:
         """The worker ends itself."""
         kernel = self.process.kernel
-        kernel.deaths[self.name] = reason
+        if self.runtime._is_connected:  # one that finds no controller at its start ends again
+            kernel.deaths[self.name] = reason
         self.process.kill(f"its own end: {reason}")
         kernel.this_fiber().park()
 
