@@ -90,7 +90,7 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
     "gateway/engines/kv_index.py": {
         "self._everyone = 0": "a bit without a worker has no blocks, and is never given out",
         "depth <= most": "speed: the depth that follows is at most this one",
-        "self._everyone + 1": "any bit that is not taken will do",
+        "+ 1)  # the lowest": "any bit that is not taken will do",
     },
     "gateway/engines/router.py": {
         "load.fetch_cost < math.inf": "speed: no worker fetches at an infinite cost",
@@ -120,7 +120,7 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "p.top_k > 0": "speed: a row without limits keeps all tokens",
         "p.top_p < 1": "speed: a row without limits keeps all tokens",
         "top_p >= 1": "speed: all tokens together have a share of 1",
-        "width * 16": "speed: the width grows until it suffices",
+        " 16)": "speed: the width grows until it suffices",
     },
 }
 """Module -> a part of one of its lines whose changes make no difference -> the reason."""
