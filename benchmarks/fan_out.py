@@ -18,6 +18,7 @@ from typing import Any
 from cluster.actors.control_server import ControlServer, _Connection
 from cluster.config.cluster import ClusterConfig, ModelSection
 from cluster.controller.controller import Controller
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import (
     ControlFrame,
@@ -133,14 +134,13 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         "profile": LoadProfile(model="m", top_k=8, tokens=1, banks=load).to_dict()
     }
     link = Link(members)
+    placement = contiguous(shapes, options.experts, options.redundant)
+    config = ClusterConfig(model=ModelSection(path="x", served_model_name="m"))
     with ThreadPoolExecutor(1) as executor:
         controller = Controller(
+            Cluster(members, placement, link, model={}, load=config.load, now=0.0),
             ControllerSettings(),
-            members=members,
-            placement=contiguous(shapes, options.experts, options.redundant),
-            model={},
-            link=link,
-            config=ClusterConfig(model=ModelSection(path="x", served_model_name="m")),
+            config=config,
             executor=executor,
             now=0.0,
             notes=notes,

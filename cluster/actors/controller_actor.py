@@ -29,6 +29,7 @@ from cluster.config.resources import ids_by_address, resolved_share
 from cluster.controller.controller import Controller
 from cluster.controller.drain.order import DrainOrder
 from cluster.controller.failover.collect import CollectedState
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.gateway_polls import GatewayPolls
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.controller.parts.worker_table import MODEL_FACTS
@@ -506,23 +507,28 @@ class ControllerActor:
         self._top_k = int(notes.get("top_k", 1))
         self._asked = notes.get("asked")
         now = time.monotonic()
-        controller = Controller(
-            self.limits(config),
-            members=members,
-            placement=plan.placement,
+        cluster = Cluster(
+            members,
+            plan.placement,
+            self,
             model={"name": config.model.served_model_name, "path": config.model.path},
-            link=self,
+            load=config.load,
             now=now,
             num_slots=plan.num_slots,
             can_grow=plan.share.device == "cpu",
-            config=config,
-            top_k=self._top_k,
             term=term,
             identity=self.identity,
             host=self._address.rpartition(":")[0],
-            notes=notes,
             wall_time_offset_s=time.time() - now,
+        )
+        controller = Controller(
+            cluster,
+            self.limits(config),
+            config=config,
             executor=self._planner,
+            now=now,
+            top_k=self._top_k,
+            notes=notes,
         )
         self._traces = trace_cluster(controller, config.observability)
         return controller

@@ -18,15 +18,14 @@ from typing import Any
 
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.drain.drain import Draining
-from cluster.controller.failover.collect import CollectedState
-from cluster.controller.failover.restore import StateRestorer
+from cluster.controller.failover.collect import CollectedState, lost_workers
+from cluster.controller.failover.restore import continue_with
 from cluster.controller.parts import generation
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.operations import Operations
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.controller.parts.worker_link import WorkerLink
 from cluster.controller.parts.worker_record import WorkerRecord
 from cluster.controller.rebalance.loop import Rebalancing
 from cluster.core.errors import ProtocolError
@@ -47,12 +46,13 @@ from cluster.core.frames import (
     WorkerFailed,
     WorkerReady,
 )
-from cluster.core.placement import ExpertPlacement
 from cluster.core.states import ClusterState, WorkerState
-from cluster.core.topology import Member
 from cluster.policy.failure import describe_members
 
 logger = logging.getLogger(__name__)
+
+_KEPT_ENTRIES = 64
+"""Entries of the history that the next controller gets."""
 
 
 class Controller:
@@ -60,50 +60,24 @@ class Controller:
 
     def __init__(
         self,
+        cluster: Cluster,
         settings: ControllerSettings,
         *,
-        members: Sequence[Member],
-        placement: ExpertPlacement,
-        model: Mapping[str, Any],
-        link: WorkerLink,
         config: ClusterConfig,
         executor: Executor,
         now: float,
-        num_slots: int = 0,
-        can_grow: bool = True,
         top_k: int = 1,
-        term: int = 1,
-        identity: str = "",
-        host: str = "",
         notes: Mapping[str, Any] | None = None,
-        wall_time_offset_s: float = 0.0,
     ) -> None:
         """``executor`` computes the plans of rebalancing.
 
-        ``model`` holds name and path; the workers add the rest. ``can_grow``: an expert worker may
-        hold more than its ``num_slots`` expert slots a bank. ``identity`` distinguishes controllers
-        of one ``term``; ``host`` is this one's. ``notes`` are for the next controller (see
-        ``CollectedState.memory``).
-        ``wall_time_offset_s`` added to ``now`` is the time of day.
+        ``notes`` are for the next controller (see ``CollectedState.memory``).
         """
-        self.cluster = Cluster(
-            members,
-            placement,
-            link,
-            model=model,
-            num_slots=num_slots,
-            can_grow=can_grow,
-            load=config.load,
-            term=term,
-            identity=identity,
-            host=host,
-            wall_time_offset_s=wall_time_offset_s,
-            now=now,
-        )
+        self.cluster = cluster
         self._config = config.workers
         self.detection = Detection(self.cluster, settings, now)
-        self.recovery = Recovery(self.cluster, members, settings)
-        self.operations = Operations(term, wall_time_offset_s, self.cluster.remember)
+        self.recovery = Recovery(self.cluster, settings)
+        self.operations = Operations(cluster.term, cluster.wall_time_offset_s, cluster.remember)
         self.rebalancing = Rebalancing(
             self.cluster,
             self.operations,
@@ -114,9 +88,14 @@ class Controller:
             now=now,
         )
         self.draining = Draining(self.cluster, self.operations, self.recovery, self.rebalancing)
-        self._restorer = StateRestorer(
-            self.cluster, self.recovery, self.operations, self.draining, notes or {}
-        )
+        cluster.memories = {
+            "history": lambda: cluster.history.to_list()[-_KEPT_ENTRIES:],
+            "lost": lambda: lost_workers(cluster.workers),
+            "notes": lambda: dict(notes or {}),
+            "recovery": self.recovery.memory,
+            "operations": self.operations.memory,
+            "draining": self.draining.memory,
+        }
 
     # ---- events ---------------------------------------------------------------------------
 
@@ -276,7 +255,8 @@ class Controller:
     def restore(self, collected: CollectedState, now: float) -> None:
         """Continue with running workers; the first call to a restarted controller."""
         self.cluster.state = ClusterState.RECOVERING
-        self._restorer.restore(collected, now)
+        parts = self.cluster, self.recovery, self.operations, self.draining
+        continue_with(collected, *parts, now)
         self._check_builds([r.name for r in self.cluster.workers.alive()], now)
 
     # ---- start ----------------------------------------------------------------------------

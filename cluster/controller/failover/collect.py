@@ -11,7 +11,7 @@ they receive it in a ``ControllerSnapshot`` and return it in ``WorkerReport``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,6 @@ from cluster.core.errors import NotReadyError, ProtocolError
 from cluster.core.frames import (
     ControlFrame,
     DrainRequest,
-    GenerationReady,
     LoadProgress,
     PeerLost,
     Register,
@@ -237,20 +236,3 @@ def restore_workers(table: WorkerTable, collected: CollectedState) -> None:
         table.learn_model(record)
         if name in members and greeting.runs(number):
             record.enter(WorkerState.SERVING)
-
-
-def reported_answers(collected: CollectedState) -> Sequence[tuple[str, GenerationReady]]:
-    """The members' reports as answers to the newest generation."""
-    members = {m.name for m in collected.generation.members}
-    return [
-        (
-            name,
-            GenerationReady(
-                generation=collected.generation.number,
-                highest_step=greeting.report.highest_step,
-                highest_epoch=greeting.report.highest_epoch,
-            ),
-        )
-        for name, greeting in collected.greetings.items()
-        if name in members and greeting.report is not None
-    ]

@@ -44,19 +44,22 @@ class Cluster:
         link: WorkerLink,
         *,
         model: Mapping[str, Any],
-        num_slots: int,
-        can_grow: bool,
         load: LoadSection,
-        term: int,
-        identity: str,
-        host: str,
-        wall_time_offset_s: float,
         now: float,
+        num_slots: int = 0,
+        can_grow: bool = True,
+        term: int = 1,
+        identity: str = "",
+        host: str = "",
+        wall_time_offset_s: float = 0.0,
     ) -> None:
-        """Arguments as for ``Controller``."""
+        """``model`` holds name and path; the workers add the rest. ``can_grow``: an expert worker
+        may hold more than its ``num_slots`` expert slots a bank.
+        """
         self.link = link
         self.term = term
         self.identity = identity
+        """Distinguishes controllers of one term."""
         self.host = host
         """The controller's own."""
         self.nodes: NodeIds | None = None
@@ -79,6 +82,8 @@ class Cluster:
         self.round = GenerationRound(Generation(number=0, members=()), now, Phase.STALLED)
         """The newest generation and its answers; number 0 before the first."""
         self.workers = WorkerTable(members, num_slots=num_slots, model=model, now=now)
+        self.wall_time_offset_s = wall_time_offset_s
+        """Added to ``now``, it is the time of day."""
         self.history = History(wall_time_offset_s)
         self.load = LoadTracker(load, now)
         """Expert load."""

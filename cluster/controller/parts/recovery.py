@@ -45,13 +45,8 @@ class Problem(StrEnum):
 class Recovery:
     """Members that leave and join. Owned by the controller; one thread, time passed in."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        members: Sequence[Member],
-        limits: ControllerSettings,
-    ) -> None:
-        """``members`` are those of the whole cluster, and its placement is the desired one."""
+    def __init__(self, cluster: Cluster, limits: ControllerSettings) -> None:
+        """Workers and placement of the whole cluster are the desired ones."""
         self._cluster = cluster
         self._limits = limits
         self._started_with: dict[str, ExpertPlacement] = {}
@@ -61,7 +56,7 @@ class Recovery:
         self._retry_at = 0.0
         self.desired = cluster.placement
         """The placement of the whole cluster; rebalancing changes it."""
-        self.replacements = Replacements(members)
+        self.replacements = Replacements([r.member for r in cluster.workers])
         """The places of the cluster."""
         self.reloads = Reloads((cluster.term << 32) + 1)
         """Load orders under way."""

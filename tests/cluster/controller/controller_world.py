@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from cluster.controller.controller import Controller
 from cluster.controller.failover.collect import ReportCollector
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import NotReadyError, ProtocolError
 from cluster.core.frames import (
@@ -325,16 +326,20 @@ class World:
         known = {lost["member"]["name"] for w in living for lost in w.memory.get("lost", ())}
         self.lost &= known
         self.controller = Controller(
+            Cluster(
+                collected.members,
+                collected.placement,
+                self,
+                model={},
+                load=CONFIG.load,
+                now=self.now,
+                term=collected.term,
+                identity=str(self._count),
+            ),
             SETTINGS,
-            members=collected.members,
-            placement=collected.placement,
-            model={},
-            link=self,
             config=CONFIG,
             executor=AtOnce(),
             now=self.now,
-            term=collected.term,
-            identity=str(self._count),
         )
         self.controller.restore(collected, self.now)
 
@@ -483,15 +488,19 @@ class World:
 
     def _start(self) -> None:
         self.controller = Controller(
+            Cluster(
+                self.members,
+                self.placement,
+                self,
+                model={},
+                load=CONFIG.load,
+                now=self.now,
+                identity="0",
+            ),
             SETTINGS,
-            members=self.members,
-            placement=self.placement,
-            model={},
-            link=self,
             config=CONFIG,
             executor=AtOnce(),
             now=self.now,
-            identity="0",
         )
         for name, model in self.workers.items():
             model.is_connected = True

@@ -125,19 +125,23 @@ class FakeCluster:
         )
         self.placement: ExpertPlacement = contiguous(BANKS, num_experts, num_redundant)
         self.controller = Controller(
+            Cluster(
+                self.members,
+                self.placement,
+                self.link,
+                model={"name": "demo", "path": "somewhere"},
+                load=(config or CONFIG).load,
+                now=self.now,
+                num_slots=max(len(row) for row in self.placement.banks[0].physical_to_logical),
+                can_grow=can_grow,
+                host="head",
+                wall_time_offset_s=1_000_000.0,
+            ),
             settings or ControllerSettings(),
-            members=self.members,
-            placement=self.placement,
-            model={"name": "demo", "path": "somewhere"},
-            link=self.link,
-            now=self.now,
-            can_grow=can_grow,
             config=config or CONFIG,
-            host="head",
-            num_slots=max(len(row) for row in self.placement.banks[0].physical_to_logical),
-            top_k=2,
-            wall_time_offset_s=1_000_000.0,
             executor=executor or AtOnce(),
+            now=self.now,
+            top_k=2,
         )
 
     @property

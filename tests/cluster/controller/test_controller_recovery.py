@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from cluster.controller.controller import Controller
 from cluster.controller.failover.collect import CollectedState, ReportCollector
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import (
     ControllerSnapshot,
@@ -398,15 +399,19 @@ def test_a_restarted_controller_knows_what_the_cluster_shall_be() -> None:
     assert snapshot is not None
     collected = restore(old, snapshot.memory)
     new.controller = Controller(
+        Cluster(
+            collected.members,
+            collected.placement,
+            new.link,
+            model={},
+            load=CONFIG.load,
+            now=new.now,
+            term=collected.term,
+        ),
         ControllerSettings(),
-        members=collected.members,
-        placement=collected.placement,
-        model={},
-        link=new.link,
         config=CONFIG,
         executor=AtOnce(),
         now=new.now,
-        term=collected.term,
     )
     new.controller.restore(collected, new.now)
     assert new.state == "DEGRADED"

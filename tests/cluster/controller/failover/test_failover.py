@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from cluster.controller.controller import Controller
 from cluster.controller.failover.collect import CollectedState, ReportCollector
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.epoch_change import ChangeLimits
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.codec import to_plain
@@ -72,15 +73,19 @@ def restored(collected: CollectedState) -> tuple[Controller, FakeWorkerGroup]:
     """The controller that this makes."""
     link = FakeWorkerGroup()
     controller = Controller(
+        Cluster(
+            collected.members,
+            collected.placement,
+            link,
+            model={},
+            load=CONFIG.load,
+            now=1.0,
+            term=collected.term,
+        ),
         ControllerSettings(),
-        members=collected.members,
-        placement=collected.placement,
-        model={},
-        link=link,
         config=CONFIG,
         executor=AtOnce(),
         now=1.0,
-        term=collected.term,
     )
     controller.restore(collected, 1.0)
     return controller, link
