@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.generation_round import GenerationRound
-from cluster.controller.parts.reloads import Reloads
+from cluster.controller.parts.load_orders import LoadOrders
 from gateway.engines import engine_client
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.engine_pool import EnginePool
@@ -77,7 +77,7 @@ def _half_step() -> AbstractContextManager[object]:
 def _early_run() -> Iterator[None]:
     """A generation runs although its experts are still being loaded, and nobody compares."""
     unchecked = mock.patch.object(GenerationRound, "missing", return_value=[])
-    with unchecked, mock.patch.object(Reloads, "is_pending", new=False):
+    with unchecked, mock.patch.object(LoadOrders, "is_pending", new=False):
         yield
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from msgspec.structs import replace
@@ -73,6 +74,8 @@ class Cluster:
         """Why the start failed."""
         self.version = (term - 1) * _VERSIONS_OF_A_TERM + 1
         """Grows with every change of the snapshot."""
+        self.order_numbers = count((term << 32) + 1)
+        """Numbers of load orders, each used once in the life of the cluster."""
         self.placement = placement
         """The placement in force, or of the generation that is being formed."""
         self.highest_epoch = 0

@@ -13,11 +13,12 @@ old one needs. ``EpochChange`` decides the next step; its owner acts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.load_orders import CHECKPOINT, LoadOrders
 from cluster.core.frames import (
     ControlFrame,
     EpochReady,
@@ -28,11 +29,7 @@ from cluster.core.frames import (
     SwitchEpoch,
 )
 from cluster.core.placement import ExpertPlacement
-from cluster.core.topology import Member
 from cluster.planner.stages import SlotFill, Stage
-
-CHECKPOINT = -1
-"""Stands for the checkpoint among devices that an expert may come from."""
 
 
 class ChangeState(Enum):
@@ -53,16 +50,6 @@ class ChangeLimits:
     """Rate at which each worker takes weights in; None is no limit."""
 
 
-@dataclass(kw_only=True, slots=True)
-class _Order:
-    """A load order under way."""
-
-    member: Member
-    source: int
-    fills: list[SlotFill]
-    tried: frozenset[int] = field(default_factory=frozenset)
-
-
 class EpochChange:
     """One change. ``now`` is in monotonic seconds."""
 
@@ -70,15 +57,11 @@ class EpochChange:
         self,
         cluster: Cluster,
         stage: Stage,
-        numbers: Iterator[int],
         limits: ChangeLimits,
         come_into_force: Callable[[ExpertPlacement], None],
         now: float,
     ) -> None:
-        """``numbers`` yields numbers of load orders, each used once in the life of the cluster.
-
-        ``come_into_force`` is called with the stage's placement once a step runs in it.
-        """
+        """``come_into_force`` is called with the stage's placement once a step runs in it."""
         self.state = ChangeState.LOAD
         self.reason = ""
         """Why it failed."""
@@ -89,7 +72,6 @@ class EpochChange:
         self.stage = stage
         self._cluster = cluster
         self._come_into_force = come_into_force
-        self._numbers = numbers
         self._limits = limits
         self.generation = cluster.generation
         """The generation in which the change began."""
@@ -97,7 +79,7 @@ class EpochChange:
         self.began_at = now
         """Monotonic seconds."""
         self._deadline = now + limits.limit_s
-        self._orders: dict[int, _Order] = {}
+        self._orders = LoadOrders(cluster)
         self._unready: set[str] = set()
         self._start(now)
 
@@ -111,8 +93,8 @@ class EpochChange:
         """The transfers under way: ``worker`` and ``from``, both by name."""
         names = {m.device: m.name for m in self.generation.experts}
         return [
-            {"worker": o.member.name, "from": names.get(o.source, "checkpoint")}
-            for o in self._orders.values()
+            {"worker": o.worker, "from": names.get(o.source, "checkpoint")}
+            for o in self._orders.pending.values()
         ]
 
     # ---- events ---------------------------------------------------------------------------
@@ -145,19 +127,18 @@ class EpochChange:
 
     def loaded(self, name: str, frame: ExpertsLoaded, now: float) -> None:
         """A worker has carried out a load order, or failed to."""
-        order = self._orders.get(frame.order)
-        if self.state is not ChangeState.LOAD or order is None or order.member.name != name:
+        order = self._orders.answered(name, frame.order)
+        if self.state is not ChangeState.LOAD or order is None:
             return
-        del self._orders[frame.order]
         self.num_bytes += frame.num_bytes
         if frame.error and order.source == CHECKPOINT:
             self._fail(f"{name}: {frame.error}")
         elif frame.error:
             tried = order.tried | {order.source}
-            self._order_all(order.member, order.fills, tried, now)
+            self._order_all(name, order.fills, tried, now)
         else:
             self.num_loaded += len(order.fills)
-        if self.state is ChangeState.LOAD and not self._orders:
+        if self.state is ChangeState.LOAD and not self._orders.pending:
             self._prepare()
 
     def ready(self, name: str, frame: EpochReady) -> None:
@@ -190,16 +171,16 @@ class EpochChange:
     def _start(self, now: float) -> None:
         for member in self.generation.experts:
             fills = [f for f in self.stage.fills if f.device == member.device]
-            self._order_all(member, fills, frozenset(), now)
-        if not self._orders:
+            self._order_all(member.name, fills, frozenset(), now)
+        if not self._orders.pending:
             self._prepare()
 
     def _order_all(
-        self, member: Member, fills: Sequence[SlotFill], tried: frozenset[int], now: float
+        self, worker: str, fills: Sequence[SlotFill], tried: frozenset[int], now: float
     ) -> None:
         """One order for each source, with sources used as evenly as possible."""
         by_source: dict[int, list[SlotFill]] = {}
-        used = Counter({o.source: len(o.fills) for o in self._orders.values()})
+        used = Counter({o.source: len(o.fills) for o in self._orders.pending.values()})
         alive = {m.device for m in self.generation.experts}
         for fill in fills:
             able = [d for d in fill.sources if d in alive and d not in tried]
@@ -207,16 +188,8 @@ class EpochChange:
             used[source] += 1
             by_source.setdefault(source, []).append(fill)
         for source, own in by_source.items():
-            number = next(self._numbers)
-            self._orders[number] = _Order(member=member, source=source, fills=own, tried=tried)
-            experts = [[f.bank, f.slot, f.expert] for f in own]
-            order = LoadExperts(
-                order=number,
-                epoch=self._base.epoch,
-                experts=experts,
-                source=self._source(source, now),
-            )
-            self._cluster.link.send(member.name, order)
+            details = self._source(source, now)
+            self._orders.send(worker, own, now, source=source, tried=tried, details=details)
 
     def _source(self, device: int, now: float) -> dict[str, object]:
         limits: dict[str, object] = {"limit_s": max(self._deadline - now, 0.1)}
@@ -254,7 +227,8 @@ class EpochChange:
     def _fail(self, reason: str) -> None:
         self.state = ChangeState.FAILED
         self.reason = reason
-        for name in sorted({o.member.name for o in self._orders.values()}):
-            order = LoadExperts(order=next(self._numbers), experts=[], source={"kind": "give up"})
+        for name in sorted({o.worker for o in self._orders.pending.values()}):
+            number = next(self._cluster.order_numbers)
+            order = LoadExperts(order=number, experts=[], source={"kind": "give up"})
             self._cluster.link.send(name, order)
-        self._orders.clear()
+        self._orders.pending.clear()

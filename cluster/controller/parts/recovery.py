@@ -17,7 +17,7 @@ from typing import Any
 from cluster.controller.parts import generation
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.generation_round import Phase
-from cluster.controller.parts.reloads import Reload, Reloads
+from cluster.controller.parts.load_orders import LoadOrder, LoadOrders
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import ExpertsLoaded, GenerationReady
 from cluster.core.placement import FREE_SLOT, ExpertPlacement
@@ -58,7 +58,7 @@ class Recovery:
         """The placement of the whole cluster; rebalancing changes it."""
         self.replacements = Replacements([r.member for r in cluster.workers])
         """The places of the cluster."""
-        self.reloads = Reloads((cluster.term << 32) + 1)
+        self.reloads = LoadOrders(cluster)
         """Load orders under way."""
 
     def problems(self, now: float) -> list[str]:
@@ -155,8 +155,8 @@ class Recovery:
         """Workers (name -> reason) are lost; the table has recorded it already."""
         for name, reason in reasons.items():
             self.replacements.lost(name, reason, now)
-            self.reloads.drop(name)
             self._started_with.pop(name, None)
+        self.reloads.drop(reasons)
         members = self._cluster.round.members
         gone = {m.name: reasons[m.name] for m in members if m.name in reasons}
         others = {n: r for n, r in reasons.items() if n not in gone}
@@ -192,9 +192,9 @@ class Recovery:
         if frame.error:
             self._cannot_load(reload, frame.error, now)
         else:
-            took_s, moved = now - reload.began_at, len(reload.loads)
+            took_s, moved = now - reload.began_at, len(reload.fills)
             self._cluster.metrics.moved("recovery", moved, frame.num_bytes, took_s)
-            self._cluster.round.loaded += reload.loads
+            self._cluster.round.loaded += reload.fills
             self._run_if_complete(now)
         return True
 
@@ -214,8 +214,7 @@ class Recovery:
         """Time has passed: start workers, check limits, retry."""
         if not self._cluster.takes_orders:
             return
-        for reload in self.reloads.overdue(now, self._limits.load_limit_s):
-            self.reloads.answered(reload.worker, reload.order)
+        for reload in self.reloads.take_overdue(now, self._limits.load_limit_s):
             limit = f"no answer within {self._limits.load_limit_s:g} s"
             self._cannot_load(reload, limit, now)
         if self._cluster.round.phase is not Phase.FORMING:
@@ -254,10 +253,9 @@ class Recovery:
         cluster.note(decision.cause, decision.effect, now)
 
     def _order(self, loads: Sequence[SlotFill], members: Sequence[Member], now: float) -> None:
-        workers = {m.device: m.name for m in members if m.holds_experts}
-        epoch = self._cluster.placement.epoch
-        for name, order in self.reloads.order(loads, workers, epoch, now).items():
-            self._cluster.link.send(name, order)
+        for member in members:
+            if own := [f for f in loads if member.holds_experts and f.device == member.device]:
+                self.reloads.send(member.name, own, now)
 
     def _form(self, members: Sequence[Member], placement: ExpertPlacement, now: float) -> None:
         self._cluster.enter(ClusterState.RECOVERING)
@@ -307,13 +305,13 @@ class Recovery:
             failed=tuple(self._failed),
         )
 
-    def _cannot_load(self, reload: Reload, error: str, now: float) -> None:
+    def _cannot_load(self, reload: LoadOrder, error: str, now: float) -> None:
         """A member failed to load its experts: other workers load them, if any can."""
         logger.warning("%s cannot load experts: %s", reload.worker, error)
-        self._failed += reload.loads
-        self._barred[reload.loads[0].device] = error
+        self._failed += reload.fills
+        self._barred[reload.fills[0].device] = error
         self._retry_at = now + self._retry_s
-        cause = f"{reload.worker} cannot load {len(reload.loads)} experts: {error}"
+        cause = f"{reload.worker} cannot load {len(reload.fills)} experts: {error}"
         self._go_on(self._cluster.round.members, cause, now)
 
     def _try_again(self, now: float) -> None:

@@ -10,7 +10,6 @@ changed meanwhile. ``Rebalancing`` decides the next step; the controller acts.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
@@ -47,10 +46,6 @@ logger = logging.getLogger(__name__)
 
 MAX_STAGES = 64
 """Stages after which a change ends with what it has achieved."""
-_FIRST_ORDER = 1 << 52
-"""Number of the first load order of a change, apart from the numbers of recoveries. Each
-controller starts again from here.
-"""
 
 
 class Rebalancing:
@@ -80,7 +75,6 @@ class Rebalancing:
         """Why rebalancing is impossible in this cluster; empty if it is possible."""
         self.profile: LoadProfile | None = None
         """Load that the placement in force was made for; None for the first placement."""
-        self._numbers = itertools.count(_FIRST_ORDER + (operations.term << 32))
         self._considered: Future[RebalanceDecision] | None = None
         self._asked: tuple[Operation, Future[RebalanceDecision]] | None = None
         self._looked: tuple[float, LoadNow] | None = None  # rows at the last dry run, and its load
@@ -186,12 +180,12 @@ class Rebalancing:
         return self._job is None
 
     def begin_change(self, stage: Stage, limits: ChangeLimits, now: float) -> EpochChange:
-        """A change of the placement, with an epoch and order numbers new to all workers."""
+        """A change of the placement, with an epoch new to all workers."""
         cluster = self._cluster
         cluster.highest_epoch = epoch = max(cluster.placement.epoch, cluster.highest_epoch) + 1
         stage = replace(stage, placement=structs.replace(stage.placement, epoch=epoch))
         come_into_force = self._recovery.come_into_force
-        return EpochChange(cluster, stage, self._numbers, limits, come_into_force, now)
+        return EpochChange(cluster, stage, limits, come_into_force, now)
 
     # ---- questions ------------------------------------------------------------------------
 

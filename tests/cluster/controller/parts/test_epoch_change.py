@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TypeVar
 
 import pytest
@@ -89,7 +88,7 @@ def begin(host: Host, limits: ChangeLimits | None = None) -> EpochChange:
 
 
 def begin_stage(host: Host, wanted: Stage, limits: ChangeLimits) -> EpochChange:
-    return EpochChange(host, wanted, itertools.count(1), limits, host.come_into_force, 100.0)
+    return EpochChange(host, wanted, limits, host.come_into_force, 100.0)
 
 
 def state_of(change: EpochChange) -> ChangeState:

@@ -1,0 +1,81 @@
+"""Orders to workers to load experts, and which of them are not answered yet."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.controller.parts.cluster import Cluster
+from cluster.core.frames import LoadExperts
+from cluster.planner.stages import SlotFill
+
+CHECKPOINT = -1
+"""Stands for the checkpoint among devices that an expert may come from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadOrder:
+    """An order without an answer yet."""
+
+    worker: str
+    fills: tuple[SlotFill, ...]
+    began_at: float
+    """Monotonic time of the order."""
+    source: int
+    """Device that the experts come from."""
+    tried: frozenset[int]
+    """Sources that have failed."""
+
+
+class LoadOrders:
+    """The orders of one recovery or of one change of the placement."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self.pending: dict[int, LoadOrder] = {}
+        """By number."""
+
+    def send(
+        self,
+        worker: str,
+        fills: Sequence[SlotFill],
+        now: float,
+        *,
+        source: int = CHECKPOINT,
+        tried: frozenset[int] = frozenset(),
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Order a worker to load; ``details`` are for ``LoadExperts.source``."""
+        number = next(self._cluster.order_numbers)
+        self.pending[number] = LoadOrder(
+            worker=worker, fills=tuple(fills), began_at=now, source=source, tried=tried
+        )
+        frame = LoadExperts(
+            order=number,
+            epoch=self._cluster.placement.epoch,
+            experts=[[f.bank, f.slot, f.expert] for f in fills],
+            source=dict(details or {}),
+        )
+        self._cluster.link.send(worker, frame)
+
+    def answered(self, worker: str, number: int) -> LoadOrder | None:
+        """Take an order off the list; None for an unknown one."""
+        order = self.pending.get(number)
+        if order is None or order.worker != worker:
+            return None
+        return self.pending.pop(number)
+
+    def drop(self, workers: Collection[str]) -> None:
+        """Forget the orders of lost workers."""
+        self.pending = {n: o for n, o in self.pending.items() if o.worker not in workers}
+
+    def take_overdue(self, now: float, limit_s: float) -> list[LoadOrder]:
+        """Take the orders off the list that have had no answer for longer than ``limit_s``."""
+        late = [n for n, order in self.pending.items() if now - order.began_at > limit_s]
+        return [self.pending.pop(number) for number in late]
+
+    @property
+    def is_pending(self) -> bool:
+        """Some order is not answered."""
+        return bool(self.pending)
