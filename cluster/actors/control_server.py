@@ -188,7 +188,7 @@ class ControlServer:
         self._unproved.append(connection)
         if len(self._unproved) > MAX_UNPROVED:
             self._unproved.pop(0).writer.transport.abort()
-        _tune(connection.writer)
+        tune_socket(connection.writer.get_extra_info("socket"))
         async with asyncio.timeout(self._handshake_limit_s):
             worker = await self._handshake(connection)
         if connection in self._unproved:
@@ -225,12 +225,6 @@ class ControlServer:
             del self._workers[connection.worker]
         if connection.worker and not connection.is_replaced:
             self._events.on_closed(connection.worker, reason)
-
-
-def _tune(writer: asyncio.StreamWriter) -> None:
-    """Send small frames at once; let TCP detect a silent host."""
-    sock = writer.get_extra_info("socket")
-    tune_socket(sock)
 
 
 def _caller(connection: _Connection) -> str:

@@ -182,7 +182,9 @@ class ControllerActor:
     async def streams_paused(self, generation: int, pause_s: float) -> None:
         """A gateway's streams stood still for this time when the generation formed."""
         if self._controller is not None:
-            self._controller.cluster.paused(generation, pause_s)
+            cluster = self._controller.cluster
+            cluster.history.paused(generation, pause_s)
+            cluster.touch()
             self._background.notify()
 
     def _note(self, cause: str, effect: str) -> None:
@@ -295,10 +297,12 @@ class ControllerActor:
         if self._server is not None:
             for worker in workers:
                 self._server.drop(worker)
-        self._background.spawn(self._end_workers(list(workers)))
+        names = list(workers)
+        end = partial(self._group.end, names)
+        self._background.spawn(self._end(end, lambda c, now: c.draining.ended(names, now)))
 
     def end_all(self) -> None:
-        self._background.spawn(self._end_all())
+        self._background.spawn(self._end(self._group.end_all, Controller.all_ended))
 
     # ---- events of the sockets (``ControlEvents``) -------------------------------------------
 
@@ -412,14 +416,6 @@ class ControllerActor:
         if self._server is not None:
             self._background.spawn(self._server.close())
         self._background.notify()
-
-    async def _end_workers(self, workers: list[str]) -> None:
-        await self._end(
-            partial(self._group.end, workers), lambda c, now: c.draining.ended(workers, now)
-        )
-
-    async def _end_all(self) -> None:
-        await self._end(self._group.end_all, Controller.all_ended)
 
     async def _end(
         self,

@@ -21,16 +21,12 @@ class FailureDecision:
     can_run: bool
     """A generation of the members runs; else an expert has no copy, or no attention worker is left.
     """
-    members: tuple[Member, ...]
-    """Its members, or the workers that wait for one."""
     placement: ExpertPlacement
     """Maps of the new generation; the old ones where none can run."""
     loads: tuple[SlotFill, ...]
     """What members must load before it runs."""
     experts_complete: bool
     """Every expert has a copy on a member, or will have one after ``loads``."""
-    cause: str
-    """Cause, for people."""
     effect: str
     """Effect, for people."""
 
@@ -67,13 +63,12 @@ class PeerReport:
 
 def decide_members(
     members: Sequence[Member],
-    cause: str,
     holdings: Holdings,
     *,
     highest_epoch: int,
     expert_load: Mapping[tuple[str, int], Sequence[float]] | None = None,
 ) -> FailureDecision:
-    """How these ``members``, survivors and newcomers, continue after ``cause``.
+    """How these ``members``, survivors and newcomers, continue.
 
     ``highest_epoch`` is the highest placement epoch that any worker ran: new maps are above it.
     ``expert_load`` as for ``cover``.
@@ -97,11 +92,9 @@ def decide_members(
         effect = "no attention worker is left"
     return FailureDecision(
         can_run=can_run,
-        members=tuple(members),
         placement=placement if can_run else current,
         loads=loads if can_run else (),
         experts_complete=covered.placement is not None and (can_run or not loads),
-        cause=cause,
         effect=effect,
     )
 

@@ -92,8 +92,7 @@ class Draining:
             text = f"{drain.operation.target}: lost before they had left"
             self._end(drain, OperationState.FAILED, text, now)
         elif drain.step is not DrainStep.BACK:
-            held = [r.name for r in self._records(drain) if r.member.runs_attention]
-            self._hold_back(held, drain.step is DrainStep.MOVE)
+            self._hold_back(drain, drain.step is DrainStep.MOVE)
             drain.enter(DrainStep.SETTLE)
 
     # ---- orders ---------------------------------------------------------------------------
@@ -331,7 +330,7 @@ class Draining:
         drain.operation.result["requests_moved"] = sum(map(_num_requests, held))
         for record in held:
             record.stats.clear()  # only later numbers count
-        self._hold_back([r.name for r in held], True)
+        self._hold_back(drain, True)
         self._enter(drain, DrainStep.MOVE)
 
     def _is_empty(self, record: WorkerRecord) -> bool:
@@ -372,12 +371,11 @@ class Draining:
     def _undo(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
         """Take requests again, and restore the maps from before the drain if it changed them."""
         cluster = self._cluster
-        alive = [r.name for r in self._records(drain) if not r.is_lost]
-        self._hold_back(alive, False)
+        self._hold_back(drain, False)
         if self._change is not None:
             self._change.cancel("the drain was given up")
         back = drain.way_back(cluster.placement, cluster.generation)
-        is_whole = cluster.runs and len(alive) == len(drain.names)
+        is_whole = cluster.runs and not any(r.is_lost for r in self._records(drain))
         if self._change is not None or back is None or not is_whole:
             self._end(drain, state, text, now)
             return
@@ -395,10 +393,10 @@ class Draining:
         elif (self._cluster.runs and self._rebalancing.is_idle) or now > drain.deadline:
             self._undo(drain, *drain.outcome, now)  # an earlier controller began it
 
-    def _hold_back(self, names: Sequence[str], drains: bool) -> None:
-        """Tell the gateways whether these workers take requests."""
-        for name in names:
-            self._cluster.workers[name].drains = drains
+    def _hold_back(self, drain: Drain, drains: bool) -> None:
+        """Tell the gateways whether its attention workers take requests."""
+        for record in self._records(drain):
+            record.drains = drains and record.member.runs_attention
         self._cluster.touch()
 
     def _enter(self, drain: Drain, step: DrainStep) -> None:

@@ -146,11 +146,6 @@ class Cluster:
         self.history.add(self.round.number, now, cause, effect)
         self.touch()
 
-    def paused(self, generation: int, pause_s: float) -> None:
-        """Streams stood still for this time when a generation formed."""
-        self.history.paused(generation, pause_s)
-        self.touch()
-
     def remember(self) -> None:
         """Make the workers keep the state that a restarted controller needs."""
         self.touch()

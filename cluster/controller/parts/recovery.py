@@ -233,24 +233,23 @@ class Recovery:
         cluster, load = self._cluster, self._cluster.load.totals()
         decision = decide_members(
             members,
-            cause,
             self._holdings(members),
             highest_epoch=cluster.round.highest_epoch,
             expert_load={key: load.counts(key).tolist() for key in load.prefill},
         )
         cluster.experts_complete = decision.experts_complete
         if not decision.can_run:
-            generation.stall(cluster, decision.members, now)
-            cluster.note(decision.cause, decision.effect, now)
+            generation.stall(cluster, members, now)
+            cluster.note(cause, decision.effect, now)
             self._settle()
             cluster.remember()
             return
         self._failed.clear()
         for member in members:
             self._started_with.pop(member.name, None)
-        self._form(decision.members, decision.placement, now)
+        self._form(members, decision.placement, now)
         self._order(decision.loads, members, now)  # workers write no slot of maps in force
-        cluster.note(decision.cause, decision.effect, now)
+        cluster.note(cause, decision.effect, now)
 
     def _order(self, loads: Sequence[SlotFill], members: Sequence[Member], now: float) -> None:
         for member in members:

@@ -73,8 +73,6 @@ class Rebalancing:
         self._plans = Plans(cluster, config, executor, top_k)
         self.impossible = why_impossible(config)
         """Why rebalancing is impossible in this cluster; empty if it is possible."""
-        self.profile: LoadProfile | None = None
-        """Load that the placement in force was made for; None for the first placement."""
         self._considered: Future[RebalanceDecision] | None = None
         self._asked: tuple[Operation, Future[RebalanceDecision]] | None = None
         self._looked: tuple[float, LoadNow] | None = None  # rows at the last dry run, and its load
@@ -270,21 +268,13 @@ class Rebalancing:
         elif operation is None and now - self._rested_at < self._section.interval_s:
             self._cluster.metrics.decided("skipped_churn")
         else:
-            self._start(decision, profile, operation, now)
+            job = self._job = RebalanceJob(
+                decision=decision, profile=profile, began_at=now, operation=operation
+            )
+            logger.info("rebalance: %s", describe(decision))
+            self._next(job, now)
             return True
         return False
-
-    def _start(
-        self,
-        decision: RebalanceDecision,
-        profile: LoadProfile,
-        operation: Operation | None,
-        now: float,
-    ) -> None:
-        job = RebalanceJob(decision=decision, profile=profile, began_at=now, operation=operation)
-        self._job = job
-        logger.info("rebalance: %s", describe(decision))
-        self._next(job, now)
 
     def _watch(self, job: RebalanceJob, now: float) -> None:
         """Check whether the change is in time, or must be abandoned."""
@@ -358,7 +348,6 @@ class Rebalancing:
         self._promise = Promise(
             epoch=placement.epoch, since=now, predicted=decision.balancedness_then
         )
-        self.profile = job.profile
         if job.num_stages:
             text = f"{job.summary(placement, now)}, {by_load(job.profile)}"
             self._end(job, "applied", text, now)
