@@ -124,10 +124,7 @@ class ControllerActor:
         members, term = await self._reserve(plan)
         plan = plan.on(members)
         controller = self._make_controller(plan, members, notes=notes, term=term)
-        extras = {m.name: plan.extra(m) for m in members}
-        config = plan.config.to_dict()
-        start = partial(self._group.start, members, config, self._address, extras)
-        self._background.spawn(self._bring_up(start, self._start_failed))
+        self._background.spawn(self._bring_up(members, plan, self._start_failed))
         self._run(controller)
 
     async def restore(self) -> None:
@@ -286,12 +283,8 @@ class ControllerActor:
 
     def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
         assert self._plan is not None
-        extra = replace(self._plan, placement=placement).extra(member)
-        config = self._plan.config.to_dict()
-        name = member.name
-        addition = partial(self._group.start, [member], config, self._address, {name: extra})
-        created = partial(self._created, name)
-        self._background.spawn(self._bring_up(addition, partial(self._died, name), created))
+        plan = replace(self._plan, placement=placement)
+        self._background.spawn(self._bring_up([member], plan, partial(self._died, member.name)))
 
     def end_workers(self, workers: Sequence[str]) -> None:
         if self._server is not None:
@@ -379,10 +372,7 @@ class ControllerActor:
         self._background.spawn(self._watch_nodes(controller))
 
     async def _bring_up(
-        self,
-        create: Callable[[], Awaitable[None]],
-        failed: Callable[[str], None],
-        created: Callable[[], None] = lambda: None,
+        self, members: Sequence[Member], plan: StartPlan, failed: Callable[[str], None]
     ) -> None:
         """Create actors, and watch them until they have called.
 
@@ -390,18 +380,17 @@ class ControllerActor:
         """
         assert self._server is not None
         try:
-            await create()
-            created()
+            extras = {m.name: plan.extra(m) for m in members}
+            await self._group.start(members, plan.config.to_dict(), self._address, extras)
+            if self._controller is not None:
+                for member in members:
+                    self._controller.created(member.name, time.monotonic())
             await self._group.watch(self._server.is_connected, self._died)
         except StartError as err:
             self._died(err.part, err.reason)
         except Exception as err:  # any error of Ray must be reported: the start must not hang
             logger.exception("workers could not be created")
             failed(f"{type(err).__name__}: {err}")
-
-    def _created(self, name: str) -> None:
-        if self._controller is not None:
-            self._controller.created(name, time.monotonic())
 
     def _start_failed(self, error: str) -> None:
         assert self._controller is not None

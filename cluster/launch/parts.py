@@ -11,9 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cluster.actors.controller_client import ask_controller, create_controller
 from cluster.actors.process import ProcessIdentity
 from cluster.config.gateway import EndStage
 from cluster.core.errors import ExpertMeshError, StartError
@@ -149,7 +151,7 @@ class ClusterParts:
                 time.sleep(_POLL_S)
             _attempt("ending the gateway", self._stop_gateway)
         if self._controller is not None:
-            _attempt("ending the workers", self._stop_workers)
+            _attempt("ending the workers", partial(ask_controller, "stop", limit_s=_CALL_LIMIT_S))
             _attempt("ending the controller", end_leftovers)
 
     def stop_ray(self) -> None:
@@ -173,7 +175,6 @@ class ClusterParts:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        from cluster.actors.controller_client import create_controller
         from cluster.actors.ray_tools import words_of
         from cluster.actors.worker_group import WorkerGroup
         from workers.process.actor import ACTOR_CLASSES
@@ -256,11 +257,6 @@ class ClusterParts:
         from gateway.app import APP_NAME
 
         serve.delete(APP_NAME, _blocking=self._ray is None)
-
-    def _stop_workers(self) -> None:
-        import ray
-
-        ray.get(self._controller.stop.remote(), timeout=_CALL_LIMIT_S)
 
 
 def _broadcast(stage: EndStage) -> list[int]:

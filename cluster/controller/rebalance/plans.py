@@ -1,7 +1,8 @@
 """The plans of a rebalancing: their inputs, and their computation in the planner thread.
 
-The controller's loop must continue while a large model is planned. So plans are computed from
-immutable values, and a plan is stale once the placement or the generation has changed.
+The controller's loop must answer heartbeats within milliseconds; planning a large model takes
+longer. So plans are computed from immutable values, and a plan is stale once the placement or the
+generation has changed.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from functools import partial
+from typing import Any, TypeVar
 
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.rebalance.planner_thread import Computations, T
 from cluster.core.errors import ConfigError
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
@@ -38,10 +39,48 @@ _DECODE_ROWS = 16
 """Rows of a decode step, unless the configuration says otherwise."""
 
 
+T = TypeVar("T")
 CHANGED = "the cluster changed meanwhile"
 """Error of a plan that is stale."""
 Then = Callable[[Future[T], str, float], None]
 """Gets a plan, why it cannot be carried out (empty if it can), and the time."""
+
+
+class Computations:
+    """Computations in an executor: the owner takes the results at a tick.
+
+    A computation must be a pure function of immutable values. Its consumer checks whether the
+    result is still wanted. One thread calls; ``now`` is in seconds.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._pending: dict[Future[Any], Callable[[Future[Any], float], None]] = {}
+
+    def begin(
+        self, work: Callable[[], T], then: Callable[[Future[T], float], None], now: float
+    ) -> Future[T]:
+        """Begin a computation; ``then`` gets its result at a tick, or before this returns."""
+        future = self._executor.submit(work)
+        self._pending[future] = then
+        self.tick(now)
+        return future
+
+    def tick(self, now: float) -> None:
+        """Call the continuations of finished computations."""
+        for future in [f for f in self._pending if f.done()]:
+            then = self._pending.pop(future, None)
+            if then is not None:  # no earlier continuation has dropped it
+                then(future, now)
+
+    def waits(self, future: Future[Any]) -> bool:
+        """A continuation is still to come."""
+        return future in self._pending
+
+    def drop(self, future: Future[Any]) -> None:
+        """Drop the result; a computation that has begun still runs to its end."""
+        if self._pending.pop(future, None) is not None:
+            future.cancel()
 
 
 class Plans(Computations):

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.controller.parts.operations import OperationState
 from cluster.controller.rebalance.job import RebalanceOrder
-from cluster.controller.rebalance.planner_thread import Computations
+from cluster.controller.rebalance.plans import Computations
 from cluster.core.errors import ConfigError, ConflictError
 from cluster.core.frames import EpochSwitched, SwitchEpoch
 from tests.cluster.controller.fakes_cluster import AtOnce, FakeCluster
