@@ -7,10 +7,9 @@ from starlette.middleware import Middleware
 from gateway.serve_proxy.bounded_protocol import bound_headers
 from gateway.serve_proxy.client_certificates import demand_client_certificates
 from gateway.serve_proxy.expect_continue import ExpectContinueGuard
-from gateway.serve_proxy.lost_replica_guard import LostReplicaGuard
 from gateway.serve_proxy.malloc_trim import start_returning
-from gateway.serve_proxy.not_ready_guard import NotReadyGuard
 from gateway.serve_proxy.request_id_guard import RequestIdGuard
+from gateway.serve_proxy.unserved_guard import UnservedGuard
 
 PROXY_CALLBACK = f"{__name__}.proxy_middlewares"
 """Value of RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, which Serve's proxy reads at its start."""
@@ -21,5 +20,5 @@ def proxy_middlewares() -> list[Middleware]:
     demand_client_certificates()
     bound_headers()
     start_returning()
-    guards = (LostReplicaGuard, NotReadyGuard, ExpectContinueGuard, RequestIdGuard)
+    guards = (UnservedGuard, ExpectContinueGuard, RequestIdGuard)
     return [Middleware(guard) for guard in guards]

@@ -9,7 +9,7 @@ import pytest
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.serve_proxy.not_ready_guard import NotReadyGuard
+from gateway.serve_proxy.unserved_guard import UnservedGuard
 
 PLAIN = "text/plain; charset=utf-8"
 ERROR = {
@@ -57,7 +57,9 @@ def ask(proxy: FakeProxy, path: str = "/v1/completions", root: str = "") -> list
         raise AssertionError("nobody reads the body")
 
     scope = {"type": "http", "method": "POST", "root_path": root, "path": root + path}
-    asyncio.run(NotReadyGuard(proxy)({**scope, "headers": []}, nothing, take))
+    asyncio.run(
+        UnservedGuard(proxy)({**scope, "headers": [(b"x-request-id", b"mine")]}, nothing, take)
+    )
     return sent
 
 
@@ -102,7 +104,7 @@ def test_outside_of_all_routes_nothing_is_found() -> None:
         answer(200, "text/event-stream; charset=utf-8", b"data: 1", b"data: 2", b""),
         answer(200, PLAIN, b"metrics"),
         answer(404, "application/json", b'{"error":{}}'),
-        answer(503, PLAIN, b"unavailable"),
+        answer(500, PLAIN, b"failed"),
     ],
     ids=["stream", "text", "our own 404", "another status"],
 )

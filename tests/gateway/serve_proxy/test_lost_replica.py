@@ -10,9 +10,9 @@ import pytest
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.serve_proxy.lost_replica_guard import LostReplicaGuard
 from gateway.serve_proxy.request_id_guard import RequestIdGuard
-from tests.gateway.serve_proxy.test_not_ready_guard import PLAIN, answer
+from gateway.serve_proxy.unserved_guard import UnservedGuard
+from tests.gateway.serve_proxy.test_no_application import PLAIN, answer
 from tests.gateway.stack import start_http
 
 ERROR = {
@@ -47,7 +47,7 @@ def ask(messages: list[Message], path: str = "/v1/completions") -> list[Message]
 
     headers = [(b"x-request-id", b"mine")]
     scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
-    asyncio.run(LostReplicaGuard(DyingProxy(messages))(scope, nothing, take))
+    asyncio.run(UnservedGuard(DyingProxy(messages))(scope, nothing, take))
     return sent
 
 
@@ -91,7 +91,7 @@ def test_other_answers_pass_as_they_are(messages: list[Message], path: str) -> N
 
 def test_over_http_it_is_an_answer_like_every_other() -> None:
     async def work() -> httpx.Response:
-        url, stop = await start_http(RequestIdGuard(LostReplicaGuard(DyingProxy([]))))
+        url, stop = await start_http(RequestIdGuard(UnservedGuard(DyingProxy([]))))
         async with httpx.AsyncClient(base_url=url) as client:
             response = await client.post("/v1/completions", json={"prompt": "x"})
         await stop()
