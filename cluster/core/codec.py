@@ -38,9 +38,10 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Codec(Generic[T]):
     """Encodes and decodes messages of one type, or of a union of tagged ones. Any thread."""
 
-    def __init__(self, kind: Any, what: str) -> None:
-        """``kind`` is the type or union ``T``; ``what`` names it in errors, as "a ping"."""
+    def __init__(self, kind: Any, what: str, error: type[ProtocolError] = ProtocolError) -> None:
+        """``kind`` is the type or union ``T``; ``what`` names it in an ``error``, as "a ping"."""
         self._what = what
+        self._error = error
         self._encoder = msgspec.msgpack.Encoder(enc_hook=_array_to_wire)
         self._decoder = msgspec.msgpack.Decoder(kind, dec_hook=_array_from_wire)
 
@@ -49,11 +50,11 @@ class Codec(Generic[T]):
         return self._encoder.encode(message)
 
     def decode(self, data: bytes | memoryview) -> T:
-        """The message in ``data``. Raises ``ProtocolError`` for anything else."""
+        """The message in ``data``. Raises ``ProtocolError``, or its subclass, for all else."""
         try:
             message: T = self._decoder.decode(data)
         except (*_MISFITS, ConfigError) as err:
-            raise ProtocolError(f"not {self._what}: {err}") from err
+            raise self._error(f"not {self._what}: {err}") from err
         return message
 
 

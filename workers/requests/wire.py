@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from cluster.core.codec import Codec, Message
+from cluster.core.errors import HandshakeError
 from workers.requests.block_hash import KvEvents
 from workers.requests.inspection import RouterShape
 from workers.requests.request import Reached, Request, SoloStep, StepOutput
@@ -78,6 +79,6 @@ class KvResync(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
 ToEngine: TypeAlias = Request | Abort | Ping | SoloStep | KvResync
 FromEngine: TypeAlias = Reached | StepOutput | Ping | SoloStep | KvEvents
-ENGINE_HELLO: Codec[EngineHello] = Codec(EngineHello, "an engine's hello")
+ENGINE_HELLO: Codec[EngineHello] = Codec(EngineHello, "an engine's hello", HandshakeError)
 TO_ENGINE: Codec[ToEngine] = Codec(ToEngine, "a message to an engine")
 FROM_ENGINE: Codec[FromEngine] = Codec(FromEngine, "a message of an engine")

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Final
 
 from cluster.core.codec import Codec, Message
-from cluster.core.errors import HandshakeError, ProtocolError
+from cluster.core.errors import HandshakeError
 from cluster.core.proof import is_proof, make_proof, new_nonce
 from cluster.core.release import RELEASE, Build, differing_item
 from cluster.core.topology import Role
@@ -77,10 +77,11 @@ class _Signed(Message, frozen=True, kw_only=True):
     proof: str
 
 
-_NONCE: Codec[_Nonce] = Codec(_Nonce, "a nonce")
-_SIGNED: Codec[_Signed] = Codec(_Signed, "a proof")
-_WORDS: Codec[PeerIdentity | _Refusal] = Codec(PeerIdentity | _Refusal, "the words of a handshake")
-_T = TypeVar("_T")
+_NONCE: Codec[_Nonce] = Codec(_Nonce, "a nonce", HandshakeError)
+_SIGNED: Codec[_Signed] = Codec(_Signed, "a proof", HandshakeError)
+_WORDS: Codec[PeerIdentity | _Refusal] = Codec(
+    PeerIdentity | _Refusal, "the words of a handshake", HandshakeError
+)
 
 
 class _Handshake:
@@ -140,11 +141,11 @@ class _Handshake:
         return _pack(_SIGNED.encode(_Signed(words=data, proof=self._proof(self.side, data))))
 
     def _verified(self, message: bytes) -> PeerIdentity | _Refusal:
-        signed = _decoded(_SIGNED, message)
+        signed = _SIGNED.decode(message)
         expected = self._proof(self.other_side, signed.words)
         if not is_proof(signed.proof, expected):
             raise HandshakeError("the cluster token differs")
-        return _decoded(_WORDS, signed.words)
+        return _WORDS.decode(signed.words)
 
 
 class ListenerHandshake(_Handshake):
@@ -221,14 +222,7 @@ def _pack(body: bytes) -> bytes:
 
 
 def _nonce(message: bytes) -> str:
-    nonce = _decoded(_NONCE, message).nonce
+    nonce = _NONCE.decode(message).nonce
     if not nonce:
         raise HandshakeError("not a nonce: it is empty")
     return nonce
-
-
-def _decoded(codec: Codec[_T], data: bytes) -> _T:
-    try:
-        return codec.decode(data)
-    except ProtocolError as err:
-        raise HandshakeError(str(err)) from err

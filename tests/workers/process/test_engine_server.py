@@ -85,12 +85,12 @@ def test_the_hello_has_the_facts(case: Case) -> None:
         b"",
         b"\xc1",
         TO_ENGINE.encode(Ping(number=1)),
-        HELLO.encode(Hello(gateway="g" * 5000, release=RELEASE)),
+        HELLO.encode(Hello(name="g" * 5000, release=RELEASE)),
     ],
 )
 def test_a_stream_without_a_valid_hello_is_refused(case: Case, first: bytes) -> None:
     refused = EngineStream(case.address, first=first)
-    with pytest.raises(ConnectionError, match=r"not a gateway's hello|in the handshake: at most"):
+    with pytest.raises(ConnectionError, match=r"the hello of an engine|in the handshake: at most"):
         refused.next()
     refused.close()
     case.still_serves()

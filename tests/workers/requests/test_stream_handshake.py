@@ -9,11 +9,9 @@ from cluster.core.errors import HandshakeError
 from cluster.core.proof import make_proof
 from tests.workers.process.test_gateway_silence import FACTS
 from workers.requests.stream_handshake import (
-    CHALLENGE,
     HELLO,
     MAX_HELLO_BYTES,
     PROOF,
-    EngineChallenge,
     GatewayHandshake,
     GatewayProof,
     Hello,
@@ -65,7 +63,7 @@ def test_a_worker_without_the_token_is_refused(knows: str) -> None:
 def test_a_proof_cannot_be_reflected() -> None:
     gateway = GatewayHandshake(TOKEN, "gateway-0", "1")
     nonce = HELLO.decode(gateway.start()).nonce
-    challenge = CHALLENGE.encode(EngineChallenge(worker="attention-0", nonce=nonce, release="1"))
+    challenge = HELLO.encode(Hello(name="attention-0", nonce=nonce, release="1"))
     proof = PROOF.decode(gateway.answer(challenge)).proof
     with pytest.raises(HandshakeError, match="does not know"):
         gateway.finish(ENGINE_HELLO.encode(msgspec.structs.replace(FACTS, proof=proof)))
@@ -73,8 +71,8 @@ def test_a_proof_cannot_be_reflected() -> None:
 
 def test_a_proof_of_another_kind_of_connection_is_refused() -> None:
     worker = WorkerHandshake(TOKEN, "attention-0", "1")
-    challenge = CHALLENGE.decode(
-        worker.challenge(HELLO.encode(Hello(gateway="g", nonce="n", release="1")))
+    challenge = HELLO.decode(
+        worker.challenge(HELLO.encode(Hello(name="g", nonce="n", release="1")))
     )
     proof = make_proof(TOKEN, "control", "gateway", ("n", challenge.nonce))
     with pytest.raises(HandshakeError, match="differs"):
@@ -86,10 +84,10 @@ def test_another_release_is_named_by_both_before_any_proof() -> None:
     hello = gateway.start()
     with pytest.raises(HandshakeError, match=r"release 1 of gateway-0, 9\.9\.9 of attention-0"):
         worker.challenge(hello)
-    challenge = EngineChallenge(worker="attention-0", nonce="n", release="9.9.9")
+    challenge = Hello(name="attention-0", nonce="n", release="9.9.9")
     with pytest.raises(HandshakeError, match=r"release 9\.9\.9 of attention-0, 1 of gateway-0"):
-        gateway.answer(CHALLENGE.encode(challenge))
-    theirs = {"gateway": "g", "color": "red", "release": "9.9"}  # with fields of its own
+        gateway.answer(HELLO.encode(challenge))
+    theirs = {"name": "g", "color": "red", "release": "9.9"}  # with fields of its own
     with pytest.raises(HandshakeError, match=r"release 9\.9 of g"):
         worker.challenge(msgspec.msgpack.encode(theirs))
 

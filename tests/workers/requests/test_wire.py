@@ -234,7 +234,7 @@ def spoiled(message: ToEngine, path: tuple[int, ...], value: object) -> bytes:
         b"\x92\xa5Abort\xdd\xff\xff\xff\xff",
         b"\x93\xa7Request\xa1r\xdd\xff\xff\xff\xff",
         TO_ENGINE.encode(Ping(number=1)) + b"\x00",
-        HELLO.encode(Hello(gateway="g")),
+        HELLO.encode(Hello(name="g")),
         spoiled(Ping(number=1), (0,), "StepOutput"),
         spoiled(Ping(number=1), (1,), "1"),
         spoiled(Ping(number=1), (1,), True),
