@@ -29,7 +29,7 @@ from workers.inspection.buffers import shape_of
 from workers.kv.transfer.store import KvLender
 from workers.model.loading.checkpoint import load_attention_model
 from workers.process.engine_server import EngineServer
-from workers.process.gateway_silence import GATEWAY_SILENCE_LIMIT_S
+from workers.process.gateway_streams import GATEWAY_SILENCE_LIMIT_S
 from workers.process.intake.commands import (
     AbortRequest,
     AddRequest,

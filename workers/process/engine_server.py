@@ -21,8 +21,11 @@ from cluster.core.errors import HandshakeError, ProtocolError
 from cluster.core.release import RELEASE
 from workers.kv.block_pool import HashChanges
 from workers.kv.events import KvFeed
-from workers.process.gateway_silence import GATEWAY_SILENCE_LIMIT_S
-from workers.process.gateway_streams import GatewayStream, GatewayStreams
+from workers.process.gateway_streams import (
+    GATEWAY_SILENCE_LIMIT_S,
+    GatewayStream,
+    GatewayStreams,
+)
 from workers.process.intake.commands import Inbox
 from workers.requests.request import Reached, SoloStep, StepOutput
 from workers.requests.stream_handshake import WorkerHandshake
@@ -99,10 +102,8 @@ class EngineServer:
 
         A change of the cost alone is sent with the next blocks, and to new gateways.
         """
-        if changes.stored or changes.removed:
+        if changes.stored or changes.removed or fetch_cost != self._kv.fetch_cost:
             self._call_soon(self._tell_kv, changes, fetch_cost)
-        elif fetch_cost != self._kv.fetch_cost:
-            self._call_soon(self._set_fetch_cost, fetch_cost)
 
     def close_streams(self, fence: int) -> None:
         """Generations up to ``fence`` may no longer serve (any thread).
@@ -179,12 +180,10 @@ class EngineServer:
     def _all_kv(self) -> bytes:
         return FROM_ENGINE.encode(self._kv.whole())
 
-    def _set_fetch_cost(self, fetch_cost: float) -> None:
-        self._kv.fetch_cost = fetch_cost
-
     def _tell_kv(self, changes: HashChanges, fetch_cost: float) -> None:
         self._kv.fetch_cost = fetch_cost
-        self._streams.put_all(FROM_ENGINE.encode(self._kv.change(changes)))
+        if changes.stored or changes.removed:
+            self._streams.put_all(FROM_ENGINE.encode(self._kv.change(changes)))
 
     def _admit(self, generation: int) -> None:
         self._admitted = max(self._admitted, generation)

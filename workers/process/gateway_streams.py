@@ -3,6 +3,10 @@
 A stream that has ended takes no more commands, and sends nothing after what it could not send: a
 gateway never misses a message in the middle. Belongs to the loop of ``engine_server``; times are
 passed in, as monotonic seconds.
+
+Gateways ping their streams. The requests of a gateway that stops pinging are dropped: its process
+or host is stopped, with all sockets open. Other callers of the engine stream, which never pinged,
+may stay silent.
 """
 
 from __future__ import annotations
@@ -12,7 +16,6 @@ import itertools
 import logging
 from collections.abc import Callable
 
-from workers.process.gateway_silence import GatewaySilence
 from workers.process.intake.commands import (
     AbortRequest,
     AddRequest,
@@ -25,6 +28,10 @@ from workers.requests.wire import FROM_ENGINE, Abort, Ping, ToEngine
 
 logger = logging.getLogger(__name__)
 
+GATEWAY_SILENCE_LIMIT_S = 5.0
+"""Longest silence of a gateway, which pings every second."""
+LOOKS_PER_LIMIT = 5
+"""Checks within one limit."""
 MAX_STEPS_BEHIND = 4096
 """Messages that may wait for one gateway; a gateway further behind loses its stream."""
 
@@ -37,6 +44,8 @@ class GatewayStream:
         self.cancel = cancel
         self.error = ""
         """Why this side ends it; empty: it does not, or the worker ends."""
+        self.heard_at: float | None = None
+        """Time of the last message; None before the first ping."""
         self._queue: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_STEPS_BEHIND + 1)
         self._is_closed = False
 
@@ -72,12 +81,9 @@ class GatewayStreams:
         self._inbox = inbox
         self._streams: dict[str, GatewayStream] = {}
         self._numbers = itertools.count()
-        self._silence = GatewaySilence(silence_limit_s)
-
-    @property
-    def pause_s(self) -> float:
+        self._limit_s = silence_limit_s
+        self.pause_s = silence_limit_s / LOOKS_PER_LIMIT
         """Time between two calls of ``drop_silent``."""
-        return self._silence.pause_s
 
     def open(self, gateway: str, cancel: Callable[[], object]) -> GatewayStream:
         """A new stream, under a name of its own."""
@@ -90,7 +96,8 @@ class GatewayStreams:
         that, is for nobody."""
         if self._streams.get(stream.name) is not stream:
             return
-        self._silence.heard(stream.name, now, is_ping=isinstance(message, Ping))
+        if isinstance(message, Ping) or stream.heard_at is not None:
+            stream.heard_at = now
         match message:
             case Request():
                 self._inbox.put(AddRequest(stream.name, message, now))
@@ -119,15 +126,23 @@ class GatewayStreams:
 
     def forget(self, stream: GatewayStream) -> None:
         """The stream has ended: its requests end, once."""
-        self._silence.forget(stream.name)
         if self._streams.pop(stream.name, None) is not None:
             self._inbox.put(GatewayGone(stream.name))
 
     def drop_silent(self, now: float, looked_at: float) -> None:
-        """Drop gateways that are silent; a message to one could block its stream for ever."""
-        for name in self._silence.look(now, looked_at):
-            limit_s = self._silence.limit_s
-            self._drop(self._streams[name], f"too long without a ping (over {limit_s:g} s)")
+        """Drop gateways that are silent; a message to one could block its stream for ever.
+
+        ``looked_at`` is the time of the last check. If this process was stopped in between,
+        messages of that time may still be unread.
+        """
+        late_s = now - looked_at - self.pause_s
+        for stream in tuple(self._streams.values()):
+            if stream.heard_at is None:
+                continue
+            if late_s > self.pause_s:
+                stream.heard_at = min(now, stream.heard_at + late_s)
+            if now - stream.heard_at > self._limit_s:
+                self._drop(stream, f"too long without a ping (over {self._limit_s:g} s)")
 
     def _drop(self, stream: GatewayStream, reason: str) -> None:
         logger.warning("%s is dropped: %s", stream.name, reason)

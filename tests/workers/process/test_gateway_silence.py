@@ -12,10 +12,10 @@ import pytest
 from cluster.core.release import RELEASE
 from tests.harness.engine_stream import TIMEOUT_S, TOKEN
 from workers.process.engine_server import EngineServer
-from workers.process.gateway_silence import GatewaySilence
+from workers.process.gateway_streams import GatewayStreams
 from workers.process.intake.commands import Command, GatewayGone, Inbox
 from workers.requests.stream_handshake import GatewayHandshake
-from workers.requests.wire import PATH, TO_ENGINE, EngineHello, Ping
+from workers.requests.wire import PATH, TO_ENGINE, Abort, EngineHello, Ping
 
 FACTS = EngineHello(
     worker="attention-0",
@@ -38,24 +38,32 @@ FACTS = EngineHello(
 )
 
 
-def test_a_gateway_that_pinged_once_must_not_fall_silent() -> None:
-    silence = GatewaySilence(5.0)
-    silence.heard("a", 10.0, is_ping=True)
-    silence.heard("b", 10.0, is_ping=False)  # it never pings
-    silence.heard("c", 10.0, is_ping=True)
-    silence.heard("c", 14.0, is_ping=False)
-    assert silence.look(15.0, 14.0) == []
-    assert silence.look(15.1, 14.1) == ["a"]
-    silence.forget("a")
-    assert silence.look(19.1, 18.1) == ["c"]
+def _dropped(streams: GatewayStreams, inbox: Inbox, now: float, looked_at: float) -> list[str]:
+    """Gateways that a check drops."""
+    inbox.take()
+    streams.drop_silent(now, looked_at)
+    gone = [command for command in inbox.take() if isinstance(command, GatewayGone)]
+    return [command.gateway.partition("#")[0] for command in gone]
 
 
-def test_what_was_said_while_we_stood_still_is_waited_for() -> None:
-    silence = GatewaySilence(5.0)
-    silence.heard("a", 10.0, is_ping=True)
-    assert silence.look(40.0, 11.0) == []  # 28 s late
-    assert silence.look(41.0, 40.0) == []
-    assert silence.look(44.1, 43.1) == ["a"]
+def test_a_gateway_that_pinged_once_must_not_fall_silent(inbox: Inbox) -> None:
+    streams = GatewayStreams(inbox, 5.0)
+    a, b, c = (streams.open(name, lambda: None) for name in "abc")
+    streams.take(Ping(number=1), a, 10.0)
+    streams.take(Abort(request_id="r"), b, 10.0)  # it never pings
+    streams.take(Ping(number=1), c, 10.0)
+    streams.take(Abort(request_id="r"), c, 14.0)
+    assert _dropped(streams, inbox, 15.0, 14.0) == []
+    assert _dropped(streams, inbox, 15.1, 14.1) == ["a"]
+    assert _dropped(streams, inbox, 19.1, 18.1) == ["c"]
+
+
+def test_what_was_said_while_we_stood_still_is_waited_for(inbox: Inbox) -> None:
+    streams = GatewayStreams(inbox, 5.0)
+    streams.take(Ping(number=1), streams.open("a", lambda: None), 10.0)
+    assert _dropped(streams, inbox, 40.0, 11.0) == []  # 28 s late
+    assert _dropped(streams, inbox, 41.0, 40.0) == []
+    assert _dropped(streams, inbox, 44.1, 43.1) == ["a"]
 
 
 @pytest.fixture
