@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 
 from cluster.config.api_keys import digest_of
@@ -45,7 +45,6 @@ class KeyRing:
     ) -> None:
         self._fixed = {entry.digest: entry for entry in plain_entries(keys)}
         self._file = file
-        self._followed = self._listed()
         self._limits = limits or KeyLimits()
         self._others = others
         self.masters: KeyRing | None = None
@@ -63,7 +62,6 @@ class KeyRing:
         for ring in (self, self.masters, self._others):
             if ring is not None and ring._file is not None:
                 await ring._file.refresh(ring._clock())
-                ring._follow_file()
 
     def check(self, authorization: str | None, api_key: str | None = None) -> Account | None:
         """Accept a request by its ``Authorization`` header, or by its ``api-key`` header.
@@ -102,30 +100,23 @@ class KeyRing:
         return account
 
     def _find(self, digest: bytes) -> Account | None:
+        """The account of a key; keys that remain in a changed file keep their usage."""
         entry = self._entry(digest)  # how long this takes depends on digests alone
         known = digest if entry is None else entry.digest
         if not hmac.compare_digest(digest, known) or entry is None:
+            self._accounts.pop(digest, None)
             return None
-        if digest not in self._accounts:
-            self._accounts[digest] = Account(entry, self._limits_of(entry), self._clock())
-        return self._accounts[digest]
-
-    def _follow_file(self) -> None:
-        """Take the entries of the file; keys that remain keep their usage."""
-        if self._followed is self._listed():
-            return
-        self._followed = self._listed()
-        now_s, old, self._accounts = self._clock(), self._accounts, {}
-        for digest, account in old.items():
-            if (entry := self._entry(digest)) is not None:
-                account.change(entry, self._limits_of(entry), now_s)
-                self._accounts[digest] = account
-
-    def _listed(self) -> Mapping[bytes, KeyEntry]:
-        return self._fixed if self._file is None else self._file.entries
+        account = self._accounts.get(digest)
+        if account is None:
+            account = Account(entry, self._limits_of(entry), self._clock())
+            self._accounts[digest] = account
+        elif account.entry is not entry:
+            account.change(entry, self._limits_of(entry), self._clock())
+        return account
 
     def _entry(self, digest: bytes) -> KeyEntry | None:
-        return self._followed.get(digest) or self._fixed.get(digest)
+        in_file = self._file.entries.get(digest) if self._file is not None else None
+        return in_file or self._fixed.get(digest)
 
     def _limits_of(self, entry: KeyEntry) -> KeyLimits:
         return entry.limits.or_else(self._limits)

@@ -194,18 +194,16 @@ class KeyFile:
         until it is. An unreadable or invalid file changes nothing, and is logged once. A file
         without keys leaves none.
         """
+        if self._reading is not None and self._reading.done():
+            self._reading = None
         if self._reading is None and now_s >= self._next_look_s:
             self._next_look_s = now_s + _POLL_S
             stamp = self._stamp()
             if stamp != self._seen:
                 self._seen = stamp
                 self._reading = asyncio.ensure_future(asyncio.to_thread(self._read_again))
-                self._reading.add_done_callback(self._end_reading)
         if self._reading is not None:
             await asyncio.wait({self._reading}, timeout=self._limit_s)
-
-    def _end_reading(self, reading: asyncio.Future[None]) -> None:
-        self._reading = None
 
     def _read_again(self) -> None:
         try:

@@ -18,8 +18,7 @@ class Pauses:
         self._generation = 0
         self._since_s = 0.0
         self._recent: deque[tuple[float, float]] = deque(maxlen=_KEPT)  # (end, length)
-        self._longest_s = 0.0
-        self._is_told = True
+        self._longest_s = self._reported_s = 0.0
 
     def change(self, generation: int, now_s: float) -> bool:
         """A snapshot names this generation; whether there may be a pause to report."""
@@ -29,7 +28,7 @@ class Pauses:
         self._generation, self._since_s = generation, now_s
         recent = (length for end_s, length in self._recent if now_s - end_s <= LATE_S)
         self._longest_s = 0.0 if is_first else max(recent, default=0.0)
-        self._is_told = not self._longest_s
+        self._reported_s = 0.0
         return not is_first
 
     def token(self, last_s: float, now_s: float) -> None:
@@ -38,12 +37,12 @@ class Pauses:
         if length < LEAST_S:
             return
         self._recent.append((now_s, length))
-        if last_s <= self._since_s and length > self._longest_s:
-            self._longest_s, self._is_told = length, False
+        if last_s <= self._since_s:
+            self._longest_s = max(self._longest_s, length)
 
     def take(self) -> tuple[int, float] | None:
         """Generation and pause to report, each longer pause once."""
-        if self._is_told or not self._generation:
+        if self._longest_s <= self._reported_s:
             return None
-        self._is_told = True
+        self._reported_s = self._longest_s
         return self._generation, self._longest_s

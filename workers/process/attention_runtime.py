@@ -30,14 +30,7 @@ from workers.kv.transfer.store import KvLender
 from workers.model.loading.checkpoint import load_attention_model
 from workers.process.engine_server import EngineServer
 from workers.process.gateway_streams import GATEWAY_SILENCE_LIMIT_S
-from workers.process.intake.commands import (
-    AbortRequest,
-    AddRequest,
-    Command,
-    GatewayGone,
-    Inbox,
-    SoloStepNoted,
-)
+from workers.process.intake.commands import AddRequest, Command, GatewayGone, Inbox
 from workers.process.intake.grammar_compilations import GrammarCompilations
 from workers.process.intake.kv_fetches import KvFetches
 from workers.process.runtime import IDLE_WAIT_S, WorkerRuntime
@@ -51,7 +44,7 @@ from workers.requests.request import (
     TokenOutput,
 )
 from workers.requests.step_header import StepHeader
-from workers.requests.wire import EngineHello
+from workers.requests.wire import Abort, EngineHello
 from workers.sampling.grammar import CompiledGrammar
 from workers.sampling.grammar_compiler import GrammarCompiler
 from workers.transport.peer_link import Peer
@@ -237,18 +230,20 @@ class AttentionRuntime(WorkerRuntime):
     def _handle(self, engine: Engine, command: Command) -> None:
         if isinstance(command, AddRequest):
             self._receive(engine, command)
-        elif isinstance(command, AbortRequest):
-            for waiting in () if command.choices else (self._compilations, self._fetches):
-                if waiting.owner(command.request_id) == command.gateway:
-                    waiting.drop(command.request_id)
-            if self._owners.get(command.request_id) == command.gateway:
-                engine.abort(command.request_id, command.choices)
-                self._forget_ended(engine, command.request_id)
-        elif isinstance(command, SoloStepNoted):
-            if self._owners.get(command.solo_step.request_id) == command.gateway:
-                engine.begin_solo_step(command.solo_step)
         elif isinstance(command, GatewayGone):
             self._drop_gateway(engine, command.gateway)
+        elif isinstance(command.message, Abort):
+            self._abort(engine, command.gateway, command.message)
+        elif self._owners.get(command.message.request_id) == command.gateway:
+            engine.begin_solo_step(command.message)
+
+    def _abort(self, engine: Engine, gateway: str, abort: Abort) -> None:
+        for waiting in () if abort.choices else (self._compilations, self._fetches):
+            if waiting.owner(abort.request_id) == gateway:
+                waiting.drop(abort.request_id)
+        if self._owners.get(abort.request_id) == gateway:
+            engine.abort(abort.request_id, abort.choices)
+            self._forget_ended(engine, abort.request_id)
 
     def _report_solo_steps(self, engine: Engine) -> None:
         """Report requests that run a step alone to their gateways, before and after."""

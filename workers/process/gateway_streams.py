@@ -16,13 +16,7 @@ import itertools
 import logging
 from collections.abc import Callable
 
-from workers.process.intake.commands import (
-    AbortRequest,
-    AddRequest,
-    GatewayGone,
-    Inbox,
-    SoloStepNoted,
-)
+from workers.process.intake.commands import AddRequest, GatewayGone, Inbox, MessageTaken
 from workers.requests.request import Request, SoloStep
 from workers.requests.wire import FROM_ENGINE, Abort, Ping, ToEngine
 
@@ -101,10 +95,8 @@ class GatewayStreams:
         match message:
             case Request():
                 self._inbox.put(AddRequest(stream.name, message, now))
-            case Abort():
-                self._inbox.put(AbortRequest(stream.name, message.request_id, message.choices))
-            case SoloStep():
-                self._inbox.put(SoloStepNoted(stream.name, message))
+            case Abort() | SoloStep():
+                self._inbox.put(MessageTaken(stream.name, message))
             case Ping():
                 self.put(stream.name, FROM_ENGINE.encode(message))
 

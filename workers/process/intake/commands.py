@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from workers.requests.request import Request, SoloStep
+from workers.requests.wire import Abort
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +21,11 @@ class AddRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class AbortRequest:
-    """A gateway aborts a request, or the named ones of its choices."""
+class MessageTaken:
+    """A gateway aborts a request, or has noted which one runs the next step alone."""
 
     gateway: str
-    request_id: str
-    choices: tuple[int, ...]
+    message: Abort | SoloStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +35,7 @@ class GatewayGone:
     gateway: str
 
 
-@dataclass(frozen=True, slots=True)
-class SoloStepNoted:
-    """A gateway has noted which request runs the next step alone."""
-
-    gateway: str
-    solo_step: SoloStep
-
-
-Command = AddRequest | AbortRequest | GatewayGone | SoloStepNoted
+Command = AddRequest | MessageTaken | GatewayGone
 
 
 class Inbox:
