@@ -25,7 +25,7 @@ from tests.gateway.grpc.test_grpc import failure, request_of
 from tests.gateway.http.test_disconnect import send_raw
 from tests.gateway.sse_client import by_choice, read_events
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
-from workers.requests.request import RequestStage
+from workers.requests.request import Request, RequestStage
 
 
 class Workers:
@@ -350,8 +350,12 @@ def test_a_request_that_kills_on_receipt_fails_and_no_other(workers: Workers) ->
     _lose(workers, first, 2)
     second = workers.add(pause_after=0, reports=lambda request, stage: False)
     _lose(workers, second, 2)  # from now on one of them is sent at a time
+
+    def only_queues(request: Request, stage: RequestStage) -> bool:
+        return request.prompt != killer and stage is RequestStage.QUEUED
+
     for _ in range(MAX_SILENT_DEATHS_IN_ALL - 2):
-        engine = workers.add(pause_after=0, reports=lambda r, _: r.prompt != killer)
+        engine = workers.add(pause_after=0, reports=only_queues)
         _wait_for_prompt(workers, engine, killer)
         workers.stop(engine)
         workers.stack.wait_for(lambda: not workers.stack.engines.clients, "the loss")
