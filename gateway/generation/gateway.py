@@ -235,7 +235,8 @@ class Gateway:
         call, caller = await make(facts), CALLER.get()
         if caller is not None:
             caller.check_tokens(time.monotonic())
-            call = replace(call, cache_salt=tenant_salt(caller.tenant, call.cache_salt))
+            # No other tenant finds, or can detect, the cached prefixes of this salt.
+            call = replace(call, cache_salt=f"{caller.tenant}\0{call.cache_salt}")
         generation = Generation(
             call,
             call_id,
@@ -393,11 +394,6 @@ def new_call_id(kind: CallKind) -> str:
     """Name of a call: ``cmpl-`` or ``chatcmpl-`` and 32 hex digits."""
     prefix = "chatcmpl" if kind is CallKind.CHAT else "cmpl"
     return f"{prefix}-{uuid.uuid4().hex}"
-
-
-def tenant_salt(tenant: str, salt: str) -> str:
-    """The salt of a tenant's cached prefixes, which no other tenant finds, or can detect."""
-    return f"{tenant}\0{salt}"
 
 
 def _seed_source(base: int, name: str) -> Callable[[], int]:

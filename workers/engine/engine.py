@@ -23,7 +23,7 @@ from workers.engine.model_runner import ModelRunner, StepResult
 from workers.engine.request_checks import RequestLimits, check_request
 from workers.engine.scheduler import RowsWanted, Scheduler, StepPlan
 from workers.engine.step_sampler import StepSampler, StepTokens
-from workers.kv.block_pool import BlockPool, HashChanges
+from workers.kv.block_pool import BlockPool
 from workers.kv.cache import KVCache, num_kv_blocks
 from workers.kv.transfer.store import Fetch, KvTransferStore
 from workers.metrics.histogram import TOKEN_BUCKETS, Histogram
@@ -173,10 +173,6 @@ class Engine:
     def begin_fetch(self, request: Request) -> Fetch | None:
         """Get ready for the blocks of a prompt that another worker has; see ``KvTransferStore``."""
         return self.kv_store.begin(request, num_spare=self._scheduler.num_running)
-
-    def take_kv_changes(self) -> HashChanges:
-        """Changes of the blocks that can be found, since the last call."""
-        return self.pool.take_changes()
 
     @property
     def has_work(self) -> bool:

@@ -370,7 +370,7 @@ class AttentionRuntime(WorkerRuntime):
         assert self._stream is not None
         assert self._engine is not None
         if self.config.engine.enable_prefix_caching:
-            self._stream.publish_kv(self._engine.take_kv_changes(), self._fetches.fetch_cost)
+            self._stream.publish_kv(self._engine.pool.take_changes(), self._fetches.fetch_cost)
         if not outputs:
             return
         by_gateway: defaultdict[str, list[TokenOutput]] = defaultdict(list)

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from cluster.core.errors import ProtocolError
 from cluster.core.frames import NewEpoch
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
-from workers.experts.transfer.obstacle import Obstacle, SlotOrder
+from workers.experts.transfer.loading import Obstacle, SlotOrder
 
 
 class EpochPlacements:

@@ -20,8 +20,13 @@ from workers.dispatch.expert_server import ExpertServer
 from workers.experts.slots import ExpertSlots
 from workers.experts.sources import CheckpointSource, ExpertSource
 from workers.experts.speed import blank_bank, slots_per_second
-from workers.experts.transfer.loading import CHECKPOINT, ExpertLoader, OpenSource
-from workers.experts.transfer.obstacle import Obstacle, SlotOrder
+from workers.experts.transfer.loading import (
+    CHECKPOINT,
+    ExpertLoader,
+    Obstacle,
+    OpenSource,
+    SlotOrder,
+)
 from workers.experts.transfer.peer_source import (
     GIVE_UP,
     PEER,

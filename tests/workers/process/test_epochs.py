@@ -9,7 +9,7 @@ from cluster.core.errors import ProtocolError
 from cluster.core.frames import NewEpoch, decode, encode
 from cluster.core.placement import ExpertPlacement, contiguous
 from tests.cluster.controller.fakes_cluster import BANKS
-from workers.experts.transfer.obstacle import Obstacle
+from workers.experts.transfer.loading import Obstacle
 from workers.process.epochs import EpochPlacements
 
 FIRST = contiguous(BANKS, 2, 1)

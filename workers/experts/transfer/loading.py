@@ -27,6 +27,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -37,7 +38,6 @@ from cluster.core.frames import ExpertsLoaded, LoadExperts
 from cluster.core.placement import FREE_SLOT
 from workers.experts.slots import ExpertSlots
 from workers.experts.sources import ExpertSource
-from workers.experts.transfer.obstacle import Obstacle, SlotOrder, no_obstacle
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +45,20 @@ CHECKPOINT = "checkpoint"
 """Kind of the source that reads from disk; it has no parameters."""
 OpenSource = Callable[[Mapping[str, Any]], ExpertSource]
 """Opens a source, given ``LoadExperts.source``."""
+SlotOrder = tuple[int, int, int]
+"""(bank, expert slot, logical expert or ``FREE_SLOT``) that an order names."""
 Item = TypeVar("Item")
 _LOOK_S = 0.02
 """Time between two looks at an obstacle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why slots must not be written now."""
+
+    reason: str
+    passes: bool
+    """The epoch that the order is for is still to come to this worker."""
 
 
 class ExpertLoader:
@@ -59,7 +70,7 @@ class ExpertLoader:
         sources: Mapping[str, OpenSource],
         answer: Callable[[ExpertsLoaded], None],
         *,
-        obstacle: Callable[[Sequence[SlotOrder], int], Obstacle | None] = no_obstacle,
+        obstacle: Callable[[Sequence[SlotOrder], int], Obstacle | None],
         wait_limit_s: float = 5.0,
         max_slots: int | None = None,
         min_slots: int = 0,

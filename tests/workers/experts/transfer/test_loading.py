@@ -21,8 +21,7 @@ from tests.fakes import TINY_CONFIG, write_tiny_checkpoint
 from tests.harness.engine_stream import TIMEOUT_S
 from workers.experts.slots import ExpertSlots
 from workers.experts.sources import CheckpointSource, ExpertSource, ExpertWeight
-from workers.experts.transfer.loading import CHECKPOINT, ExpertLoader
-from workers.experts.transfer.obstacle import Obstacle
+from workers.experts.transfer.loading import CHECKPOINT, ExpertLoader, Obstacle
 from workers.model.config import BankSpec
 from workers.model.loading.checkpoint import Checkpoint
 
