@@ -117,8 +117,9 @@ class ControllerActor:
                 free_cpus = await asyncio.to_thread(self._group.free_cpus)
                 known = ClusterConfig.from_dict(config)
                 plan = plan_start(known, banks, nodes, free_cpus, profile)
-                top_k = max((int(b.get("top_k", 1)) for b in banks), default=1)
-                await self._begin(plan, {"profile": profile, "top_k": top_k, "asked": asked})
+                assert plan.load is not None, "the workers do not run yet"
+                notes = {"profile": profile, "top_k": plan.load.top_k, "asked": asked}
+                await self._begin(plan, notes)
 
     async def _begin(self, plan: StartPlan, notes: Mapping[str, Any]) -> None:
         members, term = await self._reserve(plan)

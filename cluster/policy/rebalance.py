@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from msgspec import structs
 
-from cluster.config.cluster import ClusterConfig
+from cluster.config.cluster import ClusterConfig, RebalanceSection
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import FREE_SLOT, ExpertPlacement
 from cluster.core.topology import Member
@@ -42,20 +42,6 @@ _SWITCH_S = 0.05
 """Cost of a new epoch: a message to all workers, and an empty step at worst."""
 _LEAST_GAIN = 0.015
 """Share of the step time below which a prediction is noise."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RebalanceSettings:
-    """Parameters of the policy."""
-
-    horizon_s: float = 300.0
-    """Time for which the load is assumed to stay."""
-    max_move_fraction: float = 0.1
-    """Share of all slots that may be filled."""
-    bytes_per_s: float = 100e6
-    """Rate of the moves into one worker."""
-    step: StepCost = field(default_factory=StepCost)
-    """Time of a step on an expert worker."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,23 +119,24 @@ def decide_placement(
     load: LoadNow,
     topology: PlannedTopology,
     current: ExpertPlacement,
-    settings: RebalanceSettings,
+    section: RebalanceSection,
+    step: StepCost,
 ) -> RebalanceDecision:
     """Whether to change the placement, and to what. The same input gives the same decision.
+
+    ``step`` is the time of a step on an expert worker.
 
     Raises ``ConfigError`` if load, devices and placement do not match.
     """
     packed = packed_rows(current)
-    time_now = _seconds(load, topology, packed, settings.step)
+    time_now = _seconds(load, topology, packed, step)
     found = [
-        _weighed(plan, packed, time_now, load, topology, settings)
-        for plan in _candidates(load, topology, packed, settings)
+        _weighed(plan, packed, time_now, load, topology, section, step)
+        for plan in _candidates(load, topology, packed, section.max_move_fraction, step)
     ]
     best = max(found, key=lambda d: d.gain_s - d.cost_s)
     if best.gain_s <= best.cost_s or 1.0 - best.time_ratio < _LEAST_GAIN:
-        reason = (
-            f"{best.gain_s:.2f} s won within {settings.horizon_s:g} s, {best.cost_s:.2f} s lost"
-        )
+        reason = f"{best.gain_s:.2f} s won within {section.horizon_s:g} s, {best.cost_s:.2f} s lost"
         return replace(best, action="none", reason=reason, target=current, num_moves=0, num_bytes=0)
     return best
 
@@ -196,13 +183,17 @@ def mixed_balancedness(
 
 
 def _candidates(
-    load: LoadNow, topology: PlannedTopology, current: ExpertPlacement, settings: RebalanceSettings
+    load: LoadNow,
+    topology: PlannedTopology,
+    current: ExpertPlacement,
+    max_move_fraction: float,
+    step: StepCost,
 ) -> list[Plan]:
     """Shares alone; moves for prompts; moves for decodes, and both."""
-    rows, profile = settings.step.decode_tokens, load.profile
+    rows, profile = step.decode_tokens, load.profile
     still = PlanOptions(max_move_fraction=0.0, decode_tokens=rows)
     plans = [mesh.plan(profile, topology, current, still)]
-    moving = replace(still, max_move_fraction=settings.max_move_fraction)
+    moving = replace(still, max_move_fraction=max_move_fraction)
     budget = mesh.move_budget(current, moving)
     if not budget:
         return plans
@@ -214,7 +205,7 @@ def _candidates(
             plan.placement,
             budget=budget - len(plan.moves),
             rows=rows,
-            slot_tokens=settings.step.slot_s / max(settings.step.token_s, 1e-12),
+            slot_tokens=step.slot_s / max(step.token_s, 1e-12),
         )
         solved = mesh.plan(profile, topology, moved, still).placement
         plans.append(assess(profile, topology, solved, current))
@@ -227,13 +218,14 @@ def _weighed(
     time_now: float,
     load: LoadNow,
     topology: PlannedTopology,
-    settings: RebalanceSettings,
+    section: RebalanceSection,
+    step: StepCost,
 ) -> RebalanceDecision:
-    time_then = _seconds(load, topology, plan.placement, settings.step)
+    time_then = _seconds(load, topology, plan.placement, step)
     ratio = time_then / time_now if time_now > 0 else 1.0
-    num_bytes = len(plan.moves) * settings.step.expert_bytes
+    num_bytes = len(plan.moves) * step.expert_bytes
     into_device = Counter(move.device for move in plan.moves)
-    most_bytes = max(into_device.values(), default=0) * settings.step.expert_bytes
+    most_bytes = max(into_device.values(), default=0) * step.expert_bytes
     stages = 3 if plan.moves else 1
     return RebalanceDecision(
         action="move" if plan.moves else "split",
@@ -244,8 +236,8 @@ def _weighed(
         balancedness_now=mixed_balancedness(current, load.profile, load.prefill_share),
         balancedness_then=mixed_balancedness(plan.placement, load.profile, load.prefill_share),
         time_ratio=ratio,
-        gain_s=max(1.0 - ratio, 0.0) * settings.horizon_s,
-        cost_s=most_bytes / settings.bytes_per_s * _MOVE_SLOWDOWN + stages * _SWITCH_S,
+        gain_s=max(1.0 - ratio, 0.0) * section.horizon_s,
+        cost_s=most_bytes / section.bytes_per_s * _MOVE_SLOWDOWN + stages * _SWITCH_S,
     )
 
 

@@ -23,7 +23,6 @@ from cluster.planner.base import PlannedTopology
 from cluster.policy.rebalance import (
     LoadNow,
     RebalanceDecision,
-    RebalanceSettings,
     decide_placement,
     planned_topology,
     resolved,
@@ -93,21 +92,15 @@ class Plans(Computations):
         super().__init__(executor)
         self._cluster = cluster
         self._config = config
-        self._section = config.rebalance
         self._top_k = max(top_k, 1)
 
     def decide(
         self, load: LoadNow, then: Then[RebalanceDecision], now: float
     ) -> Future[RebalanceDecision]:
         """Decide whether to change the placement, and to what."""
-        section, placement = self._section, self._cluster.placement
-        settings = RebalanceSettings(
-            horizon_s=section.horizon_s,
-            max_move_fraction=section.max_move_fraction,
-            bytes_per_s=section.bytes_per_s,
-            step=self._step_cost(),
-        )
-        work = partial(decide_placement, load, self._topology(placement), placement, settings)
+        placement, section = self._cluster.placement, self._config.rebalance
+        topology, step = self._topology(placement), self._step_cost()
+        work = partial(decide_placement, load, topology, placement, section, step)
         return self._plan(work, then, now)
 
     def share(

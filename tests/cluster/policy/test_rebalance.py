@@ -20,10 +20,11 @@ from cluster.core.placement import (
     ExpertPlacement,
     contiguous,
 )
+from cluster.planner.base import PlannedTopology
 from cluster.planner.stages import held_by
 from cluster.policy.rebalance import (
     LoadNow,
-    RebalanceSettings,
+    RebalanceDecision,
     decide_placement,
     mixed_balancedness,
     packed_rows,
@@ -38,9 +39,18 @@ EXPERTS = 16
 DEVICES = 4
 SHAPES = tuple(BankShape(bank="mlp", layer=i, num_experts=EXPERTS) for i in range(3))
 MEMBERS = make_members(1, DEVICES)[1:]
-SETTINGS = RebalanceSettings(
-    step=StepCost(slot_s=8e-6, token_s=1e-6, expert_bytes=1000), max_move_fraction=0.3
-)
+SECTION = RebalanceSection(max_move_fraction=0.3)
+STEP = StepCost(slot_s=8e-6, token_s=1e-6, expert_bytes=1000)
+
+
+def decided(
+    some: LoadNow,
+    topology: PlannedTopology,
+    now: ExpertPlacement,
+    section: RebalanceSection = SECTION,
+    step: StepCost = STEP,
+) -> RebalanceDecision:
+    return decide_placement(some, topology, now, section, step)
 
 
 def profile(seed: int, skew: float = 0.8) -> LoadProfile:
@@ -74,9 +84,9 @@ def load(seed: int = 0, skew: float = 0.8, prefill_share: float = 0.3) -> LoadNo
 def test_a_skewed_load_is_worth_a_move() -> None:
     now = current()
     topology = planned_topology(MEMBERS, now, 5)
-    decision = decide_placement(load(), topology, now, SETTINGS)
+    decision = decided(load(), topology, now, SECTION)
     assert decision.action == "move"
-    assert decision == decide_placement(load(), topology, now, SETTINGS)
+    assert decision == decided(load(), topology, now, SECTION)
     assert 0 < decision.num_moves <= 0.3 * 3 * DEVICES * 5
     assert decision.num_bytes == 1000 * decision.num_moves
     assert decision.time_ratio < 0.97
@@ -89,8 +99,8 @@ def test_a_skewed_load_is_worth_a_move() -> None:
 def test_the_time_ratio_is_that_of_a_row_of_the_mix() -> None:
     now = current()
     topology = planned_topology(MEMBERS, now, 5)
-    decision = decide_placement(load(), topology, now, SETTINGS)
-    step = SETTINGS.step
+    decision = decided(load(), topology, now, SECTION)
+    step = STEP
 
     def row_s(placement: ExpertPlacement) -> float:
         window = window_of(load().profile, topology, placement, step)
@@ -106,32 +116,30 @@ def test_all_moves_together_keep_to_their_share_of_the_slots(fraction: float) ->
     now = current()
     topology = planned_topology(MEMBERS, now, 5)
     limit = int(fraction * 3 * DEVICES * 5)
-    settings = replace(SETTINGS, max_move_fraction=fraction, horizon_s=1e6)
+    section = replace(SECTION, max_move_fraction=fraction, horizon_s=1e6)
     for seed in range(6):
-        decision = decide_placement(
-            load(seed, skew=1.5, prefill_share=0.1), topology, now, settings
-        )
+        decision = decided(load(seed, skew=1.5, prefill_share=0.1), topology, now, section)
         assert 0 < decision.num_moves <= limit
 
 
 def test_a_short_horizon_or_a_slow_link_is_not() -> None:
     now = current()
     topology = planned_topology(MEMBERS, now, 5)
-    brief = replace(SETTINGS, horizon_s=0.01)
-    decision = decide_placement(load(), topology, now, brief)
+    brief = replace(SECTION, horizon_s=0.01)
+    decision = decided(load(), topology, now, brief)
     assert decision.action == "none"
     assert decision.target == now
     assert (decision.num_moves, decision.num_bytes) == (0, 0)
     assert "s won within 0.01 s" in decision.reason
-    slow = replace(SETTINGS, bytes_per_s=1.0)  # an expert takes a quarter of an hour
-    assert decide_placement(load(), topology, now, slow).action != "move"
+    slow = replace(SECTION, bytes_per_s=1.0)  # an expert takes a quarter of an hour
+    assert decided(load(), topology, now, slow).action != "move"
 
 
 @pytest.mark.parametrize("skew", [0.02, 0.05])
 def test_a_gain_of_one_percent_is_noise_however_long_it_lasts(skew: float) -> None:
     now = current()
     topology = planned_topology(MEMBERS, now, 5)
-    decision = decide_placement(load(skew=skew), topology, now, replace(SETTINGS, horizon_s=1e6))
+    decision = decided(load(skew=skew), topology, now, replace(SECTION, horizon_s=1e6))
     assert decision.action == "none"
     assert decision.gain_s > decision.cost_s
     assert 0.985 < decision.time_ratio < 1.0
@@ -140,8 +148,8 @@ def test_a_gain_of_one_percent_is_noise_however_long_it_lasts(skew: float) -> No
 def test_without_moves_the_shares_alone_are_weighed() -> None:
     now = current(num_redundant=2)
     topology = planned_topology(MEMBERS, now, 6)
-    decision = decide_placement(
-        load(prefill_share=1.0), topology, now, replace(SETTINGS, max_move_fraction=0.0)
+    decision = decided(
+        load(prefill_share=1.0), topology, now, replace(SECTION, max_move_fraction=0.0)
     )
     assert decision.action == "split"
     assert decision.num_bytes == 0
@@ -154,8 +162,8 @@ def test_without_moves_the_shares_alone_are_weighed() -> None:
 def test_where_moves_cost_too_much_the_shares_alone_change() -> None:
     now = current(num_redundant=2)
     topology = planned_topology(MEMBERS, now, 6)
-    slow = replace(SETTINGS, bytes_per_s=1.0)
-    decision = decide_placement(load(prefill_share=1.0), topology, now, slow)
+    slow = replace(SECTION, bytes_per_s=1.0)
+    decision = decided(load(prefill_share=1.0), topology, now, slow)
     assert decision.action == "split"
     assert decision.gain_s > decision.cost_s
 
@@ -163,28 +171,28 @@ def test_where_moves_cost_too_much_the_shares_alone_change() -> None:
 def test_a_gain_that_equals_its_cost_is_not_worth_a_change() -> None:
     now = current(num_redundant=2)
     topology = planned_topology(MEMBERS, now, 6)
-    settings = replace(SETTINGS, max_move_fraction=0.0)
+    section = replace(SECTION, max_move_fraction=0.0)
     some = load(prefill_share=1.0)
-    first = decide_placement(some, topology, now, settings)
+    first = decided(some, topology, now, section)
     even_s = first.cost_s / (1.0 - first.time_ratio)
-    even = decide_placement(some, topology, now, replace(settings, horizon_s=even_s))
+    even = decided(some, topology, now, replace(section, horizon_s=even_s))
     assert even.gain_s == even.cost_s
     assert even.action == "none"
-    longer = replace(settings, horizon_s=1.01 * even_s)
-    assert decide_placement(some, topology, now, longer).action == "split"
+    longer = replace(section, horizon_s=1.01 * even_s)
+    assert decided(some, topology, now, longer).action == "split"
 
 
 def test_where_experts_take_no_time_nothing_changes() -> None:
-    now, step = current(), replace(SETTINGS.step, slot_s=0.0, token_s=0.0)
+    now, step = current(), replace(STEP, slot_s=0.0, token_s=0.0)
     topology = planned_topology(MEMBERS, now, 5)
-    decision = decide_placement(load(), topology, now, replace(SETTINGS, step=step))
+    decision = decided(load(), topology, now, step=step)
     assert (decision.action, decision.time_ratio) == ("none", 1.0)
 
 
 def test_a_move_costs_a_tenth_of_its_time_and_three_switches_and_shares_cost_one() -> None:
     now = current()
     topology = planned_topology(MEMBERS, now, 5)
-    decision = decide_placement(load(), topology, now, replace(SETTINGS, bytes_per_s=10_000.0))
+    decision = decided(load(), topology, now, replace(SECTION, bytes_per_s=10_000.0))
     assert decision.action == "move"
     into = [
         sum(
@@ -195,19 +203,19 @@ def test_a_move_costs_a_tenth_of_its_time_and_three_switches_and_shares_cost_one
     ]
     assert sum(into) == decision.num_moves > max(into)
     assert decision.cost_s == pytest.approx(0.1 * max(into) * 1000 / 10_000.0 + 3 * 0.05)
-    still = replace(SETTINGS, max_move_fraction=0.0)
-    assert decide_placement(load(), topology, now, still).cost_s == 0.05
+    still = replace(SECTION, max_move_fraction=0.0)
+    assert decided(load(), topology, now, still).cost_s == 0.05
 
 
 def test_moves_for_decodes_weigh_a_slot_against_its_tokens() -> None:
     """Reading an expert's weights takes as long as computing 8 of a step's 32 pairs."""
     now = current()
-    step = replace(SETTINGS.step, decode_tokens=16)
-    decision = decide_placement(
+    step = replace(STEP, decode_tokens=16)
+    decision = decided(
         load(1, skew=1.2, prefill_share=0.0),
         planned_topology(MEMBERS, now, 5),
         now,
-        replace(SETTINGS, step=step),
+        step=step,
     )
     assert decision.action == "move"
     assert decision.time_ratio < 0.98
@@ -234,16 +242,16 @@ def test_balancedness_mixes_the_loads_of_prompts_and_decodes() -> None:
 def test_an_even_load_is_left_alone() -> None:
     now = current()
     topology = planned_topology(MEMBERS, now, 5)
-    placed = decide_placement(load(skew=0.0), topology, now, SETTINGS)
+    placed = decided(load(skew=0.0), topology, now, SECTION)
     moved = structs.replace(now, banks=placed.target.banks)
-    assert decide_placement(load(skew=0.0), topology, moved, SETTINGS).action == "none"
+    assert decided(load(skew=0.0), topology, moved, SECTION).action == "none"
 
 
 def test_what_was_decided_is_not_decided_again() -> None:
     now = current()
-    settings = replace(SETTINGS, max_move_fraction=1.0)
+    section = replace(SECTION, max_move_fraction=1.0)
     for _ in range(4):
-        decision = decide_placement(load(), planned_topology(MEMBERS, now, 5), now, settings)
+        decision = decided(load(), planned_topology(MEMBERS, now, 5), now, section)
         now = decision.target
     assert decision.action == "none"
 
@@ -253,9 +261,7 @@ def test_a_change_is_never_predicted_to_be_worse(seed: int) -> None:
     rng = random.Random(seed)
     now = current(rng.randint(0, 2))
     some = load(seed, rng.uniform(0.0, 2.0), rng.random())
-    decision = decide_placement(
-        some, planned_topology(MEMBERS, now, 4 + rng.randint(1, 3)), now, SETTINGS
-    )
+    decision = decided(some, planned_topology(MEMBERS, now, 4 + rng.randint(1, 3)), now, SECTION)
     assert decision.time_ratio <= 1.0 + 1e-9 or decision.action == "none"
 
 
@@ -265,7 +271,7 @@ def test_lost_devices_get_nothing_and_full_ones_keep_what_they_have() -> None:
     alive = [m for m in MEMBERS if m.device != 1]
     topology = planned_topology(alive, now, 6)
     assert [d.num_expert_slots for d in topology.devices] == [8, 0, 8, 8]
-    decision = decide_placement(load(), topology, now, SETTINGS)
+    decision = decided(load(), topology, now, SECTION)
     for bank in decision.target.banks:
         assert held_by(bank, 1) == frozenset()
 
@@ -289,7 +295,7 @@ def test_too_few_slots_are_an_error_of_their_own() -> None:
     now = current()
     topology = planned_topology([], now, 5)
     with pytest.raises(ConfigError):
-        decide_placement(load(), topology, now, SETTINGS)
+        decided(load(), topology, now, SECTION)
 
 
 def test_shares_are_solved_without_touching_slots() -> None:
