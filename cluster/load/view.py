@@ -7,7 +7,6 @@ loads over the sum of their largest ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cluster.core.load_profile import LoadProfile, device_loads
@@ -20,37 +19,21 @@ DeviceLoads = Mapping[BankKey, Sequence[float]]
 """By bank, the load of each device that holds anything."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SlotTokens:
-    """Tokens of the physical experts of one bank."""
+def slot_tokens(bank: BankPlacement, load: CopyLoad, phase: Phase | None = None) -> list[list[int]]:
+    """``[device][expert slot]`` -> tokens of a phase, or of both.
 
-    prefill: tuple[tuple[int, ...], ...]
-    """``[device][expert slot]`` -> tokens of prompt rows."""
-    decode: tuple[tuple[int, ...], ...]
-    """``[device][expert slot]`` -> tokens of decode rows."""
-
-    @classmethod
-    def of(cls, bank: BankPlacement, load: CopyLoad) -> SlotTokens:
-        """Where the counted copies are; the counts must be of this placement."""
-        prefill = [[0] * len(slots) for slots in bank.physical_to_logical]
-        decode = [[0] * len(slots) for slots in bank.physical_to_logical]
-        by_copy, by_expert = load.prefill.tolist(), load.decode.tolist()
-        seen = [0] * bank.num_experts
-        for device, slot, expert in bank.copies():
-            if seen[expert] < len(by_copy[expert]):
-                prefill[device][slot] = by_copy[expert][seen[expert]]
-            seen[expert] += 1
-            if device == bank.decode_device[expert]:
-                decode[device][slot] = by_expert[expert]
-        return cls(prefill=tuple(map(tuple, prefill)), decode=tuple(map(tuple, decode)))
-
-    @property
-    def slots(self) -> list[list[int]]:
-        """``[device][expert slot]`` -> tokens of all rows."""
-        return [
-            [p + d for p, d in zip(*pair, strict=True)]
-            for pair in zip(self.prefill, self.decode, strict=True)
-        ]
+    The counts must be of this placement: they are by copy and by expert.
+    """
+    tokens = [[0] * len(slots) for slots in bank.physical_to_logical]
+    by_copy, by_expert = load.prefill.tolist(), load.decode.tolist()
+    seen = [0] * bank.num_experts
+    for device, slot, expert in bank.copies():
+        if phase != "decode" and seen[expert] < len(by_copy[expert]):
+            tokens[device][slot] += by_copy[expert][seen[expert]]
+        seen[expert] += 1
+        if phase != "prefill" and device == bank.decode_device[expert]:
+            tokens[device][slot] += by_expert[expert]
+    return tokens
 
 
 def achieved_loads(
@@ -60,9 +43,8 @@ def achieved_loads(
     newest = load.windows[-1] if load.windows else None
     copies = newest.copies if newest and newest.epoch == placement.epoch else load.copies()
     found = {}
-    for key, tokens in _slot_tokens(placement, copies, load.epoch).items():
-        table = tokens.slots if phase is None else getattr(tokens, phase)
-        found[key] = [sum(row) for row in table]
+    for key, tokens in _slot_tokens(placement, copies, load.epoch, phase).items():
+        found[key] = [sum(row) for row in tokens]
     return _of_holders(placement, found)
 
 
@@ -159,7 +141,7 @@ def load_document(
                 "decode": _numbers(totals.decode[key]) if has_load else None,
                 "window": _numbers(window.counts(key)) if key in window.prefill else None,
                 "average": _numbers(average.counts(key)) if key in average.prefill else None,
-                "slots": tokens[key].slots if key in tokens else None,
+                "slots": tokens.get(key),
                 "watched": list(load.watched(key)),
                 "copies": list(bank.replica_count),
                 "balancedness": _balancedness(loads, key),
@@ -203,13 +185,16 @@ def _balancedness(
 
 
 def _slot_tokens(
-    placement: ExpertPlacement, copies: Mapping[BankKey, CopyLoad], epoch: int
-) -> dict[BankKey, SlotTokens]:
+    placement: ExpertPlacement,
+    copies: Mapping[BankKey, CopyLoad],
+    epoch: int,
+    phase: Phase | None = None,
+) -> dict[BankKey, list[list[int]]]:
     """By bank; nothing while the counts are of another epoch."""
     if epoch != placement.epoch:
         return {}
     keys = ((bank, (bank.bank, bank.layer)) for bank in placement.banks)
-    return {key: SlotTokens.of(bank, copies[key]) for bank, key in keys if key in copies}
+    return {key: slot_tokens(bank, copies[key], phase) for bank, key in keys if key in copies}
 
 
 def _of_holders(placement: ExpertPlacement, loads: DeviceLoads) -> DeviceLoads:

@@ -19,7 +19,7 @@ from typing import Any
 from cluster.controller.drain.cordon import Cordon
 from cluster.controller.drain.order import Drain, DrainOrder, DrainStep
 from cluster.controller.parts.cluster import Cluster, NodeIds
-from cluster.controller.parts.epoch_change import ChangeLimits, ChangeState, EpochChange
+from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.operations import Operation, Operations, OperationState
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.worker_record import WorkerRecord
@@ -302,8 +302,8 @@ class Draining:
             drain.before, drain.copied_in = self._cluster.placement, self._cluster.generation.number
         self._enter(drain, DrainStep.COPY)
         drain.operation.result["experts_copied"] = len(stage.fills)
-        limits = ChangeLimits(limit_s=max(drain.deadline - now, 0.1))
-        self._change = self._rebalancing.begin_change(stage, limits, now)
+        left_s = max(drain.deadline - now, 0.1)
+        self._change = self._rebalancing.begin_change(stage, now, limit_s=left_s)
         self._watch_copies(drain, now)
 
     def _watch_copies(self, drain: Drain, now: float) -> None:
@@ -381,7 +381,7 @@ class Draining:
             return
         drain.outcome = (state, text)
         self._enter(drain, DrainStep.BACK)
-        self._change = self._rebalancing.begin_change(back, ChangeLimits(), now)
+        self._change = self._rebalancing.begin_change(back, now)
 
     def _watch_return(self, drain: Drain, now: float) -> None:
         """End when the old maps are in force; a new generation ends it, too."""

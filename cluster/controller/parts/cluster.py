@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
-from msgspec.structs import replace
-
 from cluster.config.cluster import LoadSection
 from cluster.controller.parts.event_log import History
 from cluster.controller.parts.generation_round import GenerationRound, Phase
@@ -120,12 +118,6 @@ class Cluster:
     def is_forming(self) -> bool:
         """A generation is announced but does not run yet."""
         return self.round.phase is Phase.FORMING and self.is_up
-
-    def above(self, placement: ExpertPlacement) -> ExpertPlacement:
-        """The placement with an epoch above every epoch that workers may know."""
-        if self.highest_epoch <= self.placement.epoch:
-            return placement
-        return replace(placement, epoch=max(self.highest_epoch + 1, placement.epoch))
 
     # ---- changes --------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
 
 from cluster.controller.parts.cluster import Cluster
@@ -42,14 +41,6 @@ class ChangeState(Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ChangeLimits:
-    limit_s: float = 120.0
-    """Time until the switch."""
-    bytes_per_s: float | None = None
-    """Rate at which each worker takes weights in; None is no limit."""
-
-
 class EpochChange:
     """One change. ``now`` is in monotonic seconds."""
 
@@ -57,11 +48,17 @@ class EpochChange:
         self,
         cluster: Cluster,
         stage: Stage,
-        limits: ChangeLimits,
         come_into_force: Callable[[ExpertPlacement], None],
         now: float,
+        *,
+        limit_s: float = 120.0,
+        bytes_per_s: float | None = None,
     ) -> None:
-        """``come_into_force`` is called with the stage's placement once a step runs in it."""
+        """``come_into_force`` is called with the stage's placement once a step runs in it.
+
+        ``limit_s`` is the time until the switch, ``bytes_per_s`` the rate at which each worker
+        takes weights in; None is no limit.
+        """
         self.state = ChangeState.LOAD
         self.reason = ""
         """Why it failed."""
@@ -72,13 +69,14 @@ class EpochChange:
         self.stage = stage
         self._cluster = cluster
         self._come_into_force = come_into_force
-        self._limits = limits
+        self._limit_s = limit_s
+        self._bytes_per_s = bytes_per_s
         self.generation = cluster.generation
         """The generation in which the change began."""
         self._base = cluster.placement
         self.began_at = now
         """Monotonic seconds."""
-        self._deadline = now + limits.limit_s
+        self._deadline = now + limit_s
         self._orders = LoadOrders(cluster)
         self._unready: set[str] = set()
         self._start(now)
@@ -106,7 +104,7 @@ class EpochChange:
         if self._cluster.generation.number != self.generation.number:
             self._fail(f"generation {self._cluster.generation.number} began")
         elif now > self._deadline and self.state is not ChangeState.SWITCH:
-            self._fail(f"could not {self.state.value} within {self._limits.limit_s:g} s")
+            self._fail(f"could not {self.state.value} within {self._limit_s:g} s")
 
     def cancel(self, reason: str) -> bool:
         """Abandon the change; False if it is too late."""
@@ -193,8 +191,8 @@ class EpochChange:
 
     def _source(self, device: int, now: float) -> dict[str, object]:
         limits: dict[str, object] = {"limit_s": max(self._deadline - now, 0.1)}
-        if self._limits.bytes_per_s is not None:
-            limits["bytes_per_s"] = self._limits.bytes_per_s
+        if self._bytes_per_s is not None:
+            limits["bytes_per_s"] = self._bytes_per_s
         if device == CHECKPOINT:
             return {"kind": "checkpoint", **limits}
         peer = next(m for m in self.generation.experts if m.device == device)

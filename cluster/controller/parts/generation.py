@@ -27,7 +27,9 @@ def begin(
     fresh = tuple(cluster.workers[m.name].member for m in members)
     generation = Generation(number=cluster.round.number + 1, members=fresh)
     cluster.round = GenerationRound(generation, now)
-    cluster.placement = cluster.above(placement)
+    if cluster.highest_epoch > cluster.placement.epoch:  # workers may know that epoch
+        placement = replace(placement, epoch=max(cluster.highest_epoch + 1, placement.epoch))
+    cluster.placement = placement
     cluster.touch()
     _stand_by(cluster)
     order = NewGeneration(

@@ -21,7 +21,7 @@ from msgspec import structs
 
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.epoch_change import ChangeLimits, ChangeState, EpochChange
+from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.metrics import RebalanceOutcome
 from cluster.controller.parts.operations import Operation, Operations, OperationState
 from cluster.controller.parts.recovery import Recovery
@@ -177,13 +177,13 @@ class Rebalancing:
         """No change is under way."""
         return self._job is None
 
-    def begin_change(self, stage: Stage, limits: ChangeLimits, now: float) -> EpochChange:
-        """A change of the placement, with an epoch new to all workers."""
+    def begin_change(self, stage: Stage, now: float, **limits: float) -> EpochChange:
+        """A change of the placement, with an epoch new to all workers; ``limits`` as of that."""
         cluster = self._cluster
         cluster.highest_epoch = epoch = max(cluster.placement.epoch, cluster.highest_epoch) + 1
         stage = replace(stage, placement=structs.replace(stage.placement, epoch=epoch))
         come_into_force = self._recovery.come_into_force
-        return EpochChange(cluster, stage, limits, come_into_force, now)
+        return EpochChange(cluster, stage, come_into_force, now, **limits)
 
     # ---- questions ------------------------------------------------------------------------
 
@@ -339,8 +339,8 @@ class Rebalancing:
             self._begin_stage(job, replace(stage, placement=future.result()), now)
 
     def _begin_stage(self, job: RebalanceJob, stage: Stage, now: float) -> None:
-        limits = ChangeLimits(limit_s=self._section.limit_s, bytes_per_s=self._section.bytes_per_s)
-        job.change = self.begin_change(stage, limits, now)
+        limit_s, bytes_per_s = self._section.limit_s, self._section.bytes_per_s
+        job.change = self.begin_change(stage, now, limit_s=limit_s, bytes_per_s=bytes_per_s)
         self._advance(job, now)
 
     def _finish(self, job: RebalanceJob, now: float) -> None:

@@ -9,12 +9,12 @@ from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.load.tracker import LoadTracker
 from cluster.load.view import (
-    SlotTokens,
     balancedness_of,
     load_before_start,
     load_document,
     num_at_risk,
     placement_report,
+    slot_tokens,
 )
 from tests.cluster.controller.load_reports import make_report
 
@@ -42,17 +42,17 @@ def make_tracker(epoch: int = 1) -> LoadTracker:
 
 
 def test_tokens_are_found_in_the_slots_of_their_copies() -> None:
-    tokens = SlotTokens.of(BANK, make_tracker().copies()["mlp", 0])
-    assert tokens.prefill == ((3, 1), (7, 5), (0, 0))
-    assert tokens.decode == ((2, 0), (6, 4), (0, 0))
-    assert tokens.slots == [[5, 1], [13, 9], [0, 0]]
+    load = make_tracker().copies()["mlp", 0]
+    assert slot_tokens(BANK, load, "prefill") == [[3, 1], [7, 5], [0, 0]]
+    assert slot_tokens(BANK, load, "decode") == [[2, 0], [6, 4], [0, 0]]
+    assert slot_tokens(BANK, load) == [[5, 1], [13, 9], [0, 0]]
 
 
 def test_copies_beyond_those_that_were_ever_chosen_have_no_prompt_tokens() -> None:
     load = LoadTracker(LoadSection(), 0.0)
     load.take("a", make_report(9, [2, 4, 6], [[3], [1], [7]]))
-    tokens = SlotTokens.of(BANK, load.copies()["mlp", 0])
-    assert tokens.prefill == ((3, 1), (7, 0), (0, 0))
+    copies = load.copies()["mlp", 0]
+    assert slot_tokens(BANK, copies, "prefill") == [[3, 1], [7, 0], [0, 0]]
 
 
 def test_experts_in_one_failure_domain_are_at_risk() -> None:

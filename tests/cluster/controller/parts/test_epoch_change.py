@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from cluster.config.cluster import LoadSection
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.epoch_change import ChangeLimits, ChangeState, EpochChange
+from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.generation_round import GenerationRound
 from cluster.core.frames import (
     ControlFrame,
@@ -83,12 +83,12 @@ def stage(host: Host) -> Stage:
     return found
 
 
-def begin(host: Host, limits: ChangeLimits | None = None) -> EpochChange:
-    return begin_stage(host, stage(host), limits or ChangeLimits())
+def begin(host: Host, **limits: float) -> EpochChange:
+    return begin_stage(host, stage(host), **limits)
 
 
-def begin_stage(host: Host, wanted: Stage, limits: ChangeLimits) -> EpochChange:
-    return EpochChange(host, wanted, limits, host.come_into_force, 100.0)
+def begin_stage(host: Host, wanted: Stage, **limits: float) -> EpochChange:
+    return EpochChange(host, wanted, host.come_into_force, 100.0, **limits)
 
 
 def state_of(change: EpochChange) -> ChangeState:
@@ -108,7 +108,7 @@ def prepare_all(host: Host, change: EpochChange) -> None:
 
 def test_it_loads_informs_all_members_and_switches() -> None:
     host = Host()
-    change = begin(host, ChangeLimits(limit_s=20.0, bytes_per_s=5e6))
+    change = begin(host, limit_s=20.0, bytes_per_s=5e6)
     assert state_of(change) is ChangeState.LOAD
     wanted = {(f.device, f.bank, f.slot, f.expert) for f in change.stage.fills}
     ordered = set()
@@ -146,7 +146,7 @@ def test_it_loads_informs_all_members_and_switches() -> None:
 def test_nothing_to_load_is_reported_at_once() -> None:
     host = Host()
     same = Stage(fills=(), placement=replace(host.placement, epoch=8))
-    change = begin_stage(host, same, ChangeLimits())
+    change = begin_stage(host, same)
     assert state_of(change) is ChangeState.PREPARE
     frame = host.link.last("expert-2", NewEpoch)
     assert frame is not None
@@ -178,7 +178,7 @@ def test_another_source_is_tried_and_the_checkpoint_last() -> None:
 @pytest.mark.parametrize("at", ["load", "prepare"])
 def test_what_takes_too_long_is_given_up(at: str) -> None:
     host = Host()
-    change = begin(host, ChangeLimits(limit_s=5.0))
+    change = begin(host, limit_s=5.0)
     if at == "prepare":
         load_all(host, change)
     change.tick(105.0)
@@ -192,7 +192,7 @@ def test_what_takes_too_long_is_given_up(at: str) -> None:
 
 def test_an_ordered_switch_is_waited_for() -> None:
     host = Host()
-    change = begin(host, ChangeLimits(limit_s=5.0))
+    change = begin(host, limit_s=5.0)
     load_all(host, change)
     prepare_all(host, change)
     change.tick(900.0)
