@@ -55,9 +55,11 @@ def expected_loads(
 
     Where no phase is given, as in prefill.
     """
+    if profile is None:
+        return {}
     found: dict[BankKey, Sequence[float]] = {}
-    for bank in placement.banks if profile is not None else ():
-        counts = profile.counts(bank.bank, bank.layer) if profile is not None else ()
+    for bank in placement.banks:
+        counts = profile.counts(bank.bank, bank.layer)
         if len(counts) != bank.num_experts:
             continue
         if phase == "decode":

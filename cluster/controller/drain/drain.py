@@ -13,7 +13,7 @@ restarted controller continues the drain of an earlier one: the workers keep ``m
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.controller.drain.cordon import Cordon
@@ -199,7 +199,7 @@ class Draining:
         self._operations.check_free()
         if not self._cluster.takes_orders:
             raise ConflictError("the cluster is starting or ending")
-        self._check(names)
+        self._stage_without(names)
         operation = self._operations.begin("drain", " and ".join(names), order, now)
         self._drain = Drain(
             operation=operation,
@@ -227,8 +227,12 @@ class Draining:
             raise ConflictError(f"no worker is left on {order.node}")
         return names
 
-    def _check(self, names: Sequence[str]) -> None:
-        """Raise ``ConflictError`` if the cluster cannot do without these workers."""
+    def _stage_without(self, names: Sequence[str]) -> Stage | None:
+        """A placement without these workers, and what the others must load for it.
+
+        None if they hold no experts. Raises ``ConflictError`` if the cluster cannot do without
+        them.
+        """
         cluster = self._cluster
         for name in names:
             record = cluster.workers[name]
@@ -240,21 +244,9 @@ class Draining:
             if not last:
                 raise ConflictError("no attention worker is left: nothing runs without it")
             raise ConflictError(f"{last[0]} is the last attention worker: start another one first")
-        if devices := self._devices(names):
-            self._stage_without(devices)
-
-    def _devices(self, names: Sequence[str]) -> frozenset[int]:
-        """Devices of those workers that hold experts."""
-        members = self._cluster.generation.members
-        return frozenset(m.device for m in members if m.name in names and m.holds_experts)
-
-    def _stage_without(self, devices: Collection[int]) -> Stage:
-        """A placement without these devices, and what the others must load for it.
-
-        Raises ``ConflictError`` if the others have no room.
-        """
-        cluster = self._cluster
-        others = {m.device for m in cluster.generation.experts} - set(devices)
+        others = {m.device for m in cluster.generation.experts if m.name not in names}
+        if len(others) == len(cluster.generation.experts):
+            return None
         return stage_on(others, cluster.placement, cluster.room)
 
     def _is_under_way(self, name: str) -> bool:
@@ -289,12 +281,10 @@ class Draining:
     def _check_again(self, drain: Drain, now: float) -> None:
         """Begin to copy or to move; the cluster may have changed since the order."""
         try:
-            self._check(drain.names)
+            stage = self._stage_without(drain.names)
         except ConflictError as err:
             self._undo(drain, OperationState.FAILED, str(err), now)
             return
-        devices = self._devices(drain.names)
-        stage = self._stage_without(devices) if devices else None
         if stage is None or not stage.fills:
             self._move(drain, now)
             return
@@ -340,12 +330,11 @@ class Draining:
 
     def _leave(self, drain: Drain, now: float) -> None:
         try:
-            self._check(drain.names)  # others may have been lost meanwhile
+            stage = self._stage_without(drain.names)  # others may have been lost meanwhile
         except ConflictError as err:
             self._undo(drain, OperationState.FAILED, str(err), now)
             return
-        devices = self._devices(drain.names)
-        if devices and self._stage_without(devices).fills:
+        if stage is not None and stage.fills:
             drain.enter(DrainStep.SETTLE)  # copies were lost meanwhile
             return
         drain.enter(DrainStep.LEAVE)

@@ -182,20 +182,18 @@ class ReportCollector:
         whole = {n: g for n, g in self._greetings.items() if g.is_whole}
         reports = [g.report for g in whole.values() if g.report is not None]
         formed = [
-            (generation, placement)
-            for generation, placement in ((r.generation, r.placement) for r in reports)
-            if placement is not None
+            (r.generation or _NO_GENERATION, r.placement)
+            for r in reports
+            if r.placement is not None
         ]
         if not formed and (unknown := sorted(self._found - set(whole))):
             raise NotReadyError(f"no report of {', '.join(unknown)}")
         if not formed:
             return None
-        generation, placement = max(
-            formed, key=lambda known: ((known[0] or _NO_GENERATION).number, known[1].epoch)
-        )
+        generation, placement = max(formed, key=lambda known: (known[0].number, known[1].epoch))
         return CollectedState(
             term=max(r.term for r in reports) + 1,
-            generation=generation or _NO_GENERATION,
+            generation=generation,
             placement=placement,
             greetings=whole,
             memory=max((r.memory for r in reports), key=lambda m: int(m.get("version", 0))),

@@ -141,11 +141,7 @@ class EpochChange:
 
     def ready(self, name: str, frame: EpochReady) -> None:
         """A worker can run the new epoch, or reports why not."""
-        is_ours = (frame.generation, frame.epoch) == (
-            self.generation.number,
-            self.stage.placement.epoch,
-        )
-        if self.state is not ChangeState.PREPARE or not is_ours:
+        if self.state is not ChangeState.PREPARE or not self._is_ours(frame):
             return
         if frame.error:
             self._fail(f"{name}: {frame.error}")
@@ -156,13 +152,13 @@ class EpochChange:
 
     def switched(self, frame: EpochSwitched) -> None:
         """The leader's header names the new epoch."""
-        is_ours = (frame.generation, frame.epoch) == (
-            self._cluster.generation.number,
-            self.stage.placement.epoch,
-        )
-        if self.state is ChangeState.SWITCH and is_ours:
+        if self.state is ChangeState.SWITCH and self._is_ours(frame):
             self.state = ChangeState.DONE
             self._come_into_force(self.stage.placement)
+
+    def _is_ours(self, frame: EpochReady | EpochSwitched) -> bool:
+        newest, epoch = self._cluster.generation.number, self.stage.placement.epoch
+        return (frame.generation, frame.epoch) == (newest, epoch)
 
     # ---- steps ----------------------------------------------------------------------------
 
