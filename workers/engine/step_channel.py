@@ -72,9 +72,7 @@ class StepChannel:
             return [generation.leader.name]
         return [m.name for m in generation.attention if m.rank not in self._proposals]
 
-    def start_generation(
-        self, first_step: int, epoch: int, oldest_epoch: int | None = None
-    ) -> None:
+    def start_generation(self, first_step: int, epoch: int) -> None:
         """Drop everything of the old generation; steps go on at ``first_step``.
 
         Call it after ``connections.apply_generation``. ``epoch`` is the authoritative placement
@@ -86,7 +84,7 @@ class StepChannel:
         self._headers.clear()
         self._timed = None
         self._decided_epoch = epoch
-        self.set_epoch(epoch, epoch if oldest_epoch is None else oldest_epoch)
+        self.set_epoch(epoch, epoch)
 
     def set_epoch(self, epoch: int, oldest_epoch: int) -> None:
         """Leader: epoch of the headers from now on.

@@ -26,8 +26,7 @@ def thread_cpu_clock() -> Callable[[], float]:
 class Activity:
     """Counters of one data thread, read by the control thread."""
 
-    def __init__(self, cpu_s: Callable[[], float] | None = None) -> None:
-        """``cpu_s`` returns the CPU time of the data thread; ``bind`` sets it later."""
+    def __init__(self) -> None:
         self.progress = 0
         """Grows with every iteration of the loop and every exchange of a step."""
         self.is_waiting = False
@@ -36,15 +35,12 @@ class Activity:
         """The data thread has no work."""
         self.rows = 0
         """Rows of the step under way; 0 outside a step."""
-        self._cpu_s = cpu_s
+        self.cpu_s: Callable[[], float] = float
+        """The CPU time of the data thread, which sets it when it begins; zero before."""
         self._cpu_seen_s = 0.0
         self._seen = -1
         self._seen_at = 0.0
         self._computed = 0
-
-    def bind(self, cpu_s: Callable[[], float]) -> None:
-        """The data thread has begun."""
-        self._cpu_s = cpu_s
 
     def advance(self) -> None:
         self.progress += 1
@@ -61,10 +57,8 @@ class Activity:
         return self.progress + self._computed
 
     def _read_cpu_s(self) -> float:
-        if self._cpu_s is None:
-            return 0.0
         try:
-            return self._cpu_s()
+            return self.cpu_s()
         except OSError:  # the thread has ended
             return self._cpu_seen_s
 

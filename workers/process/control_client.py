@@ -270,10 +270,7 @@ class ControlClient:
         if isinstance(frame, HeartbeatAck):
             self._lease.acknowledged(frame.number)
         elif isinstance(frame, StatusRequest):
-            reply = self._status()
-            self.send(
-                StatusReply(token=frame.token, stats=reply.stats, expert_load=reply.expert_load)
-            )
+            self.send(replace(self._status(), token=frame.token))
         else:
             self._on_frame(frame)
 

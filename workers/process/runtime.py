@@ -201,7 +201,7 @@ class WorkerRuntime(ABC):
         self.control.redirect(control_address)
 
     def _main(self) -> None:
-        self.activity.bind(thread_cpu_clock())
+        self.activity.cpu_s = thread_cpu_clock()
         try:
             self.compute_threads = ComputeThreads.for_threads(self.args.threads)
             self._open()

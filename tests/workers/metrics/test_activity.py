@@ -13,7 +13,8 @@ class Thread:
     def __init__(self) -> None:
         self.cpu_s = 0.0
         self.now = 100.0
-        self.activity = Activity(lambda: self.cpu_s)
+        self.activity = Activity()
+        self.activity.cpu_s = lambda: self.cpu_s
         self.activity.observe(self.now)
 
     def progresses(self, *, cpu_s: float) -> bool:
@@ -45,7 +46,11 @@ def test_outside_a_step_only_counted_progress_is_progress() -> None:
 
 def test_a_thread_is_bound_to_its_own_clock_and_may_end() -> None:
     activity = Activity()
-    thread = threading.Thread(target=lambda: activity.bind(thread_cpu_clock()))
+
+    def begin() -> None:
+        activity.cpu_s = thread_cpu_clock()
+
+    thread = threading.Thread(target=begin)
     thread.start()
     thread.join()
     activity.rows = 1

@@ -48,6 +48,7 @@ OpenSource = Callable[[Mapping[str, Any]], ExpertSource]
 SlotOrder = tuple[int, int, int]
 """(bank, expert slot, logical expert or ``FREE_SLOT``) that an order names."""
 Item = TypeVar("Item")
+_WAIT_LIMIT_S = 5.0
 _LOOK_S = 0.02
 """Time between two looks at an obstacle."""
 
@@ -71,14 +72,13 @@ class ExpertLoader:
         answer: Callable[[ExpertsLoaded], None],
         *,
         obstacle: Callable[[Sequence[SlotOrder], int], Obstacle | None],
-        wait_limit_s: float = 5.0,
         max_slots: int | None = None,
         min_slots: int = 0,
     ) -> None:
         """``sources`` by kind; ``answer`` is called on the loader's thread.
 
         ``obstacle`` gets slots to be written and the epoch of their order; the loader waits for one
-        that passes, for at most ``wait_limit_s``.
+        that passes, for at most ``_WAIT_LIMIT_S``.
 
         ``max_slots`` is the capacity of a bank where it cannot grow, ``min_slots`` what it keeps
         where it can.
@@ -87,7 +87,6 @@ class ExpertLoader:
         self._sources = sources
         self._answer = answer
         self._obstacle = obstacle
-        self._wait_limit_s = wait_limit_s
         self._max_slots = max_slots
         self._min_slots = min_slots
         self._closing = False
@@ -160,7 +159,7 @@ class ExpertLoader:
     def _to_do(self, order: LoadExperts) -> list[SlotOrder]:
         """The slots that are still to be written. Raises ``ProtocolError`` if they must not be."""
         work = self._parse(order)
-        deadline = time.monotonic() + self._wait_limit_s
+        deadline = time.monotonic() + _WAIT_LIMIT_S
         while (obstacle := self._obstacle(work, order.epoch)) is not None:
             if not obstacle.passes or self._closing or time.monotonic() > deadline:
                 raise ProtocolError(obstacle.reason)

@@ -62,7 +62,6 @@ class GrammarCompilations(WaitingRequests):
         compile: makes a grammar in another thread; raises ``RequestError``.
         wake: called, by any thread, when there is something to take.
         clock: monotonic seconds.
-        limit_s: time that a grammar may take to compile.
     """
 
     def __init__(
@@ -70,11 +69,9 @@ class GrammarCompilations(WaitingRequests):
         compile: Callable[[Grammar], CompiledGrammar],
         wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
-        limit_s: float = COMPILE_LIMIT_S,
     ) -> None:
         super().__init__(wake, clock, "grammar-compiler", _MAX_THREADS)
         self._compile = compile
-        self._limit_s = limit_s
         self._pending: deque[_Job] = deque()
         self._running: list[_Job] = []
 
@@ -124,12 +121,12 @@ class GrammarCompilations(WaitingRequests):
     def _start_jobs(self) -> None:
         while self._pending and sum(not job.is_late for job in self._running) < MAX_COMPILING:
             job = self._pending.popleft()
-            job.deadline_s = self._clock() + self._limit_s
+            job.deadline_s = self._clock() + COMPILE_LIMIT_S
             job.compiling = self._start(partial(self._compile, job.grammar))
             self._running.append(job)
 
     def _too_slow(self, grammar: Grammar) -> RequestError:
-        rule = f"is too complex: it was not compiled within {self._limit_s:g} s"
+        rule = f"is too complex: it was not compiled within {COMPILE_LIMIT_S:g} s"
         return RequestError(f"{grammar.field} {rule}", grammar.field)
 
 
