@@ -192,14 +192,16 @@ class EnginePool:
     def _lose(self, client: EngineClient, end: StreamEnd) -> None:
         """A stream is unusable: other workers continue its requests."""
         self.kv.drop(client.worker)
-        reason = end.reason
-        for entry in client.take_submissions():
+        reason, lost = end.reason, client.take_submissions()
+        suspects = [entry for entry in lost if entry.may_kill_on_receipt]
+        for entry in lost:
             name = entry.request.request_id
             if self._is_stopping:
                 entry.sink.fail(NotReadyError(f"the gateway ends ({reason})", "not_ready", 1.0))
                 continue
             logger.warning("request %s was lost with %s: %s", name, client.worker, reason)
-            if (cause := entry.lose() if end.has_died else None) is not None:
+            has_died_with = end.has_died and (not suspects or entry in suspects)
+            if (cause := entry.lose() if has_died_with else None) is not None:
                 entry.close()
                 entry.sink.fail(PoisonousRequestError(f"request {name}: {cause}: {reason}"))
                 continue

@@ -69,7 +69,7 @@ class Submission:
     stage: RequestStage = RequestStage.SENT
     """How far it is at its worker, as the worker has said."""
     num_deaths: int = 0
-    """Workers that died while a step with it ran, since its last token."""
+    """Workers that died while they had it, since its last token: after two it runs alone."""
     num_silent_deaths: int = 0
     """Workers that died before they said that they had it, since one has said so."""
     num_returns: int = 0
@@ -148,6 +148,11 @@ class Submission:
         """It may kill workers on receipt: no other such request is on its way meanwhile."""
         return self.num_silent_deaths >= MAX_SILENT_DEATHS
 
+    @property
+    def may_kill_on_receipt(self) -> bool:
+        """Its worker, if it died now, died of it rather than of requests that it has reported."""
+        return self.must_be_sent_alone and self.stage is RequestStage.SENT
+
     def reach(self, stage: RequestStage) -> None:
         """Its worker says how far it is; a step alone is over when it is cleared."""
         self.num_silent_deaths = 0
@@ -161,9 +166,10 @@ class Submission:
     def lose(self) -> str | None:
         """Its worker died; why this request is the cause, None if it may run again.
 
-        A request that waits in an engine cannot be the cause.
+        A worker that is killed by a step may have had no time to report it: a request that seemed
+        to wait may be the cause, too, and runs alone in the end. Only then it may fail.
         """
-        self.num_deaths += self.stage is RequestStage.RUNNING
+        self.num_deaths += self.stage in (RequestStage.QUEUED, RequestStage.RUNNING)
         self.num_silent_deaths += self.stage is RequestStage.SENT
         if self.stage is RequestStage.ALONE:
             return "a third worker in a row was lost with it"

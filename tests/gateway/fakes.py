@@ -261,7 +261,7 @@ class ScriptedEngine:
 
     async def _wait_to_run_alone(self, request: Request, queue: Outgoing) -> None:
         """As an engine does with a request that two workers died with."""
-        if request.num_deaths >= 2:
+        if request.num_deaths >= 2 and self.reports(request, RequestStage.ALONE):
             solo_step = SoloStep(request_id=request.request_id, attempt=request.attempt)
             queue.put_nowait(solo_step)
             while request.request_id not in self.solo_steps:

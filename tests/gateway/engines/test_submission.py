@@ -113,7 +113,7 @@ def test_a_token_clears_deaths_and_returns() -> None:
     ("stage", "num_deaths", "num_silent", "is_cause"),
     [
         (RequestStage.SENT, 0, 1, False),
-        (RequestStage.QUEUED, 0, 0, False),
+        (RequestStage.QUEUED, 1, 0, False),
         (RequestStage.RUNNING, 1, 0, False),
         (RequestStage.ALONE, 0, 0, True),
     ],
