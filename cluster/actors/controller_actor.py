@@ -67,15 +67,8 @@ _END_AGAIN_S = 1.0
 class ControllerActor:
     """Async actor; see ``cluster.actors.controller_client``. It starts one cluster in its life."""
 
-    def __init__(
-        self,
-        group: WorkerGroupLike,
-        settings: ControllerSettings | None = None,
-        status_limit_s: float = STATUS_LIMIT_S,
-    ) -> None:
-        """``settings`` replaces the limits that follow from the configuration (in tests)."""
+    def __init__(self, group: WorkerGroupLike, status_limit_s: float = STATUS_LIMIT_S) -> None:
         self._group = group
-        self._settings = settings
         self.identity = secrets.token_hex(8)
         self._status_limit_s = status_limit_s
         self._controller: Controller | None = None
@@ -317,12 +310,6 @@ class ControllerActor:
 
     # ---- calls of the handoff -------------------------------------------------------------
 
-    def limits(self, config: ClusterConfig) -> ControllerSettings:
-        return self._settings or ControllerSettings(
-            detection_limit_s=config.transport.detection_limit_s,
-            generation_limit_s=config.transport.connect_timeout_s + 5.0,
-        )
-
     async def open_server(self, token: str) -> str:
         if self._server is not None:
             await self._server.close()
@@ -509,7 +496,7 @@ class ControllerActor:
         )
         controller = Controller(
             cluster,
-            self.limits(config),
+            ControllerSettings.of(config),
             config=config,
             executor=self._planner,
             now=now,

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.actors.worker_group_like import WorkerGroupLike
-from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import ExpertMeshError, NotReadyError
 
 CONTROLLER_NAME = "expertmesh-controller"
@@ -17,7 +16,6 @@ _RETRY_S = 2.0
 
 def create_controller(
     group: WorkerGroupLike,
-    settings: ControllerSettings | None = None,
     status_limit_s: float | None = None,
     selector: Mapping[str, str] | None = None,
 ) -> Any:
@@ -43,7 +41,7 @@ def create_controller(
         num_cpus=0,
         max_restarts=-1,
         **where,
-    ).remote(group, settings, STATUS_LIMIT_S if status_limit_s is None else status_limit_s)
+    ).remote(group, STATUS_LIMIT_S if status_limit_s is None else status_limit_s)
 
 
 def ask_controller(method: str, *arguments: Any, limit_s: float) -> Any:

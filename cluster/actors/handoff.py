@@ -17,7 +17,6 @@ from typing import Protocol
 
 from cluster.actors.tasks import Background
 from cluster.actors.worker_group_like import FoundWorker, WorkerGroupLike
-from cluster.config.cluster import ClusterConfig
 from cluster.controller.failover.collect import CollectedState, ReportCollector
 from cluster.controller.parts.settings import ControllerSettings
 
@@ -36,9 +35,6 @@ class HandoffHost(Protocol):
 
     identity: str
     """Distinguishes controllers of one term."""
-
-    def limits(self, config: ClusterConfig) -> ControllerSettings:
-        """Limits of a controller with this configuration."""
 
     async def open_server(self, token: str) -> str:
         """Open a control server in place of an earlier one; returns its address."""
@@ -117,7 +113,7 @@ class Handoff:
 
     async def _call_workers(self, found: Sequence[FoundWorker]) -> CollectedState | None:
         """Make all found workers connect here and report."""
-        limits = self._host.limits(found[0].config)
+        limits = ControllerSettings.of(found[0].config)
         address = await self._host.open_server(found[0].config.cluster_token)
         collector = self.collector = ReportCollector(
             [f.name for f in found],

@@ -10,7 +10,7 @@ from typing import Any
 from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import NodeResources, WorkerShare, plan_shares
 from cluster.core.load_profile import BankLoad, LoadProfile
-from cluster.core.placement import BankShape, ExpertPlacement, contiguous, load_placement
+from cluster.core.placement import ExpertPlacement, contiguous, load_placement
 from cluster.core.topology import Member
 from cluster.planner import mesh
 from cluster.planner.base import PlannedDevice, PlannedTopology, planned_device
@@ -110,7 +110,7 @@ def first_placement(
     device. Raises ``ConfigError``.
     """
     workers = config.workers
-    shapes = [BankShape(bank=b.bank, layer=b.layer, num_experts=len(b.counts)) for b in load.banks]
+    shapes = load.bank_shapes
     if workers.mode == "local":
         return contiguous(shapes, 1)
     if workers.placement_file is not None:

@@ -19,7 +19,7 @@ import msgspec
 from cluster.core.checks import check
 from cluster.core.codec import from_plain, to_plain
 from cluster.core.errors import ConfigError
-from cluster.core.placement import FREE_SLOT, BankPlacement
+from cluster.core.placement import FREE_SLOT, BankPlacement, BankShape
 
 SCHEMA = 1
 """Version of the file format."""
@@ -59,6 +59,13 @@ class LoadProfile(msgspec.Struct, frozen=True, kw_only=True):
         check(self.tokens >= 0, "load_profile.tokens", self.tokens, "must not be negative")
         keys = [(b.bank, b.layer) for b in self.banks]
         check(len(set(keys)) == len(keys), "load_profile.banks", keys, "must name each bank once")
+
+    @property
+    def bank_shapes(self) -> list[BankShape]:
+        """The banks without their load."""
+        return [
+            BankShape(bank=b.bank, layer=b.layer, num_experts=len(b.counts)) for b in self.banks
+        ]
 
     def counts(self, bank: str, layer: int) -> tuple[float, ...]:
         """Counts of one bank; empty when the profile does not know it."""

@@ -13,6 +13,7 @@ import psutil
 from cluster.actors.process import ProcessIdentity, is_running, kill_process
 
 _POLL_S = 0.05
+_END_LIMIT_S = 3.0
 
 
 def identify(pid: int) -> ProcessIdentity | None:
@@ -64,7 +65,7 @@ def end_all(processes: Iterable[ProcessIdentity], timeout_s: float) -> list[Proc
     return running
 
 
-def sweep(folder: Path, recorded: Iterable[ProcessIdentity], timeout_s: float = 3.0) -> int:
+def sweep(folder: Path, recorded: Iterable[ProcessIdentity]) -> int:
     """End what is left of a private Ray and remove its folder; number of ended processes.
 
     Two rounds, because a dying raylet may still start a worker.
@@ -73,7 +74,7 @@ def sweep(folder: Path, recorded: Iterable[ProcessIdentity], timeout_s: float = 
     remembered = list(recorded)
     for _ in range(2):
         left = {p.pid: p for p in [*remembered, *find_by_files(folder)] if is_running(p)}
-        end_all(left.values(), timeout_s)
+        end_all(left.values(), _END_LIMIT_S)
         ended += len(left)
     shutil.rmtree(folder, ignore_errors=True)
     return ended

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster.core.checks import check
 from cluster.core.load_profile import LoadProfile
-from cluster.core.placement import BankShape, ExpertPlacement, contiguous
+from cluster.core.placement import ExpertPlacement, contiguous
 from cluster.planner.assess import assess
 from cluster.planner.base import Plan, PlannedTopology
 
@@ -18,9 +18,6 @@ def contiguous_plan(
     """
     own = [d.num_expert_slots for d in topology.devices if d.num_expert_slots is not None]
     check(not own, "num_expert_slots", own, "must not be given for a contiguous plan")
-    shapes = [
-        BankShape(bank=b.bank, layer=b.layer, num_experts=len(b.counts)) for b in profile.banks
-    ]
     epoch = 1 if current is None else current.epoch + 1
-    placement = contiguous(shapes, topology.num_devices, topology.num_redundant, epoch)
+    placement = contiguous(profile.bank_shapes, topology.num_devices, topology.num_redundant, epoch)
     return assess(profile, topology, placement, current)

@@ -16,7 +16,7 @@ from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.output import save, show, table
 from cluster.core.checks import check
 from cluster.core.load_profile import LoadProfile, load_profile
-from cluster.core.placement import BankShape, ExpertPlacement, load_placement
+from cluster.core.placement import ExpertPlacement, load_placement
 from cluster.planner import eplb, mesh
 from cluster.planner.assess import assess
 from cluster.planner.base import Plan, PlannedTopology, PlanOptions
@@ -91,12 +91,9 @@ def ask(args: argparse.Namespace) -> Question:
     check(not limited or args.algorithm == "mesh", "--algorithm", args.algorithm, only)
     profile = reduce(LoadProfile.merge, map(load_profile, args.profile))
     topology = PlannedTopology.uniform(args.devices, args.redundant, args.nodes, args.speeds)
-    shapes = [
-        BankShape(bank=b.bank, layer=b.layer, num_experts=len(b.counts)) for b in profile.banks
-    ]
     current = None
     if args.current is not None:
-        current = load_placement(args.current, shapes, args.devices)
+        current = load_placement(args.current, profile.bank_shapes, args.devices)
     options = PlanOptions(
         max_move_fraction=args.max_move_fraction, decode_tokens=args.decode_tokens
     )

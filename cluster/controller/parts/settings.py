@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.config.cluster import ClusterConfig
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControllerSettings:
@@ -29,3 +31,11 @@ class ControllerSettings:
     """Limit for a member to take part in a new generation."""
     collect_limit_s: float = 10.0
     """Time in which the workers must call a restarted controller, before they are lost."""
+
+    @classmethod
+    def of(cls, config: ClusterConfig) -> ControllerSettings:
+        """The limits that follow from a configuration."""
+        return cls(
+            detection_limit_s=config.transport.detection_limit_s,
+            generation_limit_s=config.transport.connect_timeout_s + 5.0,
+        )
