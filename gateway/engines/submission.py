@@ -166,10 +166,10 @@ class Submission:
     def lose(self) -> str | None:
         """Its worker died; why this request is the cause, None if it may run again.
 
-        A worker that is killed by a step may have had no time to report it: a request that seemed
-        to wait may be the cause, too, and runs alone in the end. Only then it may fail.
+        A worker that is killed by a step may have had no time to report anything: a request that
+        seemed to wait may be the cause, too, and runs alone in the end. Only then it may fail.
         """
-        self.num_deaths += self.stage in (RequestStage.QUEUED, RequestStage.RUNNING)
+        self.num_deaths += 1
         self.num_silent_deaths += self.stage is RequestStage.SENT
         if self.stage is RequestStage.ALONE:
             return "a third worker in a row was lost with it"

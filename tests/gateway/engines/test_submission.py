@@ -112,10 +112,10 @@ def test_a_token_clears_deaths_and_returns() -> None:
 @pytest.mark.parametrize(
     ("stage", "num_deaths", "num_silent", "is_cause"),
     [
-        (RequestStage.SENT, 0, 1, False),
+        (RequestStage.SENT, 1, 1, False),
         (RequestStage.QUEUED, 1, 0, False),
         (RequestStage.RUNNING, 1, 0, False),
-        (RequestStage.ALONE, 0, 0, True),
+        (RequestStage.ALONE, 1, 0, True),
     ],
 )
 def test_a_death_counts_by_how_far_the_request_was(
