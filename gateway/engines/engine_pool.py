@@ -193,14 +193,14 @@ class EnginePool:
         """A stream is unusable: other workers continue its requests."""
         self.kv.drop(client.worker)
         reason, lost = end.reason, client.take_submissions()
-        suspects = [entry for entry in lost if entry.may_kill_on_receipt]
+        has_suspect = any(entry.may_kill_on_receipt for entry in lost)
         for entry in lost:
             name = entry.request.request_id
             if self._is_stopping:
                 entry.sink.fail(NotReadyError(f"the gateway ends ({reason})", "not_ready", 1.0))
                 continue
             logger.warning("request %s was lost with %s: %s", name, client.worker, reason)
-            has_died_with = end.has_died and (not suspects or entry in suspects)
+            has_died_with = end.has_died and (entry.may_kill_on_receipt or not has_suspect)
             if (cause := entry.lose() if has_died_with else None) is not None:
                 entry.close()
                 entry.sink.fail(PoisonousRequestError(f"request {name}: {cause}: {reason}"))
@@ -236,8 +236,11 @@ class EnginePool:
         self._will_place = False
         waiting, self._waiting = self._waiting, []
         now_s, ready = time.monotonic(), self.clients
-        sent = [e for c in self._clients.values() for e in c.requests_at(RequestStage.SENT)]
-        has_lone_request = any(entry.must_be_sent_alone for entry in sent)
+        has_lone_request = any(e.must_be_sent_alone for e in waiting) and any(
+            entry.must_be_sent_alone
+            for client in self._clients.values()
+            for entry in client.requests_at(RequestStage.SENT)
+        )
         for entry in sorted(waiting, key=lambda entry: self._num_missing(entry, ready)):
             if not entry.is_waiting or now_s >= entry.deadline_s:
                 continue

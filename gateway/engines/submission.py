@@ -150,7 +150,7 @@ class Submission:
 
     @property
     def may_kill_on_receipt(self) -> bool:
-        """Its worker, if it died now, died of it rather than of requests that it has reported."""
+        """If its worker dies now, it is the likely cause, not a request that was reported."""
         return self.must_be_sent_alone and self.stage is RequestStage.SENT
 
     def reach(self, stage: RequestStage) -> None:
