@@ -73,7 +73,7 @@ def _local(checkpoint: Path, num_threads: int | None = None, **engine: Any) -> I
     """Our engine and all experts in this process; ``engine`` are settings of its section."""
     from benchmarks.local_runs import run_batch
     from cluster.config.cluster import EngineSection
-    from workers.local_engine import LocalEngine
+    from tests.reference.local_engine import LocalEngine
 
     local_engine = LocalEngine(
         checkpoint,

@@ -24,8 +24,8 @@ from benchmarks.random_checkpoint import RandomModel
 from benchmarks.results import table
 from benchmarks.serving import TINY, random_model
 from cluster.config.cluster import EngineSection
+from tests.reference.local_engine import LocalEngine
 from workers.engine.prefill_cap import PrefillCap
-from workers.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams
 
 logger = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ from cluster.config.cluster import EngineSection, LoadSection
 from cluster.core.codec import Codec
 from cluster.core.load_report import LoadReport
 from cluster.launch.model_source import bundled_checkpoint
+from tests.reference.local_engine import LocalEngine
 from workers.engine.expert_load import LoadCounter
-from workers.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams
 
 MOST_PERCENT = 1.0

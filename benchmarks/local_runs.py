@@ -18,8 +18,8 @@ from cluster.cli.terminal.output import note
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import CheckpointError
 from cluster.launch.model_source import ModelSource, find_model
+from tests.reference.local_engine import LocalEngine
 from workers.dispatch.dispatcher import TokenDispatcher
-from workers.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams
 
 WARM_UP_TOKENS = 2

@@ -38,8 +38,8 @@ from tests.reference.goldens import (
     load_golden,
     make_random,
 )
+from tests.reference.local_engine import LocalEngine
 from tests.reference.parity import GREEDY, check_bfloat16, check_float32
-from workers.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams
 
 logger = logging.getLogger(__name__)

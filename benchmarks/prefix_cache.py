@@ -22,7 +22,7 @@ from benchmarks.results import table
 from benchmarks.serving import TINY, random_model
 from cluster.config.cluster import EngineSection
 from cluster.launch.model_source import bundled_checkpoint
-from workers.local_engine import LocalEngine
+from tests.reference.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams
 
 logger = logging.getLogger(__name__)

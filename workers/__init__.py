@@ -1,4 +1,4 @@
-"""The engine and the Ray actors that run it. No module lives here directly but the local engine.
+"""The engine and the Ray actors that run it, all in folders.
 
 Floors, from the ground up: ``requests``; ``model``, ``transport``, ``metrics``; ``kv``,
 ``sampling``, ``experts``, ``dispatch``, ``inspection``; ``engine``; ``process``. Ray and gRPC are

@@ -29,7 +29,7 @@ from benchmarks.quiet import CpuClock, wait_until_quiet
 from benchmarks.random_checkpoint import RandomModel
 from benchmarks.serving import QUICK, TINY, measure, random_model, report
 from benchmarks.timing import Sample, median_of, ratio_of, sample_of
-from workers.local_engine import LocalEngine
+from tests.reference.local_engine import LocalEngine
 from workers.requests.request import SamplingParams
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None

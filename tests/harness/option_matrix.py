@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from cluster.config.cluster import ClusterConfig, EngineSection
 from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.reference.exact import exact, mixed_requests
-from workers.local_engine import LocalEngine
+from tests.reference.local_engine import LocalEngine
 from workers.requests.request import Request, TokenOutput
 
 OPTIONS: Mapping[str, tuple[Any, ...]] = {

@@ -27,7 +27,7 @@ from tests.pretend_hosts.hosts import (
     wait_until,
     why_not,
 )
-from workers.local_engine import LocalEngine
+from tests.reference.local_engine import LocalEngine
 from workers.requests.request import SamplingParams
 
 pytestmark = pytest.mark.ray

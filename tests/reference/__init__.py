@@ -1,1 +1,1 @@
-"""What answers are compared with: goldens that transformers made, random configs, exact bits."""
+"""What answers are compared with: one process, goldens by transformers, random configs."""

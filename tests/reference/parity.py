@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from tests.reference.goldens import NUM_NEW_TOKENS, Golden
-from workers.local_engine import LocalEngine
+from tests.reference.local_engine import LocalEngine
 from workers.model.layers import AttentionModel, LayerSteps, ModelInputs, Recorder
 from workers.requests.request import SamplingParams
 

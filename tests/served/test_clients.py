@@ -20,8 +20,8 @@ from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.grpc.test_grpc import failure, request_of
 from tests.gateway.sse_client import by_choice, parse_events
+from tests.reference.local_engine import LocalEngine
 from tests.served.server import WAIT_S, Served
-from workers.local_engine import LocalEngine
 from workers.requests.request import SamplingParams
 
 pytestmark = pytest.mark.ray

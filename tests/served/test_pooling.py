@@ -12,9 +12,9 @@ from gateway.generation.inspect import OUTPUTS
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
+from tests.reference.local_engine import LocalEngine
 from tests.served.server import WAIT_S, Served
 from tests.system.test_pooling_served import chunks_by_name, inputs
-from workers.local_engine import LocalEngine
 from workers.requests.inspection import Inspection, Pooling
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("unharmed")]

@@ -16,8 +16,8 @@ from tests.harness.engine_stream import Result
 from tests.harness.serving_cluster import ServingCluster, ThreadCluster, make_config, serving
 from tests.reference.exact import exact, follow_ups, mixed_requests
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
+from tests.reference.local_engine import LocalEngine
 from tests.workers.inspection.test_inspection import everything
-from workers.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams
 
 AnyGolden = Callable[[str], Golden]

@@ -16,8 +16,8 @@ from tests.gateway.stack import post
 from tests.harness.served_stack import stack_over
 from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.reference.exact import exact, mixed_requests
+from tests.reference.local_engine import LocalEngine
 from tests.reference.toy_family import CONFIG
-from workers.local_engine import LocalEngine
 from workers.model.families.registry import FAMILIES, load_family
 
 

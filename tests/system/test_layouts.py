@@ -20,7 +20,7 @@ from tests.harness.serving_cluster import (
     serving,
 )
 from tests.reference.goldens import BF16_VARIANTS, NUM_PROMPTS, Golden
-from workers.local_engine import LocalEngine
+from tests.reference.local_engine import LocalEngine
 from workers.requests.request import SamplingParams
 
 LAYOUTS = [(attention, experts) for attention in (0, 1, 2, 3) for experts in (1, 2, 3, 4)]

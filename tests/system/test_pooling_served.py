@@ -25,7 +25,7 @@ from tests.gateway.stack import MODEL, Stack, post
 from tests.harness.served_stack import stack_over
 from tests.paths import DEMO
 from tests.reference.goldens import load_golden
-from workers.local_engine import LocalEngine
+from tests.reference.local_engine import LocalEngine
 from workers.requests.inspection import Inspection, Pooling
 
 _LOADED = load_tokenizer(str(DEMO))

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from cluster.config.cluster import EngineSection
 from tests.harness.recorded_cluster import RecordedCluster
 from tests.harness.serving_cluster import make_config, serving
-from workers.local_engine import LocalEngine
+from tests.reference.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams
 
 

@@ -18,7 +18,7 @@ from tests.fakes import TINY_CONFIG, tiny_tensors, write_tiny_checkpoint
 from tests.harness.engine_stream import EngineStream, Result
 from tests.harness.recorded_cluster import RecordedCluster
 from tests.harness.serving_cluster import make_config, serving
-from workers.local_engine import LocalEngine
+from tests.reference.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams
 from workers.requests.step_header import Grant
 

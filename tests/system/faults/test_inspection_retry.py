@@ -7,8 +7,8 @@ import numpy as np
 from tests.harness.failing_steps import FailingWorkerGroup, Faults, renew_on_fault
 from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.reference.goldens import load_golden
+from tests.reference.local_engine import LocalEngine
 from tests.workers.inspection.test_inspection import everything
-from workers.local_engine import LocalEngine
 from workers.model.loading.checkpoint import Checkpoint
 from workers.requests.request import FinishReason, Request, SamplingParams
 

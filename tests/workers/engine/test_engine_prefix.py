@@ -14,10 +14,10 @@ from cluster.config.cluster import EngineSection
 from cluster.core.errors import PeerLostError
 from tests.fakes import TINY_CONFIG, FailingDispatcher, tiny_tensors, write_tiny_checkpoint
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
+from tests.reference.local_engine import LocalEngine
 from tests.workers.engine.test_engine import GREEDY, prompts, section_with_blocks, tokens
 from tests.workers.kv.hashes import hashes_of
 from workers.engine.engine import Engine
-from workers.local_engine import LocalEngine
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
 
 ON = EngineSection(block_size_tokens=4)

@@ -11,9 +11,9 @@ from cluster.core.errors import PeerLostError
 from cluster.core.topology import Generation
 from tests.cluster.controller.fakes_cluster import make_members
 from tests.fakes import FailingDispatcher
+from tests.reference.local_engine import LocalEngine
 from tests.workers.engine.test_scheduler import Desk
 from workers.engine.isolation import ANSWER_LIMIT_S, Isolation, StepMembers
-from workers.local_engine import LocalEngine
 from workers.requests.request import FinishReason, Request, SamplingParams, SoloStep, TokenOutput
 from workers.requests.step_header import Grant, StepHeader
 

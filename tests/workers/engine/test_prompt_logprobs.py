@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config.cluster import EngineSection
-from workers.local_engine import LocalEngine
+from tests.reference.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams, TokenLogprob, TokenOutput
 
 Entries = tuple[TokenLogprob | None, ...]

@@ -17,10 +17,10 @@ from cluster.config.cluster import EngineSection
 from cluster.core.errors import QueueFullError, RequestError
 from gateway.generation.losses import aux_loss
 from tests.reference.goldens import BF16_VARIANTS, MAX_MODEL_LEN, Golden
+from tests.reference.local_engine import LocalEngine
 from tests.reference.parity import router_kinds
 from workers.inspection.buffers import shape_of
 from workers.inspection.inspector import Inspector
-from workers.local_engine import LocalEngine
 from workers.requests.inspection import (
     IGNORED_LABEL,
     MAX_ATTENTION_TOKENS,

@@ -14,7 +14,7 @@ from cluster.config.cluster import EngineSection
 from cluster.core.errors import ConfigError
 from tests.reference.exact import exact, follow_ups, mixed_requests
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from workers.local_engine import LocalEngine
+from tests.reference.local_engine import LocalEngine
 from workers.model.config import ModelConfig
 from workers.requests.request import Request
 

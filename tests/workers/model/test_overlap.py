@@ -13,8 +13,8 @@ from torch import Tensor
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from tests.reference.goldens import Golden
+from tests.reference.local_engine import LocalEngine
 from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TokenDispatcher
-from workers.local_engine import LocalEngine
 from workers.model.layers import Dispatch, Layer, LayerContext, LayerSteps
 from workers.requests.request import SamplingParams
 from workers.requests.step_header import StepHeader

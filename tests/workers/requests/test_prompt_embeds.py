@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import RequestError
-from workers.local_engine import LocalEngine
+from tests.reference.local_engine import LocalEngine
 from workers.requests.inspection import Inspection
 from workers.requests.prompt_embeds import PromptEmbeds, read_embeds
 from workers.requests.request import Request, SamplingParams

@@ -13,9 +13,9 @@ from cluster.config.cluster import EngineSection
 from tests.harness.engine_stream import TIMEOUT_S
 from tests.reference.exact import exact
 from tests.reference.goldens import Golden
+from tests.reference.local_engine import LocalEngine
 from workers.kv.transfer.fetch_cost import FORGET_S, UNMEASURED_COST, FetchCost
 from workers.kv.transfer.store import Fetch, KvLender
-from workers.local_engine import LocalEngine
 from workers.requests.inspection import Inspection
 from workers.requests.request import Request, SamplingParams, TokenOutput
 

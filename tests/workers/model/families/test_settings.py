@@ -16,7 +16,7 @@ import pytest
 
 from cluster.core.errors import CheckpointError
 from tests.fakes import TINY_CONFIG, write_tiny_checkpoint
-from workers.local_engine import LocalEngine
+from tests.reference.local_engine import LocalEngine
 from workers.model.families.dots1 import Dots1Family
 from workers.model.families.jetmoe import JetMoeFamily
 from workers.model.families.olmoe import OlmoeFamily

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from cluster.core.errors import CheckpointError, ConfigError
 from tests.fakes import TINY_CONFIG, tiny_tensors, write_tiny_checkpoint
+from tests.reference.local_engine import LocalEngine
 from workers.experts.slots import ExpertSlots
-from workers.local_engine import LocalEngine
 from workers.model.config import TensorPart
 from workers.model.loading.checkpoint import (
     Checkpoint,
