@@ -21,9 +21,9 @@ from cluster.core.errors import ProtocolError
 from cluster.core.release import RELEASE
 from gateway.cluster.view import AttentionEndpoint
 from gateway.engines.router import WorkerLoad
-from gateway.engines.submission import Submission, without_first
+from gateway.engines.submission import RequestStage, Submission, without_first
 from workers.requests.block_hash import KvEvents
-from workers.requests.request import Reached, RequestStage, SoloStep, StepOutput, TokenOutput
+from workers.requests.request import Queued, SoloStep, StepOutput, TokenOutput
 from workers.requests.stream_handshake import GatewayHandshake
 from workers.requests.wire import (
     FROM_ENGINE,
@@ -247,8 +247,8 @@ class EngineClient:
             case StepOutput():
                 self.take_step(message)
                 await asyncio.sleep(0)  # clients get these outputs before the next message
-            case Reached():
-                self.take_reached(message)
+            case Queued():
+                self._note_queued(message)
             case SoloStep():
                 self._note_solo_step(message)
             case KvEvents():
@@ -290,15 +290,14 @@ class EngineClient:
             entry.reach(RequestStage.ALONE)
             self._outgoing.put_nowait(solo_step)
 
-    def take_reached(self, reached: Reached) -> None:
-        """Record how far requests are at the worker."""
-        for request_id, attempt in reached.requests:
-            entry = self._submissions.get(request_id)
-            if entry is not None and entry.request.attempt == attempt:
-                was_alone = entry.must_be_sent_alone
-                entry.reach(reached.stage)
-                if was_alone:
-                    self._owner.place_waiting()
+    def _note_queued(self, queued: Queued) -> None:
+        entry = self._submissions.get(queued.request_id)
+        if entry is None or entry.request.attempt != queued.attempt:
+            return
+        was_alone = entry.must_be_sent_alone
+        entry.reach(RequestStage.QUEUED)
+        if was_alone:
+            self._owner.place_waiting()
 
     def take_step(self, step: StepOutput) -> None:
         """Hand the outputs of a step to their sinks."""

@@ -20,9 +20,9 @@ from gateway.engines.engine_client import PING_S, SILENCE_LIMIT_S, EngineClient,
 from gateway.engines.kv_index import KvIndex
 from gateway.engines.pauses import Pauses
 from gateway.engines.router import RoutingPolicy, pick_worker, route_by_kv
-from gateway.engines.submission import OutputSink, Submission
+from gateway.engines.submission import OutputSink, RequestStage, Submission
 from workers.requests.block_hash import KvEvents, prompt_hashes
-from workers.requests.request import Request, RequestStage
+from workers.requests.request import Request
 
 logger = logging.getLogger(__name__)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Protocol
 
 from msgspec.structs import replace
 
 from cluster.core.errors import ExpertMeshError
 from gateway.core.replay import ReplayCause
-from workers.requests.request import FinishReason, Request, RequestStage, TokenOutput
+from workers.requests.request import FinishReason, Request, TokenOutput
 
 _HANDED_BACK = frozenset({"not_ready", "draining"})
 """Error codes of requests that a worker hands back and another one can serve."""
@@ -23,6 +24,17 @@ MAX_SILENT_DEATHS = 2
 """Deaths before a worker has said that it has the request, after which it is sent alone."""
 MAX_SILENT_DEATHS_IN_ALL = 5
 """Such deaths after which a request fails."""
+
+
+class RequestStage(Enum):
+    """How far a request is at its worker."""
+
+    SENT = "sent"
+    """It is on its way, or waits for its grammar or for KV blocks; the worker never says so."""
+    QUEUED = "queued"
+    """The engine has it."""
+    ALONE = "alone"
+    """It runs a step alone."""
 
 
 class OutputSink(Protocol):
@@ -155,13 +167,12 @@ class Submission:
 
     def reach(self, stage: RequestStage) -> None:
         """Its worker says how far it is; a step alone is over when it is cleared."""
-        self.num_silent_deaths = 0
-        if self.stage is not RequestStage.ALONE:
-            self.stage = stage
+        self.stage, self.num_silent_deaths = stage, 0
 
     def clear(self) -> None:
         """A step with it has committed: it did not cause earlier deaths."""
-        self.stage, self.num_deaths, self.num_silent_deaths = RequestStage.RUNNING, 0, 0
+        self.reach(RequestStage.QUEUED)
+        self.num_deaths = 0
 
     def lose(self) -> str | None:
         """Its worker died; why this request is the cause, None if it may run again.

@@ -20,13 +20,13 @@ from cluster.core.errors import ConflictError, HandshakeError, UnknownNameError
 from cluster.core.metric_families import PlainFamily
 from cluster.core.release import RELEASE
 from cluster.core.topology import Member
+from gateway.engines.submission import RequestStage
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import (
     FinishReason,
-    Reached,
+    Queued,
     Request,
-    RequestStage,
     SoloStep,
     StepOutput,
     Timings,
@@ -214,7 +214,9 @@ class ScriptedEngine:
             elif isinstance(message, Request):
                 request = message
                 self.requests.append(request)
-                self._report(RequestStage.QUEUED, request, queue)
+                if self.reports(request, RequestStage.QUEUED):
+                    name, attempt = request.request_id, request.attempt
+                    queue.put_nowait(Queued(request_id=name, attempt=attempt))
                 open_choices = set(range(request.n)) - set(request.closed_choices)
                 self.running[request.request_id] = open_choices
                 task = asyncio.create_task(self._run(request, queue))
@@ -234,7 +236,6 @@ class ScriptedEngine:
         at, width = [len(ids) for ids in so_far], self.tokens_per_output
         num_steps = 0
         await self._wait_to_run_alone(request, queue)
-        self._report(RequestStage.RUNNING, request, queue)
         while open_choices := self.running.get(request.request_id):
             await asyncio.sleep(self.step_s)
             if num_steps == self.pause_after:
@@ -253,11 +254,6 @@ class ScriptedEngine:
             for _ in range(2 if self.repeat_outputs else 1):
                 queue.put_nowait(step)
         self.running.pop(request.request_id, None)
-
-    def _report(self, stage: RequestStage, request: Request, queue: Outgoing) -> None:
-        if self.reports(request, stage):
-            names = ((request.request_id, request.attempt),)
-            queue.put_nowait(Reached(stage=stage, requests=names))
 
     async def _wait_to_run_alone(self, request: Request, queue: Outgoing) -> None:
         """As an engine does with a request that two workers died with."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -65,9 +65,6 @@ class Engine:
         ``max_model_len`` None takes the checkpoint's context. The model must have been loaded with
         at least so many positions.
         """
-        self.on_start: Callable[[Collection[Request]], None] = lambda requests: None
-        """Called with new requests before their first step."""
-        self._started: set[str] = set()
         self._section = section
         self._pad = config.pad_token_id
         self._rank = rank
@@ -257,7 +254,6 @@ class Engine:
         isolation = self._isolation
         self._scheduler.restrict(isolation.suspects, isolation.alone if header.is_alone else None)
         plan = self._scheduler.schedule(grant.decode_rows, grant.prefill_rows)
-        self._report_start(plan)
         try:
             result = self.runner.run(header, plan)
             tokens = None if result is None else self._step_sampler.draw(plan, result)
@@ -273,12 +269,6 @@ class Engine:
         if result is not None and tokens is not None:
             self._commit(header.epoch, plan, result, tokens)
         return self.poll()
-
-    def _report_start(self, plan: StepPlan) -> None:
-        new = [name for name in _names(plan) if name not in self._started]
-        if new:
-            self._started.update(new)
-            self.on_start([self._requests[name][0].request for name in new])
 
     def _slots(self, plan: StepPlan) -> list[int]:
         """Cache slots of all rows of a plan."""
@@ -386,7 +376,6 @@ class Engine:
         left.remove(sequence)
         if not left:
             del self._requests[request_id]
-            self._started.discard(request_id)
             self._isolation.forget(request_id)
 
     # Numbers

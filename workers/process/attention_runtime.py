@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Set
 from typing import Any
 
 from msgspec.structs import replace
@@ -37,9 +37,8 @@ from workers.process.runtime import IDLE_WAIT_S, WorkerRuntime
 from workers.requests.block_hash import HASH_BYTES
 from workers.requests.request import (
     FinishReason,
-    Reached,
+    Queued,
     Request,
-    RequestStage,
     StepOutput,
     TokenOutput,
 )
@@ -111,7 +110,6 @@ class AttentionRuntime(WorkerRuntime):
             rank=self.member.rank,
             compute_threads=self.compute_threads,
         )
-        engine.on_start = self._report_start
         self._lend_blocks(engine)
         self._engine = engine
         return {
@@ -325,19 +323,9 @@ class AttentionRuntime(WorkerRuntime):
             self._refuse(command.gateway, request, err)
             return
         self._owners[request.request_id] = command.gateway
-        self._report(RequestStage.QUEUED, command.gateway, [request])
-
-    def _report_start(self, requests: Collection[Request]) -> None:
-        by_gateway: defaultdict[str, list[Request]] = defaultdict(list)
-        for request in requests:
-            by_gateway[self._owners[request.request_id]].append(request)
-        for gateway, mine in by_gateway.items():
-            self._report(RequestStage.RUNNING, gateway, mine)
-
-    def _report(self, stage: RequestStage, gateway: str, requests: Sequence[Request]) -> None:
+        queued = Queued(request_id=request.request_id, attempt=request.attempt)
         assert self._stream is not None
-        names = tuple((request.request_id, request.attempt) for request in requests)
-        self._stream.publish(gateway, Reached(stage=stage, requests=names))
+        self._stream.publish(command.gateway, queued)
 
     def _refuse(self, gateway: str, request: Request, err: ExpertMeshError) -> None:
         """End every choice of a refused request with the error."""

@@ -27,7 +27,7 @@ from workers.process.gateway_streams import (
     GatewayStreams,
 )
 from workers.process.intake.commands import Inbox
-from workers.requests.request import Reached, SoloStep, StepOutput
+from workers.requests.request import Queued, SoloStep, StepOutput
 from workers.requests.stream_handshake import WorkerHandshake
 from workers.requests.wire import (
     FROM_ENGINE,
@@ -93,7 +93,7 @@ class EngineServer:
             raise OSError(f"the engine stream could not be served on {self._host}")
         return f"{self._host}:{self._port}"
 
-    def publish(self, gateway: str, message: StepOutput | SoloStep | Reached) -> None:
+    def publish(self, gateway: str, message: StepOutput | SoloStep | Queued) -> None:
         """Send a message to one gateway (any thread). A closed stream is ignored."""
         self._call_soon(self._streams.put, gateway, FROM_ENGINE.encode(message))
 

@@ -127,25 +127,11 @@ class SoloStep(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """The step committed."""
 
 
-class RequestStage(Enum):
-    """How far a request is at its worker."""
+class Queued(Message, frozen=True, kw_only=True, array_like=True, tag=True):
+    """The engine has the request."""
 
-    SENT = "sent"
-    """It is on its way, or waits for its grammar or for KV blocks; the worker never says so."""
-    QUEUED = "queued"
-    """The engine has it."""
-    RUNNING = "running"
-    """A step with its rows begins, or has begun."""
-    ALONE = "alone"
-    """It runs a step alone; the worker says so with a ``SoloStep``."""
-
-
-class Reached(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """Requests of one gateway are at a stage; a worker that dies may be lost with these."""
-
-    stage: RequestStage
-    requests: tuple[tuple[str, Count], ...]
-    """(request id, attempt)"""
+    request_id: str
+    attempt: Count
 
 
 class TokenLogprob(Message, frozen=True, kw_only=True, array_like=True):

@@ -6,7 +6,7 @@ One gRPC stream ``METHOD`` of bytes in both directions, each a message of ``clus
     (see ``workers.requests.stream_handshake``)
                                          <-      EngineHello (what requests may ask for)
     Request, Abort, Ping, SoloStep, KvResync ->
-                                         <-      Reached, StepOutput, Ping, SoloStep, KvEvents
+                                         <-      Queued, StepOutput, Ping, SoloStep, KvEvents
 
 Both ends are of one release.
 """
@@ -19,7 +19,7 @@ from cluster.core.codec import Codec, Message
 from cluster.core.errors import HandshakeError
 from workers.requests.block_hash import KvEvents
 from workers.requests.inspection import RouterShape
-from workers.requests.request import Reached, Request, SoloStep, StepOutput
+from workers.requests.request import Queued, Request, SoloStep, StepOutput
 
 SERVICE = "expertmesh.v1.Engine"
 METHOD = "Stream"
@@ -78,7 +78,7 @@ class KvResync(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
 
 ToEngine: TypeAlias = Request | Abort | Ping | SoloStep | KvResync
-FromEngine: TypeAlias = Reached | StepOutput | Ping | SoloStep | KvEvents
+FromEngine: TypeAlias = Queued | StepOutput | Ping | SoloStep | KvEvents
 ENGINE_HELLO: Codec[EngineHello] = Codec(EngineHello, "an engine's hello", HandshakeError)
 TO_ENGINE: Codec[ToEngine] = Codec(ToEngine, "a message to an engine")
 FROM_ENGINE: Codec[FromEngine] = Codec(FromEngine, "a message of an engine")

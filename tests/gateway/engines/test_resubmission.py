@@ -13,7 +13,7 @@ import pytest
 
 from cluster.config.cluster import EngineSection
 from cluster.config.gateway import GatewaySection
-from gateway.engines.submission import MAX_SILENT_DEATHS_IN_ALL
+from gateway.engines.submission import MAX_SILENT_DEATHS_IN_ALL, RequestStage
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.fakes import (
@@ -25,7 +25,7 @@ from tests.gateway.grpc.test_grpc import failure, request_of
 from tests.gateway.http.test_disconnect import send_raw
 from tests.gateway.sse_client import by_choice, read_events
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
-from workers.requests.request import Request, RequestStage
+from workers.requests.request import Request
 
 
 class Workers:

@@ -10,13 +10,13 @@ from msgspec.structs import replace
 from gateway.engines.submission import (
     MAX_SILENT_DEATHS,
     MAX_SILENT_DEATHS_IN_ALL,
+    RequestStage,
     Submission,
     without_first,
 )
 from workers.requests.request import (
     FinishReason,
     Request,
-    RequestStage,
     SamplingParams,
     TokenOutput,
 )
@@ -70,7 +70,7 @@ def test_the_next_attempt_carries_what_was_delivered() -> None:
     entry = submission(n=3)
     entry.deliver(output(0, 0, 7, 8))
     entry.deliver(output(2, 0, 9, reason=FinishReason.STOP))
-    entry.reach(RequestStage.RUNNING)
+    entry.reach(RequestStage.QUEUED)
     assert entry.lose() is None
     request = entry.again(50.0)
     assert request is entry.request
@@ -97,16 +97,15 @@ def test_tokens_that_are_still_needed() -> None:
 
 def test_a_token_clears_deaths_and_returns() -> None:
     entry = submission()
-    entry.reach(RequestStage.RUNNING)
+    entry.reach(RequestStage.QUEUED)
     assert entry.lose() is None
     assert entry.again(0.0).num_deaths == 1
     entry.num_returns = 2
     entry.reach(RequestStage.ALONE)
-    entry.reach(RequestStage.RUNNING)  # the step alone begins
     entry.deliver(output(0, 0))
     assert (entry.num_deaths, entry.num_returns, entry.stage) == (1, 0, RequestStage.ALONE)
     entry.deliver(output(0, 0, 7))
-    assert (entry.num_deaths, entry.stage) == (0, RequestStage.RUNNING)
+    assert (entry.num_deaths, entry.stage) == (0, RequestStage.QUEUED)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +113,6 @@ def test_a_token_clears_deaths_and_returns() -> None:
     [
         (RequestStage.SENT, 1, 1, False),
         (RequestStage.QUEUED, 1, 0, False),
-        (RequestStage.RUNNING, 1, 0, False),
         (RequestStage.ALONE, 1, 0, True),
     ],
 )

@@ -235,23 +235,6 @@ def test_an_engine_runs_suspects_alone_and_fails_the_one_that_kills(tiny_checkpo
     assert engine.pool.num_free == engine.pool.num_blocks
 
 
-def test_new_requests_are_reported_before_their_first_step(tiny_checkpoint: Path) -> None:
-    cluster = Cluster(tiny_checkpoint)
-    engine = cluster.engine
-    told: list[list[tuple[str, int]]] = []
-    engine.on_start = lambda requests: told.append([(r.request_id, r.attempt) for r in requests])
-    for name in "ab":
-        engine.add_request(Request(request_id=name, prompt=(5, 6, 7), params=GREEDY, n=2))
-    assert told == []
-    cluster.step(dies=True)
-    assert told == [[("a", 0), ("b", 0)]]
-    cluster.step()
-    engine.add_request(Request(request_id="c", prompt=(8, 9), params=GREEDY))
-    engine.add_request(Request(request_id="a", prompt=(5, 6, 7), params=GREEDY, attempt=1))
-    cluster.step()
-    assert told[1:] == [[("c", 0), ("a", 1)]]
-
-
 def test_a_request_brings_its_deaths_along_and_may_be_aborted_in_its_solo_step(
     tiny_checkpoint: Path,
 ) -> None:

@@ -16,9 +16,8 @@ from workers.requests.request import (
     FinishReason,
     Grammar,
     GrammarKind,
-    Reached,
+    Queued,
     Request,
-    RequestStage,
     SamplingParams,
     SoloStep,
     StepOutput,
@@ -174,7 +173,7 @@ def test_a_gateways_small_messages_survive_the_wire(message: ToEngine) -> None:
     [
         Ping(number=7),
         SoloStep(request_id="r", attempt=1),
-        Reached(stage=RequestStage.RUNNING, requests=(("r", 1), ("s", 0))),
+        Queued(request_id="r", attempt=1),
     ],
     ids=repr,
 )
