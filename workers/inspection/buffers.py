@@ -83,11 +83,8 @@ class InspectionBuffers:
         self._pool(rows_found, max(self._next - rows_found.first, 0))
         self._next = max(self._next, rows_found.first + rows_found.count)
 
-    def arrays(self) -> tuple[NamedArray, ...]:
+    def arrays(self) -> Iterator[NamedArray]:
         """All results, once the last row is in."""
-        return tuple(self._named())
-
-    def _named(self) -> Iterator[NamedArray]:
         if self._logits:
             places = sorted(self._logits)
             yield _named("logits", torch.stack([self._logits[i] for i in places]).numpy())

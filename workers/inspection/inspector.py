@@ -99,7 +99,7 @@ class Inspector:
     def arrays(self, sequence: SequenceState) -> tuple[NamedArray, ...]:
         """All results, once the last row is in; empty without an inspection."""
         buffers = self._buffers.get(sequence)
-        return () if buffers is None else buffers.arrays()
+        return () if buffers is None else tuple(buffers.arrays())
 
     def read(
         self, request: Request, first: int, hidden: Tensor, captures: Sequence[Capture]

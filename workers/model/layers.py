@@ -111,18 +111,13 @@ GatedActivation = Callable[[Tensor], Tensor]
 """[.., 2 * inner] -> [.., inner]: activation(first half) * second half of the last dim."""
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """``GatedActivation`` with silu."""
-    gate, up = gate_up.chunk(2, -1)
-    return functional.silu(gate).mul_(up)
-
-
 def _gelu(gate: Tensor) -> Tensor:
     """On contiguous memory, as a single row always is: other memory takes another kernel."""
     return functional.gelu(gate.contiguous())
 
 
 _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
     "gelu": _gelu,
     "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
@@ -130,8 +125,6 @@ _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def gated_activation(activation: Activation) -> GatedActivation:
-    if activation == "silu":
-        return swiglu
     activate = _ACTIVATIONS[activation]
 
     def apply(gate_up: Tensor) -> Tensor:

@@ -15,21 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore, Work
 
-__all__ = [
-    "PrefixStore",
-    "Store",
-    "TCPStore",
-    "Work",
-    "check_version",
-    "coalesced",
-    "gloo_group",
-    "nccl_group",
-    "pack",
-    "packed_linear",
-    "scriptable_packed_linear",
-    "supports_packing",
-    "unpack",
-]
+__all__ = ["PrefixStore", "Store", "TCPStore", "Work"]  # for importers; the rest is defined here
 
 _FIRST, _END = (2, 11), (2, 14)
 """First release that is supported, and the first one after it that is not."""

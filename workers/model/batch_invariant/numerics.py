@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.model.layers import can_pack, rms_norm, swiglu
+from workers.model.layers import can_pack, gated_activation, rms_norm
 from workers.model.torch_private import pack, packed_linear
 
 _SHAPES = ((96, 80), (520, 260))
@@ -40,7 +40,7 @@ def _results() -> Iterator[Tensor]:
                 yield packed_linear(rows, pack(weight))
             yield torch.bmm(rows.unsqueeze(0), weight.t().unsqueeze(0))
             yield rms_norm(rows.clone(), weight[0], 1e-5)
-            yield swiglu(rows)
+            yield gated_activation("silu")(rows)
             yield torch.softmax(rows, -1, dtype=torch.float32)
             yield rows.float().logsumexp(-1)
             yield rows.float().exp()

@@ -68,13 +68,13 @@ class Settings:
     """Values of a ``config.json``; null counts as absent, as in transformers."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self._config = config
+        self.raw = config
         self._asked: set[str] = set()
 
     def value(self, *keys: str) -> Any:
         """The first of these keys that is there; None if none is."""
         self._asked.update(keys)
-        return next((self._config[key] for key in keys if self._config.get(key) is not None), None)
+        return next((self.raw[key] for key in keys if self.raw.get(key) is not None), None)
 
     def integer(self, *keys: str, default: int | None = None, least: int = 1) -> int:
         """A whole number; without a default it must be there."""
@@ -115,9 +115,9 @@ class Settings:
     def token_ids(self, key: str, default: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
         """One id or a list; here null means none. Defaults beyond the vocabulary are dropped."""
         self._asked.add(key)
-        if key not in self._config:
+        if key not in self.raw:
             return tuple(token for token in default if token < vocab_size)
-        value = self._config[key]
+        value = self.raw[key]
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise CheckpointError(f"config.json: {key} {value!r} must be a token id or a list")
@@ -151,9 +151,9 @@ class Settings:
 
         Raises ``CheckpointError`` for one that would change the result.
         """
-        rest = self._config.keys() - self._asked
+        rest = self.raw.keys() - self._asked
         for key in sorted(rest & _NEUTRAL.keys()):
-            value, allowed = self._config[key], _NEUTRAL[key]
+            value, allowed = self.raw[key], _NEUTRAL[key]
             if value is not None and value not in allowed:
                 known = " or ".join(repr(v) for v in allowed) or "null"
                 raise CheckpointError(
@@ -161,10 +161,6 @@ class Settings:
                     f"must be {known}"
                 )
         return tuple(sorted(rest - _NEUTRAL.keys() - _HARMLESS))
-
-    @property
-    def raw(self) -> Mapping[str, Any]:
-        return self._config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
