@@ -92,7 +92,6 @@ def check(folder: Path, allow_bare: bool = False) -> CheckpointFacts:
     """
     import torch
 
-    from workers.kv.cache import kv_values_per_token
     from workers.model.loading.checkpoint import auto_dtype, check_checkpoint, plan_checkpoint
 
     is_bare = allow_bare and not any(folder.glob("*.safetensors*"))
@@ -102,7 +101,7 @@ def check(folder: Path, allow_bare: bool = False) -> CheckpointFacts:
         model_type=family.config.model_type,
         dtype=auto_dtype(family.config),
         context_tokens=family.config.context_tokens,
-        kv_values_per_token=kv_values_per_token(family.config),
+        kv_values_per_token=family.config.kv_values_per_token,
         attention_values=summary.attention_values,
         attention_weights=summary.attention_weights,
         banks=tuple(

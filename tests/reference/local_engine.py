@@ -23,6 +23,7 @@ from workers.engine.engine import Engine
 from workers.engine.prefill_cap import PrefillCap
 from workers.experts.slots import ExpertSlots
 from workers.model.compute_threads import ComputeThreads
+from workers.model.config import ModelConfig
 from workers.model.huge_pages import collapse_weights
 from workers.model.loading.checkpoint import Checkpoint, load_attention_model, resolve_dtype
 from workers.requests.inspection import Inspection, NamedArray
@@ -216,6 +217,11 @@ class LocalEngine:
         self._next_request += 1
         name = f"local-{self._next_request}"
         return Request(request_id=name, prompt=tuple(prompt), params=params)
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one KV block over all layers."""
+    return config.kv_values_per_token * block_size * dtype.itemsize
 
 
 def _tensor(array: NamedArray) -> Tensor:

@@ -20,9 +20,8 @@ from tests.reference.goldens import (
     RANDOM_VARIANTS,
     Golden,
 )
-from tests.reference.local_engine import LocalEngine
+from tests.reference.local_engine import LocalEngine, block_bytes
 from tests.reference.parity import GREEDY, check_bfloat16, check_float32
-from workers.kv.cache import block_bytes
 from workers.requests.inspection import Inspection
 
 

@@ -24,7 +24,7 @@ from workers.engine.request_checks import RequestLimits, check_request
 from workers.engine.scheduler import RowsWanted, Scheduler, StepPlan
 from workers.engine.step_sampler import StepSampler, StepTokens
 from workers.kv.block_pool import BlockPool
-from workers.kv.cache import KVCache, num_kv_blocks
+from workers.kv.cache import KVCache
 from workers.kv.transfer.store import Fetch, KvTransferStore
 from workers.metrics.histogram import TOKEN_BUCKETS, Histogram
 from workers.model.compute_threads import ComputeThreads
@@ -72,7 +72,8 @@ class Engine:
         self.max_model_len = max_model_len or config.context_tokens
         """Context limit in tokens."""
         block_size = section.block_size_tokens
-        num_blocks = num_kv_blocks(config, section, self.max_model_len, model.dtype)
+        token_bytes = config.kv_values_per_token * model.dtype.itemsize
+        num_blocks = section.num_kv_blocks(token_bytes, self.max_model_len)
         self._limits = RequestLimits(
             vocab_size=config.vocab_size,
             max_model_len=self.max_model_len,

@@ -1,4 +1,4 @@
-"""The paged KV cache: the tensors of all layers, and how many blocks the memory holds.
+"""The paged KV cache: the tensors of all layers.
 
 ``workers.kv.block_pool`` accounts for the blocks.
 """
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cluster.config.cluster import EngineSection
 from workers.model.attention import PIECE_BYTES, Workspace
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ModelConfig
@@ -83,23 +82,3 @@ class KVCache:
         """Zero blocks that may hold NaN or infinity: a masked value still meets 0 * NaN."""
         for layer in self.layers if blocks else ():
             layer[:, list(blocks)] = 0
-
-
-def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers."""
-    return kv_values_per_token(config) * block_size * dtype.itemsize
-
-
-def kv_values_per_token(config: ModelConfig) -> int:
-    """Elements of one token's keys and values over all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim
-
-
-def num_kv_blocks(
-    config: ModelConfig, section: EngineSection, max_model_len: int, dtype: torch.dtype
-) -> int:
-    """Blocks that the configured KV memory holds.
-
-    Raises ``ConfigError`` if that is not even one block.
-    """
-    return section.num_kv_blocks(block_bytes(config, 1, dtype), max_model_len)

@@ -7,13 +7,10 @@ order of operations of a step is: for layer; for (bank, exchange) in bank order;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    import torch
-
     from cluster.config.cluster import CombineMode
     from workers.model.rope import RopeConfig
 
@@ -143,6 +140,11 @@ class ModelConfig:
     ignored_keys: tuple[str, ...] = ()
 
     @property
+    def kv_values_per_token(self) -> int:
+        """Elements of one token's keys and values over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
     def length_matters_above(self) -> int | None:
         """Longer prompts than this have keys that depend on their length (dynamic RoPE)."""
         return self.max_position_embeddings if self.rope.rope_type == "dynamic" else None
@@ -152,10 +154,3 @@ class ModelConfig:
         """Positions that the model can distinguish: dynamic RoPE multiplies them by its factor."""
         stretch = self.rope.factor if self.rope.rope_type == "dynamic" else 1.0
         return int(self.max_position_embeddings * stretch)
-
-
-class WeightSource(Protocol):
-    """What a family needs of a checkpoint to build a model."""
-
-    def read_stacked(self, parts: Sequence[TensorPart], dtype: torch.dtype) -> torch.Tensor:
-        """Parts one under the other in one tensor on the CPU."""

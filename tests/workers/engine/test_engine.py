@@ -23,8 +23,7 @@ from cluster.core.errors import (
 )
 from tests.fakes import TINY_CONFIG, FailingDispatcher, tiny_tensors, write_tiny_checkpoint
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from tests.reference.local_engine import LocalEngine
-from workers.kv.cache import block_bytes
+from tests.reference.local_engine import LocalEngine, block_bytes
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
 from workers.requests.step_header import Grant, StepHeader
 

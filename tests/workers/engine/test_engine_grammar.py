@@ -16,8 +16,7 @@ from cluster.core.errors import PeerLostError
 from gateway.text.tokenizer import load_tokenizer
 from tests.fakes import FailingDispatcher
 from tests.paths import DEMO
-from tests.reference.local_engine import LocalEngine
-from workers.kv.cache import block_bytes
+from tests.reference.local_engine import LocalEngine, block_bytes
 from workers.requests.request import (
     FinishReason,
     Grammar,

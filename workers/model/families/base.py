@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,17 +15,19 @@ from workers.model.config import (
     ExpertMatrix,
     ModelConfig,
     TensorPart,
-    WeightSource,
 )
 from workers.model.families.parts import gated_expert, part
 from workers.model.layers import Attend, AttentionModel, BuildingBlocks, GatedMlp, Layer, Linear
+
+ReadStacked = Callable[[Sequence[TensorPart], torch.dtype], Tensor]
+"""What a family needs of a checkpoint: ``Checkpoint.read_stacked``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loader:
     """Makes building blocks of the named tensors of one layer, one tensor in memory at a time."""
 
-    weights: WeightSource
+    read: ReadStacked
     dtype: torch.dtype
     device: torch.device
     blocks: BuildingBlocks
@@ -35,7 +37,7 @@ class Loader:
     def tensor(self, *names: str, dtype: torch.dtype | None = None) -> Tensor:
         """Tensors one under the other, in the model dtype unless another is given."""
         parts = [self.parts[name] for name in names]
-        return self.weights.read_stacked(parts, dtype or self.dtype).to(self.device)
+        return self.read(parts, dtype or self.dtype).to(self.device)
 
     def linear(self, *names: str) -> Linear:
         """One product for all these matrices, with their biases where there are any."""
@@ -92,22 +94,22 @@ class Family(ABC):
 
     def attention_model(
         self,
-        weights: WeightSource,
+        read: ReadStacked,
         dtype: torch.dtype,
         device: torch.device,
-        max_positions: int | None = None,
-        blocks: BuildingBlocks | None = None,
+        max_positions: int | None,
+        blocks: BuildingBlocks,
     ) -> AttentionModel:
         """Load everything but the routed experts, one tensor at a time.
 
-        None: ``max_position_embeddings`` positions, and the fast building blocks.
+        ``max_positions`` None: the checkpoint's context.
         """
-        config, blocks = self.config, blocks or BuildingBlocks()
-        outer = Loader(weights, dtype, device, blocks, self._outer_parts())
+        config = self.config
+        outer = Loader(read, dtype, device, blocks, self._outer_parts())
         embedding = outer.tensor("embedding")
         attend = blocks.attention(config, dtype)
         layers = [
-            self.make_layer(i, Loader(weights, dtype, device, blocks, self.layer_parts(i)), attend)
+            self.make_layer(i, Loader(read, dtype, device, blocks, self.layer_parts(i)), attend)
             for i in range(config.num_layers)
         ]
         norm = outer.tensor("norm")

@@ -149,15 +149,6 @@ class Checkpoint:
         """Unmap all files; a later read opens them again."""
         self._readers.clear()
 
-    def check(self) -> None:
-        """Find every tensor of the model in the headers, with its shape and a float dtype."""
-        for part in self.family.attention_tensors():
-            self._entry(part)
-        for bank in self.family.banks:
-            for expert in range(bank.num_experts):
-                for part in self._expert_parts(bank, expert):
-                    self._entry(part)
-
     def _entry(self, part: TensorPart) -> TensorEntry:
         entry = self.tensors.get(part.name)
         if entry is None:
@@ -224,7 +215,7 @@ def load_attention_model(
     checkpoint.expect(sum(checkpoint.num_bytes(p) for p in family.attention_tensors()))
     try:
         blocks = RowInvariantBlocks(device) if deterministic else BuildingBlocks(compute_threads)
-        return family.attention_model(checkpoint, dtype, device, max_positions, blocks)
+        return family.attention_model(checkpoint.read_stacked, dtype, device, max_positions, blocks)
     finally:
         checkpoint.close()
 
@@ -253,7 +244,6 @@ def check_checkpoint(path: Path | str) -> CheckpointSummary:
     Raises ``CheckpointError`` naming the first thing that is wrong.
     """
     checkpoint = Checkpoint(path)
-    checkpoint.check()
     family = checkpoint.family
     return replace(
         _summary_of(family),

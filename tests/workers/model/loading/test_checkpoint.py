@@ -67,7 +67,7 @@ def test_dtype_is_converted_while_reading(tmp_path: Path, stored: torch.dtype) -
     tensors = {name: t.to(stored) for name, t in tiny_tensors().items()}
     write_tiny_checkpoint(tmp_path, TINY_CONFIG, tensors)
     checkpoint = Checkpoint(tmp_path)
-    checkpoint.check()
+    check_checkpoint(tmp_path)
     for part in checkpoint.family.attention_tensors():
         for dtype in (torch.float32, torch.bfloat16):
             assert torch.equal(read_part(checkpoint, part, dtype), tensors[part.name].to(dtype))
@@ -96,7 +96,7 @@ def test_shards_and_index(tmp_path: Path, tiny_checkpoint: Path) -> None:
     index = {"weight_map": {n: file for file, owned in parts.items() for n in owned}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     checkpoint = Checkpoint(tmp_path)
-    checkpoint.check()
+    check_checkpoint(tmp_path)
     assert set(checkpoint.tensors) == set(names)
     assert checkpoint.checkpoint_id != Checkpoint(tiny_checkpoint).checkpoint_id
     (tmp_path / "b.safetensors").unlink()
