@@ -7,6 +7,7 @@ not computed, since on shared cores an uneven load costs nothing by itself.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from benchmarks.ray_serving import FOLDER_VARIABLE
 from benchmarks.results import table
 from benchmarks.svg import Line, Mark, line_chart
 from cluster.core.load_profile import LoadProfile
-from cluster.launch.local_ray import make_temp_dir, private_environment, remove
+from cluster.launch.local_ray import make_temp_dir, private_environment
 from cluster.planner import mesh
 from cluster.planner.base import PlannedTopology, PlanOptions
 
@@ -185,7 +186,7 @@ def _run(
             check=True,
         )
     finally:
-        remove(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import IO
 
 from benchmarks.ray_serving import FOLDER_VARIABLE
 from benchmarks.timing import Times
-from cluster.launch.local_ray import make_temp_dir, private_environment, remove
+from cluster.launch.local_ray import make_temp_dir, private_environment
 
 THREADS = 2
 """Compute threads of each system: two in one process, or two workers with one each."""
@@ -88,7 +89,7 @@ def running(names: Sequence[str], checkpoint: Path) -> Iterator[dict[str, System
         for system in systems.values():
             system.close()
         for folder in folders:
-            remove(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _environment(name: str, folders: list[Path]) -> dict[str, str]:

@@ -17,6 +17,9 @@ from typing import Any
 
 from cluster.core.codec import from_plain
 from cluster.core.errors import CheckpointError
+from cluster.core.load_profile import LoadProfile
+from cluster.sizing.mode_choice import bank_sizes
+from cluster.sizing.roofline import ModelSize
 
 CHECK_LIMIT_S = 120.0
 _ALLOW_BARE = "--allow-bare"
@@ -44,6 +47,19 @@ class CheckpointFacts:
     """Whether the installed torch can use a GPU at all."""
     ignored_keys: tuple[str, ...] = ()
     """Keys of ``config.json`` without effect here."""
+
+    def itemsize(self, dtype: str) -> int:
+        """Bytes of a number in a compute dtype; ``auto`` is the checkpoint's own."""
+        return 4 if (self.dtype if dtype == "auto" else dtype) == "float32" else 2
+
+    def size(self, dtype: str, profile: LoadProfile | None) -> ModelSize:
+        """The model in numbers, with the experts' loads where they are known."""
+        return ModelSize(
+            banks=bank_sizes(self.banks, profile),
+            attention_values=self.attention_values,
+            kv_values_per_token=self.kv_values_per_token,
+            itemsize=self.itemsize(dtype),
+        )
 
 
 class CheckpointCheck:

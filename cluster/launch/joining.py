@@ -115,7 +115,7 @@ def _resolve(
     workers = plan.config.workers
     if workers.mode_reason:
         logger.info("mode %s: %s", workers.mode, workers.mode_reason)
-    plan_start(plan.config, list(plan.banks), nodes, free.get("CPU", 0.0), plan.profile)
+    plan_start(plan.config, plan.facts.banks, nodes, free.get("CPU", 0.0), plan.profile)
     return plan
 
 

@@ -10,7 +10,6 @@ import gc
 import logging
 import os
 import secrets
-import shutil
 import socket
 import tempfile
 import time
@@ -220,8 +219,3 @@ def _knock(address: str, deadline: float, sleep: Callable[[float], None]) -> Non
             if time.monotonic() >= deadline:
                 raise ConnectionError(f"{err.strerror or err}") from err
         sleep(_KNOCK_AGAIN_S)
-
-
-def remove(folder: Path) -> None:
-    """Remove an unused folder from ``make_temp_dir``."""
-    shutil.rmtree(folder, ignore_errors=True)

@@ -44,10 +44,11 @@ class ClusterParts:
     """Handles to everything that one launcher started."""
 
     def __init__(self, plan: LaunchPlan, progress: ProgressFn) -> None:
-        self._plan = plan
+        self.plan = plan
+        """The plan; from ``start_ray`` on adapted to the joined Ray."""
         self._progress = progress
         self._ray = PrivateRay(folder=Path(plan.temp_dir)) if plan.temp_dir else None
-        self._joined: JoinedRay | None = None
+        self._joined = JoinedRay(plan=plan)
         self._controller: Any = None
         self._is_connected = False
         self._has_app = False
@@ -62,27 +63,17 @@ class ClusterParts:
         loader = threading.Thread(target=_import_services, daemon=True)
         loader.start()
         if self._ray is not None:
-            address = self._ray.start(self._plan.num_cpus, self._plan.num_gpus)
+            address = self._ray.start(self.plan.num_cpus, self.plan.num_gpus)
         else:
             address = self._join()
         self._is_connected = True
         loader.join()
         if self._ray is None:
-            if self._plan.wait_nodes:
+            if self.plan.wait_nodes:
                 self._progress("nodes", 0, 0)
-            self._joined = examine(self._plan, address)
-            self._plan = self._joined.plan
+            self._joined = examine(self.plan, address)
+            self.plan = self._joined.plan
         return address
-
-    @property
-    def plan(self) -> LaunchPlan:
-        """The plan, adapted to the joined Ray."""
-        return self._plan
-
-    @property
-    def _found(self) -> bool:
-        """The cluster existed before."""
-        return self._joined is not None and self._joined.found
 
     def start_services(self) -> None:
         """Start controller with workers, and the gateway; returns when clients can call.
@@ -96,8 +87,8 @@ class ClusterParts:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # the end must not wait for a start
         self._progress("gateway", 0, 0)
-        section = self._plan.config.gateway
-        wait_ready(self._plan.http_url, section, self._not_ready_reasons)
+        section = self.plan.config.gateway
+        wait_ready(self.plan.http_url, section, self._not_ready_reasons)
         self._heard_at = time.monotonic()
 
     def find_loss(self) -> str | None:
@@ -141,7 +132,7 @@ class ClusterParts:
         Running requests end with an error that says so. A cluster that existed before is left
         alone.
         """
-        if not self._is_connected or self._found:
+        if not self._is_connected or self._joined.found:
             return
         from cluster.actors.ray_tools import end_leftovers
 
@@ -167,9 +158,9 @@ class ClusterParts:
 
     def _join(self) -> str:
         try:
-            return join(self._plan.address, _JOIN_PATIENCE_S)
+            return join(self.plan.address, _JOIN_PATIENCE_S)
         except ConnectionError as err:
-            raise StartError("ray", f"cannot join {self._plan.address}: {err}") from err
+            raise StartError("ray", f"cannot join {self.plan.address}: {err}") from err
 
     def _start_workers(self) -> None:
         import ray
@@ -180,12 +171,10 @@ class ClusterParts:
         from workers.process.actor import ACTOR_CLASSES
 
         group = WorkerGroup(ACTOR_CLASSES)
-        self._controller = create_controller(
-            group, selector=self._joined.selector if self._joined else None
-        )
-        plan = self._plan
+        self._controller = create_controller(group, selector=self._joined.selector)
+        plan = self.plan
         call = self._controller.start.remote(
-            plan.config.to_dict(), list(plan.banks), plan.profile, plan.asked
+            plan.config.to_dict(), list(plan.facts.banks), plan.profile, plan.asked
         )
         try:
             ray.get(call, timeout=plan.start_limit_s)
@@ -200,7 +189,7 @@ class ClusterParts:
         import ray
 
         version = -1
-        limit_s = self._plan.start_limit_s
+        limit_s = self.plan.start_limit_s
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             call = self._controller.wait_snapshot.remote(version, _SNAPSHOT_WAIT_S)
@@ -209,7 +198,7 @@ class ClusterParts:
             if snapshot["state"] == "STOPPED":
                 raise StartError("cluster", str(snapshot["error"] or "stopped while starting"))
             if snapshot["state"] == "SERVING" or (
-                self._found and snapshot["state"] in ("DEGRADED", "RECOVERING")
+                self._joined.found and snapshot["state"] in ("DEGRADED", "RECOVERING")
             ):
                 return
             workers = snapshot["workers"]
@@ -224,17 +213,16 @@ class ClusterParts:
         from gateway.app import APP_NAME, build_app
         from gateway.auth.tls import serve_options
 
-        section = self._plan.config.gateway
-        nodes = self._joined.gateway_nodes if self._joined else ()
+        section = self.plan.config.gateway
+        nodes = self._joined.gateway_nodes
         serve.start(
             proxy_location="EveryNode" if nodes else "HeadOnly",
             http_options={"host": section.host, "port": section.port, **serve_options(section)},
         )
-        if self._found and is_deployed(APP_NAME):
+        if self._joined.found and is_deployed(APP_NAME):
             return
         self._has_app = True
-        selector = self._joined.selector if self._joined else None
-        app = build_app(self._plan.config.to_dict(), selector, num_nodes=len(nodes))
+        app = build_app(self.plan.config.to_dict(), self._joined.selector, num_nodes=len(nodes))
         serve.run(app, name=APP_NAME, route_prefix="/")
 
     def _not_ready_reasons(self) -> list[str]:

@@ -22,9 +22,9 @@ from cluster.config.gateway import reachable_host
 from cluster.config.resources import NodeResources
 from cluster.core.checks import check
 from cluster.core.load_profile import LoadProfile
+from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.launch.state_file import Command
-from cluster.sizing.mode_choice import bank_sizes, resolve_mode
-from cluster.sizing.roofline import ModelSize
+from cluster.sizing.mode_choice import resolve_mode
 
 _PORTS = (20_000, 30_000)
 """Above the ports of Ray's workers, below those of Kubernetes and of outgoing connections."""
@@ -46,13 +46,7 @@ class LaunchPlan:
     asked: dict[str, str]
     """The user's options by flag, so that a second ``up`` can compare."""
     config: ClusterConfig
-    banks: tuple[dict[str, Any], ...]
-    """Expert banks in the order of their use: ``bank``, ``layer`` and the numbers of a
-    ``cluster.sizing.roofline.BankSize``."""
-    numbers: dict[str, int]
-    """The model beside its banks: the fields of a ``cluster.sizing.roofline.ModelSize``, and its
-    ``max_model_len``.
-    """
+    facts: CheckpointFacts
     profile: dict[str, Any] | None
     """Expert load that the checkpoint includes, if any."""
     address: str
@@ -81,11 +75,9 @@ class LaunchPlan:
         """The plan with ``--mode auto`` resolved for these nodes. Raises ``ConfigError``."""
         if self.config.workers.mode != "auto":
             return self
-        numbers = dict(self.numbers)
-        max_model_len = numbers.pop("max_model_len")
         profile = LoadProfile.from_dict(self.profile) if self.profile else None
-        size = ModelSize(banks=bank_sizes(self.banks, profile), **numbers)
-        config = resolve_mode(self.config, size, max_model_len, nodes, free_cpus)
+        size = self.facts.size(self.config.model.dtype, profile)
+        config = resolve_mode(self.config, size, self.facts.context_tokens, nodes, free_cpus)
         return dataclasses.replace(self, config=config)
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.actors.start_plan import StartPlan, plan_start
-from cluster.cli.options.serve_config import itemsize, num_kv_blocks
+from cluster.cli.options.serve_config import num_kv_blocks
 from cluster.cli.terminal.output import table
 from cluster.core.placement import FREE_SLOT
 from cluster.core.topology import Role, holds_experts
@@ -16,16 +16,17 @@ from cluster.launch.plan import LaunchPlan
 _OPEN = "decided by the nodes of the Ray cluster, once it is joined"
 
 
-def describe(plan: LaunchPlan, facts: CheckpointFacts) -> dict[str, Any]:
+def describe(plan: LaunchPlan) -> dict[str, Any]:
     """The document of ``--dry-run --json``.
 
     What depends on the nodes of a Ray cluster that would be joined is None or empty.
     """
+    facts = plan.facts
     blocks = num_kv_blocks(plan.config, facts)
-    size = itemsize(plan.config, facts)
+    size = facts.itemsize(plan.config.model.dtype)
     start = None
     if plan.temp_dir:
-        start = plan_start(plan.config, plan.banks, plan.private_nodes, profile=plan.profile)
+        start = plan_start(plan.config, facts.banks, plan.private_nodes, profile=plan.profile)
     workers = plan.config.workers
     is_open = workers.mode == "auto"
     return {

@@ -15,12 +15,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note
 from cluster.cli.terminal.progress import Progress
 from cluster.launch import state_file
@@ -37,10 +37,6 @@ _QUIET_TICK_S = 1.0
 class Interrupted(BaseException):
     """SIGINT or SIGTERM before there is a launcher to stop."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
 
 def raise_on_signals() -> None:
     """Until a launcher runs, a signal ends the command by ``Interrupted``.
@@ -49,7 +45,7 @@ def raise_on_signals() -> None:
     """
 
     def handle(number: int, frame: FrameType | None) -> NoReturn:
-        raise Interrupted(number)
+        raise Interrupted
 
     for number in _signals():
         signal.signal(number, handle)
@@ -60,16 +56,6 @@ def _signals() -> list[signal.Signals]:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup it stays ignored
         numbers.append(signal.SIGHUP)
     return numbers
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LauncherExit:
-    """How the launcher's part ended."""
-
-    code: ExitCode
-    """Exit code of the command."""
-    message: str = ""
-    """For the user; empty when all is well."""
 
 
 class Front:
@@ -107,7 +93,7 @@ class Front:
         self._deadline: float | None = None
         self._stopped = False
         self._buffer = b""
-        self._failure: LauncherExit | None = None
+        self._failure: CommandError | None = None
         self._was_ready = False
         self._detaches = False
 
@@ -124,10 +110,11 @@ class Front:
         self._close_pipes()
         self._child.wait()
 
-    def run(self, progress: Progress, detach: bool) -> LauncherExit:
+    def run(self, progress: Progress, detach: bool) -> ExitCode:
         """Show progress until ready; then follow the cluster to its end, or ``detach`` from it.
 
-        A signal is handled at once; the deadline that it sets is looked at every tick.
+        A signal is handled at once; the deadline that it sets is looked at every tick. Raises
+        ``CommandError`` where the launcher has failed.
         """
         assert self._child.stdout is not None
         self._detaches = detach
@@ -142,7 +129,7 @@ class Front:
                 self._take(data, progress)
             if self._was_ready and detach and self._signal_count == 0:
                 self._leave()
-                return LauncherExit(code=ExitCode.OK)
+                return ExitCode.OK
             if not self._was_ready and self._signal_count == 0:
                 progress.tick()
             self._enforce_deadline()
@@ -161,11 +148,11 @@ class Front:
                 self._on_ready(event["http"], event["grpc"])
             elif kind == "failed":
                 code = ExitCode.REFUSED if event["refused"] else ExitCode.FAILED
-                self._failure = LauncherExit(code=code, message=event["message"])
+                self._failure = CommandError(code, event["message"])
             elif kind == "stopped":
                 self._stopped = True
 
-    def _ended(self) -> LauncherExit:
+    def _ended(self) -> ExitCode:
         """The launcher is gone; what it could not end itself is ended here."""
         assert self._plan is not None
         self._child.wait()
@@ -175,9 +162,9 @@ class Front:
         if self._signal_count:
             self._log.unlink(missing_ok=True)
             is_clean_end = self._first_signal != signal.SIGINT and self._was_ready
-            return LauncherExit(code=ExitCode.OK if is_clean_end else ExitCode.INTERRUPTED)
+            return ExitCode.OK if is_clean_end else ExitCode.INTERRUPTED
         message = f"the launcher ended unexpectedly, see {self._log}"
-        return self._failure or LauncherExit(code=ExitCode.FAILED, message=message)
+        raise self._failure or CommandError(ExitCode.FAILED, message)
 
     def _clean_up(self) -> None:
         assert self._plan is not None

@@ -91,14 +91,16 @@ def ray_start(args: argparse.Namespace) -> list[str]:
     if args.head:
         words += ["--head", f"--port={args.port}", "--include-dashboard=false"]
     else:
-        words.append(f"--address={_with_port(args.join, args.port)}")
+        words.append(f"--address={args.join if ':' in args.join else f'{args.join}:{args.port}'}")
     if args.node_ip:
         words.append(f"--node-ip-address={args.node_ip}")
     for name, value in (("cpus", args.num_cpus), ("gpus", args.num_gpus)):
         if value is not None:
             words.append(f"--num-{name}={value:g}")
     labels = [
-        f"{key}={getattr(args, name)}" for name, key in _LABELS.items() if _is_set(args, name)
+        f"{key}={value}"
+        for name, key in _LABELS.items()
+        if (value := getattr(args, name)) is not None
     ]
     if labels:
         words.append(f"--labels={','.join(labels)}")
@@ -110,14 +112,6 @@ def redis_password(given: Mapping[str, str]) -> list[str]:
     """Ray takes the password as an option only, which users of the host see in its processes."""
     password = given.get("RAY_REDIS_PASSWORD")
     return [f"--redis-password={password}"] if password else []
-
-
-def _is_set(args: argparse.Namespace, name: str) -> bool:
-    return getattr(args, name) is not None
-
-
-def _with_port(host: str, port: int) -> str:
-    return host if ":" in host else f"{host}:{port}"
 
 
 def node_environment(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, str]:

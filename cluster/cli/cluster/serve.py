@@ -7,12 +7,13 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cluster.cli.cluster import dry_run
-from cluster.cli.cluster.front import Front, LauncherExit, raise_on_signals
+from cluster.cli.cluster.front import Front, raise_on_signals
 from cluster.cli.options.keys import without_keys
 from cluster.cli.options.serve_config import asked_for, build_config, make_plan
 from cluster.cli.options.serve_options import StartOptions, add_serve_options, read_given
@@ -97,15 +98,12 @@ def _start(args: argparse.Namespace, command: state_file.Command, name: str) -> 
     try:
         for line in state_file.clean_up_dead():
             note(line)
-        ending = _launch(args, command, name)
+        return _launch(args, command, name)
     except (CheckpointError, StartError) as err:
         raise CommandError(ExitCode.REFUSED, str(err)) from err
-    if ending.message:
-        raise CommandError(ending.code, ending.message)
-    return ending.code
 
 
-def _launch(args: argparse.Namespace, command: state_file.Command, name: str) -> LauncherExit:
+def _launch(args: argparse.Namespace, command: state_file.Command, name: str) -> ExitCode:
     given = read_given(args, os.environ)
     start = _start_options(given.values)
     address = start.address or ""
@@ -117,13 +115,10 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
         log = state_file.log_path(name)
         temp_dir, environment = _make_environment(undo, is_private=not address)
 
-        def on_ready(http: str, grpc: str) -> None:
-            _ready(args, plan, http, grpc)
-
         front = None
         if not args.dry_run:  # the launcher imports while the checkpoint is looked at
             undo.callback(log.unlink, missing_ok=True)
-            front = Front(log, environment, on_ready)
+            front = Front(log, environment, lambda http, grpc: _ready(args, plan, http, grpc))
             undo.callback(front.cancel)
         check = CheckpointCheck(model.folder, environment, allow_bare=args.dry_run)
         undo.callback(check.cancel)
@@ -131,21 +126,26 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
         facts = check.result()
         if facts.ignored_keys:
             note(f"config.json: ignored, not known: {', '.join(facts.ignored_keys)}")
-        plan_values = {
-            "command": command,
-            "name": name,
-            "address": address,
-            "wait_nodes": start.wait_nodes,
-            "start_limit_s": start.start_timeout,
-        }
-        plan = make_plan(config, facts, temp_dir, asked_for(given), plan_values)
+        plan = make_plan(
+            config,
+            facts,
+            command=command,
+            name=name,
+            asked=asked_for(given),
+            address=address,
+            temp_dir=temp_dir,
+            wait_nodes=start.wait_nodes,
+            start_limit_s=start.start_timeout,
+        )
         if front is None:
             progress.clear()
             _tell_rebalancing(plan)
-            document = dry_run.describe(plan, facts)
+            document = dry_run.describe(plan)
             show(args, document, dry_run.text(document, plan.address))
-            return LauncherExit(code=ExitCode.OK)
-        _tell_mode(plan)
+            return ExitCode.OK
+        workers = plan.config.workers
+        if workers.mode_reason:  # in a joined Ray the launcher logs it
+            note(f"mode {workers.mode}: {workers.mode_reason}")
         _tell_rebalancing(plan)
         front.begin(plan)
         undo.pop_all()
@@ -157,15 +157,8 @@ def _make_environment(undo: contextlib.ExitStack, is_private: bool) -> tuple[str
     if not is_private:
         return "", without_keys({**os.environ, **local_ray.common_environment()})
     folder = local_ray.make_temp_dir()
-    undo.callback(local_ray.remove, folder)
+    undo.callback(shutil.rmtree, folder, ignore_errors=True)
     return str(folder), without_keys(local_ray.private_environment(folder))
-
-
-def _tell_mode(plan: LaunchPlan) -> None:
-    """Show the choice of ``--mode auto``; in a joined Ray the launcher logs it."""
-    workers = plan.config.workers
-    if workers.mode_reason:
-        note(f"mode {workers.mode}: {workers.mode_reason}")
 
 
 def _tell_rebalancing(plan: LaunchPlan) -> None:

@@ -18,7 +18,7 @@ from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import colour, show
 from cluster.core.errors import CheckpointError, ConfigError, StartError
 from cluster.launch import state_file
-from cluster.launch.local_ray import OBJECT_STORE_BYTES, make_temp_dir, remove
+from cluster.launch.local_ray import OBJECT_STORE_BYTES, make_temp_dir
 from cluster.launch.model_source import bundled_checkpoint
 from cluster.launch.plan import check_ports, count_cpus, count_gpus
 
@@ -134,7 +134,7 @@ def examine_gpu() -> Finding:
 def examine_permissions() -> Finding:
     try:
         folder = make_temp_dir()
-        remove(folder)
+        folder.rmdir()
         with tempfile.TemporaryFile(dir=state_file.state_dir()):
             pass
     except (OSError, StartError) as err:

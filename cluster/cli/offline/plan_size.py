@@ -16,15 +16,13 @@ from cluster.config.resources import WorkerShare
 from cluster.core.checks import check
 from cluster.core.errors import CheckpointError
 from cluster.core.load_profile import load_profile
-from cluster.launch.checkpoint_check import CheckpointCheck, CheckpointFacts
+from cluster.launch.checkpoint_check import CheckpointCheck
 from cluster.launch.model_source import find_model
 from cluster.sizing.devices import worker_numbers
-from cluster.sizing.mode_choice import bank_sizes
 from cluster.sizing.pool_sizes import PoolChoice, size_pools
-from cluster.sizing.roofline import DeviceNumbers, ModelSize, StepTime
+from cluster.sizing.roofline import DeviceNumbers, StepTime
 
 BATCHES = (1, 8, 32, 128, 512)
-_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 FORMULA = """\
 experts touched  u(B) = sum over experts of 1 - (1 - p)^B
 experts          max(u(B) x bytes / bandwidth, 2 x B x k x params / flops) / workers / balancedness
@@ -68,7 +66,7 @@ def run_size(args: argparse.Namespace) -> int:
     except CheckpointError as err:
         raise CommandError(ExitCode.FAILED, str(err)) from err
     found = size_pools(
-        model_of(facts, args.profile),
+        facts.size("auto", load_profile(args.profile) if args.profile is not None else None),
         args.batch,
         args.context_tokens,
         num_workers=args.workers,
@@ -102,17 +100,6 @@ def device_of(args: argparse.Namespace) -> DeviceNumbers:
     for name, value in changes.items():
         check(0 < value < float("inf"), name, value, "must be positive and finite")
     return replace(worker_numbers(share, args.nodes), **changes)
-
-
-def model_of(facts: CheckpointFacts, profile: Path | None) -> ModelSize:
-    """The numbers of the model, with the experts' loads where they are known."""
-    load = load_profile(profile) if profile is not None else None
-    return ModelSize(
-        banks=bank_sizes(facts.banks, load),
-        attention_values=facts.attention_values,
-        kv_values_per_token=facts.kv_values_per_token,
-        itemsize=_ITEMSIZE[facts.dtype],
-    )
 
 
 def _document(choice: PoolChoice) -> dict[str, Any]:

@@ -111,14 +111,11 @@ def _add_heartbeat(transport: dict[str, Any]) -> None:
         transport["heartbeat_s"] = min(_MAX_HEARTBEAT_S, limit / _HEARTBEATS_PER_LIMIT)
 
 
-def make_plan(
-    config: ClusterConfig,
-    facts: CheckpointFacts,
-    temp_dir: str,
-    asked: dict[str, str],
-    values: dict[str, Any],
-) -> LaunchPlan:
-    """The last checks, now that the model is known. Raises ``CommandError`` (refused)."""
+def make_plan(config: ClusterConfig, facts: CheckpointFacts, **values: Any) -> LaunchPlan:
+    """The last checks, now that the model is known; ``values`` are other fields of the plan.
+
+    Raises ``CommandError`` (refused).
+    """
     num_cpus = count_cpus()
     num_gpus = count_gpus() if facts.torch_has_cuda else 0
     try:
@@ -132,41 +129,23 @@ def make_plan(
         num_kv_blocks(config, facts)
         plan = LaunchPlan(
             config=_with_ports(config),
-            banks=facts.banks,
-            numbers=_numbers(config, facts),
+            facts=facts,
             profile=_profile(config, facts.banks),
-            asked=asked,
-            temp_dir=temp_dir,
             num_cpus=num_cpus,
             num_gpus=num_gpus,
             **values,
         )
-        if temp_dir:  # a joined cluster's resources are known only once it is joined
+        if plan.temp_dir:  # a joined cluster's resources are known only once it is joined
             plan = plan.resolved(plan.private_nodes)
-            plan_start(plan.config, plan.banks, plan.private_nodes, profile=plan.profile)
+            plan_start(plan.config, facts.banks, plan.private_nodes, profile=plan.profile)
     except ConfigError as err:
         raise CommandError(ExitCode.REFUSED, str(err)) from err
     return plan
 
 
-def _numbers(config: ClusterConfig, facts: CheckpointFacts) -> dict[str, int]:
-    return {
-        "attention_values": facts.attention_values,
-        "kv_values_per_token": facts.kv_values_per_token,
-        "itemsize": itemsize(config, facts),
-        "max_model_len": facts.context_tokens,
-    }
-
-
-def itemsize(config: ClusterConfig, facts: CheckpointFacts) -> int:
-    """Bytes of a number in the compute dtype."""
-    dtype = facts.dtype if config.model.dtype == "auto" else config.model.dtype
-    return 4 if dtype == "float32" else 2
-
-
 def num_kv_blocks(config: ClusterConfig, facts: CheckpointFacts) -> int:
     """KV blocks of each attention worker. Raises ``ConfigError`` if not even one fits."""
-    bytes_per_token = facts.kv_values_per_token * itemsize(config, facts)
+    bytes_per_token = facts.kv_values_per_token * facts.itemsize(config.model.dtype)
     length = config.model.max_model_len or facts.context_tokens
     return config.engine.num_kv_blocks(bytes_per_token, length)
 

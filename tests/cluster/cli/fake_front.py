@@ -9,14 +9,17 @@ does not end is forced to by a second signal alone: for its own limit a test wou
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 
 from cluster.cli.cluster.front import Front, raise_on_signals
+from cluster.cli.terminal.exit_codes import CommandError
 from cluster.cli.terminal.output import note, out_line
 from cluster.cli.terminal.progress import Progress
 from cluster.config.cluster import ClusterConfig, ModelSection
 from cluster.config.gateway import GatewaySection
 from cluster.launch import local_ray, state_file
+from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.launch.plan import LaunchPlan
 
 
@@ -33,8 +36,16 @@ def main() -> int:
         name=name,
         asked={},
         config=ClusterConfig(model=ModelSection(path="/m", served_model_name="m"), gateway=gateway),
-        numbers={},
-        banks=({"bank": "mlp", "layer": 0, "num_experts": 4},),
+        facts=CheckpointFacts(
+            model_type="m",
+            dtype="float32",
+            context_tokens=16,
+            kv_values_per_token=1,
+            attention_values=1,
+            attention_weights=1,
+            banks=({"bank": "mlp", "layer": 0, "num_experts": 4},),
+            torch_has_cuda=False,
+        ),
         profile=None,
         address="auto" if sys.argv[2] == "join" else "",
         temp_dir=str(folder),
@@ -46,12 +57,14 @@ def main() -> int:
     module = "tests.cluster.cli.fake_launcher"
     front = Front(log, environment, lambda *_: out_line(f"ready {folder}"), module, 600.0)
     front.begin(plan)
-    outcome = front.run(Progress(), detach)
-    if outcome.code and plan.address:  # a folder that the real one would not have made
-        local_ray.remove(folder)
-    if outcome.message:
-        note(outcome.message)
-    return outcome.code
+    try:
+        code = front.run(Progress(), detach)
+    except CommandError as err:
+        note(str(err))
+        code = err.code
+    if code and plan.address:  # a folder that the real one would not have made
+        shutil.rmtree(folder, ignore_errors=True)
+    return code
 
 
 if __name__ == "__main__":

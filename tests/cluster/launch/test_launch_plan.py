@@ -14,6 +14,7 @@ from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
 from cluster.config.gateway import GatewaySection
 from cluster.core.codec import from_plain
 from cluster.core.errors import ConfigError
+from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.launch.plan import (
     LaunchPlan,
     check_ports,
@@ -44,13 +45,16 @@ def plan(host: str = "127.0.0.1") -> LaunchPlan:
         name="x",
         asked={"MODEL": "m"},
         config=ClusterConfig(model=model, gateway=gateway, cluster_token="t"),
-        banks=BANKS,
-        numbers={
-            "attention_values": 5000,
-            "kv_values_per_token": 64,
-            "itemsize": 2,
-            "max_model_len": 100,
-        },
+        facts=CheckpointFacts(
+            model_type="m",
+            dtype="bfloat16",
+            context_tokens=100,
+            kv_values_per_token=64,
+            attention_values=5000,
+            attention_weights=6000,
+            banks=BANKS,
+            torch_has_cuda=False,
+        ),
         profile=None,
         address="",
         temp_dir="/tmp/em-x",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import socket
 import stat
 import subprocess
@@ -16,7 +17,6 @@ from cluster.launch.local_ray import (
     join,
     make_temp_dir,
     private_environment,
-    remove,
 )
 
 
@@ -28,8 +28,8 @@ def test_the_folder_is_private_short_and_new() -> None:
         session = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
         assert len(str(one / "ray" / session)) <= 107
     finally:
-        remove(one)
-        remove(two)
+        shutil.rmtree(one)
+        shutil.rmtree(two)
 
 
 def test_a_private_ray_has_a_token_of_its_own(tmp_path: Path) -> None:
