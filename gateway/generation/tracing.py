@@ -3,21 +3,41 @@
 ``HttpMiddleware`` and ``GrpcCall`` begin a ``RequestTrace`` and end it; ``Gateway`` adds the call's
 fields and its ``Generation``. The spans are made of times that are measured anyway, and nothing is
 computed for them before the first token is sent. Without tracing a request costs one check.
+
+chat tiny                    the whole request, as its client knows it
+  expertmesh.tokenize        prompts to tokens
+  expertmesh.queue           of each prompt: until its first rows went to the experts
+  expertmesh.prefill         of each chunk of a prompt
+  expertmesh.decode          from a prompt's first token to its last
+  expertmesh.detokenize      from the last output of the engines to the end
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from cluster.config.cluster import ObservabilitySection
 from cluster.tracing import names
-from cluster.tracing.exporter import TraceExport, load_exporter
-from gateway.cluster.events import ClusterEvents
-from gateway.generation.request_spans import Decode, record_request
+from cluster.tracing.exporter import (
+    AttributeValue,
+    Context,
+    SpanKind,
+    TraceExport,
+    load_exporter,
+    parent_of,
+    set_error,
+    set_span_in_context,
+)
+from gateway.cluster.events import ClusterEvents, Event
+from gateway.core.call import CallKind, GenerateFields
+from gateway.generation.choices import Choice, Prompt
+from gateway.generation.generation import Generation
 from gateway.generation.request_trace import TRACE, Port, RequestTrace
 
 logger = logging.getLogger(__name__)
@@ -32,6 +52,21 @@ OPERATIONS: Mapping[str, str] = {
 }
 """Paths and procedures that are traced; conversations over gRPC are chats too."""
 _HEADERS = ("traceparent", "tracestate")
+MAX_PROMPTS = 16
+"""Prompts of a request that have spans, the first ones."""
+_REQUESTED = {
+    names.MAX_TOKENS: "max_tokens",
+    names.TEMPERATURE: "temperature",
+    names.TOP_P: "top_p",
+    names.TOP_K: "top_k",
+    names.SEED: "seed",
+    names.FREQUENCY_PENALTY: "frequency_penalty",
+    names.PRESENCE_PENALTY: "presence_penalty",
+    names.CHOICE_COUNT: "n",
+}
+"""Attributes that are fields, as the client has set them."""
+Attributes = dict[str, AttributeValue]
+Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +101,38 @@ class Tracing:
     def see(self, snapshot: Mapping[str, Any]) -> None:
         self.cluster_events.take(snapshot, time.monotonic())
 
+    def record(self, trace: RequestTrace) -> None:
+        """Make the span of a request that has ended, and its children."""
+        operation, generation = _operation(trace), trace.generation
+        attributes = {
+            names.OPERATION_NAME: operation,
+            names.PROVIDER_NAME: names.PROVIDER,
+            **_server(str(self.addresses().get(trace.port, ""))),
+            **_requested(trace.fields),
+        }
+        if generation is not None:
+            attributes |= _answered(generation, self.model, trace.response_id)
+            if self.decode is not None:
+                attributes |= _content(trace.fields, generation, self.decode)
+        day_ns = time.time_ns() - time.monotonic_ns()
+        root = self.export.tracer.start_span(
+            f"{operation} {self.model}",
+            parent_of(trace.headers),
+            SpanKind.SERVER,
+            attributes,
+            start_time=day_ns + round(trace.began_s * 1e9),
+        )
+        if not root.is_recording():
+            return  # not sampled
+        set_error(root, trace.error)
+        if generation is not None:
+            _Children(self, set_span_in_context(root), day_ns).record(trace, generation)
+        root.end(day_ns + round(trace.ended_s * 1e9))
+
     def _record(self, trace: RequestTrace) -> None:
-        """Make the spans of a request that is over; logs every error and raises none."""
+        """Log every error and raise none."""
         try:
-            record_request(
-                self.export.tracer,
-                trace,
-                model=self.model,
-                address=str(self.addresses().get(trace.port, "")),
-                cluster_events=self.cluster_events,
-                decode=self.decode,
-            )
+            self.record(trace)
         except Exception:
             logger.exception("request %s has no trace", trace.request_id)
 
@@ -96,3 +152,164 @@ def start_tracing(
         return None
     export = load_exporter(section.otlp_endpoint)(instance)
     return Tracing(export, model, addresses, decode if section.trace_content else None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Children:
+    """Makes the children of a request's span."""
+
+    tracing: Tracing
+    parent: Context
+    day_ns: int
+    """The time of day at 0.0 s."""
+
+    def record(self, trace: RequestTrace, generation: Generation) -> None:
+        """Prompt by prompt, each in the order of time."""
+        admitted_s, heard_s = generation.admitted_s, generation.queue.oldest_s
+        closed_s = generation.closed_s or trace.ended_s
+        request: Attributes = {names.REQUEST_ID: trace.request_id}
+        self._span(names.TOKENIZE, generation.started_s, admitted_s, request)
+        for prompt in islice(generation.prompts, MAX_PROMPTS):
+            self._record_prompt(prompt, admitted_s, closed_s, request)
+        if generation.makes_text and heard_s and not trace.error:
+            self._span(names.DETOKENIZE, heard_s, closed_s, request)
+
+    def _record_prompt(
+        self, prompt: Prompt, admitted_s: float, closed_s: float, request: Attributes
+    ) -> None:
+        attributes = {
+            **request,
+            names.WORKER: prompt.submission.worker if prompt.submission else "",
+            names.PLACEMENT_EPOCH: self.tracing.cluster_events.epoch_at(admitted_s),
+        }
+        chunks = _chunks(prompt.choices[0], admitted_s)
+        self._span(names.QUEUE, admitted_s, chunks[0][0] if chunks else closed_s, attributes)
+        cached = {} if prompt.cached_tokens is None else {names.CACHED_TOKENS: prompt.cached_tokens}
+        for chunk in chunks:
+            self._span(names.PREFILL, *chunk, attributes | cached)
+        begins_s = [c.first_token_s for c in prompt.choices if c.first_token_s is not None]
+        if begins_s:
+            self._record_decode(prompt, min(begins_s), closed_s, attributes)
+
+    def _record_decode(
+        self, prompt: Prompt, began_s: float, closed_s: float, attributes: Attributes
+    ) -> None:
+        is_over = all(choice.finish is not None for choice in prompt.choices)
+        last_s = max(choice.last_token_s or 0.0 for choice in prompt.choices)
+        ended_s = last_s if is_over else closed_s
+        preempted_s = [when_s for choice in prompt.choices for when_s in _preemptions(choice)]
+        replays_s = prompt.submission.replays_s if prompt.submission else ()
+        events = [
+            Event(began_s, names.FIRST_TOKEN),
+            *(Event(when_s, names.PREEMPTED) for when_s in preempted_s),
+            *(Event(when_s, names.REPLAYED) for when_s in replays_s),
+            *self.tracing.cluster_events.between(began_s, ended_s),
+        ]
+        preemptions = {names.PREEMPTIONS: len(preempted_s)}
+        self._span(names.DECODE, began_s, ended_s, attributes | preemptions, events)
+
+    def _span(
+        self,
+        name: str,
+        began_s: float,
+        ended_s: float,
+        attributes: Attributes,
+        events: Iterable[Event] = (),
+    ) -> None:
+        span = self.tracing.export.tracer.start_span(
+            name, self.parent, attributes=attributes, start_time=self._ns(began_s)
+        )
+        for event in sorted(events, key=lambda event: event.when_s):
+            span.add_event(event.name, event.attributes, self._ns(event.when_s))
+        span.end(self._ns(max(began_s, ended_s)))
+
+    def _ns(self, when_s: float) -> int:
+        return self.day_ns + round(when_s * 1e9)
+
+
+def _operation(trace: RequestTrace) -> str:
+    if trace.fields is None:
+        return trace.operation
+    return names.CHAT if trace.fields.kind is CallKind.CHAT else names.TEXT_COMPLETION
+
+
+def _server(address: str) -> Attributes:
+    host, _, port = address.rpartition(":")
+    return {names.SERVER_ADDRESS: host, names.SERVER_PORT: int(port)} if host else {}
+
+
+def _requested(fields: GenerateFields | None) -> Attributes:
+    if fields is None:
+        return {}
+    values = {name: getattr(fields, field) for name, field in _REQUESTED.items()}
+    values[names.STOP_SEQUENCES] = fields.stop or None
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _answered(generation: Generation, model: str, response_id: str | None) -> Attributes:
+    usage = generation.usage
+    finishes = [choice.finish for prompt in generation.prompts for choice in prompt.choices]
+    return {
+        names.REQUEST_MODEL: generation.call.model,
+        names.RESPONSE_ID: response_id or generation.call_id,
+        names.RESPONSE_MODEL: model,
+        names.FINISH_REASONS: [finish.reason.value for finish in finishes if finish is not None],
+        names.INPUT_TOKENS: usage.prompt_tokens,
+        names.OUTPUT_TOKENS: usage.completion_tokens,
+    }
+
+
+def _content(fields: GenerateFields | None, generation: Generation, decode: Decode) -> Attributes:
+    if fields is not None and fields.chat is not None:
+        asked = [
+            _message(str(message.get("role")), str(message.get("content") or ""))
+            for message in fields.chat.messages
+        ]
+    else:
+        asked = [
+            _message("user", decode(prompt.ids) if prompt.text is None else prompt.text)
+            for prompt in generation.call.prompts
+        ]
+    answered = [
+        _message("assistant", decode(choice.token_ids))
+        | {"finish_reason": choice.finish.reason.value if choice.finish else "error"}
+        for prompt in generation.prompts
+        for choice in prompt.choices
+    ]
+    return {names.INPUT_MESSAGES: _json(asked), names.OUTPUT_MESSAGES: _json(answered)}
+
+
+def _message(role: str, text: str) -> dict[str, object]:
+    return {"role": role, "parts": [{"type": "text", "content": text}]}
+
+
+def _json(content: object) -> str:
+    return json.dumps(content, ensure_ascii=False)
+
+
+def _chunks(choice: Choice, admitted_s: float) -> list[tuple[float, float]]:
+    """When each chunk of the prompt began and ended.
+
+    The engine has another clock: its times are shifted so that its first token is drawn when the
+    token came here, or, where none was, so that it received the prompt when it was admitted.
+    """
+    timings, received_s = choice.first_timings or choice.last_timings, admitted_s
+    if timings is None:
+        return []
+    if choice.first_token_s is not None:
+        received_s = choice.first_token_s - timings.first_token_s
+    ends_s = (*timings.prefill_s[1:], timings.first_token_s)
+    return [
+        (max(admitted_s, received_s + began_s), max(admitted_s, received_s + ended_s))
+        for began_s, ended_s in zip(timings.prefill_s, ends_s, strict=False)
+    ]
+
+
+def _preemptions(choice: Choice) -> list[float]:
+    timings, output_s = choice.last_timings, choice.last_token_s
+    if timings is None:
+        timings, output_s = choice.first_timings, choice.first_token_s
+    if timings is None or output_s is None:
+        return []
+    received_s = output_s - timings.finished_s
+    return [received_s + after_s for after_s in timings.preempted_s]

@@ -18,9 +18,8 @@ from gateway.generation.admission import Admission
 from gateway.generation.choices import Choice
 from gateway.generation.generation import Generation
 from gateway.generation.output_queue import OutputQueue
-from gateway.generation.request_spans import MAX_PROMPTS, record_request
 from gateway.generation.request_trace import RequestTrace
-from gateway.generation.tracing import Tracing
+from gateway.generation.tracing import MAX_PROMPTS, Tracing
 from gateway.observability.metrics import GatewayMetrics
 from tests.gateway.fakes import TIMINGS, expert_entry, tiny_tokenizer
 from tests.harness.kept_spans import KeptSpans, times_ns
@@ -112,13 +111,10 @@ def parts(
     """The children of a request's span, in the order of their making; seconds since its begin."""
     generation, kept = generation_of(num_prompts, n), KeptSpans()
     run(generation)
-    record_request(
-        kept.export.tracer,
-        trace_of(generation, error),
-        model="tiny",
-        address="127.0.0.1:8000",
-        cluster_events=cluster_events or ClusterEvents(),
-    )
+    addresses = {"http": "127.0.0.1:8000"}
+    events = cluster_events or ClusterEvents()
+    tracing = Tracing(kept.export, "tiny", lambda: addresses, None, events)
+    tracing.record(trace_of(generation, error))
     *children, root = kept.spans
     began_ns, ended_ns = times_ns(root)
     assert ended_ns - began_ns == 5_000_000_000
