@@ -44,11 +44,10 @@ from gateway.engines.engine_pool import EnginePool
 from gateway.engines.submission import Submission
 from gateway.generation.admission import Admission, Ticket
 from gateway.generation.generation import Generation
-from gateway.generation.output_queue import OutputQueue
+from gateway.generation.output_queue import OutputQueue, RunningCalls
 from gateway.generation.prompts import PromptMaker
 from gateway.generation.readiness import check_serving, server_ends, unready_reasons
 from gateway.generation.request_trace import TRACE, note_error
-from gateway.generation.running_calls import RunningCalls
 from gateway.generation.tracing import start_tracing
 from gateway.generation.validate import finish_call
 from gateway.observability.metrics import GatewayMetrics

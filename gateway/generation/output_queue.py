@@ -1,13 +1,14 @@
-"""Where the engines' outputs of one call wait for the codec. Bounded."""
+"""Where the engines' outputs of each call wait for the codec, bounded; calls by their names."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Iterable
 
-from cluster.core.errors import ExpertMeshError, RequestFailedError
+from cluster.core.errors import ExpertMeshError, RequestAbortedError, RequestFailedError
 from workers.requests.request import TokenOutput
 
 MAX_WAITING_OUTPUTS = 65_536
@@ -17,9 +18,8 @@ MAX_WAITING_OUTPUTS = 65_536
 class OutputQueue:
     """The engines' outputs of one call that the client has not received yet."""
 
-    def __init__(self, limit: int = MAX_WAITING_OUTPUTS) -> None:
+    def __init__(self) -> None:
         self._outputs: deque[TokenOutput] = deque()
-        self._limit = limit
         self._error: ExpertMeshError | None = None
         self._ready = asyncio.Event()
         self.oldest_s = 0.0
@@ -29,7 +29,7 @@ class OutputQueue:
     def put(self, output: TokenOutput) -> None:
         if not self._outputs:
             self._first_s = time.monotonic()
-        if len(self._outputs) >= self._limit:
+        if len(self._outputs) >= MAX_WAITING_OUTPUTS:
             self.fail(RequestFailedError("the client reads too slowly"))
             return
         self._outputs.append(output)
@@ -64,3 +64,36 @@ class OutputQueue:
             if not taken:
                 raise self._error
         return taken
+
+
+class RunningCalls:
+    """The calls of this replica that have not ended, by the names that clients know them by.
+
+    Several calls may have the same name: clients choose ``x-request-id``.
+    """
+
+    def __init__(self) -> None:
+        self._names: defaultdict[OutputQueue, set[str]] = defaultdict(set)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def add(self, name: str, queue: OutputQueue) -> None:
+        """Give a call one more name."""
+        self._names[queue].add(name)
+
+    def remove(self, queue: OutputQueue) -> None:
+        self._names.pop(queue, None)
+
+    def abort(self, names: Iterable[str]) -> list[str]:
+        """End the calls of these names; returns the names that were found."""
+        wanted = dict.fromkeys(names)
+        for queue, known in self._names.items():
+            if not known.isdisjoint(wanted):
+                queue.fail(RequestAbortedError("the request was ended by an operator"))
+        running: set[str] = set().union(*self._names.values())
+        return [name for name in wanted if name in running]
+
+    def fail(self, error: ExpertMeshError) -> None:
+        for queue in self._names:
+            queue.fail(error)

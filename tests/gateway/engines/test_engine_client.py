@@ -15,7 +15,7 @@ from cluster.core.release import RELEASE
 from gateway.cluster.view import AttentionEndpoint
 from gateway.engines.engine_client import PING_S, EngineClient, StreamEnd
 from gateway.engines.submission import Submission
-from gateway.generation.output_queue import OutputQueue
+from gateway.generation.output_queue import MAX_WAITING_OUTPUTS, OutputQueue
 from tests.gateway.fakes import CLUSTER_TOKEN, ScriptedEngine
 from tests.gateway.stack import WAIT_S
 from tests.workers.process.test_gateway_silence import FACTS
@@ -339,10 +339,10 @@ def test_a_cancellation_that_meets_the_end_of_the_call_is_kept(
 
 def test_queues_are_bounded() -> None:
     async def work() -> None:
-        queue = OutputQueue(limit=2)
-        for index in range(3):
-            queue.put(_output(0, index, 5))
-        assert len(await queue.take(WAIT_S)) == 2
+        queue, output = OutputQueue(), _output(0, 0, 5)
+        for _ in range(MAX_WAITING_OUTPUTS + 1):
+            queue.put(output)
+        assert len(await queue.take(WAIT_S)) == MAX_WAITING_OUTPUTS
         with pytest.raises(RequestFailedError, match="too slowly"):
             await queue.take(WAIT_S)
 
