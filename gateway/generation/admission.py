@@ -37,9 +37,7 @@ class Ticket:
     def release(self, now_s: float) -> None:
         if self.is_held:
             self.is_held = False
-            self.admission.num_bytes -= self.num_bytes
-            held_s = now_s - self.since_s
-            self.admission._release(self.num_requests, self.num_tokens, now_s, held_s)
+            self.admission._release(self, now_s)
 
 
 @dataclass(eq=False)
@@ -94,8 +92,7 @@ class Admission:
                 f"{num_bytes} more, at most {self.max_prompt_bytes}",
                 self.retry_after_s(1),
             )
-        self._add(num_requests, num_tokens, now_s)
-        self.num_bytes += num_bytes
+        self._add(num_requests, num_tokens, num_bytes, now_s)
         return Ticket(self, num_requests, num_tokens, now_s, num_bytes)
 
     def retry_after_s(self, num_requests: int) -> float:
@@ -120,17 +117,18 @@ class Admission:
         held_s = sum(self._held_s)
         return self.num_requests * len(self._held_s) / held_s if held_s > 0 else None
 
-    def _release(self, num_requests: int, num_tokens: int, now_s: float, held_s: float) -> None:
-        self._held_s.extend([held_s] * num_requests)
+    def _release(self, ticket: Ticket, now_s: float) -> None:
+        self._held_s.extend([now_s - ticket.since_s] * ticket.num_requests)
         was_saturated = self._since_s is not None
-        self._add(-num_requests, -num_tokens, now_s)
+        self._add(-ticket.num_requests, -ticket.num_tokens, -ticket.num_bytes, now_s)
         if was_saturated:
-            self._finished_s.extend([self._saturated_s] * num_requests)
+            self._finished_s.extend([self._saturated_s] * ticket.num_requests)
 
-    def _add(self, num_requests: int, num_tokens: int, now_s: float) -> None:
+    def _add(self, num_requests: int, num_tokens: int, num_bytes: int, now_s: float) -> None:
         if self._since_s is not None:
             self._saturated_s += now_s - self._since_s
         self.num_requests += num_requests
         self.num_tokens += num_tokens
+        self.num_bytes += num_bytes
         is_full = self.num_requests >= self.max_requests
         self._since_s = now_s if self.num_waiting or is_full else None

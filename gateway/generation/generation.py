@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, InitVar, dataclass
 
 from cluster.core.errors import (
@@ -34,7 +35,7 @@ from gateway.text.detokenizer import (
     place_tokens,
 )
 from gateway.text.tokenizer import Tokenizer
-from workers.requests.request import FinishReason, Timings, TokenLogprob, TokenOutput
+from workers.requests.request import FinishReason, Timings, TokenOutput
 
 _VERDICT_S = 0.25
 """Time after a deadline that a worker has to say whether it had begun with the request."""
@@ -43,7 +44,7 @@ _NO_WORKER_RETRY_S = 2.0
 
 
 @dataclass(eq=False)
-class Generation:
+class Generation(AbstractContextManager["Generation"]):
     """See the module. Made by ``Gateway.start``. Times are those of ``time.monotonic``."""
 
     call: GenerateCall
@@ -83,9 +84,6 @@ class Generation:
         }
         self._num_running = self._num_open = call.num_choices
         self._pay(call.num_prompt_tokens)
-
-    def __enter__(self) -> Generation:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -194,17 +192,14 @@ class Generation:
             self.caller.spend_tokens(num_tokens, time.monotonic())
 
     def _make_prompt(self, place: int, prompt: CallPrompt) -> Prompt:
+        fields = self.call.fields
         entry = Prompt(place, prompt, 0 if self.caches_prefixes else None)
-        entry.choices = [
-            Choice(entry, number, self._make_text(prompt)) for number in range(self.call.n)
-        ]
-        return entry
-
-    def _make_text(self, prompt: CallPrompt) -> ChoiceText:
-        call = self.call
-        stop = StopStrings(call.fields.stop, call.fields.include_stop_str_in_output)
         before = () if prompt.embeds is not None else prompt.ids
-        return ChoiceText(self._detokenizer(before), stop, prompt.params.min_tokens)
+        for number in range(self.call.n):
+            stop = StopStrings(fields.stop, fields.include_stop_str_in_output)
+            text = ChoiceText(self._detokenizer(before), stop, prompt.params.min_tokens)
+            entry.choices.append(Choice(entry, number, text))
+        return entry
 
     def _detokenizer(self, before: tuple[int, ...] = ()) -> Detokenizer | None:
         if self._tokenizer is None:
@@ -255,17 +250,15 @@ class Generation:
     def _feed(self, choice: Choice, output: TokenOutput) -> str | None:
         last = len(output.token_ids) - 1
         ends = output.finish_reason is FinishReason.STOP
+        hides_end = ends and not self.call.fields.include_stop_str_in_output
+        hidden_ends = {output.stop_token_id, *self.eos_token_ids} if hides_end else set()
         for place, token_id in enumerate(output.token_ids):
             logprob = output.logprobs[place] if output.logprobs else None
-            is_end = ends and place == last and self._is_end(token_id, output)
-            hidden = is_end and not self.call.fields.include_stop_str_in_output
+            hidden = place == last and token_id in hidden_ends
             stopped = choice.text.feed(token_id, logprob, hidden)
             if stopped is not None:
                 return stopped
         return None
-
-    def _is_end(self, token_id: int, output: TokenOutput) -> bool:
-        return token_id == output.stop_token_id or token_id in self.eos_token_ids
 
     def _finish(
         self,
@@ -306,6 +299,7 @@ class Generation:
             text = echo_text + text
         if not (text or tokens or choice.finish):
             return None
+        shows_prompt = choice.is_first and self.call.fields.prompt_logprobs is not None
         delta = ChoiceDelta(
             index=choice.prompt.index * self.call.n + choice.number,
             prompt_index=choice.prompt.index,
@@ -319,7 +313,7 @@ class Generation:
             if echo_text
             else tokens,
             echo_tokens=echo_tokens if choice.is_first else (),
-            prompt_logprobs=self._prompt_logprobs(choice),
+            prompt_logprobs=choice.prompt.logprobs if shows_prompt else None,
             finish=choice.finish,
         )
         choice.is_first = False
@@ -328,26 +322,14 @@ class Generation:
             self._num_open -= 1
         return delta
 
-    def _prompt_logprobs(self, choice: Choice) -> tuple[TokenLogprob | None, ...] | None:
-        wants = choice.is_first and self.call.fields.prompt_logprobs is not None
-        return choice.prompt.logprobs if wants else None
-
     def _echo(self, prompt: Prompt) -> tuple[str, tuple[TokenText, ...]]:
         if not self.call.fields.echo:
             return "", ()
         if prompt.echo is None:
-            prompt.echo = self._make_echo(prompt)
+            given, logprobs = prompt.prompt.text, prompt.logprobs or ()
+            text, tokens = place_tokens(self._detokenizer(), prompt.prompt.ids, logprobs)
+            prompt.echo = given if given is not None and self.makes_text else text, tokens
         return prompt.echo
-
-    def _make_echo(self, prompt: Prompt) -> tuple[str, tuple[TokenText, ...]]:
-        ids, given = prompt.prompt.ids, prompt.prompt.text
-        detokenizer = self._detokenizer()
-        logprobs = prompt.logprobs or ()
-        if detokenizer is None:
-            places = enumerate(ids)
-            return "", tuple(TokenText(i, 0, logprobs[p] if logprobs else None) for p, i in places)
-        text, tokens = place_tokens(detokenizer, ids, logprobs)
-        return (text if given is None else given), tokens
 
     def _observe_tokens(self, choice: Choice, output: TokenOutput) -> None:
         count = len(output.token_ids)

@@ -97,15 +97,15 @@ def make_detokenizer(
 
 
 def place_tokens(
-    detokenizer: Detokenizer, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]
+    detokenizer: Detokenizer | None, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]
 ) -> tuple[str, tuple[TokenText, ...]]:
-    """The text of a whole prompt and where its tokens stand in it."""
+    """The text of a whole prompt, empty without ``detokenizer``, and where its tokens stand."""
     text = ""
     placed = []
     for place, token_id in enumerate(ids):
         placed.append(TokenText(token_id, len(text), logprobs[place] if logprobs else None))
-        text += detokenizer.feed(token_id)
-    return text + detokenizer.flush(), tuple(placed)
+        text += detokenizer.feed(token_id) if detokenizer else ""
+    return text + (detokenizer.flush() if detokenizer else ""), tuple(placed)
 
 
 class StopStrings:
