@@ -74,10 +74,19 @@ class TextFormat:
         parsed = parser.feed(delta.text, is_last=delta.finish is not None)
         return parsed, parser.has_calls
 
+    def _text(self, token_id: int) -> str:
+        """A token for people to read."""
+        known = self._tokenizer
+        return f"token_id:{token_id}" if known is None else known.token_text(token_id)
+
     def _name(self, token_id: int) -> str:
         """A token as log-probabilities name it."""
-        shown = None if self.call.fields.return_tokens_as_token_ids else self._tokenizer
-        return token_name(shown, token_id)
+        by_number = self.call.fields.return_tokens_as_token_ids
+        return f"token_id:{token_id}" if by_number else self._text(token_id)
+
+    def _bytes(self, token_id: int) -> bytes:
+        """What a token stands for, exactly; empty without a tokenizer."""
+        return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
 
 
 def alternatives(entry: TokenLogprob, wanted: int) -> list[tuple[int, float]]:
@@ -91,13 +100,3 @@ def alternatives(entry: TokenLogprob, wanted: int) -> list[tuple[int, float]]:
 def clamp_logprob(value: float) -> float:
     """A log-probability that JSON can carry."""
     return LOWEST_LOGPROB if math.isnan(value) else min(max(value, LOWEST_LOGPROB), 0.0)
-
-
-def token_name(tokenizer: Tokenizer | None, token_id: int) -> str:
-    """A token for people to read."""
-    return f"token_id:{token_id}" if tokenizer is None else tokenizer.token_text(token_id)
-
-
-def token_bytes(tokenizer: Tokenizer | None, token_id: int) -> bytes:
-    """What a token stands for, exactly; empty without a tokenizer."""
-    return b"" if tokenizer is None else tokenizer.token_bytes(token_id)

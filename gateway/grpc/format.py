@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
-from gateway.generation.answer import (
-    TextFormat,
-    alternatives,
-    clamp_logprob,
-    token_bytes,
-)
+from gateway.generation.answer import TextFormat, alternatives, clamp_logprob
 from gateway.generation.generation import Generation
 from gateway.text.tokenizer import Tokenizer
 from protos import inference_pb2 as pb
@@ -111,7 +106,7 @@ class GrpcFormat(TextFormat):
             token_id=token.token_id,
             token=self._name(token.token_id),
             logprob=None if entry is None else clamp_logprob(entry.logprob),
-            bytes=token_bytes(self._tokenizer, token.token_id),
+            bytes=self._bytes(token.token_id),
             top_logprobs=() if entry is None else self._top(entry, wanted),
             text_offset=token.text_offset,
             rank=0 if entry is None else entry.rank,
@@ -123,7 +118,7 @@ class GrpcFormat(TextFormat):
                 token_id=token_id,
                 token=self._name(token_id),
                 logprob=clamp_logprob(logprob),
-                bytes=token_bytes(self._tokenizer, token_id),
+                bytes=self._bytes(token_id),
             )
             for token_id, logprob in alternatives(entry, wanted)
         ]

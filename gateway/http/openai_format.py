@@ -7,13 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
-from gateway.generation.answer import (
-    TextFormat,
-    alternatives,
-    clamp_logprob,
-    token_bytes,
-    token_name,
-)
+from gateway.generation.answer import TextFormat, alternatives, clamp_logprob
 from gateway.generation.generation import Generation
 from gateway.text.tokenizer import Tokenizer
 from gateway.text.tool_calls import CallDelta, ParsedPiece
@@ -49,9 +43,14 @@ class AnswerFormat(TextFormat, ABC):
             "system_fingerprint": fingerprint,
         }
 
-    @abstractmethod
     def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
+        body = {**self._head, "object": self.object, "choices": list(map(self._choice, choices))}
+        return {**body, "usage": usage_body(usage)}
+
+    @abstractmethod
+    def _choice(self, choice: ChoiceDelta) -> dict[str, Any]:
+        """One choice of ``whole``."""
 
     @abstractmethod
     def chunks(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
@@ -60,15 +59,8 @@ class AnswerFormat(TextFormat, ABC):
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         return {**self._chunk([]), "usage": usage_body(usage)}
 
-    def _whole(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
-        body = {**self._head, "object": self.object, "choices": choices}
-        return {**body, "usage": usage_body(usage)}
-
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_object, "choices": choices}
-
-    def _prompt_ids(self, prompt_index: int) -> list[int]:
-        return list(self.call.prompts[prompt_index].ids)
 
     def _prompt_logprobs(
         self, entries: Sequence[TokenLogprob | None] | None
@@ -87,7 +79,7 @@ class AnswerFormat(TextFormat, ABC):
             named = {
                 "logprob": clamp_logprob(logprob),
                 "rank": rank,
-                "decoded_token": token_name(self._tokenizer, token_id),
+                "decoded_token": self._text(token_id),
             }
             entries.setdefault(str(token_id), named)
         return entries
@@ -98,9 +90,6 @@ class CompletionFormat(AnswerFormat):
 
     object = "text_completion"
     chunk_object = "text_completion"
-
-    def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> dict[str, Any]:
-        return self._whole([self._choice(choice) for choice in choices], usage)
 
     def chunks(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
         return [self._chunk([self._choice(delta)])]
@@ -114,9 +103,8 @@ class CompletionFormat(AnswerFormat):
         }
         if self.call.fields.return_token_ids:
             body["token_ids"] = [token.token_id for token in piece.tokens]
-            body["prompt_token_ids"] = (
-                self._prompt_ids(piece.prompt_index) if piece.is_first else None
-            )
+            ids = self.call.prompts[piece.prompt_index].ids
+            body["prompt_token_ids"] = ids if piece.is_first else None
         if piece.is_first and self.call.fields.prompt_logprobs is not None:
             body["prompt_logprobs"] = self._prompt_logprobs(piece.prompt_logprobs)
         return body
@@ -152,9 +140,9 @@ class ChatFormat(AnswerFormat):
     chunk_object = "chat.completion.chunk"
 
     def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> dict[str, Any]:
-        body = self._whole([self._choice(choice) for choice in choices], usage)
+        body = super().whole(choices, usage)
         if self.call.fields.return_token_ids:
-            body["prompt_token_ids"] = self._prompt_ids(0)
+            body["prompt_token_ids"] = self.call.prompts[0].ids
         if self.call.fields.prompt_logprobs is not None:
             body["prompt_logprobs"] = self._prompt_logprobs(choices[0].prompt_logprobs)
         return body
@@ -170,7 +158,7 @@ class ChatFormat(AnswerFormat):
             }
             chunks.append(self._chunk([opening]))
             if self.call.fields.return_token_ids:
-                chunks[0]["prompt_token_ids"] = self._prompt_ids(0)
+                chunks[0]["prompt_token_ids"] = self.call.prompts[0].ids
             if delta.prompt_logprobs is not None:
                 chunks[0]["prompt_logprobs"] = self._prompt_logprobs(delta.prompt_logprobs)
         if delta.text or delta.tokens or delta.finish:
@@ -192,18 +180,13 @@ class ChatFormat(AnswerFormat):
             chunks.append(self._chunk([choice]))
         return chunks
 
-    def _message(self, choice: ChoiceDelta) -> tuple[dict[str, Any], bool]:
-        """A choice's ``message``, and whether it ends with calls."""
+    def _choice(self, choice: ChoiceDelta) -> dict[str, Any]:
         parsed, is_call = self._parse(choice)
         content = parsed.content
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if parsed.calls:
             named = [_named_call(call) for call in parsed.joined().calls]
             message |= {"content": content or None, "tool_calls": named}
-        return message, is_call
-
-    def _choice(self, choice: ChoiceDelta) -> dict[str, Any]:
-        message, is_call = self._message(choice)
         body: dict[str, Any] = {
             "index": choice.index,
             "message": message,
@@ -212,7 +195,7 @@ class ChatFormat(AnswerFormat):
         }
         if self.call.fields.return_token_ids:
             body["token_ids"] = [token.token_id for token in choice.tokens]
-            body["prompt_token_ids"] = self._prompt_ids(choice.prompt_index)
+            body["prompt_token_ids"] = self.call.prompts[choice.prompt_index].ids
         return body
 
     def _logprobs(self, tokens: Iterable[TokenText]) -> dict[str, Any] | None:
@@ -234,7 +217,7 @@ class ChatFormat(AnswerFormat):
         return {
             "token": self._name(token_id),
             "logprob": clamp_logprob(logprob),
-            "bytes": list(token_bytes(self._tokenizer, token_id)),
+            "bytes": list(self._bytes(token_id)),
         }
 
 
