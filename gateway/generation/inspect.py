@@ -23,6 +23,7 @@ from gateway.generation.pooling import (
     apply_mask,
     as_numpy,
     check_classifier_batch,
+    check_rows,
     classified_token,
 )
 from gateway.generation.validate import check_prompts
@@ -99,7 +100,8 @@ class Inspecting:
 
         Raises what ``Gateway.start`` raises.
         """
-        self._check(fields)
+        _check_outputs(fields)
+        check_batch("token_ids", len(fields.token_ids), self._max_prompts)
         held = 0
         made: tuple[ModelFacts, list[CallPrompt]] | None = None
 
@@ -119,10 +121,6 @@ class Inspecting:
         finally:
             self._held_bytes -= held
 
-    def _check(self, fields: InspectFields) -> None:
-        _check_outputs(fields)
-        check_batch("token_ids", len(fields.token_ids), self._max_prompts)
-
     def _hold(self, size: int) -> None:
         held, most = self._held_bytes, self._max_held_bytes
         if held and held + size > most:
@@ -134,8 +132,8 @@ def make_prompts(fields: InspectFields, facts: ModelFacts) -> list[CallPrompt]:
     """Checked prompts. Raises ``RequestError``."""
     prompts = fields.token_ids
     check_prompts("token_ids", prompts, facts)
-    _check_rows("attention_mask", fields.masks, len(prompts))
-    _check_rows("labels", fields.labels, len(prompts))
+    check_rows("attention_mask", fields.masks, len(prompts))
+    check_rows("labels", fields.labels, len(prompts))
     is_small = all(abs(label) <= MAX_LABEL for row in fields.labels for label in row)
     require(is_small, "labels", f"must be at most {MAX_LABEL:g} in size")
     if facts.labels:
@@ -213,11 +211,6 @@ def _check_outputs(fields: InspectFields) -> None:
     require(len(fields.outputs) > 0, "outputs", f"must not be empty: {names}")
     unknown = next((name for name in fields.outputs if name not in OUTPUTS), None)
     require(unknown is None, "outputs", f"has {str(unknown)[:32]!r}, it may have {names}")
-
-
-def _check_rows(field: str, rows: Sequence[object], num_prompts: int) -> None:
-    rule = f"has {len(rows)} entries for {num_prompts} prompts"
-    require(len(rows) in (0, num_prompts), field, rule)
 
 
 def _total_size(pooled: Sequence[CallPrompt], shape: ModelShape, most: int) -> int:

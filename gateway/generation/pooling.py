@@ -62,10 +62,7 @@ class Reader:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-
-    @property
-    def model_name(self) -> str:
-        return self._gateway.model_name
+        self.model_name = gateway.model_name
 
     async def embed(
         self, prompts: Sequence[PromptInput], pooling: str | None, fields: GenerateFields
@@ -153,8 +150,7 @@ class Reader:
         if not labels:
             message = "labels is required: the model has no classes"
             raise RequestError(message, "labels", "missing_required_parameter")
-        limits = self._gateway.limits
-        most = limits.max_choices
+        most = self._gateway.limits.max_choices
         if (count := len(ids) * len(labels)) > most:
             raise RequestError(f"prompts times labels ({count}) must be at most {most}", "labels")
         tokens = await self._gateway.prompts.make_ids(labels, facts, False, "labels")
@@ -170,8 +166,7 @@ class Reader:
         special: bool = True,
     ) -> list[tuple[int, ...]]:
         """Token ids of each prompt, none of them empty."""
-        most = self._gateway.limits.max_batch_prompts
-        check_batch(field, len(prompts), most)
+        check_batch(field, len(prompts), self._gateway.limits.max_batch_prompts)
         special = special and fields.add_special_tokens is not False
         ids = await self._gateway.prompts.make_ids(prompts, facts, special, field)
         check_prompts(field, ids, facts)
@@ -225,11 +220,16 @@ def keep_unmasked(
     A classifier looks at the last token that is not the pad token, in spite of the mask: it must
     not be left out. Raises ``RequestError``.
     """
+    check_rows("attention_mask", masks, len(ids))
     if not masks:
         return list(ids)
-    rule = f"has {len(masks)} entries for {len(ids)} prompts"
-    require(len(masks) == len(ids), "attention_mask", rule)
     return [_kept(one, mask, facts) for one, mask in zip(ids, masks, strict=True)]
+
+
+def check_rows(field: str, rows: Sequence[object], num_prompts: int) -> None:
+    """Raise ``RequestError`` unless there is none, or one for each prompt."""
+    rule = f"has {len(rows)} entries for {num_prompts} prompts"
+    require(len(rows) in (0, num_prompts), field, rule)
 
 
 def apply_mask(ids: tuple[int, ...], mask: Mask) -> tuple[int, ...]:

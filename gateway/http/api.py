@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from fastapi import FastAPI
@@ -135,31 +136,28 @@ class HttpApi:
         return _answer(self._model())
 
     async def tokenize(self, request: Request) -> Response:
-        data = await read_json(request, self._gateway)
-        async with within_time(self._time_s(request)):
-            return await self._tokenize(data)
-
-    async def _tokenize(self, data: dict[str, Any]) -> Response:
-        check_unbuilt(data, "tokenize")
-        body = parse_body(TokenizeBody, data)
         gateway = self._gateway
-        gateway.check_model(body.model)
-        given_one(prompt=body.prompt, messages=body.messages)
-        chat = chat_input(body) if body.prompt is None else None
-        ids = await gateway.prompts.tokenize(body.prompt or "", chat, body.add_special_tokens)
-        tokenizer = gateway.prompts.require_tokenizer("prompt")
-        facts = gateway.facts
-        head = {"count": len(ids), "max_model_len": facts.max_model_len if facts else None}
+        data = await read_json(request, gateway)
+        async with within_time(request, gateway):
+            check_unbuilt(data, "tokenize")
+            body = parse_body(TokenizeBody, data)
+            gateway.check_model(body.model)
+            given_one(prompt=body.prompt, messages=body.messages)
+            chat = chat_input(body) if body.prompt is None else None
+            ids = await gateway.prompts.tokenize(body.prompt or "", chat, body.add_special_tokens)
+            tokenizer = gateway.prompts.require_tokenizer("prompt")
+            facts = gateway.facts
+            head = {"count": len(ids), "max_model_len": facts.max_model_len if facts else None}
 
-        def render() -> bytes:
-            named = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
-            return dump_long({**head, "tokens": ids, "token_strs": named})
+            def render() -> bytes:
+                named = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+                return dump_long({**head, "tokens": ids, "token_strs": named})
 
-        return _json_response(await asyncio.to_thread(render))
+            return _answer(await asyncio.to_thread(render))
 
     async def detokenize(self, request: Request) -> Response:
         data = await read_json(request, self._gateway)
-        async with within_time(self._time_s(request)):
+        async with within_time(request, self._gateway):
             body = parse_body(DetokenizeBody, data)
             self._gateway.check_model(body.model)
             facts = self._gateway.require_facts()
@@ -209,9 +207,6 @@ class HttpApi:
     async def openapi(self, request: Request) -> Response:
         """This interface, for machines."""
         return _answer(openapi.document(str(request.scope.get("root_path") or "")))
-
-    def _time_s(self, request: Request) -> float:
-        return self._gateway.timeout_s(timeout_header_s(request))
 
     def _model(self) -> dict[str, Any]:
         gateway = self._gateway
@@ -280,12 +275,12 @@ class GenerateEndpoint(WatchedEndpoint):
             await stream.send(generation)
 
 
-def _answer(content: object, status: int = 200) -> Response:
-    return _json_response(dump_json(content), status)
-
-
-def _json_response(raw: bytes, status: int = 200) -> Response:
-    return Response(raw, status, headers={"content-type": "application/json"})
+def _answer(
+    content: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """A JSON response; ``content`` may be bytes that are JSON already."""
+    raw = content if isinstance(content, bytes) else dump_json(content)
+    return Response(raw, status, headers, media_type="application/json")
 
 
 async def route_error(request: Request, error: HTTPException) -> Response:
@@ -297,6 +292,4 @@ async def route_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {path} does not exist"
     report = report_error(RouteError(message, error.status_code))
     headers = {**report.headers(), **(error.headers or {})}
-    content = dump_json(report.body())
-    headers["content-type"] = "application/json"
-    return Response(content, report.http_status, headers=headers)
+    return _answer(report.body(), report.http_status, headers)

@@ -219,8 +219,9 @@ def timeout_header_s(request: Request) -> float | None:
 
 
 @contextlib.asynccontextmanager
-async def within_time(limit_s: float) -> AsyncIterator[None]:
-    """Cancel what takes longer. Raises ``DeadlineExceededError`` then."""
+async def within_time(request: Request, gateway: Gateway) -> AsyncIterator[None]:
+    """Cancel what takes longer than a request may. Raises ``DeadlineExceededError`` then."""
+    limit_s = gateway.timeout_s(timeout_header_s(request))
     try:
         async with asyncio.timeout(limit_s):
             yield

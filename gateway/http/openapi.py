@@ -17,8 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from cluster.core import versions
 from gateway.http import answers
-from gateway.http.inspect import InspectBody
-from gateway.http.pooling import ClassifyBody, EmbeddingsBody, ScoreBody
+from gateway.http.pooling import ClassifyBody, EmbeddingsBody, InspectBody, ScoreBody
 from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 PATH = "/openapi.json"

@@ -1,12 +1,13 @@
-"""Embeddings, classification and scores over HTTP."""
+"""Embeddings, classification, scores and inspections over HTTP."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
@@ -17,16 +18,17 @@ from gateway.core.call import GenerateFields
 from gateway.core.delta import Usage
 from gateway.core.field_checks import given_one
 from gateway.core.headers import PRIORITY_HEADER, with_headers
+from gateway.generation.answer import clamp_logprob
 from gateway.generation.gateway import Gateway
-from gateway.generation.inspect import MAX_JSON_BYTES, Inspecting
-from gateway.generation.pooling import Reader, reading_fields
+from gateway.generation.inspect import MAX_JSON_BYTES, Inspected, InspectFields, Inspecting
+from gateway.generation.pooling import Reader, as_numpy, reading_fields
 from gateway.http.convert import given_fields, mask_list, prompt_list
-from gateway.http.inspect import InspectBody, inspect_answer, inspect_fields
 from gateway.http.middleware import Responder, WatchedEndpoint, dump_json, timeout_header_s
 from gateway.http.openai_format import pooling_usage
 from gateway.http.parse import parse_body
 from gateway.http.schema import CallBody, Items, PromptField
 from gateway.http.unsupported import check_unbuilt
+from workers.requests.inspection import NamedArray
 
 
 class EmbeddingsBody(CallBody):
@@ -52,6 +54,16 @@ class ScoreBody(CallBody):
     documents: PromptField | None = None
     text_1: PromptField | None = None
     text_2: PromptField | None = None
+
+
+class InspectBody(CallBody):
+    """``POST /v1/inspect``."""
+
+    token_ids: Items[int] | Items[Items[int]]
+    outputs: Items[str]
+    attention_mask: Items[int] | Items[Items[int]] | None = None
+    logits_to_keep: int | Items[int] | None = None
+    labels: Items[int] | Items[float] | Items[Items[int]] | Items[Items[float]] | None = None
 
 
 Serve = Callable[[Any, GenerateFields], Awaitable[dict[str, Any] | bytes]]
@@ -87,9 +99,9 @@ class PoolingEndpoint(WatchedEndpoint):
 async def _inspect(
     inspecting: Inspecting, model_name: str, body: InspectBody, fields: GenerateFields
 ) -> bytes:
-    async with inspecting.inspect(inspect_fields(body), fields, MAX_JSON_BYTES) as found:
+    async with inspecting.inspect(_inspect_fields(body), fields, MAX_JSON_BYTES) as found:
         name = body.model or model_name
-        return await asyncio.to_thread(lambda: dump_json(inspect_answer(found, name)))
+        return await asyncio.to_thread(lambda: dump_json(_inspect_answer(found, name)))
 
 
 async def _embeddings(
@@ -133,3 +145,63 @@ def _list(
         "data": [{"index": index, **row} for index, row in enumerate(rows)],
         "usage": pooling_usage(usage),
     }
+
+
+def _inspect_fields(body: InspectBody) -> InspectFields:
+    keep = body.logits_to_keep
+    prompts = mask_list(body.token_ids) or ((),)
+    return InspectFields(
+        token_ids=prompts,
+        outputs=tuple(body.outputs),
+        masks=mask_list(body.attention_mask),
+        logits_to_keep=tuple(keep) if isinstance(keep, list) else keep,
+        labels=_label_rows(body.labels or (), prompts),
+    )
+
+
+def _label_rows(
+    labels: Sequence[float] | Sequence[Sequence[float]], prompts: Sequence[Sequence[int]]
+) -> tuple[tuple[float, ...], ...]:
+    """Labels by prompt. One list of numbers is that of one prompt, or has one for each."""
+    rows = tuple(tuple(one) for one in labels if isinstance(one, Sequence))
+    if rows or not labels:
+        return rows
+    flat = tuple(one for one in labels if isinstance(one, int | float))
+    return (flat,) if len(prompts) == 1 else tuple((one,) for one in flat)
+
+
+def _inspect_answer(found: Inspected, model: str) -> dict[str, Any]:
+    answer: dict[str, Any] = {
+        "id": f"insp-{uuid.uuid4().hex}",
+        "object": "inspection",
+        "model": model,
+        "data": [
+            {"index": index, "num_tokens": count, **_row(arrays)}
+            for index, (arrays, count) in enumerate(zip(found.rows, found.num_tokens, strict=True))
+        ],
+        "loss": found.loss,
+        "usage": pooling_usage(found.usage),
+    }
+    return answer | ({"aux_loss": dict(found.aux_loss)} if found.aux_loss else {})
+
+
+def _row(arrays: Sequence[NamedArray]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    routes: dict[str, dict[str, Any]] = {}
+    for array in arrays:
+        kind, _, bank = array.name.partition(":")
+        values = as_numpy(array).tolist()
+        if kind == "logprobs":
+            row[kind] = [None if math.isnan(value) else clamp_logprob(value) for value in values]
+        elif kind == "router_logits":
+            row.setdefault(kind, []).append({**_bank(bank), "logits": values})
+        elif bank:
+            routes.setdefault(bank, _bank(bank))[kind] = values
+        else:
+            row[kind] = values
+    return row | ({"routes": list(routes.values())} if routes else {})
+
+
+def _bank(name: str) -> dict[str, Any]:
+    bank, _, layer = name.rpartition(":")
+    return {"bank": bank, "layer": int(layer)}

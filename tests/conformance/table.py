@@ -10,9 +10,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from gateway.http.inspect import InspectBody
 from gateway.http.openapi import ENDPOINTS
-from gateway.http.pooling import ClassifyBody, EmbeddingsBody, ScoreBody
+from gateway.http.pooling import ClassifyBody, EmbeddingsBody, InspectBody, ScoreBody
 from gateway.http.schema import (
     ChatBody,
     CompletionBody,
