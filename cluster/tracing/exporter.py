@@ -63,12 +63,18 @@ class TraceExport:
 
 
 def load_exporter(endpoint: str) -> Callable[[str], TraceExport]:
-    """The function that starts the export to ``endpoint``, given the name of this process.
+    """The function that starts the export to ``endpoint`` (https is TLS), given the name of this
+    process, over OTLP.
 
-    Raises ``ConfigError`` where its packages are missing.
+    A collector that is slow, gone or wrong costs spans and nothing else. The SDK's own variables
+    are in force beside ours (``OTEL_TRACES_SAMPLER``, ``OTEL_EXPORTER_OTLP_HEADERS``,
+    ``OTEL_BSP_...``). Raises ``ConfigError`` where its packages are missing.
     """
     try:
-        from cluster.tracing.otlp import make_provider
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as err:
         needs = "needs the extra otel: pip install -c constraints.txt -e '.[otel]'"
         raise ConfigError("otlp_endpoint", endpoint, needs) from err
@@ -79,7 +85,9 @@ def load_exporter(endpoint: str) -> Callable[[str], TraceExport]:
             "service.instance.id": instance,
             "service.version": own_version(),
         }
-        return TraceExport(make_provider(endpoint, resource))
+        provider = TracerProvider(resource=Resource.create(resource), shutdown_on_exit=False)
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        return TraceExport(provider)
 
     return start
 

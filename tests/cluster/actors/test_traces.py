@@ -89,7 +89,7 @@ def test_a_trace_that_fails_does_not_harm_the_cluster() -> None:
 
 
 def test_a_controller_without_the_packages_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cluster.tracing.otlp", None)
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     section = ObservabilitySection(otlp_endpoint="http://127.0.0.1:4317")
     assert trace_cluster(FakeCluster(1, 2).controller, section) is None
     assert trace_cluster(FakeCluster(1, 2).controller, ObservabilitySection()) is None

@@ -286,7 +286,7 @@ def test_a_collector_is_named_by_an_url_with_a_port(url: str) -> None:
 
 
 def test_packages_for_traces_are_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cluster.tracing.otlp", None)
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(CommandError, match="needs the extra otel: pip install") as caught:
         config_of("--otlp-endpoint", "http://c:4317")
     assert caught.value.code == ExitCode.USAGE
