@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from cluster.cli.bench import command as bench
+from cluster.cli.bench import serve as bench
 from cluster.cli.cluster import down, drain, health, info, logs, node, operations, serve, top
 from cluster.cli.cluster.front import Interrupted
 from cluster.cli.experts import load, placement, rebalance

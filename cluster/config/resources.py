@@ -6,11 +6,13 @@ Example, one node of 2 CPUs and 3 workers: ``cpus_per_worker`` is 0.6666, each r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.config.cluster import WorkersSection
+from cluster.core.checks import check
 from cluster.core.errors import ConfigError
 from cluster.core.node_labels import Place
 
@@ -75,21 +77,16 @@ def nodes_for(role: str, nodes: Sequence[NodeResources]) -> tuple[NodeResources,
     return mine or tuple(n for n in nodes if not n.place.role)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Pool:
-    """Workers that share nodes."""
-
-    num_workers: int
-    nodes: tuple[NodeResources, ...]
+_Pools = Mapping[tuple[NodeResources, ...], int]
+"""Nodes -> workers that share them. Two pools have no node in common."""
 
 
-def _pools(workers: WorkersSection, nodes: Sequence[NodeResources]) -> list[_Pool]:
-    """Roles that run on the same nodes are one pool; others have no node in common."""
-    counts: dict[tuple[NodeResources, ...], int] = {}
+def _pools(workers: WorkersSection, nodes: Sequence[NodeResources]) -> _Pools:
+    """Roles that run on the same nodes are one pool."""
+    counts: Counter[tuple[NodeResources, ...]] = Counter()
     for role, number in workers.pools.items():
-        mine = nodes_for(role, nodes)
-        counts[mine] = counts.get(mine, 0) + number
-    return [_Pool(num_workers=count, nodes=mine) for mine, count in counts.items()]
+        counts[nodes_for(role, nodes)] += number
+    return counts
 
 
 def plan_shares(
@@ -104,17 +101,16 @@ def plan_shares(
     gpus = _gpu_share(workers, pools)
     if workers.cpus_per_worker is not None:
         cpus = workers.cpus_per_worker
-        for pool in pools:
-            _check_fit("cpus_per_worker", cpus, pool, "CPU", [n.cpus for n in pool.nodes])
+        _check_fit("cpus", cpus, pools)
     else:
-        cpus = min(_largest_share([n.cpus for n in p.nodes], p.num_workers) for p in pools)
+        cpus = min(_largest_share([n.cpus for n in p], count) for p, count in pools.items())
         total = sum(n.cpus for n in nodes)
         if free_cpus is not None and 0 <= free_cpus < total:
             cpus = _round_down(cpus * free_cpus / total)
     return WorkerShare(cpus=cpus, gpus=gpus, device="cuda" if gpus > 0 else "cpu")
 
 
-def _gpu_share(workers: WorkersSection, pools: Sequence[_Pool]) -> float:
+def _gpu_share(workers: WorkersSection, pools: _Pools) -> float:
     """GPUs of one worker: explicit, or a whole one where there are enough, or a fraction."""
     asked = workers.gpus_per_worker
     if workers.device == "cpu":
@@ -126,10 +122,9 @@ def _gpu_share(workers: WorkersSection, pools: Sequence[_Pool]) -> float:
             raise ConfigError("gpus_per_worker", asked, "must be above 0 with device cuda")
         if asked > 1 and asked != int(asked):
             raise ConfigError("gpus_per_worker", asked, "must be a whole number above 1")
-        for pool in pools:
-            _check_fit("gpus_per_worker", asked, pool, "GPU", [n.gpus for n in pool.nodes])
+        _check_fit("gpus", asked, pools)
         return asked
-    largest = [_largest_share([n.gpus for n in p.nodes], p.num_workers) for p in pools]
+    largest = [_largest_share([n.gpus for n in p], count) for p, count in pools.items()]
     share = min(1.0, *largest)
     if workers.device == "auto":
         # NCCL refuses two ranks on one GPU, so a fraction is taken only when it is asked for.
@@ -139,17 +134,18 @@ def _gpu_share(workers: WorkersSection, pools: Sequence[_Pool]) -> float:
     return share
 
 
-def _check_fit(field: str, value: float, pool: _Pool, what: str, amounts: Sequence[float]) -> None:
+def _check_fit(kind: Literal["cpus", "gpus"], value: float, pools: _Pools) -> None:
     """Refuse a value of which a pool's workers do not fit on its nodes (each is on one node)."""
-    if value <= 0 or _room(amounts, value) >= pool.num_workers:
-        return
-    there = ", ".join(f"{n.address}: {a:g}" for n, a in zip(pool.nodes, amounts, strict=True))
-    raise ConfigError(
-        field,
-        f"{value:g}",
-        f"does not fit: {pool.num_workers} workers ask for {value * pool.num_workers:g} {what}s, "
-        f"the cluster has {sum(amounts):g} ({there or 'no node'})",
-    )
+    for nodes, count in pools.items():
+        amounts = [float(getattr(n, kind)) for n in nodes]
+        there = ", ".join(f"{n.address}: {a:g}" for n, a in zip(nodes, amounts, strict=True))
+        check(
+            value <= 0 or _room(amounts, value) >= count,
+            f"{kind}_per_worker",
+            f"{value:g}",
+            f"does not fit: {count} workers ask for {value * count:g} {kind[:-1].upper()}s, "
+            f"the cluster has {sum(amounts):g} ({there or 'no node'})",
+        )
 
 
 def _largest_share(amounts: Sequence[float], num_workers: int) -> float:

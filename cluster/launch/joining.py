@@ -11,7 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.actors.controller_client import ask_controller
+from cluster.actors.controller_client import CONTROLLER_NAME, ask_controller
+from cluster.actors.start_plan import plan_start
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection, is_loopback
 from cluster.config.resources import NodeResources
@@ -46,7 +47,6 @@ def examine(plan: LaunchPlan, address: str) -> JoinedRay:
 
     Raises ``ConfigError`` and ``StartError``.
     """
-    from cluster.actors.controller_client import CONTROLLER_NAME
     from cluster.actors.ray_tools import free_resources, our_actors
 
     nodes = wait_nodes(plan.wait_nodes, plan.start_limit_s)
@@ -109,8 +109,6 @@ def _resolve(
     plan: LaunchPlan, nodes: tuple[NodeResources, ...], free: Mapping[str, float]
 ) -> LaunchPlan:
     """Resolve ``--mode auto`` and check that the workers fit."""
-    from cluster.actors.start_plan import plan_start
-
     plan = plan.resolved(nodes, free.get("CPU", 0.0))
     workers = plan.config.workers
     if workers.mode_reason:

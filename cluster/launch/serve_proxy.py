@@ -54,9 +54,8 @@ def wait_ready(
 
 def _ask_ready(url: str, has_tls: bool) -> str:
     """Why ``/ready`` does not answer 200; empty if it does."""
-    context = (
-        _unverified() if has_tls else None
-    )  # it is our own proxy, and the request holds no secret
+    # unverified: it is our own proxy, and the request holds no secret
+    context = _unverified() if has_tls else None
     try:
         with urllib.request.urlopen(f"{url}/ready", timeout=_CALL_LIMIT_S, context=context):
             return ""

@@ -130,16 +130,12 @@ class PlanOptions:
 
     max_move_fraction: float | None = None
     """Share of all slots that may change; None is no limit."""
-    target_balancedness: float = 0.99
-    """A bank that is balanced as well as this is left alone when there is a current placement."""
     decode_tokens: int = 16
     """Rows of a decode step that the decode table is made for."""
 
     def __post_init__(self) -> None:
         share = self.max_move_fraction
         check(share is None or 0 <= share <= 1, "max_move_fraction", share, "must be from 0 to 1")
-        target = self.target_balancedness
-        check(0 < target <= 1, "target_balancedness", target, "must be above 0, up to 1")
         check(self.decode_tokens >= 1, "decode_tokens", self.decode_tokens, "must be at least 1")
 
 

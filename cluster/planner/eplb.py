@@ -87,17 +87,13 @@ def _replicated(load: Floats, num_copies: int) -> tuple[Ints, Ints]:
 
 
 def plan(
-    profile: LoadProfile,
-    topology: PlannedTopology,
-    current: ExpertPlacement | None = None,
-    num_groups: int = 1,
+    profile: LoadProfile, topology: PlannedTopology, current: ExpertPlacement | None = None
 ) -> Plan:
     """The placement of EPLB; re-planned from scratch whatever is placed now.
 
     Raises ``ConfigError`` for devices that differ in slots, which EPLB does not know.
     """
     banks = []
-    nodes = int(topology.nodes.max()) + 1
     for load in profile.banks:
         capacities = topology.capacities(len(load.counts))
         equal = bool((capacities == capacities[0]).all())
@@ -106,8 +102,6 @@ def plan(
             np.array([load.counts], dtype=np.float64),
             num_slots=int(capacities.sum()),
             num_devices=len(capacities),
-            num_groups=num_groups,
-            num_nodes=nodes,
         )
         maps = found[0].reshape(len(capacities), -1).tolist()
         banks.append(equally_shared(load.bank, load.layer, len(load.counts), maps))

@@ -45,6 +45,8 @@ Coactivation = Mapping[tuple[str, int], Floats]
 
 _FULL_TARGET = 0.998
 """Balancedness at which a placement from scratch needs no further search."""
+_TARGET = 0.99
+"""A bank of a current placement that is balanced as well as this is left alone."""
 _LEAST_GAIN = 2e-4
 """Gain in balancedness that is worth a move."""
 _LEAST_GAIN_FULL = 5e-5
@@ -172,7 +174,7 @@ def _from_current(group: _Group, before: PlacedGroup, options: PlanOptions, budg
     start, used = spread_over_nodes(start, group.load, limits, budget)
     is_free = options.max_move_fraction is None
     goal = SearchGoal(
-        target=max(_FULL_TARGET if is_free else 0.0, options.target_balancedness),
+        target=_FULL_TARGET if is_free else _TARGET,
         least_gain=_LEAST_GAIN,
         budget=budget - used,
         per_move=True,

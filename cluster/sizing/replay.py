@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from cluster.core.checks import check
+from cluster.core.checks import check, check_each, is_at_least_1
 from cluster.core.errors import ConfigError
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
@@ -44,11 +45,10 @@ class StepCost:
     """Rows of a decode step, over all attention ranks."""
 
     def __post_init__(self) -> None:
-        for name in ("slot_s", "token_s"):
-            value = getattr(self, name)
-            check(0 <= value < float("inf"), name, value, "must be finite and not negative")
-        for name in ("expert_bytes", "prefill_tokens", "decode_tokens"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        rule = "must be finite and not negative"
+        check_each(self, "slot_s token_s", lambda value: 0 <= value < math.inf, rule)
+        counts = "expert_bytes prefill_tokens decode_tokens"
+        check_each(self, counts, is_at_least_1, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cluster.cli.bench import compare
 from cluster.cli.bench.document import add_save, document_of, shown, tell
 from cluster.cli.bench.load import Load, RequestFailed, Target, run_load, warm_up
 from cluster.cli.bench.tally import MEASURES, Tally
@@ -24,6 +25,12 @@ LIMIT_S = 600.0
 """Limit of one request without ``--timeout``."""
 _NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "E2E latency"}
 _TICK_S = 0.2
+
+
+def add_commands(commands: Commands) -> None:
+    kinds = commands.add_group("bench", "measure a server")
+    add_command(kinds)
+    compare.add_command(kinds)
 
 
 def add_command(kinds: Commands) -> None:

@@ -180,17 +180,15 @@ def read_template(text: str) -> str:
     """A chat template: the content of a file, or Jinja text as it is."""
     from gateway.text.chat_template import ChatTemplate  # Jinja, which reading commands do without
 
-    source = text if "{" in text or "\n" in text else _read_template_file(text)
+    source = text
+    if "{" not in text and "\n" not in text:
+        try:
+            source = Path(text).read_text()
+        except (OSError, UnicodeDecodeError) as err:
+            message = f"--chat-template ({text}) cannot be read: {err}"
+            raise CommandError(ExitCode.USAGE, message) from err
     try:
         ChatTemplate(source)
     except CheckpointError as err:
         raise CommandError(ExitCode.USAGE, f"--chat-template: {err}") from err
     return source
-
-
-def _read_template_file(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as err:
-        message = f"--chat-template ({path}) cannot be read: {err}"
-        raise CommandError(ExitCode.USAGE, message) from err

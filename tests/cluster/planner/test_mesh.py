@@ -317,7 +317,6 @@ def test_input_that_does_not_fit_is_refused(change: dict[str, object], message: 
     ("make", "message"),
     [
         (lambda: PlanOptions(max_move_fraction=1.5), "max_move_fraction"),
-        (lambda: PlanOptions(target_balancedness=0.0), "target_balancedness"),
         (lambda: PlanOptions(decode_tokens=0), "decode_tokens"),
         (lambda: PlannedDevice(num_expert_slots=-1), "num_expert_slots"),
         (lambda: PlannedDevice(speed=0.0), "speed"),
