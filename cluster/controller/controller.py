@@ -241,7 +241,7 @@ class Controller:
             "generation": cluster.round.number,
             "placement_epoch": cluster.placement.epoch,
             "experts_complete": cluster.experts_complete,
-            "model": cluster.workers.model,
+            "model": dict(cluster.workers.model),
             "rebalance": self.rebalancing.to_dict(),
             "workers": [r.to_dict() for r in cluster.workers],
             "gateway": [],

@@ -9,15 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 from cluster.config.cluster import LoadSection
 from cluster.controller.parts.event_log import History
 from cluster.controller.parts.generation_round import GenerationRound, Phase
 from cluster.controller.parts.metrics import ControllerMetrics
-from cluster.controller.parts.worker_link import WorkerLink
 from cluster.controller.parts.worker_table import WorkerTable
-from cluster.core.frames import ControllerSnapshot
+from cluster.core.frames import ControlFrame, ControllerSnapshot
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import ClusterState, next_state
 from cluster.core.topology import Generation, Member
@@ -31,6 +30,22 @@ has left unnoticed.
 """
 _VERSIONS_OF_A_TERM = 1_000_000
 """Distance between the terms, so that a restarted controller never repeats a version."""
+
+
+class WorkerLink(Protocol):
+    """The actions of the controller on workers."""
+
+    def send(self, worker: str, frame: ControlFrame) -> None:
+        """Send to one worker; does nothing if it is not connected."""
+
+    def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
+        """Start one more worker, in the background; it holds its part of ``placement``."""
+
+    def end_workers(self, workers: Sequence[str]) -> None:
+        """End these workers' processes, in the background."""
+
+    def end_all(self) -> None:
+        """End every worker in the background, then call ``Controller.all_ended``."""
 
 
 class Cluster:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.generation_round import Phase
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.controller.parts.worker_record import WorkerRecord
 from cluster.core.frames import Heartbeat, PeerLost
 from cluster.core.states import ClusterState, WorkerState
 from cluster.policy.failure import PeerReport, confirm_suspect, find_silent, silent_hosts
@@ -126,8 +125,12 @@ class Detection:
             }
         if cluster.round.number > 0 or now - cluster.round.began_at <= limit:
             return {}
-        late = [r for r in cluster.workers.alive() if r.state is not WorkerState.READY]
-        return {r.name: _late_text(r, limit) for r in late}
+        return {
+            r.name: f"not ready within {limit:g} s ({r.state.value}, "
+            f"{r.loaded_bytes} of {r.total_bytes} bytes)"
+            for r in cluster.workers.alive()
+            if r.state is not WorkerState.READY
+        }
 
     def _late_answers(self, now: float) -> dict[str, str]:
         cluster, limit = self._cluster, self._limits.generation_limit_s
@@ -149,10 +152,3 @@ def _difference(frame: Heartbeat, number: int, epoch: int) -> str | None:
     if frame.epoch != epoch:
         return f"runs placement epoch {frame.epoch}, not {epoch}"
     return None
-
-
-def _late_text(record: WorkerRecord, limit_s: float) -> str:
-    return (
-        f"not ready within {limit_s:g} s ({record.state.value}, "
-        f"{record.loaded_bytes} of {record.total_bytes} bytes)"
-    )

@@ -79,7 +79,11 @@ class EpochChange:
         self._deadline = now + limit_s
         self._orders = LoadOrders(cluster)
         self._unready: set[str] = set()
-        self._start(now)
+        for member in self.generation.experts:
+            fills = [f for f in stage.fills if f.device == member.device]
+            self._order_all(member.name, fills, frozenset(), now)
+        if not self._orders.pending:
+            self._prepare()
 
     @property
     def is_over(self) -> bool:
@@ -117,13 +121,14 @@ class EpochChange:
         """A worker sent a frame about a change of the placement, this or an earlier one."""
         match frame:
             case ExpertsLoaded():
-                self.loaded(name, frame, now)
-            case EpochReady():
-                self.ready(name, frame)
-            case EpochSwitched():
-                self.switched(frame)
+                self._loaded(name, frame, now)
+            case EpochReady() if self.state is ChangeState.PREPARE and self._is_ours(frame):
+                self._ready(name, frame)
+            case EpochSwitched() if self.state is ChangeState.SWITCH and self._is_ours(frame):
+                self.state = ChangeState.DONE
+                self._come_into_force(self.stage.placement)
 
-    def loaded(self, name: str, frame: ExpertsLoaded, now: float) -> None:
+    def _loaded(self, name: str, frame: ExpertsLoaded, now: float) -> None:
         """A worker has carried out a load order, or failed to."""
         order = self._orders.answered(name, frame.order)
         if self.state is not ChangeState.LOAD or order is None:
@@ -139,10 +144,8 @@ class EpochChange:
         if self.state is ChangeState.LOAD and not self._orders.pending:
             self._prepare()
 
-    def ready(self, name: str, frame: EpochReady) -> None:
+    def _ready(self, name: str, frame: EpochReady) -> None:
         """A worker can run the new epoch, or reports why not."""
-        if self.state is not ChangeState.PREPARE or not self._is_ours(frame):
-            return
         if frame.error:
             self._fail(f"{name}: {frame.error}")
             return
@@ -150,24 +153,11 @@ class EpochChange:
         if not self._unready:
             self._switch()
 
-    def switched(self, frame: EpochSwitched) -> None:
-        """The leader's header names the new epoch."""
-        if self.state is ChangeState.SWITCH and self._is_ours(frame):
-            self.state = ChangeState.DONE
-            self._come_into_force(self.stage.placement)
-
     def _is_ours(self, frame: EpochReady | EpochSwitched) -> bool:
         newest, epoch = self._cluster.generation.number, self.stage.placement.epoch
         return (frame.generation, frame.epoch) == (newest, epoch)
 
     # ---- steps ----------------------------------------------------------------------------
-
-    def _start(self, now: float) -> None:
-        for member in self.generation.experts:
-            fills = [f for f in self.stage.fills if f.device == member.device]
-            self._order_all(member.name, fills, frozenset(), now)
-        if not self._orders.pending:
-            self._prepare()
 
     def _order_all(
         self, worker: str, fills: Sequence[SlotFill], tried: frozenset[int], now: float

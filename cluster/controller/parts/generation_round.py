@@ -6,6 +6,7 @@ FORMING ──▶ RUNNING        every member has answered, and every expert is 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from enum import Enum
 
 from cluster.core.frames import GenerationReady
@@ -24,22 +25,20 @@ class Phase(Enum):
     """Cannot run; its members wait for the next generation."""
 
 
+@dataclass(slots=True)
 class GenerationRound:
     """The newest generation and its members' answers; number 0 before the first."""
 
-    def __init__(
-        self, generation: Generation, began_at: float, phase: Phase = Phase.FORMING
-    ) -> None:
-        """``began_at`` is the monotonic time of its announcement."""
-        self.generation = generation
-        self.phase = phase
-        self.began_at = began_at
-        self.answers: dict[str, GenerationReady] = {}
-        """By name, of the members that have opened their edges."""
-        self.reports: list[PeerReport] = []
-        """Of members that lost another."""
-        self.loaded: list[SlotFill] = []
-        """What members have loaded since it began."""
+    generation: Generation
+    began_at: float
+    """Monotonic time of its announcement."""
+    phase: Phase = Phase.FORMING
+    answers: dict[str, GenerationReady] = field(default_factory=dict)
+    """By name, of the members that have opened their edges."""
+    reports: list[PeerReport] = field(default_factory=list)
+    """Of members that lost another."""
+    loaded: list[SlotFill] = field(default_factory=list)
+    """What members have loaded since it began."""
 
     @property
     def number(self) -> int:
@@ -49,11 +48,6 @@ class GenerationRound:
     def members(self) -> tuple[Member, ...]:
         """All workers that take part."""
         return self.generation.members
-
-    @property
-    def is_complete(self) -> bool:
-        """Every member has answered."""
-        return not self.late()
 
     def late(self) -> list[str]:
         """Members that have not answered."""

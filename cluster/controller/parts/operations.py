@@ -84,12 +84,7 @@ class Order(Message, frozen=True, kw_only=True):
 class Operations:
     """The last operations, of which the newest may run. ``now`` is in monotonic seconds."""
 
-    def __init__(
-        self,
-        term: int,
-        wall_time_offset_s: float,
-        on_change: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, term: int, wall_time_offset_s: float, on_change: Callable[[], None]) -> None:
         """``wall_time_offset_s`` added to a monotonic time is the time of day.
 
         ``on_change`` is called when an operation begins or ends.

@@ -266,7 +266,7 @@ class Recovery:
         An order of an earlier controller to load experts may not have been carried out.
         """
         cluster = self._cluster
-        if self.reloads.is_pending or not (cluster.is_forming and cluster.round.is_complete):
+        if self.reloads.is_pending or not cluster.is_forming or cluster.round.late():
             return
         if missing := cluster.round.missing(cluster.placement):
             self._order(missing, cluster.round.members, now)

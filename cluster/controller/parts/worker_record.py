@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,14 +97,11 @@ class WorkerRecord:
         if self.state is not WorkerState.LOADING:
             raise ProtocolError(f"{self.name} is ready while {self.state.value}")
         self.info.update(frame.info)
-        self._take_speed(frame.info.get("device_speed"))
+        speed = frame.info.get("device_speed")
+        if isinstance(speed, (int, float)) and math.isfinite(speed) and speed > 0:
+            self.member = replace(self.member, speed=float(speed))  # not that of its node's label
         self.loaded_bytes = max(self.loaded_bytes, self.total_bytes)
         self.enter(WorkerState.READY)
-
-    def _take_speed(self, speed: object) -> None:
-        """Its own measurement takes precedence over its node's label."""
-        if isinstance(speed, (int, float)) and math.isfinite(speed) and speed > 0:
-            self.member = replace(self.member, speed=float(speed))
 
     def beat(self, frame: Heartbeat, now: float) -> None:
         if frame.idle or frame.progress != self._progress:
@@ -140,8 +136,8 @@ class WorkerRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Its entry in a snapshot."""
-        free = _whole(self.stats, "kv_blocks_free")
-        total = _whole(self.stats, "kv_blocks_total")
+        blocks = (self.stats.get(f"kv_blocks_{kind}") for kind in ("free", "total"))
+        free, total = (None if number is None else int(number) for number in blocks)
         return {
             "name": self.name,
             "role": self.member.role,
@@ -161,7 +157,3 @@ class WorkerRecord:
             "slots": self.num_slots if self.member.holds_experts else None,
             "stats": dict(self.stats),
         }
-
-
-def _whole(stats: Mapping[str, float], name: str) -> int | None:
-    return int(stats[name]) if name in stats else None

@@ -28,12 +28,10 @@ class WorkerTable:
         self._records: dict[str, WorkerRecord] = {}
         for member in members:
             self.add(member, now)
-        self._model: dict[str, Any] = {**dict.fromkeys(MODEL_FACTS), **model}
+        self.model: dict[str, Any] = {**dict.fromkeys(MODEL_FACTS), **model}
+        """Name, path and facts; None for unknown ones."""
         self._status_token = 0
         self._status_pending: set[str] = set()
-
-    def __len__(self) -> int:
-        return len(self._records)
 
     def __iter__(self) -> Iterator[WorkerRecord]:
         return iter(self._records.values())
@@ -116,7 +114,7 @@ class WorkerTable:
     def learn_model(self, record: WorkerRecord) -> None:
         """Take the model's facts from an attention worker that is ready."""
         if record.member.runs_attention:
-            self._model.update({k: record.info[k] for k in MODEL_FACTS if k in record.info})
+            self.model.update({k: record.info[k] for k in MODEL_FACTS if k in record.info})
 
     def holders(self) -> list[str | None]:
         """``[device]`` -> name of the worker that holds its experts; None for a lost one."""
@@ -133,8 +131,3 @@ class WorkerTable:
         """Workers that hold or held experts; in local mode the attention worker."""
         found = [(r.member.device, r) for r in self if r.member.holds_experts]
         return found or [(0, r) for r in self]
-
-    @property
-    def model(self) -> dict[str, Any]:
-        """Name, path and facts; None for unknown ones."""
-        return dict(self._model)

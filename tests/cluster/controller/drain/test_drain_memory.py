@@ -170,8 +170,8 @@ def test_a_signal_that_came_before_is_followed() -> None:
 
 
 def test_what_else_was_under_way_has_failed() -> None:
-    forgotten = Operations(2, 0.0)
-    first = Operations(1, 0.0)
+    forgotten = Operations(2, 0.0, lambda: None)
+    first = Operations(1, 0.0, lambda: None)
     order = RebalanceOrder(request_id="a", dry_run=True)
     first.begin("rebalance", "placement epoch 4", order, 10.0)
     forgotten.restore(first.memory(), 20.0)

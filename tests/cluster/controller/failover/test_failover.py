@@ -130,7 +130,7 @@ def test_the_newest_generation_counts() -> None:
     assert order.generation.number == 5
     assert [m.name for m in order.generation.members] == ["attention-0", "expert-0"]
     assert link.last("expert-1", NewGeneration) is None
-    assert len(controller.cluster.workers) == 3
+    assert len(list(controller.cluster.workers)) == 3
 
 
 def test_a_worker_that_does_not_call_is_lost_after_the_limit() -> None:

@@ -98,12 +98,12 @@ def state_of(change: EpochChange) -> ChangeState:
 
 def load_all(host: Host, change: EpochChange, error: str = "") -> None:
     for name, order in host.orders():
-        change.loaded(name, ExpertsLoaded(order=order.order, error=error, num_bytes=10), 101.0)
+        change.frame(name, ExpertsLoaded(order=order.order, error=error, num_bytes=10), 101.0)
 
 
 def prepare_all(host: Host, change: EpochChange) -> None:
     for member in host.members:
-        change.ready(member.name, EpochReady(generation=4, epoch=8))
+        change.frame(member.name, EpochReady(generation=4, epoch=8), 106.0)
 
 
 def test_it_loads_informs_all_members_and_switches() -> None:
@@ -138,7 +138,7 @@ def test_it_loads_informs_all_members_and_switches() -> None:
     assert switch == SwitchEpoch(generation=4, epoch=8, oldest_epoch=8)
     assert host.link.last("attention-1", SwitchEpoch) is None
     assert host.placement.epoch == 7
-    change.switched(EpochSwitched(generation=4, epoch=8, step=31))
+    change.frame("attention-0", EpochSwitched(generation=4, epoch=8, step=31), 107.0)
     assert state_of(change) is ChangeState.DONE
     assert host.placement == change.stage.placement
 
@@ -160,7 +160,7 @@ def test_another_source_is_tried_and_the_checkpoint_last() -> None:
     tried = [first.source["peer"]]
     order = first
     while order.source["kind"] == "peer":
-        change.loaded(name, ExpertsLoaded(order=order.order, error="reset"), 105.0)
+        change.frame(name, ExpertsLoaded(order=order.order, error="reset"), 105.0)
         newest = host.link.last(name, LoadExperts)
         assert newest is not None
         assert newest.experts == first.experts
@@ -169,7 +169,7 @@ def test_another_source_is_tried_and_the_checkpoint_last() -> None:
         order = newest
     assert order.source == {"kind": "checkpoint", "limit_s": 115.0}
     assert state_of(change) is ChangeState.LOAD
-    change.loaded(name, ExpertsLoaded(order=order.order, error="no such file"), 106.0)
+    change.frame(name, ExpertsLoaded(order=order.order, error="no such file"), 106.0)
     assert state_of(change) is ChangeState.FAILED
     assert change.reason == f"{name}: no such file"
     assert host.placement.epoch == 7
@@ -212,7 +212,7 @@ def test_a_new_generation_ends_it(at: str) -> None:
     change.tick(101.0)
     assert state_of(change) is ChangeState.FAILED
     assert change.reason == "generation 5 began"
-    change.switched(EpochSwitched(generation=4, epoch=8, step=9))
+    change.frame("attention-0", EpochSwitched(generation=4, epoch=8, step=9), 107.0)
     assert host.placement.epoch == 7
 
 
@@ -220,7 +220,7 @@ def test_a_worker_that_cannot_run_it_ends_it() -> None:
     host = Host()
     change = begin(host)
     load_all(host, change)
-    change.ready("expert-1", EpochReady(generation=4, epoch=8, error="no maps"))
+    change.frame("expert-1", EpochReady(generation=4, epoch=8, error="no maps"), 106.0)
     assert (state_of(change), change.reason) == (ChangeState.FAILED, "expert-1: no maps")
 
 
@@ -228,16 +228,16 @@ def test_strangers_and_stale_answers_mean_nothing() -> None:
     host = Host()
     change = begin(host)
     ((name, order), *_) = host.orders()
-    change.loaded("expert-9", ExpertsLoaded(order=order.order), 101.0)
-    change.loaded(name, ExpertsLoaded(order=999), 101.0)
+    change.frame("expert-9", ExpertsLoaded(order=order.order), 101.0)
+    change.frame(name, ExpertsLoaded(order=999), 101.0)
     assert change.num_loaded == 0
     load_all(host, change)
     for member in host.members:
-        change.ready(member.name, EpochReady(generation=3, epoch=8))
-        change.ready(member.name, EpochReady(generation=4, epoch=7))
+        change.frame(member.name, EpochReady(generation=3, epoch=8), 106.0)
+        change.frame(member.name, EpochReady(generation=4, epoch=7), 106.0)
     assert state_of(change) is ChangeState.PREPARE
     prepare_all(host, change)
-    change.switched(EpochSwitched(generation=4, epoch=6, step=1))
+    change.frame("attention-0", EpochSwitched(generation=4, epoch=6, step=1), 107.0)
     assert state_of(change) is ChangeState.SWITCH
 
 
