@@ -44,10 +44,11 @@ class LoadSums:
 
     def combined(self, factor: float, other: LoadSums, other_factor: float) -> LoadSums:
         """A weighted sum; a bank that one side lacks counts as zero."""
+        sides = ((self, factor), (other, other_factor))
         return LoadSums(
             rows=factor * self.rows + other_factor * other.rows,
-            prefill=_combined(self.prefill, factor, other.prefill, other_factor),
-            decode=_combined(self.decode, factor, other.decode, other_factor),
+            prefill=_sums((key, w * c) for side, w in sides for key, c in side.prefill.items()),
+            decode=_sums((key, w * c) for side, w in sides for key, c in side.decode.items()),
         )
 
     @classmethod
@@ -107,10 +108,6 @@ class LoadTracker:
         """End the window if its time is over; returns it if it had load."""
         if now - self._began_at < self._section.window_s:
             return None
-        return self.end_window(now)
-
-    def end_window(self, now: float) -> LoadWindow | None:
-        """End the window now; returns it if it had load."""
         totals, epoch, copies = self.totals(), self.epoch, self.copies()
         sums = totals.combined(1.0, self._base, -1.0)
         began, self._began_at = self._began_at, now
@@ -120,10 +117,10 @@ class LoadTracker:
             since = {key: _less(load, self._base_copies.get(key)) for key, load in copies.items()}
         else:
             since = copies
-        window = LoadWindow(began_at=began, sums=sums, epoch=epoch, copies=since)
         self._base, self._base_epoch, self._base_copies = totals, epoch, copies
         keep = 0.5 ** (self._section.window_s / self._section.half_life_s)
         self._average = self._average.combined(keep, sums, 1.0)
+        window = LoadWindow(began_at=began, sums=sums, epoch=epoch, copies=since)
         self.windows.append(window)
         self.num_windows += 1
         self._watch(totals, epoch)
@@ -188,16 +185,7 @@ class LoadTracker:
             self._watched[key] = tuple(sorted(int(e) for e in order[:TOP_EXPERTS]))
 
 
-def _combined(
-    one: Mapping[BankKey, Floats], factor: float, other: Mapping[BankKey, Floats], weight: float
-) -> dict[BankKey, Floats]:
-    total: dict[BankKey, Floats] = {key: factor * counts for key, counts in one.items()}
-    for key, counts in other.items():
-        total[key] = total[key] + weight * counts if key in total else weight * counts
-    return total
-
-
-def _sums(parts: Iterable[tuple[BankKey, Counts]]) -> dict[BankKey, Floats]:
+def _sums(parts: Iterable[tuple[BankKey, Counts | Floats]]) -> dict[BankKey, Floats]:
     total: dict[BankKey, Floats] = {}
     for key, counts in parts:
         total[key] = total[key] + counts if key in total else counts.astype(np.float64)

@@ -42,10 +42,8 @@ def achieved_loads(
     """Tokens of each device in this placement epoch: in its newest window, else in total."""
     newest = load.windows[-1] if load.windows else None
     copies = newest.copies if newest and newest.epoch == placement.epoch else load.copies()
-    found = {}
-    for key, tokens in _slot_tokens(placement, copies, load.epoch, phase).items():
-        found[key] = [sum(row) for row in tokens]
-    return _of_holders(placement, found)
+    tokens = _slot_tokens(placement, copies, load.epoch, phase)
+    return _of_holders(placement, {key: list(map(sum, rows)) for key, rows in tokens.items()})
 
 
 def expected_loads(

@@ -108,7 +108,8 @@ class Draining:
     def requested(self, name: str, now: float) -> None:
         """A worker received SIGTERM, or its node will leave (then it requests again and again)."""
         waits = now < self._not_before.get(name, now)
-        if not (waits or name in self._requested or self._is_under_way(name)):
+        leaves = self._drain is not None and name in self._drain.names
+        if not (waits or leaves or name in self._requested):
             self._requested[name] = now
 
     def cancel(self, operation: Operation, now: float) -> None:
@@ -248,9 +249,6 @@ class Draining:
         if len(others) == len(cluster.generation.experts):
             return None
         return stage_on(others, cluster.placement, cluster.room)
-
-    def _is_under_way(self, name: str) -> bool:
-        return self._drain is not None and name in self._drain.names
 
     def _records(self, drain: Drain) -> list[WorkerRecord]:
         return [self._cluster.workers[name] for name in drain.names]

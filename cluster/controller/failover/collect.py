@@ -181,11 +181,7 @@ class ReportCollector:
         """
         whole = {n: g for n, g in self._greetings.items() if g.is_whole}
         reports = [g.report for g in whole.values() if g.report is not None]
-        formed = [
-            (r.generation or _NO_GENERATION, r.placement)
-            for r in reports
-            if r.placement is not None
-        ]
+        formed = [(r.generation or _NO_GENERATION, r.placement) for r in reports if r.placement]
         if not formed and (unknown := sorted(self._found - set(whole))):
             raise NotReadyError(f"no report of {', '.join(unknown)}")
         if not formed:

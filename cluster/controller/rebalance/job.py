@@ -107,10 +107,6 @@ class Promise:
     """Monotonic seconds."""
     predicted: float | None
 
-    def is_due(self, window: LoadWindow) -> bool:
-        """The window ran in that epoch from end to end."""
-        return window.began_at >= self.since
-
     def achieved(
         self, window: LoadWindow, placement: ExpertPlacement, load: LoadTracker
     ) -> tuple[float | None, str] | None:

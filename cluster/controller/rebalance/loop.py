@@ -373,7 +373,7 @@ class Rebalancing:
     def _prove(self, window: LoadWindow, now: float) -> None:
         """Record the effect of a change, from the first whole window in it."""
         promise = self._promise
-        if promise is None or not promise.is_due(window):
+        if promise is None or window.began_at < promise.since:
             return
         self._promise = None
         found = promise.achieved(window, self._cluster.placement, self._cluster.load)

@@ -45,25 +45,22 @@ Then = Callable[[Future[T], str, float], None]
 """Gets a plan, why it cannot be carried out (empty if it can), and the time."""
 
 
-class Computations:
-    """Computations in an executor: the owner takes the results at a tick.
+class Plans:
+    """Decisions and shares, computed in the planner thread: the owner takes them at a tick.
 
-    A computation must be a pure function of immutable values. Its consumer checks whether the
-    result is still wanted. One thread calls; ``now`` is in seconds.
+    A computation must be a pure function of immutable values. One thread calls; ``now`` is in
+    seconds.
     """
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(
+        self, cluster: Cluster, config: ClusterConfig, executor: Executor, top_k: int
+    ) -> None:
+        """Arguments as for ``Rebalancing``."""
+        self._cluster = cluster
+        self._config = config
         self._executor = executor
+        self._top_k = max(top_k, 1)
         self._pending: dict[Future[Any], Callable[[Future[Any], float], None]] = {}
-
-    def begin(
-        self, work: Callable[[], T], then: Callable[[Future[T], float], None], now: float
-    ) -> Future[T]:
-        """Begin a computation; ``then`` gets its result at a tick, or before this returns."""
-        future = self._executor.submit(work)
-        self._pending[future] = then
-        self.tick(now)
-        return future
 
     def tick(self, now: float) -> None:
         """Call the continuations of finished computations."""
@@ -80,19 +77,6 @@ class Computations:
         """Drop the result; a computation that has begun still runs to its end."""
         if self._pending.pop(future, None) is not None:
             future.cancel()
-
-
-class Plans(Computations):
-    """Decisions and shares, computed in the planner thread."""
-
-    def __init__(
-        self, cluster: Cluster, config: ClusterConfig, executor: Executor, top_k: int
-    ) -> None:
-        """Arguments as for ``Rebalancing``."""
-        super().__init__(executor)
-        self._cluster = cluster
-        self._config = config
-        self._top_k = max(top_k, 1)
 
     def decide(
         self, load: LoadNow, then: Then[RebalanceDecision], now: float
@@ -137,7 +121,7 @@ class Plans(Computations):
         return LoadNow(profile=profile, prefill_share=prefill / total if total > 0 else 0.0)
 
     def _plan(self, work: Callable[[], T], then: Then[T], now: float) -> Future[T]:
-        """Begin to plan from the present state of the cluster."""
+        """Plan from the present state of the cluster; ``then`` gets the plan at a tick, or now."""
         basis = self._basis()
 
         def finish(future: Future[T], now: float) -> None:
@@ -148,7 +132,10 @@ class Plans(Computations):
             is_stale = not self._cluster.runs or self._basis() != basis
             then(future, CHANGED if is_stale else error, now)
 
-        return self.begin(work, finish, now)
+        future = self._executor.submit(work)
+        self._pending[future] = finish
+        self.tick(now)
+        return future
 
     def _basis(self) -> tuple[ExpertPlacement, int]:
         return self._cluster.placement, self._cluster.generation.number

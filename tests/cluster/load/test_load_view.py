@@ -103,7 +103,7 @@ def test_counts_of_another_epoch_are_not_taken_for_this_one() -> None:
 
 def test_the_load_document_is_a_profile_with_more_beside_it() -> None:
     load = make_tracker()
-    load.end_window(10.0)
+    load.tick(10.0)
     load.take("a", make_report(11, [4, 4, 6], [[3, 0], [1, 5], [7, 0]]))
     document = load_document(PLACEMENT, load, PROFILE, "demo", 2)
     profile = LoadProfile.from_dict(document)
@@ -148,8 +148,8 @@ def test_the_load_document_before_the_first_report() -> None:
 def test_averages_are_rounded_to_a_tenth_of_a_token() -> None:
     load = LoadTracker(LoadSection(window_s=10.0, half_life_s=20.0), 0.0)
     load.take("a", make_report(9, [2, 4, 6], [[3, 0], [1, 5], [7, 0]]))
-    load.end_window(10.0)
+    load.tick(10.0)
     load.take("a", make_report(10, [3, 4, 6], [[3, 0], [1, 5], [7, 0]]))
-    load.end_window(20.0)
+    load.tick(20.0)
     (bank,) = load_document(PLACEMENT, load, PROFILE, "demo", 2)["banks"]
     assert bank["average"] == [4.5, 7.1, 9.2]

@@ -11,10 +11,11 @@ import pytest
 
 from cluster.controller.parts.operations import OperationState
 from cluster.controller.rebalance.job import RebalanceOrder
-from cluster.controller.rebalance.plans import Computations
+from cluster.controller.rebalance.plans import Plans
 from cluster.core.errors import ConfigError, ConflictError
 from cluster.core.frames import EpochSwitched, SwitchEpoch
-from tests.cluster.controller.fakes_cluster import AtOnce, FakeCluster
+from cluster.core.placement import ExpertPlacement
+from tests.cluster.controller.fakes_cluster import CONFIG, FakeCluster
 from tests.cluster.controller.rebalance.test_rebalancing import (
     SKEWED,
     answer,
@@ -27,6 +28,7 @@ from tests.cluster.controller.rebalance.test_rebalancing import (
 from tests.harness.metric_values import metric
 
 T = TypeVar("T")
+Begin = tuple[Plans, Callable[[float], Future[ExpertPlacement]]]
 LIMIT_S = 120.0
 
 
@@ -184,27 +186,39 @@ def test_a_real_thread_may_take_its_time(thread: ThreadPoolExecutor) -> None:
     assert dry.state is OperationState.SUCCEEDED
 
 
-def test_a_failed_computation_hands_its_error_to_the_continuation() -> None:
-    computations, seen = Computations(AtOnce()), []
-    computations.begin(
-        lambda: 1 // 0, lambda future, now: seen.append((future.exception(), now)), 3.0
+def begin_plan(executor: Executor, seen: list[tuple[Future[Any], str, float]]) -> Begin:
+    """Begins plans of a cluster that runs, and adds what their continuations get to ``seen``."""
+    cluster = make(1, enable_eplb=False)
+    window(cluster, SKEWED)
+    profile = cluster.known.load.profile("total", "x", 2)
+    assert profile is not None
+    plans = Plans(cluster.known, CONFIG, executor, 2)
+    return plans, lambda now: plans.share(
+        profile, cluster.known.placement, lambda *result: seen.append(result), now
     )
-    ((error, now),) = seen
-    assert isinstance(error, ZeroDivisionError)
-    assert now == 3.0
+
+
+def test_a_failed_computation_hands_its_error_to_the_continuation(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    seen: list[tuple[Future[Any], str, float]] = []
+    _, begin = begin_plan(RefusingExecutor(ZeroDivisionError("by zero")), seen)
+    future = begin(3.0)
+    assert seen == [(future, "by zero", 3.0)]
+    assert "planning failed" in caplog.text
 
 
 def test_a_task_that_was_dropped_is_not_followed(later: LaterExecutor) -> None:
-    computations, seen = Computations(later), []
-    first = computations.begin(lambda: 1, lambda future, now: seen.append(future.result()), 0.0)
-    second = computations.begin(lambda: 2, lambda future, now: seen.append(future.result()), 0.0)
-    assert computations.waits(first)
-    computations.drop(first)
-    assert not computations.waits(first)
+    seen: list[tuple[Future[Any], str, float]] = []
+    plans, begin = begin_plan(later, seen)
+    first, second = begin(0.0), begin(0.0)
+    assert plans.waits(first)
+    plans.drop(first)
+    assert not plans.waits(first)
     later.work()
-    computations.tick(1.0)
-    assert seen == [2]
-    assert not computations.waits(second)
+    plans.tick(1.0)
+    assert seen == [(second, "", 1.0)]
+    assert not plans.waits(second)
 
 
 def test_what_steps_waited_for_a_switch_is_counted() -> None:
@@ -239,27 +253,28 @@ def test_what_steps_waited_for_a_switch_is_counted() -> None:
 class RefusingExecutor(Executor):
     """No plan can be made, until one can."""
 
-    def __init__(self) -> None:
-        self.reason: str | None = "must be at least num_experts (8) in total"
+    def __init__(self, error: Exception) -> None:
+        self.error: Exception | None = error
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         future: Future[T] = Future()
-        if self.reason is not None:
-            future.set_exception(ConfigError("num_expert_slots", 6, self.reason))
+        if self.error is not None:
+            future.set_exception(self.error)
         else:
             future.set_result(fn(*args, **kwargs))
         return future
 
 
 def test_a_load_that_cannot_be_planned_is_reported_until_it_can() -> None:
-    refusing = RefusingExecutor()
+    reason = "must be at least num_experts (8) in total"
+    refusing = RefusingExecutor(ConfigError("num_expert_slots", 6, reason))
     cluster = make(1, executor=refusing)
     window(cluster, SKEWED)
     assert "num_expert_slots (6) must be at least" in status(cluster)["problem"]
     order = cluster.controller.rebalancing.begin(RebalanceOrder(), cluster.now)
     assert order.state is OperationState.FAILED
     assert "no placement can be planned: num_expert_slots (6)" in order.message
-    refusing.reason = None
+    refusing.error = None
     window(cluster, SKEWED)
     obey(cluster)
     assert status(cluster)["problem"] == ""
