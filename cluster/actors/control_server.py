@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import re
+from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.core.addresses import tune_socket
@@ -53,30 +54,19 @@ class ControlEvents(Protocol):
         """A worker's connection is closed (not if the server closed it)."""
 
 
+@dataclass(eq=False, slots=True)
 class _Connection:
     """One TCP connection; ``worker`` is set once the token is proved."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-        self.worker = ""
-        self.is_replaced = False
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    worker: str = ""
+    is_replaced: bool = False
 
-    async def read(self) -> ControlFrame:
+    async def read(self, limit: int) -> bytes:
         """The next frame. Raises ``ProtocolError``, ``IncompleteReadError``, ``OSError``."""
-        return decode(await self._read(MAX_FRAME_BYTES))
-
-    async def read_hello(self) -> ControlFrame:
-        """The next frame of the handshake. Raises as ``read``."""
-        return decode_hello(await self._read(MAX_HELLO_BYTES))
-
-    async def _read(self, limit: int) -> bytes:
         length = frame_length(await self.reader.readexactly(_PREFIX_BYTES), limit)
         return await self.reader.readexactly(length)
-
-    def write(self, frame: ControlFrame) -> None:
-        """``send`` of a frame for this peer alone."""
-        self.send(encode(frame))
 
     def send(self, data: bytes) -> None:
         """Queue an encoded frame; a peer that does not read is cut off."""
@@ -164,13 +154,14 @@ class ControlServer:
         try:
             await self._admit(connection)
             while True:
-                frame = await connection.read()
+                frame = decode(await connection.read(MAX_FRAME_BYTES))
                 self._hand_over(connection.worker, frame)
         except asyncio.IncompleteReadError:
             pass  # the peer closed
         except (ProtocolError, OSError, TimeoutError) as err:
             reason = str(err) or type(err).__name__
-            logger.warning("control connection of %s: %s", _caller(connection), reason)
+            caller = connection.worker or writer.get_extra_info("peername")
+            logger.warning("control connection of %s: %s", caller, reason)
         finally:
             self._forget(connection, reason)
 
@@ -202,13 +193,14 @@ class ControlServer:
 
         Raises ``HandshakeError``.
         """
-        hello = await connection.read_hello()
+        hello = decode_hello(await connection.read(MAX_HELLO_BYTES))
         if not isinstance(hello, ControlHello) or not _NAME.fullmatch(hello.worker):
             raise HandshakeError("the first frame is no proper ControlHello")
         nonce = new_nonce()
         ours = proof(self._token, "controller", hello.nonce, nonce)
-        connection.write(ControlChallenge(nonce=nonce, proof=ours, release=self._release))
-        answer = await connection.read_hello()
+        challenge = ControlChallenge(nonce=nonce, proof=ours, release=self._release)
+        connection.send(encode(challenge))
+        answer = decode_hello(await connection.read(MAX_HELLO_BYTES))
         theirs = proof(self._token, "worker", hello.nonce, nonce)
         if not isinstance(answer, ControlProof) or not is_proof(answer.proof, theirs):
             raise HandshakeError(f"{hello.worker} does not know the cluster token")
@@ -225,7 +217,3 @@ class ControlServer:
             del self._workers[connection.worker]
         if connection.worker and not connection.is_replaced:
             self._events.on_closed(connection.worker, reason)
-
-
-def _caller(connection: _Connection) -> str:
-    return connection.worker or str(connection.writer.get_extra_info("peername"))

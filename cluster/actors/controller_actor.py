@@ -144,9 +144,7 @@ class ControllerActor:
 
     async def snapshot(self, fresh: bool = False) -> dict[str, Any]:
         """The cluster's state; ``fresh`` requests the current numbers of every worker first."""
-        await self.restore()
-        if fresh and self._controller is not None:
-            await self._ask_workers(self._controller)
+        await (self._fresh_cluster() if fresh else self.restore())
         return self._snapshot()
 
     async def wait_snapshot(
@@ -185,20 +183,16 @@ class ControllerActor:
 
     async def placement(self) -> dict[str, Any]:
         """Maps, current load and balancedness of all banks (``placement --json``)."""
-        await self.restore()
-        if self._controller is None:
+        cluster = await self._fresh_cluster()
+        if cluster is None:
             return {"schema": 1, "epoch": 0, "banks": []}
-        await self._ask_workers(self._controller)
-        cluster = self._controller.cluster
         return placement_report(cluster.placement, cluster.load, self._profile)
 
     async def load(self) -> dict[str, Any]:
         """Tokens by expert and by copy, and the resulting balance (``load --json``)."""
-        await self.restore()
-        if self._controller is None:
+        cluster = await self._fresh_cluster()
+        if cluster is None:
             return load_before_start()
-        await self._ask_workers(self._controller)
-        cluster = self._controller.cluster
         model = str(cluster.workers.model.get("name"))
         document = load_document(cluster.placement, cluster.load, self._profile, model, self._top_k)
         domains = cluster.workers.domains()
@@ -248,10 +242,6 @@ class ControllerActor:
         owner.cancel(operation, time.monotonic())
         self._background.notify()
         return operation.to_dict()
-
-    async def control_address(self) -> str:
-        """``host:port`` of the control server; empty before the start."""
-        return self._address
 
     async def stop(self) -> None:
         """End all workers and return when they have ended. The caller ends this actor."""
@@ -451,11 +441,15 @@ class ControllerActor:
             self._controller.lost({name: reason}, time.monotonic())
             self._background.notify()
 
-    async def _ask_workers(self, controller: Controller) -> None:
-        controller.request_status()
-        await self._background.wait(
-            lambda: controller.cluster.workers.status_complete, self._status_limit_s
-        )
+    async def _fresh_cluster(self) -> Cluster | None:
+        """The cluster with the current numbers of every worker; None before the start."""
+        await self.restore()
+        if self._controller is None:
+            return None
+        self._controller.request_status()
+        cluster = self._controller.cluster
+        await self._background.wait(lambda: cluster.workers.status_complete, self._status_limit_s)
+        return cluster
 
     async def _serving_controller(self) -> Controller:
         """Raises ``ConflictError`` before the start."""

@@ -67,10 +67,7 @@ class Handoff:
             self._is_settled.set()
 
     async def restore(self) -> None:
-        """Continue the cluster of an earlier controller, if there was one.
-
-        Returns when that is done, or after a first failure, while retries continue.
-        """
+        """As ``ControllerActor.restore``."""
         if self._may_begin:
             self._may_begin = False
             self._background.spawn(self._restore())

@@ -21,8 +21,8 @@ class ProcessIdentity:
     """Its start, in seconds since 1970 as the kernel gives it."""
 
 
-def describe_self(_owner: object = None) -> ProcessIdentity:
-    """The calling process. The argument lets Ray call it on an actor."""
+def describe_self() -> ProcessIdentity:
+    """The calling process."""
     return ProcessIdentity(pid=os.getpid(), started_at=psutil.Process().create_time())
 
 

@@ -64,8 +64,14 @@ def plan_start(
     somewhere = [PlannedDevice()] * config.workers.num_expert_workers
     placement = first_placement(config, expected, somewhere)
     slots = max((len(s) for b in placement.banks for s in b.physical_to_logical), default=0)
+    workers = replace(
+        config.workers,
+        device=share.device,
+        cpus_per_worker=share.cpus or None,
+        gpus_per_worker=share.gpus,
+    )
     return StartPlan(
-        config=_resolved(config, share),
+        config=replace(config, workers=workers),
         placement=placement,
         share=share,
         num_slots=slots + config.workers.recovery_slots,
@@ -86,18 +92,17 @@ def expected_load(
     known = LoadProfile.from_dict(profile) if profile else None
     if known is not None and not fits(known, banks):
         known = None
+    loads = []
+    for bank in banks:
+        kind, layer = str(bank["bank"]), int(bank["layer"])
+        counts = known.counts(kind, layer) if known else (1.0,) * int(bank["num_experts"])
+        loads.append(BankLoad(bank=kind, layer=layer, counts=counts))
     return LoadProfile(
         model=config.model.served_model_name,
         top_k=max((int(b.get("top_k", 1)) for b in banks), default=1),
         tokens=known.tokens if known else 0,
-        banks=tuple(_bank_load(b, known) for b in banks),
+        banks=tuple(loads),
     )
-
-
-def _bank_load(bank: Mapping[str, Any], known: LoadProfile | None) -> BankLoad:
-    kind, layer = str(bank["bank"]), int(bank["layer"])
-    even = (1.0,) * int(bank["num_experts"])
-    return BankLoad(bank=kind, layer=layer, counts=known.counts(kind, layer) if known else even)
 
 
 def first_placement(
@@ -131,13 +136,3 @@ def _is_uneven(topology: PlannedTopology) -> bool:
     """Whether the assignment of experts to devices matters."""
     spreads = topology.num_redundant > 0 and len(set(topology.domains.tolist())) > 1
     return spreads or len({d.speed for d in topology.devices}) > 1
-
-
-def _resolved(config: ClusterConfig, share: WorkerShare) -> ClusterConfig:
-    workers = replace(
-        config.workers,
-        device=share.device,
-        cpus_per_worker=share.cpus or None,
-        gpus_per_worker=share.gpus,
-    )
-    return replace(config, workers=workers)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, ParamSpec, TypeVar, cast
+from itertools import accumulate, islice
+from typing import Any, ParamSpec, TypeVar
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
@@ -45,7 +46,7 @@ from cluster.actors.ray_tools import (
 from cluster.actors.worker_group_like import FoundWorker
 from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import NodeResources, WorkerShare, resolved_share
-from cluster.core.codec import from_plain, to_plain
+from cluster.core.codec import to_plain
 from cluster.core.errors import StartError, SupersededError
 from cluster.core.node_labels import selector_for
 from cluster.core.topology import Member, Role, holds_experts
@@ -64,7 +65,7 @@ _ANY_BUNDLE = -1
 class _Actor:
     """An existing worker actor."""
 
-    member: Member
+    name: str
     handle: Any
     node_id: str
     bundle: int = _ANY_BUNDLE
@@ -163,23 +164,20 @@ class WorkerGroup:
         ``StartError`` with the first failing worker's own words.
         """
         await _free_names([m.name for m in members])
-        has_places = any(m.name in self.nodes for m in members)
-        bundles = await asyncio.to_thread(self._bundles_by_node) if has_places else {}
+        bundles: defaultdict[str, list[int]] = defaultdict(list)
+        if any(m.name in self.nodes for m in members):
+            for bundle, node_id in enumerate(await asyncio.to_thread(self._bundle_nodes)):
+                bundles[node_id].append(bundle)
         created = []
         for member in members:
             node_id = self.nodes.get(member.name, "")
             bundle = bundles[node_id].pop(0) if node_id else self._free_bundle(member.role)
-            args: tuple[Any, ...] = (
-                dict(config),
-                to_plain(member),
-                control_address,
-                dict(extras[member.name]),
-            )
+            facts: Any = dict(config), to_plain(member), control_address, dict(extras[member.name])
             kind = self.classes[member.role]
             remote = kind if hasattr(kind, "remote") else ray.remote(kind)
             create: Any = remote.options(**self._options(member, bundle)).remote
-            handle = await asyncio.to_thread(create, *args)  # registers the name at Ray's head
-            actor = self._actors[member.name] = _Actor(member, handle, node_id, bundle)
+            handle = await asyncio.to_thread(create, *facts)  # registers the name at Ray's head
+            actor = self._actors[member.name] = _Actor(member.name, handle, node_id, bundle)
             created.append(self._bring_up(actor))
         await _all_or_first_error(created)
 
@@ -190,12 +188,12 @@ class WorkerGroup:
         waiting = list(self._actors.values())
         while waiting:
             await asyncio.sleep(_PING_S)
-            waiting = [a for a in waiting if not is_connected(a.member.name)]
+            waiting = [a for a in waiting if not is_connected(a.name)]
             for actor in list(waiting):
                 words = await _death_of(actor)
                 if words is not None:
                     waiting.remove(actor)
-                    on_died(actor.member.name, words)
+                    on_died(actor.name, words)
 
     def was_restarted(self) -> bool:
         return this_actor_was_restarted()
@@ -259,7 +257,7 @@ class WorkerGroup:
         try:
             async with asyncio.timeout(limit_s):
                 handle = await asyncio.to_thread(ray.get_actor, name, namespace=NAMESPACE)
-                self._actors[name] = _Actor(_member_of(name), handle, "")
+                self._actors[name] = _Actor(name, handle, "")
                 call: Any = handle.__ray_call__.remote(_introduce)
                 answer, process, node_id = await call
         except (ActorUnavailableError, TimeoutError) as err:
@@ -269,15 +267,13 @@ class WorkerGroup:
             logger.warning("%s has gone: %s", name, type(err).__name__)
             self._actors.pop(name, None)
             return None
-        found = FoundWorker(
+        self._actors[name] = _Actor(name, handle, node_id, process=process)
+        return FoundWorker(
             name=name,
             config=ClusterConfig.from_dict(answer["config"]),
             num_slots=int(answer["num_slots"]),
             has_called=bool(answer["has_called"]),
         )
-        member = from_plain(answer["member"], Member)
-        self._actors[name] = _Actor(member, handle, node_id, process=process)
-        return found
 
     # ---- placing --------------------------------------------------------------------------
 
@@ -314,22 +310,14 @@ class WorkerGroup:
         table = placement_group_table(self._group)["bundles_to_node_id"]
         return [str(table[i]) for i in range(len(table))]
 
-    def _bundles_by_node(self) -> dict[str, list[int]]:
-        by_node: dict[str, list[int]] = {}
-        for bundle, node in enumerate(self._bundle_nodes()):
-            by_node.setdefault(node, []).append(bundle)
-        return by_node
-
     # ---- starting -------------------------------------------------------------------------
 
     async def _bring_up(self, actor: _Actor) -> None:
-        name = actor.member.name
         try:
-            where = await actor.handle.__ray_call__.remote(_find_self)
-            actor.process, actor.node_id = where
+            actor.process, actor.node_id = await actor.handle.__ray_call__.remote(_find_self)
             await actor.handle.start.remote()
         except RayError as err:
-            raise StartError(name, words_of(err)) from err
+            raise StartError(actor.name, words_of(err)) from err
 
     # ---- ending ---------------------------------------------------------------------------
 
@@ -337,11 +325,10 @@ class WorkerGroup:
         try:
             await self._end_process(actor)
         except BaseException:
-            self._actors[actor.member.name] = actor  # it may live: another call tries again
+            self._actors[actor.name] = actor  # it may live: another call tries again
             raise
 
     async def _end_process(self, actor: _Actor) -> None:
-        name = actor.member.name
         stopped = False
         try:
             call = actor.handle.stop.remote(self._term, self._identity)
@@ -350,7 +337,7 @@ class WorkerGroup:
         except (RayError, TimeoutError) as err:
             if isinstance(err, RayTaskError) and isinstance(err.cause, SupersededError):
                 raise err.cause from err
-            logger.info("%s did not stop by itself: %s", name, type(err).__name__)
+            logger.info("%s did not stop by itself: %s", actor.name, type(err).__name__)
         await self._check_term()
         if not stopped:
             await self._kill_by_pid(actor)
@@ -390,20 +377,10 @@ async def _in_time(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
     return await asyncio.wait_for(asyncio.to_thread(call, *args, **kwargs), _CALL_LIMIT_S)
 
 
-def _member_of(name: str) -> Member:
-    """The rank in a worker's name: ``expert-1.2`` has rank 1."""
-    role, _, rest = name.partition("-")
-    return Member(name=name, role=cast(Role, role), rank=int(rest.partition(".")[0]), device=-1)
-
-
 def _ranges(pools: Mapping[Role, int]) -> dict[Role, range]:
     """Bundles of each role, in the order of the pools."""
-    ranges: dict[Role, range] = {}
-    first = 0
-    for role, number in pools.items():
-        ranges[role] = range(first, first + number)
-        first += number
-    return ranges
+    ends = accumulate(pools.values())
+    return {role: range(end - n, end) for (role, n), end in zip(pools.items(), ends, strict=True)}
 
 
 def _selectors(pools: Mapping[Role, int]) -> list[dict[str, str]]:

@@ -52,11 +52,8 @@ class PeerReport:
     """A report of one worker that it lost another. ``at`` is in monotonic seconds."""
 
     reporter: str
-    """The reporting worker."""
     suspect: str
-    """The worker that it lost."""
     reason: str
-    """The reporter's reason."""
     at: float
     """Time at which the controller received it."""
 

@@ -130,7 +130,7 @@ class SimWorker:
         before, kernel.process = kernel.process, self.process
         try:
             if method == "introduce":
-                return self.args.to_plain()
+                return self.args
             if method == "stop":
                 self.runtime.follow(*args)
                 return self.runtime.stop()

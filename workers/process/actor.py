@@ -63,7 +63,9 @@ class WorkerActor(ABC):
 
     def introduce(self) -> dict[str, Any]:
         """Facts that a restarted controller needs before this worker can connect to it."""
-        return {**self._runtime.args.to_plain(), "has_called": self._runtime.has_called}
+        args = self._runtime.args
+        facts = {"config": args.config.to_dict(), "num_slots": args.num_slots}
+        return {**facts, "has_called": self._runtime.has_called}
 
     def redirect(self, control_address: str) -> None:
         """Connect to a restarted controller.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cluster.config.cluster import ClusterConfig
-from cluster.core.codec import from_plain, to_plain
+from cluster.core.codec import from_plain
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Member
 
@@ -54,15 +54,6 @@ class WorkerArgs:
             placement=None if placement is None else ExpertPlacement.from_dict(placement),
             num_slots=int(extra.get("num_slots", 0)),
         )
-
-    def to_plain(self) -> dict[str, Any]:
-        """The facts that a restarted controller needs (``WorkerActor.introduce``)."""
-        return {
-            "member": to_plain(self.member),
-            "config": self.config.to_dict(),
-            "threads": self.threads,
-            "num_slots": self.num_slots,
-        }
 
     @property
     def device(self) -> torch.device:

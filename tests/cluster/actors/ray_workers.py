@@ -60,13 +60,7 @@ class TrivialWorker:
         self._client.send(WorkerReady())
 
     def introduce(self) -> dict[str, Any]:
-        return {
-            "member": self._member,
-            "config": self._config,
-            "threads": self.threads,
-            "num_slots": 0,
-            "has_called": True,
-        }
+        return {"config": self._config, "num_slots": 0, "has_called": True}
 
     def redirect(self, control_address: str) -> None:
         self._client.redirect(control_address)

@@ -200,7 +200,7 @@ def test_a_cluster_starts_answers_and_stops() -> None:
         assert await actor.origin() == {"asked": None, "config": None}
         await actor.start(_config(), BANKS, profile.to_dict(), {"--port": "1"})
         snapshot = await _until(actor, "SERVING")
-        assert (await actor.control_address()).startswith("127.0.0.1:")
+        assert actor._address.startswith("127.0.0.1:")
         assert snapshot["generation"] == 1
         assert group.config["workers"]["cpus_per_worker"] == 0.6666
         assert group.config["workers"]["device"] == "cpu"

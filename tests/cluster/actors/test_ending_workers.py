@@ -15,7 +15,6 @@ from cluster.actors import worker_group
 from cluster.actors.process import ProcessIdentity
 from cluster.actors.worker_group import WorkerGroup
 from cluster.core.errors import SupersededError
-from tests.harness.members import member_of
 from workers.process.lease import TermGuard
 
 PROCESS = ProcessIdentity(pid=7, started_at=0.0)
@@ -76,7 +75,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Killed:
 
 async def _group(handle: Handle) -> WorkerGroup:
     group = WorkerGroup({})
-    actor = worker_group._Actor(member_of("expert-0"), handle, "here", process=PROCESS)
+    actor = worker_group._Actor("expert-0", handle, "here", process=PROCESS)
     group._actors["expert-0"] = actor
     await group.claim(1, "a controller")
     return group

@@ -43,7 +43,7 @@ def come_as_worker(cluster: ThreadCluster) -> str:
         raise AssertionError(f"{frame} was sent to a worker that was refused")
 
     client = ControlClient(
-        cluster.call("control_address"),
+        cluster.actor._address,
         TOKEN,
         "expert-0",
         nothing,
