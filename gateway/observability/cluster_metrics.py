@@ -3,115 +3,116 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-)
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
-
-from cluster.core.metric_families import MergedFamilies
+from cluster.core.metric_families import PlainFamily
 from cluster.core.states import ClusterState
 from cluster.core.topology import holds_experts, runs_attention
 from gateway.cluster.view import Snapshot
-from gateway.observability.metric_texts import GAUGES, TEXTS
 
 _LABEL = r'[a-z_]+="[^"\\\n]*"'
 _LEGAL_NAME = re.compile(rf"([a-zA-Z_][a-zA-Z0-9_]*)(?:\{{({_LABEL}(?:,{_LABEL})*)\}})?")
 """The name of a worker's number, with or without labels."""
 _HISTOGRAM = re.compile("(.+)_(?:bucket|count|sum)")
 """A number that belongs to a histogram of the first group's name."""
+_GAUGES = frozenset({"kv_blocks_total"})
+"""Gauges whose names end like those of counters."""
+_TEXTS = {
+    "num_requests_running": "Sequences in the running batch of a worker",
+    "num_requests_waiting": "Sequences waiting at a worker",
+    "num_requests_waiting_by_reason": "Sequences waiting at a worker, by reason",
+    "iteration_tokens_total": "Tokens per step of a worker",
+    "kv_cache_usage_perc": "Share of KV blocks in use, 0 to 1",
+    "kv_blocks_free": "Free KV blocks",
+    "kv_blocks_total": "KV blocks of a worker",
+    "num_preemptions_total": "Preempted sequences",
+    "prefix_cache_queries_total": "Prompt tokens looked up in the prefix cache, for every choice",
+    "prefix_cache_hits_total": "Prompt tokens found in the prefix cache, for every choice",
+    "prompt_tokens_cached_total": "Prompt tokens found in the prefix cache, each prompt once",
+    "steps_total": "Steps that a worker has committed or served",
+    "steps_abandoned_total": "Steps that were abandoned and run again",
+    "choices_stop_total": "Choices that ended at a stop string, stop token or end of sequence",
+    "choices_length_total": "Choices that ended at their maximum length",
+    "choices_abort_total": "Choices that were aborted",
+    "choices_error_total": "Choices that failed",
+    "kv_migration_seconds": "Time to fetch KV blocks from another attention worker",
+    "kv_migration_bytes_total": "Bytes of KV blocks fetched from other attention workers",
+    "kv_migration_failures_total": "Failed fetches of KV blocks, whose prompts were computed",
+    "attention_compute_seconds": "Time of attention and router per layer, one step in 8",
+    "dispatch_seconds": "Time to dispatch the tokens of a layer to the experts, one step in 8",
+    "combine_seconds": "Time waiting for the expert outputs of a layer, one step in 8",
+    "expert_compute_seconds": "Time of expert computation per layer, one step in 8",
+    "bubble_seconds": "Time per step that a worker waited for other workers, one step in 8",
+    "dispatch_bytes_total": "Bytes received (dispatch) and returned (combine) by an expert worker",
+    "dispatch_padding_ratio": "Share of padding in the rows exchanged with an expert worker",
+    "placement_epoch": "Placement epoch in force at a worker",
+    "placement_epoch_lag": "Placement epochs between a worker and the newest",
+    "cache_config_info": "Configuration of a worker's KV cache",
+    "expert_worker_tokens_total": "Pairs of token and expert computed",
+    "expert_worker_slots": "Expert slots of a worker in its largest bank",
+    "expert_worker_busy_seconds_total": "Time that an expert worker spent in steps",
+    "expert_worker_up": "1 while a worker is ready or serves",
+}
+"""Help texts by name of the metric; a histogram's samples share the name of their family."""
 
 
-@dataclass(frozen=True, eq=False)
-class ClusterCollector(Collector):
-    """The controller's metrics and the workers' numbers, read from its snapshot at each scrape.
+def cluster_families(
+    snapshot: Snapshot, taken: Collection[str], cache_config: Mapping[str, str]
+) -> Iterator[PlainFamily]:
+    """The controller's metrics and the workers' numbers; a family may come in several parts.
 
     Args:
-        model_name: label of every series.
-        prefix: in front of every name.
-        snapshot: the controller's latest, None while there is none.
+        snapshot: the controller's latest.
         taken: numbers of workers that the gateway counts itself, and are left out.
         cache_config: labels of ``cache_config_info``.
     """
+    current = snapshot.get("state")
+    yield {
+        "name": "cluster_state",
+        "text": "1 for the state that the cluster is in",
+        "type": "gauge",
+        "samples": [
+            ["cluster_state", {"state": state.value}, float(state.value == current)]
+            for state in ClusterState
+        ],
+    }
+    yield from snapshot.get("metrics", ())
+    epoch = int(snapshot.get("placement_epoch") or 0)
+    for worker in snapshot.get("workers", ()):
+        labels = _labels(worker)
+        for key, value in _numbers(worker, epoch, cache_config).items():
+            match = _LEGAL_NAME.fullmatch(key)
+            if match is not None and match[1] not in taken:
+                samples = [[match[1], labels | _labels_of(match[2] or ""), value]]
+                yield {**_family(match[1]), "samples": samples}
 
-    model_name: str
-    prefix: str
-    snapshot: Callable[[], Snapshot | None]
-    taken: frozenset[str]
-    cache_config: Mapping[str, str]
 
-    def collect(self) -> Iterator[Metric]:
-        """Nothing while there is no snapshot."""
-        snapshot = self.snapshot()
-        if snapshot is None:
-            return
-        yield self._state(str(snapshot.get("state")))
-        controller = MergedFamilies(self.prefix)
-        controller.add(snapshot.get("metrics", ()), model_name=self.model_name)
-        yield from controller.collect()
-        yield from self._of_workers(snapshot)
+def _numbers(
+    worker: Mapping[str, Any], epoch: int, cache_config: Mapping[str, str]
+) -> dict[str, float]:
+    numbers = {name: float(value) for name, value in (worker.get("stats") or {}).items()}
+    own = numbers.setdefault("placement_epoch", epoch)
+    numbers["placement_epoch_lag"] = max(epoch - own, 0.0)
+    if holds_experts(worker["role"]):
+        is_up = worker["state"] in ("READY", "SERVING")
+        numbers["expert_worker_up"] = float(is_up)
+        numbers["expert_worker_slots"] = float(worker.get("slots") or 0)
+    if runs_attention(worker["role"]) and cache_config:
+        config = {**cache_config, "num_blocks": worker.get("kv_blocks_total") or 0}
+        labels = ",".join(f'{name}="{value}"' for name, value in config.items())
+        numbers[f"cache_config_info{{{labels}}}"] = 1.0
+    if worker.get("kv_usage") is not None:
+        numbers.setdefault("kv_cache_usage_perc", float(worker["kv_usage"]))
+    return numbers
 
-    def _state(self, current: str) -> Metric:
-        family = GaugeMetricFamily(
-            self.prefix + "cluster_state",
-            "1 for the state that the cluster is in",
-            labels=("model_name", "state"),
-        )
-        for state in ClusterState:
-            family.add_metric((self.model_name, state.value), float(state.value == current))
-        return family
 
-    def _of_workers(self, snapshot: Snapshot) -> Iterable[Metric]:
-        families: dict[str, Metric] = {}
-        for worker in snapshot.get("workers", ()):
-            numbers = self._numbers(worker, int(snapshot.get("placement_epoch") or 0))
-            for key, value in numbers.items():
-                match = _LEGAL_NAME.fullmatch(key)
-                if match is None or match[1] in self.taken:
-                    continue
-                labels = self._labels(worker) | _labels_of(match[2] or "")
-                family = families.setdefault(_family_name(match[1]), self._family(match[1]))
-                family.add_sample(self.prefix + match[1], labels, value)
-        return families.values()
-
-    def _numbers(self, worker: Mapping[str, Any], epoch: int) -> dict[str, float]:
-        numbers = {name: float(value) for name, value in (worker.get("stats") or {}).items()}
-        own = numbers.setdefault("placement_epoch", epoch)
-        numbers["placement_epoch_lag"] = max(epoch - own, 0.0)
-        if holds_experts(worker["role"]):
-            is_up = worker["state"] in ("READY", "SERVING")
-            numbers["expert_worker_up"] = float(is_up)
-            numbers["expert_worker_slots"] = float(worker.get("slots") or 0)
-        if runs_attention(worker["role"]) and self.cache_config:
-            config = {**self.cache_config, "num_blocks": worker.get("kv_blocks_total") or 0}
-            labels = ",".join(f'{name}="{value}"' for name, value in config.items())
-            numbers[f"cache_config_info{{{labels}}}"] = 1.0
-        if worker.get("kv_usage") is not None:
-            numbers.setdefault("kv_cache_usage_perc", float(worker["kv_usage"]))
-        return numbers
-
-    def _labels(self, worker: Mapping[str, Any]) -> dict[str, str]:
-        return {
-            "model_name": self.model_name,
-            "engine": str(worker["rank"]) if runs_attention(worker["role"]) else "",
-            "worker": str(worker["name"]),
-            "node": str(worker.get("node") or ""),
-        }
-
-    def _family(self, name: str) -> Metric:
-        family = _family_name(name)
-        text = TEXTS.get(family, family)
-        if family != name:
-            return HistogramMetricFamily(self.prefix + family, text, labels=())
-        if name.endswith("_total") and name not in GAUGES:
-            return CounterMetricFamily(self.prefix + name.removesuffix("_total"), text, labels=())
-        return GaugeMetricFamily(self.prefix + name, text, labels=())
+def _labels(worker: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "engine": str(worker["rank"]) if runs_attention(worker["role"]) else "",
+        "worker": str(worker["name"]),
+        "node": str(worker.get("node") or ""),
+    }
 
 
 def _labels_of(text: str) -> dict[str, str]:
@@ -120,7 +121,18 @@ def _labels_of(text: str) -> dict[str, str]:
     return {name: value.strip('"') for name, value in pairs}
 
 
-def _family_name(name: str) -> str:
-    """Samples of a histogram have its name and an ending."""
-    histogram = _HISTOGRAM.fullmatch(name)
-    return name if histogram is None else histogram[1]
+def _family(name: str) -> PlainFamily:
+    """The family of a worker's number, without samples."""
+    if histogram := _HISTOGRAM.fullmatch(name):
+        return {
+            "name": histogram[1],
+            "text": _TEXTS.get(histogram[1], histogram[1]),
+            "type": "histogram",
+        }
+    is_counter = name.endswith("_total") and name not in _GAUGES
+    family = name.removesuffix("_total") if is_counter else name
+    return {
+        "name": family,
+        "text": _TEXTS.get(name, name),
+        "type": "counter" if is_counter else "gauge",
+    }

@@ -7,7 +7,7 @@ a request id, a key or a user.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from prometheus_client import Counter, Histogram, generate_latest
@@ -15,8 +15,8 @@ from prometheus_client import Counter, Histogram, generate_latest
 from cluster.core.metric_families import MergedFamilies, PlainFamily, new_registry, to_plain
 from gateway.cluster.view import Snapshot
 from gateway.core.replay import ReplayCause
-from gateway.observability.cluster_metrics import ClusterCollector
-from gateway.observability.load_metrics import LoadCollector
+from gateway.observability.cluster_metrics import cluster_families
+from gateway.observability.load_metrics import load_families
 from workers.requests.request import Timings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -56,6 +56,8 @@ class GatewayMetrics:
     ) -> None:
         self._model_name = model_name
         self._prefix = prefix
+        self._snapshot, self._load = snapshot, load
+        self._cache_config, self._all_experts = cache_config or {}, all_experts
         self._registry = registry = new_registry()
         count, labels = partial(Counter, registry=registry), ("engine",)
         success = count(
@@ -66,8 +68,9 @@ class GatewayMetrics:
             name: Histogram(name, text, labels, registry=registry, buckets=buckets)
             for name, (text, buckets) in _ENGINE_HISTOGRAMS.items()
         }
-        self._make_engine = partial(EngineMetrics, success, counters, histograms)
-        self._engines: dict[str, EngineMetrics] = {}
+        make_engine = partial(EngineMetrics, success, counters, histograms)
+        self.engine: Callable[[str], EngineMetrics] = cache(make_engine)
+        """What is counted of one engine: the index of an attention worker, "" before any has it."""
         self.http_requests = count("http_requests", "HTTP requests", ("route", "method", "status"))
         self.grpc_requests = count("grpc_requests", "gRPC requests", ("service", "method", "code"))
         self.client_disconnects = count(
@@ -94,19 +97,9 @@ class GatewayMetrics:
             registry=registry,
             buckets=_ITL_BUCKETS,
         )
-        own = {f"{f.name}_total" if f.type == "counter" else f.name for f in registry.collect()}
-        self._cluster = new_registry()
-        self._cluster.register(
-            ClusterCollector(model_name, prefix, snapshot, frozenset(own), cache_config or {})
-        )
-        self._cluster.register(LoadCollector(model_name, prefix, load, all_experts))
-
-    def engine(self, index: str) -> EngineMetrics:
-        """What is counted of one engine: the index of an attention worker, "" before any has it."""
-        found = self._engines.get(index)
-        if found is None:
-            found = self._engines[index] = self._make_engine(index)
-        return found
+        self._own = {
+            f"{f.name}_total" if f.type == "counter" else f.name for f in registry.collect()
+        }
 
     def own_families(self) -> list[PlainFamily]:
         """What this replica counts, as plain data for another one."""
@@ -123,7 +116,16 @@ class GatewayMetrics:
             own.add(self.own_families(), model_name=self._model_name)
         for name, families in (replicas or {}).items():
             own.add(families, model_name=self._model_name, gateway=name)
-        return generate_latest(own) + generate_latest(self._cluster)
+        return generate_latest(own) + generate_latest(self._cluster_families())
+
+    def _cluster_families(self) -> MergedFamilies:
+        families, model = MergedFamilies(self._prefix), self._model_name
+        if (snapshot := self._snapshot()) is not None:
+            found = cluster_families(snapshot, self._own, self._cache_config)
+            families.add(found, model_name=model)
+        if (load := self._load()) is not None:
+            families.add(load_families(load, self._all_experts), model_name=model)
+        return families
 
 
 _ENGINE_COUNTERS = {
