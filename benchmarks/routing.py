@@ -229,11 +229,8 @@ def _route(
 ) -> Route:
     loads = [worker.load for worker in workers]
     if policy is not RoutingPolicy.KV:
-        choice = pick_worker(loads, policy, num_routed)
-    else:
-        choice = route_by_kv(index, prompt.names, loads, num_routed, prompt.tokens, BLOCK_TOKENS)
-    assert choice is not None, "there are workers"
-    return choice
+        return pick_worker(loads, policy, num_routed)
+    return route_by_kv(index, prompt.names, loads, num_routed, prompt.tokens, BLOCK_TOKENS)
 
 
 def decision_s(num_workers: int, num_blocks: int, repeats: int) -> float:

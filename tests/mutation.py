@@ -94,7 +94,7 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
     },
     "gateway/engines/router.py": {
         "load.fetch_cost < math.inf": "speed: no worker fetches at an infinite cost",
-        "own < peer.tokens": "a fetch of nothing has a cost, and so is never the best",
+        "lacks > rest": "a fetch of nothing has a cost, and so is never the best",
     },
     "workers/engine/scheduler.py": {
         "limit - missing": "speed: the sum is cut to the limit",

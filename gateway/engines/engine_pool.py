@@ -138,7 +138,6 @@ class EnginePool:
             for client in clients.values():
                 client.load.outstanding_tokens = client.outstanding_tokens
             choice = pick_worker(loads, self._policy, self._num_routed)
-        assert choice is not None, "there are workers"
         self._num_routed += 1
         entry.missing_tokens = max(tokens - choice.cached_tokens, 0)
         entry.kv_peer = choice.peer

@@ -73,11 +73,11 @@ def pick_worker(
     prompt_tokens: int = 0,
     cached_tokens: Mapping[str, int] | None = None,
     peer: KvPeer | None = None,
-) -> Route | None:
-    """The worker for the next request; None if there is none.
+) -> Route:
+    """The worker for the next request.
 
     Args:
-        loads: the workers that can take requests, in a fixed order.
+        loads: the workers that can take requests, one at least, in a fixed order.
         policy: how to choose.
         num_routed: number of requests routed so far; decides round-robin and equal loads.
         prompt_tokens: length of the request's prompt.
@@ -91,8 +91,6 @@ def pick_worker(
     Example: loads a=5, b=2, c=2 and num_routed 3 give c with least-loaded (b and c alternate) and
     a with round-robin (3 mod 3 = 0).
     """
-    if not loads:
-        return None
     known = cached_tokens or {}
     if policy is RoutingPolicy.ROUND_ROBIN:
         return _route(loads[num_routed % len(loads)], known)
@@ -101,12 +99,12 @@ def pick_worker(
     else:
         get = known.get
         waits = [x.queued_tokens + DECODE_TOKENS * x.num_decoding for x in loads]
-        costs = [
-            wait + MISSING_WEIGHT * (prompt_tokens - get(x.name, 0))
-            for x, wait in zip(loads, waits, strict=True)
-        ]
+        missing = [prompt_tokens - get(x.name, 0) for x in loads]
+        costs = [w + MISSING_WEIGHT * m for w, m in zip(waits, missing, strict=True)]
         if peer is not None:
-            return _best_with_fetches(loads, waits, costs, num_routed, prompt_tokens, known, peer)
+            fetches = _fetch_costs(loads, waits, missing, prompt_tokens - peer.tokens)
+            if min(fetches) < min(costs):
+                return Route(_best(loads, fetches, num_routed), peer.tokens, peer.name)
     return _route(_best(loads, costs, num_routed), known)
 
 
@@ -117,7 +115,7 @@ def route_by_kv(
     num_routed: int,
     prompt_tokens: int,
     block_size: int,
-) -> Route | None:
+) -> Route:
     """``pick_worker`` by ``kv``, for a prompt whose full blocks have these (short) hashes."""
     matches = index.matches(hashes)
     cached = {worker: count * block_size for worker, count in matches.items()}
@@ -128,29 +126,15 @@ def route_by_kv(
     return pick_worker(loads, RoutingPolicy.KV, num_routed, prompt_tokens, cached, peer)
 
 
-def _best_with_fetches(
-    loads: Sequence[WorkerLoad],
-    waits: Sequence[float],
-    costs: Sequence[float],
-    num_routed: int,
-    prompt_tokens: int,
-    known: Mapping[str, int],
-    peer: KvPeer,
-) -> Route:
-    """The result without fetches, or that of a worker which is better off with one."""
-    missing = MISSING_WEIGHT * (prompt_tokens - peer.tokens)
-    least = min(costs)
-    best: list[WorkerLoad] = []
-    for load, wait in zip(loads, waits, strict=True):
-        own = known.get(load.name, 0)
-        took = FETCH_TOKENS + (peer.tokens - own) * load.fetch_cost
-        cost = max(wait, took) + took + missing
-        if own < peer.tokens and (cost < least or (best and cost == least)):
-            best = [*best, load] if cost == least else [load]
-            least = cost
-    if best:
-        return Route(best[num_routed % len(best)], peer.tokens, peer.name)
-    return _route(_best(loads, costs, num_routed), known)
+def _fetch_costs(
+    loads: Sequence[WorkerLoad], waits: Sequence[float], missing: Sequence[int], rest: int
+) -> list[float]:
+    """Costs with a fetch of all tokens but ``rest``; infinite where no more are missing."""
+    costs = []
+    for load, wait, lacks in zip(loads, waits, missing, strict=True):
+        took = FETCH_TOKENS + (lacks - rest) * load.fetch_cost
+        costs.append(max(wait, took) + took + MISSING_WEIGHT * rest if lacks > rest else math.inf)
+    return costs
 
 
 def _route(load: WorkerLoad, known: Mapping[str, int]) -> Route:
