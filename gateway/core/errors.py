@@ -36,7 +36,6 @@ from cluster.core.errors import (
 
 ERROR_DOMAIN = "expertmesh"
 """Domain of ``google.rpc.ErrorInfo``."""
-_RETRY_LIMITS_S = (1.0, 60.0)
 
 
 class ClientGoneError(ExpertMeshError):
@@ -48,16 +47,11 @@ class RouteError(ExpertMeshError):
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message, status)
-        self.message = message
         self.status = status
+        self.code = "method_not_allowed" if status == 405 else "not_found"
 
     def __str__(self) -> str:
-        return self.message
-
-    @property
-    def code(self) -> str:
-        """``error.code`` of the answer."""
-        return "method_not_allowed" if self.status == 405 else "not_found"
+        return str(self.args[0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,15 +141,9 @@ def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
     """``error`` as the client sees it."""
     row = next((row for row in _TABLE if isinstance(error, row[0])), None)
     if row is None:
-        return ErrorReport(
-            http_status=500,
-            grpc_code=_CODES.INTERNAL,
-            type="server_error",
-            code="internal_error",
-            message=f"internal error in request {request_id}",
-        )
+        return report_error(RequestFailedError(f"internal error in request {request_id}"))
     _, status, type_, code, grpc_code = row
-    is_last = isinstance(error, _LAST_WORDS)
+    is_last, retry_s = isinstance(error, _LAST_WORDS), getattr(error, "retry_after_s", None)
     if isinstance(error, RouteError):
         status = error.status
     elif isinstance(error, DeadlineExceededError) and error.started:
@@ -167,7 +155,7 @@ def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
         code=code or getattr(error, "code", ""),
         message=str(error),
         param=getattr(error, "param", None),
-        retry_after_s=_retry_after(error),
+        retry_after_s=None if retry_s is None else clamp_retry_s(retry_s),
         should_retry=False if is_last else None,
     )
 
@@ -195,10 +183,4 @@ def error_from_engine(
 
 def clamp_retry_s(seconds: float) -> float:
     """A retry time within what clients honour (1 to 60 s)."""
-    low, high = _RETRY_LIMITS_S
-    return min(max(seconds, low), high)
-
-
-def _retry_after(error: BaseException) -> float | None:
-    seconds = getattr(error, "retry_after_s", None)
-    return None if seconds is None else clamp_retry_s(seconds)
+    return min(max(seconds, 1.0), 60.0)
