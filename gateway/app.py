@@ -73,7 +73,9 @@ class GatewayReplica:
         grpc_port = await self._grpc.start()
         self._admin = AdminApi(self._gateway, section)
         await self._admin.start()
-        host = _node_address() if section.host in ("0.0.0.0", "::") else section.host
+        host = section.host
+        if host in ("0.0.0.0", "::"):
+            host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._gateway.addresses = {
             "pid": os.getpid(),
             "http": f"{host}:{section.port}",
@@ -118,10 +120,6 @@ class GatewayReplica:
     async def _stop_tracing(self) -> None:
         if self._gateway.tracing is not None:
             await asyncio.to_thread(self._gateway.tracing.export.stop)
-
-
-def _node_address() -> str:
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def build_app(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -38,23 +38,16 @@ class AdminCalls:
         self._gateway = gateway
         self._ask = partial(gateway.cluster.ask, limit_s=CALL_LIMIT_S)
 
-    def find(self, name: str) -> Callable[[Any], Any]:
-        """The procedure of a name: it returns what is awaited, or an asynchronous generator."""
-        procedure: Callable[[Any], Any] = getattr(self, name)
-        return procedure
-
     # ---- queries --------------------------------------------------------------------------
 
     async def GetPlacement(self, request: pb.GetPlacementRequest) -> pb.Placement:
         """The placement: which device holds which copy of which expert."""
         found = await self._ask("placement")
-        banks = [
-            b
-            for b in found["banks"]
-            if not request.HasField("layer") or b["layer"] == request.layer
-        ]
-        if request.HasField("layer") and not banks:
-            raise RequestError(f"layer {request.layer} has no expert bank", "layer")
+        banks = found["banks"]
+        if request.HasField("layer"):
+            banks = [bank for bank in banks if bank["layer"] == request.layer]
+            if not banks:
+                raise RequestError(f"layer {request.layer} has no expert bank", "layer")
         return pb.Placement(epoch=found["epoch"], banks=map(_bank_maps, banks))
 
     async def GetExpertLoad(self, request: pb.GetExpertLoadRequest) -> pb.ExpertLoad:

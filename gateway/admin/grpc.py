@@ -40,7 +40,7 @@ class AdminGrpcServer(ServicePort):
         )
 
     def _find(self, name: str) -> Procedure:
-        procedure = self._calls.find(name)
+        procedure = getattr(self._calls, name)
         if not SERVICE.methods_by_name[name].server_streaming:
             return lambda request, call: procedure(request)
 

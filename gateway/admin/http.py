@@ -81,7 +81,7 @@ class _Endpoint:
         except json_format.ParseError as err:
             raise RequestError(f"not a {message.DESCRIPTOR.name}: {err}") from err
         answer = json_format.MessageToDict(
-            await self.calls.find(self.name)(message),
+            await getattr(self.calls, self.name)(message),
             preserving_proto_field_name=True,
             always_print_fields_with_no_presence=True,
         )
@@ -133,7 +133,6 @@ class AdminHttpServer:
         )
         self._server = _Uvicorn(config)
         self._task: asyncio.Task[None] | None = None
-        self.port = 0
 
     async def start(self) -> int:
         """Bind and serve; returns the port. Raises ``StartError``."""
@@ -142,12 +141,12 @@ class AdminHttpServer:
         except OSError as err:
             address = f"{self._host}:{self._wanted_port}"
             raise StartError("admin HTTP", f"cannot bind {address}: {err}") from err
-        self.port = int(listener.getsockname()[1])
+        port = int(listener.getsockname()[1])
         self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
         async with asyncio.timeout(_START_LIMIT_S):
             while not self._server.started and not self._task.done():
                 await asyncio.sleep(0.01)
-        return self.port
+        return port
 
     async def stop(self) -> None:
         if self._task is not None:
