@@ -107,6 +107,7 @@ class Worker:
         self._rules = rules
         self._index = index
         self._order = EvictionOrder(USED_AGE if rules.evicts_together else 1.0)
+        self._here: set[bytes] = set()
         self._number = 0
         self._reports: deque[_Computed] = deque()
         index.apply(name, KvEvents(number=0, is_whole=True))
@@ -124,7 +125,7 @@ class Worker:
 
     def num_cached(self, names: Sequence[bytes]) -> int:
         """Blocks of a prompt that are here."""
-        return next((i for i, name in enumerate(names) if name not in self._order), len(names))
+        return next((i for i, name in enumerate(names) if name not in self._here), len(names))
 
     def take(
         self, names: Sequence[bytes], tokens: int, now_s: float, peer: Worker | None = None
@@ -153,9 +154,9 @@ class Worker:
 
     def _keep(self, names: Sequence[bytes], num_found: int) -> None:
         order = self._order
-        stored = [name for name in names if name not in order]
+        stored = [name for name in names if name not in self._here]
         for place, name in enumerate(names):
-            if name in order:
+            if name in self._here:
                 order.hold(name)
             else:
                 order.learn(name, names[place - 1] if place else None)
@@ -163,10 +164,12 @@ class Worker:
                 order.find(name)
         for name in reversed(names):  # the end of a sequence goes first
             order.release(name)
+        self._here.update(names)
         removed = []
-        while order.num_known > CACHE_BLOCKS:
+        while len(self._here) > CACHE_BLOCKS:
             removed.append(order.pop())
             order.forget(removed[-1])
+            self._here.remove(removed[-1])
         self._number += 1
         gone = set(removed)
         kept = tuple(name for name in stored if name not in gone)

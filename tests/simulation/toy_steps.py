@@ -203,7 +203,7 @@ class ToySampler:
             sequence = planned.sequence
             if planned.draws_token:
                 token = next_token(state, sequence.params.seed, len(sequence.output))
-                tokens.complete.append(sequence)
+                tokens.complete[sequence] = 0
                 tokens.drawn[sequence] = Drawn(token)
         return tokens
 
@@ -230,7 +230,7 @@ class ToyExpertServer(ExpertServer):
         with self._activity:
             received = self._transport.receive_bytes(Tag(bank.index, 0, 0, "rows"), ranks)
         work(0.003)
-        slots: ToyBank = self._slots.banks[bank.index]
+        slots: ToyBank = self._slots[bank.index]
         filled = self._filled[bank.index].table.tolist()[:-1]
         for rank, (count, data) in zip(ranks, received, strict=True):
             wanted = struct.unpack(f"!{count}H", data)

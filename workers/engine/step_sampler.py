@@ -6,7 +6,7 @@ Nothing here changes a sequence: the engine commits the results, or drops them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -38,8 +38,8 @@ _SCORED_ROWS = 64
 class StepTokens:
     """Tokens and scores of a step, before the commit."""
 
-    complete: list[SequenceState] = field(default_factory=list)
-    """Sequences whose newest token was in the step: they draw one, or are scored only."""
+    complete: dict[SequenceState, int] = field(default_factory=dict)
+    """Sequences whose newest token was in the step, and its row: they draw one, or are scored."""
     drawn: dict[SequenceState, Drawn] = field(default_factory=dict)
     scored: dict[SequenceState, list[TokenLogprob]] = field(default_factory=dict)
     failed: dict[SequenceState, Failure] = field(default_factory=dict)
@@ -87,7 +87,6 @@ class StepSampler:
     def draw(self, plan: StepPlan, result: StepResult) -> StepTokens:
         """Tokens of a plan that ran to its last layer. Changes nothing."""
         tokens = StepTokens()
-        ends: dict[SequenceState, int] = {}
         for planned, first_row, is_finite in zip(
             plan.rows, result.first_row, result.finite, strict=True
         ):
@@ -95,10 +94,9 @@ class StepSampler:
             if not is_finite or not self._read(tokens, planned, first_row, result):
                 tokens.failed[sequence] = NOT_FINITE
             elif planned.draws_token:
-                tokens.complete.append(sequence)
-                ends[sequence] = first_row + planned.count - 1
-        self._draw(tokens, ends, result.hidden)
-        self._classify(tokens, ends, result.hidden)
+                tokens.complete[sequence] = first_row + planned.count - 1
+        self._draw(tokens, result.hidden)
+        self._classify(tokens, result.hidden)
         return tokens
 
     def _read(
@@ -143,12 +141,12 @@ class StepSampler:
             entries += self._score(logits, scored, num_top)
         return entries
 
-    def _draw(self, tokens: StepTokens, ends: Mapping[SequenceState, int], hidden: Tensor) -> None:
+    def _draw(self, tokens: StepTokens, hidden: Tensor) -> None:
         """A token for every complete sequence that may have one."""
         sampled = [s for s in tokens.complete if s.params.max_tokens]
         if not sampled:
             return
-        logits = self._logits(hidden[[ends[sequence] for sequence in sampled]])
+        logits = self._logits(hidden[[tokens.complete[sequence] for sequence in sampled]])
         found = self._sample(logits, [self._processors[sequence].row() for sequence in sampled])
         for sequence, drawn in zip(sampled, found, strict=True):
             if drawn.failure is None:
@@ -156,14 +154,13 @@ class StepSampler:
             else:
                 self._fail(tokens, sequence, self._failure(sequence, drawn.failure))
 
-    def _classify(
-        self, tokens: StepTokens, ends: Mapping[SequenceState, int], hidden: Tensor
-    ) -> None:
+    def _classify(self, tokens: StepTokens, hidden: Tensor) -> None:
         """Logits by class of prompts at their ends."""
-        if not self._is_classifier or not ends:
+        if not self._is_classifier or not tokens.complete:
             return
-        rows: Sequence[list[float]] = self._logits(hidden[list(ends.values())]).float().tolist()
-        for sequence, row in zip(ends, rows, strict=True):
+        ends = list(tokens.complete.values())
+        rows: Sequence[list[float]] = self._logits(hidden[ends]).float().tolist()
+        for sequence, row in zip(tuple(tokens.complete), rows, strict=True):
             if not all(map(math.isfinite, row)):
                 self._fail(tokens, sequence, NOT_FINITE)
             elif sequence.request.inspection is None:  # it runs all tokens, not those up to a pad
@@ -181,5 +178,5 @@ class StepSampler:
         return Failure(f"no token is allowed at {where}", "invalid_value")
 
     def _fail(self, tokens: StepTokens, sequence: SequenceState, failure: Failure) -> None:
-        tokens.complete.remove(sequence)
+        del tokens.complete[sequence]
         tokens.failed[sequence] = failure

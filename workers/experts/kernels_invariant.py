@@ -113,7 +113,7 @@ class InvariantKernels:
     def __init__(self, agree: Agree | None = None) -> None:
         """``agree`` tries a form; ``pairs_agree`` unless it is given."""
         self._agree = agree or pairs_agree
-        self._chosen: dict[tuple[object, ...], MakeKernel] = {}
+        self._chosen: dict[tuple[object, ...], MakeKernel | None] = {}
 
     def make(
         self, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device
@@ -122,16 +122,12 @@ class InvariantKernels:
         check_device(device)
         key = (exchange.matrix_shapes, exchange.activation, dtype)
         if key not in self._chosen:
-            self._chosen[key] = self._choose(exchange, dtype, device)
-        return self._chosen[key](exchange, dtype, device)
-
-    def _choose(
-        self, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device
-    ) -> MakeKernel:
-        for make in forms(exchange):
-            if self._agree(make, exchange, dtype, device):
-                return make
-        raise refusal(f"the {dtype} experts' output")
+            found = (f for f in forms(exchange) if self._agree(f, exchange, dtype, device))
+            self._chosen[key] = next(found, None)
+        make = self._chosen[key]
+        if make is None:
+            raise refusal(f"the {dtype} experts' output")
+        return make(exchange, dtype, device)
 
 
 def forms(exchange: ExchangeSpec) -> tuple[MakeKernel, ...]:

@@ -42,15 +42,6 @@ class EvictionOrder:
         self._new: OrderedDict[bytes, int] = OrderedDict()
         self._used: OrderedDict[bytes, int] = OrderedDict()
 
-    def __contains__(self, name: bytes) -> bool:
-        """Whether a block is known, held or free."""
-        return name in self._parents
-
-    @property
-    def num_known(self) -> int:
-        """Blocks that are known, held or free."""
-        return len(self._parents)
-
     @property
     def free(self) -> list[bytes]:
         """Blocks that may be evicted."""

@@ -16,7 +16,7 @@ def order_of(*chains: str, used_age: float = 0.5) -> EvictionOrder:
     for chain in chains:
         parent = None
         for letter in chain:
-            if letter.encode() not in order:
+            if letter.encode() not in order.free:
                 order.learn(letter.encode(), parent)
             order.hold(letter.encode())
             parent = letter.encode()
@@ -28,7 +28,7 @@ def order_of(*chains: str, used_age: float = 0.5) -> EvictionOrder:
 def given_up(order: EvictionOrder) -> str:
     """All of them, in the order of their end."""
     found = ""
-    while order.num_known:
+    while order.free:
         name = order.pop()
         order.forget(name)
         found += name.decode()
