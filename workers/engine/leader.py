@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from msgspec.structs import replace
 
@@ -13,7 +13,6 @@ from workers.requests.step_header import Grant, StepHeader, StepProposal
 def decide_header(
     proposals: Mapping[int, StepProposal],
     *,
-    ranks: Iterable[int],
     generation: int,
     step: int,
     epoch: int,
@@ -24,17 +23,15 @@ def decide_header(
 ) -> StepHeader | None:
     """The header of ``step``; None while there is nothing to run, unless ``even_empty``.
 
-    ``proposals`` by attention rank, ``ranks`` are all attention ranks of the generation. Decode
-    rows are always granted. Prefill rows are capped at ``max_prefill_rows`` over all ranks; among
-    the ranks that want some, the first to be served rotates with the step number, so none starves.
-    The rule ``micro_batches`` applies to the granted rows. A proposal that must be alone gets the
-    step for itself; among several, the choice rotates in the same way.
+    ``proposals`` are those of all attention ranks of the generation. Decode rows are always
+    granted. Prefill rows are capped at ``max_prefill_rows`` over all ranks; among the ranks that
+    want some, the first to be served rotates with the step number, so none starves. The rule
+    ``micro_batches`` applies to the granted rows. A proposal that must be alone gets the step for
+    itself; among several, the choice rotates in the same way.
 
         4 ranks want 300 prefill rows each, cap 512, step 6: rank 2 gets 300, rank 3 gets 212
     """
-    order = sorted(ranks)
-    if any(rank not in proposals for rank in order):
-        return None
+    order = sorted(proposals)
     if not even_empty and not any(proposals[r].num_rows for r in order):
         return None
     alone = [r for r in order if proposals[r].is_alone and proposals[r].num_rows]

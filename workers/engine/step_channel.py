@@ -27,8 +27,6 @@ from workers.transport.edge_table import StepFrame
 from workers.transport.frames import FrameHeader, FrameKind
 from workers.transport.peer_connections import PeerConnections
 
-_ONE_MICRO_BATCH = MicroBatchRule()
-
 
 class StepChannel:
     """One worker's end of the step protocol. Data thread only."""
@@ -38,7 +36,7 @@ class StepChannel:
         connections: PeerConnections,
         *,
         prefill_cap: PrefillCap,
-        micro_batches: MicroBatchRule = _ONE_MICRO_BATCH,
+        micro_batches: MicroBatchRule,
     ) -> None:
         """The leader's policies: ``prefill_cap`` limits the prefill rows of a step over all ranks,
         ``micro_batches`` decides on the split of a step.
@@ -154,17 +152,17 @@ class StepChannel:
 
     def _file(self, step_frame: StepFrame) -> None:
         frame, sender = step_frame.frame, step_frame.sender
-        data = frame.payload.data
+        data, generation = frame.payload.data, self._connections.generation
         if frame.header.kind is FrameKind.PROPOSAL:
             proposal = PROPOSALS.decode(data)
             self._check_place(frame.header, proposal.generation, proposal.step)
-            if not self.is_leader or proposal.rank != sender.rank:
+            ranks = {m.name: m.rank for m in generation.attention}
+            if not self.is_leader or proposal.rank != ranks.get(sender.name):
                 raise ProtocolError(f"proposal of rank {proposal.rank} from {sender.name}")
             self._take_proposal(proposal)
             return
         header = HEADERS.decode(data)
         self._check_place(frame.header, header.generation, header.step)
-        generation = self._connections.generation
         if sender.name != generation.leader.name:
             raise ProtocolError(f"step header from {sender.name}, which does not lead")
         expected = self._headers[-1].step + 1 if self._headers else self._next_step
@@ -189,20 +187,18 @@ class StepChannel:
 
     def _decide(self, even_empty: bool = False) -> None:
         """Leader: publish the header of the next step if there is one."""
-        generation = self._connections.generation
-        ranks = [m.rank for m in generation.attention]
-        if any(rank not in self._proposals for rank in ranks):
+        if self.missing():
             return
         self._observe_step()
-        decode_rows = sum(self._proposals[rank].decode_rows for rank in ranks)
+        generation = self._connections.generation
+        decode_rows = sum(proposal.decode_rows for proposal in self._proposals.values())
         header = decide_header(
             self._proposals,
-            ranks=ranks,
             generation=generation.number,
             step=self._next_step,
             epoch=self._epoch,
             oldest_epoch=self._oldest_epoch,
-            max_prefill_rows=self._prefill_cap.rows(decode_rows, len(ranks)),
+            max_prefill_rows=self._prefill_cap.rows(decode_rows, len(self._proposals)),
             micro_batches=self._micro_batches,
             even_empty=even_empty or self._epoch != self._decided_epoch,
         )

@@ -31,13 +31,10 @@ def proposals(*wanted: tuple[int, int], step: int = 5) -> dict[int, StepProposal
     }
 
 
-def decide(
-    known: dict[int, StepProposal], *, num_ranks: int, step: int = 5, cap: int = 512
-) -> StepHeader | None:
+def decide(known: dict[int, StepProposal], *, step: int = 5, cap: int = 512) -> StepHeader | None:
     """The policy with usual values."""
     return decide_header(
         known,
-        ranks=range(num_ranks),
         generation=2,
         step=step,
         epoch=7,
@@ -78,13 +75,13 @@ def test_a_proposal_that_must_be_alone_gets_the_step_for_itself() -> None:
         known[rank] = replace(known[rank], is_alone=True)
     served = []
     for step in (5, 6, 7):
-        header = decide(known, num_ranks=5, step=step)
+        header = decide(known, step=step)
         assert header is not None
         assert header.is_alone
         assert HEADERS.decode(HEADERS.encode(header)) == header
         served.append([rank for rank, grant in header.grants if grant.num_rows])
     assert served == [[2], [1], [2]]
-    header = decide(proposals((3, 100), (1, 0)), num_ranks=2)
+    header = decide(proposals((3, 100), (1, 0)))
     assert header is not None
     assert not header.is_alone
 
@@ -164,18 +161,12 @@ def test_random_bytes_are_refused_or_valid_but_never_crash() -> None:
         assert HEADERS.decode(HEADERS.encode(header)) == header
 
 
-def test_no_header_before_all_ranks_have_reported() -> None:
-    known = proposals((4, 0), (0, 0), (0, 0))
-    del known[1]
-    assert decide(known, num_ranks=3) is None
-
-
 def test_no_header_without_work() -> None:
-    assert decide(proposals((0, 0), (0, 0)), num_ranks=2) is None
+    assert decide(proposals((0, 0), (0, 0))) is None
 
 
 def test_decodes_are_granted_and_split_is_static_without_prefill() -> None:
-    header = decide(proposals((5, 0), (0, 0)), num_ranks=2)
+    header = decide(proposals((5, 0), (0, 0)))
     assert header is not None
     assert header.grants == ((0, Grant(decode_rows=5)), (1, Grant()))
     assert (header.exact, header.step) == (False, 5)
@@ -185,7 +176,7 @@ def test_decodes_are_granted_and_split_is_static_without_prefill() -> None:
 def test_prefill_is_capped_over_all_ranks_and_the_grant_rotates() -> None:
     wanted = proposals((1, 300), (2, 300), (0, 300), (0, 300))
     for step in (5, 6, 7, 8):
-        header = decide(wanted, num_ranks=4, step=step)
+        header = decide(wanted, step=step)
         assert header is not None
         grants = [g.prefill_rows for _, g in header.grants]
         first = step % 4
@@ -210,7 +201,7 @@ def test_prefill_is_capped_over_all_ranks_and_the_grant_rotates() -> None:
 def test_the_leader_splits_by_what_it_grants_the_busiest_rank(
     wanted: tuple[tuple[int, int], ...], cap: int, expected: int
 ) -> None:
-    header = decide(proposals(*wanted), num_ranks=len(wanted), cap=cap)
+    header = decide(proposals(*wanted), cap=cap)
     assert header is not None
     assert header.num_micro_batches == expected
 
@@ -218,7 +209,7 @@ def test_the_leader_splits_by_what_it_grants_the_busiest_rank(
 def test_ranks_that_want_nothing_do_not_disturb_the_rotation() -> None:
     wanted = proposals((1, 300), (2, 0), (0, 300))
     for step in (5, 6, 7, 8):
-        header = decide(wanted, num_ranks=3, step=step, cap=300)
+        header = decide(wanted, step=step, cap=300)
         assert header is not None
         assert [g.prefill_rows for _, g in header.grants] == [[300, 0, 0], [0, 0, 300]][step % 2]
         assert (header.decode_rows, header.prefill_rows) == (3, 300)
@@ -228,6 +219,6 @@ def test_every_decided_header_survives_the_wire() -> None:
     rng = random.Random(1)
     for step in range(200):
         wanted = [(rng.randint(0, 40), rng.choice((0, 0, 300))) for _ in range(rng.randint(1, 5))]
-        header = decide(proposals(*wanted, step=step), num_ranks=len(wanted), step=step)
+        header = decide(proposals(*wanted, step=step), step=step)
         if header is not None:
             assert HEADERS.decode(HEADERS.encode(header)) == header

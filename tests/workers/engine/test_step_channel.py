@@ -13,6 +13,7 @@ from cluster.core.errors import GenerationChangedError, PeerLostError
 from cluster.core.topology import Generation, Member
 from tests.fakes import Wakeups
 from tests.workers.transport.mesh import make_connections
+from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.scheduler import RowsWanted
 from workers.engine.step_channel import StepChannel
@@ -38,7 +39,8 @@ class Cluster:
         """New channels on the same connections; only the first one leads."""
         caps = [leaders_cap, *(PrefillCap(max_rows=1) for _ in self.all_connections[1:])]
         self.channels = [
-            StepChannel(h, prefill_cap=c) for h, c in zip(self.all_connections, caps, strict=True)
+            StepChannel(h, prefill_cap=c, micro_batches=MicroBatchRule())
+            for h, c in zip(self.all_connections, caps, strict=True)
         ]
 
     def start(self, number: int, all_connections: list[PeerConnections], first_step: int) -> None:
