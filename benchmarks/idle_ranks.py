@@ -114,13 +114,6 @@ class IdleBank:
         return self._outputs[: len(pair_slot)]
 
 
-@dataclass(frozen=True)
-class IdleSlots:
-    """All banks of an idle expert rank."""
-
-    banks: Sequence[IdleBank]
-
-
 class Meetings:
     """Where the ranks of a shape wait for each other. Made before they start."""
 
@@ -177,7 +170,7 @@ def idle_server(connected: Connected, device: int, shape: Shape) -> ExpertServer
     """The server of expert rank ``device``, whose experts compute nothing."""
     server = ExpertServer(
         connected.transport,
-        IdleSlots([IdleBank(shape)]),
+        [IdleBank(shape)],
         [shape.bank],
         device_index=device,
         combine_mode="sum",

@@ -8,12 +8,11 @@ would compute. Outputs are zeros.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from workers.dispatch.dispatcher import SlotBanks
 from workers.experts.slots import ExpertSlots
 from workers.model.config import BankSpec
 from workers.process.actor import ExpertWorker, WorkerActor
@@ -68,23 +67,11 @@ class PacedBank:
         return inputs.new_zeros(len(pair_slot), self._spec.exchanges[exchange].out_width)
 
 
-class PacedSlots:
-    """``SlotBanks`` of paced banks."""
-
-    def __init__(self, specs: Sequence[BankSpec], time_taken: ComputeTime) -> None:
-        self._banks = tuple(PacedBank(spec, time_taken) for spec in specs)
-
-    @property
-    def banks(self) -> tuple[PacedBank, ...]:
-        """By ``BankSpec.index``."""
-        return self._banks
-
-
 def paced_worker(time_taken: ComputeTime) -> type[WorkerActor]:
     """An actor class for the role ``expert``. Ray sends it by value, with its times."""
 
-    def banks_of(slots: ExpertSlots) -> SlotBanks:
-        return PacedSlots([bank.spec for bank in slots.banks], time_taken)
+    def banks_of(slots: ExpertSlots) -> list[PacedBank]:
+        return [PacedBank(bank.spec, time_taken) for bank in slots.banks]
 
     class PacedWorker(ExpertWorker):
         """An expert worker that holds and moves weights, and waits where others compute."""

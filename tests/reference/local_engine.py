@@ -107,7 +107,7 @@ class LocalEngine:
         )
         self.slots.load_all(checkpoint)
         collapse_weights(place.type, checkpoint.loaded_bytes)
-        local = LocalDispatcher(self.slots, banks)
+        local = LocalDispatcher(self.slots.banks, banks)
         self.dispatcher: TokenDispatcher = local if wrap is None else wrap(local)
         """Sends rows to the experts."""
         self.grammars = GrammarCompiler(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cluster.core.errors import ProtocolError
-from cluster.core.placement import FREE_SLOT, BankPlacement
+from cluster.core.placement import BankPlacement
 from workers.requests.step_header import StepHeader
 
 Tables = TypeVar("Tables")
@@ -42,17 +42,6 @@ def mix64(values: Tensor) -> Tensor:
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:
     return (values >> bits) & ((1 << (64 - bits)) - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """Which copies serve the pairs of a batch."""
-
-    slots: Tensor
-    """[ranks, T, k] int32: expert slot on that rank, -1 where the pair is not for it."""
-    copies: Tensor | None
-    """[T, k] int64: place of the copy among its expert's, for prefill rows only; None where no row
-    had a choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,23 +98,26 @@ class CopyTables:
             has_choice=has_choice,
         )
 
-    def choose(self, topk_ids: Tensor, is_prefill: Tensor, row_key: Tensor, spread: bool) -> Chosen:
-        """The copies that serve a batch's pairs.
+    def choose(
+        self, topk_ids: Tensor, is_prefill: Tensor, row_key: Tensor, spread: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The copies that serve a batch's pairs: their slots, and their places.
 
         topk_ids [T, k] int64, is_prefill [T] bool, row_key [T] int64. ``spread``
-        False says that no row is a prefill row.
+        False says that no row is a prefill row. Slots [ranks, T, k] int32: on that rank, -1 where
+        the pair is not for it. Places [T, k] int64: that of the copy among its expert's, for
+        prefill rows only; None where no row had a choice.
         """
         fixed = self.decode_slots[:, topk_ids]
         if not (spread and self.has_choice):
-            return Chosen(slots=fixed, copies=None)
+            return fixed, None
         share = mix64(row_key.unsqueeze(1) + topk_ids * _STEP) & (_SCALE - 1)
         copy = (share.unsqueeze(2) >= self.thresholds[topk_ids]).sum(2)
         rank = self.copy_rank[topk_ids, copy]
         slot = self.copy_slot[topk_ids, copy]
         ranks = torch.arange(len(fixed), dtype=torch.int32, device=fixed.device)
         chosen = torch.where(rank == ranks.view(-1, 1, 1), slot, -1)
-        slots = torch.where(is_prefill.view(1, -1, 1), chosen, fixed)
-        return Chosen(slots=slots, copies=copy)
+        return torch.where(is_prefill.view(1, -1, 1), chosen, fixed), copy
 
 
 class EpochTables(Generic[Tables]):
@@ -160,8 +152,3 @@ class EpochTables(Generic[Tables]):
         """Drop the epochs before ``oldest_epoch``."""
         for epoch in [e for e in self._by_epoch if e < oldest_epoch]:
             del self._by_epoch[epoch]
-
-
-def filled_slots(bank: BankPlacement, device: int) -> tuple[bool, ...]:
-    """``[expert slot]`` -> whether the slot of that placement device holds an expert."""
-    return tuple(expert != FREE_SLOT for expert in bank.physical_to_logical[device])

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from cluster.core.placement import ExpertPlacement
@@ -33,18 +32,6 @@ class BatchRows:
     """[T] bool: the row belongs to a prompt."""
     row_key: Tensor
     """[T] int64: hash of (request, choice, position); picks the copy for prefill rows."""
-
-    @classmethod
-    def decode(cls, num_rows: int, device: torch.device | str = "cpu") -> BatchRows:
-        """Rows that are all decode rows (their keys do not matter)."""
-        return cls(
-            is_prefill=torch.zeros(num_rows, dtype=torch.bool, device=device),
-            row_key=torch.zeros(num_rows, dtype=torch.int64, device=device),
-        )
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.is_prefill)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +120,3 @@ class SlotBank(Protocol):
         inputs [N, in_width] model dtype; pair_input [P] int64 row of inputs of each pair;
         pair_slot [P] int64 expert slot -> [P, out_width] model dtype, not weighted.
         """
-
-
-class SlotBanks(Protocol):
-    """All banks on this device (``workers.experts.slots.ExpertSlots``)."""
-
-    @property
-    def banks(self) -> Sequence[SlotBank]:
-        """By ``BankSpec.index``."""

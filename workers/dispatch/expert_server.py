@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.config.cluster import CombineMode
-from cluster.core.placement import ExpertPlacement
+from cluster.core.placement import FREE_SLOT, ExpertPlacement
 from cluster.core.topology import Generation
-from workers.dispatch.copies import EpochTables, filled_slots
-from workers.dispatch.dispatcher import SlotBanks
+from workers.dispatch.copies import EpochTables
+from workers.dispatch.dispatcher import SlotBank
 from workers.dispatch.weighting import weighted_sum
 from workers.metrics.activity import Activity
 from workers.metrics.padding import PaddingRatio
@@ -33,9 +33,10 @@ class _FilledSlots:
     has_free: bool
 
     @classmethod
-    def of(cls, filled: Sequence[bool], device: torch.device) -> _FilledSlots:
-        """Make it of ``filled``: by slot, whether the slot holds an expert."""
-        return cls(torch.tensor([*filled, True], device=device), not all(filled))
+    def of(cls, experts: Sequence[int], device: torch.device) -> _FilledSlots:
+        """Of the expert, or ``FREE_SLOT``, of each slot."""
+        filled = [expert != FREE_SLOT for expert in experts]
+        return cls(torch.tensor([*filled, True], device=device), FREE_SLOT in experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class ExpertServer:
     def __init__(
         self,
         transport: DataTransport,
-        slots: SlotBanks,
+        slots: Sequence[SlotBank],
         banks: Sequence[BankSpec],
         *,
         device_index: int,
@@ -81,7 +82,7 @@ class ExpertServer:
         activity: Activity | None = None,
         timer: StepTimer | None = None,
     ) -> None:
-        """``device_index`` is this worker's ``Member.device`` in the placement."""
+        """``slots`` by ``BankSpec.index``; ``device_index`` is this worker's ``Member.device``."""
         self.timer = timer or StepTimer()
         """Times receive, experts and send."""
         self.num_bytes = {"dispatch": 0, "combine": 0}
@@ -110,10 +111,10 @@ class ExpertServer:
 
         The counters of slots continue.
         """
-        filled = [filled_slots(bank, self._device_index) for bank in placement.banks]
-        tables = [_FilledSlots.of(f, self._device) for f in filled]
+        experts = [bank.physical_to_logical[self._device_index] for bank in placement.banks]
+        tables = [_FilledSlots.of(slots, self._device) for slots in experts]
         self._epochs.add(generation.number, placement.epoch, tables)
-        for i, held in enumerate(filled):
+        for i, held in enumerate(experts):
             if i == len(self.token_counts):
                 self.token_counts.append(torch.zeros(0, dtype=torch.int64))
             missing = len(held) - len(self.token_counts[i])
@@ -287,7 +288,7 @@ class ExpertServer:
             pair_input = torch.arange(batch.pairs.shape[0], device=self._device)
         else:
             pair_input = batch.pairs
-        return self._slots.banks[bank.index].compute(
+        return self._slots[bank.index].compute(
             exchange.index, batch.inputs, pair_input, batch.pair_slot
         )
 

@@ -11,12 +11,7 @@ from torch import Tensor
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.copies import CopyTables
-from workers.dispatch.dispatcher import (
-    BatchRows,
-    DispatchHandle,
-    SlotBanks,
-    TimedDispatcher,
-)
+from workers.dispatch.dispatcher import BatchRows, DispatchHandle, SlotBank, TimedDispatcher
 from workers.dispatch.weighting import weighted_sum
 from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
@@ -42,12 +37,12 @@ class LocalDispatcher(TimedDispatcher):
 
     def __init__(
         self,
-        slots: SlotBanks,
+        slots: Sequence[SlotBank],
         banks: Sequence[BankSpec],
         activity: Activity | None = None,
         timer: StepTimer | None = None,
     ) -> None:
-        """Until ``set_placement``, expert e is in slot e."""
+        """``slots`` by ``BankSpec.index``. Until ``set_placement``, expert e is in slot e."""
         super().__init__(banks, timer)
         self._slots = slots
         self._activity = activity or Activity()
@@ -83,7 +78,7 @@ class LocalDispatcher(TimedDispatcher):
         outputs = sent.rows.new_empty(0, exchange.out_width)
         if len(pairs):
             pair_input = pairs if per_slot else pair_row
-            outputs = self._slots.banks[sent.bank].compute(sent.exchange, inputs, pair_input, slots)
+            outputs = self._slots[sent.bank].compute(sent.exchange, inputs, pair_input, slots)
         if exchange.weighted:
             weights = sent.topk_weights.float().flatten()
             total = weighted_sum(outputs, weights, pair_row, num_rows, bank.float32_weights)

@@ -129,10 +129,9 @@ class RemoteDispatcher(TimedDispatcher):
         if granted:
             exchange, is_exact = bank.exchanges[sent.exchange], self._header.exact
             batch = self._micro_batches[micro_batch]
-            chosen = self._tables[sent.bank].choose(
+            slots, copies = self._tables[sent.bank].choose(
                 sent.topk_ids, batch.is_prefill, batch.row_key, spread=is_exact
             )
-            slots, copies = chosen.slots, chosen.copies
             by_pair = exchange.returns_pairs(self._combine_mode)
             meta = slots if by_pair else _with_weights(slots, sent.topk_weights)
             per_slot = exchange.per_slot_input

@@ -142,7 +142,7 @@ class AttentionRuntime(WorkerRuntime):
         if self.config.workers.mode == "local":
             slots = self._expert_slots()
             slots.load_all(self.checkpoint)
-            return LocalDispatcher(slots, self.family.banks, self.activity, self._timer)
+            return LocalDispatcher(slots.banks, self.family.banks, self.activity, self._timer)
         return self._remote_dispatcher(self.transport)
 
     def _remote_dispatcher(self, transport: DataTransport) -> RemoteDispatcher:

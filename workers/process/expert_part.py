@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from cluster.core.frames import LoadExperts, SlotContents
 from cluster.core.placement import ExpertPlacement
-from workers.dispatch.dispatcher import SlotBanks
+from workers.dispatch.dispatcher import SlotBank
 from workers.dispatch.expert_server import ExpertServer
 from workers.experts.slots import ExpertSlots
 from workers.experts.sources import CheckpointSource, ExpertSource
@@ -44,7 +44,7 @@ from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_link import Peer, PeerClient, PeerServer
 from workers.transport.transport import DataTransport
 
-BanksOf = Callable[[ExpertSlots], SlotBanks]
+BanksOf = Callable[[ExpertSlots], Sequence[SlotBank]]
 """Makes the banks that compute steps from a worker's slots. The default is the slots themselves."""
 
 
@@ -80,7 +80,7 @@ class ExpertPart:
         self._given_up = threading.Event()
         self.server = ExpertServer(
             transport,
-            banks_of(slots) if banks_of is not None else slots,
+            banks_of(slots) if banks_of is not None else slots.banks,
             checkpoint.family.banks,
             device_index=args.member.device,
             combine_mode=args.config.engine.combine_mode,

@@ -17,13 +17,14 @@ from tests.workers.dispatch.test_dispatch import Work, check
 from tests.workers.transport.mesh import (
     Mesh,
     TransportName,
+    decodes,
     local_dispatcher,
     make_attention_bank,
     make_bank,
     make_header,
     make_rows,
 )
-from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TokenDispatcher
+from workers.dispatch.dispatcher import DispatchHandle, TokenDispatcher
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
@@ -76,7 +77,7 @@ def overlapping(
             return []
         first = -(-total // 2)
         parts = (slice(0, first), slice(first, total))
-        dispatcher.begin_step(header, [BatchRows.decode(first), BatchRows.decode(total - first)])
+        dispatcher.begin_step(header, [decodes(first), decodes(total - first)])
         inputs = [make_rows(bank, total, 10 * rank + bank.index) for bank in banks]
         results: list[list[Tensor]] = [[], []]
 
@@ -175,7 +176,7 @@ def test_rows_may_be_overwritten_after_dispatch() -> None:
 
     def home(rank: int, dispatcher: TokenDispatcher) -> Tensor:
         own = rows.clone()
-        dispatcher.begin_step(header, [BatchRows.decode(4)])
+        dispatcher.begin_step(header, [decodes(4)])
         handle = dispatcher.dispatch(Dispatch(0, 0, own, ids, weights))
         own.zero_()
         return dispatcher.combine(handle)

@@ -17,6 +17,7 @@ from cluster.core.placement import BankPlacement, ExpertPlacement
 from tests.workers.transport.mesh import (
     Mesh,
     TransportName,
+    decodes,
     local_dispatcher,
     make_attention_bank,
     make_bank,
@@ -322,7 +323,7 @@ def test_input_rows_of_other_ranks_pairs_are_padding() -> None:
     ids = torch.tensor([[0, 1], [1, 2]])
 
     def home(rank: int, dispatcher: TokenDispatcher) -> Tensor:
-        dispatcher.begin_step(header, [BatchRows.decode(2)])
+        dispatcher.begin_step(header, [decodes(2)])
         weights = torch.ones(2, 2)
         handle = dispatcher.dispatch(Dispatch(0, 1, torch.ones(2, 2, 6), ids, weights))
         return dispatcher.combine(handle)
@@ -350,7 +351,7 @@ def test_an_epoch_that_is_not_known_is_refused() -> None:
         dispatcher = mesh["attention-0"].dispatcher
         assert dispatcher is not None
         with pytest.raises(ProtocolError, match=r"epoch 3, known are \[1\]"):
-            dispatcher.begin_step(make_header((1,), epoch=3), [BatchRows.decode(1)])
+            dispatcher.begin_step(make_header((1,), epoch=3), [decodes(1)])
 
 
 def test_a_new_epoch_takes_over_at_its_step() -> None:
@@ -390,7 +391,7 @@ def test_micro_batches_overlap_across_layers(transport: TransportName) -> None:
     parts = (slice(0, 4), slice(4, 7))
 
     def home(rank: int, dispatcher: TokenDispatcher) -> list[Tensor]:
-        dispatcher.begin_step(header, [BatchRows.decode(4), BatchRows.decode(3)])
+        dispatcher.begin_step(header, [decodes(4), decodes(3)])
         inputs = [make_rows(bank, 7, bank.index) for bank in banks]
         results: list[list[Tensor]] = [[], []]
 

@@ -10,7 +10,6 @@ from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
 from tests.workers.transport.mesh import (
     FakeBank,
-    FakeSlots,
     local_dispatcher,
     make_attention_bank,
     make_bank,
@@ -68,7 +67,7 @@ def test_experts_are_found_by_the_placement() -> None:
     maps = BankPlacement.from_maps(
         bank="mlp", layer=0, num_experts=4, physical_to_logical=[[2, 3, -1, 0, 1]]
     )
-    moved = LocalDispatcher(FakeSlots([FakeBank(spec, [2, 3, -1, 0, 1])]), [spec])
+    moved = LocalDispatcher([FakeBank(spec, [2, 3, -1, 0, 1])], [spec])
     moved.set_placement(ExpertPlacement(epoch=1, banks=(maps,)), Generation(number=1, members=()))
     rows, ids, weights = make_rows(spec, 9, seed=3)
     expected = local_dispatcher([spec])

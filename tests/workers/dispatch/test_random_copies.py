@@ -81,12 +81,12 @@ def test_every_pair_goes_to_the_copy_that_the_maps_name(
     prefill = [data.draw(st.booleans()) for _ in range(num_rows)]
     order = data.draw(st.permutations(range(num_devices)))
     tables = CopyTables.build(placement, {d: i for i, d in enumerate(order)}, torch.device("cpu"))
-    slots = tables.choose(
+    slots, _ = tables.choose(
         torch.tensor(ids, dtype=torch.int64).view(num_rows, 3),
         torch.tensor(prefill, dtype=torch.bool),
         torch.tensor(keys, dtype=torch.int64),
         spread=True,
-    ).slots
+    )
     expected = torch.full((num_devices, num_rows, 3), -1, dtype=torch.int32)
     for row in range(num_rows):
         for place, expert in enumerate(ids[row]):

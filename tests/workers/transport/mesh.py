@@ -89,16 +89,9 @@ class FakeBank:
         return rows * rows.abs() * factor + rows - factor
 
 
-@dataclass
-class FakeSlots:
-    """All banks of one device."""
-
-    banks: list[FakeBank]
-
-
 def local_dispatcher(banks: Sequence[BankSpec]) -> LocalDispatcher:
     """The reference: slot e holds expert e."""
-    return LocalDispatcher(FakeSlots([FakeBank(b, range(b.num_experts)) for b in banks]), banks)
+    return LocalDispatcher([FakeBank(b, range(b.num_experts)) for b in banks], banks)
 
 
 def make_placement(banks: Sequence[BankSpec], num_devices: int, spare: int = 0) -> ExpertPlacement:
@@ -275,12 +268,12 @@ class Mesh:
             activity=self.activities[f"expert-{rank}"],
         )
 
-    def _slots(self, device: int) -> FakeSlots:
+    def _slots(self, device: int) -> list[FakeBank]:
         assert self.placement is not None
         maps = [b.physical_to_logical[device] for b in self.placement.banks]
         for slots in maps:
             assert all(e >= FREE_SLOT for e in slots)
-        return FakeSlots([FakeBank(b, m) for b, m in zip(self.banks, maps, strict=True)])
+        return [FakeBank(b, m) for b, m in zip(self.banks, maps, strict=True)]
 
 
 def make_connections(
@@ -328,6 +321,12 @@ def make_rows(
     scores = torch.rand(num_rows, spec.num_experts, generator=generator)
     weights, ids = scores.topk(spec.top_k, dim=1)
     return rows, ids, weights
+
+
+def decodes(num_rows: int) -> BatchRows:
+    """Rows that are all decode rows (their keys do not matter)."""
+    is_prefill = torch.zeros(num_rows, dtype=torch.bool)
+    return BatchRows(is_prefill=is_prefill, row_key=is_prefill.long())
 
 
 def prefill(num_rows: int, seed: int = 0) -> BatchRows:

@@ -21,13 +21,14 @@ from tests.workers.transport.mesh import (
     CPU,
     Mesh,
     TransportName,
+    decodes,
     local_dispatcher,
     make_bank,
     make_header,
     make_rows,
     prefill,
 )
-from workers.dispatch.dispatcher import BatchRows, TokenDispatcher
+from workers.dispatch.dispatcher import TokenDispatcher
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
 from workers.transport.collective import CollectiveTransport
@@ -46,7 +47,7 @@ def home(header: StepHeader) -> Callable[[int, TokenDispatcher], list[Tensor]]:
     """A step through all banks."""
 
     def run(rank: int, dispatcher: TokenDispatcher) -> list[Tensor]:
-        batch = prefill(NUM_ROWS) if header.exact else BatchRows.decode(NUM_ROWS)
+        batch = prefill(NUM_ROWS) if header.exact else decodes(NUM_ROWS)
         dispatcher.begin_step(header, [batch])
         results = []
         for bank in BANKS:
@@ -204,7 +205,7 @@ def test_nonsense_from_a_peer_closes_its_edge(change: Change, exact: bool, reaso
         sender.post = lie  # type: ignore[method-assign,assignment]
 
         def send(rank: int, dispatcher: TokenDispatcher) -> None:
-            dispatcher.begin_step(header, [prefill(4) if exact else BatchRows.decode(4)])
+            dispatcher.begin_step(header, [prefill(4) if exact else decodes(4)])
             rows, ids, weights = make_rows(banks[0], 4, 0)
             dispatcher.dispatch(Dispatch(0, 0, rows, ids, weights))
 

@@ -17,15 +17,15 @@ from tests.distributed import RankError, run_ranks
 from tests.workers.transport.mesh import (
     CPU,
     FakeBank,
-    FakeSlots,
+    decodes,
     local_dispatcher,
     make_bank,
     make_placement,
     make_rows,
 )
-from workers.dispatch.dispatcher import BatchRows
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
+from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.scheduler import RowsWanted
 from workers.engine.step_channel import StepChannel
@@ -98,7 +98,9 @@ def work(rank: int, size: int, ports: list[int], transport_name: str, dies: bool
     generation = Generation(number=1, members=members)
     join(connections, generation)
     transport.apply_generation(generation)
-    channel = StepChannel(connections, prefill_cap=PrefillCap(max_rows=64))
+    channel = StepChannel(
+        connections, prefill_cap=PrefillCap(max_rows=64), micro_batches=MicroBatchRule()
+    )
     channel.start_generation(1, epoch=1)
     run = run_home if me.role == "attention" else run_expert
     return run(connections, transport, channel, generation, me, dies)
@@ -124,7 +126,7 @@ def run_home(
             channel.propose(RowsWanted(NUM_ROWS, 0))
             header = channel.wait(LIMIT_S)
             assert header is not None
-            dispatcher.begin_step(header, [BatchRows.decode(NUM_ROWS)])
+            dispatcher.begin_step(header, [decodes(NUM_ROWS)])
             for bank in BANKS:
                 sent = Dispatch(bank.index, 0, *make_rows(bank, NUM_ROWS, header.step))
                 got = dispatcher.combine(dispatcher.dispatch(sent))
@@ -150,7 +152,7 @@ def run_expert(
     slots = [p.physical_to_logical[me.device] for p in placement.banks]
     server = ExpertServer(
         transport,
-        FakeSlots([FakeBank(b, s) for b, s in zip(BANKS, slots, strict=True)]),
+        [FakeBank(b, s) for b, s in zip(BANKS, slots, strict=True)],
         BANKS,
         device_index=me.device,
         combine_mode="sum",
