@@ -144,7 +144,6 @@ class ControlServer:
             connection.writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection from its first byte to its last."""
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)

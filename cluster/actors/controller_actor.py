@@ -112,14 +112,11 @@ class ControllerActor:
                 plan = plan_start(known, banks, nodes, free_cpus, profile)
                 assert plan.load is not None, "the workers do not run yet"
                 notes = {"profile": profile, "top_k": plan.load.top_k, "asked": asked}
-                await self._begin(plan, notes)
-
-    async def _begin(self, plan: StartPlan, notes: Mapping[str, Any]) -> None:
-        members, term = await self._reserve(plan)
-        plan = plan.on(members)
-        controller = self._make_controller(plan, members, notes=notes, term=term)
-        self._background.spawn(self._bring_up(members, plan, self._start_failed))
-        self._run(controller)
+                members, term = await self._reserve(plan)
+                plan = plan.on(members)
+                controller = self._make_controller(plan, members, notes=notes, term=term)
+                self._background.spawn(self._bring_up(members, plan, self._start_failed))
+                self._run(controller)
 
     async def restore(self) -> None:
         """Continue the cluster of an earlier controller, if there was one.

@@ -122,17 +122,9 @@ def first_placement(
         return load_placement(Path(workers.placement_file), shapes, workers.num_expert_workers)
     plain = contiguous(shapes, workers.num_expert_workers, workers.num_redundant_experts)
     topology = PlannedTopology(devices=tuple(devices), num_redundant=workers.num_redundant_experts)
-    if not (_wants_plan(config, load) or _is_uneven(topology)):
-        return plain
-    return mesh.plan(load, topology).placement
-
-
-def _wants_plan(config: ClusterConfig, load: LoadProfile) -> bool:
-    is_known = load.tokens > 0
-    return is_known and (config.rebalance.enable_eplb or config.workers.load_profile is not None)
-
-
-def _is_uneven(topology: PlannedTopology) -> bool:
-    """Whether the assignment of experts to devices matters."""
+    follows_load = config.rebalance.enable_eplb or workers.load_profile is not None
     spreads = topology.num_redundant > 0 and len(set(topology.domains.tolist())) > 1
-    return spreads or len({d.speed for d in topology.devices}) > 1
+    speeds_differ = len({d.speed for d in topology.devices}) > 1
+    if (follows_load and load.tokens > 0) or spreads or speeds_differ:
+        return mesh.plan(load, topology).placement
+    return plain

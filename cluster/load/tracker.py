@@ -51,10 +51,8 @@ class LoadSums:
             decode=_sums((key, w * c) for side, w in sides for key, c in side.decode.items()),
         )
 
-    @classmethod
-    def nothing(cls) -> LoadSums:
-        """No load, of no bank."""
-        return cls(rows=0.0, prefill={}, decode={})
+
+_NOTHING = LoadSums(rows=0.0, prefill={}, decode={})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,10 +85,10 @@ class LoadTracker:
         self._section = section
         self._reports: dict[str, LoadReport] = {}
         self._began_at = now
-        self._base = LoadSums.nothing()
+        self._base = _NOTHING
         self._base_epoch: int | None = None
         self._base_copies: dict[BankKey, CopyLoad] = {}
-        self._average = LoadSums.nothing()
+        self._average = _NOTHING
         self._watched: dict[BankKey, tuple[int, ...]] = {}
         self._watched_epoch: int | None = None
         self.num_windows = 0
@@ -156,7 +154,7 @@ class LoadTracker:
             return self.totals()
         if source == "average":
             return self._average
-        return self.windows[-1].sums if self.windows else LoadSums.nothing()
+        return self.windows[-1].sums if self.windows else _NOTHING
 
     def profile(self, source: Source, model: str, top_k: int) -> LoadProfile | None:
         """A view as a load profile; None while it has no load."""

@@ -47,8 +47,7 @@ class History:
 
     def runs(self, generation: int, first_step: int, now: float) -> None:
         """Record that ``generation`` runs now."""
-        places = [i for i, e in enumerate(self._entries) if e.generation == generation]
-        place = places[0] if places else len(self._entries) - 1
+        place = next((i for i, e in enumerate(self._entries) if e.generation == generation), -1)
         entry = self._entries[place]
         took_s = round(now + self._offset_s - entry.time, 3)
         self._entries[place] = replace(

@@ -10,8 +10,6 @@ from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.operations import Operation, Order
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
-from cluster.load.tracker import LoadTracker, LoadWindow
-from cluster.load.view import achieved_loads, balancedness_of
 from cluster.planner.stages import is_reached
 from cluster.policy.rebalance import RebalanceDecision
 
@@ -106,15 +104,7 @@ class Promise:
     since: float
     """Monotonic seconds."""
     predicted: float | None
-
-    def achieved(
-        self, window: LoadWindow, placement: ExpertPlacement, load: LoadTracker
-    ) -> tuple[float | None, str] | None:
-        """Balancedness of the window and a line for people; None if the placement changed again."""
-        if window.epoch != self.epoch or placement.epoch != self.epoch:
-            return None
-        found = balancedness_of(list(achieved_loads(placement, load).values()))
-        return found, f"balancedness {percent(found)}, predicted {percent(self.predicted)}"
+    """Balancedness."""
 
 
 def result_of(decision: RebalanceDecision, dry_run: bool) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from cluster.controller.rebalance.job import (
     RebalanceOrder,
     by_load,
     describe,
+    percent,
     result_of,
 )
 from cluster.controller.rebalance.plans import CHANGED, Plans
@@ -39,6 +40,7 @@ from cluster.core.frames import ControlFrame, EpochSwitched
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
 from cluster.load.tracker import LoadWindow
+from cluster.load.view import achieved_loads, balancedness_of
 from cluster.planner.stages import Stage, is_reached, next_stage
 from cluster.policy.rebalance import LoadNow, RebalanceDecision, why_impossible, with_shares
 
@@ -232,7 +234,6 @@ class Rebalancing:
         error: str,
         now: float,
     ) -> None:
-        """An order has been decided."""
         if error:
             text = f"no placement can be planned: {error}"
             self._operations.end(operation, OperationState.FAILED, text, now)
@@ -248,7 +249,6 @@ class Rebalancing:
         self._operations.end(operation, done, f"{text}: {decision.reason}, {by}", now)
 
     def _pending_decision(self, operation: Operation) -> Future[RebalanceDecision] | None:
-        """The pending decision on an order."""
         if self._asked is None or self._asked[0] is not operation:
             return None
         return self._asked[1] if self._plans.waits(self._asked[1]) else None
@@ -331,7 +331,6 @@ class Rebalancing:
         error: str,
         now: float,
     ) -> None:
-        """The shares of a stage are solved."""
         job.shares = None
         if error:
             self._end(job, "failed", f"no shares can be planned: {error}", now)
@@ -376,12 +375,14 @@ class Rebalancing:
         if promise is None or window.began_at < promise.since:
             return
         self._promise = None
-        found = promise.achieved(window, self._cluster.placement, self._cluster.load)
-        if found is None:
+        placement = self._cluster.placement
+        if not window.epoch == placement.epoch == promise.epoch:
             return  # the placement changed again before a window ended
+        found = balancedness_of(list(achieved_loads(placement, self._cluster.load).values()))
         if self._last is not None:
-            self._last["balancedness"]["achieved"] = found[0]
-        self._cluster.note(f"epoch {promise.epoch} had a window of load", found[1], now)
+            self._last["balancedness"]["achieved"] = found
+        effect = f"balancedness {percent(found)}, predicted {percent(promise.predicted)}"
+        self._cluster.note(f"epoch {promise.epoch} had a window of load", effect, now)
 
     def _unknown_epoch(self, frame: EpochSwitched, now: float) -> None:
         """Switch to an epoch that an earlier controller ordered, with the maps known here.
