@@ -18,7 +18,8 @@ from typing import Literal, Protocol
 import grpc
 
 from benchmarks.fuzz_inputs import BODIES, MESSAGES, Mutator
-from cluster.core.frames import ControlHello, ControlProof, Heartbeat, Register, encode, proof
+from cluster.core.frames import ControlHello, ControlProof, Heartbeat, Register, encode
+from cluster.core.proof import TokenProof
 from cluster.core.release import RELEASE
 from cluster.core.topology import Member
 from workers.transport.frames import FrameHeader, FrameKind
@@ -219,7 +220,7 @@ def first_words(mutator: Mutator) -> bytes:
     handshake = ConnectorHandshake(me, "a wrong token")
     hello = handshake.start()
     nonce = source.randbytes(16).hex()
-    wrong = proof("a wrong token", "worker", nonce, nonce)
+    wrong = TokenProof("a wrong token", "control", is_caller=True, their_nonce=nonce).ours()
     frame = FrameHeader(
         FrameKind.ROWS, source.choice((0, 1, 2**31)), 1, length=source.choice((0, 8, 2**31))
     )

@@ -27,9 +27,8 @@ from cluster.core.frames import (
     decode_hello,
     encode,
     frame_length,
-    proof,
 )
-from cluster.core.proof import is_proof, new_nonce
+from cluster.core.proof import TokenProof
 from cluster.core.release import RELEASE, check_release
 
 logger = logging.getLogger(__name__)
@@ -195,13 +194,11 @@ class ControlServer:
         hello = decode_hello(await connection.read(MAX_HELLO_BYTES))
         if not isinstance(hello, ControlHello) or not _NAME.fullmatch(hello.worker):
             raise HandshakeError("the first frame is no proper ControlHello")
-        nonce = new_nonce()
-        ours = proof(self._token, "controller", hello.nonce, nonce)
-        challenge = ControlChallenge(nonce=nonce, proof=ours, release=self._release)
+        proof = TokenProof(self._token, "control", is_caller=False, their_nonce=hello.nonce)
+        challenge = ControlChallenge(nonce=proof.nonce, proof=proof.ours(), release=self._release)
         connection.send(encode(challenge))
         answer = decode_hello(await connection.read(MAX_HELLO_BYTES))
-        theirs = proof(self._token, "worker", hello.nonce, nonce)
-        if not isinstance(answer, ControlProof) or not is_proof(answer.proof, theirs):
+        if not isinstance(answer, ControlProof) or not proof.is_theirs(answer.proof):
             raise HandshakeError(f"{hello.worker} does not know the cluster token")
         check_release(hello.release, hello.worker, self._release, "the controller")
         return hello.worker

@@ -15,7 +15,6 @@ from cluster.core.codec import Codec, Message
 from cluster.core.errors import ProtocolError
 from cluster.core.load_report import LoadReport
 from cluster.core.placement import BankPlacement, ExpertPlacement
-from cluster.core.proof import make_proof
 from cluster.core.release import Build
 from cluster.core.topology import Generation, Member
 
@@ -339,8 +338,3 @@ def decode(data: bytes) -> ControlFrame:
 def decode_hello(data: bytes) -> ControlFrame:
     """``decode`` for what a peer sends before it has proved the token: handshake frames only."""
     return _HELLO_CODEC.decode(data)
-
-
-def proof(token: str, side: str, worker_nonce: str, controller_nonce: str) -> str:
-    """What a side (``worker`` or ``controller``) sends to show that it knows the token."""
-    return make_proof(token, "control", side, (worker_nonce, controller_nonce))

@@ -9,25 +9,33 @@ import hashlib
 import hmac
 import secrets
 
-
-def new_nonce() -> str:
-    """A nonce for one connection."""
-    return secrets.token_hex(16)
+from msgspec import msgpack
 
 
-def make_proof(
-    token: str, channel: str, side: str, nonces: tuple[str, str], words: bytes | None = None
-) -> str:
-    """What ``side`` sends to show that it knows the token.
+class TokenProof:
+    """One side's proof on one connection, and its check of the other side's."""
 
-    ``nonces`` are those of the side that connects and of the other one; ``words`` are what it
-    signs beside them.
-    """
-    text = "|".join((f"expertmesh-{channel}", side, *nonces)).encode()
-    data = text if words is None else text + b"|" + words
-    return hmac.new(token.encode(), data, hashlib.sha256).hexdigest()
+    def __init__(self, token: str, channel: str, *, is_caller: bool, their_nonce: str = "") -> None:
+        """``channel`` is the kind of connection; the caller is the side that connects."""
+        self._token = token
+        self._channel = channel
+        self._is_caller = is_caller
+        self.nonce = secrets.token_hex(16)
+        self.their_nonce = their_nonce
+        """That of the other side, empty until it is known."""
 
+    def ours(self, words: bytes = b"") -> str:
+        """What this side sends to show that it knows the token, and that ``words`` are its own."""
+        return self._proof(self._is_caller, words)
 
-def is_proof(given: str, expected: str) -> bool:
-    """Whether they are equal, in constant time."""
-    return hmac.compare_digest(given.encode(), expected.encode())
+    def is_theirs(self, given: str, words: bytes = b"") -> bool:
+        """Whether the other side, which knows the token, sent this; in constant time."""
+        expected = self._proof(not self._is_caller, words)
+        return hmac.compare_digest(given.encode(), expected.encode())
+
+    def _proof(self, of_caller: bool, words: bytes) -> str:
+        nonces = (self.nonce, self.their_nonce)
+        side = "caller" if of_caller else "listener"
+        ordered = nonces if self._is_caller else nonces[::-1]
+        data = msgpack.encode((self._channel, side, *ordered, words))
+        return hmac.new(self._token.encode(), data, hashlib.sha256).hexdigest()

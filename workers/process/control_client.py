@@ -44,9 +44,8 @@ from cluster.core.frames import (
     decode_hello,
     encode,
     frame_length,
-    proof,
 )
-from cluster.core.proof import is_proof, new_nonce
+from cluster.core.proof import TokenProof
 from cluster.core.release import RELEASE, check_release
 from workers.process.lease import Lease, LeaseClock, TermGuard
 from workers.transport.socket_io import WakePipe, receive_bytes
@@ -320,18 +319,17 @@ class ControlClient:
 
     def _handshake(self, sock: socket.socket, address: str, deadline: float) -> None:
         """The worker's side of the mutual proof; both sides then know both releases."""
-        nonce = new_nonce()
-        hello = ControlHello(worker=self._name, nonce=nonce, release=self._release)
+        proof = TokenProof(self._token, "control", is_caller=True)
+        hello = ControlHello(worker=self._name, nonce=proof.nonce, release=self._release)
         sock.sendall(encode(hello))
         length = frame_length(bytes(receive_bytes(sock, _PREFIX_BYTES, deadline)), MAX_HELLO_BYTES)
         challenge = decode_hello(bytes(receive_bytes(sock, length, deadline)))
         if not isinstance(challenge, ControlChallenge):
             raise HandshakeError(f"{address} is no controller")
-        expected = proof(self._token, CONTROLLER, nonce, challenge.nonce)
-        if not is_proof(challenge.proof, expected):
+        proof.their_nonce = challenge.nonce
+        if not proof.is_theirs(challenge.proof):
             raise HandshakeError(f"{address} does not know the cluster token")
-        ours = proof(self._token, "worker", nonce, challenge.nonce)
-        sock.sendall(encode(ControlProof(proof=ours)))
+        sock.sendall(encode(ControlProof(proof=proof.ours())))
         check_release(challenge.release, "the controller", self._release, self._name)
 
 

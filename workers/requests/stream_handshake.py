@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from cluster.core.codec import Codec, Message
 from cluster.core.errors import HandshakeError
-from cluster.core.proof import is_proof, make_proof, new_nonce
+from cluster.core.proof import TokenProof
 from cluster.core.release import check_release
 from workers.requests.wire import ENGINE_HELLO, EngineHello
 
@@ -45,19 +45,24 @@ PROOF: Codec[GatewayProof] = Codec(GatewayProof, "a gateway's proof", HandshakeE
 class _Handshake:
     """What both sides share."""
 
+    is_caller = False
+
     def __init__(self, token: str, name: str, release: str) -> None:
-        self._token = token
-        self._mine = Hello(name=name, nonce=new_nonce(), release=release)
+        self._proof = TokenProof(token, "engine", is_caller=self.is_caller)
+        self._mine = Hello(name=name, nonce=self._proof.nonce, release=release)
         self._theirs = Hello(name="")
 
     def _greet(self, hello: bytes) -> None:
         self._theirs = HELLO.decode(_bounded(hello))
         mine, theirs = self._mine, self._theirs
+        self._proof.their_nonce = theirs.nonce
         check_release(theirs.release, theirs.name, mine.release, mine.name)
 
 
 class GatewayHandshake(_Handshake):
     """The gateway's side. Every method raises ``HandshakeError``."""
+
+    is_caller = True
 
     def start(self) -> bytes:
         """The first bytes to send."""
@@ -66,17 +71,14 @@ class GatewayHandshake(_Handshake):
     def answer(self, challenge: bytes) -> bytes:
         """The proof."""
         self._greet(challenge)
-        return PROOF.encode(GatewayProof(proof=self._proof("gateway")))
+        return PROOF.encode(GatewayProof(proof=self._proof.ours()))
 
     def finish(self, hello: bytes) -> EngineHello:
         """The hello of a worker that knows the token."""
         facts = ENGINE_HELLO.decode(hello)
-        if not is_proof(facts.proof, self._proof("worker")):
+        if not self._proof.is_theirs(facts.proof):
             raise HandshakeError(f"{facts.worker} does not know the cluster token")
         return facts
-
-    def _proof(self, side: str) -> str:
-        return make_proof(self._token, "engine", side, (self._mine.nonce, self._theirs.nonce))
 
 
 class WorkerHandshake(_Handshake):
@@ -94,13 +96,9 @@ class WorkerHandshake(_Handshake):
 
     def finish(self, proof: bytes, facts: EngineHello) -> bytes:
         """The hello to a gateway that knows the token."""
-        theirs = PROOF.decode(_bounded(proof)).proof
-        if not is_proof(theirs, self._proof("gateway")):
+        if not self._proof.is_theirs(PROOF.decode(_bounded(proof)).proof):
             raise HandshakeError("the cluster token differs")
-        return ENGINE_HELLO.encode(replace(facts, proof=self._proof("worker")))
-
-    def _proof(self, side: str) -> str:
-        return make_proof(self._token, "engine", side, (self._theirs.nonce, self._mine.nonce))
+        return ENGINE_HELLO.encode(replace(facts, proof=self._proof.ours()))
 
 
 def _bounded(data: bytes) -> bytes:

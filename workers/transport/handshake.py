@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Final
+from typing import Annotated, Final
+
+from msgspec import Meta
 
 from cluster.core.codec import Codec, Message
 from cluster.core.errors import HandshakeError
-from cluster.core.proof import is_proof, make_proof, new_nonce
+from cluster.core.proof import TokenProof
 from cluster.core.release import RELEASE, Build, differing_item
 from cluster.core.topology import Role
 
@@ -68,7 +70,7 @@ class _Refusal(Message, frozen=True, kw_only=True, tag=True):
 
 
 class _Nonce(Message, frozen=True, kw_only=True):
-    nonce: str
+    nonce: Annotated[str, Meta(min_length=1)]
 
 
 class _Signed(Message, frozen=True, kw_only=True):
@@ -87,14 +89,11 @@ _WORDS: Codec[PeerIdentity | _Refusal] = Codec(
 class _Handshake:
     """What both sides share: framing, nonces, proofs."""
 
-    side: str
-    other_side: str
+    is_caller = False
 
     def __init__(self, me: PeerIdentity, token: str) -> None:
         self._me = me
-        self._token = token
-        self._nonce = new_nonce()
-        self._their_nonce = ""
+        self._proof = TokenProof(token, "data", is_caller=self.is_caller)
         self._received = bytearray()
         self.peer: PeerIdentity | None = None
         """Set as soon as the peer has proved the token."""
@@ -115,7 +114,7 @@ class _Handshake:
         raise NotImplementedError
 
     def _hello(self) -> bytes:
-        return _pack(_NONCE.encode(_Nonce(nonce=self._nonce)))
+        return _pack(_NONCE.encode(_Nonce(nonce=self._proof.nonce)))
 
     def _next_message(self) -> bytes | None:
         if not _MAGIC.startswith(bytes(self._received[:4])):
@@ -131,28 +130,19 @@ class _Handshake:
         del self._received[: _PREFIX.size + length]
         return body
 
-    def _proof(self, side: str, words: bytes) -> str:
-        nonces = (self._nonce, self._their_nonce)
-        first, second = nonces if self.side == "connector" else nonces[::-1]
-        return make_proof(self._token, "data", side, (first, second), words)
-
     def _signed(self, words: PeerIdentity | _Refusal) -> bytes:
         data = _WORDS.encode(words)
-        return _pack(_SIGNED.encode(_Signed(words=data, proof=self._proof(self.side, data))))
+        return _pack(_SIGNED.encode(_Signed(words=data, proof=self._proof.ours(data))))
 
     def _verified(self, message: bytes) -> PeerIdentity | _Refusal:
         signed = _SIGNED.decode(message)
-        expected = self._proof(self.other_side, signed.words)
-        if not is_proof(signed.proof, expected):
+        if not self._proof.is_theirs(signed.proof, signed.words):
             raise HandshakeError("the cluster token differs")
         return _WORDS.decode(signed.words)
 
 
 class ListenerHandshake(_Handshake):
     """The side that accepted the connection."""
-
-    side = "listener"
-    other_side = "connector"
 
     def __init__(
         self, me: PeerIdentity, token: str, refuse: Callable[[PeerIdentity], str | None]
@@ -164,8 +154,8 @@ class ListenerHandshake(_Handshake):
         """Why the peer was refused; the answer to it is still to be sent."""
 
     def _handle(self, message: bytes) -> bytes:
-        if not self._their_nonce:
-            self._their_nonce = _nonce(message)
+        if not self._proof.their_nonce:
+            self._proof.their_nonce = _NONCE.decode(message).nonce
             return self._hello()
         peer = self._verified(message)
         if not isinstance(peer, PeerIdentity):
@@ -180,8 +170,7 @@ class ListenerHandshake(_Handshake):
 class ConnectorHandshake(_Handshake):
     """The side that opened the connection."""
 
-    side = "connector"
-    other_side = "listener"
+    is_caller = True
     has_verdict = False
     """The listener has proved the token, and the two do not match: a retry is useless."""
     is_outdated = False
@@ -192,8 +181,8 @@ class ConnectorHandshake(_Handshake):
         return self._hello()
 
     def _handle(self, message: bytes) -> bytes:
-        if not self._their_nonce:
-            self._their_nonce = _nonce(message)
+        if not self._proof.their_nonce:
+            self._proof.their_nonce = _NONCE.decode(message).nonce
             return self._signed(self._me)
         words = self._verified(message)
         self.has_verdict = True
@@ -219,10 +208,3 @@ def _pack(body: bytes) -> bytes:
     if len(body) > MAX_HELLO_BYTES:
         raise HandshakeError(f"handshake message of {len(body)} bytes: at most {MAX_HELLO_BYTES}")
     return _PREFIX.pack(_MAGIC, len(body)) + body
-
-
-def _nonce(message: bytes) -> str:
-    nonce = _NONCE.decode(message).nonce
-    if not nonce:
-        raise HandshakeError("not a nonce: it is empty")
-    return nonce

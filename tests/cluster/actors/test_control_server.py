@@ -23,8 +23,8 @@ from cluster.core.frames import (
     WorkerReady,
     decode,
     encode,
-    proof,
 )
+from cluster.core.proof import TokenProof
 from cluster.core.release import RELEASE
 
 TOKEN = "a token"
@@ -69,11 +69,13 @@ class Case:
     ) -> Streams:
         """A connection with handshake, as a worker makes it."""
         reader, writer = await self.connect()
-        writer.write(encode(ControlHello(worker=name, nonce="ab", release=release)))
+        proof = TokenProof(token, "control", is_caller=True)
+        writer.write(encode(ControlHello(worker=name, nonce=proof.nonce, release=release)))
         challenge = await _read(reader)
         assert isinstance(challenge, ControlChallenge)
-        assert challenge.proof == proof(TOKEN, "controller", "ab", challenge.nonce)
-        writer.write(encode(ControlProof(proof=proof(token, "worker", "ab", challenge.nonce))))
+        proof.their_nonce = challenge.nonce
+        assert proof.is_theirs(challenge.proof) is (token == TOKEN)
+        writer.write(encode(ControlProof(proof=proof.ours())))
         return reader, writer
 
     async def still_serves(self) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import msgspec
 import pytest
 
 from cluster.core.errors import HandshakeError
-from cluster.core.proof import make_proof
+from cluster.core.proof import TokenProof
 from tests.workers.process.test_gateway_silence import FACTS
 from workers.requests.stream_handshake import (
     HELLO,
@@ -70,13 +72,13 @@ def test_a_proof_cannot_be_reflected() -> None:
 
 
 def test_a_proof_of_another_kind_of_connection_is_refused() -> None:
-    worker = WorkerHandshake(TOKEN, "attention-0", "1")
-    challenge = HELLO.decode(
-        worker.challenge(HELLO.encode(Hello(name="g", nonce="n", release="1")))
-    )
-    proof = make_proof(TOKEN, "control", "gateway", ("n", challenge.nonce))
-    with pytest.raises(HandshakeError, match="differs"):
-        worker.finish(PROOF.encode(GatewayProof(proof=proof)), FACTS)
+    for channel, right in (("engine", True), ("control", False)):
+        worker = WorkerHandshake(TOKEN, "attention-0", "1")
+        proof = TokenProof(TOKEN, channel, is_caller=True)
+        hello = Hello(name="g", nonce=proof.nonce, release="1")
+        proof.their_nonce = HELLO.decode(worker.challenge(HELLO.encode(hello))).nonce
+        with contextlib.nullcontext() if right else pytest.raises(HandshakeError, match="differs"):
+            worker.finish(PROOF.encode(GatewayProof(proof=proof.ours())), FACTS)
 
 
 def test_another_release_is_named_by_both_before_any_proof() -> None:

@@ -52,10 +52,10 @@ def nonce_of(hello: bytes) -> str:
 
 
 def signed(token: str, side: str, nonces: tuple[str, str], words: object) -> bytes:
-    """Words with their proof, as ``side`` sends them; the connector's nonce is first."""
+    """Words with their proof, as ``side`` sends them; the caller's nonce is first."""
     data = msgspec.msgpack.encode(words)
-    text = "|".join(("expertmesh-data", side, *nonces, "")).encode()
-    proof = hmac.new(token.encode(), text + data, hashlib.sha256).hexdigest()
+    text = msgspec.msgpack.encode(("data", side, *nonces, data))
+    proof = hmac.new(token.encode(), text, hashlib.sha256).hexdigest()
     return pack({"words": data, "proof": proof})
 
 
@@ -174,7 +174,7 @@ def listen_to(words: object) -> ListenerHandshake:
     listener = ListenerHandshake(EXPERT, "token", accept)
     hello = connector.start()
     nonces = nonce_of(hello), nonce_of(listener.feed(hello))
-    listener.feed(signed("token", "connector", nonces, words))
+    listener.feed(signed("token", "caller", nonces, words))
     return listener
 
 
