@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from importlib import metadata
+
 from cluster.core.codec import Message
 from cluster.core.errors import HandshakeError
-from cluster.core.versions import own_version
 
-RELEASE = own_version()
-"""Version of expertmesh in this process."""
+
+@functools.cache
+def installed_version(package: str) -> str | None:
+    """Version of an installed package, which is not imported; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+RELEASE = installed_version("expertmesh") or "0+unknown"
+"""Version of expertmesh; ``0+unknown`` when it runs from a folder that is not installed."""
 
 
 def check_release(theirs: str, peer: str, ours: str, me: str) -> None:

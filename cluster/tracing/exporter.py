@@ -22,7 +22,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from cluster.core.errors import ConfigError
-from cluster.core.versions import own_version
+from cluster.core.release import RELEASE
 from cluster.tracing.names import ERROR_TYPE, PROVIDER
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class TraceExport:
     """
 
     def __init__(self, provider: TracerProvider) -> None:
-        self.tracer = provider.get_tracer(PROVIDER, own_version())
+        self.tracer = provider.get_tracer(PROVIDER, RELEASE)
         self._provider = provider
 
     def stop(self) -> None:
@@ -83,7 +83,7 @@ def load_exporter(endpoint: str) -> Callable[[str], TraceExport]:
         resource = {
             "service.name": PROVIDER,
             "service.instance.id": instance,
-            "service.version": own_version(),
+            "service.version": RELEASE,
         }
         provider = TracerProvider(resource=Resource.create(resource), shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))

@@ -13,8 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from cluster.core import versions
 from cluster.core.errors import RequestError
+from cluster.core.release import RELEASE, installed_version
 from gateway.core.call import GenerateFields
 from gateway.core.errors import RouteError, report_error
 from gateway.core.field_checks import check_stream, given_one
@@ -176,9 +176,9 @@ class HttpApi:
         gateway = self._gateway
         return _answer(
             {
-                "version": versions.own_version(),
-                "ray": versions.installed_version("ray"),
-                "torch": versions.installed_version("torch"),
+                "version": RELEASE,
+                "ray": installed_version("ray"),
+                "torch": installed_version("torch"),
                 "model": gateway.model_name,
                 "placement_epoch": gateway.placement_epoch,
             }
@@ -229,7 +229,7 @@ class GenerateEndpoint(WatchedEndpoint):
         super().__init__(gateway)
         self._kind = kind
         self._format = ChatFormat if kind == "chat" else CompletionFormat
-        self._fingerprint = f"expertmesh-{versions.own_version()}-{gateway.config.fingerprint()}"
+        self._fingerprint = f"expertmesh-{RELEASE}-{gateway.config.fingerprint()}"
 
     def _parse(self, data: dict[str, Any]) -> tuple[GenerateBody, GenerateFields]:
         check_unbuilt(data, self._kind)

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, TypeAdapter
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from cluster.core import versions
+from cluster.core.release import RELEASE
 from gateway.http import answers
 from gateway.http.pooling import ClassifyBody, EmbeddingsBody, InspectBody, ScoreBody
 from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -109,7 +109,7 @@ def document(root_path: str = "") -> dict[str, Any]:
 def _document() -> dict[str, Any]:
     app = FastAPI(
         title="expertmesh",
-        version=versions.own_version(),
+        version=RELEASE,
         description="OpenAI's protocol for a mixture-of-experts model. Unknown fields are "
         "ignored; known ones that are not built are refused by name.",
         separate_input_output_schemas=False,

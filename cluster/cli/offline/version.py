@@ -7,7 +7,7 @@ import platform
 
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.output import show
-from cluster.core.versions import installed_version, own_version
+from cluster.core.release import RELEASE, installed_version
 
 PACKAGES = ("ray", "torch", "grpcio", "fastapi")
 
@@ -24,6 +24,6 @@ def versions() -> dict[str, str | None]:
 
 def run(args: argparse.Namespace) -> int:
     found = versions()
-    lines = [f"{n} {v or 'missing'}" for n, v in {"expertmesh": own_version(), **found}.items()]
-    document = {"schema": 1, "version": own_version(), **found}
+    lines = [f"{n} {v or 'missing'}" for n, v in {"expertmesh": RELEASE, **found}.items()]
+    document = {"schema": 1, "version": RELEASE, **found}
     return show(args, document, "\n".join(lines))
