@@ -47,7 +47,7 @@ from cluster.core.frames import (
 )
 from cluster.core.proof import TokenProof
 from cluster.core.release import RELEASE, check_release
-from workers.process.lease import Lease, LeaseClock, TermGuard
+from workers.process.lease import Lease, TermGuard
 from workers.transport.socket_io import WakePipe, receive_bytes
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class ControlClient:
         self._closing = False
         self._is_redirected = False
         self._guard = TermGuard()
-        self._lease = LeaseClock(lease)
+        self._lease = lease or Lease()
         self._wakeup = WakePipe()
         self._thread = threading.Thread(target=self._run, name="control-client", daemon=True)
         self._first: socket.socket | None = None

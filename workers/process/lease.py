@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from cluster.core.errors import SupersededError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Lease:
-    """When a worker stops that can neither reach the controller nor commit a step."""
+    """When a worker stops that can neither reach the controller nor commit a step.
 
-    limit_s: float
-    """Longest time without controller and commit; below twice the detection limit."""
-    last_commit: Callable[[], float]
-    """Monotonic time of the last committed step."""
-    on_expired: Callable[[str], None]
-    """Called once when the lease runs out, on the client's thread."""
-
-
-class LeaseClock:
-    """The last renewal of the lease. Times are monotonic seconds; one thread only.
+    Times are monotonic seconds; one thread only.
 
     An acknowledgement renews the lease from the time its *heartbeat was sent*: the controller
     counts its own limit from the arrival of that heartbeat, which is later. An acknowledgement that
     waited in a socket while this process was stopped renews nothing.
     """
 
-    def __init__(self, lease: Lease | None) -> None:
-        """Without a lease nothing ever expires."""
-        self._lease = lease
+    def __init__(
+        self,
+        limit_s: float = math.inf,
+        last_commit: Callable[[], float] = float,
+        on_expired: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        """``limit_s``, the longest time without controller and commit, is below twice the detection
+        limit. ``last_commit`` returns the time of the last committed step; ``on_expired`` is called
+        once when the lease runs out.
+        """
+        self._limit_s = limit_s
+        self._last_commit = last_commit
+        self._on_expired = on_expired
         self._sent_at: dict[int, float] = {}
         self._number = 0
         self._is_expired = False
@@ -57,13 +57,10 @@ class LeaseClock:
 
     def check(self, now: float) -> None:
         """Call ``on_expired`` once if the lease has run out."""
-        lease = self._lease
-        if lease is None or self._is_expired:
-            return
-        silence = now - max(self.contact_at, lease.last_commit())
-        if silence > lease.limit_s:
+        silence = now - max(self.contact_at, self._last_commit())
+        if silence > self._limit_s and not self._is_expired:
             self._is_expired = True
-            lease.on_expired(f"no contact with the controller and no step for {silence:.1f} s")
+            self._on_expired(f"no contact with the controller and no step for {silence:.1f} s")
 
 
 class TermGuard:

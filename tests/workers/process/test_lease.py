@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cluster.core.errors import ProtocolError
-from workers.process.lease import Lease, LeaseClock, TermGuard
+from workers.process.lease import Lease, TermGuard
 
 
 class Owner:
@@ -14,10 +14,7 @@ class Owner:
     def __init__(self) -> None:
         self.committed = 0.0
         self.expired: list[str] = []
-        lease = Lease(
-            limit_s=3.6, last_commit=lambda: self.committed, on_expired=self.expired.append
-        )
-        self.clock = LeaseClock(lease)
+        self.clock = Lease(3.6, lambda: self.committed, self.expired.append)
         self.clock.begin(0.0)
 
 
@@ -63,10 +60,12 @@ def test_an_acknowledgement_of_no_open_heartbeat_renews_nothing(number: int) -> 
     assert owner.clock.contact_at == 1.0
 
 
-def test_without_a_lease_nothing_expires() -> None:
-    clock = LeaseClock(None)
+def test_a_lease_without_a_limit_does_not_expire() -> None:
+    expired: list[str] = []
+    clock = Lease(on_expired=expired.append)
     clock.begin(0.0)
     clock.check(1e9)
+    assert expired == []
 
 
 def test_the_highest_term_is_followed_and_one_controller_of_it() -> None:
