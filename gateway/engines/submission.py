@@ -162,7 +162,7 @@ class Submission:
 
     @property
     def may_kill_on_receipt(self) -> bool:
-        """If its worker dies now, it is the likely cause, not a request that was reported."""
+        """If its worker dies now, it is the likely cause, not a request that the engine has."""
         return self.must_be_sent_alone and self.stage is RequestStage.SENT
 
     def reach(self, stage: RequestStage) -> None:
@@ -177,8 +177,8 @@ class Submission:
     def lose(self) -> str | None:
         """Its worker died; why this request is the cause, None if it may run again.
 
-        A worker that is killed by a step may have had no time to report anything: a request that
-        seemed to wait may be the cause, too, and runs alone in the end. Only then it may fail.
+        A worker does not report which requests a step has: one that only waits counts the death,
+        too, and runs alone in the end. Only then it may fail.
         """
         self.num_deaths += 1
         self.num_silent_deaths += self.stage is RequestStage.SENT

@@ -319,7 +319,7 @@ def _lose(workers: Workers, engine: ScriptedEngine, num_requests: int = 1) -> No
 
 
 def test_a_request_that_waits_in_an_engine_does_not_fail(workers: Workers) -> None:
-    """Its deaths count, for a killed worker may not have reported the step; it would run alone."""
+    """Its deaths count, for workers do not report which requests a step has; it would run alone."""
 
     def add() -> ScriptedEngine:
         return workers.add(pause_after=0, reports=lambda r, stage: stage is RequestStage.QUEUED)
