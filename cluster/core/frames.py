@@ -306,11 +306,10 @@ class Shutdown(ControlFrame, frozen=True, kw_only=True):
     reason: str = ""
 
 
-FRAMES: dict[str, type[ControlFrame]] = {
-    kind.__name__: kind for kind in ControlFrame.__subclasses__()
-}
-"""Every message by the name it has on the wire."""
-_CODEC: Codec[ControlFrame] = Codec(Union[tuple(FRAMES.values())], "a control frame")  # noqa: UP007
+_CODEC: Codec[ControlFrame] = Codec(
+    Union[tuple(ControlFrame.__subclasses__())],  # noqa: UP007
+    "a control frame",
+)
 _HELLO_CODEC: Codec[ControlFrame] = Codec(
     ControlHello | ControlChallenge | ControlProof, "a control frame of a handshake"
 )

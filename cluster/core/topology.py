@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Literal
 
 from cluster.core.codec import Message
@@ -74,12 +75,12 @@ class Generation(Message, frozen=True, kw_only=True):
     @property
     def attention(self) -> tuple[Member, ...]:
         """Attention ranks, colocated workers among them."""
-        return tuple(sorted((m for m in self.members if m.runs_attention), key=_rank))
+        return tuple(sorted((m for m in self.members if m.runs_attention), key=attrgetter("rank")))
 
     @property
     def experts(self) -> tuple[Member, ...]:
         """Expert ranks, colocated workers among them."""
-        return tuple(sorted((m for m in self.members if m.holds_experts), key=_rank))
+        return tuple(sorted((m for m in self.members if m.holds_experts), key=attrgetter("rank")))
 
     def facing(self, role: Role) -> tuple[Member, ...]:
         """Peers of a worker of that role, by rank: the other pool, or all."""
@@ -93,7 +94,3 @@ class Generation(Message, frozen=True, kw_only=True):
 
 ADDRESS_FIELDS = tuple(name for name in Member.__struct_fields__ if name.endswith("_address"))
 """Fields of the addresses that a worker itself reports."""
-
-
-def _rank(member: Member) -> int:
-    return member.rank

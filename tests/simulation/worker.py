@@ -141,7 +141,7 @@ class SimWorker:
     def _die(self, reason: str) -> None:
         """The worker ends itself."""
         kernel = self.process.kernel
-        if self.runtime._is_connected:  # one that finds no controller at its start ends again
+        if self.runtime.has_called:  # one that finds no controller at its start ends again
             kernel.deaths[self.name] = reason
         self.process.kill(f"its own end: {reason}")
         kernel.this_fiber().park()

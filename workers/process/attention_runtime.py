@@ -36,12 +36,12 @@ from workers.process.intake.kv_fetches import KvFetches
 from workers.process.runtime import IDLE_WAIT_S, WorkerRuntime
 from workers.requests.block_hash import HASH_BYTES
 from workers.requests.request import (
-    FinishReason,
     Queued,
     Request,
     StepOutput,
     TokenOutput,
 )
+from workers.requests.sequence import Failure, failed
 from workers.requests.step_header import StepHeader
 from workers.requests.wire import Abort, EngineHello
 from workers.sampling.grammar import CompiledGrammar
@@ -330,19 +330,8 @@ class AttentionRuntime(WorkerRuntime):
     def _refuse(self, gateway: str, request: Request, err: ExpertMeshError) -> None:
         """End every choice of a refused request with the error."""
         code = "queue_full" if isinstance(err, QueueFullError) else getattr(err, "code", "")
-        outputs = tuple(
-            TokenOutput(
-                request_id=request.request_id,
-                attempt=request.attempt,
-                choice=choice,
-                index=0,
-                finish_reason=FinishReason.ERROR,
-                error=str(err),
-                error_code=code,
-                error_param=getattr(err, "param", None),
-            )
-            for choice in range(max(request.n, 1))
-        )
+        failure = Failure(str(err), code, getattr(err, "param", None))
+        outputs = tuple(failed(request, choice, failure) for choice in range(max(request.n, 1)))
         assert self._stream is not None
         self._stream.publish(gateway, StepOutput(outputs=outputs))
 

@@ -121,7 +121,8 @@ class WorkerRuntime(ABC):
             send=self._send,
         )
         self._stopping = False
-        self._is_connected = False
+        self.has_called = False
+        """It has reached a controller once."""
         self._drain_requested = False
         self._memory: dict[str, Any] = {}
         self._thread = threading.Thread(target=self._main, name=self.member.name, daemon=True)
@@ -183,7 +184,7 @@ class WorkerRuntime(ABC):
 
     def follow(self, term: int, controller: str) -> None:
         """A controller orders by a call of Ray. Raises ``SupersededError``."""
-        if self._is_connected:
+        if self.has_called:
             self.control.follow(term, controller)
 
     def request_drain(self) -> bool:
@@ -196,7 +197,7 @@ class WorkerRuntime(ABC):
 
     def redirect(self, control_address: str) -> None:
         """Connect to a restarted controller; ``NotReadyError`` before the first connection."""
-        if not self._is_connected:
+        if not self.has_called:
             raise NotReadyError(f"{self.member.name} has not called a controller yet")
         self.control.redirect(control_address)
 
@@ -279,13 +280,8 @@ class WorkerRuntime(ABC):
             on_failed=self._die,
         )
         control.start()
-        self._is_connected = True
+        self.has_called = True
         return control
-
-    @property
-    def has_called(self) -> bool:
-        """It has reached a controller once."""
-        return self._is_connected
 
     @property
     def lease_s(self) -> float:
@@ -348,7 +344,7 @@ class WorkerRuntime(ABC):
     def _die(self, reason: str) -> None:
         if self._stopping:
             return
-        if self._is_connected:
+        if self.has_called:
             self.control.send(WorkerFailed(reason=reason))
             self.control.close()
         self._on_death(reason)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from workers.requests.inspection import NamedArray
 from workers.requests.request import (
     MAX_NOTED,
@@ -208,17 +210,8 @@ class SequenceState:
 
     def error(self, failure: Failure, now: float) -> TokenOutput:
         """The last output of a sequence that failed."""
-        return TokenOutput(
-            request_id=self.request.request_id,
-            attempt=self.request.attempt,
-            choice=self.choice,
-            index=len(self.output),
-            finish_reason=FinishReason.ERROR,
-            error=failure.message,
-            error_code=failure.code,
-            error_param=failure.param,
-            timings=self._timings(now),
-        )
+        found = failed(self.request, self.choice, failure)
+        return replace(found, index=len(self.output), timings=self._timings(now))
 
     def _timings(self, now: float) -> Timings:
         dispatch = self.prefills[0] if self.prefills else now
@@ -230,6 +223,20 @@ class SequenceState:
             prefill_s=tuple(when - self.received for when in self.prefills),
             preempted_s=tuple(when - self.received for when in self.preemptions),
         )
+
+
+def failed(request: Request, choice: int, failure: Failure) -> TokenOutput:
+    """The only output of a choice."""
+    return TokenOutput(
+        request_id=request.request_id,
+        attempt=request.attempt,
+        choice=choice,
+        index=0,
+        finish_reason=FinishReason.ERROR,
+        error=failure.message,
+        error_code=failure.code,
+        error_param=failure.param,
+    )
 
 
 def num_reusable(request: Request) -> int:

@@ -20,6 +20,8 @@ from workers.transport.handshake import ConnectorHandshake, ListenerHandshake, P
 
 logger = logging.getLogger(__name__)
 
+MAX_PENDING = 16
+"""Connections without proof of the token at one time; one more closes the oldest."""
 _CONNECT_ATTEMPTS = 3
 _RETRY_S = 0.1
 _READ_BYTES = 4096
@@ -89,7 +91,7 @@ class Acceptor:
     """Opens and accepts connections on the owner's selector. Data thread only.
 
     Invalid data, silence or a wrong token ends one connection and nothing else. At most
-    ``max_pending`` connections that have not proved the token are kept; the oldest is closed.
+    ``MAX_PENDING`` connections that have not proved the token are kept; the oldest is closed.
     """
 
     def __init__(
@@ -102,7 +104,6 @@ class Acceptor:
         port: int,
         timeout_s: float,
         answer_limit_s: float,
-        max_pending: int,
         refusal: Callable[[PeerIdentity], str | None],
         opened: Callable[[socket.socket, PeerIdentity, int], None],
     ) -> None:
@@ -118,7 +119,6 @@ class Acceptor:
         self._token = token
         self._timeout_s = timeout_s
         self._answer_limit_s = answer_limit_s
-        self._max_pending = max_pending
         self._refusal = refusal
         self._opened = opened
         self._pending: dict[socket.socket, Pending] = {}
@@ -175,7 +175,7 @@ class Acceptor:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         waiting = [p for p in self._pending.values() if p.handshake.peer is None and not p.member]
-        if len(waiting) >= self._max_pending:
+        if len(waiting) >= MAX_PENDING:
             self.refuse(waiting[0].name, "too many connections without a token")
             self._drop(waiting[0])
         handshake = ListenerHandshake(self._identity(), self._token, self._refusal)

@@ -44,12 +44,10 @@ class PeerConnections:
         connect_timeout_s: float = 10.0,
         step_timeout_s: float = 60.0,
         path_limit_s: float = 2.0,
-        max_pending: int = 16,
     ) -> None:
         """Open the listener on ``host`` (the cluster interface), by default on a free port.
 
-        ``max_data_bytes`` bounds a data frame (``frames.max_data_bytes``); at most ``max_pending``
-        connections that have not proved the token are kept, the oldest gives way. A peer whose host
+        ``max_data_bytes`` bounds a data frame (``frames.max_data_bytes``). A peer whose host
         acknowledges nothing for ``path_limit_s`` is lost.
         """
         self.me = me
@@ -77,7 +75,6 @@ class PeerConnections:
             port=port,
             timeout_s=connect_timeout_s,
             answer_limit_s=min(path_limit_s, connect_timeout_s),
-            max_pending=max_pending,
             refusal=self._refusal,
             opened=self._opened,
         )

@@ -47,6 +47,8 @@ CHUNK_BYTES: Final = 256 * 1024
 """Bytes that are sent or received at once."""
 _IDLE_S = 30.0
 """Longest silence of a client between two messages, and longest time for a chunk of an answer."""
+_HANDSHAKE_S = 10.0
+"""Longest handshake of a client, and wait for the end of a server."""
 _READ_BYTES = 4096
 
 
@@ -186,21 +188,13 @@ class PeerServer:
     """One listener on a free port, open from the start; it serves from ``start`` on."""
 
     def __init__(
-        self,
-        me: PeerIdentity,
-        token: str,
-        *,
-        host: str,
-        what: str,
-        key_bytes: int,
-        handshake_timeout_s: float = 10.0,
+        self, me: PeerIdentity, token: str, *, host: str, what: str, key_bytes: int
     ) -> None:
         """``what`` names the items in threads and log lines; ``key_bytes`` is the size of a key."""
         self._me = me
         self._token = token
         self._what = what
         self._key_bytes = key_bytes
-        self._timeout_s = handshake_timeout_s
         self._lender: Lender[Any] | None = None
         self._closing = threading.Event()
         self._lock = threading.Lock()
@@ -225,7 +219,7 @@ class PeerServer:
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
         if self._thread.is_alive():
-            self._thread.join(self._timeout_s)
+            self._thread.join(_HANDSHAKE_S)
 
     def _accept(self) -> None:
         while not self._closing.is_set():
@@ -251,7 +245,7 @@ class PeerServer:
         with sock:
             try:
                 handshake = ListenerHandshake(self._me, self._token, lambda peer: None)
-                shake_hands(sock, handshake, self._timeout_s)
+                shake_hands(sock, handshake, _HANDSHAKE_S)
                 if handshake.refusal is not None:
                     raise HandshakeError(handshake.refusal)
                 sock.settimeout(_IDLE_S)

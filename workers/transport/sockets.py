@@ -18,6 +18,7 @@ from cluster.core.topology import Generation
 from workers.requests.step_header import StepHeader
 from workers.transport.frames import EXACT, PER_SLOT, Frame, FrameHeader, FrameKind
 from workers.transport.peer_connections import PeerConnections
+from workers.transport.peer_link import view_bytes
 from workers.transport.transport import Expected, RowMessage, Tag
 
 _KINDS = {"rows": FrameKind.ROWS, "outputs": FrameKind.OUTPUTS}
@@ -51,7 +52,8 @@ class SocketTransport:
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
         """See ``DataTransport``. A frame always carries its counts."""
         for message in messages:
-            buffers = [_bytes_of(part) for part in message.parts]
+            # Parts on a GPU: device-to-host sync.
+            buffers = [view_bytes(part.detach().cpu().contiguous()) for part in message.parts]
             counts = [part.shape[0] for part in message.parts]
             header = self._header(tag, counts, sum(map(len, buffers)))
             self._connections.send(self._names[message.rank], header, buffers)
@@ -93,25 +95,9 @@ class SocketTransport:
             self.reject(item.rank, f"frame of {header.length} bytes: must be {length}")
 
     def _tensors(self, item: Expected, frame: Frame) -> tuple[Tensor, ...]:
-        tensors = []
-        offset = 0
+        data, tensors, end = torch.from_numpy(frame.payload), [], 0
         for part, count in zip(item.parts, frame.header.counts, strict=False):
-            size = count * part.width
-            if size:
-                tensor = torch.frombuffer(
-                    frame.payload, dtype=part.dtype, count=size, offset=offset
-                ).view(count, part.width)
-            else:
-                tensor = torch.empty(count, part.width, dtype=part.dtype)
-            offset += count * part.row_bytes
-            tensors.append(tensor if self._device.type == "cpu" else tensor.to(self._device))
+            first, end = end, end + count * part.row_bytes
+            tensor = data[first:end].view(part.dtype).view(count, part.width)
+            tensors.append(tensor.to(self._device))
         return tuple(tensors)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy if it is contiguous and on the CPU."""
-    if not tensor.is_cpu:
-        tensor = tensor.cpu()  # device-to-host sync
-    if not tensor.numel():
-        return memoryview(b"")
-    return tensor.detach().contiguous().view(torch.uint8).numpy().data.cast("B")

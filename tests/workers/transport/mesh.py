@@ -288,7 +288,6 @@ def make_connections(
     config_hash: str = "config",
     connect_timeout_s: float = 30.0,
     path_limit_s: float = 60.0,
-    max_pending: int = 16,
     frame_bytes: int | None = None,
 ) -> PeerConnections:
     """Peer connections on loopback."""
@@ -307,7 +306,6 @@ def make_connections(
         connect_timeout_s=connect_timeout_s,
         step_timeout_s=step_timeout_s,
         path_limit_s=path_limit_s,
-        max_pending=max_pending,
     )
 
 

@@ -16,6 +16,7 @@ from cluster.core.errors import GenerationChangedError, PeerLostError
 from cluster.core.topology import Generation, Member, Role
 from tests.fakes import Wakeups
 from tests.workers.transport.mesh import MAX_ROWS, make_bank, make_connections
+from workers.transport.acceptor import MAX_PENDING
 from workers.transport.frames import FrameHeader, FrameKind, max_data_bytes
 from workers.transport.peer_connections import PeerConnections
 
@@ -380,11 +381,11 @@ def _read_to_end(sock: socket.socket) -> None:
 def test_connections_without_a_token_are_bounded(
     open_peer: OpenPeer, pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    home, expert = open_peer("attention", 0), open_peer("expert", 0, max_pending=4)
+    home, expert = open_peer("attention", 0), open_peer("expert", 0)
     host, port = expert.address.split(":")
-    crowd = [socket.create_connection((host, int(port))) for _ in range(20)]
+    crowd = [socket.create_connection((host, int(port))) for _ in range(2 * MAX_PENDING)]
     form(pool, 1, home, expert)
-    assert num_refused(caplog) >= 15
+    assert num_refused(caplog) >= MAX_PENDING
     exchange(home, expert, 1, 1)
     for sock in crowd:
         sock.close()
