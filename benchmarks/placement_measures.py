@@ -15,8 +15,8 @@ from benchmarks.placement_data import Floats, Ints, draw, profile
 from benchmarks.random_plan import random_plan, siblings
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.planner import eplb, mesh
+from cluster.planner.assess import contiguous_plan
 from cluster.planner.base import Plan, PlannedTopology, PlanOptions
-from cluster.planner.simple import contiguous_plan
 
 PLANNERS: dict[str, Callable[..., Plan]] = {
     "contiguous": contiguous_plan,

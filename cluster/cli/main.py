@@ -99,13 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, Interrupted):
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        _silence_stdout()
+        # the reader of the output is gone: write nothing more, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-
-
-def _silence_stdout() -> None:
-    """The reader of the output is gone: write nothing more, not even at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

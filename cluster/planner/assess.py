@@ -1,4 +1,7 @@
-"""Predictions for a given placement, independent of the planner that made it."""
+"""Predictions for a given placement, independent of the planner that made it.
+
+Also the plan that ignores the load: experts in order.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import numpy as np
 
 from cluster.core.checks import check
 from cluster.core.load_profile import BankLoad, LoadProfile
-from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement, contiguous
 from cluster.planner import cost
 from cluster.planner.base import (
     Floats,
@@ -100,6 +103,20 @@ def assess(
         balancedness=tuple(balance[b.bank, b.layer] for b in profile.banks),
         decode_slots_over_floor=peaks,
     )
+
+
+def contiguous_plan(
+    profile: LoadProfile, topology: PlannedTopology, current: ExpertPlacement | None = None
+) -> Plan:
+    """Experts in order, a block on each device: the first placement where no load is known.
+
+    Raises ``ConfigError`` for devices that say their number of slots: blocks are equal.
+    """
+    own = [d.num_expert_slots for d in topology.devices if d.num_expert_slots is not None]
+    check(not own, "num_expert_slots", own, "must not be given for a contiguous plan")
+    epoch = 1 if current is None else current.epoch + 1
+    placement = contiguous(profile.bank_shapes, topology.num_devices, topology.num_redundant, epoch)
+    return assess(profile, topology, placement, current)
 
 
 def banks_of(

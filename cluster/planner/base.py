@@ -255,15 +255,13 @@ def placed(
     for b, load in enumerate(loads):
         maps, split = slots[b].tolist(), shares[b].tolist()
         banks.append(
-            BankPlacement(
+            BankPlacement.from_maps(
                 bank=load.bank,
                 layer=load.layer,
                 num_experts=len(load.counts),
-                physical_to_logical=tuple(
-                    tuple(s[:n]) for s, n in zip(maps, capacities, strict=True)
-                ),
-                split=tuple(tuple(s[:n]) for s, n in zip(split, capacities, strict=True)),
-                decode_device=tuple(primary[b].tolist()),
+                physical_to_logical=[s[:n] for s, n in zip(maps, capacities, strict=True)],
+                split=[s[:n] for s, n in zip(split, capacities, strict=True)],
+                decode_device=primary[b].tolist(),
             )
         )
     return banks

@@ -139,7 +139,7 @@ def _from_scratch(group: _Group, options: PlanOptions, coactivation: Coactivatio
     weight = decode.weights(group.load, group.top_k, options.decode_tokens)
     affinity = _affinity(group, coactivation)
     slots, primary = arrange(slots, primary, group.load, weight, limits.speeds, affinity)
-    start = Placed(slots=slots, primary=primary, slot_loads=solve(slots, group.load, limits.speeds))
+    start = _solved(group, slots, primary)
     goal = SearchGoal(
         target=_FULL_TARGET, least_gain=_LEAST_GAIN_FULL, budget=_NO_LIMIT, per_move=False
     )
@@ -168,9 +168,7 @@ def _affinity(group: _Group, coactivation: Coactivation | None) -> Floats | None
 def _from_current(group: _Group, before: PlacedGroup, options: PlanOptions, budget: int) -> Placed:
     limits, slots, primary = group.limits, before.slots, before.primary
     old = Placed(slots=slots, primary=primary, slot_loads=before.slot_loads)
-    start = _better(
-        group, Placed(slots=slots, primary=primary, slot_loads=_solved(group, slots)), old
-    )
+    start = _better(group, _solved(group, slots, primary), old)
     start, used = spread_over_nodes(start, group.load, limits, budget)
     is_free = options.max_move_fraction is None
     goal = SearchGoal(
@@ -189,8 +187,9 @@ def _from_current(group: _Group, before: PlacedGroup, options: PlanOptions, budg
     return _finished(group, result, options)
 
 
-def _solved(group: _Group, slots: Ints) -> Floats:
-    return solve(slots, group.load, group.limits.speeds)
+def _solved(group: _Group, slots: Ints, primary: Ints, tolerance: float = 1e-4) -> Placed:
+    slot_loads = solve(slots, group.load, group.limits.speeds, tolerance)
+    return Placed(slots=slots, primary=primary, slot_loads=slot_loads)
 
 
 def _better(group: _Group, new: Placed, old: Placed) -> Placed:
@@ -202,17 +201,13 @@ def _better(group: _Group, new: Placed, old: Placed) -> Placed:
 
 def _mixed(group: _Group, result: Placed, fresh: Placed, is_fresh: Bools, before: Ints) -> Placed:
     """Fresh plans for some banks, in the slots that their experts have now."""
-    slots = aligned(before, fresh.slots)
-    fresh = Placed(slots=slots, primary=fresh.primary, slot_loads=_solved(group, slots))
+    fresh = _solved(group, aligned(before, fresh.slots), fresh.primary)
     return fresh.where(is_fresh, result)
 
 
 def _finished(group: _Group, found: Placed, options: PlanOptions) -> Placed:
     """With shares solved to the end, and a decode table."""
-    exact = solve(found.slots, group.load, group.limits.speeds, _EXACT)
-    result = _better(
-        group, Placed(slots=found.slots, primary=found.primary, slot_loads=exact), found
-    )
+    result = _better(group, _solved(group, found.slots, found.primary, _EXACT), found)
     result.primary = decode.assign(
         result.slots,
         group.load,

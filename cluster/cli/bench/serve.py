@@ -76,7 +76,6 @@ class _Measured:
 
     tally: Tally
     load: Load | None = None
-    protocol: str = "http"
     began: float = 0.0
 
     def duration_s(self) -> float:
@@ -86,7 +85,7 @@ class _Measured:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; exits with 1 if a request failed, with 130 after a ctrl-C."""
-    found = _Measured(Tally(dict(args.goodput)), protocol="http" if args.grpc is None else "grpc")
+    found = _Measured(Tally(dict(args.goodput)))
     is_interrupted = False
     progress = Progress()
     try:
@@ -177,12 +176,12 @@ def _vocab_size(status: Mapping[str, Any]) -> int:
 def _document(
     args: argparse.Namespace, load: Load, found: _Measured, duration_s: float, interrupted: bool
 ) -> dict[str, Any]:
-    options = asdict(load)
+    options = {**asdict(load), "protocol": "http" if args.grpc is None else "grpc"}
     if not math.isfinite(load.request_rate):
         options["request_rate"] = None
     return document_of(
         "bench serve",
-        {**options, "protocol": found.protocol, "goodput_ms": dict(found.tally.goals_ms)},
+        {**options, "goodput_ms": dict(found.tally.goals_ms)},
         found.tally.results(duration_s),
         url=args.grpc or Client(args).url,
         interrupted=interrupted,

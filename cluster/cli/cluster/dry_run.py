@@ -51,7 +51,7 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
                 "name": f"{role}-{rank}",
                 "role": role,
                 "rank": rank,
-                "slots": _slots(role, start),
+                "slots": start.num_slots if start and holds_experts(role) else None,
                 "weight_bytes": _weights(role, rank, start, facts) * size if start else None,
             }
             for role, number in ({} if is_open else workers.pools).items()
@@ -59,10 +59,6 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
         ],
         "placement": start.placement.to_dict() if start else None,
     }
-
-
-def _slots(role: Role, start: StartPlan | None) -> int | None:
-    return start.num_slots if start and holds_experts(role) else None
 
 
 def _weights(role: Role, rank: int, start: StartPlan, facts: CheckpointFacts) -> int:

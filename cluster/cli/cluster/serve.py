@@ -14,9 +14,13 @@ from typing import Any
 
 from cluster.cli.cluster import dry_run
 from cluster.cli.cluster.front import Front, raise_on_signals
-from cluster.cli.options.keys import without_keys
 from cluster.cli.options.serve_config import asked_for, build_config, make_plan
-from cluster.cli.options.serve_options import StartOptions, add_serve_options, read_given
+from cluster.cli.options.serve_options import (
+    StartOptions,
+    add_serve_options,
+    read_given,
+    without_keys,
+)
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, show

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -18,9 +18,8 @@ from cluster.core.checks import check
 from cluster.core.load_profile import LoadProfile, load_profile
 from cluster.core.placement import ExpertPlacement, load_placement
 from cluster.planner import eplb, mesh
-from cluster.planner.assess import assess
+from cluster.planner.assess import assess, contiguous_plan
 from cluster.planner.base import Plan, PlannedTopology, PlanOptions
-from cluster.planner.simple import contiguous_plan
 
 ALGORITHMS = ("mesh", "eplb", "contiguous")
 
@@ -102,13 +101,10 @@ def ask(args: argparse.Namespace) -> Question:
 
 def make(algorithm: str, question: Question) -> Plan:
     """The plan of one algorithm."""
-    profile, topology, current = question.profile, question.topology, question.current
-    makers: Mapping[str, Callable[[], Plan]] = {
-        "mesh": lambda: mesh.plan(profile, topology, current, question.options),
-        "eplb": lambda: eplb.plan(profile, topology, current),
-        "contiguous": lambda: contiguous_plan(profile, topology, current),
-    }
-    return makers[algorithm]()
+    given = (question.profile, question.topology, question.current)
+    if algorithm == "mesh":
+        return mesh.plan(*given, question.options)
+    return eplb.plan(*given) if algorithm == "eplb" else contiguous_plan(*given)
 
 
 def compare(question: Question, made: Mapping[str, Plan]) -> dict[str, Plan]:
@@ -135,12 +131,7 @@ def summary(plan: Plan) -> dict[str, Any]:
 def draw(path: Path, question: Question, plan: Plan, algorithm: str) -> None:
     """Write the page. Raises ``CommandError``."""
     name = "contiguous" if question.current is None else "current"
-    page = plan_page.page(
-        question.profile,
-        plan_page.Side(name=name, plan=before(question)),
-        plan_page.Side(name=algorithm, plan=plan),
-    )
-    save(path, page)
+    save(path, plan_page.page(question.profile, (name, algorithm), (before(question), plan)))
 
 
 def _headline(question: Question) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +15,24 @@ from cluster.planner.base import Plan
 TEMPLATE = Path(__file__).with_name("plan_page.html")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Side:
-    """One of the two placements that are drawn."""
-
-    name: str
-    """Its title on the page."""
-    plan: Plan
-    """Maps and predictions."""
-
-
-def page(profile: LoadProfile, left: Side, right: Side) -> str:
-    """The page for two placements of the same banks, ``right`` the one that is planned."""
+def page(profile: LoadProfile, names: tuple[str, str], plans: tuple[Plan, Plan]) -> str:
+    """The page for two placements of the same banks; the second is the one that is planned."""
+    planned = plans[1]
     data = {
-        "names": [left.name, right.name],
-        "devices": right.plan.placement.num_devices,
-        "banks": [
-            _bank(load, left.plan, right.plan, index) for index, load in enumerate(profile.banks)
-        ],
-        "moves": [m.to_dict() for m in right.plan.moves],
-        "decode": [_decode(left.plan), _decode(right.plan)],
-        "move_fraction": right.plan.move_fraction,
+        "names": names,
+        "devices": planned.placement.num_devices,
+        "banks": [_bank(load, plans, index) for index, load in enumerate(profile.banks)],
+        "moves": [m.to_dict() for m in planned.moves],
+        "decode": [_decode(plan) for plan in plans],
+        "move_fraction": planned.move_fraction,
     }
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     title = f"Expert placement of {html.escape(profile.model)}"
     return TEMPLATE.read_text().replace("{{title}}", title).replace("{{data}}", text)
 
 
-def _bank(load: BankLoad, left: Plan, right: Plan, index: int) -> dict[str, Any]:
+def _bank(load: BankLoad, plans: Sequence[Plan], index: int) -> dict[str, Any]:
     total = sum(load.counts) or 1.0
-    plans = (left, right)
     return {
         "name": f"layer {load.layer}, {load.bank}",
         "bank": load.bank,

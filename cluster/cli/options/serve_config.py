@@ -60,12 +60,10 @@ def asked_for(given: Given) -> dict[str, str]:
     for option in OPTIONS:
         if option.section and option.target in given.values:
             text = str(given.values[option.target])
-            asked[option.flag] = _fingerprint(text) if option.is_secret else text
+            if option.is_secret:
+                text = hashlib.sha256(text.encode()).hexdigest()[:16]
+            asked[option.flag] = text
     return asked
-
-
-def _fingerprint(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()[:16]
 
 
 def _sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.options.keys import collect_keys
 from cluster.cli.options.option import ServeOption, help_text, options_of
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.config.api_keys import hash_key
 from cluster.config.cluster import section_types
 from cluster.core.checks import check_each, is_not_negative, is_positive
 from cluster.core.errors import CheckpointError
@@ -38,6 +38,10 @@ class StartOptions:
 
 
 _SECTIONS: dict[str, type] = {**section_types(), "": StartOptions}
+_KEY_VARIABLES = {
+    "gateway.api_keys": "EXPERTMESH_API_KEYS",
+    "gateway.admin_keys": "EXPERTMESH_ADMIN_KEYS",
+}
 OPTIONS = tuple(option for name, kind in _SECTIONS.items() for option in options_of(name, kind))
 """Options of all sections."""
 
@@ -124,6 +128,28 @@ def read_given(args: argparse.Namespace, environment: Mapping[str, str]) -> Give
         settings=found,
         values={**values, **collect_keys(values, environment)},
     )
+
+
+def collect_keys(
+    values: Mapping[str, Any], environment: Mapping[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """The keys of the options among ``values``, and more from the environment, hashed.
+
+    ``EXPERTMESH_API_KEYS`` and ``EXPERTMESH_ADMIN_KEYS`` hold keys with commas between them.
+    """
+    found = {}
+    for target, variable in _KEY_VARIABLES.items():
+        more = (key.strip() for key in environment.get(variable, "").split(","))
+        keys = [key for key in (values.get(target, ""), *more) if key]
+        if keys:
+            found[target] = tuple(map(hash_key, dict.fromkeys(keys)))
+    return found
+
+
+def without_keys(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for processes that need no keys."""
+    names = {f"EXPERTMESH_{kind}_KEY{s}" for kind in ("API", "ADMIN") for s in ("", "S")}
+    return {name: value for name, value in environment.items() if name not in names}
 
 
 def _read_file(args: argparse.Namespace) -> dict[str, str]:

@@ -10,8 +10,8 @@ from benchmarks.random_plan import random_plan, siblings
 from cluster.core.errors import ConfigError
 from cluster.core.placement import FREE_SLOT
 from cluster.planner import eplb
+from cluster.planner.assess import contiguous_plan
 from cluster.planner.base import PlannedDevice, PlannedTopology
-from cluster.planner.simple import contiguous_plan
 from tests.cluster.planner.planner_cases import Problem, check_bank, make_profile, problems
 
 PROPERTY = settings(max_examples=25, deadline=None)

@@ -14,10 +14,9 @@ from cluster.core.errors import ConfigError
 from cluster.core.load_profile import BankLoad, LoadProfile, device_loads
 from cluster.core.placement import FREE_SLOT, ExpertPlacement
 from cluster.planner import mesh
-from cluster.planner.assess import assess
+from cluster.planner.assess import assess, contiguous_plan
 from cluster.planner.base import Floats, PlannedDevice, PlannedTopology, PlanOptions
 from cluster.planner.moves import find_moves
-from cluster.planner.simple import contiguous_plan
 from tests.cluster.planner.planner_cases import (
     Problem,
     check_bank,

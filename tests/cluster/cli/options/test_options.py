@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from cluster.cli.main import main, make_parser
-from cluster.cli.options.keys import without_keys
 from cluster.cli.options.option import parse_bytes
 from cluster.cli.options.serve_config import build_config
-from cluster.cli.options.serve_options import OPTIONS, read_given, read_template
+from cluster.cli.options.serve_options import OPTIONS, read_given, read_template, without_keys
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.config.api_keys import hash_key
 from cluster.config.cluster import ClusterConfig, section_types
