@@ -148,32 +148,25 @@ def make_prompts(fields: InspectFields, facts: ModelFacts) -> list[CallPrompt]:
             logits = np.zeros((len(prompts), len(facts.labels)), dtype=np.float32)
             classification_loss(logits, fields.labels, facts.problem_type)
     masks = fields.masks or tuple((1,) * len(ids) for ids in prompts)
-    make = _class_prompt if facts.labels else _token_prompt
-    return [make(fields, i, ids, masks[i], facts) for i, ids in enumerate(prompts)]
+    return [_prompt(fields, i, ids, masks[i], facts) for i, ids in enumerate(prompts)]
 
 
-def _token_prompt(
+def _prompt(
     fields: InspectFields, index: int, ids: tuple[int, ...], mask: Mask, facts: ModelFacts
 ) -> CallPrompt:
     kept = apply_mask(ids, mask)
+    places: tuple[int, ...] = ()
     labels: tuple[int, ...] = ()
-    if fields.wants("logprobs", "loss"):
-        labels = _labels(fields.labels[index], mask) if fields.labels else kept
-    places = _positions(fields.logits_to_keep, len(kept)) if fields.wants("logits") else ()
-    return CallPrompt(ids=kept, inspection=_insides(fields, places, labels))
-
-
-def _class_prompt(
-    fields: InspectFields, index: int, ids: tuple[int, ...], mask: Mask, facts: ModelFacts
-) -> CallPrompt:
-    kept = apply_mask(ids, mask)
-    place = classified_token(ids, mask, facts)
-    places = (sum(mask[:place]),) if fields.wants("logits", "loss") else ()
-    return CallPrompt(ids=kept, inspection=_insides(fields, places, ()))
-
-
-def _insides(fields: InspectFields, places: tuple[int, ...], labels: tuple[int, ...]) -> Inspection:
-    return Inspection(
+    if facts.labels:
+        place = classified_token(ids, mask, facts)
+        if fields.wants("logits", "loss"):
+            places = (sum(mask[:place]),)
+    else:
+        if fields.wants("logprobs", "loss"):
+            labels = _labels(fields.labels[index], mask) if fields.labels else kept
+        if fields.wants("logits"):
+            places = _positions(fields.logits_to_keep, len(kept))
+    inspection = Inspection(
         logits=places,
         labels=labels,
         hidden_states=fields.wants("hidden_states"),
@@ -182,6 +175,7 @@ def _insides(fields: InspectFields, places: tuple[int, ...], labels: tuple[int, 
         attentions=fields.wants("attentions"),
         aux=fields.wants("aux_loss"),
     )
+    return CallPrompt(ids=kept, inspection=inspection)
 
 
 def _labels(labels: tuple[float, ...], mask: Mask) -> tuple[int, ...]:

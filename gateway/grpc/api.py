@@ -12,7 +12,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from gateway.core.field_checks import check_stream
 from gateway.core.headers import with_headers
 from gateway.generation.answer import collect
-from gateway.generation.gateway import Gateway, new_call_id
+from gateway.generation.gateway import new_call_id
 from gateway.generation.generation import Generation
 from gateway.grpc.call import GrpcCall
 from gateway.grpc.convert import grpc_chat_input, grpc_fields, input_of, optional
@@ -26,10 +26,6 @@ SERVICE: ServiceDescriptor = pb.DESCRIPTOR.services_by_name["Inference"]
 
 class InferenceProcedures(PoolingProcedures):
     """All procedures, by their names in the service."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        super().__init__(gateway)
-        self._gateway = gateway
 
     async def Generate(self, request: pb.GenerateRequest, call: GrpcCall) -> pb.GenerateResponse:
         with await self._start(request, call) as generation:

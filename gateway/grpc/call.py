@@ -76,11 +76,6 @@ class GrpcCall(AbstractContextManager["GrpcCall"]):
             tuple((f"x-{name}-tokens", str(count)) for name, count in counts.items())
         )
 
-    async def begin(self) -> None:
-        """``enter`` and ``send_id``; raises what they raise."""
-        self.enter()
-        await self.send_id()
-
     def enter(self) -> None:
         """Count the request for its key.
 
@@ -119,8 +114,7 @@ class GrpcCall(AbstractContextManager["GrpcCall"]):
             self._caller.leave(time.monotonic())
         unsent_error = ""
         if isinstance(error, asyncio.CancelledError | GeneratorExit):
-            left_s = self.context.time_remaining()
-            if left_s is not None and left_s < _DEADLINE_SLACK_S:
+            if self.time_left_s is not None and self.time_left_s < _DEADLINE_SLACK_S:
                 self._code, unsent_error = grpc.StatusCode.DEADLINE_EXCEEDED, DEADLINE_PASSED
             else:
                 self._code, unsent_error = grpc.StatusCode.CANCELLED, CLIENT_GONE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 import grpc
@@ -36,40 +36,45 @@ def service_handlers(
         keys: the keys of the port.
     """
 
-    def call_of(
-        method: MethodDescriptor, request: Message | RequestError, context: Context
-    ) -> GrpcCall:
+    @asynccontextmanager
+    async def entered(
+        method: MethodDescriptor, data: bytes, context: Context
+    ) -> AsyncIterator[tuple[Message, GrpcCall]]:
+        """A call and its message; an error within ends the call."""
+        request: Message | None = None
+        with suppress(DecodeError):
+            request = GetMessageClass(method.input_type).FromString(data)
         wanted_id = str(getattr(request, "request_id", ""))
-        return GrpcCall(gateway, service.full_name, method.name, context, wanted_id, keys)
+        with GrpcCall(gateway, service.full_name, method.name, context, wanted_id, keys) as call:
+            try:
+                call.enter()
+                if request is None:  # gRPC would say UNKNOWN where a deserializer fails
+                    raise RequestError("the message cannot be decoded as the procedure's request")
+                yield request, call
+            except Exception as err:
+                await call.abort(err)
 
     def unary(method: MethodDescriptor) -> Any:
-        procedure, kind = find(method.name), GetMessageClass(method.input_type)
+        procedure = find(method.name)
 
         async def serve(data: bytes, context: Context) -> Message:
-            request = _decode(kind, data)
-            with call_of(method, request, context) as call:
-                try:
-                    await call.begin()
-                    answer: Message = await procedure(_checked(request), call)
-                    return answer
-                except Exception as err:
-                    await call.abort(err)
+            async with entered(method, data, context) as (request, call):
+                await call.send_id()
+                answer: Message = await procedure(request, call)
+                return answer
 
         return serve
 
     def streaming(method: MethodDescriptor) -> Any:
-        procedure, kind = find(method.name), GetMessageClass(method.input_type)
+        procedure = find(method.name)
 
         async def serve(data: bytes, context: Context) -> AsyncIterator[Message]:
-            request = _decode(kind, data)
-            with call_of(method, request, context) as call:
-                try:
-                    call.enter()
-                    async with aclosing(procedure(_checked(request), call)) as answers:
-                        async for answer in answers:
-                            yield answer
-                except Exception as err:
-                    await call.abort(err)
+            async with (
+                entered(method, data, context) as (request, call),
+                aclosing(procedure(request, call)) as answers,
+            ):
+                async for answer in answers:
+                    yield answer
 
         return serve
 
@@ -84,17 +89,3 @@ def service_handlers(
 
     handlers = {method.name: handler(method) for method in service.methods}
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
-
-
-def _decode(kind: type[Message], data: bytes) -> Message | RequestError:
-    """The message, or why there is none: gRPC would say UNKNOWN where a deserializer fails."""
-    try:
-        return kind.FromString(data)
-    except DecodeError:
-        return RequestError("the message cannot be decoded as the procedure's request")
-
-
-def _checked(request: Message | RequestError) -> Message:
-    if isinstance(request, RequestError):
-        raise request
-    return request

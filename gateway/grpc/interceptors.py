@@ -47,7 +47,8 @@ class KeyInterceptor(_Interceptor):
         if path.startswith(f"/{HEALTH_SERVICE}/"):
             return handler
         given = text_metadata(handler_call_details.invocation_metadata)
-        names = (_UNKNOWN, _UNKNOWN) if handler is None else _names(path)
+        service, _, method = path.lstrip("/").rpartition("/")
+        names = (_UNKNOWN, _UNKNOWN) if handler is None else (service, method)
         await self._keys.read_changes()
         try:
             self._keys.check(given.get("authorization"), given.get("api-key"))
@@ -69,7 +70,7 @@ def _refusal(
     async def refuse(requests: Any, context: Context) -> AsyncIterator[Any]:
         with GrpcCall(gateway, *names, context, "", keys) as call:
             try:
-                await call.begin()
+                call.enter()
                 raise error
             except Exception as err:
                 await call.abort(err)
@@ -78,9 +79,3 @@ def _refusal(
     make: Any = grpc.stream_stream_rpc_method_handler
     handler: grpc.RpcMethodHandler[Any, Any] = make(refuse)
     return handler
-
-
-def _names(path: str) -> tuple[str, str]:
-    """``/package.Service/Method`` -> service, method."""
-    service, _, method = path.lstrip("/").rpartition("/")
-    return service, method

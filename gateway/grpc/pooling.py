@@ -29,9 +29,9 @@ class PoolingProcedures:
     """The procedures that read prompts and draw nothing."""
 
     def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
         self._reader = Reader(gateway)
         self._inspecting = Inspecting(gateway)
-        self._name = gateway.model_name
 
     async def Embed(self, request: pb.EmbedRequest, call: GrpcCall) -> pb.EmbedResponse:
         fields, prompts = _fields(request, call), _prompts(request.input, "input")
@@ -76,7 +76,7 @@ class PoolingProcedures:
     def _head(self, request: PoolingRequest, call: GrpcCall, usage: Usage) -> dict[str, Any]:
         """What all answers have; sends the usage as trailing metadata, too."""
         call.set_usage(usage)
-        return {"model": request.model or self._name, "usage": usage_message(usage)}
+        return {"model": request.model or self._gateway.model_name, "usage": usage_message(usage)}
 
 
 def grpc_inspect_fields(request: pb.InspectRequest) -> InspectFields:

@@ -78,7 +78,7 @@ class ChatTemplate:
         self.variables = dict(variables or {})
         """Special tokens by name."""
         self.has_tools = "tools" in names
-        self.tool_form = _tool_form(source) if self.has_tools else None
+        self.tool_form = next((f for f in ToolForm if self.has_tools and f.value in source), None)
         """How the model calls them; None where it has none, or the form is not known."""
 
     def render(
@@ -152,10 +152,6 @@ def _cut_at_end_of(text: str, message: Mapping[str, Any]) -> str:
             "continue_final_message",
         )
     return text[: place + len(content)]
-
-
-def _tool_form(source: str) -> ToolForm | None:
-    return next((form for form in ToolForm if form.value in source), None)
 
 
 def _to_json(

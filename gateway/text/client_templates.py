@@ -93,14 +93,10 @@ def _run(asked: str) -> dict[str, Any]:
             capture_output=True,
             text=True,
             timeout=_WALL_LIMIT_S,
+            check=True,
         )
-    except subprocess.TimeoutExpired as err:
-        raise _beyond_limits() from err
-    if done.returncode:
-        raise _beyond_limits()
+    except subprocess.SubprocessError as err:
+        message = f"{PARAM} needs more than {CPU_LIMIT_S} s, or too much memory"
+        raise RequestError(message, PARAM) from err
     found: dict[str, Any] = json.loads(done.stdout)
     return found
-
-
-def _beyond_limits() -> RequestError:
-    return RequestError(f"{PARAM} needs more than {CPU_LIMIT_S} s, or too much memory", PARAM)
