@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import InitVar, dataclass
-from types import TracebackType
 from typing import Any, NoReturn
 
 import grpc
@@ -33,7 +32,7 @@ def text_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[st
 
 
 @dataclass(eq=False)
-class GrpcCall(AbstractContextManager["GrpcCall"]):
+class GrpcCall:
     """One gRPC request from its metadata to its status: names it, counts it, maps errors."""
 
     gateway: Gateway
@@ -44,7 +43,6 @@ class GrpcCall(AbstractContextManager["GrpcCall"]):
     """What the message calls the request; empty: nothing."""
     keys: KeyRing
     """The keys of the port."""
-    _caller: Account | None = None
     _code: grpc.StatusCode = grpc.StatusCode.OK
     _trace: RequestTrace | None = None
     _has_sent_id: bool = False
@@ -76,14 +74,32 @@ class GrpcCall(AbstractContextManager["GrpcCall"]):
             tuple((f"x-{name}-tokens", str(count)) for name, count in counts.items())
         )
 
-    def enter(self) -> None:
-        """Count the request for its key.
-
-        Raises ``KeyLimitError``, and what ``KeyRing.check`` raises.
-        """
-        given = self._metadata
-        self._caller = self.keys.enter(given.get("authorization"), given.get("api-key"))
-        REQUEST_ID.set(self.request_id)
+    @asynccontextmanager
+    async def served(self) -> AsyncIterator[None]:
+        """Count the request for its key; an error of the key, or within, ends it."""
+        given, unsent_error = self._metadata, ""
+        caller: Account | None = None
+        try:
+            try:
+                caller = self.keys.enter(given.get("authorization"), given.get("api-key"))
+                REQUEST_ID.set(self.request_id)
+                yield
+            except Exception as err:
+                await self._abort(err)
+        except (asyncio.CancelledError, GeneratorExit):
+            if self.time_left_s is not None and self.time_left_s < _DEADLINE_SLACK_S:
+                self._code, unsent_error = grpc.StatusCode.DEADLINE_EXCEEDED, DEADLINE_PASSED
+            else:
+                self._code, unsent_error = grpc.StatusCode.CANCELLED, CLIENT_GONE
+                self.gateway.metrics.client_disconnects.inc()
+            raise
+        finally:
+            if caller is not None:
+                caller.leave(time.monotonic())
+            code, requests = self._code.name, self.gateway.metrics.grpc_requests
+            requests.labels(self.service, self.method, code).inc()
+            if self._trace is not None:
+                self._trace.end(unsent_error)
 
     async def send_id(self) -> None:
         """Send the request's id as initial metadata, once, before any token."""
@@ -94,7 +110,7 @@ class GrpcCall(AbstractContextManager["GrpcCall"]):
         metadata = ((HEADER, self.request_id), ("x-placement-epoch", epoch))
         await self.context.send_initial_metadata(metadata)
 
-    async def abort(self, error: Exception) -> NoReturn:
+    async def _abort(self, error: Exception) -> NoReturn:
         """End the request with the status that belongs to ``error``."""
         report = self.gateway.report_error(error, self.request_id)
         self._code = report.grpc_code
@@ -103,22 +119,3 @@ class GrpcCall(AbstractContextManager["GrpcCall"]):
         trailers = (("grpc-status-details-bin", details),)
         await self.context.abort(report.grpc_code, report.message, trailers)
         raise AssertionError("abort always raises")
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._caller is not None:
-            self._caller.leave(time.monotonic())
-        unsent_error = ""
-        if isinstance(error, asyncio.CancelledError | GeneratorExit):
-            if self.time_left_s is not None and self.time_left_s < _DEADLINE_SLACK_S:
-                self._code, unsent_error = grpc.StatusCode.DEADLINE_EXCEEDED, DEADLINE_PASSED
-            else:
-                self._code, unsent_error = grpc.StatusCode.CANCELLED, CLIENT_GONE
-                self.gateway.metrics.client_disconnects.inc()
-        self.gateway.metrics.grpc_requests.labels(self.service, self.method, self._code.name).inc()
-        if self._trace is not None:
-            self._trace.end(unsent_error)

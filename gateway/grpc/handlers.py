@@ -40,19 +40,16 @@ def service_handlers(
     async def entered(
         method: MethodDescriptor, data: bytes, context: Context
     ) -> AsyncIterator[tuple[Message, GrpcCall]]:
-        """A call and its message; an error within ends the call."""
+        """The message and its call; an error within ends the call."""
         request: Message | None = None
         with suppress(DecodeError):
             request = GetMessageClass(method.input_type).FromString(data)
         wanted_id = str(getattr(request, "request_id", ""))
-        with GrpcCall(gateway, service.full_name, method.name, context, wanted_id, keys) as call:
-            try:
-                call.enter()
-                if request is None:  # gRPC would say UNKNOWN where a deserializer fails
-                    raise RequestError("the message cannot be decoded as the procedure's request")
-                yield request, call
-            except Exception as err:
-                await call.abort(err)
+        call = GrpcCall(gateway, service.full_name, method.name, context, wanted_id, keys)
+        async with call.served():
+            if request is None:  # gRPC would say UNKNOWN where a deserializer fails
+                raise RequestError("the message cannot be decoded as the procedure's request")
+            yield request, call
 
     def unary(method: MethodDescriptor) -> Any:
         procedure = find(method.name)

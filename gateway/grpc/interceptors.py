@@ -68,12 +68,8 @@ def _refusal(
     """
 
     async def refuse(requests: Any, context: Context) -> AsyncIterator[Any]:
-        with GrpcCall(gateway, *names, context, "", keys) as call:
-            try:
-                call.enter()
-                raise error
-            except Exception as err:
-                await call.abort(err)
+        async with GrpcCall(gateway, *names, context, "", keys).served():
+            raise error
         yield
 
     make: Any = grpc.stream_stream_rpc_method_handler
