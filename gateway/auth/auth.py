@@ -17,8 +17,6 @@ from cluster.core.errors import AuthenticationError, PermissionDeniedError
 from gateway.auth.key_file import KeyEntry, KeyFile, KeyLimits, plain_entries
 from gateway.auth.key_limits import Account
 
-Clock = Callable[[], float]
-
 CALLER: ContextVar[Account | None] = ContextVar("CALLER", default=None)
 """The caller of the request that the running task serves; None without keys."""
 
@@ -41,7 +39,7 @@ class KeyRing:
         file: KeyFile | None = None,
         limits: KeyLimits | None = None,
         others: KeyRing | None = None,
-        clock: Clock = time.monotonic,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fixed = {entry.digest: entry for entry in plain_entries(keys)}
         self._file = file
@@ -122,9 +120,7 @@ class KeyRing:
         return entry.limits.or_else(self._limits)
 
 
-def make_key_rings(
-    section: GatewaySection, clock: Clock = time.monotonic
-) -> tuple[KeyRing, KeyRing]:
+def make_key_rings(section: GatewaySection) -> tuple[KeyRing, KeyRing]:
     """The rings of the public ports and of the admin ports.
 
     An admin key opens all ports. Without one, the admin ports (on loopback then) accept the public
@@ -136,9 +132,9 @@ def make_key_rings(
         max_concurrent=section.key_max_concurrent,
     )
     api_file = _file(section.api_key_file, "api_key_file")
-    public = KeyRing(section.api_keys, file=api_file, limits=limits, clock=clock)
+    public = KeyRing(section.api_keys, file=api_file, limits=limits)
     admin_file = _file(section.admin_key_file, "admin_key_file")
-    admin = KeyRing(section.admin_keys, file=admin_file, others=public, clock=clock)
+    admin = KeyRing(section.admin_keys, file=admin_file, others=public)
     if admin.is_open:
         return public, public
     public.masters = admin

@@ -66,10 +66,6 @@ class Account:
         self._tokens: Bucket | None = None
         self.change(entry, limits, now_s)
 
-    @property
-    def tenant(self) -> str:
-        return self.entry.tenant
-
     def change(self, entry: KeyEntry, limits: KeyLimits, now_s: float) -> None:
         """Change the limits; unchanged ones keep their usage."""
         old, self.entry, self._limits = self._limits, entry, limits

@@ -133,9 +133,6 @@ _TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode], ...]
     (ClientGoneError, 499, _INVALID, "client_closed_request", _CODES.CANCELLED),
 )
 
-_LAST_WORDS = (PoisonousRequestError, RequestAbortedError)
-"""Sent where the status suggests a retry that cannot help."""
-
 
 def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
     """``error`` as the client sees it."""
@@ -143,7 +140,8 @@ def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
     if row is None:
         return report_error(RequestFailedError(f"internal error in request {request_id}"))
     _, status, type_, code, grpc_code = row
-    is_last, retry_s = isinstance(error, _LAST_WORDS), getattr(error, "retry_after_s", None)
+    is_last = isinstance(error, PoisonousRequestError | RequestAbortedError)
+    retry_s = getattr(error, "retry_after_s", None)
     if isinstance(error, RouteError):
         status = error.status
     elif isinstance(error, DeadlineExceededError) and error.started:

@@ -23,8 +23,6 @@ _LEAP = 16
 
 @dataclass(slots=True)
 class _Worker:
-    """What the index knows of one worker."""
-
     bit: int
     number: int = 0
     reported: set[bytes] = field(default_factory=set)
@@ -39,11 +37,6 @@ class KvIndex:
         self._workers: dict[str, _Worker] = {}
         self._everyone = 0
         self._names: dict[int, str] = {}
-
-    @property
-    def num_blocks(self) -> int:
-        """Different blocks."""
-        return len(self._holders)
 
     def apply(self, worker: str, events: KvEvents) -> bool:
         """Apply a message; False if messages before it were missed: the complete list is needed.

@@ -235,7 +235,7 @@ class Gateway:
         if caller is not None:
             caller.check_tokens(time.monotonic())
             # No other tenant finds, or can detect, the cached prefixes of this salt.
-            call = replace(call, cache_salt=f"{caller.tenant}\0{call.cache_salt}")
+            call = replace(call, cache_salt=f"{caller.entry.tenant}\0{call.cache_salt}")
         generation = Generation(
             call,
             call_id,

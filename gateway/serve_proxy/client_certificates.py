@@ -12,14 +12,13 @@ from typing import Any
 import uvicorn.config
 
 
+@functools.cache
 def demand_client_certificates() -> None:
     """Require a certificate of every client of servers with a CA for clients, from now on.
 
     Every start of a cluster tests that this takes effect (``cluster.launch.serve_proxy``).
     """
     make = uvicorn.config.create_ssl_context
-    if getattr(make, "demands_certificates", False):
-        return
 
     @functools.wraps(make)
     def make_strict(*args: Any, **options: Any) -> ssl.SSLContext:
@@ -28,5 +27,4 @@ def demand_client_certificates() -> None:
             context.verify_mode = ssl.CERT_REQUIRED
         return context
 
-    make_strict.demands_certificates = True  # type: ignore[attr-defined]
     uvicorn.config.create_ssl_context = make_strict

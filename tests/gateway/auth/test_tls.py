@@ -158,6 +158,7 @@ def test_the_hook_makes_the_proxy_ask(
 ) -> None:
     make = uvicorn.config.create_ssl_context
     monkeypatch.setattr(uvicorn.config, "create_ssl_context", make)  # as it was, afterwards
+    demand_client_certificates.cache_clear()
     for _ in range(2):
         demand_client_certificates()
     for mutual in (False, True):

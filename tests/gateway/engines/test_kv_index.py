@@ -29,7 +29,7 @@ def test_each_worker_matches_as_far_as_its_blocks_go() -> None:
         index.apply(worker, _whole(*prompt[:end], *_names(1000, 3)))
     assert index.matches(prompt) == {worker: end for worker, end in ends.items() if end}
     assert index.matches([]) == index.matches(_names(500, 4)) == {}
-    assert index.num_blocks == 103
+    assert len(index._holders) == 103
 
 
 def test_missed_messages_ask_for_the_complete_list() -> None:
@@ -43,7 +43,7 @@ def test_missed_messages_ask_for_the_complete_list() -> None:
     assert index.matches(prompt) == {"a": 1}
     assert index.apply("a", KvEvents(number=13, removed=(prompt[0], prompt[3])))
     assert index.matches(prompt) == {}
-    assert index.num_blocks == 0
+    assert not index._holders
 
 
 def test_what_was_routed_is_expected_until_it_is_settled() -> None:
@@ -63,7 +63,7 @@ def test_what_was_routed_is_expected_until_it_is_settled() -> None:
     assert index.matches(prompt) == {"a": 4}
     index.drop("a")
     index.settle("a", prompt)
-    assert index.num_blocks == 0
+    assert not index._holders
 
 
 def test_each_expectation_is_settled_once() -> None:
@@ -86,7 +86,7 @@ def test_settling_at_a_worker_that_left_and_came_back_changes_nothing() -> None:
     index.drop("b")
     index.apply("b", _whole())
     index.settle("b", prompt)
-    assert index.num_blocks == 0
+    assert not index._holders
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ guards = [middleware.cls.__name__ for middleware in proxy_middlewares()]
 config = uvicorn.config
 print(json.dumps([
     guards,
-    config.create_ssl_context.demands_certificates,
+    hasattr(config.create_ssl_context, "__wrapped__"),
     config.HTTP_PROTOCOLS["auto"],
     [thread.name for thread in threading.enumerate()],
 ]))
