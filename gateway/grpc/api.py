@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator
 from google.protobuf.descriptor import ServiceDescriptor
 
 from gateway.core.field_checks import check_stream
-from gateway.core.headers import with_headers
 from gateway.generation.answer import collect
 from gateway.generation.gateway import new_call_id
 from gateway.generation.generation import Generation
@@ -85,7 +84,7 @@ class InferenceProcedures(PoolingProcedures):
     async def _start(
         self, request: pb.GenerateRequest, call: GrpcCall, streams: bool = False
     ) -> Generation:
-        fields = with_headers(grpc_fields(request), call.priority_header, call.time_left_s)
+        fields = call.with_headers(grpc_fields(request))
         if streams:
             check_stream(fields)
         return await self._gateway.start(fields, new_call_id(fields.kind))

@@ -13,8 +13,9 @@ import grpc
 
 from gateway.auth.auth import KeyRing
 from gateway.auth.key_limits import Account
+from gateway.core.call import GenerateFields
 from gateway.core.delta import Usage
-from gateway.core.headers import PRIORITY_HEADER
+from gateway.core.headers import PRIORITY_HEADER, with_headers
 from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
 from gateway.generation.gateway import Gateway
 from gateway.generation.request_trace import CLIENT_GONE, DEADLINE_PASSED, RequestTrace
@@ -61,9 +62,9 @@ class GrpcCall:
         left_s: float | None = self.context.time_remaining()
         return left_s
 
-    @property
-    def priority_header(self) -> str | None:
-        return self._metadata.get(PRIORITY_HEADER)
+    def with_headers(self, fields: GenerateFields) -> GenerateFields:
+        """The same fields, with the client's deadline and the priority in its metadata."""
+        return with_headers(fields, self._metadata.get(PRIORITY_HEADER), self.time_left_s)
 
     def set_usage(self, usage: Usage) -> None:
         """Send counts as trailing metadata."""

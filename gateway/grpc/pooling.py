@@ -10,7 +10,6 @@ from typing import Any
 from cluster.core.errors import RequestError
 from gateway.core.call import GenerateFields
 from gateway.core.delta import Usage
-from gateway.core.headers import with_headers
 from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import MAX_CALL_BYTES, InspectFields, Inspecting
 from gateway.generation.pooling import PromptInput, Reader, reading_fields
@@ -113,8 +112,7 @@ def _pieces(index: int, array: NamedArray) -> Iterator[pb.ArrayPiece]:
 
 def _fields(request: PoolingRequest, call: GrpcCall) -> GenerateFields:
     """What all these requests have in common. Raises ``RequestError``."""
-    fields = reading_fields(**given_fields(request))
-    return with_headers(fields, call.priority_header, call.time_left_s)
+    return call.with_headers(reading_fields(**given_fields(request)))
 
 
 def _prompts(inputs: Iterable[pb.Input], field: str) -> tuple[PromptInput, ...]:

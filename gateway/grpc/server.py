@@ -18,8 +18,7 @@ from gateway.auth.auth import KeyRing
 from gateway.auth.tls import bind
 from gateway.generation.gateway import Gateway
 from gateway.grpc.api import SERVICE, InferenceProcedures
-from gateway.grpc.handlers import Procedure, service_handlers
-from gateway.grpc.interceptors import HEALTH_SERVICE, KeyInterceptor
+from gateway.grpc.handlers import HEALTH_SERVICE, KeyInterceptor, Procedure, service_handlers
 
 _READY_POLL_S = 0.1
 _SPARE_CALLS = 64
