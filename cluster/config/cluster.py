@@ -362,14 +362,13 @@ class ClusterConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ClusterConfig:
         """Inverse of ``to_dict``. Raises ``ConfigError`` on unknown keys."""
+        values = dict(data)
         sections = section_types()
-        values: dict[str, Any] = {}
         for name, value in data.items():
             if name in sections:
                 values[name] = _section_from_dict(sections[name], name, value)
             else:
                 check(name == "cluster_token", name, value, "is not a section of the configuration")
-                values[name] = value
         return cls(**values)
 
     def fingerprint(self) -> str:

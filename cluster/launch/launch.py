@@ -69,9 +69,7 @@ class EventSink:
 class Launcher:
     """One start, from plan to end."""
 
-    def __init__(
-        self, plan: LaunchPlan, events: EventSink, make_parts: type[ClusterParts] = ClusterParts
-    ) -> None:
+    def __init__(self, plan: LaunchPlan, events: EventSink, make_parts: type[ClusterParts]) -> None:
         self._plan = plan
         self._events = events
         self._parts = make_parts(plan, self._progress)

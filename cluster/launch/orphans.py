@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -65,15 +65,14 @@ def end_all(processes: Iterable[ProcessIdentity], timeout_s: float) -> list[Proc
     return running
 
 
-def sweep(folder: Path, recorded: Iterable[ProcessIdentity]) -> int:
+def sweep(folder: Path, recorded: Sequence[ProcessIdentity]) -> int:
     """End what is left of a private Ray and remove its folder; number of ended processes.
 
     Two rounds, because a dying raylet may still start a worker.
     """
     ended = 0
-    remembered = list(recorded)
     for _ in range(2):
-        left = {p.pid: p for p in [*remembered, *find_by_files(folder)] if is_running(p)}
+        left = {p.pid: p for p in [*recorded, *find_by_files(folder)] if is_running(p)}
         end_all(left.values(), _END_LIMIT_S)
         ended += len(left)
     shutil.rmtree(folder, ignore_errors=True)

@@ -111,8 +111,7 @@ def check_ports(host: str, ports: Mapping[str, int]) -> None:
     """Raise ``ConfigError`` if a port cannot be bound. ``ports``: setting -> number."""
     for name, port in ports.items():
         try:
-            with contextlib.closing(_bind(host, port)):
-                pass
+            _bind(host, port).close()
         except socket.gaierror as err:
             check(False, "host", host, f"cannot be resolved: {err.strerror}")
         except OSError as err:

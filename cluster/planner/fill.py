@@ -22,8 +22,8 @@ def fill(
 ) -> tuple[Ints, Ints]:
     """Slots and primary copies of all banks. ``two_nodes``: each expert has copies on two nodes."""
     width = int(capacities.max())
-    quota = primary_quota(capacities, speeds, loads.shape[1])
     capacities = np.minimum(capacities, loads.shape[1])
+    quota = primary_quota(capacities, speeds, loads.shape[1])
     replicas = _replicas(loads, int(capacities.sum()), capacities, two_nodes)
     board = _Board(loads, quota, capacities, speeds, nodes)
     expert, is_primary = _copies(loads, replicas)
@@ -38,7 +38,6 @@ def fill(
 
 def primary_quota(capacities: Ints, speeds: Floats, num_experts: int) -> Ints:
     """[num_devices] primary copies that a device gets: by speed, within the slots."""
-    capacities = np.minimum(capacities, num_experts)
     quota = np.zeros(len(capacities), dtype=np.int64)
     for _ in range(num_experts):
         ahead = np.where(quota < capacities, (quota + 1) / np.maximum(speeds, 1e-12), np.inf)

@@ -1,7 +1,6 @@
 """The tracer of a process, and the export of its spans.
 
-Other folders import from here what they use of OpenTelemetry's API. Its SDK and its exporter (the
-extra ``otel``) are loaded only for an endpoint.
+OpenTelemetry's SDK and its exporter (the extra ``otel``) are loaded only for an endpoint.
 """
 
 from __future__ import annotations
@@ -28,18 +27,8 @@ from cluster.tracing.names import ERROR_TYPE, PROVIDER
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-__all__ = [
-    "AttributeValue",
-    "Context",
-    "Span",
-    "SpanKind",
-    "TraceExport",
-    "Tracer",
-    "load_exporter",
-    "parent_of",
-    "set_error",
-    "set_span_in_context",
-]
+__all__ = ["AttributeValue", "Context", "Span", "SpanKind", "Tracer", "set_span_in_context"]
+"""What other folders use of OpenTelemetry's API."""
 
 _STOP_S = 1.0
 

@@ -77,10 +77,7 @@ class _Measured:
     tally: Tally
     load: Load | None = None
     began: float = 0.0
-
-    def duration_s(self) -> float:
-        """Since the first request that counts."""
-        return time.monotonic() - self.began if self.began else 0.0
+    """When the first request that counts was sent."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         is_interrupted = True
     finally:
         progress.clear()
-    duration_s = found.duration_s()
+    duration_s = time.monotonic() - found.began
     if found.load is not None:
         document = _document(args, found.load, found, duration_s, is_interrupted)
         tell(args, document, _text(document))

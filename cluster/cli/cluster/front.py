@@ -158,21 +158,17 @@ class Front:
         self._child.wait()
         self._close_pipes()
         if not self._stopped:
-            self._clean_up()
+            record = state_file.read_record(self._plan.name)
+            if self._plan.temp_dir:
+                sweep(Path(self._plan.temp_dir), record.processes if record else ())
+            if record is None or not record.is_on_its_own:
+                state_file.remove_record(self._plan.name)
         if self._signal_count:
             self._log.unlink(missing_ok=True)
             is_clean_end = self._first_signal != signal.SIGINT and self._was_ready
             return ExitCode.OK if is_clean_end else ExitCode.INTERRUPTED
         message = f"the launcher ended unexpectedly, see {self._log}"
         raise self._failure or CommandError(ExitCode.FAILED, message)
-
-    def _clean_up(self) -> None:
-        assert self._plan is not None
-        record = state_file.read_record(self._plan.name)
-        if self._plan.temp_dir:
-            sweep(Path(self._plan.temp_dir), record.processes if record else ())
-        if record is None or not record.is_on_its_own:
-            state_file.remove_record(self._plan.name)
 
     def _leave(self) -> None:
         self._tell(DETACH)

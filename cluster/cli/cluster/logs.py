@@ -61,18 +61,13 @@ def appended(sizes: dict[Path, int], sleep: Callable[[float], None] = time.sleep
 
 
 def _launcher_file(args: argparse.Namespace) -> list[Path]:
-    name = args.name or _only_name()
+    names = [record.name for record in state_file.all_records()]
+    name = args.name or (names[0] if len(names) == 1 else state_file.DEFAULT_NAME)
     path = state_file.log_path(name)
     if not path.exists():
         message = f"no cluster called {name} was started on this host"
         raise CommandError(ExitCode.UNREACHABLE, message)
     return [path]
-
-
-def _only_name() -> str:
-    """The cluster of this host, the default one of several."""
-    names = [record.name for record in state_file.all_records()]
-    return names[0] if len(names) == 1 else state_file.DEFAULT_NAME
 
 
 def _worker_files(args: argparse.Namespace) -> list[Path]:
