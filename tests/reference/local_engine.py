@@ -135,7 +135,7 @@ class LocalEngine:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [rows, V] of final hidden states [rows, H], as a recorder saw them."""
-        return self._model.logits(hidden.to(self._model.dtype))
+        return self._model.head(hidden.to(self._model.dtype))
 
     def add_request(self, request: Request) -> None:
         """Queue a request; compiles its grammar first. Raises what ``Engine.add_request`` does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from tests.reference.goldens import NUM_NEW_TOKENS, Golden
 from tests.reference.local_engine import LocalEngine
-from workers.model.layers import AttentionModel, LayerSteps, ModelInputs, Recorder
+from workers.model.attention import AttentionBatch, Recorder
+from workers.model.layers import AttentionModel, LayerSteps, ModelInputs
 from workers.requests.request import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=NUM_NEW_TOKENS, temperature=0.0, ignore_eos=True)
@@ -33,6 +35,9 @@ class RowRecorder:
     def router(self, bank: int, logits: Tensor, ids: Tensor, weights: Tensor) -> None:
         """See ``Recorder``."""
         self._routers.setdefault(bank, []).append((logits.clone(), ids.clone(), weights.clone()))
+
+    def attending(self, queries: Tensor, cache: Tensor, batch: AttentionBatch) -> None:
+        """See ``Recorder``; not kept."""
 
     @property
     def hidden_states(self) -> Tensor:
@@ -56,11 +61,10 @@ class RecordedModel(AttentionModel):
         vars(self).update(vars(model))
         self._recorder = recorder
 
-    def forward(
-        self, inputs: ModelInputs, caches: Sequence[Tensor], recorder: Recorder | None = None
-    ) -> LayerSteps:
-        assert recorder is None, "nothing is inspected"
-        return super().forward(inputs, caches, self._recorder)
+    def forward(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> LayerSteps:
+        assert inputs.attention.recorder is None, "nothing is inspected"
+        attention = dataclasses.replace(inputs.attention, recorder=self._recorder)
+        return super().forward(dataclasses.replace(inputs, attention=attention), caches)
 
 
 def record(engine: LocalEngine, prompt: tuple[int, ...], params: SamplingParams) -> RowRecorder:

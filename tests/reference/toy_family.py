@@ -131,8 +131,8 @@ class ToyLayer:
         logits = self.router(normed)
         best, ids = logits.float().topk(self.top_k, dim=-1)
         weights = torch.softmax(best, -1).to(rows.dtype)
-        if context.recorder is not None:
-            context.recorder.router(self.bank, logits, ids, weights)
+        if (recorder := context.attention.recorder) is not None:
+            recorder.router(self.bank, logits, ids, weights)
         yield Dispatch(self.bank, 0, normed, ids, weights)
         routed = yield
         return hidden + routed

@@ -153,7 +153,7 @@ class ToyModel:
     dtype = torch.float32
     device = torch.device("cpu")
 
-    def logits(self, hidden: object) -> Any:
+    def head(self, hidden: object) -> Any:
         raise AssertionError("the toy draws from states")
 
 

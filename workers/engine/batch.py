@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -68,36 +68,33 @@ class Batch:
         num_rows = sum(rows.count for rows in planned)
         self.num_decodes = sum(rows.is_decode for rows in planned)
         """Decode rows, which come first."""
-        staging = _Staging()
-        for column in _columns(planned, cache.block_size):
-            staging.add(column)
+        staging = [*_columns(planned, cache.block_size)]
         groups = self._stage_decodes(planned[: self.num_decodes], cache, staging)
         chunks = planned[self.num_decodes :]
         for rows in chunks:
             length = rows.first + rows.count
-            staging.add(_array(rows.sequence.blocks[: -(-length // cache.block_size)]))
-        tensors = staging.to(device)
+            staging.append(_array(rows.sequence.blocks[: -(-length // cache.block_size)]))
+        tensors = _moved(staging, device)
         tokens, positions, prompt_lengths, slots, keys = (next(tensors) for _ in range(5))
         is_prefill = torch.arange(num_rows, device=device) >= self.num_decodes
         self.rows = BatchRows(is_prefill=is_prefill, row_key=keys)
         """What the dispatcher must know."""
         self.captures = _captures(planned)
         """By sequence, what inspections record."""
-        self.recorder = BatchRecorder([c for _, c in self.captures]) if self.captures else None
-        """Fills ``captures``; None if there are none."""
+        recorder = BatchRecorder([c for _, c in self.captures]) if self.captures else None
         self.inputs: ModelInputs | None = None
         """What the model reads; None without rows."""
         if num_rows:
             decodes = tuple(self._decode_group(g, tensors, cache.block_size) for g in groups)
             prefills = tuple(self._chunks(chunks, self.num_decodes, tensors))
             attention = AttentionBatch(
-                slots, decodes, prefills, cache.workspaces, cache.compute_threads, self.recorder
+                slots, decodes, prefills, cache.workspaces, cache.compute_threads, recorder
             )
             given = tuple(_given_rows(planned, device))
             self.inputs = ModelInputs(tokens, positions, prompt_lengths, attention, given)
 
     def _stage_decodes(
-        self, planned: Sequence[PlannedRows], cache: KVCache, staging: _Staging
+        self, planned: Sequence[PlannedRows], cache: KVCache, staging: list[NDArray[np.int64]]
     ) -> list[tuple[int, int]]:
         """Add each group's padded block tables and lengths; returns the groups' row ranges."""
         tables = [rows.sequence.blocks for rows in planned]
@@ -107,8 +104,8 @@ class Batch:
             padded = np.full((last - first, width), cache.null_block, dtype=np.int64)
             for row, table in zip(padded, tables[first:last], strict=True):
                 row[: len(table)] = table
-            staging.add(padded.reshape(-1))
-            staging.add(_array([rows.first + 1 for rows in planned[first:last]]))
+            staging.append(padded.reshape(-1))
+            staging.append(_array([rows.first + 1 for rows in planned[first:last]]))
         return groups
 
     def _decode_group(
@@ -153,19 +150,10 @@ def _captures(planned: Sequence[PlannedRows]) -> list[tuple[SequenceState, Captu
     return found
 
 
-class _Staging:
-    """Integer arrays that are copied to the device together."""
-
-    def __init__(self) -> None:
-        self._arrays: list[NDArray[np.int64]] = []
-
-    def add(self, array: NDArray[np.int64]) -> None:
-        self._arrays.append(array)
-
-    def to(self, device: torch.device) -> Generator[Tensor]:
-        """The arrays in order, as views of one tensor."""
-        joined = torch.from_numpy(np.concatenate(self._arrays)).to(device)
-        yield from torch.split(joined, [len(a) for a in self._arrays])
+def _moved(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> Iterator[Tensor]:
+    """The arrays in order, copied to the device together, as views of one tensor."""
+    joined = torch.from_numpy(np.concatenate(arrays)).to(device)
+    return iter(torch.split(joined, [len(array) for array in arrays]))
 
 
 def _array(values: Sequence[int]) -> NDArray[np.int64]:

@@ -111,7 +111,7 @@ class Engine:
         )
         self._banks = tuple(banks)
         self._requests: dict[str, list[SequenceState]] = {}
-        self._step_sampler = StepSampler(config, banks, self.runner.logits, section.deterministic)
+        self._step_sampler = StepSampler(config, banks, model.head, section.deterministic)
         self._isolation = Isolation()
         self._solo_steps: list[SoloStep] = []
         self._pending: list[TokenOutput] = []

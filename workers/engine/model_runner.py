@@ -82,14 +82,10 @@ class ModelRunner:
                 captures.setdefault(sequence, []).append(capture)
         return self._result(joined, plan, order, routed, captures)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden_size] -> [rows, vocab_size], model dtype."""
-        return self.model.logits(hidden)
-
     def _flow(self, batch: Batch) -> LayerSteps:
         if batch.inputs is None:
             return _idle(self.banks, self.model)
-        return self.model.forward(batch.inputs, self.cache.layers, batch.recorder)
+        return self.model.forward(batch.inputs, self.cache.layers)
 
     def _drive(self, batches: Sequence[Batch], routed: list[list[Routed]]) -> list[Tensor]:
         """Resume the micro-batches alternately until all have ended; returns their hidden states.

@@ -51,7 +51,7 @@ class Capture:
 
 
 class BatchRecorder:
-    """``Recorder`` and ``AttentionWatcher`` of one micro-batch."""
+    """``Recorder`` of one micro-batch."""
 
     def __init__(self, captures: Sequence[Capture]) -> None:
         self._captures = captures

@@ -118,11 +118,17 @@ class PrefillChunk:
         return (self.last - self.first) * self.length
 
 
-class AttentionWatcher(Protocol):
-    """Observes the inputs of attention, once a layer."""
+class Recorder(Protocol):
+    """Observes the inside of a forward pass."""
+
+    def hidden(self, state: Tensor) -> None:
+        """Embeddings, then after each layer but the last, then after the final norm: [T, H]."""
+
+    def router(self, bank: int, logits: Tensor, ids: Tensor, weights: Tensor) -> None:
+        """A bank's router: logits [T, E], topk_ids [T, k], topk_weights [T, k]."""
 
     def attending(self, queries: Tensor, cache: Tensor, batch: AttentionBatch) -> None:
-        """The rows' queries [T, A, D]; their keys and values are in the layer's cache."""
+        """A layer's queries [T, A, D]; the rows' keys and values are in the layer's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +144,7 @@ class AttentionBatch:
     workspaces: tuple[Workspace, ...]
     """Scratch memory of each compute thread."""
     compute_threads: ComputeThreads
-    watcher: AttentionWatcher | None = None
+    recorder: Recorder | None = None
 
     def within(self, window: int) -> AttentionBatch:
         """The same rows in a layer where each attends to ``window`` positions, its own included."""
@@ -171,8 +177,8 @@ def attend(
     j * (A / K) .. (j + 1) * (A / K) - 1. The scale is D ** -0.5.
     """
     write_rows(keys, values, cache, batch.slot_mapping)
-    if batch.watcher is not None:
-        batch.watcher.attending(queries, cache, batch)
+    if batch.recorder is not None:
+        batch.recorder.attending(queries, cache, batch)
     pieces: tuple[DecodeGroup | PrefillChunk, ...] = (*batch.decodes, *batch.prefills)
     if len(pieces) == 1:
         return _attend_piece(queries, cache, pieces[0], batch.workspaces[0])

@@ -196,16 +196,6 @@ their outputs. Returns hidden states [T, hidden_size]. (mypy allows a bare ``yie
 where any value may be yielded; the runner checks the order.)"""
 
 
-class Recorder(Protocol):
-    """Observes the inside of a forward pass."""
-
-    def hidden(self, state: Tensor) -> None:
-        """Embeddings, then after each layer but the last, then after the final norm: [T, H]."""
-
-    def router(self, bank: int, logits: Tensor, ids: Tensor, weights: Tensor) -> None:
-        """A bank's router: logits [T, E], topk_ids [T, k], topk_weights [T, k]."""
-
-
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
     """The rows of one micro-batch."""
@@ -233,8 +223,6 @@ class LayerContext:
     attention: AttentionBatch
     windows: Mapping[int, AttentionBatch]
     """The same with the masks of sliding windows, by their width in tokens."""
-    recorder: Recorder | None
-    """Sees hidden states and routers."""
 
 
 class Layer(Protocol):
@@ -254,7 +242,7 @@ class AttentionModel:
     norm: Tensor
     norm_eps: float
     head: Linear
-    """lm_head, or a classifier's."""
+    """lm_head, or a classifier's: [rows, H] -> [rows, vocab_size or classes], model dtype."""
     rope: Rope
     windows: Collection[int] = ()
     """Widths that layers use."""
@@ -267,13 +255,12 @@ class AttentionModel:
     def device(self) -> torch.device:
         return self.embedding.device
 
-    def forward(
-        self, inputs: ModelInputs, caches: Sequence[Tensor], recorder: Recorder | None = None
-    ) -> LayerSteps:
+    def forward(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> LayerSteps:
         """Run all layers; returns the normed hidden states [T, H]. Writes the KV of its rows."""
         cos, sin = self.rope.rows(inputs.positions, inputs.prompt_lengths)
         windows = {width: inputs.attention.within(width) for width in self.windows}
-        context = LayerContext(cos, sin, inputs.attention, windows, recorder)
+        context = LayerContext(cos, sin, inputs.attention, windows)
+        recorder = inputs.attention.recorder
         hidden = functional.embedding(inputs.token_ids, self.embedding)
         for first, rows in inputs.given:
             hidden[first : first + len(rows)] = rows
@@ -285,7 +272,3 @@ class AttentionModel:
         if recorder is not None:
             recorder.hidden(hidden)
         return hidden
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, H] -> [rows, vocab_size or classes], model dtype."""
-        return self.head(hidden)

@@ -31,8 +31,8 @@ def attend_tiles(
 ) -> Tensor:
     """What ``attention.attend`` does, with the same arguments, up to rounding."""
     write_rows(keys, values, cache, batch.slot_mapping)
-    if batch.watcher is not None:
-        batch.watcher.attending(queries, cache, batch)
+    if batch.recorder is not None:
+        batch.recorder.attending(queries, cache, batch)
     num_kv_heads, head_dim = keys.shape[1:]
     # [T, K, A / K, D]: the query heads of each key head.
     space = batch.workspaces[0]

@@ -239,8 +239,8 @@ class Dots1Router:
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * self.config.scaling_factor
-        if context.recorder is not None:
-            context.recorder.router(self.bank, logits, ids, weights)
+        if (recorder := context.attention.recorder) is not None:
+            recorder.router(self.bank, logits, ids, weights)
         return ids, weights
 
     def _within_groups(self, choice: Tensor) -> Tensor:

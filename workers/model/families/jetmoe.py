@@ -193,8 +193,8 @@ class Mixture:
         logits = self.router(rows)
         best, ids = logits.float().topk(self.top_k, dim=-1)
         weights = torch.softmax(best, -1).to(rows.dtype)
-        if context.recorder is not None:
-            context.recorder.router(self.bank, logits, ids, weights)
+        if (recorder := context.attention.recorder) is not None:
+            recorder.router(self.bank, logits, ids, weights)
         return ids, weights
 
 

@@ -141,8 +141,8 @@ class OlmoeRouter:
         if self.config.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         weights = weights.to(rows.dtype)
-        if context.recorder is not None:
-            context.recorder.router(self.bank, logits, ids, weights)
+        if (recorder := context.attention.recorder) is not None:
+            recorder.router(self.bank, logits, ids, weights)
         return ids, weights
 
 

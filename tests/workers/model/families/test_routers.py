@@ -35,7 +35,7 @@ def chosen(router: Router, logits: list[float]) -> dict[int, float]:
     """Weight by expert; the router's matrix is the identity, so that a row is its logits."""
     cpu = torch.device("cpu")
     batch = AttentionBatch(NOTHING, (), (), (Workspace(torch.float32, cpu),), ComputeThreads())
-    context = LayerContext(NOTHING, NOTHING, batch, {}, None)
+    context = LayerContext(NOTHING, NOTHING, batch, {})
     ids, weights = router.route(torch.tensor([logits, logits[::-1]]), context)
     assert ids.shape == weights.shape == (2, len(ids[0]))
     assert len(set(ids[0].tolist())) == len(ids[0]), "an expert was chosen twice"
