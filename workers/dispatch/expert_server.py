@@ -60,11 +60,6 @@ class _Batch:
     all_here: bool
     """Every place of ``slots`` is a pair."""
 
-    def of_pairs(self, values: Tensor) -> Tensor:
-        """[rows, k] -> [P], the values of the pairs that are here."""
-        flat = values.flatten()
-        return flat if self.all_here else flat[self.pairs]
-
 
 class ExpertServer:
     """Serves the steps of one expert rank. Data thread only."""
@@ -295,7 +290,8 @@ class ExpertServer:
     def _sum(self, bank: BankSpec, batch: _Batch, outputs: Tensor) -> Tensor:
         """[rows, out_width] float32 weighted partial sums."""
         assert batch.weights is not None
-        weights = batch.of_pairs(batch.weights)
+        flat = batch.weights.flatten()
+        weights = flat if batch.all_here else flat[batch.pairs]
         num_rows = batch.slots.shape[0]
         return weighted_sum(outputs, weights, batch.pair_row, num_rows, bank.float32_weights)
 

@@ -91,7 +91,7 @@ class PaddedExperts(StackedWeights):
     def __init__(
         self, exchange: ExchangeSpec, dtype: torch.dtype, compute_threads: ComputeThreads
     ) -> None:
-        super().__init__(exchange, dtype)
+        super().__init__(exchange, dtype, torch.device("cpu"))
         self._compute_threads = compute_threads
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:

@@ -73,11 +73,7 @@ class ExpertSlots:
         slot, held = found[0]
         source = self.banks[bank]
         try:
-            matrices = [
-                source.read(slot, exchange.index, i)
-                for exchange in source.spec.exchanges
-                for i in range(len(exchange.matrix_shapes))
-            ]
+            matrices = [source.read(slot, exchange, i) for exchange, i, _ in source.spec.matrices]
         except IndexError:  # the slot was given back meanwhile
             return None
         return matrices if self._contents[bank].get(slot) is held else None

@@ -52,9 +52,8 @@ def slots_per_second(
 def blank_bank(like: ExpertBank) -> ExpertBank:
     """A bank of one slot whose expert is all zeros, for a device without experts."""
     bank = ExpertBank(like.spec, 1, like.dtype, like.device)
-    for exchange in like.spec.exchanges:
-        for matrix, shape in enumerate(exchange.matrix_shapes):
-            bank.store(0, exchange.index, matrix, torch.zeros(shape, dtype=like.dtype))
+    for exchange, matrix, shape in like.spec.matrices:
+        bank.store(0, exchange, matrix, torch.zeros(shape, dtype=like.dtype))
     return bank
 
 

@@ -10,15 +10,11 @@ from torch import Tensor
 from workers.model.config import ExchangeSpec
 from workers.model.layers import GatedActivation, gated_activation
 
-_CPU = torch.device("cpu")
-
 
 class StackedWeights:
     """The part of an ``ExpertKernel`` that keeps weights; subclasses compute."""
 
-    def __init__(
-        self, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device = _CPU
-    ) -> None:
+    def __init__(self, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device) -> None:
         shapes = exchange.matrix_shapes
         self._activate = gated_activation(exchange.activation)
         self._weights = [torch.zeros((0, *s), dtype=dtype, device=device) for s in shapes]

@@ -76,6 +76,11 @@ class BankSpec:
     aux_dtype: Literal["model", "float32"] = "model"
     """Type of the router's softmax in the auxiliary loss."""
 
+    @property
+    def matrices(self) -> list[tuple[int, int, tuple[int, int]]]:
+        """(exchange, matrix, [out, in]) of all matrices of an expert, in the order of use."""
+        return [(e.index, i, s) for e in self.exchanges for i, s in enumerate(e.matrix_shapes)]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorPart:

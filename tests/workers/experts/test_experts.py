@@ -77,7 +77,7 @@ def make(kind: str, exchange: ExchangeSpec, dtype: torch.dtype) -> ExpertKernel:
     if kind == "grouped":
         return GroupedExperts(exchange, dtype, CPU)
     if kind == "blocks":
-        return BlockExperts(exchange, dtype)
+        return BlockExperts(exchange, dtype, CPU)
     if kind.startswith("loop"):
         return LoopExperts(exchange, dtype, CPU, form=LINEAR_FORMS[int(kind[-1])])
     kernel = PackedExperts if kind == "packed" else PaddedExperts

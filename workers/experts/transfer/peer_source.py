@@ -28,17 +28,8 @@ KEY: Final = struct.Struct("!HH")
 """Bank and expert."""
 
 
-def expert_shapes(bank: BankSpec) -> list[tuple[int, int, tuple[int, int]]]:
-    """(exchange, matrix, [out, in]) of an expert's matrices, in the order of the transfer."""
-    return [
-        (exchange.index, i, shape)
-        for exchange in bank.exchanges
-        for i, shape in enumerate(exchange.matrix_shapes)
-    ]
-
-
 def expert_num_bytes(bank: BankSpec, dtype: torch.dtype) -> int:
-    return sum(out * width for _, _, (out, width) in expert_shapes(bank)) * dtype.itemsize
+    return sum(out * width for _, _, (out, width) in bank.matrices) * dtype.itemsize
 
 
 class ExpertLender:
@@ -82,14 +73,13 @@ class PeerSource:
         if self._client is None:
             self._rate.take(0)
             self._client = self._connect()
-        shapes = expert_shapes(bank)
-        matrices = [torch.empty(shape, dtype=dtype) for _, _, shape in shapes]
+        matrices = [torch.empty(shape, dtype=dtype) for _, _, shape in bank.matrices]
         what = f"expert {expert} of bank {bank.bank} layer {bank.layer}"
         parts = [view_bytes(matrix) for matrix in matrices]
         if not self._client.fetch(what, [KEY.pack(bank.index, expert)], parts):
             raise ProtocolError(f"{self._client.peer} does not hold {what}")
         self.num_bytes += expert_num_bytes(bank, dtype)
-        for (exchange, matrix, _), weight in zip(shapes, matrices, strict=True):
+        for (exchange, matrix, _), weight in zip(bank.matrices, matrices, strict=True):
             yield ExpertWeight(exchange, matrix, weight)
 
     def close(self) -> None:

@@ -71,15 +71,14 @@ class Settings:
         self.raw = config
         self._asked: set[str] = set()
 
-    def value(self, *keys: str) -> Any:
-        """The first of these keys that is there; None if none is."""
+    def value(self, *keys: str, default: Any = None) -> Any:
+        """The first of these keys that is there; the default if none is."""
         self._asked.update(keys)
-        return next((self.raw[key] for key in keys if self.raw.get(key) is not None), None)
+        return next((self.raw[key] for key in keys if self.raw.get(key) is not None), default)
 
     def integer(self, *keys: str, default: int | None = None, least: int = 1) -> int:
         """A whole number; without a default it must be there."""
-        value = self.value(*keys)
-        value = default if value is None else value
+        value = self.value(*keys, default=default)
         if value is None:
             raise CheckpointError(f"config.json: {keys[0]} is missing")
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -89,15 +88,13 @@ class Settings:
 
     def real(self, key: str, default: float) -> float:
         """A positive number."""
-        value = self.value(key)
-        value = default if value is None else value
+        value = self.value(key, default=default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise CheckpointError(f"config.json: {key} {value!r} must be a positive number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self.value(key)
-        value = default if value is None else value
+        value = self.value(key, default=default)
         if not isinstance(value, bool):
             raise CheckpointError(f"config.json: {key} {value!r} must be true or false")
         return value

@@ -277,8 +277,7 @@ def _summary_of(family: Family) -> CheckpointSummary:
         attention_weights=weights,
         attention_values=weights - is_looked_up * config.vocab_size * config.hidden_size,
         expert_values=tuple(
-            sum(math.prod(shape) for exchange in bank.exchanges for shape in exchange.matrix_shapes)
-            for bank in family.banks
+            sum(math.prod(shape) for _, _, shape in bank.matrices) for bank in family.banks
         ),
     )
 
