@@ -30,8 +30,9 @@ def check_release(theirs: str, peer: str, ours: str, me: str) -> None:
 
 
 class Build(Message, frozen=True, kw_only=True):
-    """What must be equal on all workers besides the release."""
+    """What must be equal on all workers."""
 
+    release: str = RELEASE
     checkpoint_id: str = ""
     config_hash: str = ""
     """``ClusterConfig.fingerprint``."""
@@ -40,6 +41,7 @@ class Build(Message, frozen=True, kw_only=True):
 
 
 _BUILD_ITEMS = {
+    "release": "release",
     "checkpoint": "checkpoint_id",
     "configuration": "config_hash",
     "arithmetic": "numerics",

@@ -10,7 +10,7 @@ A start is all or nothing: STARTING goes to SERVING or, through DRAINING, to STO
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from enum import Enum
 from typing import TypeVar
 
@@ -51,24 +51,18 @@ class WorkerState(Enum):
     """It was emptied and ended on purpose; it never comes back under this name."""
 
 
-_NEXT: Mapping[Enum, frozenset[Enum]] = {
-    ClusterState.STARTING: frozenset({ClusterState.SERVING, ClusterState.DRAINING}),
-    ClusterState.SERVING: frozenset(
-        {ClusterState.RECOVERING, ClusterState.DEGRADED, ClusterState.DRAINING}
-    ),
-    ClusterState.DEGRADED: frozenset({ClusterState.RECOVERING, ClusterState.DRAINING}),
-    ClusterState.RECOVERING: frozenset(
-        {ClusterState.SERVING, ClusterState.DEGRADED, ClusterState.DRAINING}
-    ),
-    ClusterState.DRAINING: frozenset({ClusterState.STOPPED}),
-    ClusterState.STOPPED: frozenset(),
-    WorkerState.STARTING: frozenset({WorkerState.LOADING, WorkerState.LOST}),
-    WorkerState.LOADING: frozenset({WorkerState.READY, WorkerState.LOST}),
-    WorkerState.READY: frozenset({WorkerState.SERVING, WorkerState.LOST, WorkerState.DRAINED}),
-    WorkerState.SERVING: frozenset({WorkerState.READY, WorkerState.LOST, WorkerState.DRAINED}),
-    WorkerState.LOST: frozenset(),
-    WorkerState.DRAINED: frozenset(),
+_NEXT: Mapping[Enum, Set[Enum]] = {
+    ClusterState.STARTING: {ClusterState.SERVING, ClusterState.DRAINING},
+    ClusterState.SERVING: {ClusterState.RECOVERING, ClusterState.DEGRADED, ClusterState.DRAINING},
+    ClusterState.DEGRADED: {ClusterState.RECOVERING, ClusterState.DRAINING},
+    ClusterState.RECOVERING: {ClusterState.SERVING, ClusterState.DEGRADED, ClusterState.DRAINING},
+    ClusterState.DRAINING: {ClusterState.STOPPED},
+    WorkerState.STARTING: {WorkerState.LOADING, WorkerState.LOST},
+    WorkerState.LOADING: {WorkerState.READY, WorkerState.LOST},
+    WorkerState.READY: {WorkerState.SERVING, WorkerState.LOST, WorkerState.DRAINED},
+    WorkerState.SERVING: {WorkerState.READY, WorkerState.LOST, WorkerState.DRAINED},
 }
+"""No state follows those that are missing."""
 
 
 class IllegalTransitionError(AssertionError):
@@ -77,6 +71,6 @@ class IllegalTransitionError(AssertionError):
 
 def next_state(old: StateT, new: StateT) -> StateT:
     """``new``, when it may follow ``old``. Raises ``IllegalTransitionError``."""
-    if new not in _NEXT[old]:
+    if new not in _NEXT.get(old, ()):
         raise IllegalTransitionError(f"{type(old).__name__}: {old.value} -> {new.value}")
     return new

@@ -26,7 +26,7 @@ from msgspec import Meta
 from cluster.core.codec import Codec, Message
 from cluster.core.errors import HandshakeError
 from cluster.core.proof import TokenProof
-from cluster.core.release import RELEASE, Build, differing_item
+from cluster.core.release import Build, differing_item
 from cluster.core.topology import Role
 
 MAX_HELLO_BYTES: Final = 4096
@@ -35,7 +35,7 @@ _PREFIX: Final = struct.Struct("!4sH")
 _MAGIC: Final = b"EMhs"
 
 
-class PeerIdentity(Message, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=False):
+class PeerIdentity(Build, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=False):
     """The identity of a worker in a handshake.
 
     Fields of another release are ignored, so that it can be named.
@@ -46,21 +46,13 @@ class PeerIdentity(Message, frozen=True, kw_only=True, tag=True, forbid_unknown_
     role: Role
     rank: int
     """Rank in its pool."""
-    checkpoint_id: str
-    config_hash: str
-    """``ClusterConfig.fingerprint``."""
-    numerics: str = ""
-    """In a deterministic cluster: hash of the numerics."""
     generation: int = 0
     """Generation that it is in, or that it connects for."""
-    release: str = RELEASE
 
     @property
     def build(self) -> Build:
-        """What else must be equal on all workers."""
-        return Build(
-            checkpoint_id=self.checkpoint_id, config_hash=self.config_hash, numerics=self.numerics
-        )
+        """What must be equal on all workers."""
+        return Build(**{name: getattr(self, name) for name in Build.__struct_fields__})
 
 
 class _Refusal(Message, frozen=True, kw_only=True, tag=True):
@@ -161,7 +153,9 @@ class ListenerHandshake(_Handshake):
         if not isinstance(peer, PeerIdentity):
             raise HandshakeError("the connector sends no identity")
         self.done, self.peer = True, peer
-        self.refusal = differences(self._me, peer) or self._refuse(peer)
+        self.refusal = differing_item(self._me.name, self._me, peer.name, peer) or self._refuse(
+            peer
+        )
         if self.refusal is None:
             return self._signed(self._me)
         return self._signed(_Refusal(reason=self.refusal, generation=self._me.generation))
@@ -190,18 +184,11 @@ class ConnectorHandshake(_Handshake):
             self.is_outdated = words.generation > self._me.generation
             raise HandshakeError(f"refused: {words.reason}")
         self.peer = words
-        reason = differences(self._me, words)
+        reason = differing_item(self._me.name, self._me, words.name, words)
         if reason is not None:
             raise HandshakeError(reason)
         self.done = True
         return b""
-
-
-def differences(mine: PeerIdentity, theirs: PeerIdentity) -> str | None:
-    """The item that must be equal on all workers and differs; None if all agree."""
-    if mine.release != theirs.release:
-        return f"release of {theirs.name} is {theirs.release}, {mine.name} has {mine.release}"
-    return differing_item(mine.name, mine.build, theirs.name, theirs.build)
 
 
 def _pack(body: bytes) -> bytes:
