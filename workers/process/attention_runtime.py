@@ -372,9 +372,10 @@ class AttentionRuntime(WorkerRuntime):
     # ---- numbers ----------------------------------------------------------------------------
 
     def _stats(self) -> dict[str, float]:
+        stats = super()._stats()
         if self._engine is None:
-            return {}
-        stats = {**self._engine.stats(), **self._fetches.stats()}
+            return stats
+        stats |= {**self._engine.stats(), **self._fetches.stats()}
         for reason, requests in (("grammar", self._compilations), ("kv", self._fetches)):
             stats["num_requests_waiting"] += requests.num_waiting
             name = f'num_requests_waiting_by_reason{{reason="{reason}"}}'

@@ -22,7 +22,3 @@ class ColocatedRuntime(AttentionRuntime):
         transport = LoopbackTransport(self.transport, self.member.rank)
         server = self._load_experts(transport).server
         return ColocatedDispatcher(self._remote_dispatcher(transport), server)
-
-    def _stats(self) -> dict[str, float]:
-        experts = self._experts
-        return {**(experts.stats() if experts is not None else {}), **super()._stats()}

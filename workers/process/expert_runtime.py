@@ -45,7 +45,7 @@ class ExpertRuntime(WorkerRuntime):
 
     def _stats(self) -> dict[str, float]:
         return {
-            **(self._experts.stats() if self._experts is not None else {}),
+            **super()._stats(),
             "expert_worker_busy_seconds_total": self._busy_s,
             "steps_total": float(self._num_steps),
         }

@@ -160,7 +160,7 @@ class WorkerRuntime(ABC):
 
     def _stats(self) -> dict[str, float]:
         """Gauges and counters for heartbeats; called on the control thread."""
-        return {}
+        return self._experts.stats() if self._experts is not None else {}
 
     def _load_report(self) -> LoadReport | None:
         """Counted load of the experts; called on the control thread."""
