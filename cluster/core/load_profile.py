@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from operator import add
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from cluster.core.checks import check
 from cluster.core.codec import from_plain, to_plain
@@ -80,18 +82,10 @@ class LoadProfile(msgspec.Struct, frozen=True, kw_only=True):
             f"must have the banks, experts and top_k of {self.model}",
         )
         banks = tuple(
-            BankLoad(
-                bank=b.bank,
-                layer=b.layer,
-                counts=tuple(
-                    x + y for x, y in zip(b.counts, other.counts(b.bank, b.layer), strict=True)
-                ),
-            )
+            replace(b, counts=tuple(map(add, b.counts, other.counts(b.bank, b.layer))))
             for b in self.banks
         )
-        return LoadProfile(
-            model=self.model, top_k=self.top_k, tokens=self.tokens + other.tokens, banks=banks
-        )
+        return replace(self, tokens=self.tokens + other.tokens, banks=banks)
 
     def shape(self) -> tuple[int, frozenset[tuple[str, int, int]]]:
         """What profiles must share: top_k, and (bank, layer, number of experts) of all banks."""

@@ -42,20 +42,16 @@ class Place:
     @classmethod
     def of(cls, labels: Mapping[str, str], node: str) -> Place:
         """Read a node's labels. Raises ``ConfigError`` naming label and node."""
+        role = labels.get(ROLE, "")
+        if role and role not in ROLES:
+            rule = f"must be one of {', '.join(ROLES)}"
+            raise ConfigError(f"label {ROLE} of node {node}", role, rule)
         return cls(
-            role=_role(labels.get(ROLE, ""), node),
+            role=role,
             domain=labels.get(FAILURE_DOMAIN, ""),
             link_class=labels.get(LINK_CLASS, ""),
             speed=_speed(labels.get(DEVICE_SPEED, "1"), node),
         )
-
-
-def _role(text: str, node: str) -> str:
-    if text and text not in ROLES:
-        raise ConfigError(
-            f"label {ROLE} of node {node}", text, f"must be one of {', '.join(ROLES)}"
-        )
-    return text
 
 
 def selector_for(role: str, places: Iterable[Place]) -> dict[str, str]:

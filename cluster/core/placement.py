@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -293,31 +294,24 @@ def load_placement(path: Path, banks: Sequence[BankShape], num_devices: int) -> 
 
     Raises ``ConfigError`` with the file's name and the rule that it breaks.
     """
+    wrong = partial(ConfigError, "placement_file", path.name)
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as err:
-        raise ConfigError("placement_file", path.name, f"cannot be read: {err}") from err
+        raise wrong(f"cannot be read: {err}") from err
     by_key = {(b.bank, b.layer): b.num_experts for b in banks}
     try:
         found = ExpertPlacement.from_dict(data, by_key)
     except ConfigError as err:
-        raise ConfigError("placement_file", path.name, f"breaks a rule: {err}") from err
+        raise wrong(f"breaks a rule: {err}") from err
     except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise ConfigError("placement_file", path.name, f"is not a placement: {err!r}") from err
+        raise wrong(f"is not a placement: {err!r}") from err
     order = {(b.bank, b.layer): b for b in found.banks}
     if set(order) != set(by_key):
-        raise ConfigError(
-            "placement_file", path.name, f"must have exactly the model's banks {sorted(by_key)}"
-        )
+        raise wrong(f"must have exactly the model's banks {sorted(by_key)}")
     for key, bank in order.items():
         if bank.num_devices != num_devices:
-            raise ConfigError(
-                "placement_file",
-                path.name,
-                f"bank {key} has {bank.num_devices} devices, the cluster has {num_devices}",
-            )
+            raise wrong(f"bank {key} has {bank.num_devices} devices, the cluster has {num_devices}")
         if bank.num_experts != by_key[key]:
-            raise ConfigError(
-                "placement_file", path.name, f"bank {key} must have {by_key[key]} experts"
-            )
+            raise wrong(f"bank {key} must have {by_key[key]} experts")
     return ExpertPlacement(epoch=found.epoch, banks=tuple(order[b.bank, b.layer] for b in banks))

@@ -19,10 +19,7 @@ class PaddingRatio:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, float]] = {
-            "dispatch": (0.0, 0.0),
-            "combine": (0.0, 0.0),
-        }
+        self._sums = dict.fromkeys(("dispatch", "combine"), (0.0, 0.0))
 
     def add(self, direction: str, num_rows: int, num_used: int) -> None:
         """An exchange of ``num_rows``, of which ``num_used`` were no padding."""

@@ -27,12 +27,12 @@ class StepMetrics:
     """``TimingSink`` that keeps histograms. The data thread writes, any thread reads.
 
     Args:
-        waits: names of the timings in which the worker waits for others; their sum over a step is
+        wait: name of the timings in which the worker waits for others; their sum over a step is
             its bubble.
     """
 
-    def __init__(self, *waits: str) -> None:
-        self._waits = frozenset(waits)
+    def __init__(self, wait: str | None) -> None:
+        self._wait = wait
         self._found: dict[tuple[str, str], Histogram] = {}
         self._phase = ""
         self._bubble_ns = 0
@@ -45,11 +45,11 @@ class StepMetrics:
     def add(self, name: str, start_ns: int, end_ns: int, place: dict[str, Any]) -> None:
         if name in _HISTOGRAMS:
             self._observe(_HISTOGRAMS[name], end_ns - start_ns)
-        if name in self._waits:
+        if name == self._wait:
             self._bubble_ns += end_ns - start_ns
 
     def flush(self) -> None:
-        if self._waits:
+        if self._wait:
             self._observe(_BUBBLE, self._bubble_ns)
 
     def stats(self) -> dict[str, float]:

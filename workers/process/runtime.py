@@ -71,12 +71,8 @@ IDLE_WAIT_S = 1.0
 """Longest sleep of the loop."""
 LEASE_LIMITS = 1.8
 """Lease in detection limits: below two, so that a silent worker stops before it is removed."""
-_WAITS = {
-    "attention": ("combine",),
-    "expert": ("receive",),
-    "colocated": ("receive",),
-}
-"""Timings of a step in which a worker waits for others, by role."""
+_WAITS = {"attention": "combine", "expert": "receive", "colocated": "receive"}
+"""Timing of a step in which a worker waits for others, by role."""
 STOP_TIMEOUT_S = 5.0
 """Longest wait for the end of the data thread."""
 
@@ -94,7 +90,7 @@ class WorkerRuntime(ABC):
         self.banks_of = banks_of
         self.config = args.config
         is_local = args.config.workers.mode == "local"
-        self.step_metrics = StepMetrics(*() if is_local else _WAITS[args.member.role])
+        self.step_metrics = StepMetrics(None if is_local else _WAITS[args.member.role])
         node = args.member.node or args.host
         self.member = replace(args.member, pid=os.getpid(), node=node)
         self.membership = Membership(

@@ -153,9 +153,8 @@ class ListenerHandshake(_Handshake):
         if not isinstance(peer, PeerIdentity):
             raise HandshakeError("the connector sends no identity")
         self.done, self.peer = True, peer
-        self.refusal = differing_item(self._me.name, self._me, peer.name, peer) or self._refuse(
-            peer
-        )
+        differing = differing_item(self._me.name, self._me, peer.name, peer)
+        self.refusal = differing or self._refuse(peer)
         if self.refusal is None:
             return self._signed(self._me)
         return self._signed(_Refusal(reason=self.refusal, generation=self._me.generation))
