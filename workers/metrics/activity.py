@@ -7,6 +7,7 @@ in a step, CPU time of the data thread counts as progress, for a time that grows
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -47,7 +48,9 @@ class Activity:
 
     def observe(self, now: float) -> int:
         """The progress for a heartbeat, which counts computing, too. Control thread."""
-        cpu_s = self._read_cpu_s()
+        cpu_s = self._cpu_seen_s
+        with contextlib.suppress(OSError):  # the thread has ended
+            cpu_s = self.cpu_s()
         computes = cpu_s - self._cpu_seen_s >= _MIN_CPU_S
         self._cpu_seen_s = cpu_s
         if self.progress != self._seen:
@@ -55,12 +58,6 @@ class Activity:
         elif computes and now - self._seen_at <= self.rows * ROW_LIMIT_S:
             self._computed += 1
         return self.progress + self._computed
-
-    def _read_cpu_s(self) -> float:
-        try:
-            return self.cpu_s()
-        except OSError:  # the thread has ended
-            return self._cpu_seen_s
 
     def __enter__(self) -> None:
         self.is_waiting = True

@@ -123,7 +123,7 @@ class ControlClient:
         except (PeerLostError, ProtocolError):
             self._wakeup.close()
             raise
-        self._lease.begin(time.monotonic())
+        self._lease.contact_at = time.monotonic()
         self._thread.start()
 
     @property

@@ -36,11 +36,7 @@ class Lease:
         self._number = 0
         self._is_expired = False
         self.contact_at = 0.0
-        """Time at which the newest acknowledged heartbeat was sent."""
-
-    def begin(self, now: float) -> None:
-        """The controller has answered for the first time."""
-        self.contact_at = now
+        """Time at which the newest acknowledged heartbeat was sent, or of the first connection."""
 
     def beat(self, now: float) -> int:
         """The number of a heartbeat that is sent now."""

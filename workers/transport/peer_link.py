@@ -271,7 +271,9 @@ class PeerServer:
                 parts = [view_bytes(tensor) for tensor in self._lender.read(item)]
                 if not place:
                     sock.sendall(ANSWER.pack(len(items), sum(map(len, parts))))
-                self._send(sock, keys[place], parts)
+                sock.sendall(checksum(keys[place], parts))
+                for chunk in _chunks(parts):
+                    sock.sendall(chunk)
             num_kept = min(_receive_count(sock), len(items))
         finally:
             self._lender.give_back(items, num_kept)
@@ -280,11 +282,6 @@ class PeerServer:
         size = self._key_bytes
         joined = receive_bytes(sock, _receive_count(sock) * size)
         return [bytes(joined[i : i + size]) for i in range(0, len(joined), size)]
-
-    def _send(self, sock: socket.socket, key: bytes, parts: Sequence[memoryview]) -> None:
-        sock.sendall(checksum(key, parts))
-        for chunk in _chunks(parts):
-            sock.sendall(chunk)
 
     def _refuse(self, caller: str, reason: str) -> None:
         logger.warning("%s: %s refused to %s: %s", self._me.name, self._what, caller, reason)

@@ -15,7 +15,6 @@ class Owner:
         self.committed = 0.0
         self.expired: list[str] = []
         self.clock = Lease(3.6, lambda: self.committed, self.expired.append)
-        self.clock.begin(0.0)
 
 
 def test_an_acknowledgement_renews_from_the_time_of_its_heartbeat() -> None:
@@ -63,7 +62,6 @@ def test_an_acknowledgement_of_no_open_heartbeat_renews_nothing(number: int) -> 
 def test_a_lease_without_a_limit_does_not_expire() -> None:
     expired: list[str] = []
     clock = Lease(on_expired=expired.append)
-    clock.begin(0.0)
     clock.check(1e9)
     assert expired == []
 
