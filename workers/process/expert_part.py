@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 
-from cluster.core.frames import LoadExperts, SlotContents
+from cluster.core.frames import LoadExperts
 from cluster.core.placement import ExpertPlacement
 from workers.dispatch.dispatcher import SlotBank
 from workers.dispatch.expert_server import ExpertServer
@@ -73,7 +73,7 @@ class ExpertPart:
         """
         assert args.placement is not None, "a worker with experts is started with a placement"
         slots.load_placement(args.placement, args.member.device, checkpoint)
-        self._slots = slots
+        self.slots = slots
         self._args = args
         self._me = me
         self._checkpoint = checkpoint
@@ -122,13 +122,9 @@ class ExpertPart:
         device = self._args.member.device
         self._loader.keep_only([bank.physical_to_logical[device] for bank in placement.banks])
 
-    def contents(self) -> SlotContents:
-        """What the slots hold now. Any thread."""
-        return self._slots.rows()
-
     def facts(self) -> dict[str, float]:
         """For ``WorkerReady``: slots, bytes of an expert of the largest bank, speed if measured."""
-        sizes = (expert_num_bytes(b.spec, b.dtype) for b in self._slots.banks)
+        sizes = (expert_num_bytes(b.spec, b.dtype) for b in self.slots.banks)
         found: dict[str, float] = {
             "num_slots": self._args.num_slots,
             "expert_bytes": max(sizes, default=0),
@@ -139,7 +135,7 @@ class ExpertPart:
 
     def _speed(self) -> float:
         """Slots a second of the first bank; the device is otherwise idle at this time."""
-        bank, filled = self._slots.banks[0], sorted(self._slots.contents(0))
+        bank, filled = self.slots.banks[0], sorted(self.slots.contents(0))
         if not filled:
             bank, filled = blank_bank(bank), [0]
         return slots_per_second(bank.compute, bank.spec, filled, bank.dtype, bank.device)
@@ -147,7 +143,7 @@ class ExpertPart:
     def stats(self) -> dict[str, float]:
         """Gauges and counters for heartbeats; called on the control thread."""
         return {
-            "expert_worker_slots": float(max((b.num_slots for b in self._slots.banks), default=0)),
+            "expert_worker_slots": float(max((b.num_slots for b in self.slots.banks), default=0)),
             **self.server.stats(),
         }
 

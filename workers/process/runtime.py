@@ -152,7 +152,7 @@ class WorkerRuntime(ABC):
 
     def _slot_contents(self) -> SlotContents:
         """What the expert slots hold; none where there are none, or while they are filled."""
-        return self._experts.contents() if self._experts is not None else ()
+        return self._experts.slots.rows() if self._experts is not None else ()
 
     def _stats(self) -> dict[str, float]:
         """Gauges and counters for heartbeats; called on the control thread."""

@@ -94,10 +94,9 @@ class PeerConnections:
         self._woken = True
         self._wakeup.ring()
 
-    def interrupt(self, generation: int | None = None) -> None:
-        """Make waits raise until an announced generation (None: the next one) is applied."""
-        number = self.generation.number + 1 if generation is None else generation
-        self._announced = max(self._announced, number)
+    def interrupt(self, generation: int) -> None:
+        """Make waits raise until an announced generation is applied."""
+        self._announced = max(self._announced, generation)
         self._wakeup.ring()
 
     def leave(self, generation: int) -> None:

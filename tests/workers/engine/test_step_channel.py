@@ -200,7 +200,7 @@ def test_a_wake_before_the_wait_is_not_lost(cluster: Cluster) -> None:
 
 
 def test_interrupt_and_loss_end_a_wait(cluster: Cluster) -> None:
-    threading.Timer(0.1, cluster.all_connections[2].interrupt).start()
+    threading.Timer(0.1, cluster.all_connections[2].interrupt, (2,)).start()
     with pytest.raises(GenerationChangedError):
         cluster.channels[2].wait(LIMIT_S)
     cluster.all_connections[3].close()

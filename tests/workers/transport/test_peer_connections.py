@@ -395,7 +395,7 @@ def test_interrupt_ends_a_wait_and_stays_until_the_generation_is_applied(
     pair: Pair, pool: ThreadPoolExecutor
 ) -> None:
     home, expert = pair
-    threading.Timer(0.1, home.interrupt).start()
+    threading.Timer(0.1, home.interrupt, (2,)).start()
     with pytest.raises(GenerationChangedError):
         until(home, lambda: False)
     with pytest.raises(GenerationChangedError):
