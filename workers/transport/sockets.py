@@ -95,7 +95,9 @@ class SocketTransport:
             self.reject(item.rank, f"frame of {header.length} bytes: must be {length}")
 
     def _tensors(self, item: Expected, frame: Frame) -> tuple[Tensor, ...]:
-        data, tensors, end = torch.from_numpy(frame.payload), [], 0
+        # numpy's empty arrays have strides that torch cannot view as another type.
+        data = torch.from_numpy(frame.payload) if frame.header.length else torch.empty(0).byte()
+        tensors, end = [], 0
         for part, count in zip(item.parts, frame.header.counts, strict=False):
             first, end = end, end + count * part.row_bytes
             tensor = data[first:end].view(part.dtype).view(count, part.width)
