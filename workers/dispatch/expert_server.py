@@ -202,7 +202,8 @@ class ExpertServer:
             self._transport.post(tag, replies, sized=False)
         self.num_bytes["combine"] += sum(part.nbytes for m in replies for part in m.parts)
         self.timer.lap("send", *place)
-        self._count(bank, batch)  # after the reply, for which others wait
+        counts = self.token_counts[bank.index]  # counted after the reply, for which others wait
+        counts += torch.bincount(batch.pair_slot, minlength=counts.shape[0]).to(counts.device)
         if self._is_measured:
             self._measure_padding(exchange, batch, by_pair)
 
@@ -294,10 +295,6 @@ class ExpertServer:
         weights = flat if batch.all_here else flat[batch.pairs]
         num_rows = batch.slots.shape[0]
         return weighted_sum(outputs, weights, batch.pair_row, num_rows, bank.float32_weights)
-
-    def _count(self, bank: BankSpec, batch: _Batch) -> None:
-        counts = self.token_counts[bank.index]
-        counts += torch.bincount(batch.pair_slot, minlength=counts.shape[0]).to(counts.device)
 
     def _measure_padding(self, exchange: ExchangeSpec, batch: _Batch, by_pair: bool) -> None:
         """Count the transferred rows without use; outputs by pair are all used."""

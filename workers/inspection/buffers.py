@@ -45,7 +45,6 @@ class StepRows:
 
     first: int
     """Position of its first row."""
-    count: int
     hidden: Tensor
     """[count, H] after the final norm."""
     logits: Mapping[int, Tensor]
@@ -81,7 +80,7 @@ class InspectionBuffers:
         for capture in rows_found.captures:
             self._add_capture(capture, max(self._next, capture.first))
         self._pool(rows_found, max(self._next - rows_found.first, 0))
-        self._next = max(self._next, rows_found.first + rows_found.count)
+        self._next = max(self._next, rows_found.first + len(rows_found.hidden))
 
     def arrays(self) -> Iterator[NamedArray]:
         """All results, once the last row is in."""
@@ -104,7 +103,7 @@ class InspectionBuffers:
         if kind is Pooling.MEAN:
             for row in rows_found.hidden[skip:].double().cpu():
                 self._sum += row  # one by one: the same sum in any chunks
-        elif kind is Pooling.LAST and rows_found.first + rows_found.count == self._length:
+        elif kind is Pooling.LAST and rows_found.first + len(rows_found.hidden) == self._length:
             self._sum = rows_found.hidden[-1].double().cpu()
 
     def _add_capture(self, capture: Capture, begin: int) -> None:

@@ -122,7 +122,6 @@ class Inspector:
             logprobs |= self._scored(inspection, places, found)
         return StepRows(
             first=first,
-            count=len(hidden),
             hidden=hidden,
             logits=logits,
             logprobs=logprobs,

@@ -59,15 +59,13 @@ class Family(ABC):
     Nothing is loaded until ``attention_model``.
     """
 
+    windows: frozenset[int] = frozenset()
+    """Widths of the sliding windows in use, in tokens."""
+
     def __init__(self, config: ModelConfig, banks: tuple[BankSpec, ...]) -> None:
         self.config = config
         self.banks = banks
         """Expert banks in the order of their use."""
-
-    @property
-    def windows(self) -> frozenset[int]:
-        """Widths of the sliding windows in use, in tokens."""
-        return frozenset()
 
     @abstractmethod
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:

@@ -158,10 +158,7 @@ class Dots1Family(Family):
         )
         super().__init__(config, banks)
         self.dots1 = dots1
-
-    @property
-    def windows(self) -> frozenset[int]:
-        return frozenset(width for width in self.dots1.windows if width is not None)
+        self.windows = frozenset(width for width in dots1.windows if width is not None)
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
         """See ``Family``. gate, up and down: the dense MLP, or the shared experts."""
