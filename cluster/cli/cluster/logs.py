@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -62,7 +63,8 @@ def appended(sizes: dict[Path, int], sleep: Callable[[float], None] = time.sleep
 
 def _launcher_file(args: argparse.Namespace) -> list[Path]:
     names = [record.name for record in state_file.all_records()]
-    name = args.name or (names[0] if len(names) == 1 else state_file.DEFAULT_NAME)
+    only = names[0] if len(names) == 1 else state_file.DEFAULT_NAME
+    name = args.name or os.environ.get("EXPERTMESH_NAME") or only
     path = state_file.log_path(name)
     if not path.exists():
         message = f"no cluster called {name} was started on this host"

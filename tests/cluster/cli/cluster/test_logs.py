@@ -1,0 +1,94 @@
+"""``logs`` of workers and of the launcher."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.actors.process import describe_self
+from cluster.cli.cluster.logs import appended
+from cluster.cli.main import main
+from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.launch import state_file
+from cluster.launch.orphans import host_id
+from tests.cluster.cli.fake_gateway import FakeGateway
+
+pytestmark = pytest.mark.usefixtures("state_home")
+
+
+@pytest.fixture
+def ray_folder(tmp_path: Path) -> Path:
+    """The logs of a private Ray, whose cluster is recorded as ``mine``."""
+    folder = tmp_path / "em"
+    (folder / "ray" / "session_latest" / "logs").mkdir(parents=True)
+    me = describe_self()
+    state_file.write_record(
+        state_file.ClusterRecord(
+            name="mine",
+            command="up",
+            state="ready",
+            launcher=me,
+            asked={},
+            http="http://127.0.0.1:1",
+            grpc="127.0.0.1:2",
+            address="127.0.0.1:3",
+            joined=False,
+            temp_dir=str(folder),
+            host=host_id(),
+        )
+    )
+    return folder / "ray" / "session_latest" / "logs"
+
+
+def test_logs_of_a_worker(
+    gateway: FakeGateway, ray_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (ray_folder / "worker-ab-01-11.err").write_text("one\ntwo\nthree\n")
+    (ray_folder / "worker-ab-01-11.out").write_text("four\n")
+    (ray_folder / "worker-ab-01-12.out").write_text("of another\n")
+    words = ["--url", gateway.url, "logs", "attention-0", "--tail", "2"]
+    assert main(words) == ExitCode.OK
+    shown = capsys.readouterr().out
+    assert "two\nthree\n" in shown
+    assert "four\n" in shown
+    assert "one" not in shown
+    assert "another" not in shown
+    assert main([*words, "--json"]) == ExitCode.OK
+    document = json.loads(capsys.readouterr().out)
+    assert [x["lines"] for x in document["logs"]] == [["two", "three"], ["four"]]
+
+
+def test_logs_that_are_elsewhere(gateway: FakeGateway) -> None:
+    code, status = gateway.status
+    above_all_pids = 2**22 + 1
+    workers = [{**worker, "pid": above_all_pids} for worker in status["workers"]]
+    gateway.status = (code, {**status, "workers": workers})
+    assert main(["--url", gateway.url, "logs", "attention-0"]) == ExitCode.REFUSED
+    assert main(["--url", gateway.url, "logs", "attention-9"]) == ExitCode.REFUSED
+
+
+def test_logs_of_the_launcher(
+    ray_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state_file.log_path("mine").write_text("begins\nends\n")
+    assert main(["logs", "--tail", "1"]) == ExitCode.OK
+    assert capsys.readouterr().out == "ends\n"
+    assert main(["logs", "--name", "yours"]) == ExitCode.UNREACHABLE
+    monkeypatch.setenv("EXPERTMESH_NAME", "yours")
+    assert main(["logs"]) == ExitCode.UNREACHABLE
+
+
+def test_logs_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("before\n")
+    written = iter(["later\n", "", "last\n"])
+
+    def write(seconds: float) -> None:
+        with path.open("a") as file:
+            file.write(next(written))
+
+    found = appended({path: len("before\n")}, write)
+    assert list(itertools.islice(found, 2)) == ["later\n", "last\n"]
