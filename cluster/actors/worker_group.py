@@ -91,6 +91,8 @@ class WorkerGroup:
     _identity: str = ""
     _bundles: dict[Role, range] = field(default_factory=dict)
     """If nodes are labelled for roles: bundles of each role."""
+    _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while an actor's bundle is chosen and the actor is created."""
 
     def resources(self) -> tuple[NodeResources, ...]:
         return cluster_nodes()
@@ -171,13 +173,14 @@ class WorkerGroup:
         created = []
         for member in members:
             node_id = self.nodes.get(member.name, "")
-            bundle = bundles[node_id].pop(0) if node_id else self._free_bundle(member.role)
             facts: Any = dict(config), to_plain(member), control_address, dict(extras[member.name])
             kind = self.classes[member.role]
             remote = kind if hasattr(kind, "remote") else ray.remote(kind)
-            create: Any = remote.options(**self._options(member, bundle)).remote
-            handle = await asyncio.to_thread(create, *facts)  # registers the name at Ray's head
-            actor = self._actors[member.name] = _Actor(member.name, handle, node_id, bundle)
+            async with self._placing:
+                bundle = bundles[node_id].pop(0) if node_id else self._free_bundle(member.role)
+                create: Any = remote.options(**self._options(member, bundle)).remote
+                handle = await asyncio.to_thread(create, *facts)  # registers the name at Ray's head
+                actor = self._actors[member.name] = _Actor(member.name, handle, node_id, bundle)
             created.append(self._bring_up(actor))
         await _all_or_first_error(created)
 
