@@ -91,8 +91,7 @@ class ProcessWorkerGroup(ThreadWorkerGroup):
 
     async def end(self, names: Sequence[str]) -> None:
         children = [self._children.pop(name) for name in names if name in self._children]
-        for child in children:
-            await asyncio.to_thread(_end, child)
+        await asyncio.gather(*(asyncio.to_thread(_end, child) for child in children))
 
     def finish_watching(self) -> dict[str, Memory]:
         """Stop the watch; what every worker's memory came to."""
@@ -128,6 +127,7 @@ def _end(child: subprocess.Popen[str]) -> None:
         child.communicate(timeout=_LIMIT_S)
     finally:
         child.kill()
+        child.wait()
 
 
 def main() -> None:
