@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -141,6 +142,11 @@ class Hosts:
         """Drop all its frames from now on, without a sign to anybody."""
         self.run("mute", host)
 
+    def silence_for(self, host: str, seconds: float) -> None:
+        """Drop its frames from now on, and no longer after that time."""
+        self.mute(host)
+        threading.Timer(seconds, self.run, ("heal", host)).start()
+
     def power_off(self, host: str) -> None:
         """All its processes end, and no frame announces it."""
         self.run("poweroff", host)
@@ -218,7 +224,12 @@ class Streams:
 
 
 def stream(
-    hosts: Hosts, url: str, log: Path, form: Form, then: Callable[[], None], clients_on: str = "h0"
+    hosts: Hosts,
+    url: str,
+    log: Path,
+    form: Form,
+    then: Callable[[], object],
+    clients_on: str = "h0",
 ) -> Streams:
     """Serve streams to clients on a host; ``then`` is called under way."""
     words = [sys.executable, "-c", STREAMER, url, str(form.num_streams), str(form.num_tokens)]

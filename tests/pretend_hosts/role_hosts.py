@@ -1,0 +1,113 @@
+"""Five pretend hosts with labels of roles, and a cluster started as in ``docs/multi-host.md``.
+
+h0 is Ray's head and runs nothing of ours, h1 the gateway and the controller, h2 attention, h3 and
+h4 experts. Ray asks for a token.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness.clients import redis_server
+from tests.pretend_hosts.hosts import TIMEOUT_S, NodeHosts, address_of, wait_until, why_not
+
+NUM_HOSTS = 5
+ROLES = {"h1": "gateway", "h2": "attention", "h3": "expert", "h4": "expert"}
+HEAD, GATEWAY, ATTENTION, SPARE = map(address_of, ("h0", "h1", "h2", "h4"))
+URL = f"http://{GATEWAY}:8000"
+UP = ("--wait-nodes", str(NUM_HOSTS), "--host", "0.0.0.0", "--allow-unauthenticated")
+SAME = ("--dtype", "float32", "--deterministic")
+REDIS_PORT = 6390
+REDIS_PASSWORD = "of-redis"
+CLI = (sys.executable, "-m", "cluster.cli.main")
+
+
+class RoleHosts(NodeHosts):
+    """Hosts on which ``expertmesh node`` runs in the foreground."""
+
+    def __init__(self, folder: Path, options: tuple[str, ...], redis: str = "") -> None:
+        """``options`` of ``up``; ``redis`` is where the head keeps Ray's state; empty: nowhere."""
+        token = folder / "token"
+        token.write_text(secrets.token_hex(32))
+        more = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        super().__init__(folder, EXPERTMESH_URL=URL, **more)
+        self.options = (*UP, *SAME, *options)
+        self._redis = redis
+
+    def begin_node(self, host: str) -> None:
+        """Have a host join (or begin) the Ray cluster."""
+        words = ["node", "--node-ip", address_of(host)]
+        if host == "h0":
+            state = redis_variables(self._redis) if self._redis else []
+            words += ["--head", "--num-cpus", "0", "--background"]
+            self.run("exec", host, "env", *state, *CLI, *words)
+        else:
+            words += ["--join", HEAD, "--role", ROLES[host], "--num-cpus", "1"]
+            self.begin(host, *CLI, *words)
+
+    def come_back(self, host: str) -> None:
+        """Boot a host once it is quite gone, and have it join."""
+        wait_until(lambda: self.boots(host), f"{host} is quite gone")
+        self.begin_node(host)
+
+    def command(self, host: str, *words: str) -> str:
+        """Stdout of an ``expertmesh`` command on a host; it must exit with 0."""
+        return self.run("exec", host, *CLI, *words)
+
+    def asks(self, host: str, *words: str) -> bool:
+        """Whether an ``expertmesh`` command on a host exits with 0."""
+        try:
+            self.command(host, *words)
+        except AssertionError:
+            return False
+        return True
+
+    def up(self, host: str = "h0") -> str:
+        """``up``, from any host."""
+        return self.command(host, "up", "--address", "auto", *self.options)
+
+    def status(self) -> dict[str, Any]:
+        """``status`` as a client sees it."""
+        return self.fetch("h2", f"{URL}/cluster/v1/status")
+
+    def serving(self) -> dict[str, int]:
+        """Process of each worker that serves."""
+        return {w["name"]: w["pid"] for w in self.status()["workers"] if w["state"] == "SERVING"}
+
+
+@contextmanager
+def role_hosts(*options: str) -> Iterator[RoleHosts]:
+    """The five hosts, with a cluster that ``up`` has started. With Redis it keeps Ray's state."""
+    if reason := why_not():
+        pytest.skip(reason)
+    server = redis_server()
+    state = f"{GATEWAY}:{REDIS_PORT}" if server else ""
+    with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
+        made = RoleHosts(Path(folder), options, state)
+        redis = None
+        try:
+            made.run("up", str(NUM_HOSTS))
+            if server:
+                words = ["--port", str(REDIS_PORT), "--requirepass", REDIS_PASSWORD, "--save", ""]
+                log = Path(folder) / "redis.log"
+                redis = made.start("h1", server, *words, log=log)
+            for host in ("h0", *ROLES):
+                made.begin_node(host)
+            made.up()
+            yield made
+        finally:
+            made.close()
+            if redis is not None:
+                redis.communicate(timeout=TIMEOUT_S)
+
+
+def redis_variables(address: str) -> list[str]:
+    return [f"RAY_REDIS_ADDRESS={address}", f"RAY_REDIS_PASSWORD={REDIS_PASSWORD}"]
