@@ -178,6 +178,9 @@ class FakeWorkerGroup(ABC):
     ) -> None:
         """See ``WorkerGroupLike``."""
 
+    async def watch_creation(self, names: Sequence[str], on_process: Callable[[str], None]) -> None:
+        return None
+
     async def watch(
         self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
     ) -> None:

@@ -356,16 +356,24 @@ class ControllerActor:
         assert self._server is not None
         try:
             extras = {m.name: plan.extra(m) for m in members}
-            await self._group.start(members, plan.config.to_dict(), self._address, extras)
-            if self._controller is not None:
-                for member in members:
-                    self._controller.created(member.name, time.monotonic())
+            names = [m.name for m in members]
+            watching = asyncio.create_task(self._group.watch_creation(names, self._created))
+            try:
+                await self._group.start(members, plan.config.to_dict(), self._address, extras)
+            finally:
+                watching.cancel()
+            for name in names:
+                self._created(name)
             await self._group.watch(self._server.is_connected, self._died)
         except StartError as err:
             self._died(err.part, err.reason)
         except Exception as err:  # any error of Ray must be reported: the start must not hang
             logger.exception("workers could not be created")
             failed(f"{type(err).__name__}: {err}")
+
+    def _created(self, name: str) -> None:
+        if self._controller is not None:
+            self._controller.created(name, time.monotonic())
 
     def _start_failed(self, error: str) -> None:
         assert self._controller is not None

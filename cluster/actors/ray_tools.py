@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import ray
@@ -155,6 +155,17 @@ def our_actors() -> list[str]:
     """Names of the live actors in our namespace."""
     entries = ray.util.list_named_actors(all_namespaces=True)
     return sorted(str(e["name"]) for e in entries if e["namespace"] == NAMESPACE)
+
+
+def with_process(actors: Mapping[str, Any]) -> list[str]:
+    """Names of the actors (name -> handle) to which Ray has given a process.
+
+    Their constructors may still run, and Ray's state of an actor does not show the difference. A
+    remote call; use a thread.
+    """
+    from ray._private.state import state
+
+    return [n for n, actor in actors.items() if state.actor_table(actor._actor_id.hex()).get("Pid")]
 
 
 def claim_term(term: int, identity: str) -> int:

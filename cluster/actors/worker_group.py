@@ -41,6 +41,7 @@ from cluster.actors.ray_tools import (
     our_actors,
     this_actor_was_restarted,
     this_node_id,
+    with_process,
     words_of,
 )
 from cluster.actors.worker_group_like import FoundWorker
@@ -183,6 +184,16 @@ class WorkerGroup:
                 actor = self._actors[member.name] = _Actor(member.name, handle, node_id, bundle)
             created.append(self._bring_up(actor))
         await _all_or_first_error(created)
+
+    async def watch_creation(self, names: Sequence[str], on_process: Callable[[str], None]) -> None:
+        waiting = list(names)
+        while waiting:
+            await asyncio.sleep(_PING_S)
+            handles = {n: self._actors[n].handle for n in waiting if n in self._actors}
+            with contextlib.suppress(RayError):
+                for name in await asyncio.to_thread(with_process, handles):
+                    waiting.remove(name)
+                    on_process(name)
 
     async def watch(
         self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]

@@ -59,6 +59,12 @@ class WorkerGroupLike(Protocol):
     ) -> None:
         """Create workers: those of a start, later some in the room of lost ones."""
 
+    async def watch_creation(self, names: Sequence[str], on_process: Callable[[str], None]) -> None:
+        """Report those of the workers that ``start`` creates whose processes run; cancel it then.
+
+        A constructor may still run; a worker that waits for room has no process.
+        """
+
     async def watch(
         self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
     ) -> None:

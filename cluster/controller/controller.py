@@ -156,9 +156,13 @@ class Controller:
             self.lost({name: f"its control connection closed ({reason})"}, now)
 
     def created(self, name: str, now: float) -> None:
-        """The process of a new worker runs; from now on it must be ready within the limit."""
+        """The process of a new worker runs; from now on it must be ready within the limit.
+
+        Its constructor may still run. Only the first call counts.
+        """
         record = self.cluster.workers.find(name)
-        record.has_process, record.since = True, now
+        if not record.has_process:
+            record.has_process, record.since = True, now
 
     def lost(self, reasons: Mapping[str, str], now: float) -> None:
         """Declare workers (name -> reason) lost."""

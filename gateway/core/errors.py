@@ -42,6 +42,10 @@ class ClientGoneError(ExpertMeshError):
     """The client closed its connection."""
 
 
+class SlowClientError(ExpertMeshError):
+    """The client reads its stream too slowly."""
+
+
 class RouteError(ExpertMeshError):
     """No such path, or not with this method."""
 
@@ -129,6 +133,7 @@ _TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode], ...]
     (ConflictError, 409, "conflict_error", "failed_precondition", _CODES.FAILED_PRECONDITION),
     (UnknownNameError, 404, _INVALID, "not_found", _CODES.NOT_FOUND),
     (DeadlineExceededError, 408, "timeout_error", "deadline_exceeded", _CODES.DEADLINE_EXCEEDED),
+    (SlowClientError, 408, "timeout_error", "slow_client", _CODES.RESOURCE_EXHAUSTED),
     (RouteError, 404, _INVALID, "", _CODES.UNIMPLEMENTED),
     (ClientGoneError, 499, _INVALID, "client_closed_request", _CODES.CANCELLED),
 )
@@ -140,7 +145,7 @@ def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
     if row is None:
         return report_error(RequestFailedError(f"internal error in request {request_id}"))
     _, status, type_, code, grpc_code = row
-    is_last = isinstance(error, PoisonousRequestError | RequestAbortedError)
+    is_last = isinstance(error, PoisonousRequestError | RequestAbortedError | SlowClientError)
     retry_s = getattr(error, "retry_after_s", None)
     if isinstance(error, RouteError):
         status = error.status

@@ -23,5 +23,8 @@ class GatewayTuning:
     """Silence after which the rest of a body above the limit is not read."""
     ping_after_s: float = 15.0
     """Silence after which an event stream gets a comment, so that proxies keep the connection."""
+    max_unread_bytes: int = 4 * 1024 * 1024
+    """Bytes of outputs that wait for the client of one stream, about 12,000 tokens; the stream of a
+    client further behind ends."""
     max_inspection_bytes: int = 256 * 1024 * 1024
     """Bytes of the arrays of inspections that one replica holds at a time."""

@@ -240,7 +240,7 @@ class Gateway:
             call,
             call_id,
             created=int(time.time()),
-            queue=OutputQueue(),
+            queue=OutputQueue(self.tuning.max_unread_bytes),
             ticket=self._admit(call, facts, deadline_s),
             deadline_s=deadline_s,
             tokenizer=self.tokenizer,

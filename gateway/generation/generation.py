@@ -75,6 +75,7 @@ class Generation(AbstractContextManager["Generation"]):
 
     def __post_init__(self, tokenizer: Tokenizer | None) -> None:
         call = self.call
+        self.queue.on_overflow = self.close
         self._tokenizer = None if call.fields.token_ids_only else tokenizer
         self._has_token = False
         self._changed: dict[Choice, None] = {}

@@ -6,19 +6,32 @@ import asyncio
 import contextlib
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from cluster.core.errors import ExpertMeshError, RequestAbortedError, RequestFailedError
+from cluster.core.errors import ExpertMeshError, RequestAbortedError
+from gateway.core.errors import SlowClientError
 from workers.requests.request import TokenOutput
 
-MAX_WAITING_OUTPUTS = 65_536
-"""Outputs that may wait for one client; a client further behind loses its call."""
+_OUTPUT_BYTES = 350
+_LOGPROB_BYTES = 170
+_TOP_BYTES = 120
+"""Memory of an output, of the log-probability of its token, and of each alternative (measured)."""
 
 
 class OutputQueue:
-    """The engines' outputs of one call that the client has not received yet."""
+    """The engines' outputs of one call that the client has not received yet.
 
-    def __init__(self) -> None:
+    Args:
+        max_bytes: memory of the outputs that may wait. Above it the call ends with
+            ``SlowClientError``, and nothing waits any more. Log-probabilities of prompts and arrays
+            come once, and do not count.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self.on_overflow: Callable[[], None] = lambda: None
+        """Called when the call has ended in this way."""
         self._outputs: deque[TokenOutput] = deque()
         self._error: ExpertMeshError | None = None
         self._ready = asyncio.Event()
@@ -29,8 +42,11 @@ class OutputQueue:
     def put(self, output: TokenOutput) -> None:
         if not self._outputs:
             self._first_s = time.monotonic()
-        if len(self._outputs) >= MAX_WAITING_OUTPUTS:
-            self.fail(RequestFailedError("the client reads too slowly"))
+        self._num_bytes += _size(output)
+        if self._outputs and self._num_bytes > self._max_bytes:
+            self._outputs.clear()
+            self.fail(SlowClientError("the client reads too slowly"))
+            self.on_overflow()
             return
         self._outputs.append(output)
         self._ready.set()
@@ -57,6 +73,7 @@ class OutputQueue:
                     await self._ready.wait()
         taken = list(self._outputs)
         self._outputs.clear()
+        self._num_bytes = 0
         self._ready.clear()
         self.oldest_s = self._first_s
         if self._error is not None:
@@ -64,6 +81,11 @@ class OutputQueue:
             if not taken:
                 raise self._error
         return taken
+
+
+def _size(output: TokenOutput) -> int:
+    tops = sum(_LOGPROB_BYTES + _TOP_BYTES * len(one.top) for one in output.logprobs)
+    return _OUTPUT_BYTES + tops
 
 
 class RunningCalls:

@@ -31,6 +31,7 @@ from gateway.auth.auth import KeyRing
 from gateway.auth.key_limits import Account
 from gateway.core.errors import ClientGoneError
 from gateway.core.expect import waits_to_send
+from gateway.core.receipts import RECEIPT, RECEIPTS, WINDOW_BYTES
 from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
 from gateway.core.tuning import GatewayTuning
 from gateway.generation.gateway import Gateway
@@ -50,10 +51,17 @@ _PIECE = 4096
 
 
 class Responder:
-    """Sends one response, and knows how far it has got."""
+    """Sends one response, and knows how far it has got.
 
-    def __init__(self, send: Send) -> None:
+    Behind a proxy that sends receipts (``gateway.core.receipts``) a stream waits for its client;
+    elsewhere the server's ``send`` does.
+    """
+
+    def __init__(self, scope: Scope, send: Send) -> None:
         self._send = send
+        self._has_receipts = RECEIPTS in scope.get("extensions", {})
+        self._num_unread = 0
+        self._has_room = asyncio.Event()
         self.is_started = False
         self.is_complete = False
         self.status = 0
@@ -73,6 +81,15 @@ class Responder:
 
     async def body(self, content: bytes, more: bool = False) -> None:
         await self({"type": "http.response.body", "body": content, "more_body": more})
+        self._num_unread += len(content)
+        while more and self._has_receipts and self._num_unread > WINDOW_BYTES:
+            self._has_room.clear()
+            await self._has_room.wait()
+
+    def take_receipt(self, num_bytes: int) -> None:
+        """The client took more of the answer."""
+        self._num_unread -= num_bytes
+        self._has_room.set()
 
     async def json(
         self, content: object, status: int = 200, headers: Mapping[str, str] | None = None
@@ -127,7 +144,7 @@ class HttpMiddleware:
         request_id = choose_request_id(headers.get(HEADER))
         scope.setdefault("state", {})["request_id"] = request_id
         REQUEST_ID.set(request_id)
-        responder = Responder(self._with_headers(send, request_id))
+        responder = Responder(scope, self._with_headers(send, request_id))
         path = _path(scope)
         tracing, trace = self.gateway.tracing, None
         if tracing is not None and scope["method"] == "POST":
@@ -238,7 +255,7 @@ async def run_until_gone(
         ClientGoneError: the client left; ``work`` was cancelled.
     """
     task = asyncio.create_task(work)
-    watch = asyncio.create_task(_wait_gone(receive))
+    watch = asyncio.create_task(_wait_gone(receive, responder))
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done() and not responder.is_complete:
@@ -261,7 +278,7 @@ class WatchedEndpoint(ABC):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         data = await read_json(request, self._gateway)
-        responder = send if isinstance(send, Responder) else Responder(send)
+        responder = send if isinstance(send, Responder) else Responder(scope, send)
         await run_until_gone(receive, responder, self._answer(request, data, responder))
 
     @abstractmethod
@@ -324,9 +341,10 @@ async def _drain(pieces: AsyncIterator[bytes], max_bytes: int, tuning: GatewayTu
                 limit.reschedule(min(end_s, now_s() + tuning.drain_pause_s))
 
 
-async def _wait_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def _wait_gone(receive: Receive, responder: Responder) -> None:
+    while (message := await receive())["type"] != "http.disconnect":
+        if message["type"] == RECEIPT:
+            responder.take_receipt(message["num_bytes"])
 
 
 def _path(scope: Scope) -> str:

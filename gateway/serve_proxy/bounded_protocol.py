@@ -9,6 +9,7 @@ uses httptools. No issue known for Serve.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 
@@ -21,6 +22,8 @@ from gateway.core.errors import report_error
 MAX_HEAD_BYTES = 16 * 1024
 """Request line and headers together."""
 MAX_HEADERS = 256
+STALL_LIMIT_S = 300.0
+"""Time in which a client must take the next 48 KiB of an answer that waits for it."""
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -28,6 +31,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _num_unread = 0
     _num_head_bytes = 0
     _is_refused = False
+    _stalled: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
@@ -65,6 +69,22 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if not self._is_refused:
             super().on_message_complete()
             self._is_in_head = True
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALL_LIMIT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_timer()
+
+    def _stop_timer(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse bytes that are not HTTP."""

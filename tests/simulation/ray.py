@@ -224,6 +224,9 @@ class SimGroup:
     def _forget(self, name: str) -> None:
         self._ray.workers.pop(name, None)
 
+    async def watch_creation(self, names: Sequence[str], on_process: Callable[[str], None]) -> None:
+        return None
+
     async def watch(
         self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
     ) -> None:

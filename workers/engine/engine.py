@@ -30,6 +30,7 @@ from workers.metrics.histogram import TOKEN_BUCKETS, Histogram
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ModelConfig
 from workers.model.layers import AttentionModel
+from workers.requests.block_hash import BlockHash
 from workers.requests.classifier import pooled
 from workers.requests.request import FinishReason, Request, SoloStep, TokenOutput
 from workers.requests.sequence import NOT_FINITE, Ending, Failure, SequenceState
@@ -168,9 +169,9 @@ class Engine:
         """Whether a choice of this request waits or runs."""
         return request_id in self._requests
 
-    def begin_fetch(self, request: Request) -> Fetch | None:
-        """Get ready for the blocks of a prompt that another worker has; see ``KvTransferStore``."""
-        return self.kv_store.begin(request, num_spare=self._scheduler.num_running)
+    def begin_fetch(self, hashes: Sequence[BlockHash]) -> Fetch | None:
+        """Get ready for blocks of a prefix that another worker has; see ``KvTransferStore``."""
+        return self.kv_store.begin(hashes, num_spare=self._scheduler.num_running)
 
     @property
     def has_work(self) -> bool:

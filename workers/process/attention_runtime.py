@@ -46,6 +46,7 @@ from workers.requests.step_header import StepHeader
 from workers.requests.wire import Abort, EngineHello
 from workers.sampling.grammar import CompiledGrammar
 from workers.sampling.grammar_compiler import GrammarCompiler
+from workers.transport.path_watch import LOOK_S
 from workers.transport.peer_link import Peer
 from workers.transport.transport import DataTransport
 
@@ -256,8 +257,9 @@ class AttentionRuntime(WorkerRuntime):
         wanted = engine.wanted()
         self.activity.is_idle = not engine.has_work
         self.channel.propose(wanted, even_empty=self._needs_a_commit())
-        idle_s = min(IDLE_WAIT_S, self.lease_s * _COMMIT_SHARE)
-        header = self.channel.wait(self._compilations.wait_s(self._fetches.wait_s(idle_s)))
+        header = self.channel.wait(self._compilations.wait_s(self._fetches.wait_s(self._idle_s())))
+        if self.connections.is_settled:
+            self.membership.confirm()
         if header is None:
             self._check_overdue(wanted)
             return
@@ -267,7 +269,7 @@ class AttentionRuntime(WorkerRuntime):
         self.membership.follow_epoch(header, stall_s)
         self._has_more = False
         outputs = self._step(engine, header)
-        self.membership.last_commit = time.monotonic()
+        self.membership.committed(is_shared=bool(self.activity.rows) or not self.channel.is_leader)
         self._has_more = engine.has_work
         self._emit(outputs)
 
@@ -286,6 +288,12 @@ class AttentionRuntime(WorkerRuntime):
         raise PeerLostError(
             missing[0], f"no step for {waited_s:.1f} s, waits for {', '.join(missing)}"
         )
+
+    def _idle_s(self) -> float:
+        """Longest wait for a header: a leader soon looks whether others have its empty one."""
+        if self.membership.last_shared_commit < self.membership.last_commit:
+            return LOOK_S
+        return min(IDLE_WAIT_S, self.lease_s * _COMMIT_SHARE)
 
     def _needs_a_commit(self) -> bool:
         """The controller is silent: an empty step renews the leases of all workers."""

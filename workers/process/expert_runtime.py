@@ -39,7 +39,8 @@ class ExpertRuntime(WorkerRuntime):
         started = time.monotonic()
         self._experts.server.run_step(header)
         self._experts.server.timer.end_step()
-        self.membership.last_commit = ended = time.monotonic()
+        self.membership.committed(is_shared=True)
+        ended = self.membership.last_commit
         self._busy_s += ended - started
         self._num_steps += 1
 

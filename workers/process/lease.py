@@ -10,7 +10,7 @@ from cluster.core.errors import SupersededError
 
 
 class Lease:
-    """When a worker stops that can neither reach the controller nor commit a step.
+    """When a worker stops that can neither reach the controller nor commit a step with others.
 
     Times are monotonic seconds; one thread only.
 
@@ -26,8 +26,8 @@ class Lease:
         on_expired: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """``limit_s``, the longest time without controller and commit, is below twice the detection
-        limit. ``last_commit`` returns the time of the last committed step; ``on_expired`` is called
-        once when the lease runs out.
+        limit. ``last_commit`` returns the time of the last committed step in which others took
+        part; ``on_expired`` is called once when the lease runs out.
         """
         self._limit_s = limit_s
         self._last_commit = last_commit

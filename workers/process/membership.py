@@ -98,6 +98,8 @@ class Membership:
         self._switch: SwitchEpoch | None = None
         self.last_commit = time.monotonic()
         """Monotonic time of the last committed step."""
+        self.last_shared_commit = self.last_commit
+        """That of the last one in which others took part, as far as is known: renews the lease."""
         self._name = name
         self._hooks = hooks
         self._loss: PeerLost | None = None
@@ -210,6 +212,16 @@ class Membership:
                 )
             )
 
+    def committed(self, *, is_shared: bool) -> None:
+        """A step has committed, or the steps begin; ``is_shared``: others took part."""
+        self.last_commit = time.monotonic()
+        if is_shared:
+            self.confirm()
+
+    def confirm(self) -> None:
+        """The hosts of all others have the header of the last step."""
+        self.last_shared_commit = self.last_commit
+
     def lose(self, err: PeerLostError) -> None:
         """Stop the steps and report the lost peer to the controller, which decides what follows."""
         self._enter(Standing.OUTSIDE)
@@ -265,7 +277,7 @@ class Membership:
             self.leave()
         else:
             self._channel.start_generation(frame.first_step, self.epochs.current.epoch)
-            self.last_commit = time.monotonic()
+            self.committed(is_shared=True)
             self._step_members.run(self.generation)
             self._hooks.begin_steps()
             self._enter(Standing.RUNNING)

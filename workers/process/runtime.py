@@ -269,7 +269,7 @@ class WorkerRuntime(ABC):
             connect_timeout_s=transport.connect_timeout_s,
             lease=Lease(
                 limit_s=self.lease_s,
-                last_commit=lambda: self.membership.last_commit,
+                last_commit=lambda: self.membership.last_shared_commit,
                 on_expired=self._fence,
             ),
             worker_report=self._worker_report,

@@ -222,6 +222,11 @@ class PeerConnections:
         self._pump(timeout_s)
         self.check()
 
+    @property
+    def is_settled(self) -> bool:
+        """The hosts of all peers have acknowledged what was sent, when it was last looked at."""
+        return self._table.is_settled
+
     def begin_step(self, step: int) -> None:
         """Data frames of earlier steps are dropped from now on."""
         self._table.current_step = step

@@ -40,6 +40,8 @@ MAX_CONNECTIONS = 8
 """Connections that a server serves at the same time."""
 COUNT: Final = struct.Struct("!H")
 """Items asked for, and items kept."""
+MAX_ITEMS: Final = 2**16 - 1
+"""Items that a client may ask for at once."""
 ANSWER: Final = struct.Struct("!HQ")
 """Items that follow, bytes of each."""
 CHECKSUM_BYTES: Final = 16

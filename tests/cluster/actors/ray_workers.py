@@ -118,6 +118,15 @@ class BrokenWorker(TrivialWorker):
         raise ValueError("the shape of lm_head is wrong")
 
 
+class HangingWorker(TrivialWorker):
+    """The constructor of a new worker in the place of a lost one does not return."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        if "." in self.name:
+            threading.Event().wait()
+
+
 class BrokenStartWorker(TrivialWorker):
     """Its start fails."""
 

@@ -247,6 +247,49 @@ def test_a_dead_worker_stalls_the_others_briefly() -> None:
     asyncio.run(body())
 
 
+class HangingWorkerGroup(ThreadWorkerGroup):
+    """New workers in places of lost ones hang in their constructors, or wait for room."""
+
+    def __init__(self, has_process: bool) -> None:
+        super().__init__()
+        self.asked: asyncio.Queue[str] = asyncio.Queue()
+        self._has_process = has_process
+
+    async def start(
+        self,
+        members: Sequence[Member],
+        config: Mapping[str, Any],
+        control_address: str,
+        extras: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        if self.workers:
+            self.asked.put_nowait(members[0].name)
+            await asyncio.Event().wait()
+        await super().start(members, config, control_address, extras)
+
+    async def watch_creation(self, names: Sequence[str], on_process: Callable[[str], None]) -> None:
+        if self.workers and self._has_process:
+            for name in names:
+                on_process(name)
+
+
+@pytest.mark.parametrize("has_process", [True, False], ids=["hangs", "waits for room"])
+def test_a_constructor_that_hangs_is_no_worker_that_waits_for_room(has_process: bool) -> None:
+    async def body() -> None:
+        group = HangingWorkerGroup(has_process)
+        actor = ControllerActor(group)
+        await actor.start(_config(3, 5), BANKS)
+        await _until(actor, "SERVING")
+        await asyncio.to_thread(group.workers["expert-1"].client.close)
+        async with asyncio.timeout(LIMIT_S):
+            name = await group.asked.get()
+        assert actor._controller is not None
+        assert actor._controller.cluster.workers[name].has_process is has_process
+        await actor.stop()
+
+    asyncio.run(body())
+
+
 def test_workers_of_a_node_that_is_to_go_are_drained() -> None:
     async def body() -> None:
         group = ThreadWorkerGroup()

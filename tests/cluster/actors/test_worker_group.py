@@ -187,6 +187,28 @@ def test_one_failing_worker_ends_the_whole_start_in_its_own_words(kind: type, er
     wait_until(_nothing_is_left, "the end of all actors")
 
 
+def _has_process(actor: Any, name: str) -> bool:
+    """Runs in the controller: whether it knows that a worker has a process."""
+    workers = actor._controller.cluster.workers
+    return name in workers and bool(workers[name].has_process)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_worker_has_a_process_while_its_constructor_hangs_and_is_ended() -> None:
+    with _controller(expert_class=ray_workers.HangingWorker) as controller:
+        ray.get(controller.start.remote(_config(2, 8), BANKS), timeout=LIMIT_S)
+        pids = _pids(_until(controller, "SERVING"))
+        os.kill(pids["expert-1"], signal.SIGKILL)
+        _until_ran(controller, 2)
+
+        def is_known() -> bool:
+            call = controller.__ray_call__.remote(_has_process, "expert-1.2")
+            return bool(ray.get(call, timeout=LIMIT_S))
+
+        wait_until(is_known, "the process of the new worker")
+    wait_until(_nothing_is_left, "the end of all actors")
+
+
 def _restarted(controller: Any, pid: int) -> dict[str, Any]:
     """The state as another process of the controller reports it."""
     limit = Limit(LIMIT_S)

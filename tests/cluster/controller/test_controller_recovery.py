@@ -347,7 +347,9 @@ def test_a_worker_whose_process_runs_and_never_calls_is_lost() -> None:
     wait(cluster, 30.0)
     cluster.controller.created("expert-1.2", cluster.now)
     assert cluster.controller.snapshot()["problems"] == []
-    wait(cluster, 19.0)
+    wait(cluster, 10.0)
+    cluster.controller.created("expert-1.2", cluster.now)  # its constructor has returned
+    wait(cluster, 9.0)
     assert cluster.started() == ["expert-1.2"]
     wait(cluster, 10.0)
     assert "not ready within 20 s" in cluster.controller.snapshot()["history"][-1]["cause"]

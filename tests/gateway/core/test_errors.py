@@ -12,6 +12,7 @@ from cluster.core import errors
 from gateway.core.errors import (
     ClientGoneError,
     RouteError,
+    SlowClientError,
     error_from_engine,
     report_error,
 )
@@ -55,6 +56,10 @@ TABLE = [
         *(503, "service_unavailable", "draining", CODES.UNAVAILABLE),
     ),
     (errors.RequestFailedError("m"), 500, "server_error", "internal_error", CODES.INTERNAL),
+    (
+        SlowClientError("m"),
+        *(408, "timeout_error", "slow_client", CODES.RESOURCE_EXHAUSTED),
+    ),
     (ClientGoneError("m"), 499, INVALID, "client_closed_request", CODES.CANCELLED),
 ]
 

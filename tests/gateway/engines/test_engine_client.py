@@ -10,12 +10,11 @@ import grpc
 import pytest
 from msgspec import structs
 
-from cluster.core.errors import ExpertMeshError, RequestFailedError
+from cluster.core.errors import ExpertMeshError
 from cluster.core.release import RELEASE
 from gateway.cluster.view import AttentionEndpoint
 from gateway.engines.engine_client import PING_S, EngineClient, StreamEnd
 from gateway.engines.submission import Submission
-from gateway.generation.output_queue import MAX_WAITING_OUTPUTS, OutputQueue
 from tests.gateway.fakes import CLUSTER_TOKEN, ScriptedEngine
 from tests.gateway.stack import WAIT_S
 from tests.workers.process.test_gateway_silence import FACTS
@@ -335,25 +334,6 @@ def test_a_cancellation_that_meets_the_end_of_the_call_is_kept(
             await task
 
     asyncio.run(end())
-
-
-def test_queues_are_bounded() -> None:
-    async def work() -> None:
-        queue, output = OutputQueue(), _output(0, 0, 5)
-        for _ in range(MAX_WAITING_OUTPUTS + 1):
-            queue.put(output)
-        assert len(await queue.take(WAIT_S)) == MAX_WAITING_OUTPUTS
-        with pytest.raises(RequestFailedError, match="too slowly"):
-            await queue.take(WAIT_S)
-
-    asyncio.run(work())
-
-
-def test_an_empty_queue_gives_nothing_in_time() -> None:
-    async def work() -> list[TokenOutput]:
-        return await OutputQueue().take(0.01)
-
-    assert asyncio.run(work()) == []
 
 
 def test_the_load_is_what_is_under_way() -> None:

@@ -59,7 +59,7 @@ def generation_of(num_prompts: int, n: int) -> Generation:
         call,
         "cmpl-1",
         created=0,
-        queue=OutputQueue(),
+        queue=OutputQueue(1 << 20),
         ticket=Admission(99, 999, 99).admit(num_prompts, 2, 100.0),
         deadline_s=200.0,
         tokenizer=tiny_tokenizer(),

@@ -30,13 +30,15 @@ def requests(prefix: str, num_tokens: int = NUM_TOKENS) -> list[Request]:
     ]
 
 
-def cluster_of(checkpoint: Path, detection_limit_s: float = QUIET_S) -> ThreadCluster:
-    """One attention and two expert workers that each hold every expert."""
+def cluster_of(
+    checkpoint: Path, detection_limit_s: float = QUIET_S, is_alone: bool = False
+) -> ThreadCluster:
+    """One attention and two expert workers that each hold every expert; or one worker alone."""
     config = make_config(
         checkpoint,
         1,
         2,
-        workers={"num_redundant_experts": 8},
+        workers={"mode": "local"} if is_alone else {"num_redundant_experts": 8},
         engine={"deterministic": True},
         transport={"detection_limit_s": detection_limit_s},
     )
@@ -118,10 +120,11 @@ def test_a_worker_that_dies_with_the_controller_is_found_missing(tiny_checkpoint
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_alone", [False, True], ids=["with experts", "alone"])
 def test_an_idle_cluster_waits_for_its_controller_without_being_fenced(
-    tiny_checkpoint: Path,
+    tiny_checkpoint: Path, is_alone: bool
 ) -> None:
-    cluster = cluster_of(tiny_checkpoint, DETECTION_LIMIT_S)
+    cluster = cluster_of(tiny_checkpoint, DETECTION_LIMIT_S, is_alone)
     with serving(cluster):
         stream = cluster.stream()
         calm = stream.finish(requests("calm"))

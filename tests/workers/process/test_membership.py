@@ -131,6 +131,17 @@ def test_the_fence_stops_what_runs_until_the_next_generation() -> None:
     assert not world.membership.is_fenced
 
 
+def test_a_step_renews_the_lease_when_others_are_known_to_have_it() -> None:
+    membership = World().membership
+    membership.committed(is_shared=True)
+    assert membership.last_shared_commit == membership.last_commit
+    shared = membership.last_commit
+    membership.committed(is_shared=False)
+    assert membership.last_shared_commit == shared < membership.last_commit
+    membership.confirm()
+    assert membership.last_shared_commit == membership.last_commit
+
+
 def test_orders_from_before_the_fence_do_not_open_it() -> None:
     """They waited in the queue of a process that was stopped until its lease had run out."""
     world = World()

@@ -67,15 +67,18 @@ class KvTransferStore:
         broken = [b for b in blocks if self.pool.hash_of(b) is None and self.pool.is_free(b)]
         self.cache.clear(broken)  # forgotten while on loan: they may hold NaN
 
-    def begin(self, request: Request, num_spare: int) -> Fetch | None:
-        """Hold the blocks of a prompt's prefix that are here, and blocks for the rest.
-
-        None where no usable block is missing, or fewer blocks are free than the fetch needs with
-        ``num_spare`` left to other requests.
-        """
+    def usable(self, request: Request) -> list[BlockHash]:
+        """Hashes of the blocks of a prompt that it need not compute. Changes nothing."""
         size = self.cache.block_size
         hashes = block_hashes(request, size, self.length_matters_above)
-        del hashes[max(num_reusable(request), 0) // size :]
+        return hashes[: max(num_reusable(request), 0) // size]
+
+    def begin(self, hashes: Sequence[BlockHash], num_spare: int) -> Fetch | None:
+        """Hold the blocks of a prefix that are here, and blocks for the rest.
+
+        None where no block is missing, or fewer blocks are free than the fetch needs with
+        ``num_spare`` left to other requests.
+        """
         found = self.pool.find(hashes)
         count = len(hashes) - len(found)
         num_kept = sum(self.pool.is_free(block) for block in found)

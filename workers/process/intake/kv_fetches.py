@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,12 +24,13 @@ from workers.kv.transfer.store import Fetch
 from workers.metrics.histogram import TRANSFER_BUCKETS, Histogram
 from workers.process.intake.commands import AddRequest
 from workers.process.intake.waiting import Job, WaitingRequests
-from workers.transport.peer_link import Peer, PeerClient, view_bytes
+from workers.requests.block_hash import BlockHash
+from workers.transport.peer_link import MAX_ITEMS, Peer, PeerClient, view_bytes
 
 logger = logging.getLogger(__name__)
 
 MAX_FETCHING = 4
-"""Prefixes that are fetched at the same time; further requests compute theirs."""
+"""Prefixes that are fetched at the same time; requests with other prefixes compute theirs."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -75,21 +76,20 @@ class KvFetches(WaitingRequests):
     def put(self, command: AddRequest) -> bool:
         """Let a request wait for blocks; False where there is nothing to wait for."""
         request = command.request
-        if not request.kv_peer or self.fetch_cost >= 1 or len(self._jobs) >= MAX_FETCHING:
+        peer = self._peers(request.kv_peer) if self.fetch_cost < 1 else None
+        if peer is None:
             return False
-        peer = self._peers(request.kv_peer)
-        fetch = None if peer is None else self._engine.begin_fetch(request)
-        if peer is None or fetch is None:
+        hashes = self._engine.kv_store.usable(request)
+        num_found = len(self._engine.pool.find(hashes))
+        if num_found == len(hashes):
             return False
-        same = next((j for j in self._jobs if j.fetch.wanted[0] == fetch.wanted[0]), None)
-        if same is not None and not same.transfer.done():
-            self._engine.kv_store.end(fetch)  # these blocks are on their way already
-            same.waiting.append(command)
-        else:
-            deadline_s = self._clock() + self._limit_s
-            transfer = self._start(partial(self._receive, fetch, peer, deadline_s))
-            job = _Job(fetch=fetch, transfer=transfer, deadline_s=deadline_s, waiting=[command])
-            self._jobs.append(job)
+        first = hashes[num_found]
+        job = next((job for job in self._jobs if first in job.fetch.wanted), None)
+        if job is None:
+            job = self._begin(hashes[: num_found + MAX_ITEMS], peer)
+        if job is None:
+            return False
+        job.waiting.append(command)
         self._count()
         return True
 
@@ -117,6 +117,17 @@ class KvFetches(WaitingRequests):
 
     def _all_jobs(self) -> list[_Job]:
         return self._jobs
+
+    def _begin(self, hashes: Sequence[BlockHash], peer: Peer) -> _Job | None:
+        """Start to fetch what is missing of a prefix; None where there is no room."""
+        fetch = self._engine.begin_fetch(hashes) if len(self._jobs) < MAX_FETCHING else None
+        if fetch is None:
+            return None
+        deadline_s = self._clock() + self._limit_s
+        transfer = self._start(partial(self._receive, fetch, peer, deadline_s))
+        job = _Job(fetch=fetch, transfer=transfer, deadline_s=deadline_s)
+        self._jobs.append(job)
+        return job
 
     def _receive(self, fetch: Fetch, peer: Peer, deadline_s: float) -> None:
         """Fill the blocks of a fetch, in a thread of the executor."""

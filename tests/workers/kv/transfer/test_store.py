@@ -14,6 +14,7 @@ from tests.harness.engine_stream import TIMEOUT_S
 from tests.reference.exact import exact
 from tests.reference.goldens import Golden
 from tests.reference.local_engine import LocalEngine
+from workers.engine.engine import Engine
 from workers.kv.transfer.fetch_cost import FORGET_S, UNMEASURED_COST, FetchCost
 from workers.kv.transfer.store import Fetch, KvLender
 from workers.requests.inspection import Inspection
@@ -42,10 +43,15 @@ def serve(engine: LocalEngine, request: Request) -> list[TokenOutput]:
     return outputs
 
 
+def begin(engine: Engine, request: Request) -> Fetch | None:
+    """Begin to fetch what the engine does not have of a request's prompt."""
+    return engine.begin_fetch(engine.kv_store.usable(request))
+
+
 def copy(source: LocalEngine, target: LocalEngine, request: Request) -> int:
     """As two workers would; returns how many blocks were copied."""
     lender, taker = source.engine.kv_store, target.engine.kv_store
-    fetch = target.engine.begin_fetch(request)
+    fetch = begin(target.engine, request)
     assert fetch is not None
     blocks = lender.lend(fetch.wanted)
     for place, block in enumerate(blocks):
@@ -89,7 +95,7 @@ def test_only_what_is_missing_is_asked_for(source: LocalEngine, tiny_checkpoint:
     serve(target, replace(request_of(), prompt=PROMPT[:40]))
     assert copy(source, target, request_of()) == NUM_BLOCKS - 2
     assert serve(target, request_of())[0].num_cached_tokens == NUM_BLOCKS * 16
-    assert target.engine.begin_fetch(request_of()) is None
+    assert begin(target.engine, request_of()) is None
 
 
 def test_tenants_share_nothing(source: LocalEngine, tiny_checkpoint: Path) -> None:
@@ -101,22 +107,22 @@ def test_tenants_share_nothing(source: LocalEngine, tiny_checkpoint: Path) -> No
 def test_what_must_be_computed_is_not_fetched(tiny_checkpoint: Path) -> None:
     engine = engine_of(tiny_checkpoint).engine
     scored = request_of(params=replace(PARAMS, prompt_logprobs=1))
-    assert engine.begin_fetch(scored) is None
-    assert engine.begin_fetch(request_of(inspection=Inspection(logits=(0,)))) is None
-    assert engine.begin_fetch(replace(request_of(), prompt=PROMPT[:16])) is None
+    assert begin(engine, scored) is None
+    assert begin(engine, request_of(inspection=Inspection(logits=(0,)))) is None
+    assert begin(engine, replace(request_of(), prompt=PROMPT[:16])) is None
 
 
 def test_what_came_of_a_prefix_is_kept_and_the_rest_is_blank(tiny_checkpoint: Path) -> None:
     engine = engine_of(tiny_checkpoint, num_blocks=8).engine
-    fetch = engine.begin_fetch(request_of())
+    fetch = begin(engine, request_of())
     assert fetch is not None
     assert engine.pool.num_free == 8 - NUM_BLOCKS
-    assert engine.begin_fetch(request_of(cache_salt="x")) is not None
-    assert engine.begin_fetch(request_of(cache_salt="y")) is None  # none are left
+    assert begin(engine, request_of(cache_salt="x")) is not None
+    assert begin(engine, request_of(cache_salt="y")) is None  # none are left
     fetch.num_filled = 2
     engine.kv_store.end(fetch)
     engine.check_integrity()
-    again = engine.begin_fetch(request_of())
+    again = begin(engine, request_of())
     assert again is not None
     assert (len(again.found), len(again.wanted)) == (2, 2)
 
@@ -139,7 +145,7 @@ def test_lent_blocks_stay_until_they_are_returned(tiny_checkpoint: Path) -> None
 
 
 def _wanted(engine: LocalEngine) -> Fetch:
-    fetch = engine.engine.begin_fetch(request_of())
+    fetch = begin(engine.engine, request_of())
     assert fetch is not None
     return fetch
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
+from torch import Tensor
 
+from cluster.config.cluster import EngineSection
 from tests.harness.engine_stream import TIMEOUT_S, TOKEN
+from tests.reference.local_engine import LocalEngine
 from tests.workers.kv.transfer.test_store import NUM_BLOCKS, PROMPT, engine_of, request_of, serve
 from workers.engine.engine import Engine
 from workers.kv.transfer.store import KvLender
@@ -19,7 +22,7 @@ from workers.process.intake.commands import AddRequest
 from workers.process.intake.kv_fetches import MAX_FETCHING, KvFetches
 from workers.requests.block_hash import HASH_BYTES
 from workers.transport.handshake import PeerIdentity
-from workers.transport.peer_link import Peer, PeerServer
+from workers.transport.peer_link import MAX_ITEMS, Peer, PeerServer
 
 LIMIT_S = 0.2
 
@@ -130,6 +133,82 @@ def test_few_prefixes_are_fetched_at_a_time(tiny_checkpoint: Path, silent: Silen
             silent.hang_up()
             found.wait()
         assert len(fetches.take()) == MAX_FETCHING
+    found.check_free()
+
+
+def test_a_prefix_on_its_way_counts_as_none_more(tiny_checkpoint: Path, silent: Silent) -> None:
+    found = Fetching(engine_of(tiny_checkpoint).engine, silent.address, TIMEOUT_S)
+    commands = [command(f"r{seed}", seed) for seed in range(MAX_FETCHING)]
+    with closing(found.fetches) as fetches:
+        for one in commands:
+            assert fetches.put(one)
+        late = command("late", 0)
+        assert fetches.put(late)
+        for _ in range(MAX_FETCHING):
+            silent.hang_up()
+            found.wait()
+        assert late in fetches.take()
+    found.check_free()
+
+
+def test_a_request_that_joins_a_fetch_evicts_nothing(tiny_checkpoint: Path, silent: Silent) -> None:
+    source = engine_of(tiny_checkpoint, num_blocks=3 * NUM_BLOCKS)
+    serve(source, replace(request_of("cached"), prompt=(1, *PROMPT[1:])))
+    pool = source.engine.pool
+    found = Fetching(source.engine, silent.address, TIMEOUT_S)
+    with closing(found.fetches) as fetches:
+        assert fetches.put(command("a"))
+        pool.take_changes()
+        num_free = pool.num_free
+        assert fetches.put(command("b"))
+        assert pool.num_free == num_free
+        assert pool.take_changes().removed == ()
+        silent.hang_up()
+        found.wait()
+        assert len(fetches.take()) == 2
+    found.check_free()
+
+
+def test_a_request_joins_a_fetch_that_has_just_ended(tiny_checkpoint: Path, silent: Silent) -> None:
+    found = Fetching(engine_of(tiny_checkpoint).engine, silent.address, TIMEOUT_S)
+    with closing(found.fetches) as fetches:
+        assert fetches.put(command("a"))
+        silent.hang_up()
+        found.wait()
+        assert fetches.put(command("b"))
+        assert [one.request.request_id for one in fetches.take()] == ["a", "b"]
+    found.check_free()
+
+
+def test_a_long_prefix_is_fetched_in_part(tiny_checkpoint: Path) -> None:
+    length = MAX_ITEMS + 9
+    section = EngineSection(block_size_tokens=1, kv_cache_bytes=length * 2 * 2 * 2 * 8 * 4)
+    engine = LocalEngine(tiny_checkpoint, dtype="float32", section=section, max_model_len=128)
+    asked: list[int] = []
+
+    class NoBlocks:
+        def borrow(self, keys: Sequence[bytes]) -> list[int]:
+            asked.append(len(keys))
+            return []
+
+        def read(self, item: int) -> Sequence[Tensor]:
+            raise AssertionError("nothing is lent")
+
+        def give_back(self, items: list[int], num_kept: int) -> None:
+            pass
+
+    server = PeerServer(
+        identity("attention-0"), TOKEN, host="127.0.0.1", what="kv-blocks", key_bytes=HASH_BYTES
+    )
+    server.start(NoBlocks())
+    found = Fetching(engine.engine, server.address, TIMEOUT_S)
+    prompt = (3,) * (MAX_ITEMS + 2)
+    with closing(server), closing(found.fetches) as fetches:
+        long = AddRequest("g", request_of("a", prompt=prompt, kv_peer="attention-0"), 0.0)
+        assert fetches.put(long)
+        found.wait()
+        assert fetches.take() == [long]
+    assert asked == [MAX_ITEMS]
     found.check_free()
 
 

@@ -1,0 +1,76 @@
+"""Outputs that wait for a client: bounded by the memory that they take."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from msgspec.structs import replace
+
+from gateway.core.errors import SlowClientError
+from gateway.generation.output_queue import OutputQueue
+from tests.gateway.fakes import fake_logprob
+from tests.gateway.stack import WAIT_S
+from workers.requests.request import TokenOutput
+
+OUTPUT = TokenOutput(request_id="r", attempt=0, choice=0, index=0, token_ids=(5,))
+LIKELY = replace(OUTPUT, logprobs=(fake_logprob(5, 20),))
+
+
+async def put_until_full(queue: OutputQueue, output: TokenOutput) -> int:
+    """How many outputs found room; afterwards nothing waits but the error."""
+    ends: list[None] = []
+    queue.on_overflow = lambda: ends.append(None)
+    count = 0
+    while not ends:
+        queue.put(output)
+        count += 1
+    for _ in range(2):
+        with pytest.raises(SlowClientError, match="too slowly"):
+            await queue.take(WAIT_S)
+    return count - 1
+
+
+def test_queues_are_bounded() -> None:
+    assert asyncio.run(put_until_full(OutputQueue(350_000), OUTPUT)) == 1000
+
+
+def test_log_probabilities_count() -> None:
+    assert asyncio.run(put_until_full(OutputQueue(350_000), LIKELY)) == 350_000 // 2920
+
+
+def test_what_was_taken_makes_room() -> None:
+    async def work() -> None:
+        queue = OutputQueue(350_000)
+        for _ in range(3):
+            for _ in range(1000):
+                queue.put(OUTPUT)
+            assert len(await queue.take(WAIT_S)) == 1000
+
+    asyncio.run(work())
+
+
+def test_one_output_of_any_size_has_room() -> None:
+    async def work() -> list[TokenOutput]:
+        queue = OutputQueue(1)
+        queue.put(LIKELY)
+        return await queue.take(WAIT_S)
+
+    assert asyncio.run(work()) == [LIKELY]
+
+
+def test_log_probabilities_of_a_prompt_do_not_count() -> None:
+    async def work() -> list[TokenOutput]:
+        queue, prompt = OutputQueue(1000), tuple(fake_logprob(token, 20) for token in range(500))
+        queue.put(replace(OUTPUT, prompt_logprobs=prompt))
+        queue.put(OUTPUT)
+        return await queue.take(WAIT_S)
+
+    assert len(asyncio.run(work())) == 2
+
+
+def test_an_empty_queue_gives_nothing_in_time() -> None:
+    async def work() -> list[TokenOutput]:
+        return await OutputQueue(1000).take(0.01)
+
+    assert asyncio.run(work()) == []

@@ -1,0 +1,155 @@
+"""Clients that do not read their streams: their work ends, they can learn why, others go on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+from starlette.types import ASGIApp, Message
+
+from gateway.core.receipts import STEP_BYTES, WINDOW_BYTES
+from gateway.core.tuning import GatewayTuning
+from gateway.http.api import build_http_app
+from gateway.serve_proxy.receipt_sender import ReceiptSender
+from protos.inference_pb2_grpc import InferenceStub
+from tests.gateway.fakes import MAX_MODEL_LEN
+from tests.gateway.grpc.test_grpc import failure, request_of
+from tests.gateway.serve_proxy.serve_queues import ServeQueues
+from tests.gateway.sse_client import by_choice, parse_events
+from tests.gateway.stack import WAIT_S, Stack, complete, running_stack
+
+MAX_UNREAD_BYTES = 100_000
+NUM_TOKENS = MAX_MODEL_LEN - 10
+LONG: dict[str, Any] = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "n": 16}
+SMALL_WINDOWS = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
+"""A client that takes 64 KiB of a stream that it does not read."""
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Stack]:
+    """A gateway that lets little wait."""
+    with running_stack(tuning=GatewayTuning(max_unread_bytes=MAX_UNREAD_BYTES)) as stack:
+        yield stack
+
+
+@pytest.fixture
+def slow(running: Stack) -> Iterator[Stack]:
+    """That gateway with its engine's defaults, which serves others before and after."""
+    with running.as_new():
+        complete(running, prompt="x", max_tokens=3)
+        yield running
+        running.wait_no_requests()
+        complete(running, prompt="x", max_tokens=3)
+
+
+class Client:
+    """An HTTP client on the loop of a gateway; it reads while ``reads`` is set."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self._body = json.dumps(body).encode()
+        self._has_asked = False
+        self._leaves = asyncio.Event()
+        self.reads = asyncio.Event()
+        self.status = 0
+        self.content = b""
+
+    async def call(self, app: ASGIApp) -> None:
+        """Run the request to its end."""
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "headers": [(b"content-type", b"application/json")],
+            "query_string": b"",
+        }
+        await app(scope, self._receive, self._send)
+
+    async def _receive(self) -> Message:
+        if self._has_asked:
+            await self._leaves.wait()
+            return {"type": "http.disconnect"}
+        self._has_asked = True
+        return {"type": "http.request", "body": self._body}
+
+    async def _send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            return
+        await self.reads.wait()
+        self.content += message["body"]
+
+
+def aborted(stack: Stack) -> Callable[[], bool]:
+    """Whether the one request that was sent last was aborted."""
+    return lambda: (stack.engine.requests[-1].request_id, ()) in stack.engine.aborts
+
+
+def check_ends_by_name(content: bytes) -> None:
+    """The stream's last event is the error."""
+    *_, last = parse_events(content.decode())
+    assert (last["error"]["type"], last["error"]["code"]) == ("timeout_error", "slow_client")
+
+
+def test_a_stream_that_nobody_reads_ends_over_http(slow: Stack) -> None:
+    async def work() -> bytes:
+        client = Client({"prompt": "x", "stream": True, **LONG})
+        calling = asyncio.create_task(client.call(build_http_app(slow.gateway)))
+        while not aborted(slow)():
+            await asyncio.sleep(0.01)
+        assert slow.gateway.admission is not None
+        assert slow.gateway.admission.num_requests == 0
+        client.reads.set()
+        await calling
+        return client.content
+
+    check_ends_by_name(slow.run(work()))
+
+
+def test_a_stream_that_nobody_reads_ends_over_grpc(slow: Stack) -> None:
+    with grpc.insecure_channel(slow.grpc_target, options=SMALL_WINDOWS) as channel:
+        message = request_of(text="x", sampling_params=LONG, output_options={"logprobs": 5})
+        call: Any = InferenceStub(channel).GenerateStream(message, timeout=WAIT_S)
+        next(call)
+        slow.wait_for(aborted(slow), "the abort")
+        slow.wait_no_requests()
+        code, _, details = failure(lambda: list(call))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert details["ErrorInfo"].reason == "slow_client"
+
+
+def test_behind_serve_little_waits_for_a_client_that_does_not_read(slow: Stack) -> None:
+    async def work() -> tuple[bytes, int]:
+        proxy = ServeQueues(build_http_app(slow.gateway))
+        client = Client({"prompt": "x", "stream": True, "logprobs": 5, **LONG})
+        calling = asyncio.create_task(client.call(ReceiptSender(proxy)))
+        while not aborted(slow)():
+            await asyncio.sleep(0.01)
+        waiting = proxy.num_waiting_bytes
+        client.reads.set()
+        await calling
+        return client.content, waiting
+
+    content, waiting = slow.run(work())
+    check_ends_by_name(content)
+    assert WINDOW_BYTES - STEP_BYTES < waiting < WINDOW_BYTES + STEP_BYTES
+
+
+def test_behind_serve_a_client_that_reads_gets_everything(slow: Stack) -> None:
+    body = {"prompt": "x", "logprobs": 5, "seed": 3, **LONG}
+
+    async def work() -> bytes:
+        client = Client({**body, "stream": True})
+        client.reads.set()
+        await client.call(ReceiptSender(ServeQueues(build_http_app(slow.gateway))))
+        return client.content
+
+    slow.engine.step_s = 0.001
+    content = slow.run(work())
+    assert len(content) > 2 * WINDOW_BYTES
+    choices = by_choice(parse_events(content.decode()))
+    texts = ["".join(entry["text"] for entry in choices[index]) for index in sorted(choices)]
+    assert texts == [choice["text"] for choice in complete(slow, **body)["choices"]]

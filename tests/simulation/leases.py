@@ -1,0 +1,63 @@
+"""Leases of idle workers on simulated time; prints what became of them, as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+from tests.simulation.patches import replaced
+from tests.simulation.ray import HEAD
+from tests.simulation.scenario import draw_scenario
+from tests.simulation.world import World
+
+IDLE_S = 5.0
+CUT_S = 15.0
+
+
+@contextmanager
+def idle_world(num_attention: int) -> Iterator[World]:
+    """A cluster without requests, some time after its start."""
+    scenario = dataclasses.replace(
+        draw_scenario(0, ()),
+        num_attention=num_attention,
+        num_experts=2,
+        asks=(),
+        slowness=1.0,
+        preemption=0.0,
+    )
+    world = World(scenario)
+    with replaced(world.kernel, world.net):
+        world._start()
+        world._run_until(world.kernel.now + IDLE_S)
+        yield world
+
+
+def fenced_after_s(num_attention: int) -> float:
+    """Time in which a leader is fenced that nothing reaches, Ray included."""
+    with idle_world(num_attention) as world:
+        leader = world.ray.workers["attention-0"]
+        began = world.kernel.now
+        world.faults._isolate(leader.process.host, CUT_S)
+        with mock.patch.object(leader.process, "kill"):
+            world._run_until(began + CUT_S, lambda: leader.runtime.membership.is_fenced)
+        return world.kernel.now - began
+
+
+def run_without_controller(num_attention: int) -> bool:
+    """Whether all workers still run when the controller was out of reach for some time."""
+    with idle_world(num_attention) as world:
+        runtimes = [worker.runtime for worker in world.ray.workers.values()]
+        world.faults._isolate(HEAD, CUT_S)
+        world._run_until(world.kernel.now + CUT_S - 1.0)
+        return all(runtime.membership.runs for runtime in runtimes)
+
+
+if __name__ == "__main__":
+    found = {
+        "fenced_after_s": [fenced_after_s(count) for count in (1, 2, 3)],
+        "run_without_controller": [run_without_controller(count) for count in (1, 2)],
+    }
+    print(json.dumps(found))

@@ -1,0 +1,26 @@
+"""Idle workers: who is cut off stops within its lease, and nobody else does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+LEASE_S = 3.6
+SLACK_S = 0.6
+"""Until the heartbeat at which the lease is looked at; half a second of it is spent before."""
+
+
+def test_leases_end_when_they_must() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.simulation.leases"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for seconds in found["fenced_after_s"]:
+        assert LEASE_S - SLACK_S < seconds < LEASE_S + SLACK_S
+    assert found["run_without_controller"] == [True, True]
