@@ -361,6 +361,8 @@ class ControllerActor:
                 for member in members:
                     self._controller.created(member.name, time.monotonic())
             await self._group.watch(self._server.is_connected, self._died)
+        except SupersededError as err:
+            self._retire(str(err))
         except StartError as err:
             self._died(err.part, err.reason)
         except Exception as err:  # any error of Ray must be reported: the start must not hang

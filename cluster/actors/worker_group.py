@@ -161,8 +161,9 @@ class WorkerGroup:
         """Create actors and call their ``start``. The caller undoes a failure by ``end_all``.
 
         Those that have no reserved place get the room of a lost one, once that is free. Raises
-        ``StartError`` with the first failing worker's own words.
+        ``StartError`` with the first failing worker's own words, and ``SupersededError``.
         """
+        await self._check_term()
         await _free_names([m.name for m in members])
         bundles: defaultdict[str, list[int]] = defaultdict(list)
         if any(m.name in self.nodes for m in members):
@@ -176,6 +177,7 @@ class WorkerGroup:
             kind = self.classes[member.role]
             remote = kind if hasattr(kind, "remote") else ray.remote(kind)
             create: Any = remote.options(**self._options(member, bundle)).remote
+            await self._check_term()
             handle = await asyncio.to_thread(create, *facts)  # registers the name at Ray's head
             actor = self._actors[member.name] = _Actor(member.name, handle, node_id, bundle)
             created.append(self._bring_up(actor))

@@ -57,7 +57,10 @@ class WorkerGroupLike(Protocol):
         control_address: str,
         extras: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """Create workers: those of a start, later some in the room of lost ones."""
+        """Create workers: those of a start, later some in the room of lost ones.
+
+        Raises ``SupersededError``.
+        """
 
     async def watch(
         self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]

@@ -477,6 +477,31 @@ def test_a_controller_with_an_older_term_stops_when_it_would_end_a_worker() -> N
     asyncio.run(body())
 
 
+class StaleGroup(ThreadWorkerGroup):
+    """Finds that another controller leads the workers when it would start one again."""
+
+    async def start(self, members: Sequence[Member], *facts: Any) -> None:
+        if self.workers:
+            raise SupersededError("term 2 is claimed, this controller has 1")
+        await super().start(members, *facts)
+
+
+def test_a_controller_with_an_older_term_stops_when_it_would_start_a_worker() -> None:
+    async def body() -> None:
+        group = StaleGroup()
+        actor = ControllerActor(group)
+        await actor.start(_config(3, 5), BANKS)
+        await _until(actor, "SERVING")
+        await asyncio.to_thread(group.workers["expert-1"].client.close)
+        snapshot = await _until(actor, "STOPPED")
+        assert snapshot["error"] == "superseded: term 2 is claimed, this controller has 1"
+        await actor.stop()
+        for worker in group.workers.values():
+            await asyncio.to_thread(worker.client.close)
+
+    asyncio.run(body())
+
+
 def test_waiting_for_a_change_ends_in_time() -> None:
     async def body() -> None:
         actor = ControllerActor(ThreadWorkerGroup())
