@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cluster.core.errors import ExpertMeshError
@@ -18,12 +17,14 @@ PROCESS_FAULTS = (
     "kill_worker",
     "kill_worker",
     "kill_two_workers",
+    "kill_attention",
     "pause_worker",
-    "pause_worker",
+    "pause_host",
     "kill_controller",
     "kill_controller",
     "pause_controller",
     "supersede_controller",
+    "freeze_controller",
     "kill_gateway",
     "pause_gateway",
     "slow_disk",
@@ -85,6 +86,13 @@ class Faults:
                 self.guilty[worker.name] = "killed"
                 worker.kill()
 
+    def kill_attention(self, fault: Fault) -> None:
+        """All attention workers: nobody holds a request any more."""
+        for worker in list(self._world.ray.workers.values()):
+            if worker.args.member.runs_attention:
+                self.guilty[worker.name] = "killed"
+                worker.process.kill()
+
     def pause_worker(self, fault: Fault) -> None:
         worker = self._worker(fault.where)
         if worker is not None:
@@ -111,6 +119,27 @@ class Faults:
         """Ray takes a living controller for dead."""
         if self._world.ray.controller is not None:
             self._world.ray.supersede()
+
+    def freeze_controller(self, fault: Fault) -> None:
+        """Ray takes a controller for dead that stands still; a worker dies before it goes on."""
+        controller = self._world.ray.controller
+        if controller is not None:
+            self._pause(controller.process, fault.lasts_s + _SHORT_S)
+            self._world.ray.supersede()
+            self._world.kernel.after(_SHORT_S / 2, self.kill_worker, fault)
+
+    def pause_host(self, fault: Fault) -> None:
+        """All processes of a host stand still: a suspended machine, or a moved one."""
+        world = self._world
+        host = self._hosts()[fault.where % len(self._hosts())]
+        processes = [w.process for w in world.ray.workers.values()]
+        processes += [g.process for g in world.gateways]
+        processes += [world.ray.controller.process] if world.ray.controller else []
+        for process in processes:
+            if process.host == host:
+                self._pause(process, fault.lasts_s)
+        if host != HEAD and fault.lasts_s > _SHORT_S:  # else all workers of the head stand still
+            self._blame(host)
 
     def pause_gateway(self, fault: Fault) -> None:
         gateways = self._world.gateways
@@ -222,8 +251,11 @@ class Faults:
         loop = controller.process.loop
 
         async def call() -> None:
-            with suppress(ExpertMeshError):  # refused by name
-                await getattr(controller.actor, method)(order)
+            try:
+                answer = await getattr(controller.actor, method)(order)
+            except ExpertMeshError as err:  # refused by name
+                answer = err
+            self._world.kernel.log("%s: %s", method, answer)
 
         controller.process.run(loop.call_soon, lambda: loop.create_task(call()))
 
