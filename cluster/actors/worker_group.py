@@ -227,9 +227,17 @@ class WorkerGroup:
         return found
 
     async def redirect(self, name: str, control_address: str) -> None:
-        """Send a found worker the controller's new address. Raises Ray's errors."""
-        call = self._actors[name].handle.redirect.remote(control_address)
-        await asyncio.wait_for(call, _CALL_LIMIT_S)
+        """Send a found worker the controller's new address.
+
+        Raises ``SupersededError`` and Ray's errors.
+        """
+        redirect = self._actors[name].handle.redirect
+        call = redirect.remote(control_address, self._term, self._identity)
+        try:
+            await asyncio.wait_for(call, _CALL_LIMIT_S)
+        except RayTaskError as err:
+            _raise_superseded(err)
+            raise
 
     async def end(self, names: Sequence[str]) -> None:
         """End these workers: by their own ``stop``, then by process id, then by Ray.
@@ -337,8 +345,7 @@ class WorkerGroup:
             await asyncio.wait_for(call, self.stop_limit_s)
             stopped = True
         except (RayError, TimeoutError) as err:
-            if isinstance(err, RayTaskError) and isinstance(err.cause, SupersededError):
-                raise err.cause from err
+            _raise_superseded(err)
             logger.info("%s did not stop by itself: %s", actor.name, type(err).__name__)
         await self._check_term()
         if not stopped:
@@ -372,6 +379,12 @@ class WorkerGroup:
         task = ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=where)
         with contextlib.suppress(RayError, TimeoutError):
             await asyncio.wait_for(task.remote(actor.process), _CALL_LIMIT_S)
+
+
+def _raise_superseded(err: Exception) -> None:
+    """Raise ``SupersededError`` if a worker has answered with it."""
+    if isinstance(err, RayTaskError) and isinstance(err.cause, SupersededError):
+        raise err.cause from err
 
 
 async def _in_time(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -77,7 +77,7 @@ class WorkerGroupLike(Protocol):
         """The workers of an earlier controller."""
 
     async def redirect(self, name: str, control_address: str) -> None:
-        """Send a found worker the controller's new address."""
+        """Send a found worker the controller's new address. Raises ``SupersededError``."""
 
     async def end(self, names: Sequence[str]) -> None:
         """End these workers. Raises ``SupersededError``."""

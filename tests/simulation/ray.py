@@ -294,7 +294,8 @@ class SimGroup:
         return self._term
 
     async def redirect(self, name: str, control_address: str) -> None:
-        call = self._ray.call(self._process, self._known[name], "redirect", control_address)
+        worker, controller = self._known[name], (self._term, self._identity)
+        call = self._ray.call(self._process, worker, "redirect", control_address, *controller)
         await asyncio.wait_for(call, _CALL_LIMIT_S)
 
     async def end(self, names: Sequence[str]) -> None:

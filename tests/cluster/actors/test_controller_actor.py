@@ -395,6 +395,29 @@ def test_a_restarted_controller_tries_again_and_says_so() -> None:
     asyncio.run(body())
 
 
+class OvertakenGroup(LateGroup):
+    """A worker follows another controller, which has claimed a higher term."""
+
+    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+        config = ClusterConfig.from_dict(_config())
+        return (FoundWorker(name="expert-0", config=config, num_slots=1),)
+
+    async def redirect(self, name: str, control_address: str) -> None:
+        raise SupersededError("a controller of the older term 1")
+
+
+def test_a_restarted_controller_that_was_overtaken_lets_go() -> None:
+    async def body() -> None:
+        group = OvertakenGroup()
+        actor = ControllerActor(group)
+        snapshot = await _until(actor, "STOPPED")
+        assert snapshot["error"] == "superseded: a controller of the older term 1"
+        assert (group.newest_term, group.ended) == (1, [])
+        await actor.stop()
+
+    asyncio.run(body())
+
+
 class NewController:
     """Another controller's socket events."""
 
