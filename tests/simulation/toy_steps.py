@@ -234,7 +234,7 @@ class ToyExpertServer(ExpertServer):
         work(0.005)
         slots: ToyBank = self._slots[bank.index]
         filled = self._filled[bank.index].table.tolist()[:-1]
-        contents = [slots.value(slot) for slot in range(len(filled))]
+        contents = [slots.value(slot) if is_full else 0 for slot, is_full in enumerate(filled)]
         for rank, (count, data) in zip(ranks, received, strict=True):
             wanted = struct.unpack(f"!{count}H", data)
             for slot in wanted:

@@ -195,7 +195,17 @@ class World:
 
     def _serves(self, controller: SimController) -> bool:
         found = controller.actor._controller
-        return found is not None and found.cluster.state is ClusterState.SERVING
+        if found is None:
+            return False
+        if found.cluster.state is ClusterState.DEGRADED:
+            problems = found.recovery.problems(0.0)
+            return bool(problems) and all(self._is_left_out(problem) for problem in problems)
+        return found.cluster.state is ClusterState.SERVING
+
+    def _is_left_out(self, problem: str) -> bool:
+        """A place is left out because its host could not read the checkpoint."""
+        name, _, why = problem.partition(" is left out")
+        return bool(why) and self.ray.ever[name].process.host in self.faults.unreadable
 
     def _state(self, controller: SimController | None) -> Any:
         if controller is None or controller.actor._controller is None:
