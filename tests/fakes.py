@@ -141,6 +141,9 @@ class FakeWorkerGroup(ABC):
 
     def __init__(self) -> None:
         self.restarted = False
+        self.newest_term = 0
+        self.claimed = 0, ""
+        """Newest term, and the controller that has claimed it."""
         self.silent: Collection[str] = ()
         self.on_leaving_nodes: list[str] = []
 
@@ -161,7 +164,9 @@ class FakeWorkerGroup(ABC):
         return "127.0.0.1"
 
     async def claim(self, term: int, identity: str) -> int:
-        return term
+        self.newest_term = max(term, self.newest_term + 1)
+        self.claimed = self.newest_term, identity
+        return self.newest_term
 
     async def reserve(
         self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float

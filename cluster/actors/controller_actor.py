@@ -283,7 +283,7 @@ class ControllerActor:
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
         target = self._handoff.collector or self._controller
         if isinstance(frame, Superseded) and self._controller is not None:
-            self._retire(f"{worker} follows another controller")
+            self.retire(f"{worker} follows another controller")
         elif target is not None:
             target.frame(worker, frame, time.monotonic())
             self._background.notify()
@@ -325,6 +325,15 @@ class ControllerActor:
         logger.info("term %d: %d workers found", collected.term, len(collected.greetings))
         self._run(controller)
 
+    def retire(self, reason: str) -> None:
+        """Another controller leads the workers: let go of them."""
+        logger.warning("superseded: %s", reason)
+        self._handoff.failure = f"superseded: {reason}"
+        self._controller = None
+        if self._server is not None:
+            self._background.spawn(self._server.close())
+        self._background.notify()
+
     # ---- tasks ----------------------------------------------------------------------------
 
     async def _reserve(self, plan: StartPlan) -> tuple[tuple[Member, ...], int]:
@@ -365,6 +374,8 @@ class ControllerActor:
             for name in names:
                 self._created(name)
             await self._group.watch(self._server.is_connected, self._died)
+        except SupersededError as err:
+            self.retire(str(err))
         except StartError as err:
             self._died(err.part, err.reason)
         except Exception as err:  # any error of Ray must be reported: the start must not hang
@@ -380,15 +391,6 @@ class ControllerActor:
         self._controller.fail_start(error, time.monotonic())
         self._background.notify()
 
-    def _retire(self, reason: str) -> None:
-        """Another controller leads the workers: let go of them."""
-        logger.warning("superseded: %s", reason)
-        self._handoff.failure = f"superseded: {reason}"
-        self._controller = None
-        if self._server is not None:
-            self._background.spawn(self._server.close())
-        self._background.notify()
-
     async def _end(
         self,
         end: Callable[[], Awaitable[None]],
@@ -399,7 +401,7 @@ class ControllerActor:
             try:
                 await end()
             except SupersededError as err:
-                self._retire(str(err))
+                self.retire(str(err))
             except Exception:  # any error of Ray
                 logger.exception("workers could not be ended, trying again")
                 await asyncio.sleep(_END_AGAIN_S)

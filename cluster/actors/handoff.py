@@ -1,9 +1,11 @@
 """Handoff to a restarted controller actor: it finds the workers and collects their reports.
 
-    find the worker actors ─▶ open a control server ─▶ send each worker its address until it calls
-        ─▶ ``ReportCollector`` collects the reports ─▶ the actor continues with the collected state
+    claim a term ─▶ find the worker actors ─▶ open a control server ─▶ send each worker its address
+        until it calls ─▶ ``ReportCollector`` collects the reports ─▶ the actor continues with the
+        collected state
 
-The workers serve meanwhile. Failed attempts are repeated; calls wait for the first outcome.
+The workers serve meanwhile. Failed attempts are repeated, under the same term; calls wait for the
+first outcome. Workers refuse the address of a controller when one with a higher term has called.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from cluster.actors.tasks import Background
 from cluster.actors.worker_group_like import FoundWorker, WorkerGroupLike
 from cluster.controller.failover.collect import CollectedState, ReportCollector
 from cluster.controller.parts.settings import ControllerSettings
+from cluster.core.errors import SupersededError
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,9 @@ class HandoffHost(Protocol):
     def continue_with(self, found: Sequence[FoundWorker], collected: CollectedState) -> None:
         """Continue with the workers' state."""
 
+    def retire(self, reason: str) -> None:
+        """Another controller leads the workers: let go of them."""
+
 
 class Handoff:
     """Finds and collects. Event loop of the actor only."""
@@ -56,6 +62,9 @@ class Handoff:
         self._host = host
         self._group = group
         self._background = background
+        self._term = 0
+        """Claimed once: a handoff that another controller overtakes must not overtake it again."""
+        self._superseded: SupersededError | None = None
         self.collector: ReportCollector | None = None
         """Gets the workers' frames during a collection; None otherwise."""
         self._is_settled = asyncio.Event()  # the cluster is known, or why it is not
@@ -81,6 +90,9 @@ class Handoff:
                 async with asyncio.timeout(_RESTORE_LIMIT_S):
                     await self._find_and_restore()
                 break
+            except SupersededError as err:
+                self._host.retire(str(err))
+                break
             except Exception as err:  # any error of Ray
                 logger.exception("the workers could not be found, trying again")
                 self.failure = f"the restarted controller failed: {type(err).__name__}: {err}"
@@ -95,18 +107,19 @@ class Handoff:
         self._background.notify()
 
     async def _find_and_restore(self) -> None:
+        if not self._term:
+            self._term = await self._group.claim(1, self._host.identity)
         try:
             found = await self._group.find(_FIND_LIMIT_S)
             collected = await self._call_workers(found) if found else None
         finally:
             self.collector = None
-        term = await self._group.claim(collected.term if collected else 1, self._host.identity)
         if collected is None:
             self.failure = "the controller was lost before the cluster served"
             await self._group.end_all()
         else:
             self.failure = ""
-            self._host.continue_with(found, replace(collected, term=term))
+            self._host.continue_with(found, replace(collected, term=self._term))
 
     async def _call_workers(self, found: Sequence[FoundWorker]) -> CollectedState | None:
         """Make all found workers connect here and report."""
@@ -124,6 +137,8 @@ class Handoff:
             self._background.spawn(self._redirect(worker.name, address, collector))
         while not collector.is_complete(time.monotonic()):
             await self._background.wait(lambda: collector.is_complete(time.monotonic()), _POLL_S)
+            if self._superseded is not None:
+                raise self._superseded
         return collector.result()
 
     async def _redirect(self, name: str, address: str, collector: ReportCollector) -> None:
@@ -131,6 +146,9 @@ class Handoff:
         while self.collector is collector and not self._host.is_connected(name):
             try:
                 await self._group.redirect(name, address)
+            except SupersededError as err:
+                self._superseded = err
+                return
             except Exception as err:  # any error of Ray: it may answer later, or be lost
                 logger.warning("%s cannot be sent the address of this controller: %s", name, err)
             await asyncio.sleep(_REDIRECT_S)

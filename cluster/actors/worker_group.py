@@ -164,8 +164,9 @@ class WorkerGroup:
         """Create actors and call their ``start``. The caller undoes a failure by ``end_all``.
 
         Those that have no reserved place get the room of a lost one, once that is free. Raises
-        ``StartError`` with the first failing worker's own words.
+        ``StartError`` with the first failing worker's own words, and ``SupersededError``.
         """
+        await self._check_term()
         await _free_names([m.name for m in members])
         bundles: defaultdict[str, list[int]] = defaultdict(list)
         if any(m.name in self.nodes for m in members):
@@ -180,6 +181,7 @@ class WorkerGroup:
             async with self._placing:
                 bundle = bundles[node_id].pop(0) if node_id else self._free_bundle(member.role)
                 create: Any = remote.options(**self._options(member, bundle)).remote
+                await self._check_term()
                 handle = await asyncio.to_thread(create, *facts)  # registers the name at Ray's head
                 actor = self._actors[member.name] = _Actor(member.name, handle, node_id, bundle)
             created.append(self._bring_up(actor))
@@ -239,9 +241,17 @@ class WorkerGroup:
         return found
 
     async def redirect(self, name: str, control_address: str) -> None:
-        """Send a found worker the controller's new address. Raises Ray's errors."""
-        call = self._actors[name].handle.redirect.remote(control_address)
-        await asyncio.wait_for(call, _CALL_LIMIT_S)
+        """Send a found worker the controller's new address.
+
+        Raises ``SupersededError`` and Ray's errors.
+        """
+        redirect = self._actors[name].handle.redirect
+        call = redirect.remote(control_address, self._term, self._identity)
+        try:
+            await asyncio.wait_for(call, _CALL_LIMIT_S)
+        except RayTaskError as err:
+            _raise_superseded(err)
+            raise
 
     async def end(self, names: Sequence[str]) -> None:
         """End these workers: by their own ``stop``, then by process id, then by Ray.
@@ -349,8 +359,7 @@ class WorkerGroup:
             await asyncio.wait_for(call, self.stop_limit_s)
             stopped = True
         except (RayError, TimeoutError) as err:
-            if isinstance(err, RayTaskError) and isinstance(err.cause, SupersededError):
-                raise err.cause from err
+            _raise_superseded(err)
             logger.info("%s did not stop by itself: %s", actor.name, type(err).__name__)
         await self._check_term()
         if not stopped:
@@ -384,6 +393,12 @@ class WorkerGroup:
         task = ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=where)
         with contextlib.suppress(RayError, TimeoutError):
             await asyncio.wait_for(task.remote(actor.process), _CALL_LIMIT_S)
+
+
+def _raise_superseded(err: Exception) -> None:
+    """Raise ``SupersededError`` if a worker has answered with it."""
+    if isinstance(err, RayTaskError) and isinstance(err.cause, SupersededError):
+        raise err.cause from err
 
 
 async def _in_time(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

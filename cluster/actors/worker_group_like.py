@@ -57,7 +57,10 @@ class WorkerGroupLike(Protocol):
         control_address: str,
         extras: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """Create workers: those of a start, later some in the room of lost ones."""
+        """Create workers: those of a start, later some in the room of lost ones.
+
+        Raises ``SupersededError``.
+        """
 
     async def watch_creation(self, names: Sequence[str], on_process: Callable[[str], None]) -> None:
         """Report those of the workers that ``start`` creates whose processes run; cancel it then.
@@ -80,7 +83,7 @@ class WorkerGroupLike(Protocol):
         """The workers of an earlier controller."""
 
     async def redirect(self, name: str, control_address: str) -> None:
-        """Send a found worker the controller's new address."""
+        """Send a found worker the controller's new address. Raises ``SupersededError``."""
 
     async def end(self, names: Sequence[str]) -> None:
         """End these workers. Raises ``SupersededError``."""

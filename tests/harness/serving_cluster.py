@@ -252,7 +252,7 @@ class ThreadWorkerGroup(FakeWorkerGroup):
         )
 
     async def redirect(self, name: str, control_address: str) -> None:
-        self.runtimes[name].redirect(control_address)
+        self.runtimes[name].redirect(control_address, *self.claimed)
 
     async def end(self, names: Sequence[str]) -> None:
         for name in names:

@@ -14,6 +14,7 @@ from unittest import mock
 from msgspec.structs import replace
 
 from cluster.controller.parts.detection import Detection
+from cluster.controller.parts.epoch_change import EpochChange
 from cluster.controller.parts.generation_round import GenerationRound
 from cluster.controller.parts.load_orders import LoadOrders
 from gateway.engines import engine_client
@@ -22,9 +23,9 @@ from gateway.engines.engine_pool import EnginePool
 from tests.simulation.ray import SimGroup
 from workers.engine.scheduler import Scheduler
 from workers.kv import prefix_cache
-from workers.process.membership import Membership
 from workers.process.runtime import WorkerRuntime
-from workers.requests.block_hash import chain_hash
+from workers.requests import block_hash
+from workers.requests.block_hash import chain_hash, root_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +61,11 @@ def _as_it_is(output: Any, count: int) -> Any:
 
 def _half_step() -> AbstractContextManager[object]:
     """A step that was given up counts as computed."""
-    real = Scheduler.abandon
 
     def abandon(self: Scheduler, plan: Any) -> None:
-        real(self, plan)
         for planned in plan.rows:
-            sequence = planned.sequence
-            if sequence.blocks:
-                last = min(planned.first + planned.count, sequence.num_tokens - 1)
-                sequence.num_computed = max(sequence.num_computed, last)
+            last = planned.first + planned.count
+            planned.sequence.num_computed = min(last, planned.sequence.num_tokens - 1)
 
     return mock.patch.object(Scheduler, "abandon", abandon)
 
@@ -95,13 +92,17 @@ def _no_hold() -> AbstractContextManager[object]:
     return mock.patch.object(Detection, "end_hold", return_value="")
 
 
-def _silent_loss() -> AbstractContextManager[object]:
-    """A worker keeps to itself that it has lost a peer."""
+@contextmanager
+def _early_switch() -> Iterator[None]:
+    """Steps switch to a new placement before every worker knows it."""
+    real = EpochChange._prepare
 
-    def lose(self: Membership, err: Any) -> None:
-        self.leave()
+    def prepare(self: EpochChange) -> None:
+        real(self)
+        self._switch()
 
-    return mock.patch.object(Membership, "lose", lose)
+    with mock.patch.object(EpochChange, "_prepare", prepare):
+        yield
 
 
 def _short_names() -> AbstractContextManager[object]:
@@ -120,6 +121,12 @@ def _no_retry() -> AbstractContextManager[object]:
     return mock.patch.object(EnginePool, "_announce", announce)
 
 
+def _one_tenant() -> AbstractContextManager[object]:
+    """The names of cached blocks do not depend on the tenant."""
+    real = root_hash
+    return mock.patch.object(block_hash, "root_hash", lambda salt, *more: real("", *more))
+
+
 @contextmanager
 def _stale_end() -> Iterator[None]:
     """A superseded controller may end processes."""
@@ -132,17 +139,17 @@ def _stale_end() -> Iterator[None]:
         yield
 
 
-_KILLS = ("kill_worker", "kill_two_workers")
 BUGS: dict[str, Bug] = {
     "early_run": Bug(_early_run, ("kill_worker",)),
+    "early_switch": Bug(_early_switch, ("rebalance", "slow_link")),
     "half_step": Bug(_half_step, ("kill_worker",)),
-    "no_credit": Bug(_no_credit, ("pause_controller",)),
+    "no_credit": Bug(_no_credit, ("pause_host",)),
     "no_hold": Bug(_no_hold, ("isolate_head",)),
     "no_resubmission": Bug(_no_resubmission, ("kill_worker",)),
-    "no_retry": Bug(_no_retry, _KILLS),
+    "no_retry": Bug(_no_retry, ("kill_attention",)),
     "short_names": Bug(_short_names, ("kill_worker",)),
-    "silent_loss": Bug(_silent_loss, ("reset_link",)),
-    "stale_end": Bug(_stale_end, ("supersede_controller", "kill_worker")),
+    "one_tenant": Bug(_one_tenant, ("kill_worker",)),
+    "stale_end": Bug(_stale_end, ("freeze_controller",)),
     "twice_told": Bug(_twice_told, ("kill_worker",)),
 }
 """By name."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cluster.core.errors import ExpertMeshError
@@ -18,12 +17,14 @@ PROCESS_FAULTS = (
     "kill_worker",
     "kill_worker",
     "kill_two_workers",
+    "kill_attention",
     "pause_worker",
-    "pause_worker",
+    "pause_host",
     "kill_controller",
     "kill_controller",
     "pause_controller",
     "supersede_controller",
+    "freeze_controller",
     "kill_gateway",
     "pause_gateway",
     "slow_disk",
@@ -53,6 +54,8 @@ class Faults:
         self._paused: list[Process] = []
         self.guilty: dict[str, str] = {}
         """Workers that a fault has touched, and how: the controller may end them."""
+        self.unreadable: set[str] = set()
+        """Hosts that could not read the checkpoint: their workers may be left out for good."""
         self.bad_hosts: set[str] = set()
         """Hosts that a fault has touched: all their workers, later ones included, may end."""
 
@@ -75,15 +78,18 @@ class Faults:
     def kill_worker(self, fault: Fault) -> None:
         worker = self._worker(fault.where)
         if worker is not None:
-            self.guilty[worker.name] = "killed"
-            worker.kill()
+            self._kill(worker)
 
     def kill_two_workers(self, fault: Fault) -> None:
-        first, second = self._worker(fault.where), self._worker(fault.other)
-        for worker in (first, second):
+        for worker in (self._worker(fault.where), self._worker(fault.other)):
             if worker is not None:
-                self.guilty[worker.name] = "killed"
-                worker.kill()
+                self._kill(worker)
+
+    def kill_attention(self, fault: Fault) -> None:
+        """All attention workers: nobody holds a request any more."""
+        for worker in list(self._world.ray.workers.values()):
+            if worker.args.member.runs_attention:
+                self._kill(worker.process)
 
     def pause_worker(self, fault: Fault) -> None:
         worker = self._worker(fault.where)
@@ -94,7 +100,7 @@ class Faults:
 
     def kill_controller(self, fault: Fault) -> None:
         controller = self._world.ray.controller
-        if controller is not None:
+        if controller is not None and self._witnesses():
             controller.process.kill()
 
     def kill_gateway(self, fault: Fault) -> None:
@@ -109,8 +115,29 @@ class Faults:
 
     def supersede_controller(self, fault: Fault) -> None:
         """Ray takes a living controller for dead."""
-        if self._world.ray.controller is not None:
+        if self._world.ray.controller is not None and self._witnesses():
             self._world.ray.supersede()
+
+    def freeze_controller(self, fault: Fault) -> None:
+        """Ray takes a controller for dead that stands still; a worker dies before it goes on."""
+        controller = self._world.ray.controller
+        if controller is not None and self._witnesses():
+            self._pause(controller.process, fault.lasts_s + _SHORT_S)
+            self._world.ray.supersede()
+            self._world.kernel.after(_SHORT_S / 2, self.kill_worker, fault)
+
+    def pause_host(self, fault: Fault) -> None:
+        """All processes of a host stand still: a suspended machine, or a moved one."""
+        world = self._world
+        host = self._hosts()[fault.where % len(self._hosts())]
+        processes = [w.process for w in world.ray.workers.values()]
+        processes += [g.process for g in world.gateways]
+        processes += [world.ray.controller.process] if world.ray.controller else []
+        for process in processes:
+            if process.host == host:
+                self._pause(process, fault.lasts_s)
+        if host != HEAD and fault.lasts_s > _SHORT_S:  # else all workers of the head stand still
+            self._blame(host)
 
     def pause_gateway(self, fault: Fault) -> None:
         gateways = self._world.gateways
@@ -128,6 +155,7 @@ class Faults:
         worker, disk = self._worker(fault.where), self._world.kernel.disk
         if worker is not None:
             self._blame(worker.host)
+            self.unreadable.add(worker.host)
             disk.broken_hosts.add(worker.host)
             self._world.kernel.after(fault.lasts_s, disk.broken_hosts.discard, worker.host)
 
@@ -192,6 +220,19 @@ class Faults:
         workers = list(self._world.ray.workers.values())
         return workers[number % len(workers)].process if workers else None
 
+    def _kill(self, process: Process) -> None:
+        """Not the last one that knows the cluster: without any, it would be lost for good."""
+        controller = self._world.ray.controller
+        leads = controller is not None and controller.term > 0 and not controller.process.is_paused
+        if leads or any(witness is not process for witness in self._witnesses()):
+            self.guilty[process.name] = "killed"
+            process.kill()
+
+    def _witnesses(self) -> list[Process]:
+        """Living workers that know a generation."""
+        workers = self._world.ray.workers.values()
+        return [w.process for w in workers if w.runtime.membership.generation.number]
+
     def _pause(self, process: Process, lasts_s: float) -> None:
         process.pause()
         self._paused.append(process)
@@ -222,8 +263,11 @@ class Faults:
         loop = controller.process.loop
 
         async def call() -> None:
-            with suppress(ExpertMeshError):  # refused by name
-                await getattr(controller.actor, method)(order)
+            try:
+                answer = await getattr(controller.actor, method)(order)
+            except ExpertMeshError as err:  # refused by name
+                answer = err
+            self._world.kernel.log("%s: %s", method, answer)
 
         controller.process.run(loop.call_soon, lambda: loop.create_task(call()))
 

@@ -47,14 +47,14 @@ class Outcome:
     code: str = ""
     entry: Submission | None = None
     has_left: bool = False
-    problem: str = ""
-    """What is wrong with what came; empty if nothing is."""
+    problems: list[str] = field(default_factory=list)
+    """What is wrong with what came, of all clients."""
     right: list[int] = field(init=False)
     """What must come."""
 
     def __post_init__(self) -> None:
         ask = self.ask
-        self.right = right_tokens(ask.prompt, ask.seed, ask.max_tokens)
+        self.right = right_tokens(ask.prompt, ask.cache_salt, ask.seed, ask.max_tokens)
 
     @property
     def is_over(self) -> bool:
@@ -62,11 +62,12 @@ class Outcome:
 
     def put(self, output: TokenOutput) -> None:
         """``OutputSink``."""
+        first = len(self.tokens)
         self.tokens += output.token_ids
         if output.finish_reason is not None:
             self.ends.append(output.finish_reason.value)
             self.error, self.code = output.error or "", output.error_code
-        self._judge()
+        self._judge(first)
         limit = self.ask.abort_after
         if limit is not None and len(self.tokens) >= limit and not self.is_over:
             self.has_left = True
@@ -77,17 +78,19 @@ class Outcome:
         """``OutputSink``."""
         self.ends.append("failed")
         self.error, self.code = str(error), getattr(error, "code", type(error).__name__)
-        self._judge()
+        self._judge(len(self.tokens))
 
-    def _judge(self) -> None:
+    def _judge(self, first: int) -> None:
+        """Look at the tokens from ``first`` on, and at the ends."""
         name, got = self.ask.name, self.tokens
-        if got != self.right[: len(got)]:
-            place = next(i for i, t in enumerate(got) if i >= len(self.right) or t != self.right[i])
-            self.problem = f"{name}: token {place} is wrong"
-        elif len(self.ends) > 1:
-            self.problem = f"{name} ends twice: {self.ends}"
+        for place in range(first, len(got)):
+            if place >= len(self.right) or got[place] != self.right[place]:
+                self.problems.append(f"{name}: token {place} is wrong")
+                return
+        if len(self.ends) > 1:
+            self.problems.append(f"{name} ends twice: {self.ends}")
         elif self.ends == ["length"] and len(got) != self.ask.max_tokens:
-            self.problem = f"{name} ends after {len(got)} of {self.ask.max_tokens} tokens"
+            self.problems.append(f"{name} ends after {len(got)} of {self.ask.max_tokens} tokens")
 
 
 class SimGateway:
@@ -108,7 +111,7 @@ class SimGateway:
 
     def ask(self, ask: Ask) -> Outcome:
         """A client sends a request at its time."""
-        outcome = Outcome(ask)
+        outcome = Outcome(ask, problems=self._kernel.failures)
         self.outcomes.append(outcome)
         self._kernel.after(ask.at_s, self.process.run, self._begin, outcome)
         return outcome

@@ -7,11 +7,12 @@ does not block, as the operating system may do anywhere.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import random
 from collections.abc import Callable
 from contextlib import suppress
+from heapq import heappop, heappush
+from math import log
 from typing import TYPE_CHECKING, Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -27,6 +28,8 @@ _LOOK_EVENTS = 32
 """Events between two looks whether a run is done."""
 _SLOW_SWITCH_S = 5e-3
 """The same on a machine that is busy, now and then."""
+_SLOW_SWITCHES = 0.005
+"""Share of the switches that are slow."""
 
 
 class Kernel:
@@ -45,6 +48,8 @@ class Kernel:
         self.is_over = False
         self.preemption = 0.01
         """Chance that a call which does not block takes the processor from its thread."""
+        self._calls_left = 0
+        """Such calls until the next one that does."""
         self.num_events = 0
         self.failures: list[str] = []
         """What product code must never do: unexpected errors of loops and threads."""
@@ -54,23 +59,26 @@ class Kernel:
         self.deaths: dict[str, str] = {}
         """Workers that have ended themselves, and why."""
         self.disk: Any = None
-        self._events: list[tuple[float, float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self.num_banks = 1
+        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._numbers = itertools.count()
         self._fibers: list[Fiber] = []
         self._main = getcurrent()
 
     def at(self, when: float, call: Callable[..., None], *args: Any) -> None:
-        """Call at a time; the seed orders what happens at the same time."""
-        entry = (when, self.rng.random(), next(self._numbers), call, args)
-        heapq.heappush(self._events, entry)
+        """Call at a time; what happens at the same time keeps its order."""
+        heappush(self._events, (when, next(self._numbers), call, args))
 
     def after(self, delay_s: float, call: Callable[..., None], *args: Any) -> None:
-        self.at(self.now + delay_s, call, *args)
+        """Call in a while; a negative delay is none."""
+        when = self.now + delay_s if delay_s > 0.0 else self.now
+        heappush(self._events, (when, next(self._numbers), call, args))
 
     def run(self, until: float, is_done: Callable[[], bool] = lambda: False) -> bool:
         """Let time pass; whether ``is_done`` before ``until``."""
-        while self._events and self._events[0][0] <= until:
-            self.now, _, _, call, args = heapq.heappop(self._events)
+        queue = self._events
+        while queue and queue[0][0] <= until:
+            self.now, _, call, args = heappop(queue)
             self.num_events += 1
             call(*args)
             if not self.num_events % _LOOK_EVENTS and is_done():
@@ -93,20 +101,36 @@ class Kernel:
 
     def switch_delay_s(self) -> float:
         """Time until a thread or loop that can run gets a processor."""
-        rng = self.rng
-        return rng.expovariate(1 / (_SLOW_SWITCH_S if rng.random() < 0.005 else _SWITCH_S))
+        chance = self.rng.random()
+        if chance < _SLOW_SWITCHES:
+            return -log(1 - chance / _SLOW_SWITCHES) * _SLOW_SWITCH_S
+        return -log(chance) * _SWITCH_S
 
     def maybe_preempt(self) -> None:
         """Take the processor from the running thread, perhaps."""
-        fiber = self.fiber
-        if fiber is not None and not self.is_over and self.rng.random() < self.preemption:
-            fiber.park(self.switch_delay_s())
+        if self.fiber is None:
+            return
+        self._calls_left -= 1
+        if self._calls_left < 0:
+            self._preempt()
+
+    def _preempt(self) -> None:
+        """Draw the next call that takes the processor; this one does."""
+        if self.preemption <= 0.0 or self.is_over:
+            self._calls_left = 1 << 30
+            return
+        self._calls_left = int(log(1 - self.rng.random()) / log(1 - self.preemption))
+        self.this_fiber().park(self.switch_delay_s())
 
     # ---- what product code calls in place of the module ``time`` -----------------------------
 
     def monotonic(self) -> float:
-        self.maybe_preempt()
-        return self.now + (self.process.clock_offset_s if self.process else 0.0)
+        if self.fiber is not None:
+            self._calls_left -= 1
+            if self._calls_left < 0:
+                self._preempt()
+        process = self.process
+        return self.now if process is None else self.now + process.clock_offset_s
 
     def time(self) -> float:
         return self.now + 1.7e9
@@ -209,6 +233,9 @@ class Fiber:
         self.is_finished = False
         self._target = target
         self._ticket = 0
+        """Grows with each ``park`` and each end of one."""
+        self._woken = 0
+        """The ticket whose end is on its way, or that of a thread which runs."""
         self._waiting_for_end: list[Fiber] = []
         self._kernel = process.kernel
         self.greenlet = greenlet(self._main)
@@ -223,12 +250,13 @@ class Fiber:
             raise GreenletExit
         self._ticket += 1
         if timeout_s is not None:
-            self._kernel.after(max(timeout_s, 0.0), self._resume, self._ticket, False)
+            self._kernel.after(timeout_s, self._resume, self._ticket, False)
         return self._kernel.leave()
 
     def wake(self) -> None:
         """End its ``park`` soon."""
-        if not self.is_finished:
+        if self._woken != self._ticket and not self.is_finished:
+            self._woken = self._ticket
             self._kernel.after(self._kernel.switch_delay_s(), self._resume, self._ticket, True)
 
     def join(self, timeout_s: float | None = None) -> None:
@@ -252,6 +280,7 @@ class Fiber:
             self.process.run(self._resume, ticket, is_woken)
             return
         self._ticket += 1
+        self._woken = self._ticket
         self._kernel.enter(self, is_woken)
 
     def _main(self, _: bool) -> None:

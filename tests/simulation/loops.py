@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tests.simulation.kernel import Process
 
 
+_MAX_CALLBACKS = 100
+"""Callbacks that run before other threads and processes get a turn."""
 _AnyLoop: Any = asyncio.AbstractEventLoop  # most of its methods are for no code here
 
 
@@ -137,11 +139,11 @@ class SimLoop(_AnyLoop):  # type: ignore[misc]
         before, kernel.fiber = kernel.fiber, None
         events._set_running_loop(self)
         try:
-            for _ in range(len(self._ready)):
-                if self._process.is_dead:
-                    return
+            for _ in range(_MAX_CALLBACKS):
+                if not self._ready or self._process.is_dead:
+                    break
                 handle = self._ready.popleft()
-                if not handle.cancelled():
+                if not handle._cancelled:
                     handle._run()
         finally:
             events._set_running_loop(None)

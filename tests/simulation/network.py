@@ -68,14 +68,19 @@ class Pipe:
 
     def _post(self, deliver: Callable[..., None], args: tuple[Any, ...]) -> None:
         kernel, link = self._network.kernel, self._link
-        latency_s = self._latency_s * kernel.rng.uniform(0.5, 2.0) + link.delay_s
-        # The next one never overtakes: equal times would be ordered by chance.
-        self._last_arrival = max(kernel.now + latency_s, self._last_arrival + 1e-9)
-        kernel.at(self._last_arrival, deliver, *args)
+        latency_s = self._latency_s * (0.5 + 1.5 * kernel.rng.random()) + link.delay_s
+        arrival = kernel.now + latency_s
+        if arrival < self._last_arrival:  # the next one never overtakes
+            arrival = self._last_arrival
+        self._last_arrival = arrival
+        kernel.at(arrival, deliver, *args)
 
 
 class Network:
     """All links and listeners."""
+
+    current: Network | None = None
+    """The network of the simulation that runs in this Python process."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -135,3 +140,9 @@ class Network:
         for sock in list(self.connections):
             if sock.peer is not None and {sock.host, sock.peer.host} == {host, other}:
                 sock.break_off()
+
+
+def network() -> Network:
+    """The network of the simulation that runs."""
+    assert Network.current is not None
+    return Network.current

@@ -33,15 +33,18 @@ import workers.transport.acceptor
 import workers.transport.peer_connections
 import workers.transport.peer_link
 import workers.transport.socket_io  # noqa: F401
+from cluster.core.topology import Generation
 from tests.simulation.kernel import Kernel
 from tests.simulation.loops import new_event_loop, start_server
 from tests.simulation.network import Network
-from tests.simulation.sockets import SimSelectors, SimSockets
+from tests.simulation.polling import SimSelectors, SimSockets
 from tests.simulation.streams import SimChannel, SimGrpcServer, SimRunner
 from tests.simulation.threads import SimExecutor, SimFuture, SimThreading
 from tests.simulation.toy_model import ToyCheckpoint
 from tests.simulation.toy_steps import ToyEngine, ToyExpertServer
 from tests.simulation.worker import ToyGrammars, ToyModel
+from workers.dispatch.expert_server import ExpertServer
+from workers.engine.engine import Engine
 from workers.model.compute_threads import ComputeThreads
 from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_link import PeerServer
@@ -92,6 +95,21 @@ _SINGLE: list[tuple[str, str, Any]] = [
 """(module, name, replacement) of the model, the disk and the process."""
 
 
+class _Remembered:
+    """A property of a generation, computed once for each."""
+
+    def __init__(self, plain: property) -> None:
+        self._plain = plain
+        self._found: dict[int, tuple[Generation, Any]] = {}
+
+    def __get__(self, generation: Generation, kind: type) -> Any:
+        found = self._found.get(id(generation))
+        if found is None or found[0] is not generation:
+            found = generation, self._plain.__get__(generation)
+            self._found[id(generation)] = found
+        return found[1]
+
+
 @contextmanager
 def replaced(kernel: Kernel, net: Network) -> Iterator[None]:
     """Product code runs on the simulation inside."""
@@ -106,6 +124,11 @@ def replaced(kernel: Kernel, net: Network) -> Iterator[None]:
                     put(mock.patch.object(module, attribute, stand_in))
         for where, attribute, stand_in in _SINGLE:
             put(mock.patch.object(sys.modules[where], attribute, stand_in))
+        remembered = _Remembered(vars(Generation)["attention"])
+        put(mock.patch.object(Generation, "attention", remembered))
+        for kind, method in ((Engine, "step"), (ExpertServer, "run_step")):
+            plain = getattr(kind, method).__wrapped__  # without torch's inference mode
+            put(mock.patch.object(kind, method, plain))
         for function in _with_default(monotonic):
             _swap_defaults(function, monotonic, kernel.monotonic)
             stack.callback(_swap_defaults, function, kernel.monotonic, monotonic)
@@ -118,8 +141,7 @@ def replaced(kernel: Kernel, net: Network) -> Iterator[None]:
         put(mock.patch.object(asyncio, "Runner", SimRunner))
         put(mock.patch.object(grpc.aio, "insecure_channel", SimChannel))
         put(mock.patch.object(grpc.aio, "server", SimGrpcServer))
-        SimSockets.networks[kernel] = net
-        Kernel.current = kernel
+        Kernel.current, Network.current = kernel, net
         level = logging.root.manager.disable
         logging.disable(logging.CRITICAL if kernel.on_log is None else logging.NOTSET)
         gc.freeze()
@@ -132,8 +154,7 @@ def replaced(kernel: Kernel, net: Network) -> Iterator[None]:
             gc.collect()
             gc.enable()
             logging.disable(level)
-            Kernel.current = None
-            del SimSockets.networks[kernel]
+            Kernel.current = Network.current = None
 
 
 @cache

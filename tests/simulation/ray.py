@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -23,11 +24,22 @@ from tests.simulation.worker import SimWorker
 
 HEAD = "head"
 """The host of Ray's head, of the controller and of the first gateway."""
+
+
+class Hosts(Enum):
+    """Where workers run."""
+
+    MANY = "each on a host of its own"
+    TWO = "two hosts"
+    ONE = "all with Ray's head"
+
+
 _START_S = 0.3
 """Mean time in which Ray starts a process."""
 _PING_S = 0.5
 _CALL_LIMIT_S = 5.0
 _STOP_LIMIT_S = 2.0
+WORKER_ROLES: tuple[Role, ...] = ("attention", "expert")
 
 
 class ActorLostError(Exception):
@@ -44,8 +56,8 @@ class Ends:
 class SimRay:
     """All actors. Its head never dies."""
 
-    def __init__(self, kernel: Kernel, net: Network) -> None:
-        self.kernel, self.net = kernel, net
+    def __init__(self, kernel: Kernel, net: Network, hosts: Hosts) -> None:
+        self.kernel, self.net, self._hosts = kernel, net, hosts
         self.workers: dict[str, SimWorker] = {}
         self.ever: dict[str, SimWorker] = {}
         """Every worker that was started, by name."""
@@ -64,9 +76,23 @@ class SimRay:
         self._pids += 1
         return self._pids
 
-    def host_of(self, member: Member) -> str:
+    def host_of(self, role: Role, rank: int) -> str:
         """A replacement starts where the lost worker was."""
-        return f"{member.role}-{member.rank}"
+        if self._hosts is Hosts.ONE:
+            return HEAD
+        return f"host-{rank % 2}" if self._hosts is Hosts.TWO else f"{role}-{rank}"
+
+    def claim(self, term: int) -> int:
+        """A controller claims a term, above all others."""
+        self.newest_term = max(term, self.newest_term + 1)
+        return self.newest_term
+
+    def check_order(self, term: int, what: str) -> None:
+        """Only the highest term may do this."""
+        if term < self.newest_term:
+            self.kernel.failures.append(
+                f"a controller of term {term} {what}, term {self.newest_term} is claimed"
+            )
 
     def start_controller(self, was_restarted: bool) -> SimController:
         """Start the controller actor, or another one in its place."""
@@ -158,7 +184,9 @@ class SimGroup:
         self.silent: tuple[str, ...] = ()
 
     def resources(self) -> tuple[NodeResources, ...]:
-        hosts = [HEAD, *(f"{r}-{i}" for r in ("attention", "expert") for i in range(8))]
+        hosts = dict.fromkeys(
+            (HEAD, *(self._ray.host_of(r, i) for r in WORKER_ROLES for i in range(8)))
+        )
         return tuple(NodeResources(node_id=h, address=h, cpus=8.0) for h in hosts)
 
     def leaving(self) -> list[str]:
@@ -190,7 +218,7 @@ class SimGroup:
                 role=role,
                 rank=rank,
                 device=rank if holds_experts(role) else -1,
-                node=f"{role}-{rank}",
+                node=self._ray.host_of(role, rank),
             )
             for role, number in pools.items()
             for rank in range(number)
@@ -206,11 +234,13 @@ class SimGroup:
         ray = self._ray
         for member in members:
             await asyncio.sleep(self._kernel.rng.uniform(0.5, 1.5) * _START_S / len(members))
+            await self._check_term()
+            ray.check_order(self._term, f"starts {member.name}")
             if member.name in ray.workers:
                 raise StartError(member.name, "an actor of that name lives")
             worker = SimWorker(
                 self._kernel,
-                ray.host_of(member),
+                ray.host_of(member.role, member.rank),
                 ray.new_pid(),
                 config,
                 member,
@@ -263,12 +293,12 @@ class SimGroup:
 
     async def claim(self, term: int, identity: str) -> int:
         await asyncio.sleep(self._kernel.rng.uniform(0.0005, 0.003))
-        self._term = self._ray.newest_term = max(term, self._ray.newest_term + 1)
-        self._identity = identity
+        self._term, self._identity = self._ray.claim(term), identity
         return self._term
 
     async def redirect(self, name: str, control_address: str) -> None:
-        call = self._ray.call(self._process, self._known[name], "redirect", control_address)
+        worker, controller = self._known[name], (self._term, self._identity)
+        call = self._ray.call(self._process, worker, "redirect", control_address, *controller)
         await asyncio.wait_for(call, _CALL_LIMIT_S)
 
     async def end(self, names: Sequence[str]) -> None:
@@ -296,6 +326,7 @@ class SimGroup:
         with suppress(TimeoutError, ActorLostError):
             await asyncio.wait_for(stop, _STOP_LIMIT_S)
         await self._check_term()
+        ray.check_order(self._term, f"ends {worker.name}")
         ray.ends.asked.append((self._term, worker.name, kernel.now))
         worker.process.kill(f"ended by {self._process.name}")
 

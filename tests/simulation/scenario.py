@@ -6,10 +6,15 @@ import random
 from dataclasses import dataclass
 
 from tests.simulation.gateways import Ask
+from tests.simulation.ray import Hosts
 from tests.simulation.toy_model import VOCAB
 
 SPAN_S = 12.0
 """Time in which requests come and faults happen."""
+_TOPICS = 4
+"""What requests are about, one after the other."""
+_BURST_S = 2.0
+"""Time in which the requests of some seeds come."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +41,10 @@ class Scenario:
     num_attention: int
     num_experts: int
     num_redundant: int
+    moves_experts: bool
+    """The cluster rebalances by itself."""
+    num_banks: int
+    hosts: Hosts
     num_gateways: int
     num_kv_blocks: int
     slowness: float
@@ -48,11 +57,15 @@ def draw_scenario(seed: int, kinds: tuple[str, ...]) -> Scenario:
     """The scenario of a seed, with faults of the ``kinds``."""
     rng = random.Random(f"scenario {seed}")
     num_gateways = rng.choice((2, 2, 3))
+    num_redundant = rng.choice((0, 1, 3))
     return Scenario(
         seed=seed,
-        num_attention=rng.choice((2, 2, 3)),
-        num_experts=rng.choice((3, 3, 4)),
-        num_redundant=rng.choice((0, 1, 3)),
+        num_attention=rng.choice((2, 2, 2, 3)),
+        num_experts=rng.choice((3, 3, 3, 4)),
+        num_redundant=num_redundant,
+        moves_experts=num_redundant > 0 and rng.random() < 0.5,
+        num_banks=rng.choice((1, 1, 1, 2)),
+        hosts=rng.choice((Hosts.MANY, Hosts.MANY, Hosts.TWO, Hosts.ONE)),
         num_gateways=num_gateways,
         num_kv_blocks=rng.choice((24, 64, 256)),
         slowness=rng.choice((1.0, 2.0, 4.0)),
@@ -63,24 +76,34 @@ def draw_scenario(seed: int, kinds: tuple[str, ...]) -> Scenario:
 
 
 def _draw_asks(rng: random.Random, num_gateways: int) -> tuple[Ask, ...]:
-    stems = [tuple(rng.randrange(VOCAB) for _ in range(24)) for _ in range(3)]
+    first = rng.uniform(0, SPAN_S - _BURST_S)
+    begin, end = rng.choice((*3 * [(0.0, SPAN_S)], (first, first + _BURST_S)))
+    stems = [tuple(_draw_tokens(rng, topic, 24)) for topic in range(_TOPICS)]
     asks = []
     for i in range(rng.randint(20, 26)):
-        stem = rng.choice(stems)[: rng.choice((0, 7, 14, 22))]
-        own = tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 12)))
+        at_s = rng.uniform(begin, end)
+        topic = int(_TOPICS * at_s / SPAN_S) if rng.random() < 0.8 else rng.randrange(_TOPICS)
+        stem = stems[topic][: rng.choice((0, 7, 14, 22))]
+        own = _draw_tokens(rng, topic, rng.randint(1, 12))
         asks.append(
             Ask(
                 name=f"r{i}",
                 gateway=rng.randrange(num_gateways),
-                at_s=rng.uniform(0, SPAN_S),
-                prompt=stem + own,
-                max_tokens=rng.randint(8, 40),
+                at_s=at_s,
+                prompt=(*stem, *own),
+                max_tokens=rng.randint(8, 38),
                 seed=rng.getrandbits(32),
                 cache_salt=rng.choice(("", "", "tenant")),
                 abort_after=rng.randint(1, 8) if rng.random() < 0.1 else None,
             )
         )
     return tuple(asks)
+
+
+def _draw_tokens(rng: random.Random, topic: int, count: int) -> list[int]:
+    """Tokens of a topic, which belong to a few experts: the load changes with the topics."""
+    size = VOCAB // _TOPICS
+    return [topic * size + rng.randrange(size) for _ in range(count)]
 
 
 def _draw_faults(rng: random.Random, kinds: tuple[str, ...]) -> list[Fault]:

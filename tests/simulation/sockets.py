@@ -1,30 +1,25 @@
-"""Stand-ins for ``socket`` and ``selectors``: streams over the virtual network."""
+"""A stand-in for ``socket.socket``: streams over the virtual network."""
 
 from __future__ import annotations
 
 import errno
 import math
-import selectors
 import socket as real
 import struct
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from tests.simulation.kernel import Fiber, Kernel
-from tests.simulation.network import Network, Pipe
+from tests.simulation.kernel import Fiber
+from tests.simulation.network import Pipe, network
+
+if TYPE_CHECKING:
+    from tests.simulation.polling import SimSelector
 
 _BUFFER_BYTES = 1 << 18
 """Bytes that may be on their way, or unread, in one direction."""
 _RETRANSMIT_S = 0.2
 _INFO_BYTES = 128
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-
-
-def network() -> Network:
-    """The network of the simulation that runs."""
-    assert Kernel.current is not None
-    return SimSockets.networks[Kernel.current]
 
 
 class SimSocket:
@@ -49,6 +44,7 @@ class SimSocket:
         self._received = bytearray()
         self._out: Pipe | None = None
         self._num_out = 0
+        """Bytes that the other end has not read."""
         self._unsent_limit_s = 0.0
         self._sent = self._delivered = self._acknowledged = 0
         self._unacknowledged_at: float | None = None
@@ -111,10 +107,11 @@ class SimSocket:
 
     def _changed(self) -> None:
         for watcher in self.watchers:
-            watcher.wake()
-        waiting, self._waiting = self._waiting, []
-        for fiber in waiting:
-            fiber.wake()
+            watcher.touch(self)
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            for fiber in waiting:
+                fiber.wake()
         if self.on_change is not None:
             self.process.loop.call_soon(self.on_change)
 
@@ -130,12 +127,7 @@ class SimSocket:
     def is_writable(self) -> bool:
         if self._error:
             return True
-        return self._out is not None and not self._is_connecting and self.num_unsent < _BUFFER_BYTES
-
-    @property
-    def num_unsent(self) -> int:
-        """Bytes that the other end has not read."""
-        return self._num_out
+        return self._out is not None and not self._is_connecting and self._num_out < _BUFFER_BYTES
 
     # ---- the interface of ``socket`` ----------------------------------------------------------
 
@@ -193,23 +185,25 @@ class SimSocket:
     def send(self, data: Any) -> int:
         self._check()
         self._kernel.maybe_preempt()
-        self._wait(lambda: self.is_writable or self._is_closed)
-        self._check()
+        if not self.is_writable:
+            self._wait(lambda: self.is_writable or self._is_closed)
+            self._check()
         assert self.peer is not None
         assert self._out is not None
-        room = max(_BUFFER_BYTES - self._num_out, 1)
-        sent = bytes(data[:room])
-        if len(sent) > 1 and self._kernel.rng.random() < 0.01:
-            sent = sent[: self._kernel.rng.randrange(1, len(sent))]  # the kernel takes a part
-        self._num_out += len(sent)
-        self._sent += len(sent)
+        sent = bytes(data[: _BUFFER_BYTES - self._num_out])
+        size = len(sent)
+        if size > 1 and self._kernel.rng.random() < 0.01:
+            size = self._kernel.rng.randrange(1, size)  # the kernel takes a part
+            sent = sent[:size]
+        self._num_out += size
+        self._sent += size
         if self._unacknowledged_at is None:
             self._unacknowledged_at = self._kernel.now
         self._out.send(self.peer._take, sent)
         if self._unsent_limit_s and self._out.is_held and not self._is_timed:
             self._is_timed = True
             self._kernel.after(self._unsent_limit_s, self._give_up, self._out.num_healed)
-        return len(sent)
+        return size
 
     def sendall(self, data: Any) -> None:
         view = memoryview(data)
@@ -221,24 +215,27 @@ class SimSocket:
 
     def recv(self, size: int) -> bytes:
         if not self._received:
+            if self._timeout_s == 0.0 and not self.is_readable and not self._is_closed:
+                raise BlockingIOError
             self._wait(lambda: self.is_readable or self._is_closed)
-        if not self._received:
-            self._check()
-            return b""
+            if not self._received:
+                self._check()
+                return b""
         data = bytes(self._received[:size])
-        self._read(len(data))
+        size = len(data)
+        del self._received[:size]
+        peer = self.peer
+        if peer is not None:
+            was_full = peer._num_out >= _BUFFER_BYTES
+            peer._num_out -= size
+            if was_full:
+                peer._changed()
         return data
 
     def recv_into(self, view: memoryview) -> int:
-        if not self._received:
-            self._wait(lambda: self.is_readable or self._is_closed)
-        if not self._received:
-            self._check()
-            return 0
-        size = min(len(view), len(self._received))
-        view[:size] = self._received[:size]
-        self._read(size)
-        return size
+        data = self.recv(len(view))
+        view[: len(data)] = data
+        return len(data)
 
     def shutdown(self, how: int) -> None:
         if self.accepted is not None:
@@ -279,15 +276,6 @@ class SimSocket:
             self.break_off(errno.ETIMEDOUT)
 
     # ---- inside -----------------------------------------------------------------------------
-
-    def _read(self, size: int) -> None:
-        del self._received[:size]
-        peer = self.peer
-        if peer is not None:
-            was_full = peer._num_out >= _BUFFER_BYTES
-            peer._num_out -= size
-            if was_full:
-                peer._changed()
 
     def _check(self) -> None:
         if self._is_closed:
@@ -346,144 +334,3 @@ class SimSocket:
     def _refused(self) -> None:
         self._is_connecting = False
         self.break_off(errno.ECONNREFUSED)
-
-
-class Key(NamedTuple):
-    """``selectors.SelectorKey``."""
-
-    fileobj: Any
-    fd: int
-    events: int
-    data: Any
-
-
-class SimSelector:
-    """``selectors.DefaultSelector``."""
-
-    def __init__(self) -> None:
-        self._keys: dict[SimSocket, Key] = {}
-        self._fiber: Fiber | None = None
-
-    def register(self, fileobj: Any, events: int, data: Any = None) -> Key:
-        sock = self._socket(fileobj)
-        if sock in self._keys:
-            raise KeyError(f"{fileobj!r} is registered already")
-        key = self._keys[sock] = Key(fileobj, sock.fileno(), events, data)
-        sock.watchers[self] = None
-        return key
-
-    def modify(self, fileobj: Any, events: int, data: Any = None) -> Key:
-        sock = self._socket(fileobj)
-        if sock not in self._keys:
-            raise KeyError(f"{fileobj!r} is not registered")
-        key = self._keys[sock] = Key(fileobj, sock.fileno(), events, data)
-        return key
-
-    def unregister(self, fileobj: Any) -> Key:
-        sock = self._socket(fileobj)
-        sock.watchers.pop(self, None)
-        return self._keys.pop(sock)
-
-    def select(self, timeout: float | None = None) -> list[tuple[Key, int]]:
-        kernel = Kernel.current
-        assert kernel is not None
-        found = self._ready()
-        if found or (timeout is not None and timeout <= 0):
-            kernel.maybe_preempt()
-            return found or self._ready()
-        fiber = kernel.this_fiber()
-        self._fiber = fiber
-        fiber.park(timeout)
-        self._fiber = None
-        return self._ready()
-
-    def wake(self) -> None:
-        """A watched socket has changed."""
-        if self._fiber is not None:
-            self._fiber.wake()
-
-    def close(self) -> None:
-        for sock in self._keys:
-            sock.watchers.pop(self, None)
-        self._keys.clear()
-
-    def __enter__(self) -> SimSelector:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def _ready(self) -> list[tuple[Key, int]]:
-        found = []
-        for sock, key in self._keys.items():
-            events = 0
-            if key.events & READ and sock.is_readable:
-                events = READ
-            if key.events & WRITE and sock.is_writable:
-                events |= WRITE
-            if events:
-                found.append((key, events))
-        return found
-
-    def _socket(self, fileobj: Any) -> SimSocket:
-        if isinstance(fileobj, SimSocket):
-            return fileobj
-        return network().by_fd[fileobj.fileno()]
-
-
-class SimSelectors:
-    """In place of the module ``selectors``."""
-
-    DefaultSelector = SimSelector
-    BaseSelector = SimSelector
-    EVENT_READ = READ
-    EVENT_WRITE = WRITE
-
-
-class _Constants(type):
-    """Names in capitals are those of the module."""
-
-    def __getattr__(cls, name: str) -> Any:
-        if not name.isupper():
-            raise AttributeError(f"the simulated socket module has no {name}")
-        return getattr(real, name)
-
-
-class SimSockets(metaclass=_Constants):
-    """In place of the module ``socket``."""
-
-    networks: dict[Kernel, Network] = {}  # noqa: RUF012 (filled and emptied by each simulation)
-    socket = SimSocket
-
-    @staticmethod
-    def create_server(address: tuple[str, int], **options: Any) -> SimSocket:
-        sock = SimSocket()
-        sock.listen_at(address[0])
-        return sock
-
-    @staticmethod
-    def create_connection(address: tuple[str, int], timeout: float | None = None) -> SimSocket:
-        sock = SimSocket()
-        sock.settimeout(timeout)
-        try:
-            sock.connect(address)
-        except OSError:
-            sock.close()
-            raise
-        return sock
-
-    @staticmethod
-    def socketpair() -> tuple[SimSocket, SimSocket]:
-        first, second = SimSocket(), SimSocket()
-        first.join(second)
-        second.join(first)
-        return first, second
-
-    @staticmethod
-    def getaddrinfo(host: str, port: int, type: int = 0) -> list[Any]:
-        return [(real.AF_INET, real.SOCK_STREAM, 0, "", (host, port))]
-
-    @staticmethod
-    def gethostname() -> str:
-        process = network().kernel.process
-        return process.host if process else "nowhere"

@@ -13,8 +13,7 @@ from typing import Any
 import grpc
 
 from tests.simulation.kernel import Kernel, Process
-from tests.simulation.network import Network, Pipe
-from tests.simulation.sockets import network
+from tests.simulation.network import Network, Pipe, network
 
 _WINDOW = 64
 """Messages on their way, or unread, in one direction."""
@@ -94,7 +93,6 @@ class SimCall:
         assert process is not None
         self._half = _Half(net, process, loop, address.rpartition(":")[0])
         self._error: BaseException | None = None
-        self._reader: asyncio.Future[Any] | None = None
         self._half.pipe.send(self._reach, net, address, path)
         self._pump = loop.create_task(self._send(messages))
         process.on_death.append(self._died)
@@ -102,11 +100,7 @@ class SimCall:
     async def read(self) -> Any:
         if self._error is not None:
             raise self._error
-        self._reader = asyncio.ensure_future(self._half.next())
-        try:
-            message = await self._reader
-        finally:
-            self._reader = None
+        message = await self._half.next()
         if message is _END:
             return getattr(grpc.aio, "EOF")  # noqa: B009 (its stubs lack it)
         if isinstance(message, BaseException):
@@ -117,8 +111,7 @@ class SimCall:
     def cancel(self) -> None:
         self._pump.cancel()
         self._error = self._error or asyncio.CancelledError()
-        if self._reader is not None:
-            self._reader.cancel()
+        self._half.inbox.put_nowait(self._error)
         if not self._half.is_over and self._half.other is not None:
             self._half.is_over = True
             self._half.post(_END)

@@ -1,9 +1,10 @@
 """The toy model: what a token must be, and the parts that compute it from what really is there.
 
 The state after a token is a hash of the state before, of the token, and of the *contents* of all
-expert slots that served its row; the next token is a hash of the newest state. So a slot that is
-empty, half written or another expert's, or a KV block of another prompt, changes all tokens after
-it, and ``right_tokens`` says what they must be.
+expert slots that served its row; the first state is that of the tenant, and the next token is a
+hash of the newest state. So a slot that is empty, half written or another expert's, or a KV block
+of another prompt or tenant, changes all tokens after it, and ``right_tokens`` says what they must
+be.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.simulation.kernel import Kernel
 from workers.model.config import BankSpec, ExchangeSpec, ExpertMatrix, ModelConfig, TensorPart
 
 VOCAB = 997
@@ -35,6 +37,7 @@ BANKS = tuple(
     )
     for layer in range(2)
 )
+"""The most that a model has."""
 CONFIG = ModelConfig(
     model_type="toy",
     vocab_size=VOCAB,
@@ -50,12 +53,24 @@ CONFIG = ModelConfig(
     dtype="float32",
     rope=SimpleNamespace(rope_type="default", factor=1.0),  # type: ignore[arg-type]
 )
-FIRST_STATE = 17
+
+
+def first_state(salt: str) -> int:
+    """State before the first token of a tenant's prompt: a block of another tenant's is wrong."""
+    return 17 + len(salt)
+
+
+def banks() -> tuple[BankSpec, ...]:
+    """The banks that the model has in the simulation that runs."""
+    kernel = Kernel.current
+    assert kernel is not None
+    return BANKS[: kernel.num_banks]
 
 
 def chosen_experts(token: int, position: int, bank: int) -> tuple[int, int]:
-    """The router: experts of one row."""
-    first = hash((token, position, bank)) % NUM_EXPERTS
+    """The router: experts of one row. Half of the rows go where their token belongs."""
+    drawn = hash((token, position, bank))
+    first = (drawn >> 8) % NUM_EXPERTS if drawn & 1 else token * NUM_EXPERTS // VOCAB
     other = (first + 1 + hash((position, bank, token)) % (NUM_EXPERTS - 1)) % NUM_EXPERTS
     return first, other
 
@@ -87,10 +102,11 @@ def next_token(state: int, seed: int, index: int) -> int:
 _VALUES = tuple(tuple(expert_value(b, e) for e in range(NUM_EXPERTS)) for b in range(len(BANKS)))
 
 
-def right_tokens(prompt: Sequence[int], seed: int, count: int) -> list[int]:
+def right_tokens(prompt: Sequence[int], salt: str, seed: int, count: int) -> list[int]:
     """The oracle: what a request must get, whatever happens."""
-    state, output = FIRST_STATE, list[int]()
+    state, output = first_state(salt), list[int]()
     tokens = list(prompt)
+    num_banks = len(banks())
     for position in range(len(prompt) + count):
         if position >= len(prompt):
             tokens.append(next_token(state, seed, len(output)))
@@ -98,7 +114,7 @@ def right_tokens(prompt: Sequence[int], seed: int, count: int) -> list[int]:
         token = tokens[position]
         contents = [
             _VALUES[bank][expert]
-            for bank in range(len(BANKS))
+            for bank in range(num_banks)
             for expert in chosen_experts(token, position, bank)
         ]
         state = next_state(state, token, contents)
@@ -108,8 +124,10 @@ def right_tokens(prompt: Sequence[int], seed: int, count: int) -> list[int]:
 class ToyFamily:
     """In place of ``workers.model.families``."""
 
-    banks = BANKS
     config = CONFIG
+
+    def __init__(self) -> None:
+        self.banks = banks()
 
     def expert_matrices(
         self, bank: BankSpec, exchange: int, expert: int, tensors: object

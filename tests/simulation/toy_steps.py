@@ -12,18 +12,19 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
 from tests.simulation.kernel import Kernel
 from tests.simulation.toy_model import (
-    BANKS,
-    FIRST_STATE,
     ToyBank,
     ToyCache,
     ToyResult,
+    banks,
     chosen_experts,
+    first_state,
     next_state,
     next_token,
     rows_of,
@@ -151,8 +152,8 @@ class ToyRunner:
         rows = list(rows_of(plan.rows))
         contents: list[list[int]] = [[] for _ in rows]
         routed = []
-        for bank in range(len(BANKS)):
-            work(0.004)
+        for bank in range(len(banks())):
+            work(0.006)
             self.first_dispatch = self.first_dispatch or time.monotonic()
             wanted = [
                 (chosen_experts(token, position, bank), -1 if p.is_decode else token + position)
@@ -160,7 +161,7 @@ class ToyRunner:
             ]
             for mine, values in zip(contents, self._dispatcher.exchange(bank, wanted), strict=True):
                 mine += values
-            ids = torch.tensor([experts for experts, _ in wanted]).view(-1, 2)
+            ids = torch.from_numpy(np.array([experts for experts, _ in wanted]).reshape(-1, 2))
             num_decodes = sum(p.is_decode for p in plan.rows)
             routed.append([Routed(ids, None, num_decodes)])
         if not plan.rows:
@@ -175,8 +176,9 @@ class ToyRunner:
         cache, size = self._cache, self._cache.block_size
         for (planned, token, position), values in zip(rows, contents, strict=True):
             blocks = planned.sequence.blocks
-            state = FIRST_STATE
-            if position:
+            if not position:
+                state = first_state(planned.sequence.request.cache_salt)
+            else:
                 before = position - 1
                 state = cache.states[blocks[before // size] * size + before % size]
             state = next_state(state, token, values)
@@ -229,15 +231,16 @@ class ToyExpertServer(ExpertServer):
         ranks = list(granted)
         with self._activity:
             received = self._transport.receive_bytes(Tag(bank.index, 0, 0, "rows"), ranks)
-        work(0.003)
+        work(0.005)
         slots: ToyBank = self._slots[bank.index]
         filled = self._filled[bank.index].table.tolist()[:-1]
+        contents = [slots.value(slot) if is_full else 0 for slot, is_full in enumerate(filled)]
         for rank, (count, data) in zip(ranks, received, strict=True):
             wanted = struct.unpack(f"!{count}H", data)
             for slot in wanted:
                 if not (slot < len(filled) and filled[slot]):
                     self._transport.reject(rank, f"no expert in slot {slot} of bank {bank.index}")
-            values = struct.pack(f"!{count}I", *(slots.value(slot) for slot in wanted))
+            values = struct.pack(f"!{count}I", *(contents[slot] for slot in wanted))
             self._transport.post_bytes(Tag(bank.index, 0, 0, "outputs"), rank, count, values)
 
 

@@ -9,8 +9,8 @@ import torch
 
 from cluster.core.topology import Member
 from tests.simulation.kernel import Kernel, Process
-from tests.simulation.sockets import network
-from tests.simulation.toy_model import BANKS, ToyBank
+from tests.simulation.network import network
+from tests.simulation.toy_model import ToyBank, banks
 from tests.simulation.toy_steps import ToyDispatcher, ToyTransport
 from workers.experts.slots import ExpertSlots
 from workers.process.attention_runtime import AttentionRuntime
@@ -56,9 +56,9 @@ class ToySlots(ExpertSlots):
 
     def __init__(self, num_slots: int, runtime: WorkerRuntime) -> None:
         self._runtime = runtime
-        banks: Any = tuple(ToyBank(spec, num_slots, self._written) for spec in BANKS)
-        self.banks = banks
-        self._contents = [{} for _ in BANKS]
+        made: Any = tuple(ToyBank(spec, num_slots, self._written) for spec in banks())
+        self.banks = made
+        self._contents = [{} for _ in made]
 
     def _written(self, bank: int, slot: int) -> None:
         """A matrix is stored in a slot, or a slot is given back."""

@@ -67,12 +67,12 @@ class WorkerActor(ABC):
         facts = {"config": args.config.to_dict(), "num_slots": args.num_slots}
         return {**facts, "has_called": self._runtime.has_called}
 
-    def redirect(self, control_address: str) -> None:
+    def redirect(self, control_address: str, term: int, controller: str) -> None:
         """Connect to a restarted controller.
 
-        Raises ``NotReadyError`` before the first connection.
+        Raises ``NotReadyError`` before the first connection, and ``SupersededError``.
         """
-        self._runtime.redirect(control_address)
+        self._runtime.redirect(control_address, term, controller)
 
     def stop(self, term: int, controller: str) -> None:
         """End serving; the caller ends the process. Raises ``SupersededError``."""

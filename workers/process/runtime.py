@@ -191,10 +191,14 @@ class WorkerRuntime(ABC):
         self.control.send(DrainRequest())
         return True
 
-    def redirect(self, control_address: str) -> None:
-        """Connect to a restarted controller; ``NotReadyError`` before the first connection."""
+    def redirect(self, control_address: str, term: int, controller: str) -> None:
+        """Connect to a restarted controller.
+
+        Raises ``NotReadyError`` before the first connection, and ``SupersededError``.
+        """
         if not self.has_called:
             raise NotReadyError(f"{self.member.name} has not called a controller yet")
+        self.follow(term, controller)
         self.control.redirect(control_address)
 
     def _main(self) -> None:

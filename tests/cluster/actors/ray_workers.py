@@ -62,7 +62,8 @@ class TrivialWorker:
     def introduce(self) -> dict[str, Any]:
         return {"config": self._config, "num_slots": 0, "has_called": True}
 
-    def redirect(self, control_address: str) -> None:
+    def redirect(self, control_address: str, term: int, controller: str) -> None:
+        self._client.follow(term, controller)
         self._client.redirect(control_address)
 
     def ping(self) -> str:

@@ -438,6 +438,29 @@ def test_a_restarted_controller_tries_again_and_says_so() -> None:
     asyncio.run(body())
 
 
+class OvertakenGroup(LateGroup):
+    """A worker follows another controller, which has claimed a higher term."""
+
+    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+        config = ClusterConfig.from_dict(_config())
+        return (FoundWorker(name="expert-0", config=config, num_slots=1),)
+
+    async def redirect(self, name: str, control_address: str) -> None:
+        raise SupersededError("a controller of the older term 1")
+
+
+def test_a_restarted_controller_that_was_overtaken_lets_go() -> None:
+    async def body() -> None:
+        group = OvertakenGroup()
+        actor = ControllerActor(group)
+        snapshot = await _until(actor, "STOPPED")
+        assert snapshot["error"] == "superseded: a controller of the older term 1"
+        assert (group.newest_term, group.ended) == (1, [])
+        await actor.stop()
+
+    asyncio.run(body())
+
+
 class NewController:
     """Another controller's socket events."""
 
@@ -514,6 +537,31 @@ def test_a_controller_with_an_older_term_stops_when_it_would_end_a_worker() -> N
         assert snapshot["error"] == "superseded: term 2 is claimed, this controller has 1"
         await actor.stop()
         assert group.ended == []
+        for worker in group.workers.values():
+            await asyncio.to_thread(worker.client.close)
+
+    asyncio.run(body())
+
+
+class StaleGroup(ThreadWorkerGroup):
+    """Finds that another controller leads the workers when it would start one again."""
+
+    async def start(self, members: Sequence[Member], *facts: Any) -> None:
+        if self.workers:
+            raise SupersededError("term 2 is claimed, this controller has 1")
+        await super().start(members, *facts)
+
+
+def test_a_controller_with_an_older_term_stops_when_it_would_start_a_worker() -> None:
+    async def body() -> None:
+        group = StaleGroup()
+        actor = ControllerActor(group)
+        await actor.start(_config(3, 5), BANKS)
+        await _until(actor, "SERVING")
+        await asyncio.to_thread(group.workers["expert-1"].client.close)
+        snapshot = await _until(actor, "STOPPED")
+        assert snapshot["error"] == "superseded: term 2 is claimed, this controller has 1"
+        await actor.stop()
         for worker in group.workers.values():
             await asyncio.to_thread(worker.client.close)
 

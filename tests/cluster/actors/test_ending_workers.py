@@ -1,4 +1,4 @@
-"""Which processes a worker group ends, and which it must not: handles without Ray."""
+"""Which processes a worker group ends and starts, and which it must not: handles without Ray."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cluster.actors import worker_group
 from cluster.actors.process import ProcessIdentity
 from cluster.actors.worker_group import WorkerGroup
 from cluster.core.errors import SupersededError
+from cluster.core.topology import Member
 from workers.process.lease import TermGuard
 
 PROCESS = ProcessIdentity(pid=7, started_at=0.0)
@@ -114,6 +115,24 @@ def test_a_frozen_worker_is_killed_by_the_newest_controller_only(killed: Killed)
         killed.newest_term = 1
         await group.end(["expert-0"])
         assert killed.processes == [PROCESS]
+
+    asyncio.run(body())
+
+
+def test_only_the_newest_controller_starts_workers(
+    killed: Killed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest one may have started a worker of that name."""
+    monkeypatch.setattr(worker_group, "our_actors", lambda: ["expert-0.2"])
+    monkeypatch.setattr(worker_group, "kill_actors", killed.actors.extend)
+
+    async def body() -> None:
+        group = await _group(Handle())
+        killed.newest_term = 2
+        member = Member(name="expert-0.2", role="expert", rank=0, device=0)
+        with pytest.raises(SupersededError, match="term 2 is claimed"):
+            await group.start([member], {}, "here:1", {})
+        assert killed.actors == []
 
     asyncio.run(body())
 

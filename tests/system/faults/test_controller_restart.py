@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
+from cluster.core.errors import SupersededError
 from tests.harness.engine_stream import EngineStream, Result
 from tests.harness.fault_rows import DETECTION_LIMIT_S
 from tests.harness.serving_cluster import QUIET_S, ThreadCluster, make_config, serving
@@ -95,6 +96,19 @@ def test_streams_do_not_notice_a_restarted_controller(tiny_checkpoint: Path) -> 
         cluster.restore()
         assert cluster.snapshot()["term"] == 3
         stream.close()
+
+
+def test_a_controller_that_was_overtaken_takes_no_worker_back(tiny_checkpoint: Path) -> None:
+    """It stood still between its claim and its calls of the workers."""
+    cluster = cluster_of(tiny_checkpoint)
+    with serving(cluster):
+        cluster.crash_controller()
+        cluster.restore()
+        worker = cluster.group.runtimes["expert-0"]
+        with pytest.raises(SupersededError, match="older term 1"):
+            worker.redirect("127.0.0.1:1", 1, "the first controller")
+        assert cluster.snapshot()["state"] == "SERVING"
+        assert cluster.actor.is_connected("expert-0")
 
 
 def test_a_worker_that_dies_with_the_controller_is_found_missing(tiny_checkpoint: Path) -> None:
