@@ -57,6 +57,7 @@ def test_workers_that_start_side_by_side_take_different_places(
         """No actor has these names."""
 
     monkeypatch.setattr(worker_group, "_free_names", nothing)
+    monkeypatch.setattr(worker_group, "newest_term", lambda: 0)
     head = SlowHead()
     group = WorkerGroup({"attention": head})
     group._bundles = {"attention": range(2)}
