@@ -6,7 +6,7 @@ endif
 
 VENV := .venv
 BIN := $(VENV)/bin
-# The clients of other projects that part 6 of `make test-long` drives, with their own versions.
+# Clients of other projects and Redis, for parts 6 and 7 of `make test-long`, with their own versions.
 CLIENTS := .venv-clients
 # Where the CPU build of torch comes from on a machine without an NVIDIA GPU, when it answers.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -34,7 +34,7 @@ help:
 	@echo "make check    ruff, import contracts, mypy, tests without processes (minutes)"
 	@echo "make test     make check, and tests with processes (PYTEST_ARGS=\"-k name\")"
 	@echo "make test-long  everything but GPU tests, for hours, or a part of it (PART=1)"
-	@echo "make setup-clients  .venv-clients with the clients of other projects, for part 6"
+	@echo "make setup-clients  .venv-clients with clients of other projects and Redis, for parts 6 and 7"
 	@echo "make audit    look for known holes in the pinned packages"
 	@echo "make bench    measure, and write benchmarks/RESULTS.md"
 	@echo "make release  build and test wheel and image of the version"
@@ -108,7 +108,8 @@ test-long: $(addprefix test-long-,$(if $(filter all,$(PART)),1 2 3 4 5 6 7 8,$(P
 test-long-8: $(VENV)/.stamp-test
 	$(BIN)/python -m tests.mutation --num $(MUTANTS) --seed $(SEED)
 
-test-long-6: $(CLIENTS)/.stamp-clients
+# Redis, in which pretended heads keep Ray's state, comes with the clients.
+test-long-6 test-long-7: $(CLIENTS)/.stamp-clients
 
 test-long-%: $(VENV)/.stamp-test
 	$(LONG) $(PART_$*) $(PYTEST_ARGS)
