@@ -9,7 +9,7 @@ import sys
 
 LEASE_S = 3.6
 SLACK_S = 0.6
-"""Until the heartbeat at which the lease is looked at; half a second of it is spent before."""
+"""Time after the lease until the heartbeat that checks it, seconds."""
 
 
 def test_leases_end_when_they_must() -> None:
