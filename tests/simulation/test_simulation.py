@@ -44,6 +44,7 @@ def test_seeds_keep_every_promise(part: int) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("bug", FOUND_AT)
 def test_a_planted_bug_is_found(bug: str) -> None:
     found = run("--bug", bug, "--seed", str(FOUND_AT[bug]), "--num", str(NUM_TRIED))

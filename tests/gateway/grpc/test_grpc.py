@@ -452,16 +452,20 @@ def test_what_a_key_would_open_is_refused_by_name_and_counted() -> None:
         assert code is CODES.UNIMPLEMENTED
         assert "'/secret.v1.Things/b'" in message
         assert details["ErrorInfo"].reason == "not_found"
-        headers = {"authorization": "Bearer secret"}
-        metrics = stack.http.get("/metrics", headers=headers).text
-    labels = 'code="UNAUTHENTICATED",method="{}",model_name="tiny",service="{}"'
-    counted = labels.format("GenerateStream", "expertmesh.v1.Inference")
-    assert f"grpc_requests_total{{{counted}}} 1.0" in metrics
-    others = labels.format("other", "other")
-    assert f"grpc_requests_total{{{others}}} 2.0" in metrics
-    others = others.replace("UNAUTHENTICATED", "UNIMPLEMENTED")
-    assert f"grpc_requests_total{{{others}}} 1.0" in metrics
-    assert "secret" not in metrics
+
+        def metrics() -> str:
+            return stack.http.get("/metrics", headers={"authorization": "Bearer secret"}).text
+
+        labels = 'code="UNAUTHENTICATED",method="{}",model_name="tiny",service="{}"'
+        counted = labels.format("GenerateStream", "expertmesh.v1.Inference")
+        others = labels.format("other", "other")
+        last = others.replace("UNAUTHENTICATED", "UNIMPLEMENTED")
+        # a call is counted once its answer is on its way
+        stack.wait_for(lambda: f"grpc_requests_total{{{last}}} 1.0" in metrics(), "the last count")
+        found = metrics()
+    assert f"grpc_requests_total{{{counted}}} 1.0" in found
+    assert f"grpc_requests_total{{{others}}} 2.0" in found
+    assert "secret" not in found
 
 
 def test_an_old_connection_is_renewed_and_breaks_no_call() -> None:

@@ -125,8 +125,8 @@ def test_dynamic_rotation_depends_on_the_row_alone(
 FEW = pytest.mark.parametrize(
     ("variant", "dtype"),
     [
-        ("olmoe-base", "float32"),
-        ("olmoe-base", "bfloat16"),
+        pytest.param("olmoe-base", "float32", marks=pytest.mark.slow),
+        pytest.param("olmoe-base", "bfloat16", marks=pytest.mark.slow),
         ("dots1-swa", "bfloat16"),
         ("jetmoe-untied-top3-eps", "float32"),
     ],

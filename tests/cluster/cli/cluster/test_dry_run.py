@@ -12,7 +12,8 @@ from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.launch.state_file import log_path
 from tests.fakes import TINY_CONFIG, tiny_tensors, write_tiny_checkpoint
 
-pytestmark = pytest.mark.usefixtures("state_home")
+pytestmark = [pytest.mark.usefixtures("state_home"), pytest.mark.distributed]
+"""The checkpoint is read by a process of its own."""
 PORTS = ("--port", "0", "--grpc-port", "0")
 
 

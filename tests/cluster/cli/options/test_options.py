@@ -333,6 +333,11 @@ def test_global_options_default_to_off() -> None:
     )
 
 
+def late(words: list[str], code: int, text: str) -> Any:
+    """A refusal that comes once a process has read the checkpoint."""
+    return pytest.param(words, code, text, marks=pytest.mark.distributed)
+
+
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -355,11 +360,11 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--host", "0.0.0.0"], 5, "host (0.0.0.0) is public"),
         (["--host", "no.such.host.invalid"], 5, "no.such.host.invalid"),
         (["/no/such/folder"], 5, "/no/such/folder is neither a folder nor a hub id"),
-        (["--placement-file", "/no/such/file"], 5, "placement_file (file) cannot be read"),
-        (["--num-expert-workers", "65"], 5, "more workers than can ever have work"),
-        (["--cpus-per-worker", "1000"], 5, "cpus_per_worker (1000) does not fit"),
-        (["--gpus-per-worker", "64"], 5, "gpus_per_worker (64) does not fit"),
-        (["--max-model-len", "10000000"], 5, "max_model_len (10000000) must not exceed"),
+        late(["--placement-file", "/no/such/file"], 5, "placement_file (file) cannot be read"),
+        late(["--num-expert-workers", "65"], 5, "more workers than can ever have work"),
+        late(["--cpus-per-worker", "1000"], 5, "cpus_per_worker (1000) does not fit"),
+        late(["--gpus-per-worker", "64"], 5, "gpus_per_worker (64) does not fit"),
+        late(["--max-model-len", "10000000"], 5, "max_model_len (10000000) must not exceed"),
         (["--name", "../x"], 2, "name (../x)"),
     ],
 )
@@ -381,6 +386,7 @@ def test_a_port_in_use_is_refused(
     assert f"port ({busy_port}) is in use on 127.0.0.1" in one_line(capsys)
 
 
+@pytest.mark.distributed
 def test_a_refused_start_leaves_nothing(
     state_home: Path, temp_dirs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
