@@ -1,6 +1,7 @@
 """The controller as a Ray actor: connects the state machine with its sockets and the worker actors.
 
-``Controller`` decides, ``ControlServer`` carries frames, ``WorkerGroup`` starts and ends processes.
+``Controller`` decides, ``ControlServer`` carries frames, ``WorkerGroup`` starts and ends processes:
+``_tell`` hands the controller an event, and then carries out its effects.
 All three run on the actor's event loop. An actor that Ray has restarted continues with the workers
 of the one before: they serve meanwhile, and calls wait until their state is collected.
 """
@@ -16,7 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster.actors.control_server import ControlServer
 from cluster.actors.handoff import Handoff
@@ -30,6 +31,7 @@ from cluster.controller.controller import Controller
 from cluster.controller.drain.order import DrainOrder
 from cluster.controller.failover.collect import CollectedState
 from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.effects import Effect, End, EndAll, Send, Start
 from cluster.controller.parts.gateway_polls import GatewayPolls
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.controller.parts.worker_table import MODEL_FACTS
@@ -45,12 +47,13 @@ from cluster.core.errors import (
 )
 from cluster.core.frames import ControlFrame, Superseded
 from cluster.core.load_profile import LoadProfile
-from cluster.core.placement import ExpertPlacement
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
 from cluster.load.view import load_before_start, load_document, num_at_risk, placement_report
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _TICK_S = 0.1
 _NODES_S = 0.5
@@ -175,8 +178,7 @@ class ControllerActor:
 
     def _note(self, cause: str, effect: str) -> None:
         if self._controller is not None:
-            self._controller.cluster.note(cause, effect, time.monotonic())
-            self._background.notify()
+            self._tell(partial(self._controller.cluster.note, cause, effect))
 
     async def placement(self) -> dict[str, Any]:
         """Maps, current load and balancedness of all banks (``placement --json``)."""
@@ -203,9 +205,8 @@ class ControllerActor:
         Raises ``ConflictError``, ``UnknownNameError``, ``RequestError``; nothing has changed then.
         """
         wanted = from_plain(order, DrainOrder, RequestError)
-        operation = (await self._serving_controller()).draining.begin(wanted, time.monotonic())
-        self._background.notify()
-        return operation.to_dict()
+        controller = await self._serving_controller()
+        return self._tell(partial(controller.draining.begin, wanted)).to_dict()
 
     async def rebalance(self, order: dict[str, Any]) -> dict[str, Any]:
         """Move experts to where the load is (fields of ``RebalanceOrder``); the operation.
@@ -215,11 +216,10 @@ class ControllerActor:
         """
         wanted = from_plain(order, RebalanceOrder, RequestError)
         controller = await self._serving_controller()
-        operation = controller.rebalancing.begin(wanted, time.monotonic())
+        operation = self._tell(partial(controller.rebalancing.begin, wanted))
         deadline = time.monotonic() + _PLAN_LIMIT_S
         while controller.rebalancing.is_deciding(operation) and time.monotonic() < deadline:
             await asyncio.sleep(_PLAN_POLL_S)  # the ticks continue
-        self._background.notify()
         return operation.to_dict()
 
     async def operation(self, operation_id: str) -> dict[str, Any]:
@@ -236,8 +236,7 @@ class ControllerActor:
         controller = await self._serving_controller()
         operation = controller.operations.find(operation_id)
         owner = controller.draining if operation.kind == "drain" else controller.rebalancing
-        owner.cancel(operation, time.monotonic())
-        self._background.notify()
+        self._tell(partial(owner.cancel, operation))
         return operation.to_dict()
 
     async def stop(self) -> None:
@@ -245,8 +244,7 @@ class ControllerActor:
         await self.restore()
         if self._controller is not None and self._server is not None:
             controller = self._controller
-            controller.stop(time.monotonic())
-            self._background.notify()
+            self._tell(controller.stop)
             await self._background.wait(
                 lambda: controller.cluster.state is ClusterState.STOPPED, _STOP_LIMIT_S
             )
@@ -256,27 +254,37 @@ class ControllerActor:
         self._background.cancel()
         self._planner.shutdown(wait=False, cancel_futures=True)
 
-    # ---- actions of the controller (``WorkerLink``) ------------------------------------------
+    # ---- events in, effects out -------------------------------------------------------------
 
-    def send(self, worker: str, frame: ControlFrame) -> None:
-        if self._server is not None:
-            self._server.send(worker, frame)
+    def _tell(self, event: Callable[[float], T]) -> T:
+        """The controller takes an event (a method of it, but for the time), with all effects."""
+        try:
+            return event(time.monotonic())
+        finally:
+            while self._controller is not None and (
+                effects := self._controller.cluster.take_effects()
+            ):
+                for effect in effects:
+                    self._carry_out(effect)
+            self._background.notify()
 
-    def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
-        assert self._plan is not None
-        plan = replace(self._plan, placement=placement)
-        self._background.spawn(self._bring_up([member], plan, partial(self._died, member.name)))
-
-    def end_workers(self, workers: Sequence[str]) -> None:
-        if self._server is not None:
-            for worker in workers:
-                self._server.drop(worker)
-        names = list(workers)
-        end = partial(self._group.end, names)
-        self._background.spawn(self._end(end, lambda c, now: c.draining.ended(names, now)))
-
-    def end_all(self) -> None:
-        self._background.spawn(self._end(self._group.end_all, Controller.all_ended))
+    def _carry_out(self, effect: Effect) -> None:
+        assert self._server is not None
+        match effect:
+            case Send(frame, workers):
+                self._server.send(frame, *workers)
+            case Start(member, placement):
+                assert self._plan is not None
+                plan = replace(self._plan, placement=placement)
+                failed = partial(self._died, member.name)
+                self._background.spawn(self._bring_up([member], plan, failed))
+            case End(workers):
+                for worker in workers:
+                    self._server.drop(worker)
+                end = partial(self._group.end, workers)
+                self._background.spawn(self._end(end, lambda c: partial(c.ended, workers)))
+            case EndAll():
+                self._background.spawn(self._end(self._group.end_all, lambda c: c.all_ended))
 
     # ---- events of the sockets (``ControlEvents``) -------------------------------------------
 
@@ -285,14 +293,13 @@ class ControllerActor:
         if isinstance(frame, Superseded) and self._controller is not None:
             self._retire(f"{worker} follows another controller")
         elif target is not None:
-            target.frame(worker, frame, time.monotonic())
-            self._background.notify()
+            self._tell(partial(target.frame, worker, frame))
 
     def on_closed(self, worker: str, reason: str) -> None:
         if self._handoff.collector is not None:
             self._handoff.collector.gone(worker)
         elif self._controller is not None:
-            self._controller.disconnected(worker, reason, time.monotonic())
+            self._tell(partial(self._controller.disconnected, worker, reason))
         self._background.notify()
 
     # ---- calls of the handoff -------------------------------------------------------------
@@ -318,12 +325,12 @@ class ControllerActor:
         controller = self._make_controller(
             plan, collected.members, notes=notes, term=collected.term
         )
-        controller.restore(collected, time.monotonic())
+        self._run(controller)
+        self._tell(partial(controller.restore, collected))
         self._background.spawn(
             self._group.end_others([r.name for r in controller.cluster.workers.alive()])
         )
         logger.info("term %d: %d workers found", collected.term, len(collected.greetings))
-        self._run(controller)
 
     # ---- tasks ----------------------------------------------------------------------------
 
@@ -359,7 +366,7 @@ class ControllerActor:
             await self._group.start(members, plan.config.to_dict(), self._address, extras)
             if self._controller is not None:
                 for member in members:
-                    self._controller.created(member.name, time.monotonic())
+                    self._tell(partial(self._controller.created, member.name))
             await self._group.watch(self._server.is_connected, self._died)
         except StartError as err:
             self._died(err.part, err.reason)
@@ -369,8 +376,7 @@ class ControllerActor:
 
     def _start_failed(self, error: str) -> None:
         assert self._controller is not None
-        self._controller.fail_start(error, time.monotonic())
-        self._background.notify()
+        self._tell(partial(self._controller.fail_start, error))
 
     def _retire(self, reason: str) -> None:
         """Another controller leads the workers: let go of them."""
@@ -384,7 +390,7 @@ class ControllerActor:
     async def _end(
         self,
         end: Callable[[], Awaitable[None]],
-        ended: Callable[[Controller, float], None],
+        ended: Callable[[Controller], Callable[[float], None]],
     ) -> None:
         """End workers, again after each error, until they have ended; then call ``ended``."""
         while self._controller is not None:
@@ -397,22 +403,18 @@ class ControllerActor:
                 await asyncio.sleep(_END_AGAIN_S)
             else:
                 if self._controller is not None:
-                    ended(self._controller, time.monotonic())
+                    self._tell(ended(self._controller))
                 break
-        self._background.notify()
 
     async def _tick_forever(self, controller: Controller) -> None:
         while self._leads(controller):
             await asyncio.sleep(_TICK_S)
-            version = controller.cluster.version
             try:
-                controller.tick(time.monotonic())
+                self._tell(controller.tick)
             except Exception:  # detection must continue
                 logger.exception("a tick of the controller failed")
             for gateway in self._polls.take_gone(time.monotonic()):
                 self._note(f"{gateway} is gone: it no longer asks", "its requests end")
-            if controller.cluster.version != version:
-                self._background.notify()
 
     async def _watch_nodes(self, controller: Controller) -> None:
         """Drain the workers of nodes that will leave; fill their places afterwards."""
@@ -426,8 +428,8 @@ class ControllerActor:
                 logger.debug("the nodes cannot be listed: %s", err)
                 continue
             for name in sorted(leaving):
-                controller.draining.requested(name, time.monotonic())
-            controller.draining.nodes_alive(ids_by_address(nodes))
+                self._tell(partial(controller.draining.requested, name))
+            self._tell(partial(controller.nodes_alive, ids_by_address(nodes)))
 
     def _leads(self, controller: Controller) -> bool:
         is_over = controller.cluster.state is ClusterState.STOPPED
@@ -435,15 +437,14 @@ class ControllerActor:
 
     def _died(self, name: str, reason: str) -> None:
         if self._controller is not None and name in self._controller.cluster.workers:
-            self._controller.lost({name: reason}, time.monotonic())
-            self._background.notify()
+            self._tell(partial(self._controller.lost, {name: reason}))
 
     async def _fresh_cluster(self) -> Cluster | None:
         """The cluster with the current numbers of every worker; None before the start."""
         await self.restore()
         if self._controller is None:
             return None
-        self._controller.request_status()
+        self._tell(self._controller.request_status)
         cluster = self._controller.cluster
         await self._background.wait(lambda: cluster.workers.status_complete, self._status_limit_s)
         return cluster
@@ -474,7 +475,6 @@ class ControllerActor:
         cluster = Cluster(
             members,
             plan.placement,
-            self,
             model={"name": config.model.served_model_name, "path": config.model.path},
             load=config.load,
             now=now,

@@ -20,9 +20,9 @@ from cluster.config.cluster import ClusterConfig
 from cluster.controller.drain.drain import Draining
 from cluster.controller.failover.collect import CollectedState, lost_workers
 from cluster.controller.failover.restore import continue_with
-from cluster.controller.parts import generation
-from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.cluster import Cluster, NodeIds
 from cluster.controller.parts.detection import Detection
+from cluster.controller.parts.effects import End, EndAll
 from cluster.controller.parts.operations import Operations
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.settings import ControllerSettings
@@ -104,7 +104,7 @@ class Controller:
         cluster = self.cluster
         record = cluster.workers.find(name)
         if record.is_lost or not cluster.is_up:
-            cluster.link.send(name, Shutdown(reason=record.reason or "the cluster is ending"))
+            cluster.send(Shutdown(reason=record.reason or "the cluster is ending"), name)
             return
         record.heard_at = now
         match frame:
@@ -113,13 +113,13 @@ class Controller:
                 self._take_load(name, frame)
                 term, identity = cluster.term, cluster.identity
                 ack = HeartbeatAck(term=term, controller=identity, number=frame.number)
-                cluster.link.send(name, ack)
+                cluster.send(ack, name)
                 is_member = record.state is WorkerState.SERVING
                 if frame.fenced and frame.generation == cluster.round.number and is_member:
                     # it has stopped serving, while this controller was away
-                    self.recovery.reform(f"the lease of {name} ran out", now)
+                    cluster.reform(f"the lease of {name} ran out", now)
                 elif (cause := self.detection.mismatch(name, frame, now)) is not None:
-                    self.recovery.reform(cause, now)
+                    cluster.reform(cause, now)
             case StatusReply():
                 self._take_load(name, frame)
                 cluster.workers.take_status(name, frame)
@@ -176,9 +176,9 @@ class Controller:
             self.fail_start("; ".join(f"{n}: {r}" for n, r in fresh.items()), now)
         elif cluster.is_up:
             for name, reason in fresh.items():
-                cluster.link.send(name, Shutdown(reason=f"declared lost: {reason}"))
+                cluster.send(Shutdown(reason=f"declared lost: {reason}"), name)
             self.recovery.lost(fresh, now)
-            cluster.link.end_workers(list(fresh))
+            cluster.effects.append(End(tuple(fresh)))
 
     def fail_start(self, error: str, now: float) -> None:
         """The start cannot succeed: end what exists, keep the reason. No effect after the start."""
@@ -195,7 +195,7 @@ class Controller:
         self.cluster.load.tick(now)
         self.rebalancing.tick(now)
         if cause := self.detection.end_hold(now):
-            self.recovery.reform(cause, now)
+            self.cluster.reform(cause, now)
         for lost in self.detection.find_lost(now):
             self.lost(lost, now)
         self.recovery.tick(now)
@@ -206,9 +206,17 @@ class Controller:
             return
         self.cluster.enter(ClusterState.DRAINING)
         self.cluster.history.add(self.cluster.round.number, now, reason, "end all workers")
-        for record in self.cluster.workers.alive():
-            self.cluster.link.send(record.name, Shutdown(reason=reason))
-        self.cluster.link.end_all()
+        alive = self.cluster.workers.alive()
+        self.cluster.send(Shutdown(reason=reason), *(r.name for r in alive))
+        self.cluster.effects.append(EndAll())
+
+    def ended(self, names: Sequence[str], now: float) -> None:
+        """The processes of these workers are gone."""
+        self.draining.ended(names, now)
+
+    def nodes_alive(self, nodes: NodeIds, now: float) -> None:
+        """The living nodes, looked up again and again."""
+        self.draining.nodes_alive(nodes)
 
     def all_ended(self, now: float) -> None:
         """Every worker process is gone."""
@@ -219,13 +227,12 @@ class Controller:
 
     # ---- questions ------------------------------------------------------------------------
 
-    def request_status(self) -> None:
+    def request_status(self, now: float) -> None:
         """Ask every worker for its numbers; ``workers.status_complete`` says when all came."""
         if not self.cluster.is_up:
             return
         request, asked = self.cluster.workers.ask_status()
-        for name in asked:
-            self.cluster.link.send(name, request)
+        self.cluster.send(request, *asked)
 
     def snapshot(self) -> dict[str, Any]:
         """The cluster's state, fit for JSON (``status --json``)."""
@@ -270,7 +277,7 @@ class Controller:
         elif all(r.state is WorkerState.READY for r in cluster.workers):
             members = tuple(r.member for r in cluster.workers)
             cluster.history.add(1, now, "start", f"serve with {describe_members(members)}")
-            generation.begin(cluster, members, cluster.placement, now)
+            cluster.form(members, cluster.placement, now)
 
     # ---- small things ---------------------------------------------------------------------
 

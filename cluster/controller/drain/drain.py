@@ -19,6 +19,7 @@ from typing import Any
 from cluster.controller.drain.cordon import Cordon
 from cluster.controller.drain.order import Drain, DrainOrder, DrainStep
 from cluster.controller.parts.cluster import Cluster, NodeIds
+from cluster.controller.parts.effects import End
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.operations import Operation, Operations, OperationState
 from cluster.controller.parts.recovery import Recovery
@@ -265,16 +266,14 @@ class Draining:
             if cluster.runs and all(map(self._is_empty, self._records(drain))):
                 self._leave(drain, now)
             else:
-                for name in drain.names:
-                    cluster.link.send(name, StatusRequest(token=0))
+                cluster.send(StatusRequest(token=0), *drain.names)
         elif drain.step is DrainStep.BACK:
             self._watch_return(drain, now)
         elif drain.step is DrainStep.LEAVE and cluster.runs:
             drain.operation.generation = cluster.generation.number
             self._enter(drain, DrainStep.END)
-            for name in drain.names:
-                cluster.link.send(name, Shutdown(reason="drained"))
-            cluster.link.end_workers(drain.names)
+            cluster.send(Shutdown(reason="drained"), *drain.names)
+            cluster.effects.append(End(drain.names))
 
     def _check_again(self, drain: Drain, now: float) -> None:
         """Begin to copy or to move; the cluster may have changed since the order."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cluster.controller.drain.drain import Draining
 from cluster.controller.failover.collect import CollectedState, restore_workers
 from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.effects import End
 from cluster.controller.parts.generation_round import GenerationRound, Phase
 from cluster.controller.parts.operations import Operations
 from cluster.controller.parts.recovery import Recovery
@@ -70,6 +71,6 @@ def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now:
                 workers.lose(name, "it did not call the restarted controller")
         cluster.remember()
         recovery.lost({n: workers[n].reason for n in missing}, now)
-        cluster.link.end_workers(missing)
+        cluster.effects.append(End(tuple(missing)))
     else:
-        recovery.reform(cause, now)
+        cluster.reform(cause, now)

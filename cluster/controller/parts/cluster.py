@@ -1,7 +1,10 @@
-"""What the controller knows of its cluster: the state that its parts share and change.
+"""The model that the parts of the controller share: what is known of the cluster, and the effects.
 
-Each part decides on its own subject. It reads the cluster's state here, changes what belongs to its
-subject, and acts on the workers by ``link``.
+Each part decides on its own subject: it reads the state here, changes what belongs to its subject,
+and adds effects. The life of a generation:
+
+    form ─▶ NewGeneration to every member ─▶ GenerationReady from all, their slots hold the maps'
+        ─▶ run ─▶ RunGeneration(first step above the highest step of any member)
 """
 
 from __future__ import annotations
@@ -9,18 +12,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
+
+from msgspec.structs import replace
 
 from cluster.config.cluster import LoadSection
+from cluster.controller.parts.effects import Effect, Send
 from cluster.controller.parts.event_log import History
 from cluster.controller.parts.generation_round import GenerationRound, Phase
 from cluster.controller.parts.metrics import ControllerMetrics
 from cluster.controller.parts.worker_table import WorkerTable
-from cluster.core.frames import ControlFrame, ControllerSnapshot
+from cluster.core.frames import ControlFrame, ControllerSnapshot, NewGeneration, RunGeneration
 from cluster.core.placement import ExpertPlacement
-from cluster.core.states import ClusterState, next_state
+from cluster.core.states import ClusterState, WorkerState, next_state
 from cluster.core.topology import Generation, Member
 from cluster.load.tracker import LoadTracker
+from cluster.policy.failure import describe_members
 
 logger = logging.getLogger(__name__)
 
@@ -32,22 +39,6 @@ _VERSIONS_OF_A_TERM = 1_000_000
 """Distance between the terms, so that a restarted controller never repeats a version."""
 
 
-class WorkerLink(Protocol):
-    """The actions of the controller on workers."""
-
-    def send(self, worker: str, frame: ControlFrame) -> None:
-        """Send to one worker; does nothing if it is not connected."""
-
-    def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
-        """Start one more worker, in the background; it holds its part of ``placement``."""
-
-    def end_workers(self, workers: Sequence[str]) -> None:
-        """End these workers' processes, in the background."""
-
-    def end_all(self) -> None:
-        """End every worker in the background, then call ``Controller.all_ended``."""
-
-
 class Cluster:
     """One cluster. One thread; ``now`` is in monotonic seconds."""
 
@@ -55,7 +46,6 @@ class Cluster:
         self,
         members: Sequence[Member],
         placement: ExpertPlacement,
-        link: WorkerLink,
         *,
         model: Mapping[str, Any],
         load: LoadSection,
@@ -70,7 +60,8 @@ class Cluster:
         """``model`` holds name and path; the workers add the rest. ``can_grow``: an expert worker
         may hold more than its ``num_slots`` expert slots a bank.
         """
-        self.link = link
+        self.effects: list[Effect] = []
+        """Of the event under way."""
         self.term = term
         self.identity = identity
         """Distinguishes controllers of one term."""
@@ -158,5 +149,74 @@ class Cluster:
         self.touch()
         memory = {"version": self.version, **{name: make() for name, make in self.memories.items()}}
         frame = ControllerSnapshot(term=self.term, controller=self.identity, memory=memory)
-        for record in self.workers.alive():
-            self.link.send(record.name, frame)
+        self.send(frame, *(r.name for r in self.workers.alive()))
+
+    # ---- effects --------------------------------------------------------------------------
+
+    def send(self, frame: ControlFrame, *workers: str) -> None:
+        """Send a frame to these workers."""
+        self.effects.append(Send(frame, workers))
+
+    def take_effects(self) -> list[Effect]:
+        """The effects since the last call, to be carried out in this order."""
+        effects, self.effects = self.effects, []
+        return effects
+
+    # ---- generations ----------------------------------------------------------------------
+
+    def form(self, members: Sequence[Member], placement: ExpertPlacement, now: float) -> None:
+        """Announce the next generation to all its members."""
+        if self.state is not ClusterState.STARTING:
+            self.enter(ClusterState.RECOVERING)
+        fresh = tuple(self.workers[m.name].member for m in members)
+        generation = Generation(number=self.round.number + 1, members=fresh)
+        self.round = GenerationRound(generation, now)
+        if self.highest_epoch > self.placement.epoch:  # workers may know that epoch
+            placement = replace(placement, epoch=max(self.highest_epoch + 1, placement.epoch))
+        self.placement = placement
+        self.touch()
+        self._stand_by()
+        order = NewGeneration(
+            term=self.term,
+            controller=self.identity,
+            generation=generation,
+            placement=placement,
+            drained=[r.name for r in self.workers if r.state is WorkerState.DRAINED],
+        )
+        self.send(order, *(m.name for m in fresh))
+
+    def reform(self, cause: str, now: float) -> None:
+        """Have all members form a generation with the placement in force."""
+        self.form(self.round.members, self.placement, now)
+        self.note(cause, f"go on with {describe_members(self.round.members)}", now)
+
+    def run(self, now: float) -> bool:
+        """Run the generation, whose members have all answered; whether it runs now."""
+        formed = self.round
+        if formed.highest_epoch > self.placement.epoch:
+            # a survivor ran a later epoch than the controller knew; the new one must be higher
+            placement = replace(self.placement, epoch=formed.highest_epoch + 1)
+            self.form(formed.members, placement, now)
+            return False
+        self.experts_complete = True
+        formed.phase = Phase.RUNNING
+        for member in formed.members:
+            record = self.workers[member.name]
+            record.progress_at = now
+            record.enter(WorkerState.SERVING)
+        order = RunGeneration(generation=formed.number, first_step=formed.first_step)
+        self.send(order, *(m.name for m in formed.members))
+        return True
+
+    def stall(self, members: Sequence[Member], now: float) -> None:
+        """No generation can run: keep these members for a later one."""
+        survivors = Generation(number=self.round.number, members=tuple(members))
+        self.round = GenerationRound(survivors, now, Phase.STALLED)
+        self._stand_by()
+
+    def _stand_by(self) -> None:
+        """Serving members become ready: they run no steps until the next RunGeneration."""
+        for member in self.round.members:
+            record = self.workers[member.name]
+            if record.state is WorkerState.SERVING:
+                record.enter(WorkerState.READY)

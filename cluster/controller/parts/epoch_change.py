@@ -199,14 +199,13 @@ class EpochChange:
             banks=changed,
         )
         self._unready = {m.name for m in self.generation.members}
-        for member in self.generation.members:
-            self._cluster.link.send(member.name, frame)
+        self._cluster.send(frame, *(m.name for m in self.generation.members))
 
     def _switch(self) -> None:
         self.state = ChangeState.SWITCH
         epoch = self.stage.placement.epoch
         order = SwitchEpoch(generation=self.generation.number, epoch=epoch, oldest_epoch=epoch)
-        self._cluster.link.send(self.generation.leader.name, order)
+        self._cluster.send(order, self.generation.leader.name)
 
     def _fail(self, reason: str) -> None:
         self.state = ChangeState.FAILED
@@ -214,5 +213,5 @@ class EpochChange:
         for name in sorted({o.worker for o in self._orders.pending.values()}):
             number = next(self._cluster.order_numbers)
             order = LoadExperts(order=number, experts=[], source={"kind": "give up"})
-            self._cluster.link.send(name, order)
+            self._cluster.send(order, name)
         self._orders.pending.clear()

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
-from cluster.controller.parts import generation
 from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.effects import Start
 from cluster.controller.parts.generation_round import Phase
 from cluster.controller.parts.load_orders import LoadOrder, LoadOrders
 from cluster.controller.parts.settings import ControllerSettings
@@ -80,12 +80,6 @@ class Recovery:
 
     # ---- orders ---------------------------------------------------------------------------
 
-    def reform(self, cause: str, now: float) -> None:
-        """Have all members form a generation with the placement in force."""
-        cluster = self._cluster
-        self._form(cluster.round.members, cluster.placement, now)
-        cluster.note(cause, f"go on with {describe_members(cluster.round.members)}", now)
-
     def leave(self, names: Sequence[str], why: str, now: float) -> None:
         """Form a generation without these workers, which leave the cluster."""
         cluster = self._cluster
@@ -100,9 +94,8 @@ class Recovery:
             cluster.workers.lose(name, why, WorkerState.DRAINED)
             self.replacements.leave(name)
             cluster.round.drop_reports(name)
-        cluster.enter(ClusterState.RECOVERING)
         cluster.remember()
-        self._form(members, placement, now)
+        cluster.form(members, placement, now)
         effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
         cluster.note(why, effect, now)
 
@@ -239,7 +232,7 @@ class Recovery:
         )
         cluster.experts_complete = decision.experts_complete
         if not decision.can_run:
-            generation.stall(cluster, members, now)
+            cluster.stall(members, now)
             cluster.note(cause, decision.effect, now)
             self._settle()
             cluster.remember()
@@ -247,7 +240,7 @@ class Recovery:
         self._failed.clear()
         for member in members:
             self._started_with.pop(member.name, None)
-        self._form(members, decision.placement, now)
+        cluster.form(members, decision.placement, now)
         self._order(decision.loads, members, now)  # workers write no slot of maps in force
         cluster.note(cause, decision.effect, now)
 
@@ -255,10 +248,6 @@ class Recovery:
         for member in members:
             if own := [f for f in loads if member.holds_experts and f.device == member.device]:
                 self.reloads.send(member.name, own, now)
-
-    def _form(self, members: Sequence[Member], placement: ExpertPlacement, now: float) -> None:
-        self._cluster.enter(ClusterState.RECOVERING)
-        generation.begin(self._cluster, members, placement, now)
 
     def _run_if_complete(self, now: float) -> None:
         """Run the generation that is being formed, once all its experts are in memory, too.
@@ -273,7 +262,7 @@ class Recovery:
             cause = f"{len(missing)} experts are not where the maps name them"
             cluster.note(cause, "load them", now)
             return
-        if not generation.run(cluster, now):
+        if not cluster.run(now):
             return
         self.show_running()
         cluster.history.runs(cluster.round.number, cluster.round.first_step, now)
@@ -326,4 +315,4 @@ class Recovery:
             self._started_with[member.name] = self.desired
             logger.info("start %s", member.name)
             self._cluster.touch()
-            self._cluster.link.start_worker(member, self.desired)
+            self._cluster.effects.append(Start(member, self.desired))

@@ -393,6 +393,6 @@ class Rebalancing:
         is_newer = frame.epoch > cluster.placement.epoch
         if cluster.runs and is_newer and frame.generation == cluster.generation.number:
             cluster.highest_epoch = frame.epoch
-            self._recovery.reform(
+            cluster.reform(
                 f"a step ran in epoch {frame.epoch}, which this controller did not order", now
             )

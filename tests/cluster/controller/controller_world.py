@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from cluster.controller.controller import Controller
 from cluster.controller.failover.collect import ReportCollector
 from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.effects import End, EndAll, Send, Start
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import NotReadyError, ProtocolError
 from cluster.core.frames import (
@@ -220,7 +221,22 @@ class World:
         self._expected: set[str] = set()
         self._start()
 
-    # ---- what the controller acts through ---------------------------------------------------
+    # ---- effects of the controller ------------------------------------------------------------
+
+    def carry_out(self) -> None:
+        """All effects of the controller until now."""
+        while self.controller is not None and (effects := self.controller.cluster.take_effects()):
+            for effect in effects:
+                match effect:
+                    case Send(frame, workers):
+                        for worker in workers:
+                            self.send(worker, frame)
+                    case Start(member, placement):
+                        self.start_worker(member, placement)
+                    case End(workers):
+                        self.end_workers(workers)
+                    case EndAll():
+                        raise AssertionError("no test ends the cluster")
 
     def send(self, worker: str, frame: ControlFrame) -> None:
         if isinstance(frame, NewGeneration):
@@ -244,9 +260,6 @@ class World:
         for name in workers:
             self.workers[name].is_connected = False
 
-    def end_all(self) -> None:
-        raise AssertionError("no test ends the cluster")
-
     # ---- what happens ---------------------------------------------------------------------
 
     def come_up(self, name: str) -> None:
@@ -266,16 +279,19 @@ class World:
             self._hang_up(model)
         elif self.controller is not None:
             self.controller.lost({name: "its process died"}, self.now)
+            self.carry_out()
 
     def reap(self) -> None:
         """The processes that were to be ended are gone."""
         for name in self.ended:
             self.workers[name].is_dead = True
         if self.controller is not None:
-            self.controller.draining.ended(sorted(self.ended), self.now)
+            self.controller.ended(sorted(self.ended), self.now)
+            self.carry_out()
 
     def crash_controller(self, num_unsent: int) -> None:
         """It is gone; each worker misses the last few frames that were on their way."""
+        self.carry_out()
         self.controller = self.collector = None
         for model in self.workers.values():
             model.is_connected = False
@@ -329,7 +345,6 @@ class World:
             Cluster(
                 collected.members,
                 collected.placement,
-                self,
                 model={},
                 load=CONFIG.load,
                 now=self.now,
@@ -342,6 +357,7 @@ class World:
             now=self.now,
         )
         self.controller.restore(collected, self.now)
+        self.carry_out()
 
     def tell(self, name: str, frame: ControlFrame) -> None:
         """A worker's frame arrives, if it is connected."""
@@ -350,6 +366,7 @@ class World:
             return
         if self.controller is not None:
             self.controller.frame(name, frame, self.now)
+            self.carry_out()
         elif self.collector is not None:
             self.collector.frame(name, frame, self.now)
 
@@ -381,6 +398,7 @@ class World:
             self.settle()
             if self.controller is not None:
                 self.controller.tick(self.now)
+                self.carry_out()
 
     def beat(self) -> None:
         """Every worker that is awake and connected sends a heartbeat."""
@@ -483,6 +501,7 @@ class World:
         model.is_connected = False
         if self.controller is not None:
             self.controller.disconnected(model.name, "reset", self.now)
+            self.carry_out()
         elif self.collector is not None:
             self.collector.gone(model.name)
 
@@ -491,7 +510,6 @@ class World:
             Cluster(
                 self.members,
                 self.placement,
-                self,
                 model={},
                 load=CONFIG.load,
                 now=self.now,

@@ -402,7 +402,6 @@ def test_a_restarted_controller_knows_what_the_cluster_shall_be() -> None:
         Cluster(
             collected.members,
             collected.placement,
-            new.link,
             model={},
             load=CONFIG.load,
             now=new.now,
@@ -413,6 +412,7 @@ def test_a_restarted_controller_knows_what_the_cluster_shall_be() -> None:
         executor=AtOnce(),
         now=new.now,
     )
+    new.link.cluster = new.known
     new.controller.restore(collected, new.now)
     assert new.state == "DEGRADED"
     assert new.controller.recovery.desired.banks == old.placement.banks

@@ -75,7 +75,6 @@ def restored(collected: CollectedState) -> tuple[Controller, FakeWorkerGroup]:
         Cluster(
             collected.members,
             collected.placement,
-            link,
             model={},
             load=CONFIG.load,
             now=1.0,
@@ -86,6 +85,7 @@ def restored(collected: CollectedState) -> tuple[Controller, FakeWorkerGroup]:
         executor=AtOnce(),
         now=1.0,
     )
+    link.cluster = controller.cluster
     controller.restore(collected, 1.0)
     return controller, link
 

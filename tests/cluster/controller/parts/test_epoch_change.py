@@ -32,13 +32,10 @@ NUM_SLOTS = 6
 class Host(Cluster):
     """A cluster of which a generation and a placement are known."""
 
-    link: FakeWorkerGroup
-
     def __init__(self) -> None:
         super().__init__(
             make_members(2, 3),
             contiguous(BANKS, 3, 1, epoch=7),
-            FakeWorkerGroup(),
             model={},
             num_slots=NUM_SLOTS,
             can_grow=True,
@@ -49,15 +46,17 @@ class Host(Cluster):
             wall_time_offset_s=0.0,
             now=100.0,
         )
+        self.link = FakeWorkerGroup()
+        self.link.cluster = self
         self.members = tuple(
             replace(r.member, weights_address=f"10.0.0.{r.member.device}:7")
             if r.member.holds_experts
             else r.member
             for r in self.workers
         )
-        self.form(4, self.members)
+        self.begin(4, self.members)
 
-    def form(self, number: int, members: tuple[Member, ...]) -> None:
+    def begin(self, number: int, members: tuple[Member, ...]) -> None:
         """A generation begins."""
         self.round = GenerationRound(Generation(number=number, members=members), 100.0)
 
@@ -208,7 +207,7 @@ def test_a_new_generation_ends_it(at: str) -> None:
         load_all(host, change)
     if at == "switch":
         prepare_all(host, change)
-    host.form(5, host.members[:-1])
+    host.begin(5, host.members[:-1])
     change.tick(101.0)
     assert state_of(change) is ChangeState.FAILED
     assert change.reason == "generation 5 began"
