@@ -429,7 +429,7 @@ class ControllerActor:
                 continue
             for name in sorted(leaving):
                 self._tell(partial(controller.draining.requested, name))
-            self._tell(partial(controller.nodes_alive, ids_by_address(nodes)))
+            self._tell(partial(controller.cluster.nodes_alive, ids_by_address(nodes)))
 
     def _leads(self, controller: Controller) -> bool:
         is_over = controller.cluster.state is ClusterState.STOPPED

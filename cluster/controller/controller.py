@@ -20,7 +20,7 @@ from cluster.config.cluster import ClusterConfig
 from cluster.controller.drain.drain import Draining
 from cluster.controller.failover.collect import CollectedState, lost_workers
 from cluster.controller.failover.restore import continue_with
-from cluster.controller.parts.cluster import Cluster, NodeIds
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.effects import End, EndAll
 from cluster.controller.parts.operations import Operations
@@ -81,7 +81,6 @@ class Controller:
         self.rebalancing = Rebalancing(
             self.cluster,
             self.operations,
-            self.recovery,
             config,
             executor,
             top_k=top_k,
@@ -213,10 +212,6 @@ class Controller:
     def ended(self, names: Sequence[str], now: float) -> None:
         """The processes of these workers are gone."""
         self.draining.ended(names, now)
-
-    def nodes_alive(self, nodes: NodeIds, now: float) -> None:
-        """The living nodes, looked up again and again."""
-        self.draining.nodes_alive(nodes)
 
     def all_ended(self, now: float) -> None:
         """Every worker process is gone."""

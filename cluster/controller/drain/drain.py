@@ -16,9 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.controller.drain.cordon import Cordon
 from cluster.controller.drain.order import Drain, DrainOrder, DrainStep
-from cluster.controller.parts.cluster import Cluster, NodeIds
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.effects import End
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.operations import Operation, Operations, OperationState
@@ -65,20 +64,18 @@ class Draining:
         self._requested: dict[str, float] = {}
         self._not_before: dict[str, float] = {}
         self._refusal = ""
-        self._cordon = Cordon()
 
     # ---- a restarted controller -----------------------------------------------------------
 
     def memory(self) -> dict[str, Any]:
         """Plain data for the next controller; ``restore`` takes it."""
-        return {"drain": to_plain(self._drain), "cordon": self._cordon.memory()}
+        return {"drain": to_plain(self._drain)}
 
     def restore(self, memory: Mapping[str, Any], now: float) -> None:
         """Continue the drain of an earlier controller; the table has all workers already.
 
         Copies of experts begin again; requests are held back at once if they were before.
         """
-        self._cordon.restore(memory.get("cordon", {}))
         known = memory.get("drain")
         if not known:
             return
@@ -152,14 +149,6 @@ class Draining:
         drain = self._drain
         if drain is not None and drain.step is DrainStep.END and set(drain.names) <= set(names):
             self._finish(drain, now)
-
-    def nodes_alive(self, nodes: NodeIds) -> None:
-        """The living nodes: fill the places of nodes that have left."""
-        self._cluster.nodes = nodes
-        gone = self._cordon.take_gone(nodes)
-        self._recovery.refill(gone)
-        if gone:
-            self._cluster.remember()
 
     def tick(self, now: float) -> None:
         """Time has passed: take the next step if the last one is done."""
@@ -290,7 +279,7 @@ class Draining:
         self._enter(drain, DrainStep.COPY)
         drain.operation.result["experts_copied"] = len(stage.fills)
         left_s = max(drain.deadline - now, 0.1)
-        self._change = self._rebalancing.begin_change(stage, now, limit_s=left_s)
+        self._change = EpochChange(self._cluster, stage, now, limit_s=left_s)
         self._watch_copies(drain, now)
 
     def _watch_copies(self, drain: Drain, now: float) -> None:
@@ -335,7 +324,8 @@ class Draining:
             drain.enter(DrainStep.SETTLE)  # copies were lost meanwhile
             return
         drain.enter(DrainStep.LEAVE)
-        self._recovery.leave(drain.names, f"drained {' and '.join(drain.names)}", now)
+        why = f"drained {' and '.join(drain.names)}"
+        self._recovery.leave(drain.names, drain.order.node, why, now)
 
     def _past_limit(self, drain: Drain, now: float) -> None:
         if drain.step in _TOO_LATE:
@@ -348,10 +338,9 @@ class Draining:
 
     def _finish(self, drain: Drain, now: float) -> None:
         drain.operation.result["workers"] = list(drain.names)
-        if drain.order.node:  # the node will be taken down, see ``nodes_alive``
-            self._cordon.add(drain.names, drain.order.node)
-        else:
-            self._recovery.refill(drain.names)
+        if not drain.order.node:  # a node will be taken down
+            for name in drain.names:
+                self._cluster.places.reopen(name)
         self._end(drain, OperationState.SUCCEEDED, f"{drain.operation.target} is drained", now)
 
     def _undo(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
@@ -367,7 +356,7 @@ class Draining:
             return
         drain.outcome = (state, text)
         self._enter(drain, DrainStep.BACK)
-        self._change = self._rebalancing.begin_change(back, now)
+        self._change = EpochChange(cluster, back, now)
 
     def _watch_return(self, drain: Drain, now: float) -> None:
         """End when the old maps are in force; a new generation ends it, too."""

@@ -23,18 +23,15 @@ from cluster.controller.parts.generation_round import GenerationRound, Phase
 from cluster.controller.parts.metrics import ControllerMetrics
 from cluster.controller.parts.worker_table import WorkerTable
 from cluster.core.frames import ControlFrame, ControllerSnapshot, NewGeneration, RunGeneration
-from cluster.core.placement import ExpertPlacement
+from cluster.core.placement import FREE_SLOT, ExpertPlacement
 from cluster.core.states import ClusterState, WorkerState, next_state
 from cluster.core.topology import Generation, Member
 from cluster.load.tracker import LoadTracker
 from cluster.policy.failure import describe_members
+from cluster.policy.places import NodeIds, Places
 
 logger = logging.getLogger(__name__)
 
-NodeIds = Mapping[str, frozenset[str]]
-"""Address of a host -> ids of the living nodes there; more than one while an earlier node
-has left unnoticed.
-"""
 _VERSIONS_OF_A_TERM = 1_000_000
 """Distance between the terms, so that a restarted controller never repeats a version."""
 
@@ -82,6 +79,9 @@ class Cluster:
         """Numbers of load orders, each used once in the life of the cluster."""
         self.placement = placement
         """The placement in force, or of the generation that is being formed."""
+        self.desired = placement
+        """The placement of the whole cluster; rebalancing changes it."""
+        self.places = Places(members)
         self.highest_epoch = 0
         """Highest placement epoch of any change so far, whether or not it came into force."""
         self.experts_complete = False
@@ -150,6 +150,25 @@ class Cluster:
         memory = {"version": self.version, **{name: make() for name, make in self.memories.items()}}
         frame = ControllerSnapshot(term=self.term, controller=self.identity, memory=memory)
         self.send(frame, *(r.name for r in self.workers.alive()))
+
+    def nodes_alive(self, nodes: NodeIds, now: float) -> None:
+        """The living nodes: places of nodes that have left are to be filled."""
+        self.nodes = nodes
+        if self.places.nodes_alive(nodes):
+            self.remember()
+
+    def come_into_force(self, placement: ExpertPlacement) -> None:
+        """A step of the running generation names the placement's epoch.
+
+        A whole cluster keeps it as the desired one; a placement made by a drain is temporary.
+        """
+        self.placement = placement
+        rows = [bank.physical_to_logical for bank in placement.banks]
+        devices = range(placement.num_devices)
+        uses_all = all(any(set(row[d]) - {FREE_SLOT} for row in rows) for d in devices)
+        if uses_all and self.places.is_full(self.round.members):
+            self.desired = placement
+        self.touch()
 
     # ---- effects --------------------------------------------------------------------------
 

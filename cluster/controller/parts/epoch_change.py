@@ -13,8 +13,11 @@ old one needs. ``EpochChange`` decides the next step; its owner acts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
+
+from msgspec import structs
 
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.load_orders import CHECKPOINT, LoadOrders
@@ -27,7 +30,6 @@ from cluster.core.frames import (
     NewEpoch,
     SwitchEpoch,
 )
-from cluster.core.placement import ExpertPlacement
 from cluster.planner.stages import SlotFill, Stage
 
 
@@ -48,13 +50,12 @@ class EpochChange:
         self,
         cluster: Cluster,
         stage: Stage,
-        come_into_force: Callable[[ExpertPlacement], None],
         now: float,
         *,
         limit_s: float = 120.0,
         bytes_per_s: float | None = None,
     ) -> None:
-        """``come_into_force`` is called with the stage's placement once a step runs in it.
+        """The stage's placement gets an epoch that is new to all workers.
 
         ``limit_s`` is the time until the switch, ``bytes_per_s`` the rate at which each worker
         takes weights in; None is no limit.
@@ -66,9 +67,9 @@ class EpochChange:
         """Bytes loaded so far."""
         self.num_loaded = 0
         """Experts that are in their slots."""
-        self.stage = stage
+        cluster.highest_epoch = epoch = max(cluster.placement.epoch, cluster.highest_epoch) + 1
+        self.stage = replace(stage, placement=structs.replace(stage.placement, epoch=epoch))
         self._cluster = cluster
-        self._come_into_force = come_into_force
         self._limit_s = limit_s
         self._bytes_per_s = bytes_per_s
         self.generation = cluster.generation
@@ -126,7 +127,7 @@ class EpochChange:
                 self._ready(name, frame)
             case EpochSwitched() if self.state is ChangeState.SWITCH and self._is_ours(frame):
                 self.state = ChangeState.DONE
-                self._come_into_force(self.stage.placement)
+                self._cluster.come_into_force(self.stage.placement)
 
     def _loaded(self, name: str, frame: ExpertsLoaded, now: float) -> None:
         """A worker has carried out a load order, or failed to."""

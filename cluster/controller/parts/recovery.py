@@ -3,7 +3,7 @@
     a member is lost ──▶ the others continue, and load the experts without a copy
         ──▶ a new worker starts in its place ──▶ it is ready ──▶ a generation with it
 
-The failure policy and ``Replacements`` decide; ``Recovery`` acts. Loading and the forming
+The failure policy and ``Places`` decide; ``Recovery`` acts. Loading and the forming
 of the generation run at the same time.
 """
 
@@ -19,14 +19,15 @@ from cluster.controller.parts.effects import Start
 from cluster.controller.parts.generation_round import Phase
 from cluster.controller.parts.load_orders import LoadOrder, LoadOrders
 from cluster.controller.parts.settings import ControllerSettings
+from cluster.core.codec import from_plain, to_plain
 from cluster.core.frames import ExpertsLoaded, GenerationReady
-from cluster.core.placement import FREE_SLOT, ExpertPlacement
+from cluster.core.placement import ExpertPlacement
 from cluster.core.states import ClusterState, WorkerState
 from cluster.core.topology import Member
 from cluster.planner.stages import SlotFill
 from cluster.policy.coverage import Holdings
 from cluster.policy.failure import decide_members, describe_losses, describe_members
-from cluster.policy.replacement import Replacements
+from cluster.policy.places import ClosedPlace
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +55,6 @@ class Recovery:
         self._barred: dict[int, str] = {}
         self._retry_s = limits.retry_s
         self._retry_at = 0.0
-        self.desired = cluster.placement
-        """The placement of the whole cluster; rebalancing changes it."""
-        self.replacements = Replacements([r.member for r in cluster.workers])
-        """The places of the cluster."""
         self.reloads = LoadOrders(cluster)
         """Load orders under way."""
 
@@ -69,8 +66,8 @@ class Recovery:
             for device, error in sorted(self._barred.items())
         ]
         found += [
-            f"{place} {Problem.LEFT_OUT}: {why}"
-            for place, why in self.replacements.left_out.items()
+            f"{name} {Problem.LEFT_OUT}: {place.why}"
+            for name, place in self._cluster.places.closed.items()
         ]
         for record in self._cluster.workers.alive():
             waits = record.state is WorkerState.STARTING and not record.has_process
@@ -80,8 +77,11 @@ class Recovery:
 
     # ---- orders ---------------------------------------------------------------------------
 
-    def leave(self, names: Sequence[str], why: str, now: float) -> None:
-        """Form a generation without these workers, which leave the cluster."""
+    def leave(self, names: Sequence[str], node: str, why: str, now: float) -> None:
+        """Form a generation without these workers, which leave the cluster.
+
+        Nobody takes their places before ``node`` has left, if it is named.
+        """
         cluster = self._cluster
         leaving = {m.device for m in cluster.round.members if m.name in names and m.holds_experts}
         members = tuple(m for m in cluster.round.members if m.name not in names)
@@ -92,69 +92,50 @@ class Recovery:
             placement = kept
         for name in names:
             cluster.workers.lose(name, why, WorkerState.DRAINED)
-            self.replacements.leave(name)
+            cluster.places.cordon(name, node)
             cluster.round.drop_reports(name)
         cluster.remember()
         cluster.form(members, placement, now)
         effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
         cluster.note(why, effect, now)
 
-    def refill(self, names: Sequence[str]) -> None:
-        """Start new workers in the places of these, which have left."""
-        for name in names:
-            member = self._cluster.workers[name].member
-            self.replacements.reopen(member.role, member.rank)
-
-    def come_into_force(self, placement: ExpertPlacement) -> None:
-        """A step of the running generation names the placement's epoch.
-
-        A whole cluster keeps it as the desired one; a placement made by a drain is temporary.
-        """
-        self._cluster.placement = placement
-        rows = [bank.physical_to_logical for bank in placement.banks]
-        devices = range(placement.num_devices)
-        uses_all = all(any(set(row[d]) - {FREE_SLOT} for row in rows) for d in devices)
-        if uses_all and self.replacements.is_full(self._cluster.round.members):
-            self.desired = placement
-        self._cluster.touch()
-
     # ---- a restarted controller -----------------------------------------------------------
 
     def memory(self) -> dict[str, Any]:
         """Plain data for the next controller; ``restore`` takes it."""
-        is_whole = self.desired.banks == self._cluster.placement.banks
+        desired = self._cluster.desired
+        is_whole = desired.banks == self._cluster.placement.banks
         return {
-            "desired": None if is_whole else self.desired.to_dict(),
-            "left_out": self.replacements.left_out,
+            "desired": None if is_whole else desired.to_dict(),
+            "closed": to_plain(self._cluster.places.closed),
         }
 
     def restore(self, memory: Mapping[str, Any], now: float) -> None:
         """Continue what an earlier controller began; the table has all workers already."""
+        cluster = self._cluster
         if memory.get("desired"):
-            self.desired = ExpertPlacement.from_dict(memory["desired"])
-        members = {m.name for m in self._cluster.round.members}
-        for record in self._cluster.workers:
-            if record.state is WorkerState.DRAINED:
-                self.replacements.leave(record.name)
-            elif record.is_lost:
-                self.replacements.lost(record.name, record.reason, now)
-            elif record.name not in members:
-                self._started_with[record.name] = self.desired
-        self.replacements.leave_out(memory.get("left_out", {}))
+            cluster.desired = ExpertPlacement.from_dict(memory["desired"])
+        members = {m.name for m in cluster.round.members}
+        for record in cluster.workers.alive():
+            if record.name not in members:
+                self._started_with[record.name] = cluster.desired
+        closed = from_plain(memory.get("closed", {}), dict[str, ClosedPlace])
+        gone = {r.name: r.reason for r in cluster.workers if r.is_lost}
+        cluster.places.restore(closed, gone, now)
 
     # ---- events ---------------------------------------------------------------------------
 
     def lost(self, reasons: Mapping[str, str], now: float) -> None:
         """Workers (name -> reason) are lost; the table has recorded it already."""
         for name, reason in reasons.items():
-            self.replacements.lost(name, reason, now)
+            self._cluster.places.lost(name, reason, now)
             self._started_with.pop(name, None)
         self.reloads.drop(reasons)
         members = self._cluster.round.members
         gone = {m.name: reasons[m.name] for m in members if m.name in reasons}
         others = {n: r for n, r in reasons.items() if n not in gone}
         if others:
-            left_out = "; ".join(f"{n} is left out" for n in self.replacements.left_out)
+            left_out = "; ".join(f"{n} is left out" for n in self._cluster.places.closed)
             self._cluster.note(describe_losses(others), left_out or "start another one", now)
         if gone:
             self._cluster.metrics.lost([m for m in members if m.name in gone], now)
@@ -200,7 +181,7 @@ class Recovery:
 
     def show_running(self) -> None:
         """Enter the state of a cluster whose newest generation runs."""
-        is_full = self.replacements.is_full(self._cluster.round.members)
+        is_full = self._cluster.places.is_full(self._cluster.round.members)
         self._cluster.enter(ClusterState.SERVING if is_full else ClusterState.DEGRADED)
 
     def tick(self, now: float) -> None:
@@ -267,7 +248,7 @@ class Recovery:
         self.show_running()
         cluster.history.runs(cluster.round.number, cluster.round.first_step, now)
         cluster.remember()
-        self.replacements.joined(cluster.round.members)
+        self._cluster.places.joined(cluster.round.members)
         cluster.metrics.recovered(now)
         self._barred.clear()
         self._retry_s = self._limits.retry_s
@@ -276,13 +257,13 @@ class Recovery:
     def _settle(self) -> None:
         """Enter the state of a stalled cluster: RECOVERING while workers are coming."""
         are_coming = any(r.is_coming for r in self._cluster.workers)
-        is_hopeful = are_coming or self.replacements.are_due
+        is_hopeful = are_coming or self._cluster.places.are_due
         self._cluster.enter(ClusterState.RECOVERING if is_hopeful else ClusterState.DEGRADED)
 
     def _holdings(self, members: Sequence[Member]) -> Holdings:
         return Holdings(
             current=self._cluster.placement,
-            desired=self.desired,
+            desired=self._cluster.desired,
             joining={
                 m.device: self._started_with[m.name]
                 for m in members
@@ -310,9 +291,9 @@ class Recovery:
         self._go_on(self._cluster.round.members, "try again to load experts", now)
 
     def _start_workers(self, now: float) -> None:
-        for member in self.replacements.take_due(now):
+        for member in self._cluster.places.take_due(now):
             self._cluster.workers.add(member, now)
-            self._started_with[member.name] = self.desired
+            self._started_with[member.name] = self._cluster.desired
             logger.info("start %s", member.name)
             self._cluster.touch()
-            self._cluster.effects.append(Start(member, self.desired))
+            self._cluster.effects.append(Start(member, self._cluster.desired))

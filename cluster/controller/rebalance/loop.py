@@ -17,14 +17,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from msgspec import structs
-
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.metrics import RebalanceOutcome
 from cluster.controller.parts.operations import Operation, Operations, OperationState
-from cluster.controller.parts.recovery import Recovery
 from cluster.controller.rebalance.job import (
     Promise,
     RebalanceJob,
@@ -60,7 +57,6 @@ class Rebalancing:
         self,
         cluster: Cluster,
         operations: Operations,
-        recovery: Recovery,
         config: ClusterConfig,
         executor: Executor,
         *,
@@ -70,7 +66,6 @@ class Rebalancing:
         """``executor`` runs the planning."""
         self._cluster = cluster
         self._operations = operations
-        self._recovery = recovery
         self._section = config.rebalance
         self._plans = Plans(cluster, config, executor, top_k)
         self.impossible = why_impossible(config)
@@ -178,14 +173,6 @@ class Rebalancing:
     def is_idle(self) -> bool:
         """No change is under way."""
         return self._job is None
-
-    def begin_change(self, stage: Stage, now: float, **limits: float) -> EpochChange:
-        """A change of the placement, with an epoch new to all workers; ``limits`` as of that."""
-        cluster = self._cluster
-        cluster.highest_epoch = epoch = max(cluster.placement.epoch, cluster.highest_epoch) + 1
-        stage = replace(stage, placement=structs.replace(stage.placement, epoch=epoch))
-        come_into_force = self._recovery.come_into_force
-        return EpochChange(cluster, stage, come_into_force, now, **limits)
 
     # ---- questions ------------------------------------------------------------------------
 
@@ -339,7 +326,9 @@ class Rebalancing:
 
     def _begin_stage(self, job: RebalanceJob, stage: Stage, now: float) -> None:
         limit_s, bytes_per_s = self._section.limit_s, self._section.bytes_per_s
-        job.change = self.begin_change(stage, now, limit_s=limit_s, bytes_per_s=bytes_per_s)
+        job.change = EpochChange(
+            self._cluster, stage, now, limit_s=limit_s, bytes_per_s=bytes_per_s
+        )
         self._advance(job, now)
 
     def _finish(self, job: RebalanceJob, now: float) -> None:

@@ -595,7 +595,7 @@ def test_hosts_that_stay_silent_are_lost() -> None:
 def test_a_silent_host_that_ray_has_lost_is_not_waited_for() -> None:
     cluster = silent_cluster(2.0)
     here = frozenset({"id"})
-    cluster.controller.nodes_alive({"head": here, "h-1": here, "h-3": here}, cluster.now)
+    cluster.known.nodes_alive({"head": here, "h-1": here, "h-3": here}, cluster.now)
     cluster.tick(0.1)
     assert cluster.link.ended == ["expert-1"]
 

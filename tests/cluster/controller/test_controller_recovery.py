@@ -415,7 +415,7 @@ def test_a_restarted_controller_knows_what_the_cluster_shall_be() -> None:
     new.link.cluster = new.known
     new.controller.restore(collected, new.now)
     assert new.state == "DEGRADED"
-    assert new.controller.recovery.desired.banks == old.placement.banks
+    assert new.known.desired.banks == old.placement.banks
     new.tick(0.2)
     ((member, placement),) = new.link.started
     assert member.name == "expert-1.2"

@@ -117,18 +117,18 @@ def test_the_place_of_a_node_that_is_to_go_stays_empty() -> None:
     controller = running(world)
     record = controller.cluster.workers["expert-2"]
     record.member = replace(record.member, node="host-b")
-    controller.nodes_alive({"host-b": frozenset("b")}, world.now)
+    controller.cluster.nodes_alive({"host-b": frozenset("b")}, world.now)
     order = DrainOrder(node="host-b", limit_s=60.0)
     controller.draining.begin(order, world.now)
     world.tick(0.1)
     take_all(world)
     world.reap()
     restart(world)
-    running(world).nodes_alive({"host-b": frozenset("b")}, world.now)
+    running(world).cluster.nodes_alive({"host-b": frozenset("b")}, world.now)
     world.tick(1.0)
     assert "expert-2.2" not in world.workers
     restart(world)
-    running(world).nodes_alive({"host-b": frozenset("c")}, world.now)  # it was back at once
+    running(world).cluster.nodes_alive({"host-b": frozenset("c")}, world.now)  # it was back at once
     world.tick(0.1)
     assert state_of(world, "expert-2.2") == "STARTING"
 

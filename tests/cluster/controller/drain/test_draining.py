@@ -303,11 +303,10 @@ def test_a_whole_node_leaves_at_once() -> None:
     cluster.tick(0.1)
     cluster.controller.draining.ended(["attention-1", "expert-3"], cluster.now)
     assert operation.state is OperationState.SUCCEEDED
-    draining = cluster.controller.draining
-    draining.nodes_alive({"host-a": frozenset("a"), "host-b": frozenset("b")})
+    cluster.known.nodes_alive({"host-a": frozenset("a"), "host-b": frozenset("b")}, cluster.now)
     cluster.tick(1.0)
     assert "attention-1.2" not in cluster.known.workers
-    draining.nodes_alive({"host-a": frozenset("a")})
+    cluster.known.nodes_alive({"host-a": frozenset("a")}, cluster.now)
     cluster.tick(1.0)
     assert state_of(cluster, "attention-1.2") == "STARTING"
 
@@ -446,11 +445,10 @@ def test_a_signal_that_cannot_be_followed_is_noted() -> None:
 
 def test_a_drain_of_a_node_is_tried_again_after_a_refusal() -> None:
     cluster = serving(2, 4)
-    draining = cluster.controller.draining
     cluster.controller.lost({"attention-0": "closed"}, cluster.now)
     cluster.join_all()
     for _ in range(12):  # the node's end is announced again and again
-        draining.requested("attention-1", cluster.now)
+        cluster.controller.draining.requested("attention-1", cluster.now)
         cluster.tick(0.5)
         cluster.beat_all()
     assert cluster.controller.operations.to_list() == []
@@ -459,7 +457,7 @@ def test_a_drain_of_a_node_is_tried_again_after_a_refusal() -> None:
     cluster.bring_up("attention-0.2")
     cluster.join_all()
     for _ in range(12):
-        draining.requested("attention-1", cluster.now)
+        cluster.controller.draining.requested("attention-1", cluster.now)
         cluster.tick(0.5)
         cluster.beat_all()
     (operation,) = cluster.controller.operations.to_list()

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from cluster.controller.controller import Controller
 from cluster.controller.failover.collect import CollectedState, ReportCollector
 from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.epoch_change import EpochChange
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.codec import to_plain
 from cluster.core.errors import NotReadyError, ProtocolError
@@ -266,5 +267,5 @@ def test_a_new_term_numbers_its_epochs_above_all_that_workers_know() -> None:
     """An epoch that was announced and never ran has maps of its own at the workers."""
     controller, _ = restore(report_of(), report_of(known_epoch=7), report_of())
     stage = Stage(fills=(), placement=controller.cluster.placement)
-    change = controller.rebalancing.begin_change(stage, 1.0)
+    change = EpochChange(controller.cluster, stage, 1.0)
     assert change.stage.placement.epoch == 8

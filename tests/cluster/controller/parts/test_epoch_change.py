@@ -20,7 +20,7 @@ from cluster.core.frames import (
     NewEpoch,
     SwitchEpoch,
 )
-from cluster.core.placement import ExpertPlacement, contiguous
+from cluster.core.placement import contiguous
 from cluster.core.topology import Generation, Member
 from cluster.planner.stages import Stage, next_stage
 from tests.cluster.controller.fakes_cluster import BANKS, FakeWorkerGroup, make_members
@@ -60,9 +60,6 @@ class Host(Cluster):
         """A generation begins."""
         self.round = GenerationRound(Generation(number=number, members=members), 100.0)
 
-    def come_into_force(self, placement: ExpertPlacement) -> None:
-        self.placement = placement
-
     def orders(self) -> list[tuple[str, LoadExperts]]:
         """All load orders so far, each with the worker that it was sent to."""
         return [
@@ -87,7 +84,7 @@ def begin(host: Host, **limits: float) -> EpochChange:
 
 
 def begin_stage(host: Host, wanted: Stage, **limits: float) -> EpochChange:
-    return EpochChange(host, wanted, host.come_into_force, 100.0, **limits)
+    return EpochChange(host, wanted, 100.0, **limits)
 
 
 def state_of(change: EpochChange) -> ChangeState:
