@@ -133,12 +133,11 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     config = ClusterConfig(model=ModelSection(path="x", served_model_name="m"))
     with ThreadPoolExecutor(1) as executor:
         controller = Controller(
-            Cluster(members, placement, model={}, load=config.load, now=0.0),
+            Cluster(members, placement, model={}, load=config.load, now=0.0, notes=notes),
             ControllerSettings(),
             config=config,
             executor=executor,
             now=0.0,
-            notes=notes,
         )
         for member in members:
             controller.frame(member.name, Register(member=member), 0.0)

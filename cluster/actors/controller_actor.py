@@ -28,9 +28,9 @@ from cluster.actors.worker_group_like import FoundWorker, WorkerGroupLike
 from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import ids_by_address, resolved_share
 from cluster.controller.controller import Controller
-from cluster.controller.drain.order import DrainOrder
 from cluster.controller.failover.collect import CollectedState
 from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.drains import DrainOrder
 from cluster.controller.parts.effects import Effect, End, EndAll, Send, Start
 from cluster.controller.parts.gateway_polls import GatewayPolls
 from cluster.controller.parts.settings import ControllerSettings
@@ -224,17 +224,18 @@ class ControllerActor:
 
     async def operation(self, operation_id: str) -> dict[str, Any]:
         """One operation. Raises ``UnknownNameError``."""
-        return (await self._serving_controller()).operations.find(operation_id).to_dict()
+        controller = await self._serving_controller()
+        return controller.cluster.operations.find(operation_id).to_dict()
 
     async def operations(self) -> list[dict[str, Any]]:
         """The recorded operations, newest last."""
         await self.restore()
-        return self._controller.operations.to_list() if self._controller else []
+        return self._controller.cluster.operations.to_list() if self._controller else []
 
     async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
         """Cancel an operation. Raises ``UnknownNameError`` and ``ConflictError``."""
         controller = await self._serving_controller()
-        operation = controller.operations.find(operation_id)
+        operation = controller.cluster.operations.find(operation_id)
         owner = controller.draining if operation.kind == "drain" else controller.rebalancing
         self._tell(partial(owner.cancel, operation))
         return operation.to_dict()
@@ -321,7 +322,7 @@ class ControllerActor:
             share=resolved_share(found[0].config.workers),
             num_slots=max(f.num_slots for f in found),
         )
-        notes = collected.memory.get("notes", {})
+        notes = collected.memory.notes
         controller = self._make_controller(
             plan, collected.members, notes=notes, term=collected.term
         )
@@ -484,6 +485,7 @@ class ControllerActor:
             identity=self.identity,
             host=self._address.rpartition(":")[0],
             wall_time_offset_s=time.time() - now,
+            notes=notes,
         )
         controller = Controller(
             cluster,
@@ -492,7 +494,6 @@ class ControllerActor:
             executor=self._planner,
             now=now,
             top_k=self._top_k,
-            notes=notes,
         )
         self._traces = trace_cluster(controller, config.observability)
         return controller

@@ -18,12 +18,11 @@ from typing import Any
 
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.drain.drain import Draining
-from cluster.controller.failover.collect import CollectedState, lost_workers
+from cluster.controller.failover.collect import CollectedState
 from cluster.controller.failover.restore import continue_with
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.effects import End, EndAll
-from cluster.controller.parts.operations import Operations
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.controller.parts.worker_record import WorkerRecord
@@ -51,9 +50,6 @@ from cluster.policy.failure import describe_members
 
 logger = logging.getLogger(__name__)
 
-_KEPT_ENTRIES = 64
-"""Entries of the history that the next controller gets."""
-
 
 class Controller:
     """Passes events on to the parts, which share what is known of the cluster."""
@@ -67,34 +63,14 @@ class Controller:
         executor: Executor,
         now: float,
         top_k: int = 1,
-        notes: Mapping[str, Any] | None = None,
     ) -> None:
-        """``executor`` computes the plans of rebalancing.
-
-        ``notes`` are for the next controller (see ``CollectedState.memory``).
-        """
+        """``executor`` computes the plans of rebalancing."""
         self.cluster = cluster
         self._config = config.workers
         self.detection = Detection(self.cluster, settings, now)
         self.recovery = Recovery(self.cluster, settings)
-        self.operations = Operations(cluster.term, cluster.wall_time_offset_s, cluster.remember)
-        self.rebalancing = Rebalancing(
-            self.cluster,
-            self.operations,
-            config,
-            executor,
-            top_k=top_k,
-            now=now,
-        )
-        self.draining = Draining(self.cluster, self.operations, self.recovery, self.rebalancing)
-        cluster.memories = {
-            "history": lambda: cluster.history.to_list()[-_KEPT_ENTRIES:],
-            "lost": lambda: lost_workers(cluster.workers),
-            "notes": lambda: dict(notes or {}),
-            "recovery": self.recovery.memory,
-            "operations": self.operations.memory,
-            "draining": self.draining.memory,
-        }
+        self.rebalancing = Rebalancing(self.cluster, config, executor, top_k=top_k, now=now)
+        self.draining = Draining(self.cluster, self.recovery, self.rebalancing)
 
     # ---- events ---------------------------------------------------------------------------
 
@@ -257,8 +233,7 @@ class Controller:
     def restore(self, collected: CollectedState, now: float) -> None:
         """Continue with running workers; the first call to a restarted controller."""
         self.cluster.state = ClusterState.RECOVERING
-        parts = self.cluster, self.recovery, self.operations, self.draining
-        continue_with(collected, *parts, now)
+        continue_with(collected, self.cluster, self.recovery, self.draining, now)
         self._check_builds([r.name for r in self.cluster.workers.alive()], now)
 
     # ---- start ----------------------------------------------------------------------------

@@ -8,23 +8,21 @@
             that node has left
 
 Up to LEAVE a drain can be undone. ``Draining`` decides the next step; the controller acts. A
-restarted controller continues the drain of an earlier one: the workers keep ``memory`` for it.
+restarted controller continues the drain of an earlier one (``Memory``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from cluster.controller.drain.order import Drain, DrainOrder, DrainStep
 from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.drains import Drain, DrainOrder, DrainStep
 from cluster.controller.parts.effects import End
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
-from cluster.controller.parts.operations import Operation, Operations, OperationState
+from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.worker_record import WorkerRecord
 from cluster.controller.rebalance.loop import Rebalancing
-from cluster.core.codec import from_plain, to_plain
 from cluster.core.errors import ConflictError, UnknownNameError
 from cluster.core.frames import ControlFrame, Shutdown, StatusRequest
 from cluster.core.states import WorkerState
@@ -49,7 +47,6 @@ class Draining:
     def __init__(
         self,
         cluster: Cluster,
-        operations: Operations,
         recovery: Recovery,
         rebalancing: Rebalancing,
     ) -> None:
@@ -57,8 +54,6 @@ class Draining:
         self._cluster = cluster
         self._recovery = recovery
         self._rebalancing = rebalancing
-        self._operations = operations
-        self._drain: Drain | None = None
         self._change: EpochChange | None = None
         """The change of the maps that the drain has under way."""
         self._requested: dict[str, float] = {}
@@ -67,20 +62,15 @@ class Draining:
 
     # ---- a restarted controller -----------------------------------------------------------
 
-    def memory(self) -> dict[str, Any]:
-        """Plain data for the next controller; ``restore`` takes it."""
-        return {"drain": to_plain(self._drain)}
-
-    def restore(self, memory: Mapping[str, Any], now: float) -> None:
+    def restore(self, drain: Drain | None, now: float) -> None:
         """Continue the drain of an earlier controller; the table has all workers already.
 
         Copies of experts begin again; requests are held back at once if they were before.
         """
-        known = memory.get("drain")
-        if not known:
+        if drain is None:
             return
-        drain = self._drain = from_plain(known, Drain)
-        drain.operation = self._operations.find(drain.operation.id)
+        self._cluster.drain = drain
+        drain.operation = self._cluster.operations.find(drain.operation.id)
         drain.deadline = now + drain.left_s
         table = self._cluster.workers
         states = {table[n].state if n in table else WorkerState.LOST for n in drain.names}
@@ -100,19 +90,19 @@ class Draining:
 
         Raises ``UnknownNameError`` and ``ConflictError``; nothing has changed then.
         """
-        before = self._operations.asked_before(order, self._cluster.placement.epoch)
+        before = self._cluster.operations.asked_before(order, self._cluster.placement.epoch)
         return before or self._begin(self._named(order), order, now)
 
     def requested(self, name: str, now: float) -> None:
         """A worker received SIGTERM, or its node will leave (then it requests again and again)."""
         waits = now < self._not_before.get(name, now)
-        leaves = self._drain is not None and name in self._drain.names
+        leaves = self._cluster.drain is not None and name in self._cluster.drain.names
         if not (waits or leaves or name in self._requested):
             self._requested[name] = now
 
     def cancel(self, operation: Operation, now: float) -> None:
         """Undo a drain. Raises ``ConflictError`` if it is too late."""
-        drain = self._drain
+        drain = self._cluster.drain
         if drain is None or drain.operation is not operation:
             raise ConflictError(f"{operation.id} has ended")
         if drain.step is DrainStep.BACK:
@@ -125,7 +115,7 @@ class Draining:
 
     def frame(self, name: str, frame: ControlFrame, now: float) -> bool:
         """A frame about a change of the placement; False if it is about another change."""
-        drain = self._drain
+        drain = self._cluster.drain
         if drain is None or self._change is None:
             return False
         self._change.frame(name, frame, now)
@@ -136,7 +126,7 @@ class Draining:
         """Workers were lost (name -> reason)."""
         for name in reasons:
             self._requested.pop(name, None)
-        drain = self._drain
+        drain = self._cluster.drain
         if drain is None or drain.step in _TOO_LATE:
             return
         gone = sorted(set(drain.names) & set(reasons))
@@ -146,15 +136,15 @@ class Draining:
 
     def ended(self, names: Sequence[str], now: float) -> None:
         """Processes of workers have ended."""
-        drain = self._drain
+        drain = self._cluster.drain
         if drain is not None and drain.step is DrainStep.END and set(drain.names) <= set(names):
             self._finish(drain, now)
 
     def tick(self, now: float) -> None:
         """Time has passed: take the next step if the last one is done."""
-        if self._drain is None:
+        if self._cluster.drain is None:
             self._begin_requested(now)
-        drain = self._drain
+        drain = self._cluster.drain
         if drain is None:
             return
         if not self._cluster.takes_orders:
@@ -164,7 +154,7 @@ class Draining:
             drain.left_s = left_s
             self._cluster.remember()
         self._advance(drain, now)
-        if self._drain is drain and now > drain.deadline:
+        if self._cluster.drain is drain and now > drain.deadline:
             self._past_limit(drain, now)
 
     # ---- which workers ----------------------------------------------------------------------
@@ -173,7 +163,7 @@ class Draining:
         """Begin the next drain that workers requested, ``GATHER_S`` after the first request."""
         if not self._requested or now - min(self._requested.values()) < GATHER_S:
             return
-        if self._operations.running is not None or not self._cluster.runs:
+        if self._cluster.operations.running is not None or not self._cluster.runs:
             return
         names = tuple(sorted(self._requested))
         self._requested.clear()
@@ -187,20 +177,20 @@ class Draining:
             self._refusal = cause + effect
 
     def _begin(self, names: tuple[str, ...], order: DrainOrder, now: float) -> Operation:
-        self._operations.check_free()
+        self._cluster.operations.check_free()
         if not self._cluster.takes_orders:
             raise ConflictError("the cluster is starting or ending")
         self._stage_without(names)
-        operation = self._operations.begin("drain", " and ".join(names), order, now)
-        self._drain = Drain(
+        operation = self._cluster.operations.begin("drain", " and ".join(names), order, now)
+        self._cluster.drain = Drain(
             operation=operation,
             names=names,
             order=order,
             deadline=now + order.limit_s,
             left_s=order.limit_s,
         )
-        self._enter(self._drain, DrainStep.SETTLE)
-        self._advance(self._drain, now)
+        self._enter(self._cluster.drain, DrainStep.SETTLE)
+        self._advance(self._cluster.drain, now)
         return operation
 
     def _named(self, order: DrainOrder) -> tuple[str, ...]:
@@ -379,9 +369,9 @@ class Draining:
         self._cluster.remember()
 
     def _end(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
-        self._drain = self._change = None
+        self._cluster.drain = self._change = None
         self._not_before |= dict.fromkeys(drain.names, now + RETRY_S)
-        self._operations.end(drain.operation, state, text, now)
+        self._cluster.operations.end(drain.operation, state, text, now)
 
 
 def _num_requests(record: WorkerRecord) -> int:

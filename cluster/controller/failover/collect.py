@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from msgspec.structs import replace
 
-from cluster.controller.parts.worker_record import WorkerRecord
+from cluster.controller.parts.memory import Memory
 from cluster.controller.parts.worker_table import WorkerTable
-from cluster.core.codec import Message, from_plain, to_plain
+from cluster.core.codec import from_plain
 from cluster.core.errors import NotReadyError, ProtocolError
 from cluster.core.frames import (
     ControlFrame,
@@ -81,15 +80,6 @@ class Greeting:
         return is_running and self.generation.number == number
 
 
-class LostWorker(Message, frozen=True, kw_only=True):
-    """A worker that was lost or drained."""
-
-    member: Member
-    state: WorkerState
-    """Its last state."""
-    reason: str
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CollectedState:
     """The cluster as the workers know it."""
@@ -101,8 +91,8 @@ class CollectedState:
     placement: ExpertPlacement
     greetings: Mapping[str, Greeting]
     """Workers that have called, by name."""
-    memory: Mapping[str, Any]
-    """The last ``ControllerSnapshot`` of the earlier controller; empty if there was none."""
+    memory: Memory
+    """The newest of the earlier controller; empty if there was none."""
 
     @property
     def is_intact(self) -> bool:
@@ -120,17 +110,12 @@ class CollectedState:
     @property
     def members(self) -> tuple[Member, ...]:
         """All workers that are known, lost ones included: attention first, then by rank."""
-        known = {w.member.name: w.member for w in self.lost}
+        known = {w.member.name: w.member for w in self.memory.lost}
         known |= {m.name: m for m in self.generation.members}
         for name, greeting in self.greetings.items():
             if greeting.register is not None:
                 known.setdefault(name, greeting.register.member)
         return tuple(sorted(known.values(), key=lambda m: (m.role, m.rank, m.name)))
-
-    @property
-    def lost(self) -> tuple[LostWorker, ...]:
-        """Workers that the earlier controller had lost or drained."""
-        return tuple(from_plain(entry, LostWorker) for entry in self.memory.get("lost", ()))
 
 
 class ReportCollector:
@@ -192,7 +177,7 @@ class ReportCollector:
             generation=generation,
             placement=placement,
             greetings=whole,
-            memory=max((r.memory for r in reports), key=lambda m: int(m.get("version", 0))),
+            memory=max((from_plain(r.memory, Memory) for r in reports), key=lambda m: m.version),
         )
 
     def _is_awaited(self, name: str, now: float) -> bool:
@@ -202,16 +187,9 @@ class ReportCollector:
         return suspected_at is None or now - suspected_at < self._confirm_s
 
 
-def lost_workers(workers: Iterable[WorkerRecord]) -> Any:
-    """Plain data of the lost ones, for ``CollectedState.lost``."""
-    return to_plain(
-        [LostWorker(member=r.member, state=r.state, reason=r.reason) for r in workers if r.is_lost]
-    )
-
-
 def restore_workers(table: WorkerTable, collected: CollectedState) -> None:
     """Update the records of a new table from the reports; missing workers stay unchanged."""
-    for worker in collected.lost:
+    for worker in collected.memory.lost:
         record = table[worker.member.name]
         record.state, record.reason = worker.state, worker.reason  # restored, not a change
     number = collected.generation.number

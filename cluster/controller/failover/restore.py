@@ -7,7 +7,6 @@ from cluster.controller.failover.collect import CollectedState, restore_workers
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.effects import End
 from cluster.controller.parts.generation_round import GenerationRound, Phase
-from cluster.controller.parts.operations import Operations
 from cluster.controller.parts.recovery import Recovery
 from cluster.core.frames import GenerationReady
 
@@ -16,23 +15,27 @@ def continue_with(
     collected: CollectedState,
     cluster: Cluster,
     recovery: Recovery,
-    operations: Operations,
     draining: Draining,
     now: float,
 ) -> None:
-    """Restore the parts of a new controller, which then go on."""
-    cluster.history.restore(collected.memory.get("history", ()))
+    """Restore the state of a new controller, which then goes on."""
+    memory = collected.memory
+    cluster.history.restore(memory.history)
     restore_workers(cluster.workers, collected)
     cluster.round = GenerationRound(collected.generation, now)
     cluster.highest_epoch = collected.highest_epoch
-    recovery.restore(collected.memory.get("recovery", {}), now)
+    cluster.desired = memory.desired or cluster.desired
+    gone = {r.name: r.reason for r in cluster.workers if r.is_lost}
+    cluster.places.restore(memory.closed, gone, now)
+    members = {m.name for m in collected.generation.members}
+    for record in cluster.workers.alive():
+        record.started_with = None if record.name in members else cluster.desired
     _take_answers(cluster.round, collected)
     _go_on(collected, cluster, recovery, now)
     recovery.ready(now)
-    memory = collected.memory.get("draining", {})
-    goes_on = memory["drain"]["operation"]["id"] if memory.get("drain") else None
-    operations.restore(collected.memory.get("operations", ()), now, goes_on)
-    draining.restore(memory, now)
+    drain = memory.drain
+    cluster.operations.restore(memory.operations, now, drain.operation.id if drain else None)
+    draining.restore(drain, now)
     for name, greeting in collected.greetings.items():
         if greeting.asks_for_drain and not cluster.workers[name].is_lost:
             draining.requested(name, now)

@@ -10,18 +10,22 @@ and adds effects. The life of a generation:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 
 from msgspec.structs import replace
 
 from cluster.config.cluster import LoadSection
+from cluster.controller.parts.drains import Drain
 from cluster.controller.parts.effects import Effect, Send
 from cluster.controller.parts.event_log import History
 from cluster.controller.parts.generation_round import GenerationRound, Phase
+from cluster.controller.parts.memory import LostWorker, Memory
 from cluster.controller.parts.metrics import ControllerMetrics
+from cluster.controller.parts.operations import Operations
 from cluster.controller.parts.worker_table import WorkerTable
+from cluster.core.codec import to_plain
 from cluster.core.frames import ControlFrame, ControllerSnapshot, NewGeneration, RunGeneration
 from cluster.core.placement import FREE_SLOT, ExpertPlacement
 from cluster.core.states import ClusterState, WorkerState, next_state
@@ -32,6 +36,8 @@ from cluster.policy.places import NodeIds, Places
 
 logger = logging.getLogger(__name__)
 
+_KEPT_ENTRIES = 64
+"""Entries of the history that the next controller gets."""
 _VERSIONS_OF_A_TERM = 1_000_000
 """Distance between the terms, so that a restarted controller never repeats a version."""
 
@@ -53,12 +59,14 @@ class Cluster:
         identity: str = "",
         host: str = "",
         wall_time_offset_s: float = 0.0,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         """``model`` holds name and path; the workers add the rest. ``can_grow``: an expert worker
-        may hold more than its ``num_slots`` expert slots a bank.
+        may hold more than its ``num_slots`` expert slots a bank. ``notes``: see ``Memory``.
         """
         self.effects: list[Effect] = []
         """Of the event under way."""
+        self._is_remembered = True
         self.term = term
         self.identity = identity
         """Distinguishes controllers of one term."""
@@ -95,8 +103,10 @@ class Cluster:
         self.load = LoadTracker(load, now)
         """Expert load."""
         self.metrics = ControllerMetrics()
-        self.memories: dict[str, Callable[[], Any]] = {}
-        """By name, what returns the plain data that a part leaves to the next controller."""
+        self.operations = Operations(term, wall_time_offset_s, self.remember)
+        self.drain: Drain | None = None
+        """The drain under way."""
+        self.notes = notes or {}
 
     # ---- questions ------------------------------------------------------------------------
 
@@ -145,11 +155,29 @@ class Cluster:
         self.touch()
 
     def remember(self) -> None:
-        """Make the workers keep the state that a restarted controller needs."""
+        """Make the workers keep the state that a restarted controller needs, before they get any
+        other frame of the event under way.
+        """
         self.touch()
-        memory = {"version": self.version, **{name: make() for name, make in self.memories.items()}}
-        frame = ControllerSnapshot(term=self.term, controller=self.identity, memory=memory)
-        self.send(frame, *(r.name for r in self.workers.alive()))
+        self._is_remembered = False
+
+    def memory(self) -> Memory:
+        """The state that a restarted controller needs."""
+        is_whole = self.desired.banks == self.placement.banks
+        return Memory(
+            version=self.version,
+            history=self.history.newest(_KEPT_ENTRIES),
+            lost=tuple(
+                LostWorker(member=r.member, state=r.state, reason=r.reason)
+                for r in self.workers
+                if r.is_lost
+            ),
+            notes=dict(self.notes),
+            desired=None if is_whole else self.desired,
+            closed=self.places.closed,
+            operations=self.operations.newest(),
+            drain=self.drain,
+        )
 
     def nodes_alive(self, nodes: NodeIds, now: float) -> None:
         """The living nodes: places of nodes that have left are to be filled."""
@@ -178,7 +206,11 @@ class Cluster:
 
     def take_effects(self) -> list[Effect]:
         """The effects since the last call, to be carried out in this order."""
-        effects, self.effects = self.effects, []
+        if not self._is_remembered:
+            memory = to_plain(self.memory())
+            frame = ControllerSnapshot(term=self.term, controller=self.identity, memory=memory)
+            self.effects.insert(0, Send(frame, tuple(r.name for r in self.workers.alive())))
+        effects, self.effects, self._is_remembered = self.effects, [], True
         return effects
 
     # ---- generations ----------------------------------------------------------------------

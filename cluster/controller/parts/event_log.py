@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -35,9 +35,12 @@ class History:
         self._offset_s = wall_time_offset_s
         self._entries: deque[HistoryEntry] = deque(maxlen=_KEPT)
 
-    def restore(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Entries of an earlier controller, as ``to_list`` returned them."""
-        self._entries.extend(HistoryEntry(**entry) for entry in entries)
+    def restore(self, entries: Iterable[HistoryEntry]) -> None:
+        """Entries of an earlier controller."""
+        self._entries.extend(entries)
+
+    def newest(self, number: int) -> tuple[HistoryEntry, ...]:
+        return tuple(self._entries)[-number:]
 
     def add(self, generation: int, now: float, cause: str, effect: str) -> None:
         time = round(now + self._offset_s, 3)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from cluster.core.codec import Message, from_plain, to_plain
+from cluster.core.codec import Message, to_plain
 from cluster.core.errors import ConflictError, UnknownNameError
 
 _KEPT = 64
@@ -155,17 +155,13 @@ class Operations:
 
     # ---- a restarted controller -----------------------------------------------------------
 
-    def memory(self) -> list[dict[str, Any]]:
-        """Plain data for the next controller; ``restore`` takes it."""
-        newest = list(self._kept)[-_REMEMBERED:]
-        return [to_plain(o) for o in newest]
+    def newest(self) -> tuple[Operation, ...]:
+        """For the next controller; ``restore`` takes them."""
+        return tuple(self._kept)[-_REMEMBERED:]
 
-    def restore(
-        self, memory: Iterable[Mapping[str, Any]], now: float, goes_on: str | None = None
-    ) -> None:
+    def restore(self, newest: Iterable[Operation], now: float, goes_on: str | None = None) -> None:
         """Continue operations; of the running ones only ``goes_on`` (an id) continues."""
-        for data in memory:
-            operation = from_plain(data, Operation)
+        for operation in newest:
             self._kept.append(operation)
             if operation.is_running and operation.id != goes_on:
                 operation.state, operation.phase = OperationState.FAILED, ""

@@ -12,22 +12,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Any
 
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.effects import Start
 from cluster.controller.parts.generation_round import Phase
 from cluster.controller.parts.load_orders import LoadOrder, LoadOrders
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.core.codec import from_plain, to_plain
 from cluster.core.frames import ExpertsLoaded, GenerationReady
-from cluster.core.placement import ExpertPlacement
 from cluster.core.states import ClusterState, WorkerState
 from cluster.core.topology import Member
 from cluster.planner.stages import SlotFill
 from cluster.policy.coverage import Holdings
 from cluster.policy.failure import decide_members, describe_losses, describe_members
-from cluster.policy.places import ClosedPlace
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +46,6 @@ class Recovery:
         """Workers and placement of the whole cluster are the desired ones."""
         self._cluster = cluster
         self._limits = limits
-        self._started_with: dict[str, ExpertPlacement] = {}
         self._failed: list[SlotFill] = []
         self._barred: dict[int, str] = {}
         self._retry_s = limits.retry_s
@@ -71,7 +66,7 @@ class Recovery:
         ]
         for record in self._cluster.workers.alive():
             waits = record.state is WorkerState.STARTING and not record.has_process
-            if waits and record.name in self._started_with and now - record.since > _ROOM_WAIT_S:
+            if waits and record.started_with is not None and now - record.since > _ROOM_WAIT_S:
                 found.append(f"{record.name} {Problem.WAITS_FOR_ROOM}")
         return found
 
@@ -99,37 +94,12 @@ class Recovery:
         effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
         cluster.note(why, effect, now)
 
-    # ---- a restarted controller -----------------------------------------------------------
-
-    def memory(self) -> dict[str, Any]:
-        """Plain data for the next controller; ``restore`` takes it."""
-        desired = self._cluster.desired
-        is_whole = desired.banks == self._cluster.placement.banks
-        return {
-            "desired": None if is_whole else desired.to_dict(),
-            "closed": to_plain(self._cluster.places.closed),
-        }
-
-    def restore(self, memory: Mapping[str, Any], now: float) -> None:
-        """Continue what an earlier controller began; the table has all workers already."""
-        cluster = self._cluster
-        if memory.get("desired"):
-            cluster.desired = ExpertPlacement.from_dict(memory["desired"])
-        members = {m.name for m in cluster.round.members}
-        for record in cluster.workers.alive():
-            if record.name not in members:
-                self._started_with[record.name] = cluster.desired
-        closed = from_plain(memory.get("closed", {}), dict[str, ClosedPlace])
-        gone = {r.name: r.reason for r in cluster.workers if r.is_lost}
-        cluster.places.restore(closed, gone, now)
-
     # ---- events ---------------------------------------------------------------------------
 
     def lost(self, reasons: Mapping[str, str], now: float) -> None:
         """Workers (name -> reason) are lost; the table has recorded it already."""
         for name, reason in reasons.items():
             self._cluster.places.lost(name, reason, now)
-            self._started_with.pop(name, None)
         self.reloads.drop(reasons)
         members = self._cluster.round.members
         gone = {m.name: reasons[m.name] for m in members if m.name in reasons}
@@ -220,7 +190,7 @@ class Recovery:
             return
         self._failed.clear()
         for member in members:
-            self._started_with.pop(member.name, None)
+            cluster.workers[member.name].started_with = None
         cluster.form(members, decision.placement, now)
         self._order(decision.loads, members, now)  # workers write no slot of maps in force
         cluster.note(cause, decision.effect, now)
@@ -261,13 +231,14 @@ class Recovery:
         self._cluster.enter(ClusterState.RECOVERING if is_hopeful else ClusterState.DEGRADED)
 
     def _holdings(self, members: Sequence[Member]) -> Holdings:
+        workers = self._cluster.workers
         return Holdings(
             current=self._cluster.placement,
             desired=self._cluster.desired,
             joining={
-                m.device: self._started_with[m.name]
+                m.device: placement
                 for m in members
-                if m.holds_experts and m.name in self._started_with
+                if m.holds_experts and (placement := workers[m.name].started_with) is not None
             },
             room=self._cluster.room,
             barred=frozenset(self._barred),
@@ -292,8 +263,7 @@ class Recovery:
 
     def _start_workers(self, now: float) -> None:
         for member in self._cluster.places.take_due(now):
-            self._cluster.workers.add(member, now)
-            self._started_with[member.name] = self._cluster.desired
+            self._cluster.workers.add(member, now, self._cluster.desired)
             logger.info("start %s", member.name)
             self._cluster.touch()
             self._cluster.effects.append(Start(member, self._cluster.desired))

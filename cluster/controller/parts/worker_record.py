@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from cluster.core.errors import ProtocolError
 from cluster.core.frames import Heartbeat, LoadProgress, Register, StatusReply, WorkerReady
+from cluster.core.placement import ExpertPlacement
 from cluster.core.release import Build
 from cluster.core.states import WorkerState, next_state
 from cluster.core.topology import ADDRESS_FIELDS, Member
@@ -30,6 +31,8 @@ class WorkerRecord:
     """Monotonic time of the order to start it, later of its first call."""
     has_process: bool = False
     """Its process runs, while it has not called yet."""
+    started_with: ExpertPlacement | None = None
+    """It holds its part of this placement; None for a worker that has been in a generation."""
     num_slots: int = 0
     """Expert slots per bank, where it holds experts."""
     state: WorkerState = WorkerState.STARTING

@@ -8,6 +8,7 @@ from typing import Any
 from cluster.controller.parts.worker_record import WorkerRecord
 from cluster.core.errors import ProtocolError
 from cluster.core.frames import StatusReply, StatusRequest
+from cluster.core.placement import ExpertPlacement
 from cluster.core.release import differing_item
 from cluster.core.states import WorkerState
 from cluster.core.topology import Member
@@ -42,13 +43,14 @@ class WorkerTable:
     def __contains__(self, name: str) -> bool:
         return name in self._records
 
-    def add(self, member: Member, now: float) -> None:
+    def add(self, member: Member, now: float, started_with: ExpertPlacement | None = None) -> None:
         """Add a worker that is about to start. The oldest of many lost ones is forgotten."""
         self._records[member.name] = WorkerRecord(
             member=member,
             heard_at=now,
             progress_at=now,
             since=now,
+            started_with=started_with,
             num_slots=self._num_slots,
         )
         lost = [name for name, record in self._records.items() if record.is_lost]

@@ -21,7 +21,7 @@ from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.metrics import RebalanceOutcome
-from cluster.controller.parts.operations import Operation, Operations, OperationState
+from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.rebalance.job import (
     Promise,
     RebalanceJob,
@@ -56,7 +56,6 @@ class Rebalancing:
     def __init__(
         self,
         cluster: Cluster,
-        operations: Operations,
         config: ClusterConfig,
         executor: Executor,
         *,
@@ -65,7 +64,6 @@ class Rebalancing:
     ) -> None:
         """``executor`` runs the planning."""
         self._cluster = cluster
-        self._operations = operations
         self._section = config.rebalance
         self._plans = Plans(cluster, config, executor, top_k)
         self.impossible = why_impossible(config)
@@ -89,20 +87,20 @@ class Rebalancing:
 
         Raises ``ConflictError`` if that is impossible now; nothing has changed then.
         """
-        before = self._operations.asked_before(order, self._cluster.placement.epoch)
+        before = self._cluster.operations.asked_before(order, self._cluster.placement.epoch)
         if before is not None:
             return before
         if self.impossible:
             raise ConflictError(f"rebalancing is not possible: {self.impossible}")
         if not self._cluster.runs:
             raise ConflictError("no generation runs")
-        self._operations.check_free()
+        self._cluster.operations.check_free()
         if self._job is not None and not order.dry_run:
             raise ConflictError("the cluster is rebalancing automatically just now")
         load = self._load_for(order)
         if load is None:
             raise ConflictError("no load has been seen yet")
-        operation = self._operations.begin("rebalance", "experts", order, now)
+        operation = self._cluster.operations.begin("rebalance", "experts", order, now)
         operation.phase = "plan"
         then = partial(self._answer, order, operation, load)
         self._asked = operation, self._plans.decide(load, then, now)
@@ -132,7 +130,7 @@ class Rebalancing:
         if pending is not None:
             self._plans.drop(pending)
             self._cluster.metrics.decided("cancelled")
-            self._operations.end(operation, OperationState.CANCELLED, "cancelled", now)
+            self._cluster.operations.end(operation, OperationState.CANCELLED, "cancelled", now)
             return
         if job is None or job.operation is not operation:
             raise ConflictError(f"{operation.id} has ended")
@@ -194,7 +192,7 @@ class Rebalancing:
 
     def _consider(self, load: LoadNow, now: float) -> None:
         """A window has ended: change the placement if that pays."""
-        if not self._cluster.runs or self._operations.running is not None:
+        if not self._cluster.runs or self._cluster.operations.running is not None:
             return
         if self._considered is None or not self._plans.waits(self._considered):
             then = partial(self._considered_now, load)
@@ -203,7 +201,7 @@ class Rebalancing:
     def _considered_now(
         self, load: LoadNow, future: Future[RebalanceDecision], error: str, now: float
     ) -> None:
-        is_busy = self._job is not None or self._operations.running is not None
+        is_busy = self._job is not None or self._cluster.operations.running is not None
         if is_busy or error == CHANGED:
             return  # the next window is checked again
         self._problem = f"no placement can be planned: {error}" if error else ""
@@ -223,7 +221,7 @@ class Rebalancing:
     ) -> None:
         if error:
             text = f"no placement can be planned: {error}"
-            self._operations.end(operation, OperationState.FAILED, text, now)
+            self._cluster.operations.end(operation, OperationState.FAILED, text, now)
             return
         decision = future.result()
         operation.result = result_of(decision, order.dry_run)
@@ -233,7 +231,7 @@ class Rebalancing:
         text = describe(decision) if decision.action != "none" else f"nothing {verb}"
         done = OperationState.SUCCEEDED
         by = by_load(load.profile)
-        self._operations.end(operation, done, f"{text}: {decision.reason}, {by}", now)
+        self._cluster.operations.end(operation, done, f"{text}: {decision.reason}, {by}", now)
 
     def _pending_decision(self, operation: Operation) -> Future[RebalanceDecision] | None:
         if self._asked is None or self._asked[0] is not operation:
@@ -265,7 +263,7 @@ class Rebalancing:
 
     def _watch(self, job: RebalanceJob, now: float) -> None:
         """Check whether the change is in time, or must be abandoned."""
-        running = self._operations.running
+        running = self._cluster.operations.running
         if running is not None and running is not job.operation and running.kind != "rebalance":
             reason = f"{running.id} goes first"
             if self._give_up(job, reason):
@@ -356,7 +354,7 @@ class Rebalancing:
         if job.operation is not None:
             states = {"applied": OperationState.SUCCEEDED, "cancelled": OperationState.CANCELLED}
             state = states.get(outcome, OperationState.FAILED)
-            self._operations.end(job.operation, state, text, now)
+            self._cluster.operations.end(job.operation, state, text, now)
 
     def _prove(self, window: LoadWindow, now: float) -> None:
         """Record the effect of a change, from the first whole window in it."""

@@ -242,8 +242,8 @@ class World:
         if isinstance(frame, NewGeneration):
             names = {m.name for m in frame.generation.members}
             assert not names & self.lost, "a lost worker never comes back"
-        model = self.workers[worker]
-        if model.is_connected and not model.is_dead:
+        model = self.workers.get(worker)  # none is there until it has started
+        if model is not None and model.is_connected and not model.is_dead:
             try:
                 model.receive(frame)
             except ProtocolError:
