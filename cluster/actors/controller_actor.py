@@ -23,7 +23,7 @@ from cluster.actors.control_server import ControlServer
 from cluster.actors.handoff import Handoff
 from cluster.actors.start_plan import StartPlan, plan_start
 from cluster.actors.tasks import Background
-from cluster.actors.traces import ClusterTraces, trace_cluster
+from cluster.actors.traces import ClusterTraces, cluster_traces
 from cluster.actors.worker_group_like import FoundWorker, WorkerGroupLike
 from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import ids_by_address, resolved_share
@@ -31,10 +31,10 @@ from cluster.controller.controller import Controller
 from cluster.controller.failover.collect import CollectedState
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.drains import DrainOrder
-from cluster.controller.parts.effects import Effect, End, EndAll, Send, Start
+from cluster.controller.parts.effects import Effect, End, EndAll, Send, Start, Trace
 from cluster.controller.parts.gateway_polls import GatewayPolls
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.controller.parts.worker_table import MODEL_FACTS
+from cluster.controller.parts.workers import MODEL_FACTS
 from cluster.controller.rebalance.job import RebalanceOrder
 from cluster.core.codec import from_plain
 from cluster.core.errors import (
@@ -284,6 +284,9 @@ class ControllerActor:
                     self._server.drop(worker)
                 end = partial(self._group.end, workers)
                 self._background.spawn(self._end(end, lambda c: partial(c.ended, workers)))
+            case Trace():
+                if self._traces is not None:
+                    self._traces.record(effect)
             case EndAll():
                 self._background.spawn(self._end(self._group.end_all, lambda c: c.all_ended))
 
@@ -495,7 +498,7 @@ class ControllerActor:
             now=now,
             top_k=self._top_k,
         )
-        self._traces = trace_cluster(controller, config.observability)
+        self._traces = cluster_traces(config.observability)
         return controller
 
     def _snapshot(self) -> dict[str, Any]:

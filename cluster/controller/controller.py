@@ -25,7 +25,7 @@ from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.effects import End, EndAll
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.controller.parts.worker_record import WorkerRecord
+from cluster.controller.parts.workers import WorkerRecord
 from cluster.controller.rebalance.loop import Rebalancing
 from cluster.core.errors import ProtocolError
 from cluster.core.frames import (
@@ -46,7 +46,7 @@ from cluster.core.frames import (
     WorkerReady,
 )
 from cluster.core.states import ClusterState, WorkerState
-from cluster.policy.failure import describe_members
+from cluster.policy.coverage import describe_members
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,6 @@ class Controller:
             logger.warning("lost %s: %s", name, reason)
             cluster.workers.lose(name, reason)
             cluster.round.drop_reports(name)
-        self.draining.lost(fresh, now)
         cluster.remember()  # before any generation without them
         if cluster.state is ClusterState.STARTING:
             self.fail_start("; ".join(f"{n}: {r}" for n, r in fresh.items()), now)

@@ -13,7 +13,7 @@ restarted controller continues the drain of an earlier one (``Memory``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.drains import Drain, DrainOrder, DrainStep
@@ -21,7 +21,7 @@ from cluster.controller.parts.effects import End
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.parts.recovery import Recovery
-from cluster.controller.parts.worker_record import WorkerRecord
+from cluster.controller.parts.workers import WorkerRecord
 from cluster.controller.rebalance.loop import Rebalancing
 from cluster.core.errors import ConflictError, UnknownNameError
 from cluster.core.frames import ControlFrame, Shutdown, StatusRequest
@@ -122,18 +122,6 @@ class Draining:
         self._advance(drain, now)
         return True
 
-    def lost(self, reasons: Mapping[str, str], now: float) -> None:
-        """Workers were lost (name -> reason)."""
-        for name in reasons:
-            self._requested.pop(name, None)
-        drain = self._cluster.drain
-        if drain is None or drain.step in _TOO_LATE:
-            return
-        gone = sorted(set(drain.names) & set(reasons))
-        if gone:
-            text = f"{gone[0]} was lost before it had left: {reasons[gone[0]]}"
-            self._undo(drain, OperationState.FAILED, text, now)
-
     def ended(self, names: Sequence[str], now: float) -> None:
         """Processes of workers have ended."""
         drain = self._cluster.drain
@@ -165,8 +153,11 @@ class Draining:
             return
         if self._cluster.operations.running is not None or not self._cluster.runs:
             return
-        names = tuple(sorted(self._requested))
+        alive = {r.name for r in self._cluster.workers.alive()}
+        names = tuple(sorted(alive & set(self._requested)))
         self._requested.clear()
+        if not names:
+            return
         try:
             self._begin(names, DrainOrder(limit_s=SIGNAL_LIMIT_S), now)
         except ConflictError as err:
@@ -237,7 +228,11 @@ class Draining:
 
     def _advance(self, drain: Drain, now: float) -> None:
         cluster = self._cluster
-        if drain.step is DrainStep.SETTLE and cluster.runs and self._rebalancing.is_idle:
+        lost = [r for r in self._records(drain) if r.is_lost]
+        if lost and drain.step not in _TOO_LATE:
+            text = f"{lost[0].name} was lost before it had left: {lost[0].reason}"
+            self._undo(drain, OperationState.FAILED, text, now)
+        elif drain.step is DrainStep.SETTLE and cluster.runs and self._rebalancing.is_idle:
             self._check_again(drain, now)
         elif drain.step is DrainStep.COPY:
             self._watch_copies(drain, now)
@@ -283,7 +278,7 @@ class Draining:
         self._change = None
         moved, took_s = len(change.stage.fills), now - change.began_at
         if change.state is ChangeState.DONE:
-            self._cluster.metrics.moved("drain", moved, change.num_bytes, took_s)
+            self._cluster.moved("drain", moved, change.num_bytes, took_s)
             self._move(drain, now)
         elif change.generation.number != generation or not self._cluster.runs:
             self._enter(drain, DrainStep.SETTLE)

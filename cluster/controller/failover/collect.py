@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from cluster.controller.parts.memory import Memory
-from cluster.controller.parts.worker_table import WorkerTable
+from cluster.controller.parts.workers import WorkerTable
 from cluster.core.codec import from_plain
 from cluster.core.errors import NotReadyError, ProtocolError
 from cluster.core.frames import (

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from cluster.controller.drain.drain import Draining
 from cluster.controller.failover.collect import CollectedState, restore_workers
-from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.cluster import Cluster, GenerationRound, Phase
 from cluster.controller.parts.effects import End
-from cluster.controller.parts.generation_round import GenerationRound, Phase
 from cluster.controller.parts.recovery import Recovery
 from cluster.core.frames import GenerationReady
 

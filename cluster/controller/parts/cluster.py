@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
 from itertools import count
 from typing import Any
 
@@ -18,28 +20,106 @@ from msgspec.structs import replace
 
 from cluster.config.cluster import LoadSection
 from cluster.controller.parts.drains import Drain
-from cluster.controller.parts.effects import Effect, Send
-from cluster.controller.parts.event_log import History
-from cluster.controller.parts.generation_round import GenerationRound, Phase
-from cluster.controller.parts.memory import LostWorker, Memory
-from cluster.controller.parts.metrics import ControllerMetrics
+from cluster.controller.parts.effects import Effect, Send, Trace
+from cluster.controller.parts.memory import History, LostWorker, Memory
+from cluster.controller.parts.metrics import ControllerMetrics, MoveReason
 from cluster.controller.parts.operations import Operations
-from cluster.controller.parts.worker_table import WorkerTable
+from cluster.controller.parts.workers import WorkerTable
 from cluster.core.codec import to_plain
-from cluster.core.frames import ControlFrame, ControllerSnapshot, NewGeneration, RunGeneration
+from cluster.core.frames import (
+    ControlFrame,
+    ControllerSnapshot,
+    GenerationReady,
+    NewGeneration,
+    RunGeneration,
+)
 from cluster.core.placement import FREE_SLOT, ExpertPlacement
 from cluster.core.states import ClusterState, WorkerState, next_state
 from cluster.core.topology import Generation, Member
 from cluster.load.tracker import LoadTracker
-from cluster.policy.failure import describe_members
+from cluster.planner.stages import SlotFill
+from cluster.policy.coverage import describe_members
+from cluster.policy.failure import PeerReport
 from cluster.policy.places import NodeIds, Places
+from cluster.tracing import names
 
 logger = logging.getLogger(__name__)
 
-_KEPT_ENTRIES = 64
-"""Entries of the history that the next controller gets."""
 _VERSIONS_OF_A_TERM = 1_000_000
 """Distance between the terms, so that a restarted controller never repeats a version."""
+
+
+class Phase(Enum):
+    """Of the newest generation."""
+
+    FORMING = "forming"
+    """Announced to its members."""
+    RUNNING = "running"
+    """Its members run steps."""
+    STALLED = "stalled"
+    """Cannot run; its members wait for the next generation."""
+
+
+@dataclass(slots=True)
+class GenerationRound:
+    """The newest generation and its members' answers; number 0 before the first."""
+
+    generation: Generation
+    began_at: float
+    """Monotonic time of its announcement."""
+    phase: Phase = Phase.FORMING
+    answers: dict[str, GenerationReady] = field(default_factory=dict)
+    """By name, of the members that have opened their edges."""
+    reports: list[PeerReport] = field(default_factory=list)
+    """Of members that lost another."""
+    loaded: list[SlotFill] = field(default_factory=list)
+    """What members have loaded since it began."""
+
+    @property
+    def number(self) -> int:
+        return self.generation.number
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """All workers that take part."""
+        return self.generation.members
+
+    def late(self) -> list[str]:
+        """Members that have not answered."""
+        return [m.name for m in self.members if m.name not in self.answers]
+
+    def missing(self, placement: ExpertPlacement) -> list[SlotFill]:
+        """Experts that the maps name, and that are not where they should be by the answers."""
+        loaded = {(f.bank, f.device, f.slot, f.expert) for f in self.loaded}
+        found = []
+        for member in self.generation.experts:
+            held = self.answers[member.name].slots
+            for bank, maps in enumerate(placement.banks):
+                row, wanted = held[bank : bank + 1], maps.physical_to_logical[member.device]
+                if row and row[0] == wanted:
+                    continue
+                have = dict(enumerate(row[0] if row else ()))
+                found += [
+                    SlotFill(bank=bank, device=member.device, slot=slot, expert=expert)
+                    for slot, expert in enumerate(wanted)
+                    if expert not in (FREE_SLOT, have.get(slot))
+                    and (bank, member.device, slot, expert) not in loaded
+                ]
+        return found
+
+    @property
+    def first_step(self) -> int:
+        """The step number after the highest that any member has seen."""
+        return max((a.highest_step for a in self.answers.values()), default=0) + 1
+
+    @property
+    def highest_epoch(self) -> int:
+        """Highest placement epoch in the answers so far."""
+        return max((a.highest_epoch for a in self.answers.values()), default=0)
+
+    def drop_reports(self, name: str) -> None:
+        """Forget reports by and about a lost worker."""
+        self.reports = [r for r in self.reports if name not in (r.reporter, r.suspect)]
 
 
 class Cluster:
@@ -166,7 +246,7 @@ class Cluster:
         is_whole = self.desired.banks == self.placement.banks
         return Memory(
             version=self.version,
-            history=self.history.newest(_KEPT_ENTRIES),
+            history=self.history.newest(),
             lost=tuple(
                 LostWorker(member=r.member, state=r.state, reason=r.reason)
                 for r in self.workers
@@ -197,6 +277,12 @@ class Cluster:
         if uses_all and self.places.is_full(self.round.members):
             self.desired = placement
         self.touch()
+
+    def moved(self, reason: MoveReason, num_slots: int, num_bytes: int, seconds: float) -> None:
+        """Weights have moved, see ``ControllerMetrics.moved``."""
+        self.metrics.moved(reason, num_slots, num_bytes, seconds)
+        attributes = {names.REASON: reason, names.SLOTS: num_slots, names.BYTES: num_bytes}
+        self.effects.append(Trace(names.MIGRATION, seconds, attributes))
 
     # ---- effects --------------------------------------------------------------------------
 

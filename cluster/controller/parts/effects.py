@@ -6,7 +6,9 @@ event, takes the effects afterwards (``Cluster.take_effects``), and carries them
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.core.frames import ControlFrame
 from cluster.core.placement import ExpertPlacement
@@ -41,4 +43,16 @@ class EndAll:
     """End all workers, then call ``Controller.all_ended``."""
 
 
-Effect = Send | Start | End | EndAll
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Record a change that has just ended."""
+
+    name: str
+    seconds: float
+    attributes: Mapping[str, Any]
+    """Those with the value None are unknown."""
+    error: str = ""
+    """Kind of the error; empty if there was none."""
+
+
+Effect = Send | Start | End | EndAll | Trace

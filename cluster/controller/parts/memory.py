@@ -1,19 +1,93 @@
-"""What a controller leaves to the next one: the workers keep it, as plain data."""
+"""What a controller keeps of the past, and what it leaves to the next one.
+
+The workers keep a ``Memory`` as plain data.
+"""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from msgspec import field
 
 from cluster.controller.parts.drains import Drain
-from cluster.controller.parts.event_log import HistoryEntry
 from cluster.controller.parts.operations import Operation
 from cluster.core.codec import Message
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import WorkerState
 from cluster.core.topology import Member
 from cluster.policy.places import ClosedPlace
+
+_KEPT = 256
+_LEFT_TO_NEXT = 64
+"""Entries of the history that the next controller gets."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HistoryEntry:
+    """One change of the cluster."""
+
+    generation: int
+    """Generation that resulted."""
+    time: float
+    """Time of day, seconds since 1970."""
+    cause: str
+    effect: str
+    took_s: float | None = None
+    """Seconds that streams stood still, as gateways report; without streams, until the generation
+    ran. None if none resulted."""
+    is_felt: bool = False
+    """``took_s`` is of streams."""
+
+
+class History:
+    """The last changes of the cluster, newest last."""
+
+    def __init__(self, wall_time_offset_s: float) -> None:
+        """``wall_time_offset_s`` added to a monotonic time is the time of day."""
+        self._offset_s = wall_time_offset_s
+        self._entries: deque[HistoryEntry] = deque(maxlen=_KEPT)
+
+    def restore(self, entries: Iterable[HistoryEntry]) -> None:
+        """Entries of an earlier controller."""
+        self._entries.extend(entries)
+
+    def newest(self) -> tuple[HistoryEntry, ...]:
+        """For the next controller; ``restore`` takes them."""
+        return tuple(self._entries)[-_LEFT_TO_NEXT:]
+
+    def add(self, generation: int, now: float, cause: str, effect: str) -> None:
+        time = round(now + self._offset_s, 3)
+        self._entries.append(
+            HistoryEntry(generation=generation, time=time, cause=cause, effect=effect)
+        )
+
+    def runs(self, generation: int, first_step: int, now: float) -> None:
+        """Record that ``generation`` runs now."""
+        place = next((i for i, e in enumerate(self._entries) if e.generation == generation), -1)
+        entry = self._entries[place]
+        took_s = round(now + self._offset_s - entry.time, 3)
+        self._entries[place] = replace(
+            entry,
+            generation=generation,
+            took_s=took_s,
+            effect=f"{entry.effect}; runs from step {first_step} after {took_s:.3f} s",
+        )
+
+    def paused(self, generation: int, pause_s: float) -> None:
+        """A gateway reports how long its streams stood still at this generation."""
+        for place, entry in enumerate(self._entries):
+            if entry.generation == generation and entry.took_s is not None:
+                longest_s = max(pause_s, entry.took_s if entry.is_felt else 0.0)
+                felt = replace(entry, took_s=round(longest_s, 3), is_felt=True)
+                self._entries[place] = felt
+                return
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """All kept entries, oldest first, fit for JSON."""
+        return [asdict(e) for e in self._entries]
 
 
 class LostWorker(Message, frozen=True, kw_only=True):

@@ -13,17 +13,21 @@ import logging
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.effects import Start
-from cluster.controller.parts.generation_round import Phase
+from cluster.controller.parts.cluster import Cluster, Phase
+from cluster.controller.parts.effects import Start, Trace
 from cluster.controller.parts.load_orders import LoadOrder, LoadOrders
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import ExpertsLoaded, GenerationReady
 from cluster.core.states import ClusterState, WorkerState
-from cluster.core.topology import Member
+from cluster.core.topology import Member, Role
 from cluster.planner.stages import SlotFill
-from cluster.policy.coverage import Holdings
-from cluster.policy.failure import decide_members, describe_losses, describe_members
+from cluster.policy.coverage import (
+    Holdings,
+    decide_members,
+    describe_losses,
+    describe_members,
+)
+from cluster.tracing.names import LOST_WORKERS, RECOVERY
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +52,9 @@ class Recovery:
         self._limits = limits
         self._failed: list[SlotFill] = []
         self._barred: dict[int, str] = {}
+        self._lost: dict[str, Role] = {}
+        """Members that were lost since a generation ran."""
+        self._lost_at = 0.0
         self._retry_s = limits.retry_s
         self._retry_at = 0.0
         self.reloads = LoadOrders(cluster)
@@ -108,7 +115,8 @@ class Recovery:
             left_out = "; ".join(f"{n} is left out" for n in self._cluster.places.closed)
             self._cluster.note(describe_losses(others), left_out or "start another one", now)
         if gone:
-            self._cluster.metrics.lost([m for m in members if m.name in gone], now)
+            self._lost_at = self._lost_at if self._lost else now
+            self._lost |= {m.name: m.role for m in members if m.name in gone}
             survivors = [m for m in members if m.name not in gone]
             self._go_on(survivors, describe_losses(gone), now)
 
@@ -137,7 +145,7 @@ class Recovery:
             self._cannot_load(reload, frame.error, now)
         else:
             took_s, moved = now - reload.began_at, len(reload.fills)
-            self._cluster.metrics.moved("recovery", moved, frame.num_bytes, took_s)
+            self._cluster.moved("recovery", moved, frame.num_bytes, took_s)
             self._cluster.round.loaded += reload.fills
             self._run_if_complete(now)
         return True
@@ -219,10 +227,19 @@ class Recovery:
         cluster.history.runs(cluster.round.number, cluster.round.first_step, now)
         cluster.remember()
         self._cluster.places.joined(cluster.round.members)
-        cluster.metrics.recovered(now)
+        self._count_recovery(now)
         self._barred.clear()
         self._retry_s = self._limits.retry_s
         self.ready(now)
+
+    def _count_recovery(self, now: float) -> None:
+        """Steps run again after the loss of members, if any were lost."""
+        if self._lost:
+            took_s, lost = now - self._lost_at, sorted(self._lost)
+            self._cluster.metrics.recovered(set(self._lost.values()), took_s)
+            trace = Trace(RECOVERY, took_s, {LOST_WORKERS: lost})
+            self._cluster.effects.append(trace)
+            self._lost.clear()
 
     def _settle(self) -> None:
         """Enter the state of a stalled cluster: RECOVERING while workers are coming."""

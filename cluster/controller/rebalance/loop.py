@@ -11,7 +11,6 @@ changed meanwhile. ``Rebalancing`` decides the next step; the controller acts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from functools import partial
@@ -77,8 +76,6 @@ class Rebalancing:
         self._last: dict[str, Any] | None = None
         self._seen_windows = 0
         self._rested_at = now
-        self.on_end: Callable[[Mapping[str, Any]], None] = lambda report: None
-        """Called with the summary of a change that has ended."""
 
     # ---- orders ---------------------------------------------------------------------------
 
@@ -346,9 +343,9 @@ class Rebalancing:
         self._job = None
         self._rested_at = now
         self._cluster.metrics.decided(outcome)
-        self._cluster.metrics.moved("rebalance", job.num_moved, job.num_bytes, now - job.began_at)
+        self._cluster.moved("rebalance", job.num_moved, job.num_bytes, now - job.began_at)
         self._last = job.report(outcome, text, self._cluster.placement.epoch, now)
-        self.on_end(self._last)
+        self._cluster.effects.append(job.trace(self._last))
         effect = text if outcome == "applied" else f"{outcome}: {text}; the epoch in force stays"
         self._cluster.note("rebalance", effect, now)
         if job.operation is not None:

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from cluster.config.cluster import ClusterConfig, ModelSection
 from cluster.controller.controller import Controller
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.effects import End, EndAll, Send, Start
+from cluster.controller.parts.effects import End, EndAll, Send, Start, Trace
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import (
     ControlFrame,
@@ -69,6 +69,7 @@ class FakeWorkerGroup:
     def __init__(self) -> None:
         self.cluster: Cluster | None = None
         """The controller's."""
+        self.on_trace: Callable[[Trace], None] = lambda trace: None
         self._sent: defaultdict[str, list[ControlFrame]] = defaultdict(list)
         self._started: list[tuple[Member, ExpertPlacement]] = []
         self._ended: list[str] = []
@@ -106,6 +107,8 @@ class FakeWorkerGroup:
                     self._started.append((member, placement))
                 case End(workers):
                     self._ended += workers
+                case Trace():
+                    self.on_trace(effect)
                 case EndAll():
                     self._all_ended_asked += 1
 

@@ -9,14 +9,16 @@ from msgspec.structs import replace
 
 from cluster.core.placement import ExpertPlacement, contiguous
 from cluster.core.topology import Generation, Member
-from cluster.policy.coverage import Holdings
-from cluster.policy.failure import (
+from cluster.policy.coverage import (
     FailureDecision,
+    Holdings,
+    decide_members,
+    describe_losses,
+)
+from cluster.policy.failure import (
     PeerReport,
     Pulse,
     confirm_suspect,
-    decide_members,
-    describe_losses,
     find_silent,
     silent_hosts,
 )

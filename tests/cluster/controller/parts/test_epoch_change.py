@@ -8,9 +8,8 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.config.cluster import LoadSection
-from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.cluster import Cluster, GenerationRound
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
-from cluster.controller.parts.generation_round import GenerationRound
 from cluster.core.frames import (
     ControlFrame,
     EpochReady,
