@@ -94,15 +94,18 @@ class ControlServer:
         self._events = events
         self._handshake_limit_s = handshake_limit_s
         self._server: asyncio.Server | None = None
+        self.address = ""
+        """``host:port``, once it listens."""
         self._unproved: list[_Connection] = []
         self._workers: dict[str, _Connection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, host: str) -> str:
-        """Listen on a free port of interface ``host``; returns ``host:port``."""
+        """Listen on a free port of interface ``host``; returns ``address``."""
         self._server = await asyncio.start_server(self._serve, host, 0)
         port = self._server.sockets[0].getsockname()[1]
-        return f"{host}:{port}"
+        self.address = f"{host}:{port}"
+        return self.address
 
     async def close(self) -> None:
         """Close the listener and all connections."""

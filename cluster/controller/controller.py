@@ -62,14 +62,13 @@ class Controller:
         config: ClusterConfig,
         executor: Executor,
         now: float,
-        top_k: int = 1,
     ) -> None:
         """``executor`` computes the plans of rebalancing."""
         self.cluster = cluster
         self._config = config.workers
         self.detection = Detection(self.cluster, settings, now)
         self.recovery = Recovery(self.cluster, settings)
-        self.rebalancing = Rebalancing(self.cluster, config, executor, top_k=top_k, now=now)
+        self.rebalancing = Rebalancing(self.cluster, config, executor, now)
         self.draining = Draining(self.cluster, self.recovery, self.rebalancing)
 
     # ---- events ---------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def renew_on_fault(cluster: ThreadCluster, faults: Faults) -> None:
     def renew(generation: int) -> None:
         known = cluster.controller.cluster
         if known.state is ClusterState.SERVING and known.generation.number == generation:
-            cluster.actor._tell(partial(known.reform, "a fault"))
+            cluster.actor.runner.tell(partial(known.reform, "a fault"))
 
     def on_fault(generation: int) -> None:
         cluster.loop.call_soon_threadsafe(renew, generation)

@@ -187,11 +187,11 @@ class World:
         return name in self.faults.guilty or host in self.faults.bad_hosts
 
     def _serves(self, controller: SimController) -> bool:
-        found = controller.actor._controller
+        found = controller.actor.runner.controller
         return found is not None and found.cluster.state is ClusterState.SERVING
 
     def _state(self, controller: SimController | None) -> Any:
-        if controller is None or controller.actor._controller is None:
+        if controller is None or controller.actor.runner.controller is None:
             return "no controller"
-        found = controller.actor._controller
+        found = controller.actor.runner.controller
         return found.cluster.state.value, found.cluster.error, found.recovery.problems(0.0)

@@ -33,6 +33,7 @@ from cluster.core.frames import (
     NewGeneration,
     RunGeneration,
 )
+from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import FREE_SLOT, ExpertPlacement
 from cluster.core.states import ClusterState, WorkerState, next_state
 from cluster.core.topology import Generation, Member
@@ -215,6 +216,17 @@ class Cluster:
         """A generation is announced but does not run yet."""
         return self.round.phase is Phase.FORMING and self.is_up
 
+    @property
+    def profile(self) -> LoadProfile | None:
+        """The load that was expected at the start."""
+        profile = self.notes.get("profile")
+        return LoadProfile.from_dict(profile) if profile else None
+
+    @property
+    def top_k(self) -> int:
+        """Experts of a token."""
+        return int(self.notes.get("top_k", 1))
+
     # ---- changes --------------------------------------------------------------------------
 
     def enter(self, state: ClusterState) -> None:
@@ -232,6 +244,11 @@ class Cluster:
     def note(self, cause: str, effect: str, now: float) -> None:
         """Add to the history."""
         self.history.add(self.round.number, now, cause, effect)
+        self.touch()
+
+    def paused(self, generation: int, pause_s: float) -> None:
+        """A gateway's streams stood still for this time when the generation formed."""
+        self.history.paused(generation, pause_s)
         self.touch()
 
     def remember(self) -> None:

@@ -53,18 +53,12 @@ class Rebalancing:
     """
 
     def __init__(
-        self,
-        cluster: Cluster,
-        config: ClusterConfig,
-        executor: Executor,
-        *,
-        top_k: int,
-        now: float,
+        self, cluster: Cluster, config: ClusterConfig, executor: Executor, now: float
     ) -> None:
         """``executor`` runs the planning."""
         self._cluster = cluster
         self._section = config.rebalance
-        self._plans = Plans(cluster, config, executor, top_k)
+        self._plans = Plans(cluster, config, executor)
         self.impossible = why_impossible(config)
         """Why rebalancing is impossible in this cluster; empty if it is possible."""
         self._considered: Future[RebalanceDecision] | None = None

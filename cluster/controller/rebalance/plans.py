@@ -52,14 +52,12 @@ class Plans:
     seconds.
     """
 
-    def __init__(
-        self, cluster: Cluster, config: ClusterConfig, executor: Executor, top_k: int
-    ) -> None:
+    def __init__(self, cluster: Cluster, config: ClusterConfig, executor: Executor) -> None:
         """Arguments as for ``Rebalancing``."""
         self._cluster = cluster
         self._config = config
         self._executor = executor
-        self._top_k = max(top_k, 1)
+        self._top_k = max(cluster.top_k, 1)
         self._pending: dict[Future[Any], Callable[[Future[Any], float], None]] = {}
 
     def tick(self, now: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.actors import controller_actor
+from cluster.actors import runner
 from cluster.actors.control_server import ControlServer
 from cluster.actors.controller_actor import ControllerActor
 from cluster.actors.worker_group_like import FoundWorker
@@ -200,7 +200,8 @@ def test_a_cluster_starts_answers_and_stops() -> None:
         assert await actor.origin() == {"asked": None, "config": None}
         await actor.start(_config(), BANKS, profile.to_dict(), {"--port": "1"})
         snapshot = await _until(actor, "SERVING")
-        assert actor._address.startswith("127.0.0.1:")
+        assert actor.runner.server is not None
+        assert actor.runner.server.address.startswith("127.0.0.1:")
         assert snapshot["generation"] == 1
         assert group.config["workers"]["cpus_per_worker"] == 0.6666
         assert group.config["workers"]["device"] == "cpu"
@@ -443,7 +444,7 @@ class UnwillingGroup(ThreadWorkerGroup):
 
 
 def test_a_drain_ends_once_the_worker_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller_actor, "_END_AGAIN_S", 0.0)
+    monkeypatch.setattr(runner, "_END_AGAIN_S", 0.0)
 
     async def body() -> None:
         group = UnwillingGroup(TimeoutError(), RuntimeError("Ray does not answer"))

@@ -164,12 +164,12 @@ class FakeCluster:
                 can_grow=can_grow,
                 host="head",
                 wall_time_offset_s=1_000_000.0,
+                notes={"top_k": 2},
             ),
             settings or ControllerSettings(),
             config=config or CONFIG,
             executor=executor or AtOnce(),
             now=self.now,
-            top_k=2,
         )
         self.link.cluster = self.controller.cluster
 

@@ -192,7 +192,7 @@ def begin_plan(executor: Executor, seen: list[tuple[Future[Any], str, float]]) -
     window(cluster, SKEWED)
     profile = cluster.known.load.profile("total", "x", 2)
     assert profile is not None
-    plans = Plans(cluster.known, CONFIG, executor, 2)
+    plans = Plans(cluster.known, CONFIG, executor)
     return plans, lambda now: plans.share(
         profile, cluster.known.placement, lambda *result: seen.append(result), now
     )
