@@ -180,7 +180,7 @@ class Runner:
                 for worker in workers:
                     self.server.drop(worker)
                 end = partial(self.group.end, workers)
-                self.background.spawn(self._end(end, lambda c: partial(c.ended, workers)))
+                self.background.spawn(self._end(end, lambda c: partial(c.draining.ended, workers)))
             case EndAll():
                 self.background.spawn(self._end(self.group.end_all, lambda c: c.all_ended))
             case Trace():

@@ -84,7 +84,7 @@ class Controller:
         match frame:
             case Heartbeat():
                 record.beat(frame, now)
-                self._take_load(name, frame)
+                cluster.load.take(name, frame.expert_load)
                 term, identity = cluster.term, cluster.identity
                 ack = HeartbeatAck(term=term, controller=identity, number=frame.number)
                 cluster.send(ack, name)
@@ -95,7 +95,7 @@ class Controller:
                 elif (cause := self.detection.mismatch(name, frame, now)) is not None:
                     cluster.reform(cause, now)
             case StatusReply():
-                self._take_load(name, frame)
+                cluster.load.take(name, frame.expert_load)
                 cluster.workers.take_status(name, frame)
             case Register():
                 record.register(frame)
@@ -183,10 +183,6 @@ class Controller:
         self.cluster.send(Shutdown(reason=reason), *(r.name for r in alive))
         self.cluster.effects.append(EndAll())
 
-    def ended(self, names: Sequence[str], now: float) -> None:
-        """The processes of these workers are gone."""
-        self.draining.ended(names, now)
-
     def all_ended(self, now: float) -> None:
         """Every worker process is gone."""
         for record in self.cluster.workers.alive():
@@ -253,7 +249,3 @@ class Controller:
         """Workers that cannot serve with the others are lost before they meet."""
         workers, members = self.cluster.workers, self.cluster.generation.members
         self.lost({n: why for n in names if (why := workers.misfit(n, members))}, now)
-
-    def _take_load(self, name: str, frame: Heartbeat | StatusReply) -> None:
-        if frame.expert_load is not None:
-            self.cluster.load.take(name, frame.expert_load)

@@ -75,13 +75,13 @@ class Draining:
         table = self._cluster.workers
         states = {table[n].state if n in table else WorkerState.LOST for n in drain.names}
         if states == {WorkerState.DRAINED}:
-            drain.enter(DrainStep.LEAVE)
+            drain.resume(DrainStep.LEAVE)
         elif states & {WorkerState.LOST, WorkerState.DRAINED}:
             text = f"{drain.operation.target}: lost before they had left"
             self._end(drain, OperationState.FAILED, text, now)
         elif drain.step is not DrainStep.BACK:
             self._hold_back(drain, drain.step is DrainStep.MOVE)
-            drain.enter(DrainStep.SETTLE)
+            drain.resume(DrainStep.SETTLE)
 
     # ---- orders ---------------------------------------------------------------------------
 
@@ -173,15 +173,16 @@ class Draining:
             raise ConflictError("the cluster is starting or ending")
         self._stage_without(names)
         operation = self._cluster.operations.begin("drain", " and ".join(names), order, now)
-        self._cluster.drain = Drain(
+        drain = self._cluster.drain = Drain(
             operation=operation,
             names=names,
             order=order,
             deadline=now + order.limit_s,
             left_s=order.limit_s,
         )
-        self._enter(self._cluster.drain, DrainStep.SETTLE)
-        self._advance(self._cluster.drain, now)
+        drain.resume(DrainStep.SETTLE)
+        self._cluster.remember()
+        self._advance(drain, now)
         return operation
 
     def _named(self, order: DrainOrder) -> tuple[str, ...]:
@@ -340,7 +341,8 @@ class Draining:
             self._end(drain, state, text, now)
             return
         drain.outcome = (state, text)
-        self._enter(drain, DrainStep.BACK)
+        if drain.step is not DrainStep.BACK:  # an earlier controller took it back
+            self._enter(drain, DrainStep.BACK)
         self._change = EpochChange(cluster, back, now)
 
     def _watch_return(self, drain: Drain, now: float) -> None:

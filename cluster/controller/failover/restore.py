@@ -63,7 +63,7 @@ def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now:
     ]
     if collected.is_intact:
         cluster.experts_complete = True
-        cluster.round.phase = Phase.RUNNING
+        cluster.round.enter(Phase.RUNNING)
         recovery.show_running()
         cluster.history.add(cluster.round.number, now, cause, "all members went on")
     elif missing:

@@ -46,6 +46,8 @@ from cluster.tracing import names
 
 logger = logging.getLogger(__name__)
 
+_LEFT_OPERATIONS = 16
+"""Operations that the next controller gets."""
 _VERSIONS_OF_A_TERM = 1_000_000
 """Distance between the terms, so that a restarted controller never repeats a version."""
 
@@ -59,6 +61,9 @@ class Phase(Enum):
     """Its members run steps."""
     STALLED = "stalled"
     """Cannot run; its members wait for the next generation."""
+
+
+_PHASES = {Phase.FORMING: {Phase.RUNNING, Phase.STALLED}, Phase.RUNNING: {Phase.STALLED}}
 
 
 @dataclass(slots=True)
@@ -117,6 +122,9 @@ class GenerationRound:
     def highest_epoch(self) -> int:
         """Highest placement epoch in the answers so far."""
         return max((a.highest_epoch for a in self.answers.values()), default=0)
+
+    def enter(self, phase: Phase) -> None:
+        self.phase = next_state(self.phase, phase, _PHASES)
 
     def drop_reports(self, name: str) -> None:
         """Forget reports by and about a lost worker."""
@@ -272,7 +280,7 @@ class Cluster:
             notes=dict(self.notes),
             desired=None if is_whole else self.desired,
             closed=self.places.closed,
-            operations=self.operations.newest(),
+            operations=tuple(self.operations.kept)[-_LEFT_OPERATIONS:],
             drain=self.drain,
         )
 
@@ -353,7 +361,7 @@ class Cluster:
             self.form(formed.members, placement, now)
             return False
         self.experts_complete = True
-        formed.phase = Phase.RUNNING
+        formed.enter(Phase.RUNNING)
         for member in formed.members:
             record = self.workers[member.name]
             record.progress_at = now

@@ -33,7 +33,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """End the processes of workers, then call ``Controller.ended``."""
+    """End the processes of workers, then call ``Draining.ended``."""
 
     workers: tuple[str, ...]
 

@@ -30,6 +30,7 @@ from cluster.core.frames import (
     NewEpoch,
     SwitchEpoch,
 )
+from cluster.core.states import next_state
 from cluster.planner.stages import SlotFill, Stage
 
 
@@ -41,6 +42,13 @@ class ChangeState(Enum):
     SWITCH = "switch at one step"
     DONE = "done"
     FAILED = "failed"
+
+
+_NEXT = {
+    ChangeState.LOAD: {ChangeState.PREPARE, ChangeState.FAILED},
+    ChangeState.PREPARE: {ChangeState.SWITCH, ChangeState.FAILED},
+    ChangeState.SWITCH: {ChangeState.DONE, ChangeState.FAILED},
+}
 
 
 class EpochChange:
@@ -126,7 +134,7 @@ class EpochChange:
             case EpochReady() if self.state is ChangeState.PREPARE and self._is_ours(frame):
                 self._ready(name, frame)
             case EpochSwitched() if self.state is ChangeState.SWITCH and self._is_ours(frame):
-                self.state = ChangeState.DONE
+                self._enter(ChangeState.DONE)
                 self._cluster.come_into_force(self.stage.placement)
 
     def _loaded(self, name: str, frame: ExpertsLoaded, now: float) -> None:
@@ -158,6 +166,9 @@ class EpochChange:
         newest, epoch = self._cluster.generation.number, self.stage.placement.epoch
         return (frame.generation, frame.epoch) == (newest, epoch)
 
+    def _enter(self, state: ChangeState) -> None:
+        self.state = next_state(self.state, state, _NEXT)
+
     # ---- steps ----------------------------------------------------------------------------
 
     def _order_all(
@@ -186,7 +197,7 @@ class EpochChange:
         return {"kind": "peer", "peer": peer.name, "address": peer.weights_address, **limits}
 
     def _prepare(self) -> None:
-        self.state = ChangeState.PREPARE
+        self._enter(ChangeState.PREPARE)
         before, after = self._base.banks, self.stage.placement.banks
         changed = tuple(
             (place, new)
@@ -203,13 +214,13 @@ class EpochChange:
         self._cluster.send(frame, *(m.name for m in self.generation.members))
 
     def _switch(self) -> None:
-        self.state = ChangeState.SWITCH
+        self._enter(ChangeState.SWITCH)
         epoch = self.stage.placement.epoch
         order = SwitchEpoch(generation=self.generation.number, epoch=epoch, oldest_epoch=epoch)
         self._cluster.send(order, self.generation.leader.name)
 
     def _fail(self, reason: str) -> None:
-        self.state = ChangeState.FAILED
+        self._enter(ChangeState.FAILED)
         self.reason = reason
         for name in sorted({o.worker for o in self._orders.pending.values()}):
             number = next(self._cluster.order_numbers)

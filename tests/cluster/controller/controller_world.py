@@ -286,7 +286,7 @@ class World:
         for name in self.ended:
             self.workers[name].is_dead = True
         if self.controller is not None:
-            self.controller.ended(sorted(self.ended), self.now)
+            self.controller.draining.ended(sorted(self.ended), self.now)
             self.carry_out()
 
     def crash_controller(self, num_unsent: int) -> None:

@@ -174,7 +174,7 @@ def test_what_else_was_under_way_has_failed() -> None:
     first = Operations(1, 0.0, lambda: None)
     order = RebalanceOrder(request_id="a", dry_run=True)
     first.begin("rebalance", "placement epoch 4", order, 10.0)
-    forgotten.restore(first.newest(), 20.0)
+    forgotten.restore(first.kept, 20.0)
     operation = forgotten.find("rebalance-1.1")
     assert operation.state is OperationState.FAILED
     assert operation.message == "the controller was restarted"
