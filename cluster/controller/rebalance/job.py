@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +38,6 @@ class RebalanceJob:
     """Monotonic seconds."""
     operation: Operation | None
     """The operation of the client that asked, if any."""
-    shares: Future[ExpertPlacement] | None = None
-    """The next stage with its shares, while these are being solved."""
     change: EpochChange | None = None
     """The stage under way."""
     num_stages: int = 0

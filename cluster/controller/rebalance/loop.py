@@ -42,6 +42,8 @@ from cluster.policy.rebalance import LoadNow, RebalanceDecision, why_impossible,
 
 logger = logging.getLogger(__name__)
 
+_AUTOMATIC = "automatic decision"
+_SHARES = "shares of a stage"
 MAX_STAGES = 64
 """Stages after which a change ends with what it has achieved."""
 
@@ -61,8 +63,6 @@ class Rebalancing:
         self._plans = Plans(cluster, config, executor)
         self.impossible = why_impossible(config)
         """Why rebalancing is impossible in this cluster; empty if it is possible."""
-        self._considered: Future[RebalanceDecision] | None = None
-        self._asked: tuple[Operation, Future[RebalanceDecision]] | None = None
         self._looked: tuple[float, LoadNow] | None = None  # rows at the last dry run, and its load
         self._job: RebalanceJob | None = None
         self._promise: Promise | None = None
@@ -94,7 +94,7 @@ class Rebalancing:
         operation = self._cluster.operations.begin("rebalance", "experts", order, now)
         operation.phase = "plan"
         then = partial(self._answer, order, operation, load)
-        self._asked = operation, self._plans.decide(load, then, now)
+        self._plans.decide(operation.id, load, then, now)
         return operation
 
     def _load_for(self, order: RebalanceOrder) -> LoadNow | None:
@@ -113,13 +113,12 @@ class Rebalancing:
 
     def is_deciding(self, operation: Operation) -> bool:
         """An order is being decided."""
-        return self._pending_decision(operation) is not None
+        return self._plans.waits(operation.id)
 
     def cancel(self, operation: Operation, now: float) -> None:
         """Cancel a change. Raises ``ConflictError`` after its end and during its switch."""
-        pending, job = self._pending_decision(operation), self._job
-        if pending is not None:
-            self._plans.drop(pending)
+        job = self._job
+        if self._plans.drop(operation.id):
             self._cluster.metrics.decided("cancelled")
             self._cluster.operations.end(operation, OperationState.CANCELLED, "cancelled", now)
             return
@@ -185,9 +184,8 @@ class Rebalancing:
         """A window has ended: change the placement if that pays."""
         if not self._cluster.runs or self._cluster.operations.running is not None:
             return
-        if self._considered is None or not self._plans.waits(self._considered):
-            then = partial(self._considered_now, load)
-            self._considered = self._plans.decide(load, then, now)
+        if not self._plans.waits(_AUTOMATIC):
+            self._plans.decide(_AUTOMATIC, load, partial(self._considered_now, load), now)
 
     def _considered_now(
         self, load: LoadNow, future: Future[RebalanceDecision], error: str, now: float
@@ -223,11 +221,6 @@ class Rebalancing:
         done = OperationState.SUCCEEDED
         by = by_load(load.profile)
         self._cluster.operations.end(operation, done, f"{text}: {decision.reason}, {by}", now)
-
-    def _pending_decision(self, operation: Operation) -> Future[RebalanceDecision] | None:
-        if self._asked is None or self._asked[0] is not operation:
-            return None
-        return self._asked[1] if self._plans.waits(self._asked[1]) else None
 
     # ---- carrying out ---------------------------------------------------------------------
 
@@ -266,8 +259,7 @@ class Rebalancing:
 
     def _give_up(self, job: RebalanceJob, reason: str) -> bool:
         """False if it is too late."""
-        if job.shares is not None:
-            self._plans.drop(job.shares)
+        if self._plans.drop(_SHARES):
             return True
         return job.change is not None and job.change.cancel(reason)
 
@@ -296,8 +288,7 @@ class Rebalancing:
             self._finish(job, now)
         else:
             then = partial(self._stage_shared, job, stage)
-            shares = self._plans.share(job.profile, stage.placement, then, now)
-            job.shares = shares if self._plans.waits(shares) else None
+            self._plans.share(_SHARES, job.profile, stage.placement, then, now)
 
     def _stage_shared(
         self,
@@ -307,7 +298,6 @@ class Rebalancing:
         error: str,
         now: float,
     ) -> None:
-        job.shares = None
         if error:
             self._end(job, "failed", f"no shares can be planned: {error}", now)
         else:
