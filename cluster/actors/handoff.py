@@ -19,7 +19,7 @@ from cluster.actors.runner import Runner
 from cluster.actors.start_plan import StartPlan
 from cluster.actors.worker_group_like import FoundWorker
 from cluster.config.resources import resolved_share
-from cluster.controller.failover.collect import CollectedState, ReportCollector
+from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.settings import ControllerSettings
 
 logger = logging.getLogger(__name__)

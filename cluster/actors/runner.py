@@ -23,7 +23,7 @@ from cluster.actors.traces import ClusterTraces, cluster_traces
 from cluster.actors.worker_group_like import WorkerGroupLike
 from cluster.config.resources import ids_by_address
 from cluster.controller.controller import Controller
-from cluster.controller.failover.collect import CollectedState, ReportCollector
+from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.effects import Effect, End, EndAll, Send, Start, Trace
 from cluster.controller.parts.gateway_polls import GatewayPolls

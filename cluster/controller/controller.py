@@ -1,4 +1,4 @@
-"""The controller's state machine: events in, frames and orders out. No Ray, no sockets, no clock.
+"""The controller's state machine: events in, effects out. No Ray, no sockets, no clock.
 
 The life of a generation:
 
@@ -17,9 +17,8 @@ from concurrent.futures import Executor
 from typing import Any
 
 from cluster.config.cluster import ClusterConfig
-from cluster.controller.drain.drain import Draining
-from cluster.controller.failover.collect import CollectedState
-from cluster.controller.failover.restore import continue_with
+from cluster.controller.drain import Draining
+from cluster.controller.failover import CollectedState, continue_with
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.effects import End, EndAll

@@ -100,7 +100,7 @@ class LostWorker(Message, frozen=True, kw_only=True):
 
 
 class Memory(Message, frozen=True, kw_only=True):
-    """``Cluster.memory`` makes it, ``cluster.controller.failover.restore`` takes it."""
+    """``Cluster.memory`` makes it, ``failover.continue_with`` takes it."""
 
     version: int = 0
     """The snapshot's: of several the newest counts."""

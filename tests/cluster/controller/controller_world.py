@@ -15,7 +15,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from cluster.controller.controller import Controller
-from cluster.controller.failover.collect import ReportCollector
+from cluster.controller.failover import ReportCollector
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.effects import End, EndAll, Send, Start
 from cluster.controller.parts.settings import ControllerSettings

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.controller.controller import Controller
-from cluster.controller.failover.collect import CollectedState, ReportCollector
+from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.codec import to_plain

@@ -1,4 +1,4 @@
-"""A restarted controller collects the reports of the workers and derives the cluster's state.
+"""Controller failover: a restarted controller collects reports, and restores its state from them.
 
     every worker that still lives calls: Register, WorkerReady, WorkerReport (and PeerLost if it
     lost one)
@@ -16,13 +16,18 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
+from cluster.controller.drain import Draining
+from cluster.controller.parts.cluster import Cluster, GenerationRound, Phase
+from cluster.controller.parts.effects import End
 from cluster.controller.parts.memory import Memory
+from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.workers import WorkerTable
 from cluster.core.codec import from_plain
 from cluster.core.errors import NotReadyError, ProtocolError
 from cluster.core.frames import (
     ControlFrame,
     DrainRequest,
+    GenerationReady,
     LoadProgress,
     PeerLost,
     Register,
@@ -100,6 +105,20 @@ class CollectedState:
         number = self.generation.number
         names = [m.name for m in self.generation.members]
         return all(n in self.greetings and self.greetings[n].runs(number) for n in names)
+
+    @property
+    def answers(self) -> dict[str, GenerationReady]:
+        """The members' reports as answers to the newest generation."""
+        number, names = self.generation.number, {m.name for m in self.generation.members}
+        return {
+            name: GenerationReady(
+                generation=number,
+                highest_step=greeting.report.highest_step,
+                highest_epoch=greeting.report.highest_epoch,
+            )
+            for name, greeting in self.greetings.items()
+            if name in names and greeting.report is not None
+        }
 
     @property
     def highest_epoch(self) -> int:
@@ -187,7 +206,62 @@ class ReportCollector:
         return suspected_at is None or now - suspected_at < self._confirm_s
 
 
-def restore_workers(table: WorkerTable, collected: CollectedState) -> None:
+def continue_with(
+    collected: CollectedState,
+    cluster: Cluster,
+    recovery: Recovery,
+    draining: Draining,
+    now: float,
+) -> None:
+    """Restore the state of a new controller, which then goes on."""
+    memory = collected.memory
+    cluster.history.restore(memory.history)
+    _restore_workers(cluster.workers, collected)
+    cluster.round = GenerationRound(collected.generation, now, answers=collected.answers)
+    cluster.highest_epoch = collected.highest_epoch
+    cluster.desired = memory.desired or cluster.desired
+    gone = {r.name: r.reason for r in cluster.workers if r.is_lost}
+    cluster.places.restore(memory.closed, gone, now)
+    members = {m.name for m in collected.generation.members}
+    for record in cluster.workers.alive():
+        record.started_with = None if record.name in members else cluster.desired
+    _go_on(collected, cluster, recovery, now)
+    recovery.ready(now)
+    drain = memory.drain
+    cluster.operations.restore(memory.operations, now, drain.operation.id if drain else None)
+    draining.restore(drain, now)
+    for name, greeting in collected.greetings.items():
+        if greeting.asks_for_drain and not cluster.workers[name].is_lost:
+            draining.requested(name, now)
+    cluster.remember()
+
+
+def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now: float) -> None:
+    """With the newest generation if all its members run it, else with the next."""
+    cause, workers = "the controller was restarted", cluster.workers
+    missing = [
+        m.name
+        for m in collected.generation.members
+        if m.name not in collected.greetings or workers[m.name].is_lost
+    ]
+    if collected.is_intact:
+        cluster.experts_complete = True
+        cluster.round.enter(Phase.RUNNING)
+        recovery.show_running()
+        cluster.history.add(cluster.round.number, now, cause, "all members went on")
+    elif missing:
+        cluster.history.add(cluster.round.number, now, cause, "not all members have called")
+        for name in missing:
+            if not workers[name].is_lost:
+                workers.lose(name, "it did not call the restarted controller")
+        cluster.remember()
+        recovery.lost({n: workers[n].reason for n in missing}, now)
+        cluster.effects.append(End(tuple(missing)))
+    else:
+        cluster.reform(cause, now)
+
+
+def _restore_workers(table: WorkerTable, collected: CollectedState) -> None:
     """Update the records of a new table from the reports; missing workers stay unchanged."""
     for worker in collected.memory.lost:
         record = table[worker.member.name]
