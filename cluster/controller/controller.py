@@ -1,12 +1,7 @@
 """The controller's state machine: events in, effects out. No Ray, no sockets, no clock.
 
-The life of a generation:
-
-    all workers ready, or some lost ─▶ NewGeneration to every member ─▶ GenerationReady from all
-        ─▶ RunGeneration(first step above the highest any member saw) ─▶ SERVING or DEGRADED
-
-A further loss before the end starts the next generation. Every method is called from one thread;
-``now`` is in monotonic seconds.
+Its parts share one model (``Cluster``): each takes the events of its subject, changes the model and
+adds effects to it. Every method is called from one thread; ``now`` is in monotonic seconds.
 """
 
 from __future__ import annotations
@@ -95,7 +90,7 @@ class Controller:
                     cluster.reform(cause, now)
             case StatusReply():
                 cluster.load.take(name, frame.expert_load)
-                cluster.workers.take_status(name, frame)
+                record.take_status(frame)
             case Register():
                 record.register(frame)
                 record.since = now
@@ -141,7 +136,7 @@ class Controller:
             return
         for name, reason in fresh.items():
             logger.warning("lost %s: %s", name, reason)
-            cluster.workers.lose(name, reason)
+            cluster.workers[name].enter(WorkerState.LOST, reason)
             cluster.round.drop_reports(name)
         cluster.remember()  # before any generation without them
         if cluster.state is ClusterState.STARTING:

@@ -253,7 +253,8 @@ def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now:
         cluster.history.add(cluster.round.number, now, cause, "not all members have called")
         for name in missing:
             if not workers[name].is_lost:
-                workers.lose(name, "it did not call the restarted controller")
+                why = "it did not call the restarted controller"
+                workers[name].enter(WorkerState.LOST, why)
         cluster.remember()
         recovery.lost({n: workers[n].reason for n in missing}, now)
         cluster.effects.append(End(tuple(missing)))

@@ -5,6 +5,8 @@ and adds effects. The life of a generation:
 
     form ─▶ NewGeneration to every member ─▶ GenerationReady from all, their slots hold the maps'
         ─▶ run ─▶ RunGeneration(first step above the highest step of any member)
+
+A further loss before the end forms the next generation.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class Recovery:
             assert kept is not None, "a drain leaves every expert a copy"
             placement = kept
         for name in names:
-            cluster.workers.lose(name, why, WorkerState.DRAINED)
+            cluster.workers[name].enter(WorkerState.DRAINED, why)
             cluster.places.cordon(name, node)
             cluster.round.drop_reports(name)
         cluster.remember()

@@ -61,6 +61,8 @@ class WorkerRecord:
     """Facts from ``Register`` and ``WorkerReady``."""
     stats: dict[str, float] = field(default_factory=dict)
     """Numbers of its last heartbeat or status reply."""
+    asked: int | None = None
+    """Token of the request for its numbers that it has not answered."""
     mismatch: tuple[int, float] | None = None
     """Generation in which its heartbeats differ from what the controller knows, and since when."""
     _progress: int = -1
@@ -123,6 +125,12 @@ class WorkerRecord:
         self._progress = frame.progress
         self._waiting = frame.waiting
         self.take_numbers(frame)
+
+    def take_status(self, reply: StatusReply) -> None:
+        """A late answer still updates its numbers."""
+        self.take_numbers(reply)
+        if reply.token == self.asked:
+            self.asked = None
 
     def take_numbers(self, frame: Heartbeat | StatusReply) -> None:
         """Keep the finite numbers of a heartbeat or a status reply."""
@@ -187,7 +195,6 @@ class WorkerTable:
         self.model: dict[str, Any] = {**dict.fromkeys(MODEL_FACTS), **model}
         """Name, path and facts; None for unknown ones."""
         self._status_token = 0
-        self._status_pending: set[str] = set()
 
     def __iter__(self) -> Iterator[WorkerRecord]:
         return iter(self._records.values())
@@ -241,30 +248,20 @@ class WorkerTable:
             return None
         return differing_item(measure[0].name, measure[0].build, name, build)
 
-    def lose(self, name: str, reason: str, state: WorkerState = WorkerState.LOST) -> None:
-        """A worker is lost; the controller expects nothing more from it."""
-        self._records[name].enter(state, reason)
-        self._status_pending.discard(name)
-
     # ---- numbers of this moment -----------------------------------------------------------
 
     def ask_status(self) -> tuple[StatusRequest, list[str]]:
         """A new request, and the workers that must answer it."""
         self._status_token += 1
-        asked = [r.name for r in self.alive() if r.state is not WorkerState.STARTING]
-        self._status_pending = set(asked)
-        return StatusRequest(token=self._status_token), asked
-
-    def take_status(self, name: str, reply: StatusReply) -> None:
-        """A worker's answer; a late one still updates its numbers."""
-        self._records[name].take_numbers(reply)
-        if reply.token == self._status_token:
-            self._status_pending.discard(name)
+        asked = [r for r in self.alive() if r.state is not WorkerState.STARTING]
+        for record in asked:
+            record.asked = self._status_token
+        return StatusRequest(token=self._status_token), [r.name for r in asked]
 
     @property
     def status_complete(self) -> bool:
         """All workers that were asked have answered, or are lost."""
-        return not self._status_pending
+        return all(r.asked is None for r in self.alive())
 
     # ---- what they have in common ---------------------------------------------------------
 
