@@ -137,6 +137,7 @@ def test_a_worker_without_a_place_changes_nothing() -> None:
     places.joined([stranger])
     places.lost("expert-9", "killed", 0.0)
     places.cordon("expert-9")
+    places.reopen("expert-9")
     assert due(places, 1000.0) == []
     assert places.is_full(MEMBERS)
 
@@ -188,6 +189,12 @@ def test_another_controller_keeps_closed_places_and_fills_the_others() -> None:
     assert due(places, 5.0) == ["expert-1.2"]
     assert places.nodes_alive(nodes(a="2"))
     assert due(places, 5.0) == ["expert-0.2"]
+
+
+def test_a_place_that_is_filled_is_not_reopened() -> None:
+    places = Places(MEMBERS)
+    places.reopen("expert-0")
+    assert due(places, 1000.0) == []
 
 
 def test_a_place_goes_through_checked_states_only() -> None:
