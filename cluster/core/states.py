@@ -47,6 +47,8 @@ class WorkerState(Enum):
     """Weights are in memory; it is in no running generation."""
     SERVING = "SERVING"
     """It takes part in the running generation."""
+    DRAINING = "DRAINING"
+    """Shown in place of the two before while it takes no new request; never entered."""
     LOST = "LOST"
     """It is gone, or declared so; it never comes back under this name."""
     DRAINED = "DRAINED"

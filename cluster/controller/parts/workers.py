@@ -158,6 +158,7 @@ class WorkerRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Its entry in a snapshot."""
+        shown = WorkerState.DRAINING if self.drains and not self.is_lost else self.state
         blocks = (self.stats.get(f"kv_blocks_{kind}") for kind in ("free", "total"))
         free, total = (None if number is None else int(number) for number in blocks)
         return {
@@ -166,7 +167,7 @@ class WorkerRecord:
             "rank": self.member.rank,
             "node": self.member.node,
             "pid": self.member.pid,
-            "state": "DRAINING" if self.drains and not self.is_lost else self.state.value,
+            "state": shown.value,
             "device": self.info.get("device"),
             "threads": self.info.get("threads"),
             "reason": self.reason,
