@@ -163,7 +163,10 @@ class Runner:
     def _carry_out_all(self) -> None:
         while self.controller is not None and (effects := self.controller.cluster.take_effects()):
             for effect in effects:
-                self._carry_out(effect)
+                try:
+                    self._carry_out(effect)
+                except Exception:  # those after it must still happen
+                    logger.exception("%s failed", type(effect).__name__)
         self.background.notify()
 
     def _carry_out(self, effect: Effect) -> None:

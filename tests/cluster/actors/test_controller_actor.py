@@ -36,6 +36,7 @@ from cluster.core.frames import (
     NewGeneration,
     Register,
     RunGeneration,
+    Shutdown,
     StatusReply,
     WorkerReady,
 )
@@ -244,6 +245,29 @@ def test_a_dead_worker_stalls_the_others_briefly() -> None:
         assert await asyncio.gather(*waits) == [11, 11, 11]
         await actor.stop()
         assert group.ended[0] == "expert-1"
+
+    asyncio.run(body())
+
+
+def test_an_effect_that_fails_does_not_lose_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    send = ControlServer.send
+
+    def fail(self: ControlServer, frame: ControlFrame, *workers: str) -> None:
+        if isinstance(frame, Shutdown):
+            raise ValueError("cannot be encoded")
+        send(self, frame, *workers)
+
+    async def body() -> None:
+        group = ThreadWorkerGroup()
+        actor = ControllerActor(group)
+        await actor.start(_config(3, 5), BANKS)
+        await _until(actor, "SERVING")
+        with monkeypatch.context() as patch:
+            patch.setattr(ControlServer, "send", fail)
+            await asyncio.to_thread(group.workers["expert-1"].client.close)
+            await _until(actor, "DEGRADED")  # a generation without it runs
+            assert group.ended == ["expert-1"]
+        await actor.stop()
 
     asyncio.run(body())
 
