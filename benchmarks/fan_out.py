@@ -19,6 +19,7 @@ from cluster.actors.control_server import ControlServer, _Connection
 from cluster.config.cluster import ClusterConfig, ModelSection
 from cluster.controller.controller import Controller
 from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.effects import Send
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import (
     ControlFrame,
@@ -30,7 +31,7 @@ from cluster.core.frames import (
     WorkerReady,
 )
 from cluster.core.load_profile import BankLoad, LoadProfile
-from cluster.core.placement import BankShape, ExpertPlacement, contiguous
+from cluster.core.placement import BankShape, contiguous
 from cluster.core.topology import Member, Role
 
 
@@ -65,18 +66,11 @@ class Link:
         for name, sink in self.sinks.items():
             self._server._workers[name] = _Connection(reader, writer=sink)
 
-    def send(self, worker: str, frame: ControlFrame) -> None:
-        self.sent.append((worker, frame))
-        self._server.send(worker, frame)
-
-    def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
-        return None
-
-    def end_workers(self, workers: Sequence[str]) -> None:
-        return None
-
-    def end_all(self) -> None:
-        return None
+    def carry_out(self, cluster: Cluster) -> None:
+        for effect in cluster.take_effects():
+            if isinstance(effect, Send):
+                self.sent += [(worker, effect.frame) for worker in effect.workers]
+                self._server.send(effect.frame, *effect.workers)
 
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
         return None
@@ -109,6 +103,7 @@ def answer_all(controller: Controller, link: Link) -> float:
         began = time.process_time()
         for name, answer in answers:
             controller.frame(name, answer, 1.0)
+            link.carry_out(controller.cluster)
         took_s += time.process_time() - began
     return took_s
 
@@ -138,22 +133,23 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     config = ClusterConfig(model=ModelSection(path="x", served_model_name="m"))
     with ThreadPoolExecutor(1) as executor:
         controller = Controller(
-            Cluster(members, placement, link, model={}, load=config.load, now=0.0),
+            Cluster(members, placement, model={}, load=config.load, now=0.0, notes=notes),
             ControllerSettings(),
             config=config,
             executor=executor,
             now=0.0,
-            notes=notes,
         )
         for member in members:
             controller.frame(member.name, Register(member=member), 0.0)
         for member in members:
             controller.frame(member.name, WorkerReady(), 0.0)
+        link.carry_out(controller.cluster)
         answer_all(controller, link)
         assert controller.cluster.runs
         before = sum(sink.num_bytes for sink in link.sinks.values())
         began = time.process_time()
         controller.lost({"expert-3": "closed"}, 1.0)
+        link.carry_out(controller.cluster)
         lost_s = time.process_time() - began
         answers_s = answer_all(controller, link)
         assert controller.cluster.runs

@@ -39,8 +39,8 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "cluster/load/view.py": ("cluster/load/test_load_view.py",),
     "cluster/policy/coverage.py": ("cluster/policy/test_coverage.py",),
     "cluster/policy/failure.py": ("cluster/policy/test_failure.py",),
+    "cluster/policy/places.py": ("cluster/policy/test_places.py",),
     "cluster/policy/rebalance.py": ("cluster/policy/test_rebalance.py",),
-    "cluster/policy/replacement.py": ("cluster/policy/test_replacements.py",),
     "cluster/sizing/roofline.py": ("cluster/sizing/test_sizing.py",),
     "gateway/core/field_checks.py": (
         "gateway/core/test_field_checks.py",

@@ -94,16 +94,18 @@ class ControlServer:
         self._events = events
         self._handshake_limit_s = handshake_limit_s
         self._server: asyncio.Server | None = None
-        self._last: tuple[ControlFrame, bytes] | None = None
+        self.address = ""
+        """``host:port``, once it listens."""
         self._unproved: list[_Connection] = []
         self._workers: dict[str, _Connection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, host: str) -> str:
-        """Listen on a free port of interface ``host``; returns ``host:port``."""
+        """Listen on a free port of interface ``host``; returns ``address``."""
         self._server = await asyncio.start_server(self._serve, host, 0)
         port = self._server.sockets[0].getsockname()[1]
-        return f"{host}:{port}"
+        self.address = f"{host}:{port}"
+        return self.address
 
     async def close(self) -> None:
         """Close the listener and all connections."""
@@ -123,17 +125,12 @@ class ControlServer:
         """The worker has an open, proved connection."""
         return worker in self._workers
 
-    def send(self, worker: str, frame: ControlFrame) -> None:
-        """Send to one worker; nothing happens when it is not connected.
-
-        A frame for many workers is encoded once, if they get it one after the other.
-        """
-        connection = self._workers.get(worker)
-        if connection is None:
-            return
-        if self._last is None or self._last[0] is not frame:
-            self._last = frame, encode(frame)
-        connection.send(self._last[1])
+    def send(self, frame: ControlFrame, *workers: str) -> None:
+        """Send to workers, encoded once; those that are not connected get nothing."""
+        connected = [self._workers[name] for name in workers if name in self._workers]
+        data = encode(frame) if connected else b""
+        for connection in connected:
+            connection.send(data)
 
     def drop(self, worker: str) -> None:
         """Close a worker's connection after what was sent to it, without an event."""

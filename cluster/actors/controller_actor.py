@@ -1,8 +1,7 @@
-"""The controller as a Ray actor: connects the state machine with its sockets and the worker actors.
+"""The controller as a Ray actor: what launchers, gateways and commands call.
 
-``Controller`` decides, ``ControlServer`` carries frames, ``WorkerGroup`` starts and ends processes.
-All three run on the actor's event loop. An actor that Ray has restarted continues with the workers
-of the one before: they serve meanwhile, and calls wait until their state is collected.
+``Runner`` runs the controller. An actor that Ray has restarted continues with the workers of the
+one before: they serve meanwhile, and calls wait until their state is collected.
 """
 
 from __future__ import annotations
@@ -10,58 +9,43 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from cluster.actors.control_server import ControlServer
-from cluster.actors.handoff import Handoff
-from cluster.actors.start_plan import StartPlan, plan_start
+from cluster.actors.handoff import hand_off
+from cluster.actors.runner import Runner
+from cluster.actors.start_plan import plan_start
 from cluster.actors.tasks import Background
-from cluster.actors.traces import ClusterTraces, trace_cluster
-from cluster.actors.worker_group_like import FoundWorker, WorkerGroupLike
+from cluster.actors.worker_group_like import WorkerGroupLike
 from cluster.config.cluster import ClusterConfig
-from cluster.config.resources import ids_by_address, resolved_share
 from cluster.controller.controller import Controller
-from cluster.controller.drain.order import DrainOrder
-from cluster.controller.failover.collect import CollectedState
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.gateway_polls import GatewayPolls
-from cluster.controller.parts.settings import ControllerSettings
-from cluster.controller.parts.worker_table import MODEL_FACTS
+from cluster.controller.parts.drains import DrainOrder
+from cluster.controller.parts.workers import MODEL_FACTS
 from cluster.controller.rebalance.job import RebalanceOrder
 from cluster.core.codec import from_plain
 from cluster.core.errors import (
     ConflictError,
-    ExpertMeshError,
     NotReadyError,
     RequestError,
     StartError,
     SupersededError,
 )
-from cluster.core.frames import ControlFrame, Superseded
-from cluster.core.load_profile import LoadProfile
-from cluster.core.placement import ExpertPlacement
 from cluster.core.states import ClusterState
-from cluster.core.topology import Member
 from cluster.load.view import load_before_start, load_document, num_at_risk, placement_report
 
 logger = logging.getLogger(__name__)
 
-_TICK_S = 0.1
-_NODES_S = 0.5
 _PLAN_LIMIT_S = 20.0
 """Longest wait for the decision on an order to rebalance; it continues afterwards."""
 _PLAN_POLL_S = 0.02
-_RESERVE_LIMIT_S = 30.0
 STATUS_LIMIT_S = 1.0
 """Longest wait for the numbers of the workers."""
 _STOP_LIMIT_S = 20.0
-_END_AGAIN_S = 1.0
+_RESTORE_LIMIT_S = 60.0
+_RESTORE_PAUSE_S = 1.0
+_MAX_RESTORE_PAUSE_S = 10.0
 
 
 class ControllerActor:
@@ -69,23 +53,16 @@ class ControllerActor:
 
     def __init__(self, group: WorkerGroupLike, status_limit_s: float = STATUS_LIMIT_S) -> None:
         self._group = group
-        self.identity = secrets.token_hex(8)
         self._status_limit_s = status_limit_s
-        self._controller: Controller | None = None
-        self._server: ControlServer | None = None
-        self._address = ""
-        self._plan: StartPlan | None = None
-        self._profile: LoadProfile | None = None
-        self._top_k = 1
-        self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._background = Background()
-        self._polls = GatewayPolls()
-        self._handoff = Handoff(self, group, self._background)
-        self._asked: dict[str, str] | None = None
-        self._traces: ClusterTraces | None = None
+        self.runner = Runner(group, self._background)
         self._starting = asyncio.Lock()
-
-    # ---- methods of the actor -------------------------------------------------------------
+        self._may_restore = self._restores = group.was_restarted()
+        self._is_settled = asyncio.Event()  # the cluster is known, or why it is not
+        if self._may_restore:
+            group.call_back("restore")
+        else:
+            self._is_settled.set()
 
     async def start(
         self,
@@ -102,21 +79,17 @@ class ControllerActor:
         begin.
         """
         await self.restore()
-        if self._handoff.is_under_way:
-            raise StartError("controller", self._handoff.failure)
+        if self._restores:
+            raise StartError("controller", self.runner.failure)
         async with self._starting:
-            if self._controller is None:
+            if self.runner.controller is None:
                 nodes = await asyncio.to_thread(self._group.resources)
                 free_cpus = await asyncio.to_thread(self._group.free_cpus)
                 known = ClusterConfig.from_dict(config)
                 plan = plan_start(known, banks, nodes, free_cpus, profile)
                 assert plan.load is not None, "the workers do not run yet"
                 notes = {"profile": profile, "top_k": plan.load.top_k, "asked": asked}
-                members, term = await self._reserve(plan)
-                plan = plan.on(members)
-                controller = self._make_controller(plan, members, notes=notes, term=term)
-                self._background.spawn(self._bring_up(members, plan, self._start_failed))
-                self._run(controller)
+                await self.runner.start(plan, notes)
 
     async def restore(self) -> None:
         """Continue the cluster of an earlier controller, if there was one.
@@ -124,7 +97,10 @@ class ControllerActor:
         Returns when that is done, or after a first failure, while retries continue. A restarted
         actor calls this itself, and every call to it waits for it first.
         """
-        await self._handoff.restore()
+        if self._may_restore:
+            self._may_restore = False
+            self._background.spawn(self._restore())
+        await self._is_settled.wait()
 
     async def origin(self) -> dict[str, Any]:
         """What the cluster was started with: ``asked`` and the whole ``config``, with its token.
@@ -133,11 +109,13 @@ class ControllerActor:
         earlier controller cannot be reached.
         """
         await self.restore()
-        if self._handoff.is_under_way:
-            raise NotReadyError(self._handoff.failure)
+        if self._restores:
+            raise NotReadyError(self.runner.failure)
         async with self._starting:
-            config = self._plan.config.to_dict() if self._controller and self._plan else None
-        return {"asked": self._asked if config else None, "config": config}
+            controller, plan = self.runner.controller, self.runner.plan
+        if controller is None or plan is None:
+            return {"asked": None, "config": None}
+        return {"asked": controller.cluster.notes.get("asked"), "config": plan.config.to_dict()}
 
     async def snapshot(self, fresh: bool = False) -> dict[str, Any]:
         """The cluster's state; ``fresh`` requests the current numbers of every worker first."""
@@ -152,30 +130,24 @@ class ControllerActor:
         ``gateway`` is the caller's name if it is one, which asks again at once.
         """
         await self.restore()
-        if gateway and self._polls.begin(gateway):
-            self._note(f"{gateway} is back", "it serves again")
+        polls = self.runner.polls
+        if gateway and polls.begin(gateway):
+            self.runner.note(f"{gateway} is back", "it serves again")
         try:
             await self._background.wait(lambda: self._version() != known_version, timeout_s)
         finally:
-            self._polls.end(gateway, time.monotonic())
+            polls.end(gateway, time.monotonic())
         return self._snapshot()
 
     async def gateway_leaves(self, gateway: str) -> None:
         """A gateway ends in order."""
-        if self._polls.leave(gateway):
-            self._note(f"{gateway} has left", "its requests have ended")
+        if self.runner.polls.leave(gateway):
+            self.runner.note(f"{gateway} has left", "its requests have ended")
 
     async def streams_paused(self, generation: int, pause_s: float) -> None:
         """A gateway's streams stood still for this time when the generation formed."""
-        if self._controller is not None:
-            cluster = self._controller.cluster
-            cluster.history.paused(generation, pause_s)
-            cluster.touch()
-            self._background.notify()
-
-    def _note(self, cause: str, effect: str) -> None:
-        if self._controller is not None:
-            self._controller.cluster.note(cause, effect, time.monotonic())
+        if self.runner.controller is not None:
+            self.runner.controller.cluster.paused(generation, pause_s)
             self._background.notify()
 
     async def placement(self) -> dict[str, Any]:
@@ -183,7 +155,7 @@ class ControllerActor:
         cluster = await self._fresh_cluster()
         if cluster is None:
             return {"schema": 1, "epoch": 0, "banks": []}
-        return placement_report(cluster.placement, cluster.load, self._profile)
+        return placement_report(cluster.placement, cluster.load, cluster.profile)
 
     async def load(self) -> dict[str, Any]:
         """Tokens by expert and by copy, and the resulting balance (``load --json``)."""
@@ -191,7 +163,9 @@ class ControllerActor:
         if cluster is None:
             return load_before_start()
         model = str(cluster.workers.model.get("name"))
-        document = load_document(cluster.placement, cluster.load, self._profile, model, self._top_k)
+        document = load_document(
+            cluster.placement, cluster.load, cluster.profile, model, cluster.top_k
+        )
         domains = cluster.workers.domains()
         for bank, entry in zip(cluster.placement.banks, document["banks"], strict=True):
             entry["at_risk"] = num_at_risk(bank, domains)
@@ -203,9 +177,8 @@ class ControllerActor:
         Raises ``ConflictError``, ``UnknownNameError``, ``RequestError``; nothing has changed then.
         """
         wanted = from_plain(order, DrainOrder, RequestError)
-        operation = (await self._serving_controller()).draining.begin(wanted, time.monotonic())
-        self._background.notify()
-        return operation.to_dict()
+        controller = await self._serving_controller()
+        return self.runner.tell(partial(controller.draining.begin, wanted)).to_dict()
 
     async def rebalance(self, order: dict[str, Any]) -> dict[str, Any]:
         """Move experts to where the load is (fields of ``RebalanceOrder``); the operation.
@@ -215,310 +188,94 @@ class ControllerActor:
         """
         wanted = from_plain(order, RebalanceOrder, RequestError)
         controller = await self._serving_controller()
-        operation = controller.rebalancing.begin(wanted, time.monotonic())
+        operation = self.runner.tell(partial(controller.rebalancing.begin, wanted))
         deadline = time.monotonic() + _PLAN_LIMIT_S
         while controller.rebalancing.is_deciding(operation) and time.monotonic() < deadline:
             await asyncio.sleep(_PLAN_POLL_S)  # the ticks continue
-        self._background.notify()
         return operation.to_dict()
 
     async def operation(self, operation_id: str) -> dict[str, Any]:
         """One operation. Raises ``UnknownNameError``."""
-        return (await self._serving_controller()).operations.find(operation_id).to_dict()
+        controller = await self._serving_controller()
+        return controller.cluster.operations.find(operation_id).to_dict()
 
     async def operations(self) -> list[dict[str, Any]]:
         """The recorded operations, newest last."""
         await self.restore()
-        return self._controller.operations.to_list() if self._controller else []
+        controller = self.runner.controller
+        return controller.cluster.operations.to_list() if controller is not None else []
 
     async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
         """Cancel an operation. Raises ``UnknownNameError`` and ``ConflictError``."""
         controller = await self._serving_controller()
-        operation = controller.operations.find(operation_id)
+        operation = controller.cluster.operations.find(operation_id)
         owner = controller.draining if operation.kind == "drain" else controller.rebalancing
-        owner.cancel(operation, time.monotonic())
-        self._background.notify()
+        self.runner.tell(partial(owner.cancel, operation))
         return operation.to_dict()
 
     async def stop(self) -> None:
         """End all workers and return when they have ended. The caller ends this actor."""
         await self.restore()
-        if self._controller is not None and self._server is not None:
-            controller = self._controller
-            controller.stop(time.monotonic())
-            self._background.notify()
-            await self._background.wait(
-                lambda: controller.cluster.state is ClusterState.STOPPED, _STOP_LIMIT_S
-            )
-            await self._server.close()
-        if self._traces is not None:
-            await asyncio.to_thread(self._traces.stop)
-        self._background.cancel()
-        self._planner.shutdown(wait=False, cancel_futures=True)
+        if (controller := self.runner.controller) is not None:
+            self.runner.tell(controller.stop)
+            state = ClusterState.STOPPED
+            await self._background.wait(lambda: controller.cluster.state is state, _STOP_LIMIT_S)
+        await self.runner.stop()
 
-    # ---- actions of the controller (``WorkerLink``) ------------------------------------------
+    # ---- small things ---------------------------------------------------------------------
 
-    def send(self, worker: str, frame: ControlFrame) -> None:
-        if self._server is not None:
-            self._server.send(worker, frame)
-
-    def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
-        assert self._plan is not None
-        plan = replace(self._plan, placement=placement)
-        self._background.spawn(self._bring_up([member], plan, partial(self._died, member.name)))
-
-    def end_workers(self, workers: Sequence[str]) -> None:
-        if self._server is not None:
-            for worker in workers:
-                self._server.drop(worker)
-        names = list(workers)
-        end = partial(self._group.end, names)
-        self._background.spawn(self._end(end, lambda c, now: c.draining.ended(names, now)))
-
-    def end_all(self) -> None:
-        self._background.spawn(self._end(self._group.end_all, Controller.all_ended))
-
-    # ---- events of the sockets (``ControlEvents``) -------------------------------------------
-
-    def on_frame(self, worker: str, frame: ControlFrame) -> None:
-        target = self._handoff.collector or self._controller
-        if isinstance(frame, Superseded) and self._controller is not None:
-            self.retire(f"{worker} follows another controller")
-        elif target is not None:
-            target.frame(worker, frame, time.monotonic())
-            self._background.notify()
-
-    def on_closed(self, worker: str, reason: str) -> None:
-        if self._handoff.collector is not None:
-            self._handoff.collector.gone(worker)
-        elif self._controller is not None:
-            self._controller.disconnected(worker, reason, time.monotonic())
-        self._background.notify()
-
-    # ---- calls of the handoff -------------------------------------------------------------
-
-    async def open_server(self, token: str) -> str:
-        if self._server is not None:
-            await self._server.close()
-        self._server = ControlServer(token, self)
-        self._address = await self._server.start(self._group.address())
-        return self._address
-
-    def is_connected(self, worker: str) -> bool:
-        return self._server is not None and self._server.is_connected(worker)
-
-    def continue_with(self, found: Sequence[FoundWorker], collected: CollectedState) -> None:
-        plan = StartPlan(
-            config=found[0].config,
-            placement=collected.placement,
-            share=resolved_share(found[0].config.workers),
-            num_slots=max(f.num_slots for f in found),
-        )
-        notes = collected.memory.get("notes", {})
-        controller = self._make_controller(
-            plan, collected.members, notes=notes, term=collected.term
-        )
-        controller.restore(collected, time.monotonic())
-        self._background.spawn(
-            self._group.end_others([r.name for r in controller.cluster.workers.alive()])
-        )
-        logger.info("term %d: %d workers found", collected.term, len(collected.greetings))
-        self._run(controller)
-
-    def retire(self, reason: str) -> None:
-        """Another controller leads the workers: let go of them."""
-        logger.warning("superseded: %s", reason)
-        self._handoff.failure = f"superseded: {reason}"
-        self._controller = None
-        if self._server is not None:
-            self._background.spawn(self._server.close())
-        self._background.notify()
-
-    # ---- tasks ----------------------------------------------------------------------------
-
-    async def _reserve(self, plan: StartPlan) -> tuple[tuple[Member, ...], int]:
-        """Open the control server, reserve room, claim a term; release all after an error."""
-        try:
-            await self.open_server(plan.config.cluster_token)
-            pools = plan.config.workers.pools
-            members = await self._group.reserve(pools, plan.share, _RESERVE_LIMIT_S)
-            return members, await self._group.claim(1, self.identity)
-        except (ExpertMeshError, OSError):
-            assert self._server is not None, "it is there before it is opened"
-            await self._server.close()
-            await self._group.end_all()
-            raise
-
-    def _run(self, controller: Controller) -> None:
-        """Direct calls and frames to this controller, and let time pass for it."""
-        self._controller = controller
-        self._background.spawn(self._tick_forever(controller))
-        self._background.spawn(self._watch_nodes(controller))
-
-    async def _bring_up(
-        self, members: Sequence[Member], plan: StartPlan, failed: Callable[[str], None]
-    ) -> None:
-        """Create actors, and watch them until they have called.
-
-        ``failed`` gets an error that is not a worker's own.
-        """
-        assert self._server is not None
-        try:
-            extras = {m.name: plan.extra(m) for m in members}
-            names = [m.name for m in members]
-            watching = asyncio.create_task(self._group.watch_creation(names, self._created))
+    async def _restore(self) -> None:
+        """Repeat until it succeeds: the workers serve meanwhile."""
+        pause_s = _RESTORE_PAUSE_S
+        term = 0  # claimed once: who is overtaken by another controller must not overtake it again
+        while self._restores:
             try:
-                await self._group.start(members, plan.config.to_dict(), self._address, extras)
-            finally:
-                watching.cancel()
-            for name in names:
-                self._created(name)
-            await self._group.watch(self._server.is_connected, self._died)
-        except SupersededError as err:
-            self.retire(str(err))
-        except StartError as err:
-            self._died(err.part, err.reason)
-        except Exception as err:  # any error of Ray must be reported: the start must not hang
-            logger.exception("workers could not be created")
-            failed(f"{type(err).__name__}: {err}")
-
-    def _created(self, name: str) -> None:
-        if self._controller is not None:
-            self._controller.created(name, time.monotonic())
-
-    def _start_failed(self, error: str) -> None:
-        assert self._controller is not None
-        self._controller.fail_start(error, time.monotonic())
-        self._background.notify()
-
-    async def _end(
-        self,
-        end: Callable[[], Awaitable[None]],
-        ended: Callable[[Controller, float], None],
-    ) -> None:
-        """End workers, again after each error, until they have ended; then call ``ended``."""
-        while self._controller is not None:
-            try:
-                await end()
+                async with asyncio.timeout(_RESTORE_LIMIT_S):
+                    term = term or await self._group.claim(1, self.runner.identity)
+                    await hand_off(self.runner, term)
+                self._restores = False
             except SupersededError as err:
-                self.retire(str(err))
-            except Exception:  # any error of Ray
-                logger.exception("workers could not be ended, trying again")
-                await asyncio.sleep(_END_AGAIN_S)
-            else:
-                if self._controller is not None:
-                    ended(self._controller, time.monotonic())
-                break
-        self._background.notify()
-
-    async def _tick_forever(self, controller: Controller) -> None:
-        while self._leads(controller):
-            await asyncio.sleep(_TICK_S)
-            version = controller.cluster.version
-            try:
-                controller.tick(time.monotonic())
-            except Exception:  # detection must continue
-                logger.exception("a tick of the controller failed")
-            for gateway in self._polls.take_gone(time.monotonic()):
-                self._note(f"{gateway} is gone: it no longer asks", "its requests end")
-            if controller.cluster.version != version:
-                self._background.notify()
-
-    async def _watch_nodes(self, controller: Controller) -> None:
-        """Drain the workers of nodes that will leave; fill their places afterwards."""
-        while self._leads(controller):
-            await asyncio.sleep(_NODES_S)
-            try:
-                leaving, nodes = await asyncio.to_thread(
-                    lambda: (self._group.leaving(), self._group.resources())
-                )
-            except Exception as err:  # any error of Ray: the next round asks again
-                logger.debug("the nodes cannot be listed: %s", err)
-                continue
-            for name in sorted(leaving):
-                controller.draining.requested(name, time.monotonic())
-            controller.draining.nodes_alive(ids_by_address(nodes))
-
-    def _leads(self, controller: Controller) -> bool:
-        is_over = controller.cluster.state is ClusterState.STOPPED
-        return self._controller is controller and not is_over
-
-    def _died(self, name: str, reason: str) -> None:
-        if self._controller is not None and name in self._controller.cluster.workers:
-            self._controller.lost({name: reason}, time.monotonic())
+                self.runner.retire(str(err))
+                self._restores = False
+            except Exception as err:  # any error of Ray
+                logger.exception("the workers could not be found, trying again")
+                failure = f"the restarted controller failed: {type(err).__name__}: {err}"
+                self.runner.failure = failure
+            self._is_settled.set()  # after a failure waiting calls get that
             self._background.notify()
+            if self._restores:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _MAX_RESTORE_PAUSE_S)
 
     async def _fresh_cluster(self) -> Cluster | None:
         """The cluster with the current numbers of every worker; None before the start."""
         await self.restore()
-        if self._controller is None:
+        if (controller := self.runner.controller) is None:
             return None
-        self._controller.request_status()
-        cluster = self._controller.cluster
-        await self._background.wait(lambda: cluster.workers.status_complete, self._status_limit_s)
-        return cluster
+        self.runner.tell(controller.request_status)
+        workers = controller.cluster.workers
+        await self._background.wait(lambda: workers.status_complete, self._status_limit_s)
+        return controller.cluster
 
     async def _serving_controller(self) -> Controller:
         """Raises ``ConflictError`` before the start."""
         await self.restore()
-        if self._controller is None:
-            raise ConflictError(self._handoff.failure or "the cluster has not been started")
-        return self._controller
-
-    # ---- small things ---------------------------------------------------------------------
-
-    def _make_controller(
-        self,
-        plan: StartPlan,
-        members: Sequence[Member],
-        *,
-        notes: Mapping[str, Any],
-        term: int,
-    ) -> Controller:
-        profile, config = notes.get("profile"), plan.config
-        self._plan = plan
-        self._profile = LoadProfile.from_dict(profile) if profile else None
-        self._top_k = int(notes.get("top_k", 1))
-        self._asked = notes.get("asked")
-        now = time.monotonic()
-        cluster = Cluster(
-            members,
-            plan.placement,
-            self,
-            model={"name": config.model.served_model_name, "path": config.model.path},
-            load=config.load,
-            now=now,
-            num_slots=plan.num_slots,
-            can_grow=plan.share.device == "cpu",
-            term=term,
-            identity=self.identity,
-            host=self._address.rpartition(":")[0],
-            wall_time_offset_s=time.time() - now,
-        )
-        controller = Controller(
-            cluster,
-            ControllerSettings.of(config),
-            config=config,
-            executor=self._planner,
-            now=now,
-            top_k=self._top_k,
-            notes=notes,
-        )
-        self._traces = trace_cluster(controller, config.observability)
-        return controller
+        if self.runner.controller is None:
+            raise ConflictError(self.runner.failure or "the cluster has not been started")
+        return self.runner.controller
 
     def _snapshot(self) -> dict[str, Any]:
         mine: dict[str, Any] = {"controller_pid": os.getpid()}
-        if self._controller is not None:
-            return self._controller.snapshot() | mine
-        if self._handoff.failure:
-            is_under_way = self._handoff.is_under_way
-            state = ClusterState.RECOVERING if is_under_way else ClusterState.STOPPED
-            mine |= {"state": state.value, "error": self._handoff.failure}
+        if self.runner.controller is not None:
+            return self.runner.controller.snapshot() | mine
+        if self.runner.failure:
+            state = ClusterState.RECOVERING if self._restores else ClusterState.STOPPED
+            mine |= {"state": state.value, "error": self.runner.failure}
         return _snapshot_before_start() | mine
 
     def _version(self) -> int:
-        return self._controller.cluster.version if self._controller else 0
+        controller = self.runner.controller
+        return controller.cluster.version if controller is not None else 0
 
 
 def _snapshot_before_start() -> dict[str, Any]:

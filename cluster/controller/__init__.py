@@ -1,4 +1,4 @@
-"""The controller's state machine: events in, frames and orders out.
+"""The controller's state machine: events in, effects out.
 
 Imports its own parts and the floors below; no Ray, socket or clock.
 """

@@ -1,12 +1,7 @@
-"""The controller's state machine: events in, frames and orders out. No Ray, no sockets, no clock.
+"""The controller's state machine: events in, effects out. No Ray, no sockets, no clock.
 
-The life of a generation:
-
-    all workers ready, or some lost ─▶ NewGeneration to every member ─▶ GenerationReady from all
-        ─▶ RunGeneration(first step above the highest any member saw) ─▶ SERVING or DEGRADED
-
-A further loss before the end starts the next generation. Every method is called from one thread;
-``now`` is in monotonic seconds.
+Its parts share one model (``Cluster``): each takes the events of its subject, changes the model and
+adds effects to it. Every method is called from one thread; ``now`` is in monotonic seconds.
 """
 
 from __future__ import annotations
@@ -17,16 +12,14 @@ from concurrent.futures import Executor
 from typing import Any
 
 from cluster.config.cluster import ClusterConfig
-from cluster.controller.drain.drain import Draining
-from cluster.controller.failover.collect import CollectedState, lost_workers
-from cluster.controller.failover.restore import continue_with
-from cluster.controller.parts import generation
+from cluster.controller.drain import Draining
+from cluster.controller.failover import CollectedState, continue_with
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.detection import Detection
-from cluster.controller.parts.operations import Operations
+from cluster.controller.parts.effects import End, EndAll
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.controller.parts.worker_record import WorkerRecord
+from cluster.controller.parts.workers import WorkerRecord
 from cluster.controller.rebalance.loop import Rebalancing
 from cluster.core.errors import ProtocolError
 from cluster.core.frames import (
@@ -47,12 +40,9 @@ from cluster.core.frames import (
     WorkerReady,
 )
 from cluster.core.states import ClusterState, WorkerState
-from cluster.policy.failure import describe_members
+from cluster.policy.coverage import describe_members
 
 logger = logging.getLogger(__name__)
-
-_KEPT_ENTRIES = 64
-"""Entries of the history that the next controller gets."""
 
 
 class Controller:
@@ -66,36 +56,14 @@ class Controller:
         config: ClusterConfig,
         executor: Executor,
         now: float,
-        top_k: int = 1,
-        notes: Mapping[str, Any] | None = None,
     ) -> None:
-        """``executor`` computes the plans of rebalancing.
-
-        ``notes`` are for the next controller (see ``CollectedState.memory``).
-        """
+        """``executor`` computes the plans of rebalancing."""
         self.cluster = cluster
         self._config = config.workers
         self.detection = Detection(self.cluster, settings, now)
         self.recovery = Recovery(self.cluster, settings)
-        self.operations = Operations(cluster.term, cluster.wall_time_offset_s, cluster.remember)
-        self.rebalancing = Rebalancing(
-            self.cluster,
-            self.operations,
-            self.recovery,
-            config,
-            executor,
-            top_k=top_k,
-            now=now,
-        )
-        self.draining = Draining(self.cluster, self.operations, self.recovery, self.rebalancing)
-        cluster.memories = {
-            "history": lambda: cluster.history.to_list()[-_KEPT_ENTRIES:],
-            "lost": lambda: lost_workers(cluster.workers),
-            "notes": lambda: dict(notes or {}),
-            "recovery": self.recovery.memory,
-            "operations": self.operations.memory,
-            "draining": self.draining.memory,
-        }
+        self.rebalancing = Rebalancing(self.cluster, config, executor, now)
+        self.draining = Draining(self.cluster, self.recovery, self.rebalancing)
 
     # ---- events ---------------------------------------------------------------------------
 
@@ -104,25 +72,25 @@ class Controller:
         cluster = self.cluster
         record = cluster.workers.find(name)
         if record.is_lost or not cluster.is_up:
-            cluster.link.send(name, Shutdown(reason=record.reason or "the cluster is ending"))
+            cluster.send(Shutdown(reason=record.reason or "the cluster is ending"), name)
             return
         record.heard_at = now
         match frame:
             case Heartbeat():
                 record.beat(frame, now)
-                self._take_load(name, frame)
+                cluster.load.take(name, frame.expert_load)
                 term, identity = cluster.term, cluster.identity
                 ack = HeartbeatAck(term=term, controller=identity, number=frame.number)
-                cluster.link.send(name, ack)
+                cluster.send(ack, name)
                 is_member = record.state is WorkerState.SERVING
                 if frame.fenced and frame.generation == cluster.round.number and is_member:
                     # it has stopped serving, while this controller was away
-                    self.recovery.reform(f"the lease of {name} ran out", now)
+                    cluster.reform(f"the lease of {name} ran out", now)
                 elif (cause := self.detection.mismatch(name, frame, now)) is not None:
-                    self.recovery.reform(cause, now)
+                    cluster.reform(cause, now)
             case StatusReply():
-                self._take_load(name, frame)
-                cluster.workers.take_status(name, frame)
+                cluster.load.take(name, frame.expert_load)
+                record.take_status(frame)
             case Register():
                 record.register(frame)
                 record.since = now
@@ -172,17 +140,16 @@ class Controller:
             return
         for name, reason in fresh.items():
             logger.warning("lost %s: %s", name, reason)
-            cluster.workers.lose(name, reason)
+            cluster.workers[name].enter(WorkerState.LOST, reason)
             cluster.round.drop_reports(name)
-        self.draining.lost(fresh, now)
         cluster.remember()  # before any generation without them
         if cluster.state is ClusterState.STARTING:
             self.fail_start("; ".join(f"{n}: {r}" for n, r in fresh.items()), now)
         elif cluster.is_up:
             for name, reason in fresh.items():
-                cluster.link.send(name, Shutdown(reason=f"declared lost: {reason}"))
+                cluster.send(Shutdown(reason=f"declared lost: {reason}"), name)
             self.recovery.lost(fresh, now)
-            cluster.link.end_workers(list(fresh))
+            cluster.effects.append(End(tuple(fresh)))
 
     def fail_start(self, error: str, now: float) -> None:
         """The start cannot succeed: end what exists, keep the reason. No effect after the start."""
@@ -199,7 +166,7 @@ class Controller:
         self.cluster.load.tick(now)
         self.rebalancing.tick(now)
         if cause := self.detection.end_hold(now):
-            self.recovery.reform(cause, now)
+            self.cluster.reform(cause, now)
         for lost in self.detection.find_lost(now):
             self.lost(lost, now)
         self.recovery.tick(now)
@@ -210,9 +177,9 @@ class Controller:
             return
         self.cluster.enter(ClusterState.DRAINING)
         self.cluster.history.add(self.cluster.round.number, now, reason, "end all workers")
-        for record in self.cluster.workers.alive():
-            self.cluster.link.send(record.name, Shutdown(reason=reason))
-        self.cluster.link.end_all()
+        alive = self.cluster.workers.alive()
+        self.cluster.send(Shutdown(reason=reason), *(r.name for r in alive))
+        self.cluster.effects.append(EndAll())
 
     def all_ended(self, now: float) -> None:
         """Every worker process is gone."""
@@ -223,13 +190,12 @@ class Controller:
 
     # ---- questions ------------------------------------------------------------------------
 
-    def request_status(self) -> None:
+    def request_status(self, now: float) -> None:
         """Ask every worker for its numbers; ``workers.status_complete`` says when all came."""
         if not self.cluster.is_up:
             return
         request, asked = self.cluster.workers.ask_status()
-        for name in asked:
-            self.cluster.link.send(name, request)
+        self.cluster.send(request, *asked)
 
     def snapshot(self) -> dict[str, Any]:
         """The cluster's state, fit for JSON (``status --json``)."""
@@ -259,8 +225,7 @@ class Controller:
     def restore(self, collected: CollectedState, now: float) -> None:
         """Continue with running workers; the first call to a restarted controller."""
         self.cluster.state = ClusterState.RECOVERING
-        parts = self.cluster, self.recovery, self.operations, self.draining
-        continue_with(collected, *parts, now)
+        continue_with(collected, self.cluster, self.recovery, self.draining, now)
         self._check_builds([r.name for r in self.cluster.workers.alive()], now)
 
     # ---- start ----------------------------------------------------------------------------
@@ -274,7 +239,7 @@ class Controller:
         elif all(r.state is WorkerState.READY for r in cluster.workers):
             members = tuple(r.member for r in cluster.workers)
             cluster.history.add(1, now, "start", f"serve with {describe_members(members)}")
-            generation.begin(cluster, members, cluster.placement, now)
+            cluster.form(members, cluster.placement, now)
 
     # ---- small things ---------------------------------------------------------------------
 
@@ -282,7 +247,3 @@ class Controller:
         """Workers that cannot serve with the others are lost before they meet."""
         workers, members = self.cluster.workers, self.cluster.generation.members
         self.lost({n: why for n in names if (why := workers.misfit(n, members))}, now)
-
-    def _take_load(self, name: str, frame: Heartbeat | StatusReply) -> None:
-        if frame.expert_load is not None:
-            self.cluster.load.take(name, frame.expert_load)

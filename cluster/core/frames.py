@@ -169,7 +169,7 @@ class ControllerSnapshot(ControlFrame, frozen=True, kw_only=True):
     term: int
     """As in ``NewGeneration``."""
     memory: dict[str, Any]
-    """Plain data of ``cluster.controller.failover.collect``; workers only keep it."""
+    """A ``Memory`` of the controller as plain data; workers only keep it."""
     controller: str = ""
     """As in ``NewGeneration``."""
 

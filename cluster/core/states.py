@@ -14,7 +14,9 @@ from collections.abc import Mapping, Set
 from enum import Enum
 from typing import TypeVar
 
-StateT = TypeVar("StateT", "ClusterState", "WorkerState")
+StateT = TypeVar("StateT", bound=Enum)
+Transitions = Mapping[StateT, Set[StateT]]
+"""By state, those that may follow; none follows a state that is missing."""
 
 
 class ClusterState(Enum):
@@ -45,13 +47,15 @@ class WorkerState(Enum):
     """Weights are in memory; it is in no running generation."""
     SERVING = "SERVING"
     """It takes part in the running generation."""
+    DRAINING = "DRAINING"
+    """Shown in place of the two before while it takes no new request; never entered."""
     LOST = "LOST"
     """It is gone, or declared so; it never comes back under this name."""
     DRAINED = "DRAINED"
     """It was emptied and ended on purpose; it never comes back under this name."""
 
 
-_NEXT: Mapping[Enum, Set[Enum]] = {
+_NEXT: Transitions[Enum] = {
     ClusterState.STARTING: {ClusterState.SERVING, ClusterState.DRAINING},
     ClusterState.SERVING: {ClusterState.RECOVERING, ClusterState.DEGRADED, ClusterState.DRAINING},
     ClusterState.DEGRADED: {ClusterState.RECOVERING, ClusterState.DRAINING},
@@ -62,15 +66,14 @@ _NEXT: Mapping[Enum, Set[Enum]] = {
     WorkerState.READY: {WorkerState.SERVING, WorkerState.LOST, WorkerState.DRAINED},
     WorkerState.SERVING: {WorkerState.READY, WorkerState.LOST, WorkerState.DRAINED},
 }
-"""No state follows those that are missing."""
 
 
 class IllegalTransitionError(AssertionError):
     """A state was to follow one that it cannot follow: a mistake in our own code."""
 
 
-def next_state(old: StateT, new: StateT) -> StateT:
-    """``new``, when it may follow ``old``. Raises ``IllegalTransitionError``."""
-    if new not in _NEXT.get(old, ()):
+def next_state(old: StateT, new: StateT, allowed: Transitions[StateT] | None = None) -> StateT:
+    """``new``, if it may follow ``old``. Raises ``IllegalTransitionError``."""
+    if new not in (_NEXT if allowed is None else allowed).get(old, ()):
         raise IllegalTransitionError(f"{type(old).__name__}: {old.value} -> {new.value}")
     return new

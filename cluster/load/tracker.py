@@ -96,10 +96,10 @@ class LoadTracker:
         self.windows: deque[LoadWindow] = deque(maxlen=section.num_windows)
         """The newest windows that had load, oldest first."""
 
-    def take(self, worker: str, report: LoadReport) -> None:
-        """A worker's newest counts; a report older than the last one is ignored."""
+    def take(self, worker: str, report: LoadReport | None) -> None:
+        """A worker's newest counts, if any; a report older than the last one is ignored."""
         known = self._reports.get(worker)
-        if known is None or report.rows >= known.rows:
+        if report is not None and (known is None or report.rows >= known.rows):
             self._reports[worker] = report
 
     def tick(self, now: float) -> LoadWindow | None:

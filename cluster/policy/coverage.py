@@ -1,4 +1,4 @@
-"""Which worker serves which expert after members leave or join: plain values in and out.
+"""How members continue after others left or joined: which worker serves which expert. Pure.
 
 Weights stay where they are if possible. The maps use the desired copies that each device holds, and
 for an expert without any of them any other copy. A member with room must load an expert that no
@@ -18,8 +18,11 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from msgspec import structs
+
 from cluster.core.errors import ConflictError
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+from cluster.core.topology import Member
 from cluster.planner.stages import SlotFill, Stage
 
 
@@ -96,6 +99,77 @@ def stage_on(devices: Collection[int], current: ExpertPlacement, room: int | Non
         replace(load, sources=current.banks[load.bank].holders(load.expert)) for load in found.loads
     )
     return Stage(fills=fills, placement=found.placement)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FailureDecision:
+    """What to do after members left or joined; the controller carries it out."""
+
+    can_run: bool
+    """A generation of the members runs; else an expert has no copy, or no attention worker is left.
+    """
+    placement: ExpertPlacement
+    """Maps of the new generation; the old ones where none can run."""
+    loads: tuple[SlotFill, ...]
+    """What members must load before it runs."""
+    experts_complete: bool
+    """Every expert has a copy on a member, or will have one after ``loads``."""
+    effect: str
+    """Effect, for people."""
+
+
+def decide_members(
+    members: Sequence[Member],
+    holdings: Holdings,
+    *,
+    highest_epoch: int,
+    expert_load: Mapping[tuple[str, int], Sequence[float]] | None = None,
+) -> FailureDecision:
+    """How these ``members``, survivors and newcomers, continue.
+
+    ``highest_epoch`` is the highest placement epoch that any worker ran: new maps are above it.
+    ``expert_load`` as for ``cover``.
+    """
+    current = holdings.current
+    epoch = max(highest_epoch, current.epoch)
+    devices = {m.device for m in members if m.holds_experts}
+    covered = cover(holdings, devices, epoch + 1, expert_load)
+    placement, loads = covered.placement, covered.loads
+    can_run = placement is not None and any(m.runs_attention for m in members)
+    if placement is None:
+        placement = current
+    elif placement.banks == current.banks:
+        placement = structs.replace(placement, epoch=epoch)
+    if can_run:
+        effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
+        effect = f"{_loads_text(loads, members)}; {effect}" if loads else effect
+    elif any(m.runs_attention for m in members):
+        effect = _missing_text(current, covered.missing)
+    else:
+        effect = "no attention worker is left"
+    return FailureDecision(
+        can_run=can_run,
+        placement=placement if can_run else current,
+        loads=loads if can_run else (),
+        experts_complete=covered.placement is not None and (can_run or not loads),
+        effect=effect,
+    )
+
+
+def describe_losses(lost: Mapping[str, str]) -> str:
+    """``lost expert-0: closed; lost expert-2: no heartbeat``; ``lost`` is worker -> reason."""
+    return "; ".join(f"lost {name}: {reason}" for name, reason in sorted(lost.items()))
+
+
+def describe_members(members: Sequence[Member]) -> str:
+    """``1 attention and 2 expert workers``, ``2 colocated workers``."""
+    found = Counter(m.role for m in members)
+    if found["colocated"]:
+        return f"{found['colocated']} colocated worker{'' if found['colocated'] == 1 else 's'}"
+    experts = found["expert"]
+    return (
+        f"{found['attention']} attention and {experts} expert worker{'' if experts == 1 else 's'}"
+    )
 
 
 class _Bank:
@@ -194,3 +268,21 @@ class _Bank:
             if device in places:
                 return device
         return min(places, key=lambda d: (others.count(d), d))
+
+
+def _missing_text(placement: ExpertPlacement, missing: Sequence[tuple[int, int]]) -> str:
+    """``missing`` are (place of the bank, expert)."""
+    index, expert = missing[0]
+    bank = placement.banks[index]
+    verb = "expert has" if len(missing) == 1 else "experts have"
+    return (
+        f"{len(missing)} {verb} no copy left, the first is expert {expert} "
+        f"of bank {bank.bank} layer {bank.layer}"
+    )
+
+
+def _loads_text(loads: Sequence[SlotFill], members: Sequence[Member]) -> str:
+    """``expert-0, expert-2 load 64 experts``."""
+    devices = {load.device for load in loads}
+    names = [m.name for m in members if m.device in devices]
+    return f"{', '.join(names)} load{'s' if len(names) == 1 else ''} {len(loads)} experts"

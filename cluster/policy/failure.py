@@ -1,34 +1,10 @@
-"""Failure policy: which workers are lost, and how the others continue. Pure; time passed in."""
+"""Failure policy: which workers are lost. Pure; time passed in."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from msgspec.structs import replace
-
-from cluster.core.placement import ExpertPlacement
-from cluster.core.topology import Member
-from cluster.planner.stages import SlotFill
-from cluster.policy.coverage import Holdings, cover
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FailureDecision:
-    """What to do after members left or joined; the controller carries it out."""
-
-    can_run: bool
-    """A generation of the members runs; else an expert has no copy, or no attention worker is left.
-    """
-    placement: ExpertPlacement
-    """Maps of the new generation; the old ones where none can run."""
-    loads: tuple[SlotFill, ...]
-    """What members must load before it runs."""
-    experts_complete: bool
-    """Every expert has a copy on a member, or will have one after ``loads``."""
-    effect: str
-    """Effect, for people."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,60 +32,6 @@ class PeerReport:
     reason: str
     at: float
     """Time at which the controller received it."""
-
-
-def decide_members(
-    members: Sequence[Member],
-    holdings: Holdings,
-    *,
-    highest_epoch: int,
-    expert_load: Mapping[tuple[str, int], Sequence[float]] | None = None,
-) -> FailureDecision:
-    """How these ``members``, survivors and newcomers, continue.
-
-    ``highest_epoch`` is the highest placement epoch that any worker ran: new maps are above it.
-    ``expert_load`` as for ``cover``.
-    """
-    current = holdings.current
-    epoch = max(highest_epoch, current.epoch)
-    devices = {m.device for m in members if m.holds_experts}
-    covered = cover(holdings, devices, epoch + 1, expert_load)
-    placement, loads = covered.placement, covered.loads
-    can_run = placement is not None and any(m.runs_attention for m in members)
-    if placement is None:
-        placement = current
-    elif placement.banks == current.banks:
-        placement = replace(placement, epoch=epoch)
-    if can_run:
-        effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
-        effect = f"{_loads_text(loads, members)}; {effect}" if loads else effect
-    elif any(m.runs_attention for m in members):
-        effect = _missing_text(current, covered.missing)
-    else:
-        effect = "no attention worker is left"
-    return FailureDecision(
-        can_run=can_run,
-        placement=placement if can_run else current,
-        loads=loads if can_run else (),
-        experts_complete=covered.placement is not None and (can_run or not loads),
-        effect=effect,
-    )
-
-
-def describe_losses(lost: Mapping[str, str]) -> str:
-    """``lost expert-0: closed; lost expert-2: no heartbeat``; ``lost`` is worker -> reason."""
-    return "; ".join(f"lost {name}: {reason}" for name, reason in sorted(lost.items()))
-
-
-def describe_members(members: Sequence[Member]) -> str:
-    """``1 attention and 2 expert workers``, ``2 colocated workers``."""
-    found = Counter(m.role for m in members)
-    if found["colocated"]:
-        return f"{found['colocated']} colocated worker{'' if found['colocated'] == 1 else 's'}"
-    experts = found["expert"]
-    return (
-        f"{found['attention']} attention and {experts} expert worker{'' if experts == 1 else 's'}"
-    )
 
 
 def find_silent(now: float, pulses: Sequence[Pulse], limit_s: float) -> dict[str, str]:
@@ -170,21 +92,3 @@ def confirm_suspect(
         return len(reporters), roles.get(suspect) == "expert", suspect
 
     return named[max(named, key=weight)][0]
-
-
-def _missing_text(placement: ExpertPlacement, missing: Sequence[tuple[int, int]]) -> str:
-    """``missing`` are (place of the bank, expert)."""
-    index, expert = missing[0]
-    bank = placement.banks[index]
-    verb = "expert has" if len(missing) == 1 else "experts have"
-    return (
-        f"{len(missing)} {verb} no copy left, the first is expert {expert} "
-        f"of bank {bank.bank} layer {bank.layer}"
-    )
-
-
-def _loads_text(loads: Sequence[SlotFill], members: Sequence[Member]) -> str:
-    """``expert-0, expert-2 load 64 experts``."""
-    devices = {load.device for load in loads}
-    names = [m.name for m in members if m.device in devices]
-    return f"{', '.join(names)} load{'s' if len(names) == 1 else ''} {len(loads)} experts"

@@ -19,7 +19,6 @@ from cluster.controller.parts.metrics import ControllerMetrics
 from cluster.core.errors import ConflictError, HandshakeError, UnknownNameError
 from cluster.core.metric_families import PlainFamily
 from cluster.core.release import RELEASE
-from cluster.core.topology import Member
 from gateway.engines.submission import RequestStage
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import Tokenizer
@@ -345,8 +344,7 @@ def controller_metrics() -> list[PlainFamily]:
     metrics.moved("rebalance", 2, 4000, 1.0)
     metrics.moved("recovery", 1, 100, 0.25)
     for stall_s in (0.05, 0.3, 0.4):
-        metrics.lost([Member(name="expert-1", role="expert", rank=1)], 0.0)
-        metrics.recovered(stall_s)
+        metrics.recovered(["expert"], stall_s)
     return metrics.to_plain(())
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 from torch import Tensor
@@ -180,8 +180,7 @@ def renew_on_fault(cluster: ThreadCluster, faults: Faults) -> None:
     def renew(generation: int) -> None:
         known = cluster.controller.cluster
         if known.state is ClusterState.SERVING and known.generation.number == generation:
-            cluster.controller.recovery.reform("a fault", time.monotonic())
-            cluster.actor._background.notify()
+            cluster.actor.runner.tell(partial(known.reform, "a fault"))
 
     def on_fault(generation: int) -> None:
         cluster.loop.call_soon_threadsafe(renew, generation)

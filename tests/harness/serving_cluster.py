@@ -169,16 +169,16 @@ class ThreadCluster(ServingCluster):
     @property
     def controller(self) -> Controller:
         """The one that runs now; only for the event loop, but for reads."""
-        assert self.actor._controller is not None
-        return self.actor._controller
+        assert self.actor.runner.controller is not None
+        return self.actor.runner.controller
 
     def crash_controller(self) -> None:
         """The controller is gone without a word."""
 
         async def crash() -> None:
             self.actor._background.cancel()
-            if self.actor._server is not None:
-                await self.actor._server.close()
+            if self.actor.runner.server is not None:
+                await self.actor.runner.server.close()
 
         self.thread.run(crash())
 

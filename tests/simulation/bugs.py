@@ -13,9 +13,9 @@ from unittest import mock
 
 from msgspec.structs import replace
 
+from cluster.controller.parts.cluster import GenerationRound
 from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.epoch_change import EpochChange
-from cluster.controller.parts.generation_round import GenerationRound
 from cluster.controller.parts.load_orders import LoadOrders
 from gateway.engines import engine_client
 from gateway.engines.engine_client import EngineClient

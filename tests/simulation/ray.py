@@ -166,7 +166,7 @@ class SimController:
 
     @property
     def term(self) -> int:
-        controller = self.actor._controller
+        controller = self.actor.runner.controller
         return controller.cluster.term if controller is not None else 0
 
 

@@ -194,7 +194,7 @@ class World:
         return name in self.faults.guilty or host in self.faults.bad_hosts
 
     def _serves(self, controller: SimController) -> bool:
-        found = controller.actor._controller
+        found = controller.actor.runner.controller
         if found is None:
             return False
         if found.cluster.state is ClusterState.DEGRADED:
@@ -208,7 +208,7 @@ class World:
         return bool(why) and self.ray.ever[name].process.host in self.faults.unreadable
 
     def _state(self, controller: SimController | None) -> Any:
-        if controller is None or controller.actor._controller is None:
+        if controller is None or controller.actor.runner.controller is None:
             return "no controller"
-        found = controller.actor._controller
+        found = controller.actor.runner.controller
         return found.cluster.state.value, found.cluster.error, found.recovery.problems(0.0)

@@ -1,4 +1,4 @@
-"""What the controller consists of: its table of workers, generations, detection, recovery, epochs.
+"""The parts of the controller, and the model that they share.
 
 Imports ``cluster.policy`` and the floors below, and ``prometheus_client``.
 """

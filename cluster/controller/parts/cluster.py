@@ -1,51 +1,136 @@
-"""What the controller knows of its cluster: the state that its parts share and change.
+"""The model that the parts of the controller share: what is known of the cluster, and the effects.
 
-Each part decides on its own subject. It reads the cluster's state here, changes what belongs to its
-subject, and acts on the workers by ``link``.
+Each part decides on its own subject: it reads the state here, changes what belongs to its subject,
+and adds effects. The life of a generation:
+
+    form ─▶ NewGeneration to every member ─▶ GenerationReady from all, their slots hold the maps'
+        ─▶ run ─▶ RunGeneration(first step above the highest step of any member)
+
+A further loss before the end forms the next generation.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
+
+from msgspec.structs import replace
 
 from cluster.config.cluster import LoadSection
-from cluster.controller.parts.event_log import History
-from cluster.controller.parts.generation_round import GenerationRound, Phase
-from cluster.controller.parts.metrics import ControllerMetrics
-from cluster.controller.parts.worker_table import WorkerTable
-from cluster.core.frames import ControlFrame, ControllerSnapshot
-from cluster.core.placement import ExpertPlacement
-from cluster.core.states import ClusterState, next_state
+from cluster.controller.parts.drains import Drain
+from cluster.controller.parts.effects import Effect, Send, Trace
+from cluster.controller.parts.memory import History, LostWorker, Memory
+from cluster.controller.parts.metrics import ControllerMetrics, MoveReason
+from cluster.controller.parts.operations import Operations
+from cluster.controller.parts.workers import WorkerTable
+from cluster.core.codec import to_plain
+from cluster.core.frames import (
+    ControlFrame,
+    ControllerSnapshot,
+    GenerationReady,
+    NewGeneration,
+    RunGeneration,
+)
+from cluster.core.load_profile import LoadProfile
+from cluster.core.placement import FREE_SLOT, ExpertPlacement
+from cluster.core.states import ClusterState, WorkerState, next_state
 from cluster.core.topology import Generation, Member
 from cluster.load.tracker import LoadTracker
+from cluster.planner.stages import SlotFill
+from cluster.policy.coverage import describe_members
+from cluster.policy.failure import PeerReport
+from cluster.policy.places import NodeIds, Places
+from cluster.tracing import names
 
 logger = logging.getLogger(__name__)
 
-NodeIds = Mapping[str, frozenset[str]]
-"""Address of a host -> ids of the living nodes there; more than one while an earlier node
-has left unnoticed.
-"""
+_LEFT_OPERATIONS = 16
+"""Operations that the next controller gets."""
 _VERSIONS_OF_A_TERM = 1_000_000
 """Distance between the terms, so that a restarted controller never repeats a version."""
 
 
-class WorkerLink(Protocol):
-    """The actions of the controller on workers."""
+class Phase(Enum):
+    """Of the newest generation."""
 
-    def send(self, worker: str, frame: ControlFrame) -> None:
-        """Send to one worker; does nothing if it is not connected."""
+    FORMING = "forming"
+    """Announced to its members."""
+    RUNNING = "running"
+    """Its members run steps."""
+    STALLED = "stalled"
+    """Cannot run; its members wait for the next generation."""
 
-    def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
-        """Start one more worker, in the background; it holds its part of ``placement``."""
 
-    def end_workers(self, workers: Sequence[str]) -> None:
-        """End these workers' processes, in the background."""
+_PHASES = {Phase.FORMING: {Phase.RUNNING, Phase.STALLED}, Phase.RUNNING: {Phase.STALLED}}
 
-    def end_all(self) -> None:
-        """End every worker in the background, then call ``Controller.all_ended``."""
+
+@dataclass(slots=True)
+class GenerationRound:
+    """The newest generation and its members' answers; number 0 before the first."""
+
+    generation: Generation
+    began_at: float
+    """Monotonic time of its announcement."""
+    phase: Phase = Phase.FORMING
+    answers: dict[str, GenerationReady] = field(default_factory=dict)
+    """By name, of the members that have opened their edges."""
+    reports: list[PeerReport] = field(default_factory=list)
+    """Of members that lost another."""
+    loaded: list[SlotFill] = field(default_factory=list)
+    """What members have loaded since it began."""
+
+    @property
+    def number(self) -> int:
+        return self.generation.number
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """All workers that take part."""
+        return self.generation.members
+
+    def late(self) -> list[str]:
+        """Members that have not answered."""
+        return [m.name for m in self.members if m.name not in self.answers]
+
+    def missing(self, placement: ExpertPlacement) -> list[SlotFill]:
+        """Experts that the maps name, and that are not where they should be by the answers."""
+        loaded = {(f.bank, f.device, f.slot, f.expert) for f in self.loaded}
+        found = []
+        for member in self.generation.experts:
+            held = self.answers[member.name].slots
+            for bank, maps in enumerate(placement.banks):
+                row, wanted = held[bank : bank + 1], maps.physical_to_logical[member.device]
+                if row and row[0] == wanted:
+                    continue
+                have = dict(enumerate(row[0] if row else ()))
+                found += [
+                    SlotFill(bank=bank, device=member.device, slot=slot, expert=expert)
+                    for slot, expert in enumerate(wanted)
+                    if expert not in (FREE_SLOT, have.get(slot))
+                    and (bank, member.device, slot, expert) not in loaded
+                ]
+        return found
+
+    @property
+    def first_step(self) -> int:
+        """The step number after the highest that any member has seen."""
+        return max((a.highest_step for a in self.answers.values()), default=0) + 1
+
+    @property
+    def highest_epoch(self) -> int:
+        """Highest placement epoch in the answers so far."""
+        return max((a.highest_epoch for a in self.answers.values()), default=0)
+
+    def enter(self, phase: Phase) -> None:
+        self.phase = next_state(self.phase, phase, _PHASES)
+
+    def drop_reports(self, name: str) -> None:
+        """Forget reports by and about a lost worker."""
+        self.reports = [r for r in self.reports if name not in (r.reporter, r.suspect)]
 
 
 class Cluster:
@@ -55,7 +140,6 @@ class Cluster:
         self,
         members: Sequence[Member],
         placement: ExpertPlacement,
-        link: WorkerLink,
         *,
         model: Mapping[str, Any],
         load: LoadSection,
@@ -66,11 +150,14 @@ class Cluster:
         identity: str = "",
         host: str = "",
         wall_time_offset_s: float = 0.0,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         """``model`` holds name and path; the workers add the rest. ``can_grow``: an expert worker
-        may hold more than its ``num_slots`` expert slots a bank.
+        may hold more than its ``num_slots`` expert slots a bank. ``notes``: see ``Memory``.
         """
-        self.link = link
+        self.effects: list[Effect] = []
+        """Of the event under way."""
+        self._is_remembered = True
         self.term = term
         self.identity = identity
         """Distinguishes controllers of one term."""
@@ -91,6 +178,9 @@ class Cluster:
         """Numbers of load orders, each used once in the life of the cluster."""
         self.placement = placement
         """The placement in force, or of the generation that is being formed."""
+        self.desired = placement
+        """The placement of the whole cluster; rebalancing changes it."""
+        self.places = Places(members)
         self.highest_epoch = 0
         """Highest placement epoch of any change so far, whether or not it came into force."""
         self.experts_complete = False
@@ -104,8 +194,10 @@ class Cluster:
         self.load = LoadTracker(load, now)
         """Expert load."""
         self.metrics = ControllerMetrics()
-        self.memories: dict[str, Callable[[], Any]] = {}
-        """By name, what returns the plain data that a part leaves to the next controller."""
+        self.operations = Operations(term, wall_time_offset_s, self.remember)
+        self.drain: Drain | None = None
+        """The drain under way."""
+        self.notes = notes or {}
 
     # ---- questions ------------------------------------------------------------------------
 
@@ -134,6 +226,17 @@ class Cluster:
         """A generation is announced but does not run yet."""
         return self.round.phase is Phase.FORMING and self.is_up
 
+    @property
+    def profile(self) -> LoadProfile | None:
+        """The load that was expected at the start."""
+        profile = self.notes.get("profile")
+        return LoadProfile.from_dict(profile) if profile else None
+
+    @property
+    def top_k(self) -> int:
+        """Experts of a token."""
+        return int(self.notes.get("top_k", 1))
+
     # ---- changes --------------------------------------------------------------------------
 
     def enter(self, state: ClusterState) -> None:
@@ -153,10 +256,131 @@ class Cluster:
         self.history.add(self.round.number, now, cause, effect)
         self.touch()
 
-    def remember(self) -> None:
-        """Make the workers keep the state that a restarted controller needs."""
+    def paused(self, generation: int, pause_s: float) -> None:
+        """A gateway's streams stood still for this time when the generation formed."""
+        self.history.paused(generation, pause_s)
         self.touch()
-        memory = {"version": self.version, **{name: make() for name, make in self.memories.items()}}
-        frame = ControllerSnapshot(term=self.term, controller=self.identity, memory=memory)
-        for record in self.workers.alive():
-            self.link.send(record.name, frame)
+
+    def remember(self) -> None:
+        """Make the workers keep the state that a restarted controller needs, before they get any
+        other frame of the event under way.
+        """
+        self.touch()
+        self._is_remembered = False
+
+    def memory(self) -> Memory:
+        """The state that a restarted controller needs."""
+        is_whole = self.desired.banks == self.placement.banks
+        return Memory(
+            version=self.version,
+            history=self.history.newest(),
+            lost=tuple(
+                LostWorker(member=r.member, state=r.state, reason=r.reason)
+                for r in self.workers
+                if r.is_lost
+            ),
+            notes=dict(self.notes),
+            desired=None if is_whole else self.desired,
+            closed=self.places.closed,
+            operations=tuple(self.operations.kept)[-_LEFT_OPERATIONS:],
+            drain=self.drain,
+        )
+
+    def nodes_alive(self, nodes: NodeIds, now: float) -> None:
+        """The living nodes: places of nodes that have left are to be filled."""
+        self.nodes = nodes
+        if self.places.nodes_alive(nodes):
+            self.remember()
+
+    def come_into_force(self, placement: ExpertPlacement) -> None:
+        """A step of the running generation names the placement's epoch.
+
+        A whole cluster keeps it as the desired one; a placement made by a drain is temporary.
+        """
+        self.placement = placement
+        rows = [bank.physical_to_logical for bank in placement.banks]
+        devices = range(placement.num_devices)
+        uses_all = all(any(set(row[d]) - {FREE_SLOT} for row in rows) for d in devices)
+        if uses_all and self.places.is_full(self.round.members):
+            self.desired = placement
+        self.touch()
+
+    def moved(self, reason: MoveReason, num_slots: int, num_bytes: int, seconds: float) -> None:
+        """Weights have moved, see ``ControllerMetrics.moved``."""
+        self.metrics.moved(reason, num_slots, num_bytes, seconds)
+        attributes = {names.REASON: reason, names.SLOTS: num_slots, names.BYTES: num_bytes}
+        self.effects.append(Trace(names.MIGRATION, seconds, attributes))
+
+    # ---- effects --------------------------------------------------------------------------
+
+    def send(self, frame: ControlFrame, *workers: str) -> None:
+        """Send a frame to these workers."""
+        self.effects.append(Send(frame, workers))
+
+    def take_effects(self) -> list[Effect]:
+        """The effects since the last call, to be carried out in this order."""
+        if not self._is_remembered:
+            memory = to_plain(self.memory())
+            frame = ControllerSnapshot(term=self.term, controller=self.identity, memory=memory)
+            self.effects.insert(0, Send(frame, tuple(r.name for r in self.workers.alive())))
+        effects, self.effects, self._is_remembered = self.effects, [], True
+        return effects
+
+    # ---- generations ----------------------------------------------------------------------
+
+    def form(self, members: Sequence[Member], placement: ExpertPlacement, now: float) -> None:
+        """Announce the next generation to all its members."""
+        if self.state is not ClusterState.STARTING:
+            self.enter(ClusterState.RECOVERING)
+        fresh = tuple(self.workers[m.name].member for m in members)
+        generation = Generation(number=self.round.number + 1, members=fresh)
+        self.round = GenerationRound(generation, now)
+        if self.highest_epoch > self.placement.epoch:  # workers may know that epoch
+            placement = replace(placement, epoch=max(self.highest_epoch + 1, placement.epoch))
+        self.placement = placement
+        self.touch()
+        self._stand_by()
+        order = NewGeneration(
+            term=self.term,
+            controller=self.identity,
+            generation=generation,
+            placement=placement,
+            drained=[r.name for r in self.workers if r.state is WorkerState.DRAINED],
+        )
+        self.send(order, *(m.name for m in fresh))
+
+    def reform(self, cause: str, now: float) -> None:
+        """Have all members form a generation with the placement in force."""
+        self.form(self.round.members, self.placement, now)
+        self.note(cause, f"go on with {describe_members(self.round.members)}", now)
+
+    def run(self, now: float) -> bool:
+        """Run the generation, whose members have all answered; whether it runs now."""
+        formed = self.round
+        if formed.highest_epoch > self.placement.epoch:
+            # a survivor ran a later epoch than the controller knew; the new one must be higher
+            placement = replace(self.placement, epoch=formed.highest_epoch + 1)
+            self.form(formed.members, placement, now)
+            return False
+        self.experts_complete = True
+        formed.enter(Phase.RUNNING)
+        for member in formed.members:
+            record = self.workers[member.name]
+            record.progress_at = now
+            record.enter(WorkerState.SERVING)
+        order = RunGeneration(generation=formed.number, first_step=formed.first_step)
+        self.send(order, *(m.name for m in formed.members))
+        return True
+
+    def stall(self, members: Sequence[Member], now: float) -> None:
+        """No generation can run: keep these members for a later one."""
+        survivors = Generation(number=self.round.number, members=tuple(members))
+        self.round = GenerationRound(survivors, now, Phase.STALLED)
+        self._stand_by()
+
+    def _stand_by(self) -> None:
+        """Serving members become ready: they run no steps until the next RunGeneration."""
+        for member in self.round.members:
+            record = self.workers[member.name]
+            if record.state is WorkerState.SERVING:
+                record.enter(WorkerState.READY)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.generation_round import Phase
+from cluster.controller.parts.cluster import Cluster, Phase
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import Heartbeat, PeerLost
 from cluster.core.states import ClusterState, WorkerState

@@ -13,8 +13,11 @@ old one needs. ``EpochChange`` decides the next step; its owner acts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
+
+from msgspec import structs
 
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.load_orders import CHECKPOINT, LoadOrders
@@ -27,7 +30,7 @@ from cluster.core.frames import (
     NewEpoch,
     SwitchEpoch,
 )
-from cluster.core.placement import ExpertPlacement
+from cluster.core.states import next_state
 from cluster.planner.stages import SlotFill, Stage
 
 
@@ -41,6 +44,13 @@ class ChangeState(Enum):
     FAILED = "failed"
 
 
+_NEXT = {
+    ChangeState.LOAD: {ChangeState.PREPARE, ChangeState.FAILED},
+    ChangeState.PREPARE: {ChangeState.SWITCH, ChangeState.FAILED},
+    ChangeState.SWITCH: {ChangeState.DONE, ChangeState.FAILED},
+}
+
+
 class EpochChange:
     """One change. ``now`` is in monotonic seconds."""
 
@@ -48,13 +58,12 @@ class EpochChange:
         self,
         cluster: Cluster,
         stage: Stage,
-        come_into_force: Callable[[ExpertPlacement], None],
         now: float,
         *,
         limit_s: float = 120.0,
         bytes_per_s: float | None = None,
     ) -> None:
-        """``come_into_force`` is called with the stage's placement once a step runs in it.
+        """The stage's placement gets an epoch that is new to all workers.
 
         ``limit_s`` is the time until the switch, ``bytes_per_s`` the rate at which each worker
         takes weights in; None is no limit.
@@ -66,9 +75,9 @@ class EpochChange:
         """Bytes loaded so far."""
         self.num_loaded = 0
         """Experts that are in their slots."""
-        self.stage = stage
+        cluster.highest_epoch = epoch = max(cluster.placement.epoch, cluster.highest_epoch) + 1
+        self.stage = replace(stage, placement=structs.replace(stage.placement, epoch=epoch))
         self._cluster = cluster
-        self._come_into_force = come_into_force
         self._limit_s = limit_s
         self._bytes_per_s = bytes_per_s
         self.generation = cluster.generation
@@ -125,8 +134,8 @@ class EpochChange:
             case EpochReady() if self.state is ChangeState.PREPARE and self._is_ours(frame):
                 self._ready(name, frame)
             case EpochSwitched() if self.state is ChangeState.SWITCH and self._is_ours(frame):
-                self.state = ChangeState.DONE
-                self._come_into_force(self.stage.placement)
+                self._enter(ChangeState.DONE)
+                self._cluster.come_into_force(self.stage.placement)
 
     def _loaded(self, name: str, frame: ExpertsLoaded, now: float) -> None:
         """A worker has carried out a load order, or failed to."""
@@ -157,6 +166,9 @@ class EpochChange:
         newest, epoch = self._cluster.generation.number, self.stage.placement.epoch
         return (frame.generation, frame.epoch) == (newest, epoch)
 
+    def _enter(self, state: ChangeState) -> None:
+        self.state = next_state(self.state, state, _NEXT)
+
     # ---- steps ----------------------------------------------------------------------------
 
     def _order_all(
@@ -185,7 +197,7 @@ class EpochChange:
         return {"kind": "peer", "peer": peer.name, "address": peer.weights_address, **limits}
 
     def _prepare(self) -> None:
-        self.state = ChangeState.PREPARE
+        self._enter(ChangeState.PREPARE)
         before, after = self._base.banks, self.stage.placement.banks
         changed = tuple(
             (place, new)
@@ -199,20 +211,19 @@ class EpochChange:
             banks=changed,
         )
         self._unready = {m.name for m in self.generation.members}
-        for member in self.generation.members:
-            self._cluster.link.send(member.name, frame)
+        self._cluster.send(frame, *(m.name for m in self.generation.members))
 
     def _switch(self) -> None:
-        self.state = ChangeState.SWITCH
+        self._enter(ChangeState.SWITCH)
         epoch = self.stage.placement.epoch
         order = SwitchEpoch(generation=self.generation.number, epoch=epoch, oldest_epoch=epoch)
-        self._cluster.link.send(self.generation.leader.name, order)
+        self._cluster.send(order, self.generation.leader.name)
 
     def _fail(self, reason: str) -> None:
-        self.state = ChangeState.FAILED
+        self._enter(ChangeState.FAILED)
         self.reason = reason
         for name in sorted({o.worker for o in self._orders.pending.values()}):
             number = next(self._cluster.order_numbers)
             order = LoadExperts(order=number, experts=[], source={"kind": "give up"})
-            self._cluster.link.send(name, order)
+            self._cluster.send(order, name)
         self._orders.pending.clear()

@@ -57,7 +57,7 @@ class LoadOrders:
             experts=[[f.bank, f.slot, f.expert] for f in fills],
             source=dict(details or {}),
         )
-        self._cluster.link.send(worker, frame)
+        self._cluster.send(frame, worker)
 
     def answered(self, worker: str, number: int) -> LoadOrder | None:
         """Take an order off the list; None for an unknown one."""

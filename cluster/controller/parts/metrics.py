@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Literal, get_args
 
 from prometheus_client import Counter, Histogram
 
 from cluster.core.metric_families import PlainFamily, new_registry, to_plain
-from cluster.core.topology import Member, Role
+from cluster.core.topology import Role
 
 MoveReason = Literal["rebalance", "recovery", "drain"]
 """The load asked for it; a lost worker's experts are loaded again; a worker is drained."""
@@ -22,13 +22,9 @@ _RECOVERY_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
 class ControllerMetrics:
-    """Owned by the controller; ``now`` is in monotonic seconds."""
+    """Owned by the controller."""
 
     def __init__(self) -> None:
-        self.on_moved: Callable[[MoveReason, int, int, float], None] = lambda *moved: None
-        """Called with the arguments of ``moved``."""
-        self.on_recovered: Callable[[list[str], float], None] = lambda *recovered: None
-        """Called with the workers that were lost, and the seconds until steps ran again."""
         self._registry = new_registry()
         counter = partial(Counter, registry=self._registry)
         histogram = partial(Histogram, registry=self._registry)
@@ -59,8 +55,6 @@ class ControllerMetrics:
             self._decisions.labels(outcome)
         for moved in (self._bytes, self._slots):
             moved.labels("rebalance")
-        self._lost: dict[str, Role] = {}
-        self._lost_at = 0.0
 
     def decided(self, outcome: RebalanceOutcome) -> None:
         """A decision to rebalance has ended."""
@@ -75,24 +69,12 @@ class ControllerMetrics:
         self._slots.labels(reason).inc(num_slots)
         self._bytes.labels(reason).inc(num_bytes)
         self._seconds.labels(reason).observe(seconds)
-        self.on_moved(reason, num_slots, num_bytes, seconds)
 
-    def lost(self, members: Iterable[Member], now: float) -> None:
-        """Members of a generation are gone; nothing runs from now on."""
-        if not self._lost:
-            self._lost_at = now
-        self._lost |= {member.name: member.role for member in members}
-
-    def recovered(self, now: float) -> None:
-        """A generation runs: the loss of workers before it is recovered."""
-        if not self._lost:
-            return
-        names, roles, took_s = sorted(self._lost), set(self._lost.values()), now - self._lost_at
-        self._lost.clear()
+    def recovered(self, roles: Iterable[Role], seconds: float) -> None:
+        """A generation runs, ``seconds`` after the loss of workers of these roles."""
         for role in roles:
             self._recoveries.labels(_cause(role)).inc()
-            self._stalls.labels(_cause(role)).observe(took_s)
-        self.on_recovered(names, took_s)
+            self._stalls.labels(_cause(role)).observe(seconds)
 
     def to_plain(self, roles: Iterable[Role]) -> list[PlainFamily]:
         """All families, fit for JSON; recoveries of workers of ``roles`` begin at 0."""

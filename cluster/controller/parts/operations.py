@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from cluster.core.codec import Message, from_plain, to_plain
+from cluster.core.codec import Message, to_plain
 from cluster.core.errors import ConflictError, UnknownNameError
+from cluster.core.states import next_state
 
 _KEPT = 64
-_REMEMBERED = 16
 
 
 class OperationState(Enum):
@@ -24,6 +24,9 @@ class OperationState(Enum):
     """Failed; its message says why."""
     CANCELLED = "CANCELLED"
     """Cancelled by a client."""
+
+
+_NEXT = {OperationState.RUNNING: set(OperationState) - {OperationState.RUNNING}}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,6 +64,11 @@ class Operation:
         """The operation has not ended."""
         return self.state is OperationState.RUNNING
 
+    def enter(self, state: OperationState, message: str) -> None:
+        """It ends."""
+        self.state = next_state(self.state, state, _NEXT)
+        self.phase, self.message = "", message
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data with the names of ``admin.proto``."""
         hidden = ("request_id", "asked")
@@ -94,11 +102,12 @@ class Operations:
         self._offset_s = wall_time_offset_s
         self._on_change = on_change
         self._count = 0
-        self._kept: deque[Operation] = deque(maxlen=_KEPT)
+        self.kept: deque[Operation] = deque(maxlen=_KEPT)
+        """Newest last; a restarted controller gets some by ``restore``."""
 
     @property
     def running(self) -> Operation | None:
-        return self._kept[-1] if self._kept and self._kept[-1].is_running else None
+        return self.kept[-1] if self.kept and self.kept[-1].is_running else None
 
     def asked_before(self, order: Order, epoch: int) -> Operation | None:
         """The operation that the same order began. ``epoch`` is the placement's in force.
@@ -107,7 +116,7 @@ class Operations:
         epoch.
         """
         known = order.request_id
-        found = next((o for o in self._kept if known and o.request_id == known), None)
+        found = next((o for o in self.kept if known and o.request_id == known), None)
         if found is None and order.expected_epoch not in (None, epoch):
             raise ConflictError(f"placement epoch {epoch} is in force, not {order.expected_epoch}")
         if found is not None and found.asked != order.asked:
@@ -117,7 +126,7 @@ class Operations:
 
     def find(self, operation_id: str) -> Operation:
         """By id. Raises ``UnknownNameError``."""
-        for operation in self._kept:
+        for operation in self.kept:
             if operation.id == operation_id:
                 return operation
         raise UnknownNameError(f"there is no operation {operation_id[:64]!r}")
@@ -141,40 +150,30 @@ class Operations:
             asked=order.asked,
             started=self._time(now),
         )
-        self._kept.append(operation)
+        self.kept.append(operation)
         self._on_change()
         return operation
 
     def end(self, operation: Operation, state: OperationState, message: str, now: float) -> None:
-        assert operation.is_running, f"{operation.id} ends twice"
-        operation.state, operation.message = state, message
-        operation.ended, operation.phase = self._time(now), ""
+        operation.enter(state, message)
+        operation.ended = self._time(now)
         if state is OperationState.SUCCEEDED:
             operation.progress = 1.0
         self._on_change()
 
     # ---- a restarted controller -----------------------------------------------------------
 
-    def memory(self) -> list[dict[str, Any]]:
-        """Plain data for the next controller; ``restore`` takes it."""
-        newest = list(self._kept)[-_REMEMBERED:]
-        return [to_plain(o) for o in newest]
-
-    def restore(
-        self, memory: Iterable[Mapping[str, Any]], now: float, goes_on: str | None = None
-    ) -> None:
+    def restore(self, newest: Iterable[Operation], now: float, goes_on: str | None = None) -> None:
         """Continue operations; of the running ones only ``goes_on`` (an id) continues."""
-        for data in memory:
-            operation = from_plain(data, Operation)
-            self._kept.append(operation)
+        for operation in newest:
+            self.kept.append(operation)
             if operation.is_running and operation.id != goes_on:
-                operation.state, operation.phase = OperationState.FAILED, ""
-                operation.message = "the controller was restarted"
+                operation.enter(OperationState.FAILED, "the controller was restarted")
                 operation.ended = self._time(now)
 
     def to_list(self) -> list[dict[str, Any]]:
         """All that are kept, newest last, fit for JSON."""
-        return [o.to_dict() for o in self._kept]
+        return [o.to_dict() for o in self.kept]
 
     def _time(self, now: float) -> float:
         return round(now + self._offset_s, 3)

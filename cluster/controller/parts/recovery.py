@@ -3,7 +3,7 @@
     a member is lost ──▶ the others continue, and load the experts without a copy
         ──▶ a new worker starts in its place ──▶ it is ready ──▶ a generation with it
 
-The failure policy and ``Replacements`` decide; ``Recovery`` acts. Loading and the forming
+The failure policy and ``Places`` decide; ``Recovery`` acts. Loading and the forming
 of the generation run at the same time.
 """
 
@@ -12,21 +12,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Any
 
-from cluster.controller.parts import generation
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.generation_round import Phase
+from cluster.controller.parts.cluster import Cluster, Phase
+from cluster.controller.parts.effects import Start, Trace
 from cluster.controller.parts.load_orders import LoadOrder, LoadOrders
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import ExpertsLoaded, GenerationReady
-from cluster.core.placement import FREE_SLOT, ExpertPlacement
 from cluster.core.states import ClusterState, WorkerState
-from cluster.core.topology import Member
+from cluster.core.topology import Member, Role
 from cluster.planner.stages import SlotFill
-from cluster.policy.coverage import Holdings
-from cluster.policy.failure import decide_members, describe_losses, describe_members
-from cluster.policy.replacement import Replacements
+from cluster.policy.coverage import (
+    Holdings,
+    decide_members,
+    describe_losses,
+    describe_members,
+)
+from cluster.tracing.names import LOST_WORKERS, RECOVERY
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +50,13 @@ class Recovery:
         """Workers and placement of the whole cluster are the desired ones."""
         self._cluster = cluster
         self._limits = limits
-        self._started_with: dict[str, ExpertPlacement] = {}
         self._failed: list[SlotFill] = []
         self._barred: dict[int, str] = {}
+        self._lost: dict[str, Role] = {}
+        """Members that were lost since a generation ran."""
+        self._lost_at = 0.0
         self._retry_s = limits.retry_s
         self._retry_at = 0.0
-        self.desired = cluster.placement
-        """The placement of the whole cluster; rebalancing changes it."""
-        self.replacements = Replacements([r.member for r in cluster.workers])
-        """The places of the cluster."""
         self.reloads = LoadOrders(cluster)
         """Load orders under way."""
 
@@ -69,25 +68,22 @@ class Recovery:
             for device, error in sorted(self._barred.items())
         ]
         found += [
-            f"{place} {Problem.LEFT_OUT}: {why}"
-            for place, why in self.replacements.left_out.items()
+            f"{name} {Problem.LEFT_OUT}: {place.why}"
+            for name, place in self._cluster.places.closed.items()
         ]
         for record in self._cluster.workers.alive():
             waits = record.state is WorkerState.STARTING and not record.has_process
-            if waits and record.name in self._started_with and now - record.since > _ROOM_WAIT_S:
+            if waits and record.started_with is not None and now - record.since > _ROOM_WAIT_S:
                 found.append(f"{record.name} {Problem.WAITS_FOR_ROOM}")
         return found
 
     # ---- orders ---------------------------------------------------------------------------
 
-    def reform(self, cause: str, now: float) -> None:
-        """Have all members form a generation with the placement in force."""
-        cluster = self._cluster
-        self._form(cluster.round.members, cluster.placement, now)
-        cluster.note(cause, f"go on with {describe_members(cluster.round.members)}", now)
+    def leave(self, names: Sequence[str], node: str, why: str, now: float) -> None:
+        """Form a generation without these workers, which leave the cluster.
 
-    def leave(self, names: Sequence[str], why: str, now: float) -> None:
-        """Form a generation without these workers, which leave the cluster."""
+        Nobody takes their places before ``node`` has left, if it is named.
+        """
         cluster = self._cluster
         leaving = {m.device for m in cluster.round.members if m.name in names and m.holds_experts}
         members = tuple(m for m in cluster.round.members if m.name not in names)
@@ -97,74 +93,30 @@ class Recovery:
             assert kept is not None, "a drain leaves every expert a copy"
             placement = kept
         for name in names:
-            cluster.workers.lose(name, why, WorkerState.DRAINED)
-            self.replacements.leave(name)
+            cluster.workers[name].enter(WorkerState.DRAINED, why)
+            cluster.places.cordon(name, node)
             cluster.round.drop_reports(name)
-        cluster.enter(ClusterState.RECOVERING)
         cluster.remember()
-        self._form(members, placement, now)
+        cluster.form(members, placement, now)
         effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
         cluster.note(why, effect, now)
-
-    def refill(self, names: Sequence[str]) -> None:
-        """Start new workers in the places of these, which have left."""
-        for name in names:
-            member = self._cluster.workers[name].member
-            self.replacements.reopen(member.role, member.rank)
-
-    def come_into_force(self, placement: ExpertPlacement) -> None:
-        """A step of the running generation names the placement's epoch.
-
-        A whole cluster keeps it as the desired one; a placement made by a drain is temporary.
-        """
-        self._cluster.placement = placement
-        rows = [bank.physical_to_logical for bank in placement.banks]
-        devices = range(placement.num_devices)
-        uses_all = all(any(set(row[d]) - {FREE_SLOT} for row in rows) for d in devices)
-        if uses_all and self.replacements.is_full(self._cluster.round.members):
-            self.desired = placement
-        self._cluster.touch()
-
-    # ---- a restarted controller -----------------------------------------------------------
-
-    def memory(self) -> dict[str, Any]:
-        """Plain data for the next controller; ``restore`` takes it."""
-        is_whole = self.desired.banks == self._cluster.placement.banks
-        return {
-            "desired": None if is_whole else self.desired.to_dict(),
-            "left_out": self.replacements.left_out,
-        }
-
-    def restore(self, memory: Mapping[str, Any], now: float) -> None:
-        """Continue what an earlier controller began; the table has all workers already."""
-        if memory.get("desired"):
-            self.desired = ExpertPlacement.from_dict(memory["desired"])
-        members = {m.name for m in self._cluster.round.members}
-        for record in self._cluster.workers:
-            if record.state is WorkerState.DRAINED:
-                self.replacements.leave(record.name)
-            elif record.is_lost:
-                self.replacements.lost(record.name, record.reason, now)
-            elif record.name not in members:
-                self._started_with[record.name] = self.desired
-        self.replacements.leave_out(memory.get("left_out", {}))
 
     # ---- events ---------------------------------------------------------------------------
 
     def lost(self, reasons: Mapping[str, str], now: float) -> None:
         """Workers (name -> reason) are lost; the table has recorded it already."""
         for name, reason in reasons.items():
-            self.replacements.lost(name, reason, now)
-            self._started_with.pop(name, None)
+            self._cluster.places.lost(name, reason, now)
         self.reloads.drop(reasons)
         members = self._cluster.round.members
         gone = {m.name: reasons[m.name] for m in members if m.name in reasons}
         others = {n: r for n, r in reasons.items() if n not in gone}
         if others:
-            left_out = "; ".join(f"{n} is left out" for n in self.replacements.left_out)
+            left_out = "; ".join(f"{n} is left out" for n in self._cluster.places.closed)
             self._cluster.note(describe_losses(others), left_out or "start another one", now)
         if gone:
-            self._cluster.metrics.lost([m for m in members if m.name in gone], now)
+            self._lost_at = self._lost_at if self._lost else now
+            self._lost |= {m.name: m.role for m in members if m.name in gone}
             survivors = [m for m in members if m.name not in gone]
             self._go_on(survivors, describe_losses(gone), now)
 
@@ -193,7 +145,7 @@ class Recovery:
             self._cannot_load(reload, frame.error, now)
         else:
             took_s, moved = now - reload.began_at, len(reload.fills)
-            self._cluster.metrics.moved("recovery", moved, frame.num_bytes, took_s)
+            self._cluster.moved("recovery", moved, frame.num_bytes, took_s)
             self._cluster.round.loaded += reload.fills
             self._run_if_complete(now)
         return True
@@ -207,7 +159,7 @@ class Recovery:
 
     def show_running(self) -> None:
         """Enter the state of a cluster whose newest generation runs."""
-        is_full = self.replacements.is_full(self._cluster.round.members)
+        is_full = self._cluster.places.is_full(self._cluster.round.members)
         self._cluster.enter(ClusterState.SERVING if is_full else ClusterState.DEGRADED)
 
     def tick(self, now: float) -> None:
@@ -239,15 +191,15 @@ class Recovery:
         )
         cluster.experts_complete = decision.experts_complete
         if not decision.can_run:
-            generation.stall(cluster, members, now)
+            cluster.stall(members, now)
             cluster.note(cause, decision.effect, now)
             self._settle()
             cluster.remember()
             return
         self._failed.clear()
         for member in members:
-            self._started_with.pop(member.name, None)
-        self._form(members, decision.placement, now)
+            cluster.workers[member.name].started_with = None
+        cluster.form(members, decision.placement, now)
         self._order(decision.loads, members, now)  # workers write no slot of maps in force
         cluster.note(cause, decision.effect, now)
 
@@ -255,10 +207,6 @@ class Recovery:
         for member in members:
             if own := [f for f in loads if member.holds_experts and f.device == member.device]:
                 self.reloads.send(member.name, own, now)
-
-    def _form(self, members: Sequence[Member], placement: ExpertPlacement, now: float) -> None:
-        self._cluster.enter(ClusterState.RECOVERING)
-        generation.begin(self._cluster, members, placement, now)
 
     def _run_if_complete(self, now: float) -> None:
         """Run the generation that is being formed, once all its experts are in memory, too.
@@ -273,31 +221,41 @@ class Recovery:
             cause = f"{len(missing)} experts are not where the maps name them"
             cluster.note(cause, "load them", now)
             return
-        if not generation.run(cluster, now):
+        if not cluster.run(now):
             return
         self.show_running()
         cluster.history.runs(cluster.round.number, cluster.round.first_step, now)
         cluster.remember()
-        self.replacements.joined(cluster.round.members)
-        cluster.metrics.recovered(now)
+        self._cluster.places.joined(cluster.round.members)
+        self._count_recovery(now)
         self._barred.clear()
         self._retry_s = self._limits.retry_s
         self.ready(now)
 
+    def _count_recovery(self, now: float) -> None:
+        """Steps run again after the loss of members, if any were lost."""
+        if self._lost:
+            took_s, lost = now - self._lost_at, sorted(self._lost)
+            self._cluster.metrics.recovered(set(self._lost.values()), took_s)
+            trace = Trace(RECOVERY, took_s, {LOST_WORKERS: lost})
+            self._cluster.effects.append(trace)
+            self._lost.clear()
+
     def _settle(self) -> None:
         """Enter the state of a stalled cluster: RECOVERING while workers are coming."""
         are_coming = any(r.is_coming for r in self._cluster.workers)
-        is_hopeful = are_coming or self.replacements.are_due
+        is_hopeful = are_coming or self._cluster.places.are_due
         self._cluster.enter(ClusterState.RECOVERING if is_hopeful else ClusterState.DEGRADED)
 
     def _holdings(self, members: Sequence[Member]) -> Holdings:
+        workers = self._cluster.workers
         return Holdings(
             current=self._cluster.placement,
-            desired=self.desired,
+            desired=self._cluster.desired,
             joining={
-                m.device: self._started_with[m.name]
+                m.device: placement
                 for m in members
-                if m.holds_experts and m.name in self._started_with
+                if m.holds_experts and (placement := workers[m.name].started_with) is not None
             },
             room=self._cluster.room,
             barred=frozenset(self._barred),
@@ -321,9 +279,8 @@ class Recovery:
         self._go_on(self._cluster.round.members, "try again to load experts", now)
 
     def _start_workers(self, now: float) -> None:
-        for member in self.replacements.take_due(now):
-            self._cluster.workers.add(member, now)
-            self._started_with[member.name] = self.desired
+        for member in self._cluster.places.take_due(now):
+            self._cluster.workers.add(member, now, self._cluster.desired)
             logger.info("start %s", member.name)
             self._cluster.touch()
-            self._cluster.link.start_worker(member, self.desired)
+            self._cluster.effects.append(Start(member, self._cluster.desired))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.controller.parts.effects import Trace
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.operations import Operation, Order
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
 from cluster.planner.stages import is_reached
 from cluster.policy.rebalance import RebalanceDecision
+from cluster.tracing import names
 
 
 class RebalanceOrder(Order, frozen=True, kw_only=True):
@@ -36,8 +38,6 @@ class RebalanceJob:
     """Monotonic seconds."""
     operation: Operation | None
     """The operation of the client that asked, if any."""
-    shares: Future[ExpertPlacement] | None = None
-    """The next stage with its shares, while these are being solved."""
     change: EpochChange | None = None
     """The stage under way."""
     num_stages: int = 0
@@ -93,6 +93,19 @@ class RebalanceJob:
                 "achieved": None,
             },
         }
+
+    def trace(self, report: Mapping[str, Any]) -> Trace:
+        """The trace of the ended change; ``report`` as above."""
+        attributes = {
+            names.OUTCOME: report["outcome"],
+            names.PLACEMENT_EPOCH: report["epoch"],
+            names.SLOTS: self.num_moved,
+            names.BYTES: self.num_bytes,
+            names.BALANCEDNESS_BEFORE: self.decision.balancedness_now,
+            names.BALANCEDNESS_PREDICTED: self.decision.balancedness_then,
+        }
+        error = "failed" if report["outcome"] == "failed" else ""
+        return Trace(names.REBALANCE, report["seconds"], attributes, error)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

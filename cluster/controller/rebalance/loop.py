@@ -11,20 +11,16 @@ changed meanwhile. ``Rebalancing`` decides the next step; the controller acts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from msgspec import structs
-
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.metrics import RebalanceOutcome
-from cluster.controller.parts.operations import Operation, Operations, OperationState
-from cluster.controller.parts.recovery import Recovery
+from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.rebalance.job import (
     Promise,
     RebalanceJob,
@@ -46,6 +42,8 @@ from cluster.policy.rebalance import LoadNow, RebalanceDecision, why_impossible,
 
 logger = logging.getLogger(__name__)
 
+_AUTOMATIC = "automatic decision"
+_SHARES = "shares of a stage"
 MAX_STAGES = 64
 """Stages after which a change ends with what it has achieved."""
 
@@ -57,26 +55,14 @@ class Rebalancing:
     """
 
     def __init__(
-        self,
-        cluster: Cluster,
-        operations: Operations,
-        recovery: Recovery,
-        config: ClusterConfig,
-        executor: Executor,
-        *,
-        top_k: int,
-        now: float,
+        self, cluster: Cluster, config: ClusterConfig, executor: Executor, now: float
     ) -> None:
         """``executor`` runs the planning."""
         self._cluster = cluster
-        self._operations = operations
-        self._recovery = recovery
         self._section = config.rebalance
-        self._plans = Plans(cluster, config, executor, top_k)
+        self._plans = Plans(cluster, config, executor)
         self.impossible = why_impossible(config)
         """Why rebalancing is impossible in this cluster; empty if it is possible."""
-        self._considered: Future[RebalanceDecision] | None = None
-        self._asked: tuple[Operation, Future[RebalanceDecision]] | None = None
         self._looked: tuple[float, LoadNow] | None = None  # rows at the last dry run, and its load
         self._job: RebalanceJob | None = None
         self._promise: Promise | None = None
@@ -84,8 +70,6 @@ class Rebalancing:
         self._last: dict[str, Any] | None = None
         self._seen_windows = 0
         self._rested_at = now
-        self.on_end: Callable[[Mapping[str, Any]], None] = lambda report: None
-        """Called with the summary of a change that has ended."""
 
     # ---- orders ---------------------------------------------------------------------------
 
@@ -94,23 +78,23 @@ class Rebalancing:
 
         Raises ``ConflictError`` if that is impossible now; nothing has changed then.
         """
-        before = self._operations.asked_before(order, self._cluster.placement.epoch)
+        before = self._cluster.operations.asked_before(order, self._cluster.placement.epoch)
         if before is not None:
             return before
         if self.impossible:
             raise ConflictError(f"rebalancing is not possible: {self.impossible}")
         if not self._cluster.runs:
             raise ConflictError("no generation runs")
-        self._operations.check_free()
+        self._cluster.operations.check_free()
         if self._job is not None and not order.dry_run:
             raise ConflictError("the cluster is rebalancing automatically just now")
         load = self._load_for(order)
         if load is None:
             raise ConflictError("no load has been seen yet")
-        operation = self._operations.begin("rebalance", "experts", order, now)
+        operation = self._cluster.operations.begin("rebalance", "experts", order, now)
         operation.phase = "plan"
         then = partial(self._answer, order, operation, load)
-        self._asked = operation, self._plans.decide(load, then, now)
+        self._plans.decide(operation.id, load, then, now)
         return operation
 
     def _load_for(self, order: RebalanceOrder) -> LoadNow | None:
@@ -129,15 +113,14 @@ class Rebalancing:
 
     def is_deciding(self, operation: Operation) -> bool:
         """An order is being decided."""
-        return self._pending_decision(operation) is not None
+        return self._plans.waits(operation.id)
 
     def cancel(self, operation: Operation, now: float) -> None:
         """Cancel a change. Raises ``ConflictError`` after its end and during its switch."""
-        pending, job = self._pending_decision(operation), self._job
-        if pending is not None:
-            self._plans.drop(pending)
+        job = self._job
+        if self._plans.drop(operation.id):
             self._cluster.metrics.decided("cancelled")
-            self._operations.end(operation, OperationState.CANCELLED, "cancelled", now)
+            self._cluster.operations.end(operation, OperationState.CANCELLED, "cancelled", now)
             return
         if job is None or job.operation is not operation:
             raise ConflictError(f"{operation.id} has ended")
@@ -179,14 +162,6 @@ class Rebalancing:
         """No change is under way."""
         return self._job is None
 
-    def begin_change(self, stage: Stage, now: float, **limits: float) -> EpochChange:
-        """A change of the placement, with an epoch new to all workers; ``limits`` as of that."""
-        cluster = self._cluster
-        cluster.highest_epoch = epoch = max(cluster.placement.epoch, cluster.highest_epoch) + 1
-        stage = replace(stage, placement=structs.replace(stage.placement, epoch=epoch))
-        come_into_force = self._recovery.come_into_force
-        return EpochChange(cluster, stage, come_into_force, now, **limits)
-
     # ---- questions ------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
@@ -207,16 +182,15 @@ class Rebalancing:
 
     def _consider(self, load: LoadNow, now: float) -> None:
         """A window has ended: change the placement if that pays."""
-        if not self._cluster.runs or self._operations.running is not None:
+        if not self._cluster.runs or self._cluster.operations.running is not None:
             return
-        if self._considered is None or not self._plans.waits(self._considered):
-            then = partial(self._considered_now, load)
-            self._considered = self._plans.decide(load, then, now)
+        if not self._plans.waits(_AUTOMATIC):
+            self._plans.decide(_AUTOMATIC, load, partial(self._considered_now, load), now)
 
     def _considered_now(
         self, load: LoadNow, future: Future[RebalanceDecision], error: str, now: float
     ) -> None:
-        is_busy = self._job is not None or self._operations.running is not None
+        is_busy = self._job is not None or self._cluster.operations.running is not None
         if is_busy or error == CHANGED:
             return  # the next window is checked again
         self._problem = f"no placement can be planned: {error}" if error else ""
@@ -236,7 +210,7 @@ class Rebalancing:
     ) -> None:
         if error:
             text = f"no placement can be planned: {error}"
-            self._operations.end(operation, OperationState.FAILED, text, now)
+            self._cluster.operations.end(operation, OperationState.FAILED, text, now)
             return
         decision = future.result()
         operation.result = result_of(decision, order.dry_run)
@@ -246,12 +220,7 @@ class Rebalancing:
         text = describe(decision) if decision.action != "none" else f"nothing {verb}"
         done = OperationState.SUCCEEDED
         by = by_load(load.profile)
-        self._operations.end(operation, done, f"{text}: {decision.reason}, {by}", now)
-
-    def _pending_decision(self, operation: Operation) -> Future[RebalanceDecision] | None:
-        if self._asked is None or self._asked[0] is not operation:
-            return None
-        return self._asked[1] if self._plans.waits(self._asked[1]) else None
+        self._cluster.operations.end(operation, done, f"{text}: {decision.reason}, {by}", now)
 
     # ---- carrying out ---------------------------------------------------------------------
 
@@ -278,7 +247,7 @@ class Rebalancing:
 
     def _watch(self, job: RebalanceJob, now: float) -> None:
         """Check whether the change is in time, or must be abandoned."""
-        running = self._operations.running
+        running = self._cluster.operations.running
         if running is not None and running is not job.operation and running.kind != "rebalance":
             reason = f"{running.id} goes first"
             if self._give_up(job, reason):
@@ -290,8 +259,7 @@ class Rebalancing:
 
     def _give_up(self, job: RebalanceJob, reason: str) -> bool:
         """False if it is too late."""
-        if job.shares is not None:
-            self._plans.drop(job.shares)
+        if self._plans.drop(_SHARES):
             return True
         return job.change is not None and job.change.cancel(reason)
 
@@ -320,8 +288,7 @@ class Rebalancing:
             self._finish(job, now)
         else:
             then = partial(self._stage_shared, job, stage)
-            shares = self._plans.share(job.profile, stage.placement, then, now)
-            job.shares = shares if self._plans.waits(shares) else None
+            self._plans.share(_SHARES, job.profile, stage.placement, then, now)
 
     def _stage_shared(
         self,
@@ -331,7 +298,6 @@ class Rebalancing:
         error: str,
         now: float,
     ) -> None:
-        job.shares = None
         if error:
             self._end(job, "failed", f"no shares can be planned: {error}", now)
         else:
@@ -339,7 +305,9 @@ class Rebalancing:
 
     def _begin_stage(self, job: RebalanceJob, stage: Stage, now: float) -> None:
         limit_s, bytes_per_s = self._section.limit_s, self._section.bytes_per_s
-        job.change = self.begin_change(stage, now, limit_s=limit_s, bytes_per_s=bytes_per_s)
+        job.change = EpochChange(
+            self._cluster, stage, now, limit_s=limit_s, bytes_per_s=bytes_per_s
+        )
         self._advance(job, now)
 
     def _finish(self, job: RebalanceJob, now: float) -> None:
@@ -359,15 +327,15 @@ class Rebalancing:
         self._job = None
         self._rested_at = now
         self._cluster.metrics.decided(outcome)
-        self._cluster.metrics.moved("rebalance", job.num_moved, job.num_bytes, now - job.began_at)
+        self._cluster.moved("rebalance", job.num_moved, job.num_bytes, now - job.began_at)
         self._last = job.report(outcome, text, self._cluster.placement.epoch, now)
-        self.on_end(self._last)
+        self._cluster.effects.append(job.trace(self._last))
         effect = text if outcome == "applied" else f"{outcome}: {text}; the epoch in force stays"
         self._cluster.note("rebalance", effect, now)
         if job.operation is not None:
             states = {"applied": OperationState.SUCCEEDED, "cancelled": OperationState.CANCELLED}
             state = states.get(outcome, OperationState.FAILED)
-            self._operations.end(job.operation, state, text, now)
+            self._cluster.operations.end(job.operation, state, text, now)
 
     def _prove(self, window: LoadWindow, now: float) -> None:
         """Record the effect of a change, from the first whole window in it."""
@@ -393,6 +361,6 @@ class Rebalancing:
         is_newer = frame.epoch > cluster.placement.epoch
         if cluster.runs and is_newer and frame.generation == cluster.generation.number:
             cluster.highest_epoch = frame.epoch
-            self._recovery.reform(
+            cluster.reform(
                 f"a step ran in epoch {frame.epoch}, which this controller did not order", now
             )

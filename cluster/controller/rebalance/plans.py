@@ -46,57 +46,56 @@ Then = Callable[[Future[T], str, float], None]
 
 
 class Plans:
-    """Decisions and shares, computed in the planner thread: the owner takes them at a tick.
+    """Decisions and shares by name, computed in the planner thread: the owner takes them at a tick.
 
     A computation must be a pure function of immutable values. One thread calls; ``now`` is in
     seconds.
     """
 
-    def __init__(
-        self, cluster: Cluster, config: ClusterConfig, executor: Executor, top_k: int
-    ) -> None:
+    def __init__(self, cluster: Cluster, config: ClusterConfig, executor: Executor) -> None:
         """Arguments as for ``Rebalancing``."""
         self._cluster = cluster
         self._config = config
         self._executor = executor
-        self._top_k = max(top_k, 1)
-        self._pending: dict[Future[Any], Callable[[Future[Any], float], None]] = {}
+        self._top_k = max(cluster.top_k, 1)
+        self._pending: dict[str, tuple[Future[Any], Callable[[float], None]]] = {}
 
     def tick(self, now: float) -> None:
         """Call the continuations of finished computations."""
-        for future in [f for f in self._pending if f.done()]:
-            then = self._pending.pop(future, None)
-            if then is not None:  # no earlier continuation has dropped it
-                then(future, now)
+        for what, (future, then) in list(self._pending.items()):
+            if future.done() and what in self._pending:  # no earlier continuation has dropped it
+                del self._pending[what]
+                then(now)
 
-    def waits(self, future: Future[Any]) -> bool:
-        """A continuation is still to come."""
-        return future in self._pending
+    def waits(self, what: str) -> bool:
+        """A plan of this name is still to come."""
+        return what in self._pending
 
-    def drop(self, future: Future[Any]) -> None:
-        """Drop the result; a computation that has begun still runs to its end."""
-        if self._pending.pop(future, None) is not None:
-            future.cancel()
+    def drop(self, what: str) -> bool:
+        """Drop a plan, if it is still to come; a computation that has begun runs to its end."""
+        pending = self._pending.pop(what, None)
+        if pending is not None:
+            pending[0].cancel()
+        return pending is not None
 
-    def decide(
-        self, load: LoadNow, then: Then[RebalanceDecision], now: float
-    ) -> Future[RebalanceDecision]:
+    def decide(self, what: str, load: LoadNow, then: Then[RebalanceDecision], now: float) -> None:
         """Decide whether to change the placement, and to what."""
         placement, section = self._cluster.placement, self._config.rebalance
         topology, step = self._topology(placement), self._step_cost()
         work = partial(decide_placement, load, topology, placement, section, step)
-        return self._plan(work, then, now)
+        self._plan(what, work, then, now)
 
     def share(
         self,
+        what: str,
         profile: LoadProfile,
         placement: ExpertPlacement,
         then: Then[ExpertPlacement],
         now: float,
-    ) -> Future[ExpertPlacement]:
+    ) -> None:
         """The best shares and decode devices of a stage, for a load."""
         work = partial(resolved, profile, self._topology(placement), placement)
-        return self._plan(work, then, now)
+        self._plan(what, work, then, now)
 
     def load_now(self, has_ended: bool) -> LoadNow | None:
         """The newest window if it has enough rows, else the average; None without load.
@@ -120,11 +119,11 @@ class Plans:
         total = prefill + decode
         return LoadNow(profile=profile, prefill_share=prefill / total if total > 0 else 0.0)
 
-    def _plan(self, work: Callable[[], T], then: Then[T], now: float) -> Future[T]:
+    def _plan(self, what: str, work: Callable[[], T], then: Then[T], now: float) -> None:
         """Plan from the present state of the cluster; ``then`` gets the plan at a tick, or now."""
-        basis = self._basis()
+        basis, future = self._basis(), self._executor.submit(work)
 
-        def finish(future: Future[T], now: float) -> None:
+        def finish(now: float) -> None:
             err = future.exception()
             if err is not None and not isinstance(err, ConfigError):
                 logger.error("planning failed", exc_info=err)
@@ -132,10 +131,8 @@ class Plans:
             is_stale = not self._cluster.runs or self._basis() != basis
             then(future, CHANGED if is_stale else error, now)
 
-        future = self._executor.submit(work)
-        self._pending[future] = finish
+        self._pending[what] = future, finish
         self.tick(now)
-        return future
 
     def _basis(self) -> tuple[ExpertPlacement, int]:
         return self._cluster.placement, self._cluster.generation.number

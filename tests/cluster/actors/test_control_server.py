@@ -118,8 +118,8 @@ def test_a_worker_is_heard_answered_and_missed() -> None:
         writer.write(encode(BEAT))
         assert await case.events.frames.get() == ("expert-0", BEAT)
         assert case.server.is_connected("expert-0")
-        case.server.send("expert-0", HeartbeatAck(term=1))
-        case.server.send("nobody", HeartbeatAck(term=1))
+        case.server.send(HeartbeatAck(term=1), "expert-0")
+        case.server.send(HeartbeatAck(term=1), "nobody")
         assert await _read(reader) == HeartbeatAck(term=1)
         writer.close()
         assert await case.events.closed.get() == ("expert-0", "closed by the peer")
@@ -274,7 +274,7 @@ def test_a_dropped_worker_gets_its_last_frames_and_no_event() -> None:
         reader, writer = await case.admit()
         writer.write(encode(BEAT))
         await case.events.frames.get()
-        case.server.send("expert-0", HeartbeatAck(term=5))
+        case.server.send(HeartbeatAck(term=5), "expert-0")
         case.server.drop("expert-0")
         assert await _read(reader) == HeartbeatAck(term=5)
         assert await _ends(reader)
@@ -300,8 +300,7 @@ def test_a_frame_for_many_workers_is_encoded_once(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(control_server, "encode", counted)
         first, second = HeartbeatAck(term=1), HeartbeatAck(term=2)
         for frame in (first, second):
-            for number in range(3):
-                case.server.send(f"expert-{number}", frame)
+            case.server.send(frame, *(f"expert-{number}" for number in range(3)))
         for reader, writer in callers:
             assert [await _read(reader), await _read(reader)] == [first, second]
             writer.close()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.actors import controller_actor
+from cluster.actors import runner
 from cluster.actors.control_server import ControlServer
 from cluster.actors.controller_actor import ControllerActor
 from cluster.actors.worker_group_like import FoundWorker
@@ -36,6 +36,7 @@ from cluster.core.frames import (
     NewGeneration,
     Register,
     RunGeneration,
+    Shutdown,
     StatusReply,
     WorkerReady,
 )
@@ -200,7 +201,8 @@ def test_a_cluster_starts_answers_and_stops() -> None:
         assert await actor.origin() == {"asked": None, "config": None}
         await actor.start(_config(), BANKS, profile.to_dict(), {"--port": "1"})
         snapshot = await _until(actor, "SERVING")
-        assert actor._address.startswith("127.0.0.1:")
+        assert actor.runner.server is not None
+        assert actor.runner.server.address.startswith("127.0.0.1:")
         assert snapshot["generation"] == 1
         assert group.config["workers"]["cpus_per_worker"] == 0.6666
         assert group.config["workers"]["device"] == "cpu"
@@ -283,8 +285,31 @@ def test_a_constructor_that_hangs_is_no_worker_that_waits_for_room(has_process: 
         await asyncio.to_thread(group.workers["expert-1"].client.close)
         async with asyncio.timeout(LIMIT_S):
             name = await group.asked.get()
-        assert actor._controller is not None
-        assert actor._controller.cluster.workers[name].has_process is has_process
+        assert actor.runner.controller is not None
+        assert actor.runner.controller.cluster.workers[name].has_process is has_process
+        await actor.stop()
+
+    asyncio.run(body())
+
+
+def test_an_effect_that_fails_does_not_lose_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    send = ControlServer.send
+
+    def fail(self: ControlServer, frame: ControlFrame, *workers: str) -> None:
+        if isinstance(frame, Shutdown):
+            raise ValueError("cannot be encoded")
+        send(self, frame, *workers)
+
+    async def body() -> None:
+        group = ThreadWorkerGroup()
+        actor = ControllerActor(group)
+        await actor.start(_config(3, 5), BANKS)
+        await _until(actor, "SERVING")
+        with monkeypatch.context() as patch:
+            patch.setattr(ControlServer, "send", fail)
+            await asyncio.to_thread(group.workers["expert-1"].client.close)
+            await _until(actor, "DEGRADED")  # a generation without it runs
+            assert group.ended == ["expert-1"]
         await actor.stop()
 
     asyncio.run(body())
@@ -509,7 +534,7 @@ class UnwillingGroup(ThreadWorkerGroup):
 
 
 def test_a_drain_ends_once_the_worker_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller_actor, "_END_AGAIN_S", 0.0)
+    monkeypatch.setattr(runner, "_END_AGAIN_S", 0.0)
 
     async def body() -> None:
         group = UnwillingGroup(TimeoutError(), RuntimeError("Ray does not answer"))

@@ -8,8 +8,9 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import StatusCode
 
-from cluster.actors.traces import ClusterTraces, trace_cluster
+from cluster.actors.traces import ClusterTraces, cluster_traces
 from cluster.config.cluster import ObservabilitySection
+from cluster.controller.parts.effects import Trace
 from tests.cluster.controller.fakes_cluster import FakeCluster
 from tests.cluster.controller.rebalance.test_rebalancing import SKEWED, make, obey, status, window
 from tests.cluster.controller.test_controller_recovery import lose
@@ -19,7 +20,7 @@ from tests.harness.kept_spans import KeptSpans, times_ns
 def followed(cluster: FakeCluster) -> KeptSpans:
     """The spans of what happens from now on."""
     kept = KeptSpans()
-    ClusterTraces(kept.export, cluster.controller)
+    cluster.link.on_trace = ClusterTraces(kept.export).record
     return kept
 
 
@@ -57,6 +58,7 @@ def test_a_rebalancing_that_fails_says_so() -> None:
     window(cluster, SKEWED)
     cluster.controller.disconnected("expert-3", "reset", cluster.now)
     cluster.tick(0.2)
+    assert cluster.link.ended == ["expert-3"]
     (rebalance,) = (span for span in kept.spans if span.name == "expertmesh.rebalance")
     assert rebalance.attributes is not None
     assert rebalance.attributes["error.type"] == rebalance.status.description == "failed"
@@ -72,6 +74,7 @@ def test_a_recovery_lasts_from_the_loss_until_steps_run_again() -> None:
     cluster.now += 0.5
     cluster.answer_loads("expert-0")
     cluster.answer_loads("expert-2")
+    assert cluster.link.ended == ["expert-1"]
     *migrations, recovery = kept.spans
     reasons = [(span.attributes or {})["expertmesh.reason"] for span in migrations]
     assert reasons == ["recovery"] * 2
@@ -81,15 +84,13 @@ def test_a_recovery_lasts_from_the_loss_until_steps_run_again() -> None:
 
 
 def test_a_trace_that_fails_does_not_harm_the_cluster() -> None:
-    cluster = FakeCluster(1, 3)
-    cluster.serve()
-    kept = followed(cluster)
-    cluster.known.metrics.on_moved("drain", 1, 2, float("nan"))
+    kept = KeptSpans()
+    ClusterTraces(kept.export).record(Trace("expertmesh.migration", float("nan"), {}))
     assert not kept.spans
 
 
 def test_a_controller_without_the_packages_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     section = ObservabilitySection(otlp_endpoint="http://127.0.0.1:4317")
-    assert trace_cluster(FakeCluster(1, 2).controller, section) is None
-    assert trace_cluster(FakeCluster(1, 2).controller, ObservabilitySection()) is None
+    assert cluster_traces(section) is None
+    assert cluster_traces(ObservabilitySection()) is None

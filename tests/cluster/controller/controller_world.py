@@ -15,8 +15,9 @@ from typing import Any
 from msgspec.structs import replace
 
 from cluster.controller.controller import Controller
-from cluster.controller.failover.collect import ReportCollector
+from cluster.controller.failover import ReportCollector
 from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.effects import End, EndAll, Send, Start
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import NotReadyError, ProtocolError
 from cluster.core.frames import (
@@ -220,14 +221,29 @@ class World:
         self._expected: set[str] = set()
         self._start()
 
-    # ---- what the controller acts through ---------------------------------------------------
+    # ---- effects of the controller ------------------------------------------------------------
+
+    def carry_out(self) -> None:
+        """All effects of the controller until now."""
+        while self.controller is not None and (effects := self.controller.cluster.take_effects()):
+            for effect in effects:
+                match effect:
+                    case Send(frame, workers):
+                        for worker in workers:
+                            self.send(worker, frame)
+                    case Start(member, placement):
+                        self.start_worker(member, placement)
+                    case End(workers):
+                        self.end_workers(workers)
+                    case EndAll():
+                        raise AssertionError("no test ends the cluster")
 
     def send(self, worker: str, frame: ControlFrame) -> None:
         if isinstance(frame, NewGeneration):
             names = {m.name for m in frame.generation.members}
             assert not names & self.lost, "a lost worker never comes back"
-        model = self.workers[worker]
-        if model.is_connected and not model.is_dead:
+        model = self.workers.get(worker)  # none is there until it has started
+        if model is not None and model.is_connected and not model.is_dead:
             try:
                 model.receive(frame)
             except ProtocolError:
@@ -243,9 +259,6 @@ class World:
         self.ended |= set(workers)
         for name in workers:
             self.workers[name].is_connected = False
-
-    def end_all(self) -> None:
-        raise AssertionError("no test ends the cluster")
 
     # ---- what happens ---------------------------------------------------------------------
 
@@ -266,6 +279,7 @@ class World:
             self._hang_up(model)
         elif self.controller is not None:
             self.controller.lost({name: "its process died"}, self.now)
+            self.carry_out()
 
     def reap(self) -> None:
         """The processes that were to be ended are gone."""
@@ -273,9 +287,11 @@ class World:
             self.workers[name].is_dead = True
         if self.controller is not None:
             self.controller.draining.ended(sorted(self.ended), self.now)
+            self.carry_out()
 
     def crash_controller(self, num_unsent: int) -> None:
         """It is gone; each worker misses the last few frames that were on their way."""
+        self.carry_out()
         self.controller = self.collector = None
         for model in self.workers.values():
             model.is_connected = False
@@ -329,11 +345,10 @@ class World:
             Cluster(
                 collected.members,
                 collected.placement,
-                self,
                 model={},
                 load=CONFIG.load,
                 now=self.now,
-                term=collected.term,
+                term=self._count + 1,
                 identity=str(self._count),
             ),
             SETTINGS,
@@ -342,6 +357,7 @@ class World:
             now=self.now,
         )
         self.controller.restore(collected, self.now)
+        self.carry_out()
 
     def tell(self, name: str, frame: ControlFrame) -> None:
         """A worker's frame arrives, if it is connected."""
@@ -350,6 +366,7 @@ class World:
             return
         if self.controller is not None:
             self.controller.frame(name, frame, self.now)
+            self.carry_out()
         elif self.collector is not None:
             self.collector.frame(name, frame, self.now)
 
@@ -381,6 +398,7 @@ class World:
             self.settle()
             if self.controller is not None:
                 self.controller.tick(self.now)
+                self.carry_out()
 
     def beat(self) -> None:
         """Every worker that is awake and connected sends a heartbeat."""
@@ -483,6 +501,7 @@ class World:
         model.is_connected = False
         if self.controller is not None:
             self.controller.disconnected(model.name, "reset", self.now)
+            self.carry_out()
         elif self.collector is not None:
             self.collector.gone(model.name)
 
@@ -491,7 +510,6 @@ class World:
             Cluster(
                 self.members,
                 self.placement,
-                self,
                 model={},
                 load=CONFIG.load,
                 now=self.now,

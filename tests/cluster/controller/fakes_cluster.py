@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from typing import ParamSpec, TypeVar
 
@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from cluster.config.cluster import ClusterConfig, ModelSection
 from cluster.controller.controller import Controller
 from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.effects import End, EndAll, Send, Start, Trace
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import (
     ControlFrame,
@@ -63,25 +64,53 @@ def slots_of(order: NewGeneration, worker: str) -> SlotContents:
 
 
 class FakeWorkerGroup:
-    """A ``WorkerLink`` that keeps its orders."""
+    """Keeps the effects of a controller."""
 
     def __init__(self) -> None:
-        self.sent: defaultdict[str, list[ControlFrame]] = defaultdict(list)
-        self.started: list[tuple[Member, ExpertPlacement]] = []
-        self.ended: list[str] = []
-        self.all_ended_asked = 0
+        self.cluster: Cluster | None = None
+        """The controller's."""
+        self.on_trace: Callable[[Trace], None] = lambda trace: None
+        self._sent: defaultdict[str, list[ControlFrame]] = defaultdict(list)
+        self._started: list[tuple[Member, ExpertPlacement]] = []
+        self._ended: list[str] = []
+        self._all_ended_asked = 0
 
-    def send(self, worker: str, frame: ControlFrame) -> None:
-        self.sent[worker].append(frame)
+    @property
+    def sent(self) -> defaultdict[str, list[ControlFrame]]:
+        """Frames by worker."""
+        self._take()
+        return self._sent
 
-    def start_worker(self, member: Member, placement: ExpertPlacement) -> None:
-        self.started.append((member, placement))
+    @property
+    def started(self) -> list[tuple[Member, ExpertPlacement]]:
+        self._take()
+        return self._started
 
-    def end_workers(self, workers: Sequence[str]) -> None:
-        self.ended.extend(workers)
+    @property
+    def ended(self) -> list[str]:
+        self._take()
+        return self._ended
 
-    def end_all(self) -> None:
-        self.all_ended_asked += 1
+    @property
+    def all_ended_asked(self) -> int:
+        self._take()
+        return self._all_ended_asked
+
+    def _take(self) -> None:
+        assert self.cluster is not None
+        for effect in self.cluster.take_effects():
+            match effect:
+                case Send(frame, workers):
+                    for worker in workers:
+                        self._sent[worker].append(frame)
+                case Start(member, placement):
+                    self._started.append((member, placement))
+                case End(workers):
+                    self._ended += workers
+                case Trace():
+                    self.on_trace(effect)
+                case EndAll():
+                    self._all_ended_asked += 1
 
     def last(self, worker: str, kind: type[FrameT]) -> FrameT | None:
         """The newest frame of a kind that was sent to a worker."""
@@ -128,7 +157,6 @@ class FakeCluster:
             Cluster(
                 self.members,
                 self.placement,
-                self.link,
                 model={"name": "demo", "path": "somewhere"},
                 load=(config or CONFIG).load,
                 now=self.now,
@@ -136,13 +164,14 @@ class FakeCluster:
                 can_grow=can_grow,
                 host="head",
                 wall_time_offset_s=1_000_000.0,
+                notes={"top_k": 2},
             ),
             settings or ControllerSettings(),
             config=config or CONFIG,
             executor=executor or AtOnce(),
             now=self.now,
-            top_k=2,
         )
+        self.link.cluster = self.controller.cluster
 
     @property
     def known(self) -> Cluster:

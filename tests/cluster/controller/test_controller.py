@@ -427,7 +427,7 @@ def test_registering_twice_is_a_protocol_error() -> None:
 def test_a_fresh_status_asks_every_worker() -> None:
     cluster = FakeCluster(2, 1)
     cluster.serve()
-    cluster.controller.request_status()
+    cluster.controller.request_status(cluster.now)
     request = cluster.link.last("attention-0", StatusRequest)
     assert request is not None
     stats = {"kv_blocks_free": 30.0, "kv_blocks_total": 40.0, "odd": math.nan}
@@ -449,7 +449,7 @@ def test_a_fresh_status_asks_every_worker() -> None:
 def test_a_lost_worker_is_not_waited_for() -> None:
     cluster = FakeCluster(1, 1)
     cluster.serve()
-    cluster.controller.request_status()
+    cluster.controller.request_status(cluster.now)
     cluster.send("attention-0", StatusReply(token=1))
     cluster.controller.disconnected("expert-0", "reset", cluster.now)
     assert cluster.known.workers.status_complete
@@ -491,7 +491,7 @@ def _random_event(cluster: FakeCluster, draw: random.Random) -> None:
     if kind < 0.06:
         cluster.controller.disconnected(name, "reset", cluster.now)
     elif kind < 0.08:
-        cluster.controller.request_status()
+        cluster.controller.request_status(cluster.now)
     elif kind < 0.083:
         cluster.controller.stop(cluster.now)
     elif kind < 0.09:
@@ -595,7 +595,7 @@ def test_hosts_that_stay_silent_are_lost() -> None:
 def test_a_silent_host_that_ray_has_lost_is_not_waited_for() -> None:
     cluster = silent_cluster(2.0)
     here = frozenset({"id"})
-    cluster.controller.draining.nodes_alive({"head": here, "h-1": here, "h-3": here})
+    cluster.known.nodes_alive({"head": here, "h-1": here, "h-3": here}, cluster.now)
     cluster.tick(0.1)
     assert cluster.link.ended == ["expert-1"]
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from cluster.controller.drain.order import DrainOrder
+from cluster.controller.parts.drains import DrainOrder
 from cluster.core.errors import ConflictError
 from cluster.core.frames import PeerLost
 from tests.cluster.controller.controller_world import World

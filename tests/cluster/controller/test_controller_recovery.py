@@ -8,9 +8,10 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.controller.controller import Controller
-from cluster.controller.failover.collect import CollectedState, ReportCollector
+from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.settings import ControllerSettings
+from cluster.core.codec import to_plain
 from cluster.core.frames import (
     ControllerSnapshot,
     Heartbeat,
@@ -404,20 +405,20 @@ def test_a_restarted_controller_knows_what_the_cluster_shall_be() -> None:
         Cluster(
             collected.members,
             collected.placement,
-            new.link,
             model={},
             load=CONFIG.load,
             now=new.now,
-            term=collected.term,
+            term=2,
         ),
         ControllerSettings(),
         config=CONFIG,
         executor=AtOnce(),
         now=new.now,
     )
+    new.link.cluster = new.known
     new.controller.restore(collected, new.now)
     assert new.state == "DEGRADED"
-    assert new.controller.recovery.desired.banks == old.placement.banks
+    assert new.known.desired.banks == old.placement.banks
     new.tick(0.2)
     ((member, placement),) = new.link.started
     assert member.name == "expert-1.2"
@@ -426,6 +427,18 @@ def test_a_restarted_controller_knows_what_the_cluster_shall_be() -> None:
     loaded = new.answer_loads("expert-0")
     held = old.known.placement.banks[0].physical_to_logical[2]
     assert loaded == 2 * len([e for e in held if e >= 0])  # and nothing that it has already
+
+
+def test_a_controller_that_dies_before_a_generation_runs_leaves_the_desired_placement() -> None:
+    """The generation has maps of its own, which the next controller finds with the workers."""
+    cluster = FakeCluster(1, 3)
+    cluster.serve()
+    lose(cluster, "expert-1")
+    snapshot = cluster.link.last("attention-0", ControllerSnapshot)
+    assert snapshot is not None
+    assert cluster.known.placement.banks != cluster.placement.banks
+    assert snapshot.memory["desired"], "the cluster is to be whole again"
+    assert snapshot.memory["desired"]["banks"] == to_plain(cluster.placement)["banks"]
 
 
 def restore(old: FakeCluster, memory: dict[str, Any]) -> CollectedState:

@@ -1,142 +1,18 @@
-"""The failure policy: which workers are lost, and what the survivors do."""
+"""The failure policy: which workers are lost."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from msgspec.structs import replace
 
-from cluster.core.placement import ExpertPlacement, contiguous
-from cluster.core.topology import Generation, Member
-from cluster.policy.coverage import Holdings
 from cluster.policy.failure import (
-    FailureDecision,
     PeerReport,
     Pulse,
     confirm_suspect,
-    decide_members,
-    describe_losses,
     find_silent,
     silent_hosts,
 )
-from tests.cluster.controller.fakes_cluster import BANKS, make_members, members_of
 
 ROLES = {"attention-0": "attention", "expert-0": "expert", "expert-1": "expert"}
-REDUNDANT = contiguous(BANKS, 3, num_redundant=3, epoch=7)
-
-
-def without(
-    members: tuple[Member, ...],
-    placement: ExpertPlacement,
-    *lost: str,
-    highest_epoch: int = 1,
-    **holdings: Any,
-) -> FailureDecision:
-    """The decision for the workers that are left."""
-    survivors = [m for m in members if m.name not in lost]
-    held = Holdings(current=placement, desired=placement, **holdings)
-    return decide_members(survivors, held, highest_epoch=highest_epoch)
-
-
-def test_experts_with_copies_elsewhere_go_on_in_a_new_epoch() -> None:
-    decision = without(make_members(1, 3), REDUNDANT, "expert-1", highest_epoch=7)
-    assert decision.can_run
-    assert decision.loads == ()
-    assert decision.placement.epoch == 8
-    assert decision.placement.banks[0].physical_to_logical[1] == (-1,) * 6
-    assert decision.effect == "go on with 1 attention and 2 expert workers, placement epoch 8"
-
-
-def test_a_colocated_worker_takes_its_experts_and_its_rank_along() -> None:
-    members = members_of({"colocated": 3})
-    decision = without(members, REDUNDANT, "colocated-0")
-    assert decision.can_run
-    left = Generation(number=2, members=members[1:])
-    assert [m.rank for m in left.attention] == [m.rank for m in left.experts] == [1, 2]
-    assert left.leader.name == "colocated-1"
-    assert decision.placement.banks[0].physical_to_logical[0] == (-1,) * 6
-    assert decision.effect == "go on with 2 colocated workers, placement epoch 8"
-
-
-def test_the_epoch_is_above_all_that_any_survivor_ran() -> None:
-    decision = without(make_members(1, 3), REDUNDANT, "expert-1", highest_epoch=11)
-    assert decision.placement.epoch == 12
-
-
-def test_experts_without_copy_are_loaded_by_the_others() -> None:
-    decision = without(make_members(1, 3), contiguous(BANKS, 3), "expert-0")
-    assert decision.can_run
-    assert decision.experts_complete
-    assert sorted({load.device for load in decision.loads}) == [1, 2]
-    assert len(decision.loads) == 6
-    assert decision.effect == (
-        "expert-1, expert-2 load 6 experts; "
-        "go on with 1 attention and 2 expert workers, placement epoch 2"
-    )
-
-
-def test_the_last_colocated_worker_goes_on_alone() -> None:
-    decision = without(members_of({"colocated": 2}), contiguous(BANKS, 2), "colocated-0")
-    assert decision.effect == (
-        "colocated-1 loads 8 experts; go on with 1 colocated worker, placement epoch 2"
-    )
-
-
-def test_an_expert_without_copy_and_without_room_is_named() -> None:
-    placement = contiguous(BANKS, 3)
-    decision = without(make_members(1, 3), placement, "expert-0", room=3)
-    assert not decision.can_run
-    assert not decision.experts_complete
-    assert decision.placement == placement
-    assert decision.loads == ()
-    assert decision.effect == (
-        "4 experts have no copy left, the first is expert 1 of bank mlp layer 0"
-    )
-
-
-def test_one_expert_without_copy_is_named_alone() -> None:
-    placement = contiguous(BANKS[:1], 2)
-    decision = without(make_members(1, 2), placement, "expert-0", room=7)
-    assert decision.effect == "1 expert has no copy left, the first is expert 3 of bank mlp layer 0"
-
-
-def test_a_lost_attention_worker_leaves_the_maps_alone() -> None:
-    placement = contiguous(BANKS, 3)
-    decision = without(make_members(2, 3), placement, "attention-0")
-    assert decision.can_run
-    assert decision.placement == placement
-
-
-def test_without_attention_worker_nothing_runs() -> None:
-    decision = without(make_members(1, 3), contiguous(BANKS, 3), "attention-0")
-    assert not decision.can_run
-    assert decision.experts_complete
-    assert decision.effect == "no attention worker is left"
-
-
-def test_without_attention_worker_nothing_is_loaded() -> None:
-    placement = contiguous(BANKS, 3)
-    decision = without(make_members(1, 3), placement, "attention-0", "expert-0")
-    assert decision.loads == ()
-    assert not decision.experts_complete
-    assert decision.placement == placement
-
-
-def test_two_workers_lost_at_once_are_both_in_the_cause() -> None:
-    assert describe_losses({"expert-2": "closed", "expert-0": "closed"}) == (
-        "lost expert-0: closed; lost expert-2: closed"
-    )
-    decision = without(make_members(1, 3), REDUNDANT, "expert-2", "expert-0", highest_epoch=7)
-    assert decision.effect.endswith("go on with 1 attention and 1 expert worker, placement epoch 8")
-
-
-def test_a_new_worker_brings_its_copies_back() -> None:
-    less = without(make_members(1, 3), REDUNDANT, "expert-1", highest_epoch=7).placement
-    holdings = Holdings(current=less, desired=REDUNDANT, joining={1: REDUNDANT})
-    decision = decide_members(make_members(1, 3), holdings, highest_epoch=8)
-    assert decision.placement == replace(REDUNDANT, epoch=9)
-    assert decision.loads == ()
 
 
 def _pulse(

@@ -108,7 +108,9 @@ def test_a_controller_that_was_overtaken_takes_no_worker_back(tiny_checkpoint: P
         with pytest.raises(SupersededError, match="older term 1"):
             worker.redirect("127.0.0.1:1", 1, "the first controller")
         assert cluster.snapshot()["state"] == "SERVING"
-        assert cluster.actor.is_connected("expert-0")
+        server = cluster.actor.runner.server
+        assert server is not None
+        assert server.is_connected("expert-0")
 
 
 def test_a_worker_that_dies_with_the_controller_is_found_missing(tiny_checkpoint: Path) -> None:

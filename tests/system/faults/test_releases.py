@@ -42,8 +42,10 @@ def come_as_worker(cluster: ThreadCluster) -> str:
     def nothing(frame: ControlFrame) -> None:
         raise AssertionError(f"{frame} was sent to a worker that was refused")
 
+    server = cluster.actor.runner.server
+    assert server is not None
     client = ControlClient(
-        cluster.actor._address,
+        server.address,
         TOKEN,
         "expert-0",
         nothing,

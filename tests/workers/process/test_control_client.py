@@ -58,14 +58,14 @@ class ServerThread:
         """Run a coroutine on the server's loop."""
         return self._thread.run(work)
 
-    def send(self, worker: str, frame: ControlFrame) -> None:
+    def send(self, frame: ControlFrame, worker: str) -> None:
         """Send to one worker."""
-        self._thread.loop.call_soon_threadsafe(self.server.send, worker, frame)
+        self._thread.loop.call_soon_threadsafe(self.server.send, frame, worker)
 
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
         self.frames.put((worker, frame))
         if isinstance(frame, Heartbeat) and self.acknowledges:
-            self.server.send(worker, HeartbeatAck(term=1, number=frame.number))
+            self.server.send(HeartbeatAck(term=1, number=frame.number), worker)
 
     def on_closed(self, worker: str, reason: str) -> None:
         self.closed.put((worker, reason))
@@ -137,7 +137,7 @@ def test_frames_go_both_ways(server: ServerThread) -> None:
         Shutdown(reason="enough"),
     ]
     for order in orders:
-        server.send("expert-0", order)
+        server.send(order, "expert-0")
     assert [got.get(timeout=LIMIT_S) for _ in orders] == orders
     client.close()
     assert server.closed.get(timeout=LIMIT_S) == ("expert-0", "closed by the peer")
@@ -158,7 +158,7 @@ def test_a_status_request_is_answered_at_once(server: ServerThread) -> None:
     client = _client(server.address, heartbeat_s=60.0)
     client.start()
     server.next(Heartbeat)
-    server.send("expert-0", StatusRequest(token=77))
+    server.send(StatusRequest(token=77), "expert-0")
     assert server.next(StatusReply) == StatusReply(
         token=77, stats={"kv_blocks_free": 9.0}, expert_load=LOAD
     )
@@ -291,9 +291,9 @@ def test_an_older_term_is_not_followed(server: ServerThread) -> None:
     server.acknowledges = False
     client.start()
     server.next(Heartbeat)
-    server.send("expert-0", NewGeneration(term=3, generation=LARGE, placement=NO_MAPS))
+    server.send(NewGeneration(term=3, generation=LARGE, placement=NO_MAPS), "expert-0")
     assert isinstance(got.get(timeout=LIMIT_S), NewGeneration)
-    server.send("expert-0", NewGeneration(term=2, generation=LARGE, placement=NO_MAPS))
+    server.send(NewGeneration(term=2, generation=LARGE, placement=NO_MAPS), "expert-0")
     assert server.next(Superseded) == Superseded(term=3)
     assert server.closed.get(timeout=LIMIT_S)[0] == "expert-0"
     assert got.empty()
@@ -312,7 +312,7 @@ def test_acknowledged_heartbeats_renew_the_lease_and_nothing_else(server: Server
         server.next(Heartbeat)
     server.acknowledges = False
     while fenced.empty():
-        server.send("expert-0", StatusRequest(token=1))
+        server.send(StatusRequest(token=1), "expert-0")
         server.next(Heartbeat)
     assert "no contact with the controller" in fenced.get()
     client.close()

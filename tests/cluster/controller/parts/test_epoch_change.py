@@ -8,9 +8,8 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.config.cluster import LoadSection
-from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.cluster import Cluster, GenerationRound
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
-from cluster.controller.parts.generation_round import GenerationRound
 from cluster.core.frames import (
     ControlFrame,
     EpochReady,
@@ -20,7 +19,7 @@ from cluster.core.frames import (
     NewEpoch,
     SwitchEpoch,
 )
-from cluster.core.placement import ExpertPlacement, contiguous
+from cluster.core.placement import contiguous
 from cluster.core.topology import Generation, Member
 from cluster.planner.stages import Stage, next_stage
 from tests.cluster.controller.fakes_cluster import BANKS, FakeWorkerGroup, make_members
@@ -32,13 +31,10 @@ NUM_SLOTS = 6
 class Host(Cluster):
     """A cluster of which a generation and a placement are known."""
 
-    link: FakeWorkerGroup
-
     def __init__(self) -> None:
         super().__init__(
             make_members(2, 3),
             contiguous(BANKS, 3, 1, epoch=7),
-            FakeWorkerGroup(),
             model={},
             num_slots=NUM_SLOTS,
             can_grow=True,
@@ -49,20 +45,19 @@ class Host(Cluster):
             wall_time_offset_s=0.0,
             now=100.0,
         )
+        self.link = FakeWorkerGroup()
+        self.link.cluster = self
         self.members = tuple(
             replace(r.member, weights_address=f"10.0.0.{r.member.device}:7")
             if r.member.holds_experts
             else r.member
             for r in self.workers
         )
-        self.form(4, self.members)
+        self.begin(4, self.members)
 
-    def form(self, number: int, members: tuple[Member, ...]) -> None:
+    def begin(self, number: int, members: tuple[Member, ...]) -> None:
         """A generation begins."""
         self.round = GenerationRound(Generation(number=number, members=members), 100.0)
-
-    def come_into_force(self, placement: ExpertPlacement) -> None:
-        self.placement = placement
 
     def orders(self) -> list[tuple[str, LoadExperts]]:
         """All load orders so far, each with the worker that it was sent to."""
@@ -88,7 +83,7 @@ def begin(host: Host, **limits: float) -> EpochChange:
 
 
 def begin_stage(host: Host, wanted: Stage, **limits: float) -> EpochChange:
-    return EpochChange(host, wanted, host.come_into_force, 100.0, **limits)
+    return EpochChange(host, wanted, 100.0, **limits)
 
 
 def state_of(change: EpochChange) -> ChangeState:
@@ -208,7 +203,7 @@ def test_a_new_generation_ends_it(at: str) -> None:
         load_all(host, change)
     if at == "switch":
         prepare_all(host, change)
-    host.form(5, host.members[:-1])
+    host.begin(5, host.members[:-1])
     change.tick(101.0)
     assert state_of(change) is ChangeState.FAILED
     assert change.reason == "generation 5 began"

@@ -14,7 +14,6 @@ from cluster.controller.rebalance.job import RebalanceOrder
 from cluster.controller.rebalance.plans import Plans
 from cluster.core.errors import ConfigError, ConflictError
 from cluster.core.frames import EpochSwitched, SwitchEpoch
-from cluster.core.placement import ExpertPlacement
 from tests.cluster.controller.fakes_cluster import CONFIG, FakeCluster
 from tests.cluster.controller.rebalance.test_rebalancing import (
     SKEWED,
@@ -28,7 +27,7 @@ from tests.cluster.controller.rebalance.test_rebalancing import (
 from tests.harness.metric_values import metric
 
 T = TypeVar("T")
-Begin = tuple[Plans, Callable[[float], Future[ExpertPlacement]]]
+Begin = tuple[Plans, Callable[[str, float], None]]
 LIMIT_S = 120.0
 
 
@@ -192,9 +191,9 @@ def begin_plan(executor: Executor, seen: list[tuple[Future[Any], str, float]]) -
     window(cluster, SKEWED)
     profile = cluster.known.load.profile("total", "x", 2)
     assert profile is not None
-    plans = Plans(cluster.known, CONFIG, executor, 2)
-    return plans, lambda now: plans.share(
-        profile, cluster.known.placement, lambda *result: seen.append(result), now
+    plans = Plans(cluster.known, CONFIG, executor)
+    return plans, lambda what, now: plans.share(
+        what, profile, cluster.known.placement, lambda *result: seen.append(result), now
     )
 
 
@@ -203,22 +202,24 @@ def test_a_failed_computation_hands_its_error_to_the_continuation(
 ) -> None:
     seen: list[tuple[Future[Any], str, float]] = []
     _, begin = begin_plan(RefusingExecutor(ZeroDivisionError("by zero")), seen)
-    future = begin(3.0)
-    assert seen == [(future, "by zero", 3.0)]
+    begin("a", 3.0)
+    assert [result[1:] for result in seen] == [("by zero", 3.0)]
     assert "planning failed" in caplog.text
 
 
 def test_a_task_that_was_dropped_is_not_followed(later: LaterExecutor) -> None:
     seen: list[tuple[Future[Any], str, float]] = []
     plans, begin = begin_plan(later, seen)
-    first, second = begin(0.0), begin(0.0)
-    assert plans.waits(first)
-    plans.drop(first)
-    assert not plans.waits(first)
+    begin("a", 0.0)
+    begin("b", 0.0)
+    assert plans.waits("a")
+    assert plans.drop("a")
+    assert not plans.waits("a")
+    assert not plans.drop("a")
     later.work()
     plans.tick(1.0)
-    assert seen == [(second, "", 1.0)]
-    assert not plans.waits(second)
+    assert [result[1:] for result in seen] == [("", 1.0)]
+    assert not plans.waits("b")
 
 
 def test_what_steps_waited_for_a_switch_is_counted() -> None:

@@ -7,6 +7,7 @@ from enum import Enum
 
 from cluster.controller.parts.operations import Operation, OperationState, Order
 from cluster.core.placement import ExpertPlacement
+from cluster.core.states import next_state
 from cluster.core.topology import Generation
 from cluster.planner.stages import SlotFill, Stage
 
@@ -39,6 +40,14 @@ class DrainStep(Enum):
     BACK = "take it back"
 
 
+_NEXT = {
+    DrainStep.SETTLE: {DrainStep.COPY, DrainStep.MOVE, DrainStep.BACK},
+    DrainStep.COPY: {DrainStep.SETTLE, DrainStep.MOVE, DrainStep.BACK},
+    DrainStep.MOVE: {DrainStep.SETTLE, DrainStep.LEAVE, DrainStep.BACK},
+    DrainStep.LEAVE: {DrainStep.END},
+}
+
+
 @dataclass(kw_only=True, slots=True)
 class Drain:
     """A running drain, as the workers keep it for the next controller."""
@@ -60,6 +69,10 @@ class Drain:
 
     def enter(self, step: DrainStep) -> None:
         """Begin the next step."""
+        self.resume(next_state(self.step, step, _NEXT))
+
+    def resume(self, step: DrainStep) -> None:
+        """Begin, or go on for an earlier controller, with this step."""
         self.step = step
         self.operation.phase = step.value
         self.operation.progress = list(DrainStep).index(step) / len(DrainStep)

@@ -1,8 +1,8 @@
-"""A restarted controller collects the reports of the workers and derives the cluster's state.
+"""Controller failover: a restarted controller collects reports, and restores its state from them.
 
     every worker that still lives calls: Register, WorkerReady, WorkerReport (and PeerLost if it
     lost one)
-        ─▶ the newest generation that any of them knows, its maps, the highest term + 1
+        ─▶ the newest generation that any of them knows, its maps
         ─▶ all its members run it: it goes on.   Otherwise: the next generation, of those that live
 
 The workers also keep state that only the controller needs (the history, lost workers and reasons):
@@ -13,17 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from msgspec.structs import replace
 
-from cluster.controller.parts.worker_record import WorkerRecord
-from cluster.controller.parts.worker_table import WorkerTable
-from cluster.core.codec import Message, from_plain, to_plain
+from cluster.controller.drain import Draining
+from cluster.controller.parts.cluster import Cluster, GenerationRound, Phase
+from cluster.controller.parts.effects import End
+from cluster.controller.parts.memory import Memory
+from cluster.controller.parts.recovery import Recovery
+from cluster.controller.parts.workers import WorkerTable
+from cluster.core.codec import from_plain
 from cluster.core.errors import NotReadyError, ProtocolError
 from cluster.core.frames import (
     ControlFrame,
     DrainRequest,
+    GenerationReady,
     LoadProgress,
     PeerLost,
     Register,
@@ -81,28 +85,17 @@ class Greeting:
         return is_running and self.generation.number == number
 
 
-class LostWorker(Message, frozen=True, kw_only=True):
-    """A worker that was lost or drained."""
-
-    member: Member
-    state: WorkerState
-    """Its last state."""
-    reason: str
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CollectedState:
     """The cluster as the workers know it."""
 
-    term: int
-    """For the new controller: above every term that a worker has followed."""
     generation: Generation
     """The newest generation that any worker knows."""
     placement: ExpertPlacement
     greetings: Mapping[str, Greeting]
     """Workers that have called, by name."""
-    memory: Mapping[str, Any]
-    """The last ``ControllerSnapshot`` of the earlier controller; empty if there was none."""
+    memory: Memory
+    """The newest of the earlier controller; empty if there was none."""
 
     @property
     def is_intact(self) -> bool:
@@ -110,6 +103,20 @@ class CollectedState:
         number = self.generation.number
         names = [m.name for m in self.generation.members]
         return all(n in self.greetings and self.greetings[n].runs(number) for n in names)
+
+    @property
+    def answers(self) -> dict[str, GenerationReady]:
+        """The members' reports as answers to the newest generation."""
+        number, names = self.generation.number, {m.name for m in self.generation.members}
+        return {
+            name: GenerationReady(
+                generation=number,
+                highest_step=greeting.report.highest_step,
+                highest_epoch=greeting.report.highest_epoch,
+            )
+            for name, greeting in self.greetings.items()
+            if name in names and greeting.report is not None
+        }
 
     @property
     def highest_epoch(self) -> int:
@@ -120,17 +127,12 @@ class CollectedState:
     @property
     def members(self) -> tuple[Member, ...]:
         """All workers that are known, lost ones included: attention first, then by rank."""
-        known = {w.member.name: w.member for w in self.lost}
+        known = {w.member.name: w.member for w in self.memory.lost}
         known |= {m.name: m for m in self.generation.members}
         for name, greeting in self.greetings.items():
             if greeting.register is not None:
                 known.setdefault(name, greeting.register.member)
         return tuple(sorted(known.values(), key=lambda m: (m.role, m.rank, m.name)))
-
-    @property
-    def lost(self) -> tuple[LostWorker, ...]:
-        """Workers that the earlier controller had lost or drained."""
-        return tuple(from_plain(entry, LostWorker) for entry in self.memory.get("lost", ()))
 
 
 class ReportCollector:
@@ -188,11 +190,10 @@ class ReportCollector:
             return None
         generation, placement = max(formed, key=lambda known: (known[0].number, known[1].epoch))
         return CollectedState(
-            term=max(r.term for r in reports) + 1,
             generation=generation,
             placement=placement,
             greetings=whole,
-            memory=max((r.memory for r in reports), key=lambda m: int(m.get("version", 0))),
+            memory=max((from_plain(r.memory, Memory) for r in reports), key=lambda m: m.version),
         )
 
     def _is_awaited(self, name: str, now: float) -> bool:
@@ -202,16 +203,65 @@ class ReportCollector:
         return suspected_at is None or now - suspected_at < self._confirm_s
 
 
-def lost_workers(workers: Iterable[WorkerRecord]) -> Any:
-    """Plain data of the lost ones, for ``CollectedState.lost``."""
-    return to_plain(
-        [LostWorker(member=r.member, state=r.state, reason=r.reason) for r in workers if r.is_lost]
-    )
+def continue_with(
+    collected: CollectedState,
+    cluster: Cluster,
+    recovery: Recovery,
+    draining: Draining,
+    now: float,
+) -> None:
+    """Restore the state of a new controller, which then goes on."""
+    memory = collected.memory
+    cluster.history.restore(memory.history)
+    _restore_workers(cluster.workers, collected)
+    cluster.round = GenerationRound(collected.generation, now, answers=collected.answers)
+    cluster.highest_epoch = collected.highest_epoch
+    cluster.desired = memory.desired or cluster.desired
+    gone = {r.name: r.reason for r in cluster.workers if r.is_lost}
+    cluster.places.restore(memory.closed, gone, now)
+    members = {m.name for m in collected.generation.members}
+    for record in cluster.workers.alive():
+        record.started_with = None if record.name in members else cluster.desired
+    _go_on(collected, cluster, recovery, now)
+    recovery.ready(now)
+    drain = memory.drain
+    cluster.operations.restore(memory.operations, now, drain.operation.id if drain else None)
+    draining.restore(drain, now)
+    for name, greeting in collected.greetings.items():
+        if greeting.asks_for_drain and not cluster.workers[name].is_lost:
+            draining.requested(name, now)
+    cluster.remember()
 
 
-def restore_workers(table: WorkerTable, collected: CollectedState) -> None:
+def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now: float) -> None:
+    """With the newest generation if all its members run it, else with the next."""
+    cause, workers = "the controller was restarted", cluster.workers
+    missing = [
+        m.name
+        for m in collected.generation.members
+        if m.name not in collected.greetings or workers[m.name].is_lost
+    ]
+    if collected.is_intact:
+        cluster.experts_complete = True
+        cluster.round.enter(Phase.RUNNING)
+        recovery.show_running()
+        cluster.history.add(cluster.round.number, now, cause, "all members went on")
+    elif missing:
+        cluster.history.add(cluster.round.number, now, cause, "not all members have called")
+        for name in missing:
+            if not workers[name].is_lost:
+                why = "it did not call the restarted controller"
+                workers[name].enter(WorkerState.LOST, why)
+        cluster.remember()
+        recovery.lost({n: workers[n].reason for n in missing}, now)
+        cluster.effects.append(End(tuple(missing)))
+    else:
+        cluster.reform(cause, now)
+
+
+def _restore_workers(table: WorkerTable, collected: CollectedState) -> None:
     """Update the records of a new table from the reports; missing workers stay unchanged."""
-    for worker in collected.lost:
+    for worker in collected.memory.lost:
         record = table[worker.member.name]
         record.state, record.reason = worker.state, worker.reason  # restored, not a change
     number = collected.generation.number

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 from msgspec.structs import replace
 
-from cluster.policy.replacement import Replacements
+from cluster.core.states import IllegalTransitionError
+from cluster.policy.places import NodeIds, Places, PlaceState
 from tests.cluster.controller.fakes_cluster import make_members
 
 MEMBERS = make_members(1, 2)
 
 
-def due(places: Replacements, now: float) -> list[str]:
+def due(places: Places, now: float) -> list[str]:
     return [member.name for member in places.take_due(now)]
 
 
 def test_losses_in_quick_succession_are_answered_later_and_later() -> None:
-    places = Replacements(MEMBERS)
+    places = Places(MEMBERS)
     assert due(places, 0.0) == []
     name, now, delays = "expert-1", 100.0, []
     for number in range(2, 9):
@@ -33,7 +35,7 @@ def test_losses_in_quick_succession_are_answered_later_and_later() -> None:
 
 
 def test_deaths_while_starting_count_until_one_serves() -> None:
-    places = Replacements(MEMBERS)
+    places = Places(MEMBERS)
     name, now = "expert-0", 0.0
     for number in range(2, 8):
         places.lost(name, "killed", now)
@@ -42,7 +44,7 @@ def test_deaths_while_starting_count_until_one_serves() -> None:
         assert due(places, now) == [name]
         if number % 3 == 1:
             places.joined([replace(MEMBERS[1], name=name)])
-    assert places.left_out == {}
+    assert places.closed == {}
     for number in (8, 9, 10):
         places.lost(name, f"killed {number}", now)
         assert places.are_due
@@ -52,36 +54,38 @@ def test_deaths_while_starting_count_until_one_serves() -> None:
     assert not places.are_due
     places.lost(name, "once more", now)
     assert due(places, now + 1000.0) == []
-    assert places.left_out == {"expert-0": "died 3 times while starting, last: once more"}
+    assert {n: p.why for n, p in places.closed.items()} == {
+        "expert-0": "died 3 times while starting, last: once more"
+    }
     assert not places.are_due
-    places.reopen("expert", 0)
+    places.reopen("expert-0.10")
     assert due(places, now + 1000.0) == ["expert-0.11"]
 
 
 def test_a_worker_that_died_while_starting_never_counts_as_joined() -> None:
-    places = Replacements(MEMBERS)
+    places = Places(MEMBERS)
     for name in ("expert-0", "expert-0.2", "expert-0.3", "expert-0.4"):
         places.lost(name, "killed", 0.0)
         places.joined([replace(MEMBERS[1], name=name)])
         places.take_due(1000.0)
-    assert list(places.left_out) == ["expert-0"]
+    assert list(places.closed) == ["expert-0"]
 
 
 def test_a_place_that_was_left_on_purpose_stays_empty_until_it_is_reopened() -> None:
-    places = Replacements(MEMBERS)
-    places.leave("expert-1")
+    places = Places(MEMBERS)
+    places.cordon("expert-1")
     places.lost("expert-1", "ended", 1.0)
     assert due(places, 100.0) == []
     assert not places.are_due
     assert not places.is_full(MEMBERS[:2])
-    places.reopen("expert", 1)
+    places.reopen("expert-1")
     assert due(places, 100.0) == ["expert-1.2"]
     assert places.is_full([*MEMBERS[:2], replace(MEMBERS[2], name="expert-1.2")])
 
 
 def test_of_many_workers_of_a_place_the_newest_counts() -> None:
     older = [replace(MEMBERS[1], name=name) for name in ("expert-0.10", "expert-0.2")]
-    places = Replacements([*MEMBERS, *older])
+    places = Places([*MEMBERS, *older])
     assert places.is_full([MEMBERS[0], MEMBERS[2], older[0]])
     places.lost("expert-0.2", "killed", 0.0)
     assert due(places, 0.0) == []
@@ -91,7 +95,7 @@ def test_of_many_workers_of_a_place_the_newest_counts() -> None:
 
 def test_a_loss_counts_as_recent_for_less_than_a_minute() -> None:
     for pause, delay in ((59.9, 1.0), (60.0, 0.0)):
-        places = Replacements(MEMBERS)
+        places = Places(MEMBERS)
         places.lost("expert-1", "killed", 0.0)
         assert due(places, 0.0) == ["expert-1.2"]
         places.joined([replace(MEMBERS[2], name="expert-1.2")])
@@ -101,37 +105,99 @@ def test_a_loss_counts_as_recent_for_less_than_a_minute() -> None:
 
 
 def test_a_place_is_empty_as_soon_as_its_worker_leaves() -> None:
-    places = Replacements(MEMBERS)
-    places.leave("expert-1")
-    places.reopen("expert", 1)
+    places = Places(MEMBERS)
+    places.cordon("expert-1")
+    places.reopen("expert-1")
     assert due(places, 0.0) == ["expert-1.2"]
 
 
 def test_a_reopened_place_has_all_its_tries_again() -> None:
-    places = Replacements(MEMBERS)
+    places = Places(MEMBERS)
     for name in ("expert-0", "expert-0.2", "expert-0.3", "expert-0.4"):
         places.lost(name, "killed", 0.0)
         places.take_due(1000.0)
-    assert list(places.left_out) == ["expert-0"]
-    places.reopen("expert", 0)
+    assert list(places.closed) == ["expert-0"]
+    places.reopen("expert-0.4")
     for name in ("expert-0.5", "expert-0.6"):
         assert due(places, 1000.0) == [name]
         places.lost(name, "killed", 0.0)
-    assert places.left_out == {}
+    assert places.closed == {}
 
 
 def test_a_replacement_reports_its_own_addresses() -> None:
     lost = replace(MEMBERS[1], node="n0", pid=77, data_address="n0:1", kv_address="n0:2")
-    places = Replacements([MEMBERS[0], lost, MEMBERS[2]])
+    places = Places([MEMBERS[0], lost, MEMBERS[2]])
     places.lost("expert-0", "killed", 0.0)
     assert places.take_due(0.0) == [replace(MEMBERS[1], name="expert-0.2")]
 
 
 def test_a_worker_without_a_place_changes_nothing() -> None:
-    places = Replacements(MEMBERS)
+    places = Places(MEMBERS)
     stranger = replace(MEMBERS[1], name="expert-9")
     places.joined([stranger])
     places.lost("expert-9", "killed", 0.0)
-    places.leave("expert-9")
+    places.cordon("expert-9")
+    places.reopen("expert-9")
     assert due(places, 1000.0) == []
     assert places.is_full(MEMBERS)
+
+
+def nodes(**ids: str) -> NodeIds:
+    """``nodes(a="12")``: nodes 1 and 2 are at address a."""
+    return {address: frozenset(found) for address, found in ids.items()}
+
+
+def cordoned(alive: NodeIds) -> Places:
+    """Both expert workers have left host a, which is to leave, too."""
+    places = Places(MEMBERS)
+    places.nodes_alive(alive)
+    for name in ("expert-0", "expert-1"):
+        places.cordon(name, "a")
+    return places
+
+
+def test_a_node_that_goes_frees_its_places_once() -> None:
+    places = cordoned(nodes(a="1", b="2"))
+    assert not places.nodes_alive(nodes(a="1", b="2"))
+    assert due(places, 1.0) == []
+    assert places.nodes_alive(nodes(b="2"))
+    assert due(places, 1.0) == ["expert-0.2", "expert-1.2"]
+    assert not places.nodes_alive(nodes(b="2"))
+
+
+def test_a_host_that_is_back_before_it_was_missed() -> None:
+    places = cordoned(nodes(a="1"))
+    assert not places.nodes_alive(nodes(a="12"))  # Ray has not noticed the end of 1 yet
+    assert due(places, 1.0) == []
+    assert places.nodes_alive(nodes(a="2"))
+    assert due(places, 1.0) == ["expert-0.2", "expert-1.2"]
+
+
+def test_who_has_never_looked_takes_the_first_node_for_the_drained_one() -> None:
+    places = cordoned({})
+    assert places.nodes_alive(nodes(a="1"))  # another controller must know it
+    assert due(places, 1.0) == []
+    places.nodes_alive(nodes(a="2"))
+    assert due(places, 1.0) == ["expert-0.2", "expert-1.2"]
+
+
+def test_another_controller_keeps_closed_places_and_fills_the_others() -> None:
+    earlier = cordoned(nodes(a="1"))
+    earlier.reopen("expert-1")
+    places = Places(MEMBERS)
+    places.restore(earlier.closed, {"expert-0": "drained", "expert-1": "drained"}, 5.0)
+    assert due(places, 5.0) == ["expert-1.2"]
+    assert places.nodes_alive(nodes(a="2"))
+    assert due(places, 5.0) == ["expert-0.2"]
+
+
+def test_a_place_that_is_filled_is_not_reopened() -> None:
+    places = Places(MEMBERS)
+    places.reopen("expert-0")
+    assert due(places, 1000.0) == []
+
+
+def test_a_place_goes_through_checked_states_only() -> None:
+    place = next(iter(Places(MEMBERS)._places.values()))
+    with pytest.raises(IllegalTransitionError, match="filled -> starting"):
+        place.enter(PlaceState.STARTING)

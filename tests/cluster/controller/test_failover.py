@@ -8,8 +8,9 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.controller.controller import Controller
-from cluster.controller.failover.collect import CollectedState, ReportCollector
+from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.epoch_change import EpochChange
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.codec import to_plain
 from cluster.core.errors import NotReadyError, ProtocolError
@@ -75,17 +76,17 @@ def restored(collected: CollectedState) -> tuple[Controller, FakeWorkerGroup]:
         Cluster(
             collected.members,
             collected.placement,
-            link,
             model={},
             load=CONFIG.load,
             now=1.0,
-            term=collected.term,
+            term=5,
         ),
         ControllerSettings(),
         config=CONFIG,
         executor=AtOnce(),
         now=1.0,
     )
+    link.cluster = controller.cluster
     controller.restore(collected, 1.0)
     return controller, link
 
@@ -102,7 +103,7 @@ def restore(*reports: WorkerReport) -> tuple[Controller, FakeWorkerGroup]:
 
 
 def test_a_whole_generation_goes_on_without_an_order() -> None:
-    controller, link = restore(report_of(), report_of(term=4), report_of())
+    controller, link = restore(report_of(), report_of(), report_of())
     assert controller.cluster.state.value == "SERVING"
     assert controller.cluster.generation.number == 3
     for name in NAMES:
@@ -266,5 +267,5 @@ def test_a_new_term_numbers_its_epochs_above_all_that_workers_know() -> None:
     """An epoch that was announced and never ran has maps of its own at the workers."""
     controller, _ = restore(report_of(), report_of(known_epoch=7), report_of())
     stage = Stage(fills=(), placement=controller.cluster.placement)
-    change = controller.rebalancing.begin_change(stage, 1.0)
+    change = EpochChange(controller.cluster, stage, 1.0)
     assert change.stage.placement.epoch == 8

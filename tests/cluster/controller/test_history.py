@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.controller.parts.event_log import History
+from cluster.controller.parts.memory import History
 
 
 def test_an_event_has_the_longest_pause_that_gateways_report() -> None:
@@ -17,7 +17,7 @@ def test_an_event_has_the_longest_pause_that_gateways_report() -> None:
     history.paused(3, 5.0)
     assert [entry["took_s"] for entry in history.to_list()] == [1.4, None]
     again = History(0.0)
-    again.restore(history.to_list())
+    again.restore(history.newest())
     again.paused(2, 1.0)
     assert again.to_list() == history.to_list()
 

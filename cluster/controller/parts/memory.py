@@ -1,13 +1,28 @@
-"""History of the cluster, newest last: generation, time of day, cause and effect."""
+"""What a controller keeps of the past, and what it leaves to the next one.
+
+The workers keep a ``Memory`` as plain data.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from msgspec import field
+
+from cluster.controller.parts.drains import Drain
+from cluster.controller.parts.operations import Operation
+from cluster.core.codec import Message
+from cluster.core.placement import ExpertPlacement
+from cluster.core.states import WorkerState
+from cluster.core.topology import Member
+from cluster.policy.places import ClosedPlace
+
 _KEPT = 256
+_LEFT_TO_NEXT = 64
+"""Entries of the history that the next controller gets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,16 +43,20 @@ class HistoryEntry:
 
 
 class History:
-    """The last changes, bounded."""
+    """The last changes of the cluster, newest last."""
 
     def __init__(self, wall_time_offset_s: float) -> None:
         """``wall_time_offset_s`` added to a monotonic time is the time of day."""
         self._offset_s = wall_time_offset_s
         self._entries: deque[HistoryEntry] = deque(maxlen=_KEPT)
 
-    def restore(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Entries of an earlier controller, as ``to_list`` returned them."""
-        self._entries.extend(HistoryEntry(**entry) for entry in entries)
+    def restore(self, entries: Iterable[HistoryEntry]) -> None:
+        """Entries of an earlier controller."""
+        self._entries.extend(entries)
+
+    def newest(self) -> tuple[HistoryEntry, ...]:
+        """For the next controller; ``restore`` takes them."""
+        return tuple(self._entries)[-_LEFT_TO_NEXT:]
 
     def add(self, generation: int, now: float, cause: str, effect: str) -> None:
         time = round(now + self._offset_s, 3)
@@ -69,3 +88,32 @@ class History:
     def to_list(self) -> list[dict[str, Any]]:
         """All kept entries, oldest first, fit for JSON."""
         return [asdict(e) for e in self._entries]
+
+
+class LostWorker(Message, frozen=True, kw_only=True):
+    """A worker that was lost or drained."""
+
+    member: Member
+    state: WorkerState
+    """Its last state."""
+    reason: str
+
+
+class Memory(Message, frozen=True, kw_only=True):
+    """``Cluster.memory`` makes it, ``failover.continue_with`` takes it."""
+
+    version: int = 0
+    """The snapshot's: of several the newest counts."""
+    history: tuple[HistoryEntry, ...] = ()
+    """The newest entries."""
+    lost: tuple[LostWorker, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What the cluster was started with, see ``ControllerActor``."""
+    desired: ExpertPlacement | None = None
+    """The placement of the whole cluster; None if it is the one in force."""
+    closed: dict[str, ClosedPlace] = field(default_factory=dict)
+    """Places in which no worker starts."""
+    operations: tuple[Operation, ...] = ()
+    """The newest."""
+    drain: Drain | None = None
+    """The drain under way."""

@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.controller.controller import Controller
-from cluster.controller.drain.order import Drain, DrainOrder, DrainStep
+from cluster.controller.parts.drains import Drain, DrainOrder, DrainStep
 from cluster.controller.parts.operations import Operation, Operations, OperationState
 from cluster.controller.rebalance.job import RebalanceOrder
 from cluster.core.codec import from_plain, to_plain
@@ -67,7 +67,7 @@ def test_a_drain_goes_on_under_the_next_controller() -> None:
     assert running(world).snapshot()["term"] == 2
     assert state_of(world, "attention-1") == "DRAINING"
     assert begin(world, "attention-1", request_id="mine") == operation_id
-    operation = running(world).operations.find(operation_id)
+    operation = running(world).cluster.operations.find(operation_id)
     assert operation.is_running
     take_all(world)
     assert state_of(world, "attention-1") == "DRAINED"
@@ -90,11 +90,11 @@ def test_a_worker_that_had_left_is_ended_and_its_place_filled_again() -> None:
         world.tick(0.1)
         assert state_of(world, "expert-2") == "DRAINED"
         restart(world, num_unsent=num_unsent)
-        assert running(world).operations.find(operation_id).is_running
+        assert running(world).cluster.operations.find(operation_id).is_running
         take_all(world)
         assert "expert-2" in world.ended
         world.reap()
-        operation = running(world).operations.find(operation_id)
+        operation = running(world).cluster.operations.find(operation_id)
         assert operation.state is OperationState.SUCCEEDED, num_unsent
         world.tick(0.1)
         assert state_of(world, "expert-2.2") == "STARTING"
@@ -117,18 +117,18 @@ def test_the_place_of_a_node_that_is_to_go_stays_empty() -> None:
     controller = running(world)
     record = controller.cluster.workers["expert-2"]
     record.member = replace(record.member, node="host-b")
-    controller.draining.nodes_alive({"host-b": frozenset("b")})
+    controller.cluster.nodes_alive({"host-b": frozenset("b")}, world.now)
     order = DrainOrder(node="host-b", limit_s=60.0)
     controller.draining.begin(order, world.now)
     world.tick(0.1)
     take_all(world)
     world.reap()
     restart(world)
-    running(world).draining.nodes_alive({"host-b": frozenset("b")})
+    running(world).cluster.nodes_alive({"host-b": frozenset("b")}, world.now)
     world.tick(1.0)
     assert "expert-2.2" not in world.workers
     restart(world)
-    running(world).draining.nodes_alive({"host-b": frozenset("c")})  # it was back at once
+    running(world).cluster.nodes_alive({"host-b": frozenset("c")}, world.now)  # it was back at once
     world.tick(0.1)
     assert state_of(world, "expert-2.2") == "STARTING"
 
@@ -138,7 +138,7 @@ def test_a_worker_that_died_meanwhile_ends_its_drain() -> None:
     operation_id = begin(world, "attention-1")
     world.crash("attention-1")
     restart(world)  # the earlier one had not noticed
-    operation = running(world).operations.find(operation_id)
+    operation = running(world).cluster.operations.find(operation_id)
     assert operation.state is OperationState.FAILED
     assert "lost before" in operation.message
     assert state_of(world, "attention-1") == "LOST"
@@ -150,10 +150,10 @@ def test_the_limit_counts_from_when_the_drain_began() -> None:
     for _ in range(4):
         world.tick(1.0)
         world.beat()
-    running(world).operations.find(operation_id).started += 3600.0  # another host's clock
+    running(world).cluster.operations.find(operation_id).started += 3600.0  # another host's clock
     running(world).cluster.remember()
     restart(world)
-    operation = running(world).operations.find(operation_id)
+    operation = running(world).cluster.operations.find(operation_id)
     assert operation.is_running
     world.tick(1.9)
     assert operation.state is OperationState.FAILED
@@ -165,7 +165,7 @@ def test_a_signal_that_came_before_is_followed() -> None:
     world = World(2, 3, NUM_SPARE)
     restart(world, DrainRequest())
     world.tick(0.5)
-    (operation,) = running(world).operations.to_list()
+    (operation,) = running(world).cluster.operations.to_list()
     assert operation["target"] == "expert-2"
 
 
@@ -174,7 +174,7 @@ def test_what_else_was_under_way_has_failed() -> None:
     first = Operations(1, 0.0, lambda: None)
     order = RebalanceOrder(request_id="a", dry_run=True)
     first.begin("rebalance", "placement epoch 4", order, 10.0)
-    forgotten.restore(first.memory(), 20.0)
+    forgotten.restore(first.kept, 20.0)
     operation = forgotten.find("rebalance-1.1")
     assert operation.state is OperationState.FAILED
     assert operation.message == "the controller was restarted"
@@ -202,7 +202,7 @@ def test_a_drain_is_plain_data_and_back() -> None:
 
 def test_a_drain_that_was_being_taken_back_ends_as_it_should() -> None:
     world = World(2, 3, NUM_SPARE)
-    operation = running(world).operations.find(begin(world, "attention-1"))
+    operation = running(world).cluster.operations.find(begin(world, "attention-1"))
     known = Drain(
         operation=operation,
         names=("attention-1",),
@@ -212,7 +212,7 @@ def test_a_drain_that_was_being_taken_back_ends_as_it_should() -> None:
         step=DrainStep.BACK,
         outcome=(OperationState.CANCELLED, "cancelled"),
     )
-    running(world).draining.restore({"drain": to_plain(known)}, world.now)
+    running(world).draining.restore(known, world.now)
     world.tick(0.1)
     assert (operation.state, operation.message) == (OperationState.CANCELLED, "cancelled")
     assert state_of(world, "attention-1") == "SERVING"

@@ -8,23 +8,21 @@
             that node has left
 
 Up to LEAVE a drain can be undone. ``Draining`` decides the next step; the controller acts. A
-restarted controller continues the drain of an earlier one: the workers keep ``memory`` for it.
+restarted controller continues the drain of an earlier one (``Memory``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from cluster.controller.drain.cordon import Cordon
-from cluster.controller.drain.order import Drain, DrainOrder, DrainStep
-from cluster.controller.parts.cluster import Cluster, NodeIds
+from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.drains import Drain, DrainOrder, DrainStep
+from cluster.controller.parts.effects import End
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
-from cluster.controller.parts.operations import Operation, Operations, OperationState
+from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.parts.recovery import Recovery
-from cluster.controller.parts.worker_record import WorkerRecord
+from cluster.controller.parts.workers import WorkerRecord
 from cluster.controller.rebalance.loop import Rebalancing
-from cluster.core.codec import from_plain, to_plain
 from cluster.core.errors import ConflictError, UnknownNameError
 from cluster.core.frames import ControlFrame, Shutdown, StatusRequest
 from cluster.core.states import WorkerState
@@ -49,7 +47,6 @@ class Draining:
     def __init__(
         self,
         cluster: Cluster,
-        operations: Operations,
         recovery: Recovery,
         rebalancing: Rebalancing,
     ) -> None:
@@ -57,43 +54,34 @@ class Draining:
         self._cluster = cluster
         self._recovery = recovery
         self._rebalancing = rebalancing
-        self._operations = operations
-        self._drain: Drain | None = None
         self._change: EpochChange | None = None
         """The change of the maps that the drain has under way."""
         self._requested: dict[str, float] = {}
         self._not_before: dict[str, float] = {}
         self._refusal = ""
-        self._cordon = Cordon()
 
     # ---- a restarted controller -----------------------------------------------------------
 
-    def memory(self) -> dict[str, Any]:
-        """Plain data for the next controller; ``restore`` takes it."""
-        return {"drain": to_plain(self._drain), "cordon": self._cordon.memory()}
-
-    def restore(self, memory: Mapping[str, Any], now: float) -> None:
+    def restore(self, drain: Drain | None, now: float) -> None:
         """Continue the drain of an earlier controller; the table has all workers already.
 
         Copies of experts begin again; requests are held back at once if they were before.
         """
-        self._cordon.restore(memory.get("cordon", {}))
-        known = memory.get("drain")
-        if not known:
+        if drain is None:
             return
-        drain = self._drain = from_plain(known, Drain)
-        drain.operation = self._operations.find(drain.operation.id)
+        self._cluster.drain = drain
+        drain.operation = self._cluster.operations.find(drain.operation.id)
         drain.deadline = now + drain.left_s
         table = self._cluster.workers
         states = {table[n].state if n in table else WorkerState.LOST for n in drain.names}
         if states == {WorkerState.DRAINED}:
-            drain.enter(DrainStep.LEAVE)
+            drain.resume(DrainStep.LEAVE)
         elif states & {WorkerState.LOST, WorkerState.DRAINED}:
             text = f"{drain.operation.target}: lost before they had left"
             self._end(drain, OperationState.FAILED, text, now)
         elif drain.step is not DrainStep.BACK:
             self._hold_back(drain, drain.step is DrainStep.MOVE)
-            drain.enter(DrainStep.SETTLE)
+            drain.resume(DrainStep.SETTLE)
 
     # ---- orders ---------------------------------------------------------------------------
 
@@ -102,19 +90,19 @@ class Draining:
 
         Raises ``UnknownNameError`` and ``ConflictError``; nothing has changed then.
         """
-        before = self._operations.asked_before(order, self._cluster.placement.epoch)
+        before = self._cluster.operations.asked_before(order, self._cluster.placement.epoch)
         return before or self._begin(self._named(order), order, now)
 
     def requested(self, name: str, now: float) -> None:
         """A worker received SIGTERM, or its node will leave (then it requests again and again)."""
         waits = now < self._not_before.get(name, now)
-        leaves = self._drain is not None and name in self._drain.names
+        leaves = self._cluster.drain is not None and name in self._cluster.drain.names
         if not (waits or leaves or name in self._requested):
             self._requested[name] = now
 
     def cancel(self, operation: Operation, now: float) -> None:
         """Undo a drain. Raises ``ConflictError`` if it is too late."""
-        drain = self._drain
+        drain = self._cluster.drain
         if drain is None or drain.operation is not operation:
             raise ConflictError(f"{operation.id} has ended")
         if drain.step is DrainStep.BACK:
@@ -127,44 +115,24 @@ class Draining:
 
     def frame(self, name: str, frame: ControlFrame, now: float) -> bool:
         """A frame about a change of the placement; False if it is about another change."""
-        drain = self._drain
+        drain = self._cluster.drain
         if drain is None or self._change is None:
             return False
         self._change.frame(name, frame, now)
         self._advance(drain, now)
         return True
 
-    def lost(self, reasons: Mapping[str, str], now: float) -> None:
-        """Workers were lost (name -> reason)."""
-        for name in reasons:
-            self._requested.pop(name, None)
-        drain = self._drain
-        if drain is None or drain.step in _TOO_LATE:
-            return
-        gone = sorted(set(drain.names) & set(reasons))
-        if gone:
-            text = f"{gone[0]} was lost before it had left: {reasons[gone[0]]}"
-            self._undo(drain, OperationState.FAILED, text, now)
-
     def ended(self, names: Sequence[str], now: float) -> None:
         """Processes of workers have ended."""
-        drain = self._drain
+        drain = self._cluster.drain
         if drain is not None and drain.step is DrainStep.END and set(drain.names) <= set(names):
             self._finish(drain, now)
 
-    def nodes_alive(self, nodes: NodeIds) -> None:
-        """The living nodes: fill the places of nodes that have left."""
-        self._cluster.nodes = nodes
-        gone = self._cordon.take_gone(nodes)
-        self._recovery.refill(gone)
-        if gone:
-            self._cluster.remember()
-
     def tick(self, now: float) -> None:
         """Time has passed: take the next step if the last one is done."""
-        if self._drain is None:
+        if self._cluster.drain is None:
             self._begin_requested(now)
-        drain = self._drain
+        drain = self._cluster.drain
         if drain is None:
             return
         if not self._cluster.takes_orders:
@@ -174,7 +142,7 @@ class Draining:
             drain.left_s = left_s
             self._cluster.remember()
         self._advance(drain, now)
-        if self._drain is drain and now > drain.deadline:
+        if self._cluster.drain is drain and now > drain.deadline:
             self._past_limit(drain, now)
 
     # ---- which workers ----------------------------------------------------------------------
@@ -183,10 +151,13 @@ class Draining:
         """Begin the next drain that workers requested, ``GATHER_S`` after the first request."""
         if not self._requested or now - min(self._requested.values()) < GATHER_S:
             return
-        if self._operations.running is not None or not self._cluster.runs:
+        if self._cluster.operations.running is not None or not self._cluster.runs:
             return
-        names = tuple(sorted(self._requested))
+        alive = {r.name for r in self._cluster.workers.alive()}
+        names = tuple(sorted(alive & set(self._requested)))
         self._requested.clear()
+        if not names:
+            return
         try:
             self._begin(names, DrainOrder(limit_s=SIGNAL_LIMIT_S), now)
         except ConflictError as err:
@@ -197,20 +168,21 @@ class Draining:
             self._refusal = cause + effect
 
     def _begin(self, names: tuple[str, ...], order: DrainOrder, now: float) -> Operation:
-        self._operations.check_free()
+        self._cluster.operations.check_free()
         if not self._cluster.takes_orders:
             raise ConflictError("the cluster is starting or ending")
         self._stage_without(names)
-        operation = self._operations.begin("drain", " and ".join(names), order, now)
-        self._drain = Drain(
+        operation = self._cluster.operations.begin("drain", " and ".join(names), order, now)
+        drain = self._cluster.drain = Drain(
             operation=operation,
             names=names,
             order=order,
             deadline=now + order.limit_s,
             left_s=order.limit_s,
         )
-        self._enter(self._drain, DrainStep.SETTLE)
-        self._advance(self._drain, now)
+        drain.resume(DrainStep.SETTLE)
+        self._cluster.remember()
+        self._advance(drain, now)
         return operation
 
     def _named(self, order: DrainOrder) -> tuple[str, ...]:
@@ -257,7 +229,11 @@ class Draining:
 
     def _advance(self, drain: Drain, now: float) -> None:
         cluster = self._cluster
-        if drain.step is DrainStep.SETTLE and cluster.runs and self._rebalancing.is_idle:
+        lost = [r for r in self._records(drain) if r.is_lost]
+        if lost and drain.step not in _TOO_LATE:
+            text = f"{lost[0].name} was lost before it had left: {lost[0].reason}"
+            self._undo(drain, OperationState.FAILED, text, now)
+        elif drain.step is DrainStep.SETTLE and cluster.runs and self._rebalancing.is_idle:
             self._check_again(drain, now)
         elif drain.step is DrainStep.COPY:
             self._watch_copies(drain, now)
@@ -265,16 +241,14 @@ class Draining:
             if cluster.runs and all(map(self._is_empty, self._records(drain))):
                 self._leave(drain, now)
             else:
-                for name in drain.names:
-                    cluster.link.send(name, StatusRequest(token=0))
+                cluster.send(StatusRequest(token=0), *drain.names)
         elif drain.step is DrainStep.BACK:
             self._watch_return(drain, now)
         elif drain.step is DrainStep.LEAVE and cluster.runs:
             drain.operation.generation = cluster.generation.number
             self._enter(drain, DrainStep.END)
-            for name in drain.names:
-                cluster.link.send(name, Shutdown(reason="drained"))
-            cluster.link.end_workers(drain.names)
+            cluster.send(Shutdown(reason="drained"), *drain.names)
+            cluster.effects.append(End(drain.names))
 
     def _check_again(self, drain: Drain, now: float) -> None:
         """Begin to copy or to move; the cluster may have changed since the order."""
@@ -291,7 +265,7 @@ class Draining:
         self._enter(drain, DrainStep.COPY)
         drain.operation.result["experts_copied"] = len(stage.fills)
         left_s = max(drain.deadline - now, 0.1)
-        self._change = self._rebalancing.begin_change(stage, now, limit_s=left_s)
+        self._change = EpochChange(self._cluster, stage, now, limit_s=left_s)
         self._watch_copies(drain, now)
 
     def _watch_copies(self, drain: Drain, now: float) -> None:
@@ -305,7 +279,7 @@ class Draining:
         self._change = None
         moved, took_s = len(change.stage.fills), now - change.began_at
         if change.state is ChangeState.DONE:
-            self._cluster.metrics.moved("drain", moved, change.num_bytes, took_s)
+            self._cluster.moved("drain", moved, change.num_bytes, took_s)
             self._move(drain, now)
         elif change.generation.number != generation or not self._cluster.runs:
             self._enter(drain, DrainStep.SETTLE)
@@ -336,7 +310,8 @@ class Draining:
             drain.enter(DrainStep.SETTLE)  # copies were lost meanwhile
             return
         drain.enter(DrainStep.LEAVE)
-        self._recovery.leave(drain.names, f"drained {' and '.join(drain.names)}", now)
+        why = f"drained {' and '.join(drain.names)}"
+        self._recovery.leave(drain.names, drain.order.node, why, now)
 
     def _past_limit(self, drain: Drain, now: float) -> None:
         if drain.step in _TOO_LATE:
@@ -349,10 +324,9 @@ class Draining:
 
     def _finish(self, drain: Drain, now: float) -> None:
         drain.operation.result["workers"] = list(drain.names)
-        if drain.order.node:  # the node will be taken down, see ``nodes_alive``
-            self._cordon.add(drain.names, drain.order.node)
-        else:
-            self._recovery.refill(drain.names)
+        if not drain.order.node:  # a node will be taken down
+            for name in drain.names:
+                self._cluster.places.reopen(name)
         self._end(drain, OperationState.SUCCEEDED, f"{drain.operation.target} is drained", now)
 
     def _undo(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
@@ -367,8 +341,9 @@ class Draining:
             self._end(drain, state, text, now)
             return
         drain.outcome = (state, text)
-        self._enter(drain, DrainStep.BACK)
-        self._change = self._rebalancing.begin_change(back, now)
+        if drain.step is not DrainStep.BACK:  # an earlier controller took it back
+            self._enter(drain, DrainStep.BACK)
+        self._change = EpochChange(cluster, back, now)
 
     def _watch_return(self, drain: Drain, now: float) -> None:
         """End when the old maps are in force; a new generation ends it, too."""
@@ -391,9 +366,9 @@ class Draining:
         self._cluster.remember()
 
     def _end(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
-        self._drain = self._change = None
+        self._cluster.drain = self._change = None
         self._not_before |= dict.fromkeys(drain.names, now + RETRY_S)
-        self._operations.end(drain.operation, state, text, now)
+        self._cluster.operations.end(drain.operation, state, text, now)
 
 
 def _num_requests(record: WorkerRecord) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from cluster.controller.drain.drain import GATHER_S, SIGNAL_LIMIT_S
-from cluster.controller.drain.order import DrainOrder
+from cluster.controller.drain import GATHER_S, SIGNAL_LIMIT_S
+from cluster.controller.parts.drains import DrainOrder
 from cluster.controller.parts.operations import Operation, OperationState
 from cluster.core.codec import from_plain
 from cluster.core.errors import ConflictError, RequestError, UnknownNameError
@@ -303,11 +303,10 @@ def test_a_whole_node_leaves_at_once() -> None:
     cluster.tick(0.1)
     cluster.controller.draining.ended(["attention-1", "expert-3"], cluster.now)
     assert operation.state is OperationState.SUCCEEDED
-    draining = cluster.controller.draining
-    draining.nodes_alive({"host-a": frozenset("a"), "host-b": frozenset("b")})
+    cluster.known.nodes_alive({"host-a": frozenset("a"), "host-b": frozenset("b")}, cluster.now)
     cluster.tick(1.0)
     assert "attention-1.2" not in cluster.known.workers
-    draining.nodes_alive({"host-a": frozenset("a")})
+    cluster.known.nodes_alive({"host-a": frozenset("a")}, cluster.now)
     cluster.tick(1.0)
     assert state_of(cluster, "attention-1.2") == "STARTING"
 
@@ -329,7 +328,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(
     with pytest.raises(ConflictError, match=words):
         drain(made, worker)
     assert made.controller.snapshot() == before
-    assert made.controller.operations.to_list() == []
+    assert made.controller.cluster.operations.to_list() == []
 
 
 def test_unknown_names_and_orders_are_refused() -> None:
@@ -395,6 +394,7 @@ def test_a_worker_that_dies_first_ends_its_drain() -> None:
     cluster = serving()
     operation = drain(cluster, "attention-1")
     cluster.controller.lost({"attention-1": "killed"}, cluster.now)
+    cluster.tick(0.1)
     assert operation.state is OperationState.FAILED
     assert operation.message == "attention-1 was lost before it had left: killed"
     assert state_of(cluster, "attention-1") == "LOST"
@@ -419,7 +419,7 @@ def test_workers_that_got_a_signal_are_drained_together_then_others() -> None:
     cluster.send("attention-1", DrainRequest())
     cluster.send("attention-1", DrainRequest())
     cluster.tick(GATHER_S)
-    (operation,) = cluster.controller.operations.to_list()
+    (operation,) = cluster.controller.cluster.operations.to_list()
     assert operation["target"] == "attention-1 and expert-3"
     cluster.send("attention-1", DrainRequest())
     say_requests(cluster, "attention-1", 0)
@@ -427,10 +427,10 @@ def test_workers_that_got_a_signal_are_drained_together_then_others() -> None:
     cluster.join_all()
     cluster.tick(0.1)
     cluster.controller.draining.ended(["attention-1", "expert-3"], cluster.now)
-    assert len(cluster.controller.operations.to_list()) == 1
+    assert len(cluster.controller.cluster.operations.to_list()) == 1
     cluster.send("expert-2", DrainRequest())
     cluster.tick(2 * GATHER_S)
-    assert len(cluster.controller.operations.to_list()) == 2
+    assert len(cluster.controller.cluster.operations.to_list()) == 2
     assert SIGNAL_LIMIT_S > GATHER_S
 
 
@@ -446,23 +446,22 @@ def test_a_signal_that_cannot_be_followed_is_noted() -> None:
 
 def test_a_drain_of_a_node_is_tried_again_after_a_refusal() -> None:
     cluster = serving(2, 4)
-    draining = cluster.controller.draining
     cluster.controller.lost({"attention-0": "closed"}, cluster.now)
     cluster.join_all()
     for _ in range(12):  # the node's end is announced again and again
-        draining.requested("attention-1", cluster.now)
+        cluster.controller.draining.requested("attention-1", cluster.now)
         cluster.tick(0.5)
         cluster.beat_all()
-    assert cluster.controller.operations.to_list() == []
+    assert cluster.controller.cluster.operations.to_list() == []
     causes = [e["cause"] for e in cluster.controller.snapshot()["history"]]
     assert causes.count("attention-1 got a signal to end") == 1
     cluster.bring_up("attention-0.2")
     cluster.join_all()
     for _ in range(12):
-        draining.requested("attention-1", cluster.now)
+        cluster.controller.draining.requested("attention-1", cluster.now)
         cluster.tick(0.5)
         cluster.beat_all()
-    (operation,) = cluster.controller.operations.to_list()
+    (operation,) = cluster.controller.cluster.operations.to_list()
     assert operation["target"] == "attention-1"
 
 

@@ -1,0 +1,302 @@
+"""Runs a controller: hands it events, and carries out the effects.
+
+``Controller`` decides, ``ControlServer`` carries frames, ``WorkerGroup`` starts and ends processes.
+All three run on the actor's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+from cluster.actors.control_server import ControlServer
+from cluster.actors.start_plan import StartPlan
+from cluster.actors.tasks import Background
+from cluster.actors.traces import ClusterTraces, cluster_traces
+from cluster.actors.worker_group_like import WorkerGroupLike
+from cluster.config.resources import ids_by_address
+from cluster.controller.controller import Controller
+from cluster.controller.failover import CollectedState, ReportCollector
+from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.effects import Effect, End, EndAll, Send, Start, Trace
+from cluster.controller.parts.gateway_polls import GatewayPolls
+from cluster.controller.parts.settings import ControllerSettings
+from cluster.core.errors import ExpertMeshError, StartError, SupersededError
+from cluster.core.frames import ControlFrame, Superseded
+from cluster.core.states import ClusterState
+from cluster.core.topology import Member
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_TICK_S = 0.1
+_NODES_S = 0.5
+_RESERVE_LIMIT_S = 30.0
+_END_AGAIN_S = 1.0
+
+
+class Runner:
+    """One controller among its sockets and workers. Event loop of the actor only."""
+
+    def __init__(self, group: WorkerGroupLike, background: Background) -> None:
+        self.group = group
+        self.background = background
+        self.identity = secrets.token_hex(8)
+        """Distinguishes controllers of one term."""
+        self.controller: Controller | None = None
+        """None before the start, and once another one leads the workers."""
+        self.failure = ""
+        """Why there is no controller; empty before the start."""
+        self.collector: ReportCollector | None = None
+        """Gets the workers' frames while a restarted actor collects reports; None otherwise."""
+        self.server: ControlServer | None = None
+        self.plan: StartPlan | None = None
+        """With the configuration; None before the start."""
+        self.polls = GatewayPolls()
+        self.traces: ClusterTraces | None = None
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
+
+    # ---- begin and end --------------------------------------------------------------------
+
+    async def open_server(self, token: str) -> ControlServer:
+        """Open a control server in place of an earlier one."""
+        if self.server is not None:
+            await self.server.close()
+        self.server = ControlServer(token, self)
+        await self.server.start(self.group.address())
+        return self.server
+
+    async def start(self, plan: StartPlan, notes: Mapping[str, Any]) -> None:
+        """Begin to start a cluster. Raises ``StartError`` after everything is released."""
+        try:
+            await self.open_server(plan.config.cluster_token)
+            pools = plan.config.workers.pools
+            members = await self.group.reserve(pools, plan.share, _RESERVE_LIMIT_S)
+            term = await self.group.claim(1, self.identity)
+        except (ExpertMeshError, OSError):
+            assert self.server is not None, "it is there before it is opened"
+            await self.server.close()
+            await self.group.end_all()
+            raise
+        plan = plan.on(members)
+        self._run(self._make(plan, members, notes, term), plan)
+        self.background.spawn(self._bring_up(members, plan, self._start_failed))
+
+    def go_on(self, plan: StartPlan, collected: CollectedState, term: int) -> None:
+        """Continue with the workers of an earlier controller."""
+        controller = self._make(plan, collected.members, collected.memory.notes, term)
+        controller.restore(collected, time.monotonic())
+        alive = [r.name for r in controller.cluster.workers.alive()]
+        self._run(controller, plan)
+        self.background.spawn(self.group.end_others(alive))
+        logger.info("term %d: %d workers found", term, len(collected.greetings))
+
+    async def stop(self) -> None:
+        """Release what is left once the workers have ended."""
+        if self.server is not None:
+            await self.server.close()
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.stop)
+        self.background.cancel()
+        self._planner.shutdown(wait=False, cancel_futures=True)
+
+    def _make(
+        self, plan: StartPlan, members: Sequence[Member], notes: Mapping[str, Any], term: int
+    ) -> Controller:
+        assert self.server is not None
+        config, now = plan.config, time.monotonic()
+        cluster = Cluster(
+            members,
+            plan.placement,
+            model={"name": config.model.served_model_name, "path": config.model.path},
+            load=config.load,
+            now=now,
+            num_slots=plan.num_slots,
+            can_grow=plan.share.device == "cpu",
+            term=term,
+            identity=self.identity,
+            host=self.server.address.rpartition(":")[0],
+            wall_time_offset_s=time.time() - now,
+            notes=notes,
+        )
+        return Controller(
+            cluster,
+            ControllerSettings.of(config),
+            config=config,
+            executor=self._planner,
+            now=now,
+        )
+
+    def _run(self, controller: Controller, plan: StartPlan) -> None:
+        """Hand events to this controller from now on, and let time pass for it."""
+        self.controller, self.plan, self.failure = controller, plan, ""
+        self.traces = cluster_traces(plan.config.observability)
+        self.background.spawn(self._tick_forever(controller))
+        self.background.spawn(self._watch_nodes(controller))
+        self._carry_out_all()
+
+    def retire(self, reason: str) -> None:
+        """Another controller leads the workers: let go of them."""
+        logger.warning("superseded: %s", reason)
+        self.failure = f"superseded: {reason}"
+        self.controller = None
+        if self.server is not None:
+            self.background.spawn(self.server.close())
+        self.background.notify()
+
+    # ---- events in, effects out -------------------------------------------------------------
+
+    def tell(self, event: Callable[[float], T]) -> T:
+        """The controller takes an event (its method, but for the time), with all effects."""
+        try:
+            return event(time.monotonic())
+        finally:
+            self._carry_out_all()
+
+    def _carry_out_all(self) -> None:
+        while self.controller is not None and (effects := self.controller.cluster.take_effects()):
+            for effect in effects:
+                try:
+                    self._carry_out(effect)
+                except Exception:  # those after it must still happen
+                    logger.exception("%s failed", type(effect).__name__)
+        self.background.notify()
+
+    def _carry_out(self, effect: Effect) -> None:
+        assert self.server is not None
+        assert self.plan is not None
+        match effect:
+            case Send(frame, workers):
+                self.server.send(frame, *workers)
+            case Start(member, placement):
+                plan = replace(self.plan, placement=placement)
+                failed = partial(self._died, member.name)
+                self.background.spawn(self._bring_up([member], plan, failed))
+            case End(workers):
+                for worker in workers:
+                    self.server.drop(worker)
+                end = partial(self.group.end, workers)
+                self.background.spawn(self._end(end, lambda c: partial(c.draining.ended, workers)))
+            case EndAll():
+                self.background.spawn(self._end(self.group.end_all, lambda c: c.all_ended))
+            case Trace():
+                if self.traces is not None:
+                    self.traces.record(effect)
+
+    # ---- events of the sockets (``ControlEvents``) -------------------------------------------
+
+    def on_frame(self, worker: str, frame: ControlFrame) -> None:
+        target = self.collector or self.controller
+        if isinstance(frame, Superseded) and self.controller is not None:
+            self.retire(f"{worker} follows another controller")
+        elif target is not None:
+            self.tell(partial(target.frame, worker, frame))
+
+    def on_closed(self, worker: str, reason: str) -> None:
+        if self.collector is not None:
+            self.collector.gone(worker)
+        elif self.controller is not None:
+            self.tell(partial(self.controller.disconnected, worker, reason))
+        self.background.notify()
+
+    # ---- tasks ----------------------------------------------------------------------------
+
+    async def _bring_up(
+        self, members: Sequence[Member], plan: StartPlan, failed: Callable[[str], None]
+    ) -> None:
+        """Create actors, and watch them until they have called.
+
+        ``failed`` gets an error that is not a worker's own.
+        """
+        server = self.server
+        assert server is not None
+        try:
+            extras = {m.name: plan.extra(m) for m in members}
+            names = [m.name for m in members]
+            watching = asyncio.create_task(self.group.watch_creation(names, self._created))
+            try:
+                await self.group.start(members, plan.config.to_dict(), server.address, extras)
+            finally:
+                watching.cancel()
+            for name in names:
+                self._created(name)
+            await self.group.watch(server.is_connected, self._died)
+        except SupersededError as err:
+            self.retire(str(err))
+        except StartError as err:
+            self._died(err.part, err.reason)
+        except Exception as err:  # any error of Ray must be reported: the start must not hang
+            logger.exception("workers could not be created")
+            failed(f"{type(err).__name__}: {err}")
+
+    def _created(self, name: str) -> None:
+        if self.controller is not None:
+            self.tell(partial(self.controller.created, name))
+
+    def _start_failed(self, error: str) -> None:
+        if self.controller is not None:
+            self.tell(partial(self.controller.fail_start, error))
+
+    def _died(self, name: str, reason: str) -> None:
+        if self.controller is not None and name in self.controller.cluster.workers:
+            self.tell(partial(self.controller.lost, {name: reason}))
+
+    async def _end(
+        self,
+        end: Callable[[], Awaitable[None]],
+        ended: Callable[[Controller], Callable[[float], None]],
+    ) -> None:
+        """End workers, again after each error, until they have ended; then tell the controller."""
+        while self.controller is not None:
+            try:
+                await end()
+            except SupersededError as err:
+                self.retire(str(err))
+            except Exception:  # any error of Ray
+                logger.exception("workers could not be ended, trying again")
+                await asyncio.sleep(_END_AGAIN_S)
+            else:
+                if self.controller is not None:
+                    self.tell(ended(self.controller))
+                break
+
+    async def _tick_forever(self, controller: Controller) -> None:
+        while self._leads(controller):
+            await asyncio.sleep(_TICK_S)
+            try:
+                self.tell(controller.tick)
+            except Exception:  # detection must continue
+                logger.exception("a tick of the controller failed")
+            for gateway in self.polls.take_gone(time.monotonic()):
+                self.note(f"{gateway} is gone: it no longer asks", "its requests end")
+
+    async def _watch_nodes(self, controller: Controller) -> None:
+        """Drain the workers of nodes that will leave; fill their places afterwards."""
+        while self._leads(controller):
+            await asyncio.sleep(_NODES_S)
+            try:
+                leaving, nodes = await asyncio.to_thread(
+                    lambda: (self.group.leaving(), self.group.resources())
+                )
+            except Exception as err:  # any error of Ray: the next round asks again
+                logger.debug("the nodes cannot be listed: %s", err)
+                continue
+            for name in sorted(leaving):
+                self.tell(partial(controller.draining.requested, name))
+            self.tell(partial(controller.cluster.nodes_alive, ids_by_address(nodes)))
+
+    def note(self, cause: str, effect: str) -> None:
+        """Add to the history of the cluster, if there is one."""
+        if self.controller is not None:
+            self.tell(partial(self.controller.cluster.note, cause, effect))
+
+    def _leads(self, controller: Controller) -> bool:
+        is_over = controller.cluster.state is ClusterState.STOPPED
+        return self.controller is controller and not is_over

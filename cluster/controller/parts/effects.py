@@ -1,0 +1,58 @@
+"""Effects: what the controller wants to happen outside.
+
+The parts only change the cluster's state and add effects to it. The controller actor hands over an
+event, takes the effects afterwards (``Cluster.take_effects``), and carries them out in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.core.frames import ControlFrame
+from cluster.core.placement import ExpertPlacement
+from cluster.core.topology import Member
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a frame to workers; those that are not connected get nothing."""
+
+    frame: ControlFrame
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Start one more worker, which holds its part of the placement."""
+
+    member: Member
+    placement: ExpertPlacement
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """End the processes of workers, then call ``Draining.ended``."""
+
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EndAll:
+    """End all workers, then call ``Controller.all_ended``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Record a change that has just ended."""
+
+    name: str
+    seconds: float
+    attributes: Mapping[str, Any]
+    """Those with the value None are unknown."""
+    error: str = ""
+    """Kind of the error; empty if there was none."""
+
+
+Effect = Send | Start | End | EndAll | Trace

@@ -1,0 +1,217 @@
+"""Places of the cluster: which are empty, and when a new worker starts. Pure; time passed in.
+
+A place is a role and a rank that the cluster was started with. A lost worker leaves its place
+empty; a new worker starts there under a fresh name (``expert-1.2`` after ``expert-1``), with the
+same rank and device.
+
+    FILLED ──▶ EMPTY ◀──▶ STARTING ──▶ FILLED
+       │         ▲           │ └─────▶ LEFT_OUT
+       └─────▶ CORDONED ◀────┘
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from msgspec.structs import replace
+
+from cluster.core.codec import Message
+from cluster.core.states import next_state
+from cluster.core.topology import ADDRESS_FIELDS, Member
+
+NodeIds = Mapping[str, frozenset[str]]
+"""Address of a host -> ids of the living nodes there; more than one while an earlier node
+has left unnoticed.
+"""
+MAX_START_DEATHS = 3
+"""Consecutive deaths while starting after which a place is left out."""
+_CALM_S = 60.0
+_MAX_DELAY_S = 30.0
+
+
+class PlaceState(Enum):
+    """What a place waits for."""
+
+    FILLED = "filled"
+    """Its worker has been in a generation, or is of the start."""
+    EMPTY = "empty"
+    """Its worker is lost; another one starts, the later the more were lost just before."""
+    STARTING = "starting"
+    """Its worker has never been in a generation."""
+    LEFT_OUT = "left out"
+    """Too many workers died while they started: no more start."""
+    CORDONED = "cordoned"
+    """Its worker has left on purpose: no other starts before ``reopen``."""
+
+
+_NEXT = {
+    PlaceState.FILLED: {PlaceState.EMPTY, PlaceState.CORDONED},
+    PlaceState.EMPTY: {PlaceState.STARTING},
+    PlaceState.STARTING: {
+        PlaceState.FILLED,
+        PlaceState.EMPTY,
+        PlaceState.LEFT_OUT,
+        PlaceState.CORDONED,
+    },
+    PlaceState.LEFT_OUT: {PlaceState.EMPTY},
+    PlaceState.CORDONED: {PlaceState.EMPTY},
+}
+_CLOSED = (PlaceState.LEFT_OUT, PlaceState.CORDONED)
+_HELD = (PlaceState.FILLED, PlaceState.STARTING)
+
+
+class ClosedPlace(Message, frozen=True, kw_only=True):
+    """A place in which no worker starts, as the next controller gets it."""
+
+    state: PlaceState
+    why: str
+    node: str = ""
+    """Address of the node that must leave first; empty if another event reopens the place."""
+    node_ids: frozenset[str] = frozenset()
+    """Ids of the nodes at that address; empty until they are known. A host may return as another
+    node before anybody has seen it leave.
+    """
+
+
+@dataclass(slots=True)
+class _Place:
+    """One place of the cluster."""
+
+    member: Member
+    """Its newest worker."""
+    number: int
+    """Number of workers it has had."""
+    state: PlaceState = PlaceState.FILLED
+    not_before: float = 0.0
+    """Monotonic time at which the next one may be started."""
+    start_deaths: int = 0
+    """Deaths while starting since the last worker that served."""
+    lost_at: deque[float] = field(default_factory=lambda: deque(maxlen=8))
+    """Monotonic times of the last losses."""
+    closed: ClosedPlace | None = None
+    """While it is left out or cordoned."""
+
+    def enter(self, state: PlaceState) -> None:
+        self.state, self.closed = next_state(self.state, state, _NEXT), None
+
+    def close(self, state: PlaceState, why: str, node: str, node_ids: frozenset[str]) -> None:
+        self.enter(state)
+        self.closed = ClosedPlace(state=state, why=why, node=node, node_ids=node_ids)
+
+
+class Places:
+    """All places of a cluster. Owned by the controller."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        """``members`` are all workers so far, including the newest of each place."""
+        by_age = sorted(members, key=lambda m: _number_of(m.name))
+        self._places = {
+            f"{m.role}-{m.rank}": _Place(member=m, number=_number_of(m.name)) for m in by_age
+        }
+        self._alive: NodeIds = {}
+
+    def lost(self, name: str, reason: str, now: float) -> None:
+        """A worker is lost. No effect if it left its place before."""
+        place = self._place_of(name)
+        if place is None or place.state not in _HELD:
+            return
+        recent = sum(now - at < _CALM_S for at in place.lost_at)
+        place.lost_at.append(now)
+        place.not_before = now + (min(2.0 ** (recent - 1), _MAX_DELAY_S) if recent else 0.0)
+        place.start_deaths += place.state is PlaceState.STARTING
+        if place.state is PlaceState.STARTING and place.start_deaths >= MAX_START_DEATHS:
+            why = f"died {place.start_deaths} times while starting, last: {reason}"
+            place.close(PlaceState.LEFT_OUT, why, "", frozenset())
+        else:
+            place.enter(PlaceState.EMPTY)
+
+    def cordon(self, name: str, node: str = "") -> None:
+        """A worker leaves on purpose: its place stays empty until ``reopen``, or until ``node`` has
+        left.
+        """
+        place = self._place_of(name)
+        if place is not None and place.state in _HELD:
+            ids = self._alive.get(node, frozenset())
+            place.close(PlaceState.CORDONED, "left on purpose", node, ids)
+
+    def reopen(self, name: str) -> None:
+        """Start a worker in the place of this one, which has left or failed."""
+        place = self._place_of(name)
+        if place is not None and place.state in _CLOSED:
+            place.enter(PlaceState.EMPTY)
+            place.start_deaths = 0
+
+    def nodes_alive(self, alive: NodeIds) -> bool:
+        """Reopen the places whose nodes have left; whether any place has changed."""
+        self._alive, before = alive, self.closed
+        for place in self._places.values():
+            closed = place.closed
+            if closed is None or not closed.node:
+                continue
+            there = alive.get(closed.node, frozenset())
+            if not there or (closed.node_ids and not closed.node_ids & there):
+                self.reopen(place.member.name)
+            elif not closed.node_ids:
+                place.closed = replace(closed, node_ids=there)
+        return self.closed != before
+
+    def joined(self, members: Iterable[Member]) -> None:
+        """These workers are in a generation that runs."""
+        for member in members:
+            place = self._place_of(member.name)
+            if place is not None and place.state is PlaceState.STARTING:
+                place.enter(PlaceState.FILLED)
+                place.start_deaths = 0
+
+    def take_due(self, now: float) -> list[Member]:
+        """New workers to start now; they report addresses and node themselves."""
+        due = []
+        for place in self._places.values():
+            if place.state is not PlaceState.EMPTY or now < place.not_before:
+                continue
+            old = place.member
+            place.number += 1
+            name = f"{old.role}-{old.rank}.{place.number}"
+            unknown = dict.fromkeys(ADDRESS_FIELDS, "")
+            place.member = replace(old, name=name, node="", pid=0, **unknown)
+            place.enter(PlaceState.STARTING)
+            due.append(place.member)
+        return due
+
+    def is_full(self, members: Iterable[Member]) -> bool:
+        """Whether these workers fill every place."""
+        names = {m.name for m in members}
+        return all(p.member.name in names for p in self._places.values())
+
+    @property
+    def are_due(self) -> bool:
+        """A worker will be started for some place, now or later."""
+        return any(p.state is PlaceState.EMPTY for p in self._places.values())
+
+    @property
+    def closed(self) -> dict[str, ClosedPlace]:
+        """``expert-1`` -> why no worker starts there any more."""
+        return {name: p.closed for name, p in self._places.items() if p.closed is not None}
+
+    def restore(
+        self, closed: Mapping[str, ClosedPlace], gone: Mapping[str, str], now: float
+    ) -> None:
+        """Continue for an earlier controller; ``gone``: workers that left (name -> reason)."""
+        for name, place in self._places.items():
+            if (known := closed.get(name)) is not None:
+                place.state, place.closed = known.state, known
+            elif place.member.name in gone:
+                self.lost(place.member.name, gone[place.member.name], now)
+
+    def _place_of(self, name: str) -> _Place | None:
+        found = (p for p in self._places.values() if p.member.name == name)
+        return next(found, None)
+
+
+def _number_of(name: str) -> int:
+    """Number of workers that a place has had, from its newest worker's name."""
+    _, _, number = name.partition(".")
+    return int(number) if number.isdigit() else 1
