@@ -148,6 +148,8 @@ class Controller:
         elif cluster.is_up:
             for name, reason in fresh.items():
                 cluster.send(Shutdown(reason=f"declared lost: {reason}"), name)
+            if cluster.drain is not None:
+                self.draining.lost(cluster.drain, fresh, now)
             self.recovery.lost(fresh, now)
             cluster.effects.append(End(tuple(fresh)))
 

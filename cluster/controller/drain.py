@@ -13,7 +13,7 @@ restarted controller continues the drain of an earlier one (``Memory``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.drains import Drain, DrainOrder, DrainStep
@@ -122,6 +122,13 @@ class Draining:
         self._advance(drain, now)
         return True
 
+    def lost(self, drain: Drain, reasons: Mapping[str, str], now: float) -> None:
+        """Workers (name -> reason) are lost during a drain; the table has recorded it already."""
+        gone = sorted(reasons.keys() & drain.names)
+        if gone and drain.step not in _TOO_LATE:
+            text = f"{gone[0]} was lost before it had left: {reasons[gone[0]]}"
+            self._undo(drain, OperationState.FAILED, text, now)
+
     def ended(self, names: Sequence[str], now: float) -> None:
         """Processes of workers have ended."""
         drain = self._cluster.drain
@@ -229,11 +236,7 @@ class Draining:
 
     def _advance(self, drain: Drain, now: float) -> None:
         cluster = self._cluster
-        lost = [r for r in self._records(drain) if r.is_lost]
-        if lost and drain.step not in _TOO_LATE:
-            text = f"{lost[0].name} was lost before it had left: {lost[0].reason}"
-            self._undo(drain, OperationState.FAILED, text, now)
-        elif drain.step is DrainStep.SETTLE and cluster.runs and self._rebalancing.is_idle:
+        if drain.step is DrainStep.SETTLE and cluster.runs and self._rebalancing.is_idle:
             self._check_again(drain, now)
         elif drain.step is DrainStep.COPY:
             self._watch_copies(drain, now)

@@ -394,7 +394,6 @@ def test_a_worker_that_dies_first_ends_its_drain() -> None:
     cluster = serving()
     operation = drain(cluster, "attention-1")
     cluster.controller.lost({"attention-1": "killed"}, cluster.now)
-    cluster.tick(0.1)
     assert operation.state is OperationState.FAILED
     assert operation.message == "attention-1 was lost before it had left: killed"
     assert state_of(cluster, "attention-1") == "LOST"
