@@ -163,8 +163,8 @@ class FakeWorkerGroup(ABC):
     def address(self) -> str:
         return "127.0.0.1"
 
-    async def claim(self, term: int, identity: str) -> int:
-        self.newest_term = max(term, self.newest_term + 1)
+    async def claim(self, identity: str) -> int:
+        self.newest_term += 1
         self.claimed = self.newest_term, identity
         return self.newest_term
 

@@ -231,7 +231,7 @@ class ControllerActor:
         while self._restores:
             try:
                 async with asyncio.timeout(_RESTORE_LIMIT_S):
-                    term = term or await self._group.claim(1, self.runner.identity)
+                    term = term or await self._group.claim(self.runner.identity)
                     await hand_off(self.runner, term)
                 self._restores = False
             except SupersededError as err:

@@ -168,13 +168,13 @@ def with_process(actors: Mapping[str, Any]) -> list[str]:
     return [n for n, actor in actors.items() if state.actor_table(actor._actor_id.hex()).get("Pid")]
 
 
-def claim_term(term: int, identity: str) -> int:
-    """Claim, for one controller, a term from ``term`` on that is above every claimed one.
+def claim_term(identity: str) -> int:
+    """Claim, for one controller, a term above every claimed one.
 
     A remote call; use a thread. Ray keeps each term for its first claimant.
     """
     while True:
-        term = max(term, newest_term() + 1)
+        term = newest_term() + 1
         if not _internal_kv_put(f"{_TERM}{term}", identity, overwrite=False, namespace=NAMESPACE):
             return term
 

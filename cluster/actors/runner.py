@@ -79,7 +79,7 @@ class Runner:
             await self.open_server(plan.config.cluster_token)
             pools = plan.config.workers.pools
             members = await self.group.reserve(pools, plan.share, _RESERVE_LIMIT_S)
-            term = await self.group.claim(1, self.identity)
+            term = await self.group.claim(self.identity)
         except (ExpertMeshError, OSError):
             assert self.server is not None, "it is there before it is opened"
             await self.server.close()

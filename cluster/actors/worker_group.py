@@ -109,9 +109,9 @@ class WorkerGroup:
     def address(self) -> str:
         return node_address()
 
-    async def claim(self, term: int, identity: str) -> int:
+    async def claim(self, identity: str) -> int:
         """As in ``claim_term``. Raises ``TimeoutError`` if Ray does not answer."""
-        self._term = await _in_time(claim_term, term, identity)
+        self._term = await _in_time(claim_term, identity)
         self._identity = identity
         return self._term
 

@@ -42,8 +42,8 @@ class WorkerGroupLike(Protocol):
     def address(self) -> str:
         """Interface that the control server binds to."""
 
-    async def claim(self, term: int, identity: str) -> int:
-        """Claim a term from ``term`` on for this controller; workers are ended in its name."""
+    async def claim(self, identity: str) -> int:
+        """Claim a term for this controller, above all before; workers are ended in its name."""
 
     async def reserve(
         self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float

@@ -180,8 +180,6 @@ class WorkerReport(ControlFrame, frozen=True, kw_only=True):
     A restarted controller learns from it all that it must know.
     """
 
-    term: int
-    """Highest term of a controller that it has followed."""
     generation: Generation | None
     """The newest that was announced to it; None before the first."""
     placement: ExpertPlacement | None

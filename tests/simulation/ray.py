@@ -82,9 +82,9 @@ class SimRay:
             return HEAD
         return f"host-{rank % 2}" if self._hosts is Hosts.TWO else f"{role}-{rank}"
 
-    def claim(self, term: int) -> int:
+    def claim(self) -> int:
         """A controller claims a term, above all others."""
-        self.newest_term = max(term, self.newest_term + 1)
+        self.newest_term += 1
         return self.newest_term
 
     def check_order(self, term: int, what: str) -> None:
@@ -291,9 +291,9 @@ class SimGroup:
             name=worker.name, config=worker.args.config, num_slots=worker.args.num_slots
         )
 
-    async def claim(self, term: int, identity: str) -> int:
+    async def claim(self, identity: str) -> int:
         await asyncio.sleep(self._kernel.rng.uniform(0.0005, 0.003))
-        self._term, self._identity = self._ray.claim(term), identity
+        self._term, self._identity = self._ray.claim(), identity
         return self._term
 
     async def redirect(self, name: str, control_address: str) -> None:

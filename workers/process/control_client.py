@@ -127,11 +127,6 @@ class ControlClient:
         self._thread.start()
 
     @property
-    def term(self) -> int:
-        """Highest term of a controller that was followed."""
-        return self._guard.term
-
-    @property
     def contact_at(self) -> float:
         """Monotonic time of the newest heartbeat that a controller has acknowledged."""
         return self._lease.contact_at
@@ -239,7 +234,7 @@ class ControlClient:
                         elif events & selectors.EVENT_READ:
                             self._receive(sock, incoming)
             except SupersededError as err:
-                outgoing += encode(Superseded(term=self.term))
+                outgoing += encode(Superseded(term=self._guard.term))
                 sock.settimeout(_FLUSH_S)
                 with contextlib.suppress(OSError):
                     sock.sendall(outgoing)

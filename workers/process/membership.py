@@ -143,12 +143,12 @@ class Membership:
         self.fence = max(self.fence, self.generation.number, announced)
         return self.fence
 
-    def worker_report(self, term: int, memory: dict[str, Any]) -> list[ControlFrame]:
+    def worker_report(self, memory: dict[str, Any]) -> list[ControlFrame]:
         """State of this worker, for a restarted controller.
 
         A leader that was ordered to switch the epoch, and has not done so yet, does not count as
-        running: the new controller knows nothing of that order. ``term`` is the term of the
-        previous controller, ``memory`` is the snapshot that it left.
+        running: the new controller knows nothing of that order. ``memory`` is the
+        snapshot that the previous controller left.
         """
         order, loss = self.announced, self._loss
         number = self.generation.number
@@ -161,7 +161,6 @@ class Membership:
             switch.generation == number and switch.epoch > self.epochs.current.epoch
         )
         report = WorkerReport(
-            term=term,
             generation=order.generation if order is not None else None,
             placement=placement,
             running=here and self.runs and not will_switch,

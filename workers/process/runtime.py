@@ -403,7 +403,7 @@ class WorkerRuntime(ABC):
 
     def _worker_report(self) -> list[ControlFrame]:
         """State of this worker, for a restarted controller."""
-        return self.membership.worker_report(self.control.term, self._memory)
+        return self.membership.worker_report(self._memory)
 
     # ---- the data thread --------------------------------------------------------------------
 

@@ -87,7 +87,6 @@ class TrivialWorker:
         order = self._order
         return [
             WorkerReport(
-                term=self._client.term,
                 generation=order.generation if order is not None else None,
                 placement=order.placement if order is not None else None,
                 running=self._runs,

@@ -66,7 +66,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Killed:
         found.actors.append(handle)
 
     monkeypatch.setattr(worker_group, "newest_term", lambda: found.newest_term)
-    monkeypatch.setattr(worker_group, "claim_term", lambda term, identity: term)
+    monkeypatch.setattr(worker_group, "claim_term", lambda identity: 1)
     monkeypatch.setattr(worker_group, "is_this_node", lambda node_id: True)
     monkeypatch.setattr(worker_group, "wait_gone", lambda process, limit_s: True)
     monkeypatch.setattr(worker_group, "kill_process", found.processes.append)
@@ -78,7 +78,7 @@ async def _group(handle: Handle) -> WorkerGroup:
     group = WorkerGroup({})
     actor = worker_group._Actor("expert-0", handle, "here", process=PROCESS)
     group._actors["expert-0"] = actor
-    await group.claim(1, "a controller")
+    await group.claim("a controller")
     return group
 
 

@@ -127,7 +127,6 @@ class ModelWorker:
             Register(member=replace(self.member, pid=7)),
             WorkerReady(),
             WorkerReport(
-                term=self.guard.term,
                 generation=order.generation if order is not None else None,
                 placement=order.placement if order is not None else None,
                 running=is_newest and self.runs and not self.is_fenced,

@@ -450,7 +450,6 @@ def restore(old: FakeCluster, memory: dict[str, Any]) -> CollectedState:
             Register(member=member),
             WorkerReady(),
             WorkerReport(
-                term=1,
                 generation=generation,
                 placement=old.known.placement,
                 running=True,

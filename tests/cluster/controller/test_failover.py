@@ -48,7 +48,6 @@ def report_of(number: int = 3, **changes: Any) -> WorkerReport:
     """A worker that runs a generation of all three."""
     generation = Generation(number=number, members=MEMBERS)
     values: dict[str, Any] = {
-        "term": 1,
         "generation": generation,
         "placement": PLACEMENT,
         "running": True,

@@ -82,7 +82,6 @@ SAMPLES: tuple[ControlFrame, ...] = (
     NewGeneration(term=1, generation=GENERATION, placement=PLACEMENT),
     ControllerSnapshot(term=1, memory={"history": []}),
     WorkerReport(
-        term=1,
         generation=GENERATION,
         placement=PLACEMENT,
         running=True,
@@ -135,7 +134,6 @@ def spoiled(frame: ControlFrame, path: tuple[str | int, ...], value: object) -> 
 
 
 REPORT = WorkerReport(
-    term=1,
     generation=GENERATION,
     placement=PLACEMENT,
     running=True,

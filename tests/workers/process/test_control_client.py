@@ -237,7 +237,7 @@ def lost() -> Iterator[queue.Queue[str]]:
 
 def _standing() -> WorkerReport:
     return WorkerReport(
-        term=1, generation=None, placement=None, running=True, highest_step=7, highest_epoch=2
+        generation=None, placement=None, running=True, highest_step=7, highest_epoch=2
     )
 
 

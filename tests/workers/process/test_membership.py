@@ -68,7 +68,7 @@ class World:
 
     def report(self) -> WorkerReport:
         """What it says to a new controller."""
-        (found,) = self.membership.worker_report(1, {})
+        (found,) = self.membership.worker_report({})
         assert isinstance(found, WorkerReport)
         return found
 
