@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cluster.actors.start_plan import StartPlan
 from cluster.actors.worker_group_like import FoundWorker
-from cluster.config.resources import NodeResources, WorkerShare
+from cluster.config.cluster import WorkersSection
+from cluster.config.resources import NodeResources
 from cluster.core.errors import PeerLostError
 from cluster.core.placement import ExpertPlacement
-from cluster.core.topology import Generation, Member, Role
+from cluster.core.topology import Generation, Member
 from tests.cluster.controller.fakes_cluster import members_of
 from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TokenDispatcher
 from workers.model.layers import Dispatch
@@ -168,19 +170,11 @@ class FakeWorkerGroup(ABC):
         self.claimed = self.newest_term, identity
         return self.newest_term
 
-    async def reserve(
-        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
-    ) -> tuple[Member, ...]:
-        return members_of(pools)
+    def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
+        return members_of(workers.pools)
 
     @abstractmethod
-    async def start(
-        self,
-        members: Sequence[Member],
-        config: Mapping[str, Any],
-        control_address: str,
-        extras: Mapping[str, Mapping[str, Any]],
-    ) -> None:
+    async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
         """See ``WorkerGroupLike``."""
 
     async def watch_creation(self, names: Sequence[str], on_process: Callable[[str], None]) -> None:

@@ -19,7 +19,6 @@ from cluster.actors.control_server import ControlServer
 from cluster.actors.runner import Runner
 from cluster.actors.start_plan import StartPlan
 from cluster.actors.worker_group_like import FoundWorker
-from cluster.config.resources import resolved_share
 from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import SupersededError
@@ -50,7 +49,6 @@ async def hand_off(runner: Runner, term: int) -> None:
     plan = StartPlan(
         config=found[0].config,
         placement=collected.placement,
-        share=resolved_share(found[0].config.workers),
         num_slots=max(f.num_slots for f in found),
     )
     runner.go_on(plan, collected, term)

@@ -12,11 +12,7 @@ from typing import Any, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.experimental.internal_kv import (
-    _internal_kv_del,
-    _internal_kv_list,
-    _internal_kv_put,
-)
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_list, _internal_kv_put
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from cluster.config.resources import NodeResources

@@ -77,8 +77,8 @@ class Runner:
         """Begin to start a cluster. Raises ``StartError`` after everything is released."""
         try:
             await self.open_server(plan.config.cluster_token)
-            pools = plan.config.workers.pools
-            members = await self.group.reserve(pools, plan.share, _RESERVE_LIMIT_S)
+            workers = plan.config.workers
+            members = await asyncio.to_thread(self.group.reserve, workers, _RESERVE_LIMIT_S)
             term = await self.group.claim(self.identity)
         except (ExpertMeshError, OSError):
             assert self.server is not None, "it is there before it is opened"
@@ -87,7 +87,7 @@ class Runner:
             raise
         plan = plan.on(members)
         self._run(self._make(plan, members, notes, term), plan)
-        self.background.spawn(self._bring_up(members, plan, self._start_failed))
+        self.background.spawn(self._bring_up(members, plan))
 
     def go_on(self, plan: StartPlan, collected: CollectedState, term: int) -> None:
         """Continue with the workers of an earlier controller."""
@@ -127,11 +127,7 @@ class Runner:
             notes=notes,
         )
         return Controller(
-            cluster,
-            ControllerSettings.of(config),
-            config=config,
-            executor=self._planner,
-            now=now,
+            cluster, ControllerSettings.of(config), config=config, executor=self._planner, now=now
         )
 
     def _run(self, controller: Controller, plan: StartPlan) -> None:
@@ -177,8 +173,7 @@ class Runner:
                 self.server.send(frame, *workers)
             case Start(member, placement):
                 plan = replace(self.plan, placement=placement)
-                failed = partial(self._died, member.name)
-                self.background.spawn(self._bring_up([member], plan, failed))
+                self.background.spawn(self._bring_up([member], plan))
             case End(workers):
                 for worker in workers:
                     self.server.drop(worker)
@@ -208,21 +203,14 @@ class Runner:
 
     # ---- tasks ----------------------------------------------------------------------------
 
-    async def _bring_up(
-        self, members: Sequence[Member], plan: StartPlan, failed: Callable[[str], None]
-    ) -> None:
-        """Create actors, and watch them until they have called.
-
-        ``failed`` gets an error that is not a worker's own.
-        """
-        server = self.server
+    async def _bring_up(self, members: Sequence[Member], plan: StartPlan) -> None:
+        """Create actors, and watch them until they have called."""
+        server, names = self.server, [m.name for m in members]
         assert server is not None
         try:
-            extras = {m.name: plan.extra(m) for m in members}
-            names = [m.name for m in members]
             watching = asyncio.create_task(self.group.watch_creation(names, self._created))
             try:
-                await self.group.start(members, plan.config.to_dict(), server.address, extras)
+                await self.group.start(members, plan, server.address)
             finally:
                 watching.cancel()
             for name in names:
@@ -234,15 +222,15 @@ class Runner:
             self._died(err.part, err.reason)
         except Exception as err:  # any error of Ray must be reported: the start must not hang
             logger.exception("workers could not be created")
-            failed(f"{type(err).__name__}: {err}")
+            error = f"{type(err).__name__}: {err}"
+            if self.controller is not None:
+                self.tell(partial(self.controller.fail_start, error))
+            for name in names:
+                self._died(name, error)
 
     def _created(self, name: str) -> None:
         if self.controller is not None:
             self.tell(partial(self.controller.created, name))
-
-    def _start_failed(self, error: str) -> None:
-        if self.controller is not None:
-            self.tell(partial(self.controller.fail_start, error))
 
     def _died(self, name: str, reason: str) -> None:
         if self.controller is not None and name in self.controller.cluster.workers:

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config.cluster import ClusterConfig
-from cluster.config.resources import NodeResources, WorkerShare, plan_shares
+from cluster.config.resources import NodeResources, WorkerShare, plan_shares, resolved_share
+from cluster.core.codec import to_plain
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.placement import ExpertPlacement, contiguous, load_placement
 from cluster.core.topology import Member
 from cluster.planner import mesh
 from cluster.planner.base import PlannedDevice, PlannedTopology, planned_device
+
+WorkerArguments = tuple[dict[str, Any], dict[str, Any], str, dict[str, Any]]
+"""Configuration, member, the controller's address, and the rest: plain data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,12 +27,15 @@ class StartPlan:
     config: ClusterConfig
     """The configuration with device and shares resolved, as the workers get it."""
     placement: ExpertPlacement
-    share: WorkerShare
-    """Resources of each worker."""
     num_slots: int
     """Expert slots per bank of each expert worker: the fullest planned one and the spare ones."""
     load: LoadProfile | None = None
     """Expected load; None when the workers run already."""
+
+    @property
+    def share(self) -> WorkerShare:
+        """Resources of each worker."""
+        return resolved_share(self.config.workers)
 
     def on(self, members: Sequence[Member]) -> StartPlan:
         """The plan with a placement for the members, once their nodes are known."""
@@ -38,12 +45,12 @@ class StartPlan:
             return self
         return replace(self, placement=first_placement(self.config, self.load, devices))
 
-    def extra(self, member: Member) -> dict[str, Any]:
-        """Arguments of a worker besides the configuration."""
+    def arguments(self, member: Member, control_address: str) -> WorkerArguments:
+        """Arguments of a worker's actor class."""
         extra: dict[str, Any] = {"threads": self.share.threads}
         if member.holds_experts or self.config.workers.mode == "local":
             extra |= {"placement": self.placement.to_dict(), "num_slots": self.num_slots}
-        return extra
+        return self.config.to_dict(), to_plain(member), control_address, extra
 
 
 def plan_start(
@@ -73,7 +80,6 @@ def plan_start(
     return StartPlan(
         config=replace(config, workers=workers),
         placement=placement,
-        share=share,
         num_slots=slots + config.workers.recovery_slots,
         load=expected,
     )

@@ -44,10 +44,10 @@ from cluster.actors.ray_tools import (
     with_process,
     words_of,
 )
+from cluster.actors.start_plan import StartPlan
 from cluster.actors.worker_group_like import FoundWorker
-from cluster.config.cluster import ClusterConfig
-from cluster.config.resources import NodeResources, WorkerShare, resolved_share
-from cluster.core.codec import to_plain
+from cluster.config.cluster import ClusterConfig, WorkersSection
+from cluster.config.resources import WorkerShare, resolved_share
 from cluster.core.errors import StartError, SupersededError
 from cluster.core.node_labels import selector_for
 from cluster.core.topology import Member, Role, holds_experts
@@ -87,7 +87,6 @@ class WorkerGroup:
     _actors: dict[str, _Actor] = field(default_factory=dict)
     _ending: set[asyncio.Future[None]] = field(default_factory=set)
     _group: PlacementGroup | None = None
-    _share: WorkerShare | None = None
     _term: int = 0
     _identity: str = ""
     _bundles: dict[Role, range] = field(default_factory=dict)
@@ -95,8 +94,10 @@ class WorkerGroup:
     _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while an actor's bundle is chosen and the actor is created."""
 
-    def resources(self) -> tuple[NodeResources, ...]:
-        return cluster_nodes()
+    resources = staticmethod(cluster_nodes)
+    address = staticmethod(node_address)
+    was_restarted = staticmethod(this_actor_was_restarted)
+    call_back = staticmethod(call_this_actor)
 
     def leaving(self) -> list[str]:
         """Workers on nodes that Ray drains. A remote call."""
@@ -106,33 +107,23 @@ class WorkerGroup:
     def free_cpus(self) -> float:
         return free_resources().get("CPU", 0.0)
 
-    def address(self) -> str:
-        return node_address()
-
     async def claim(self, identity: str) -> int:
         """As in ``claim_term``. Raises ``TimeoutError`` if Ray does not answer."""
         self._term = await _in_time(claim_term, identity)
         self._identity = identity
         return self._term
 
-    async def reserve(
-        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
-    ) -> tuple[Member, ...]:
-        """Reserve room for all workers (role -> number), spread over the nodes.
+    def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
+        """Reserve room for all workers, spread over the nodes.
 
         Ranks are ordered by node, then index. Raises ``StartError`` if there is no room within
         ``limit_s``.
         """
-        return await asyncio.to_thread(self._reserve, pools, share, limit_s)
-
-    def _reserve(
-        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
-    ) -> tuple[Member, ...]:
+        pools, share = workers.pools, resolved_share(workers)
         free_reserved_room()
         wanted = {"CPU": share.cpus, "GPU": share.gpus}
         bundle = {k: v for k, v in wanted.items() if v > 0} or {"memory": 1.0}
         count = sum(pools.values())
-        self._share = share
         selectors = _selectors(pools)
         self._group = placement_group(
             [bundle] * count,
@@ -154,13 +145,7 @@ class WorkerGroup:
         self.nodes = {m.name: node for m, node in members}
         return tuple(m for m, _ in members)
 
-    async def start(
-        self,
-        members: Sequence[Member],
-        config: Mapping[str, Any],
-        control_address: str,
-        extras: Mapping[str, Mapping[str, Any]],
-    ) -> None:
+    async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
         """Create actors and call their ``start``. The caller undoes a failure by ``end_all``.
 
         Those that have no reserved place get the room of a lost one, once that is free. Raises
@@ -175,13 +160,13 @@ class WorkerGroup:
         created = []
         for member in members:
             node_id = self.nodes.get(member.name, "")
-            facts: Any = dict(config), to_plain(member), control_address, dict(extras[member.name])
             kind = self.classes[member.role]
             remote = kind if hasattr(kind, "remote") else ray.remote(kind)
             async with self._placing:
                 bundle = bundles[node_id].pop(0) if node_id else self._free_bundle(member.role)
-                create: Any = remote.options(**self._options(member, bundle)).remote
+                create: Any = remote.options(**self._options(member, plan.share, bundle)).remote
                 await self._check_term()
+                facts: Any = plan.arguments(member, address)
                 handle = await asyncio.to_thread(create, *facts)  # registers the name at Ray's head
                 actor = self._actors[member.name] = _Actor(member.name, handle, node_id, bundle)
             created.append(self._bring_up(actor))
@@ -211,12 +196,6 @@ class WorkerGroup:
                     waiting.remove(actor)
                     on_died(actor.name, words)
 
-    def was_restarted(self) -> bool:
-        return this_actor_was_restarted()
-
-    def call_back(self, method: str) -> None:
-        call_this_actor(method)
-
     async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
         """Workers of an earlier controller that still live, found by name.
 
@@ -233,11 +212,9 @@ class WorkerGroup:
         if self.silent and not found:
             raise TimeoutError(f"no answer from {', '.join(self.silent)}")
         if found:
-            self._share = resolved_share(found[0].config.workers)
             async with asyncio.timeout(limit_s):
                 get = ray.util.get_placement_group
                 self._group = await asyncio.to_thread(get, WORKERS_GROUP)
-            self.nodes = {name: actor.node_id for name, actor in self._actors.items()}
         return found
 
     async def redirect(self, name: str, control_address: str) -> None:
@@ -301,15 +278,14 @@ class WorkerGroup:
 
     # ---- placing --------------------------------------------------------------------------
 
-    def _options(self, member: Member, bundle: int) -> dict[str, Any]:
-        assert self._share is not None
+    def _options(self, member: Member, share: WorkerShare, bundle: int) -> dict[str, Any]:
         assert self._group is not None
         return {
             "name": member.name,
             "namespace": NAMESPACE,
             "lifetime": "detached",
-            "num_cpus": self._share.cpus,
-            "num_gpus": self._share.gpus,
+            "num_cpus": share.cpus,
+            "num_gpus": share.gpus,
             "max_restarts": 0,
             "max_task_retries": 0,
             "max_concurrency": 4,  # ping and stop get through while another call is in progress

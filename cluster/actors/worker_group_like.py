@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from cluster.config.cluster import ClusterConfig
-from cluster.config.resources import NodeResources, WorkerShare
-from cluster.core.topology import Member, Role
+from cluster.actors.start_plan import StartPlan
+from cluster.config.cluster import ClusterConfig, WorkersSection
+from cluster.config.resources import NodeResources
+from cluster.core.topology import Member
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,18 +46,10 @@ class WorkerGroupLike(Protocol):
     async def claim(self, identity: str) -> int:
         """Claim a term for this controller, above all before; workers are ended in its name."""
 
-    async def reserve(
-        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
-    ) -> tuple[Member, ...]:
-        """Find room, rank the workers."""
+    def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
+        """Find room, rank the workers. Blocks; use a thread."""
 
-    async def start(
-        self,
-        members: Sequence[Member],
-        config: Mapping[str, Any],
-        control_address: str,
-        extras: Mapping[str, Mapping[str, Any]],
-    ) -> None:
+    async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
         """Create workers: those of a start, later some in the room of lost ones.
 
         Raises ``SupersededError``.

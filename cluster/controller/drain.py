@@ -44,12 +44,7 @@ _TOO_LATE = (DrainStep.LEAVE, DrainStep.END, DrainStep.BACK)
 class Draining:
     """The drains of a cluster, one after the other. Owned by the controller."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        recovery: Recovery,
-        rebalancing: Rebalancing,
-    ) -> None:
+    def __init__(self, cluster: Cluster, recovery: Recovery, rebalancing: Rebalancing) -> None:
         """No change of ``rebalancing`` begins or continues while a drain runs."""
         self._cluster = cluster
         self._recovery = recovery

@@ -204,11 +204,7 @@ class ReportCollector:
 
 
 def continue_with(
-    collected: CollectedState,
-    cluster: Cluster,
-    recovery: Recovery,
-    draining: Draining,
-    now: float,
+    collected: CollectedState, cluster: Cluster, recovery: Recovery, draining: Draining, now: float
 ) -> None:
     """Restore the state of a new controller, which then goes on."""
     memory = collected.memory

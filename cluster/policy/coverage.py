@@ -237,9 +237,7 @@ class _Bank:
             row += [FREE_SLOT] * (slot + 1 - len(row))
             row[slot] = expert
             burden[device] += self._weights[expert]
-            loads.append(
-                SlotFill(bank=self._index, device=device, slot=slot, expert=expert),
-            )
+            loads.append(SlotFill(bank=self._index, device=device, slot=slot, expert=expert))
         return loads
 
     def _free_slot(self, device: int) -> int | None:

@@ -25,13 +25,7 @@ from cluster.core.topology import Member
 from cluster.load.view import balancedness_of, expected_loads
 from cluster.planner import decode_moves, mesh
 from cluster.planner.assess import assess
-from cluster.planner.base import (
-    Plan,
-    PlannedDevice,
-    PlannedTopology,
-    PlanOptions,
-    planned_device,
-)
+from cluster.planner.base import Plan, PlannedDevice, PlannedTopology, PlanOptions, planned_device
 from cluster.planner.stages import held_by
 from cluster.sizing.replay import StepCost, window_of
 

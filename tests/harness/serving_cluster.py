@@ -22,6 +22,7 @@ from ray.exceptions import ActorUnavailableError
 from cluster.actors.controller_actor import ControllerActor
 from cluster.actors.controller_client import create_controller
 from cluster.actors.ray_tools import end_leftovers
+from cluster.actors.start_plan import StartPlan
 from cluster.actors.worker_group import WorkerGroup
 from cluster.actors.worker_group_like import FoundWorker
 from cluster.config.cluster import (
@@ -33,7 +34,6 @@ from cluster.config.cluster import (
     WorkersSection,
 )
 from cluster.controller.controller import Controller
-from cluster.core.codec import to_plain
 from cluster.core.topology import Member, Role
 from cluster.launch import local_ray
 from tests.fakes import FakeWorkerGroup
@@ -223,16 +223,10 @@ class ThreadWorkerGroup(FakeWorkerGroup):
     def names(self) -> list[str]:
         return list(self.runtimes)
 
-    async def start(
-        self,
-        members: Sequence[Member],
-        config: Mapping[str, Any],
-        control_address: str,
-        extras: Mapping[str, Mapping[str, Any]],
-    ) -> None:
+    async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
         for member in members:
-            given = (config, to_plain(member), control_address, extras[member.name], "127.0.0.1")
-            runtime = self.make_runtime(member.role, WorkerArgs.from_plain(*given))
+            args = WorkerArgs.from_plain(*plan.arguments(member, address), "127.0.0.1")
+            runtime = self.make_runtime(member.role, args)
             self.runtimes[member.name] = runtime
             runtime.start()
 

@@ -11,10 +11,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from cluster.core.codec import to_plain
+from cluster.actors.start_plan import StartPlan
 from cluster.core.topology import Member
 from tests.harness.serving_cluster import RUNTIMES, ThreadWorkerGroup
 from workers.process.runtime import WorkerRuntime
@@ -34,18 +33,11 @@ class PooledWorkerGroup(ThreadWorkerGroup):
     def names(self) -> list[str]:
         return list(self._busy)
 
-    async def start(
-        self,
-        members: Sequence[Member],
-        config: Mapping[str, Any],
-        control_address: str,
-        extras: Mapping[str, Mapping[str, Any]],
-    ) -> None:
+    async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
         for member in members:
             child = self._free.pop() if self._free else _start_process()
             self._busy[member.name] = child
-            arguments = [dict(config), to_plain(member), control_address, dict(extras[member.name])]
-            _tell(child, arguments)
+            _tell(child, plan.arguments(member, address))
 
     async def end(self, names: Sequence[str]) -> None:
         children = [self._busy.pop(name) for name in names if name in self._busy]

@@ -15,9 +15,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cluster.core.codec import to_plain
+from cluster.actors.start_plan import StartPlan
 from cluster.core.topology import Member
 from tests.harness.serving_cluster import ThreadWorkerGroup
 
@@ -61,13 +60,7 @@ class ProcessWorkerGroup(ThreadWorkerGroup):
     def names(self) -> list[str]:
         return list(self._children)
 
-    async def start(
-        self,
-        members: Sequence[Member],
-        config: Mapping[str, Any],
-        control_address: str,
-        extras: Mapping[str, Mapping[str, Any]],
-    ) -> None:
+    async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
         for member in members:
             self._children[member.name] = subprocess.Popen(
                 [sys.executable, "-m", "tests.harness.worker_processes", member.role],
@@ -85,8 +78,7 @@ class ProcessWorkerGroup(ThreadWorkerGroup):
         for member in members:
             stdin = self._children[member.name].stdin
             assert stdin is not None
-            arguments = [dict(config), to_plain(member), control_address, dict(extras[member.name])]
-            stdin.write(json.dumps(arguments) + "\n")
+            stdin.write(json.dumps(plan.arguments(member, address)) + "\n")
             stdin.flush()
 
     async def end(self, names: Sequence[str]) -> None:

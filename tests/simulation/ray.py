@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -14,8 +14,10 @@ from functools import partial
 from typing import Any
 
 from cluster.actors.controller_actor import ControllerActor
+from cluster.actors.start_plan import StartPlan
 from cluster.actors.worker_group_like import FoundWorker
-from cluster.config.resources import NodeResources, WorkerShare
+from cluster.config.cluster import WorkersSection
+from cluster.config.resources import NodeResources
 from cluster.core.errors import ExpertMeshError, StartError, SupersededError
 from cluster.core.topology import Member, Role, holds_experts
 from tests.simulation.kernel import Fiber, Kernel, Process
@@ -209,9 +211,7 @@ class SimGroup:
 
         self._process.loop.call_soon(call)
 
-    async def reserve(
-        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
-    ) -> tuple[Member, ...]:
+    def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
         return tuple(
             Member(
                 name=f"{role}-{rank}",
@@ -220,17 +220,11 @@ class SimGroup:
                 device=rank if holds_experts(role) else -1,
                 node=self._ray.host_of(role, rank),
             )
-            for role, number in pools.items()
+            for role, number in workers.pools.items()
             for rank in range(number)
         )
 
-    async def start(
-        self,
-        members: Sequence[Member],
-        config: Mapping[str, Any],
-        control_address: str,
-        extras: Mapping[str, Mapping[str, Any]],
-    ) -> None:
+    async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
         ray = self._ray
         for member in members:
             await asyncio.sleep(self._kernel.rng.uniform(0.5, 1.5) * _START_S / len(members))
@@ -242,10 +236,8 @@ class SimGroup:
                 self._kernel,
                 ray.host_of(member.role, member.rank),
                 ray.new_pid(),
-                config,
                 member,
-                control_address,
-                extras[member.name],
+                plan.arguments(member, address),
             )
             ray.workers[member.name] = ray.ever[member.name] = self._known[member.name] = worker
             worker.process.on_death.append(partial(self._forget, member.name))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from cluster.actors.start_plan import WorkerArguments
 from cluster.core.topology import Member
 from tests.simulation.kernel import Kernel, Process
 from tests.simulation.network import network
@@ -101,20 +102,11 @@ class SimWorker:
     """A Ray actor that hosts a worker: its process and its runtime."""
 
     def __init__(
-        self,
-        kernel: Kernel,
-        host: str,
-        pid: int,
-        config: Mapping[str, Any],
-        member: Member,
-        control_address: str,
-        extra: Mapping[str, Any],
+        self, kernel: Kernel, host: str, pid: int, member: Member, arguments: WorkerArguments
     ) -> None:
-        from cluster.core.codec import to_plain
-
         self.name = member.name
         self.process = Process(kernel, member.name, host, pid)
-        self.args = WorkerArgs.from_plain(config, to_plain(member), control_address, extra, host)
+        self.args = WorkerArgs.from_plain(*arguments, host)
         role = SimAttention if member.role == "attention" else SimExpert
         before, kernel.process = kernel.process, self.process
         self.runtime: WorkerRuntime = role(self.args, self._die)

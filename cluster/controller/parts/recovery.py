@@ -21,12 +21,7 @@ from cluster.core.frames import ExpertsLoaded, GenerationReady
 from cluster.core.states import ClusterState, WorkerState
 from cluster.core.topology import Member, Role
 from cluster.planner.stages import SlotFill
-from cluster.policy.coverage import (
-    Holdings,
-    decide_members,
-    describe_losses,
-    describe_members,
-)
+from cluster.policy.coverage import Holdings, decide_members, describe_losses, describe_members
 from cluster.tracing.names import LOST_WORKERS, RECOVERY
 
 logger = logging.getLogger(__name__)

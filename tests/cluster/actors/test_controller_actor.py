@@ -13,6 +13,7 @@ import pytest
 from cluster.actors import runner
 from cluster.actors.control_server import ControlServer
 from cluster.actors.controller_actor import ControllerActor
+from cluster.actors.start_plan import StartPlan
 from cluster.actors.worker_group_like import FoundWorker
 from cluster.config.cluster import (
     ClusterConfig,
@@ -21,7 +22,6 @@ from cluster.config.cluster import (
     TransportSection,
     WorkersSection,
 )
-from cluster.config.resources import WorkerShare
 from cluster.core.errors import (
     ConfigError,
     ConflictError,
@@ -41,7 +41,7 @@ from cluster.core.frames import (
     WorkerReady,
 )
 from cluster.core.load_profile import BankLoad, LoadProfile
-from cluster.core.topology import Member, Role
+from cluster.core.topology import Member
 from tests.cluster.controller.fakes_cluster import slots_of
 from tests.cluster.controller.load_reports import load_of
 from tests.fakes import FakeWorkerGroup
@@ -116,8 +116,7 @@ class ThreadWorkerGroup(FakeWorkerGroup):
         super().__init__()
         self.workers: dict[str, ThreadWorker] = {}
         self.ended: list[str] = []
-        self.config: Mapping[str, Any] = {}
-        self.extras: Mapping[str, Mapping[str, Any]] = {}
+        self.plan: StartPlan | None = None
         self.all_ended = 0
         self._fails, self._dies, self._room = fails, dies, room
         self._crashes = crashes
@@ -125,26 +124,23 @@ class ThreadWorkerGroup(FakeWorkerGroup):
     def names(self) -> list[str]:
         return [name for name in self.workers if name not in self.ended]
 
-    async def reserve(
-        self, pools: Mapping[Role, int], share: WorkerShare, limit_s: float
-    ) -> tuple[Member, ...]:
+    def extra(self, name: str) -> dict[str, Any]:
+        """What a worker got besides the configuration."""
+        assert self.plan is not None
+        extra: dict[str, Any] = self.plan.arguments(member_of(name), "")[-1]
+        return extra
+
+    def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
         if not self._room:
             raise StartError("worker group", "no room")
-        return await super().reserve(pools, share, limit_s)
+        return super().reserve(workers, limit_s)
 
-    async def start(
-        self,
-        members: Sequence[Member],
-        config: Mapping[str, Any],
-        control_address: str,
-        extras: Mapping[str, Mapping[str, Any]],
-    ) -> None:
-        self.config, self.extras = config, extras
+    async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
+        self.plan = plan
         if self._crashes:
             raise RuntimeError("no such node")
         for member in members:
-            token = str(config["cluster_token"])
-            worker = ThreadWorker({"name": member.name}, control_address, token)
+            worker = ThreadWorker({"name": member.name}, address, plan.config.cluster_token)
             self.workers[member.name] = worker
             if member.name == self._fails:
                 raise StartError(member.name, "ValueError: no such tensor")
@@ -204,9 +200,10 @@ def test_a_cluster_starts_answers_and_stops() -> None:
         assert actor.runner.server is not None
         assert actor.runner.server.address.startswith("127.0.0.1:")
         assert snapshot["generation"] == 1
-        assert group.config["workers"]["cpus_per_worker"] == 0.6666
-        assert group.config["workers"]["device"] == "cpu"
-        assert set(group.extras["expert-1"]) == {"placement", "num_slots", "threads"}
+        assert group.plan is not None
+        assert group.plan.config.workers.cpus_per_worker == 0.6666
+        assert group.plan.config.workers.device == "cpu"
+        assert set(group.extra("expert-1")) == {"placement", "num_slots", "threads"}
         report = await actor.placement()
         assert report["banks"][0]["load"] == [3] * 8
         assert report["banks"][0]["balancedness"] == {"predicted": 0.75, "achieved": 1.0}
@@ -257,17 +254,11 @@ class HangingWorkerGroup(ThreadWorkerGroup):
         self.asked: asyncio.Queue[str] = asyncio.Queue()
         self._has_process = has_process
 
-    async def start(
-        self,
-        members: Sequence[Member],
-        config: Mapping[str, Any],
-        control_address: str,
-        extras: Mapping[str, Mapping[str, Any]],
-    ) -> None:
+    async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
         if self.workers:
             self.asked.put_nowait(members[0].name)
             await asyncio.Event().wait()
-        await super().start(members, config, control_address, extras)
+        await super().start(members, plan, address)
 
     async def watch_creation(self, names: Sequence[str], on_process: Callable[[str], None]) -> None:
         if self.workers and self._has_process:
@@ -348,8 +339,9 @@ def test_colocated_workers_share_cpus_and_experts_and_the_mode_is_reported() -> 
             ("colocated-0", "colocated"),
             ("colocated-1", "colocated"),
         ]
-        assert group.config["workers"]["cpus_per_worker"] == 1.0
-        slots = [group.extras[w["name"]]["num_slots"] for w in workers]
+        assert group.plan is not None
+        assert group.plan.config.workers.cpus_per_worker == 1.0
+        slots = [group.extra(w["name"])["num_slots"] for w in workers]
         assert slots == [w["slots"] for w in workers] == [5, 5]
         await actor.stop()
 
@@ -364,7 +356,7 @@ def test_local_mode_is_one_worker_with_all_experts() -> None:
         snapshot = await _until(actor, "SERVING")
         assert snapshot["experts_complete"]
         assert list(group.workers) == ["attention-0"]
-        assert group.extras["attention-0"]["num_slots"] == 8
+        assert group.extra("attention-0")["num_slots"] == 8
         load = await actor.load()
         assert load["workers"] == ["attention-0"]
         assert [bank["at_risk"] for bank in load["banks"]] == [

@@ -13,11 +13,15 @@ from ray.exceptions import RayTaskError
 
 from cluster.actors import worker_group
 from cluster.actors.process import ProcessIdentity
+from cluster.actors.start_plan import StartPlan
 from cluster.actors.worker_group import WorkerGroup
 from cluster.core.errors import SupersededError
+from cluster.core.placement import contiguous
 from cluster.core.topology import Member
+from tests.cluster.controller.fakes_cluster import BANKS, CONFIG
 from workers.process.lease import TermGuard
 
+PLAN = StartPlan(config=CONFIG, placement=contiguous(BANKS, 1), num_slots=0)
 PROCESS = ProcessIdentity(pid=7, started_at=0.0)
 
 
@@ -131,7 +135,7 @@ def test_only_the_newest_controller_starts_workers(
         killed.newest_term = 2
         member = Member(name="expert-0.2", role="expert", rank=0, device=0)
         with pytest.raises(SupersededError, match="term 2 is claimed"):
-            await group.start([member], {}, "here:1", {})
+            await group.start([member], PLAN, "here:1")
         assert killed.actors == []
 
     asyncio.run(body())

@@ -11,9 +11,11 @@ import pytest
 
 from cluster.actors import worker_group
 from cluster.actors.process import ProcessIdentity
+from cluster.actors.start_plan import StartPlan
 from cluster.actors.worker_group import WorkerGroup
-from cluster.config.resources import WorkerShare
+from cluster.core.placement import contiguous
 from cluster.core.topology import Member
+from tests.cluster.controller.fakes_cluster import BANKS, CONFIG
 
 
 class Handle:
@@ -61,12 +63,12 @@ def test_workers_that_start_side_by_side_take_different_places(
     head = SlowHead()
     group = WorkerGroup({"attention": head})
     group._bundles = {"attention": range(2)}
-    group._share = WorkerShare(device="cpu", cpus=1.0, gpus=0.0)
+    plan = StartPlan(config=CONFIG, placement=contiguous(BANKS, 1), num_slots=0)
     group._group = object()  # type: ignore[assignment]
     members = [Member(name=f"attention-{i}.2", role="attention", rank=i, device=-1) for i in (0, 1)]
 
     async def body() -> None:
-        starts = (group.start([m], {}, "127.0.0.1:1", {m.name: {}}) for m in members)
+        starts = (group.start([m], plan, "127.0.0.1:1") for m in members)
         await asyncio.gather(*starts)
 
     asyncio.run(body())

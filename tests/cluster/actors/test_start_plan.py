@@ -153,4 +153,5 @@ def test_a_placement_and_a_profile_exclude_each_other() -> None:
 def test_a_plan_survives_the_way_to_the_workers() -> None:
     plan = make_plan(num_redundant_experts=1, load_profile="x").on(members_on(TWO_NODES))
     expert = make_members(1, 4)[1]
-    assert json.loads(json.dumps(plan.extra(expert)["placement"])) == plan.placement.to_dict()
+    *_, extra = json.loads(json.dumps(plan.arguments(expert, "here:1")))
+    assert extra["placement"] == plan.placement.to_dict()

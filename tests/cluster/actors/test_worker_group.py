@@ -25,9 +25,9 @@ from cluster.actors.ray_tools import (
     free_resources,
     our_actors,
 )
+from cluster.actors.start_plan import plan_start
 from cluster.actors.worker_group import WorkerGroup
 from cluster.config.cluster import ClusterConfig, ModelSection, TransportSection, WorkersSection
-from cluster.config.resources import plan_shares
 from cluster.core.errors import ConfigError
 from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS
 from cluster.core.topology import Member
@@ -300,8 +300,9 @@ def test_what_is_not_there_is_refused_before_anything_is_created() -> None:
 def test_members_are_where_the_labels_of_their_nodes_say() -> None:
     async def body() -> tuple[Member, ...]:
         group = WorkerGroup({})
-        share = plan_shares(WorkersSection(num_expert_workers=2), cluster_nodes())
-        members = await group.reserve({"attention": 1, "expert": 2}, share, LIMIT_S)
+        config = ClusterConfig.from_dict(_config())
+        plan = plan_start(config, BANKS, cluster_nodes())
+        members = group.reserve(plan.config.workers, LIMIT_S)
         await group.end_all()
         return members
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,13 +18,14 @@ import pytest
 import ray
 
 from cluster.actors.ray_tools import NAMESPACE, cluster_nodes, our_actors
+from cluster.actors.start_plan import StartPlan, plan_start
 from cluster.actors.worker_group import WorkerGroup
 from cluster.config.cluster import WorkersSection
-from cluster.config.resources import plan_shares
 from cluster.core.errors import StartError
 from cluster.core.topology import Member
 from cluster.launch import local_ray
 from tests.cluster.actors.ray_workers import StubbornWorker, TrivialWorker
+from tests.cluster.controller.fakes_cluster import CONFIG
 from tests.harness.serving_cluster import end_shared_ray
 from tests.harness.stalls import wait_until
 
@@ -83,9 +85,9 @@ def test_the_workers_of_a_node_that_got_a_signal_are_leaving() -> None:
 async def _leave(node: subprocess.Popen[bytes]) -> None:
     """Start a worker on each of two nodes, and end one of the nodes."""
     group = WorkerGroup({"attention": TrivialWorker, "expert": TrivialWorker})
-    share = plan_shares(WorkersSection(num_expert_workers=1), cluster_nodes())
-    members = await group.reserve({"attention": 1, "expert": 1}, share, LIMIT_S)
-    await _start(group, members)
+    plan = _plan(1)
+    members = group.reserve(plan.config.workers, LIMIT_S)
+    await _start(group, members, plan)
     assert group.leaving() == []
     node.send_signal(signal.SIGTERM)
     here = ray.get_runtime_context().get_node_id()
@@ -97,11 +99,16 @@ async def _leave(node: subprocess.Popen[bytes]) -> None:
     await group.end_all()
 
 
-async def _start(group: WorkerGroup, members: Sequence[Member]) -> None:
+def _plan(num_experts: int) -> StartPlan:
+    """With as many expert workers, and an attention worker."""
+    workers = WorkersSection(mode="disaggregated", num_expert_workers=num_experts)
+    return plan_start(replace(CONFIG, workers=workers), [], cluster_nodes())
+
+
+async def _start(group: WorkerGroup, members: Sequence[Member], plan: StartPlan) -> None:
     """Start workers that find no controller, and live."""
-    extras = {m.name: {"threads": 1} for m in members}
     with pytest.raises(StartError, match="cannot connect to"):
-        await group.start(members, {"cluster_token": ""}, "127.0.0.1:1", extras)
+        await group.start(members, plan, "127.0.0.1:1")
 
 
 def _pid(actor: object) -> int:
@@ -113,16 +120,16 @@ def _pid(actor: object) -> int:
 def test_workers_are_spread_ranked_by_node_and_ended_on_theirs() -> None:
     async def body() -> None:
         group = WorkerGroup({"attention": TrivialWorker, "expert": StubbornWorker})
-        share = plan_shares(WorkersSection(num_expert_workers=3), cluster_nodes())
-        assert share.cpus == 0.5  # 0.75 would leave the fourth worker without a node
-        members = await group.reserve({"attention": 1, "expert": 3}, share, LIMIT_S)
+        plan = _plan(3)
+        assert plan.share.cpus == 0.5  # 0.75 would leave the fourth worker without a node
+        members = group.reserve(plan.config.workers, LIMIT_S)
         assert [m.name for m in members] == ["attention-0", "expert-0", "expert-1", "expert-2"]
         order = [n.node_id for n in cluster_nodes()]
         nodes = [group.nodes[f"expert-{i}"] for i in range(3)]
         assert len(set(group.nodes.values())) == 3
         assert [order.index(n) for n in nodes] == sorted(order.index(n) for n in nodes)
 
-        await _start(group, members)
+        await _start(group, members, plan)
         actors = [ray.get_actor(m.name, namespace=NAMESPACE) for m in members]
         pids: list[int] = ray.get([actor.__ray_call__.remote(_pid) for actor in actors])
         os.kill(pids[-1], signal.SIGSTOP)

@@ -142,9 +142,9 @@ def test_a_start_plan_resolves_the_configuration() -> None:
     assert plan.config.workers.gpus_per_worker == 0.0
     assert plan.num_slots == 4
     attention, expert, _ = make_members(1, 2)
-    assert plan.extra(attention) == {"threads": 1}
-    assert plan.extra(expert)["placement"] == plan.placement.to_dict()
-    assert plan.extra(expert)["num_slots"] == 4
+    assert plan.arguments(attention, "")[-1] == {"threads": 1}
+    assert plan.arguments(expert, "")[-1]["placement"] == plan.placement.to_dict()
+    assert plan.arguments(expert, "")[-1]["num_slots"] == 4
 
 
 def test_slots_are_apart_from_copies() -> None:
@@ -156,7 +156,7 @@ def test_local_mode_gives_the_experts_to_the_attention_worker() -> None:
     plan = plan_start(_config(WorkersSection(mode="local")), BANKS, _nodes(2))
     assert plan.share.cpus == 2.0
     assert plan.placement.num_devices == 1
-    assert plan.extra(make_members(1, 0)[0])["num_slots"] == 8
+    assert plan.arguments(make_members(1, 0)[0], "")[-1]["num_slots"] == 8
 
 
 def test_a_placement_file_is_used(tmp_path: Path) -> None:
