@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from cluster.actors.control_server import ControlServer
 from cluster.actors.start_plan import StartPlan
 from cluster.actors.tasks import Background
-from cluster.actors.traces import ClusterTraces, cluster_traces
+from cluster.actors.traces import cluster_traces, record
 from cluster.actors.worker_group_like import WorkerGroupLike
 from cluster.config.resources import ids_by_address
 from cluster.controller.controller import Controller
@@ -32,6 +32,7 @@ from cluster.core.errors import ExpertMeshError, StartError, SupersededError
 from cluster.core.frames import ControlFrame, Superseded
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
+from cluster.tracing.exporter import TraceExport
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Runner:
         self.plan: StartPlan | None = None
         """With the configuration; None before the start."""
         self.polls = GatewayPolls()
-        self.traces: ClusterTraces | None = None
+        self.traces: TraceExport | None = None
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
 
     # ---- begin and end --------------------------------------------------------------------
@@ -183,7 +184,7 @@ class Runner:
                 self.background.spawn(self._end(self.group.end_all, lambda c: c.all_ended))
             case Trace():
                 if self.traces is not None:
-                    self.traces.record(effect)
+                    record(self.traces, effect)
 
     # ---- events of the sockets (``ControlEvents``) -------------------------------------------
 

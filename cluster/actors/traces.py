@@ -17,34 +17,27 @@ from cluster.tracing.exporter import Context, TraceExport, load_exporter, set_er
 logger = logging.getLogger(__name__)
 
 
-class ClusterTraces:
-    """Records the changes of one cluster."""
-
-    def __init__(self, export: TraceExport) -> None:
-        self.stop = export.stop
-        self._tracer = export.tracer
-
-    def record(self, trace: Trace) -> None:
-        """Record a change that has ended just now; logs every error and raises none."""
-        now_ns = time.time_ns()
-        known = {name: value for name, value in trace.attributes.items() if value is not None}
-        try:
-            began_ns = now_ns - round(trace.seconds * 1e9)
-            span = self._tracer.start_span(
-                trace.name, Context(), attributes=known, start_time=began_ns
-            )
-            set_error(span, trace.error)
-            span.end(now_ns)
-        except Exception:
-            logger.exception("no trace of %s", trace.name)
+def record(export: TraceExport, trace: Trace) -> None:
+    """Record a change that has ended just now; logs every error and raises none."""
+    now_ns = time.time_ns()
+    known = {name: value for name, value in trace.attributes.items() if value is not None}
+    try:
+        began_ns = now_ns - round(trace.seconds * 1e9)
+        span = export.tracer.start_span(
+            trace.name, Context(), attributes=known, start_time=began_ns
+        )
+        set_error(span, trace.error)
+        span.end(now_ns)
+    except Exception:
+        logger.exception("no trace of %s", trace.name)
 
 
-def cluster_traces(section: ObservabilitySection) -> ClusterTraces | None:
+def cluster_traces(section: ObservabilitySection) -> TraceExport | None:
     """None without an endpoint, or without the packages for it."""
     if section.otlp_endpoint is None:
         return None
     try:
-        return ClusterTraces(load_exporter(section.otlp_endpoint)("controller"))
+        return load_exporter(section.otlp_endpoint)("controller")
     except ConfigError as err:
         logger.warning("the cluster has no traces: %s", err)
         return None

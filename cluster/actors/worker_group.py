@@ -24,26 +24,8 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
+from cluster.actors import ray_tools
 from cluster.actors.process import ProcessIdentity, describe_self, kill_process, wait_gone
-from cluster.actors.ray_tools import (
-    NAMESPACE,
-    WORKERS_GROUP,
-    call_this_actor,
-    claim_term,
-    cluster_nodes,
-    draining_nodes,
-    free_reserved_room,
-    free_resources,
-    is_this_node,
-    kill_actors,
-    newest_term,
-    node_address,
-    our_actors,
-    this_actor_was_restarted,
-    this_node_id,
-    with_process,
-    words_of,
-)
 from cluster.actors.start_plan import StartPlan
 from cluster.actors.worker_group_like import FoundWorker
 from cluster.config.cluster import ClusterConfig, WorkersSection
@@ -94,22 +76,22 @@ class WorkerGroup:
     _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while an actor's bundle is chosen and the actor is created."""
 
-    resources = staticmethod(cluster_nodes)
-    address = staticmethod(node_address)
-    was_restarted = staticmethod(this_actor_was_restarted)
-    call_back = staticmethod(call_this_actor)
+    resources = staticmethod(ray_tools.cluster_nodes)
+    address = staticmethod(ray_tools.node_address)
+    was_restarted = staticmethod(ray_tools.this_actor_was_restarted)
+    call_back = staticmethod(ray_tools.call_this_actor)
 
     def leaving(self) -> list[str]:
         """Workers on nodes that Ray drains. A remote call."""
-        nodes = draining_nodes()
+        nodes = ray_tools.draining_nodes()
         return [name for name, actor in list(self._actors.items()) if actor.node_id in nodes]
 
     def free_cpus(self) -> float:
-        return free_resources().get("CPU", 0.0)
+        return ray_tools.free_resources().get("CPU", 0.0)
 
     async def claim(self, identity: str) -> int:
         """As in ``claim_term``. Raises ``TimeoutError`` if Ray does not answer."""
-        self._term = await _in_time(claim_term, identity)
+        self._term = await _in_time(ray_tools.claim_term, identity)
         self._identity = identity
         return self._term
 
@@ -120,7 +102,7 @@ class WorkerGroup:
         ``limit_s``.
         """
         pools, share = workers.pools, resolved_share(workers)
-        free_reserved_room()
+        ray_tools.free_reserved_room()
         wanted = {"CPU": share.cpus, "GPU": share.gpus}
         bundle = {k: v for k, v in wanted.items() if v > 0} or {"memory": 1.0}
         count = sum(pools.values())
@@ -128,13 +110,13 @@ class WorkerGroup:
         self._group = placement_group(
             [bundle] * count,
             strategy="SPREAD",
-            name=WORKERS_GROUP,
+            name=ray_tools.WORKERS_GROUP,
             lifetime="detached",
             bundle_label_selector=selectors or None,
         )
         self._bundles = _ranges(pools) if selectors else {}
         if not self._group.wait(limit_s):
-            free_reserved_room()
+            ray_tools.free_reserved_room()
             raise StartError("worker group", _no_room_text(count, share, limit_s))
         nodes = iter(self._bundle_nodes())
         members = [
@@ -178,7 +160,7 @@ class WorkerGroup:
             await asyncio.sleep(_PING_S)
             handles = {n: self._actors[n].handle for n in waiting if n in self._actors}
             with contextlib.suppress(RayError):
-                for name in await asyncio.to_thread(with_process, handles):
+                for name in await asyncio.to_thread(ray_tools.with_process, handles):
                     waiting.remove(name)
                     on_process(name)
 
@@ -204,7 +186,7 @@ class WorkerGroup:
         """
         self._actors.clear()
         async with asyncio.timeout(limit_s):
-            names = await asyncio.to_thread(our_actors)
+            names = await asyncio.to_thread(ray_tools.our_actors)
         names = [n for n in names if n.partition("-")[0] in self.classes]
         asked = await asyncio.gather(*(self._find(name, limit_s) for name in names))
         found = tuple(f for f in asked if f is not None)
@@ -214,7 +196,7 @@ class WorkerGroup:
         if found:
             async with asyncio.timeout(limit_s):
                 get = ray.util.get_placement_group
-                self._group = await asyncio.to_thread(get, WORKERS_GROUP)
+                self._group = await asyncio.to_thread(get, ray_tools.WORKERS_GROUP)
         return found
 
     async def redirect(self, name: str, control_address: str) -> None:
@@ -252,12 +234,12 @@ class WorkerGroup:
         await self._check_term()
         await self.end(list(self._actors))
         await asyncio.gather(*self._ending)
-        await _in_time(free_reserved_room)
+        await _in_time(ray_tools.free_reserved_room)
 
     async def _find(self, name: str, limit_s: float) -> FoundWorker | None:
         try:
             async with asyncio.timeout(limit_s):
-                handle = await asyncio.to_thread(ray.get_actor, name, namespace=NAMESPACE)
+                handle = await asyncio.to_thread(ray.get_actor, name, namespace=ray_tools.NAMESPACE)
                 self._actors[name] = _Actor(name, handle, "")
                 call: Any = handle.__ray_call__.remote(_introduce)
                 answer, process, node_id = await call
@@ -282,7 +264,7 @@ class WorkerGroup:
         assert self._group is not None
         return {
             "name": member.name,
-            "namespace": NAMESPACE,
+            "namespace": ray_tools.NAMESPACE,
             "lifetime": "detached",
             "num_cpus": share.cpus,
             "num_gpus": share.gpus,
@@ -317,7 +299,7 @@ class WorkerGroup:
             actor.process, actor.node_id = await actor.handle.__ray_call__.remote(_find_self)
             await actor.handle.start.remote()
         except RayError as err:
-            raise StartError(actor.name, words_of(err)) from err
+            raise StartError(actor.name, ray_tools.words_of(err)) from err
 
     # ---- ending ---------------------------------------------------------------------------
 
@@ -347,13 +329,13 @@ class WorkerGroup:
 
     async def _check_term(self) -> None:
         """Raise ``SupersededError`` if another controller has a newer term."""
-        newest = await _in_time(newest_term)
+        newest = await _in_time(ray_tools.newest_term)
         if newest > self._term:
             raise SupersededError(f"term {newest} is claimed, this controller has {self._term}")
 
     async def _is_gone(self, actor: _Actor) -> bool:
         """Whether the process ended; for a remote one its own ``stop`` is trusted."""
-        if actor.process is None or not is_this_node(actor.node_id):
+        if actor.process is None or not ray_tools.is_this_node(actor.node_id):
             return True
         return await asyncio.to_thread(wait_gone, actor.process, 1.0)
 
@@ -361,7 +343,7 @@ class WorkerGroup:
         """SIGKILL on its node: Ray lets a stopped process live for seconds."""
         if actor.process is None:
             return
-        if is_this_node(actor.node_id):
+        if ray_tools.is_this_node(actor.node_id):
             kill_process(actor.process)
             await asyncio.to_thread(wait_gone, actor.process, 1.0)
             return
@@ -390,7 +372,7 @@ def _ranges(pools: Mapping[Role, int]) -> dict[Role, range]:
 
 def _selectors(pools: Mapping[Role, int]) -> list[dict[str, str]]:
     """``[bundle]`` -> the nodes it may use, if any node is labelled for a role; else empty."""
-    places = [node.place for node in cluster_nodes()]
+    places = [node.place for node in ray_tools.cluster_nodes()]
     if not any(place.role for place in places):
         return []
     return [s for r, number in pools.items() for s in [selector_for(r, places)] * number]
@@ -398,21 +380,21 @@ def _selectors(pools: Mapping[Role, int]) -> list[dict[str, str]]:
 
 def _introduce(actor: Any) -> tuple[dict[str, Any], ProcessIdentity, str]:
     """Runs in a worker: its arguments, its process, its node."""
-    return actor.introduce(), describe_self(), this_node_id()
+    return actor.introduce(), describe_self(), ray_tools.this_node_id()
 
 
 def _find_self(actor: Any) -> tuple[ProcessIdentity, str]:
     """Runs in a worker: its process, its node."""
-    return describe_self(), this_node_id()
+    return describe_self(), ray_tools.this_node_id()
 
 
 async def _free_names(names: Sequence[str]) -> None:
     """Kill actors of an earlier run with these names. Raises ``StartError`` if one stays."""
     deadline = asyncio.get_running_loop().time() + _CALL_LIMIT_S
-    while taken := sorted(set(names) & set(await asyncio.to_thread(our_actors))):
+    while taken := sorted(set(names) & set(await asyncio.to_thread(ray_tools.our_actors))):
         if asyncio.get_running_loop().time() > deadline:
             raise StartError(taken[0], "an actor of that name lives and does not end")
-        await asyncio.to_thread(kill_actors, taken)
+        await asyncio.to_thread(ray_tools.kill_actors, taken)
         await asyncio.sleep(_POLL_S)
 
 
@@ -423,7 +405,7 @@ async def _death_of(actor: _Actor) -> str | None:
     except ActorUnavailableError:
         return None  # the network may recover; a death would be ActorDiedError
     except (RayActorError, RayTaskError) as err:
-        return words_of(err)  # dead, or its ping gives the reason why it cannot continue
+        return ray_tools.words_of(err)  # dead, or its ping gives the reason why it cannot continue
     except (TimeoutError, RayError):
         return None  # busy: the start limit covers that
     return None
@@ -442,7 +424,7 @@ async def _all_or_first_error(calls: Sequence[Awaitable[None]]) -> None:
 
 def _rank(role: Role, nodes: Sequence[str]) -> list[tuple[Member, str]]:
     """Members of one pool with their node ids, ranked by the nodes' order."""
-    known = {n.node_id: n for n in cluster_nodes()}
+    known = {n.node_id: n for n in ray_tools.cluster_nodes()}
     order = {node_id: i for i, node_id in enumerate(known)}
     placed = sorted(nodes, key=lambda node: order[node])
     return [
@@ -464,7 +446,7 @@ def _rank(role: Role, nodes: Sequence[str]) -> list[tuple[Member, str]]:
 
 
 def _no_room_text(count: int, share: WorkerShare, limit_s: float) -> str:
-    free = free_resources()
+    free = ray_tools.free_resources()
     return (
         f"no room for {count} workers of {share.cpus:g} CPUs and {share.gpus:g} GPUs each within "
         f"{limit_s:g} s: free are {free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs"

@@ -21,24 +21,8 @@ from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.controller.parts.workers import WorkerRecord
 from cluster.controller.rebalance.loop import Rebalancing
+from cluster.core import frames
 from cluster.core.errors import ProtocolError
-from cluster.core.frames import (
-    ControlFrame,
-    DrainRequest,
-    EpochReady,
-    EpochSwitched,
-    ExpertsLoaded,
-    GenerationReady,
-    Heartbeat,
-    HeartbeatAck,
-    LoadProgress,
-    PeerLost,
-    Register,
-    Shutdown,
-    StatusReply,
-    WorkerFailed,
-    WorkerReady,
-)
 from cluster.core.states import ClusterState, WorkerState
 from cluster.policy.coverage import describe_members
 
@@ -67,20 +51,20 @@ class Controller:
 
     # ---- events ---------------------------------------------------------------------------
 
-    def frame(self, name: str, frame: ControlFrame, now: float) -> None:
+    def frame(self, name: str, frame: frames.ControlFrame, now: float) -> None:
         """A worker sent a frame. Raises ``ProtocolError`` for an unexpected one."""
         cluster = self.cluster
         record = cluster.workers.find(name)
         if record.is_lost or not cluster.is_up:
-            cluster.send(Shutdown(reason=record.reason or "the cluster is ending"), name)
+            cluster.send(frames.Shutdown(reason=record.reason or "the cluster is ending"), name)
             return
         record.heard_at = now
         match frame:
-            case Heartbeat():
+            case frames.Heartbeat():
                 record.beat(frame, now)
                 cluster.load.take(name, frame.expert_load)
                 term, identity = cluster.term, cluster.identity
-                ack = HeartbeatAck(term=term, controller=identity, number=frame.number)
+                ack = frames.HeartbeatAck(term=term, controller=identity, number=frame.number)
                 cluster.send(ack, name)
                 is_member = record.state is WorkerState.SERVING
                 if frame.fenced and frame.generation == cluster.round.number and is_member:
@@ -88,32 +72,32 @@ class Controller:
                     cluster.reform(f"the lease of {name} ran out", now)
                 elif (cause := self.detection.mismatch(name, frame, now)) is not None:
                     cluster.reform(cause, now)
-            case StatusReply():
+            case frames.StatusReply():
                 cluster.load.take(name, frame.expert_load)
                 record.take_status(frame)
-            case Register():
+            case frames.Register():
                 record.register(frame)
                 record.since = now
                 cluster.touch()
                 self._check_builds([name], now)
-            case LoadProgress():
+            case frames.LoadProgress():
                 record.load(frame)
                 cluster.touch()
-            case WorkerReady():
+            case frames.WorkerReady():
                 record.ready(frame)
                 self._worker_ready(record, now)
-            case WorkerFailed():
+            case frames.WorkerFailed():
                 self.lost({name: frame.reason}, now)
-            case PeerLost():
+            case frames.PeerLost():
                 self.detection.peer_lost(name, frame, now)
-            case GenerationReady():
+            case frames.GenerationReady():
                 self.recovery.answered(name, frame, now)
-            case ExpertsLoaded() if self.recovery.loaded(name, frame, now):
+            case frames.ExpertsLoaded() if self.recovery.loaded(name, frame, now):
                 pass  # an order of a recovery
-            case ExpertsLoaded() | EpochReady() | EpochSwitched():
+            case frames.ExpertsLoaded() | frames.EpochReady() | frames.EpochSwitched():
                 if not self.draining.frame(name, frame, now):
                     self.rebalancing.frame(name, frame, now)
-            case DrainRequest():
+            case frames.DrainRequest():
                 self.draining.requested(name, now)
             case _:
                 raise ProtocolError(f"{name} sent {type(frame).__name__}")
@@ -147,7 +131,7 @@ class Controller:
             self.fail_start("; ".join(f"{n}: {r}" for n, r in fresh.items()), now)
         elif cluster.is_up:
             for name, reason in fresh.items():
-                cluster.send(Shutdown(reason=f"declared lost: {reason}"), name)
+                cluster.send(frames.Shutdown(reason=f"declared lost: {reason}"), name)
             if cluster.drain is not None:
                 self.draining.lost(cluster.drain, fresh, now)
             self.recovery.lost(fresh, now)
@@ -180,7 +164,7 @@ class Controller:
         self.cluster.enter(ClusterState.DRAINING)
         self.cluster.history.add(self.cluster.round.number, now, reason, "end all workers")
         alive = self.cluster.workers.alive()
-        self.cluster.send(Shutdown(reason=reason), *(r.name for r in alive))
+        self.cluster.send(frames.Shutdown(reason=reason), *(r.name for r in alive))
         self.cluster.effects.append(EndAll())
 
     def all_ended(self, now: float) -> None:

@@ -236,7 +236,8 @@ class Draining:
         elif drain.step is DrainStep.COPY:
             self._watch_copies(drain, now)
         elif drain.step is DrainStep.MOVE:
-            if cluster.runs and all(map(self._is_empty, self._records(drain))):
+            held = [r for r in self._records(drain) if r.member.runs_attention]
+            if cluster.runs and all(r.num_requests == 0 for r in held):
                 self._leave(drain, now)
             else:
                 cluster.send(StatusRequest(token=0), *drain.names)
@@ -287,16 +288,11 @@ class Draining:
 
     def _move(self, drain: Drain, now: float) -> None:
         held = [r for r in self._records(drain) if r.member.runs_attention]
-        drain.operation.result["requests_moved"] = sum(map(_num_requests, held))
+        drain.operation.result["requests_moved"] = sum(r.num_requests or 0 for r in held)
         for record in held:
             record.stats.clear()  # only later numbers count
         self._hold_back(drain, True)
         self._enter(drain, DrainStep.MOVE)
-
-    def _is_empty(self, record: WorkerRecord) -> bool:
-        if not record.member.runs_attention:
-            return True
-        return "num_requests_running" in record.stats and _num_requests(record) == 0
 
     def _leave(self, drain: Drain, now: float) -> None:
         try:
@@ -367,9 +363,3 @@ class Draining:
         self._cluster.drain = self._change = None
         self._not_before |= dict.fromkeys(drain.names, now + RETRY_S)
         self._cluster.operations.end(drain.operation, state, text, now)
-
-
-def _num_requests(record: WorkerRecord) -> int:
-    """Requests that run or wait at an attention worker, by its last numbers."""
-    numbers = (record.stats.get(f"num_requests_{kind}", 0.0) for kind in ("running", "waiting"))
-    return int(sum(numbers))

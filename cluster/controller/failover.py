@@ -22,18 +22,9 @@ from cluster.controller.parts.effects import End
 from cluster.controller.parts.memory import Memory
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.workers import WorkerTable
+from cluster.core import frames
 from cluster.core.codec import from_plain
 from cluster.core.errors import NotReadyError, ProtocolError
-from cluster.core.frames import (
-    ControlFrame,
-    DrainRequest,
-    GenerationReady,
-    LoadProgress,
-    PeerLost,
-    Register,
-    WorkerReady,
-    WorkerReport,
-)
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import WorkerState
 from cluster.core.topology import Generation, Member
@@ -45,27 +36,27 @@ _NO_GENERATION = Generation(number=0, members=())
 class Greeting:
     """Frames of one worker since it reached the restarted controller."""
 
-    register: Register | None = None
-    loading: LoadProgress | None = None
-    ready: WorkerReady | None = None
-    report: WorkerReport | None = None
+    register: frames.Register | None = None
+    loading: frames.LoadProgress | None = None
+    ready: frames.WorkerReady | None = None
+    report: frames.WorkerReport | None = None
     asks_for_drain: bool = False
     """It received SIGTERM and requests a drain."""
 
-    def take(self, frame: ControlFrame) -> None:
+    def take(self, frame: frames.ControlFrame) -> None:
         """Record a frame; frames that only matter later are ignored."""
         match frame:
-            case Register():
+            case frames.Register():
                 self.register = frame
-            case LoadProgress():
+            case frames.LoadProgress():
                 self.loading = frame
-            case WorkerReady():
+            case frames.WorkerReady():
                 self.ready = frame
-            case WorkerReport():
+            case frames.WorkerReport():
                 self.report = frame
-            case PeerLost() if self.report and frame.generation == self.generation.number:
+            case frames.PeerLost() if self.report and frame.generation == self.generation.number:
                 self.report = replace(self.report, running=False)
-            case DrainRequest():
+            case frames.DrainRequest():
                 self.asks_for_drain = True
 
     @property
@@ -105,11 +96,11 @@ class CollectedState:
         return all(n in self.greetings and self.greetings[n].runs(number) for n in names)
 
     @property
-    def answers(self) -> dict[str, GenerationReady]:
+    def answers(self) -> dict[str, frames.GenerationReady]:
         """The members' reports as answers to the newest generation."""
         number, names = self.generation.number, {m.name for m in self.generation.members}
         return {
-            name: GenerationReady(
+            name: frames.GenerationReady(
                 generation=number,
                 highest_step=greeting.report.highest_step,
                 highest_epoch=greeting.report.highest_epoch,
@@ -159,12 +150,12 @@ class ReportCollector:
         self._confirm_s = confirm_s
         self._suspected_at: dict[str, float] = {}
 
-    def frame(self, name: str, frame: ControlFrame, now: float) -> None:
+    def frame(self, name: str, frame: frames.ControlFrame, now: float) -> None:
         """A worker sent a frame. Raises ``ProtocolError`` for an unknown worker."""
         if name not in self._expected:
             raise ProtocolError(f"{name} is no worker of this cluster")
         self._greetings.setdefault(name, Greeting()).take(frame)
-        if isinstance(frame, PeerLost):
+        if isinstance(frame, frames.PeerLost):
             self._suspected_at.setdefault(frame.worker, now)
 
     def gone(self, name: str) -> None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from cluster.config.cluster import LoadSection
 from cluster.core.load_profile import BankLoad, LoadProfile
-from cluster.core.load_report import BankCounts, BankKey, Counts, LoadReport, sum_by_copy
+from cluster.core.load_report import BankKey, Counts, LoadReport, sum_by_copy
 
 Source = Literal["total", "window", "average"]
 """Since the start; the newest window with load; the exponential average."""
@@ -63,6 +63,9 @@ class CopyLoad:
     """[num_experts, copies] prompt rows; copies as in ``BankPlacement.logical_to_physical``."""
     decode: Counts
     """[num_experts] decode rows, all on the expert's decode device."""
+
+    def plus(self, prefill: Counts, decode: Counts) -> CopyLoad:
+        return CopyLoad(prefill=sum_by_copy(self.prefill, prefill), decode=self.decode + decode)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +115,11 @@ class LoadTracker:
         if sums.rows <= 0:
             return None
         if epoch == self._base_epoch:
-            since = {key: _less(load, self._base_copies.get(key)) for key, load in copies.items()}
+            base = self._base_copies
+            since = {
+                key: load.plus(-base[key].prefill, -base[key].decode) if key in base else load
+                for key, load in copies.items()
+            }
         else:
             since = copies
         self._base, self._base_epoch, self._base_copies = totals, epoch, copies
@@ -145,7 +152,10 @@ class LoadTracker:
         found: dict[BankKey, CopyLoad] = {}
         for report in self._reports.values():
             for key, counts in report.banks.items() if report.epoch == self.epoch else ():
-                found[key] = _more(found.get(key), counts)
+                prefill, decode = counts.epoch_prefill, counts.epoch_decode
+                known = found.get(key)
+                more = CopyLoad(prefill=prefill, decode=decode)
+                found[key] = known.plus(prefill, decode) if known is not None else more
         return found
 
     def sums(self, source: Source) -> LoadSums:
@@ -188,23 +198,6 @@ def _sums(parts: Iterable[tuple[BankKey, Counts | Floats]]) -> dict[BankKey, Flo
     for key, counts in parts:
         total[key] = total[key] + counts if key in total else counts.astype(np.float64)
     return total
-
-
-def _more(known: CopyLoad | None, counts: BankCounts) -> CopyLoad:
-    if known is None:
-        return CopyLoad(prefill=counts.epoch_prefill, decode=counts.epoch_decode)
-    return CopyLoad(
-        prefill=sum_by_copy(known.prefill, counts.epoch_prefill),
-        decode=known.decode + counts.epoch_decode,
-    )
-
-
-def _less(load: CopyLoad, base: CopyLoad | None) -> CopyLoad:
-    if base is None:
-        return load
-    return CopyLoad(
-        prefill=sum_by_copy(load.prefill, -base.prefill), decode=load.decode - base.decode
-    )
 
 
 def _numbers(counts: Floats) -> tuple[float, ...]:

@@ -64,10 +64,12 @@ class Operation:
         """The operation has not ended."""
         return self.state is OperationState.RUNNING
 
-    def enter(self, state: OperationState, message: str) -> None:
-        """It ends."""
+    def end(self, state: OperationState, message: str, at: float) -> None:
+        """It ends, at this time of day."""
         self.state = next_state(self.state, state, _NEXT)
-        self.phase, self.message = "", message
+        self.phase, self.message, self.ended = "", message, at
+        if state is OperationState.SUCCEEDED:
+            self.progress = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with the names of ``admin.proto``."""
@@ -155,10 +157,7 @@ class Operations:
         return operation
 
     def end(self, operation: Operation, state: OperationState, message: str, now: float) -> None:
-        operation.enter(state, message)
-        operation.ended = self._time(now)
-        if state is OperationState.SUCCEEDED:
-            operation.progress = 1.0
+        operation.end(state, message, self._time(now))
         self._on_change()
 
     # ---- a restarted controller -----------------------------------------------------------
@@ -168,8 +167,8 @@ class Operations:
         for operation in newest:
             self.kept.append(operation)
             if operation.is_running and operation.id != goes_on:
-                operation.enter(OperationState.FAILED, "the controller was restarted")
-                operation.ended = self._time(now)
+                why = "the controller was restarted"
+                operation.end(OperationState.FAILED, why, self._time(now))
 
     def to_list(self) -> list[dict[str, Any]]:
         """All that are kept, newest last, fit for JSON."""

@@ -62,10 +62,8 @@ class Recovery:
             f"{names.get(device, f'device {device}')} {Problem.CANNOT_LOAD}: {error}"
             for device, error in sorted(self._barred.items())
         ]
-        found += [
-            f"{name} {Problem.LEFT_OUT}: {place.why}"
-            for name, place in self._cluster.places.closed.items()
-        ]
+        closed = self._cluster.places.closed
+        found += [f"{name} {Problem.LEFT_OUT}: {place.why}" for name, place in closed.items()]
         for record in self._cluster.workers.alive():
             waits = record.state is WorkerState.STARTING and not record.has_process
             if waits and record.started_with is not None and now - record.since > _ROOM_WAIT_S:
@@ -169,8 +167,11 @@ class Recovery:
         if self._cluster.round.phase is Phase.STALLED:
             self.ready(now)  # those that came while a generation was formed that could not run
         if self._cluster.round.phase is Phase.STALLED:
-            if self._barred and now >= self._retry_at:
-                self._try_again(now)
+            if self._barred and now >= self._retry_at:  # a worker may be able to load by now
+                self._retry_s = min(2 * self._retry_s, _MAX_RETRY_S)
+                self._retry_at = now + self._retry_s
+                self._barred.clear()
+                self._go_on(self._cluster.round.members, "try again to load experts", now)
             self._settle()
 
     # ---- actions --------------------------------------------------------------------------
@@ -265,13 +266,6 @@ class Recovery:
         self._retry_at = now + self._retry_s
         cause = f"{reload.worker} cannot load {len(reload.fills)} experts: {error}"
         self._go_on(self._cluster.round.members, cause, now)
-
-    def _try_again(self, now: float) -> None:
-        """A worker may be able to load by now."""
-        self._retry_s = min(2 * self._retry_s, _MAX_RETRY_S)
-        self._retry_at = now + self._retry_s
-        self._barred.clear()
-        self._go_on(self._cluster.round.members, "try again to load experts", now)
 
     def _start_workers(self, now: float) -> None:
         for member in self._cluster.places.take_due(now):

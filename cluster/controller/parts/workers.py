@@ -9,15 +9,8 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from cluster.core import frames
 from cluster.core.errors import ProtocolError
-from cluster.core.frames import (
-    Heartbeat,
-    LoadProgress,
-    Register,
-    StatusReply,
-    StatusRequest,
-    WorkerReady,
-)
 from cluster.core.placement import ExpertPlacement
 from cluster.core.release import Build, differing_item
 from cluster.core.states import WorkerState, next_state
@@ -82,12 +75,18 @@ class WorkerRecord:
         """Lost or drained: the controller expects nothing more from it."""
         return self.state in (WorkerState.LOST, WorkerState.DRAINED)
 
+    @property
+    def num_requests(self) -> int | None:
+        """Requests that run or wait there, by its last numbers; None without any."""
+        running, waiting = (self.stats.get(f"num_requests_{k}") for k in ("running", "waiting"))
+        return None if running is None else int(running + (waiting or 0.0))
+
     def enter(self, state: WorkerState, reason: str = "") -> None:
         """Change the state. Raises ``IllegalTransitionError``."""
         self.state = next_state(self.state, state)
         self.reason = reason or self.reason
 
-    def register(self, frame: Register) -> None:
+    def register(self, frame: frames.Register) -> None:
         """The worker called for the first time, with its process id and addresses.
 
         Raises ``ProtocolError`` for another worker, or for a second call.
@@ -104,11 +103,11 @@ class WorkerRecord:
         self.info.update(frame.info)
         self.enter(WorkerState.LOADING)
 
-    def load(self, frame: LoadProgress) -> None:
+    def load(self, frame: frames.LoadProgress) -> None:
         self.loaded_bytes = frame.loaded_bytes
         self.total_bytes = frame.total_bytes
 
-    def ready(self, frame: WorkerReady) -> None:
+    def ready(self, frame: frames.WorkerReady) -> None:
         """Its weights are in memory. Raises ``ProtocolError`` if it was not loading."""
         if self.state is not WorkerState.LOADING:
             raise ProtocolError(f"{self.name} is ready while {self.state.value}")
@@ -119,20 +118,20 @@ class WorkerRecord:
         self.loaded_bytes = max(self.loaded_bytes, self.total_bytes)
         self.enter(WorkerState.READY)
 
-    def beat(self, frame: Heartbeat, now: float) -> None:
+    def beat(self, frame: frames.Heartbeat, now: float) -> None:
         if frame.idle or frame.progress != self._progress:
             self.progress_at = now
         self._progress = frame.progress
         self._waiting = frame.waiting
         self.take_numbers(frame)
 
-    def take_status(self, reply: StatusReply) -> None:
+    def take_status(self, reply: frames.StatusReply) -> None:
         """A late answer still updates its numbers."""
         self.take_numbers(reply)
         if reply.token == self.asked:
             self.asked = None
 
-    def take_numbers(self, frame: Heartbeat | StatusReply) -> None:
+    def take_numbers(self, frame: frames.Heartbeat | frames.StatusReply) -> None:
         """Keep the finite numbers of a heartbeat or a status reply."""
         self.stats = {
             name: value
@@ -251,13 +250,13 @@ class WorkerTable:
 
     # ---- numbers of this moment -----------------------------------------------------------
 
-    def ask_status(self) -> tuple[StatusRequest, list[str]]:
+    def ask_status(self) -> tuple[frames.StatusRequest, list[str]]:
         """A new request, and the workers that must answer it."""
         self._status_token += 1
         asked = [r for r in self.alive() if r.state is not WorkerState.STARTING]
         for record in asked:
             record.asked = self._status_token
-        return StatusRequest(token=self._status_token), [r.name for r in asked]
+        return frames.StatusRequest(token=self._status_token), [r.name for r in asked]
 
     @property
     def status_complete(self) -> bool:

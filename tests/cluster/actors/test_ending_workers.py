@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 
-from cluster.actors import worker_group
+from cluster.actors import ray_tools, worker_group
 from cluster.actors.process import ProcessIdentity
 from cluster.actors.start_plan import StartPlan
 from cluster.actors.worker_group import WorkerGroup
@@ -69,9 +69,9 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Killed:
     def kill(handle: Any, no_restart: bool) -> None:
         found.actors.append(handle)
 
-    monkeypatch.setattr(worker_group, "newest_term", lambda: found.newest_term)
-    monkeypatch.setattr(worker_group, "claim_term", lambda identity: 1)
-    monkeypatch.setattr(worker_group, "is_this_node", lambda node_id: True)
+    monkeypatch.setattr(ray_tools, "newest_term", lambda: found.newest_term)
+    monkeypatch.setattr(ray_tools, "claim_term", lambda identity: 1)
+    monkeypatch.setattr(ray_tools, "is_this_node", lambda node_id: True)
     monkeypatch.setattr(worker_group, "wait_gone", lambda process, limit_s: True)
     monkeypatch.setattr(worker_group, "kill_process", found.processes.append)
     monkeypatch.setattr(ray, "kill", kill)
@@ -127,8 +127,8 @@ def test_only_the_newest_controller_starts_workers(
     killed: Killed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The newest one may have started a worker of that name."""
-    monkeypatch.setattr(worker_group, "our_actors", lambda: ["expert-0.2"])
-    monkeypatch.setattr(worker_group, "kill_actors", killed.actors.extend)
+    monkeypatch.setattr(ray_tools, "our_actors", lambda: ["expert-0.2"])
+    monkeypatch.setattr(ray_tools, "kill_actors", killed.actors.extend)
 
     async def body() -> None:
         group = await _group(Handle())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.actors import worker_group
+from cluster.actors import ray_tools, worker_group
 from cluster.actors.process import ProcessIdentity
 from cluster.actors.start_plan import StartPlan
 from cluster.actors.worker_group import WorkerGroup
@@ -59,7 +59,7 @@ def test_workers_that_start_side_by_side_take_different_places(
         """No actor has these names."""
 
     monkeypatch.setattr(worker_group, "_free_names", nothing)
-    monkeypatch.setattr(worker_group, "newest_term", lambda: 0)
+    monkeypatch.setattr(ray_tools, "newest_term", lambda: 0)
     head = SlowHead()
     group = WorkerGroup({"attention": head})
     group._bundles = {"attention": range(2)}

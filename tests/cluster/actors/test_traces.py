@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import StatusCode
 
-from cluster.actors.traces import ClusterTraces, cluster_traces
+from cluster.actors.traces import cluster_traces, record
 from cluster.config.cluster import ObservabilitySection
 from cluster.controller.parts.effects import Trace
 from tests.cluster.controller.fakes_cluster import FakeCluster
@@ -20,7 +21,7 @@ from tests.harness.kept_spans import KeptSpans, times_ns
 def followed(cluster: FakeCluster) -> KeptSpans:
     """The spans of what happens from now on."""
     kept = KeptSpans()
-    cluster.link.on_trace = ClusterTraces(kept.export).record
+    cluster.link.on_trace = partial(record, kept.export)
     return kept
 
 
@@ -85,7 +86,7 @@ def test_a_recovery_lasts_from_the_loss_until_steps_run_again() -> None:
 
 def test_a_trace_that_fails_does_not_harm_the_cluster() -> None:
     kept = KeptSpans()
-    ClusterTraces(kept.export).record(Trace("expertmesh.migration", float("nan"), {}))
+    record(kept.export, Trace("expertmesh.migration", float("nan"), {}))
     assert not kept.spans
 
 
