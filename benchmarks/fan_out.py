@@ -132,13 +132,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     placement = contiguous(shapes, options.experts, options.redundant)
     config = ClusterConfig(model=ModelSection(path="x", served_model_name="m"))
     with ThreadPoolExecutor(1) as executor:
-        controller = Controller(
-            Cluster(members, placement, model={}, load=config.load, now=0.0, notes=notes),
-            ControllerSettings(),
-            config=config,
-            executor=executor,
-            now=0.0,
-        )
+        cluster = Cluster(members, placement, config, now=0.0, notes=notes)
+        controller = Controller(cluster, ControllerSettings(), executor)
         for member in members:
             controller.frame(member.name, Register(member=member), 0.0)
         for member in members:

@@ -112,24 +112,20 @@ class Runner:
         self, plan: StartPlan, members: Sequence[Member], notes: Mapping[str, Any], term: int
     ) -> Controller:
         assert self.server is not None
-        config, now = plan.config, time.monotonic()
+        now = time.monotonic()
         cluster = Cluster(
             members,
             plan.placement,
-            model={"name": config.model.served_model_name, "path": config.model.path},
-            load=config.load,
+            plan.config,
             now=now,
             num_slots=plan.num_slots,
-            can_grow=plan.share.device == "cpu",
             term=term,
             identity=self.identity,
             host=self.server.address.rpartition(":")[0],
             wall_time_offset_s=time.time() - now,
             notes=notes,
         )
-        return Controller(
-            cluster, ControllerSettings.of(config), config=config, executor=self._planner, now=now
-        )
+        return Controller(cluster, ControllerSettings.of(plan.config), self._planner)
 
     def _run(self, controller: Controller, plan: StartPlan) -> None:
         """Hand events to this controller from now on, and let time pass for it."""

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
-from cluster.config.cluster import ClusterConfig
 from cluster.controller.drain import Draining
 from cluster.controller.failover import CollectedState, continue_with
 from cluster.controller.parts.cluster import Cluster
@@ -32,21 +31,12 @@ logger = logging.getLogger(__name__)
 class Controller:
     """Passes events on to the parts, which share what is known of the cluster."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        settings: ControllerSettings,
-        *,
-        config: ClusterConfig,
-        executor: Executor,
-        now: float,
-    ) -> None:
+    def __init__(self, cluster: Cluster, settings: ControllerSettings, executor: Executor) -> None:
         """``executor`` computes the plans of rebalancing."""
         self.cluster = cluster
-        self._config = config.workers
-        self.detection = Detection(self.cluster, settings, now)
+        self.detection = Detection(self.cluster, settings)
         self.recovery = Recovery(self.cluster, settings)
-        self.rebalancing = Rebalancing(self.cluster, config, executor, now)
+        self.rebalancing = Rebalancing(self.cluster, executor)
         self.draining = Draining(self.cluster, self.recovery, self.rebalancing)
 
     # ---- events ---------------------------------------------------------------------------
@@ -185,14 +175,14 @@ class Controller:
 
     def snapshot(self) -> dict[str, Any]:
         """The cluster's state, fit for JSON (``status --json``)."""
-        cluster = self.cluster
+        cluster, workers = self.cluster, self.cluster.config.workers
         return {
             "version": cluster.version,
             "schema": 1,
             "state": cluster.state.value,
             "error": cluster.error,
-            "mode": self._config.mode,
-            "mode_reason": self._config.mode_reason,
+            "mode": workers.mode,
+            "mode_reason": workers.mode_reason,
             "term": cluster.term,
             "generation": cluster.round.number,
             "placement_epoch": cluster.placement.epoch,

@@ -55,15 +55,11 @@ class Draining:
         self._not_before: dict[str, float] = {}
         self._refusal = ""
 
-    # ---- a restarted controller -----------------------------------------------------------
-
-    def restore(self, drain: Drain | None, now: float) -> None:
+    def restore(self, drain: Drain, now: float) -> None:
         """Continue the drain of an earlier controller; the table has all workers already.
 
         Copies of experts begin again; requests are held back at once if they were before.
         """
-        if drain is None:
-            return
         self._cluster.drain = drain
         drain.operation = self._cluster.operations.find(drain.operation.id)
         drain.deadline = now + drain.left_s
@@ -127,8 +123,13 @@ class Draining:
     def ended(self, names: Sequence[str], now: float) -> None:
         """Processes of workers have ended."""
         drain = self._cluster.drain
-        if drain is not None and drain.step is DrainStep.END and set(drain.names) <= set(names):
-            self._finish(drain, now)
+        if drain is None or drain.step is not DrainStep.END or not set(drain.names) <= set(names):
+            return
+        drain.operation.result["workers"] = list(drain.names)
+        if not drain.order.node:  # a node will be taken down
+            for name in drain.names:
+                self._cluster.places.reopen(name)
+        self._end(drain, OperationState.SUCCEEDED, f"{drain.operation.target} is drained", now)
 
     def tick(self, now: float) -> None:
         """Time has passed: take the next step if the last one is done."""
@@ -144,8 +145,6 @@ class Draining:
             drain.left_s = left_s
             self._cluster.remember()
         self._advance(drain, now)
-        if self._cluster.drain is drain and now > drain.deadline:
-            self._past_limit(drain, now)
 
     # ---- which workers ----------------------------------------------------------------------
 
@@ -230,6 +229,13 @@ class Draining:
     # ---- steps ----------------------------------------------------------------------------
 
     def _advance(self, drain: Drain, now: float) -> None:
+        """Take the next step if the last one is done; undo the drain where it cannot be taken."""
+        try:
+            self._take_step(drain, now)
+        except ConflictError as err:
+            self._undo(drain, OperationState.FAILED, str(err), now)
+
+    def _take_step(self, drain: Drain, now: float) -> None:
         cluster = self._cluster
         if drain.step is DrainStep.SETTLE and cluster.runs and self._rebalancing.is_idle:
             self._check_again(drain, now)
@@ -248,14 +254,17 @@ class Draining:
             self._enter(drain, DrainStep.END)
             cluster.send(Shutdown(reason="drained"), *drain.names)
             cluster.effects.append(End(drain.names))
+        if cluster.drain is not drain or now <= drain.deadline or drain.step in _TOO_LATE:
+            return  # in time, or the controller has limits of its own
+        if not (drain.order.force and drain.step is DrainStep.MOVE):
+            text = f"could not {drain.step.value} within {drain.order.limit_s:g} s"
+            self._undo(drain, OperationState.FAILED, text, now)
+        elif cluster.runs:
+            self._leave(drain, now)
 
     def _check_again(self, drain: Drain, now: float) -> None:
         """Begin to copy or to move; the cluster may have changed since the order."""
-        try:
-            stage = self._stage_without(drain.names)
-        except ConflictError as err:
-            self._undo(drain, OperationState.FAILED, str(err), now)
-            return
+        stage = self._stage_without(drain.names)
         if stage is None or not stage.fills:
             self._move(drain, now)
             return
@@ -295,33 +304,13 @@ class Draining:
         self._enter(drain, DrainStep.MOVE)
 
     def _leave(self, drain: Drain, now: float) -> None:
-        try:
-            stage = self._stage_without(drain.names)  # others may have been lost meanwhile
-        except ConflictError as err:
-            self._undo(drain, OperationState.FAILED, str(err), now)
-            return
+        stage = self._stage_without(drain.names)  # others may have been lost meanwhile
         if stage is not None and stage.fills:
             drain.enter(DrainStep.SETTLE)  # copies were lost meanwhile
             return
         drain.enter(DrainStep.LEAVE)
         why = f"drained {' and '.join(drain.names)}"
         self._recovery.leave(drain.names, drain.order.node, why, now)
-
-    def _past_limit(self, drain: Drain, now: float) -> None:
-        if drain.step in _TOO_LATE:
-            return  # the drain can no longer be undone, and the controller has limits of its own
-        if not (drain.order.force and drain.step is DrainStep.MOVE):
-            text = f"could not {drain.step.value} within {drain.order.limit_s:g} s"
-            self._undo(drain, OperationState.FAILED, text, now)
-        elif self._cluster.runs:
-            self._leave(drain, now)
-
-    def _finish(self, drain: Drain, now: float) -> None:
-        drain.operation.result["workers"] = list(drain.names)
-        if not drain.order.node:  # a node will be taken down
-            for name in drain.names:
-                self._cluster.places.reopen(name)
-        self._end(drain, OperationState.SUCCEEDED, f"{drain.operation.target} is drained", now)
 
     def _undo(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
         """Take requests again, and restore the maps from before the drain if it changed them."""

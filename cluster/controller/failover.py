@@ -213,7 +213,8 @@ def continue_with(
     recovery.ready(now)
     drain = memory.drain
     cluster.operations.restore(memory.operations, now, drain.operation.id if drain else None)
-    draining.restore(drain, now)
+    if drain is not None:
+        draining.restore(drain, now)
     for name, greeting in collected.greetings.items():
         if greeting.asks_for_drain and not cluster.workers[name].is_lost:
             draining.requested(name, now)

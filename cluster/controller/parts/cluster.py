@@ -20,7 +20,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from cluster.config.cluster import LoadSection
+from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.drains import Drain
 from cluster.controller.parts.effects import Effect, Send, Trace
 from cluster.controller.parts.memory import History, LostWorker, Memory
@@ -140,21 +140,20 @@ class Cluster:
         self,
         members: Sequence[Member],
         placement: ExpertPlacement,
+        config: ClusterConfig,
         *,
-        model: Mapping[str, Any],
-        load: LoadSection,
         now: float,
         num_slots: int = 0,
-        can_grow: bool = True,
         term: int = 1,
         identity: str = "",
         host: str = "",
         wall_time_offset_s: float = 0.0,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        """``model`` holds name and path; the workers add the rest. ``can_grow``: an expert worker
-        may hold more than its ``num_slots`` expert slots a bank. ``notes``: see ``Memory``.
-        """
+        """``notes``: see ``Memory``."""
+        self.config = config
+        self.began_at = now
+        """Monotonic time at which this controller began."""
         self.effects: list[Effect] = []
         """Of the event under way."""
         self._is_remembered = True
@@ -167,7 +166,7 @@ class Cluster:
         """The living nodes; None before the first look."""
         self.num_slots = num_slots
         """Expert slots per bank of each expert worker."""
-        self.room = None if can_grow else num_slots
+        self.room = num_slots if config.workers.device == "cuda" else None
         """The same as a limit; None where banks grow."""
         self.state = ClusterState.STARTING
         self.error: str | None = None
@@ -187,11 +186,11 @@ class Cluster:
         """Every expert had a slot when the newest generation was formed."""
         self.round = GenerationRound(Generation(number=0, members=()), now, Phase.STALLED)
         """The newest generation and its answers; number 0 before the first."""
-        self.workers = WorkerTable(members, num_slots=num_slots, model=model, now=now)
+        self.workers = WorkerTable(members, num_slots=num_slots, model=config.model, now=now)
         self.wall_time_offset_s = wall_time_offset_s
         """Added to ``now``, it is the time of day."""
         self.history = History(wall_time_offset_s)
-        self.load = LoadTracker(load, now)
+        self.load = LoadTracker(config.load, now)
         """Expert load."""
         self.metrics = ControllerMetrics()
         self.operations = Operations(term, wall_time_offset_s, self.remember)

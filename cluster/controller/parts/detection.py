@@ -21,13 +21,12 @@ logger = logging.getLogger(__name__)
 class Detection:
     """Watches all workers. Owned by the controller; ``now`` is in monotonic seconds."""
 
-    def __init__(self, cluster: Cluster, limits: ControllerSettings, now: float) -> None:
+    def __init__(self, cluster: Cluster, limits: ControllerSettings) -> None:
         self._cluster = cluster
         self._limits = limits
-        self.last_tick = now
+        self.last_tick = self._held_at = cluster.began_at
         """Time of the last call of ``credit_own_pause``."""
         self._held: frozenset[str] = frozenset()
-        self._held_at = now
 
     def peer_lost(self, name: str, frame: PeerLost, now: float) -> None:
         """A worker reports that it lost another. Raises ``ProtocolError`` for a stranger."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from msgspec.structs import replace
 
+from cluster.config.cluster import ModelSection
 from cluster.core import frames
 from cluster.core.errors import ProtocolError
 from cluster.core.placement import ExpertPlacement
@@ -185,14 +186,15 @@ class WorkerTable:
     """Records by name, in rank order, lost ones included. Owned by the controller."""
 
     def __init__(
-        self, members: Sequence[Member], *, num_slots: int, model: Mapping[str, Any], now: float
+        self, members: Sequence[Member], *, num_slots: int, model: ModelSection, now: float
     ) -> None:
-        """``model`` holds name and path; attention workers add the rest when they are ready."""
+        """Attention workers add more facts of the model when they are ready."""
         self._num_slots = num_slots
         self._records: dict[str, WorkerRecord] = {}
         for member in members:
             self.add(member, now)
-        self.model: dict[str, Any] = {**dict.fromkeys(MODEL_FACTS), **model}
+        names = {"name": model.served_model_name, "path": model.path}
+        self.model: dict[str, Any] = {**dict.fromkeys(MODEL_FACTS), **names}
         """Name, path and facts; None for unknown ones."""
         self._status_token = 0
 

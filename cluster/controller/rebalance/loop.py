@@ -16,7 +16,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.metrics import RebalanceOutcome
@@ -54,14 +53,12 @@ class Rebalancing:
     ``now`` is in monotonic seconds.
     """
 
-    def __init__(
-        self, cluster: Cluster, config: ClusterConfig, executor: Executor, now: float
-    ) -> None:
+    def __init__(self, cluster: Cluster, executor: Executor) -> None:
         """``executor`` runs the planning."""
         self._cluster = cluster
-        self._section = config.rebalance
-        self._plans = Plans(cluster, config, executor)
-        self.impossible = why_impossible(config)
+        self._section = cluster.config.rebalance
+        self._plans = Plans(cluster, executor)
+        self.impossible = why_impossible(cluster.config)
         """Why rebalancing is impossible in this cluster; empty if it is possible."""
         self._looked: tuple[float, LoadNow] | None = None  # rows at the last dry run, and its load
         self._job: RebalanceJob | None = None
@@ -69,7 +66,7 @@ class Rebalancing:
         self._problem = ""
         self._last: dict[str, Any] | None = None
         self._seen_windows = 0
-        self._rested_at = now
+        self._rested_at = cluster.began_at
 
     # ---- orders ---------------------------------------------------------------------------
 

@@ -52,10 +52,10 @@ class Plans:
     seconds.
     """
 
-    def __init__(self, cluster: Cluster, config: ClusterConfig, executor: Executor) -> None:
+    def __init__(self, cluster: Cluster, executor: Executor) -> None:
         """Arguments as for ``Rebalancing``."""
         self._cluster = cluster
-        self._config = config
+        self._config = cluster.config
         self._executor = executor
         self._top_k = max(cluster.top_k, 1)
         self._pending: dict[str, tuple[Future[Any], Callable[[float], None]]] = {}

@@ -189,7 +189,7 @@ def test_one_failing_worker_ends_the_whole_start_in_its_own_words(kind: type, er
 
 def _has_process(actor: Any, name: str) -> bool:
     """Runs in the controller: whether it knows that a worker has a process."""
-    workers = actor._controller.cluster.workers
+    workers = actor.runner.controller.cluster.workers
     return name in workers and bool(workers[name].has_process)
 
 

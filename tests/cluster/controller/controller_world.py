@@ -344,16 +344,13 @@ class World:
             Cluster(
                 collected.members,
                 collected.placement,
-                model={},
-                load=CONFIG.load,
+                CONFIG,
                 now=self.now,
                 term=self._count + 1,
                 identity=str(self._count),
             ),
             SETTINGS,
-            config=CONFIG,
-            executor=AtOnce(),
-            now=self.now,
+            AtOnce(),
         )
         self.controller.restore(collected, self.now)
         self.carry_out()
@@ -509,15 +506,12 @@ class World:
             Cluster(
                 self.members,
                 self.placement,
-                model={},
-                load=CONFIG.load,
+                CONFIG,
                 now=self.now,
                 identity="0",
             ),
             SETTINGS,
-            config=CONFIG,
-            executor=AtOnce(),
-            now=self.now,
+            AtOnce(),
         )
         for name, model in self.workers.items():
             model.is_connected = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
@@ -9,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 from msgspec.structs import replace
 
-from cluster.config.cluster import ClusterConfig, ModelSection
+from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
 from cluster.controller.controller import Controller
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.effects import End, EndAll, Send, Start, Trace
@@ -141,12 +142,14 @@ class FakeCluster:
         num_redundant: int = 0,
         can_grow: bool = True,
         settings: ControllerSettings | None = None,
-        config: ClusterConfig | None = None,
+        config: ClusterConfig = CONFIG,
         executor: Executor | None = None,
         hosts: Mapping[str, str] | None = None,
     ) -> None:
         """``hosts``: the hosts of the workers by name; the controller is on ``head``."""
         self.now = 100.0
+        if not can_grow:
+            config = dataclasses.replace(config, workers=WorkersSection(device="cuda"))
         self.link = FakeWorkerGroup()
         self.members = tuple(
             replace(member, node=(hosts or {}).get(member.name, ""))
@@ -157,19 +160,15 @@ class FakeCluster:
             Cluster(
                 self.members,
                 self.placement,
-                model={"name": "demo", "path": "somewhere"},
-                load=(config or CONFIG).load,
+                config,
                 now=self.now,
                 num_slots=max(len(row) for row in self.placement.banks[0].physical_to_logical),
-                can_grow=can_grow,
                 host="head",
                 wall_time_offset_s=1_000_000.0,
                 notes={"top_k": 2},
             ),
             settings or ControllerSettings(),
-            config=config or CONFIG,
-            executor=executor or AtOnce(),
-            now=self.now,
+            executor or AtOnce(),
         )
         self.link.cluster = self.controller.cluster
 

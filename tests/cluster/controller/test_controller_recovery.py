@@ -405,15 +405,12 @@ def test_a_restarted_controller_knows_what_the_cluster_shall_be() -> None:
         Cluster(
             collected.members,
             collected.placement,
-            model={},
-            load=CONFIG.load,
+            CONFIG,
             now=new.now,
             term=2,
         ),
         ControllerSettings(),
-        config=CONFIG,
-        executor=AtOnce(),
-        now=new.now,
+        AtOnce(),
     )
     new.link.cluster = new.known
     new.controller.restore(collected, new.now)

@@ -75,15 +75,12 @@ def restored(collected: CollectedState) -> tuple[Controller, FakeWorkerGroup]:
         Cluster(
             collected.members,
             collected.placement,
-            model={},
-            load=CONFIG.load,
+            CONFIG,
             now=1.0,
             term=5,
         ),
         ControllerSettings(),
-        config=CONFIG,
-        executor=AtOnce(),
-        now=1.0,
+        AtOnce(),
     )
     link.cluster = controller.cluster
     controller.restore(collected, 1.0)

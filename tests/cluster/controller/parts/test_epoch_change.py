@@ -7,7 +7,6 @@ from typing import TypeVar
 import pytest
 from msgspec.structs import replace
 
-from cluster.config.cluster import LoadSection
 from cluster.controller.parts.cluster import Cluster, GenerationRound
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.core.frames import (
@@ -22,7 +21,7 @@ from cluster.core.frames import (
 from cluster.core.placement import contiguous
 from cluster.core.topology import Generation, Member
 from cluster.planner.stages import Stage, next_stage
-from tests.cluster.controller.fakes_cluster import BANKS, FakeWorkerGroup, make_members
+from tests.cluster.controller.fakes_cluster import BANKS, CONFIG, FakeWorkerGroup, make_members
 
 FrameT = TypeVar("FrameT", bound=ControlFrame)
 NUM_SLOTS = 6
@@ -35,14 +34,8 @@ class Host(Cluster):
         super().__init__(
             make_members(2, 3),
             contiguous(BANKS, 3, 1, epoch=7),
-            model={},
+            CONFIG,
             num_slots=NUM_SLOTS,
-            can_grow=True,
-            load=LoadSection(),
-            term=1,
-            identity="",
-            host="",
-            wall_time_offset_s=0.0,
             now=100.0,
         )
         self.link = FakeWorkerGroup()

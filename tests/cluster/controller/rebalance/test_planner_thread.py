@@ -14,7 +14,7 @@ from cluster.controller.rebalance.job import RebalanceOrder
 from cluster.controller.rebalance.plans import Plans
 from cluster.core.errors import ConfigError, ConflictError
 from cluster.core.frames import EpochSwitched, SwitchEpoch
-from tests.cluster.controller.fakes_cluster import CONFIG, FakeCluster
+from tests.cluster.controller.fakes_cluster import FakeCluster
 from tests.cluster.controller.rebalance.test_rebalancing import (
     SKEWED,
     answer,
@@ -191,7 +191,7 @@ def begin_plan(executor: Executor, seen: list[tuple[Future[Any], str, float]]) -
     window(cluster, SKEWED)
     profile = cluster.known.load.profile("total", "x", 2)
     assert profile is not None
-    plans = Plans(cluster.known, CONFIG, executor)
+    plans = Plans(cluster.known, executor)
     return plans, lambda what, now: plans.share(
         what, profile, cluster.known.placement, lambda *result: seen.append(result), now
     )
