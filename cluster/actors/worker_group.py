@@ -64,7 +64,8 @@ class WorkerGroup:
     stop_limit_s: float = 2.0
     """Time that a worker's own ``stop`` may take."""
     nodes: dict[str, str] = field(default_factory=dict)
-    """Worker name -> id of its node."""
+    """Worker name -> id of the node on which ``reserve`` has found room for it; never those of
+    workers that were found: their names may be given again."""
     silent: Collection[str] = ()
     _actors: dict[str, _Actor] = field(default_factory=dict)
     _ending: set[asyncio.Future[None]] = field(default_factory=set)
