@@ -13,6 +13,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, islice
 from typing import Any, ParamSpec, TypeVar
 
@@ -219,10 +220,11 @@ class WorkerGroup:
         Raises ``SupersededError``, and ``TimeoutError`` if Ray does not say whether that is so.
         """
         actors = [self._actors.pop(n) for n in names if n in self._actors]
-        tasks = {asyncio.ensure_future(self._end_one(a)) for a in actors}
-        self._ending |= tasks
+        tasks = [asyncio.ensure_future(self._end_process(a)) for a in actors]
+        self._ending.update(tasks)
+        for actor, task in zip(actors, tasks, strict=True):
+            task.add_done_callback(partial(self._ended, actor))
         found = await asyncio.gather(*tasks, return_exceptions=True)
-        self._ending -= tasks
         for error in (e for e in found if e is not None):
             raise error
 
@@ -304,12 +306,10 @@ class WorkerGroup:
 
     # ---- ending ---------------------------------------------------------------------------
 
-    async def _end_one(self, actor: _Actor) -> None:
-        try:
-            await self._end_process(actor)
-        except BaseException:
-            self._actors[actor.name] = actor  # it may live: another call tries again
-            raise
+    def _ended(self, actor: _Actor, task: asyncio.Future[None]) -> None:
+        self._ending.discard(task)
+        if task.cancelled() or task.exception() is not None:
+            self._actors.setdefault(actor.name, actor)  # it may live: another call tries again
 
     async def _end_process(self, actor: _Actor) -> None:
         stopped = False
