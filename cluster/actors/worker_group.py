@@ -183,8 +183,8 @@ class WorkerGroup:
     async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
         """Workers of an earlier controller that still live, found by name.
 
-        A worker that does not answer within ``limit_s`` is left out, but ``end`` and ``end_others``
-        know it. Raises ``TimeoutError`` if neither workers nor Ray answer.
+        A worker that does not answer within ``limit_s`` is left out, but ``names`` and ``end`` know
+        it. Raises ``TimeoutError`` if neither workers nor Ray answer.
         """
         self._actors.clear()
         async with asyncio.timeout(limit_s):
@@ -200,6 +200,9 @@ class WorkerGroup:
                 get = ray.util.get_placement_group
                 self._group = await asyncio.to_thread(get, ray_tools.WORKERS_GROUP)
         return found
+
+    def names(self) -> list[str]:
+        return list(self._actors)
 
     async def redirect(self, name: str, control_address: str) -> None:
         """Send a found worker the controller's new address.
@@ -228,14 +231,10 @@ class WorkerGroup:
         for error in (e for e in found if e is not None):
             raise error
 
-    async def end_others(self, names: Collection[str]) -> None:
-        """End all workers but these, including those that were not found."""
-        await self.end([name for name in self._actors if name not in names])
-
     async def end_all(self) -> None:
         """End every worker and release the reserved room. Raises ``SupersededError``."""
         await self._check_term()
-        await self.end(list(self._actors))
+        await self.end(self.names())
         await asyncio.gather(*self._ending)
         await _in_time(ray_tools.free_reserved_room)
 
