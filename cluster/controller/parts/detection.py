@@ -7,13 +7,13 @@ and reports of peers. ``Detection`` only reports to the controller; it does not 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from cluster.controller.parts.cluster import Cluster, Phase
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import Heartbeat, PeerLost
 from cluster.core.states import ClusterState, WorkerState
-from cluster.policy.failure import PeerReport, confirm_suspect, find_silent, silent_hosts
+from cluster.policy.failure import PeerReport, confirm_losses, find_silent, silent_hosts
 
 logger = logging.getLogger(__name__)
 
@@ -139,9 +139,25 @@ class Detection:
         return dict.fromkeys(cluster.round.late(), reason)
 
     def _confirmed_reports(self, now: float) -> dict[str, str]:
-        roles = {r.name: r.member.role for r in self._cluster.workers.alive()}
-        found = confirm_suspect(now, self._cluster.round.reports, roles, self._limits.confirm_s)
-        return {} if found is None else {found.suspect: f"{found.reporter} reports: {found.reason}"}
+        cluster, limit = self._cluster, self._limits.detection_limit_s
+        alive = cluster.workers.alive()
+        return confirm_losses(
+            now,
+            cluster.round.reports,
+            {r.name: r.member for r in alive},
+            self._limits.confirm_s,
+            silent=[r.name for r in alive if now - r.heard_at > limit / 2],
+            can_spare=self._can_spare,
+        )
+
+    def _can_spare(self, names: Collection[str]) -> bool:
+        """The other members go on without these at once: none of them loads an expert."""
+        cluster = self._cluster
+        members, placement = cluster.round.members, cluster.placement
+        devices = frozenset(m.device for m in members if m.name in names and m.holds_experts)
+        if devices and placement.without_devices(devices, placement.epoch) is None:
+            return False
+        return any(m.runs_attention for m in members if m.name not in names)
 
 
 def _difference(frame: Heartbeat, number: int, epoch: int) -> str | None:
