@@ -28,6 +28,8 @@ class Detection:
         """Time of the last call of ``credit_own_pause``."""
         self._held: frozenset[str] = frozenset()
         self._held_at = now
+        self._ran_at = self._busy_at = now
+        """When nobody kept the others waiting, and when one of these had still to begin."""
 
     def peer_lost(self, name: str, frame: PeerLost, now: float) -> None:
         """A worker reports that it lost another. Raises ``ProtocolError`` for a stranger."""
@@ -63,6 +65,7 @@ class Detection:
             logger.warning("the controller did not run for %.1f s", paused)
             for record in self._cluster.workers.alive():
                 record.credit(paused, now)
+            self._ran_at = self._busy_at = now
         self.last_tick = now
 
     def end_hold(self, now: float) -> str:
@@ -108,6 +111,7 @@ class Detection:
         for loading, most in ((True, early), (False, early if starts else limit)):
             yield find_silent(now, self._cluster.workers.pulses(loading), most)
         yield self._late_answers(now)
+        yield self._late_joins(now)
         if not held:
             yield self._confirmed_reports(now)
 
@@ -138,6 +142,20 @@ class Detection:
         reason = f"did not join generation {cluster.round.number} within {limit:g} s"
         return dict.fromkeys(cluster.round.late(), reason)
 
+    def _late_joins(self, now: float) -> dict[str, str]:
+        """New workers that keep the others from running, though these have all begun to join."""
+        cluster, limit = self._cluster, self._limits.join_limit_s
+        late = set(cluster.round.late() if cluster.is_forming else ())
+        joins = late & cluster.round.joins
+        if not joins:
+            self._ran_at = now
+        others = (cluster.workers[name] for name in late - joins)
+        if not joins or any(r.generation != cluster.round.number for r in others):
+            self._busy_at = now
+        if now - self._ran_at <= limit or now - self._busy_at <= limit / 4:
+            return {}
+        return dict.fromkeys(joins, f"kept the others from running for {limit:g} s")
+
     def _confirmed_reports(self, now: float) -> dict[str, str]:
         cluster, limit = self._cluster, self._limits.detection_limit_s
         alive = cluster.workers.alive()
@@ -147,6 +165,7 @@ class Detection:
             {r.name: r.member for r in alive},
             self._limits.confirm_s,
             silent=[r.name for r in alive if now - r.heard_at > limit / 2],
+            joins=cluster.round.joins,
             can_spare=self._can_spare,
         )
 
