@@ -201,9 +201,6 @@ class FakeWorkerGroup(ABC):
     async def end(self, names: Sequence[str]) -> None:
         """See ``WorkerGroupLike``."""
 
-    async def end_others(self, names: Collection[str]) -> None:
-        await self.end([name for name in self.names() if name not in names])
-
     async def end_all(self) -> None:
         await self.end(self.names())
 

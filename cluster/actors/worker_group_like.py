@@ -75,14 +75,14 @@ class WorkerGroupLike(Protocol):
     async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
         """The workers of an earlier controller."""
 
+    def names(self) -> list[str]:
+        """Workers that were started or found, answering or not, and not ended."""
+
     async def redirect(self, name: str, control_address: str) -> None:
         """Send a found worker the controller's new address. Raises ``SupersededError``."""
 
     async def end(self, names: Sequence[str]) -> None:
         """End these workers. Raises ``SupersededError``."""
-
-    async def end_others(self, names: Collection[str]) -> None:
-        """End all workers but these."""
 
     async def end_all(self) -> None:
         """End all workers and free their room."""

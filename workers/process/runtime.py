@@ -185,7 +185,7 @@ class WorkerRuntime(ABC):
 
     def request_drain(self) -> bool:
         """Ask for a drain; False outside a generation, or when already asked (any thread)."""
-        if not self.membership.runs or self._stopping or self._drain_requested:
+        if not self.membership.is_member or self._stopping or self._drain_requested:
             return False
         self._drain_requested = True
         self.control.send(DrainRequest())
