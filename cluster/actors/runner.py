@@ -165,6 +165,7 @@ class Runner:
     def _carry_out(self, effect: Effect) -> None:
         assert self.server is not None
         assert self.plan is not None
+        assert self.controller is not None
         match effect:
             case Send(frame, workers):
                 self.server.send(frame, *workers)
@@ -174,10 +175,10 @@ class Runner:
             case End(workers):
                 for worker in workers:
                     self.server.drop(worker)
-                end = partial(self.group.end, workers)
-                self.background.spawn(self._end(end, lambda c: partial(c.draining.ended, workers)))
+                end, ended = self.group.end, self.controller.draining.ended
+                self.background.spawn(self._end(partial(end, workers), partial(ended, workers)))
             case EndAll():
-                self.background.spawn(self._end(self.group.end_all, lambda c: c.all_ended))
+                self.background.spawn(self._end(self.group.end_all, self.controller.all_ended))
             case Trace():
                 if self.traces is not None:
                     record(self.traces, effect)
@@ -234,9 +235,7 @@ class Runner:
             self.tell(partial(self.controller.lost, {name: reason}))
 
     async def _end(
-        self,
-        end: Callable[[], Awaitable[None]],
-        ended: Callable[[Controller], Callable[[float], None]],
+        self, end: Callable[[], Awaitable[None]], ended: Callable[[float], None]
     ) -> None:
         """End workers, again after each error, until they have ended; then tell the controller."""
         while self.controller is not None:
@@ -248,8 +247,7 @@ class Runner:
                 logger.exception("workers could not be ended, trying again")
                 await asyncio.sleep(_END_AGAIN_S)
             else:
-                if self.controller is not None:
-                    self.tell(ended(self.controller))
+                self.tell(ended)
                 break
 
     async def _tick_forever(self, controller: Controller) -> None:

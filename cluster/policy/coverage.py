@@ -42,6 +42,8 @@ class Holdings:
     """Devices that reported that they cannot load."""
     failed: Collection[SlotFill] = ()
     """Loads that ``current`` relies on and that failed."""
+    expert_load: Mapping[tuple[str, int], Sequence[float]] = field(default_factory=dict)
+    """(bank, layer) -> tokens by logical expert; the experts of other banks weigh the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,23 +58,14 @@ class Coverage:
     """(bank, expert) without room, if there is no placement."""
 
 
-def cover(
-    holdings: Holdings,
-    devices: Collection[int],
-    epoch: int,
-    expert_load: Mapping[tuple[str, int], Sequence[float]] | None = None,
-) -> Coverage:
-    """Maps that use only ``devices``, the members' ones.
-
-    ``epoch`` is the new placement's. ``expert_load`` is (bank, layer) -> tokens by logical
-    expert; without it all experts weigh the same.
-    """
+def cover(holdings: Holdings, devices: Collection[int], epoch: int) -> Coverage:
+    """Maps that use only ``devices``, the members' ones; ``epoch`` is the new placement's."""
     present = frozenset(devices)
     banks: list[BankPlacement] = []
     loads: list[SlotFill] = []
     missing: list[tuple[int, int]] = []
     for index, desired in enumerate(holdings.desired.banks):
-        counts = (expert_load or {}).get((desired.bank, desired.layer), ())
+        counts = holdings.expert_load.get((desired.bank, desired.layer), ())
         weights = [1.0 + x for x in counts] or [1.0] * desired.num_experts
         work = _Bank(holdings, index, present, weights)
         loads += work.fill()
@@ -119,40 +112,31 @@ class FailureDecision:
 
 
 def decide_members(
-    members: Sequence[Member],
-    holdings: Holdings,
-    *,
-    highest_epoch: int,
-    expert_load: Mapping[tuple[str, int], Sequence[float]] | None = None,
+    members: Sequence[Member], holdings: Holdings, highest_epoch: int
 ) -> FailureDecision:
     """How these ``members``, survivors and newcomers, continue.
 
     ``highest_epoch`` is the highest placement epoch that any worker ran: new maps are above it.
-    ``expert_load`` as for ``cover``.
     """
-    current = holdings.current
-    epoch = max(highest_epoch, current.epoch)
-    devices = {m.device for m in members if m.holds_experts}
-    covered = cover(holdings, devices, epoch + 1, expert_load)
-    placement, loads = covered.placement, covered.loads
-    can_run = placement is not None and any(m.runs_attention for m in members)
-    if placement is None:
-        placement = current
-    elif placement.banks == current.banks:
+    current, epoch = holdings.current, max(highest_epoch, holdings.current.epoch)
+    found = cover(holdings, {m.device for m in members if m.holds_experts}, epoch + 1)
+    placement, loads = found.placement, found.loads
+    has_attention = any(m.runs_attention for m in members)
+    if placement is None or not has_attention:
+        why = "no attention worker is left"
+        return FailureDecision(
+            can_run=False,
+            placement=current,
+            loads=(),
+            experts_complete=placement is not None and not loads,
+            effect=_missing_text(current, found.missing) if has_attention else why,
+        )
+    if placement.banks == current.banks:
         placement = structs.replace(placement, epoch=epoch)
-    if can_run:
-        effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
-        effect = f"{_loads_text(loads, members)}; {effect}" if loads else effect
-    elif any(m.runs_attention for m in members):
-        effect = _missing_text(current, covered.missing)
-    else:
-        effect = "no attention worker is left"
+    effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
+    effect = f"{_loads_text(loads, members)}; {effect}" if loads else effect
     return FailureDecision(
-        can_run=can_run,
-        placement=placement if can_run else current,
-        loads=loads if can_run else (),
-        experts_complete=covered.placement is not None and (can_run or not loads),
-        effect=effect,
+        can_run=True, placement=placement, loads=loads, experts_complete=True, effect=effect
     )
 
 

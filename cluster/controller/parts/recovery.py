@@ -180,13 +180,8 @@ class Recovery:
 
     def _go_on(self, members: Sequence[Member], cause: str, now: float) -> None:
         """Form a generation of these members, or stall."""
-        cluster, load = self._cluster, self._cluster.load.totals()
-        decision = decide_members(
-            members,
-            self._holdings(members),
-            highest_epoch=cluster.round.highest_epoch,
-            expert_load={key: load.counts(key).tolist() for key in load.prefill},
-        )
+        cluster = self._cluster
+        decision = decide_members(members, self._holdings(members), cluster.round.highest_epoch)
         cluster.experts_complete = decision.experts_complete
         if not decision.can_run:
             cluster.stall(members, now)
@@ -246,7 +241,7 @@ class Recovery:
         self._cluster.enter(ClusterState.RECOVERING if is_hopeful else ClusterState.DEGRADED)
 
     def _holdings(self, members: Sequence[Member]) -> Holdings:
-        workers = self._cluster.workers
+        workers, load = self._cluster.workers, self._cluster.load.totals()
         return Holdings(
             current=self._cluster.placement,
             desired=self._cluster.desired,
@@ -258,6 +253,7 @@ class Recovery:
             room=self._cluster.room,
             barred=frozenset(self._barred),
             failed=tuple(self._failed),
+            expert_load={key: load.counts(key).tolist() for key in load.prefill},
         )
 
     def _cannot_load(self, reload: LoadOrder, error: str, now: float) -> None:

@@ -69,7 +69,7 @@ def test_copies_that_are_left_serve_without_a_load() -> None:
 def test_lost_experts_are_spread_by_their_load() -> None:
     desired = one_bank((0, 1, 2, 3, 4, 5), (6,), (7,), num_experts=8)
     load = {("mlp", 0): [50, 10, 10, 10, 10, 10, 0, 0]}
-    found = cover(Holdings(current=desired, desired=desired), {1, 2}, 2, load)
+    found = cover(Holdings(current=desired, desired=desired, expert_load=load), {1, 2}, 2)
     assert maps_of(found) == ((FREE_SLOT,) * 6, (6, 0), (7, 1, 2, 3, 4, 5))
     even = cover(Holdings(current=desired, desired=desired), {1, 2}, 2)
     assert [len(row) for row in maps_of(even)[1:]] == [4, 4]
@@ -79,14 +79,14 @@ def test_a_shared_expert_is_a_part_of_the_work() -> None:
     """Device 0 has half of experts 0 and 1, device 1 all of expert 2, which weighs more."""
     desired = one_bank((0, 1, FREE_SLOT), (2, FREE_SLOT), (0, 1), (3,))
     load = {("mlp", 0): [10, 10, 14, 2]}
-    found = cover(Holdings(current=desired, desired=desired), {0, 1, 2}, 2, load)
+    found = cover(Holdings(current=desired, desired=desired, expert_load=load), {0, 1, 2}, 2)
     assert maps_of(found) == ((0, 1, 3), (2, FREE_SLOT), (0, 1), (FREE_SLOT,))
 
 
 def test_free_slots_are_no_work() -> None:
     desired = one_bank((FREE_SLOT, 0), (1,), (2,), num_experts=3)
     load = {("mlp", 0): [1, 2, 9]}
-    found = cover(Holdings(current=desired, desired=desired), {0, 1}, 2, load)
+    found = cover(Holdings(current=desired, desired=desired, expert_load=load), {0, 1}, 2)
     assert maps_of(found)[:2] == ((2, 0), (1,))
 
 
@@ -244,7 +244,7 @@ def without(
     """The decision for the workers that are left."""
     survivors = [m for m in members if m.name not in lost]
     held = Holdings(current=placement, desired=placement, **holdings)
-    return decide_members(survivors, held, highest_epoch=highest_epoch)
+    return decide_members(survivors, held, highest_epoch)
 
 
 def test_experts_with_copies_elsewhere_go_on_in_a_new_epoch() -> None:
@@ -342,6 +342,6 @@ def test_two_workers_lost_at_once_are_both_in_the_cause() -> None:
 def test_a_new_worker_brings_its_copies_back() -> None:
     less = without(make_members(1, 3), REDUNDANT, "expert-1", highest_epoch=7).placement
     holdings = Holdings(current=less, desired=REDUNDANT, joining={1: REDUNDANT})
-    decision = decide_members(make_members(1, 3), holdings, highest_epoch=8)
+    decision = decide_members(make_members(1, 3), holdings, 8)
     assert decision.placement == structs.replace(REDUNDANT, epoch=9)
     assert decision.loads == ()
