@@ -52,25 +52,6 @@ def cluster_nodes() -> tuple[NodeResources, ...]:
     return tuple(sorted(nodes, key=lambda n: (n.address, n.node_id)))
 
 
-def allows_unauthenticated(address: str) -> bool:
-    """Whether a Ray accepts calls without a token, judged by its GCS at ``address``.
-
-    This process cannot know it: a Ray without tokens accepts a client with one.
-    """
-    import grpc
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
-
-    messages: Any = gcs_service_pb2
-    stubs: Any = gcs_service_pb2_grpc
-    with grpc.insecure_channel(address) as channel:
-        nodes = stubs.NodeInfoGcsServiceStub(channel)
-        try:
-            nodes.GetAllNodeInfo(messages.GetAllNodeInfoRequest(), timeout=_CALL_LIMIT_S)
-        except grpc.RpcError:
-            return False
-    return True
-
-
 def draining_nodes() -> frozenset[str]:
     """Ids of nodes that Ray drains, for example after SIGTERM to their ``ray start``.
 
@@ -96,11 +77,6 @@ def head_address() -> str:
     found = cast("list[dict[str, Any]]", ray.nodes())  # type: ignore[no-untyped-call]
     heads = [n for n in found if n["Alive"] and HEAD_NODE in n["Resources"]]
     return str(heads[0]["NodeManagerAddress"]) if heads else node_address()
-
-
-def is_on_head() -> bool:
-    """Whether this process is on the node of Ray's head."""
-    return head_address() == node_address()
 
 
 def this_node_id() -> str:

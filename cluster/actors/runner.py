@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from cluster.actors.control_server import ControlServer
 from cluster.actors.start_plan import StartPlan
 from cluster.actors.tasks import Background
-from cluster.actors.traces import cluster_traces, record
 from cluster.actors.worker_group_like import WorkerGroupLike
+from cluster.config.cluster import ObservabilitySection
 from cluster.config.resources import ids_by_address
 from cluster.controller.controller import Controller
 from cluster.controller.failover import CollectedState, ReportCollector
@@ -28,11 +28,11 @@ from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.effects import Effect, End, EndAll, Send, Start, Trace
 from cluster.controller.parts.gateway_polls import GatewayPolls
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.core.errors import ExpertMeshError, StartError, SupersededError
+from cluster.core.errors import ConfigError, ExpertMeshError, StartError, SupersededError
 from cluster.core.frames import ControlFrame, Superseded
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
-from cluster.tracing.exporter import TraceExport
+from cluster.tracing.exporter import TraceExport, load_exporter
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class Runner:
     def _run(self, controller: Controller, plan: StartPlan) -> None:
         """Hand events to this controller from now on, and let time pass for it."""
         self.controller, self.plan, self.failure = controller, plan, ""
-        self.traces = cluster_traces(plan.config.observability)
+        self.traces = start_traces(plan.config.observability)
         self.background.spawn(self._tick_forever(controller))
         self.background.spawn(self._watch_nodes(controller))
         self._carry_out_all()
@@ -179,9 +179,9 @@ class Runner:
                 self.background.spawn(self._end(partial(end, workers), partial(ended, workers)))
             case EndAll():
                 self.background.spawn(self._end(self.group.end_all, self.controller.all_ended))
-            case Trace():
+            case Trace(name, seconds, attributes, error):
                 if self.traces is not None:
-                    record(self.traces, effect)
+                    self.traces.record(name, seconds, attributes, error)
 
     # ---- events of the sockets (``ControlEvents``) -------------------------------------------
 
@@ -283,3 +283,14 @@ class Runner:
     def _leads(self, controller: Controller) -> bool:
         is_over = controller.cluster.state is ClusterState.STOPPED
         return self.controller is controller and not is_over
+
+
+def start_traces(section: ObservabilitySection) -> TraceExport | None:
+    """None without an endpoint, or without the packages for it."""
+    if section.otlp_endpoint is None:
+        return None
+    try:
+        return load_exporter(section.otlp_endpoint)("controller")
+    except ConfigError as err:
+        logger.warning("the cluster has no traces: %s", err)
+        return None

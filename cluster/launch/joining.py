@@ -26,6 +26,7 @@ GATEWAY = "gateway"
 """Role label of the nodes for gateway replicas and the controller."""
 _POLL_S = 0.2
 _ANSWER_LIMIT_S = 60.0
+_CALL_LIMIT_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,13 +136,13 @@ def _reach(plan: LaunchPlan, gateways: tuple[NodeResources, ...]) -> str:
 
 def _check_ports(plan: LaunchPlan, is_here: bool) -> None:
     """Refuse an unsuitable Serve in the joined Ray, and ports in use on this host."""
-    from cluster.actors.ray_tools import is_on_head
+    from cluster.actors.ray_tools import head_address, node_address
 
     section = plan.config.gateway
     options = running_serve()
     if options is not None:
         check_serve(section, options)
-    if is_here and is_on_head():
+    if is_here and head_address() == node_address():
         ports = {"port": section.port} if options is None else {}
         check_ports(section.host, {**ports, "grpc_port": section.grpc_port})
 
@@ -175,13 +176,30 @@ def running_serve() -> Mapping[str, Any] | None:
 
 def check_ray_token(plan: LaunchPlan, nodes: Sequence[NodeResources], address: str) -> None:
     """Refuse a Ray of several hosts without authentication."""
-    from cluster.actors.ray_tools import allows_unauthenticated
-
     is_lax = plan.config.gateway.allow_unauthenticated or len({n.address for n in nodes}) < 2
     if not is_lax and allows_unauthenticated(address):
         rule = "lets anybody on the network run code: start Ray on every host with token "
         rule += "authentication (RAY_AUTH_MODE=token), or say --allow-unauthenticated"
         raise ConfigError("address", address, rule)
+
+
+def allows_unauthenticated(address: str) -> bool:
+    """Whether a Ray accepts calls without a token, judged by its GCS at ``address``.
+
+    This process cannot know it: a Ray without tokens accepts a client with one.
+    """
+    import grpc
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    messages: Any = gcs_service_pb2
+    stubs: Any = gcs_service_pb2_grpc
+    with grpc.insecure_channel(address) as channel:
+        nodes = stubs.NodeInfoGcsServiceStub(channel)
+        try:
+            nodes.GetAllNodeInfo(messages.GetAllNodeInfoRequest(), timeout=_CALL_LIMIT_S)
+        except grpc.RpcError:
+            return False
+    return True
 
 
 def is_deployed(app: str) -> bool:

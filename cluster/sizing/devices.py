@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import WorkerShare
+from cluster.sizing.replay import StepCost
 from cluster.sizing.roofline import DeviceNumbers
 
 CPU_CORE = DeviceNumbers(
@@ -36,6 +38,8 @@ CPU_NETWORK_BYTES_S = 1.25e9
 """10 GbE: what hosts without GPUs commonly have."""
 GPU_NETWORK_BYTES_S = 50e9
 """One 400 Gbit/s adapter for each GPU."""
+_DECODE_ROWS = 16
+"""Rows of a decode step, where the load does not say."""
 
 
 def worker_numbers(share: WorkerShare, num_nodes: int) -> DeviceNumbers:
@@ -49,4 +53,22 @@ def worker_numbers(share: WorkerShare, num_nodes: int) -> DeviceNumbers:
         device,
         link_bytes_s=GPU_NETWORK_BYTES_S if on_gpu else CPU_NETWORK_BYTES_S,
         latency_s=device.latency_s + (0.0 if on_gpu else NETWORK_LATENCY_S),
+    )
+
+
+def step_cost(config: ClusterConfig, expert_bytes: int, dtype: str) -> StepCost:
+    """By the roofline of the device: a slot's weights are read, each pair is two
+    operations a weight. ``rebalance.slot_cost_pairs`` replaces the time of a slot. The policy uses
+    ratios only, so that a part of a device counts as a whole one.
+
+    ``expert_bytes``: of the largest expert; ``dtype``: as workers name it.
+    """
+    device = GPU if config.workers.device == "cuda" else CPU_CORE
+    weights = expert_bytes / (4 if dtype == "float32" else 2)
+    token_s = 2.0 * weights / device.flops_s
+    slot_s = expert_bytes / device.bandwidth_bytes_s
+    if config.rebalance.slot_cost_pairs is not None:
+        slot_s = config.rebalance.slot_cost_pairs * token_s
+    return StepCost(
+        slot_s=slot_s, token_s=token_s, expert_bytes=expert_bytes, decode_tokens=_DECODE_ROWS
     )

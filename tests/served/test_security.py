@@ -10,7 +10,7 @@ import grpc
 import psutil
 import pytest
 
-from cluster.actors.ray_tools import allows_unauthenticated
+from cluster.launch.joining import allows_unauthenticated
 from cluster.launch.orphans import find_by_files
 from tests.gateway.generation.test_secrecy import KEY, MARK, ask_everything
 from tests.served.server import WAIT_S, Served

@@ -13,7 +13,6 @@ from concurrent.futures import Executor, Future
 from functools import partial
 from typing import Any, TypeVar
 
-from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.cluster import Cluster
 from cluster.core.errors import ConfigError
 from cluster.core.load_profile import LoadProfile
@@ -27,16 +26,13 @@ from cluster.policy.rebalance import (
     planned_topology,
     resolved,
 )
-from cluster.sizing.devices import CPU_CORE, GPU
+from cluster.sizing.devices import step_cost
 from cluster.sizing.replay import StepCost
 
 logger = logging.getLogger(__name__)
 
 _TOKENS_PER_EXPERT = 4
 """Tokens of a window, for each expert of a bank, below which its statistics are too weak."""
-_DECODE_ROWS = 16
-"""Rows of a decode step, unless the configuration says otherwise."""
-
 
 T = TypeVar("T")
 CHANGED = "the cluster changed meanwhile"
@@ -149,21 +145,3 @@ class Plans:
         sizes = [int(info.get("expert_bytes", 0)) for info in infos]
         dtype = next((str(info["dtype"]) for info in infos if "dtype" in info), "float32")
         return step_cost(self._config, max([1, *sizes]), dtype)
-
-
-def step_cost(config: ClusterConfig, expert_bytes: int, dtype: str) -> StepCost:
-    """By the roofline of the device (``devices``): a slot's weights are read, each pair is two
-    operations a weight. ``rebalance.slot_cost_pairs`` replaces the time of a slot. The policy uses
-    ratios only, so that a part of a device counts as a whole one.
-
-    ``expert_bytes``: of the largest expert; ``dtype``: as workers name it.
-    """
-    device = GPU if config.workers.device == "cuda" else CPU_CORE
-    weights = expert_bytes / (4 if dtype == "float32" else 2)
-    token_s = 2.0 * weights / device.flops_s
-    slot_s = expert_bytes / device.bandwidth_bytes_s
-    if config.rebalance.slot_cost_pairs is not None:
-        slot_s = config.rebalance.slot_cost_pairs * token_s
-    return StepCost(
-        slot_s=slot_s, token_s=token_s, expert_bytes=expert_bytes, decode_tokens=_DECODE_ROWS
-    )

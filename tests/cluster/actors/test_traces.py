@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import StatusCode
 
-from cluster.actors.traces import cluster_traces, record
+from cluster.actors.runner import start_traces
 from cluster.config.cluster import ObservabilitySection
-from cluster.controller.parts.effects import Trace
 from tests.cluster.controller.fakes_cluster import FakeCluster
 from tests.cluster.controller.rebalance.test_rebalancing import SKEWED, make, obey, status, window
 from tests.cluster.controller.test_controller_recovery import lose
@@ -21,7 +19,7 @@ from tests.harness.kept_spans import KeptSpans, times_ns
 def followed(cluster: FakeCluster) -> KeptSpans:
     """The spans of what happens from now on."""
     kept = KeptSpans()
-    cluster.link.on_trace = partial(record, kept.export)
+    cluster.link.on_trace = lambda t: kept.export.record(t.name, t.seconds, t.attributes, t.error)
     return kept
 
 
@@ -84,14 +82,15 @@ def test_a_recovery_lasts_from_the_loss_until_steps_run_again() -> None:
     assert length_ns(recovery) == 500_000_000
 
 
-def test_a_trace_that_fails_does_not_harm_the_cluster() -> None:
+def test_a_trace_that_fails_leaves_no_span() -> None:
     kept = KeptSpans()
-    record(kept.export, Trace("expertmesh.migration", float("nan"), {}))
+    with pytest.raises(ValueError, match="NaN"):
+        kept.export.record("expertmesh.migration", float("nan"), {})
     assert not kept.spans
 
 
 def test_a_controller_without_the_packages_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     section = ObservabilitySection(otlp_endpoint="http://127.0.0.1:4317")
-    assert cluster_traces(section) is None
-    assert cluster_traces(ObservabilitySection()) is None
+    assert start_traces(section) is None
+    assert start_traces(ObservabilitySection()) is None

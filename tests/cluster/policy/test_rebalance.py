@@ -10,7 +10,6 @@ import pytest
 from msgspec import structs
 
 from cluster.config.cluster import ClusterConfig, ModelSection, RebalanceSection, WorkersSection
-from cluster.controller.rebalance.plans import step_cost
 from cluster.core.errors import ConfigError
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.placement import (
@@ -353,22 +352,3 @@ def test_what_makes_it_impossible_is_said(workers: dict[str, object], reason: st
     found = why_impossible(make_config(**workers))
     assert reason in found
     assert bool(found) is bool(reason)
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "pairs"),
-    [("cpu", "bfloat16", 9.1), ("cpu", "float32", 18.2), ("cuda", "bfloat16", 295.2)],
-)
-def test_a_slot_costs_by_the_roofline(device: str, dtype: str, pairs: float) -> None:
-    found = step_cost(make_config(device=device), 1 << 20, dtype)
-    assert found.slot_s / found.token_s == pytest.approx(pairs, rel=0.01)
-    assert found.expert_bytes == 1 << 20
-
-
-def test_a_slot_costs_the_pairs_that_are_configured() -> None:
-    config = replace(make_config(), rebalance=RebalanceSection(slot_cost_pairs=4.0))
-    found = step_cost(config, 1 << 20, "float32")
-    assert found.slot_s == pytest.approx(4.0 * found.token_s)
-    assert found.token_s == step_cost(make_config(), 1 << 20, "float32").token_s
-    with pytest.raises(ConfigError, match=r"slot_cost_pairs \(-1\.0\) must not be negative"):
-        RebalanceSection(slot_cost_pairs=-1.0)

@@ -11,7 +11,6 @@ import grpc
 import pytest
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-from cluster.actors import ray_tools
 from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import NodeResources
 from cluster.core.errors import ConfigError
@@ -45,9 +44,9 @@ def gcs() -> Iterator[tuple[str, Gcs]]:
 
 def test_a_ray_is_asked_without_a_token(gcs: tuple[str, Gcs]) -> None:
     address, servicer = gcs
-    assert ray_tools.allows_unauthenticated(address)
+    assert joining.allows_unauthenticated(address)
     servicer.asks_for_token = True
-    assert not ray_tools.allows_unauthenticated(address)
+    assert not joining.allows_unauthenticated(address)
 
 
 @pytest.mark.parametrize("num_hosts", [1, 2])
