@@ -329,8 +329,8 @@ class WorkerGroup:
 
     async def _check_term(self) -> None:
         """Raise ``SupersededError`` if another controller has a newer term."""
-        newest = await _in_time(ray_tools.newest_term)
-        if newest > self._term:
+        newest = await _in_time(ray_tools.newest_term, self._term, self._identity)
+        if newest:
             raise SupersededError(f"term {newest} is claimed, this controller has {self._term}")
 
     async def _is_gone(self, actor: _Actor) -> bool:

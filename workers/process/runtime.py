@@ -55,7 +55,7 @@ from workers.process.control_client import ControlClient
 from workers.process.data_plane import identify, open_connections, open_transport
 from workers.process.expert_part import BanksOf, ExpertPart
 from workers.process.lease import Lease
-from workers.process.membership import Membership, MembershipHooks
+from workers.process.membership import Membership, MembershipHooks, Standing
 from workers.process.reports import WorkerReports
 from workers.process.worker_args import WorkerArgs
 from workers.transport.collective import CollectiveTransport
@@ -417,7 +417,8 @@ class WorkerRuntime(ABC):
                 self._run_step()
             else:
                 self.activity.is_idle = True
-                self.connections.rest(IDLE_WAIT_S)
+                is_ready = membership.standing is Standing.READY
+                self.connections.rest(IDLE_WAIT_S, is_ready=is_ready)
         except GenerationChangedError:
             membership.leave()
         except PeerLostError as err:

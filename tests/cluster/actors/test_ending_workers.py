@@ -75,7 +75,10 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Killed:
     def kill(handle: Any, no_restart: bool) -> None:
         found.actors.append(handle)
 
-    monkeypatch.setattr(ray_tools, "newest_term", lambda: found.newest_term)
+    def newest_term(above: int, but: str) -> int:
+        return found.newest_term if found.newest_term > above else 0
+
+    monkeypatch.setattr(ray_tools, "newest_term", newest_term)
     monkeypatch.setattr(ray_tools, "claim_term", lambda identity: 1)
     monkeypatch.setattr(ray_tools, "is_this_node", lambda node_id: True)
     monkeypatch.setattr(worker_group, "wait_gone", lambda process, limit_s: True)

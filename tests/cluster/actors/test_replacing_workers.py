@@ -63,7 +63,7 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         """No actor has these names."""
 
     monkeypatch.setattr(worker_group, "_free_names", nothing)
-    monkeypatch.setattr(ray_tools, "newest_term", lambda: 0)
+    monkeypatch.setattr(ray_tools, "newest_term", lambda above, but: 0)
 
 
 def test_workers_that_start_side_by_side_take_different_places() -> None:
