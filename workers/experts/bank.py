@@ -86,8 +86,10 @@ class ExpertBank:
         self._kernels[exchange].store(slot, matrix, weight)
 
     def read(self, slot: int, exchange: int, matrix: int) -> Tensor:
-        """A copy of one matrix [out, in] of the expert in ``slot``, on the CPU."""
-        assert 0 <= slot < self.num_slots, f"slot {slot} of {self.num_slots}"
+        """A copy of one matrix [out, in] of the expert in ``slot``, on the CPU.
+
+        Raises ``IndexError`` where another thread has given the slot back.
+        """
         return self._kernels[exchange].read(slot, matrix)
 
     def clear(self, slot: int) -> None:

@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +121,22 @@ def test_a_source_hands_out_what_arrived(
         assert found is not None
         assert expected is not None
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_an_expert_whose_slot_is_given_back_meanwhile_is_not_held(slots: ExpertSlots) -> None:
+    """The loader shrinks the bank between the look at its contents and the copy."""
+    contents = slots._contents[0]
+
+    class GivenBack(dict[int, Any]):
+        def copy(self) -> dict[int, Any]:
+            found = super().copy()
+            slots._contents[0] = contents
+            slots.keep_only([() for _ in slots.banks], 0)
+            return found
+
+    slots._contents[0] = GivenBack(contents)
+    assert slots.read_expert(0, 6) is None
+    assert slots.contents(0) == {}
 
 
 def test_what_is_not_held_is_refused_and_the_connection_goes_on(
