@@ -11,13 +11,12 @@ import logging
 import os
 import time
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.actors.handoff import hand_off
 from cluster.actors.runner import Runner
 from cluster.actors.start_plan import plan_start
 from cluster.actors.tasks import Background
-from cluster.actors.worker_group_like import WorkerGroupLike
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.controller import Controller
 from cluster.controller.parts.cluster import Cluster
@@ -35,6 +34,9 @@ from cluster.core.errors import (
 from cluster.core.states import ClusterState
 from cluster.load.view import load_before_start, load_document, num_at_risk, placement_report
 
+if TYPE_CHECKING:
+    from cluster.actors.worker_group import WorkerGroup  # which imports Ray
+
 logger = logging.getLogger(__name__)
 
 _PLAN_LIMIT_S = 20.0
@@ -51,7 +53,7 @@ _MAX_RESTORE_PAUSE_S = 10.0
 class ControllerActor:
     """Async actor; see ``cluster.actors.controller_client``. It starts one cluster in its life."""
 
-    def __init__(self, group: WorkerGroupLike, status_limit_s: float = STATUS_LIMIT_S) -> None:
+    def __init__(self, group: WorkerGroup, status_limit_s: float = STATUS_LIMIT_S) -> None:
         self._group = group
         self._status_limit_s = status_limit_s
         self._background = Background()

@@ -14,12 +14,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.actors.control_server import ControlServer
 from cluster.actors.start_plan import StartPlan
 from cluster.actors.tasks import Background
-from cluster.actors.worker_group_like import WorkerGroupLike
 from cluster.config.cluster import ObservabilitySection
 from cluster.config.resources import ids_by_address
 from cluster.controller.controller import Controller
@@ -34,6 +33,9 @@ from cluster.core.states import ClusterState
 from cluster.core.topology import Member
 from cluster.tracing.exporter import TraceExport, load_exporter
 
+if TYPE_CHECKING:
+    from cluster.actors.worker_group import WorkerGroup  # which imports Ray
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -46,7 +48,7 @@ _END_AGAIN_S = 1.0
 class Runner:
     """One controller among its sockets and workers. Event loop of the actor only."""
 
-    def __init__(self, group: WorkerGroupLike, background: Background) -> None:
+    def __init__(self, group: WorkerGroup, background: Background) -> None:
         self.group = group
         self.background = background
         self.identity = secrets.token_hex(8)

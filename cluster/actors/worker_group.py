@@ -26,8 +26,7 @@ from ray.util.scheduling_strategies import (
 
 from cluster.actors import ray_tools
 from cluster.actors.process import ProcessIdentity, describe_self, kill_process, wait_gone
-from cluster.actors.start_plan import StartPlan
-from cluster.actors.worker_group_like import FoundWorker
+from cluster.actors.start_plan import FoundWorker, StartPlan
 from cluster.config.cluster import ClusterConfig, WorkersSection
 from cluster.config.resources import WorkerShare, resolved_share
 from cluster.core.errors import StartError, SupersededError
@@ -66,6 +65,7 @@ class WorkerGroup:
     nodes: dict[str, str] = field(default_factory=dict)
     """Worker name -> id of its node."""
     silent: Collection[str] = ()
+    """Workers of an earlier controller that live, or may live, and did not answer ``find``."""
     _actors: dict[str, _Actor] = field(default_factory=dict)
     _ending: set[asyncio.Future[None]] = field(default_factory=set)
     _group: PlacementGroup | None = None
@@ -76,6 +76,7 @@ class WorkerGroup:
     _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while an actor's bundle is chosen and the actor is created."""
 
+    # called by the controller actor, which tests run without Ray
     resources = staticmethod(ray_tools.cluster_nodes)
     address = staticmethod(ray_tools.node_address)
     was_restarted = staticmethod(ray_tools.this_actor_was_restarted)
@@ -90,13 +91,16 @@ class WorkerGroup:
         return ray_tools.free_resources().get("CPU", 0.0)
 
     async def claim(self, identity: str) -> int:
-        """As in ``claim_term``. Raises ``TimeoutError`` if Ray does not answer."""
+        """Claim a term for this controller, above all before; workers are ended in its name.
+
+        Raises ``TimeoutError`` if Ray does not answer.
+        """
         self._term = await _in_time(ray_tools.claim_term, identity)
         self._identity = identity
         return self._term
 
     def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
-        """Reserve room for all workers, spread over the nodes.
+        """Reserve room for all workers, spread over the nodes. Blocks; use a thread.
 
         Ranks are ordered by node, then index. Raises ``StartError`` if there is no room within
         ``limit_s``.
@@ -155,6 +159,10 @@ class WorkerGroup:
         await _all_or_first_error(created)
 
     async def watch_creation(self, names: Sequence[str], on_process: Callable[[str], None]) -> None:
+        """Report those of the workers that ``start`` creates whose processes run; cancel it then.
+
+        A constructor may still run; a worker that waits for room has no process.
+        """
         waiting = list(names)
         while waiting:
             await asyncio.sleep(_PING_S)
@@ -291,8 +299,6 @@ class WorkerGroup:
         assert self._group is not None
         table = placement_group_table(self._group)["bundles_to_node_id"]
         return [str(table[i]) for i in range(len(table))]
-
-    # ---- starting -------------------------------------------------------------------------
 
     async def _bring_up(self, actor: _Actor) -> None:
         try:

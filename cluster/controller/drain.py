@@ -74,8 +74,6 @@ class Draining:
             self._hold_back(drain, drain.step is DrainStep.MOVE)
             drain.resume(DrainStep.SETTLE)
 
-    # ---- orders ---------------------------------------------------------------------------
-
     def begin(self, order: DrainOrder, now: float) -> Operation:
         """Begin to drain, or find the operation that the same request began.
 

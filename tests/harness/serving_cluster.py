@@ -22,9 +22,8 @@ from ray.exceptions import ActorUnavailableError
 from cluster.actors.controller_actor import ControllerActor
 from cluster.actors.controller_client import create_controller
 from cluster.actors.ray_tools import end_leftovers
-from cluster.actors.start_plan import StartPlan
+from cluster.actors.start_plan import FoundWorker, StartPlan
 from cluster.actors.worker_group import WorkerGroup
-from cluster.actors.worker_group_like import FoundWorker
 from cluster.config.cluster import (
     ClusterConfig,
     EngineSection,

@@ -23,7 +23,7 @@ _LIMIT_S = 120.0
 
 
 class PooledWorkerGroup(ThreadWorkerGroup):
-    """``WorkerGroupLike`` for clusters one after the other. ``close`` ends the processes."""
+    """``WorkerGroup`` for clusters one after the other. ``close`` ends the processes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ class Memory:
 
 
 class ProcessWorkerGroup(ThreadWorkerGroup):
-    """``WorkerGroupLike`` whose workers are processes, watched from their imports on."""
+    """``WorkerGroup`` whose workers are processes, watched from their imports on."""
 
     def __init__(self) -> None:
         super().__init__()

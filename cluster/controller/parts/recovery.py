@@ -70,8 +70,6 @@ class Recovery:
                 found.append(f"{record.name} {Problem.WAITS_FOR_ROOM}")
         return found
 
-    # ---- orders ---------------------------------------------------------------------------
-
     def leave(self, names: Sequence[str], node: str, why: str, now: float) -> None:
         """Form a generation without these workers, which leave the cluster.
 

@@ -13,8 +13,7 @@ import pytest
 from cluster.actors import runner
 from cluster.actors.control_server import ControlServer
 from cluster.actors.controller_actor import ControllerActor
-from cluster.actors.start_plan import StartPlan
-from cluster.actors.worker_group_like import FoundWorker
+from cluster.actors.start_plan import FoundWorker, StartPlan
 from cluster.config.cluster import (
     ClusterConfig,
     Mode,
