@@ -37,7 +37,7 @@ class Controller:
         self.detection = Detection(self.cluster, settings)
         self.recovery = Recovery(self.cluster, settings)
         self.rebalancing = Rebalancing(self.cluster, executor)
-        self.draining = Draining(self.cluster, self.recovery, self.rebalancing)
+        self.draining = Draining(self.cluster, self.rebalancing)
 
     # ---- events ---------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cluster.core.errors import GenerationChangedError, PeerLostError, TransportError
 from cluster.core.topology import Generation
+from tests.harness.placements import placement_without
 from tests.workers.transport.mesh import (
     CPU,
     Mesh,
@@ -137,7 +138,7 @@ def test_survivors_go_on_in_a_new_generation(transport: TransportName) -> None:
             except TransportError:
                 continue
         assert mesh.placement is not None
-        mesh.placement = mesh.placement.without_devices(frozenset({1}), epoch=1)
+        mesh.placement = placement_without(mesh.placement, 1, 1)
         mesh.apply(Generation(number=2, members=tuple(survivors)))
         assert mesh["attention-0"].connections.edges["expert-0"].sock is kept
         run_step_ok(mesh, 3, num_attention=2, generation=2)
