@@ -10,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import Any, ParamSpec, TypeVar
 
 import ray
@@ -63,7 +62,7 @@ class WorkerGroup:
     stop_limit_s: float = 2.0
     """Time that a worker's own ``stop`` may take."""
     nodes: dict[str, str] = field(default_factory=dict)
-    """Worker name -> id of its node."""
+    """Worker name -> id of its node, of those of the start."""
     silent: Collection[str] = ()
     """Workers of an earlier controller that live, or may live, and did not answer ``find``."""
     _actors: dict[str, _Actor] = field(default_factory=dict)
@@ -71,6 +70,8 @@ class WorkerGroup:
     _group: PlacementGroup | None = None
     _term: int = 0
     _identity: str = ""
+    _reserved: dict[str, int] = field(default_factory=dict)
+    """Worker name -> its bundle, of those of the start."""
     _bundles: dict[Role, range] = field(default_factory=dict)
     """If nodes are labelled for roles: bundles of each role."""
     _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -118,18 +119,17 @@ class WorkerGroup:
             lifetime="detached",
             bundle_label_selector=selectors or None,
         )
-        self._bundles = _ranges(pools) if selectors else {}
+        ranges = _ranges(pools)
+        self._bundles = ranges if selectors else {}
         if not self._group.wait(limit_s):
             ray_tools.free_reserved_room()
             raise StartError("worker group", _no_room_text(count, share, limit_s))
-        nodes = iter(self._bundle_nodes())
-        members = [
-            ranked
-            for role, number in pools.items()
-            for ranked in _rank(role, list(islice(nodes, number)))
-        ]
-        self.nodes = {m.name: node for m, node in members}
-        return tuple(m for m, _ in members)
+        table = placement_group_table(self._group)["bundles_to_node_id"]
+        nodes = [str(table[bundle]) for bundle in range(count)]
+        ranked = [pair for role, own in ranges.items() for pair in _rank(role, own, nodes)]
+        self._reserved = {m.name: bundle for m, bundle in ranked}
+        self.nodes = {m.name: nodes[bundle] for m, bundle in ranked}
+        return tuple(m for m, _ in ranked)
 
     async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
         """Create actors and call their ``start``. The caller undoes a failure by ``end_all``.
@@ -139,17 +139,13 @@ class WorkerGroup:
         """
         await self._check_term()
         await _free_names([m.name for m in members])
-        bundles: defaultdict[str, list[int]] = defaultdict(list)
-        if any(m.name in self.nodes for m in members):
-            for bundle, node_id in enumerate(await asyncio.to_thread(self._bundle_nodes)):
-                bundles[node_id].append(bundle)
         created = []
         for member in members:
             node_id = self.nodes.get(member.name, "")
             kind = self.classes[member.role]
             remote = kind if hasattr(kind, "remote") else ray.remote(kind)
             async with self._placing:
-                bundle = bundles[node_id].pop(0) if node_id else self._free_bundle(member.role)
+                bundle = self._reserved.get(member.name, self._free_bundle(member.role))
                 create: Any = remote.options(**self._options(member, plan.share, bundle)).remote
                 await self._check_term()
                 facts: Any = plan.arguments(member, address)
@@ -294,12 +290,6 @@ class WorkerGroup:
         free = [b for b in self._bundles.get(role, ()) if b not in taken]
         return free[0] if free else _ANY_BUNDLE
 
-    def _bundle_nodes(self) -> list[str]:
-        """``[bundle]`` -> node id."""
-        assert self._group is not None
-        table = placement_group_table(self._group)["bundles_to_node_id"]
-        return [str(table[i]) for i in range(len(table))]
-
     async def _bring_up(self, actor: _Actor) -> None:
         try:
             actor.process, actor.node_id = await actor.handle.__ray_call__.remote(_find_self)
@@ -428,11 +418,12 @@ async def _all_or_first_error(calls: Sequence[Awaitable[None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _rank(role: Role, nodes: Sequence[str]) -> list[tuple[Member, str]]:
-    """Members of one pool with their node ids, ranked by the nodes' order."""
+def _rank(role: Role, bundles: range, nodes: Sequence[str]) -> list[tuple[Member, int]]:
+    """Members of one pool with their bundles, ranked by the order of the ``[bundle]`` nodes."""
     known = {n.node_id: n for n in ray_tools.cluster_nodes()}
     order = {node_id: i for i, node_id in enumerate(known)}
-    placed = sorted(nodes, key=lambda node: order[node])
+    placed = sorted(bundles, key=lambda bundle: order[nodes[bundle]])
+    places = ((bundle, known[nodes[bundle]]) for bundle in placed)
     return [
         (
             Member(
@@ -440,14 +431,14 @@ def _rank(role: Role, nodes: Sequence[str]) -> list[tuple[Member, str]]:
                 role=role,
                 rank=rank,
                 device=rank if holds_experts(role) else -1,
-                node=known[node].address,
-                domain=known[node].place.domain,
-                link_class=known[node].place.link_class,
-                speed=known[node].place.speed,
+                node=node.address,
+                domain=node.place.domain,
+                link_class=node.place.link_class,
+                speed=node.place.speed,
             ),
-            node,
+            bundle,
         )
-        for rank, node in enumerate(placed)
+        for rank, (bundle, node) in enumerate(places)
     ]
 
 
