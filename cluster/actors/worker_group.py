@@ -292,7 +292,7 @@ class WorkerGroup:
 
     async def _bring_up(self, actor: _Actor) -> None:
         try:
-            actor.process, actor.node_id = await actor.handle.__ray_call__.remote(_find_self)
+            _, actor.process, actor.node_id = await actor.handle.__ray_call__.remote(_introduce)
             await actor.handle.start.remote()
         except RayError as err:
             raise StartError(actor.name, ray_tools.words_of(err)) from err
@@ -377,11 +377,6 @@ def _selectors(pools: Mapping[Role, int]) -> list[dict[str, str]]:
 def _introduce(actor: Any) -> tuple[dict[str, Any], ProcessIdentity, str]:
     """Runs in a worker: its arguments, its process, its node."""
     return actor.introduce(), describe_self(), ray_tools.this_node_id()
-
-
-def _find_self(actor: Any) -> tuple[ProcessIdentity, str]:
-    """Runs in a worker: its process, its node."""
-    return describe_self(), ray_tools.this_node_id()
 
 
 async def _free_names(names: Sequence[str]) -> None:

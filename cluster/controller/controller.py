@@ -64,7 +64,7 @@ class Controller:
                     cluster.reform(cause, now)
             case frames.StatusReply():
                 cluster.load.take(name, frame.expert_load)
-                record.take_status(frame)
+                record.take_numbers(frame)
             case frames.Register():
                 record.register(frame)
                 record.since = now

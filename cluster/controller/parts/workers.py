@@ -126,14 +126,10 @@ class WorkerRecord:
         self._waiting = frame.waiting
         self.take_numbers(frame)
 
-    def take_status(self, reply: frames.StatusReply) -> None:
-        """A late answer still updates its numbers."""
-        self.take_numbers(reply)
-        if reply.token == self.asked:
-            self.asked = None
-
     def take_numbers(self, frame: frames.Heartbeat | frames.StatusReply) -> None:
-        """Keep the finite numbers of a heartbeat or a status reply."""
+        """Keep the finite numbers of a heartbeat, or of a status reply even if it is late."""
+        if isinstance(frame, frames.StatusReply) and frame.token == self.asked:
+            self.asked = None
         self.stats = {
             name: value
             for name, value in frame.stats.items()

@@ -29,8 +29,8 @@ class Handle:
     def start(self) -> Any:
         return self
 
-    async def remote(self, *args: object) -> tuple[ProcessIdentity, str]:
-        return ProcessIdentity(pid=7, started_at=0.0), "a node"
+    async def remote(self, *args: object) -> tuple[dict[str, Any], ProcessIdentity, str]:
+        return {}, ProcessIdentity(pid=7, started_at=0.0), "a node"
 
 
 class SlowHead:
