@@ -205,9 +205,6 @@ class FakeWorkerGroup(WorkerGroup):
     async def end(self, names: Sequence[str]) -> None:
         """See ``WorkerGroup``."""
 
-    async def end_others(self, names: Collection[str]) -> None:
-        await self.end([name for name in self.names() if name not in names])
-
     async def end_all(self) -> None:
         await self.end(self.names())
 

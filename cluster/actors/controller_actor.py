@@ -13,7 +13,6 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cluster.actors.controller_client import STATUS_LIMIT_S
 from cluster.actors.handoff import hand_off
 from cluster.actors.runner import Runner
 from cluster.actors.start_plan import plan_start
@@ -43,6 +42,8 @@ logger = logging.getLogger(__name__)
 _PLAN_LIMIT_S = 20.0
 """Longest wait for the decision on an order to rebalance; it continues afterwards."""
 _PLAN_POLL_S = 0.02
+STATUS_LIMIT_S = 1.0
+"""Longest wait for the numbers of the workers."""
 _STOP_LIMIT_S = 20.0
 _RESTORE_LIMIT_S = 60.0
 _RESTORE_PAUSE_S = 1.0

@@ -12,15 +12,13 @@ if TYPE_CHECKING:
 
 CONTROLLER_NAME = "expertmesh-controller"
 """Name of the actor in our namespace."""
-STATUS_LIMIT_S = 1.0
-"""Longest wait for the numbers of the workers."""
 _HEAD_SHARE = 0.001
 _RETRY_S = 2.0
 
 
 def create_controller(
     group: WorkerGroup,
-    status_limit_s: float = STATUS_LIMIT_S,
+    status_limit_s: float | None = None,
     selector: Mapping[str, str] | None = None,
 ) -> Any:
     """Create the detached controller actor, or find the existing one; returns its handle.
@@ -30,7 +28,7 @@ def create_controller(
     """
     import ray
 
-    from cluster.actors.controller_actor import ControllerActor
+    from cluster.actors.controller_actor import STATUS_LIMIT_S, ControllerActor
     from cluster.actors.ray_tools import HEAD_NODE, NAMESPACE
 
     actor: Any = ray.remote(ControllerActor)
@@ -45,7 +43,7 @@ def create_controller(
         num_cpus=0,
         max_restarts=-1,
         **where,
-    ).remote(group, status_limit_s)
+    ).remote(group, STATUS_LIMIT_S if status_limit_s is None else status_limit_s)
 
 
 def ask_controller(method: str, *arguments: Any, limit_s: float) -> Any:

@@ -12,7 +12,12 @@ from typing import Any, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_list, _internal_kv_put
+from ray.experimental.internal_kv import (
+    _internal_kv_del,
+    _internal_kv_get,
+    _internal_kv_list,
+    _internal_kv_put,
+)
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from cluster.config.resources import NodeResources
@@ -151,10 +156,20 @@ def claim_term(identity: str) -> int:
             return term
 
 
-def newest_term() -> int:
-    """The highest claimed term; 0 without one. A remote call; use a thread."""
+def newest_term(above: int = 0, but: str = "") -> int:
+    """The highest claimed term ``above`` another, not counting those of one controller; else 0.
+
+    A claim that was given up, as Ray did not answer, may come through later. A remote call; use a
+    thread.
+    """
     keys = _internal_kv_list(_TERM, namespace=NAMESPACE)
-    return max((int(key.removeprefix(_TERM.encode())) for key in keys), default=0)
+    for term in sorted((int(key.removeprefix(_TERM.encode())) for key in keys), reverse=True):
+        if term <= above:
+            break
+        owner = _internal_kv_get(f"{_TERM}{term}", namespace=NAMESPACE) if but else None
+        if owner is None or owner.decode() != but:
+            return term
+    return 0
 
 
 def kill_actors(names: Sequence[str]) -> None:

@@ -96,9 +96,9 @@ class Runner:
         """Continue with the workers of an earlier controller."""
         controller = self._make(plan, collected.members, collected.memory.notes, term)
         controller.restore(collected, time.monotonic())
-        alive = [r.name for r in controller.cluster.workers.alive()]
+        alive = {r.name for r in controller.cluster.workers.alive()}
         self._run(controller, plan)
-        self.background.spawn(self.group.end_others(alive))
+        self._carry_out(End(tuple(name for name in self.group.names() if name not in alive)))
         logger.info("term %d: %d workers found", term, len(collected.greetings))
 
     async def stop(self) -> None:

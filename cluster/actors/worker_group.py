@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any, ParamSpec, TypeVar
 
@@ -62,7 +63,8 @@ class WorkerGroup:
     stop_limit_s: float = 2.0
     """Time that a worker's own ``stop`` may take."""
     nodes: dict[str, str] = field(default_factory=dict)
-    """Worker name -> id of its node, of those of the start."""
+    """Worker name -> id of the node on which ``reserve`` has found room for it; never those of
+    workers that were found: their names may be given again."""
     silent: Collection[str] = ()
     """Workers of an earlier controller that live, or may live, and did not answer ``find``."""
     _actors: dict[str, _Actor] = field(default_factory=dict)
@@ -185,8 +187,8 @@ class WorkerGroup:
     async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
         """Workers of an earlier controller that still live, found by name.
 
-        A worker that does not answer within ``limit_s`` is left out, but ``end`` and ``end_others``
-        know it. Raises ``TimeoutError`` if neither workers nor Ray answer.
+        A worker that does not answer within ``limit_s`` is left out, but ``names`` and ``end`` know
+        it. Raises ``TimeoutError`` if neither workers nor Ray answer.
         """
         self._actors.clear()
         async with asyncio.timeout(limit_s):
@@ -202,6 +204,10 @@ class WorkerGroup:
                 get = ray.util.get_placement_group
                 self._group = await asyncio.to_thread(get, ray_tools.WORKERS_GROUP)
         return found
+
+    def names(self) -> list[str]:
+        """Workers that were started or found, answering or not, and not ended."""
+        return list(self._actors)
 
     async def redirect(self, name: str, control_address: str) -> None:
         """Send a found worker the controller's new address.
@@ -222,21 +228,18 @@ class WorkerGroup:
         Raises ``SupersededError``, and ``TimeoutError`` if Ray does not say whether that is so.
         """
         actors = [self._actors.pop(n) for n in names if n in self._actors]
-        tasks = {asyncio.ensure_future(self._end_one(a)) for a in actors}
-        self._ending |= tasks
+        tasks = [asyncio.ensure_future(self._end_process(a)) for a in actors]
+        self._ending.update(tasks)
+        for actor, task in zip(actors, tasks, strict=True):
+            task.add_done_callback(partial(self._ended, actor))
         found = await asyncio.gather(*tasks, return_exceptions=True)
-        self._ending -= tasks
         for error in (e for e in found if e is not None):
             raise error
-
-    async def end_others(self, names: Collection[str]) -> None:
-        """End all workers but these, including those that were not found."""
-        await self.end([name for name in self._actors if name not in names])
 
     async def end_all(self) -> None:
         """End every worker and release the reserved room. Raises ``SupersededError``."""
         await self._check_term()
-        await self.end(list(self._actors))
+        await self.end(self.names())
         await asyncio.gather(*self._ending)
         await _in_time(ray_tools.free_reserved_room)
 
@@ -299,12 +302,10 @@ class WorkerGroup:
 
     # ---- ending ---------------------------------------------------------------------------
 
-    async def _end_one(self, actor: _Actor) -> None:
-        try:
-            await self._end_process(actor)
-        except BaseException:
-            self._actors[actor.name] = actor  # it may live: another call tries again
-            raise
+    def _ended(self, actor: _Actor, task: asyncio.Future[None]) -> None:
+        self._ending.discard(task)
+        if task.cancelled() or task.exception() is not None:
+            self._actors.setdefault(actor.name, actor)  # it may live: another call tries again
 
     async def _end_process(self, actor: _Actor) -> None:
         stopped = False
@@ -325,8 +326,8 @@ class WorkerGroup:
 
     async def _check_term(self) -> None:
         """Raise ``SupersededError`` if another controller has a newer term."""
-        newest = await _in_time(ray_tools.newest_term)
-        if newest > self._term:
+        newest = await _in_time(ray_tools.newest_term, self._term, self._identity)
+        if newest:
             raise SupersededError(f"term {newest} is claimed, this controller has {self._term}")
 
     async def _is_gone(self, actor: _Actor) -> bool:

@@ -173,6 +173,18 @@ class BankPlacement(Message, frozen=True, kw_only=True):
             decode_device=tuple(decode),
         )
 
+    def without_devices(self, lost: frozenset[int]) -> BankPlacement | None:
+        """The same maps after ``lost`` devices emptied; None when an expert has no copy left.
+
+        See ``with_slots``. Device indices stay as they are.
+        """
+        rows = [
+            (FREE_SLOT,) * len(slots) if d in lost else slots
+            for d, slots in enumerate(self.physical_to_logical)
+        ]
+        is_whole = len(set().union(*rows) - {FREE_SLOT}) == self.num_experts
+        return self.with_slots(rows) if is_whole else None
+
 
 class ExpertPlacement(Message, frozen=True, kw_only=True):
     """The maps of all banks, valid from one placement epoch on."""
@@ -186,6 +198,12 @@ class ExpertPlacement(Message, frozen=True, kw_only=True):
     def num_devices(self) -> int:
         """Devices the maps speak of."""
         return self.banks[0].num_devices if self.banks else 0
+
+    def without_devices(self, lost: frozenset[int], epoch: int) -> ExpertPlacement | None:
+        """The placement of the survivors as ``epoch``; None when an expert has no copy left."""
+        left = [b.without_devices(lost) for b in self.banks]
+        kept = tuple(b for b in left if b is not None)
+        return ExpertPlacement(epoch=epoch, banks=kept) if len(kept) == len(left) else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data in the placement file's format."""

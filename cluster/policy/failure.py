@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+
+from cluster.core.topology import Member
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,23 +74,58 @@ def silent_hosts(
     return names if len(names) > 1 and 2 * len(silent) > len(heard) else frozenset()
 
 
-def confirm_suspect(
-    now: float, reports: Sequence[PeerReport], roles: Mapping[str, str], confirm_s: float
-) -> PeerReport | None:
-    """The report whose suspect must be declared lost now, if any.
+def confirm_losses(
+    now: float,
+    reports: Sequence[PeerReport],
+    members: Mapping[str, Member],
+    confirm_s: float,
+    *,
+    silent: Collection[str] = (),
+    joins: Collection[str] = (),
+    can_spare: Callable[[Collection[str]], bool] = lambda names: True,
+) -> dict[str, str]:
+    """Workers to declare lost now (name -> reason), by the reports of their peers.
 
     A report takes effect after ``confirm_s``; by then a dead suspect has usually shown another sign
-    (its control connection closes). Both ends of one bad edge may name each other: the worker that
-    most others name is lost, then an expert worker (it holds no request), then the highest name.
+    (its control connection closes). What is left are bad paths, which one end may notice alone: of
+    two hosts, or of two workers at one host. One end is lost, with the workers of its role at its
+    host that reports connect to the same path: an end that is ``silent``, that most bad paths
+    have, that only just ``joins`` the others, that these ``can_spare``, that is an expert worker
+    (it holds no request), that most reporters name, in this order, then the highest name.
     """
     if not any(now - r.at >= confirm_s for r in reports):
-        return None
-    named: defaultdict[str, list[PeerReport]] = defaultdict(list)
+        return {}
+    paths: defaultdict[str, set[frozenset[str]]] = defaultdict(set)
     for report in reports:
-        named[report.suspect].append(report)
+        ends = members[report.reporter], members[report.suspect]
+        hosts = frozenset(end.node for end in ends)
+        path = hosts if len(hosts) > 1 else frozenset(end.name for end in ends)
+        for end in ends:
+            paths[end.name].add(path)
 
-    def weight(suspect: str) -> tuple[int, bool, str]:
-        reporters = {r.reporter for r in named[suspect]}
-        return len(reporters), roles.get(suspect) == "expert", suspect
+    def side(name: str) -> list[str]:
+        here, role = members[name].node, members[name].role
+        shared = {n: any(here in path for path in paths[n] & paths[name]) for n in paths}
+        like = [n for n in paths if (members[n].node, members[n].role) == (here, role)]
+        return [n for n in like if n == name or shared[n]]
 
-    return named[max(named, key=weight)][0]
+    def weight(name: str) -> tuple[bool, int, bool, bool, bool, int, str]:
+        return (
+            name in silent,
+            len(paths[name]),
+            name in joins,
+            can_spare(side(name)),
+            members[name].role == "expert",
+            len({r.reporter for r in reports if r.suspect == name}),
+            name,
+        )
+
+    found = {}
+    for name in side(max(paths, key=weight)):
+        own = [r for r in reports if name in (r.reporter, r.suspect)]
+        report = max(own, key=lambda r: r.suspect == name)
+        what = (
+            f"{report.reporter} reports" if report.suspect == name else f"has lost {report.suspect}"
+        )
+        found[name] = f"{what}: {report.reason}"
+    return found

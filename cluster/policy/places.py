@@ -5,7 +5,7 @@ empty; a new worker starts there under a fresh name (``expert-1.2`` after ``expe
 same rank and device.
 
     FILLED ──▶ EMPTY ◀──▶ STARTING ──▶ FILLED
-       │         ▲           │ └─────▶ LEFT_OUT
+       │         ▲           │ └─────▶ LEFT_OUT ──▶ EMPTY
        └─────▶ CORDONED ◀────┘
 """
 
@@ -28,6 +28,10 @@ has left unnoticed.
 """
 MAX_START_DEATHS = 3
 """Consecutive deaths while starting after which a place is left out."""
+LEFT_OUT_S = 300.0
+"""Time until a place that is left out gets one more try, as long as the longest back-off of a
+container that Kubernetes starts again.
+"""
 _CALM_S = 60.0
 _MAX_DELAY_S = 30.0
 
@@ -42,7 +46,7 @@ class PlaceState(Enum):
     STARTING = "starting"
     """Its worker has never been in a generation."""
     LEFT_OUT = "left out"
-    """Too many workers died while they started: no more start."""
+    """Too many workers died while they started: another one starts after ``LEFT_OUT_S``."""
     CORDONED = "cordoned"
     """Its worker has left on purpose: no other starts before ``reopen``."""
 
@@ -125,6 +129,7 @@ class Places:
         if place.state is PlaceState.STARTING and place.start_deaths >= MAX_START_DEATHS:
             why = f"died {place.start_deaths} times while starting, last: {reason}"
             place.close(PlaceState.LEFT_OUT, why, "", frozenset())
+            place.not_before = now + LEFT_OUT_S
         else:
             place.enter(PlaceState.EMPTY)
 
@@ -142,7 +147,7 @@ class Places:
         place = self._place_of(name)
         if place is not None and place.state in _CLOSED:
             place.enter(PlaceState.EMPTY)
-            place.start_deaths = 0
+            place.start_deaths, place.not_before = 0, 0.0
 
     def nodes_alive(self, alive: NodeIds) -> bool:
         """Reopen the places whose nodes have left; whether any place has changed."""
@@ -170,6 +175,8 @@ class Places:
         """New workers to start now; they report addresses and node themselves."""
         due = []
         for place in self._places.values():
+            if place.state is PlaceState.LEFT_OUT and now >= place.not_before:
+                place.enter(PlaceState.EMPTY)
             if place.state is not PlaceState.EMPTY or now < place.not_before:
                 continue
             old = place.member
@@ -193,7 +200,7 @@ class Places:
 
     @property
     def closed(self) -> dict[str, ClosedPlace]:
-        """``expert-1`` -> why no worker starts there any more."""
+        """``expert-1`` -> why no worker starts there for now."""
         return {name: p.closed for name, p in self._places.items() if p.closed is not None}
 
     def restore(
@@ -203,6 +210,9 @@ class Places:
         for name, place in self._places.items():
             if (known := closed.get(name)) is not None:
                 place.state, place.closed = known.state, known
+                if place.state is PlaceState.LEFT_OUT:
+                    place.start_deaths = MAX_START_DEATHS - 1
+                    place.not_before = now + LEFT_OUT_S
             elif place.member.name in gone:
                 self.lost(place.member.name, gone[place.member.name], now)
 

@@ -82,6 +82,8 @@ class ClusterView:
     _controller: ControllerCalls | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
+    _search: asyncio.Future[ControllerCalls] | None = None
+    """For the controller, under way."""
     _listeners: list[Callable[[Snapshot], None]] = field(default_factory=list)
 
     def listen(self, listener: Callable[[Snapshot], None]) -> None:
@@ -92,8 +94,9 @@ class ClusterView:
         self._task = asyncio.create_task(self._follow())
 
     def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
+        for task in (self._task, self._search):
+            if task is not None:
+                task.cancel()
 
     async def leave(self) -> None:
         """Stop, and let the controller know."""
@@ -148,7 +151,7 @@ class ClusterView:
         while True:
             try:
                 if self._controller is None:
-                    self._controller = await asyncio.wait_for(self.find(), CALL_TIMEOUT_S)
+                    self._controller = await self._find()
                 version = -1 if self.snapshot is None else int(self.snapshot["version"])
                 snapshot = await asyncio.wait_for(
                     self._controller.ask("wait_snapshot", version, POLL_TIMEOUT_S, self.name),
@@ -159,6 +162,16 @@ class ClusterView:
                 logger.log(self._level(), "the controller does not answer: %r", err)
                 self._controller = None
                 await asyncio.sleep(_RETRY_S)
+
+    async def _find(self) -> ControllerCalls:
+        """One search at a time: Ray may hold its thread for minutes. Raises ``TimeoutError``."""
+        if self._search is None:
+            self._search = asyncio.ensure_future(self.find())
+        done, _ = await asyncio.wait({self._search}, timeout=CALL_TIMEOUT_S)
+        if not done:
+            raise TimeoutError("Ray does not answer")
+        search, self._search = self._search, None
+        return search.result()
 
     def _accept(self, snapshot: Snapshot) -> None:
         known = -1 if self.snapshot is None else int(self.snapshot.get("term", 0))

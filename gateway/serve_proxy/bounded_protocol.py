@@ -1,7 +1,8 @@
-"""uvicorn's HTTP parser with a bound on request line and headers, and with our error object.
+"""uvicorn's HTTP parser with our error object, a bound on request line and headers, and one on what
+waits for a client that does not read.
 
-Without it a client that never ends its headers fills the server's memory, and needs no key for it
-(CVE-2025-48956 in vLLM).
+Without the first bound a client that never ends its headers fills the server's memory, and needs no
+key for it (CVE-2025-48956 in vLLM).
 
 Upstream: Kludex/uvicorn#157 and #1684, closed: the bound exists for h11 only, and Serve's proxy
 uses httptools. No issue known for Serve.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import uuid
 
 import uvicorn.config
@@ -23,7 +25,10 @@ MAX_HEAD_BYTES = 16 * 1024
 """Request line and headers together."""
 MAX_HEADERS = 256
 STALL_LIMIT_S = 300.0
-"""Time in which a client must take the next 48 KiB of an answer that waits for it."""
+"""Time in which a client must take about 100 KiB of an answer that waits for it."""
+_UNSENT_BYTES = 64 * 1024
+"""Bytes that our kernel takes beyond those that the client's has room for. By default it takes
+4 MiB, and no more until 1 MiB is read: a client that reads slowly would seem to take nothing."""
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -32,6 +37,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _num_head_bytes = 0
     _is_refused = False
     _stalled: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -287,6 +287,9 @@ class SimGroup:
         self._term, self._identity = self._ray.claim(), identity
         return self._term
 
+    def names(self) -> list[str]:
+        return list(self._known)
+
     async def redirect(self, name: str, control_address: str) -> None:
         worker, controller = self._known[name], (self._term, self._identity)
         call = self._ray.call(self._process, worker, "redirect", control_address, *controller)
@@ -296,11 +299,8 @@ class SimGroup:
         workers = [self._known.pop(n) for n in names if n in self._known]
         await asyncio.gather(*(self._end(w) for w in workers))
 
-    async def end_others(self, names: Collection[str]) -> None:
-        await self.end([name for name in self._known if name not in names])
-
     async def end_all(self) -> None:
-        await self.end(list(self._known))
+        await self.end(self.names())
 
     async def _end(self, worker: SimWorker) -> None:
         try:

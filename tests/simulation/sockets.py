@@ -82,12 +82,13 @@ class SimSocket:
     def _acknowledge(self) -> None:
         """What was delivered is acknowledged, if the other direction works."""
         peer = self.peer
-        if peer is not None and peer._out is not None and not peer._out.is_blocked:
-            self._acknowledged = self._delivered
-            if self._acknowledged == self._sent:
-                self._unacknowledged_at = None
-            elif self._unacknowledged_at is not None:
-                self._unacknowledged_at = self._kernel.now
+        if peer is None or peer._out is None or peer._out.is_blocked:
+            return
+        is_new, self._acknowledged = self._delivered > self._acknowledged, self._delivered
+        if self._acknowledged == self._sent:
+            self._unacknowledged_at = None
+        elif is_new:
+            self._unacknowledged_at = self._kernel.now
 
     def _tcp_info(self) -> bytes:
         """``struct tcp_info``: retransmissions, segments under way, acknowledged bytes."""

@@ -6,6 +6,7 @@ A stream keeps order, has a window like HTTP/2's, and breaks with its processes 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ class _Half:
     def __init__(self, net: Network, process: Process, loop: Any, target: str) -> None:
         self.process, self.loop = process, loop
         self.pipe = Pipe(net, process.host, target)
+        self._arrived: deque[Any] = deque()
         self.inbox: asyncio.Queue[Any] = asyncio.Queue()
         self.num_unread = 0
         """Messages that this end has sent and the other has not read."""
@@ -48,10 +50,12 @@ class _Half:
 
     def arrive(self, message: Any) -> None:
         """Something has come over the network."""
-        self.process.run(self._take, message)
+        self._arrived.append(message)
+        self.process.run(self._take)
 
-    def _take(self, message: Any) -> None:
-        self.loop.call_soon(self.inbox.put_nowait, message)
+    def _take(self) -> None:
+        """A process that was paused takes all at once, in any order of these calls."""
+        self.loop.call_soon(self.inbox.put_nowait, self._arrived.popleft())
 
     async def next(self) -> Any:
         message = await self.inbox.get()

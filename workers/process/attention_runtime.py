@@ -237,9 +237,9 @@ class AttentionRuntime(WorkerRuntime):
             engine.begin_solo_step(command.message)
 
     def _abort(self, engine: Engine, gateway: str, abort: Abort) -> None:
-        for waiting in () if abort.choices else (self._compilations, self._fetches):
+        for waiting in (self._compilations, self._fetches):
             if waiting.owner(abort.request_id) == gateway:
-                waiting.drop(abort.request_id)
+                waiting.drop(abort.request_id, abort.choices)
         if self._owners.get(abort.request_id) == gateway:
             engine.abort(abort.request_id, abort.choices)
             self._forget_ended(engine, abort.request_id)

@@ -123,6 +123,11 @@ class Membership:
         """Steps of the newest generation run."""
         return self.standing is Standing.RUNNING and not self.is_fenced
 
+    @property
+    def is_member(self) -> bool:
+        """It belongs to a generation, whether steps run now or the next one is on its way."""
+        return self.generation.number > 0 and not self.is_fenced
+
     # ---- the control thread -----------------------------------------------------------------
 
     def announce(self, frame: ControlFrame) -> None:

@@ -55,7 +55,7 @@ from workers.process.control_client import ControlClient
 from workers.process.data_plane import identify, open_connections, open_transport
 from workers.process.expert_part import BanksOf, ExpertPart
 from workers.process.lease import Lease
-from workers.process.membership import Membership, MembershipHooks
+from workers.process.membership import Membership, MembershipHooks, Standing
 from workers.process.reports import WorkerReports
 from workers.process.worker_args import WorkerArgs
 from workers.transport.collective import CollectiveTransport
@@ -185,7 +185,7 @@ class WorkerRuntime(ABC):
 
     def request_drain(self) -> bool:
         """Ask for a drain; False outside a generation, or when already asked (any thread)."""
-        if not self.membership.runs or self._stopping or self._drain_requested:
+        if not self.membership.is_member or self._stopping or self._drain_requested:
             return False
         self._drain_requested = True
         self.control.send(DrainRequest())
@@ -417,7 +417,8 @@ class WorkerRuntime(ABC):
                 self._run_step()
             else:
                 self.activity.is_idle = True
-                self.connections.rest(IDLE_WAIT_S)
+                is_ready = membership.standing is Standing.READY
+                self.connections.rest(IDLE_WAIT_S, is_ready=is_ready)
         except GenerationChangedError:
             membership.leave()
         except PeerLostError as err:

@@ -7,6 +7,7 @@ cluster interface only.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -100,6 +101,10 @@ class CollectiveTransport:
         finished = threading.Event()
         given_up = threading.Event()
 
+        def abandon() -> None:
+            with contextlib.suppress(IndexError):  # not built yet, or the other thread did
+                built.pop().abandon()
+
         def build() -> None:
             try:
                 world = build_world(
@@ -116,7 +121,7 @@ class CollectiveTransport:
                 )
                 built.append(world)
                 if given_up.is_set():
-                    world.abandon()
+                    abandon()
             except (RuntimeError, ValueError) as err:  # torch's own errors: DistError and others
                 failures.append(first_line(err))
             finished.set()
@@ -127,6 +132,7 @@ class CollectiveTransport:
                 self._connections.poll()
         except BaseException:
             given_up.set()
+            abandon()
             raise
         if failures:
             self._await_cause(f"no process group {prefix}: {failures[0]}")

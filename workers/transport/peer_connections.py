@@ -231,13 +231,18 @@ class PeerConnections:
         """Data frames of earlier steps are dropped from now on."""
         self._table.current_step = step
 
-    def rest(self, timeout_s: float) -> None:
+    def rest(self, timeout_s: float, *, is_ready: bool = False) -> None:
         """Run the loop once although a peer is lost: for the time until the next generation.
 
-        Raises ``GenerationChangedError`` when that has been announced.
+        Before a generation for which this worker ``is_ready``, edges that break are opened again:
+        a peer may have closed one that was kept here, and waits for another. Raises
+        ``GenerationChangedError`` when the next generation has been announced, and what
+        ``apply_generation`` raises.
         """
         if self._announced > self.generation.number:
             self.check()
+        if is_ready and not self._open_missing():
+            timeout_s = min(timeout_s, _OPEN_SLICE_S)
         self._pump(timeout_s)
 
     def reject(self, name: str, reason: str) -> NoReturn:

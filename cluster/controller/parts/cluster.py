@@ -82,6 +82,10 @@ class GenerationRound:
     """Of members that lost another."""
     loaded: list[SlotFill] = field(default_factory=list)
     """What members have loaded since it began."""
+    joins: frozenset[str] = frozenset()
+    """Members without which the others ran just before."""
+    before: ExpertPlacement | None = None
+    """The placement in which they ran, which their slots still hold; None where nobody joins."""
 
     @property
     def number(self) -> int:
@@ -124,6 +128,17 @@ class GenerationRound:
     def highest_epoch(self) -> int:
         """Highest placement epoch in the answers so far."""
         return max((a.highest_epoch for a in self.answers.values()), default=0)
+
+    def next(
+        self, generation: Generation, placement: ExpertPlacement, now: float
+    ) -> GenerationRound:
+        """The round of the next generation; ``placement`` is the one in force."""
+        names = frozenset(m.name for m in generation.members)
+        joins, before = self.joins & names, self.before
+        if self.phase is not Phase.FORMING:
+            known, before = {m.name for m in self.members}, placement
+            joins = names - known if self.phase is Phase.RUNNING else frozenset()
+        return GenerationRound(generation, now, joins=joins, before=before if joins else None)
 
     def enter(self, phase: Phase) -> None:
         self.phase = next_state(self.phase, phase, _PHASES)
@@ -333,7 +348,7 @@ class Cluster:
             self.enter(ClusterState.RECOVERING)
         fresh = tuple(self.workers[m.name].member for m in members)
         generation = Generation(number=self.round.number + 1, members=fresh)
-        self.round = GenerationRound(generation, now)
+        self.round = self.round.next(generation, self.placement, now)
         if self.highest_epoch > self.placement.epoch:  # workers may know that epoch
             placement = replace(placement, epoch=max(self.highest_epoch + 1, placement.epoch))
         self.placement = placement

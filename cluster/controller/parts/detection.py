@@ -7,13 +7,13 @@ and reports of peers. ``Detection`` only reports to the controller; it does not 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from cluster.controller.parts.cluster import Cluster, Phase
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import Heartbeat, PeerLost
 from cluster.core.states import ClusterState, WorkerState
-from cluster.policy.failure import PeerReport, confirm_suspect, find_silent, silent_hosts
+from cluster.policy.failure import PeerReport, confirm_losses, find_silent, silent_hosts
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,8 @@ class Detection:
         self.last_tick = self._held_at = cluster.began_at
         """Time of the last call of ``credit_own_pause``."""
         self._held: frozenset[str] = frozenset()
+        self._ran_at = self._busy_at = cluster.began_at
+        """When nobody kept the others waiting, and when one of these had still to begin."""
 
     def peer_lost(self, name: str, frame: PeerLost, now: float) -> None:
         """A worker reports that it lost another. Raises ``ProtocolError`` for a stranger."""
@@ -62,6 +64,7 @@ class Detection:
             logger.warning("the controller did not run for %.1f s", paused)
             for record in self._cluster.workers.alive():
                 record.credit(paused, now)
+            self._ran_at = self._busy_at = now
         self.last_tick = now
 
     def end_hold(self, now: float) -> str:
@@ -107,6 +110,7 @@ class Detection:
         for loading, most in ((True, early), (False, early if starts else limit)):
             yield find_silent(now, self._cluster.workers.pulses(loading), most)
         yield self._late_answers(now)
+        yield self._late_joins(now)
         if not held:
             yield self._confirmed_reports(now)
 
@@ -137,10 +141,41 @@ class Detection:
         reason = f"did not join generation {cluster.round.number} within {limit:g} s"
         return dict.fromkeys(cluster.round.late(), reason)
 
+    def _late_joins(self, now: float) -> dict[str, str]:
+        """New workers that keep the others from running, though these have all begun to join."""
+        cluster, limit = self._cluster, self._limits.join_limit_s
+        late = set(cluster.round.late() if cluster.is_forming else ())
+        joins = late & cluster.round.joins
+        if not joins:
+            self._ran_at = now
+        others = (cluster.workers[name] for name in late - joins)
+        if not joins or any(r.generation != cluster.round.number for r in others):
+            self._busy_at = now
+        if now - self._ran_at <= limit or now - self._busy_at <= limit / 4:
+            return {}
+        return dict.fromkeys(joins, f"kept the others from running for {limit:g} s")
+
     def _confirmed_reports(self, now: float) -> dict[str, str]:
-        roles = {r.name: r.member.role for r in self._cluster.workers.alive()}
-        found = confirm_suspect(now, self._cluster.round.reports, roles, self._limits.confirm_s)
-        return {} if found is None else {found.suspect: f"{found.reporter} reports: {found.reason}"}
+        cluster, limit = self._cluster, self._limits.detection_limit_s
+        alive = cluster.workers.alive()
+        return confirm_losses(
+            now,
+            cluster.round.reports,
+            {r.name: r.member for r in alive},
+            self._limits.confirm_s,
+            silent=[r.name for r in alive if now - r.heard_at > limit / 2],
+            joins=cluster.round.joins,
+            can_spare=self._can_spare,
+        )
+
+    def _can_spare(self, names: Collection[str]) -> bool:
+        """The other members go on without these at once: none of them loads an expert."""
+        cluster = self._cluster
+        members, placement = cluster.round.members, cluster.placement
+        devices = frozenset(m.device for m in members if m.name in names and m.holds_experts)
+        if devices and placement.without_devices(devices, placement.epoch) is None:
+            return False
+        return any(m.runs_attention for m in members if m.name not in names)
 
 
 def _difference(frame: Heartbeat, number: int, epoch: int) -> str | None:

@@ -87,6 +87,8 @@ class Recovery:
             self._lost_at = self._lost_at if self._lost else now
             self._lost |= {m.name: m.role for m in members if m.name in gone}
             survivors = [m for m in members if m.name not in gone]
+            if self._cluster.round.before is not None and gone.keys() <= self._cluster.round.joins:
+                self._cluster.placement = self._cluster.round.before  # nobody loads anything
             self._go_on(survivors, describe_losses(gone), now)
 
     def ready(self, now: float) -> None:
@@ -164,8 +166,6 @@ class Recovery:
             cluster.remember()
             return
         self._failed.clear()
-        for member in members:
-            cluster.workers[member.name].started_with = None
         cluster.form(members, decision.placement, now)
         self._order(decision.loads, members, now)  # workers write no slot of maps in force
         cluster.note(cause, decision.effect, now)
@@ -194,6 +194,8 @@ class Recovery:
         cluster.history.runs(cluster.round.number, cluster.round.first_step, now)
         cluster.remember()
         self._cluster.places.joined(cluster.round.members)
+        for member in cluster.round.members:
+            cluster.workers[member.name].started_with = None
         self._count_recovery(now)
         self._barred.clear()
         self._retry_s = self._limits.retry_s

@@ -29,13 +29,19 @@ class ControllerSettings:
     """Pause before experts that no worker could load are tried again; doubled each time."""
     generation_limit_s: float = 15.0
     """Limit for a member to take part in a new generation."""
+    join_limit_s: float = 4.0
+    """Time for which new workers may keep the others from running until they take part."""
     collect_limit_s: float = 10.0
     """Time in which the workers must call a restarted controller, before they are lost."""
 
     @classmethod
     def of(cls, config: ClusterConfig) -> ControllerSettings:
         """The limits that follow from a configuration."""
+        section, on_gpus = config.transport, config.workers.device == "cuda"
+        limit_s, generation_limit_s = section.detection_limit_s, section.connect_timeout_s + 5.0
+        is_quick = section.transport == "sockets" or (section.transport == "auto" and not on_gpus)
         return cls(
-            detection_limit_s=config.transport.detection_limit_s,
-            generation_limit_s=config.transport.connect_timeout_s + 5.0,
+            detection_limit_s=limit_s,
+            generation_limit_s=generation_limit_s,
+            join_limit_s=2 * limit_s if is_quick else generation_limit_s,  # a world is built
         )

@@ -37,7 +37,7 @@ class WorkerRecord:
     has_process: bool = False
     """Its process runs, while it has not called yet."""
     started_with: ExpertPlacement | None = None
-    """It holds its part of this placement; None for a worker that has been in a generation."""
+    """It holds its part of this placement; None once it has been in a generation that ran."""
     num_slots: int = 0
     """Expert slots per bank, where it holds experts."""
     state: WorkerState = WorkerState.STARTING
@@ -59,6 +59,8 @@ class WorkerRecord:
     """Token of the request for its numbers that it has not answered."""
     mismatch: tuple[int, float] | None = None
     """Generation in which its heartbeats differ from what the controller knows, and since when."""
+    generation: int = 0
+    """The generation that it had begun to join at its last heartbeat, or ran."""
     _progress: int = -1
     _waiting: bool = False
 
@@ -124,6 +126,7 @@ class WorkerRecord:
             self.progress_at = now
         self._progress = frame.progress
         self._waiting = frame.waiting
+        self.generation = frame.generation
         self.take_numbers(frame)
 
     def take_numbers(self, frame: frames.Heartbeat | frames.StatusReply) -> None:

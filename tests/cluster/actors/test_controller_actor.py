@@ -13,7 +13,8 @@ import pytest
 from cluster.actors import runner
 from cluster.actors.control_server import ControlServer
 from cluster.actors.controller_actor import ControllerActor
-from cluster.actors.start_plan import FoundWorker, StartPlan
+from cluster.actors.start_plan import FoundWorker, StartPlan, plan_start
+from cluster.actors.tasks import Background
 from cluster.config.cluster import (
     ClusterConfig,
     Mode,
@@ -21,6 +22,8 @@ from cluster.config.cluster import (
     TransportSection,
     WorkersSection,
 )
+from cluster.controller.failover import CollectedState
+from cluster.controller.parts.memory import Memory
 from cluster.core.errors import (
     ConfigError,
     ConflictError,
@@ -40,7 +43,7 @@ from cluster.core.frames import (
     WorkerReady,
 )
 from cluster.core.load_profile import BankLoad, LoadProfile
-from cluster.core.topology import Member
+from cluster.core.topology import Generation, Member
 from tests.cluster.controller.fakes_cluster import slots_of
 from tests.cluster.controller.load_reports import load_of
 from tests.fakes import FakeWorkerGroup
@@ -538,6 +541,35 @@ def test_a_drain_ends_once_the_worker_has_ended(monkeypatch: pytest.MonkeyPatch)
                 await asyncio.sleep(0.02)
         assert (group.errors, group.ended) == ([], ["expert-1"])
         await actor.stop()
+
+    asyncio.run(body())
+
+
+def test_workers_that_nobody_knows_are_ended_in_spite_of_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The controller before had created one that has never called."""
+    monkeypatch.setattr(runner, "_END_AGAIN_S", 0.0)
+
+    async def body() -> None:
+        group = UnwillingGroup(TimeoutError())
+        group.workers["expert-1.2"] = ThreadWorker({"name": "expert-1.2"}, "127.0.0.1:1", "")
+        config = ClusterConfig.from_dict(_config())
+        plan = plan_start(config, BANKS, group.resources())
+        collected = CollectedState(
+            generation=Generation(number=0, members=()),
+            placement=plan.placement,
+            greetings={},
+            memory=Memory(),
+        )
+        restarted = runner.Runner(group, Background())
+        await restarted.open_server("secret")
+        restarted.go_on(plan, collected, 2)
+        async with asyncio.timeout(LIMIT_S):
+            while not group.ended:
+                await asyncio.sleep(0.02)
+        assert (group.errors, group.ended) == ([], ["expert-1.2"])
+        await restarted.stop()
 
     asyncio.run(body())
 

@@ -27,9 +27,13 @@ PROCESS = ProcessIdentity(pid=7, started_at=0.0)
 
 @dataclass
 class Handle:
-    """The handle of a worker that follows the newest term; a frozen one never answers."""
+    """The handle of a worker that follows the newest term.
+
+    A frozen one never answers, by the group's limit; a slow one has not answered yet.
+    """
 
     is_frozen: bool = False
+    is_slow: bool = False
     guard: TermGuard = field(default_factory=TermGuard)
     is_stopped: bool = False
 
@@ -41,6 +45,8 @@ class Handle:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self.is_frozen:
             future.set_exception(TimeoutError())
+            return future
+        if self.is_slow:
             return future
         try:
             self.guard.check(term, controller)
@@ -69,7 +75,10 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Killed:
     def kill(handle: Any, no_restart: bool) -> None:
         found.actors.append(handle)
 
-    monkeypatch.setattr(ray_tools, "newest_term", lambda: found.newest_term)
+    def newest_term(above: int, but: str) -> int:
+        return found.newest_term if found.newest_term > above else 0
+
+    monkeypatch.setattr(ray_tools, "newest_term", newest_term)
     monkeypatch.setattr(ray_tools, "claim_term", lambda identity: 1)
     monkeypatch.setattr(ray_tools, "is_this_node", lambda node_id: True)
     monkeypatch.setattr(worker_group, "wait_gone", lambda process, limit_s: True)
@@ -119,6 +128,45 @@ def test_a_frozen_worker_is_killed_by_the_newest_controller_only(killed: Killed)
         killed.newest_term = 1
         await group.end(["expert-0"])
         assert killed.processes == [PROCESS]
+
+    asyncio.run(body())
+
+
+def test_an_end_that_was_cancelled_can_be_repeated(
+    killed: Killed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handoff has a limit, and is tried again."""
+    monkeypatch.setattr(ray_tools, "free_reserved_room", lambda: None)
+
+    async def body() -> None:
+        group, handle = await _group(Handle()), Handle(is_slow=True)
+        group._actors["expert-0"].handle = handle
+        end = asyncio.ensure_future(group.end_all())
+        while not group._ending:
+            await asyncio.sleep(0)
+        end.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await end
+        handle.is_slow = False
+        await group.end_all()
+        assert handle.is_stopped
+
+    asyncio.run(body())
+
+
+def test_an_end_that_fails_does_not_forget_the_next_worker_of_that_name(killed: Killed) -> None:
+    """The name was freed, and given again, before Ray's head stopped to answer."""
+
+    async def body() -> None:
+        group = await _group(Handle())
+        killed.newest_term = 2
+        end = asyncio.ensure_future(group.end(["expert-0"]))
+        await asyncio.sleep(0)
+        successor = worker_group._Actor("expert-0", Handle(), "here", process=PROCESS)
+        group._actors["expert-0"] = successor
+        with pytest.raises(SupersededError):
+            await end
+        assert group._actors["expert-0"] is successor
 
     asyncio.run(body())
 

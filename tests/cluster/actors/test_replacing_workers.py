@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 import pytest
+import ray
 
 from cluster.actors import ray_tools, worker_group
 from cluster.actors.process import ProcessIdentity
@@ -17,9 +18,12 @@ from cluster.core.placement import contiguous
 from cluster.core.topology import Member
 from tests.cluster.controller.fakes_cluster import BANKS, CONFIG
 
+PROCESS = ProcessIdentity(pid=7, started_at=0.0)
+PLAN = StartPlan(config=CONFIG, placement=contiguous(BANKS, 1), num_slots=0)
+
 
 class Handle:
-    """A worker that comes up at once."""
+    """A worker that comes up at once, or was created by an earlier controller."""
 
     @property
     def __ray_call__(self) -> Any:
@@ -30,15 +34,16 @@ class Handle:
         return self
 
     async def remote(self, *args: object) -> tuple[dict[str, Any], ProcessIdentity, str]:
-        return {}, ProcessIdentity(pid=7, started_at=0.0), "a node"
+        facts = {"config": CONFIG.to_dict(), "num_slots": 4, "has_called": False}
+        return facts, PROCESS, "a node"
 
 
 class SlowHead:
     """An actor class whose actors are registered at Ray's head when two are asked for, or late."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_asked: int = 2) -> None:
         self.bundles: list[int] = []
-        self._both = threading.Barrier(2)
+        self._both = threading.Barrier(num_asked)
 
     def remote(self, *args: object) -> Handle:
         with contextlib.suppress(threading.BrokenBarrierError):
@@ -50,26 +55,47 @@ class SlowHead:
         return self
 
 
-def test_workers_that_start_side_by_side_take_different_places(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Two hosts are lost at once: each place of theirs gets a worker."""
-
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     async def nothing(names: object) -> None:
         """No actor has these names."""
 
     monkeypatch.setattr(worker_group, "_free_names", nothing)
-    monkeypatch.setattr(ray_tools, "newest_term", lambda: 0)
+    monkeypatch.setattr(ray_tools, "newest_term", lambda above, but: 0)
+
+
+def test_workers_that_start_side_by_side_take_different_places() -> None:
+    """Two hosts are lost at once: each place of theirs gets a worker."""
     head = SlowHead()
     group = WorkerGroup({"attention": head})
     group._bundles = {"attention": range(2)}
-    plan = StartPlan(config=CONFIG, placement=contiguous(BANKS, 1), num_slots=0)
     group._group = object()  # type: ignore[assignment]
     members = [Member(name=f"attention-{i}.2", role="attention", rank=i, device=-1) for i in (0, 1)]
 
     async def body() -> None:
-        starts = (group.start([m], plan, "127.0.0.1:1") for m in members)
+        starts = (group.start([m], PLAN, "127.0.0.1:1") for m in members)
         await asyncio.gather(*starts)
 
     asyncio.run(body())
     assert sorted(head.bundles) == [0, 1]
+
+
+def test_a_name_that_an_earlier_controller_had_used_takes_no_place_of_another_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It died before the new worker had called: the next one gives that name again."""
+    monkeypatch.setattr(ray_tools, "our_actors", lambda: ["expert-0", "expert-1.2"])
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: Handle())
+    monkeypatch.setattr(ray.util, "get_placement_group", lambda name: object())
+    bundles = {"bundles_to_node_id": {0: "a node", 1: "a node"}}
+    monkeypatch.setattr(worker_group, "placement_group_table", lambda group: bundles)
+    head = SlowHead(1)
+    group = WorkerGroup({"expert": head})
+    member = Member(name="expert-1.2", role="expert", rank=1, device=1)
+
+    async def body() -> None:
+        assert len(await group.find(5.0)) == 2
+        await group.start([member], PLAN, "127.0.0.1:1")
+
+    asyncio.run(body())
+    assert head.bundles == [-1]  # wherever there is room; bundle 0 is that of expert-0

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray._private.state import state
 from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group_table
 
@@ -28,6 +29,7 @@ from cluster.actors.ray_tools import (
 from cluster.actors.start_plan import plan_start
 from cluster.actors.worker_group import WorkerGroup
 from cluster.config.cluster import ClusterConfig, ModelSection, TransportSection, WorkersSection
+from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import ConfigError
 from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS
 from cluster.core.topology import Member
@@ -193,19 +195,31 @@ def _has_process(actor: Any, name: str) -> bool:
     return name in workers and bool(workers[name].has_process)
 
 
+def _let_start_limit_pass(actor: Any, name: str) -> None:
+    """Runs in the controller: a worker has had its process for that long."""
+    actor.runner.controller.cluster.workers[name].since -= ControllerSettings().start_limit_s
+
+
 @pytest.mark.usefixtures("local_ray")
-def test_a_worker_has_a_process_while_its_constructor_hangs_and_is_ended() -> None:
+def test_a_constructor_that_hangs_is_ended_at_the_start_limit() -> None:
     with _controller(expert_class=ray_workers.HangingWorker) as controller:
         ray.get(controller.start.remote(_config(2, 8), BANKS), timeout=LIMIT_S)
         pids = _pids(_until(controller, "SERVING"))
         os.kill(pids["expert-1"], signal.SIGKILL)
         _until_ran(controller, 2)
 
-        def is_known() -> bool:
-            call = controller.__ray_call__.remote(_has_process, "expert-1.2")
-            return bool(ray.get(call, timeout=LIMIT_S))
+        def in_controller(function: Callable[..., Any], name: str) -> Any:
+            return ray.get(controller.__ray_call__.remote(function, name), timeout=LIMIT_S)
 
-        wait_until(is_known, "the process of the new worker")
+        wait_until(lambda: in_controller(_has_process, "expert-1.2"), "the new worker's process")
+        hanging = ray.get_actor("expert-1.2", namespace=NAMESPACE)
+        pid = int(state.actor_table(hanging._actor_id.hex())["Pid"])
+        assert not _is_gone(pid)
+        in_controller(_let_start_limit_pass, "expert-1.2")
+        wait_until(lambda: _is_gone(pid), "the end of the process that hangs")
+        wait_until(lambda: in_controller(_has_process, "expert-1.3"), "another try")
+        snapshot = _until(controller, "DEGRADED")
+        assert any("not ready within" in event["cause"] for event in snapshot["history"])
     wait_until(_nothing_is_left, "the end of all actors")
 
 

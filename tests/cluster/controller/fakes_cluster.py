@@ -242,16 +242,21 @@ class FakeCluster:
         assert self.state == "SERVING"
 
     def beat(
-        self, worker: str, progress: int = 0, idle: bool = True, waiting: bool = False
+        self,
+        worker: str,
+        progress: int = 0,
+        idle: bool = True,
+        waiting: bool = False,
+        behind: int = 0,
     ) -> None:
-        """A worker's heartbeat."""
+        """A worker's heartbeat; it is still in a generation ``behind`` the newest one."""
         self.send(
             worker,
             Heartbeat(
                 progress=progress,
                 idle=idle,
                 waiting=waiting,
-                generation=self.known.generation.number,
+                generation=self.known.generation.number - behind,
                 running=self.known.runs,
                 epoch=self.known.placement.epoch,
             ),

@@ -358,6 +358,25 @@ def test_a_report_alone_is_acted_on_after_the_confirm_time() -> None:
     assert shutdown.reason == "declared lost: attention-0 reports: reset"
 
 
+def test_the_only_attention_worker_survives_the_report_of_one_expert_worker() -> None:
+    """The path between the two is bad, and what went the other way had arrived before."""
+    cluster = FakeCluster(1, 3, num_redundant=8)
+    cluster.serve()
+    cluster.send("expert-1", PeerLost(worker="attention-0", generation=1, reason="silent"))
+    cluster.tick(0.3)
+    assert cluster.link.ended == ["expert-1"]
+    cluster.join_all()
+    assert cluster.state == "DEGRADED"
+
+
+def test_an_attention_worker_is_lost_rather_than_the_only_copies_of_experts() -> None:
+    cluster = FakeCluster(2, 2)
+    cluster.serve()
+    cluster.send("attention-1", PeerLost(worker="expert-1", generation=1, reason="silent"))
+    cluster.tick(0.3)
+    assert cluster.link.ended == ["attention-1"]
+
+
 def test_a_report_by_a_worker_that_is_lost_itself_is_dropped() -> None:
     cluster = FakeCluster(1, 3, num_redundant=5)
     cluster.serve()

@@ -18,7 +18,6 @@ from cluster.core.placement import (
     contiguous,
     load_placement,
 )
-from tests.harness.placements import bank_without, placement_without
 
 BANKS = [BankShape(bank="mlp", layer=layer, num_experts=8) for layer in range(2)]
 
@@ -70,7 +69,8 @@ def test_survivors_keep_their_slots_and_take_the_shares() -> None:
     for _ in range(50):
         placement = contiguous(BANKS, 4, rng.randint(2, 6))
         lost = frozenset([rng.randrange(4)])
-        left = placement_without(placement, 2, *lost)
+        left = placement.without_devices(lost, epoch=2)
+        assert left is not None
         assert left.epoch == 2
         for before, after in zip(placement.banks, left.banks, strict=True):
             check_maps(after)
@@ -78,6 +78,10 @@ def test_survivors_keep_their_slots_and_take_the_shares() -> None:
                 same = after.physical_to_logical[device] == before.physical_to_logical[device]
                 empty = set(after.physical_to_logical[device]) == {FREE_SLOT}
                 assert empty if device in lost else same
+
+
+def test_losing_the_only_copy_leaves_no_placement() -> None:
+    assert contiguous(BANKS, 2).without_devices(frozenset([0]), epoch=2) is None
 
 
 def placement_file(path: Path, **changes: object) -> Path:
@@ -163,7 +167,8 @@ def test_survivors_of_copies_without_a_share_get_equal_shares() -> None:
         physical_to_logical=[[0], [0], [0]],
         split=[[1.0], [0.0], [0.0]],
     )
-    left = bank_without(bank, 0)
+    left = bank.without_devices(frozenset({0}))
+    assert left is not None
     assert left.split == ((0.0,), (0.5,), (0.5,))
 
 
@@ -190,7 +195,8 @@ def test_survivors_divide_the_lost_share_in_proportion() -> None:
         split=[[0.5, 0.1], [0.4, 0.4], [0.0, 0.1], [0.1, 0.4]],
         decode_device=[0, 3],
     )
-    left = bank_without(bank, 0)
+    left = bank.without_devices(frozenset({0}))
+    assert left is not None
     assert left.physical_to_logical == ((FREE_SLOT, FREE_SLOT), (1, 0), (FREE_SLOT, 1), (0, 1))
     assert [list(map(pytest.approx, row)) for row in left.split] == [
         [0.0, 0.0],

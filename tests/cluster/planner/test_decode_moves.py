@@ -11,7 +11,6 @@ from cluster.core.placement import BankPlacement, BankShape, ExpertPlacement, co
 from cluster.planner.base import PlannedDevice, PlannedTopology
 from cluster.planner.decode_moves import improved
 from cluster.planner.stages import held_by
-from tests.harness.placements import placement_without
 
 EXPERTS = 16
 SHAPES = tuple(BankShape(bank="mlp", layer=i, num_experts=EXPERTS) for i in range(3))
@@ -80,7 +79,8 @@ def test_it_gets_close_to_an_even_load() -> None:
 
 
 def test_a_device_without_slots_gets_nothing() -> None:
-    before = placement_without(contiguous(SHAPES, 4, 6), 5, 2)
+    before = contiguous(SHAPES, 4, 6).without_devices(frozenset({2}), 5)
+    assert before is not None
     devices = tuple(PlannedDevice(num_expert_slots=0 if d == 2 else 10) for d in range(4))
     after = check_improved(before, PlannedTopology(devices=devices), profile(1), 50)
     assert all(held_by(bank, 2) == frozenset() for bank in after.banks)

@@ -25,7 +25,6 @@ from tests.cluster.planner.planner_cases import (
     nodes_of,
     problems,
 )
-from tests.harness.placements import placement_without
 
 PROPERTY = settings(max_examples=25, deadline=None)
 BUDGETS = st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0])
@@ -231,7 +230,8 @@ def test_a_lost_devices_experts_are_placed_again() -> None:
     profile = make_profile(skewed(1, 8))
     apart = PlannedTopology.uniform(3, num_redundant=3, num_nodes=3)  # two copies of every expert
     full = mesh.plan(profile, apart).placement
-    alive = placement_without(full, 2, 1)
+    alive = full.without_devices(frozenset({1}), epoch=2)
+    assert alive is not None
     devices = (
         PlannedDevice(num_expert_slots=6),
         PlannedDevice(num_expert_slots=0),

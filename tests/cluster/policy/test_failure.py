@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
+from msgspec.structs import replace
 
 from cluster.policy.failure import (
     PeerReport,
     Pulse,
-    confirm_suspect,
+    confirm_losses,
     find_silent,
     silent_hosts,
 )
-
-ROLES = {"attention-0": "attention", "expert-0": "expert", "expert-1": "expert"}
+from tests.cluster.controller.fakes_cluster import members_of
 
 
 def _pulse(
@@ -55,38 +58,60 @@ def test_a_worker_that_waits_for_a_silent_peer_is_not_blamed() -> None:
     assert set(find_silent(10.0, pulses, 2.0)) == {"stuck"}
 
 
-def _report(reporter: str, suspect: str, at: float) -> PeerReport:
-    return PeerReport(reporter=reporter, suspect=suspect, reason="reset", at=at)
+HOSTS = {"attention-0": "h2", "attention-1": "h5", "expert-0": "h3", "expert-1": "h3"}
+
+
+def _lost(*reports: str, hosts: Mapping[str, str] = HOSTS, **more: Any) -> dict[str, str]:
+    """Who is lost when these reports came just within the limit: ``reporter suspect`` each."""
+    members = {
+        m.name: replace(m, node=hosts.get(m.name, m.name))
+        for m in members_of({"attention": 2, "expert": 3})
+    }
+    pairs = [report.split() for report in reports]
+    found = [PeerReport(reporter=a, suspect=b, reason="reset", at=10.0) for a, b in pairs]
+    assert confirm_losses(10.125, found, members, 0.25, **more) == {}
+    return confirm_losses(10.25, found, members, 0.25, **more)
 
 
 def test_a_report_waits_for_its_confirmation() -> None:
-    reports = [_report("attention-0", "expert-1", 10.0)]
-    assert confirm_suspect(10.125, reports, ROLES, 0.25) is None
-    found = confirm_suspect(10.25, reports, ROLES, 0.25)
-    assert found is not None
-    assert found.suspect == "expert-1"
+    assert _lost("attention-0 expert-1") == {"expert-1": "attention-0 reports: reset"}
 
 
 def test_of_two_that_name_each_other_the_expert_worker_is_lost() -> None:
-    reports = [
-        _report("expert-1", "attention-0", 10.0),
-        _report("attention-0", "expert-1", 10.0),
-    ]
-    found = confirm_suspect(10.3, reports, ROLES, 0.2)
-    assert found is not None
-    assert found.suspect == "expert-1"
+    assert set(_lost("expert-1 attention-0", "attention-0 expert-1")) == {"expert-1"}
 
 
-def test_the_one_that_most_name_is_lost() -> None:
-    reports = [
-        _report("attention-0", "expert-0", 10.0),
-        _report("attention-0", "expert-1", 10.0),
-        _report("expert-0", "attention-0", 10.0),
-        _report("expert-1", "attention-0", 10.0),
-    ]
-    found = confirm_suspect(10.3, reports, ROLES, 0.2)
-    assert found is not None
-    assert found.suspect == "attention-0"
+def test_an_expert_worker_that_alone_sees_a_bad_path_is_lost_itself() -> None:
+    """What the other end had sent was acknowledged before: it waits, and sees nothing."""
+    assert _lost("expert-1 attention-0") == {"expert-1": "has lost attention-0: reset"}
+
+
+def test_the_end_of_most_bad_paths_is_lost() -> None:
+    reports = ("expert-0 attention-0", "expert-2 attention-0")
+    assert _lost(*reports) == {"attention-0": "expert-0 reports: reset"}
+    assert set(_lost("attention-0 expert-2", "attention-1 expert-2")) == {"expert-2"}
+
+
+def test_a_bad_path_between_two_hosts_is_one_for_all_workers_there() -> None:
+    reports = ("expert-0 attention-0", "expert-1 attention-0")
+    assert set(_lost(*reports)) == {"expert-0", "expert-1"}
+    at_one_host = dict.fromkeys(HOSTS, "h1")
+    assert set(_lost(*reports, hosts=at_one_host)) == {"attention-0"}
+
+
+def test_who_was_not_heard_lately_is_lost_first() -> None:
+    assert set(_lost("expert-1 attention-0", silent=["attention-0"])) == {"attention-0"}
+
+
+def test_who_joins_is_lost_rather_than_who_serves() -> None:
+    assert set(_lost("attention-1 expert-0", joins=["attention-1"])) == {"attention-1"}
+    assert set(_lost("attention-0 attention-1", joins=["attention-0"])) == {"attention-0"}
+
+
+def test_who_can_be_spared_is_lost_rather_than_who_cannot() -> None:
+    """The only copies of experts are there."""
+    found = _lost("attention-0 expert-0", can_spare=lambda names: "expert-0" not in names)
+    assert set(found) == {"attention-0"}
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
+import pytest
+
+from gateway.cluster import view
 from gateway.cluster.view import POLL_TIMEOUT_S, ClusterView, ControllerCalls
 
 
@@ -25,11 +29,41 @@ def test_an_answer_that_a_newer_one_has_overtaken_is_dropped() -> None:
 
         newer, older = {"term": 1, "version": 8}, {"term": 1, "version": 7}
         restarted = {"term": 2, "version": 9}
-        view = ClusterView(find, _controller=Answers(newer, older, restarted, newer))
-        assert await view.fresh() == newer
-        assert await view.fresh() == newer
-        assert await view.fresh() == restarted
-        assert await view.fresh() == restarted
+        found = ClusterView(find, _controller=Answers(newer, older, restarted, newer))
+        assert await found.fresh() == newer
+        assert await found.fresh() == newer
+        assert await found.fresh() == restarted
+        assert await found.fresh() == restarted
+
+    asyncio.run(body())
+
+
+def test_a_search_that_ray_does_not_answer_is_the_only_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each holds a thread of those that also tokenize long prompts."""
+    monkeypatch.setattr(view, "CALL_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(view, "_RETRY_S", 0.0)
+    caplog.set_level(logging.DEBUG, view.__name__)
+
+    async def body() -> None:
+        num_searches, answers = 0, asyncio.Event()
+
+        async def find() -> ControllerCalls:
+            nonlocal num_searches
+            num_searches += 1
+            await answers.wait()
+            return Answers({"term": 1, "version": 7})
+
+        found = ClusterView(find)
+        found.start()
+        while len(caplog.records) < 3:
+            await asyncio.sleep(0)
+        assert num_searches == 1
+        answers.set()
+        while found.snapshot is None:
+            await asyncio.sleep(0)
+        found.stop()
 
     asyncio.run(body())
 
@@ -49,11 +83,11 @@ def test_it_asks_under_its_name_and_says_when_it_leaves() -> None:
         async def find() -> ControllerCalls:
             return Controller()
 
-        view = ClusterView(find, "gateway-7")
-        view.start()
+        found = ClusterView(find, "gateway-7")
+        found.start()
         await is_asked.wait()
         assert asked == [("wait_snapshot", (-1, POLL_TIMEOUT_S, "gateway-7"))]
-        await view.leave()
+        await found.leave()
         assert asked[1:] == [("gateway_leaves", ("gateway-7",))]
 
     asyncio.run(body())

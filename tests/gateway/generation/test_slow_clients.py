@@ -57,6 +57,11 @@ class Client:
         self.status = 0
         self.content = b""
 
+    def leave(self) -> None:
+        """Close the connection: what is sent to it from now on is dropped."""
+        self._leaves.set()
+        self.reads.set()
+
     async def call(self, app: ASGIApp) -> None:
         """Run the request to its end."""
         scope = {
@@ -88,6 +93,12 @@ def aborted(stack: Stack) -> Callable[[], bool]:
     return lambda: (stack.engine.requests[-1].request_id, ()) in stack.engine.aborts
 
 
+def disconnects(stack: Stack) -> float:
+    """Clients that left, as the metrics count them."""
+    (family,) = stack.gateway.metrics.client_disconnects.collect()
+    return sum(each.value for each in family.samples if each.name.endswith("_total"))
+
+
 def check_ends_by_name(content: bytes) -> None:
     """The stream's last event is the error."""
     *_, last = parse_events(content.decode())
@@ -110,6 +121,7 @@ def test_a_stream_that_nobody_reads_ends_over_http(slow: Stack) -> None:
 
 
 def test_a_stream_that_nobody_reads_ends_over_grpc(slow: Stack) -> None:
+    slow.engine.step_s = 0.001  # else the queue is full before the first message is sent
     with grpc.insecure_channel(slow.grpc_target, options=SMALL_WINDOWS) as channel:
         message = request_of(text="x", sampling_params=LONG, output_options={"logprobs": 5})
         call: Any = InferenceStub(channel).GenerateStream(message, timeout=WAIT_S)
@@ -136,6 +148,24 @@ def test_behind_serve_little_waits_for_a_client_that_does_not_read(slow: Stack) 
     content, waiting = slow.run(work())
     check_ends_by_name(content)
     assert WINDOW_BYTES - STEP_BYTES < waiting < WINDOW_BYTES + STEP_BYTES
+
+
+def test_behind_serve_a_client_that_leaves_at_the_limits_leaves_nothing(slow: Stack) -> None:
+    async def work() -> None:
+        before = asyncio.all_tasks()
+        client = Client({"prompt": "x", "stream": True, "logprobs": 5, **LONG})
+        proxy = ReceiptSender(ServeQueues(build_http_app(slow.gateway)))
+        calling = asyncio.create_task(client.call(proxy))
+        while not aborted(slow)():
+            await asyncio.sleep(0.01)
+        client.leave()
+        await calling
+        while asyncio.all_tasks() - before:
+            await asyncio.sleep(0.01)
+
+    num_left = disconnects(slow)
+    slow.run(work())
+    assert disconnects(slow) == num_left + 1
 
 
 def test_behind_serve_a_client_that_reads_gets_everything(slow: Stack) -> None:

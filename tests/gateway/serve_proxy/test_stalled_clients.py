@@ -1,4 +1,4 @@
-"""A connection whose client takes nothing is closed in the end."""
+"""Little is sent to a client that takes nothing, and in the end its connection is closed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class Endless:
 
     def __init__(self) -> None:
         self.has_ended = asyncio.Event()
+        self.num_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -24,6 +25,7 @@ class Endless:
         watch = asyncio.ensure_future(receive())
         while not watch.done():
             await send({"type": "http.response.body", "body": b"x" * 60_000, "more_body": True})
+            self.num_bytes += 60_000
             await asyncio.sleep(0)
         assert watch.result()["type"] == "http.disconnect"
         self.has_ended.set()
@@ -45,6 +47,9 @@ async def ask(app: Endless, is_read: bool) -> None:
             assert not app.has_ended.is_set()
         if not is_read:
             await asyncio.wait_for(app.has_ended.wait(), WAIT_S)
+            assert (
+                app.num_bytes < 1_000_000
+            )  # else one that reads slowly would seem to take nothing
     await asyncio.wait_for(app.has_ended.wait(), WAIT_S)
     await stop()
 

@@ -19,16 +19,19 @@ REQUEST = Request(
 
 
 @pytest.mark.parametrize(
-    ("sender", "receiver"),
+    ("num_attention", "sender", "receiver"),
     [
-        ("attention-0", "expert-1"),
-        ("expert-1", "attention-0"),
-        ("attention-0", "attention-1"),
-        ("attention-1", "attention-0"),
+        (1, "attention-0", "expert-1"),
+        (1, "expert-1", "attention-0"),
+        (2, "attention-0", "attention-1"),
+        (2, "attention-1", "attention-0"),
     ],
 )
-def test_streams_go_on_without_the_path(tiny_checkpoint: Path, sender: str, receiver: str) -> None:
-    config = make_config(tiny_checkpoint, 2, 3, transport={"detection_limit_s": 2.0})
+def test_streams_go_on_without_the_path(
+    tiny_checkpoint: Path, num_attention: int, sender: str, receiver: str
+) -> None:
+    """The end that is lost is the other one, not the worker of the stream."""
+    config = make_config(tiny_checkpoint, num_attention, 3, transport={"detection_limit_s": 2.0})
     cluster = ThreadCluster(config)
     with serving(cluster):
         stream = cluster.stream()

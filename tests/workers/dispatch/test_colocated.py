@@ -13,7 +13,6 @@ from torch import Tensor
 from cluster.config.cluster import CombineMode
 from cluster.core.errors import PeerLostError
 from cluster.core.topology import Generation
-from tests.harness.placements import placement_without
 from tests.workers.dispatch.test_dispatch import Work, check
 from tests.workers.transport.mesh import (
     Mesh,
@@ -208,7 +207,7 @@ def test_survivors_run_the_step_again_with_the_copies(transport: TransportName) 
                 future.result(120)
         kept = mesh["colocated-0"].connections.edges["colocated-2"].sock
         assert mesh.placement is not None
-        mesh.placement = placement_without(mesh.placement, 2, 1)
+        mesh.placement = mesh.placement.without_devices(frozenset({1}), epoch=2)
         survivors = tuple(m for m in mesh.generation.members if m.rank != 1)
         mesh.apply(Generation(number=2, members=survivors))
         assert mesh["colocated-0"].connections.edges["colocated-2"].sock is kept

@@ -7,7 +7,6 @@ import torch
 
 from cluster.core.errors import ProtocolError
 from cluster.core.placement import BankPlacement
-from tests.harness.placements import bank_without
 from workers.dispatch.copies import CopyTables, EpochTables, mix64
 from workers.requests.step_header import Grant, StepHeader
 
@@ -93,7 +92,8 @@ def test_the_choice_depends_on_row_and_expert_alone() -> None:
 
 
 def test_devices_are_found_by_their_place_among_the_ranks() -> None:
-    lost = bank_without(make_placement(), 1)
+    lost = make_placement().without_devices(frozenset({1}))
+    assert lost is not None
     tables = CopyTables.build(lost, {0: 0, 2: 1}, CPU)
     ids = torch.tensor([[0, 1, 2]])
     slots = tables.choose(ids, torch.zeros(1).bool(), torch.zeros(1).long(), spread=False)[0]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 from cluster.core.errors import GenerationChangedError, PeerLostError, TransportError
 from cluster.core.frames import (
     ControlFrame,
+    DrainRequest,
     GenerationReady,
     NewEpoch,
     NewGeneration,
@@ -20,6 +23,7 @@ from cluster.core.topology import Generation
 from tests.cluster.controller.fakes_cluster import BANKS
 from tests.harness.members import member_of
 from workers.process.membership import Membership, MembershipHooks, Standing
+from workers.process.runtime import WorkerRuntime
 
 MAPS = contiguous(BANKS, 1, 1)
 MEMBERS = (member_of("attention-0"), member_of("expert-0", device=0))
@@ -104,6 +108,30 @@ def test_a_generation_runs_once_it_is_ready_and_ordered() -> None:
     world.membership.handle(run(1))
     assert world.membership.runs
     assert world.data.started == [(1, MAPS.epoch)]
+
+
+def test_a_worker_belongs_to_its_generation_while_no_step_runs() -> None:
+    """A signal to end that meets a change of the generation asks for a drain all the same."""
+    world, sent = World(), list[ControlFrame]()
+
+    def asks_for_drain() -> bool:
+        runtime: Any = SimpleNamespace(
+            membership=world.membership,
+            control=SimpleNamespace(send=sent.append),
+            _stopping=False,
+            _drain_requested=False,
+        )
+        return WorkerRuntime.request_drain(runtime)
+
+    assert not asks_for_drain()
+    world.announce(1)
+    assert asks_for_drain()
+    world.membership.handle(run(1))
+    world.membership.lose(PeerLostError("attention-0", "reset"))
+    assert asks_for_drain()
+    world.membership.raise_fence()
+    assert not asks_for_drain()
+    assert sent == [DrainRequest(), DrainRequest()]
 
 
 def test_a_generation_that_lost_a_peer_does_not_run_again() -> None:

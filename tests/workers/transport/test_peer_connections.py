@@ -168,6 +168,22 @@ def test_a_peer_that_was_held_back_is_read_again_in_a_new_generation(
     exchange(home, expert, 0, 2)  # before the steps of the dropped frames
 
 
+def test_an_edge_that_only_its_peer_has_closed_is_opened_again_before_the_steps_begin(
+    pair: Pair, pool: ThreadPoolExecutor
+) -> None:
+    """The end of the connection arrives when this worker has said that it is ready."""
+    home, expert = pair
+    next_one = replace(home.generation, number=2)
+    home.apply_generation(next_one)  # the edge seems to be open
+    expert.edges["attention-0"].sock.shutdown(socket.SHUT_RDWR)
+    applied = pool.submit(expert.apply_generation, next_one)
+    while not applied.done():
+        home.rest(0.01, is_ready=True)
+    applied.result(0)
+    home.check()
+    exchange(home, expert, 1, 2)
+
+
 def test_rest_ignores_a_lost_peer_but_not_a_new_generation(pair: Pair) -> None:
     home, expert = pair
     expert.close()

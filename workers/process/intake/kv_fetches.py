@@ -38,6 +38,11 @@ class _Job(Job):
     fetch: Fetch
     transfer: Future[None]
 
+    @property
+    def is_late(self) -> bool:
+        """Its time is over, though its thread has not ended."""
+        return self.deadline_s == math.inf
+
 
 class KvFetches(WaitingRequests):
     """See the module. All methods belong to the engine's thread.
@@ -87,7 +92,7 @@ class KvFetches(WaitingRequests):
         job = next((job for job in self._jobs if first in job.fetch.wanted), None)
         if job is None:
             job = self._begin(hashes[: num_found + MAX_ITEMS], peer)
-        if job is None:
+        if job is None or job.is_late:
             return False
         job.waiting.append(command)
         self._count()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
+
+from msgspec import structs
 
 from workers.process.intake.commands import AddRequest
 
@@ -52,9 +54,17 @@ class WaitingRequests(ABC):
         deadline_s = min((job.deadline_s for job in self._all_jobs()), default=math.inf)
         return min(at_most_s, max(0.0, deadline_s - self._clock()))
 
-    def drop(self, request_id: str) -> None:
-        """Forget a request if it waits here."""
-        self._keep(lambda command: command.request.request_id != request_id)
+    def drop(self, request_id: str, choices: Sequence[int] = ()) -> None:
+        """Forget a request if it waits here, or some of its choices."""
+        if not choices:
+            self._keep(lambda command: command.request.request_id != request_id)
+            return
+        for job in self._all_jobs():
+            for place, command in enumerate(job.waiting):
+                if (request := command.request).request_id == request_id:
+                    closed = tuple(sorted({*request.closed_choices, *choices}))
+                    request = structs.replace(request, closed_choices=closed)
+                    job.waiting[place] = replace(command, request=request)
 
     def drop_gateway(self, gateway: str) -> None:
         self._keep(lambda command: command.gateway != gateway)

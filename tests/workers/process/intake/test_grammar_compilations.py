@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from cluster.core.errors import RequestError, RequestFailedError
 from workers.process.intake.commands import AddRequest
@@ -183,6 +184,19 @@ def test_errors_come_out_with_the_request(
     assert type(done.error) is kind
     assert done.compiled is None
     assert "disk" not in str(done.error)
+
+
+def test_a_choice_that_is_aborted_while_its_request_waits_never_runs(
+    workshop: Workshop, waiting: GrammarCompilations
+) -> None:
+    """A gateway finds a stop string in what an earlier worker had sent."""
+    resumed = command("a", "x", attempt=1)
+    request = structs.replace(resumed.request, n=4, closed_choices=(2,))
+    waiting.put(replace(resumed, request=request))
+    waiting.put(command("b", "x"))
+    waiting.drop("a", (0,))
+    workshop.finish("x")
+    assert [done.command.request.closed_choices for done in waiting.take()] == [(0, 2), ()]
 
 
 def test_aborted_requests_and_lost_gateways_are_forgotten(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -45,7 +46,11 @@ class Fetching:
             name="attention-0", address=address, me=identity("attention-1"), token=TOKEN
         )
         self._ended = threading.Semaphore(0)
-        self.fetches = KvFetches(engine, self._find, self._ended.release, limit_s)
+        self.late_s = 0.0
+        """What the clock of the fetches is ahead of time."""
+        self.fetches = KvFetches(
+            engine, self._find, self._ended.release, limit_s, lambda: time.monotonic() + self.late_s
+        )
 
     def _find(self, name: str) -> Peer | None:
         return self._peer if name == self._peer.name else None
@@ -109,6 +114,20 @@ def test_a_silent_peer_costs_the_time_limit(tiny_checkpoint: Path, silent: Silen
         found.wait()
         assert fetches.take() == [only]
         assert failures(fetches) == 1
+    found.check_free()
+
+
+def test_no_request_waits_for_a_fetch_that_is_late(tiny_checkpoint: Path, silent: Silent) -> None:
+    found = Fetching(engine_of(tiny_checkpoint).engine, silent.address, TIMEOUT_S)
+    first = command("a")
+    with closing(found.fetches) as fetches:
+        assert fetches.put(first)
+        found.late_s = TIMEOUT_S
+        assert fetches.take() == [first]
+        assert not fetches.put(command("b"))
+        silent.hang_up()
+        found.wait()
+        assert fetches.take() == []
     found.check_free()
 
 
