@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 _PLAN_LIMIT_S = 20.0
 """Longest wait for the decision on an order to rebalance; it continues afterwards."""
-_PLAN_POLL_S = 0.02
 STATUS_LIMIT_S = 1.0
 """Longest wait for the numbers of the workers."""
 _STOP_LIMIT_S = 20.0
@@ -191,9 +190,8 @@ class ControllerActor:
         wanted = from_plain(order, RebalanceOrder, RequestError)
         controller = await self._serving_controller()
         operation = self.runner.tell(partial(controller.rebalancing.begin, wanted))
-        deadline = time.monotonic() + _PLAN_LIMIT_S
-        while controller.rebalancing.is_deciding(operation) and time.monotonic() < deadline:
-            await asyncio.sleep(_PLAN_POLL_S)  # the ticks continue
+        plans = controller.rebalancing.plans
+        await self._background.wait(lambda: not plans.waits(operation.id), _PLAN_LIMIT_S)
         return operation.to_dict()
 
     async def operation(self, operation_id: str) -> dict[str, Any]:

@@ -249,7 +249,8 @@ class Runner:
                 logger.exception("workers could not be ended, trying again")
                 await asyncio.sleep(_END_AGAIN_S)
             else:
-                self.tell(ended)
+                if self.controller is not None:
+                    self.tell(ended)
                 break
 
     async def _tick_forever(self, controller: Controller) -> None:

@@ -38,7 +38,14 @@ from cluster.core.placement import ExpertPlacement
 from cluster.load.tracker import LoadWindow
 from cluster.load.view import achieved_loads, balancedness_of
 from cluster.planner.stages import Stage, is_reached, next_stage
-from cluster.policy.rebalance import LoadNow, RebalanceDecision, why_impossible, with_shares
+from cluster.policy.rebalance import (
+    LoadNow,
+    RebalanceDecision,
+    decide_placement,
+    resolved,
+    why_impossible,
+    with_shares,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +65,8 @@ class Rebalancing:
         """``executor`` runs the planning."""
         self._cluster = cluster
         self._section = cluster.config.rebalance
-        self._plans = Plans(cluster, executor)
+        self.plans = Plans(cluster, executor)
+        """Decisions by operation id, and the shares of the stage under way."""
         self.impossible = why_impossible(cluster.config)
         """Why rebalancing is impossible in this cluster; empty if it is possible."""
         self._looked: tuple[float, LoadNow] | None = None  # rows at the last dry run, and its load
@@ -102,20 +110,16 @@ class Rebalancing:
         rows = self._cluster.load.totals().rows
         if self._looked is None or self._looked[0] != rows:
             self._looked = None
-            load = self._plans.load_now(has_ended=False)
+            load = self.plans.load_now(has_ended=False)
             if order.dry_run and load is not None:
                 self._looked = rows, load
             return load
         return self._looked[1]
 
-    def is_deciding(self, operation: Operation) -> bool:
-        """An order is being decided."""
-        return self._plans.waits(operation.id)
-
     def cancel(self, operation: Operation, now: float) -> None:
         """Cancel a change. Raises ``ConflictError`` after its end and during its switch."""
         job = self._job
-        if self._plans.drop(operation.id):
+        if self.plans.drop(operation.id):
             self._cluster.metrics.decided("cancelled")
             self._cluster.operations.end(operation, OperationState.CANCELLED, "cancelled", now)
             return
@@ -141,7 +145,7 @@ class Rebalancing:
 
     def tick(self, now: float) -> None:
         """Time has passed: continue a change, or check whether one pays."""
-        self._plans.tick(now)
+        self.plans.tick(now)
         if self._job is not None:
             self._watch(self._job, now)
             return
@@ -150,7 +154,7 @@ class Rebalancing:
             return
         self._seen_windows = windows.num_windows
         self._prove(windows.windows[-1], now)
-        load, is_busy = self._plans.load_now(has_ended=True), self._plans.waits(_AUTOMATIC)
+        load, is_busy = self.plans.load_now(has_ended=True), self.plans.waits(_AUTOMATIC)
         if load is None or is_busy or not self._section.enable_eplb or self.impossible:
             return
         if self._cluster.runs and self._cluster.operations.running is None:
@@ -179,7 +183,10 @@ class Rebalancing:
 
     def _ask(self, asked: Question, now: float) -> None:
         name = asked.operation.id if asked.operation is not None else _AUTOMATIC
-        self._plans.decide(name, asked.load, partial(self._decided, asked), now)
+        placement, plans = self._cluster.placement, self.plans
+        inputs = plans.topology(placement), placement, self._section, plans.step_cost()
+        work = partial(decide_placement, asked.load, *inputs)
+        plans.plan(name, work, partial(self._decided, asked), now)
 
     def _decided(
         self, asked: Question, future: Future[RebalanceDecision], error: str, now: float
@@ -236,7 +243,7 @@ class Rebalancing:
 
     def _give_up(self, job: RebalanceJob, reason: str) -> bool:
         """False if it is too late."""
-        if self._plans.drop(_SHARES):
+        if self.plans.drop(_SHARES):
             return True
         return job.change is not None and job.change.cancel(reason)
 
@@ -264,21 +271,17 @@ class Rebalancing:
         elif stage is None or job.num_stages >= MAX_STAGES:
             self._finish(job, now)
         else:
-            then = partial(self._stage_shared, job, stage)
-            self._plans.share(_SHARES, job.asked.load.profile, stage.placement, then, now)
+            topology = self.plans.topology(stage.placement)
+            work = partial(resolved, job.asked.load.profile, topology, stage.placement)
+            self.plans.plan(_SHARES, work, partial(self._stage_shared, job, stage), now)
 
     def _stage_shared(
-        self,
-        job: RebalanceJob,
-        stage: Stage,
-        future: Future[ExpertPlacement],
-        error: str,
-        now: float,
+        self, job: RebalanceJob, stage: Stage, plan: Future[ExpertPlacement], error: str, now: float
     ) -> None:
         if error:
             self._end(job, "failed", f"no shares can be planned: {error}", now)
         else:
-            self._begin_stage(job, replace(stage, placement=future.result()), now)
+            self._begin_stage(job, replace(stage, placement=plan.result()), now)
 
     def _begin_stage(self, job: RebalanceJob, stage: Stage, now: float) -> None:
         limit_s, bytes_per_s = self._section.limit_s, self._section.bytes_per_s
