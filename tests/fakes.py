@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.actors.start_plan import FoundWorker, StartPlan
 from cluster.config.cluster import WorkersSection
 from cluster.config.resources import NodeResources
 from cluster.core.errors import PeerLostError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation, Member
+from cluster.sizing.start_plan import FoundWorker, StartPlan
 from tests.cluster.controller.fakes_cluster import members_of
 from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TokenDispatcher
 from workers.model.layers import Dispatch

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.actors.handoff import hand_off
 from cluster.actors.runner import Runner
-from cluster.actors.start_plan import plan_start
 from cluster.actors.tasks import Background
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.controller import Controller
@@ -33,6 +32,7 @@ from cluster.core.errors import (
 )
 from cluster.core.states import ClusterState
 from cluster.load.view import load_before_start, load_document, num_at_risk, placement_report
+from cluster.sizing.start_plan import plan_start
 
 if TYPE_CHECKING:
     from cluster.actors.worker_group import WorkerGroup  # which imports Ray

@@ -17,7 +17,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.actors.control_server import ControlServer
-from cluster.actors.start_plan import StartPlan
 from cluster.actors.tasks import Background
 from cluster.config.cluster import ObservabilitySection
 from cluster.config.resources import ids_by_address
@@ -31,6 +30,7 @@ from cluster.core.errors import ConfigError, ExpertMeshError, StartError, Supers
 from cluster.core.frames import ControlFrame, Superseded
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
+from cluster.sizing.start_plan import StartPlan
 from cluster.tracing.exporter import TraceExport, load_exporter
 
 if TYPE_CHECKING:

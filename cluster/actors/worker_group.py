@@ -26,12 +26,12 @@ from ray.util.scheduling_strategies import (
 
 from cluster.actors import ray_tools
 from cluster.actors.process import ProcessIdentity, describe_self, kill_process, wait_gone
-from cluster.actors.start_plan import FoundWorker, StartPlan
 from cluster.config.cluster import ClusterConfig, WorkersSection
 from cluster.config.resources import WorkerShare, resolved_share
 from cluster.core.errors import StartError, SupersededError
 from cluster.core.node_labels import selector_for
 from cluster.core.topology import Member, Role, holds_experts
+from cluster.sizing.start_plan import FoundWorker, StartPlan
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ import pytest
 from cluster.actors import runner
 from cluster.actors.control_server import ControlServer
 from cluster.actors.controller_actor import ControllerActor
-from cluster.actors.start_plan import FoundWorker, StartPlan, plan_start
 from cluster.actors.tasks import Background
 from cluster.config.cluster import (
     ClusterConfig,
@@ -44,6 +43,7 @@ from cluster.core.frames import (
 )
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.topology import Generation, Member
+from cluster.sizing.start_plan import FoundWorker, StartPlan, plan_start
 from tests.cluster.controller.fakes_cluster import slots_of
 from tests.cluster.controller.load_reports import load_of
 from tests.fakes import FakeWorkerGroup
